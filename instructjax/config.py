@@ -1,0 +1,280 @@
+"""The whole configuration as frozen dataclasses, with every rule it must obey.
+
+`configs/` holds the values (each with its unit or source); this file holds names, types and `validate()`. `main` converts
+the ml_collections config once with `from_config_dict`; below it nobody sees a ConfigDict or a flag.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+STAGES = ("pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One decoder with switches: GPT-2/GPT-3 and Llama families."""
+
+  num_layers: int
+  d_model: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  d_mlp: int
+  max_length: int  # context, tokens
+  position: Literal["learned", "rope"]
+  rope_base: float
+  norm: Literal["layernorm", "rmsnorm"]
+  norm_eps: float
+  mlp: Literal["gelu", "swiglu"]
+  use_bias: bool  # biases on every projection
+  qkv_bias: bool  # biases on q, k, v only (Qwen2); implied by use_bias
+  attention_window: int  # 0: all layers dense; else every second layer is banded, this many tokens wide (GPT-3)
+  tie_embeddings: bool
+  init_std: float
+  dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
+  layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
+  remat: bool
+  weights: str  # '' = train from scratch (the pretrain stage); else a checkpoint of this project
+
+  def validate(self, where: str):
+    for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_mlp", "max_length"):
+      _require(getattr(self, name) > 0, f"{where}.{name}={getattr(self, name)} must be positive")
+    _require(
+        self.num_heads % self.num_kv_heads == 0,
+        f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+    )
+    _require(
+        self.position != "rope" or self.head_dim % 2 == 0,
+        f"{where}.head_dim={self.head_dim} must be even for rotary positions",
+    )
+    _require(self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """Adam and its learning-rate schedule."""
+
+  learning_rate: float
+  schedule: Literal["constant", "cosine", "linear"]
+  warmup_steps: int
+  warmup_start: float  # fraction of learning_rate at step 0
+  end_fraction: float  # fraction of learning_rate at the last step (cosine, linear)
+  b1: float
+  b2: float
+  eps: float
+  eps_placement: Literal["pytorch", "tensorflow"]
+  weight_decay: float
+  clip_norm: float | None
+
+  def validate(self, where: str):
+    _require(self.learning_rate > 0, f"{where}.learning_rate={self.learning_rate} must be > 0")
+    _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"{where}.b1={self.b1}, b2={self.b2} must be in [0, 1)")
+    _require(self.eps > 0, f"{where}.eps={self.eps} must be > 0")
+    _require(self.warmup_steps >= 0, f"{where}.warmup_steps={self.warmup_steps} must be >= 0")
+    _require(0 <= self.warmup_start <= 1, f"{where}.warmup_start={self.warmup_start} must be in [0, 1]")
+    _require(0 <= self.end_fraction <= 1, f"{where}.end_fraction={self.end_fraction} must be in [0, 1]")
+    _require(self.weight_decay >= 0, f"{where}.weight_decay={self.weight_decay} must be >= 0")
+    _require(
+        self.clip_norm is None or self.clip_norm > 0, f"{where}.clip_norm={self.clip_norm} must be None or > 0"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  path: str  # '' = train a sentencepiece model on the pretraining documents; else a .model file
+  vocab_size: int  # pieces to train; ignored sizes are not allowed: must equal the file's when path is given
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where records come from: `demo:`, `jsonl:PATH[.gz]`, `hh:PATH[.gz]` or `tfds:BUILDER[:SPLIT][?data_dir=DIR]`."""
+
+  documents: str
+  demonstrations: str
+  comparisons: str
+  prompts: str
+  max_prompt_length: int  # tokens; longer prompts are filtered and counted (App. C: > 1k filtered)
+  max_response_length: int  # tokens, EOS included
+  validation_fraction: float  # held out by a hash of the prompt or document, for sources without their own split
+  on_bad_record: Literal["raise", "skip"]
+
+  def validate(self, where: str):
+    _require(0 < self.validation_fraction < 1, f"{where}.validation_fraction={self.validation_fraction} must be in (0, 1)")
+    _require(self.max_prompt_length > 0, f"{where}.max_prompt_length={self.max_prompt_length} must be positive")
+    _require(self.max_response_length > 0, f"{where}.max_response_length={self.max_response_length} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; -1 (at most once) takes what is left."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  every_steps: int  # besides epoch ends and the last step
+  keep: int  # newest checkpoints kept, besides the best and epoch ends
+
+  def validate(self, where: str):
+    _require(self.every_steps > 0, f"{where}.every_steps={self.every_steps} must be positive")
+    _require(self.keep > 0, f"{where}.keep={self.keep} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  every_steps: int
+  samples: int  # rows of the sample table shown in the terminal by RL stages, at each log step; 0 = none
+  tensorboard: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  num_steps: int
+  batch_size: int  # packed rows
+  length: int  # tokens a row
+  optim: OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+  """Also ppo_init (C.3): the same stage with pretrain_mix > 0."""
+
+  num_epochs: int
+  batch_size: int  # packed rows
+  length: int  # tokens a row
+  dropout: float  # residual dropout
+  pretrain_mix: float  # share of rows that are pretraining text
+  optim: OptimConfig
+
+  def validate(self, where: str):
+    _require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
+    _require(0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+  """Collecting comparisons from simulated labelers (only for `data.comparisons='demo:'`)."""
+
+  num_prompts: int  # ranked prompts (draws of training prompts)
+  num_heldout_prompts: int  # ranked by held-out labelers, for evaluation only
+  min_responses: int  # K is uniform in [min, max]
+  max_responses: int
+  temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RMConfig:
+  start_from: Literal["base", "sft"]  # base: the reward model's own pretrained weights
+  num_epochs: int
+  batch_size: int  # prompts
+  max_responses: int  # C: answers a prompt is padded to; a prompt with more is refused
+  ties: Literal["drop", "half"]
+  optim: OptimConfig
+  cross_validation_folds: int  # over labelers (sec 4.1); 0 = off
+  cross_validation_prompts: int  # prompts used by each fold's training
+
+  def validate(self, where: str):
+    _require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
+    _require(self.cross_validation_folds != 1, f"{where}.cross_validation_folds=1 must be 0 or >= 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+  num_iterations: int
+  batch_size: int  # episodes an iteration
+  num_minibatches: int
+  num_epochs: int  # inner epochs
+  temperature: float
+  behaviour_logprob: Literal["rollout", "rescore"]
+  beta: float  # KL coefficient (eq. 2)
+  kl_controller: Literal["fixed", "adaptive"]
+  kl_target: float  # nats a sample, adaptive only
+  kl_horizon: int  # episodes, adaptive only
+  gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
+  ptx_rows: int  # pretraining rows an episode
+  ptx_length: int  # tokens of a pretraining row
+  ptx_reduction: Literal["mean", "sum"]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
+  discount: float
+  gae_lambda: float
+  clip: float
+  value_clip: float | None
+  whiten_advantages: bool
+  whiten_rewards: bool
+  missing_eos: Literal["as_is", "fixed", "exclude"]
+  missing_eos_score: float  # the score when missing_eos='fixed'
+  ema_decay: float  # per iteration
+  max_kl: float  # nats a sample: above it the run stops with a message; 0 = no limit
+  policy_optim: OptimConfig
+  value_optim: OptimConfig
+
+  def validate(self, where: str):
+    _require(
+        self.batch_size % self.num_minibatches == 0,
+        f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
+    )
+    _require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
+    _require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
+    _require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
+    _require(0 <= self.ema_decay < 1, f"{where}.ema_decay={self.ema_decay} must be in [0, 1)")
+    _require(
+        self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
+        f"{where}.kl_target={self.kl_target} and kl_horizon={self.kl_horizon} must be > 0 for the adaptive controller",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+  num_prompts: int  # held-out prompts
+  samples_per_prompt: int
+  temperature: float
+  weights: Literal["ema", "raw"]  # which RL weights are judged
+  compare: tuple[str, ...]  # RL stages run for comparison besides the one asked for: of ppo, ppo_ptx
+  overoptimization: bool  # also run PPO with beta=0 and best-of-n, for the over-optimisation plot
+  overoptimization_iterations: int
+  overoptimization_learning_rate: float  # policy
+  best_of_n: int
+  bootstrap: int  # resamples over prompts for the 95% intervals
+  pretrain_batches: int  # validation rows for the pretraining loss, in batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  stage: str
+  preset: str
+  seed: int
+  model: ModelConfig
+  reward_model: ModelConfig  # also the value network, and the larger base that evaluate compares with
+  tokenizer: TokenizerConfig
+  data: DataConfig
+  mesh: MeshConfig
+  checkpoint: CheckpointConfig
+  log: LogConfig
+  pretrain: PretrainConfig
+  reward_pretrain: PretrainConfig  # the reward model's base
+  sft: SFTConfig
+  ppo_init: SFTConfig
+  collect: CollectConfig
+  rm: RMConfig
+  ppo: PPOConfig
+  evaluate: EvaluateConfig
+
+  def validate(self, where: str = "config"):
+    _require(self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}")
+    total = self.data.max_prompt_length + self.data.max_response_length
+    for name in ("model", "reward_model"):
+      limit = getattr(self, name).max_length
+      _require(
+          total <= limit,
+          f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
+      )
+
+
+def _require(condition: bool, message: str):
+  if not condition:
+    raise ValueError(message)

@@ -1,0 +1,126 @@
+"""Dimension key, and the pytree dataclasses that travel between the parts. Imports nothing of the project.
+
+Arrays end in dimension letters (`logprob_BR`):
+
+  B batch (rows)      L prompt + response      P prompt         R response       T generic time
+  C answers of one prompt (comparisons)        V vocabulary     N layers         D model width
+  H query heads       G key/value heads        K head width     F mlp width
+
+The pad id is always `vocab_size` (one past the last real token): pads have no embedding and no logit, so a policy
+cannot emit one, and EOS is never mistaken for padding (Departs from the common pad = EOS on purpose).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = jax.Array
+Params = Any  # nested dict of arrays
+
+
+def _pytree(cls):
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class PackedBatch:
+  """Rows of packed token sequences for language modelling.
+
+  Attributes:
+    token_BL: int32 ids; `vocab_size` where there is no token.
+    segment_BL: int32; 0 is padding, 1.. number the sequences of a row. Attention stays inside a segment.
+    position_BL: int32 position inside the segment, from 0.
+    weight_BL: float32 weight of predicting token_BL[:, t] from what precedes it in its segment: 0 for the first token
+      of a segment, for pads and for prompts whose loss is masked.
+  """
+
+  token_BL: Array
+  segment_BL: Array
+  position_BL: Array
+  weight_BL: Array
+
+
+@_pytree
+class RankedBatch:
+  """Prompts with up to C ranked answers each, right-padded.
+
+  Attributes:
+    token_BCL: int32 prompt + answer (with EOS when it has one), right-padded with `vocab_size`.
+    is_token_BCL: True on real tokens.
+    rank_BC: int32, 1 is best, equal ranks are ties; 0 where there is no answer.
+    is_answer_BC: True where there is an answer.
+  """
+
+  token_BCL: Array
+  is_token_BCL: Array
+  rank_BC: Array
+  is_answer_BC: Array
+
+
+@_pytree
+class PromptBatch:
+  """Left-padded prompts, so that all responses start at the same column.
+
+  Attributes:
+    token_BP: int32, left-padded with `vocab_size`.
+    is_prompt_BP: True on real tokens.
+    index_B: int32 row number in the global batch: the sampling key of a row is folded from it, so that what is sampled
+      does not depend on how the batch is sharded.
+  """
+
+  token_BP: Array
+  is_prompt_BP: Array
+  index_B: Array
+
+
+@_pytree
+class Rollout:
+  """Sampled responses.
+
+  Attributes:
+    token_BL: int32 prompt (left-padded to P) and response (R, right-padded after the EOS).
+    is_token_BL: True on real tokens.
+    is_response_BR: True on response tokens, the EOS included: a prefix of each row.
+    behaviour_logprob_BR: float32 log-probability of each response token under the distribution it was drawn from.
+    num_steps: int32 scalar, decode steps taken (fewer than R when every row ended early).
+  """
+
+  token_BL: Array
+  is_token_BL: Array
+  is_response_BR: Array
+  behaviour_logprob_BR: Array
+  num_steps: Array
+
+
+@_pytree
+class TrainState:
+  """State of a supervised stage (pretrain, sft, ppo_init, rm)."""
+
+  step: Array
+  params: Params
+  opt_state: Any
+  key: Array
+
+
+@_pytree
+class PPOState:
+  """All that one PPO iteration changes and the next one needs.
+
+  Attributes:
+    step: int32 iterations done.
+    params, opt_state: policy (float32 master weights) and its Adam state.
+    value_params, value_opt_state: the separate value network.
+    ema_params: exponential moving average of the policy's weights.
+    kl_coef: float32 beta, constant or adapted.
+    key: typed root key; iteration t uses fold_in(key, t).
+  """
+
+  step: Array
+  params: Params
+  opt_state: Any
+  value_params: Params
+  value_opt_state: Any
+  ema_params: Params
+  kl_coef: Array
+  key: Array
