@@ -238,7 +238,8 @@ class EvaluateConfig:
   overoptimization: bool  # also run PPO with beta=0 and best-of-n, for the over-optimisation plot
   overoptimization_iterations: int
   overoptimization_learning_rate: float  # policy
-  best_of_n: int
+  best_of_n: int  # N samples a prompt for best-of-n; below 2 = off
+  best_of_n_prompts: int
   bootstrap: int  # resamples over prompts for the 95% intervals
   pretrain_batches: int  # validation rows for the pretraining loss, in batches
 
@@ -278,3 +279,57 @@ class Config:
 def _require(condition: bool, message: str):
   if not condition:
     raise ValueError(message)
+
+
+def from_config_dict(config) -> Config:
+  """Frozen, validated Config from an ml_collections ConfigDict (or plain nested dict).
+
+  Raises:
+    ValueError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
+  """
+  plain = config.to_dict() if hasattr(config, "to_dict") else config
+  result = _build(Config, plain, "config")
+  _validate(result, "config")
+  return result
+
+
+def _validate(block, where: str):
+  for field in dataclasses.fields(block):
+    value = getattr(block, field.name)
+    if dataclasses.is_dataclass(value):
+      _validate(value, f"{where}.{field.name}")
+  if hasattr(block, "validate"):
+    block.validate(where)
+
+
+def _build(cls, values: dict, where: str):
+  hints = typing.get_type_hints(cls)
+  for name in values:
+    if name not in hints:
+      near = difflib.get_close_matches(name, hints, n=1)
+      suggestion = f"; did you mean {where}.{near[0]}?" if near else f"; known fields: {', '.join(hints)}"
+      raise ValueError(f"{where}.{name} is not a config field{suggestion}")
+  missing = [name for name in hints if name not in values]
+  _require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
+  return cls(**{name: _convert(hint, values[name], f"{where}.{name}") for name, hint in hints.items()})
+
+
+def _convert(hint, value: Any, where: str):
+  """The value as the field's type, or a ValueError that says what the field takes."""
+  if dataclasses.is_dataclass(hint):
+    _require(isinstance(value, dict), f"{where}={value!r} must be a block of fields")
+    return _build(hint, value, where)
+  origin, options = typing.get_origin(hint), typing.get_args(hint)
+  if origin is Literal:
+    _require(value in options, f"{where}={value!r} must be one of {', '.join(map(repr, options))}")
+    return value
+  if origin is types.UnionType:
+    return None if value is None else _convert(options[0], value, where)
+  if origin is tuple:
+    _require(isinstance(value, (tuple, list)), f"{where}={value!r} must be a tuple of {options[0].__name__}")
+    return tuple(_convert(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+  _require(right, f"{where}={value!r} must be of type {hint.__name__}, got {type(value).__name__}")
+  return value

@@ -19,11 +19,12 @@ Array = jax.Array
 Params = Any  # nested dict of arrays
 
 
-def _pytree(cls):
+def pytree(cls):
+  """Frozen dataclass registered as a JAX pytree; every field is a child."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-@_pytree
+@pytree
 class PackedBatch:
   """Rows of packed token sequences for language modelling.
 
@@ -41,7 +42,7 @@ class PackedBatch:
   weight_BL: Array
 
 
-@_pytree
+@pytree
 class RankedBatch:
   """Prompts with up to C ranked answers each, right-padded.
 
@@ -58,7 +59,7 @@ class RankedBatch:
   is_answer_BC: Array
 
 
-@_pytree
+@pytree
 class PromptBatch:
   """Left-padded prompts, so that all responses start at the same column.
 
@@ -74,7 +75,7 @@ class PromptBatch:
   index_B: Array
 
 
-@_pytree
+@pytree
 class Rollout:
   """Sampled responses.
 
@@ -93,7 +94,7 @@ class Rollout:
   num_steps: Array
 
 
-@_pytree
+@pytree
 class TrainState:
   """State of a supervised stage (pretrain, sft, ppo_init, rm)."""
 
@@ -103,7 +104,7 @@ class TrainState:
   key: Array
 
 
-@_pytree
+@pytree
 class PPOState:
   """All that one PPO iteration changes and the next one needs.
 

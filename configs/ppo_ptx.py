@@ -1,0 +1,7 @@
+"""Stage `ppo_ptx`."""
+
+from configs import models
+
+
+def get_config(preset: str | None = None):
+  return models.get("ppo_ptx", preset)

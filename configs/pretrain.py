@@ -1,0 +1,7 @@
+"""Stage `pretrain`."""
+
+from configs import models
+
+
+def get_config(preset: str | None = None):
+  return models.get("pretrain", preset)

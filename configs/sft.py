@@ -1,0 +1,7 @@
+"""Stage `sft`."""
+
+from configs import models
+
+
+def get_config(preset: str | None = None):
+  return models.get("sft", preset)

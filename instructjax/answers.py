@@ -1,0 +1,151 @@
+"""Answers of a policy to a list of prompts, on the host: for collecting comparisons, choosing an SFT epoch, evaluation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructjax import sampling, scoring, sharding
+from instructjax.context import Context
+from instructjax.structs import PromptBatch, Rollout
+
+_ROWS = 256  # rows of one compiled sampling call
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """Sampled answers, in the order of the prompts given; arrays hold one row an answer."""
+
+  text: list[str]
+  token_NL: np.ndarray
+  is_token_NL: np.ndarray
+  is_response_NR: np.ndarray
+  ended_N: np.ndarray
+
+
+def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+  """(token_NP int32, is_prompt_NP); every sequence must fit."""
+  token_NP = np.full((len(sequences), length), pad_id, np.int32)
+  for row, sequence in zip(token_NP, sequences):
+    row[length - len(sequence) :] = sequence
+  return token_NP, token_NP != pad_id
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id", "temperature"))
+def _generate(model, params, prompts, key, max_new_tokens, eos_id, temperature) -> Rollout:
+  return sampling.generate(
+      model, params, prompts, key, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature
+  )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score(model, params, token_BL, is_token_BL):
+  return scoring.sequence_score(model, params, token_BL, is_token_BL)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "prompt_length", "temperature"))
+def _logprob(model, params, token_BL, is_token_BL, prompt_length, temperature):
+  return scoring.response_logprob(
+      model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
+  )
+
+
+def _in_chunks(function, num_rows: int, *arrays):
+  """Calls `function` on equal chunks of rows, the last one filled up with repeats that are dropped."""
+  rows = min(_ROWS, num_rows)
+  outputs = []
+  for start in range(0, num_rows, rows):
+    index = np.minimum(np.arange(start, start + rows), num_rows - 1)
+    outputs.append(jax.tree.map(np.asarray, function(start, *(a[index] for a in arrays))))
+  return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *outputs)
+
+
+def sample(
+    ctx: Context,
+    model,
+    params,
+    prompts: list[list[int]],
+    key,
+    *,
+    temperature: float,
+    prompt_length: int | None = None,
+    to_newline: bool = False,
+) -> Answers:
+  """One answer a prompt (repeat a prompt in the list for several).
+
+  Args:
+    prompts: token lists.
+    prompt_length: columns for the prompt; the data config's limit if None.
+    to_newline: an answer ends at its first newline instead of EOS, as a base model's does.
+    temperature: 0 is greedy.
+  Raises:
+    ValueError: a prompt is longer than prompt_length.
+  """
+  length = prompt_length or ctx.config.data.max_prompt_length
+  longest = max(map(len, prompts), default=0)
+  if longest > length:
+    raise ValueError(f"prompt of {longest} tokens must not exceed {length} tokens")
+  tokenizer = ctx.tokenizer
+  max_new = ctx.config.data.max_response_length
+  end_id = tokenizer.newline_id if to_newline else tokenizer.eos_id
+
+  def one(start, token_BP, is_prompt_BP):
+    index_B = start + np.arange(len(token_BP), dtype=np.int32)
+    batch = sharding.place_rows(ctx.mesh, PromptBatch(token_BP, is_prompt_BP, index_B))
+    rollout = _generate(model, params, batch, key, max_new, end_id, float(temperature))
+    return rollout.token_BL, rollout.is_token_BL, rollout.is_response_BR
+
+  token_NL, is_token_NL, is_response_NR = _in_chunks(
+      one, len(prompts), *pad_left(prompts, length, tokenizer.pad_id)
+  )
+  response_NR = np.where(is_response_NR, token_NL[:, length:], tokenizer.pad_id)
+  return Answers(
+      text=decode(tokenizer, response_NR),
+      token_NL=token_NL,
+      is_token_NL=is_token_NL,
+      is_response_NR=is_response_NR,
+      ended_N=np.any(response_NR == end_id, axis=1),
+  )
+
+
+def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.ndarray) -> Answers:
+  """Answers given as text, tokenized as reward-model data is, with EOS where the answer ended; right-padded."""
+  tokenizer, data = ctx.tokenizer, ctx.config.data
+  length = data.max_prompt_length + data.max_response_length
+  token_NL = np.full((len(text), length), tokenizer.pad_id, np.int32)
+  is_response_NR = np.zeros((len(text), length), bool)
+  for row, is_response_R, prompt, answer, ended in zip(token_NL, is_response_NR, prompts, text, ended_N):
+    start = tokenizer.encode(prompt)
+    # Text sampled at the limit may need more pieces when tokenized anew: it is cut to fit.
+    sequence = (start + tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:length]
+    row[: len(sequence)] = sequence
+    is_response_R[len(start) : len(sequence)] = True
+  return Answers(text, token_NL, token_NL != tokenizer.pad_id, is_response_NR, ended_N)
+
+
+def decode(tokenizer, response_NR: np.ndarray) -> list[str]:
+  """Texts of response rows: EOS and pads dropped, surrounding blanks stripped."""
+  stop = (tokenizer.eos_id, tokenizer.pad_id)
+  return [tokenizer.decode([int(t) for t in row if t not in stop]).strip() for row in response_NR]
+
+
+def score(ctx: Context, model, params, answers: Answers) -> np.ndarray:
+  """Reward-model score of each answer, float32 [N]."""
+
+  def one(_, token_BL, is_token_BL):
+    return _score(model, params, *sharding.place_rows(ctx.mesh, (token_BL, is_token_BL)))
+
+  return _in_chunks(one, len(answers.text), answers.token_NL, answers.is_token_NL)
+
+
+def logprob(ctx: Context, model, params, answers: Answers, temperature: float) -> np.ndarray:
+  """Log-probability of each answer, its tokens summed, float32 [N], in nats."""
+  prompt_length = answers.token_NL.shape[1] - answers.is_response_NR.shape[1]
+
+  def one(_, token_BL, is_token_BL):
+    batch = sharding.place_rows(ctx.mesh, (token_BL, is_token_BL))
+    return jnp.sum(_logprob(model, params, *batch, prompt_length, float(temperature)), axis=1)
+
+  return _in_chunks(one, len(answers.text), answers.token_NL, answers.is_token_NL)

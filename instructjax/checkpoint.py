@@ -1,0 +1,379 @@
+"""Saving, finding and restoring training state, and the small files beside it.
+
+Called by `loop` (save and resume), by the stages (weights of an earlier stage, `done.json`) and by
+`main` (the lock of the workdir). A checkpoint holds the whole state, the position in the data and
+what the run was made with; orbax writes it in the background and renames it into place when it is
+complete. Knows nothing of models or stages.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+from jax.experimental import multihost_utils
+
+from instructjax.errors import UserError, reason, writing
+
+_FOLDER = "checkpoints"  # inside the directory of a stage
+_DONE = "done.json"
+_LOCK = ".lock"
+
+
+class Checkpoints:
+  """The checkpoints of one stage. A context manager: leaving it waits for the disk.
+
+  Keeps the `keep` newest, all of `keep_steps`, and the best of those saved with `best_metric`.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    *,
+    keep: int,
+    keep_steps: Iterable[int] = (),
+    best_metric: str | None = None,
+    best_mode: Literal["min", "max"] = "min",
+  ):
+    self._folder = (pathlib.Path(directory) / _FOLDER).absolute()
+    self._keep = keep
+    self._keep_steps = frozenset(keep_steps)
+    self._best_metric = best_metric
+    self._best = {"min": min, "max": max}[best_mode]
+    self._metric = {}  # step -> value of best_metric
+    self._saving = None  # step being written
+
+  def __enter__(self) -> Self:
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(_quiet_orbax())
+      with writing(self._folder):
+        self._folder.mkdir(parents=True, exist_ok=True)
+      if jax.process_index() == 0:
+        _clear_half_written(self._folder)
+      multihost_utils.sync_global_devices("half-written checkpoints cleared")
+      options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False)
+      self._manager = stack.enter_context(ocp.CheckpointManager(self._folder, options=options))
+      for step in self._manager.all_steps():
+        self._note_metric(step, read_meta(self._folder.parent, step)["metrics"])
+      self._open = stack.pop_all()
+    return self
+
+  def __exit__(self, kind, error, traceback):
+    with self._open:
+      try:
+        self.wait()
+      except UserError:
+        if error is None:  # an error under way says more than a save that failed in its wake
+          raise
+
+  def latest_step(self) -> int | None:
+    """Newest complete checkpoint, None when there is none."""
+    return self._manager.latest_step()
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """orbax's PreservationPolicy: which of `checkpoints`, oldest first, stay."""
+    del context
+    steps = [info.step for info in checkpoints]
+    kept = set(steps[-self._keep :]) | self._keep_steps
+    known = [step for step in steps if step in self._metric]
+    if known:
+      kept.add(self._best(known, key=self._metric.__getitem__))
+    return [step in kept for step in steps]
+
+  def save(
+    self, step: int, state: Any, data: Any, metrics: Mapping, fingerprint: Mapping[str, str]
+  ):
+    """Copies the state to the host and returns; the disk is written in the background.
+
+    Args:
+      step: steps done.
+      state: pytree of arrays; may be donated as soon as this returns.
+      data: this process's position in the data, JSON-serialisable.
+      metrics: numbers kept with the checkpoint, `best_metric` among them where it is known.
+      fingerprint: what a run that resumes from here must match, part -> hash.
+    """
+    self.wait()
+    self._require_space(step, state)
+    self._note_metric(step, metrics)
+    meta = {"step": step, "metrics": dict(metrics), "fingerprint": dict(fingerprint)}
+    with writing(self._folder / str(step)):
+      self._saving = step
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          data=ocp.args.JsonSave({"processes": _gather_json(data)}),
+          meta=ocp.args.JsonSave(meta),
+        ),
+      )
+
+  def wait(self):
+    """Returns when what was saved is on disk; raises UserError when it could not be written."""
+    with writing(self._folder / str(self._saving)):
+      self._manager.wait_until_finished()
+
+  def restore(self, step: int, state: Any, fingerprint: Mapping[str, str]) -> tuple[Any, Any]:
+    """The state and the data position saved at `step`, bit for bit.
+
+    Args:
+      step: a complete checkpoint.
+      state: freshly made state: its structure, shapes and shardings are what is restored. Its
+        buffers are released first, so that a state that barely fits can be resumed.
+      fingerprint: must equal what the checkpoint was saved with.
+    Returns:
+      (state, data).
+    Raises:
+      ValueError: another fingerprint, or another number of processes.
+      UserError: the files cannot be read.
+    """
+    directory = self._folder.parent
+    _require_same_run(directory, read_meta(directory, step)["fingerprint"], fingerprint)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    for leaf in jax.tree.leaves(state):
+      if isinstance(leaf, jax.Array):
+        leaf.delete()
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    restored = _read(self._folder / str(step), lambda: self._manager.restore(step, args=args))
+    states = restored["data"]["processes"]
+    if len(states) != jax.process_count():
+      raise ValueError(
+        f"cannot resume {directory}: it was saved by {len(states)} processes, each at its own place"
+        f" in the data, and this run has {jax.process_count()}. Use {len(states)} processes, or"
+        " another --workdir."
+      )
+    return restored["state"], states[jax.process_index()]
+
+  def _note_metric(self, step: int, metrics: Mapping):
+    if self._best_metric in metrics:
+      self._metric[step] = metrics[self._best_metric]
+
+  def _require_space(self, step: int, state: Any):
+    """Finds a full disk beforehand: found while writing, orbax prints hundreds of lines."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if needed > free:
+      with writing(self._folder / str(step)):
+        raise OSError(
+          f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
+        )
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints of a stage, ascending."""
+  folder = pathlib.Path(directory) / _FOLDER
+  if not folder.is_dir():
+    return []
+  return sorted(
+    int(path.name) for path in folder.iterdir() if path.name.isdigit() and _is_complete(path)
+  )
+
+
+def read_meta(directory: pathlib.Path, step: int) -> dict:
+  """{'step', 'metrics', 'fingerprint'} of a saved step."""
+  path = pathlib.Path(directory) / _FOLDER / str(step)
+  return _read(path, lambda: json.loads((path / "meta" / "metadata").read_text()))
+
+
+def best_step(directory: pathlib.Path, metric: str, mode: Literal["min", "max"] = "min") -> int:
+  """Step whose saved `metric` is lowest or highest, the earliest of equals."""
+  value = {
+    step: read_meta(directory, step)["metrics"].get(metric) for step in saved_steps(directory)
+  }
+  known = [step for step in value if value[step] is not None]
+  if not known:
+    raise UserError(f"no checkpoint in {directory} was saved with the metric {metric!r}")
+  return {"min": min, "max": max}[mode](known, key=value.__getitem__)
+
+
+def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
+  """Restores only the named part of a saved state: {'params': ...} out of a PPO state, say.
+
+  Args:
+    directory: directory of a stage (the one with `checkpoints/` in it).
+    abstract: the state's structure cut down to what is wanted, of arrays or of ShapeDtypeStruct
+      (with a sharding). Fields of a dataclass are named as keys of a dict. Another dtype converts.
+    step: None for the newest.
+  Returns:
+    A tree like `abstract`.
+  Raises:
+    UserError: no such checkpoint, unreadable, or not of these names and shapes.
+  """
+  steps = saved_steps(directory)
+  if not steps or (step is not None and step not in steps):
+    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+    raise UserError(f"{wanted} in {directory} (complete ones: {steps or 'none'})")
+  path = pathlib.Path(directory).absolute() / _FOLDER / str(steps[-1] if step is None else step)
+  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
+  args = ocp.args.PyTreeRestore(
+    item=abstract,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+    partial_restore=True,
+  )
+  with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    saved = _shapes(_read(path, lambda: checkpointer.metadata(path / "state").item_metadata.tree))
+    for name, shape in _shapes(
+      abstract
+    ).items():  # a partial restore would pass over both mistakes in silence
+      if saved.get(name) != shape:
+        found = f"has shape {saved[name]}" if name in saved else "is missing"
+        raise UserError(
+          f"{path} does not fit this model: {name} must have shape {shape} and {found}"
+        )
+    return _read(path, lambda: checkpointer.restore(path / "state", args=args))
+
+
+def load_params(
+  directory: pathlib.Path, abstract_params: Any, step: int | None = None, name: str = "params"
+) -> Any:
+  """Restores one field of a saved state: `params`, `ema_params`, `value_params`."""
+  return load_state_item(directory, {name: abstract_params}, step)[name]
+
+
+def tree_fingerprint(tree: Any) -> str:
+  """sha256 of names, shapes, dtypes and bytes of a pytree, the same however it is sharded."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.asarray(leaf)
+    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def write_done(directory: pathlib.Path, result: dict):
+  """Marks a stage as finished, with its result; the file is whole or absent."""
+  if jax.process_index() != 0:
+    return
+  path = pathlib.Path(directory) / _DONE
+  path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text(json.dumps(result, indent=1) + "\n")
+  os.replace(scratch, path)
+
+
+def read_done(directory: pathlib.Path) -> dict | None:
+  """The result of a finished stage, None when it is not finished."""
+  path = pathlib.Path(directory) / _DONE
+  if not path.is_file():
+    return None
+  return _read(path, lambda: json.loads(path.read_text()))
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir for this run: two would overwrite each other. A dying run frees it."""
+  if jax.process_index() != 0:
+    yield
+    return
+  path = pathlib.Path(workdir) / _LOCK
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path, "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise UserError(
+        f"{workdir} is in use by another run ({file.read().strip()}): wait for it, stop it, or use"
+        " another --workdir"
+      ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
+
+
+def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
+  """read(), with whatever damaged files make it raise as one UserError."""
+  with _quiet_orbax(), warnings.catch_warnings():
+    warnings.filterwarnings(
+      "ignore", f"coroutine '{_HANGING_READ}' was never awaited", RuntimeWarning
+    )
+    try:
+      return read()
+    except Exception as error:  # orbax and tensorstore raise bare Exception for damaged files
+      why = reason(error)
+  raise UserError(
+    f"cannot read {path}: {why}. If it is damaged, delete it and run again: the run goes on from"
+    " what was saved before."
+  )
+
+
+def _is_complete(path: pathlib.Path) -> bool:
+  return all(
+    (path / part).is_file() for part in ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
+  )
+
+
+def _clear_half_written(folder: pathlib.Path):
+  for path in folder.iterdir():
+    if ".orbax-checkpoint-tmp" in path.name:
+      shutil.rmtree(path, ignore_errors=True)
+    elif path.name.isdigit() and not _is_complete(
+      path
+    ):  # a copy that broke off, say: not ours to delete
+      path.rename(path.with_name(f"{path.name}.incomplete"))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  }
+
+
+def _require_same_run(
+  directory: pathlib.Path, saved: Mapping[str, str], current: Mapping[str, str]
+):
+  for part in sorted(saved.keys() | current.keys()):
+    old, new = saved.get(part, "none"), current.get(part, "none")
+    if old != new:
+      raise ValueError(
+        f"cannot resume {directory}: it was made with another {part} ({old[:8]}, this run has"
+        f" {new[:8]}). Use another --workdir, or the {part} it was made with."
+      )
+
+
+def _gather_json(value: Any) -> list:
+  """The value of every process, in order of process."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length_P = multihost_utils.process_allgather(np.int32(text.size))
+  text_PT = multihost_utils.process_allgather(np.pad(text, (0, int(length_P.max()) - text.size)))
+  return [
+    json.loads(text_T[:length].tobytes()) for text_T, length in zip(text_PT, length_P, strict=True)
+  ]
+
+
+_HANGING_READ = "_read_array_index_and_device_put"
+
+
+@contextlib.contextmanager
+def _quiet_orbax():
+  """Orbax logs thirty lines a save; what fails it also raises, and that is what the user sees.
+
+  When one array of many cannot be read, orbax 0.12 leaves the other reads hanging, and each
+  complains at length when it is collected.
+  """
+  hook, level = sys.unraisablehook, absl_logging.get_verbosity()
+  sys.unraisablehook = lambda event: None if _HANGING_READ in repr(event.object) else hook(event)
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  try:
+    yield
+  finally:
+    sys.unraisablehook = hook
+    absl_logging.set_verbosity(level)

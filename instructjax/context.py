@@ -1,0 +1,120 @@
+"""What every stage is handed: config, workdir, mesh, tokenizer, records, and what makes two runs of a stage the same.
+
+Called by the stages and pipeline.py. Imports no stage.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import zlib
+
+import jax
+from jax.sharding import Mesh
+
+from instructjax import checkpoint, loop
+from instructjax.config import Config, ModelConfig
+from instructjax.data import pipeline as data_pipeline
+from instructjax.data import sources
+from instructjax.data.tokenizer import Tokenizer
+from instructjax.models import transformer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Context:
+  """One pipeline run. Records and token lists are read once and kept."""
+
+  config: Config
+  workdir: pathlib.Path
+  mesh: Mesh
+  tokenizer: Tokenizer
+
+  def directory(self, stage: str) -> pathlib.Path:
+    return self.workdir / stage
+
+  def key(self, stage: str) -> jax.Array:
+    """The stage's own root key: a function of the run's seed and the stage's name."""
+    return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()))
+
+  def data_seed(self, stage: str) -> int:
+    return zlib.crc32(f"{self.config.seed}/{stage}".encode()) & 0x7FFFFFFF
+
+  @functools.cache
+  def records(self, kind: str, split: str) -> list:
+    """Records of `kind` from the source the config names, seeded by the run."""
+    data = self.config.data
+    spec = getattr(data, kind)
+    if kind == "comparisons" and self.collects:
+      spec, split = f"jsonl:{self.directory('collect') / split}.jsonl", "all"
+    return sources.load(
+        spec, kind, split, seed=self.config.seed,
+        validation_fraction=data.validation_fraction, on_bad_record=data.on_bad_record,
+    )
+
+  @functools.cache
+  def document_tokens(self, split: str) -> list[list[int]]:
+    return [self.tokenizer.encode(record.text) for record in self.records("documents", split)]
+
+  @functools.cache
+  def prompt_tokens(self, split: str) -> list[list[int]]:
+    """Token lists of the prompts that fit max_prompt_length, as in App. C (longer ones are filtered, counted)."""
+    return data_pipeline.tokenize_prompts(
+        self.records("prompts", split), self.tokenizer, max_prompt_length=self.config.data.max_prompt_length
+    )[0]
+
+  def model(self, role: str) -> transformer.Model:
+    """The network definition of `policy` (also the reference), `reward` (also value) or `reward_base`."""
+    cfg, head = {
+        "policy": (self.config.model, "lm"),
+        "reward": (self.config.reward_model, "scalar"),
+        "reward_base": (self.config.reward_model, "lm"),
+    }[role]
+    return transformer.make_model(cfg, self.tokenizer.vocab_size, head)
+
+  @property
+  def collects(self) -> bool:
+    """Whether comparisons are collected from simulated labelers (stage `collect`) instead of read."""
+    return self.config.data.comparisons == "demo:"
+
+  @property
+  def batch_shards(self) -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def same_network(a: ModelConfig, b: ModelConfig) -> bool:
+  return a == b
+
+
+def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> dict[str, str]:
+  """What a resumed or reused stage must have in common with the one on disk.
+
+  Args:
+    ctx: the run.
+    blocks: name -> config dataclass or plain value that the stage depends on.
+    parents: stages whose finished weights or files this one starts from.
+  Returns:
+    name -> canonical JSON or hash; `parent:NAME` entries carry the parents' own fingerprints on.
+  """
+
+  def canonical(value) -> str:
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return json.dumps(plain, sort_keys=True)
+
+  result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
+  result["config.seed"] = canonical(ctx.config.seed)
+  result["tokenizer"] = ctx.tokenizer.fingerprint
+  for parent in parents:
+    done = checkpoint.read_done(ctx.directory(parent))
+    result[f"parent:{parent}"] = hashlib.sha256(canonical(done["fingerprint"]).encode()).hexdigest()
+  return result
+
+
+def stage_run(ctx: Context, stage: str, blocks: dict, parents: tuple[str, ...] = ()) -> loop.StageRun:
+  return loop.StageRun(
+      name=stage,
+      directory=ctx.directory(stage),
+      checkpoint=ctx.config.checkpoint,
+      log=ctx.config.log,
+      fingerprint=fingerprint(ctx, blocks, parents),
+  )

@@ -1,0 +1,77 @@
+"""Packing token sequences of unequal length into rows of one length, with segment ids.
+
+Called by `pipeline`. Imports structs only.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+
+from instructjax.structs import PackedBatch
+
+
+def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
+  """Groups sequences into rows: longest first, each into the fullest row that has room for it.
+
+  Best-fit decreasing, ties in the order given: O(n log n), and close to the fewest rows possible.
+
+  Args:
+    sequence_lengths: tokens in each sequence.
+    length: tokens a row holds.
+  Returns:
+    Rows of indices into `sequence_lengths`; every index is in exactly one row.
+  """
+  rows: list[list[int]] = []
+  room: list[
+    tuple[int, int]
+  ] = []  # (tokens left, row), sorted: the first that is large enough is the fullest
+  for index in sorted(range(len(sequence_lengths)), key=lambda i: -sequence_lengths[i]):
+    needed = sequence_lengths[index]
+    if not 0 < needed <= length:
+      raise ValueError(f"a sequence of {needed} tokens does not fit rows of length={length}")
+    found = bisect.bisect_left(room, (needed, 0))
+    if found < len(room):
+      left, row = room.pop(found)
+    else:
+      left, row = length, len(rows)
+      rows.append([])
+    rows[row].append(index)
+    if left > needed:
+      bisect.insort(room, (left - needed, row))
+  return rows
+
+
+def pack_rows(
+  sequences: Sequence[Sequence[int]], num_unweighted: Sequence[int], *, length: int, vocab_size: int
+) -> PackedBatch:
+  """All sequences packed into rows.
+
+  Args:
+    sequences: token ids.
+    num_unweighted: how many leading tokens of each sequence carry no loss (its prompt); a
+      sequence's first token never does, for nothing precedes it.
+    length: tokens a row holds.
+    vocab_size: the id of pads.
+  """
+  rows = pack([len(sequence) for sequence in sequences], length)
+  token_BL = np.full((len(rows), length), vocab_size, np.int32)
+  segment_BL = np.zeros_like(token_BL)
+  position_BL = np.zeros_like(token_BL)
+  weight_BL = np.zeros(token_BL.shape, np.float32)
+  position_L = np.arange(length, dtype=np.int32)
+  for row, members in enumerate(rows):
+    start = 0
+    for segment, index in enumerate(members, start=1):
+      stop = start + len(sequences[index])
+      token_BL[row, start:stop] = sequences[index]
+      segment_BL[row, start:stop] = segment
+      position_BL[row, start:stop] = position_L[: stop - start]
+      weight_BL[row, start + max(1, num_unweighted[index]) : stop] = 1
+      start = stop
+  return PackedBatch(token_BL, segment_BL, position_BL, weight_BL)
+
+
+def split_long(sequence: Sequence[int], length: int) -> list[Sequence[int]]:
+  """A sequence as pieces of at most `length` tokens, in order."""
+  return [sequence[start : start + length] for start in range(0, len(sequence), length)]

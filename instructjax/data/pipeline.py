@@ -1,0 +1,425 @@
+"""Batches of numpy arrays: tokenized, filtered by length, shuffled, sharded, resumable.
+
+Called by the stages. Imports structs and the rest of `data`; no model, no config.
+
+Every `*_batches` function returns an endless `Batches` over one list of rows:
+  - Each pass over the rows is a fresh permutation, a function of (seed, pass): it holds every row
+    exactly once.
+  - Passes follow one another without a gap: the batch at the end of a pass is filled up from the
+    next. So nothing is left out, and a batch larger than the data wraps around it.
+  - Process p of n gets rows p/n to (p+1)/n of each global batch; all processes together get what
+    one alone would.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from instructjax.data import packing
+from instructjax.data.records import Demonstration, Prompt, Ranking
+from instructjax.data.tokenizer import Tokenizer
+from instructjax.structs import PackedBatch, PromptBatch, RankedBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstrationTokens:
+  """Token ids of a demonstration; the response is without EOS, which `sft_batches` adds."""
+
+  prompt: list[int]
+  response: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingTokens:
+  """Token ids of a ranking; a response ends in EOS unless it was cut off at the length limit."""
+
+  prompt: list[int]
+  responses: list[list[int]]
+  ranks: list[int]
+  labeler: str | None
+
+
+def tokenize_prompts(
+  records: Sequence[Prompt], tokenizer: Tokenizer, *, max_prompt_length: int
+) -> tuple[list[list[int]], dict[str, int]]:
+  """Token ids of the prompts of at most max_prompt_length tokens (App. C), and counts.
+
+  Counts, here and below: kept (records), long_prompts (records), long_responses (responses).
+  """
+  prompts = [tokenizer.encode(record.prompt) for record in records]
+  kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
+  return kept, _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
+
+
+def tokenize_demonstrations(
+  records: Sequence[Demonstration],
+  tokenizer: Tokenizer,
+  *,
+  max_prompt_length: int,
+  max_response_length: int,
+) -> tuple[list[DemonstrationTokens], dict[str, int]]:
+  """Token ids of the demonstrations that fit, and counts.
+
+  One whose response and EOS exceed max_response_length tokens is left out: cut, it would teach to
+  stop in the middle.
+  """
+  kept = []
+  long_prompts = long_responses = 0
+  for record in records:
+    prompt, response = tokenizer.encode(record.prompt), tokenizer.encode(record.response)
+    if len(prompt) > max_prompt_length:
+      long_prompts += 1
+    elif len(response) + 1 > max_response_length:
+      long_responses += 1
+    else:
+      kept.append(DemonstrationTokens(prompt, response))
+  return kept, _report(
+    "demonstrations", len(kept), long_prompts=long_prompts, long_responses=long_responses
+  )
+
+
+def tokenize_rankings(
+  records: Sequence[Ranking],
+  tokenizer: Tokenizer,
+  *,
+  max_prompt_length: int,
+  max_response_length: int,
+) -> tuple[list[RankingTokens], dict[str, int]]:
+  """Token ids of the rankings that fit, and counts.
+
+  A response of exactly max_response_length tokens gets no EOS: a policy's answer that long was cut
+  off there. A longer one leaves its ranking, and a ranking with fewer than two answers left is left
+  out.
+  """
+  kept = []
+  long_prompts = long_responses = 0
+  for record in records:
+    prompt = tokenizer.encode(record.prompt)
+    if len(prompt) > max_prompt_length:
+      long_prompts += 1
+      continue
+    responses, ranks = [], []
+    for text, rank in zip(record.responses, record.ranks, strict=True):
+      response = tokenizer.encode(text)
+      if len(response) <= max_response_length:
+        responses.append(response + [tokenizer.eos_id] * (len(response) < max_response_length))
+        ranks.append(rank)
+    long_responses += len(record.responses) - len(responses)
+    if len(responses) >= 2:
+      kept.append(RankingTokens(prompt, responses, ranks, record.labeler))
+  return kept, _report(
+    "comparisons", len(kept), long_prompts=long_prompts, long_responses=long_responses
+  )
+
+
+def _report(kind: str, kept: int, **left_out: int) -> dict[str, int]:
+  """Logs what was left out for length and returns all counts; raises when nothing is kept."""
+  if any(left_out.values()):
+    reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
+    logger.warning("%s: kept %d; left out for length: %s", kind, kept, reasons)
+  if not kept and any(left_out.values()):
+    raise ValueError(
+      f"{kind}: every record is too long ({reasons});"
+      " raise data.max_prompt_length or data.max_response_length"
+    )
+  return {"kept": kept, **left_out}
+
+
+class Batches:
+  """An endless iterator of batches whose place can be saved and restored exactly.
+
+  Attributes:
+    steps_per_epoch: batches after which every row has been seen at least once: rows / batch_size,
+      rounded up.
+  """
+
+  def __init__(
+    self,
+    rows: Any,
+    gather: Callable[[np.ndarray, np.ndarray], Any],
+    *,
+    num_rows: int,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+  ):
+    """Use the `*_batches` functions.
+
+    Args:
+      rows: all data, a list or a pytree of arrays; read here only to recognise it in `set_state`.
+      gather: (row numbers, their places in the global batch) -> batch.
+      num_rows: rows in the data.
+      batch_size: rows of the global batch, over all processes.
+      seed: any non-negative integer.
+      process_index, process_count: which share of each batch is this process's.
+    """
+    if not num_rows:
+      raise ValueError("cannot make batches: there is no data")
+    if batch_size <= 0 or batch_size % process_count:
+      raise ValueError(
+        f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
+      )
+    self.steps_per_epoch = -(-num_rows // batch_size)
+    self._identity = {
+      "batch_size": batch_size,
+      "seed": seed,
+      "rows": num_rows,
+      "checksum": _checksum(rows),
+    }
+    share = batch_size // process_count
+    source = _BatchSource(
+      num_rows, batch_size, seed, range(share * process_index, share * (process_index + 1)), gather
+    )
+    # No threads: at small sizes a hand-over costs more than a batch.
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(read_options))
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    return next(self._iterator)
+
+  def get_state(self) -> dict:
+    """Where the iterator stands, as JSON values; the same in every process."""
+    return {"iterator": self._iterator.get_state(), **self._identity}
+
+  def set_state(self, state: dict):
+    """Goes on where `get_state` was called; refuses the state of other data, batch size or seed."""
+    for name, value in self._identity.items():
+      if state.get(name) != value:
+        raise ValueError(
+          f"cannot resume the data: {name} was {state.get(name)} when saved and is {value} now"
+        )
+    self._iterator.set_state(state["iterator"])
+
+
+class _BatchSource:
+  """Batch number -> batch, as a grain data source.
+
+  Items are whole batches because grain's own shuffle, repeat and batch run Python once a row:
+  1.6 ms against 0.04 ms for 64 rows.
+  """
+
+  def __init__(self, num_rows: int, batch_size: int, seed: int, places: range, gather: Callable):
+    self._num_rows, self._batch_size, self._seed, self._gather = num_rows, batch_size, seed, gather
+    self._place_b = np.arange(places.start, places.stop, dtype=np.int32)
+    self._permutation = functools.lru_cache(maxsize=2)(
+      self._draw_permutation
+    )  # a batch seldom meets more passes
+
+  def __len__(self) -> int:
+    return sys.maxsize // self._batch_size
+
+  def __getitem__(self, step: int):
+    epoch_b, index_b = np.divmod(
+      step * self._batch_size + self._place_b.astype(np.int64), self._num_rows
+    )
+    row_b = np.empty_like(index_b)
+    for epoch in range(epoch_b[0], epoch_b[-1] + 1):
+      here = epoch_b == epoch
+      row_b[here] = self._permutation(epoch)[index_b[here]]
+    return self._gather(row_b, self._place_b)
+
+  def _draw_permutation(self, epoch: int) -> np.ndarray:
+    return np.random.default_rng((self._seed, epoch)).permutation(self._num_rows)
+
+
+class ZippedBatches:
+  """Several `Batches` advanced together; yields and saves dicts by name."""
+
+  def __init__(self, parts: dict[str, Batches]):
+    self._parts = dict(parts)
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, Any]:
+    return {name: next(part) for name, part in self._parts.items()}
+
+  def get_state(self) -> dict:
+    return {name: part.get_state() for name, part in self._parts.items()}
+
+  def set_state(self, state: dict):
+    if state.keys() != self._parts.keys():
+      raise ValueError(
+        f"cannot resume the data: saved for {sorted(state)}, now {sorted(self._parts)}"
+      )
+    for name, part in self._parts.items():
+      part.set_state(state[name])
+
+
+def zip_batches(parts: dict[str, Batches]) -> ZippedBatches:
+  return ZippedBatches(parts)
+
+
+def lm_batches(
+  documents: Sequence[Sequence[int]],
+  *,
+  length: int,
+  batch_size: int,
+  seed: int,
+  vocab_size: int,
+  eos_id: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Batches of PackedBatch for language modelling: documents, each with its EOS.
+
+  A document longer than a row is split into pieces of `length` tokens, which do not see each other.
+  """
+  pieces = [
+    piece for document in documents for piece in packing.split_long([*document, eos_id], length)
+  ]
+  rows = packing.pack_rows(pieces, [0] * len(pieces), length=length, vocab_size=vocab_size)
+  return _packed_batches(rows, batch_size, seed, process_index, process_count)
+
+
+def sft_batches(
+  demonstrations: Sequence[DemonstrationTokens],
+  *,
+  length: int,
+  batch_size: int,
+  seed: int,
+  vocab_size: int,
+  eos_id: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Batches of PackedBatch of whole demonstrations, with loss on the response and its EOS only."""
+  sequences = [[*item.prompt, *item.response, eos_id] for item in demonstrations]
+  num_prompt = [len(item.prompt) for item in demonstrations]
+  rows = packing.pack_rows(sequences, num_prompt, length=length, vocab_size=vocab_size)
+  return _packed_batches(rows, batch_size, seed, process_index, process_count)
+
+
+def _packed_batches(
+  rows: PackedBatch, batch_size: int, seed: int, process_index: int, process_count: int
+) -> Batches:
+  return Batches(
+    rows,
+    lambda row_b, place_b: jax.tree.map(lambda array: array[row_b], rows),
+    num_rows=len(rows.token_BL),
+    batch_size=batch_size,
+    seed=seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def ranking_batches(
+  rankings: Sequence[RankingTokens],
+  *,
+  max_responses: int,
+  length: int,
+  batch_size: int,
+  seed: int,
+  vocab_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Batches of RankedBatch; batch_size counts prompts, as in C.2."""
+  rankings = list(rankings)
+  for item in rankings:
+    if len(item.responses) > max_responses:
+      raise ValueError(
+        f"a prompt has {len(item.responses)} ranked responses;"
+        f" raise rm.max_responses={max_responses}"
+      )
+  form = functools.partial(
+    ranked_batch, max_responses=max_responses, length=length, vocab_size=vocab_size
+  )
+  return Batches(
+    rankings,
+    lambda row_b, place_b: form([rankings[row] for row in row_b]),
+    num_rows=len(rankings),
+    batch_size=batch_size,
+    seed=seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def ranked_batch(
+  rankings: Sequence[RankingTokens], *, max_responses: int, length: int, vocab_size: int
+) -> RankedBatch:
+  """One RankedBatch of the rankings, in order."""
+  shape = (len(rankings), max_responses, length)
+  token_BCL = np.full(shape, vocab_size, np.int32)
+  is_token_BCL = np.zeros(shape, bool)
+  rank_BC = np.zeros(shape[:2], np.int32)
+  for row, item in enumerate(rankings):
+    rank_BC[row, : len(item.ranks)] = item.ranks
+    for column, response in enumerate(item.responses):
+      stop = len(item.prompt) + len(response)
+      token_BCL[row, column, :stop] = item.prompt + response
+      is_token_BCL[row, column, :stop] = True
+  return RankedBatch(token_BCL, is_token_BCL, rank_BC, is_answer_BC=rank_BC > 0)
+
+
+def prompt_batches(
+  prompts: Sequence[Sequence[int]],
+  *,
+  length: int,
+  batch_size: int,
+  seed: int,
+  vocab_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Batches:
+  """Batches of PromptBatch, left-padded to `length`."""
+  prompts = [list(prompt) for prompt in prompts]
+  for prompt in prompts:
+    if not 0 < len(prompt) <= length:
+      raise ValueError(
+        f"a prompt of {len(prompt)} tokens does not fit length={length}; see tokenize_prompts"
+      )
+  return Batches(
+    prompts,
+    lambda row_b, place_b: prompt_batch(
+      [prompts[row] for row in row_b], place_b, length, vocab_size
+    ),
+    num_rows=len(prompts),
+    batch_size=batch_size,
+    seed=seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
+
+
+def prompt_batch(
+  prompts: Sequence[Sequence[int]], index_B: np.ndarray, length: int, vocab_size: int
+) -> PromptBatch:
+  """One PromptBatch of the prompts, in order; index_B are their places in the global batch."""
+  token_BP = np.full((len(prompts), length), vocab_size, np.int32)
+  is_prompt_BP = np.zeros(token_BP.shape, bool)
+  for row, prompt in enumerate(prompts):
+    token_BP[row, length - len(prompt) :] = prompt
+    is_prompt_BP[row, length - len(prompt) :] = True
+  return PromptBatch(token_BP, is_prompt_BP, np.asarray(index_B, np.int32))
+
+
+def _checksum(rows: Any) -> int:
+  """CRC-32 of the data: a place in an order means nothing in other data."""
+  parts: Iterable[bytes]
+  if isinstance(rows, list):
+    plain = (dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows)
+    parts = (json.dumps(row).encode() for row in plain)
+  else:
+    parts = (array.tobytes() for array in jax.tree.leaves(rows))
+  checksum = 0
+  for part in parts:
+    checksum = zlib.crc32(part, checksum)
+  return checksum

@@ -1,0 +1,39 @@
+"""Errors that reach the user as one clear line: `main` prints them without a traceback and exits 2.
+
+Raised anywhere; imports nothing of the project. A `ValueError` from validating what the user gave
+is treated alike.
+"""
+
+import contextlib
+import pathlib
+
+
+class UserError(Exception):
+  """Something the user can mend; the message says what failed and how to mend it."""
+
+
+class StageStopped(UserError):
+  """Training was stopped before it could do harm: a metric was not finite or above its limit."""
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path):
+  """Makes a failed write (a full disk, most often) a UserError that names `path`."""
+  try:
+    yield
+  except (
+    OSError,
+    ValueError,
+    RuntimeError,
+  ) as error:  # tensorstore reports a full disk as a ValueError
+    raise UserError(
+      f"cannot write {path}: {reason(error)}. What was saved before is untouched: make room if the"
+      " disk is full, and run the same command again, it goes on from there."
+    ) from error
+
+
+def reason(error: Exception) -> str:
+  """The telling part of a library's message: its first line, of a long one the end."""
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  line = line.split(" See full TensorStore details")[0].rstrip(".")
+  return line if len(line) <= 200 else "..." + line[-200:]

@@ -1,0 +1,165 @@
+"""Measuring every policy of a run on held-out prompts and text (sec 4): results.json, answers.jsonl, findings, report.
+
+Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
+"""
+
+import json
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from instructjax import answers, checkpoint, findings, metrics, policies, report, sharding, supervised
+from instructjax.context import Context, stage_run
+from instructjax.data import sources
+from instructjax.pretrain import validation_rows
+
+BASES = ("base", "reward_base", "few_shot")
+
+
+def judged_policies(ctx: Context) -> list[str]:
+  """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
+  names = ["base"]
+  if policies.base_stage(ctx, "reward") != "pretrain":
+    names.append("reward_base")
+  if sources.simulation(ctx.config.data.prompts) is not None:
+    names.append("few_shot")
+  done = [name for name in policies.RL_STAGES if checkpoint.read_done(ctx.directory(name))]
+  return names + ["sft", "ppo_init"] + done
+
+
+def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.Answers:
+  """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
+  cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
+  source = "reward_base" if name == "few_shot" else name
+  model = ctx.model("reward_base" if source == "reward_base" else "policy")
+  if name == "few_shot":
+    simulation = sources.simulation(ctx.config.data.prompts)
+    prompts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
+    length = model.cfg.max_length - ctx.config.data.max_response_length
+  return answers.sample(
+      ctx, model, policies.load(ctx, source), [ctx.tokenizer.encode(text) for text in prompts],
+      ctx.key(f"{stage}/{name}"), temperature=cfg.temperature, prompt_length=length, to_newline=name in BASES,
+  )
+
+
+def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
+  """Answers of one policy with what can be said of each: arrays of one entry a prompt."""
+  sampled = _sample(ctx, name, prompts, stage)
+  reward_model, reward_params = ctx.model("reward"), policies.load_reward(ctx)
+  scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
+  result = {
+      "answer": sampled.text,
+      "reward": answers.score(ctx, reward_model, reward_params, scored),
+      "ended": sampled.ended_N,
+      "length": sampled.is_response_NR.sum(1),
+  }
+  if name not in BASES:
+    policy, temperature = ctx.model("policy"), ctx.config.ppo.temperature
+    log_ratio = answers.logprob(ctx, policy, policies.load(ctx, name), sampled, temperature)
+    log_ratio -= answers.logprob(ctx, policy, policies.load(ctx, "ppo_init"), sampled, temperature)
+    result["kl"] = log_ratio
+  simulation = sources.simulation(ctx.config.data.prompts)
+  if simulation is not None:
+    result["gold"] = np.asarray(simulation.gold_score(prompts, sampled.text))
+    result["names_topic"] = np.array([simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)])
+  return result
+
+
+def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
+  """name -> [rows, 2] (sum of negative log-likelihoods, tokens) of the same held-out rows of pretraining text."""
+  model = ctx.model("policy")
+  rows = validation_rows(ctx, ctx.config.pretrain.length)
+  sums = jax.jit(lambda params, batch: supervised.lm_row_sums(model, params, batch))
+  result = {}
+  for name in names:
+    params = policies.load(ctx, name)
+    parts = [np.stack(sums(params, sharding.place_batch(ctx.mesh, batch)), axis=1) for batch in rows]
+    result[name] = np.concatenate(parts)
+  return result
+
+
+def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> list[dict]:
+  """Expected gold and reward of the best of n by reward, for each n; unbiased over all subsets of N samples.
+
+  Sorted by reward, the i-th of N (from 1) is the best of a random n-subset with probability C(i-1, n-1) / C(N, n)
+  (Nakano et al. 2021, App. I). KL(best of n || policy) = log n - (n - 1) / n, in nats.
+  """
+  total = reward_PN.shape[1]
+  order = np.argsort(reward_PN, axis=1, kind="stable")
+  result = []
+  for n in counts:
+    weight = np.zeros(total)
+    # Ratio C(i-1, n-1) / C(N, n) by recurrence from the top: i = N has n / N.
+    weight[-1] = n / total
+    for i in range(total - 1, n - 1, -1):
+      weight[i - 1] = weight[i] * (i - n + 1) / i
+    expected = {
+        name: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
+        for name, values in (("gold", gold_PN), ("reward", reward_PN))
+    }
+    result.append({"n": n, "kl": float(np.log(n) - (n - 1) / n), **expected})
+  return result
+
+
+def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[dict] | None:
+  """Best-of-n of the PPO initialisation by the reward model, for n = 1, 2, 4 .. best_of_n."""
+  total, simulation = ctx.config.evaluate.best_of_n, sources.simulation(ctx.config.data.prompts)
+  if simulation is None or total < 2:
+    return None
+  repeated = [prompt for prompt in prompts for _ in range(total)]
+  sampled = _sample(ctx, "ppo_init", repeated, f"{stage}/best_of_n")
+  scored = answers.from_text(ctx, repeated, sampled.text, sampled.ended_N)
+  reward = answers.score(ctx, ctx.model("reward"), policies.load_reward(ctx), scored)
+  gold = np.asarray(simulation.gold_score(repeated, sampled.text))
+  counts = [2**i for i in range(total.bit_length()) if 2**i <= total]
+  return best_of_n(gold.reshape(-1, total), reward.reshape(-1, total), counts)
+
+
+def run(ctx: Context, stage: str):
+  """Judges all finished policies; writes answers.jsonl, results.json, findings.json and the report."""
+  cfg, directory = ctx.config.evaluate, ctx.directory(stage)
+  directory.mkdir(parents=True, exist_ok=True)
+  texts = [record.prompt for record in ctx.records("prompts", "validation")]
+  fitting = [p for p in texts if len(ctx.tokenizer.encode(p)) <= ctx.config.data.max_prompt_length]
+  unique = fitting[: cfg.num_prompts]
+  prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]
+  names = judged_policies(ctx)
+  measured = {name: _measure(ctx, name, prompts, stage) for name in names}
+  text_names = [name for name in names if name not in ("reward_base", "few_shot")]
+  results = {
+      "samples_per_prompt": cfg.samples_per_prompt,
+      "measured": measured,
+      "pretraining": pretraining_losses(ctx, text_names),
+      "reward_model": checkpoint.read_done(ctx.directory("rm")),
+      "agreement": (checkpoint.read_done(ctx.directory("collect")) or {}).get("agreement"),
+      "best_of_n": _best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
+      "curves": {n: metrics.read_metrics(ctx.directory(n)) for n in names if n in policies.RL_STAGES},
+  }
+  with open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
+    for i, prompt in enumerate(prompts):
+      row = {name: measured[name]["answer"][i] for name in names}
+      file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
+  found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
+  report_directory = ctx.workdir / "report"
+  report.write(report_directory, ctx.config, prompts, results, found)
+  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=tuple(n for n in names if n in policies.RL_STAGES))
+  checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "summary": findings.summary(results)})
+  _show(found, findings.summary(results), report_directory / "index.html")
+
+
+def _show(found: list[dict], summary: dict, page):
+  """The end-of-run tables: a row a policy, a row a finding."""
+  console = rich.console.Console()
+  columns = sorted({key for row in summary.values() for key in row})
+  policies_table = rich.table.Table("policy", *columns, title="means on held-out prompts", title_justify="left")
+  for name, row in summary.items():
+    policies_table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in columns))
+  console.print(policies_table)
+  table = rich.table.Table("finding", "measured", "holds", title="the paper's findings", title_justify="left")
+  for finding in found:
+    measured = ", ".join(f"{key} {value:.3f}" for key, value in finding["measured"].items())
+    table.add_row(finding["id"], measured, "[green]yes[/]" if finding["holds"] else "[red]no[/]")
+  console.print(table)
+  console.print(f"report: {page}", soft_wrap=True)

@@ -1,0 +1,39 @@
+"""Command line: `python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo`."""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from instructjax.config import from_config_dict
+from instructjax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the report; made if missing.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]):
+  if len(argv) > 1:
+    raise UserError(f"unexpected arguments {argv[1:]}; settings are given as --config.NAME=VALUE")
+  config = from_config_dict(_CONFIG.value)
+  workdir = pathlib.Path(_WORKDIR.value).resolve()
+  # Imported here so that --help and a bad flag answer at once.
+  from instructjax import checkpoint, pipeline
+
+  with checkpoint.workdir_lock(workdir):
+    pipeline.run(config, workdir)
+
+
+def run():
+  """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+  try:
+    app.run(main)
+  except (UserError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,42 @@
+"""Scalar heads: reward models made from language models, and their scores' zero point.
+
+Called by the rm and ppo stages. Works on parameter dicts only; `transformer.py` declares and applies
+the head.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from instructjax.structs import Params
+
+
+def scalar_params_from_lm(lm_params: Params, scalar_init: Params) -> Params:
+  """A reward model that starts from a language model: its trunk under a fresh scalar head.
+
+  Args:
+    lm_params: parameters of a head='lm' model; its own head, if untied, is dropped.
+    scalar_init: `init_params` of the head='scalar' model of the same config.
+  """
+  trunk = {name: part for name, part in lm_params.items() if name != "head"}
+  mine = jax.tree.map(jnp.shape, trunk)
+  wanted = jax.tree.map(jnp.shape, {n: part for n, part in scalar_init.items() if n != "head"})
+  if mine != wanted:
+    raise ValueError(
+      "scalar_params_from_lm: the language model's trunk must have the reward model's shapes;"
+      f" got {mine}, not {wanted}. Use one model config for both."
+    )
+  return trunk | {"head": scalar_init["head"]}
+
+
+def value_params_from_reward(params: Params) -> Params:
+  """The value network's start: a copy, so that donating one leaves the other alive."""
+  return jax.tree.map(jnp.copy, params)
+
+
+def shift_bias(params: Params, amount) -> Params:
+  """The same model with every score lowered by `amount`.
+
+  App. C.2 sets the bias so that the labeler demonstrations score 0 on average: pass their mean.
+  """
+  head = params["head"] | {"bias": params["head"]["bias"] - jnp.float32(amount)}
+  return params | {"head": head}

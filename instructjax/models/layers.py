@@ -1,0 +1,168 @@
+"""The maths of one decoder layer: pure functions over a dict of that layer's weights.
+
+Called by transformer.py only. Knows no batches, stages or meshes, and never imports flax.
+
+Two more dimension letters than structs.py has: R here is the query heads that share one key/value
+head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R
+queries, its key and its value. S counts the columns attended to, T the columns that ask.
+
+Norms and activations are recomputed for the gradient instead of stored: what they would store is
+a quarter of a step's memory, and fresh memory costs a CPU more than the recomputation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from instructjax.config import ModelConfig
+
+MASKED_SCORE = -1e30  # finite: a row with nothing to attend to must not become NaN
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def norm(x_BTD, weights: dict, cfg: ModelConfig):
+  """LayerNorm (with bias) or RMSNorm, computed in float32 and returned in x's dtype."""
+  x32_BTD = x_BTD.astype(jnp.float32)
+  if cfg.norm == "layernorm":
+    x32_BTD = x32_BTD - x32_BTD.mean(axis=-1, keepdims=True)
+  square_BT1 = jnp.square(x32_BTD).mean(axis=-1, keepdims=True)
+  y_BTD = x32_BTD * jax.lax.rsqrt(square_BT1 + cfg.norm_eps) * weights["scale_D"][None, None, :]
+  if cfg.norm == "layernorm":
+    y_BTD = y_BTD + weights["bias_D"][None, None, :]
+  return y_BTD.astype(x_BTD.dtype)
+
+
+def rotary_angles(position_BT, cfg: ModelConfig):
+  """Cosine and sine of the rotary angles, float32 [B, T, K / 2], or None for learned positions."""
+  if cfg.position != "rope":
+    return None
+  half = cfg.head_dim // 2
+  frequency_K = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_BTK = position_BT.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
+  return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
+
+
+def rotate(x_BTGQK, angles):
+  """Rotary positions, half-split: dimension i turns with dimension i + K / 2 (Llama, GPT-NeoX)."""
+  cos, sin = (angle[:, :, None, None, :] for angle in angles)
+  low, high = jnp.split(x_BTGQK.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+  return turned.astype(x_BTGQK.dtype)
+
+
+def project_qkv(x_BTD, weights: dict, angles):
+  """One fused projection to q_BTGRK, k_BTGK, v_BTGK; queries and keys rotated where asked."""
+  y_BTGQK = jnp.einsum("BTD,DGQK->BTGQK", x_BTD, weights["w_qkv_DGQK"])
+  if "b_qkv_GQK" in weights:
+    y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
+  # Split, not sliced: the gradient of a split is one concatenation instead of padded sums.
+  q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, (y_BTGQK.shape[3] - 2, 1, 1), axis=3)
+  if angles is not None:
+    q_BTGRK, k_BTG1K = rotate(q_BTGRK, angles), rotate(k_BTG1K, angles)
+  return q_BTGRK, k_BTG1K.squeeze(3), v_BTG1K.squeeze(3)
+
+
+def attention_masks(segment_BL, position_BL, cfg: ModelConfig):
+  """(dense_BLL, banded_BLL): may row t look at column s? Same segment, not a pad, not later.
+
+  GPT-3 alternates dense and locally banded layers (Brown et al. 2020, sec 2.1); the band is the
+  `attention_window` newest positions, the token's own included. banded is None without a band.
+  """
+  length = segment_BL.shape[1]
+  causal_LL = jnp.tril(jnp.ones((length, length), bool))
+  same_BLL = segment_BL[:, :, None] == segment_BL[:, None, :]
+  dense_BLL = same_BLL & (segment_BL > 0)[:, None, :] & causal_LL[None]
+  return dense_BLL, band(dense_BLL, position_BL, position_BL, cfg)
+
+
+def band(mask_BTS, query_position_BT, key_position_BS, cfg: ModelConfig):
+  """The mask of the banded layers from that of the dense ones; None when no layer is banded."""
+  if not cfg.attention_window:
+    return None
+  distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
+  return mask_BTS & (distance_BTS < cfg.attention_window)
+
+
+def attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS):
+  """Softmax attention, scores and softmax in float32; zero where a row may look at nothing."""
+  scale = q_BTGRK.shape[-1] ** -0.5
+  mask = mask_BTS[:, None, None]
+  score_BGRTS = jnp.einsum(
+    "BTGRK,BGSK->BGRTS", q_BTGRK, k_BGSK, preferred_element_type=jnp.float32
+  )
+  prob_BGRTS = jax.nn.softmax(jnp.where(mask, score_BGRTS * scale, MASKED_SCORE), axis=-1)
+  prob_BGRTS = jnp.where(mask, prob_BGRTS, 0.0).astype(v_BGSK.dtype)
+  return jnp.einsum("BGRTS,BGSK->BTGRK", prob_BGRTS, v_BGSK)
+
+
+def project_out(x_BTGRK, weights: dict):
+  """Heads back to the residual width."""
+  y_BTD = jnp.einsum("BTGRK,GRKD->BTD", x_BTGRK, weights["w_out_GRKD"])
+  return y_BTD + weights["b_out_D"][None, None] if "b_out_D" in weights else y_BTD
+
+
+@jax.checkpoint
+def _gelu(x_BTF):
+  return jax.nn.gelu(x_BTF, approximate=True)
+
+
+@jax.checkpoint
+def _gated(x_BT2F):
+  return jax.nn.silu(x_BT2F[:, :, 0]) * x_BT2F[:, :, 1]
+
+
+def mlp(x_BTD, weights: dict, cfg: ModelConfig):
+  """tanh-GELU (GPT-2) or SwiGLU with gate and up fused (Llama)."""
+  if cfg.mlp == "gelu":
+    y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weights["w_up_DF"])
+    if "b_up_F" in weights:
+      y_BTF = y_BTF + weights["b_up_F"][None, None]
+    y_BTF = _gelu(y_BTF)
+  else:
+    y_BT2F = jnp.einsum("BTD,DCF->BTCF", x_BTD, weights["w_gate_up_D2F"])
+    if "b_gate_up_2F" in weights:
+      y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
+    y_BTF = _gated(y_BT2F)
+  y_BTD = jnp.einsum("BTF,FD->BTD", y_BTF, weights["w_down_FD"])
+  return y_BTD + weights["b_down_D"][None, None] if "b_down_D" in weights else y_BTD
+
+
+def dropout(x_BTD, key, rate: float):
+  """Inverted dropout; `key` None switches it off."""
+  if key is None:
+    return x_BTD
+  keep_BTD = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape)
+  return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0.0).astype(x_BTD.dtype)
+
+
+def cast(weights: dict, dtype) -> dict:
+  """A layer's weights in the compute dtype; the norms keep float32. Casting twice is free."""
+  return {
+    name: part if name.endswith("norm") else jax.tree.map(lambda w: w.astype(dtype), part)
+    for name, part in weights.items()
+  }
+
+
+def block(h_BTD, weights: dict, cfg: ModelConfig, angles, mix, dropout_rate: float, key):
+  """One pre-norm decoder layer.
+
+  Args:
+    h_BTD: residual stream, in the compute dtype.
+    weights: this layer's weights, float32 or already cast.
+    cfg: the model's switches.
+    angles: from `rotary_angles`.
+    mix: (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept): attention over whatever keys and values the
+      caller has; `kept` is handed back (the cache, or nothing).
+    dropout_rate: of both residual branches.
+    key: typed key of this layer's dropout, or None for none.
+  Returns:
+    (h_BTD, kept)
+  """
+  weights = cast(weights, h_BTD.dtype)
+  keys = (None, None) if key is None else jax.random.split(key)
+  x_BTD = norm(h_BTD, weights["attention_norm"], cfg)
+  mixed_BTGRK, kept = mix(*project_qkv(x_BTD, weights["attention"], angles))
+  h_BTD = h_BTD + dropout(project_out(mixed_BTGRK, weights["attention"]), keys[0], dropout_rate)
+  x_BTD = norm(h_BTD, weights["mlp_norm"], cfg)
+  return h_BTD + dropout(mlp(x_BTD, weights["mlp"], cfg), keys[1], dropout_rate), kept

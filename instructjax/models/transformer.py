@@ -1,0 +1,362 @@
+"""The decoder every stage uses: GPT-2, GPT-3 and Llama by switches of ModelConfig.
+
+Stages, sampling and scoring call the functions here with plain nested dicts of float32 arrays; the
+flax module only declares parameters. `init_params` stacks the layers' weights on a leading axis N:
+keys such as `w_qkv_DGQK` spell the dimensions that one layer sees. Imports nothing of data, ops or
+stages.
+
+Columns: attention is causal by column, inside one segment; segment 0 and ids outside the vocabulary
+are pads, whose content changes nothing. Positions are the caller's.
+"""
+
+import functools
+from typing import Literal
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from instructjax import sharding
+from instructjax.config import ModelConfig
+from instructjax.models import layers
+from instructjax.structs import Array, Params
+
+POSITION_STD = 0.01  # GPT-2's wpe
+
+
+class Transformer(nn.Module):
+  """Declares the parameters, each with its initialiser and logical axes. Hashable: static under jit.
+
+  Attributes:
+    cfg: switches and sizes.
+    vocab_size: token ids are 0 .. vocab_size - 1; anything else is a pad.
+    head: 'lm' gives next-token logits, 'scalar' one score a column (reward and value models).
+  """
+
+  cfg: ModelConfig
+  vocab_size: int
+  head: Literal["lm", "scalar"]
+
+  @nn.compact
+  def __call__(self):
+    cfg = self.cfg
+    layer, width = ("layers", cfg.num_layers), ("embed", cfg.d_model)
+    vocab, vector = ("vocab", self.vocab_size), ("embed_vector", cfg.d_model)
+    group, head_dim = ("kv_heads", cfg.num_kv_heads), ("head_dim", cfg.head_dim)
+    queries = ("queries_per_kv", cfg.num_heads // cfg.num_kv_heads)
+    fused, hidden = ("queries_key_value", queries[1] + 2), ("mlp", cfg.d_mlp)
+    normal = nn.initializers.normal(cfg.init_std)
+    # GPT-2's modified init: 2N residual branches add up to the variance of one.
+    residual = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
+    zeros, ones = nn.initializers.zeros, nn.initializers.ones
+
+    def param(name, init, *dims):
+      axes, shape = tuple(d[0] for d in dims), tuple(d[1] for d in dims)
+      self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+    def norm(name, *stack):
+      param(f"{name}/scale_D", ones, *stack, vector)
+      if cfg.norm == "layernorm":
+        param(f"{name}/bias_D", zeros, *stack, vector)
+
+    param("embedding/token_VD", normal, vocab, width)
+    if cfg.position == "learned":
+      position_init = nn.initializers.normal(POSITION_STD)
+      param("embedding/position_TD", position_init, ("position", cfg.max_length), width)
+    norm("layers/attention_norm", layer)
+    param("layers/attention/w_qkv_DGQK", normal, layer, width, group, fused, head_dim)
+    param("layers/attention/w_out_GRKD", residual, layer, group, queries, head_dim, width)
+    if cfg.use_bias or cfg.qkv_bias:
+      param("layers/attention/b_qkv_GQK", zeros, layer, group, fused, head_dim)
+    norm("layers/mlp_norm", layer)
+    gates = () if cfg.mlp == "gelu" else (("gate_up", 2),)
+    up, up_dims = ("up", "F") if cfg.mlp == "gelu" else ("gate_up", "2F")
+    param(f"layers/mlp/w_{up}_D{up_dims}", normal, layer, width, *gates, hidden)
+    param("layers/mlp/w_down_FD", residual, layer, hidden, width)
+    if cfg.use_bias:
+      param("layers/attention/b_out_D", zeros, layer, vector)
+      param(f"layers/mlp/b_{up}_{up_dims}", zeros, layer, *gates, hidden)
+      param("layers/mlp/b_down_D", zeros, layer, vector)
+    norm("final_norm")
+    if self.head == "scalar":
+      # OpenAI's reward head: variance 1 / (d + 1). Stiennon et al.'s text drops the square root.
+      param("head/w_D", nn.initializers.normal((cfg.d_model + 1) ** -0.5), vector)
+      param("head/bias", zeros)
+    elif not cfg.tie_embeddings:
+      param("head/w_VD", normal, vocab, width)
+
+
+Model = Transformer
+
+
+def make_model(cfg: ModelConfig, vocab_size: int, head: Literal["lm", "scalar"]) -> Model:
+  """The model's description; it holds no arrays."""
+  if head not in ("lm", "scalar"):
+    raise ValueError(f"make_model: head={head!r} must be 'lm' or 'scalar'")
+  return Transformer(cfg, vocab_size, head)
+
+
+def init_params(model: Model, key: Array) -> Params:
+  """Fresh float32 parameters: GPT-2's initialisation, whatever the switches."""
+  return _nest(nn.unbox(model.init(key)["params"]))
+
+
+def param_shapes(model: Model) -> Params:
+  """`init_params`, as ShapeDtypeStructs."""
+  return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def param_axes(model: Model) -> Params:
+  """Logical axis names of every parameter: tuples, in a tree like the parameters."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0))["params"]
+  return _nest({name: box.names for name, box in boxed.items()})
+
+
+def _nest(flat: dict) -> dict:
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def scans_layers(model: Model) -> bool:
+  """Whether layers run as a scan. On CPU a scan copies each layer's weights first: unroll there."""
+  choice = model.cfg.layers
+  return choice == "scan" or (choice == "auto" and jax.default_backend() != "cpu")
+
+
+def apply(
+  model: Model,
+  params: Params,
+  token_BL: Array,
+  *,
+  segment_BL: Array,
+  position_BL: Array,
+  dropout_rate: float = 0.0,
+  dropout_key: Array | None = None,
+  window: tuple[int, int] | None = None,
+) -> Array:
+  """The whole forward pass.
+
+  Args:
+    model: from `make_model`.
+    params: from `init_params`.
+    token_BL: int32 ids.
+    segment_BL: int32, 0 is padding; attention stays inside a segment.
+    position_BL: int32 position inside the segment. A learned position past max_length gives NaN.
+    dropout_rate: residual dropout (each branch's output and the embedding sum).
+    dropout_key: typed key; needed when dropout_rate > 0.
+    window: (start, stop) columns whose outputs are wanted; the head costs nothing elsewhere.
+  Returns:
+    float32 logits_BTV, or score_BT for a scalar head; T is the window, or all of L.
+  """
+  if dropout_rate and dropout_key is None:
+    raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
+  key = dropout_key if dropout_rate else None
+  h_BLD, _ = _run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
+  start, stop = window or (0, token_BL.shape[1])
+  return _head(model, params, h_BLD[:, start:stop])
+
+
+def positions_from_mask(is_token_BL: Array) -> Array:
+  """int32 number of real tokens before each column: positions that padding does not move."""
+  is_token_BL = is_token_BL.astype(jnp.int32)
+  return jnp.cumsum(is_token_BL, axis=1) - is_token_BL
+
+
+def decode_weights(model: Model, params: Params) -> Params:
+  """Parameters as decoding wants them: in the compute dtype, and layer by layer where unrolled.
+
+  `prefill`, `decode_step` and `apply` take the result in place of params. Call it once, before the
+  decode loop, so that no step casts or slices weights again. On a mesh the copy is split over
+  `tensor` only, so that no step gathers weights; it has to fit in that layout.
+  """
+  dtype = jnp.dtype(model.cfg.dtype)
+  weights = dict(params)
+  weights["layers"] = layers.cast(params["layers"], dtype)
+  for name in ("embedding", "head"):
+    if name in params and not (name == "head" and model.head == "scalar"):
+      weights[name] = jax.tree.map(lambda w: w.astype(dtype), params[name])
+  weights = sharding.gather_fsdp(weights, param_axes(model))
+  if not scans_layers(model):
+    weights["layers"] = _unstack(weights["layers"])
+  return weights
+
+
+def init_cache(model: Model, batch_size: int, length: int):
+  """An empty key/value cache of `length` columns: stacked for a scan, else one pair a layer."""
+  cfg = model.cfg
+  stack = (cfg.num_layers,) if scans_layers(model) else ()
+  shape = (*stack, batch_size, cfg.num_kv_heads, length, cfg.head_dim)
+
+  def pair():
+    empty = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(2))
+    return sharding.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
+
+  return pair() if stack else tuple(pair() for _ in range(cfg.num_layers))
+
+
+def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array, cache):
+  """Runs left-padded prompts and fills cache columns 0 .. P - 1.
+
+  Args:
+    model: with an 'lm' head.
+    weights: from `decode_weights`.
+    token_BP: int32 prompts, left-padded so that the last column is real.
+    is_prompt_BP: True on real tokens.
+    cache: from `init_cache`, at least P columns.
+  Returns:
+    (logits_BV after the last column, cache)
+  """
+  segment_BP, position_BP = is_prompt_BP.astype(jnp.int32), positions_from_mask(is_prompt_BP)
+  h_BPD, kept = _run_layers(model, weights, token_BP, segment_BP, position_BP, keep=True)
+  # Columns come last but one in the cache, layers (when stacked) first: pad the start with zeros.
+  write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+  cache = jax.tree.map(write, cache, kept)
+  return _head(model, weights, h_BPD[:, -1:])[:, 0], cache
+
+
+def decode_step(
+  model: Model,
+  weights: Params,
+  token_B: Array,
+  position_B: Array,
+  slot: Array,
+  is_slot_BT: Array,
+  cache,
+):
+  """Feeds one token a row and gives the logits of the next.
+
+  Args:
+    model: with an 'lm' head.
+    weights: from `decode_weights`.
+    token_B: int32 ids; a pad is harmless.
+    position_B: int32 positions of these tokens.
+    slot: int32 scalar, the cache column they go to.
+    is_slot_BT: True on cache columns that hold real tokens, these ones included.
+    cache: from `prefill` or the step before; updated in place when donated or carried by a loop.
+  Returns:
+    (logits_BV, cache)
+  """
+  cfg = model.cfg
+  position_B1 = position_B[:, None]
+  h_B1D, _ = _embed(model, weights, token_B[:, None], jnp.ones_like(position_B1), position_B1)
+  angles = layers.rotary_angles(position_B1, cfg)
+  dense = is_slot_BT[:, None, :]
+  masks = dense, layers.band(dense, position_B1, positions_from_mask(is_slot_BT), cfg)
+
+  def mix_unrolled(index, pair, q_BTGRK, *new_BTGK):
+    pair = tuple(
+      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, slot, 0))
+      for old, new in zip(pair, new_BTGK)
+    )
+    return layers.attend(q_BTGRK, *pair, _layer_mask(masks, index)), pair
+
+  def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
+    # One update of the whole stack is in place; taking a layer out and putting it back is not.
+    stacks = tuple(
+      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+      for old, new in zip(stacks, new_BTGK)
+    )
+    pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
+    return layers.attend(q_BTGRK, *pair, _layer_mask(masks, index)), stacks
+
+  if scans_layers(model):
+
+    def body(carry, xs):
+      h_B1D, stacks = carry
+      index, layer = xs
+      mix = functools.partial(mix_stacked, index, stacks)
+      return layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None), None
+
+    xs = jnp.arange(cfg.num_layers), weights["layers"]
+    (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)
+  else:
+    pairs = []
+    for index, layer in enumerate(_unstack(weights["layers"])):
+      mix = functools.partial(mix_unrolled, index, cache[index])
+      h_B1D, pair = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)
+      pairs.append(pair)
+    cache = tuple(pairs)
+  return _head(model, weights, h_B1D)[:, 0], cache
+
+
+def _run_layers(
+  model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
+):
+  """Embedding and all layers; also the keys and values of every layer where `keep`."""
+  cfg = model.cfg
+  h_BLD, segment_BL = _embed(model, params, token_BL, segment_BL, position_BL)
+  angles = layers.rotary_angles(position_BL, cfg)
+  masks = layers.attention_masks(segment_BL, position_BL, cfg)
+  keys_N = None
+  if key is not None:
+    h_BLD = layers.dropout(h_BLD, jax.random.fold_in(key, cfg.num_layers), dropout_rate)
+    keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.num_layers))
+
+  def run_block(h_BLD, layer, index, layer_key):
+    def mix(q_BTGRK, k_BTGK, v_BTGK):
+      pair = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
+      return layers.attend(q_BTGRK, *pair, _layer_mask(masks, index)), pair if keep else None
+
+    h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
+    return sharding.shard_rows(h_BLD), kept
+
+  if scans_layers(model):
+    run = jax.checkpoint(run_block, prevent_cse=False) if cfg.remat else run_block
+    xs = params["layers"], jnp.arange(cfg.num_layers), keys_N
+    return jax.lax.scan(lambda h, x: run(h, *x), h_BLD, xs)
+  run = jax.checkpoint(run_block, static_argnums=2) if cfg.remat else run_block
+  kept = []
+  for index, layer in enumerate(_unstack(params["layers"])):
+    h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
+    kept.append(pair)
+  return h_BLD, tuple(kept)
+
+
+def _layer_mask(masks, index):
+  """Every second layer is banded, from the second on; `index` is an int, or traced in a scan."""
+  dense_BTS, banded_BTS = masks
+  if banded_BTS is None:
+    return dense_BTS
+  if isinstance(index, int):
+    return banded_BTS if index % 2 else dense_BTS
+  return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
+
+
+def _embed(model, params, token_BL, segment_BL, position_BL):
+  """Embedding sum, zero at pads, and segments with every id outside the vocabulary made a pad."""
+  is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
+  row_BL = jnp.where(is_token_BL, token_BL, 0)
+  h_BLD = params["embedding"]["token_VD"].at[row_BL].get(mode="promise_in_bounds")
+  if model.cfg.position == "learned":
+    row_BL = jnp.where(is_token_BL, position_BL, 0)
+    h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
+  # A select, not a product: whatever the table holds, NaN included, ends here.
+  h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.cfg.dtype)
+  return sharding.shard_rows(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
+
+
+def _head(model, params, h_BTD):
+  """Final norm and head, float32 out."""
+  h_BTD = layers.norm(h_BTD, params["final_norm"], model.cfg)
+  if model.head == "scalar":
+    head = params["head"]
+    return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
+  table_VD = params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
+  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
+  table_VD = table_VD.astype(h_BTD.dtype)
+  return jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
+
+
+def _unstack(stacked):
+  """One tree a layer from the stacked one, or what is already unstacked.
+
+  By `split`, whose gradient is one concatenation; indexing would pad and add N arrays of full size.
+  """
+  if isinstance(stacked, tuple):
+    return stacked
+  leaves, treedef = jax.tree.flatten(stacked)
+  rows = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
+  return tuple(
+    jax.tree.unflatten(treedef, [row.reshape(row.shape[1:]) for row in layer])
+    for layer in zip(*rows)
+  )

@@ -1,0 +1,1 @@
+"""Array mathematics of the recipe: pure functions, no config, no model, no state."""

@@ -1,0 +1,73 @@
+"""Sums, means, variances and whitening over the True places of a mask.
+
+Called by the other ops and by the training stages. Imports no config and no model.
+
+Every function first replaces what stands at masked places by 0 and only then computes, so that
+garbage there (NaN in padding, say) reaches neither the value nor the gradient. Sums are taken in
+float32 whatever the input's type.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Axis = int | tuple[int, ...] | None
+
+
+def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """Sum of x where mask is True, float32."""
+  _check(x, mask)
+  return jnp.sum(jnp.where(mask, x, 0), axis=axis, dtype=jnp.float32)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """Mean of x where mask is True, float32; 0 where the mask is empty."""
+  _check(x, mask)
+  return masked_sum(x, mask, axis) / jnp.maximum(_count(mask, axis), 1)
+
+
+def masked_var(x: jax.Array, mask: jax.Array, bessel: bool = False) -> jax.Array:
+  """Variance of x over all True places, float32; 0 where the mask is empty.
+
+  Args:
+    x: values.
+    mask: True at the places that count.
+    bessel: divide by n - 1 instead of n. lm-human-preferences (tf.nn.moments) divides by n; several
+      later ports of it (torch.var) divide by n - 1.
+  """
+  _check(x, mask)
+  deviation = jnp.where(mask, x, 0).astype(jnp.float32) - masked_mean(x, mask)
+  denominator = _count(mask) - 1 if bessel else _count(mask)
+  return masked_sum(jnp.square(deviation), mask) / jnp.maximum(denominator, 1)
+
+
+def masked_whiten(
+    x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: float = 1e-8
+) -> jax.Array:
+  """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + eps), biased variance.
+
+  As in lm-human-preferences, which whitens advantages with shift_mean=True and rewards with
+  shift_mean=False.
+
+  Args:
+    x: values, in a type of any float width.
+    mask: True at the places that count.
+    shift_mean: whether the result has mean 0; if not, the mean of x is added back.
+    eps: added to the variance.
+  Returns:
+    float32, zero where masked.
+  """
+  _check(x, mask)
+  mean = masked_mean(x, mask)
+  deviation = jnp.where(mask, x, 0).astype(jnp.float32) - mean
+  whitened = deviation * jax.lax.rsqrt(masked_var(x, mask) + eps)
+  return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)
+
+
+def _count(mask: jax.Array, axis: Axis = None) -> jax.Array:
+  return jnp.sum(mask, axis=axis, dtype=jnp.float32)
+
+
+def _check(x: jax.Array, mask: jax.Array) -> None:
+  chex.assert_equal_shape([x, mask])
+  chex.assert_type([x, mask], [float, bool])

@@ -1,0 +1,117 @@
+"""PPO's clipped losses for policy and value function (Schulman et al. 2017, arXiv:1707.06347).
+
+Called by the PPO step. Imports no config and no model.
+
+Means are over all response tokens of the minibatch, as in lm-human-preferences: a long response
+weighs more than a short one. What the rollout fixed (behaviour log-probs, advantages, old values,
+returns) is data here; nothing is wrapped in stop_gradient.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from instructjax.ops.masked import masked_mean, masked_var
+
+
+def clipped_surrogate(
+    logprob_BR: jax.Array,
+    behaviour_logprob_BR: jax.Array,
+    advantage_BR: jax.Array,
+    is_response_BR: jax.Array,
+    *,
+    clip: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Policy loss: mean of max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)).
+
+  ratio = exp(logprob - behaviour_logprob), which is exactly 1 at masked places.
+
+  Args:
+    logprob_BR: log-probability of each token under the policy being trained, in nats.
+    behaviour_logprob_BR: the same under the policy that sampled the tokens.
+    advantage_BR: advantage of each token.
+    is_response_BR: True on response tokens.
+    clip: 0.2 in the paper.
+  Returns:
+    (loss, metrics): float32 scalars. clip_fraction: share of tokens whose loss is the clipped one.
+    approx_kl: mean of (log-ratio)^2 / 2. ratio_mean and ratio_max; ratio_max is 0 without any
+    response token.
+  """
+  arrays = [logprob_BR, behaviour_logprob_BR, advantage_BR, is_response_BR]
+  chex.assert_rank(logprob_BR, 2)
+  chex.assert_equal_shape(arrays)
+  chex.assert_type(arrays, [float, float, float, bool])
+
+  log_ratio_BR = jnp.where(is_response_BR, logprob_BR - behaviour_logprob_BR, 0)
+  log_ratio_BR = log_ratio_BR.astype(jnp.float32)
+  advantage_BR = jnp.where(is_response_BR, advantage_BR, 0).astype(jnp.float32)
+  ratio_BR = jnp.exp(log_ratio_BR)
+  unclipped_BR = -advantage_BR * ratio_BR
+  clipped_BR = -advantage_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip)
+  loss = masked_mean(jnp.maximum(unclipped_BR, clipped_BR), is_response_BR)
+
+  is_clipped_BR = (clipped_BR > unclipped_BR).astype(jnp.float32)
+  return loss, {
+      "clip_fraction": masked_mean(is_clipped_BR, is_response_BR),
+      "approx_kl": 0.5 * masked_mean(jnp.square(log_ratio_BR), is_response_BR),
+      "ratio_mean": masked_mean(ratio_BR, is_response_BR),
+      "ratio_max": jnp.max(jnp.where(is_response_BR, ratio_BR, 0)),
+  }
+
+
+def clipped_value_loss(
+    value_BR: jax.Array,
+    old_value_BR: jax.Array,
+    return_BR: jax.Array,
+    is_response_BR: jax.Array,
+    *,
+    clip: float | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Value loss: half the mean of max((V - G)^2, (V_clipped - G)^2), as in lm-human-preferences.
+
+  V_clipped is V kept within clip of the value that the rollout saw.
+
+  Args:
+    value_BR: V before each token, by the value model being trained.
+    old_value_BR: the same at rollout time.
+    return_BR: target G.
+    is_response_BR: True on response tokens.
+    clip: half-width around old_value_BR, in units of reward; None for the plain squared error.
+  Returns:
+    (loss, metrics): float32 scalars. clip_fraction: share of tokens whose loss is the clipped one.
+    explained_variance: see explained_variance.
+  """
+  arrays = [value_BR, old_value_BR, return_BR, is_response_BR]
+  chex.assert_rank(value_BR, 2)
+  chex.assert_equal_shape(arrays)
+  chex.assert_type(arrays, [float, float, float, bool])
+
+  value_BR, old_value_BR, return_BR = (
+      jnp.where(is_response_BR, x, 0).astype(jnp.float32)
+      for x in (value_BR, old_value_BR, return_BR)
+  )
+  unclipped_BR = jnp.square(value_BR - return_BR)
+  if clip is None:
+    clipped_BR = unclipped_BR
+  else:
+    value_clipped_BR = jnp.clip(value_BR, old_value_BR - clip, old_value_BR + clip)
+    clipped_BR = jnp.square(value_clipped_BR - return_BR)
+  loss = 0.5 * masked_mean(jnp.maximum(unclipped_BR, clipped_BR), is_response_BR)
+
+  is_clipped_BR = (clipped_BR > unclipped_BR).astype(jnp.float32)
+  return loss, {
+      "clip_fraction": masked_mean(is_clipped_BR, is_response_BR),
+      "explained_variance": explained_variance(value_BR, return_BR, is_response_BR),
+  }
+
+
+def explained_variance(value: jax.Array, return_: jax.Array, mask: jax.Array) -> jax.Array:
+  """1 - mean((value - return)^2) / var(return) over the True places; 0 where all returns are equal.
+
+  1 is a perfect fit, 0 no better than the mean return, below 0 worse than that.
+  """
+  chex.assert_equal_shape([value, return_, mask])
+  chex.assert_type([value, return_, mask], [float, float, bool])
+  variance = masked_var(return_, mask)
+  error = masked_mean(jnp.square(jnp.where(mask, value - return_, 0)), mask)
+  return jnp.where(variance > 0, 1 - error / jnp.where(variance > 0, variance, 1), 0)

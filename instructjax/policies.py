@@ -1,0 +1,50 @@
+"""Finished weights by name: the base, SFT, PPO policies and the reward model, as later stages and evaluation need them."""
+
+import jax
+
+from instructjax import checkpoint, supervised
+from instructjax.context import Context, same_network
+from instructjax.models import heads
+
+RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
+
+
+def base_stage(ctx: Context, role: str) -> str:
+  """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
+  if role == "policy" or same_network(ctx.config.model, ctx.config.reward_model):
+    return "pretrain"
+  return "reward_pretrain"
+
+
+def stage_of(ctx: Context, name: str) -> str:
+  return {"base": "pretrain", "reward_base": base_stage(ctx, "reward")}.get(name, name)
+
+
+def parents(ctx: Context, name: str) -> tuple[str, ...]:
+  return (stage_of(ctx, name),)
+
+
+def load_step(ctx: Context, name: str, step: int, item: str = "params"):
+  """Weights of the named policy at a kept step, placed on the mesh."""
+  roles = {"reward_base": "reward_base", "rm": "reward"}
+  model = ctx.model(roles.get(name, "policy"))
+  shardings, shapes = supervised.param_shardings(ctx.mesh, model)
+  placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return checkpoint.load_params(ctx.directory(stage_of(ctx, name)), placed, step, item)
+
+
+def load(ctx: Context, name: str):
+  """Weights of `base`, `reward_base`, `sft`, `ppo_init`, `rm` or an RL stage, at the step the stage chose.
+
+  RL policies come raw or averaged (EMA) as `evaluate.weights` says.
+  """
+  chosen = "sft_select" if name == "sft" and checkpoint.read_done(ctx.directory("sft_select")) else stage_of(ctx, name)
+  step = checkpoint.read_done(ctx.directory(chosen))["step"]
+  averaged = name in RL_STAGES and ctx.config.evaluate.weights == "ema"
+  return load_step(ctx, name, step, "ema_params" if averaged else "params")
+
+
+def load_reward(ctx: Context):
+  """Reward-model weights with the bias that makes demonstrations score 0 on average (C.2)."""
+  done = checkpoint.read_done(ctx.directory("rm"))
+  return heads.shift_bias(load_step(ctx, "rm", done["step"]), done["demonstration_mean"])

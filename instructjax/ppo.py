@@ -1,0 +1,305 @@
+"""PPO and PPO-ptx (sec 3.5, eq. 2, C.4): one iteration is one XLA program.
+
+Read top to bottom: `make_train_step` compiles `train_step`, which rolls out, scores, computes advantages and runs the
+minibatch updates. Nothing here touches the host; the stage around it is ppo_stage.py.
+"""
+
+import dataclasses
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from instructjax import sampling, scoring, sharding
+from instructjax.config import PPOConfig
+from instructjax.models import transformer
+from instructjax.ops import gae, kl, lm, masked, surrogate
+from instructjax.structs import Array, PackedBatch, Params, PPOState, PromptBatch, Rollout, pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Nets:
+  """Static parts of the step: the two networks' definitions and their optimisers.
+
+  The policy and its frozen reference share `policy`; the reward model and the value network share `scalar`.
+  """
+
+  policy: transformer.Model
+  scalar: transformer.Model
+  policy_tx: optax.GradientTransformation
+  value_tx: optax.GradientTransformation
+  eos_id: int
+  max_response_length: int
+
+
+@pytree
+class Frozen:
+  """Weights that PPO reads and never changes: the KL reference (the PPO initialisation, C.3) and the reward model."""
+
+  ref_params: Params
+  reward_params: Params
+
+
+@pytree
+class Experience:
+  """What the updates need of the rollout; all [B, ...] and sliced into minibatches along B.
+
+  `is_actor_BR` is is_response_BR less the rows that `missing_eos='exclude'` keeps from the actor's loss.
+  """
+
+  token_BL: Array
+  is_token_BL: Array
+  is_response_BR: Array
+  is_actor_BR: Array
+  behaviour_logprob_BR: Array
+  value_BR: Array
+  advantage_BR: Array
+  return_BR: Array
+
+
+def create_state(params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array) -> PPOState:
+  """State before the first iteration; the value network starts as the reward model (C.4)."""
+  return PPOState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=nets.policy_tx.init(params),
+      value_params=value_params,
+      value_opt_state=nets.value_tx.init(value_params),
+      ema_params=jax.tree.map(jnp.copy, params),
+      kl_coef=jnp.float32(cfg.beta),
+      key=key,
+  )
+
+
+def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Array:
+  """Reward-model score after the treatment of answers that never ended (`missing_eos`)."""
+  if cfg.missing_eos == "fixed":
+    return jnp.where(has_eos_B, score_B, cfg.missing_eos_score)
+  return score_B
+
+
+def _score(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_coef, rollout: Rollout):
+  """Scores a rollout with all four networks. Returns (Experience, metrics, score_B, kl_B)."""
+  tokens = (rollout.token_BL, rollout.is_token_BL)
+  prompt_length = rollout.token_BL.shape[1] - rollout.is_response_BR.shape[1]
+  logprob_kwargs = dict(prompt_length=prompt_length, temperature=cfg.temperature)
+  mask_BR = rollout.is_response_BR
+  behaviour_BR = rollout.behaviour_logprob_BR
+  with jax.named_scope("score"):
+    if cfg.behaviour_logprob == "rescore":
+      behaviour_BR = scoring.response_logprob(nets.policy, params, *tokens, **logprob_kwargs)
+    ref_BR = scoring.response_logprob(nets.policy, frozen.ref_params, *tokens, **logprob_kwargs)
+    value_BR = scoring.response_value(nets.scalar, value_params, *tokens, prompt_length=prompt_length)
+    value_BR = jnp.where(mask_BR, value_BR, 0.0)
+    rm_score_B = scoring.sequence_score(nets.scalar, frozen.reward_params, *tokens)
+  with jax.named_scope("advantages"):
+    response_BR = rollout.token_BL[:, prompt_length:]
+    has_eos_B = jnp.any((response_BR == nets.eos_id) & mask_BR, axis=1)
+    score_B = score_with_eos_rule(cfg, rm_score_B, has_eos_B)
+    reward_BR = kl.kl_penalised_reward(score_B, behaviour_BR, ref_BR, mask_BR, kl_coef)
+    if cfg.whiten_rewards:
+      reward_BR = masked.masked_whiten(reward_BR, mask_BR, shift_mean=False)
+    advantage_BR, return_BR = gae.gae(
+        reward_BR, value_BR, mask_BR, discount=cfg.discount, lam=cfg.gae_lambda
+    )
+    is_actor_BR = mask_BR
+    if cfg.missing_eos == "exclude":
+      is_actor_BR = mask_BR & has_eos_B[:, None]
+    if cfg.whiten_advantages:
+      advantage_BR = masked.masked_whiten(advantage_BR, is_actor_BR)
+  kl_B = jnp.sum(jnp.where(mask_BR, kl.kl_k1(behaviour_BR, ref_BR), 0.0), axis=1)
+  kl_k3_B = jnp.sum(jnp.where(mask_BR, kl.kl_k3(behaviour_BR, ref_BR), 0.0), axis=1)
+  metrics = {
+      "reward": jnp.mean(rm_score_B),
+      "reward_std": jnp.std(rm_score_B),
+      "objective": jnp.mean(score_B - kl_coef * kl_B),
+      "kl": jnp.mean(kl_B),
+      "kl_k3": jnp.mean(kl_k3_B),
+      "entropy": -jnp.mean(jnp.sum(jnp.where(mask_BR, behaviour_BR, 0.0), axis=1)),
+      "response_length": jnp.mean(jnp.sum(mask_BR, axis=1).astype(jnp.float32)),
+      "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
+      "explained_variance": surrogate.explained_variance(value_BR, return_BR, mask_BR),
+      "decode_steps": rollout.num_steps.astype(jnp.float32),
+      "kl_coef": kl_coef,
+  }
+  experience = Experience(
+      token_BL=rollout.token_BL,
+      is_token_BL=rollout.is_token_BL,
+      is_response_BR=mask_BR,
+      is_actor_BR=is_actor_BR,
+      behaviour_logprob_BR=behaviour_BR,
+      value_BR=value_BR,
+      advantage_BR=advantage_BR,
+      return_BR=return_BR,
+  )
+  return experience, metrics, rm_score_B, kl_B
+
+
+def policy_loss(params, nets: Nets, cfg: PPOConfig, batch: Experience):
+  """Clipped surrogate of one minibatch, to be minimised. Returns (loss, metrics)."""
+  prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
+  logprob_BR = scoring.response_logprob(
+      nets.policy, params, batch.token_BL, batch.is_token_BL,
+      prompt_length=prompt_length, temperature=cfg.temperature,
+  )
+  return surrogate.clipped_surrogate(
+      logprob_BR, batch.behaviour_logprob_BR, batch.advantage_BR, batch.is_actor_BR, clip=cfg.clip
+  )
+
+
+def value_loss(value_params, nets: Nets, cfg: PPOConfig, batch: Experience):
+  """Value loss of one minibatch, clipped around the rollout's values if configured. Returns (loss, metrics)."""
+  prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
+  value_BR = scoring.response_value(
+      nets.scalar, value_params, batch.token_BL, batch.is_token_BL, prompt_length=prompt_length
+  )
+  return surrogate.clipped_value_loss(
+      value_BR, batch.value_BR, batch.return_BR, batch.is_response_BR, clip=cfg.value_clip
+  )
+
+
+def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
+  """Gradient and value of the pretraining term, -E[log pi(x)] of eq. 2, over one minibatch's pretraining rows.
+
+  The paper gives gamma = 27.8 but not whether log pi(x) is a mean or a sum over tokens. 'mean' is the mean per token
+  over all rows; 'sum' is the sum over a row's tokens, averaged over rows. Rows are taken in `ptx_rows` chunks, so that
+  activations need no more memory than the PPO half of the minibatch.
+  """
+  num_rows = rows.token_BL.shape[0]
+  denominator = jnp.sum(rows.weight_BL) if cfg.ptx_reduction == "mean" else jnp.float32(num_rows)
+  chunks = jax.tree.map(lambda x: x.reshape(cfg.ptx_rows, num_rows // cfg.ptx_rows, *x.shape[1:]), rows)
+
+  def chunk_loss(params, chunk: PackedBatch):
+    logits_BTV = transformer.apply(
+        nets.policy, params, chunk.token_BL, segment_BL=chunk.segment_BL, position_BL=chunk.position_BL,
+        window=(0, chunk.token_BL.shape[1] - 1),
+    )
+    sum_nll, _ = lm.lm_loss(logits_BTV, chunk.token_BL[:, 1:], chunk.weight_BL[:, 1:])
+    return sum_nll / denominator
+
+  def add_chunk(total, chunk):
+    return jax.tree.map(jnp.add, total, jax.value_and_grad(chunk_loss)(params, sharding.shard_rows(chunk))), None
+
+  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+  (loss, grads), _ = jax.lax.scan(add_chunk, zero, chunks)
+  return loss, grads
+
+
+def _clip(grads, max_norm: float | None):
+  """Clips one term's gradient by its own norm: clipping the sum would let gamma rescale PPO without notice."""
+  if max_norm is None:
+    return grads
+  clipped, _ = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
+  return clipped
+
+
+def policy_gradient(params, nets: Nets, cfg: PPOConfig, batch: Experience, ptx: PackedBatch | None):
+  """Gradient of eq. 2 for one minibatch: PPO's plus gamma times the pretraining term's, for one Adam step (C.4)."""
+  with jax.named_scope("update/policy"):
+    (loss, metrics), grads = jax.value_and_grad(policy_loss, has_aux=True)(params, nets, cfg, batch)
+    metrics = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads)} | metrics
+    grads = _clip(grads, cfg.policy_optim.clip_norm)
+  if ptx is None:
+    return grads, metrics
+  with jax.named_scope("update/ptx"):
+    ptx_loss, ptx_grads = ptx_gradient(params, nets, cfg, ptx)
+    ptx_grads = jax.tree.map(lambda g: cfg.gamma * g, ptx_grads)
+    metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": optax.tree.norm(ptx_grads)}
+    ptx_grads = _clip(ptx_grads, cfg.policy_optim.clip_norm)
+    return jax.tree.map(jnp.add, grads, ptx_grads), metrics
+
+
+def _update(nets: Nets, cfg: PPOConfig, weights, experience: Experience, ptx: PackedBatch | None, key: Array):
+  """Runs the inner epochs of minibatch updates, each epoch over a fresh permutation of the episodes."""
+  num_episodes = experience.token_BL.shape[0]
+  minibatch = num_episodes // cfg.num_minibatches
+  permutation = jax.vmap(lambda k: jax.random.permutation(k, num_episodes))(
+      jax.random.split(key, cfg.num_epochs)
+  ).reshape(cfg.num_epochs * cfg.num_minibatches, minibatch)
+  ptx_index = jnp.tile(jnp.arange(cfg.num_minibatches), cfg.num_epochs)
+  if ptx is not None:
+    ptx = jax.tree.map(lambda x: x.reshape(cfg.num_minibatches, -1, *x.shape[1:]), ptx)
+
+  def one_update(weights, inputs):
+    params, opt_state, value_params, value_opt_state = weights
+    rows, which = inputs
+    batch = sharding.shard_rows(jax.tree.map(lambda x: x[rows], experience))
+    ptx_rows = None if ptx is None else jax.tree.map(lambda x: x[which], ptx)
+    grads, metrics = policy_gradient(params, nets, cfg, batch, ptx_rows)
+    updates, opt_state = nets.policy_tx.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    with jax.named_scope("update/value"):
+      (loss, value_metrics), grads = jax.value_and_grad(value_loss, has_aux=True)(value_params, nets, cfg, batch)
+      metrics |= {"value_loss": loss, "value_grad_norm": optax.tree.norm(grads)}
+      metrics |= {"value_clip_fraction": value_metrics["clip_fraction"]}
+      grads = _clip(grads, cfg.value_optim.clip_norm)
+      updates, value_opt_state = nets.value_tx.update(grads, value_opt_state, value_params)
+      value_params = optax.apply_updates(value_params, updates)
+    return (params, opt_state, value_params, value_opt_state), metrics
+
+  weights, metrics = jax.lax.scan(one_update, weights, (permutation, ptx_index))
+  first_ratio_max = metrics["ratio_max"][0]
+  metrics = {name: jnp.max(x) if name == "ratio_max" else jnp.mean(x) for name, x in metrics.items()}
+  return weights, metrics | {"first_ratio_max": first_ratio_max}
+
+
+def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batch: dict):
+  """One PPO iteration, traceable.
+
+  Args:
+    nets, cfg: static.
+    state: before the iteration.
+    frozen: reference and reward model.
+    batch: {'prompts': PromptBatch of batch_size rows} and, for gamma > 0, {'pretrain': PackedBatch of
+      batch_size * ptx_rows rows}.
+  Returns:
+    (state, metrics: dict of float32 scalars, samples: {'rollout': Rollout, 'score_B', 'kl_B'}).
+  """
+  rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+  prompts: PromptBatch = batch["prompts"]
+  with jax.named_scope("rollout"):
+    rollout = sampling.generate(
+        nets.policy, state.params, prompts, rollout_key,
+        max_new_tokens=nets.max_response_length, eos_id=nets.eos_id, temperature=cfg.temperature,
+    )
+  experience, metrics, score_B, kl_B = _score(
+      nets, cfg, state.params, state.value_params, frozen, state.kl_coef, rollout
+  )
+  weights = (state.params, state.opt_state, state.value_params, state.value_opt_state)
+  ptx = batch["pretrain"] if cfg.gamma > 0 else None
+  weights, update_metrics = _update(nets, cfg, weights, experience, ptx, update_key)
+  params, opt_state, value_params, value_opt_state = weights
+  decay = cfg.ema_decay
+  ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, params)
+  kl_coef = state.kl_coef
+  if cfg.kl_controller == "adaptive":
+    kl_coef = kl.adaptive_kl_coef(
+        kl_coef, metrics["kl"], target=cfg.kl_target, horizon=cfg.kl_horizon, num_episodes=cfg.batch_size
+    )
+  state = PPOState(
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      value_params=value_params,
+      value_opt_state=value_opt_state,
+      ema_params=ema_params,
+      kl_coef=kl_coef,
+      key=state.key,
+  )
+  return state, metrics | update_metrics, {"rollout": rollout, "score_B": score_B, "kl_B": kl_B}
+
+
+def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings=None) -> Callable:
+  """Compiles `train_step` as one program with a donated state: (state, frozen, batch) -> (state, metrics, samples).
+
+  Args:
+    state_shardings: PPOState of NamedSharding for the state that comes out, so that it keeps the layout it came in
+      with; None on a single device.
+  """
+
+  def step(state, frozen, batch):
+    return train_step(nets, cfg, state, frozen, batch)
+
+  out_shardings = None if state_shardings is None else (state_shardings, None, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)

@@ -1,0 +1,141 @@
+"""The stage around ppo.py: weights, data, shardings and the outer loop of `ppo`, `ppo_ptx` and `ppo_beta0`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructjax import answers, checkpoint, loop, policies, ppo, sharding, supervised
+from instructjax.config import PPOConfig
+from instructjax.context import Context, stage_run
+from instructjax.data import pipeline as data_pipeline
+from instructjax.data import sources
+from instructjax.optim import make_optimizer
+from instructjax.pretrain import document_batches
+from instructjax.structs import PPOState
+
+
+def variant(ctx: Context, stage: str) -> PPOConfig:
+  """The PPO block as a stage runs it: `ppo` is gamma = 0 (sec 3.5), `ppo_beta0` has no KL penalty either."""
+  cfg, evaluation = ctx.config.ppo, ctx.config.evaluate
+  if stage == "ppo_ptx":
+    return cfg
+  if stage == "ppo":
+    return dataclasses.replace(cfg, gamma=0.0)
+  return dataclasses.replace(
+      cfg,
+      gamma=0.0,
+      beta=0.0,
+      kl_controller="fixed",
+      num_iterations=evaluation.overoptimization_iterations,
+      max_kl=0.0,  # letting the policy run away is the point
+      policy_optim=dataclasses.replace(
+          cfg.policy_optim, learning_rate=evaluation.overoptimization_learning_rate
+      ),
+  )
+
+
+def make_nets(ctx: Context, cfg: PPOConfig) -> ppo.Nets:
+  """Networks and optimisers. Clipping is left to ppo.py, which clips each term of the gradient on its own."""
+  updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
+  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)  # noqa: E731
+  return ppo.Nets(
+      policy=ctx.model("policy"),
+      scalar=ctx.model("reward"),
+      policy_tx=unclipped(cfg.policy_optim),
+      value_tx=unclipped(cfg.value_optim),
+      eos_id=ctx.tokenizer.eos_id,
+      max_response_length=ctx.config.data.max_response_length,
+  )
+
+
+def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_params, key):
+  """(PPOState, its shardings) before the first iteration; copies of the weights given."""
+  replicated = sharding.replicated(ctx.mesh)
+  policy_shardings, policy_shapes = supervised.param_shardings(ctx.mesh, nets.policy)
+  value_shardings, value_shapes = supervised.param_shardings(ctx.mesh, nets.scalar)
+  shardings = PPOState(
+      step=replicated,
+      params=policy_shardings,
+      opt_state=sharding.opt_state_shardings(nets.policy_tx, policy_shapes, policy_shardings, ctx.mesh),
+      value_params=value_shardings,
+      value_opt_state=sharding.opt_state_shardings(nets.value_tx, value_shapes, value_shardings, ctx.mesh),
+      ema_params=policy_shardings,
+      kl_coef=replicated,
+      key=replicated,
+  )
+
+  def create(params, value_params, key):
+    params, value_params = jax.tree.map(jnp.copy, (params, value_params))
+    return ppo.create_state(params, value_params, nets, cfg, key)
+
+  return jax.jit(create, out_shardings=shardings)(params, reward_params, key), shardings
+
+
+def _batches(ctx: Context, cfg: PPOConfig, stage: str):
+  seed = ctx.data_seed(stage)
+  parts = {
+      "prompts": data_pipeline.prompt_batches(
+          ctx.prompt_tokens("train"), length=ctx.config.data.max_prompt_length, batch_size=cfg.batch_size,
+          seed=seed, vocab_size=ctx.tokenizer.vocab_size, **ctx.batch_shards,
+      )
+  }
+  if cfg.gamma > 0:
+    rows = cfg.batch_size * cfg.ptx_rows
+    parts["pretrain"] = document_batches(ctx, "train", length=cfg.ptx_length, batch_size=rows, seed=seed)
+  return data_pipeline.zip_batches(parts)
+
+
+def _describe(ctx: Context, cfg: PPOConfig):
+  """Callback on an iteration's samples: (extra metrics, rows of the sample table).
+
+  Gold scores exist only where the prompts are the demo's; they steer nothing.
+  """
+  simulation = sources.simulation(ctx.config.data.prompts)
+  prompt_length = ctx.config.data.max_prompt_length
+
+  def describe(samples: dict, step: int):
+    rollout = samples["rollout"]
+    token_BL, is_token_BL = np.asarray(rollout.token_BL), np.asarray(rollout.is_token_BL)
+    text = np.where(is_token_BL, token_BL, ctx.tokenizer.pad_id)
+    prompts = answers.decode(ctx.tokenizer, text[:, :prompt_length])
+    responses = answers.decode(ctx.tokenizer, text[:, prompt_length:])
+    extra = {}
+    if simulation is not None:
+      extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
+    columns = (prompts, responses, np.asarray(samples["score_B"]), np.asarray(samples["kl_B"]))
+    rows = [
+        {"prompt": p, "answer": a, "score": float(s), "kl": float(k)}
+        for p, a, s, k in list(zip(*columns))[: ctx.config.log.samples]
+    ]
+    return extra, rows
+
+  return describe
+
+
+def run(ctx: Context, stage: str):
+  """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
+  cfg = variant(ctx, stage)
+  nets = make_nets(ctx, cfg)
+  frozen = ppo.Frozen(ref_params=policies.load(ctx, "ppo_init"), reward_params=policies.load_reward(ctx))
+  state, shardings = initial_state(ctx, cfg, nets, frozen.ref_params, frozen.reward_params, ctx.key(stage))
+  blocks = {"model": ctx.config.model, "reward_model": ctx.config.reward_model, "ppo": cfg, "data": ctx.config.data}
+  run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
+  reference = {
+      "reference": checkpoint.tree_fingerprint(frozen.ref_params),
+      "reward_model": checkpoint.tree_fingerprint(frozen.reward_params),
+  }
+  run_ = dataclasses.replace(run_, fingerprint=run_.fingerprint | reference)
+  step = ppo.make_train_step(nets, cfg, shardings)
+  loop.fit(
+      run_,
+      state,
+      lambda state, batch: step(state, frozen, batch),
+      _batches(ctx, cfg, stage),
+      num_steps=cfg.num_iterations,
+      place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+      limits={"kl": cfg.max_kl} if cfg.max_kl else {},
+      on_samples=_describe(ctx, cfg),
+  )
+  checkpoint.write_done(run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations})

@@ -1,0 +1,108 @@
+"""Whole figures: panels laid out as SVG for the page, and the overview PNG.
+
+Called by page.py. matplotlib is imported when a figure is drawn, without pyplot's global state.
+"""
+
+import io
+import re
+
+from instructjax.report import overoptimization, panels
+from instructjax.report.panels import INK
+
+_STYLE = {
+  "font.size": 9.5,
+  "axes.titlesize": 10.5,
+  "axes.titleweight": "bold",
+  "axes.titlelocation": "left",
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.linewidth": 0.7,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "grid.color": INK,
+  "grid.alpha": 0.12,
+  "grid.linewidth": 0.7,
+  "xtick.major.size": 0,
+  "ytick.major.size": 0,
+  "legend.frameon": False,
+  "legend.fontsize": 8.5,
+  "lines.linewidth": 1.8,
+  "figure.facecolor": "none",
+  "axes.facecolor": "none",
+  "svg.fonttype": "none",
+  "svg.hashsalt": "report",
+} | {
+  name: INK
+  for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+}
+
+
+def _svg(figure, label: str) -> str:
+  """The figure as an element of a page: ink of the page's colour, no date, no ids to clash."""
+  buffer = io.StringIO()
+  figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+  text = buffer.getvalue()
+  text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :]).replace(INK, "currentColor")
+  text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+  return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _style():
+  import matplotlib  # here: importing it takes most of a second, and only the report needs it
+
+  return matplotlib.rc_context(_STYLE)
+
+
+def svg(draws: list, label: str, *, columns: int, width: float = 10.0, height: float = 2.9) -> str:
+  """SVG of the panels that have something to show, in rows of `columns`; '' when none has.
+
+  Args:
+    draws: functions of an axes that return whether they drew anything.
+    label: what a reader who cannot see the figure is told.
+    width, height: of the whole figure and of one row, inches.
+  """
+  from matplotlib.figure import Figure
+
+  with _style():
+    scratch = Figure()
+    draws = [draw for draw in draws if draw(scratch.add_subplot())]
+    if not draws:
+      return ""
+    columns = min(columns, len(draws))
+    rows = -(-len(draws) // columns)
+    figure = Figure(figsize=(width, rows * height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
+    for i, draw in enumerate(draws):
+      draw(figure.add_subplot(rows, columns, i + 1))
+    return _svg(figure, label)
+
+
+def overview(results: dict, wins: dict, path):
+  """report.png: one run in six panels, for a README."""
+  from matplotlib.figure import Figure
+  from matplotlib.lines import Line2D
+
+  curves = results["curves"]
+  opponents = ["sft", "reward_base" if "reward_base" in wins else "base"]
+  pushed = "rl" if "rl" in overoptimization.scores(results) else "best_of_n"
+  draws = [
+    lambda ax: panels.draw_score(ax, curves),
+    lambda ax: panels.draw_curve(
+      ax, curves, "kl", "KL from the PPO initialisation, nats", square_root=True
+    ),
+    lambda ax: panels.draw_tax(ax, results),
+    lambda ax: panels.draw_win_rates(ax, wins, opponents),
+    lambda ax: panels.draw_overoptimization(ax, results, pushed),
+    lambda ax: panels.draw_accuracy(ax, results),
+  ]
+  with _style():
+    figure = Figure(figsize=(14, 8), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    for i, draw in enumerate(draws):
+      draw(figure.add_subplot(2, 3, i + 1))
+    handles = [
+      Line2D([], [], color=panels.COLOURS[name], label=panels.NAMES[name], linewidth=3)
+      for name in curves
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles) or 1)
+    figure.savefig(path, dpi=110)

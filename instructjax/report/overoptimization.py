@@ -1,0 +1,74 @@
+"""Over-optimisation: gold and reward-model score against sqrt(KL) (Gao et al. 2022, 2210.10760).
+
+Called by panels.py and page.py. Pure functions of what evaluate.py measured; draws nothing.
+"""
+
+import numpy as np
+
+
+def column(rows: list[dict], *keys: str) -> list[np.ndarray]:
+  """The named metrics of a stage's log, over the rows that have all of them."""
+  kept = [row for row in rows if all(row.get(key) is not None for key in keys)]
+  return [np.array([row[key] for row in kept], float) for key in keys]
+
+
+def scores(results: dict) -> dict[str, dict[str, np.ndarray]]:
+  """Both scores against sqrt(KL), for `best_of_n` and `rl` (PPO with beta = 0), where measured.
+
+  Scores are in standard deviations over the answers of the PPO initialisation, from its mean: for
+  best-of-n the score at n = 1, for PPO the mean of the runs' first iterations, whose rollouts
+  precede any update.
+  """
+  init = results["measured"].get("ppo_init", {})
+  if "gold" not in init:
+    return {}
+  deviation = {key: float(np.std(init[key])) or 1.0 for key in ("gold", "reward")}
+  found = {}
+  if results["best_of_n"]:
+    kl, gold, reward = column(results["best_of_n"], "kl", "gold", "reward")
+    found["best_of_n"] = {
+      "distance": np.sqrt(kl),
+      "gold": (gold - gold[0]) / deviation["gold"],
+      "reward": (reward - reward[0]) / deviation["reward"],
+    }
+  runs = {name: column(rows, "kl", "gold", "reward") for name, rows in results["curves"].items()}
+  runs = {name: run for name, run in runs.items() if len(run[0])}
+  if "ppo_beta0" in runs:
+    kl, gold, reward = runs["ppo_beta0"]
+    gold_origin, reward_origin = (np.mean([run[i][0] for run in runs.values()]) for i in (1, 2))
+    found["rl"] = {
+      "distance": np.sqrt(np.maximum(kl, 0)),  # the estimate may fall below 0 at the start
+      "gold": (gold - gold_origin) / deviation["gold"],
+      "reward": (reward - reward_origin) / deviation["reward"],
+    }
+  return found
+
+
+def _penalty(which: str, distance):
+  """What beta multiplies: d^2 for `best_of_n`, d log d for `rl` (0 at d = 0)."""
+  distance = np.asarray(distance, float)
+  if which == "best_of_n":
+    return distance**2
+  return distance * np.log(np.where(distance > 0, distance, 1.0))
+
+
+def curve(which: str, distance, alpha: float, beta: float) -> np.ndarray:
+  """R(d) = d (alpha - beta d) for `best_of_n`, d (alpha - beta log d) for `rl`; d = sqrt(KL)."""
+  return alpha * np.asarray(distance, float) - beta * _penalty(which, distance)
+
+
+def fit(which: str, distance, score) -> tuple[float, float] | None:
+  """(alpha, beta) of `curve` by least squares; None where the points do not determine them."""
+  distance = np.asarray(distance, float)
+  design = np.stack([distance, -_penalty(which, distance)], axis=1)
+  if len(design) < 3 or np.linalg.matrix_rank(design) < 2:
+    return None
+  alpha, beta = np.linalg.lstsq(design, np.asarray(score, float), rcond=None)[0]
+  return float(alpha), float(beta)
+
+
+def peak(which: str, alpha: float, beta: float) -> float | None:
+  """sqrt(KL) at which `curve` is highest; None for one that does not rise and then turn down."""
+  if beta <= 0 or (which == "best_of_n" and alpha <= 0):
+    return None
+  return alpha / (2 * beta) if which == "best_of_n" else float(np.exp(alpha / beta - 1))

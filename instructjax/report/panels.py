@@ -1,0 +1,332 @@
+"""The report's panels: each draws one thing into an axes, and says whether it had anything to draw.
+
+Called by figures.py with the `results` of evaluate.py. Imports no matplotlib: it is given the axes.
+"""
+
+import numpy as np
+
+from instructjax.ops.preference import Calibration
+from instructjax.report import overoptimization
+from instructjax.report.overoptimization import column
+
+NAMES = {
+  "base": "Base",
+  "reward_base": "Larger base",
+  "few_shot": "Larger base, few-shot",
+  "sft": "SFT",
+  "ppo_init": "PPO init",
+  "ppo": "PPO",
+  "ppo_ptx": "PPO-ptx",
+  "ppo_beta0": "PPO, β = 0",
+}
+COLOURS = {
+  "base": "#a3abb5",
+  "reward_base": "#737d8a",
+  "few_shot": "#9a7b6c",
+  "sft": "#e3a008",
+  "ppo_init": "#bfa55a",
+  "ppo": "#3b82d6",
+  "ppo_ptx": "#1f9d6b",
+  "ppo_beta0": "#d9485f",
+}
+BEST_OF_N_COLOUR = "#8b5cc7"
+INK = (
+  "#1c2127"  # replaced by currentColor in the page, so that figures follow its light or dark scheme
+)
+# The paper's figures: sec 4.1 (5-fold cross-validation over labelers) and sec 3.4 (agreement).
+_PAPER_ACCURACY = {"train": (0.724, 0.004), "heldout": (0.696, 0.009)}
+_PAPER_AGREEMENT = {"train": (0.726, 0.015), "heldout": (0.773, 0.013)}
+
+
+def running_mean(values, window: int) -> np.ndarray:
+  """Mean over a centred window of odd width, narrower at the ends so that they stay unshifted."""
+  values = np.asarray(values, float)
+  reach = np.minimum(np.arange(len(values)), np.arange(len(values))[::-1])
+  reach = np.minimum(reach, window // 2)
+  return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+
+
+def pretraining_loss(results: dict) -> dict[str, float]:
+  """Mean loss per token of held-out pretraining text, nats, by policy."""
+  sums = {
+    name: np.asarray(rows, float).sum(axis=0) for name, rows in results["pretraining"].items()
+  }
+  return {name: float(nll / tokens) for name, (nll, tokens) in sums.items()}
+
+
+def accuracy_rows(results: dict) -> list[tuple[str, float, float, tuple[float, float]]]:
+  """(label, value, half 95% interval, (paper's value, its stderr)) of reward model and labelers."""
+  rm, agreement = results["reward_model"], results["agreement"]
+  rows = []
+
+  def add(label, value, stderr, paper):
+    rows.append((label, float(value), 1.96 * float(stderr), paper))
+
+  names = {"train": "training labelers", "heldout": "held-out labelers"}
+  for group, key in (("train", "validation"), ("heldout", "heldout_labelers")):
+    if rm.get(key):
+      label = names[group] if rm.get("heldout_labelers") else "held-out prompts"
+      stderr = rm[key]["accuracy_stderr"]
+      add(f"Reward model, {label}", rm[key]["accuracy"], stderr, _PAPER_ACCURACY[group])
+  for group in ("train", "heldout"):
+    folds = [fold[group] for fold in rm.get("cross_validation") or []]
+    if folds:
+      stderr = np.std(folds, ddof=1) / np.sqrt(len(folds)) if len(folds) > 1 else 0.0
+      label = "folds trained on" if group == "train" else "fold left out"
+      add(f"Cross-validation, {label}", np.mean(folds), stderr, _PAPER_ACCURACY[group])
+  for group in ("train", "heldout"):
+    if agreement and group in agreement:
+      found = agreement[group]
+      label = f"Agreement, {names[group]}"
+      add(label, found["agreement"], found["agreement_stderr"], _PAPER_AGREEMENT[group])
+  return rows
+
+
+def draw_curve(ax, curves: dict, key: str, title: str, *, square_root: bool = False) -> bool:
+  """One metric over iterations for each RL stage: faint as logged, bold as a running mean."""
+  drawn = False
+  for name, rows in curves.items():
+    step, value = column(rows, "step", key)
+    if not len(step):
+      continue
+    drawn = True
+    value = np.maximum(value, 0) if square_root else value
+    ax.plot(step, value, color=COLOURS[name], alpha=0.25, linewidth=1)
+    ax.plot(
+      step, running_mean(value, max(1, len(step) // 12)), color=COLOURS[name], label=NAMES[name]
+    )
+  if square_root:
+    ax.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ax.set_ylim(bottom=0)
+    ax.set_yticks(
+      [tick for tick in (0, 1, 5, 20, 50, 100, 200, 500, 1000) if tick <= ax.get_ylim()[1]]
+    )
+  ax.set_title(title)
+  ax.set_xlabel("iteration")
+  return drawn
+
+
+def draw_score(ax, curves: dict) -> bool:
+  """Reward-model score (dashed) and gold score (solid) over iterations, in one panel."""
+  drawn = False
+  for name, rows in curves.items():
+    for key, line in (("reward", "--"), ("gold", "-")):
+      step, value = column(rows, "step", key)
+      if len(step):
+        smooth = running_mean(value, max(1, len(step) // 12))
+        ax.plot(step, smooth, line, color=COLOURS[name])
+        drawn = True
+  ax.plot([], [], "-", color=INK, label="gold score")
+  ax.plot([], [], "--", color=INK, label="reward-model score")
+  ax.legend()
+  ax.set_title("Score over PPO")
+  ax.set_xlabel("iteration")
+  return drawn
+
+
+def draw_pretraining_over_ppo(ax, results: dict) -> bool:
+  """Loss of the pretraining mix over iterations; held-out loss before (lines) and after (dots)."""
+  loss, curves = pretraining_loss(results), results["curves"]
+  last = max((rows[-1]["step"] for rows in curves.values() if rows), default=0)
+  draw_curve(ax, curves, "ptx_loss", "Pretraining loss, nats a token")
+  for name in ("base", "sft"):
+    if name in loss:
+      ax.axhline(loss[name], color=COLOURS[name], linewidth=1.2, linestyle=(0, (4, 2)))
+      ax.annotate(
+        NAMES[name],
+        (0.01, loss[name]),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        fontsize=8,
+        color=COLOURS[name],
+      )
+  for name, rows in curves.items():
+    if name in loss and rows:
+      ax.plot(rows[-1]["step"], loss[name], "o", color=COLOURS[name], markersize=6, clip_on=False)
+  return bool(loss) and last > 0
+
+
+def draw_tax(ax, results: dict) -> bool:
+  """Held-out pretraining loss of every policy, as its distance from the base's."""
+  loss = pretraining_loss(results)
+  start = loss.get("base", min(loss.values(), default=0.0))
+  ax.axvline(start, color=COLOURS["base"], linewidth=1.2)
+  for i, (name, value) in enumerate(loss.items()):
+    ax.plot(
+      [start, value], [i, i], color=COLOURS[name], linewidth=5, alpha=0.45, solid_capstyle="butt"
+    )
+    ax.plot(value, i, "o", color=COLOURS[name], markersize=8)
+    _beside(ax, f"{value:.2f}", max(start, value), i, gap=8)
+  _named_rows(ax, [NAMES[name] for name in loss])
+  ax.margins(x=0.14)
+  ax.set_title("Loss on pretraining text")
+  ax.set_xlabel("nats a token, held out")
+  return bool(loss)
+
+
+def draw_trade_off(ax, results: dict) -> bool:
+  """Score of every policy against its held-out pretraining loss: up and to the left is better."""
+  loss, measured = pretraining_loss(results), results["measured"]
+  key = "gold" if any("gold" in found for found in measured.values()) else "reward"
+  names = [name for name in loss if key in measured.get(name, {})]
+  for name in names:
+    score = float(np.mean(measured[name][key]))
+    ax.plot(loss[name], score, "o", color=COLOURS[name], markersize=8)
+    ax.annotate(
+      NAMES[name],
+      (loss[name], score),
+      xytext=(0, 7),
+      textcoords="offset points",
+      ha="center",
+      fontsize=8.5,
+    )
+  ax.margins(x=0.15, y=0.15)
+  ax.set_xlabel("loss on pretraining text, nats a token")
+  ax.set_ylabel("gold score" if key == "gold" else "reward-model score")
+  ax.set_title("What is gained, and what it costs")
+  return len(names) > 1
+
+
+def draw_win_rates(ax, wins: dict, opponents: list[str]) -> bool:
+  """Win rate of every policy over one or two others (dots, diamonds), with 95% intervals."""
+  opponents = [name for name in opponents if name in wins]
+  names = [name for name in wins if [name] != opponents]
+  for j, opponent in enumerate(opponents):
+    shift = 0.36 * (j - (len(opponents) - 1) / 2)
+    ax.plot([], [], "oD"[j], color=INK, label=f"over {NAMES[opponent]}", markersize=5)
+    for i, name in enumerate(names):
+      if name != opponent:
+        rate, (low, high) = wins[name][opponent]
+        colour = COLOURS[name]
+        ax.plot([low, high], [i + shift] * 2, color=colour, linewidth=2.2, solid_capstyle="round")
+        ax.plot(rate, i + shift, "oD"[j], color=colour, markersize=5.5)
+        _beside(ax, f"{rate:.0%}", high, i + shift)
+  ax.axvline(0.5, color=INK, linewidth=1)
+  _named_rows(ax, [NAMES[name] for name in names])
+  ax.set_xlim(0, 1.08)
+  ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
+  ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+  ax.set_title("Win rate")
+  if len(opponents) == 1:
+    ax.set_title(f"Win rate over {NAMES[opponents[0]]}")
+  elif opponents:
+    ax.legend(
+      loc="lower right", bbox_to_anchor=(1, 0.985), ncols=2, handletextpad=0.1, columnspacing=1
+    )
+  return bool(opponents and names)
+
+
+def _named_rows(ax, labels: list[str]):
+  """One named row an item, the first on top."""
+  ax.set_yticks(range(len(labels)), labels)
+  ax.set_ylim(len(labels) - 0.5, -0.5)
+  ax.grid(axis="y", visible=False)
+
+
+def _beside(ax, text: str, x: float, y: float, *, gap: float = 5):
+  ax.annotate(text, (x, y), xytext=(gap, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def draw_accuracy(ax, results: dict) -> bool:
+  """Reward-model accuracy beside how often labelers agree; the paper's figures as diamonds."""
+  rows = accuracy_rows(results)
+  for i, (label, value, half, (paper, stderr)) in enumerate(rows):
+    colour = "#3b82d6" if not label.startswith("Agreement") else "#e3a008"
+    ax.plot(
+      [value - half, value + half], [i, i], color=colour, linewidth=2.4, solid_capstyle="round"
+    )
+    ax.plot(value, i, "o", color=colour, markersize=6.5)
+    _beside(ax, f"{value:.1%}", value + half, i)
+    ax.plot(
+      [paper - 1.96 * stderr, paper + 1.96 * stderr],
+      [i + 0.27] * 2,
+      color=INK,
+      linewidth=1,
+      alpha=0.5,
+    )
+    ax.plot(
+      paper, i + 0.27, "D", color=INK, markersize=3.5, alpha=0.5, label=None if i else "paper"
+    )
+  ax.axvline(0.5, color=INK, linewidth=1)
+  _named_rows(ax, [row[0] for row in rows])
+  ax.set_xlim(0.47, max([0.85] + [row[1] + row[2] + 0.06 for row in rows]))
+  ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+  ax.legend(loc="lower right", bbox_to_anchor=(1, 0.985), handletextpad=0.1)
+  ax.set_title("Reward model and labelers")
+  return bool(rows)
+
+
+def draw_calibration(ax, results: dict) -> bool:
+  """How often the reward model is right against how sure it is."""
+  stored = results["reward_model"]["validation"].get("calibration")
+  ax.set_title("Calibration")
+  if not stored:
+    return False
+  found = Calibration(**stored) if isinstance(stored, dict) else Calibration(*stored)
+  confidence, accuracy, count = (np.array(x, float) for x in found[:3])
+  kept = count > 0
+  ax.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, alpha=0.5, linestyle=(0, (4, 2)))
+  ax.plot(confidence[kept], accuracy[kept], color="#3b82d6", linewidth=1.2)
+  ax.scatter(
+    confidence[kept], accuracy[kept], s=8 + 240 * count[kept] / count.sum(), color="#3b82d6"
+  )
+  ax.set_xlabel("predicted probability")
+  ax.set_ylabel("share right")
+  ax.set_title(f"Calibration (expected error {found.expected_error:.1%})")
+  return True
+
+
+def draw_overoptimization(ax, results: dict, which: str) -> bool:
+  """Gold (solid) and reward-model score (dashed) against sqrt(KL), and the curve fitted to gold."""
+  found = overoptimization.scores(results).get(which)
+  ax.set_title(
+    "Over-optimisation: best of n"
+    if which == "best_of_n"
+    else "Over-optimisation: PPO, no KL penalty"
+  )
+  ax.set_xlabel("√KL from the PPO initialisation")
+  if not found:
+    return False
+  colour = BEST_OF_N_COLOUR if which == "best_of_n" else COLOURS["ppo_beta0"]
+  distance = found["distance"]
+  for key, line in (("reward", "--"), ("gold", "-")):
+    if which == "best_of_n":
+      ax.plot(distance, found[key], "o" + line, color=colour, markersize=4)
+    else:
+      window = max(1, len(distance) // 12)
+      ax.plot(distance, found[key], ".", color=colour, alpha=0.3, markersize=4)
+      ax.plot(running_mean(distance, window), running_mean(found[key], window), line, color=colour)
+  fitted = overoptimization.fit(which, distance, found["gold"])
+  if fitted:
+    d = np.linspace(0, distance.max(), 100)
+    ax.plot(d, overoptimization.curve(which, d, *fitted), color=INK, linewidth=1)
+  ax.set_ylabel("score, standard deviations")
+  if which == "best_of_n":
+    for row, d, score in zip(results["best_of_n"], distance, found["reward"]):
+      ax.annotate(
+        f"n={row['n']}",
+        (d, score),
+        xytext=(0, 6),
+        textcoords="offset points",
+        ha="center",
+        fontsize=7.5,
+      )
+  else:
+    _mark_penalised(ax, results["measured"])
+  ax.axhline(0, color=INK, linewidth=0.7)
+  return True
+
+
+def _mark_penalised(ax, measured: dict):
+  """Where policies with the KL penalty ended: gold score filled, the reward model's hollow."""
+  init = measured["ppo_init"]
+  for name in ("ppo", "ppo_ptx"):
+    if name in measured:
+      distance = np.sqrt(max(0.0, float(np.mean(measured[name]["kl"]))))
+      for key, fill in (("gold", COLOURS[name]), ("reward", "none")):
+        score = (np.mean(measured[name][key]) - np.mean(init[key])) / (np.std(init[key]) or 1.0)
+        label = NAMES[name] if key == "gold" else None
+        ax.plot(
+          distance, score, "s", color=COLOURS[name], markerfacecolor=fill, markersize=7, label=label
+        )

@@ -1,0 +1,202 @@
+"""Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's ranked answers, one epoch, demonstrations at mean 0."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+
+from instructjax import checkpoint, loop, policies, scoring, sharding, supervised
+from instructjax.config import RMConfig
+from instructjax.context import Context, stage_run
+from instructjax.data import pipeline as data_pipeline
+from instructjax.models import heads
+from instructjax.ops import preference
+from instructjax.optim import make_optimizer
+from instructjax.structs import RankedBatch, TrainState
+
+
+def scores(model, params, batch: RankedBatch):
+  """Score of every answer, [B, C]: one forward over all answers, each read at its last token."""
+  rows = batch.token_BCL.shape[:2]
+  flat = lambda x: x.reshape(rows[0] * rows[1], -1)  # noqa: E731
+  score_S = scoring.sequence_score(model, params, flat(batch.token_BCL), flat(batch.is_token_BCL))
+  return score_S.reshape(rows)
+
+
+def make_train_step(model, tx, cfg: RMConfig, state_shardings):
+  """Jitted (TrainState, RankedBatch) -> (TrainState, metrics)."""
+
+  def loss_fn(params, batch):
+    score_BC = scores(model, params, batch)
+    return preference.ranked_preference_loss(score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties)
+
+  def step(state: TrainState, batch: RankedBatch):
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    state = supervised.apply_gradients(state, tx, grads)
+    return state, {"loss": loss, "accuracy": metrics["accuracy"], "grad_norm": optax.tree.norm(grads)}
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def _tokenized(ctx: Context, records: list) -> list:
+  """Rankings as token lists; over-long ones are filtered and counted by the data pipeline."""
+  data = ctx.config.data
+  return data_pipeline.tokenize_rankings(
+      records, ctx.tokenizer,
+      max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
+  )[0]
+
+
+def _batches(ctx: Context, records: list, *, batch_size: int, seed: int):
+  data = ctx.config.data
+  return data_pipeline.ranking_batches(
+      _tokenized(ctx, records), max_responses=ctx.config.rm.max_responses, batch_size=batch_size, seed=seed,
+      length=data.max_prompt_length + data.max_response_length, vocab_size=ctx.tokenizer.vocab_size,
+      **ctx.batch_shards,
+  )
+
+
+def initial_params(ctx: Context, key):
+  """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
+  source = "sft" if ctx.config.rm.start_from == "sft" else "reward_base"
+  shardings, _ = supervised.param_shardings(ctx.mesh, ctx.model("reward"))
+  scalar_init = supervised.init_params(ctx.mesh, ctx.model("reward"), key)
+  params = heads.scalar_params_from_lm(policies.load(ctx, source), scalar_init)
+  return jax.device_put(params, shardings)
+
+
+def train(ctx: Context, stage: str, records: list, key):
+  """Trains one reward model on `records`; returns (its StageRun, final step, params without the bias)."""
+  cfg, model = ctx.config.rm, ctx.model("reward")
+  batches = _batches(ctx, records, batch_size=cfg.batch_size, seed=ctx.data_seed(stage))
+  num_steps = cfg.num_epochs * batches.steps_per_epoch
+  tx = make_optimizer(cfg.optim, num_steps)
+  state, shardings = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
+  parent = "sft" if cfg.start_from == "sft" else policies.stage_of(ctx, "reward_base")
+  parents = (parent, "collect") if ctx.collects else (parent,)
+  blocks = {"model": ctx.config.reward_model, "stage": cfg, "data": ctx.config.data}
+  run_ = stage_run(ctx, stage, blocks, parents=parents)
+  state = loop.fit(
+      run_, state, make_train_step(model, tx, cfg, shardings), batches, num_steps=num_steps,
+      place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+  )
+  return run_, num_steps, state.params
+
+
+def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
+  """Scores of each record's answers, in order; what is over-long is left out."""
+  model = ctx.model("reward")
+  score = jax.jit(lambda p, b: scores(model, p, b))
+  tokenized = _tokenized(ctx, records)
+  batch_size = min(ctx.config.rm.batch_size, len(tokenized))
+  data = ctx.config.data
+  result = []
+  for start in range(0, len(tokenized), batch_size):
+    chunk = tokenized[start : start + batch_size]
+    filled = chunk + tokenized[:1] * (batch_size - len(chunk))
+    batch = data_pipeline.ranked_batch(
+        filled, max_responses=ctx.config.rm.max_responses,
+        length=data.max_prompt_length + data.max_response_length, vocab_size=ctx.tokenizer.vocab_size,
+    )
+    score_BC = np.asarray(score(params, sharding.place_batch(ctx.mesh, batch)))
+    result += [row[: len(item.ranks)] for row, item in zip(score_BC, chunk)]
+  return result
+
+
+def pair_margins(score_K: np.ndarray, rank_K) -> np.ndarray:
+  """Score of the preferred answer minus the other's, for each pair that is not a tie."""
+  return np.array([
+      score_K[i] - score_K[j] if rank_K[i] < rank_K[j] else score_K[j] - score_K[i]
+      for i, j in itertools.combinations(range(len(rank_K)), 2)
+      if rank_K[i] != rank_K[j]
+  ])
+
+
+def _plain(calibration: preference.Calibration) -> dict:
+  return {name: np.asarray(value).tolist() for name, value in calibration._asdict().items()}
+
+
+def judge(ctx: Context, params, records: list) -> dict:
+  """Accuracy over untied pairs with its standard error over prompts, calibration, and the spread of scores."""
+  score = score_rankings(ctx, params, records)
+  margins = [pair_margins(s, item.ranks) for s, item in zip(score, _tokenized(ctx, records))]
+  right = np.array([np.sum(m > 0) for m in margins])
+  total = np.array([len(m) for m in margins])
+  if not total.sum():
+    raise ValueError(f"{len(records)} held-out rankings hold no pair that is not a tie; add rankings with an order")
+  accuracy = right.sum() / total.sum()
+  stderr = np.sqrt(np.sum((right - accuracy * total) ** 2)) / total.sum()
+  return {
+      "accuracy": float(accuracy),
+      "accuracy_stderr": float(stderr),
+      "pairs": int(total.sum()),
+      "prompts": len(margins),
+      "score_std": float(np.std(np.concatenate(score))),
+      "calibration": _plain(preference.calibration(np.concatenate(margins))),
+  }
+
+
+def demonstration_mean(ctx: Context, params) -> float:
+  """Mean score of labelers' demonstrations, which the bias subtracts (C.2)."""
+  data = ctx.config.data
+  tokenized = data_pipeline.tokenize_demonstrations(
+      ctx.records("demonstrations", "train"), ctx.tokenizer,
+      max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
+  )[0]
+  return float(np.mean(np.concatenate(_score_sequences(ctx, params, tokenized))))
+
+
+def _score_sequences(ctx: Context, params, tokenized: list, rows: int = 256):
+  """Scores of (prompt, response) token pairs, in chunks of one compiled shape."""
+  model = ctx.model("reward")
+  length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
+  score = jax.jit(lambda p, t, m: scoring.sequence_score(model, p, t, m))
+  for start in range(0, len(tokenized), rows):
+    chunk = tokenized[start : start + rows]
+    token_SL = np.full((rows, length), ctx.tokenizer.pad_id, np.int32)
+    for row, item in zip(token_SL, chunk):
+      sequence = item.prompt + item.response
+      row[: len(sequence)] = sequence
+    token_SL[len(chunk) :] = token_SL[0]
+    batch = sharding.place_rows(ctx.mesh, (token_SL, token_SL != ctx.tokenizer.pad_id))
+    yield np.asarray(score(params, *batch))[: len(chunk)]
+
+
+def cross_validate(ctx: Context) -> list[dict]:
+  """Trains on all but one fold of labelers, and judges on that fold and on the others' held-out prompts (sec 4.1)."""
+  cfg = ctx.config.rm
+  train_records, held_out = (ctx.records("comparisons", split) for split in ("train", "validation"))
+  labelers = sorted({record.labeler for record in train_records if record.labeler is not None})
+  if len(labelers) < cfg.cross_validation_folds:
+    raise ValueError(
+        f"rm.cross_validation_folds={cfg.cross_validation_folds} must not exceed the {len(labelers)} labelers "
+        "named in the comparisons; set it to 0 or add a 'labeler' to each row"
+    )
+  results = []
+  for fold in range(cfg.cross_validation_folds):
+    outside = set(labelers[fold :: cfg.cross_validation_folds])
+    inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
+    stage = f"rm/fold_{fold}"
+    _, _, params = train(ctx, stage, inside, ctx.key(stage))
+    results.append({
+        "heldout": judge(ctx, params, [r for r in held_out if r.labeler in outside])["accuracy"],
+        "train": judge(ctx, params, [r for r in held_out if r.labeler not in outside])["accuracy"],
+    })
+  return results
+
+
+def run(ctx: Context, stage: str):
+  """Trains `rm`, sets its bias and measures it on held-out prompts and on held-out labelers."""
+  run_, num_steps, params = train(ctx, stage, ctx.records("comparisons", "train"), ctx.key(stage))
+  result = {
+      "fingerprint": run_.fingerprint,
+      "step": num_steps,
+      "demonstration_mean": demonstration_mean(ctx, params),
+      "validation": judge(ctx, params, ctx.records("comparisons", "validation")),
+  }
+  if ctx.collects:
+    result["heldout_labelers"] = judge(ctx, params, ctx.records("comparisons", "heldout"))
+  if ctx.config.rm.cross_validation_folds:
+    result["cross_validation"] = cross_validate(ctx)
+  checkpoint.write_done(run_.directory, result)

@@ -1,0 +1,56 @@
+"""Log-probabilities, values and rewards of given tokens: the full forward passes of PPO, collecting and evaluation.
+
+Columns follow the rollout's layout: left-padded prompt of P columns, then the response. A response token at column t is
+predicted, and valued, from column t - 1 (details item 21), so heads run on columns P-1 .. L-2 only.
+"""
+
+import jax.numpy as jnp
+
+from instructjax.models import transformer
+from instructjax.ops import lm
+from instructjax.structs import Array
+
+
+def _forward(model, params, token_BL, is_token_BL, window):
+  return transformer.apply(
+      model,
+      params,
+      token_BL,
+      segment_BL=is_token_BL.astype(jnp.int32),
+      position_BL=transformer.positions_from_mask(is_token_BL),
+      window=window,
+  )
+
+
+def response_logits(model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float):
+  """Logits that each response token was, or would be, drawn from: float32 [B, R, V], divided by the temperature.
+
+  Scoring at another temperature than sampling's makes the KL wrong from the first step (details item 19).
+  """
+  window = (prompt_length - 1, token_BL.shape[1] - 1)
+  return _forward(model, params, token_BL, is_token_BL, window) / temperature
+
+
+def response_logprob(model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float):
+  """Log-probability of each response token, float32 [B, R]; zero at pads."""
+  logits_BRV = response_logits(
+      model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
+  )
+  logprob_BR = lm.token_logprob(logits_BRV, token_BL[:, prompt_length:])
+  return jnp.where(is_token_BL[:, prompt_length:], logprob_BR, 0.0)
+
+
+def response_value(model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int) -> Array:
+  """Value of the state before each response token, float32 [B, R]."""
+  return _forward(model, params, token_BL, is_token_BL, (prompt_length - 1, token_BL.shape[1] - 1))
+
+
+def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:
+  """Reward-model score read at each row's last real token (its EOS when it has one), float32 [B]. Details item 13.
+
+  Rows may be padded on the left, on the right or both.
+  """
+  score_BL = _forward(model, params, token_BL, is_token_BL, None)
+  length = token_BL.shape[1]
+  last_B = length - 1 - jnp.argmax(is_token_BL[:, ::-1], axis=1)
+  return jnp.take_along_axis(score_BL, last_B[:, None], axis=1)[:, 0]

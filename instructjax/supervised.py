@@ -1,0 +1,94 @@
+"""State and language-model step shared by pretrain, sft, ppo_init (LM loss) and rm (state only)."""
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from instructjax import sharding
+from instructjax.models import transformer
+from instructjax.ops import lm
+from instructjax.structs import PackedBatch, Params, TrainState
+
+
+def param_shardings(mesh: Mesh, model: transformer.Model):
+  shapes = jax.eval_shape(lambda k: transformer.init_params(model, k), jax.random.key(0))
+  return sharding.param_shardings(mesh, transformer.param_axes(model), shapes), shapes
+
+
+def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
+  """Fresh weights, made on their own shards."""
+  shardings, _ = param_shardings(mesh, model)
+  return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
+
+
+def create_state(mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key):
+  """(TrainState, its shardings): the optimiser state is sharded like the weights it belongs to."""
+  shardings, shapes = param_shardings(mesh, model)
+  opt_shardings = sharding.opt_state_shardings(tx, shapes, shardings, mesh)
+  state = TrainState(
+      step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),
+      params=params,
+      opt_state=jax.jit(tx.init, out_shardings=opt_shardings)(params),
+      key=jax.device_put(key, sharding.replicated(mesh)),
+  )
+  return state, TrainState(
+      step=sharding.replicated(mesh), params=shardings, opt_state=opt_shardings, key=sharding.replicated(mesh)
+  )
+
+
+def _logits_and_targets(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+  logits_BTV = transformer.apply(
+      model, params, batch.token_BL, segment_BL=batch.segment_BL, position_BL=batch.position_BL,
+      dropout_rate=dropout_rate, dropout_key=dropout_key, window=(0, batch.token_BL.shape[1] - 1),
+  )
+  return logits_BTV, batch.token_BL[:, 1:]
+
+
+def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+  """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
+  logits_BTV, target_BT = _logits_and_targets(model, params, batch, dropout_rate, dropout_key)
+  return lm.lm_loss(logits_BTV, target_BT, batch.weight_BL[:, 1:])
+
+
+def lm_row_sums(model, params, batch: PackedBatch):
+  """The same for each row: (nll_B, weight_B), for intervals over rows."""
+  logits_BTV, target_BT = _logits_and_targets(model, params, batch)
+  weight_BT = batch.weight_BL[:, 1:]
+  nll_BT = jnp.where(weight_BT > 0, -lm.token_logprob(logits_BTV, target_BT), 0.0)
+  return jnp.sum(nll_BT * weight_BT, axis=1), jnp.sum(weight_BT, axis=1)
+
+
+def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Callable:
+  """Jitted (TrainState, PackedBatch) -> (TrainState, metrics); the loss is the mean per weighted token."""
+
+  def step(state: TrainState, batch: PackedBatch):
+    dropout_key = jax.random.fold_in(state.key, state.step)
+
+    def loss_fn(params):
+      sum_nll, sum_weight = lm_loss_sums(model, params, batch, dropout_rate, dropout_key)
+      return sum_nll / jnp.maximum(sum_weight, 1.0)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    return apply_gradients(state, tx, grads), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def apply_gradients(state: TrainState, tx: optax.GradientTransformation, grads: Params) -> TrainState:
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
+
+
+def make_lm_evaluation(model, mesh: Mesh) -> Callable:
+  """(params, iterable of numpy PackedBatch) -> mean negative log-likelihood per weighted token, in nats."""
+  sums = jax.jit(lambda params, batch: lm_loss_sums(model, params, batch))
+
+  def evaluate(params, batches) -> float:
+    totals = [sums(params, sharding.place_batch(mesh, batch)) for batch in batches]
+    return float(sum(nll for nll, _ in totals)) / float(sum(weight for _, weight in totals))
+
+  return evaluate

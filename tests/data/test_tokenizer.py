@@ -1,0 +1,164 @@
+import random
+import shutil
+import string
+
+import pytest
+import sentencepiece
+
+from instructjax.data import tokenizer as tokenizer_lib
+from instructjax.data.tokenizer import Tokenizer, train_tokenizer
+
+RNG = random.Random(0)
+WORDS = ["".join(RNG.choices(string.ascii_lowercase, k=RNG.randint(2, 8))) for _ in range(150)]
+WORDS += ["the", "king", "heard"]
+LINES = [
+  " ".join(word + RNG.choice(["", "", ",", ".", ";", " (it)"]) for word in RNG.choices(WORDS, k=8))
+  for _ in range(360)
+]
+TEXTS = ["\n".join(LINES[start : start + 6]) for start in range(0, 360, 6)]
+SIZE = 180
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  return train_tokenizer(TEXTS, SIZE, tmp_path_factory.mktemp("tokenizer") / "a.model", seed=0)
+
+
+def test_sizes_and_special_ids(tokenizer):
+  assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (SIZE, SIZE, 1)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    TEXTS[0],
+    "the king",
+    " the king",
+    "the king ",
+    "the  king   heard",
+    "\nthe king\n\n a servant\n",
+    "the king\n",
+    "\n",
+    "   ",
+    "",
+    "kingking; (the)",
+  ],
+)
+def test_spaces_and_newlines_survive(tokenizer, text):
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_prompt_and_response_meet_without_loss(tokenizer):
+  for prompt, response in [("the king", "heard."), ("the king", " heard."), ("the\n", "king\n")]:
+    ids = tokenizer.encode(prompt), tokenizer.encode(response)
+    assert "".join(map(tokenizer.decode, ids)) == prompt + response
+
+
+def test_a_word_is_one_piece_wherever_it_stands(tokenizer):
+  first, second = tokenizer.encode("king king")
+  assert first == second
+  assert tokenizer.encode("king\nking") == [first, tokenizer.newline_id, first]
+
+
+def test_pieces_are_near_words(tokenizer):
+  ids = [tokenizer.encode(word) for word in WORDS]
+  assert sum(len(word_ids) == 1 for word_ids in ids) > 0.9 * len(WORDS)
+
+
+def test_text_never_encodes_to_eos_or_pad(tokenizer):
+  ids = tokenizer.encode("</s> <unk> the king \u2581 é")
+  assert tokenizer.eos_id not in ids
+  assert max(ids) < tokenizer.vocab_size
+
+
+def test_decode_drops_eos_and_pads_and_shows_the_unknown(tokenizer):
+  king = tokenizer.encode("king")
+  assert tokenizer.decode([*king, tokenizer.eos_id, *[tokenizer.pad_id] * 3, 10**6]) == "king"
+  assert tokenizer.decode(tokenizer.encode("king é")) == "king \ufffd"
+
+
+def test_training_is_deterministic(tokenizer, tmp_path):
+  again = train_tokenizer(TEXTS, SIZE, tmp_path / "elsewhere" / "b.model", seed=0)
+  assert again.fingerprint == tokenizer.fingerprint
+  fewer = train_tokenizer(TEXTS[1:], SIZE, tmp_path / "c.model", seed=0)
+  assert fewer.fingerprint != tokenizer.fingerprint
+  assert sorted(file.name for file in tmp_path.iterdir()) == ["c.model", "elsewhere"]
+
+
+def test_much_text_is_sampled_by_the_seed(monkeypatch, tmp_path):
+  monkeypatch.setattr(tokenizer_lib, "_MAX_TRAINING_CHARACTERS", sum(map(len, TEXTS)) // 3)
+  lines = [len(tokenizer_lib._training_lines(TEXTS, seed)) for seed in (0, 0, 1)]
+  assert 6 * 20 <= lines[0] == lines[1] <= 6 * 22
+  drawn = [tokenizer_lib._training_lines(TEXTS, seed) for seed in (0, 0, 1)]
+  assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_line_of_any_length_is_used(tmp_path):
+  # Sentencepiece skips lines over 4192 bytes unless told otherwise: q would have no piece.
+  tokenizer = train_tokenizer([*TEXTS, "q " * 5000], SIZE, tmp_path / "a.model", seed=0)
+  assert tokenizer.decode(tokenizer.encode("q")) == "q"
+
+
+def test_a_saved_file_loads_the_same(tokenizer, tmp_path):
+  path = tmp_path / "a.model"
+  saved = train_tokenizer(TEXTS, SIZE, path, seed=0)
+  moved = Tokenizer(shutil.move(path, tmp_path / "b.model"))
+  assert moved.fingerprint == saved.fingerprint == tokenizer.fingerprint
+  assert moved.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("size", [5, 10_000])
+def test_an_impossible_size_is_refused(tmp_path, size):
+  with pytest.raises(ValueError, match=rf"tokenizer.vocab_size={size} pieces: [VI]\w+.*\d"):
+    train_tokenizer(TEXTS, size, tmp_path / "a.model", seed=0)
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_text_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="there is no text"):
+    train_tokenizer(["\n", ""], SIZE, tmp_path / "a.model", seed=0)
+
+
+def test_bad_files_are_refused(tokenizer, tmp_path):
+  with pytest.raises(ValueError, match=r"no.model' cannot be read: No such file"):
+    Tokenizer(tmp_path / "no.model")
+  for content in (b"", b"not a model", b"\x00" * 100):
+    (tmp_path / "bad.model").write_bytes(content)
+    with pytest.raises(ValueError, match="bad.model' is not a sentencepiece model file"):
+      Tokenizer(tmp_path / "bad.model")
+
+
+def foreign_file(path, **options):
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter([line for text in TEXTS for line in text.split("\n")]),
+    model_prefix=str(path.with_suffix("")),
+    num_threads=1,
+    minloglevel=2,
+    **options,
+  )
+  return path
+
+
+def test_a_file_without_eos_is_refused(tmp_path):
+  path = foreign_file(tmp_path / "a.model", vocab_size=SIZE, eos_id=-1, byte_fallback=False)
+  with pytest.raises(ValueError, match="has no end-of-sequence piece"):
+    Tokenizer(path)
+
+
+def test_a_file_that_loses_newlines_is_refused(tmp_path):
+  path = foreign_file(tmp_path / "a.model", vocab_size=SIZE)
+  with pytest.raises(ValueError, match="loses newlines"):
+    Tokenizer(path)
+
+
+def test_a_file_in_the_style_of_llama_is_used_as_it_is(tmp_path):
+  options = dict(byte_fallback=True, normalization_rule_name="identity")
+  path = foreign_file(
+    tmp_path / "a.model", vocab_size=SIZE + 256, remove_extra_whitespaces=False, **options
+  )
+  tokenizer = Tokenizer(path)
+  text = "the king\n\n  heard é"
+  assert tokenizer.newline_id is None
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+  plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  assert tokenizer.encode(text) == plain.encode(text)

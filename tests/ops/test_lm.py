@@ -1,0 +1,187 @@
+"""Token log-probabilities, the LM loss and entropy: by hand, against float64, under garbage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as PS
+
+from instructjax.ops import lm
+
+# Compiled as a whole: op by op the tests would mostly compile.
+entropy, lm_loss, token_logprob = map(jax.jit, (lm.entropy, lm.lm_loss, lm.token_logprob))
+
+
+def random_logits(seed, shape=(3, 4, 11)):
+  rng = np.random.default_rng(seed)
+  logits_BTV = (3 * rng.normal(size=shape)).astype(np.float32)
+  return logits_BTV, rng.integers(0, shape[-1], size=shape[:2]).astype(np.int32)
+
+
+def logprob_loop(logits_BTV, token_BT):
+  out_BT = np.zeros(token_BT.shape)
+  for b, t in np.ndindex(token_BT.shape):
+    logits_V = logits_BTV[b, t].astype(np.float64)
+    out_BT[b, t] = logits_V[token_BT[b, t]] - np.log(np.sum(np.exp(logits_V)))
+  return out_BT
+
+
+def test_token_logprob_hand_worked():
+  logits_BTV = np.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [2.0, 2.0]]]))
+  logprob_BT = token_logprob(logits_BTV, jnp.array([[0, 1, 0]]))
+  np.testing.assert_allclose(logprob_BT, np.log([[0.25, 0.75, 0.5]]), rtol=1e-6)
+
+
+def test_token_logprob_equals_a_loop():
+  logits_BTV, token_BT = random_logits(0)
+  logprob_BT = token_logprob(logits_BTV, token_BT)
+  np.testing.assert_allclose(logprob_BT, logprob_loop(logits_BTV, token_BT), atol=2e-6)
+
+
+def test_token_logprob_gradient_equals_autodiff():
+  logits_BTV, token_BT = random_logits(1)
+  weight_BT = np.random.default_rng(2).normal(size=token_BT.shape).astype(np.float32)
+
+  def plain(logits_BTV):
+    logprob_BTV = jax.nn.log_softmax(logits_BTV)
+    return jnp.sum(weight_BT * jnp.take_along_axis(logprob_BTV, token_BT[..., None], 2)[..., 0])
+
+  def ours(logits_BTV):
+    return jnp.sum(weight_BT * token_logprob(logits_BTV, token_BT))
+
+  grad_BTV, plain_grad_BTV = (jax.jit(jax.grad(fn))(logits_BTV) for fn in (ours, plain))
+  np.testing.assert_allclose(grad_BTV, plain_grad_BTV, atol=1e-6)
+
+
+def test_token_logprob_of_bfloat16_logits_is_float32():
+  logits_BTV, token_BT = random_logits(3)
+  low_BTV = jnp.asarray(logits_BTV, jnp.bfloat16)
+  logprob_BT = token_logprob(low_BTV, token_BT)
+  assert logprob_BT.dtype == jnp.float32
+  # Only the logits were rounded, nothing after.
+  expected_BT = logprob_loop(np.asarray(low_BTV, np.float32), token_BT)
+  np.testing.assert_allclose(logprob_BT, expected_BT, atol=2e-6)
+  grad_BTV = jax.eval_shape(jax.grad(lambda x: jnp.sum(token_logprob(x, token_BT))), low_BTV)
+  assert grad_BTV.dtype == jnp.bfloat16
+
+
+def test_token_logprob_is_stable():
+  logits_BTV = jnp.array([[[1e4, 0.0, -1e4], [-1e30, 5.0, -jnp.inf]]])
+  np.testing.assert_array_equal(token_logprob(logits_BTV, jnp.array([[0, 1]])), [[0, 0]])
+  np.testing.assert_array_equal(token_logprob(logits_BTV, jnp.array([[1, 2]])), [[-1e4, -jnp.inf]])
+
+
+def test_details_2_pad_id_has_no_logprob():
+  # The pad id is one past the vocabulary. A caller that forgets to mask it sees NaN, not a number.
+  logprob_BT = token_logprob(np.zeros((1, 2, 5)), jnp.array([[4, 5]]))
+  np.testing.assert_array_equal(np.isnan(logprob_BT), [[False, True]])
+
+
+def test_unused_positions_pass_no_gradient_even_if_nan():
+  logits_BTV, token_BT = random_logits(4)
+  is_used_BT = np.arange(4) < np.array([4, 2, 0])[:, None]
+  token_BT = np.where(is_used_BT, token_BT, np.int32(11))  # the pad id
+
+  def total(logits_BTV):
+    return jnp.sum(jnp.where(is_used_BT, token_logprob(logits_BTV, token_BT), 0))
+
+  value_and_grad = jax.jit(jax.value_and_grad(total))
+  clean = jax.device_get(value_and_grad(logits_BTV))
+  for filler in (np.nan, np.inf, -np.inf):
+    garbage_BTV = np.where(is_used_BT[..., None], logits_BTV, np.float32(filler))
+    garbage = value_and_grad(garbage_BTV)
+    jax.tree.map(np.testing.assert_array_equal, clean, garbage)
+  np.testing.assert_array_equal(clean[1][~is_used_BT], 0)
+  assert np.all(np.any(clean[1][is_used_BT] != 0, axis=-1))
+
+
+def test_details_19_temperature_divides_logits():
+  # Odds 1 : 3 at temperature 1 are 1 : 9 at temperature 1/2.
+  logits_BTV = np.log(jnp.array([[[1.0, 3.0]]])) / 0.5
+  np.testing.assert_allclose(token_logprob(logits_BTV, jnp.array([[1]])), np.log(0.9), rtol=1e-5)
+
+
+def test_token_logprob_keeps_no_second_logits():
+  # float32 logits: neither pass may hold another [B, T, V] array besides its input and output.
+  logits_BTV = jax.ShapeDtypeStruct((4, 8, 4096), jnp.float32)
+  token_BT = jax.ShapeDtypeStruct((4, 8), jnp.int32)
+  for fn in (token_logprob, jax.grad(lambda x, token: jnp.sum(token_logprob(x, token)))):
+    memory = jax.jit(fn).lower(logits_BTV, token_BT).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 8 * 4096 * 4 / 2
+
+
+def test_vocabulary_may_be_sharded():
+  # Logits split over the vocabulary are never gathered, forward or backward.
+  mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+  logits_BTV, token_BT = random_logits(5, (4, 3, 64))
+  split, rows = (NamedSharding(mesh, spec) for spec in (PS("data", None, "tensor"), PS("data")))
+  args = jax.device_put(logits_BTV, split), jax.device_put(token_BT, rows)
+  for fn in (token_logprob, jax.grad(lambda x, token: jnp.sum(token_logprob(x, token)))):
+    compiled = jax.jit(fn).lower(*args).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
+    np.testing.assert_allclose(compiled(*args), jax.jit(fn)(logits_BTV, token_BT), atol=1e-5)
+  assert compiled(*args).sharding.is_equivalent_to(split, 3)
+
+
+def test_lm_loss_hand_worked():
+  # -log(1/4) * 2 - log(3/4) * .5, third token ignored although its logits are NaN.
+  logits_BTV = np.log(jnp.array([[[1.0, 3.0], [1.0, 3.0], [np.nan, 1.0]]]))
+  weight_BT = jnp.array([[2.0, 0.5, 0.0]])
+  sum_nll, sum_weight = lm_loss(logits_BTV, jnp.array([[0, 1, 0]]), weight_BT)
+  np.testing.assert_allclose(sum_nll, -2 * np.log(0.25) - 0.5 * np.log(0.75), rtol=1e-6)
+  assert sum_weight == 2.5
+
+
+def test_lm_loss_ignores_unweighted_positions():
+  logits_BTV, token_BT = random_logits(6)
+  weight_BT = (np.arange(4) < np.array([3, 1, 0])[:, None]).astype(np.float32)
+
+  def loss(logits_BTV, token_BT):
+    return lm_loss(logits_BTV, token_BT, weight_BT)[0]
+
+  value_and_grad = jax.jit(jax.value_and_grad(loss))
+  clean = jax.device_get(value_and_grad(logits_BTV, token_BT))
+  garbage_BTV = np.where(weight_BT[..., None] > 0, logits_BTV, np.float32(np.nan))
+  garbage = value_and_grad(garbage_BTV, np.where(weight_BT > 0, token_BT, np.int32(11)))
+  jax.tree.map(np.testing.assert_array_equal, clean, garbage)
+  assert np.isfinite(clean[0]) and not np.any(clean[1][weight_BT == 0])
+
+
+def test_details_34_reduction_is_left_to_the_caller():
+  # Sums add up over microbatches of unequal weight, where a mean of means would not.
+  logits_BTV, token_BT = random_logits(7, (4, 5, 11))
+  weight_BT = (np.arange(5) < np.array([5, 4, 1, 0])[:, None]).astype(np.float32)
+  whole = lm_loss(logits_BTV, token_BT, weight_BT)
+  parts = [lm_loss(logits_BTV[i], token_BT[i], weight_BT[i]) for i in (slice(0, 2), slice(2, 4))]
+  for k in (0, 1):
+    np.testing.assert_allclose(whole[k], parts[0][k] + parts[1][k], rtol=1e-6)
+  nothing, no_weight = lm_loss(logits_BTV, token_BT, np.zeros_like(weight_BT))
+  assert nothing == no_weight == 0
+
+
+def test_entropy():
+  # Uniform over 4: log 4. Probabilities 1/4, 3/4: .562335 nats. Certain: 0. -inf adds nothing.
+  logits_BTV = jnp.array(
+      [
+          [[0.0] * 4, [0.0, np.log(3), -np.inf, -np.inf]],
+          [[1e4, 0.0, 0.0, 0.0], [7.0, 7.0, -np.inf, -np.inf]],
+      ]
+  )
+  expected_BT = [[np.log(4), 0.562335], [0, np.log(2)]]
+  np.testing.assert_allclose(entropy(logits_BTV), expected_BT, atol=1e-6)
+  logits_BTV = random_logits(8)[0]
+  p_BTV = np.exp(logits_BTV) / np.exp(logits_BTV).sum(-1, keepdims=True)
+  expected_BT = -np.sum(p_BTV * np.log(p_BTV), axis=-1)
+  np.testing.assert_allclose(entropy(logits_BTV), expected_BT, rtol=1e-4)
+  low_BTV = jax.ShapeDtypeStruct(logits_BTV.shape, jnp.bfloat16)
+  assert jax.eval_shape(entropy, low_BTV).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("fn", [token_logprob, lambda x, t: lm_loss(x, t, np.ones(t.shape))])
+def test_refuses_wrong_shapes(fn):
+  with pytest.raises(AssertionError):
+    fn(np.zeros((2, 3, 5)), np.zeros((2, 4), int))
+  with pytest.raises(AssertionError):
+    fn(np.zeros((2, 3, 5)), np.zeros((2, 3)))
