@@ -19,7 +19,7 @@ def _tiny(config):
   config.sft.update(num_epochs=3, batch_size=16, length=64, dropout=0.1, optim=base.adam(1e-3))
   config.ppo_init.update(num_epochs=2, batch_size=16, length=64, optim=base.adam(1e-3))
   config.collect.update(num_prompts=3000, num_heldout_prompts=300)
-  config.rm.update(batch_size=32, optim=base.adam(5e-4), cross_validation_folds=5, cross_validation_prompts=640)
+  config.rm.update(batch_size=32, optim=base.adam(5e-4), cross_validation_folds=0, cross_validation_prompts=640)
   config.ppo.update(
       num_iterations=40, batch_size=128, num_minibatches=2, num_epochs=2, behaviour_logprob="rollout",
       beta=0.1, gamma=0.3, ptx_rows=2, ptx_length=64, missing_eos="fixed", missing_eos_score=-1.0, ema_decay=0.8, max_kl=50.0,

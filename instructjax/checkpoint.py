@@ -8,6 +8,7 @@ complete. Knows nothing of models or stages.
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -57,7 +58,7 @@ class Checkpoints:
 
   def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
-      stack.enter_context(_quiet_orbax())
+      stack.enter_context(_quiet_orbax(absl_logging.WARNING))
       with writing(self._folder):
         self._folder.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
@@ -221,7 +222,10 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=True,
   )
-  with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+  with (
+    _quiet_orbax(absl_logging.WARNING),
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+  ):
     saved = _shapes(_read(path, lambda: checkpointer.metadata(path / "state").item_metadata.tree))
     for name, shape in _shapes(
       abstract
@@ -297,7 +301,7 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
 
 def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
   """read(), with whatever damaged files make it raise as one UserError."""
-  with _quiet_orbax(), warnings.catch_warnings():
+  with _quiet_orbax(absl_logging.FATAL), warnings.catch_warnings():
     warnings.filterwarnings(
       "ignore", f"coroutine '{_HANGING_READ}' was never awaited", RuntimeWarning
     )
@@ -305,6 +309,7 @@ def _read(path: pathlib.Path, read: Callable[[], Any]) -> Any:
       return read()
     except Exception as error:  # orbax and tensorstore raise bare Exception for damaged files
       why = reason(error)
+    gc.collect()  # hanging reads complain when they are collected: now, while nobody listens
   raise UserError(
     f"cannot read {path}: {why}. If it is damaged, delete it and run again: the run goes on from"
     " what was saved before."
@@ -363,17 +368,17 @@ _HANGING_READ = "_read_array_index_and_device_put"
 
 
 @contextlib.contextmanager
-def _quiet_orbax():
-  """Orbax logs thirty lines a save; what fails it also raises, and that is what the user sees.
+def _quiet_orbax(level: int):
+  """Lets absl log only at `level` and above: orbax has thirty lines to say about a save.
 
   When one array of many cannot be read, orbax 0.12 leaves the other reads hanging, and each
   complains at length when it is collected.
   """
-  hook, level = sys.unraisablehook, absl_logging.get_verbosity()
+  hook, verbosity = sys.unraisablehook, absl_logging.get_verbosity()
   sys.unraisablehook = lambda event: None if _HANGING_READ in repr(event.object) else hook(event)
-  absl_logging.set_verbosity(absl_logging.FATAL)
+  absl_logging.set_verbosity(min(level, verbosity))
   try:
     yield
   finally:
     sys.unraisablehook = hook
-    absl_logging.set_verbosity(level)
+    absl_logging.set_verbosity(verbosity)

@@ -21,11 +21,7 @@ def writing(path: pathlib.Path):
   """Makes a failed write (a full disk, most often) a UserError that names `path`."""
   try:
     yield
-  except (
-    OSError,
-    ValueError,
-    RuntimeError,
-  ) as error:  # tensorstore reports a full disk as a ValueError
+  except (OSError, ValueError, RuntimeError) as error:  # tensorstore: a full disk is a ValueError
     raise UserError(
       f"cannot write {path}: {reason(error)}. What was saved before is untouched: make room if the"
       " disk is full, and run the same command again, it goes on from there."

@@ -6,6 +6,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from instructjax import memory
 from instructjax.config import from_config_dict
 from instructjax.errors import UserError
 
@@ -19,6 +20,7 @@ def main(argv: list[str]):
     raise UserError(f"unexpected arguments {argv[1:]}; settings are given as --config.NAME=VALUE")
   config = from_config_dict(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).resolve()
+  memory.keep_freed_memory()
   # Imported here so that --help and a bad flag answer at once.
   from instructjax import checkpoint, pipeline
 

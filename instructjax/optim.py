@@ -61,8 +61,7 @@ def make_schedule(
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   """Adam with the configured schedule, epsilon placement, clipping and decoupled weight decay.
 
-  Order: clip by global norm, Adam, add weight_decay * parameter, multiply by minus the learning
-    rate.
+  Order: clip by global norm, Adam, add weight_decay * parameter, times minus the learning rate.
   """
   cfg.validate("optim")
   schedule = make_schedule(
@@ -83,7 +82,7 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
   if cfg.clip_norm is not None:
     parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
   if cfg.weight_decay:
-    parts.append(optax.add_decayed_weights(cfg.weight_decay, mask=_is_matrix))
+    parts.append(optax.add_decayed_weights(cfg.weight_decay, mask=is_decayed))
   return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
@@ -118,7 +117,15 @@ def scale_by_adam_tensorflow(*, b1: float, b2: float, eps: float) -> optax.Gradi
   return optax.GradientTransformation(init, update)
 
 
-def _is_matrix(params: optax.Params):
-  """True on arrays of rank 2 and above: biases and normalisation scales are not decayed."""
-  return jax.tree.map(lambda x: x.ndim >= 2, params)
+def is_decayed(params: optax.Params):
+  """All parameters but biases (`b_*`, `bias*`) and normalisation scales (`scale*`).
+
+  Told by name, because rank does not tell: layers are stacked, so a bias may have four dimensions.
+  """
+
+  def by_name(path, _):
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return not name.startswith(("b_", "bias", "scale"))
+
+  return jax.tree_util.tree_map_with_path(by_name, params)
 

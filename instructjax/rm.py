@@ -144,7 +144,7 @@ def demonstration_mean(ctx: Context, params) -> float:
       ctx.records("demonstrations", "train"), ctx.tokenizer,
       max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
   )[0]
-  return float(np.mean(np.concatenate(_score_sequences(ctx, params, tokenized))))
+  return float(np.mean(np.concatenate(list(_score_sequences(ctx, params, tokenized)))))
 
 
 def _score_sequences(ctx: Context, params, tokenized: list, rows: int = 256):

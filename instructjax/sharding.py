@@ -70,16 +70,23 @@ def _spell(shape) -> str:
 
 
 def _nearest(asked, num_devices: int):
-  """The factorisation with the smallest ratios to what was asked; an axis of -1 has no say."""
+  """The factorisation with the smallest ratios to what was asked; an axis of -1 has no say.
+
+  Of equals, the one that keeps tensor, then fsdp: those must divide the model.
+  """
   divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   shapes = (
     (data, fsdp, num_devices // (data * fsdp))
     for data, fsdp in itertools.product(divisors, divisors)
     if num_devices % (data * fsdp) == 0
   )
-  distance = lambda shape: sum(
-    abs(math.log(size / want)) for size, want in zip(shape, asked) if want != -1
-  )
+
+  def distance(shape):
+    data, fsdp, tensor = (
+      0.0 if want == -1 else round(abs(math.log(size / want)), 6) for size, want in zip(shape, asked)
+    )
+    return data + fsdp + tensor, tensor, fsdp
+
   return min(shapes, key=distance)
 
 
@@ -111,7 +118,7 @@ def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     spec = spec_of(axes)
     if len(axes) != len(leaf.shape):
-      raise ValueError(f"sharding: parameter {name} of shape {leaf.shape} must have axes, got {axes}")
+      raise ValueError(f"sharding: parameter {name}: shape {leaf.shape} must have axes, got {axes}")
     for axis, mesh_axis, size in zip(axes, spec, leaf.shape):
       if mesh_axis is not None and size % mesh.shape[mesh_axis]:
         raise ValueError(

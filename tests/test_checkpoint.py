@@ -1,6 +1,7 @@
 """What is saved, kept, restored and refused; full disks and damaged files."""
 
 import functools
+import gc
 import json
 import os
 import resource
@@ -167,18 +168,21 @@ def test_a_disk_that_fills_while_writing_loses_nothing(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path, capfd):
-  _save(tmp_path, [1], _state(width=5000))
+  rng = np.random.default_rng(0)
+  make = lambda: {f"w{i}": jnp.asarray(rng.normal(size=(100, 100))) for i in range(40)}  # noqa: E731
+  _save(tmp_path, [1], make())
   for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
     if path.is_file() and path.stat().st_size > 10_000:
       os.truncate(path, 5000)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     with pytest.raises(UserError, match="cannot read .*/checkpoints/1: .*delete it and run again"):
-      checkpoints.restore(1, _state(width=5000), FINGERPRINT)
+      checkpoints.restore(1, make(), FINGERPRINT)
   with pytest.raises(UserError, match="cannot read .*/checkpoints/1"):
-    checkpoint.load_params(tmp_path, _state(width=5000).params)
+    checkpoint.load_state_item(tmp_path, make())
   (tmp_path / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
   with pytest.raises(UserError, match="cannot read .*/checkpoints/1"):
     checkpoint.read_meta(tmp_path, 1)
+  gc.collect()  # what was left hanging would complain now
   assert capfd.readouterr().err == ""
 
 

@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax.config import OptimConfig
+from instructjax.config import ModelConfig, OptimConfig
+from instructjax.models import transformer
 from instructjax.ops.lm import token_logprob
 from instructjax.ops.surrogate import clipped_surrogate
-from instructjax.optim import make_optimizer, make_schedule, scale_by_adam_tensorflow
+from instructjax.optim import is_decayed, make_optimizer, make_schedule, scale_by_adam_tensorflow
 
 CONFIG = OptimConfig(
     learning_rate=0.1,
@@ -195,26 +196,71 @@ def test_details_31_pytorch_placement_moves_a_policy_further():
     opt = optimizer(eps_placement=placement, b2=0.999)
 
     @jax.jit
-    def train(params, opt=opt):
-      state = opt.init(params)
-      for _ in range(2):
-        grads = jax.grad(loss, has_aux=True)(params)[0]
-        updates, state = opt.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-      return loss(params)[1]
+    def step(params, state, opt=opt):
+      grads, metrics = jax.grad(loss, has_aux=True)(params)
+      updates, state = opt.update(grads, state, params)
+      return optax.apply_updates(params, updates), state, metrics
 
-    approx_kl[placement] = train(np.zeros((64, 16, 50)))["approx_kl"]
+    params = np.zeros((64, 16, 50), np.float32)
+    state = opt.init(params)
+    for _ in range(3):  # two epochs, and a third only to look
+      params, state, metrics = step(params, state)
+    approx_kl[placement] = metrics["approx_kl"]
   assert approx_kl["pytorch"] > 6 * approx_kl["tensorflow"] > 0
 
 
-def test_weight_decay_is_decoupled_and_spares_vectors():
+def test_weight_decay_is_decoupled_and_spares_biases_and_scales():
   opt = optimizer(weight_decay=0.5)
-  params = {"w": np.full((2, 3), 4.0), "b": np.full((3,), 4.0), "s": np.float32(4.0)}
+  params = {"w_DF": np.full((2, 3), 4.0), "b_up_F": np.full((2, 3), 4.0)}
   updates, _ = jax.jit(opt.update)(jax.tree.map(jnp.zeros_like, params), opt.init(params), params)
   # Zero gradients: only -learning_rate * weight_decay * w = -.1 * .5 * 4 is left.
-  np.testing.assert_allclose(updates["w"], -0.2, rtol=1e-6)
-  np.testing.assert_array_equal(updates["b"], 0)
-  assert updates["s"] == 0
+  np.testing.assert_allclose(updates["w_DF"], -0.2, rtol=1e-6)
+  np.testing.assert_array_equal(updates["b_up_F"], 0)
+
+
+def test_weight_decay_of_every_parameter_of_a_model():
+  # Layers are stacked, so the rank of an array does not tell a bias from a weight.
+  gpt2 = ModelConfig(
+      num_layers=2,
+      d_model=4,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=2,
+      d_mlp=8,
+      max_length=4,
+      position="learned",
+      rope_base=1e4,
+      norm="layernorm",
+      norm_eps=1e-5,
+      mlp="gelu",
+      use_bias=True,
+      qkv_bias=False,
+      attention_window=0,
+      tie_embeddings=False,
+      init_std=0.02,
+      dtype="float32",
+      layers="auto",
+      remat=False,
+      weights="",
+  )
+  llama = dataclasses.replace(gpt2, norm="rmsnorm", mlp="swiglu", use_bias=False, qkv_bias=True)
+  decayed = set()
+  for cfg, head in ((gpt2, "lm"), (gpt2, "scalar"), (llama, "lm")):
+    shapes = transformer.param_shapes(transformer.make_model(cfg, 5, head))
+    for path, yes in jax.tree_util.tree_leaves_with_path(is_decayed(shapes)):
+      if yes:
+        decayed.add(jax.tree_util.keystr(path, simple=True, separator="/"))
+  assert decayed == {
+      "embedding/token_VD",
+      "embedding/position_TD",
+      "head/w_D",
+      "head/w_VD",
+      "layers/attention/w_out_GRKD",
+      "layers/attention/w_qkv_DGQK",
+      "layers/mlp/w_down_FD",
+      "layers/mlp/w_gate_up_D2F",
+      "layers/mlp/w_up_DF",
+  }
 
 
 def test_clipping_comes_before_adam_and_is_over_all_parameters():

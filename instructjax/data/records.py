@@ -40,7 +40,8 @@ class Ranking:
 
   Attributes:
     prompt: what was asked.
-    responses: the answers. Two may be the same text.
+    responses: the answers. Two may be the same text, and one may be empty: policies do say nothing,
+      and a reward model should learn what that is worth.
     ranks: one positive integer an answer, 1 is best, equal ranks are ties; gaps mean nothing.
     labeler: who ranked them, where known.
   """
@@ -147,9 +148,8 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   if forms[0] == ("chosen", "rejected"):
     if "responses" in obj:
       raise BadRecord(f"{where}: has both responses and chosen/rejected")
-    return Ranking(
-      prompt, (_answer(obj.get("chosen"), "chosen", where), _answer(obj.get("rejected"), "rejected", where)), (1, 2), labeler
-    )
+    answers = tuple(_text(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected"))
+    return Ranking(prompt, answers, (1, 2), labeler)
   responses = _responses(obj, where)
   if forms[0] == ("comparisons",):
     return Ranking(
@@ -167,26 +167,24 @@ def _responses(obj: dict[str, Any], where: str) -> tuple[str, ...]:
   responses = obj.get("responses")
   if not isinstance(responses, list) or len(responses) < 2:
     raise BadRecord(f"{where}: 'responses' must be a list of at least 2 strings")
-  return tuple(_answer(text, f"responses[{i}]", where) for i, text in enumerate(responses))
+  return tuple(
+    _checked_text(text, f"responses[{i}]", where, may_be_empty=True)
+    for i, text in enumerate(responses)
+  )
 
 
-def _answer(value: Any, name: str, where: str) -> str:
-  """A ranked answer. It may be empty: policies do say nothing, and a reward model should learn what that is worth."""
-  return value if value == "" else _checked_text(value, name, where)
-
-
-def _text(obj: dict[str, Any], key: str, where: str) -> str:
+def _text(obj: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
   if key not in obj:
     raise BadRecord(
       f"{where}: {key!r} is missing (keys found: {', '.join(map(repr, obj)) or 'none'})"
     )
-  return _checked_text(obj[key], key, where)
+  return _checked_text(obj[key], key, where, may_be_empty)
 
 
-def _checked_text(value: Any, name: str, where: str) -> str:
+def _checked_text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
   if not isinstance(value, str):
     raise BadRecord(f"{where}: {name!r} must be a string, got {type(value).__name__}")
-  if not value.strip():
+  if not may_be_empty and not value.strip():
     raise BadRecord(f"{where}: {name!r} is empty")
   try:
     value.encode()

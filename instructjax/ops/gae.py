@@ -45,9 +45,9 @@ def gae(
     advantage_B = delta_B + discount * lam * next_advantage_B
     return advantage_B, advantage_B
 
-  # Past the response delta is 0, so the carry enters each row's last token as 0.
+  # Past the response delta is 0: so is the advantage there, and the carry into the last token.
   _, advantage_RB = jax.lax.scan(
       step, jnp.zeros_like(delta_BR[:, 0]), delta_BR.T, reverse=True
   )
-  advantage_BR = jnp.where(is_response_BR, advantage_RB.T, 0)
+  advantage_BR = advantage_RB.T
   return advantage_BR, advantage_BR + value_BR

@@ -1,6 +1,6 @@
-"""The report of a run: `index.html` (one file, no scripts or network), `findings.json`, `report.png`.
+"""The report of a run: `index.html` (one file, no scripts, no network), findings.json, report.png.
 
-Called by evaluate.py. page.py writes, figures.py lays out figures, panels.py draws, overoptimization.py fits.
+Called by evaluate.py. page.py writes, figures.py lays out panels.py's drawings.
 """
 
 from instructjax.report.page import write

@@ -40,7 +40,7 @@ _STYLE = {
 def _svg(figure, label: str) -> str:
   """The figure as an element of a page: ink of the page's colour, no date, no ids to clash."""
   buffer = io.StringIO()
-  figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+  figure.savefig(buffer, format="svg")
   text = buffer.getvalue()
   text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :]).replace(INK, "currentColor")
   text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -53,53 +53,55 @@ def _style():
   return matplotlib.rc_context(_STYLE)
 
 
-def svg(draws: list, label: str, *, columns: int, width: float = 10.0, height: float = 2.9) -> str:
-  """SVG of the panels that have something to show, in rows of `columns`; '' when none has.
+def _layout(draws: list, columns: int, width: float, height: float, **figure_kwargs):
+  """Figure of the panels that have something to show, in rows of `columns`; None when none has."""
+  from matplotlib.figure import Figure
+
+  scratch = Figure()
+  draws = [draw for draw in draws if draw(scratch.add_subplot())]
+  if not draws:
+    return None
+  columns = min(columns, len(draws))
+  rows = -(-len(draws) // columns)
+  figure = Figure(figsize=(width, rows * height), layout="constrained", **figure_kwargs)
+  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+  for i, draw in enumerate(draws):
+    draw(figure.add_subplot(rows, columns, i + 1))
+  return figure
+
+
+def svg(draws: list, label: str, *, columns: int, height: float = 2.9) -> str:
+  """SVG element of the panels that have something to show; '' when none has.
 
   Args:
     draws: functions of an axes that return whether they drew anything.
     label: what a reader who cannot see the figure is told.
-    width, height: of the whole figure and of one row, inches.
+    columns: panels a row.
+    height: of one row, inches; the figure is 10 wide.
   """
-  from matplotlib.figure import Figure
-
   with _style():
-    scratch = Figure()
-    draws = [draw for draw in draws if draw(scratch.add_subplot())]
-    if not draws:
-      return ""
-    columns = min(columns, len(draws))
-    rows = -(-len(draws) // columns)
-    figure = Figure(figsize=(width, rows * height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)
-    for i, draw in enumerate(draws):
-      draw(figure.add_subplot(rows, columns, i + 1))
-    return _svg(figure, label)
+    figure = _layout(draws, columns, 10, height)
+    return "" if figure is None else _svg(figure, label)
 
 
 def overview(results: dict, wins: dict, path):
   """report.png: one run in six panels, for a README."""
-  from matplotlib.figure import Figure
-  from matplotlib.lines import Line2D
-
   curves = results["curves"]
   opponents = ["sft", "reward_base" if "reward_base" in wins else "base"]
   pushed = "rl" if "rl" in overoptimization.scores(results) else "best_of_n"
+  title = "KL from the PPO initialisation, nats"
   draws = [
     lambda ax: panels.draw_score(ax, curves),
-    lambda ax: panels.draw_curve(
-      ax, curves, "kl", "KL from the PPO initialisation, nats", square_root=True
-    ),
+    lambda ax: panels.draw_curve(ax, curves, "kl", title, square_root=True),
     lambda ax: panels.draw_tax(ax, results),
     lambda ax: panels.draw_win_rates(ax, wins, opponents),
     lambda ax: panels.draw_overoptimization(ax, results, pushed),
     lambda ax: panels.draw_accuracy(ax, results),
   ]
   with _style():
-    figure = Figure(figsize=(14, 8), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    for i, draw in enumerate(draws):
-      draw(figure.add_subplot(2, 3, i + 1))
+    from matplotlib.lines import Line2D
+
+    figure = _layout(draws, 3, 14, 4, facecolor="white")
     handles = [
       Line2D([], [], color=panels.COLOURS[name], label=panels.NAMES[name], linewidth=3)
       for name in curves

@@ -143,8 +143,8 @@ def _samples(prompts: list[str], measured: dict) -> str:
     prompt = html.escape(prompts[i].strip())
     parts.append(f'<div class="prompt">{prompt}</div><div class="answers">{"".join(cells)}</div>')
   lead = (
-    "Held-out prompts at even distances through the list, one sampled answer of each policy; "
-    "neither prompts nor answers were picked. Small print: the gold score (where there is one), the reward model's, "
+    "Held-out prompts at even distances through the list, one sampled answer of each policy: "
+    "nobody picked them. Small print: the gold score (where there is one), the reward model's, "
     "and whether the length limit cut the answer off."
   )
   return _section("samples", "The same prompts, answered by each policy", lead, "".join(parts))
@@ -293,7 +293,8 @@ def _overoptimization(results: dict) -> str:
   lead = (
     "Push too hard on the reward model and what it stands for is lost. d = √KL from the PPO "
     "initialisation; both "
-    "scores in standard deviations of its answers. Best of n: KL = log n − (n − 1)/n."
+    "scores in standard deviations of its answers. "
+    "Best of n: KL&nbsp;=&nbsp;log&nbsp;n&nbsp;−&nbsp;(n&nbsp;−&nbsp;1)/n."
   )
   return _section("overoptimization", "Over-optimisation", lead, _figure(svg, caption))
 

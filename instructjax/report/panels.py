@@ -33,7 +33,7 @@ BEST_OF_N_COLOUR = "#8b5cc7"
 INK = (
   "#1c2127"  # replaced by currentColor in the page, so that figures follow its light or dark scheme
 )
-# The paper's figures: sec 4.1 (5-fold cross-validation over labelers) and sec 3.4 (agreement).
+# The paper's figures with the +- it prints: 5-fold cross-validation (sec 4.1), agreement (sec 3.4).
 _PAPER_ACCURACY = {"train": (0.724, 0.004), "heldout": (0.696, 0.009)}
 _PAPER_AGREEMENT = {"train": (0.726, 0.015), "heldout": (0.773, 0.013)}
 
@@ -55,7 +55,7 @@ def pretraining_loss(results: dict) -> dict[str, float]:
 
 
 def accuracy_rows(results: dict) -> list[tuple[str, float, float, tuple[float, float]]]:
-  """(label, value, half 95% interval, (paper's value, its stderr)) of reward model and labelers."""
+  """(label, value, half 95% interval, (paper's value, its +-)) of reward model and labelers."""
   rm, agreement = results["reward_model"], results["agreement"]
   rows = []
 
@@ -231,7 +231,7 @@ def _beside(ax, text: str, x: float, y: float, *, gap: float = 5):
 def draw_accuracy(ax, results: dict) -> bool:
   """Reward-model accuracy beside how often labelers agree; the paper's figures as diamonds."""
   rows = accuracy_rows(results)
-  for i, (label, value, half, (paper, stderr)) in enumerate(rows):
+  for i, (label, value, half, (paper, error)) in enumerate(rows):
     colour = "#3b82d6" if not label.startswith("Agreement") else "#e3a008"
     ax.plot(
       [value - half, value + half], [i, i], color=colour, linewidth=2.4, solid_capstyle="round"
@@ -239,7 +239,7 @@ def draw_accuracy(ax, results: dict) -> bool:
     ax.plot(value, i, "o", color=colour, markersize=6.5)
     _beside(ax, f"{value:.1%}", value + half, i)
     ax.plot(
-      [paper - 1.96 * stderr, paper + 1.96 * stderr],
+      [paper - error, paper + error],
       [i + 0.27] * 2,
       color=INK,
       linewidth=1,
@@ -263,7 +263,7 @@ def draw_calibration(ax, results: dict) -> bool:
   ax.set_title("Calibration")
   if not stored:
     return False
-  found = Calibration(**stored) if isinstance(stored, dict) else Calibration(*stored)
+  found = Calibration(**stored)
   confidence, accuracy, count = (np.array(x, float) for x in found[:3])
   kept = count > 0
   ax.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, alpha=0.5, linestyle=(0, (4, 2)))

@@ -1,4 +1,4 @@
-"""The page's style sheet. Colours follow the reader's light or dark scheme; no fonts are fetched."""
+"""The page's style sheet: light or dark as the reader's system is, and no font is fetched."""
 
 CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --card: #f6f7f9; --line: #dfe3e8;

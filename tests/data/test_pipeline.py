@@ -34,7 +34,9 @@ def prompt_batches(count=7, batch_size=4, seed=0, **shards):
 
 def numbers(batch):
   """Which prompts are in the batch, in order."""
-  return [int(row[mask][0]) - 10 for row, mask in zip(batch.token_BP, batch.is_prompt_BP)]
+  return [
+    int(row[mask][0]) - 10 for row, mask in zip(batch.token_BP, batch.is_prompt_BP, strict=True)
+  ]
 
 
 def drawn(batches, steps):
@@ -296,7 +298,7 @@ def test_the_checksum_sees_packed_tokens_and_rankings():
     return lm.get_state()["checksum"], ranked.get_state()["checksum"]
 
   assert state(5) == state(5)
-  assert all(a != b for a, b in zip(state(5), state(6)))
+  assert all(a != b for a, b in zip(state(5), state(6), strict=True))
 
 
 def test_zipped_batches_advance_and_restore_together():

@@ -26,8 +26,13 @@ HERE = "data/a.jsonl:7"
     ),
     (
       "comparisons",
-      {"prompt": "p", "chosen": "a", "rejected": "b", "labeler": None},
-      Ranking("p", ("a", "b"), (1, 2)),
+      {"prompt": "p", "responses": ["a", "", " \n"], "ranks": [1, 2, 2]},
+      Ranking("p", ("a", "", " \n"), (1, 2, 2)),
+    ),
+    (
+      "comparisons",
+      {"prompt": "p", "chosen": "", "rejected": "b", "labeler": None},
+      Ranking("p", ("", "b"), (1, 2)),
     ),
     (
       "comparisons",
@@ -66,8 +71,8 @@ TWO = {"prompt": "p", "responses": ["a", "b"]}
     ("comparisons", {"prompt": "p", "responses": "ab", "ranks": [1, 2]}, "at least 2 strings"),
     (
       "comparisons",
-      {"prompt": "p", "responses": ["a", ""], "ranks": [1, 2]},
-      "responses.1.' is em",
+      {"prompt": "p", "responses": ["a", 3], "ranks": [1, 2]},
+      "responses.1.' must be a string, got int",
     ),
     ("comparisons", {"prompt": "p", "ranks": [1, 2]}, "'responses' must be a list"),
     ("comparisons", {**TWO, "ranks": [1, 2], "labeler": 5}, "'labeler' must be a string, got int"),
@@ -124,7 +129,7 @@ def test_incomplete_or_malformed_pairs_are_refused(pairs, reason):
 
 def test_messages_never_hold_the_text():
   for obj in (
-    {"prompt": "SLUR", "responses": ["SLUR", ""], "ranks": [1, 2]},
+    {"prompt": "SLUR", "responses": ["SLUR", 3], "ranks": [1, 2]},
     {"prompt": "SLUR", "responses": ["SLUR"] * 2, "comparisons": judged(("SLUR", 1, 1))},
     {"prompt": "SLUR", "responses": ["SLUR"] * 2, "comparisons": judged((0, 1, "SLUR"))},
   ):

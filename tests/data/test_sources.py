@@ -48,7 +48,7 @@ def test_gzip_byte_order_mark_blank_lines_and_a_last_line_without_newline(tmp_pa
 
 def test_unicode_line_separators_do_not_end_a_line(tmp_path):
   text = "one\u2028two\u2029three\x85four\x0b"
-  line = json.dumps({"text": text}, ensure_ascii=False).replace("\\u000b", "\\u000b").encode()
+  line = json.dumps({"text": text}, ensure_ascii=False).encode()
   assert load(f"jsonl:{write(tmp_path / 'a.jsonl', line)}", "documents") == [Document(text)]
 
 
@@ -95,6 +95,9 @@ def test_unreadable_files_are_one_clear_line(tmp_path):
   (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
   with pytest.raises(ValueError, match="cannot read .*cut.jsonl.gz: Compressed file ended before"):
     load(f"jsonl:{tmp_path / 'cut.jsonl.gz'}", "documents")
+  (tmp_path / "bad.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
+  with pytest.raises(ValueError, match="cannot read .*bad.jsonl.gz: Error .* while decompressing"):
+    load(f"jsonl:{tmp_path / 'bad.jsonl.gz'}", "documents")
 
 
 def test_a_file_without_records_is_refused(tmp_path):
@@ -189,7 +192,7 @@ def test_hh_gives_comparisons_demonstrations_and_prompts(tmp_path, row):
     ({"chosen": "SLUR", "rejected": PROMPT}, "'chosen' must be a dialogue with an 'Assistant:' tu"),
     ({"chosen": PROMPT, "rejected": [PROMPT]}, "'rejected' must be a dialogue"),
     ({"chosen": PROMPT + " a", "rejected": "x" + PROMPT + " b"}, "differ before their last answer"),
-    ({"prompt": PROMPT, "chosen": " ", "rejected": " a"}, "'chosen' is empty"),
+    ({"prompt": " ", "chosen": " a", "rejected": " b"}, "'prompt' is empty"),
   ],
 )
 def test_bad_dialogues_are_refused(tmp_path, row, reason):

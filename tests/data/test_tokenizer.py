@@ -16,6 +16,7 @@ LINES = [
   for _ in range(360)
 ]
 TEXTS = ["\n".join(LINES[start : start + 6]) for start in range(0, 360, 6)]
+TEXTS.append("\ufb01ne \u00bd\ttab")  # a ligature and a fraction, which NFKC would rewrite
 SIZE = 180
 
 
@@ -41,7 +42,8 @@ def test_sizes_and_special_ids(tokenizer):
     "\n",
     "   ",
     "",
-    "kingking; (the)",
+    "kingking; (it)",
+    "king\t\ufb01 \u00bd",
   ],
 )
 def test_spaces_and_newlines_survive(tokenizer, text):
@@ -94,9 +96,9 @@ def test_much_text_is_sampled_by_the_seed(monkeypatch, tmp_path):
 
 
 def test_a_line_of_any_length_is_used(tmp_path):
-  # Sentencepiece skips lines over 4192 bytes unless told otherwise: q would have no piece.
-  tokenizer = train_tokenizer([*TEXTS, "q " * 5000], SIZE, tmp_path / "a.model", seed=0)
-  assert tokenizer.decode(tokenizer.encode("q")) == "q"
+  # Sentencepiece skips lines over 4192 bytes unless told otherwise: Q would have no piece.
+  tokenizer = train_tokenizer([*TEXTS, "Q " * 5000], SIZE, tmp_path / "a.model", seed=0)
+  assert tokenizer.decode(tokenizer.encode("Q")) == "Q"
 
 
 def test_a_saved_file_loads_the_same(tokenizer, tmp_path):

@@ -28,7 +28,7 @@ def test_estimators_are_unbiased_and_k3_is_never_negative():
 
 
 def test_k3_hand_worked_and_exact_near_zero():
-  # log-ratio log 2: 1/2 - 1 + log 2 = .193147.  For small d, k3 = d^2 / 2, where exp(-d) - 1 + d
+  # log-ratio log 2: 1/2 - 1 + log 2 = .193147. For small d, k3 = d^2 / 2, where exp(-d) - 1 + d
   # would lose all digits in float32 without expm1.
   np.testing.assert_allclose(kl_k3(np.log(np.array([[2.0]])), np.zeros((1, 1))), 0.193147, 1e-5)
   small_BR = np.full((1, 1), 1e-4)

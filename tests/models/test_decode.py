@@ -1,0 +1,105 @@
+"""Prefill and cached decoding give the logits of the whole forward pass, without copying the cache."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax import models
+
+VOCAB, PROMPT, LENGTH = 19, 5, 11
+QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
+# Left-padded prompts of 5, 2 and 1 tokens; the second row ends after 3 more, the others never.
+NUM_PAD_B, STOP_B = np.array([[0], [3], [4]]), np.array([[11], [8], [11]])
+COLUMN_L = np.arange(LENGTH)[None]
+IS_TOKEN_BL = (COLUMN_L >= NUM_PAD_B) & (COLUMN_L < STOP_B)
+TOKEN_BL = np.where(IS_TOKEN_BL, np.random.default_rng(2).integers(0, VOCAB, (3, LENGTH)), VOCAB)
+
+
+def decode_all(model, weights, cache_length):
+  """Logits after columns PROMPT - 1 .. LENGTH - 1, one column at a time; jittable."""
+  token_BL, is_token_BL = jnp.asarray(TOKEN_BL, jnp.int32), jnp.asarray(IS_TOKEN_BL)
+  cache = models.init_cache(model, len(TOKEN_BL), cache_length)
+  first_BV, cache = models.prefill(
+    model, weights, token_BL[:, :PROMPT], is_token_BL[:, :PROMPT], cache
+  )
+  position_BL = models.positions_from_mask(is_token_BL)
+  is_slot_BT = jnp.pad(is_token_BL, ((0, 0), (0, cache_length - LENGTH)))
+
+  def step(cache, slot):
+    known_BT = is_slot_BT & (jnp.arange(cache_length) <= slot)[None]
+    logits_BV, cache = models.decode_step(
+      model, weights, token_BL[:, slot], position_BL[:, slot], slot, known_BT, cache
+    )
+    return cache, logits_BV
+
+  _, logits_TBV = jax.lax.scan(step, cache, jnp.arange(PROMPT, LENGTH))
+  return jnp.concatenate([first_BV[:, None], logits_TBV.swapaxes(0, 1)], axis=1)
+
+
+def full_forward(model, params):
+  is_token_BL = jnp.asarray(IS_TOKEN_BL)
+  return models.apply(
+    model,
+    params,
+    jnp.asarray(TOKEN_BL, jnp.int32),
+    segment_BL=is_token_BL.astype(jnp.int32),
+    position_BL=models.positions_from_mask(is_token_BL),
+    window=(PROMPT - 1, LENGTH),
+  )
+
+
+@pytest.mark.parametrize("how", ["unroll", "scan"])
+def test_cached_decode_equals_the_whole_forward(cfg, make, how):
+  model, params = make(cfg, layers=how)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def both(params):
+    weights = models.decode_weights(model, params)
+    return decode_all(model, weights, LENGTH + 2), full_forward(model, params)
+
+  decoded_BTV, expected_BTV = both(params)
+  real_BT = IS_TOKEN_BL[:, PROMPT - 1 :]
+  np.testing.assert_allclose(decoded_BTV[real_BT], expected_BTV[real_BT], rtol=1e-4, atol=1e-4)
+  assert np.all(np.isfinite(decoded_BTV))
+
+
+@pytest.mark.parametrize("how", ["unroll", "scan"])
+def test_bfloat16_weights_are_prepared_once(llama, make, how):
+  model, params = make(llama, layers=how, dtype="bfloat16")
+  weights = jax.eval_shape(functools.partial(models.decode_weights, model), params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+    dtype = "float32" if "norm" in jax.tree_util.keystr(path) else "bfloat16"
+    assert leaf.dtype == dtype, path
+  cache = models.init_cache(model, 2, 8)
+  step = jax.make_jaxpr(functools.partial(models.decode_step, model))(
+    weights, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), 3, jnp.ones((2, 8), bool), cache
+  )
+  shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2]
+  for shape in [*shapes, (VOCAB, llama.d_model)]:  # no weight is cast from float32 inside a step
+    assert f"bf16[{','.join(map(str, shape))}]" in str(step)
+    assert not re.search(rf"\bf32\[{','.join(map(str, shape))}\]", str(step))
+
+
+@pytest.mark.parametrize("how", ["unroll", "scan"])
+def test_decoding_never_copies_the_cache(llama, make, how):
+  model, params = make(llama, layers=how)
+  length = 37  # a size that nothing else has
+
+  def run(params):
+    return decode_all(model, models.decode_weights(model, params), length)
+
+  text = jax.jit(run).lower(params).compile().as_text()
+  cache_shape = rf"f32\[(?:{llama.num_layers},)?3,{llama.num_kv_heads},{length},{llama.head_dim}\]"
+  assert re.search(rf"= {cache_shape}\S* dynamic-update-slice\(", text)
+  assert not re.findall(rf"= {cache_shape}\S* copy(?:-start)?\(.*", text)
+
+
+def test_positions_ignore_padding():
+  is_token_BL = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]], bool)
+  position_BL = models.positions_from_mask(is_token_BL)
+  assert position_BL.dtype == jnp.int32
+  np.testing.assert_array_equal(position_BL, [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 3, 4]])

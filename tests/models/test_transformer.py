@@ -1,0 +1,300 @@
+"""The forward pass: against plain NumPy, by gradient, and with pads and segments that must not matter."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax import models
+from instructjax.models import layers
+
+VOCAB, LENGTH = 19, 12
+TOKEN_BL = np.random.default_rng(1).integers(0, VOCAB - 1, (2, LENGTH)).astype(np.int32)
+QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
+# Row 0 packs sequences of 5 and 4 tokens and ends in pads; row 1 is one left-padded sequence.
+SEGMENT_BL = np.array([[1] * 5 + [2] * 4 + [0] * 3, [0] * 2 + [1] * 10], np.int32)
+POSITION_BL = np.array(
+  [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0], [0, 0, *range(10)]], np.int32
+)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=QUICK)
+def forward(model, params, token_BL, segment_BL, position_BL, window=None):
+  return models.apply(
+    model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL, window=window
+  )
+
+
+def reference(cfg, params, tokens, positions):
+  """Logits of one sequence, token by token and head by head, in float64 NumPy."""
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+  def norm(x, weights):
+    if cfg.norm == "rmsnorm":
+      return x / np.sqrt(np.mean(x * x) + cfg.norm_eps) * weights["scale_D"]
+    return (x - x.mean()) / np.sqrt(x.var() + cfg.norm_eps) * weights["scale_D"] + weights["bias_D"]
+
+  def rotate(x, position):
+    half = cfg.head_dim // 2
+    out = x.copy()
+    for i in range(half):
+      angle = position * cfg.rope_base ** (-i / half)
+      out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+      out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+    return out
+
+  def attention(x_T, weights, index):
+    queries = cfg.num_heads // cfg.num_kv_heads
+    out_T = [np.zeros(cfg.d_model) for _ in x_T]
+    for head in range(cfg.num_heads):
+      group, which = divmod(head, queries)
+      project = lambda x, i: (
+        x @ weights["w_qkv_DGQK"][:, group, i]
+        + (weights["b_qkv_GQK"][group, i] if "b_qkv_GQK" in weights else 0)
+      )
+      turn = rotate if cfg.position == "rope" else lambda x, _: x
+      for t, x in enumerate(x_T):
+        query = turn(project(x, which), positions[t])
+        banded = cfg.attention_window and index % 2
+        seen = range(max(0, t - cfg.attention_window + 1) if banded else 0, t + 1)
+        score = [query @ turn(project(x_T[s], queries), positions[s]) for s in seen]
+        prob = np.exp(np.array(score) / np.sqrt(cfg.head_dim))
+        value = sum(p * project(x_T[s], queries + 1) for p, s in zip(prob / prob.sum(), seen))
+        out_T[t] += value @ weights["w_out_GRKD"][group, which]
+    return [x + weights.get("b_out_D", 0) for x in out_T]
+
+  def mlp(x, weights):
+    if cfg.mlp == "swiglu":
+      gate, up = x @ weights["w_gate_up_D2F"][:, 0], x @ weights["w_gate_up_D2F"][:, 1]
+      return (gate / (1 + np.exp(-gate)) * up) @ weights["w_down_FD"]
+    x = x @ weights["w_up_DF"] + weights["b_up_F"]
+    x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x @ weights["w_down_FD"] + weights["b_down_D"]
+
+  embedding = params["embedding"]
+  h_T = [embedding["token_VD"][token] for token in tokens]
+  if cfg.position == "learned":
+    h_T = [h + embedding["position_TD"][p] for h, p in zip(h_T, positions)]
+  for index in range(cfg.num_layers):
+    layer = jax.tree.map(lambda x: x[index], params["layers"])
+    mixed_T = attention([norm(h, layer["attention_norm"]) for h in h_T], layer["attention"], index)
+    h_T = [h + mixed for h, mixed in zip(h_T, mixed_T)]
+    h_T = [h + mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]
+  table = embedding["token_VD"] if cfg.tie_embeddings else params["head"]["w_VD"]
+  return np.array([table @ norm(h, params["final_norm"]) for h in h_T])
+
+
+def test_forward_equals_plain_numpy(cfg, make):
+  model, params = make(cfg)
+  logits_BLV = np.asarray(forward(model, params, TOKEN_BL, SEGMENT_BL, POSITION_BL))
+  for row, columns in ((0, slice(0, 5)), (0, slice(5, 9)), (1, slice(2, 12))):
+    expected = reference(cfg, params, TOKEN_BL[row, columns], POSITION_BL[row, columns])
+    np.testing.assert_allclose(logits_BLV[row, columns], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(cfg, make):
+  model, params = make(cfg)
+  # Distinct ids, and the logit of an id that no column holds: a tied table is then seen only as input.
+  token_L = jnp.arange(LENGTH)
+
+  def logit_L(table_VD):
+    embedding = params["embedding"] | {"token_VD": table_VD}
+    return models.apply(
+      model, params | {"embedding": embedding}, token_L[None],
+      segment_BL=SEGMENT_BL[:1], position_BL=POSITION_BL[:1],
+    )[0, :, VOCAB - 1]
+
+  jacobian_LVD = jax.jit(jax.jacrev(logit_L), compiler_options=QUICK)(params["embedding"]["token_VD"])
+  reaches_LL = np.abs(jacobian_LVD[:, :LENGTH]).max(-1) > 0
+  segment_L = SEGMENT_BL[0]
+  real_LL = (segment_L[:, None] == segment_L[None]) & (segment_L > 0)[None]
+  np.testing.assert_array_equal(reaches_LL, real_LL & np.tri(LENGTH, dtype=bool))
+
+
+def test_padding_on_either_side_changes_nothing(cfg, make):
+  model, params = make(cfg)
+  tokens = TOKEN_BL[0, :7]
+  token_BL = np.full((2, LENGTH), VOCAB, np.int32)
+  token_BL[0, :7] = token_BL[1, 5:] = tokens
+  is_token_BL = token_BL != VOCAB
+  position_BL = models.positions_from_mask(jnp.asarray(is_token_BL))
+  logits_BLV = forward(model, params, token_BL, is_token_BL.astype(np.int32), position_BL)
+  np.testing.assert_allclose(logits_BLV[0, :7], logits_BLV[1, 5:], rtol=1e-4, atol=1e-5)
+  assert np.all(np.isfinite(logits_BLV))
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def _score_and_gradient(model, params, token_BL, segment_BL, position_BL):
+  def total(params):
+    score_BL = models.apply(
+      model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL
+    )
+    return jnp.sum(jnp.where(SEGMENT_BL > 0, jnp.sin(score_BL), 0.0)), score_BL
+
+  return jax.grad(total, has_aux=True)(params)
+
+
+def test_garbage_and_nan_at_pads_change_nothing(cfg, make):
+  model, params = make(cfg, "scalar", num_layers=2)
+  is_token_BL = SEGMENT_BL > 0
+  clean = _score_and_gradient(
+    model, params, np.where(is_token_BL, TOKEN_BL, VOCAB), SEGMENT_BL, POSITION_BL
+  )
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(clean))
+  # Row VOCAB - 1 of the table and the last position hold NaN; only pads point there, or nowhere.
+  embedding = {name: x.at[-1].set(jnp.nan) for name, x in params["embedding"].items()}
+  poisoned = params | {"embedding": embedding}
+  garbage = np.array([VOCAB - 1, 7, -5, VOCAB - 1, 10**6], np.int32)
+  token_BL, position_BL = TOKEN_BL.copy(), POSITION_BL.copy()
+  token_BL[~is_token_BL] = garbage
+  position_BL[~is_token_BL] = [15, -3, 10**6, 15, 2]
+  dirty = _score_and_gradient(model, poisoned, token_BL, SEGMENT_BL, position_BL)
+  for expected, got in zip(jax.tree.leaves(clean[0]), jax.tree.leaves(dirty[0])):
+    np.testing.assert_array_equal(expected, got)
+  np.testing.assert_array_equal(clean[1][is_token_BL], dirty[1][is_token_BL])
+
+
+def test_ids_outside_the_vocabulary_are_pads_even_inside_a_segment(gpt2, make):
+  model, params = make(gpt2)
+  token_BL, segment_BL = TOKEN_BL.copy(), SEGMENT_BL.copy()
+  token_BL[0, 2], token_BL[1, 7] = VOCAB, -1
+  segment_BL[0, 2] = segment_BL[1, 7] = 0
+  is_token_BL = segment_BL > 0
+  got = forward(model, params, token_BL, SEGMENT_BL, POSITION_BL)
+  expected = forward(model, params, TOKEN_BL, segment_BL, POSITION_BL)
+  np.testing.assert_array_equal(got[is_token_BL], expected[is_token_BL])
+
+
+def test_a_learned_position_past_the_table_is_nan_not_clipped(gpt2, make):
+  model, params = make(gpt2)
+  logits_BLV = forward(model, params, TOKEN_BL, SEGMENT_BL, POSITION_BL + 10)
+  last = np.isnan(logits_BLV).any(-1)
+  assert last[1, 11] and not last[0, :9].any()  # positions 19 and at most 14, of 16
+
+
+def test_window_is_a_slice_of_the_whole(gpt2, make):
+  for head in ("lm", "scalar"):
+    model, params = make(gpt2, head)
+    whole = forward(model, params, TOKEN_BL, SEGMENT_BL, POSITION_BL)
+    part = forward(model, params, TOKEN_BL, SEGMENT_BL, POSITION_BL, (3, 8))
+    np.testing.assert_allclose(part, whole[:, 3:8], rtol=1e-5, atol=1e-6)
+    assert whole.shape == (2, LENGTH) + ((VOCAB,) if head == "lm" else ())
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def loss_gradient(model, params, key=None):
+  """(gradient, logits), with dropout where there is a key."""
+
+  def loss(params):
+    logits_BLV = models.apply(
+      model,
+      params,
+      TOKEN_BL,
+      segment_BL=SEGMENT_BL,
+      position_BL=POSITION_BL,
+      dropout_rate=0.0 if key is None else 0.2,
+      dropout_key=key,
+    )
+    return jnp.sum(jnp.sin(logits_BLV)), logits_BLV
+
+  return jax.grad(loss, has_aux=True)(params)
+
+
+def count_in_forward(name, model, params):
+  run = lambda p: models.apply(
+    model, p, TOKEN_BL, segment_BL=SEGMENT_BL, position_BL=POSITION_BL
+  )
+  return len(re.findall(rf"\b{name}\b.*\[", str(jax.make_jaxpr(run)(params))))
+
+
+def assert_same(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
+
+
+def test_scan_equals_unrolled(cfg, make):
+  unrolled, params = make(cfg, num_layers=2)
+  scanned, _ = make(cfg, num_layers=2, layers="scan")
+  assert count_in_forward("scan", unrolled, params) == 0
+  assert count_in_forward("scan", scanned, params) == 1
+  assert_same(loss_gradient(unrolled, params), loss_gradient(scanned, params))
+
+
+def test_remat_and_scan_change_no_number_and_no_dropout_mask(llama, make):
+  changes = {"num_layers": 2, "attention_window": 3}
+  plain, params = make(llama, **changes)
+  unrolled, _ = make(llama, **changes, remat=True)
+  scanned, _ = make(llama, **changes, remat=True, layers="scan")
+  count = functools.partial(count_in_forward, "remat2", params=params)
+  assert count(model=unrolled) == count(model=plain) + 2
+  assert count(model=scanned) < count(model=plain)  # one layer's, plus the block's own
+  expected = loss_gradient(plain, params, jax.random.key(0))
+  assert_same(expected, loss_gradient(unrolled, params, jax.random.key(0)))
+  assert_same(expected, loss_gradient(scanned, params, jax.random.key(0)))
+
+
+def test_auto_unrolls_on_cpu(gpt2, make):
+  model, params = make(gpt2, layers="auto")
+  assert count_in_forward("scan", model, params) == 0
+
+
+def test_gradient_of_unrolled_layers_is_one_concatenation(gpt2, make):
+  model, params = make(gpt2)
+  jaxpr = jax.make_jaxpr(functools.partial(loss_gradient.__wrapped__, model))(params)
+  stacked = f"f32[{gpt2.num_layers},{gpt2.d_mlp},{gpt2.d_model}] = "
+  lines = [line.split(stacked)[1] for line in str(jaxpr).splitlines() if stacked in line]
+  assert [line.split("[")[0] for line in lines] == ["concatenate"]
+
+
+def test_dropout_follows_its_key_and_keeps_the_mean(gpt2, make):
+  model, params = make(gpt2, num_layers=1)
+  one, again, other = (
+    loss_gradient(model, params, jax.random.key(seed))[1] for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(one, again)
+  assert np.abs(one - other).max() > 0.1
+  x_BTD = jnp.ones((20, 50, 100))
+  y_BTD = layers.dropout(x_BTD, jax.random.key(0), 0.2)
+  assert set(np.unique(y_BTD)) == {0.0, 1.25}
+  np.testing.assert_allclose(y_BTD.mean(), 1.0, atol=5e-3)  # 3 standard errors of 1e5 draws
+
+
+def test_dropout_is_off_by_default_and_needs_a_key(gpt2, make):
+  model, params = make(gpt2)
+  run = functools.partial(
+    models.apply, model, params, TOKEN_BL, segment_BL=SEGMENT_BL, position_BL=POSITION_BL
+  )
+  off = jax.make_jaxpr(lambda key: run(dropout_key=key))(jax.random.key(0))
+  assert "random_bits" not in str(off)
+  with pytest.raises(ValueError, match="dropout_rate=0.1 must come with a dropout_key"):
+    run(dropout_rate=0.1)
+
+
+def test_bfloat16_compute_keeps_float32_outputs_and_gradients(llama, make):
+  wide, params = make(llama, num_layers=2)
+  narrow, _ = make(llama, num_layers=2, dtype="bfloat16")
+  grads, logits_BLV = loss_gradient(narrow, params)
+  expected = loss_gradient(wide, params)[1]
+  assert {x.dtype for x in jax.tree.leaves((grads, logits_BLV))} == {jnp.dtype("float32")}
+  error = np.abs(logits_BLV - expected).mean() / np.abs(expected).mean()
+  assert 1e-4 < error < 0.05  # bfloat16 has 8 bits: not equal, not far
+
+
+def test_strict_dtypes(cfg, make):
+  model, params = make(cfg, dtype="bfloat16")
+  with jax.numpy_dtype_promotion("strict"):
+    jax.eval_shape(
+      lambda p: models.apply(
+        model, p, jnp.asarray(TOKEN_BL), segment_BL=jnp.asarray(SEGMENT_BL),
+        position_BL=jnp.asarray(POSITION_BL),
+      ),
+      params,
+    )
+
+
+def test_unknown_head_is_refused(gpt2):
+  with pytest.raises(ValueError, match="head='value' must be 'lm' or 'scalar'"):
+    models.make_model(gpt2, VOCAB, "value")
