@@ -1,4 +1,14 @@
-"""Stage `ppo_ptx`."""
+"""PPO-ptx, the paper's InstructGPT: PPO plus gamma times the pretraining gradient. The main job.
+
+Paper: sec 3.5 eq. 2, C.4: gamma 27.8, 8 pretraining examples an episode, the rest as in ppo.py.
+  60 petaflop/s-days at 175B (sec 5.1).
+Does: pretrain -> reward_pretrain -> sft -> collect -> rm -> sft_select -> ppo_init -> ppo ->
+  ppo_ptx -> ppo_beta0 -> evaluate. `ppo` and `ppo_beta0` (no KL penalty) are there to compare
+  with. Ends with the paper's findings and a report.
+Cost at `tiny`: the README has the times.
+
+  python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo
+"""
 
 from configs import models
 

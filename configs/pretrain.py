@@ -1,4 +1,12 @@
-"""Stage `pretrain`."""
+"""Pretraining on documents: the base model that stands in for GPT-3 when no weights are given.
+
+Paper: none; it starts from GPT-3 (arXiv:2005.14165), 3,640 petaflop/s-days at 175B (sec 5.1).
+Does: packed next-token training on `data.documents`; writes `pretrain/`. The reward model's base,
+  `reward_pretrain/`, is made the same way by the stages that need it.
+Cost at `tiny`: the first stage of the default run; the README has the times.
+
+  python -m instructjax.main --config=configs/pretrain.py --workdir=runs/demo
+"""
 
 from configs import models
 

@@ -140,7 +140,7 @@ class Checkpoints:
       UserError: the files cannot be read.
     """
     directory = self._folder.parent
-    _require_same_run(directory, read_meta(directory, step)["fingerprint"], fingerprint)
+    require_same_run(directory, read_meta(directory, step)["fingerprint"], fingerprint)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     for leaf in jax.tree.leaves(state):
       if isinstance(leaf, jax.Array):
@@ -340,16 +340,38 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _require_same_run(
+def require_same_run(
   directory: pathlib.Path, saved: Mapping[str, str], current: Mapping[str, str]
 ):
+  """Refuses to go on from, or to reuse, what was made with something else.
+
+  Args:
+    directory: of the stage.
+    saved, current: part -> hash, or a config block as JSON.
+
+  Raises:
+    ValueError: naming the first part that differs, and in a config block the fields.
+  """
   for part in sorted(saved.keys() | current.keys()):
     old, new = saved.get(part, "none"), current.get(part, "none")
     if old != new:
       raise ValueError(
-        f"cannot resume {directory}: it was made with another {part} ({old[:8]}, this run has"
-        f" {new[:8]}). Use another --workdir, or the {part} it was made with."
+        f"cannot go on with {directory}: it was made with another {part} ({_difference(old, new)})."
+        f" Use another --workdir, or the {part} it was made with."
       )
+
+
+def _difference(old: str, new: str) -> str:
+  """`field: old there, new here` of two config blocks as JSON; of hashes their first digits."""
+  try:
+    before, after = json.loads(old), json.loads(new)
+  except ValueError:
+    return f"{old[:8]}, this run has {new[:8]}"
+  if not (isinstance(before, dict) and isinstance(after, dict)):
+    return f"{before} there, {after} here"
+  fields = sorted(before.keys() | after.keys())
+  changed = [name for name in fields if before.get(name) != after.get(name)]
+  return "; ".join(f"{name}: {before.get(name)} there, {after.get(name)} here" for name in changed)
 
 
 def _gather_json(value: Any) -> list:

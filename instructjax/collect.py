@@ -10,7 +10,7 @@ import json
 import numpy as np
 
 from instructjax import answers, checkpoint, policies
-from instructjax.context import Context, stage_run
+from instructjax.context import Context, finished, stage_run
 from instructjax.data import sources
 
 
@@ -38,6 +38,9 @@ def _write(path, rankings: list):
 
 def run(ctx: Context, stage: str):
   cfg, seed = ctx.config.collect, ctx.config.seed
+  run_ = stage_run(ctx, stage, {"collect": cfg, "data": ctx.config.data}, parents=("sft",))
+  if finished(run_):
+    return
   simulation = sources.simulation(ctx.config.data.comparisons)
   directory = ctx.directory(stage)
   directory.mkdir(parents=True, exist_ok=True)
@@ -46,6 +49,5 @@ def run(ctx: Context, stage: str):
   _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
   _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
-  run_ = stage_run(ctx, stage, {"collect": cfg, "data": ctx.config.data}, parents=("sft",))
   agreement = {group: simulation.labeler_agreement(held_out, group, seed) for group in ("train", "heldout")}
   checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "agreement": agreement})

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import pathlib
 import zlib
 
@@ -118,3 +119,17 @@ def stage_run(ctx: Context, stage: str, blocks: dict, parents: tuple[str, ...] =
       log=ctx.config.log,
       fingerprint=fingerprint(ctx, blocks, parents),
   )
+
+
+def finished(run: loop.StageRun) -> bool:
+  """Whether the stage is done already.
+
+  Raises:
+    ValueError: it is, but was made with another config, tokenizer or parent.
+  """
+  done = checkpoint.read_done(run.directory)
+  if done is None:
+    return False
+  checkpoint.require_same_run(run.directory, done["fingerprint"], run.fingerprint)
+  logging.info("%s is finished already", run.name)
+  return True

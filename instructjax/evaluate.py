@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 
 from instructjax import answers, checkpoint, findings, metrics, policies, report, sharding, supervised
-from instructjax.context import Context, stage_run
+from instructjax.context import Context, finished, stage_run
 from instructjax.data import sources
 from instructjax.pretrain import validation_rows
 
@@ -120,12 +120,15 @@ def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[dict] | Non
 def run(ctx: Context, stage: str):
   """Judges all finished policies; writes answers.jsonl, results.json, findings.json and the report."""
   cfg, directory = ctx.config.evaluate, ctx.directory(stage)
+  names = judged_policies(ctx)
+  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=tuple(n for n in names if n in policies.RL_STAGES))
+  if finished(run_):
+    return
   directory.mkdir(parents=True, exist_ok=True)
   texts = [record.prompt for record in ctx.records("prompts", "validation")]
   fitting = [p for p in texts if len(ctx.tokenizer.encode(p)) <= ctx.config.data.max_prompt_length]
   unique = fitting[: cfg.num_prompts]
   prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]
-  names = judged_policies(ctx)
   measured = {name: _measure(ctx, name, prompts, stage) for name in names}
   text_names = [name for name in names if name not in ("reward_base", "few_shot")]
   results = {
@@ -144,7 +147,6 @@ def run(ctx: Context, stage: str):
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   report_directory = ctx.workdir / "report"
   report.write(report_directory, ctx.config, prompts, results, found)
-  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=tuple(n for n in names if n in policies.RL_STAGES))
   checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "summary": findings.summary(results)})
   _show(found, findings.summary(results), report_directory / "index.html")
 

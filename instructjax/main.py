@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from instructjax import memory
@@ -20,6 +20,8 @@ def main(argv: list[str]):
     raise UserError(f"unexpected arguments {argv[1:]}; settings are given as --config.NAME=VALUE")
   config = from_config_dict(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).resolve()
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # absl's default shows what JAX and orbax do inside
   memory.keep_freed_memory()
   # Imported here so that --help and a bad flag answer at once.
   from instructjax import checkpoint, pipeline
@@ -28,13 +30,26 @@ def main(argv: list[str]):
     pipeline.run(config, workdir)
 
 
+def _parse(argv: list[str]) -> list[str]:
+  """absl's parser, but a bad flag is the user's mistake like any other, and asking for help is none."""
+  try:
+    return flags.FLAGS(argv)
+  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:  # ml_collections raises the latter
+    raise UserError(str(error)) from error
+  except SystemExit:  # --help, which absl ends with 1
+    sys.exit(0)
+
+
 def run():
   """Entry point: a user's mistake is one line on stderr and exit code 2, never a traceback."""
   try:
-    app.run(main)
-  except (UserError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
+    app.run(main, flags_parser=_parse)
+  except (UserError, ValueError, OSError) as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Which stage needs which, and running what is missing. Called by main."""
 
-import logging
 import pathlib
 
 import jax
 import rich
 
-from instructjax import checkpoint, collect, evaluate, policies, ppo_stage, pretrain, rm, sft, sharding
+from instructjax import collect, evaluate, policies, ppo_stage, pretrain, rm, sft, sharding
 from instructjax.config import Config
 from instructjax.context import Context
 from instructjax.data import sources
@@ -70,9 +69,6 @@ def run(config: Config, workdir: pathlib.Path):
   stages = plan(ctx)
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
-      if checkpoint.read_done(ctx.directory(stage)) is None:
-        rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
-        RUN[stage](ctx, stage)
-      else:
-        logging.info("%s is finished already", stage)
+      rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
+      RUN[stage](ctx, stage)
   rich.print(f"finished: {workdir}")

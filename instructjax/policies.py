@@ -20,10 +20,6 @@ def stage_of(ctx: Context, name: str) -> str:
   return {"base": "pretrain", "reward_base": base_stage(ctx, "reward")}.get(name, name)
 
 
-def parents(ctx: Context, name: str) -> tuple[str, ...]:
-  return (stage_of(ctx, name),)
-
-
 def load_step(ctx: Context, name: str, step: int, item: str = "params"):
   """Weights of the named policy at a kept step, placed on the mesh."""
   roles = {"reward_base": "reward_base", "rm": "reward"}

@@ -204,10 +204,10 @@ def policy_gradient(params, nets: Nets, cfg: PPOConfig, batch: Experience, ptx: 
     return grads, metrics
   with jax.named_scope("update/ptx"):
     ptx_loss, ptx_grads = ptx_gradient(params, nets, cfg, ptx)
-    ptx_grads = jax.tree.map(lambda g: cfg.gamma * g, ptx_grads)
-    metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": optax.tree.norm(ptx_grads)}
+    metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": cfg.gamma * optax.tree.norm(ptx_grads)}
+    # Clipped before gamma: clipped after it, any large gamma (27.8, say) would act as the same small one.
     ptx_grads = _clip(ptx_grads, cfg.policy_optim.clip_norm)
-    return jax.tree.map(jnp.add, grads, ptx_grads), metrics
+    return jax.tree.map(lambda g, g_lm: g + cfg.gamma * g_lm, grads, ptx_grads), metrics
 
 
 def _update(nets: Nets, cfg: PPOConfig, weights, experience: Experience, ptx: PackedBatch | None, key: Array):

@@ -8,12 +8,15 @@ import numpy as np
 
 from instructjax import answers, checkpoint, loop, policies, ppo, sharding, supervised
 from instructjax.config import PPOConfig
-from instructjax.context import Context, stage_run
+from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
 from instructjax.optim import make_optimizer
 from instructjax.pretrain import document_batches
 from instructjax.structs import PPOState
+
+
+_ADVICE = "lower ppo.policy_optim.learning_rate, raise ppo.beta or ppo.gamma, or lift ppo.max_kl if it is only the limit"
 
 
 def variant(ctx: Context, stage: str) -> PPOConfig:
@@ -117,25 +120,27 @@ def _describe(ctx: Context, cfg: PPOConfig):
 def run(ctx: Context, stage: str):
   """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
   cfg = variant(ctx, stage)
+  blocks = {"model": ctx.config.model, "reward_model": ctx.config.reward_model, "ppo": cfg, "data": ctx.config.data}
+  run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
+  if finished(run_):
+    return
   nets = make_nets(ctx, cfg)
   frozen = ppo.Frozen(ref_params=policies.load(ctx, "ppo_init"), reward_params=policies.load_reward(ctx))
   state, shardings = initial_state(ctx, cfg, nets, frozen.ref_params, frozen.reward_params, ctx.key(stage))
-  blocks = {"model": ctx.config.model, "reward_model": ctx.config.reward_model, "ppo": cfg, "data": ctx.config.data}
-  run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
   reference = {
       "reference": checkpoint.tree_fingerprint(frozen.ref_params),
       "reward_model": checkpoint.tree_fingerprint(frozen.reward_params),
   }
-  run_ = dataclasses.replace(run_, fingerprint=run_.fingerprint | reference)
   step = ppo.make_train_step(nets, cfg, shardings)
   loop.fit(
-      run_,
+      dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
       state,
       lambda state, batch: step(state, frozen, batch),
       _batches(ctx, cfg, stage),
       num_steps=cfg.num_iterations,
       place=lambda batch: sharding.place_batch(ctx.mesh, batch),
       limits={"kl": cfg.max_kl} if cfg.max_kl else {},
+      show=("reward", "gold", "kl", "entropy", "ptx_loss"),
       on_samples=_describe(ctx, cfg),
   )
   checkpoint.write_done(run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations})

@@ -4,7 +4,7 @@ import itertools
 
 from instructjax import checkpoint, loop, sharding, supervised
 from instructjax.config import ModelConfig, PretrainConfig
-from instructjax.context import Context, stage_run
+from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.optim import make_optimizer
 
@@ -27,6 +27,9 @@ def run(ctx: Context, stage: str):
   """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's)."""
   cfg: PretrainConfig = ctx.config.pretrain if stage == "pretrain" else ctx.config.reward_pretrain
   model_cfg: ModelConfig = ctx.config.model if stage == "pretrain" else ctx.config.reward_model
+  step_run = stage_run(ctx, stage, {"model": model_cfg, "stage": cfg, "documents": ctx.config.data.documents})
+  if finished(step_run):
+    return
   model = ctx.model("policy" if stage == "pretrain" else "reward_base")
   tx = make_optimizer(cfg.optim, cfg.num_steps)
   key = ctx.key(stage)
@@ -34,7 +37,6 @@ def run(ctx: Context, stage: str):
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, key)
   evaluate = supervised.make_lm_evaluation(model, ctx.mesh)
   held_out = validation_rows(ctx, cfg.length)
-  step_run = stage_run(ctx, stage, {"model": model_cfg, "stage": cfg, "documents": ctx.config.data.documents})
   state = loop.fit(
       step_run,
       state,

@@ -8,7 +8,7 @@ import optax
 
 from instructjax import checkpoint, loop, policies, scoring, sharding, supervised
 from instructjax.config import RMConfig
-from instructjax.context import Context, stage_run
+from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.models import heads
 from instructjax.ops import preference
@@ -66,22 +66,24 @@ def initial_params(ctx: Context, key):
   return jax.device_put(params, shardings)
 
 
+def _stage_run(ctx: Context, stage: str) -> loop.StageRun:
+  parents = ("sft" if ctx.config.rm.start_from == "sft" else policies.stage_of(ctx, "reward_base"),)
+  blocks = {"model": ctx.config.reward_model, "stage": ctx.config.rm, "data": ctx.config.data}
+  return stage_run(ctx, stage, blocks, parents=parents + ("collect",) * ctx.collects)
+
+
 def train(ctx: Context, stage: str, records: list, key):
-  """Trains one reward model on `records`; returns (its StageRun, final step, params without the bias)."""
+  """Trains one reward model on `records`; returns (final step, params without the bias)."""
   cfg, model = ctx.config.rm, ctx.model("reward")
   batches = _batches(ctx, records, batch_size=cfg.batch_size, seed=ctx.data_seed(stage))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   tx = make_optimizer(cfg.optim, num_steps)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
-  parent = "sft" if cfg.start_from == "sft" else policies.stage_of(ctx, "reward_base")
-  parents = (parent, "collect") if ctx.collects else (parent,)
-  blocks = {"model": ctx.config.reward_model, "stage": cfg, "data": ctx.config.data}
-  run_ = stage_run(ctx, stage, blocks, parents=parents)
   state = loop.fit(
-      run_, state, make_train_step(model, tx, cfg, shardings), batches, num_steps=num_steps,
+      _stage_run(ctx, stage), state, make_train_step(model, tx, cfg, shardings), batches, num_steps=num_steps,
       place=lambda batch: sharding.place_batch(ctx.mesh, batch),
   )
-  return run_, num_steps, state.params
+  return num_steps, state.params
 
 
 def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
@@ -178,7 +180,7 @@ def cross_validate(ctx: Context) -> list[dict]:
     outside = set(labelers[fold :: cfg.cross_validation_folds])
     inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
     stage = f"rm/fold_{fold}"
-    _, _, params = train(ctx, stage, inside, ctx.key(stage))
+    _, params = train(ctx, stage, inside, ctx.key(stage))
     results.append({
         "heldout": judge(ctx, params, [r for r in held_out if r.labeler in outside])["accuracy"],
         "train": judge(ctx, params, [r for r in held_out if r.labeler not in outside])["accuracy"],
@@ -188,7 +190,10 @@ def cross_validate(ctx: Context) -> list[dict]:
 
 def run(ctx: Context, stage: str):
   """Trains `rm`, sets its bias and measures it on held-out prompts and on held-out labelers."""
-  run_, num_steps, params = train(ctx, stage, ctx.records("comparisons", "train"), ctx.key(stage))
+  run_ = _stage_run(ctx, stage)
+  if finished(run_):
+    return
+  num_steps, params = train(ctx, stage, ctx.records("comparisons", "train"), ctx.key(stage))
   result = {
       "fingerprint": run_.fingerprint,
       "step": num_steps,

@@ -5,7 +5,7 @@ import numpy as np
 
 from instructjax import answers, checkpoint, loop, metrics, policies, sharding, supervised
 from instructjax.config import SFTConfig
-from instructjax.context import Context, stage_run
+from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.optim import make_optimizer
 from instructjax.pretrain import document_batches, validation_rows
@@ -55,16 +55,18 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate):
 def run(ctx: Context, stage: str):
   """Trains `sft` or `ppo_init` from the base; keeps one checkpoint an epoch and marks the best by validation loss."""
   cfg: SFTConfig = getattr(ctx.config, stage)
+  step_run = stage_run(
+      ctx, stage,
+      {"model": ctx.config.model, "stage": cfg, "data": ctx.config.data}, parents=("pretrain",),
+  )
+  if finished(step_run):
+    return
   model = ctx.model("policy")
   batches, steps_per_epoch = _batches(ctx, cfg, stage)
   num_steps = cfg.num_epochs * steps_per_epoch
   epoch_ends = tuple(steps_per_epoch * (i + 1) for i in range(cfg.num_epochs))
   tx = make_optimizer(cfg.optim, num_steps)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, policies.load(ctx, "base"), ctx.key(stage))
-  step_run = stage_run(
-      ctx, stage,
-      {"model": ctx.config.model, "stage": cfg, "data": ctx.config.data}, parents=policies.parents(ctx, "base"),
-  )
   loop.fit(
       step_run,
       state,
@@ -92,6 +94,9 @@ def run(ctx: Context, stage: str):
 def select(ctx: Context, stage: str):
   """Chooses the SFT epoch by reward-model score on validation prompts, a better guide than the loss (C.1)."""
   cfg = ctx.config.evaluate
+  run = stage_run(ctx, stage, {"evaluate": [cfg.num_prompts, cfg.temperature]}, parents=("sft", "rm"))
+  if finished(run):
+    return
   model, reward_model = ctx.model("policy"), ctx.model("reward")
   reward_params = policies.load_reward(ctx)
   prompts = ctx.prompt_tokens("validation")[: cfg.num_prompts]
@@ -102,5 +107,4 @@ def select(ctx: Context, stage: str):
     score = answers.score(ctx, reward_model, reward_params, sampled)
     epochs.append(epoch | {"reward": float(score.mean())})
   best = max(epochs, key=lambda e: e["reward"])
-  run = stage_run(ctx, stage, {"evaluate": [cfg.num_prompts, cfg.temperature]}, parents=("sft", "rm"))
   checkpoint.write_done(run.directory, {"fingerprint": run.fingerprint, "step": best["step"], "epochs": epochs})

@@ -83,9 +83,9 @@ def _nearest(asked, num_devices: int):
 
   def distance(shape):
     data, fsdp, tensor = (
-      0.0 if want == -1 else round(abs(math.log(size / want)), 6) for size, want in zip(shape, asked)
+      0.0 if want == -1 else abs(math.log(size / want)) for size, want in zip(shape, asked)
     )
-    return data + fsdp + tensor, tensor, fsdp
+    return round(data + fsdp + tensor, 6), tensor, fsdp
 
   return min(shapes, key=distance)
 
@@ -177,7 +177,7 @@ def place_batch(mesh: Mesh, batch):
 
 
 def place_rows(mesh: Mesh, batch):
-  """Global arrays from rows that every process holds alike; whole everywhere if they do not divide."""
+  """Global arrays from rows that every process holds alike; not split if they do not divide."""
   shards = math.prod(mesh.shape[axis] for axis in ROWS)
 
   def one(rows):

@@ -162,8 +162,35 @@ def test_moments_lie_as_their_parameters_do():
   state = jax.eval_shape(tx.init, shapes)
   assert jax.tree.structure(state) == jax.tree.structure(state_shardings)
   assert optax.tree.get(state_shardings, "mu") == optax.tree.get(state_shardings, "nu") == shardings
-  counts = [s for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(state_shardings)) if not x.shape]
+  counts = [
+    s for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(state_shardings)) if not x.shape
+  ]
   assert counts and all(s == sharding.replicated(mesh) for s in counts)
+
+
+def test_rows_stay_split_inside_a_step_where_they_divide():
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  pin = jax.jit(functools.partial(sharding.shard_rows, tensor_dim=1))
+  with jax.set_mesh(mesh):
+    even, odd = pin((jnp.zeros((8, 2)), jnp.zeros((6, 2))))
+  spec = PS(("data", "fsdp"), "tensor")
+  assert even.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+  assert odd.sharding.is_equivalent_to(NamedSharding(mesh, PS(None, "tensor")), 2)
+  assert len(pin((jnp.zeros((8, 2)),))[0].devices()) == 1  # no mesh: untouched
+
+
+@pytest.mark.parametrize("how", ["unroll", "scan"])
+def test_decoding_weights_are_split_over_tensor_only(how):
+  mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+  model = models.make_model(dataclasses.replace(TINY, layers=how), VOCAB, "lm")
+  with jax.set_mesh(mesh):
+    params = jax.device_put(_model_params_tokens()[1], tree_shardings(mesh, model))
+    weights = jax.jit(functools.partial(models.decode_weights, model))(params)
+  layer = weights["layers"][0] if how == "unroll" else weights["layers"]
+  share = lambda x: x.addressable_shards[0].data.size / x.size
+  assert share(params["layers"]["mlp"]["w_up_DF"]) == 1 / 8
+  assert share(layer["mlp"]["w_up_DF"]) == share(layer["attention"]["w_qkv_DGQK"]) == 1 / 2
+  assert share(weights["embedding"]["token_VD"]) == 1
 
 
 @functools.cache
@@ -195,9 +222,7 @@ def _loss_and_decode(model, params, token_BL, is_token_BL):
   def step(t, carry):
     _, cache = carry
     known_BT = is_token_BL & (jnp.arange(6) <= t)[None]
-    return models.decode_step(
-      model, weights, token_BL[:, t], position_BL[:, t], t, known_BT, cache
-    )
+    return models.decode_step(model, weights, token_BL[:, t], position_BL[:, t], t, known_BT, cache)
 
   logits_BV, _ = jax.lax.fori_loop(3, 6, step, (logits_BV, cache))
   return jax.value_and_grad(loss)(params), logits_BV
@@ -218,6 +243,9 @@ def test_eight_devices_equal_one(one_device, how):
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
     compiled = _loss_and_decode.lower(model, params, *batch).compile()
     result = compiled(params, *batch)
+  if how == "unroll":  # the decode loop is then the only loop, and it gathers no weights
+    gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert gathers and not any("while/body" in line for line in gathers)
   for expected, got in zip(jax.tree.leaves(one_device), jax.tree.leaves(result), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
   w_qkv = params["layers"]["attention"]["w_qkv_DGQK"]

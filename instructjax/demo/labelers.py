@@ -44,8 +44,8 @@ class _Group:
 # Noise and tie width are set so that two training labelers agree on 72.6% of the pairs of SFT
 # samples that neither calls a tie (sec 3.4 of the paper), with 10 to 20% of pairs tied.
 _GROUPS = {
-  "train": _Group(size=10, weight_spread=0.25, noise=0.9, tie_width=0.4, habit_spread=0.15),
-  "heldout": _Group(size=5, weight_spread=0.45, noise=0.8, tie_width=0.4, habit_spread=0.3),
+  "train": _Group(size=10, weight_spread=0.25, noise=0.8, tie_width=0.4, habit_spread=0.15),
+  "heldout": _Group(size=5, weight_spread=0.4, noise=0.75, tie_width=0.4, habit_spread=0.3),
 }
 
 

@@ -1,6 +1,6 @@
 """The default preset's task: "write a kind word about the king.", and what a good answer is.
 
-A prompt is one of 16 wordings with one of 32 topics.  Demonstrations are real clauses of the text,
+A prompt is one of 16 wordings with one of 16 topics.  Demonstrations are real clauses of the text,
 chosen by demonstrators of varying care.  The gold score is the true preference; labelers
 (labelers.py) read it with noise, and no model ever sees it.  Called by `instructjax.demo`.
 """
@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -24,9 +25,7 @@ SPLITS = ("train", "validation", "test")
 # Nouns that are frequent in the filtered text; every word of the wordings is in it too, so that
 # base model and tokenizer know them.
 TOPICS = (
-  "king house land day city heart spirit voice fire servant bread heaven kingdom soul sea water "
-  "woman night field light gold brother morning mother sky mountain fruit throne child father "
-  "son earth"
+  "king house land day city heart spirit voice fire servant bread heaven light father son water"
 ).split()
 # A prompt is a line of its own, like the lines of a document, and its answer is the next line: so
 # the same prompt serves a base model, which was never shown a prompt.
@@ -75,7 +74,7 @@ _MIN_LINE, _MAX_LINE = 5, 12  # Words in a demonstration; the score is lenient p
 _COMMON_WORDS = 80  # Repeating one of these many commonest words is not counted.
 # Mean log-probability of held-out clauses (its median), and how far below it fluency is 0.
 _FLUENT_LOGPROB, _FLUENT_RANGE, _FLUENT_FLOOR = -4.0, 1.5, -1.5
-_PER_PROMPT = {"train": 6, "validation": 2, "test": 2}
+_PER_PROMPT = {"train": 64, "validation": 4, "test": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +87,11 @@ class _Demonstrator:
 
 
 _DEMONSTRATORS = (
-  _Demonstrator(0.80, 6, 0.02),
-  _Demonstrator(0.60, 5, 0.04),
-  _Demonstrator(0.50, 3, 0.06),
-  _Demonstrator(0.35, 8, 0.06),
-  _Demonstrator(0.15, 3, 0.10),
+  _Demonstrator(0.90, 6, 0.02),
+  _Demonstrator(0.75, 5, 0.04),
+  _Demonstrator(0.60, 3, 0.06),
+  _Demonstrator(0.60, 8, 0.06),
+  _Demonstrator(0.40, 3, 0.10),
 )
 
 
@@ -239,19 +238,32 @@ def demonstrations(split: str, seed: int) -> list[Demonstration]:
   Training answers come from training chapters, the others' from held-out chapters.
   """
   lines, by_topic = _lines("train" if split == "train" else "validation")
+  on_topics = [(topic, line) for topic, named in by_topic.items() for line in named]
   result = []
   for prompt in prompts(split):
     rng = keyed_rng(seed, "demonstrations", split, prompt)
     for _ in range(_PER_PROMPT[split]):
       writer = _DEMONSTRATORS[rng.integers(len(_DEMONSTRATORS))]
-      on_topic = rng.random() < writer.topic_care
-      pool = by_topic[topic_of(prompt)] if on_topic else lines
-      line = _kindest(pool, writer.tries, rng)
+      if rng.random() < writer.topic_care:
+        line = _adapted(on_topics, topic_of(prompt), writer.tries, rng)
+      else:
+        line = _kindest(lines, writer.tries, rng)
       if rng.random() < writer.carelessness:
         words = line.split()
         line = " ".join(words[: rng.integers(2, len(words))])
       result.append(Demonstration(prompt=prompt, response=line))
   return [result[i] for i in keyed_rng(seed, "order", split).permutation(len(result))]
+
+
+def _adapted(on_topics: list[tuple[str, str]], topic: str, tries: int, rng) -> str:
+  """The kindest of a few lines that name some topic, with the one asked for put in its place.
+
+  Lines about the topic alone are few: a small model learns them by heart, and never that an answer's topic comes from
+  the prompt.
+  """
+  seen = [on_topics[i] for i in rng.integers(len(on_topics), size=tries)]
+  named, line = max(seen, key=lambda item: _tone(text.tokenize(item[1])))
+  return re.sub(rf"\b{named}\b", topic, line)
 
 
 def _kindest(pool: list[str], tries: int, rng: np.random.Generator) -> str:

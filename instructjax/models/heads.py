@@ -1,7 +1,7 @@
 """Scalar heads: reward models made from language models, and their scores' zero point.
 
-Called by the rm and ppo stages. Works on parameter dicts only; `transformer.py` declares and applies
-the head.
+Called by the rm and ppo stages. Works on parameter dicts only; `transformer.py` declares and
+applies the head.
 """
 
 import jax

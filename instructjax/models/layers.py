@@ -88,9 +88,7 @@ def attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS):
   """Softmax attention, scores and softmax in float32; zero where a row may look at nothing."""
   scale = q_BTGRK.shape[-1] ** -0.5
   mask = mask_BTS[:, None, None]
-  score_BGRTS = jnp.einsum(
-    "BTGRK,BGSK->BGRTS", q_BTGRK, k_BGSK, preferred_element_type=jnp.float32
-  )
+  score_BGRTS = jnp.einsum("BTGRK,BGSK->BGRTS", q_BTGRK, k_BGSK, preferred_element_type=jnp.float32)
   prob_BGRTS = jax.nn.softmax(jnp.where(mask, score_BGRTS * scale, MASKED_SCORE), axis=-1)
   prob_BGRTS = jnp.where(mask, prob_BGRTS, 0.0).astype(v_BGSK.dtype)
   return jnp.einsum("BGRTS,BGSK->BTGRK", prob_BGRTS, v_BGSK)

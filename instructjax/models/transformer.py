@@ -26,7 +26,7 @@ POSITION_STD = 0.01  # GPT-2's wpe
 
 
 class Transformer(nn.Module):
-  """Declares the parameters, each with its initialiser and logical axes. Hashable: static under jit.
+  """Declares the parameters, each with its initialiser and logical axes. Hashable: static in jit.
 
   Attributes:
     cfg: switches and sizes.

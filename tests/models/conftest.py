@@ -69,7 +69,7 @@ def llama() -> ModelConfig:
 
 @pytest.fixture
 def make():
-  """make(cfg, head='lm', **changes) -> (model, params): noise on all weights, so that none is idle."""
+  """make(cfg, head='lm', **changes) -> (model, params), all weights random: none is idle."""
 
   def one(cfg: ModelConfig, head: str = "lm", **changes):
     model = models.make_model(dataclasses.replace(cfg, **changes), VOCAB, head)

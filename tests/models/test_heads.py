@@ -15,13 +15,17 @@ VOCAB = 19
 TOKEN_BL = np.random.default_rng(0).integers(0, VOCAB, (2, 6)).astype(np.int32)
 
 
-init = jax.jit(models.init_params, static_argnums=0)
+QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
+init = jax.jit(models.init_params, static_argnums=0, compiler_options=QUICK)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def score(model, params):
   return models.apply(
-    model, params, TOKEN_BL, segment_BL=np.ones((2, 6), np.int32),
+    model,
+    params,
+    TOKEN_BL,
+    segment_BL=np.ones((2, 6), np.int32),
     position_BL=np.tile(np.arange(6, dtype=np.int32), (2, 1)),
   )
 
@@ -58,7 +62,9 @@ def test_value_params_survive_donation_of_the_reward_params(gpt2, make):
 
 
 def test_initialisation(gpt2):
-  cfg = dataclasses.replace(gpt2, d_model=256, d_mlp=1024, num_layers=2, max_length=64, init_std=0.02)
+  cfg = dataclasses.replace(
+    gpt2, d_model=256, d_mlp=1024, num_layers=2, max_length=64, init_std=0.02
+  )
   params = init(models.make_model(cfg, 512, "scalar"), jax.random.key(0))
   embedding, layer = params["embedding"], params["layers"]
   std = lambda x: float(np.std(x))
@@ -89,7 +95,9 @@ def test_axes_name_every_dimension(cfg):
     axes, shapes = models.param_axes(model), models.param_shapes(model)
     jax.tree.map(
       lambda names, leaf: np.testing.assert_equal(len(names), leaf.ndim),
-      axes, shapes, is_leaf=lambda node: isinstance(node, tuple),
+      axes,
+      shapes,
+      is_leaf=lambda node: isinstance(node, tuple),
     )
 
 

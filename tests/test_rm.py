@@ -1,0 +1,137 @@
+"""The reward model's train step: eq. 1 through the model, in one forward, blind to padding."""
+
+import dataclasses
+import itertools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax import models, rm, scoring, sharding, supervised
+from instructjax.config import MeshConfig, RMConfig
+from instructjax.optim import make_optimizer
+from instructjax.structs import RankedBatch
+
+VOCAB, ROWS, ANSWERS, LENGTH, GOOD = 23, 8, 4, 8, 5
+
+
+def ranked(seed):
+  """Two to four answers a prompt, ranked by how often they say GOOD; equal counts are ties."""
+  rng = np.random.default_rng(seed)
+  is_answer_BC = np.arange(ANSWERS)[None] < rng.integers(2, ANSWERS + 1, (ROWS, 1))
+  length_BC1 = rng.integers(4, LENGTH + 1, (ROWS, ANSWERS, 1))
+  is_token_BCL = (np.arange(LENGTH)[None, None] < length_BC1) & is_answer_BC[:, :, None]
+  token_BCL = rng.integers(0, VOCAB, is_token_BCL.shape)
+  token_BCL = np.where(rng.random(token_BCL.shape) < 0.3, GOOD, token_BCL)
+  token_BCL = np.where(is_token_BCL, token_BCL, VOCAB).astype(np.int32)
+  count_BC = np.sum((token_BCL == GOOD) & is_token_BCL, axis=2)
+  rank_BC = np.where(is_answer_BC, 1 + count_BC.max(1, keepdims=True) - count_BC, 0)
+  return RankedBatch(token_BCL, is_token_BCL, rank_BC.astype(np.int32), is_answer_BC)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_config):
+  return models.make_model(tiny_config, VOCAB, "scalar")
+
+
+@pytest.fixture(scope="module")
+def start(quick_jit, model, adam_config, random_params):
+  """start(mesh) -> (train step, fresh state); one compiled step a mesh."""
+  cfg = RMConfig(
+    start_from="sft", num_epochs=1, batch_size=ROWS, max_responses=ANSWERS, ties="drop",
+    optim=adam_config, cross_validation_folds=0, cross_validation_prompts=1,
+  )
+  tx, steps = make_optimizer(adam_config, 100), {}
+
+  def one(mesh):
+    placed = jax.device_put(random_params(model, 1), supervised.param_shardings(mesh, model)[0])
+    with mock.patch.object(jax, "jit", quick_jit):
+      state, shardings = supervised.create_state(mesh, model, tx, placed, jax.random.key(0))
+      steps.setdefault(mesh, rm.make_train_step(model, tx, cfg, shardings))
+    return steps[mesh], state
+
+  return one
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+
+
+def test_loss_is_equation_1_over_scores_of_each_answer_alone(
+  quick_jit, model, random_params, start, one_device
+):
+  batch = ranked(0)
+  alone = quick_jit(scoring.sequence_score, static_argnums=0)
+  flat = batch.token_BCL.reshape(-1, LENGTH)  # any order of rows will do: no answer sees another
+  score_BC = np.asarray(alone(model, random_params(model, 1), flat[::-1], flat[::-1] < VOCAB))
+  score_BC = score_BC[::-1].reshape(ROWS, ANSWERS).astype(np.float64)
+  losses, right = [], []
+  for score_C, rank_C, is_answer_C in zip(score_BC, batch.rank_BC, batch.is_answer_BC):
+    pairs = list(itertools.combinations(np.flatnonzero(is_answer_C), 2))
+    strict = [(i, j) if rank_C[i] < rank_C[j] else (j, i) for i, j in pairs if rank_C[i] != rank_C[j]]
+    margins = np.array([score_C[i] - score_C[j] for i, j in strict])
+    if len(margins):
+      losses.append(np.sum(np.log1p(np.exp(-margins))) / len(pairs))
+      right += list(margins > 0)
+  assert len(set(batch.is_answer_BC.sum(1))) > 1  # prompts of different K
+  step, state = start(one_device)
+  _, metrics = step(state, batch)
+  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+  np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
+
+
+def test_all_answers_go_through_one_forward(model):
+  shapes = []
+
+  def apply(model, params, token_BL, **_):
+    shapes.append(token_BL.shape)
+    return jnp.zeros(token_BL.shape)
+
+  with mock.patch.object(models.transformer, "apply", apply):
+    score_BC = rm.scores(model, {}, ranked(0))
+  assert shapes == [(ROWS * ANSWERS, LENGTH)] and score_BC.shape == (ROWS, ANSWERS)
+
+
+def test_padding_and_missing_answers_change_nothing(start, one_device):
+  batch, rng = ranked(0), np.random.default_rng(9)
+  garbage = RankedBatch(
+    np.where(batch.is_token_BCL, batch.token_BCL, rng.integers(0, VOCAB, batch.token_BCL.shape, np.int32)),
+    batch.is_token_BCL,
+    np.where(batch.is_answer_BC, batch.rank_BC, rng.integers(0, 9, batch.rank_BC.shape, np.int32)),
+    batch.is_answer_BC,
+  )
+  tokens_too = dataclasses.replace(
+    garbage, is_token_BCL=batch.is_token_BCL | ~batch.is_answer_BC[:, :, None]
+  )
+  results = []
+  for variant in (batch, garbage, tokens_too):
+    step, state = start(one_device)
+    state, metrics = step(state, variant)
+    results.append((metrics, state.params))
+  for result in results[1:]:
+    jax.tree.map(np.testing.assert_array_equal, result, results[0])
+
+
+def test_it_learns_to_rank(start, one_device):
+  step, state = start(one_device)
+  accuracy = []
+  for seed in range(60):
+    state, metrics = step(state, ranked(seed))  # fresh answers: what is learnt generalises
+    accuracy.append(float(metrics["accuracy"]))
+  assert np.mean(accuracy[-10:]) > 0.9 > np.mean(accuracy[:3]) + 0.1
+  assert int(state.step) == 60 and step._cache_size() == 1
+
+
+def test_eight_devices_equal_one(start, one_device, mesh):
+  def run(mesh):
+    with jax.set_mesh(mesh):
+      step, state = start(mesh)
+      for seed in range(2):
+        state, metrics = step(state, sharding.place_batch(mesh, ranked(seed)))
+    return metrics, state.params
+
+  for got, expected in zip(jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
