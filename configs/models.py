@@ -16,6 +16,7 @@ def _tiny(config):
   config.tokenizer.vocab_size = 2000
   config.data.update(max_prompt_length=12, max_response_length=20)
   config.log.update(every_steps=100)
+  config.checkpoint.update(every_steps=20)
   config.pretrain.update(num_steps=1200, batch_size=16, length=64, optim=base.adam(6e-3, warmup_steps=30))
   config.reward_pretrain.update(num_steps=1200, batch_size=16, length=64, optim=base.adam(4e-3, warmup_steps=30))
   # Departs from paper: the baseline has the pretraining mix too. Without it a model this small forgets within an epoch
@@ -25,7 +26,10 @@ def _tiny(config):
   )
   config.ppo_init.update(num_epochs=2, batch_size=16, length=64, pretrain_mix=0.125, optim=base.adam(3e-3))
   config.collect.update(num_prompts=4000, num_heldout_prompts=300, max_responses=6)
-  config.rm.update(batch_size=16, max_responses=6, optim=base.adam(1e-3, warmup_steps=10))
+  config.rm.update(
+      batch_size=16, max_responses=6, optim=base.adam(1e-3, warmup_steps=10),
+      cross_validation_folds=5, cross_validation_prompts=800,
+  )
   config.ppo.update(
       num_iterations=40, batch_size=128, num_minibatches=2, num_epochs=2, behaviour_logprob="rollout",
       beta=0.2, gamma=0.3, ptx_rows=2, ptx_length=64, missing_eos="fixed", missing_eos_score=-1.0,

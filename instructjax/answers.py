@@ -110,19 +110,35 @@ def sample(
   )
 
 
-def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.ndarray) -> Answers:
-  """Answers given as text, tokenized as reward-model data is, with EOS where the answer ended; right-padded."""
-  tokenizer, data = ctx.tokenizer, ctx.config.data
+def from_tokens(ctx: Context, prompts: list[list[int]], responses: list[list[int]]) -> Answers:
+  """Answers given as token ids, EOS included where there is one; right-padded."""
+  data, pad_id = ctx.config.data, ctx.tokenizer.pad_id
   length = data.max_prompt_length + data.max_response_length
-  token_NL = np.full((len(text), length), tokenizer.pad_id, np.int32)
-  is_response_NR = np.zeros((len(text), length), bool)
-  for row, is_response_R, prompt, answer, ended in zip(token_NL, is_response_NR, prompts, text, ended_N):
-    start = tokenizer.encode(prompt)
-    # Text sampled at the limit may need more pieces when tokenized anew: it is cut to fit.
-    sequence = (start + tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:length]
-    row[: len(sequence)] = sequence
-    is_response_R[len(start) : len(sequence)] = True
-  return Answers(text, token_NL, token_NL != tokenizer.pad_id, is_response_NR, ended_N)
+  token_NL = np.full((len(prompts), length), pad_id, np.int32)
+  is_response_NR = np.zeros(token_NL.shape, bool)
+  for row, is_response_R, prompt, response in zip(token_NL, is_response_NR, prompts, responses):
+    end = len(prompt) + len(response)
+    row[:end] = prompt + response
+    is_response_R[len(prompt) : end] = True
+  return Answers(
+      text=[ctx.tokenizer.decode(response) for response in responses],
+      token_NL=token_NL,
+      is_token_NL=token_NL != pad_id,
+      is_response_NR=is_response_NR,
+      ended_N=np.array([ctx.tokenizer.eos_id in response for response in responses]),
+  )
+
+
+def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.ndarray) -> Answers:
+  """Answers given as text, tokenized as reward-model data is, with EOS where the answer ended.
+
+  Text sampled at the length limit may need more pieces when it is tokenized anew: it is cut to fit.
+  """
+  tokenizer, limit = ctx.tokenizer, ctx.config.data.max_response_length
+  responses = [
+      (tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:limit] for answer, ended in zip(text, ended_N)
+  ]
+  return from_tokens(ctx, [tokenizer.encode(prompt) for prompt in prompts], responses)
 
 
 def decode(tokenizer, response_NR: np.ndarray) -> list[str]:

@@ -24,7 +24,7 @@ def _sampled(ctx: Context, stage: str, split: str, prompts: list, num_prompts: i
   tokens = [ctx.tokenizer.encode(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)]
   key = ctx.key(f"{stage}/{split}")
   sampled = answers.sample(
-      ctx, ctx.model("policy"), policies.load(ctx, "sft"), tokens, key, temperature=cfg.temperature
+      ctx, ctx.model("policy"), policies.load_sft_by_loss(ctx), tokens, key, temperature=cfg.temperature
   )
   ends = np.cumsum(counts)
   return [(prompts[i].prompt, sampled.text[end - k : end]) for i, k, end in zip(order, counts, ends)]

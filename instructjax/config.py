@@ -40,8 +40,8 @@ class ModelConfig:
   weights: str  # '' = train from scratch (the pretrain stage); else a checkpoint of this project
 
   def validate(self, where: str):
-    for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_mlp", "max_length"):
-      _require(getattr(self, name) > 0, f"{where}.{name}={getattr(self, name)} must be positive")
+    sizes = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_mlp", "max_length")
+    _require_positive(self, where, *sizes)
     _require(
         self.num_heads % self.num_kv_heads == 0,
         f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -103,8 +103,7 @@ class DataConfig:
 
   def validate(self, where: str):
     _require(0 < self.validation_fraction < 1, f"{where}.validation_fraction={self.validation_fraction} must be in (0, 1)")
-    _require(self.max_prompt_length > 0, f"{where}.max_prompt_length={self.max_prompt_length} must be positive")
-    _require(self.max_response_length > 0, f"{where}.max_response_length={self.max_response_length} must be positive")
+    _require_positive(self, where, "max_prompt_length", "max_response_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,7 @@ class CheckpointConfig:
   keep: int  # newest checkpoints kept, besides the best and epoch ends
 
   def validate(self, where: str):
-    _require(self.every_steps > 0, f"{where}.every_steps={self.every_steps} must be positive")
-    _require(self.keep > 0, f"{where}.keep={self.keep} must be positive")
+    _require_positive(self, where, "every_steps", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +130,9 @@ class LogConfig:
   samples: int  # rows of the sample table shown in the terminal by RL stages, at each log step; 0 = none
   tensorboard: bool
 
+  def validate(self, where: str):
+    _require_positive(self, where, "every_steps")
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
@@ -139,6 +140,9 @@ class PretrainConfig:
   batch_size: int  # packed rows
   length: int  # tokens a row
   optim: OptimConfig
+
+  def validate(self, where: str):
+    _require_positive(self, where, "num_steps", "batch_size", "length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +157,7 @@ class SFTConfig:
   optim: OptimConfig
 
   def validate(self, where: str):
+    _require_positive(self, where, "num_epochs", "batch_size", "length")
     _require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
     _require(0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)")
 
@@ -167,6 +172,13 @@ class CollectConfig:
   max_responses: int
   temperature: float
 
+  def validate(self, where: str):
+    _require_positive(self, where, "num_prompts", "num_heldout_prompts")
+    _require(
+        2 <= self.min_responses <= self.max_responses,
+        f"{where}.min_responses={self.min_responses} must be from 2 to max_responses={self.max_responses}",
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class RMConfig:
@@ -180,6 +192,7 @@ class RMConfig:
   cross_validation_prompts: int  # prompts used by each fold's training
 
   def validate(self, where: str):
+    _require_positive(self, where, "num_epochs", "batch_size")
     _require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
     _require(self.cross_validation_folds != 1, f"{where}.cross_validation_folds=1 must be 0 or >= 2")
 
@@ -214,6 +227,12 @@ class PPOConfig:
   value_optim: OptimConfig
 
   def validate(self, where: str):
+    sizes = ("num_iterations", "batch_size", "num_minibatches", "num_epochs", "ptx_rows", "ptx_length")
+    _require_positive(self, where, *sizes)
+    _require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
+    _require(
+        self.value_clip is None or self.value_clip > 0, f"{where}.value_clip={self.value_clip} must be None or > 0"
+    )
     _require(
         self.batch_size % self.num_minibatches == 0,
         f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
@@ -242,6 +261,12 @@ class EvaluateConfig:
   best_of_n_prompts: int
   bootstrap: int  # resamples over prompts for the 95% intervals
   pretrain_batches: int  # validation rows for the pretraining loss, in batches
+
+  def validate(self, where: str):
+    sizes = ("num_prompts", "samples_per_prompt", "overoptimization_iterations", "bootstrap", "pretrain_batches")
+    _require_positive(self, where, *sizes)
+    known = set(self.compare) <= {"ppo", "ppo_ptx"}
+    _require(known, f"{where}.compare={self.compare} must hold only 'ppo' and 'ppo_ptx'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +299,33 @@ class Config:
           total <= limit,
           f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
+    _require(
+        self.rm.start_from == "base" or self.model == self.reward_model,
+        f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
+    )
+    _require(
+        self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
+        f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
+        f" rm.max_responses={self.rm.max_responses}",
+    )
+    for name in ("sft", "ppo_init"):
+      length = getattr(self, name).length
+      _require(
+          total <= length,
+          f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.length={length}:"
+          " a demonstration fits in one row",
+      )
+    rows = (("pretrain.length", "model"), ("reward_pretrain.length", "reward_model"), ("ppo.ptx_length", "model"))
+    for name, model in rows:
+      block, field = name.split(".")
+      length, limit = getattr(getattr(self, block), field), getattr(self, model).max_length
+      _require(length <= limit, f"{where}.{name}={length} must not exceed {where}.{model}.max_length={limit}")
+
+
+def _require_positive(block, where: str, *names: str):
+  for name in names:
+    value = getattr(block, name)
+    _require(value > 0, f"{where}.{name}={value} must be positive")
 
 
 def _require(condition: bool, message: str):

@@ -32,7 +32,13 @@ class Context:
   tokenizer: Tokenizer
 
   def directory(self, stage: str) -> pathlib.Path:
-    return self.workdir / stage
+    """Where a stage's files are: in the workdir, or where the config says that a base already is."""
+    return pathlib.Path(self.given_weights(stage) or self.workdir / stage)
+
+  def given_weights(self, stage: str) -> str:
+    """Folder of the weights that the config gives in place of a stage that trains a base, or ''."""
+    given = {"pretrain": self.config.model.weights, "reward_pretrain": self.config.reward_model.weights}
+    return given.get(stage, "")
 
   def key(self, stage: str) -> jax.Array:
     """The stage's own root key: a function of the run's seed and the stage's name."""
@@ -87,6 +93,12 @@ def same_network(a: ModelConfig, b: ModelConfig) -> bool:
   return a == b
 
 
+def canonical(value) -> str:
+  """One spelling of a config block or plain value."""
+  plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+  return json.dumps(plain, sort_keys=True)
+
+
 def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> dict[str, str]:
   """What a resumed or reused stage must have in common with the one on disk.
 
@@ -97,11 +109,6 @@ def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> di
   Returns:
     name -> canonical JSON or hash; `parent:NAME` entries carry the parents' own fingerprints on.
   """
-
-  def canonical(value) -> str:
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    return json.dumps(plain, sort_keys=True)
-
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
   result["config.seed"] = canonical(ctx.config.seed)
   result["tokenizer"] = ctx.tokenizer.fingerprint

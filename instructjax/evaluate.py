@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 
 from instructjax import answers, checkpoint, findings, metrics, policies, report, sharding, supervised
-from instructjax.context import Context, finished, stage_run
+from instructjax.context import Context, stage_run
 from instructjax.data import sources
 from instructjax.pretrain import validation_rows
 
@@ -121,8 +121,10 @@ def run(ctx: Context, stage: str):
   """Judges all finished policies; writes answers.jsonl, results.json, findings.json and the report."""
   cfg, directory = ctx.config.evaluate, ctx.directory(stage)
   names = judged_policies(ctx)
-  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=tuple(n for n in names if n in policies.RL_STAGES))
-  if finished(run_):
+  trained = ("sft_select", "ppo_init", *(name for name in names if name in policies.RL_STAGES))
+  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=trained)
+  # Nothing starts from here: with other settings, or another policy to judge, it is done anew.
+  if (checkpoint.read_done(directory) or {}).get("fingerprint") == run_.fingerprint:
     return
   directory.mkdir(parents=True, exist_ok=True)
   texts = [record.prompt for record in ctx.records("prompts", "validation")]
@@ -144,11 +146,14 @@ def run(ctx: Context, stage: str):
     for i, prompt in enumerate(prompts):
       row = {name: measured[name]["answer"][i] for name in names}
       file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
+  summary = findings.summary(results)
+  plain = {"policies": summary, "best_of_n": results["best_of_n"], "agreement": results["agreement"]}
+  (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   report_directory = ctx.workdir / "report"
   report.write(report_directory, ctx.config, prompts, results, found)
-  checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "summary": findings.summary(results)})
-  _show(found, findings.summary(results), report_directory / "index.html")
+  checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "summary": summary})
+  _show(found, summary, report_directory / "index.html")
 
 
 def _show(found: list[dict], summary: dict, page):

@@ -24,8 +24,13 @@ def main(argv: list[str]):
     logging.set_verbosity(logging.WARNING)  # absl's default shows what JAX and orbax do inside
   memory.keep_freed_memory()
   # Imported here so that --help and a bad flag answer at once.
+  import jax
+
   from instructjax import checkpoint, pipeline
 
+  # A stage that is resumed, or trained again on another fold, finds its program compiled.
+  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   with checkpoint.workdir_lock(workdir):
     pipeline.run(config, workdir)
 
@@ -34,10 +39,22 @@ def _parse(argv: list[str]) -> list[str]:
   """absl's parser, but a bad flag is the user's mistake like any other, and asking for help is none."""
   try:
     return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, OSError) as error:  # ml_collections raises the latter
+  except (AttributeError, KeyError) as error:
+    raise UserError(f"--config has no field {_telling_part(error)}") from error
+  except flags.Error as error:
     raise UserError(str(error)) from error
   except SystemExit:  # --help, which absl ends with 1
     sys.exit(0)
+
+
+def _telling_part(error: Exception) -> str:
+  """One line without the errors around it and the tracebacks quoted in it: ml_collections has both."""
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  message = error.args[0] if isinstance(error, KeyError) else str(error)
+  lines = message.strip().splitlines()
+  is_quoting = "Traceback" in message or "failure to load" in message
+  return f"--config: {lines[-1].strip()}" if is_quoting else " ".join(lines)
 
 
 def run():
@@ -45,7 +62,7 @@ def run():
   try:
     app.run(main, flags_parser=_parse)
   except (UserError, ValueError, OSError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {_telling_part(error)}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)

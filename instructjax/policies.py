@@ -1,12 +1,19 @@
 """Finished weights by name: the base, SFT, PPO policies and the reward model, as later stages and evaluation need them."""
 
+import dataclasses
+import json
+
 import jax
 
 from instructjax import checkpoint, supervised
+from instructjax.config import ModelConfig
 from instructjax.context import Context, same_network
 from instructjax.models import heads
 
 RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
+
+# Fields of ModelConfig that may differ between the run that made weights and the one that takes them.
+_FREE_FIELDS = frozenset({"weights", "init_std", "dtype", "layers", "remat"})
 
 
 def base_stage(ctx: Context, role: str) -> str:
@@ -20,6 +27,35 @@ def stage_of(ctx: Context, name: str) -> str:
   return {"base": "pretrain", "reward_base": base_stage(ctx, "reward")}.get(name, name)
 
 
+def require_given_weights(ctx: Context):
+  """Checks that the weights named by `model.weights` and `reward_model.weights` are of this network.
+
+  Raises:
+    ValueError: no finished stage there, another tokenizer, or another network.
+  """
+  for block, stage in (("model", "pretrain"), ("reward_model", "reward_pretrain")):
+    cfg: ModelConfig = getattr(ctx.config, block)
+    if not cfg.weights:
+      continue
+    where = f"config.{block}.weights={cfg.weights!r}"
+    made_with = (checkpoint.read_done(ctx.directory(stage)) or {}).get("fingerprint", {})
+    if "config.model" not in made_with:
+      raise ValueError(
+          f"{where} must be the folder of a finished stage that trains a network, as runs/other/pretrain"
+      )
+    if made_with["tokenizer"] != ctx.tokenizer.fingerprint:
+      raise ValueError(
+          f"{where} was trained with another tokenizer; set config.tokenizer.path to that run's"
+          " tokenizer/tokenizer.model"
+      )
+    theirs = json.loads(made_with["config.model"])
+    for name, value in dataclasses.asdict(cfg).items():
+      if name not in _FREE_FIELDS and theirs.get(name) != value:
+        raise ValueError(
+            f"{where} has {name}={theirs.get(name)}, and config.{block}.{name}={value}; they must be equal"
+        )
+
+
 def load_step(ctx: Context, name: str, step: int, item: str = "params"):
   """Weights of the named policy at a kept step, placed on the mesh."""
   roles = {"reward_base": "reward_base", "rm": "reward"}
@@ -29,10 +65,16 @@ def load_step(ctx: Context, name: str, step: int, item: str = "params"):
   return checkpoint.load_params(ctx.directory(stage_of(ctx, name)), placed, step, item)
 
 
-def load(ctx: Context, name: str):
-  """Weights of `base`, `reward_base`, `sft`, `ppo_init`, `rm` or an RL stage, at the step the stage chose.
+def load_sft_by_loss(ctx: Context):
+  """SFT weights at the epoch with the best validation loss: what the reward model and its data start from."""
+  return load_step(ctx, "sft", checkpoint.read_done(ctx.directory("sft"))["step"])
 
-  RL policies come raw or averaged (EMA) as `evaluate.weights` says.
+
+def load(ctx: Context, name: str):
+  """Weights of `base`, `reward_base`, `sft`, `ppo_init` or an RL stage, at the step the stage chose.
+
+  `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
+  as `evaluate.weights` says.
   """
   chosen = "sft_select" if name == "sft" and checkpoint.read_done(ctx.directory("sft_select")) else stage_of(ctx, name)
   step = checkpoint.read_done(ctx.directory(chosen))["step"]

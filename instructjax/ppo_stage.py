@@ -16,7 +16,10 @@ from instructjax.pretrain import document_batches
 from instructjax.structs import PPOState
 
 
-_ADVICE = "lower ppo.policy_optim.learning_rate, raise ppo.beta or ppo.gamma, or lift ppo.max_kl if it is only the limit"
+_ADVICE = (
+    "if it is only the limit, lift ppo.max_kl and run again, it goes on; else lower"
+    " ppo.policy_optim.learning_rate or raise ppo.beta or ppo.gamma"
+)
 
 
 def variant(ctx: Context, stage: str) -> PPOConfig:
@@ -120,7 +123,10 @@ def _describe(ctx: Context, cfg: PPOConfig):
 def run(ctx: Context, stage: str):
   """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
   cfg = variant(ctx, stage)
-  blocks = {"model": ctx.config.model, "reward_model": ctx.config.reward_model, "ppo": cfg, "data": ctx.config.data}
+  blocks = {
+      "model": ctx.config.model, "reward_model": ctx.config.reward_model, "data": ctx.config.data,
+      "ppo": dataclasses.replace(cfg, max_kl=0.0),  # a limit changes no number: lifting it lets the run go on
+  }
   run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
   if finished(run_):
     return

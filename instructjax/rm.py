@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from instructjax import checkpoint, loop, policies, scoring, sharding, supervised
+from instructjax import answers, checkpoint, loop, policies, scoring, sharding, supervised
 from instructjax.config import RMConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
@@ -22,6 +22,9 @@ def scores(model, params, batch: RankedBatch):
   flat = lambda x: x.reshape(rows[0] * rows[1], -1)  # noqa: E731
   score_S = scoring.sequence_score(model, params, flat(batch.token_BCL), flat(batch.is_token_BCL))
   return score_S.reshape(rows)
+
+
+_jitted_scores = jax.jit(scores, static_argnames="model")
 
 
 def make_train_step(model, tx, cfg: RMConfig, state_shardings):
@@ -42,10 +45,16 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
 def _tokenized(ctx: Context, records: list) -> list:
   """Rankings as token lists; over-long ones are filtered and counted by the data pipeline."""
   data = ctx.config.data
-  return data_pipeline.tokenize_rankings(
+  rankings, _ = data_pipeline.tokenize_rankings(
       records, ctx.tokenizer,
       max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
-  )[0]
+  )
+  most = max((len(item.responses) for item in rankings), default=0)
+  if most > ctx.config.rm.max_responses:
+    raise ValueError(
+        f"a prompt has {most} ranked responses; raise rm.max_responses={ctx.config.rm.max_responses}"
+    )
+  return rankings
 
 
 def _batches(ctx: Context, records: list, *, batch_size: int, seed: int):
@@ -59,10 +68,11 @@ def _batches(ctx: Context, records: list, *, batch_size: int, seed: int):
 
 def initial_params(ctx: Context, key):
   """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
-  source = "sft" if ctx.config.rm.start_from == "sft" else "reward_base"
+  from_sft = ctx.config.rm.start_from == "sft"
+  trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
   shardings, _ = supervised.param_shardings(ctx.mesh, ctx.model("reward"))
   scalar_init = supervised.init_params(ctx.mesh, ctx.model("reward"), key)
-  params = heads.scalar_params_from_lm(policies.load(ctx, source), scalar_init)
+  params = heads.scalar_params_from_lm(trunk, scalar_init)
   return jax.device_put(params, shardings)
 
 
@@ -89,9 +99,7 @@ def train(ctx: Context, stage: str, records: list, key):
 def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
   """Scores of each record's answers, in order; what is over-long is left out."""
   model = ctx.model("reward")
-  score = jax.jit(lambda p, b: scores(model, p, b))
-  tokenized = _tokenized(ctx, records)
-  batch_size = min(ctx.config.rm.batch_size, len(tokenized))
+  tokenized, batch_size = _tokenized(ctx, records), ctx.config.rm.batch_size
   data = ctx.config.data
   result = []
   for start in range(0, len(tokenized), batch_size):
@@ -101,7 +109,7 @@ def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
         filled, max_responses=ctx.config.rm.max_responses,
         length=data.max_prompt_length + data.max_response_length, vocab_size=ctx.tokenizer.vocab_size,
     )
-    score_BC = np.asarray(score(params, sharding.place_batch(ctx.mesh, batch)))
+    score_BC = np.asarray(_jitted_scores(model, params, sharding.place_rows(ctx.mesh, batch)))
     result += [row[: len(item.ranks)] for row, item in zip(score_BC, chunk)]
   return result
 
@@ -142,42 +150,44 @@ def judge(ctx: Context, params, records: list) -> dict:
 def demonstration_mean(ctx: Context, params) -> float:
   """Mean score of labelers' demonstrations, which the bias subtracts (C.2)."""
   data = ctx.config.data
-  tokenized = data_pipeline.tokenize_demonstrations(
+  kept, _ = data_pipeline.tokenize_demonstrations(
       ctx.records("demonstrations", "train"), ctx.tokenizer,
       max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
-  )[0]
-  return float(np.mean(np.concatenate(list(_score_sequences(ctx, params, tokenized)))))
+  )
+  ended = [item.response + [ctx.tokenizer.eos_id] for item in kept]
+  demonstrations = answers.from_tokens(ctx, [item.prompt for item in kept], ended)
+  return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
 
 
-def _score_sequences(ctx: Context, params, tokenized: list, rows: int = 256):
-  """Scores of (prompt, response) token pairs, in chunks of one compiled shape."""
-  model = ctx.model("reward")
-  length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
-  score = jax.jit(lambda p, t, m: scoring.sequence_score(model, p, t, m))
-  for start in range(0, len(tokenized), rows):
-    chunk = tokenized[start : start + rows]
-    token_SL = np.full((rows, length), ctx.tokenizer.pad_id, np.int32)
-    for row, item in zip(token_SL, chunk):
-      sequence = item.prompt + item.response
-      row[: len(sequence)] = sequence
-    token_SL[len(chunk) :] = token_SL[0]
-    batch = sharding.place_rows(ctx.mesh, (token_SL, token_SL != ctx.tokenizer.pad_id))
-    yield np.asarray(score(params, *batch))[: len(chunk)]
+def fold_labelers(ctx: Context) -> list[set[str]]:
+  """The labelers of each fold of the cross-validation; [] when it is off.
+
+  Raises:
+    ValueError: too few labelers are named, or nobody of a fold ranked a held-out prompt.
+  """
+  folds = ctx.config.rm.cross_validation_folds
+  if not folds:
+    return []
+  named = [
+      {record.labeler for record in ctx.records("comparisons", split) if record.labeler is not None}
+      for split in ("train", "validation")
+  ]
+  labelers = sorted(named[0])
+  result = [set(labelers[fold::folds]) for fold in range(folds)]
+  if not all(outside & named[1] for outside in result):
+    raise ValueError(
+        f"rm.cross_validation_folds={folds} must leave each fold a labeler with held-out rankings, and the"
+        f" comparisons name {len(labelers)} labelers; set it to 0 or add a 'labeler' to each row"
+    )
+  return result
 
 
 def cross_validate(ctx: Context) -> list[dict]:
   """Trains on all but one fold of labelers, and judges on that fold and on the others' held-out prompts (sec 4.1)."""
   cfg = ctx.config.rm
   train_records, held_out = (ctx.records("comparisons", split) for split in ("train", "validation"))
-  labelers = sorted({record.labeler for record in train_records if record.labeler is not None})
-  if len(labelers) < cfg.cross_validation_folds:
-    raise ValueError(
-        f"rm.cross_validation_folds={cfg.cross_validation_folds} must not exceed the {len(labelers)} labelers "
-        "named in the comparisons; set it to 0 or add a 'labeler' to each row"
-    )
   results = []
-  for fold in range(cfg.cross_validation_folds):
-    outside = set(labelers[fold :: cfg.cross_validation_folds])
+  for fold, outside in enumerate(fold_labelers(ctx)):
     inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
     stage = f"rm/fold_{fold}"
     _, params = train(ctx, stage, inside, ctx.key(stage))
@@ -202,6 +212,6 @@ def run(ctx: Context, stage: str):
   }
   if ctx.collects:
     result["heldout_labelers"] = judge(ctx, params, ctx.records("comparisons", "heldout"))
-  if ctx.config.rm.cross_validation_folds:
+  if fold_labelers(ctx):
     result["cross_validation"] = cross_validate(ctx)
   checkpoint.write_done(run_.directory, result)

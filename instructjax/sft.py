@@ -95,7 +95,8 @@ def select(ctx: Context, stage: str):
   """Chooses the SFT epoch by reward-model score on validation prompts, a better guide than the loss (C.1)."""
   cfg = ctx.config.evaluate
   run = stage_run(ctx, stage, {"evaluate": [cfg.num_prompts, cfg.temperature]}, parents=("sft", "rm"))
-  if finished(run):
+  # No training starts from here: with other settings it is chosen anew.
+  if (checkpoint.read_done(run.directory) or {}).get("fingerprint") == run.fingerprint:
     return
   model, reward_model = ctx.model("policy"), ctx.model("reward")
   reward_params = policies.load_reward(ctx)

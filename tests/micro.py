@@ -74,7 +74,9 @@ def config_dict(stage: str, specs: dict[str, str]):
   for name in ("sft", "ppo_init"):
     config[name].update(num_epochs=2, batch_size=8, length=48, pretrain_mix=0.25)
   config.collect.update(num_prompts=16, num_heldout_prompts=8, min_responses=2, max_responses=3)
-  config.rm.update(batch_size=8, max_responses=3, optim=base.adam(1e-3))
+  config.rm.update(
+    batch_size=8, max_responses=3, cross_validation_folds=0, optim=base.adam(1e-3)
+  )
   config.ppo.update(
     num_iterations=4, batch_size=8, num_minibatches=2, num_epochs=1, ptx_rows=1, ptx_length=32
   )

@@ -232,6 +232,23 @@ _RULES = [
     dict(model__max_length=100_000, data__max_prompt_length=50_000),
     "must not exceed config.reward_model.max_length=",
   ),
+  (dict(sft__length=16), "must not exceed config.sft.length=16: a demonstration fits in one row"),
+  (dict(ppo_init__length=16), "must not exceed config.ppo_init.length=16"),
+  (dict(pretrain__length=9999), "config.pretrain.length=9999 must not exceed config.model.max_"),
+  (dict(ppo__ptx_length=9999), "config.ppo.ptx_length=9999 must not exceed config.model.max_"),
+  (dict(log__every_steps=0), "config.log.every_steps=0 must be positive"),
+  (dict(reward_pretrain__num_steps=0), "config.reward_pretrain.num_steps=0 must be positive"),
+  (dict(sft__num_epochs=0), "config.sft.num_epochs=0 must be positive"),
+  (dict(collect__num_prompts=0), "config.collect.num_prompts=0 must be positive"),
+  (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),
+  (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
+  (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
+  (dict(collect__max_responses=99), "config.collect.max_responses=99 must not exceed rm.max"),
+  (dict(ppo__num_minibatches=0), "config.ppo.num_minibatches=0 must be positive"),
+  (dict(ppo__clip=0), "config.ppo.clip=0.0 must be > 0"),
+  (dict(ppo__value_clip=0), "config.ppo.value_clip=0.0 must be None or > 0"),
+  (dict(evaluate__bootstrap=0), "config.evaluate.bootstrap=0 must be positive"),
+  (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
 ]
 
 

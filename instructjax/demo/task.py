@@ -152,7 +152,7 @@ def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> n
   tone        kind words less harsh words, clipped to +-2 and halved: -1 to 1.
   form        finished with one `.` or `?` (.7), stands alone (.3), less .4 for each word short of
               5 and .1 for each past 12; -1 at worst.
-  repetition  0 to -3: content words and word pairs said again, the first one free.
+  repetition  0 to -3: content words or word pairs said again, whichever are more; one is free.
   fluency     1 for what reads like held-out text, .5 with one odd word in it, 0 for the same words
               shuffled, -1.5 for a string of rare words; see fluency.py.
 
@@ -205,7 +205,8 @@ def _repetition(words: list[str]) -> float:
   common = _common_words()
   content = [word for word in words if word not in common]
   pairs = list(itertools.pairwise(words))
-  said_again = len(content) - len(set(content)) + len(pairs) - len(set(pairs))
+  # The larger of the two: "the king ... the king" repeats one thing, not a word and a pair.
+  said_again = max(len(content) - len(set(content)), len(pairs) - len(set(pairs)))
   return -0.75 * min(max(said_again - 1, 0), 4)
 
 
@@ -227,7 +228,8 @@ def _lines(split: str) -> tuple[list[str], dict[str, list[str]]]:
     if tokens[0] in _LEANING_WORDS or tokens[-1] == "?" or not _MIN_LINE <= size <= _MAX_LINE:
       continue
     lines.append(clause)
-    for topic in set(tokens).intersection(TOPICS):
+    # In the order of TOPICS: a set's order, and so the draws below, would differ between processes.
+    for topic in (topic for topic in TOPICS if topic in tokens):
       by_topic[topic].append(clause)
   return lines, by_topic
 
@@ -258,8 +260,8 @@ def demonstrations(split: str, seed: int) -> list[Demonstration]:
 def _adapted(on_topics: list[tuple[str, str]], topic: str, tries: int, rng) -> str:
   """The kindest of a few lines that name some topic, with the one asked for put in its place.
 
-  Lines about the topic alone are few: a small model learns them by heart, and never that an answer's topic comes from
-  the prompt.
+  Lines about the topic alone are few: a small model learns them by heart, and never that an
+  answer's topic comes from the prompt.
   """
   seen = [on_topics[i] for i in rng.integers(len(on_topics), size=tries)]
   named, line = max(seen, key=lambda item: _tone(text.tokenize(item[1])))

@@ -74,8 +74,8 @@ def split_chapters(text: str) -> list[str]:
   in square brackets and stay, without the brackets.
   """
   # The first psalm runs into its verse number: "BOOK I Psalm 11. Blessed is".
-  text = re.sub(r"(?:\s+BOOK [IV]+)?\s+Psalm \d+?[^\d]*?(?=1\.)", " ", text)
-  text = text.replace("Selah.", "").replace(" -[", " ").lower()
+  text = re.sub(r"\s+Psalm \d+?[^\d]*?(?=1\.)", " ", text)
+  text = text.replace(" -[", " ").lower()
   text = re.sub(r'["\[\]]', " ", text.replace("`", "'"))
   text = re.sub(r"[()]|--", ";", text)
   text = re.sub(r"(?<![a-z])['-]|['-](?![a-z])", "", text)

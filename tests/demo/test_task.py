@@ -19,8 +19,8 @@ def _components(response):
 
 def test_prompt_splits_are_disjoint_and_each_has_every_topic_and_wording():
   prompts = {split: task.prompts(split) for split in task.SPLITS}
-  assert [len(prompts[split]) for split in task.SPLITS] == [384, 64, 64]
-  assert len(set().union(*prompts.values())) == 512
+  assert [len(prompts[split]) for split in task.SPLITS] == [192, 32, 32]
+  assert len(set().union(*prompts.values())) == 256
   for split in task.SPLITS:
     assert {task.topic_of(prompt) for prompt in prompts[split]} == set(task.TOPICS)
     wordings = {p.replace(f"the {task.topic_of(p)}", "the {}") for p in prompts[split]}
@@ -44,14 +44,14 @@ def test_topics_are_common_in_the_lines_that_demonstrators_choose_from():
   assert set(by_topic) == set(task.TOPICS)
 
 
-def test_demonstrations_name_the_topic_about_half_the_time_and_are_seldom_harsh():
+def test_demonstrations_often_name_the_topic_and_are_seldom_harsh():
   demonstrations = task.demonstrations("train", 0)
   prompts = [d.prompt for d in demonstrations]
   components = task.gold_components(prompts, [d.response for d in demonstrations])
   topic, tone = components[:, 0], components[:, 1]
-  assert len(demonstrations) == 6 * 384
-  assert set(collections.Counter(prompts).values()) == {6}
-  assert 0.43 < topic.mean() < 0.55
+  assert len(demonstrations) == 64 * 192
+  assert set(collections.Counter(prompts).values()) == {64}
+  assert 0.55 < topic.mean() < 0.70
   assert (tone > 0).mean() > 0.3 and (tone < 0).mean() < 0.05
   finished = np.mean([d.response.endswith(".") for d in demonstrations])
   assert 0.90 < finished < 0.99  # A few are handed in cut short.
@@ -95,6 +95,19 @@ def test_each_component_tells_better_from_worse(component, better, worse):
   assert _components(better)[component] > _components(worse)[component]
 
 
+@pytest.mark.parametrize(
+  ("response", "repetition"),
+  [
+    ("the king said to the king.", 0.0),  # One word and one pair again: the same thing, once.
+    ("the law said to the law and the law.", -0.75),  # Twice.
+    ("the day of the day of the day.", -2.25),  # Four pairs: the day, the day, day of, of the.
+    ("the eyes " * 6, -3.0),
+  ],
+)
+def test_repetition_by_hand(response, repetition):
+  assert _components(response)["repetition"] == repetition
+
+
 def test_gold_score_by_hand():
   # Topic 1.5, one kind word .5, finished and alone 1, nothing repeated, fluency at its cap 1.
   assert task.gold_score(PROMPT, ["the king did that which was good."])[0] == pytest.approx(4.0)
@@ -119,8 +132,8 @@ def test_gold_score_ranks_text_over_jumbles_of_it():
 
 
 def test_gold_score_takes_a_prompt_for_each_response():
-  prompts = ["speak well of the king.\n", "please praise the sea.\n"]
-  responses = ["the king is good to me.", "the sea was before them."]
+  prompts = ["speak well of the king.\n", "please praise the water.\n"]
+  responses = ["the king is good to me.", "the water was before them."]
   together = task.gold_score(prompts, responses)
   apart = [task.gold_score(p, [r])[0] for p, r in zip(prompts, responses, strict=True)]
   np.testing.assert_allclose(together, apart)
