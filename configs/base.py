@@ -1,7 +1,7 @@
 """Every setting with its unit or source. A config file names its stage; presets (models.py) change what differs.
 
-Values are the paper's (Ouyang et al. 2022, arXiv:2203.02155: sections "C.n", "E.n") where it states them. What it leaves
-open is chosen here and marked `open`.
+Values are the paper's (Ouyang et al. 2022, arXiv:2203.02155: sections "C.n", "E.n") where it states them. What it
+leaves open is chosen here and marked `open`.
 """
 
 from ml_collections import ConfigDict
@@ -10,19 +10,19 @@ from ml_collections import ConfigDict
 def adam(learning_rate, **changes) -> ConfigDict:
   """Adam as App. C states it: beta1 .9, beta2 .95."""
   optim = ConfigDict(
-      dict(
-          learning_rate=learning_rate,
-          schedule="cosine",
-          warmup_steps=0,  # C.1: no warmup
-          warmup_start=0.0,  # fraction of the peak rate
-          end_fraction=0.1,  # C.1, C.2: cosine to 10%
-          b1=0.9,
-          b2=0.95,
-          eps=1e-8,  # open; GPT-3's
-          eps_placement="pytorch",  # open; 'tensorflow' is lm-human-preferences'
-          weight_decay=0.0,  # open
-          clip_norm=1.0,  # open; GPT-3's
-      )
+    dict(
+      learning_rate=learning_rate,
+      schedule="cosine",
+      warmup_steps=0,  # C.1: no warmup
+      warmup_start=0.0,  # fraction of the peak rate
+      end_fraction=0.1,  # C.1, C.2: cosine to 10%
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,  # open; GPT-3's
+      eps_placement="pytorch",  # open; 'tensorflow' is lm-human-preferences'
+      weight_decay=0.0,  # open
+      clip_norm=1.0,  # open; GPT-3's
+    )
   )
   optim.update(changes)
   return optim
@@ -30,29 +30,29 @@ def adam(learning_rate, **changes) -> ConfigDict:
 
 def _decoder(**changes) -> ConfigDict:
   model = ConfigDict(
-      dict(
-          num_layers=24,  # GPT-3 XL (1.3B)
-          d_model=2048,
-          num_heads=16,
-          num_kv_heads=16,
-          head_dim=128,
-          d_mlp=8192,
-          max_length=2048,  # App. C: 2k tokens of context
-          position="learned",
-          rope_base=10_000.0,
-          norm="layernorm",
-          norm_eps=1e-5,
-          mlp="gelu",
-          use_bias=True,
-          qkv_bias=False,
-          attention_window=256,  # open: GPT-3 prints no band width
-          tie_embeddings=True,
-          init_std=0.02,
-          dtype="bfloat16",
-          layers="auto",
-          remat=True,
-          weights="",
-      )
+    dict(
+      num_layers=24,  # GPT-3 XL (1.3B)
+      d_model=2048,
+      num_heads=16,
+      num_kv_heads=16,
+      head_dim=128,
+      d_mlp=8192,
+      max_length=2048,  # App. C: 2k tokens of context
+      position="learned",
+      rope_base=10_000.0,
+      norm="layernorm",
+      norm_eps=1e-5,
+      mlp="gelu",
+      use_bias=True,
+      qkv_bias=False,
+      attention_window=256,  # open: GPT-3 prints no band width
+      tie_embeddings=True,
+      init_std=0.02,
+      dtype="bfloat16",
+      layers="auto",
+      remat=True,
+      weights="",
+    )
   )
   model.update(changes)
   return model
@@ -61,104 +61,113 @@ def _decoder(**changes) -> ConfigDict:
 def base(stage: str) -> ConfigDict:
   """The paper's 1.3B settings with a 6B reward model, to be changed by a preset."""
   return ConfigDict(
-      dict(
-          stage=stage,
-          preset="paper",
-          seed=0,
-          model=_decoder(),
-          reward_model=_decoder(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=32, d_mlp=16384),
-          tokenizer=dict(path="", vocab_size=50257),
-          data=dict(
-              documents="demo:",
-              demonstrations="demo:",
-              comparisons="demo:",
-              prompts="demo:",
-              max_prompt_length=1024,  # tokens; App. C: longer ones are filtered
-              max_response_length=1024,  # tokens, EOS included; App. C
-              validation_fraction=0.05,  # open
-              on_bad_record="raise",
-          ),
-          mesh=dict(data=-1, fsdp=1, tensor=1),
-          checkpoint=dict(every_steps=100, keep=2),
-          log=dict(every_steps=10, samples=4, tensorboard=True),
-          pretrain=dict(num_steps=1000, batch_size=512, length=2048, optim=adam(2e-4, warmup_steps=100)),
-          reward_pretrain=dict(num_steps=1000, batch_size=512, length=2048, optim=adam(1.2e-4, warmup_steps=100)),
-          sft=dict(
-              num_epochs=16,  # C.1
-              batch_size=32,  # C.1 counts demonstrations; ours are packed rows. Departs from paper.
-              length=2048,
-              dropout=0.2,  # C.1, residual
-              pretrain_mix=0.0,
-              optim=adam(9.65e-6),  # C.1
-          ),
-          ppo_init=dict(
-              num_epochs=2,  # C.3
-              batch_size=32,  # C.3
-              length=2048,
-              dropout=0.0,  # open
-              pretrain_mix=0.1,  # C.3
-              optim=adam(5e-6),  # C.3, 1.3B
-          ),
-          collect=dict(
-              num_prompts=33207,  # table 6
-              num_heldout_prompts=17887,
-              min_responses=4,  # sec 3.5: K in 4..9
-              max_responses=9,
-              temperature=1.0,
-          ),
-          rm=dict(
-              start_from="base",  # C.2: "similar results from GPT-3 or SFT"
-              num_epochs=1,  # C.2: more overfits
-              batch_size=64,  # C.2, prompts
-              max_responses=9,
-              ties="drop",  # C.2
-              optim=adam(9e-6),  # C.2
-              cross_validation_folds=0,  # sec 4.1 has 5
-              cross_validation_prompts=33207,
-          ),
-          ppo=dict(
-              num_iterations=500,  # 256k episodes / 512
-              batch_size=512,  # C.4, episodes
-              num_minibatches=8,  # C.4: minibatch 64
-              num_epochs=1,  # C.4: a single inner epoch
-              temperature=1.0,  # C.4
-              behaviour_logprob="rescore",  # bfloat16 decode and scoring differ: score anew
-              beta=0.02,  # C.4
-              kl_controller="fixed",
-              kl_target=6.0,  # nats; lm-human-preferences'
-              kl_horizon=10_000,  # episodes
-              gamma=27.8,  # C.4
-              ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
-              ptx_length=2048,  # tokens; open
-              ptx_reduction="mean",  # open: the paper does not say
-              discount=1.0,  # C.4
-              gae_lambda=0.95,  # open; Stiennon et al. 2020
-              clip=0.2,  # C.4
-              value_clip=0.2,  # open; lm-human-preferences
-              whiten_advantages=True,  # open; lm-human-preferences
-              whiten_rewards=False,  # open
-              missing_eos="as_is",  # open
-              missing_eos_score=-1.0,
-              ema_decay=0.992,  # C.4; per iteration: open
-              max_kl=0.0,  # nats a sample; 0 = no limit
-              policy_optim=adam(  # final rates are not printed; E.9 sweeps 2.55e-6 .. 2.55e-5
-                  8.05e-6, schedule="constant", warmup_steps=80, warmup_start=0.1  # C.4: 10 iterations of 8 updates
-              ),
-              value_optim=adam(9e-6, schedule="constant"),  # C.4
-          ),
-          evaluate=dict(
-              num_prompts=512,
-              samples_per_prompt=1,
-              temperature=1.0,  # App. F
-              weights="ema",
-              compare=(),
-              overoptimization=False,
-              overoptimization_iterations=500,
-              overoptimization_learning_rate=8.05e-6,
-              best_of_n=0,
-              best_of_n_prompts=64,
-              bootstrap=1000,
-              pretrain_batches=8,
-          ),
-      )
+    dict(
+      stage=stage,
+      preset="paper",
+      seed=0,
+      model=_decoder(),
+      reward_model=_decoder(
+        num_layers=32, d_model=4096, num_heads=32, num_kv_heads=32, d_mlp=16384
+      ),
+      tokenizer=dict(path="", vocab_size=50257),
+      data=dict(
+        documents="demo:",
+        demonstrations="demo:",
+        comparisons="demo:",
+        prompts="demo:",
+        max_prompt_length=1024,  # tokens; App. C: longer ones are filtered
+        max_response_length=1024,  # tokens, EOS included; App. C
+        validation_fraction=0.05,  # open
+        on_bad_record="raise",
+      ),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
+      checkpoint=dict(every_steps=100, keep=2),
+      log=dict(every_steps=10, samples=4, tensorboard=True),
+      pretrain=dict(
+        num_steps=1000, batch_size=512, length=2048, optim=adam(2e-4, warmup_steps=100)
+      ),
+      reward_pretrain=dict(
+        num_steps=1000, batch_size=512, length=2048, optim=adam(1.2e-4, warmup_steps=100)
+      ),
+      sft=dict(
+        num_epochs=16,  # C.1
+        batch_size=32,  # C.1 counts demonstrations; ours are packed rows. Departs from paper.
+        length=2048,
+        dropout=0.2,  # C.1, residual
+        pretrain_mix=0.0,
+        optim=adam(9.65e-6),  # C.1
+      ),
+      ppo_init=dict(
+        num_epochs=2,  # C.3
+        batch_size=32,  # C.3
+        length=2048,
+        dropout=0.0,  # open
+        pretrain_mix=0.1,  # C.3
+        optim=adam(5e-6),  # C.3, 1.3B
+      ),
+      collect=dict(
+        num_prompts=33207,  # table 6
+        num_heldout_prompts=17887,
+        min_responses=4,  # sec 3.5: K in 4..9
+        max_responses=9,
+        temperature=1.0,
+      ),
+      rm=dict(
+        start_from="base",  # C.2: "similar results from GPT-3 or SFT"
+        num_epochs=1,  # C.2: more overfits
+        batch_size=64,  # C.2, prompts
+        max_responses=9,
+        ties="drop",  # C.2
+        optim=adam(9e-6),  # C.2
+        cross_validation_folds=0,  # sec 4.1 has 5
+        cross_validation_prompts=33207,
+      ),
+      ppo=dict(
+        num_iterations=500,  # 256k episodes / 512
+        batch_size=512,  # C.4, episodes
+        num_minibatches=8,  # C.4: minibatch 64
+        num_epochs=1,  # C.4: a single inner epoch
+        temperature=1.0,  # C.4
+        behaviour_logprob="rescore",  # bfloat16 decode and scoring differ: score anew
+        beta=0.02,  # C.4
+        kl_controller="fixed",
+        kl_target=6.0,  # nats; lm-human-preferences'
+        kl_horizon=10_000,  # episodes
+        gamma=27.8,  # C.4
+        ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
+        ptx_length=2048,  # tokens; open
+        ptx_reduction="mean",  # open: the paper does not say
+        discount=1.0,  # C.4
+        gae_lambda=0.95,  # open; Stiennon et al. 2020
+        clip=0.2,  # C.4
+        value_clip=0.2,  # open; lm-human-preferences
+        whiten_advantages=True,  # open; lm-human-preferences
+        whiten_rewards=False,  # open
+        missing_eos="as_is",  # open
+        missing_eos_score=-1.0,
+        ema_decay=0.992,  # C.4; per iteration: open
+        max_kl=0.0,  # nats a sample; 0 = no limit
+        policy_optim=adam(  # final rates are not printed; E.9 sweeps 2.55e-6 .. 2.55e-5
+          8.05e-6,
+          schedule="constant",
+          warmup_steps=80,
+          warmup_start=0.1,  # C.4: 10 iterations of 8 updates
+        ),
+        value_optim=adam(9e-6, schedule="constant"),  # C.4
+      ),
+      evaluate=dict(
+        num_prompts=512,
+        samples_per_prompt=1,
+        temperature=1.0,  # App. F
+        weights="ema",
+        compare=(),
+        overoptimization=False,
+        overoptimization_iterations=500,
+        overoptimization_learning_rate=8.05e-6,
+        best_of_n=0,
+        best_of_n_prompts=64,
+        bootstrap=1000,
+        pretrain_batches=8,
+      ),
+    )
   )

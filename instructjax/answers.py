@@ -1,4 +1,4 @@
-"""Answers of a policy to a list of prompts, on the host: for collecting comparisons, choosing an SFT epoch, evaluation."""
+"""Answers of a policy to a list of prompts, on the host: for collecting, choosing an SFT epoch, evaluation."""
 
 import dataclasses
 import functools
@@ -36,7 +36,13 @@ def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.n
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id", "temperature"))
 def _generate(model, params, prompts, key, max_new_tokens, eos_id, temperature) -> Rollout:
   return sampling.generate(
-      model, params, prompts, key, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature
+    model,
+    params,
+    prompts,
+    key,
+    max_new_tokens=max_new_tokens,
+    eos_id=eos_id,
+    temperature=temperature,
   )
 
 
@@ -48,7 +54,7 @@ def _score(model, params, token_BL, is_token_BL):
 @functools.partial(jax.jit, static_argnames=("model", "prompt_length", "temperature"))
 def _logprob(model, params, token_BL, is_token_BL, prompt_length, temperature):
   return scoring.response_logprob(
-      model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
+    model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
   )
 
 
@@ -63,15 +69,15 @@ def _in_chunks(function, num_rows: int, *arrays):
 
 
 def sample(
-    ctx: Context,
-    model,
-    params,
-    prompts: list[list[int]],
-    key,
-    *,
-    temperature: float,
-    prompt_length: int | None = None,
-    to_newline: bool = False,
+  ctx: Context,
+  model,
+  params,
+  prompts: list[list[int]],
+  key,
+  *,
+  temperature: float,
+  prompt_length: int | None = None,
+  to_newline: bool = False,
 ) -> Answers:
   """One answer a prompt (repeat a prompt in the list for several).
 
@@ -98,15 +104,15 @@ def sample(
     return rollout.token_BL, rollout.is_token_BL, rollout.is_response_BR
 
   token_NL, is_token_NL, is_response_NR = _in_chunks(
-      one, len(prompts), *pad_left(prompts, length, tokenizer.pad_id)
+    one, len(prompts), *pad_left(prompts, length, tokenizer.pad_id)
   )
   response_NR = np.where(is_response_NR, token_NL[:, length:], tokenizer.pad_id)
   return Answers(
-      text=decode(tokenizer, response_NR),
-      token_NL=token_NL,
-      is_token_NL=is_token_NL,
-      is_response_NR=is_response_NR,
-      ended_N=np.any(response_NR == end_id, axis=1),
+    text=decode(tokenizer, response_NR),
+    token_NL=token_NL,
+    is_token_NL=is_token_NL,
+    is_response_NR=is_response_NR,
+    ended_N=np.any(response_NR == end_id, axis=1),
   )
 
 
@@ -121,11 +127,11 @@ def from_tokens(ctx: Context, prompts: list[list[int]], responses: list[list[int
     row[:end] = prompt + response
     is_response_R[len(prompt) : end] = True
   return Answers(
-      text=[ctx.tokenizer.decode(response) for response in responses],
-      token_NL=token_NL,
-      is_token_NL=token_NL != pad_id,
-      is_response_NR=is_response_NR,
-      ended_N=np.array([ctx.tokenizer.eos_id in response for response in responses]),
+    text=[ctx.tokenizer.decode(response) for response in responses],
+    token_NL=token_NL,
+    is_token_NL=token_NL != pad_id,
+    is_response_NR=is_response_NR,
+    ended_N=np.array([ctx.tokenizer.eos_id in response for response in responses]),
   )
 
 
@@ -136,7 +142,8 @@ def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.nda
   """
   tokenizer, limit = ctx.tokenizer, ctx.config.data.max_response_length
   responses = [
-      (tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:limit] for answer, ended in zip(text, ended_N)
+    (tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:limit]
+    for answer, ended in zip(text, ended_N)
   ]
   return from_tokens(ctx, [tokenizer.encode(prompt) for prompt in prompts], responses)
 

@@ -340,9 +340,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   }
 
 
-def require_same_run(
-  directory: pathlib.Path, saved: Mapping[str, str], current: Mapping[str, str]
-):
+def require_same_run(directory: pathlib.Path, saved: Mapping[str, str], current: Mapping[str, str]):
   """Refuses to go on from, or to reuse, what was made with something else.
 
   Args:

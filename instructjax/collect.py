@@ -14,20 +14,31 @@ from instructjax.context import Context, finished, stage_run
 from instructjax.data import sources
 
 
-def _sampled(ctx: Context, stage: str, split: str, prompts: list, num_prompts: int) -> list[tuple[str, list[str]]]:
+def _sampled(
+  ctx: Context, stage: str, split: str, prompts: list, num_prompts: int
+) -> list[tuple[str, list[str]]]:
   """(prompt text, K sampled answers) for `num_prompts` draws, each pass over the prompts in a fresh order."""
   cfg = ctx.config.collect
   rng = np.random.default_rng([ctx.data_seed(stage), len(split)])
   passes = -(-num_prompts // len(prompts))
   order = np.concatenate([rng.permutation(len(prompts)) for _ in range(passes)])[:num_prompts]
   counts = rng.integers(cfg.min_responses, cfg.max_responses + 1, num_prompts)
-  tokens = [ctx.tokenizer.encode(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)]
+  tokens = [
+    ctx.tokenizer.encode(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)
+  ]
   key = ctx.key(f"{stage}/{split}")
   sampled = answers.sample(
-      ctx, ctx.model("policy"), policies.load_sft_by_loss(ctx), tokens, key, temperature=cfg.temperature
+    ctx,
+    ctx.model("policy"),
+    policies.load_sft_by_loss(ctx),
+    tokens,
+    key,
+    temperature=cfg.temperature,
   )
   ends = np.cumsum(counts)
-  return [(prompts[i].prompt, sampled.text[end - k : end]) for i, k, end in zip(order, counts, ends)]
+  return [
+    (prompts[i].prompt, sampled.text[end - k : end]) for i, k, end in zip(order, counts, ends)
+  ]
 
 
 def _write(path, rankings: list):
@@ -45,9 +56,13 @@ def run(ctx: Context, stage: str):
   directory = ctx.directory(stage)
   directory.mkdir(parents=True, exist_ok=True)
   train = _sampled(ctx, stage, "train", ctx.records("prompts", "train"), cfg.num_prompts)
-  held_out = _sampled(ctx, stage, "validation", ctx.records("prompts", "validation"), cfg.num_heldout_prompts)
+  held_out = _sampled(
+    ctx, stage, "validation", ctx.records("prompts", "validation"), cfg.num_heldout_prompts
+  )
   _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
   _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
-  agreement = {group: simulation.labeler_agreement(held_out, group, seed) for group in ("train", "heldout")}
+  agreement = {
+    group: simulation.labeler_agreement(held_out, group, seed) for group in ("train", "heldout")
+  }
   checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "agreement": agreement})

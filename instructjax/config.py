@@ -1,7 +1,7 @@
 """The whole configuration as frozen dataclasses, with every rule it must obey.
 
-`configs/` holds the values (each with its unit or source); this file holds names, types and `validate()`. `main` converts
-the ml_collections config once with `from_config_dict`; below it nobody sees a ConfigDict or a flag.
+`configs/` holds the values (each with its unit or source); this file holds names, types and `validate()`. `main`
+converts the ml_collections config once with `from_config_dict`; below it nobody sees a ConfigDict or a flag.
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ class ModelConfig:
   mlp: Literal["gelu", "swiglu"]
   use_bias: bool  # biases on every projection
   qkv_bias: bool  # biases on q, k, v only (Qwen2); implied by use_bias
-  attention_window: int  # 0: all layers dense; else every second layer is banded, this many tokens wide (GPT-3)
+  attention_window: (
+    int  # 0: all layers dense; else every second layer is banded, this many tokens wide (GPT-3)
+  )
   tie_embeddings: bool
   init_std: float
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
@@ -40,17 +42,27 @@ class ModelConfig:
   weights: str  # '' = train from scratch (the pretrain stage); else a checkpoint of this project
 
   def validate(self, where: str):
-    sizes = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_mlp", "max_length")
+    sizes = (
+      "num_layers",
+      "d_model",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "d_mlp",
+      "max_length",
+    )
     _require_positive(self, where, *sizes)
     _require(
-        self.num_heads % self.num_kv_heads == 0,
-        f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+      self.num_heads % self.num_kv_heads == 0,
+      f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
     )
     _require(
-        self.position != "rope" or self.head_dim % 2 == 0,
-        f"{where}.head_dim={self.head_dim} must be even for rotary positions",
+      self.position != "rope" or self.head_dim % 2 == 0,
+      f"{where}.head_dim={self.head_dim} must be even for rotary positions",
     )
-    _require(self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0")
+    _require(
+      self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +83,30 @@ class OptimConfig:
 
   def validate(self, where: str):
     _require(self.learning_rate > 0, f"{where}.learning_rate={self.learning_rate} must be > 0")
-    _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"{where}.b1={self.b1}, b2={self.b2} must be in [0, 1)")
+    _require(
+      0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"{where}.b1={self.b1}, b2={self.b2} must be in [0, 1)"
+    )
     _require(self.eps > 0, f"{where}.eps={self.eps} must be > 0")
     _require(self.warmup_steps >= 0, f"{where}.warmup_steps={self.warmup_steps} must be >= 0")
-    _require(0 <= self.warmup_start <= 1, f"{where}.warmup_start={self.warmup_start} must be in [0, 1]")
-    _require(0 <= self.end_fraction <= 1, f"{where}.end_fraction={self.end_fraction} must be in [0, 1]")
+    _require(
+      0 <= self.warmup_start <= 1, f"{where}.warmup_start={self.warmup_start} must be in [0, 1]"
+    )
+    _require(
+      0 <= self.end_fraction <= 1, f"{where}.end_fraction={self.end_fraction} must be in [0, 1]"
+    )
     _require(self.weight_decay >= 0, f"{where}.weight_decay={self.weight_decay} must be >= 0")
     _require(
-        self.clip_norm is None or self.clip_norm > 0, f"{where}.clip_norm={self.clip_norm} must be None or > 0"
+      self.clip_norm is None or self.clip_norm > 0,
+      f"{where}.clip_norm={self.clip_norm} must be None or > 0",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
   path: str  # '' = train a sentencepiece model on the pretraining documents; else a .model file
-  vocab_size: int  # pieces to train; ignored sizes are not allowed: must equal the file's when path is given
+  vocab_size: (
+    int  # pieces to train; ignored sizes are not allowed: must equal the file's when path is given
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +119,16 @@ class DataConfig:
   prompts: str
   max_prompt_length: int  # tokens; longer prompts are filtered and counted (App. C: > 1k filtered)
   max_response_length: int  # tokens, EOS included
-  validation_fraction: float  # held out by a hash of the prompt or document, for sources without their own split
+  validation_fraction: (
+    float  # held out by a hash of the prompt or document, for sources without their own split
+  )
   on_bad_record: Literal["raise", "skip"]
 
   def validate(self, where: str):
-    _require(0 < self.validation_fraction < 1, f"{where}.validation_fraction={self.validation_fraction} must be in (0, 1)")
+    _require(
+      0 < self.validation_fraction < 1,
+      f"{where}.validation_fraction={self.validation_fraction} must be in (0, 1)",
+    )
     _require_positive(self, where, "max_prompt_length", "max_response_length")
 
 
@@ -127,7 +153,9 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
   every_steps: int
-  samples: int  # rows of the sample table shown in the terminal by RL stages, at each log step; 0 = none
+  samples: (
+    int  # rows of the sample table shown in the terminal by RL stages, at each log step; 0 = none
+  )
   tensorboard: bool
 
   def validate(self, where: str):
@@ -159,7 +187,9 @@ class SFTConfig:
   def validate(self, where: str):
     _require_positive(self, where, "num_epochs", "batch_size", "length")
     _require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
-    _require(0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)")
+    _require(
+      0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +205,8 @@ class CollectConfig:
   def validate(self, where: str):
     _require_positive(self, where, "num_prompts", "num_heldout_prompts")
     _require(
-        2 <= self.min_responses <= self.max_responses,
-        f"{where}.min_responses={self.min_responses} must be from 2 to max_responses={self.max_responses}",
+      2 <= self.min_responses <= self.max_responses,
+      f"{where}.min_responses={self.min_responses} must be from 2 to max_responses={self.max_responses}",
     )
 
 
@@ -194,7 +224,9 @@ class RMConfig:
   def validate(self, where: str):
     _require_positive(self, where, "num_epochs", "batch_size")
     _require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
-    _require(self.cross_validation_folds != 1, f"{where}.cross_validation_folds=1 must be 0 or >= 2")
+    _require(
+      self.cross_validation_folds != 1, f"{where}.cross_validation_folds=1 must be 0 or >= 2"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +244,9 @@ class PPOConfig:
   gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
   ptx_rows: int  # pretraining rows an episode
   ptx_length: int  # tokens of a pretraining row
-  ptx_reduction: Literal["mean", "sum"]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
+  ptx_reduction: Literal[
+    "mean", "sum"
+  ]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
   discount: float
   gae_lambda: float
   clip: float
@@ -227,23 +261,31 @@ class PPOConfig:
   value_optim: OptimConfig
 
   def validate(self, where: str):
-    sizes = ("num_iterations", "batch_size", "num_minibatches", "num_epochs", "ptx_rows", "ptx_length")
+    sizes = (
+      "num_iterations",
+      "batch_size",
+      "num_minibatches",
+      "num_epochs",
+      "ptx_rows",
+      "ptx_length",
+    )
     _require_positive(self, where, *sizes)
     _require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
     _require(
-        self.value_clip is None or self.value_clip > 0, f"{where}.value_clip={self.value_clip} must be None or > 0"
+      self.value_clip is None or self.value_clip > 0,
+      f"{where}.value_clip={self.value_clip} must be None or > 0",
     )
     _require(
-        self.batch_size % self.num_minibatches == 0,
-        f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
+      self.batch_size % self.num_minibatches == 0,
+      f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
     _require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
     _require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     _require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
     _require(0 <= self.ema_decay < 1, f"{where}.ema_decay={self.ema_decay} must be in [0, 1)")
     _require(
-        self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
-        f"{where}.kl_target={self.kl_target} and kl_horizon={self.kl_horizon} must be > 0 for the adaptive controller",
+      self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
+      f"{where}.kl_target={self.kl_target} and kl_horizon={self.kl_horizon} must be > 0 for the adaptive controller",
     )
 
 
@@ -253,7 +295,9 @@ class EvaluateConfig:
   samples_per_prompt: int
   temperature: float
   weights: Literal["ema", "raw"]  # which RL weights are judged
-  compare: tuple[str, ...]  # RL stages run for comparison besides the one asked for: of ppo, ppo_ptx
+  compare: tuple[
+    str, ...
+  ]  # RL stages run for comparison besides the one asked for: of ppo, ppo_ptx
   overoptimization: bool  # also run PPO with beta=0 and best-of-n, for the over-optimisation plot
   overoptimization_iterations: int
   overoptimization_learning_rate: float  # policy
@@ -263,7 +307,13 @@ class EvaluateConfig:
   pretrain_batches: int  # validation rows for the pretraining loss, in batches
 
   def validate(self, where: str):
-    sizes = ("num_prompts", "samples_per_prompt", "overoptimization_iterations", "bootstrap", "pretrain_batches")
+    sizes = (
+      "num_prompts",
+      "samples_per_prompt",
+      "overoptimization_iterations",
+      "bootstrap",
+      "pretrain_batches",
+    )
     _require_positive(self, where, *sizes)
     known = set(self.compare) <= {"ppo", "ppo_ptx"}
     _require(known, f"{where}.compare={self.compare} must hold only 'ppo' and 'ppo_ptx'")
@@ -275,7 +325,9 @@ class Config:
   preset: str
   seed: int
   model: ModelConfig
-  reward_model: ModelConfig  # also the value network, and the larger base that evaluate compares with
+  reward_model: (
+    ModelConfig  # also the value network, and the larger base that evaluate compares with
+  )
   tokenizer: TokenizerConfig
   data: DataConfig
   mesh: MeshConfig
@@ -291,35 +343,44 @@ class Config:
   evaluate: EvaluateConfig
 
   def validate(self, where: str = "config"):
-    _require(self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}")
+    _require(
+      self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}"
+    )
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):
       limit = getattr(self, name).max_length
       _require(
-          total <= limit,
-          f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
+        total <= limit,
+        f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
     _require(
-        self.rm.start_from == "base" or self.model == self.reward_model,
-        f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
+      self.rm.start_from == "base" or self.model == self.reward_model,
+      f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
     )
     _require(
-        self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
-        f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
-        f" rm.max_responses={self.rm.max_responses}",
+      self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
+      f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
+      f" rm.max_responses={self.rm.max_responses}",
     )
     for name in ("sft", "ppo_init"):
       length = getattr(self, name).length
       _require(
-          total <= length,
-          f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.length={length}:"
-          " a demonstration fits in one row",
+        total <= length,
+        f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.length={length}:"
+        " a demonstration fits in one row",
       )
-    rows = (("pretrain.length", "model"), ("reward_pretrain.length", "reward_model"), ("ppo.ptx_length", "model"))
+    rows = (
+      ("pretrain.length", "model"),
+      ("reward_pretrain.length", "reward_model"),
+      ("ppo.ptx_length", "model"),
+    )
     for name, model in rows:
       block, field = name.split(".")
       length, limit = getattr(getattr(self, block), field), getattr(self, model).max_length
-      _require(length <= limit, f"{where}.{name}={length} must not exceed {where}.{model}.max_length={limit}")
+      _require(
+        length <= limit,
+        f"{where}.{name}={length} must not exceed {where}.{model}.max_length={limit}",
+      )
 
 
 def _require_positive(block, where: str, *names: str):
@@ -359,11 +420,15 @@ def _build(cls, values: dict, where: str):
   for name in values:
     if name not in hints:
       near = difflib.get_close_matches(name, hints, n=1)
-      suggestion = f"; did you mean {where}.{near[0]}?" if near else f"; known fields: {', '.join(hints)}"
+      suggestion = (
+        f"; did you mean {where}.{near[0]}?" if near else f"; known fields: {', '.join(hints)}"
+      )
       raise ValueError(f"{where}.{name} is not a config field{suggestion}")
   missing = [name for name in hints if name not in values]
   _require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
-  return cls(**{name: _convert(hint, values[name], f"{where}.{name}") for name, hint in hints.items()})
+  return cls(
+    **{name: _convert(hint, values[name], f"{where}.{name}") for name, hint in hints.items()}
+  )
 
 
 def _convert(hint, value: Any, where: str):
@@ -378,7 +443,10 @@ def _convert(hint, value: Any, where: str):
   if origin is types.UnionType:
     return None if value is None else _convert(options[0], value, where)
   if origin is tuple:
-    _require(isinstance(value, (tuple, list)), f"{where}={value!r} must be a tuple of {options[0].__name__}")
+    _require(
+      isinstance(value, (tuple, list)),
+      f"{where}={value!r} must be a tuple of {options[0].__name__}",
+    )
     return tuple(_convert(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

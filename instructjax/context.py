@@ -37,7 +37,10 @@ class Context:
 
   def given_weights(self, stage: str) -> str:
     """Folder of the weights that the config gives in place of a stage that trains a base, or ''."""
-    given = {"pretrain": self.config.model.weights, "reward_pretrain": self.config.reward_model.weights}
+    given = {
+      "pretrain": self.config.model.weights,
+      "reward_pretrain": self.config.reward_model.weights,
+    }
     return given.get(stage, "")
 
   def key(self, stage: str) -> jax.Array:
@@ -55,8 +58,12 @@ class Context:
     if kind == "comparisons" and self.collects:
       spec, split = f"jsonl:{self.directory('collect') / split}.jsonl", "all"
     return sources.load(
-        spec, kind, split, seed=self.config.seed,
-        validation_fraction=data.validation_fraction, on_bad_record=data.on_bad_record,
+      spec,
+      kind,
+      split,
+      seed=self.config.seed,
+      validation_fraction=data.validation_fraction,
+      on_bad_record=data.on_bad_record,
     )
 
   @functools.cache
@@ -67,15 +74,17 @@ class Context:
   def prompt_tokens(self, split: str) -> list[list[int]]:
     """Token lists of the prompts that fit max_prompt_length, as in App. C (longer ones are filtered, counted)."""
     return data_pipeline.tokenize_prompts(
-        self.records("prompts", split), self.tokenizer, max_prompt_length=self.config.data.max_prompt_length
+      self.records("prompts", split),
+      self.tokenizer,
+      max_prompt_length=self.config.data.max_prompt_length,
     )[0]
 
   def model(self, role: str) -> transformer.Model:
     """The network definition of `policy` (also the reference), `reward` (also value) or `reward_base`."""
     cfg, head = {
-        "policy": (self.config.model, "lm"),
-        "reward": (self.config.reward_model, "scalar"),
-        "reward_base": (self.config.reward_model, "lm"),
+      "policy": (self.config.model, "lm"),
+      "reward": (self.config.reward_model, "scalar"),
+      "reward_base": (self.config.reward_model, "lm"),
     }[role]
     return transformer.make_model(cfg, self.tokenizer.vocab_size, head)
 
@@ -118,13 +127,15 @@ def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> di
   return result
 
 
-def stage_run(ctx: Context, stage: str, blocks: dict, parents: tuple[str, ...] = ()) -> loop.StageRun:
+def stage_run(
+  ctx: Context, stage: str, blocks: dict, parents: tuple[str, ...] = ()
+) -> loop.StageRun:
   return loop.StageRun(
-      name=stage,
-      directory=ctx.directory(stage),
-      checkpoint=ctx.config.checkpoint,
-      log=ctx.config.log,
-      fingerprint=fingerprint(ctx, blocks, parents),
+    name=stage,
+    directory=ctx.directory(stage),
+    checkpoint=ctx.config.checkpoint,
+    log=ctx.config.log,
+    fingerprint=fingerprint(ctx, blocks, parents),
   )
 
 

@@ -10,7 +10,16 @@ import numpy as np
 import rich.console
 import rich.table
 
-from instructjax import answers, checkpoint, findings, metrics, policies, report, sharding, supervised
+from instructjax import (
+  answers,
+  checkpoint,
+  findings,
+  metrics,
+  policies,
+  report,
+  sharding,
+  supervised,
+)
 from instructjax.context import Context, stage_run
 from instructjax.data import sources
 from instructjax.pretrain import validation_rows
@@ -39,8 +48,14 @@ def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.
     prompts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
     length = model.cfg.max_length - ctx.config.data.max_response_length
   return answers.sample(
-      ctx, model, policies.load(ctx, source), [ctx.tokenizer.encode(text) for text in prompts],
-      ctx.key(f"{stage}/{name}"), temperature=cfg.temperature, prompt_length=length, to_newline=name in BASES,
+    ctx,
+    model,
+    policies.load(ctx, source),
+    [ctx.tokenizer.encode(text) for text in prompts],
+    ctx.key(f"{stage}/{name}"),
+    temperature=cfg.temperature,
+    prompt_length=length,
+    to_newline=name in BASES,
   )
 
 
@@ -50,10 +65,10 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
   reward_model, reward_params = ctx.model("reward"), policies.load_reward(ctx)
   scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
   result = {
-      "answer": sampled.text,
-      "reward": answers.score(ctx, reward_model, reward_params, scored),
-      "ended": sampled.ended_N,
-      "length": sampled.is_response_NR.sum(1),
+    "answer": sampled.text,
+    "reward": answers.score(ctx, reward_model, reward_params, scored),
+    "ended": sampled.ended_N,
+    "length": sampled.is_response_NR.sum(1),
   }
   if name not in BASES:
     policy, temperature = ctx.model("policy"), ctx.config.ppo.temperature
@@ -63,7 +78,9 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
   simulation = sources.simulation(ctx.config.data.prompts)
   if simulation is not None:
     result["gold"] = np.asarray(simulation.gold_score(prompts, sampled.text))
-    result["names_topic"] = np.array([simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)])
+    result["names_topic"] = np.array(
+      [simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)]
+    )
   return result
 
 
@@ -75,7 +92,9 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
   result = {}
   for name in names:
     params = policies.load(ctx, name)
-    parts = [np.stack(sums(params, sharding.place_batch(ctx.mesh, batch)), axis=1) for batch in rows]
+    parts = [
+      np.stack(sums(params, sharding.place_batch(ctx.mesh, batch)), axis=1) for batch in rows
+    ]
     result[name] = np.concatenate(parts)
   return result
 
@@ -96,8 +115,8 @@ def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> 
     for i in range(total - 1, n - 1, -1):
       weight[i - 1] = weight[i] * (i - n + 1) / i
     expected = {
-        name: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
-        for name, values in (("gold", gold_PN), ("reward", reward_PN))
+      name: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
+      for name, values in (("gold", gold_PN), ("reward", reward_PN))
     }
     result.append({"n": n, "kl": float(np.log(n) - (n - 1) / n), **expected})
   return result
@@ -134,20 +153,24 @@ def run(ctx: Context, stage: str):
   measured = {name: _measure(ctx, name, prompts, stage) for name in names}
   text_names = [name for name in names if name not in ("reward_base", "few_shot")]
   results = {
-      "samples_per_prompt": cfg.samples_per_prompt,
-      "measured": measured,
-      "pretraining": pretraining_losses(ctx, text_names),
-      "reward_model": checkpoint.read_done(ctx.directory("rm")),
-      "agreement": (checkpoint.read_done(ctx.directory("collect")) or {}).get("agreement"),
-      "best_of_n": _best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
-      "curves": {n: metrics.read_metrics(ctx.directory(n)) for n in names if n in policies.RL_STAGES},
+    "samples_per_prompt": cfg.samples_per_prompt,
+    "measured": measured,
+    "pretraining": pretraining_losses(ctx, text_names),
+    "reward_model": checkpoint.read_done(ctx.directory("rm")),
+    "agreement": (checkpoint.read_done(ctx.directory("collect")) or {}).get("agreement"),
+    "best_of_n": _best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
+    "curves": {n: metrics.read_metrics(ctx.directory(n)) for n in names if n in policies.RL_STAGES},
   }
   with open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: measured[name]["answer"][i] for name in names}
       file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
   summary = findings.summary(results)
-  plain = {"policies": summary, "best_of_n": results["best_of_n"], "agreement": results["agreement"]}
+  plain = {
+    "policies": summary,
+    "best_of_n": results["best_of_n"],
+    "agreement": results["agreement"],
+  }
   (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   report_directory = ctx.workdir / "report"
@@ -160,11 +183,15 @@ def _show(found: list[dict], summary: dict, page):
   """The end-of-run tables: a row a policy, a row a finding."""
   console = rich.console.Console()
   columns = sorted({key for row in summary.values() for key in row})
-  policies_table = rich.table.Table("policy", *columns, title="means on held-out prompts", title_justify="left")
+  policies_table = rich.table.Table(
+    "policy", *columns, title="means on held-out prompts", title_justify="left"
+  )
   for name, row in summary.items():
     policies_table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in columns))
   console.print(policies_table)
-  table = rich.table.Table("finding", "measured", "holds", title="the paper's findings", title_justify="left")
+  table = rich.table.Table(
+    "finding", "measured", "holds", title="the paper's findings", title_justify="left"
+  )
   for finding in found:
     measured = ", ".join(f"{key} {value:.3f}" for key, value in finding["measured"].items())
     table.add_row(finding["id"], measured, "[green]yes[/]" if finding["holds"] else "[red]no[/]")

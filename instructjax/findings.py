@@ -6,7 +6,9 @@ Called by evaluate.py; report.py shows the result.
 import numpy as np
 
 MAX_KL = 12.0  # nats a sample: what "bounded" is taken to mean
-REWARD_GAP = 0.35  # reward-model standard deviations within which PPO and PPO-ptx count as equally good
+REWARD_GAP = (
+  0.35  # reward-model standard deviations within which PPO and PPO-ptx count as equally good
+)
 AGREEMENT_GAP = 0.06  # how near the reward model comes to the labelers' agreement with each other
 HELDOUT_GAP = 0.04  # accuracy on held-out labelers below that on training labelers
 TOPIC_GAIN = 0.15
@@ -24,20 +26,24 @@ def judged(measured: dict) -> np.ndarray:
   return np.asarray(measured["gold"] if "gold" in measured else measured["reward"])
 
 
-def win_rate(a: dict, b: dict, samples_per_prompt: int, bootstrap: int, rng) -> tuple[float, list[float]]:
+def win_rate(
+  a: dict, b: dict, samples_per_prompt: int, bootstrap: int, rng
+) -> tuple[float, list[float]]:
   """How often a's answer is judged better than b's to the same prompt, equal ones counting half."""
   difference = judged(a) - judged(b)
   wins = (difference > 0) + 0.5 * (difference == 0)
   return _interval(wins.reshape(-1, samples_per_prompt).mean(axis=1), bootstrap, rng)
 
 
-def win_matrix(results: dict, *, bootstrap: int, seed: int) -> dict[str, dict[str, tuple[float, list[float]]]]:
+def win_matrix(
+  results: dict, *, bootstrap: int, seed: int
+) -> dict[str, dict[str, tuple[float, list[float]]]]:
   """Every policy against every other."""
   rng = np.random.default_rng(seed)
   measured, samples = results["measured"], results["samples_per_prompt"]
   return {
-      a: {b: win_rate(measured[a], measured[b], samples, bootstrap, rng) for b in measured if b != a}
-      for a in measured
+    a: {b: win_rate(measured[a], measured[b], samples, bootstrap, rng) for b in measured if b != a}
+    for a in measured
   }
 
 
@@ -54,7 +60,14 @@ def loss_difference(rows_a, rows_b, bootstrap: int, rng) -> tuple[float, list[fl
 
 
 def _finding(id_, claim, paper, measured, interval, holds) -> dict:
-  return {"id": id_, "claim": claim, "paper": paper, "measured": measured, "interval": interval, "holds": bool(holds)}
+  return {
+    "id": id_,
+    "claim": claim,
+    "paper": paper,
+    "measured": measured,
+    "interval": interval,
+    "holds": bool(holds),
+  }
 
 
 def _preferred_over_base(results, wins):
@@ -66,10 +79,12 @@ def _preferred_over_base(results, wins):
     measured["few_shot"] = few[0]
     intervals.append(few[1])
   return _finding(
-      "preferred_over_base",
-      "Answers of the small PPO-ptx policy are preferred to the larger base model's, zero-shot and few-shot.",
-      "1.3B InstructGPT is preferred to 175B GPT-3; 175B: 85+-3% over GPT-3, 71+-4% over few-shot GPT-3 (sec 1)",
-      measured, intervals, all(low > 0.5 for low, _ in intervals),
+    "preferred_over_base",
+    "Answers of the small PPO-ptx policy are preferred to the larger base model's, zero-shot and few-shot.",
+    "1.3B InstructGPT is preferred to 175B GPT-3; 175B: 85+-3% over GPT-3, 71+-4% over few-shot GPT-3 (sec 1)",
+    measured,
+    intervals,
+    all(low > 0.5 for low, _ in intervals),
   )
 
 
@@ -79,11 +94,12 @@ def _rl_over_sft(results, wins):
     return None
   rates = {name: wins[name]["sft"] for name in names}
   return _finding(
-      "rl_over_sft",
-      "Answers after PPO, with and without the pretraining mix, are preferred to SFT's.",
-      "PPO and PPO-ptx are preferred to SFT at every size; ptx changes preference little (fig. 1)",
-      {name: rate[0] for name, rate in rates.items()}, [rate[1] for rate in rates.values()],
-      all(rate[1][0] > 0.5 for rate in rates.values()),
+    "rl_over_sft",
+    "Answers after PPO, with and without the pretraining mix, are preferred to SFT's.",
+    "PPO and PPO-ptx are preferred to SFT at every size; ptx changes preference little (fig. 1)",
+    {name: rate[0] for name, rate in rates.items()},
+    [rate[1] for rate in rates.values()],
+    all(rate[1][0] > 0.5 for rate in rates.values()),
   )
 
 
@@ -97,12 +113,17 @@ def _alignment_tax(results, bootstrap, rng):
   spread = results["reward_model"]["validation"]["score_std"]
   gap = float(np.mean(measured["ppo"]["reward"]) - np.mean(measured["ppo_ptx"]["reward"])) / spread
   return _finding(
-      "alignment_tax",
-      "PPO raises the loss on pretraining text above SFT's; the pretraining mix undoes it at about the same reward.",
-      "PPO-ptx mitigates the regressions on public NLP data on all datasets (sec 4.2, App. E.6)",
-      {"ppo_minus_sft": ppo[0], "ppo_ptx_minus_sft": ptx[0], "ppo_ptx_minus_base": base[0],
-       "reward_gap_in_rm_std": gap},
-      [ppo[1], ptx[1], base[1]], ppo[0] > 0 and ptx[0] <= 0 and abs(gap) <= REWARD_GAP,
+    "alignment_tax",
+    "PPO raises the loss on pretraining text above SFT's; the pretraining mix undoes it at about the same reward.",
+    "PPO-ptx mitigates the regressions on public NLP data on all datasets (sec 4.2, App. E.6)",
+    {
+      "ppo_minus_sft": ppo[0],
+      "ppo_ptx_minus_sft": ptx[0],
+      "ppo_ptx_minus_base": base[0],
+      "reward_gap_in_rm_std": gap,
+    },
+    [ppo[1], ptx[1], base[1]],
+    ppo[0] > 0 and ptx[0] <= 0 and abs(gap) <= REWARD_GAP,
   )
 
 
@@ -112,34 +133,44 @@ def _reward_model(results):
   measured = {"accuracy": accuracy}
   holds = accuracy - 1.96 * stderr > 0.5
   if agreement:
-    measured |= {"labeler_agreement": agreement["train"]["agreement"],
-                 "heldout_labelers": rm["heldout_labelers"]["accuracy"]}
+    measured |= {
+      "labeler_agreement": agreement["train"]["agreement"],
+      "heldout_labelers": rm["heldout_labelers"]["accuracy"],
+    }
     holds &= accuracy >= measured["labeler_agreement"] - AGREEMENT_GAP
     holds &= measured["heldout_labelers"] >= accuracy - HELDOUT_GAP
   folds = rm.get("cross_validation")
   if folds:
-    measured |= {f"cross_validation_{k}": float(np.mean([fold[k] for fold in folds])) for k in ("train", "heldout")}
+    measured |= {
+      f"cross_validation_{k}": float(np.mean([fold[k] for fold in folds]))
+      for k in ("train", "heldout")
+    }
   return _finding(
-      "reward_model",
-      "The reward model predicts the preferred answer about as well as labelers agree, held-out labelers included.",
-      "accuracy 72.4+-0.4% on training and 69.6+-0.9% on held-out labelers; labelers agree 72.6+-1.5% (sec 3.4, 4.1)",
-      measured, [accuracy - 1.96 * stderr, accuracy + 1.96 * stderr], holds,
+    "reward_model",
+    "The reward model predicts the preferred answer about as well as labelers agree, held-out labelers included.",
+    "accuracy 72.4+-0.4% on training and 69.6+-0.9% on held-out labelers; labelers agree 72.6+-1.5% (sec 3.4, 4.1)",
+    measured,
+    [accuracy - 1.96 * stderr, accuracy + 1.96 * stderr],
+    holds,
   )
 
 
 def _kl_bounded(results, bootstrap, rng):
   samples = results["samples_per_prompt"]
   kls = {
-      name: _interval(np.asarray(m["kl"]).reshape(-1, samples).mean(axis=1), bootstrap, rng)
-      for name, m in results["measured"].items() if name in ("ppo", "ppo_ptx")
+    name: _interval(np.asarray(m["kl"]).reshape(-1, samples).mean(axis=1), bootstrap, rng)
+    for name, m in results["measured"].items()
+    if name in ("ppo", "ppo_ptx")
   }
   if not kls:
     return None
   return _finding(
-      "kl_bounded", f"The KL penalty keeps the policy within {MAX_KL:g} nats of its reference.",
-      "a per-token KL penalty from the SFT model mitigates over-optimization (sec 3.5)",
-      {name: kl[0] for name, kl in kls.items()}, [kl[1] for kl in kls.values()],
-      all(kl[1][1] <= MAX_KL for kl in kls.values()),
+    "kl_bounded",
+    f"The KL penalty keeps the policy within {MAX_KL:g} nats of its reference.",
+    "a per-token KL penalty from the SFT model mitigates over-optimization (sec 3.5)",
+    {name: kl[0] for name, kl in kls.items()},
+    [kl[1] for kl in kls.values()],
+    all(kl[1][1] <= MAX_KL for kl in kls.values()),
   )
 
 
@@ -154,11 +185,16 @@ def _overoptimization(results, bootstrap, rng):
 
   reward, gold = change("reward"), change("gold")
   return _finding(
-      "overoptimization",
-      "Without the KL penalty the reward model's score rises while the true preference falls.",
-      "beta = 0 is among the worst settings (E.7); Gao et al. 2022: gold score falls at high KL",
-      {"reward_change": reward[0], "gold_change": gold[0], "kl": float(np.mean(measured["ppo_beta0"]["kl"]))},
-      [reward[1], gold[1]], reward[1][0] > 0 and gold[1][1] < 0,
+    "overoptimization",
+    "Without the KL penalty the reward model's score rises while the true preference falls.",
+    "beta = 0 is among the worst settings (E.7); Gao et al. 2022: gold score falls at high KL",
+    {
+      "reward_change": reward[0],
+      "gold_change": gold[0],
+      "kl": float(np.mean(measured["ppo_beta0"]["kl"])),
+    },
+    [reward[1], gold[1]],
+    reward[1][0] > 0 and gold[1][1] < 0,
   )
 
 
@@ -166,13 +202,22 @@ def _topic_following(results, bootstrap, rng):
   measured, samples = results["measured"], results["samples_per_prompt"]
   if "ppo_ptx" not in measured or "names_topic" not in measured["ppo_ptx"]:
     return None
-  shares = {name: float(np.mean(measured[name]["names_topic"])) for name in ("sft", "ppo", "ppo_ptx") if name in measured}
-  gain = np.asarray(measured["ppo_ptx"]["names_topic"], float) - np.asarray(measured["sft"]["names_topic"], float)
+  shares = {
+    name: float(np.mean(measured[name]["names_topic"]))
+    for name in ("sft", "ppo", "ppo_ptx")
+    if name in measured
+  }
+  gain = np.asarray(measured["ppo_ptx"]["names_topic"], float) - np.asarray(
+    measured["sft"]["names_topic"], float
+  )
   gained, interval = _interval(gain.reshape(-1, samples).mean(axis=1), bootstrap, rng)
   return _finding(
-      "topic_following", "More answers do what the prompt asks (name its topic) after PPO-ptx than after SFT.",
-      "PPO models more often attempt the correct instruction and satisfy its constraints (fig. 4)",
-      shares, interval, gained >= TOPIC_GAIN,
+    "topic_following",
+    "More answers do what the prompt asks (name its topic) after PPO-ptx than after SFT.",
+    "PPO models more often attempt the correct instruction and satisfy its constraints (fig. 4)",
+    shares,
+    interval,
+    gained >= TOPIC_GAIN,
   )
 
 
@@ -189,13 +234,13 @@ def find(results: dict, *, bootstrap: int, seed: int) -> list[dict]:
   rng = np.random.default_rng(seed)
   wins = win_matrix(results, bootstrap=bootstrap, seed=seed)
   found = [
-      _preferred_over_base(results, wins),
-      _rl_over_sft(results, wins),
-      _alignment_tax(results, bootstrap, rng),
-      _reward_model(results),
-      _kl_bounded(results, bootstrap, rng),
-      _overoptimization(results, bootstrap, rng),
-      _topic_following(results, bootstrap, rng),
+    _preferred_over_base(results, wins),
+    _rl_over_sft(results, wins),
+    _alignment_tax(results, bootstrap, rng),
+    _reward_model(results),
+    _kl_bounded(results, bootstrap, rng),
+    _overoptimization(results, bootstrap, rng),
+    _topic_following(results, bootstrap, rng),
   ]
   return [finding for finding in found if finding is not None]
 
@@ -204,7 +249,9 @@ def summary(results: dict) -> dict:
   """One row a policy: means of what was measured and the pretraining loss, for the end-of-run table."""
   rows = {}
   for name, measured in results["measured"].items():
-    keys = [key for key in ("gold", "reward", "kl", "names_topic", "length", "ended") if key in measured]
+    keys = [
+      key for key in ("gold", "reward", "kl", "names_topic", "length", "ended") if key in measured
+    ]
     rows[name] = {key: float(np.mean(measured[key])) for key in keys}
     if name in results["pretraining"]:
       nll, weight = np.asarray(results["pretraining"][name]).sum(axis=0)

@@ -10,8 +10,12 @@ from instructjax import memory
 from instructjax.config import from_config_dict
 from instructjax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and the report; made if missing.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 

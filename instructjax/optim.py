@@ -11,13 +11,13 @@ from instructjax.config import OptimConfig
 
 
 def make_schedule(
-    kind: str,
-    *,
-    learning_rate: float,
-    num_steps: int,
-    warmup_steps: int,
-    warmup_start: float,
-    end_fraction: float,
+  kind: str,
+  *,
+  learning_rate: float,
+  num_steps: int,
+  warmup_steps: int,
+  warmup_start: float,
+  end_fraction: float,
 ) -> optax.Schedule:
   """Learning rate as a function of the number of updates done so far.
 
@@ -39,8 +39,8 @@ def make_schedule(
     raise ValueError(f"warmup_steps={warmup_steps} must be >= 0.")
   if kind != "constant" and warmup_steps >= num_steps:
     raise ValueError(
-        f"schedule={kind!r} must have steps left after its warmup: warmup_steps={warmup_steps},"
-        f" got num_steps={num_steps}. Lower warmup_steps."
+      f"schedule={kind!r} must have steps left after its warmup: warmup_steps={warmup_steps},"
+      f" got num_steps={num_steps}. Lower warmup_steps."
     )
 
   decay_steps = num_steps - warmup_steps
@@ -65,12 +65,12 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
   """
   cfg.validate("optim")
   schedule = make_schedule(
-      cfg.schedule,
-      learning_rate=cfg.learning_rate,
-      num_steps=num_steps,
-      warmup_steps=cfg.warmup_steps,
-      warmup_start=cfg.warmup_start,
-      end_fraction=cfg.end_fraction,
+    cfg.schedule,
+    learning_rate=cfg.learning_rate,
+    num_steps=num_steps,
+    warmup_steps=cfg.warmup_steps,
+    warmup_start=cfg.warmup_start,
+    end_fraction=cfg.end_fraction,
   )
   if cfg.eps_placement == "tensorflow":
     adam = scale_by_adam_tensorflow(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
@@ -99,9 +99,9 @@ def scale_by_adam_tensorflow(*, b1: float, b2: float, eps: float) -> optax.Gradi
 
   def init(params):
     return optax.ScaleByAdamState(
-        count=jnp.zeros([], jnp.int32),
-        mu=optax.tree.zeros_like(params),
-        nu=optax.tree.zeros_like(params),
+      count=jnp.zeros([], jnp.int32),
+      mu=optax.tree.zeros_like(params),
+      nu=optax.tree.zeros_like(params),
     )
 
   def update(grads, state, params=None):
@@ -128,4 +128,3 @@ def is_decayed(params: optax.Params):
     return not name.startswith(("b_", "bias", "scale"))
 
   return jax.tree_util.tree_map_with_path(by_name, params)
-

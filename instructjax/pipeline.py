@@ -7,42 +7,59 @@ import jax
 import rich
 from jax.experimental import multihost_utils
 
-from instructjax import checkpoint, collect, evaluate, policies, ppo_stage, pretrain, rm, sft, sharding
-from instructjax import supervised
+from instructjax import (
+  checkpoint,
+  collect,
+  evaluate,
+  policies,
+  ppo_stage,
+  pretrain,
+  rm,
+  sft,
+  sharding,
+  supervised,
+)
 from instructjax.config import Config
 from instructjax.context import Context, canonical
 from instructjax.data import sources
 from instructjax.data import tokenizer as tokenizers
 
 RUN = {
-    "pretrain": pretrain.run,
-    "reward_pretrain": pretrain.run,
-    "sft": sft.run,
-    "ppo_init": sft.run,
-    "collect": collect.run,
-    "rm": rm.run,
-    "sft_select": sft.select,
-    "ppo": ppo_stage.run,
-    "ppo_ptx": ppo_stage.run,
-    "ppo_beta0": ppo_stage.run,
-    "evaluate": evaluate.run,
+  "pretrain": pretrain.run,
+  "reward_pretrain": pretrain.run,
+  "sft": sft.run,
+  "ppo_init": sft.run,
+  "collect": collect.run,
+  "rm": rm.run,
+  "sft_select": sft.select,
+  "ppo": ppo_stage.run,
+  "ppo_ptx": ppo_stage.run,
+  "ppo_beta0": ppo_stage.run,
+  "evaluate": evaluate.run,
 }
 
 # Records that a stage reads.
 _READS = {
-    "pretrain": ("documents",),
-    "reward_pretrain": ("documents",),
-    "sft": ("demonstrations", "documents"),
-    "ppo_init": ("demonstrations", "documents"),
-    "collect": ("prompts",),
-    "rm": ("comparisons", "demonstrations"),
-    "sft_select": ("prompts",),
-    "ppo": ("prompts",),
-    "ppo_ptx": ("prompts", "documents"),
-    "ppo_beta0": ("prompts",),
-    "evaluate": ("prompts", "documents"),
+  "pretrain": ("documents",),
+  "reward_pretrain": ("documents",),
+  "sft": ("demonstrations", "documents"),
+  "ppo_init": ("demonstrations", "documents"),
+  "collect": ("prompts",),
+  "rm": ("comparisons", "demonstrations"),
+  "sft_select": ("prompts",),
+  "ppo": ("prompts",),
+  "ppo_ptx": ("prompts", "documents"),
+  "ppo_beta0": ("prompts",),
+  "evaluate": ("prompts", "documents"),
 }
-_BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")  # config blocks with a batch_size
+_BATCHED = (
+  "pretrain",
+  "reward_pretrain",
+  "sft",
+  "ppo_init",
+  "rm",
+  "ppo",
+)  # config blocks with a batch_size
 
 
 def plan(ctx: Context) -> list[str]:
@@ -54,9 +71,9 @@ def plan(ctx: Context) -> list[str]:
   bases = list(dict.fromkeys(policies.base_stage(ctx, role) for role in ("policy", "reward")))
   compared = {target, *evaluation.compare}
   stages = {
-      "pretrain": ["pretrain"],
-      "sft": ["pretrain", "sft"],
-      "ppo_init": ["pretrain", "ppo_init"],
+    "pretrain": ["pretrain"],
+    "sft": ["pretrain", "sft"],
+    "ppo_init": ["pretrain", "ppo_init"],
   }.get(target, bases + ["sft"] + ["collect"] * ctx.collects + ["rm"])
   if target in ("ppo", "ppo_ptx", "evaluate"):
     stages += ["sft_select", "ppo_init"] + [name for name in ("ppo", "ppo_ptx") if name in compared]
@@ -82,8 +99,8 @@ def check(ctx: Context, stages: list[str]):
     size = getattr(ctx.config, name).batch_size
     if size % shards:
       raise ValueError(
-          f"config.{name}.batch_size={size} must be divisible by mesh data * fsdp = {shards}; set"
-          f" --config.{name}.batch_size to a multiple"
+        f"config.{name}.batch_size={size} must be divisible by mesh data * fsdp = {shards}; set"
+        f" --config.{name}.batch_size to a multiple"
       )
   coming = [stage for stage in stages if checkpoint.read_done(ctx.directory(stage)) is None]
   kinds = {kind for stage in coming for kind in _READS[stage]}
@@ -117,8 +134,12 @@ def _tokenizer(config: Config, workdir: pathlib.Path) -> tokenizers.Tokenizer:
       checkpoint.require_same_run(directory, done["fingerprint"], fingerprint)
     elif jax.process_index() == 0:
       documents = sources.load(
-          data.documents, "documents", "train", seed=config.seed,
-          validation_fraction=data.validation_fraction, on_bad_record=data.on_bad_record,
+        data.documents,
+        "documents",
+        "train",
+        seed=config.seed,
+        validation_fraction=data.validation_fraction,
+        on_bad_record=data.on_bad_record,
       )
       texts = [document.text for document in documents]
       tokenizers.train_tokenizer(texts, cfg.vocab_size, path, config.seed)
@@ -127,7 +148,7 @@ def _tokenizer(config: Config, workdir: pathlib.Path) -> tokenizers.Tokenizer:
   tokenizer = tokenizers.Tokenizer(path)
   if tokenizer.vocab_size != cfg.vocab_size:
     raise ValueError(
-        f"config.tokenizer.vocab_size={cfg.vocab_size} must be the {tokenizer.vocab_size} pieces of {path}"
+      f"config.tokenizer.vocab_size={cfg.vocab_size} must be the {tokenizer.vocab_size} pieces of {path}"
     )
   return tokenizer
 

@@ -1,4 +1,4 @@
-"""Finished weights by name: the base, SFT, PPO policies and the reward model, as later stages and evaluation need them."""
+"""Finished weights by name: base, SFT and PPO policies and the reward model, for later stages and evaluation."""
 
 import dataclasses
 import json
@@ -38,21 +38,23 @@ def require_given_weights(ctx: Context):
     if not cfg.weights:
       continue
     where = f"config.{block}.weights={cfg.weights!r}"
+    if ctx.config.stage == stage:
+      raise ValueError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
     made_with = (checkpoint.read_done(ctx.directory(stage)) or {}).get("fingerprint", {})
     if "config.model" not in made_with:
       raise ValueError(
-          f"{where} must be the folder of a finished stage that trains a network, as runs/other/pretrain"
+        f"{where} must be the folder of a finished stage that trains a network, as runs/other/pretrain"
       )
     if made_with["tokenizer"] != ctx.tokenizer.fingerprint:
       raise ValueError(
-          f"{where} was trained with another tokenizer; set config.tokenizer.path to that run's"
-          " tokenizer/tokenizer.model"
+        f"{where} was trained with another tokenizer; set config.tokenizer.path to that run's"
+        " tokenizer/tokenizer.model"
       )
     theirs = json.loads(made_with["config.model"])
     for name, value in dataclasses.asdict(cfg).items():
       if name not in _FREE_FIELDS and theirs.get(name) != value:
         raise ValueError(
-            f"{where} has {name}={theirs.get(name)}, and config.{block}.{name}={value}; they must be equal"
+          f"{where} has {name}={theirs.get(name)}, and config.{block}.{name}={value}; they must be equal"
         )
 
 
@@ -61,7 +63,9 @@ def load_step(ctx: Context, name: str, step: int, item: str = "params"):
   roles = {"reward_base": "reward_base", "rm": "reward"}
   model = ctx.model(roles.get(name, "policy"))
   shardings, shapes = supervised.param_shardings(ctx.mesh, model)
-  placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  placed = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
   return checkpoint.load_params(ctx.directory(stage_of(ctx, name)), placed, step, item)
 
 
@@ -76,7 +80,11 @@ def load(ctx: Context, name: str):
   `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
   as `evaluate.weights` says.
   """
-  chosen = "sft_select" if name == "sft" and checkpoint.read_done(ctx.directory("sft_select")) else stage_of(ctx, name)
+  chosen = (
+    "sft_select"
+    if name == "sft" and checkpoint.read_done(ctx.directory("sft_select"))
+    else stage_of(ctx, name)
+  )
   step = checkpoint.read_done(ctx.directory(chosen))["step"]
   averaged = name in RL_STAGES and ctx.config.evaluate.weights == "ema"
   return load_step(ctx, name, step, "ema_params" if averaged else "params")

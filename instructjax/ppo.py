@@ -5,7 +5,7 @@ minibatch updates. Nothing here touches the host; the stage around it is ppo_sta
 """
 
 import dataclasses
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,17 +58,19 @@ class Experience:
   return_BR: Array
 
 
-def create_state(params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array) -> PPOState:
+def create_state(
+  params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array
+) -> PPOState:
   """State before the first iteration; the value network starts as the reward model (C.4)."""
   return PPOState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=nets.policy_tx.init(params),
-      value_params=value_params,
-      value_opt_state=nets.value_tx.init(value_params),
-      ema_params=jax.tree.map(jnp.copy, params),
-      kl_coef=jnp.float32(cfg.beta),
-      key=key,
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=nets.policy_tx.init(params),
+    value_params=value_params,
+    value_opt_state=nets.value_tx.init(value_params),
+    ema_params=jax.tree.map(jnp.copy, params),
+    kl_coef=jnp.float32(cfg.beta),
+    key=key,
   )
 
 
@@ -79,7 +81,9 @@ def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Arr
   return score_B
 
 
-def _score(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_coef, rollout: Rollout):
+def _score(
+  nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_coef, rollout: Rollout
+):
   """Scores a rollout with all four networks. Returns (Experience, metrics, score_B, kl_B)."""
   tokens = (rollout.token_BL, rollout.is_token_BL)
   prompt_length = rollout.token_BL.shape[1] - rollout.is_response_BR.shape[1]
@@ -90,7 +94,9 @@ def _score(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_
     if cfg.behaviour_logprob == "rescore":
       behaviour_BR = scoring.response_logprob(nets.policy, params, *tokens, **logprob_kwargs)
     ref_BR = scoring.response_logprob(nets.policy, frozen.ref_params, *tokens, **logprob_kwargs)
-    value_BR = scoring.response_value(nets.scalar, value_params, *tokens, prompt_length=prompt_length)
+    value_BR = scoring.response_value(
+      nets.scalar, value_params, *tokens, prompt_length=prompt_length
+    )
     value_BR = jnp.where(mask_BR, value_BR, 0.0)
     rm_score_B = scoring.sequence_score(nets.scalar, frozen.reward_params, *tokens)
   with jax.named_scope("advantages"):
@@ -101,7 +107,7 @@ def _score(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_
     if cfg.whiten_rewards:
       reward_BR = masked.masked_whiten(reward_BR, mask_BR, shift_mean=False)
     advantage_BR, return_BR = gae.gae(
-        reward_BR, value_BR, mask_BR, discount=cfg.discount, lam=cfg.gae_lambda
+      reward_BR, value_BR, mask_BR, discount=cfg.discount, lam=cfg.gae_lambda
     )
     is_actor_BR = mask_BR
     if cfg.missing_eos == "exclude":
@@ -111,27 +117,27 @@ def _score(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_
   kl_B = jnp.sum(jnp.where(mask_BR, kl.kl_k1(behaviour_BR, ref_BR), 0.0), axis=1)
   kl_k3_B = jnp.sum(jnp.where(mask_BR, kl.kl_k3(behaviour_BR, ref_BR), 0.0), axis=1)
   metrics = {
-      "reward": jnp.mean(rm_score_B),
-      "reward_std": jnp.std(rm_score_B),
-      "objective": jnp.mean(score_B - kl_coef * kl_B),
-      "kl": jnp.mean(kl_B),
-      "kl_k3": jnp.mean(kl_k3_B),
-      "entropy": -jnp.mean(jnp.sum(jnp.where(mask_BR, behaviour_BR, 0.0), axis=1)),
-      "response_length": jnp.mean(jnp.sum(mask_BR, axis=1).astype(jnp.float32)),
-      "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
-      "explained_variance": surrogate.explained_variance(value_BR, return_BR, mask_BR),
-      "decode_steps": rollout.num_steps.astype(jnp.float32),
-      "kl_coef": kl_coef,
+    "reward": jnp.mean(rm_score_B),
+    "reward_std": jnp.std(rm_score_B),
+    "objective": jnp.mean(score_B - kl_coef * kl_B),
+    "kl": jnp.mean(kl_B),
+    "kl_k3": jnp.mean(kl_k3_B),
+    "entropy": -jnp.mean(jnp.sum(jnp.where(mask_BR, behaviour_BR, 0.0), axis=1)),
+    "response_length": jnp.mean(jnp.sum(mask_BR, axis=1).astype(jnp.float32)),
+    "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
+    "explained_variance": surrogate.explained_variance(value_BR, return_BR, mask_BR),
+    "decode_steps": rollout.num_steps.astype(jnp.float32),
+    "kl_coef": kl_coef,
   }
   experience = Experience(
-      token_BL=rollout.token_BL,
-      is_token_BL=rollout.is_token_BL,
-      is_response_BR=mask_BR,
-      is_actor_BR=is_actor_BR,
-      behaviour_logprob_BR=behaviour_BR,
-      value_BR=value_BR,
-      advantage_BR=advantage_BR,
-      return_BR=return_BR,
+    token_BL=rollout.token_BL,
+    is_token_BL=rollout.is_token_BL,
+    is_response_BR=mask_BR,
+    is_actor_BR=is_actor_BR,
+    behaviour_logprob_BR=behaviour_BR,
+    value_BR=value_BR,
+    advantage_BR=advantage_BR,
+    return_BR=return_BR,
   )
   return experience, metrics, rm_score_B, kl_B
 
@@ -140,11 +146,15 @@ def policy_loss(params, nets: Nets, cfg: PPOConfig, batch: Experience):
   """Clipped surrogate of one minibatch, to be minimised. Returns (loss, metrics)."""
   prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
   logprob_BR = scoring.response_logprob(
-      nets.policy, params, batch.token_BL, batch.is_token_BL,
-      prompt_length=prompt_length, temperature=cfg.temperature,
+    nets.policy,
+    params,
+    batch.token_BL,
+    batch.is_token_BL,
+    prompt_length=prompt_length,
+    temperature=cfg.temperature,
   )
   return surrogate.clipped_surrogate(
-      logprob_BR, batch.behaviour_logprob_BR, batch.advantage_BR, batch.is_actor_BR, clip=cfg.clip
+    logprob_BR, batch.behaviour_logprob_BR, batch.advantage_BR, batch.is_actor_BR, clip=cfg.clip
   )
 
 
@@ -152,10 +162,10 @@ def value_loss(value_params, nets: Nets, cfg: PPOConfig, batch: Experience):
   """Value loss of one minibatch, clipped around the rollout's values if configured. Returns (loss, metrics)."""
   prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
   value_BR = scoring.response_value(
-      nets.scalar, value_params, batch.token_BL, batch.is_token_BL, prompt_length=prompt_length
+    nets.scalar, value_params, batch.token_BL, batch.is_token_BL, prompt_length=prompt_length
   )
   return surrogate.clipped_value_loss(
-      value_BR, batch.value_BR, batch.return_BR, batch.is_response_BR, clip=cfg.value_clip
+    value_BR, batch.value_BR, batch.return_BR, batch.is_response_BR, clip=cfg.value_clip
   )
 
 
@@ -168,18 +178,26 @@ def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
   """
   num_rows = rows.token_BL.shape[0]
   denominator = jnp.sum(rows.weight_BL) if cfg.ptx_reduction == "mean" else jnp.float32(num_rows)
-  chunks = jax.tree.map(lambda x: x.reshape(cfg.ptx_rows, num_rows // cfg.ptx_rows, *x.shape[1:]), rows)
+  chunks = jax.tree.map(
+    lambda x: x.reshape(cfg.ptx_rows, num_rows // cfg.ptx_rows, *x.shape[1:]), rows
+  )
 
   def chunk_loss(params, chunk: PackedBatch):
     logits_BTV = transformer.apply(
-        nets.policy, params, chunk.token_BL, segment_BL=chunk.segment_BL, position_BL=chunk.position_BL,
-        window=(0, chunk.token_BL.shape[1] - 1),
+      nets.policy,
+      params,
+      chunk.token_BL,
+      segment_BL=chunk.segment_BL,
+      position_BL=chunk.position_BL,
+      window=(0, chunk.token_BL.shape[1] - 1),
     )
     sum_nll, _ = lm.lm_loss(logits_BTV, chunk.token_BL[:, 1:], chunk.weight_BL[:, 1:])
     return sum_nll / denominator
 
   def add_chunk(total, chunk):
-    return jax.tree.map(jnp.add, total, jax.value_and_grad(chunk_loss)(params, sharding.shard_rows(chunk))), None
+    return jax.tree.map(
+      jnp.add, total, jax.value_and_grad(chunk_loss)(params, sharding.shard_rows(chunk))
+    ), None
 
   zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
   (loss, grads), _ = jax.lax.scan(add_chunk, zero, chunks)
@@ -210,12 +228,14 @@ def policy_gradient(params, nets: Nets, cfg: PPOConfig, batch: Experience, ptx: 
     return jax.tree.map(lambda g, g_lm: g + cfg.gamma * g_lm, grads, ptx_grads), metrics
 
 
-def _update(nets: Nets, cfg: PPOConfig, weights, experience: Experience, ptx: PackedBatch | None, key: Array):
+def _update(
+  nets: Nets, cfg: PPOConfig, weights, experience: Experience, ptx: PackedBatch | None, key: Array
+):
   """Runs the inner epochs of minibatch updates, each epoch over a fresh permutation of the episodes."""
   num_episodes = experience.token_BL.shape[0]
   minibatch = num_episodes // cfg.num_minibatches
   permutation = jax.vmap(lambda k: jax.random.permutation(k, num_episodes))(
-      jax.random.split(key, cfg.num_epochs)
+    jax.random.split(key, cfg.num_epochs)
   ).reshape(cfg.num_epochs * cfg.num_minibatches, minibatch)
   ptx_index = jnp.tile(jnp.arange(cfg.num_minibatches), cfg.num_epochs)
   if ptx is not None:
@@ -230,7 +250,9 @@ def _update(nets: Nets, cfg: PPOConfig, weights, experience: Experience, ptx: Pa
     updates, opt_state = nets.policy_tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     with jax.named_scope("update/value"):
-      (loss, value_metrics), grads = jax.value_and_grad(value_loss, has_aux=True)(value_params, nets, cfg, batch)
+      (loss, value_metrics), grads = jax.value_and_grad(value_loss, has_aux=True)(
+        value_params, nets, cfg, batch
+      )
       metrics |= {"value_loss": loss, "value_grad_norm": optax.tree.norm(grads)}
       metrics |= {"value_clip_fraction": value_metrics["clip_fraction"]}
       grads = _clip(grads, cfg.value_optim.clip_norm)
@@ -240,7 +262,9 @@ def _update(nets: Nets, cfg: PPOConfig, weights, experience: Experience, ptx: Pa
 
   weights, metrics = jax.lax.scan(one_update, weights, (permutation, ptx_index))
   first_ratio_max = metrics["ratio_max"][0]
-  metrics = {name: jnp.max(x) if name == "ratio_max" else jnp.mean(x) for name, x in metrics.items()}
+  metrics = {
+    name: jnp.max(x) if name == "ratio_max" else jnp.mean(x) for name, x in metrics.items()
+  }
   return weights, metrics | {"first_ratio_max": first_ratio_max}
 
 
@@ -260,11 +284,16 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
   prompts: PromptBatch = batch["prompts"]
   with jax.named_scope("rollout"):
     rollout = sampling.generate(
-        nets.policy, state.params, prompts, rollout_key,
-        max_new_tokens=nets.max_response_length, eos_id=nets.eos_id, temperature=cfg.temperature,
+      nets.policy,
+      state.params,
+      prompts,
+      rollout_key,
+      max_new_tokens=nets.max_response_length,
+      eos_id=nets.eos_id,
+      temperature=cfg.temperature,
     )
   experience, metrics, score_B, kl_B = _score(
-      nets, cfg, state.params, state.value_params, frozen, state.kl_coef, rollout
+    nets, cfg, state.params, state.value_params, frozen, state.kl_coef, rollout
   )
   weights = (state.params, state.opt_state, state.value_params, state.value_opt_state)
   ptx = batch["pretrain"] if cfg.gamma > 0 else None
@@ -275,17 +304,21 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
   kl_coef = state.kl_coef
   if cfg.kl_controller == "adaptive":
     kl_coef = kl.adaptive_kl_coef(
-        kl_coef, metrics["kl"], target=cfg.kl_target, horizon=cfg.kl_horizon, num_episodes=cfg.batch_size
+      kl_coef,
+      metrics["kl"],
+      target=cfg.kl_target,
+      horizon=cfg.kl_horizon,
+      num_episodes=cfg.batch_size,
     )
   state = PPOState(
-      step=state.step + 1,
-      params=params,
-      opt_state=opt_state,
-      value_params=value_params,
-      value_opt_state=value_opt_state,
-      ema_params=ema_params,
-      kl_coef=kl_coef,
-      key=state.key,
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    value_params=value_params,
+    value_opt_state=value_opt_state,
+    ema_params=ema_params,
+    kl_coef=kl_coef,
+    key=state.key,
   )
   return state, metrics | update_metrics, {"rollout": rollout, "score_B": score_B, "kl_B": kl_B}
 

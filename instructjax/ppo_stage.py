@@ -15,10 +15,9 @@ from instructjax.optim import make_optimizer
 from instructjax.pretrain import document_batches
 from instructjax.structs import PPOState
 
-
 _ADVICE = (
-    "if it is only the limit, lift ppo.max_kl and run again, it goes on; else lower"
-    " ppo.policy_optim.learning_rate or raise ppo.beta or ppo.gamma"
+  "raise ppo.max_kl if only that is too low (the run then goes on, nothing is to be deleted), or lower"
+  " ppo.policy_optim.learning_rate, or raise ppo.beta or ppo.gamma"
 )
 
 
@@ -30,15 +29,15 @@ def variant(ctx: Context, stage: str) -> PPOConfig:
   if stage == "ppo":
     return dataclasses.replace(cfg, gamma=0.0)
   return dataclasses.replace(
-      cfg,
-      gamma=0.0,
-      beta=0.0,
-      kl_controller="fixed",
-      num_iterations=evaluation.overoptimization_iterations,
-      max_kl=0.0,  # letting the policy run away is the point
-      policy_optim=dataclasses.replace(
-          cfg.policy_optim, learning_rate=evaluation.overoptimization_learning_rate
-      ),
+    cfg,
+    gamma=0.0,
+    beta=0.0,
+    kl_controller="fixed",
+    num_iterations=evaluation.overoptimization_iterations,
+    max_kl=0.0,  # letting the policy run away is the point
+    policy_optim=dataclasses.replace(
+      cfg.policy_optim, learning_rate=evaluation.overoptimization_learning_rate
+    ),
   )
 
 
@@ -47,12 +46,12 @@ def make_nets(ctx: Context, cfg: PPOConfig) -> ppo.Nets:
   updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
   unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)  # noqa: E731
   return ppo.Nets(
-      policy=ctx.model("policy"),
-      scalar=ctx.model("reward"),
-      policy_tx=unclipped(cfg.policy_optim),
-      value_tx=unclipped(cfg.value_optim),
-      eos_id=ctx.tokenizer.eos_id,
-      max_response_length=ctx.config.data.max_response_length,
+    policy=ctx.model("policy"),
+    scalar=ctx.model("reward"),
+    policy_tx=unclipped(cfg.policy_optim),
+    value_tx=unclipped(cfg.value_optim),
+    eos_id=ctx.tokenizer.eos_id,
+    max_response_length=ctx.config.data.max_response_length,
   )
 
 
@@ -62,14 +61,18 @@ def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_p
   policy_shardings, policy_shapes = supervised.param_shardings(ctx.mesh, nets.policy)
   value_shardings, value_shapes = supervised.param_shardings(ctx.mesh, nets.scalar)
   shardings = PPOState(
-      step=replicated,
-      params=policy_shardings,
-      opt_state=sharding.opt_state_shardings(nets.policy_tx, policy_shapes, policy_shardings, ctx.mesh),
-      value_params=value_shardings,
-      value_opt_state=sharding.opt_state_shardings(nets.value_tx, value_shapes, value_shardings, ctx.mesh),
-      ema_params=policy_shardings,
-      kl_coef=replicated,
-      key=replicated,
+    step=replicated,
+    params=policy_shardings,
+    opt_state=sharding.opt_state_shardings(
+      nets.policy_tx, policy_shapes, policy_shardings, ctx.mesh
+    ),
+    value_params=value_shardings,
+    value_opt_state=sharding.opt_state_shardings(
+      nets.value_tx, value_shapes, value_shardings, ctx.mesh
+    ),
+    ema_params=policy_shardings,
+    kl_coef=replicated,
+    key=replicated,
   )
 
   def create(params, value_params, key):
@@ -82,14 +85,20 @@ def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_p
 def _batches(ctx: Context, cfg: PPOConfig, stage: str):
   seed = ctx.data_seed(stage)
   parts = {
-      "prompts": data_pipeline.prompt_batches(
-          ctx.prompt_tokens("train"), length=ctx.config.data.max_prompt_length, batch_size=cfg.batch_size,
-          seed=seed, vocab_size=ctx.tokenizer.vocab_size, **ctx.batch_shards,
-      )
+    "prompts": data_pipeline.prompt_batches(
+      ctx.prompt_tokens("train"),
+      length=ctx.config.data.max_prompt_length,
+      batch_size=cfg.batch_size,
+      seed=seed,
+      vocab_size=ctx.tokenizer.vocab_size,
+      **ctx.batch_shards,
+    )
   }
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
-    parts["pretrain"] = document_batches(ctx, "train", length=cfg.ptx_length, batch_size=rows, seed=seed)
+    parts["pretrain"] = document_batches(
+      ctx, "train", length=cfg.ptx_length, batch_size=rows, seed=seed
+    )
   return data_pipeline.zip_batches(parts)
 
 
@@ -112,8 +121,8 @@ def _describe(ctx: Context, cfg: PPOConfig):
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
     columns = (prompts, responses, np.asarray(samples["score_B"]), np.asarray(samples["kl_B"]))
     rows = [
-        {"prompt": p, "answer": a, "score": float(s), "kl": float(k)}
-        for p, a, s, k in list(zip(*columns))[: ctx.config.log.samples]
+      {"prompt": p, "answer": a, "score": float(s), "kl": float(k)}
+      for p, a, s, k in list(zip(*columns))[: ctx.config.log.samples]
     ]
     return extra, rows
 
@@ -124,29 +133,39 @@ def run(ctx: Context, stage: str):
   """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
   cfg = variant(ctx, stage)
   blocks = {
-      "model": ctx.config.model, "reward_model": ctx.config.reward_model, "data": ctx.config.data,
-      "ppo": dataclasses.replace(cfg, max_kl=0.0),  # a limit changes no number: lifting it lets the run go on
+    "model": ctx.config.model,
+    "reward_model": ctx.config.reward_model,
+    "data": ctx.config.data,
+    "ppo": dataclasses.replace(
+      cfg, max_kl=0.0
+    ),  # a limit changes no number: lifting it lets the run go on
   }
   run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
   if finished(run_):
     return
   nets = make_nets(ctx, cfg)
-  frozen = ppo.Frozen(ref_params=policies.load(ctx, "ppo_init"), reward_params=policies.load_reward(ctx))
-  state, shardings = initial_state(ctx, cfg, nets, frozen.ref_params, frozen.reward_params, ctx.key(stage))
+  frozen = ppo.Frozen(
+    ref_params=policies.load(ctx, "ppo_init"), reward_params=policies.load_reward(ctx)
+  )
+  state, shardings = initial_state(
+    ctx, cfg, nets, frozen.ref_params, frozen.reward_params, ctx.key(stage)
+  )
   reference = {
-      "reference": checkpoint.tree_fingerprint(frozen.ref_params),
-      "reward_model": checkpoint.tree_fingerprint(frozen.reward_params),
+    "reference": checkpoint.tree_fingerprint(frozen.ref_params),
+    "reward_model": checkpoint.tree_fingerprint(frozen.reward_params),
   }
   step = ppo.make_train_step(nets, cfg, shardings)
   loop.fit(
-      dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
-      state,
-      lambda state, batch: step(state, frozen, batch),
-      _batches(ctx, cfg, stage),
-      num_steps=cfg.num_iterations,
-      place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-      limits={"kl": cfg.max_kl} if cfg.max_kl else {},
-      show=("reward", "gold", "kl", "entropy", "ptx_loss"),
-      on_samples=_describe(ctx, cfg),
+    dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
+    state,
+    lambda state, batch: step(state, frozen, batch),
+    _batches(ctx, cfg, stage),
+    num_steps=cfg.num_iterations,
+    place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+    limits={"kl": cfg.max_kl} if cfg.max_kl else {},
+    show=("reward", "gold", "kl", "entropy", "ptx_loss"),
+    on_samples=_describe(ctx, cfg),
   )
-  checkpoint.write_done(run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations})
+  checkpoint.write_done(
+    run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations}
+  )

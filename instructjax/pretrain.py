@@ -11,8 +11,13 @@ from instructjax.optim import make_optimizer
 
 def document_batches(ctx: Context, split: str, *, length: int, batch_size: int, seed: int):
   return data_pipeline.lm_batches(
-      ctx.document_tokens(split), length=length, batch_size=batch_size, seed=seed,
-      vocab_size=ctx.tokenizer.vocab_size, eos_id=ctx.tokenizer.eos_id, **ctx.batch_shards,
+    ctx.document_tokens(split),
+    length=length,
+    batch_size=batch_size,
+    seed=seed,
+    vocab_size=ctx.tokenizer.vocab_size,
+    eos_id=ctx.tokenizer.eos_id,
+    **ctx.batch_shards,
   )
 
 
@@ -20,14 +25,18 @@ def validation_rows(ctx: Context, length: int) -> list:
   """The same held-out rows of pretraining text for every stage that reports a pretraining loss."""
   batch_size = ctx.config.pretrain.batch_size
   batches = document_batches(ctx, "validation", length=length, batch_size=batch_size, seed=0)
-  return list(itertools.islice(batches, min(ctx.config.evaluate.pretrain_batches, batches.steps_per_epoch)))
+  return list(
+    itertools.islice(batches, min(ctx.config.evaluate.pretrain_batches, batches.steps_per_epoch))
+  )
 
 
 def run(ctx: Context, stage: str):
   """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's)."""
   cfg: PretrainConfig = ctx.config.pretrain if stage == "pretrain" else ctx.config.reward_pretrain
   model_cfg: ModelConfig = ctx.config.model if stage == "pretrain" else ctx.config.reward_model
-  step_run = stage_run(ctx, stage, {"model": model_cfg, "stage": cfg, "documents": ctx.config.data.documents})
+  step_run = stage_run(
+    ctx, stage, {"model": model_cfg, "stage": cfg, "documents": ctx.config.data.documents}
+  )
   if finished(step_run):
     return
   model = ctx.model("policy" if stage == "pretrain" else "reward_base")
@@ -38,17 +47,22 @@ def run(ctx: Context, stage: str):
   evaluate = supervised.make_lm_evaluation(model, ctx.mesh)
   held_out = validation_rows(ctx, cfg.length)
   state = loop.fit(
-      step_run,
-      state,
-      supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings),
-      document_batches(ctx, "train", length=cfg.length, batch_size=cfg.batch_size, seed=ctx.data_seed(stage)),
-      num_steps=cfg.num_steps,
-      place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-      evaluate=lambda state, step: {"loss": evaluate(state.params, held_out)},
-      evaluate_steps=(cfg.num_steps,),
+    step_run,
+    state,
+    supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings),
+    document_batches(
+      ctx, "train", length=cfg.length, batch_size=cfg.batch_size, seed=ctx.data_seed(stage)
+    ),
+    num_steps=cfg.num_steps,
+    place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+    evaluate=lambda state, step: {"loss": evaluate(state.params, held_out)},
+    evaluate_steps=(cfg.num_steps,),
   )
   checkpoint.write_done(
-      step_run.directory,
-      {"fingerprint": step_run.fingerprint, "step": cfg.num_steps,
-       "validation_loss": evaluate(state.params, held_out)},
+    step_run.directory,
+    {
+      "fingerprint": step_run.fingerprint,
+      "step": cfg.num_steps,
+      "validation_loss": evaluate(state.params, held_out),
+    },
   )

@@ -1,4 +1,4 @@
-"""Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's ranked answers, one epoch, demonstrations at mean 0."""
+"""Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's answers, one epoch, demonstrations at mean 0."""
 
 import itertools
 
@@ -32,12 +32,18 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
 
   def loss_fn(params, batch):
     score_BC = scores(model, params, batch)
-    return preference.ranked_preference_loss(score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties)
+    return preference.ranked_preference_loss(
+      score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties
+    )
 
   def step(state: TrainState, batch: RankedBatch):
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
     state = supervised.apply_gradients(state, tx, grads)
-    return state, {"loss": loss, "accuracy": metrics["accuracy"], "grad_norm": optax.tree.norm(grads)}
+    return state, {
+      "loss": loss,
+      "accuracy": metrics["accuracy"],
+      "grad_norm": optax.tree.norm(grads),
+    }
 
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
@@ -46,13 +52,15 @@ def _tokenized(ctx: Context, records: list) -> list:
   """Rankings as token lists; over-long ones are filtered and counted by the data pipeline."""
   data = ctx.config.data
   rankings, _ = data_pipeline.tokenize_rankings(
-      records, ctx.tokenizer,
-      max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
+    records,
+    ctx.tokenizer,
+    max_prompt_length=data.max_prompt_length,
+    max_response_length=data.max_response_length,
   )
   most = max((len(item.responses) for item in rankings), default=0)
   if most > ctx.config.rm.max_responses:
     raise ValueError(
-        f"a prompt has {most} ranked responses; raise rm.max_responses={ctx.config.rm.max_responses}"
+      f"a prompt has {most} ranked responses; raise rm.max_responses={ctx.config.rm.max_responses}"
     )
   return rankings
 
@@ -60,9 +68,13 @@ def _tokenized(ctx: Context, records: list) -> list:
 def _batches(ctx: Context, records: list, *, batch_size: int, seed: int):
   data = ctx.config.data
   return data_pipeline.ranking_batches(
-      _tokenized(ctx, records), max_responses=ctx.config.rm.max_responses, batch_size=batch_size, seed=seed,
-      length=data.max_prompt_length + data.max_response_length, vocab_size=ctx.tokenizer.vocab_size,
-      **ctx.batch_shards,
+    _tokenized(ctx, records),
+    max_responses=ctx.config.rm.max_responses,
+    batch_size=batch_size,
+    seed=seed,
+    length=data.max_prompt_length + data.max_response_length,
+    vocab_size=ctx.tokenizer.vocab_size,
+    **ctx.batch_shards,
   )
 
 
@@ -90,8 +102,12 @@ def train(ctx: Context, stage: str, records: list, key):
   tx = make_optimizer(cfg.optim, num_steps)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
-      _stage_run(ctx, stage), state, make_train_step(model, tx, cfg, shardings), batches, num_steps=num_steps,
-      place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+    _stage_run(ctx, stage),
+    state,
+    make_train_step(model, tx, cfg, shardings),
+    batches,
+    num_steps=num_steps,
+    place=lambda batch: sharding.place_batch(ctx.mesh, batch),
   )
   return num_steps, state.params
 
@@ -106,8 +122,10 @@ def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
     chunk = tokenized[start : start + batch_size]
     filled = chunk + tokenized[:1] * (batch_size - len(chunk))
     batch = data_pipeline.ranked_batch(
-        filled, max_responses=ctx.config.rm.max_responses,
-        length=data.max_prompt_length + data.max_response_length, vocab_size=ctx.tokenizer.vocab_size,
+      filled,
+      max_responses=ctx.config.rm.max_responses,
+      length=data.max_prompt_length + data.max_response_length,
+      vocab_size=ctx.tokenizer.vocab_size,
     )
     score_BC = np.asarray(_jitted_scores(model, params, sharding.place_rows(ctx.mesh, batch)))
     result += [row[: len(item.ranks)] for row, item in zip(score_BC, chunk)]
@@ -116,11 +134,13 @@ def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
 
 def pair_margins(score_K: np.ndarray, rank_K) -> np.ndarray:
   """Score of the preferred answer minus the other's, for each pair that is not a tie."""
-  return np.array([
+  return np.array(
+    [
       score_K[i] - score_K[j] if rank_K[i] < rank_K[j] else score_K[j] - score_K[i]
       for i, j in itertools.combinations(range(len(rank_K)), 2)
       if rank_K[i] != rank_K[j]
-  ])
+    ]
+  )
 
 
 def _plain(calibration: preference.Calibration) -> dict:
@@ -134,16 +154,18 @@ def judge(ctx: Context, params, records: list) -> dict:
   right = np.array([np.sum(m > 0) for m in margins])
   total = np.array([len(m) for m in margins])
   if not total.sum():
-    raise ValueError(f"{len(records)} held-out rankings hold no pair that is not a tie; add rankings with an order")
+    raise ValueError(
+      f"{len(records)} held-out rankings hold no pair that is not a tie; add rankings with an order"
+    )
   accuracy = right.sum() / total.sum()
   stderr = np.sqrt(np.sum((right - accuracy * total) ** 2)) / total.sum()
   return {
-      "accuracy": float(accuracy),
-      "accuracy_stderr": float(stderr),
-      "pairs": int(total.sum()),
-      "prompts": len(margins),
-      "score_std": float(np.std(np.concatenate(score))),
-      "calibration": _plain(preference.calibration(np.concatenate(margins))),
+    "accuracy": float(accuracy),
+    "accuracy_stderr": float(stderr),
+    "pairs": int(total.sum()),
+    "prompts": len(margins),
+    "score_std": float(np.std(np.concatenate(score))),
+    "calibration": _plain(preference.calibration(np.concatenate(margins))),
   }
 
 
@@ -151,8 +173,10 @@ def demonstration_mean(ctx: Context, params) -> float:
   """Mean score of labelers' demonstrations, which the bias subtracts (C.2)."""
   data = ctx.config.data
   kept, _ = data_pipeline.tokenize_demonstrations(
-      ctx.records("demonstrations", "train"), ctx.tokenizer,
-      max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
+    ctx.records("demonstrations", "train"),
+    ctx.tokenizer,
+    max_prompt_length=data.max_prompt_length,
+    max_response_length=data.max_response_length,
   )
   ended = [item.response + [ctx.tokenizer.eos_id] for item in kept]
   demonstrations = answers.from_tokens(ctx, [item.prompt for item in kept], ended)
@@ -169,15 +193,15 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
   if not folds:
     return []
   named = [
-      {record.labeler for record in ctx.records("comparisons", split) if record.labeler is not None}
-      for split in ("train", "validation")
+    {record.labeler for record in ctx.records("comparisons", split) if record.labeler is not None}
+    for split in ("train", "validation")
   ]
   labelers = sorted(named[0])
   result = [set(labelers[fold::folds]) for fold in range(folds)]
   if not all(outside & named[1] for outside in result):
     raise ValueError(
-        f"rm.cross_validation_folds={folds} must leave each fold a labeler with held-out rankings, and the"
-        f" comparisons name {len(labelers)} labelers; set it to 0 or add a 'labeler' to each row"
+      f"rm.cross_validation_folds={folds} must leave each fold a labeler with held-out rankings, and the"
+      f" comparisons name {len(labelers)} labelers; set it to 0 or add a 'labeler' to each row"
     )
   return result
 
@@ -191,10 +215,12 @@ def cross_validate(ctx: Context) -> list[dict]:
     inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
     stage = f"rm/fold_{fold}"
     _, params = train(ctx, stage, inside, ctx.key(stage))
-    results.append({
+    results.append(
+      {
         "heldout": judge(ctx, params, [r for r in held_out if r.labeler in outside])["accuracy"],
         "train": judge(ctx, params, [r for r in held_out if r.labeler not in outside])["accuracy"],
-    })
+      }
+    )
   return results
 
 
@@ -205,10 +231,10 @@ def run(ctx: Context, stage: str):
     return
   num_steps, params = train(ctx, stage, ctx.records("comparisons", "train"), ctx.key(stage))
   result = {
-      "fingerprint": run_.fingerprint,
-      "step": num_steps,
-      "demonstration_mean": demonstration_mean(ctx, params),
-      "validation": judge(ctx, params, ctx.records("comparisons", "validation")),
+    "fingerprint": run_.fingerprint,
+    "step": num_steps,
+    "demonstration_mean": demonstration_mean(ctx, params),
+    "validation": judge(ctx, params, ctx.records("comparisons", "validation")),
   }
   if ctx.collects:
     result["heldout_labelers"] = judge(ctx, params, ctx.records("comparisons", "heldout"))

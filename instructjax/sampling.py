@@ -68,14 +68,14 @@ def sample_token(logits_BV: Array, uniform_B: Array, temperature: float) -> tupl
 
 
 def generate(
-    model: transformer.Model,
-    params,
-    prompts: PromptBatch,
-    key: Array,
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    temperature: float,
+  model: transformer.Model,
+  params,
+  prompts: PromptBatch,
+  key: Array,
+  *,
+  max_new_tokens: int,
+  eos_id: int,
+  temperature: float,
 ) -> Rollout:
   """Samples one response a prompt. Traceable: call it inside jit.
 
@@ -98,7 +98,9 @@ def generate(
   uniform_BR = row_uniforms(key, prompts.index_B, max_new_tokens)
   weights = transformer.decode_weights(model, params)
   cache = transformer.init_cache(model, num_rows, prompt_length + max_new_tokens)
-  logits_BV, cache = transformer.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
+  logits_BV, cache = transformer.prefill(
+    model, weights, prompts.token_BP, prompts.is_prompt_BP, cache
+  )
   prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
   pad_response = ((0, 0), (0, max_new_tokens))
   token_BL = jnp.pad(prompts.token_BP, pad_response, constant_values=pad_id)
@@ -124,24 +126,24 @@ def generate(
     slot = prompt_length + t - 1
     token_B = jax.lax.dynamic_index_in_dim(token_BL, slot, axis=1, keepdims=False)
     logits_BV, cache = transformer.decode_step(
-        model, weights, token_B, prompt_tokens_B + t - 1, slot, is_token_BL, cache
+      model, weights, token_B, prompt_tokens_B + t - 1, slot, is_token_BL, cache
     )
     return t + 1, cache, write(rows, t, logits_BV)
 
   rows = (
-      token_BL,
-      is_token_BL,
-      jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-      jnp.zeros((num_rows,), bool),
+    token_BL,
+    is_token_BL,
+    jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+    jnp.zeros((num_rows,), bool),
   )
   rows = write(rows, jnp.int32(0), logits_BV)
   num_steps, _, (token_BL, is_token_BL, logprob_BR, _) = jax.lax.while_loop(
-      go_on, step, (jnp.int32(1), cache, rows)
+    go_on, step, (jnp.int32(1), cache, rows)
   )
   return Rollout(
-      token_BL=token_BL,
-      is_token_BL=is_token_BL,
-      is_response_BR=is_token_BL[:, prompt_length:],
-      behaviour_logprob_BR=logprob_BR,
-      num_steps=num_steps,
+    token_BL=token_BL,
+    is_token_BL=is_token_BL,
+    is_response_BR=is_token_BL[:, prompt_length:],
+    behaviour_logprob_BR=logprob_BR,
+    num_steps=num_steps,
   )

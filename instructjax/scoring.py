@@ -13,16 +13,18 @@ from instructjax.structs import Array
 
 def _forward(model, params, token_BL, is_token_BL, window):
   return transformer.apply(
-      model,
-      params,
-      token_BL,
-      segment_BL=is_token_BL.astype(jnp.int32),
-      position_BL=transformer.positions_from_mask(is_token_BL),
-      window=window,
+    model,
+    params,
+    token_BL,
+    segment_BL=is_token_BL.astype(jnp.int32),
+    position_BL=transformer.positions_from_mask(is_token_BL),
+    window=window,
   )
 
 
-def response_logits(model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float):
+def response_logits(
+  model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float
+):
   """Logits that each response token was, or would be, drawn from: float32 [B, R, V], divided by the temperature.
 
   Scoring at another temperature than sampling's makes the KL wrong from the first step (details item 19).
@@ -31,16 +33,20 @@ def response_logits(model, params, token_BL: Array, is_token_BL: Array, *, promp
   return _forward(model, params, token_BL, is_token_BL, window) / temperature
 
 
-def response_logprob(model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float):
+def response_logprob(
+  model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float
+):
   """Log-probability of each response token, float32 [B, R]; zero at pads."""
   logits_BRV = response_logits(
-      model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
+    model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
   )
   logprob_BR = lm.token_logprob(logits_BRV, token_BL[:, prompt_length:])
   return jnp.where(is_token_BL[:, prompt_length:], logprob_BR, 0.0)
 
 
-def response_value(model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int) -> Array:
+def response_value(
+  model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int
+) -> Array:
   """Value of the state before each response token, float32 [B, R]."""
   return _forward(model, params, token_BL, is_token_BL, (prompt_length - 1, token_BL.shape[1] - 1))
 

@@ -14,8 +14,10 @@ from instructjax.pretrain import document_batches, validation_rows
 def _demonstrations(ctx: Context, split: str) -> list:
   data = ctx.config.data
   return data_pipeline.tokenize_demonstrations(
-      ctx.records("demonstrations", split), ctx.tokenizer,
-      max_prompt_length=data.max_prompt_length, max_response_length=data.max_response_length,
+    ctx.records("demonstrations", split),
+    ctx.tokenizer,
+    max_prompt_length=data.max_prompt_length,
+    max_response_length=data.max_response_length,
   )[0]
 
 
@@ -24,11 +26,17 @@ def _batches(ctx: Context, cfg: SFTConfig, stage: str):
   mix_rows = round(cfg.pretrain_mix * cfg.batch_size)
   common = dict(length=cfg.length, seed=ctx.data_seed(stage))
   demonstrations = data_pipeline.sft_batches(
-      _demonstrations(ctx, "train"), batch_size=cfg.batch_size - mix_rows,
-      vocab_size=ctx.tokenizer.vocab_size, eos_id=ctx.tokenizer.eos_id, **ctx.batch_shards, **common,
+    _demonstrations(ctx, "train"),
+    batch_size=cfg.batch_size - mix_rows,
+    vocab_size=ctx.tokenizer.vocab_size,
+    eos_id=ctx.tokenizer.eos_id,
+    **ctx.batch_shards,
+    **common,
   )
   if not mix_rows:
-    return data_pipeline.zip_batches({"demonstrations": demonstrations}), demonstrations.steps_per_epoch
+    return data_pipeline.zip_batches(
+      {"demonstrations": demonstrations}
+    ), demonstrations.steps_per_epoch
   text = document_batches(ctx, "train", batch_size=mix_rows, **common)
   zipped = data_pipeline.zip_batches({"demonstrations": demonstrations, "pretrain": text})
   return zipped, demonstrations.steps_per_epoch
@@ -41,14 +49,19 @@ def _join_rows(batch: dict):
 
 def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate):
   batches = data_pipeline.sft_batches(
-      _demonstrations(ctx, "validation"), length=cfg.length, batch_size=cfg.batch_size, seed=0,
-      vocab_size=ctx.tokenizer.vocab_size, eos_id=ctx.tokenizer.eos_id, **ctx.batch_shards,
+    _demonstrations(ctx, "validation"),
+    length=cfg.length,
+    batch_size=cfg.batch_size,
+    seed=0,
+    vocab_size=ctx.tokenizer.vocab_size,
+    eos_id=ctx.tokenizer.eos_id,
+    **ctx.batch_shards,
   )
   demonstrations = [next(batches) for _ in range(batches.steps_per_epoch)]
   text = validation_rows(ctx, cfg.length)
   return lambda state, step: {
-      "loss": evaluate(state.params, demonstrations),
-      "pretrain_loss": evaluate(state.params, text),
+    "loss": evaluate(state.params, demonstrations),
+    "pretrain_loss": evaluate(state.params, text),
   }
 
 
@@ -56,8 +69,10 @@ def run(ctx: Context, stage: str):
   """Trains `sft` or `ppo_init` from the base; keeps one checkpoint an epoch and marks the best by validation loss."""
   cfg: SFTConfig = getattr(ctx.config, stage)
   step_run = stage_run(
-      ctx, stage,
-      {"model": ctx.config.model, "stage": cfg, "data": ctx.config.data}, parents=("pretrain",),
+    ctx,
+    stage,
+    {"model": ctx.config.model, "stage": cfg, "data": ctx.config.data},
+    parents=("pretrain",),
   )
   if finished(step_run):
     return
@@ -66,35 +81,45 @@ def run(ctx: Context, stage: str):
   num_steps = cfg.num_epochs * steps_per_epoch
   epoch_ends = tuple(steps_per_epoch * (i + 1) for i in range(cfg.num_epochs))
   tx = make_optimizer(cfg.optim, num_steps)
-  state, shardings = supervised.create_state(ctx.mesh, model, tx, policies.load(ctx, "base"), ctx.key(stage))
-  loop.fit(
-      step_run,
-      state,
-      supervised.make_lm_train_step(model, tx, dropout_rate=cfg.dropout, state_shardings=shardings),
-      batches,
-      num_steps=num_steps,
-      place=lambda batch: sharding.place_batch(ctx.mesh, _join_rows(batch)),
-      evaluate=_validation_loss(ctx, cfg, supervised.make_lm_evaluation(model, ctx.mesh)),
-      evaluate_steps=epoch_ends,
-      keep_steps=epoch_ends,
+  state, shardings = supervised.create_state(
+    ctx.mesh, model, tx, policies.load(ctx, "base"), ctx.key(stage)
   )
-  history = {row["step"]: row for row in metrics.read_metrics(step_run.directory) if "validation/loss" in row}
+  loop.fit(
+    step_run,
+    state,
+    supervised.make_lm_train_step(model, tx, dropout_rate=cfg.dropout, state_shardings=shardings),
+    batches,
+    num_steps=num_steps,
+    place=lambda batch: sharding.place_batch(ctx.mesh, _join_rows(batch)),
+    evaluate=_validation_loss(ctx, cfg, supervised.make_lm_evaluation(model, ctx.mesh)),
+    evaluate_steps=epoch_ends,
+    keep_steps=epoch_ends,
+  )
+  history = {
+    row["step"]: row for row in metrics.read_metrics(step_run.directory) if "validation/loss" in row
+  }
   epochs = [
-      {"step": step, "validation_loss": history[step]["validation/loss"],
-       "pretrain_loss": history[step]["validation/pretrain_loss"]}
-      for step in epoch_ends
+    {
+      "step": step,
+      "validation_loss": history[step]["validation/loss"],
+      "pretrain_loss": history[step]["validation/pretrain_loss"],
+    }
+    for step in epoch_ends
   ]
   # ppo_init is the end of its run (C.3); the SFT baseline is the best epoch.
   best = min(epochs, key=lambda e: e["validation_loss"]) if stage == "sft" else epochs[-1]
   checkpoint.write_done(
-      step_run.directory, {"fingerprint": step_run.fingerprint, "step": best["step"], "epochs": epochs}
+    step_run.directory,
+    {"fingerprint": step_run.fingerprint, "step": best["step"], "epochs": epochs},
   )
 
 
 def select(ctx: Context, stage: str):
   """Chooses the SFT epoch by reward-model score on validation prompts, a better guide than the loss (C.1)."""
   cfg = ctx.config.evaluate
-  run = stage_run(ctx, stage, {"evaluate": [cfg.num_prompts, cfg.temperature]}, parents=("sft", "rm"))
+  run = stage_run(
+    ctx, stage, {"evaluate": [cfg.num_prompts, cfg.temperature]}, parents=("sft", "rm")
+  )
   # No training starts from here: with other settings it is chosen anew.
   if (checkpoint.read_done(run.directory) or {}).get("fingerprint") == run.fingerprint:
     return
@@ -104,8 +129,12 @@ def select(ctx: Context, stage: str):
   epochs = []
   for epoch in checkpoint.read_done(ctx.directory("sft"))["epochs"]:
     params = policies.load_step(ctx, "sft", epoch["step"])
-    sampled = answers.sample(ctx, model, params, prompts, ctx.key(stage), temperature=cfg.temperature)
+    sampled = answers.sample(
+      ctx, model, params, prompts, ctx.key(stage), temperature=cfg.temperature
+    )
     score = answers.score(ctx, reward_model, reward_params, sampled)
     epochs.append(epoch | {"reward": float(score.mean())})
   best = max(epochs, key=lambda e: e["reward"])
-  checkpoint.write_done(run.directory, {"fingerprint": run.fingerprint, "step": best["step"], "epochs": epochs})
+  checkpoint.write_done(
+    run.directory, {"fingerprint": run.fingerprint, "step": best["step"], "epochs": epochs}
+  )

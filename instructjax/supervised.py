@@ -1,6 +1,6 @@
 """State and language-model step shared by pretrain, sft, ppo_init (LM loss) and rm (state only)."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +24,38 @@ def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
   return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
 
 
-def create_state(mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key):
+def create_state(
+  mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key
+):
   """(TrainState, its shardings): the optimiser state is sharded like the weights it belongs to."""
   shardings, shapes = param_shardings(mesh, model)
   opt_shardings = sharding.opt_state_shardings(tx, shapes, shardings, mesh)
   state = TrainState(
-      step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),
-      params=params,
-      opt_state=jax.jit(tx.init, out_shardings=opt_shardings)(params),
-      key=jax.device_put(key, sharding.replicated(mesh)),
+    step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),
+    params=params,
+    opt_state=jax.jit(tx.init, out_shardings=opt_shardings)(params),
+    key=jax.device_put(key, sharding.replicated(mesh)),
   )
   return state, TrainState(
-      step=sharding.replicated(mesh), params=shardings, opt_state=opt_shardings, key=sharding.replicated(mesh)
+    step=sharding.replicated(mesh),
+    params=shardings,
+    opt_state=opt_shardings,
+    key=sharding.replicated(mesh),
   )
 
 
-def _logits_and_targets(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+def _logits_and_targets(
+  model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None
+):
   logits_BTV = transformer.apply(
-      model, params, batch.token_BL, segment_BL=batch.segment_BL, position_BL=batch.position_BL,
-      dropout_rate=dropout_rate, dropout_key=dropout_key, window=(0, batch.token_BL.shape[1] - 1),
+    model,
+    params,
+    batch.token_BL,
+    segment_BL=batch.segment_BL,
+    position_BL=batch.position_BL,
+    dropout_rate=dropout_rate,
+    dropout_key=dropout_key,
+    window=(0, batch.token_BL.shape[1] - 1),
   )
   return logits_BTV, batch.token_BL[:, 1:]
 
@@ -77,7 +90,9 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def apply_gradients(state: TrainState, tx: optax.GradientTransformation, grads: Params) -> TrainState:
+def apply_gradients(
+  state: TrainState, tx: optax.GradientTransformation, grads: Params
+) -> TrainState:
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)

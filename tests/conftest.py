@@ -6,10 +6,12 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
+  (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
     + " --xla_backend_optimization_level=0"  # tiny programs: compiling them well takes longer than running them
-).strip()
+  ).strip()
+)
 
 import jax  # noqa: E402  (the flags above must be set before the first import)
 import jax.numpy as jnp  # noqa: E402
@@ -41,10 +43,27 @@ def quick_jit():
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
   return ModelConfig(
-    num_layers=1, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_mlp=24, max_length=20,
-    position="learned", rope_base=100.0, norm="layernorm", norm_eps=1e-5, mlp="gelu",
-    use_bias=False, qkv_bias=False, attention_window=0, tie_embeddings=True, init_std=0.2,
-    dtype="float32", layers="unroll", remat=False, weights="",
+    num_layers=1,
+    d_model=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    d_mlp=24,
+    max_length=20,
+    position="learned",
+    rope_base=100.0,
+    norm="layernorm",
+    norm_eps=1e-5,
+    mlp="gelu",
+    use_bias=False,
+    qkv_bias=False,
+    attention_window=0,
+    tie_embeddings=True,
+    init_std=0.2,
+    dtype="float32",
+    layers="unroll",
+    remat=False,
+    weights="",
   )
 
 
@@ -52,19 +71,48 @@ def tiny_config() -> ModelConfig:
 def adam_config() -> OptimConfig:
   """Adam whose eps keeps rounding noise in near-zero gradients from becoming whole steps."""
   return OptimConfig(
-    learning_rate=1e-2, schedule="constant", warmup_steps=0, warmup_start=0.0, end_fraction=1.0,
-    b1=0.9, b2=0.95, eps=1e-3, eps_placement="pytorch", weight_decay=0.0, clip_norm=None,
+    learning_rate=1e-2,
+    schedule="constant",
+    warmup_steps=0,
+    warmup_start=0.0,
+    end_fraction=1.0,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-3,
+    eps_placement="pytorch",
+    weight_decay=0.0,
+    clip_norm=None,
   )
 
 
 @pytest.fixture(scope="session")
 def ppo_config(adam_config) -> PPOConfig:
   return PPOConfig(
-    num_iterations=3, batch_size=16, num_minibatches=2, num_epochs=2, temperature=0.7,
-    behaviour_logprob="rollout", beta=0.02, kl_controller="fixed", kl_target=6.0, kl_horizon=100,
-    gamma=0.0, ptx_rows=8, ptx_length=8, ptx_reduction="mean", discount=1.0, gae_lambda=0.95,
-    clip=0.2, value_clip=0.2, whiten_advantages=True, whiten_rewards=False, missing_eos="as_is",
-    missing_eos_score=-1.5, ema_decay=0.9, max_kl=0.0, policy_optim=adam_config,
+    num_iterations=3,
+    batch_size=16,
+    num_minibatches=2,
+    num_epochs=2,
+    temperature=0.7,
+    behaviour_logprob="rollout",
+    beta=0.02,
+    kl_controller="fixed",
+    kl_target=6.0,
+    kl_horizon=100,
+    gamma=0.0,
+    ptx_rows=8,
+    ptx_length=8,
+    ptx_reduction="mean",
+    discount=1.0,
+    gae_lambda=0.95,
+    clip=0.2,
+    value_clip=0.2,
+    whiten_advantages=True,
+    whiten_rewards=False,
+    missing_eos="as_is",
+    missing_eos_score=-1.5,
+    ema_decay=0.9,
+    max_kl=0.0,
+    policy_optim=adam_config,
     value_optim=adam_config,
   )
 

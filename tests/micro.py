@@ -4,11 +4,16 @@ Called by the tests of main, pipeline and the stages. Built from the tiny preset
 which the presets gain is here too.
 """
 
+import contextlib
 import json
 import pathlib
 import random
+from unittest import mock
+
+import jax
 
 from configs import base, models
+from instructjax import sharding
 from instructjax.config import Config, from_config_dict
 
 THINGS = ("sea", "hill", "tree", "bird", "road", "wind", "rain", "star", "lamp", "boat", "well")
@@ -17,9 +22,10 @@ FORMS = (
   "say: {a} or {b}? a {a}, a {b}.",
   "we saw the {a} by the {b}.",
   "no {a} is like a {b}.",
+  "every {a} makes joyful, quick zigzag moves for one more {b}",
 )
 LABELERS = ("ann", "bob", "cy", "dee")
-VOCAB_SIZE = 40
+VOCAB_SIZE = 56
 
 
 def write_data(folder: pathlib.Path) -> dict[str, str]:
@@ -59,30 +65,43 @@ def config_dict(stage: str, specs: dict[str, str]):
   """ConfigDict of a stage, with the data of `specs`; change it and pass it to `config`."""
   config = models.get(stage, "tiny")
   decoder = dict(
-    num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_mlp=32, max_length=64
+    num_layers=1, d_model=16, num_heads=2, num_kv_heads=2, head_dim=8, d_mlp=32, max_length=512
   )
   config.model.update(decoder)
-  config.reward_model.update(decoder | dict(d_mlp=48))
+  config.reward_model.update(decoder)
   config.tokenizer.vocab_size = VOCAB_SIZE
-  config.data.update(
-    specs, max_prompt_length=20, max_response_length=28, validation_fraction=0.25
-  )
+  config.data.update(specs, max_prompt_length=36, max_response_length=24, validation_fraction=0.25)
   config.checkpoint.update(every_steps=2, keep=2)
   config.log.update(every_steps=1, samples=1, tensorboard=False)
   for name in ("pretrain", "reward_pretrain"):
-    config[name].update(num_steps=4, batch_size=8, length=32, optim=base.adam(1e-2))
+    config[name].update(num_steps=4, batch_size=8, length=60, optim=base.adam(1e-2))
   for name in ("sft", "ppo_init"):
-    config[name].update(num_epochs=2, batch_size=8, length=48, pretrain_mix=0.25)
+    config[name].update(
+      num_epochs=2, batch_size=8, length=60, pretrain_mix=0.25, dropout=0.1, optim=base.adam(1e-2)
+    )
   config.collect.update(num_prompts=16, num_heldout_prompts=8, min_responses=2, max_responses=3)
-  config.rm.update(
-    batch_size=8, max_responses=3, cross_validation_folds=0, optim=base.adam(1e-3)
-  )
+  config.rm.update(batch_size=8, max_responses=3, cross_validation_folds=0, optim=base.adam(1e-3))
   config.ppo.update(
-    num_iterations=4, batch_size=8, num_minibatches=2, num_epochs=1, ptx_rows=1, ptx_length=32
+    num_iterations=4,
+    batch_size=8,
+    num_minibatches=2,
+    num_epochs=1,
+    ptx_rows=1,
+    ptx_length=60,
+    gamma=0.3,
+    max_kl=0.0,
+    policy_optim=base.adam(5e-2),
+    value_optim=base.adam(1e-2),
   )
   config.evaluate.update(
-    num_prompts=8, samples_per_prompt=1, compare=(), overoptimization=False,
-    overoptimization_iterations=2, best_of_n=0, bootstrap=10, pretrain_batches=1,
+    num_prompts=8,
+    samples_per_prompt=1,
+    compare=(),
+    overoptimization=False,
+    overoptimization_iterations=2,
+    best_of_n=0,
+    bootstrap=10,
+    pretrain_batches=1,
   )
   return config
 
@@ -97,3 +116,12 @@ def config(stage: str, specs: dict[str, str], **changes) -> Config:
       block = block[part]
     block[field] = value
   return from_config_dict(values)
+
+
+@contextlib.contextmanager
+def one_device():
+  """Runs on one of the fake devices: several of them only take longer to compile for."""
+  make_mesh = sharding.make_mesh
+  one = lambda cfg: make_mesh(cfg, jax.devices()[:1])
+  with mock.patch.object(sharding, "make_mesh", one):
+    yield

@@ -18,20 +18,20 @@ from instructjax.ops.surrogate import clipped_surrogate
 from instructjax.optim import is_decayed, make_optimizer, make_schedule, scale_by_adam_tensorflow
 
 CONFIG = OptimConfig(
-    learning_rate=0.1,
-    schedule="constant",
-    warmup_steps=0,
-    warmup_start=0.0,
-    end_fraction=0.0,
-    b1=0.9,
-    b2=0.95,
-    eps=1e-5,
-    eps_placement="tensorflow",
-    weight_decay=0.0,
-    clip_norm=None,
+  learning_rate=0.1,
+  schedule="constant",
+  warmup_steps=0,
+  warmup_start=0.0,
+  end_fraction=0.0,
+  b1=0.9,
+  b2=0.95,
+  eps=1e-5,
+  eps_placement="tensorflow",
+  weight_decay=0.0,
+  clip_norm=None,
 )
 SCHEDULE = dict(
-    learning_rate=2.0, num_steps=100, warmup_steps=0, warmup_start=0.0, end_fraction=0.1
+  learning_rate=2.0, num_steps=100, warmup_steps=0, warmup_start=0.0, end_fraction=0.1
 )
 
 
@@ -77,16 +77,16 @@ def test_decay_starts_after_the_warmup_and_ends_with_the_run(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, change, message",
-    [
-        ("cos", {}, "schedule='cos' must be"),
-        ("cosine", {"learning_rate": 0.0}, "learning_rate=0.0 must be > 0"),
-        ("cosine", {"warmup_steps": 100}, "warmup_steps=100"),
-        ("constant", {"warmup_steps": -1}, "warmup_steps=-1"),
-        ("linear", {"num_steps": 0}, "num_steps=0"),
-        ("cosine", {"warmup_start": 1.5}, "warmup_start=1.5"),
-        ("cosine", {"end_fraction": -0.1}, "end_fraction=-0.1"),
-    ],
+  "kind, change, message",
+  [
+    ("cos", {}, "schedule='cos' must be"),
+    ("cosine", {"learning_rate": 0.0}, "learning_rate=0.0 must be > 0"),
+    ("cosine", {"warmup_steps": 100}, "warmup_steps=100"),
+    ("constant", {"warmup_steps": -1}, "warmup_steps=-1"),
+    ("linear", {"num_steps": 0}, "num_steps=0"),
+    ("cosine", {"warmup_start": 1.5}, "warmup_start=1.5"),
+    ("cosine", {"end_fraction": -0.1}, "end_fraction=-0.1"),
+  ],
 )
 def test_schedule_refuses(kind, change, message):
   with pytest.raises(ValueError, match=message):
@@ -94,17 +94,17 @@ def test_schedule_refuses(kind, change, message):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        {"eps_placement": "jax"},
-        {"schedule": "step"},
-        {"learning_rate": -1.0},
-        {"b1": 1.0},
-        {"b2": -0.1},
-        {"eps": 0.0},
-        {"weight_decay": -0.1},
-        {"clip_norm": 0.0},
-    ],
+  "change",
+  [
+    {"eps_placement": "jax"},
+    {"schedule": "step"},
+    {"learning_rate": -1.0},
+    {"b1": 1.0},
+    {"b2": -0.1},
+    {"eps": 0.0},
+    {"weight_decay": -0.1},
+    {"clip_norm": 0.0},
+  ],
 )
 def test_optimizer_refuses(change):
   (name,) = change
@@ -113,14 +113,14 @@ def test_optimizer_refuses(change):
 
 
 @pytest.mark.parametrize(
-    "b2, pytorch, tensorflow",
-    [
-        # m = .1 g, v = (1 - b2) g^2, g = 1e-6, eps = 1e-5.
-        # PyTorch: g / (g + eps) = 1 / 11, whatever b2.
-        # TensorFlow: sqrt(1 - b2) g / (sqrt(1 - b2) g + eps) = 1 / (1 + 10 / sqrt(1 - b2)).
-        (0.999, 1 / 11, 0.0031523),
-        (0.95, 1 / 11, 0.0218714),
-    ],
+  "b2, pytorch, tensorflow",
+  [
+    # m = .1 g, v = (1 - b2) g^2, g = 1e-6, eps = 1e-5.
+    # PyTorch: g / (g + eps) = 1 / 11, whatever b2.
+    # TensorFlow: sqrt(1 - b2) g / (sqrt(1 - b2) g + eps) = 1 / (1 + 10 / sqrt(1 - b2)).
+    (0.999, 1 / 11, 0.0031523),
+    (0.95, 1 / 11, 0.0218714),
+  ],
 )
 def test_details_31_first_step_hand_worked(b2, pytorch, tensorflow):
   np.testing.assert_allclose(first_update(1e-6, b2=b2, eps_placement="pytorch"), pytorch, rtol=1e-4)
@@ -221,27 +221,27 @@ def test_weight_decay_is_decoupled_and_spares_biases_and_scales():
 def test_weight_decay_of_every_parameter_of_a_model():
   # Layers are stacked, so the rank of an array does not tell a bias from a weight.
   gpt2 = ModelConfig(
-      num_layers=2,
-      d_model=4,
-      num_heads=2,
-      num_kv_heads=1,
-      head_dim=2,
-      d_mlp=8,
-      max_length=4,
-      position="learned",
-      rope_base=1e4,
-      norm="layernorm",
-      norm_eps=1e-5,
-      mlp="gelu",
-      use_bias=True,
-      qkv_bias=False,
-      attention_window=0,
-      tie_embeddings=False,
-      init_std=0.02,
-      dtype="float32",
-      layers="auto",
-      remat=False,
-      weights="",
+    num_layers=2,
+    d_model=4,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    d_mlp=8,
+    max_length=4,
+    position="learned",
+    rope_base=1e4,
+    norm="layernorm",
+    norm_eps=1e-5,
+    mlp="gelu",
+    use_bias=True,
+    qkv_bias=False,
+    attention_window=0,
+    tie_embeddings=False,
+    init_std=0.02,
+    dtype="float32",
+    layers="auto",
+    remat=False,
+    weights="",
   )
   llama = dataclasses.replace(gpt2, norm="rmsnorm", mlp="swiglu", use_bias=False, qkv_bias=True)
   decayed = set()
@@ -251,15 +251,15 @@ def test_weight_decay_of_every_parameter_of_a_model():
       if yes:
         decayed.add(jax.tree_util.keystr(path, simple=True, separator="/"))
   assert decayed == {
-      "embedding/token_VD",
-      "embedding/position_TD",
-      "head/w_D",
-      "head/w_VD",
-      "layers/attention/w_out_GRKD",
-      "layers/attention/w_qkv_DGQK",
-      "layers/mlp/w_down_FD",
-      "layers/mlp/w_gate_up_D2F",
-      "layers/mlp/w_up_DF",
+    "embedding/token_VD",
+    "embedding/position_TD",
+    "head/w_D",
+    "head/w_VD",
+    "layers/attention/w_out_GRKD",
+    "layers/attention/w_qkv_DGQK",
+    "layers/mlp/w_down_FD",
+    "layers/mlp/w_gate_up_D2F",
+    "layers/mlp/w_up_DF",
   }
 
 

@@ -30,7 +30,8 @@ def nets(tiny_config):
 def weights(nets, random_params):
   """Policy, value, reference and reward weights, all different."""
   return (
-    random_params(nets.policy, 1), random_params(nets.scalar, 2),
+    random_params(nets.policy, 1),
+    random_params(nets.scalar, 2),
     ppo.Frozen(random_params(nets.policy, 3), random_params(nets.scalar, 4)),
   )
 
@@ -49,7 +50,9 @@ def tokens_and_mask():
 def rollout():
   token_BL, is_token_BL = tokens_and_mask()
   logprob_BR = np.random.default_rng(1).uniform(-4, 0, MASK_BR.shape).astype(np.float32)
-  return Rollout(token_BL, is_token_BL, MASK_BR, np.where(MASK_BR, logprob_BR, 0), np.int32(RESPONSE))
+  return Rollout(
+    token_BL, is_token_BL, MASK_BR, np.where(MASK_BR, logprob_BR, 0), np.int32(RESPONSE)
+  )
 
 
 KL_COEF = 0.3
@@ -72,14 +75,20 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
       scoring.response_logprob, nets.policy, prompt_length=PROMPT, temperature=0.7
     )
     behind = dict(
-      policy=logprob(params, *args), ref=logprob(frozen.ref_params, *args),
+      policy=logprob(params, *args),
+      ref=logprob(frozen.ref_params, *args),
       score=scoring.sequence_score(nets.scalar, frozen.reward_params, *args),
       value=scoring.response_value(nets.scalar, value_params, *args, prompt_length=PROMPT),
     )
     results = {
       name: ppo._score(
-        nets, dataclasses.replace(ppo_config, **changes), params, value_params, frozen,
-        jnp.float32(KL_COEF), rollout,
+        nets,
+        dataclasses.replace(ppo_config, **changes),
+        params,
+        value_params,
+        frozen,
+        jnp.float32(KL_COEF),
+        rollout,
       )
       for name, changes in SCORE_CASES.items()
     }
@@ -122,8 +131,13 @@ def test_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollou
   kl = np.where(MASK_BR, behaviour_BR - behind["ref"], 0).sum(1)
   np.testing.assert_allclose(kl_B, kl, atol=1e-5)
   expected = dict(
-    kl=kl.mean(), reward=score_B.mean(), objective=np.mean(score_B - KL_COEF * kl), eos=5 / 6,
-    response_length=RESPONSE_LENGTH_B.mean(), entropy=-behaviour_BR.sum() / ROWS, kl_coef=KL_COEF,
+    kl=kl.mean(),
+    reward=score_B.mean(),
+    objective=np.mean(score_B - KL_COEF * kl),
+    eos=5 / 6,
+    response_length=RESPONSE_LENGTH_B.mean(),
+    entropy=-behaviour_BR.sum() / ROWS,
+    kl_coef=KL_COEF,
   )
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
@@ -131,7 +145,9 @@ def test_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollou
 
 def test_rescored_behaviour_is_the_policys_own(scored):
   results, behind = scored
-  np.testing.assert_allclose(results["rescore"][0].behaviour_logprob_BR, behind["policy"], atol=1e-6)
+  np.testing.assert_allclose(
+    results["rescore"][0].behaviour_logprob_BR, behind["policy"], atol=1e-6
+  )
   kl = np.where(MASK_BR, behind["policy"] - behind["ref"], 0).sum(1)
   np.testing.assert_allclose(results["rescore"][3], kl, atol=1e-5)
 
@@ -154,7 +170,9 @@ def test_or_be_left_out_of_the_actors_loss_and_whitening(scored):
   experience = results["exclude"][0]
   actor_BR = MASK_BR & ENDS_B[:, None]
   np.testing.assert_array_equal(experience.is_actor_BR, actor_BR)
-  np.testing.assert_array_equal(experience.is_response_BR, MASK_BR)  # the value net still learns from it
+  np.testing.assert_array_equal(
+    experience.is_response_BR, MASK_BR
+  )  # the value net still learns from it
   raw_BR = results["plain"][0].advantage_BR
   raw = raw_BR[actor_BR]
   np.testing.assert_allclose(
@@ -169,7 +187,8 @@ def test_whitened_rewards_keep_their_mean(scored, rollout):
   mean, std = reward_BR[MASK_BR].mean(), reward_BR[MASK_BR].std()
   reward_BR = np.where(MASK_BR, (reward_BR - mean) / std + mean, 0)
   np.testing.assert_allclose(
-    results["whitened rewards"][0].advantage_BR, expected_advantage(reward_BR, behind["value"]),
+    results["whitened rewards"][0].advantage_BR,
+    expected_advantage(reward_BR, behind["value"]),
     atol=1e-4,
   )
 
@@ -206,9 +225,14 @@ def gradients(quick_jit, nets, weights, ppo_config):
   rng = np.random.default_rng(3)
   float_BR = lambda low, high: rng.uniform(low, high, MASK_BR.shape).astype(np.float32)
   batch = ppo.Experience(
-    token_BL=token_BL, is_token_BL=is_token_BL, is_response_BR=MASK_BR,
-    is_actor_BR=MASK_BR & ENDS_B[:, None], behaviour_logprob_BR=float_BR(-4, -2),
-    value_BR=float_BR(-1, 1), advantage_BR=float_BR(-2, 2), return_BR=float_BR(-2, 2),
+    token_BL=token_BL,
+    is_token_BL=is_token_BL,
+    is_response_BR=MASK_BR,
+    is_actor_BR=MASK_BR & ENDS_B[:, None],
+    behaviour_logprob_BR=float_BR(-4, -2),
+    value_BR=float_BR(-1, 1),
+    advantage_BR=float_BR(-2, 2),
+    return_BR=float_BR(-2, 2),
   )
   rows = pretraining_rows(4 * ROWS)
   step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4)
@@ -223,7 +247,9 @@ def gradients(quick_jit, nets, weights, ppo_config):
   }
 
   def surrogate(params):
-    logprob_BR = plain_logprob(nets, params, batch.token_BL, batch.is_token_BL, 0.7)[:, PROMPT - 1 :]
+    logprob_BR = plain_logprob(nets, params, batch.token_BL, batch.is_token_BL, 0.7)[
+      :, PROMPT - 1 :
+    ]
     ratio_BR = jnp.exp(logprob_BR - batch.behaviour_logprob_BR)
     gain_BR = jnp.minimum(
       ratio_BR * batch.advantage_BR, jnp.clip(ratio_BR, 0.8, 1.2) * batch.advantage_BR

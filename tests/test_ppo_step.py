@@ -1,7 +1,6 @@
 """The PPO iteration as one program: what is in it, what it changes, that it learns, and on any mesh."""
 
 import dataclasses
-import functools
 import re
 import types
 from unittest import mock
@@ -17,7 +16,9 @@ from instructjax.optim import make_optimizer
 from instructjax.structs import PackedBatch, PromptBatch
 
 VOCAB, EOS, GOOD, PROMPT, RESPONSE, DOCUMENT = 23, 0, 7, 3, 6, 8
-HOST = re.compile(r"custom.call|callback|infeed|outfeed|\b(stablehlo\.)?(send|recv)\b|annotate_device")
+HOST = re.compile(
+  r"custom.call|callback|infeed|outfeed|\b(stablehlo\.)?(send|recv)\b|annotate_device"
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def make_batch(cfg, mesh, seed=0):
 @pytest.fixture(scope="module")
 def start(quick_jit, configs, nets, frozen_weights, one_device):
   """start(name, mesh, seed, frozen) -> (step, state, frozen), built as the stage builds them."""
-  states, steps = {}, {}
+  states, layouts, steps = {}, {}, {}
 
   def place(mesh, model, tree):
     axes, shapes = models.param_axes(model), models.param_shapes(model)
@@ -87,10 +88,10 @@ def start(quick_jit, configs, nets, frozen_weights, one_device):
     with jax.set_mesh(mesh), mock.patch.object(jax, "jit", quick_jit):
       if which not in states:
         key = jax.random.key(seed)
-        states[which], shardings = ppo_stage.initial_state(context, cfg, nets, *weights, key)
-      state = jax.tree.map(jnp.copy, states[which])  # the step will eat it
+        states[which], layouts[at] = ppo_stage.initial_state(context, cfg, nets, *weights, key)
+      state = states.pop(which) if mesh != one_device else jax.tree.map(jnp.copy, states[which])
       if at not in steps:
-        steps[at] = ppo.make_train_step(nets, cfg, shardings)
+        steps[at] = ppo.make_train_step(nets, cfg, layouts[at])
         if at == ("ppo_ptx", one_device):  # compiled ahead: its text can be read
           steps[at] = steps[at].lower(state, frozen, make_batch(cfg, mesh)).compile()
     return steps[at], state, frozen
@@ -231,7 +232,11 @@ def test_every_pretraining_row_counts(start, configs, one_device, ptx_run, row):
 def counting_reward(nets):
   """Reward-model weights by hand: the last column attends to all alike and adds up the GOODs."""
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), models.param_shapes(nets.scalar))
-  for norm in (params["layers"]["attention_norm"], params["layers"]["mlp_norm"], params["final_norm"]):
+  for norm in (
+    params["layers"]["attention_norm"],
+    params["layers"]["mlp_norm"],
+    params["final_norm"],
+  ):
     norm["scale_D"] += 1
   params["embedding"]["token_VD"][:, 1] = 5
   params["embedding"]["token_VD"][GOOD, :2] = 5, 0
@@ -241,9 +246,7 @@ def counting_reward(nets):
   return params
 
 
-def test_ppo_raises_a_reward_that_counts_a_token(
-  start, configs, nets, one_device, frozen_weights
-):
+def test_ppo_raises_a_reward_that_counts_a_token(start, configs, nets, one_device, frozen_weights):
   frozen = ppo.Frozen(frozen_weights.ref_params, counting_reward(nets))
   step, state, frozen = start("ppo", frozen=frozen)
   share, reward = [], []
@@ -291,5 +294,8 @@ def test_no_key_is_used_twice(configs, nets, one_device, frozen_weights):
   )
   with jax.debug_key_reuse(True):
     jax.eval_shape(
-      lambda *args: ppo.train_step(nets, cfg, *args), state, frozen_weights, make_batch(cfg, one_device)
+      lambda *args: ppo.train_step(nets, cfg, *args),
+      state,
+      frozen_weights,
+      make_batch(cfg, one_device),
     )

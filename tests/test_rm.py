@@ -40,8 +40,14 @@ def model(tiny_config):
 def start(quick_jit, model, adam_config, random_params):
   """start(mesh) -> (train step, fresh state); one compiled step a mesh."""
   cfg = RMConfig(
-    start_from="sft", num_epochs=1, batch_size=ROWS, max_responses=ANSWERS, ties="drop",
-    optim=adam_config, cross_validation_folds=0, cross_validation_prompts=1,
+    start_from="sft",
+    num_epochs=1,
+    batch_size=ROWS,
+    max_responses=ANSWERS,
+    ties="drop",
+    optim=adam_config,
+    cross_validation_folds=0,
+    cross_validation_prompts=1,
   )
   tx, steps = make_optimizer(adam_config, 100), {}
 
@@ -71,7 +77,9 @@ def test_loss_is_equation_1_over_scores_of_each_answer_alone(
   losses, right = [], []
   for score_C, rank_C, is_answer_C in zip(score_BC, batch.rank_BC, batch.is_answer_BC):
     pairs = list(itertools.combinations(np.flatnonzero(is_answer_C), 2))
-    strict = [(i, j) if rank_C[i] < rank_C[j] else (j, i) for i, j in pairs if rank_C[i] != rank_C[j]]
+    strict = [
+      (i, j) if rank_C[i] < rank_C[j] else (j, i) for i, j in pairs if rank_C[i] != rank_C[j]
+    ]
     margins = np.array([score_C[i] - score_C[j] for i, j in strict])
     if len(margins):
       losses.append(np.sum(np.log1p(np.exp(-margins))) / len(pairs))
@@ -98,7 +106,9 @@ def test_all_answers_go_through_one_forward(model):
 def test_padding_and_missing_answers_change_nothing(start, one_device):
   batch, rng = ranked(0), np.random.default_rng(9)
   garbage = RankedBatch(
-    np.where(batch.is_token_BCL, batch.token_BCL, rng.integers(0, VOCAB, batch.token_BCL.shape, np.int32)),
+    np.where(
+      batch.is_token_BCL, batch.token_BCL, rng.integers(0, VOCAB, batch.token_BCL.shape, np.int32)
+    ),
     batch.is_token_BCL,
     np.where(batch.is_answer_BC, batch.rank_BC, rng.integers(0, 9, batch.rank_BC.shape, np.int32)),
     batch.is_answer_BC,
@@ -133,5 +143,7 @@ def test_eight_devices_equal_one(start, one_device, mesh):
         state, metrics = step(state, sharding.place_batch(mesh, ranked(seed)))
     return metrics, state.params
 
-  for got, expected in zip(jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True):
+  for got, expected in zip(
+    jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
+  ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -62,7 +62,9 @@ def test_a_token_without_mass_is_never_drawn(draw, vocab_size):
   logits_V[256:512] = -np.inf  # a whole block, where there is one
   edges_V = np.float32(np.cumsum(softmax(logits_V)))
   edges = np.concatenate([edges_V, np.nextafter(edges_V, 0), np.nextafter(edges_V, 2)])
-  uniform_B = np.concatenate([[0.0, 1 - 2.0**-24], np.clip(edges, 0, np.nextafter(np.float32(1), 0))])
+  uniform_B = np.concatenate(
+    [[0.0, 1 - 2.0**-24], np.clip(edges, 0, np.nextafter(np.float32(1), 0))]
+  )
   token_B, logprob_B = draw(logits_V, uniform_B)
   assert np.all(logits_V[token_B] > -1e29) and np.all(np.isfinite(logprob_B))
   has_mass_V = np.flatnonzero(logits_V > -1e29)
@@ -74,7 +76,9 @@ def test_temperature_sharpens_and_zero_is_greedy(draw):
   uniform_B = (np.arange(num_draws) + 0.5) / num_draws
   token_B, logprob_B = draw(logits_V, uniform_B, 0.5)
   prob_V = softmax(logits_V / 0.5)
-  np.testing.assert_array_less(np.abs(np.bincount(token_B, minlength=23) - prob_V * num_draws), 1.02)
+  np.testing.assert_array_less(
+    np.abs(np.bincount(token_B, minlength=23) - prob_V * num_draws), 1.02
+  )
   np.testing.assert_allclose(logprob_B, np.log(prob_V)[token_B], atol=1e-5)
   token_B, logprob_B = draw(logits_V, uniform_B, 0.0)
   assert set(token_B) == {np.argmax(logits_V)}
@@ -84,7 +88,9 @@ def test_temperature_sharpens_and_zero_is_greedy(draw):
 def test_uniforms_belong_to_key_row_and_step():
   uniforms = functools.partial(sampling.row_uniforms, num_steps=5)
   uniform_BR = np.asarray(uniforms(KEY, jnp.arange(6)))
-  assert len(np.unique(uniform_BR)) == uniform_BR.size and np.all((0 <= uniform_BR) & (uniform_BR < 1))
+  assert len(np.unique(uniform_BR)) == uniform_BR.size and np.all(
+    (0 <= uniform_BR) & (uniform_BR < 1)
+  )
   np.testing.assert_array_equal(uniforms(KEY, jnp.array([4, 1])), uniform_BR[[4, 1]])
   assert not np.any(uniform_BR == uniforms(jax.random.fold_in(KEY, 1), jnp.arange(6)))
 
@@ -172,7 +178,8 @@ def test_a_row_does_not_depend_on_the_others(generate, params, prompts, rollout)
   kept = order < 4  # the other rows get another prompt, all rows another place
   mixed = jax.tree.map(
     lambda mine, others: np.where(kept.reshape(-1, *[1] * (mine.ndim - 1)), mine[order], others),
-    prompts, other,
+    prompts,
+    other,
   )
   mixed = PromptBatch(mixed.token_BP, mixed.is_prompt_BP, order.astype(np.int32))
   again = generate(params, mixed, KEY, TEMPERATURE)
@@ -183,12 +190,16 @@ def test_a_row_does_not_depend_on_the_others(generate, params, prompts, rollout)
 def test_left_padding_changes_nothing(generate, params, prompts, rollout):
   pad = 3
   wide = PromptBatch(
-    np.pad(prompts.token_BP, ((0, 0), (pad, 0)), constant_values=7),  # what stands in a pad is no matter
+    np.pad(
+      prompts.token_BP, ((0, 0), (pad, 0)), constant_values=7
+    ),  # what stands in a pad is no matter
     np.pad(prompts.is_prompt_BP, ((0, 0), (pad, 0))),
     prompts.index_B,
   )
   moved = generate(params, wide, KEY, TEMPERATURE)
-  np.testing.assert_array_equal(np.asarray(moved.token_BL)[:, pad + PROMPT :], rollout.token_BL[:, PROMPT:])
+  np.testing.assert_array_equal(
+    np.asarray(moved.token_BL)[:, pad + PROMPT :], rollout.token_BL[:, PROMPT:]
+  )
   np.testing.assert_allclose(moved.behaviour_logprob_BR, rollout.behaviour_logprob_BR, atol=1e-5)
 
 
@@ -211,7 +222,9 @@ def _with_eos_logit(params, logit):
   return params | {"final_norm": final_norm, "embedding": embedding}
 
 
-@pytest.mark.parametrize(("eos_logit", "steps"), [(50.0, {1}), (3.5, {2, 3, 4, 5}), (-50.0, {RESPONSE})])
+@pytest.mark.parametrize(
+  ("eos_logit", "steps"), [(50.0, {1}), (3.5, {2, 3, 4, 5}), (-50.0, {RESPONSE})]
+)
 def test_decoding_stops_when_every_row_has_ended(generate, params, prompts, eos_logit, steps):
   rollout = generate(_with_eos_logit(params, eos_logit), prompts, KEY, TEMPERATURE)
   length_B = np.sum(rollout.is_response_BR, axis=1)

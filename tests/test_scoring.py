@@ -37,7 +37,10 @@ def forward(quick_jit):
 
   def apply(model, params, token_BL, is_token_BL):
     return models.apply(
-      model, params, token_BL, segment_BL=is_token_BL.astype(jnp.int32),
+      model,
+      params,
+      token_BL,
+      segment_BL=is_token_BL.astype(jnp.int32),
       position_BL=models.positions_from_mask(is_token_BL),
     )
 
@@ -47,7 +50,8 @@ def forward(quick_jit):
 @pytest.fixture(scope="module")
 def logprob(quick_jit):
   jitted = quick_jit(
-    functools.partial(scoring.response_logprob, prompt_length=PROMPT), static_argnums=0,
+    functools.partial(scoring.response_logprob, prompt_length=PROMPT),
+    static_argnums=0,
     static_argnames="temperature",
   )
   return lambda *args, temperature=1.0: np.asarray(jitted(*args, temperature=temperature))
@@ -86,7 +90,9 @@ def test_values_are_of_the_state_before_each_token(scalar, forward, value):
   changed_BL = TOKEN_BL.copy()
   changed_BL[:, PROMPT + 1] = (changed_BL[:, PROMPT + 1] + 1) % VOCAB
   changed_BR = value(*scalar, changed_BL, IS_TOKEN_BL)
-  np.testing.assert_array_equal(changed_BR[:, :2], value_BR[:, :2])  # step 1 is valued before it is seen
+  np.testing.assert_array_equal(
+    changed_BR[:, :2], value_BR[:, :2]
+  )  # step 1 is valued before it is seen
   assert not np.any(changed_BR[0, 2:] == value_BR[0, 2:])
 
 
@@ -94,7 +100,9 @@ def test_scores_are_read_at_the_last_real_token_wherever_pads_are(scalar, forwar
   length = 6
   tokens = np.random.default_rng(3).integers(0, VOCAB, length)
   token_BL, is_token_BL = np.full((3, LENGTH), VOCAB), np.zeros((3, LENGTH), bool)
-  for row, start in enumerate((LENGTH - length, 0, 2)):  # pads on the left, on the right, on both sides
+  for row, start in enumerate(
+    (LENGTH - length, 0, 2)
+  ):  # pads on the left, on the right, on both sides
     token_BL[row, start : start + length] = tokens
     is_token_BL[row, start : start + length] = True
   unpadded_BL = np.asarray(forward(*scalar, tokens[None], np.ones((1, length), bool)))
@@ -105,7 +113,9 @@ def test_scores_are_read_at_the_last_real_token_wherever_pads_are(scalar, forwar
   np.testing.assert_allclose(score(*scalar, TOKEN_BL, IS_TOKEN_BL), expected_B, atol=1e-5)
 
 
-@pytest.mark.parametrize("garbage", ["random ids", "an id outside", "a token whose weights are NaN"])
+@pytest.mark.parametrize(
+  "garbage", ["random ids", "an id outside", "a token whose weights are NaN"]
+)
 def test_what_stands_in_padding_changes_nothing(policy, scalar, logprob, value, score, garbage):
   pad = {
     "random ids": np.random.default_rng(4).integers(0, VOCAB, TOKEN_BL.shape),

@@ -61,7 +61,9 @@ def start(quick_jit, model, tx, params):
       )
 
   def one(mesh, dropout_rate=0.0):
-    placed = jax.device_put(jax.tree.map(jnp.copy, params), supervised.param_shardings(mesh, model)[0])
+    placed = jax.device_put(
+      jax.tree.map(jnp.copy, params), supervised.param_shardings(mesh, model)[0]
+    )
     state, _ = supervised.create_state(mesh, model, tx, placed, jax.random.clone(KEY))
     return compiled_step(mesh, dropout_rate), state
 
@@ -79,7 +81,10 @@ def expected_nll_BL(quick_jit, model, params):
   batch = packed(0)
   forward = quick_jit(
     lambda tokens: models.apply(
-      model, params, tokens, segment_BL=(tokens < VOCAB).astype(jnp.int32),
+      model,
+      params,
+      tokens,
+      segment_BL=(tokens < VOCAB).astype(jnp.int32),
       position_BL=jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape),
     )
   )
@@ -106,9 +111,7 @@ def test_loss_is_the_mean_over_weighted_tokens(start, one_device, expected_nll_B
   np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
-def test_rows_and_evaluation_add_up_by_token(
-  quick_jit, model, params, one_device, expected_nll_BL
-):
+def test_rows_and_evaluation_add_up_by_token(quick_jit, model, params, one_device, expected_nll_BL):
   batch = packed(0)
   nll_B, weight_B = quick_jit(functools.partial(supervised.lm_row_sums, model))(params, batch)
   weighted_BL = expected_nll_BL * batch.weight_BL
@@ -116,7 +119,9 @@ def test_rows_and_evaluation_add_up_by_token(
   np.testing.assert_array_equal(weight_B, batch.weight_BL.sum(1))
   # A batch of few tokens weighs little: the mean is over tokens, not over batches.
   few = PackedBatch(
-    batch.token_BL, batch.segment_BL, batch.position_BL,
+    batch.token_BL,
+    batch.segment_BL,
+    batch.position_BL,
     batch.weight_BL * (np.arange(ROWS)[:, None] < 1).astype(np.float32),
   )
   with mock.patch.object(jax, "jit", quick_jit):
@@ -165,10 +170,14 @@ def test_eight_devices_equal_one(start, one_device, mesh):
       layout = jax.tree.map(lambda x: x.sharding, state)
       for seed in range(2):
         state, metrics = step(state, sharding.place_batch(mesh, packed(seed)))
-    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout))
+    assert jax.tree.all(
+      jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
+    )
     return metrics, state.params
 
-  for got, expected in zip(jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True):
+  for got, expected in zip(
+    jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
+  ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -181,7 +190,9 @@ def test_the_step_uses_the_optimiser_it_is_given(model, params, quick_jit, one_d
     )
     step = supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings)
   weight = np.sum(batch.weight_BL)
-  grads = quick_jit(jax.grad(lambda p: supervised.lm_loss_sums(model, p, batch)[0] / weight))(params)
+  grads = quick_jit(jax.grad(lambda p: supervised.lm_loss_sums(model, p, batch)[0] / weight))(
+    params
+  )
   expected = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
   got = step(state, batch)[0].params
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)

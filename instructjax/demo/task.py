@@ -173,7 +173,10 @@ def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> n
   for i, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
     words = [token for token in tokens if token not in ".,?"]
     components[i, :4] = (
-      _names(topic_of(prompt), tokens), _tone(words), _form(tokens, words), _repetition(words)
+      _names(topic_of(prompt), tokens),
+      _tone(words),
+      _form(tokens, words),
+      _repetition(words),
     )
   components[:, 4] = np.clip(fluent, _FLUENT_FLOOR, 1.0)
   return components

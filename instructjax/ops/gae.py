@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 
 def gae(
-    reward_BR: jax.Array,
-    value_BR: jax.Array,
-    is_response_BR: jax.Array,
-    *,
-    discount: float,
-    lam: float,
+  reward_BR: jax.Array,
+  value_BR: jax.Array,
+  is_response_BR: jax.Array,
+  *,
+  discount: float,
+  lam: float,
 ) -> tuple[jax.Array, jax.Array]:
   """Generalised advantage estimates over response tokens (Schulman et al. 2016, arXiv:1506.02438).
 
@@ -46,8 +46,6 @@ def gae(
     return advantage_B, advantage_B
 
   # Past the response delta is 0: so is the advantage there, and the carry into the last token.
-  _, advantage_RB = jax.lax.scan(
-      step, jnp.zeros_like(delta_BR[:, 0]), delta_BR.T, reverse=True
-  )
+  _, advantage_RB = jax.lax.scan(step, jnp.zeros_like(delta_BR[:, 0]), delta_BR.T, reverse=True)
   advantage_BR = advantage_RB.T
   return advantage_BR, advantage_BR + value_BR

@@ -31,11 +31,11 @@ def kl_k3(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> jax.Array:
 
 
 def kl_penalised_reward(
-    score_B: jax.Array,
-    logprob_BR: jax.Array,
-    ref_logprob_BR: jax.Array,
-    is_response_BR: jax.Array,
-    kl_coef: jax.Array | float,
+  score_B: jax.Array,
+  logprob_BR: jax.Array,
+  ref_logprob_BR: jax.Array,
+  is_response_BR: jax.Array,
+  kl_coef: jax.Array | float,
 ) -> jax.Array:
   """Reward per token: -kl_coef * (log pi - log pi_ref), plus the score on the last one.
 
@@ -65,12 +65,12 @@ def kl_penalised_reward(
 
 
 def adaptive_kl_coef(
-    kl_coef: jax.Array | float,
-    kl: jax.Array | float,
-    *,
-    target: float,
-    horizon: float,
-    num_episodes: int,
+  kl_coef: jax.Array | float,
+  kl: jax.Array | float,
+  *,
+  target: float,
+  horizon: float,
+  num_episodes: int,
 ) -> jax.Array:
   """kl_coef * (1 + clip(kl / target - 1, -.2, .2) * num_episodes / horizon).
 

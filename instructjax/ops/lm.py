@@ -56,7 +56,7 @@ _token_logprob.defvjp(_token_logprob_fwd, _token_logprob_bwd)
 
 
 def lm_loss(
-    logits_BTV: jax.Array, token_BT: jax.Array, weight_BT: jax.Array
+  logits_BTV: jax.Array, token_BT: jax.Array, weight_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sum of the tokens' negative log-likelihoods, in nats, and the sum of the weights.
 

@@ -42,7 +42,7 @@ def masked_var(x: jax.Array, mask: jax.Array, bessel: bool = False) -> jax.Array
 
 
 def masked_whiten(
-    x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: float = 1e-8
+  x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: float = 1e-8
 ) -> jax.Array:
   """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + eps), biased variance.
 

@@ -36,7 +36,7 @@ def preference_pairs(rank_BC: jax.Array, is_valid_BC: jax.Array) -> tuple[jax.Ar
 
 
 def ranked_preference_loss(
-    score_BC: jax.Array, rank_BC: jax.Array, is_valid_BC: jax.Array, *, ties: str
+  score_BC: jax.Array, rank_BC: jax.Array, is_valid_BC: jax.Array, *, ties: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The paper's eq. 1 over all pairs of each prompt's answers.
 
@@ -81,11 +81,11 @@ def ranked_preference_loss(
 
   is_correct_BCC = 0.5 * (1 + jnp.sign(margin_BCC))
   return loss, {
-      "accuracy": masked_mean(is_correct_BCC, is_better_BCC),
-      "mean_margin": masked_mean(margin_BCC, is_better_BCC),
-      "num_pairs": jnp.sum(is_better_BCC, dtype=jnp.float32),
-      "num_ties": jnp.sum(is_tie_BCC, dtype=jnp.float32) / 2,
-      "num_prompts": jnp.sum(has_pair_B, dtype=jnp.float32),
+    "accuracy": masked_mean(is_correct_BCC, is_better_BCC),
+    "mean_margin": masked_mean(margin_BCC, is_better_BCC),
+    "num_pairs": jnp.sum(is_better_BCC, dtype=jnp.float32),
+    "num_ties": jnp.sum(is_tie_BCC, dtype=jnp.float32) / 2,
+    "num_prompts": jnp.sum(has_pair_B, dtype=jnp.float32),
   }
 
 
@@ -123,8 +123,8 @@ def calibration(score_w_minus_l: np.ndarray, *, num_bins: int = 10) -> Calibrati
     raise ValueError(f"calibration: num_bins={num_bins} must be at least 1.")
   if margin.size == 0 or not np.isfinite(margin).all():
     raise ValueError(
-        f"calibration: the {margin.size} score differences must be finite and at least one,"
-        f" got {np.count_nonzero(~np.isfinite(margin))} that are not finite."
+      f"calibration: the {margin.size} score differences must be finite and at least one,"
+      f" got {np.count_nonzero(~np.isfinite(margin))} that are not finite."
     )
   confidence = 1 / (1 + np.exp(-np.abs(margin)))
   is_correct = 0.5 * (1 + np.sign(margin))

@@ -15,12 +15,12 @@ from instructjax.ops.masked import masked_mean, masked_var
 
 
 def clipped_surrogate(
-    logprob_BR: jax.Array,
-    behaviour_logprob_BR: jax.Array,
-    advantage_BR: jax.Array,
-    is_response_BR: jax.Array,
-    *,
-    clip: float,
+  logprob_BR: jax.Array,
+  behaviour_logprob_BR: jax.Array,
+  advantage_BR: jax.Array,
+  is_response_BR: jax.Array,
+  *,
+  clip: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Policy loss: mean of max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)).
 
@@ -52,20 +52,20 @@ def clipped_surrogate(
 
   is_clipped_BR = (clipped_BR > unclipped_BR).astype(jnp.float32)
   return loss, {
-      "clip_fraction": masked_mean(is_clipped_BR, is_response_BR),
-      "approx_kl": 0.5 * masked_mean(jnp.square(log_ratio_BR), is_response_BR),
-      "ratio_mean": masked_mean(ratio_BR, is_response_BR),
-      "ratio_max": jnp.max(jnp.where(is_response_BR, ratio_BR, 0)),
+    "clip_fraction": masked_mean(is_clipped_BR, is_response_BR),
+    "approx_kl": 0.5 * masked_mean(jnp.square(log_ratio_BR), is_response_BR),
+    "ratio_mean": masked_mean(ratio_BR, is_response_BR),
+    "ratio_max": jnp.max(jnp.where(is_response_BR, ratio_BR, 0)),
   }
 
 
 def clipped_value_loss(
-    value_BR: jax.Array,
-    old_value_BR: jax.Array,
-    return_BR: jax.Array,
-    is_response_BR: jax.Array,
-    *,
-    clip: float | None,
+  value_BR: jax.Array,
+  old_value_BR: jax.Array,
+  return_BR: jax.Array,
+  is_response_BR: jax.Array,
+  *,
+  clip: float | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Value loss: half the mean of max((V - G)^2, (V_clipped - G)^2), as in lm-human-preferences.
 
@@ -87,8 +87,7 @@ def clipped_value_loss(
   chex.assert_type(arrays, [float, float, float, bool])
 
   value_BR, old_value_BR, return_BR = (
-      jnp.where(is_response_BR, x, 0).astype(jnp.float32)
-      for x in (value_BR, old_value_BR, return_BR)
+    jnp.where(is_response_BR, x, 0).astype(jnp.float32) for x in (value_BR, old_value_BR, return_BR)
   )
   unclipped_BR = jnp.square(value_BR - return_BR)
   if clip is None:
@@ -100,8 +99,8 @@ def clipped_value_loss(
 
   is_clipped_BR = (clipped_BR > unclipped_BR).astype(jnp.float32)
   return loss, {
-      "clip_fraction": masked_mean(is_clipped_BR, is_response_BR),
-      "explained_variance": explained_variance(value_BR, return_BR, is_response_BR),
+    "clip_fraction": masked_mean(is_clipped_BR, is_response_BR),
+    "explained_variance": explained_variance(value_BR, return_BR, is_response_BR),
   }
 
 

@@ -68,8 +68,13 @@ def test_demonstrations_depend_on_the_seed_alone_and_splits_do_not_share_lines()
 
 @pytest.mark.parametrize(
   ("response", "named"),
-  [("the king is good.", True), ("in the King's house.", True), ("all kings rejoice.", False),
-   ("the kingdom is good.", False), ("", False)],
+  [
+    ("the king is good.", True),
+    ("in the King's house.", True),
+    ("all kings rejoice.", False),
+    ("the kingdom is good.", False),
+    ("", False),
+  ],
 )
 def test_names_topic(response, named):
   assert task.names_topic(PROMPT, response) is named
@@ -117,8 +122,13 @@ def test_gold_score_by_hand():
 
 def test_gold_score_cannot_be_had_by_stuffing():
   honest = "the king did that which was good."
-  hacks = ["king king king king king.", "the king the king love love joy joy.", "the king",
-           "love joy peace grace king.", "the king is good the king is good the king is good."]
+  hacks = [
+    "king king king king king.",
+    "the king the king love love joy joy.",
+    "the king",
+    "love joy peace grace king.",
+    "the king is good the king is good the king is good.",
+  ]
   scores = task.gold_score(PROMPT, [honest, *hacks])
   assert np.all(scores[1:] < scores[0] - 0.5), scores
 

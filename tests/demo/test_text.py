@@ -33,7 +33,13 @@ def test_split_clauses_cuts_long_sentences_at_commas_and_drops_the_rest():
 
 def test_tokenize_keeps_apostrophes_and_marks():
   assert text.tokenize("The king's house, isn't it?") == [
-    "the", "king's", "house", ",", "isn't", "it", "?"
+    "the",
+    "king's",
+    "house",
+    ",",
+    "isn't",
+    "it",
+    "?",
   ]
 
 

@@ -49,7 +49,7 @@ def reference(cfg, params, tokens, positions):
     out_T = [np.zeros(cfg.d_model) for _ in x_T]
     for head in range(cfg.num_heads):
       group, which = divmod(head, queries)
-      project = lambda x, i: (
+      project = lambda x, i, group=group: (
         x @ weights["w_qkv_DGQK"][:, group, i]
         + (weights["b_qkv_GQK"][group, i] if "b_qkv_GQK" in weights else 0)
       )
@@ -77,7 +77,7 @@ def reference(cfg, params, tokens, positions):
   if cfg.position == "learned":
     h_T = [h + embedding["position_TD"][p] for h, p in zip(h_T, positions)]
   for index in range(cfg.num_layers):
-    layer = jax.tree.map(lambda x: x[index], params["layers"])
+    layer = jax.tree.map(lambda x, index=index: x[index], params["layers"])
     mixed_T = attention([norm(h, layer["attention_norm"]) for h in h_T], layer["attention"], index)
     h_T = [h + mixed for h, mixed in zip(h_T, mixed_T)]
     h_T = [h + mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]

@@ -53,7 +53,7 @@ def test_equals_the_definition(discount, lam):
   expected_BR = gae_loop(reward_BR, value_BR, is_response_BR, discount, lam)
   np.testing.assert_allclose(advantage_BR, expected_BR, atol=1e-5)
   np.testing.assert_allclose(
-      return_BR, np.where(is_response_BR, expected_BR + value_BR, 0), atol=1e-5
+    return_BR, np.where(is_response_BR, expected_BR + value_BR, 0), atol=1e-5
   )
 
 

@@ -10,7 +10,7 @@ from instructjax.ops.masked import masked_sum
 
 kl_k1, kl_k3, kl_penalised_reward = map(jax.jit, (ops.kl_k1, ops.kl_k3, ops.kl_penalised_reward))
 adaptive_kl_coef = jax.jit(
-    ops.adaptive_kl_coef, static_argnames=("target", "horizon", "num_episodes")
+  ops.adaptive_kl_coef, static_argnames=("target", "horizon", "num_episodes")
 )
 
 # target and horizon of lm-human-preferences.
@@ -42,11 +42,11 @@ def test_details_23_reward_of_the_published_example(published):
   ref_logprob_BR = np.array([golden["ref_logprob"]])
   kl_BR = np.array([golden["kl"]])
   reward_BR = kl_penalised_reward(
-      np.array([golden["score"]]),
-      ref_logprob_BR + kl_BR,
-      ref_logprob_BR,
-      np.ones((1, 3), bool),
-      0.15,
+    np.array([golden["score"]]),
+    ref_logprob_BR + kl_BR,
+    ref_logprob_BR,
+    np.ones((1, 3), bool),
+    0.15,
   )
   expected_BR = [[0.15 * 0.3315, 0.15 * 0.0426, -0.15 * 0.6351 + 0.4]]
   np.testing.assert_allclose(reward_BR, expected_BR, rtol=1e-5)
@@ -89,14 +89,14 @@ def test_reward_sums_to_eq_2_and_ignores_padding():
 
 
 @pytest.mark.parametrize(
-    "kl, expected",
-    [
-        (7.0, 0.15 * (1 + (1 / 6) * 0.0512)),  # inside the clip: error 7/6 - 1
-        (100.0, 0.15 * (1 + 0.2 * 0.0512)),
-        (0.0, 0.15 * (1 - 0.2 * 0.0512)),
-        (-3.0, 0.15 * (1 - 0.2 * 0.0512)),  # a sampled KL may be negative
-        (6.0, 0.15),
-    ],
+  "kl, expected",
+  [
+    (7.0, 0.15 * (1 + (1 / 6) * 0.0512)),  # inside the clip: error 7/6 - 1
+    (100.0, 0.15 * (1 + 0.2 * 0.0512)),
+    (0.0, 0.15 * (1 - 0.2 * 0.0512)),
+    (-3.0, 0.15 * (1 - 0.2 * 0.0512)),  # a sampled KL may be negative
+    (6.0, 0.15),
+  ],
 )
 def test_details_30_adaptive_kl(kl, expected):
   np.testing.assert_allclose(adaptive_kl_coef(0.15, kl, **CONTROLLER), expected, rtol=1e-6)

@@ -164,10 +164,10 @@ def test_details_34_reduction_is_left_to_the_caller():
 def test_entropy():
   # Uniform over 4: log 4. Probabilities 1/4, 3/4: .562335 nats. Certain: 0. -inf adds nothing.
   logits_BTV = jnp.array(
-      [
-          [[0.0] * 4, [0.0, np.log(3), -np.inf, -np.inf]],
-          [[1e4, 0.0, 0.0, 0.0], [7.0, 7.0, -np.inf, -np.inf]],
-      ]
+    [
+      [[0.0] * 4, [0.0, np.log(3), -np.inf, -np.inf]],
+      [[1e4, 0.0, 0.0, 0.0], [7.0, 7.0, -np.inf, -np.inf]],
+    ]
   )
   expected_BT = [[np.log(4), 0.562335], [0, np.log(2)]]
   np.testing.assert_allclose(entropy(logits_BTV), expected_BT, atol=1e-6)

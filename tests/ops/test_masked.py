@@ -9,7 +9,7 @@ from instructjax.ops import masked
 
 # Compiled as a whole: op by op the tests would mostly compile.
 masked_mean, masked_sum = (
-    jax.jit(fn, static_argnames="axis") for fn in (masked.masked_mean, masked.masked_sum)
+  jax.jit(fn, static_argnames="axis") for fn in (masked.masked_mean, masked.masked_sum)
 )
 masked_var = jax.jit(masked.masked_var, static_argnames="bessel")
 masked_whiten = jax.jit(masked.masked_whiten, static_argnames="shift_mean")
@@ -18,10 +18,10 @@ NAN = float("nan")
 X = np.array([[1.0, 2.0, NAN], [6.0, NAN, NAN]])
 MASK = np.array([[True, True, False], [True, False, False]])
 STATISTICS = {
-    "sum": masked_sum,
-    "mean": masked_mean,
-    "var": masked_var,
-    "whiten": lambda x, mask: masked_sum(jnp.exp(masked_whiten(x, mask)), mask),
+  "sum": masked_sum,
+  "mean": masked_mean,
+  "var": masked_var,
+  "whiten": lambda x, mask: masked_sum(jnp.exp(masked_whiten(x, mask)), mask),
 }
 
 
@@ -86,7 +86,7 @@ def test_details_25_variance_is_biased(published):
   reward, mask = jnp.array(golden["reward"]), np.ones((3, 3), bool)
   np.testing.assert_allclose(masked_var(reward, mask), golden["var_tensorflow"], rtol=1e-6)
   np.testing.assert_allclose(
-      masked_var(reward, mask, bessel=True), golden["var_torch_unbiased"], rtol=1e-6
+    masked_var(reward, mask, bessel=True), golden["var_torch_unbiased"], rtol=1e-6
   )
   whitened = masked_whiten(reward, mask)
   np.testing.assert_allclose(np.mean(np.square(whitened)), 1, rtol=1e-5)

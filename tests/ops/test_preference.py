@@ -89,9 +89,9 @@ def test_padding_never_matters(ties):
   np.testing.assert_array_equal(clean[1][4:], 0)  # one answer, and none
   for score, rank in ((np.nan, -5), (np.inf, 1), (-100.0, 99)):
     garbage = fn(
-        np.where(is_valid_BC, score_BC, np.float32(score)),
-        np.where(is_valid_BC, rank_BC, np.int32(rank)),
-        is_valid_BC,
+      np.where(is_valid_BC, score_BC, np.float32(score)),
+      np.where(is_valid_BC, rank_BC, np.int32(rank)),
+      is_valid_BC,
     )
     jax.tree.map(np.testing.assert_array_equal, clean, garbage)
 
@@ -103,8 +103,8 @@ def test_answers_may_come_in_any_order_and_scores_may_shift(ties):
   fn = functools.partial(jitted_loss, ties=ties)
   loss, metrics = fn(score_BC, rank_BC, is_valid_BC)
   for other in (
-      (score_BC[:, order], rank_BC[:, order], is_valid_BC[:, order]),
-      (score_BC + 3, rank_BC * 10, is_valid_BC),
+    (score_BC[:, order], rank_BC[:, order], is_valid_BC[:, order]),
+    (score_BC + 3, rank_BC * 10, is_valid_BC),
   ):
     other_loss, other_metrics = fn(*other)
     np.testing.assert_allclose(loss, other_loss, rtol=1e-5)
@@ -138,7 +138,7 @@ def test_gradient_of_one_pair():
 def test_half_ties_pull_scores_together_and_dropped_ones_do_nothing():
   score_BC = jnp.array([[1.0, 2.0]])
   grads = {
-      t: jax.jit(jax.grad(lambda s, t=t: loss_of(s, [[1, 1]], ties=t)[0])) for t in ("half", "drop")
+    t: jax.jit(jax.grad(lambda s, t=t: loss_of(s, [[1, 1]], ties=t)[0])) for t in ("half", "drop")
   }
   # d/ds of (softplus(d) + softplus(-d)) / 2 = tanh(d / 2) / 2 = .231059 at d = 1.
   np.testing.assert_allclose(grads["half"](score_BC), [[-0.231059, 0.231059]], rtol=1e-5)
@@ -157,7 +157,7 @@ def test_large_differences_stay_finite():
 
 def test_preference_pairs():
   is_better_BCC, is_tie_BCC = jax.jit(preference_pairs)(
-      jnp.array([[2, 1, 2, 1]]), jnp.array([[True, True, True, False]])
+    jnp.array([[2, 1, 2, 1]]), jnp.array([[True, True, True, False]])
   )
   assert np.argwhere(np.asarray(is_better_BCC)[0]).tolist() == [[1, 0], [1, 2]]
   assert np.argwhere(np.asarray(is_tie_BCC)[0]).tolist() == [[0, 2], [2, 0]]

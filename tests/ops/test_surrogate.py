@@ -13,7 +13,7 @@ from instructjax.ops.surrogate import clipped_surrogate, clipped_value_loss, exp
 explained_variance = jax.jit(explained_variance)
 surrogate = jax.jit(functools.partial(clipped_surrogate, clip=0.2))
 surrogate_grad = jax.jit(
-    jax.value_and_grad(functools.partial(clipped_surrogate, clip=0.2), has_aux=True)
+  jax.value_and_grad(functools.partial(clipped_surrogate, clip=0.2), has_aux=True)
 )
 
 ALL_4 = np.ones((1, 4), bool)
@@ -34,7 +34,7 @@ def test_surrogate_hand_worked():
   advantage_BR = np.array([[1.0, -1.0, 1.0, -1.0]])
   behaviour_BR = np.full((1, 4), -2.0)
   (loss, metrics), grad_BR = surrogate_grad(
-      behaviour_BR + log_ratio_BR, behaviour_BR, advantage_BR, ALL_4
+    behaviour_BR + log_ratio_BR, behaviour_BR, advantage_BR, ALL_4
   )
   np.testing.assert_allclose(loss, 0.15, rtol=1e-6)
   assert metrics["clip_fraction"] == 0.5
@@ -65,9 +65,7 @@ def test_surrogate_equals_a_loop():
 
 def test_details_8_first_minibatch_has_ratio_one_and_the_policy_gradient():
   logprob_BR, advantage_BR, is_response_BR = random_batch(1, 2)
-  (_, metrics), grad_BR = surrogate_grad(
-      logprob_BR, logprob_BR, advantage_BR, is_response_BR
-  )
+  (_, metrics), grad_BR = surrogate_grad(logprob_BR, logprob_BR, advantage_BR, is_response_BR)
   assert metrics["ratio_mean"] == metrics["ratio_max"] == 1
   assert metrics["approx_kl"] == metrics["clip_fraction"] == 0
   expected_BR = np.where(is_response_BR, -advantage_BR / is_response_BR.sum(), 0)
@@ -79,8 +77,8 @@ def test_details_24_masked_ratio_is_one():
   # 0. Any other content, NaN included, must do the same; and all-masked must stay finite.
   *arrays, is_response_BR = random_batch(2, 3)
   outcomes = [
-      surrogate_grad(*(np.where(is_response_BR, x, filler) for x in arrays), is_response_BR)
-      for filler in (1.0, 500.0, np.nan, np.inf)
+    surrogate_grad(*(np.where(is_response_BR, x, filler) for x in arrays), is_response_BR)
+    for filler in (1.0, 500.0, np.nan, np.inf)
   ]
   (_, _), grad_BR = jax.device_get(outcomes[0])
   np.testing.assert_array_equal(grad_BR[~is_response_BR], 0)
@@ -93,7 +91,7 @@ def test_details_24_masked_ratio_is_one():
 
 
 @pytest.mark.parametrize(
-    "run", ["tensorflow_adam", "pytorch_adam", "tensorflow_style_adam_in_torch"]
+  "run", ["tensorflow_adam", "pytorch_adam", "tensorflow_style_adam_in_torch"]
 )
 def test_details_32_approx_kl_and_ratio_of_published_runs(published, run):
   # The blog prints mean and variance of the log-ratio next to approxkl, and its largest value next
@@ -116,7 +114,7 @@ def test_value_loss_hand_worked():
   old_value_BR = np.full((1, 4), 0.5)
   return_BR = np.array([[0.0, 2.0, 1.0, 0.1]])
   loss_of = jax.jit(
-      jax.value_and_grad(functools.partial(clipped_value_loss, clip=0.2), has_aux=True)
+    jax.value_and_grad(functools.partial(clipped_value_loss, clip=0.2), has_aux=True)
   )
   (loss, metrics), grad_BR = loss_of(value_BR, old_value_BR, return_BR, ALL_4)
   np.testing.assert_allclose(loss, 0.36125, rtol=1e-6)
@@ -150,7 +148,7 @@ def test_details_28_value_loss_equals_a_loop():
 def test_value_loss_ignores_padding(clip):
   *arrays, is_response_BR = random_batch(5, 3)
   loss_of = jax.jit(
-      jax.value_and_grad(functools.partial(clipped_value_loss, clip=clip), has_aux=True)
+    jax.value_and_grad(functools.partial(clipped_value_loss, clip=clip), has_aux=True)
   )
   clean = jax.device_get(loss_of(*arrays, is_response_BR))
   garbage = loss_of(*(np.where(is_response_BR, x, np.nan) for x in arrays), is_response_BR)
