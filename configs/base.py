@@ -168,6 +168,7 @@ def base(stage: str) -> ConfigDict:
         best_of_n_prompts=64,
         bootstrap=1000,
         pretrain_batches=8,
+        pretrain_every=50,
       ),
     )
   )

@@ -79,6 +79,7 @@ def _tiny(config):
     best_of_n=64,
     best_of_n_prompts=32,
     pretrain_batches=16,
+    pretrain_every=8,
   )
 
 

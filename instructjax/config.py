@@ -305,6 +305,7 @@ class EvaluateConfig:
   best_of_n_prompts: int
   bootstrap: int  # resamples over prompts for the 95% intervals
   pretrain_batches: int  # validation rows for the pretraining loss, in batches
+  pretrain_every: int  # RL iterations between two measurements of it
 
   def validate(self, where: str):
     sizes = (
@@ -313,6 +314,7 @@ class EvaluateConfig:
       "overoptimization_iterations",
       "bootstrap",
       "pretrain_batches",
+      "pretrain_every",
     )
     _require_positive(self, where, *sizes)
     known = set(self.compare) <= {"ppo", "ppo_ptx"}

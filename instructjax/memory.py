@@ -10,9 +10,9 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 def keep_freed_memory() -> bool:
   """Makes malloc reuse the pages of freed buffers instead of giving them back to the kernel.
 
-  XLA's CPU client mallocs and frees every output and temporary of every step. By default glibc maps each large one
-  anew, and faulting the fresh pages in takes about 30% of a small training step's CPU time (`python -m benchmarks.malloc`
-  measures it). Does nothing where the C library is not glibc.
+  XLA's CPU client mallocs and frees every output and temporary of every step. By default glibc maps
+  each large one anew, and faulting the fresh pages in takes about 30% of a small training step's CPU
+  time (`python -m benchmarks.malloc` measures it). Does nothing where the C library is not glibc.
 
   Returns:
     Whether the settings were taken.

@@ -12,7 +12,7 @@ from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
 from instructjax.optim import make_optimizer
-from instructjax.pretrain import document_batches
+from instructjax.pretrain import document_batches, validation_rows
 from instructjax.structs import PPOState
 
 _ADVICE = (
@@ -129,6 +129,18 @@ def _describe(ctx: Context, cfg: PPOConfig):
   return describe
 
 
+def _held_out_loss(ctx: Context, nets: ppo.Nets):
+  """(state, step) -> loss on held-out pretraining text of the weights that evaluation judges."""
+  loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh)
+  rows = validation_rows(ctx, ctx.config.pretrain.length)
+  averaged = ctx.config.evaluate.weights == "ema"
+
+  def evaluate(state: PPOState, step: int) -> dict[str, float]:
+    return {"pretrain_loss": loss(state.ema_params if averaged else state.params, rows)}
+
+  return evaluate
+
+
 def run(ctx: Context, stage: str):
   """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
   cfg = variant(ctx, stage)
@@ -162,6 +174,8 @@ def run(ctx: Context, stage: str):
     _batches(ctx, cfg, stage),
     num_steps=cfg.num_iterations,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+    evaluate=_held_out_loss(ctx, nets),
+    evaluate_steps={1, *range(0, cfg.num_iterations + 1, ctx.config.evaluate.pretrain_every)} - {0},
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),
     on_samples=_describe(ctx, cfg),

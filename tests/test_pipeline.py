@@ -320,13 +320,20 @@ def test_equal_networks_share_their_base(whole, specs):
   assert "reward_base" in evaluate.judged_policies(apart)
 
 
-def test_the_reward_model_starts_from_what_the_config_says(whole, specs):
-  """The trunk is that of the base or of the SFT epoch with the best loss; the head is fresh."""
+def test_the_reward_model_starts_from_what_the_config_says(whole, specs, tmp_path):
+  """The trunk is that of the base or of the SFT epoch with the best loss; the head is fresh.
+
+  Not of the epoch that a reward model chose: trained anew, it would start from its own choice.
+  """
+  workdir = copy_without(whole, tmp_path / "run", "sft_select")
+  steps = {epoch["step"] for epoch in checkpoint.read_done(whole / "sft")["epochs"]}
+  other = min(steps - {checkpoint.read_done(whole / "sft")["step"]})
+  checkpoint.write_done(workdir / "sft_select", {"step": other})
   for start, source, item in (("base", "pretrain", "base"), ("sft", "sft", "sft")):
-    ctx = context(config(specs, rm__start_from=start), whole)
+    ctx = context(config(specs, rm__start_from=start), workdir)
     with jax.set_mesh(ctx.mesh):
       params = rm.initial_params(ctx, ctx.key("rm"))
-      step = checkpoint.read_done(whole / source)["step"]
+      step = checkpoint.read_done(workdir / source)["step"]
       expected = policies.load_step(ctx, item, step)
     trunk = {name: params[name] for name in expected}
     jax.tree.map(np.testing.assert_array_equal, trunk, expected)

@@ -313,3 +313,28 @@ def test_each_term_is_clipped_alone_before_gamma(gradients):
   assert_trees_close(taken["clipped"][0], expected)
   for name in ("policy_grad_norm", "ptx_grad_norm"):  # logged as they were
     np.testing.assert_allclose(taken["clipped"][1][name], taken["mean"][1][name], rtol=1e-5)
+
+
+def test_each_epoch_visits_every_episode_once_in_a_new_order(nets, ppo_config, monkeypatch):
+  """And beside each minibatch stand the pretraining rows that are its share, all of them used."""
+  cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
+  visits, weights = [], {"w": jnp.zeros(())}
+
+  def policy_gradient(params, nets, cfg, batch, ptx):
+    visits.append((batch.token_BL[:, 0].tolist(), ptx.token_BL[:, 0].tolist()))
+    return params, {"ratio_max": jnp.float32(1)}
+
+  monkeypatch.setattr(ppo, "policy_gradient", policy_gradient)
+  monkeypatch.setattr(ppo, "value_loss", lambda params, *_: (params["w"], {"clip_fraction": 0.0}))
+  episode_B1 = jnp.arange(8)[:, None]
+  experience = ppo.Experience(*[episode_B1] * len(dataclasses.fields(ppo.Experience)))
+  ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
+  opt_state = nets.policy_tx.init(weights)
+  with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
+    ppo._update(
+      nets, cfg, (weights, opt_state, weights, opt_state), experience, ptx, jax.random.key(0)
+    )
+  epochs = [sum((rows for rows, _ in visits[i : i + 2]), []) for i in (0, 2, 4)]
+  assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert [rows for _, rows in visits] == [list(range(8)), list(range(8, 16))] * 3

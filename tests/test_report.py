@@ -63,7 +63,7 @@ def _results() -> dict:
   curves = {
     name: [
       {"step": s, "reward": 0.1 * s, "kl": 0.4 * s - 0.5, "gold": 1.0, "entropy": 9.0 - s,
-       "response_length": 6.0, "eos": 1.0} | ({"ptx_loss": 3.0} if name == "ppo_ptx" else {})
+       "response_length": 6.0, "eos": 1.0} | ({"validation/pretrain_loss": 3.0} if s in (1, 4) else {})
       for s in range(1, 6)
     ]
     for name in ("ppo", "ppo_ptx", "ppo_beta0")

@@ -220,9 +220,8 @@ def _curves(results: dict) -> str:
   svg = figures.svg(draws, "Curves over PPO", columns=3, height=2.6)
   keys = " &nbsp; ".join(_policy(name) for name, rows in curves.items() if rows)
   caption = (
-    "Faint: each iteration; bold: running mean. In the pretraining panel, curves are the mix's own "
-    "training rows, "
-    "dots the held-out loss after RL, dashed lines the held-out loss of base and SFT."
+    "Faint: each iteration; bold: running mean. Dashed lines in the pretraining panel: the held-out "
+    "loss of base and SFT."
   )
   return _section("curves", "Over PPO", keys, _figure(svg, caption))
 

@@ -125,10 +125,10 @@ def draw_score(ax, curves: dict) -> bool:
 
 
 def draw_pretraining_over_ppo(ax, results: dict) -> bool:
-  """Loss of the pretraining mix over iterations; held-out loss before (lines) and after (dots)."""
+  """Held-out pretraining loss over iterations; lines mark the base's and SFT's."""
   loss, curves = pretraining_loss(results), results["curves"]
-  last = max((rows[-1]["step"] for rows in curves.values() if rows), default=0)
-  draw_curve(ax, curves, "ptx_loss", "Pretraining loss, nats a token")
+  title = "Held-out pretraining loss, nats a token"
+  drawn = draw_curve(ax, curves, "validation/pretrain_loss", title)
   for name in ("base", "sft"):
     if name in loss:
       ax.axhline(loss[name], color=COLOURS[name], linewidth=1.2, linestyle=(0, (4, 2)))
@@ -141,10 +141,7 @@ def draw_pretraining_over_ppo(ax, results: dict) -> bool:
         fontsize=8,
         color=COLOURS[name],
       )
-  for name, rows in curves.items():
-    if name in loss and rows:
-      ax.plot(rows[-1]["step"], loss[name], "o", color=COLOURS[name], markersize=6, clip_on=False)
-  return bool(loss) and last > 0
+  return drawn
 
 
 def draw_tax(ax, results: dict) -> bool:
