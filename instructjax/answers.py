@@ -84,7 +84,8 @@ def sample(
   Args:
     prompts: token lists.
     prompt_length: columns for the prompt; the data config's limit if None.
-    to_newline: an answer ends at its first newline instead of EOS, as a base model's does.
+    to_newline: an answer ends at its first newline instead of EOS, as a base model's does; at EOS
+      where the tokenizer has no piece for the newline.
     temperature: 0 is greedy.
   Raises:
     ValueError: a prompt is longer than prompt_length.
@@ -95,7 +96,9 @@ def sample(
     raise ValueError(f"prompt of {longest} tokens must not exceed {length} tokens")
   tokenizer = ctx.tokenizer
   max_new = ctx.config.data.max_response_length
-  end_id = tokenizer.newline_id if to_newline else tokenizer.eos_id
+  end_id = tokenizer.eos_id
+  if to_newline and tokenizer.newline_id is not None:
+    end_id = tokenizer.newline_id
 
   def one(start, token_BP, is_prompt_BP):
     index_B = start + np.arange(len(token_BP), dtype=np.int32)

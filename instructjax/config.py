@@ -190,6 +190,12 @@ class SFTConfig:
     _require(
       0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
     )
+    rows = round(self.pretrain_mix * self.batch_size)
+    _require(
+      rows < self.batch_size and (rows > 0) == (self.pretrain_mix > 0),
+      f"{where}.pretrain_mix={self.pretrain_mix} must give both kinds of text a row of"
+      f" batch_size={self.batch_size}, and it gives {rows} rows to pretraining text",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,8 +142,11 @@ def run(ctx: Context, stage: str):
   names = judged_policies(ctx)
   trained = ("sft_select", "ppo_init", *(name for name in names if name in policies.RL_STAGES))
   run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=trained)
+  page = ctx.workdir / "report" / "index.html"
   # Nothing starts from here: with other settings, or another policy to judge, it is done anew.
-  if (checkpoint.read_done(directory) or {}).get("fingerprint") == run_.fingerprint:
+  done = checkpoint.read_done(directory) or {}
+  if done.get("fingerprint") == run_.fingerprint:
+    _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
     return
   directory.mkdir(parents=True, exist_ok=True)
   texts = [record.prompt for record in ctx.records("prompts", "validation")]
@@ -173,10 +176,9 @@ def run(ctx: Context, stage: str):
   }
   (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
-  report_directory = ctx.workdir / "report"
-  report.write(report_directory, ctx.config, prompts, results, found)
+  report.write(page.parent, ctx.config, prompts, results, found)
   checkpoint.write_done(directory, {"fingerprint": run_.fingerprint, "summary": summary})
-  _show(found, summary, report_directory / "index.html")
+  _show(found, summary, page)
 
 
 def _show(found: list[dict], summary: dict, page):

@@ -85,8 +85,8 @@ def check(ctx: Context, stages: list[str]):
   """Looks ahead for what would stop the run hours later.
 
   Raises:
-    ValueError: a source that a coming stage reads has no usable record, a batch or a parameter does
-      not divide over the mesh, or given weights do not fit.
+    ValueError: a source that a coming stage reads has no usable record or does not go with the
+      others, a batch or a parameter does not divide over the mesh, or given weights do not fit.
   """
   policies.require_given_weights(ctx)
   supervised.param_shardings(ctx.mesh, ctx.model("policy"))
@@ -102,6 +102,11 @@ def check(ctx: Context, stages: list[str]):
         f"config.{name}.batch_size={size} must be divisible by mesh data * fsdp = {shards}; set"
         f" --config.{name}.batch_size to a multiple"
       )
+  if "collect" in stages and sources.simulation(ctx.config.data.prompts) is None:
+    raise ValueError(
+      f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="
+      f"{ctx.config.data.prompts!r}; give comparisons of your own, as jsonl:PATH"
+    )
   coming = [stage for stage in stages if checkpoint.read_done(ctx.directory(stage)) is None]
   kinds = {kind for stage in coming for kind in _READS[stage]}
   for kind in sorted(kinds - ({"comparisons"} if ctx.collects else set())):

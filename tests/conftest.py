@@ -6,12 +6,11 @@ import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-  (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"  # tiny programs: compiling them well takes longer than running them
-  ).strip()
-)
+  os.environ.get("XLA_FLAGS", "")
+  + " --xla_force_host_platform_device_count=8"
+  # Tiny programs: compiling them well takes longer than running them.
+  + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+).strip()
 
 import jax  # noqa: E402  (the flags above must be set before the first import)
 import jax.numpy as jnp  # noqa: E402

@@ -212,6 +212,7 @@ _RULES = [
   (dict(checkpoint__keep=0), "config.checkpoint.keep=0 must be positive"),
   (dict(sft__dropout=1), "config.sft.dropout=1.0 must be in [0, 1)"),
   (dict(ppo_init__pretrain_mix=1), "config.ppo_init.pretrain_mix=1.0 must be in [0, 1)"),
+  (dict(sft__pretrain_mix=0.01), "config.sft.pretrain_mix=0.01 must give both kinds of text a row"),
   (dict(rm__max_responses=1), "config.rm.max_responses=1 must be >= 2"),
   (dict(rm__cross_validation_folds=1), "config.rm.cross_validation_folds=1 must be 0 or >= 2"),
   (

@@ -14,7 +14,9 @@ from tests import micro
 ROOT = pathlib.Path(__file__).parents[1]
 # As a user's shell has it, neither platform nor fake devices chosen; but programs compile sooner.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-SHELL = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONWARNINGS")}
+SHELL = {
+  k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONWARNINGS")
+}
 ENV = SHELL | {"XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
 
 

@@ -139,16 +139,15 @@ def test_again_does_nothing_twice(whole, specs):
   assert time.process_time() - start < 1.0
 
 
-def test_another_policy_is_judged_anew(whole, specs, tmp_path):
-  """The target's siblings and other evaluation settings need no other workdir."""
-  workdir = copy_without(whole, tmp_path / "run", "ppo", "evaluate", "report")
-  alone = config(specs, evaluate__compare=(), evaluate__num_prompts=4)
+def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
+  """An evaluation trains nothing, so that a sibling of the target needs no other workdir."""
+  workdir = copy_without(whole, tmp_path / "run", "ppo", "report")
   with micro.one_device():
-    pipeline.run(alone, workdir)
-    assert "ppo" not in checkpoint.read_done(workdir / "evaluate")["summary"]
-    shutil.copytree(whole / "ppo", workdir / "ppo")
-    pipeline.run(dataclasses.replace(alone, stage="ppo"), workdir)
-  assert {"ppo", "ppo_ptx"} <= set(checkpoint.read_done(workdir / "evaluate")["summary"])
+    pipeline.run(config(specs, evaluate__compare=(), evaluate__num_prompts=4), workdir)
+  summary = checkpoint.read_done(workdir / "evaluate")["summary"]
+  assert summary.keys() == {"base", "sft", "ppo_init", "ppo_ptx"}
+  assert len((workdir / "evaluate" / "answers.jsonl").read_text().splitlines()) == 4
+  assert (workdir / "report" / "index.html").is_file()
 
 
 def test_the_sft_epoch_is_chosen_by_reward(whole):
@@ -457,6 +456,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
     ({"sft__batch_size": 12}, r"sft.batch_size=12 must be divisible by mesh data \* fsdp = 8"),
     ({"ppo__batch_size": 4}, r"ppo.batch_size=4 must be divisible by mesh"),
     ({"tokenizer__path": "/no.model"}, "tokenizer.path='/no.model' cannot be read"),
+    ({"data__comparisons": "demo:"}, "data.prompts='jsonl:.*'; give comparisons of your own"),
     ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),
   ],
 )
