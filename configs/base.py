@@ -102,7 +102,7 @@ def base(stage: str) -> ConfigDict:
         batch_size=32,  # C.3
         length=2048,
         dropout=0.0,  # open
-        pretrain_mix=0.1,  # C.3
+        pretrain_mix=0.1,  # C.3; Departs from paper: a share of packed rows, not of the loss
         optim=adam(5e-6),  # C.3, 1.3B
       ),
       collect=dict(
@@ -158,12 +158,11 @@ def base(stage: str) -> ConfigDict:
       evaluate=dict(
         num_prompts=512,
         samples_per_prompt=1,
-        temperature=1.0,  # App. F
+        temperature=1.0,  # open for the main evaluations; App. F shows InstructGPT at 1, GPT-3 at .7
         weights="ema",
         compare=(),
         overoptimization=False,
         overoptimization_iterations=500,
-        overoptimization_learning_rate=8.05e-6,
         best_of_n=0,
         best_of_n_prompts=64,
         bootstrap=1000,

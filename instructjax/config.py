@@ -209,7 +209,7 @@ class CollectConfig:
   temperature: float
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_prompts", "num_heldout_prompts")
+    _require_positive(self, where, "num_prompts", "num_heldout_prompts", "temperature")
     _require(
       2 <= self.min_responses <= self.max_responses,
       f"{where}.min_responses={self.min_responses} must be from 2 to max_responses={self.max_responses}",
@@ -228,10 +228,11 @@ class RMConfig:
   cross_validation_prompts: int  # prompts used by each fold's training
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_epochs", "batch_size")
+    _require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
     _require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
     _require(
-      self.cross_validation_folds != 1, f"{where}.cross_validation_folds=1 must be 0 or >= 2"
+      self.cross_validation_folds == 0 or self.cross_validation_folds >= 2,
+      f"{where}.cross_validation_folds={self.cross_validation_folds} must be 0 or >= 2",
     )
 
 
@@ -288,6 +289,10 @@ class PPOConfig:
     _require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
     _require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     _require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
+    for name in ("discount", "gae_lambda"):
+      value = getattr(self, name)
+      _require(0 <= value <= 1, f"{where}.{name}={value} must be in [0, 1]")
+    _require(self.max_kl >= 0, f"{where}.max_kl={self.max_kl} must be >= 0; 0 is no limit")
     _require(0 <= self.ema_decay < 1, f"{where}.ema_decay={self.ema_decay} must be in [0, 1)")
     _require(
       self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
@@ -297,7 +302,7 @@ class PPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  num_prompts: int  # held-out prompts
+  num_prompts: int  # test prompts
   samples_per_prompt: int
   temperature: float
   weights: Literal["ema", "raw"]  # which RL weights are judged
@@ -306,7 +311,6 @@ class EvaluateConfig:
   ]  # RL stages run for comparison besides the one asked for: of ppo, ppo_ptx
   overoptimization: bool  # also run PPO with beta=0 and best-of-n, for the over-optimisation plot
   overoptimization_iterations: int
-  overoptimization_learning_rate: float  # policy
   best_of_n: int  # N samples a prompt for best-of-n; below 2 = off
   best_of_n_prompts: int
   bootstrap: int  # resamples over prompts for the 95% intervals
@@ -321,6 +325,8 @@ class EvaluateConfig:
       "bootstrap",
       "pretrain_batches",
       "pretrain_every",
+      "best_of_n_prompts",
+      "temperature",
     )
     _require_positive(self, where, *sizes)
     known = set(self.compare) <= {"ppo", "ppo_ptx"}
@@ -351,6 +357,7 @@ class Config:
   evaluate: EvaluateConfig
 
   def validate(self, where: str = "config"):
+    _require(self.seed >= 0, f"{where}.seed={self.seed} must be >= 0")
     _require(
       self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}"
     )

@@ -1,4 +1,4 @@
-"""Measuring every policy of a run on held-out prompts and text (sec 4): results.json, answers.jsonl, findings, report.
+"""Measuring every policy of a run on test prompts and held-out text (sec 4): results.json, answers.jsonl, findings, report.
 
 Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
 """
@@ -34,8 +34,7 @@ def judged_policies(ctx: Context) -> list[str]:
     names.append("reward_base")
   if sources.simulation(ctx.config.data.prompts) is not None:
     names.append("few_shot")
-  done = [name for name in policies.RL_STAGES if checkpoint.read_done(ctx.directory(name))]
-  return names + ["sft", "ppo_init"] + done
+  return names + ["sft", "ppo_init"] + policies.rl_stages(ctx)
 
 
 def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.Answers:
@@ -71,7 +70,7 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
     "length": sampled.is_response_NR.sum(1),
   }
   if name not in BASES:
-    policy, temperature = ctx.model("policy"), ctx.config.ppo.temperature
+    policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
     log_ratio = answers.logprob(ctx, policy, policies.load(ctx, name), sampled, temperature)
     log_ratio -= answers.logprob(ctx, policy, policies.load(ctx, "ppo_init"), sampled, temperature)
     result["kl"] = log_ratio
@@ -149,7 +148,7 @@ def run(ctx: Context, stage: str):
     _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
     return
   directory.mkdir(parents=True, exist_ok=True)
-  texts = [record.prompt for record in ctx.records("prompts", "validation")]
+  texts = [record.prompt for record in ctx.records("prompts", "test")]
   fitting = [p for p in texts if len(ctx.tokenizer.encode(p)) <= ctx.config.data.max_prompt_length]
   unique = fitting[: cfg.num_prompts]
   prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]

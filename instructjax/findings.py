@@ -123,7 +123,7 @@ def _alignment_tax(results, bootstrap, rng):
       "reward_gap_in_rm_std": gap,
     },
     [ppo[1], ptx[1], base[1]],
-    ppo[0] > 0 and ptx[0] <= 0 and abs(gap) <= REWARD_GAP,
+    ppo[1][0] > 0 and ptx[1][1] <= 0 and abs(gap) <= REWARD_GAP,
   )
 
 
@@ -242,7 +242,12 @@ def find(results: dict, *, bootstrap: int, seed: int) -> list[dict]:
     _overoptimization(results, bootstrap, rng),
     _topic_following(results, bootstrap, rng),
   ]
-  return [finding for finding in found if finding is not None]
+  found = [finding for finding in found if finding is not None]
+  if not all("gold" in measured for measured in results["measured"].values()):
+    for finding in found:
+      if finding["id"] in ("preferred_over_base", "rl_over_sft"):
+        finding["claim"] += " (Judged by the reward model that PPO was trained on.)"
+  return found
 
 
 def summary(results: dict) -> dict:

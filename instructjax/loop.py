@@ -40,7 +40,7 @@ class StageRun:
   checkpoint: CheckpointConfig
   log: LogConfig
   fingerprint: Mapping[str, str]
-  advice: str = "lower its learning rate or lengthen its warmup"
+  advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
 
 
 def fit(
@@ -204,7 +204,4 @@ def _stop_message(run: StageRun, step: int, reason: str, checkpoints: Checkpoint
   checkpoints.wait()
   saved = checkpoints.latest_step()
   kept = f"The last good checkpoint, step {saved}, is kept" if saved else "Nothing was saved yet"
-  return (
-    f"{run.name} stopped at step {step}: {reason}. {kept}. What to change: {run.advice}. Then"
-    f" delete {run.directory} and run again, or use another --workdir."
-  )
+  return f"{run.name} stopped at step {step}: {reason}. {kept} in {run.directory}. What to change: {run.advice}."

@@ -1,7 +1,9 @@
 """Command line: `python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo`."""
 
+import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -45,6 +47,10 @@ def _parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
     raise UserError(f"--config has no field {_telling_part(error)}") from error
+  except ImportError as error:
+    raise UserError(
+      f"--config cannot be loaded: {error}; run from the repository's root"
+    ) from error
   except flags.Error as error:
     raise UserError(str(error)) from error
   except SystemExit:  # --help, which absl ends with 1
@@ -66,11 +72,16 @@ def run():
   try:
     app.run(main, flags_parser=_parse)
   except (UserError, ValueError, OSError) as error:
+    if (
+      logging.get_verbosity() >= logging.INFO
+    ):  # --verbosity=0 or more, for those who look for a bug
+      traceback.print_exc()
     print(f"error: {_telling_part(error)}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-    sys.exit(130)
+    sys.stderr.flush()
+    os._exit(130)  # at once: a save under way would complain at length that its threads are gone
 
 
 if __name__ == "__main__":

@@ -47,19 +47,13 @@ _READS = {
   "collect": ("prompts",),
   "rm": ("comparisons", "demonstrations"),
   "sft_select": ("prompts",),
-  "ppo": ("prompts",),
+  "ppo": ("prompts", "documents"),
   "ppo_ptx": ("prompts", "documents"),
-  "ppo_beta0": ("prompts",),
+  "ppo_beta0": ("prompts", "documents"),
   "evaluate": ("prompts", "documents"),
 }
-_BATCHED = (
-  "pretrain",
-  "reward_pretrain",
-  "sft",
-  "ppo_init",
-  "rm",
-  "ppo",
-)  # config blocks with a batch_size
+# Config blocks with a batch_size.
+_BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
 
 
 def plan(ctx: Context) -> list[str]:
@@ -67,17 +61,18 @@ def plan(ctx: Context) -> list[str]:
 
   A base is not trained where the config gives its weights.
   """
-  target, evaluation = ctx.config.stage, ctx.config.evaluate
+  target = ctx.config.stage
   bases = list(dict.fromkeys(policies.base_stage(ctx, role) for role in ("policy", "reward")))
-  compared = {target, *evaluation.compare}
+  needs_sft = target != "rm" or ctx.collects or ctx.config.rm.start_from == "sft"
+  if not needs_sft:
+    bases = [policies.base_stage(ctx, "reward")]
   stages = {
     "pretrain": ["pretrain"],
     "sft": ["pretrain", "sft"],
     "ppo_init": ["pretrain", "ppo_init"],
-  }.get(target, bases + ["sft"] + ["collect"] * ctx.collects + ["rm"])
+  }.get(target, bases + ["sft"] * needs_sft + ["collect"] * ctx.collects + ["rm"])
   if target in ("ppo", "ppo_ptx", "evaluate"):
-    stages += ["sft_select", "ppo_init"] + [name for name in ("ppo", "ppo_ptx") if name in compared]
-    stages += ["ppo_beta0"] * evaluation.overoptimization + ["evaluate"]
+    stages += ["sft_select", "ppo_init"] + policies.rl_stages(ctx) + ["evaluate"]
   return [stage for stage in stages if not ctx.given_weights(stage)]
 
 

@@ -23,6 +23,13 @@ def base_stage(ctx: Context, role: str) -> str:
   return "reward_pretrain"
 
 
+def rl_stages(ctx: Context) -> list[str]:
+  """RL stages that the config asks for, to be trained and judged: what else lies in the workdir has no say."""
+  asked = {ctx.config.stage, *ctx.config.evaluate.compare}
+  asked |= {"ppo_beta0"} if ctx.config.evaluate.overoptimization else set()
+  return [name for name in RL_STAGES if name in asked]
+
+
 def stage_of(ctx: Context, name: str) -> str:
   return {"base": "pretrain", "reward_base": base_stage(ctx, "reward")}.get(name, name)
 

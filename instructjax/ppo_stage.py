@@ -16,8 +16,8 @@ from instructjax.pretrain import document_batches, validation_rows
 from instructjax.structs import PPOState
 
 _ADVICE = (
-  "raise ppo.max_kl if only that is too low (the run then goes on, nothing is to be deleted), or lower"
-  " ppo.policy_optim.learning_rate, or raise ppo.beta or ppo.gamma"
+  "if only ppo.max_kl is too low, raise it and run again: the run goes on. Else lower"
+  " ppo.policy_optim.learning_rate or raise ppo.beta, for all RL stages alike, in another --workdir"
 )
 
 
@@ -35,9 +35,6 @@ def variant(ctx: Context, stage: str) -> PPOConfig:
     kl_controller="fixed",
     num_iterations=evaluation.overoptimization_iterations,
     max_kl=0.0,  # letting the policy run away is the point
-    policy_optim=dataclasses.replace(
-      cfg.policy_optim, learning_rate=evaluation.overoptimization_learning_rate
-    ),
   )
 
 

@@ -150,9 +150,12 @@ def _plain(calibration: preference.Calibration) -> dict:
 def judge(ctx: Context, params, records: list) -> dict:
   """Accuracy over untied pairs with its standard error over prompts, calibration, and the spread of scores."""
   score = score_rankings(ctx, params, records)
-  margins = [pair_margins(s, item.ranks) for s, item in zip(score, _tokenized(ctx, records))]
-  right = np.array([np.sum(m > 0) for m in margins])
-  total = np.array([len(m) for m in margins])
+  tokenized = _tokenized(ctx, records)
+  margins = [pair_margins(s, item.ranks) for s, item in zip(score, tokenized)]
+  # A prompt may be ranked several times: its rankings hang together, so that it counts as one.
+  _, which = np.unique([str(item.prompt) for item in tokenized], return_inverse=True)
+  right = np.bincount(which, [np.sum(m > 0) for m in margins])
+  total = np.bincount(which, [len(m) for m in margins])
   if not total.sum():
     raise ValueError(
       f"{len(records)} held-out rankings hold no pair that is not a tie; add rankings with an order"
@@ -163,7 +166,7 @@ def judge(ctx: Context, params, records: list) -> dict:
     "accuracy": float(accuracy),
     "accuracy_stderr": float(stderr),
     "pairs": int(total.sum()),
-    "prompts": len(margins),
+    "prompts": len(total),
     "score_std": float(np.std(np.concatenate(score))),
     "calibration": _plain(preference.calibration(np.concatenate(margins))),
   }

@@ -249,6 +249,14 @@ _RULES = [
   (dict(ppo__clip=0), "config.ppo.clip=0.0 must be > 0"),
   (dict(ppo__value_clip=0), "config.ppo.value_clip=0.0 must be None or > 0"),
   (dict(evaluate__bootstrap=0), "config.evaluate.bootstrap=0 must be positive"),
+  (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
+  (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
+  (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
+  (dict(rm__cross_validation_folds=-3), "config.rm.cross_validation_folds=-3 must be 0 or >= 2"),
+  (dict(rm__cross_validation_prompts=0), "config.rm.cross_validation_prompts=0 must be positive"),
+  (dict(collect__temperature=-1), "config.collect.temperature=-1.0 must be positive"),
+  (dict(evaluate__temperature=0), "config.evaluate.temperature=0.0 must be positive"),
+  (dict(seed=-1), "config.seed=-1 must be >= 0"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
 ]
 

@@ -57,7 +57,8 @@ def load(
         or if it has no `validation`, what is held out of train. With SPLIT (slices too,
         `train[:50%]`), what is held out of that.
     kind: one of records.KINDS.
-    split: train, validation, or all of a source that has no split of its own.
+    split: train, validation, test (of `demo:` its own, of other sources the same as validation), or all of a source
+      that has no split of its own.
     seed: only `demo:` depends on it.
     validation_fraction: in (0, 1).
     on_bad_record: raise stops at the first bad record; skip logs how many were skipped, and the
@@ -70,14 +71,16 @@ def load(
     )
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
-  if split not in ("train", "validation", "all"):
-    raise ValueError(f"split={split!r} must be train, validation or all")
+  if split not in ("train", "validation", "test", "all"):
+    raise ValueError(f"split={split!r} must be train, validation, test or all")
   if on_bad_record not in ("raise", "skip"):
     raise ValueError(f"data.on_bad_record={on_bad_record!r} must be raise or skip")
   if scheme == "demo":
     from instructjax import demo  # imported only where it is used
 
     return demo.load(kind, split, seed)
+  if split == "test":
+    split = "validation"
   rows, decode, has_own_split = _SCHEMES[scheme](rest, kind, split)
   records = _parse(rows, decode, spec, kind, on_bad_record)
   if has_own_split or split == "all":

@@ -114,7 +114,7 @@ def test_a_file_without_records_is_refused(tmp_path):
     (dict(spec="csv:a"), "data.prompts='csv:a' must start with one of demo:, jsonl:, hh:, tfds:"),
     (dict(spec="a.jsonl"), "data.prompts='a.jsonl' must start with one of demo:"),
     (dict(kind="ranks"), "kind='ranks' must be one of documents, prompts"),
-    (dict(split="test"), "split='test' must be train, validation or all"),
+    (dict(split="dev"), "split='dev' must be train, validation, test or all"),
     (dict(on_bad_record="ignore"), "data.on_bad_record='ignore' must be raise or skip"),
   ],
 )
