@@ -9,11 +9,10 @@ Cost at `tiny`: the README has the times.
 
   python -m instructjax.main --config=configs/rm.py --workdir=runs/demo
 
-Sec 4.1's cross-validation over groups of labelers, in a workdir of its own (a finished stage is
-never trained anew with other settings):
+Without sec 4.1's cross-validation over groups of labelers, whose five folds cost as much again:
 
-  python -m instructjax.main --config=configs/rm.py --workdir=runs/folds \
-    --config.rm.cross_validation_folds=5
+  python -m instructjax.main --config=configs/rm.py --workdir=runs/rm \
+    --config.rm.cross_validation_folds=0
 """
 
 from configs import models

@@ -1,4 +1,4 @@
-"""Measuring every policy of a run on test prompts and held-out text (sec 4): results.json, answers.jsonl, findings, report.
+"""Measuring every policy of a run on test prompts and held-out text (sec 4): answers, results, findings, report.
 
 Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
 """
