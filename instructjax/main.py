@@ -72,9 +72,8 @@ def run():
   try:
     app.run(main, flags_parser=_parse)
   except (UserError, ValueError, OSError) as error:
-    if (
-      logging.get_verbosity() >= logging.INFO
-    ):  # --verbosity=0 or more, for those who look for a bug
+    verbosity = flags.FLAGS["verbosity"]
+    if verbosity.present and verbosity.value >= logging.INFO:  # asked for, to look for a bug
       traceback.print_exc()
     print(f"error: {_telling_part(error)}", file=sys.stderr)
     sys.exit(2)

@@ -14,7 +14,7 @@ from instructjax.structs import PackedBatch, Params, TrainState
 
 
 def param_shardings(mesh: Mesh, model: transformer.Model):
-  shapes = jax.eval_shape(lambda k: transformer.init_params(model, k), jax.random.key(0))
+  shapes = transformer.param_shapes(model)
   return sharding.param_shardings(mesh, transformer.param_axes(model), shapes), shapes
 
 

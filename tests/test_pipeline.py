@@ -281,8 +281,9 @@ LAST = ["sft_select", "ppo_init"]
     ("pretrain", {}, ["pretrain"]),
     ("sft", BIGGER, ["pretrain", "sft"]),
     ("ppo_init", {}, ["pretrain", "ppo_init"]),
-    ("rm", {}, ["pretrain", "sft", "rm"]),
-    ("rm", BIGGER, ["pretrain", "reward_pretrain", "sft", "rm"]),
+    ("rm", {}, ["pretrain", "rm"]),  # of one's own comparisons, SFT has no part in it
+    ("rm", {"rm__start_from": "sft"}, ["pretrain", "sft", "rm"]),
+    ("rm", BIGGER, ["reward_pretrain", "rm"]),
     ("rm", {"data__comparisons": "demo:"}, ["pretrain", "sft", "collect", "rm"]),
     ("ppo", {}, ["pretrain", "sft", "rm", *LAST, "ppo", "evaluate"]),
     (
@@ -295,11 +296,11 @@ LAST = ["sft_select", "ppo_init"]
       {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
       ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
     ),
-    ("rm", {"model__weights": "other/pretrain"}, ["reward_pretrain", "sft", "rm"]),
+    ("rm", {"model__weights": "other/pretrain"}, ["reward_pretrain", "rm"]),
     (
       "rm",
       {"model__weights": "other/pretrain", "reward_model__weights": "other/pretrain"},
-      ["sft", "rm"],
+      ["rm"],
     ),
   ],
 )

@@ -1,6 +1,6 @@
 """The model family as pure functions; the only package that imports flax.linen."""
 
-from instructjax.models.heads import scalar_params_from_lm, shift_bias, value_params_from_reward
+from instructjax.models.heads import scalar_params_from_lm, shift_bias
 from instructjax.models.transformer import (
   Model,
   apply,
@@ -29,5 +29,4 @@ __all__ = [
   "prefill",
   "scalar_params_from_lm",
   "shift_bias",
-  "value_params_from_reward",
 ]

@@ -28,11 +28,6 @@ def scalar_params_from_lm(lm_params: Params, scalar_init: Params) -> Params:
   return trunk | {"head": scalar_init["head"]}
 
 
-def value_params_from_reward(params: Params) -> Params:
-  """The value network's start: a copy, so that donating one leaves the other alive."""
-  return jax.tree.map(jnp.copy, params)
-
-
 def shift_bias(params: Params, amount) -> Params:
   """The same model with every score lowered by `amount`.
 
