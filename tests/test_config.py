@@ -61,7 +61,7 @@ def test_one_config_file_a_stage():
   assert files == set(STAGES)
 
 
-def test_paper_values():
+def test_details_15_33_paper_values():
   """Table 6, App. C: what the paper prints, as the base holds it."""
   config = from_config_dict(base.base("ppo_ptx"))
   assert (config.sft.num_epochs, config.sft.dropout, config.sft.optim.learning_rate) == (

@@ -116,7 +116,7 @@ def expected_advantage(reward_BR, value_BR, lam=0.95):
   return advantage_BR
 
 
-def test_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollout):
+def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollout):
   results, behind = scored
   experience, metrics, score_B, kl_B = results["plain"]
   np.testing.assert_array_equal(score_B, behind["score"])
@@ -152,7 +152,7 @@ def test_rescored_behaviour_is_the_policys_own(scored):
   np.testing.assert_allclose(results["rescore"][3], kl, atol=1e-5)
 
 
-def test_an_answer_that_never_ends_may_score_a_fixed_number(scored, rollout):
+def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, rollout):
   results, behind = scored
   experience, metrics, score_B, _ = results["fixed"]
   reward_BR = expected_reward(
@@ -181,7 +181,7 @@ def test_or_be_left_out_of_the_actors_loss_and_whitening(scored):
   np.testing.assert_allclose(experience.return_BR, results["plain"][0].return_BR, atol=1e-5)
 
 
-def test_whitened_rewards_keep_their_mean(scored, rollout):
+def test_details_25_whitened_rewards_keep_their_mean(scored, rollout):
   results, behind = scored
   reward_BR = expected_reward(behind["score"], rollout.behaviour_logprob_BR, behind["ref"])
   mean, std = reward_BR[MASK_BR].mean(), reward_BR[MASK_BR].std()
@@ -276,7 +276,7 @@ def assert_trees_close(got, expected, tolerance=1e-5):
   )
 
 
-def test_gradient_is_that_of_equation_2(gradients):
+def test_details_34_gradient_is_that_of_equation_2(gradients):
   taken, ppo_grads, nll, lm_grads, weight, _ = gradients
   assert_trees_close(taken["ppo"][0], ppo_grads)
   expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / weight, ppo_grads, lm_grads)
@@ -301,7 +301,7 @@ def test_accumulated_chunks_are_one_big_batch(gradients):
   assert_trees_close(taken["mean"], taken["one chunk"], 1e-6)
 
 
-def test_gamma_0_adds_nothing_to_any_bit(gradients):
+def test_details_34_gamma_0_adds_nothing_to_any_bit(gradients):
   taken = gradients[0]
   jax.tree.map(np.testing.assert_array_equal, taken["gamma 0"][0], taken["ppo"][0])
 
@@ -315,7 +315,9 @@ def test_each_term_is_clipped_alone_before_gamma(gradients):
     np.testing.assert_allclose(taken["clipped"][1][name], taken["mean"][1][name], rtol=1e-5)
 
 
-def test_each_epoch_visits_every_episode_once_in_a_new_order(nets, ppo_config, monkeypatch):
+def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
+  nets, ppo_config, monkeypatch
+):
   """And beside each minibatch stand the pretraining rows that are its share, all of them used."""
   cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
   visits, weights = [], {"w": jnp.zeros(())}

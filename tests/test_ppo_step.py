@@ -136,7 +136,9 @@ def test_an_iteration_is_one_program_without_the_host(start):
   assert "input_output_alias" in text.splitlines()[0]  # the donated state is reused
 
 
-def test_gamma_0_is_plain_ppo_though_pretraining_rows_come_along(start, configs, one_device):
+def test_details_34_gamma_0_is_plain_ppo_though_pretraining_rows_come_along(
+  start, configs, one_device
+):
   step, state, frozen = start("ppo")
   batch = make_batch(configs["ppo"], one_device)
   more = batch | {"pretrain": make_batch(configs["ppo_ptx"], one_device)["pretrain"]}
@@ -162,7 +164,7 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not_touched(
   assert jax.tree.all(moved)  # while every weight of the policy did move
 
 
-def test_the_first_minibatchs_ratio_is_1(ppo_run, ptx_run):
+def test_details_8_the_first_minibatchs_ratio_is_1(ppo_run, ptx_run):
   """To rounding, with the rollout's log-probs and with rescored ones: the forward of 16 rows and the
   differentiated one of 8 are not the same program."""
   for metrics, _ in ppo_run[2] + ptx_run[2]:
@@ -177,7 +179,7 @@ def test_kl_starts_at_0_and_the_score_is_the_reward_models(ppo_run):
   assert np.abs(ppo_run[2][2][1]["kl_B"]).max() > 1e-3
 
 
-def test_sampling_noise_differs_between_iterations(start, configs, one_device, ppo_run):
+def test_details_7_sampling_noise_differs_between_iterations(start, configs, one_device, ppo_run):
   """Also where the weights do not: the iteration's number alone changes the draw."""
   first, second, _ = responses(ppo_run[2])
   assert not np.array_equal(first, second)
@@ -215,7 +217,7 @@ def test_ema_and_kl_coefficient_follow_their_formulas(start, configs, one_device
 
 
 @pytest.mark.parametrize("row", [0, 7, 63, 64, 127])
-def test_every_pretraining_row_counts(start, configs, one_device, ptx_run, row):
+def test_details_34_every_pretraining_row_counts(start, configs, one_device, ptx_run, row):
   """Eight rows an episode (C.4): 128 beside 16 episodes, and none is left out."""
   cfg = configs["ppo_ptx"]
   batch = make_batch(cfg, one_device)

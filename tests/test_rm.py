@@ -66,7 +66,7 @@ def one_device():
   return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
 
 
-def test_loss_is_equation_1_over_scores_of_each_answer_alone(
+def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(
   quick_jit, model, random_params, start, one_device
 ):
   batch = ranked(0)

@@ -137,7 +137,7 @@ def rollout(generate, params, prompts):
   return jax.tree.map(np.asarray, generate(params, prompts, KEY, TEMPERATURE))
 
 
-def test_eos_is_kept_and_pads_follow(rollout, prompts):
+def test_details_4_eos_is_kept_and_pads_follow(rollout, prompts):
   response_BR, mask_BR = rollout.token_BL[:, PROMPT:], rollout.is_response_BR
   length_B = mask_BR.sum(1)
   np.testing.assert_array_equal(mask_BR, np.arange(RESPONSE)[None] < length_B[:, None])
@@ -187,7 +187,7 @@ def test_a_row_does_not_depend_on_the_others(generate, params, prompts, rollout)
   assert not np.array_equal(again.token_BL, rollout.token_BL[order])
 
 
-def test_left_padding_changes_nothing(generate, params, prompts, rollout):
+def test_details_3_left_padding_changes_nothing(generate, params, prompts, rollout):
   pad = 3
   wide = PromptBatch(
     np.pad(
@@ -203,7 +203,7 @@ def test_left_padding_changes_nothing(generate, params, prompts, rollout):
   np.testing.assert_allclose(moved.behaviour_logprob_BR, rollout.behaviour_logprob_BR, atol=1e-5)
 
 
-def test_rows_and_keys_sample_differently(generate, params, rollout):
+def test_details_7_rows_and_keys_sample_differently(generate, params, rollout):
   same = left_padded([[3, 4]] * ROWS, PROMPT)
   first, second = (
     np.asarray(generate(params, same, key, TEMPERATURE).token_BL)[:, PROMPT:]

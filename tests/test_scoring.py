@@ -72,7 +72,9 @@ def score(quick_jit):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_read_one_column_before_their_token(policy, forward, logprob, temperature):
+def test_details_21_logprobs_are_read_one_column_before_their_token(
+  policy, forward, logprob, temperature
+):
   logits_BLV = np.asarray(forward(*policy, TOKEN_BL, IS_TOKEN_BL), np.float64) / temperature
   logprob_BLV = logits_BLV - np.log(np.exp(logits_BLV).sum(-1, keepdims=True))
   expected_BR = np.zeros(MASK_BR.shape)
@@ -83,7 +85,7 @@ def test_logprobs_are_read_one_column_before_their_token(policy, forward, logpro
   np.testing.assert_allclose(got_BR, expected_BR, atol=1e-5)
 
 
-def test_values_are_of_the_state_before_each_token(scalar, forward, value):
+def test_details_21_values_are_of_the_state_before_each_token(scalar, forward, value):
   value_BR = value(*scalar, TOKEN_BL, IS_TOKEN_BL)
   value_BL = np.asarray(forward(*scalar, TOKEN_BL, IS_TOKEN_BL))
   np.testing.assert_allclose(value_BR, value_BL[:, PROMPT - 1 : LENGTH - 1], atol=1e-5)
@@ -96,7 +98,9 @@ def test_values_are_of_the_state_before_each_token(scalar, forward, value):
   assert not np.any(changed_BR[0, 2:] == value_BR[0, 2:])
 
 
-def test_scores_are_read_at_the_last_real_token_wherever_pads_are(scalar, forward, score):
+def test_details_13_scores_are_read_at_the_last_real_token_wherever_pads_are(
+  scalar, forward, score
+):
   length = 6
   tokens = np.random.default_rng(3).integers(0, VOCAB, length)
   token_BL, is_token_BL = np.full((3, LENGTH), VOCAB), np.zeros((3, LENGTH), bool)
@@ -116,7 +120,9 @@ def test_scores_are_read_at_the_last_real_token_wherever_pads_are(scalar, forwar
 @pytest.mark.parametrize(
   "garbage", ["random ids", "an id outside", "a token whose weights are NaN"]
 )
-def test_what_stands_in_padding_changes_nothing(policy, scalar, logprob, value, score, garbage):
+def test_details_3_what_stands_in_padding_changes_nothing(
+  policy, scalar, logprob, value, score, garbage
+):
   pad = {
     "random ids": np.random.default_rng(4).integers(0, VOCAB, TOKEN_BL.shape),
     "an id outside": -(2**30),

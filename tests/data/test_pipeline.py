@@ -46,7 +46,7 @@ def drawn(batches, steps):
 # What a batch holds.
 
 
-def test_prompts_are_padded_on_the_left():
+def test_details_12_prompts_are_padded_on_the_left():
   batch = next(prompt_batches())
   for row, number in enumerate(numbers(batch)):
     expected = prompts(7)[number]
@@ -121,7 +121,7 @@ def ranking(number, *responses):
   )
 
 
-def test_a_ranked_batch_by_hand():
+def test_details_12_a_ranked_batch_by_hand():
   batch = pipeline.ranked_batch(
     [ranking(0, [5, EOS], [6, 7, EOS]), ranking(1, [5, EOS], [6, EOS], [8, 8, 8])],
     max_responses=3, length=5, vocab_size=VOCAB,

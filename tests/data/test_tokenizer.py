@@ -67,7 +67,7 @@ def test_pieces_are_near_words(tokenizer):
   assert sum(len(word_ids) == 1 for word_ids in ids) > 0.9 * len(WORDS)
 
 
-def test_text_never_encodes_to_eos_or_pad(tokenizer):
+def test_details_2_text_never_encodes_to_eos_or_pad(tokenizer):
   ids = tokenizer.encode("</s> <unk> the king \u2581 é")
   assert tokenizer.eos_id not in ids
   assert max(ids) < tokenizer.vocab_size

@@ -30,7 +30,7 @@ def score(model, params):
   )
 
 
-def test_shift_bias_lowers_every_score(gpt2, make):
+def test_details_17_shift_bias_lowers_every_score(gpt2, make):
   model, params = make(gpt2, "scalar", num_layers=1)
   before = score(model, params)
   shifted = models.shift_bias(params, before.mean())
@@ -52,7 +52,7 @@ def test_reward_model_starts_from_a_language_model(llama, make):
     models.scalar_params_from_lm(smaller, fresh)
 
 
-def test_initialisation(gpt2):
+def test_details_14_initialisation(gpt2):
   cfg = dataclasses.replace(
     gpt2, d_model=256, d_mlp=1024, num_layers=2, max_length=64, init_std=0.02
   )

@@ -117,7 +117,7 @@ def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(cfg, make):
   np.testing.assert_array_equal(reaches_LL, real_LL & np.tri(LENGTH, dtype=bool))
 
 
-def test_padding_on_either_side_changes_nothing(cfg, make):
+def test_details_3_padding_on_either_side_changes_nothing(cfg, make):
   model, params = make(cfg)
   tokens = TOKEN_BL[0, :7]
   token_BL = np.full((2, LENGTH), VOCAB, np.int32)
@@ -138,7 +138,7 @@ def _score_and_gradient(model, params, token_BL, segment_BL, position_BL):
   return jax.grad(total, has_aux=True)(params)
 
 
-def test_garbage_and_nan_at_pads_change_nothing(cfg, make):
+def test_details_3_garbage_and_nan_at_pads_change_nothing(cfg, make):
   model, params = make(cfg, "scalar", num_layers=2)
   is_token_BL = SEGMENT_BL > 0
   clean = _score_and_gradient(
@@ -166,7 +166,7 @@ def test_a_row_that_may_look_at_nothing_gets_zero():
   np.testing.assert_array_equal(mixed_BTGRK[0, :, 0, 0, 0], [0, 1])
 
 
-def test_ids_outside_the_vocabulary_are_pads_even_inside_a_segment(gpt2, make):
+def test_details_2_ids_outside_the_vocabulary_are_pads_even_inside_a_segment(gpt2, make):
   model, params = make(gpt2)
   token_BL, segment_BL = TOKEN_BL.copy(), SEGMENT_BL.copy()
   token_BL[0, 2], token_BL[1, 7] = VOCAB, -1
