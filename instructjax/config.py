@@ -286,6 +286,12 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
+    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
+    minibatch = self.batch_size // self.num_minibatches
+    _require(
+      not self.whiten_rewards or minibatch >= 8,
+      f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
+    )
     _require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
     _require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     _require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")

@@ -249,6 +249,10 @@ _RULES = [
   (dict(ppo__clip=0), "config.ppo.clip=0.0 must be > 0"),
   (dict(ppo__value_clip=0), "config.ppo.value_clip=0.0 must be None or > 0"),
   (dict(evaluate__bootstrap=0), "config.evaluate.bootstrap=0 must be positive"),
+  (
+    dict(ppo__whiten_rewards=True, ppo__batch_size=8, ppo__num_minibatches=2),  # details 26
+    "config.ppo.whiten_rewards=True must have batch_size / num_minibatches >= 8, got 4",
+  ),
   (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
   (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
   (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
