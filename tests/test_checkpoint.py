@@ -167,11 +167,10 @@ def test_a_disk_that_fills_while_writing_loses_nothing(tmp_path):
   np.testing.assert_array_equal(restored["w"], expected)
 
 
-# The reads that orbax leaves hanging complain from its own threads, now or later.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_files_are_named(tmp_path, capfd):
   rng = np.random.default_rng(0)
-  make = lambda: {f"w{i}": jnp.asarray(rng.normal(size=(100, 100))) for i in range(40)}  # noqa: E731
+  # One array: of many, orbax 0.12 leaves the other reads hanging, which complain at any later time.
+  make = lambda: {"w": jnp.asarray(rng.normal(size=(100, 100)))}  # noqa: E731
   _save(tmp_path, [1], make())
   for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
     if path.is_file() and path.stat().st_size > 10_000:
