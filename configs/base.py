@@ -1,4 +1,5 @@
-"""Every setting with its unit or source. A config file names its stage; presets (models.py) change what differs.
+"""Every setting, with its unit or source where it has one. A config file names its stage; presets (models.py) change
+what differs.
 
 Values are the paper's (Ouyang et al. 2022, arXiv:2203.02155: sections "C.n", "E.n") where it states them. What it
 leaves open is chosen here and marked `open`.

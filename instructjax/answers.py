@@ -139,7 +139,7 @@ def from_tokens(ctx: Context, prompts: list[list[int]], responses: list[list[int
 
 
 def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.ndarray) -> Answers:
-  """Answers given as text, tokenized as reward-model data is, with EOS where the answer ended.
+  """Answers given as text, tokenized anew as reward-model data is, with EOS where the sampled answer ended.
 
   Text sampled at the length limit may need more pieces when it is tokenized anew: it is cut to fit.
   """

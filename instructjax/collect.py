@@ -1,7 +1,8 @@
 """Collecting comparisons: K answers a prompt sampled from the SFT policy, ranked by the demo's simulated labelers.
 
 Only where `data.comparisons='demo:'`. It writes the ranking files that the reward model then reads like anybody's:
-`collect/train.jsonl`, `validation.jsonl` (held-out prompts, same labelers) and `heldout.jsonl` (held-out labelers).
+`collect/train.jsonl`, `validation.jsonl` (held-out prompts, same labelers) and `heldout.jsonl` (the same answers,
+ranked by held-out labelers).
 """
 
 import dataclasses

@@ -39,7 +39,7 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
   remat: bool
-  weights: str  # '' = train from scratch (the pretrain stage); else a checkpoint of this project
+  weights: str  # '' = train from scratch (the pretrain stage); else a finished stage's folder
 
   def validate(self, where: str):
     sizes = (
@@ -111,7 +111,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where records come from: `demo:`, `jsonl:PATH[.gz]`, `hh:PATH[.gz]` or `tfds:BUILDER[:SPLIT][?data_dir=DIR]`."""
+  """Where records come from: `demo:`, `jsonl:PATH[.gz]`, `hh:PATH[.gz]` or `tfds:...` (see data/sources.py)."""
 
   documents: str
   demonstrations: str

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from instructjax import checkpoint, loop
-from instructjax.config import Config, ModelConfig
+from instructjax.config import Config
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
 from instructjax.data.tokenizer import Tokenizer
@@ -96,10 +96,6 @@ class Context:
   @property
   def batch_shards(self) -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
-
-
-def same_network(a: ModelConfig, b: ModelConfig) -> bool:
-  return a == b
 
 
 def canonical(value) -> str:

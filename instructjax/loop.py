@@ -30,7 +30,7 @@ class StageRun:
     name: shown in the terminal.
     directory: holds checkpoints/, metrics.jsonl and, when finished, done.json.
     checkpoint, log: cadence.
-    fingerprint: part -> hash of all that a resumed run must match: config, tokenizer,
+    fingerprint: part -> hash, or config block as JSON, of all that a resumed run must match: config, tokenizer,
       reference, reward model.
     advice: what to change when the stage is stopped for its numbers.
   """

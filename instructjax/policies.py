@@ -7,7 +7,7 @@ import jax
 
 from instructjax import checkpoint, supervised
 from instructjax.config import ModelConfig
-from instructjax.context import Context, same_network
+from instructjax.context import Context
 from instructjax.models import heads
 
 RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
@@ -18,7 +18,7 @@ _FREE_FIELDS = frozenset({"weights", "init_std", "dtype", "layers", "remat"})
 
 def base_stage(ctx: Context, role: str) -> str:
   """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
-  if role == "policy" or same_network(ctx.config.model, ctx.config.reward_model):
+  if role == "policy" or ctx.config.model == ctx.config.reward_model:
     return "pretrain"
   return "reward_pretrain"
 

@@ -19,7 +19,6 @@ import pytest
 from jax._src import compilation_cache
 
 from instructjax import checkpoint, demo, evaluate, metrics, pipeline, policies, rm, sharding
-from instructjax.context import same_network
 from instructjax.data import sources
 from instructjax.errors import StageStopped, UserError
 from tests import micro
@@ -313,7 +312,7 @@ def test_plan(whole, specs, stage, changes, expected):
 
 def test_equal_networks_share_their_base(whole, specs):
   shared, apart = (context(config(specs, **changes), whole) for changes in ({}, BIGGER))
-  assert same_network(shared.config.model, shared.config.reward_model)
+  assert shared.config.model == shared.config.reward_model
   assert policies.base_stage(shared, "reward") == "pretrain"
   assert policies.base_stage(apart, "reward") == "reward_pretrain"
   assert "reward_base" not in evaluate.judged_policies(shared)
