@@ -1,5 +1,5 @@
-"""Every setting, with its unit or source where it has one. A config file names its stage; presets (models.py) change
-what differs.
+"""Every setting, with its unit or source where it has one. A config file names its stage; presets (listed in models.py)
+change what differs.
 
 Values are the paper's (Ouyang et al. 2022, arXiv:2203.02155: sections "C.n", "E.n") where it states them. What it
 leaves open is chosen here and marked `open`.
@@ -41,6 +41,13 @@ def _decoder(**changes) -> ConfigDict:
       max_length=2048,  # App. C: 2k tokens of context
       position="learned",
       rope_base=10_000.0,
+      rope_scaling=dict(
+        kind="none",
+        factor=8.0,  # these four are Llama 3.1's; nothing reads them while kind='none'
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_length=8192,  # tokens
+      ),
       norm="layernorm",
       norm_eps=1e-5,
       mlp="gelu",
@@ -72,10 +79,10 @@ def base(stage: str) -> ConfigDict:
       ),
       tokenizer=dict(path="", vocab_size=50257),
       data=dict(
-        documents="demo:",
-        demonstrations="demo:",
-        comparisons="demo:",
-        prompts="demo:",
+        documents="",  # '' is none: the stages that read them say what to give
+        demonstrations="",
+        comparisons="",
+        prompts="",
         max_prompt_length=1024,  # tokens; App. C: longer ones are filtered
         max_response_length=1024,  # tokens, EOS included; App. C
         validation_fraction=0.05,  # open
@@ -85,10 +92,18 @@ def base(stage: str) -> ConfigDict:
       checkpoint=dict(every_steps=100, keep=2),
       log=dict(every_steps=10, samples=4, tensorboard=True),
       pretrain=dict(
-        num_steps=1000, batch_size=512, length=2048, optim=adam(2e-4, warmup_steps=100)
+        num_steps=1000,
+        batch_size=512,
+        length=2048,
+        evaluate_every=100,
+        optim=adam(2e-4, warmup_steps=100),
       ),
       reward_pretrain=dict(
-        num_steps=1000, batch_size=512, length=2048, optim=adam(1.2e-4, warmup_steps=100)
+        num_steps=1000,
+        batch_size=512,
+        length=2048,
+        evaluate_every=100,
+        optim=adam(1.2e-4, warmup_steps=100),
       ),
       sft=dict(
         num_epochs=16,  # C.1
@@ -161,7 +176,7 @@ def base(stage: str) -> ConfigDict:
         samples_per_prompt=1,
         temperature=1.0,  # open for the main evaluations; App. F shows InstructGPT at 1, GPT-3 at .7
         weights="ema",
-        compare=(),
+        compare=("ppo",),  # fig. 1 has PPO beside PPO-ptx
         overoptimization=False,
         overoptimization_iterations=500,
         best_of_n=0,

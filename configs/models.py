@@ -1,88 +1,19 @@
-"""Size presets: `--config=configs/ppo_ptx.py:tiny`. A preset changes the base only where it differs."""
+"""Size presets: `--config=configs/ppo_ptx.py:tiny`. A preset changes the base only where it differs.
 
-from configs import base
+  tiny          the default: laptop, made-up task on real text (tiny.py)
+  gpt2, smollm2_135m, llama3_8b
+                shapes of released models, for weights that you have (released.py)
+  gpt3_125m, gpt3_350m, gpt3_760m, gpt3_1p3b, gpt3_2p7b, gpt3_6p7b, gpt3_13b, gpt3_175b
+                the paper's models and settings (gpt3.py)
 
+No preset fetches anything: released shapes start from the weights that `--config.model.weights` names
+and, without it, are trained from scratch like any other. All but `tiny` read records of your own:
+`--config.data.documents=jsonl:PATH` and so on.
+"""
 
-def _tiny(config):
-  """Laptop: real text, every finding, minutes on two CPU cores. Small scale asks for other values than the paper's."""
-  decoder = dict(
-    num_layers=2,
-    d_model=96,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=48,
-    d_mlp=384,
-    max_length=128,
-    position="rope",
-    norm="rmsnorm",
-    mlp="swiglu",
-    use_bias=False,
-    attention_window=0,
-    init_std=0.08,  # about d ** -.5: at .02 heads of this width stay asleep for hundreds of steps
-    dtype="float32",
-    remat=False,
-  )
-  config.model.update(decoder)
-  config.reward_model.update(
-    decoder | dict(num_layers=4, d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, d_mlp=384)
-  )
-  config.tokenizer.vocab_size = 2000
-  config.data.update(max_prompt_length=12, max_response_length=20)
-  config.log.update(every_steps=100)
-  config.checkpoint.update(every_steps=20)
-  config.pretrain.update(
-    num_steps=1200, batch_size=16, length=64, optim=base.adam(6e-3, warmup_steps=30)
-  )
-  config.reward_pretrain.update(
-    num_steps=1200, batch_size=16, length=64, optim=base.adam(4e-3, warmup_steps=30)
-  )
-  # Departs from paper: the baseline has the pretraining mix too. Without it a model this small forgets within an epoch
-  # that documents go on after a line's end, and its pretraining loss says little else.
-  config.sft.update(
-    num_epochs=2, batch_size=16, length=64, dropout=0.0, pretrain_mix=0.125, optim=base.adam(3e-3)
-  )
-  config.ppo_init.update(
-    num_epochs=2, batch_size=16, length=64, pretrain_mix=0.125, optim=base.adam(3e-3)
-  )
-  config.collect.update(num_prompts=4000, num_heldout_prompts=300, max_responses=6)
-  config.rm.update(
-    batch_size=16,
-    max_responses=6,
-    optim=base.adam(1e-3, warmup_steps=10),
-    cross_validation_folds=5,
-    cross_validation_prompts=800,
-  )
-  config.ppo.update(
-    num_iterations=40,
-    batch_size=128,
-    num_minibatches=2,
-    num_epochs=2,
-    behaviour_logprob="rollout",
-    beta=0.2,
-    gamma=0.3,
-    ptx_rows=2,
-    ptx_length=64,
-    missing_eos="fixed",
-    missing_eos_score=-1.0,
-    ema_decay=0.8,
-    max_kl=50.0,
-    policy_optim=base.adam(7e-4, schedule="constant", warmup_steps=8, warmup_start=0.1),
-    value_optim=base.adam(1e-3, schedule="constant"),
-  )
-  config.evaluate.update(
-    num_prompts=32,
-    samples_per_prompt=8,
-    compare=("ppo", "ppo_ptx"),
-    overoptimization=True,
-    overoptimization_iterations=60,
-    best_of_n=64,
-    best_of_n_prompts=32,
-    pretrain_batches=16,
-    pretrain_every=8,
-  )
+from configs import base, gpt3, released, tiny
 
-
-PRESETS = {"tiny": _tiny}
+PRESETS = {"tiny": tiny.change, **released.PRESETS, **gpt3.PRESETS}
 
 
 def get(stage: str, preset: str | None):

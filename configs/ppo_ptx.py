@@ -1,4 +1,4 @@
-"""PPO-ptx, the paper's InstructGPT: PPO plus gamma times the pretraining gradient. The main job.
+r"""PPO-ptx, the paper's InstructGPT: PPO plus gamma times the pretraining gradient. The main job.
 
 Paper: sec 3.5 eq. 2, C.4: gamma 27.8, 8 pretraining examples an episode, the rest as in ppo.py.
   60 petaflop/s-days at 175B (sec 5.1).
@@ -8,6 +8,14 @@ Does: pretrain -> reward_pretrain -> sft -> collect -> rm -> sft_select -> ppo_i
 Cost at `tiny`: the README has the times.
 
   python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo
+
+From weights that you have, on data of your own (models.py lists the presets). The reward model
+starts from the same weights unless `reward_model.weights` names others.
+
+  python -m instructjax.main --config=configs/ppo_ptx.py:smollm2_135m --workdir=runs/smollm2 \
+    --config.model.weights=PATH --config.data.documents=jsonl:documents.jsonl.gz \
+    --config.data.demonstrations=jsonl:demonstrations.jsonl \
+    --config.data.comparisons=jsonl:rankings.jsonl --config.data.prompts=jsonl:prompts.jsonl
 """
 
 from configs import models

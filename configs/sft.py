@@ -1,4 +1,4 @@
-"""The supervised baseline: fine-tuning the base on demonstrations.
+r"""The supervised baseline: fine-tuning the base on demonstrations.
 
 Paper: sec 3.5, C.1: 16 epochs, residual dropout .2, cosine to 10%; the epoch is chosen by
   reward-model score. 4.9 petaflop/s-days at 175B (sec 5.1).
@@ -7,6 +7,12 @@ Does: pretrain -> sft; writes `sft/`, a checkpoint an epoch. The epoch with the 
 Cost at `tiny`: the README has the times.
 
   python -m instructjax.main --config=configs/sft.py --workdir=runs/demo
+
+From weights that you have (models.py lists the presets):
+
+  python -m instructjax.main --config=configs/sft.py:smollm2_135m --workdir=runs/smollm2 \
+    --config.model.weights=PATH --config.data.documents=jsonl:documents.jsonl.gz \
+    --config.data.demonstrations=jsonl:demonstrations.jsonl
 """
 
 from configs import models

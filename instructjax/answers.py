@@ -148,7 +148,7 @@ def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.nda
     (tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:limit]
     for answer, ended in zip(text, ended_N)
   ]
-  return from_tokens(ctx, [tokenizer.encode(prompt) for prompt in prompts], responses)
+  return from_tokens(ctx, [tokenizer.encode_prompt(prompt) for prompt in prompts], responses)
 
 
 def decode(tokenizer, response_NR: np.ndarray) -> list[str]:

@@ -18,7 +18,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ _LOCK = ".lock"
 class Checkpoints:
   """The checkpoints of one stage. A context manager: leaving it waits for the disk.
 
-  Keeps the `keep` newest, all of `keep_steps`, and the best of those saved with `best_metric`.
+  Keeps the `keep` newest, all of `keep_steps`, and the one with the lowest `best_metric`.
   """
 
   def __init__(
@@ -46,13 +46,11 @@ class Checkpoints:
     keep: int,
     keep_steps: Iterable[int] = (),
     best_metric: str | None = None,
-    best_mode: Literal["min", "max"] = "min",
   ):
     self._folder = (pathlib.Path(directory) / _FOLDER).absolute()
     self._keep = keep
     self._keep_steps = frozenset(keep_steps)
     self._best_metric = best_metric
-    self._best = {"min": min, "max": max}[best_mode]
     self._metric = {}  # step -> value of best_metric
     self._saving = None  # step being written
 
@@ -90,7 +88,7 @@ class Checkpoints:
     kept = set(steps[-self._keep :]) | self._keep_steps
     known = [step for step in steps if step in self._metric]
     if known:
-      kept.add(self._best(known, key=self._metric.__getitem__))
+      kept.add(min(known, key=self._metric.__getitem__))
     return [step in kept for step in steps]
 
   def save(
@@ -187,15 +185,16 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
   return _read(path, lambda: json.loads((path / "meta" / "metadata").read_text()))
 
 
-def best_step(directory: pathlib.Path, metric: str, mode: Literal["min", "max"] = "min") -> int:
-  """Step whose saved `metric` is lowest or highest, the earliest of equals."""
+def best_step(directory: pathlib.Path, metric: str) -> tuple[int, float]:
+  """The step whose saved `metric` is lowest, the earliest of equals, and that value."""
   value = {
     step: read_meta(directory, step)["metrics"].get(metric) for step in saved_steps(directory)
   }
   known = [step for step in value if value[step] is not None]
   if not known:
     raise UserError(f"no checkpoint in {directory} was saved with the metric {metric!r}")
-  return {"min": min, "max": max}[mode](known, key=value.__getitem__)
+  best = min(known, key=value.__getitem__)
+  return best, value[best]
 
 
 def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:

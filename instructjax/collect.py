@@ -8,6 +8,7 @@ ranked by held-out labelers).
 import dataclasses
 import json
 
+import jax
 import numpy as np
 
 from instructjax import answers, checkpoint, policies
@@ -25,7 +26,7 @@ def _sampled(
   order = np.concatenate([rng.permutation(len(prompts)) for _ in range(passes)])[:num_prompts]
   counts = rng.integers(cfg.min_responses, cfg.max_responses + 1, num_prompts)
   tokens = [
-    ctx.tokenizer.encode(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)
+    ctx.tokenizer.encode_prompt(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)
   ]
   key = ctx.key(f"{stage}/{split}")
   sampled = answers.sample(
@@ -54,12 +55,14 @@ def run(ctx: Context, stage: str):
   if finished(run_):
     return
   simulation = sources.simulation(ctx.config.data.comparisons)
-  directory = ctx.directory(stage)
-  directory.mkdir(parents=True, exist_ok=True)
   train = _sampled(ctx, stage, "train", ctx.records("prompts", "train"), cfg.num_prompts)
   held_out = _sampled(
     ctx, stage, "validation", ctx.records("prompts", "validation"), cfg.num_heldout_prompts
   )
+  if jax.process_index() != 0:
+    return
+  directory = ctx.directory(stage)
+  directory.mkdir(parents=True, exist_ok=True)
   _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
   _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))

@@ -14,6 +14,26 @@ STAGES = ("pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+  """How rotary positions are stretched past the length a model was first trained at."""
+
+  kind: Literal["none", "linear", "llama3"]
+  factor: float  # by which slow rotations are slowed down further (linear: all of them)
+  low_freq_factor: float  # llama3: fewer turns than this in original_length are slow
+  high_freq_factor: float  # llama3: more turns than this are left alone; interpolated between
+  original_length: int  # llama3: context before stretching, tokens
+
+  def validate(self, where: str):
+    _require(self.factor >= 1, f"{where}.factor={self.factor} must be >= 1")
+    _require(
+      0 < self.low_freq_factor < self.high_freq_factor,
+      f"{where}.low_freq_factor={self.low_freq_factor} must be > 0 and below"
+      f" high_freq_factor={self.high_freq_factor}",
+    )
+    _require_positive(self, where, "original_length")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """One decoder with switches: GPT-2/GPT-3 and Llama families."""
 
@@ -26,6 +46,7 @@ class ModelConfig:
   max_length: int  # context, tokens
   position: Literal["learned", "rope"]
   rope_base: float
+  rope_scaling: RopeScalingConfig
   norm: Literal["layernorm", "rmsnorm"]
   norm_eps: float
   mlp: Literal["gelu", "swiglu"]
@@ -59,6 +80,10 @@ class ModelConfig:
     _require(
       self.position != "rope" or self.head_dim % 2 == 0,
       f"{where}.head_dim={self.head_dim} must be even for rotary positions",
+    )
+    _require(
+      self.position == "rope" or self.rope_scaling.kind == "none",
+      f"{where}.rope_scaling.kind={self.rope_scaling.kind!r} must be 'none' for learned positions",
     )
     _require(
       self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0"
@@ -111,7 +136,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where records come from: `demo:`, `jsonl:PATH[.gz]`, `hh:PATH[.gz]` or `tfds:...` (see data/sources.py)."""
+  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is none."""
 
   documents: str
   demonstrations: str
@@ -167,10 +192,11 @@ class PretrainConfig:
   num_steps: int
   batch_size: int  # packed rows
   length: int  # tokens a row
+  evaluate_every: int  # steps between held-out losses; the step with the lowest is the base
   optim: OptimConfig
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_steps", "batch_size", "length")
+    _require_positive(self, where, "num_steps", "batch_size", "length", "evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,6 +388,12 @@ class Config:
   ppo: PPOConfig
   evaluate: EvaluateConfig
 
+  @property
+  def same_network(self) -> bool:
+    """Whether policy and reward model differ in their head only."""
+    bare = [dataclasses.replace(cfg, weights="") for cfg in (self.model, self.reward_model)]
+    return bare[0] == bare[1]
+
   def validate(self, where: str = "config"):
     _require(self.seed >= 0, f"{where}.seed={self.seed} must be >= 0")
     _require(
@@ -375,7 +407,7 @@ class Config:
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
     _require(
-      self.rm.start_from == "base" or self.model == self.reward_model,
+      self.rm.start_from == "base" or self.same_network,
       f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
     )
     _require(
@@ -424,6 +456,17 @@ def from_config_dict(config) -> Config:
   plain = config.to_dict() if hasattr(config, "to_dict") else config
   result = _build(Config, plain, "config")
   _validate(result, "config")
+  return result
+
+
+def model_config(values: dict, where: str) -> ModelConfig:
+  """Validated ModelConfig from a plain dict, as a finished stage keeps it.
+
+  Raises:
+    ValueError: as from_config_dict.
+  """
+  result = _build(ModelConfig, values, where)
+  _validate(result, where)
   return result
 
 

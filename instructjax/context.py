@@ -14,12 +14,14 @@ import zlib
 import jax
 from jax.sharding import Mesh
 
-from instructjax import checkpoint, loop
+from instructjax import checkpoint, loop, weights
 from instructjax.config import Config
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
+
+_BASE_OF = {"pretrain": "model", "reward_pretrain": "reward_model"}  # stage -> config block
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,16 +34,24 @@ class Context:
   tokenizer: Tokenizer
 
   def directory(self, stage: str) -> pathlib.Path:
-    """Where a stage's files are: in the workdir, or where the config says that a base already is."""
-    return pathlib.Path(self.given_weights(stage) or self.workdir / stage)
+    """Where a stage's files are."""
+    return self.workdir / stage
 
-  def given_weights(self, stage: str) -> str:
-    """Folder of the weights that the config gives in place of a stage that trains a base, or ''."""
-    given = {
-      "pretrain": self.config.model.weights,
-      "reward_pretrain": self.config.reward_model.weights,
-    }
-    return given.get(stage, "")
+  def weights_path(self, stage: str) -> str:
+    """What the config gives in place of a stage that trains a base, or ''."""
+    block = _BASE_OF.get(stage)
+    return getattr(self.config, block).weights if block else ""
+
+  @functools.cache
+  def given_weights(self, stage: str) -> weights.Weights | None:
+    """The weights there, opened; None where the stage is trained."""
+    path = self.weights_path(stage)
+    if not path:
+      return None
+    try:
+      return weights.open(path)
+    except ValueError as error:
+      raise ValueError(f"config.{_BASE_OF[stage]}.weights: {error}") from error
 
   def key(self, stage: str) -> jax.Array:
     """The stage's own root key: a function of the run's seed and the stage's name."""
@@ -57,7 +67,7 @@ class Context:
     spec = getattr(data, kind)
     if kind == "comparisons" and self.collects:
       spec, split = f"jsonl:{self.directory('collect') / split}.jsonl", "all"
-    return sources.load(
+    records = sources.load(
       spec,
       kind,
       split,
@@ -65,10 +75,14 @@ class Context:
       validation_fraction=data.validation_fraction,
       on_bad_record=data.on_bad_record,
     )
+    return sources.render(records, self.tokenizer.render_chat, on_bad_record=data.on_bad_record)
 
   @functools.cache
   def document_tokens(self, split: str) -> list[list[int]]:
-    return [self.tokenizer.encode(record.text) for record in self.records("documents", split)]
+    """Token lists of the documents, each after the BOS token where the model is given one."""
+    tokenizer = self.tokenizer
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [bos + tokenizer.encode(record.text) for record in self.records("documents", split)]
 
   @functools.cache
   def prompt_tokens(self, split: str) -> list[list[int]]:
@@ -118,8 +132,11 @@ def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> di
   result["config.seed"] = canonical(ctx.config.seed)
   result["tokenizer"] = ctx.tokenizer.fingerprint
   for parent in parents:
-    done = checkpoint.read_done(ctx.directory(parent))
-    result[f"parent:{parent}"] = hashlib.sha256(canonical(done["fingerprint"]).encode()).hexdigest()
+    given = ctx.given_weights(parent)
+    made_with = None if given else checkpoint.read_done(ctx.directory(parent))["fingerprint"]
+    result[f"parent:{parent}"] = (
+      given.fingerprint if given else hashlib.sha256(canonical(made_with).encode()).hexdigest()
+    )
   return result
 
 

@@ -37,20 +37,44 @@ def judged_policies(ctx: Context) -> list[str]:
   return names + ["sft", "ppo_init"] + policies.rl_stages(ctx)
 
 
+def test_prompts(ctx: Context) -> list[str]:
+  """Prompts that chose nothing before, as many as are asked for; what is too long is left out."""
+  texts = [record.prompt for record in ctx.records("prompts", "test")]
+  limit = ctx.config.data.max_prompt_length
+  fitting = [text for text in texts if len(ctx.tokenizer.encode_prompt(text)) <= limit]
+  return fitting[: ctx.config.evaluate.num_prompts]
+
+
+def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
+  """The demo's prompts behind worked examples, and the tokens that the larger base has room for.
+
+  Raises:
+    ValueError: one of them needs more.
+  """
+  simulation = sources.simulation(ctx.config.data.prompts)
+  texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
+  context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
+  longest = max((len(ctx.tokenizer.encode_prompt(text)) for text in texts), default=0)
+  if longest + answer > context:
+    raise ValueError(
+      f"config.reward_model.max_length={context} must hold the few-shot prompt of {longest} tokens and"
+      f" max_response_length={answer}; raise it to {longest + answer}"
+    )
+  return texts, context - answer
+
+
 def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.Answers:
   """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
   cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
   source = "reward_base" if name == "few_shot" else name
   model = ctx.model("reward_base" if source == "reward_base" else "policy")
   if name == "few_shot":
-    simulation = sources.simulation(ctx.config.data.prompts)
-    prompts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
-    length = model.cfg.max_length - ctx.config.data.max_response_length
+    prompts, length = few_shot_prompts(ctx, prompts)
   return answers.sample(
     ctx,
     model,
     policies.load(ctx, source),
-    [ctx.tokenizer.encode(text) for text in prompts],
+    [ctx.tokenizer.encode_prompt(text) for text in prompts],
     ctx.key(f"{stage}/{name}"),
     temperature=cfg.temperature,
     prompt_length=length,
@@ -147,10 +171,7 @@ def run(ctx: Context, stage: str):
   if done.get("fingerprint") == run_.fingerprint:
     _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
     return
-  directory.mkdir(parents=True, exist_ok=True)
-  texts = [record.prompt for record in ctx.records("prompts", "test")]
-  fitting = [p for p in texts if len(ctx.tokenizer.encode(p)) <= ctx.config.data.max_prompt_length]
-  unique = fitting[: cfg.num_prompts]
+  unique = test_prompts(ctx)
   prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]
   measured = {name: _measure(ctx, name, prompts, stage) for name in names}
   text_names = [name for name in names if name not in ("reward_base", "few_shot")]
@@ -163,6 +184,9 @@ def run(ctx: Context, stage: str):
     "best_of_n": _best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
     "curves": {n: metrics.read_metrics(ctx.directory(n)) for n in names if n in policies.RL_STAGES},
   }
+  if jax.process_index() != 0:
+    return
+  directory.mkdir(parents=True, exist_ok=True)
   with open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: measured[name]["answer"][i] for name in names}

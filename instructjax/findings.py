@@ -145,9 +145,14 @@ def _reward_model(results):
       f"cross_validation_{k}": float(np.mean([fold[k] for fold in folds]))
       for k in ("train", "heldout")
     }
+  claim = "The reward model predicts the preferred answer"
+  if agreement:
+    claim += " about as well as labelers agree, held-out labelers included."
+  else:
+    claim += " better than chance. (How well labelers agree is not known here.)"
   return _finding(
     "reward_model",
-    "The reward model predicts the preferred answer about as well as labelers agree, held-out labelers included.",
+    claim,
     "accuracy 72.4+-0.4% on training and 69.6+-0.9% on held-out labelers; labelers agree 72.6+-1.5% (sec 3.4, 4.1)",
     measured,
     [accuracy - 1.96 * stderr, accuracy + 1.96 * stderr],

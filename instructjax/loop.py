@@ -10,7 +10,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -56,7 +56,6 @@ def fit(
   keep_steps: Collection[int] = (),
   limits: Mapping[str, float] | None = None,
   best_metric: str | None = None,
-  best_mode: Literal["min", "max"] = "min",
   on_samples: Callable[[Any, int], tuple[Mapping[str, float], Sequence[Mapping]]] | None = None,
   show: Sequence[str] = (),
   progress: bool = True,
@@ -77,8 +76,8 @@ def fit(
     keep_steps: saved and never deleted (epoch ends). Also saved: multiples of
       run.checkpoint.every_steps, the last step.
     limits: metric -> highest value with which the run may go on.
-    best_metric: the saved step with the best value of it (`validation/loss`) is never deleted.
-    best_mode: whether the lowest or the highest is best.
+    best_metric: of the evaluated steps, which then are saved too, the one with the lowest value of it
+      (`validation/loss`) is not deleted.
     on_samples: (samples, step) -> (further metrics, which are logged but never stop the run, so
       that one which is not finite is left out; rows for the table shown at log steps). Called at
       every step on every process.
@@ -92,12 +91,10 @@ def fit(
     UserError: they cannot be read or written.
   """
   save_steps = {*keep_steps, num_steps, *range(0, num_steps, run.checkpoint.every_steps)}
+  if best_metric:
+    save_steps |= {*evaluate_steps}
   checkpoints = Checkpoints(
-    run.directory,
-    keep=run.checkpoint.keep,
-    keep_steps=keep_steps,
-    best_metric=best_metric,
-    best_mode=best_mode,
+    run.directory, keep=run.checkpoint.keep, keep_steps=keep_steps, best_metric=best_metric
   )
   with checkpoints:
     start = checkpoints.latest_step() or 0

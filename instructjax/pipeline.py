@@ -1,5 +1,6 @@
 """Which stage needs which, and running what is missing. Called by main."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -17,12 +18,15 @@ from instructjax import (
   rm,
   sft,
   sharding,
-  supervised,
+  weights,
 )
-from instructjax.config import Config
+from instructjax.config import Config, PretrainConfig
 from instructjax.context import Context, canonical
 from instructjax.data import sources
 from instructjax.data import tokenizer as tokenizers
+from instructjax.errors import writing
+from instructjax.models import transformer
+from instructjax.optim import make_optimizer
 
 RUN = {
   "pretrain": pretrain.run,
@@ -73,7 +77,7 @@ def plan(ctx: Context) -> list[str]:
   }.get(target, bases + ["sft"] * needs_sft + ["collect"] * ctx.collects + ["rm"])
   if target in ("ppo", "ppo_ptx", "evaluate"):
     stages += ["sft_select", "ppo_init"] + policies.rl_stages(ctx) + ["evaluate"]
-  return [stage for stage in stages if not ctx.given_weights(stage)]
+  return [stage for stage in stages if not ctx.weights_path(stage)]
 
 
 def check(ctx: Context, stages: list[str]):
@@ -81,12 +85,13 @@ def check(ctx: Context, stages: list[str]):
 
   Raises:
     ValueError: a source that a coming stage reads has no usable record or does not go with the
-      others, a batch or a parameter does not divide over the mesh, or given weights do not fit.
+      others, a batch or a parameter does not divide over the mesh, given weights or the few-shot
+      prompt do not fit, or a warmup is as long as its stage.
   """
   policies.require_given_weights(ctx)
-  supervised.param_shardings(ctx.mesh, ctx.model("policy"))
+  transformer.param_shardings(ctx.mesh, ctx.model("policy"))
   if "rm" in stages:
-    supervised.param_shardings(ctx.mesh, ctx.model("reward"))
+    transformer.param_shardings(ctx.mesh, ctx.model("reward"))
   shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
   # pretrain's batch also is that of the held-out text, which most stages measure.
   used = {"pretrain", *("ppo" if stage in policies.RL_STAGES else stage for stage in stages)}
@@ -102,55 +107,127 @@ def check(ctx: Context, stages: list[str]):
       f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="
       f"{ctx.config.data.prompts!r}; give comparisons of your own, as jsonl:PATH"
     )
-  coming = [stage for stage in stages if checkpoint.read_done(ctx.directory(stage)) is None]
-  kinds = {kind for stage in coming for kind in _READS[stage]}
-  for kind in sorted(kinds - ({"comparisons"} if ctx.collects else set())):
+  coming = _coming(ctx, stages)
+  for kind in _kinds_read(ctx, coming):
     for split in ("train", "validation"):
       ctx.prompt_tokens(split) if kind == "prompts" else ctx.records(kind, split)
   if "rm" in coming and not ctx.collects:
     rm.fold_labelers(ctx)
+  if "evaluate" in coming and "few_shot" in evaluate.judged_policies(ctx):
+    evaluate.few_shot_prompts(ctx, evaluate.test_prompts(ctx))
+  for stage in coming:
+    _require_schedules(ctx, stage)
+
+
+def _require_schedules(ctx: Context, stage: str):
+  """Raises ValueError where a learning rate's warmup is as long as the stage, if its steps are known by now."""
+  try:
+    if stage in policies.RL_STAGES:
+      ppo_stage.make_nets(ctx, ppo_stage.variant(ctx, stage))
+    elif stage in ("pretrain", "reward_pretrain"):
+      cfg: PretrainConfig = getattr(ctx.config, stage)
+      make_optimizer(cfg.optim, cfg.num_steps)
+  except ValueError as error:
+    raise ValueError(f"stage {stage}: {error}") from error
+
+
+def _coming(ctx: Context, stages: list[str]) -> list[str]:
+  return [stage for stage in stages if checkpoint.read_done(ctx.directory(stage)) is None]
+
+
+def _kinds_read(ctx: Context, stages: list[str]) -> list[str]:
+  """Kinds of record that these stages read from a source that the config names."""
+  kinds = {kind for stage in stages for kind in _READS[stage]}
+  return sorted(kinds - ({"comparisons"} if ctx.collects else set()))
+
+
+def _require_sources(ctx: Context):
+  """Before anything is read or trained, all that is missing at once.
+
+  Raises:
+    ValueError: the config names no source of records that a coming stage reads.
+  """
+  kinds = _kinds_read(ctx, _coming(ctx, plan(ctx)))
+  missing = [kind for kind in kinds if not getattr(ctx.config.data, kind)]
+  if missing:
+    flags = " ".join(f"--config.data.{kind}=jsonl:PATH" for kind in missing)
+    raise ValueError(
+      f"config.data must name a source of {', '.join(missing)} for stage {ctx.config.stage}; give"
+      f" {flags} (or another source; only preset tiny brings its own)"
+    )
 
 
 def make_context(config: Config, workdir: pathlib.Path) -> Context:
-  """Mesh and tokenizer of a run."""
+  """Mesh and tokenizer of a run.
+
+  Raises:
+    ValueError: a source of records is not given, or see `make_mesh` and `_tokenizer`.
+  """
   mesh = sharding.make_mesh(config.mesh)
-  return Context(config=config, workdir=workdir, mesh=mesh, tokenizer=_tokenizer(config, workdir))
+  ctx = Context(config=config, workdir=workdir, mesh=mesh, tokenizer=None)  # a plan needs none
+  _require_sources(ctx)  # before a tokenizer is trained on documents
+  return dataclasses.replace(ctx, tokenizer=_tokenizer(config, workdir))
 
 
 def _tokenizer(config: Config, workdir: pathlib.Path) -> tokenizers.Tokenizer:
-  """The one in the file given, or one trained on the documents, once a workdir.
+  """The one named, that of the given weights, or one trained on the documents; kept in the workdir.
 
   Raises:
-    ValueError: it is not of the size, or was not trained on the documents, that the config names.
+    ValueError: it is not of the size, or not the one, that the config or the workdir names.
   """
-  cfg, data, directory = config.tokenizer, config.data, workdir / "tokenizer"
-  path = pathlib.Path(cfg.path or directory / "tokenizer.model")
-  if not cfg.path:
-    source = {"spec": data.documents, "validation_fraction": data.validation_fraction}
-    blocks = {"config.tokenizer": cfg, "config.documents": source, "config.seed": config.seed}
-    fingerprint = {name: canonical(value) for name, value in blocks.items()}
-    done = checkpoint.read_done(directory)
-    if done:
-      checkpoint.require_same_run(directory, done["fingerprint"], fingerprint)
-    elif jax.process_index() == 0:
-      documents = sources.load(
-        data.documents,
-        "documents",
-        "train",
-        seed=config.seed,
-        validation_fraction=data.validation_fraction,
-        on_bad_record=data.on_bad_record,
-      )
-      texts = [document.text for document in documents]
-      tokenizers.train_tokenizer(texts, cfg.vocab_size, path, config.seed)
-      checkpoint.write_done(directory, {"fingerprint": fingerprint})
-    multihost_utils.sync_global_devices("tokenizer trained")
-  tokenizer = tokenizers.Tokenizer(path)
-  if tokenizer.vocab_size != cfg.vocab_size:
+  source = config.tokenizer.path
+  given = config.model.weights or config.reward_model.weights
+  if not source and given:
+    source = weights.open(given).tokenizer_path
+  directory = workdir / "tokenizer"
+  tokenizer = _keep(tokenizers.load(source), directory) if source else _train(config, directory)
+  if tokenizer.vocab_size != config.tokenizer.vocab_size:
     raise ValueError(
-      f"config.tokenizer.vocab_size={cfg.vocab_size} must be the {tokenizer.vocab_size} pieces of {path}"
+      f"config.tokenizer.vocab_size={config.tokenizer.vocab_size} must be the {tokenizer.vocab_size}"
+      f" pieces of {tokenizer.path}"
     )
   return tokenizer
+
+
+def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizers.Tokenizer:
+  """Copies a tokenizer from elsewhere into the workdir, so that the run's folder is whole."""
+  if checkpoint.read_done(directory):
+    if tokenizers.load(directory).fingerprint != tokenizer.fingerprint:
+      raise ValueError(
+        f"cannot go on with {directory.parent}: it was made with another tokenizer than"
+        f" {tokenizer.path}. Use another --workdir, or the tokenizer in {directory}."
+      )
+  elif jax.process_index() == 0:
+    with writing(directory):
+      tokenizer.save(directory)
+    checkpoint.write_done(directory, {"fingerprint": {"tokenizer": tokenizer.fingerprint}})
+  multihost_utils.sync_global_devices("tokenizer kept")
+  return tokenizer
+
+
+def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
+  """The tokenizer trained on the documents, once a workdir."""
+  cfg, data = config.tokenizer, config.data
+  source = {"spec": data.documents, "validation_fraction": data.validation_fraction}
+  blocks = {"config.tokenizer": cfg, "config.documents": source, "config.seed": config.seed}
+  fingerprint = {name: canonical(value) for name, value in blocks.items()}
+  done = checkpoint.read_done(directory)
+  if done:
+    checkpoint.require_same_run(directory, done["fingerprint"], fingerprint)
+  elif jax.process_index() == 0:
+    documents = sources.load(
+      data.documents,
+      "documents",
+      "train",
+      seed=config.seed,
+      validation_fraction=data.validation_fraction,
+      on_bad_record=data.on_bad_record,
+    )
+    texts = [document.text for document in documents]
+    tokenizers.train_tokenizer(texts, cfg.vocab_size, directory / "tokenizer.model", config.seed)
+    checkpoint.write_done(directory, {"fingerprint": fingerprint})
+  multihost_utils.sync_global_devices("tokenizer trained")
+  return tokenizers.load(directory)
 
 
 def run(config: Config, workdir: pathlib.Path):
@@ -167,4 +244,5 @@ def run(config: Config, workdir: pathlib.Path):
     for number, stage in enumerate(stages, start=1):
       rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       RUN[stage](ctx, stage)
+      multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
   rich.print(f"finished: {workdir}")

@@ -1,24 +1,23 @@
 """Finished weights by name: base, SFT and PPO policies and the reward model, for later stages and evaluation."""
 
 import dataclasses
-import json
 
 import jax
 
-from instructjax import checkpoint, supervised
+from instructjax import checkpoint
 from instructjax.config import ModelConfig
 from instructjax.context import Context
-from instructjax.models import heads
+from instructjax.models import heads, transformer
+from instructjax.weights import RL_STAGES, Weights
 
-RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
-
-# Fields of ModelConfig that may differ between the run that made weights and the one that takes them.
+# Fields of ModelConfig that may differ between the weights and the run that takes them.
 _FREE_FIELDS = frozenset({"weights", "init_std", "dtype", "layers", "remat"})
 
 
 def base_stage(ctx: Context, role: str) -> str:
   """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
-  if role == "policy" or ctx.config.model == ctx.config.reward_model:
+  cfg = ctx.config
+  if role == "policy" or (cfg.same_network and cfg.reward_model.weights in ("", cfg.model.weights)):
     return "pretrain"
   return "reward_pretrain"
 
@@ -38,38 +37,59 @@ def require_given_weights(ctx: Context):
   """Checks that the weights named by `model.weights` and `reward_model.weights` are of this network.
 
   Raises:
-    ValueError: no finished stage there, another tokenizer, or another network.
+    ValueError: they are a reward model's, of another tokenizer, or of another network.
   """
   for block, stage in (("model", "pretrain"), ("reward_model", "reward_pretrain")):
     cfg: ModelConfig = getattr(ctx.config, block)
-    if not cfg.weights:
+    given = ctx.given_weights(stage)
+    if given is None:
       continue
     where = f"config.{block}.weights={cfg.weights!r}"
     if ctx.config.stage == stage:
       raise ValueError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
-    made_with = (checkpoint.read_done(ctx.directory(stage)) or {}).get("fingerprint", {})
-    if "config.model" not in made_with:
-      raise ValueError(
-        f"{where} must be the folder of a finished stage that trains a network, as runs/other/pretrain"
-      )
-    if made_with["tokenizer"] != ctx.tokenizer.fingerprint:
-      raise ValueError(
-        f"{where} was trained with another tokenizer; set config.tokenizer.path to that run's"
-        " tokenizer/tokenizer.model"
-      )
-    theirs = json.loads(made_with["config.model"])
-    for name, value in dataclasses.asdict(cfg).items():
-      if name not in _FREE_FIELDS and theirs.get(name) != value:
-        raise ValueError(
-          f"{where} has {name}={theirs.get(name)}, and config.{block}.{name}={value}; they must be equal"
-        )
+    if given.head != "lm":
+      raise ValueError(f"{where} must be a language model, and it has a scalar head")
+    _require_tokenizer(ctx, given, where)
+    _require_network(cfg, given, block, where)
+
+
+def _require_tokenizer(ctx: Context, given: Weights, where: str):
+  """Weights mean nothing under another tokenizer; one that the config names is taken at its word."""
+  tokenizer, named = ctx.tokenizer, ctx.config.tokenizer.path
+  if given.kind == "stage" and given.settings["tokenizer"] != tokenizer.fingerprint:
+    raise ValueError(
+      f"{where} was trained with another tokenizer; set config.tokenizer.path={str(given.tokenizer_path)!r}"
+    )
+  if given.kind != "stage" and not named and given.tokenizer.fingerprint != tokenizer.fingerprint:
+    raise ValueError(
+      f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one"
+    )
+  if given.vocab_size < tokenizer.vocab_size:
+    raise ValueError(
+      f"{where} has embeddings of {given.vocab_size} ids, and the tokenizer {tokenizer.path} has"
+      f" {tokenizer.vocab_size}; give the tokenizer that belongs to the weights"
+    )
+
+
+def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
+  theirs, ours = dataclasses.asdict(given.cfg), dataclasses.asdict(cfg)
+  if cfg.position == "rope" and cfg.max_length <= given.cfg.max_length:
+    theirs["max_length"] = cfg.max_length  # rotary positions have no table: a shorter context fits
+  wrong = [name for name in ours if name not in _FREE_FIELDS and theirs[name] != ours[name]]
+  if wrong:
+    has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
+    asked = ", ".join(f"{name}={ours[name]}" for name in wrong)
+    raise ValueError(
+      f"{where} has {has}, and config.{block} has {asked}; they must be equal: use the preset of these"
+      f" weights, or set --config.{block}.{wrong[0]} and so on"
+    )
 
 
 def load_step(ctx: Context, name: str, step: int, item: str = "params"):
   """Weights of the named policy at a kept step, placed on the mesh."""
   roles = {"reward_base": "reward_base", "rm": "reward"}
   model = ctx.model(roles.get(name, "policy"))
-  shardings, shapes = supervised.param_shardings(ctx.mesh, model)
+  shardings, shapes = transformer.param_shardings(ctx.mesh, model)
   placed = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
@@ -87,10 +107,12 @@ def load(ctx: Context, name: str):
   `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
   as `evaluate.weights` says.
   """
+  stage = stage_of(ctx, name)
+  given = ctx.given_weights(stage)
+  if given:
+    return given.load(ctx.mesh, ctx.model("policy" if name == "base" else "reward_base"))
   chosen = (
-    "sft_select"
-    if name == "sft" and checkpoint.read_done(ctx.directory("sft_select"))
-    else stage_of(ctx, name)
+    "sft_select" if name == "sft" and checkpoint.read_done(ctx.directory("sft_select")) else stage
   )
   step = checkpoint.read_done(ctx.directory(chosen))["step"]
   averaged = name in RL_STAGES and ctx.config.evaluate.weights == "ema"

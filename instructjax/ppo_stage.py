@@ -11,6 +11,7 @@ from instructjax.config import PPOConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
+from instructjax.models import transformer
 from instructjax.optim import make_optimizer
 from instructjax.pretrain import document_batches, validation_rows
 from instructjax.structs import PPOState
@@ -55,8 +56,8 @@ def make_nets(ctx: Context, cfg: PPOConfig) -> ppo.Nets:
 def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_params, key):
   """(PPOState, its shardings) before the first iteration; copies of the weights given."""
   replicated = sharding.replicated(ctx.mesh)
-  policy_shardings, policy_shapes = supervised.param_shardings(ctx.mesh, nets.policy)
-  value_shardings, value_shapes = supervised.param_shardings(ctx.mesh, nets.scalar)
+  policy_shardings, policy_shapes = transformer.param_shardings(ctx.mesh, nets.policy)
+  value_shardings, value_shapes = transformer.param_shardings(ctx.mesh, nets.scalar)
   shardings = PPOState(
     step=replicated,
     params=policy_shardings,

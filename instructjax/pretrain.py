@@ -31,7 +31,10 @@ def validation_rows(ctx: Context, length: int) -> list:
 
 
 def run(ctx: Context, stage: str):
-  """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's)."""
+  """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's).
+
+  The base is the step with the lowest held-out loss: little text, read often, is learnt by heart.
+  """
   cfg: PretrainConfig = ctx.config.pretrain if stage == "pretrain" else ctx.config.reward_pretrain
   model_cfg: ModelConfig = ctx.config.model if stage == "pretrain" else ctx.config.reward_model
   step_run = stage_run(
@@ -46,7 +49,7 @@ def run(ctx: Context, stage: str):
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, key)
   evaluate = supervised.make_lm_evaluation(model, ctx.mesh)
   held_out = validation_rows(ctx, cfg.length)
-  state = loop.fit(
+  loop.fit(
     step_run,
     state,
     supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings),
@@ -56,13 +59,11 @@ def run(ctx: Context, stage: str):
     num_steps=cfg.num_steps,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
     evaluate=lambda state, step: {"loss": evaluate(state.params, held_out)},
-    evaluate_steps=(cfg.num_steps,),
+    evaluate_steps={*range(cfg.evaluate_every, cfg.num_steps, cfg.evaluate_every), cfg.num_steps},
+    best_metric="validation/loss",
   )
+  step, loss = checkpoint.best_step(step_run.directory, "validation/loss")
   checkpoint.write_done(
     step_run.directory,
-    {
-      "fingerprint": step_run.fingerprint,
-      "step": cfg.num_steps,
-      "validation_loss": evaluate(state.params, held_out),
-    },
+    {"fingerprint": step_run.fingerprint, "step": step, "validation_loss": loss},
   )

@@ -10,7 +10,7 @@ from instructjax import answers, checkpoint, loop, policies, scoring, sharding, 
 from instructjax.config import RMConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
-from instructjax.models import heads
+from instructjax.models import heads, transformer
 from instructjax.ops import preference
 from instructjax.optim import make_optimizer
 from instructjax.structs import RankedBatch, TrainState
@@ -82,7 +82,7 @@ def initial_params(ctx: Context, key):
   """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
   from_sft = ctx.config.rm.start_from == "sft"
   trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
-  shardings, _ = supervised.param_shardings(ctx.mesh, ctx.model("reward"))
+  shardings, _ = transformer.param_shardings(ctx.mesh, ctx.model("reward"))
   scalar_init = supervised.init_params(ctx.mesh, ctx.model("reward"), key)
   params = heads.scalar_params_from_lm(trunk, scalar_init)
   return jax.device_put(params, shardings)

@@ -32,7 +32,53 @@ def _pick(mass_BT: Array, target_B: Array) -> tuple[Array, Array]:
   return index_B, jnp.maximum(target_B - before_B, 0.0)
 
 
-def sample_token(logits_BV: Array, uniform_B: Array, temperature: float) -> tuple[Array, Array]:
+def _last_where(is_true, stop_B: Array) -> Array:
+  """Last of the integers 0 .. stop_B - 1 where `is_true` holds, by bisection.
+
+  It holds at 0 (which is not looked at) and, where it ends to hold, never again.
+  """
+
+  def halve(bounds):
+    low_B, high_B = bounds
+    middle_B = low_B + (high_B - low_B) // 2
+    holds_B = is_true(middle_B)
+    return jnp.where(holds_B, middle_B, low_B), jnp.where(holds_B, high_B, middle_B)
+
+  is_open = lambda bounds: jnp.any(bounds[1] - bounds[0] > 1)
+  return jax.lax.while_loop(is_open, halve, (jnp.zeros_like(stop_B), stop_B))[0]
+
+
+def _nucleus(mass_BV: Array, top_p: float) -> Array:
+  """The mass with 0 outside the nucleus: the fewest of the likeliest tokens that hold top_p of it (arXiv:1904.09751).
+
+  Exact, without a sort, which takes 25 times as long at 50k vocabulary on a CPU. Floats that are not negative are
+  ordered as their bits are, so a bisection of 30 steps over the bits finds the mass of the token that crosses top_p. Of
+  several tokens of just that mass, the first ones are in, as many as it takes.
+  """
+  target_B = top_p * jnp.sum(mass_BV, axis=-1)
+  bits_BV = jax.lax.bitcast_convert_type(mass_BV, jnp.int32)
+  id_1V = jnp.arange(mass_BV.shape[-1], dtype=jnp.int32)[None]
+
+  def reaches(edge_B):
+    is_in_BV = bits_BV >= edge_B[:, None]
+    return jnp.sum(jnp.where(is_in_BV, mass_BV, 0.0), axis=-1) >= target_B
+
+  edge_B = _last_where(reaches, jnp.max(bits_BV, axis=-1) + 1)
+  is_above_BV, is_edge_BV = bits_BV > edge_B[:, None], bits_BV == edge_B[:, None]
+  missing_B = target_B - jnp.sum(jnp.where(is_above_BV, mass_BV, 0.0), axis=-1)
+  edge_mass_B = jax.lax.bitcast_convert_type(edge_B, jnp.float32)
+
+  def is_needed(id_B):
+    num_before_B = jnp.sum(is_edge_BV & (id_1V < id_B[:, None]), axis=-1)
+    return num_before_B * edge_mass_B < missing_B
+
+  last_B = _last_where(is_needed, jnp.full_like(edge_B, mass_BV.shape[-1]))
+  return jnp.where(is_above_BV | (is_edge_BV & (id_1V <= last_B[:, None])), mass_BV, 0.0)
+
+
+def sample_token(
+  logits_BV: Array, uniform_B: Array, temperature: float, top_p: float = 1.0
+) -> tuple[Array, Array]:
   """Draws one token a row from softmax(logits / temperature) by inverse CDF, exact, in two levels.
 
   A block of 256 columns is drawn by the blocks' mass, then a column inside it: one uniform a row, no sort and no noise
@@ -42,6 +88,8 @@ def sample_token(logits_BV: Array, uniform_B: Array, temperature: float) -> tupl
     logits_BV: float32.
     uniform_B: in [0, 1).
     temperature: static; 0 takes the argmax, whose log-probability is then reported at temperature 1.
+    top_p: static; below 1, draws from the nucleus only. PPO's rollouts must not: the ratio and the KL are those of the
+      whole distribution.
   Returns:
     (token_B int32, logprob_B float32 under the distribution drawn from).
   """
@@ -50,6 +98,8 @@ def sample_token(logits_BV: Array, uniform_B: Array, temperature: float) -> tupl
     logits_BV = logits_BV / temperature
   max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   mass_BV = jnp.exp(logits_BV - max_B1)
+  if temperature > 0 and top_p < 1:
+    mass_BV = _nucleus(mass_BV, top_p)
   log_total_B = jnp.log(jnp.sum(mass_BV, axis=-1)) + max_B1[:, 0]
   if temperature == 0:
     token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

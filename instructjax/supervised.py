@@ -13,14 +13,9 @@ from instructjax.ops import lm
 from instructjax.structs import PackedBatch, Params, TrainState
 
 
-def param_shardings(mesh: Mesh, model: transformer.Model):
-  shapes = transformer.param_shapes(model)
-  return sharding.param_shardings(mesh, transformer.param_axes(model), shapes), shapes
-
-
 def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
   """Fresh weights, made on their own shards."""
-  shardings, _ = param_shardings(mesh, model)
+  shardings, _ = transformer.param_shardings(mesh, model)
   return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
 
 
@@ -28,7 +23,7 @@ def create_state(
   mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key
 ):
   """(TrainState, its shardings): the optimiser state is sharded like the weights it belongs to."""
-  shardings, shapes = param_shardings(mesh, model)
+  shardings, shapes = transformer.param_shardings(mesh, model)
   opt_shardings = sharding.opt_state_shardings(tx, shapes, shardings, mesh)
   state = TrainState(
     step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),

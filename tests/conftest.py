@@ -4,12 +4,11 @@ import functools
 import os
 import pathlib
 
+from tests import quick
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  # Tiny programs: compiling them well takes longer than running them.
-  + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 " + quick.FLAGS
 ).strip()
 
 import jax  # noqa: E402  (the flags above must be set before the first import)
@@ -18,7 +17,13 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from instructjax import models, sharding  # noqa: E402
-from instructjax.config import MeshConfig, ModelConfig, OptimConfig, PPOConfig  # noqa: E402
+from instructjax.config import (  # noqa: E402
+  MeshConfig,
+  ModelConfig,
+  OptimConfig,
+  PPOConfig,
+  RopeScalingConfig,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,8 +40,7 @@ def real_data_dir() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def quick_jit():
   """jax.jit that compiles a tiny program in a third of the time."""
-  options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-  return functools.partial(jax.jit, compiler_options=options)
+  return functools.partial(jax.jit, compiler_options=quick.OPTIONS)
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,7 @@ def tiny_config() -> ModelConfig:
     max_length=20,
     position="learned",
     rope_base=100.0,
+    rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
     norm="layernorm",
     norm_eps=1e-5,
     mlp="gelu",

@@ -74,7 +74,9 @@ def config_dict(stage: str, specs: dict[str, str]):
   config.checkpoint.update(every_steps=2, keep=2)
   config.log.update(every_steps=1, samples=1, tensorboard=False)
   for name in ("pretrain", "reward_pretrain"):
-    config[name].update(num_steps=4, batch_size=8, length=60, optim=base.adam(1e-2))
+    config[name].update(
+      num_steps=4, batch_size=8, length=60, evaluate_every=2, optim=base.adam(1e-2)
+    )
   for name in ("sft", "ppo_init"):
     config[name].update(
       num_epochs=2, batch_size=8, length=60, pretrain_mix=0.25, dropout=0.1, optim=base.adam(1e-2)

@@ -90,13 +90,12 @@ def test_donating_the_state_right_after_save_is_safe(tmp_path):
 
 def test_keeps_newest_named_and_best(tmp_path):
   metrics = {step: {"validation/loss": abs(step - 3)} for step in (1, 2, 3, 4, 6)}
-  options = dict(keep=2, keep_steps=(1,), best_metric="validation/loss", best_mode="min")
+  options = dict(keep=2, keep_steps=(1,), best_metric="validation/loss")
   _save(tmp_path, [1, 2, 3, 4, 5], metrics=metrics, **options)
   assert saved_steps(tmp_path) == [1, 3, 4, 5]
   _save(tmp_path, [6, 7], metrics=metrics, **options)  # the best is known after a restart
   assert saved_steps(tmp_path) == [1, 3, 6, 7]
-  assert checkpoint.best_step(tmp_path, "validation/loss") == 3
-  assert checkpoint.best_step(tmp_path, "validation/loss", "max") == 6
+  assert checkpoint.best_step(tmp_path, "validation/loss") == (3, 0)
   with pytest.raises(UserError, match="validation/accuracy"):
     checkpoint.best_step(tmp_path, "validation/accuracy")
 

@@ -57,7 +57,8 @@ def test_paper_values_without_a_preset_build(stage):
 
 
 def test_one_config_file_a_stage():
-  files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "base", "models"}
+  others = {"__init__", "base", "gpt3", "models", "released", "tiny"}
+  files = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
   assert files == set(STAGES)
 
 
@@ -188,6 +189,22 @@ _RULES = [
     "config.model.num_heads=4 must be a multiple of num_kv_heads=3",
   ),
   (dict(model__position="rope", model__head_dim=7), "config.model.head_dim=7 must be even"),
+  (
+    dict(model__rope_scaling__factor=0.5),
+    "config.model.rope_scaling.factor=0.5 must be >= 1",
+  ),
+  (
+    dict(model__rope_scaling__low_freq_factor=4.0),
+    "config.model.rope_scaling.low_freq_factor=4.0 must be > 0 and below high_freq_factor=4.0",
+  ),
+  (
+    dict(model__rope_scaling__original_length=0),
+    "config.model.rope_scaling.original_length=0 must be positive",
+  ),
+  (
+    dict(model__position="learned", model__rope_scaling__kind="linear"),
+    "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
+  ),
   (dict(model__attention_window=-1), "config.model.attention_window=-1 must be >= 0"),
   (dict(sft__optim__learning_rate=0), "config.sft.optim.learning_rate=0.0 must be > 0"),
   (dict(sft__optim__b1=1), "config.sft.optim.b1=1.0"),
@@ -235,6 +252,7 @@ _RULES = [
   ),
   (dict(sft__length=16), "must not exceed config.sft.length=16: a demonstration fits in one row"),
   (dict(ppo_init__length=16), "must not exceed config.ppo_init.length=16"),
+  (dict(pretrain__evaluate_every=0), "config.pretrain.evaluate_every=0 must be positive"),
   (dict(pretrain__length=9999), "config.pretrain.length=9999 must not exceed config.model.max_"),
   (dict(ppo__ptx_length=9999), "config.ppo.ptx_length=9999 must not exceed config.model.max_"),
   (dict(log__every_steps=0), "config.log.every_steps=0 must be positive"),

@@ -140,14 +140,14 @@ def test_evaluation_is_logged_and_its_best_is_kept(tmp_path):
   def evaluate(state, step):
     assert int(state.step) == step
     seen.append(step)
-    return {"loss": jnp.float32(abs(step - 3))}
+    return {"loss": jnp.float32(abs(step - 4))}
 
   _fit(tmp_path, evaluate=evaluate, evaluate_steps=(0, 3, 4, 6, 9), best_metric="validation/loss")
   assert seen == [0, 3, 4, 6, 9]
-  assert saved_steps(tmp_path) == [3, 9, 10]  # 6 is older and worse
+  assert saved_steps(tmp_path) == [4, 9, 10]  # 4, saved only because it was evaluated, is the best
   found = {r["step"]: r["validation/loss"] for r in _records(tmp_path) if "validation/loss" in r}
-  assert found == {0: 3.0, 3: 0.0, 4: 1.0, 6: 3.0, 9: 6.0}
-  assert _records(tmp_path)[0] == {"step": 0, "validation/loss": 3.0}
+  assert found == {0: 4.0, 3: 1.0, 4: 0.0, 6: 2.0, 9: 5.0}
+  assert _records(tmp_path)[0] == {"step": 0, "validation/loss": 4.0}
 
 
 @pytest.mark.parametrize("metric", ["loss", "grad_norm"])

@@ -9,15 +9,14 @@ import textwrap
 
 import pytest
 
-from tests import micro
+from tests import micro, quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 # As a user's shell has it, neither platform nor fake devices chosen; but programs compile sooner.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 SHELL = {
   k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS", "PYTHONWARNINGS")
 }
-ENV = SHELL | {"XLA_FLAGS": QUICK, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+ENV = SHELL | {"XLA_FLAGS": quick.FLAGS, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
 
 
 def command(*arguments):
@@ -38,7 +37,7 @@ def config_file(tmp_path_factory):
   path = folder / "mine.py"
   path.write_text(
     textwrap.dedent(f"""
-      from tests import micro
+      from tests import micro, quick
       def get_config(stage):
         return micro.config_dict(stage, {specs!r})
     """)
@@ -123,10 +122,13 @@ def test_a_run_prints_stages_and_progress_only(tmp_path, config_file):
 
 def test_one_run_a_workdir_and_ctrl_c(tmp_path, config_file):
   arguments = (f"--config={config_file}:pretrain", f"--workdir={tmp_path}")
+  # Where the tests are a shell's background job, what they start would ignore Ctrl-C as they do.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   first = subprocess.Popen(
     command(*arguments, "--config.pretrain.num_steps=1000000", "--config.log.every_steps=10"),
     cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
+  signal.signal(signal.SIGINT, before)
   try:
     while "pretrain 10/" not in (line := first.stdout.readline()):
       assert line, first.stderr.read()

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax.config import ModelConfig, OptimConfig
+from instructjax.config import ModelConfig, OptimConfig, RopeScalingConfig
 from instructjax.models import transformer
 from instructjax.ops.lm import token_logprob
 from instructjax.ops.surrogate import clipped_surrogate
@@ -230,6 +230,7 @@ def test_weight_decay_of_every_parameter_of_a_model():
     max_length=4,
     position="learned",
     rope_base=1e4,
+    rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
     norm="layernorm",
     norm_eps=1e-5,
     mlp="gelu",

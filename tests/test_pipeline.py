@@ -18,7 +18,18 @@ import orbax.checkpoint as ocp
 import pytest
 from jax._src import compilation_cache
 
-from instructjax import checkpoint, demo, evaluate, metrics, pipeline, policies, rm, sharding
+from instructjax import (
+  checkpoint,
+  collect,
+  demo,
+  evaluate,
+  metrics,
+  pipeline,
+  policies,
+  rm,
+  sharding,
+  supervised,
+)
 from instructjax.data import sources
 from instructjax.errors import StageStopped, UserError
 from tests import micro
@@ -155,6 +166,30 @@ def test_the_sft_epoch_is_chosen_by_reward(whole):
   assert chosen["step"] == max(chosen["epochs"], key=lambda e: e["reward"])["step"]
   by_loss = min(chosen["epochs"], key=lambda e: e["validation_loss"])["step"]
   assert checkpoint.read_done(whole / "sft")["step"] == by_loss
+
+
+def test_the_base_is_the_step_with_the_lowest_held_out_loss(specs, tmp_path):
+  """Text learnt by heart: it is not the last. What starts from the base starts from that step."""
+  scripted = iter([3.0, 1.0, 1.0, 2.0])
+  cfg = config(specs, "pretrain", pretrain__evaluate_every=1, checkpoint__keep=1)
+  with (
+    micro.one_device(),
+    mock.patch.object(supervised, "make_lm_evaluation", lambda *_: lambda *_: next(scripted)),
+  ):
+    pipeline.run(cfg, tmp_path)
+  done = checkpoint.read_done(tmp_path / "pretrain")
+  assert (done["step"], done["validation_loss"]) == (2, 1.0)
+  assert checkpoint.saved_steps(tmp_path / "pretrain") == [2, 4]
+  ctx = context(cfg, tmp_path)
+  base, best, last = (
+    jax.tree.leaves(params)
+    for params in (
+      policies.load(ctx, "base"),
+      *(policies.load_step(ctx, "base", s) for s in (2, 4)),
+    )
+  )
+  assert all(np.array_equal(a, b) for a, b in zip(base, best, strict=True))
+  assert not any(np.array_equal(a, b) for a, b in zip(base, last, strict=True))
 
 
 def test_demonstrations_score_zero_on_average(whole, specs):
@@ -295,7 +330,8 @@ LAST = ["sft_select", "ppo_init"]
       {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
       ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
     ),
-    ("rm", {"model__weights": "other/pretrain"}, ["reward_pretrain", "rm"]),
+    ("rm", {"model__weights": "other/pretrain"}, ["rm"]),  # one network: both start from them
+    ("rm", {"model__weights": "other/pretrain"} | BIGGER, ["reward_pretrain", "rm"]),
     (
       "rm",
       {"model__weights": "other/pretrain", "reward_model__weights": "other/pretrain"},
@@ -381,7 +417,7 @@ def test_a_run_from_given_weights_trains_no_base(whole, specs, tmp_path):
       config(specs, stage="sft", model__weights=given, tokenizer__path=tokenizer), tmp_path
     )
   assert files_of(whole) == before
-  assert {path.name for path in tmp_path.iterdir()} == {"sft"}
+  assert {path.name for path in tmp_path.iterdir()} == {"sft", "tokenizer"}
   assert last_checkpoint(tmp_path / "sft")[0] == last_checkpoint(whole / "sft")[0]
 
   again = config(specs, stage="sft", tokenizer__path=tokenizer)
@@ -407,16 +443,17 @@ def test_given_weights_that_do_not_fit_are_refused(whole, specs, tmp_path):
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("sft"))
 
-  refused(r"has d_mlp=32, and config.model.d_mlp=40; they must be equal", model__d_mlp=40)
-  refused(r"config.model.weights='/nowhere' must be the folder of a fin", model__weights="/nowhere")
+  refused(r"has d_mlp=32, and config.model has d_mlp=40; they must be equal", model__d_mlp=40)
+  refused(
+    r"config.model.weights: /nowhere must be .* and it is not there", model__weights="/nowhere"
+  )
   selected = str(whole / "sft_select")
   refused(r"must be the folder of a finished stage that trains", model__weights=selected)
   refused(r"config.stage='pretrain' .*config.model.weights", stage="pretrain")
-  refused(
-    r"another tokenizer; set config.tokenizer.path",
-    tokenizer__path="",
-    data__documents=other_documents(specs, tmp_path),
-  )
+  context(config(specs, data__documents=other_documents(specs, tmp_path)), tmp_path / "other")
+  other = str(tmp_path / "other" / "tokenizer" / "tokenizer.model")
+  (tmp_path / "tokenizer").rename(tmp_path / "first")
+  refused(r"another tokenizer; set config.tokenizer.path=.*whole", tokenizer__path=other)
 
 
 # --- refused before anything is trained -----------------------------------------------------------
@@ -458,6 +495,18 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
     ({"tokenizer__path": "/no.model"}, "tokenizer.path='/no.model' cannot be read"),
     ({"data__comparisons": "demo:"}, "data.prompts='jsonl:.*'; give comparisons of your own"),
     ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),
+    (
+      {"pretrain__optim__warmup_steps": 4},
+      "stage pretrain: .*after its warmup: warmup_steps=4, got num_steps=4",
+    ),
+    (
+      {"ppo__value_optim__warmup_steps": 8},
+      "stage ppo: .*after its warmup: warmup_steps=8, got num_steps=8",
+    ),
+    (
+      {"ppo__value_optim__warmup_steps": 4, "evaluate__overoptimization": True},
+      "stage ppo_beta0: .*after its warmup: warmup_steps=4, got num_steps=4",
+    ),
   ],
 )
 def test_what_would_fail_later_is_refused_at_once(specs, tmp_path, changes, match):
@@ -487,21 +536,55 @@ def test_another_tokenizer_is_refused(whole, specs, tmp_path):
   other = config(specs, data__documents=other_documents(specs, tmp_path))
   context(other, tmp_path)
   path = str(tmp_path / "tokenizer" / "tokenizer.model")
-  refuse(config(specs, tokenizer__path=path), whole, "pretrain: .*another tokenizer")
+  refuse(config(specs, tokenizer__path=path), whole, "made with another tokenizer than")
   wrong_size = config(specs, tokenizer__path=path, tokenizer__vocab_size=50)
   refuse(wrong_size, tmp_path, f"vocab_size=50 must be the 56 pieces of {path}")
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["collect", "evaluate"])
+def test_only_the_first_process_writes(whole, specs, tmp_path, stage):
+  workdir = copy_without(whole, tmp_path / "run", "evaluate", "report")
+  before = files_of(workdir)
+  with contextlib.ExitStack() as patches:
+    patch = lambda *args: patches.enter_context(mock.patch.object(*args))
+    patch(collect, "_sampled", lambda *_: [])
+    patch(evaluate, "_measure", lambda *_: {"answer": []})
+    patch(evaluate, "pretraining_losses", lambda *_: {})
+    patch(jax, "process_index", lambda: 1)
+    run_stage(config(specs, data__comparisons="demo:"), workdir, stage)
+  assert files_of(workdir) == before
 
 
 # --- from the default preset's text ---------------------------------------------------------------
 
 
-def test_from_the_demo_to_the_report(tmp_path):
-  """The demo's own road: comparisons are collected, and judged by its gold score."""
+DEMO = {kind: "demo:" for kind in ("documents", "demonstrations", "comparisons", "prompts")}
+
+
+@contextlib.contextmanager
+def few_records():
   load = demo.load
   few = lambda kind, split, seed: load(kind, split, seed)[: 40 if split == "train" else 8]
-  specs = {kind: "demo:" for kind in ("documents", "demonstrations", "comparisons", "prompts")}
-  with mock.patch.object(demo, "load", few), micro.one_device():
-    pipeline.run(micro.config("ppo_ptx", specs, evaluate__best_of_n=2), tmp_path)
+  with mock.patch.object(demo, "load", few):
+    yield
+
+
+def test_a_few_shot_prompt_without_room_is_refused_at_once(tmp_path):
+  narrow = micro.config("ppo_ptx", DEMO, reward_model__max_length=100)
+  with few_records():
+    refuse(
+      narrow, tmp_path, r"reward_model.max_length=100 must hold the few-shot prompt of \d{3} tok"
+    )
+  assert_untrained(tmp_path)
+
+
+def test_from_the_demo_to_the_report(tmp_path):
+  """The demo's own road: comparisons are collected, and judged by its gold score."""
+  with few_records(), micro.one_device():
+    pipeline.run(micro.config("ppo_ptx", DEMO, evaluate__best_of_n=2), tmp_path)
   agreement = checkpoint.read_done(tmp_path / "collect")["agreement"]
   assert agreement.keys() == {"train", "heldout"}
   for split, count in (("train", 16), ("validation", 8), ("heldout", 8)):

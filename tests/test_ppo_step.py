@@ -164,6 +164,20 @@ def test_the_state_is_donated_and_the_frozen_weights_are_not_touched(
   assert jax.tree.all(moved)  # while every weight of the policy did move
 
 
+def test_details_20_the_value_network_starts_as_the_reward_model_and_is_its_own(
+  start, configs, one_device
+):
+  step, state, frozen = start("ppo")
+  reward_params = jax.tree.map(np.array, frozen.reward_params)
+  jax.tree.map(np.testing.assert_array_equal, state.value_params, reward_params)
+  others = jax.tree.leaves((frozen, state.params))
+  assert not {id(leaf) for leaf in jax.tree.leaves(state.value_params)} & {id(x) for x in others}
+  state, *_ = step(state, frozen, make_batch(configs["ppo"], one_device))
+  moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.value_params, reward_params)
+  assert jax.tree.all(moved)  # trained, head and trunk,
+  jax.tree.map(np.testing.assert_array_equal, frozen.reward_params, reward_params)  # it alone
+
+
 def test_details_8_the_first_minibatchs_ratio_is_1(ppo_run, ptx_run):
   """To rounding, with the rollout's log-probs and with rescored ones: the forward of 16 rows and the
   differentiated one of 8 are not the same program."""

@@ -11,6 +11,7 @@ import pytest
 
 from instructjax import models, rm, scoring, sharding, supervised
 from instructjax.config import MeshConfig, RMConfig
+from instructjax.data.pipeline import RankingTokens, ranked_batch
 from instructjax.optim import make_optimizer
 from instructjax.structs import RankedBatch
 
@@ -52,7 +53,7 @@ def start(quick_jit, model, adam_config, random_params):
   tx, steps = make_optimizer(adam_config, 100), {}
 
   def one(mesh):
-    placed = jax.device_put(random_params(model, 1), supervised.param_shardings(mesh, model)[0])
+    placed = jax.device_put(random_params(model, 1), models.param_shardings(mesh, model)[0])
     with mock.patch.object(jax, "jit", quick_jit):
       state, shardings = supervised.create_state(mesh, model, tx, placed, jax.random.key(0))
       steps.setdefault(mesh, rm.make_train_step(model, tx, cfg, shardings))
@@ -89,6 +90,19 @@ def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(
   _, metrics = step(state, batch)
   np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
+
+
+def test_details_1_the_reward_model_learns_from_prompt_and_answer(quick_jit, model, random_params):
+  """Rows as the data pipeline builds them: the same answers under another prompt score otherwise."""
+  answers = [[5, 6, 7], [8, 9]]
+  rankings = [RankingTokens(prompt, answers, [1, 2], None) for prompt in ([1, 2, 3], [4, 2, 3])]
+  batch = ranked_batch(rankings, max_responses=2, length=LENGTH, vocab_size=VOCAB)
+  params = random_params(model, 1)
+  score_BC = quick_jit(rm.scores, static_argnums=0)(model, params, batch)
+  assert np.all(np.abs(score_BC[0] - score_BC[1]) > 1e-3)
+  whole = np.array([[4, 2, 3, 8, 9]], np.int32)
+  alone = quick_jit(scoring.sequence_score, static_argnums=0)
+  np.testing.assert_allclose(score_BC[1, 1], alone(model, params, whole, whole >= 0)[0], atol=1e-5)
 
 
 def test_all_answers_go_through_one_forward(model):

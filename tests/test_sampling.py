@@ -22,12 +22,12 @@ def softmax(logits):
 
 @pytest.fixture(scope="module")
 def draw(quick_jit):
-  """draw(logits_V, uniform_B, temperature): many draws from one distribution."""
-  sample = quick_jit(sampling.sample_token, static_argnums=2)
+  """draw(logits_V, uniform_B, temperature, top_p): many draws from one distribution."""
+  sample = quick_jit(sampling.sample_token, static_argnums=(2, 3))
 
-  def one(logits_V, uniform_B, temperature=1.0):
+  def one(logits_V, uniform_B, temperature=1.0, top_p=1.0):
     logits_BV = np.broadcast_to(np.float32(logits_V), (len(uniform_B), len(logits_V)))
-    return jax.tree.map(np.asarray, sample(logits_BV, np.float32(uniform_B), temperature))
+    return jax.tree.map(np.asarray, sample(logits_BV, np.float32(uniform_B), temperature, top_p))
 
   return one
 
@@ -85,6 +85,45 @@ def test_temperature_sharpens_and_zero_is_greedy(draw):
   np.testing.assert_allclose(logprob_B, np.log(softmax(logits_V).max()), atol=1e-5)
 
 
+def in_nucleus(logits_V, top_p):
+  """True on the nucleus: sorted, the likeliest first, equal ones by id."""
+  order = np.argsort(-logits_V, kind="stable")
+  before = np.cumsum(softmax(logits_V)[order]) - softmax(logits_V)[order]
+  is_in_V = np.zeros(len(logits_V), bool)
+  is_in_V[order[before < top_p - 1e-7]] = True  # the one that crosses top_p is in
+  return is_in_V
+
+
+@pytest.mark.parametrize("vocab_size", [23, 300])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+def test_top_p_draws_from_the_nucleus(draw, vocab_size, top_p):
+  rng = np.random.default_rng(vocab_size)
+  # Rows that are smooth, that tie (a few values only), that are flat, that have one token, or holes.
+  logits_BV = rng.normal(0, 2, (5, vocab_size)).astype(np.float32)
+  logits_BV[1] = np.round(logits_BV[1])
+  logits_BV[2] = 1.0
+  logits_BV[3] = np.where(np.arange(vocab_size) == 7, 0.0, -np.inf)
+  logits_BV[4, rng.random(vocab_size) < 0.5] = -np.inf
+  num_draws = 1024
+  for logits_V in logits_BV:
+    token_B, logprob_B = draw(logits_V, (np.arange(num_draws) + 0.5) / num_draws, 1.0, top_p)
+    prob_V = np.where(in_nucleus(logits_V, top_p), softmax(logits_V), 0.0)
+    prob_V /= prob_V.sum()
+    counts_V = np.bincount(token_B, minlength=vocab_size)
+    np.testing.assert_array_less(np.abs(counts_V - prob_V * num_draws), 1.02)
+    np.testing.assert_allclose(logprob_B, np.log(prob_V[token_B]), atol=1e-5)
+
+
+def test_top_p_of_one_is_the_plain_program():
+  program = lambda *top_p: str(
+    jax.make_jaxpr(lambda x_BV, u_B: sampling.sample_token(x_BV, u_B, 0.7, *top_p))(
+      jnp.zeros((2, 300)), jnp.zeros(2)
+    )
+  )
+  assert program() == program(1.0) != program(0.9)
+  assert "while" not in program()
+
+
 def test_uniforms_belong_to_key_row_and_step():
   uniforms = functools.partial(sampling.row_uniforms, num_steps=5)
   uniform_BR = np.asarray(uniforms(KEY, jnp.arange(6)))
@@ -135,6 +174,24 @@ def generate(quick_jit, policy):
 @pytest.fixture(scope="module")
 def rollout(generate, params, prompts):
   return jax.tree.map(np.asarray, generate(params, prompts, KEY, TEMPERATURE))
+
+
+def test_details_5_no_id_beyond_the_vocabulary_has_a_logit_or_is_drawn(
+  draw, policy, params, prompts
+):
+  weights = models.decode_weights(policy, params)
+  cache = models.init_cache(policy, ROWS, PROMPT + 1)
+  prefill = functools.partial(models.prefill, policy)
+  logits_BV, cache = jax.eval_shape(prefill, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
+  assert logits_BV.shape == (ROWS, VOCAB)
+  step = functools.partial(models.decode_step, policy)
+  mask_BL = np.ones((ROWS, PROMPT + 1), bool)
+  token_B = position_B = np.zeros(ROWS, np.int32)
+  logits_BV, _ = jax.eval_shape(step, weights, token_B, position_B, PROMPT, mask_BL, cache)
+  assert logits_BV.shape == (ROWS, VOCAB)
+  for vocab_size in (VOCAB, 300):  # the draw works in blocks of 256: the last is not full
+    highest, _ = draw(np.zeros(vocab_size), [1 - 2.0**-24])
+    assert highest == vocab_size - 1
 
 
 def test_details_4_eos_is_kept_and_pads_follow(rollout, prompts):

@@ -117,6 +117,18 @@ def test_details_13_scores_are_read_at_the_last_real_token_wherever_pads_are(
   np.testing.assert_allclose(score(*scalar, TOKEN_BL, IS_TOKEN_BL), expected_B, atol=1e-5)
 
 
+def test_details_1_scores_and_values_are_of_prompt_and_response(scalar, value, score):
+  """The same responses after other prompts: every score and every value is another."""
+  prompt_BL = IS_TOKEN_BL & (np.arange(LENGTH)[None] < PROMPT)
+  changed_BL = np.where(prompt_BL, (TOKEN_BL + 5) % VOCAB, TOKEN_BL)
+  scores, values = (
+    [read(*scalar, token_BL, IS_TOKEN_BL) for token_BL in (TOKEN_BL, changed_BL)]
+    for read in (score, value)
+  )
+  assert np.all(np.abs(scores[0] - scores[1]) > 1e-4), scores
+  assert np.all(np.abs(values[0] - values[1])[MASK_BR] > 1e-4), values
+
+
 @pytest.mark.parametrize(
   "garbage", ["random ids", "an id outside", "a token whose weights are NaN"]
 )

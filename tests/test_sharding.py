@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax import models, sharding
-from instructjax.config import MeshConfig, ModelConfig
+from instructjax.config import MeshConfig, ModelConfig, RopeScalingConfig
 
 GPT3 = ModelConfig(
   num_layers=96,
@@ -25,6 +25,7 @@ GPT3 = ModelConfig(
   max_length=2048,
   position="learned",
   rope_base=1e4,
+  rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
   norm="layernorm",
   norm_eps=1e-5,
   mlp="gelu",

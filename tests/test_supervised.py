@@ -61,9 +61,7 @@ def start(quick_jit, model, tx, params):
       )
 
   def one(mesh, dropout_rate=0.0):
-    placed = jax.device_put(
-      jax.tree.map(jnp.copy, params), supervised.param_shardings(mesh, model)[0]
-    )
+    placed = jax.device_put(jax.tree.map(jnp.copy, params), models.param_shardings(mesh, model)[0])
     state, _ = supervised.create_state(mesh, model, tx, placed, jax.random.clone(KEY))
     return compiled_step(mesh, dropout_rate), state
 

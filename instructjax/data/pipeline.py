@@ -57,7 +57,7 @@ def tokenize_prompts(
 
   Counts, here and below: kept (records), long_prompts (records), long_responses (responses).
   """
-  prompts = [tokenizer.encode(record.prompt) for record in records]
+  prompts = [tokenizer.encode_prompt(record.prompt) for record in records]
   kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
   return kept, _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
 
@@ -77,7 +77,8 @@ def tokenize_demonstrations(
   kept = []
   long_prompts = long_responses = 0
   for record in records:
-    prompt, response = tokenizer.encode(record.prompt), tokenizer.encode(record.response)
+    prompt = tokenizer.encode_prompt(record.prompt)
+    response = tokenizer.encode(record.response)
     if len(prompt) > max_prompt_length:
       long_prompts += 1
     elif len(response) + 1 > max_response_length:
@@ -105,7 +106,7 @@ def tokenize_rankings(
   kept = []
   long_prompts = long_responses = 0
   for record in records:
-    prompt = tokenizer.encode(record.prompt)
+    prompt = tokenizer.encode_prompt(record.prompt)
     if len(prompt) > max_prompt_length:
       long_prompts += 1
       continue

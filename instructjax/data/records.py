@@ -2,14 +2,31 @@
 
 `sources` calls `parse_record` on everything that comes from outside; `demo` builds the dataclasses
 itself. Imports nothing of the project. Text is taken exactly as it is: nothing is stripped or added
-(`tokenizer` says how a response joins its prompt).
+(`tokenizer` says how a response joins its prompt), and a chat prompt stays messages until
+`sources.render` puts it through the tokenizer's chat template. docs/data.md shows every form.
 """
 
 import dataclasses
 import itertools
 from typing import Any
 
-KINDS = ("documents", "prompts", "demonstrations", "comparisons")
+# Kind -> the keys that its forms are made of; a table's other columns need not be read.
+KEYS = {
+  "documents": ("text",),
+  "prompts": ("prompt", "messages"),
+  "demonstrations": ("prompt", "response", "messages"),
+  "comparisons": (
+    "prompt",
+    "responses",
+    "ranks",
+    "comparisons",
+    "chosen",
+    "rejected",
+    "labeler",
+  ),
+}
+KINDS = tuple(KEYS)
+ROLES = ("system", "developer", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +37,27 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chat:
+  """A prompt as the messages of a chat: (role of ROLES, content), the last the user's.
+
+  The tokenizer's chat template, not this, decides which roles it takes and in which order.
+  """
+
+  messages: tuple[tuple[str, str], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
   """A prompt that nobody has answered."""
 
-  prompt: str
+  prompt: str | Chat
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
   """A prompt and the answer a demonstrator wrote."""
 
-  prompt: str
+  prompt: str | Chat
   response: str
 
 
@@ -46,7 +73,7 @@ class Ranking:
     labeler: who ranked them, where known.
   """
 
-  prompt: str
+  prompt: str | Chat
   responses: tuple[str, ...]
   ranks: tuple[int, ...]
   labeler: str | None = None
@@ -67,10 +94,14 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
   Args:
     kind: one of KINDS. Accepted keys:
       documents: text.
-      prompts: prompt.
-      demonstrations: prompt, response.
+      prompts: prompt, or messages: of those, what comes after the user's last is dropped.
+      demonstrations: prompt and response, or messages, the last of which is the response.
       comparisons: prompt, and one of (responses, ranks), (responses, comparisons), (chosen,
-        rejected); see `ranks_from_pairs` for the second. Optional: labeler.
+        rejected); see `ranks_from_pairs` for the second. Or chosen and rejected as lists of
+        messages that differ in the last one only; a prompt beside them must be theirs. Optional:
+        labeler.
+      A prompt may be a list of messages, an answer a list of one message of the assistant. A
+      message is in OpenAI's form: role, content, the latter a string or a list of text parts.
     obj: the decoded line.
     where: `file:line`, for messages.
 
@@ -82,9 +113,9 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
   if kind == "documents":
     return Document(_text(obj, "text", where))
   if kind == "prompts":
-    return Prompt(_text(obj, "prompt", where))
+    return Prompt(_last_user_turn(obj, where) if "messages" in obj else _prompt(obj, where))
   if kind == "demonstrations":
-    return Demonstration(_text(obj, "prompt", where), _text(obj, "response", where))
+    return _demonstration(obj, where)
   if kind == "comparisons":
     return _ranking(obj, where)
   raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
@@ -130,8 +161,15 @@ def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, .
   return tuple(1 + sum(other > wins for other in twice_wins) for wins in twice_wins)
 
 
+def _demonstration(obj: dict[str, Any], where: str) -> Demonstration:
+  if "messages" not in obj:
+    return Demonstration(_prompt(obj, where), _answer(obj, "response", where))
+  if "response" in obj:
+    raise BadRecord(f"{where}: has both messages and response")
+  return Demonstration(*_dialogue(obj["messages"], "messages", where))
+
+
 def _ranking(obj: dict[str, Any], where: str) -> Ranking:
-  prompt = _text(obj, "prompt", where)
   labeler = obj.get("labeler")
   if labeler is not None and not isinstance(labeler, str):
     raise BadRecord(f"{where}: 'labeler' must be a string, got {type(labeler).__name__}")
@@ -148,9 +186,8 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   if forms[0] == ("chosen", "rejected"):
     if "responses" in obj:
       raise BadRecord(f"{where}: has both responses and chosen/rejected")
-    answers = tuple(_text(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected"))
-    return Ranking(prompt, answers, (1, 2), labeler)
-  responses = _responses(obj, where)
+    return Ranking(*_chosen_rejected(obj, where), (1, 2), labeler)
+  prompt, responses = _prompt(obj, where), _responses(obj, where)
   if forms[0] == ("comparisons",):
     return Ranking(
       prompt, responses, ranks_from_pairs(len(responses), obj["comparisons"], where), labeler
@@ -163,22 +200,115 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   return Ranking(prompt, responses, tuple(ranks), labeler)
 
 
+def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple[str, str]]:
+  """(prompt, answers) of a pair, given apart or as two whole dialogues."""
+  pair = [_value(obj, key, where) for key in ("chosen", "rejected")]
+  lists = all(isinstance(value, list) for value in pair)
+  if not lists or ("prompt" in obj and max(map(len, pair)) == 1):
+    answers = [_answer(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected")]
+    return _prompt(obj, where), tuple(answers)
+  (prompt, chosen), (other, rejected) = (
+    _dialogue(value, key, where, may_be_empty=True)
+    for value, key in zip(pair, ("chosen", "rejected"), strict=True)
+  )
+  if prompt != other:
+    raise BadRecord(f"{where}: 'chosen' and 'rejected' differ before their last message")
+  contents = [content for _, content in prompt.messages]  # published pairs repeat one as `prompt`
+  if "prompt" in obj and _prompt(obj, where) not in (prompt, *contents):
+    raise BadRecord(f"{where}: 'prompt' is not what 'chosen' and 'rejected' answer")
+  return prompt, (chosen, rejected)
+
+
 def _responses(obj: dict[str, Any], where: str) -> tuple[str, ...]:
   responses = obj.get("responses")
   if not isinstance(responses, list) or len(responses) < 2:
     raise BadRecord(f"{where}: 'responses' must be a list of at least 2 strings")
   return tuple(
-    _checked_text(text, f"responses[{i}]", where, may_be_empty=True)
-    for i, text in enumerate(responses)
+    _checked_answer(value, f"responses[{i}]", where, may_be_empty=True)
+    for i, value in enumerate(responses)
   )
 
 
-def _text(obj: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
+def _prompt(obj: dict[str, Any], where: str) -> str | Chat:
+  if isinstance(obj.get("prompt"), list):
+    return _chat(_messages(obj["prompt"], "prompt", where), "prompt", where)
+  return _text(obj, "prompt", where)
+
+
+def _last_user_turn(obj: dict[str, Any], where: str) -> Chat:
+  messages = _messages(obj["messages"], "messages", where)
+  while messages and messages[-1][0] != "user":
+    messages.pop()
+  return _chat(messages, "messages", where)
+
+
+def _dialogue(value: Any, name: str, where: str, may_be_empty: bool = False) -> tuple[Chat, str]:
+  """(prompt, answer): the last message, which must be the assistant's, and those before it."""
+  *before, (role, answer) = _messages(value, name, where)
+  if role != "assistant":
+    raise BadRecord(f"{where}: {name!r} must end in the assistant's answer, not in role {role}")
+  prompt = _chat(before, name, where)
+  return prompt, _checked_text(answer, f"{name}[{len(before)}].content", where, may_be_empty)
+
+
+def _chat(messages: list[tuple[str, str]], name: str, where: str) -> Chat:
+  """A prompt that one row yields whatever the kind it is read as: so its held-out side is one."""
+  if not messages or messages[-1][0] != "user":
+    raise BadRecord(f"{where}: {name!r} must have a message of the user right before the answer")
+  _checked_text(messages[-1][1], f"{name}[{len(messages) - 1}].content", where)
+  return Chat(tuple(messages))
+
+
+def _messages(value: Any, name: str, where: str) -> list[tuple[str, str]]:
+  if not isinstance(value, list) or not value:
+    found = "an empty one" if value == [] else type(value).__name__
+    raise BadRecord(f"{where}: {name!r} must be a list of messages, got {found}")
+  return [_message(message, f"{name}[{i}]", where) for i, message in enumerate(value)]
+
+
+def _message(message: Any, name: str, where: str) -> tuple[str, str]:
+  """(role, content); content may be empty here, as a system message sometimes is."""
+  if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+    found = type(message).__name__
+    if isinstance(message, dict):
+      found = "only " + (", ".join(map(repr, message)) or "{}")
+    raise BadRecord(f"{where}: {name!r} must be an object with role and content, got {found}")
+  role, content = message["role"], message["content"]
+  if role not in ROLES:
+    raise BadRecord(f"{where}: role of {name!r} must be one of {', '.join(ROLES)}")
+  if message.get("tool_calls") or message.get("function_call"):
+    raise BadRecord(f"{where}: {name!r} calls a tool, which cannot be trained on")
+  if isinstance(content, list):  # OpenAI's content parts
+    parts = [part if isinstance(part, dict) else {} for part in content]
+    if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in parts):
+      raise BadRecord(f"{where}: content of {name!r} has a part that is not text")
+    content = "".join(part["text"] for part in parts)
+  return role, _checked_text(content, f"{name}.content", where, may_be_empty=True)
+
+
+def _answer(obj: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
+  return _checked_answer(_value(obj, key, where), key, where, may_be_empty)
+
+
+def _checked_answer(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
+  if isinstance(value, list):
+    messages = _messages(value, name, where)
+    if len(messages) > 1 or messages[0][0] != "assistant":
+      raise BadRecord(f"{where}: {name!r} must be a string or one message of the assistant")
+    value = messages[0][1]
+  return _checked_text(value, name, where, may_be_empty)
+
+
+def _text(obj: dict[str, Any], key: str, where: str) -> str:
+  return _checked_text(_value(obj, key, where), key, where)
+
+
+def _value(obj: dict[str, Any], key: str, where: str) -> Any:
   if key not in obj:
     raise BadRecord(
       f"{where}: {key!r} is missing (keys found: {', '.join(map(repr, obj)) or 'none'})"
     )
-  return _checked_text(obj[key], key, where, may_be_empty)
+  return obj[key]
 
 
 def _checked_text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:

@@ -1,32 +1,33 @@
-"""Where records come from: `demo:`, `jsonl:PATH`, `hh:PATH`, `tfds:NAME`.
+"""Where records come from: `demo:` and the files that `readers` knows.
 
-Called by the stages, through `load`. Imports `records`, and the default preset (`demo`) when it is
-asked for.
+Called by context.py and the stages, through `load` and `render`. Imports `records` and `readers`,
+and the default preset (`demo`) when it is asked for.
 """
 
-import gzip
+import dataclasses
 import hashlib
 import json
 import logging
-import re
-import zlib
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
-from instructjax.data.records import KINDS, BadRecord, Record, parse_record
+from instructjax.data.readers import READERS, Decode, Rows
+from instructjax.data.records import (
+  KINDS,
+  BadRecord,
+  Chat,
+  Demonstration,
+  Prompt,
+  Ranking,
+  Record,
+  parse_record,
+)
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 5  # bad records named in the log
-_TURN = "\n\nAssistant:"  # what precedes each answer in an Anthropic-HH dialogue
-_TFDS = re.compile(
-  r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?(\?data_dir=(?P<data_dir>.+))?"
-)
-
-_Rows = Iterable[tuple[str, Any]]  # (file:line, raw value)
-_Decode = Callable[
-  [Any, str, str], Any
-]  # (raw value, kind, file:line) -> what parse_record takes; may raise BadRecord
+_SCHEMES = ("demo", *READERS)
+_KIND_OF = {Prompt: "prompts", Demonstration: "demonstrations", Ranking: "comparisons"}
 
 
 def load(
@@ -42,23 +43,17 @@ def load(
 
   A source without a validation split of its own holds out the records whose prompt (document: whole
   text) has a SHA-256 in the lowest `validation_fraction`: the same for every seed, machine and
-  order, and all records of a prompt together.
+  order, and all records of a prompt together. A prompt that is a `Chat` counts as the JSON of its
+  messages, so no chat template decides which side it falls on.
 
   Args:
     spec: one of
       `demo:` the default preset's documents, prompts, demonstrations.
-      `jsonl:PATH` JSON lines in UTF-8, gzipped if PATH ends in .gz; keys as in
-        `records.parse_record`. Blank lines are passed over.
-      `hh:PATH` JSON lines in Anthropic-HH's form: prompt, chosen, rejected, or chosen and rejected
-        as whole dialogues, cut after the last "\\n\\nAssistant:". Gives comparisons,
-        demonstrations (the chosen answer) and prompts.
-      `tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]` any TensorFlow Datasets builder stored
-        as array_record, read without TensorFlow. Without SPLIT: its train and validation splits,
-        or if it has no `validation`, what is held out of train. With SPLIT (slices too,
-        `train[:50%]`), what is held out of that.
+      `SCHEME:REST` one of `readers.READERS`, whose functions say what REST is and which splits
+        there are.
     kind: one of records.KINDS.
-    split: train, validation, test (of `demo:` its own, of other sources the same as validation), or all of a source
-      that has no split of its own.
+    split: train, validation, test (of `demo:` its own, of other sources the same as validation), or
+      all of a source that has no split of its own.
     seed: only `demo:` depends on it.
     validation_fraction: in (0, 1).
     on_bad_record: raise stops at the first bad record; skip logs how many were skipped, and the
@@ -81,7 +76,7 @@ def load(
     return demo.load(kind, split, seed)
   if split == "test":
     split = "validation"
-  rows, decode, has_own_split = _SCHEMES[scheme](rest, kind, split)
+  rows, decode, has_own_split = READERS[scheme](rest, kind, split)
   records = _parse(rows, decode, spec, kind, on_bad_record)
   if has_own_split or split == "all":
     return records
@@ -98,6 +93,55 @@ def load(
   return chosen
 
 
+def render(
+  records: list[Record],
+  render_chat: Callable[[Sequence[Mapping[str, str]]], str],
+  *,
+  on_bad_record: Literal["raise", "skip"],
+) -> list[Record]:
+  """The records with every chat prompt as text; the same list where there is none.
+
+  Args:
+    records: of one kind.
+    render_chat: from messages with role and content to text: a tokenizer's chat template. Called
+      only for chat prompts, so a tokenizer without a template serves plain ones.
+    on_bad_record: what to do about a prompt that render_chat refuses, as in `load`: a template may
+      want the user and the assistant to take turns, and no message may hold a special token.
+
+  Raises:
+    ValueError: of render_chat, with the kind and the number of the prompt among `records`.
+  """
+  if not any(_is_chat(record) for record in records):
+    return records
+  name = f"data.{_KIND_OF[type(records[0])]}"
+  rendered, bad = [], []
+  for number, record in enumerate(records, start=1):
+    if _is_chat(record):
+      messages = [{"role": role, "content": text} for role, text in record.prompt.messages]
+      try:
+        record = dataclasses.replace(record, prompt=render_chat(messages))
+      except ValueError as error:
+        bad.append(f"chat prompt {number} cannot be made text: {error}")
+        if on_bad_record == "raise":
+          raise ValueError(f"{name}: {bad[0]}") from error
+        continue
+    rendered.append(record)
+  _warn_of_skipped(name, bad, len(records))
+  if not rendered:
+    raise ValueError(f"{name}: no record is left: {bad[0]}")
+  return rendered
+
+
+def _warn_of_skipped(name: str, bad: Sequence[str], total: int):
+  if bad:
+    first = "; ".join(bad[:_LISTED]) + ("; ..." if len(bad) > _LISTED else "")
+    logger.warning("%s: skipped %d of %d records: %s", name, len(bad), total, first)
+
+
+def _is_chat(record: Record) -> bool:
+  return isinstance(record, tuple(_KIND_OF)) and isinstance(record.prompt, Chat)
+
+
 def simulation(spec: str):
   """The default preset's labelers and gold score where the records are its own, or None."""
   if not spec.startswith("demo:"):
@@ -107,7 +151,7 @@ def simulation(spec: str):
   return demo
 
 
-def _parse(rows: _Rows, decode: _Decode, spec: str, kind: str, on_bad_record: str) -> list[Record]:
+def _parse(rows: Rows, decode: Decode, spec: str, kind: str, on_bad_record: str) -> list[Record]:
   records, bad = [], []
   for where, raw in rows:
     try:
@@ -116,11 +160,7 @@ def _parse(rows: _Rows, decode: _Decode, spec: str, kind: str, on_bad_record: st
       if on_bad_record == "raise":
         raise
       bad.append(str(error))
-  if bad:
-    first = "; ".join(bad[:_LISTED]) + ("; ..." if len(bad) > _LISTED else "")
-    logger.warning(
-      "%s: skipped %d of %d records: %s", spec, len(bad), len(bad) + len(records), first
-    )
+  _warn_of_skipped(spec, bad, len(bad) + len(records))
   if not records:
     raise ValueError(
       f"data.{kind}={spec!r} holds no records"
@@ -130,115 +170,9 @@ def _parse(rows: _Rows, decode: _Decode, spec: str, kind: str, on_bad_record: st
 
 
 def _is_held_out(record: Record, fraction: float) -> bool:
-  text = record.text if hasattr(record, "text") else record.prompt
+  if _is_chat(record):
+    text = json.dumps(record.prompt.messages, ensure_ascii=False, separators=(",", ":"))
+  else:
+    text = record.text if hasattr(record, "text") else record.prompt
   digest = hashlib.sha256(text.encode()).digest()
   return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _jsonl(path: str, kind: str, split: str) -> tuple[_Rows, _Decode, bool]:
-  return _lines(path), _decode_json, False
-
-
-def _hh(path: str, kind: str, split: str) -> tuple[_Rows, _Decode, bool]:
-  if kind == "documents":
-    raise ValueError(f"data.documents='hh:{path}' must be another source: hh: holds dialogues only")
-  return _lines(path), _decode_hh, False
-
-
-def _lines(path: str) -> _Rows:
-  opener = gzip.open if path.endswith(".gz") else open
-  try:
-    # Iterating over bytes ends lines at \n alone; str.splitlines would at U+2028 too.
-    with opener(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        if line.strip():
-          yield f"{path}:{number}", line
-  except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file cut short or damaged
-    raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _decode_json(line: bytes, kind: str, where: str) -> Any:
-  def unique(pairs):
-    obj = dict(pairs)
-    if len(obj) < len(pairs):
-      raise BadRecord(f"{where}: a key occurs twice")
-    return obj
-
-  try:
-    return json.loads(line.rstrip().decode("utf-8-sig"), object_pairs_hook=unique)
-  except UnicodeDecodeError as error:
-    raise BadRecord(f"{where}: not UTF-8 (byte {error.start + 1})") from error
-  except json.JSONDecodeError as error:
-    raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
-  except RecursionError as error:
-    raise BadRecord(f"{where}: nested too deeply") from error
-
-
-def _decode_hh(line: bytes, kind: str, where: str) -> Any:
-  """A row of Anthropic-HH in the keys that `parse_record` knows."""
-  obj = _decode_json(line, kind, where)
-  if not isinstance(obj, dict) or not {"chosen", "rejected"} <= obj.keys():
-    raise BadRecord(f"{where}: needs chosen and rejected")
-  if "prompt" not in obj:
-    parts = [_split_dialogue(obj[key], key, where) for key in ("chosen", "rejected")]
-    if parts[0][0] != parts[1][0]:
-      raise BadRecord(f"{where}: chosen and rejected differ before their last answer")
-    obj = {"prompt": parts[0][0], "chosen": parts[0][1], "rejected": parts[1][1]}
-  names = {
-    "prompts": {"prompt": "prompt"},
-    "demonstrations": {"prompt": "prompt", "chosen": "response"},
-    "comparisons": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-  }[kind]
-  return {new: obj[old] for old, new in names.items()}
-
-
-def _split_dialogue(dialogue: Any, key: str, where: str) -> tuple[str, str]:
-  if not isinstance(dialogue, str) or _TURN not in dialogue:
-    raise BadRecord(f"{where}: {key!r} must be a dialogue with an 'Assistant:' turn")
-  head, _, answer = dialogue.rpartition(_TURN)
-  return head + _TURN, answer
-
-
-def _tfds(rest: str, kind: str, split: str) -> tuple[_Rows, _Decode, bool]:
-  match = _TFDS.fullmatch(rest)
-  if not match:
-    raise ValueError(
-      f"data.{kind}='tfds:{rest}' must be tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]"
-    )
-  name, own_split = match["name"], match["split"]
-  import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
-
-  try:
-    builder = tfds.builder(name, **({"data_dir": match["data_dir"]} if match["data_dir"] else {}))
-    has_own_split = own_split is None and "validation" in builder.info.splits
-    chosen = own_split or (split if has_own_split else "train")
-    source = tfds.data_source(name, split=chosen, data_dir=match["data_dir"])
-  except Exception as error:  # tfds raises many types of its own
-    raise ValueError(
-      f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
-    ) from error
-  rows = ((f"tfds:{name}:{chosen}:{row}", source[row]) for row in range(len(source)))
-  return rows, _decode_tfds, has_own_split
-
-
-def _decode_tfds(example: Any, kind: str, where: str) -> Any:
-  try:
-    return _plain(example)
-  except UnicodeDecodeError as error:
-    raise BadRecord(f"{where}: not UTF-8 (byte {error.start + 1})") from error
-
-
-def _plain(value: Any) -> Any:
-  """A tfds example in JSON's types: text for bytes, lists and numbers for numpy's."""
-  if isinstance(value, bytes):
-    return value.decode()
-  if isinstance(value, dict):
-    return {key: _plain(item) for key, item in value.items()}
-  if hasattr(value, "tolist"):
-    return _plain(value.tolist())
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  return value
-
-
-_SCHEMES: dict[str, Callable | None] = {"demo": None, "jsonl": _jsonl, "hh": _hh, "tfds": _tfds}

@@ -1,51 +1,161 @@
-"""Sentencepiece tokenizer: training it, loading it, text to ids and back.
+"""Text to ids and back: the interface of all tokenizers, sentencepiece's, and training one.
 
-Called by the stages and by `pipeline`. Imports nothing of the project.
+Called by the stages and by `pipeline`. Imports its siblings bpe, chat, gguf_vocabulary and
+special_tokens, and gguf_header.
 
-Where texts meet. Each line of a text is encoded as if it stood alone, so a word has one piece
-wherever it stands: "The" at the start of a line is the same id as in "all. The". Prompt and
-response are encoded each on its own, and a response needs no space before it:
+Where texts meet. A prompt and its response are encoded each on its own, and a response needs no
+space before it:
 
   decode(encode(text)) == text
   decode(encode(prompt)) + decode(encode(response)) == prompt + response
 
-for any text of characters that were there in training, spaces and newlines included. Ids of prompt
-and response decoded in one call have a space between them, unless the prompt ends a line: decode
-them apart.
+for any text of characters that the vocabulary has, spaces and newlines included. Ids of prompt and
+response decoded in one call may have a space between them: decode them apart. A sentencepiece model
+encodes each line of a text as if it stood alone, so a word has one piece wherever it stands: "The"
+at the start of a line is the same id as in "all. The".
 """
 
 import hashlib
 import io
+import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
+
+from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
+from instructjax.data.special_tokens import SpecialTokens
 
 _MAX_TRAINING_CHARACTERS = (
   10_000_000  # a seeded choice of texts up to this much is enough for piece counts
 )
 _NEWLINE = "\n"
+_MODEL_FILE = "tokenizer.model"
 
 
-class Tokenizer:
-  """A sentencepiece `.model` file.
+class Tokenizer(Protocol):
+  """What every tokenizer is.
 
   Attributes:
-    vocab_size: pieces in the file, and so the model's vocabulary.
-    pad_id: always vocab_size, one past the last piece: no text and no model can produce it.
-    eos_id: ends a document or a response; no text encodes to it.
-    newline_id: the newline piece, at which a base model's answer is cut; None where the file has
-      none.
-    fingerprint: SHA-256 of the file, in hex.
+    path: the file or folder that it was loaded from.
+    vocab_size: one past the largest id, and so the model's vocabulary.
+    pad_id: always vocab_size: no text and no model can produce it.
+    eos_id: ends a document or a response.
+    bos_id: begins every prompt; None where the model is given none.
+    newline_id: the newline's token, at which a base model's answer is cut; None where a newline is
+      no token of its own.
+    has_chat_template: whether `render_chat` can be asked.
+    fingerprint: SHA-256, in hex, of all that ids depend on.
   """
 
-  def __init__(self, path: str | os.PathLike):
-    try:
-      model = pathlib.Path(path).read_bytes()
-    except OSError as error:
-      raise ValueError(f"tokenizer.path={str(path)!r} cannot be read: {error.strerror}") from error
+  path: pathlib.Path
+  vocab_size: int
+  pad_id: int
+  eos_id: int
+  bos_id: int | None
+  newline_id: int | None
+  has_chat_template: bool
+  fingerprint: str
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a document or response, without BOS and EOS.
+
+    Special tokens in it are text like any other, so no text encodes to EOS.
+    """
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Ids of a prompt: special tokens in it are recognised, and BOS comes first where there is one.
+
+    A prompt that holds BOS there already, as chat templates write it, is given no second one.
+    """
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids. Special tokens, EOS and ids past the vocabulary (pads) give nothing."""
+
+  def render_chat(self, messages: Sequence[Mapping]) -> str:
+    """Text of a chat, for `encode_prompt`, up to where the assistant speaks; see chat.render."""
+
+  def save(self, directory: str | os.PathLike):
+    """Writes what `load(directory)` makes the same tokenizer of."""
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+  """The tokenizer at a path.
+
+  Args:
+    path: a sentencepiece `.model` file, a tokenizer.json, a folder that holds one of them (if both,
+      tokenizer.json is read, unless it holds a unigram model: that is the other one's copy), or a
+      `.gguf` file. What Hugging Face keeps beside the first two in tokenizer_config.json and its
+      like is read with them (see special_tokens).
+  Raises:
+    ValueError: nothing that can be read lies there, or no language model can be trained with it.
+  """
+  path = pathlib.Path(path)
+  try:
+    file = _file_in(path) if path.is_dir() else path
+    if file.suffix == ".json":
+      return bpe.read_file(file, special_tokens.read_folder(file.parent))
+    if file.suffix != ".gguf":
+      has_config = (file.parent / special_tokens.CONFIG).is_file()
+      special = special_tokens.read_folder(file.parent) if has_config else None
+      return SentencePieceTokenizer(file, file.read_bytes(), special)
+  except OSError as error:
+    raise ValueError(f"tokenizer.path={str(path)!r} cannot be read: {error.strerror}") from error
+  return _load_gguf(file)
+
+
+def _file_in(folder: pathlib.Path) -> pathlib.Path:
+  files = [folder / name for name in (bpe.FILE, _MODEL_FILE) if (folder / name).is_file()]
+  if not files:
+    raise ValueError(f"tokenizer.path={str(folder)!r} must hold one of {bpe.FILE}, {_MODEL_FILE}")
+  # Of a damaged tokenizer.json its own reader says what is wrong.
+  is_copy = len(files) == 2 and re.search(rb'"type"\s*:\s*"Unigram"', files[0].read_bytes())
+  return files[1] if is_copy else files[0]
+
+
+def _load_gguf(path: pathlib.Path) -> Tokenizer:
+  from instructjax import gguf_header  # late: the default preset does without the gguf package
+
+  metadata = gguf_header.read(path).metadata
+  kind = metadata.get("tokenizer.ggml.model")
+  if kind == "gpt2":
+    return gguf_vocabulary.byte_level(path, metadata)
+  if kind in ("llama", "t5"):
+    special = gguf_vocabulary.special_tokens(path, metadata, adds_bos=kind == "llama")
+    model = gguf_vocabulary.sentencepiece_model(path, metadata)
+    return SentencePieceTokenizer(path, model, special)
+  raise ValueError(
+    f"{path}: tokenizer.ggml.model={kind!r} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
+    " the model's tokenizer.json or tokenizer.model"
+  )
+
+
+class SentencePieceTokenizer:
+  """A sentencepiece model; see Tokenizer for what is not said here.
+
+  A `.model` file alone has neither BOS nor special tokens in prompts: `encode_prompt` is `encode`.
+
+  Attributes:
+    model: content of the `.model` file.
+    vocab_size: pieces in it.
+    fingerprint: SHA-256 of the model, with special tokens and chat template where there are any.
+  """
+
+  def __init__(self, path: pathlib.Path, model: bytes, special: SpecialTokens | None):
+    """Reads a model.
+
+    Args:
+      path: where it comes from.
+      model: content of a `.model` file.
+      special: what lies beside it; None for a file alone.
+    Raises:
+      ValueError: it is no such file, has no EOS or a special token not at all, or loses newlines.
+    """
+    self.path, self.model = path, model
     try:
       self._processor = sentencepiece.SentencePieceProcessor()
       self._processor.load_from_serialized_proto(model)
@@ -53,8 +163,7 @@ class Tokenizer:
       raise ValueError(f"tokenizer.path={str(path)!r} is not a sentencepiece model file") from error
     self.vocab_size = self._processor.vocab_size()
     self.pad_id = self.vocab_size
-    self.eos_id = self._processor.eos_id()
-    self.fingerprint = hashlib.sha256(model).hexdigest()
+    self._read_special(special)
     if self.eos_id < 0:
       raise ValueError(f"tokenizer.path={str(path)!r} has no end-of-sequence piece")
     # Other people's files, without a piece for the newline or without the space that sentencepiece
@@ -66,6 +175,45 @@ class Tokenizer:
       raise ValueError(
         f"tokenizer.path={str(path)!r} loses newlines: it needs a piece for them, or byte fallback"
       )
+    if self.eos_id in self.encode(self._processor.id_to_piece(self.eos_id)):
+      raise ValueError(f"tokenizer.path={str(path)!r} encodes the text of its EOS to EOS")
+
+  def _read_special(self, special: SpecialTokens | None):
+    """Sets EOS, BOS, special pieces and the fingerprint."""
+    digest = hashlib.sha256(self.model)
+    self.bos_id, self.eos_id = None, self._processor.eos_id()
+    self._special_ids: dict[str, int] = {}
+    self._special = SpecialTokens(self.path)
+    if special is not None:
+      eos_id = self._find(special.eos)
+      self.eos_id = self.eos_id if eos_id is None else eos_id
+      bos_id = self._find(special.bos)
+      if special.adds_bos and bos_id is None:
+        raise ValueError(f"{special.where} asks for a BOS token and names none")
+      self.bos_id = bos_id if special.adds_bos else None
+      self._special_ids = {
+        self._processor.id_to_piece(i): i
+        for i in range(self.vocab_size)
+        if self._processor.is_control(i) or i in (self.eos_id, bos_id)
+      }
+      bos, eos = (
+        None if i is None or i < 0 else self._processor.id_to_piece(i)
+        for i in (bos_id, self.eos_id)
+      )
+      template = special.chat_template
+      self._special = SpecialTokens(special.where, bos, eos, special.adds_bos, template)
+      digest.update(json.dumps([bos, eos, special.adds_bos, template]).encode())
+    self.has_chat_template = self._special.chat_template is not None
+    self.fingerprint = digest.hexdigest()
+
+  def _find(self, token: str | int | None) -> int | None:
+    """Id of a piece given by text or id."""
+    if token is None:
+      return None
+    i = self._processor.piece_to_id(token) if isinstance(token, str) else token
+    if not 0 <= i < self.vocab_size or token not in (i, self._processor.id_to_piece(i)):
+      raise ValueError(f"tokenizer.path={str(self.path)!r} has no piece {token!r}, its BOS or EOS")
+    return i
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without EOS. Characters never seen in training become the unknown id."""
@@ -78,6 +226,22 @@ class Tokenizer:
       ids += self._processor.encode(line)
     return ids
 
+  def encode_prompt(self, text: str) -> list[int]:
+    """Ids of a prompt; what stands between its special tokens is encoded piece by piece."""
+    ids = []
+    if self._special_ids:
+      special = "|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))
+      for part in re.split(f"({special})", text):
+        if part in self._special_ids:
+          ids.append(self._special_ids[part])
+        elif part:
+          ids += self.encode(part)
+    else:
+      ids = self.encode(text)
+    if self.bos_id is not None and ids[:1] != [self.bos_id]:
+      ids.insert(0, self.bos_id)
+    return ids
+
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids. EOS and ids past the vocabulary (pads) give nothing."""
     lines: list[list[int]] = [[]]
@@ -88,10 +252,28 @@ class Tokenizer:
         lines[-1].append(int(token))
     return _NEWLINE.join(self._processor.decode(line) for line in lines)
 
+  def render_chat(self, messages: Sequence[Mapping]) -> str:
+    """Text of a chat up to where the assistant speaks next; see chat.render."""
+    return chat.render(
+      self._special.chat_template,
+      messages,
+      where=self._special.where,
+      bos=self._special.bos,
+      eos=self._special.eos,
+      special=self._special_ids,
+    )
+
+  def save(self, directory: str | os.PathLike):
+    """Writes tokenizer.model, and tokenizer_config.json where something lay beside the model."""
+    directory = pathlib.Path(directory)
+    if self._special_ids:
+      special_tokens.write_folder(directory, self._special, None)
+    special_tokens.write_whole(directory / _MODEL_FILE, self.model)
+
 
 def train_tokenizer(
   texts: Sequence[str], vocab_size: int, path: str | os.PathLike, seed: int
-) -> Tokenizer:
+) -> SentencePieceTokenizer:
   """Trains a unigram sentencepiece model on the texts' lines and writes it to `path`.
 
   A function of its arguments alone: one thread, and neither time nor path enters the file. The
@@ -134,11 +316,8 @@ def train_tokenizer(
       f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size} pieces: {reason}"
     ) from error
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(model.getvalue())
-  partial.replace(path)
-  return Tokenizer(path)
+  special_tokens.write_whole(path, model.getvalue())
+  return SentencePieceTokenizer(path, model.getvalue(), None)
 
 
 def _training_lines(texts: Sequence[str], seed: int) -> list[str]:

@@ -119,9 +119,9 @@ def agreement(
 ) -> dict[str, float]:
   """How often two labelers of a group who rank the same answers order a pair alike.
 
-  Every prompt is ranked by two labelers.  Returns `agreement` (over the pairs that neither calls a
-  tie), `agreement_stderr` (over prompts, as pairs of a prompt hang together) and `tie_rate` (share
-  of pairs that one labeler ties).
+  Every set of answers is ranked by two labelers.  Returns `agreement` (over the pairs that neither
+  calls a tie), `agreement_stderr` (over distinct prompts, as what is said of one hangs together) and
+  `tie_rate` (share of pairs that one labeler ties).
   """
   group_labelers = labelers(group, seed)
   same, decided, ties, pairs = [], [], 0, 0
@@ -141,7 +141,9 @@ def agreement(
     pairs += len(signs)
   if not sum(decided):
     raise ValueError(f"no pair of answers in {len(same)} prompts was ordered by two labelers")
-  same, decided = np.array(same), np.array(decided)
+  prompts = [prompt for prompt, _ in prompts_and_responses]
+  _, which = np.unique(prompts, return_inverse=True)
+  same, decided = np.bincount(which, same), np.bincount(which, decided)
   mean = same.sum() / decided.sum()
   stderr = np.sqrt(np.sum((same - mean * decided) ** 2)) / decided.sum()
   return {

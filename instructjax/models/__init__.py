@@ -11,6 +11,7 @@ from instructjax.models.transformer import (
   make_model,
   param_axes,
   param_shapes,
+  param_shardings,
   positions_from_mask,
   prefill,
 )
@@ -25,6 +26,7 @@ __all__ = [
   "make_model",
   "param_axes",
   "param_shapes",
+  "param_shardings",
   "positions_from_mask",
   "prefill",
   "scalar_params_from_lm",

@@ -16,6 +16,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from instructjax import sharding
 from instructjax.config import ModelConfig
@@ -111,6 +112,12 @@ def param_axes(model: Model) -> Params:
   """Logical axis names of every parameter: tuples, in a tree like the parameters."""
   boxed = jax.eval_shape(model.init, jax.random.key(0))["params"]
   return _nest({name: box.names for name, box in boxed.items()})
+
+
+def param_shardings(mesh: Mesh, model: Model) -> tuple[Params, Params]:
+  """(NamedSharding of every parameter, `param_shapes`): where the weights lie on a mesh."""
+  shapes = param_shapes(model)
+  return sharding.param_shardings(mesh, param_axes(model), shapes), shapes
 
 
 def _nest(flat: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, the language-model loss, and next-token entropy.
+"""Log-probabilities of given tokens and the language-model loss.
 
 Called wherever logits are turned into numbers. Imports no config and no model.
 """
@@ -74,16 +74,3 @@ def lm_loss(
   weight_BT = weight_BT.astype(jnp.float32)
   nll_BT = -token_logprob(logits_BTV, token_BT)
   return jnp.sum(weight_BT * jnp.where(weight_BT != 0, nll_BT, 0)), jnp.sum(weight_BT)
-
-
-def entropy(logits_BTV: jax.Array) -> jax.Array:
-  """Entropy of softmax(logits) at every position, in nats, float32 [B, T].
-
-  A logit of -inf has probability 0 and adds nothing.
-  """
-  chex.assert_rank(logits_BTV, 3)
-  chex.assert_type(logits_BTV, float)
-  logits_BTV = logits_BTV.astype(jnp.float32)
-  logprob_BTV = logits_BTV - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-  finite_BTV = jnp.where(logits_BTV == -jnp.inf, 0, logprob_BTV)
-  return -jnp.sum(jnp.exp(logprob_BTV) * finite_BTV, axis=-1)

@@ -109,16 +109,18 @@ def draw_curve(ax, curves: dict, key: str, title: str, *, square_root: bool = Fa
 def draw_score(ax, curves: dict) -> bool:
   """Reward-model score (dashed) and gold score (solid) over iterations, in one panel."""
   drawn = False
-  for name, rows in curves.items():
-    for key, line in (("reward", "--"), ("gold", "-")):
-      step, value = column(rows, "step", key)
+  lines = (("gold", "-", "gold score"), ("reward", "--", "reward-model score"))
+  for key, line, label in lines:
+    columns = {name: column(rows, "step", key) for name, rows in curves.items()}
+    for name, (step, value) in columns.items():
       if len(step):
         smooth = running_mean(value, max(1, len(step) // 12))
         ax.plot(step, smooth, line, color=COLOURS[name])
         drawn = True
-  ax.plot([], [], "-", color=INK, label="gold score")
-  ax.plot([], [], "--", color=INK, label="reward-model score")
-  ax.legend()
+    if any(len(step) for step, _ in columns.values()):
+      ax.plot([], [], line, color=INK, label=label)
+  if drawn:
+    ax.legend()
   ax.set_title("Score over PPO")
   ax.set_xlabel("iteration")
   return drawn

@@ -13,12 +13,18 @@ VOCAB, EOS = 90, 1
 
 
 class LetterTokenizer:
-  """One token a character, from 2 on."""
+  """One token a character, from 2 on; with a BOS, prompts begin with it."""
 
   eos_id = EOS
 
+  def __init__(self, bos=()):
+    self.bos = list(bos)
+
   def encode(self, text):
     return [2 + ord(letter) - ord("a") for letter in text]
+
+  def encode_prompt(self, text):
+    return self.bos + self.encode(text)
 
 
 def prompts(count):
@@ -64,7 +70,7 @@ def test_a_prompt_that_does_not_fit_is_refused(prompt):
     pipeline.prompt_batches([prompt], length=3, batch_size=1, seed=0, vocab_size=VOCAB)
 
 
-def test_sft_loss_is_on_the_response_and_its_eos_only():
+def test_details_10_sft_loss_is_on_the_response_and_its_eos_only():
   demonstrations = [DemonstrationTokens([5, 6, 7], [8, 9])]
   batch = next(
     pipeline.sft_batches(
@@ -152,7 +158,7 @@ def test_ranking_batches_hold_every_ranking_once_an_epoch():
 # Length filters.
 
 
-def test_long_prompts_are_left_out_and_counted(caplog):
+def test_details_9_long_prompts_are_left_out_and_counted(caplog):
   records = [Prompt("abc"), Prompt("abcd"), Prompt("a")]
   with caplog.at_level(logging.WARNING):
     kept, counts = pipeline.tokenize_prompts(records, LetterTokenizer(), max_prompt_length=3)
@@ -161,7 +167,7 @@ def test_long_prompts_are_left_out_and_counted(caplog):
   assert "prompts: kept 2; left out for length: long_prompts=1" in caplog.text
 
 
-def test_long_demonstrations_are_left_out_whole():
+def test_details_11_long_demonstrations_are_left_out_whole():
   records = [Demonstration("ab", "cd"), Demonstration("ab", "cde"), Demonstration("abc", "c")]
   kept, counts = pipeline.tokenize_demonstrations(
     records, LetterTokenizer(), max_prompt_length=2, max_response_length=3
@@ -182,6 +188,16 @@ def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos():
   )
   assert kept == [RankingTokens([2], [[3, EOS], [3, 4, 5]], [3, 2], "ann")]
   assert counts == {"kept": 1, "long_prompts": 1, "long_responses": 2}
+
+
+def test_prompts_begin_as_the_tokenizer_says_and_responses_do_not():
+  tokenizer, limits = LetterTokenizer([0]), {"max_prompt_length": 2, "max_response_length": 3}
+  assert pipeline.tokenize_prompts([Prompt("a")], tokenizer, max_prompt_length=2)[0] == [[0, 2]]
+  records = [Demonstration("a", "b")]
+  demonstrations, _ = pipeline.tokenize_demonstrations(records, tokenizer, **limits)
+  assert demonstrations == [DemonstrationTokens([0, 2], [3])]
+  rankings, _ = pipeline.tokenize_rankings([Ranking("a", ("b", "c"), (1, 2))], tokenizer, **limits)
+  assert rankings == [RankingTokens([0, 2], [[3, EOS], [4, EOS]], [1, 2], None)]
 
 
 def test_nothing_short_enough_is_an_error():

@@ -2,6 +2,7 @@ import pytest
 
 from instructjax.data.records import (
   BadRecord,
+  Chat,
   Demonstration,
   Document,
   Prompt,
@@ -127,7 +128,130 @@ def test_incomplete_or_malformed_pairs_are_refused(pairs, reason):
     ranks_from_pairs(3, pairs, HERE)
 
 
-def test_messages_never_hold_the_text():
+def says(role, content, **more):
+  return {"role": role, "content": content, **more}
+
+
+SYSTEM, ASK, ANSWER = says("system", ""), says("user", " Hi?"), says("assistant", " Ho.", name="a")
+ASKED = Chat((("system", ""), ("user", " Hi?")))
+LONGER = [ASK, ANSWER, says("user", "Why?")]
+PARTS = [{"type": "text", "text": "So "}, {"type": "text", "text": "so.", "image_url": None}]
+
+
+@pytest.mark.parametrize(
+  ("kind", "obj", "expected"),
+  [
+    ("prompts", {"messages": [SYSTEM, ASK], "prompt": "ignored"}, Prompt(ASKED)),
+    ("prompts", {"messages": [SYSTEM, ASK, ANSWER, SYSTEM]}, Prompt(ASKED)),
+    (
+      "prompts",
+      {"messages": [*LONGER, ANSWER]},
+      Prompt(Chat((("user", " Hi?"), ("assistant", " Ho."), ("user", "Why?")))),
+    ),
+    ("prompts", {"prompt": [SYSTEM, ASK]}, Prompt(ASKED)),
+    (
+      "prompts",
+      {"prompt": [says("developer", "x"), says("user", PARTS, tool_calls=[])]},
+      Prompt(Chat((("developer", "x"), ("user", "So so.")))),
+    ),
+    ("demonstrations", {"messages": [SYSTEM, ASK, ANSWER]}, Demonstration(ASKED, " Ho.")),
+    ("demonstrations", {"prompt": [SYSTEM, ASK], "response": "r"}, Demonstration(ASKED, "r")),
+    ("demonstrations", {"prompt": "p", "response": [ANSWER]}, Demonstration("p", " Ho.")),
+    (
+      "comparisons",
+      {"chosen": [SYSTEM, ASK, ANSWER], "rejected": [SYSTEM, ASK, says("assistant", "")]},
+      Ranking(ASKED, (" Ho.", ""), (1, 2)),
+    ),
+    (
+      "comparisons",
+      {"prompt": " Hi?", "chosen": [ASK, ANSWER], "rejected": [ASK, says("assistant", "no")]},
+      Ranking(Chat((("user", " Hi?"),)), (" Ho.", "no"), (1, 2)),
+    ),
+    (
+      "comparisons",
+      {"prompt": [SYSTEM, ASK], "chosen": [ANSWER], "rejected": "no", "labeler": "ann"},
+      Ranking(ASKED, (" Ho.", "no"), (1, 2), "ann"),
+    ),
+    (
+      "comparisons",
+      {"prompt": [SYSTEM, ASK], "responses": [[ANSWER], "", "b"], "ranks": [1, 2, 2]},
+      Ranking(ASKED, (" Ho.", "", "b"), (1, 2, 2)),
+    ),
+  ],
+)
+def test_messages_become_a_chat_prompt_and_its_answers(kind, obj, expected):
+  assert parse_record(kind, obj, HERE) == expected
+
+
+@pytest.mark.parametrize(
+  ("messages", "reason"),
+  [
+    ([], "'messages' must be a list of messages, got an empty one"),
+    ("SLUR", "'messages' must be a list of messages, got str"),
+    (["SLUR"], "'messages.0.' must be an object with role and content, got str"),
+    ([{"from": "SLUR"}], "must be an object with role and content, got only 'from'"),
+    ([ASK, says("tool", "SLUR")], "role of 'messages.1.' must be one of system, developer, user"),
+    ([says(["SLUR"], "a")], "role of 'messages.0.' must be one of"),
+    ([ASK, says("assistant", None)], "'messages.1..content' must be a string, got NoneType"),
+    ([ASK, says("assistant", "SLUR", tool_calls=[{}])], "'messages.1.' calls a tool"),
+    ([ASK, says("assistant", None, function_call={"name": "SLUR"})], "'messages.1.' calls a tool"),
+    (
+      [says("user", [*PARTS, {"type": "image_url"}]), ANSWER],
+      "content of 'messages.0.' has a part",
+    ),
+    ([says("user", [{"type": "x", "text": "SLUR"}]), ANSWER], "has a part that is not text"),
+    ([says("user", ["SLUR"]), ANSWER], "content of 'messages.0.' has a part that is not text"),
+    ([says("user", [{"type": "text", "text": 3}]), ANSWER], "has a part that is not text"),
+    ([says("user", "\ud83d"), ANSWER], "'messages.0..content' is not valid Unicode"),
+    ([ASK], "'messages' must end in the assistant's answer, not in role user"),
+    ([ANSWER], "must have a message of the user right before the answer"),
+    ([ASK, ANSWER, ANSWER], "must have a message of the user right before the answer"),
+    ([says("user", " "), ANSWER], "'messages.0..content' is empty"),
+    ([SYSTEM, ASK, says("assistant", "\n")], "'messages.2..content' is empty"),
+  ],
+)
+def test_bad_messages_are_refused_without_their_text(messages, reason):
+  with pytest.raises(BadRecord, match=f"^{HERE}: .*{reason}") as error:
+    parse_record("demonstrations", {"messages": messages}, HERE)
+  assert "SLUR" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("kind", "obj", "reason"),
+  [
+    ("prompts", {"messages": [SYSTEM, ANSWER]}, "must have a message of the user"),
+    ("prompts", {"prompt": [ASK, ANSWER]}, "'prompt' must have a message of the user right before"),
+    ("demonstrations", {"messages": [ASK, ANSWER], "response": "r"}, "both messages and response"),
+    ("demonstrations", {"prompt": "p", "response": [ASK]}, "or one message of the assistant"),
+    ("comparisons", {"chosen": [ASK, ANSWER]}, "'rejected' is missing"),
+    (
+      "comparisons",
+      {"chosen": [ASK, ANSWER], "rejected": [SYSTEM, ASK, ANSWER]},
+      "'chosen' and 'rejected' differ before their last message",
+    ),
+    (
+      "comparisons",
+      {"prompt": "other", "chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]},
+      "'prompt' is not what 'chosen' and 'rejected' answer",
+    ),
+    (
+      "comparisons",
+      {"prompt": [SYSTEM, ASK], "chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]},
+      "'prompt' is not what 'chosen' and 'rejected' answer",
+    ),
+    (
+      "comparisons",
+      {"prompt": [ASK], "responses": ["a", [ANSWER, ANSWER]], "ranks": [1, 2]},
+      "'responses.1.' must be a string or one message of the assistant",
+    ),
+  ],
+)
+def test_chats_that_do_not_fit_their_kind_are_refused(kind, obj, reason):
+  with pytest.raises(BadRecord, match=f"^{HERE}: .*{reason}"):
+    parse_record(kind, obj, HERE)
+
+
+def test_errors_never_hold_the_text():
   for obj in (
     {"prompt": "SLUR", "responses": ["SLUR", 3], "ranks": [1, 2]},
     {"prompt": "SLUR", "responses": ["SLUR"] * 2, "comparisons": judged(("SLUR", 1, 1))},

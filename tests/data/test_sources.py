@@ -1,13 +1,11 @@
-import gzip
+import hashlib
 import json
 import logging
-import sys
 
-import numpy as np
 import pytest
 
 from instructjax.data import sources
-from instructjax.data.records import BadRecord, Demonstration, Document, Prompt, Ranking
+from instructjax.data.records import KINDS, Chat, Demonstration, Document, Prompt, Ranking
 
 
 def load(spec, kind, split="train", *, fraction=1e-9, on_bad_record="raise", seed=0):
@@ -24,53 +22,6 @@ def write(path, *lines):
   return path
 
 
-# jsonl:
-
-
-def test_jsonl_loads_every_kind_in_order(tmp_path):
-  rows = [
-    {"prompt": f"p{i}", "response": "r", "text": f"t{i}", "responses": ["a", "b"], "ranks": [1, 2]}
-    for i in range(3)
-  ]
-  spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}"
-  assert load(spec, "documents") == [Document(f"t{i}") for i in range(3)]
-  assert load(spec, "prompts") == [Prompt(f"p{i}") for i in range(3)]
-  assert load(spec, "demonstrations") == [Demonstration(f"p{i}", "r") for i in range(3)]
-  assert load(spec, "comparisons") == [Ranking(f"p{i}", ("a", "b"), (1, 2)) for i in range(3)]
-
-
-def test_gzip_byte_order_mark_blank_lines_and_a_last_line_without_newline(tmp_path):
-  path = tmp_path / "a.jsonl.gz"
-  content = '\ufeff{"text": "é"}\r\n\n  \n{"text": "b"}'
-  path.write_bytes(gzip.compress(content.encode()))
-  assert load(f"jsonl:{path}", "documents") == [Document("é"), Document("b")]
-
-
-def test_unicode_line_separators_do_not_end_a_line(tmp_path):
-  text = "one\u2028two\u2029three\x85four\x0b"
-  line = json.dumps({"text": text}, ensure_ascii=False).encode()
-  assert load(f"jsonl:{write(tmp_path / 'a.jsonl', line)}", "documents") == [Document(text)]
-
-
-@pytest.mark.parametrize(
-  ("line", "reason"),
-  [
-    (b'{"text": "SLUR"', r"not JSON \(Expecting ',' delimiter, column 16\)"),
-    (b'{"text": "SLUR"} {}', r"not JSON \(Extra data, column 18\)"),
-    (b'{"text": "SLUR\xff"}', r"not UTF-8 \(byte 15\)"),
-    (b'{"text": "SLUR", "text": "b"}', "a key occurs twice"),
-    (b"[" * 100_000, "nested too deeply"),
-    (b'["SLUR"]', "must be a JSON object, got list"),
-    (b'{"text": "SLUR\\ud800"}', "'text' is not valid Unicode"),
-  ],
-)
-def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, reason):
-  path = write(tmp_path / "a.jsonl", {"text": "a"}, b"", line)
-  with pytest.raises(BadRecord, match=f"^{path}:3: {reason}") as error:
-    load(f"jsonl:{path}", "documents")
-  assert "SLUR" not in str(error.value)
-
-
 def test_bad_lines_can_be_skipped_and_are_counted_and_listed(tmp_path, caplog):
   rows = [{"text": "a"}] + [{"text": ""}, {"txet": "SLUR"}] * 4 + [{"text": "b"}]
   path = write(tmp_path / "a.jsonl", *rows)
@@ -81,23 +32,6 @@ def test_bad_lines_can_be_skipped_and_are_counted_and_listed(tmp_path, caplog):
   assert f"{path}:2: 'text' is empty; {path}:3: 'text' is missing" in caplog.text
   assert f"{path}:6" in caplog.text and f"{path}:7" not in caplog.text
   assert "SLUR" not in caplog.text
-
-
-def test_unreadable_files_are_one_clear_line(tmp_path):
-  with pytest.raises(ValueError, match="cannot read .*no.jsonl: No such file or directory"):
-    load(f"jsonl:{tmp_path / 'no.jsonl'}", "documents")
-  with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
-    load(f"jsonl:{tmp_path}", "documents")
-  (tmp_path / "plain.jsonl.gz").write_text("{}")
-  with pytest.raises(ValueError, match="cannot read .*plain.jsonl.gz: Not a gzipped file"):
-    load(f"jsonl:{tmp_path / 'plain.jsonl.gz'}", "documents")
-  whole = gzip.compress(b'{"text": "a"}\n' * 1000)
-  (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match="cannot read .*cut.jsonl.gz: Compressed file ended before"):
-    load(f"jsonl:{tmp_path / 'cut.jsonl.gz'}", "documents")
-  (tmp_path / "bad.jsonl.gz").write_bytes(whole[:20] + b"\xff" * 20 + whole[40:])
-  with pytest.raises(ValueError, match="cannot read .*bad.jsonl.gz: Error .* while decompressing"):
-    load(f"jsonl:{tmp_path / 'bad.jsonl.gz'}", "documents")
 
 
 def test_a_file_without_records_is_refused(tmp_path):
@@ -111,7 +45,10 @@ def test_a_file_without_records_is_refused(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (dict(spec="csv:a"), "data.prompts='csv:a' must start with one of demo:, jsonl:, hh:, tfds:"),
+    (
+      dict(spec="csv:a"),
+      "data.prompts='csv:a' must start with one of demo:, jsonl:, hh:, parquet:, datas",
+    ),
     (dict(spec="a.jsonl"), "data.prompts='a.jsonl' must start with one of demo:"),
     (dict(kind="ranks"), "kind='ranks' must be one of documents, prompts"),
     (dict(split="dev"), "split='dev' must be train, validation, test or all"),
@@ -163,103 +100,71 @@ def test_an_empty_split_is_refused(tmp_path):
     load(spec, "documents", "validation")
 
 
-# hh:
+# Chat prompts.
 
-PROMPT = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-
-
-@pytest.mark.parametrize(
-  "row",
-  [
-    {"prompt": PROMPT, "chosen": " yes", "rejected": " no"},
-    {"chosen": PROMPT + " yes", "rejected": PROMPT + " no"},
-  ],
-)
-def test_hh_gives_comparisons_demonstrations_and_prompts(tmp_path, row):
-  spec = f"hh:{write(tmp_path / 'a.jsonl', {**row, 'id': 1})}"
-  assert load(spec, "comparisons") == [Ranking(PROMPT, (" yes", " no"), (1, 2))]
-  assert load(spec, "demonstrations") == [Demonstration(PROMPT, " yes")]
-  assert load(spec, "prompts") == [Prompt(PROMPT)]
-  with pytest.raises(ValueError, match="hh: holds dialogues only"):
-    load(spec, "documents")
+ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hé?"}]
+ANSWER = {"role": "assistant", "content": "ho"}
 
 
-@pytest.mark.parametrize(
-  ("row", "reason"),
-  [
-    ({"chosen": "a"}, "needs chosen and rejected"),
-    ([], "needs chosen and rejected"),
-    ({"chosen": "SLUR", "rejected": PROMPT}, "'chosen' must be a dialogue with an 'Assistant:' tu"),
-    ({"chosen": PROMPT, "rejected": [PROMPT]}, "'rejected' must be a dialogue"),
-    ({"chosen": PROMPT + " a", "rejected": "x" + PROMPT + " b"}, "differ before their last answer"),
-    ({"prompt": " ", "chosen": " a", "rejected": " b"}, "'prompt' is empty"),
-  ],
-)
-def test_bad_dialogues_are_refused(tmp_path, row, reason):
-  path = write(tmp_path / "a.jsonl", row)
-  with pytest.raises(BadRecord, match=f"^{path}:1: .*{reason}") as error:
-    load(f"hh:{path}", "comparisons")
+def test_render_makes_every_chat_prompt_text_and_keeps_the_rest(tmp_path):
+  def template(messages):
+    return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+  rows = [
+    {"messages": [*ASKED, ANSWER], "prompt": ASKED, "chosen": "ho", "rejected": "no"},
+    {"prompt": "plain", "response": "r", "chosen": "a", "rejected": "b"},
+  ]
+  spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}"
+  text = "<system>Be kind.<user>Hé?<assistant>"
+  rendered = [
+    sources.render(load(spec, kind), template, on_bad_record="raise") for kind in KINDS[1:]
+  ]
+  assert rendered == [
+    [Prompt(text), Prompt("plain")],
+    [Demonstration(text, "ho"), Demonstration("plain", "r")],
+    [Ranking(text, ("ho", "no"), (1, 2)), Ranking("plain", ("a", "b"), (1, 2))],
+  ]
+
+
+@pytest.mark.parametrize("record", [Document("t"), Prompt("p"), Ranking("p", ("a", "b"), (1, 2))])
+def test_render_asks_for_no_template_where_there_is_no_chat(record):
+  records = [record]
+  assert sources.render(records, None, on_bad_record="raise") is records
+
+
+def test_a_template_that_refuses_is_named_with_the_kind_and_the_prompt(caplog):
+  def template(messages):
+    if messages[0]["role"] == "system":
+      raise ValueError("t.json: the chat template fails: no system")
+    return "text"
+
+  good, bad = (Prompt(Chat(((role, "SLUR"),))) for role in ("user", "system"))
+  message = "data.prompts: {}chat prompt {} cannot be made text: t.json: the chat template fails"
+  with pytest.raises(ValueError, match="^" + message.format("", 3)) as error:
+    sources.render([Prompt("plain"), good, bad], template, on_bad_record="raise")
   assert "SLUR" not in str(error.value)
+  with caplog.at_level(logging.WARNING):
+    kept = sources.render([Prompt("plain"), good, bad], template, on_bad_record="skip")
+  assert kept == [Prompt("plain"), Prompt("text")]
+  assert message.format("skipped 1 of 3 records: ", 3) in caplog.text
+  with pytest.raises(ValueError, match=message.format("no record is left: ", 1)):
+    sources.render([bad], template, on_bad_record="skip")
 
 
-# tfds:
+def test_a_chat_is_held_out_by_its_messages_whatever_the_kind(tmp_path):
+  def row(i):
+    asked = [*ASKED, {"role": "user", "content": f"q{i % 40}"}]
+    pair = {"chosen": [*asked, ANSWER], "rejected": [*asked, ANSWER]}
+    return {"messages": [*asked, ANSWER], **pair}
 
-
-@pytest.fixture(scope="module")
-def tfds_dir(tmp_path_factory):
-  """Two builders written as array_record files: `rankings` has its own validation split."""
-  import tensorflow_datasets as tfds
-
-  folder = tmp_path_factory.mktemp("tfds")
-
-  def define(splits):
-    def info(self):
-      text, numbers = tfds.features.Text(), tfds.features.Sequence(np.int32)
-      features = {"prompt": text, "responses": tfds.features.Sequence(text), "ranks": numbers}
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def examples(split, count):
-      for i in range(count):
-        yield i, {"prompt": f"{split} é {i}", "responses": ["a", "b"], "ranks": [2, 1]}
-
-    return {
-      "VERSION": tfds.core.Version("1.2.0"),
-      "_info": info,
-      "_split_generators": lambda self, _: {k: examples(k, n) for k, n in splits.items()},
-      "_generate_examples": None,
-    }
-
-  with tfds.core.registered.skip_registration():  # the files alone must do
-    for name, splits in (("rankings", {"train": 6, "validation": 2}), ("unsplit", {"train": 40})):
-      builder = type(name.title(), (tfds.core.GeneratorBasedBuilder,), define(splits))
-      builder.name = name
-      builder(data_dir=folder, file_format="array_record").download_and_prepare()
-  return folder
-
-
-def test_tfds_reads_a_builder_without_tensorflow(tfds_dir):
-  spec = f"tfds:rankings?data_dir={tfds_dir}"
-  train, validation = load(spec, "comparisons"), load(spec, "comparisons", "validation")
-  assert {record.prompt for record in train} == {f"train é {i}" for i in range(6)}
-  assert {record.prompt for record in validation} == {f"validation é {i}" for i in range(2)}
-  assert train[0] == Ranking(train[0].prompt, ("a", "b"), (2, 1))
-  assert "tensorflow" not in sys.modules
-
-
-def test_tfds_holds_out_by_hash_where_there_is_no_validation_split(tfds_dir):
-  spec = f"tfds:unsplit:1.2.0?data_dir={tfds_dir}"
-  train = load(spec, "prompts", fraction=0.3)
-  validation = load(spec, "prompts", "validation", fraction=0.3)
-  assert len(set(train) | set(validation)) == len(train) + len(validation) == 40
-  assert len(load(f"tfds:unsplit:train[:25%]?data_dir={tfds_dir}", "prompts")) == 10
-
-
-def test_tfds_errors_name_the_source(tfds_dir):
-  with pytest.raises(ValueError, match="data.prompts='tfds:nothing.*cannot be read: .*not found"):
-    load(f"tfds:nothing?data_dir={tfds_dir}", "prompts")
-  with pytest.raises(ValueError, match="cannot be read: Unknown split 'test'"):
-    load(f"tfds:unsplit:test?data_dir={tfds_dir}", "prompts")
-  with pytest.raises(ValueError, match="must be tfds:NAME"):
-    load("tfds:", "prompts")
-  with pytest.raises(BadRecord, match="^tfds:unsplit:train:0: 'text' is missing"):
-    load(f"tfds:unsplit?data_dir={tfds_dir}", "documents")
+  spec = f"jsonl:{write(tmp_path / 'a.jsonl', *map(row, range(80)))}"
+  held_out = [
+    {record.prompt for record in load(spec, kind, "validation", fraction=0.3)} for kind in KINDS[1:]
+  ]
+  assert held_out[0] == held_out[1] == held_out[2] and 0 < len(held_out[0]) < 40
+  # SHA-256 of the UTF-8 bytes of [["system","Be kind."],["user","Hé?"],["user","q0"]].
+  digest = hashlib.sha256(
+    b'[["system","Be kind."],["user","H\xc3\xa9?"],["user","q0"]]'
+  ).hexdigest()
+  chat = Chat((("system", "Be kind."), ("user", "Hé?"), ("user", "q0")))
+  assert (chat in held_out[0]) == (int(digest[:16], 16) / 16**16 < 0.3)

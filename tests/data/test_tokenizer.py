@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 import string
@@ -6,7 +7,7 @@ import pytest
 import sentencepiece
 
 from instructjax.data import tokenizer as tokenizer_lib
-from instructjax.data.tokenizer import Tokenizer, train_tokenizer
+from instructjax.data.tokenizer import load, train_tokenizer
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices(string.ascii_lowercase, k=RNG.randint(2, 8))) for _ in range(150)]
@@ -104,7 +105,7 @@ def test_a_line_of_any_length_is_used(tmp_path):
 def test_a_saved_file_loads_the_same(tokenizer, tmp_path):
   path = tmp_path / "a.model"
   saved = train_tokenizer(TEXTS, SIZE, path, seed=0)
-  moved = Tokenizer(shutil.move(path, tmp_path / "b.model"))
+  moved = load(shutil.move(path, tmp_path / "b.model"))
   assert moved.fingerprint == saved.fingerprint == tokenizer.fingerprint
   assert moved.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
@@ -123,11 +124,11 @@ def test_no_text_is_refused(tmp_path):
 
 def test_bad_files_are_refused(tokenizer, tmp_path):
   with pytest.raises(ValueError, match=r"no.model' cannot be read: No such file"):
-    Tokenizer(tmp_path / "no.model")
+    load(tmp_path / "no.model")
   for content in (b"", b"not a model", b"\x00" * 100):
     (tmp_path / "bad.model").write_bytes(content)
     with pytest.raises(ValueError, match="bad.model' is not a sentencepiece model file"):
-      Tokenizer(tmp_path / "bad.model")
+      load(tmp_path / "bad.model")
 
 
 def foreign_file(path, **options):
@@ -144,13 +145,13 @@ def foreign_file(path, **options):
 def test_a_file_without_eos_is_refused(tmp_path):
   path = foreign_file(tmp_path / "a.model", vocab_size=SIZE, eos_id=-1, byte_fallback=False)
   with pytest.raises(ValueError, match="has no end-of-sequence piece"):
-    Tokenizer(path)
+    load(path)
 
 
 def test_a_file_that_loses_newlines_is_refused(tmp_path):
   path = foreign_file(tmp_path / "a.model", vocab_size=SIZE)
   with pytest.raises(ValueError, match="loses newlines"):
-    Tokenizer(path)
+    load(path)
 
 
 def test_a_file_in_the_style_of_llama_is_used_as_it_is(tmp_path):
@@ -158,9 +159,80 @@ def test_a_file_in_the_style_of_llama_is_used_as_it_is(tmp_path):
   path = foreign_file(
     tmp_path / "a.model", vocab_size=SIZE + 256, remove_extra_whitespaces=False, **options
   )
-  tokenizer = Tokenizer(path)
+  tokenizer = load(path)
   text = "the king\n\n  heard é"
   assert tokenizer.newline_id is None
   assert tokenizer.decode(tokenizer.encode(text)) == text
   plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
   assert tokenizer.encode(text) == plain.encode(text)
+
+
+def test_a_file_alone_has_no_bos_no_specials_and_no_chat(tokenizer, tmp_path):
+  tokenizer.save(tmp_path / "saved")
+  assert [path.name for path in (tmp_path / "saved").iterdir()] == ["tokenizer.model"]
+  again = load(tmp_path / "saved")
+  assert (again.fingerprint, again.bos_id) == (tokenizer.fingerprint, None)
+  assert again.path == tmp_path / "saved" / "tokenizer.model"
+  text = "the king</s>\nheard"
+  assert again.encode_prompt(text) == again.encode(text) == tokenizer.encode(text)
+  with pytest.raises(ValueError, match="tokenizer.model has no chat template, which chat messages"):
+    again.render_chat([{"role": "user", "content": "the"}])
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+  """llama_folder(**config): a folder with a model in the style of Llama and its config."""
+  options = dict(byte_fallback=True, normalization_rule_name="identity")
+  foreign_file(
+    tmp_path / "tokenizer.model", vocab_size=SIZE + 256, remove_extra_whitespaces=False, **options
+  )
+
+  def write(**config):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+  return write
+
+
+def test_a_folder_says_what_begins_and_ends_a_prompt(llama_folder):
+  flags = {"add_bos_token": True, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+  tokenizer = load(llama_folder(**flags))
+  king = tokenizer.encode("king")
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+  assert tokenizer.encode_prompt("king") == tokenizer.encode_prompt("<s>king") == [1, *king]
+  assert tokenizer.encode_prompt("king</s><s>king") == [1, *king, 2, 1, *king]
+  assert not {1, 2} & set(tokenizer.encode("<s>king</s>"))
+  assert tokenizer.decode(tokenizer.encode_prompt("king</s>")) == "king"
+  without = load(llama_folder(bos_token="<s>"))
+  assert without.bos_id is None and without.encode_prompt("king") == king
+  assert load(llama_folder(eos_token="<s>")).eos_id == 1
+
+
+def test_a_folder_saves_and_renders_chats(llama_folder, tmp_path):
+  template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+  flags = {"add_bos_token": True, "bos_token": "<s>", "chat_template": template}
+  tokenizer = load(llama_folder(**flags))
+  assert tokenizer.render_chat([{"role": "user", "content": "king"}]) == "<s>king</s>"
+  with pytest.raises(
+    ValueError, match="message 1 of a chat must not hold the special token '</s>'"
+  ):
+    tokenizer.render_chat([{"role": "user", "content": "king</s>"}])
+  tokenizer.save(tmp_path / "saved")
+  again = load(tmp_path / "saved")
+  assert (again.fingerprint, again.bos_id) == (tokenizer.fingerprint, 1)
+  assert again.render_chat([{"role": "user", "content": "king"}]) == "<s>king</s>"
+  other = load(llama_folder(**flags | {"add_bos_token": False})).fingerprint
+  assert len({tokenizer.fingerprint, other, load(llama_folder()).fingerprint}) == 3
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"add_bos_token": True}, "tokenizer_config.json asks for a BOS token and names none"),
+    ({"eos_token": "<|im_end|>"}, r"tokenizer.model' has no piece '<\|im_end\|>', its BOS or EOS"),
+    ({"eos_token": "▁king"}, "encodes the text of its EOS to EOS"),
+  ],
+)
+def test_special_tokens_that_do_not_fit_are_refused(llama_folder, config, message):
+  with pytest.raises(ValueError, match=message):
+    load(llama_folder(**config))

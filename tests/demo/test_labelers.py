@@ -62,6 +62,13 @@ def test_agreement_is_like_the_papers(bible, group, seed):
   assert 0.0 < result["agreement_stderr"] < 0.02
 
 
+def test_agreement_is_no_surer_for_a_prompt_ranked_often(bible):
+  """Nine times the same answers: three times as sure only if they were other prompts."""
+  samples = _samples(0, 64)
+  once, often = (labelers.agreement(samples * n)["agreement_stderr"] for n in (1, 9))
+  assert 0.45 * once < often < once
+
+
 def test_held_out_labelers_are_others_with_wider_spreads():
   train, heldout = labelers.labelers("train", 0), labelers.labelers("heldout", 0)
   assert (len(train), len(heldout)) == (10, 5)

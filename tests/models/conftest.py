@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instructjax import models
-from instructjax.config import ModelConfig
+from instructjax.config import ModelConfig, RopeScalingConfig
 
 VOCAB = 19
 GPT2 = ModelConfig(
@@ -21,6 +21,7 @@ GPT2 = ModelConfig(
   max_length=16,
   position="learned",
   rope_base=100.0,
+  rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
   norm="layernorm",
   norm_eps=1e-5,
   mlp="gelu",

@@ -1,4 +1,4 @@
-"""Token log-probabilities, the LM loss and entropy: by hand, against float64, under garbage."""
+"""Token log-probabilities and the LM loss: by hand, against float64, under garbage."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as PS
 from instructjax.ops import lm
 
 # Compiled as a whole: op by op the tests would mostly compile.
-entropy, lm_loss, token_logprob = map(jax.jit, (lm.entropy, lm.lm_loss, lm.token_logprob))
+lm_loss, token_logprob = map(jax.jit, (lm.lm_loss, lm.token_logprob))
 
 
 def random_logits(seed, shape=(3, 4, 11)):
@@ -159,24 +159,6 @@ def test_details_34_reduction_is_left_to_the_caller():
     np.testing.assert_allclose(whole[k], parts[0][k] + parts[1][k], rtol=1e-6)
   nothing, no_weight = lm_loss(logits_BTV, token_BT, np.zeros_like(weight_BT))
   assert nothing == no_weight == 0
-
-
-def test_entropy():
-  # Uniform over 4: log 4. Probabilities 1/4, 3/4: .562335 nats. Certain: 0. -inf adds nothing.
-  logits_BTV = jnp.array(
-    [
-      [[0.0] * 4, [0.0, np.log(3), -np.inf, -np.inf]],
-      [[1e4, 0.0, 0.0, 0.0], [7.0, 7.0, -np.inf, -np.inf]],
-    ]
-  )
-  expected_BT = [[np.log(4), 0.562335], [0, np.log(2)]]
-  np.testing.assert_allclose(entropy(logits_BTV), expected_BT, atol=1e-6)
-  logits_BTV = random_logits(8)[0]
-  p_BTV = np.exp(logits_BTV) / np.exp(logits_BTV).sum(-1, keepdims=True)
-  expected_BT = -np.sum(p_BTV * np.log(p_BTV), axis=-1)
-  np.testing.assert_allclose(entropy(logits_BTV), expected_BT, rtol=1e-4)
-  low_BTV = jax.ShapeDtypeStruct(logits_BTV.shape, jnp.bfloat16)
-  assert jax.eval_shape(entropy, low_BTV).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("fn", [token_logprob, lambda x, t: lm_loss(x, t, np.ones(t.shape))])

@@ -1,0 +1,126 @@
+"""Shapes of released models, to start from their weights. Called by models.py.
+
+`--config.model.weights=PATH` names them; the reward model starts from the same ones. Shapes are the
+models' own config.json; the rest is the paper's (base.py) or marked `open`.
+"""
+
+from configs import base
+
+
+def _gpt2(config):
+  """GPT-2 small, 124M: for one GPU, or patience."""
+  decoder = dict(
+    num_layers=12,
+    d_model=768,
+    num_heads=12,
+    num_kv_heads=12,
+    head_dim=64,
+    d_mlp=3072,
+    max_length=1024,
+    attention_window=0,
+    dtype="float32",  # as released
+  )
+  config.model.update(decoder)
+  config.reward_model.update(decoder)
+  config.data.update(max_prompt_length=512, max_response_length=512)  # half the context, as App. C
+  # From scratch: GPT-3 125M's rate. The batch also is that of the held-out text, so it is kept small.
+  for name in ("pretrain", "reward_pretrain"):
+    config[name].update(batch_size=16, length=1024, optim=base.adam(6e-4, warmup_steps=100))
+  config.sft.update(batch_size=16, length=1024, optim=base.adam(2e-5))  # open
+  config.ppo_init.update(batch_size=16, length=1024, optim=base.adam(2e-5))  # open
+  # lm-human-preferences, this model: reward model 5e-5, batches of 32; PPO 1e-5.
+  config.rm.update(batch_size=32, optim=base.adam(5e-5))
+  config.ppo.update(
+    num_iterations=200,  # open
+    batch_size=64,  # open; minibatches of 16
+    num_minibatches=4,
+    behaviour_logprob="rollout",
+    beta=0.05,  # open; Stiennon et al. 2020
+    ptx_length=512,  # open
+    policy_optim=base.adam(1e-5, schedule="constant", warmup_steps=40, warmup_start=0.1),
+    value_optim=base.adam(1e-5, schedule="constant"),
+  )
+  config.evaluate.update(num_prompts=256)
+
+
+def _smollm2_135m(config):
+  """SmolLM2-135M: a real model on a laptop's CPU, in an hour. Values are open: small batches of short texts."""
+  decoder = _llama(
+    num_layers=30,
+    d_model=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    d_mlp=1536,
+    max_length=8192,
+    rope_base=100_000.0,
+    init_std=576**-0.5,
+    dtype="float32",  # bfloat16 is slow on CPUs
+    remat=False,
+  )
+  config.model.update(decoder)
+  config.reward_model.update(decoder)
+  config.tokenizer.vocab_size = 49152
+  # Short texts: rows are padded to these lengths.
+  config.data.update(max_prompt_length=64, max_response_length=48, validation_fraction=0.15)
+  config.checkpoint.update(every_steps=50, keep=1)
+  config.log.update(every_steps=4)
+  # The batch also is that of the held-out text.
+  for name in ("pretrain", "reward_pretrain"):
+    config[name].update(batch_size=8, length=256, optim=base.adam(1e-3, warmup_steps=100))
+  config.sft.update(num_epochs=1, batch_size=8, length=256, dropout=0.0, optim=base.adam(2e-5))
+  config.ppo_init.update(
+    num_epochs=1, batch_size=8, length=256, pretrain_mix=0.125, optim=base.adam(2e-5)
+  )
+  config.collect.update(num_prompts=256, num_heldout_prompts=64, min_responses=2, max_responses=2)
+  # Pairs, as most public comparisons are: rows for more answers would be computed, empty or not.
+  config.rm.update(batch_size=8, max_responses=2, optim=base.adam(2e-5))
+  config.ppo.update(
+    num_iterations=12,
+    batch_size=16,
+    num_minibatches=4,
+    behaviour_logprob="rollout",
+    beta=0.05,
+    gamma=0.3,
+    ptx_rows=1,
+    ptx_length=128,
+    missing_eos="fixed",
+    ema_decay=0.6,  # the average of a few iterations, not of hundreds
+    max_kl=50.0,
+    policy_optim=base.adam(2e-5, schedule="constant", warmup_steps=8, warmup_start=0.1),
+    value_optim=base.adam(2e-5, schedule="constant"),
+  )
+  config.evaluate.update(num_prompts=48, pretrain_batches=4, pretrain_every=6)
+
+
+def _llama3_8b(config):
+  """Llama 3 8B with the paper's values for 6B: for a host of accelerators. Llama 3.0's rotation is not scaled."""
+  decoder = _llama(
+    num_layers=32,
+    d_model=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    d_mlp=14336,
+    max_length=8192,
+    rope_base=500_000.0,
+    tie_embeddings=False,
+  )
+  config.model.update(decoder)
+  config.reward_model.update(decoder)
+  config.tokenizer.vocab_size = 128256
+  # From scratch: Llama 3's peak rate (arXiv:2407.21783 table 3). The batch also is that of the held-out text.
+  for name in ("pretrain", "reward_pretrain"):
+    config[name].update(batch_size=64, optim=base.adam(3e-4, warmup_steps=100))
+  config.ppo_init.optim.learning_rate = 1.04e-5  # C.3, 6B
+
+
+def _llama(**sizes) -> dict:
+  """The family's switches."""
+  switches = dict(
+    position="rope", norm="rmsnorm", norm_eps=1e-5, mlp="swiglu", use_bias=False, attention_window=0
+  )
+  return switches | sizes
+
+
+PRESETS = {"gpt2": _gpt2, "smollm2_135m": _smollm2_135m, "llama3_8b": _llama3_8b}

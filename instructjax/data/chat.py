@@ -1,0 +1,101 @@
+"""Chat messages to the text that a model was taught to read, by its own jinja2 template.
+
+Called by tokenizer and bpe. Imports nothing of the project.
+
+A template comes with the weights, so it is someone else's program: it runs in jinja2's sandbox,
+sees nothing but plain strings, and whatever it raises is an error in its file.
+"""
+
+import datetime
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+
+
+def render(
+  template: str | None,
+  messages: Sequence[Mapping],
+  *,
+  where: pathlib.Path,
+  bos: str | None,
+  eos: str | None,
+  special: Iterable[str],
+) -> str:
+  """Text of a chat up to where the assistant speaks next, as transformers renders it.
+
+  Args:
+    template: jinja2 source; None where the tokenizer has none.
+    messages: each with a role ('system', 'user', 'assistant') and a content, both text.
+    where: the template's file, for errors.
+    bos: text of the token that begins a text, for the template; None leaves it undefined.
+    eos: the same of the token that ends a turn.
+    special: texts of all special tokens, which no message may hold: it could end its own turn and
+      speak as another.
+  Raises:
+    ValueError: there is no template, it fails, or a message is not of that form.
+  """
+  if template is None:
+    raise ValueError(
+      f"{where} has no chat template, which chat messages need; give prompts as text instead"
+    )
+  _check(messages, special)
+  known = {"bos_token": bos, "eos_token": eos}
+  try:
+    return _compile(template).render(
+      messages=[{"role": message["role"], "content": message["content"]} for message in messages],
+      tools=None,
+      documents=None,
+      add_generation_prompt=True,
+      **{name: token for name, token in known.items() if token is not None},
+    )
+  except Exception as error:  # whatever the template's author may have got wrong
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{where}: the chat template fails: {reason}") from error
+
+
+def _check(messages: Sequence[Mapping], special: Iterable[str]):
+  if not messages:
+    raise ValueError("a chat must have at least one message")
+  for number, message in enumerate(messages, start=1):
+    for name in ("role", "content"):
+      if not isinstance(message.get(name), str):
+        raise ValueError(f"message {number} of a chat must have a {name}, which is text")
+      for token in special:
+        if token in message[name]:
+          raise ValueError(
+            f"message {number} of a chat must not hold the special token {token!r} in its {name}"
+          )
+
+
+@functools.lru_cache
+def _compile(template: str):
+  # Imported late: a run without chats does without jinja2.
+  import jinja2
+  import jinja2.ext
+  import jinja2.sandbox
+
+  class Generation(jinja2.ext.Extension):
+    """{% generation %}, which marks what the assistant said: its body, as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+      next(parser.stream)
+      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+  def raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+  def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(  # jinja2's own escapes for HTML
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+  )
+  environment.filters["tojson"] = tojson
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  return environment.from_string(template)

@@ -1,0 +1,136 @@
+"""The tokenizer inside a GGUF file: byte-level BPE, or sentencepiece's.
+
+Called by tokenizer (`load`). Imports bpe and special_tokens only.
+
+A GGUF file holds the vocabulary, not the rules: how a text is cut into words before merges are
+applied is only named there (`tokenizer.ggml.pre`), and the rules of those names are kept here, as
+the models' own tokenizer.json files have them.
+"""
+
+import pathlib
+from collections.abc import Mapping
+
+from instructjax.data import bpe
+from instructjax.data.special_tokens import SpecialTokens
+
+# Kinds of token, in GGUF as in sentencepiece.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
+
+
+def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> SpecialTokens:
+  """Special tokens as GGUF names them; `adds_bos` is what an absent flag means."""
+  return SpecialTokens(
+    where=path,
+    bos=metadata.get("tokenizer.ggml.bos_token_id"),
+    eos=metadata.get("tokenizer.ggml.eos_token_id"),
+    adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+    chat_template=metadata.get("tokenizer.chat_template"),
+  )
+
+
+def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenizer:
+  """The byte-level BPE tokenizer that the metadata describe (`tokenizer.ggml.model` 'gpt2').
+
+  Raises:
+    ValueError: its pre-tokenizer is not known, or its vocabulary is not whole.
+  """
+  import tokenizers
+  from tokenizers import decoders, models, normalizers
+
+  pre = metadata.get("tokenizer.ggml.pre")
+  if pre not in PRE_TOKENIZERS:
+    raise ValueError(
+      f"{path}: tokenizer.ggml.pre={pre!r} must be one of {', '.join(PRE_TOKENIZERS)}; set"
+      " tokenizer.path to the model's tokenizer.json"
+    )
+  tokens, kinds = _tokens(path, metadata)
+  merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
+  # Unused tokens fill up the table of a model that has more rows than tokens.
+  vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
+  try:
+    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+  except Exception as error:  # the package raises Exception itself
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{path}: tokenizer.ggml.merges do not fit the tokens: {reason}") from error
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
+  tokenizer.pre_tokenizer = pre_tokenizer(pre)
+  tokenizer.decoder = decoders.ByteLevel()
+  added = [
+    tokenizers.AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
+    for token, kind in zip(tokens, kinds)
+    if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+  ]
+  tokenizer.add_tokens(added)
+  special = special_tokens(path, metadata, adds_bos=pre == "llama-bpe")
+  return bpe.HuggingFaceTokenizer(path, tokenizer, special)
+
+
+def pre_tokenizer(name: str):
+  """How a text is cut into words: the rule of one of PRE_TOKENIZERS."""
+  from tokenizers import Regex, pre_tokenizers
+
+  words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt-2", "smollm"))
+  if name == "gpt-2":
+    return words
+  first = {
+    "smollm": lambda: pre_tokenizers.Digits(individual_digits=True),
+    "llama-bpe": lambda: pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
+    "qwen2": lambda: pre_tokenizers.Split(Regex(_QWEN2), behavior="isolated"),
+  }[name]()
+  return pre_tokenizers.Sequence([first, words])
+
+
+def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
+  """A sentencepiece `.model` file of the metadata (`tokenizer.ggml.model` 'llama' or 't5').
+
+  Raises:
+    ValueError: its vocabulary is not whole.
+  """
+  from sentencepiece import sentencepiece_model_pb2 as proto
+
+  tokens, kinds = _tokens(path, metadata)
+  scores = metadata.get("tokenizer.ggml.scores", ())
+  if len(scores) != len(tokens):
+    raise ValueError(f"{path}: tokenizer.ggml.scores must have {len(tokens)}, has {len(scores)}")
+  model = proto.ModelProto()
+  for token, kind, score in zip(tokens, kinds, scores):
+    if kind == _USER_DEFINED:  # written with spaces there
+      token = token.replace(" ", "▁")
+    model.pieces.add(piece=token, score=score, type=kind)
+  trainer, normalizer = model.trainer_spec, model.normalizer_spec
+  is_unigram = metadata["tokenizer.ggml.model"] == "t5"
+  trainer.model_type = proto.TrainerSpec.UNIGRAM if is_unigram else proto.TrainerSpec.BPE
+  trainer.vocab_size = len(tokens)
+  trainer.byte_fallback = _BYTE in kinds
+  for name in ("unk", "bos", "eos"):
+    i = metadata.get(f"tokenizer.ggml.{'unknown' if name == 'unk' else name}_token_id")
+    if i is not None and i < len(tokens):
+      setattr(trainer, f"{name}_id", i)
+      setattr(trainer, f"{name}_piece", tokens[i])
+  trainer.unk_surface = "\ufffd"
+  normalizer.precompiled_charsmap = bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", ()))
+  normalizer.add_dummy_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+  normalizer.remove_extra_whitespaces = metadata.get(
+    "tokenizer.ggml.remove_extra_whitespaces", False
+  )
+  return model.SerializeToString()
+
+
+def _tokens(path: pathlib.Path, metadata: Mapping) -> tuple[list[str], list[int]]:
+  """Texts and kinds of all tokens."""
+  tokens = metadata.get("tokenizer.ggml.tokens", [])
+  kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+  if not tokens or len(kinds) != len(tokens):
+    raise ValueError(
+      f"{path}: tokenizer.ggml.tokens and token_type must be of one length, are"
+      f" {len(tokens)} and {len(kinds)}"
+    )
+  return tokens, kinds

@@ -1,0 +1,184 @@
+"""Header of a GGUF file: its metadata, and where each tensor lies.
+
+Called by models/interop/gguf_file.py for weights and by data/ for the tokenizer inside such a file.
+Imports nothing of the project, and of the `gguf` package only the table of types: the package's own
+reader takes seconds for a vocabulary and does not notice that a file is cut off.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+import pathlib
+import struct
+from typing import Any
+
+import gguf
+import numpy as np
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32  # of the tensors' data, where the file does not say
+_STRING, _ARRAY = 8, 9
+_SCALARS = {
+  0: "B",
+  1: "b",
+  2: "H",
+  3: "h",
+  4: "I",
+  5: "i",
+  6: "f",
+  7: "?",
+  10: "Q",
+  11: "q",
+  12: "d",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where one tensor lies and how it is stored."""
+
+  type: gguf.GGMLQuantizationType
+  shape: tuple[int, ...]  # as NumPy writes it: the last dimension is the contiguous one
+  offset: int  # from the start of the file
+  row_bytes: int  # of one row along the last dimension
+
+  @property
+  def num_rows(self) -> int:
+    return math.prod(self.shape[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+  """Everything in a GGUF file but the weights."""
+
+  metadata: dict[str, Any]  # numbers, booleans, strings, and lists of one of them
+  tensors: dict[str, Tensor]
+
+
+def read(path: str | os.PathLike) -> Header:
+  """Reads and checks the header; every tensor it lists lies inside the file.
+
+  Raises:
+    ValueError: the file cannot be read, is not a GGUF file of a known version and byte order, or is
+      damaged or cut off; the message names the file and where it breaks.
+  """
+  path = pathlib.Path(path)
+  try:
+    with path.open("rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      if size < len(_MAGIC) or file.read(len(_MAGIC)) != _MAGIC:
+        raise ValueError(f"{path} is not a GGUF file: it must begin with the letters GGUF")
+      with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _parse(_Cursor(path, data))
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+class _Cursor:
+  """Reads values one after another, and knows in words what it is reading."""
+
+  def __init__(self, path: pathlib.Path, data: mmap.mmap):
+    self.path, self.data = path, data
+    self.position = len(_MAGIC)
+    self.inside = "the header"
+
+  def error(self, problem: str) -> ValueError:
+    return ValueError(f"{self.path} is damaged or cut off: {problem}")
+
+  def take(self, count: int) -> bytes:
+    end = self.position + count
+    if end > len(self.data):
+      raise self.error(f"it ends inside {self.inside}")
+    taken, self.position = self.data[self.position : end], end
+    return taken
+
+  def number(self, code: str):
+    return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+  def string(self) -> str:
+    raw = self.take(self.number("Q"))
+    try:
+      return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise self.error(f"{self.inside} holds text that is not UTF-8") from error
+
+  def value(self):
+    kind = self.number("I")
+    if kind != _ARRAY:
+      return self._scalar(kind)
+    kind, count = self.number("I"), self.number("Q")
+    if kind in _SCALARS:
+      dtype = np.dtype("<" + _SCALARS[kind] if kind != 7 else "?")
+      return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+    return [self._scalar(kind) for _ in range(count)]
+
+  def _scalar(self, kind: int):
+    if kind == _STRING:
+      return self.string()
+    if kind not in _SCALARS:
+      raise self.error(f"{self.inside} has the unknown value type {kind}")
+    return self.number(_SCALARS[kind])
+
+
+def _parse(cursor: _Cursor) -> Header:
+  version = cursor.number("I")
+  if version & 0xFFFF == 0:
+    raise ValueError(
+      f"{cursor.path} is a big-endian GGUF file; convert it to little-endian"
+      " (llama.cpp's gguf_convert_endian.py)"
+    )
+  if version not in _VERSIONS:
+    raise ValueError(f"{cursor.path} is GGUF version {version}; versions 2 and 3 can be read")
+  num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
+  metadata = {}
+  for index in range(num_keys):
+    cursor.inside = f"the name of metadata key {index + 1} of {num_keys}"
+    key = cursor.string()
+    cursor.inside = f"metadata key {key!r}"
+    if key in metadata:
+      raise cursor.error(f"{cursor.inside} is there twice")
+    metadata[key] = cursor.value()
+  entries = [_tensor_entry(cursor, index, num_tensors) for index in range(num_tensors)]
+  alignment = metadata.get("general.alignment", _ALIGNMENT)
+  if not isinstance(alignment, int) or alignment <= 0:
+    raise cursor.error(f"general.alignment={alignment!r} must be a positive integer")
+  start = -(-cursor.position // alignment) * alignment
+  tensors = {}
+  for name, kind, shape, offset in entries:
+    if name in tensors:
+      raise cursor.error(f"tensor {name!r} is there twice")
+    tensors[name] = _tensor(cursor, name, kind, shape, start + offset)
+  return Header(metadata, tensors)
+
+
+def _tensor_entry(cursor: _Cursor, index: int, count: int) -> tuple[str, int, tuple[int, ...], int]:
+  cursor.inside = f"the name of tensor {index + 1} of {count}"
+  name = cursor.string()
+  cursor.inside = f"the entry of tensor {name!r}"
+  dims = [cursor.number("Q") for _ in range(cursor.number("I"))]
+  return name, cursor.number("I"), tuple(reversed(dims)), cursor.number("Q")
+
+
+def _tensor(cursor: _Cursor, name: str, kind: int, shape: tuple[int, ...], offset: int) -> Tensor:
+  try:
+    kind = gguf.GGMLQuantizationType(kind)
+  except ValueError as error:
+    raise ValueError(
+      f"{cursor.path}: tensor {name!r} has type {kind}, which the installed gguf package does not know"
+    ) from error
+  block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+  if not shape or 0 in shape or shape[-1] % block:
+    raise cursor.error(
+      f"tensor {name!r} has shape {shape}; {kind.name} needs rows of a multiple of {block}"
+    )
+  tensor = Tensor(kind, shape, offset, shape[-1] // block * block_bytes)
+  end = offset + tensor.num_rows * tensor.row_bytes
+  if end > len(cursor.data):
+    raise cursor.error(
+      f"tensor {name!r} reaches to byte {end}, and the file has {len(cursor.data)}"
+    )
+  return tensor

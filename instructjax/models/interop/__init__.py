@@ -1,0 +1,51 @@
+"""Weights of other programs: Hugging Face folders and GGUF files, in and out.
+
+Called by weights.py, export.py and benchmarks. A reader gives a `Source`, `describe` says which
+network it is, `load_params` brings its tensors onto a mesh; the writers take params back.
+"""
+
+import pathlib
+
+from instructjax.models.interop.gguf_export import write_file
+from instructjax.models.interop.gguf_file import open_file
+from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
+from instructjax.models.interop.huggingface import download, open_folder, write_folder
+from instructjax.models.interop.layout import load_params
+from instructjax.models.interop.source import Source
+
+__all__ = [
+  "SCORE_BIAS",
+  "Description",
+  "Source",
+  "describe",
+  "download",
+  "load_params",
+  "open_weights",
+  "write_file",
+  "write_folder",
+]
+
+
+def open_weights(path: str | pathlib.Path) -> Source:
+  """Opens a Hugging Face folder or a GGUF file; only headers are read.
+
+  Raises:
+    ValueError: it is neither, or damaged.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    return open_folder(path)
+  if path.suffix == ".gguf" and path.is_file():
+    return open_file(path)
+  what = "is not there" if not path.exists() else "is neither"
+  raise ValueError(f"{path} must be a Hugging Face folder or a .gguf file, and it {what}")
+
+
+def describe(source: Source) -> Description:
+  """The network that opened weights are; see `model_config` for what files say nothing of.
+
+  Raises:
+    ValueError: another architecture than GPT-2, Llama, Mistral or Qwen2.
+  """
+  where = source.path / "config.json" if source.path.is_dir() else source.path
+  return model_config(source.config, str(where))

@@ -1,0 +1,198 @@
+"""Writing GGUF files that llama.cpp loads: Llama-family, Qwen2 and GPT-2 language models.
+
+Called through the package. Never imports data or stages: the tokenizer comes as metadata.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+
+from instructjax import errors
+from instructjax.models import transformer
+from instructjax.models.interop import gguf_names, hf_config, layout
+from instructjax.structs import Params
+
+_Type = gguf.GGMLQuantizationType
+_KINDS = {
+  "f16": (_Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+  "q8_0": (_Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+_VALUE_TYPES = {
+  bool: gguf.GGUFValueType.BOOL,
+  int: gguf.GGUFValueType.UINT32,
+  float: gguf.GGUFValueType.FLOAT32,
+  str: gguf.GGUFValueType.STRING,
+  list: gguf.GGUFValueType.ARRAY,
+}
+
+
+def write_file(
+  path: str | os.PathLike,
+  model: transformer.Model,
+  params: Params,
+  tokenizer_metadata: Mapping[str, Any],
+  kind: Literal["f16", "q8_0"] = "f16",
+  *,
+  name: str = "instructjax",
+):
+  """Writes a file that llama.cpp loads; one tensor at a time is held in memory.
+
+  Args:
+    path: of the new file; it appears when it is complete.
+    model: with an 'lm' head.
+    params: its parameters, on any devices.
+    tokenizer_metadata: by GGUF's own keys (`tokenizer.ggml.tokens`, `tokenizer.chat_template` ...).
+      Python's int, float, bool, str and list become UINT32, FLOAT32, BOOL, STRING and ARRAY.
+    kind: of matrices. As llama.cpp has it, vectors and positions are float32, and rows that
+      Q8_0's blocks of 32 do not divide are float16.
+    name: general.name.
+  Raises:
+    ValueError: the path exists, the model has no place in llama.cpp, the tokenizer has another
+      number of tokens than the model, or a weight is not finite or too large for `kind`.
+    UserError: the file cannot be written.
+  """
+  path = pathlib.Path(path)
+  _require_writable(path, model, tokenizer_metadata, kind)
+  arch = hf_config.to_hf_config(model.cfg, model.vocab_size, model.head)["model_type"]
+  entries = list(_entries(model, params, arch, kind))
+  with errors.writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  scratch = path.with_name(path.name + ".tmp")
+  writer = gguf.GGUFWriter(scratch, arch)
+  _add_metadata(writer, model, kind, name, tokenizer_metadata)
+  for entry in entries:
+    writer.add_tensor_info(entry.name, entry.shape, np.dtype("f4"), entry.num_bytes, entry.type)
+  try:
+    with contextlib.closing(writer):
+      with errors.writing(path):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+      for entry in entries:
+        data = _encode(path, entry)
+        with errors.writing(path):
+          writer.write_tensor_data(data)
+    with errors.writing(path):
+      os.replace(scratch, path)
+  finally:
+    scratch.unlink(missing_ok=True)
+
+
+def _require_writable(
+  path: pathlib.Path, model: transformer.Model, tokenizer_metadata: Mapping[str, Any], kind: str
+):
+  if kind not in _KINDS:
+    raise ValueError(f"kind={kind!r} of a GGUF file must be one of {', '.join(_KINDS)}")
+  if model.head != "lm":
+    raise ValueError(
+      f"{path}: a reward or value model cannot be written as GGUF, llama.cpp has no place for its"
+      " head; write a Hugging Face folder"
+    )
+  if path.exists():
+    raise ValueError(f"{path} exists and is never overwritten; give another path or move it away")
+  num_tokens = len(tokenizer_metadata["tokenizer.ggml.tokens"])
+  if num_tokens != model.vocab_size:
+    raise ValueError(
+      f"{path}: the tokenizer's {num_tokens} tokens must be the model's vocab_size={model.vocab_size}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+  """One tensor to be written: its name, layout and type in the file, and how to get its value."""
+
+  name: str
+  shape: tuple[int, ...]
+  type: gguf.GGMLQuantizationType
+  make: Callable[[], np.ndarray]  # the value in `shape`
+
+  @property
+  def num_bytes(self) -> int:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
+    return math.prod(self.shape) // block * block_bytes
+
+
+def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> Iterator[_Entry]:
+  architecture, cfg = gguf_names.ARCHITECTURES[arch], model.cfg
+  if cfg.position == "rope" and cfg.rope_scaling.kind == "llama3":
+    factors = gguf_names.llama3_factors(cfg.rope_scaling, cfg.rope_base, cfg.head_dim)
+    yield _Entry(gguf_names.ROPE_FREQS, factors.shape, _Type.F32, lambda: factors)
+  for hf_name, shape, make in layout.named_tensors(model, params):
+    name = architecture.gguf_name(hf_name)
+    if architecture.is_transposed(name):
+      shape, make = shape[::-1], functools.partial(_transposed, make)
+    if architecture.is_permuted(name):
+      make = functools.partial(_interleaved, make, cfg.head_dim)
+    stored = _KINDS[kind][0]
+    if len(shape) == 1 or gguf_names.part_of(name) == "position_embd":
+      stored = _Type.F32
+    elif shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
+      stored = _Type.F16
+    yield _Entry(name, tuple(shape), stored, make)
+    if arch == "gpt2" and name == "token_embd.weight" and cfg.tie_embeddings:
+      # llama.cpp of before 2025 wants the tied head a second time.
+      yield _Entry("output.weight", tuple(shape), stored, make)
+
+
+def _transposed(make) -> np.ndarray:
+  return np.asarray(make()).T
+
+
+def _interleaved(make, head_dim: int) -> np.ndarray:
+  return gguf_names.interleave_halves(np.asarray(make()), head_dim)
+
+
+def _encode(path: pathlib.Path, entry: _Entry) -> np.ndarray:
+  value = np.asarray(entry.make(), np.float32)
+  limit = float(np.finfo(np.float32 if entry.type == _Type.F32 else np.float16).max)
+  if entry.type == _Type.Q8_0:
+    limit *= 127  # each block has its own float16 scale
+  if not max(value.max(), -value.min()) <= limit:  # NaN neither
+    raise ValueError(
+      f"{path}: tensor {entry.name!r} has values that are not finite or too large for {entry.type.name}"
+    )
+  return gguf.quantize(value, entry.type)
+
+
+def _add_metadata(
+  writer: gguf.GGUFWriter,
+  model: transformer.Model,
+  kind: str,
+  name: str,
+  tokenizer_metadata: Mapping[str, Any],
+):
+  cfg = model.cfg
+  writer.add_type(gguf.GGUFType.MODEL)
+  writer.add_name(name)
+  writer.add_file_type(_KINDS[kind][1])
+  writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+  writer.add_context_length(cfg.max_length)
+  writer.add_embedding_length(cfg.d_model)
+  writer.add_block_count(cfg.num_layers)
+  writer.add_feed_forward_length(cfg.d_mlp)
+  writer.add_head_count(cfg.num_heads)
+  writer.add_vocab_size(model.vocab_size)
+  if cfg.norm == "layernorm":
+    writer.add_layer_norm_eps(cfg.norm_eps)
+  else:
+    writer.add_layer_norm_rms_eps(cfg.norm_eps)
+  if cfg.position == "rope":
+    writer.add_head_count_kv(cfg.num_kv_heads)
+    writer.add_key_length(cfg.head_dim)
+    writer.add_value_length(cfg.head_dim)
+    writer.add_rope_freq_base(cfg.rope_base)
+    writer.add_rope_dimension_count(cfg.head_dim)
+    if cfg.rope_scaling.kind == "linear":
+      writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+      writer.add_rope_scaling_factor(cfg.rope_scaling.factor)
+  for key, value in tokenizer_metadata.items():
+    if value not in ("", []):  # the format has no empty arrays
+      writer.add_key_value(key, value, _VALUE_TYPES[type(value)])

@@ -1,0 +1,279 @@
+"""Reading GGUF files: Llama-family, Qwen2 and GPT-2 weights as llama.cpp keeps them.
+
+Called through the package. A file is seen by the rest as if it were a Hugging Face folder: names,
+layout, quantization and config are translated here. Never imports data or stages.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gguf
+import numpy as np
+
+from instructjax import gguf_header
+from instructjax.config import RopeScalingConfig
+from instructjax.models.interop import gguf_names, source
+
+_Type = gguf.GGMLQuantizationType
+_READABLE = (
+  *(_Type.F32, _Type.F16, _Type.BF16, _Type.Q8_0, _Type.Q4_0, _Type.Q4_1, _Type.Q5_0, _Type.Q5_1),
+  *(_Type.Q4_K, _Type.Q5_K, _Type.Q6_K),
+)
+_CHUNK = 1 << 20  # values dequantized at a time: what is held besides the result
+# Llama 3.x has one, but for the factor; a GGUF file keeps only what comes out of it.
+_LLAMA3 = RopeScalingConfig("llama3", 1.0, 1.0, 4.0, 8192)
+
+
+def open_file(path: str | os.PathLike) -> source.Source:
+  """A GGUF file as a Source: dequantized on reading, a tensor at a time.
+
+  Raises:
+    ValueError: it is damaged, cut off, one part of several, of an architecture, quantization or
+      rotary scaling that is not supported, or lacks a metadata key or has an unknown tensor.
+  """
+  path = pathlib.Path(path)
+  header = gguf_header.read(path)
+  keys = _Keys(path, header.metadata)
+  if keys.get("split.count", int, 1) > 1:
+    raise ValueError(
+      f"{path} is one of {keys.get('split.count', int)} parts of a model; merge them with"
+      " llama.cpp's `llama-gguf-split --merge` and give the merged file"
+    )
+  name = keys.get("general.architecture", str)
+  if name not in gguf_names.ARCHITECTURES:
+    known = ", ".join(gguf_names.ARCHITECTURES)
+    raise ValueError(f"{path}: general.architecture={name!r} must be one of {known}")
+  tensors = dict(header.tensors)
+  _require_readable(path, tensors)
+  if name == "gpt2" and _is_tied_copy(path, tensors):
+    del tensors["output.weight"]
+  config = (_gpt2_config if name == "gpt2" else _llama_config)(keys, name, tensors)
+  tensors.pop(gguf_names.ROPE_FREQS, None)  # now part of the config
+  stored = _stored(path, name, tensors, config)
+  return source.Source(
+    path=path,
+    config=config,
+    shapes={hf_name: one.shape for hf_name, one in stored.items()},
+    read=lambda hf_name: stored[hf_name].read(),
+    fingerprint=source.fingerprint([path]),
+  )
+
+
+def _require_readable(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor]):
+  for name, tensor in tensors.items():
+    if tensor.type not in _READABLE:
+      known = ", ".join(kind.name for kind in _READABLE)
+      raise ValueError(
+        f"{path}: tensor {name!r} has quantization {tensor.type.name}; one of {known} can be read"
+      )
+
+
+def _stored(
+  path: pathlib.Path,
+  architecture_name: str,
+  tensors: Mapping[str, gguf_header.Tensor],
+  config: Mapping[str, Any],
+) -> dict[str, "_Stored"]:
+  """Every tensor by Hugging Face's name."""
+  architecture = gguf_names.ARCHITECTURES[architecture_name]
+  result = {}
+  for name, tensor in tensors.items():
+    hf_name = architecture.hf_name(name)
+    if hf_name is None or len(tensor.shape) > 2:
+      raise ValueError(
+        f"{path}: tensor {name!r} of shape {tensor.shape} is none of architecture"
+        f" {architecture_name!r}"
+      )
+    rotary_dim = config["head_dim"] if architecture.is_permuted(name) else 0
+    if rotary_dim and tensor.shape[0] % rotary_dim:
+      raise ValueError(
+        f"{path}: tensor {name!r} of shape {tensor.shape} must have rows of whole heads of"
+        f" {rotary_dim}"
+      )
+    result[hf_name] = _Stored(path, name, tensor, rotary_dim, architecture.is_transposed(name))
+  return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """One tensor in a file and how it comes into Hugging Face's layout."""
+
+  path: pathlib.Path
+  name: str
+  tensor: gguf_header.Tensor
+  rotary_dim: int  # head size where rows are interleaved rotary pairs, else 0
+  transposed: bool
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+
+  def read(self) -> np.ndarray:
+    """float32; little is held beyond the result."""
+    tensor = self.tensor
+    value = np.empty((tensor.num_rows, tensor.shape[-1]), np.float32)
+    heads = self.rotary_dim or 1  # chunks of whole heads
+    step = max(_CHUNK // tensor.shape[-1] // heads, 1) * heads
+    start = 0
+    for raw in _raw_rows(self.path, self.name, tensor, step):
+      rows = gguf.dequantize(raw, tensor.type)
+      if self.rotary_dim:
+        rows = gguf_names.split_halves(rows, self.rotary_dim, len(tensor.shape))
+      value[start : start + len(raw)] = rows
+      start += len(raw)
+    value = value.reshape(tensor.shape)
+    return value.T if self.transposed else value
+
+
+def _raw_rows(
+  path: pathlib.Path, name: str, tensor: gguf_header.Tensor, step: int
+) -> Iterator[np.ndarray]:
+  """The tensor's bytes, uint8, at most `step` rows at a time."""
+  with path.open("rb") as file:
+    file.seek(tensor.offset)
+    for start in range(0, tensor.num_rows, step):
+      count = min(step, tensor.num_rows - start)
+      raw = np.fromfile(file, np.uint8, count * tensor.row_bytes)
+      if raw.size != count * tensor.row_bytes:
+        raise ValueError(f"{path} was cut off while tensor {name!r} was read")
+      yield raw.reshape(count, tensor.row_bytes)
+
+
+def _is_tied_copy(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor]) -> bool:
+  """Whether output.weight holds the same bytes as token_embd.weight."""
+  head, table = tensors.get("output.weight"), tensors.get("token_embd.weight")
+  if head is None or table is None or (head.type, head.shape) != (table.type, table.shape):
+    return False
+  step = max(_CHUNK // head.row_bytes, 1)
+  pairs = zip(
+    _raw_rows(path, "output.weight", head, step), _raw_rows(path, "token_embd.weight", table, step)
+  )
+  return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+
+class _Keys:
+  """Typed access to a file's metadata."""
+
+  def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
+    self.path, self._values = path, values
+
+  def get(self, key: str, kind: type, default: Any = None):
+    """The value of a key; `default` (None: it must be there) where the file has none."""
+    value = self._values.get(key, default)
+    if value is None:
+      raise ValueError(f"{self.path}: metadata key {key!r} is missing")
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is not kind:
+      raise ValueError(
+        f"{self.path}: metadata key {key!r} must be one value of type {kind.__name__},"
+        f" got {str(value)[:60]}"
+      )
+    return value
+
+
+def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
+  """config.json of architectures llama (Llama and Mistral) and qwen2."""
+  get = lambda key, kind, default=None: keys.get(f"{name}.{key}", kind, default)
+  num_heads, width = get("attention.head_count", int), get("embedding_length", int)
+  if num_heads < 1 or get("expert_count", int, 0):
+    raise ValueError(
+      f"{keys.path}: {name}.attention.head_count={num_heads} must be positive and"
+      f" {name}.expert_count={get('expert_count', int, 0)} zero: mixtures of experts are not supported"
+    )
+  rotary_dim = get(
+    "rope.dimension_count", int, get("attention.key_length", int, width // num_heads)
+  )
+  for key in ("attention.key_length", "attention.value_length"):
+    if get(key, int, rotary_dim) != rotary_dim:
+      raise ValueError(
+        f"{keys.path}: {name}.{key}={get(key, int)} must equal {name}.rope.dimension_count={rotary_dim}:"
+        " heads that are rotated in part are not supported"
+      )
+  base = get("rope.freq_base", float, 10000.0)
+  window = get("attention.sliding_window", int, 0) if name == "llama" else 0
+  config = {
+    "model_type": "mistral" if window else name,
+    "vocab_size": get("vocab_size", int, _vocab_size(keys, tensors)),
+    "hidden_size": width,
+    "intermediate_size": get("feed_forward_length", int),
+    "num_hidden_layers": get("block_count", int),
+    "num_attention_heads": num_heads,
+    "num_key_value_heads": get("attention.head_count_kv", int, num_heads),
+    "head_dim": rotary_dim,
+    "hidden_act": "silu",
+    "max_position_embeddings": get("context_length", int),
+    "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon", float)),
+    "rope_theta": base,
+    "rope_scaling": _rope_scaling(keys, name, tensors, base, rotary_dim),
+    "tie_word_embeddings": "output.weight" not in tensors,
+  }
+  if window:
+    config["sliding_window"] = window
+  if name == "llama":
+    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+  return config
+
+
+def _gpt2_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
+  get = lambda key, kind: keys.get(f"{name}.{key}", kind)
+  return {
+    "model_type": "gpt2",
+    "vocab_size": _vocab_size(keys, tensors),
+    "n_positions": get("context_length", int),
+    "n_embd": get("embedding_length", int),
+    "n_layer": get("block_count", int),
+    "n_head": get("attention.head_count", int),
+    "n_inner": get("feed_forward_length", int),
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": _decimal(get("attention.layer_norm_epsilon", float)),
+    "tie_word_embeddings": "output.weight" not in tensors,
+  }
+
+
+def _decimal(value: float) -> float:
+  """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
+  return float(str(np.float32(value)))
+
+
+def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
+  if "token_embd.weight" not in tensors:
+    raise ValueError(f"{keys.path}: tensor 'token_embd.weight' is missing")
+  return tensors["token_embd.weight"].shape[0]
+
+
+def _rope_scaling(
+  keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor], base: float, head_dim: int
+) -> dict | None:
+  """Linear scaling from the metadata, Llama 3's from its tensor, None where there is none."""
+  kind = keys.get(f"{name}.rope.scaling.type", str, "none")
+  if kind == "linear":
+    factor = _decimal(keys.get(f"{name}.rope.scaling.factor", float))
+    return {"rope_type": "linear", "factor": factor}
+  if kind != "none":
+    raise ValueError(
+      f"{keys.path}: {name}.rope.scaling.type={kind!r} is not supported; none and linear are"
+    )
+  if gguf_names.ROPE_FREQS not in tensors:
+    return None
+  freqs = _Stored(keys.path, gguf_names.ROPE_FREQS, tensors[gguf_names.ROPE_FREQS], 0, False).read()
+  scaling = dataclasses.replace(_LLAMA3, factor=float(freqs.max(initial=1.0)))
+  wanted = gguf_names.llama3_factors(scaling, base, head_dim)
+  if freqs.shape != wanted.shape or not np.allclose(freqs, wanted, rtol=1e-4, atol=0):
+    raise ValueError(
+      f"{keys.path}: tensor {gguf_names.ROPE_FREQS!r} must be Llama 3's rotary scaling (low 1, high 4,"
+      f" original context 8192) by a factor {scaling.factor:g}; another one is not supported"
+    )
+  if scaling.factor == 1:
+    return None
+  return {
+    "rope_type": "llama3",
+    "factor": scaling.factor,
+    "low_freq_factor": scaling.low_freq_factor,
+    "high_freq_factor": scaling.high_freq_factor,
+    "original_max_position_embeddings": scaling.original_length,
+  }

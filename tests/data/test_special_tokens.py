@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from instructjax.data import special_tokens
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """folder(name=content, ...): a folder of JSON files."""
+
+  def write(**files):
+    for name, content in files.items():
+      (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+  return write
+
+
+FILES = {
+  "tokenizer_config": {"eos_token": {"content": "<a>", "lstrip": False}, "bos_token": None},
+  "special_tokens_map": {"eos_token": "<b>", "bos_token": "<bos>"},
+  "generation_config": {"eos_token_id": [5, 7]},
+  "config": {"eos_token_id": 9, "bos_token_id": 8},
+}
+
+
+@pytest.mark.parametrize(
+  ("names", "eos"),
+  [
+    ("tokenizer_config special_tokens_map generation_config config", "<a>"),  # Llama 3 Instruct
+    ("special_tokens_map generation_config config", "<b>"),
+    ("generation_config config", 5),
+    ("config", 9),  # GPT-2
+    ("", None),
+  ],
+)
+def test_the_first_file_that_names_an_eos_is_believed(folder, names, eos):
+  path = folder(**{name: FILES[name] for name in names.split()})
+  assert special_tokens.read_folder(path).eos == eos
+
+
+def test_bos_is_not_taken_from_the_model_s_config(folder):
+  assert special_tokens.read_folder(folder(config=FILES["config"])).bos is None
+  assert special_tokens.read_folder(folder(**FILES)).bos == "<bos>"
+
+
+def test_an_empty_list_of_ids_says_nothing(folder):
+  path = folder(generation_config={"eos_token_id": []}, config={"eos_token_id": 9})
+  assert special_tokens.read_folder(path).eos == 9
+
+
+def test_chat_templates_of_all_times(folder):
+  read = special_tokens.read_folder
+  assert read(folder()).chat_template is None
+  assert read(folder(tokenizer_config={"chat_template": "one"})).chat_template == "one"
+  named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]
+  path = folder(tokenizer_config={"chat_template": named})
+  assert read(path).chat_template == "two"
+  assert read(path).where.name == "tokenizer_config.json"
+  (path / "chat_template.jinja").write_text("three")
+  assert read(path).chat_template == "three"
+  assert read(path).where.name == "chat_template.jinja"
+
+
+def test_bad_files_are_refused(folder, tmp_path):
+  named = [{"name": "tool_use", "template": "x"}]
+  with pytest.raises(ValueError, match=r"must have one named 'default', has \['tool_use'\]"):
+    special_tokens.read_folder(folder(tokenizer_config={"chat_template": named}))
+  for content, message in [("{", "config.json is not JSON: "), ("[]", "must hold a JSON object")]:
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+      special_tokens.read_folder(tmp_path)
+
+
+def test_what_is_written_is_read(tmp_path):
+  special = special_tokens.SpecialTokens(
+    where=tmp_path / "a" / "tokenizer_config.json",
+    bos="<s>",
+    eos="é",
+    adds_bos=True,
+    chat_template="{{ x }}\n",
+  )
+  special_tokens.write_folder(tmp_path / "a", special, None)
+  assert special_tokens.read_folder(tmp_path / "a") == special
+  assert [path.name for path in (tmp_path / "a").iterdir()] == ["tokenizer_config.json"]

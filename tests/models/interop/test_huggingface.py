@@ -1,0 +1,319 @@
+"""Folders: what `transformers` answered for them, bit-for-bit export, and every damage named.
+
+The golden logits were recorded by this script (torch and transformers are needed for it only):
+
+    import json, zlib
+    import numpy as np, torch, transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
+                  high_freq_factor=4.0, original_max_position_embeddings=8)
+    SIZES = dict(vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    CASES = {
+      "gpt2": ("gpt2", dict(vocab_size=17, n_embd=16, n_layer=2, n_head=4, n_positions=12)),
+      "llama_tied": ("llama", SIZES | dict(tie_word_embeddings=True)),
+      "llama3_untied": ("llama", SIZES | dict(head_dim=8, rope_parameters=LLAMA3)),
+      "qwen2": ("qwen2", SIZES | dict(num_key_value_heads=1)),
+    }
+
+    def weight(name, shape):
+      rng = np.random.default_rng(zlib.crc32(name.encode()))
+      is_norm = name.endswith(".weight") and len(shape) == 1
+      return rng.normal(float(is_norm), 0.3, shape).astype(np.float32)
+
+    token_BL = np.arange(20).reshape(2, 10) * 7 % 17
+    right_BL = np.arange(10)[None] < np.array([[10], [6]])
+    cases = {}
+    for name, (kind, sizes) in CASES.items():
+      model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+      state = model.state_dict()
+      if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+      new = {k: torch.tensor(weight(k, tuple(v.shape))) for k, v in state.items()}
+      model.load_state_dict(new, strict=False)
+      case = dict(config=model.config.to_dict(), shapes={k: list(v.shape) for k, v in state.items()})
+      for side, mask_BL in (("right", right_BL), ("left", right_BL[:, ::-1])):
+        position_BL = np.maximum(np.cumsum(mask_BL, 1) - 1, 0)
+        with torch.no_grad():
+          logits_BLV = model(input_ids=torch.tensor(token_BL), position_ids=torch.tensor(position_BL),
+                             attention_mask=torch.tensor(mask_BL.astype(int))).logits.numpy()
+        case[side] = np.round(logits_BLV[mask_BL].astype(float), 5).tolist()
+      cases[name] = case
+    note = dict(
+      source=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, float32 on a CPU,"
+             " by the script in the docstring of tests/models/interop/test_huggingface.py",
+      when_to_update="Never for a change of our code. When the script records other cases.",
+    )
+    with open("tests/golden/huggingface_logits.json", "w") as f:
+      lines = [f'"{k}": {json.dumps(v)}' for k, v in (note | {"cases": cases}).items()]
+      f.write("{\\n" + ",\\n".join(lines) + "\\n}\\n")
+"""
+
+import json
+import sys
+import types
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from instructjax import models
+from instructjax.errors import UserError
+from instructjax.models import interop
+from instructjax.models.interop import huggingface
+
+TOKEN_BL = np.arange(20, dtype=np.int32).reshape(2, 10) * 7 % 17
+RIGHT_BL = np.arange(10)[None] < np.array([[10], [6]])
+
+
+def load(folder, one_device):
+  source = interop.open_weights(folder)
+  found = interop.describe(source)
+  model = models.make_model(found.cfg, found.vocab_size, found.head)
+  return model, interop.load_params(source, model, one_device(model))
+
+
+def test_logits_equal_those_of_transformers(golden, golden_folder, one_device, quick_jit):
+  model, params = load(golden_folder, one_device)
+  forward = quick_jit(models.apply, static_argnums=0)
+  for side, mask_BL in (("right", RIGHT_BL), ("left", RIGHT_BL[:, ::-1])):
+    mask_BL = jnp.asarray(mask_BL)
+    logits_BLV = forward(
+      model,
+      params,
+      TOKEN_BL,
+      segment_BL=mask_BL.astype(jnp.int32),
+      position_BL=models.positions_from_mask(mask_BL),
+    )
+    expected = np.array(golden[side])
+    np.testing.assert_allclose(np.asarray(logits_BLV)[mask_BL], expected, rtol=0, atol=3e-5)
+    assert np.abs(expected).max() > 1
+
+
+def test_export_is_bit_for_bit(golden, golden_folder, tmp_path, one_device):
+  model, params = load(golden_folder, one_device)
+  interop.write_folder(tmp_path / "out", model, params, {"eos_token_id": 7})
+  before = safetensors.numpy.load_file(golden_folder / "model.safetensors")
+  after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+  assert before.keys() == after.keys()
+  for name in before:
+    assert before[name].tobytes() == after[name].tobytes() and after[name].dtype == np.float32
+  with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:
+    assert file.metadata() == {"format": "pt"}, "transformers insists"
+  header_bytes = (tmp_path / "out" / "model.safetensors").read_bytes()[:8]
+  assert int.from_bytes(header_bytes, "little") % 8 == 0, "tensors lie aligned, as the format asks"
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
+  assert interop.describe(interop.open_weights(tmp_path / "out")).cfg == model.cfg
+
+
+def test_shards(folder, tmp_path, one_device):
+  model, params = load(folder, one_device)
+  huggingface.write_folder(tmp_path / "out", model, params, {}, shard_bytes=6000)
+  files = sorted((tmp_path / "out").glob("*.safetensors"))
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  sizes = [sum(x.nbytes for x in safetensors.numpy.load_file(file).values()) for file in files]
+  assert [file.name for file in files] == [
+    f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+  ]
+  assert len(files) > 2 and max(sizes) <= 6000
+  assert index["metadata"]["total_size"] == sum(sizes)
+  first, second = interop.open_weights(folder), interop.open_weights(tmp_path / "out")
+  assert first.shapes == second.shapes and first.fingerprint != second.fingerprint
+  for name in first.shapes:
+    np.testing.assert_array_equal(first.read(name), second.read(name))
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_dtypes_read_as_float32(dtype, folder, monkeypatch):
+  monkeypatch.setattr(huggingface, "_BLOCK", 7)  # several blocks
+  numpy_dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+  array = np.random.default_rng(0).normal(0, 1, (5, 4)).astype(numpy_dtype)
+  write_raw(folder, {"a": dict(dtype=dtype, shape=[5, 4])}, array.tobytes())
+  found = interop.open_weights(folder).read("a")
+  assert found.dtype == np.float32
+  np.testing.assert_array_equal(found, array.astype(np.float32))
+
+
+def write_raw(folder, header, data, name="model.safetensors"):
+  """A safetensors file whose tensors, if no offsets are given, all span the data."""
+  header = {key: {"data_offsets": [0, len(data)]} | entry for key, entry in header.items()}
+  text = json.dumps(header).encode()
+  (folder / name).write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+# --- scalar heads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_scalar_head_comes_back(family, request, make, tmp_path, one_device, quick_jit):
+  model, params = make(request.getfixturevalue(family), "scalar", num_layers=1)
+  interop.write_folder(tmp_path / "out", model, params, {})
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["architectures"][0].endswith("ForSequenceClassification")
+  assert (config["pad_token_id"], config["vocab_size"], len(config["id2label"])) == (19, 20, 1)
+  again, loaded = load(tmp_path / "out", one_device)
+  assert (again.vocab_size, again.head) == (19, "scalar")
+  token_BL = jnp.asarray([[3, 1, 4]])
+  score = lambda tree: quick_jit(models.apply, static_argnums=0)(
+    model, tree, token_BL, segment_BL=jnp.ones_like(token_BL), position_BL=jnp.arange(3)[None]
+  )
+  np.testing.assert_allclose(score(loaded), score(params), rtol=1e-5, atol=1e-5)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten(folder, tmp_path, one_device, monkeypatch):
+  model, params = load(folder, one_device)
+  before = sorted(folder.iterdir())
+  with pytest.raises(ValueError, match="model is there already; nothing is overwritten"):
+    interop.write_folder(folder, model, params, {})
+  assert sorted(folder.iterdir()) == before
+  (tmp_path / "empty").mkdir()
+  interop.write_folder(tmp_path / "empty", model, params, {})
+  assert (tmp_path / "empty" / "config.json").is_file()
+
+  def disk_full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(huggingface, "_write_safetensors", disk_full)
+  with pytest.raises(UserError, match="cannot write .*/full: .*No space left"):
+    interop.write_folder(tmp_path / "full", model, params, {})
+  assert {path.name for path in tmp_path.iterdir()} == {"model", "empty"}
+
+
+def refusal(path) -> str:
+  with pytest.raises(ValueError) as error:
+    interop.open_weights(path)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+def test_not_weights(tmp_path):
+  assert "must be a Hugging Face folder or a .gguf file, and it is not there" in refusal(
+    tmp_path / "none"
+  )
+  (tmp_path / "notes.txt").touch()
+  assert "notes.txt must be a Hugging Face folder or a .gguf file, and it is neither" in refusal(
+    tmp_path / "notes.txt"
+  )
+  assert refusal(tmp_path) == f"{tmp_path} has no config.json"
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [("{", "config.json must be JSON: "), ("[1]", "config.json must be a JSON object")],
+)
+def test_config_is_no_json_object(text, message, folder):
+  (folder / "config.json").write_text(text)
+  assert message in refusal(folder)
+
+
+def test_no_safetensors(folder):
+  (folder / "model.safetensors").unlink()
+  assert "has no model.safetensors and no model.safetensors.index.json" in refusal(folder)
+  (folder / "pytorch_model.bin").touch()
+  assert "has no model.safetensors: convert pytorch_model.bin with save_pretrained" in refusal(
+    folder
+  )
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 100, 3000, -1])
+def test_cut_off(kept, folder):
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:kept])
+  message = refusal(folder)
+  assert "model.safetensors is " in message and "cut off" in message
+
+
+def test_trailing_bytes(folder):
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes() + b"x")
+  assert "model.safetensors is cut off or damaged: its tensors end at byte" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+  "header, message",
+  [
+    (b"not json", "model.safetensors is not a safetensors file: its header cannot be read"),
+    (b"\xff\xfe", "model.safetensors is not a safetensors file"),
+    (b"[1]", "model.safetensors is not a safetensors file"),
+    (b'{"a": {"dtype": "F32"}}', "model.safetensors is not a safetensors file"),
+    (
+      b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+      "model.safetensors: tensor a has 4 bytes for shape [2]",
+    ),
+    (
+      b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}',
+      "model.safetensors: tensor a is F8_E4M3, and must be one of F32, F16, BF16",
+    ),
+  ],
+)
+def test_damaged_header(header, message, folder):
+  data = len(header).to_bytes(8, "little") + header + b"1234"
+  (folder / "model.safetensors").write_bytes(data)
+  assert message in refusal(folder)
+
+
+def test_buffers_of_other_dtypes_are_let_pass(folder):
+  write_raw(folder, {"h.0.attn.bias": dict(dtype="BOOL", shape=[4])}, b"1234")
+  assert interop.open_weights(folder).shapes == {"h.0.attn.bias": (4,)}
+
+
+@pytest.mark.parametrize(
+  "weight_map, message",
+  [
+    (None, "model.safetensors.index.json lacks 'weight_map'"),
+    ({"a": "x.safetensors"}, "index.json names the shard x.safetensors, which is not there"),
+    ({"a": "one.safetensors", "b": "one.safetensors"}, "one.safetensors lacks tensor b, which"),
+    ({"a": "one.safetensors", "b": "two.safetensors"}, "two.safetensors holds tensor c, which"),
+  ],
+)
+def test_index_that_does_not_fit(weight_map, message, folder):
+  entry = dict(dtype="F32", shape=[1])
+  write_raw(folder, {"a": entry}, b"1234", "one.safetensors")
+  write_raw(folder, {"b": entry, "c": entry}, b"1234", "two.safetensors")
+  index = {} if weight_map is None else {"weight_map": weight_map}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  assert message in refusal(folder)
+
+
+def test_wrong_tensor_names_the_folder(folder, one_device):
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 25}))
+  with pytest.raises(ValueError) as error:
+    load(folder, one_device)
+  assert str(error.value) == (
+    f"{folder}: tensor model.layers.0.mlp.gate_proj.weight has shape [24, 16], and the model needs"
+    " [25, 16]"
+  )
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_download(tmp_path, monkeypatch):
+  calls = []
+
+  def snapshot_download(repository, revision, allow_patterns):
+    calls.append((repository, revision))
+    if repository == "org/secret":
+      raise OSError("401 Client Error\nmore")
+    return str(tmp_path)
+
+  hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  assert interop.download("org/name") == tmp_path
+  assert interop.download("org/name@v1") == tmp_path
+  assert calls == [("org/name", None), ("org/name", "v1")]
+  with pytest.raises(UserError, match="^hf://org/secret cannot be fetched: 401 Client Error$"):
+    interop.download("org/secret")
+
+
+def test_download_without_the_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  with pytest.raises(UserError, match=r"^hf://org/name needs the hub extra: pip install .*\[hub\]"):
+    interop.download("org/name")

@@ -1,0 +1,47 @@
+"""Rotary frequencies against numbers worked out by hand and Llama 3.1's own branches."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from instructjax.config import RopeScalingConfig
+from instructjax.models import layers
+
+
+def frequencies(cfg, *scaling, **changes):
+  cfg = dataclasses.replace(cfg, rope_scaling=RopeScalingConfig(*scaling), **changes)
+  return np.asarray(layers.rotary_frequencies(cfg))
+
+
+def test_rotary_frequencies_by_hand(llama):
+  # head_dim 8, base 10000: 10000 ** (-i / 4).
+  sizes = dict(head_dim=8, rope_base=1e4)
+  plain = frequencies(llama, "none", 8.0, 1.0, 4.0, 8192, **sizes)
+  np.testing.assert_allclose(plain, [1, 0.1, 0.01, 0.001], rtol=1e-6)
+  linear = frequencies(llama, "linear", 4.0, 1.0, 4.0, 8192, **sizes)
+  np.testing.assert_allclose(linear, [0.25, 0.025, 0.0025, 0.00025], rtol=1e-6)
+  # 16 tokens are 16 / (2 pi) = 2.546 turns of the first pair, .255 of the second: with bounds 1 and
+  # 4 it keeps (2.546 - 1) / 3 = .5155 of its speed and an eighth of the rest: .5155 + .4845 / 8.
+  llama3 = frequencies(llama, "llama3", 8.0, 1.0, 4.0, 16, **sizes)
+  np.testing.assert_allclose(llama3, [0.57606, 0.0125, 0.00125, 0.000125], rtol=1e-4)
+
+
+def test_rotary_frequencies_of_llama_3_1(llama):
+  """As meta-llama/llama-models (models/llama3/model.py, apply_scaling) branches on wavelengths."""
+  found = frequencies(llama, "llama3", 8.0, 1.0, 4.0, 8192, head_dim=128, rope_base=5e5)
+  regimes = set()
+  for i, value in enumerate(found):
+    frequency = 5e5 ** (-i / 64)
+    wavelength = 2 * math.pi / frequency
+    if wavelength < 8192 / 4:
+      regimes.add("kept")
+    elif wavelength > 8192 / 1:
+      regimes.add("slowed")
+      frequency /= 8
+    else:
+      regimes.add("between")
+      smooth = (8192 / wavelength - 1) / (4 - 1)
+      frequency = (1 - smooth) * frequency / 8 + smooth * frequency
+    np.testing.assert_allclose(value, frequency, rtol=2e-6)
+  assert regimes == {"kept", "slowed", "between"}
