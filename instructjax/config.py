@@ -60,7 +60,7 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
   remat: bool
-  weights: str  # '' = train from scratch (the pretrain stage); else a finished stage's folder
+  weights: str  # '' = train from scratch (the pretrain stage); else what weights.open takes
 
   def validate(self, where: str):
     sizes = (
@@ -128,10 +128,8 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  path: str  # '' = train a sentencepiece model on the pretraining documents; else a .model file
-  vocab_size: (
-    int  # pieces to train; ignored sizes are not allowed: must equal the file's when path is given
-  )
+  path: str  # '' = the given weights' own, or one trained on the documents; else what load takes
+  vocab_size: int  # pieces to train; must equal the tokenizer's where there is one already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,7 +393,7 @@ class Config:
     return bare[0] == bare[1]
 
   def validate(self, where: str = "config"):
-    _require(self.seed >= 0, f"{where}.seed={self.seed} must be >= 0")
+    _require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
     _require(
       self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}"
     )
@@ -409,6 +407,11 @@ class Config:
     _require(
       self.rm.start_from == "base" or self.same_network,
       f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
+    )
+    _require(
+      self.rm.start_from == "base" or self.reward_model.weights in ("", self.model.weights),
+      f"{where}.rm.start_from='sft' must come without {where}.reward_model.weights="
+      f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
     )
     _require(
       self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
@@ -450,12 +453,17 @@ def _require(condition: bool, message: str):
 def from_config_dict(config) -> Config:
   """Frozen, validated Config from an ml_collections ConfigDict (or plain nested dict).
 
+  A reward model of the policy's network starts from the policy's weights unless it names its own.
+
   Raises:
     ValueError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
   """
   plain = config.to_dict() if hasattr(config, "to_dict") else config
   result = _build(Config, plain, "config")
   _validate(result, "config")
+  if result.same_network and not result.reward_model.weights:
+    reward_model = dataclasses.replace(result.reward_model, weights=result.model.weights)
+    result = dataclasses.replace(result, reward_model=reward_model)
   return result
 
 

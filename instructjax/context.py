@@ -21,7 +21,7 @@ from instructjax.data import sources
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 
-_BASE_OF = {"pretrain": "model", "reward_pretrain": "reward_model"}  # stage -> config block
+BASE_OF = {"pretrain": "model", "reward_pretrain": "reward_model"}  # stage -> config block
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Context:
 
   def weights_path(self, stage: str) -> str:
     """What the config gives in place of a stage that trains a base, or ''."""
-    block = _BASE_OF.get(stage)
+    block = BASE_OF.get(stage)
     return getattr(self.config, block).weights if block else ""
 
   @functools.cache
@@ -51,7 +51,7 @@ class Context:
     try:
       return weights.open(path)
     except ValueError as error:
-      raise ValueError(f"config.{_BASE_OF[stage]}.weights: {error}") from error
+      raise ValueError(f"config.{BASE_OF[stage]}.weights: {error}") from error
 
   def key(self, stage: str) -> jax.Array:
     """The stage's own root key: a function of the run's seed and the stage's name."""

@@ -37,6 +37,7 @@ class Settings:
       ("temperature", draw.temperature, ">= 0", draw.temperature >= 0),
       ("top_p", draw.top_p, "above 0 and at most 1", 0 < draw.top_p <= 1),
       ("max_new_tokens", draw.max_new_tokens, ">= 1", draw.max_new_tokens >= 1),
+      ("seed", self.seed, ">= 0 and below 2**63", 0 <= self.seed < 2**63),
     ):
       if not holds:
         raise ValueError(f"--{name}={value} must be {rule}")

@@ -49,7 +49,7 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint must have a value: runs/demo/ppo_ptx, a model folder or a .gguf")
-  texts = [pathlib.Path(path).read_text(encoding="utf-8") for path in _PROMPT_FILE.value]
+  texts = [_read(path) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
   if has_prompt == _INTERACTIVE.value:
     raise UserError("one of --prompt, --prompt_file and --interactive must be given")
@@ -72,6 +72,14 @@ def main(arguments: list[str]):
   else:
     prompts = [dialogue.unescape(prompt) for prompt in _PROMPT.value] + texts
     dialogue.answer_all(panel, prompts, settings)
+
+
+def _read(path: str) -> str:
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except (OSError, ValueError) as error:
+    reason = "it is not UTF-8" if isinstance(error, ValueError) else error.strerror
+    raise UserError(f"--prompt_file={path} cannot be read: {reason}") from error
 
 
 if __name__ == "__main__":

@@ -123,11 +123,14 @@ def fit(
         step, {f"validation/{name}": value for name, value in evaluate(state, step).items()}
       )
 
+    on_cpu = jax.default_backend() == "cpu"
     with _Log(run, num_steps, start, on_samples, show, progress) as log:
       if start == 0 and 0 in evaluate_steps:
         log.write(0, validation(0), [])
       late = None  # (step, metrics, samples) not looked at yet
       for step in range(start + 1, num_steps + 1):
+        if on_cpu:  # a step dispatched ahead holds its temporaries beside those of the one before
+          jax.block_until_ready(state)
         state, metrics, *samples = step_fn(state, place(next(batches)))
         if late:  # only now: the device has work while the host waits for the numbers before
           log.write(late[0], judge(*late[:2]), late[2])

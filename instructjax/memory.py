@@ -1,6 +1,10 @@
-"""glibc's allocator set up for XLA on CPU. Called by main before jax is imported; imports nothing of the project."""
+"""glibc's allocator set up for XLA on CPU. Called by cli before jax is imported; imports nothing of the project.
+
+`pipeline` gives back between stages what is kept inside them.
+"""
 
 import ctypes
+import gc
 import sys
 
 # Parameters of mallopt(3).
@@ -24,3 +28,15 @@ def keep_freed_memory() -> bool:
     return False
   settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**28}
   return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
+
+
+def release_freed_memory():
+  """Gives freed pages back to the kernel: what one program kept in pieces is of little use to the next.
+
+  Without it, the stages of a 135M model that need 9 GB each hold 19 GB after two of them.
+  """
+  gc.collect()  # first, what is only waiting to be freed
+  if sys.platform == "linux":
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+      libc.malloc_trim(0)

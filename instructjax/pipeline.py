@@ -12,13 +12,13 @@ from instructjax import (
   checkpoint,
   collect,
   evaluate,
+  memory,
   policies,
   ppo_stage,
   pretrain,
   rm,
   sft,
   sharding,
-  weights,
 )
 from instructjax.config import Config, PretrainConfig
 from instructjax.context import Context, canonical
@@ -85,10 +85,9 @@ def check(ctx: Context, stages: list[str]):
 
   Raises:
     ValueError: a source that a coming stage reads has no usable record or does not go with the
-      others, a batch or a parameter does not divide over the mesh, given weights or the few-shot
-      prompt do not fit, or a warmup is as long as its stage.
+      others, a batch or a parameter does not divide over the mesh, the few-shot prompt does not fit,
+      or a warmup is as long as its stage.
   """
-  policies.require_given_weights(ctx)
   transformer.param_shardings(ctx.mesh, ctx.model("policy"))
   if "rm" in stages:
     transformer.param_shardings(ctx.mesh, ctx.model("reward"))
@@ -161,32 +160,33 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """Mesh and tokenizer of a run.
 
   Raises:
-    ValueError: a source of records is not given, or see `make_mesh` and `_tokenizer`.
+    ValueError: a source of records is not given, given weights do not fit, or see `make_mesh` and
+      `_tokenizer`.
   """
   mesh = sharding.make_mesh(config.mesh)
   ctx = Context(config=config, workdir=workdir, mesh=mesh, tokenizer=None)  # a plan needs none
   _require_sources(ctx)  # before a tokenizer is trained on documents
-  return dataclasses.replace(ctx, tokenizer=_tokenizer(config, workdir))
+  return dataclasses.replace(ctx, tokenizer=_tokenizer(ctx))
 
 
-def _tokenizer(config: Config, workdir: pathlib.Path) -> tokenizers.Tokenizer:
+def _tokenizer(ctx: Context) -> tokenizers.Tokenizer:
   """The one named, that of the given weights, or one trained on the documents; kept in the workdir.
 
   Raises:
     ValueError: it is not of the size, or not the one, that the config or the workdir names.
   """
-  source = config.tokenizer.path
-  given = config.model.weights or config.reward_model.weights
-  if not source and given:
-    source = weights.open(given).tokenizer_path
-  directory = workdir / "tokenizer"
-  tokenizer = _keep(tokenizers.load(source), directory) if source else _train(config, directory)
-  if tokenizer.vocab_size != config.tokenizer.vocab_size:
+  cfg, directory = ctx.config.tokenizer, ctx.workdir / "tokenizer"
+  given = ctx.given_weights("pretrain") or ctx.given_weights("reward_pretrain")
+  source = cfg.path or (given.tokenizer_path if given else "")
+  tokenizer = tokenizers.load(source) if source else _train(ctx.config, directory)
+  policies.require_given_weights(dataclasses.replace(ctx, tokenizer=tokenizer))
+  if tokenizer.vocab_size != cfg.vocab_size:
     raise ValueError(
-      f"config.tokenizer.vocab_size={config.tokenizer.vocab_size} must be the {tokenizer.vocab_size}"
-      f" pieces of {tokenizer.path}"
+      f"config.tokenizer.vocab_size={cfg.vocab_size} must be the {tokenizer.vocab_size} pieces of"
+      f" {tokenizer.path}"
     )
-  return tokenizer
+  # Last: a workdir belongs to the tokenizer it holds, and one from a mistaken flag must not stay.
+  return _keep(tokenizer, directory) if source else tokenizer
 
 
 def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizers.Tokenizer:
@@ -244,5 +244,6 @@ def run(config: Config, workdir: pathlib.Path):
     for number, stage in enumerate(stages, start=1):
       rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       RUN[stage](ctx, stage)
+      memory.release_freed_memory()
       multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
   rich.print(f"finished: {workdir}")

@@ -2,13 +2,11 @@
 
 import dataclasses
 
-import jax
-
 from instructjax import checkpoint
 from instructjax.config import ModelConfig
-from instructjax.context import Context
-from instructjax.models import heads, transformer
-from instructjax.weights import RL_STAGES, Weights
+from instructjax.context import BASE_OF, Context
+from instructjax.models import heads
+from instructjax.weights import RL_STAGES, Weights, load_stage
 
 # Fields of ModelConfig that may differ between the weights and the run that takes them.
 _FREE_FIELDS = frozenset({"weights", "init_std", "dtype", "layers", "remat"})
@@ -17,7 +15,7 @@ _FREE_FIELDS = frozenset({"weights", "init_std", "dtype", "layers", "remat"})
 def base_stage(ctx: Context, role: str) -> str:
   """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
   cfg = ctx.config
-  if role == "policy" or (cfg.same_network and cfg.reward_model.weights in ("", cfg.model.weights)):
+  if role == "policy" or (cfg.same_network and cfg.reward_model.weights == cfg.model.weights):
     return "pretrain"
   return "reward_pretrain"
 
@@ -39,7 +37,8 @@ def require_given_weights(ctx: Context):
   Raises:
     ValueError: they are a reward model's, of another tokenizer, or of another network.
   """
-  for block, stage in (("model", "pretrain"), ("reward_model", "reward_pretrain")):
+  for stage in dict.fromkeys(base_stage(ctx, role) for role in ("policy", "reward")):
+    block = BASE_OF[stage]
     cfg: ModelConfig = getattr(ctx.config, block)
     given = ctx.given_weights(stage)
     if given is None:
@@ -89,11 +88,7 @@ def load_step(ctx: Context, name: str, step: int, item: str = "params"):
   """Weights of the named policy at a kept step, placed on the mesh."""
   roles = {"reward_base": "reward_base", "rm": "reward"}
   model = ctx.model(roles.get(name, "policy"))
-  shardings, shapes = transformer.param_shardings(ctx.mesh, model)
-  placed = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
-  return checkpoint.load_params(ctx.directory(stage_of(ctx, name)), placed, step, item)
+  return load_stage(ctx.directory(stage_of(ctx, name)), ctx.mesh, model, step, item)
 
 
 def load_sft_by_loss(ctx: Context):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from instructjax import answers, checkpoint, loop, policies, ppo, sharding, supervised
 from instructjax.config import PPOConfig
@@ -53,25 +54,28 @@ def make_nets(ctx: Context, cfg: PPOConfig) -> ppo.Nets:
   )
 
 
-def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_params, key):
-  """(PPOState, its shardings) before the first iteration; copies of the weights given."""
-  replicated = sharding.replicated(ctx.mesh)
-  policy_shardings, policy_shapes = transformer.param_shardings(ctx.mesh, nets.policy)
-  value_shardings, value_shapes = transformer.param_shardings(ctx.mesh, nets.scalar)
-  shardings = PPOState(
+def state_shardings(mesh: Mesh, nets: ppo.Nets) -> PPOState:
+  """Where a PPOState lies: optimisers and average as the weights they belong to."""
+  replicated = sharding.replicated(mesh)
+  policy_shardings, policy_shapes = transformer.param_shardings(mesh, nets.policy)
+  value_shardings, value_shapes = transformer.param_shardings(mesh, nets.scalar)
+  return PPOState(
     step=replicated,
     params=policy_shardings,
-    opt_state=sharding.opt_state_shardings(
-      nets.policy_tx, policy_shapes, policy_shardings, ctx.mesh
-    ),
+    opt_state=sharding.opt_state_shardings(nets.policy_tx, policy_shapes, policy_shardings, mesh),
     value_params=value_shardings,
     value_opt_state=sharding.opt_state_shardings(
-      nets.value_tx, value_shapes, value_shardings, ctx.mesh
+      nets.value_tx, value_shapes, value_shardings, mesh
     ),
     ema_params=policy_shardings,
     kl_coef=replicated,
     key=replicated,
   )
+
+
+def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_params, key):
+  """(PPOState, its shardings) before the first iteration; copies of the weights given."""
+  shardings = state_shardings(ctx.mesh, nets)
 
   def create(params, value_params, key):
     params, value_params = jax.tree.map(jnp.copy, (params, value_params))

@@ -125,6 +125,10 @@ def answer(
       f"{speaker.name}: prompt of {len(ids)} tokens must be shorter than the context of"
       f" {speaker.model.cfg.max_length} tokens"
     )
+  # The cache has a column for each token that is asked for: no more of them than the context.
+  draw = dataclasses.replace(
+    draw, max_new_tokens=min(draw.max_new_tokens, speaker.model.cfg.max_length)
+  )
   programs = speaker.programs(_padded_length(len(ids)), draw)
   uniform_BR = sampling.row_uniforms(key, jnp.arange(1), draw.max_new_tokens)
   jax.block_until_ready(uniform_BR)

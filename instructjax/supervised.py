@@ -19,24 +19,31 @@ def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
   return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
 
 
+def state_shardings(
+  mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation
+) -> TrainState:
+  """Where a TrainState lies: the optimiser state like the weights it belongs to."""
+  shardings, shapes = transformer.param_shardings(mesh, model)
+  return TrainState(
+    step=sharding.replicated(mesh),
+    params=shardings,
+    opt_state=sharding.opt_state_shardings(tx, shapes, shardings, mesh),
+    key=sharding.replicated(mesh),
+  )
+
+
 def create_state(
   mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key
 ):
-  """(TrainState, its shardings): the optimiser state is sharded like the weights it belongs to."""
-  shardings, shapes = transformer.param_shardings(mesh, model)
-  opt_shardings = sharding.opt_state_shardings(tx, shapes, shardings, mesh)
+  """(TrainState, its shardings) before the first step."""
+  shardings = state_shardings(mesh, model, tx)
   state = TrainState(
-    step=jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)),
+    step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
     params=params,
-    opt_state=jax.jit(tx.init, out_shardings=opt_shardings)(params),
-    key=jax.device_put(key, sharding.replicated(mesh)),
+    opt_state=jax.jit(tx.init, out_shardings=shardings.opt_state)(params),
+    key=jax.device_put(key, shardings.key),
   )
-  return state, TrainState(
-    step=sharding.replicated(mesh),
-    params=shardings,
-    opt_state=opt_shardings,
-    key=sharding.replicated(mesh),
-  )
+  return state, shardings
 
 
 def _logits_and_targets(

@@ -79,15 +79,27 @@ class Weights:
       ValueError: the files do not hold this model's parameters.
       UserError: they cannot be read.
     """
-    shardings, shapes = transformer.param_shardings(mesh, model)
     if self.kind != "stage":
+      shardings, _ = transformer.param_shardings(mesh, model)
       return interop.load_params(interop.open_weights(self.path), model, shardings)
-    placed = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
-    params = checkpoint.load_params(self.path, placed, self.step, self.item)
+    params = load_stage(self.path, mesh, model, self.step, self.item)
     mean = self.result.get("demonstration_mean")
     return params if mean is None else heads.shift_bias(params, mean)
+
+
+def load_stage(
+  directory: pathlib.Path, mesh: Mesh, model: transformer.Model, step: int, item: str
+) -> Params:
+  """Weights `item` of a stage's checkpoint, placed on the mesh.
+
+  Raises:
+    UserError: there are none of this model, or they cannot be read.
+  """
+  shardings, shapes = transformer.param_shardings(mesh, model)
+  placed = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+  return checkpoint.load_params(directory, placed, step, item)
 
 
 def open(path: str | pathlib.Path, which: Which = "ema") -> Weights:
@@ -105,6 +117,11 @@ def open(path: str | pathlib.Path, which: Which = "ema") -> Weights:
   path = pathlib.Path(path).absolute()
   if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
     return _open_stage(path, which)
+  if path.is_dir() and not (path / "config.json").is_file():
+    raise ValueError(
+      f"{path} must be the folder of a finished stage, as runs/demo/ppo_ptx, or a Hugging Face folder, and"
+      " it has neither done.json nor config.json"
+    )
   if which == "value":
     raise ValueError(f"{path} must be a finished RL stage to have a value network")
   source = interop.open_weights(path)
@@ -136,7 +153,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     raise ValueError(
       f"{path} must be the folder of a finished stage that trains a network, as runs/demo/ppo_ptx"
     )
-  is_rl = path.name in RL_STAGES
+  is_rl = "config.ppo" in made_with  # whatever the folder's name is now
   if which == "value" and not is_rl:
     raise ValueError(f"{path} must be an RL stage to have a value network")
   block = "config.reward_model" if which == "value" else "config.model"
@@ -156,7 +173,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     path=path,
     kind="stage",
     cfg=dataclasses.replace(cfg, weights="", **_inference()),
-    head="scalar" if path.name == "rm" or which == "value" else "lm",
+    head="scalar" if "demonstration_mean" in done or which == "value" else "lm",
     vocab_size=tokenizer.vocab_size,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     tokenizer_path=tokenizer_path,

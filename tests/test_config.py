@@ -40,6 +40,13 @@ def changed(**values):
   return plain
 
 
+def test_a_reward_model_of_the_policys_network_starts_from_its_weights():
+  equal = dict(reward_model=load().to_dict()["model"], model__weights="a")
+  assert from_config_dict(changed(**equal)).reward_model.weights == "a"
+  assert from_config_dict(changed(**equal, reward_model__weights="b")).reward_model.weights == "b"
+  assert from_config_dict(changed(model__weights="a")).reward_model.weights == ""  # a larger one
+
+
 # --- every config ---------------------------------------------------------------------------------
 
 
@@ -262,6 +269,10 @@ _RULES = [
   (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
   (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
+  (
+    dict(reward_model=load().to_dict()["model"], rm__start_from="sft", reward_model__weights="x"),
+    "config.rm.start_from='sft' must come without config.reward_model.weights='x'",
+  ),
   (dict(collect__max_responses=99), "config.collect.max_responses=99 must not exceed rm.max"),
   (dict(ppo__num_minibatches=0), "config.ppo.num_minibatches=0 must be positive"),
   (dict(ppo__clip=0), "config.ppo.clip=0.0 must be > 0"),
@@ -279,6 +290,7 @@ _RULES = [
   (dict(collect__temperature=-1), "config.collect.temperature=-1.0 must be positive"),
   (dict(evaluate__temperature=0), "config.evaluate.temperature=0.0 must be positive"),
   (dict(seed=-1), "config.seed=-1 must be >= 0"),
+  (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
 ]
 

@@ -6,6 +6,7 @@ benchmarks/parity.py.
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -89,6 +90,15 @@ def test_a_policy_comes_back_bit_for_bit(run, tmp_path, stage, which, item):
   assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 1, None)
   settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
   assert settings == {"eos_token_id": 1}
+
+
+def test_a_renamed_stage_keeps_its_kind(run, tmp_path):
+  folder, _ = run
+  for name, stage, item in (("best", "ppo_ptx", "ema_params"), ("judge", "rm", "params")):
+    shutil.copytree(folder / stage, tmp_path / name)
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer", dirs_exist_ok=True)
+    renamed = weights.open(tmp_path / name)
+    assert (renamed.item, renamed.head) == (item, weights.open(folder / stage).head)
 
 
 def test_the_same_greedy_continuation(run, tmp_path, quick_jit):

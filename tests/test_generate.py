@@ -32,7 +32,7 @@ SETTINGS = Settings(draw=DRAW, seed=0, chat=None, system="")
 KEY = jax.random.key(3)
 
 
-def write_stage(folder, cfg, tokenizer, head, item, seed, **result):
+def write_stage(folder, cfg, tokenizer, head, item, seed, blocks=(), **result):
   """A stage's folder as the stage leaves it, with random weights."""
   model = models.make_model(cfg, tokenizer.vocab_size, head)
   rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ def write_stage(folder, cfg, tokenizer, head, item, seed, **result):
   made_with = {
     "config.model": json.dumps(dataclasses.asdict(cfg)),
     "tokenizer": tokenizer.fingerprint,
-  }
+  } | dict(blocks)
   checkpoint.write_done(folder, {"step": 2, "fingerprint": made_with} | result)
   return model, params
 
@@ -62,7 +62,9 @@ def run(tmp_path_factory):
   write = functools.partial(write_stage, cfg=cfg, tokenizer=tokenizer)
   nets = {
     "sft": write(folder / "sft", head="lm", item="params", seed=1),
-    "ppo_ptx": write(folder / "ppo_ptx", head="lm", item="ema_params", seed=2),
+    "ppo_ptx": write(
+      folder / "ppo_ptx", head="lm", item="ema_params", seed=2, blocks={"config.ppo": "{}"}
+    ),
     "rm": write(folder / "rm", head="scalar", item="params", seed=3, demonstration_mean=MEAN),
   }
   return folder, nets
@@ -136,6 +138,12 @@ def test_an_answer_ends_where_the_context_does(sft):
   encode = lambda count: "\n" * count
   given, _ = answer(sft, encode(limit - 2))
   assert given.num_tokens <= 2
+  # More tokens than there is room for cost nothing: the cache is no longer than the context.
+  whole = lambda times: dataclasses.replace(DRAW, max_new_tokens=times * limit)
+  answer(sft, "a", draw=whole(1))
+  before = speaker.Speaker.programs.cache_info().currsize
+  answer(sft, "a", draw=whole(2))
+  assert speaker.Speaker.programs.cache_info().currsize == before
   with pytest.raises(ValueError, match=f"prompt of {limit} tokens must be shorter than"):
     answer(sft, encode(limit))
   with pytest.raises(ValueError, match="must hold at least one token"):
@@ -293,6 +301,12 @@ def test_escapes_of_typed_prompts():
     ("sft", "", {"chat": True}, "--chat needs a chat template, and .* of .*sft has none"),
     ("sft", "", {"system": "x"}, "--system='x' must go with a chat template"),
     ("none", "", {}, "none must be a Hugging Face folder or a .gguf file"),
+    (
+      "data",
+      "",
+      {},
+      "data must be the folder of a finished stage, .* it has neither done.json nor",
+    ),
   ],
 )
 def test_what_cannot_answer(seat, stage, reward, changes, message):
@@ -310,6 +324,12 @@ def test_settings_have_rules(changes):
     dataclasses.replace(SETTINGS, draw=dataclasses.replace(DRAW, **changes)).validate()
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_is_what_a_key_can_be_made_of(seed):
+  with pytest.raises(ValueError, match=f"--seed={seed} must be >= 0 and below"):
+    dataclasses.replace(SETTINGS, seed=seed).validate()
+
+
 def command(*arguments, **kwargs):
   command = [sys.executable, "-m", "instructjax.generate", *arguments]
   return subprocess.run(
@@ -324,7 +344,10 @@ def command(*arguments, **kwargs):
     (["--checkpoint=x"], "one of --prompt, --prompt_file and --interactive must be given"),
     (["--checkpoint=x", "--prompt=a", "--interactive"], "one of --prompt, --prompt_file and"),
     (["--checkpoint=x", "hello"], "unexpected arguments ['hello']; a prompt is given as --prompt="),
-    (["--checkpoint=x", "--prompt_file=no.txt"], "No such file or directory: 'no.txt'"),
+    (
+      ["--checkpoint=x", "--prompt_file=no.txt"],
+      "--prompt_file=no.txt cannot be read: No such file",
+    ),
     (["--top_p=a"], "flag --top_p=a: could not convert string to float"),
   ],
 )

@@ -421,9 +421,25 @@ def test_a_run_from_given_weights_trains_no_base(whole, specs, tmp_path):
   assert last_checkpoint(tmp_path / "sft")[0] == last_checkpoint(whole / "sft")[0]
 
   again = config(specs, stage="sft", tokenizer__path=tokenizer)
-  with micro.one_device(), pytest.raises(ValueError, match=r"another config.model \(weights: .*"):
+  with micro.one_device(), pytest.raises(ValueError, match="with another parent:pretrain"):
     shutil.copytree(whole / "pretrain", tmp_path / "pretrain")
     pipeline.run(again, tmp_path)
+
+
+def test_given_weights_may_move(whole, specs, tmp_path):
+  """What lies elsewhere since is known by its content; other weights there are refused (above)."""
+  given = tmp_path / "given"
+  shutil.copytree(whole / "pretrain", given / "pretrain")
+  shutil.copytree(whole / "tokenizer", given / "tokenizer")
+  run = lambda given: pipeline.run(
+    config(specs, stage="sft", model__weights=str(given / "pretrain")), tmp_path / "run"
+  )
+  with micro.one_device():
+    run(given)
+    made = files_of(tmp_path / "run" / "sft")
+    given.rename(tmp_path / "moved")
+    run(tmp_path / "moved")
+  assert files_of(tmp_path / "run" / "sft") == made
 
 
 def other_documents(specs, folder):
@@ -441,7 +457,8 @@ def test_given_weights_that_do_not_fit_are_refused(whole, specs, tmp_path):
     with micro.one_device(), pytest.raises(ValueError, match=match) as error:
       pipeline.run(config(specs, stage=changes.pop("stage", "sft"), **changes), tmp_path)
     assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("sft"))
+    # Not even a tokenizer, to which the workdir would then belong.
+    assert {path.name for path in tmp_path.iterdir()} <= {"other", "other.jsonl"}
 
   refused(r"has d_mlp=32, and config.model has d_mlp=40; they must be equal", model__d_mlp=40)
   refused(
@@ -452,7 +469,6 @@ def test_given_weights_that_do_not_fit_are_refused(whole, specs, tmp_path):
   refused(r"config.stage='pretrain' .*config.model.weights", stage="pretrain")
   context(config(specs, data__documents=other_documents(specs, tmp_path)), tmp_path / "other")
   other = str(tmp_path / "other" / "tokenizer" / "tokenizer.model")
-  (tmp_path / "tokenizer").rename(tmp_path / "first")
   refused(r"another tokenizer; set config.tokenizer.path=.*whole", tokenizer__path=other)
 
 

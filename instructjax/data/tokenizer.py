@@ -111,7 +111,10 @@ def load(path: str | os.PathLike) -> Tokenizer:
 def _file_in(folder: pathlib.Path) -> pathlib.Path:
   files = [folder / name for name in (bpe.FILE, _MODEL_FILE) if (folder / name).is_file()]
   if not files:
-    raise ValueError(f"tokenizer.path={str(folder)!r} must hold one of {bpe.FILE}, {_MODEL_FILE}")
+    raise ValueError(
+      f"{folder} has no tokenizer: it must hold one of {bpe.FILE}, {_MODEL_FILE}; copy the model's"
+      " there, or name it with --config.tokenizer.path when training"
+    )
   # Of a damaged tokenizer.json its own reader says what is wrong.
   is_copy = len(files) == 2 and re.search(rb'"type"\s*:\s*"Unigram"', files[0].read_bytes())
   return files[1] if is_copy else files[0]

@@ -1,0 +1,457 @@
+#!/usr/bin/env bash
+# Runs instructjax.main on a TPU VM slice and keeps it running through preemptions. See --help and docs/pods.md.
+#
+# Needs only bash and gcloud here. On the workers the run is a systemd service: it outlives the ssh connection,
+# keeps its exit code, and is sent SIGTERM when the machine is taken away, while the bucket is still mounted.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+usage: launch/tpu_vm.sh COMMAND [FLAGS] [-- FLAGS OF instructjax.main]
+
+commands
+  create   ask for the slice and wait until it is READY
+  install  copy the source to all workers, install it in a venv, mount the bucket
+  run      start the run on all workers and return; it goes on by itself
+  status   state of the slice and of the run, with its exit code once it has ended
+  logs     copy every worker's log here, those of slices that were preempted too
+  delete   give the slice back (the workdir stays in its bucket)
+  up       create, install, run and watch; when the slice is preempted or a worker dies, delete, create,
+           install and run again: the run goes on from its workdir. Ends with logs and delete. If the slice is
+           there and runs already, up only watches.
+
+flags
+  --name=NAME               of the slice                                                        (all commands)
+  --zone=ZONE               such as us-west4-a                                                  (all commands)
+  --project=PROJECT         default: gcloud's own                                               (all commands)
+  --accelerator-type=TYPE   such as v5litepod-256, v5p-512, v6e-64                                (create, up)
+  --version=RUNTIME         default: the one for the accelerator type                             (create, up)
+  --spot                    cheaper; may be preempted at any time                                 (create, up)
+  --source=DIR_OR_GIT_URL   default: this checkout; URL#TAG for a tag or branch                  (install, up)
+  --workdir=gs://BUCKET/DIR where the run lives, checkpoints and all; mounted at /mnt/BUCKET/DIR
+                                                                                    (install, run, logs, up)
+  --config=FILE.py:PRESET   such as configs/ppo_ptx.py:gpt3_1p3b                                     (run, up)
+  --logs=DIR                where logs go on this machine; default: runs/NAME-logs                  (logs, up)
+  --retries=N               how often to start again; default: 10                                         (up)
+  --keep                    leave the slice when the run has ended                                        (up)
+  --poll=SECONDS            between two looks at the slice; default: 30                           (create, up)
+  --dry-run                 print every command, one a line, and run none
+  --help                    this text
+
+example
+  launch/tpu_vm.sh up --name=gpt3 --zone=us-west4-a --project=my-project --accelerator-type=v5litepod-256 --spot \
+    --workdir=gs://my-bucket/gpt3 --config=configs/ppo_ptx.py:gpt3_1p3b -- --config.mesh.fsdp=64
+EOF
+}
+
+fail() {
+  echo "tpu_vm.sh: $*" >&2
+  exit 2
+}
+
+say() { echo "tpu_vm.sh: $*" >&2; }
+
+# One command line that bash reads back as these words.
+quoted() {
+  local word words=()
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then words+=("$word"); else words+=("${word@Q}"); fi
+  done
+  echo "${words[*]}"
+}
+
+# Runs a command, or only prints it.
+perform() {
+  if $dry_run; then quoted "$@"; else
+    echo "+ $(quoted "$@")" >&2
+    "$@"
+  fi
+}
+
+# A line for the reader of a dry run.
+note() { if $dry_run; then echo "# $*"; fi; }
+
+# --- gcloud -----------------------------------------------------------------------------------------------------------
+
+# Queued resources, not `tpu-vm create`: v5e, v5p and v6e slices of more than a few hosts are hardly ever free at
+# the moment of asking, where `tpu-vm create` fails and a queued resource waits. A preempted one stays, SUSPENDED, and
+# must be deleted before the name can be used again.
+queue() { perform gcloud compute tpus queued-resources "$@" "${place[@]}"; }
+
+on_all_workers() { perform gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$1"; }
+
+request_slice() {
+  local flags=("--node-id=$name" "--accelerator-type=$accelerator_type" "--runtime-version=$version")
+  if $spot; then flags+=(--spot); fi
+  queue create "$name" "${flags[@]}"
+}
+
+delete_slice() { queue delete "$name" --force --quiet; }
+
+slice_query=(gcloud compute tpus queued-resources describe '--format=value(state.state)')
+node_query=(gcloud compute tpus tpu-vm describe '--format=value(state)')
+
+# Prints the answer, ABSENT when there is no such thing, UNKNOWN when gcloud could not tell.
+ask() {
+  local answer complaint
+  complaint=$(mktemp)
+  if answer=$("$@" 2>"$complaint"); then
+    echo "${answer:-UNKNOWN}"
+  elif grep -qi 'not_found\|not found' "$complaint"; then
+    echo ABSENT
+  else
+    cat "$complaint" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$complaint"
+}
+
+# Prints READY or what else the slice is: the state of the node, before there is one the state of the request.
+slice_state() {
+  local state
+  state=$(ask "${slice_query[@]}" "$name" "${place[@]}")
+  if [[ $state == ACTIVE ]]; then ask "${node_query[@]}" "$name" "${place[@]}"; else echo "$state"; fi
+}
+
+# Waits for READY; false when it cannot become that any more.
+wait_until_ready() {
+  if $dry_run; then
+    note "every $poll s until ACTIVE and READY:"
+    perform "${slice_query[@]}" "$name" "${place[@]}"
+    perform "${node_query[@]}" "$name" "${place[@]}"
+    return
+  fi
+  local state before=
+  while true; do
+    state=$(slice_state)
+    if [[ $state != "$before" ]]; then say "slice $name: $state"; fi
+    before=$state
+    case $state in
+      READY) return 0 ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | PREEMPTED | STOPPING | STOPPED | TERMINATED | ABSENT)
+        reason="the slice is $state"
+        return 1
+        ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+# --- on the workers ---------------------------------------------------------------------------------------------------
+# Single quotes on purpose: $HOME and the like are the worker's.
+# shellcheck disable=SC2016
+{
+  # The images bring Python 3.10; uv fetches a newer one, whatever the image.
+  readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" "$HOME/instructjax[tpu]"'
+
+  # A new machine updates itself for some minutes, and apt is locked meanwhile.
+  readonly INSTALL_GCSFUSE='for attempt in 1 2 3 4 5 6; do command -v gcsfuse >/dev/null && break; curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse || sleep 20; done; command -v gcsfuse'
+
+  readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --property=SubState,ExecMainCode,ExecMainStatus)'
+}
+
+# No caches: a worker must see at once what another has written. Renaming a folder is how a checkpoint is completed.
+mount_command() {
+  local folder=/mnt/$bucket
+  local gcsfuse="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
+  gcsfuse+=" --rename-dir-limit=100000 $bucket $folder"
+  # A service of its own, started before the run and so stopped after it.
+  echo "mountpoint -q $folder || { sudo mkdir -p $folder && sudo chown \"\$(id -un)\" $folder &&" \
+    "{ sudo systemctl reset-failed instructjax-bucket 2>/dev/null; sudo systemd-run --quiet" \
+    "--unit=instructjax-bucket --uid=\"\$(id -un)\" --property=Type=forking" \
+    "--property=After=network-online.target $gcsfuse; }; } && mkdir -p $mounted/logs"
+}
+
+# The command goes into a file of its own: what systemd expands in a command line, it leaves alone there.
+start_command() {
+  local program log
+  program="exec \"\$HOME/venv/bin/python\" -u -m instructjax.main $(quoted "${main_flags[@]}")"
+  log="\$HOME/instructjax-\$(hostname).log"
+  echo "if [ \"\$(systemctl show instructjax --property=SubState --value)\" = running ];" \
+    "then echo \"\$(hostname): it runs already\" >&2; exit 1; fi;" \
+    "{ sudo systemctl stop instructjax; sudo systemctl reset-failed instructjax; } 2>/dev/null;" \
+    "echo ${program@Q} > \"\$HOME/run.sh\" && sudo systemd-run --quiet --unit=instructjax --uid=\"\$(id -un)\"" \
+    "--working-directory=\"\$HOME/instructjax\" --remain-after-exit --setenv=JAX_PLATFORMS=tpu,cpu" \
+    "--property=Requires=instructjax-bucket.service --property=After=instructjax-bucket.service" \
+    "--property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitNOFILE=1048576" \
+    "--property=StandardOutput=append:\"$log\" --property=StandardError=append:\"$log\"" \
+    "--property=ExecStopPost=\"/bin/cp $log $mounted/logs/\" /bin/bash \"\$HOME/run.sh\""
+}
+
+# Makes the archive that install copies, once for all attempts: a run goes on with the code that it began with.
+pack() {
+  if [[ $source == *://* || $source == git@* ]]; then return; fi
+  perform tar -czf "$archive" '--exclude=./.[!.]*' --exclude=./runs --exclude=./build '--exclude=*.egg-info' \
+    --exclude=__pycache__ '--exclude=*.gguf' '--exclude=*.safetensors' -C "$source" .
+}
+
+install_everything() {
+  # The && are needed: where this function is asked for success, errexit sleeps.
+  if [[ $source == *://* || $source == git@* ]]; then
+    local clone=(git clone --quiet --depth=1)
+    if [[ $source == *#* ]]; then clone+=("--branch=${source##*#}"); fi
+    on_all_workers "rm -rf \"\$HOME/instructjax\" && $(quoted "${clone[@]}" "${source%%#*}") \"\$HOME/instructjax\""
+  else
+    perform gcloud compute tpus tpu-vm scp "$archive" "$name:instructjax.tar.gz" "${place[@]}" --worker=all &&
+      on_all_workers "rm -rf \"\$HOME/instructjax\" && mkdir \"\$HOME/instructjax\" && tar -xzf \"\$HOME/instructjax.tar.gz\" -C \"\$HOME/instructjax\""
+  fi && on_all_workers "$INSTALL_PACKAGE" && on_all_workers "$INSTALL_GCSFUSE" && on_all_workers "$(mount_command)"
+}
+
+start_run() { on_all_workers "$(start_command)"; }
+
+# Prints a line a worker: NAME running | NAME ended CODE | NAME absent. Nothing when the workers cannot be reached.
+worker_states() {
+  local line worker state
+  # stdin is not ssh's to read
+  { gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$RUN_STATE" </dev/null 2>/dev/null || true; } |
+    while read -r line; do
+      [[ $line =~ worker=([^ ]+) ]] || continue
+      worker=${BASH_REMATCH[1]}
+      [[ $line =~ SubState=([a-z-]*) ]] && state=${BASH_REMATCH[1]}
+      case $state in
+        dead) echo "$worker absent" ;;
+        exited | failed)
+          [[ $line =~ ExecMainCode=([0-9]+) ]] && local how=${BASH_REMATCH[1]}
+          [[ $line =~ ExecMainStatus=([0-9]+) ]] && local code=${BASH_REMATCH[1]}
+          # As a shell has it: killed by a signal is 128 and its number.
+          if ((how != 1)); then code=$((128 + code)); fi
+          echo "$worker ended $code"
+          ;;
+        *) echo "$worker running" ;;
+      esac
+    done
+}
+
+# Of worker_states, one word for all: running, absent, unknown, or the exit code: 0 or 2 if all workers have it, and
+# else the highest: after one worker's death the others end as they can.
+run_state() {
+  local states codes
+  states=$(cat)
+  codes=$(sed -n 's/.* ended //p' <<<"$states" | sort -nu)
+  if [[ -z $states ]]; then
+    echo unknown
+  elif [[ $states == *" running"* ]]; then
+    echo running
+  elif [[ $states == *" absent"* ]]; then
+    echo absent
+  else tail -n 1 <<<"$codes"; fi
+}
+
+# Every worker says 2: a mistake in flags or data, which no new start mends.
+is_mistake() { ! grep -qv ' ended 2$' <<<"$1"; }
+
+fetch_logs() {
+  # A worker that is gone has copied its log when it was told to stop.
+  on_all_workers "cp \"\$HOME/instructjax-\$(hostname).log\" $mounted/logs/" ||
+    say "no log from the workers; what they left in $workdir/logs is copied"
+  perform mkdir -p "$logs"
+  perform gcloud storage rsync --recursive "$workdir/logs" "$logs" || say "no logs in $workdir/logs"
+}
+
+# --- up ---------------------------------------------------------------------------------------------------------------
+
+# One life of the slice. Sets outcome: finished, mistake, or lost with a reason.
+attempt() {
+  outcome=lost reason='' exit_code=1
+  local state states run
+  # On its way out it can neither be used nor deleted.
+  while state=$(slice_state) && [[ $state =~ ^(SUSPENDING|DELETING|STOPPING|UNKNOWN)$ ]]; do sleep "$poll"; done
+  if [[ $state == ABSENT ]]; then
+    request_slice || { reason="the request was refused" && return; }
+  elif [[ $state =~ ^(SUSPENDED|PREEMPTED|FAILED|STOPPED|TERMINATED)$ ]]; then
+    delete_slice || { reason="the slice is $state and could not be deleted" && return; }
+    request_slice || { reason="the request was refused" && return; }
+  fi
+  wait_until_ready || return 0
+  if [[ $(worker_states | run_state) != running ]]; then
+    install_everything || { reason="the installation failed" && return; }
+    start_run || { reason="the run could not be started" && return; }
+  fi
+  say "the run is under way; Ctrl-C ends the watching, not the run"
+  while true; do
+    sleep "$poll"
+    state=$(slice_state)
+    case $state in
+      READY) ;;
+      UNKNOWN) continue ;;
+      *) reason="the slice is $state" && return ;;
+    esac
+    states=$(worker_states)
+    run=$(run_state <<<"$states")
+    case $run in
+      running | unknown) ;;
+      absent) reason="a worker was restarted" && return ;;
+      0) outcome=finished exit_code=0 && return ;;
+      *)
+        exit_code=$run reason="the run ended with exit code $run"
+        if is_mistake "$states"; then outcome=mistake; fi
+        return
+        ;;
+    esac
+  done
+}
+
+show_up() {
+  pack
+  request_slice
+  wait_until_ready
+  install_everything
+  start_run
+  note "every $poll s until it has ended:"
+  perform "${slice_query[@]}" "$name" "${place[@]}"
+  perform "${node_query[@]}" "$name" "${place[@]}"
+  on_all_workers "$RUN_STATE"
+  note "if the slice is preempted, up to $retries times, and then again from the request on:"
+  delete_slice
+  note "in the end:"
+  fetch_logs
+  if ! $keep; then delete_slice; fi
+}
+
+up() {
+  trap 'echo; say "no longer watched: the slice and the run go on. up watches again, delete gives the slice back"; exit 130' INT
+  [[ $(slice_state) != UNKNOWN ]] || { say "gcloud cannot be asked about the slice" && exit 1; }
+  pack
+  local tries=0
+  while true; do
+    attempt
+    if [[ $outcome != lost ]] || ((tries == retries)); then break; fi
+    tries=$((tries + 1))
+    say "$reason; starting again ($tries of $retries)"
+    sleep "$poll"
+  done
+  fetch_logs
+  if $keep; then say "the slice is kept and costs money until: tpu_vm.sh delete"; else delete_slice || say "the slice could not be deleted: it may still cost money"; fi
+  case $outcome in
+    finished) say "finished: $workdir" ;;
+    mistake) say "$reason on every worker, which starting again would not mend: see $logs" ;;
+    lost) say "gave up after $retries retries: $reason. The same command goes on from $workdir; logs are in $logs" ;;
+  esac
+  exit "$exit_code"
+}
+
+show_status() {
+  if $dry_run; then
+    perform "${slice_query[@]}" "$name" "${place[@]}"
+    perform "${node_query[@]}" "$name" "${place[@]}"
+    on_all_workers "$RUN_STATE"
+    return
+  fi
+  local state states run
+  state=$(slice_state)
+  echo "slice $name: $state"
+  if [[ $state != READY ]]; then return; fi
+  states=$(worker_states)
+  run=$(run_state <<<"$states")
+  case $run in
+    running) echo "run: running" ;;
+    absent) echo "run: not started on every worker" ;;
+    unknown) echo "run: unknown, the workers cannot be reached" ;;
+    *) echo "run: ended, exit code $run" ;;
+  esac
+  if [[ -n $states ]]; then echo "  ${states//$'\n'/$'\n'  }"; fi
+}
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+need() { # FLAG VALUE WHAT
+  if [[ -z $2 ]]; then fail "$command needs --$1=$3; see --help"; fi
+}
+
+is_count() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "--$1=$2 must be a whole number"; }
+
+default_version() {
+  case $accelerator_type in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    v4-*) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
+command=${1-}
+case $command in
+  -h | --help | help) usage && exit ;;
+  create | install | run | status | logs | delete | up) shift ;;
+  '') fail "which command? One of create, install, run, status, logs, delete, up; see --help" ;;
+  *) fail "no command '$command': one of create, install, run, status, logs, delete, up; see --help" ;;
+esac
+
+name='' zone='' project='' accelerator_type='' version='' source='' workdir='' config='' logs=''
+spot=false keep=false dry_run=false retries=10 poll=30 extra=()
+while (($#)); do
+  case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --project=*) project=${1#*=} ;;
+    --accelerator-type=*) accelerator_type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --source=*) source=${1#*=} ;;
+    --workdir=*) workdir=${1#*=} ;;
+    --config=*) config=${1#*=} ;;
+    --logs=*) logs=${1#*=} ;;
+    --retries=*) retries=${1#*=} ;;
+    --poll=*) poll=${1#*=} ;;
+    --spot) spot=true ;;
+    --keep) keep=true ;;
+    --dry-run) dry_run=true ;;
+    -h | --help) usage && exit ;;
+    --) shift && extra=("$@") && break ;;
+    --config.*) fail "$1: flags of instructjax.main come after --" ;;
+    --*=*) fail "no flag ${1%%=*}; see --help" ;;
+    *) fail "'$1' is not --FLAG=VALUE; see --help" ;;
+  esac
+  shift
+done
+
+need name "$name" NAME
+need zone "$zone" ZONE
+[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name=$name must be lower-case letters, digits and hyphens"
+is_count retries "$retries"
+is_count poll "$poll"
+case $command in
+  create | up)
+    need accelerator-type "$accelerator_type" v5litepod-256
+    version=${version:-$(default_version)}
+    [[ -n $version ]] || fail "no runtime is known for --accelerator-type=$accelerator_type: give --version=RUNTIME"
+    ;;
+esac
+case $command in
+  install | run | logs | up)
+    need workdir "$workdir" gs://BUCKET/DIR
+    [[ $workdir =~ ^gs://([a-z0-9][a-z0-9._-]+)/([A-Za-z0-9._/=-]*[A-Za-z0-9._=-])/*$ ]] ||
+      fail "--workdir=$workdir must be gs://BUCKET/DIR without spaces: what is on a worker's disk is lost with it"
+    bucket=${BASH_REMATCH[1]} mounted=/mnt/${BASH_REMATCH[1]}/${BASH_REMATCH[2]}
+    workdir=gs://$bucket/${BASH_REMATCH[2]}
+    ;;
+esac
+case $command in run | up) need config "$config" FILE.py:PRESET ;; esac
+source=${source:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+case $command in
+  install | up)
+    [[ $source == *://* || $source == git@* || -f $source/setup.cfg ]] ||
+      fail "--source=$source is neither a git URL nor a checkout: there is no setup.cfg in it"
+    ;;
+esac
+$dry_run || type -P gcloud >/dev/null ||
+  fail "gcloud is not on PATH: install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install"
+
+place=("--zone=$zone")
+if [[ -n $project ]]; then place+=("--project=$project"); fi
+logs=${logs:-runs/$name-logs}
+archive=${TMPDIR:-/tmp}/instructjax-$name.tar.gz
+main_flags=("--config=$config" "--workdir=${mounted-}" ${extra[@]+"${extra[@]}"})
+readonly name zone project accelerator_type version source workdir config logs spot keep dry_run retries poll
+
+case $command in
+  create)
+    request_slice
+    wait_until_ready || { say "$reason" && exit 1; }
+    ;;
+  install) pack && install_everything ;;
+  run) start_run ;;
+  status) show_status ;;
+  logs) fetch_logs ;;
+  delete) delete_slice ;;
+  up) if $dry_run; then show_up; else up; fi ;;
+esac

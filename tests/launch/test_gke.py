@@ -1,0 +1,108 @@
+"""launch/gke.yaml: well formed, and its numbers agree with each other and with tpu_vm.sh."""
+
+import math
+import pathlib
+import re
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[2]
+TEXT = (ROOT / "launch" / "gke.yaml").read_text()
+PLACEHOLDERS = {"IMAGE", "BUCKET", "RUN", "SERVICE_ACCOUNT"}
+
+
+@pytest.fixture(scope="module")
+def manifest():
+  return yaml.safe_load(TEXT)
+
+
+@pytest.fixture(scope="module")
+def job(manifest):
+  (replicated,) = manifest["spec"]["replicatedJobs"]
+  return replicated["template"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def pod(job):
+  return job["template"]["spec"]
+
+
+def test_it_is_a_jobset(manifest):
+  assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  assert manifest["metadata"].keys() == {"name", "annotations"}
+
+
+def test_a_pod_for_every_host(job, pod):
+  chips = math.prod(map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")))
+  (container,) = pod["containers"]
+  resources = container["resources"]
+  assert resources["requests"] == resources["limits"]
+  hosts = chips // resources["limits"]["google.com/tpu"]
+  assert job["parallelism"] == job["completions"] == hosts
+  assert job["completionMode"] == "Indexed"  # TPU_WORKER_ID is the index
+  assert f"is {chips} chips, at {chips // hosts} a host {hosts} hosts" in TEXT
+
+
+def test_a_lost_pod_starts_all_again_and_a_mistake_does_not(manifest, job, pod):
+  policy = manifest["spec"]["failurePolicy"]
+  assert policy["maxRestarts"] > 0
+  assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+  (rule,) = job["podFailurePolicy"]["rules"]
+  assert rule["action"] == "FailJob"
+  codes = rule["onExitCodes"]
+  assert codes == {"containerName": "main", "operator": "In", "values": [2]}
+  assert codes["containerName"] == pod["containers"][0]["name"]
+  assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+  assert pod["terminationGracePeriodSeconds"] >= 30
+
+
+def test_the_workdir_is_on_the_bucket(job, pod):
+  (container,) = pod["containers"]
+  (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+  (workdir,) = [word for word in container["command"] if word.startswith("--workdir=")]
+  assert workdir == f"--workdir={mount['mountPath']}/RUN"
+  assert mount["name"] == volume["name"]
+  assert mount["mountPath"] == f"/mnt/{volume['csi']['volumeAttributes']['bucketName']}"
+  assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+
+
+def test_the_bucket_is_mounted_as_on_a_tpu_vm(pod):
+  options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"].split(",")
+  names = {
+    "implicit-dirs": "--implicit-dirs",
+    "metadata-cache:ttl-secs:0": "--metadata-cache-ttl-secs=0",
+    "metadata-cache:negative-ttl-secs:0": "--metadata-cache-negative-ttl-secs=0",
+    "file-system:rename-dir-limit:100000": "--rename-dir-limit=100000",
+  }
+  assert options == list(names)
+  script = (ROOT / "launch" / "tpu_vm.sh").read_text()
+  flags = re.findall(r"--(?:implicit-dirs|metadata-cache-\S+=\d+|rename-dir-limit=\d+)", script)
+  assert flags == list(names.values())
+
+
+def test_the_command_is_the_usual_one(pod):
+  (container,) = pod["containers"]
+  program, *flags = container["command"][2:]
+  assert program == "instructjax.main"
+  (config,) = [flag for flag in flags if flag.startswith("--config=")]
+  path, preset = config.removeprefix("--config=").split(":")
+  assert (ROOT / path).is_file() and preset in (ROOT / "configs" / "gpt3.py").read_text()
+
+
+def test_every_placeholder_is_listed_at_the_top(manifest, pod):
+  header = TEXT.partition("apiVersion")[0]
+  listed = set(re.findall(r"^#   ([A-Z_]+) {2,}", header, re.MULTILINE))
+  assert listed == PLACEHOLDERS
+
+  def strings(node):
+    if isinstance(node, dict):
+      node = list(node.values())
+    if isinstance(node, list):
+      return [text for child in node for text in strings(child)]
+    return [node] if isinstance(node, str) else []
+
+  used = set()
+  for text in strings(manifest):
+    used |= set(re.findall(r"\b[A-Z_]{3,}\b", text))
+  assert used - {variable["name"] for variable in pod["containers"][0]["env"]} == listed

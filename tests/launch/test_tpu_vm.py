@@ -1,0 +1,372 @@
+"""launch/tpu_vm.sh: what it would run, and what it does with a gcloud that tells a story of preemptions.
+
+No cloud is asked anything: dry runs are compared with recorded transcripts, and the rest meets a `gcloud` of the
+test's own, which notes what it is called with and answers from a script.
+"""
+
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "tpu_vm.sh"
+TRANSCRIPTS = pathlib.Path(__file__).parent / "transcripts"
+
+pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+
+# Notes each call as a word or two in `calls`. The states of the queued resource, of the node and of the run come from
+# the files queue, node and run: one line a question, the last line for ever. Refuses commands that bash cannot parse.
+GCLOUD = r"""#!/usr/bin/env bash
+cd "$(dirname "$0")"
+next() {
+  local answer
+  read -r answer <"$1"
+  if (($(wc -l <"$1") > 1)); then sed -i 1d "$1"; fi
+  if [[ $answer == ABSENT ]]; then echo "ERROR: NOT_FOUND: no such resource" >&2 && exit 1; fi
+  if [[ $answer == UNREACHABLE ]]; then echo "ERROR: no network" >&2 && exit 1; fi
+  echo "$answer"
+}
+case "$*" in *--zone=zone-a*--project=mine* | *storage*) ;; *) echo "bad place: $*" >>calls ;; esac
+for word in "$@"; do
+  if [[ $word == --command=* ]]; then bash -n -c "${word#--command=}" || exit 9; fi
+done
+case "$*" in
+  *queued-resources\ describe*) next queue ;;
+  *tpu-vm\ describe*) next node ;;
+  *queued-resources\ create*) echo "create" >>calls ;;
+  *queued-resources\ delete*) echo "delete" >>calls ;;
+  *tpu-vm\ scp*) echo "copy" >>calls ;;
+  *"cp \"\$HOME/instructjax-"*) echo "copy logs" >>calls ;;
+  *ExecMainCode*) next run | tr ';' '\n' ;;
+  *systemd-run*instructjax.main* | *instructjax.main*systemd-run*) echo "run" >>calls ;;
+  *tar\ -xzf*) echo "unpack" >>calls ;;
+  *uv\"\ pip\ install*) echo "install" >>calls; if [[ -f no_install ]]; then exit 1; fi ;;
+  *apt-get*gcsfuse*) echo "gcsfuse" >>calls ;;
+  *mountpoint*) echo "mount" >>calls ;;
+  *storage\ rsync*) echo "fetch logs" >>calls ;;
+  *) echo "unexpected: $*" >>calls ;;
+esac
+"""
+
+PLACE = ["--name=gpt3", "--zone=zone-a", "--project=mine"]
+WHAT = ["--workdir=gs://bucket/gpt3", "--config=configs/ppo_ptx.py:gpt3_1p3b", "--poll=0"]
+INSTALL = ["copy", "unpack", "install", "gcsfuse", "mount"]
+END = ["copy logs", "fetch logs", "delete"]
+
+NONE = "worker=w-0 ExecMainCode=0 ExecMainStatus=0 SubState=dead"
+RUNNING = "worker=w-0 ExecMainCode=0 ExecMainStatus=0 SubState=running"
+DONE = "worker=w-0 ExecMainCode=1 ExecMainStatus=0 SubState=exited"
+
+
+def ended(code: int, worker: int = 0) -> str:
+  return f"worker=w-{worker} ExecMainCode=1 ExecMainStatus={code} SubState=failed"
+
+
+def run(*arguments, path=None, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+  path = os.pathsep.join(filter(None, [str(path or ""), os.environ["PATH"]]))
+  return subprocess.run(
+    ["bash", str(SCRIPT), *arguments],
+    capture_output=True,
+    text=True,
+    cwd=cwd,
+    stdin=subprocess.DEVNULL,
+    env={**os.environ, "TMPDIR": "/tmp", "PATH": path, **environment},
+    timeout=60,
+  )
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  """cloud(queue, node, run): a folder with a gcloud that answers so; .calls() is what it was asked."""
+
+  class Cloud:
+    folder = tmp_path / "cloud"
+
+    def __init__(self, queue, node=("READY",), run=(NONE,)):
+      self.folder.mkdir()
+      for name, states in {"queue": queue, "node": node, "run": run}.items():
+        (self.folder / name).write_text("\n".join(states) + "\n")
+      executable(self.folder / "gcloud", GCLOUD)
+
+    def calls(self) -> list[str]:
+      path = self.folder / "calls"
+      return path.read_text().splitlines() if path.exists() else []
+
+    def up(self, *arguments):
+      flags = [*PLACE, *WHAT, "--accelerator-type=v5litepod-256", "--spot", *arguments]
+      logs = f"--logs={tmp_path / 'logs'}"
+      return run("up", *flags, logs, path=self.folder, TMPDIR=str(tmp_path))
+
+  return Cloud
+
+
+def executable(path: pathlib.Path, text: str):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+# --- the text ---------------------------------------------------------------------------------------------------------
+
+
+def test_shellcheck():
+  path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+  shellcheck = shutil.which("shellcheck", path=path)
+  if shellcheck is None:
+    pytest.skip("shellcheck is not installed: pip install '.[test]' brings it")
+  done = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
+
+
+def test_help_tells_all():
+  done = run("--help")
+  assert done.returncode == 0 and run("up", "--help").stdout == done.stdout
+  text = SCRIPT.read_text()
+  options = text.partition("while (($#))")[2].partition("esac")[0]
+  for line in options.splitlines():
+    flag = line.strip().partition(")")[0].rstrip("*=")
+    if flag.startswith("--") and len(flag) > 2 and not flag.startswith("--config."):
+      assert f"  {flag}" in done.stdout, flag
+  for command in ("create", "install", "run", "status", "logs", "delete", "up"):
+    assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize(
+  "name", ["create_spot_v5e", "up", "run_extra_flags", "delete", "install_git"]
+)
+def test_dry_run(name, tmp_path):
+  """A transcript is a command after `$ ` and all that it prints; to record it anew, run the command."""
+  command, _, expected = (TRANSCRIPTS / f"{name}.txt").read_text().partition("\n")
+  dollar, script, *arguments = shlex.split(command)
+  assert (dollar, script) == ("$", "launch/tpu_vm.sh") and "--dry-run" in arguments
+  executable(tmp_path / "gcloud", "#!/bin/sh\necho called; exit 1\n")
+  done = run(*arguments, path=tmp_path)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert done.stdout == expected
+
+
+def test_every_transcript_is_compared():
+  marks = test_dry_run.pytestmark
+  assert {path.stem for path in TRANSCRIPTS.iterdir()} == set(marks[0].args[1])
+
+
+def test_a_dry_run_needs_no_gcloud_and_its_lines_are_commands(tmp_path):
+  for tool in ("bash", "dirname", "cat"):
+    (tmp_path / tool).symlink_to(shutil.which(tool))
+  done = subprocess.run(
+    [shutil.which("bash"), SCRIPT, "up", *PLACE, *WHAT, "--accelerator-type=v6e-64", "--dry-run"],
+    capture_output=True,
+    text=True,
+    env={"PATH": str(tmp_path)},
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  for line in done.stdout.splitlines():
+    words = shlex.split(line, comments=True)
+    assert not words or words[0] in ("gcloud", "tar", "mkdir"), line
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "arguments, complaint",
+  [
+    ([], "which command?"),
+    (["launch"], "no command 'launch'"),
+    (["status", "--zone=z"], "status needs --name=NAME"),
+    (["status", "--name=a"], "status needs --zone=ZONE"),
+    (["create", *PLACE], "create needs --accelerator-type="),
+    (["create", *PLACE, "--accelerator-type=v9-8"], "give --version=RUNTIME"),
+    (["run", *PLACE, "--config=configs/ppo.py"], "run needs --workdir="),
+    (["run", *PLACE, "--workdir=gs://bucket/a"], "run needs --config="),
+    (["run", *PLACE, "--workdir=runs/demo", "--config=c.py"], "must be gs://BUCKET/DIR"),
+    (["run", *PLACE, "--workdir=gs://bucket", "--config=c.py"], "must be gs://BUCKET/DIR"),
+    (["run", *PLACE, "--workdir=gs://bucket/a b", "--config=c.py"], "must be gs://BUCKET/DIR"),
+    (["run", *PLACE, *WHAT, "--config.seed=1"], "come after --"),
+    (["delete", *PLACE, "--zome=z"], "no flag --zome"),
+    (["delete", *PLACE, "now"], "'now' is not --FLAG=VALUE"),
+    (["delete", "--name=Big One", "--zone=z"], "must be lower-case"),
+    (["delete", *PLACE, "--retries=many"], "--retries=many must be a whole number"),
+    (["install", *PLACE, *WHAT, "--source=/nowhere"], "neither a git URL nor a checkout"),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, complaint):
+  done = run(*arguments, "--dry-run") if arguments else run()
+  assert done.returncode == 2 and done.stdout == ""
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("tpu_vm.sh: ") and complaint in line
+
+
+def test_no_gcloud_is_told(tmp_path):
+  for tool in ("bash", "dirname"):
+    (tmp_path / tool).symlink_to(shutil.which(tool))
+  done = subprocess.run(
+    [shutil.which("bash"), SCRIPT, "status", *PLACE],
+    capture_output=True,
+    text=True,
+    env={"PATH": str(tmp_path)},
+  )
+  assert done.returncode == 2 and "gcloud is not on PATH: install" in done.stderr
+
+
+# --- up ---------------------------------------------------------------------------------------------------------------
+
+
+def test_preempted_then_finished(cloud):
+  """Waits for READY, runs, sees the slice go, waits until it may be deleted, and does it all again."""
+  there = cloud(
+    queue=[
+      *("ABSENT", "ABSENT"),  # the first look, and the first attempt's
+      *("ACCEPTED", "PROVISIONING", "ACTIVE", "ACTIVE"),  # the node is CREATING, then READY
+      *("ACTIVE", "UNREACHABLE", "SUSPENDING"),  # watching
+      *("SUSPENDING", "SUSPENDED", "PROVISIONING", "ACTIVE"),  # the second attempt
+    ],
+    node=["CREATING", "READY"],
+    # One worker is done before another; once ssh fails, which says nothing about the run.
+    run=[NONE, RUNNING, NONE, f"{RUNNING};{DONE}", "UNREACHABLE", f"{DONE};{DONE}"],
+  )
+  done = there.up("--retries=3")
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == [
+    "create", *INSTALL, "run",
+    "delete", "create", *INSTALL, "run",
+    *END,
+  ]  # fmt: skip
+  assert "the slice is SUSPENDING; starting again (1 of 3)" in done.stderr
+  assert done.stderr.endswith("tpu_vm.sh: finished: gs://bucket/gpt3\n")
+
+
+def test_retries_exhausted(cloud):
+  there = cloud(queue=["ABSENT", "ABSENT", "SUSPENDED"])
+  done = there.up("--retries=2")
+  assert done.returncode == 1
+  assert there.calls() == ["create", "delete", "create", "delete", "create", *END]
+  assert "gave up after 2 retries: the slice is SUSPENDED" in done.stderr
+  assert "goes on from gs://bucket/gpt3" in done.stderr
+
+
+def test_a_dead_worker_is_a_retry_on_the_same_slice(cloud):
+  codes = f"{ended(134)};worker=w-1 ExecMainCode=2 ExecMainStatus=9 SubState=failed"
+  there = cloud(queue=["ACTIVE"], run=[NONE, codes, codes, DONE])
+  done = there.up("--keep")
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == [*INSTALL, "run", *INSTALL, "run", "copy logs", "fetch logs"]
+  assert "the run ended with exit code 137; starting again" in done.stderr
+  assert "costs money" in done.stderr
+
+
+def test_the_code_of_a_run_that_never_ends_well(cloud):
+  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(134)};{ended(2, 1)}"])
+  done = there.up("--retries=1")
+  assert done.returncode == 134 and there.calls().count("run") == 2
+
+
+def test_a_mistake_is_not_tried_again(cloud):
+  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(2)};{ended(2, 1)}"])
+  done = there.up()
+  assert done.returncode == 2
+  assert there.calls() == [*INSTALL, "run", *END]
+  assert "exit code 2 on every worker" in done.stderr
+
+
+def test_a_run_under_way_is_only_watched(cloud):
+  there = cloud(queue=["ACTIVE"], run=[RUNNING, RUNNING, DONE])
+  done = there.up()
+  assert done.returncode == 0 and there.calls() == END
+
+
+def test_a_failed_installation_is_a_retry(cloud):
+  there = cloud(queue=["ACTIVE"])
+  (there.folder / "no_install").touch()
+  done = there.up("--retries=1")
+  assert done.returncode == 1 and "the installation failed" in done.stderr
+  assert there.calls() == [*["copy", "unpack", "install"] * 2, *END]
+
+
+def test_no_answer_at_all_costs_nothing(cloud):
+  there = cloud(queue=["UNREACHABLE"])
+  done = there.up()
+  assert done.returncode == 1 and there.calls() == []
+  assert "ERROR: no network" in done.stderr and "gcloud cannot be asked" in done.stderr
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "queue, node, states, expected",
+  [
+    ("ACTIVE", "READY", RUNNING, "slice gpt3: READY\nrun: running\n  w-0 running\n"),
+    ("ACTIVE", "READY", DONE, "slice gpt3: READY\nrun: ended, exit code 0\n  w-0 ended 0\n"),
+    (
+      *("ACTIVE", "READY", f"{DONE};{ended(75, 1)}"),
+      "slice gpt3: READY\nrun: ended, exit code 75\n  w-0 ended 0\n  w-1 ended 75\n",
+    ),
+    (
+      *("ACTIVE", "READY", NONE),
+      "slice gpt3: READY\nrun: not started on every worker\n  w-0 absent\n",
+    ),
+    ("ACTIVE", "PREEMPTED", RUNNING, "slice gpt3: PREEMPTED\n"),
+    ("SUSPENDED", "READY", RUNNING, "slice gpt3: SUSPENDED\n"),
+    ("ABSENT", "READY", RUNNING, "slice gpt3: ABSENT\n"),
+  ],
+)
+def test_status(cloud, queue, node, states, expected):
+  there = cloud([queue], [node], [states])
+  done = run("status", *PLACE, path=there.folder)
+  assert (done.returncode, done.stdout) == (0, expected)
+
+
+def test_create_says_why_it_failed(cloud):
+  there = cloud(["FAILED"])
+  flags = [*PLACE, "--accelerator-type=v5p-512", "--poll=0"]
+  done = run("create", *flags, path=there.folder)
+  assert done.returncode == 1 and "the slice is FAILED" in done.stderr
+
+
+def test_what_is_copied(cloud, tmp_path):
+  """The checkout without its history, runs, environments and weights."""
+  there = cloud(["ACTIVE"])
+  source = tmp_path / "source"
+  for name in (
+    *("setup.cfg", "configs/ppo.py", "instructjax/main.py"),
+    *(".git/HEAD", ".venv/bin/python", "runs/demo/done.json", "a.egg-info/x", "base.gguf"),
+    "configs/__pycache__/ppo.pyc",
+  ):
+    executable(source / name, "")
+  done = run(
+    *("install", *PLACE, *WHAT, f"--source={source}"), path=there.folder, TMPDIR=str(tmp_path)
+  )
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == INSTALL
+  with tarfile.open(tmp_path / "instructjax-gpt3.tar.gz") as archive:
+    files = sorted(member.name for member in archive if member.isfile())
+  assert files == ["./configs/ppo.py", "./instructjax/main.py", "./setup.cfg"]
+
+
+def test_flags_reach_the_program_unchanged(tmp_path):
+  """The command for the workers, run here as a worker would, with systemd's part played by stubs."""
+  flags = ["--config.data.documents=jsonl:it's a $HOME.jsonl", '--x="`true`"', "--y=\\ \t%n"]
+  where, home = tmp_path / "bin", tmp_path / "home"
+  executable(where / "gcloud", '#!/bin/bash\ncommand=${!#}\nexec bash -c "${command#--command=}"\n')
+  executable(where / "sudo", '#!/bin/sh\nexec "$@"\n')
+  executable(where / "systemctl", "#!/bin/sh\n[ $1 != show ] || echo $STATE\n")
+  executable(where / "systemd-run", '#!/bin/sh\nfor last; do :; done\nexec bash "$last"\n')
+  executable(home / "venv/bin/python", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+  started = lambda state: run(
+    *("run", *PLACE, *WHAT, "--", *flags), path=where, HOME=str(home), STATE=state
+  )
+  done = started("exited")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    "-u", "-m", "instructjax.main",
+    "--config=configs/ppo_ptx.py:gpt3_1p3b", "--workdir=/mnt/bucket/gpt3", *flags,
+  ]  # fmt: skip
+  again = started("running")
+  assert again.returncode == 1 and "it runs already" in again.stderr
