@@ -10,7 +10,9 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from instructjax import memory
-from instructjax.errors import UserError
+from instructjax.errors import UserError, reason
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA says it
 
 
 def run(main: Callable[[list[str]], None], *, interrupted: str):
@@ -23,15 +25,26 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
   try:
     app.run(lambda argv: main(_ready(argv)), flags_parser=_parse)
   except (UserError, ValueError, OSError) as error:
-    verbosity = flags.FLAGS["verbosity"]
-    if verbosity.present and verbosity.value >= logging.INFO:  # asked for, to look for a bug
-      traceback.print_exc()
-    print(f"error: {_telling_part(error)}", file=sys.stderr)
-    sys.exit(2)
+    _fail(_telling_part(error))
+  except RuntimeError as error:
+    if _OUT_OF_MEMORY not in str(error):
+      raise
+    _fail(
+      f"out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=True, or"
+      " more devices with --config.mesh.fsdp"
+    )
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
     sys.stderr.flush()
     os._exit(130)  # at once: a save under way would complain at length that its threads are gone
+
+
+def _fail(message: str):
+  verbosity = flags.FLAGS["verbosity"]
+  if verbosity.present and verbosity.value >= logging.INFO:  # asked for, to look for a bug
+    traceback.print_exc()
+  print(f"error: {message}", file=sys.stderr)
+  sys.exit(2)
 
 
 def _ready(argv: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ def writing(path: pathlib.Path):
   except (OSError, ValueError, RuntimeError) as error:  # tensorstore: a full disk is a ValueError
     raise UserError(
       f"cannot write {path}: {reason(error)}. What was saved before is untouched: make room if the"
-      " disk is full, and run the same command again, it goes on from there."
+      " disk is full, and run the same command again."
     ) from error
 
 

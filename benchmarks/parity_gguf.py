@@ -1,0 +1,80 @@
+"""A real model from a GGUF file, and its tokenizer, against what others make of the same file.
+
+Called by parity; imports torch and transformers. Nothing here goes through instructjax's reader of
+such files on the others' side: transformers has its own, and the tokenizer is built by hand.
+"""
+
+import itertools
+import pathlib
+import random
+import tempfile
+
+import gguf
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+from benchmarks import parity_models
+from instructjax import packaging
+from instructjax.data import tokenizer as our_tokenizers
+from instructjax.errors import UserError
+
+NUM_LINES = 5000
+
+
+def compare_model(path: pathlib.Path) -> dict[str, float]:
+  """Columns `right` to `export`; the export is the one that a user gets, tokenizer and card included."""
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32
+  ).eval()
+  ids = plain_tokenizer(path).encode(parity_models.PARAGRAPH).ids
+  values = parity_models.compare_lm(path, theirs, ids)
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / "out"
+    packaging.write_huggingface(str(path), out)
+    return values | {"export": parity_models.export_difference(out, theirs, ids)}
+
+
+def plain_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
+  """SmolLM2's rules, as its tokenizer.json has them, with the file's vocabulary; no special tokens."""
+  fields = gguf.GGUFReader(path).fields
+  splitter = fields["tokenizer.ggml.pre"].contents()
+  if splitter != "smollm":
+    raise UserError(
+      f"{path}: tokenizer.ggml.pre={splitter!r} must be 'smollm', which is built here"
+    )
+  tokens = fields["tokenizer.ggml.tokens"].contents()
+  merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+  model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  return tokenizer
+
+
+def sample_lines(paths: list[pathlib.Path]) -> list[str]:
+  """NUM_LINES in all, in equal parts of the files as far as these reach; line ends included."""
+  rng = random.Random(0)
+  files = []
+  for path in paths:
+    lines = path.read_bytes().decode().splitlines(keepends=True)
+    files.append(rng.sample(lines, len(lines)))
+  # One line of each file in turn.
+  turns = itertools.chain.from_iterable(itertools.zip_longest(*files))
+  return list(itertools.islice((line for line in turns if line is not None), NUM_LINES))
+
+
+def compare_tokenizers(path: pathlib.Path, lines: list[str]) -> dict[str, int]:
+  """Columns `ids` and `texts`."""
+  ours, plain = our_tokenizers.load(path), plain_tokenizer(path)
+  ids = [plain.encode(line).ids for line in lines]
+  return {
+    "ids": sum(ours.encode(line) != expected for line, expected in zip(lines, ids)),
+    "texts": sum(ours.decode(one) != plain.decode(one) for one in ids),
+  }

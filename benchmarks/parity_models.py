@@ -1,0 +1,249 @@
+"""The same weights in instructjax and in transformers: logits, caches, greedy text, exports, scores.
+
+Called by parity; imports torch and transformers.
+"""
+
+import functools
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from absl import logging
+
+from instructjax import sampling, scoring, sharding, weights
+from instructjax.config import MeshConfig
+from instructjax.models import interop, transformer
+from instructjax.ops import lm
+from instructjax.structs import Params, PromptBatch
+
+# Models of random weights read its 400 bytes as ids.
+PARAGRAPH = (
+  "The history of the town begins with a small settlement on the bank of the river. Over the"
+  " centuries it grew into a centre of trade, and merchants from many countries came to sell their"
+  " goods in its markets. In the nineteenth century the railway arrived, and the population doubled"
+  " within twenty years. Today it is known for its university, its 7 museums, and its parks; 81,000"
+  " people live there."
+)
+NEW_TOKENS = 32  # of a greedy continuation
+FED_TOKENS = 12  # one at a time, through the caches
+SCORE_BIAS = 0.75
+
+_GPT2 = dict(vocab_size=256, n_embd=32, n_layer=3, n_head=4, n_positions=512)
+_LLAMA = dict(
+  vocab_size=256,
+  hidden_size=32,
+  intermediate_size=56,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=512,
+)
+_TIED = dict(tie_word_embeddings=True)
+_LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=5e4)
+_LLAMA3 = dict(
+  rope_type="llama3",
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=64,
+  rope_theta=5e5,
+)
+MODELS = {
+  "gpt2, tied": ("gpt2", _GPT2),
+  "gpt2, untied": ("gpt2", _GPT2 | dict(tie_word_embeddings=False)),
+  "gpt2, wide mlp, 1 layer": ("gpt2", _GPT2 | dict(n_inner=200, n_layer=1, n_embd=48, n_head=2)),
+  "llama, tied": ("llama", _LLAMA | _TIED | dict(num_key_value_heads=4)),
+  "llama, untied": ("llama", _LLAMA | dict(num_key_value_heads=4)),
+  "llama, 2 KV heads of 6": ("llama", _LLAMA | dict(num_attention_heads=6, hidden_size=48)),
+  "llama, 1 KV head, head_dim 16": ("llama", _LLAMA | dict(head_dim=16, num_key_value_heads=1)),
+  "llama, biases": ("llama", _LLAMA | dict(attention_bias=True, mlp_bias=True)),
+  "llama, linear rope scaling": ("llama", _LLAMA | dict(rope_parameters=_LINEAR)),
+  "llama, llama3 rope scaling": ("llama", _LLAMA | _TIED | dict(rope_parameters=_LLAMA3)),
+  "mistral, window 500 of 512": ("mistral", _LLAMA | dict(sliding_window=500)),
+  "mistral, tied, no window": ("mistral", _LLAMA | _TIED | dict(sliding_window=None)),
+  "qwen2, tied": ("qwen2", _LLAMA | _TIED),
+  "qwen2, untied, 5 layers": ("qwen2", _LLAMA | dict(num_hidden_layers=5)),
+}
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.set_verbosity(logging.ERROR)
+
+
+def random_models() -> Iterator[tuple[str, dict[str, float]]]:
+  """(name, column -> value) of a language model and a reward model of each of MODELS."""
+  ids = list(PARAGRAPH.encode())
+  for name, (family, sizes) in MODELS.items():
+    ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = transformers.AutoConfig.for_model(family, **sizes, **ends, num_labels=1)
+    with tempfile.TemporaryDirectory() as folder:
+      folder = pathlib.Path(folder)
+      theirs = _random(transformers.AutoModelForCausalLM, config, folder / "lm")
+      values = compare_lm(folder / "lm", theirs, ids)
+      interop.write_folder(folder / "lm_out", *load_ours(folder / "lm"), {})
+      values["export"] = export_difference(folder / "lm_out", theirs, ids)
+      theirs = _random(transformers.AutoModelForSequenceClassification, config, folder / "rm")
+      yield name, values | _compare_scores(folder, theirs, ids)
+
+
+def _random(kind, config, folder: pathlib.Path):
+  """A model of random weights, norms and biases included, saved by transformers."""
+  generator = torch.Generator().manual_seed(0)
+  model = kind.from_config(config).eval()
+  for parameter in model.parameters():
+    is_norm = parameter.ndim == 1
+    parameter.data = is_norm + 0.3 * torch.randn(parameter.shape, generator=generator)
+  model.save_pretrained(folder)
+  return model
+
+
+def load_ours(path: pathlib.Path) -> tuple[transformer.Model, Params]:
+  """The network as its files have it, whose tokenizer is not asked for."""
+  opened = weights.open(path)
+  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  model = transformer.make_model(opened.cfg, opened.vocab_size, opened.head)
+  return model, opened.load(mesh, model)
+
+
+@torch.inference_mode()
+def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
+  """Columns `right` to `greedy`.
+
+  Args:
+    path: what instructjax imports.
+    theirs: transformers' model of the same weights.
+    ids: of a paragraph, at least 60.
+  """
+  model, params = load_ours(path)
+  apply = jax.jit(transformer.apply, static_argnums=0)
+  values = {}
+  for side in ("right", "left"):
+    token_BL, is_token_BL = pad(cut(ids), side, model.vocab_size)
+    position_BL = transformer.positions_from_mask(is_token_BL)
+    segment_BL = is_token_BL.astype(np.int32)
+    logits_BLV = apply(model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL)
+    values[side] = _largest((logits_BLV - their_logits(theirs, token_BL, is_token_BL))[is_token_BL])
+    if side == "right":  # whose first row is the paragraph
+      nll = -jnp.mean(lm.token_logprob(logits_BLV[:1, :-1], jnp.asarray([ids[1:]])))
+  # Of their logits in float64: their own loss is off by 8e-6 at SmolLM2's vocabulary, for float32 sums.
+  their_LV = theirs(torch.tensor([ids])).logits[0].double()
+  their_nll = torch.nn.functional.cross_entropy(their_LV[:-1], torch.tensor(ids[1:]))
+  values["nll"] = abs(float(nll) - their_nll.item())
+  prompts = [row[: len(row) // 2] + row[:1] for row in cut(ids)]
+  values |= _compare_caches(model, params, theirs, prompts, ids[-FED_TOKENS:])
+  return values | {"greedy": _compare_greedy(model, params, theirs, prompts)}
+
+
+def cut(ids: list[int]) -> list[list[int]]:
+  """Four rows of very different lengths: all of it, two thirds, a fifth, one token."""
+  length = len(ids)
+  return [ids, ids[length // 3 :], ids[length // 4 : length // 4 + length // 5], ids[7:8]]
+
+
+def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+  """(token_BL, is_token_BL)"""
+  length = max(map(len, rows))
+  token_BL = np.full((len(rows), length), pad_id, np.int32)
+  is_token_BL = np.zeros(token_BL.shape, bool)
+  for token_L, is_token_L, row in zip(token_BL, is_token_BL, rows):
+    columns = slice(length - len(row), None) if side == "left" else slice(len(row))
+    token_L[columns], is_token_L[columns] = row, True
+  return token_BL, is_token_BL
+
+
+def their_inputs(token_BL, is_token_BL, is_slot_BT=None) -> dict[str, torch.Tensor]:
+  """Arguments of a transformers model; `is_slot_BT` marks the cache's tokens and these."""
+  is_slot_BT = is_token_BL if is_slot_BT is None else is_slot_BT
+  position_BT = np.cumsum(is_slot_BT, axis=1) - is_slot_BT
+  return {
+    "input_ids": torch.tensor(np.where(is_token_BL, token_BL, 0), dtype=torch.long),
+    "attention_mask": torch.tensor(is_slot_BT, dtype=torch.long),
+    "position_ids": torch.tensor(position_BT[:, -token_BL.shape[1] :], dtype=torch.long),
+  }
+
+
+@torch.inference_mode()
+def their_logits(theirs, token_BL: np.ndarray, is_token_BL: np.ndarray) -> np.ndarray:
+  return theirs(**their_inputs(token_BL, is_token_BL)).logits.numpy()
+
+
+def _compare_caches(model, params, theirs, prompts, fed: list[int]) -> dict[str, float]:
+  """Prefill, then the same tokens fed to every row."""
+  token_BP, is_slot_BT = pad(prompts, "left", model.vocab_size)
+  num_rows, prompt_length = token_BP.shape
+  decoding = jax.jit(functools.partial(transformer.decode_weights, model))(params)
+  cache = transformer.init_cache(model, num_rows, prompt_length + len(fed))
+  prefill = jax.jit(transformer.prefill, static_argnums=0)
+  decode_step = jax.jit(transformer.decode_step, static_argnums=0)
+  logits_BV, cache = prefill(model, decoding, token_BP, is_slot_BT, cache)
+  answer = theirs(**their_inputs(token_BP, is_slot_BT), use_cache=True)
+  differences = [_largest(logits_BV - answer.logits[:, -1].numpy())]
+  for step, token in enumerate(fed):
+    token_B1, is_new_B1 = np.full((num_rows, 1), token, np.int32), np.ones((num_rows, 1), bool)
+    position_B = np.sum(is_slot_BT, axis=1, dtype=np.int32)
+    is_slot_BT = np.concatenate([is_slot_BT, is_new_B1], axis=1)
+    is_column_BT = np.pad(is_slot_BT, ((0, 0), (0, len(fed) - 1 - step)))
+    slot = jnp.int32(prompt_length + step)
+    logits_BV, cache = decode_step(
+      model, decoding, token_B1[:, 0], position_B, slot, is_column_BT, cache
+    )
+    inputs = their_inputs(token_B1, is_new_B1, is_slot_BT)
+    answer = theirs(**inputs, past_key_values=answer.past_key_values, use_cache=True)
+    differences.append(_largest(logits_BV - answer.logits[:, -1].numpy()))
+  return {"prefill": differences[0], "decode": max(differences[1:])}
+
+
+def _compare_greedy(model, params, theirs, prompts) -> int:
+  """Tokens that differ. Nothing ends a row, so that all are compared."""
+  token_BP, is_prompt_BP = pad(prompts, "left", model.vocab_size)
+  generate = functools.partial(
+    sampling.generate, model, max_new_tokens=NEW_TOKENS, eos_id=-1, temperature=0.0
+  )
+  batch = PromptBatch(token_BP, is_prompt_BP, np.arange(len(prompts), dtype=np.int32))
+  token_BL = np.asarray(jax.jit(generate)(params, batch, jax.random.key(0)).token_BL)
+  theirs.generation_config.eos_token_id = None
+  inputs = their_inputs(token_BP, is_prompt_BP)
+  del inputs["position_ids"]  # generate finds them
+  their_BL = theirs.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+  new = slice(token_BP.shape[1], None)
+  return int(np.sum(token_BL[:, new] != their_BL[:, new].numpy()))
+
+
+def export_difference(folder: pathlib.Path, theirs, ids: list[int]) -> float:
+  """Column `export`: an exported folder against the model that was imported, both in transformers."""
+  again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+  batch = pad(cut(ids), "right", 0)
+  return _largest((their_logits(again, *batch) - their_logits(theirs, *batch))[batch[1]])
+
+
+@torch.inference_mode()
+def _compare_scores(folder: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
+  """Of a reward model in folder/rm, right-padded, as transformers finds each row's last token."""
+  model, params = load_ours(folder / "rm")
+  token_BL, is_token_BL = pad(cut(ids), "right", model.vocab_size)
+  score = jax.jit(functools.partial(scoring.sequence_score, model))
+  score_B = np.asarray(score(params, token_BL, is_token_BL))
+  mask = {"attention_mask": torch.tensor(is_token_BL, dtype=torch.long)}
+  padded_BL = torch.tensor(np.where(is_token_BL, token_BL, theirs.config.pad_token_id))
+  their_B = theirs(padded_BL.long(), **mask).logits[:, 0].numpy()
+  params["head"]["bias"] = jnp.float32(SCORE_BIAS)
+  interop.write_folder(folder / "rm_out", model, params, {"pad_token_id": model.vocab_size})
+  again = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "rm_out").eval()
+  config = json.loads((folder / "rm_out" / "config.json").read_text())
+  # The export's pad is the id past the vocabulary, as our own.
+  again_B = again(torch.tensor(token_BL).long(), **mask).logits[:, 0].numpy()
+  again_B = again_B + config.get(interop.SCORE_BIAS, 0.0)
+  return {
+    "score in": _largest(score_B - their_B),
+    "score out": _largest(again_B - (score_B + SCORE_BIAS)),
+  }
+
+
+def _largest(difference) -> float:
+  return float(np.max(np.abs(difference)))
