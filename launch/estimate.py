@@ -1,0 +1,228 @@
+"""From a program's bytes and costs to a report: does it fit, how long might it take, what binds. Called by plan.py.
+
+Pure arithmetic and text: no JAX. Every second here is an estimate: nothing has run on a TPU.
+"""
+
+import re
+
+from launch.costs import PHASES, Cost, Summary
+from launch.topology import GIB, Chip
+
+_USED = re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm")
+_NEEDED = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+_ALLOCATION = re.compile(r"Size: ([\d.]+)([MG])\s+(?:Operator: op_name=\"([^\"]*)\")?")
+
+_NESTING = ("jit(step)", "while", "body", "closed_call", "checkpoint")
+
+
+def memory(
+  owners: dict[str, int],
+  inside: dict[str, int],
+  allocated: int,
+  peak: int,
+  program: int,
+  hbm: float,
+) -> dict:
+  """Bytes of a device's HBM by owner.
+
+  Args:
+    owners: of the arguments, which lie there all the time.
+    inside: arrays of known size that live during the rollout only; the update uses their space anew.
+    allocated: all that the program takes, holes between its arrays included.
+    peak: of it, the most that is in use at a time.
+    program: its code.
+    hbm: what the compiler lets a program use.
+  """
+  known = sum(owners.values()) + sum(inside.values()) + program
+  return {
+    "hbm": int(hbm),
+    "allocated": allocated,
+    "peak": peak,
+    "free": int(hbm) - allocated,
+    "arguments": owners,
+    "inside": inside,
+    "activations and other temporaries": allocated - known,
+    "program": program,
+  }
+
+
+def phase_seconds(cost: Cost, chip: Chip) -> dict[str, float]:
+  """Seconds that each term of the roofline alone would take."""
+  return {
+    "compute": cost.flops / chip.flops,
+    "HBM": cost.hbm_bytes / chip.hbm_rate,
+    "links": cost.wire_bytes / chip.link_rate,
+  }
+
+
+def timing(summary: Summary, chip: Chip, rows: int, tokens: int, model_rate: float | None) -> dict:
+  """Estimated seconds of an iteration, by phase and in three ways.
+
+  roofline: each phase takes as long as its largest term at public peak rates; all that is sent goes over one ring.
+  overlapped and serial: the compiler's own cost model of what computes and moves within a chip, with communication
+  hidden as far as it can be, and with none hidden.
+
+  Args:
+    rows, tokens: of an iteration's batch.
+    model_rate: FLOPs an iteration that the model itself takes, over the devices' peak rate; None for no MFU.
+  """
+  phases = {}
+  for name in PHASES:
+    cost = summary.phases[name]
+    terms = phase_seconds(cost, chip)
+    cycles = cost.cycles / chip.clock
+    phases[name] = {
+      "flops": cost.flops,
+      "hbm_bytes": cost.hbm_bytes,
+      "collective_bytes": cost.wire_bytes,
+      "seconds": terms,
+      "binds": max(terms, key=terms.get),
+      "roofline": max(terms.values()),
+      "cost_model": cycles,
+      "overlapped": max(cycles, terms["links"]),
+      "serial": cycles + terms["links"],
+    }
+  totals = {}
+  for way in ("roofline", "overlapped", "serial"):
+    seconds = sum(phase[way] for phase in phases.values())
+    totals[way] = {"seconds": seconds, "rows": rows / seconds, "tokens": tokens / seconds}
+    if model_rate is not None:
+      totals[way]["mfu"] = model_rate / seconds
+  return {"phases": phases, "estimates": totals}
+
+
+def largest(summary: Summary, number: int) -> list[tuple[str, str, float, float]]:
+  """The collectives that send most: (kind, op_name, how many run, bytes sent)."""
+  items = [(*where, *amounts) for where, amounts in summary.collectives.items()]
+  return sorted(items, key=lambda item: -item[3])[:number]
+
+
+def out_of_memory(message: str) -> dict | None:
+  """The compiler's figures in GiB where it says that a program does not fit, else None."""
+  match = _USED.search(message) or _NEEDED.search(message)
+  if match is None:
+    return None
+  largest = [
+    {"gib": float(size) / (1024 if unit == "M" else 1), "op_name": name or ""}
+    for size, unit, name in _ALLOCATION.findall(message)
+  ]
+  return {
+    "needed": float(match[1]),
+    "available": float(match[2]),
+    "is_lower_bound": _USED.search(message) is None,
+    "largest": largest[:5],
+  }
+
+
+def refusal(report: dict) -> str:
+  """Why a program does not fit, in words."""
+  found, owners = report["out_of_memory"], report["memory"]["arguments"]
+  at_least = "at least " if found["is_lower_bound"] else ""
+  over = found["needed"] - found["available"]
+  what = "temporaries alone need" if found["is_lower_bound"] else "it needs"
+  lines = [
+    _title(report),
+    f"Does not fit: {what} {at_least}{found['needed']:.2f} GiB of HBM a device, and the compiler has"
+    f" {found['available']:.2f} GiB: {over:.2f} GiB too much.",
+  ]
+  name = max(owners, key=owners.get)
+  arguments = sum(owners.values())
+  lines.append(
+    f"Arguments take {_gib(arguments)} of it, the largest of them {name} with {_gib(owners[name])}."
+  )
+  sizes = owners | report["memory"]["inside"]
+  lines += _memory_lines(sizes)
+  if found["largest"]:
+    lines.append("The compiler's largest allocations:")
+    lines += [f"  {item['gib']:8.2f} GiB  {_short(item['op_name'])}" for item in found["largest"]]
+  return "\n".join(lines)
+
+
+def _title(report: dict) -> str:
+  mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+  return (
+    f"{report['stage']} {report['preset']} on {report['topology']}: {report['devices']} x"
+    f" {report['chip']}, mesh {mesh}"
+  )
+
+
+def _gib(size: float) -> str:
+  return f"{size / GIB:.2f} GiB"
+
+
+def _short(op_name: str) -> str:
+  """An operation's name without the loops and calls that it is in."""
+  return "/".join(part for part in op_name.split("/") if part not in _NESTING) or "(unnamed)"
+
+
+def _memory_lines(sizes: dict[str, int]) -> list[str]:
+  return [f"  {size / GIB:8.3f} GiB  {name}" for name, size in sizes.items()]
+
+
+def text(report: dict) -> str:
+  """A report as people read it."""
+  sizes, times = report["memory"], report["timing"]
+  lines = [
+    _title(report),
+    f"Fits: takes {_gib(sizes['allocated'])} of a device's {_gib(sizes['hbm'])},"
+    f" {_gib(sizes['free'])} are free; {_gib(sizes['peak'])} are in use at the peak.",
+    "HBM a device:",
+    *_memory_lines(sizes["arguments"]),
+    *_memory_lines({f"{name} (rollout only)": size for name, size in sizes["inside"].items()}),
+    *_memory_lines(
+      {name: sizes[name] for name in ("activations and other temporaries", "program")}
+    ),
+    "An iteration, a device, loops multiplied by their trips; seconds are estimates at public peak rates:",
+    f"  {'':10}{'TFLOP':>9}{'HBM GB':>9}{'sent GB':>9}{'compute s':>11}{'HBM s':>9}{'links s':>9}"
+    f"  {'binds':9}{'cost model s':>12}",
+  ]
+  for name, phase in times["phases"].items():
+    if not phase["flops"] + phase["hbm_bytes"] + phase["collective_bytes"]:
+      continue
+    seconds = phase["seconds"]
+    lines.append(
+      f"  {name:10}{phase['flops'] / 1e12:9.2f}{phase['hbm_bytes'] / 1e9:9.1f}"
+      f"{phase['collective_bytes'] / 1e9:9.2f}{seconds['compute']:11.3f}{seconds['HBM']:9.3f}"
+      f"{seconds['links']:9.3f}  {phase['binds']:9}{phase['cost_model']:12.3f}"
+    )
+  described = {
+    "roofline": "estimate, roofline",
+    "overlapped": "estimate, compiler's cost model, communication hidden",
+    "serial": "estimate, compiler's cost model, none hidden",
+  }
+  for way, words in described.items():
+    total = times["estimates"][way]
+    mfu = f", MFU {total['mfu']:.2f}" if "mfu" in total else ""
+    lines.append(
+      f"{words}: {total['seconds']:.2f} s an iteration, {total['tokens']:,.0f}"
+      f" {report['token_kind']} a second{mfu}"
+    )
+  if report["decode"]:
+    lines.append(
+      f"Decode: {report['decode']['steps']} steps at most, each sends"
+      f" {report['decode']['sent_bytes'] / 1e6:.2f} MB a device."
+    )
+  lines.append("Collectives an iteration, a device:")
+  lines += [
+    f"  {kind:20}{count:9,.0f} times{size / 1e9:9.2f} GB sent"
+    for kind, (count, size) in report["collectives"].items()
+  ]
+  lines.append("Of them, what sends most:")
+  lines += [
+    f"  {kind:20}{count:9,.0f} times{size / 1e9:9.2f} GB  {_short(name)}"
+    for kind, name, count, size in report["largest_collectives"]
+  ]
+  transfers = report["host_transfers"]
+  lines.append(
+    f"Host transfers: {', '.join(transfers)}: there must be none."
+    if transfers
+    else "Host transfers: none."
+  )
+  if report["unknown_trips"]:
+    lines.append(f"Counted once, of unknown length: {', '.join(report['unknown_trips'])}.")
+  spent = report["compilation"]
+  lines.append(
+    f"Compiled in {spent['seconds']:.0f} s ({spent['cpu_seconds']:.0f} CPU-seconds,"
+    f" {spent['peak_rss_bytes'] / GIB:.1f} GiB)."
+  )
+  return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""FLOPs of a matrix product in a compiled program's text. Called by costs.py; imports hlo.py only."""
+
+import math
+import re
+
+from launch.hlo import Computation, Instruction
+
+
+def dot_flops(computation: Computation, item: Instruction) -> float:
+  """Two a multiplication."""
+  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", item.text)[1]
+  left = computation.instructions[item.operands[0]].arrays[0].dims
+  depth = math.prod(left[int(dim)] for dim in contracted.split(",") if dim)
+  return 2.0 * math.prod(item.arrays[0].dims) * depth
+
+
+def convolution_flops(computation: Computation, item: Instruction) -> float:
+  """Two a multiplication of values that are there.
+
+  The TPU's compiler makes every matrix product a convolution, and batch dimensions spatial ones with
+  holes or padding, where nothing is multiplied.
+  """
+  kernel_labels, output_labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", item.text).groups()
+  input_labels = re.search(r"dim_labels=(\w+)_", item.text)[1]
+  left, kernel = (computation.instructions[name].arrays[0].dims for name in item.operands[:2])
+  output = item.arrays[0].dims
+  flops = 2.0 * output[output_labels.index("b")] * output[output_labels.index("f")]
+  flops *= kernel[kernel_labels.index("i")]
+  for axis in range(len(kernel_labels) - 2):
+    label = str(axis)
+    flops *= _overlaps(
+      left[input_labels.index(label)],
+      kernel[kernel_labels.index(label)],
+      output[output_labels.index(label)],
+      _window(item.text, axis),
+    )
+  groups = item.integer("batch_group_count") or 1
+  return flops / groups
+
+
+def _window(text: str, axis: int) -> dict[str, int]:
+  """stride, low padding and dilations along a spatial axis."""
+  match = re.search(r"window=\{([^}]*)\}", text)
+  fields = dict(field.split("=") for field in match[1].split()) if match else {}
+
+  def read(name: str, default: int) -> int:
+    return int(fields[name].split("x")[axis].split("_")[0]) if name in fields else default
+
+  return {
+    "stride": read("stride", 1),
+    "pad": read("pad", 0),
+    "lhs_dilate": read("lhs_dilate", 1),
+    "rhs_dilate": read("rhs_dilate", 1),
+  }
+
+
+def _overlaps(size: int, kernel: int, output: int, window: dict[str, int]) -> int:
+  """Pairs of an output position and a kernel position that meet a value of the input."""
+  last, found = (size - 1) * window["lhs_dilate"], 0
+  for at in range(kernel):
+    offset = at * window["rhs_dilate"] - window["pad"]
+    places = (position * window["stride"] + offset for position in range(output))
+    found += sum(0 <= place <= last and place % window["lhs_dilate"] == 0 for place in places)
+  return found

@@ -1,0 +1,157 @@
+r"""Does a stage fit a TPU slice, and how long might it take? Asked of the TPU's compiler, without a TPU.
+
+  python -m launch.plan --config=configs/ppo_ptx.py:gpt3_1p3b --topology=v5e:16x16 --mesh=fsdp:64,tensor:4
+
+Compiles the stage's own train step for the slice and reads the compiled text. Needs no weights, data or tokenizer, but
+libtpu: pip install -e '.[plan]'. Exits with 1 where the program does not fit, 2 for a mistake. Every second it prints
+is an estimate: nothing has run on a TPU.
+"""
+
+import json
+import resource
+import sys
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from instructjax import cli
+from instructjax.config import Config, MeshConfig, from_config_dict
+from instructjax.errors import UserError
+from launch import costs, estimate, topology
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:AxB or CHIP:AxBxC, as v5e:16x16.")
+_MESH = flags.DEFINE_string(
+  "mesh", None, "AXIS:SIZE,... as fsdp:64,tensor:4; axes left out are 1. The config's by default."
+)
+_STAGE = flags.DEFINE_string("stage", None, "Which stage's step. The config's by default.")
+_JSON = flags.DEFINE_boolean("json", False, "Print one line of JSON.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def parse_mesh(spelling: str) -> MeshConfig:
+  """MeshConfig of `fsdp:64,tensor:4`.
+
+  Raises:
+    ValueError: it is not spelt so, or names an axis that is not there or twice.
+  """
+  sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+  pairs = [part.partition(":") for part in spelling.split(",")]
+  names = [name for name, _, _ in pairs]
+  try:
+    given = {name: int(size) for name, _, size in pairs}
+  except ValueError:
+    given = {}
+  if not given or set(names) - set(sizes) or len(set(names)) < len(names):
+    raise ValueError(
+      f"--mesh={spelling} must be AXIS:SIZE,... with each of data, fsdp, tensor at most once, as"
+      " fsdp:64,tensor:4"
+    )
+  return MeshConfig(**sizes | given)
+
+
+def plan(config: Config, topology_name: str, stage: str) -> dict:
+  """Compiles a stage's step and reads what comes out. `fits` says whether there is a program at all.
+
+  Raises:
+    UserError: libtpu is not installed.
+    ValueError: the mesh, batch, stage or topology do not go together.
+  """
+  chip = topology.chip(topology_name)
+  devices = topology.devices(topology_name)
+  import jax  # after the environment is set
+
+  from instructjax import sharding
+  from launch import programs
+
+  mesh = sharding.make_mesh(config.mesh, devices)
+  program = programs.make(config, mesh, stage)
+  sizes = lambda trees: {name: programs.shard_bytes(tree) for name, tree in trees.items()}
+  owners, inside = sizes(program.owners), sizes(program.inside)
+  report = {
+    "note": "estimates: nothing has run on a TPU",
+    "stage": stage,
+    "preset": config.preset,
+    "topology": topology_name,
+    "chip": chip.name,
+    "devices": len(devices),
+    "mesh": dict(mesh.shape),
+  }
+  start, start_cpu = time.perf_counter(), time.process_time()
+  try:
+    with jax.set_mesh(mesh):
+      compiled = program.step.trace(*program.arguments).lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    found = estimate.out_of_memory(str(error))
+    if found is None:
+      raise
+    return report | {
+      "fits": False,
+      "out_of_memory": found,
+      "memory": {"arguments": owners, "inside": inside},
+    }
+  spent = {
+    "seconds": time.perf_counter() - start,
+    "cpu_seconds": time.process_time() - start_cpu,
+    "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+  }
+  analysis = compiled.memory_analysis()
+  summary = costs.summarise(compiled.as_text(), len(devices))
+  model_rate = program.model_flops and program.model_flops / (len(devices) * chip.flops)
+  decode = max(
+    (loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips),
+    key=lambda loop: loop.trips,
+    default=None,
+  )
+  return report | {
+    "fits": True,
+    "memory": estimate.memory(
+      owners,
+      inside,
+      allocated=_allocated(analysis),
+      peak=analysis.peak_memory_in_bytes,
+      program=analysis.generated_code_size_in_bytes,
+      hbm=chip.hbm_bytes,
+    ),
+    "argument_bytes": analysis.argument_size_in_bytes,
+    "timing": estimate.timing(summary, chip, program.rows, program.tokens, model_rate),
+    "token_kind": program.token_kind,
+    "decode": decode
+    and {"steps": decode.trips, "sent_bytes": decode.cost.wire_bytes / decode.trips},
+    "collectives": summary.by_kind,
+    "largest_collectives": estimate.largest(summary, 5),
+    "host_transfers": summary.host_transfers,
+    "unknown_trips": summary.unknown_trips,
+    "compilation": spent,
+  }
+
+
+def _allocated(analysis) -> int:
+  """Bytes of HBM that a program takes, from its `memory_analysis`; what it is given and gives back lies there once."""
+  given_and_made = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+  inside = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+  return given_and_made - analysis.alias_size_in_bytes + inside
+
+
+def main(arguments: list[str]):
+  if arguments:
+    raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
+  values = _CONFIG.value
+  if _MESH.value is not None:
+    mesh = parse_mesh(_MESH.value)
+    values.mesh.update(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+  config = from_config_dict(values)
+  report = plan(config, _TOPOLOGY.value, _STAGE.value or config.stage)
+  if _JSON.value:
+    print(json.dumps(report))
+  else:
+    print(estimate.text(report) if report["fits"] else estimate.refusal(report))
+  if not report["fits"]:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  cli.run(main, interrupted="interrupted")

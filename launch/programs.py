@@ -1,0 +1,247 @@
+"""A stage's real train step with shapes in place of arrays, and which of its bytes belong to whom. Called by plan.py.
+
+Nothing here has weights, data or a tokenizer: a `Context` with no more than a vocabulary size builds the same networks,
+optimisers and jitted steps as the stages do.
+"""
+
+import dataclasses
+import math
+import pathlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as PS
+
+from instructjax import ppo, ppo_stage, rm, sharding, supervised
+from instructjax.config import Config
+from instructjax.context import Context
+from instructjax.models import transformer
+from instructjax.optim import make_optimizer
+from instructjax.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
+
+STAGES = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What to compile, and how to read what comes out.
+
+  Attributes:
+    step: the stage's jitted step.
+    arguments: of ShapeDtypeStruct with a sharding.
+    owners: name -> the part of the arguments that it owns; together all of them.
+    inside: name -> ShapeDtypeStructs of arrays that live in the step only, whose size is known.
+    rows, tokens: of an iteration; `token_kind` says which tokens are counted.
+    model_flops: 6 N + 6 L S D a token of the batch where the step is one forward and backward pass, else None.
+  """
+
+  step: Callable
+  arguments: tuple
+  owners: dict[str, Any]
+  inside: dict[str, Any]
+  rows: int
+  tokens: int
+  token_kind: str
+  model_flops: float | None
+
+
+def make(config: Config, mesh: Mesh, stage: str) -> Program:
+  """The step of a stage, as the stage jits it.
+
+  Raises:
+    ValueError: a parameter or the batch does not divide over the mesh, or the stage has no train step.
+  """
+  if stage not in STAGES:
+    raise ValueError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
+  # The host is a CPU, where 'auto' would unroll; on the TPU it scans.
+  scan = lambda cfg: dataclasses.replace(cfg, layers="scan") if cfg.layers == "auto" else cfg
+  config = dataclasses.replace(
+    config, model=scan(config.model), reward_model=scan(config.reward_model)
+  )
+  vocab_size = config.tokenizer.vocab_size
+  tokenizer = types.SimpleNamespace(vocab_size=vocab_size, eos_id=vocab_size - 1)
+  ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)
+  if stage in ("ppo", "ppo_ptx"):
+    return _ppo(ctx, stage)
+  return _rm(ctx) if stage == "rm" else _language_model(ctx, stage)
+
+
+def shard_bytes(tree) -> int:
+  """Bytes on one device of a tree of ShapeDtypeStructs."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+
+
+def _placed(shapes, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+
+
+def _batch(ctx: Context, name: str, rows: int, columns: dict[str, tuple], make_tree):
+  """Rows of the step's batch: name of the array -> (dtype, dimensions after the rows)."""
+  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
+  if rows % shards:
+    raise ValueError(
+      f"config.{name}={rows} must be divisible by mesh data * fsdp = {shards}; set"
+      f" --config.{name} to a multiple, or another --mesh"
+    )
+  where = sharding.batch_sharding(ctx.mesh)
+  return make_tree(
+    **{
+      key: jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=where)
+      for key, (dtype, *dims) in columns.items()
+    }
+  )
+
+
+def _packed(ctx: Context, name: str, rows: int, length: int) -> PackedBatch:
+  ids = dict.fromkeys(("token_BL", "segment_BL", "position_BL"), (np.int32, length))
+  return _batch(ctx, name, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
+
+
+def _key_shape():
+  return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _train_state(ctx: Context, model, tx):
+  """(TrainState of shapes, its shardings)."""
+  shardings = supervised.state_shardings(ctx.mesh, model, tx)
+  params = transformer.param_shapes(model)
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = TrainState(step, params, jax.eval_shape(tx.init, params), _key_shape())
+  return _placed(shapes, shardings), shardings
+
+
+def _num_steps(optim) -> int:
+  """Any number a schedule takes: it is a constant in the program, which has the same size with every one."""
+  return optim.warmup_steps + 1000
+
+
+def _model_flops(model: transformer.Model, tokens: int, length: int) -> float:
+  """What the matrix products of one forward and backward pass take, with attention's causal half.
+
+  A table that tokens are looked up in multiplies nothing, unless it gives the logits too.
+  """
+  cfg, shapes = model.cfg, transformer.param_shapes(model)
+  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  weights = count(shapes) - count(shapes["embedding"])
+  if model.head == "lm" and cfg.tie_embeddings:
+    weights += count(shapes["embedding"]["token_VD"])
+  attention = 6 * cfg.num_layers * length * cfg.num_heads * cfg.head_dim
+  return tokens * (6.0 * weights + attention)
+
+
+def _supervised_owners(state: TrainState, batch) -> dict:
+  return {
+    "policy master": state.params,
+    "optimiser": state.opt_state,
+    "batch": (batch, state.step, state.key),
+  }
+
+
+def _language_model(ctx: Context, stage: str) -> Program:
+  cfg = getattr(ctx.config, stage)
+  model = ctx.model("reward_base" if stage == "reward_pretrain" else "policy")
+  tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
+  state, shardings = _train_state(ctx, model, tx)
+  dropout = cfg.dropout if stage in ("sft", "ppo_init") else 0.0
+  batch = _packed(ctx, f"{stage}.batch_size", cfg.batch_size, cfg.length)
+  tokens = cfg.batch_size * cfg.length
+  return Program(
+    step=supervised.make_lm_train_step(model, tx, dropout_rate=dropout, state_shardings=shardings),
+    arguments=(state, batch),
+    owners=_supervised_owners(state, batch),
+    inside={},
+    rows=cfg.batch_size,
+    tokens=tokens,
+    token_kind="tokens",
+    model_flops=_model_flops(model, tokens, cfg.length),
+  )
+
+
+def _rm(ctx: Context) -> Program:
+  cfg, data = ctx.config.rm, ctx.config.data
+  model = ctx.model("reward")
+  tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
+  state, shardings = _train_state(ctx, model, tx)
+  answers, length = cfg.max_responses, data.max_prompt_length + data.max_response_length
+  columns = {
+    "token_BCL": (np.int32, answers, length),
+    "is_token_BCL": (np.bool_, answers, length),
+    "rank_BC": (np.int32, answers),
+    "is_answer_BC": (np.bool_, answers),
+  }
+  batch = _batch(ctx, "rm.batch_size", cfg.batch_size, columns, RankedBatch)
+  tokens = cfg.batch_size * answers * length
+  return Program(
+    step=rm.make_train_step(model, tx, cfg, shardings),
+    arguments=(state, batch),
+    owners=_supervised_owners(state, batch),
+    inside={},
+    rows=cfg.batch_size,
+    tokens=tokens,
+    token_kind="tokens",
+    model_flops=_model_flops(model, tokens, length),
+  )
+
+
+def _ppo(ctx: Context, stage: str) -> Program:
+  cfg, data, mesh = ppo_stage.variant(ctx, stage), ctx.config.data, ctx.mesh
+  nets = ppo_stage.make_nets(ctx, cfg)
+  shardings = ppo_stage.state_shardings(mesh, nets)
+  policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
+  create = lambda params, value_params, key: ppo.create_state(params, value_params, nets, cfg, key)
+  state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
+  frozen = ppo.Frozen(_placed(policy, shardings.params), _placed(scalar, shardings.value_params))
+  prompt = data.max_prompt_length
+  columns = {
+    "token_BP": (np.int32, prompt),
+    "is_prompt_BP": (np.bool_, prompt),
+    "index_B": (np.int32,),
+  }
+  batch = {"prompts": _batch(ctx, "ppo.batch_size", cfg.batch_size, columns, PromptBatch)}
+  if cfg.gamma > 0:
+    rows = cfg.batch_size * cfg.ptx_rows
+    batch["pretrain"] = _packed(ctx, "ppo.batch_size", rows, cfg.ptx_length)
+  return Program(
+    step=ppo.make_train_step(nets, cfg, shardings),
+    arguments=(state, frozen, batch),
+    owners={
+      "policy master": state.params,
+      "policy optimiser": state.opt_state,
+      "policy EMA": state.ema_params,
+      "reference": frozen.ref_params,
+      "reward": frozen.reward_params,
+      "value": state.value_params,
+      "value optimiser": state.value_opt_state,
+      "batch": (batch, state.step, state.kl_coef, state.key),
+    },
+    inside=_decoding(mesh, nets, cfg.batch_size, prompt + data.max_response_length),
+    rows=cfg.batch_size,
+    tokens=cfg.batch_size * data.max_response_length,
+    token_kind="sampled tokens",
+    model_flops=None,
+  )
+
+
+def _decoding(mesh: Mesh, nets: ppo.Nets, num_rows: int, length: int) -> dict:
+  """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
+  model, shapes = nets.policy, transformer.param_shapes(nets.policy)
+  copy = jax.eval_shape(lambda weights: transformer.decode_weights(model, weights), shapes)
+  gathered = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=("fsdp",)))
+  copy_shardings = jax.tree.map(
+    gathered, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
+  )
+  cache = jax.eval_shape(lambda: transformer.init_cache(model, num_rows, length))
+  heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))
+  return {
+    "bf16 rollout copy": _placed(copy, copy_shardings),
+    "KV cache": _placed(cache, jax.tree.map(lambda _: heads_and_rows, cache)),
+  }

@@ -1,0 +1,93 @@
+"""TPU slices that are not here: their devices by libtpu's compiler, their chips' public figures. Called by plan.py.
+
+Bytes of memory are what the compiler enforces a device; rates are the vendor's public figures, per device that JAX
+sees. `clock` turns the compiler's cycle estimates into seconds: the rate at which the public peak follows from the
+number of matrix units. Imports JAX inside `devices` only, after the environment is set.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+
+from instructjax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One kind of device.
+
+  Attributes:
+    name: as people say it.
+    hbm_bytes: what a program may use; the compiler has taken its reserve off.
+    flops: bfloat16 peak a second.
+    hbm_rate: bytes a second.
+    link_rate: bytes a second that one ring of a torus axis sends, both directions together.
+    clock: cycles a second.
+  """
+
+  name: str
+  hbm_bytes: float
+  flops: float
+  hbm_rate: float
+  link_rate: float
+  clock: float
+
+
+CHIPS = {
+  "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 90e9, 1.5e9),
+  "v5p": Chip("TPU v5p", 95.73 * GIB, 459e12, 2765e9, 180e9, 1.75e9),
+  "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 180e9, 1.75e9),
+}
+
+_NAME = re.compile(r"(\w+):\d+(x\d+)*")
+# Without them libtpu looks for a TPU VM's metadata server, warns, and lets one process in at a time.
+_ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any valid one; what counts is the topology asked for
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_LOG_DIR": "disabled",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def chip(topology: str) -> Chip:
+  """The figures of a topology's devices.
+
+  Raises:
+    ValueError: the name is not CHIP:AxB[xC], or of a chip whose figures are not known here.
+  """
+  match = _NAME.fullmatch(topology)
+  if match is None or match[1] not in CHIPS:
+    raise ValueError(
+      f"--topology={topology} must be CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)},"
+      " as v5e:16x16 or v5p:4x4x4"
+    )
+  return CHIPS[match[1]]
+
+
+def devices(topology: str) -> list:
+  """The topology's devices, to compile for; none of them can run anything.
+
+  Raises:
+    UserError: libtpu is not installed.
+    ValueError: there is no such slice.
+  """
+  chip(topology)
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      "planning needs libtpu, the TPU's compiler: pip install 'instructjax[plan]', or -e '.[plan]'"
+    )
+  os.environ.update(_ENVIRONMENT)
+  os.environ.pop("XLA_FLAGS", None)  # libtpu aborts the process at a flag that only the CPU has
+  from jax.experimental import topologies
+
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+  except Exception as error:  # libtpu's own kinds, RuntimeErrors most often
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise ValueError(f"--topology={topology} must be a slice that exists: {reason}") from error

@@ -1,0 +1,382 @@
+"""The planner: what it reads in compiled text, against figures worked out by hand, and one small compile for v5e:2x2.
+
+The compile needs libtpu (the extra `plan`) and is skipped without it.
+"""
+
+import importlib.util
+import math
+import os
+import pathlib
+from unittest import mock
+
+import jax
+import jax.extend
+import pytest
+
+from configs import models
+from instructjax import sharding
+from instructjax.config import MeshConfig, from_config_dict
+from instructjax.errors import UserError
+from launch import costs, estimate, hlo, plan, programs, topology
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
+)
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+# Cut down from steps compiled for v5e:2x2, the numbers changed so that each can be told apart.
+# A loop from 2 to 20 by 3 around one from 0 to 5 by 2, with the attributes that the compiler prints.
+LOOPS = (GOLDEN / "plan_loops.hlo").read_text(encoding="utf-8")
+
+# An all-gather that is printed three times, a reduce-scatter as the TPU spells it, twice with one channel, and a
+# weight of which a fusion reads one layer and another writes one row.
+COLLECTIVES = (GOLDEN / "plan_collectives.hlo").read_text(encoding="utf-8")
+
+
+def test_trip_counts_take_start_and_step():
+  module = hlo.parse(LOOPS)
+  loops = {
+    item.name: hlo.trip_count(module, computation, item)
+    for computation in module.computations.values()
+    for item in computation.instructions.values()
+    if item.opcode == "while"
+  }
+  # 2, 5, .. 17 is below 20, six values; 0, 2, 4 is below 5.
+  assert loops == {"loop": 6, "loop.3": 3}
+
+
+def test_costs_are_multiplied_by_nested_loops():
+  found = costs.summarise(LOOPS, num_devices=8)
+  # 8 x 16 outputs of 16 products each, run 6 * 3 times.
+  assert found.phases["rollout"].flops == 18 * 2 * 8 * 16 * 16
+  # 256 bytes in groups of 4 (axis_1), six times: a ring sends each quarter 2 * 3 times.
+  assert found.by_kind == {"all-reduce": (6, 6 * 2 * 256 * 3 / 4)}
+  assert found.loops["loop"].trips == 6
+  assert found.loops["loop"].cost.wire_bytes == found.phases["rollout"].wire_bytes
+  assert found.unknown_trips == []
+
+
+def test_a_loop_of_unknown_length_is_named():
+  text = LOOPS.replace("direction=LT", "direction=NE")
+  found = costs.summarise(text, num_devices=8)
+  assert found.unknown_trips == ["jit(step)/rollout/while", "jit(step)/rollout/while/body/while"]
+  assert found.phases["rollout"].flops == 2 * 8 * 16 * 16
+
+
+def test_collectives_by_kind():
+  found = costs.summarise(COLLECTIVES, num_devices=8)
+  assert found.by_kind == {
+    "all-gather": (1, 4 * 8 * 2 * 3),  # a shard of 64 bytes to three others, once
+    "reduce-scatter": (2, 2 * 32 * 8 * 4 / 2),  # half of 1024 bytes stays, twice
+    "collective-permute": (1, 16 * 8 * 4),
+  }
+
+
+def test_bytes_of_a_layer_and_a_row_not_of_the_stack():
+  found = costs.summarise(COLLECTIVES, num_devices=8)
+  layer, shard, gathered, grad, scattered = 256, 64, 256, 1024, 512
+  # The all-gather's shard read and its result written, by who uses it; nothing for its repetitions.
+  assert found.phases["scoring"].hbm_bytes == layer + shard + gathered
+  update = 2 * (grad + scattered) + 2 * scattered + layer
+  assert found.phases["update"].hbm_bytes == update
+
+
+def test_bytes_through_a_view():
+  text = """\
+%view (a.1: f32[64]) -> f32[8,8] {
+  %a.1 = f32[64]{0} parameter(0)
+  ROOT %b.1 = f32[8,8]{1,0} bitcast(%a.1)
+}
+
+%negated (a.2: f32[64]) -> f32[8,8] {
+  %a.2 = f32[64]{0} parameter(0)
+  %b.2 = f32[8,8]{1,0} fusion(%a.2), kind=kLoop, calls=%view
+  ROOT %c.2 = f32[8,8]{1,0} negate(%b.2)
+}
+
+ENTRY %main (a: f32[64]) -> f32[8,8] {
+  %a = f32[64]{0} parameter(0)
+  ROOT %b = f32[8,8]{1,0:S(1)} fusion(%a), kind=kLoop, calls=%negated
+}
+"""
+  assert costs.summarise(text, 1).total.hbm_bytes == 256
+
+
+@pytest.mark.parametrize(
+  "left, kernel, output, window, products",
+  [
+    ("8,16", "16,4", "8,4", "dim_labels=bf_io->bf", 1),
+    # A batch of 3 as the compiler spells it: the input spread out, so that each kernel position meets one.
+    (
+      "3,8,16",
+      "3,16,4",
+      "3,8,4",
+      "window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf",
+      3,
+    ),
+    # Another spelling of it, beside a dimension of size 1.
+    (
+      "2,1,8,16",
+      "2,1,16,4",
+      "2,1,8,4",
+      "window={size=2x1 stride=1x1 lhs_dilate=2x1}, dim_labels=01bf_01io->01bf",
+      2,
+    ),
+    # Three kernels for one input: the input's padding multiplies nothing.
+    (
+      "1,8,16",
+      "3,16,4",
+      "3,8,4",
+      "window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=0bf_0io->0bf",
+      3,
+    ),
+  ],
+)
+def test_convolution_flops(left, kernel, output, window, products):
+  text = f"""\
+ENTRY %main (a: f32[]) -> f32[] {{
+  %a = f32[{left}] parameter(0)
+  %b = f32[{kernel}] parameter(1)
+  ROOT %o = f32[{output}] convolution(%a, %b), {window}
+}}
+"""
+  assert costs.summarise(text, 1).total.flops == products * 2 * 8 * 16 * 4
+
+
+def test_host_transfers():
+  line = (
+    "  %s = (f32[8]{0}, u32[]) send(%x), channel_id=1, is_host_transfer=true,"
+    ' frontend_attributes={_xla_host_transfer_handler_name="HANDLER"}\n'
+  )
+
+  def found(extra: str):
+    head = "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n"
+    return costs.summarise(head + extra + "  ROOT %y = f32[8]{0} copy(%x)\n}\n", 1).host_transfers
+
+  assert found("") == []
+  assert found(line.replace("HANDLER", "pjrt_rendezvous")) == ["s"]
+  assert found(line.replace("HANDLER", "xla_megascale_runtime")) == []
+  assert found("  %h = f32[8]{0:S(5)} copy(%x)\n") == ["h"]
+
+
+NEAR_MISS = (
+  "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in"
+  " memory space hbm. Used 16.51G of 15.75G hbm. Exceeded hbm capacity by 781.31M."
+)
+HOPELESS = (
+  "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
+  " temporaries (200.00G) exceeds available HBM (15.75G). HLO module: jit_step."
+)
+
+
+@pytest.mark.parametrize(
+  "message, needed, words",
+  [
+    (NEAR_MISS, 16.51, "it needs 16.51 GiB of HBM a device, and the compiler has 15.75 GiB: 0.76"),
+    (HOPELESS, 200.0, "temporaries alone need at least 200.00 GiB"),
+  ],
+)
+def test_out_of_memory_in_words(message, needed, words):
+  found = estimate.out_of_memory(message)
+  assert (found["needed"], found["available"]) == (needed, 15.75)
+  report = {
+    "stage": "sft",
+    "preset": "p",
+    "topology": "v5e:2x2",
+    "chip": "TPU v5e",
+    "devices": 4,
+    "mesh": {"fsdp": 4},
+    "out_of_memory": found,
+    "memory": {"arguments": {"policy master": 2**30, "optimiser": 2**31}, "inside": {}},
+  }
+  text = estimate.refusal(report)
+  assert words in text and "the largest of them optimiser with 2.00 GiB" in text
+  assert estimate.out_of_memory("INVALID_ARGUMENT: something else") is None
+
+
+def test_timing_takes_the_largest_term_of_each_phase():
+  chip = topology.Chip("x", 2**30, flops=100.0, hbm_rate=10.0, link_rate=1.0, clock=2.0)
+  phases = {
+    "rollout": costs.Cost(flops=100, hbm_bytes=50, wire_bytes=2, cycles=12),  # 1, 5, 2 s; 6 s
+    "scoring": costs.Cost(flops=300, hbm_bytes=10, wire_bytes=4, cycles=2),  # 3, 1, 4 s; 1 s
+    "update": costs.Cost(flops=700, hbm_bytes=0, wire_bytes=0, cycles=16),  # 7, 0, 0 s; 8 s
+  }
+  found = estimate.timing(costs.Summary(phases, {}, {}, [], []), chip, 4, 32, 8.0)
+  assert [found["phases"][name]["binds"] for name in phases] == ["HBM", "links", "compute"]
+  seconds = {way: total["seconds"] for way, total in found["estimates"].items()}
+  assert seconds == {"roofline": 5 + 4 + 7, "overlapped": 6 + 4 + 8, "serial": 8 + 5 + 8}
+  assert found["estimates"]["roofline"]["tokens"] == 2.0
+  assert found["estimates"]["roofline"]["mfu"] == 0.5
+
+
+def test_a_report_in_words():
+  chip = topology.CHIPS["v5e"]
+  found = costs.summarise(LOOPS, num_devices=8)
+  report = {
+    "stage": "sft",
+    "preset": "p",
+    "topology": "v5e:2x4",
+    "chip": chip.name,
+    "devices": 8,
+    "mesh": {"fsdp": 8},
+    "memory": estimate.memory(
+      {"policy master": 2**30},
+      {"KV cache": 2**29},
+      allocated=3 * 2**30,
+      peak=2 * 2**30,
+      program=2**20,
+      hbm=chip.hbm_bytes,
+    ),
+    "timing": estimate.timing(found, chip, 8, 64, None),
+    "token_kind": "tokens",
+    "decode": {"steps": 6, "sent_bytes": 2e6},
+    "collectives": found.by_kind,
+    "largest_collectives": estimate.largest(found, 5),
+    "host_transfers": [],
+    "unknown_trips": [],
+    "compilation": {"seconds": 1.0, "cpu_seconds": 2.0, "peak_rss_bytes": 2**30},
+  }
+  lines = estimate.text(report).splitlines()
+  assert lines[1] == (
+    "Fits: takes 3.00 GiB of a device's 15.75 GiB, 12.75 GiB are free; 2.00 GiB are in use at the peak."
+  )
+  # 3 GiB less 1 + 1/2 and a MiB.
+  assert "     1.499 GiB  activations and other temporaries" in lines
+  assert "     0.500 GiB  KV cache (rollout only)" in lines
+  assert "Decode: 6 steps at most, each sends 2.00 MB a device." in lines
+  assert any(line.endswith(" GB  rollout/add") for line in lines)
+  assert "Host transfers: none." in lines
+  assert all(
+    "estimate" in line for line in lines if " a second" in line and "s an iteration" in line
+  )
+
+
+def test_mesh_spelling():
+  assert plan.parse_mesh("fsdp:64,tensor:4") == MeshConfig(1, 64, 4)
+  assert plan.parse_mesh("data:-1") == MeshConfig(-1, 1, 1)
+  for wrong in ("", "fsdp", "fsdp=4", "model:4", "fsdp:2,fsdp:2", "fsdp:x"):
+    with pytest.raises(ValueError, match="must be AXIS:SIZE"):
+      plan.parse_mesh(wrong)
+
+
+@pytest.mark.parametrize("wrong", ["v5e-256", "v9:2x2", "v5e", "v5e:2xx2"])
+def test_topology_spelling(wrong):
+  with pytest.raises(ValueError, match="must be CHIP:AxB"):
+    topology.devices(wrong)
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'instructjax\[plan\]'"):
+    topology.devices("v5e:2x2")
+
+
+def small(stage: str, **changes):
+  """A config whose dimensions fill a TPU's tiles, so that nothing is padded."""
+  config = models.get(stage, "gpt3_125m")
+  shape = dict(num_layers=2, d_model=512, num_heads=4, num_kv_heads=4, head_dim=128, d_mlp=1024)
+  for model in (config.model, config.reward_model):
+    model.update(shape, max_length=256)
+  config.tokenizer.vocab_size = 1024
+  config.data.update(max_prompt_length=128, max_response_length=128)
+  for block in ("pretrain", "reward_pretrain", "sft", "ppo_init"):
+    config[block].update(batch_size=8, length=256)
+  config.rm.update(batch_size=8)
+  config.ppo.update(batch_size=16, num_minibatches=2, ptx_length=256)
+  config.mesh.update(data=1, fsdp=4, tensor=1)
+  for name, value in changes.items():
+    config[name].update(value)
+  return from_config_dict(config)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
+
+
+@pytest.mark.parametrize("stage", programs.STAGES)
+def test_every_stage_has_a_program(stage, mesh):
+  program = programs.make(small("ppo_ptx"), mesh, stage)
+  with jax.set_mesh(mesh):
+    out = jax.eval_shape(program.step, *program.arguments)
+  # The state comes out as it went in, and owners hold every argument once.
+  assert jax.tree.map(lambda x: x.shape, out[0]) == jax.tree.map(
+    lambda x: x.shape, program.arguments[0]
+  )
+  ids = lambda tree: sorted(map(id, jax.tree.leaves(tree)))
+  assert ids(program.owners) == ids(program.arguments)
+
+
+def test_bytes_by_owner(mesh):
+  program = programs.make(small("ppo_ptx"), mesh, "ppo_ptx")
+  D, V, T, F, N = 512, 1024, 256, 1024, 2
+  split = V * D + T * D + N * (3 * D * D + D * D + 2 * D * F)  # along embed, over four devices
+  whole = N * (3 * D + D + F + D + 4 * D) + 2 * D  # biases and norms
+  policy = 4 * (split // 4 + whole)
+  assert programs.shard_bytes(program.owners["policy master"]) == policy
+  assert programs.shard_bytes(program.owners["policy optimiser"]) == 2 * policy + 2 * 4
+  assert programs.shard_bytes(program.owners["reference"]) == policy
+  # 16 rows over four devices: keys and values of 256 columns, in bfloat16.
+  assert programs.shard_bytes(program.inside["KV cache"]) == 2 * N * (16 // 4) * T * D * 2
+  norms = N * 4 * D + 2 * D  # which stay float32
+  copy = 2 * (split + whole - norms) + 4 * norms
+  assert programs.shard_bytes(program.inside["bf16 rollout copy"]) == copy
+
+
+@pytest.mark.parametrize("stage, head", [("pretrain", 1024 * 512), ("rm", 512)])
+def test_model_flops(stage, head, mesh):
+  program = programs.make(small("ppo_ptx"), mesh, stage)
+  D, L, F, N = 512, 256, 1024, 2
+  rows = 8 * (9 if stage == "rm" else 1)
+  products = N * (4 * D * D + 2 * D * F) + head
+  attention = (
+    2 * N * (L / 2) * D
+  )  # scores and their sums over values, over half the columns on average
+  # Two FLOPs a product, three times: forward, and backward for inputs and for weights.
+  assert program.model_flops == pytest.approx(rows * L * 6 * (products + attention), rel=0.01)
+
+
+@pytest.mark.parametrize(
+  "stage, changes, words",
+  [
+    ("evaluate", {}, "--stage=evaluate must be one of pretrain, "),
+    ("sft", {"sft": {"batch_size": 6}}, "config.sft.batch_size=6 must be divisible by mesh"),
+    ("rm", {"rm": {"batch_size": 2}}, "config.rm.batch_size=2 must be divisible"),
+    ("sft", {"model": {"d_model": 510}}, "embed=510 must be divisible by mesh axis fsdp=4"),
+  ],
+)
+def test_what_does_not_divide(stage, changes, words, mesh):
+  with pytest.raises(ValueError, match=words):
+    programs.make(small("ppo_ptx", **changes), mesh, stage)
+
+
+def jaxpr_flops(jaxpr) -> float:
+  """FLOPs of all matrix products, scans multiplied by their length: an independent count."""
+  total = 0.0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      (contracted, _), _ = eqn.params["dimension_numbers"]
+      depth = math.prod(eqn.invars[0].aval.shape[dim] for dim in contracted)
+      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
+    assert eqn.primitive.name != "while", "of unknown length"
+    inner = sum(map(jaxpr_flops, jax.extend.core.jaxprs_in_params(eqn.params)))
+    total += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+  return total
+
+
+@needs_libtpu
+def test_a_compiled_step(mesh):
+  # The step with the least to compile: no dropout, no clipping.
+  config = small("pretrain", pretrain={"optim": {"clip_norm": None}})
+  with mock.patch.dict(os.environ):  # which planning changes
+    report = plan.plan(config, "v5e:2x2", "pretrain")
+  program = programs.make(config, mesh, "pretrain")
+  with jax.set_mesh(mesh):
+    jaxpr = program.step.trace(*program.arguments).jaxpr
+  sizes = report["memory"]["arguments"]
+  assert sum(sizes.values()) == programs.shard_bytes(program.arguments)
+  assert report["argument_bytes"] == pytest.approx(sum(sizes.values()), rel=0.01)
+  flops = sum(phase["flops"] for phase in report["timing"]["phases"].values())
+  assert 4 * flops == pytest.approx(jaxpr_flops(jaxpr.jaxpr), rel=0.02)
+  assert report["host_transfers"] == [] and report["unknown_trips"] == []
+  assert report["fits"] and "all-gather" in report["collectives"]
