@@ -243,7 +243,9 @@ def run(config: Config, workdir: pathlib.Path):
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
+      is_finished = checkpoint.read_done(ctx.directory(stage)) is not None
       RUN[stage](ctx, stage)
-      memory.release_freed_memory()
+      if not is_finished:
+        memory.release_freed_memory()
       multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
   rich.print(f"finished: {workdir}")
