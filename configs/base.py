@@ -91,6 +91,7 @@ def base(stage: str) -> ConfigDict:
       mesh=dict(data=-1, fsdp=1, tensor=1),
       checkpoint=dict(every_steps=100, keep=2),
       log=dict(every_steps=10, samples=4, tensorboard=True),
+      profile=dict(steps=""),
       pretrain=dict(
         num_steps=1000,
         batch_size=512,

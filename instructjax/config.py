@@ -6,6 +6,7 @@ converts the ml_collections config once with `from_config_dict`; below it nobody
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from typing import Any, Literal
@@ -183,6 +184,19 @@ class LogConfig:
 
   def validate(self, where: str):
     _require_positive(self, where, "every_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  steps: str  # 'A:B' traces steps A to B - 1 of each stage, to look into and for the table at the end; '' = none
+
+  def validate(self, where: str):
+    match = re.fullmatch(r"(\d+):(\d+)", self.steps)
+    _require(
+      not self.steps or (match is not None and 2 <= int(match[1]) < int(match[2])),
+      f"{where}.steps={self.steps!r} must be '' or 'A:B' with 2 <= A < B, as '3:5' for steps 3 and 4:"
+      " a stage's first step compiles",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,6 +391,7 @@ class Config:
   mesh: MeshConfig
   checkpoint: CheckpointConfig
   log: LogConfig
+  profile: ProfileConfig
   pretrain: PretrainConfig
   reward_pretrain: PretrainConfig  # the reward model's base
   sft: SFTConfig

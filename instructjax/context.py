@@ -148,6 +148,7 @@ def stage_run(
     directory=ctx.directory(stage),
     checkpoint=ctx.config.checkpoint,
     log=ctx.config.log,
+    profile=ctx.config.profile,
     fingerprint=fingerprint(ctx, blocks, parents),
   )
 

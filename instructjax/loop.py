@@ -17,9 +17,10 @@ import numpy as np
 import rich.console
 
 from instructjax.checkpoint import Checkpoints
-from instructjax.config import CheckpointConfig, LogConfig
+from instructjax.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.errors import StageStopped
 from instructjax.metrics import Display, MetricsWriter
+from instructjax.profiling import StepProfile, traced_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,9 @@ class StageRun:
 
   Attributes:
     name: shown in the terminal.
-    directory: holds checkpoints/, metrics.jsonl and, when finished, done.json.
+    directory: holds checkpoints/, metrics.jsonl and, when finished, done.json; profile/ where steps are traced.
     checkpoint, log: cadence.
+    profile: which steps are traced.
     fingerprint: part -> hash, or config block as JSON, of all that a resumed run must match: config, tokenizer,
       reference, reward model.
     advice: what to change when the stage is stopped for its numbers.
@@ -39,6 +41,7 @@ class StageRun:
   directory: pathlib.Path
   checkpoint: CheckpointConfig
   log: LogConfig
+  profile: ProfileConfig
   fingerprint: Mapping[str, str]
   advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
 
@@ -50,6 +53,7 @@ def fit(
   batches: Any,
   *,
   num_steps: int,
+  constants: tuple = (),
   place: Callable[[Any], Any] = lambda batch: batch,
   evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
   evaluate_steps: Collection[int] = (),
@@ -57,6 +61,7 @@ def fit(
   limits: Mapping[str, float] | None = None,
   best_metric: str | None = None,
   on_samples: Callable[[Any, int], tuple[Mapping[str, float], Sequence[Mapping]]] | None = None,
+  flops: Callable[[Mapping[str, float]], float] | None = None,
   show: Sequence[str] = (),
   progress: bool = True,
 ) -> Any:
@@ -66,10 +71,12 @@ def fit(
     run: names, places, cadence.
     state: freshly made pytree with typed keys. It is consumed: donated by step_fn or, on resume,
       released and replaced.
-    step_fn: (state, batch) -> (state, metrics) or (state, metrics, samples); metrics are scalars,
-      the gradient norm among them: only it tells in the same step that an update was not finite.
+    step_fn: (state, *constants, batch) -> (state, metrics) or (state, metrics, samples); metrics are
+      scalars, the gradient norm among them: only it tells in the same step that an update was not
+      finite; `tokens` are what the step trained on or sampled, for the tables. Jitted where a step is traced.
     batches: next(batches), batches.get_state() (JSON-serialisable), batches.set_state(state).
     num_steps: in all, those of earlier runs included.
+    constants: what step_fn reads at every step and none changes.
     place: puts a host batch on the devices.
     evaluate: (state, step) -> scalars, logged as validation/NAME; must not donate.
     evaluate_steps: steps done before each evaluation; 0 is before training.
@@ -81,6 +88,7 @@ def fit(
     on_samples: (samples, step) -> (further metrics, which are logged but never stop the run, so
       that one which is not finite is left out; rows for the table shown at log steps). Called at
       every step on every process.
+    flops: metrics -> FLOPs of a step by the models' definition, for the table of traced steps.
     show: metrics shown in the terminal; empty for the first few.
     progress: False for silence.
   Returns:
@@ -124,14 +132,17 @@ def fit(
       )
 
     on_cpu = jax.default_backend() == "cpu"
-    with _Log(run, num_steps, start, on_samples, show, progress) as log:
+    profile = StepProfile(
+      run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
+    )
+    with _Log(run, num_steps, start, on_samples, show, progress) as log, profile:
       if start == 0 and 0 in evaluate_steps:
         log.write(0, validation(0), [])
       late = None  # (step, metrics, samples) not looked at yet
       for step in range(start + 1, num_steps + 1):
         if on_cpu:  # a step dispatched ahead holds its temporaries beside those of the one before
           jax.block_until_ready(state)
-        state, metrics, *samples = step_fn(state, place(next(batches)))
+        state, metrics, *samples = profile(step, state, *constants, place(next(batches)))
         if late:  # only now: the device has work while the host waits for the numbers before
           log.write(late[0], judge(*late[:2]), late[2])
         late = (step, metrics, samples)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import time
 
 import jax
 import rich
@@ -13,9 +14,11 @@ from instructjax import (
   collect,
   evaluate,
   memory,
+  metrics,
   policies,
   ppo_stage,
   pretrain,
+  profiling,
   rm,
   sft,
   sharding,
@@ -240,12 +243,30 @@ def run(config: Config, workdir: pathlib.Path):
   ctx = make_context(config, workdir)
   stages = plan(ctx)
   check(ctx, stages)
+  ran = []
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       is_finished = checkpoint.read_done(ctx.directory(stage)) is not None
+      start = time.monotonic()
       RUN[stage](ctx, stage)
       if not is_finished:
+        ran.append((stage, time.monotonic() - start, ctx.directory(stage)))
         memory.release_freed_memory()
       multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
+  if ran and jax.process_index() == 0:
+    _print_times(config, ran)
   rich.print(f"finished: {workdir}")
+
+
+def _print_times(config: Config, ran: list[tuple[str, float, pathlib.Path]]):
+  """What the stages that ran took, and where the time of their traced steps went."""
+  rich.print(profiling.stage_table(ran))
+  for stage, _, directory in ran if config.profile.steps else ():
+    table = profiling.profile_table(stage, directory / "profile")
+    if table:
+      rich.print(table)
+    elif metrics.read_metrics(directory):
+      rich.print(
+        f"{stage}: it took none of the steps {config.profile.steps}, so that none was traced"
+      )

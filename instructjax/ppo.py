@@ -123,6 +123,8 @@ def _score(
     "kl": jnp.mean(kl_B),
     "kl_k3": jnp.mean(kl_k3_B),
     "entropy": -jnp.mean(jnp.sum(jnp.where(mask_BR, behaviour_BR, 0.0), axis=1)),
+    "tokens": jnp.sum(mask_BR).astype(jnp.float32),
+    "prompt_length": jnp.sum(rollout.is_token_BL[:, :prompt_length]) / mask_BR.shape[0],
     "response_length": jnp.mean(jnp.sum(mask_BR, axis=1).astype(jnp.float32)),
     "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
     "explained_variance": surrogate.explained_variance(value_BR, return_BR, mask_BR),
@@ -247,8 +249,9 @@ def _update(
     batch = sharding.shard_rows(jax.tree.map(lambda x: x[rows], experience))
     ptx_rows = None if ptx is None else jax.tree.map(lambda x: x[which], ptx)
     grads, metrics = policy_gradient(params, nets, cfg, batch, ptx_rows)
-    updates, opt_state = nets.policy_tx.update(grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
+    with jax.named_scope("update/policy"):
+      updates, opt_state = nets.policy_tx.update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
     with jax.named_scope("update/value"):
       (loss, value_metrics), grads = jax.value_and_grad(value_loss, has_aux=True)(
         value_params, nets, cfg, batch

@@ -1,6 +1,7 @@
 """The stage around ppo.py: weights, data, shardings and the outer loop of `ppo`, `ppo_ptx` and `ppo_beta0`."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from instructjax.config import PPOConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
-from instructjax.models import transformer
+from instructjax.models import flops, transformer
 from instructjax.optim import make_optimizer
 from instructjax.pretrain import document_batches, validation_rows
 from instructjax.structs import PPOState
@@ -143,6 +144,28 @@ def _held_out_loss(ctx: Context, nets: ppo.Nets):
   return evaluate
 
 
+def _model_flops(
+  nets: ppo.Nets, cfg: PPOConfig, prompt_length: int, metrics: Mapping[str, float]
+) -> float:
+  """FLOPs of an iteration by the models' definition: no padding, nothing computed twice.
+
+  Args:
+    nets, cfg: of the stage.
+    prompt_length: columns of a prompt.
+    metrics: of the iteration, which say how long prompts and answers are.
+  """
+  sampled = float(metrics["tokens"])
+  read = sampled + cfg.batch_size * float(metrics["prompt_length"])
+  columns = prompt_length + nets.max_response_length
+  policy = flops.forward(nets.policy, read, columns, sampled)
+  scalar = flops.forward(nets.scalar, read, columns)
+  text = cfg.batch_size * cfg.ptx_rows * cfg.ptx_length if cfg.gamma > 0 else 0
+  # The rollout, the reference's log-probs and perhaps the policy's own; values and rewards.
+  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + 2 * scalar
+  updated = 3 * (policy + scalar + flops.forward(nets.policy, text, cfg.ptx_length))
+  return scored + cfg.num_epochs * updated
+
+
 def run(ctx: Context, stage: str):
   """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
   cfg = variant(ctx, stage)
@@ -168,19 +191,20 @@ def run(ctx: Context, stage: str):
     "reference": checkpoint.tree_fingerprint(frozen.ref_params),
     "reward_model": checkpoint.tree_fingerprint(frozen.reward_params),
   }
-  step = ppo.make_train_step(nets, cfg, shardings)
   loop.fit(
     dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
     state,
-    lambda state, batch: step(state, frozen, batch),
+    ppo.make_train_step(nets, cfg, shardings),
     _batches(ctx, cfg, stage),
     num_steps=cfg.num_iterations,
+    constants=(frozen,),
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
     evaluate=_held_out_loss(ctx, nets),
     evaluate_steps={1, *range(0, cfg.num_iterations + 1, ctx.config.evaluate.pretrain_every)} - {0},
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),
     on_samples=_describe(ctx, cfg),
+    flops=lambda metrics: _model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
   checkpoint.write_done(
     run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations}

@@ -6,6 +6,7 @@ from instructjax import checkpoint, loop, sharding, supervised
 from instructjax.config import ModelConfig, PretrainConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
+from instructjax.models import flops
 from instructjax.optim import make_optimizer
 
 
@@ -61,6 +62,8 @@ def run(ctx: Context, stage: str):
     evaluate=lambda state, step: {"loss": evaluate(state.params, held_out)},
     evaluate_steps={*range(cfg.evaluate_every, cfg.num_steps, cfg.evaluate_every), cfg.num_steps},
     best_metric="validation/loss",
+    flops=lambda metrics: 3 * flops.forward(model, float(metrics["tokens"]), cfg.length),
+    show=("loss", "grad_norm", "validation/loss"),
   )
   step, loss = checkpoint.best_step(step_run.directory, "validation/loss")
   checkpoint.write_done(

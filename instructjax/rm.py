@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -10,7 +11,7 @@ from instructjax import answers, checkpoint, loop, policies, scoring, sharding, 
 from instructjax.config import RMConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
-from instructjax.models import heads, transformer
+from instructjax.models import flops, heads, transformer
 from instructjax.ops import preference
 from instructjax.optim import make_optimizer
 from instructjax.structs import RankedBatch, TrainState
@@ -37,12 +38,14 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
     )
 
   def step(state: TrainState, batch: RankedBatch):
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+    with jax.named_scope("gradient"):
+      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
     state = supervised.apply_gradients(state, tx, grads)
     return state, {
       "loss": loss,
       "accuracy": metrics["accuracy"],
       "grad_norm": optax.tree.norm(grads),
+      "tokens": jnp.sum(batch.is_token_BCL).astype(jnp.float32),
     }
 
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
@@ -99,6 +102,7 @@ def train(ctx: Context, stage: str, records: list, key):
   cfg, model = ctx.config.rm, ctx.model("reward")
   batches = _batches(ctx, records, batch_size=cfg.batch_size, seed=ctx.data_seed(stage))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
+  length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
   tx = make_optimizer(cfg.optim, num_steps)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
@@ -108,6 +112,8 @@ def train(ctx: Context, stage: str, records: list, key):
     batches,
     num_steps=num_steps,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
+    flops=lambda metrics: 3 * flops.forward(model, float(metrics["tokens"]), length),
+    show=("loss", "accuracy", "grad_norm"),
   )
   return num_steps, state.params
 

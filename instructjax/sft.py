@@ -7,6 +7,7 @@ from instructjax import answers, checkpoint, loop, metrics, policies, sharding, 
 from instructjax.config import SFTConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
+from instructjax.models import flops
 from instructjax.optim import make_optimizer
 from instructjax.pretrain import document_batches, validation_rows
 
@@ -94,6 +95,8 @@ def run(ctx: Context, stage: str):
     evaluate=_validation_loss(ctx, cfg, supervised.make_lm_evaluation(model, ctx.mesh)),
     evaluate_steps=epoch_ends,
     keep_steps=epoch_ends,
+    flops=lambda metrics: 3 * flops.forward(model, float(metrics["tokens"]), cfg.length),
+    show=("loss", "grad_norm", "validation/loss", "validation/pretrain_loss"),
   )
   history = {
     row["step"]: row for row in metrics.read_metrics(step_run.directory) if "validation/loss" in row

@@ -86,8 +86,11 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
       sum_nll, sum_weight = lm_loss_sums(model, params, batch, dropout_rate, dropout_key)
       return sum_nll / jnp.maximum(sum_weight, 1.0)
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    return apply_gradients(state, tx, grads), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    with jax.named_scope("gradient"):
+      loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    tokens = jnp.sum(batch.segment_BL > 0).astype(jnp.float32)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+    return apply_gradients(state, tx, grads), metrics
 
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
@@ -95,8 +98,9 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
 def apply_gradients(
   state: TrainState, tx: optax.GradientTransformation, grads: Params
 ) -> TrainState:
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope("optimizer"):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
 
 

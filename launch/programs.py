@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as PS
 from instructjax import ppo, ppo_stage, rm, sharding, supervised
 from instructjax.config import Config
 from instructjax.context import Context
-from instructjax.models import transformer
+from instructjax.models import flops, transformer
 from instructjax.optim import make_optimizer
 from instructjax.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
 
@@ -124,20 +124,6 @@ def _num_steps(optim) -> int:
   return optim.warmup_steps + 1000
 
 
-def _model_flops(model: transformer.Model, tokens: int, length: int) -> float:
-  """What the matrix products of one forward and backward pass take, with attention's causal half.
-
-  A table that tokens are looked up in multiplies nothing, unless it gives the logits too.
-  """
-  cfg, shapes = model.cfg, transformer.param_shapes(model)
-  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  weights = count(shapes) - count(shapes["embedding"])
-  if model.head == "lm" and cfg.tie_embeddings:
-    weights += count(shapes["embedding"]["token_VD"])
-  attention = 6 * cfg.num_layers * length * cfg.num_heads * cfg.head_dim
-  return tokens * (6.0 * weights + attention)
-
-
 def _supervised_owners(state: TrainState, batch) -> dict:
   return {
     "policy master": state.params,
@@ -162,7 +148,7 @@ def _language_model(ctx: Context, stage: str) -> Program:
     rows=cfg.batch_size,
     tokens=tokens,
     token_kind="tokens",
-    model_flops=_model_flops(model, tokens, cfg.length),
+    model_flops=3 * flops.forward(model, tokens, cfg.length),
   )
 
 
@@ -188,7 +174,7 @@ def _rm(ctx: Context) -> Program:
     rows=cfg.batch_size,
     tokens=tokens,
     token_kind="tokens",
-    model_flops=_model_flops(model, tokens, length),
+    model_flops=3 * flops.forward(model, tokens, length),
   )
 
 

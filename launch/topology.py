@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 
+from instructjax.chips import PEAK_FLOPS
 from instructjax.errors import UserError
 
 GIB = 2**30
@@ -37,9 +38,9 @@ class Chip:
 
 
 CHIPS = {
-  "v5e": Chip("TPU v5e", 15.75 * GIB, 197e12, 819e9, 90e9, 1.5e9),
-  "v5p": Chip("TPU v5p", 95.73 * GIB, 459e12, 2765e9, 180e9, 1.75e9),
-  "v6e": Chip("TPU v6e", 31.24 * GIB, 918e12, 1640e9, 180e9, 1.75e9),
+  "v5e": Chip("TPU v5e", 15.75 * GIB, PEAK_FLOPS["TPU v5 lite"], 819e9, 90e9, 1.5e9),
+  "v5p": Chip("TPU v5p", 95.73 * GIB, PEAK_FLOPS["TPU v5p"], 2765e9, 180e9, 1.75e9),
+  "v6e": Chip("TPU v6e", 31.24 * GIB, PEAK_FLOPS["TPU v6 lite"], 1640e9, 180e9, 1.75e9),
 }
 
 _NAME = re.compile(r"(\w+):\d+(x\d+)*")

@@ -17,9 +17,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Lowest first. A part (a module, or a package with all its modules) imports parts of lower rows
 # only, never its neighbours. A new module takes the lowest row above everything that it imports.
 LAYERS = (
-  ("structs", "config", "errors", "memory", "gguf_header"),
+  ("structs", "config", "errors", "memory", "gguf_header", "chips"),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
-  ("models", "checkpoint", "report", "demo"),
+  ("models", "checkpoint", "report", "demo", "profiling"),
   ("sampling", "scoring", "loop", "supervised", "weights"),
   ("context", "ppo", "card", "speaker"),
   ("answers", "policies", "packaging", "dialogue"),

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from instructjax.checkpoint import read_meta, saved_steps
-from instructjax.config import CheckpointConfig, LogConfig
+from instructjax.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.errors import StageStopped, UserError
 from instructjax.loop import StageRun, fit
 from instructjax.metrics import read_metrics
@@ -68,12 +68,13 @@ def _step(state, x):
   return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
 
-def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT):
+def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile=""):
   return StageRun(
     name="toy",
     directory=pathlib.Path(directory),
     checkpoint=CheckpointConfig(every_steps=every, keep=keep),
     log=LogConfig(every_steps=log, samples=1, tensorboard=False),
+    profile=ProfileConfig(profile),
     fingerprint=fingerprint,
   )
 
