@@ -144,7 +144,7 @@ def _held_out_loss(ctx: Context, nets: ppo.Nets):
   return evaluate
 
 
-def _model_flops(
+def model_flops(
   nets: ppo.Nets, cfg: PPOConfig, prompt_length: int, metrics: Mapping[str, float]
 ) -> float:
   """FLOPs of an iteration by the models' definition: no padding, nothing computed twice.
@@ -154,8 +154,8 @@ def _model_flops(
     prompt_length: columns of a prompt.
     metrics: of the iteration, which say how long prompts and answers are.
   """
-  sampled = float(metrics["tokens"])
-  read = sampled + cfg.batch_size * float(metrics["prompt_length"])
+  sampled = metrics["tokens"]
+  read = sampled + cfg.batch_size * metrics["prompt_length"]
   columns = prompt_length + nets.max_response_length
   policy = flops.forward(nets.policy, read, columns, sampled)
   scalar = flops.forward(nets.scalar, read, columns)
@@ -204,7 +204,7 @@ def run(ctx: Context, stage: str):
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),
     on_samples=_describe(ctx, cfg),
-    flops=lambda metrics: _model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
+    flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
   checkpoint.write_done(
     run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations}

@@ -62,7 +62,7 @@ def run(ctx: Context, stage: str):
     evaluate=lambda state, step: {"loss": evaluate(state.params, held_out)},
     evaluate_steps={*range(cfg.evaluate_every, cfg.num_steps, cfg.evaluate_every), cfg.num_steps},
     best_metric="validation/loss",
-    flops=lambda metrics: 3 * flops.forward(model, float(metrics["tokens"]), cfg.length),
+    flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss"),
   )
   step, loss = checkpoint.best_step(step_run.directory, "validation/loss")

@@ -77,7 +77,7 @@ class StepProfile:
     self._trace = directory / "plugins" / "profile" / f"process_{jax.process_index()}"
     self._is_tracing = False
     self._seconds: list[float] = []
-    self._metrics: list[Mapping[str, Any]] = []
+    self._metrics: list[Mapping[str, float]] = []
 
   def __enter__(self) -> Self:
     return self
@@ -97,7 +97,7 @@ class StepProfile:
     with jax.profiler.StepTraceAnnotation("step", step_num=step):
       result = jax.block_until_ready(self._step_fn(*arguments))
     self._seconds.append(time.perf_counter() - start)
-    self._metrics.append(jax.device_get(dict(result[1])))
+    self._metrics.append({name: float(x) for name, x in jax.device_get(dict(result[1])).items()})
     if step == self._steps[-1]:
       self._stop()
       # The same program from JAX's cache: nothing is compiled a second time.
@@ -134,7 +134,7 @@ class StepProfile:
       "phases": phases | {IDLE: max(0.0, seconds - sum(phases.values()))},
     }
     if all("tokens" in metrics for metrics in self._metrics):
-      tokens = statistics.mean(float(metrics["tokens"]) for metrics in self._metrics)
+      tokens = statistics.mean(metrics["tokens"] for metrics in self._metrics)
       summary["tokens_per_second"] = tokens / seconds
     if self._flops:
       rate = statistics.mean(map(self._flops, self._metrics)) / seconds

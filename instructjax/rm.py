@@ -45,7 +45,7 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
       "loss": loss,
       "accuracy": metrics["accuracy"],
       "grad_norm": optax.tree.norm(grads),
-      "tokens": jnp.sum(batch.is_token_BCL).astype(jnp.float32),
+      "tokens": jnp.sum(batch.is_token_BCL & batch.is_answer_BC[..., None]).astype(jnp.float32),
     }
 
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
@@ -112,7 +112,7 @@ def train(ctx: Context, stage: str, records: list, key):
     batches,
     num_steps=num_steps,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    flops=lambda metrics: 3 * flops.forward(model, float(metrics["tokens"]), length),
+    flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], length),
     show=("loss", "accuracy", "grad_norm"),
   )
   return num_steps, state.params

@@ -95,7 +95,7 @@ def run(ctx: Context, stage: str):
     evaluate=_validation_loss(ctx, cfg, supervised.make_lm_evaluation(model, ctx.mesh)),
     evaluate_steps=epoch_ends,
     keep_steps=epoch_ends,
-    flops=lambda metrics: 3 * flops.forward(model, float(metrics["tokens"]), cfg.length),
+    flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss", "validation/pretrain_loss"),
   )
   history = {

@@ -1,9 +1,48 @@
 """How commands end: what is the user's to mend is one line, what is a bug keeps its traceback."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 from absl import flags
 
 from instructjax import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What takes long to import, in the order in which it would be.
+HEAVY = (
+  "numpy", "jax", "jaxlib", "flax", "optax", "orbax", "grain", "rich", "sentencepiece", "tokenizers",
+  "tensorboardX", "matplotlib",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("module", "arguments", "code", "says"),
+  [
+    ("instructjax.main", ["--help"], 0, "--workdir"),
+    ("instructjax.generate", ["--help"], 0, "--top_p"),
+    ("instructjax.export", ["--help"], 0, "--format"),
+    ("launch.plan", ["--help"], 0, "--topology"),
+    ("instructjax.main", ["--config=configs/ppo.py", "--workdir=w", "--wrkdir=x"], 2, "wrkdir"),
+    ("instructjax.main", ["--config=configs/ppo.py", "--workdir=w", "--config.sed=1"], 2, "'sed'"),
+    ("instructjax.generate", ["--temprature=1"], 2, "temprature"),
+    ("instructjax.export", ["--format=onnx"], 2, "--format=onnx"),
+    ("launch.plan", ["--config=configs/ppo.py"], 2, "--topology"),
+  ],
+)
+def test_help_and_a_bad_flag_come_at_once(module, arguments, code, says):
+  """Before anything that takes seconds to import."""
+  script = (
+    f"import runpy, sys; sys.argv = {[module, *arguments]!r}\n"
+    f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+    f"finally: print('imported:', *[name for name in {HEAVY!r} if name in sys.modules])"
+  )
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == code
+  *text, imported = done.stdout.splitlines()
+  assert imported == "imported:"
+  assert any(says in line for line in text + done.stderr.splitlines())
 
 
 def ending(monkeypatch, capsys, error):

@@ -292,6 +292,10 @@ _RULES = [
   (dict(seed=-1), "config.seed=-1 must be >= 0"),
   (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
+  *(
+    (dict(profile__steps=steps), f"config.profile.steps='{steps}' must be '' or 'A:B'")
+    for steps in ("1:3", "3:3", "5", "a:b", "3:5:7")
+  ),
 ]
 
 

@@ -1,6 +1,7 @@
 """The outer loop: exact resume after a kill, cadence, evaluation, what stops it, its refusals."""
 
 import functools
+import json
 import os
 import pathlib
 import shutil
@@ -262,6 +263,28 @@ def test_samples_add_metrics_and_are_shown_at_log_steps(tmp_path, capsys):
   assert "prompt: p4" in lines[1] and "loss" in lines[0] and "kl" not in lines[0]
   records = _records(tmp_path)
   assert all("length" in record and "ratio" not in record for record in records)
+
+
+def test_traced_steps_change_nothing_and_are_summed_up(tmp_path):
+  """From the second step after the resume on, since the first compiles."""
+  whole = _fit(tmp_path / "whole")
+  _fit(tmp_path / "traced", num_steps=3)
+  run = _run(tmp_path / "traced", profile="2:7")
+  kwargs = dict(flops=lambda metrics: 1e9 * metrics["loss"], run=run)
+  assert _bytes(_fit(tmp_path / "traced", **kwargs)) == _bytes(whole)
+  summary = json.loads((tmp_path / "traced" / "profile" / "summary.json").read_text())
+  assert summary["steps"] == [5, 6]
+  losses = [record["loss"] for record in _records(tmp_path / "whole")[4:6]]
+  work = summary["model_flops_per_second"] * summary["seconds"]
+  assert work == pytest.approx(1e9 * np.mean(losses))
+  assert not (tmp_path / "whole" / "profile").exists()
+
+
+def test_constants_stand_between_state_and_batch(tmp_path):
+  step = jax.jit(lambda state, shift, x: _step(state, x + shift))
+  moved = _fit(tmp_path / "a", step_fn=step, constants=(jnp.float32(1.0),))
+  plain = _fit(tmp_path / "b", step_fn=lambda state, x: _step(state, x + np.float32(1.0)))
+  assert _bytes(moved) == _bytes(plain)
 
 
 def test_batches_are_placed(tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import models, ppo, ppo_stage, sharding
+from instructjax import models, ppo, ppo_stage, profiling, sharding
 from instructjax.config import MeshConfig
 from instructjax.optim import make_optimizer
 from instructjax.structs import PackedBatch, PromptBatch
@@ -145,6 +145,35 @@ def test_details_34_gamma_0_is_plain_ppo_though_pretraining_rows_come_along(
   text = step.lower(state, frozen, batch).as_text()
   assert text == step.lower(state, frozen, more).as_text()
   assert text.count("stablehlo.while") > 3 and not HOST.findall(text)
+
+
+def test_every_phase_of_a_profile_is_in_the_program(start):
+  step, _, _ = start("ppo_ptx")
+  phases = set(profiling.operation_phases(step.as_text()).values())
+  assert phases >= {*profiling.PHASES} - {"gradient", "optimizer"}  # of the supervised stages
+
+
+def test_model_flops_of_an_iteration(configs, nets):
+  """16 prompts of 2 tokens on average and 50 sampled tokens; see tests/models/test_flops.py for the weights."""
+  layers, head, scalar_head = 2 * 1632, 2 * 23 * 16, 2 * 17
+  metrics = {"tokens": 50.0, "prompt_length": 2.0}
+  read = 50 + 16 * 2
+  policy = read * (layers + 2 * (PROMPT + RESPONSE) * 16) + 50 * head
+  scalar = read * (layers + 2 * (PROMPT + RESPONSE) * 16 + scalar_head)
+  text = 16 * 8 * DOCUMENT * (layers + 2 * DOCUMENT * 16 + head)
+  count = lambda name: ppo_stage.model_flops(nets, configs[name], PROMPT, metrics)
+  # Sampled, scored by the reference (and anew by the policy), valued, rewarded; then two epochs, three times.
+  assert count("ppo_ptx") == 3 * policy + 2 * scalar + 2 * 3 * (policy + scalar + text)
+  assert count("ppo") == 2 * policy + 2 * scalar + 2 * 3 * (policy + scalar)
+
+
+def test_tokens_are_those_sampled(ppo_run, configs):
+  _, _, history = ppo_run
+  for metrics, samples in history:
+    rollout = samples["rollout"]
+    assert metrics["tokens"] == rollout.is_response_BR.sum()
+    rows = configs["ppo"].batch_size
+    assert metrics["prompt_length"] == rollout.is_token_BL[:, :PROMPT].sum() / rows
 
 
 def test_a_run_compiles_once(ppo_run):

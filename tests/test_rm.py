@@ -135,6 +135,8 @@ def test_padding_and_missing_answers_change_nothing(start, one_device):
     step, state = start(one_device)
     state, metrics = step(state, variant)
     results.append((metrics, state.params))
+  is_read_BCL = batch.is_token_BCL & batch.is_answer_BC[:, :, None]
+  assert results[0][0]["tokens"] == np.sum(is_read_BCL)
   for result in results[1:]:
     jax.tree.map(np.testing.assert_array_equal, result, results[0])
 

@@ -146,6 +146,7 @@ def test_training_learns_counts_steps_and_donates(start, one_device):
     state, metrics = step(state, packed(0))
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.6 * losses[0] and metrics["grad_norm"] > 0
+  assert metrics["tokens"] == np.sum(packed(0).segment_BL > 0)  # prompts too, and no padding
   assert int(state.step) == 30 and np.array_equal(jax.random.key_data(state.key), key_before)
   moments = jax.tree.leaves((before.params, before.opt_state))
   assert all(leaf.is_deleted() for leaf in moments)

@@ -1,0 +1,30 @@
+"""FLOPs by the model's definition, counted by hand."""
+
+import dataclasses
+
+import pytest
+
+from instructjax import models
+from instructjax.models import flops
+
+# The tiny config's layer: queries and two groups of keys and values 16 x 32, out 16 x 16, up and down 16 x 24;
+# three LayerNorms. The embedding of 23 tokens also gives the logits.
+LAYERS = 16 * 32 + 16 * 16 + 2 * 16 * 24 + 3 * 2 * 16
+HEAD = 23 * 16
+
+
+@pytest.mark.parametrize(
+  ("head", "changes", "head_weights"),
+  [
+    ("lm", {}, HEAD),
+    ("lm", dict(tie_embeddings=False), HEAD),  # a matrix of its own; the table is only looked up in
+    ("scalar", {}, 16 + 1),
+  ],
+)
+def test_forward(tiny_config, head, changes, head_weights):
+  model = models.make_model(dataclasses.replace(tiny_config, **changes), 23, head)
+  tokens, length = 10, 5
+  attention = 2 * length * 16  # 4 S D, of which the causal half
+  products = tokens * (2 * LAYERS + attention)
+  assert flops.forward(model, tokens, length) == products + tokens * 2 * head_weights
+  assert flops.forward(model, tokens, length, 3) == products + 3 * 2 * head_weights
