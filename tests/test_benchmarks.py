@@ -1,10 +1,12 @@
 """The benchmarks' commands, as far as they need no library that the tests do without."""
 
+import json
+import pathlib
 import sys
 
 import pytest
 
-from benchmarks import parity
+from benchmarks import parity, startup
 
 
 def test_parity_says_in_one_line_which_extra_it_needs(monkeypatch, capsys):
@@ -32,3 +34,32 @@ def test_text_without_a_tokenizer_is_refused(capsys):
   with pytest.raises(SystemExit):
     parity.main(["--text", __file__])
   assert "--text needs --gguf" in capsys.readouterr().err
+
+
+def test_startup_tells_a_cold_workdir_from_one_with_its_programs(monkeypatch, capsys):
+  found = []
+
+  def measure(*arguments):
+    found.append(arguments)
+    _, has_workdir, workdir = arguments[-1].partition("--first_step=")
+    if not has_workdir:
+      return {"seconds": 0.1, "cpu_seconds": 0.01}
+    stage, programs = pathlib.Path(workdir, "pretrain"), pathlib.Path(workdir, "compiled")
+    assert not stage.exists()
+    stage.mkdir()
+    is_cold = not programs.exists()
+    programs.mkdir(exist_ok=True)
+    return {"seconds": 9.0 if is_cold else len(found) / 7, "cpu_seconds": 1.0}
+
+  monkeypatch.setattr(startup, "measure", measure)
+  startup.main(["--repeats=3"])
+  (line,) = capsys.readouterr().out.splitlines()
+  result = json.loads(line)
+  assert result["first step, cold"] == {"seconds": 9.0, "cpu_seconds": 1.0}
+  assert result["first step, cached"]["seconds"] == 2.0  # the median of 1, 2 and 3
+  assert result["launch.plan --help"]["cpu_seconds"] == 0.01
+
+
+def test_a_process_is_measured():
+  found = startup.measure("-c", "sum(range(1_000_000))")
+  assert 0 < found["cpu_seconds"] and 0 < found["seconds"]

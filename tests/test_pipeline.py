@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from instructjax import (
   metrics,
   pipeline,
   policies,
+  profiling,
   rm,
   sharding,
   supervised,
@@ -64,10 +66,14 @@ def specs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, specs):
-  """The workdir of a finished run of `ppo_ptx` compared with `ppo`."""
+  """The workdir of a finished run of `ppo_ptx` compared with `ppo`, step 2 of each stage traced.
+
+  What it printed lies beside it, in a file of its name with `.txt`.
+  """
   workdir = tmp_path_factory.mktemp("whole")
-  with micro.one_device():
-    pipeline.run(config(specs), workdir)
+  with micro.one_device(), open(workdir.with_suffix(".txt"), "w") as printed:
+    with contextlib.redirect_stdout(printed):
+      pipeline.run(config(specs, profile__steps="2:3"), workdir)
   return workdir
 
 
@@ -139,6 +145,31 @@ def test_from_files_to_the_report(whole):
   for stage in TRAINED:
     done = checkpoint.read_done(whole / stage)
     assert done["step"] in checkpoint.saved_steps(whole / stage), stage
+
+
+def test_the_end_says_where_the_time_went(whole):
+  """By stage, and for the steps traced by phase: those of the stage, and no others."""
+  printed = whole.with_suffix(".txt").read_text()
+  for stage in (*TRAINED, "evaluate"):
+    assert re.search(rf"^│ {stage} +│ +\d", printed, re.MULTILINE), stage
+  supervised = {"gradient", "optimizer"}
+  for stage in TRAINED:
+    assert f"{stage}: mean of steps 2 to 2 on " in printed
+    summary = json.loads((whole / stage / "profile" / "summary.json").read_text())
+    phases = {*profiling.PHASES} - supervised if stage.startswith("ppo") else supervised
+    phases -= {"update/ptx"} if stage == "ppo" else set()
+    phases = supervised if stage == "ppo_init" else phases
+    assert {*summary["phases"]} - {profiling.OTHER, profiling.IDLE} == phases, stage
+    assert summary["tokens_per_second"] > 0 < summary["model_flops_per_second"]
+
+
+def test_a_stage_without_the_steps_to_trace_says_so(specs, tmp_path, capsys):
+  with micro.one_device():
+    pipeline.run(config(specs, "pretrain", profile__steps="5:7"), tmp_path)
+  assert (
+    "pretrain: it took none of the steps 5:7, so that none was traced" in capsys.readouterr().out
+  )
+  assert not (tmp_path / "pretrain" / "profile").exists()
 
 
 def test_again_does_nothing_twice(whole, specs):
