@@ -2,10 +2,10 @@
 
   python -m benchmarks.startup --repeats=3
 
-Prints one JSON line: medians of wall seconds and of CPU seconds (user + system); only the wall seconds grow with what else
-the machine does. The first step is that of the tiny preset's `pretrain`: cold in a new workdir, whose tokenizer is
-trained too; cached in one that holds the tokenizer and the compiled programs, as when a run is resumed. Each measurement
-is a process of its own, which ends once it has what it measures.
+Prints one JSON line: medians of wall seconds and of CPU seconds (user + system); only the wall seconds grow with
+what else the machine does. The first step is that of the tiny preset's `pretrain`: cold in a new workdir, whose
+tokenizer is trained too; cached in one that holds the tokenizer and the compiled programs, as when a run is resumed.
+Each measurement is a process of its own, which ends once it has what it measures.
 """
 
 import argparse
