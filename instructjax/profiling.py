@@ -38,6 +38,7 @@ PHASES = (
 )
 OTHER = "other"  # operations outside of them, or without a name
 IDLE = "idle"  # no operation of the step ran
+UNKNOWN = "unknown"  # the trace names no operation of the step
 
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
@@ -131,7 +132,7 @@ class StepProfile:
       "steps": [*self._steps],
       "device": f"{jax.device_count()} x {kind}",
       "seconds": seconds,
-      "phases": phases | {IDLE: max(0.0, seconds - sum(phases.values()))},
+      "phases": with_rest(phases, seconds),
     }
     if all("tokens" in metrics for metrics in self._metrics):
       tokens = statistics.mean(metrics["tokens"] for metrics in self._metrics)
@@ -171,8 +172,11 @@ def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float
     text: of the compiled program, which says what phase an operation is of.
   """
   module, phases = _MODULE.match(text)[1], operation_phases(text)
+  planes = [*trace.planes]
+  # Where there are devices of their own, the host only launches what it names.
+  planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
   spans = collections.defaultdict(list)
-  for plane in trace.planes:
+  for plane in planes:
     for line in plane.lines:
       for event in line.events:
         stats = dict(event.stats)
@@ -188,6 +192,11 @@ def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float
   for device in spans.values():
     totals.update(shared_time(device))
   return {name: 1e-9 * total / len(spans) for name, total in totals.items()}
+
+
+def with_rest(phases: Mapping[str, float], seconds: float) -> dict[str, float]:
+  """The phases' seconds and what is left of the step's."""
+  return {**phases, IDLE if phases else UNKNOWN: max(0.0, seconds - sum(phases.values()))}
 
 
 def shared_time(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:

@@ -49,6 +49,12 @@ def test_shared_time_is_split():
   assert profiling.shared_time(spans) == {"a": 5.0, "b": 3.0, "c": 1.0}
 
 
+def test_what_is_left_of_a_step():
+  assert profiling.with_rest({"rollout": 0.75}, 1.0) == {"rollout": 0.75, "idle": 0.25}
+  # Nothing was seen, which is not to say that nothing ran.
+  assert profiling.with_rest({}, 1.0) == {"unknown": 1.0}
+
+
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %body (p: (f32[2])) -> (f32[2]) {
@@ -74,7 +80,7 @@ def event(name, start, duration, **stats):
   return types.SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats.items())
 
 
-def trace(**planes):
+def trace(planes):
   """What ProfileData gives: planes of lines of events."""
   lines = lambda named: [types.SimpleNamespace(name=n, events=e) for n, e in named.items()]
   named = [types.SimpleNamespace(name=n, lines=lines(ls)) for n, ls in planes.items()]
@@ -82,7 +88,7 @@ def trace(**planes):
 
 
 def test_seconds_by_phase_are_means_over_devices():
-  """As a TPU tells it: a plane a device, operations named by their text, other lines beside them."""
+  """As a TPU tells it: a plane a device, operations named by their text, other lines and planes beside them."""
   first = {
     "XLA Modules": [event("jit_step(17)", 0, 10e9)],
     "XLA Ops": [
@@ -93,7 +99,9 @@ def test_seconds_by_phase_are_means_over_devices():
     ],
   }
   second = {"XLA Ops": [event("%fusion.1 = f32[2] fusion(%p)", 0, 6e9)]}
-  found = profiling.phase_seconds(trace(tpu0=first, tpu1=second), TEXT)
+  host = {"launch": [event("fusion.4", 0, 9e9, hlo_op="fusion.4")]}
+  planes = {"/host:CPU": host, "/device:TPU:0": first, "/device:TPU:1": second}
+  found = profiling.phase_seconds(trace(planes), TEXT)
   assert found == pytest.approx({"rollout": 5.0, "update/value": 0.5})
 
 
@@ -107,7 +115,7 @@ def test_on_a_cpu_operations_are_told_apart_from_the_hosts_work_and_from_other_p
       event("fusion.4", 3e9, 1e9, hlo_op="fusion.4", hlo_module="jit_evaluate", device_ordinal=0),
     ],
   }
-  found = profiling.phase_seconds(trace(host=threads), TEXT)
+  found = profiling.phase_seconds(trace({"/host:CPU": threads}), TEXT)
   assert found == pytest.approx({"rollout": 1.5, "other": 0.5})
 
 
