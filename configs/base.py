@@ -144,6 +144,7 @@ def base(stage: str) -> ConfigDict:
         batch_size=512,  # C.4, episodes
         num_minibatches=8,  # C.4: minibatch 64
         num_epochs=1,  # C.4: a single inner epoch
+        packed_rows=0,  # 64 padded episodes are just enough rows for 64 devices
         temperature=1.0,  # C.4
         behaviour_logprob="rescore",  # bfloat16 decode and scoring differ: score anew
         beta=0.02,  # C.4

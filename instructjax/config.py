@@ -280,6 +280,7 @@ class PPOConfig:
   batch_size: int  # episodes an iteration
   num_minibatches: int
   num_epochs: int  # inner epochs
+  packed_rows: int  # rows, of several episodes each, scored or trained on at a time; 0 = one episode a row, padded
   temperature: float
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # KL coefficient (eq. 2)
@@ -324,8 +325,12 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
-    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
     minibatch = self.batch_size // self.num_minibatches
+    _require(
+      self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
+      f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",
+    )
+    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
     _require(
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",

@@ -104,6 +104,12 @@ def check(ctx: Context, stages: list[str]):
         f"config.{name}.batch_size={size} must be divisible by mesh data * fsdp = {shards}; set"
         f" --config.{name}.batch_size to a multiple"
       )
+  packed = ctx.config.ppo.packed_rows
+  if packed % shards and any(stage in policies.RL_STAGES for stage in stages):
+    raise ValueError(
+      f"config.ppo.packed_rows={packed} must be divisible by mesh data * fsdp = {shards}; set"
+      " --config.ppo.packed_rows to a multiple, or to 0"
+    )
   if "collect" in stages and sources.simulation(ctx.config.data.prompts) is None:
     raise ValueError(
       f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="

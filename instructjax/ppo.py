@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructjax import sampling, scoring, sharding
+from instructjax import episodes, sampling, scoring, sharding
 from instructjax.config import PPOConfig
 from instructjax.models import transformer
 from instructjax.ops import gae, kl, lm, masked, surrogate
@@ -45,11 +45,12 @@ class Frozen:
 class Experience:
   """What the updates need of the rollout; all [B, ...] and sliced into minibatches along B.
 
-  `is_actor_BR` is is_response_BR less the rows that `missing_eos='exclude'` keeps from the actor's loss.
+  `segment_BL` is not 0 on real tokens. `is_actor_BR` is is_response_BR less the rows that `missing_eos='exclude'` keeps
+  from the actor's loss. Where episodes share rows (`packed`), R is L - 1: every column but the first.
   """
 
   token_BL: Array
-  is_token_BL: Array
+  segment_BL: Array
   is_response_BR: Array
   is_actor_BR: Array
   behaviour_logprob_BR: Array
@@ -81,24 +82,57 @@ def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Arr
   return score_B
 
 
+def _forwards(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, rollout: Rollout):
+  """What the networks say of a rollout: (behaviour_BR, ref_BR, value_BR, score_BL)."""
+
+  def rows(token_BL, segment_BL, prompt_length):
+    tokens = (token_BL, segment_BL)
+    kwargs = dict(prompt_length=prompt_length, temperature=cfg.temperature)
+    result = {
+      "ref": scoring.response_logprob(nets.policy, frozen.ref_params, *tokens, **kwargs),
+      "value": scoring.response_value(
+        nets.scalar, value_params, *tokens, prompt_length=prompt_length
+      ),
+      "score": scoring.column_score(nets.scalar, frozen.reward_params, *tokens),
+    }
+    if cfg.behaviour_logprob == "rescore":
+      result["behaviour"] = scoring.response_logprob(nets.policy, params, *tokens, **kwargs)
+    return result
+
+  prompt_length = rollout.token_BL.shape[1] - rollout.is_response_BR.shape[1]
+  if cfg.packed_rows:
+    layout = episodes.first_fit(rollout.is_token_BL)
+    token_BL = episodes.pack(layout, rollout.token_BL, nets.policy.vocab_size)
+    result = episodes.map_rows(
+      lambda tokens: rows(*tokens, prompt_length=1),
+      layout,
+      (token_BL, episodes.segments(layout)),
+      rows=cfg.packed_rows,
+    )
+    score_BL = episodes.unpack(layout, result.pop("score"))
+    result = {
+      name: episodes.unpack(layout, jnp.pad(x, ((0, 0), (1, 0))))[:, prompt_length:]
+      for name, x in result.items()
+    }
+  else:
+    result = rows(rollout.token_BL, rollout.is_token_BL, prompt_length)
+    score_BL = result["score"]
+  behaviour_BR = result.get("behaviour", rollout.behaviour_logprob_BR)
+  value_BR = jnp.where(rollout.is_response_BR, result["value"], 0.0)
+  return behaviour_BR, result["ref"], value_BR, score_BL
+
+
 def _score(
   nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, kl_coef, rollout: Rollout
 ):
   """Scores a rollout with all four networks. Returns (Experience, metrics, score_B, kl_B)."""
-  tokens = (rollout.token_BL, rollout.is_token_BL)
   prompt_length = rollout.token_BL.shape[1] - rollout.is_response_BR.shape[1]
-  logprob_kwargs = dict(prompt_length=prompt_length, temperature=cfg.temperature)
   mask_BR = rollout.is_response_BR
-  behaviour_BR = rollout.behaviour_logprob_BR
   with jax.named_scope("score"):
-    if cfg.behaviour_logprob == "rescore":
-      behaviour_BR = scoring.response_logprob(nets.policy, params, *tokens, **logprob_kwargs)
-    ref_BR = scoring.response_logprob(nets.policy, frozen.ref_params, *tokens, **logprob_kwargs)
-    value_BR = scoring.response_value(
-      nets.scalar, value_params, *tokens, prompt_length=prompt_length
+    behaviour_BR, ref_BR, value_BR, score_BL = _forwards(
+      nets, cfg, params, value_params, frozen, rollout
     )
-    value_BR = jnp.where(mask_BR, value_BR, 0.0)
-    rm_score_B = scoring.sequence_score(nets.scalar, frozen.reward_params, *tokens)
+    rm_score_B = scoring.at_last_token(score_BL, rollout.is_token_BL)
   with jax.named_scope("advantages"):
     response_BR = rollout.token_BL[:, prompt_length:]
     has_eos_B = jnp.any((response_BR == nets.eos_id) & mask_BR, axis=1)
@@ -133,7 +167,7 @@ def _score(
   }
   experience = Experience(
     token_BL=rollout.token_BL,
-    is_token_BL=rollout.is_token_BL,
+    segment_BL=rollout.is_token_BL.astype(jnp.int32),
     is_response_BR=mask_BR,
     is_actor_BR=is_actor_BR,
     behaviour_logprob_BR=behaviour_BR,
@@ -151,7 +185,7 @@ def policy_loss(params, nets: Nets, cfg: PPOConfig, batch: Experience):
     nets.policy,
     params,
     batch.token_BL,
-    batch.is_token_BL,
+    batch.segment_BL,
     prompt_length=prompt_length,
     temperature=cfg.temperature,
   )
@@ -164,11 +198,50 @@ def value_loss(value_params, nets: Nets, cfg: PPOConfig, batch: Experience):
   """Value loss of one minibatch, clipped around the rollout's values if configured. Returns (loss, metrics)."""
   prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
   value_BR = scoring.response_value(
-    nets.scalar, value_params, batch.token_BL, batch.is_token_BL, prompt_length=prompt_length
+    nets.scalar, value_params, batch.token_BL, batch.segment_BL, prompt_length=prompt_length
   )
   return surrogate.clipped_value_loss(
     value_BR, batch.value_BR, batch.return_BR, batch.is_response_BR, clip=cfg.value_clip
   )
+
+
+def packed(batch: Experience, pad_id: int) -> tuple[Experience, episodes.Layout]:
+  """The same episodes with several in a row, and where they lie."""
+  layout = episodes.first_fit(batch.segment_BL > 0)
+  prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
+  responses = {
+    field.name: episodes.pack(
+      layout, jnp.pad(getattr(batch, field.name), ((0, 0), (prompt_length, 0))), 0
+    )[:, 1:]
+    for field in dataclasses.fields(batch)
+    if field.name.endswith("_BR")
+  }
+  token_BL = episodes.pack(layout, batch.token_BL, pad_id)
+  return Experience(token_BL=token_BL, segment_BL=episodes.segments(layout), **responses), layout
+
+
+def _loss_gradient(
+  loss_fn: Callable, params, nets: Nets, cfg: PPOConfig, batch: Experience, over: str
+):
+  """((loss, metrics), gradient) of `policy_loss` or `value_loss`, means over the tokens that the field `over` marks."""
+  if not cfg.packed_rows:
+    return jax.value_and_grad(loss_fn, has_aux=True)(params, nets, cfg, batch)
+  rows, layout = packed(batch, nets.policy.vocab_size)
+  total = jnp.maximum(jnp.sum(getattr(rows, over)), 1)
+
+  def chunk_loss(params, chunk: Experience):
+    loss, metrics = loss_fn(params, nets, cfg, chunk)
+    share = jnp.sum(getattr(chunk, over)) / total  # a chunk's means weigh by its tokens
+    return share * loss, {n: x if n == "ratio_max" else share * x for n, x in metrics.items()}
+
+  def join(so_far, new):
+    result = jax.tree.map(jnp.add, so_far, new)
+    (_, old), (_, metrics), (_, latest) = so_far[0], result[0], new[0]
+    metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n == "ratio_max"})
+    return result
+
+  gradient = lambda chunk: jax.value_and_grad(chunk_loss, has_aux=True)(params, chunk)  # noqa: E731
+  return episodes.fold_rows(gradient, join, layout, rows, rows=cfg.packed_rows)
 
 
 def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
@@ -217,7 +290,7 @@ def _clip(grads, max_norm: float | None):
 def policy_gradient(params, nets: Nets, cfg: PPOConfig, batch: Experience, ptx: PackedBatch | None):
   """Gradient of eq. 2 for one minibatch: PPO's plus gamma times the pretraining term's, for one Adam step (C.4)."""
   with jax.named_scope("update/policy"):
-    (loss, metrics), grads = jax.value_and_grad(policy_loss, has_aux=True)(params, nets, cfg, batch)
+    (loss, metrics), grads = _loss_gradient(policy_loss, params, nets, cfg, batch, "is_actor_BR")
     metrics = {"policy_loss": loss, "policy_grad_norm": optax.tree.norm(grads)} | metrics
     grads = _clip(grads, cfg.policy_optim.clip_norm)
   if ptx is None:
@@ -253,8 +326,8 @@ def _update(
       updates, opt_state = nets.policy_tx.update(grads, opt_state, params)
       params = optax.apply_updates(params, updates)
     with jax.named_scope("update/value"):
-      (loss, value_metrics), grads = jax.value_and_grad(value_loss, has_aux=True)(
-        value_params, nets, cfg, batch
+      (loss, value_metrics), grads = _loss_gradient(
+        value_loss, value_params, nets, cfg, batch, "is_response_BR"
       )
       metrics |= {"value_loss": loss, "value_grad_norm": optax.tree.norm(grads)}
       metrics |= {"value_clip_fraction": value_metrics["clip_fraction"]}

@@ -2,6 +2,9 @@
 
 Columns follow the rollout's layout: left-padded prompt of P columns, then the response. A response token at column t is
 predicted, and valued, from column t - 1 (details item 21), so heads run on columns P-1 .. L-2 only.
+
+`segment_BL` says which columns are tokens: booleans where a row holds one sequence, or, where it holds several
+(episodes.py), the number of each from 1, and 0 at pads. The prompt length then is 1: every column but the first counts.
 """
 
 import jax.numpy as jnp
@@ -11,44 +14,50 @@ from instructjax.ops import lm
 from instructjax.structs import Array
 
 
-def _forward(model, params, token_BL, is_token_BL, window):
+def _forward(model, params, token_BL, segment_BL, window):
+  segment_BL = segment_BL.astype(jnp.int32)
   return transformer.apply(
     model,
     params,
     token_BL,
-    segment_BL=is_token_BL.astype(jnp.int32),
-    position_BL=transformer.positions_from_mask(is_token_BL),
+    segment_BL=segment_BL,
+    position_BL=transformer.positions_from_segments(segment_BL),
     window=window,
   )
 
 
 def response_logits(
-  model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float
+  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
 ):
   """Logits that each response token was, or would be, drawn from: float32 [B, R, V], divided by the temperature.
 
   Scoring at another temperature than sampling's makes the KL wrong from the first step (details item 19).
   """
   window = (prompt_length - 1, token_BL.shape[1] - 1)
-  return _forward(model, params, token_BL, is_token_BL, window) / temperature
+  return _forward(model, params, token_BL, segment_BL, window) / temperature
 
 
 def response_logprob(
-  model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int, temperature: float
+  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
 ):
   """Log-probability of each response token, float32 [B, R]; zero at pads."""
   logits_BRV = response_logits(
-    model, params, token_BL, is_token_BL, prompt_length=prompt_length, temperature=temperature
+    model, params, token_BL, segment_BL, prompt_length=prompt_length, temperature=temperature
   )
   logprob_BR = lm.token_logprob(logits_BRV, token_BL[:, prompt_length:])
-  return jnp.where(is_token_BL[:, prompt_length:], logprob_BR, 0.0)
+  return jnp.where(segment_BL[:, prompt_length:] > 0, logprob_BR, 0.0)
 
 
 def response_value(
-  model, params, token_BL: Array, is_token_BL: Array, *, prompt_length: int
+  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int
 ) -> Array:
   """Value of the state before each response token, float32 [B, R]."""
-  return _forward(model, params, token_BL, is_token_BL, (prompt_length - 1, token_BL.shape[1] - 1))
+  return _forward(model, params, token_BL, segment_BL, (prompt_length - 1, token_BL.shape[1] - 1))
+
+
+def column_score(model, params, token_BL: Array, segment_BL: Array) -> Array:
+  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks a row's."""
+  return _forward(model, params, token_BL, segment_BL, None)
 
 
 def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:
@@ -56,7 +65,10 @@ def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:
 
   Rows may be padded on the left, on the right or both.
   """
-  score_BL = _forward(model, params, token_BL, is_token_BL, None)
-  length = token_BL.shape[1]
-  last_B = length - 1 - jnp.argmax(is_token_BL[:, ::-1], axis=1)
+  return at_last_token(column_score(model, params, token_BL, is_token_BL), is_token_BL)
+
+
+def at_last_token(score_BL: Array, is_token_BL: Array) -> Array:
+  """The score at each row's last real token, float32 [B]."""
+  last_B = score_BL.shape[1] - 1 - jnp.argmax(is_token_BL[:, ::-1], axis=1)
   return jnp.take_along_axis(score_BL, last_B[:, None], axis=1)[:, 0]

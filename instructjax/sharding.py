@@ -211,6 +211,12 @@ def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
   return jax.tree.map(one, tree)
 
 
+def whole(x):
+  """Inside a traced function under `jax.set_mesh`: the array whole on every device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, PS())
+
+
 def gather_fsdp(params, axes_tree):
   """Inside a traced function under `jax.set_mesh`: parameters split over `tensor` only.
 

@@ -96,6 +96,7 @@ def ppo_config(adam_config) -> PPOConfig:
     batch_size=16,
     num_minibatches=2,
     num_epochs=2,
+    packed_rows=0,
     temperature=0.7,
     behaviour_logprob="rollout",
     beta=0.02,

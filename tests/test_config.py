@@ -264,6 +264,10 @@ _RULES = [
   (dict(ppo__ptx_length=9999), "config.ppo.ptx_length=9999 must not exceed config.model.max_"),
   (dict(log__every_steps=0), "config.log.every_steps=0 must be positive"),
   (dict(reward_pretrain__num_steps=0), "config.reward_pretrain.num_steps=0 must be positive"),
+  (
+    dict(ppo__packed_rows=3),
+    "config.ppo.packed_rows=3 must be 0 or divide batch_size / num_minibatches=64",
+  ),
   (dict(sft__num_epochs=0), "config.sft.num_epochs=0 must be positive"),
   (dict(collect__num_prompts=0), "config.collect.num_prompts=0 must be positive"),
   (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),

@@ -20,7 +20,7 @@ LAYERS = (
   ("structs", "config", "errors", "memory", "gguf_header", "chips"),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
   ("models", "checkpoint", "report", "demo", "profiling"),
-  ("sampling", "scoring", "loop", "supervised", "weights"),
+  ("sampling", "scoring", "episodes", "loop", "supervised", "weights"),
   ("context", "ppo", "card", "speaker"),
   ("answers", "policies", "packaging", "dialogue"),
   ("pretrain", "collect"),  # the stages; sft and evaluate use pretrain's rows

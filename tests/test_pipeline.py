@@ -540,6 +540,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
     ({"mesh__tensor": 4}, "parameter .*heads=2 must be divisible by mesh axis tensor=4"),
     ({"sft__batch_size": 12}, r"sft.batch_size=12 must be divisible by mesh data \* fsdp = 8"),
     ({"ppo__batch_size": 4}, r"ppo.batch_size=4 must be divisible by mesh"),
+    ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "tokenizer.path='/no.model' cannot be read"),
     ({"data__comparisons": "demo:"}, "data.prompts='jsonl:.*'; give comparisons of your own"),
     ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),

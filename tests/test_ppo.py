@@ -62,6 +62,8 @@ SCORE_CASES = {
   "exclude": dict(missing_eos="exclude"),
   "whitened rewards": dict(whiten_advantages=False, whiten_rewards=True),
   "rescore": dict(whiten_advantages=False, behaviour_logprob="rescore"),
+  "packed": dict(whiten_advantages=False, packed_rows=2),
+  "packed rescore": dict(whiten_advantages=False, behaviour_logprob="rescore", packed_rows=1),
 }
 
 
@@ -95,6 +97,17 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
     return results, behind
 
   return jax.tree.map(np.asarray, quick_jit(everything)(*weights, rollout))
+
+
+@pytest.mark.parametrize("name", ["plain", "rescore"])
+def test_shared_rows_are_scored_as_padded_ones(scored, name):
+  results = scored[0]
+  packed = {"plain": "packed", "rescore": "packed rescore"}[name]
+  jax.tree.map(
+    lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6),
+    results[packed],
+    results[name],
+  )
 
 
 def expected_reward(score_B, behaviour_BR, ref_BR):
@@ -226,7 +239,7 @@ def gradients(quick_jit, nets, weights, ppo_config):
   float_BR = lambda low, high: rng.uniform(low, high, MASK_BR.shape).astype(np.float32)
   batch = ppo.Experience(
     token_BL=token_BL,
-    is_token_BL=is_token_BL,
+    segment_BL=is_token_BL.astype(np.int32),
     is_response_BR=MASK_BR,
     is_actor_BR=MASK_BR & ENDS_B[:, None],
     behaviour_logprob_BR=float_BR(-4, -2),
@@ -244,12 +257,12 @@ def gradients(quick_jit, nets, weights, ppo_config):
     "sum": (dataclasses.replace(step, ptx_reduction="sum"), rows),
     "gamma 0": (dataclasses.replace(step, gamma=0.0), rows),
     "clipped": (dataclasses.replace(step, policy_optim=clipped), rows),
+    "packed by 1": (dataclasses.replace(step, packed_rows=1), None),
+    "packed by 3": (dataclasses.replace(step, packed_rows=3), None),
   }
 
   def surrogate(params):
-    logprob_BR = plain_logprob(nets, params, batch.token_BL, batch.is_token_BL, 0.7)[
-      :, PROMPT - 1 :
-    ]
+    logprob_BR = plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
     ratio_BR = jnp.exp(logprob_BR - batch.behaviour_logprob_BR)
     gain_BR = jnp.minimum(
       ratio_BR * batch.advantage_BR, jnp.clip(ratio_BR, 0.8, 1.2) * batch.advantage_BR
@@ -299,6 +312,42 @@ def test_sum_reduction_sums_over_tokens_and_averages_over_rows(gradients):
 def test_accumulated_chunks_are_one_big_batch(gradients):
   taken = gradients[0]
   assert_trees_close(taken["mean"], taken["one chunk"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["packed by 1", "packed by 3"])
+def test_shared_rows_train_as_padded_ones(gradients, name):
+  (got, got_metrics), (want, metrics) = gradients[0][name], gradients[0]["ppo"]
+  assert_trees_close(got, want, 1e-6)
+  for metric in metrics:
+    np.testing.assert_allclose(got_metrics[metric], metrics[metric], rtol=1e-5, err_msg=metric)
+
+
+def test_the_value_loss_of_shared_rows_is_that_of_padded_ones(
+  quick_jit, nets, weights, scored, ppo_config
+):
+  experience = scored[0]["plain"][0]
+  shifted = dataclasses.replace(experience, value_BR=experience.value_BR + 0.3)  # clips some
+
+  def both(value_params):
+    return [
+      ppo._loss_gradient(
+        ppo.value_loss,
+        value_params,
+        nets,
+        dataclasses.replace(ppo_config, packed_rows=rows),
+        shifted,
+        "is_response_BR",
+      )
+      for rows in (0, 2)
+    ]
+
+  padded, packed = quick_jit(both)(weights[1])
+  assert padded[0][1]["clip_fraction"] > 0
+  np.testing.assert_allclose(packed[0][0], padded[0][0], rtol=1e-6)
+  assert_trees_close(packed[1], padded[1], 1e-6)
+  np.testing.assert_allclose(
+    packed[0][1]["clip_fraction"], padded[0][1]["clip_fraction"], rtol=1e-6
+  )
 
 
 def test_details_34_gamma_0_adds_nothing_to_any_bit(gradients):

@@ -39,6 +39,7 @@ def configs(ppo_config):
   return {
     "ppo": dataclasses.replace(ppo_config, ptx_rows=1),
     "ppo_ptx": dataclasses.replace(ppo_config, **ptx),
+    "packed": dataclasses.replace(ppo_config, ptx_rows=1, packed_rows=4),
   }
 
 
@@ -334,6 +335,11 @@ def test_eight_devices_equal_one(start, configs, one_device, mesh):
 
 def test_eight_devices_equal_one_without_pretraining(start, configs, one_device):
   got = run(start, configs, "ppo", sharding.make_mesh(MeshConfig(2, 2, 2)), iterations=2)
+  assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))
+
+
+def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
+  got = run(start, configs, "packed", sharding.make_mesh(MeshConfig(2, 2, 2)), iterations=2)
   assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))
 
 

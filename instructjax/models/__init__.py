@@ -13,6 +13,7 @@ from instructjax.models.transformer import (
   param_shapes,
   param_shardings,
   positions_from_mask,
+  positions_from_segments,
   prefill,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
   "param_shapes",
   "param_shardings",
   "positions_from_mask",
+  "positions_from_segments",
   "prefill",
   "scalar_params_from_lm",
   "shift_bias",

@@ -169,6 +169,13 @@ def positions_from_mask(is_token_BL: Array) -> Array:
   return jnp.cumsum(is_token_BL, axis=1) - is_token_BL
 
 
+def positions_from_segments(segment_BL: Array) -> Array:
+  """int32 number of real tokens before each column in its own segment; segment 0 is padding."""
+  before_BL = positions_from_mask(segment_BL > 0)
+  is_first_BL = jnp.diff(segment_BL, axis=1, prepend=0) != 0
+  return before_BL - jax.lax.cummax(jnp.where(is_first_BL, before_BL, 0), axis=1)
+
+
 def decode_weights(model: Model, params: Params) -> Params:
   """Parameters as decoding wants them: in the compute dtype, and layer by layer where unrolled.
 

@@ -1,0 +1,179 @@
+"""Seconds of one PPO iteration on a CPU, beside what its matrix products must take.
+
+  python -m benchmarks.ppo_iteration --workload=W3 --set=packed_rows=1 --set=packed_rows=0 --repeats=5
+
+Each --set is a variant (fields of `config.ppo`, comma-separated); they run in turn, so that a busy machine slows all
+alike. Prints one JSON line a variant: medians and ranges of wall and CPU seconds, peak memory, tokens, and the bound:
+every product that the algorithm needs, once, for real tokens only, at `--gflops`. Random weights; four networks.
+
+  W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
+  W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
+  W3: W2's model with vocabulary 64, one of which ends an answer: up to 512 tokens, about 64 on average; 1 epoch
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import resource
+import statistics
+import time
+import types
+
+import jax
+import numpy as np
+
+from configs import base
+from instructjax import memory, ppo, ppo_stage, sharding, supervised
+from instructjax.config import from_config_dict
+from instructjax.context import Context
+from instructjax.structs import PromptBatch
+
+_GPT2 = dict(num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, head_dim=64, d_mlp=3072)
+_SMALL = dict(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """Shapes of one iteration; `ends`: whether id 0 ends an answer (else nothing does)."""
+
+  model: dict
+  vocab_size: int
+  prompt: int
+  response: int
+  batch: int
+  minibatches: int
+  epochs: int
+  ends: bool
+
+
+WORKLOADS = {
+  "W1": Workload(_GPT2, 50257, 32, 32, 16, 2, 1, ends=False),
+  "W2": Workload(_SMALL, 512, 16, 32, 64, 4, 4, ends=False),
+  "W3": Workload(_SMALL, 64, 16, 512, 64, 4, 1, ends=True),
+}
+
+
+def make_config(load: Workload, changes: dict):
+  """The run's config: the paper's, in float32, with the workload's shapes."""
+  config = base.base("ppo")
+  network = load.model | dict(
+    max_length=2048, attention_window=0, dtype="float32", remat=False, layers="auto"
+  )
+  config.model.update(network)
+  config.reward_model.update(network)
+  config.tokenizer.vocab_size = load.vocab_size
+  config.data.update(max_prompt_length=load.prompt, max_response_length=load.response)
+  config.ppo.update(
+    batch_size=load.batch,
+    num_minibatches=load.minibatches,
+    num_epochs=load.epochs,
+    behaviour_logprob="rollout",
+    gamma=0.0,
+    **changes,
+  )
+  return from_config_dict(config)
+
+
+def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dict[str, float]:
+  """FLOPs of the matrix products that an iteration needs, each once, attention's left out."""
+  d, f = load.model["d_model"], load.model["d_mlp"]
+  body = 2 * load.model["num_layers"] * (4 * d * d + 2 * d * f) * (prompt_tokens + response_tokens)
+  head = 2 * d * load.vocab_size * response_tokens
+  return {
+    "rollout": body + head,
+    "scoring": 3 * body + head,  # reference, reward, value; the policy's come with the rollout
+    "update": 3 * load.epochs * (2 * body + head),  # forward and twice that backward, two networks
+  }
+
+
+def prepare(load: Workload, changes: dict):
+  """A function that runs one iteration and returns (metrics, samples)."""
+  config = make_config(load, changes)
+  mesh = sharding.make_mesh(config.mesh)
+  tokenizer = types.SimpleNamespace(
+    vocab_size=load.vocab_size, eos_id=0 if load.ends else load.vocab_size + 1
+  )
+  ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)
+  jax.set_mesh(mesh)
+  cfg, nets = config.ppo, ppo_stage.make_nets(ctx, config.ppo)
+  keys = jax.random.split(jax.random.key(0), 3)
+  frozen = ppo.Frozen(
+    supervised.init_params(mesh, nets.policy, keys[0]),
+    supervised.init_params(mesh, nets.scalar, keys[1]),
+  )
+  state, shardings = ppo_stage.initial_state(
+    ctx, cfg, nets, frozen.ref_params, frozen.reward_params, keys[2]
+  )
+  step = ppo.make_train_step(nets, cfg, shardings)
+  rng = np.random.default_rng(0)
+  shape = (load.batch, load.prompt)
+  prompts = PromptBatch(
+    rng.integers(1, load.vocab_size, shape).astype(np.int32),
+    np.ones(shape, bool),
+    np.arange(load.batch, dtype=np.int32),
+  )
+  batch = sharding.place_batch(mesh, {"prompts": prompts})
+
+  def once():
+    nonlocal state
+    state, metrics, samples = step(state, frozen, batch)
+    return jax.block_until_ready((metrics, samples))
+
+  return once
+
+
+def _spread(values: list[float]) -> dict:
+  return {
+    name: round(f(values), 3)
+    for name, f in (("median", statistics.median), ("min", min), ("max", max))
+  }
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workload", choices=WORKLOADS, required=True)
+  parser.add_argument("--set", action="append", metavar="FIELD=VALUE,...", default=None)
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument(
+    "--gflops", type=float, default=185.0, help="of this machine's large products"
+  )
+  args = parser.parse_args()
+  memory.keep_freed_memory()
+  load = WORKLOADS[args.workload]
+  variants = {}
+  for spelling in args.set or ["packed_rows=0"]:
+    pairs = (pair.split("=") for pair in spelling.split(","))
+    variants[spelling] = prepare(load, {name: json.loads(value) for name, value in pairs})
+  measured = {name: [] for name in variants}
+  tokens = {name: 0 for name in variants}
+  for repeat in range(args.repeats + 1):  # the first one compiles
+    for name, once in variants.items():
+      wall, cpu = time.perf_counter(), time.process_time()
+      metrics, _ = once()
+      if repeat:
+        measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        tokens[name] += float(metrics["response_length"]) * load.batch
+  for name, seconds in measured.items():
+    response = tokens[name] / args.repeats
+    flops = bound_flops(load, load.batch * load.prompt, response)
+    bound = sum(flops.values()) / (args.gflops * 1e9)
+    wall, cpu = (_spread([pair[i] for pair in seconds]) for i in (0, 1))
+    print(
+      json.dumps(
+        {
+          "workload": args.workload,
+          "variant": name,
+          "wall_s": wall,
+          "cpu_s": cpu,
+          "bound_s": round(bound, 2),
+          "wall_over_bound": round(wall["median"] / bound, 2),
+          "response_tokens": round(response),
+          "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        }
+      )
+    )
+
+
+if __name__ == "__main__":
+  main()

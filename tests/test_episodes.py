@@ -1,0 +1,101 @@
+"""Episodes that share rows: where they lie, nothing lost, and no more rows done than are in use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax import episodes, sharding
+from instructjax.config import MeshConfig
+
+WIDTH = 10
+
+
+def left_padded(length_B, width=WIDTH, prompt=4):
+  """is_token_BL as rollouts have it: each episode's prompt ends at the same column."""
+  is_token_BL = np.zeros((len(length_B), width), bool)
+  for row, length in zip(is_token_BL, length_B):
+    start = max(0, prompt - length + 1)
+    row[start : start + length] = True
+  return is_token_BL
+
+
+def expected_rows(length_B, width=WIDTH):
+  """First-fit decreasing, an episode at a time: (row, first column) of each."""
+  used, place = [], {}
+  for episode in sorted(range(len(length_B)), key=lambda b: -length_B[b]):
+    row = next((r for r, n in enumerate(used) if n + length_B[episode] <= width), len(used))
+    used += [0] * (row == len(used))
+    place[episode] = row, used[row]
+    used[row] += length_B[episode]
+  return place, len(used)
+
+
+@pytest.mark.parametrize(
+  "length_B",
+  [
+    # 7 and 3 fill a row, 6 and 4 another, 5 and 2 and 2 the third: by hand.
+    [3, 7, 5, 2, 6, 4, 2],
+    [10, 10, 10],
+    [1] * 12,
+    list(np.random.default_rng(0).integers(1, WIDTH + 1, 40)),
+  ],
+)
+def test_the_longest_first_each_into_the_first_row_with_room(length_B):
+  is_token_BL = left_padded(length_B)
+  layout = jax.jit(episodes.first_fit)(is_token_BL)
+  place, num_rows = expected_rows(length_B)
+  assert layout.num_rows == num_rows
+  for b, length in enumerate(length_B):
+    row, start = place[b]
+    cells = np.asarray(layout.cell_BL[b])[is_token_BL[b]]
+    np.testing.assert_array_equal(cells, row * WIDTH + start + np.arange(length))
+  assert np.all(np.asarray(layout.cell_BL)[~is_token_BL] == is_token_BL.size)
+
+
+def test_hand_worked_rows():
+  length_B = [3, 7, 5, 2, 6, 4, 2]
+  layout = episodes.first_fit(left_padded(length_B))
+  assert layout.num_rows == 3
+  np.testing.assert_array_equal(
+    episodes.segments(layout)[:4],
+    [[2] * 7 + [1] * 3, [5] * 6 + [6] * 4, [3] * 5 + [4] * 2 + [7] * 2 + [0], [0] * 10],
+  )
+
+
+def test_packing_loses_nothing():
+  rng = np.random.default_rng(1)
+  is_token_BL = left_padded(rng.integers(1, WIDTH + 1, 9))
+  x_BL = rng.normal(size=is_token_BL.shape).astype(np.float32)
+  x_BL[~is_token_BL] = np.nan
+  layout = episodes.first_fit(is_token_BL)
+  rows_BL = episodes.pack(layout, x_BL, 0.0)
+  assert np.isfinite(rows_BL).all()
+  np.testing.assert_array_equal(np.sort(rows_BL[rows_BL != 0]), np.sort(x_BL[is_token_BL]))
+  np.testing.assert_array_equal(episodes.unpack(layout, rows_BL), np.where(is_token_BL, x_BL, 0.0))
+  assert np.all(np.asarray(episodes.pack(layout, x_BL, -1.0))[episodes.segments(layout) == 0] == -1)
+
+
+@pytest.mark.parametrize("rows, done", [(1, 3), (2, 4), (4, 4)])
+def test_only_chunks_in_use_are_done(rows, done):
+  layout = episodes.first_fit(left_padded([7, 3, 6, 4, 5, 2, 2, 1]))  # three rows of eight
+  assert layout.num_rows == 3
+  x_BL = jnp.ones((8, WIDTH))
+
+  def twice(x_BL):
+    assert x_BL.shape == (rows, WIDTH)
+    return 2 * x_BL
+
+  mapped = jax.jit(lambda x: episodes.map_rows(twice, layout, x, rows=rows))(x_BL)
+  np.testing.assert_array_equal(np.sum(mapped, axis=1), [2 * WIDTH] * done + [0] * (8 - done))
+  total = jax.jit(lambda x: episodes.fold_rows(jnp.sum, jnp.add, layout, x, rows=rows))(x_BL)
+  assert total == done * WIDTH
+
+
+def test_the_same_on_eight_devices():
+  is_token_BL = left_padded(np.random.default_rng(2).integers(1, WIDTH + 1, 16))
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  with jax.set_mesh(mesh):
+    placed = sharding.place_batch(mesh, is_token_BL)
+    layout = jax.jit(episodes.first_fit)(placed)
+  np.testing.assert_array_equal(layout.cell_BL, episodes.first_fit(is_token_BL).cell_BL)
