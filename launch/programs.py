@@ -235,9 +235,10 @@ def _decoding(mesh: Mesh, nets: ppo.Nets, num_rows: int, length: int) -> dict:
   """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
   copy = jax.eval_shape(lambda weights: transformer.decode_weights(model, weights), shapes)
-  gathered = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=("fsdp",)))
+  gathered = sharding.DECODE_GATHERED[transformer.decode_layout(model, mesh)]
+  placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
-    gathered, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
+    placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
   )
   cache = jax.eval_shape(lambda: transformer.init_cache(model, num_rows, length))
   heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))
