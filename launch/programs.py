@@ -36,6 +36,7 @@ class Program:
     arguments: of ShapeDtypeStruct with a sharding.
     owners: name -> the part of the arguments that it owns; together all of them.
     inside: name -> ShapeDtypeStructs of arrays that live in the step only, whose size is known.
+    decode_layout: how the rollout's copy of the weights is split; None without a rollout.
     rows, tokens: of an iteration; `token_kind` says which tokens are counted.
     model_flops: 6 N + 6 L S D a token of the batch where the step is one forward and backward pass, else None.
   """
@@ -48,6 +49,7 @@ class Program:
   tokens: int
   token_kind: str
   model_flops: float | None
+  decode_layout: str | None = None
 
 
 def make(config: Config, mesh: Mesh, stage: str) -> Program:
@@ -228,6 +230,7 @@ def _ppo(ctx: Context, stage: str) -> Program:
     tokens=cfg.batch_size * data.max_response_length,
     token_kind="sampled tokens",
     model_flops=None,
+    decode_layout=transformer.decode_layout(nets.policy, mesh),
   )
 
 
