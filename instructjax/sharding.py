@@ -290,10 +290,18 @@ def device_memory(mesh) -> float | None:
 
   Args:
     mesh: a Mesh or an AbstractMesh.
+  Raises:
+    ValueError: the devices are not here, and of a kind that the table lacks.
   """
   device = getattr(mesh, "abstract_mesh", mesh).abstract_device
   if device is None or device.platform == "cpu":
     return None
   if device.device_kind in _TPU_GIB:
     return _TPU_GIB[device.device_kind] * 2**30
-  return float(jax.local_devices()[0].memory_stats()["bytes_limit"])
+  here = jax.local_devices()[0]
+  if here.device_kind != device.device_kind:
+    raise ValueError(
+      f"model.decode_layout='auto' must know the memory of a {device.device_kind!r}, and does not; set"
+      " --config.model.decode_layout to 'tensor' or '2d'"
+    )
+  return float(here.memory_stats()["bytes_limit"])

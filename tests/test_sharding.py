@@ -194,6 +194,8 @@ def test_decoding_is_tensor_parallel_while_the_copy_takes_two_fifths_of_the_memo
   assert layout(kind_mesh("TPU v5", 1, 64, 16)) == "tensor"
   assert layout(kind_mesh("TPU v5 lite", 1, 16, 16)) == "2d"  # of 16.9 GB
   assert layout(sharding.make_mesh(MeshConfig(1, 8, 1))) == "tensor"  # CPUs: memory bounds nothing
+  with pytest.raises(ValueError, match="must know the memory of a 'TPU v99'"):
+    layout(kind_mesh("TPU v99", 1, 16, 16))
   told = models.make_model(dataclasses.replace(GPT3, decode_layout="tensor"), 50257, "lm")
   assert models.decode_layout(told, kind_mesh("TPU v5", 1, 128, 8)) == "tensor"
 
