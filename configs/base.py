@@ -59,6 +59,7 @@ def _decoder(**changes) -> ConfigDict:
       dtype="bfloat16",
       layers="auto",
       remat=True,
+      decode_layout="auto",
       weights="",
     )
   )

@@ -61,6 +61,9 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
   remat: bool
+  # How sampling splits weights: over tensor only, or (2d) as in training, with activations moved to them. auto: tensor
+  # while its copy takes no more than sharding.DECODE_SHARE of a device's memory.
+  decode_layout: Literal["auto", "tensor", "2d"]
   weights: str  # '' = train from scratch (the pretrain stage); else what weights.open takes
 
   def validate(self, where: str):
@@ -409,7 +412,8 @@ class Config:
   @property
   def same_network(self) -> bool:
     """Whether policy and reward model differ in their head only."""
-    bare = [dataclasses.replace(cfg, weights="") for cfg in (self.model, self.reward_model)]
+    free = dict(weights="", decode_layout="auto")  # a reward model decodes nothing
+    bare = [dataclasses.replace(cfg, **free) for cfg in (self.model, self.reward_model)]
     return bare[0] == bare[1]
 
   def validate(self, where: str = "config"):

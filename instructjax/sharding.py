@@ -7,6 +7,7 @@ Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters alon
 `tensor` splits heads and the mlp. All are Auto: the compiler inserts the communication.
 """
 
+import functools
 import itertools
 import math
 
@@ -21,6 +22,26 @@ from instructjax.config import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what dimension 0 of a batch is split over
+
+_ROWS_BESIDES_FSDP = tuple(axis for axis in ROWS if axis != "fsdp")
+
+# How decoding splits its copy of the weights -> mesh axes that it is not split over.
+# tensor: a step sums two activations of a device's own rows a layer over `tensor`, and reads most of the weights.
+# 2d: the weights lie as in training, and a step moves the activations of all rows to them.
+DECODE_GATHERED = {"tensor": ("fsdp",), "2d": ()}
+DECODE_SHARE = (
+  0.4  # of a device's memory is what the copy may take: cache and training state lie beside it
+)
+
+# Kind of device, as JAX names it -> GiB that the TPU's compiler lets a program use. A table, and not what the device
+# says, so that all processes decide alike and a compiler can ask for a slice that is not here.
+_TPU_GIB = {
+  "TPU v4": 30.75,
+  "TPU v5 lite": 15.75,
+  "TPU v5": 95.73,
+  "TPU v6 lite": 31.24,
+  "TPU7x": 94.74,
+}
 
 # Logical dimension -> mesh axis; None is whole on every device.
 AXIS_RULES = {
@@ -197,13 +218,28 @@ def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
     tensor_dim: dimension to split over `tensor` besides (heads of a cache).
     row_dim: which dimension the rows are.
   """
+  return _split(tree, {row_dim: ROWS, tensor_dim: ("tensor",)})
+
+
+def shard_width(h_BTD):
+  """As `shard_rows`, for a residual stream that meets weights split as in training: fsdp splits its width."""
+  return _split(h_BTD, {0: _ROWS_BESIDES_FSDP, 2: ("fsdp",)})
+
+
+def gather_rows(x_BTGRK):
+  """As `shard_rows`, with every row of what the heads give on each fsdp device, for weights split as in training."""
+  return _split(x_BTGRK, {0: _ROWS_BESIDES_FSDP, 2: ("tensor",)})
+
+
+def _split(tree, wanted: dict):
+  """Constrains arrays: dimension -> mesh axes to split it over, where they divide it; all else is whole."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return tree
 
   def one(x):
     spec = [None] * x.ndim
-    for dim, axes in ((row_dim, ROWS), (tensor_dim, ("tensor",))):
+    for dim, axes in wanted.items():
       if dim is not None and x.shape[dim] % math.prod(mesh.shape[axis] for axis in axes) == 0:
         spec[dim] = axes
     return jax.lax.with_sharding_constraint(x, PS(*spec))
@@ -217,17 +253,61 @@ def whole(x):
   return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, PS())
 
 
-def gather_fsdp(params, axes_tree):
-  """Inside a traced function under `jax.set_mesh`: parameters split over `tensor` only.
-
-  For decoding: left in the training layout, every step of the loop would gather all weights anew.
-  """
+def place_for_decoding(params, axes_tree, layout: str):
+  """Inside a traced function under `jax.set_mesh`: parameters split as `layout`, one of DECODE_GATHERED, has it."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return params
+  spec = functools.partial(spec_of, gathered=DECODE_GATHERED[layout])
   return jax.tree.map(
-    lambda axes, x: jax.lax.with_sharding_constraint(x, spec_of(axes, gathered=("fsdp",))),
+    lambda axes, x: jax.lax.with_sharding_constraint(x, spec(axes)),
     axes_tree,
     params,
     is_leaf=lambda node: isinstance(node, tuple),
   )
+
+
+def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh=None) -> str:
+  """The layout that decoding fits in: 'tensor' while its copy of the weights takes at most DECODE_SHARE of a device.
+
+  Static, and the same on every process and for devices that are not here.
+
+  Args:
+    axes_tree, shapes_tree: of the parameters, as `param_shardings` takes them.
+    itemsize: bytes of one element of the copy.
+    mesh: a Mesh or an AbstractMesh; None is the one set around a traced function.
+  """
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  memory = None if mesh.empty else device_memory(mesh)
+  if memory is None:
+    return "tensor"
+
+  def local_bytes(axes, leaf):
+    split = [axis for axis in spec_of(axes, gathered=DECODE_GATHERED["tensor"]) if axis]
+    return math.prod(leaf.shape) * itemsize / math.prod(mesh.shape[axis] for axis in split)
+
+  is_axes = lambda node: isinstance(node, tuple)
+  copy = jax.tree.map(local_bytes, axes_tree, shapes_tree, is_leaf=is_axes)
+  return "tensor" if sum(jax.tree.leaves(copy)) <= DECODE_SHARE * memory else "2d"
+
+
+def device_memory(mesh) -> float | None:
+  """Bytes that a program may use on a device of this mesh; None where there is no bound to keep (CPUs).
+
+  Args:
+    mesh: a Mesh or an AbstractMesh.
+  Raises:
+    ValueError: the devices are not here, and of a kind that the table lacks.
+  """
+  device = getattr(mesh, "abstract_mesh", mesh).abstract_device
+  if device is None or device.platform == "cpu":
+    return None
+  if device.device_kind in _TPU_GIB:
+    return _TPU_GIB[device.device_kind] * 2**30
+  here = jax.local_devices()[0]
+  if here.device_kind != device.device_kind:
+    raise ValueError(
+      f"model.decode_layout='auto' must know the memory of a {device.device_kind!r}, and does not; set"
+      " --config.model.decode_layout to 'tensor' or '2d'"
+    )
+  return float(here.memory_stats()["bytes_limit"])

@@ -198,9 +198,10 @@ def text(report: dict) -> str:
       f" {report['token_kind']} a second{mfu}"
     )
   if report["decode"]:
+    decode = report["decode"]
     lines.append(
-      f"Decode: {report['decode']['steps']} steps at most, each sends"
-      f" {report['decode']['sent_bytes'] / 1e6:.2f} MB a device."
+      f"Decode, layout {decode['layout']}: {decode['steps']} steps at most, each sends"
+      f" {decode['sent_bytes'] / 1e6:.2f} MB a device."
     )
   lines.append("Collectives an iteration, a device:")
   lines += [

@@ -120,7 +120,11 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
     "timing": estimate.timing(summary, chip, program.rows, program.tokens, model_rate),
     "token_kind": program.token_kind,
     "decode": decode
-    and {"steps": decode.trips, "sent_bytes": decode.cost.wire_bytes / decode.trips},
+    and {
+      "layout": program.decode_layout,
+      "steps": decode.trips,
+      "sent_bytes": decode.cost.wire_bytes / decode.trips,
+    },
     "collectives": summary.by_kind,
     "largest_collectives": estimate.largest(summary, 5),
     "host_transfers": summary.host_transfers,

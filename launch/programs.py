@@ -36,6 +36,7 @@ class Program:
     arguments: of ShapeDtypeStruct with a sharding.
     owners: name -> the part of the arguments that it owns; together all of them.
     inside: name -> ShapeDtypeStructs of arrays that live in the step only, whose size is known.
+    decode_layout: how the rollout's copy of the weights is split; None without a rollout.
     rows, tokens: of an iteration; `token_kind` says which tokens are counted.
     model_flops: 6 N + 6 L S D a token of the batch where the step is one forward and backward pass, else None.
   """
@@ -48,6 +49,7 @@ class Program:
   tokens: int
   token_kind: str
   model_flops: float | None
+  decode_layout: str | None = None
 
 
 def make(config: Config, mesh: Mesh, stage: str) -> Program:
@@ -214,6 +216,7 @@ def _ppo(ctx: Context, stage: str) -> Program:
     tokens=cfg.batch_size * data.max_response_length,
     token_kind="sampled tokens",
     model_flops=None,
+    decode_layout=transformer.decode_layout(nets.policy, mesh),
   )
 
 
@@ -221,9 +224,10 @@ def _decoding(mesh: Mesh, nets: ppo.Nets, num_rows: int, length: int) -> dict:
   """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
   copy = jax.eval_shape(lambda weights: transformer.decode_weights(model, weights), shapes)
-  gathered = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=("fsdp",)))
+  gathered = sharding.DECODE_GATHERED[transformer.decode_layout(model, mesh)]
+  placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
-    gathered, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
+    placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
   )
   cache = jax.eval_shape(lambda: transformer.init_cache(model, num_rows, length))
   heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))

@@ -67,6 +67,7 @@ def tiny_config() -> ModelConfig:
     dtype="float32",
     layers="unroll",
     remat=False,
+    decode_layout="auto",
     weights="",
   )
 

@@ -242,6 +242,7 @@ def test_weight_decay_of_every_parameter_of_a_model():
     dtype="float32",
     layers="auto",
     remat=False,
+    decode_layout="auto",
     weights="",
   )
   llama = dataclasses.replace(gpt2, norm="rmsnorm", mlp="swiglu", use_bias=False, qkv_bias=True)

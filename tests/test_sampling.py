@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instructjax import models, sampling, scoring, sharding
+from instructjax.config import MeshConfig
 from instructjax.structs import PromptBatch
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE, TEMPERATURE = 23, 0, 8, 4, 6, 0.7
@@ -162,6 +163,10 @@ def params(policy, random_params):
 
 @pytest.fixture(scope="module")
 def generate(quick_jit, policy):
+  return _jitted(quick_jit, policy)
+
+
+def _jitted(quick_jit, policy):
   kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS)
   return quick_jit(
     lambda params, prompts, key, temperature: sampling.generate(
@@ -220,6 +225,16 @@ def test_behaviour_logprob_is_what_scoring_says(quick_jit, policy, params, rollo
 
 
 def test_tokens_do_not_depend_on_the_mesh(generate, policy, params, prompts, rollout, mesh):
+  _equal_on(mesh, generate, policy, params, prompts, rollout)
+
+
+def test_tokens_do_not_depend_on_the_layout(quick_jit, policy, params, prompts, rollout):
+  policy = dataclasses.replace(policy, cfg=dataclasses.replace(policy.cfg, decode_layout="2d"))
+  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  _equal_on(mesh, _jitted(quick_jit, policy), policy, params, prompts, rollout)
+
+
+def _equal_on(mesh, generate, policy, params, prompts, rollout):
   shardings = sharding.param_shardings(mesh, models.param_axes(policy), models.param_shapes(policy))
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, shardings), sharding.place_batch(mesh, prompts)

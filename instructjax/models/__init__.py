@@ -4,6 +4,7 @@ from instructjax.models.heads import scalar_params_from_lm, shift_bias
 from instructjax.models.transformer import (
   Model,
   apply,
+  decode_layout,
   decode_step,
   decode_weights,
   init_cache,
@@ -20,6 +21,7 @@ from instructjax.models.transformer import (
 __all__ = [
   "Model",
   "apply",
+  "decode_layout",
   "decode_step",
   "decode_weights",
   "init_cache",

@@ -176,12 +176,20 @@ def positions_from_segments(segment_BL: Array) -> Array:
   return before_BL - jax.lax.cummax(jnp.where(is_first_BL, before_BL, 0), axis=1)
 
 
+def decode_layout(model: Model, mesh: Mesh | None = None) -> str:
+  """Which of sharding.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
+  choice, itemsize = model.cfg.decode_layout, jnp.dtype(model.cfg.dtype).itemsize
+  if choice != "auto":
+    return choice
+  return sharding.decode_layout(param_axes(model), param_shapes(model), itemsize, mesh)
+
+
 def decode_weights(model: Model, params: Params) -> Params:
   """Parameters as decoding wants them: in the compute dtype, and layer by layer where unrolled.
 
   `prefill`, `decode_step` and `apply` take the result in place of params. Call it once, before the
-  decode loop, so that no step casts or slices weights again. On a mesh the copy is split over
-  `tensor` only, so that no step gathers weights; it has to fit in that layout.
+  decode loop, so that no step casts or slices weights again. On a mesh the copy is split as
+  `decode_layout` says: in neither layout does a step gather weights.
   """
   dtype = jnp.dtype(model.cfg.dtype)
   weights = dict(params)
@@ -189,7 +197,7 @@ def decode_weights(model: Model, params: Params) -> Params:
   for name in ("embedding", "head"):
     if name in params and not (name == "head" and model.head == "scalar"):
       weights[name] = jax.tree.map(lambda w: w.astype(dtype), params[name])
-  weights = sharding.gather_fsdp(weights, param_axes(model))
+  weights = sharding.place_for_decoding(weights, param_axes(model), decode_layout(model))
   if not scans_layers(model):
     weights["layers"] = _unstack(weights["layers"])
   return weights
@@ -252,7 +260,10 @@ def decode_step(
   """
   cfg = model.cfg
   position_B1 = position_B[:, None]
-  h_B1D, _ = _embed(model, weights, token_B[:, None], jnp.ones_like(position_B1), position_B1)
+  is_2d = decode_layout(model) == "2d"
+  place = sharding.shard_width if is_2d else sharding.shard_rows
+  is_token_B1 = jnp.ones_like(position_B1)
+  h_B1D, _ = _embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles = layers.rotary_angles(position_B1, cfg)
   dense = is_slot_BT[:, None, :]
   masks = dense, layers.band(dense, position_B1, positions_from_mask(is_slot_BT), cfg)
@@ -273,24 +284,38 @@ def decode_step(
     pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
     return layers.attend(q_BTGRK, *pair, _layer_mask(masks, index)), stacks
 
+  def run_block(h_B1D, layer, mix):
+    if is_2d:
+      mix = _mix_own_rows(mix)
+    h_B1D, kept = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)
+    return place(h_B1D), kept
+
   if scans_layers(model):
 
     def body(carry, xs):
       h_B1D, stacks = carry
       index, layer = xs
-      mix = functools.partial(mix_stacked, index, stacks)
-      return layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None), None
+      return run_block(h_B1D, layer, functools.partial(mix_stacked, index, stacks)), None
 
     xs = jnp.arange(cfg.num_layers), weights["layers"]
     (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)
   else:
     pairs = []
     for index, layer in enumerate(_unstack(weights["layers"])):
-      mix = functools.partial(mix_unrolled, index, cache[index])
-      h_B1D, pair = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)
+      h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
       pairs.append(pair)
     cache = tuple(pairs)
-  return _head(model, weights, h_B1D)[:, 0], cache
+  return sharding.shard_rows(_head(model, weights, h_B1D)[:, 0]), cache
+
+
+def _mix_own_rows(mix):
+  """Attention over a device's own rows, as the cache lies, between products with weights that see all rows."""
+
+  def run(*qkv):
+    mixed_BTGRK, kept = mix(*sharding.shard_rows(qkv, tensor_dim=2))
+    return sharding.gather_rows(mixed_BTGRK), kept
+
+  return run
 
 
 def _run_layers(
@@ -336,7 +361,7 @@ def _layer_mask(masks, index):
   return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
 
 
-def _embed(model, params, token_BL, segment_BL, position_BL):
+def _embed(model, params, token_BL, segment_BL, position_BL, place=sharding.shard_rows):
   """Embedding sum, zero at pads, and segments with every id outside the vocabulary made a pad."""
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   row_BL = jnp.where(is_token_BL, token_BL, 0)
@@ -346,7 +371,7 @@ def _embed(model, params, token_BL, segment_BL, position_BL):
     h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
   # A select, not a product: whatever the table holds, NaN included, ends here.
   h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.cfg.dtype)
-  return sharding.shard_rows(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
+  return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
 
 
 def _head(model, params, h_BTD):

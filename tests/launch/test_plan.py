@@ -229,7 +229,7 @@ def test_a_report_in_words():
     ),
     "timing": estimate.timing(found, chip, 8, 64, None),
     "token_kind": "tokens",
-    "decode": {"steps": 6, "sent_bytes": 2e6},
+    "decode": {"layout": "2d", "steps": 6, "sent_bytes": 2e6},
     "collectives": found.by_kind,
     "largest_collectives": estimate.largest(found, 5),
     "host_transfers": [],
@@ -243,7 +243,7 @@ def test_a_report_in_words():
   # 3 GiB less 1 + 1/2 and a MiB.
   assert "     1.499 GiB  activations and other temporaries" in lines
   assert "     0.500 GiB  KV cache (rollout only)" in lines
-  assert "Decode: 6 steps at most, each sends 2.00 MB a device." in lines
+  assert "Decode, layout 2d: 6 steps at most, each sends 2.00 MB a device." in lines
   assert any(line.endswith(" GB  rollout/add") for line in lines)
   assert "Host transfers: none." in lines
   assert all(
@@ -321,6 +321,11 @@ def test_bytes_by_owner(mesh):
   norms = N * 4 * D + 2 * D  # which stay float32
   copy = 2 * (split + whole - norms) + 4 * norms
   assert programs.shard_bytes(program.inside["bf16 rollout copy"]) == copy
+  assert program.decode_layout == "tensor"
+  program = programs.make(small("ppo_ptx", model={"decode_layout": "2d"}), mesh, "ppo_ptx")
+  copy = 2 * (split // 4 + whole - norms) + 4 * norms
+  assert programs.shard_bytes(program.inside["bf16 rollout copy"]) == copy
+  assert program.decode_layout == "2d"
 
 
 @pytest.mark.parametrize("stage, head", [("pretrain", 1024 * 512), ("rm", 512)])

@@ -33,6 +33,7 @@ GPT2 = ModelConfig(
   dtype="float32",
   layers="unroll",
   remat=False,
+  decode_layout="auto",
   weights="",
 )
 LLAMA = dataclasses.replace(

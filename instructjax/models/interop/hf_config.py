@@ -49,8 +49,8 @@ class Description:
 def model_config(raw: Mapping[str, Any], where: str) -> Description:
   """The network that a config.json describes.
 
-  dtype, layers, remat and weights are the reader's business: float32, auto, off and none here. A
-  field that the architecture does not use has the value of configs/base.py.
+  dtype, layers, remat, decode_layout and weights are the reader's business: float32, auto, off, auto
+  and none here. A field that the architecture does not use has the value of configs/base.py.
 
   Args:
     raw: the parsed file.
@@ -70,6 +70,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     dtype="float32",
     layers="auto",
     remat=False,
+    decode_layout="auto",
     weights="",
   )
   cfg.rope_scaling.validate(f"{where}: rope_scaling")
