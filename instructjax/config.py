@@ -59,6 +59,7 @@ class ModelConfig:
   init_std: float
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
+  attention: Literal["auto", "plain", "splash"]  # auto: splash on TPU, plain elsewhere
   remat: bool
   weights: str  # '' = train from scratch (the pretrain stage); else what weights.open takes
 

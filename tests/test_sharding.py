@@ -36,6 +36,7 @@ GPT3 = ModelConfig(
   init_std=0.02,
   dtype="bfloat16",
   layers="scan",
+  attention="auto",
   remat=True,
   weights="",
 )
@@ -234,15 +235,19 @@ def one_device():
   return _loss_and_decode(*_model_params_tokens())
 
 
-@pytest.mark.parametrize("how", ["unroll", "scan"])
-def test_eight_devices_equal_one(one_device, how):
+@pytest.mark.parametrize(
+  "how, attention", [("unroll", "plain"), ("scan", "plain"), ("scan", "splash")]
+)
+def test_eight_devices_equal_one(one_device, how, attention):
   model, params, token_BL, is_token_BL = _model_params_tokens()
-  model = models.make_model(dataclasses.replace(TINY, layers=how), VOCAB, "lm")
+  model = models.make_model(dataclasses.replace(TINY, layers=how, attention=attention), VOCAB, "lm")
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, tree_shardings(mesh, model))
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
-    compiled = _loss_and_decode.lower(model, params, *batch).compile()
+    traced = _loss_and_decode.trace(model, params, *batch)
+    assert ("shard_map" in str(traced.jaxpr)) == (attention == "splash")
+    compiled = traced.lower().compile()
     result = compiled(params, *batch)
   if how == "unroll":  # the decode loop is then the only loop, and it gathers no weights
     gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]

@@ -49,7 +49,7 @@ class Description:
 def model_config(raw: Mapping[str, Any], where: str) -> Description:
   """The network that a config.json describes.
 
-  dtype, layers, remat and weights are the reader's business: float32, auto, off and none here. A
+  dtype, layers, attention, remat and weights are the reader's business: float32, auto, auto, off and none here. A
   field that the architecture does not use has the value of configs/base.py.
 
   Args:
@@ -69,6 +69,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     init_std=keys.number("initializer_range", 0.02),
     dtype="float32",
     layers="auto",
+    attention="auto",
     remat=False,
     weights="",
   )
