@@ -58,6 +58,7 @@ def _decoder(**changes) -> ConfigDict:
       init_std=0.02,
       dtype="bfloat16",
       layers="auto",
+      attention="auto",
       remat=True,
       decode_layout="auto",
       weights="",

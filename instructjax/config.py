@@ -60,6 +60,7 @@ class ModelConfig:
   init_std: float
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
+  attention: Literal["auto", "plain", "splash"]  # auto: splash on TPU, plain elsewhere
   remat: bool
   # How sampling splits weights: over tensor only, or (2d) as in training, with activations moved to them. auto: tensor
   # while its copy takes no more than sharding.DECODE_SHARE of a device's memory.

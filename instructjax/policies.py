@@ -9,7 +9,9 @@ from instructjax.models import heads
 from instructjax.weights import RL_STAGES, Weights, load_stage
 
 # Fields of ModelConfig that may differ between the weights and the run that takes them.
-_FREE_FIELDS = frozenset({"weights", "init_std", "dtype", "layers", "remat", "decode_layout"})
+_FREE_FIELDS = frozenset(
+  {"weights", "init_std", "dtype", "layers", "attention", "remat", "decode_layout"}
+)
 
 
 def base_stage(ctx: Context, role: str) -> str:

@@ -34,7 +34,7 @@ class Weights:
   Attributes:
     path: the stage's folder, the Hugging Face folder or the GGUF file.
     kind: which of them.
-    cfg: architecture. What files say nothing of (dtype, layers, remat) is chosen for inference here.
+    cfg: architecture. What files say nothing of (dtype, layers, attention, remat) is chosen for inference.
     head: 'lm', or 'scalar' for a reward or value model.
     vocab_size: rows of the embedding table in the files.
     fingerprint: equal for equal weights, cheap to compute: nothing of their size is read.
@@ -74,7 +74,7 @@ class Weights:
 
     Args:
       mesh: where to.
-      model: of this architecture; dtype, layers and remat are its own.
+      model: of this architecture; dtype, layers, attention and remat are its own.
     Raises:
       ValueError: the files do not hold this model's parameters.
       UserError: they cannot be read.
@@ -143,7 +143,8 @@ def open(path: str | pathlib.Path, which: Which = "ema") -> Weights:
 
 def _inference() -> dict:
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return {"dtype": dtype, "layers": "auto", "remat": False, "decode_layout": "auto"}
+  switches = dict.fromkeys(("layers", "attention", "decode_layout"), "auto")
+  return switches | {"dtype": dtype, "remat": False}
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:

@@ -11,7 +11,7 @@ import math
 import re
 
 from launch import hlo
-from launch.flops import convolution_flops, dot_flops
+from launch.flops import attention_flops, convolution_flops, dot_flops, is_kernel
 from launch.hlo import Computation, Instruction, Module
 
 # Scope -> phase; what a step does outside of these (optimisers, averages, metrics) is its update.
@@ -56,12 +56,14 @@ class Cost:
 
   Attributes:
     flops: of matrix products.
+    kernel_flops: of them, those of attention kernels, by formula.
     hbm_bytes: read and written by instructions, each reading its operands and writing its result once.
     wire_bytes: sent to other devices, by rings.
     cycles: libtpu's own estimate; collectives, copies and kernels have none.
   """
 
   flops: float = 0.0
+  kernel_flops: float = 0.0
   hbm_bytes: float = 0.0
   wire_bytes: float = 0.0
   cycles: float = 0.0
@@ -183,8 +185,10 @@ class _Counter:
         self.visit(self.module.computations[name], times, own, loop)
       if item.opcode == "call":
         self.visit(self.module.computations[item.called["to_apply"]], times, own, loop)
+      kernel_flops = attention_flops(computation, item)
       cost = Cost(
-        flops=times * self._flops(computation, item),
+        flops=times * (self._flops(computation, item) + kernel_flops),
+        kernel_flops=times * kernel_flops,
         hbm_bytes=times * self._hbm_bytes(computation, item),
         wire_bytes=self._wire_bytes(computation, item, times),
         cycles=times * _cycles(item),
@@ -215,6 +219,9 @@ class _Counter:
 
   def _hbm_bytes(self, computation: Computation, item: Instruction) -> float:
     """Operands read and results written that lie in HBM; of what is only sliced, or updated in place, the slice."""
+    if is_kernel(item):
+      arrays = [array for name in item.operands for array in computation.instructions[name].arrays]
+      return float(sum(array.bytes for array in (*arrays, *item.arrays) if array.space == 0))
     if item.opcode in _FREE:
       return 0.0
     if item.opcode in ("copy-start", "slice-start"):

@@ -1,4 +1,4 @@
-"""FLOPs of a matrix product in a compiled program's text. Called by costs.py; imports hlo.py only."""
+"""FLOPs of matrix products and attention kernels in compiled text. Called by costs.py; imports hlo.py only."""
 
 import math
 import re
@@ -36,6 +36,39 @@ def convolution_flops(computation: Computation, item: Instruction) -> float:
     )
   groups = item.integer("batch_group_count") or 1
   return flops / groups
+
+
+_KERNEL = re.compile(r"/attention_(?:causal|band_(\d+))/.*/splash_mha_(fwd|dq|dkv)_")
+# Matrix products in each block: scores and sums of values; scores, their gradient and the queries'; and, for keys and
+# values, scores, the values' gradient, the scores' and the keys'.
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+
+
+def is_kernel(item: Instruction) -> bool:
+  """Whether this is attention by instructjax/models/splash.py, whose named scopes say which."""
+  return item.opcode == "custom-call" and _KERNEL.search(item.op_name) is not None
+
+
+def attention_flops(computation: Computation, item: Instruction) -> float:
+  """Two a multiplication, in whole blocks as the kernel runs them; 0 for what is not such a kernel.
+
+  The compiler knows no FLOPs of a kernel. Blocks that the causal mask or the band leaves nothing of are not run; what
+  segments mask is.
+  """
+  if not is_kernel(item):
+    return 0.0
+  band, part = _KERNEL.search(item.op_name).groups()
+  suffix = "" if part == "fwd" else f"_{part}"
+  sides = ("block_q", "block_kv")
+  block_q, block_kv = (
+    int(re.search(rf'{side}{suffix}\\?": (\d+)', item.text)[1]) for side in sides
+  )
+  *heads, length, head_dim = computation.instructions[item.operands[2]].arrays[0].dims
+  blocks = 0
+  for query in range(0, length, block_q):
+    first = max(0, query - int(band) + 1) if band else 0
+    blocks += (query + block_q - 1) // block_kv - first // block_kv + 1
+  return 2.0 * _PRODUCTS[part] * math.prod(heads) * blocks * block_q * block_kv * head_dim
 
 
 def _window(text: str, axis: int) -> dict[str, int]:

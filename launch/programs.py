@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax import ppo, ppo_stage, rm, sharding, supervised
-from instructjax.config import Config
+from instructjax.config import Config, ModelConfig
 from instructjax.context import Context
 from instructjax.models import flops, transformer
 from instructjax.optim import make_optimizer
@@ -60,10 +60,8 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   """
   if stage not in STAGES:
     raise ValueError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
-  # The host is a CPU, where 'auto' would unroll; on the TPU it scans.
-  scan = lambda cfg: dataclasses.replace(cfg, layers="scan") if cfg.layers == "auto" else cfg
   config = dataclasses.replace(
-    config, model=scan(config.model), reward_model=scan(config.reward_model)
+    config, model=_on_tpu(config.model), reward_model=_on_tpu(config.reward_model)
   )
   vocab_size = config.tokenizer.vocab_size
   tokenizer = types.SimpleNamespace(vocab_size=vocab_size, eos_id=vocab_size - 1)
@@ -71,6 +69,14 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   if stage in ("ppo", "ppo_ptx"):
     return _ppo(ctx, stage)
   return _rm(ctx) if stage == "rm" else _language_model(ctx, stage)
+
+
+def _on_tpu(cfg: ModelConfig) -> ModelConfig:
+  """What 'auto' is on a TPU; the host is a CPU, where it would be something else."""
+  chosen = {"layers": "scan", "attention": "splash"}
+  values = dataclasses.asdict(cfg)
+  changes = {name: value for name, value in chosen.items() if values[name] == "auto"}
+  return dataclasses.replace(cfg, **changes)
 
 
 def shard_bytes(tree) -> int:

@@ -66,6 +66,7 @@ def tiny_config() -> ModelConfig:
     init_std=0.2,
     dtype="float32",
     layers="unroll",
+    attention="auto",
     remat=False,
     decode_layout="auto",
     weights="",

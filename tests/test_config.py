@@ -156,6 +156,10 @@ def test_missing_field():
       dict(model__norm="batchnorm"),
       "config.model.norm='batchnorm' must be one of 'layernorm', 'rmsnorm'",
     ),
+    (
+      dict(model__attention="flash"),
+      "config.model.attention='flash' must be one of 'auto', 'plain', 'splash'",
+    ),
     (dict(ppo__policy_optim=1e-3), "config.ppo.policy_optim=0.001 must be a block of fields"),
     (dict(evaluate__compare="ppo"), "config.evaluate.compare='ppo' must be a tuple of str"),
     (

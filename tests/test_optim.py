@@ -241,6 +241,7 @@ def test_weight_decay_of_every_parameter_of_a_model():
     init_std=0.02,
     dtype="float32",
     layers="auto",
+    attention="auto",
     remat=False,
     decode_layout="auto",
     weights="",

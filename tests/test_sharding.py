@@ -37,6 +37,7 @@ GPT3 = ModelConfig(
   init_std=0.02,
   dtype="bfloat16",
   layers="scan",
+  attention="auto",
   remat=True,
   decode_layout="auto",
   weights="",
@@ -266,15 +267,19 @@ def one_device():
   return _loss_and_decode(*_model_params_tokens())
 
 
-@pytest.mark.parametrize("how", ["unroll", "scan"])
-def test_eight_devices_equal_one(one_device, how):
+@pytest.mark.parametrize(
+  "how, attention", [("unroll", "plain"), ("scan", "plain"), ("scan", "splash")]
+)
+def test_eight_devices_equal_one(one_device, how, attention):
   model, params, token_BL, is_token_BL = _model_params_tokens()
-  model = models.make_model(dataclasses.replace(TINY, layers=how), VOCAB, "lm")
+  model = models.make_model(dataclasses.replace(TINY, layers=how, attention=attention), VOCAB, "lm")
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, tree_shardings(mesh, model))
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
-    result = _loss_and_decode(model, params, *batch)
+    traced = _loss_and_decode.trace(model, params, *batch)
+    assert ("shard_map" in str(traced.jaxpr)) == (attention == "splash")
+    result = traced.lower().compile()(params, *batch)
   for expected, got in zip(jax.tree.leaves(one_device), jax.tree.leaves(result), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
   w_qkv = params["layers"]["attention"]["w_qkv_DGQK"]

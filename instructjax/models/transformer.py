@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from instructjax import sharding
 from instructjax.config import ModelConfig
-from instructjax.models import layers
+from instructjax.models import layers, splash
 from instructjax.structs import Array, Params
 
 POSITION_STD = 0.01  # GPT-2's wpe
@@ -128,6 +128,12 @@ def scans_layers(model: Model) -> bool:
   """Whether layers run as a scan. On CPU a scan copies each layer's weights first: unroll there."""
   choice = model.cfg.layers
   return choice == "scan" or (choice == "auto" and jax.default_backend() != "cpu")
+
+
+def uses_splash(model: Model) -> bool:
+  """Whether whole sequences attend by the splash kernel. Where it has to be interpreted, plain is faster."""
+  choice = model.cfg.attention
+  return choice == "splash" or (choice == "auto" and jax.default_backend() == "tpu")
 
 
 def apply(
@@ -325,7 +331,7 @@ def _run_layers(
   cfg = model.cfg
   h_BLD, segment_BL = _embed(model, params, token_BL, segment_BL, position_BL)
   angles = layers.rotary_angles(position_BL, cfg)
-  masks = layers.attention_masks(segment_BL, position_BL, cfg)
+  attend = _attention(model, segment_BL, position_BL)
   keys_N = None
   if key is not None:
     h_BLD = layers.dropout(h_BLD, jax.random.fold_in(key, cfg.num_layers), dropout_rate)
@@ -334,21 +340,63 @@ def _run_layers(
   def run_block(h_BLD, layer, index, layer_key):
     def mix(q_BTGRK, k_BTGK, v_BTGK):
       pair = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
-      return layers.attend(q_BTGRK, *pair, _layer_mask(masks, index)), pair if keep else None
+      return attend(index, q_BTGRK, *pair), pair if keep else None
 
     h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
     return sharding.shard_rows(h_BLD), kept
 
   if scans_layers(model):
-    run = jax.checkpoint(run_block, prevent_cse=False) if cfg.remat else run_block
-    xs = params["layers"], jnp.arange(cfg.num_layers), keys_N
-    return jax.lax.scan(lambda h, x: run(h, *x), h_BLD, xs)
+    run = run_block
+    if cfg.remat:
+      run = jax.checkpoint(run_block, static_argnums=2, prevent_cse=False)
+    return _scan_layers(run, h_BLD, (params["layers"], keys_N), 2 if cfg.attention_window else 1)
   run = jax.checkpoint(run_block, static_argnums=2) if cfg.remat else run_block
   kept = []
   for index, layer in enumerate(_unstack(params["layers"])):
     h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
     kept.append(pair)
   return h_BLD, tuple(kept)
+
+
+def _scan_layers(run, h_BLD, stacked, period: int):
+  """A scan of `period` layers a turn, of which each knows its place: no layer chooses a mask as it runs.
+
+  Args:
+    run: (h_BLD, layer, index, key) -> (h_BLD, kept), where only index modulo `period` counts.
+    h_BLD: what the first layer gets.
+    stacked: (layers, keys_N).
+    period: after how many layers they repeat; what is left over runs after the scan.
+  Returns:
+    (h_BLD, kept of every layer, stacked)
+  """
+
+  def turn(h_BLD, some):
+    some, keys = some
+    kept = []
+    for index, layer in enumerate(_unstack(some)):
+      h_BLD, pair = run(h_BLD, layer, index, None if keys is None else keys[index])
+      kept.append(pair)
+    return h_BLD, jax.tree.map(lambda *pairs: jnp.stack(pairs), *kept)
+
+  num_layers = jax.tree.leaves(stacked)[0].shape[0]
+  rest = num_layers % period
+  turns = jax.tree.map(lambda x: x[: num_layers - rest].reshape(-1, period, *x.shape[1:]), stacked)
+  h_BLD, kept = jax.lax.scan(turn, h_BLD, turns)
+  kept = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+  if rest:
+    h_BLD, last = turn(h_BLD, jax.tree.map(lambda x: x[-rest:], stacked))
+    kept = jax.tree.map(lambda *parts: jnp.concatenate(parts), kept, last)
+  return h_BLD, kept
+
+
+def _attention(model, segment_BL, position_BL):
+  """(index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK: how layer `index` attends inside whole sequences."""
+  cfg = model.cfg
+  if uses_splash(model):
+    windows = 0, cfg.attention_window
+    return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=windows[index % 2])
+  masks = layers.attention_masks(segment_BL, position_BL, cfg)
+  return lambda index, q_BTGRK, *pair: layers.attend(q_BTGRK, *pair, _layer_mask(masks, index))
 
 
 def _layer_mask(masks, index):

@@ -32,6 +32,9 @@ LOOPS = (GOLDEN / "plan_loops.hlo").read_text(encoding="utf-8")
 # weight of which a fusion reads one layer and another writes one row.
 COLLECTIVES = (GOLDEN / "plan_collectives.hlo").read_text(encoding="utf-8")
 
+# An attention kernel of 2 rows, 3 heads and 512 columns, with the lines that its attributes have of their own.
+KERNEL = (GOLDEN / "plan_kernel.hlo").read_text(encoding="utf-8")
+
 
 def test_trip_counts_take_start_and_step():
   module = hlo.parse(LOOPS)
@@ -143,6 +146,25 @@ ENTRY %main (a: f32[]) -> f32[] {{
   assert costs.summarise(text, 1).total.flops == products * 2 * 8 * 16 * 4
 
 
+@pytest.mark.parametrize(
+  "scope, part, products, blocks",
+  [
+    # Rows 0, 128, 256, 384 of 128 queries: what they see lies in 1, 1, 2 and 2 blocks of 256 keys.
+    ("attention_causal", "fwd", 2, 6),
+    ("attention_causal", "dkv", 4, 6),
+    # The 129 newest columns: of rows 384 on the oldest is 256, with which the second block begins.
+    ("attention_band_129", "dq", 3, 5),
+  ],
+)
+def test_costs_of_an_attention_kernel(scope, part, products, blocks):
+  text = KERNEL.replace("SCOPE", scope).replace("PART", part)
+  found = costs.summarise(text, 1).total
+  assert found.flops == found.kernel_flops == 2 * products * 2 * 3 * blocks * 128 * 256 * 64
+  # Two masks of 8 bytes, queries, keys and values, and what comes out; the rest stays on the chip.
+  assert found.hbm_bytes == 2 * 8 + 4 * 2 * 3 * 512 * 64 * 2
+  assert costs.summarise(text.replace("splash", "other"), 1).total == costs.Cost()
+
+
 def test_host_transfers():
   line = (
     "  %s = (f32[8]{0}, u32[]) send(%x), channel_id=1, is_host_transfer=true,"
@@ -197,7 +219,8 @@ def test_out_of_memory_in_words(message, needed, words):
 def test_timing_takes_the_largest_term_of_each_phase():
   chip = topology.Chip("x", 2**30, flops=100.0, hbm_rate=10.0, link_rate=1.0, clock=2.0)
   phases = {
-    "rollout": costs.Cost(flops=100, hbm_bytes=50, wire_bytes=2, cycles=12),  # 1, 5, 2 s; 6 s
+    # 1, 5, 2 s; 6 s, of them .5 of 25 FLOPs in kernels at half the rate.
+    "rollout": costs.Cost(100, kernel_flops=25, hbm_bytes=50, wire_bytes=2, cycles=11),
     "scoring": costs.Cost(flops=300, hbm_bytes=10, wire_bytes=4, cycles=2),  # 3, 1, 4 s; 1 s
     "update": costs.Cost(flops=700, hbm_bytes=0, wire_bytes=0, cycles=16),  # 7, 0, 0 s; 8 s
   }
@@ -356,7 +379,7 @@ def test_what_does_not_divide(stage, changes, words, mesh):
 
 
 def jaxpr_flops(jaxpr) -> float:
-  """FLOPs of all matrix products, scans multiplied by their length: an independent count."""
+  """FLOPs of all matrix products, scans, kernels and devices multiplied: an independent count."""
   total = 0.0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == "dot_general":
@@ -365,14 +388,20 @@ def jaxpr_flops(jaxpr) -> float:
       total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
     assert eqn.primitive.name != "while", "of unknown length"
     inner = sum(map(jaxpr_flops, jax.extend.core.jaxprs_in_params(eqn.params)))
-    total += inner * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+    if eqn.primitive.name == "scan":
+      inner *= eqn.params["length"]
+    elif eqn.primitive.name == "pallas_call":
+      inner *= math.prod(eqn.params["grid_mapping"].grid)
+    elif eqn.primitive.name == "shard_map":
+      inner *= eqn.params["mesh"].size
+    total += inner
   return total
 
 
 @needs_libtpu
 def test_a_compiled_step(mesh):
-  # The step with the least to compile: no dropout, no clipping.
-  config = small("pretrain", pretrain={"optim": {"clip_norm": None}})
+  # The step with the least to compile: no dropout, no clipping, no band.
+  config = small("pretrain", pretrain={"optim": {"clip_norm": None}}, model={"attention_window": 0})
   with mock.patch.dict(os.environ):  # which planning changes
     report = plan.plan(config, "v5e:2x2", "pretrain")
   program = programs.make(config, mesh, "pretrain")
@@ -383,5 +412,8 @@ def test_a_compiled_step(mesh):
   assert report["argument_bytes"] == pytest.approx(sum(sizes.values()), rel=0.01)
   flops = sum(phase["flops"] for phase in report["timing"]["phases"].values())
   assert 4 * flops == pytest.approx(jaxpr_flops(jaxpr.jaxpr), rel=0.02)
+  (kernels,) = {phase["kernels"] for phase in report["timing"]["phases"].values()} - {0.0}
+  # One block a row and head in each of two layers: 2 products forward, as many for remat, and 3 + 4.
+  assert kernels * 0.5 * 197e12 == 2 * 11 * 2 * (8 // 4) * 4 * 256 * 256 * 128
   assert report["host_transfers"] == [] and report["unknown_trips"] == []
   assert report["fits"] and "all-gather" in report["collectives"]

@@ -32,6 +32,7 @@ GPT2 = ModelConfig(
   init_std=0.2,
   dtype="float32",
   layers="unroll",
+  attention="auto",
   remat=False,
   decode_layout="auto",
   weights="",

@@ -223,8 +223,9 @@ def assert_same(a, b):
 
 
 def test_scan_equals_unrolled(cfg, make):
-  unrolled, params = make(cfg, num_layers=2)
-  scanned, _ = make(cfg, num_layers=2, layers="scan")
+  """Three layers: of two kinds by turns, one is left over."""
+  unrolled, params = make(cfg)
+  scanned, _ = make(cfg, layers="scan")
   assert count_in_forward("scan", unrolled, params) == 0
   assert count_in_forward("scan", scanned, params) == 1
   assert_same(loss_gradient(unrolled, params), loss_gradient(scanned, params))
@@ -237,7 +238,8 @@ def test_remat_and_scan_change_no_number_and_no_dropout_mask(llama, make):
   scanned, _ = make(llama, **changes, remat=True, layers="scan")
   count = functools.partial(count_in_forward, "remat2", params=params)
   assert count(model=unrolled) == count(model=plain) + 2
-  assert count(model=scanned) == count(model=make(llama, **changes, layers="scan")[0]) + 1
+  # A turn of the scan holds a dense layer and a banded one.
+  assert count(model=scanned) == count(model=make(llama, **changes, layers="scan")[0]) + 2
   expected = loss_gradient(plain, params, jax.random.key(0))
   assert_same(expected, loss_gradient(unrolled, params, jax.random.key(0)))
   assert_same(expected, loss_gradient(scanned, params, jax.random.key(0)))

@@ -49,8 +49,8 @@ class Description:
 def model_config(raw: Mapping[str, Any], where: str) -> Description:
   """The network that a config.json describes.
 
-  dtype, layers, remat, decode_layout and weights are the reader's business: float32, auto, off, auto
-  and none here. A field that the architecture does not use has the value of configs/base.py.
+  dtype, layers, attention, remat, decode_layout and weights are the reader's business: float32, auto, auto, off,
+  auto and none here. A field that the architecture does not use has the value of configs/base.py.
 
   Args:
     raw: the parsed file.
@@ -69,6 +69,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     init_std=keys.number("initializer_range", 0.02),
     dtype="float32",
     layers="auto",
+    attention="auto",
     remat=False,
     decode_layout="auto",
     weights="",
