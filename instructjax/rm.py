@@ -45,7 +45,7 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
       "grad_norm": optax.tree.norm(grads),
     }
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+  return supervised.jit_step(step, state_shardings)
 
 
 def _tokenized(ctx: Context, records: list) -> list:
