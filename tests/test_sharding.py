@@ -145,6 +145,13 @@ def leaf(**sizes):
       r"sharding: config.sft.batch_size=12 must be divisible by mesh slice \* data \* fsdp = 8. Set"
       " --config.sft.batch_size to a multiple, or the mesh to slice=1, data=4, fsdp=1, tensor=2.",
     ),
+    # Fewer slices would do, but they are there.
+    (
+      {"a": leaf(mlp=12)},
+      {"config.sft.batch_size": 2},
+      (4, 1, 1, 2),
+      "batch_size=2 .* fsdp = 4. Set --config.sft.batch_size to a multiple.",
+    ),
     (
       {"a": leaf(mlp=7)},
       {"config.sft.batch_size": 12},
