@@ -425,19 +425,19 @@ def test_a_compiled_step(mesh):
 
 @needs_libtpu
 def test_two_slices():
-  with mock.patch.dict(os.environ):
+  with mock.patch.dict(os.environ):  # which libtpu reads when it compiles, too
     devices = topology.devices("2xv5e:2x2")
-  with pytest.raises(ValueError, match="as many slices as the devices lie in, got 2"):
-    sharding.make_mesh(MeshConfig(1, 2, 4, 1), devices)
-  mesh = sharding.make_mesh(MeshConfig(2, 1, 4, 1), devices)
-  assert [{device.slice_index for device in block.flat} for block in mesh.devices] == [{0}, {1}]
-  split = NamedSharding(mesh, sharding.spec_of(("embed", "mlp")))
-  weight_DF = jax.ShapeDtypeStruct((256, 512), "float32", sharding=split)
-  x_BD = jax.ShapeDtypeStruct((64, 256), "float32", sharding=sharding.batch_sharding(mesh))
-  gradient = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), out_shardings=split)
-  found = costs.summarise(gradient.lower(weight_DF, x_BD).compile().as_text(), 8, 2)
-  # Each device's quarter of the gradient crosses once; the rest stays in its slice.
-  assert {kind: of for kind, of in found.by_kind.items() if "DCN" in kind} == {
-    "DCN all-reduce": (1, 256 * 512 * 4 / 4)
-  }
-  assert found.host_transfers == []
+    with pytest.raises(ValueError, match="as many slices as the devices lie in, got 2"):
+      sharding.make_mesh(MeshConfig(1, 2, 4, 1), devices)
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 4, 1), devices)
+    assert [{device.slice_index for device in block.flat} for block in mesh.devices] == [{0}, {1}]
+    split = NamedSharding(mesh, sharding.spec_of(("embed", "mlp")))
+    weight_DF = jax.ShapeDtypeStruct((256, 512), "float32", sharding=split)
+    x_BD = jax.ShapeDtypeStruct((64, 256), "float32", sharding=sharding.batch_sharding(mesh))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), out_shardings=split)
+    found = costs.summarise(gradient.lower(weight_DF, x_BD).compile().as_text(), 8, 2)
+    # Each device's quarter of the gradient crosses once; the rest stays in its slice.
+    assert {kind: of for kind, of in found.by_kind.items() if "DCN" in kind} == {
+      "DCN all-reduce": (1, 256 * 512 * 4 / 4)
+    }
+    assert found.host_transfers == []
