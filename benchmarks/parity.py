@@ -139,7 +139,7 @@ def import_cost(path: pathlib.Path) -> dict[str, float]:
   from instructjax import sharding, weights
   from instructjax.config import MeshConfig
 
-  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   start = time.perf_counter()
   opened = weights.open(path)
   jax.block_until_ready(opened.load(mesh, opened.model()))

@@ -106,7 +106,7 @@ def _random(kind, config, folder: pathlib.Path):
 def load_ours(path: pathlib.Path) -> tuple[transformer.Model, Params]:
   """The network as its files have it, whose tokenizer is not asked for."""
   opened = weights.open(path)
-  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   model = transformer.make_model(opened.cfg, opened.vocab_size, opened.head)
   return model, opened.load(mesh, model)
 

@@ -90,7 +90,7 @@ def base(stage: str) -> ConfigDict:
         validation_fraction=0.05,  # open
         on_bad_record="raise",
       ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
+      mesh=dict(slice=1, data=-1, fsdp=1, tensor=1),  # open; large presets: fsdp=-1
       checkpoint=dict(every_steps=100, keep=2),
       log=dict(every_steps=10, samples=4, tensorboard=True),
       profile=dict(steps=""),

@@ -109,6 +109,7 @@ def _llama3_8b(config):
   config.model.update(decoder)
   config.reward_model.update(decoder)
   config.tokenizer.vocab_size = 128256
+  config.mesh.update(data=1, fsdp=-1)  # open: the state is too large to lie whole on every device
   # From scratch: Llama 3's peak rate (arXiv:2407.21783 table 3). The batch also is that of the held-out text.
   for name in ("pretrain", "reward_pretrain"):
     config[name].update(batch_size=64, optim=base.adam(3e-4, warmup_steps=100))

@@ -164,6 +164,7 @@ class DataConfig:
 class MeshConfig:
   """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
+  slice: int  # TPU slices of the job, between which there is only the data centre's network
   data: int
   fsdp: int
   tensor: int

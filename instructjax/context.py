@@ -10,11 +10,12 @@ import json
 import logging
 import pathlib
 import zlib
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax.sharding import Mesh
 
-from instructjax import checkpoint, loop, weights
+from instructjax import checkpoint, loop, sharding, weights
 from instructjax.config import Config
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
@@ -101,6 +102,17 @@ class Context:
       "reward_base": (self.config.reward_model, "lm"),
     }[role]
     return transformer.make_model(cfg, self.tokenizer.vocab_size, head)
+
+  def require_fit(self, roles: Iterable[str], batches: Mapping[str, int]):
+    """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
+
+    Raises:
+      ValueError: see `sharding.require_fit`.
+    """
+    models = {role: self.model(role) for role in roles}
+    axes = {role: transformer.param_axes(model) for role, model in models.items()}
+    shapes = {role: transformer.param_shapes(model) for role, model in models.items()}
+    sharding.require_fit(self.mesh, axes, shapes, batches)
 
   @property
   def collects(self) -> bool:

@@ -70,7 +70,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
   settings.validate()
   opened = [weights.open(path) for path in checkpoints]
   reward_model = reward_model or _own_judge(opened)
-  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   with Console(stderr=True).status("loading"):
     speakers = [speaker.make(*pair, "lm", mesh) for pair in zip(checkpoints, opened)]
     judge = None

@@ -3,6 +3,7 @@
 Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
 """
 
+import functools
 import json
 
 import jax
@@ -111,7 +112,7 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
   """name -> [rows, 2] (sum of negative log-likelihoods, tokens) of the same held-out rows of pretraining text."""
   model = ctx.model("policy")
   rows = validation_rows(ctx, ctx.config.pretrain.length)
-  sums = jax.jit(lambda params, batch: supervised.lm_row_sums(model, params, batch))
+  sums = supervised.jit_sums(functools.partial(supervised.lm_row_sums, model), ctx.mesh, model)
   result = {}
   for name in names:
     params = policies.load(ctx, name)

@@ -108,7 +108,7 @@ def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
   vocab_size = min(opened.tokenizer.vocab_size, opened.vocab_size)
   model = transformer.make_model(opened.cfg, vocab_size, opened.head)
   devices = jax.local_devices(backend="cpu")[:1]
-  mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), devices)
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), devices)
   return model, opened.load(mesh, model)
 
 

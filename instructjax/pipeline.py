@@ -1,7 +1,6 @@
 """Which stage needs which, and running what is missing. Called by main."""
 
 import dataclasses
-import math
 import pathlib
 import time
 
@@ -28,7 +27,6 @@ from instructjax.context import Context, canonical
 from instructjax.data import sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.errors import writing
-from instructjax.models import transformer
 from instructjax.optim import make_optimizer
 
 RUN = {
@@ -91,25 +89,16 @@ def check(ctx: Context, stages: list[str]):
       others, a batch or a parameter does not divide over the mesh, the few-shot prompt does not fit,
       or a warmup is as long as its stage.
   """
-  transformer.param_shardings(ctx.mesh, ctx.model("policy"))
-  if "rm" in stages:
-    transformer.param_shardings(ctx.mesh, ctx.model("reward"))
-  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
   # pretrain's batch also is that of the held-out text, which most stages measure.
   used = {"pretrain", *("ppo" if stage in policies.RL_STAGES else stage for stage in stages)}
-  for name in used.intersection(_BATCHED):
-    size = getattr(ctx.config, name).batch_size
-    if size % shards:
-      raise ValueError(
-        f"config.{name}.batch_size={size} must be divisible by mesh data * fsdp = {shards}; set"
-        f" --config.{name}.batch_size to a multiple"
-      )
-  packed = ctx.config.ppo.packed_rows
-  if packed % shards and any(stage in policies.RL_STAGES for stage in stages):
-    raise ValueError(
-      f"config.ppo.packed_rows={packed} must be divisible by mesh data * fsdp = {shards}; set"
-      " --config.ppo.packed_rows to a multiple, or to 0"
-    )
+  batches = {
+    f"config.{name}.batch_size": getattr(ctx.config, name).batch_size
+    for name in _BATCHED
+    if name in used
+  }
+  if "ppo" in used and ctx.config.ppo.packed_rows:
+    batches["config.ppo.packed_rows"] = ctx.config.ppo.packed_rows
+  ctx.require_fit(["policy", "reward"] if "rm" in stages else ["policy"], batches)
   if "collect" in stages and sources.simulation(ctx.config.data.prompts) is None:
     raise ValueError(
       f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="

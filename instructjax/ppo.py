@@ -399,16 +399,32 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
   return state, metrics | update_metrics, {"rollout": rollout, "score_B": score_B, "kl_B": kl_B}
 
 
-def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings=None) -> Callable:
+def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Callable:
   """Compiles `train_step` as one program with a donated state: (state, frozen, batch) -> (state, metrics, samples).
 
   Args:
-    state_shardings: PPOState of NamedSharding for the state that comes out, so that it keeps the layout it came in
-      with; None on a single device.
+    nets, cfg: static.
+    state_shardings: PPOState of NamedSharding: how the state comes in and goes out. The frozen weights lie as those
+      of the network that they share.
   """
 
   def step(state, frozen, batch):
     return train_step(nets, cfg, state, frozen, batch)
 
-  out_shardings = None if state_shardings is None else (state_shardings, None, None)
-  return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+  mesh = state_shardings.step.mesh
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  rollout = Rollout(
+    token_BL=rows,
+    is_token_BL=rows,
+    is_response_BR=rows,
+    behaviour_logprob_BR=rows,
+    num_steps=whole,
+  )
+  samples = {"rollout": rollout, "score_B": rows, "kl_B": rows}
+  frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, frozen, rows),
+    out_shardings=(state_shardings, whole, samples),
+  )

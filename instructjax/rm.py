@@ -48,7 +48,7 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
       "tokens": jnp.sum(batch.is_token_BCL & batch.is_answer_BC[..., None]).astype(jnp.float32),
     }
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+  return supervised.jit_step(step, state_shardings)
 
 
 def _tokenized(ctx: Context, records: list) -> list:

@@ -3,13 +3,16 @@
 Called by the model (constraints inside a step), the stages (parameters, optimiser state, batches)
 and the pipeline (the mesh). Imports no model.
 
-Mesh axes: `data` and `fsdp` split the batch, `fsdp` also splits parameters along the model width,
-`tensor` splits heads and the mlp. All are Auto: the compiler inserts the communication.
+Mesh axes: `slice`, `data` and `fsdp` split the batch, `fsdp` also splits parameters along the model
+width, `tensor` splits heads and the mlp. All are Auto: the compiler inserts the communication.
+`slice` is the TPU slices of a job of several, between which there is only the data centre's network
+(DCN): weights are whole in each, so that nothing large but gradients has to cross it.
 """
 
 import functools
 import itertools
 import math
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -20,8 +23,8 @@ from jax.sharding import PartitionSpec as PS
 
 from instructjax.config import MeshConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what dimension 0 of a batch is split over
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
+ROWS = ("slice", "data", "fsdp")  # what dimension 0 of a batch is split over
 
 _ROWS_BESIDES_FSDP = tuple(axis for axis in ROWS if axis != "fsdp")
 
@@ -64,51 +67,93 @@ AXIS_RULES = {
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   """The mesh over all devices, or the ones given.
 
+  Where the devices know their TPU slice, `slice` is over these; elsewhere it is an axis like `data`.
+
   Args:
     cfg: devices along each axis; one -1 takes what is left.
     devices: jax devices, real ones or a topology's; None is all there are.
   Raises:
-    ValueError: the axes do not multiply to the number of devices; names the nearest mesh that does.
+    ValueError: the axes do not multiply to the number of devices, or `slice` is not the number of
+      slices; names the nearest mesh that fits.
   """
   devices = jax.devices() if devices is None else list(devices)
   asked = [getattr(cfg, axis) for axis in MESH_AXES]
   free = asked.count(-1)
   if free > 1 or any(size < 1 and size != -1 for size in asked):
     raise ValueError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
+  slices = _num_slices(devices)
   fixed = math.prod(size for size in asked if size != -1)
-  if len(devices) % fixed or (not free and len(devices) != fixed):
-    raise ValueError(
-      f"mesh: {_spell(asked)} must multiply to the number of devices, got {len(devices)}."
-      f" Nearest that fits: {_spell(_nearest(asked, len(devices)))}."
-    )
   shape = tuple(len(devices) // fixed if size == -1 else size for size in asked)
-  grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  rule = None
+  if math.prod(shape) != len(devices):
+    rule = f"multiply to the number of devices, got {len(devices)}"
+  elif slices > 1 and shape[0] != slices:
+    rule = f"have as many slices as the devices lie in, got {slices}"
+  if rule:
+    nearest = _nearest(asked, len(devices), num_slices=slices if slices > 1 else None)
+    raise ValueError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}.")
+  if slices > 1:
+    grid = mesh_utils.create_hybrid_device_mesh(
+      (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+  else:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _num_slices(devices) -> int:
+  """How many TPU slices the devices lie in. GPUs have a `slice_index` too: it is their host's."""
+  if not all(device.platform == "tpu" and hasattr(device, "slice_index") for device in devices):
+    return 1
+  return len({device.slice_index for device in devices})
 
 
 def _spell(shape) -> str:
   return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape))
 
 
-def _nearest(asked, num_devices: int):
+def _nearest(
+  asked, num_devices: int, *, num_slices: int | None = None, splits: Iterable[tuple] = ()
+):
   """The factorisation with the smallest ratios to what was asked; an axis of -1 has no say.
 
-  Of equals, the one that keeps tensor, then fsdp: those must divide the model.
+  Of equals, the one that keeps tensor, then fsdp, then slice.
+
+  Args:
+    asked: sizes in the order of MESH_AXES.
+    num_devices: what they must multiply to.
+    num_slices: what `slice` must be, None for anything.
+    splits: (mesh axes, size of a dimension that lies on them and must divide).
+  Returns:
+    The shape, None where there is none.
   """
   divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  slices = divisors if num_slices is None else [num_slices]
   shapes = (
-    (data, fsdp, num_devices // (data * fsdp))
-    for data, fsdp in itertools.product(divisors, divisors)
-    if num_devices % (data * fsdp) == 0
+    (*sizes, num_devices // math.prod(sizes))
+    for sizes in itertools.product(slices, divisors, divisors)
+    if num_devices % math.prod(sizes) == 0
   )
+  # Few numbers stand for all dimensions: what divides them all divides their greatest common divisor.
+  limits = {}
+  for axes, size in splits:
+    limits[axes] = math.gcd(size, limits.get(axes, 0))
+
+  def fits(shape):
+    sizes = dict(zip(MESH_AXES, shape))
+    return all(limit % _num_shards(sizes, axes) == 0 for axes, limit in limits.items())
 
   def distance(shape):
-    data, fsdp, tensor = (
+    slices, data, fsdp, tensor = (
       0.0 if want == -1 else abs(math.log(size / want)) for size, want in zip(shape, asked)
     )
-    return round(data + fsdp + tensor, 6), tensor, fsdp
+    return round(slices + data + fsdp + tensor, 6), tensor, fsdp, slices
 
-  return min(shapes, key=distance)
+  return min(filter(fits, shapes), key=distance, default=None)
+
+
+def _num_shards(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
+  return math.prod(sizes[axis] for axis in axes)
 
 
 def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
@@ -124,33 +169,69 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
   return PS(*(None if AXIS_RULES[axis] in gathered else AXIS_RULES[axis] for axis in axes))
 
 
-def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
-  """NamedSharding of every parameter.
+def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
+  """Refuses a mesh that does not divide what is to lie on it.
 
   Args:
     mesh: a Mesh or an AbstractMesh.
     axes_tree: tuples of logical axis names, as from `models.param_axes`.
     shapes_tree: anything with shapes, in the same tree.
+    rows: name -> rows of a batch.
   Raises:
-    ValueError: naming the parameter whose dimension its mesh axis does not divide.
+    ValueError: naming the first parameter or batch that does not divide, and the nearest mesh of as
+      many devices that fits all of them, or where none does the parameters.
   """
+  params = list(_split_dimensions(axes_tree, shapes_tree))
+  batches = [(name, size, ROWS) for name, size in rows.items()]
+  for name, size, axes in params + batches:
+    shards = _num_shards(mesh.shape, axes)
+    if size % shards == 0:
+      continue
+    fitting = _nearest_to(mesh, params + batches)
+    if axes == ROWS:
+      place = f"{' * '.join(ROWS)} = {shards}"
+      mend = f"Set --{name} to a multiple" + (f", or the mesh to {fitting}" if fitting else "")
+    else:
+      place = f"axis {axes[0]}={shards}"
+      mend = f"Nearest mesh that fits: {fitting or _nearest_to(mesh, params)}"
+    raise ValueError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}.")
 
-  def one(path, axes, leaf):
+
+def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
+  """The mesh of as many devices and slices that divides (_, size, mesh axes), spelt out; '' for none."""
+  shape = _nearest(
+    [mesh.shape[axis] for axis in MESH_AXES],
+    mesh.size,
+    num_slices=mesh.shape["slice"],
+    splits=[(axes, size) for _, size, axes in dimensions],
+  )
+  return _spell(shape) if shape else ""
+
+
+def _split_dimensions(axes_tree, shapes_tree):
+  """(`parameter NAME: AXIS`, size, mesh axes) of each dimension of each parameter that is split."""
+  leaves = jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=_is_axes)
+  for (path, axes), leaf in zip(leaves, jax.tree.leaves(shapes_tree), strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    spec = spec_of(axes)
     if len(axes) != len(leaf.shape):
       raise ValueError(f"sharding: parameter {name}: shape {leaf.shape} must have axes, got {axes}")
-    for axis, mesh_axis, size in zip(axes, spec, leaf.shape):
-      if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-        raise ValueError(
-          f"sharding: parameter {name}: {axis}={size} must be divisible by mesh axis"
-          f" {mesh_axis}={mesh.shape[mesh_axis]}. Set --config.mesh.{mesh_axis} to a divisor."
-        )
-    return NamedSharding(mesh, spec)
+    for axis, mesh_axis, size in zip(axes, spec_of(axes), leaf.shape):
+      if mesh_axis is not None:
+        yield f"parameter {name}: {axis}", size, (mesh_axis,)
 
-  return jax.tree_util.tree_map_with_path(
-    one, axes_tree, shapes_tree, is_leaf=lambda node: isinstance(node, tuple)
-  )
+
+def _is_axes(node) -> bool:
+  return isinstance(node, tuple)
+
+
+def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
+  """NamedSharding of every parameter.
+
+  Raises:
+    ValueError: see `require_fit`.
+  """
+  require_fit(mesh, axes_tree, shapes_tree, rows={})
+  return jax.tree.map(lambda axes: NamedSharding(mesh, spec_of(axes)), axes_tree, is_leaf=_is_axes)
 
 
 def opt_state_shardings(
@@ -189,8 +270,8 @@ def place_batch(mesh: Mesh, batch):
   def one(rows):
     if rows.shape[0] % shards:
       raise ValueError(
-        f"batch: {rows.shape[0]} rows must be divisible by this process's data * fsdp = {shards}."
-        " Set the batch size to a multiple, or a smaller mesh."
+        f"batch: {rows.shape[0]} rows must be divisible by this process's slice * data * fsdp ="
+        f" {shards}. Set the batch size to a multiple, or a smaller mesh."
       )
     return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
@@ -209,7 +290,7 @@ def place_rows(mesh: Mesh, batch):
 
 
 def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
-  """Inside a traced function under `jax.set_mesh`: keep rows split over data and fsdp.
+  """Inside a traced function under `jax.set_mesh`: keep rows split over slice, data and fsdp.
 
   Only a layout: without a mesh, or where rows do not divide, arrays pass unchanged.
 

@@ -1,5 +1,6 @@
 """State and language-model step shared by pretrain, sft, ppo_init (LM loss) and rm (state only)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -92,7 +93,18 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
     return apply_gradients(state, tx, grads), metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+  return jit_step(step, state_shardings)
+
+
+def jit_step(step: Callable, state_shardings: TrainState) -> Callable:
+  """Compiles (TrainState, batch) -> (TrainState, metrics); the state is donated, rows come in as batches lie."""
+  mesh = state_shardings.step.mesh
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(state_shardings, sharding.replicated(mesh)),
+  )
 
 
 def apply_gradients(
@@ -106,10 +118,20 @@ def apply_gradients(
 
 def make_lm_evaluation(model, mesh: Mesh) -> Callable:
   """(params, iterable of numpy PackedBatch) -> mean negative log-likelihood per weighted token, in nats."""
-  sums = jax.jit(lambda params, batch: lm_loss_sums(model, params, batch))
+  sums = jit_sums(functools.partial(lm_loss_sums, model), mesh, model)
 
   def evaluate(params, batches) -> float:
     totals = [sums(params, sharding.place_batch(mesh, batch)) for batch in batches]
     return float(sum(nll for nll, _ in totals)) / float(sum(weight for _, weight in totals))
 
   return evaluate
+
+
+def jit_sums(sums: Callable, mesh: Mesh, model: transformer.Model) -> Callable:
+  """Compiles (params, PackedBatch) -> arrays, whole on every device."""
+  params_shardings, _ = transformer.param_shardings(mesh, model)
+  return jax.jit(
+    sums,
+    in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
+    out_shardings=sharding.replicated(mesh),
+  )

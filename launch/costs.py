@@ -46,7 +46,12 @@ _FREE = {
   ),
   *("copy-done", "slice-done", "all-gather-done", "all-reduce-done", "collective-permute-done"),
   *("partition-id", "replica-id", "after-all", "opt-barrier", "custom-call", "iota"),
+  *("recv", "send-done"),
 }
+# A collective between slices, in the attributes of the send that stands for it.
+_MEGASCALE = re.compile(
+  r'rendezvous="(?P<name>[^"]*)".*_xla_megascale_transfer_type="(?P<kind>[A-Z_]+)"'
+)
 _SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 
 
@@ -58,7 +63,8 @@ class Cost:
     flops: of matrix products.
     kernel_flops: of them, those of attention kernels, by formula.
     hbm_bytes: read and written by instructions, each reading its operands and writing its result once.
-    wire_bytes: sent to other devices, by rings.
+    wire_bytes: sent to other devices of its slice, by rings.
+    dcn_bytes: sent to other slices, by rings, over the data centre's network.
     cycles: libtpu's own estimate; collectives, copies and kernels have none.
   """
 
@@ -66,6 +72,7 @@ class Cost:
   kernel_flops: float = 0.0
   hbm_bytes: float = 0.0
   wire_bytes: float = 0.0
+  dcn_bytes: float = 0.0
   cycles: float = 0.0
 
   def __iadd__(self, other: "Cost"):
@@ -117,9 +124,9 @@ class Summary:
     return total
 
 
-def summarise(text: str, num_devices: int) -> Summary:
+def summarise(text: str, num_devices: int, num_slices: int = 1) -> Summary:
   """Costs of a compiled program, `compiled.as_text()`."""
-  counter = _Counter(hlo.parse(text), num_devices)
+  counter = _Counter(hlo.parse(text), num_devices, num_slices)
   counter.visit(counter.module.entry, 1.0, "update", None)
   return Summary(
     phases=counter.phases,
@@ -148,8 +155,8 @@ def host_transfers(module: Module) -> list[str]:
 class _Counter:
   """One walk over a module, from the entry into loops, branches and fusions."""
 
-  def __init__(self, module: Module, num_devices: int):
-    self.module, self.num_devices = module, num_devices
+  def __init__(self, module: Module, num_devices: int, num_slices: int):
+    self.module, self.num_devices, self.num_slices = module, num_devices, num_slices
     self.phases = {phase: Cost() for phase in PHASES}
     self.collectives = collections.defaultdict(lambda: (0.0, 0.0))
     self.loops: dict[str, Loop] = {}
@@ -191,6 +198,7 @@ class _Counter:
         kernel_flops=times * kernel_flops,
         hbm_bytes=times * self._hbm_bytes(computation, item),
         wire_bytes=self._wire_bytes(computation, item, times),
+        dcn_bytes=self._dcn_bytes(computation, item, times),
         cycles=times * _cycles(item),
       )
       self.phases[own] += cost
@@ -234,7 +242,7 @@ class _Counter:
       written = self._written(inner)
     else:
       read = [_sliced(item, index) for index in range(len(item.operands))]
-      written = [_updated(computation, item)]
+      written = [0.0 if item.opcode == "send" else _updated(computation, item)]
     total = 0.0
     for name, part in zip(item.operands, read):
       arrays = computation.instructions[name].arrays
@@ -304,11 +312,22 @@ class _Counter:
       return 0.0
     if _scatters(computation):
       kind = "reduce-scatter"
-    sent = times * _ring_bytes(kind, item, computation, self.num_devices)
-    where = kind, item.op_name or use
-    count, total = self.collectives[where]
-    self.collectives[where] = count + times, total + sent
-    return sent
+    group = group_size(item.text, self.num_devices)
+    return self._file(kind, item.op_name or use, times, _ring_bytes(kind, item, computation, group))
+
+  def _dcn_bytes(self, computation: Computation, item: Instruction, times: float) -> float:
+    """Bytes sent to other slices. Such a collective is a send to the host, whose runtime does the rest."""
+    if item.opcode != "send" or not (match := _MEGASCALE.search(item.text)):
+      return 0.0
+    kind = match["kind"].lower().replace("_", "-")
+    sent = _ring_bytes(kind, item, computation, self.num_slices)
+    return self._file(f"DCN {kind}", match["name"], times, sent)
+
+  def _file(self, kind: str, name: str, times: float, sent: float) -> float:
+    """Notes a collective that runs `times` and sends so much each time; returns what it sends in all."""
+    count, total = self.collectives[kind, name]
+    self.collectives[kind, name] = count + times, total + times * sent
+    return times * sent
 
 
 def _unwrapped(computation: Computation, name: str) -> Instruction:
@@ -367,9 +386,8 @@ def _updated(computation: Computation, item: Instruction) -> float | None:
   return None
 
 
-def _ring_bytes(kind: str, item: Instruction, computation: Computation, num_devices: int) -> float:
-  """Bytes that one device sends in a collective, by the usual ring algorithms."""
-  group = group_size(item.text, num_devices)
+def _ring_bytes(kind: str, item: Instruction, computation: Computation, group: int) -> float:
+  """Bytes that one device sends in a collective of `group` devices, by the usual ring algorithms."""
   operands = sum(
     array.bytes for name in item.operands for array in computation.instructions[name].arrays
   )

@@ -55,6 +55,7 @@ def phase_seconds(cost: Cost, chip: Chip) -> dict[str, float]:
     "compute": cost.flops / chip.flops,
     "HBM": cost.hbm_bytes / chip.hbm_rate,
     "links": cost.wire_bytes / chip.link_rate,
+    "DCN": cost.dcn_bytes / chip.dcn_rate,
   }
 
 
@@ -79,13 +80,14 @@ def timing(summary: Summary, chip: Chip, rows: int, tokens: int, model_rate: flo
       "flops": cost.flops,
       "hbm_bytes": cost.hbm_bytes,
       "collective_bytes": cost.wire_bytes,
+      "dcn_bytes": cost.dcn_bytes,
       "seconds": terms,
       "binds": max(terms, key=terms.get),
       "roofline": max(terms.values()),
       "kernels": kernels,
       "cost_model": modelled,
-      "overlapped": max(modelled, terms["links"]),
-      "serial": modelled + terms["links"],
+      "overlapped": max(modelled, terms["links"], terms["DCN"]),
+      "serial": modelled + terms["links"] + terms["DCN"],
     }
   totals = {}
   for way in ("roofline", "overlapped", "serial"):
@@ -206,6 +208,12 @@ def text(report: dict) -> str:
     lines.append(
       f"{words}: {total['seconds']:.2f} s an iteration, {total['tokens']:,.0f}"
       f" {report['token_kind']} a second{mfu}"
+    )
+  if between := sum(phase["dcn_bytes"] for phase in times["phases"].values()):
+    seconds = sum(phase["seconds"]["DCN"] for phase in times["phases"].values())
+    lines.append(
+      f"Between slices, over the data centre's network: {between / 1e9:.3f} GB sent a device, estimate"
+      f" {seconds:.3f} s; not in the table's links."
     )
   if report["decode"]:
     decode = report["decode"]

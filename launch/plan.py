@@ -7,6 +7,7 @@ libtpu: pip install -e '.[plan]'. Exits with 1 where the program does not fit, 2
 is an estimate: nothing has run on a TPU.
 """
 
+import dataclasses
 import json
 import resource
 import sys
@@ -23,7 +24,9 @@ from launch import costs, estimate, topology
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
 )
-_TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:AxB or CHIP:AxBxC, as v5e:16x16.")
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "CHIP:AxB or CHIP:AxBxC, as v5e:16x16; two such slices are 2xv5e:16x16."
+)
 _MESH = flags.DEFINE_string(
   "mesh", None, "AXIS:SIZE,... as fsdp:64,tensor:4; axes left out are 1. The config's by default."
 )
@@ -38,7 +41,7 @@ def parse_mesh(spelling: str) -> MeshConfig:
   Raises:
     ValueError: it is not spelt so, or names an axis that is not there or twice.
   """
-  sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+  sizes = dict.fromkeys((field.name for field in dataclasses.fields(MeshConfig)), 1)
   pairs = [part.partition(":") for part in spelling.split(",")]
   names = [name for name, _, _ in pairs]
   try:
@@ -47,7 +50,7 @@ def parse_mesh(spelling: str) -> MeshConfig:
     given = {}
   if not given or set(names) - set(sizes) or len(set(names)) < len(names):
     raise ValueError(
-      f"--mesh={spelling} must be AXIS:SIZE,... with each of data, fsdp, tensor at most once, as"
+      f"--mesh={spelling} must be AXIS:SIZE,... with each of {', '.join(sizes)} at most once, as"
       " fsdp:64,tensor:4"
     )
   return MeshConfig(**sizes | given)
@@ -99,7 +102,7 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
     "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
   }
   analysis = compiled.memory_analysis()
-  summary = costs.summarise(compiled.as_text(), len(devices))
+  summary = costs.summarise(compiled.as_text(), len(devices), mesh.shape["slice"])
   model_rate = program.model_flops and program.model_flops / (len(devices) * chip.flops)
   decode = max(
     (loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips),
@@ -146,7 +149,7 @@ def main(arguments: list[str]):
   values = _CONFIG.value
   if _MESH.value is not None:
     mesh = parse_mesh(_MESH.value)
-    values.mesh.update(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
+    values.mesh.update(dataclasses.asdict(mesh))
   config = from_config_dict(values)
   report = plan(config, _TOPOLOGY.value, _STAGE.value or config.stage)
   if _JSON.value:

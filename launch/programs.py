@@ -92,14 +92,8 @@ def _placed(shapes, shardings):
   )
 
 
-def _batch(ctx: Context, name: str, rows: int, columns: dict[str, tuple], make_tree):
+def _batch(ctx: Context, rows: int, columns: dict[str, tuple], make_tree):
   """Rows of the step's batch: name of the array -> (dtype, dimensions after the rows)."""
-  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
-  if rows % shards:
-    raise ValueError(
-      f"config.{name}={rows} must be divisible by mesh data * fsdp = {shards}; set"
-      f" --config.{name} to a multiple, or another --mesh"
-    )
   where = sharding.batch_sharding(ctx.mesh)
   return make_tree(
     **{
@@ -109,9 +103,9 @@ def _batch(ctx: Context, name: str, rows: int, columns: dict[str, tuple], make_t
   )
 
 
-def _packed(ctx: Context, name: str, rows: int, length: int) -> PackedBatch:
+def _packed(ctx: Context, rows: int, length: int) -> PackedBatch:
   ids = dict.fromkeys(("token_BL", "segment_BL", "position_BL"), (np.int32, length))
-  return _batch(ctx, name, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
+  return _batch(ctx, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
 
 
 def _key_shape():
@@ -142,11 +136,13 @@ def _supervised_owners(state: TrainState, batch) -> dict:
 
 def _language_model(ctx: Context, stage: str) -> Program:
   cfg = getattr(ctx.config, stage)
-  model = ctx.model("reward_base" if stage == "reward_pretrain" else "policy")
+  role = "reward_base" if stage == "reward_pretrain" else "policy"
+  ctx.require_fit([role], {f"config.{stage}.batch_size": cfg.batch_size})
+  model = ctx.model(role)
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(ctx, model, tx)
   dropout = cfg.dropout if stage in ("sft", "ppo_init") else 0.0
-  batch = _packed(ctx, f"{stage}.batch_size", cfg.batch_size, cfg.length)
+  batch = _packed(ctx, cfg.batch_size, cfg.length)
   tokens = cfg.batch_size * cfg.length
   return Program(
     step=supervised.make_lm_train_step(model, tx, dropout_rate=dropout, state_shardings=shardings),
@@ -162,6 +158,7 @@ def _language_model(ctx: Context, stage: str) -> Program:
 
 def _rm(ctx: Context) -> Program:
   cfg, data = ctx.config.rm, ctx.config.data
+  ctx.require_fit(["reward"], {"config.rm.batch_size": cfg.batch_size})
   model = ctx.model("reward")
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(ctx, model, tx)
@@ -172,7 +169,7 @@ def _rm(ctx: Context) -> Program:
     "rank_BC": (np.int32, answers),
     "is_answer_BC": (np.bool_, answers),
   }
-  batch = _batch(ctx, "rm.batch_size", cfg.batch_size, columns, RankedBatch)
+  batch = _batch(ctx, cfg.batch_size, columns, RankedBatch)
   tokens = cfg.batch_size * answers * length
   return Program(
     step=rm.make_train_step(model, tx, cfg, shardings),
@@ -188,6 +185,7 @@ def _rm(ctx: Context) -> Program:
 
 def _ppo(ctx: Context, stage: str) -> Program:
   cfg, data, mesh = ppo_stage.variant(ctx, stage), ctx.config.data, ctx.mesh
+  ctx.require_fit(["policy", "reward"], {"config.ppo.batch_size": cfg.batch_size})
   nets = ppo_stage.make_nets(ctx, cfg)
   shardings = ppo_stage.state_shardings(mesh, nets)
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
@@ -200,10 +198,10 @@ def _ppo(ctx: Context, stage: str) -> Program:
     "is_prompt_BP": (np.bool_, prompt),
     "index_B": (np.int32,),
   }
-  batch = {"prompts": _batch(ctx, "ppo.batch_size", cfg.batch_size, columns, PromptBatch)}
+  batch = {"prompts": _batch(ctx, cfg.batch_size, columns, PromptBatch)}
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
-    batch["pretrain"] = _packed(ctx, "ppo.batch_size", rows, cfg.ptx_length)
+    batch["pretrain"] = _packed(ctx, rows, cfg.ptx_length)
   return Program(
     step=ppo.make_train_step(nets, cfg, shardings),
     arguments=(state, frozen, batch),

@@ -26,6 +26,7 @@ class Chip:
     flops: bfloat16 peak a second.
     hbm_rate: bytes a second.
     link_rate: bytes a second that one ring of a torus axis sends, both directions together.
+  dcn_rate: bytes a second of the data centre's network, a device's share of its host's.
     clock: cycles a second.
   """
 
@@ -34,16 +35,17 @@ class Chip:
   flops: float
   hbm_rate: float
   link_rate: float
+  dcn_rate: float
   clock: float
 
 
 CHIPS = {
-  "v5e": Chip("TPU v5e", 15.75 * GIB, PEAK_FLOPS["TPU v5 lite"], 819e9, 90e9, 1.5e9),
-  "v5p": Chip("TPU v5p", 95.73 * GIB, PEAK_FLOPS["TPU v5p"], 2765e9, 180e9, 1.75e9),
-  "v6e": Chip("TPU v6e", 31.24 * GIB, PEAK_FLOPS["TPU v6 lite"], 1640e9, 180e9, 1.75e9),
+  "v5e": Chip("TPU v5e", 15.75 * GIB, PEAK_FLOPS["TPU v5 lite"], 819e9, 90e9, 3.125e9, 1.5e9),
+  "v5p": Chip("TPU v5p", 95.73 * GIB, PEAK_FLOPS["TPU v5p"], 2765e9, 180e9, 6.25e9, 1.75e9),
+  "v6e": Chip("TPU v6e", 31.24 * GIB, PEAK_FLOPS["TPU v6 lite"], 1640e9, 180e9, 12.5e9, 1.75e9),
 }
 
-_NAME = re.compile(r"(\w+):\d+(x\d+)*")
+_NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<slice>(?P<chip>[a-z]\w*):\d+(x\d+)*)")
 # Without them libtpu looks for a TPU VM's metadata server, warns, and lets one process in at a time.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
@@ -56,19 +58,23 @@ _ENVIRONMENT = {
 }
 
 
+def _parse(topology: str) -> re.Match:
+  match = _NAME.fullmatch(topology)
+  if match is None or match["chip"] not in CHIPS or match["slices"] == "0":
+    raise ValueError(
+      f"--topology={topology} must be CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)},"
+      " as v5e:16x16 or v5p:4x4x4, or several such slices, as 2xv5e:16x16"
+    )
+  return match
+
+
 def chip(topology: str) -> Chip:
   """The figures of a topology's devices.
 
   Raises:
-    ValueError: the name is not CHIP:AxB[xC], or of a chip whose figures are not known here.
+    ValueError: the name is not [SLICESx]CHIP:AxB[xC], or of a chip whose figures are not known here.
   """
-  match = _NAME.fullmatch(topology)
-  if match is None or match[1] not in CHIPS:
-    raise ValueError(
-      f"--topology={topology} must be CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)},"
-      " as v5e:16x16 or v5p:4x4x4"
-    )
-  return CHIPS[match[1]]
+  return CHIPS[_parse(topology)["chip"]]
 
 
 def devices(topology: str) -> list:
@@ -78,7 +84,7 @@ def devices(topology: str) -> list:
     UserError: libtpu is not installed.
     ValueError: there is no such slice.
   """
-  chip(topology)
+  name = _parse(topology)
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
       "planning needs libtpu, the TPU's compiler: pip install 'instructjax[plan]', or -e '.[plan]'"
@@ -87,8 +93,13 @@ def devices(topology: str) -> list:
   os.environ.pop("XLA_FLAGS", None)  # libtpu aborts the process at a flag that only the CPU has
   from jax.experimental import topologies
 
+  slices = int(name["slices"] or 1)
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    return list(
+      topologies.get_topology_desc(
+        platform="tpu", topology_name=name["slice"], num_slices=slices
+      ).devices
+    )
   except Exception as error:  # libtpu's own kinds, RuntimeErrors most often
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(f"--topology={topology} must be a slice that exists: {reason}") from error

@@ -40,7 +40,7 @@ flags
 
 example
   launch/tpu_vm.sh up --name=gpt3 --zone=us-west4-a --project=my-project --accelerator-type=v5litepod-256 --spot \
-    --workdir=gs://my-bucket/gpt3 --config=configs/ppo_ptx.py:gpt3_1p3b -- --config.mesh.fsdp=64
+    --workdir=gs://my-bucket/gpt3 --config=configs/ppo_ptx.py:gpt3_1p3b -- --config.mesh.tensor=8
 EOF
 }
 

@@ -136,7 +136,10 @@ def random_params():
   return one
 
 
-@pytest.fixture(scope="session", params=[(8, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+MESHES = [(1, 8, 1, 1), (1, 1, 4, 2), (1, 2, 2, 2), (2, 1, 2, 2)]
+
+
+@pytest.fixture(scope="session", params=MESHES, ids=str)
 def mesh(request) -> jax.sharding.Mesh:
-  """Eight devices as (data, fsdp, tensor), three ways."""
+  """Eight devices as (slice, data, fsdp, tensor), four ways."""
   return sharding.make_mesh(MeshConfig(*request.param))

@@ -94,7 +94,7 @@ def test_only_chunks_in_use_are_done(rows, done):
 
 def test_the_same_on_eight_devices():
   is_token_BL = left_padded(np.random.default_rng(2).integers(1, WIDTH + 1, 16))
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
     placed = sharding.place_batch(mesh, is_token_BL)
     layout = jax.jit(episodes.first_fit)(placed)

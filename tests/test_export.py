@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 def opened(path, which="ema"):
   """(model, params, tokenizer)."""
   found = weights.open(path, which)
-  mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   size = min(found.vocab_size, found.tokenizer.vocab_size)
   model = transformer.make_model(found.cfg, size, found.head)
   return model, found.load(mesh, model), found.tokenizer

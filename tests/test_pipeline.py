@@ -536,11 +536,19 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
   ("changes", "match"),
   [
     ({"data__max_prompt_length": 2}, "prompts: every record is too long .*max_prompt_length"),
-    ({"mesh__data": 3}, "mesh: data=3.* must multiply to the number of devices, got 8"),
-    ({"mesh__tensor": 4}, "parameter .*heads=2 must be divisible by mesh axis tensor=4"),
-    ({"sft__batch_size": 12}, r"sft.batch_size=12 must be divisible by mesh data \* fsdp = 8"),
-    ({"ppo__batch_size": 4}, r"ppo.batch_size=4 must be divisible by mesh"),
-    ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh data \* fsdp = 8"),
+    ({"mesh__data": 3}, "mesh: slice=1, data=3.* must multiply to the number of devices, got 8"),
+    (
+      {"mesh__tensor": 4},
+      "parameter policy/.*heads=2 must be divisible by mesh axis tensor=4. Nearest mesh that fits:"
+      " slice=1, data=4, fsdp=1, tensor=2",
+    ),
+    (
+      {"sft__batch_size": 12},
+      r"config.sft.batch_size=12 must be divisible by mesh slice \* data \* fsdp = 8. Set"
+      " --config.sft.batch_size to a multiple, or the mesh to slice=1, data=4, fsdp=1, tensor=2",
+    ),
+    ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
+    ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "tokenizer.path='/no.model' cannot be read"),
     ({"data__comparisons": "demo:"}, "data.prompts='jsonl:.*'; give comparisons of your own"),
     ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),

@@ -23,7 +23,7 @@ HOST = re.compile(
 
 @pytest.fixture(scope="module")
 def one_device():
-  return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  return sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True)
@@ -331,15 +331,21 @@ def test_eight_devices_equal_one(start, configs, one_device, mesh):
   ]
   assert len(w_qkv) == 7  # both networks, their moments and the EMA stay split as they came
   assert all(leaf.addressable_shards[0].data.size * split == leaf.size for leaf in w_qkv)
+  step, state, _ = got
+  with jax.set_mesh(mesh):  # rows that are not split are not moved in silence
+    frozen = jax.tree.map(jnp.copy, ppo.Frozen(state.ema_params, state.value_params))
+    rows = jax.device_put(make_batch(configs["ppo_ptx"], mesh), sharding.replicated(mesh))
+    with pytest.raises(ValueError, match="does not match the sharding"):
+      step(state, frozen, rows)
 
 
 def test_eight_devices_equal_one_without_pretraining(start, configs, one_device):
-  got = run(start, configs, "ppo", sharding.make_mesh(MeshConfig(2, 2, 2)), iterations=2)
+  got = run(start, configs, "ppo", sharding.make_mesh(MeshConfig(1, 2, 2, 2)), iterations=2)
   assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))
 
 
 def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
-  got = run(start, configs, "packed", sharding.make_mesh(MeshConfig(2, 2, 2)), iterations=2)
+  got = run(start, configs, "packed", sharding.make_mesh(MeshConfig(1, 2, 2, 2)), iterations=2)
   assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))
 
 
@@ -349,4 +355,5 @@ def test_no_key_is_used_twice(configs, nets, one_device, frozen_weights):
     frozen_weights.ref_params, frozen_weights.reward_params, nets, cfg, jax.random.key(0)
   )
   with jax.debug_key_reuse(True):  # checked as the step is traced
-    ppo.make_train_step(nets, cfg).trace(state, frozen_weights, make_batch(cfg, one_device))
+    step = ppo.make_train_step(nets, cfg, ppo_stage.state_shardings(one_device, nets))
+    step.trace(state, frozen_weights, make_batch(cfg, one_device))

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import math
+import pathlib
+import re
+import types
 
 import jax
 import pytest
@@ -11,8 +14,11 @@ from jax.sharding import AbstractMesh
 from configs import models as presets
 from instructjax import models, pipeline, sharding
 from instructjax.config import ModelConfig, from_config_dict
+from instructjax.context import Context
 from instructjax.data import records
+from launch import plan
 
+ROOT = pathlib.Path(__file__).parents[1]
 OTHERS = [name for name in presets.PRESETS if name != "tiny"]
 
 
@@ -119,7 +125,7 @@ def test_every_parameter_divides_over_a_pod(name):
   for cfg, head in networks:
     tensor = math.gcd(8, cfg.num_kv_heads)
     assert tensor == {"gpt2": 4, "gpt3_125m": 4, "smollm2_135m": 1}.get(name, 8)
-    mesh = AbstractMesh((1, 8, tensor), sharding.MESH_AXES)
+    mesh = AbstractMesh((1, 1, 8, tensor), sharding.MESH_AXES)
     model = models.make_model(cfg, config.tokenizer.vocab_size, head)
     shapes = models.param_shapes(model)
     shardings = sharding.param_shardings(mesh, models.param_axes(model), shapes)
@@ -130,6 +136,40 @@ def test_every_parameter_divides_over_a_pod(name):
     tables += cfg.d_model * cfg.max_length * (cfg.position == "learned")
     fair = (whole - tables) / (8 * tensor) + tables / 8
     assert sum(jax.tree.leaves(local)) < 1.02 * fair
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_default_mesh_takes_any_number_of_devices(name, devices):
+  mesh = sharding.make_mesh(load(name).mesh, jax.devices()[:devices])
+  large = name in TABLE or name == "llama3_8b"
+  sizes = dict(slice=1, data=1, fsdp=1, tensor=1)
+  assert dict(mesh.shape) == sizes | {"fsdp" if large else "data": devices}
+  require_fit(name, mesh)
+
+
+def require_fit(name: str, mesh, **batches):
+  """With every stage's batch."""
+  config = load(name)
+  ctx = Context(config, pathlib.Path(), mesh, types.SimpleNamespace(vocab_size=64))
+  stages = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
+  sizes = {stage: getattr(config, stage).batch_size for stage in stages} | batches
+  ctx.require_fit(["policy", "reward"], sizes)
+
+
+_MESH_ROW = re.compile(r"^\| (\w+) \| (v\w+):([\dx]+) \| ([\w:,]+) \|", re.MULTILINE)
+
+
+def test_the_meshes_that_the_docs_recommend_divide_every_batch():
+  rows = _MESH_ROW.findall((ROOT / "docs" / "pods.md").read_text(encoding="utf-8"))
+  assert {"gpt3_1p3b", "gpt3_6p7b", "gpt3_175b"} <= {name for name, *_ in rows}
+  for name, _, chips, spelling in rows:
+    cfg = plan.parse_mesh(spelling)
+    mesh = AbstractMesh(
+      tuple(getattr(cfg, axis) for axis in sharding.MESH_AXES), sharding.MESH_AXES
+    )
+    assert mesh.size == math.prod(map(int, chips.split("x"))), name
+    require_fit(name, mesh, **(dict(sft=64, ppo_init=64) if name == "gpt3_175b" else {}))
 
 
 # --- the paper's values ---------------------------------------------------------------------------

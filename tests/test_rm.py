@@ -64,7 +64,7 @@ def start(quick_jit, model, adam_config, random_params):
 
 @pytest.fixture(scope="module")
 def one_device():
-  return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  return sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
 def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(

@@ -230,7 +230,7 @@ def test_tokens_do_not_depend_on_the_mesh(generate, policy, params, prompts, rol
 
 def test_tokens_do_not_depend_on_the_layout(quick_jit, policy, params, prompts, rollout):
   policy = dataclasses.replace(policy, cfg=dataclasses.replace(policy.cfg, decode_layout="2d"))
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   _equal_on(mesh, _jitted(quick_jit, policy), policy, params, prompts, rollout)
 
 

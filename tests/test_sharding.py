@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +61,8 @@ VOCAB = 19
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
 
 
-def abstract_mesh(data, fsdp, tensor):
-  return AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
+def abstract_mesh(data, fsdp, tensor, slices=1):
+  return AbstractMesh((slices, data, fsdp, tensor), sharding.MESH_AXES)
 
 
 def tree_shardings(mesh, model):
@@ -95,9 +96,78 @@ def test_the_vocabulary_is_not_split_because_50257_divides_by_nothing():
 
 def test_a_dimension_that_does_not_divide_names_its_parameter():
   model = models.make_model(TINY, VOCAB, "lm")
-  message = r"layers/attention/b_qkv_GQK: kv_heads=2 must be divisible by mesh axis tensor=4"
-  with pytest.raises(ValueError, match=message):
+  message = (
+    "sharding: parameter layers/attention/b_qkv_GQK: kv_heads=2 must be divisible by mesh axis"
+    " tensor=4. Nearest mesh that fits: slice=1, data=2, fsdp=2, tensor=2."
+  )
+  with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     tree_shardings(abstract_mesh(1, 2, 4), model)
+
+
+def leaf(**sizes):
+  """A parameter of these logical axes: (its axes, its shape)."""
+  return tuple(sizes), jax.ShapeDtypeStruct(tuple(sizes.values()), float)
+
+
+@pytest.mark.parametrize(
+  ("params", "rows", "mesh", "words"),
+  [
+    # What fits one parameter is no help: 6 and 4 divide together by 2 only.
+    (
+      {"a": leaf(embed=6), "b": leaf(embed=4)},
+      {},
+      (1, 4, 1),
+      "parameter a: embed=6 .* fsdp=4. Nearest mesh that fits: slice=1, data=2, fsdp=2, tensor=1.",
+    ),
+    # Slices stay what they are, and the batch has to divide too: by 2 of them, data 2 and fsdp 2.
+    (
+      {"a": leaf(embed=6, mlp=12)},
+      {"config.sft.batch_size": 24},
+      (2, 1, 4, 2),
+      "embed=6 .* fsdp=4. Nearest mesh that fits: slice=2, data=2, fsdp=2, tensor=2.",
+    ),
+    # Tensor alone can take what neither the batch nor embed can.
+    (
+      {"a": leaf(embed=6, mlp=12)},
+      {"config.sft.batch_size": 2},
+      (1, 8, 1),
+      "embed=6 .* fsdp=8. Nearest mesh that fits: slice=1, data=1, fsdp=2, tensor=4.",
+    ),
+    # Nothing takes both: the parameters' mesh, and the batch is the next to be told.
+    (
+      {"a": leaf(embed=6, mlp=7)},
+      {"config.sft.batch_size": 2},
+      (1, 8, 1),
+      "embed=6 .* fsdp=8. Nearest mesh that fits: slice=1, data=4, fsdp=2, tensor=1.",
+    ),
+    (
+      {"a": leaf(embed=6, mlp=12)},
+      {"config.rm.batch_size": 8, "config.sft.batch_size": 12},
+      (8, 1, 1),
+      r"sharding: config.sft.batch_size=12 must be divisible by mesh slice \* data \* fsdp = 8. Set"
+      " --config.sft.batch_size to a multiple, or the mesh to slice=1, data=4, fsdp=1, tensor=2.",
+    ),
+    # Fewer slices would do, but they are there.
+    (
+      {"a": leaf(mlp=12)},
+      {"config.sft.batch_size": 2},
+      (4, 1, 1, 2),
+      "batch_size=2 .* fsdp = 4. Set --config.sft.batch_size to a multiple.",
+    ),
+    (
+      {"a": leaf(mlp=7)},
+      {"config.sft.batch_size": 12},
+      (8, 1, 1),
+      "batch_size=12 .* fsdp = 8. Set --config.sft.batch_size to a multiple.",
+    ),
+  ],
+)
+def test_the_nearest_mesh_fits_all_parameters_and_batches(params, rows, mesh, words):
+  axes, shapes = ({name: pair[which] for name, pair in params.items()} for which in (0, 1))
+  *slices, data, fsdp, tensor = mesh
+  mesh = abstract_mesh(data, fsdp, tensor, *slices)
+  with pytest.raises(ValueError, match=words + "$"):
+    sharding.require_fit(mesh, axes, shapes, rows)
 
 
 def test_an_axis_without_a_rule_is_refused():
@@ -114,43 +184,105 @@ def test_an_axis_without_a_rule_is_refused():
 @pytest.mark.parametrize(
   ("asked", "nearest"),
   [
-    ((1, 16, 1), "data=1, fsdp=8, tensor=1"),
-    ((3, 1, 2), "data=4, fsdp=1, tensor=2"),
-    ((-1, 3, 1), "data=2, fsdp=4, tensor=1"),
-    ((1, 1, 1), "data=8, fsdp=1, tensor=1"),
+    ((1, 1, 16, 1), "slice=1, data=1, fsdp=8, tensor=1"),
+    ((1, 3, 1, 2), "slice=1, data=4, fsdp=1, tensor=2"),
+    ((1, -1, 3, 1), "slice=1, data=2, fsdp=4, tensor=1"),
+    ((1, 1, 1, 1), "slice=1, data=8, fsdp=1, tensor=1"),
+    ((3, 1, 1, 2), "slice=4, data=1, fsdp=1, tensor=2"),
   ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest(asked, nearest):
-  with pytest.raises(ValueError, match=f"got 8. Nearest that fits: .*{nearest}"):
+  message = f"must multiply to the number of devices, got 8. Nearest that fits: {nearest}.$"
+  with pytest.raises(ValueError, match=message):
     sharding.make_mesh(MeshConfig(*asked))
 
 
 def test_two_free_axes_or_a_zero_are_refused():
-  for asked in ((-1, -1, 1), (0, 8, 1), (-2, 8, 1)):
+  for asked in ((1, -1, -1, 1), (-1, -1, 1, 1), (1, 0, 8, 1), (1, -2, 8, 1), (0, 1, 8, 1)):
     with pytest.raises(ValueError, match="must be positive sizes, with -1 at most once"):
       sharding.make_mesh(MeshConfig(*asked))
 
 
 def test_mesh_fills_the_free_axis_over_given_devices():
-  assert dict(sharding.make_mesh(MeshConfig(1, -1, 2)).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
-  mesh = sharding.make_mesh(MeshConfig(-1, 1, 1), jax.devices()[:3])
-  assert dict(mesh.shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+  sizes = lambda *asked, **kwargs: tuple(
+    sharding.make_mesh(MeshConfig(*asked), **kwargs).shape.items()
+  )
+  assert sizes(1, 1, -1, 2) == (("slice", 1), ("data", 1), ("fsdp", 4), ("tensor", 2))
+  assert dict(sizes(-1, 1, 2, 2))["slice"] == 2
+  assert dict(sizes(1, -1, 1, 1, devices=jax.devices()[:3]))["data"] == 3
+  mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1))
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
+def test_where_there_are_no_slices_the_axis_takes_blocks_of_devices():
+  mesh = sharding.make_mesh(MeshConfig(2, 1, 2, 2))
+  assert [list(block.flat) for block in mesh.devices] == [jax.devices()[:4], jax.devices()[4:]]
+
+
+def slice_devices(platform="tpu"):
+  """Eight devices in two slices, as far as the mesh looks at them."""
+  return [types.SimpleNamespace(platform=platform, slice_index=i // 4) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+  ("asked", "words"),
+  [
+    ((1, -1, 1, 1), "slices as the devices lie in, got 2. .*: slice=2, data=4, fsdp=1, tensor=1"),
+    ((4, 1, 1, 2), "slices as the devices lie in, got 2. .*: slice=2, data=2, fsdp=1, tensor=2"),
+    ((-1, 1, 2, 1), "slices as the devices lie in, got 2. .*: slice=2, data=2, fsdp=2, tensor=1"),
+    ((1, 1, 16, 1), "number of devices, got 8. .*: slice=2, data=1, fsdp=4, tensor=1"),
+  ],
+)
+def test_slices_must_be_those_that_the_devices_lie_in(asked, words):
+  with pytest.raises(ValueError, match=f"{words}.$"):
+    sharding.make_mesh(MeshConfig(*asked), slice_devices())
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("tpu", (2, 2)), ("gpu", (1, 2))])
+def test_only_tpu_slices_have_a_network_between_them(monkeypatch, platform, expected):
+  """A GPU's `slice_index` is its host's: the axis is free there."""
+  calls = []
+
+  def hybrid(mesh_shape, dcn_mesh_shape, devices, **_):
+    calls.append((mesh_shape, dcn_mesh_shape, devices))
+    return np.array(jax.devices()).reshape(np.multiply(mesh_shape, dcn_mesh_shape))
+
+  def flat(mesh_shape, devices, **_):
+    return np.array(jax.devices()).reshape(mesh_shape)
+
+  monkeypatch.setattr(sharding.mesh_utils, "create_hybrid_device_mesh", hybrid)
+  monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", flat)
+  slices, data = expected
+  devices = slice_devices(platform)
+  mesh = sharding.make_mesh(MeshConfig(slices, data, -1, 1), devices)
+  assert tuple(mesh.shape.values()) == (slices, data, 8 // slices // data, 1)
+  assert calls == ([((1, 2, 2, 1), (2, 1, 1, 1), devices)] if platform == "tpu" else [])
+
+
+def test_weights_are_whole_in_every_slice_and_batches_are_split_over_them():
+  mesh, model = sharding.make_mesh(MeshConfig(2, 1, 2, 2)), models.make_model(TINY, VOCAB, "lm")
+  specs = [s.spec for s in jax.tree.leaves(tree_shardings(mesh, model))]
+  assert not any("slice" in jax.tree.leaves(tuple(spec)) for spec in specs)
+  batch = sharding.place_batch(mesh, np.arange(8))
+  first = {shard.device: int(shard.data[0]) for shard in batch.addressable_shards}
+  assert [first[device] for device in mesh.devices[:, 0, :, 0].flat] == [0, 2, 4, 6]
+
+
 def test_batches_are_placed_by_rows_or_refused():
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   batch = {"token_BL": np.arange(24).reshape(8, 3), "index_B": np.arange(8)}
   placed = sharding.place_batch(mesh, batch)
   jax.tree.map(np.testing.assert_array_equal, placed, batch)
   assert placed["token_BL"].sharding == sharding.batch_sharding(mesh)
   assert {shard.data.shape for shard in placed["token_BL"].addressable_shards} == {(2, 3)}
-  with pytest.raises(ValueError, match=r"batch: 6 rows must be divisible by .* data \* fsdp = 4"):
+  with pytest.raises(
+    ValueError, match=r"batch: 6 rows must be divisible by .* slice \* data \* fsdp = 4"
+  ):
     sharding.place_batch(mesh, np.zeros((6, 3)))
 
 
 def test_rows_held_by_every_process_may_be_of_any_number():
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   for rows, shard_rows in ((8, 2), (6, 6)):
     array = np.arange(rows * 3).reshape(rows, 3)
     placed = sharding.place_rows(mesh, (array,))[0]
@@ -159,7 +291,7 @@ def test_rows_held_by_every_process_may_be_of_any_number():
 
 
 def test_moments_lie_as_their_parameters_do():
-  mesh, model = sharding.make_mesh(MeshConfig(1, 4, 2)), models.make_model(TINY, VOCAB, "lm")
+  mesh, model = sharding.make_mesh(MeshConfig(1, 1, 4, 2)), models.make_model(TINY, VOCAB, "lm")
   shapes, shardings = models.param_shapes(model), tree_shardings(mesh, model)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   state_shardings = sharding.opt_state_shardings(tx, shapes, shardings, mesh)
@@ -173,11 +305,11 @@ def test_moments_lie_as_their_parameters_do():
 
 
 def test_rows_stay_split_inside_a_step_where_they_divide():
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   pin = jax.jit(functools.partial(sharding.shard_rows, tensor_dim=1))
   with jax.set_mesh(mesh):
     even, odd = pin((jnp.zeros((8, 2)), jnp.zeros((6, 2))))
-  spec = PS(("data", "fsdp"), "tensor")
+  spec = PS(sharding.ROWS, "tensor")
   assert even.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
   assert odd.sharding.is_equivalent_to(NamedSharding(mesh, PS(None, "tensor")), 2)
   assert len(pin((jnp.zeros((8, 2)),))[0].devices()) == 1  # no mesh: untouched
@@ -191,20 +323,22 @@ def kind_mesh(kind, *shape):
 def test_decoding_is_tensor_parallel_while_the_copy_takes_two_fifths_of_the_memory():
   layout = functools.partial(models.decode_layout, models.make_model(GPT3, 50257, "lm"))
   # 173.9e9 weights of 2 bytes that tensor splits and tables of 1.3e9: 44.8 GB of 102.8 over 8 devices, 23.0 over 16.
-  assert layout(kind_mesh("TPU v5", 1, 128, 8)) == "2d"
-  assert layout(kind_mesh("TPU v5", 1, 64, 16)) == "tensor"
-  assert layout(kind_mesh("TPU v5 lite", 1, 16, 16)) == "2d"  # of 16.9 GB
-  assert layout(sharding.make_mesh(MeshConfig(1, 8, 1))) == "tensor"  # CPUs: memory bounds nothing
+  assert layout(kind_mesh("TPU v5", 1, 1, 128, 8)) == "2d"
+  assert layout(kind_mesh("TPU v5", 1, 1, 64, 16)) == "tensor"
+  assert layout(kind_mesh("TPU v5 lite", 1, 1, 16, 16)) == "2d"  # of 16.9 GB
+  assert (
+    layout(sharding.make_mesh(MeshConfig(1, 1, 8, 1))) == "tensor"
+  )  # CPUs: memory bounds nothing
   with pytest.raises(ValueError, match="must know the memory of a 'TPU v99'"):
-    layout(kind_mesh("TPU v99", 1, 16, 16))
+    layout(kind_mesh("TPU v99", 1, 1, 16, 16))
   told = models.make_model(dataclasses.replace(GPT3, decode_layout="tensor"), 50257, "lm")
-  assert models.decode_layout(told, kind_mesh("TPU v5", 1, 128, 8)) == "tensor"
+  assert models.decode_layout(told, kind_mesh("TPU v5", 1, 1, 128, 8)) == "tensor"
 
 
 @pytest.mark.parametrize(("layout", "share"), [("tensor", 1 / 2), ("2d", 1 / 8)])
 @pytest.mark.parametrize("how", ["unroll", "scan"])
 def test_decoding_weights_are_split_as_their_layout_says(how, layout, share):
-  mesh = sharding.make_mesh(MeshConfig(1, 4, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 4, 2))
   model = models.make_model(
     dataclasses.replace(TINY, layers=how, decode_layout=layout), VOCAB, "lm"
   )
@@ -273,7 +407,7 @@ def one_device():
 def test_eight_devices_equal_one(one_device, how, attention):
   model, params, token_BL, is_token_BL = _model_params_tokens()
   model = models.make_model(dataclasses.replace(TINY, layers=how, attention=attention), VOCAB, "lm")
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, tree_shardings(mesh, model))
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
@@ -293,7 +427,7 @@ def test_a_decode_step_moves_no_weights(one_device, how, layout):
   model = models.make_model(
     dataclasses.replace(TINY, layers=how, decode_layout=layout), VOCAB, "lm"
   )
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
     params = jax.device_put(params, tree_shardings(mesh, model))
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))

@@ -70,7 +70,7 @@ def start(quick_jit, model, tx, params):
 
 @pytest.fixture(scope="module")
 def one_device():
-  return sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  return sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +169,10 @@ def test_eight_devices_equal_one(start, one_device, mesh):
       layout = jax.tree.map(lambda x: x.sharding, state)
       for seed in range(2):
         state, metrics = step(state, sharding.place_batch(mesh, packed(seed)))
+      if mesh.size > 1:
+        # Rows that are not split are not moved in silence.
+        with pytest.raises(ValueError, match="does not match the sharding"):
+          step(state, jax.device_put(packed(0), sharding.replicated(mesh)))
     assert jax.tree.all(
       jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, layout)
     )

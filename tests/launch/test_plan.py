@@ -11,7 +11,9 @@ from unittest import mock
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
 from configs import models
 from instructjax import sharding
@@ -181,6 +183,28 @@ def test_host_transfers():
   assert found("  %h = f32[8]{0:S(5)} copy(%x)\n") == ["h"]
 
 
+# Two slices: what crosses DCN is a send to the host's runtime. In a loop of four trips, once outside, and once from one
+# slice to another.
+BETWEEN_SLICES = (GOLDEN / "plan_slices.hlo").read_text(encoding="utf-8")
+
+
+def test_what_is_sent_between_slices_is_no_host_transfer():
+  for num_slices in (2, 4):
+    found = costs.summarise(BETWEEN_SLICES, num_devices=8, num_slices=num_slices)
+    share = (num_slices - 1) / num_slices
+    assert found.host_transfers == []
+    assert found.by_kind == {
+      "DCN all-reduce": (4, 4 * 2 * 1024 * share),  # a ring sends each part twice
+      "DCN all-gather": (1, 256 * (num_slices - 1)),
+      "DCN one-to-one": (1, 64),
+    }
+    assert found.total.wire_bytes == 0
+    assert found.total.dcn_bytes == sum(sent for _, sent in found.by_kind.values())
+    # HBM: each send reads its operand, each receive writes it; the loop runs four times.
+    assert found.total.hbm_bytes == 2 * (4 * 1024) + (256 + 256 * 4) + 2 * 64
+  assert ("DCN all-reduce", "all-reduce.10_0") in found.collectives
+
+
 NEAR_MISS = (
   "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of memory in"
   " memory space hbm. Used 16.51G of 15.75G hbm. Exceeded hbm capacity by 781.31M."
@@ -217,7 +241,9 @@ def test_out_of_memory_in_words(message, needed, words):
 
 
 def test_timing_takes_the_largest_term_of_each_phase():
-  chip = topology.Chip("x", 2**30, flops=100.0, hbm_rate=10.0, link_rate=1.0, clock=2.0)
+  chip = topology.Chip(
+    "x", 2**30, flops=100.0, hbm_rate=10.0, link_rate=1.0, dcn_rate=0.5, clock=2.0
+  )
   phases = {
     # 1, 5, 2 s; 6 s, of them .5 of 25 FLOPs in kernels at half the rate.
     "rollout": costs.Cost(100, kernel_flops=25, hbm_bytes=50, wire_bytes=2, cycles=11),
@@ -230,6 +256,11 @@ def test_timing_takes_the_largest_term_of_each_phase():
   assert seconds == {"roofline": 5 + 4 + 7, "overlapped": 6 + 4 + 8, "serial": 8 + 5 + 8}
   assert found["estimates"]["roofline"]["tokens"] == 2.0
   assert found["estimates"]["roofline"]["mfu"] == 0.5
+  phases["update"].dcn_bytes = 5  # 10 s: more than computing
+  found = estimate.timing(costs.Summary(phases, {}, {}, [], []), chip, 4, 32, 8.0)
+  assert found["phases"]["update"]["binds"] == "DCN"
+  seconds = {way: total["seconds"] for way, total in found["estimates"].items()}
+  assert seconds == {"roofline": 5 + 4 + 10, "overlapped": 6 + 4 + 10, "serial": 8 + 5 + 18}
 
 
 def test_a_report_in_words():
@@ -260,6 +291,12 @@ def test_a_report_in_words():
     "compilation": {"seconds": 1.0, "cpu_seconds": 2.0, "peak_rss_bytes": 2**30},
   }
   lines = estimate.text(report).splitlines()
+  report["timing"]["phases"]["update"] |= {"dcn_bytes": 3e9}
+  report["timing"]["phases"]["update"]["seconds"]["DCN"] = 0.75
+  assert (
+    "Between slices, over the data centre's network: 3.000 GB sent a device, estimate 0.750 s; not in"
+    " the table's links."
+  ) in estimate.text(report).splitlines()
   assert lines[1] == (
     "Fits: takes 3.00 GiB of a device's 15.75 GiB, 12.75 GiB are free; 2.00 GiB are in use at the peak."
   )
@@ -269,20 +306,24 @@ def test_a_report_in_words():
   assert "Decode, layout 2d: 6 steps at most, each sends 2.00 MB a device." in lines
   assert any(line.endswith(" GB  rollout/add") for line in lines)
   assert "Host transfers: none." in lines
+  assert not any("Between slices" in line for line in lines)
   assert all(
     "estimate" in line for line in lines if " a second" in line and "s an iteration" in line
   )
 
 
 def test_mesh_spelling():
-  assert plan.parse_mesh("fsdp:64,tensor:4") == MeshConfig(1, 64, 4)
-  assert plan.parse_mesh("data:-1") == MeshConfig(-1, 1, 1)
+  assert plan.parse_mesh("fsdp:64,tensor:4") == MeshConfig(1, 1, 64, 4)
+  assert plan.parse_mesh("data:-1") == MeshConfig(1, -1, 1, 1)
+  assert plan.parse_mesh("slice:2,fsdp:64,tensor:4") == MeshConfig(2, 1, 64, 4)
   for wrong in ("", "fsdp", "fsdp=4", "model:4", "fsdp:2,fsdp:2", "fsdp:x"):
     with pytest.raises(ValueError, match="must be AXIS:SIZE"):
       plan.parse_mesh(wrong)
 
 
-@pytest.mark.parametrize("wrong", ["v5e-256", "v9:2x2", "v5e", "v5e:2xx2"])
+@pytest.mark.parametrize(
+  "wrong", ["v5e-256", "v9:2x2", "v5e", "v5e:2xx2", "0xv5e:2x2", "x2v5e:2x2"]
+)
 def test_topology_spelling(wrong):
   with pytest.raises(ValueError, match="must be CHIP:AxB"):
     topology.devices(wrong)
@@ -314,7 +355,7 @@ def small(stage: str, **changes):
 
 @pytest.fixture(scope="module")
 def mesh():
-  return sharding.make_mesh(MeshConfig(1, 4, 1), jax.devices()[:4])
+  return sharding.make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4])
 
 
 @pytest.mark.parametrize("stage", programs.STAGES)
@@ -417,3 +458,23 @@ def test_a_compiled_step(mesh):
   assert kernels * 0.5 * 197e12 == 2 * 11 * 2 * (8 // 4) * 4 * 256 * 256 * 128
   assert report["host_transfers"] == [] and report["unknown_trips"] == []
   assert report["fits"] and "all-gather" in report["collectives"]
+
+
+@needs_libtpu
+def test_two_slices():
+  with mock.patch.dict(os.environ):  # which libtpu reads when it compiles, too
+    devices = topology.devices("2xv5e:2x2")
+    with pytest.raises(ValueError, match="as many slices as the devices lie in, got 2"):
+      sharding.make_mesh(MeshConfig(1, 2, 4, 1), devices)
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 4, 1), devices)
+    assert [{device.slice_index for device in block.flat} for block in mesh.devices] == [{0}, {1}]
+    split = NamedSharding(mesh, sharding.spec_of(("embed", "mlp")))
+    weight_DF = jax.ShapeDtypeStruct((256, 512), "float32", sharding=split)
+    x_BD = jax.ShapeDtypeStruct((64, 256), "float32", sharding=sharding.batch_sharding(mesh))
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum((x @ w) ** 2)), out_shardings=split)
+    found = costs.summarise(gradient.lower(weight_DF, x_BD).compile().as_text(), 8, 2)
+    # Each device's quarter of the gradient crosses once; the rest stays in its slice.
+    assert {kind: of for kind, of in found.by_kind.items() if "DCN" in kind} == {
+      "DCN all-reduce": (1, 256 * 512 * 4 / 4)
+    }
+    assert found.host_transfers == []

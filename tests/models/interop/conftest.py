@@ -56,7 +56,7 @@ def write(path: pathlib.Path, case: dict) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def one_device():
   """one_device(model): shardings of every parameter on a mesh of one device."""
-  mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   return lambda model: models.param_shardings(mesh, model)[0]
 
 

@@ -78,7 +78,7 @@ def read_back(path, model):
   if model.cfg.position == "learned":  # no rotary base in such a file
     wanted = dataclasses.replace(wanted, rope_base=found.cfg.rope_base)
   assert found.cfg == wanted
-  mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   return interop.load_params(source, model, models.param_shardings(mesh, model)[0])
 
 

@@ -283,7 +283,7 @@ def test_exported_pad_row_is_dropped_silently(llama, make, make_source, one_devi
 def test_export_from_a_mesh(llama, make):
   """Sharded parameters give the same tensors."""
   model, params = make(llama)
-  mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   placed = jax.device_put(params, models.param_shardings(mesh, model)[0])
   for (name, _, mine), (_, _, theirs) in zip(
     layout.named_tensors(model, placed), layout.named_tensors(model, params)
