@@ -275,6 +275,7 @@ class PPOConfig:
   gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
   ptx_rows: int  # pretraining rows an episode
   ptx_length: int  # tokens of a pretraining row
+  ptx_chunks: int  # that a minibatch's pretraining rows are taken in, one after the other: fewer want more memory
   ptx_reduction: Literal[
     "mean", "sum"
   ]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
@@ -299,6 +300,7 @@ class PPOConfig:
       "num_epochs",
       "ptx_rows",
       "ptx_length",
+      "ptx_chunks",
     )
     _require_positive(self, where, *sizes)
     _require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
@@ -310,8 +312,13 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
-    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
     minibatch = self.batch_size // self.num_minibatches
+    rows = minibatch * self.ptx_rows
+    _require(
+      rows % self.ptx_chunks == 0,
+      f"{where}.ptx_chunks={self.ptx_chunks} must divide the {rows} pretraining rows of a minibatch",
+    )
+    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
     _require(
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
