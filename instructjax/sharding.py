@@ -66,7 +66,8 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 
 def _spell(shape) -> str:
-  return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape))
+  """As flags, to be pasted."""
+  return " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(MESH_AXES, shape))
 
 
 def _nearest(asked, num_devices: int):

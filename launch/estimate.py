@@ -4,6 +4,7 @@ Pure arithmetic and text: no JAX. Every second here is an estimate: nothing has 
 """
 
 import re
+from collections.abc import Mapping
 
 from launch.costs import PHASES, Cost, Summary
 from launch.topology import GIB, Chip
@@ -139,11 +140,16 @@ def refusal(report: dict) -> str:
 
 
 def _title(report: dict) -> str:
-  mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
   return (
     f"{report['stage']} {report['preset']} on {report['topology']}: {report['devices']} x"
-    f" {report['chip']}, mesh {mesh}"
+    f" {report['chip']}, --mesh={spell_mesh(report['mesh'])}"
   )
+
+
+def spell_mesh(sizes: Mapping[str, int]) -> str:
+  """A mesh as --mesh takes it: `fsdp:64,tensor:4`, axes of 1 left out."""
+  parts = [f"{axis}:{size}" for axis, size in sizes.items() if size != 1]
+  return ",".join(parts) or ",".join(f"{axis}:1" for axis in list(sizes)[:1])
 
 
 def _gib(size: float) -> str:

@@ -2,11 +2,12 @@ r"""Does a stage fit a TPU slice, and how long might it take? Asked of the TPU's
 
   python -m launch.plan --config=configs/ppo_ptx.py:gpt3_1p3b --topology=v5e:16x16 --mesh=fsdp:64,tensor:4
 
-Compiles the stage's own train step for the slice and reads the compiled text. Needs no weights, data or tokenizer, but
-libtpu: pip install -e '.[plan]'. Exits with 1 where the program does not fit, 2 for a mistake. Every second it prints
-is an estimate: nothing has run on a TPU.
+Compiles the stage's own train step for the slice and reads the compiled text. With --search in place of --mesh, it
+does so on several meshes and recommends one. Needs no weights, data or tokenizer, but libtpu: pip install -e '.[plan]'.
+Exits with 1 where nothing fits, 2 for a mistake. Every second it prints is an estimate: nothing has run on a TPU.
 """
 
+import functools
 import json
 import resource
 import sys
@@ -18,7 +19,7 @@ from ml_collections import config_flags
 from instructjax import cli
 from instructjax.config import Config, MeshConfig, from_config_dict
 from instructjax.errors import UserError
-from launch import costs, estimate, topology
+from launch import costs, estimate, search, topology
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
@@ -28,6 +29,10 @@ _MESH = flags.DEFINE_string(
   "mesh", None, "AXIS:SIZE,... as fsdp:64,tensor:4; axes left out are 1. The config's by default."
 )
 _STAGE = flags.DEFINE_string("stage", None, "Which stage's step. The config's by default.")
+_SEARCH = flags.DEFINE_boolean(
+  "search", False, "Try meshes, and ways to split the work that change no result; recommend one."
+)
+_TRIES = flags.DEFINE_integer("tries", 3, "With --search: how many meshes that fit to compile.")
 _JSON = flags.DEFINE_boolean("json", False, "Print one line of JSON.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -136,6 +141,17 @@ def _allocated(analysis) -> int:
   return given_and_made - analysis.alias_size_in_bytes + inside
 
 
+def _search(config: Config, stage: str):
+  if _MESH.value is not None:
+    raise UserError(f"--search chooses the mesh: leave out --mesh={_MESH.value}")
+  chip, devices = topology.chip(_TOPOLOGY.value), topology.devices(_TOPOLOGY.value)
+  compile_one = functools.partial(search.compile_apart, sys.argv[1:])
+  report = search.run(config, stage, _TOPOLOGY.value, devices, chip, _TRIES.value, compile_one)
+  print(json.dumps(report) if _JSON.value else search.text(report))
+  if not report["recommended"]:
+    sys.exit(1)
+
+
 def main(arguments: list[str]):
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
@@ -144,7 +160,11 @@ def main(arguments: list[str]):
     mesh = parse_mesh(_MESH.value)
     values.mesh.update(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor)
   config = from_config_dict(values)
-  report = plan(config, _TOPOLOGY.value, _STAGE.value or config.stage)
+  stage = _STAGE.value or config.stage
+  if _SEARCH.value:
+    _search(config, stage)
+    return
+  report = plan(config, _TOPOLOGY.value, stage)
   if _JSON.value:
     print(json.dumps(report))
   else:

@@ -86,12 +86,7 @@ def _placed(shapes, shardings):
 
 def _batch(ctx: Context, name: str, rows: int, columns: dict[str, tuple], make_tree):
   """Rows of the step's batch: name of the array -> (dtype, dimensions after the rows)."""
-  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
-  if rows % shards:
-    raise ValueError(
-      f"config.{name}={rows} must be divisible by mesh data * fsdp = {shards}; set"
-      f" --config.{name} to a multiple, or another --mesh"
-    )
+  _require_rows(ctx, f"config.{name}={rows}", rows, f"set --config.{name} to a multiple")
   where = sharding.batch_sharding(ctx.mesh)
   return make_tree(
     **{
@@ -99,6 +94,15 @@ def _batch(ctx: Context, name: str, rows: int, columns: dict[str, tuple], make_t
       for key, (dtype, *dims) in columns.items()
     }
   )
+
+
+def _require_rows(ctx: Context, what: str, rows: int, mend: str):
+  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
+  if rows % shards:
+    raise ValueError(
+      f"{what} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; {mend}, or take a --mesh"
+      f" where it is a divisor of {rows}, which --search looks for"
+    )
 
 
 def _packed(ctx: Context, name: str, rows: int, length: int) -> PackedBatch:
@@ -207,8 +211,15 @@ def _ppo(ctx: Context, stage: str) -> Program:
     "index_B": (np.int32,),
   }
   batch = {"prompts": _batch(ctx, "ppo.batch_size", cfg.batch_size, columns, PromptBatch)}
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  # Rows that do not divide are not refused by a run, but then devices do the same work.
+  what = f"config.ppo.batch_size / num_minibatches = {minibatch}"
+  _require_rows(ctx, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
+    chunk = minibatch * cfg.ptx_rows // cfg.ptx_chunks
+    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_chunks = {chunk}"
+    _require_rows(ctx, what, chunk, "set fewer --config.ppo.ptx_chunks")
     batch["pretrain"] = _packed(ctx, "ppo.batch_size", rows, cfg.ptx_length)
   return Program(
     step=ppo.make_train_step(nets, cfg, shardings),

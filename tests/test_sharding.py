@@ -118,7 +118,8 @@ def test_an_axis_without_a_rule_is_refused():
   ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest(asked, nearest):
-  with pytest.raises(ValueError, match=f"got 8. Nearest that fits: .*{nearest}"):
+  flags = " ".join(f"--config.mesh.{size}" for size in nearest.split(", "))
+  with pytest.raises(ValueError, match=f"got 8. Nearest that fits: .*{flags}"):
     sharding.make_mesh(MeshConfig(*asked))
 
 
