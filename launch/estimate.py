@@ -6,6 +6,7 @@ Pure arithmetic and text: no JAX. Every second here is an estimate: nothing has 
 import re
 from collections.abc import Mapping
 
+from launch import lengths
 from launch.costs import PHASES, Cost, Summary
 from launch.topology import GIB, Chip
 
@@ -206,8 +207,10 @@ def text(report: dict) -> str:
   if report["decode"]:
     lines.append(
       f"Decode: {report['decode']['steps']} steps at most, each sends"
-      f" {report['decode']['sent_bytes'] / 1e6:.2f} MB a device."
+      f" {report['decode']['step']['wire_bytes'] / 1e6:.2f} MB a device."
     )
+  if report["at_mean_response"]:
+    lines += lengths.text(report["at_mean_response"])
   lines.append("Collectives an iteration, a device:")
   lines += [
     f"  {kind:20}{count:9,.0f} times{size / 1e9:9.2f} GB sent"

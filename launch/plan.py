@@ -9,6 +9,7 @@ Exits with 1 where nothing fits, 2 for a mistake. Every second it prints is an e
 
 import functools
 import json
+import math
 import resource
 import sys
 import time
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 from instructjax import cli
 from instructjax.config import Config, MeshConfig, from_config_dict
 from instructjax.errors import UserError
-from launch import costs, estimate, search, topology
+from launch import costs, estimate, lengths, search, topology
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
@@ -33,6 +34,9 @@ _SEARCH = flags.DEFINE_boolean(
   "search", False, "Try meshes, and ways to split the work that change no result; recommend one."
 )
 _TRIES = flags.DEFINE_integer("tries", 3, "With --search: how many meshes that fit to compile.")
+_MEAN_RESPONSE = flags.DEFINE_float(
+  "mean_response", None, "Estimate the rollout at this many tokens an answer on average as well."
+)
 _JSON = flags.DEFINE_boolean("json", False, "Print one line of JSON.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -58,13 +62,18 @@ def parse_mesh(spelling: str) -> MeshConfig:
   return MeshConfig(**sizes | given)
 
 
-def plan(config: Config, topology_name: str, stage: str) -> dict:
+def plan(
+  config: Config, topology_name: str, stage: str, mean_response: float | None = None
+) -> dict:
   """Compiles a stage's step and reads what comes out. `fits` says whether there is a program at all.
 
   Raises:
     UserError: libtpu is not installed.
-    ValueError: the mesh, batch, stage or topology do not go together.
+    ValueError: the mesh, batch, stage or topology do not go together, or there are no answers to have that mean.
   """
+  limit = config.data.max_response_length
+  if mean_response is not None:
+    lengths.require_mean(mean_response, limit, stage)
   chip = topology.chip(topology_name)
   devices = topology.devices(topology_name)
   import jax  # after the environment is set
@@ -106,11 +115,14 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
   analysis = compiled.memory_analysis()
   summary = costs.summarise(compiled.as_text(), len(devices))
   model_rate = program.model_flops and program.model_flops / (len(devices) * chip.flops)
-  decode = max(
-    (loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips),
-    key=lambda loop: loop.trips,
-    default=None,
-  )
+  timing = estimate.timing(summary, chip, program.rows, program.tokens, model_rate)
+  decode = _decode(summary, program.rows, inside)
+  at_mean = None
+  if mean_response is not None:
+    shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    at_mean = lengths.at_mean(
+      mean_response, limit, program.rows, shards, decode, timing["estimates"], chip
+    )
   return report | {
     "fits": True,
     "memory": estimate.memory(
@@ -122,15 +134,29 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
       hbm=chip.hbm_bytes,
     ),
     "argument_bytes": analysis.argument_size_in_bytes,
-    "timing": estimate.timing(summary, chip, program.rows, program.tokens, model_rate),
+    "timing": timing,
     "token_kind": program.token_kind,
-    "decode": decode
-    and {"steps": decode.trips, "sent_bytes": decode.cost.wire_bytes / decode.trips},
+    "decode": decode,
+    "at_mean_response": at_mean,
     "collectives": summary.by_kind,
     "largest_collectives": estimate.largest(summary, 5),
     "host_transfers": summary.host_transfers,
     "unknown_trips": summary.unknown_trips,
     "compilation": spent,
+  }
+
+
+def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict | None:
+  """The decode loop, the rollout's longest; None where there is no rollout. `rows` are decoded at once."""
+  loops = [loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips]
+  if not loops:
+    return None
+  loop = max(loops, key=lambda loop: loop.trips)
+  return {
+    "steps": loop.trips,
+    "rows": rows,
+    "weight_bytes": inside["bf16 rollout copy"],
+    "step": {name: amount / loop.trips for name, amount in vars(loop.cost).items()},
   }
 
 
@@ -144,6 +170,8 @@ def _allocated(analysis) -> int:
 def _search(config: Config, stage: str):
   if _MESH.value is not None:
     raise UserError(f"--search chooses the mesh: leave out --mesh={_MESH.value}")
+  if _MEAN_RESPONSE.value is not None:
+    raise UserError("--mean_response is for one --mesh: leave it out with --search")
   chip, devices = topology.chip(_TOPOLOGY.value), topology.devices(_TOPOLOGY.value)
   compile_one = functools.partial(search.compile_apart, sys.argv[1:])
   report = search.run(config, stage, _TOPOLOGY.value, devices, chip, _TRIES.value, compile_one)
@@ -164,7 +192,7 @@ def main(arguments: list[str]):
   if _SEARCH.value:
     _search(config, stage)
     return
-  report = plan(config, _TOPOLOGY.value, stage)
+  report = plan(config, _TOPOLOGY.value, stage, _MEAN_RESPONSE.value)
   if _JSON.value:
     print(json.dumps(report))
   else:

@@ -114,7 +114,10 @@ def run(
 
 
 def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
-  """Everything that could be chosen; what is sketched to fit comes first, and of that the fastest."""
+  """Everything that could be chosen: first what is sketched to fit, of that the fastest, of equals the smallest.
+
+  Within 5% seconds are equal: a sketch is no better than that.
+  """
   from instructjax import sharding  # JAX, after the environment is set
   from launch import programs, sketch
 
@@ -135,7 +138,13 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
         ranking.too_large[spelling] = sizes.least_bytes
       else:
         ranking.choices.append(choice)
-  ranking.choices.sort(key=lambda choice: (choice.bytes > chip.hbm_bytes, choice.seconds))
+  ranking.choices.sort(
+    key=lambda choice: (
+      choice.bytes > chip.hbm_bytes,
+      round(math.log(choice.seconds) / math.log(1.05)),
+      choice.bytes,
+    )
+  )
   ranking.do_not_divide.update(_merged(reasons))
   return ranking
 
@@ -270,7 +279,8 @@ def text(report: dict) -> str:
     f" {report['chip']}, {report['hbm'] / GIB:.2f} GiB each"
   ]
   for reason, spellings in report["do_not_divide"].items():
-    lines.append(f"  {len(spellings)} do not divide, as {spellings[0]}: {reason}")
+    why, _, _ = reason.partition(";")  # what comes after it is how to mend it
+    lines.append(f"  {len(spellings)} do not divide, as {spellings[0]}: {why}")
   if report["too_large"]:
     least = min(report["too_large"], key=report["too_large"].get)
     lines.append(

@@ -110,15 +110,17 @@ def test_what_takes_too_much_by_its_weights_alone_is_not_compiled():
 def test_what_is_sketched_to_fit_comes_first():
   config, devices = from_config_dict(small(batch_size=64)), jax.devices()[:4]
   ranking = search.rank(config, "ppo_ptx", devices, CHIP)
-  seconds = [choice.seconds for choice in ranking.choices]
-  assert seconds == sorted(seconds)
+  pairs = list(zip(ranking.choices, ranking.choices[1:]))
+  assert all(a.seconds < 1.06 * b.seconds for a, b in pairs)
+  assert any(a.seconds > b.seconds and a.bytes < b.bytes for a, b in pairs)
+  assert ranking.choices[0].seconds < 0.9 * ranking.choices[-1].seconds
   # 64 / 4 * 8 pretraining rows of a minibatch, split over 4, 2 or 1: in as many chunks as divide what is left.
   counts = {choice.mesh: set() for choice in ranking.choices}
   for choice in ranking.choices:
     counts[choice.mesh].add(choice.ptx_chunks)
   assert counts[("data", 1), ("fsdp", 4), ("tensor", 1)] == {1, 2, 4, 8, 16, 32}
   assert counts[("data", 1), ("fsdp", 1), ("tensor", 4)] == {1, 2, 4, 8, 16, 32, 64, 128}
-  middle = sorted(choice.bytes for choice in ranking.choices)[len(seconds) // 2]
+  middle = sorted(choice.bytes for choice in ranking.choices)[len(ranking.choices) // 2]
   chip = dataclasses.replace(CHIP, hbm_bytes=middle)
   fits = [
     choice.bytes <= middle for choice in search.rank(config, "ppo_ptx", devices, chip).choices
@@ -263,8 +265,8 @@ def test_a_search_with_the_compiler():
     "tokenizer.vocab_size": 1024,
     "pretrain.batch_size": 8,
   }
-  words = [f"--config.{name}={value}" for name, value in flags.items()]
-  words += ["--config=configs/pretrain.py:gpt3_125m", "--topology=v5e:2x2", "--search", "--tries=1"]
+  words = ["--config=configs/pretrain.py:gpt3_125m", "--topology=v5e:2x2", "--search", "--tries=1"]
+  words += [f"--config.{name}={value}" for name, value in flags.items()]
   done = subprocess.run(
     [sys.executable, "-m", "launch.plan", *words, "--json"],
     cwd=ROOT,
