@@ -18,7 +18,14 @@ from launch import estimate
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
-_MODELS = ("model", "reward_model")
+# Stage -> blocks of the models that its step runs; the other stages train the policy's.
+_MODELS = {
+  "reward_pretrain": ("reward_model",),
+  "rm": ("reward_model",),
+  "ppo": ("model", "reward_model"),
+  "ppo_ptx": ("model", "reward_model"),
+}
+_BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
 _WAYS = ("roofline", "overlapped", "serial")
 
 
@@ -28,7 +35,7 @@ class Choice:
 
   Attributes:
     mesh: (axis, size) in the mesh's order.
-    remat: of both models.
+    remat: of the stage's models.
     ptx_chunks: None where the stage has none.
     seconds, bytes, least_bytes: as in `sketch.Sketch`.
   """
@@ -40,10 +47,10 @@ class Choice:
   bytes: float
   least_bytes: float
 
-  def flags(self, config: Config) -> list[str]:
+  def flags(self, config: Config, stage: str) -> list[str]:
     """What to add to a command, the planner's or a run's."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
-    for name in _MODELS:
+    for name in _models(stage):
       if getattr(config, name).remat != self.remat:
         flags.append(f"--config.{name}.remat={self.remat}")
     if self.ptx_chunks not in (None, config.ppo.ptx_chunks):
@@ -93,8 +100,10 @@ def run(
       f"no mesh of the {len(devices)} devices of {topology_name} goes with {stage}; {len(spellings)} of"
       f" {sum(map(len, ranking.do_not_divide.values()))}, as {spellings[0]}, because {reason}"
     )
-  trials = try_best(ranking.choices, number, lambda choice: compile_one(choice.flags(config)))
-  rows = [_row(config, choice, report) for choice, report in trials]
+  trials = try_best(
+    ranking.choices, number, lambda choice: compile_one(choice.flags(config, stage))
+  )
+  rows = [_row(config, stage, choice, report) for choice, report in trials]
   fitting = [row for row in rows if row["fits"]]
   return {
     "note": "estimates: nothing has run on a TPU",
@@ -127,12 +136,12 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     spelling = estimate.spell_mesh(mesh.shape)
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
-      program = programs.make(_with(config, True, 1), mesh, stage)
+      program = programs.make(_with(config, stage, True, 1), mesh, stage)
     except ValueError as error:
       reasons[str(error)].append(spelling)
       continue
     for remat, chunks in _options(config, stage, shards):
-      sizes = sketch.sketch(_with(config, remat, chunks), stage, program, mesh.shape, chip)
+      sizes = sketch.sketch(_with(config, stage, remat, chunks), stage, program, mesh.shape, chip)
       choice = Choice(tuple(mesh.shape.items()), remat, chunks, *dataclasses.astuple(sizes))
       if sizes.least_bytes > chip.hbm_bytes:
         ranking.too_large[spelling] = sizes.least_bytes
@@ -178,9 +187,15 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[bool, in
       yield remat, chunks
 
 
-def _with(config: Config, remat: bool, ptx_chunks: int | None) -> Config:
+def _models(stage: str) -> tuple[str, ...]:
+  return _MODELS.get(stage, ("model",))
+
+
+def _with(config: Config, stage: str, remat: bool, ptx_chunks: int | None) -> Config:
   """The config with a choice made; its mesh is left alone."""
-  models = {name: dataclasses.replace(getattr(config, name), remat=remat) for name in _MODELS}
+  models = {
+    name: dataclasses.replace(getattr(config, name), remat=remat) for name in _models(stage)
+  }
   ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
   return dataclasses.replace(config, ppo=ppo, **models)
 
@@ -232,13 +247,14 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
   return {"failure": f"{kind} {abs(done.returncode)}: {said}"}
 
 
-def _row(config: Config, choice: Choice, report: dict) -> dict:
+def _row(config: Config, stage: str, choice: Choice, report: dict) -> dict:
   """What is kept of a trial."""
   row = {
     "mesh": estimate.spell_mesh(dict(choice.mesh)),
     "remat": choice.remat,
     "ptx_chunks": choice.ptx_chunks,
-    "flags": choice.flags(config),
+    "flags": choice.flags(config, stage),
+    "other_batches": _other_batches(config, choice),
     "sketch": {"seconds": choice.seconds, "bytes": choice.bytes},
     "fits": report.get("fits", False),
   }
@@ -252,6 +268,15 @@ def _row(config: Config, choice: Choice, report: dict) -> dict:
     "token_kind": report["token_kind"],
     "compilation": report["compilation"],
   }
+
+
+def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
+  """Batches of a whole run, which has one mesh for all its stages, that this one does not divide."""
+  from instructjax import sharding  # JAX, after the environment is set
+
+  shards = math.prod(size for axis, size in choice.mesh if axis in sharding.ROWS)
+  sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in _BATCHED}
+  return {name: size for name, size in sizes.items() if size % shards}
 
 
 def _compared(row: dict) -> float:
@@ -326,7 +351,13 @@ def _line(row: dict) -> str:
 def _verdict(report: dict) -> str:
   best, nearest = report["recommended"], report["nearest"]
   if best:
-    return f"Recommended (least seconds by the cost model, between hidden and none): {' '.join(best['flags'])}"
+    said = f"Recommended (least seconds by the cost model, between hidden and none): {' '.join(best['flags'])}"
+    if best["other_batches"]:
+      others = ", ".join(f"{name}={size}" for name, size in best["other_batches"].items())
+      said += (
+        f"\nA run has one mesh for all its stages, and this one does not divide config's {others}."
+      )
+    return said
   if nearest is None:
     return "Nothing could be compiled."
   return (

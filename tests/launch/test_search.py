@@ -87,6 +87,17 @@ def test_every_mesh_is_a_candidate_or_told_why_not():
   assert {row["mesh"] for row in found["trials"]} == {"data:2,tensor:2", "fsdp:2,tensor:2"}
 
 
+def test_what_else_of_a_run_the_mesh_does_not_divide_is_told():
+  config = small()
+  config.sft.update(batch_size=6)
+  config.rm.update(batch_size=2)
+  config["pretrain"].update(batch_size=8)
+  found = run(config, lambda flags: report(), number=6)
+  others = {row["mesh"]: row["other_batches"] for row in found["trials"]}
+  assert others["fsdp:4"] == others["data:4"] == {"sft.batch_size": 6, "rm.batch_size": 2}
+  assert others["tensor:4"] == {}
+
+
 def test_where_no_mesh_divides_it_is_told():
   config = small()
   config.sft.update(batch_size=7)
@@ -156,6 +167,8 @@ def test_the_least_seconds_between_hidden_and_none_are_recommended():
   assert found["recommended"] == second and second["fits"]
   text = search.text(found)
   assert text.splitlines()[-1].endswith(": " + " ".join(second["flags"]))
+  second["other_batches"] = {"sft.batch_size": 6}
+  assert search.text(found).endswith("does not divide config's sft.batch_size=6.")
   assert "estimates, nothing has run on a TPU" in text
   json.dumps(found)
 
@@ -175,12 +188,14 @@ def test_flags_set_what_differs():
   config = from_config_dict(small())
   mesh = "data:1,fsdp:2,tensor:2"
   flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-  assert choice(mesh, 1.0, 1.0, chunks=config.ppo.ptx_chunks).flags(config) == flags
-  assert choice(mesh, 1.0, 1.0, remat=False, chunks=4).flags(config) == flags + [
-    "--config.model.remat=False",
-    "--config.reward_model.remat=False",
-    "--config.ppo.ptx_chunks=4",
-  ]
+  as_configured = choice(mesh, 1.0, 1.0, chunks=config.ppo.ptx_chunks)
+  assert as_configured.flags(config, "ppo_ptx") == flags
+  changed = choice(mesh, 1.0, 1.0, remat=False, chunks=4)
+  policy, reward = "--config.model.remat=False", "--config.reward_model.remat=False"
+  chunks = "--config.ppo.ptx_chunks=4"
+  assert changed.flags(config, "ppo_ptx") == flags + [policy, reward, chunks]
+  assert choice(mesh, 1.0, 1.0, remat=False).flags(config, "sft") == flags + [policy]
+  assert choice(mesh, 1.0, 1.0, remat=False).flags(config, "rm") == flags + [reward]
 
 
 def test_a_crash_and_a_mistake_are_answers(monkeypatch):
