@@ -69,7 +69,9 @@ def step_seconds(
   fixed = min(weight_bytes, step["hbm_bytes"])
   hbm_bytes = fixed + share * (step["hbm_bytes"] - fixed)
   compute, links = share * step["flops"] / chip.flops, share * step["wire_bytes"] / chip.link_rate
-  cycles = step["cycles"] / chip.clock * hbm_bytes / step["hbm_bytes"]
+  # A step that fits in the chip's fast memory reads nothing.
+  part = hbm_bytes / step["hbm_bytes"] if step["hbm_bytes"] else share
+  cycles = step["cycles"] / chip.clock * part
   return {
     "roofline": max(compute, hbm_bytes / chip.hbm_rate, links),
     "overlapped": max(cycles, links),

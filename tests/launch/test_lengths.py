@@ -41,6 +41,8 @@ def test_iterations_with_and_without_refilling():
   }
   half = lengths.step_seconds(step, 4.0, 0.5, chip)
   assert half == pytest.approx({"roofline": 0.7, "overlapped": 1.4, "serial": 1.65})
+  fast = step | {"hbm_bytes": 0.0}
+  assert lengths.step_seconds(fast, 4.0, 0.5, chip)["overlapped"] == pytest.approx(1.0)
   decode = {"steps": 99, "rows": 8, "weight_bytes": 4.0, "step": step}
   estimates = {"roofline": {"seconds": 109.0}, "overlapped": {"seconds": 208.0}}
   found = lengths.at_mean(100.0, 100, 8, 4, decode, estimates, chip)
