@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from instructjax import cli
 from instructjax.config import Config, MeshConfig, from_config_dict
-from instructjax.errors import UserError
+from instructjax.errors import UserError, reason
 from launch import costs, estimate, lengths, search, topology
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -113,7 +113,7 @@ def plan(
     "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
   }
   analysis = compiled.memory_analysis()
-  summary = costs.summarise(compiled.as_text(), len(devices))
+  summary = costs.summarise(_text(compiled, chip), len(devices))
   model_rate = program.model_flops and program.model_flops / (len(devices) * chip.flops)
   timing = estimate.timing(summary, chip, program.rows, program.tokens, model_rate)
   decode = _decode(summary, program.rows, inside)
@@ -158,6 +158,24 @@ def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict |
     "weight_bytes": inside["bf16 rollout copy"],
     "step": {name: amount / loop.trips for name, amount in vars(loop.cost).items()},
   }
+
+
+def _text(compiled, chip: topology.Chip) -> str:
+  """The compiled program.
+
+  Raises:
+    UserError: jaxlib cannot read what libtpu made, which is newer than it; says at least how much memory it takes.
+  """
+  import jax  # after the environment is set
+
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    gib = _allocated(compiled.memory_analysis()) / topology.GIB
+    raise UserError(
+      f"it fits, {gib:.2f} of {chip.hbm_bytes / topology.GIB:.2f} GiB a device, but jaxlib cannot read the"
+      f" program that libtpu made ({reason(error)}); try another mesh, or other versions of jax and libtpu"
+    ) from error
 
 
 def _allocated(analysis) -> int:

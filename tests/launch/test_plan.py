@@ -279,6 +279,17 @@ def test_devices_of_a_slice(name, number):
     assert len(topology.devices(name)) == number
 
 
+def test_a_program_that_cannot_be_read_still_fits():
+  compiled = mock.Mock()
+  compiled.as_text.side_effect = jax.errors.JaxRuntimeError("INTERNAL: async-update\nstack")
+  sizes = dict(argument=4, output=3, alias=2, temp=1, generated_code=0)
+  for name, gib in sizes.items():
+    setattr(compiled.memory_analysis(), f"{name}_size_in_bytes", gib * topology.GIB)
+  words = r"it fits, 6.00 of 15.75 GiB a device, but .* \(INTERNAL: async-update\)"
+  with pytest.raises(UserError, match=words):
+    plan._text(compiled, topology.CHIPS["v5e"])
+
+
 def test_without_libtpu(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'instructjax\[plan\]'"):
