@@ -156,6 +156,7 @@ def base(stage: str) -> ConfigDict:
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
         ptx_length=2048,  # tokens; open
+        ptx_chunks=8,  # as many rows at a time as a minibatch has episodes
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4
         gae_lambda=0.95,  # open; Stiennon et al. 2020

@@ -84,6 +84,7 @@ def _smollm2_135m(config):
     gamma=0.3,
     ptx_rows=1,
     ptx_length=128,
+    ptx_chunks=1,
     missing_eos="fixed",
     ema_decay=0.6,  # the average of a few iterations, not of hundreds
     max_kl=50.0,

@@ -74,6 +74,7 @@ def change(config):
     gamma=0.3,
     ptx_rows=2,
     ptx_length=64,
+    ptx_chunks=2,
     missing_eos="fixed",
     missing_eos_score=-1.0,
     ema_decay=0.8,

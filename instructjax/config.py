@@ -295,6 +295,7 @@ class PPOConfig:
   gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
   ptx_rows: int  # pretraining rows an episode
   ptx_length: int  # tokens of a pretraining row
+  ptx_chunks: int  # that a minibatch's pretraining rows are taken in, one after the other: fewer want more memory
   ptx_reduction: Literal[
     "mean", "sum"
   ]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
@@ -319,6 +320,7 @@ class PPOConfig:
       "num_epochs",
       "ptx_rows",
       "ptx_length",
+      "ptx_chunks",
     )
     _require_positive(self, where, *sizes)
     _require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
@@ -331,6 +333,12 @@ class PPOConfig:
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
     minibatch = self.batch_size // self.num_minibatches
+    rows = minibatch * self.ptx_rows
+    _require(
+      rows % self.ptx_chunks == 0,
+      f"{where}.ptx_chunks={self.ptx_chunks} must divide the {rows} pretraining rows of a minibatch",
+    )
+    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
     _require(
       self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
       f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",

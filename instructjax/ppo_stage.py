@@ -173,9 +173,8 @@ def run(ctx: Context, stage: str):
     "model": ctx.config.model,
     "reward_model": ctx.config.reward_model,
     "data": ctx.config.data,
-    "ppo": dataclasses.replace(
-      cfg, max_kl=0.0
-    ),  # a limit changes no number: lifting it lets the run go on
+    # A limit changes no number: lifting it lets the run go on. Nor do chunks, but for rounding.
+    "ppo": dataclasses.replace(cfg, max_kl=0.0, ptx_chunks=1),
   }
   run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
   if finished(run_):

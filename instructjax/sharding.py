@@ -91,7 +91,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     rule = f"have as many slices as the devices lie in, got {slices}"
   if rule:
     nearest = _nearest(asked, len(devices), num_slices=slices if slices > 1 else None)
-    raise ValueError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}.")
+    raise ValueError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
   if slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
       (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -109,7 +109,8 @@ def _num_slices(devices) -> int:
 
 
 def _spell(shape) -> str:
-  return ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape))
+  """As flags, to be pasted."""
+  return " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(MESH_AXES, shape))
 
 
 def _nearest(
@@ -194,7 +195,7 @@ def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
     else:
       place = f"axis {axes[0]}={shards}"
       mend = f"Nearest mesh that fits: {fitting or _nearest_to(mesh, params)}"
-    raise ValueError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}.")
+    raise ValueError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}")
 
 
 def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:

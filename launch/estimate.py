@@ -4,7 +4,9 @@ Pure arithmetic and text: no JAX. Every second here is an estimate: nothing has 
 """
 
 import re
+from collections.abc import Mapping
 
+from launch import lengths
 from launch.costs import PHASES, Cost, Summary
 from launch.topology import GIB, Chip
 
@@ -146,11 +148,16 @@ def refusal(report: dict) -> str:
 
 
 def _title(report: dict) -> str:
-  mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
   return (
     f"{report['stage']} {report['preset']} on {report['topology']}: {report['devices']} x"
-    f" {report['chip']}, mesh {mesh}"
+    f" {report['chip']}, --mesh={spell_mesh(report['mesh'])}"
   )
+
+
+def spell_mesh(sizes: Mapping[str, int]) -> str:
+  """A mesh as --mesh takes it: `fsdp:64,tensor:4`, axes of 1 left out."""
+  parts = [f"{axis}:{size}" for axis, size in sizes.items() if size != 1]
+  return ",".join(parts) or ",".join(f"{axis}:1" for axis in list(sizes)[:1])
 
 
 def _gib(size: float) -> str:
@@ -219,8 +226,10 @@ def text(report: dict) -> str:
     decode = report["decode"]
     lines.append(
       f"Decode, layout {decode['layout']}: {decode['steps']} steps at most, each sends"
-      f" {decode['sent_bytes'] / 1e6:.2f} MB a device."
+      f" {decode['step']['wire_bytes'] / 1e6:.2f} MB a device."
     )
+  if report["at_mean_response"]:
+    lines += lengths.text(report["at_mean_response"])
   lines.append("Collectives an iteration, a device:")
   lines += [
     f"  {kind:20}{count:9,.0f} times{size / 1e9:9.2f} GB sent"

@@ -2,13 +2,15 @@ r"""Does a stage fit a TPU slice, and how long might it take? Asked of the TPU's
 
   python -m launch.plan --config=configs/ppo_ptx.py:gpt3_1p3b --topology=v5e:16x16 --mesh=fsdp:64,tensor:4
 
-Compiles the stage's own train step for the slice and reads the compiled text. Needs no weights, data or tokenizer, but
-libtpu: pip install -e '.[plan]'. Exits with 1 where the program does not fit, 2 for a mistake. Every second it prints
-is an estimate: nothing has run on a TPU.
+Compiles the stage's own train step for the slice and reads the compiled text. With --search in place of --mesh, it
+does so on several meshes and recommends one. Needs no weights, data or tokenizer, but libtpu: pip install -e '.[plan]'.
+Exits with 1 where nothing fits, 2 for a mistake. Every second it prints is an estimate: nothing has run on a TPU.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import resource
 import sys
 import time
@@ -18,8 +20,8 @@ from ml_collections import config_flags
 
 from instructjax import cli
 from instructjax.config import Config, MeshConfig, from_config_dict
-from instructjax.errors import UserError
-from launch import costs, estimate, topology
+from instructjax.errors import UserError, reason
+from launch import costs, estimate, lengths, search, topology
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
@@ -31,6 +33,13 @@ _MESH = flags.DEFINE_string(
   "mesh", None, "AXIS:SIZE,... as fsdp:64,tensor:4; axes left out are 1. The config's by default."
 )
 _STAGE = flags.DEFINE_string("stage", None, "Which stage's step. The config's by default.")
+_SEARCH = flags.DEFINE_boolean(
+  "search", False, "Try meshes, and ways to split the work that change no result; recommend one."
+)
+_TRIES = flags.DEFINE_integer("tries", 3, "With --search: how many meshes that fit to compile.")
+_MEAN_RESPONSE = flags.DEFINE_float(
+  "mean_response", None, "Estimate the rollout at this many tokens an answer on average as well."
+)
 _JSON = flags.DEFINE_boolean("json", False, "Print one line of JSON.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -56,13 +65,18 @@ def parse_mesh(spelling: str) -> MeshConfig:
   return MeshConfig(**sizes | given)
 
 
-def plan(config: Config, topology_name: str, stage: str) -> dict:
+def plan(
+  config: Config, topology_name: str, stage: str, mean_response: float | None = None
+) -> dict:
   """Compiles a stage's step and reads what comes out. `fits` says whether there is a program at all.
 
   Raises:
     UserError: libtpu is not installed.
-    ValueError: the mesh, batch, stage or topology do not go together.
+    ValueError: the mesh, batch, stage or topology do not go together, or there are no answers to have that mean.
   """
+  limit = config.data.max_response_length
+  if mean_response is not None:
+    lengths.require_mean(mean_response, limit, stage)
   chip = topology.chip(topology_name)
   devices = topology.devices(topology_name)
   import jax  # after the environment is set
@@ -102,13 +116,16 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
     "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
   }
   analysis = compiled.memory_analysis()
-  summary = costs.summarise(compiled.as_text(), len(devices), mesh.shape["slice"])
+  summary = costs.summarise(_text(compiled, chip), len(devices), mesh.shape["slice"])
   model_rate = program.model_flops and program.model_flops / (len(devices) * chip.flops)
-  decode = max(
-    (loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips),
-    key=lambda loop: loop.trips,
-    default=None,
-  )
+  timing = estimate.timing(summary, chip, program.rows, program.tokens, model_rate)
+  decode = _decode(summary, program.rows, inside)
+  at_mean = None
+  if mean_response is not None:
+    shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    at_mean = lengths.at_mean(
+      mean_response, limit, program.rows, shards, decode, timing["estimates"], chip
+    )
   return report | {
     "fits": True,
     "memory": estimate.memory(
@@ -120,14 +137,10 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
       hbm=chip.hbm_bytes,
     ),
     "argument_bytes": analysis.argument_size_in_bytes,
-    "timing": estimate.timing(summary, chip, program.rows, program.tokens, model_rate),
+    "timing": timing,
     "token_kind": program.token_kind,
-    "decode": decode
-    and {
-      "layout": program.decode_layout,
-      "steps": decode.trips,
-      "sent_bytes": decode.cost.wire_bytes / decode.trips,
-    },
+    "decode": decode and {"layout": program.decode_layout} | decode,
+    "at_mean_response": at_mean,
     "collectives": summary.by_kind,
     "largest_collectives": estimate.largest(summary, 5),
     "host_transfers": summary.host_transfers,
@@ -136,11 +149,56 @@ def plan(config: Config, topology_name: str, stage: str) -> dict:
   }
 
 
+def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict | None:
+  """The decode loop, the rollout's longest; None where there is no rollout. `rows` are decoded at once."""
+  loops = [loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips]
+  if not loops:
+    return None
+  loop = max(loops, key=lambda loop: loop.trips)
+  return {
+    "steps": loop.trips,
+    "rows": rows,
+    "weight_bytes": inside["bf16 rollout copy"],
+    "step": {name: amount / loop.trips for name, amount in vars(loop.cost).items()},
+  }
+
+
+def _text(compiled, chip: topology.Chip) -> str:
+  """The compiled program.
+
+  Raises:
+    UserError: jaxlib cannot read what libtpu made, which is newer than it; says at least how much memory it takes.
+  """
+  import jax  # after the environment is set
+
+  try:
+    return compiled.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    gib = _allocated(compiled.memory_analysis()) / topology.GIB
+    raise UserError(
+      f"it fits, {gib:.2f} of {chip.hbm_bytes / topology.GIB:.2f} GiB a device, but jaxlib cannot read the"
+      f" program that libtpu made ({reason(error)}); try another mesh, or other versions of jax and libtpu"
+    ) from error
+
+
 def _allocated(analysis) -> int:
   """Bytes of HBM that a program takes, from its `memory_analysis`; what it is given and gives back lies there once."""
   given_and_made = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
   inside = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
   return given_and_made - analysis.alias_size_in_bytes + inside
+
+
+def _search(config: Config, stage: str):
+  if _MESH.value is not None:
+    raise UserError(f"--search chooses the mesh: leave out --mesh={_MESH.value}")
+  if _MEAN_RESPONSE.value is not None:
+    raise UserError("--mean_response is for one --mesh: leave it out with --search")
+  chip, devices = topology.chip(_TOPOLOGY.value), topology.devices(_TOPOLOGY.value)
+  compile_one = functools.partial(search.compile_apart, sys.argv[1:])
+  report = search.run(config, stage, _TOPOLOGY.value, devices, chip, _TRIES.value, compile_one)
+  print(json.dumps(report) if _JSON.value else search.text(report))
+  if not report["recommended"]:
+    sys.exit(1)
 
 
 def main(arguments: list[str]):
@@ -151,7 +209,11 @@ def main(arguments: list[str]):
     mesh = parse_mesh(_MESH.value)
     values.mesh.update(dataclasses.asdict(mesh))
   config = from_config_dict(values)
-  report = plan(config, _TOPOLOGY.value, _STAGE.value or config.stage)
+  stage = _STAGE.value or config.stage
+  if _SEARCH.value:
+    _search(config, stage)
+    return
+  report = plan(config, _TOPOLOGY.value, stage, _MEAN_RESPONSE.value)
   if _JSON.value:
     print(json.dumps(report))
   else:

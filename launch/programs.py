@@ -103,6 +103,15 @@ def _batch(ctx: Context, rows: int, columns: dict[str, tuple], make_tree):
   )
 
 
+def _require_rows(ctx: Context, what: str, rows: int, mend: str):
+  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
+  if rows % shards:
+    raise ValueError(
+      f"{what} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; {mend}, or take a --mesh"
+      f" where it is a divisor of {rows}, which --search looks for"
+    )
+
+
 def _packed(ctx: Context, rows: int, length: int) -> PackedBatch:
   ids = dict.fromkeys(("token_BL", "segment_BL", "position_BL"), (np.int32, length))
   return _batch(ctx, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
@@ -199,8 +208,15 @@ def _ppo(ctx: Context, stage: str) -> Program:
     "index_B": (np.int32,),
   }
   batch = {"prompts": _batch(ctx, cfg.batch_size, columns, PromptBatch)}
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  # Rows that do not divide are not refused by a run, but then devices do the same work.
+  what = f"config.ppo.batch_size / num_minibatches = {minibatch}"
+  _require_rows(ctx, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
+    chunk = minibatch * cfg.ptx_rows // cfg.ptx_chunks
+    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_chunks = {chunk}"
+    _require_rows(ctx, what, chunk, "set fewer --config.ppo.ptx_chunks")
     batch["pretrain"] = _packed(ctx, rows, cfg.ptx_length)
   return Program(
     step=ppo.make_train_step(nets, cfg, shardings),

@@ -108,6 +108,7 @@ def ppo_config(adam_config) -> PPOConfig:
     gamma=0.0,
     ptx_rows=8,
     ptx_length=8,
+    ptx_chunks=8,
     ptx_reduction="mean",
     discount=1.0,
     gae_lambda=0.95,

@@ -90,6 +90,7 @@ def config_dict(stage: str, specs: dict[str, str]):
     num_epochs=1,
     ptx_rows=1,
     ptx_length=60,
+    ptx_chunks=1,
     gamma=0.3,
     max_kl=0.0,
     policy_optim=base.adam(5e-2),

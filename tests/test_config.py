@@ -247,6 +247,11 @@ _RULES = [
     dict(ppo__batch_size=10, ppo__num_minibatches=4),
     "config.ppo.batch_size=10 must be divisible by num_minibatches=4",
   ),
+  (dict(ppo__ptx_chunks=0), "config.ppo.ptx_chunks=0 must be positive"),
+  (
+    dict(ppo__ptx_chunks=7),
+    "config.ppo.ptx_chunks=7 must divide the 128 pretraining rows of a minibatch",
+  ),
   (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be > 0"),
   (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),
   (dict(ppo__gamma=-1), "config.ppo.gamma=-1.0 must be >= 0"),

@@ -17,6 +17,14 @@ from jax.sharding import PartitionSpec as PS
 from instructjax import models, sharding
 from instructjax.config import MeshConfig, ModelConfig, RopeScalingConfig
 
+
+def flags(*sizes) -> str:
+  """A mesh as errors spell it."""
+  return " ".join(
+    f"--config.mesh.{axis}={size}" for axis, size in zip(sharding.MESH_AXES, sizes, strict=True)
+  )
+
+
 GPT3 = ModelConfig(
   num_layers=96,
   d_model=12288,
@@ -98,7 +106,7 @@ def test_a_dimension_that_does_not_divide_names_its_parameter():
   model = models.make_model(TINY, VOCAB, "lm")
   message = (
     "sharding: parameter layers/attention/b_qkv_GQK: kv_heads=2 must be divisible by mesh axis"
-    " tensor=4. Nearest mesh that fits: slice=1, data=2, fsdp=2, tensor=2."
+    f" tensor=4. Nearest mesh that fits: {flags(1, 2, 2, 2)}"
   )
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
     tree_shardings(abstract_mesh(1, 2, 4), model)
@@ -117,48 +125,48 @@ def leaf(**sizes):
       {"a": leaf(embed=6), "b": leaf(embed=4)},
       {},
       (1, 4, 1),
-      "parameter a: embed=6 .* fsdp=4. Nearest mesh that fits: slice=1, data=2, fsdp=2, tensor=1.",
+      f"parameter a: embed=6 .* fsdp=4. Nearest mesh that fits: {flags(1, 2, 2, 1)}",
     ),
     # Slices stay what they are, and the batch has to divide too: by 2 of them, data 2 and fsdp 2.
     (
       {"a": leaf(embed=6, mlp=12)},
       {"config.sft.batch_size": 24},
       (2, 1, 4, 2),
-      "embed=6 .* fsdp=4. Nearest mesh that fits: slice=2, data=2, fsdp=2, tensor=2.",
+      f"embed=6 .* fsdp=4. Nearest mesh that fits: {flags(2, 2, 2, 2)}",
     ),
     # Tensor alone can take what neither the batch nor embed can.
     (
       {"a": leaf(embed=6, mlp=12)},
       {"config.sft.batch_size": 2},
       (1, 8, 1),
-      "embed=6 .* fsdp=8. Nearest mesh that fits: slice=1, data=1, fsdp=2, tensor=4.",
+      f"embed=6 .* fsdp=8. Nearest mesh that fits: {flags(1, 1, 2, 4)}",
     ),
     # Nothing takes both: the parameters' mesh, and the batch is the next to be told.
     (
       {"a": leaf(embed=6, mlp=7)},
       {"config.sft.batch_size": 2},
       (1, 8, 1),
-      "embed=6 .* fsdp=8. Nearest mesh that fits: slice=1, data=4, fsdp=2, tensor=1.",
+      f"embed=6 .* fsdp=8. Nearest mesh that fits: {flags(1, 4, 2, 1)}",
     ),
     (
       {"a": leaf(embed=6, mlp=12)},
       {"config.rm.batch_size": 8, "config.sft.batch_size": 12},
       (8, 1, 1),
       r"sharding: config.sft.batch_size=12 must be divisible by mesh slice \* data \* fsdp = 8. Set"
-      " --config.sft.batch_size to a multiple, or the mesh to slice=1, data=4, fsdp=1, tensor=2.",
+      f" --config.sft.batch_size to a multiple, or the mesh to {flags(1, 4, 1, 2)}",
     ),
     # Fewer slices would do, but they are there.
     (
       {"a": leaf(mlp=12)},
       {"config.sft.batch_size": 2},
       (4, 1, 1, 2),
-      "batch_size=2 .* fsdp = 4. Set --config.sft.batch_size to a multiple.",
+      "batch_size=2 .* fsdp = 4. Set --config.sft.batch_size to a multiple",
     ),
     (
       {"a": leaf(mlp=7)},
       {"config.sft.batch_size": 12},
       (8, 1, 1),
-      "batch_size=12 .* fsdp = 8. Set --config.sft.batch_size to a multiple.",
+      "batch_size=12 .* fsdp = 8. Set --config.sft.batch_size to a multiple",
     ),
   ],
 )
@@ -184,16 +192,15 @@ def test_an_axis_without_a_rule_is_refused():
 @pytest.mark.parametrize(
   ("asked", "nearest"),
   [
-    ((1, 1, 16, 1), "slice=1, data=1, fsdp=8, tensor=1"),
-    ((1, 3, 1, 2), "slice=1, data=4, fsdp=1, tensor=2"),
-    ((1, -1, 3, 1), "slice=1, data=2, fsdp=4, tensor=1"),
-    ((1, 1, 1, 1), "slice=1, data=8, fsdp=1, tensor=1"),
-    ((3, 1, 1, 2), "slice=4, data=1, fsdp=1, tensor=2"),
+    ((1, 1, 16, 1), (1, 1, 8, 1)),
+    ((1, 3, 1, 2), (1, 4, 1, 2)),
+    ((1, -1, 3, 1), (1, 2, 4, 1)),
+    ((1, 1, 1, 1), (1, 8, 1, 1)),
+    ((3, 1, 1, 2), (4, 1, 1, 2)),
   ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest(asked, nearest):
-  message = f"must multiply to the number of devices, got 8. Nearest that fits: {nearest}.$"
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=f"got 8. Nearest that fits: {flags(*nearest)}$"):
     sharding.make_mesh(MeshConfig(*asked))
 
 
@@ -227,14 +234,26 @@ def slice_devices(platform="tpu"):
 @pytest.mark.parametrize(
   ("asked", "words"),
   [
-    ((1, -1, 1, 1), "slices as the devices lie in, got 2. .*: slice=2, data=4, fsdp=1, tensor=1"),
-    ((4, 1, 1, 2), "slices as the devices lie in, got 2. .*: slice=2, data=2, fsdp=1, tensor=2"),
-    ((-1, 1, 2, 1), "slices as the devices lie in, got 2. .*: slice=2, data=2, fsdp=2, tensor=1"),
-    ((1, 1, 16, 1), "number of devices, got 8. .*: slice=2, data=1, fsdp=4, tensor=1"),
+    (
+      (1, -1, 1, 1),
+      f"slices as the devices lie in, got 2. .*: {flags(2, 4, 1, 1)}",
+    ),
+    (
+      (4, 1, 1, 2),
+      f"slices as the devices lie in, got 2. .*: {flags(2, 2, 1, 2)}",
+    ),
+    (
+      (-1, 1, 2, 1),
+      f"slices as the devices lie in, got 2. .*: {flags(2, 2, 2, 1)}",
+    ),
+    (
+      (1, 1, 16, 1),
+      f"number of devices, got 8. .*: {flags(2, 1, 4, 1)}",
+    ),
   ],
 )
 def test_slices_must_be_those_that_the_devices_lie_in(asked, words):
-  with pytest.raises(ValueError, match=f"{words}.$"):
+  with pytest.raises(ValueError, match=f"{words}$"):
     sharding.make_mesh(MeshConfig(*asked), slice_devices())
 
 

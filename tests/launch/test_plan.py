@@ -283,7 +283,8 @@ def test_a_report_in_words():
     ),
     "timing": estimate.timing(found, chip, 8, 64, None),
     "token_kind": "tokens",
-    "decode": {"layout": "2d", "steps": 6, "sent_bytes": 2e6},
+    "decode": {"layout": "2d", "steps": 6, "step": {"wire_bytes": 2e6}},
+    "at_mean_response": None,
     "collectives": found.by_kind,
     "largest_collectives": estimate.largest(found, 5),
     "host_transfers": [],
@@ -315,7 +316,9 @@ def test_a_report_in_words():
 def test_mesh_spelling():
   assert plan.parse_mesh("fsdp:64,tensor:4") == MeshConfig(1, 1, 64, 4)
   assert plan.parse_mesh("data:-1") == MeshConfig(1, -1, 1, 1)
-  assert plan.parse_mesh("slice:2,fsdp:64,tensor:4") == MeshConfig(2, 1, 64, 4)
+  for sizes in ((2, 1, 64, 4), (1, 2, 1, 1), (1, 1, 1, 1)):
+    spelling = estimate.spell_mesh(dict(zip(sharding.MESH_AXES, sizes)))
+    assert plan.parse_mesh(spelling) == MeshConfig(*sizes)
   for wrong in ("", "fsdp", "fsdp=4", "model:4", "fsdp:2,fsdp:2", "fsdp:x"):
     with pytest.raises(ValueError, match="must be AXIS:SIZE"):
       plan.parse_mesh(wrong)
@@ -327,6 +330,27 @@ def test_mesh_spelling():
 def test_topology_spelling(wrong):
   with pytest.raises(ValueError, match="must be CHIP:AxB"):
     topology.devices(wrong)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+  "name, number",
+  [("v4:2x2x1", 4), ("v5e:2x4", 8), ("v5p:4x4x4", 64), ("v6e:2x2", 4), ("tpu7x:2x2x1", 8)],
+)
+def test_devices_of_a_slice(name, number):
+  with mock.patch.dict(os.environ):  # which asking changes
+    assert len(topology.devices(name)) == number
+
+
+def test_a_program_that_cannot_be_read_still_fits():
+  compiled = mock.Mock()
+  compiled.as_text.side_effect = jax.errors.JaxRuntimeError("INTERNAL: async-update\nstack")
+  sizes = dict(argument=4, output=3, alias=2, temp=1, generated_code=0)
+  for name, gib in sizes.items():
+    setattr(compiled.memory_analysis(), f"{name}_size_in_bytes", gib * topology.GIB)
+  words = r"it fits, 6.00 of 15.75 GiB a device, but .* \(INTERNAL: async-update\)"
+  with pytest.raises(UserError, match=words):
+    plan._text(compiled, topology.CHIPS["v5e"])
 
 
 def test_without_libtpu(monkeypatch):
@@ -411,6 +435,8 @@ def test_model_flops(stage, head, mesh):
     ("evaluate", {}, "--stage=evaluate must be one of pretrain, "),
     ("sft", {"sft": {"batch_size": 6}}, "config.sft.batch_size=6 must be divisible by mesh"),
     ("rm", {"rm": {"batch_size": 2}}, "config.rm.batch_size=2 must be divisible"),
+    ("ppo", {"ppo": {"num_minibatches": 8}}, "num_minibatches = 2 must be divisible by mesh"),
+    ("ppo_ptx", {"ppo": {"ptx_chunks": 32}}, "ptx_rows / ptx_chunks = 2 must be divisible"),
     ("sft", {"model": {"d_model": 510}}, "embed=510 must be divisible by mesh axis fsdp=4"),
   ],
 )

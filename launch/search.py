@@ -1,0 +1,366 @@
+"""Which mesh to take: rates all that divide by their sizes, compiles the best few, recommends one. Called by plan.py.
+
+Tries only what changes no result but by rounding: the mesh, `remat`, and how many chunks PPO-ptx takes its pretraining
+rows in. Each compile is a process of its own, one at a time: its memory is given back, and a crash costs that one only.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+from instructjax.config import Config, MeshConfig
+from launch import estimate
+from launch.topology import GIB, Chip
+
+_AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
+# Stage -> blocks of the models that its step runs; the other stages train the policy's.
+_MODELS = {
+  "reward_pretrain": ("reward_model",),
+  "rm": ("reward_model",),
+  "ppo": ("model", "reward_model"),
+  "ppo_ptx": ("model", "reward_model"),
+}
+_BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
+_WAYS = ("roofline", "overlapped", "serial")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """What may be chosen.
+
+  Attributes:
+    mesh: (axis, size) in the mesh's order.
+    remat: of the stage's models.
+    ptx_chunks: None where the stage has none.
+    seconds, bytes, least_bytes: as in `sketch.Sketch`.
+  """
+
+  mesh: tuple[tuple[str, int], ...]
+  remat: bool
+  ptx_chunks: int | None
+  seconds: float
+  bytes: float
+  least_bytes: float
+
+  def flags(self, config: Config, stage: str) -> list[str]:
+    """What to add to a command, the planner's or a run's."""
+    flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
+    for name in _models(stage):
+      if getattr(config, name).remat != self.remat:
+        flags.append(f"--config.{name}.remat={self.remat}")
+    if self.ptx_chunks not in (None, config.ppo.ptx_chunks):
+      flags.append(f"--config.ppo.ptx_chunks={self.ptx_chunks}")
+    return flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """All that could be chosen.
+
+  Attributes:
+    choices: the most promising first.
+    do_not_divide: why -> meshes.
+    too_large: meshes whose weights, optimisers and caches alone take more than a device has -> their bytes.
+  """
+
+  choices: list[Choice]
+  do_not_divide: dict[str, list[str]]
+  too_large: dict[str, float]
+
+
+def run(
+  config: Config,
+  stage: str,
+  topology_name: str,
+  devices: list,
+  chip: Chip,
+  number: int,
+  compile_one: Callable[[list[str]], dict],
+) -> dict:
+  """Tries meshes and recommends one.
+
+  Args:
+    devices: of the topology.
+    number: how many meshes that fit to compile.
+    compile_one: flags -> the planner's report with them, or {'failure': why there is none}.
+  Raises:
+    ValueError: no mesh goes with the stage's batch and models.
+  """
+  if number < 1:
+    raise ValueError(f"--tries={number} must be positive")
+  ranking = rank(config, stage, devices, chip)
+  if not ranking.choices and not ranking.too_large:
+    reason, spellings = max(ranking.do_not_divide.items(), key=lambda item: len(item[1]))
+    raise ValueError(
+      f"no mesh of the {len(devices)} devices of {topology_name} goes with {stage}; {len(spellings)} of"
+      f" {sum(map(len, ranking.do_not_divide.values()))}, as {spellings[0]}, because {reason}"
+    )
+  trials = try_best(
+    ranking.choices, number, lambda choice: compile_one(choice.flags(config, stage))
+  )
+  rows = [_row(config, stage, choice, report) for choice, report in trials]
+  fitting = [row for row in rows if row["fits"]]
+  return {
+    "note": "estimates: nothing has run on a TPU",
+    "stage": stage,
+    "preset": config.preset,
+    "topology": topology_name,
+    "chip": chip.name,
+    "devices": len(devices),
+    "hbm": int(chip.hbm_bytes),
+    "do_not_divide": ranking.do_not_divide,
+    "too_large": ranking.too_large,
+    "candidates": len({choice.mesh for choice in ranking.choices}),
+    "trials": rows,
+    "recommended": min(fitting, key=_compared) if fitting else None,
+    "nearest": None if fitting else _nearest(rows, ranking.too_large, chip),
+  }
+
+
+def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
+  """Everything that could be chosen: first what is sketched to fit, of that the fastest, of equals the smallest.
+
+  Within 5% seconds are equal: a sketch is no better than that.
+  """
+  from instructjax import sharding  # JAX, after the environment is set
+  from launch import programs, sketch
+
+  ranking, reasons = Ranking([], {}, {}), collections.defaultdict(list)
+  for cfg in meshes(config.mesh, len(devices)):
+    mesh = sharding.make_mesh(cfg, devices)
+    spelling = estimate.spell_mesh(mesh.shape)
+    shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+    try:
+      program = programs.make(_with(config, stage, True, 1), mesh, stage)
+    except ValueError as error:
+      reasons[str(error)].append(spelling)
+      continue
+    for remat, chunks in _options(config, stage, shards):
+      sizes = sketch.sketch(_with(config, stage, remat, chunks), stage, program, mesh.shape, chip)
+      choice = Choice(tuple(mesh.shape.items()), remat, chunks, *dataclasses.astuple(sizes))
+      if sizes.least_bytes > chip.hbm_bytes:
+        ranking.too_large[spelling] = sizes.least_bytes
+      else:
+        ranking.choices.append(choice)
+  ranking.choices.sort(
+    key=lambda choice: (
+      choice.bytes > chip.hbm_bytes,
+      round(math.log(choice.seconds) / math.log(1.05)),
+      choice.bytes,
+    )
+  )
+  ranking.do_not_divide.update(_merged(reasons))
+  return ranking
+
+
+def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
+  """Every mesh of that many devices, with axes that are not searched as configured."""
+  others = math.prod(size for axis, size in vars(configured).items() if axis not in _AXES)
+  if others < 1 or num_devices % others:
+    raise ValueError(
+      f"mesh {estimate.spell_mesh(vars(configured))}: axes besides {', '.join(_AXES)} must be"
+      f" positive and divide the {num_devices} devices"
+    )
+  free = num_devices // others
+  divisors = [n for n in range(1, free + 1) if free % n == 0]
+  for fsdp in divisors:
+    for tensor in divisors:
+      if free % (fsdp * tensor) == 0:
+        data = free // (fsdp * tensor)
+        yield dataclasses.replace(configured, data=data, fsdp=fsdp, tensor=tensor)
+
+
+def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[bool, int | None]]:
+  """(remat, ptx_chunks), a chunk's rows dividing over the shards."""
+  cfg = config.ppo
+  counts = [None]
+  if stage == "ppo_ptx" and cfg.gamma > 0:
+    rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
+    counts = [n for n in range(1, rows + 1) if rows % n == 0]
+  for remat in (True, False):
+    for chunks in counts:
+      yield remat, chunks
+
+
+def _models(stage: str) -> tuple[str, ...]:
+  return _MODELS.get(stage, ("model",))
+
+
+def _with(config: Config, stage: str, remat: bool, ptx_chunks: int | None) -> Config:
+  """The config with a choice made; its mesh is left alone."""
+  models = {
+    name: dataclasses.replace(getattr(config, name), remat=remat) for name in _models(stage)
+  }
+  ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
+  return dataclasses.replace(config, ppo=ppo, **models)
+
+
+def _merged(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
+  """Reasons that differ in their numbers only become one, spelt as the first."""
+  merged, first = collections.defaultdict(list), {}
+  for reason, spellings in reasons.items():
+    merged[first.setdefault(re.sub(r"\d+", "N", reason), reason)] += spellings
+  return dict(merged)
+
+
+def try_best(
+  choices: list[Choice], number: int, compile_one: Callable[[Choice], dict]
+) -> list[tuple[Choice, dict]]:
+  """Compiles the best choice of each of `number` meshes that fit, and at most twice as many choices in all.
+
+  Where one does not fit, what is sketched to need as much is passed over.
+  """
+  trials, fitting, limit = [], set(), math.inf
+  for choice in choices:
+    if len(fitting) == number or len(trials) == 2 * number:
+      break
+    if choice.mesh in fitting or choice.bytes >= limit:
+      continue
+    report = compile_one(choice)
+    trials.append((choice, report))
+    if report.get("fits"):
+      fitting.add(choice.mesh)
+    elif "out_of_memory" in report:
+      limit = choice.bytes
+  return trials
+
+
+def compile_apart(command: list[str], flags: list[str]) -> dict:
+  """The planner's report, from a process of its own.
+
+  Args:
+    command: flags that this process was started with; of a flag given twice the last counts.
+    flags: to add.
+  """
+  print("compiling", *flags, file=sys.stderr, flush=True)
+  words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", *flags]
+  done = subprocess.run(words, capture_output=True, text=True)
+  if done.returncode in (0, 1) and done.stdout.startswith("{"):
+    return json.loads(done.stdout)
+  said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+  kind = "killed by signal" if done.returncode < 0 else "exit code"
+  return {"failure": f"{kind} {abs(done.returncode)}: {said}"}
+
+
+def _row(config: Config, stage: str, choice: Choice, report: dict) -> dict:
+  """What is kept of a trial."""
+  row = {
+    "mesh": estimate.spell_mesh(dict(choice.mesh)),
+    "remat": choice.remat,
+    "ptx_chunks": choice.ptx_chunks,
+    "flags": choice.flags(config, stage),
+    "other_batches": _other_batches(config, choice),
+    "sketch": {"seconds": choice.seconds, "bytes": choice.bytes},
+    "fits": report.get("fits", False),
+  }
+  if "failure" in report:
+    return row | {"failure": report["failure"]}
+  if not report["fits"]:
+    return row | {"out_of_memory": report["out_of_memory"]}
+  return row | {
+    "allocated": report["memory"]["allocated"],
+    "estimates": report["timing"]["estimates"],
+    "token_kind": report["token_kind"],
+    "compilation": report["compilation"],
+  }
+
+
+def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
+  """Batches of a whole run, which has one mesh for all its stages, that this one does not divide."""
+  from instructjax import sharding  # JAX, after the environment is set
+
+  shards = math.prod(size for axis, size in choice.mesh if axis in sharding.ROWS)
+  sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in _BATCHED}
+  return {name: size for name, size in sizes.items() if size % shards}
+
+
+def _compared(row: dict) -> float:
+  """Seconds by the compiler's cost model, halfway between communication all hidden and none hidden."""
+  return (row["estimates"]["overlapped"]["seconds"] + row["estimates"]["serial"]["seconds"]) / 2
+
+
+def _nearest(rows: list[dict], too_large: dict[str, float], chip: Chip) -> dict | None:
+  """Of what does not fit, what lacks least: its mesh and GiB. None where every trial failed otherwise."""
+  lacks = {spelling: (size - chip.hbm_bytes) / GIB for spelling, size in too_large.items()}
+  for row in rows:
+    if "out_of_memory" in row:
+      found = row["out_of_memory"]
+      lacks[row["mesh"]] = found["needed"] - found["available"]
+  if not lacks:
+    return None
+  mesh = min(lacks, key=lacks.get)
+  return {"mesh": mesh, "gib": lacks[mesh]}
+
+
+def text(report: dict) -> str:
+  """A search as people read it."""
+  lines = [
+    f"Meshes for {report['stage']} {report['preset']} on {report['topology']}: {report['devices']} x"
+    f" {report['chip']}, {report['hbm'] / GIB:.2f} GiB each"
+  ]
+  for reason, spellings in report["do_not_divide"].items():
+    why = re.split(r"; |\. ", reason)[0]  # what comes after it is how to mend it
+    lines.append(f"  {len(spellings)} do not divide, as {spellings[0]}: {why}")
+  if report["too_large"]:
+    least = min(report["too_large"], key=report["too_large"].get)
+    lines.append(
+      f"  {len(report['too_large'])} cannot fit: weights, optimisers and caches alone take at least"
+      f" {report['too_large'][least] / GIB:.2f} GiB ({least})"
+    )
+  lines.append(f"  {report['candidates']} are left; of these compiled, the most promising first:")
+  if report["trials"]:
+    lines.append(
+      f"{'mesh':32}{'remat':>6}{'chunks':>7}{'GiB':>8}{'roofline s':>12}{'hidden s':>10}{'none s':>8}"
+      f"{'tokens/s':>11}{'MFU':>6}{'compiled s (CPU)':>18}"
+    )
+  lines += [_line(row) for row in report["trials"]]
+  if report["trials"]:
+    lines.append(
+      "Seconds of an iteration, tokens and MFU are estimates, nothing has run on a TPU: roofline at public peak"
+      " rates; the compiler's cost model with communication hidden, and with none hidden. Tokens and MFU are of"
+      " the cost model, hidden."
+    )
+  return "\n".join([*lines, _verdict(report)])
+
+
+def _line(row: dict) -> str:
+  chunks = row["ptx_chunks"] or ""
+  start = f"{row['mesh']:32}{'yes' if row['remat'] else 'no':>6}{chunks:>7}"
+  if "failure" in row:
+    return f"{start}  failed: {row['failure']}"
+  if not row["fits"]:
+    found = row["out_of_memory"]
+    at_least = "at least " if found["is_lower_bound"] else ""
+    missing = found["needed"] - found["available"]
+    return f"{start}{found['needed']:8.2f}  does not fit, {at_least}{missing:.2f} GiB too much"
+  estimates, spent = row["estimates"], row["compilation"]
+  roofline, hidden, none = (estimates[way]["seconds"] for way in _WAYS)
+  mfu = f"{estimates['overlapped']['mfu']:.2f}" if "mfu" in estimates["overlapped"] else ""
+  compiled = f"{spent['seconds']:.0f} ({spent['cpu_seconds']:.0f})"
+  return (
+    f"{start}{row['allocated'] / GIB:8.2f}{roofline:12.2f}{hidden:10.2f}{none:8.2f}"
+    f"{estimates['overlapped']['tokens']:11,.0f}{mfu:>6}{compiled:>18}"
+  )
+
+
+def _verdict(report: dict) -> str:
+  best, nearest = report["recommended"], report["nearest"]
+  if best:
+    said = f"Recommended (least seconds by the cost model, between hidden and none): {' '.join(best['flags'])}"
+    if best["other_batches"]:
+      others = ", ".join(f"{name}={size}" for name, size in best["other_batches"].items())
+      said += (
+        f"\nA run has one mesh for all its stages, and this one does not divide config's {others}."
+      )
+    return said
+  if nearest is None:
+    return "Nothing could be compiled."
+  return (
+    f"Nothing fits. The nearest, {nearest['mesh']}, needs at least {nearest['gib']:.2f} GiB a device more than"
+    " there is: take a larger slice, or one of chips with more memory."
+  )
