@@ -101,6 +101,12 @@ def check(ctx: Context, stages: list[str]):
         f"config.{name}.batch_size={size} must be divisible by mesh data * fsdp = {shards}; set"
         f" --config.{name}.batch_size to a multiple"
       )
+  slots = ctx.config.rollout.slots
+  if "ppo" in used and slots % shards:
+    raise ValueError(
+      f"config.rollout.slots={slots} must be divisible by mesh data * fsdp = {shards}; set"
+      " --config.rollout.slots to a multiple, or to 0 for the whole batch"
+    )
   if "collect" in stages and sources.simulation(ctx.config.data.prompts) is None:
     raise ValueError(
       f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="

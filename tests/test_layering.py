@@ -20,6 +20,7 @@ LAYERS = (
   ("structs", "config", "errors", "memory", "gguf_header"),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
   ("models", "checkpoint", "report", "demo"),
+  ("batching",),
   ("sampling", "scoring", "loop", "supervised", "weights"),
   ("context", "ppo", "card", "speaker"),
   ("answers", "policies", "packaging", "dialogue"),

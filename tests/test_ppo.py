@@ -51,7 +51,12 @@ def rollout():
   token_BL, is_token_BL = tokens_and_mask()
   logprob_BR = np.random.default_rng(1).uniform(-4, 0, MASK_BR.shape).astype(np.float32)
   return Rollout(
-    token_BL, is_token_BL, MASK_BR, np.where(MASK_BR, logprob_BR, 0), np.int32(RESPONSE)
+    token_BL=token_BL,
+    is_token_BL=is_token_BL,
+    is_response_BR=MASK_BR,
+    behaviour_logprob_BR=np.where(MASK_BR, logprob_BR, 0),
+    num_steps=np.int32(RESPONSE),
+    slot_steps=np.int32(4 * ROWS),
   )
 
 
