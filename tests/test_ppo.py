@@ -142,6 +142,7 @@ def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(sco
     eos=5 / 6,
     response_length=RESPONSE_LENGTH_B.mean(),
     entropy=-behaviour_BR.sum() / ROWS,
+    slot_waste=1 - 20 / 24,  # 5 + 3 + 1 + 5 + 4 + 2 tokens
     kl_coef=KL_COEF,
   )
   for name, value in expected.items():
