@@ -11,8 +11,8 @@ of one shard, Q its rows.
                                 began, so that one slice updates the whole cache in place
   staged rows                   the next S rows of a queue, prefilled together, which wait for a slot
 
-When no row waits and few slots are busy, those go on in a narrower loop: nobody knows beforehand which rows are the
-longest, and so they should not hold up all slots.
+When no row waits and half of the slots are free, the others go on in a loop of half the width, and so on: nobody knows
+beforehand which rows are the longest, and they should not hold up all slots.
 """
 
 import dataclasses
@@ -153,10 +153,13 @@ def generate(
 
 
 def _widths(width: int) -> list[int]:
-  """Slots of a shard, from the start to the end of the rollout: each number is one more decode step to compile."""
+  """Slots of a shard, from the start of the rollout to its end; each width is one more decode step to compile.
+
+  Not down to 1: one row takes as long as two, and on CPU XLA copies a cache of one row at each step.
+  """
   widths = [width]
-  while widths[-1] > 2:
-    widths.append(max(widths[-1] // 4, 2))
+  while widths[-1] >= 4:
+    widths.append(widths[-1] // 2)
   return widths
 
 

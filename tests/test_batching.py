@@ -212,6 +212,6 @@ def test_no_loop_copies_the_cache(policy, prompts, layers):
   run = lambda params: sampling.generate(model, params, prompts, KEY, **kwargs)
   text = jax.jit(run).lower(params).compile().as_text()
   loops = text[: text.index("\nENTRY ")]
-  cache_shape = rf"f32\[(?:2,)?[82],2,{length},4\]"
+  cache_shape = rf"f32\[(?:2,)?[842],2,{length},4\]"
   assert re.search(rf"= {cache_shape}\S* dynamic-update-slice\(", loops)
   assert not re.findall(rf"= {cache_shape}\S* copy(?:-start)?\(.*", loops)
