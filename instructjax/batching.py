@@ -203,9 +203,31 @@ def _is_waiting(task: Task, queue: Queue) -> Array:
   return _is_unstaged(task, queue) | jnp.any(queue.staged.is_live_S, axis=1)
 
 
+def _can_take(run: Run, waiting_X) -> Array:
+  """Whether some shard has a free slot and a row that waits for one."""
+  return jnp.any(~jnp.all(run.rows.is_live_S, axis=1) & waiting_X)
+
+
 def _refill_and_decode(task: Task, floor: int, carry: tuple[Run, Queue]) -> tuple[Run, Queue]:
-  """Gives one free slot of each shard a row that waits, then takes steps until there are such again."""
-  run, queue = carry
+  """Fills free slots as long as rows wait, then takes steps until there are such again.
+
+  A loop of each: on TPU the cache lies otherwise while steps are taken, and is copied in between.
+  """
+  run, queue = jax.lax.while_loop(
+    lambda carry: _can_take(carry[0], _is_waiting(task, carry[1])),
+    lambda carry: _refill(task, *carry),
+    carry,
+  )
+  waiting_X = _is_waiting(task, queue)
+
+  def goes_on(run):
+    return ~_can_take(run, waiting_X) & (jnp.any(waiting_X) | _is_busy(run, floor))
+
+  return jax.lax.while_loop(goes_on, lambda run: _decode(task, run), run), queue
+
+
+def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
+  """Gives one free slot of each shard a row; stages more where there is none to give."""
   is_free_X = ~jnp.all(run.rows.is_live_S, axis=1)
 
   def must_stage(inner):
@@ -213,17 +235,9 @@ def _refill_and_decode(task: Task, floor: int, carry: tuple[Run, Queue]) -> tupl
     is_used_up_X = ~jnp.any(queue.staged.is_live_S, axis=1)
     return jnp.any(is_free_X & is_used_up_X & _is_unstaged(task, queue))
 
-  # A loop where a cond would do: XLA passes a loop's arrays on without a copy.
   stage = lambda inner: _stage(task, *inner)
   output, queue = jax.lax.while_loop(must_stage, stage, (run.output, queue))
-  run, queue = _take(dataclasses.replace(run, output=output), queue)
-  waiting_X = _is_waiting(task, queue)
-
-  def goes_on(run):
-    can_take = jnp.any(~jnp.all(run.rows.is_live_S, axis=1) & waiting_X)
-    return ~can_take & (jnp.any(waiting_X) | _is_busy(run, floor))
-
-  return jax.lax.while_loop(goes_on, lambda run: _decode(task, run), run), queue
+  return _take(dataclasses.replace(run, output=output), queue)
 
 
 def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
