@@ -150,6 +150,8 @@ def scheduled(quick_jit, policy):
     ([6, 2, 2, 2, 2, 2], 4, 5, 4 + 4 + 3 * 2),
     # The longest comes last: 1 and 2; then for 8 steps alone beside the second slot.
     ([2, 2, 1, 9], 2, 9, 2 * 9),
+    # The last row has no successor, whatever was prefilled beside it: alone among 2 slots for 8 steps.
+    ([2, 2, 2, 2, 9], 4, 9, 4 + 8 * 2),
     # No row outlives its prefill.
     ([1, 1, 1, 1, 1, 1], 4, 0, 0),
   ],
