@@ -176,6 +176,7 @@ def base(stage: str) -> ConfigDict:
         ),
         value_optim=adam(9e-6, schedule="constant"),  # C.4
       ),
+      rollout=dict(slots=0),  # rows decoded at once; 0 = the whole batch
       evaluate=dict(
         num_prompts=512,
         samples_per_prompt=1,

@@ -363,6 +363,16 @@ class PPOConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """How PPO's responses are decoded; the tokens do not depend on it."""
+
+  slots: int  # rows decoded at once, over all data shards; 0 = all of ppo.batch_size
+
+  def validate(self, where: str):
+    _require(self.slots >= 0, f"{where}.slots={self.slots} must be >= 0; 0 is the whole batch")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
   num_prompts: int  # test prompts
   samples_per_prompt: int
@@ -417,6 +427,7 @@ class Config:
   collect: CollectConfig
   rm: RMConfig
   ppo: PPOConfig
+  rollout: RolloutConfig
   evaluate: EvaluateConfig
 
   @property
@@ -451,6 +462,10 @@ class Config:
       self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
       f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
       f" rm.max_responses={self.rm.max_responses}",
+    )
+    _require(
+      self.rollout.slots <= self.ppo.batch_size,
+      f"{where}.rollout.slots={self.rollout.slots} must not exceed ppo.batch_size={self.ppo.batch_size}",
     )
     for name in ("sft", "ppo_init"):
       length = getattr(self, name).length

@@ -91,13 +91,17 @@ def check(ctx: Context, stages: list[str]):
   """
   # pretrain's batch also is that of the held-out text, which most stages measure.
   used = {"pretrain", *("ppo" if stage in policies.RL_STAGES else stage for stage in stages)}
+  optional = {
+    "ppo.packed_rows": ctx.config.ppo.packed_rows,
+    "rollout.slots": ctx.config.rollout.slots,
+  }
   batches = {
     f"config.{name}.batch_size": getattr(ctx.config, name).batch_size
     for name in _BATCHED
     if name in used
   }
-  if "ppo" in used and ctx.config.ppo.packed_rows:
-    batches["config.ppo.packed_rows"] = ctx.config.ppo.packed_rows
+  if "ppo" in used:
+    batches |= {f"config.{name}": rows for name, rows in optional.items() if rows}
   ctx.require_fit(["policy", "reward"] if "rm" in stages else ["policy"], batches)
   if "collect" in stages and sources.simulation(ctx.config.data.prompts) is None:
     raise ValueError(

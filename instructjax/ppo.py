@@ -31,6 +31,7 @@ class Nets:
   value_tx: optax.GradientTransformation
   eos_id: int
   max_response_length: int
+  slots: int = 0  # rows decoded at once; 0 is the whole batch
 
 
 @pytree
@@ -163,6 +164,7 @@ def _score(
     "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
     "explained_variance": surrogate.explained_variance(value_BR, return_BR, mask_BR),
     "decode_steps": rollout.num_steps.astype(jnp.float32),
+    "slot_waste": 1 - jnp.sum(mask_BR) / rollout.slot_steps,  # share of the decoded tokens
     "kl_coef": kl_coef,
   }
   experience = Experience(
@@ -368,6 +370,7 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
       max_new_tokens=nets.max_response_length,
       eos_id=nets.eos_id,
       temperature=cfg.temperature,
+      slots=nets.slots,
     )
   experience, metrics, score_B, kl_B = _score(
     nets, cfg, state.params, state.value_params, frozen, state.kl_coef, rollout

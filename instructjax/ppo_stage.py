@@ -52,6 +52,7 @@ def make_nets(ctx: Context, cfg: PPOConfig) -> ppo.Nets:
     value_tx=unclipped(cfg.value_optim),
     eos_id=ctx.tokenizer.eos_id,
     max_response_length=ctx.config.data.max_response_length,
+    slots=ctx.config.rollout.slots,
   )
 
 

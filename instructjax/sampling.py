@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from instructjax import batching
 from instructjax.models import transformer
 from instructjax.structs import Array, PromptBatch, Rollout
 
@@ -126,11 +127,12 @@ def generate(
   max_new_tokens: int,
   eos_id: int,
   temperature: float,
+  slots: int = 0,
 ) -> Rollout:
   """Samples one response a prompt. Traceable: call it inside jit.
 
   Weights are cast and laid out for decoding once, before the loop. The loop stops as soon as every row has ended, so a
-  batch of short answers costs only its longest one.
+  batch of short answers costs only its longest one. Where lengths differ much, fewer slots than rows waste less.
 
   Args:
     model: a Model with an LM head.
@@ -140,6 +142,8 @@ def generate(
     max_new_tokens: R, EOS included.
     eos_id: ends a row; kept as the row's last token.
     temperature: 1 in the paper's rollouts; 0 is greedy.
+    slots: rows decoded at once, a slot whose row has ended going on with the next prompt; 0 is all rows. The tokens do
+      not depend on it.
   Returns:
     A Rollout, L = P + R.
   """
@@ -147,6 +151,9 @@ def generate(
   pad_id = model.vocab_size
   uniform_BR = row_uniforms(key, prompts.index_B, max_new_tokens)
   weights = transformer.decode_weights(model, params)
+  draw = functools.partial(sample_token, temperature=temperature)
+  if slots not in (0, num_rows):
+    return batching.generate(model, weights, prompts, uniform_BR, draw, slots=slots, eos_id=eos_id)
   cache = transformer.init_cache(model, num_rows, prompt_length + max_new_tokens)
   logits_BV, cache = transformer.prefill(
     model, weights, prompts.token_BP, prompts.is_prompt_BP, cache
@@ -158,7 +165,7 @@ def generate(
 
   def write(carry, t, logits_BV):
     token_BL, is_token_BL, logprob_BR, ended_B = carry
-    token_B, logprob_B = sample_token(logits_BV, uniform_BR[:, t], temperature)
+    token_B, logprob_B = draw(logits_BV, uniform_BR[:, t])
     column = prompt_length + t
     set_column = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=1)
     token_BL = set_column(token_BL, jnp.where(ended_B, pad_id, token_B), column)
@@ -196,4 +203,5 @@ def generate(
     is_response_BR=is_token_BL[:, prompt_length:],
     behaviour_logprob_BR=logprob_BR,
     num_steps=num_steps,
+    slot_steps=num_rows * num_steps,
   )

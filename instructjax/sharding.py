@@ -290,6 +290,12 @@ def place_rows(mesh: Mesh, batch):
   return jax.tree.map(one, batch)
 
 
+def num_row_shards() -> int:
+  """Inside a traced function under `jax.set_mesh`: parts that rows are split into; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
   """Inside a traced function under `jax.set_mesh`: keep rows split over slice, data and fsdp.
 

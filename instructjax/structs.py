@@ -85,6 +85,7 @@ class Rollout:
     is_response_BR: True on response tokens, the EOS included: a prefix of each row.
     behaviour_logprob_BR: float32 log-probability of each response token under the distribution it was drawn from.
     num_steps: int32 scalar, decode steps taken (fewer than R when every row ended early).
+    slot_steps: int32 scalar, tokens that these steps could have sampled: rows decoded at once, added up over the steps.
   """
 
   token_BL: Array
@@ -92,6 +93,7 @@ class Rollout:
   is_response_BR: Array
   behaviour_logprob_BR: Array
   num_steps: Array
+  slot_steps: Array
 
 
 @pytree

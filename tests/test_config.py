@@ -290,6 +290,8 @@ _RULES = [
   (dict(ppo__num_minibatches=0), "config.ppo.num_minibatches=0 must be positive"),
   (dict(ppo__clip=0), "config.ppo.clip=0.0 must be > 0"),
   (dict(ppo__value_clip=0), "config.ppo.value_clip=0.0 must be None or > 0"),
+  (dict(rollout__slots=-1), "config.rollout.slots=-1 must be >= 0; 0 is the whole batch"),
+  (dict(rollout__slots=9999), "config.rollout.slots=9999 must not exceed ppo.batch_size="),
   (dict(evaluate__bootstrap=0), "config.evaluate.bootstrap=0 must be positive"),
   (
     dict(ppo__whiten_rewards=True, ppo__batch_size=8, ppo__num_minibatches=2),  # details 26

@@ -20,6 +20,7 @@ LAYERS = (
   ("structs", "config", "errors", "memory", "gguf_header", "chips"),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
   ("models", "checkpoint", "report", "demo", "profiling"),
+  ("batching",),
   ("sampling", "scoring", "episodes", "loop", "supervised", "weights"),
   ("context", "ppo", "card", "speaker"),
   ("answers", "policies", "packaging", "dialogue"),

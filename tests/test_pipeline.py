@@ -555,6 +555,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
     ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
     ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "tokenizer.path='/no.model' cannot be read"),
+    ({"rollout__slots": 4}, r"rollout.slots=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"data__comparisons": "demo:"}, "data.prompts='jsonl:.*'; give comparisons of your own"),
     ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),
     (

@@ -51,7 +51,12 @@ def rollout():
   token_BL, is_token_BL = tokens_and_mask()
   logprob_BR = np.random.default_rng(1).uniform(-4, 0, MASK_BR.shape).astype(np.float32)
   return Rollout(
-    token_BL, is_token_BL, MASK_BR, np.where(MASK_BR, logprob_BR, 0), np.int32(RESPONSE)
+    token_BL=token_BL,
+    is_token_BL=is_token_BL,
+    is_response_BR=MASK_BR,
+    behaviour_logprob_BR=np.where(MASK_BR, logprob_BR, 0),
+    num_steps=np.int32(RESPONSE),
+    slot_steps=np.int32(4 * ROWS),
   )
 
 
@@ -150,6 +155,7 @@ def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(sco
     eos=5 / 6,
     response_length=RESPONSE_LENGTH_B.mean(),
     entropy=-behaviour_BR.sum() / ROWS,
+    slot_waste=1 - 20 / 24,  # 5 + 3 + 1 + 5 + 4 + 2 tokens
     kl_coef=KL_COEF,
   )
   for name, value in expected.items():

@@ -349,6 +349,22 @@ def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
   assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))
 
 
+def test_slots_change_no_result(quick_jit, start, configs, nets, one_device, ppo_run):
+  _, state, frozen = start("ppo")
+  with mock.patch.object(jax, "jit", quick_jit):
+    step = ppo.make_train_step(dataclasses.replace(nets, slots=4), configs["ppo"])
+  step = step.lower(state, frozen, make_batch(configs["ppo"], one_device)).compile()
+  assert not HOST.findall(step.as_text())
+  _, metrics, samples = step(state, frozen, make_batch(configs["ppo"], one_device))
+  expected_metrics, expected_samples = ppo_run[2][0]
+  np.testing.assert_array_equal(samples["rollout"].token_BL, expected_samples["rollout"].token_BL)
+  assert metrics["decode_steps"] > expected_metrics["decode_steps"]
+  for name in expected_metrics.keys() - {"slot_waste", "decode_steps"}:
+    np.testing.assert_allclose(
+      metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name
+    )
+
+
 def test_no_key_is_used_twice(configs, nets, one_device, frozen_weights):
   cfg = configs["ppo"]
   state = ppo.create_state(

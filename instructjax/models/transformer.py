@@ -250,6 +250,7 @@ def decode_step(
   slot: Array,
   is_slot_BT: Array,
   cache,
+  slot_position_BT: Array | None = None,
 ):
   """Feeds one token a row and gives the logits of the next.
 
@@ -261,6 +262,7 @@ def decode_step(
     slot: int32 scalar, the cache column they go to.
     is_slot_BT: True on cache columns that hold real tokens, these ones included.
     cache: from `prefill` or the step before; updated in place when donated or carried by a loop.
+    slot_position_BT: int32 positions of the columns' tokens; None where they lie in order.
   Returns:
     (logits_BV, cache)
   """
@@ -272,7 +274,9 @@ def decode_step(
   h_B1D, _ = _embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles = layers.rotary_angles(position_B1, cfg)
   dense = is_slot_BT[:, None, :]
-  masks = dense, layers.band(dense, position_B1, positions_from_mask(is_slot_BT), cfg)
+  if slot_position_BT is None:
+    slot_position_BT = positions_from_mask(is_slot_BT)
+  masks = dense, layers.band(dense, position_B1, slot_position_BT, cfg)
 
   def mix_unrolled(index, pair, q_BTGRK, *new_BTGK):
     pair = tuple(

@@ -131,7 +131,16 @@ def test_what_is_sketched_to_fit_comes_first():
   for choice in ranking.choices:
     counts[choice.mesh].add(choice.ptx_chunks)
   assert counts[("slice", 1), ("data", 1), ("fsdp", 4), ("tensor", 1)] == {1, 2, 4, 8, 16, 32}
-  assert counts[("slice", 1), ("data", 1), ("fsdp", 1), ("tensor", 4)] == {1, 2, 4, 8, 16, 32, 64, 128}
+  assert counts[("slice", 1), ("data", 1), ("fsdp", 1), ("tensor", 4)] == {
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+  }
   middle = sorted(choice.bytes for choice in ranking.choices)[len(ranking.choices) // 2]
   chip = dataclasses.replace(CHIP, hbm_bytes=middle)
   fits = [

@@ -1,0 +1,112 @@
+"""What continuous batching saves: a rollout of answers of very different lengths, by number of slots.
+
+  python -m benchmarks.slots --repeats=5
+
+64 prompts of 16 tokens, at most 512 new ones, and a random-init model of 4 layers, d 256, vocabulary 64, which ends an
+answer with each token at a chance of about 1/64. Prints one JSON line: for each number of slots (64 is the whole batch
+at once) medians of wall and CPU seconds (user + system) of a rollout, means of the share of decoded tokens that was
+wasted and of the decode steps, and the compilation's CPU seconds. Repeats are interleaved; each has a key of its own,
+the same for all numbers of slots, and tokens that differ between them end the command.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instructjax import sampling
+from instructjax.config import ModelConfig, RopeScalingConfig
+from instructjax.models import transformer
+from instructjax.structs import PromptBatch
+
+ROWS, PROMPT, RESPONSE, VOCAB, EOS = 64, 16, 512, 64, 0
+MODEL = ModelConfig(
+  num_layers=4,
+  d_model=256,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=64,
+  d_mlp=1024,
+  max_length=PROMPT + RESPONSE,
+  position="rope",
+  rope_base=1e4,
+  rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
+  norm="rmsnorm",
+  norm_eps=1e-5,
+  mlp="gelu",
+  use_bias=False,
+  qkv_bias=False,
+  attention_window=0,
+  tie_embeddings=False,
+  init_std=0.02,
+  dtype="float32",
+  layers="auto",
+  remat=False,
+  weights="",
+)
+
+
+def seconds() -> dict[str, float]:
+  """Wall and CPU seconds so far."""
+  usage = resource.getrusage(resource.RUSAGE_SELF)
+  return {"wall_s": time.perf_counter(), "cpu_s": usage.ru_utime + usage.ru_stime}
+
+
+def timed(function, *args):
+  """(result, wall and CPU seconds)"""
+  before = seconds()
+  result = jax.block_until_ready(function(*args))
+  return result, {name: value - before[name] for name, value in seconds().items()}
+
+
+def compiled(model, params, prompts, slots: int):
+  """(params, prompts, key) -> Rollout"""
+
+  def run(params, prompts, key):
+    kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=1.0, slots=slots)
+    return sampling.generate(model, params, prompts, key, **kwargs)
+
+  return jax.jit(run).lower(params, prompts, jax.random.key(0)).compile()
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--slots", type=int, nargs="+", default=[ROWS, 32, 16, 8])
+  args = parser.parse_args()
+  model = transformer.make_model(MODEL, VOCAB, "lm")
+  params = transformer.init_params(model, jax.random.key(0))
+  token_BP = np.random.default_rng(0).integers(1, VOCAB, (ROWS, PROMPT)).astype(np.int32)
+  prompts = jax.device_put(PromptBatch(token_BP, token_BP > 0, np.arange(ROWS, dtype=np.int32)))
+  programs, runs, tokens = {}, {}, []
+  for slots in args.slots:
+    programs[slots], cost = timed(compiled, model, params, prompts, slots)
+    runs[slots] = {"compile_cpu_s": [cost["cpu_s"]]}
+    timed(programs[slots], params, prompts, jax.random.key(0))  # the first run takes fresh memory
+  for repeat in range(args.repeats):
+    sampled = []
+    for slots, program in programs.items():
+      rollout, cost = timed(program, params, prompts, jax.random.key(1 + repeat))
+      sampled.append(rollout.token_BL)
+      num_tokens = int(jnp.sum(rollout.is_response_BR))
+      cost |= {"wasted": 1 - num_tokens / int(rollout.slot_steps), "steps": int(rollout.num_steps)}
+      for name, value in cost.items():
+        runs[slots].setdefault(name, []).append(value)
+    tokens.append(num_tokens)
+    if not all(np.array_equal(x, sampled[0]) for x in sampled):
+      raise SystemExit(f"repeat {repeat}: the tokens depend on the slots")
+  middle = {"wasted": statistics.mean, "steps": statistics.mean}
+  table = {
+    slots: {name: round(middle.get(name, statistics.median)(xs), 3) for name, xs in costs.items()}
+    for slots, costs in runs.items()
+  }
+  print(json.dumps({"benchmark": "slots", "tokens": statistics.mean(tokens), "slots": table}))
+
+
+if __name__ == "__main__":
+  main()
