@@ -58,7 +58,7 @@ def _decoder(**changes) -> ConfigDict:
       init_std=0.02,
       dtype="bfloat16",
       layers="auto",
-      remat=True,
+      remat="products",
       weights="",
     )
   )
@@ -151,6 +151,7 @@ def base(stage: str) -> ConfigDict:
         kl_horizon=10_000,  # episodes
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
+        ptx_chunks=2,  # on fsdp=64, 4 rows of a minibatch of 64 episodes a shard
         ptx_length=2048,  # tokens; open
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4

@@ -56,7 +56,7 @@ def _smollm2_135m(config):
     rope_base=100_000.0,
     init_std=576**-0.5,
     dtype="float32",  # bfloat16 is slow on CPUs
-    remat=False,
+    remat="none",
   )
   config.model.update(decoder)
   config.reward_model.update(decoder)
@@ -83,6 +83,7 @@ def _smollm2_135m(config):
     beta=0.05,
     gamma=0.3,
     ptx_rows=1,
+    ptx_chunks=1,
     ptx_length=128,
     missing_eos="fixed",
     ema_decay=0.6,  # the average of a few iterations, not of hundreds

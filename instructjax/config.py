@@ -59,7 +59,8 @@ class ModelConfig:
   init_std: float
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
-  remat: bool
+  # What a layer keeps for its gradient: everything, what its products with weights yield, or its input only.
+  remat: Literal["none", "products", "full"]
   weights: str  # '' = train from scratch (the pretrain stage); else what weights.open takes
 
   def validate(self, where: str):
@@ -274,6 +275,7 @@ class PPOConfig:
   kl_horizon: int  # episodes, adaptive only
   gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
   ptx_rows: int  # pretraining rows an episode
+  ptx_chunks: int  # parts that a minibatch's pretraining rows are taken in: fewer are faster on a mesh, and larger
   ptx_length: int  # tokens of a pretraining row
   ptx_reduction: Literal[
     "mean", "sum"
@@ -298,6 +300,7 @@ class PPOConfig:
       "num_minibatches",
       "num_epochs",
       "ptx_rows",
+      "ptx_chunks",
       "ptx_length",
     )
     _require_positive(self, where, *sizes)
@@ -315,6 +318,10 @@ class PPOConfig:
     _require(
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
+    )
+    _require(
+      minibatch * self.ptx_rows % self.ptx_chunks == 0,
+      f"{where}.ptx_chunks={self.ptx_chunks} must divide a minibatch's {minibatch * self.ptx_rows} pretraining rows",
     )
     _require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
     _require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")

@@ -173,13 +173,13 @@ def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
   """Gradient and value of the pretraining term, -E[log pi(x)] of eq. 2, over one minibatch's pretraining rows.
 
   The paper gives gamma = 27.8 but not whether log pi(x) is a mean or a sum over tokens. 'mean' is the mean per token
-  over all rows; 'sum' is the sum over a row's tokens, averaged over rows. Rows are taken in `ptx_rows` chunks, so that
-  activations need no more memory than the PPO half of the minibatch.
+  over all rows; 'sum' is the sum over a row's tokens, averaged over rows. Rows are taken in `ptx_chunks` chunks, which
+  bound the memory of activations. On a mesh each chunk gathers the weights anew and scatters their gradient.
   """
   num_rows = rows.token_BL.shape[0]
   denominator = jnp.sum(rows.weight_BL) if cfg.ptx_reduction == "mean" else jnp.float32(num_rows)
   chunks = jax.tree.map(
-    lambda x: x.reshape(cfg.ptx_rows, num_rows // cfg.ptx_rows, *x.shape[1:]), rows
+    lambda x: x.reshape(cfg.ptx_chunks, num_rows // cfg.ptx_chunks, *x.shape[1:]), rows
   )
 
   def chunk_loss(params, chunk: PackedBatch):

@@ -143,7 +143,7 @@ def open(path: str | pathlib.Path, which: Which = "ema") -> Weights:
 
 def _inference() -> dict:
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return {"dtype": dtype, "layers": "auto", "remat": False}
+  return {"dtype": dtype, "layers": "auto", "remat": "none"}
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:

@@ -66,7 +66,7 @@ def tiny_config() -> ModelConfig:
     init_std=0.2,
     dtype="float32",
     layers="unroll",
-    remat=False,
+    remat="none",
     weights="",
   )
 
@@ -104,6 +104,7 @@ def ppo_config(adam_config) -> PPOConfig:
     kl_horizon=100,
     gamma=0.0,
     ptx_rows=8,
+    ptx_chunks=8,
     ptx_length=8,
     ptx_reduction="mean",
     discount=1.0,

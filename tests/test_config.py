@@ -243,6 +243,11 @@ _RULES = [
     dict(ppo__batch_size=10, ppo__num_minibatches=4),
     "config.ppo.batch_size=10 must be divisible by num_minibatches=4",
   ),
+  (dict(ppo__ptx_chunks=0), "config.ppo.ptx_chunks=0 must be positive"),
+  (
+    dict(ppo__batch_size=8, ppo__num_minibatches=2, ppo__ptx_rows=2, ppo__ptx_chunks=3),
+    "config.ppo.ptx_chunks=3 must divide a minibatch's 8 pretraining rows",
+  ),
   (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be > 0"),
   (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),
   (dict(ppo__gamma=-1), "config.ppo.gamma=-1.0 must be >= 0"),

@@ -241,7 +241,7 @@ def test_weight_decay_of_every_parameter_of_a_model():
     init_std=0.02,
     dtype="float32",
     layers="auto",
-    remat=False,
+    remat="none",
     weights="",
   )
   llama = dataclasses.replace(gpt2, norm="rmsnorm", mlp="swiglu", use_bias=False, qkv_bias=True)

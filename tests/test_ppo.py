@@ -235,12 +235,12 @@ def gradients(quick_jit, nets, weights, ppo_config):
     return_BR=float_BR(-2, 2),
   )
   rows = pretraining_rows(4 * ROWS)
-  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4)
+  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_chunks=4)
   clipped = dataclasses.replace(step.policy_optim, clip_norm=CLIP_NORM)
   cases = {
     "ppo": (step, None),
     "mean": (step, rows),
-    "one chunk": (dataclasses.replace(step, ptx_rows=1), rows),
+    "one chunk": (dataclasses.replace(step, ptx_chunks=1), rows),
     "sum": (dataclasses.replace(step, ptx_reduction="sum"), rows),
     "gamma 0": (dataclasses.replace(step, gamma=0.0), rows),
     "clipped": (dataclasses.replace(step, policy_optim=clipped), rows),

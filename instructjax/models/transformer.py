@@ -218,7 +218,7 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
   # Columns come last but one in the cache, layers (when stacked) first: pad the start with zeros.
   write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
   cache = jax.tree.map(write, cache, kept)
-  return _head(model, weights, h_BPD[:, -1:])[:, 0], cache
+  return _head(model, weights, h_BPD[:, -1:], decoding=True)[:, 0], cache
 
 
 def decode_step(
@@ -283,7 +283,7 @@ def decode_step(
       h_B1D, pair = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)
       pairs.append(pair)
     cache = tuple(pairs)
-  return _head(model, weights, h_B1D)[:, 0], cache
+  return _head(model, weights, h_B1D, decoding=True)[:, 0], cache
 
 
 def _run_layers(
@@ -291,7 +291,10 @@ def _run_layers(
 ):
   """Embedding and all layers; also the keys and values of every layer where `keep`."""
   cfg = model.cfg
+  # With whole columns, unlike h: attention's masks are made of them, and are larger.
+  token_BL, segment_BL, position_BL = sharding.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL = _embed(model, params, token_BL, segment_BL, position_BL)
+  segment_BL = sharding.shard_rows(segment_BL)
   angles = layers.rotary_angles(position_BL, cfg)
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
   keys_N = None
@@ -305,18 +308,27 @@ def _run_layers(
       return layers.attend(q_BTGRK, *pair, _layer_mask(masks, index)), pair if keep else None
 
     h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
-    return sharding.shard_rows(h_BLD), kept
+    return h_BLD, kept
 
   if scans_layers(model):
-    run = jax.checkpoint(run_block, prevent_cse=False) if cfg.remat else run_block
+    run = _checkpoint(run_block, cfg.remat, prevent_cse=False)
     xs = params["layers"], jnp.arange(cfg.num_layers), keys_N
     return jax.lax.scan(lambda h, x: run(h, *x), h_BLD, xs)
-  run = jax.checkpoint(run_block, static_argnums=2) if cfg.remat else run_block
+  run = _checkpoint(run_block, cfg.remat, static_argnums=2)
   kept = []
   for index, layer in enumerate(_unstack(params["layers"])):
     h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
     kept.append(pair)
   return h_BLD, tuple(kept)
+
+
+def _checkpoint(run_block, remat: str, **kwargs):
+  """What of a layer is kept for its gradient: all, its input, or that and what products with weights yielded."""
+  if remat == "none":
+    return run_block
+  policies = jax.checkpoint_policies
+  save = policies.save_only_these_names(layers.SAVED) if remat == "products" else None
+  return jax.checkpoint(run_block, policy=save, **kwargs)
 
 
 def _layer_mask(masks, index):
@@ -339,19 +351,22 @@ def _embed(model, params, token_BL, segment_BL, position_BL):
     h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
   # A select, not a product: whatever the table holds, NaN included, ends here.
   h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.cfg.dtype)
-  return sharding.shard_rows(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
+  return sharding.split_columns(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
 
 
-def _head(model, params, h_BTD):
-  """Final norm and head, float32 out."""
-  h_BTD = layers.norm(h_BTD, params["final_norm"], model.cfg)
+def _head(model, params, h_BTD, *, decoding: bool = False):
+  """Final norm and head, float32 out. `decoding`: params are from `decode_weights`, whose tables are gathered."""
+  h_BTD = layers.norm(sharding.split_columns(h_BTD), params["final_norm"], model.cfg)
   if model.head == "scalar":
     head = params["head"]
     return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
   table_VD = params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
-  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
   table_VD = table_VD.astype(h_BTD.dtype)
-  return jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
+  if not decoding:
+    h_BTD, table_VD = sharding.gather_columns(h_BTD), sharding.split_vocab(table_VD)
+  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
+  logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
+  return logits_BTV if decoding else sharding.split_logits(logits_BTV)
 
 
 def _unstack(stacked):

@@ -365,18 +365,26 @@ def jaxpr_flops(jaxpr) -> float:
 
 
 @needs_libtpu
-def test_a_compiled_step(mesh):
+@pytest.mark.parametrize("fsdp, tensor", [(4, 1), (2, 2)])
+def test_a_compiled_step(fsdp, tensor):
   # The step with the least to compile: no dropout, no clipping.
-  config = small("pretrain", pretrain={"optim": {"clip_norm": None}})
+  config = small(
+    "pretrain", pretrain={"optim": {"clip_norm": None}}, mesh={"fsdp": fsdp, "tensor": tensor}
+  )
   with mock.patch.dict(os.environ):  # which planning changes
     report = plan.plan(config, "v5e:2x2", "pretrain")
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
   program = programs.make(config, mesh, "pretrain")
   with jax.set_mesh(mesh):
     jaxpr = program.step.trace(*program.arguments).jaxpr
   sizes = report["memory"]["arguments"]
   assert sum(sizes.values()) == programs.shard_bytes(program.arguments)
   assert report["argument_bytes"] == pytest.approx(sum(sizes.values()), rel=0.01)
+  # No product is computed on two devices, the logits' included.
   flops = sum(phase["flops"] for phase in report["timing"]["phases"].values())
   assert 4 * flops == pytest.approx(jaxpr_flops(jaxpr.jaxpr), rel=0.02)
   assert report["host_transfers"] == [] and report["unknown_trips"] == []
   assert report["fits"] and "all-gather" in report["collectives"]
+  # Gradients, and sums over tensor, are reduce-scattered; what is all-reduced is as small as a norm's scale.
+  sent = {kind: size for kind, (_, size) in report["collectives"].items()}
+  assert sent["all-reduce"] < 0.05 * sum(sent.values()), sent

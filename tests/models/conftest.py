@@ -32,7 +32,7 @@ GPT2 = ModelConfig(
   init_std=0.2,
   dtype="float32",
   layers="unroll",
-  remat=False,
+  remat="none",
   weights="",
 )
 LLAMA = dataclasses.replace(

@@ -69,7 +69,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     init_std=keys.number("initializer_range", 0.02),
     dtype="float32",
     layers="auto",
-    remat=False,
+    remat="none",
     weights="",
   )
   cfg.rope_scaling.validate(f"{where}: rope_scaling")
