@@ -1,6 +1,7 @@
 """The maths of one decoder layer: pure functions over a dict of that layer's weights.
 
-Called by transformer.py only. Knows no batches, stages or meshes, and never imports flax.
+Called by transformer.py only. Knows no batches or stages, of meshes only which dimension of an array to split (the
+helpers of sharding.py, which do nothing on one device), and never imports flax.
 
 Two more dimension letters than structs.py has: R here is the query heads that share one key/value
 head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R
@@ -20,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from instructjax import sharding
 from instructjax.config import ModelConfig
 
-SAVED = "saved"  # name of what remat='products' keeps for the gradient
+SAVED = "saved"  # name of what remat='products' keeps of a layer for its gradient
 MASKED_SCORE = -1e30  # finite: a row with nothing to attend to must not become NaN
 
 
@@ -178,7 +179,11 @@ def dropout(x_BTD, key, rate: float):
 
 
 def cast(weights: dict, dtype) -> dict:
-  """A layer's weights in the compute dtype; the norms keep float32. Casting twice is free."""
+  """A layer's weights in the compute dtype; the norms keep float32. Casting twice is free.
+
+  Cast before a mesh gathers them, which halves what is sent; so a gradient is summed over devices in that dtype too,
+  each device's part having been summed in float32 over its tokens. Masters and optimiser are float32.
+  """
   return {
     name: part if name.endswith("norm") else jax.tree.map(lambda w: w.astype(dtype), part)
     for name, part in weights.items()
