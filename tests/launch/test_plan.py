@@ -384,7 +384,4 @@ def test_a_compiled_step(fsdp, tensor):
   flops = sum(phase["flops"] for phase in report["timing"]["phases"].values())
   assert 4 * flops == pytest.approx(jaxpr_flops(jaxpr.jaxpr), rel=0.02)
   assert report["host_transfers"] == [] and report["unknown_trips"] == []
-  assert report["fits"] and "all-gather" in report["collectives"]
-  # Gradients, and sums over tensor, are reduce-scattered; what is all-reduced is as small as a norm's scale.
-  sent = {kind: size for kind, (_, size) in report["collectives"].items()}
-  assert sent["all-reduce"] < 0.05 * sum(sent.values()), sent
+  assert report["fits"] and {"all-gather", "reduce-scatter"} <= set(report["collectives"])
