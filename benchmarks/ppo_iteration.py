@@ -58,7 +58,7 @@ def make_config(load: Workload, changes: dict):
   """The run's config: the paper's, in float32, with the workload's shapes."""
   config = base.base("ppo")
   network = load.model | dict(
-    max_length=2048, attention_window=0, dtype="float32", remat=False, layers="auto"
+    max_length=2048, attention_window=0, dtype="float32", remat="none", layers="auto"
   )
   config.model.update(network)
   config.reward_model.update(network)

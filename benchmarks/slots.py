@@ -46,7 +46,7 @@ MODEL = ModelConfig(
   init_std=0.02,
   dtype="float32",
   layers="auto",
-  remat=False,
+  remat="none",
   weights="",
 )
 

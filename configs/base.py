@@ -59,7 +59,7 @@ def _decoder(**changes) -> ConfigDict:
       dtype="bfloat16",
       layers="auto",
       attention="auto",
-      remat=True,
+      remat="products",
       decode_layout="auto",
       weights="",
     )
@@ -155,8 +155,8 @@ def base(stage: str) -> ConfigDict:
         kl_horizon=10_000,  # episodes
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
+        ptx_chunks=2,  # on fsdp=64, 4 rows of a minibatch of 64 episodes a shard
         ptx_length=2048,  # tokens; open
-        ptx_chunks=8,  # as many rows at a time as a minibatch has episodes
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4
         gae_lambda=0.95,  # open; Stiennon et al. 2020

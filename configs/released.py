@@ -37,6 +37,7 @@ def _gpt2(config):
     behaviour_logprob="rollout",
     beta=0.05,  # open; Stiennon et al. 2020
     ptx_length=512,  # open
+    ptx_chunks=8,  # 16 rows at a time
     policy_optim=base.adam(1e-5, schedule="constant", warmup_steps=40, warmup_start=0.1),
     value_optim=base.adam(1e-5, schedule="constant"),
   )
@@ -56,7 +57,7 @@ def _smollm2_135m(config):
     rope_base=100_000.0,
     init_std=576**-0.5,
     dtype="float32",  # bfloat16 is slow on CPUs
-    remat=False,
+    remat="none",
   )
   config.model.update(decoder)
   config.reward_model.update(decoder)
@@ -83,8 +84,8 @@ def _smollm2_135m(config):
     beta=0.05,
     gamma=0.3,
     ptx_rows=1,
-    ptx_length=128,
     ptx_chunks=1,
+    ptx_length=128,
     missing_eos="fixed",
     ema_decay=0.6,  # the average of a few iterations, not of hundreds
     max_kl=50.0,

@@ -20,7 +20,7 @@ def change(config):
     attention_window=0,
     init_std=0.08,  # about d ** -.5: at .02 heads of this width stay asleep for hundreds of steps
     dtype="float32",
-    remat=False,
+    remat="none",
   )
   config.model.update(decoder)
   config.reward_model.update(
@@ -73,8 +73,8 @@ def change(config):
     beta=0.2,
     gamma=0.3,
     ptx_rows=2,
-    ptx_length=64,
     ptx_chunks=2,
+    ptx_length=64,
     missing_eos="fixed",
     missing_eos_score=-1.0,
     ema_decay=0.8,

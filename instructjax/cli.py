@@ -30,7 +30,7 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
     if _OUT_OF_MEMORY not in str(error):
       raise
     _fail(
-      f"out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=True, or"
+      f"out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=full, or"
       " more devices with --config.mesh.fsdp"
     )
   except KeyboardInterrupt:

@@ -61,7 +61,8 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16"]  # compute; weights are float32 masters
   layers: Literal["auto", "scan", "unroll"]  # auto: unroll on CPU, scan elsewhere
   attention: Literal["auto", "plain", "splash"]  # auto: splash on TPU, plain elsewhere
-  remat: bool
+  # What a layer keeps for its gradient: everything, what its products with weights yield, or its input only.
+  remat: Literal["none", "products", "full"]
   # How sampling splits weights: over tensor only, or (2d) as in training, with activations moved to them. auto: tensor
   # while its copy takes no more than sharding.DECODE_SHARE of a device's memory.
   decode_layout: Literal["auto", "tensor", "2d"]
@@ -294,8 +295,8 @@ class PPOConfig:
   kl_horizon: int  # episodes, adaptive only
   gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
   ptx_rows: int  # pretraining rows an episode
+  ptx_chunks: int  # parts that a minibatch's pretraining rows are taken in: fewer are faster on a mesh, and larger
   ptx_length: int  # tokens of a pretraining row
-  ptx_chunks: int  # that a minibatch's pretraining rows are taken in, one after the other: fewer want more memory
   ptx_reduction: Literal[
     "mean", "sum"
   ]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
@@ -319,8 +320,8 @@ class PPOConfig:
       "num_minibatches",
       "num_epochs",
       "ptx_rows",
-      "ptx_length",
       "ptx_chunks",
+      "ptx_length",
     )
     _require_positive(self, where, *sizes)
     _require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
@@ -338,7 +339,6 @@ class PPOConfig:
       rows % self.ptx_chunks == 0,
       f"{where}.ptx_chunks={self.ptx_chunks} must divide the {rows} pretraining rows of a minibatch",
     )
-    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
     _require(
       self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
       f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",

@@ -250,9 +250,8 @@ def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
   """Gradient and value of the pretraining term, -E[log pi(x)] of eq. 2, over one minibatch's pretraining rows.
 
   The paper gives gamma = 27.8 but not whether log pi(x) is a mean or a sum over tokens. 'mean' is the mean per token
-  over all rows; 'sum' is the sum over a row's tokens, averaged over rows. Rows are taken in `ptx_chunks` chunks, whose
-  gradients add up: with `ptx_rows` of them activations need no more memory than the PPO half of the minibatch, with
-  fewer the weights are gathered from other devices less often.
+  over all rows; 'sum' is the sum over a row's tokens, averaged over rows. Rows are taken in `ptx_chunks` chunks, which
+  bound the memory of activations. On a mesh each chunk gathers the weights anew and scatters their gradient.
   """
   num_rows = rows.token_BL.shape[0]
   denominator = jnp.sum(rows.weight_BL) if cfg.ptx_reduction == "mean" else jnp.float32(num_rows)
@@ -423,6 +422,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     is_response_BR=rows,
     behaviour_logprob_BR=rows,
     num_steps=whole,
+    slot_steps=whole,
   )
   samples = {"rollout": rollout, "score_B": rows, "kl_B": rows}
   frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)

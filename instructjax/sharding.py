@@ -341,6 +341,70 @@ def whole(x):
   return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, PS())
 
 
+def _rows_axes(mesh, num_rows: int):
+  """Mesh axes that rows are split over: none where they do not divide."""
+  return None if num_rows % math.prod(mesh.shape[axis] for axis in ROWS) else ROWS
+
+
+def split_columns(h_BTD):
+  """Inside a traced function under `jax.set_mesh`: a residual stream with its columns split over `tensor`.
+
+  What works on each column alone (norms, dropout, sums) is then done once, not by each of the `tensor` devices, and
+  kept once (Korthikanti et al. 2022, arXiv:2205.05198). Only a layout, like `shard_rows`; columns need not divide, as
+  those of a window do not: inside a program the compiler pads. A single column, here and below, is a decode step's,
+  which has a layout of its own.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or h_BTD.shape[1] == 1:
+    return h_BTD
+  if h_BTD.shape[1] < mesh.shape["tensor"]:
+    return shard_rows(h_BTD)
+  return jax.lax.with_sharding_constraint(h_BTD, PS(_rows_axes(mesh, h_BTD.shape[0]), "tensor"))
+
+
+def gather_columns(h_BTD):
+  """The same stream with whole columns, as products with weights that are split over `tensor` want it.
+
+  Both layouts are asked for, here and in `scatter_columns`, so that each way is one all-gather, and backwards one
+  reduce-scatter. Asked for the result only, the compiler all-reduces, which sends twice as much, or gathers the
+  weights instead, or unrolls the product into a ring whose additions take longer than what they hide.
+  """
+  return h_BTD if h_BTD.shape[1] == 1 else shard_rows(split_columns(h_BTD))
+
+
+def scatter_columns(h_BTD):
+  """The other way: sums over `tensor` of what such products yield, each device keeping its columns."""
+  return h_BTD if h_BTD.shape[1] == 1 else split_columns(shard_rows(h_BTD))
+
+
+def split_products(y_BT, *, tensor_dim: int):
+  """What products with weights that are split over `tensor` yield: heads or hidden units stay split."""
+  return y_BT if y_BT.shape[1] == 1 else shard_rows(y_BT, tensor_dim=tensor_dim)
+
+
+def split_vocab(table_VD):
+  """Inside a traced function under `jax.set_mesh`: an embedding table as the head multiplies with it.
+
+  Rows over `tensor`, which need not divide. In between split both ways, so that the width is gathered, and its gradient
+  reduce-scattered, for the rows that a device has only.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return table_VD
+  for spec in (PS("tensor", "fsdp"), PS("tensor", None)):
+    table_VD = jax.lax.with_sharding_constraint(table_VD, spec)
+  return table_VD
+
+
+def split_logits(logits_BTV):
+  """Logits of a table from `split_vocab`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return logits_BTV
+  rows = _rows_axes(mesh, logits_BTV.shape[0])
+  return jax.lax.with_sharding_constraint(logits_BTV, PS(rows, None, "tensor"))
+
+
 def place_for_decoding(params, axes_tree, layout: str):
   """Inside a traced function under `jax.set_mesh`: parameters split as `layout`, one of DECODE_GATHERED, has it."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -144,7 +144,7 @@ def open(path: str | pathlib.Path, which: Which = "ema") -> Weights:
 def _inference() -> dict:
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   switches = dict.fromkeys(("layers", "attention", "decode_layout"), "auto")
-  return switches | {"dtype": dtype, "remat": False}
+  return switches | {"dtype": dtype, "remat": "none"}
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:

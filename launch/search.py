@@ -11,9 +11,10 @@ import math
 import re
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterator
 
-from instructjax.config import Config, MeshConfig
+from instructjax.config import Config, MeshConfig, ModelConfig
 from launch import estimate
 from launch.topology import GIB, Chip
 
@@ -41,7 +42,7 @@ class Choice:
   """
 
   mesh: tuple[tuple[str, int], ...]
-  remat: bool
+  remat: str
   ptx_chunks: int | None
   seconds: float
   bytes: float
@@ -136,7 +137,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     spelling = estimate.spell_mesh(mesh.shape)
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
-      program = programs.make(_with(config, stage, True, 1), mesh, stage)
+      program = programs.make(_with(config, stage, "full", 1), mesh, stage)
     except ValueError as error:
       reasons[str(error)].append(spelling)
       continue
@@ -175,14 +176,14 @@ def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
         yield dataclasses.replace(configured, data=data, fsdp=fsdp, tensor=tensor)
 
 
-def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[bool, int | None]]:
+def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int | None]]:
   """(remat, ptx_chunks), a chunk's rows dividing over the shards."""
   cfg = config.ppo
   counts = [None]
   if stage == "ppo_ptx" and cfg.gamma > 0:
     rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
-  for remat in (True, False):
+  for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
     for chunks in counts:
       yield remat, chunks
 
@@ -191,7 +192,7 @@ def _models(stage: str) -> tuple[str, ...]:
   return _MODELS.get(stage, ("model",))
 
 
-def _with(config: Config, stage: str, remat: bool, ptx_chunks: int | None) -> Config:
+def _with(config: Config, stage: str, remat: str, ptx_chunks: int | None) -> Config:
   """The config with a choice made; its mesh is left alone."""
   models = {
     name: dataclasses.replace(getattr(config, name), remat=remat) for name in _models(stage)
@@ -315,7 +316,7 @@ def text(report: dict) -> str:
   lines.append(f"  {report['candidates']} are left; of these compiled, the most promising first:")
   if report["trials"]:
     lines.append(
-      f"{'mesh':32}{'remat':>6}{'chunks':>7}{'GiB':>8}{'roofline s':>12}{'hidden s':>10}{'none s':>8}"
+      f"{'mesh':32}{'remat':>10}{'chunks':>7}{'GiB':>8}{'roofline s':>12}{'hidden s':>10}{'none s':>8}"
       f"{'tokens/s':>11}{'MFU':>6}{'compiled s (CPU)':>18}"
     )
   lines += [_line(row) for row in report["trials"]]
@@ -330,7 +331,7 @@ def text(report: dict) -> str:
 
 def _line(row: dict) -> str:
   chunks = row["ptx_chunks"] or ""
-  start = f"{row['mesh']:32}{'yes' if row['remat'] else 'no':>6}{chunks:>7}"
+  start = f"{row['mesh']:32}{row['remat']:>10}{chunks:>7}"
   if "failure" in row:
     return f"{start}  failed: {row['failure']}"
   if not row["fits"]:

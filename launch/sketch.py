@@ -127,14 +127,14 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   cfg = pass_.model.cfg
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
-  recomputes = pass_.is_training and cfg.remat
+  recomputes = pass_.is_training and cfg.remat == "full"
   tokens, share = rows * pass_.length, (tensor - 1) / tensor
 
   products = in_layers + cfg.num_layers * pass_.length * cfg.num_heads * cfg.head_dim
-  head = rows * pass_.outputs * cfg.d_model
+  head = rows * pass_.outputs * cfg.d_model / tensor
   head *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
   flops = (2 + 4 * pass_.is_training + 2 * recomputes) * tokens * products / tensor
-  flops += (2 + 4 * pass_.is_training) * head  # each device along tensor computes the same logits
+  flops += (2 + 4 * pass_.is_training) * head
 
   weights = _HALF * (in_layers / tensor + in_tables)
   uses = 2 if pass_.is_training else 1  # forward, and anew for the backward pass
@@ -154,14 +154,18 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
   tokens = rows * pass_.length
-  logits = rows * pass_.outputs * (pass_.model.vocab_size if pass_.model.head == "lm" else 1)
+  logits = rows * pass_.outputs / tensor
+  logits *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
   # One layer's arrays: the residual stream, norms and branches, and what `tensor` splits; no scores of attention.
   split = 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.d_mlp
   layer = tokens * _HALF * (6 * cfg.d_model + split / tensor)
   # In training the gradient takes the logits' place; in scoring they lie there twice, as the temperature divides them.
   live = (1 if pass_.is_training else 2) * _FULL * logits + layer
   if pass_.is_training:
-    stream = tokens * _HALF * cfg.d_model
-    live += cfg.num_layers * (stream if cfg.remat else layer)
+    stream = cfg.d_model / tensor  # its columns are split
+    heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (1 if cfg.mlp == "gelu" else 2)
+    products = stream + (2 * heads * cfg.head_dim + hidden) / tensor
+    kept = {"full": stream, "products": stream + products}
+    live += cfg.num_layers * (tokens * _HALF * kept[cfg.remat] if cfg.remat in kept else layer)
     live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # gradient and its sum
   return live + _HALF * (in_layers / cfg.num_layers / tensor + in_tables)  # gathered

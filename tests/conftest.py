@@ -67,7 +67,7 @@ def tiny_config() -> ModelConfig:
     dtype="float32",
     layers="unroll",
     attention="auto",
-    remat=False,
+    remat="none",
     decode_layout="auto",
     weights="",
   )
@@ -107,8 +107,8 @@ def ppo_config(adam_config) -> PPOConfig:
     kl_horizon=100,
     gamma=0.0,
     ptx_rows=8,
-    ptx_length=8,
     ptx_chunks=8,
+    ptx_length=8,
     ptx_reduction="mean",
     discount=1.0,
     gae_lambda=0.95,

@@ -188,14 +188,14 @@ def test_eight_devices_have_a_queue_each(quick_jit, policy, prompts, expected, s
     compiled = run.lower(*placed).compile()
     assert_same(compiled(*placed), expected("rope", "scan"))
   # Inside the loops nothing travels between data shards but whether to go on.
-  collective = (
-    r" = (\S+) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(.*replica_groups=(\S+).*/while/"
-  )
+  groups = r"replica_groups=(\{\{.*?\}\}|mesh\[.*?\] \{.*?\})"
+  collective = rf" = (\S+) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(.*{groups}.*/while/"
   found = re.findall(collective, re.sub(r"\((pred\[\], )+pred\[\]\)", "pred[]", compiled.as_text()))
   assert any(shape == "pred[]" for shape, _, _ in found)
   for shape, kind, groups in found:
-    of_tensor_axis = groups.startswith("{{0,1},{2,3},{4,5},{6,7}}")
-    assert kind == "all-reduce" and (shape == "pred[]" or of_tensor_axis), (shape, kind, groups)
+    tensor_axis = ("{{0,1},{2,3},{4,5},{6,7}}", "mesh['axis_0'=4,'axis_1'=2] {'axis_1'}")
+    is_going_on = kind == "all-reduce" and shape == "pred[]"
+    assert is_going_on or groups in tensor_axis, (shape, kind, groups)
 
 
 def test_slots_that_do_not_divide_over_the_shards_are_refused(policy, prompts):

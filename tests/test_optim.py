@@ -242,7 +242,7 @@ def test_weight_decay_of_every_parameter_of_a_model():
     dtype="float32",
     layers="auto",
     attention="auto",
-    remat=False,
+    remat="none",
     decode_layout="auto",
     weights="",
   )

@@ -352,7 +352,8 @@ def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
 def test_slots_change_no_result(quick_jit, start, configs, nets, one_device, ppo_run):
   _, state, frozen = start("ppo")
   with mock.patch.object(jax, "jit", quick_jit):
-    step = ppo.make_train_step(dataclasses.replace(nets, slots=4), configs["ppo"])
+    shardings = ppo_stage.state_shardings(one_device, nets)
+    step = ppo.make_train_step(dataclasses.replace(nets, slots=4), configs["ppo"], shardings)
   step = step.lower(state, frozen, make_batch(configs["ppo"], one_device)).compile()
   assert not HOST.findall(step.as_text())
   _, metrics, samples = step(state, frozen, make_batch(configs["ppo"], one_device))

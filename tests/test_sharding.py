@@ -47,7 +47,7 @@ GPT3 = ModelConfig(
   dtype="bfloat16",
   layers="scan",
   attention="auto",
-  remat=True,
+  remat="full",
   decode_layout="auto",
   weights="",
 )
@@ -63,7 +63,7 @@ TINY = dataclasses.replace(
   attention_window=0,
   dtype="float32",
   layers="unroll",
-  remat=False,
+  remat="none",
 )
 VOCAB = 19
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
@@ -460,3 +460,66 @@ def test_a_decode_step_moves_no_weights(one_device, how, layout):
   sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in moved]
   # On one of two tensor devices w_out_GRKD, the smallest matrix, has 2 * 4 * 32 elements; 8 rows of logits have 8 * 19.
   assert sizes and max(sizes) <= 8 * 19 < 2 * 4 * 32
+
+
+def local_shapes(text: str, operation: str) -> set[tuple[int, ...]]:
+  """Of a compiled program's results, a device's part; dimensions of size 1 left out."""
+  found = re.findall(rf"= \w+\[([\d,]*)\][^ ]* {operation}\(", text)
+  return {tuple(int(n) for n in dims.split(",") if n != "1") for dims in found if dims}
+
+
+@pytest.fixture(scope="module")
+def split_step():
+  """Text of a loss and its gradient, compiled for fsdp=2, tensor=4: 4 rows of 8 columns, d=16, F=24, V=19."""
+  cfg = dataclasses.replace(TINY, d_model=16, num_kv_heads=4, layers="scan", remat="products")
+  model, mesh = models.make_model(cfg, VOCAB, "lm"), sharding.make_mesh(MeshConfig(1, 1, 2, 4))
+
+  def loss(params, token_BL):
+    column_BL = jnp.broadcast_to(jnp.arange(8), token_BL.shape)
+    logits_BTV = models.apply(
+      model,
+      params,
+      token_BL,
+      segment_BL=jnp.ones_like(token_BL),
+      position_BL=column_BL,
+      dropout_rate=0.5,
+      dropout_key=jax.random.key(0),
+      window=(0, 7),
+    )
+    return jnp.sum(jnp.sin(logits_BTV))
+
+  shardings = tree_shardings(mesh, model)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  params = jax.tree.map(place, models.param_shapes(model), shardings)
+  token_BL = place(jax.ShapeDtypeStruct((4, 8), jnp.int32), sharding.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss), out_shardings=shardings).lower(params, token_BL)
+    return lowered.compile(compiler_options=QUICK).as_text()
+
+
+def test_norms_are_computed_once_for_each_column(split_step):
+  # Two of the eight columns each, and of the window's seven.
+  assert local_shapes(split_step, "rsqrt") == {(2, 2)}
+
+
+def test_dropout_is_drawn_once_for_each_column(split_step):
+  words = {dims for dims in re.findall(r"u32\[([\d,]+)\]", split_step) if dims.endswith(",8")}
+  assert words == {"2,2,8"}
+
+
+def test_products_are_computed_once(split_step):
+  heads, mlp, logits = 4, 6, 5  # a quarter of 16, 24 and, rounded up, 19
+  expected = {
+    # Projections, and the gradients of their weights.
+    *((16, 3 * heads), (16, heads), (heads, 16), (3 * heads, 16)),
+    *((2, 8, 8), (2, 8, 4), (2, 4, 8)),  # attention: scores, and sums over them
+    *((16, mlp), (mlp, 16)),
+    *((14, logits), (14, 16), (logits, 16)),  # the window's 2 * 7 columns; what flows back
+    (16, 16),  # what flows back into the 2 * 8 columns of a device
+  }
+  assert local_shapes(split_step, "dot") <= expected
+  assert (14, logits) in local_shapes(split_step, "dot")
+
+
+def test_masks_are_not_sent(split_step):
+  assert not re.search(r"= pred\[[\d,]*8,8\]\S* all-gather\(", split_step)

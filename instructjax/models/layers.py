@@ -1,6 +1,7 @@
 """The maths of one decoder layer: pure functions over a dict of that layer's weights.
 
-Called by transformer.py only. Knows no batches, stages or meshes, and never imports flax.
+Called by transformer.py only. Knows no batches or stages, of meshes only which dimension of an array to split (the
+helpers of sharding.py, which do nothing on one device), and never imports flax.
 
 Two more dimension letters than structs.py has: R here is the query heads that share one key/value
 head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R
@@ -15,9 +16,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from instructjax import sharding
 from instructjax.config import ModelConfig
 
+SAVED = "saved"  # name of what remat='products' keeps of a layer for its gradient
 MASKED_SCORE = -1e30  # finite: a row with nothing to attend to must not become NaN
 
 
@@ -76,6 +80,7 @@ def project_qkv(x_BTD, weights: dict, angles):
   y_BTGQK = jnp.einsum("BTD,DGQK->BTGQK", x_BTD, weights["w_qkv_DGQK"])
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
+  y_BTGQK = sharding.split_products(y_BTGQK, tensor_dim=2)
   # Split, not sliced: the gradient of a split is one concatenation instead of padded sums.
   q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, (y_BTGQK.shape[3] - 2, 1, 1), axis=3)
   if angles is not None:
@@ -111,7 +116,7 @@ def attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS):
   score_BGRTS = jnp.einsum("BTGRK,BGSK->BGRTS", q_BTGRK, k_BGSK, preferred_element_type=jnp.float32)
   prob_BGRTS = jax.nn.softmax(jnp.where(mask, score_BGRTS * scale, MASKED_SCORE), axis=-1)
   prob_BGRTS = jnp.where(mask, prob_BGRTS, 0.0).astype(v_BGSK.dtype)
-  return jnp.einsum("BGRTS,BGSK->BTGRK", prob_BGRTS, v_BGSK)
+  return checkpoint_name(jnp.einsum("BGRTS,BGSK->BTGRK", prob_BGRTS, v_BGSK), SAVED)
 
 
 def project_out(x_BTGRK, weights: dict):
@@ -121,7 +126,12 @@ def project_out(x_BTGRK, weights: dict):
   # copy all weights into it at each step, which doubles the time of a decode step.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
   y_BTD = jnp.einsum("BTE,ED->BTD", x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
-  return y_BTD + weights["b_out_D"][None, None] if "b_out_D" in weights else y_BTD
+  return _add_bias(sharding.scatter_columns(y_BTD), weights.get("b_out_D"))
+
+
+def _add_bias(y_BTD, bias_D):
+  """Also where there is none; its gradient sums the columns that a device has, not those it gathers."""
+  return y_BTD if bias_D is None else sharding.split_columns(y_BTD + bias_D[None, None])
 
 
 @jax.checkpoint
@@ -140,26 +150,40 @@ def mlp(x_BTD, weights: dict, cfg: ModelConfig):
     y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weights["w_up_DF"])
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
-    y_BTF = _gelu(y_BTF)
+    y_BTF = sharding.split_products(y_BTF, tensor_dim=2)
+    y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
   else:
     y_BT2F = jnp.einsum("BTD,DCF->BTCF", x_BTD, weights["w_gate_up_D2F"])
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
-    y_BTF = _gated(y_BT2F)
+    y_BT2F = sharding.split_products(y_BT2F, tensor_dim=3)
+    y_BTF = _gated(checkpoint_name(y_BT2F, SAVED))
   y_BTD = jnp.einsum("BTF,FD->BTD", y_BTF, weights["w_down_FD"])
-  return y_BTD + weights["b_down_D"][None, None] if "b_down_D" in weights else y_BTD
+  return _add_bias(sharding.scatter_columns(y_BTD), weights.get("b_down_D"))
 
 
 def dropout(x_BTD, key, rate: float):
-  """Inverted dropout; `key` None switches it off."""
+  """Inverted dropout; `key` None switches it off.
+
+  Each element has 16 random bits of its own, two elements share a word: the rate is rounded to a multiple of 2 ** -16,
+  what is kept is scaled by the rounded one, and the expectation is exact.
+  """
   if key is None:
     return x_BTD
-  keep_BTD = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape)
-  return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0.0).astype(x_BTD.dtype)
+  kept = round((1.0 - rate) * 2**16)
+  shape = (*x_BTD.shape[:2], (x_BTD.shape[2] + 1) // 2)
+  word_BTE = jax.random.bits(key, shape)
+  keep_BTD = jnp.concatenate([word_BTE & 0xFFFF < kept, word_BTE >> 16 < kept], axis=2)
+  scale_BTD = jnp.where(keep_BTD[:, :, : x_BTD.shape[2]], 2**16 / kept, 0.0)
+  return x_BTD * scale_BTD.astype(x_BTD.dtype)
 
 
 def cast(weights: dict, dtype) -> dict:
-  """A layer's weights in the compute dtype; the norms keep float32. Casting twice is free."""
+  """A layer's weights in the compute dtype; the norms keep float32. Casting twice is free.
+
+  Cast before a mesh gathers them, which halves what is sent; so a gradient is summed over devices in that dtype too,
+  each device's part having been summed in float32 over its tokens. Masters and optimiser are float32.
+  """
   return {
     name: part if name.endswith("norm") else jax.tree.map(lambda w: w.astype(dtype), part)
     for name, part in weights.items()
@@ -183,8 +207,12 @@ def block(h_BTD, weights: dict, cfg: ModelConfig, angles, mix, dropout_rate: flo
   """
   weights = cast(weights, h_BTD.dtype)
   keys = (None, None) if key is None else jax.random.split(key)
-  x_BTD = norm(h_BTD, weights["attention_norm"], cfg)
-  mixed_BTGRK, kept = mix(*project_qkv(x_BTD, weights["attention"], angles))
-  h_BTD = h_BTD + dropout(project_out(mixed_BTGRK, weights["attention"]), keys[0], dropout_rate)
-  x_BTD = norm(h_BTD, weights["mlp_norm"], cfg)
-  return h_BTD + dropout(mlp(x_BTD, weights["mlp"], cfg), keys[1], dropout_rate), kept
+  x_BTD = sharding.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
+  q_BTGRK, k_BTGK, v_BTGK = checkpoint_name(project_qkv(x_BTD, weights["attention"], angles), SAVED)
+  mixed_BTGRK, kept = mix(q_BTGRK, k_BTGK, v_BTGK)
+  y_BTD = project_out(mixed_BTGRK, weights["attention"])
+  h_BTD = h_BTD + dropout(y_BTD, keys[0], dropout_rate)
+  h_BTD = checkpoint_name(h_BTD, SAVED)
+  x_BTD = sharding.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
+  y_BTD = mlp(x_BTD, weights["mlp"], cfg)
+  return h_BTD + dropout(y_BTD, keys[1], dropout_rate), kept

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.models.layers import SAVED
 from instructjax.sharding import ROWS
 
 LANES = 128  # what a block's length is a multiple of
@@ -83,6 +84,7 @@ def _make_kernel(num_heads: int, length: int, window: int, interpret: bool):
       block_q_dq=size,
       block_kv_dq=size,
     ),
+    residual_checkpoint_name=SAVED,  # else remat='products' would run the kernel once more
     interpret=interpret,
   )
   return lambda q_HTK, k_GTK, v_GTK, segment_T: run(

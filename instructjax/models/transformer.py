@@ -239,7 +239,7 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
   # Columns come last but one in the cache, layers (when stacked) first: pad the start with zeros.
   write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
   cache = jax.tree.map(write, cache, kept)
-  return _head(model, weights, h_BPD[:, -1:])[:, 0], cache
+  return _head(model, weights, h_BPD[:, -1:], decoding=True)[:, 0], cache
 
 
 def decode_step(
@@ -315,7 +315,7 @@ def decode_step(
       h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
       pairs.append(pair)
     cache = tuple(pairs)
-  return sharding.shard_rows(_head(model, weights, h_B1D)[:, 0]), cache
+  return sharding.shard_rows(_head(model, weights, h_B1D, decoding=True)[:, 0]), cache
 
 
 def _mix_own_rows(mix):
@@ -333,7 +333,10 @@ def _run_layers(
 ):
   """Embedding and all layers; also the keys and values of every layer where `keep`."""
   cfg = model.cfg
+  # With whole columns, unlike h: attention's masks are made of them, and are larger.
+  token_BL, segment_BL, position_BL = sharding.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL = _embed(model, params, token_BL, segment_BL, position_BL)
+  segment_BL = sharding.shard_rows(segment_BL)
   angles = layers.rotary_angles(position_BL, cfg)
   attend = _attention(model, segment_BL, position_BL)
   keys_N = None
@@ -347,19 +350,26 @@ def _run_layers(
       return attend(index, q_BTGRK, *pair), pair if keep else None
 
     h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
-    return sharding.shard_rows(h_BLD), kept
+    return h_BLD, kept
 
   if scans_layers(model):
-    run = run_block
-    if cfg.remat:
-      run = jax.checkpoint(run_block, static_argnums=2, prevent_cse=False)
+    run = _checkpoint(run_block, cfg.remat, static_argnums=2, prevent_cse=False)
     return _scan_layers(run, h_BLD, (params["layers"], keys_N), 2 if cfg.attention_window else 1)
-  run = jax.checkpoint(run_block, static_argnums=2) if cfg.remat else run_block
+  run = _checkpoint(run_block, cfg.remat, static_argnums=2)
   kept = []
   for index, layer in enumerate(_unstack(params["layers"])):
     h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
     kept.append(pair)
   return h_BLD, tuple(kept)
+
+
+def _checkpoint(run_block, remat: str, **kwargs):
+  """What of a layer is kept for its gradient: all, its input, or that and what products with weights yielded."""
+  if remat == "none":
+    return run_block
+  policies = jax.checkpoint_policies
+  save = policies.save_only_these_names(layers.SAVED) if remat == "products" else None
+  return jax.checkpoint(run_block, policy=save, **kwargs)
 
 
 def _scan_layers(run, h_BLD, stacked, period: int):
@@ -413,7 +423,7 @@ def _layer_mask(masks, index):
   return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
 
 
-def _embed(model, params, token_BL, segment_BL, position_BL, place=sharding.shard_rows):
+def _embed(model, params, token_BL, segment_BL, position_BL, place=sharding.split_columns):
   """Embedding sum, zero at pads, and segments with every id outside the vocabulary made a pad."""
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   row_BL = jnp.where(is_token_BL, token_BL, 0)
@@ -426,16 +436,19 @@ def _embed(model, params, token_BL, segment_BL, position_BL, place=sharding.shar
   return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
 
 
-def _head(model, params, h_BTD):
-  """Final norm and head, float32 out."""
-  h_BTD = layers.norm(h_BTD, params["final_norm"], model.cfg)
+def _head(model, params, h_BTD, *, decoding: bool = False):
+  """Final norm and head, float32 out. `decoding`: params are from `decode_weights`, whose tables are gathered."""
+  h_BTD = layers.norm(sharding.split_columns(h_BTD), params["final_norm"], model.cfg)
   if model.head == "scalar":
     head = params["head"]
     return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
   table_VD = params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
-  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
   table_VD = table_VD.astype(h_BTD.dtype)
-  return jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
+  if not decoding:
+    h_BTD, table_VD = sharding.gather_columns(h_BTD), sharding.split_vocab(table_VD)
+  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
+  logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
+  return logits_BTV if decoding else sharding.split_logits(logits_BTV)
 
 
 def _unstack(stacked):

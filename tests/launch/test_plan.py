@@ -466,24 +466,32 @@ def jaxpr_flops(jaxpr) -> float:
 
 
 @needs_libtpu
-def test_a_compiled_step(mesh):
+@pytest.mark.parametrize("fsdp, tensor", [(4, 1), (2, 2)])
+def test_a_compiled_step(fsdp, tensor):
   # The step with the least to compile: no dropout, no clipping, no band.
-  config = small("pretrain", pretrain={"optim": {"clip_norm": None}}, model={"attention_window": 0})
+  config = small(
+    "pretrain",
+    pretrain={"optim": {"clip_norm": None}},
+    model={"attention_window": 0},
+    mesh={"fsdp": fsdp, "tensor": tensor},
+  )
   with mock.patch.dict(os.environ):  # which planning changes
     report = plan.plan(config, "v5e:2x2", "pretrain")
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
   program = programs.make(config, mesh, "pretrain")
   with jax.set_mesh(mesh):
     jaxpr = program.step.trace(*program.arguments).jaxpr
   sizes = report["memory"]["arguments"]
   assert sum(sizes.values()) == programs.shard_bytes(program.arguments)
   assert report["argument_bytes"] == pytest.approx(sum(sizes.values()), rel=0.01)
+  # No product is computed on two devices, the logits' included.
   flops = sum(phase["flops"] for phase in report["timing"]["phases"].values())
   assert 4 * flops == pytest.approx(jaxpr_flops(jaxpr.jaxpr), rel=0.02)
   (kernels,) = {phase["kernels"] for phase in report["timing"]["phases"].values()} - {0.0}
   # One block a row and head in each of two layers: 2 products forward, as many for remat, and 3 + 4.
   assert kernels * 0.5 * 197e12 == 2 * 11 * 2 * (8 // 4) * 4 * 256 * 256 * 128
   assert report["host_transfers"] == [] and report["unknown_trips"] == []
-  assert report["fits"] and "all-gather" in report["collectives"]
+  assert report["fits"] and {"all-gather", "reduce-scatter"} <= set(report["collectives"])
 
 
 @needs_libtpu

@@ -33,7 +33,7 @@ GPT2 = ModelConfig(
   dtype="float32",
   layers="unroll",
   attention="auto",
-  remat=False,
+  remat="none",
   decode_layout="auto",
   weights="",
 )

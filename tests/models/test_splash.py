@@ -69,7 +69,7 @@ def test_details_3_garbage_and_nan_at_pads_leave_a_model_equal_to_the_plain_one(
   """Dense and banded layers by turns, in a scan with remat, one layer left over."""
   changes = dict(num_kv_heads=2, attention_window=3)
   plain, params = make(gpt2, "scalar", **changes)
-  model, _ = make(gpt2, "scalar", **changes, attention="splash", layers="scan", remat=True)
+  model, _ = make(gpt2, "scalar", **changes, attention="splash", layers="scan", remat="full")
   segment_BL = np.array([[1] * 5 + [2] * 4 + [0] * 3, [0] * 2 + [1] * 10], np.int32)
   position_BL = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0], [0, 0, *range(10)]], np.int32)
   token_BL = np.random.default_rng(1).integers(1, 18, (2, 12)).astype(np.int32)

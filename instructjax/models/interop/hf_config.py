@@ -70,7 +70,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     dtype="float32",
     layers="auto",
     attention="auto",
-    remat=False,
+    remat="none",
     decode_layout="auto",
     weights="",
   )
