@@ -12,9 +12,10 @@ import pathlib
 import zlib
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from instructjax import checkpoint, loop, weights
+from instructjax import checkpoint, loop, sharding, weights
 from instructjax.config import Config
 from instructjax.data import pipeline as data_pipeline
 from instructjax.data import sources
@@ -107,9 +108,9 @@ class Context:
     """Whether comparisons are collected from simulated labelers (stage `collect`) instead of read."""
     return self.config.data.comparisons == "demo:"
 
-  @property
-  def batch_shards(self) -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  def own_rows(self, batch_size: int) -> np.ndarray:
+    """Places in a global batch of the rows that this process draws."""
+    return sharding.own_rows(self.mesh, batch_size)
 
 
 def canonical(value) -> str:

@@ -1,7 +1,6 @@
 """Which stage needs which, and running what is missing. Called by main."""
 
 import dataclasses
-import math
 import pathlib
 
 import jax
@@ -11,6 +10,7 @@ from jax.experimental import multihost_utils
 from instructjax import (
   checkpoint,
   collect,
+  distributed,
   evaluate,
   memory,
   policies,
@@ -91,7 +91,7 @@ def check(ctx: Context, stages: list[str]):
   transformer.param_shardings(ctx.mesh, ctx.model("policy"))
   if "rm" in stages:
     transformer.param_shardings(ctx.mesh, ctx.model("reward"))
-  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
+  shards = sharding.num_row_shards(ctx.mesh)
   # pretrain's batch also is that of the held-out text, which most stages measure.
   used = {"pretrain", *("ppo" if stage in policies.RL_STAGES else stage for stage in stages)}
   for name in used.intersection(_BATCHED):
@@ -236,16 +236,19 @@ def run(config: Config, workdir: pathlib.Path):
   Raises:
     ValueError: see `check`; or a finished stage was made with another config, tokenizer or parent.
     UserError: a stage was stopped, or files cannot be written.
+    Preempted: the run was told to stop.
   """
   ctx = make_context(config, workdir)
   stages = plan(ctx)
   check(ctx, stages)
+  tell = rich.print if jax.process_index() == 0 else lambda line: None
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
-      rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
+      distributed.require_going_on()
+      tell(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       is_finished = checkpoint.read_done(ctx.directory(stage)) is not None
       RUN[stage](ctx, stage)
       if not is_finished:
         memory.release_freed_memory()
       multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
-  rich.print(f"finished: {workdir}")
+  tell(f"finished: {workdir}")
