@@ -10,7 +10,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from instructjax import distributed, memory
-from instructjax.errors import Preempted, UserError, reason
+from instructjax.errors import NotJoined, Preempted, UserError, reason
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA says it
 
@@ -42,7 +42,7 @@ def _end_with(error: Exception):
     distributed.end(distributed.LOST)
   elif isinstance(error, (UserError, ValueError, OSError)):
     _say(f"error: {_telling_part(error)}")
-    distributed.end(2)
+    distributed.end(distributed.LOST if isinstance(error, NotJoined) else 2)
   elif isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error):
     _say(
       f"error: out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=True, or"

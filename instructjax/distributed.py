@@ -7,9 +7,10 @@ How a process of several ends:
   - A mistake (2) or a bug (1) ends the process that meets it. It waits a moment for the others, which most often meet
     the same; those that do not are left behind and end as if it had died.
   - PREEMPTED: one process or all got SIGTERM; all saved at the same step.
-  - LOST: another process is gone. On a CPU its connections break and an exception tells. Elsewhere what is computed
-    together never ends, and after SILENCE seconds without a sign of life JAX aborts the process, from C++, where no
-    handler of Python's is called. So each process is the child of one that never imports JAX and can still say so.
+  - LOST: another process is gone, or never came. On a CPU its connections break and an exception tells. Elsewhere
+    what is computed together never ends, and after SILENCE seconds without a sign of life JAX aborts the process, from
+    C++, where no handler of Python's is called. So each process is the child of one that never imports JAX and can
+    still say so.
 """
 
 import ctypes
@@ -19,11 +20,13 @@ import importlib.util
 import itertools
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 
-from instructjax.errors import Preempted, UserError, reason
+from instructjax.errors import NotJoined, Preempted, reason
 
 # Exit codes, as in sysexits.h.
 LOST = 69  # EX_UNAVAILABLE
@@ -136,7 +139,7 @@ def supervise():
   _, status = os.waitpid(child, 0)
   code = os.waitstatus_to_exitcode(status)
   if code == -signal.SIGABRT:
-    print(f"error: {lost_message('no sign of life from it')}", file=sys.stderr)
+    print(f"error: {lost_message('no sign of life from it, or it never came')}", file=sys.stderr)
     code = LOST
   elif code < 0:
     print(f"error: killed by {signal.Signals(-code).name}", file=sys.stderr)
@@ -160,11 +163,13 @@ def join(group: Group | None, *, joining: float = JOINING, silence: float = SILE
     joining: seconds to wait for the others.
     silence: seconds without a sign of life after which a process counts as dead.
   Raises:
-    UserError: they did not come together.
+    NotJoined: process 0 is not there. Where others stay away, JAX aborts: see `supervise`.
   """
   if group is None:
     signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
     return
+  if group.process_id:  # not process 0, whose own the coordinator is
+    _await_coordinator(group.coordinator, joining)
   import jax
 
   try:
@@ -176,12 +181,28 @@ def join(group: Group | None, *, joining: float = JOINING, silence: float = SILE
       initialization_timeout=int(joining),
       heartbeat_timeout_seconds=int(silence),
     )
-  except (RuntimeError, ValueError, OSError) as error:
-    where = f"process 0 at {group.coordinator}" if group.coordinator else "the cluster's processes"
-    raise UserError(
-      f"cannot join {where} within {joining:.0f} s: {reason(error)}. Start all processes with the same"
-      " --coordinator and --num_processes; --num_processes=1 runs alone"
+  except (RuntimeError, ValueError, OSError) as error:  # OSError: no metadata server, say
+    raise NotJoined(
+      f"cannot join the other processes: {reason(error)}; --num_processes=1 runs alone"
     ) from error
+
+
+def _await_coordinator(address: str, seconds: float):
+  """Returns when somebody listens there: JAX itself would abort."""
+  host, _, port = address.rpartition(":")
+  deadline = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      why = reason(error)
+    if time.monotonic() > deadline:
+      raise NotJoined(
+        f"--coordinator={address} could not be reached for {seconds:.0f} s ({why}): start process 0 there, with"
+        " the same --coordinator and --num_processes"
+      )
+    time.sleep(0.5)
 
 
 def is_joined() -> bool:

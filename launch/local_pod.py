@@ -57,7 +57,7 @@ def run(command: Sequence[str], *, processes: int, devices: int, grace: float = 
   Raises:
     UserError: the command cannot be started.
   """
-  port = _free_port()
+  port = free_port()
   pod: list[subprocess.Popen] = []
   signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   try:
@@ -82,7 +82,8 @@ def run(command: Sequence[str], *, processes: int, devices: int, grace: float = 
   return exit_code([code for _, code in codes])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+  """One that nobody listens on now."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]

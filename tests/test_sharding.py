@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +146,31 @@ def test_batches_are_placed_by_rows_or_refused():
   assert {shard.data.shape for shard in placed["token_BL"].addressable_shards} == {(2, 3)}
   with pytest.raises(ValueError, match=r"batch: 6 rows must be divisible by .* data \* fsdp = 4"):
     sharding.place_batch(mesh, np.zeros((6, 3)))
+
+
+def pod_mesh(shape, processes):
+  """A mesh of devices of which nothing but their process is known, `processes` in order of mesh position."""
+  devices = np.array([types.SimpleNamespace(process_index=p) for p in processes]).reshape(shape)
+  sizes = dict(zip(sharding.MESH_AXES, shape, strict=True))
+  return types.SimpleNamespace(devices=devices, shape=sizes)
+
+
+@pytest.mark.parametrize(
+  ("shape", "processes", "rows"),
+  [
+    ((4, 1, 1), [0, 0, 1, 1], {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}),
+    ((2, 2, 1), [0, 1, 0, 1], {0: [0, 1, 4, 5], 1: [2, 3, 6, 7]}),  # hosts are squares of a slice
+    ((1, 2, 2), [0, 1, 2, 3], {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 3: [4, 5, 6, 7]}),  # tensor across
+    ((1, 1, 4), [0, 0, 1, 1], {0: list(range(8)), 1: list(range(8))}),
+  ],
+)
+def test_a_process_brings_the_rows_that_its_devices_hold(shape, processes, rows):
+  mesh = pod_mesh(shape, processes)
+  for process, expected in rows.items():
+    with mock.patch.object(jax, "process_index", return_value=process):
+      assert sharding.own_rows(mesh, 8).tolist() == expected
+  with pytest.raises(ValueError, match=r"batch: 7 rows must be divisible by the mesh's data \* fs"):
+    sharding.own_rows(mesh if shape[:2] != (1, 1) else pod_mesh((1, 2, 1), [0, 1]), 7)
 
 
 def test_rows_held_by_every_process_may_be_of_any_number():
