@@ -136,7 +136,7 @@ def _wait(pod: list[subprocess.Popen], grace: float) -> list[tuple[int, int]]:
       for process, one in enumerate(pod):
         if process not in ended:
           print(
-            f"local_pod: [{process}] still ran {grace:.0f} s after the first had ended",
+            f"local_pod: [{process}] still ran {grace:g} s after the first had ended",
             file=sys.stderr,
           )
           one.kill()
