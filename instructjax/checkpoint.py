@@ -34,6 +34,13 @@ _DONE = "done.json"
 _LOCK = ".lock"
 
 
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Never: `distributed` sees to SIGTERM, and asks JAX under numbers of its own. Orbax's would confuse the two."""
+    del step
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one stage. A context manager: leaving it waits for the disk.
 
@@ -64,7 +71,7 @@ class Checkpoints:
         _clear_half_written(self._folder)
       multihost_utils.sync_global_devices("half-written checkpoints cleared")
       options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False)
-      self._manager = stack.enter_context(ocp.CheckpointManager(self._folder, options=options))
+      self._manager = stack.enter_context(_Manager(self._folder, options=options))
       for step in self._manager.all_steps():
         self._note_metric(step, read_meta(self._folder.parent, step)["metrics"])
       self._open = stack.pop_all()

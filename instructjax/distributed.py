@@ -41,6 +41,8 @@ _VARIABLES = {
   "num_processes": "JAX_NUM_PROCESSES",
   "process_id": "JAX_PROCESS_ID",
 }
+# JAX's answer where none of its cluster detections finds one.
+_NO_CLUSTER = "coordinator_address should be defined"
 # What errors of a collective or of the coordination service say when another process is gone.
 _SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection reset by peer")
 
@@ -166,7 +168,7 @@ def join(group: Group | None, *, joining: float = JOINING, silence: float = SILE
     NotJoined: process 0 is not there. Where others stay away, JAX aborts: see `supervise`.
   """
   if group is None:
-    signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
+    _keep_sigterm()
     return
   if group.process_id:  # not process 0, whose own the coordinator is
     _await_coordinator(group.coordinator, joining)
@@ -181,10 +183,23 @@ def join(group: Group | None, *, joining: float = JOINING, silence: float = SILE
       initialization_timeout=int(joining),
       heartbeat_timeout_seconds=int(silence),
     )
-  except (RuntimeError, ValueError, OSError) as error:  # OSError: no metadata server, say
+  except (
+    RuntimeError,
+    ValueError,
+    OSError,
+    ImportError,
+  ) as error:  # OSError: no metadata server, say
+    if group == Group() and _NO_CLUSTER in str(error):  # a TPU of its own, as in Colab
+      _keep_sigterm()
+      return
     raise NotJoined(
       f"cannot join the other processes: {reason(error)}; --num_processes=1 runs alone"
     ) from error
+
+
+def _keep_sigterm():
+  """Until the next safe point. Where processes are joined, JAX's own handler does this."""
+  signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
 
 
 def _await_coordinator(address: str, seconds: float):
@@ -227,7 +242,8 @@ def is_told_to_stop() -> bool:
   """`require_going_on` for a caller that saves first."""
   from jax.experimental import multihost_utils
 
-  # JAX's own handler of SIGTERM tells the other processes, and they agree on the number of a call to come.
+  # JAX's own handler of SIGTERM tells the other processes, and they agree on the number of a call to come. Nobody else
+  # may ask it, under other numbers: see `checkpoint`.
   return _told_to_stop.is_set() or multihost_utils.reached_preemption_sync_point(next(_points))
 
 

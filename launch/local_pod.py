@@ -74,7 +74,7 @@ def run(command: Sequence[str], *, processes: int, devices: int, grace: float = 
       reader.join()
   finally:
     for one in pod:
-      one.kill()
+      _kill(one)
     for number, handler in signals.items():
       signal.signal(number, handler)
   ended = ", ".join(f"[{process}] {code}" for process, code in codes)
@@ -139,10 +139,16 @@ def _wait(pod: list[subprocess.Popen], grace: float) -> list[tuple[int, int]]:
             f"local_pod: [{process}] still ran {grace:g} s after the first had ended",
             file=sys.stderr,
           )
-          one.kill()
+          _kill(one)
       deadline = float("inf")
     time.sleep(0.05)
   return list(ended.items())
+
+
+def _kill(one: subprocess.Popen):
+  """With all that it has started: what holds its pipes would keep the readers waiting."""
+  if one.poll() is None:
+    os.killpg(one.pid, signal.SIGKILL)
 
 
 def exit_code(codes: Sequence[int]) -> int:

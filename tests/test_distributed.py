@@ -5,7 +5,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+from unittest import mock
 
+import jax
 import pytest
 
 from instructjax import distributed
@@ -53,6 +55,25 @@ def test_a_tpu_vm_is_known_by_its_chips(monkeypatch, has_package, expected):
   monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: has_package or None)
   assert distributed.find(environ={}) == expected
   assert distributed.find(environ={"TPU_SKIP_MDS_QUERY": "1"}) is None
+
+
+@pytest.mark.parametrize(
+  ("error", "is_alone"),
+  [
+    (ValueError("coordinator_address should be defined."), True),
+    (OSError("metadata.google.internal does not answer"), False),
+  ],
+)
+def test_a_tpu_that_is_no_cloud_vm_runs_alone(monkeypatch, error, is_alone):
+  monkeypatch.setattr(jax.distributed, "initialize", mock.Mock(side_effect=error))
+  set_handler = mock.Mock()
+  monkeypatch.setattr(distributed.signal, "signal", set_handler)
+  if is_alone:
+    distributed.join(Group())
+    set_handler.assert_called_once_with(signal.SIGTERM, mock.ANY)
+  else:
+    with pytest.raises(distributed.NotJoined, match="cannot join .*: metadata.* runs alone"):
+      distributed.join(Group())
 
 
 @pytest.mark.parametrize(

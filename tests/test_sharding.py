@@ -173,6 +173,21 @@ def test_a_process_brings_the_rows_that_its_devices_hold(shape, processes, rows)
     sharding.own_rows(mesh if shape[:2] != (1, 1) else pod_mesh((1, 2, 1), [0, 1]), 7)
 
 
+def test_rows_of_shards_that_are_no_neighbours_are_placed_each_on_its_own():
+  mesh = pod_mesh((2, 2, 1), [0, 1, 0, 1])
+  asked = lambda shape, _, shard: [shape] + [shard((slice(i, i + 2), slice(None))) for i in (2, 6)]
+  with (
+    mock.patch.object(jax, "process_index", return_value=1),
+    mock.patch.object(jax, "make_array_from_callback", asked),
+    mock.patch.object(sharding, "batch_sharding"),
+  ):
+    own = np.arange(24).reshape(8, 3)[sharding.own_rows(mesh, 8)]
+    shape, first, second = sharding.place_batch(mesh, own)
+  assert shape == (8, 3)
+  np.testing.assert_array_equal(first, [[6, 7, 8], [9, 10, 11]])
+  np.testing.assert_array_equal(second, [[18, 19, 20], [21, 22, 23]])
+
+
 def test_rows_held_by_every_process_may_be_of_any_number():
   mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
   for rows, shard_rows in ((8, 2), (6, 6)):

@@ -22,22 +22,22 @@ from tests import micro, quick
 ROOT = pathlib.Path(__file__).parents[2]
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
 ENV |= {"XLA_FLAGS": quick.FLAGS, "COLUMNS": "100"}
-# Adam's usual eps makes whole steps out of rounding noise in gradients near zero, and large steps of PPO add to it.
+# Adam's usual eps makes whole steps out of rounding noise where gradients are zero (the bias of the reward model's
+# head, say), and large steps of PPO add to it.
 CHANGES = {
   "pretrain__num_steps": 40,
   "pretrain__evaluate_every": 20,
-  "ppo__num_iterations": 6,
+  "rm__optim__eps": 1e-3,
+  "ppo__num_iterations": 4,
   "ppo__policy_optim__eps": 1e-3,
   "ppo__value_optim__eps": 1e-3,
   "ppo__policy_optim__learning_rate": 5e-3,
   "ppo__value_optim__learning_rate": 5e-3,
 }
-TWO, ACROSS, FOUR = (
-  # processes, devices of each, (data, fsdp, tensor)
-  (2, 1, (2, 1, 1)),
-  (2, 1, (1, 1, 2)),  # both processes hold the same rows, and half of each weight
-  (4, 2, (1, 4, 2)),
-)
+# Processes, devices of each, (data, fsdp, tensor).
+TWO = 2, 1, (2, 1, 1)
+FOUR = 4, 1, (1, 2, 2)  # tensor across processes: two and two bring the same rows
+EIGHT = 4, 2, (1, 4, 2)
 
 
 class Pod:
@@ -123,7 +123,7 @@ def uninterrupted(folder, config_file):
 
 @pytest.fixture(scope="module")
 def wandering(folder, config_file):
-  """One run by five pods; what each said and ended with, by name, and the workdir."""
+  """One run by several pods; what each said and ended with, by name, and the workdir."""
   workdir, said = folder / "wandering", {}
   start = lambda layout, *flags: Pod(f"{config_file}:ppo_ptx", workdir, layout, *flags)
   with start(TWO, "--config.checkpoint.every_steps=1000") as pod:
@@ -135,12 +135,16 @@ def wandering(folder, config_file):
     pod.until("sft 2/6")
     os.kill(int(pids[1]), signal.SIGKILL)
     said["killed"] = pod.end()
-  with start(FOUR) as pod:
+  with start(EIGHT) as pod:
     pids = pod.until("pids ").split("pids ")[1].split()
-    pod.until("ppo_ptx 3/6")
+    pod.until("] sft")
     os.kill(int(pids[2]), signal.SIGTERM)  # one host only: the machine under it is taken away
     said["one told"] = pod.end()
-  with start(ACROSS) as pod:
+  with start(FOUR) as pod:
+    pod.until("ppo_ptx 2/4")
+    pod.process.send_signal(signal.SIGTERM)
+    said["told late"] = pod.end()
+  with start(TWO) as pod:
     said["last"] = pod.end()
   return workdir, said
 
@@ -183,8 +187,9 @@ def test_when_one_is_killed_the_others_end_and_say_why(wandering):
 def test_sigterm_to_one_process_ends_all(wandering):
   _, said = wandering
   code, lines = said["one told"]
-  assert code == distributed.PREEMPTED
+  assert code == distributed.PREEMPTED, lines
   assert lines[-1].count(f" {distributed.PREEMPTED}") == 4
+  assert said["told late"][0] == distributed.PREEMPTED, said["told late"][1]
   assert said["last"][0] == 0, said["last"][1]
 
 
