@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructjax import sampling, scoring, sharding
+from instructjax import distributed, sampling, scoring, sharding
 from instructjax.context import Context
 from instructjax.structs import PromptBatch, Rollout
 
@@ -63,8 +63,9 @@ def _in_chunks(function, num_rows: int, *arrays):
   rows = min(_ROWS, num_rows)
   outputs = []
   for start in range(0, num_rows, rows):
+    distributed.require_going_on()
     index = np.minimum(np.arange(start, start + rows), num_rows - 1)
-    outputs.append(jax.tree.map(np.asarray, function(start, *(a[index] for a in arrays))))
+    outputs.append(sharding.to_host(function(start, *(a[index] for a in arrays))))
   return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_rows], *outputs)
 
 

@@ -119,7 +119,8 @@ def generate(
   Raises:
     ValueError: slots or rows do not divide over the mesh's data shards.
   """
-  num_rows, shards = len(prompts.token_BP), sharding.num_row_shards()
+  num_rows = len(prompts.token_BP)
+  shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
   if slots % shards or num_rows % shards:
     raise ValueError(
       f"slots={slots} and rows={num_rows} must be divisible by mesh slice * data * fsdp = {shards}"

@@ -26,11 +26,19 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
+from instructjax import sharding
 from instructjax.errors import UserError, reason, writing
 
 _FOLDER = "checkpoints"  # inside the directory of a stage
 _DONE = "done.json"
 _LOCK = ".lock"
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """Never: `distributed` sees to SIGTERM, and asks JAX under numbers of its own. Orbax's would confuse the two."""
+    del step
+    return False
 
 
 class Checkpoints:
@@ -63,7 +71,7 @@ class Checkpoints:
         _clear_half_written(self._folder)
       multihost_utils.sync_global_devices("half-written checkpoints cleared")
       options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False)
-      self._manager = stack.enter_context(ocp.CheckpointManager(self._folder, options=options))
+      self._manager = stack.enter_context(_Manager(self._folder, options=options))
       for step in self._manager.all_steps():
         self._note_metric(step, read_meta(self._folder.parent, step)["metrics"])
       self._open = stack.pop_all()
@@ -99,7 +107,7 @@ class Checkpoints:
     Args:
       step: steps done.
       state: pytree of arrays; may be donated as soon as this returns.
-      data: this process's position in the data, JSON-serialisable.
+      data: position in the data, JSON-serialisable, the same in every process.
       metrics: numbers kept with the checkpoint, `best_metric` among them where it is known.
       fingerprint: what a run that resumes from here must match, part -> hash.
     """
@@ -113,7 +121,7 @@ class Checkpoints:
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
-          data=ocp.args.JsonSave({"processes": _gather_json(data)}),
+          data=ocp.args.JsonSave({"position": data}),
           meta=ocp.args.JsonSave(meta),
         ),
       )
@@ -134,7 +142,7 @@ class Checkpoints:
     Returns:
       (state, data).
     Raises:
-      ValueError: another fingerprint, or another number of processes.
+      ValueError: another fingerprint.
       UserError: the files cannot be read.
     """
     directory = self._folder.parent
@@ -145,14 +153,9 @@ class Checkpoints:
         leaf.delete()
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
     restored = _read(self._folder / str(step), lambda: self._manager.restore(step, args=args))
-    states = restored["data"]["processes"]
-    if len(states) != jax.process_count():
-      raise ValueError(
-        f"cannot resume {directory}: it was saved by {len(states)} processes, each at its own place"
-        f" in the data, and this run has {jax.process_count()}. Use {len(states)} processes, or"
-        " another --workdir."
-      )
-    return restored["state"], states[jax.process_index()]
+    data = restored["data"]
+    # Older checkpoints hold the position once a process, each time the same.
+    return restored["state"], data["position"] if "position" in data else data["processes"][0]
 
   def _note_metric(self, step: int, metrics: Mapping):
     if self._best_metric in metrics:
@@ -248,9 +251,7 @@ def tree_fingerprint(tree: Any) -> str:
   """sha256 of names, shapes, dtypes and bytes of a pytree, the same however it is sharded."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    array = np.asarray(leaf)
+    array = sharding.to_host(leaf)
     digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()
@@ -378,18 +379,6 @@ def _difference(old: str, new: str) -> str:
   fields = sorted(before.keys() | after.keys())
   changed = [name for name in fields if before.get(name) != after.get(name)]
   return "; ".join(f"{name}: {before.get(name)} there, {after.get(name)} here" for name in changed)
-
-
-def _gather_json(value: Any) -> list:
-  """The value of every process, in order of process."""
-  if jax.process_count() == 1:
-    return [value]
-  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  length_P = multihost_utils.process_allgather(np.int32(text.size))
-  text_PT = multihost_utils.process_allgather(np.pad(text, (0, int(length_P.max()) - text.size)))
-  return [
-    json.loads(text_T[:length].tobytes()) for text_T, length in zip(text_PT, length_P, strict=True)
-  ]
 
 
 _HANGING_READ = "_read_array_index_and_device_put"

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from instructjax import memory
-from instructjax.errors import UserError, reason
+from instructjax import distributed, memory
+from instructjax.errors import NotJoined, Preempted, UserError, reason
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA says it
 
@@ -24,27 +24,43 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
   """
   try:
     app.run(lambda argv: main(_ready(argv)), flags_parser=_parse)
-  except (UserError, ValueError, OSError) as error:
-    _fail(_telling_part(error))
-  except RuntimeError as error:
-    if _OUT_OF_MEMORY not in str(error):
-      raise
-    _fail(
-      f"out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=full, or"
-      " more devices with --config.mesh.fsdp"
-    )
+  except Preempted as told:
+    print(told, file=sys.stderr)
+    distributed.end(distributed.PREEMPTED)
+  except Exception as error:
+    _end_with(error)
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
     sys.stderr.flush()
     os._exit(130)  # at once: a save under way would complain at length that its threads are gone
 
 
-def _fail(message: str):
+def _end_with(error: Exception):
+  """Says in one line what the user can mend; a bug keeps its traceback."""
+  if distributed.is_loss(error):  # before all others: some of JAX's errors are ValueErrors
+    _say(f"error: {distributed.lost_message(reason(error))}")
+    distributed.end(distributed.LOST)
+  elif isinstance(error, (UserError, ValueError, OSError)):
+    _say(f"error: {_telling_part(error)}")
+    distributed.end(distributed.LOST if isinstance(error, NotJoined) else 2)
+  elif isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error):
+    _say(
+      f"error: out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=full, or"
+      " more devices with --config.mesh.fsdp"
+    )
+    distributed.end(2)
+  elif distributed.is_joined():
+    traceback.print_exc()
+    distributed.end(1)
+  else:
+    raise error
+
+
+def _say(message: str):
   verbosity = flags.FLAGS["verbosity"]
   if verbosity.present and verbosity.value >= logging.INFO:  # asked for, to look for a bug
     traceback.print_exc()
-  print(f"error: {message}", file=sys.stderr)
-  sys.exit(2)
+  print(message, file=sys.stderr)
 
 
 def _ready(argv: list[str]) -> list[str]:

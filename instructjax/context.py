@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from instructjax import checkpoint, loop, sharding, weights
@@ -119,9 +120,9 @@ class Context:
     """Whether comparisons are collected from simulated labelers (stage `collect`) instead of read."""
     return self.config.data.comparisons == "demo:"
 
-  @property
-  def batch_shards(self) -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  def own_rows(self, batch_size: int) -> np.ndarray:
+    """Places in a global batch of the rows that this process draws."""
+    return sharding.own_rows(self.mesh, batch_size)
 
 
 def canonical(value) -> str:

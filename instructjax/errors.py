@@ -16,6 +16,14 @@ class StageStopped(UserError):
   """Training was stopped before it could do harm: a metric was not finite or above its limit."""
 
 
+class NotJoined(UserError):
+  """The processes of one run did not come together: starting them again may mend it."""
+
+
+class Preempted(Exception):
+  """The run was told to stop (SIGTERM) and has; the same command goes on. No mistake: see `distributed`."""
+
+
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
   """Makes a failed write (a full disk, most often) a UserError that names `path`."""

@@ -117,7 +117,8 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
   for name in names:
     params = policies.load(ctx, name)
     parts = [
-      np.stack(sums(params, sharding.place_batch(ctx.mesh, batch)), axis=1) for batch in rows
+      np.stack(sharding.to_host(sums(params, sharding.place_batch(ctx.mesh, batch))), axis=1)
+      for batch in rows
     ]
     result[name] = np.concatenate(parts)
   return result
@@ -170,7 +171,8 @@ def run(ctx: Context, stage: str):
   # Nothing starts from here: with other settings, or another policy to judge, it is done anew.
   done = checkpoint.read_done(directory) or {}
   if done.get("fingerprint") == run_.fingerprint:
-    _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
+    if jax.process_index() == 0:
+      _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
     return
   unique = test_prompts(ctx)
   prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]

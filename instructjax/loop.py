@@ -15,10 +15,12 @@ from typing import Any, Self
 import jax
 import numpy as np
 import rich.console
+from jax.experimental import multihost_utils
 
+from instructjax import distributed
 from instructjax.checkpoint import Checkpoints
 from instructjax.config import CheckpointConfig, LogConfig, ProfileConfig
-from instructjax.errors import StageStopped
+from instructjax.errors import Preempted, StageStopped
 from instructjax.metrics import Display, MetricsWriter
 from instructjax.profiling import StepProfile, traced_steps
 
@@ -97,6 +99,7 @@ def fit(
     StageStopped: a metric is not finite or above its limit; that state was not saved.
     ValueError: the checkpoints belong to another run.
     UserError: they cannot be read or written.
+    Preempted: the run was told to stop, and the state is saved.
   """
   save_steps = {*keep_steps, num_steps, *range(0, num_steps, run.checkpoint.every_steps)}
   if best_metric:
@@ -146,13 +149,20 @@ def fit(
         if late:  # only now: the device has work while the host waits for the numbers before
           log.write(late[0], judge(*late[:2]), late[2])
         late = (step, metrics, samples)
-        if step not in save_steps and step not in evaluate_steps:
+        is_stopping = distributed.is_told_to_stop()
+        if not is_stopping and step not in save_steps and step not in evaluate_steps:
           continue
         record = judge(step, metrics) | validation(step)
         log.write(step, record, samples)
         late = None
-        if step in save_steps:
+        if is_stopping or step in save_steps:
           checkpoints.save(step, state, batches.get_state(), record, run.fingerprint)
+        if is_stopping:
+          checkpoints.wait()
+          raise Preempted(
+            f"{run.name}: told to stop (SIGTERM), saved at step {step}; the same command goes on from there"
+          )
+  multihost_utils.sync_global_devices(f"{run.name} trained")  # all may read what one has written
   return state
 
 

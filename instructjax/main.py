@@ -2,10 +2,10 @@
 
 import pathlib
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
-from instructjax import cli
+from instructjax import cli, distributed
 from instructjax.config import from_config_dict
 from instructjax.errors import UserError
 
@@ -15,6 +15,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0 of several; found out by itself on TPU and Slurm."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are; 1 runs alone.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -23,6 +28,10 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
   config = from_config_dict(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).resolve()
+  group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if group:
+    distributed.supervise()
+  distributed.join(group)
   # Imported here so that --help and a bad flag answer at once.
   import jax
 
@@ -31,6 +40,8 @@ def main(arguments: list[str]):
   # A stage that is resumed, or trained again on another fold, finds its program compiled.
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if jax.process_index() != 0:  # what all meet, one tells
+    logging.set_verbosity(logging.ERROR)
   with checkpoint.workdir_lock(workdir):
     pipeline.run(config, workdir)
 

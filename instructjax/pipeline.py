@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from instructjax import (
   checkpoint,
   collect,
+  distributed,
   evaluate,
   memory,
   metrics,
@@ -238,14 +239,17 @@ def run(config: Config, workdir: pathlib.Path):
   Raises:
     ValueError: see `check`; or a finished stage was made with another config, tokenizer or parent.
     UserError: a stage was stopped, or files cannot be written.
+    Preempted: the run was told to stop.
   """
   ctx = make_context(config, workdir)
   stages = plan(ctx)
   check(ctx, stages)
   ran = []
+  tell = rich.print if jax.process_index() == 0 else lambda line: None
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
-      rich.print(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
+      distributed.require_going_on()
+      tell(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       is_finished = checkpoint.read_done(ctx.directory(stage)) is not None
       start = time.monotonic()
       RUN[stage](ctx, stage)
@@ -255,7 +259,7 @@ def run(config: Config, workdir: pathlib.Path):
       multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
-  rich.print(f"finished: {workdir}")
+  tell(f"finished: {workdir}")
 
 
 def _print_times(config: Config, ran: list[tuple[str, float, pathlib.Path]]):

@@ -95,7 +95,7 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
       batch_size=cfg.batch_size,
       seed=seed,
       vocab_size=ctx.tokenizer.vocab_size,
-      **ctx.batch_shards,
+      places=ctx.own_rows(cfg.batch_size),
     )
   }
   if cfg.gamma > 0:
@@ -116,14 +116,18 @@ def _describe(ctx: Context, cfg: PPOConfig):
 
   def describe(samples: dict, step: int):
     rollout = samples["rollout"]
-    token_BL, is_token_BL = np.asarray(rollout.token_BL), np.asarray(rollout.is_token_BL)
+    token_BL, is_token_BL, score_B, kl_B = sharding.to_host(
+      (rollout.token_BL, rollout.is_token_BL, samples["score_B"], samples["kl_B"])
+    )
+    if jax.process_index() != 0:
+      return {}, ()
     text = np.where(is_token_BL, token_BL, ctx.tokenizer.pad_id)
     prompts = answers.decode(ctx.tokenizer, text[:, :prompt_length])
     responses = answers.decode(ctx.tokenizer, text[:, prompt_length:])
     extra = {}
     if simulation is not None:
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
-    columns = (prompts, responses, np.asarray(samples["score_B"]), np.asarray(samples["kl_B"]))
+    columns = (prompts, responses, score_B, kl_B)
     rows = [
       {"prompt": p, "answer": a, "score": float(s), "kl": float(k)}
       for p, a, s, k in list(zip(*columns))[: ctx.config.log.samples]

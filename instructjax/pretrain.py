@@ -10,7 +10,10 @@ from instructjax.models import flops
 from instructjax.optim import make_optimizer
 
 
-def document_batches(ctx: Context, split: str, *, length: int, batch_size: int, seed: int):
+def document_batches(
+  ctx: Context, split: str, *, length: int, batch_size: int, seed: int, places=None
+):
+  """Packed rows of pretraining text; `places` in a global batch, where they are not its only rows."""
   return data_pipeline.lm_batches(
     ctx.document_tokens(split),
     length=length,
@@ -18,7 +21,7 @@ def document_batches(ctx: Context, split: str, *, length: int, batch_size: int, 
     seed=seed,
     vocab_size=ctx.tokenizer.vocab_size,
     eos_id=ctx.tokenizer.eos_id,
-    **ctx.batch_shards,
+    places=ctx.own_rows(batch_size) if places is None else places,
   )
 
 

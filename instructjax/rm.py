@@ -77,7 +77,7 @@ def _batches(ctx: Context, records: list, *, batch_size: int, seed: int):
     seed=seed,
     length=data.max_prompt_length + data.max_response_length,
     vocab_size=ctx.tokenizer.vocab_size,
-    **ctx.batch_shards,
+    places=ctx.own_rows(batch_size),
   )
 
 
@@ -133,7 +133,7 @@ def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
       length=data.max_prompt_length + data.max_response_length,
       vocab_size=ctx.tokenizer.vocab_size,
     )
-    score_BC = np.asarray(_jitted_scores(model, params, sharding.place_rows(ctx.mesh, batch)))
+    score_BC = sharding.to_host(_jitted_scores(model, params, sharding.place_rows(ctx.mesh, batch)))
     result += [row[: len(item.ranks)] for row, item in zip(score_BC, chunk)]
   return result
 

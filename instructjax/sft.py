@@ -25,20 +25,23 @@ def _demonstrations(ctx: Context, split: str) -> list:
 def _batches(ctx: Context, cfg: SFTConfig, stage: str):
   """Batches of demonstrations; with a pretraining mix, of {'demonstrations', 'pretrain'} rows."""
   mix_rows = round(cfg.pretrain_mix * cfg.batch_size)
+  first_mixed = cfg.batch_size - mix_rows  # demonstrations, then text: see _join_rows
+  places = ctx.own_rows(cfg.batch_size)
   common = dict(length=cfg.length, seed=ctx.data_seed(stage))
   demonstrations = data_pipeline.sft_batches(
     _demonstrations(ctx, "train"),
-    batch_size=cfg.batch_size - mix_rows,
+    batch_size=first_mixed,
     vocab_size=ctx.tokenizer.vocab_size,
     eos_id=ctx.tokenizer.eos_id,
-    **ctx.batch_shards,
+    places=places[places < first_mixed],
     **common,
   )
   if not mix_rows:
     return data_pipeline.zip_batches(
       {"demonstrations": demonstrations}
     ), demonstrations.steps_per_epoch
-  text = document_batches(ctx, "train", batch_size=mix_rows, **common)
+  mixed = places[places >= first_mixed] - first_mixed
+  text = document_batches(ctx, "train", batch_size=mix_rows, places=mixed, **common)
   zipped = data_pipeline.zip_batches({"demonstrations": demonstrations, "pretrain": text})
   return zipped, demonstrations.steps_per_epoch
 
@@ -56,7 +59,7 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate):
     seed=0,
     vocab_size=ctx.tokenizer.vocab_size,
     eos_id=ctx.tokenizer.eos_id,
-    **ctx.batch_shards,
+    places=ctx.own_rows(cfg.batch_size),
   )
   demonstrations = [next(batches) for _ in range(batches.steps_per_epoch)]
   text = validation_rows(ctx, cfg.length)

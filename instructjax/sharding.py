@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 import optax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
@@ -259,29 +259,65 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PS())
 
 
+def num_row_shards(mesh) -> int:
+  """Parts that rows are split into; 1 on the empty mesh of a traced function without one."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+
+
+def own_row_shards(mesh: Mesh) -> np.ndarray:
+  """Which of the shards of a batch's rows lie on this process's devices, ascending.
+
+  They need not be neighbours: a TPU host is a square of a slice. Where `tensor` goes across hosts,
+  several hold the same.
+  """
+  mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+  return np.flatnonzero(np.reshape(mine, (num_row_shards(mesh), -1)).any(axis=1))
+
+
+def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+  """Places in a global batch of the rows that this process must bring, ascending.
+
+  Raises:
+    ValueError: the rows do not divide over the mesh.
+  """
+  shards = num_row_shards(mesh)
+  if num_rows % shards:
+    raise ValueError(
+      f"batch: {num_rows} rows must be divisible by the mesh's slice * data * fsdp = {shards}."
+      " Set the batch size to a multiple, or a smaller mesh."
+    )
+  return np.arange(num_rows).reshape(shards, -1)[own_row_shards(mesh)].reshape(-1)
+
+
 def place_batch(mesh: Mesh, batch):
-  """Global arrays from this process's own rows, a pytree of numpy arrays.
+  """Global arrays from this process's own rows, a pytree of numpy arrays in the order of `own_rows`.
 
   Raises:
     ValueError: the rows do not divide over this process's share of the mesh.
   """
-  mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
-  shards = int(np.reshape(mine, mesh.devices.shape).any(axis=-1).sum())
+  mine, shards = own_row_shards(mesh).tolist(), num_row_shards(mesh)
 
   def one(rows):
-    if rows.shape[0] % shards:
+    size, rest = divmod(rows.shape[0], len(mine))
+    if rest:
       raise ValueError(
-        f"batch: {rows.shape[0]} rows must be divisible by this process's slice * data * fsdp ="
-        f" {shards}. Set the batch size to a multiple, or a smaller mesh."
+        f"batch: {rows.shape[0]} rows must be divisible by this process's slice * data * fsdp = {len(mine)}."
+        " Set the batch size to a multiple, or a smaller mesh."
       )
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+
+    def shard(index):
+      start = size * mine.index((index[0].start or 0) // size)
+      return rows[start : start + size]
+
+    shape = (size * shards, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
 
   return jax.tree.map(one, batch)
 
 
 def place_rows(mesh: Mesh, batch):
   """Global arrays from rows that every process holds alike; not split if they do not divide."""
-  shards = math.prod(mesh.shape[axis] for axis in ROWS)
+  shards = num_row_shards(mesh)
 
   def one(rows):
     sharding = replicated(mesh) if rows.shape[0] % shards else batch_sharding(mesh)
@@ -290,10 +326,15 @@ def place_rows(mesh: Mesh, batch):
   return jax.tree.map(one, batch)
 
 
-def num_row_shards() -> int:
-  """Inside a traced function under `jax.set_mesh`: parts that rows are split into; 1 without a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+def to_host(tree):
+  """Whole numpy arrays on every process; all processes must call it alike."""
+
+  def one(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+      return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(one, tree)
 
 
 def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):

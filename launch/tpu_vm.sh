@@ -222,10 +222,10 @@ worker_states() {
     done
 }
 
-# Of worker_states, one word for all: running, absent, unknown, or the exit code: 0 or 2 if all workers have it, and
-# else the highest: after one worker's death the others end as they can.
+# Of worker_states, one word for all: running, absent, unknown, or the exit code: the highest, but what a worker ends
+# with because another is gone (69) only where no other code says why.
 run_state() {
-  local states codes
+  local states codes telling
   states=$(cat)
   codes=$(sed -n 's/.* ended //p' <<<"$states" | sort -nu)
   if [[ -z $states ]]; then
@@ -234,11 +234,22 @@ run_state() {
     echo running
   elif [[ $states == *" absent"* ]]; then
     echo absent
-  else tail -n 1 <<<"$codes"; fi
+  else
+    telling=$(grep -vxE '0|69' <<<"$codes" || true)
+    tail -n 1 <<<"${telling:-$codes}"
+  fi
 }
 
-# Every worker says 2: a mistake in flags or data, which no new start mends.
-is_mistake() { ! grep -qv ' ended 2$' <<<"$1"; }
+# A worker says 2, the others that or 69: a mistake in flags or data, which no new start mends.
+is_mistake() { grep -q ' ended 2$' <<<"$1" && ! grep -qvE ' ended (2|69)$' <<<"$1"; }
+
+# What instructjax.main's exit code says beyond its number.
+meaning() {
+  case $1 in
+    69) echo " (a worker is gone)" ;;
+    75) echo " (told to stop, and saved)" ;;
+  esac
+}
 
 fetch_logs() {
   # A worker that is gone has copied its log when it was told to stop.
@@ -283,7 +294,7 @@ attempt() {
       absent) reason="a worker was restarted" && return ;;
       0) outcome=finished exit_code=0 && return ;;
       *)
-        exit_code=$run reason="the run ended with exit code $run"
+        exit_code=$run reason="the run ended with exit code $run$(meaning "$run")"
         if is_mistake "$states"; then outcome=mistake; fi
         return
         ;;
@@ -324,7 +335,7 @@ up() {
   if $keep; then say "the slice is kept and costs money until: tpu_vm.sh delete"; else delete_slice || say "the slice could not be deleted: it may still cost money"; fi
   case $outcome in
     finished) say "finished: $workdir" ;;
-    mistake) say "$reason on every worker, which starting again would not mend: see $logs" ;;
+    mistake) say "$reason, which starting again would not mend: see $logs" ;;
     lost) say "gave up after $retries retries: $reason. The same command goes on from $workdir; logs are in $logs" ;;
   esac
   exit "$exit_code"
@@ -347,7 +358,7 @@ show_status() {
     running) echo "run: running" ;;
     absent) echo "run: not started on every worker" ;;
     unknown) echo "run: unknown, the workers cannot be reached" ;;
-    *) echo "run: ended, exit code $run" ;;
+    *) echo "run: ended, exit code $run$(meaning "$run")" ;;
   esac
   if [[ -n $states ]]; then echo "  ${states//$'\n'/$'\n'  }"; fi
 }

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # only, never its neighbours. A new module takes the lowest row above everything that it imports.
 LAYERS = (
   ("structs", "config", "errors", "memory", "gguf_header", "chips"),
+  ("distributed",),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
   ("models", "checkpoint", "report", "demo", "profiling"),
   ("batching",),

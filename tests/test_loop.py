@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,10 @@ import numpy as np
 import optax
 import pytest
 
+from instructjax import distributed
 from instructjax.checkpoint import read_meta, saved_steps
 from instructjax.config import CheckpointConfig, LogConfig, ProfileConfig
-from instructjax.errors import StageStopped, UserError
+from instructjax.errors import Preempted, StageStopped, UserError
 from instructjax.loop import StageRun, fit
 from instructjax.metrics import read_metrics
 from instructjax.structs import TrainState
@@ -115,6 +117,31 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   assert draws.get_state() == {"drawn": 10}
   assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
   assert [record["step"] for record in _records(tmp_path / "whole")] == list(range(1, 11))
+
+
+class ToldToStop(Rows):
+  """SIGTERM comes while the 5th batch is drawn."""
+
+  def __next__(self):
+    if self._drawn == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return super().__next__()
+
+
+def test_sigterm_saves_after_the_step_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(distributed, "_told_to_stop", threading.Event())
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    distributed.join(None)
+    with pytest.raises(Preempted, match="toy: told to stop .SIGTERM., saved at step 5; the same"):
+      _fit(tmp_path / "told", batches=ToldToStop())
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert saved_steps(tmp_path / "told") == [3, 5]
+  assert [record["step"] for record in _records(tmp_path / "told")] == [1, 2, 3, 4, 5]
+  distributed._told_to_stop.clear()
+  assert _bytes(_fit(tmp_path / "told")) == _bytes(_fit(tmp_path / "whole"))
+  assert _records(tmp_path / "told") == _records(tmp_path / "whole")
 
 
 def test_a_finished_stage_does_nothing_again(tmp_path, capsys):

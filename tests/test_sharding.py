@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -298,6 +299,56 @@ def test_batches_are_placed_by_rows_or_refused():
     ValueError, match=r"batch: 6 rows must be divisible by .* slice \* data \* fsdp = 4"
   ):
     sharding.place_batch(mesh, np.zeros((6, 3)))
+
+
+def pod_mesh(shape, processes):
+  """A mesh of devices of which nothing but their process is known, `processes` in order of mesh position."""
+  devices = np.array([types.SimpleNamespace(process_index=p) for p in processes]).reshape(shape)
+  sizes = dict(zip(sharding.MESH_AXES, shape, strict=True))
+  return types.SimpleNamespace(devices=devices, shape=sizes)
+
+
+@pytest.mark.parametrize(
+  ("shape", "processes", "rows"),
+  [
+    ((1, 4, 1, 1), [0, 0, 1, 1], {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}),
+    (
+      (1, 2, 2, 1),
+      [0, 1, 0, 1],
+      {0: [0, 1, 4, 5], 1: [2, 3, 6, 7]},
+    ),  # hosts are squares of a slice
+    (
+      (1, 1, 2, 2),
+      [0, 1, 2, 3],
+      {0: [0, 1, 2, 3], 1: [0, 1, 2, 3], 3: [4, 5, 6, 7]},
+    ),  # tensor across
+    ((1, 1, 1, 4), [0, 0, 1, 1], {0: list(range(8)), 1: list(range(8))}),
+  ],
+)
+def test_a_process_brings_the_rows_that_its_devices_hold(shape, processes, rows):
+  mesh = pod_mesh(shape, processes)
+  for process, expected in rows.items():
+    with mock.patch.object(jax, "process_index", return_value=process):
+      assert sharding.own_rows(mesh, 8).tolist() == expected
+  with pytest.raises(
+    ValueError, match=r"batch: 7 rows must be divisible by the mesh's slice \* data \* fs"
+  ):
+    sharding.own_rows(mesh if shape[:2] != (1, 1) else pod_mesh((1, 1, 2, 1), [0, 1]), 7)
+
+
+def test_rows_of_shards_that_are_no_neighbours_are_placed_each_on_its_own():
+  mesh = pod_mesh((1, 2, 2, 1), [0, 1, 0, 1])
+  asked = lambda shape, _, shard: [shape] + [shard((slice(i, i + 2), slice(None))) for i in (2, 6)]
+  with (
+    mock.patch.object(jax, "process_index", return_value=1),
+    mock.patch.object(jax, "make_array_from_callback", asked),
+    mock.patch.object(sharding, "batch_sharding"),
+  ):
+    own = np.arange(24).reshape(8, 3)[sharding.own_rows(mesh, 8)]
+    shape, first, second = sharding.place_batch(mesh, own)
+  assert shape == (8, 3)
+  np.testing.assert_array_equal(first, [[6, 7, 8], [9, 10, 11]])
+  np.testing.assert_array_equal(second, [[18, 19, 20], [21, 22, 23]])
 
 
 def test_rows_held_by_every_process_may_be_of_any_number():

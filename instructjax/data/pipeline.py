@@ -7,8 +7,8 @@ Every `*_batches` function returns an endless `Batches` over one list of rows:
     exactly once.
   - Passes follow one another without a gap: the batch at the end of a pass is filled up from the
     next. So nothing is left out, and a batch larger than the data wraps around it.
-  - Process p of n gets rows p/n to (p+1)/n of each global batch; all processes together get what
-    one alone would.
+  - A process gets the rows of each global batch whose places it names, so that all processes
+    together get what one alone would.
 """
 
 import dataclasses
@@ -153,8 +153,7 @@ class Batches:
     num_rows: int,
     batch_size: int,
     seed: int,
-    process_index: int,
-    process_count: int,
+    places: Sequence[int] | None,
   ):
     """Use the `*_batches` functions.
 
@@ -164,14 +163,12 @@ class Batches:
       num_rows: rows in the data.
       batch_size: rows of the global batch, over all processes.
       seed: any non-negative integer.
-      process_index, process_count: which share of each batch is this process's.
+      places: rows of the global batch that are this process's, ascending; None for all.
     """
     if not num_rows:
       raise ValueError("cannot make batches: there is no data")
-    if batch_size <= 0 or batch_size % process_count:
-      raise ValueError(
-        f"batch_size={batch_size} must be a positive multiple of the {process_count} processes"
-      )
+    if batch_size <= 0:
+      raise ValueError(f"batch_size={batch_size} must be positive")
     self.steps_per_epoch = -(-num_rows // batch_size)
     self._identity = {
       "batch_size": batch_size,
@@ -179,10 +176,8 @@ class Batches:
       "rows": num_rows,
       "checksum": _checksum(rows),
     }
-    share = batch_size // process_count
-    source = _BatchSource(
-      num_rows, batch_size, seed, range(share * process_index, share * (process_index + 1)), gather
-    )
+    place_b = np.asarray(range(batch_size) if places is None else places, np.int32)
+    source = _BatchSource(num_rows, batch_size, seed, place_b, gather)
     # No threads: at small sizes a hand-over costs more than a batch.
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(read_options))
@@ -214,9 +209,11 @@ class _BatchSource:
   1.6 ms against 0.04 ms for 64 rows.
   """
 
-  def __init__(self, num_rows: int, batch_size: int, seed: int, places: range, gather: Callable):
+  def __init__(
+    self, num_rows: int, batch_size: int, seed: int, place_b: np.ndarray, gather: Callable
+  ):
     self._num_rows, self._batch_size, self._seed, self._gather = num_rows, batch_size, seed, gather
-    self._place_b = np.arange(places.start, places.stop, dtype=np.int32)
+    self._place_b = place_b
     self._permutation = functools.lru_cache(maxsize=2)(
       self._draw_permutation
     )  # a batch seldom meets more passes
@@ -229,9 +226,9 @@ class _BatchSource:
       step * self._batch_size + self._place_b.astype(np.int64), self._num_rows
     )
     row_b = np.empty_like(index_b)
-    for epoch in range(epoch_b[0], epoch_b[-1] + 1):
+    for epoch in np.unique(epoch_b):
       here = epoch_b == epoch
-      row_b[here] = self._permutation(epoch)[index_b[here]]
+      row_b[here] = self._permutation(int(epoch))[index_b[here]]
     return self._gather(row_b, self._place_b)
 
   def _draw_permutation(self, epoch: int) -> np.ndarray:
@@ -274,8 +271,7 @@ def lm_batches(
   seed: int,
   vocab_size: int,
   eos_id: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  places: Sequence[int] | None = None,
 ) -> Batches:
   """Batches of PackedBatch for language modelling: documents, each with its EOS.
 
@@ -285,7 +281,7 @@ def lm_batches(
     piece for document in documents for piece in packing.split_long([*document, eos_id], length)
   ]
   rows = packing.pack_rows(pieces, [0] * len(pieces), length=length, vocab_size=vocab_size)
-  return _packed_batches(rows, batch_size, seed, process_index, process_count)
+  return _packed_batches(rows, batch_size, seed, places)
 
 
 def sft_batches(
@@ -296,18 +292,17 @@ def sft_batches(
   seed: int,
   vocab_size: int,
   eos_id: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  places: Sequence[int] | None = None,
 ) -> Batches:
   """Batches of PackedBatch of whole demonstrations, with loss on the response and its EOS only."""
   sequences = [[*item.prompt, *item.response, eos_id] for item in demonstrations]
   num_prompt = [len(item.prompt) for item in demonstrations]
   rows = packing.pack_rows(sequences, num_prompt, length=length, vocab_size=vocab_size)
-  return _packed_batches(rows, batch_size, seed, process_index, process_count)
+  return _packed_batches(rows, batch_size, seed, places)
 
 
 def _packed_batches(
-  rows: PackedBatch, batch_size: int, seed: int, process_index: int, process_count: int
+  rows: PackedBatch, batch_size: int, seed: int, places: Sequence[int] | None
 ) -> Batches:
   return Batches(
     rows,
@@ -315,8 +310,7 @@ def _packed_batches(
     num_rows=len(rows.token_BL),
     batch_size=batch_size,
     seed=seed,
-    process_index=process_index,
-    process_count=process_count,
+    places=places,
   )
 
 
@@ -328,8 +322,7 @@ def ranking_batches(
   batch_size: int,
   seed: int,
   vocab_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  places: Sequence[int] | None = None,
 ) -> Batches:
   """Batches of RankedBatch; batch_size counts prompts, as in C.2."""
   rankings = list(rankings)
@@ -348,8 +341,7 @@ def ranking_batches(
     num_rows=len(rankings),
     batch_size=batch_size,
     seed=seed,
-    process_index=process_index,
-    process_count=process_count,
+    places=places,
   )
 
 
@@ -377,8 +369,7 @@ def prompt_batches(
   batch_size: int,
   seed: int,
   vocab_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  places: Sequence[int] | None = None,
 ) -> Batches:
   """Batches of PromptBatch, left-padded to `length`."""
   prompts = [list(prompt) for prompt in prompts]
@@ -395,8 +386,7 @@ def prompt_batches(
     num_rows=len(prompts),
     batch_size=batch_size,
     seed=seed,
-    process_index=process_index,
-    process_count=process_count,
+    places=places,
   )
 
 

@@ -252,7 +252,7 @@ def test_retries_exhausted(cloud):
 
 
 def test_a_dead_worker_is_a_retry_on_the_same_slice(cloud):
-  codes = f"{ended(134)};worker=w-1 ExecMainCode=2 ExecMainStatus=9 SubState=failed"
+  codes = f"{ended(69)};worker=w-1 ExecMainCode=2 ExecMainStatus=9 SubState=failed"
   there = cloud(queue=["ACTIVE"], run=[NONE, codes, codes, DONE])
   done = there.up("--keep")
   assert done.returncode == 0, done.stderr
@@ -267,12 +267,28 @@ def test_the_code_of_a_run_that_never_ends_well(cloud):
   assert done.returncode == 134 and there.calls().count("run") == 2
 
 
-def test_a_mistake_is_not_tried_again(cloud):
-  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(2)};{ended(2, 1)}"])
+@pytest.mark.parametrize(
+  ("codes", "reason"),
+  [
+    ((75, 75), "exit code 75 (told to stop, and saved)"),
+    ((69, 0), "exit code 69 (a worker is gone)"),
+  ],
+)
+def test_what_the_codes_of_a_run_mean(cloud, codes, reason):
+  states = f"{ended(codes[0])};{ended(codes[1], 1)}"
+  there = cloud(queue=["ACTIVE"], run=[NONE, states, states, DONE])
+  done = there.up("--keep")
+  assert done.returncode == 0, done.stderr
+  assert f"the run ended with {reason}; starting again (1 of 10)" in done.stderr
+
+
+@pytest.mark.parametrize("other", [2, 69])  # 69: left behind by the one with the mistake
+def test_a_mistake_is_not_tried_again(cloud, other):
+  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(2)};{ended(other, 1)}"])
   done = there.up()
   assert done.returncode == 2
   assert there.calls() == [*INSTALL, "run", *END]
-  assert "exit code 2 on every worker" in done.stderr
+  assert "exit code 2, which starting again would not mend" in done.stderr
 
 
 def test_a_run_under_way_is_only_watched(cloud):
@@ -306,7 +322,7 @@ def test_no_answer_at_all_costs_nothing(cloud):
     ("ACTIVE", "READY", DONE, "slice gpt3: READY\nrun: ended, exit code 0\n  w-0 ended 0\n"),
     (
       *("ACTIVE", "READY", f"{DONE};{ended(75, 1)}"),
-      "slice gpt3: READY\nrun: ended, exit code 75\n  w-0 ended 0\n  w-1 ended 75\n",
+      "slice gpt3: READY\nrun: ended, exit code 75 (told to stop, and saved)\n  w-0 ended 0\n  w-1 ended 75\n",
     ),
     (
       *("ACTIVE", "READY", NONE),
