@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructjax import sharding
+from instructjax import layouts, sharding
 from instructjax.models import transformer
 from instructjax.structs import Array, Params, PromptBatch, Rollout, pytree
 
@@ -125,7 +125,7 @@ def generate(
     raise ValueError(
       f"slots={slots} and rows={num_rows} must be divisible by mesh slice * data * fsdp = {shards}"
     )
-  split = lambda x: sharding.shard_rows(x.reshape(shards, -1, *x.shape[1:]))
+  split = lambda x: layouts.shard_rows(x.reshape(shards, -1, *x.shape[1:]))
   arrays = (split(x) for x in (prompts.token_BP, prompts.is_prompt_BP, uniform_BR))
   task = Task(model, weights, *arrays, draw, eos_id)
   widths = _widths(slots // shards)
@@ -174,7 +174,7 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
   shards, _, prompt_length = task.token_XQP.shape
   none_XS = jnp.zeros((shards, width), jnp.int32)
   no_prompt_XSP = jnp.zeros((shards, width, prompt_length), bool)
-  rows = sharding.shard_rows(Rows(none_XS, no_prompt_XSP, none_XS, none_XS, none_XS > 0))
+  rows = layouts.shard_rows(Rows(none_XS, no_prompt_XSP, none_XS, none_XS, none_XS > 0))
   output = Output(
     jnp.full(task.uniform_XQR.shape, task.model.vocab_size, jnp.int32),  # pads
     jnp.zeros(task.uniform_XQR.shape, jnp.float32),
@@ -185,7 +185,7 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
     for length in (prompt_length + task.uniform_XQR.shape[2], prompt_length)
   )
   zero = jnp.int32(0)
-  run = Run(zero, zero, rows, cache, sharding.shard_rows(output))
+  run = Run(zero, zero, rows, cache, layouts.shard_rows(output))
   return run, Queue(none_XS[:, 0], rows, staged_cache)
 
 
@@ -256,7 +256,7 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
   row_XS = jax.vmap(next_rows)(dataclasses.replace(queue, cache=None))
   take = jax.vmap(lambda x_Q, row_S: x_Q.at[row_S].get(mode="clip"))
   is_prompt_XSP = take(task.is_prompt_XQP, row_XS)
-  token_BP, is_prompt_BP = sharding.shard_rows(
+  token_BP, is_prompt_BP = layouts.shard_rows(
     (_flat(take(task.token_XQP, row_XS)), _flat(is_prompt_XSP))
   )
   cache = transformer.init_cache(task.model, *token_BP.shape)
@@ -291,7 +291,7 @@ def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple
   output = jax.vmap(write)(output, row_XS, length_XS, token_XS, logprob_XS)
   is_live_XS = rows.is_live_S & (token_XS != task.eos_id) & (length_XS < max_new_tokens)
   rows = dataclasses.replace(rows, token_S=token_XS, length_S=length_XS, is_live_S=is_live_XS)
-  return sharding.shard_rows((output, rows))
+  return layouts.shard_rows((output, rows))
 
 
 def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
@@ -327,7 +327,7 @@ def _map_cache(function, caches: tuple, *args):
     axes = (dim,) * len(parts) + (0,) * len(args)
     x = jax.vmap(function, axes, dim)(*parts, *args)
     x = x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
-    return sharding.shard_rows(x, row_dim=dim, tensor_dim=dim + 1)
+    return layouts.shard_rows(x, row_dim=dim, tensor_dim=dim + 1)
 
   return jax.tree.map(one, *caches)
 
@@ -368,6 +368,6 @@ def _narrow(run: Run, width: int) -> Run:
   """Keeps `width` slots a shard, the busy ones among them."""
   order_XS = jnp.argsort(~run.rows.is_live_S, axis=1, stable=True)[:, :width]
   keep = lambda rows, order_S: jax.tree.map(lambda x: x[order_S], rows)
-  rows = sharding.shard_rows(jax.vmap(keep)(run.rows, order_XS))
+  rows = layouts.shard_rows(jax.vmap(keep)(run.rows, order_XS))
   cache = _map_cache(lambda x, order_S: x[..., order_S, :, :, :], (run.cache,), order_XS)
   return dataclasses.replace(run, rows=rows, cache=cache)

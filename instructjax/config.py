@@ -64,7 +64,7 @@ class ModelConfig:
   # What a layer keeps for its gradient: everything, what its products with weights yield, or its input only.
   remat: Literal["none", "products", "full"]
   # How sampling splits weights: over tensor only, or (2d) as in training, with activations moved to them. auto: tensor
-  # while its copy takes no more than sharding.DECODE_SHARE of a device's memory.
+  # while its copy takes no more than layouts.DECODE_SHARE of a device's memory.
   decode_layout: Literal["auto", "tensor", "2d"]
   weights: str  # '' = train from scratch (the pretrain stage); else what weights.open takes
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from instructjax import sharding
+from instructjax import layouts
 from instructjax.structs import Array, pytree
 
 
@@ -36,7 +36,7 @@ def first_fit(is_token_BL: Array) -> Layout:
     is_token_BL: True on an episode's tokens, which are contiguous.
   """
   # Small, and needed whole: split over devices, every step of the scan below would send it around.
-  is_token_BL = sharding.whole(is_token_BL)
+  is_token_BL = layouts.whole(is_token_BL)
   num_episodes, width = is_token_BL.shape
   length_B = jnp.sum(is_token_BL, axis=1, dtype=jnp.int32)
 
@@ -57,7 +57,7 @@ def first_fit(is_token_BL: Array) -> Layout:
 
 def pack(layout: Layout, x_BL: Array, fill) -> Array:
   """Values of the episodes' tokens in the shared rows, `fill` where there is no token."""
-  x_BL = sharding.whole(x_BL)
+  x_BL = layouts.whole(x_BL)
   empty = jnp.full((x_BL.size,), fill, x_BL.dtype)
   return empty.at[layout.cell_BL].set(x_BL, mode="drop").reshape(x_BL.shape)
 
@@ -70,7 +70,7 @@ def segments(layout: Layout) -> Array:
 
 def unpack(layout: Layout, x_BL: Array) -> Array:
   """Undoes `pack`: from the shared rows back to one episode a row, 0 where there is no token."""
-  x_BL = sharding.whole(x_BL)
+  x_BL = layouts.whole(x_BL)
   return x_BL.reshape(-1).at[layout.cell_BL].get(mode="fill", fill_value=0)
 
 
@@ -109,4 +109,4 @@ def fold_rows(function: Callable, join: Callable, layout: Layout, tree: Any, *, 
 def _chunk(tree: Any, index, rows: int) -> Any:
   """Rows index * rows to (index + 1) * rows of every array, split over the devices."""
   part = lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows)  # noqa: E731
-  return sharding.shard_rows(jax.tree.map(part, tree))
+  return layouts.shard_rows(jax.tree.map(part, tree))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructjax import episodes, sampling, scoring, sharding
+from instructjax import episodes, layouts, sampling, scoring, sharding
 from instructjax.config import PPOConfig
 from instructjax.models import transformer
 from instructjax.ops import gae, kl, lm, masked, surrogate
@@ -273,7 +273,7 @@ def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
 
   def add_chunk(total, chunk):
     return jax.tree.map(
-      jnp.add, total, jax.value_and_grad(chunk_loss)(params, sharding.shard_rows(chunk))
+      jnp.add, total, jax.value_and_grad(chunk_loss)(params, layouts.shard_rows(chunk))
     ), None
 
   zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
@@ -321,7 +321,7 @@ def _update(
   def one_update(weights, inputs):
     params, opt_state, value_params, value_opt_state = weights
     rows, which = inputs
-    batch = sharding.shard_rows(jax.tree.map(lambda x: x[rows], experience))
+    batch = layouts.shard_rows(jax.tree.map(lambda x: x[rows], experience))
     ptx_rows = None if ptx is None else jax.tree.map(lambda x: x[which], ptx)
     grads, metrics = policy_gradient(params, nets, cfg, batch, ptx_rows)
     with jax.named_scope("update/policy"):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax import ppo, ppo_stage, rm, sharding, supervised
+from instructjax import layouts, ppo, ppo_stage, rm, sharding, supervised
 from instructjax.config import Config, ModelConfig
 from instructjax.context import Context
 from instructjax.models import flops, transformer
@@ -244,7 +244,7 @@ def _decoding(mesh: Mesh, nets: ppo.Nets, num_rows: int, length: int) -> dict:
   """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
   copy = jax.eval_shape(lambda weights: transformer.decode_weights(model, weights), shapes)
-  gathered = sharding.DECODE_GATHERED[transformer.decode_layout(model, mesh)]
+  gathered = layouts.DECODE_GATHERED[transformer.decode_layout(model, mesh)]
   placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
     placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)

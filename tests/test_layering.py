@@ -20,6 +20,7 @@ LAYERS = (
   ("structs", "config", "errors", "memory", "gguf_header", "chips"),
   ("distributed",),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
+  ("layouts",),
   ("models", "checkpoint", "report", "demo", "profiling"),
   ("batching",),
   ("sampling", "scoring", "episodes", "loop", "supervised", "weights"),

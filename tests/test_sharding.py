@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax import models, sharding
+from instructjax import layouts, models, sharding
 from instructjax.config import MeshConfig, ModelConfig, RopeScalingConfig
 
 
@@ -376,7 +376,7 @@ def test_moments_lie_as_their_parameters_do():
 
 def test_rows_stay_split_inside_a_step_where_they_divide():
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
-  pin = jax.jit(functools.partial(sharding.shard_rows, tensor_dim=1))
+  pin = jax.jit(functools.partial(layouts.shard_rows, tensor_dim=1))
   with jax.set_mesh(mesh):
     even, odd = pin((jnp.zeros((8, 2)), jnp.zeros((6, 2))))
   spec = PS(sharding.ROWS, "tensor")

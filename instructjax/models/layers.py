@@ -1,7 +1,7 @@
 """The maths of one decoder layer: pure functions over a dict of that layer's weights.
 
 Called by transformer.py only. Knows no batches or stages, of meshes only which dimension of an array to split (the
-helpers of sharding.py, which do nothing on one device), and never imports flax.
+helpers of layouts.py, which do nothing on one device), and never imports flax.
 
 Two more dimension letters than structs.py has: R here is the query heads that share one key/value
 head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from instructjax import sharding
+from instructjax import layouts
 from instructjax.config import ModelConfig
 
 SAVED = "saved"  # name of what remat='products' keeps of a layer for its gradient
@@ -80,7 +80,7 @@ def project_qkv(x_BTD, weights: dict, angles):
   y_BTGQK = jnp.einsum("BTD,DGQK->BTGQK", x_BTD, weights["w_qkv_DGQK"])
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
-  y_BTGQK = sharding.split_products(y_BTGQK, tensor_dim=2)
+  y_BTGQK = layouts.split_products(y_BTGQK, tensor_dim=2)
   # Split, not sliced: the gradient of a split is one concatenation instead of padded sums.
   q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, (y_BTGQK.shape[3] - 2, 1, 1), axis=3)
   if angles is not None:
@@ -126,12 +126,12 @@ def project_out(x_BTGRK, weights: dict):
   # copy all weights into it at each step, which doubles the time of a decode step.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
   y_BTD = jnp.einsum("BTE,ED->BTD", x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
-  return _add_bias(sharding.scatter_columns(y_BTD), weights.get("b_out_D"))
+  return _add_bias(layouts.scatter_columns(y_BTD), weights.get("b_out_D"))
 
 
 def _add_bias(y_BTD, bias_D):
   """Also where there is none; its gradient sums the columns that a device has, not those it gathers."""
-  return y_BTD if bias_D is None else sharding.split_columns(y_BTD + bias_D[None, None])
+  return y_BTD if bias_D is None else layouts.split_columns(y_BTD + bias_D[None, None])
 
 
 @jax.checkpoint
@@ -150,16 +150,16 @@ def mlp(x_BTD, weights: dict, cfg: ModelConfig):
     y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weights["w_up_DF"])
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
-    y_BTF = sharding.split_products(y_BTF, tensor_dim=2)
+    y_BTF = layouts.split_products(y_BTF, tensor_dim=2)
     y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
   else:
     y_BT2F = jnp.einsum("BTD,DCF->BTCF", x_BTD, weights["w_gate_up_D2F"])
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
-    y_BT2F = sharding.split_products(y_BT2F, tensor_dim=3)
+    y_BT2F = layouts.split_products(y_BT2F, tensor_dim=3)
     y_BTF = _gated(checkpoint_name(y_BT2F, SAVED))
   y_BTD = jnp.einsum("BTF,FD->BTD", y_BTF, weights["w_down_FD"])
-  return _add_bias(sharding.scatter_columns(y_BTD), weights.get("b_down_D"))
+  return _add_bias(layouts.scatter_columns(y_BTD), weights.get("b_down_D"))
 
 
 def dropout(x_BTD, key, rate: float):
@@ -207,12 +207,12 @@ def block(h_BTD, weights: dict, cfg: ModelConfig, angles, mix, dropout_rate: flo
   """
   weights = cast(weights, h_BTD.dtype)
   keys = (None, None) if key is None else jax.random.split(key)
-  x_BTD = sharding.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
+  x_BTD = layouts.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
   q_BTGRK, k_BTGK, v_BTGK = checkpoint_name(project_qkv(x_BTD, weights["attention"], angles), SAVED)
   mixed_BTGRK, kept = mix(q_BTGRK, k_BTGK, v_BTGK)
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
   h_BTD = h_BTD + dropout(y_BTD, keys[0], dropout_rate)
   h_BTD = checkpoint_name(h_BTD, SAVED)
-  x_BTD = sharding.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
+  x_BTD = layouts.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
   y_BTD = mlp(x_BTD, weights["mlp"], cfg)
   return h_BTD + dropout(y_BTD, keys[1], dropout_rate), kept

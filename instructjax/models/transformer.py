@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax import sharding
+from instructjax import layouts, sharding
 from instructjax.config import ModelConfig
 from instructjax.models import layers, splash
 from instructjax.structs import Array, Params
@@ -183,11 +183,11 @@ def positions_from_segments(segment_BL: Array) -> Array:
 
 
 def decode_layout(model: Model, mesh: Mesh | None = None) -> str:
-  """Which of sharding.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
+  """Which of layouts.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
   choice, itemsize = model.cfg.decode_layout, jnp.dtype(model.cfg.dtype).itemsize
   if choice != "auto":
     return choice
-  return sharding.decode_layout(param_axes(model), param_shapes(model), itemsize, mesh)
+  return layouts.decode_layout(param_axes(model), param_shapes(model), itemsize, mesh)
 
 
 def decode_weights(model: Model, params: Params) -> Params:
@@ -203,7 +203,7 @@ def decode_weights(model: Model, params: Params) -> Params:
   for name in ("embedding", "head"):
     if name in params and not (name == "head" and model.head == "scalar"):
       weights[name] = jax.tree.map(lambda w: w.astype(dtype), params[name])
-  weights = sharding.place_for_decoding(weights, param_axes(model), decode_layout(model))
+  weights = layouts.place_for_decoding(weights, param_axes(model), decode_layout(model))
   if not scans_layers(model):
     weights["layers"] = _unstack(weights["layers"])
   return weights
@@ -217,7 +217,7 @@ def init_cache(model: Model, batch_size: int, length: int):
 
   def pair():
     empty = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(2))
-    return sharding.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
+    return layouts.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
 
   return pair() if stack else tuple(pair() for _ in range(cfg.num_layers))
 
@@ -269,7 +269,7 @@ def decode_step(
   cfg = model.cfg
   position_B1 = position_B[:, None]
   is_2d = decode_layout(model) == "2d"
-  place = sharding.shard_width if is_2d else sharding.shard_rows
+  place = layouts.shard_width if is_2d else layouts.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)
   h_B1D, _ = _embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles = layers.rotary_angles(position_B1, cfg)
@@ -315,15 +315,15 @@ def decode_step(
       h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
       pairs.append(pair)
     cache = tuple(pairs)
-  return sharding.shard_rows(_head(model, weights, h_B1D, decoding=True)[:, 0]), cache
+  return layouts.shard_rows(_head(model, weights, h_B1D, decoding=True)[:, 0]), cache
 
 
 def _mix_own_rows(mix):
   """Attention over a device's own rows, as the cache lies, between products with weights that see all rows."""
 
   def run(*qkv):
-    mixed_BTGRK, kept = mix(*sharding.shard_rows(qkv, tensor_dim=2))
-    return sharding.gather_rows(mixed_BTGRK), kept
+    mixed_BTGRK, kept = mix(*layouts.shard_rows(qkv, tensor_dim=2))
+    return layouts.gather_rows(mixed_BTGRK), kept
 
   return run
 
@@ -334,9 +334,9 @@ def _run_layers(
   """Embedding and all layers; also the keys and values of every layer where `keep`."""
   cfg = model.cfg
   # With whole columns, unlike h: attention's masks are made of them, and are larger.
-  token_BL, segment_BL, position_BL = sharding.shard_rows((token_BL, segment_BL, position_BL))
+  token_BL, segment_BL, position_BL = layouts.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL = _embed(model, params, token_BL, segment_BL, position_BL)
-  segment_BL = sharding.shard_rows(segment_BL)
+  segment_BL = layouts.shard_rows(segment_BL)
   angles = layers.rotary_angles(position_BL, cfg)
   attend = _attention(model, segment_BL, position_BL)
   keys_N = None
@@ -423,7 +423,7 @@ def _layer_mask(masks, index):
   return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
 
 
-def _embed(model, params, token_BL, segment_BL, position_BL, place=sharding.split_columns):
+def _embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split_columns):
   """Embedding sum, zero at pads, and segments with every id outside the vocabulary made a pad."""
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   row_BL = jnp.where(is_token_BL, token_BL, 0)
@@ -438,17 +438,17 @@ def _embed(model, params, token_BL, segment_BL, position_BL, place=sharding.spli
 
 def _head(model, params, h_BTD, *, decoding: bool = False):
   """Final norm and head, float32 out. `decoding`: params are from `decode_weights`, whose tables are gathered."""
-  h_BTD = layers.norm(sharding.split_columns(h_BTD), params["final_norm"], model.cfg)
+  h_BTD = layers.norm(layouts.split_columns(h_BTD), params["final_norm"], model.cfg)
   if model.head == "scalar":
     head = params["head"]
     return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
   table_VD = params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
   table_VD = table_VD.astype(h_BTD.dtype)
   if not decoding:
-    h_BTD, table_VD = sharding.gather_columns(h_BTD), sharding.split_vocab(table_VD)
+    h_BTD, table_VD = layouts.gather_columns(h_BTD), layouts.split_vocab(table_VD)
   # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
   logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
-  return logits_BTV if decoding else sharding.split_logits(logits_BTV)
+  return logits_BTV if decoding else layouts.split_logits(logits_BTV)
 
 
 def _unstack(stacked):
