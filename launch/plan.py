@@ -100,7 +100,8 @@ def plan(
   start, start_cpu = time.perf_counter(), time.process_time()
   try:
     with jax.set_mesh(mesh):
-      compiled = program.step.trace(*program.arguments).lower().compile()
+      lowered = program.step.trace(*program.arguments).lower()
+      compiled = lowered.compile(compiler_options=topology.compiler_options(topology_name))
   except jax.errors.JaxRuntimeError as error:
     found = estimate.out_of_memory(str(error))
     if found is None:

@@ -51,6 +51,11 @@ CHIPS = {
 # A v4 chip is one device on Cloud, and two by libtpu's default.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
+# jaxlib cannot read a program whose lookups libtpu has moved to the SparseCores that these chips have.
+_COMPILER_OPTIONS = dict.fromkeys(
+  ("v5p", "v6e", "tpu7x"), {"xla_tpu_offload_gather_to_sparsecore": "false"}
+)
+
 _NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<slice>(?P<chip>[a-z]\w*):\d+(x\d+)*)")
 # Without them libtpu looks for a TPU VM's metadata server, warns, and lets one process in at a time.
 _ENVIRONMENT = {
@@ -81,6 +86,11 @@ def chip(topology: str) -> Chip:
     ValueError: the name is not [SLICESx]CHIP:AxB[xC], or of a chip whose figures are not known here.
   """
   return CHIPS[_parse(topology)["chip"]]
+
+
+def compiler_options(topology: str) -> dict[str, str]:
+  """What to tell the compiler besides the program."""
+  return _COMPILER_OPTIONS.get(_parse(topology)["chip"], {})
 
 
 def devices(topology: str) -> list:
