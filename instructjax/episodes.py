@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax import layouts
-from instructjax.structs import Array, pytree
+from instructjax.structs import Array, Params, pytree
 
 
 @pytree
@@ -94,16 +94,35 @@ def map_rows(function: Callable, layout: Layout, tree: Any, *, rows: int) -> Any
   return jax.lax.fori_loop(0, -(-layout.num_rows // rows), one, empty)
 
 
-def fold_rows(function: Callable, join: Callable, layout: Layout, tree: Any, *, rows: int) -> Any:
-  """The results of `function` for all chunks of rows in use, joined; arguments as for `map_rows`.
+def mean_gradient(
+  loss_fn: Callable, params: Params, layout: Layout, tree: Any, over: str, *, rows: int
+):
+  """((loss, metrics), gradient) of a loss that is a mean over tokens, from chunk after chunk of rows.
 
   Args:
-    join: (what there is, from zeros on; a chunk's result) -> the two as one.
+    loss_fn: (params, arrays of `rows` rows) -> (loss, metrics), means over the tokens that the field `over` of the
+      arrays marks; a metric NAME_max is a maximum.
+    layout, tree, rows: as for `map_rows`.
   """
-  shapes = jax.eval_shape(function, _chunk(tree, 0, rows))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  one = lambda index, so_far: join(so_far, function(_chunk(tree, index, rows)))  # noqa: E731
-  return jax.lax.fori_loop(0, -(-layout.num_rows // rows), one, zeros)
+  total = jnp.maximum(jnp.sum(getattr(tree, over)), 1)
+
+  def chunk_loss(params, chunk):
+    loss, metrics = loss_fn(params, chunk)
+    share = jnp.sum(getattr(chunk, over)) / total  # a chunk's means weigh by its tokens
+    return share * loss, {n: x if n.endswith("_max") else share * x for n, x in metrics.items()}
+
+  def gradient(index):
+    return jax.value_and_grad(chunk_loss, has_aux=True)(params, _chunk(tree, index, rows))
+
+  def add(index, so_far):
+    new = gradient(index)
+    result = jax.tree.map(jnp.add, so_far, new)
+    (_, old), (_, metrics), (_, latest) = so_far[0], result[0], new[0]
+    metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n.endswith("_max")})
+    return result
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+  return jax.lax.fori_loop(0, -(-layout.num_rows // rows), add, zeros)
 
 
 def _chunk(tree: Any, index, rows: int) -> Any:

@@ -229,21 +229,8 @@ def _loss_gradient(
   if not cfg.packed_rows:
     return jax.value_and_grad(loss_fn, has_aux=True)(params, nets, cfg, batch)
   rows, layout = packed(batch, nets.policy.vocab_size)
-  total = jnp.maximum(jnp.sum(getattr(rows, over)), 1)
-
-  def chunk_loss(params, chunk: Experience):
-    loss, metrics = loss_fn(params, nets, cfg, chunk)
-    share = jnp.sum(getattr(chunk, over)) / total  # a chunk's means weigh by its tokens
-    return share * loss, {n: x if n == "ratio_max" else share * x for n, x in metrics.items()}
-
-  def join(so_far, new):
-    result = jax.tree.map(jnp.add, so_far, new)
-    (_, old), (_, metrics), (_, latest) = so_far[0], result[0], new[0]
-    metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n == "ratio_max"})
-    return result
-
-  gradient = lambda chunk: jax.value_and_grad(chunk_loss, has_aux=True)(params, chunk)  # noqa: E731
-  return episodes.fold_rows(gradient, join, layout, rows, rows=cfg.packed_rows)
+  loss = lambda params, chunk: loss_fn(params, nets, cfg, chunk)  # noqa: E731
+  return episodes.mean_gradient(loss, params, layout, rows, over, rows=cfg.packed_rows)
 
 
 def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):

@@ -7,8 +7,15 @@ import pytest
 
 from instructjax import episodes, sharding
 from instructjax.config import MeshConfig
+from instructjax.structs import Array, pytree
 
 WIDTH = 10
+
+
+@pytree
+class Pair:
+  x_BL: Array
+  is_token_BL: Array
 
 
 def left_padded(length_B, width=WIDTH, prompt=4):
@@ -88,8 +95,27 @@ def test_only_chunks_in_use_are_done(rows, done):
 
   mapped = jax.jit(lambda x: episodes.map_rows(twice, layout, x, rows=rows))(x_BL)
   np.testing.assert_array_equal(np.sum(mapped, axis=1), [2 * WIDTH] * done + [0] * (8 - done))
-  total = jax.jit(lambda x: episodes.fold_rows(jnp.sum, jnp.add, layout, x, rows=rows))(x_BL)
-  assert total == done * WIDTH
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_mean_over_chunks_weighs_by_tokens(rows):
+  is_token_BL = left_padded([7, 3, 6, 4, 5, 2, 2, 1])
+  x_BL = np.random.default_rng(3).normal(size=is_token_BL.shape).astype(np.float32)
+  layout = episodes.first_fit(is_token_BL)
+  pair = Pair(episodes.pack(layout, x_BL, 0.0), episodes.segments(layout) > 0)
+
+  def loss(scale, pair):
+    assert pair.x_BL.shape == (rows, WIDTH)
+    value_BL = jnp.where(pair.is_token_BL, scale**2 * pair.x_BL, 0)
+    mean = jnp.sum(value_BL) / jnp.maximum(jnp.sum(pair.is_token_BL), 1)
+    return mean, {"mean": mean, "x_max": jnp.max(value_BL)}
+
+  run = lambda scale: episodes.mean_gradient(loss, scale, layout, pair, "is_token_BL", rows=rows)
+  (mean, metrics), gradient = jax.jit(run)(3.0)
+  expected = x_BL[is_token_BL].mean()
+  np.testing.assert_allclose([mean, metrics["mean"]], 9 * expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient, 6 * expected, rtol=1e-5)  # of scale ** 2
+  np.testing.assert_allclose(metrics["x_max"], 9 * x_BL[is_token_BL].max(), rtol=1e-6)
 
 
 def test_the_same_on_eight_devices():
