@@ -1,8 +1,8 @@
 """Seconds of one PPO iteration on a CPU, beside what its matrix products must take.
 
-  python -m benchmarks.ppo_iteration --workload=W3 --set=packed_rows=1 --set=packed_rows=0 --repeats=5
+  python -m benchmarks.ppo_iteration --workload=W3 --set=ppo.packed_rows=0 --set=ppo.packed_rows=1,rollout.slots=16
 
-Each --set is a variant (fields of `config.ppo`, comma-separated); they run in turn, so that a busy machine slows all
+Each --set is a variant (fields of the config, comma-separated); they run in turn, so that a busy machine slows all
 alike. Prints one JSON line a variant: medians and ranges of wall and CPU seconds, peak memory, tokens, and the bound:
 every product that the algorithm needs, once, for real tokens only, at `--gflops`. Random weights; four networks.
 
@@ -70,8 +70,8 @@ def make_config(load: Workload, changes: dict):
     num_epochs=load.epochs,
     behaviour_logprob="rollout",
     gamma=0.0,
-    **changes,
   )
+  config.update_from_flattened_dict(changes)
   return from_config_dict(config)
 
 
@@ -142,7 +142,7 @@ def main():
   memory.keep_freed_memory()
   load = WORKLOADS[args.workload]
   variants = {}
-  for spelling in args.set or ["packed_rows=0"]:
+  for spelling in args.set or ["ppo.packed_rows=0"]:
     pairs = (pair.split("=") for pair in spelling.split(","))
     variants[spelling] = prepare(load, {name: json.loads(value) for name, value in pairs})
   measured = {name: [] for name in variants}

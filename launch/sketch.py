@@ -156,9 +156,10 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
   tokens = rows * pass_.length
   logits = rows * pass_.outputs / tensor
   logits *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
-  # One layer's arrays: the residual stream, norms and branches, and what `tensor` splits; no scores of attention.
+  # One layer's arrays: whole columns of what meets the weights; the residual stream, norms and branches, heads and
+  # hidden units, which `tensor` splits; no scores of attention.
   split = 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.d_mlp
-  layer = tokens * _HALF * (6 * cfg.d_model + split / tensor)
+  layer = tokens * _HALF * (2 * cfg.d_model + (4 * cfg.d_model + split) / tensor)
   # In training the gradient takes the logits' place; in scoring they lie there twice, as the temperature divides them.
   live = (1 if pass_.is_training else 2) * _FULL * logits + layer
   if pass_.is_training:
@@ -168,4 +169,4 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
     kept = {"full": stream, "products": stream + products}
     live += cfg.num_layers * (tokens * _HALF * kept[cfg.remat] if cfg.remat in kept else layer)
     live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # gradient and its sum
-  return live + _HALF * (in_layers / cfg.num_layers / tensor + in_tables)  # gathered
+  return live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor  # gathered
