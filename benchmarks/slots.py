@@ -46,7 +46,9 @@ MODEL = ModelConfig(
   init_std=0.02,
   dtype="float32",
   layers="auto",
+  attention="auto",
   remat="none",
+  decode_layout="auto",
   weights="",
 )
 

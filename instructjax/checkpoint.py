@@ -32,6 +32,7 @@ from instructjax.errors import UserError, reason, writing
 _FOLDER = "checkpoints"  # inside the directory of a stage
 _DONE = "done.json"
 _LOCK = ".lock"
+_PARTS = 64  # that a weight is gathered in to be hashed
 
 
 class _Manager(ocp.CheckpointManager):
@@ -251,10 +252,24 @@ def tree_fingerprint(tree: Any) -> str:
   """sha256 of names, shapes, dtypes and bytes of a pytree, the same however it is sharded."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = sharding.to_host(leaf)
-    digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
+    dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
+    digest.update(f"{jax.tree_util.keystr(path)} {dtype} {np.shape(leaf)}\n".encode())
+    for part in _host_parts(leaf):
+      digest.update(np.ascontiguousarray(part).tobytes())
   return digest.hexdigest()
+
+
+def _host_parts(leaf) -> Iterator[np.ndarray]:
+  """A leaf on the host, in parts of its first dimension where processes share it: gathered whole, a large model's
+  stacked layers would have to fit into each device.
+  """
+  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.ndim < 2:
+    yield sharding.to_host(leaf)
+    return
+  size = len(leaf)
+  edges = np.linspace(0, size, min(size, _PARTS) + 1).astype(int)
+  for start, stop in zip(edges, edges[1:]):
+    yield sharding.to_host(leaf[start:stop])
 
 
 def write_done(directory: pathlib.Path, result: dict):

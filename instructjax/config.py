@@ -433,7 +433,7 @@ class Config:
   @property
   def same_network(self) -> bool:
     """Whether policy and reward model differ in their head only."""
-    free = dict(weights="", decode_layout="auto")  # a reward model decodes nothing
+    free = dict(weights="", layers="auto", attention="auto", remat="none", decode_layout="auto")
     bare = [dataclasses.replace(cfg, **free) for cfg in (self.model, self.reward_model)]
     return bare[0] == bare[1]
 

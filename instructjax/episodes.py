@@ -121,7 +121,9 @@ def mean_gradient(
     metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n.endswith("_max")})
     return result
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+  means, _ = jax.eval_shape(gradient, 0)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means)
+  zeros = zeros, jax.tree.map(jnp.zeros_like, params)
   return jax.lax.fori_loop(0, -(-layout.num_rows // rows), add, zeros)
 
 

@@ -1,7 +1,7 @@
 """How arrays lie on the mesh inside a traced function: constraints that the compiler plans its communication by.
 
-Called by the models, sampling and PPO's step, under `jax.set_mesh`. Every function is only a layout: no number changes,
-and without a mesh, or on one device, arrays pass unchanged. Imports no model.
+Called by the models, batching, episodes and PPO's step, under `jax.set_mesh`. Every function is only a layout: no
+number changes, and without a mesh, or on one device, arrays pass unchanged. Imports no model.
 """
 
 import functools

@@ -178,8 +178,8 @@ def run(ctx: Context, stage: str):
     "model": ctx.config.model,
     "reward_model": ctx.config.reward_model,
     "data": ctx.config.data,
-    # A limit changes no number: lifting it lets the run go on. Nor do chunks, but for rounding.
-    "ppo": dataclasses.replace(cfg, max_kl=0.0, ptx_chunks=1),
+    # A limit changes no number: lifting it lets the run go on. Nor do chunks and shared rows, but for rounding.
+    "ppo": dataclasses.replace(cfg, max_kl=0.0, ptx_chunks=1, packed_rows=0),
   }
   run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
   if finished(run_):

@@ -195,6 +195,11 @@ def _rm(ctx: Context) -> Program:
 def _ppo(ctx: Context, stage: str) -> Program:
   cfg, data, mesh = ppo_stage.variant(ctx, stage), ctx.config.data, ctx.mesh
   ctx.require_fit(["policy", "reward"], {"config.ppo.batch_size": cfg.batch_size})
+  if ctx.config.rollout.slots or cfg.packed_rows:
+    raise ValueError(
+      f"config.rollout.slots={ctx.config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
+      " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
+    )
   nets = ppo_stage.make_nets(ctx, cfg)
   shardings = ppo_stage.state_shardings(mesh, nets)
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)

@@ -139,13 +139,19 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   weights = _HALF * (in_layers / tensor + in_tables)
   uses = 2 if pass_.is_training else 1  # forward, and anew for the backward pass
   moved = weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)  # the gradient is scattered
-  replicas = math.prod(mesh.values()) // (fsdp * tensor)
-  if pass_.is_training:
-    moved += 2 * weights / fsdp * (replicas - 1) / replicas
+  between = 0.0
+  if (
+    pass_.is_training
+  ):  # what fsdp has scattered is summed over `data`, and over DCN between slices
+    moved, between = (
+      base + 2 * weights / fsdp * (mesh[axis] - 1) / mesh[axis]
+      for axis, base in (("data", moved), ("slice", between))
+    )
   sums = 2 * (1 + pass_.is_training + recomputes)  # after attention and after the mlp
   moved += sums * cfg.num_layers * tokens * cfg.d_model * _HALF * 2 * share
   read = uses * weights
-  return max(flops / chip.flops, moved / chip.link_rate, read / chip.hbm_rate)
+  terms = flops / chip.flops, moved / chip.link_rate, read / chip.hbm_rate, between / chip.dcn_rate
+  return max(terms)
 
 
 def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:

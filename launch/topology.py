@@ -27,7 +27,7 @@ class Chip:
     flops: bfloat16 peak a second.
     hbm_rate: bytes a second.
     link_rate: bytes a second that one ring of a torus axis sends, both directions together.
-  dcn_rate: bytes a second of the data centre's network, a device's share of its host's.
+    dcn_rate: bytes a second of the data centre's network, a device's share of its host's.
     clock: cycles a second.
   """
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import parity, startup
+from benchmarks import parity, ppo_iteration, slots, startup
 
 
 def test_parity_says_in_one_line_which_extra_it_needs(monkeypatch, capsys):
@@ -63,3 +63,29 @@ def test_startup_tells_a_cold_workdir_from_one_with_its_programs(monkeypatch, ca
 def test_a_process_is_measured():
   found = startup.measure("-c", "sum(range(1_000_000))")
   assert 0 < found["cpu_seconds"] and 0 < found["seconds"]
+
+
+@pytest.mark.parametrize("load", ppo_iteration.WORKLOADS.values(), ids=ppo_iteration.WORKLOADS)
+def test_workloads_of_an_iteration_are_valid(load):
+  config = ppo_iteration.make_config(load, {"ppo.packed_rows": 1, "rollout.slots": 8})
+  assert (config.ppo.packed_rows, config.rollout.slots, config.ppo.gamma) == (1, 8, 0.0)
+  assert config.ppo.batch_size == load.batch and config.model.d_model == load.model["d_model"]
+
+
+def test_flops_that_an_iteration_needs_by_hand():
+  flops = ppo_iteration.bound_flops(ppo_iteration.WORKLOADS["W1"], 16 * 32, 16 * 32)
+  body = 1024 * 2 * 12 * 12 * 768**2  # tokens, a product and a sum, layers of 12 d^2 weights
+  head = 512 * 2 * 768 * 50257  # the answers' logits
+  assert flops == {
+    "rollout": body + head,
+    "scoring": 3 * body + head,
+    "update": 3 * (2 * body + head),
+  }
+
+
+def test_the_rollout_benchmark_is_of_workload_w3():
+  w3 = ppo_iteration.WORKLOADS["W3"]
+  assert (slots.ROWS, slots.PROMPT, slots.RESPONSE, slots.VOCAB) == (
+    *(w3.batch, w3.prompt, w3.response, w3.vocab_size),
+  )
+  assert slots.MODEL.num_layers == w3.model["num_layers"]

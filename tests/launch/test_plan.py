@@ -395,6 +395,12 @@ def test_every_stage_has_a_program(stage, mesh):
   assert ids(program.owners) == ids(program.arguments)
 
 
+@pytest.mark.parametrize("change", [dict(rollout={"slots": 8}), dict(ppo={"packed_rows": 4})])
+def test_work_that_depends_on_lengths_is_not_planned(mesh, change):
+  with pytest.raises(ValueError, match="must be 0 to plan"):
+    programs.make(small("ppo", **change), mesh, "ppo")
+
+
 def test_bytes_by_owner(mesh):
   program = programs.make(small("ppo_ptx"), mesh, "ppo_ptx")
   D, V, T, F, N = 512, 1024, 256, 1024, 2
