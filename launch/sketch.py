@@ -139,19 +139,15 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   weights = _HALF * (in_layers / tensor + in_tables)
   uses = 2 if pass_.is_training else 1  # forward, and anew for the backward pass
   moved = weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)  # the gradient is scattered
-  between = 0.0
-  if (
-    pass_.is_training
-  ):  # what fsdp has scattered is summed over `data`, and over DCN between slices
-    moved, between = (
-      base + 2 * weights / fsdp * (mesh[axis] - 1) / mesh[axis]
-      for axis, base in (("data", moved), ("slice", between))
-    )
+  # What fsdp has scattered is summed over `data`, and over DCN between slices.
+  summed = 2 * weights / fsdp * pass_.is_training
+  across = {axis: summed * (mesh[axis] - 1) / mesh[axis] for axis in ("data", "slice")}
+  moved += across["data"]
   sums = 2 * (1 + pass_.is_training + recomputes)  # after attention and after the mlp
   moved += sums * cfg.num_layers * tokens * cfg.d_model * _HALF * 2 * share
   read = uses * weights
-  terms = flops / chip.flops, moved / chip.link_rate, read / chip.hbm_rate, between / chip.dcn_rate
-  return max(terms)
+  compute, links, hbm = flops / chip.flops, moved / chip.link_rate, read / chip.hbm_rate
+  return max(compute, links, hbm, across["slice"] / chip.dcn_rate)
 
 
 def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
