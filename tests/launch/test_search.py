@@ -275,6 +275,11 @@ def test_sketch_of_one_pass_by_hand():
   moved = 3 * weights * 3 / 4  # gathered twice, the gradient scattered once, of four quarters
   sizes = {"slice": 1, "data": 1, "fsdp": 4, "tensor": 1}
   assert sketch._seconds(one, sizes, links) == pytest.approx(moved)
+  # Each quarter is summed over two: within a slice beside the rest, between slices by DCN alone.
+  summed = 2 * weights / 4 * 1 / 2
+  assert sketch._seconds(one, sizes | {"data": 2}, links) == pytest.approx(moved + summed)
+  dcn = dataclasses.replace(chip, flops=1e30, dcn_rate=1.0)
+  assert sketch._seconds(one, sizes | {"slice": 2}, dcn) == pytest.approx(summed)
 
 
 # --- with the compiler ----------------------------------------------------------------------------
