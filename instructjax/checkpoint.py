@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
-from instructjax import sharding
+from instructjax import sharding, stacking
 from instructjax.errors import UserError, reason, writing
 
 _FOLDER = "checkpoints"  # inside the directory of a stage
@@ -148,15 +148,18 @@ class Checkpoints:
     """
     directory = self._folder.parent
     require_same_run(directory, read_meta(directory, step)["fingerprint"], fingerprint)
+    path = self._folder / str(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    saved = _as_saved(abstract, _saved_shapes(path))
     for leaf in jax.tree.leaves(state):
       if isinstance(leaf, jax.Array):
         leaf.delete()
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-    restored = _read(self._folder / str(step), lambda: self._manager.restore(step, args=args))
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(saved), data=ocp.args.JsonRestore())
+    restored = _read(path, lambda: self._manager.restore(step, args=args))
     data = restored["data"]
     # Older checkpoints hold the position once a process, each time the same.
-    return restored["state"], data["position"] if "position" in data else data["processes"][0]
+    position = data["position"] if "position" in data else data["processes"][0]
+    return _as_wanted(restored["state"], abstract), position
 
   def _note_metric(self, step: int, metrics: Mapping):
     if self._best_metric in metrics:
@@ -219,26 +222,22 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise UserError(f"{wanted} in {directory} (complete ones: {steps or 'none'})")
   path = pathlib.Path(directory).absolute() / _FOLDER / str(steps[-1] if step is None else step)
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
+  wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
+  saved = _saved_shapes(path)
+  abstract = _as_saved(wanted, saved)
+  # A partial restore would pass over both mistakes in silence.
+  for name, shape in _shapes(abstract).items():
+    if saved.get(name) != shape:
+      found = f"has shape {saved[name]}" if name in saved else "is missing"
+      raise UserError(f"{path} does not fit this model: {name} must have shape {shape} and {found}")
   args = ocp.args.PyTreeRestore(
     item=abstract,
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
     partial_restore=True,
   )
-  with (
-    _quiet_orbax(absl_logging.WARNING),
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
-  ):
-    saved = _shapes(_read(path, lambda: checkpointer.metadata(path / "state").item_metadata.tree))
-    for name, shape in _shapes(
-      abstract
-    ).items():  # a partial restore would pass over both mistakes in silence
-      if saved.get(name) != shape:
-        found = f"has shape {saved[name]}" if name in saved else "is missing"
-        raise UserError(
-          f"{path} does not fit this model: {name} must have shape {shape} and {found}"
-        )
-    return _read(path, lambda: checkpointer.restore(path / "state", args=args))
+  with _checkpointer() as checkpointer:
+    restored = _read(path, lambda: checkpointer.restore(path / "state", args=args))
+  return _as_wanted(restored, wanted)
 
 
 def load_params(
@@ -345,6 +344,47 @@ def _clear_half_written(folder: pathlib.Path):
       path
     ):  # a copy that broke off, say: not ours to delete
       path.rename(path.with_name(f"{path.name}.incomplete"))
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+  with (
+    _quiet_orbax(absl_logging.WARNING),
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+  ):
+    yield checkpointer
+
+
+def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of what a checkpoint's folder holds."""
+  with _checkpointer() as checkpointer:
+    return _shapes(_read(path, lambda: checkpointer.metadata(path / "state").item_metadata.tree))
+
+
+def _as_saved(wanted: Any, saved: Mapping[str, tuple]) -> Any:
+  """`wanted` with layers stacked or listed as the checkpoint has them: what trained on a TPU is read on a CPU."""
+  change = stacking.unstacked_shapes if _lists_layers(saved) else stacking.stacked_shapes
+  return stacking.relay(wanted, change)
+
+
+def _as_wanted(restored: Any, wanted: Any) -> Any:
+  """The reverse, of arrays."""
+  if jax.tree.structure(restored) == jax.tree.structure(wanted):
+    return restored
+  to_list = _lists_layers(_shapes(wanted))
+  change = stacking.unstacked if to_list else stacking.stacked
+  change_shapes = stacking.unstacked_shapes if to_list else stacking.stacked_shapes
+
+  def convert(layers):
+    shapes = change_shapes(jax.tree.map(ocp.utils.to_shape_dtype_struct, layers))
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    return jax.jit(change, out_shardings=places)(layers)
+
+  return stacking.relay(restored, convert)
+
+
+def _lists_layers(names: Iterable[str]) -> bool:
+  return any(f".{stacking.KEY}.0." in f".{name}" for name in names)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

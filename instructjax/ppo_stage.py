@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instructjax import answers, checkpoint, loop, policies, ppo, sharding, supervised
+from instructjax import answers, checkpoint, loop, policies, ppo, sharding, stacking, supervised
 from instructjax.config import PPOConfig
 from instructjax.context import Context, finished, stage_run
 from instructjax.data import pipeline as data_pipeline
@@ -192,8 +192,8 @@ def run(ctx: Context, stage: str):
     ctx, cfg, nets, frozen.ref_params, frozen.reward_params, ctx.key(stage)
   )
   reference = {
-    "reference": checkpoint.tree_fingerprint(frozen.ref_params),
-    "reward_model": checkpoint.tree_fingerprint(frozen.reward_params),
+    name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
+    for name, params in (("reference", frozen.ref_params), ("reward_model", frozen.reward_params))
   }
   loop.fit(
     dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Lowest first. A part (a module, or a package with all its modules) imports parts of lower rows
 # only, never its neighbours. A new module takes the lowest row above everything that it imports.
 LAYERS = (
-  ("structs", "config", "errors", "memory", "gguf_header", "chips"),
+  ("structs", "config", "errors", "memory", "gguf_header", "chips", "stacking"),
   ("distributed",),
   ("ops", "sharding", "optim", "metrics", "data", "findings"),
   ("layouts",),

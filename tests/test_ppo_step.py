@@ -278,16 +278,13 @@ def test_details_34_every_pretraining_row_counts(start, configs, one_device, ptx
 def counting_reward(nets):
   """Reward-model weights by hand: the last column attends to all alike and adds up the GOODs."""
   params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), models.param_shapes(nets.scalar))
-  for norm in (
-    params["layers"]["attention_norm"],
-    params["layers"]["mlp_norm"],
-    params["final_norm"],
-  ):
+  (layer,) = params["layers"]
+  for norm in (layer["attention_norm"], layer["mlp_norm"], params["final_norm"]):
     norm["scale_D"] += 1
   params["embedding"]["token_VD"][:, 1] = 5
   params["embedding"]["token_VD"][GOOD, :2] = 5, 0
-  params["layers"]["attention"]["w_qkv_DGQK"][0, 0, 0, -1, 0] = 1  # value: "is GOOD"
-  params["layers"]["attention"]["w_out_GRKD"][0, 0, :, 0, 2] = 1
+  layer["attention"]["w_qkv_DGQK"][0, 0, -1, 0] = 1  # value: "is GOOD"
+  layer["attention"]["w_out_GRKD"][0, :, 0, 2] = 1
   params["head"]["w_D"][2] = 2
   return params
 

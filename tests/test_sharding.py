@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax import layouts, models, sharding
+from instructjax import layouts, models, sharding, stacking
 from instructjax.config import MeshConfig, ModelConfig, RopeScalingConfig
 
 
@@ -106,7 +106,7 @@ def test_the_vocabulary_is_not_split_because_50257_divides_by_nothing():
 def test_a_dimension_that_does_not_divide_names_its_parameter():
   model = models.make_model(TINY, VOCAB, "lm")
   message = (
-    "sharding: parameter layers/attention/b_qkv_GQK: kv_heads=2 must be divisible by mesh axis"
+    "sharding: parameter layers/0/attention/b_qkv_GQK: kv_heads=2 must be divisible by mesh axis"
     f" tensor=4. Nearest mesh that fits: {flags(1, 2, 2, 2)}"
   )
   with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -413,11 +413,13 @@ def test_decoding_weights_are_split_as_their_layout_says(how, layout, share):
     dataclasses.replace(TINY, layers=how, decode_layout=layout), VOCAB, "lm"
   )
   with jax.set_mesh(mesh):
-    params = jax.device_put(_model_params_tokens()[1], tree_shardings(mesh, model))
+    params = place(mesh, model, _model_params_tokens()[1])
     weights = jax.jit(functools.partial(models.decode_weights, model))(params)
-  layer = weights["layers"][0] if how == "unroll" else weights["layers"]
+  trained, layer = (
+    tree["layers"][0] if how == "unroll" else tree["layers"] for tree in (params, weights)
+  )
   held = lambda x: x.addressable_shards[0].data.size / x.size
-  assert held(params["layers"]["mlp"]["w_up_DF"]) == 1 / 8
+  assert held(trained["mlp"]["w_up_DF"]) == 1 / 8
   assert held(layer["mlp"]["w_up_DF"]) == held(layer["attention"]["w_qkv_DGQK"]) == share
   assert held(weights["embedding"]["token_VD"]) == 2 * share  # no tensor axis splits the table
 
@@ -431,6 +433,10 @@ def _model_params_tokens():
   )
   is_token_BL = np.arange(6)[None] >= rng.integers(0, 3, (8, 1))
   return model, params, rng.integers(0, VOCAB, (8, 6)).astype(np.int32), is_token_BL
+
+
+def place(mesh, model, params):
+  return jax.device_put(models.arrange(model, params), tree_shardings(mesh, model))
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -479,14 +485,16 @@ def test_eight_devices_equal_one(one_device, how, attention):
   model = models.make_model(dataclasses.replace(TINY, layers=how, attention=attention), VOCAB, "lm")
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
-    params = jax.device_put(params, tree_shardings(mesh, model))
+    params = place(mesh, model, params)
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
     traced = _loss_and_decode.trace(model, params, *batch)
     assert ("shard_map" in str(traced.jaxpr)) == (attention == "splash")
     result = traced.lower().compile()(params, *batch)
-  for expected, got in zip(jax.tree.leaves(one_device), jax.tree.leaves(result), strict=True):
-    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
-  w_qkv = params["layers"]["attention"]["w_qkv_DGQK"]
+  expected, result = (stacking.relay(tree, stacking.stacked) for tree in (one_device, result))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), result, expected
+  )
+  w_qkv = stacking.stacked(params["layers"])["attention"]["w_qkv_DGQK"]
   assert w_qkv.addressable_shards[0].data.size * 4 == w_qkv.size
 
 
@@ -499,7 +507,7 @@ def test_a_decode_step_moves_no_weights(one_device, how, layout):
   )
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
-    params = jax.device_put(params, tree_shardings(mesh, model))
+    params = place(mesh, model, params)
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
     quick_jit = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
     weights, cache = quick_jit(_prefill)(model, params, *batch)

@@ -11,6 +11,7 @@ from instructjax.models.heads import scalar_params_from_lm, shift_bias
 from instructjax.models.transformer import (
   Model,
   apply,
+  arrange,
   init_params,
   make_model,
   param_axes,
@@ -23,6 +24,7 @@ from instructjax.models.transformer import (
 __all__ = [
   "Model",
   "apply",
+  "arrange",
   "decode_layout",
   "decode_step",
   "decode_weights",

@@ -35,15 +35,15 @@ def decode_weights(model: Model, params: Params) -> Params:
   `decode_layout` says: in neither layout does a step gather weights.
   """
   dtype = jnp.dtype(model.cfg.dtype)
-  weights = dict(params)
-  weights["layers"] = layers.cast(params["layers"], dtype)
+  weights = transformer.arrange(model, params)
+  if transformer.scans_layers(model):
+    weights["layers"] = layers.cast(weights["layers"], dtype)
+  else:
+    weights["layers"] = [layers.cast(layer, dtype) for layer in weights["layers"]]
   for name in ("embedding", "head"):
     if name in params and not (name == "head" and model.head == "scalar"):
       weights[name] = jax.tree.map(lambda w: w.astype(dtype), params[name])
-  weights = layouts.place_for_decoding(weights, transformer.param_axes(model), decode_layout(model))
-  if not transformer.scans_layers(model):
-    weights["layers"] = transformer._unstack(weights["layers"])
-  return weights
+  return layouts.place_for_decoding(weights, transformer.param_axes(model), decode_layout(model))
 
 
 def init_cache(model: Model, batch_size: int, length: int):
@@ -153,7 +153,7 @@ def decode_step(
     (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)
   else:
     pairs = []
-    for index, layer in enumerate(transformer._unstack(weights["layers"])):
+    for index, layer in enumerate(weights["layers"]):
       h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
       pairs.append(pair)
     cache = tuple(pairs)

@@ -1,9 +1,9 @@
 """The decoder every stage uses: GPT-2, GPT-3 and Llama by switches of ModelConfig.
 
 Stages, sampling and scoring call the functions here with plain nested dicts of float32 arrays; the
-flax module only declares parameters. `init_params` stacks the layers' weights on a leading axis N:
-keys such as `w_qkv_DGQK` spell the dimensions that one layer sees. Imports nothing of data, ops or
-stages.
+flax module only declares parameters. Layers that are scanned have their weights stacked on a leading
+axis N, unrolled ones lie in a list (stacking.py); every function takes either. Keys such as
+`w_qkv_DGQK` spell the dimensions that one layer sees. Imports nothing of data, ops or stages.
 
 Columns: attention is causal by column, inside one segment; segment 0 and ids outside the vocabulary
 are pads, whose content changes nothing. Positions are the caller's.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax import layouts, sharding
+from instructjax import layouts, sharding, stacking
 from instructjax.config import ModelConfig
 from instructjax.models import layers, splash
 from instructjax.structs import Array, Params
@@ -100,7 +100,13 @@ def make_model(cfg: ModelConfig, vocab_size: int, head: Literal["lm", "scalar"])
 
 def init_params(model: Model, key: Array) -> Params:
   """Fresh float32 parameters: GPT-2's initialisation, whatever the switches."""
-  return _nest(nn.unbox(model.init(key)["params"]))
+  return arrange(model, _nest(nn.unbox(model.init(key)["params"])))
+
+
+def arrange(model: Model, params: Params) -> Params:
+  """Parameters with their layers as this model runs them: stacked for a scan, else a list."""
+  change = stacking.stacked if scans_layers(model) else stacking.unstacked
+  return params | {"layers": change(params["layers"])}
 
 
 def param_shapes(model: Model) -> Params:
@@ -111,7 +117,15 @@ def param_shapes(model: Model) -> Params:
 def param_axes(model: Model) -> Params:
   """Logical axis names of every parameter: tuples, in a tree like the parameters."""
   boxed = jax.eval_shape(model.init, jax.random.key(0))["params"]
-  return _nest({name: box.names for name, box in boxed.items()})
+  axes = _nest({name: box.names for name, box in boxed.items()})
+  if not scans_layers(model):
+    layer = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=_is_names)
+    axes["layers"] = [layer] * model.cfg.num_layers
+  return axes
+
+
+def _is_names(node) -> bool:
+  return isinstance(node, tuple)
 
 
 def param_shardings(mesh: Mesh, model: Model) -> tuple[Params, Params]:
@@ -208,10 +222,12 @@ def _run_layers(
 
   if scans_layers(model):
     run = _checkpoint(run_block, cfg.remat, static_argnums=2, prevent_cse=False)
-    return _scan_layers(run, h_BLD, (params["layers"], keys_N), 2 if cfg.attention_window else 1)
+    return _scan_layers(
+      run, h_BLD, (stacking.stacked(params["layers"]), keys_N), 2 if cfg.attention_window else 1
+    )
   run = _checkpoint(run_block, cfg.remat, static_argnums=2)
   kept = []
-  for index, layer in enumerate(_unstack(params["layers"])):
+  for index, layer in enumerate(stacking.unstacked(params["layers"])):
     h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
     kept.append(pair)
   return h_BLD, tuple(kept)
@@ -241,7 +257,7 @@ def _scan_layers(run, h_BLD, stacked, period: int):
   def turn(h_BLD, some):
     some, keys = some
     kept = []
-    for index, layer in enumerate(_unstack(some)):
+    for index, layer in enumerate(stacking.unstacked(some)):
       h_BLD, pair = run(h_BLD, layer, index, None if keys is None else keys[index])
       kept.append(pair)
     return h_BLD, jax.tree.map(lambda *pairs: jnp.stack(pairs), *kept)
@@ -303,18 +319,3 @@ def _head(model, params, h_BTD, *, decoding: bool = False):
   # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
   logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
   return logits_BTV if decoding else layouts.split_logits(logits_BTV)
-
-
-def _unstack(stacked):
-  """One tree a layer from the stacked one, or what is already unstacked.
-
-  By `split`, whose gradient is one concatenation; indexing would pad and add N arrays of full size.
-  """
-  if isinstance(stacked, tuple):
-    return stacked
-  leaves, treedef = jax.tree.flatten(stacked)
-  rows = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
-  return tuple(
-    jax.tree.unflatten(treedef, [row.reshape(row.shape[1:]) for row in layer])
-    for layer in zip(*rows)
-  )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import models
+from instructjax import models, stacking
 
 VOCAB, PROMPT, LENGTH = 19, 5, 11
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
@@ -78,7 +78,8 @@ def test_bfloat16_weights_are_prepared_once(llama, make, how):
   step = jax.make_jaxpr(functools.partial(models.decode_step, model))(
     weights, jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32), 3, jnp.ones((2, 8), bool), cache
   )
-  shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2]
+  layer = stacking.unstacked_shapes(jax.eval_shape(lambda: params["layers"]))[0]
+  shapes = [leaf.shape for leaf in jax.tree.leaves(layer) if leaf.ndim > 1]
   for shape in [*shapes, (VOCAB, llama.d_model)]:  # no weight is cast from float32 inside a step
     assert f"bf16[{','.join(map(str, shape))}]" in str(step)
     assert not re.search(rf"\bf32\[{','.join(map(str, shape))}\]", str(step))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import models
+from instructjax import models, stacking
 
 VOCAB = 19
 TOKEN_BL = np.random.default_rng(0).integers(0, VOCAB, (2, 6)).astype(np.int32)
@@ -57,7 +57,7 @@ def test_details_14_initialisation(gpt2):
     gpt2, d_model=256, d_mlp=1024, num_layers=2, max_length=64, init_std=0.02
   )
   params = init(models.make_model(cfg, 512, "scalar"), jax.random.key(0))
-  embedding, layer = params["embedding"], params["layers"]
+  embedding, layer = params["embedding"], stacking.stacked(params["layers"])
   std = lambda x: float(np.std(x))
   assert std(embedding["token_VD"]) == pytest.approx(0.02, rel=0.02)
   assert std(embedding["position_TD"]) == pytest.approx(0.01, rel=0.05)

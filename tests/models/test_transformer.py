@@ -77,7 +77,7 @@ def reference(cfg, params, tokens, positions):
   if cfg.position == "learned":
     h_T = [h + embedding["position_TD"][p] for h, p in zip(h_T, positions)]
   for index in range(cfg.num_layers):
-    layer = jax.tree.map(lambda x, index=index: x[index], params["layers"])
+    layer = params["layers"][index]
     mixed_T = attention([norm(h, layer["attention_norm"]) for h in h_T], layer["attention"], index)
     h_T = [h + mixed for h, mixed in zip(h_T, mixed_T)]
     h_T = [h + mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]
@@ -264,12 +264,11 @@ def test_auto_unrolls_on_cpu(gpt2, make):
   assert count_in_forward("scan", model, params) == 0
 
 
-def test_gradient_of_unrolled_layers_is_one_concatenation(gpt2, make):
+def test_weights_and_gradients_of_unrolled_layers_are_never_stacked(gpt2, make):
   model, params = make(gpt2)
-  jaxpr = jax.make_jaxpr(functools.partial(loss_gradient.__wrapped__, model))(params)
-  stacked = f"f32[{gpt2.num_layers},{gpt2.d_mlp},{gpt2.d_model}] = "
-  lines = [line.split(stacked)[1] for line in str(jaxpr).splitlines() if stacked in line]
-  assert [line.split("[")[0] for line in lines] == ["concatenate"]
+  jaxpr = str(jax.make_jaxpr(functools.partial(loss_gradient.__wrapped__, model))(params))
+  assert f"f32[{gpt2.d_mlp},{gpt2.d_model}]" in jaxpr
+  assert f"f32[{gpt2.num_layers},{gpt2.d_mlp},{gpt2.d_model}]" not in jaxpr
 
 
 def test_dropout_follows_its_key_and_keeps_the_mean(llama, make):

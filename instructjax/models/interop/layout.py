@@ -14,14 +14,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-import flax.traverse_util
 import jax
 import numpy as np
 from absl import logging
 
+from instructjax import stacking
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS
 from instructjax.models.interop.source import Source
-from instructjax.models.transformer import Model, param_shapes
+from instructjax.models.transformer import Model, param_shapes, scans_layers
 from instructjax.structs import Params
 
 # Attention masks and rotary tables that old checkpoints hold besides the weights.
@@ -110,7 +110,7 @@ class Tensor:
     name: with the family's prefix.
     shape: of their tensor.
     param: path of our parameter.
-    layer: index into its stack, None where it has none.
+    layer: index into its stack, None where it is in none.
     unfold: their shape with joined dimensions taken apart.
     order: transposition of that to ours.
     part: where it lies in (one layer of) our parameter.
@@ -123,6 +123,13 @@ class Tensor:
   unfold: tuple[int, ...]
   order: tuple[int, ...]
   part: tuple[slice, ...]
+
+  def alone(self) -> "Tensor":
+    """The same where layers are no stack: its parameter is the layer's own."""
+    if self.layer is None:
+      return self
+    path = self.param.replace("layers/", f"layers/{self.layer}/", 1)
+    return dataclasses.replace(self, param=path, layer=None)
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
     """Our view of their array, more rows than the vocabulary included."""
@@ -144,7 +151,7 @@ def tensors(model: Model) -> tuple[Tensor, ...]:
   sizes = dict(V=model.vocab_size, T=cfg.max_length, D=cfg.d_model, F=cfg.d_mlp, K=cfg.head_dim)
   sizes |= {"G": cfg.num_kv_heads, "R": queries, "1": 1, "3": 3}
   make = functools.partial(_tensor, sizes=sizes, prefix=prefix)
-  known = _flat(param_shapes(model))
+  known = _leaves(stacking.relay(param_shapes(model), stacking.stacked_shapes))
   rows = [row for row in (*trunk, *_HEAD_ROWS) if row.ours in known]
   stacked = [row for row in rows if row.ours.startswith("layers/")]
   first = rows.index(stacked[0])
@@ -173,8 +180,10 @@ def _tensor(row: Row, layer: int | None, sizes: dict[str, int], prefix: str) -> 
   )
 
 
-def _flat(tree) -> dict:
-  return flax.traverse_util.flatten_dict(tree, sep="/")
+def _leaves(tree) -> dict:
+  """Path -> leaf, in the tree's order: layers/mlp/w_up_DF of a stack, layers/3/mlp/w_up_DF of a list."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def is_buffer(name: str) -> bool:
@@ -205,8 +214,10 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   _require_tied_copy_equal(source, model, wanted)
   by_param: dict[str, list] = {}
   for tensor in wanted:
+    tensor = tensor if scans_layers(model) else tensor.alone()
     by_param.setdefault(tensor.param, []).append(tensor)
-  shapes, places = _flat(param_shapes(model)), _flat(shardings)
+  tree = param_shapes(model)
+  shapes, places = _leaves(tree), _leaves(shardings)
   params = {}
   for path in sorted(shapes, key=lambda name: -shapes[name].size):
     shape = shapes[path].shape
@@ -216,7 +227,7 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
     else:
       params[path] = _assemble(source, by_param[path], shape, places[path])
   # In the order of the model's own parameters.
-  return flax.traverse_util.unflatten_dict({path: params[path] for path in shapes}, sep="/")
+  return jax.tree.unflatten(jax.tree.structure(tree), [params[path] for path in shapes])
 
 
 def _match(source: Source, model: Model) -> list[Tensor]:
@@ -332,10 +343,12 @@ def named_tensors(
   embedding is the pad token it looks for, and LayerNorm's bias takes up the score's (see
   `folded_bias`; RMSNorm has none).
   """
-  flat, is_scalar = _flat(params), model.head == "scalar"
+  flat, is_scalar = _leaves(params), model.head == "scalar"
+  is_list = isinstance(params["layers"], list)
   for tensor in tensors(model):
 
     def make(tensor=tensor):
+      tensor = tensor.alone() if is_list else tensor
       array = flat[tensor.param]
       if tensor.layer is not None:
         # A traced index: one compilation for all layers.

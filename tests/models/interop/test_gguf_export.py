@@ -90,8 +90,8 @@ def test_f16_round_trip(family, make, tmp_path):
   got = read_back(path, model)
 
   def check(at, old, new):
-    # Vectors and positions are kept as they are. A layer's vector is two-dimensional here.
-    exact = old.ndim - (at[0].key == "layers") == 1 or at[-1].key in ("position_TD", *BIASES)
+    # Vectors and positions are kept as they are.
+    exact = old.ndim == 1 or at[-1].key in ("position_TD", *BIASES)
     wanted = np.asarray(old) if exact else np.float16(old).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(new), wanted, err_msg=jax.tree_util.keystr(at))
 
@@ -120,10 +120,9 @@ def test_q8_0_round_trip(family, make, tmp_path):
   error = np.abs(new - table) / step
   # Half a step, and what rounding the scale to float16 adds to 127 steps.
   assert 0.1 < error.max() <= 0.5 + 127 * 2**-11
-  down = params["layers"]["mlp"]["w_down_FD"]
-  np.testing.assert_array_equal(
-    got["layers"]["mlp"]["w_down_FD"], np.float16(down).astype(np.float32)
-  )
+  for layer, new in zip(params["layers"], got["layers"], strict=True):
+    down = np.float16(layer["mlp"]["w_down_FD"]).astype(np.float32)
+    np.testing.assert_array_equal(new["mlp"]["w_down_FD"], down)
 
 
 def test_what_llama_cpp_reads(make, tmp_path):
@@ -164,7 +163,7 @@ def test_what_llama_cpp_reads(make, tmp_path):
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   assert {tensor.tensor_type.name for name, tensor in tensors.items() if "norm" in name} == {"F32"}
   # The second query head of the first key/value head: rows 0, 4, 1, 5 ... of the head's own order.
-  w_KD = np.asarray(params["layers"]["attention"]["w_qkv_DGQK"])[1, :, 0, 1].T
+  w_KD = np.asarray(params["layers"][1]["attention"]["w_qkv_DGQK"])[:, 0, 1].T
   stored = tensors["blk.1.attn_q.weight"].data[8:16]
   np.testing.assert_array_equal(stored, w_KD[[0, 4, 1, 5, 2, 6, 3, 7]].astype(np.float16))
 
@@ -177,7 +176,7 @@ def test_gpt2_as_llama_cpp_wants_it(make, tmp_path):
     tensors["output.weight"].data, tensors["token_embd.weight"].data, "the tied head, again"
   )
   assert tensors["position_embd.weight"].tensor_type.name == "F32"
-  up_DF = np.asarray(params["layers"]["mlp"]["w_up_DF"][0])
+  up_DF = np.asarray(params["layers"][0]["mlp"]["w_up_DF"])
   np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"].data, up_DF.T.astype(np.float16))
 
 

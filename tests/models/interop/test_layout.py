@@ -62,7 +62,7 @@ def test_queries_keys_and_values_by_hand(llama, make):
   """Rows of q_proj are heads in order; head h shares key/value head h // 2 of the two there are."""
   model, params = make(llama)
   exported = {name: made() for name, _, made in layout.named_tensors(model, params)}
-  fused = np.asarray(params["layers"]["attention"]["w_qkv_DGQK"])[1]
+  fused = np.asarray(params["layers"][1]["attention"]["w_qkv_DGQK"])
   q = exported["model.layers.1.self_attn.q_proj.weight"]
   k = exported["model.layers.1.self_attn.k_proj.weight"]
   v = exported["model.layers.1.self_attn.v_proj.weight"]
