@@ -1,0 +1,130 @@
+"""Several programs measured in turn, so that a busy machine slows all alike. Called by the benchmarks with peers.
+
+Each is a worker, a process of its own (its own interpreter, its own libraries) that speaks as benchmarks.peers.worker
+does: a JSON line {"ready": description} once it is warm, then {"wall_s": ..., "cpu_s": ..., "peak_rss_gb": ..., more}
+for each line `go`. All are held in memory at once. Never imports jax.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import tempfile
+import time
+from typing import BinaryIO
+
+from instructjax.errors import UserError
+
+_STAT = pathlib.Path("/proc/stat")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+  name: str
+  process: subprocess.Popen
+  log: BinaryIO
+
+  def answer(self) -> dict:
+    """The next line of JSON that it prints."""
+    line = self.process.stdout.readline()
+    if not line:
+      raise UserError(f"{self.name} ended with {self.process.wait()}: {_tail(self.log)}")
+    try:
+      return json.loads(line)
+    except json.JSONDecodeError:
+      raise UserError(
+        f"{self.name} printed {line.strip()!r} on stdout, where only JSON goes"
+      ) from None
+
+  def go(self) -> dict:
+    """One repetition, with the load that other processes were meanwhile."""
+    start, before = time.perf_counter(), busy_seconds()
+    with contextlib.suppress(BrokenPipeError):  # it has ended; `answer` says so
+      self.process.stdin.write("go\n")
+      self.process.stdin.flush()
+    found = self.answer()
+    others = busy_seconds() - before - found["cpu_s"]
+    return found | {"other_load": max(0.0, others / (time.perf_counter() - start))}
+
+
+def _tail(log: BinaryIO, lines: int = 3) -> str:
+  log.seek(0)
+  said = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+  return " | ".join([line for line in said if line][-lines:]) or "nothing on stderr"
+
+
+def busy_seconds() -> float:
+  """CPU seconds of all processes since the machine started; nan where the system does not tell."""
+  if not _STAT.exists():
+    return float("nan")
+  fields = _STAT.read_text().split("\n", 1)[0].split()[1:]
+  user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+  return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+  """Median, least and greatest."""
+  functions = {"median": statistics.median, "min": min, "max": max}
+  return {name: round(function(values), digits) for name, function in functions.items()}
+
+
+def summarize(description: dict, runs: list[dict]) -> dict:
+  """One worker's medians over its runs. Ranges for wall and CPU seconds, every run's load; other numbers: medians."""
+  result = {"description": description}
+  for key in runs[0]:
+    values = [run[key] for run in runs]
+    if key in ("wall_s", "cpu_s"):
+      result[key] = spread(values)
+    elif key == "other_load":  # in the order of the runs: which one to believe
+      result[key] = [round(value, 2) for value in values]
+    elif key == "phases":
+      result[key] = {
+        phase: round(statistics.median(value[phase] for value in values), 3) for phase in values[0]
+      }
+    else:
+      result[key] = round(max(values) if key == "peak_rss_gb" else statistics.median(values), 3)
+  return result
+
+
+def measure(workers: dict[str, list[str]], repeats: int) -> dict[str, dict]:
+  """Starts the workers one after another, each until it is warm, then runs them in turn.
+
+  Args:
+    workers: name -> command.
+    repeats: measured repetitions of each.
+
+  Returns:
+    Name -> what `summarize` says.
+
+  Raises:
+    UserError: one has ended, or prints what is no JSON.
+  """
+  with contextlib.ExitStack() as stack:
+    started, descriptions = [], {}
+    for name, command in workers.items():
+      log = stack.enter_context(tempfile.TemporaryFile())
+      pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+      worker = _Worker(name, subprocess.Popen(command, **pipes), log)
+      stack.callback(_stop, worker.process)
+      descriptions[name] = worker.answer()["ready"]
+      started.append(worker)
+    runs = {name: [] for name in workers}
+    for _ in range(repeats):
+      for worker in started:
+        runs[worker.name].append(worker.go())
+  return {name: summarize(descriptions[name], found) for name, found in runs.items()}
+
+
+def _stop(process: subprocess.Popen):
+  """Lets it end by itself, as its stdin does; not for long."""
+  with contextlib.suppress(BrokenPipeError):
+    process.stdin.close()
+  try:
+    process.wait(timeout=10)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
+  process.stdout.close()
