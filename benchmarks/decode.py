@@ -28,8 +28,8 @@ import numpy as np
 from benchmarks import turns
 from benchmarks.peers import worker
 from configs import models as presets
-from instructjax import memory, sampling, weights
-from instructjax.config import ModelConfig, from_config_dict
+from instructjax import memory, sampling, sharding, weights
+from instructjax.config import MeshConfig, ModelConfig, from_config_dict
 from instructjax.errors import UserError
 from instructjax.models import transformer
 from instructjax.structs import PromptBatch
@@ -51,7 +51,8 @@ def open_model(gguf: str | None):
   if gguf:
     opened = weights.open(gguf)
     model = opened.model()
-    return model, opened.load(jax.make_mesh((1,), ("data",)), model)
+    mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    return model, opened.load(mesh, model)
   model = transformer.make_model(smollm2(), VOCAB, "lm")
   return model, jax.jit(transformer.init_params, static_argnums=0)(model, jax.random.key(0))
 
