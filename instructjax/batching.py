@@ -156,7 +156,7 @@ def generate(
 def _widths(width: int) -> list[int]:
   """Slots of a shard, from the start of the rollout to its end; each width is one more decode step to compile.
 
-  Not down to 1: one row takes as long as two, and on CPU XLA copies a cache of one row at each step.
+  Not down to 1: one row takes as long as two.
   """
   widths = [width]
   while widths[-1] >= 4:

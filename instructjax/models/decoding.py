@@ -47,9 +47,15 @@ def decode_weights(model: Model, params: Params) -> Params:
 
 
 def init_cache(model: Model, batch_size: int, length: int):
-  """An empty key/value cache of `length` columns: stacked for a scan, else one pair a layer."""
+  """An empty key/value cache of `length` columns: stacked for a scan, else one pair a layer.
+
+  A pair has at least two rows: XLA drops a dimension of one from attention's products, and on CPU then copies the cache
+  several times a step, which at 1,024 columns takes twice as long as all else.
+  """
   cfg = model.cfg
   stack = (cfg.num_layers,) if transformer.scans_layers(model) else ()
+  if not stack:
+    batch_size = max(batch_size, 2)
   shape = (*stack, batch_size, cfg.num_kv_heads, length, cfg.head_dim)
 
   def pair():
@@ -125,7 +131,10 @@ def decode_step(
       jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, slot, 0))
       for old, new in zip(pair, new_BTGK)
     )
-    return layers.attend(q_BTGRK, *pair, transformer._layer_mask(masks, index)), pair
+    num_rows, cache_rows = len(q_BTGRK), len(pair[0])
+    q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
+    mixed_BTGRK = layers.attend(q_BTGRK, *pair, transformer._layer_mask(masks, index))
+    return mixed_BTGRK[:num_rows], pair
 
   def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
     # One update of the whole stack is in place; taking a layer out and putting it back is not.

@@ -19,10 +19,11 @@ IS_TOKEN_BL = (COLUMN_L >= NUM_PAD_B) & (COLUMN_L < STOP_B)
 TOKEN_BL = np.where(IS_TOKEN_BL, np.random.default_rng(2).integers(0, VOCAB, (3, LENGTH)), VOCAB)
 
 
-def decode_all(model, weights, cache_length):
-  """Logits after columns PROMPT - 1 .. LENGTH - 1, one column at a time; jittable."""
-  token_BL, is_token_BL = jnp.asarray(TOKEN_BL, jnp.int32), jnp.asarray(IS_TOKEN_BL)
-  cache = models.init_cache(model, len(TOKEN_BL), cache_length)
+def decode_all(model, weights, cache_length, num_rows=3):
+  """Logits of the first rows after columns PROMPT - 1 .. LENGTH - 1, one column at a time; jittable."""
+  token_BL = jnp.asarray(TOKEN_BL[:num_rows], jnp.int32)
+  is_token_BL = jnp.asarray(IS_TOKEN_BL[:num_rows])
+  cache = models.init_cache(model, num_rows, cache_length)
   first_BV, cache = models.prefill(
     model, weights, token_BL[:, :PROMPT], is_token_BL[:, :PROMPT], cache
   )
@@ -59,11 +60,13 @@ def test_cached_decode_equals_the_whole_forward(cfg, make, how):
   @functools.partial(jax.jit, compiler_options=QUICK)
   def both(params):
     weights = models.decode_weights(model, params)
-    return decode_all(model, weights, LENGTH + 2), full_forward(model, params)
+    decoded = [decode_all(model, weights, LENGTH + 2, num_rows) for num_rows in (3, 1)]
+    return *decoded, full_forward(model, params)
 
-  decoded_BTV, expected_BTV = both(params)
+  decoded_BTV, first_row_BTV, expected_BTV = both(params)
   real_BT = IS_TOKEN_BL[:, PROMPT - 1 :]
   np.testing.assert_allclose(decoded_BTV[real_BT], expected_BTV[real_BT], rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(first_row_BTV, expected_BTV[:1], rtol=1e-4, atol=1e-4)
   assert np.all(np.isfinite(decoded_BTV))
 
 
@@ -85,15 +88,16 @@ def test_bfloat16_weights_are_prepared_once(llama, make, how):
     assert not re.search(rf"\bf32\[{','.join(map(str, shape))}\]", str(step))
 
 
-@pytest.mark.parametrize("how", ["unroll", "scan"])
-def test_decoding_never_copies_the_cache(llama, make, how):
+@pytest.mark.parametrize(("how", "num_rows"), [("unroll", 3), ("unroll", 1), ("scan", 3)])
+def test_decoding_never_copies_the_cache(llama, make, how, num_rows):
   model, params = make(llama, layers=how, num_layers=2)
   length = 37  # a size that nothing else has
 
   def run(params):
-    return decode_all(model, models.decode_weights(model, params), length)
+    return decode_all(model, models.decode_weights(model, params), length, num_rows)
 
   text = jax.jit(run).lower(params).compile().as_text()
-  cache_shape = rf"f32\[(?:2,)?3,{llama.num_kv_heads},{length},{llama.head_dim}\]"
+  columns = rf"{llama.num_kv_heads},{length},{llama.head_dim}\]"
+  cache_shape = rf"f32\[(?:2,)?{max(num_rows, 2)},{columns}"
   assert re.search(rf"= {cache_shape}\S* dynamic-update-slice\(", text)
-  assert not re.findall(rf"= {cache_shape}\S* copy(?:-start)?\(.*", text)
+  assert not re.findall(rf"= f32\[(?:\d,)*{columns}\S* copy(?:-start)?\(.*", text)

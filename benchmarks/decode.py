@@ -1,0 +1,204 @@
+"""Milliseconds of one decode step of SmolLM2-135M on a CPU, beside reading its weights once, and beside transformers.
+
+  python -m benchmarks.decode
+  benchmarks/peers/setup.sh trl && python -m benchmarks.decode --peer=transformers [--gguf=PATH]
+
+float32, prompts of 32 tokens, sampled at temperature 1 from the whole distribution, batches of 1 and 16. The step is
+what 64 tokens take longer than 8, over 56: of `sampling.generate` in one program, as a rollout has it, and of
+transformers' `generate`, in the virtual environment of TRL. They are processes that run in turn on two cores, so that a
+busy machine slows both alike. Prints one JSON line for each: medians of wall and CPU milliseconds by batch; for ours
+what the draw takes of a step; the floor, which is the weights' bytes at the rate at which a large matrix-vector
+product reads, measured first; and the load that others were during each run. With the peer, a last line has our medians
+over its. Random weights, or those of a GGUF file of any model (which transformers reads with the package `gguf`).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import turns
+from benchmarks.peers import worker
+from configs import models as presets
+from instructjax import memory, sampling, sharding, weights
+from instructjax.config import MeshConfig, ModelConfig, from_config_dict
+from instructjax.errors import UserError
+from instructjax.models import transformer
+from instructjax.structs import PromptBatch
+
+PEERS = pathlib.Path(__file__).parent / "peers"
+CORES = 2
+BATCHES = 1, 16
+PROMPT, FEW, MANY = 32, 8, 64  # tokens; a step is what MANY new ones take longer than FEW
+VOCAB = 49152
+NEVER = -1  # no token ends a row
+
+
+def smollm2() -> ModelConfig:
+  return from_config_dict(presets.get("ppo", "smollm2_135m")).model
+
+
+def open_model(gguf: str | None):
+  """(model, parameters)"""
+  if gguf:
+    opened = weights.open(gguf)
+    model = opened.model()
+    mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    return model, opened.load(mesh, model)
+  model = transformer.make_model(smollm2(), VOCAB, "lm")
+  return model, jax.jit(transformer.init_params, static_argnums=0)(model, jax.random.key(0))
+
+
+def compile_rollout(model, params, batch: int, num_tokens: int):
+  """() -> Rollout of so many tokens a row."""
+  shape = batch, PROMPT
+  prompts = PromptBatch(
+    np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32),
+    np.ones(shape, bool),
+    np.arange(batch, dtype=np.int32),
+  )
+
+  def run(params, prompts, key):
+    ends = dict(max_new_tokens=num_tokens, eos_id=NEVER, temperature=1.0)
+    return sampling.generate(model, params, prompts, key, **ends)
+
+  args = params, prompts, jax.random.key(1)
+  program = jax.jit(run).lower(*args).compile()
+  return lambda: program(*args)
+
+
+def compile_draws(batch: int, vocab_size: int, num_draws: int):
+  """() -> the last logits after so many draws, each from the one before."""
+  logits_BV = jax.random.normal(jax.random.key(0), (batch, vocab_size))
+  uniform_B = jax.random.uniform(jax.random.key(1), (batch,))
+
+  def run(logits_BV, uniform_B):
+    def draw(_, logits_BV):
+      _, logprob_B = sampling.sample_token(logits_BV, uniform_B, 1.0)
+      return logits_BV.at[:, 0].set(logprob_B)
+
+    return jax.lax.fori_loop(0, num_draws, draw, logits_BV)
+
+  program = jax.jit(run).lower(logits_BV, uniform_B).compile()
+  return lambda: program(logits_BV, uniform_B)
+
+
+def milliseconds(run) -> np.ndarray:
+  """Of wall and of CPU time."""
+  before = time.perf_counter(), time.process_time()
+  jax.block_until_ready(run())
+  return 1e3 * np.subtract((time.perf_counter(), time.process_time()), before)
+
+
+def serve(gguf: str | None):
+  """This process as a worker of `turns`."""
+  worker.claim_stdout()
+  memory.keep_freed_memory()
+  model, params = open_model(gguf)
+  programs = {
+    batch: [
+      compile_rollout(model, params, batch, FEW),
+      compile_rollout(model, params, batch, MANY),
+      compile_draws(batch, model.vocab_size, MANY - FEW),
+    ]
+    for batch in BATCHES
+  }
+
+  def once() -> dict:
+    found = {}
+    for batch, runs in programs.items():
+      few, many, draws = (milliseconds(run) for run in runs)
+      for name, taken in (("step", many - few), ("draw", draws)):
+        for kind, value in zip(("ms", "cpu_ms"), taken / (MANY - FEW)):
+          found[f"batch_{batch}_{name}_{kind}"] = float(value)
+    return found
+
+  once()
+  parameters = sum(x.size for x in jax.tree.leaves(params))
+  worker.serve(once, {"parameters": parameters, "jax": jax.__version__})
+
+
+def read_rate(repeats: int = 9) -> float:
+  """Bytes a second that a product of a vector with a matrix of half a gigabyte reads, the median."""
+  matrix, vector = jnp.ones((2048, 65536)), jnp.ones((1, 2048))
+  product = jax.jit(jnp.matmul)
+  run = lambda: product(vector, matrix)
+  milliseconds(run)
+  return matrix.nbytes / statistics.median(milliseconds(run)[0] / 1e3 for _ in range(repeats))
+
+
+def peer_command(gguf: str | None) -> list[str]:
+  """How to start transformers' worker.
+
+  Raises:
+    UserError: its virtual environment is not there.
+  """
+  python = PEERS / ".venv-trl/bin/python"
+  if not python.exists():
+    raise UserError(f"--peer=transformers needs {python}; run benchmarks/peers/setup.sh trl")
+  task = {
+    "model": dataclasses.asdict(smollm2()) | {"vocab_size": VOCAB},
+    "gguf": gguf and str(pathlib.Path(gguf).absolute()),
+    "batches": BATCHES,
+    "tokens": (PROMPT, FEW, MANY),
+  }
+  return [str(python), str(PEERS / "decode_transformers.py"), json.dumps(task)]
+
+
+def lines(found: dict[str, dict], rate: float, peer: str | None) -> list[dict]:
+  """What is printed: a line for each program, and one of our medians over the peer's.
+
+  Raises:
+    UserError: the two have not the same number of parameters.
+  """
+  result = []
+  for name, values in found.items():
+    floor = values["description"]["parameters"] * 4 / rate * 1e3
+    result.append({"program": name, "read_gb_s": round(rate / 1e9, 1), "floor_ms": round(floor, 1)})
+    result[-1] |= values
+  if peer:
+    ours, theirs = found["instructjax"], found[peer]
+    sizes = [values["description"]["parameters"] for values in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+      raise UserError(f"{peer} does other work: {sizes[1]} parameters, where ours are {sizes[0]}")
+    ratios = {key: round(ours[key] / theirs[key], 3) for key in theirs if key.startswith("batch_")}
+    result.append({f"over_{peer}": ratios})
+  return result
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--gguf", metavar="PATH", help="weights; default: random ones")
+  parser.add_argument("--peer", choices=("transformers",))
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.worker:
+    serve(args.gguf)
+    return
+  if sys.platform == "linux":  # the workers have the same cores
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+  try:
+    if args.gguf and not pathlib.Path(args.gguf).is_file():
+      raise UserError(f"--gguf={args.gguf} must be a file, and there is none")
+    ours = [sys.executable, "-m", "benchmarks.decode", "--worker"]
+    commands = {"instructjax": ours + ([f"--gguf={args.gguf}"] if args.gguf else [])}
+    if args.peer:
+      commands[args.peer] = peer_command(args.gguf)
+    rate = read_rate()
+    for line in lines(turns.measure(commands, args.repeats), rate, args.peer):
+      print(json.dumps(line))
+  except UserError as error:
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+  main()
