@@ -19,6 +19,7 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -58,15 +59,15 @@ def packed_batch(token_BL: np.ndarray) -> PackedBatch:
   return PackedBatch(token_BL, np.ones_like(token_BL), position_BL, weight_BL)
 
 
-def prepare(cfg, token_BL: np.ndarray):
-  """A function that runs one step of ours, and what is to be said of it."""
+def make_training(cfg, vocab_size: int, token_BL: np.ndarray) -> tuple[Callable[[], float], int]:
+  """(A function that runs one step of ours and returns its loss, number of parameters)."""
   mesh = sharding.make_mesh(cfg.mesh)
   jax.set_mesh(mesh)
-  model = transformer.make_model(cfg.model, VOCAB, "lm")
+  model = transformer.make_model(cfg.model, vocab_size, "lm")
   tx = make_optimizer(cfg.sft.optim, num_steps=1000)
   params = supervised.init_params(mesh, model, jax.random.key(0))
+  num_parameters = sum(x.size for x in jax.tree.leaves(params))
   state, shardings = supervised.create_state(mesh, model, tx, params, jax.random.key(1))
-  del params
   step = supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings)
   batch = sharding.place_batch(mesh, packed_batch(token_BL))
 
@@ -75,19 +76,21 @@ def prepare(cfg, token_BL: np.ndarray):
     state, metrics = jax.block_until_ready(step(state, batch))
     return float(metrics["loss"])
 
-  first_loss = train()
-  train()
+  return train, num_parameters
+
+
+def serve(cfg, token_BL: np.ndarray):
+  """Ours, as the peers' scripts do it."""
+  train, num_parameters = make_training(cfg, VOCAB, token_BL)
 
   def once() -> dict:
     train()
     return {}
 
-  return once, {
-    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-    "tokens": token_BL.size,
-    "first_loss": first_loss,
-    "libraries": f"jax {jax.__version__}",
-  }
+  first_loss = train()
+  train()  # the first one after malloc has what a step needs
+  description = {"parameters": num_parameters, "tokens": token_BL.size, "first_loss": first_loss}
+  worker.serve(once, description | {"libraries": f"jax {jax.__version__}"})
 
 
 def bound_seconds(rate: float) -> float:
@@ -135,7 +138,7 @@ def main():
   if args.worker:
     worker.claim_stdout()
     memory.keep_freed_memory()
-    worker.serve(*prepare(make_config(args.worker), np.load(args.tokens)))
+    serve(make_config(args.worker), np.load(args.tokens))
     return
   rate = ppo_iteration.product_flops()
   bound = bound_seconds(rate)

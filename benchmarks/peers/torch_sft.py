@@ -34,7 +34,7 @@ def main():
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
   def once() -> dict:
     train()

@@ -46,7 +46,7 @@ class FirstLoss(trl.SFTTrainer):
   def training_step(self, *args, **kwargs):
     loss = super().training_step(*args, **kwargs)
     if self.first_loss is None:
-      self.first_loss = float(loss)
+      self.first_loss = loss.item()
     return loss
 
 
