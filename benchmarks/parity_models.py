@@ -18,7 +18,7 @@ from absl import logging
 
 from instructjax import sampling, scoring, sharding, weights
 from instructjax.config import MeshConfig
-from instructjax.models import interop, transformer
+from instructjax.models import decoding, interop, transformer
 from instructjax.ops import lm
 from instructjax.structs import Params, PromptBatch
 
@@ -177,11 +177,11 @@ def _compare_caches(model, params, theirs, prompts, fed: list[int]) -> dict[str,
   """Prefill, then the same tokens fed to every row."""
   token_BP, is_slot_BT = pad(prompts, "left", model.vocab_size)
   num_rows, prompt_length = token_BP.shape
-  decoding = jax.jit(functools.partial(transformer.decode_weights, model))(params)
-  cache = transformer.init_cache(model, num_rows, prompt_length + len(fed))
-  prefill = jax.jit(transformer.prefill, static_argnums=0)
-  decode_step = jax.jit(transformer.decode_step, static_argnums=0)
-  logits_BV, cache = prefill(model, decoding, token_BP, is_slot_BT, cache)
+  weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
+  cache = decoding.init_cache(model, num_rows, prompt_length + len(fed))
+  prefill = jax.jit(decoding.prefill, static_argnums=0)
+  decode_step = jax.jit(decoding.decode_step, static_argnums=0)
+  logits_BV, cache = prefill(model, weights, token_BP, is_slot_BT, cache)
   answer = theirs(**their_inputs(token_BP, is_slot_BT), use_cache=True)
   differences = [_largest(logits_BV - answer.logits[:, -1].numpy())]
   for step, token in enumerate(fed):
@@ -191,7 +191,7 @@ def _compare_caches(model, params, theirs, prompts, fed: list[int]) -> dict[str,
     is_column_BT = np.pad(is_slot_BT, ((0, 0), (0, len(fed) - 1 - step)))
     slot = jnp.int32(prompt_length + step)
     logits_BV, cache = decode_step(
-      model, decoding, token_B1[:, 0], position_B, slot, is_column_BT, cache
+      model, weights, token_B1[:, 0], position_B, slot, is_column_BT, cache
     )
     inputs = their_inputs(token_B1, is_new_B1, is_slot_BT)
     answer = theirs(**inputs, past_key_values=answer.past_key_values, use_cache=True)

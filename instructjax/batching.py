@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax import layouts, sharding
-from instructjax.models import transformer
+from instructjax.models import decoding, transformer
 from instructjax.structs import Array, Params, PromptBatch, Rollout, pytree
 
 
@@ -108,7 +108,7 @@ def generate(
 
   Args:
     model: with an 'lm' head.
-    weights: from `transformer.decode_weights`.
+    weights: from `decoding.decode_weights`.
     prompts: left-padded; every row has at least one token.
     uniform_BR: noise of every row's tokens; R is the length limit.
     draw: (logits_BV, uniform_B) -> (token_B, logprob_B).
@@ -181,7 +181,7 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
     jnp.zeros(task.uniform_XQR.shape[:2], jnp.int32),
   )
   cache, staged_cache = (
-    transformer.init_cache(task.model, shards * width, length)
+    decoding.init_cache(task.model, shards * width, length)
     for length in (prompt_length + task.uniform_XQR.shape[2], prompt_length)
   )
   zero = jnp.int32(0)
@@ -259,8 +259,8 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
   token_BP, is_prompt_BP = layouts.shard_rows(
     (_flat(take(task.token_XQP, row_XS)), _flat(is_prompt_XSP))
   )
-  cache = transformer.init_cache(task.model, *token_BP.shape)
-  logits_BV, cache = transformer.prefill(task.model, task.weights, token_BP, is_prompt_BP, cache)
+  cache = decoding.init_cache(task.model, *token_BP.shape)
+  logits_BV, cache = decoding.prefill(task.model, task.weights, token_BP, is_prompt_BP, cache)
   drawn = task.draw(logits_BV, _flat(take(task.uniform_XQR[:, :, 0], row_XS)))
   rows = Rows(
     row_S=row_XS,
@@ -342,7 +342,7 @@ def _decode(task: Task, run: Run) -> Run:
   is_column_BT = jnp.concatenate([is_prompt_BP, age_1R < length_B[:, None]], axis=1)
   prompt_position_BP = transformer.positions_from_mask(is_prompt_BP)
   column_position_BT = jnp.concatenate([prompt_position_BP, position_B[:, None] - age_1R], axis=1)
-  logits_BV, cache = transformer.decode_step(
+  logits_BV, cache = decoding.decode_step(
     task.model,
     task.weights,
     _flat(rows.token_S),

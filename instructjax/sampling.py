@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax import batching
-from instructjax.models import transformer
+from instructjax.models import decoding, transformer
 from instructjax.structs import Array, PromptBatch, Rollout
 
 _BLOCK = 256  # columns of one block of the two-level inverse CDF
@@ -150,14 +150,12 @@ def generate(
   num_rows, prompt_length = prompts.token_BP.shape
   pad_id = model.vocab_size
   uniform_BR = row_uniforms(key, prompts.index_B, max_new_tokens)
-  weights = transformer.decode_weights(model, params)
+  weights = decoding.decode_weights(model, params)
   draw = functools.partial(sample_token, temperature=temperature)
   if slots not in (0, num_rows):
     return batching.generate(model, weights, prompts, uniform_BR, draw, slots=slots, eos_id=eos_id)
-  cache = transformer.init_cache(model, num_rows, prompt_length + max_new_tokens)
-  logits_BV, cache = transformer.prefill(
-    model, weights, prompts.token_BP, prompts.is_prompt_BP, cache
-  )
+  cache = decoding.init_cache(model, num_rows, prompt_length + max_new_tokens)
+  logits_BV, cache = decoding.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
   prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
   pad_response = ((0, 0), (0, max_new_tokens))
   token_BL = jnp.pad(prompts.token_BP, pad_response, constant_values=pad_id)
@@ -182,7 +180,7 @@ def generate(
     token_BL, is_token_BL, _, _ = rows
     slot = prompt_length + t - 1
     token_B = jax.lax.dynamic_index_in_dim(token_BL, slot, axis=1, keepdims=False)
-    logits_BV, cache = transformer.decode_step(
+    logits_BV, cache = decoding.decode_step(
       model, weights, token_B, prompt_tokens_B + t - 1, slot, is_token_BL, cache
     )
     return t + 1, cache, write(rows, t, logits_BV)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from instructjax import sampling, scoring
 from instructjax.data.tokenizer import Tokenizer
-from instructjax.models import transformer
+from instructjax.models import decoding, transformer
 from instructjax.structs import Array, Params, pytree
 from instructjax.weights import Weights
 
@@ -62,7 +62,7 @@ class Speaker:
 
   Attributes:
     name: the path, as it was given.
-    weights: as `transformer.decode_weights` lays them out.
+    weights: as `decoding.decode_weights` lays them out.
   """
 
   name: str
@@ -93,7 +93,7 @@ def make(name: str, opened: Weights, head: Literal["lm", "scalar"], mesh: Mesh) 
     raise ValueError(f"{name} must be {is_wanted[head]}, and it is {is_wanted[opened.head]}")
   model = opened.model()
   params = opened.load(mesh, model)
-  weights = jax.jit(functools.partial(transformer.decode_weights, model))(params)
+  weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
   return Speaker(name, opened.tokenizer, model, weights)
 
 
@@ -221,8 +221,8 @@ def _first(model, weights, token_BP, is_prompt_BP, uniform_BR, draw) -> _State:
   """Reads the prompt and draws the first token."""
   pad_response = ((0, 0), (0, draw.max_new_tokens))
   is_slot_BT = jnp.pad(is_prompt_BP, pad_response)
-  cache = transformer.init_cache(model, *is_slot_BT.shape)
-  logits_BV, cache = transformer.prefill(model, weights, token_BP, is_prompt_BP, cache)
+  cache = decoding.init_cache(model, *is_slot_BT.shape)
+  logits_BV, cache = decoding.prefill(model, weights, token_BP, is_prompt_BP, cache)
   return _State(
     token_B=_draw(logits_BV, uniform_BR[:, 0], draw),
     step=jnp.int32(0),
@@ -237,7 +237,7 @@ def _next(model, weights, state: _State, uniform_BR, draw) -> _State:
   """Feeds the newest token and draws the one after it; the cache is updated in place."""
   slot = state.is_slot_BT.shape[1] - draw.max_new_tokens + state.step
   is_slot_BT = state.is_slot_BT.at[:, slot].set(True)
-  logits_BV, cache = transformer.decode_step(
+  logits_BV, cache = decoding.decode_step(
     model, weights, state.token_B, state.position_B, slot, is_slot_BT, state.cache
   )
   step = state.step + 1

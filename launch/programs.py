@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as PS
 from instructjax import layouts, ppo, ppo_stage, rm, sharding, supervised
 from instructjax.config import Config, ModelConfig
 from instructjax.context import Context
-from instructjax.models import flops, transformer
+from instructjax.models import decoding, flops, transformer
 from instructjax.optim import make_optimizer
 from instructjax.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
 
@@ -241,20 +241,20 @@ def _ppo(ctx: Context, stage: str) -> Program:
     tokens=cfg.batch_size * data.max_response_length,
     token_kind="sampled tokens",
     model_flops=None,
-    decode_layout=transformer.decode_layout(nets.policy, mesh),
+    decode_layout=decoding.decode_layout(nets.policy, mesh),
   )
 
 
 def _decoding(mesh: Mesh, nets: ppo.Nets, num_rows: int, length: int) -> dict:
   """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
-  copy = jax.eval_shape(lambda weights: transformer.decode_weights(model, weights), shapes)
-  gathered = layouts.DECODE_GATHERED[transformer.decode_layout(model, mesh)]
+  copy = jax.eval_shape(lambda weights: decoding.decode_weights(model, weights), shapes)
+  gathered = layouts.DECODE_GATHERED[decoding.decode_layout(model, mesh)]
   placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
     placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
   )
-  cache = jax.eval_shape(lambda: transformer.init_cache(model, num_rows, length))
+  cache = jax.eval_shape(lambda: decoding.init_cache(model, num_rows, length))
   heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))
   return {
     "bf16 rollout copy": _placed(copy, copy_shardings),

@@ -1,13 +1,16 @@
 """The model family as pure functions; the only package that imports flax.linen."""
 
-from instructjax.models.heads import scalar_params_from_lm, shift_bias
-from instructjax.models.transformer import (
-  Model,
-  apply,
+from instructjax.models.decoding import (
   decode_layout,
   decode_step,
   decode_weights,
   init_cache,
+  prefill,
+)
+from instructjax.models.heads import scalar_params_from_lm, shift_bias
+from instructjax.models.transformer import (
+  Model,
+  apply,
   init_params,
   make_model,
   param_axes,
@@ -15,7 +18,6 @@ from instructjax.models.transformer import (
   param_shardings,
   positions_from_mask,
   positions_from_segments,
-  prefill,
 )
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The maths of one decoder layer: pure functions over a dict of that layer's weights.
 
-Called by transformer.py only. Knows no batches or stages, of meshes only which dimension of an array to split (the
-helpers of layouts.py, which do nothing on one device), and never imports flax.
+Called by transformer.py and decoding.py. Knows no batches or stages, of meshes only which dimension of an array to
+split (the helpers of layouts.py, which do nothing on one device), and never imports flax.
 
 Two more dimension letters than structs.py has: R here is the query heads that share one key/value
 head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R

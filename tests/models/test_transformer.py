@@ -323,3 +323,10 @@ def test_strict_dtypes(cfg, make):
 def test_unknown_head_is_refused(gpt2):
   with pytest.raises(ValueError, match="head='value' must be 'lm' or 'scalar'"):
     models.make_model(gpt2, VOCAB, "value")
+
+
+def test_positions_ignore_padding():
+  is_token_BL = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]], bool)
+  position_BL = models.positions_from_mask(is_token_BL)
+  assert position_BL.dtype == jnp.int32
+  np.testing.assert_array_equal(position_BL, [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 3, 4]])

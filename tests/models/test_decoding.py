@@ -96,10 +96,3 @@ def test_decoding_never_copies_the_cache(llama, make, how):
   cache_shape = rf"f32\[(?:2,)?3,{llama.num_kv_heads},{length},{llama.head_dim}\]"
   assert re.search(rf"= {cache_shape}\S* dynamic-update-slice\(", text)
   assert not re.findall(rf"= {cache_shape}\S* copy(?:-start)?\(.*", text)
-
-
-def test_positions_ignore_padding():
-  is_token_BL = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]], bool)
-  position_BL = models.positions_from_mask(is_token_BL)
-  assert position_BL.dtype == jnp.int32
-  np.testing.assert_array_equal(position_BL, [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 3, 4]])

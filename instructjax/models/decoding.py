@@ -1,0 +1,170 @@
+"""Decoding: the weights laid out for it, a cache of keys and values, a prompt at once and then a token a step.
+
+Called by sampling, batching and speaker inside their programs. The layers are transformer.py's; here is what a step
+does otherwise than a whole sequence: one column, keys and values from the cache, layouts of its own on a mesh. Imports
+nothing of data, ops or stages.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from instructjax import layouts
+from instructjax.models import layers, transformer
+from instructjax.models.transformer import Model
+from instructjax.structs import Array, Params
+
+
+def decode_layout(model: Model, mesh: Mesh | None = None) -> str:
+  """Which of layouts.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
+  choice, itemsize = model.cfg.decode_layout, jnp.dtype(model.cfg.dtype).itemsize
+  if choice != "auto":
+    return choice
+  return layouts.decode_layout(
+    transformer.param_axes(model), transformer.param_shapes(model), itemsize, mesh
+  )
+
+
+def decode_weights(model: Model, params: Params) -> Params:
+  """Parameters as decoding wants them: in the compute dtype, and layer by layer where unrolled.
+
+  `prefill`, `decode_step` and `apply` take the result in place of params. Call it once, before the
+  decode loop, so that no step casts or slices weights again. On a mesh the copy is split as
+  `decode_layout` says: in neither layout does a step gather weights.
+  """
+  dtype = jnp.dtype(model.cfg.dtype)
+  weights = dict(params)
+  weights["layers"] = layers.cast(params["layers"], dtype)
+  for name in ("embedding", "head"):
+    if name in params and not (name == "head" and model.head == "scalar"):
+      weights[name] = jax.tree.map(lambda w: w.astype(dtype), params[name])
+  weights = layouts.place_for_decoding(weights, transformer.param_axes(model), decode_layout(model))
+  if not transformer.scans_layers(model):
+    weights["layers"] = transformer._unstack(weights["layers"])
+  return weights
+
+
+def init_cache(model: Model, batch_size: int, length: int):
+  """An empty key/value cache of `length` columns: stacked for a scan, else one pair a layer."""
+  cfg = model.cfg
+  stack = (cfg.num_layers,) if transformer.scans_layers(model) else ()
+  shape = (*stack, batch_size, cfg.num_kv_heads, length, cfg.head_dim)
+
+  def pair():
+    empty = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(2))
+    return layouts.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
+
+  return pair() if stack else tuple(pair() for _ in range(cfg.num_layers))
+
+
+def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array, cache):
+  """Runs left-padded prompts and fills cache columns 0 .. P - 1.
+
+  Args:
+    model: with an 'lm' head.
+    weights: from `decode_weights`.
+    token_BP: int32 prompts, left-padded so that the last column is real.
+    is_prompt_BP: True on real tokens.
+    cache: from `init_cache`, at least P columns.
+  Returns:
+    (logits_BV after the last column, cache)
+  """
+  segment_BP, position_BP = (
+    is_prompt_BP.astype(jnp.int32),
+    transformer.positions_from_mask(is_prompt_BP),
+  )
+  h_BPD, kept = transformer._run_layers(
+    model, weights, token_BP, segment_BP, position_BP, keep=True
+  )
+  # Columns come last but one in the cache, layers (when stacked) first: pad the start with zeros.
+  write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+  cache = jax.tree.map(write, cache, kept)
+  return transformer._head(model, weights, h_BPD[:, -1:], decoding=True)[:, 0], cache
+
+
+def decode_step(
+  model: Model,
+  weights: Params,
+  token_B: Array,
+  position_B: Array,
+  slot: Array,
+  is_slot_BT: Array,
+  cache,
+  slot_position_BT: Array | None = None,
+):
+  """Feeds one token a row and gives the logits of the next.
+
+  Args:
+    model: with an 'lm' head.
+    weights: from `decode_weights`.
+    token_B: int32 ids; a pad is harmless.
+    position_B: int32 positions of these tokens.
+    slot: int32 scalar, the cache column they go to.
+    is_slot_BT: True on cache columns that hold real tokens, these ones included.
+    cache: from `prefill` or the step before; updated in place when donated or carried by a loop.
+    slot_position_BT: int32 positions of the columns' tokens; None where they lie in order.
+  Returns:
+    (logits_BV, cache)
+  """
+  cfg = model.cfg
+  position_B1 = position_B[:, None]
+  is_2d = decode_layout(model) == "2d"
+  place = layouts.shard_width if is_2d else layouts.shard_rows
+  is_token_B1 = jnp.ones_like(position_B1)
+  h_B1D, _ = transformer._embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
+  angles = layers.rotary_angles(position_B1, cfg)
+  dense = is_slot_BT[:, None, :]
+  if slot_position_BT is None:
+    slot_position_BT = transformer.positions_from_mask(is_slot_BT)
+  masks = dense, layers.band(dense, position_B1, slot_position_BT, cfg)
+
+  def mix_unrolled(index, pair, q_BTGRK, *new_BTGK):
+    pair = tuple(
+      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, slot, 0))
+      for old, new in zip(pair, new_BTGK)
+    )
+    return layers.attend(q_BTGRK, *pair, transformer._layer_mask(masks, index)), pair
+
+  def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
+    # One update of the whole stack is in place; taking a layer out and putting it back is not.
+    stacks = tuple(
+      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+      for old, new in zip(stacks, new_BTGK)
+    )
+    pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
+    return layers.attend(q_BTGRK, *pair, transformer._layer_mask(masks, index)), stacks
+
+  def run_block(h_B1D, layer, mix):
+    if is_2d:
+      mix = _mix_own_rows(mix)
+    h_B1D, kept = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)
+    return place(h_B1D), kept
+
+  if transformer.scans_layers(model):
+
+    def body(carry, xs):
+      h_B1D, stacks = carry
+      index, layer = xs
+      return run_block(h_B1D, layer, functools.partial(mix_stacked, index, stacks)), None
+
+    xs = jnp.arange(cfg.num_layers), weights["layers"]
+    (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)
+  else:
+    pairs = []
+    for index, layer in enumerate(transformer._unstack(weights["layers"])):
+      h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
+      pairs.append(pair)
+    cache = tuple(pairs)
+  return layouts.shard_rows(transformer._head(model, weights, h_B1D, decoding=True)[:, 0]), cache
+
+
+def _mix_own_rows(mix):
+  """Attention over a device's own rows, as the cache lies, between products with weights that see all rows."""
+
+  def run(*qkv):
+    mixed_BTGRK, kept = mix(*layouts.shard_rows(qkv, tensor_dim=2))
+    return layouts.gather_rows(mixed_BTGRK), kept
+
+  return run
