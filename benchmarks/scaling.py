@@ -30,7 +30,7 @@ from benchmarks import ppo_iteration, sft_step
 from configs import models
 from instructjax import memory, sharding
 from instructjax.config import from_config_dict
-from instructjax.models import transformer
+from instructjax.models import decoding, transformer
 
 MODEL = dict(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
 VOCAB, DECODE_STEPS = 512, 16
@@ -77,14 +77,14 @@ def decode(size: Size, layers: str) -> Callable:
   jax.set_mesh(sharding.make_mesh(cfg.mesh))
   model = transformer.make_model(cfg.model, VOCAB, "lm")
   params = transformer.init_params(model, jax.random.key(0))
-  weights = jax.jit(lambda params: transformer.decode_weights(model, params))(params)
+  weights = jax.jit(lambda params: decoding.decode_weights(model, params))(params)
   column_BT = np.tile(np.arange(size.length), (size.batch, 1))
 
   def steps(weights, token_B, cache):
     def step(slot, carry):
       token_B, cache = carry
       position_B = jnp.full_like(token_B, slot)
-      logits_BV, cache = transformer.decode_step(
+      logits_BV, cache = decoding.decode_step(
         model, weights, token_B, position_B, slot, column_BT <= slot, cache
       )
       return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
@@ -92,7 +92,7 @@ def decode(size: Size, layers: str) -> Callable:
     return jax.lax.fori_loop(size.length - DECODE_STEPS, size.length, step, (token_B, cache))
 
   steps = jax.jit(steps, donate_argnums=(1, 2))
-  state = jnp.zeros(size.batch, jnp.int32), transformer.init_cache(model, size.batch, size.length)
+  state = jnp.zeros(size.batch, jnp.int32), decoding.init_cache(model, size.batch, size.length)
 
   def once():
     nonlocal state
