@@ -1,11 +1,14 @@
-"""Seconds of one PPO iteration on a CPU, beside what its matrix products must take.
+"""Seconds of one PPO iteration on a CPU, beside what its matrix products must take, and beside another trainer.
 
   python -m benchmarks.ppo_iteration --workload=W3 --set=ppo.packed_rows=0 --set=ppo.packed_rows=1,rollout.slots=16
+  benchmarks/peers/setup.sh trl && python -m benchmarks.ppo_iteration --workload=W2 --peer=trl
 
-Each --set is a variant (fields of the config, comma-separated); they run in turn, so that a busy machine slows all
-alike. Prints one JSON line a variant: medians and ranges of wall and CPU seconds, peak memory, tokens, and the bound:
-every product that the algorithm needs, once, for real tokens only, at the rate of a 2048 x 2048 matrix product,
-measured first. Random weights; four networks.
+Each --set is a variant (fields of the config, comma-separated). Variants and the peer (TRL 1.12's PPO, the last that
+TRL had, or tunix 0.1.7's) are processes that run in turn on two cores, so that a busy machine slows all alike; all are
+held in memory. Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory, tokens sampled
+and decoded, the load that others were during each run, and the bound: every product that the algorithm needs, once, for
+real tokens only, at the rate of a 2048 x 2048 matrix product, measured first. With a peer, a last line has our medians
+over its. Random weights; four networks.
 
   W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
   W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
@@ -15,20 +18,29 @@ measured first. Random weights; four networks.
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
-import resource
 import statistics
+import sys
 import time
 import types
 
 import jax
 import numpy as np
 
+from benchmarks import turns
+from benchmarks.peers import worker
 from configs import base
 from instructjax import memory, ppo, ppo_stage, sharding, supervised
 from instructjax.config import from_config_dict
 from instructjax.context import Context
+from instructjax.errors import UserError
+from instructjax.models import transformer
 from instructjax.structs import PromptBatch
+
+PEERS = pathlib.Path(__file__).parent / "peers"
+CORES = 2
+MAX_LENGTH = 2048  # of the networks' learned positions
 
 _GPT2 = dict(num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, head_dim=64, d_mlp=3072)
 _SMALL = dict(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
@@ -59,7 +71,7 @@ def make_config(load: Workload, changes: dict):
   """The run's config: the paper's, in float32, with the workload's shapes."""
   config = base.base("ppo")
   network = load.model | dict(
-    max_length=2048, attention_window=0, dtype="float32", remat="none", layers="auto"
+    max_length=MAX_LENGTH, attention_window=0, dtype="float32", remat="none", layers="auto"
   )
   config.model.update(network)
   config.reward_model.update(network)
@@ -137,10 +149,67 @@ def product_flops(size: int = 2048, repeats: int = 15) -> float:
   return 2 * size**3 / statistics.median(seconds)
 
 
-def _spread(values: list[float]) -> dict:
+def serve(load: Workload, changes: dict):
+  """This process as a worker of `turns`: one variant."""
+  worker.claim_stdout()
+  memory.keep_freed_memory()
+  once = prepare(load, changes)
+
+  def repetition() -> dict:
+    metrics, _ = once()
+    response = float(metrics["tokens"])
+    return {
+      "response_tokens": round(response),
+      "decoded_tokens": round(response / (1 - float(metrics["slot_waste"]))),
+    }
+
+  metrics, _ = once()
+  first = {name: float(metrics[name]) for name in ("policy_loss", "value_loss", "kl")}
+  config = make_config(load, changes)
+  networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
+  description = {}
+  for name, (cfg, head) in networks.items():
+    shapes = transformer.param_shapes(transformer.make_model(cfg, load.vocab_size, head))
+    description[f"{name}_parameters"] = sum(x.size for x in jax.tree.leaves(shapes))
+  first["ratio"] = float(metrics["ratio_mean"])
+  worker.serve(repetition, description | {"jax": jax.__version__, "first": first})
+
+
+def peer_command(peer: str, load: Workload) -> list[str]:
+  """How to start a peer's worker.
+
+  Raises:
+    UserError: its virtual environment is not there.
+  """
+  python = PEERS / f".venv-{peer}/bin/python"
+  if not python.exists():
+    raise UserError(f"--peer={peer} needs {python}; run benchmarks/peers/setup.sh {peer}")
+  shape = dataclasses.asdict(load) | {"max_length": MAX_LENGTH}
+  return [str(python), str(PEERS / f"{peer}_ppo.py"), json.dumps(shape)]
+
+
+def check_same_work(load: Workload, found: dict[str, dict]):
+  """That every program sampled as many tokens and made as many updates as the workload has.
+
+  Raises:
+    UserError: one did not.
+  """
+  wanted = {"updates": load.epochs * load.minibatches}
+  if not load.ends:
+    wanted["response_tokens"] = load.batch * load.response
+  for name, result in found.items():
+    for key, value in wanted.items():
+      if result.get(key, value) != value:  # our updates are the scan's length: nothing to report
+        raise UserError(f"{name} does other work: {key} {result[key]}, where {value} are due")
+
+
+def ratios(found: dict[str, dict], peer: str) -> dict[str, dict]:
+  """Our medians over the peer's, by variant."""
+  over = lambda ours, key: round(ours[key]["median"] / found[peer][key]["median"], 3)
   return {
-    name: round(f(values), 3)
-    for name, f in (("median", statistics.median), ("min", min), ("max", max))
+    name: {key: over(ours, key) for key in ("wall_s", "cpu_s")}
+    for name, ours in found.items()
+    if name != peer
   }
 
 
@@ -148,46 +217,40 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workload", choices=WORKLOADS, required=True)
   parser.add_argument("--set", action="append", metavar="FIELD=VALUE,...", default=None)
+  parser.add_argument("--peer", choices=("trl", "tunix"))
   parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument(
-    "--gflops", type=float, default=185.0, help="of this machine's large products"
-  )
+  parser.add_argument("--worker", metavar="FIELD=VALUE,...", help=argparse.SUPPRESS)
   args = parser.parse_args()
-  memory.keep_freed_memory()
-  load, rate = WORKLOADS[args.workload], product_flops()
-  variants = {}
-  for spelling in args.set or ["ppo.packed_rows=0"]:
-    pairs = (pair.split("=") for pair in spelling.split(","))
-    variants[spelling] = prepare(load, {name: json.loads(value) for name, value in pairs})
-  measured = {name: [] for name in variants}
-  tokens = {name: 0 for name in variants}
-  for repeat in range(args.repeats + 1):  # the first one compiles
-    for name, once in variants.items():
-      wall, cpu = time.perf_counter(), time.process_time()
-      metrics, _ = once()
-      if repeat:
-        measured[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-        tokens[name] += float(metrics["response_length"]) * load.batch
-  for name, seconds in measured.items():
-    response = tokens[name] / args.repeats
-    flops = bound_flops(load, load.batch * load.prompt, response)
+  load = WORKLOADS[args.workload]
+  if args.worker:
+    pairs = (pair.split("=") for pair in args.worker.split(","))
+    serve(load, {name: json.loads(value) for name, value in pairs})
+    return
+  if sys.platform == "linux":  # the workers have the same cores
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+  try:
+    ours = [sys.executable, "-m", "benchmarks.ppo_iteration", f"--workload={args.workload}"]
+    commands = {name: [*ours, f"--worker={name}"] for name in args.set or ["ppo.packed_rows=0"]}
+    if args.peer:
+      commands[args.peer] = peer_command(args.peer, load)
+    rate = product_flops()
+    found = turns.measure(commands, args.repeats)
+    check_same_work(load, found)
+  except UserError as error:
+    sys.exit(f"error: {error}")
+  for name, result in found.items():
+    flops = bound_flops(load, load.batch * load.prompt, result["response_tokens"])
     bound = sum(flops.values()) / rate
-    wall, cpu = (_spread([pair[i] for pair in seconds]) for i in (0, 1))
-    print(
-      json.dumps(
-        {
-          "workload": args.workload,
-          "variant": name,
-          "wall_s": wall,
-          "cpu_s": cpu,
-          "product_gflops": round(rate / 1e9),
-          "bound_s": round(bound, 2),
-          "wall_over_bound": round(wall["median"] / bound, 2),
-          "response_tokens": round(response),
-          "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        }
-      )
-    )
+    line = {
+      "workload": args.workload,
+      "variant": name,
+      "product_gflops": round(rate / 1e9),
+      "bound_s": round(bound, 2),
+      "wall_over_bound": round(result["wall_s"]["median"] / bound, 2),
+    }
+    print(json.dumps(line | result))
+  if args.peer:
+    print(json.dumps({"workload": args.workload, f"over_{args.peer}": ratios(found, args.peer)}))
 
 
 if __name__ == "__main__":
