@@ -1,21 +1,22 @@
 """Tokens a second of one supervised training step of GPT-2 small's shape, beside others' steps.
 
-  python -m benchmarks.sft_step --peer=flax --peer=torch --peer=trl --repeats=5
+  benchmarks/peers/setup.sh trl && python -m benchmarks.sft_step --peer=trl --repeats=5
 
 8 rows of 256 tokens, 124,439,808 random float32 weights, Adam with clipped gradients, no dropout. Ours is the stages'
 own step (`supervised.make_lm_train_step`). Each --set is a variant of ours (fields of the config, comma-separated;
-without one, `model.remat="none"`, as the presets for a CPU have it). Each program is a process of its own, all are in
-memory at once, and they run in turn. They must have as many parameters, train on as many tokens and begin with the
-same loss (of random weights: within .1), or the command ends. `flax` needs nothing else, `torch` and `trl` the
-environments of benchmarks/peers/setup.sh.
+without one, `model.remat="none"`, as the presets for a CPU have it); --peer may be given several times. Each program is
+a process of its own, all are in memory at once (ours and one peer took 13 GB), and they run in turn on two cores. They
+must have as many parameters, train on as many tokens and begin with the same loss (of random weights: within .1), or
+the command ends. `flax` needs nothing else, `torch` and `trl` the environment `.venv-trl` of benchmarks/peers/setup.sh.
 
 Prints one JSON line a program: tokens a second by the median of wall seconds, wall and CPU seconds with their ranges,
-peak memory, what other processes took of the machine meanwhile (CPUs, by run), and the bound: every matrix product of
-the model once, forward and backward, at the rate of a 2048 x 2048 product measured first.
+peak memory, the load that others were during each run, and the bound: every matrix product of the model once, forward
+and backward, at the rate of a 2048 x 2048 product measured first. For each peer, a last line has our medians over its.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from instructjax.optim import make_optimizer
 from instructjax.structs import PackedBatch
 
 ROWS, LENGTH, VOCAB = 8, 256, 50257
-PEERS = pathlib.Path(__file__).parent / "peers"
+PEERS = ppo_iteration.PEERS
 PYTHON = {
   "flax": pathlib.Path(sys.executable),
   "torch": PEERS / ".venv-trl/bin/python",
@@ -119,10 +120,10 @@ def commands(variants: list[str], peers: list[str], tokens: str) -> dict[str, li
     UserError: a peer's environment is not there.
   """
   ours = [sys.executable, "-m", "benchmarks.sft_step", f"--tokens={tokens}"]
-  found = {f"instructjax {spelling}": [*ours, f"--worker={spelling}"] for spelling in variants}
+  found = {spelling: [*ours, f"--worker={spelling}"] for spelling in variants}
   for peer in peers:
     if not PYTHON[peer].exists():
-      raise UserError(f"--peer={peer} needs {PYTHON[peer]}: run benchmarks/peers/setup.sh trl")
+      raise UserError(f"--peer={peer} needs {PYTHON[peer]}; run benchmarks/peers/setup.sh trl")
     found[peer] = [str(PYTHON[peer]), str(PEERS / f"{peer}_sft.py"), f"--tokens={tokens}"]
   return found
 
@@ -140,22 +141,34 @@ def main():
     memory.keep_freed_memory()
     serve(make_config(args.worker), np.load(args.tokens))
     return
-  rate = ppo_iteration.product_flops()
+  if sys.platform == "linux":  # the workers have the same cores
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ppo_iteration.CORES])
+  try:
+    rate = ppo_iteration.product_flops()
+    with tempfile.TemporaryDirectory() as folder:
+      tokens = f"{folder}/tokens.npy"
+      rng = np.random.default_rng(0)
+      np.save(tokens, rng.integers(VOCAB, size=(ROWS, LENGTH)).astype(np.int32))
+      found = turns.measure(commands(args.set or [DEFAULT], args.peer, tokens), args.repeats)
+    check_same_work(found)
+  except UserError as error:
+    sys.exit(f"error: {error}")
   bound = bound_seconds(rate)
-  with tempfile.TemporaryDirectory() as folder:
-    tokens = f"{folder}/tokens.npy"
-    np.save(tokens, np.random.default_rng(0).integers(VOCAB, size=(ROWS, LENGTH)).astype(np.int32))
-    found = turns.measure(commands(args.set or [DEFAULT], args.peer, tokens), args.repeats)
-  check_same_work(found)
-  for name, measured in found.items():
-    wall = measured["wall_s"]["median"]
-    rates = {
+  for name, result in found.items():
+    wall = result["wall_s"]["median"]
+    line = {
+      "benchmark": "sft_step",
+      "variant": name,
       "tokens_per_s": round(ROWS * LENGTH / wall, 1),
       "product_gflops": round(rate / 1e9),
       "bound_s": round(bound, 2),
       "wall_over_bound": round(wall / bound, 2),
     }
-    print(json.dumps({"benchmark": "sft_step", "program": name} | rates | measured))
+    print(json.dumps(line | result))
+  for peer in args.peer:
+    ours = {name: found[name] for name in found if name not in args.peer or name == peer}
+    ratios = ppo_iteration.ratios(ours, peer)
+    print(json.dumps({"benchmark": "sft_step", f"over_{peer}": ratios}))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_other_work_is_refused(name, value):
 def test_a_peer_without_its_environment_is_refused(monkeypatch):
   monkeypatch.setitem(sft_step.PYTHON, "trl", pathlib.Path("nowhere/bin/python"))
   with pytest.raises(
-    UserError, match="^--peer=trl needs nowhere/bin/python: run benchmarks/peers/"
+    UserError, match="^--peer=trl needs nowhere/bin/python; run benchmarks/peers/"
   ):
     sft_step.commands(["model.remat=none"], ["trl"], "tokens.npy")
 
