@@ -1,0 +1,177 @@
+"""Whether cost grows as it should: CPU seconds as batch, length and layers double twice, each in turn.
+
+  python -m benchmarks.scaling --repeats=5
+
+Three programs of a small model (width 256, vocabulary 512): `sft`, a training step; `ppo`, an iteration of 4
+minibatches and one epoch, length being half prompt and half answer; `decode`, 16 steps, length being the cache's
+columns. Prints a table as it goes and one JSON line: medians of CPU seconds (user + system) of a run and of the
+compilation, and the exponents fitted to them (the slope between logarithms; 1 is linear, 0 is flat). Sizes are such
+that what does not grow with an axis (the optimiser with the batch, the head with the layers) is small. Of attention,
+whose part is quadratic in the length, and of a cache, which only attention reads, other exponents are expected.
+
+Layers are unrolled, as `model.layers=auto` has them on a CPU; `sft scan` and `decode scan` have `model.layers=scan`,
+which compiles one layer however many there are. The compilation's seconds are those of the first run, less a median
+one.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import ppo_iteration, sft_step
+from configs import models
+from instructjax import memory, sharding
+from instructjax.config import from_config_dict
+from instructjax.models import decoding, transformer
+
+MODEL = dict(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
+VOCAB, DECODE_STEPS = 512, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  batch: int
+  length: int
+  layers: int
+
+
+BASE = {"sft": Size(16, 128, 4), "ppo": Size(64, 32, 2), "decode": Size(64, 256, 4)}
+FACTORS = (1, 2, 4)
+
+
+def make_config(size: Size, layers: str):
+  """The gpt2 preset with the model's sizes and `model.layers`."""
+  config = models.get("sft", "gpt2")
+  network = MODEL | dict(num_layers=size.layers, max_length=2048, layers=layers, remat="none")
+  config.model.update(network)
+  return from_config_dict(config)
+
+
+def sft(size: Size, layers: str) -> Callable:
+  """Runs a training step."""
+  shape = (size.batch, size.length)
+  token_BL = np.random.default_rng(0).integers(VOCAB, size=shape).astype(np.int32)
+  train, _ = sft_step.make_training(make_config(size, layers), VOCAB, token_BL)
+  return train
+
+
+def ppo(size: Size, layers: str) -> Callable:
+  """Runs an iteration; no answer ends before its limit."""
+  half = size.length // 2
+  network = MODEL | {"num_layers": size.layers}
+  load = ppo_iteration.Workload(network, VOCAB, half, half, size.batch, 4, 1, ends=False)
+  return ppo_iteration.prepare(load, {"model.layers": layers, "reward_model.layers": layers})
+
+
+def decode(size: Size, layers: str) -> Callable:
+  """Runs steps that take the last columns of a full cache."""
+  cfg = make_config(size, layers)
+  jax.set_mesh(sharding.make_mesh(cfg.mesh))
+  model = transformer.make_model(cfg.model, VOCAB, "lm")
+  params = transformer.init_params(model, jax.random.key(0))
+  weights = jax.jit(lambda params: decoding.decode_weights(model, params))(params)
+  column_BT = np.tile(np.arange(size.length), (size.batch, 1))
+
+  def steps(weights, token_B, cache):
+    def step(slot, carry):
+      token_B, cache = carry
+      position_B = jnp.full_like(token_B, slot)
+      logits_BV, cache = decoding.decode_step(
+        model, weights, token_B, position_B, slot, column_BT <= slot, cache
+      )
+      return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(size.length - DECODE_STEPS, size.length, step, (token_B, cache))
+
+  steps = jax.jit(steps, donate_argnums=(1, 2))
+  state = jnp.zeros(size.batch, jnp.int32), decoding.init_cache(model, size.batch, size.length)
+
+  def once():
+    nonlocal state
+    state = jax.block_until_ready(steps(weights, *state))
+
+  return once
+
+
+PROGRAMS = {"sft": sft, "ppo": ppo, "decode": decode}
+
+
+def cpu_seconds(once: Callable) -> float:
+  before = time.process_time()
+  once()
+  return time.process_time() - before
+
+
+def measure(runs: list[Callable], repeats: int) -> list[dict]:
+  """CPU seconds of programs that have not run yet, in turn: of a run, and of the first one beyond that."""
+  first = [cpu_seconds(once) for once in runs]
+  rounds = [[cpu_seconds(once) for once in runs] for _ in range(repeats)]
+  medians = map(statistics.median, zip(*rounds))
+  return [{"cpu_s": run, "compile_cpu_s": all_ - run} for run, all_ in zip(medians, first)]
+
+
+def exponent(values: list[float]) -> float:
+  """Slope of log(value) over log(factor)."""
+  return float(np.polyfit(np.log(FACTORS), np.log(values), 1)[0])
+
+
+def scale(program: str, axis: str, layers: str, repeats: int) -> dict:
+  """One program along one axis."""
+  base = BASE[program]
+  sizes = [dataclasses.replace(base, **{axis: f * getattr(base, axis)}) for f in FACTORS]
+  found = measure([PROGRAMS[program](size, layers) for size in sizes], repeats)
+  gc.collect()
+  result = {"program": program + (" scan" if layers == "scan" else ""), "axis": axis}
+  result["sizes"] = [getattr(size, axis) for size in sizes]
+  for name in ("cpu_s", "compile_cpu_s"):
+    values = [one[name] for one in found]
+    result[name] = [round(value, 3) for value in values]
+    result[name.replace("cpu_s", "exponent")] = round(exponent(values), 2)
+  return result
+
+
+COLUMNS = {
+  "program": "program",
+  "axis": "axis",
+  "sizes": "sizes",
+  "cpu_s": "CPU s",
+  "exponent": "exponent",
+  "compile_cpu_s": "compile CPU s",
+  "compile_exponent": "exponent",
+}
+
+
+def print_row(cells: list):
+  spell = lambda cell: ", ".join(map(str, cell)) if isinstance(cell, list) else str(cell)
+  print(f"| {' | '.join(map(spell, cells))} |", flush=True)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--program", choices=PROGRAMS, action="append", help="all by default")
+  args = parser.parse_args()
+  memory.keep_freed_memory()
+  results = []
+  print_row([*COLUMNS.values()])
+  print_row(["---"] * len(COLUMNS))
+  for program in args.program or PROGRAMS:
+    runs = [("batch", "unroll"), ("length", "unroll"), ("layers", "unroll")]
+    if program != "ppo":
+      runs.append(("layers", "scan"))
+    for axis, layers in runs:
+      results.append(scale(program, axis, layers, args.repeats))
+      print_row([results[-1][key] for key in COLUMNS])
+  print(json.dumps({"benchmark": "scaling", "repeats": args.repeats, "results": results}))
+
+
+if __name__ == "__main__":
+  main()
