@@ -1,5 +1,6 @@
 """The benchmarks' commands, as far as they need no library that the tests do without."""
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks import parity, ppo_iteration, slots, startup
+from instructjax.errors import UserError
 
 
 def test_parity_says_in_one_line_which_extra_it_needs(monkeypatch, capsys):
@@ -80,6 +82,48 @@ def test_flops_that_an_iteration_needs_by_hand():
     "rollout": body + head,
     "scoring": 3 * body + head,
     "update": 3 * (2 * body + head),
+  }
+
+
+def test_a_peer_without_its_environment_is_refused(monkeypatch, tmp_path):
+  monkeypatch.setattr(ppo_iteration, "PEERS", tmp_path)
+  with pytest.raises(UserError, match="--peer=trl needs .*; run benchmarks/peers/setup.sh trl$"):
+    ppo_iteration.peer_command("trl", ppo_iteration.WORKLOADS["W2"])
+
+
+def test_a_peer_is_told_the_workload(monkeypatch, tmp_path):
+  python = tmp_path / ".venv-tunix/bin/python"
+  python.parent.mkdir(parents=True)
+  python.touch()
+  monkeypatch.setattr(ppo_iteration, "PEERS", tmp_path)
+  *start, shape = ppo_iteration.peer_command("tunix", ppo_iteration.WORKLOADS["W3"])
+  assert start == [str(python), str(tmp_path / "tunix_ppo.py")]
+  shape = json.loads(shape)
+  assert (shape["response"], shape["ends"], shape["model"]["d_model"]) == (512, True, 256)
+
+
+@pytest.mark.parametrize(
+  ("workload", "said", "error"),
+  [
+    ("W2", {"updates": 16, "response_tokens": 2048}, None),
+    ("W2", {"response_tokens": 2048}, None),  # ours
+    ("W2", {"updates": 4, "response_tokens": 2048}, "trl does other work: updates 4, where 16 are"),
+    ("W2", {"updates": 16, "response_tokens": 2047}, "response_tokens 2047, where 2048 are"),
+    ("W3", {"updates": 4, "response_tokens": 4096}, None),  # as long as they happen to be
+  ],
+)
+def test_other_work_is_not_compared(workload, said, error):
+  refused = pytest.raises(UserError, match=error) if error else contextlib.nullcontext()
+  with refused:
+    ppo_iteration.check_same_work(ppo_iteration.WORKLOADS[workload], {"trl": said})
+
+
+def test_ratios_are_of_medians_ours_over_the_peers():
+  spread = lambda wall, cpu: {"wall_s": {"median": wall}, "cpu_s": {"median": cpu}}
+  found = {"a=0": spread(3.0, 1.0), "a=1": spread(1.0, 5.0), "trl": spread(4.0, 2.0)}
+  assert ppo_iteration.ratios(found, "trl") == {
+    "a=0": {"wall_s": 0.75, "cpu_s": 0.5},
+    "a=1": {"wall_s": 0.25, "cpu_s": 2.5},
   }
 
 

@@ -3,7 +3,8 @@
   .venv-trl/bin/python trl_ppo.py '{"model": {...}, ...}'     a Workload of benchmarks.ppo_iteration
 
 A repetition is one call of its PPOTrainer.train() for as many episodes as one iteration has: its own code, from prompts
-to optimiser steps. Random weights, float32, two threads; nothing is fetched.
+to optimiser steps. Random weights, float32, two threads; nothing is fetched. Where answers end, transformers' generate
+stops with the longest one, and TRL scores and trains every row at that length: `decoded_tokens` says it.
 """
 
 import json
