@@ -36,15 +36,16 @@ def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.n
   return token_NP, token_NP != pad_id
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id", "temperature"))
-def _generate(model, params, prompts, key, max_new_tokens, eos_id, temperature) -> Rollout:
+# What ends a row is no part of the program: base models end at a newline, the others at EOS.
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature"))
+def _generate(model, params, prompts, key, end_id, max_new_tokens, temperature) -> Rollout:
   return sampling.generate(
     model,
     params,
     prompts,
     key,
     max_new_tokens=max_new_tokens,
-    eos_id=eos_id,
+    eos_id=end_id,
     temperature=temperature,
   )
 
@@ -110,7 +111,7 @@ def sample(
   def one(start, token_BP, is_prompt_BP):
     index_B = start + np.arange(len(token_BP), dtype=np.int32)
     batch = sharding.place_rows(ctx.mesh, PromptBatch(token_BP, is_prompt_BP, index_B))
-    rollout = _generate(model, params, batch, key, max_new, end_id, float(temperature))
+    rollout = _generate(model, params, batch, key, np.int32(end_id), max_new, float(temperature))
     return rollout.token_BL, rollout.is_token_BL, rollout.is_response_BR
 
   token_NL, is_token_NL, is_response_NR = _in_chunks(

@@ -93,9 +93,11 @@ def initial_params(ctx: Context, key):
   """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
   from_sft = ctx.config.rm.start_from == "sft"
   trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
-  shardings, _ = transformer.param_shardings(ctx.mesh, ctx.model("reward"))
-  scalar_init = supervised.init_params(ctx.mesh, ctx.model("reward"), key)
-  params = heads.scalar_params_from_lm(trunk, scalar_init)
+  model = ctx.model("reward")
+  shardings, shapes = transformer.param_shardings(ctx.mesh, model)
+  # Of a fresh model only the head is made: XLA leaves out what nobody asks for.
+  head = jax.jit(lambda k: transformer.init_params(model, k)["head"])(key)
+  params = heads.scalar_params_from_lm(trunk, shapes | {"head": head})
   return jax.device_put(params, shardings)
 
 
