@@ -136,6 +136,7 @@ def base(stage: str) -> ConfigDict:
         num_epochs=1,  # C.2: more overfits
         batch_size=64,  # C.2, prompts
         max_responses=9,
+        row_length=0,
         ties="drop",  # C.2
         optim=adam(9e-6),  # C.2
         cross_validation_folds=0,  # sec 4.1 has 5

@@ -75,7 +75,7 @@ def _smollm2_135m(config):
   )
   config.collect.update(num_prompts=256, num_heldout_prompts=64, min_responses=2, max_responses=2)
   # Pairs, as most public comparisons are: rows for more answers would be computed, empty or not.
-  config.rm.update(batch_size=8, max_responses=2, optim=base.adam(2e-5))
+  config.rm.update(batch_size=8, max_responses=2, row_length=128, optim=base.adam(2e-5))
   config.ppo.update(
     num_iterations=12,
     batch_size=16,

@@ -60,6 +60,7 @@ def change(config):
   config.rm.update(
     batch_size=16,
     max_responses=6,
+    row_length=64,  # an answer and its prompt are 20 tokens on average
     optim=base.adam(1e-3, warmup_steps=10),
     cross_validation_folds=5,
     cross_validation_prompts=800,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ import numpy as np
 
 from instructjax import distributed, sampling, scoring, sharding
 from instructjax.context import Context
+from instructjax.data import packing
 from instructjax.structs import PromptBatch, Rollout
 
-_ROWS = 256  # rows of one compiled sampling call
+_ROWS = 256  # rows of one compiled call, one answer a row
+_SHARED_ROWS = 16  # rows of one compiled call that several answers share; always filled up, so that one program does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +36,23 @@ def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.n
   return token_NP, token_NP != pad_id
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "eos_id", "temperature"))
-def _generate(model, params, prompts, key, max_new_tokens, eos_id, temperature) -> Rollout:
+# What ends a row is no part of the program: base models end at a newline, the others at EOS.
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature"))
+def _generate(model, params, prompts, key, end_id, max_new_tokens, temperature) -> Rollout:
   return sampling.generate(
     model,
     params,
     prompts,
     key,
     max_new_tokens=max_new_tokens,
-    eos_id=eos_id,
+    eos_id=end_id,
     temperature=temperature,
   )
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _score(model, params, token_BL, is_token_BL):
-  return scoring.sequence_score(model, params, token_BL, is_token_BL)
+def _score(model, params, token_SL, segment_SL):
+  return scoring.column_score(model, params, token_SL, segment_SL)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "prompt_length", "temperature"))
@@ -58,9 +62,12 @@ def _logprob(model, params, token_BL, is_token_BL, prompt_length, temperature):
   )
 
 
-def _in_chunks(function, num_rows: int, *arrays):
-  """Calls `function` on equal chunks of rows, the last one filled up with repeats that are dropped."""
-  rows = min(_ROWS, num_rows)
+def _in_chunks(function, num_rows: int, *arrays, rows: int = 0):
+  """Calls `function` on equal chunks of rows, the last one filled up with repeats that are dropped.
+
+  Chunks have `rows` rows; if 0, all that there are, up to a limit.
+  """
+  rows = rows or min(_ROWS, num_rows)
   outputs = []
   for start in range(0, num_rows, rows):
     distributed.require_going_on()
@@ -104,7 +111,7 @@ def sample(
   def one(start, token_BP, is_prompt_BP):
     index_B = start + np.arange(len(token_BP), dtype=np.int32)
     batch = sharding.place_rows(ctx.mesh, PromptBatch(token_BP, is_prompt_BP, index_B))
-    rollout = _generate(model, params, batch, key, max_new, end_id, float(temperature))
+    rollout = _generate(model, params, batch, key, np.int32(end_id), max_new, float(temperature))
     return rollout.token_BL, rollout.is_token_BL, rollout.is_response_BR
 
   token_NL, is_token_NL, is_response_NR = _in_chunks(
@@ -160,11 +167,32 @@ def decode(tokenizer, response_NR: np.ndarray) -> list[str]:
 
 def score(ctx: Context, model, params, answers: Answers) -> np.ndarray:
   """Reward-model score of each answer, float32 [N]."""
+  tokens = [
+    token_L[is_token_L] for token_L, is_token_L in zip(answers.token_NL, answers.is_token_NL)
+  ]
+  return score_tokens(ctx, model, params, tokens)
 
-  def one(_, token_BL, is_token_BL):
-    return _score(model, params, *sharding.place_rows(ctx.mesh, (token_BL, is_token_BL)))
 
-  return _in_chunks(one, len(answers.text), answers.token_NL, answers.is_token_NL)
+def score_tokens(ctx: Context, model, params, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+  """Reward-model score of each prompt with its answer, read at the last token, float32 [N].
+
+  Rows are shared as in the reward model's training.
+  """
+  data, length = ctx.config.data, ctx.config.rm.row_length
+  if length:
+    rows = packing.pack([len(sequence) for sequence in sequences], length)
+    shards = sharding.num_row_shards(ctx.mesh)
+    chunk = -(-_SHARED_ROWS // shards) * shards
+  else:
+    rows, chunk = [[index] for index in range(len(sequences))], 0
+    length = data.max_prompt_length + data.max_response_length
+  scored = packing.scored_rows(sequences, rows, length=length, vocab_size=ctx.tokenizer.vocab_size)
+
+  def one(_, token_SL, segment_SL):
+    return _score(model, params, *sharding.place_rows(ctx.mesh, (token_SL, segment_SL)))
+
+  score_SL = _in_chunks(one, len(rows), scored.token_SL, scored.segment_SL, rows=chunk)
+  return score_SL.reshape(-1)[scored.last_N]
 
 
 def logprob(ctx: Context, model, params, answers: Answers, temperature: float) -> np.ndarray:

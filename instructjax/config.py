@@ -266,6 +266,7 @@ class RMConfig:
   num_epochs: int
   batch_size: int  # prompts
   max_responses: int  # C: answers a prompt is padded to; a prompt with more is refused
+  row_length: int  # tokens of a row that answers share, here and where they are scored later; 0 = one a row, padded
   ties: Literal["drop", "half"]
   optim: OptimConfig
   cross_validation_folds: int  # over labelers (sec 4.1); 0 = off
@@ -462,6 +463,11 @@ class Config:
       self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
       f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
       f" rm.max_responses={self.rm.max_responses}",
+    )
+    _require(
+      self.rm.row_length == 0 or self.rm.row_length >= total,
+      f"{where}.rm.row_length={self.rm.row_length} must be 0 or at least data.max_prompt_length"
+      f" + max_response_length = {total}: an answer fits in one row",
     )
     _require(
       self.rollout.slots <= self.ppo.batch_size,

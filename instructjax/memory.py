@@ -26,7 +26,8 @@ def keep_freed_memory() -> bool:
   libc = ctypes.CDLL(None)
   if not hasattr(libc, "mallopt"):
     return False
-  settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**28}
+  # -1 never trims: a step may free more than any threshold that fits an int.
+  settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28}
   return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
 
 

@@ -1,11 +1,15 @@
 """Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's answers, one epoch, demonstrations at mean 0."""
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from instructjax import answers, checkpoint, loop, policies, scoring, sharding, supervised
 from instructjax.config import RMConfig
@@ -19,13 +23,8 @@ from instructjax.structs import RankedBatch, TrainState
 
 def scores(model, params, batch: RankedBatch):
   """Score of every answer, [B, C]: one forward over all answers, each read at its last token."""
-  rows = batch.token_BCL.shape[:2]
-  flat = lambda x: x.reshape(rows[0] * rows[1], -1)  # noqa: E731
-  score_S = scoring.sequence_score(model, params, flat(batch.token_BCL), flat(batch.is_token_BCL))
-  return score_S.reshape(rows)
-
-
-_jitted_scores = jax.jit(scores, static_argnames="model")
+  score_SL = scoring.column_score(model, params, batch.token_SL, batch.segment_SL)
+  return score_SL.reshape(-1)[batch.last_BC]
 
 
 def make_train_step(model, tx, cfg: RMConfig, state_shardings):
@@ -45,13 +44,13 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
       "loss": loss,
       "accuracy": metrics["accuracy"],
       "grad_norm": optax.tree.norm(grads),
-      "tokens": jnp.sum(batch.is_token_BCL & batch.is_answer_BC[..., None]).astype(jnp.float32),
+      "tokens": jnp.sum(batch.segment_SL > 0).astype(jnp.float32),
     }
 
   return supervised.jit_step(step, state_shardings)
 
 
-def _tokenized(ctx: Context, records: list) -> list:
+def tokenized(ctx: Context, records: list) -> list:
   """Rankings as token lists; over-long ones are filtered and counted by the data pipeline."""
   data = ctx.config.data
   rankings, _ = data_pipeline.tokenize_rankings(
@@ -68,16 +67,25 @@ def _tokenized(ctx: Context, records: list) -> list:
   return rankings
 
 
-def _batches(ctx: Context, records: list, *, batch_size: int, seed: int):
-  data = ctx.config.data
+def _batches(ctx: Context, records: list, seed: int) -> data_pipeline.Batches:
+  """Batches of `rm.batch_size` prompts; their answers share as many rows as the fullest batch needs, or none."""
+  cfg, data = ctx.config.rm, ctx.config.data
+  rankings = tokenized(ctx, records)
+  length = cfg.row_length or data.max_prompt_length + data.max_response_length
+  kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed)
+  num_rows = None
+  if cfg.row_length:
+    num_rows = data_pipeline.rows_needed(rankings, num_epochs=cfg.num_epochs, **kwargs)
+    shards = sharding.num_row_shards(ctx.mesh)
+    num_rows = -(-num_rows // shards) * shards
+  rows = num_rows or cfg.batch_size * cfg.max_responses
   return data_pipeline.ranking_batches(
-    _tokenized(ctx, records),
-    max_responses=ctx.config.rm.max_responses,
-    batch_size=batch_size,
-    seed=seed,
-    length=data.max_prompt_length + data.max_response_length,
+    rankings,
+    max_responses=cfg.max_responses,
     vocab_size=ctx.tokenizer.vocab_size,
-    places=ctx.own_rows(batch_size),
+    num_rows=num_rows,
+    places=(ctx.own_rows(rows), ctx.own_rows(cfg.batch_size)),
+    **kwargs,
   )
 
 
@@ -85,30 +93,41 @@ def initial_params(ctx: Context, key):
   """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
   from_sft = ctx.config.rm.start_from == "sft"
   trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
-  shardings, _ = transformer.param_shardings(ctx.mesh, ctx.model("reward"))
-  scalar_init = supervised.init_params(ctx.mesh, ctx.model("reward"), key)
-  params = heads.scalar_params_from_lm(trunk, scalar_init)
+  model = ctx.model("reward")
+  shardings, shapes = transformer.param_shardings(ctx.mesh, model)
+  # Of a fresh model only the head is made: XLA leaves out what nobody asks for.
+  head = jax.jit(lambda k: transformer.init_params(model, k)["head"])(key)
+  params = heads.scalar_params_from_lm(trunk, shapes | {"head": head})
   return jax.device_put(params, shardings)
 
 
 def _stage_run(ctx: Context, stage: str) -> loop.StageRun:
   parents = ("sft" if ctx.config.rm.start_from == "sft" else policies.stage_of(ctx, "reward_base"),)
-  blocks = {"model": ctx.config.reward_model, "stage": ctx.config.rm, "data": ctx.config.data}
+  # Shared rows change no number, but for rounding.
+  cfg = dataclasses.replace(ctx.config.rm, row_length=0)
+  blocks = {"model": ctx.config.reward_model, "stage": cfg, "data": ctx.config.data}
   return stage_run(ctx, stage, blocks, parents=parents + ("collect",) * ctx.collects)
+
+
+@functools.lru_cache(maxsize=1)
+def _optimizer_and_step(model, cfg: RMConfig, num_steps: int, mesh: Mesh):
+  """One of each for all folds of a cross-validation: what JAX has traced for one, it runs for the next."""
+  tx = make_optimizer(cfg.optim, num_steps)
+  return tx, make_train_step(model, tx, cfg, supervised.state_shardings(mesh, model, tx))
 
 
 def train(ctx: Context, stage: str, records: list, key):
   """Trains one reward model on `records`; returns (final step, params without the bias)."""
   cfg, model = ctx.config.rm, ctx.model("reward")
-  batches = _batches(ctx, records, batch_size=cfg.batch_size, seed=ctx.data_seed(stage))
+  batches = _batches(ctx, records, ctx.data_seed(stage))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
-  tx = make_optimizer(cfg.optim, num_steps)
-  state, shardings = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
+  tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)
+  state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
     _stage_run(ctx, stage),
     state,
-    make_train_step(model, tx, cfg, shardings),
+    train_step,
     batches,
     num_steps=num_steps,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
@@ -118,24 +137,13 @@ def train(ctx: Context, stage: str, records: list, key):
   return num_steps, state.params
 
 
-def score_rankings(ctx: Context, params, records: list) -> list[np.ndarray]:
-  """Scores of each record's answers, in order; what is over-long is left out."""
-  model = ctx.model("reward")
-  tokenized, batch_size = _tokenized(ctx, records), ctx.config.rm.batch_size
-  data = ctx.config.data
-  result = []
-  for start in range(0, len(tokenized), batch_size):
-    chunk = tokenized[start : start + batch_size]
-    filled = chunk + tokenized[:1] * (batch_size - len(chunk))
-    batch = data_pipeline.ranked_batch(
-      filled,
-      max_responses=ctx.config.rm.max_responses,
-      length=data.max_prompt_length + data.max_response_length,
-      vocab_size=ctx.tokenizer.vocab_size,
-    )
-    score_BC = sharding.to_host(_jitted_scores(model, params, sharding.place_rows(ctx.mesh, batch)))
-    result += [row[: len(item.ranks)] for row, item in zip(score_BC, chunk)]
-  return result
+def score_rankings(
+  ctx: Context, params, rankings: Sequence[data_pipeline.RankingTokens]
+) -> list[np.ndarray]:
+  """Scores of each ranking's answers, in order."""
+  sequences = [item.prompt + response for item in rankings for response in item.responses]
+  score_N = answers.score_tokens(ctx, ctx.model("reward"), params, sequences)
+  return np.split(score_N, np.cumsum([len(item.responses) for item in rankings])[:-1])
 
 
 def pair_margins(score_K: np.ndarray, rank_K) -> np.ndarray:
@@ -155,11 +163,11 @@ def _plain(calibration: preference.Calibration) -> dict:
 
 def judge(ctx: Context, params, records: list) -> dict:
   """Accuracy over untied pairs with its standard error over prompts, calibration, and the spread of scores."""
-  score = score_rankings(ctx, params, records)
-  tokenized = _tokenized(ctx, records)
-  margins = [pair_margins(s, item.ranks) for s, item in zip(score, tokenized)]
+  rankings = tokenized(ctx, records)
+  score = score_rankings(ctx, params, rankings)
+  margins = [pair_margins(s, item.ranks) for s, item in zip(score, rankings)]
   # A prompt may be ranked several times: its rankings hang together, so that it counts as one.
-  _, which = np.unique([str(item.prompt) for item in tokenized], return_inverse=True)
+  _, which = np.unique([str(item.prompt) for item in rankings], return_inverse=True)
   right = np.bincount(which, [np.sum(m > 0) for m in margins])
   total = np.bincount(which, [len(m) for m in margins])
   if not total.sum():

@@ -5,6 +5,7 @@ Arrays end in dimension letters (`logprob_BR`):
   B batch (rows)      L prompt + response      P prompt         R response       T generic time
   C answers of one prompt (comparisons)        V vocabulary     N layers         D model width
   H query heads       G key/value heads        K head width     F mlp width
+  S rows that several sequences share
 
 The pad id is always `vocab_size` (one past the last real token): pads have no embedding and no logit, so a policy
 cannot emit one, and EOS is never mistaken for padding (Departs from the common pad = EOS on purpose).
@@ -44,17 +45,20 @@ class PackedBatch:
 
 @pytree
 class RankedBatch:
-  """Prompts with up to C ranked answers each, right-padded.
+  """Prompts with up to C ranked answers each. An answer lies, behind its prompt, somewhere in S rows.
 
   Attributes:
-    token_BCL: int32 prompt + answer (with EOS when it has one), right-padded with `vocab_size`.
-    is_token_BCL: True on real tokens.
+    token_SL: int32 prompt + answer (with EOS when it has one), several to a row or one; `vocab_size` where there is no
+      token.
+    segment_SL: int32, 1.. for each answer of a row, 0 where there is no token.
+    last_BC: int32 cell of each answer's last token, the rows taken as one; 0 where there is no answer.
     rank_BC: int32, 1 is best, equal ranks are ties; 0 where there is no answer.
     is_answer_BC: True where there is an answer.
   """
 
-  token_BCL: Array
-  is_token_BCL: Array
+  token_SL: Array
+  segment_SL: Array
+  last_BC: Array
   rank_BC: Array
   is_answer_BC: Array
 

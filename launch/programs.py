@@ -168,17 +168,32 @@ def _language_model(ctx: Context, stage: str) -> Program:
 def _rm(ctx: Context) -> Program:
   cfg, data = ctx.config.rm, ctx.config.data
   ctx.require_fit(["reward"], {"config.rm.batch_size": cfg.batch_size})
+  if cfg.row_length:
+    raise ValueError(
+      f"config.rm.row_length={cfg.row_length} must be 0 to plan: with it the work depends on the answers' lengths,"
+      " and what is planned is the bound"
+    )
   model = ctx.model("reward")
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(ctx, model, tx)
   answers, length = cfg.max_responses, data.max_prompt_length + data.max_response_length
-  columns = {
-    "token_BCL": (np.int32, answers, length),
-    "is_token_BCL": (np.bool_, answers, length),
-    "rank_BC": (np.int32, answers),
-    "is_answer_BC": (np.bool_, answers),
-  }
-  batch = _batch(ctx, cfg.batch_size, columns, RankedBatch)
+  rows = _batch(
+    ctx,
+    cfg.batch_size * answers,
+    {"token_SL": (np.int32, length), "segment_SL": (np.int32, length)},
+    dict,
+  )
+  prompts = _batch(
+    ctx,
+    cfg.batch_size,
+    {
+      "last_BC": (np.int32, answers),
+      "rank_BC": (np.int32, answers),
+      "is_answer_BC": (np.bool_, answers),
+    },
+    dict,
+  )
+  batch = RankedBatch(**rows, **prompts)
   tokens = cfg.batch_size * answers * length
   return Program(
     step=rm.make_train_step(model, tx, cfg, shardings),

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import parity, ppo_iteration, slots, startup
+from benchmarks import parity, ppo_iteration, rm_rows, slots, startup
+from configs import models
+from instructjax.config import from_config_dict
 from instructjax.errors import UserError
 
 
@@ -133,3 +135,12 @@ def test_the_rollout_benchmark_is_of_workload_w3():
     *(w3.batch, w3.prompt, w3.response, w3.vocab_size),
   )
   assert slots.MODEL.num_layers == w3.model["num_layers"]
+
+
+def test_random_rankings_are_of_the_length_that_the_benchmark_says():
+  config = from_config_dict(models.get("rm", None))
+  rankings = rm_rows.random_rankings(config, 90)
+  lengths = [len(item.prompt) + len(x) for item in rankings for x in item.responses]
+  assert (min(lengths), max(lengths)) == (5 + 4, 12 + 20)
+  assert abs(sum(lengths) / len(lengths) - 20.5) < 0.3
+  assert {len(item.ranks) for item in rankings} == {4, 5, 6}

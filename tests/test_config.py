@@ -281,6 +281,8 @@ _RULES = [
   (dict(collect__num_prompts=0), "config.collect.num_prompts=0 must be positive"),
   (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
+  (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),
+  (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
   (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
   (
     dict(reward_model=load().to_dict()["model"], rm__start_from="sft", reward_model__weights="x"),

@@ -20,6 +20,7 @@ import pytest
 from jax._src import compilation_cache
 
 from instructjax import (
+  answers,
   checkpoint,
   collect,
   demo,
@@ -29,6 +30,7 @@ from instructjax import (
   policies,
   profiling,
   rm,
+  scoring,
   sharding,
   supervised,
 )
@@ -423,18 +425,28 @@ def test_cross_validation_leaves_out_whole_labelers(whole, specs):
   assert results == [{"heldout": 2 * i + 1, "train": 2 * i + 2} for i in range(3)]
 
 
-def test_rankings_are_scored_alike_on_one_device_and_eight(whole, specs):
+def test_rankings_are_scored_alike_in_any_rows_on_one_device_and_eight(whole, specs):
   """Five rankings divide over no mesh of eight."""
   scores = []
-  one = context(config(specs), whole)
-  eight = dataclasses.replace(one, mesh=sharding.make_mesh(one.config.mesh))
-  assert eight.mesh.size == 8
-  for ctx in (one, eight):
-    with jax.set_mesh(ctx.mesh):
-      rankings = ctx.records("comparisons", "validation")[:5]
-      scores.append(np.concatenate(rm.score_rankings(ctx, policies.load_reward(ctx), rankings)))
-  assert len(scores[0]) >= 10
-  np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5, atol=1e-6)
+  for length in (0, 64):
+    one = context(config(specs, rm__row_length=length), whole)
+    eight = dataclasses.replace(one, mesh=sharding.make_mesh(one.config.mesh))
+    assert eight.mesh.size == 8
+    for ctx in (one, eight):
+      with jax.set_mesh(ctx.mesh):
+        records = ctx.records("comparisons", "validation")[:5]
+        rankings = rm.tokenized(ctx, records)
+        score = rm.score_rankings(ctx, policies.load_reward(ctx), rankings)
+        assert [len(x) for x in score] == [len(item.ranks) for item in rankings]
+        scores.append(np.concatenate(score))
+  tokens = [item.prompt + response for item in rankings for response in item.responses]
+  token_NL, is_token_NL = answers.pad_left(tokens, 60, one.tokenizer.pad_id)
+  alone = scoring.sequence_score(
+    one.model("reward"), policies.load_reward(one), token_NL, is_token_NL
+  )
+  assert len(alone) >= 10 and np.std(alone) > 1e-3
+  for score in scores:
+    np.testing.assert_allclose(score, alone, rtol=1e-5, atol=1e-6)
 
 
 # --- weights given --------------------------------------------------------------------------------

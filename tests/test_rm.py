@@ -1,6 +1,5 @@
 """The reward model's train step: eq. 1 through the model, in one forward, blind to padding."""
 
-import dataclasses
 import itertools
 from unittest import mock
 
@@ -18,18 +17,28 @@ from instructjax.structs import RankedBatch
 VOCAB, ROWS, ANSWERS, LENGTH, GOOD = 23, 8, 4, 8, 5
 
 
-def ranked(seed):
+SHARED_ROWS = 8  # of 3 * LENGTH tokens; as many as eight devices
+
+
+def rankings(seed):
   """Two to four answers a prompt, ranked by how often they say GOOD; equal counts are ties."""
   rng = np.random.default_rng(seed)
-  is_answer_BC = np.arange(ANSWERS)[None] < rng.integers(2, ANSWERS + 1, (ROWS, 1))
-  length_BC1 = rng.integers(4, LENGTH + 1, (ROWS, ANSWERS, 1))
-  is_token_BCL = (np.arange(LENGTH)[None, None] < length_BC1) & is_answer_BC[:, :, None]
-  token_BCL = rng.integers(0, VOCAB, is_token_BCL.shape)
-  token_BCL = np.where(rng.random(token_BCL.shape) < 0.3, GOOD, token_BCL)
-  token_BCL = np.where(is_token_BCL, token_BCL, VOCAB).astype(np.int32)
-  count_BC = np.sum((token_BCL == GOOD) & is_token_BCL, axis=2)
-  rank_BC = np.where(is_answer_BC, 1 + count_BC.max(1, keepdims=True) - count_BC, 0)
-  return RankedBatch(token_BCL, is_token_BCL, rank_BC.astype(np.int32), is_answer_BC)
+  result = []
+  for _ in range(ROWS):
+    prompt = rng.integers(0, VOCAB, 2).tolist()
+    size_C = rng.integers(2, LENGTH - 1, rng.integers(2, ANSWERS + 1))
+    drawn = [(rng.integers(0, VOCAB, size), rng.random(size) < 0.3) for size in size_C]
+    responses = [np.where(is_good, GOOD, token).tolist() for token, is_good in drawn]
+    counts = [response.count(GOOD) for response in responses]
+    result.append(RankingTokens(prompt, responses, [1 + max(counts) - n for n in counts], None))
+  return result
+
+
+def ranked(seed, shared=False):
+  length, num_rows = (3 * LENGTH, SHARED_ROWS) if shared else (LENGTH, None)
+  return ranked_batch(
+    rankings(seed), max_responses=ANSWERS, length=length, vocab_size=VOCAB, num_rows=num_rows
+  )
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,7 @@ def start(quick_jit, model, adam_config, random_params):
     num_epochs=1,
     batch_size=ROWS,
     max_responses=ANSWERS,
+    row_length=0,
     ties="drop",
     optim=adam_config,
     cross_validation_folds=0,
@@ -72,7 +82,7 @@ def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(
 ):
   batch = ranked(0)
   alone = quick_jit(scoring.sequence_score, static_argnums=0)
-  flat = batch.token_BCL.reshape(-1, LENGTH)  # any order of rows will do: no answer sees another
+  flat = batch.token_SL  # any order of rows will do: no answer sees another
   score_BC = np.asarray(alone(model, random_params(model, 1), flat[::-1], flat[::-1] < VOCAB))
   score_BC = score_BC[::-1].reshape(ROWS, ANSWERS).astype(np.float64)
   losses, right = [], []
@@ -117,46 +127,61 @@ def test_all_answers_go_through_one_forward(model):
   assert shapes == [(ROWS * ANSWERS, LENGTH)] and score_BC.shape == (ROWS, ANSWERS)
 
 
+def test_answers_that_share_rows_give_the_same_loss_and_gradient(start, one_device):
+  """Ties, prompts of different K, answers of a prompt in different rows."""
+  apart, together = ranked(0), ranked(0, shared=True)
+  np.testing.assert_array_equal(together.is_answer_BC, apart.is_answer_BC)
+  assert together.token_SL.size < 0.8 * apart.token_SL.size
+  assert len(set(together.last_BC[0][together.is_answer_BC[0]] // (3 * LENGTH))) > 1
+  results = []
+  for batch in (apart, together):
+    step, state = start(one_device)
+    state, metrics = step(state, batch)
+    results.append((metrics, state.opt_state))  # Adam's first moment is the gradient
+  assert 0 < results[0][0]["loss"] and results[0][0]["grad_norm"] > 0.1
+  for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(results[1][0]["loss"], results[0][0]["loss"], rtol=1e-6)
+
+
 def test_padding_and_missing_answers_change_nothing(start, one_device):
   batch, rng = ranked(0), np.random.default_rng(9)
+  filled = lambda mask, x: np.where(mask, x, rng.integers(0, VOCAB, x.shape, np.int32))
   garbage = RankedBatch(
-    np.where(
-      batch.is_token_BCL, batch.token_BCL, rng.integers(0, VOCAB, batch.token_BCL.shape, np.int32)
-    ),
-    batch.is_token_BCL,
-    np.where(batch.is_answer_BC, batch.rank_BC, rng.integers(0, 9, batch.rank_BC.shape, np.int32)),
+    filled(batch.segment_SL > 0, batch.token_SL),
+    batch.segment_SL,
+    filled(batch.is_answer_BC, batch.last_BC),
+    filled(batch.is_answer_BC, batch.rank_BC),
     batch.is_answer_BC,
   )
-  tokens_too = dataclasses.replace(
-    garbage, is_token_BCL=batch.is_token_BCL | ~batch.is_answer_BC[:, :, None]
-  )
   results = []
-  for variant in (batch, garbage, tokens_too):
+  for variant in (batch, garbage):
     step, state = start(one_device)
     state, metrics = step(state, variant)
     results.append((metrics, state.params))
-  is_read_BCL = batch.is_token_BCL & batch.is_answer_BC[:, :, None]
-  assert results[0][0]["tokens"] == np.sum(is_read_BCL)
-  for result in results[1:]:
-    jax.tree.map(np.testing.assert_array_equal, result, results[0])
+  num_tokens = sum(len(i.prompt) + len(r) for i in rankings(0) for r in i.responses)
+  assert results[0][0]["tokens"] == num_tokens
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_it_learns_to_rank(start, one_device):
   step, state = start(one_device)
-  accuracy = []
+  accuracy, compiled = [], None
   for seed in range(60):
     state, metrics = step(state, ranked(seed))  # fresh answers: what is learnt generalises
     accuracy.append(float(metrics["accuracy"]))
+    compiled = compiled if seed else step._cache_size()
   assert np.mean(accuracy[-10:]) > 0.9 > np.mean(accuracy[:3]) + 0.1
-  assert int(state.step) == 60 and step._cache_size() == 1
+  assert int(state.step) == 60 and step._cache_size() == compiled
 
 
-def test_eight_devices_equal_one(start, one_device, mesh):
+@pytest.mark.parametrize("shared", [False, True])
+def test_eight_devices_equal_one(start, one_device, mesh, shared):
   def run(mesh):
     with jax.set_mesh(mesh):
       step, state = start(mesh)
       for seed in range(2):
-        state, metrics = step(state, sharding.place_batch(mesh, ranked(seed)))
+        state, metrics = step(state, sharding.place_batch(mesh, ranked(seed, shared)))
     return metrics, state.params
 
   for got, expected in zip(

@@ -1,9 +1,10 @@
 """Packing token sequences of unequal length into rows of one length, with segment ids.
 
-Called by `pipeline`. Imports structs only.
+Called by `pipeline` and, to score answers, by `answers`. Imports structs only.
 """
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -70,6 +71,49 @@ def pack_rows(
       weight_BL[row, start + max(1, num_unweighted[index]) : stop] = 1
       start = stop
   return PackedBatch(token_BL, segment_BL, position_BL, weight_BL)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredRows:
+  """Sequences in rows, and where each of them ends.
+
+  Attributes:
+    token_SL, segment_SL: as in RankedBatch.
+    last_N: int32 cell of each sequence's last token, the rows taken as one; N counts the sequences.
+  """
+
+  token_SL: np.ndarray
+  segment_SL: np.ndarray
+  last_N: np.ndarray
+
+
+def scored_rows(
+  sequences: Sequence[Sequence[int]],
+  rows: Sequence[Sequence[int]],
+  *,
+  length: int,
+  vocab_size: int,
+) -> ScoredRows:
+  """Sequences that are to be scored at their last token.
+
+  Args:
+    sequences: token ids.
+    rows: indices of each row's sequences, as from `pack`; a row may be empty.
+    length: tokens a row holds.
+    vocab_size: the id of pads.
+  """
+  token_SL = np.full((len(rows), length), vocab_size, np.int32)
+  segment_SL = np.zeros_like(token_SL)
+  last_N = np.zeros(len(sequences), np.int32)
+  for row, members in enumerate(rows):
+    start = 0
+    for segment, index in enumerate(members, start=1):
+      stop = start + len(sequences[index])
+      token_SL[row, start:stop] = sequences[index]
+      segment_SL[row, start:stop] = segment
+      last_N[index] = row * length + stop - 1
+      start = stop
+  return ScoredRows(token_SL, segment_SL, last_N)
 
 
 def split_long(sequence: Sequence[int], length: int) -> list[Sequence[int]]:

@@ -322,9 +322,21 @@ def ranking_batches(
   batch_size: int,
   seed: int,
   vocab_size: int,
-  places: Sequence[int] | None = None,
+  num_rows: int | None = None,
+  places: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Batches:
-  """Batches of RankedBatch; batch_size counts prompts, as in C.2."""
+  """Batches of RankedBatch; batch_size counts prompts, as in C.2.
+
+  Args:
+    rankings: at most max_responses answers each.
+    max_responses: C.
+    length: tokens of a row.
+    batch_size, seed: of `Batches`.
+    vocab_size: the id of pads.
+    num_rows: rows that the answers of a batch share, see `rows_needed`; None gives each a row of its own.
+    places: of the global batch's rows, and of its prompts, that are this process's; None for all. A process forms the
+      whole batch, since answers go to any row.
+  """
   rankings = list(rankings)
   for item in rankings:
     if len(item.responses) > max_responses:
@@ -332,34 +344,81 @@ def ranking_batches(
         f"a prompt has {len(item.responses)} ranked responses;"
         f" raise rm.max_responses={max_responses}"
       )
-  form = functools.partial(
-    ranked_batch, max_responses=max_responses, length=length, vocab_size=vocab_size
-  )
+
+  def gather(row_b, place_b):
+    batch = ranked_batch(
+      [rankings[row] for row in row_b],
+      max_responses=max_responses,
+      length=length,
+      vocab_size=vocab_size,
+      num_rows=num_rows,
+    )
+    if places is None:
+      return batch
+    row_places, prompt_places = places
+    return RankedBatch(
+      token_SL=batch.token_SL[row_places],
+      segment_SL=batch.segment_SL[row_places],
+      last_BC=batch.last_BC[prompt_places],
+      rank_BC=batch.rank_BC[prompt_places],
+      is_answer_BC=batch.is_answer_BC[prompt_places],
+    )
+
   return Batches(
-    rankings,
-    lambda row_b, place_b: form([rankings[row] for row in row_b]),
-    num_rows=len(rankings),
-    batch_size=batch_size,
-    seed=seed,
-    places=places,
+    rankings, gather, num_rows=len(rankings), batch_size=batch_size, seed=seed, places=None
   )
+
+
+def rows_needed(
+  rankings: Sequence[RankingTokens], *, length: int, batch_size: int, seed: int, num_epochs: int
+) -> int:
+  """Rows of `length` tokens that the answers of any one batch of `ranking_batches` need, if they share them.
+
+  The most that a batch of the epochs needs: every batch is known beforehand, so that none can need more.
+  """
+  lengths = [[len(item.prompt) + len(response) for response in item.responses] for item in rankings]
+
+  def gather(row_b, place_b):
+    return len(packing.pack([n for row in row_b for n in lengths[row]], length))
+
+  needs = Batches(
+    lengths, gather, num_rows=len(lengths), batch_size=batch_size, seed=seed, places=None
+  )
+  return max(next(needs) for _ in range(num_epochs * needs.steps_per_epoch))
 
 
 def ranked_batch(
-  rankings: Sequence[RankingTokens], *, max_responses: int, length: int, vocab_size: int
+  rankings: Sequence[RankingTokens],
+  *,
+  max_responses: int,
+  length: int,
+  vocab_size: int,
+  num_rows: int | None = None,
 ) -> RankedBatch:
-  """One RankedBatch of the rankings, in order."""
-  shape = (len(rankings), max_responses, length)
-  token_BCL = np.full(shape, vocab_size, np.int32)
-  is_token_BCL = np.zeros(shape, bool)
-  rank_BC = np.zeros(shape[:2], np.int32)
+  """One RankedBatch of the rankings, in order; `num_rows` as in `ranking_batches`.
+
+  Raises:
+    ValueError: the answers do not fit num_rows.
+  """
+  shape = (len(rankings), max_responses)
+  rank_BC = np.zeros(shape, np.int32)
   for row, item in enumerate(rankings):
     rank_BC[row, : len(item.ranks)] = item.ranks
-    for column, response in enumerate(item.responses):
-      stop = len(item.prompt) + len(response)
-      token_BCL[row, column, :stop] = item.prompt + response
-      is_token_BCL[row, column, :stop] = True
-  return RankedBatch(token_BCL, is_token_BCL, rank_BC, is_answer_BC=rank_BC > 0)
+  is_answer_BC = rank_BC > 0
+  sequences = [item.prompt + response for item in rankings for response in item.responses]
+  if num_rows is None:
+    rows = [[] for _ in range(rank_BC.size)]
+    for index, row in enumerate(np.flatnonzero(is_answer_BC)):
+      rows[row] = [index]
+  else:
+    rows = packing.pack([len(sequence) for sequence in sequences], length)
+    if len(rows) > num_rows:
+      raise ValueError(f"a batch of rankings needs {len(rows)} rows, and num_rows={num_rows}")
+    rows += [[]] * (num_rows - len(rows))
+  scored = packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size)
+  last_BC = np.zeros(shape, np.int32)
+  last_BC[is_answer_BC] = scored.last_N
+  return RankedBatch(scored.token_SL, scored.segment_SL, last_BC, rank_BC, is_answer_BC)
 
 
 def prompt_batches(

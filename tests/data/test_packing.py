@@ -28,6 +28,14 @@ def test_what_does_not_fit_is_refused(needed):
     packing.pack([3, needed], 8)
 
 
+def test_scored_rows_by_hand():
+  rows = packing.scored_rows([[1, 2], [3, 4, 5], [6]], [[1, 0], [], [2]], length=6, vocab_size=9)
+  np.testing.assert_array_equal(rows.token_SL, [[3, 4, 5, 1, 2, 9], [9] * 6, [6] + [9] * 5])
+  np.testing.assert_array_equal(rows.segment_SL, [[1, 1, 1, 2, 2, 0], [0] * 6, [1] + [0] * 5])
+  np.testing.assert_array_equal(rows.last_N, [4, 2, 12])
+  np.testing.assert_array_equal(rows.token_SL.reshape(-1)[rows.last_N], [2, 5, 6])
+
+
 def test_packed_rows_by_hand():
   batch = packing.pack_rows([[1, 2], [3, 4, 5]], [0, 2], length=6, vocab_size=9)
   np.testing.assert_array_equal(batch.token_BL, [[3, 4, 5, 1, 2, 9]])

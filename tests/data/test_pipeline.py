@@ -1,3 +1,4 @@
+import functools
 import json
 import logging
 
@@ -133,23 +134,73 @@ def test_details_12_a_ranked_batch_by_hand():
     max_responses=3, length=5, vocab_size=VOCAB,
   )  # fmt: skip
   np.testing.assert_array_equal(
-    batch.token_BCL,
+    batch.token_SL,
     [
-      [[10, 5, EOS, 90, 90], [10, 6, 7, EOS, 90], [90] * 5],
-      [[11, 5, EOS, 90, 90], [11, 6, EOS, 90, 90], [11, 8, 8, 8, 90]],
+      *([10, 5, EOS, 90, 90], [10, 6, 7, EOS, 90], [90] * 5),
+      *([11, 5, EOS, 90, 90], [11, 6, EOS, 90, 90], [11, 8, 8, 8, 90]),
     ],
   )
-  np.testing.assert_array_equal(batch.is_token_BCL, batch.token_BCL != VOCAB)
+  np.testing.assert_array_equal(batch.segment_SL, batch.token_SL != VOCAB)
+  np.testing.assert_array_equal(batch.last_BC, [[2, 5 + 3, 0], [15 + 2, 20 + 2, 25 + 3]])
   np.testing.assert_array_equal(batch.rank_BC, [[2, 1, 0], [2, 1, 1]])
   np.testing.assert_array_equal(batch.is_answer_BC, [[True, True, False], [True, True, True]])
-  assert batch.token_BCL.dtype == batch.rank_BC.dtype == np.int32
+  assert all(x.dtype == np.int32 for x in (batch.token_SL, batch.segment_SL, batch.last_BC))
+  assert batch.rank_BC.dtype == np.int32
+
+
+def test_answers_that_share_rows_by_hand():
+  rankings = [ranking(0, [5, EOS], [6, 7, EOS]), ranking(1, [5, EOS], [6, EOS], [8, 8, 8])]
+  form = functools.partial(pipeline.ranked_batch, max_responses=3, length=8, vocab_size=VOCAB)
+  batch = form(rankings, num_rows=3)
+  # 4 and 4 tokens, the longest, fill a row; of the three of 3, two fill up the next.
+  np.testing.assert_array_equal(
+    batch.token_SL,
+    [
+      [10, 6, 7, EOS, 11, 8, 8, 8],
+      [10, 5, EOS, 11, 5, EOS, 90, 90],
+      [11, 6, EOS, 90, 90, 90, 90, 90],
+    ],
+  )
+  np.testing.assert_array_equal(
+    batch.segment_SL, [[1] * 4 + [2] * 4, [1] * 3 + [2] * 3 + [0] * 2, [1] * 3 + [0] * 5]
+  )
+  np.testing.assert_array_equal(batch.last_BC, [[8 + 2, 3, 0], [8 + 5, 16 + 2, 7]])
+  np.testing.assert_array_equal(batch.rank_BC, [[2, 1, 0], [2, 1, 1]])
+  with pytest.raises(ValueError, match="a batch of rankings needs 3 rows, and num_rows=2"):
+    form(rankings, num_rows=2)
+
+
+def test_the_fullest_batch_says_how_many_rows_are_needed():
+  # Three answers of 4 tokens need 3 rows of 5, those of 2 tokens share one; batches of one prompt.
+  rankings = [ranking(0, [5, EOS]), ranking(1, [5, 6, EOS], [7, 7, EOS], [8, 8, EOS])]
+  rankings += [ranking(i, [EOS], [EOS]) for i in range(2, 5)]
+  needed = functools.partial(pipeline.rows_needed, rankings, length=5, num_epochs=1)
+  assert needed(batch_size=1, seed=0) == 3
+  # All at once: three rows of 4, one of 3 + 2, two of 2 + 2, and one of 2.
+  assert needed(batch_size=5, seed=0) == 7
+  kwargs = dict(max_responses=3, length=5, seed=3, vocab_size=VOCAB)
+  num_rows = needed(batch_size=2, seed=3)
+  batches = pipeline.ranking_batches(rankings, batch_size=2, num_rows=num_rows, **kwargs)
+  used = [np.sum(np.any(next(batches).segment_SL, axis=1)) for _ in range(3)]
+  assert max(used) == num_rows > min(used)
+
+
+def test_a_process_takes_its_own_rows_and_prompts():
+  rankings = [ranking(i, [5, EOS], [6, 7, EOS]) for i in range(4)]
+  kwargs = dict(max_responses=2, length=8, batch_size=4, num_rows=6, seed=0, vocab_size=VOCAB)
+  whole = next(pipeline.ranking_batches(rankings, **kwargs))
+  mine = next(pipeline.ranking_batches(rankings, places=([1, 4, 5], [0, 3]), **kwargs))
+  for name in ("token_SL", "segment_SL"):
+    np.testing.assert_array_equal(getattr(mine, name), getattr(whole, name)[[1, 4, 5]])
+  for name in ("last_BC", "rank_BC", "is_answer_BC"):
+    np.testing.assert_array_equal(getattr(mine, name), getattr(whole, name)[[0, 3]])
 
 
 def test_ranking_batches_hold_every_ranking_once_an_epoch():
   rankings = [ranking(i, [5, EOS], [6, EOS]) for i in range(6)]
   kwargs = dict(length=4, batch_size=2, seed=0, vocab_size=VOCAB)
   batches = pipeline.ranking_batches(rankings, max_responses=2, **kwargs)
-  seen = [token for _ in range(3) for token in next(batches).token_BCL[:, 0, 0].tolist()]
+  seen = [token for _ in range(3) for token in next(batches).token_SL[::2, 0].tolist()]
   assert sorted(seen) == [10 + i for i in range(6)]
   with pytest.raises(ValueError, match="has 2 ranked responses; raise rm.max_responses=1"):
     pipeline.ranking_batches(rankings, max_responses=1, **kwargs)

@@ -395,10 +395,17 @@ def test_every_stage_has_a_program(stage, mesh):
   assert ids(program.owners) == ids(program.arguments)
 
 
-@pytest.mark.parametrize("change", [dict(rollout={"slots": 8}), dict(ppo={"packed_rows": 4})])
-def test_work_that_depends_on_lengths_is_not_planned(mesh, change):
+@pytest.mark.parametrize(
+  "stage, change",
+  [
+    ("ppo", dict(rollout={"slots": 8})),
+    ("ppo", dict(ppo={"packed_rows": 4})),
+    ("rm", dict(rm={"row_length": 256})),
+  ],
+)
+def test_work_that_depends_on_lengths_is_not_planned(mesh, stage, change):
   with pytest.raises(ValueError, match="must be 0 to plan"):
-    programs.make(small("ppo", **change), mesh, "ppo")
+    programs.make(small(stage, **change), mesh, stage)
 
 
 def test_bytes_by_owner(mesh):

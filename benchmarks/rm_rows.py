@@ -1,0 +1,105 @@
+"""What rows that several answers share save: a training step of the reward model, by length of a row.
+
+  python -m benchmarks.rm_rows --row_lengths=0,64,128 --repeats=30
+
+The default preset's network and batches of 16 prompts with 4 to 6 answers each, of random tokens: prompts of 5 to 12
+tokens and answers of 4 to 20, evenly spread, 20.5 together on average as in a run. Row length 0 gives each answer a
+row. Prints one JSON line: for each length the rows of a batch, medians of a step in wall and CPU seconds (all threads),
+and the losses of the first steps, which are the same batches' and must agree. Steps of the lengths take turns.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from configs import models
+from instructjax import memory, rm, sharding, supervised
+from instructjax.config import from_config_dict
+from instructjax.data import pipeline
+from instructjax.models import transformer
+from instructjax.optim import make_optimizer
+
+SEED, RANKINGS = 0, 512
+
+
+def random_rankings(config, vocab_size: int) -> list[pipeline.RankingTokens]:
+  """Rankings whose lengths are spread evenly up to the limits of the config."""
+  rng = np.random.default_rng(SEED)
+  longest_prompt, longest = config.data.max_prompt_length, config.data.max_response_length
+  draw = lambda low, high: rng.integers(0, vocab_size, rng.integers(low, high + 1)).tolist()
+
+  def one():
+    number = rng.integers(config.collect.min_responses, config.collect.max_responses + 1)
+    responses = [draw(longest // 5, longest) for _ in range(number)]
+    ranks = rng.permutation(number) + 1
+    return pipeline.RankingTokens(draw(5, longest_prompt), responses, ranks.tolist(), None)
+
+  return [one() for _ in range(RANKINGS)]
+
+
+class Variant:
+  """A reward model in training, with rows of one length."""
+
+  def __init__(self, config, row_length: int, mesh):
+    cfg, data = config.rm, config.data
+    vocab_size = config.tokenizer.vocab_size
+    model = transformer.make_model(config.reward_model, vocab_size, "scalar")
+    tx, key = make_optimizer(cfg.optim, 1000), jax.random.key(SEED)
+    params = supervised.init_params(mesh, model, key)
+    self._state, shardings = supervised.create_state(mesh, model, tx, params, key)
+    self._step, self._mesh = rm.make_train_step(model, tx, cfg, shardings), mesh
+    rankings, num_rows = random_rankings(config, vocab_size), None
+    length = row_length or data.max_prompt_length + data.max_response_length
+    kwargs = dict(length=length, batch_size=cfg.batch_size, seed=SEED)
+    if row_length:
+      num_rows = pipeline.rows_needed(rankings, num_epochs=1, **kwargs)
+    self.shape = (num_rows or cfg.batch_size * cfg.max_responses, length)
+    self._batches = pipeline.ranking_batches(
+      rankings,
+      max_responses=cfg.max_responses,
+      vocab_size=vocab_size,
+      num_rows=num_rows,
+      **kwargs,
+    )
+    self.wall, self.cpu, self.losses = [], [], []
+
+  def step(self):
+    batch = sharding.place_batch(self._mesh, next(self._batches))
+    start = time.perf_counter(), time.process_time()
+    self._state, metrics = jax.block_until_ready(self._step(self._state, batch))
+    self.wall.append(time.perf_counter() - start[0])
+    self.cpu.append(time.process_time() - start[1])
+    self.losses.append(float(metrics["loss"]))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--row_lengths", default="0,64,128")
+  parser.add_argument("--repeats", type=int, default=30)
+  flags = parser.parse_args()
+  config = from_config_dict(models.get("rm", None))
+  mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    variants = {n: Variant(config, n, mesh) for n in map(int, flags.row_lengths.split(","))}
+    for _ in range(2 + flags.repeats):  # the first step compiles, the second warms up
+      for variant in variants.values():
+        variant.step()
+  result = {
+    str(length): {
+      "rows": variant.shape,
+      "wall_s": round(statistics.median(variant.wall[2:]), 4),
+      "cpu_s": round(statistics.median(variant.cpu[2:]), 4),
+      "losses": [round(loss, 5) for loss in variant.losses[:3]],
+    }
+    for length, variant in variants.items()
+  }
+  print(json.dumps({"benchmark": "rm_rows", "repeats": flags.repeats, "row_lengths": result}))
+
+
+if __name__ == "__main__":
+  memory.keep_freed_memory()
+  main()
