@@ -69,7 +69,7 @@ def _num_blocks(model, target_BT) -> int:
   """
   if jax.sharding.get_abstract_mesh().size > 1:
     return 1
-  return lm.num_blocks(target_BT.size, model.vocab_size)
+  return lm.num_blocks(target_BT.size, model.vocab_size, model.cfg.d_model)
 
 
 def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):

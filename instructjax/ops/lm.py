@@ -78,12 +78,16 @@ def lm_loss(
   return jnp.sum(weight_BT * jnp.where(weight_BT != 0, nll_BT, 0)), jnp.sum(weight_BT)
 
 
-LOGITS_BYTES = 128 * 2**20  # float32 logits that stand at once where a loss is taken in blocks
+LOGITS_BYTES = 128 * 2**20  # of float32 logits that stand at once where a loss is taken in blocks
 
 
-def num_blocks(num_tokens: int, vocab_size: int) -> int:
-  """In how many blocks of tokens a loss is taken, so that no block's float32 logits are above LOGITS_BYTES."""
-  return -(-num_tokens * vocab_size * 4 // LOGITS_BYTES)
+def num_blocks(num_tokens: int, vocab_size: int, width: int) -> int:
+  """In how many blocks of tokens a loss is taken: as few as keep a block's float32 logits in bounds.
+
+  The bound is LOGITS_BYTES, or the size of the table where that is more: each block adds to the table's gradient, which
+  takes as long as the products where blocks are small, and has to stand anyhow.
+  """
+  return -(-num_tokens * vocab_size * 4 // max(LOGITS_BYTES, vocab_size * width * 4))
 
 
 def blocked_lm_loss(

@@ -260,14 +260,9 @@ def test_blocked_loss_holds_one_block_of_logits():
 
 def test_blocks_are_as_few_as_keep_the_logits_in_bounds():
   vocab = 50257
-  most = lm.LOGITS_BYTES // (4 * vocab)
-  assert [lm.num_blocks(n, vocab) for n in (1, most, most + 1, 3 * most, 4 * most)] == [
-    1,
-    1,
-    2,
-    3,
-    4,
-  ]
+  for width, most in ((64, lm.LOGITS_BYTES // (4 * vocab)), (4096, 4096)):
+    numbers = [lm.num_blocks(n, vocab, width) for n in (1, most, most + 1, 3 * most, 4 * most)]
+    assert numbers == [1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("fn", [token_logprob, lambda x, t: lm_loss(x, t, np.ones(t.shape))])
