@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructjax import episodes, layouts, sampling, scoring, sharding
+from instructjax import episodes, layouts, sampling, scoring, sharding, supervised
 from instructjax.config import PPOConfig
 from instructjax.models import transformer
-from instructjax.ops import gae, kl, lm, masked, surrogate
+from instructjax.ops import gae, kl, masked, surrogate
 from instructjax.structs import Array, PackedBatch, Params, PPOState, PromptBatch, Rollout, pytree
 
 
@@ -247,15 +247,7 @@ def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
   )
 
   def chunk_loss(params, chunk: PackedBatch):
-    logits_BTV = transformer.apply(
-      nets.policy,
-      params,
-      chunk.token_BL,
-      segment_BL=chunk.segment_BL,
-      position_BL=chunk.position_BL,
-      window=(0, chunk.token_BL.shape[1] - 1),
-    )
-    sum_nll, _ = lm.lm_loss(logits_BTV, chunk.token_BL[:, 1:], chunk.weight_BL[:, 1:])
+    sum_nll, _ = supervised.lm_loss_sums(nets.policy, params, chunk)
     return sum_nll / denominator
 
   def add_chunk(total, chunk):

@@ -47,10 +47,9 @@ def create_state(
   return state, shardings
 
 
-def _logits_and_targets(
-  model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None
-):
-  logits_BTV = transformer.apply(
+def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+  """What predicts every token but a row's first: h_BTD of the column before it."""
+  return transformer.hidden(
     model,
     params,
     batch.token_BL,
@@ -60,21 +59,42 @@ def _logits_and_targets(
     dropout_key=dropout_key,
     window=(0, batch.token_BL.shape[1] - 1),
   )
-  return logits_BTV, batch.token_BL[:, 1:]
+
+
+def _num_blocks(model, target_BT) -> int:
+  """In how many blocks the head's product and the loss are taken.
+
+  One on a mesh of several devices: they hold a part of the logits each, split by rows and vocabulary, and would sum the
+  table's gradient over the rows once a block instead of once.
+  """
+  if jax.sharding.get_abstract_mesh().size > 1:
+    return 1
+  return lm.num_blocks(target_BT.size, model.vocab_size, model.cfg.d_model)
 
 
 def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
   """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
-  logits_BTV, target_BT = _logits_and_targets(model, params, batch, dropout_rate, dropout_key)
-  return lm.lm_loss(logits_BTV, target_BT, batch.weight_BL[:, 1:])
+  target_BT, weight_BT = batch.token_BL[:, 1:], batch.weight_BL[:, 1:]
+  h_BTD = _hidden(model, params, batch, dropout_rate, dropout_key)
+  blocks = _num_blocks(model, target_BT)
+  if blocks == 1:
+    return lm.lm_loss(transformer.apply_head(model, params, h_BTD), target_BT, weight_BT)
+  table_VD = transformer.lm_table(model, params)
+  return lm.blocked_lm_loss(h_BTD, table_VD, target_BT, weight_BT, blocks)
 
 
 def lm_row_sums(model, params, batch: PackedBatch):
   """The same for each row: (nll_B, weight_B), for intervals over rows."""
-  logits_BTV, target_BT = _logits_and_targets(model, params, batch)
-  weight_BT = batch.weight_BL[:, 1:]
-  nll_BT = jnp.where(weight_BT > 0, -lm.token_logprob(logits_BTV, target_BT), 0.0)
-  return jnp.sum(nll_BT * weight_BT, axis=1), jnp.sum(weight_BT, axis=1)
+  target_BT, weight_BT = batch.token_BL[:, 1:], batch.weight_BL[:, 1:]
+  h_BTD = _hidden(model, params, batch)
+  blocks = _num_blocks(model, target_BT)
+  if blocks == 1:
+    logits_BTV = transformer.apply_head(model, params, h_BTD)
+    nll_BT = jnp.where(weight_BT > 0, -lm.token_logprob(logits_BTV, target_BT), 0.0) * weight_BT
+  else:
+    table_VD = transformer.lm_table(model, params)
+    nll_BT = lm.blocked_nll(h_BTD, table_VD, target_BT, weight_BT, blocks)
+  return jnp.sum(nll_BT, axis=1), jnp.sum(weight_BT, axis=1)
 
 
 def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Callable:

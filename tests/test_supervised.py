@@ -1,6 +1,9 @@
 """The language-model step of pretrain, sft and ppo_init: its loss, its dropout, its layout."""
 
+import dataclasses
 import functools
+import math
+import re
 from unittest import mock
 
 import jax
@@ -11,11 +14,13 @@ import pytest
 
 from instructjax import models, sharding, supervised
 from instructjax.config import MeshConfig
+from instructjax.ops import lm
 from instructjax.optim import make_optimizer
 from instructjax.structs import PackedBatch
 
 VOCAB, ROWS, LENGTH = 23, 8, 9
 KEY = jax.random.key(0)
+LOGITS_BYTES = lm.LOGITS_BYTES  # which most tests here make small
 
 
 def packed(seed):
@@ -31,6 +36,13 @@ def packed(seed):
   token_BL = np.where(segment_BL > 0, rng.integers(0, VOCAB, (ROWS, LENGTH)), VOCAB)
   ids = (x.astype(np.int32) for x in (token_BL, segment_BL, position_BL))
   return PackedBatch(*ids, weight_BL.astype(np.float32))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def three_blocks():
+  """Logits of 64 tokens in three blocks: on one device, for several take one."""
+  with mock.patch.object(lm, "LOGITS_BYTES", 22 * VOCAB * 4):
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +121,11 @@ def test_loss_is_the_mean_over_weighted_tokens(start, one_device, expected_nll_B
   np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
 
 
-def test_rows_and_evaluation_add_up_by_token(quick_jit, model, params, one_device, expected_nll_BL):
+@pytest.mark.parametrize("logits_bytes", [22 * VOCAB * 4, 2**20], ids=["blocks", "whole"])
+def test_rows_and_evaluation_add_up_by_token(
+  quick_jit, model, params, one_device, expected_nll_BL, logits_bytes, monkeypatch
+):
+  monkeypatch.setattr(lm, "LOGITS_BYTES", logits_bytes)
   batch = packed(0)
   nll_B, weight_B = quick_jit(functools.partial(supervised.lm_row_sums, model))(params, batch)
   weighted_BL = expected_nll_BL * batch.weight_BL
@@ -182,6 +198,39 @@ def test_eight_devices_equal_one(start, one_device, mesh):
     jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
   ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def products(text: str) -> list[str]:
+  """The shapes of what a traced function multiplies matrices to."""
+  return re.findall(r"(\S+\[[\d,]+\]) = dot_general", text)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_is_in_blocks_on_one_device_only(tied, model, random_params, one_device, mesh):
+  model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, tie_embeddings=tied))
+  params, batch = random_params(model), packed(0)
+  whole, block = f"f32[{ROWS},{LENGTH - 1},{VOCAB}]", f"f32[22,{VOCAB}]"
+  for where, shape in ((one_device, block), (mesh, whole)):
+    with jax.set_mesh(where):
+      for sums in (supervised.lm_loss_sums, supervised.lm_row_sums):
+        text = str(jax.make_jaxpr(functools.partial(sums, model))(params, batch))
+        assert {block, whole} & {name.split(":")[1] for name in products(text)} == {shape}
+
+
+def test_a_step_at_a_real_vocabulary_holds_no_logits(tiny_config, tx, one_device):
+  vocab, rows, length = 50257, 8, 193
+  model = models.make_model(dataclasses.replace(tiny_config, max_length=length), vocab, "lm")
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), models.param_shapes(model))
+  state, shardings = supervised.create_state(one_device, model, tx, params, jax.random.clone(KEY))
+  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  batch = PackedBatch(ids, ids, ids, jax.ShapeDtypeStruct((rows, length), jnp.float32))
+  logits = rows * (length - 1) * vocab
+  with mock.patch.object(lm, "LOGITS_BYTES", LOGITS_BYTES):
+    step = supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings)
+    compiled = step.lower(state, batch).compile()
+  arrays = re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())
+  assert max(math.prod(map(int, sizes.split(","))) for sizes in arrays) <= LOGITS_BYTES / 4
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * 4 * logits
 
 
 def test_the_step_uses_the_optimiser_it_is_given(model, params, quick_jit, one_device):

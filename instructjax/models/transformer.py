@@ -150,7 +150,18 @@ def uses_splash(model: Model) -> bool:
   return choice == "splash" or (choice == "auto" and jax.default_backend() == "tpu")
 
 
-def apply(
+def apply(model: Model, params: Params, token_BL: Array, **inputs) -> Array:
+  """The whole forward pass.
+
+  Args:
+    model, params, token_BL, inputs: as `hidden` has them.
+  Returns:
+    float32 logits_BTV, or score_BT for a scalar head; T is the window, or all of L.
+  """
+  return apply_head(model, params, hidden(model, params, token_BL, **inputs))
+
+
+def hidden(
   model: Model,
   params: Params,
   token_BL: Array,
@@ -161,7 +172,7 @@ def apply(
   dropout_key: Array | None = None,
   window: tuple[int, int] | None = None,
 ) -> Array:
-  """The whole forward pass.
+  """The forward pass up to what the head reads.
 
   Args:
     model: from `make_model`.
@@ -173,14 +184,19 @@ def apply(
     dropout_key: typed key; needed when dropout_rate > 0.
     window: (start, stop) columns whose outputs are wanted; the head costs nothing elsewhere.
   Returns:
-    float32 logits_BTV, or score_BT for a scalar head; T is the window, or all of L.
+    h_BTD after the final norm, in the compute dtype; T is the window, or all of L.
   """
   if dropout_rate and dropout_key is None:
     raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
   key = dropout_key if dropout_rate else None
   h_BLD, _ = _run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
   start, stop = window or (0, token_BL.shape[1])
-  return _head(model, params, h_BLD[:, start:stop])
+  return _final_norm(model, params, h_BLD[:, start:stop])
+
+
+def lm_table(model: Model, params: Params) -> Array:
+  """The rows that an 'lm' head multiplies with, [V, D], in the dtype of the parameters."""
+  return params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
 
 
 def positions_from_mask(is_token_BL: Array) -> Array:
@@ -307,13 +323,23 @@ def _embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split
 
 
 def _head(model, params, h_BTD, *, decoding: bool = False):
-  """Final norm and head, float32 out. `decoding`: params are from `decode_weights`, whose tables are gathered."""
-  h_BTD = layers.norm(layouts.split_columns(h_BTD), params["final_norm"], model.cfg)
+  """Final norm and head."""
+  return apply_head(model, params, _final_norm(model, params, h_BTD), decoding=decoding)
+
+
+def _final_norm(model, params, h_BTD):
+  return layers.norm(layouts.split_columns(h_BTD), params["final_norm"], model.cfg)
+
+
+def apply_head(model: Model, params: Params, h_BTD: Array, *, decoding: bool = False) -> Array:
+  """What `apply` returns, of what `hidden` does.
+
+  `decoding`: params are from `decode_weights`, whose tables are gathered.
+  """
   if model.head == "scalar":
     head = params["head"]
     return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
-  table_VD = params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
-  table_VD = table_VD.astype(h_BTD.dtype)
+  table_VD = lm_table(model, params).astype(h_BTD.dtype)
   if not decoding:
     h_BTD, table_VD = layouts.gather_columns(h_BTD), layouts.split_vocab(table_VD)
   # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.

@@ -1,4 +1,7 @@
-"""Token log-probabilities and the LM loss: by hand, against float64, under garbage."""
+"""Token log-probabilities and the LM loss, whole and in blocks: by hand, against float64, under garbage."""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +162,107 @@ def test_details_34_reduction_is_left_to_the_caller():
     np.testing.assert_allclose(whole[k], parts[0][k] + parts[1][k], rtol=1e-6)
   nothing, no_weight = lm_loss(logits_BTV, token_BT, np.zeros_like(weight_BT))
   assert nothing == no_weight == 0
+
+
+def hidden_and_table(seed, shape, dtype=np.float32):
+  """(h_BTD, table_VD, token_BT, weight_BT) of (B, T, D, V); a third of the weights are 0, the others differ."""
+  rng = np.random.default_rng(seed)
+  b, t, d, v = shape
+  h_BTD, table_VD = rng.normal(size=(b, t, d)), rng.normal(size=(v, d))
+  weight_BT = rng.uniform(0.5, 2, (b, t)) * (rng.uniform(size=(b, t)) > 0.33)
+  token_BT = rng.integers(0, v, (b, t)).astype(np.int32)
+  h_BTD, table_VD = jnp.asarray(h_BTD, dtype), table_VD.astype(np.float32)
+  return h_BTD, table_VD, token_BT, weight_BT.astype(np.float32)
+
+
+def scaled(h_BTD, table_VD, token_BT, weight_BT, num_blocks):
+  """A loss whose gradient is not that of the sum."""
+  sum_nll, sum_weight = lm.blocked_lm_loss(h_BTD, table_VD, token_BT, weight_BT, num_blocks)
+  return 0.7 * sum_nll / sum_weight
+
+
+blocked_gradient = jax.jit(jax.value_and_grad(scaled, (0, 1)), static_argnums=4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  ("shape", "num_blocks"),
+  [((2, 3, 5, 7), 1), ((2, 3, 5, 7), 6), ((3, 5, 4, 11), 4), ((1, 13, 8, 300), 3)],
+)
+def test_blocked_loss_equals_float64(shape, num_blocks, dtype):
+  h_BTD, table_VD, token_BT, weight_BT = args = hidden_and_table(8, shape, dtype)
+  h64_BTD = np.asarray(h_BTD, np.float64)
+  low_VD = np.asarray(jnp.asarray(table_VD, dtype), np.float64)  # as it is multiplied
+  logits_BTV = np.einsum("BTD,VD->BTV", h64_BTD, low_VD)
+  exp_BTV = np.exp(logits_BTV)
+  prob_BTV = exp_BTV / exp_BTV.sum(-1, keepdims=True)
+  onehot_BTV = np.eye(shape[-1])[token_BT]
+  nll_BT = -weight_BT * np.log(np.sum(prob_BTV * onehot_BTV, -1))
+  scale = 0.7 / weight_BT.sum(dtype=np.float64)
+  d_logits_BTV = scale * weight_BT[..., None] * (prob_BTV - onehot_BTV)
+
+  loss, (d_h_BTD, d_table_VD) = blocked_gradient(*args, num_blocks)
+  sum_nll, sum_weight = jax.jit(lm.blocked_lm_loss, static_argnums=4)(*args, num_blocks)
+  np.testing.assert_allclose(loss, scale * nll_BT.sum(), rtol=1e-6)
+  np.testing.assert_allclose((sum_nll, sum_weight), (nll_BT.sum(), weight_BT.sum()), rtol=1e-6)
+  np.testing.assert_allclose(
+    jax.jit(lm.blocked_nll, static_argnums=4)(*args, num_blocks), nll_BT, rtol=1e-5, atol=1e-6
+  )
+  assert d_h_BTD.dtype == dtype and d_table_VD.dtype == np.float32
+  rtol = 1e-5 if dtype == np.float32 else 2**-8  # one rounding to bfloat16
+  expected_BTD = np.einsum("BTV,VD->BTD", d_logits_BTV, low_VD)
+  expected_VD = np.einsum("BTV,BTD->VD", d_logits_BTV, h64_BTD)
+  np.testing.assert_allclose(np.asarray(d_h_BTD, np.float64), expected_BTD, rtol=rtol, atol=1e-7)
+  np.testing.assert_allclose(d_table_VD, expected_VD, rtol=1e-5, atol=1e-7)
+
+
+def test_blocked_loss_ignores_unweighted_positions():
+  h_BTD, table_VD, token_BT, weight_BT = hidden_and_table(9, (3, 4, 5, 11))
+  h_BTD = np.asarray(h_BTD)
+  clean = jax.device_get(blocked_gradient(h_BTD, table_VD, token_BT, weight_BT, 5))
+  for filler in (np.nan, np.inf):
+    garbage_BTD = np.where(weight_BT[..., None] > 0, h_BTD, np.float32(filler))
+    pads_BT = np.where(weight_BT > 0, token_BT, np.int32(11))
+    garbage = blocked_gradient(garbage_BTD, table_VD, pads_BT, weight_BT, 5)
+    jax.tree.map(np.testing.assert_array_equal, clean, garbage)
+  np.testing.assert_array_equal(clean[1][0][weight_BT == 0], 0)
+  nothing, no_weight = lm.blocked_lm_loss(h_BTD, table_VD, token_BT, 0 * weight_BT, 5)
+  assert nothing == no_weight == 0
+
+
+def test_blocked_loss_is_stable():
+  # Logits 3e4 apart: exp of them is no float32.
+  h_BTD, table_VD = np.full((1, 2, 1), 1e4, np.float32), np.array([[1.0], [-2.0]], np.float32)
+  weight_BT = np.array([[1.0, 1.0]], np.float32)
+  token_BT = np.array([[0, 1]], np.int32)
+  loss, (d_h_BTD, _) = blocked_gradient(h_BTD, table_VD, token_BT, weight_BT, 2)
+  np.testing.assert_allclose(loss, 0.35 * 3e4, rtol=1e-6)
+  np.testing.assert_allclose(d_h_BTD, [[[0], [0.35 * 3]]], rtol=1e-6)
+
+
+def test_blocked_loss_computes_nothing_twice():
+  args = hidden_and_table(10, (2, 3, 5, 7))
+  products = lambda fn: str(jax.make_jaxpr(lambda *a: fn(*a, 2))(*args)).count("dot_general")
+  assert products(lm.blocked_lm_loss) == products(lm.blocked_nll) == 1
+  assert products(jax.value_and_grad(scaled, (0, 1))) == 3  # logits, and a gradient each
+
+
+def test_blocked_loss_holds_one_block_of_logits():
+  b, t, d, v = 4, 32, 8, 2048
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, t, d), (v, d), (b, t), (b, t))]
+  shapes[2] = jax.ShapeDtypeStruct((b, t), jnp.int32)
+  for fn in (lm.blocked_lm_loss, lm.blocked_nll, jax.grad(scaled, (0, 1))):
+    compiled = jax.jit(fn, static_argnums=4).lower(*shapes, 8).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * b * t * v * 4 / 8
+    arrays = re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())
+    assert max(math.prod(map(int, sizes.split(","))) for sizes in arrays) <= b * t * v / 8
+
+
+def test_blocks_are_as_few_as_keep_the_logits_in_bounds():
+  vocab = 50257
+  for width, most in ((64, lm.LOGITS_BYTES // (4 * vocab)), (4096, 4096)):
+    numbers = [lm.num_blocks(n, vocab, width) for n in (1, most, most + 1, 3 * most, 4 * most)]
+    assert numbers == [1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("fn", [token_logprob, lambda x, t: lm_loss(x, t, np.ones(t.shape))])
