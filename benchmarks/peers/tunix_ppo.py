@@ -10,6 +10,7 @@ fetched. Its rewards are whole numbers (0.1.7 adds the scores to an integer arra
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import queue
 import sys
@@ -70,6 +71,8 @@ def make_network(load: dict, seed: int, is_scalar: bool) -> nnx.Module:
   )
   rngs = nnx.Rngs(seed)
   network = qwen2.Qwen2(config, rngs=rngs)
+  # tunix's own embedding, of deviation 1, has the tied head repeat each token for ever: no answer would end.
+  network.embedder.input_embedding[...] *= 0.005
   draw = nnx.initializers.normal(0.02)
   for layer in network.layers:  # tunix starts these at 0, and 0 has no gradients here
     for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
@@ -156,6 +159,7 @@ class Turns:
 def watch(learner: ppo_learner.PpoLearner) -> dict:
   """A dict of each phase's seconds and of tokens, which whoever empties it starts anew."""
   seen, cluster = {}, learner.rl_cluster
+  rollout, seeds = cluster.cluster_config.rollout_config, itertools.count()
 
   @contextlib.contextmanager
   def timed(phase: str):
@@ -167,9 +171,11 @@ def watch(learner: ppo_learner.PpoLearner) -> dict:
   update_actor, update_critic = cluster.update_actor, cluster.update_critic
 
   def watched_generate(*args, **kwargs):
+    rollout.seed = next(seeds)  # tunix would take the same one for each minibatch
     with timed("rollout"):
       found = generate(*args, **kwargs)
-    lengths = [len(tokens) for tokens in found.tokens]
+    # tunix cuts the token off that ends an answer.
+    lengths = [min(len(tokens) + 1, rollout.max_tokens_to_generate) for tokens in found.tokens]
     seen["response_tokens"] = seen.get("response_tokens", 0) + sum(lengths)
     seen["decoded_tokens"] = seen.get("decoded_tokens", 0) + max(lengths) * len(lengths)
     return found
@@ -201,7 +207,7 @@ def serve(learner: ppo_learner.PpoLearner, turns: Turns, seen: dict):
 
   def once() -> dict:
     seen.clear()
-    cluster.cluster_config.rollout_config.seed = updates = cluster.actor_trainer.train_steps
+    updates = cluster.actor_trainer.train_steps
     turns.run()
     return {
       "phases": {
