@@ -33,6 +33,12 @@ _TPU_GIB = {
 }
 
 
+def on_one_device() -> bool:
+  """Inside a traced function: whether no mesh splits anything."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or mesh.size == 1
+
+
 def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
   """Inside a traced function under `jax.set_mesh`: keep rows split over slice, data and fsdp.
 

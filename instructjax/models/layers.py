@@ -75,9 +75,21 @@ def rotate(x_BTGQK, angles):
   return turned.astype(x_BTGQK.dtype)
 
 
+def product(x_BTD, w):
+  """x times weights of shape [D, ...].
+
+  As one matrix where no mesh splits it: XLA's CPU backend would compute the gradients for several dimensions in another
+  order and copy them, and the weights, a twentieth of a training step. Joined, 2F would be gathered on a mesh.
+  """
+  if layouts.on_one_device():
+    y = x_BTD.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
+    return y.reshape(*x_BTD.shape[:2], *w.shape[1:])
+  return jnp.tensordot(x_BTD, w, axes=1)
+
+
 def project_qkv(x_BTD, weights: dict, angles):
   """One fused projection to q_BTGRK, k_BTGK, v_BTGK; queries and keys rotated where asked."""
-  y_BTGQK = jnp.einsum("BTD,DGQK->BTGQK", x_BTD, weights["w_qkv_DGQK"])
+  y_BTGQK = product(x_BTD, weights["w_qkv_DGQK"])
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
   y_BTGQK = layouts.split_products(y_BTGQK, tensor_dim=2)
@@ -131,7 +143,7 @@ def project_out(x_BTGRK, weights: dict):
   # As one dimension: XLA would contract three of them in another order and, a token at a time on CPU,
   # copy all weights into it at each step, which doubles the time of a decode step.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
-  y_BTD = jnp.einsum("BTE,ED->BTD", x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
+  y_BTD = product(x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
   return _add_bias(layouts.scatter_columns(y_BTD), weights.get("b_out_D"))
 
 
@@ -153,18 +165,18 @@ def _gated(x_BT2F):
 def mlp(x_BTD, weights: dict, cfg: ModelConfig):
   """tanh-GELU (GPT-2) or SwiGLU with gate and up fused (Llama)."""
   if cfg.mlp == "gelu":
-    y_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, weights["w_up_DF"])
+    y_BTF = product(x_BTD, weights["w_up_DF"])
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
     y_BTF = layouts.split_products(y_BTF, tensor_dim=2)
     y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
   else:
-    y_BT2F = jnp.einsum("BTD,DCF->BTCF", x_BTD, weights["w_gate_up_D2F"])
+    y_BT2F = product(x_BTD, weights["w_gate_up_D2F"])
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
     y_BT2F = layouts.split_products(y_BT2F, tensor_dim=3)
     y_BTF = _gated(checkpoint_name(y_BT2F, SAVED))
-  y_BTD = jnp.einsum("BTF,FD->BTD", y_BTF, weights["w_down_FD"])
+  y_BTD = product(y_BTF, weights["w_down_FD"])
   return _add_bias(layouts.scatter_columns(y_BTD), weights.get("b_down_D"))
 
 
