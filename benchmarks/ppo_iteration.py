@@ -138,6 +138,7 @@ def prepare(load: Workload, changes: dict):
 
 def product_flops(size: int = 2048, repeats: int = 15) -> float:
   """FLOPs a second of a large float32 product on this machine, the median."""
+  memory.keep_freed_memory()  # or each result's pages are faulted in, half of the time
   square = jax.numpy.ones((size, size))
   product = jax.jit(jax.numpy.matmul)
   product(square, square).block_until_ready()

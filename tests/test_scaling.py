@@ -1,8 +1,18 @@
 """The scaling benchmark: exponents, and what is taken for compilation."""
 
+import jax
 import pytest
 
 from benchmarks import scaling
+from instructjax import sharding
+from instructjax.config import MeshConfig
+
+
+@pytest.fixture(autouse=True)
+def mesh_of_its_own():
+  """The benchmarks set one for their whole process."""
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, -1, 1, 1))):
+    yield
 
 
 @pytest.mark.parametrize(("values", "power"), [((3, 6, 12), 1), ((5, 5, 5), 0), ((2, 8, 32), 2)])

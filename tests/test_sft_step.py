@@ -2,13 +2,23 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import sft_step
+from instructjax import sharding
+from instructjax.config import MeshConfig
 from instructjax.errors import UserError
 
 OURS = {"parameters": 124439808, "tokens": 2048, "first_loss": 10.98}
+
+
+@pytest.fixture(autouse=True)
+def mesh_of_its_own():
+  """The benchmarks set one for their whole process."""
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, -1, 1, 1))):
+    yield
 
 
 def check(**changes):
