@@ -13,6 +13,7 @@ over its. Random weights; four networks.
   W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
   W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
   W3: W2's model with vocabulary 64, one of which ends an answer: up to 512 tokens, about 64 on average; 1 epoch
+  135M: W1 with SmolLM2-135M's shape; no peer has it
 """
 
 import argparse
@@ -44,6 +45,8 @@ MAX_LENGTH = 2048  # of the networks' learned positions
 
 _GPT2 = dict(num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, head_dim=64, d_mlp=3072)
 _SMALL = dict(num_layers=4, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
+_SMOLLM2 = dict(num_layers=30, d_model=576, num_heads=9, num_kv_heads=3, head_dim=64, d_mlp=1536)
+_SMOLLM2 |= dict(position="rope", norm="rmsnorm", norm_eps=1e-5, mlp="swiglu", use_bias=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ WORKLOADS = {
   "W1": Workload(_GPT2, 50257, 32, 32, 16, 2, 1, ends=False),
   "W2": Workload(_SMALL, 512, 16, 32, 64, 4, 4, ends=False),
   "W3": Workload(_SMALL, 64, 16, 512, 64, 4, 1, ends=True),
+  "135M": Workload(_SMOLLM2, 49152, 32, 32, 16, 2, 1, ends=False),
 }
 
 
@@ -90,8 +94,11 @@ def make_config(load: Workload, changes: dict):
 
 def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dict[str, float]:
   """FLOPs of the matrix products that an iteration needs, each once, attention's left out."""
-  d, f = load.model["d_model"], load.model["d_mlp"]
-  body = 2 * load.model["num_layers"] * (4 * d * d + 2 * d * f) * (prompt_tokens + response_tokens)
+  model = load.model
+  d, heads = model["d_model"], model["num_heads"] + model["num_kv_heads"]
+  mlp = (3 if model.get("mlp") == "swiglu" else 2) * model["d_mlp"]
+  layer = d * (2 * heads * model["head_dim"] + mlp)
+  body = 2 * model["num_layers"] * layer * (prompt_tokens + response_tokens)
   head = 2 * d * load.vocab_size * response_tokens
   return {
     "rollout": body + head,
@@ -180,8 +187,10 @@ def peer_command(peer: str, load: Workload) -> list[str]:
   """How to start a peer's worker.
 
   Raises:
-    UserError: its virtual environment is not there.
+    UserError: its virtual environment is not there, or it has no such network.
   """
+  if load.model is _SMOLLM2:
+    raise UserError(f"--peer={peer} has no network of this workload's shape; take W1, W2 or W3")
   python = PEERS / f".venv-{peer}/bin/python"
   if not python.exists():
     raise UserError(f"--peer={peer} needs {python}; run benchmarks/peers/setup.sh {peer}")

@@ -87,6 +87,18 @@ def test_flops_that_an_iteration_needs_by_hand():
   }
 
 
+def test_flops_with_shared_keys_and_gates_by_hand():
+  flops = ppo_iteration.bound_flops(ppo_iteration.WORKLOADS["135M"], 16 * 32, 16 * 32)
+  # 576 to 9 + 2 x 3 heads of 64 and 9 heads back; gate, up and down of 1536.
+  layer = 576 * 15 * 64 + 9 * 64 * 576 + 3 * 576 * 1536
+  assert flops["rollout"] == 1024 * 2 * 30 * layer + 512 * 2 * 576 * 49152
+
+
+def test_a_peer_has_no_network_of_smollm2():
+  with pytest.raises(UserError, match="--peer=trl has no network of this workload's shape"):
+    ppo_iteration.peer_command("trl", ppo_iteration.WORKLOADS["135M"])
+
+
 def test_a_peer_without_its_environment_is_refused(monkeypatch, tmp_path):
   monkeypatch.setattr(ppo_iteration, "PEERS", tmp_path)
   with pytest.raises(UserError, match="--peer=trl needs .*; run benchmarks/peers/setup.sh trl$"):

@@ -81,13 +81,11 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
     is_prompt_BP.astype(jnp.int32),
     transformer.positions_from_mask(is_prompt_BP),
   )
-  h_BPD, kept = transformer._run_layers(
-    model, weights, token_BP, segment_BP, position_BP, keep=True
-  )
+  h_BPD, kept = transformer.run_layers(model, weights, token_BP, segment_BP, position_BP, keep=True)
   # Columns come last but one in the cache, layers (when stacked) first: pad the start with zeros.
   write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
   cache = jax.tree.map(write, cache, kept)
-  return transformer._head(model, weights, h_BPD[:, -1:], decoding=True)[:, 0], cache
+  return _logits(model, weights, h_BPD[:, -1:]), cache
 
 
 def decode_step(
@@ -119,7 +117,7 @@ def decode_step(
   is_2d = decode_layout(model) == "2d"
   place = layouts.shard_width if is_2d else layouts.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)
-  h_B1D, _ = transformer._embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
+  h_B1D, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles = layers.rotary_angles(position_B1, cfg)
   dense = is_slot_BT[:, None, :]
   if slot_position_BT is None:
@@ -133,7 +131,7 @@ def decode_step(
     )
     num_rows, cache_rows = len(q_BTGRK), len(pair[0])
     q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
-    mixed_BTGRK = layers.attend(q_BTGRK, *pair, transformer._layer_mask(masks, index))
+    mixed_BTGRK = layers.attend(q_BTGRK, *pair, transformer.layer_mask(masks, index))
     return mixed_BTGRK[:num_rows], pair
 
   def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
@@ -143,7 +141,7 @@ def decode_step(
       for old, new in zip(stacks, new_BTGK)
     )
     pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
-    return layers.attend(q_BTGRK, *pair, transformer._layer_mask(masks, index)), stacks
+    return layers.attend(q_BTGRK, *pair, transformer.layer_mask(masks, index)), stacks
 
   def run_block(h_B1D, layer, mix):
     if is_2d:
@@ -166,7 +164,7 @@ def decode_step(
       h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
       pairs.append(pair)
     cache = tuple(pairs)
-  return layouts.shard_rows(transformer._head(model, weights, h_B1D, decoding=True)[:, 0]), cache
+  return layouts.shard_rows(_logits(model, weights, h_B1D)), cache
 
 
 def _mix_own_rows(mix):
@@ -177,3 +175,8 @@ def _mix_own_rows(mix):
     return layouts.gather_rows(mixed_BTGRK), kept
 
   return run
+
+
+def _logits(model, weights, h_B1D):
+  h_B1D = transformer.final_norm(model, weights, h_B1D)
+  return transformer.apply_head(model, weights, h_B1D, decoding=True)[:, 0]

@@ -189,9 +189,9 @@ def hidden(
   if dropout_rate and dropout_key is None:
     raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
   key = dropout_key if dropout_rate else None
-  h_BLD, _ = _run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
+  h_BLD, _ = run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
   start, stop = window or (0, token_BL.shape[1])
-  return _final_norm(model, params, h_BLD[:, start:stop])
+  return final_norm(model, params, h_BLD[:, start:stop])
 
 
 def lm_table(model: Model, params: Params) -> Array:
@@ -212,14 +212,14 @@ def positions_from_segments(segment_BL: Array) -> Array:
   return before_BL - jax.lax.cummax(jnp.where(is_first_BL, before_BL, 0), axis=1)
 
 
-def _run_layers(
+def run_layers(
   model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
 ):
   """Embedding and all layers; also the keys and values of every layer where `keep`."""
   cfg = model.cfg
   # With whole columns, unlike h: attention's masks are made of them, and are larger.
   token_BL, segment_BL, position_BL = layouts.shard_rows((token_BL, segment_BL, position_BL))
-  h_BLD, segment_BL = _embed(model, params, token_BL, segment_BL, position_BL)
+  h_BLD, segment_BL = embed(model, params, token_BL, segment_BL, position_BL)
   segment_BL = layouts.shard_rows(segment_BL)
   angles = layers.rotary_angles(position_BL, cfg)
   attend = _attention(model, segment_BL, position_BL)
@@ -296,10 +296,10 @@ def _attention(model, segment_BL, position_BL):
     windows = 0, cfg.attention_window
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=windows[index % 2])
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
-  return lambda index, q_BTGRK, *pair: layers.attend(q_BTGRK, *pair, _layer_mask(masks, index))
+  return lambda index, q_BTGRK, *pair: layers.attend(q_BTGRK, *pair, layer_mask(masks, index))
 
 
-def _layer_mask(masks, index):
+def layer_mask(masks, index):
   """Every second layer is banded, from the second on; `index` is an int, or traced in a scan."""
   dense_BTS, banded_BTS = masks
   if banded_BTS is None:
@@ -309,7 +309,7 @@ def _layer_mask(masks, index):
   return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
 
 
-def _embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split_columns):
+def embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split_columns):
   """Embedding sum, zero at pads, and segments with every id outside the vocabulary made a pad."""
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   row_BL = jnp.where(is_token_BL, token_BL, 0)
@@ -322,12 +322,8 @@ def _embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split
   return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
 
 
-def _head(model, params, h_BTD, *, decoding: bool = False):
-  """Final norm and head."""
-  return apply_head(model, params, _final_norm(model, params, h_BTD), decoding=decoding)
-
-
-def _final_norm(model, params, h_BTD):
+def final_norm(model: Model, params: Params, h_BTD: Array) -> Array:
+  """The last norm, each column once on a mesh."""
   return layers.norm(layouts.split_columns(h_BTD), params["final_norm"], model.cfg)
 
 
