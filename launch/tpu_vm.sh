@@ -182,7 +182,7 @@ start_command() {
 pack() {
   if [[ $source == *://* || $source == git@* ]]; then return; fi
   perform tar -czf "$archive" '--exclude=./.[!.]*' --exclude=./runs --exclude=./build '--exclude=*.egg-info' \
-    --exclude=__pycache__ '--exclude=*.gguf' '--exclude=*.safetensors' -C "$source" .
+    --exclude=__pycache__ '--exclude=.venv-*' '--exclude=*.gguf' '--exclude=*.safetensors' -C "$source" .
 }
 
 install_everything() {
