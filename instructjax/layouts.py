@@ -64,9 +64,9 @@ def gather_rows(x_BTGRK):
 
 def _split(tree, wanted: dict):
   """Constrains arrays: dimension -> mesh axes to split it over, where they divide it; all else is whole."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return tree
+  mesh = jax.sharding.get_abstract_mesh()
 
   def one(x):
     spec = [None] * x.ndim
@@ -80,8 +80,7 @@ def _split(tree, wanted: dict):
 
 def whole(x):
   """Inside a traced function under `jax.set_mesh`: the array whole on every device."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, PS())
+  return x if on_one_device() else jax.lax.with_sharding_constraint(x, PS())
 
 
 def _rows_axes(mesh, num_rows: int):
@@ -97,9 +96,9 @@ def split_columns(h_BTD):
   those of a window do not: inside a program the compiler pads. A single column, here and below, is a decode step's,
   which has a layout of its own.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or h_BTD.shape[1] == 1:
+  if on_one_device() or h_BTD.shape[1] == 1:
     return h_BTD
+  mesh = jax.sharding.get_abstract_mesh()
   if h_BTD.shape[1] < mesh.shape["tensor"]:
     return shard_rows(h_BTD)
   return jax.lax.with_sharding_constraint(h_BTD, PS(_rows_axes(mesh, h_BTD.shape[0]), "tensor"))
@@ -131,8 +130,7 @@ def split_vocab(table_VD):
   Rows over `tensor`, which need not divide. In between split both ways, so that the width is gathered, and its gradient
   reduce-scattered, for the rows that a device has only.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return table_VD
   for spec in (PS("tensor", "fsdp"), PS("tensor", None)):
     table_VD = jax.lax.with_sharding_constraint(table_VD, spec)
@@ -141,17 +139,15 @@ def split_vocab(table_VD):
 
 def split_logits(logits_BTV):
   """Logits of a table from `split_vocab`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return logits_BTV
-  rows = _rows_axes(mesh, logits_BTV.shape[0])
+  rows = _rows_axes(jax.sharding.get_abstract_mesh(), logits_BTV.shape[0])
   return jax.lax.with_sharding_constraint(logits_BTV, PS(rows, None, "tensor"))
 
 
 def place_for_decoding(params, axes_tree, layout: str):
   """Inside a traced function under `jax.set_mesh`: parameters split as `layout`, one of DECODE_GATHERED, has it."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if on_one_device():
     return params
   spec = functools.partial(spec_of, gathered=DECODE_GATHERED[layout])
   return jax.tree.map(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from instructjax import sharding
+from instructjax import layouts, sharding
 from instructjax.models import transformer
 from instructjax.ops import lm
 from instructjax.structs import PackedBatch, Params, TrainState
@@ -67,7 +67,7 @@ def _num_blocks(model, target_BT) -> int:
   One on a mesh of several devices: they hold a part of the logits each, split by rows and vocabulary, and would sum the
   table's gradient over the rows once a block instead of once.
   """
-  if jax.sharding.get_abstract_mesh().size > 1:
+  if not layouts.on_one_device():
     return 1
   return lm.num_blocks(target_BT.size, model.vocab_size, model.cfg.d_model)
 

@@ -78,8 +78,8 @@ def rotate(x_BTGQK, angles):
 def product(x_BTD, w):
   """x times weights of shape [D, ...].
 
-  As one matrix where no mesh splits it: XLA's CPU backend would compute the gradients for several dimensions in another
-  order and copy them, and the weights, a twentieth of a training step. Joined, 2F would be gathered on a mesh.
+  As one matrix where no mesh splits it: for several dimensions XLA's CPU backend would compute the gradients in another
+  order and copy them, and the weights. Joined, 2F would be gathered on a mesh.
   """
   if layouts.on_one_device():
     y = x_BTD.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
