@@ -1,8 +1,8 @@
 """The two ways in which layers' weights lie: stacked on a leading axis, or a list with one tree a layer.
 
 A scan over layers wants them stacked. Layers that are unrolled want the list: a slice of a stack is copied before a
-product can read it, and the gradient's parts are copied into a stack again. Called by the models, by checkpoint (what is saved one way can be read the other) and by whoever compares
-weights. Imports nothing of the project.
+product can read it, and the gradient's parts are copied into a stack again. Called by the models, by checkpoint (saved
+one way, read the other) and by whoever compares weights. Imports nothing of the project.
 
 In any tree, weights or optimiser state, the layers lie under the key `layers` of a dict.
 """

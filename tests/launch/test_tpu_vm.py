@@ -353,6 +353,7 @@ def test_what_is_copied(cloud, tmp_path):
   for name in (
     *("setup.cfg", "configs/ppo.py", "instructjax/main.py"),
     *(".git/HEAD", ".venv/bin/python", "runs/demo/done.json", "a.egg-info/x", "base.gguf"),
+    "benchmarks/peers/.venv-trl/bin/python",
     "configs/__pycache__/ppo.pyc",
   ):
     executable(source / name, "")
