@@ -161,6 +161,7 @@ def serve(load: Workload, changes: dict):
   """This process as a worker of `turns`: one variant."""
   worker.claim_stdout()
   memory.keep_freed_memory()
+  jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
   once = prepare(load, changes)
 
   def repetition() -> dict:

@@ -62,8 +62,7 @@ def _smollm2_135m(config):
   config.model.update(decoder)
   config.reward_model.update(decoder)
   config.tokenizer.vocab_size = 49152
-  # Short texts: rows are padded to these lengths.
-  config.data.update(max_prompt_length=64, max_response_length=48, validation_fraction=0.15)
+  config.data.update(max_prompt_length=64, max_response_length=64, validation_fraction=0.15)
   config.checkpoint.update(every_steps=50, keep=1)
   config.log.update(every_steps=4)
   # The batch also is that of the held-out text.
@@ -75,11 +74,12 @@ def _smollm2_135m(config):
   )
   config.collect.update(num_prompts=256, num_heldout_prompts=64, min_responses=2, max_responses=2)
   # Pairs, as most public comparisons are: rows for more answers would be computed, empty or not.
-  config.rm.update(batch_size=8, max_responses=2, row_length=128, optim=base.adam(2e-5))
+  config.rm.update(batch_size=8, max_responses=2, row_length=128, optim=base.adam(5e-5))
   config.ppo.update(
-    num_iterations=12,
-    batch_size=16,
+    num_iterations=20,
+    batch_size=64,
     num_minibatches=4,
+    packed_rows=4,
     behaviour_logprob="rollout",
     beta=0.05,
     gamma=0.3,
@@ -87,12 +87,12 @@ def _smollm2_135m(config):
     ptx_chunks=1,
     ptx_length=128,
     missing_eos="fixed",
-    ema_decay=0.6,  # the average of a few iterations, not of hundreds
+    ema_decay=0.8,  # the average of a few iterations, not of hundreds
     max_kl=50.0,
     policy_optim=base.adam(2e-5, schedule="constant", warmup_steps=8, warmup_start=0.1),
     value_optim=base.adam(2e-5, schedule="constant"),
   )
-  config.evaluate.update(num_prompts=48, pretrain_batches=4, pretrain_every=6)
+  config.evaluate.update(num_prompts=128, pretrain_batches=4, pretrain_every=5)
 
 
 def _llama3_8b(config):

@@ -309,7 +309,7 @@ class PPOConfig:
   whiten_rewards: bool
   missing_eos: Literal["as_is", "fixed", "exclude"]
   missing_eos_score: float  # the score when missing_eos='fixed'
-  ema_decay: float  # per iteration
+  ema_decay: float  # per iteration; 0 keeps no average
   max_kl: float  # nats a sample: above it the run stops with a message; 0 = no limit
   policy_optim: OptimConfig
   value_optim: OptimConfig
@@ -437,6 +437,11 @@ class Config:
     free = dict(weights="", layers="auto", attention="auto", remat="none", decode_layout="auto")
     bare = [dataclasses.replace(cfg, **free) for cfg in (self.model, self.reward_model)]
     return bare[0] == bare[1]
+
+  @property
+  def judges_average(self) -> bool:
+    """Whether evaluation reads RL policies' running average; at a decay of 0 that is the policy, and not kept."""
+    return self.evaluate.weights == "ema" and self.ppo.ema_decay > 0
 
   def validate(self, where: str = "config"):
     _require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")

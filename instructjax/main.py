@@ -35,8 +35,9 @@ def main(arguments: list[str]):
   # Imported here so that --help and a bad flag answer at once.
   import jax
 
-  from instructjax import checkpoint, pipeline
+  from instructjax import checkpoint, memory, pipeline
 
+  jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
   # A stage that is resumed, or trained again on another fold, finds its program compiled.
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

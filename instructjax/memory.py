@@ -10,6 +10,8 @@ import sys
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # jax.monitoring's name
+
 
 def keep_freed_memory() -> bool:
   """Makes malloc reuse the pages of freed buffers instead of giving them back to the kernel.
@@ -29,6 +31,12 @@ def keep_freed_memory() -> bool:
   # -1 never trims: a step may free more than any threshold that fits an int.
   settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28}
   return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
+
+
+def release_after_compiling(event: str, seconds: float, **_):
+  """Listener of jax.monitoring: gives back what compiling a large program took, before the program's own arrays come."""
+  if event == _COMPILED and seconds > 1:
+    release_freed_memory()
 
 
 def release_freed_memory():

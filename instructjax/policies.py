@@ -112,7 +112,7 @@ def load(ctx: Context, name: str):
     "sft_select" if name == "sft" and checkpoint.read_done(ctx.directory("sft_select")) else stage
   )
   step = checkpoint.read_done(ctx.directory(chosen))["step"]
-  averaged = name in RL_STAGES and ctx.config.evaluate.weights == "ema"
+  averaged = name in RL_STAGES and ctx.config.judges_average
   return load_step(ctx, name, step, "ema_params" if averaged else "params")
 
 

@@ -70,7 +70,7 @@ def create_state(
     opt_state=nets.policy_tx.init(params),
     value_params=value_params,
     value_opt_state=nets.value_tx.init(value_params),
-    ema_params=jax.tree.map(jnp.copy, params),
+    ema_params=jax.tree.map(jnp.copy, params) if cfg.ema_decay else None,
     kl_coef=jnp.float32(cfg.beta),
     key=key,
   )
@@ -357,8 +357,9 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
   ptx = batch["pretrain"] if cfg.gamma > 0 else None
   weights, update_metrics = _update(nets, cfg, weights, experience, ptx, update_key)
   params, opt_state, value_params, value_opt_state = weights
-  decay = cfg.ema_decay
-  ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema_params, params)
+  ema_params, decay = state.ema_params, cfg.ema_decay
+  if decay:
+    ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, params)
   kl_coef = state.kl_coef
   if cfg.kl_controller == "adaptive":
     kl_coef = kl.adaptive_kl_coef(
@@ -410,4 +411,5 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     donate_argnums=0,
     in_shardings=(state_shardings, frozen, rows),
     out_shardings=(state_shardings, whole, samples),
+    compiler_options=sharding.step_options(mesh),
   )

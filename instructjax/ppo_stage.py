@@ -56,7 +56,7 @@ def make_nets(ctx: Context, cfg: PPOConfig) -> ppo.Nets:
   )
 
 
-def state_shardings(mesh: Mesh, nets: ppo.Nets) -> PPOState:
+def state_shardings(mesh: Mesh, nets: ppo.Nets, cfg: PPOConfig) -> PPOState:
   """Where a PPOState lies: optimisers and average as the weights they belong to."""
   replicated = sharding.replicated(mesh)
   policy_shardings, policy_shapes = transformer.param_shardings(mesh, nets.policy)
@@ -69,7 +69,7 @@ def state_shardings(mesh: Mesh, nets: ppo.Nets) -> PPOState:
     value_opt_state=sharding.opt_state_shardings(
       nets.value_tx, value_shapes, value_shardings, mesh
     ),
-    ema_params=policy_shardings,
+    ema_params=policy_shardings if cfg.ema_decay else None,
     kl_coef=replicated,
     key=replicated,
   )
@@ -77,7 +77,7 @@ def state_shardings(mesh: Mesh, nets: ppo.Nets) -> PPOState:
 
 def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_params, key):
   """(PPOState, its shardings) before the first iteration; copies of the weights given."""
-  shardings = state_shardings(ctx.mesh, nets)
+  shardings = state_shardings(ctx.mesh, nets, cfg)
 
   def create(params, value_params, key):
     params, value_params = jax.tree.map(jnp.copy, (params, value_params))
@@ -141,7 +141,7 @@ def _held_out_loss(ctx: Context, nets: ppo.Nets):
   """(state, step) -> loss on held-out pretraining text of the weights that evaluation judges."""
   loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh)
   rows = validation_rows(ctx, ctx.config.pretrain.length)
-  averaged = ctx.config.evaluate.weights == "ema"
+  averaged = ctx.config.judges_average
 
   def evaluate(state: PPOState, step: int) -> dict[str, float]:
     return {"pretrain_loss": loss(state.ema_params if averaged else state.params, rows)}

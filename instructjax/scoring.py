@@ -9,55 +9,41 @@ predicted, and valued, from column t - 1 (details item 21), so heads run on colu
 
 import jax.numpy as jnp
 
-from instructjax.models import transformer
-from instructjax.ops import lm
+from instructjax.models import lm_head, transformer
 from instructjax.structs import Array
 
 
-def _forward(model, params, token_BL, segment_BL, window):
+def _inputs(segment_BL: Array, window) -> dict:
   segment_BL = segment_BL.astype(jnp.int32)
-  return transformer.apply(
-    model,
-    params,
-    token_BL,
-    segment_BL=segment_BL,
-    position_BL=transformer.positions_from_segments(segment_BL),
-    window=window,
-  )
-
-
-def response_logits(
-  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
-):
-  """Logits that each response token was, or would be, drawn from: float32 [B, R, V], divided by the temperature.
-
-  Scoring at another temperature than sampling's makes the KL wrong from the first step (details item 19).
-  """
-  window = (prompt_length - 1, token_BL.shape[1] - 1)
-  return _forward(model, params, token_BL, segment_BL, window) / temperature
+  position_BL = transformer.positions_from_segments(segment_BL)
+  return dict(segment_BL=segment_BL, position_BL=position_BL, window=window)
 
 
 def response_logprob(
   model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
 ):
-  """Log-probability of each response token, float32 [B, R]; zero at pads."""
-  logits_BRV = response_logits(
-    model, params, token_BL, segment_BL, prompt_length=prompt_length, temperature=temperature
-  )
-  logprob_BR = lm.token_logprob(logits_BRV, token_BL[:, prompt_length:])
-  return jnp.where(segment_BL[:, prompt_length:] > 0, logprob_BR, 0.0)
+  """Log-probability of each response token, float32 [B, R]; zero at pads.
+
+  Logits are divided by the temperature: scoring at another one than sampling's makes the KL wrong from the first step
+  (details item 19).
+  """
+  window = (prompt_length - 1, token_BL.shape[1] - 1)
+  h_BRD = transformer.hidden(model, params, token_BL, **_inputs(segment_BL, window))
+  token_BR, is_token_BR = token_BL[:, prompt_length:], segment_BL[:, prompt_length:] > 0
+  return lm_head.token_logprob(model, params, h_BRD, token_BR, is_token_BR, temperature)
 
 
 def response_value(
   model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int
 ) -> Array:
   """Value of the state before each response token, float32 [B, R]."""
-  return _forward(model, params, token_BL, segment_BL, (prompt_length - 1, token_BL.shape[1] - 1))
+  window = (prompt_length - 1, token_BL.shape[1] - 1)
+  return transformer.apply(model, params, token_BL, **_inputs(segment_BL, window))
 
 
 def column_score(model, params, token_BL: Array, segment_BL: Array) -> Array:
   """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks a row's."""
-  return _forward(model, params, token_BL, segment_BL, None)
+  return transformer.apply(model, params, token_BL, **_inputs(segment_BL, None))
 
 
 def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:

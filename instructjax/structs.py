@@ -118,7 +118,7 @@ class PPOState:
     step: int32 iterations done.
     params, opt_state: policy (float32 master weights) and its Adam state.
     value_params, value_opt_state: the separate value network.
-    ema_params: exponential moving average of the policy's weights.
+    ema_params: exponential moving average of the policy's weights; None where the decay is 0: they are their average.
     kl_coef: float32 beta, constant or adapted.
     key: typed root key; iteration t uses fold_in(key, t).
   """
@@ -128,6 +128,6 @@ class PPOState:
   opt_state: Any
   value_params: Params
   value_opt_state: Any
-  ema_params: Params
+  ema_params: Params | None
   kl_coef: Array
   key: Array

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from instructjax import layouts, sharding
-from instructjax.models import transformer
-from instructjax.ops import lm
+from instructjax import sharding
+from instructjax.models import lm_head, transformer
 from instructjax.structs import PackedBatch, Params, TrainState
 
 
@@ -61,40 +60,18 @@ def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropou
   )
 
 
-def _num_blocks(model, target_BT) -> int:
-  """In how many blocks the head's product and the loss are taken.
-
-  One on a mesh of several devices: they hold a part of the logits each, split by rows and vocabulary, and would sum the
-  table's gradient over the rows once a block instead of once.
-  """
-  if not layouts.on_one_device():
-    return 1
-  return lm.num_blocks(target_BT.size, model.vocab_size, model.cfg.d_model)
-
-
 def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
   """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
-  target_BT, weight_BT = batch.token_BL[:, 1:], batch.weight_BL[:, 1:]
   h_BTD = _hidden(model, params, batch, dropout_rate, dropout_key)
-  blocks = _num_blocks(model, target_BT)
-  if blocks == 1:
-    return lm.lm_loss(transformer.apply_head(model, params, h_BTD), target_BT, weight_BT)
-  table_VD = transformer.lm_table(model, params)
-  return lm.blocked_lm_loss(h_BTD, table_VD, target_BT, weight_BT, blocks)
+  return lm_head.loss_sums(model, params, h_BTD, batch.token_BL[:, 1:], batch.weight_BL[:, 1:])
 
 
 def lm_row_sums(model, params, batch: PackedBatch):
   """The same for each row: (nll_B, weight_B), for intervals over rows."""
-  target_BT, weight_BT = batch.token_BL[:, 1:], batch.weight_BL[:, 1:]
+  weight_BT = batch.weight_BL[:, 1:]
   h_BTD = _hidden(model, params, batch)
-  blocks = _num_blocks(model, target_BT)
-  if blocks == 1:
-    logits_BTV = transformer.apply_head(model, params, h_BTD)
-    nll_BT = jnp.where(weight_BT > 0, -lm.token_logprob(logits_BTV, target_BT), 0.0) * weight_BT
-  else:
-    table_VD = transformer.lm_table(model, params)
-    nll_BT = lm.blocked_nll(h_BTD, table_VD, target_BT, weight_BT, blocks)
-  return jnp.sum(nll_BT, axis=1), jnp.sum(weight_BT, axis=1)
+  logprob_BT = lm_head.token_logprob(model, params, h_BTD, batch.token_BL[:, 1:], weight_BT > 0)
+  return -jnp.sum(weight_BT * logprob_BT, axis=1), jnp.sum(weight_BT, axis=1)
 
 
 def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Callable:
@@ -124,6 +101,7 @@ def jit_step(step: Callable, state_shardings: TrainState) -> Callable:
     donate_argnums=0,
     in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
     out_shardings=(state_shardings, sharding.replicated(mesh)),
+    compiler_options=sharding.step_options(mesh),
   )
 
 

@@ -162,9 +162,9 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
   chosen = checkpoint.read_done(path.parent / "sft_select") if path.name == "sft" else None
   step = (chosen or done)["step"]
-  item = {"ema": "ema_params" if is_rl else "params", "raw": "params", "value": "value_params"}[
-    which
-  ]
+  has_average = is_rl and json.loads(made_with["config.ppo"])["ema_decay"] > 0
+  averaged = "ema_params" if has_average else "params"
+  item = {"ema": averaged, "raw": "params", "value": "value_params"}[which]
   tokenizer_path = path.parent / "tokenizer"
   tokenizer = tokenizers.load(tokenizer_path)
   if tokenizer.fingerprint != made_with["tokenizer"]:

@@ -216,7 +216,7 @@ def _ppo(ctx: Context, stage: str) -> Program:
       " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
     )
   nets = ppo_stage.make_nets(ctx, cfg)
-  shardings = ppo_stage.state_shardings(mesh, nets)
+  shardings = ppo_stage.state_shardings(mesh, nets, cfg)
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
   create = lambda params, value_params, key: ppo.create_state(params, value_params, nets, cfg, key)
   state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)

@@ -63,7 +63,11 @@ def run(tmp_path_factory):
   nets = {
     "sft": write(folder / "sft", head="lm", item="params", seed=1),
     "ppo_ptx": write(
-      folder / "ppo_ptx", head="lm", item="ema_params", seed=2, blocks={"config.ppo": "{}"}
+      folder / "ppo_ptx",
+      head="lm",
+      item="ema_params",
+      seed=2,
+      blocks={"config.ppo": '{"ema_decay": 0.9}'},
     ),
     "rm": write(folder / "rm", head="scalar", item="params", seed=3, demonstration_mean=MEAN),
   }

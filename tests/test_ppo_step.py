@@ -349,7 +349,7 @@ def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
 def test_slots_change_no_result(quick_jit, start, configs, nets, one_device, ppo_run):
   _, state, frozen = start("ppo")
   with mock.patch.object(jax, "jit", quick_jit):
-    shardings = ppo_stage.state_shardings(one_device, nets)
+    shardings = ppo_stage.state_shardings(one_device, nets, cfg)
     step = ppo.make_train_step(dataclasses.replace(nets, slots=4), configs["ppo"], shardings)
   step = step.lower(state, frozen, make_batch(configs["ppo"], one_device)).compile()
   assert not HOST.findall(step.as_text())
@@ -369,5 +369,5 @@ def test_no_key_is_used_twice(configs, nets, one_device, frozen_weights):
     frozen_weights.ref_params, frozen_weights.reward_params, nets, cfg, jax.random.key(0)
   )
   with jax.debug_key_reuse(True):  # checked as the step is traced
-    step = ppo.make_train_step(nets, cfg, ppo_stage.state_shardings(one_device, nets))
+    step = ppo.make_train_step(nets, cfg, ppo_stage.state_shardings(one_device, nets, cfg))
     step.trace(state, frozen_weights, make_batch(cfg, one_device))

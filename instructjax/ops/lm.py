@@ -115,17 +115,31 @@ def blocked_lm_loss(
   return sum_nll, jnp.sum(weight_BT.astype(jnp.float32))
 
 
-def blocked_nll(
+def blocked_logprob(
   h_BTD: jax.Array,
   table_VD: jax.Array,
   token_BT: jax.Array,
-  weight_BT: jax.Array,
+  is_token_BT: jax.Array,
   num_blocks: int,
+  temperature: float = 1.0,
 ) -> jax.Array:
-  """The terms of `blocked_lm_loss`'s sum, float32 [B, T]: weights times negative log-likelihoods."""
-  blocks = _blocks(h_BTD, token_BT, weight_BT, num_blocks)
-  nll_NT = _weighted_nll(h_BTD.dtype, table_VD, *blocks)
-  return nll_NT.reshape(-1)[: token_BT.size].reshape(token_BT.shape)
+  """`token_logprob` of the logits h_BTD @ table_VD.T / temperature, of which only those of a block stand at once.
+
+  What becomes of a log-probability is not known here, so that a gradient has to compute a block's logits again.
+
+  Args:
+    h_BTD, table_VD, token_BT, num_blocks: as `blocked_lm_loss` has them.
+    is_token_BT: where it is False, the rest may hold anything.
+    temperature: static.
+  Returns:
+    float32 [B, T]; 0 where there is no token.
+  """
+  weight_BT = is_token_BT.astype(jnp.float32)
+
+  one = functools.partial(_block_logprob, table_VD, h_BTD.dtype, temperature)
+  one = jax.checkpoint(one, prevent_cse=False)  # a loop's body has no subexpressions in common
+  logprob_NT = jax.lax.map(one, _blocks(h_BTD, token_BT, weight_BT, num_blocks))
+  return logprob_NT.reshape(-1)[: token_BT.size].reshape(token_BT.shape)
 
 
 def _blocks(h_BTD, token_BT, weight_BT, num_blocks):
@@ -152,21 +166,16 @@ def _logits(h_TD, table_VD):
   return jnp.einsum("TD,VD->TV", h_TD, table_VD, preferred_element_type=jnp.float32)
 
 
-def _weighted_nll(dtype, table_VD, h_NTD, token_NT, weight_NT):
-  table_VD = table_VD.astype(dtype)
-
-  def one(block):
-    h_TD, token_T, weight_T = block
-    logits_TV = _logits(h_TD.astype(dtype), table_VD)
-    nll_T = -token_logprob(logits_TV[None], token_T[None])[0]
-    return jnp.where(weight_T != 0, weight_T * nll_T, 0)
-
-  return jax.lax.map(one, (h_NTD, token_NT, weight_NT))
+def _block_logprob(table_VD, dtype, temperature, block):
+  h_TD, token_T, weight_T = block
+  logits_TV = _logits(h_TD.astype(dtype), table_VD.astype(dtype)) / temperature
+  return jnp.where(weight_T != 0, token_logprob(logits_TV[None], token_T[None])[0], 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_nll(dtype, table_VD, h_NTD, token_NT, weight_NT):
-  return jnp.sum(_weighted_nll(dtype, table_VD, h_NTD, token_NT, weight_NT))
+  one = functools.partial(_block_logprob, table_VD, dtype, 1.0)
+  return -jnp.sum(weight_NT * jax.lax.map(one, (h_NTD, token_NT, weight_NT)))
 
 
 def _sum_nll_fwd(dtype, table_VD, h_NTD, token_NT, weight_NT):

@@ -205,9 +205,6 @@ def test_blocked_loss_equals_float64(shape, num_blocks, dtype):
   sum_nll, sum_weight = jax.jit(lm.blocked_lm_loss, static_argnums=4)(*args, num_blocks)
   np.testing.assert_allclose(loss, scale * nll_BT.sum(), rtol=1e-6)
   np.testing.assert_allclose((sum_nll, sum_weight), (nll_BT.sum(), weight_BT.sum()), rtol=1e-6)
-  np.testing.assert_allclose(
-    jax.jit(lm.blocked_nll, static_argnums=4)(*args, num_blocks), nll_BT, rtol=1e-5, atol=1e-6
-  )
   assert d_h_BTD.dtype == dtype and d_table_VD.dtype == np.float32
   rtol = 1e-5 if dtype == np.float32 else 2**-8  # one rounding to bfloat16
   expected_BTD = np.einsum("BTV,VD->BTD", d_logits_BTV, low_VD)
@@ -240,18 +237,65 @@ def test_blocked_loss_is_stable():
   np.testing.assert_allclose(d_h_BTD, [[[0], [0.35 * 3]]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  ("shape", "num_blocks", "temperature"),
+  [((2, 3, 5, 7), 1, 1.0), ((2, 3, 5, 7), 6, 0.7), ((3, 5, 4, 11), 4, 1.3)],
+)
+def test_blocked_logprob_equals_float64(shape, num_blocks, temperature, dtype):
+  h_BTD, table_VD, token_BT, g_BT = hidden_and_table(11, shape, dtype)
+  is_token_BT = g_BT != 0
+  h64_BTD = np.asarray(h_BTD, np.float64)
+  low_VD = np.asarray(jnp.asarray(table_VD, dtype), np.float64)
+  exp_BTV = np.exp(np.einsum("BTD,VD->BTV", h64_BTD, low_VD) / temperature)
+  prob_BTV = exp_BTV / exp_BTV.sum(-1, keepdims=True)
+  onehot_BTV = np.eye(shape[-1])[token_BT]
+  d_logits_BTV = g_BT[..., None] * (onehot_BTV - prob_BTV) / temperature
+
+  # What no token is at may be anything.
+  given_BTD = jnp.where(is_token_BT[..., None], h_BTD, np.nan)
+  given_BT = np.where(is_token_BT, token_BT, shape[-1])
+
+  @jax.jit
+  def run(h_BTD, table_VD):
+    args = h_BTD, table_VD, given_BT, is_token_BT, num_blocks, temperature
+    return lm.blocked_logprob(*args)
+
+  logprob_BT, pull = jax.vjp(run, given_BTD, table_VD)
+  d_h_BTD, d_table_VD = pull(jnp.asarray(g_BT))
+  expected_BT = np.where(is_token_BT, np.log(np.sum(prob_BTV * onehot_BTV, -1)), 0)
+  np.testing.assert_allclose(logprob_BT, expected_BT, rtol=1e-5, atol=1e-6)
+  assert d_h_BTD.dtype == dtype and d_table_VD.dtype == np.float32
+  low = dtype != np.float32
+  expected_BTD = np.einsum("BTV,VD->BTD", d_logits_BTV, low_VD)
+  expected_VD = np.einsum("BTV,BTD->VD", d_logits_BTV, h64_BTD)
+  # In bfloat16 each block's part of the table's gradient is rounded, as it is without blocks.
+  np.testing.assert_allclose(
+    np.asarray(d_h_BTD, np.float64), expected_BTD, rtol=2**-8 if low else 1e-5, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    d_table_VD, expected_VD, rtol=2**-7 if low else 1e-5, atol=2e-2 if low else 1e-6
+  )
+
+
+def logprob_sum(h_BTD, table_VD, token_BT, weight_BT, num_blocks):
+  return jnp.sum(lm.blocked_logprob(h_BTD, table_VD, token_BT, weight_BT > 0, num_blocks) ** 2)
+
+
 def test_blocked_loss_computes_nothing_twice():
   args = hidden_and_table(10, (2, 3, 5, 7))
   products = lambda fn: str(jax.make_jaxpr(lambda *a: fn(*a, 2))(*args)).count("dot_general")
-  assert products(lm.blocked_lm_loss) == products(lm.blocked_nll) == 1
+  assert products(lm.blocked_lm_loss) == products(logprob_sum) == 1
   assert products(jax.value_and_grad(scaled, (0, 1))) == 3  # logits, and a gradient each
+  assert products(jax.value_and_grad(logprob_sum, (0, 1))) == 4  # logits once more
 
 
 def test_blocked_loss_holds_one_block_of_logits():
   b, t, d, v = 4, 32, 8, 2048
   shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((b, t, d), (v, d), (b, t), (b, t))]
   shapes[2] = jax.ShapeDtypeStruct((b, t), jnp.int32)
-  for fn in (lm.blocked_lm_loss, lm.blocked_nll, jax.grad(scaled, (0, 1))):
+  gradients = jax.grad(scaled, (0, 1)), jax.grad(logprob_sum, (0, 1))
+  for fn in (lm.blocked_lm_loss, logprob_sum, *gradients):
     compiled = jax.jit(fn, static_argnums=4).lower(*shapes, 8).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * b * t * v * 4 / 8
     arrays = re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())
