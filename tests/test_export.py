@@ -29,7 +29,8 @@ GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", use_bias=True)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """(folder, stage -> item -> params): `sft` and `rm` of Llama's kind, `ppo` of GPT-2's, `ppo_ptx`."""
+  """(folder, stage -> item -> params): `sft` and `rm` of Llama's kind, `ppo` of GPT-2's, `ppo_ptx`,
+  `no_average`, a policy whose average was not kept."""
   folder = tmp_path_factory.mktemp("run")
   config, tokenizer = finished.write_run(folder)
   llama = dataclasses.replace(config.model, max_length=100, num_kv_heads=1, d_mlp=64)
@@ -44,6 +45,8 @@ def run(tmp_path_factory):
   for stage, cfg in (("ppo", gpt2), ("ppo_ptx", llama)):
     items = {"params": (cfg, "lm"), "ema_params": (cfg, "lm"), "value_params": (cfg, "scalar")}
     write(stage, items, blocks=[("reward_model", cfg), ("data", config.data), ("ppo", config.ppo)])
+  blocks = [("reward_model", llama), ("ppo", dataclasses.replace(config.ppo, ema_decay=0.0))]
+  write("no_average", {"params": (llama, "lm")}, blocks=blocks)
   return folder, made
 
 
@@ -71,7 +74,10 @@ def files(folder):
 
 @pytest.mark.parametrize(
   "stage, which, item",
-  [("sft", "ema", "params"), ("ppo_ptx", "ema", "ema_params"), ("ppo", "raw", "params")],
+  [
+    *[("sft", "ema", "params"), ("ppo_ptx", "ema", "ema_params"), ("ppo", "raw", "params")],
+    ("no_average", "ema", "params"),
+  ],
 )
 def test_a_policy_comes_back_bit_for_bit(run, tmp_path, stage, which, item):
   folder, made = run

@@ -194,6 +194,17 @@ def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
   assert (workdir / "report" / "index.html").is_file()
 
 
+def test_without_an_average_the_policy_itself_is_judged(whole, specs, tmp_path):
+  workdir = copy_without(whole, tmp_path / "run", "ppo", "ppo_ptx", "evaluate", "report")
+  changed = config(specs, ppo__ema_decay=0.0)
+  assert changed.evaluate.weights == "ema"
+  with micro.one_device():
+    pipeline.run(changed, workdir)
+  got, expected = (last_checkpoint(folder / "ppo")[0] for folder in (workdir, whole))
+  assert got.keys() == {name for name in expected if not name.startswith("['ema_params']")}
+  assert "ppo" in checkpoint.read_done(workdir / "evaluate")["summary"]
+
+
 def test_the_sft_epoch_is_chosen_by_reward(whole):
   chosen = checkpoint.read_done(whole / "sft_select")
   assert len(chosen["epochs"]) == 2

@@ -40,6 +40,7 @@ def configs(ppo_config):
     "ppo": dataclasses.replace(ppo_config, ptx_rows=1, ptx_chunks=1),
     "ppo_ptx": dataclasses.replace(ppo_config, **ptx),
     "packed": dataclasses.replace(ppo_config, ptx_rows=1, packed_rows=4),
+    "no_average": dataclasses.replace(ppo_config, ptx_rows=1, ema_decay=0.0),
   }
 
 
@@ -243,6 +244,15 @@ def test_equal_seeds_give_equal_bits(start, configs, one_device, ppo_run, ptx_ru
   assert not np.array_equal(responses(other)[0], responses(history)[0])
 
 
+def test_a_decay_of_0_keeps_no_average_and_changes_nothing_else(
+  start, configs, one_device, ppo_run
+):
+  _, state, history = run(start, configs, "no_average", one_device, iterations=3)
+  expected = dataclasses.replace(to_numpy(ppo_run[1]), ema_params=None)
+  jax.tree.map(np.testing.assert_array_equal, to_numpy(state), expected)
+  jax.tree.map(np.testing.assert_array_equal, history, ppo_run[2])
+
+
 def test_ema_and_kl_coefficient_follow_their_formulas(start, configs, one_device):
   cfg = configs["ppo_ptx"]
   step, state, frozen = start("ppo_ptx")
@@ -349,7 +359,7 @@ def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
 def test_slots_change_no_result(quick_jit, start, configs, nets, one_device, ppo_run):
   _, state, frozen = start("ppo")
   with mock.patch.object(jax, "jit", quick_jit):
-    shardings = ppo_stage.state_shardings(one_device, nets, cfg)
+    shardings = ppo_stage.state_shardings(one_device, nets, configs["ppo"])
     step = ppo.make_train_step(dataclasses.replace(nets, slots=4), configs["ppo"], shardings)
   step = step.lower(state, frozen, make_batch(configs["ppo"], one_device)).compile()
   assert not HOST.findall(step.as_text())
