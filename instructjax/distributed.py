@@ -6,7 +6,7 @@ Imports JAX only inside functions: joining comes before JAX is used, and supervi
 How a process of several ends:
   - A mistake (2) or a bug (1) ends the process that meets it. It waits a moment for the others, which most often meet
     the same; those that do not are left behind and end as if it had died.
-  - PREEMPTED: one process or all got SIGTERM; all saved at the same step.
+  - PREEMPTED: one process or all got SIGTERM; all saved at the same step, and wait for the slowest.
   - LOST: another process is gone, or never came. On a CPU its connections break and an exception tells. Elsewhere
     what is computed together never ends, and after SILENCE seconds without a sign of life JAX aborts the process, from
     C++, where no handler of Python's is called. So each process is the child of one that never imports JAX and can
@@ -264,10 +264,12 @@ def end(code: int):
   if not is_joined():
     sys.exit(code)
   if code != LOST:
+    # All have agreed to stop, and one is only slow; where one met a mistake, the others may not come.
+    seconds = SILENCE if code == PREEMPTED else _PARTING
     try:
       from orbax.checkpoint import multihost
 
-      multihost.get_barrier_sync_fn()(key="end", timeout_ms=_PARTING * 1000)
+      multihost.get_barrier_sync_fn()(key="end", timeout_ms=seconds * 1000)
     except Exception:  # the others go on or are gone: this is no reason to stay
       pass
   sys.stdout.flush()

@@ -112,9 +112,9 @@ def test_sigterm_is_kept_until_a_safe_point(monkeypatch):
 # --- several --------------------------------------------------------------------------------------
 
 WORKER = """
-import os, signal, sys
+import os, signal, sys, time
 from instructjax import cli, distributed
-from instructjax.errors import UserError
+from instructjax.errors import Preempted, UserError
 
 distributed._PARTING = 5
 process, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -132,15 +132,20 @@ def main(_):
       raise UserError("the disk is full")
     if what == "hung":
       os.kill(os.getpid(), signal.SIGSTOP)
-    if what == "told":
+    if what in ("told", "slow"):
       os.kill(os.getppid(), signal.SIGTERM)
-  for number in range(100_000):
-    distributed.require_going_on(f"point {number}")
-    multihost_utils.sync_global_devices(str(number))
+  try:
+    for number in range(100_000):
+      distributed.require_going_on(f"point {number}")
+      multihost_utils.sync_global_devices(str(number))
+  except Preempted:
+    if what == "slow" and process == 1:  # to end, process 0 being the coordinator
+      time.sleep(distributed._PARTING + 3)
+    raise
 
 cli.run(main, interrupted="")
 """
-HOW = ("all_mistaken", "mistaken", "hung", "told")
+HOW = ("all_mistaken", "mistaken", "hung", "told", "slow")
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +198,10 @@ def test_a_silent_process_ends_the_other_with_a_message(ended):
   assert "The same command goes on" in last_line(stderr)
 
 
-def test_sigterm_to_one_ends_all_at_the_same_point(ended):
-  assert [code for code, _ in ended["told"]] == [distributed.PREEMPTED] * 2
-  first, second = (last_line(stderr) for _, stderr in ended["told"])
+@pytest.mark.parametrize("how", ["told", "slow"])
+def test_sigterm_to_one_ends_all_at_the_same_point(ended, how):
+  assert [code for code, _ in ended[how]] == [distributed.PREEMPTED] * 2
+  first, second = (last_line(stderr) for _, stderr in ended[how])
   assert first == second and "goes on from point " in first
 
 
