@@ -11,6 +11,7 @@ import sys
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # jax.monitoring's name
+LARGE_COMPILATION = 1.0  # seconds
 
 
 def keep_freed_memory() -> bool:
@@ -34,8 +35,8 @@ def keep_freed_memory() -> bool:
 
 
 def release_after_compiling(event: str, seconds: float, **_):
-  """Listener of jax.monitoring: gives back what compiling a large program took, before the program's own arrays come."""
-  if event == _COMPILED and seconds > 1:
+  """Listener of jax.monitoring: gives back what compiling a large program took, before it runs."""
+  if event == _COMPILED and seconds > LARGE_COMPILATION:
     release_freed_memory()
 
 

@@ -36,7 +36,10 @@ class Nets:
 
 @pytree
 class Frozen:
-  """Weights that PPO reads and never changes: the KL reference (the PPO initialisation, C.3) and the reward model."""
+  """Weights that PPO reads and never changes: the KL reference (the PPO initialisation, C.3) and the reward model.
+
+  Both from `transformer.frozen_weights`, so that in bfloat16 they take half of the memory.
+  """
 
   ref_params: Params
   reward_params: Params

@@ -1,6 +1,7 @@
 """The stage around ppo.py: weights, data, shardings and the outer loop of `ppo`, `ppo_ptx` and `ppo_beta0`."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -84,6 +85,21 @@ def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo.Nets, params, reward_p
     return ppo.create_state(params, value_params, nets, cfg, key)
 
   return jax.jit(create, out_shardings=shardings)(params, reward_params, key), shardings
+
+
+def freeze(nets: ppo.Nets, shardings: PPOState, ref_params, reward_params) -> ppo.Frozen:
+  """The two networks as the step reads them; those given where there is nothing to cast."""
+
+  def frozen(model, params, places):
+    if model.cfg.dtype == "float32":
+      return params
+    cast = functools.partial(transformer.frozen_weights, model)
+    return jax.jit(cast, out_shardings=places)(params)
+
+  return ppo.Frozen(
+    ref_params=frozen(nets.policy, ref_params, shardings.params),
+    reward_params=frozen(nets.scalar, reward_params, shardings.value_params),
+  )
 
 
 def _batches(ctx: Context, cfg: PPOConfig, stage: str):
@@ -185,16 +201,14 @@ def run(ctx: Context, stage: str):
   if finished(run_):
     return
   nets = make_nets(ctx, cfg)
-  frozen = ppo.Frozen(
-    ref_params=policies.load(ctx, "ppo_init"), reward_params=policies.load_reward(ctx)
-  )
-  state, shardings = initial_state(
-    ctx, cfg, nets, frozen.ref_params, frozen.reward_params, ctx.key(stage)
-  )
+  given = {"reference": policies.load(ctx, "ppo_init"), "reward_model": policies.load_reward(ctx)}
+  state, shardings = initial_state(ctx, cfg, nets, *given.values(), ctx.key(stage))
   reference = {
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
-    for name, params in (("reference", frozen.ref_params), ("reward_model", frozen.reward_params))
+    for name, params in given.items()
   }
+  frozen = freeze(nets, shardings, *given.values())
+  del given
   loop.fit(
     dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
     state,

@@ -5,6 +5,7 @@ optimisers and jitted steps as the stages do.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import types
@@ -220,7 +221,13 @@ def _ppo(ctx: Context, stage: str) -> Program:
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
   create = lambda params, value_params, key: ppo.create_state(params, value_params, nets, cfg, key)
   state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
-  frozen = ppo.Frozen(_placed(policy, shardings.params), _placed(scalar, shardings.value_params))
+  freeze = lambda model, shapes: jax.eval_shape(
+    functools.partial(transformer.frozen_weights, model), shapes
+  )
+  frozen = ppo.Frozen(
+    _placed(freeze(nets.policy, policy), shardings.params),
+    _placed(freeze(nets.scalar, scalar), shardings.value_params),
+  )
   prompt = data.max_prompt_length
   columns = {
     "token_BP": (np.int32, prompt),

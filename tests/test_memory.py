@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from instructjax import memory
 
 _PROGRAM = """
 import ctypes, resource
@@ -26,6 +29,21 @@ kept = resident()
 memory.release_freed_memory()
 print(kept, resident())
 """
+
+
+def test_only_a_large_program_s_compilation_gives_memory_back(monkeypatch):
+  released = []
+  monkeypatch.setattr(memory, "release_freed_memory", lambda: released.append(1))
+  listener = memory.release_after_compiling
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    jax.jit(lambda x: x * 3.0 + 0.25)(1.0)  # compiled in no time
+    assert not released
+    monkeypatch.setattr(memory, "LARGE_COMPILATION", 0.0)
+    jax.jit(lambda x: x * 5.0 + 0.25)(1.0)
+    assert released
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is Linux's")

@@ -351,6 +351,30 @@ def test_eight_devices_equal_one_without_pretraining(start, configs, one_device)
   assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))
 
 
+def test_frozen_weights_in_bfloat16_lie_as_the_networks_do(configs, nets, frozen_weights):
+  mesh, given = (
+    sharding.make_mesh(MeshConfig(1, 2, 2, 2)),
+    (frozen_weights.ref_params, frozen_weights.reward_params),
+  )
+  plain = ppo_stage.state_shardings(mesh, nets, configs["ppo"])
+  assert ppo_stage.freeze(nets, plain, *given).ref_params is given[0]  # float32: nothing to cast
+  narrow = lambda model: dataclasses.replace(
+    model, cfg=dataclasses.replace(model.cfg, dtype="bfloat16")
+  )
+  nets = dataclasses.replace(nets, policy=narrow(nets.policy), scalar=narrow(nets.scalar))
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(given, (plain.params, plain.value_params))
+    frozen = ppo_stage.freeze(nets, plain, *placed)
+  for got, places in (
+    (frozen.ref_params, plain.params),
+    (frozen.reward_params, plain.value_params),
+  ):
+    assert jnp.dtype("bfloat16") in {x.dtype for x in jax.tree.leaves(got)}
+    jax.tree.map(
+      lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(), got, places
+    )
+
+
 def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
   got = run(start, configs, "packed", sharding.make_mesh(MeshConfig(1, 2, 2, 2)), iterations=2)
   assert_equal_runs(got, run(start, configs, "ppo", one_device, iterations=2))

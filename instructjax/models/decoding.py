@@ -35,14 +35,8 @@ def decode_weights(model: Model, params: Params) -> Params:
   `decode_layout` says: in neither layout does a step gather weights.
   """
   dtype = jnp.dtype(model.cfg.dtype)
-  weights = transformer.arrange(model, params)
-  if transformer.scans_layers(model):
-    weights["layers"] = layers.cast(weights["layers"], dtype)
-  else:
-    weights["layers"] = [layers.cast(layer, dtype) for layer in weights["layers"]]
-  for name in ("embedding", "head"):
-    if name in params and not (name == "head" and model.head == "scalar"):
-      weights[name] = jax.tree.map(lambda w: w.astype(dtype), params[name])
+  weights = transformer.frozen_weights(model, transformer.arrange(model, params))
+  weights["embedding"] = jax.tree.map(lambda w: w.astype(dtype), weights["embedding"])
   return layouts.place_for_decoding(weights, transformer.param_axes(model), decode_layout(model))
 
 

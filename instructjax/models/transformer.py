@@ -109,6 +109,25 @@ def arrange(model: Model, params: Params) -> Params:
   return params | {"layers": change(params["layers"])}
 
 
+def frozen_weights(model: Model, params: Params) -> Params:
+  """Weights that are read and never changed: of the compute dtype wherever every use would cast them to it first.
+
+  The same forward pass, bit for bit. Norms and a scalar head stay float32, and so does the embedding: positions are
+  added to it before the sum is rounded.
+  """
+  dtype = jnp.dtype(model.cfg.dtype)
+  cast = lambda layer: layers.cast(layer, dtype)
+  of_layers = params["layers"]
+  result = params | {
+    "layers": [cast(layer) for layer in of_layers]
+    if isinstance(of_layers, list)
+    else cast(of_layers)
+  }
+  if model.head == "lm" and "head" in params:
+    result["head"] = jax.tree.map(lambda w: w.astype(dtype), params["head"])
+  return result
+
+
 def param_shapes(model: Model) -> Params:
   """`init_params`, as ShapeDtypeStructs."""
   return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))

@@ -304,6 +304,22 @@ def test_bfloat16_compute_keeps_float32_outputs_and_gradients(llama, make):
   assert 1e-4 < error < 0.05  # bfloat16 has 8 bits: not equal, not far
 
 
+@pytest.mark.parametrize("layout", ["unroll", "scan"])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_frozen_weights_are_half_the_size_and_give_the_same_bits(cfg, make, head, layout):
+  model, params = make(cfg, head, dtype="bfloat16", layers=layout, tie_embeddings=False)
+  frozen = models.frozen_weights(model, params)
+  size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+  of_layers = frozen["layers"] if isinstance(frozen["layers"], list) else [frozen["layers"]]
+  cast = [part for layer in of_layers for n, part in layer.items() if not n.endswith("norm")]
+  assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
+  assert size(frozen["layers"]) < 0.6 * size(params["layers"])
+  inputs = TOKEN_BL, SEGMENT_BL, POSITION_BL
+  np.testing.assert_array_equal(forward(model, frozen, *inputs), forward(model, params, *inputs))
+  wide, _ = make(cfg, head, layers=layout, tie_embeddings=False)
+  jax.tree.map(np.testing.assert_array_equal, models.frozen_weights(wide, params), params)
+
+
 def test_strict_dtypes(cfg, make):
   model, params = make(cfg, dtype="bfloat16")
   with jax.numpy_dtype_promotion("strict"):
