@@ -50,7 +50,7 @@ class Experience:
   """What the updates need of the rollout; all [B, ...] and sliced into minibatches along B.
 
   `segment_BL` is not 0 on real tokens. `is_actor_BR` is is_response_BR less the rows that `missing_eos='exclude'` keeps
-  from the actor's loss. Where episodes share rows (`packed`), R is L - 1: every column but the first.
+  from the actor's loss. Where episodes share rows (`packed`), R is L, and the loss reads every column but the first.
   """
 
   token_BL: Array
@@ -87,7 +87,7 @@ def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Arr
 
 
 def _forwards(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, rollout: Rollout):
-  """What the networks say of a rollout: (behaviour_BR, ref_BR, value_BR, score_BL)."""
+  """What the networks say of a rollout: (behaviour_BR, ref_BR, value_BR, score_BL), and of how many cells."""
 
   def rows(token_BL, segment_BL, prompt_length):
     tokens = (token_BL, segment_BL)
@@ -104,26 +104,28 @@ def _forwards(nets: Nets, cfg: PPOConfig, params, value_params, frozen: Frozen, 
     return result
 
   prompt_length = rollout.token_BL.shape[1] - rollout.is_response_BR.shape[1]
+  num_cells = rollout.token_BL.size
   if cfg.packed_rows:
-    layout = episodes.first_fit(rollout.is_token_BL)
+    layout = episodes.first_fit(rollout.is_token_BL, rows=cfg.packed_rows)
     token_BL = episodes.pack(layout, rollout.token_BL, nets.policy.vocab_size)
-    result = episodes.map_rows(
-      lambda tokens: rows(*tokens, prompt_length=1),
-      layout,
-      (token_BL, episodes.segments(layout)),
-      rows=cfg.packed_rows,
-    )
-    score_BL = episodes.unpack(layout, result.pop("score"))
-    result = {
-      name: episodes.unpack(layout, jnp.pad(x, ((0, 0), (1, 0))))[:, prompt_length:]
-      for name, x in result.items()
-    }
+
+    def every_column(tokens):
+      result = rows(*tokens, prompt_length=1)
+      first_column = lambda x: ((0, 0), (tokens[0].shape[1] - x.shape[1], 0))
+      return {name: jnp.pad(x, first_column(x)) for name, x in result.items()}
+
+    tokens = (token_BL, episodes.segments(layout))
+    result = episodes.map_rows(every_column, layout, tokens, rows=cfg.packed_rows)
+    result = {name: episodes.unpack(layout, x) for name, x in result.items()}
+    score_BL = result.pop("score")
+    result = {name: x[:, prompt_length:] for name, x in result.items()}
+    num_cells = episodes.num_cells(layout, rows=cfg.packed_rows)
   else:
     result = rows(rollout.token_BL, rollout.is_token_BL, prompt_length)
     score_BL = result["score"]
   behaviour_BR = result.get("behaviour", rollout.behaviour_logprob_BR)
   value_BR = jnp.where(rollout.is_response_BR, result["value"], 0.0)
-  return behaviour_BR, result["ref"], value_BR, score_BL
+  return (behaviour_BR, result["ref"], value_BR, score_BL), num_cells
 
 
 def _score(
@@ -133,9 +135,8 @@ def _score(
   prompt_length = rollout.token_BL.shape[1] - rollout.is_response_BR.shape[1]
   mask_BR = rollout.is_response_BR
   with jax.named_scope("score"):
-    behaviour_BR, ref_BR, value_BR, score_BL = _forwards(
-      nets, cfg, params, value_params, frozen, rollout
-    )
+    said, num_cells = _forwards(nets, cfg, params, value_params, frozen, rollout)
+    behaviour_BR, ref_BR, value_BR, score_BL = said
     rm_score_B = scoring.at_last_token(score_BL, rollout.is_token_BL)
   with jax.named_scope("advantages"):
     response_BR = rollout.token_BL[:, prompt_length:]
@@ -168,6 +169,7 @@ def _score(
     "explained_variance": surrogate.explained_variance(value_BR, return_BR, mask_BR),
     "decode_steps": rollout.num_steps.astype(jnp.float32),
     "slot_waste": 1 - jnp.sum(mask_BR) / rollout.slot_steps,  # share of the decoded tokens
+    "score_waste": 1 - jnp.sum(rollout.is_token_BL) / num_cells,  # of the cells that are scored
     "kl_coef": kl_coef,
   }
   experience = Experience(
@@ -210,14 +212,14 @@ def value_loss(value_params, nets: Nets, cfg: PPOConfig, batch: Experience):
   )
 
 
-def packed(batch: Experience, pad_id: int) -> tuple[Experience, episodes.Layout]:
-  """The same episodes with several in a row, and where they lie."""
-  layout = episodes.first_fit(batch.segment_BL > 0)
+def packed(batch: Experience, pad_id: int, rows: int) -> tuple[Experience, episodes.Layout]:
+  """The same episodes with several in a row, and where they lie; `rows` as `episodes.first_fit` has it."""
+  layout = episodes.first_fit(batch.segment_BL > 0, rows=rows)
   prompt_length = batch.token_BL.shape[1] - batch.is_response_BR.shape[1]
   responses = {
     field.name: episodes.pack(
       layout, jnp.pad(getattr(batch, field.name), ((0, 0), (prompt_length, 0))), 0
-    )[:, 1:]
+    )
     for field in dataclasses.fields(batch)
     if field.name.endswith("_BR")
   }
@@ -229,11 +231,22 @@ def _loss_gradient(
   loss_fn: Callable, params, nets: Nets, cfg: PPOConfig, batch: Experience, over: str
 ):
   """((loss, metrics), gradient) of `policy_loss` or `value_loss`, means over the tokens that the field `over` marks."""
+  num_tokens = jnp.sum(batch.segment_BL > 0)
   if not cfg.packed_rows:
-    return jax.value_and_grad(loss_fn, has_aux=True)(params, nets, cfg, batch)
-  rows, layout = packed(batch, nets.policy.vocab_size)
-  loss = lambda params, chunk: loss_fn(params, nets, cfg, chunk)  # noqa: E731
-  return episodes.mean_gradient(loss, params, layout, rows, over, rows=cfg.packed_rows)
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, nets, cfg, batch)
+    return (loss, metrics | {"update_waste": 1 - num_tokens / batch.segment_BL.size}), grads
+  rows, layout = packed(batch, nets.policy.vocab_size, cfg.packed_rows)
+
+  def chunk_loss(params, chunk: Experience):
+    fields = {f.name: getattr(chunk, f.name) for f in dataclasses.fields(chunk)}
+    responses = {name: x[:, 1:] for name, x in fields.items() if name.endswith("_BR")}
+    return loss_fn(params, nets, cfg, dataclasses.replace(chunk, **responses))
+
+  (loss, metrics), grads = episodes.mean_gradient(
+    chunk_loss, params, layout, rows, over, rows=cfg.packed_rows
+  )
+  waste = 1 - num_tokens / episodes.num_cells(layout, rows=cfg.packed_rows)
+  return (loss, metrics | {"update_waste": waste}), grads
 
 
 def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):

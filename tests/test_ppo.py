@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,21 @@ import numpy as np
 import optax
 import pytest
 
-from instructjax import models, ppo, scoring
+from instructjax import episodes, models, ppo, scoring
 from instructjax.structs import PackedBatch, Rollout
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 6, 3, 5
 LENGTH = PROMPT + RESPONSE
-RESPONSE_LENGTH_B = np.array([5, 3, 1, 5, 4, 2])
+RESPONSE_LENGTH_B = np.array([5, 1, 1, 5, 2, 1])
 ENDS_B = np.array([True, True, True, False, True, True])  # row 3 is cut off by the limit
 MASK_BR = np.arange(RESPONSE)[None] < RESPONSE_LENGTH_B[:, None]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rows_of_two_widths():
+  """Shared rows of 8 columns and of 4, as long episodes and short ones want."""
+  with mock.patch.object(episodes, "NARROWEST", 4):
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +116,25 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
 def test_shared_rows_are_scored_as_padded_ones(scored, name):
   results = scored[0]
   packed = {"plain": "packed", "rescore": "packed rescore"}[name]
+  (*got, got_metrics), (*want, want_metrics) = (
+    (experience, *rest, {n: x for n, x in metrics.items() if n != "score_waste"})
+    for experience, metrics, *rest in (results[packed], results[name])
+  )
   jax.tree.map(
     lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6),
-    results[packed],
-    results[name],
+    (got, got_metrics),
+    (want, want_metrics),
   )
+
+
+def test_the_share_of_scored_cells_without_a_token(scored, rollout):
+  results, num_tokens = scored[0], rollout.is_token_BL.sum()
+  length_B = rollout.is_token_BL.sum(axis=1)
+  assert sorted(length_B) == [3, 3, 4, 5, 6, 8]
+  waste = {name: result[1]["score_waste"] for name, result in results.items()}
+  np.testing.assert_allclose(waste["plain"], 1 - num_tokens / (ROWS * LENGTH), rtol=1e-6)
+  # Rows of 8 with 8, with 6, with 5 and 3, then two of 4, which are a chunk, with 4 and with 3.
+  np.testing.assert_allclose(waste["packed rescore"], 1 - num_tokens / (4 * LENGTH), rtol=1e-6)
 
 
 def expected_reward(score_B, behaviour_BR, ref_BR):
@@ -155,7 +177,7 @@ def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(sco
     eos=5 / 6,
     response_length=RESPONSE_LENGTH_B.mean(),
     entropy=-behaviour_BR.sum() / ROWS,
-    slot_waste=1 - 20 / 24,  # 5 + 3 + 1 + 5 + 4 + 2 tokens
+    slot_waste=1 - 15 / 24,  # 5 + 1 + 1 + 5 + 2 + 1 tokens
     kl_coef=KL_COEF,
   )
   for name, value in expected.items():
@@ -324,7 +346,7 @@ def test_accumulated_chunks_are_one_big_batch(gradients):
 def test_shared_rows_train_as_padded_ones(gradients, name):
   (got, got_metrics), (want, metrics) = gradients[0][name], gradients[0]["ppo"]
   assert_trees_close(got, want, 1e-6)
-  for metric in metrics:
+  for metric in metrics.keys() - {"update_waste"}:
     np.testing.assert_allclose(got_metrics[metric], metrics[metric], rtol=1e-5, err_msg=metric)
 
 
