@@ -427,5 +427,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     donate_argnums=0,
     in_shardings=(state_shardings, frozen, rows),
     out_shardings=(state_shardings, whole, samples),
-    compiler_options=sharding.step_options(mesh),
+    compiler_options=sharding.step_options(
+      mesh, transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
+    ),
   )

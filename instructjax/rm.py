@@ -47,7 +47,7 @@ def make_train_step(model, tx, cfg: RMConfig, state_shardings):
       "tokens": jnp.sum(batch.segment_SL > 0).astype(jnp.float32),
     }
 
-  return supervised.jit_step(step, state_shardings)
+  return supervised.jit_step(step, state_shardings, model)
 
 
 def tokenized(ctx: Context, records: list) -> list:

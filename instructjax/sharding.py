@@ -238,13 +238,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PS())
 
 
-def step_options(mesh: Mesh) -> dict[str, str]:
-  """Compiler options of a training step: on CPU, instructions in the order that needs the least memory.
+LARGE = 2**28  # bytes of weights from which on a CPU memory counts more than concurrency
 
-  XLA's own order there is for many cores: it computes the updates of all weights before it applies the first, and PPO's
-  two networks at once, each with all its gradients.
+
+def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
+  """Compiler options of a step that trains these networks: large ones on CPU in the order that needs the least memory.
+
+  XLA's own order there is for concurrency: it computes the updates of all weights before it applies the first, and
+  PPO's two networks at once, each with all its gradients. Where networks are small it is a few percent faster.
   """
-  if mesh.devices.flat[0].platform != "cpu":
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params_shapes))
+  if mesh.devices.flat[0].platform != "cpu" or size < LARGE:
     return {}
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 

@@ -90,10 +90,10 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
     return apply_gradients(state, tx, grads), metrics
 
-  return jit_step(step, state_shardings)
+  return jit_step(step, state_shardings, model)
 
 
-def jit_step(step: Callable, state_shardings: TrainState) -> Callable:
+def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Model) -> Callable:
   """Compiles (TrainState, batch) -> (TrainState, metrics); the state is donated, rows come in as batches lie."""
   mesh = state_shardings.step.mesh
   return jax.jit(
@@ -101,7 +101,7 @@ def jit_step(step: Callable, state_shardings: TrainState) -> Callable:
     donate_argnums=0,
     in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
     out_shardings=(state_shardings, sharding.replicated(mesh)),
-    compiler_options=sharding.step_options(mesh),
+    compiler_options=sharding.step_options(mesh, transformer.param_shapes(model)),
   )
 
 

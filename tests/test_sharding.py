@@ -582,3 +582,20 @@ def test_products_are_computed_once(split_step):
 
 def test_masks_are_not_sent(split_step):
   assert not re.search(r"= pred\[[\d,]*8,8\]\S* all-gather\(", split_step)
+
+
+def test_only_large_networks_on_a_cpu_want_the_order_of_least_memory():
+  on = lambda platform: types.SimpleNamespace(
+    devices=np.array([types.SimpleNamespace(platform=platform)])
+  )
+  half = {"w": jax.ShapeDtypeStruct((sharding.LARGE // 8,), jnp.float32)}
+  (option,) = sharding.step_options(on("cpu"), half, half).items()
+  assert (
+    sharding.step_options(on("cpu"), half) == sharding.step_options(on("tpu"), half, half) == {}
+  )
+  double = jax.jit(
+    lambda x: 2 * x, compiler_options=dict([option])
+  )  # refused if XLA did not know it
+  assert double(jnp.float32(3)) == 6
+  with pytest.raises(Exception, match="no_such_order"):
+    jax.jit(lambda x: 2 * x, compiler_options={option[0]: "no_such_order"})(jnp.float32(3))
