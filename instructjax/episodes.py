@@ -15,14 +15,15 @@ from instructjax.structs import Array, Params, pytree
 
 # Columns: in narrower rows attention takes little anyway, and episodes leave more gaps.
 NARROWEST = 128
+NARROWING = 4  # from one width to the next: each is compiled anew
 
 
 @pytree
 class Layout:
   """Where the tokens of B episodes, each padded to L columns, lie in shared rows.
 
-  There are rows of L columns, of L / 2, L / 4 and so on, the wide ones first: attention costs the square of a row's
-  width, so an episode gets a row hardly wider than itself. Rows are worked off in chunks of `rows` * L cells.
+  There are rows of L columns, of L / 4 and perhaps L / 16, the wide ones first: attention costs the square of a row's
+  width, so short episodes get narrow rows. Rows are worked off in chunks of `rows` * L cells.
 
   Attributes:
     cell_BL: int32 index into the cells of all rows, which are B * L; B * L where there is no token.
@@ -34,10 +35,10 @@ class Layout:
 
 
 def row_widths(length: int) -> list[int]:
-  """L, L / 2, ... as long as it divides and is not too narrow."""
+  """L, L / 4, ... as long as it divides and is not too narrow."""
   widths = [length]
-  while widths[-1] % 2 == 0 and widths[-1] // 2 >= NARROWEST:
-    widths.append(widths[-1] // 2)
+  while widths[-1] % NARROWING == 0 and widths[-1] // NARROWING >= NARROWEST:
+    widths.append(widths[-1] // NARROWING)
   return widths
 
 
@@ -122,10 +123,10 @@ def map_rows(function: Callable, layout: Layout, tree: Any, *, rows: int) -> Any
   shapes = jax.eval_shape(function, _chunk(tree, 0, rows, 0))
   num_rows = layout.cell_BL.shape[0]
   out = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes)
-  for halvings, (start, end) in enumerate(_spans(layout)):
+  for level, (start, end) in enumerate(_spans(layout)):
 
-    def one(index, out, halvings=halvings):
-      new = function(_chunk(tree, index, rows, halvings))
+    def one(index, out, level=level):
+      new = function(_chunk(tree, index, rows, level))
       write = (
         lambda old, x: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
           old, x.reshape(rows, *old.shape[1:]), index * rows, 0
@@ -154,17 +155,17 @@ def mean_gradient(
     share = jnp.sum(getattr(chunk, over)) / total  # a chunk's means weigh by its tokens
     return share * loss, {n: x if n.endswith("_max") else share * x for n, x in metrics.items()}
 
-  def gradient(index, halvings):
-    chunk = _chunk(tree, index, rows, halvings)
+  def gradient(index, level):
+    chunk = _chunk(tree, index, rows, level)
     return jax.value_and_grad(chunk_loss, has_aux=True)(params, chunk)
 
   means, _ = jax.eval_shape(lambda: gradient(0, 0))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means)
   result = zeros, jax.tree.map(jnp.zeros_like, params)
-  for halvings, (start, end) in enumerate(_spans(layout)):
+  for level, (start, end) in enumerate(_spans(layout)):
 
-    def add(index, so_far, halvings=halvings):
-      new = gradient(index, halvings)
+    def add(index, so_far, level=level):
+      new = gradient(index, level)
       result = jax.tree.map(jnp.add, so_far, new)
       (_, old), (_, metrics), (_, latest) = so_far[0], result[0], new[0]
       metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n.endswith("_max")})
@@ -185,11 +186,11 @@ def _spans(layout: Layout) -> list[tuple[Array, Array]]:
   return list(zip([jnp.int32(0), *ends[:-1]], ends, strict=True))
 
 
-def _chunk(tree: Any, index, rows: int, halvings: int) -> Any:
+def _chunk(tree: Any, index, rows: int, level: int) -> Any:
   """The cells of rows index * rows to (index + 1) * rows, as rows of their own width, split over the devices."""
 
   def part(x):
     x = jax.lax.dynamic_slice_in_dim(x, index * rows, rows)
-    return x.reshape(rows << halvings, x.shape[1] >> halvings)
+    return x.reshape(rows * NARROWING**level, -1)
 
   return layouts.shard_rows(jax.tree.map(part, tree))

@@ -93,6 +93,7 @@ def test_packing_loses_nothing():
 def three_widths(monkeypatch):
   """Rows of 12, 6 and 3 columns."""
   monkeypatch.setattr(episodes, "NARROWEST", 3)
+  monkeypatch.setattr(episodes, "NARROWING", 2)
   assert episodes.row_widths(12) == [12, 6, 3] and episodes.row_widths(9) == [9]
 
 

@@ -23,7 +23,7 @@ MASK_BR = np.arange(RESPONSE)[None] < RESPONSE_LENGTH_B[:, None]
 @pytest.fixture(scope="module", autouse=True)
 def _rows_of_two_widths():
   """Shared rows of 8 columns and of 4, as long episodes and short ones want."""
-  with mock.patch.object(episodes, "NARROWEST", 4):
+  with mock.patch.multiple(episodes, NARROWEST=4, NARROWING=2):
     yield
 
 
