@@ -342,9 +342,12 @@ def test_accumulated_chunks_are_one_big_batch(gradients):
   assert_trees_close(taken["mean"], taken["one chunk"], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["packed by 1", "packed by 3"])
-def test_shared_rows_train_as_padded_ones(gradients, name):
+@pytest.mark.parametrize("name, cells", [("packed by 1", 4 * LENGTH), ("packed by 3", 6 * LENGTH)])
+def test_shared_rows_train_as_padded_ones(gradients, name, cells):
+  """29 tokens: in three rows of 8 and two of 4, of which two or six fill a chunk."""
   (got, got_metrics), (want, metrics) = gradients[0][name], gradients[0]["ppo"]
+  np.testing.assert_allclose(got_metrics["update_waste"], 1 - 29 / cells, rtol=1e-6)
+  np.testing.assert_allclose(metrics["update_waste"], 1 - 29 / (ROWS * LENGTH), rtol=1e-6)
   assert_trees_close(got, want, 1e-6)
   for metric in metrics.keys() - {"update_waste"}:
     np.testing.assert_allclose(got_metrics[metric], metrics[metric], rtol=1e-5, err_msg=metric)
