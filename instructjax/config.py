@@ -438,11 +438,6 @@ class Config:
     bare = [dataclasses.replace(cfg, **free) for cfg in (self.model, self.reward_model)]
     return bare[0] == bare[1]
 
-  @property
-  def judges_average(self) -> bool:
-    """Whether evaluation reads RL policies' running average; at a decay of 0 that is the policy, and not kept."""
-    return self.evaluate.weights == "ema" and self.ppo.ema_decay > 0
-
   def validate(self, where: str = "config"):
     _require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
     _require(

@@ -98,6 +98,11 @@ def load_sft_by_loss(ctx: Context):
   return load_step(ctx, "sft", checkpoint.read_done(ctx.directory("sft"))["step"])
 
 
+def judges_average(ctx: Context) -> bool:
+  """Whether evaluation reads RL policies' running average; at a decay of 0 that is the policy, and not kept."""
+  return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
+
+
 def load(ctx: Context, name: str):
   """Weights of `base`, `reward_base`, `sft`, `ppo_init` or an RL stage, at the step the stage chose.
 
@@ -112,7 +117,7 @@ def load(ctx: Context, name: str):
     "sft_select" if name == "sft" and checkpoint.read_done(ctx.directory("sft_select")) else stage
   )
   step = checkpoint.read_done(ctx.directory(chosen))["step"]
-  averaged = name in RL_STAGES and ctx.config.judges_average
+  averaged = name in RL_STAGES and judges_average(ctx)
   return load_step(ctx, name, step, "ema_params" if averaged else "params")
 
 

@@ -157,7 +157,7 @@ def _held_out_loss(ctx: Context, nets: ppo.Nets):
   """(state, step) -> loss on held-out pretraining text of the weights that evaluation judges."""
   loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh)
   rows = validation_rows(ctx, ctx.config.pretrain.length)
-  averaged = ctx.config.judges_average
+  averaged = policies.judges_average(ctx)
 
   def evaluate(state: PPOState, step: int) -> dict[str, float]:
     return {"pretrain_loss": loss(state.ema_params if averaged else state.params, rows)}

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.config import MeshConfig
@@ -248,7 +248,8 @@ def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
   PPO's two networks at once, each with all its gradients. Where networks are small it is a few percent faster.
   """
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params_shapes))
-  if mesh.devices.flat[0].platform != "cpu" or size < LARGE:
+  on_cpu = not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
+  if not on_cpu or size < LARGE:
     return {}
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 

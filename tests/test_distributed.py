@@ -116,7 +116,6 @@ import os, signal, sys, time
 from instructjax import cli, distributed
 from instructjax.errors import Preempted, UserError
 
-distributed._PARTING = 5
 process, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.argv = sys.argv[:1]
 
@@ -201,7 +200,11 @@ def test_a_silent_process_ends_the_other_with_a_message(ended):
 @pytest.mark.parametrize("how", ["told", "slow"])
 def test_sigterm_to_one_ends_all_at_the_same_point(ended, how):
   assert [code for code, _ in ended[how]] == [distributed.PREEMPTED] * 2
-  first, second = (last_line(stderr) for _, stderr in ended[how])
+  # JAX may log after it that a connection is gone.
+  told = [
+    [x for x in stderr.splitlines() if x.startswith("told to stop")] for _, stderr in ended[how]
+  ]
+  (first,), (second,) = told
   assert first == second and "goes on from point " in first
 
 

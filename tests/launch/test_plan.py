@@ -416,10 +416,11 @@ def test_bytes_by_owner(mesh):
   policy = 4 * (split // 4 + whole)
   assert programs.shard_bytes(program.owners["policy master"]) == policy
   assert programs.shard_bytes(program.owners["policy optimiser"]) == 2 * policy + 2 * 4
-  assert programs.shard_bytes(program.owners["reference"]) == policy
+  tables, norms = V * D + T * D, N * 4 * D + 2 * D  # which stay float32
+  reference = 4 * (tables // 4 + norms) + 2 * ((split - tables) // 4 + whole - norms)
+  assert programs.shard_bytes(program.owners["reference"]) == reference
   # 16 rows over four devices: keys and values of 256 columns, in bfloat16.
   assert programs.shard_bytes(program.inside["KV cache"]) == 2 * N * (16 // 4) * T * D * 2
-  norms = N * 4 * D + 2 * D  # which stay float32
   copy = 2 * (split + whole - norms) + 4 * norms
   assert programs.shard_bytes(program.inside["bf16 rollout copy"]) == copy
   assert program.decode_layout == "tensor"
