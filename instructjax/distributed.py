@@ -49,6 +49,9 @@ _SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection reset 
 # Signals and the exit code are the process's own: so is what is known of them here.
 _told_to_stop = threading.Event()
 _points = itertools.count(1)
+_word: int | None = (
+  None  # where this process tells the one that supervises it how it is about to end
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +132,29 @@ def _is_cluster(environ: Mapping[str, str]) -> bool:
 
 def supervise():
   """Goes on in a child; this process stays, passes signals on, and says what an abort means. Before JAX is imported."""
+  global _word
   sys.stdout.flush()
   sys.stderr.flush()
+  word, _word = os.pipe()
   child = os.fork()
   if not child:
+    os.close(word)
     os.setpgid(0, 0)  # so that Ctrl-C reaches it once, from its parent
     die_with_parent()
     return
+  os.close(_word)
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: os.kill(child, number))
   _, status = os.waitpid(child, 0)
   code = os.waitstatus_to_exitcode(status)
-  if code == -signal.SIGABRT:
+  os.set_blocking(word, False)  # processes of its own may still hold the other end
+  try:
+    last_word = os.read(word, 1)
+  except BlockingIOError:
+    last_word = b""
+  if code == -signal.SIGABRT and last_word:  # it was ending when the coordinator ended before it
+    code = last_word[0]
+  elif code == -signal.SIGABRT:
     print(f"error: {lost_message('no sign of life from it, or it never came')}", file=sys.stderr)
     code = LOST
   elif code < 0:
@@ -263,6 +277,8 @@ def end(code: int):
   """Ends this process; one of several together with the others, as far as they end too."""
   if not is_joined():
     sys.exit(code)
+  if _word is not None:
+    os.write(_word, bytes([code]))
   if code != LOST:
     # All have agreed to stop, and one is only slow; where one met a mistake, the others may not come.
     seconds = SILENCE if code == PREEMPTED else _PARTING

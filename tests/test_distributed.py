@@ -121,7 +121,7 @@ sys.argv = sys.argv[:1]
 
 def main(_):
   distributed.supervise()
-  distributed.join(distributed.find(f"127.0.0.1:{port}", 2, process), joining=60 if what else 1, silence=10)
+  distributed.join(distributed.find(f"127.0.0.1:{port}", 2, process), joining=60 if what else 1, silence=20)
   from jax.experimental import multihost_utils
   multihost_utils.sync_global_devices("met")
   if what == "all_mistaken":
@@ -131,7 +131,10 @@ def main(_):
       raise UserError("the disk is full")
     if what == "hung":
       os.kill(os.getpid(), signal.SIGSTOP)
-    if what in ("told", "slow"):
+    if what == "late":
+      leave = os._exit
+      os._exit = lambda code: (time.sleep(15), leave(code))  # longer than process 0
+    if what in ("told", "slow", "late"):
       os.kill(os.getppid(), signal.SIGTERM)
   try:
     for number in range(100_000):
@@ -144,7 +147,7 @@ def main(_):
 
 cli.run(main, interrupted="")
 """
-HOW = ("all_mistaken", "mistaken", "hung", "told", "slow")
+HOW = ("all_mistaken", "mistaken", "hung", "told", "slow", "late")
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +200,7 @@ def test_a_silent_process_ends_the_other_with_a_message(ended):
   assert "The same command goes on" in last_line(stderr)
 
 
-@pytest.mark.parametrize("how", ["told", "slow"])
+@pytest.mark.parametrize("how", ["told", "slow", "late"])
 def test_sigterm_to_one_ends_all_at_the_same_point(ended, how):
   assert [code for code, _ in ended[how]] == [distributed.PREEMPTED] * 2
   # JAX may log after it that a connection is gone.
