@@ -49,9 +49,8 @@ _SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection reset 
 # Signals and the exit code are the process's own: so is what is known of them here.
 _told_to_stop = threading.Event()
 _points = itertools.count(1)
-_word: int | None = (
-  None  # where this process tells the one that supervises it how it is about to end
-)
+# Where this process tells the one that supervises it how it is about to end.
+_word: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,11 +127,8 @@ def map_rows(function: Callable, layout: Layout, tree: Any, *, rows: int) -> Any
 
     def one(index, out, level=level):
       new = function(_chunk(tree, index, rows, level))
-      write = (
-        lambda old, x: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
-          old, x.reshape(rows, *old.shape[1:]), index * rows, 0
-        )
-      )
+      new = jax.tree.map(lambda x, old: x.reshape(rows, *old.shape[1:]), new, out)
+      write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index * rows, 0)  # noqa: E731
       return jax.tree.map(write, out, new)
 
     out = jax.lax.fori_loop(start, end, one, out)
