@@ -80,10 +80,21 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     raise ValueError(f"eps_placement={cfg.eps_placement!r} must be 'pytorch' or 'tensorflow'.")
   parts = [adam]
   if cfg.clip_norm is not None:
-    parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
+    clip = lambda grads, _: clip_by_global_norm(grads, cfg.clip_norm)
+    parts.insert(0, optax.stateless(clip))
   if cfg.weight_decay:
     parts.append(optax.add_decayed_weights(cfg.weight_decay, mask=is_decayed))
   return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> optax.Updates:
+  """Gradients scaled to a global norm of at most `max_norm` (Pascanu et al. 2012, arXiv:1211.5063, sec. 3.2).
+
+  By one factor: optax divides and multiplies each element, for which XLA's CPU backend writes all gradients once more.
+  """
+  norm = optax.tree.norm(grads)
+  factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+  return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
 
 def scale_by_adam_tensorflow(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:

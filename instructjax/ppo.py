@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from instructjax import episodes, layouts, sampling, scoring, sharding, supervised
+from instructjax import episodes, layouts, optim, sampling, scoring, sharding, supervised
 from instructjax.config import PPOConfig
 from instructjax.models import transformer
 from instructjax.ops import gae, kl, masked, surrogate
@@ -278,10 +278,7 @@ def ptx_gradient(params, nets: Nets, cfg: PPOConfig, rows: PackedBatch):
 
 def _clip(grads, max_norm: float | None):
   """Clips one term's gradient by its own norm: clipping the sum would let gamma rescale PPO without notice."""
-  if max_norm is None:
-    return grads
-  clipped, _ = optax.clip_by_global_norm(max_norm).update(grads, optax.EmptyState())
-  return clipped
+  return grads if max_norm is None else optim.clip_by_global_norm(grads, max_norm)
 
 
 def policy_gradient(params, nets: Nets, cfg: PPOConfig, batch: Experience, ptx: PackedBatch | None):
