@@ -17,15 +17,13 @@ import dataclasses
 import json
 import os
 import pathlib
-import statistics
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import turns
+from benchmarks import machine, turns
 from benchmarks.peers import worker
 from configs import models as presets
 from instructjax import memory, sampling, sharding, weights
@@ -126,15 +124,6 @@ def serve(gguf: str | None):
   worker.serve(once, {"parameters": parameters, "jax": jax.__version__})
 
 
-def read_rate(repeats: int = 9) -> float:
-  """Bytes a second that a product of a vector with a matrix of half a gigabyte reads, the median."""
-  matrix, vector = jnp.ones((2048, 65536)), jnp.ones((1, 2048))
-  product = jax.jit(jnp.matmul)
-  run = lambda: product(vector, matrix)
-  milliseconds(run)
-  return matrix.nbytes / statistics.median(milliseconds(run)[0] / 1e3 for _ in range(repeats))
-
-
 def peer_command(gguf: str | None) -> list[str]:
   """How to start transformers' worker.
 
@@ -193,7 +182,7 @@ def main():
     commands = {"instructjax": ours + ([f"--gguf={args.gguf}"] if args.gguf else [])}
     if args.peer:
       commands[args.peer] = peer_command(args.gguf)
-    rate = read_rate()
+    rate = machine.read_rate()
     for line in lines(turns.measure(commands, args.repeats), rate, args.peer):
       print(json.dumps(line))
   except UserError as error:

@@ -7,8 +7,9 @@ Each --set is a variant (fields of the config, comma-separated). Variants and th
 TRL had, or tunix 0.1.7's) are processes that run in turn on two cores, so that a busy machine slows all alike; all are
 held in memory. Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory, tokens sampled
 and decoded, the load that others were during each run, and the bound: every product that the algorithm needs, once, for
-real tokens only, at the rate of a 2048 x 2048 matrix product, measured first. With a peer, a last line has our medians
-over its. Random weights; four networks.
+real tokens only, at the rate of a 2048 x 2048 matrix product, and what Adam must read and write at the rate of a large
+matrix-vector product, both measured first. With a peer, a last line has our medians over its. Random weights; four
+networks.
 
   W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
   W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
@@ -21,15 +22,13 @@ import dataclasses
 import json
 import os
 import pathlib
-import statistics
 import sys
-import time
 import types
 
 import jax
 import numpy as np
 
-from benchmarks import turns
+from benchmarks import machine, turns
 from benchmarks.peers import worker
 from configs import base
 from instructjax import memory, ppo, ppo_stage, sharding, supervised
@@ -107,6 +106,22 @@ def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dic
   }
 
 
+def parameter_counts(load: Workload, config) -> dict[str, int]:
+  """Of the two networks that learn, by name."""
+  networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
+  counts = {}
+  for name, (cfg, head) in networks.items():
+    shapes = transformer.param_shapes(transformer.make_model(cfg, load.vocab_size, head))
+    counts[name] = sum(x.size for x in jax.tree.leaves(shapes))
+  return counts
+
+
+def update_bytes(load: Workload) -> int:
+  """Bytes that Adam moves in an iteration's updates."""
+  parameters = sum(parameter_counts(load, make_config(load, {})).values())
+  return load.epochs * load.minibatches * machine.UPDATE_BYTES * parameters
+
+
 def prepare(load: Workload, changes: dict):
   """A function that runs one iteration and returns (metrics, samples)."""
   config = make_config(load, changes)
@@ -143,20 +158,6 @@ def prepare(load: Workload, changes: dict):
   return once
 
 
-def product_flops(size: int = 2048, repeats: int = 15) -> float:
-  """FLOPs a second of a large float32 product on this machine, the median."""
-  memory.keep_freed_memory()  # or each result's pages are faulted in, half of the time
-  square = jax.numpy.ones((size, size))
-  product = jax.jit(jax.numpy.matmul)
-  product(square, square).block_until_ready()
-  seconds = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    product(square, square).block_until_ready()
-    seconds.append(time.perf_counter() - start)
-  return 2 * size**3 / statistics.median(seconds)
-
-
 def serve(load: Workload, changes: dict):
   """This process as a worker of `turns`: one variant."""
   worker.claim_stdout()
@@ -175,11 +176,8 @@ def serve(load: Workload, changes: dict):
   metrics, _ = once()
   first = {name: float(metrics[name]) for name in ("policy_loss", "value_loss", "kl")}
   config = make_config(load, changes)
-  networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
-  description = {}
-  for name, (cfg, head) in networks.items():
-    shapes = transformer.param_shapes(transformer.make_model(cfg, load.vocab_size, head))
-    description[f"{name}_parameters"] = sum(x.size for x in jax.tree.leaves(shapes))
+  counts = parameter_counts(load, config)
+  description = {f"{name}_parameters": count for name, count in counts.items()}
   first["ratio"] = float(metrics["ratio_mean"])
   worker.serve(repetition, description | {"jax": jax.__version__, "first": first})
 
@@ -244,18 +242,21 @@ def main():
     commands = {name: [*ours, f"--worker={name}"] for name in args.set or ["ppo.packed_rows=0"]}
     if args.peer:
       commands[args.peer] = peer_command(args.peer, load)
-    rate = product_flops()
+    flops_rate, byte_rate = machine.product_flops(), machine.read_rate()
     found = turns.measure(commands, args.repeats)
     check_same_work(load, found)
   except UserError as error:
     sys.exit(f"error: {error}")
   for name, result in found.items():
     flops = bound_flops(load, load.batch * load.prompt, result["response_tokens"])
-    bound = sum(flops.values()) / rate
+    products = sum(flops.values()) / flops_rate
+    bound = products + update_bytes(load) / byte_rate
     line = {
       "workload": args.workload,
       "variant": name,
-      "product_gflops": round(rate / 1e9),
+      "product_gflops": round(flops_rate / 1e9),
+      "read_gb_s": round(byte_rate / 1e9, 1),
+      "products_s": round(products, 2),
       "bound_s": round(bound, 2),
       "wall_over_bound": round(result["wall_s"]["median"] / bound, 2),
     }

@@ -11,7 +11,8 @@ the command ends. `flax` needs nothing else, `torch` and `trl` the environment `
 
 Prints one JSON line a program: tokens a second by the median of wall seconds, wall and CPU seconds with their ranges,
 peak memory, the load that others were during each run, and the bound: every matrix product of the model once, forward
-and backward, at the rate of a 2048 x 2048 product measured first. For each peer, a last line has our medians over its.
+and backward, at the rate of a 2048 x 2048 product, and what Adam must read and write at the rate of a large
+matrix-vector product, both measured first. For each peer, a last line has our medians over its.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from benchmarks import ppo_iteration, turns
+from benchmarks import machine, ppo_iteration, turns
 from benchmarks.peers import worker
 from configs import models
 from instructjax import memory, sharding, supervised
@@ -94,10 +95,12 @@ def serve(cfg, token_BL: np.ndarray):
   worker.serve(once, description | {"libraries": f"jax {jax.__version__}"})
 
 
-def bound_seconds(rate: float) -> float:
-  """Every product of the model once, forward and twice that backward, at `rate` FLOPs a second."""
+def bound_seconds(flops_rate: float, byte_rate: float) -> float:
+  """Every product of the model once, forward and twice that backward, and what Adam moves, at these rates a second."""
   model = transformer.make_model(make_config(DEFAULT).model, VOCAB, "lm")
-  return 3 * flops.forward(model, ROWS * LENGTH, LENGTH, outputs=ROWS * (LENGTH - 1)) / rate
+  products = 3 * flops.forward(model, ROWS * LENGTH, LENGTH, outputs=ROWS * (LENGTH - 1))
+  parameters = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(model)))
+  return products / flops_rate + machine.UPDATE_BYTES * parameters / byte_rate
 
 
 def check_same_work(found: dict[str, dict]):
@@ -144,7 +147,7 @@ def main():
   if sys.platform == "linux":  # the workers have the same cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ppo_iteration.CORES])
   try:
-    rate = ppo_iteration.product_flops()
+    rates = machine.product_flops(), machine.read_rate()
     with tempfile.TemporaryDirectory() as folder:
       tokens = f"{folder}/tokens.npy"
       rng = np.random.default_rng(0)
@@ -153,14 +156,15 @@ def main():
     check_same_work(found)
   except UserError as error:
     sys.exit(f"error: {error}")
-  bound = bound_seconds(rate)
+  bound = bound_seconds(*rates)
   for name, result in found.items():
     wall = result["wall_s"]["median"]
     line = {
       "benchmark": "sft_step",
       "variant": name,
       "tokens_per_s": round(ROWS * LENGTH / wall, 1),
-      "product_gflops": round(rate / 1e9),
+      "product_gflops": round(rates[0] / 1e9),
+      "read_gb_s": round(rates[1] / 1e9, 1),
       "bound_s": round(bound, 2),
       "wall_over_bound": round(wall / bound, 2),
     }

@@ -28,7 +28,7 @@ def response_logprob(
   (details item 19).
   """
   window = (prompt_length - 1, token_BL.shape[1] - 1)
-  h_BRD = transformer.hidden(model, params, token_BL, **_inputs(segment_BL, window))
+  h_BRD, params = transformer.hidden(model, params, token_BL, **_inputs(segment_BL, window))
   token_BR, is_token_BR = token_BL[:, prompt_length:], segment_BL[:, prompt_length:] > 0
   return lm_head.token_logprob(model, params, h_BRD, token_BR, is_token_BR, temperature)
 

@@ -47,7 +47,7 @@ def create_state(
 
 
 def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
-  """What predicts every token but a row's first: h_BTD of the column before it."""
+  """What predicts every token but a row's first: (h_BTD of the column before it, parameters for the head)."""
   return transformer.hidden(
     model,
     params,
@@ -62,14 +62,14 @@ def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropou
 
 def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
   """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
-  h_BTD = _hidden(model, params, batch, dropout_rate, dropout_key)
+  h_BTD, params = _hidden(model, params, batch, dropout_rate, dropout_key)
   return lm_head.loss_sums(model, params, h_BTD, batch.token_BL[:, 1:], batch.weight_BL[:, 1:])
 
 
 def lm_row_sums(model, params, batch: PackedBatch):
   """The same for each row: (nll_B, weight_B), for intervals over rows."""
   weight_BT = batch.weight_BL[:, 1:]
-  h_BTD = _hidden(model, params, batch)
+  h_BTD, params = _hidden(model, params, batch)
   logprob_BT = lm_head.token_logprob(model, params, h_BTD, batch.token_BL[:, 1:], weight_BT > 0)
   return -jnp.sum(weight_BT * logprob_BT, axis=1), jnp.sum(weight_BT, axis=1)
 

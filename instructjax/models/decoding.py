@@ -75,7 +75,9 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
     is_prompt_BP.astype(jnp.int32),
     transformer.positions_from_mask(is_prompt_BP),
   )
-  h_BPD, kept = transformer.run_layers(model, weights, token_BP, segment_BP, position_BP, keep=True)
+  h_BPD, kept, _ = transformer.run_layers(
+    model, weights, token_BP, segment_BP, position_BP, keep=True
+  )
   # Columns come last but one in the cache, layers (when stacked) first: pad the start with zeros.
   write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
   cache = jax.tree.map(write, cache, kept)
@@ -111,7 +113,7 @@ def decode_step(
   is_2d = decode_layout(model) == "2d"
   place = layouts.shard_width if is_2d else layouts.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)
-  h_B1D, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
+  h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles = layers.rotary_angles(position_B1, cfg)
   dense = is_slot_BT[:, None, :]
   if slot_position_BT is None:

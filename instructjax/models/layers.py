@@ -128,8 +128,7 @@ def attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS):
   # products go through transposed copies, or through a slower kernel where a token at a time is decoded.
   q_BGEK = q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(B, G, R * T, K)
   x_BGEK = _weighted_values(q_BGEK, k_BGSK, v_BGSK, mask_BTS)
-  x_BTGRK = x_BGEK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4)
-  return checkpoint_name(x_BTGRK, SAVED)
+  return x_BGEK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4)
 
 
 @jax.custom_vjp
@@ -152,7 +151,7 @@ def _weighted_values_forward(q_BGEK, k_BGSK, v_BGSK, mask_BTS):
   scale_BGE1 = 1 / jnp.where(sum_BGE1 > 0, sum_BGE1, 1.0)
   weight_BGES = weight_BGES.astype(v_BGSK.dtype)
   x_BGEK = jnp.einsum("BGES,BGSK->BGEK", weight_BGES, v_BGSK, preferred_element_type=jnp.float32)
-  x_BGEK = (x_BGEK * scale_BGE1).astype(v_BGSK.dtype)
+  x_BGEK = checkpoint_name((x_BGEK * scale_BGE1).astype(v_BGSK.dtype), SAVED)
   return x_BGEK, (q_BGEK, k_BGSK, v_BGSK, weight_BGES, scale_BGE1, x_BGEK)
 
 

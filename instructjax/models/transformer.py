@@ -177,7 +177,8 @@ def apply(model: Model, params: Params, token_BL: Array, **inputs) -> Array:
   Returns:
     float32 logits_BTV, or score_BT for a scalar head; T is the window, or all of L.
   """
-  return apply_head(model, params, hidden(model, params, token_BL, **inputs))
+  h_BTD, params = hidden(model, params, token_BL, **inputs)
+  return apply_head(model, params, h_BTD)
 
 
 def hidden(
@@ -190,7 +191,7 @@ def hidden(
   dropout_rate: float = 0.0,
   dropout_key: Array | None = None,
   window: tuple[int, int] | None = None,
-) -> Array:
+) -> tuple[Array, Params]:
   """The forward pass up to what the head reads.
 
   Args:
@@ -203,14 +204,15 @@ def hidden(
     dropout_key: typed key; needed when dropout_rate > 0.
     window: (start, stop) columns whose outputs are wanted; the head costs nothing elsewhere.
   Returns:
-    h_BTD after the final norm, in the compute dtype; T is the window, or all of L.
+    (h_BTD after the final norm, in the compute dtype; T is the window, or all of L, and the parameters for the head:
+    the same, with a table of tokens that collects its gradient in one array, the head's use of it first)
   """
   if dropout_rate and dropout_key is None:
     raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
   key = dropout_key if dropout_rate else None
-  h_BLD, _ = run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
+  h_BLD, _, params = run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
   start, stop = window or (0, token_BL.shape[1])
-  return final_norm(model, params, h_BLD[:, start:stop])
+  return final_norm(model, params, h_BLD[:, start:stop]), params
 
 
 def lm_table(model: Model, params: Params) -> Array:
@@ -234,11 +236,11 @@ def positions_from_segments(segment_BL: Array) -> Array:
 def run_layers(
   model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
 ):
-  """Embedding and all layers; also the keys and values of every layer where `keep`."""
+  """(what the layers yield, keys and values of every layer where `keep`, parameters as `hidden` returns them)."""
   cfg = model.cfg
   # With whole columns, unlike h: attention's masks are made of them, and are larger.
   token_BL, segment_BL, position_BL = layouts.shard_rows((token_BL, segment_BL, position_BL))
-  h_BLD, segment_BL = embed(model, params, token_BL, segment_BL, position_BL)
+  h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
   segment_BL = layouts.shard_rows(segment_BL)
   angles = layers.rotary_angles(position_BL, cfg)
   attend = _attention(model, segment_BL, position_BL)
@@ -257,15 +259,14 @@ def run_layers(
 
   if scans_layers(model):
     run = _checkpoint(run_block, cfg.remat, static_argnums=2, prevent_cse=False)
-    return _scan_layers(
-      run, h_BLD, (stacking.stacked(params["layers"]), keys_N), 2 if cfg.attention_window else 1
-    )
+    stacked = stacking.stacked(params["layers"]), keys_N
+    return *_scan_layers(run, h_BLD, stacked, 2 if cfg.attention_window else 1), params
   run = _checkpoint(run_block, cfg.remat, static_argnums=2)
   kept = []
   for index, layer in enumerate(stacking.unstacked(params["layers"])):
     h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
     kept.append(pair)
-  return h_BLD, tuple(kept)
+  return h_BLD, tuple(kept), params
 
 
 def _checkpoint(run_block, remat: str, **kwargs):
@@ -329,16 +330,42 @@ def layer_mask(masks, index):
 
 
 def embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split_columns):
-  """Embedding sum, zero at pads, and segments with every id outside the vocabulary made a pad."""
+  """Embedding sum, zero at pads; segments with every id outside the vocabulary made a pad; `hidden`'s parameters."""
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   row_BL = jnp.where(is_token_BL, token_BL, 0)
-  h_BLD = params["embedding"]["token_VD"].at[row_BL].get(mode="promise_in_bounds")
+  look_up = _look_up_and_pass if layouts.on_one_device() else _look_up
+  h_BLD, table_VD = look_up(params["embedding"]["token_VD"], row_BL)
+  params = params | {"embedding": params["embedding"] | {"token_VD": table_VD}}
   if model.cfg.position == "learned":
     row_BL = jnp.where(is_token_BL, position_BL, 0)
     h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
   # A select, not a product: whatever the table holds, NaN included, ends here.
   h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.cfg.dtype)
-  return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0)
+  return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0), params
+
+
+def _look_up(table_VD, row_BL):
+  return table_VD.at[row_BL].get(mode="promise_in_bounds"), table_VD
+
+
+@jax.custom_vjp
+def _look_up_and_pass(table_VD, row_BL):
+  """(rows, the table for its next use).
+
+  The gradient of the rows is added into that of the next use, in place. By itself JAX would scatter it into an array of
+  zeros and sum the two, which takes three arrays of the table's size. On a mesh the two are split differently.
+  """
+  return _look_up(table_VD, row_BL)
+
+
+def _look_up_gradient(row_BL, gradients):
+  dh_BLD, dtable_VD = gradients
+  return dtable_VD.at[row_BL].add(dh_BLD, mode="promise_in_bounds"), None
+
+
+_look_up_and_pass.defvjp(
+  lambda table_VD, row_BL: (_look_up(table_VD, row_BL), row_BL), _look_up_gradient
+)
 
 
 def final_norm(model: Model, params: Params, h_BTD: Array) -> Array:
