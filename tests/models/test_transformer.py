@@ -159,6 +159,48 @@ def test_details_3_garbage_and_nan_at_pads_change_nothing(cfg, make):
   np.testing.assert_array_equal(clean[1][is_token_BL], dirty[1][is_token_BL])
 
 
+def test_a_tied_table_gets_the_gradient_of_both_its_uses(gpt2, make):
+  tied, params = make(gpt2)
+  untied, _ = make(gpt2, tie_embeddings=False)
+  tables = params | {"head": {"w_VD": params["embedding"]["token_VD"]}}
+
+  def gradient(model, params):
+    inputs = dict(segment_BL=SEGMENT_BL, position_BL=POSITION_BL)
+    total = lambda params: jnp.sum(jnp.sin(models.apply(model, params, TOKEN_BL, **inputs)))
+    return jax.grad(total)(params)
+
+  parts = gradient(untied, tables)
+  both = parts["embedding"]["token_VD"] + parts["head"]["w_VD"]
+  got = gradient(tied, params)["embedding"]["token_VD"]
+  np.testing.assert_allclose(got, both, rtol=1e-5, atol=1e-5)
+  assert np.abs(parts["embedding"]["token_VD"]).max() > 0.1 < np.abs(parts["head"]["w_VD"]).max()
+
+
+def test_attention_has_the_gradient_of_its_definition():
+  G, R, T, S, K = 2, 3, 4, 5, 6
+  keys = jax.random.split(jax.random.key(0), 4)
+  q_BTGRK = jax.random.normal(keys[0], (2, T, G, R, K))
+  k_BGSK, v_BGSK = (jax.random.normal(key, (2, G, S, K)) for key in keys[1:3])
+  mask_BTS = np.random.default_rng(0).random((2, T, S)) < 0.6
+  mask_BTS[1, 2] = False
+
+  def definition(q_BTGRK, k_BGSK, v_BGSK):
+    exp_BGRTS = jnp.exp(jnp.einsum("btgrk,bgsk->bgrts", q_BTGRK, k_BGSK) / K**0.5)
+    exp_BGRTS = exp_BGRTS * mask_BTS[:, None, None]
+    sum_BGRT1 = exp_BGRTS.sum(-1, keepdims=True)
+    return jnp.einsum(
+      "bgrts,bgsk->btgrk", exp_BGRTS / jnp.where(sum_BGRT1 > 0, sum_BGRT1, 1), v_BGSK
+    )
+
+  operands = q_BTGRK, k_BGSK, v_BGSK
+  expected, pull = jax.vjp(definition, *operands)
+  got, pull_ours = jax.vjp(lambda *operands: layers.attend(*operands, mask_BTS), *operands)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  dx_BTGRK = jax.random.normal(keys[3], got.shape)
+  for ours, theirs in zip(pull_ours(dx_BTGRK), pull(dx_BTGRK), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_a_row_that_may_look_at_nothing_gets_zero():
   q_BTGRK, kv_BGSK = jnp.ones((1, 2, 1, 1, 4)), jnp.ones((1, 1, 3, 4))
   mask_BTS = jnp.array([[[False] * 3, [True, False, False]]])
