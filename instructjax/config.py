@@ -5,11 +5,10 @@ converts the ml_collections config once with `from_config_dict`; below it nobody
 """
 
 import dataclasses
-import difflib
 import re
-import types
-import typing
-from typing import Any, Literal
+from typing import Literal
+
+from instructjax.blocks import build, require, require_positive, validate
 
 STAGES = ("pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx", "evaluate")
 
@@ -25,13 +24,13 @@ class RopeScalingConfig:
   original_length: int  # llama3: context before stretching, tokens
 
   def validate(self, where: str):
-    _require(self.factor >= 1, f"{where}.factor={self.factor} must be >= 1")
-    _require(
+    require(self.factor >= 1, f"{where}.factor={self.factor} must be >= 1")
+    require(
       0 < self.low_freq_factor < self.high_freq_factor,
       f"{where}.low_freq_factor={self.low_freq_factor} must be > 0 and below"
       f" high_freq_factor={self.high_freq_factor}",
     )
-    _require_positive(self, where, "original_length")
+    require_positive(self, where, "original_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +77,20 @@ class ModelConfig:
       "d_mlp",
       "max_length",
     )
-    _require_positive(self, where, *sizes)
-    _require(
+    require_positive(self, where, *sizes)
+    require(
       self.num_heads % self.num_kv_heads == 0,
       f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
     )
-    _require(
+    require(
       self.position != "rope" or self.head_dim % 2 == 0,
       f"{where}.head_dim={self.head_dim} must be even for rotary positions",
     )
-    _require(
+    require(
       self.position == "rope" or self.rope_scaling.kind == "none",
       f"{where}.rope_scaling.kind={self.rope_scaling.kind!r} must be 'none' for learned positions",
     )
-    _require(
+    require(
       self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0"
     )
 
@@ -113,20 +112,20 @@ class OptimConfig:
   clip_norm: float | None
 
   def validate(self, where: str):
-    _require(self.learning_rate > 0, f"{where}.learning_rate={self.learning_rate} must be > 0")
-    _require(
+    require(self.learning_rate > 0, f"{where}.learning_rate={self.learning_rate} must be > 0")
+    require(
       0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"{where}.b1={self.b1}, b2={self.b2} must be in [0, 1)"
     )
-    _require(self.eps > 0, f"{where}.eps={self.eps} must be > 0")
-    _require(self.warmup_steps >= 0, f"{where}.warmup_steps={self.warmup_steps} must be >= 0")
-    _require(
+    require(self.eps > 0, f"{where}.eps={self.eps} must be > 0")
+    require(self.warmup_steps >= 0, f"{where}.warmup_steps={self.warmup_steps} must be >= 0")
+    require(
       0 <= self.warmup_start <= 1, f"{where}.warmup_start={self.warmup_start} must be in [0, 1]"
     )
-    _require(
+    require(
       0 <= self.end_fraction <= 1, f"{where}.end_fraction={self.end_fraction} must be in [0, 1]"
     )
-    _require(self.weight_decay >= 0, f"{where}.weight_decay={self.weight_decay} must be >= 0")
-    _require(
+    require(self.weight_decay >= 0, f"{where}.weight_decay={self.weight_decay} must be >= 0")
+    require(
       self.clip_norm is None or self.clip_norm > 0,
       f"{where}.clip_norm={self.clip_norm} must be None or > 0",
     )
@@ -154,11 +153,11 @@ class DataConfig:
   on_bad_record: Literal["raise", "skip"]
 
   def validate(self, where: str):
-    _require(
+    require(
       0 < self.validation_fraction < 1,
       f"{where}.validation_fraction={self.validation_fraction} must be in (0, 1)",
     )
-    _require_positive(self, where, "max_prompt_length", "max_response_length")
+    require_positive(self, where, "max_prompt_length", "max_response_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,7 @@ class CheckpointConfig:
   keep: int  # newest checkpoints kept, besides the best and epoch ends
 
   def validate(self, where: str):
-    _require_positive(self, where, "every_steps", "keep")
+    require_positive(self, where, "every_steps", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +188,7 @@ class LogConfig:
   tensorboard: bool
 
   def validate(self, where: str):
-    _require_positive(self, where, "every_steps")
+    require_positive(self, where, "every_steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +197,7 @@ class ProfileConfig:
 
   def validate(self, where: str):
     match = re.fullmatch(r"(\d+):(\d+)", self.steps)
-    _require(
+    require(
       not self.steps or (match is not None and 2 <= int(match[1]) < int(match[2])),
       f"{where}.steps={self.steps!r} must be '' or 'A:B' with 2 <= A < B, as '3:5' for steps 3 and 4:"
       " a stage's first step compiles",
@@ -214,7 +213,7 @@ class PretrainConfig:
   optim: OptimConfig
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_steps", "batch_size", "length", "evaluate_every")
+    require_positive(self, where, "num_steps", "batch_size", "length", "evaluate_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,13 +228,13 @@ class SFTConfig:
   optim: OptimConfig
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_epochs", "batch_size", "length")
-    _require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
-    _require(
+    require_positive(self, where, "num_epochs", "batch_size", "length")
+    require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
+    require(
       0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
     )
     rows = round(self.pretrain_mix * self.batch_size)
-    _require(
+    require(
       rows < self.batch_size and (rows > 0) == (self.pretrain_mix > 0),
       f"{where}.pretrain_mix={self.pretrain_mix} must give both kinds of text a row of"
       f" batch_size={self.batch_size}, and it gives {rows} rows to pretraining text",
@@ -253,8 +252,8 @@ class CollectConfig:
   temperature: float
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_prompts", "num_heldout_prompts", "temperature")
-    _require(
+    require_positive(self, where, "num_prompts", "num_heldout_prompts", "temperature")
+    require(
       2 <= self.min_responses <= self.max_responses,
       f"{where}.min_responses={self.min_responses} must be from 2 to max_responses={self.max_responses}",
     )
@@ -273,9 +272,9 @@ class RMConfig:
   cross_validation_prompts: int  # prompts used by each fold's training
 
   def validate(self, where: str):
-    _require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
-    _require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
-    _require(
+    require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
+    require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
+    require(
       self.cross_validation_folds == 0 or self.cross_validation_folds >= 2,
       f"{where}.cross_validation_folds={self.cross_validation_folds} must be 0 or >= 2",
     )
@@ -324,40 +323,40 @@ class PPOConfig:
       "ptx_chunks",
       "ptx_length",
     )
-    _require_positive(self, where, *sizes)
-    _require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
-    _require(
+    require_positive(self, where, *sizes)
+    require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
+    require(
       self.value_clip is None or self.value_clip > 0,
       f"{where}.value_clip={self.value_clip} must be None or > 0",
     )
-    _require(
+    require(
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
-    _require(
+    require(
       rows % self.ptx_chunks == 0,
       f"{where}.ptx_chunks={self.ptx_chunks} must divide the {rows} pretraining rows of a minibatch",
     )
-    _require(
+    require(
       self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
       f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",
     )
     # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
-    _require(
+    require(
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
     )
-    _require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
-    _require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
-    _require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
+    require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
+    require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
+    require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
     for name in ("discount", "gae_lambda"):
       value = getattr(self, name)
-      _require(0 <= value <= 1, f"{where}.{name}={value} must be in [0, 1]")
-    _require(self.max_kl >= 0, f"{where}.max_kl={self.max_kl} must be >= 0; 0 is no limit")
-    _require(0 <= self.ema_decay < 1, f"{where}.ema_decay={self.ema_decay} must be in [0, 1)")
-    _require(
+      require(0 <= value <= 1, f"{where}.{name}={value} must be in [0, 1]")
+    require(self.max_kl >= 0, f"{where}.max_kl={self.max_kl} must be >= 0; 0 is no limit")
+    require(0 <= self.ema_decay < 1, f"{where}.ema_decay={self.ema_decay} must be in [0, 1)")
+    require(
       self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
       f"{where}.kl_target={self.kl_target} and kl_horizon={self.kl_horizon} must be > 0 for the adaptive controller",
     )
@@ -370,7 +369,7 @@ class RolloutConfig:
   slots: int  # rows decoded at once, over all data shards; 0 = all of ppo.batch_size
 
   def validate(self, where: str):
-    _require(self.slots >= 0, f"{where}.slots={self.slots} must be >= 0; 0 is the whole batch")
+    require(self.slots >= 0, f"{where}.slots={self.slots} must be >= 0; 0 is the whole batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,9 +400,9 @@ class EvaluateConfig:
       "best_of_n_prompts",
       "temperature",
     )
-    _require_positive(self, where, *sizes)
+    require_positive(self, where, *sizes)
     known = set(self.compare) <= {"ppo", "ppo_ptx"}
-    _require(known, f"{where}.compare={self.compare} must hold only 'ppo' and 'ppo_ptx'")
+    require(known, f"{where}.compare={self.compare} must hold only 'ppo' and 'ppo_ptx'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,43 +438,43 @@ class Config:
     return bare[0] == bare[1]
 
   def validate(self, where: str = "config"):
-    _require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
-    _require(
+    require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
+    require(
       self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}"
     )
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):
       limit = getattr(self, name).max_length
-      _require(
+      require(
         total <= limit,
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
-    _require(
+    require(
       self.rm.start_from == "base" or self.same_network,
       f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
     )
-    _require(
+    require(
       self.rm.start_from == "base" or self.reward_model.weights in ("", self.model.weights),
       f"{where}.rm.start_from='sft' must come without {where}.reward_model.weights="
       f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
     )
-    _require(
+    require(
       self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
       f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
       f" rm.max_responses={self.rm.max_responses}",
     )
-    _require(
+    require(
       self.rm.row_length == 0 or self.rm.row_length >= total,
       f"{where}.rm.row_length={self.rm.row_length} must be 0 or at least data.max_prompt_length"
       f" + max_response_length = {total}: an answer fits in one row",
     )
-    _require(
+    require(
       self.rollout.slots <= self.ppo.batch_size,
       f"{where}.rollout.slots={self.rollout.slots} must not exceed ppo.batch_size={self.ppo.batch_size}",
     )
     for name in ("sft", "ppo_init"):
       length = getattr(self, name).length
-      _require(
+      require(
         total <= length,
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.length={length}:"
         " a demonstration fits in one row",
@@ -488,21 +487,10 @@ class Config:
     for name, model in rows:
       block, field = name.split(".")
       length, limit = getattr(getattr(self, block), field), getattr(self, model).max_length
-      _require(
+      require(
         length <= limit,
         f"{where}.{name}={length} must not exceed {where}.{model}.max_length={limit}",
       )
-
-
-def _require_positive(block, where: str, *names: str):
-  for name in names:
-    value = getattr(block, name)
-    _require(value > 0, f"{where}.{name}={value} must be positive")
-
-
-def _require(condition: bool, message: str):
-  if not condition:
-    raise ValueError(message)
 
 
 def from_config_dict(config) -> Config:
@@ -514,8 +502,8 @@ def from_config_dict(config) -> Config:
     ValueError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
   """
   plain = config.to_dict() if hasattr(config, "to_dict") else config
-  result = _build(Config, plain, "config")
-  _validate(result, "config")
+  result = build(Config, plain, "config")
+  validate(result, "config")
   if result.same_network and not result.reward_model.weights:
     reward_model = dataclasses.replace(result.reward_model, weights=result.model.weights)
     result = dataclasses.replace(result, reward_model=reward_model)
@@ -528,55 +516,6 @@ def model_config(values: dict, where: str) -> ModelConfig:
   Raises:
     ValueError: as from_config_dict.
   """
-  result = _build(ModelConfig, values, where)
-  _validate(result, where)
+  result = build(ModelConfig, values, where)
+  validate(result, where)
   return result
-
-
-def _validate(block, where: str):
-  for field in dataclasses.fields(block):
-    value = getattr(block, field.name)
-    if dataclasses.is_dataclass(value):
-      _validate(value, f"{where}.{field.name}")
-  if hasattr(block, "validate"):
-    block.validate(where)
-
-
-def _build(cls, values: dict, where: str):
-  hints = typing.get_type_hints(cls)
-  for name in values:
-    if name not in hints:
-      near = difflib.get_close_matches(name, hints, n=1)
-      suggestion = (
-        f"; did you mean {where}.{near[0]}?" if near else f"; known fields: {', '.join(hints)}"
-      )
-      raise ValueError(f"{where}.{name} is not a config field{suggestion}")
-  missing = [name for name in hints if name not in values]
-  _require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
-  return cls(
-    **{name: _convert(hint, values[name], f"{where}.{name}") for name, hint in hints.items()}
-  )
-
-
-def _convert(hint, value: Any, where: str):
-  """The value as the field's type, or a ValueError that says what the field takes."""
-  if dataclasses.is_dataclass(hint):
-    _require(isinstance(value, dict), f"{where}={value!r} must be a block of fields")
-    return _build(hint, value, where)
-  origin, options = typing.get_origin(hint), typing.get_args(hint)
-  if origin is Literal:
-    _require(value in options, f"{where}={value!r} must be one of {', '.join(map(repr, options))}")
-    return value
-  if origin is types.UnionType:
-    return None if value is None else _convert(options[0], value, where)
-  if origin is tuple:
-    _require(
-      isinstance(value, (tuple, list)),
-      f"{where}={value!r} must be a tuple of {options[0].__name__}",
-    )
-    return tuple(_convert(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-  _require(right, f"{where}={value!r} must be of type {hint.__name__}, got {type(value).__name__}")
-  return value

@@ -324,7 +324,7 @@ def test_rule(values, message):
 
 
 def test_every_rule_has_a_case():
-  """Each rule is one `_require` call in a validate(); none may be added without a case above."""
+  """Each rule is one `require` call in a validate(); none may be added without a case above."""
   tree = ast.parse((ROOT / "instructjax/config.py").read_text())
   methods = [
     node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "validate"
@@ -333,7 +333,7 @@ def test_every_rule_has_a_case():
     call.args[1]
     for method in methods
     for call in ast.walk(method)
-    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "_require"
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "require"
   ]
   assert rules
   reached = [_message(values) for values, _ in _RULES]

@@ -1,4 +1,4 @@
-"""The parts of the PPO step: the reward it builds, the advantages, and the gradient of eq. 2."""
+"""The parts of the PPO step: what it makes of a rollout (experience.py), and the gradient of eq. 2."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from instructjax import episodes, models, ppo, scoring
+from instructjax.experience import Experience, from_rollout
 from instructjax.structs import PackedBatch, Rollout
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 6, 3, 5
@@ -96,7 +97,7 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
       value=scoring.response_value(nets.scalar, value_params, *args, prompt_length=PROMPT),
     )
     results = {
-      name: ppo._score(
+      name: from_rollout(
         nets,
         dataclasses.replace(ppo_config, **changes),
         params,
@@ -265,7 +266,7 @@ def gradients(quick_jit, nets, weights, ppo_config):
   token_BL, is_token_BL = tokens_and_mask()
   rng = np.random.default_rng(3)
   float_BR = lambda low, high: rng.uniform(low, high, MASK_BR.shape).astype(np.float32)
-  batch = ppo.Experience(
+  batch = Experience(
     token_BL=token_BL,
     segment_BL=is_token_BL.astype(np.int32),
     is_response_BR=MASK_BR,
@@ -409,7 +410,7 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   monkeypatch.setattr(ppo, "policy_gradient", policy_gradient)
   monkeypatch.setattr(ppo, "value_loss", lambda params, *_: (params["w"], {"clip_fraction": 0.0}))
   episode_B1 = jnp.arange(8)[:, None]
-  experience = ppo.Experience(*[episode_B1] * len(dataclasses.fields(ppo.Experience)))
+  experience = Experience(*[episode_B1] * len(dataclasses.fields(Experience)))
   ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
   opt_state = nets.policy_tx.init(weights)
   with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
