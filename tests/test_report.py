@@ -346,3 +346,8 @@ def test_no_fit_where_points_do_not_determine_one():
   assert overoptimization.fit("rl", [0.0, 2.0], [0.0, 1.0]) is None
   assert overoptimization.fit("best_of_n", [0.0, 0.0, 2.0], [0.0, 0.0, 1.0]) is None
   assert overoptimization.peak("best_of_n", -1.0, 0.3) is None
+
+
+def test_ticks_of_an_axis_of_square_roots():
+  assert panels.square_root_ticks(16.0) == [0, 1, 4, 9]  # 16 is two digits, 20 above the axis
+  assert panels.square_root_ticks(0.64) == [0, 0.04, 0.2, 0.4, 0.6]

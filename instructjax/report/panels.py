@@ -98,12 +98,17 @@ def draw_curve(ax, curves: dict, key: str, title: str, *, square_root: bool = Fa
   if square_root:
     ax.set_yscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     ax.set_ylim(bottom=0)
-    ax.set_yticks(
-      [tick for tick in (0, 1, 5, 20, 50, 100, 200, 500, 1000) if tick <= ax.get_ylim()[1]]
-    )
+    ticks = square_root_ticks(ax.get_ylim()[1])
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
   ax.set_title(title)
   ax.set_xlabel("iteration")
   return drawn
+
+
+def square_root_ticks(top: float) -> list[float]:
+  """0 and values of one digit, up to `top`, that lie about evenly on an axis of square roots."""
+  rounded = [float(f"{top * (k / 4) ** 2:.0e}") for k in range(1, 5)]
+  return [0.0, *(tick for tick in rounded if tick <= top)]
 
 
 def draw_score(ax, curves: dict) -> bool:
