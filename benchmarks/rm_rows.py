@@ -2,7 +2,7 @@
 
   python -m benchmarks.rm_rows --row_lengths=0,64,128 --repeats=30
 
-The default preset's network and batches of 16 prompts with 4 to 6 answers each, of random tokens: prompts of 5 to 12
+The default preset's network and batches of 8 prompts with 4 to 6 answers each, of random tokens: prompts of 5 to 12
 tokens and answers of 4 to 20, evenly spread, 20.5 together on average as in a run. Row length 0 gives each answer a
 row. Prints one JSON line: for each length the rows of a batch, medians of a step in wall and CPU seconds (all threads),
 and the losses of the first steps, which are the same batches' and must agree. Steps of the lengths take turns.

@@ -58,7 +58,7 @@ def change(config):
   )
   config.collect.update(num_prompts=4000, num_heldout_prompts=300, max_responses=6)
   config.rm.update(
-    batch_size=16,
+    batch_size=8,
     max_responses=6,
     row_length=64,  # an answer and its prompt are 20 tokens on average
     optim=base.adam(1e-3, warmup_steps=10),
