@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from instructjax import memory
 
-UPDATE_BYTES = (
-  24  # that Adam moves for a parameter: it and its two moments in float32, read and written
-)
+# What Adam moves for a parameter: it and its two moments in float32, each read and written.
+UPDATE_BYTES = 24
 
 
 def _seconds(function, *args, repeats: int) -> float:

@@ -205,7 +205,7 @@ def hidden(
     window: (start, stop) columns whose outputs are wanted; the head costs nothing elsewhere.
   Returns:
     (h_BTD after the final norm, in the compute dtype; T is the window, or all of L, and the parameters for the head:
-    the same, with a table of tokens that collects its gradient in one array, the head's use of it first)
+    the same, with a table of tokens that on one device collects its gradient in one array, the head's part first)
   """
   if dropout_rate and dropout_key is None:
     raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
