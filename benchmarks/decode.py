@@ -26,11 +26,13 @@ import numpy as np
 from benchmarks import machine, turns
 from benchmarks.peers import worker
 from configs import models as presets
-from instructjax import memory, sampling, sharding, weights
-from instructjax.config import MeshConfig, ModelConfig, from_config_dict
-from instructjax.errors import UserError
+from instructjax.core.config import MeshConfig, ModelConfig, from_config_dict
+from instructjax.core.errors import UserError
+from instructjax.core.structs import PromptBatch
 from instructjax.models import transformer
-from instructjax.structs import PromptBatch
+from instructjax.parallel import memory, sharding
+from instructjax.rl import sampling
+from instructjax.train import weights
 
 PEERS = pathlib.Path(__file__).parent / "peers"
 CORES = 2
@@ -47,7 +49,7 @@ def smollm2() -> ModelConfig:
 def open_model(gguf: str | None):
   """(model, parameters)"""
   if gguf:
-    opened = weights.open(gguf)
+    opened = weights.locate(gguf)
     model = opened.model()
     mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
     return model, opened.load(mesh, model)

@@ -6,7 +6,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from instructjax import memory
+from instructjax.parallel import memory
 
 # What Adam moves for a parameter: it and its two moments in float32, each read and written.
 UPDATE_BYTES = 24

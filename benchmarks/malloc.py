@@ -19,7 +19,7 @@ ROWS, LENGTH, VOCAB = 16, 64, 2000  # the tiny preset's pretraining batch
 
 def measure(keep: bool) -> dict:
   """CPU milliseconds and page faults a step, after compilation."""
-  from instructjax import memory
+  from instructjax.parallel import memory
 
   if keep and not memory.keep_freed_memory():
     raise SystemExit("this C library is not glibc: there is nothing to measure")
@@ -27,11 +27,12 @@ def measure(keep: bool) -> dict:
   import numpy as np
 
   from configs import models
-  from instructjax import sharding, supervised
-  from instructjax.config import from_config_dict
+  from instructjax.core.config import from_config_dict
+  from instructjax.core.structs import PackedBatch
   from instructjax.models import transformer
-  from instructjax.optim import make_optimizer
-  from instructjax.structs import PackedBatch
+  from instructjax.parallel import sharding
+  from instructjax.train import supervised
+  from instructjax.train.optim import make_optimizer
 
   cfg = from_config_dict(models.get("pretrain", None))
   model = transformer.make_model(cfg.model, VOCAB, "lm")

@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from instructjax.errors import UserError
+from instructjax.core.errors import UserError
 
 BOUNDS = {
   "right": 5e-4,
@@ -136,12 +136,13 @@ def import_cost(path: pathlib.Path) -> dict[str, float]:
   """Of weights and tokenizer; Python's own imports count for memory only."""
   import jax
 
-  from instructjax import sharding, weights
-  from instructjax.config import MeshConfig
+  from instructjax.core.config import MeshConfig
+  from instructjax.parallel import sharding
+  from instructjax.train import weights
 
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   start = time.perf_counter()
-  opened = weights.open(path)
+  opened = weights.locate(path)
   jax.block_until_ready(opened.load(mesh, opened.model()))
   seconds = time.perf_counter() - start
   unit = 1 if sys.platform == "darwin" else 1024

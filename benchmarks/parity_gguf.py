@@ -16,9 +16,9 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from benchmarks import parity_models
-from instructjax import packaging
+from instructjax.core.errors import UserError
 from instructjax.data import tokenizer as our_tokenizers
-from instructjax.errors import UserError
+from instructjax.serve import packaging
 
 NUM_LINES = 5000
 

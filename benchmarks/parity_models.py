@@ -16,11 +16,13 @@ import torch
 import transformers
 from absl import logging
 
-from instructjax import sampling, scoring, sharding, weights
-from instructjax.config import MeshConfig
+from instructjax.core.config import MeshConfig
+from instructjax.core.structs import Params, PromptBatch
 from instructjax.models import decoding, interop, transformer
 from instructjax.ops import lm
-from instructjax.structs import Params, PromptBatch
+from instructjax.parallel import sharding
+from instructjax.rl import sampling, scoring
+from instructjax.train import weights
 
 # Models of random weights read its 400 bytes as ids.
 PARAGRAPH = (
@@ -105,7 +107,7 @@ def _random(kind, config, folder: pathlib.Path):
 
 def load_ours(path: pathlib.Path) -> tuple[transformer.Model, Params]:
   """The network as its files have it, whose tokenizer is not asked for."""
-  opened = weights.open(path)
+  opened = weights.locate(path)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   model = transformer.make_model(opened.cfg, opened.vocab_size, opened.head)
   return model, opened.load(mesh, model)

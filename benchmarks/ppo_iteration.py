@@ -31,12 +31,15 @@ import numpy as np
 from benchmarks import machine, turns
 from benchmarks.peers import worker
 from configs import base
-from instructjax import memory, ppo, ppo_stage, sharding, supervised
-from instructjax.config import from_config_dict
-from instructjax.context import Context
-from instructjax.errors import UserError
+from instructjax.core.config import from_config_dict
+from instructjax.core.errors import UserError
+from instructjax.core.structs import PromptBatch
 from instructjax.models import transformer
-from instructjax.structs import PromptBatch
+from instructjax.parallel import memory, sharding
+from instructjax.rl import step as ppo_step
+from instructjax.stages import ppo
+from instructjax.stages.context import Context
+from instructjax.train import supervised
 
 PEERS = pathlib.Path(__file__).parent / "peers"
 CORES = 2
@@ -131,16 +134,16 @@ def prepare(load: Workload, changes: dict):
   )
   ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)
   jax.set_mesh(mesh)
-  cfg, nets = config.ppo, ppo_stage.make_nets(ctx, config.ppo)
+  cfg, nets = config.ppo, ppo.make_nets(ctx, config.ppo)
   keys = jax.random.split(jax.random.key(0), 3)
-  frozen = ppo.Frozen(
+  frozen = ppo_step.Frozen(
     supervised.init_params(mesh, nets.policy, keys[0]),
     supervised.init_params(mesh, nets.scalar, keys[1]),
   )
-  state, shardings = ppo_stage.initial_state(
+  state, shardings = ppo.initial_state(
     ctx, cfg, nets, frozen.ref_params, frozen.reward_params, keys[2]
   )
-  step = ppo.make_train_step(nets, cfg, shardings)
+  step = ppo_step.make_train_step(nets, cfg, shardings)
   rng = np.random.default_rng(0)
   shape = (load.batch, load.prompt)
   prompts = PromptBatch(

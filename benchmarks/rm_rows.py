@@ -17,16 +17,19 @@ import jax
 import numpy as np
 
 from configs import models
-from instructjax import memory, rm, sharding, supervised
-from instructjax.config import from_config_dict
-from instructjax.data import pipeline
+from instructjax.core.config import from_config_dict
+from instructjax.data import batching
+from instructjax.data.tokenize import RankingTokens
 from instructjax.models import transformer
-from instructjax.optim import make_optimizer
+from instructjax.parallel import memory, sharding
+from instructjax.stages import rm
+from instructjax.train import supervised
+from instructjax.train.optim import make_optimizer
 
 SEED, RANKINGS = 0, 512
 
 
-def random_rankings(config, vocab_size: int) -> list[pipeline.RankingTokens]:
+def random_rankings(config, vocab_size: int) -> list[RankingTokens]:
   """Rankings whose lengths are spread evenly up to the limits of the config."""
   rng = np.random.default_rng(SEED)
   longest_prompt, longest = config.data.max_prompt_length, config.data.max_response_length
@@ -36,7 +39,7 @@ def random_rankings(config, vocab_size: int) -> list[pipeline.RankingTokens]:
     number = rng.integers(config.collect.min_responses, config.collect.max_responses + 1)
     responses = [draw(longest // 5, longest) for _ in range(number)]
     ranks = rng.permutation(number) + 1
-    return pipeline.RankingTokens(draw(5, longest_prompt), responses, ranks.tolist(), None)
+    return RankingTokens(draw(5, longest_prompt), responses, ranks.tolist(), None)
 
   return [one() for _ in range(RANKINGS)]
 
@@ -56,9 +59,9 @@ class Variant:
     length = row_length or data.max_prompt_length + data.max_response_length
     kwargs = dict(length=length, batch_size=cfg.batch_size, seed=SEED)
     if row_length:
-      num_rows = pipeline.rows_needed(rankings, num_epochs=1, **kwargs)
+      num_rows = batching.rows_needed(rankings, num_epochs=1, **kwargs)
     self.shape = (num_rows or cfg.batch_size * cfg.max_responses, length)
-    self._batches = pipeline.ranking_batches(
+    self._batches = batching.ranking_batches(
       rankings,
       max_responses=cfg.max_responses,
       vocab_size=vocab_size,

@@ -28,9 +28,9 @@ import numpy as np
 
 from benchmarks import ppo_iteration, sft_step
 from configs import models
-from instructjax import memory, sharding
-from instructjax.config import from_config_dict
+from instructjax.core.config import from_config_dict
 from instructjax.models import decoding, transformer
+from instructjax.parallel import memory, sharding
 
 MODEL = dict(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
 VOCAB, DECODE_STEPS = 512, 16

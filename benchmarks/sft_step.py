@@ -29,12 +29,13 @@ import numpy as np
 from benchmarks import machine, ppo_iteration, turns
 from benchmarks.peers import worker
 from configs import models
-from instructjax import memory, sharding, supervised
-from instructjax.config import from_config_dict
-from instructjax.errors import UserError
+from instructjax.core.config import from_config_dict
+from instructjax.core.errors import UserError
+from instructjax.core.structs import PackedBatch
 from instructjax.models import flops, transformer
-from instructjax.optim import make_optimizer
-from instructjax.structs import PackedBatch
+from instructjax.parallel import memory, sharding
+from instructjax.train import supervised
+from instructjax.train.optim import make_optimizer
 
 ROWS, LENGTH, VOCAB = 8, 256, 50257
 PEERS = ppo_iteration.PEERS

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructjax import sampling
-from instructjax.config import ModelConfig, RopeScalingConfig
+from instructjax.core.config import ModelConfig, RopeScalingConfig
+from instructjax.core.structs import PromptBatch
 from instructjax.models import transformer
-from instructjax.structs import PromptBatch
+from instructjax.rl import sampling
 
 ROWS, PROMPT, RESPONSE, VOCAB, EOS = 64, 16, 512, 64, 0
 MODEL = ModelConfig(

@@ -20,12 +20,17 @@ import sys
 import tempfile
 import time
 
-COMMANDS = ("instructjax.main", "instructjax.generate", "instructjax.export", "launch.plan")
+COMMANDS = (
+  "instructjax.main",
+  "instructjax.commands.generate",
+  "instructjax.commands.export",
+  "launch.plan",
+)
 
 
 def first_step(workdir: str):
   """Runs the stage and ends the process as soon as its first step is done."""
-  from instructjax import metrics
+  from instructjax.train import metrics
 
   metrics.MetricsWriter.write = lambda *_, **__: os._exit(0)
   # Steps that are saved have their numbers looked at before the next one is begun.
@@ -46,7 +51,7 @@ def measure(*arguments: str) -> dict:
 def measure_all() -> dict:
   """Name -> seconds, each measured once."""
   found = {f"{command} --help": measure("-m", command, "--help") for command in COMMANDS}
-  found["import instructjax.pipeline"] = measure("-c", "import instructjax.pipeline")
+  found["import instructjax.stages.pipeline"] = measure("-c", "import instructjax.stages.pipeline")
   with tempfile.TemporaryDirectory() as workdir:
     child = ("-m", "benchmarks.startup", f"--first_step={workdir}")
     found["first step, cold"] = measure(*child)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from typing import BinaryIO
 
-from instructjax.errors import UserError
+from instructjax.core.errors import UserError
 
 _STAT = pathlib.Path("/proc/stat")
 

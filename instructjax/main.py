@@ -5,9 +5,10 @@ import pathlib
 from absl import flags, logging
 from ml_collections import config_flags
 
-from instructjax import cli, distributed
-from instructjax.config import from_config_dict
-from instructjax.errors import UserError
+from instructjax.commands import cli
+from instructjax.core.config import from_config_dict
+from instructjax.core.errors import UserError
+from instructjax.parallel import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
@@ -35,7 +36,9 @@ def main(arguments: list[str]):
   # Imported here so that --help and a bad flag answer at once.
   import jax
 
-  from instructjax import checkpoint, memory, pipeline
+  from instructjax.parallel import memory
+  from instructjax.stages import pipeline
+  from instructjax.train import finished
 
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
   # A stage that is resumed, or trained again on another fold, finds its program compiled.
@@ -43,7 +46,7 @@ def main(arguments: list[str]):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   if jax.process_index() != 0:  # what all meet, one tells
     logging.set_verbosity(logging.ERROR)
-  with checkpoint.workdir_lock(workdir):
+  with finished.workdir_lock(workdir):
     pipeline.run(config, workdir)
 
 

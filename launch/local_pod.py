@@ -19,8 +19,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from instructjax import cli, distributed
-from instructjax.errors import UserError
+from instructjax.commands import cli
+from instructjax.core.errors import UserError
+from instructjax.parallel import distributed
 
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer(

@@ -18,9 +18,9 @@ import time
 from absl import flags
 from ml_collections import config_flags
 
-from instructjax import cli
-from instructjax.config import Config, MeshConfig, from_config_dict
-from instructjax.errors import UserError, reason
+from instructjax.commands import cli
+from instructjax.core.config import Config, MeshConfig, from_config_dict
+from instructjax.core.errors import UserError, reason
 from launch import costs, estimate, lengths, search, topology
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -81,7 +81,7 @@ def plan(
   devices = topology.devices(topology_name)
   import jax  # after the environment is set
 
-  from instructjax import sharding
+  from instructjax.parallel import sharding
   from launch import programs
 
   mesh = sharding.make_mesh(config.mesh, devices)

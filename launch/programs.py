@@ -18,12 +18,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax import layouts, ppo, ppo_stage, rm, sharding, supervised
-from instructjax.config import Config, ModelConfig
-from instructjax.context import Context
+from instructjax.core.config import Config, ModelConfig
+from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
 from instructjax.models import decoding, flops, transformer
-from instructjax.optim import make_optimizer
-from instructjax.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
+from instructjax.parallel import constraints, sharding
+from instructjax.rl import step as ppo_step
+from instructjax.stages import ppo, rm
+from instructjax.stages.context import Context
+from instructjax.train import supervised
+from instructjax.train.optim import make_optimizer
 
 STAGES = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx")
 
@@ -209,22 +212,24 @@ def _rm(ctx: Context) -> Program:
 
 
 def _ppo(ctx: Context, stage: str) -> Program:
-  cfg, data, mesh = ppo_stage.variant(ctx, stage), ctx.config.data, ctx.mesh
+  cfg, data, mesh = ppo.variant(ctx, stage), ctx.config.data, ctx.mesh
   ctx.require_fit(["policy", "reward"], {"config.ppo.batch_size": cfg.batch_size})
   if ctx.config.rollout.slots or cfg.packed_rows:
     raise ValueError(
       f"config.rollout.slots={ctx.config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
       " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
     )
-  nets = ppo_stage.make_nets(ctx, cfg)
-  shardings = ppo_stage.state_shardings(mesh, nets, cfg)
+  nets = ppo.make_nets(ctx, cfg)
+  shardings = ppo.state_shardings(mesh, nets, cfg)
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
-  create = lambda params, value_params, key: ppo.create_state(params, value_params, nets, cfg, key)
+  create = lambda params, value_params, key: ppo_step.create_state(
+    params, value_params, nets, cfg, key
+  )
   state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
   freeze = lambda model, shapes: jax.eval_shape(
     functools.partial(transformer.frozen_weights, model), shapes
   )
-  frozen = ppo.Frozen(
+  frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
     _placed(freeze(nets.scalar, scalar), shardings.value_params),
   )
@@ -246,7 +251,7 @@ def _ppo(ctx: Context, stage: str) -> Program:
     _require_rows(ctx, what, chunk, "set fewer --config.ppo.ptx_chunks")
     batch["pretrain"] = _packed(ctx, rows, cfg.ptx_length)
   return Program(
-    step=ppo.make_train_step(nets, cfg, shardings),
+    step=ppo_step.make_train_step(nets, cfg, shardings),
     arguments=(state, frozen, batch),
     owners={
       "policy master": state.params,
@@ -267,11 +272,11 @@ def _ppo(ctx: Context, stage: str) -> Program:
   )
 
 
-def _decoding(mesh: Mesh, nets: ppo.Nets, num_rows: int, length: int) -> dict:
+def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:
   """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
   copy = jax.eval_shape(lambda weights: decoding.decode_weights(model, weights), shapes)
-  gathered = layouts.DECODE_GATHERED[decoding.decode_layout(model, mesh)]
+  gathered = constraints.DECODE_GATHERED[decoding.decode_layout(model, mesh)]
   placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
     placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)

@@ -14,7 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 
-from instructjax.config import Config, MeshConfig, ModelConfig
+from instructjax.core.config import Config, MeshConfig, ModelConfig
 from launch import estimate
 from launch.topology import GIB, Chip
 
@@ -128,7 +128,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
 
   Within 5% seconds are equal: a sketch is no better than that.
   """
-  from instructjax import sharding  # JAX, after the environment is set
+  from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs, sketch
 
   ranking, reasons = Ranking([], {}, {}), collections.defaultdict(list)
@@ -273,7 +273,7 @@ def _row(config: Config, stage: str, choice: Choice, report: dict) -> dict:
 
 def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
   """Batches of a whole run, which has one mesh for all its stages, that this one does not divide."""
-  from instructjax import sharding  # JAX, after the environment is set
+  from instructjax.parallel import sharding  # JAX, after the environment is set
 
   shards = math.prod(size for axis, size in choice.mesh if axis in sharding.ROWS)
   sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in _BATCHED}

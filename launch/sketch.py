@@ -10,9 +10,9 @@ import math
 
 import jax
 
-from instructjax import sharding
-from instructjax.config import Config
+from instructjax.core.config import Config
 from instructjax.models import transformer
+from instructjax.parallel import sharding
 from launch import programs
 from launch.topology import Chip
 

@@ -11,8 +11,8 @@ import importlib.util
 import os
 import re
 
-from instructjax.chips import PEAK_FLOPS
-from instructjax.errors import UserError
+from instructjax.core.errors import UserError
+from instructjax.parallel.chips import PEAK_FLOPS
 
 GIB = 2**30
 

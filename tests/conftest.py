@@ -16,14 +16,15 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from instructjax import models, sharding  # noqa: E402
-from instructjax.config import (  # noqa: E402
+from instructjax import models
+from instructjax.core.config import (
   MeshConfig,
   ModelConfig,
   OptimConfig,
   PPOConfig,
   RopeScalingConfig,
 )
+from instructjax.parallel import sharding  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -13,8 +13,8 @@ from unittest import mock
 import jax
 
 from configs import base, models
-from instructjax import sharding
-from instructjax.config import Config, from_config_dict
+from instructjax.core.config import Config, from_config_dict
+from instructjax.parallel import sharding
 
 THINGS = ("sea", "hill", "tree", "bird", "road", "wind", "rain", "star", "lamp", "boat", "well")
 FORMS = (

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from instructjax.structs import PackedBatch
+from instructjax.core.structs import PackedBatch
 
 
 def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:

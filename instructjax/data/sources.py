@@ -71,7 +71,7 @@ def load(
   if on_bad_record not in ("raise", "skip"):
     raise ValueError(f"data.on_bad_record={on_bad_record!r} must be raise or skip")
   if scheme == "demo":
-    from instructjax import demo  # imported only where it is used
+    from instructjax.data import demo  # imported only where it is used
 
     return demo.load(kind, split, seed)
   if split == "test":
@@ -146,7 +146,7 @@ def simulation(spec: str):
   """The default preset's labelers and gold score where the records are its own, or None."""
   if not spec.startswith("demo:"):
     return None
-  from instructjax import demo
+  from instructjax.data import demo
 
   return demo
 

@@ -121,7 +121,7 @@ def _file_in(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _load_gguf(path: pathlib.Path) -> Tokenizer:
-  from instructjax import gguf_header  # late: the default preset does without the gguf package
+  from instructjax.data import gguf_header  # late: the default preset does without the gguf package
 
   metadata = gguf_header.read(path).metadata
   kind = metadata.get("tokenizer.ggml.model")

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax import layouts
+from instructjax.core.structs import Array, Params
 from instructjax.models import layers, transformer
 from instructjax.models.transformer import Model
-from instructjax.structs import Array, Params
+from instructjax.parallel import constraints
 
 
 def decode_layout(model: Model, mesh: Mesh | None = None) -> str:
-  """Which of layouts.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
+  """Which of constraints.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
   choice, itemsize = model.cfg.decode_layout, jnp.dtype(model.cfg.dtype).itemsize
   if choice != "auto":
     return choice
-  return layouts.decode_layout(
+  return constraints.decode_layout(
     transformer.param_axes(model), transformer.param_shapes(model), itemsize, mesh
   )
 
@@ -37,7 +37,9 @@ def decode_weights(model: Model, params: Params) -> Params:
   dtype = jnp.dtype(model.cfg.dtype)
   weights = transformer.frozen_weights(model, transformer.arrange(model, params))
   weights["embedding"] = jax.tree.map(lambda w: w.astype(dtype), weights["embedding"])
-  return layouts.place_for_decoding(weights, transformer.param_axes(model), decode_layout(model))
+  return constraints.place_for_decoding(
+    weights, transformer.param_axes(model), decode_layout(model)
+  )
 
 
 def init_cache(model: Model, batch_size: int, length: int):
@@ -54,7 +56,7 @@ def init_cache(model: Model, batch_size: int, length: int):
 
   def pair():
     empty = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(2))
-    return layouts.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
+    return constraints.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
 
   return pair() if stack else tuple(pair() for _ in range(cfg.num_layers))
 
@@ -111,7 +113,7 @@ def decode_step(
   cfg = model.cfg
   position_B1 = position_B[:, None]
   is_2d = decode_layout(model) == "2d"
-  place = layouts.shard_width if is_2d else layouts.shard_rows
+  place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)
   h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles = layers.rotary_angles(position_B1, cfg)
@@ -160,15 +162,15 @@ def decode_step(
       h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
       pairs.append(pair)
     cache = tuple(pairs)
-  return layouts.shard_rows(_logits(model, weights, h_B1D)), cache
+  return constraints.shard_rows(_logits(model, weights, h_B1D)), cache
 
 
 def _mix_own_rows(mix):
   """Attention over a device's own rows, as the cache lies, between products with weights that see all rows."""
 
   def run(*qkv):
-    mixed_BTGRK, kept = mix(*layouts.shard_rows(qkv, tensor_dim=2))
-    return layouts.gather_rows(mixed_BTGRK), kept
+    mixed_BTGRK, kept = mix(*constraints.shard_rows(qkv, tensor_dim=2))
+    return constraints.gather_rows(mixed_BTGRK), kept
 
   return run
 

@@ -7,7 +7,7 @@ applies the head.
 import jax
 import jax.numpy as jnp
 
-from instructjax.structs import Params
+from instructjax.core.structs import Params
 
 
 def scalar_params_from_lm(lm_params: Params, scalar_init: Params) -> Params:

@@ -1,7 +1,7 @@
 """The maths of one decoder layer: pure functions over a dict of that layer's weights.
 
 Called by transformer.py and decoding.py. Knows no batches or stages, of meshes only which dimension of an array to
-split (the helpers of layouts.py, which do nothing on one device), and never imports flax.
+split (the helpers of constraints.py, which do nothing on one device), and never imports flax.
 
 Two more dimension letters than structs.py has: R here is the query heads that share one key/value
 head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from instructjax import layouts
-from instructjax.config import ModelConfig
+from instructjax.core.config import ModelConfig
+from instructjax.parallel import constraints
 
 SAVED = "saved"  # name of what remat='products' keeps of a layer for its gradient
 MASKED_SCORE = -1e30  # finite: a row with nothing to attend to must not become NaN
@@ -81,7 +81,7 @@ def product(x_BTD, w):
   As one matrix where no mesh splits it: for several dimensions XLA's CPU backend would compute the gradients in another
   order and copy them, and the weights. Joined, 2F would be gathered on a mesh.
   """
-  if layouts.on_one_device():
+  if constraints.on_one_device():
     y = x_BTD.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
     return y.reshape(*x_BTD.shape[:2], *w.shape[1:])
   return jnp.tensordot(x_BTD, w, axes=1)
@@ -92,7 +92,7 @@ def project_qkv(x_BTD, weights: dict, angles):
   y_BTGQK = product(x_BTD, weights["w_qkv_DGQK"])
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
-  y_BTGQK = layouts.split_products(y_BTGQK, tensor_dim=2)
+  y_BTGQK = constraints.split_products(y_BTGQK, tensor_dim=2)
   # Split, not sliced: the gradient of a split is one concatenation instead of padded sums.
   q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, (y_BTGQK.shape[3] - 2, 1, 1), axis=3)
   if angles is not None:
@@ -180,12 +180,12 @@ def project_out(x_BTGRK, weights: dict):
   # copy all weights into it at each step, which doubles the time of a decode step.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
   y_BTD = product(x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
-  return _add_bias(layouts.scatter_columns(y_BTD), weights.get("b_out_D"))
+  return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_out_D"))
 
 
 def _add_bias(y_BTD, bias_D):
   """Also where there is none; its gradient sums the columns that a device has, not those it gathers."""
-  return y_BTD if bias_D is None else layouts.split_columns(y_BTD + bias_D[None, None])
+  return y_BTD if bias_D is None else constraints.split_columns(y_BTD + bias_D[None, None])
 
 
 @jax.checkpoint
@@ -204,16 +204,16 @@ def mlp(x_BTD, weights: dict, cfg: ModelConfig):
     y_BTF = product(x_BTD, weights["w_up_DF"])
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
-    y_BTF = layouts.split_products(y_BTF, tensor_dim=2)
+    y_BTF = constraints.split_products(y_BTF, tensor_dim=2)
     y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
   else:
     y_BT2F = product(x_BTD, weights["w_gate_up_D2F"])
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
-    y_BT2F = layouts.split_products(y_BT2F, tensor_dim=3)
+    y_BT2F = constraints.split_products(y_BT2F, tensor_dim=3)
     y_BTF = _gated(checkpoint_name(y_BT2F, SAVED))
   y_BTD = product(y_BTF, weights["w_down_FD"])
-  return _add_bias(layouts.scatter_columns(y_BTD), weights.get("b_down_D"))
+  return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_down_D"))
 
 
 def dropout(x_BTD, key, rate: float):
@@ -261,12 +261,12 @@ def block(h_BTD, weights: dict, cfg: ModelConfig, angles, mix, dropout_rate: flo
   """
   weights = cast(weights, h_BTD.dtype)
   keys = (None, None) if key is None else jax.random.split(key)
-  x_BTD = layouts.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
+  x_BTD = constraints.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
   q_BTGRK, k_BTGK, v_BTGK = checkpoint_name(project_qkv(x_BTD, weights["attention"], angles), SAVED)
   mixed_BTGRK, kept = mix(q_BTGRK, k_BTGK, v_BTGK)
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
   h_BTD = h_BTD + dropout(y_BTD, keys[0], dropout_rate)
   h_BTD = checkpoint_name(h_BTD, SAVED)
-  x_BTD = layouts.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
+  x_BTD = constraints.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
   y_BTD = mlp(x_BTD, weights["mlp"], cfg)
   return h_BTD + dropout(y_BTD, keys[1], dropout_rate), kept

@@ -6,10 +6,10 @@ are taken in blocks of tokens.
 
 import jax.numpy as jnp
 
-from instructjax import layouts
+from instructjax.core.structs import Array, Params
 from instructjax.models import transformer
 from instructjax.ops import lm
-from instructjax.structs import Array, Params
+from instructjax.parallel import constraints
 
 
 def _num_blocks(model: transformer.Model, token_BT: Array) -> int:
@@ -18,7 +18,7 @@ def _num_blocks(model: transformer.Model, token_BT: Array) -> int:
   One on a mesh of several devices: they hold a part of the logits each, split by rows and vocabulary, and would sum the
   table's gradient over the rows once a block instead of once.
   """
-  if not layouts.on_one_device():
+  if not constraints.on_one_device():
     return 1
   return lm.num_blocks(token_BT.size, model.vocab_size, model.cfg.d_model)
 

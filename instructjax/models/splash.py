@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.models.layers import SAVED
-from instructjax.sharding import ROWS
+from instructjax.parallel.sharding import ROWS
 
 LANES = 128  # what a block's length is a multiple of
 MAX_BLOCK = 512  # scores of a block are 1 MiB of float32, of which a kernel holds a few at a time

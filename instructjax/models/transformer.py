@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax import layouts, sharding, stacking
-from instructjax.config import ModelConfig
+from instructjax.core.config import ModelConfig
+from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
-from instructjax.structs import Array, Params
+from instructjax.parallel import constraints, sharding, stacking
 
 POSITION_STD = 0.01  # GPT-2's wpe
 
@@ -239,9 +239,9 @@ def run_layers(
   """(what the layers yield, keys and values of every layer where `keep`, parameters as `hidden` returns them)."""
   cfg = model.cfg
   # With whole columns, unlike h: attention's masks are made of them, and are larger.
-  token_BL, segment_BL, position_BL = layouts.shard_rows((token_BL, segment_BL, position_BL))
+  token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
-  segment_BL = layouts.shard_rows(segment_BL)
+  segment_BL = constraints.shard_rows(segment_BL)
   angles = layers.rotary_angles(position_BL, cfg)
   attend = _attention(model, segment_BL, position_BL)
   keys_N = None
@@ -329,11 +329,11 @@ def layer_mask(masks, index):
   return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
 
 
-def embed(model, params, token_BL, segment_BL, position_BL, place=layouts.split_columns):
+def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.split_columns):
   """Embedding sum, zero at pads; segments with every id outside the vocabulary made a pad; `hidden`'s parameters."""
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   row_BL = jnp.where(is_token_BL, token_BL, 0)
-  look_up = _look_up_and_pass if layouts.on_one_device() else _look_up
+  look_up = _look_up_and_pass if constraints.on_one_device() else _look_up
   h_BLD, table_VD = look_up(params["embedding"]["token_VD"], row_BL)
   params = params | {"embedding": params["embedding"] | {"token_VD": table_VD}}
   if model.cfg.position == "learned":
@@ -370,7 +370,7 @@ _look_up_and_pass.defvjp(
 
 def final_norm(model: Model, params: Params, h_BTD: Array) -> Array:
   """The last norm, each column once on a mesh."""
-  return layers.norm(layouts.split_columns(h_BTD), params["final_norm"], model.cfg)
+  return layers.norm(constraints.split_columns(h_BTD), params["final_norm"], model.cfg)
 
 
 def apply_head(model: Model, params: Params, h_BTD: Array, *, decoding: bool = False) -> Array:
@@ -383,7 +383,7 @@ def apply_head(model: Model, params: Params, h_BTD: Array, *, decoding: bool = F
     return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
   table_VD = lm_table(model, params).astype(h_BTD.dtype)
   if not decoding:
-    h_BTD, table_VD = layouts.gather_columns(h_BTD), layouts.split_vocab(table_VD)
+    h_BTD, table_VD = constraints.gather_columns(h_BTD), constraints.split_vocab(table_VD)
   # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
   logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
-  return logits_BTV if decoding else layouts.split_logits(logits_BTV)
+  return logits_BTV if decoding else constraints.split_logits(logits_BTV)

@@ -10,9 +10,8 @@ import pathlib
 
 import numpy as np
 
-from instructjax import findings
-from instructjax.errors import writing
-from instructjax.report import figures, overoptimization, panels, style
+from instructjax.core.errors import writing
+from instructjax.report import figures, findings, overoptimization, panels, style
 
 NUM_SAMPLES = 6
 # First row of a sample's answers; the other policies follow.

@@ -8,7 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from instructjax.data import sources
-from instructjax.data.records import BadRecord, Chat, Demonstration, Document, Prompt, Ranking
+from instructjax.data.records import (
+  BadRecord,
+  Chat,
+  Demonstration,
+  Document,
+  Prompt,
+  Ranking,
+)
 
 
 def load(spec, kind, split="train", *, fraction=1e-9, on_bad_record="raise"):

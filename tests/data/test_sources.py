@@ -5,7 +5,14 @@ import logging
 import pytest
 
 from instructjax.data import sources
-from instructjax.data.records import KINDS, Chat, Demonstration, Document, Prompt, Ranking
+from instructjax.data.records import (
+  KINDS,
+  Chat,
+  Demonstration,
+  Document,
+  Prompt,
+  Ranking,
+)
 
 
 def load(spec, kind, split="train", *, fraction=1e-9, on_bad_record="raise", seed=0):

@@ -15,8 +15,10 @@ import textwrap
 import numpy as np
 import pytest
 
-from instructjax import checkpoint, distributed, pipeline
-from instructjax.metrics import read_metrics
+from instructjax.parallel import distributed
+from instructjax.stages import pipeline
+from instructjax.train import finished
+from instructjax.train.metrics import read_metrics
 from launch import local_pod
 from tests import micro, quick
 
@@ -213,7 +215,7 @@ def test_pods_judge_and_answer_as_one_device_does(wandering, alone):
   read = lambda folder, name: (folder / name).read_text(encoding="utf-8")
   assert read(workdir, "evaluate/answers.jsonl") == read(alone, "evaluate/answers.jsonl")
   for stage in ("rm", "sft_select", "evaluate"):
-    one, other = (_values(checkpoint.read_done(folder / stage)) for folder in (workdir, alone))
+    one, other = (_values(finished.read_done(folder / stage)) for folder in (workdir, alone))
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
   assert (workdir / "report" / "index.html").is_file()
 

@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from configs import models
-from instructjax import sharding
-from instructjax.config import MeshConfig, from_config_dict
-from instructjax.errors import UserError
+from instructjax.core.config import MeshConfig, from_config_dict
+from instructjax.core.errors import UserError
+from instructjax.parallel import sharding
 from launch import costs, estimate, hlo, plan, programs, topology
 
 needs_libtpu = pytest.mark.skipif(

@@ -15,8 +15,8 @@ import jax
 import pytest
 
 from configs import models
-from instructjax import sharding
-from instructjax.config import MeshConfig, from_config_dict
+from instructjax.core.config import MeshConfig, from_config_dict
+from instructjax.parallel import sharding
 from launch import programs, search, sketch, topology
 
 ROOT = pathlib.Path(__file__).parents[2]

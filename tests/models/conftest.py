@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instructjax import models
-from instructjax.config import ModelConfig, RopeScalingConfig
+from instructjax.core.config import ModelConfig, RopeScalingConfig
 
 VOCAB = 19
 GPT2 = ModelConfig(

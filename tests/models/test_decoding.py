@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import models, stacking
+from instructjax import models
+from instructjax.parallel import stacking
 
 VOCAB, PROMPT, LENGTH = 19, 5, 11
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax import models, stacking
+from instructjax import models
+from instructjax.parallel import stacking
 
 VOCAB = 19
 TOKEN_BL = np.random.default_rng(0).integers(0, VOCAB, (2, 6)).astype(np.int32)

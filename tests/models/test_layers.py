@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from instructjax.config import RopeScalingConfig
+from instructjax.core.config import RopeScalingConfig
 from instructjax.models import layers
 
 

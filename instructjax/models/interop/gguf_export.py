@@ -15,10 +15,10 @@ from typing import Any, Literal
 import gguf
 import numpy as np
 
-from instructjax import errors
+from instructjax.core import errors
+from instructjax.core.structs import Params
 from instructjax.models import transformer
-from instructjax.models.interop import gguf_names, hf_config, layout
-from instructjax.structs import Params
+from instructjax.models.interop import gguf_names, hf_config, tensor_table
 
 _Type = gguf.GGMLQuantizationType
 _KINDS = {
@@ -125,7 +125,7 @@ def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> 
   if cfg.position == "rope" and cfg.rope_scaling.kind == "llama3":
     factors = gguf_names.llama3_factors(cfg.rope_scaling, cfg.rope_base, cfg.head_dim)
     yield _Entry(gguf_names.ROPE_FREQS, factors.shape, _Type.F32, lambda: factors)
-  for hf_name, shape, make in layout.named_tensors(model, params):
+  for hf_name, shape, make in tensor_table.named_tensors(model, params):
     name = architecture.gguf_name(hf_name)
     if architecture.is_transposed(name):
       shape, make = shape[::-1], functools.partial(_transposed, make)

@@ -13,8 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from instructjax import gguf_header
-from instructjax.config import RopeScalingConfig
+from instructjax.core.config import RopeScalingConfig
+from instructjax.data import gguf_header
 from instructjax.models.interop import gguf_names, source
 
 _Type = gguf.GGMLQuantizationType

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instructjax.config import RopeScalingConfig
+from instructjax.core.config import RopeScalingConfig
 
 ROPE_FREQS = "rope_freqs.weight"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from absl import logging
 
-from instructjax.config import ModelConfig, RopeScalingConfig
+from instructjax.core.config import ModelConfig, RopeScalingConfig
 
 # Keys of our own in an exported config.json.
 SCORE_BIAS = "instructjax_score_bias"  # Hugging Face's score heads have no bias

@@ -17,12 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from instructjax.errors import UserError, writing
-from instructjax.models.interop import layout
+from instructjax.core.errors import UserError, writing
+from instructjax.core.structs import Params
+from instructjax.models.interop import tensor_table
 from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source, fingerprint
 from instructjax.models.transformer import Model
-from instructjax.structs import Params
 
 _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -133,7 +133,7 @@ def _checked_end(path: pathlib.Path, name: str, entry: Mapping) -> int:
   if dtype in _DTYPES:
     if last - first != _DTYPES[dtype].itemsize * math.prod(entry["shape"]):
       raise ValueError(f"{path}: tensor {name} has {last - first} bytes for shape {entry['shape']}")
-  elif not layout.is_buffer(name):
+  elif not tensor_table.is_buffer(name):
     raise ValueError(f"{path}: tensor {name} is {dtype}, and must be one of {', '.join(_DTYPES)}")
   return last
 
@@ -190,7 +190,7 @@ def write_folder(
   try:
     with writing(path):
       (scratch / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-      _write_tensors(scratch, list(layout.named_tensors(model, params)), shard_bytes)
+      _write_tensors(scratch, list(tensor_table.named_tensors(model, params)), shard_bytes)
       os.replace(scratch, path)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)

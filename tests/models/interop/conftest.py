@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from instructjax import models, sharding
-from instructjax.config import MeshConfig
-from instructjax.models.interop import layout
+from instructjax import models
+from instructjax.core.config import MeshConfig
+from instructjax.models.interop import tensor_table
 from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source
+from instructjax.parallel import sharding
 
 GOLDEN = json.loads(
   (pathlib.Path(__file__).parents[2] / "golden/huggingface_logits.json").read_text()
@@ -65,7 +66,7 @@ def make_source():
   """make_source(model, params) -> (Source, its tensors, names read so far)."""
 
   def one(model, params):
-    tensors = {name: make() for name, _, make in layout.named_tensors(model, params)}
+    tensors = {name: make() for name, _, make in tensor_table.named_tensors(model, params)}
     names_read = []
 
     def read(name):

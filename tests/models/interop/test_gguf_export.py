@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax import errors, models, sharding
-from instructjax.config import MeshConfig, RopeScalingConfig
+from instructjax import models
+from instructjax.core import errors
+from instructjax.core.config import MeshConfig, RopeScalingConfig
 from instructjax.models import interop
 from instructjax.models.interop import gguf_export
+from instructjax.parallel import sharding
 
 VOCAB = 7
 LLAMA = dict(

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-from instructjax.config import RopeScalingConfig, from_config_dict
+from instructjax.core.config import RopeScalingConfig, from_config_dict
 from instructjax.models.interop import hf_config
 from instructjax.models.interop.hf_config import model_config, to_hf_config
 

@@ -61,7 +61,7 @@ import pytest
 import safetensors.numpy
 
 from instructjax import models
-from instructjax.errors import UserError
+from instructjax.core.errors import UserError
 from instructjax.models import interop
 from instructjax.models.interop import huggingface
 

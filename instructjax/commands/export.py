@@ -1,0 +1,54 @@
+"""Command line: `python -m instructjax.commands.export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`; see README.
+
+Weights in files that other programs load: a Hugging Face folder for transformers, GGUF for llama.cpp.
+"""
+
+import pathlib
+
+from absl import flags
+
+from instructjax.commands import cli
+from instructjax.core.errors import UserError
+
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint",
+  None,
+  "What to export: a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file or"
+  " hf://ORG/NAME.",
+)
+_FORMAT = flags.DEFINE_enum("format", None, ["hf", "gguf"], "Hugging Face folder, or GGUF file.")
+_OUT = flags.DEFINE_string(
+  "out", None, "The new folder, or for GGUF the new FILE.gguf, whose card is FILE.md beside it."
+)
+_WEIGHTS = flags.DEFINE_enum(
+  "weights",
+  "ema",
+  ["ema", "raw", "value"],
+  "Of an RL stage: the policy averaged over iterations, the last one, or the value network.",
+)
+_TYPE = flags.DEFINE_enum("type", None, ["f16", "q8_0"], "Numbers of a GGUF file; f16 by default.")
+flags.mark_flags_as_required(["checkpoint", "format", "out"])
+
+
+def main(arguments: list[str]):
+  if arguments:
+    raise UserError(f"unexpected arguments {arguments}; see --help")
+  out, is_gguf = pathlib.Path(_OUT.value), _FORMAT.value == "gguf"
+  if is_gguf and out.suffix != ".gguf":
+    raise UserError(f"--out={out} must be a file's name that ends in .gguf")
+  if _TYPE.value and not is_gguf:
+    raise UserError(
+      f"--type={_TYPE.value} goes with --format=gguf; a Hugging Face folder is float32"
+    )
+  # Imported here so that --help and a bad flag answer at once.
+  from instructjax.serve import packaging
+
+  if is_gguf:
+    packaging.write_gguf(_CHECKPOINT.value, out, _TYPE.value or "f16", which=_WEIGHTS.value)
+  else:
+    packaging.write_huggingface(_CHECKPOINT.value, out, which=_WEIGHTS.value)
+  print(f"written: {out}")
+
+
+if __name__ == "__main__":
+  cli.run(main, interrupted="interrupted: nothing was written")

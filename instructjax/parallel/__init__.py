@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, where arrays lie on it, several hosts, memory."""

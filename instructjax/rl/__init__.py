@@ -1,0 +1,1 @@
+"""Reinforcement learning (sec 3.5): rollouts, their scores, and one PPO iteration as one XLA program."""

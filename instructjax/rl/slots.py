@@ -1,0 +1,373 @@
+"""Continuous batching: fewer slots than prompts. A slot whose row has ended takes the next prompt, on the device.
+
+Called by sampling.py, which brings the weights, the noise and the draw. Imports no config and no stage.
+
+Every data shard has slots and a queue of its own, its rows in order, so that what moves between rows stays inside a
+shard. State has the shards as its first dimension, X; functions that see one shard run under vmap. S counts the slots
+of one shard, Q its rows.
+
+  cache columns 0 .. P - 1      a slot's prompt, left-padded, as `prefill` leaves it
+  cache columns P .. P + R - 1  its response, a ring: step g writes column P + g % R of every slot, whenever its row
+                                began, so that one slice updates the whole cache in place
+  staged rows                   the next S rows of a queue, prefilled together, which wait for a slot
+
+When no row waits and half of the slots are free, the others go on in a loop of half the width, and so on: nobody knows
+beforehand which rows are the longest, and they should not hold up all slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
+from instructjax.models import decoding, transformer
+from instructjax.parallel import constraints, sharding
+
+
+@pytree
+class Rows:
+  """The rows that a shard's slots hold, or that are staged for them.
+
+  Attributes:
+    row_S: int32 place in the shard's queue.
+    is_prompt_SP: True on the prompt's real tokens.
+    token_S: int32 newest token of the response; not yet in the cache.
+    length_S: int32 tokens of the response so far, that one included.
+    is_live_S: False where a row has ended, or has left, and where there is none.
+  """
+
+  row_S: Array
+  is_prompt_SP: Array
+  token_S: Array
+  length_S: Array
+  is_live_S: Array
+
+
+@pytree
+class Queue:
+  """Rows that no slot has taken yet.
+
+  Attributes:
+    next: int32 first row of the shard that has not been staged.
+    staged: prefilled, with their first token drawn.
+    cache: of the staged rows, P columns.
+  """
+
+  next: Array
+  staged: Rows
+  cache: Any
+
+
+@pytree
+class Output:
+  """Responses by row of a shard; pads and zeros past their lengths."""
+
+  token_QR: Array
+  logprob_QR: Array
+  length_Q: Array
+
+
+@pytree
+class Run:
+  """What every step changes; `slot_steps` adds up how many slots the steps had."""
+
+  step: Array
+  slot_steps: Array
+  rows: Rows
+  cache: Any
+  output: Output
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What no step changes; see `generate`."""
+
+  model: transformer.Model
+  weights: Params
+  token_XQP: Array
+  is_prompt_XQP: Array
+  uniform_XQR: Array
+  draw: Callable[[Array, Array], tuple[Array, Array]]
+  eos_id: int
+
+
+def generate(
+  model: transformer.Model,
+  weights: Params,
+  prompts: PromptBatch,
+  uniform_BR: Array,
+  draw: Callable[[Array, Array], tuple[Array, Array]],
+  *,
+  slots: int,
+  eos_id: int,
+) -> Rollout:
+  """Samples one response a prompt, at most `slots` rows at a time. Traceable: call it inside jit.
+
+  Args:
+    model: with an 'lm' head.
+    weights: from `decoding.decode_weights`.
+    prompts: left-padded; every row has at least one token.
+    uniform_BR: noise of every row's tokens; R is the length limit.
+    draw: (logits_BV, uniform_B) -> (token_B, logprob_B).
+    slots: rows decoded at once, over all data shards.
+    eos_id: ends a row; kept as the row's last token.
+  Returns:
+    A Rollout, its rows in the order of the prompts.
+  Raises:
+    ValueError: slots or rows do not divide over the mesh's data shards.
+  """
+  num_rows = len(prompts.token_BP)
+  shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
+  if slots % shards or num_rows % shards:
+    raise ValueError(
+      f"slots={slots} and rows={num_rows} must be divisible by mesh slice * data * fsdp = {shards}"
+    )
+  split = lambda x: constraints.shard_rows(x.reshape(shards, -1, *x.shape[1:]))
+  arrays = (split(x) for x in (prompts.token_BP, prompts.is_prompt_BP, uniform_BR))
+  task = Task(model, weights, *arrays, draw, eos_id)
+  widths = _widths(slots // shards)
+  floors = [*widths[1:], 0]
+  run, _ = jax.lax.while_loop(
+    lambda carry: jnp.any(_is_waiting(task, carry[1])) | _is_busy(carry[0], floors[0]),
+    lambda carry: _refill_and_decode(task, floors[0], carry),
+    _start(task, widths[0]),
+  )
+  for width, floor in zip(widths[1:], floors[1:]):
+    run = jax.lax.while_loop(
+      lambda run, floor=floor: _is_busy(run, floor),
+      lambda run: _decode(task, run),
+      _narrow(run, width),
+    )
+  output = jax.tree.map(_flat, run.output)
+  is_response_BR = jnp.arange(uniform_BR.shape[1])[None] < output.length_Q[:, None]
+  return Rollout(
+    token_BL=jnp.concatenate([prompts.token_BP, output.token_QR], axis=1),
+    is_token_BL=jnp.concatenate([prompts.is_prompt_BP, is_response_BR], axis=1),
+    is_response_BR=is_response_BR,
+    behaviour_logprob_BR=output.logprob_QR,
+    num_steps=1 + run.step,  # the draw after a prefill counts as one, as it does without slots
+    slot_steps=num_rows + run.slot_steps,
+  )
+
+
+def _widths(width: int) -> list[int]:
+  """Slots of a shard, from the start of the rollout to its end; each width is one more decode step to compile.
+
+  Not down to 1: one row takes as long as two.
+  """
+  widths = [width]
+  while widths[-1] >= 4:
+    widths.append(widths[-1] // 2)
+  return widths
+
+
+def _flat(x_XS):
+  """Shards and their slots, or their rows, as the one batch dimension that the model knows."""
+  return x_XS.reshape(-1, *x_XS.shape[2:])
+
+
+def _start(task: Task, width: int) -> tuple[Run, Queue]:
+  """Empty slots, and queues of which nothing is staged."""
+  shards, _, prompt_length = task.token_XQP.shape
+  none_XS = jnp.zeros((shards, width), jnp.int32)
+  no_prompt_XSP = jnp.zeros((shards, width, prompt_length), bool)
+  rows = constraints.shard_rows(Rows(none_XS, no_prompt_XSP, none_XS, none_XS, none_XS > 0))
+  output = Output(
+    jnp.full(task.uniform_XQR.shape, task.model.vocab_size, jnp.int32),  # pads
+    jnp.zeros(task.uniform_XQR.shape, jnp.float32),
+    jnp.zeros(task.uniform_XQR.shape[:2], jnp.int32),
+  )
+  cache, staged_cache = (
+    decoding.init_cache(task.model, shards * width, length)
+    for length in (prompt_length + task.uniform_XQR.shape[2], prompt_length)
+  )
+  zero = jnp.int32(0)
+  run = Run(zero, zero, rows, cache, constraints.shard_rows(output))
+  return run, Queue(none_XS[:, 0], rows, staged_cache)
+
+
+def _is_busy(run: Run, floor: int) -> Array:
+  """Whether some shard has more than `floor` rows in its slots."""
+  return jnp.any(jnp.sum(run.rows.is_live_S, axis=1) > floor)
+
+
+def _is_unstaged(task: Task, queue: Queue) -> Array:
+  """For each shard, whether it has rows that were not staged yet."""
+  return queue.next < task.token_XQP.shape[1]
+
+
+def _is_waiting(task: Task, queue: Queue) -> Array:
+  """For each shard, whether it has rows that no slot has taken."""
+  return _is_unstaged(task, queue) | jnp.any(queue.staged.is_live_S, axis=1)
+
+
+def _can_take(run: Run, waiting_X) -> Array:
+  """Whether some shard has a free slot and a row that waits for one."""
+  return jnp.any(~jnp.all(run.rows.is_live_S, axis=1) & waiting_X)
+
+
+def _refill_and_decode(task: Task, floor: int, carry: tuple[Run, Queue]) -> tuple[Run, Queue]:
+  """Fills free slots as long as rows wait, then takes steps until there are such again.
+
+  A loop of each: on TPU the cache lies otherwise while steps are taken, and is copied in between.
+  """
+  run, queue = jax.lax.while_loop(
+    lambda carry: _can_take(carry[0], _is_waiting(task, carry[1])),
+    lambda carry: _refill(task, *carry),
+    carry,
+  )
+  waiting_X = _is_waiting(task, queue)
+
+  def goes_on(run):
+    return ~_can_take(run, waiting_X) & (jnp.any(waiting_X) | _is_busy(run, floor))
+
+  return jax.lax.while_loop(goes_on, lambda run: _decode(task, run), run), queue
+
+
+def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
+  """Gives one free slot of each shard a row; stages more where there is none to give."""
+  is_free_X = ~jnp.all(run.rows.is_live_S, axis=1)
+
+  def must_stage(inner):
+    _, queue = inner
+    is_used_up_X = ~jnp.any(queue.staged.is_live_S, axis=1)
+    return jnp.any(is_free_X & is_used_up_X & _is_unstaged(task, queue))
+
+  stage = lambda inner: _stage(task, *inner)
+  output, queue = jax.lax.while_loop(must_stage, stage, (run.output, queue))
+  return _take(dataclasses.replace(run, output=output), queue)
+
+
+def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
+  """Prefills the next S rows of every shard and draws their first tokens.
+
+  All shards do, as one program: one that still has staged rows stages those again, with what follows them.
+  """
+
+  def next_rows(queue: Queue):
+    staged = queue.staged
+    oldest = staged.row_S[jnp.argmax(staged.is_live_S)]
+    first = jnp.where(jnp.any(staged.is_live_S), oldest, queue.next)
+    return first + jnp.arange(len(staged.row_S))
+
+  row_XS = jax.vmap(next_rows)(dataclasses.replace(queue, cache=None))
+  take = jax.vmap(lambda x_Q, row_S: x_Q.at[row_S].get(mode="clip"))
+  is_prompt_XSP = take(task.is_prompt_XQP, row_XS)
+  token_BP, is_prompt_BP = constraints.shard_rows(
+    (_flat(take(task.token_XQP, row_XS)), _flat(is_prompt_XSP))
+  )
+  cache = decoding.init_cache(task.model, *token_BP.shape)
+  logits_BV, cache = decoding.prefill(task.model, task.weights, token_BP, is_prompt_BP, cache)
+  drawn = task.draw(logits_BV, _flat(take(task.uniform_XQR[:, :, 0], row_XS)))
+  rows = Rows(
+    row_S=row_XS,
+    is_prompt_SP=is_prompt_XSP,
+    token_S=queue.staged.token_S,
+    length_S=jnp.zeros_like(row_XS),
+    is_live_S=row_XS < task.token_XQP.shape[1],
+  )
+  output, staged = _append(task, output, rows, *drawn)
+  return output, Queue(row_XS[:, -1] + 1, staged, cache)
+
+
+def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple[Output, Rows]:
+  """Adds the tokens drawn to the rows that go on, and ends those that got EOS or reached the limit."""
+  _, num_rows, max_new_tokens = task.uniform_XQR.shape
+  token_XS, logprob_XS = (x.reshape(rows.row_S.shape) for x in (token_B, logprob_B))
+  length_XS = rows.length_S + rows.is_live_S
+
+  def write(output: Output, row_S, length_S, token_S, logprob_S):
+    at = row_S, length_S - 1
+    return Output(
+      output.token_QR.at[at].set(token_S, mode="drop"),
+      output.logprob_QR.at[at].set(logprob_S, mode="drop"),
+      output.length_Q.at[row_S].set(length_S, mode="drop"),
+    )
+
+  row_XS = jnp.where(rows.is_live_S, rows.row_S, num_rows)  # past the last row nothing is written
+  output = jax.vmap(write)(output, row_XS, length_XS, token_XS, logprob_XS)
+  is_live_XS = rows.is_live_S & (token_XS != task.eos_id) & (length_XS < max_new_tokens)
+  rows = dataclasses.replace(rows, token_S=token_XS, length_S=length_XS, is_live_S=is_live_XS)
+  return constraints.shard_rows((output, rows))
+
+
+def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
+  """Moves one staged row of each shard to a free slot, where the shard has both."""
+  _, width, prompt_length = run.rows.is_prompt_SP.shape
+
+  def move(rows: Rows, staged: Rows):
+    slot, which = jnp.argmin(rows.is_live_S), jnp.argmax(staged.is_live_S)
+    moves = staged.is_live_S[which] & ~rows.is_live_S[slot]
+    slot = jnp.where(moves, slot, width)  # past the last slot nothing is written
+    rows = jax.tree.map(lambda old, new: old.at[slot].set(new[which], mode="drop"), rows, staged)
+    is_left_S = staged.is_live_S.at[which].min(~moves)
+    return rows, dataclasses.replace(staged, is_live_S=is_left_S), slot, which
+
+  rows, staged, slot_X, which_X = jax.vmap(move)(run.rows, queue.staged)
+
+  def move_cache(old, new, slot, which):
+    prompt = new[..., which, :, :, :]
+    return old.at[..., slot, :, :prompt_length, :].set(prompt, mode="drop")
+
+  cache = _map_cache(move_cache, (run.cache, queue.cache), slot_X, which_X)
+  run = dataclasses.replace(run, rows=rows, cache=cache)
+  return run, dataclasses.replace(queue, staged=staged)
+
+
+def _map_cache(function, caches: tuple, *args):
+  """`function` of one shard's part of the caches, and of its part of `args`, over all shards."""
+  shards = len(args[0])
+
+  def one(*leaves):
+    dim = leaves[0].ndim - 4  # of the rows: heads, columns and width follow, layers may precede
+    parts = [x.reshape(*x.shape[:dim], shards, -1, *x.shape[dim + 1 :]) for x in leaves]
+    axes = (dim,) * len(parts) + (0,) * len(args)
+    x = jax.vmap(function, axes, dim)(*parts, *args)
+    x = x.reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+    return constraints.shard_rows(x, row_dim=dim, tensor_dim=dim + 1)
+
+  return jax.tree.map(one, *caches)
+
+
+def _decode(task: Task, run: Run) -> Run:
+  """One step of all slots; free ones go along for nothing."""
+  rows, max_new_tokens = run.rows, task.uniform_XQR.shape[2]
+  is_prompt_BP, length_B = _flat(rows.is_prompt_SP), _flat(rows.length_S)
+  position_B = jnp.sum(is_prompt_BP, axis=1, dtype=jnp.int32) + length_B - 1
+  # Steps since the ring's columns were written: by this row if it had begun by then.
+  age_1R = ((run.step - jnp.arange(max_new_tokens)) % max_new_tokens)[None]
+  is_column_BT = jnp.concatenate([is_prompt_BP, age_1R < length_B[:, None]], axis=1)
+  prompt_position_BP = transformer.positions_from_mask(is_prompt_BP)
+  column_position_BT = jnp.concatenate([prompt_position_BP, position_B[:, None] - age_1R], axis=1)
+  logits_BV, cache = decoding.decode_step(
+    task.model,
+    task.weights,
+    _flat(rows.token_S),
+    position_B,
+    is_prompt_BP.shape[1] + run.step % max_new_tokens,
+    is_column_BT,
+    run.cache,
+    column_position_BT,
+  )
+  noise = jax.vmap(lambda uniform_QR, row_S, t_S: uniform_QR.at[row_S, t_S].get(mode="clip"))
+  uniform_B = _flat(noise(task.uniform_XQR, rows.row_S, rows.length_S))
+  output, rows = _append(task, run.output, rows, *task.draw(logits_BV, uniform_B))
+  return Run(
+    step=run.step + 1,
+    slot_steps=run.slot_steps + len(length_B),
+    rows=rows,
+    cache=cache,
+    output=output,
+  )
+
+
+def _narrow(run: Run, width: int) -> Run:
+  """Keeps `width` slots a shard, the busy ones among them."""
+  order_XS = jnp.argsort(~run.rows.is_live_S, axis=1, stable=True)[:, :width]
+  keep = lambda rows, order_S: jax.tree.map(lambda x: x[order_S], rows)
+  rows = constraints.shard_rows(jax.vmap(keep)(run.rows, order_XS))
+  cache = _map_cache(lambda x, order_S: x[..., order_S, :, :, :], (run.cache,), order_XS)
+  return dataclasses.replace(run, rows=rows, cache=cache)

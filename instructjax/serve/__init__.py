@@ -1,0 +1,1 @@
+"""After training: answering prompts, and packages of weights for other programs."""

@@ -1,0 +1,210 @@
+"""Prompts put to one or several checkpoints, their answers shown as they come, and what a reward model thinks of them.
+
+Called by generate. Imports no stage.
+"""
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable, Iterator
+
+import jax
+import rich
+from rich.console import Console
+from rich.table import Table
+
+from instructjax.core.config import MeshConfig
+from instructjax.parallel import sharding
+from instructjax.serve import speaker
+from instructjax.serve.speaker import Answer, Draw, Speaker
+from instructjax.train import finished, weights
+
+_ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
+_HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the flags say."""
+
+  draw: Draw
+  seed: int
+  chat: bool | None  # whether prompts are messages in the chat template; None: where there is one
+  system: str  # system message of a chat, '' for the template's own
+
+  def validate(self):
+    draw = self.draw
+    for name, value, rule, holds in (
+      ("temperature", draw.temperature, ">= 0", draw.temperature >= 0),
+      ("top_p", draw.top_p, "above 0 and at most 1", 0 < draw.top_p <= 1),
+      ("max_new_tokens", draw.max_new_tokens, ">= 1", draw.max_new_tokens >= 1),
+      ("seed", self.seed, ">= 0 and below 2**63", 0 <= self.seed < 2**63),
+    ):
+      if not holds:
+        raise ValueError(f"--{name}={value} must be {rule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """Who answers, and who judges; `chats` are those that read prompts in a chat template."""
+
+  speakers: list[Speaker]
+  judge: Speaker | None
+  chats: set[Speaker]
+
+
+def unescape(text: str) -> str:
+  r"""A typed prompt with \n, \t and \\ replaced: no line that is typed can hold a newline."""
+  return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
+
+
+def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel:
+  """Loads the checkpoints and the reward model.
+
+  Args:
+    checkpoints: what `weights.locate` takes.
+    reward_model: the same, or '': several stages of one run are then judged by its own, if it has one.
+    settings: of all answers.
+  Raises:
+    ValueError: something cannot be opened or loaded, or a chat is asked of a tokenizer without template.
+  """
+  settings.validate()
+  opened = [weights.locate(path) for path in checkpoints]
+  reward_model = reward_model or _own_judge(opened)
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  with Console(stderr=True).status("loading"):
+    speakers = [speaker.make(*pair, "lm", mesh) for pair in zip(checkpoints, opened)]
+    judge = None
+    if reward_model:
+      judge = speaker.make(reward_model, weights.locate(reward_model), "scalar", mesh)
+  readers = speakers + [judge] * bool(judge)
+  chats = {reader for reader in readers if _chats(reader, settings.chat)}
+  if settings.system and not chats:
+    raise ValueError(
+      f"--system={settings.system!r} must go with a chat template, and the prompt is read as it is"
+    )
+  return Panel(speakers, judge, chats)
+
+
+def _own_judge(opened: list[weights.Weights]) -> str:
+  runs = {given.path.parent if given.kind == "stage" else None for given in opened}
+  run = runs.pop()
+  if len(opened) < 2 or runs or run is None or finished.read_done(run / "rm") is None:
+    return ""
+  return str(run / "rm")
+
+
+def _chats(reader: Speaker, chat: bool | None) -> bool:
+  if chat and not reader.tokenizer.has_chat_template:
+    raise ValueError(f"--chat needs a chat template, and the tokenizer of {reader.name} has none")
+  return chat is not False and reader.tokenizer.has_chat_template
+
+
+def answer_all(panel: Panel, prompts: list[str], settings: Settings):
+  """Each prompt on its own, answered by every speaker."""
+  for number, prompt in enumerate(prompts):
+    if len(prompts) > 1:
+      rich.print("[bold]>[/]", prompt.replace("[", r"\["))
+    _answer(panel, [_opening(prompt, settings)] * len(panel.speakers), number, settings)
+
+
+def converse(panel: Panel, lines: Iterable[str], settings: Settings):
+  """A conversation with every speaker, each with its own answers; one without a chat template reads no history."""
+  history = [[] for _ in panel.speakers]
+  for number, line in enumerate(lines):
+    if line == "/quit":
+      break
+    if line == "/reset":
+      history = [[] for _ in panel.speakers]
+      continue
+    asked = [
+      past + [{"role": "user", "content": line}] if past else _opening(line, settings)
+      for past in history
+    ]
+    try:
+      answers = _answer(panel, asked, number, settings)
+    except ValueError as error:  # the context is full, say: there is more to ask
+      print(f"error: {error}", file=sys.stderr)
+      continue
+    except KeyboardInterrupt:
+      print()
+      continue
+    history = [
+      messages + [{"role": "assistant", "content": answer.text}]
+      for messages, answer in zip(asked, answers)
+    ]
+
+
+def typed_lines() -> Iterator[str]:
+  """Lines from the terminal until its end; empty ones are passed over."""
+  with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  (input() then has a history and can be edited)
+  is_terminal = sys.stdin.isatty()
+  if is_terminal:
+    print(_HELP, file=sys.stderr)
+  while True:
+    try:
+      line = input("> " if is_terminal else "")
+    except EOFError:
+      return
+    if line:
+      yield unescape(line)
+
+
+def _opening(prompt: str, settings: Settings) -> list[dict[str, str]]:
+  system = [{"role": "system", "content": settings.system}] if settings.system else []
+  return system + [{"role": "user", "content": prompt}]
+
+
+def _answer(panel: Panel, asked: list[list], number: int, settings: Settings) -> list[Answer]:
+  """One prompt to every speaker, on the same random numbers; shows answers, scores and speeds."""
+  key = jax.random.fold_in(jax.random.key(settings.seed), number)
+  answers, scores = [], []
+  for who, messages in zip(panel.speakers, asked):
+    if len(panel.speakers) > 1:
+      Console().rule(rich.markup.escape(who.name), align="left")
+    prompt = speaker.prompt_text(who.tokenizer, messages, who in panel.chats)
+    answers.append(speaker.answer(who, prompt, key, settings.draw, _show))
+    print("" if answers[-1].text.endswith("\n") else "\n", end="", flush=True)
+    if panel.judge:
+      read = speaker.prompt_text(panel.judge.tokenizer, messages, panel.judge in panel.chats)
+      scores.append(speaker.score(panel.judge, read, answers[-1]))
+  if len(panel.speakers) > 1:
+    rich.print(_table(panel, answers, scores))
+  else:
+    reward = f"reward {scores[0]:+.3f}; " if scores else ""
+    print(reward + _speed(answers[0]), file=sys.stderr)
+  return answers
+
+
+def _show(piece: str):
+  print(piece, end="", flush=True)
+
+
+def _rate(num_tokens: int, seconds: float) -> str:
+  return f"{num_tokens / seconds:.1f}" if num_tokens else "-"
+
+
+def _speed(answer: Answer) -> str:
+  how = "" if answer.ended else " (cut off)"
+  return (
+    f"{answer.num_tokens} tokens{how}; prefill"
+    f" {_rate(answer.num_prompt_tokens, answer.prefill_seconds)}, decode"
+    f" {_rate(answer.num_tokens - 1, answer.decode_seconds)} tokens/s"
+  )
+
+
+def _table(panel: Panel, answers: list[Answer], scores: list[float]) -> Table:
+  table = Table("checkpoint", box=None, header_style="dim", pad_edge=False)
+  for column in ["reward"] * bool(scores) + ["tokens", "prefill/s", "decode/s"]:
+    table.add_column(column, justify="right")
+  for row, (who, answer) in enumerate(zip(panel.speakers, answers)):
+    table.add_row(
+      rich.markup.escape(who.name),
+      *(f"{score:+.3f}" for score in scores[row : row + 1]),
+      f"{answer.num_tokens}{'' if answer.ended else ' (cut off)'}",
+      _rate(answer.num_prompt_tokens, answer.prefill_seconds),
+      _rate(answer.num_tokens - 1, answer.decode_seconds),
+    )
+  return table

@@ -1,0 +1,135 @@
+"""What an export consists of: weights, tokenizer, settings for generation and the model card.
+
+Called by export. Imports no stage.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+
+from instructjax.core.config import MeshConfig
+from instructjax.core.errors import writing
+from instructjax.core.structs import Params
+from instructjax.models import interop, transformer
+from instructjax.parallel import sharding
+from instructjax.serve import card, tokenizer_export
+from instructjax.train import weights
+
+
+def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema"):
+  """Writes a folder that `transformers` loads; it is complete or absent.
+
+  A language model loads with AutoModelForCausalLM, a reward or value model with
+  AutoModelForSequenceClassification.
+
+  Args:
+    checkpoint: what `weights.locate` takes.
+    out: the new folder.
+    which: of an RL stage, the averaged policy, the last one, or the value network.
+  Raises:
+    ValueError: `out` exists, the checkpoint cannot be opened, or no architecture of Hugging Face's
+      is its network.
+    UserError: it cannot be read, or `out` cannot be written.
+  """
+  _require_new(out)
+  opened = weights.locate(checkpoint, which)
+  model, params = _load(opened)
+  is_scalar = opened.head == "scalar"
+  pad_id = model.vocab_size if is_scalar else None
+  with _whole(out) as scratch:
+    ids = tokenizer_export.write_files(
+      opened.tokenizer, scratch, max_length=opened.cfg.max_length, pad_id=pad_id
+    )
+    interop.write_folder(scratch / "weights", model, params, ids)
+    for path in (scratch / "weights").iterdir():
+      path.rename(scratch / path.name)
+    (scratch / "weights").rmdir()
+    if not is_scalar:
+      given = {name: value for name, value in ids.items() if value is not None}
+      _write(scratch / "generation_config.json", json.dumps(given, indent=2) + "\n")
+    score_bias = json.loads((scratch / "config.json").read_text()).get(interop.SCORE_BIAS, 0.0)
+    about = card.Export(out.name, "hf", which, "float32", _num_parameters(model), score_bias)
+    _write(scratch / "README.md", card.text(opened, about))
+    with writing(out):
+      os.replace(scratch, out)
+
+
+def write_gguf(
+  checkpoint: str,
+  out: pathlib.Path,
+  kind: Literal["f16", "q8_0"],
+  *,
+  which: weights.Which = "ema",
+):
+  """Writes FILE.gguf, which llama.cpp loads, and its card FILE.md; both or neither.
+
+  Args:
+    checkpoint: what `weights.locate` takes, of a language model.
+    out: the new file.
+    kind: of its matrices.
+    which: of an RL stage, the averaged policy or the last one.
+  Raises:
+    ValueError: a file exists, the checkpoint cannot be opened, it is a reward or value model, or
+      llama.cpp has no place for its network or tokenizer.
+    UserError: it cannot be read, or the files cannot be written.
+  """
+  beside = out.with_suffix(".md")
+  _require_new(out, beside)
+  opened = weights.locate(checkpoint, which)
+  if opened.head == "scalar":
+    raise ValueError(
+      f"{checkpoint} is a reward or value model, and GGUF has no place for its head; use --format=hf"
+    )
+  metadata = tokenizer_export.gguf_metadata(opened.tokenizer)
+  model, params = _load(opened)
+  about = card.Export(out.name, "gguf", which, kind.upper(), _num_parameters(model))
+  with _whole(out) as scratch:
+    interop.write_file(scratch / out.name, model, params, metadata, kind, name=out.stem)
+    _write(scratch / beside.name, card.text(opened, about))
+    with writing(out):
+      os.replace(scratch / beside.name, beside)
+      os.replace(scratch / out.name, out)
+
+
+def _require_new(*paths: pathlib.Path):
+  for path in paths:
+    if path.exists():
+      raise ValueError(f"{path} is there already, and nothing is overwritten; give another --out")
+
+
+def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
+  """The network and its weights in host memory."""
+  # The tokenizer of a scalar model's export has one token more than the model: the pad.
+  vocab_size = min(opened.tokenizer.vocab_size, opened.vocab_size)
+  model = transformer.make_model(opened.cfg, vocab_size, opened.head)
+  devices = jax.local_devices(backend="cpu")[:1]
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), devices)
+  return model, opened.load(mesh, model)
+
+
+def _num_parameters(model: transformer.Model) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(transformer.param_shapes(model)))
+
+
+@contextlib.contextmanager
+def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder beside `out` to write in, gone in the end; what is good is moved out of it."""
+  scratch = out.with_name(f".{out.name}.writing")
+  with writing(out):
+    shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
+    scratch.mkdir(parents=True)
+  try:
+    yield scratch
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(path: pathlib.Path, text: str):
+  with writing(path):
+    path.write_text(text, encoding="utf-8")

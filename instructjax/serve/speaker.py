@@ -1,0 +1,250 @@
+"""One opened checkpoint on one device: it answers a prompt token by token, or scores an answer.
+
+Called by dialogue.py. Imports no stage, no config of a run and nothing that prints.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instructjax.core.structs import Array, Params, pytree
+from instructjax.data.tokenizer import Tokenizer
+from instructjax.models import decoding, transformer
+from instructjax.rl import sampling, scoring
+from instructjax.train.weights import Weights
+
+_SHORTEST = 32  # columns of the smallest compiled program
+_UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+  """How tokens are drawn."""
+
+  temperature: float  # 0 is greedy
+  top_p: float  # in (0, 1]; 1 is the whole distribution
+  max_new_tokens: int  # EOS included
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """An answer and what it took."""
+
+  text: str
+  num_prompt_tokens: int
+  num_tokens: int  # EOS included
+  ended: bool  # by EOS, not by a limit
+  prefill_seconds: float  # to the first token; no compilation
+  decode_seconds: float  # for all the others
+
+
+@pytree
+class _State:
+  """Between two tokens of an answer; a batch of one row."""
+
+  token_B: Array  # the newest token, not yet fed
+  step: Array  # tokens fed
+  position_B: Array  # of token_B
+  is_slot_BT: Array
+  cache: tuple
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Speaker:
+  """A network with its tokenizer.
+
+  Attributes:
+    name: the path, as it was given.
+    weights: as `decoding.decode_weights` lays them out.
+  """
+
+  name: str
+  tokenizer: Tokenizer
+  model: transformer.Model
+  weights: Params
+
+  @functools.cache
+  def programs(self, prompt_length: int, draw: Draw) -> tuple[Callable, Callable]:
+    """The prefill and the decode step, compiled for prompts of up to `prompt_length` tokens."""
+    token_BP = jax.ShapeDtypeStruct((1, prompt_length), jnp.int32)
+    is_prompt_BP = jax.ShapeDtypeStruct((1, prompt_length), jnp.bool_)
+    uniform_BR = jax.ShapeDtypeStruct((1, draw.max_new_tokens), jnp.float32)
+    first = _first.lower(self.model, self.weights, token_BP, is_prompt_BP, uniform_BR, draw)
+    state = first.out_info
+    following = _next.lower(self.model, self.weights, state, uniform_BR, draw)
+    return first.compile(), following.compile()
+
+
+def make(name: str, opened: Weights, head: Literal["lm", "scalar"], mesh: Mesh) -> Speaker:
+  """Loads opened weights.
+
+  Raises:
+    ValueError: they have the other kind of head, or do not fit the architecture.
+  """
+  if opened.head != head:
+    is_wanted = {"lm": "a language model", "scalar": "a reward model"}
+    raise ValueError(f"{name} must be {is_wanted[head]}, and it is {is_wanted[opened.head]}")
+  model = opened.model()
+  params = opened.load(mesh, model)
+  weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
+  return Speaker(name, opened.tokenizer, model, weights)
+
+
+def prompt_text(tokenizer: Tokenizer, messages: Sequence[Mapping], is_chat: bool) -> str:
+  """What the network reads: the conversation in the chat template, or the last message as it is."""
+  return tokenizer.render_chat(messages) if is_chat else messages[-1]["content"]
+
+
+def answer(
+  speaker: Speaker, prompt: str, key: Array, draw: Draw, on_text: Callable[[str], None]
+) -> Answer:
+  """Answers one prompt; draws what `sampling.generate` would for a batch of this prompt alone.
+
+  Args:
+    speaker: with an 'lm' head.
+    prompt: text; special tokens in it are recognised.
+    key: typed key of this answer.
+    on_text: is given each piece of text as soon as it is certain; they add up to the answer's text.
+  Raises:
+    ValueError: the prompt is empty, or fills the context.
+  """
+  tokenizer = speaker.tokenizer
+  ids = tokenizer.encode_prompt(prompt)
+  room = speaker.model.cfg.max_length - len(ids)
+  if not ids:
+    raise ValueError(f"{speaker.name}: the prompt must hold at least one token, got {prompt!r}")
+  if room < 1:
+    raise ValueError(
+      f"{speaker.name}: prompt of {len(ids)} tokens must be shorter than the context of"
+      f" {speaker.model.cfg.max_length} tokens"
+    )
+  # The cache has a column for each token that is asked for: no more of them than the context.
+  draw = dataclasses.replace(
+    draw, max_new_tokens=min(draw.max_new_tokens, speaker.model.cfg.max_length)
+  )
+  programs = speaker.programs(_padded_length(len(ids)), draw)
+  uniform_BR = sampling.row_uniforms(key, jnp.arange(1), draw.max_new_tokens)
+  jax.block_until_ready(uniform_BR)
+  tokens, times = [], [time.perf_counter()]
+
+  def noted_tokens():
+    for token in _tokens(speaker, ids, uniform_BR, programs, min(room, draw.max_new_tokens)):
+      tokens.append(token)
+      times.append(time.perf_counter())
+      yield token
+
+  text = ""
+  for piece in text_pieces(tokenizer, noted_tokens()):
+    on_text(piece)
+    text += piece
+  return Answer(
+    text=text,
+    num_prompt_tokens=len(ids),
+    num_tokens=len(tokens),
+    ended=tokens[-1] == tokenizer.eos_id,
+    prefill_seconds=times[1] - times[0],
+    decode_seconds=times[-1] - times[1],
+  )
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+  """The text of tokens in pieces, each as soon as no later token can change it.
+
+  A character may be spread over several tokens, whose bytes until then decode to U+FFFD.
+  """
+  seen, text, shown = [], "", 0
+  for token in tokens:
+    seen.append(token)
+    text = tokenizer.decode(seen)  # from the start: what a token adds depends on those before it
+    certain = len(text.rstrip(_UNFINISHED))
+    if certain > shown:
+      yield text[shown:certain]
+      shown = certain
+  if text[shown:]:
+    yield text[shown:]
+
+
+def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
+  """The reward model's score of an answer, whose text its own tokenizer reads.
+
+  Raises:
+    ValueError: prompt and answer are longer than the context.
+  """
+  tokenizer, limit = speaker.tokenizer, speaker.model.cfg.max_length
+  ids = tokenizer.encode_prompt(prompt) + tokenizer.encode(answer.text)
+  ids += [tokenizer.eos_id] * answer.ended
+  if len(ids) > limit:
+    raise ValueError(
+      f"{speaker.name}: prompt and answer of {len(ids)} tokens must not exceed the context of {limit}"
+    )
+  token_BL, is_token_BL = _pad_left(ids, tokenizer.pad_id)
+  return float(_score(speaker.model, speaker.weights, token_BL, is_token_BL)[0])
+
+
+def _padded_length(num_tokens: int) -> int:
+  """A power of two, so that prompts of many lengths share few programs."""
+  return max(_SHORTEST, 1 << (num_tokens - 1).bit_length())
+
+
+def _pad_left(ids: list[int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+  num_pads = _padded_length(len(ids)) - len(ids)
+  token_L = np.asarray([pad_id] * num_pads + ids, np.int32)
+  return token_L[None], (np.arange(len(token_L)) >= num_pads)[None]
+
+
+def _tokens(speaker, ids, uniform_BR, programs, limit: int) -> Iterator[int]:
+  """The answer's tokens, EOS included, each as soon as it is known."""
+  first, following = programs
+  state = first(speaker.weights, *_pad_left(ids, speaker.tokenizer.pad_id), uniform_BR)
+  for step in range(limit):
+    if step:
+      state = following(speaker.weights, state, uniform_BR)
+    token = int(state.token_B[0])
+    yield token
+    if token == speaker.tokenizer.eos_id:
+      return
+
+
+def _draw(logits_BV, uniform_B, draw: Draw) -> Array:
+  return sampling.sample_token(logits_BV, uniform_B, draw.temperature, draw.top_p)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "draw"))
+def _first(model, weights, token_BP, is_prompt_BP, uniform_BR, draw) -> _State:
+  """Reads the prompt and draws the first token."""
+  pad_response = ((0, 0), (0, draw.max_new_tokens))
+  is_slot_BT = jnp.pad(is_prompt_BP, pad_response)
+  cache = decoding.init_cache(model, *is_slot_BT.shape)
+  logits_BV, cache = decoding.prefill(model, weights, token_BP, is_prompt_BP, cache)
+  return _State(
+    token_B=_draw(logits_BV, uniform_BR[:, 0], draw),
+    step=jnp.int32(0),
+    position_B=jnp.sum(is_prompt_BP, axis=-1, dtype=jnp.int32),
+    is_slot_BT=is_slot_BT,
+    cache=cache,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "draw"), donate_argnames="state")
+def _next(model, weights, state: _State, uniform_BR, draw) -> _State:
+  """Feeds the newest token and draws the one after it; the cache is updated in place."""
+  slot = state.is_slot_BT.shape[1] - draw.max_new_tokens + state.step
+  is_slot_BT = state.is_slot_BT.at[:, slot].set(True)
+  logits_BV, cache = decoding.decode_step(
+    model, weights, state.token_B, state.position_B, slot, is_slot_BT, state.cache
+  )
+  step = state.step + 1
+  uniform_B = jax.lax.dynamic_index_in_dim(uniform_BR, step, axis=1, keepdims=False)
+  return _State(_draw(logits_BV, uniform_B, draw), step, state.position_B + 1, is_slot_BT, cache)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score(model, params, token_BL, is_token_BL):
+  return scoring.sequence_score(model, params, token_BL, is_token_BL)

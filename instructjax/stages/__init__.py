@@ -1,0 +1,1 @@
+"""What runs: each stage of the recipe, and the pipeline that orders them."""

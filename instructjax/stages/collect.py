@@ -1,0 +1,73 @@
+"""Collecting comparisons: K answers a prompt sampled from the SFT policy, ranked by the demo's simulated labelers.
+
+Only where `data.comparisons='demo:'`. It writes the ranking files that the reward model then reads like anybody's:
+`collect/train.jsonl`, `validation.jsonl` (held-out prompts, same labelers) and `heldout.jsonl` (the same answers,
+ranked by held-out labelers).
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from instructjax.data import sources
+from instructjax.stages import answers, policies
+from instructjax.stages.context import Context, is_finished, stage_run
+from instructjax.train import finished
+
+
+def _sampled(
+  ctx: Context, stage: str, split: str, prompts: list, num_prompts: int
+) -> list[tuple[str, list[str]]]:
+  """(prompt text, K sampled answers) for `num_prompts` draws, each pass over the prompts in a fresh order."""
+  cfg = ctx.config.collect
+  rng = np.random.default_rng([ctx.data_seed(stage), len(split)])
+  passes = -(-num_prompts // len(prompts))
+  order = np.concatenate([rng.permutation(len(prompts)) for _ in range(passes)])[:num_prompts]
+  counts = rng.integers(cfg.min_responses, cfg.max_responses + 1, num_prompts)
+  tokens = [
+    ctx.tokenizer.encode_prompt(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)
+  ]
+  key = ctx.key(f"{stage}/{split}")
+  sampled = answers.sample(
+    ctx,
+    ctx.model("policy"),
+    policies.load_sft_by_loss(ctx),
+    tokens,
+    key,
+    temperature=cfg.temperature,
+  )
+  ends = np.cumsum(counts)
+  return [
+    (prompts[i].prompt, sampled.text[end - k : end]) for i, k, end in zip(order, counts, ends)
+  ]
+
+
+def _write(path, rankings: list):
+  with open(path, "w", encoding="utf-8") as file:
+    for ranking in rankings:
+      file.write(json.dumps(dataclasses.asdict(ranking), ensure_ascii=False) + "\n")
+
+
+def run(ctx: Context, stage: str):
+  cfg, seed = ctx.config.collect, ctx.config.seed
+  run_ = stage_run(ctx, stage, {"collect": cfg, "data": ctx.config.data}, parents=("sft",))
+  if is_finished(run_):
+    return
+  simulation = sources.simulation(ctx.config.data.comparisons)
+  train = _sampled(ctx, stage, "train", ctx.records("prompts", "train"), cfg.num_prompts)
+  held_out = _sampled(
+    ctx, stage, "validation", ctx.records("prompts", "validation"), cfg.num_heldout_prompts
+  )
+  if jax.process_index() != 0:
+    return
+  directory = ctx.directory(stage)
+  directory.mkdir(parents=True, exist_ok=True)
+  _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
+  _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
+  _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
+  agreement = {
+    group: simulation.labeler_agreement(held_out, group, seed) for group in ("train", "heldout")
+  }
+  finished.write_done(directory, {"fingerprint": run_.fingerprint, "agreement": agreement})

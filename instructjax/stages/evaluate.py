@@ -1,0 +1,222 @@
+"""Measuring every policy of a run on test prompts and held-out text (sec 4): answers, results, findings, report.
+
+Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
+"""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import rich.console
+import rich.table
+
+from instructjax import report
+from instructjax.data import sources
+from instructjax.parallel import sharding
+from instructjax.report import findings
+from instructjax.stages import answers, policies
+from instructjax.stages.context import Context, stage_run
+from instructjax.stages.pretrain import validation_rows
+from instructjax.train import finished, metrics, supervised
+
+BASES = ("base", "reward_base", "few_shot")
+
+
+def judged_policies(ctx: Context) -> list[str]:
+  """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
+  names = ["base"]
+  if policies.base_stage(ctx, "reward") != "pretrain":
+    names.append("reward_base")
+  if sources.simulation(ctx.config.data.prompts) is not None:
+    names.append("few_shot")
+  return names + ["sft", "ppo_init"] + policies.rl_stages(ctx)
+
+
+def test_prompts(ctx: Context) -> list[str]:
+  """Prompts that chose nothing before, as many as are asked for; what is too long is left out."""
+  texts = [record.prompt for record in ctx.records("prompts", "test")]
+  limit = ctx.config.data.max_prompt_length
+  fitting = [text for text in texts if len(ctx.tokenizer.encode_prompt(text)) <= limit]
+  return fitting[: ctx.config.evaluate.num_prompts]
+
+
+def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
+  """The demo's prompts behind worked examples, and the tokens that the larger base has room for.
+
+  Raises:
+    ValueError: one of them needs more.
+  """
+  simulation = sources.simulation(ctx.config.data.prompts)
+  texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
+  context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
+  longest = max((len(ctx.tokenizer.encode_prompt(text)) for text in texts), default=0)
+  if longest + answer > context:
+    raise ValueError(
+      f"config.reward_model.max_length={context} must hold the few-shot prompt of {longest} tokens and"
+      f" max_response_length={answer}; raise it to {longest + answer}"
+    )
+  return texts, context - answer
+
+
+def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.Answers:
+  """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
+  cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
+  source = "reward_base" if name == "few_shot" else name
+  model = ctx.model("reward_base" if source == "reward_base" else "policy")
+  if name == "few_shot":
+    prompts, length = few_shot_prompts(ctx, prompts)
+  return answers.sample(
+    ctx,
+    model,
+    policies.load(ctx, source),
+    [ctx.tokenizer.encode_prompt(text) for text in prompts],
+    ctx.key(f"{stage}/{name}"),
+    temperature=cfg.temperature,
+    prompt_length=length,
+    to_newline=name in BASES,
+  )
+
+
+def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
+  """Answers of one policy with what can be said of each: arrays of one entry a prompt."""
+  sampled = _sample(ctx, name, prompts, stage)
+  reward_model, reward_params = ctx.model("reward"), policies.load_reward(ctx)
+  scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
+  result = {
+    "answer": sampled.text,
+    "reward": answers.score(ctx, reward_model, reward_params, scored),
+    "ended": sampled.ended_N,
+    "length": sampled.is_response_NR.sum(1),
+  }
+  if name not in BASES:
+    policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
+    log_ratio = answers.logprob(ctx, policy, policies.load(ctx, name), sampled, temperature)
+    log_ratio -= answers.logprob(ctx, policy, policies.load(ctx, "ppo_init"), sampled, temperature)
+    result["kl"] = log_ratio
+  simulation = sources.simulation(ctx.config.data.prompts)
+  if simulation is not None:
+    result["gold"] = np.asarray(simulation.gold_score(prompts, sampled.text))
+    result["names_topic"] = np.array(
+      [simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)]
+    )
+  return result
+
+
+def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
+  """name -> [rows, 2] (sum of negative log-likelihoods, tokens) of the same held-out rows of pretraining text."""
+  model = ctx.model("policy")
+  rows = validation_rows(ctx, ctx.config.pretrain.length)
+  sums = supervised.jit_sums(functools.partial(supervised.lm_row_sums, model), ctx.mesh, model)
+  result = {}
+  for name in names:
+    params = policies.load(ctx, name)
+    parts = [
+      np.stack(sharding.to_host(sums(params, sharding.place_batch(ctx.mesh, batch))), axis=1)
+      for batch in rows
+    ]
+    result[name] = np.concatenate(parts)
+  return result
+
+
+def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> list[dict]:
+  """Expected gold and reward of the best of n by reward, for each n; unbiased over all subsets of N samples.
+
+  Sorted by reward, the i-th of N (from 1) is the best of a random n-subset with probability C(i-1, n-1) / C(N, n)
+  (Nakano et al. 2021, App. I). KL(best of n || policy) = log n - (n - 1) / n, in nats.
+  """
+  total = reward_PN.shape[1]
+  order = np.argsort(reward_PN, axis=1, kind="stable")
+  result = []
+  for n in counts:
+    weight = np.zeros(total)
+    # Ratio C(i-1, n-1) / C(N, n) by recurrence from the top: i = N has n / N.
+    weight[-1] = n / total
+    for i in range(total - 1, n - 1, -1):
+      weight[i - 1] = weight[i] * (i - n + 1) / i
+    expected = {
+      name: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
+      for name, values in (("gold", gold_PN), ("reward", reward_PN))
+    }
+    result.append({"n": n, "kl": float(np.log(n) - (n - 1) / n), **expected})
+  return result
+
+
+def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[dict] | None:
+  """Best-of-n of the PPO initialisation by the reward model, for n = 1, 2, 4 .. best_of_n."""
+  total, simulation = ctx.config.evaluate.best_of_n, sources.simulation(ctx.config.data.prompts)
+  if simulation is None or total < 2:
+    return None
+  repeated = [prompt for prompt in prompts for _ in range(total)]
+  sampled = _sample(ctx, "ppo_init", repeated, f"{stage}/best_of_n")
+  scored = answers.from_text(ctx, repeated, sampled.text, sampled.ended_N)
+  reward = answers.score(ctx, ctx.model("reward"), policies.load_reward(ctx), scored)
+  gold = np.asarray(simulation.gold_score(repeated, sampled.text))
+  counts = [2**i for i in range(total.bit_length()) if 2**i <= total]
+  return best_of_n(gold.reshape(-1, total), reward.reshape(-1, total), counts)
+
+
+def run(ctx: Context, stage: str):
+  """Judges all finished policies; writes answers.jsonl, results.json, findings.json and the report."""
+  cfg, directory = ctx.config.evaluate, ctx.directory(stage)
+  names = judged_policies(ctx)
+  trained = ("sft_select", "ppo_init", *(name for name in names if name in policies.RL_STAGES))
+  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=trained)
+  page = ctx.workdir / "report" / "index.html"
+  # Nothing starts from here: with other settings, or another policy to judge, it is done anew.
+  done = finished.read_done(directory) or {}
+  if done.get("fingerprint") == run_.fingerprint:
+    if jax.process_index() == 0:
+      _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
+    return
+  unique = test_prompts(ctx)
+  prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]
+  measured = {name: _measure(ctx, name, prompts, stage) for name in names}
+  text_names = [name for name in names if name not in ("reward_base", "few_shot")]
+  results = {
+    "samples_per_prompt": cfg.samples_per_prompt,
+    "measured": measured,
+    "pretraining": pretraining_losses(ctx, text_names),
+    "reward_model": finished.read_done(ctx.directory("rm")),
+    "agreement": (finished.read_done(ctx.directory("collect")) or {}).get("agreement"),
+    "best_of_n": _best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
+    "curves": {n: metrics.read_metrics(ctx.directory(n)) for n in names if n in policies.RL_STAGES},
+  }
+  if jax.process_index() != 0:
+    return
+  directory.mkdir(parents=True, exist_ok=True)
+  with open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
+    for i, prompt in enumerate(prompts):
+      row = {name: measured[name]["answer"][i] for name in names}
+      file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
+  summary = findings.summary(results)
+  plain = {
+    "policies": summary,
+    "best_of_n": results["best_of_n"],
+    "agreement": results["agreement"],
+  }
+  (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
+  found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
+  report.write(page.parent, ctx.config, prompts, results, found)
+  finished.write_done(directory, {"fingerprint": run_.fingerprint, "summary": summary})
+  _show(found, summary, page)
+
+
+def _show(found: list[dict], summary: dict, page):
+  """The end-of-run tables: a row a policy, a row a finding."""
+  console = rich.console.Console()
+  columns = sorted({key for row in summary.values() for key in row})
+  policies_table = rich.table.Table(
+    "policy", *columns, title="means on held-out prompts", title_justify="left"
+  )
+  for name, row in summary.items():
+    policies_table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in columns))
+  console.print(policies_table)
+  table = rich.table.Table(
+    "finding", "measured", "holds", title="the paper's findings", title_justify="left"
+  )
+  for finding in found:
+    measured = ", ".join(f"{key} {value:.3f}" for key, value in finding["measured"].items())
+    table.add_row(finding["id"], measured, "[green]yes[/]" if finding["holds"] else "[red]no[/]")
+  console.print(table)
+  console.print(f"report: {page}", soft_wrap=True)

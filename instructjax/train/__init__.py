@@ -1,0 +1,1 @@
+"""What every stage that trains stands on: the loop, checkpoints, optimisers, metrics."""

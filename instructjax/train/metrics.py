@@ -1,0 +1,173 @@
+"""Where numbers go: metrics.jsonl, TensorBoard and the terminal.
+
+Called by `loop`. Knows nothing of stages, states or checkpoints.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+
+from instructjax.core.errors import writing
+
+
+class MetricsWriter:
+  """Appends one JSON object a step to metrics.jsonl and, if asked, scalars to TensorBoard.
+
+  Args:
+    directory: of the stage.
+    start_step: steps done by the checkpoint resumed from: lines of later steps are dropped, since
+      those steps are done again.
+    tensorboard: also write TensorBoard event files.
+  """
+
+  def __init__(self, directory: pathlib.Path, *, start_step: int, tensorboard: bool):
+    self._path = pathlib.Path(directory) / "metrics.jsonl"
+    with writing(self._path):
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      _drop_lines_after(self._path, start_step)
+      self._file = open(self._path, "a", buffering=1)
+    self._board = None
+    if tensorboard:
+      import tensorboardX  # here: importing it takes most of a second
+
+      self._board = tensorboardX.SummaryWriter(
+        str(directory), purge_step=start_step + 1 if start_step else None
+      )
+
+  def write(self, step: int, metrics: Mapping[str, float], *, board: bool):
+    """Appends a line, and scalars to TensorBoard when `board`."""
+    line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
+    with writing(self._path):
+      self._file.write(line)
+    if self._board and board:
+      for name, value in metrics.items():
+        self._board.add_scalar(name, value, step)
+
+  def close(self):
+    self._file.close()
+    if self._board:
+      self._board.close()
+
+
+def read_metrics(directory: pathlib.Path) -> list[dict]:
+  """All complete lines of a stage's metrics.jsonl."""
+  path = pathlib.Path(directory) / "metrics.jsonl"
+  records = []
+  for line in path.read_text().splitlines(keepends=True) if path.is_file() else ():
+    if line.endswith("\n"):  # a killed run leaves half a line
+      records.append(json.loads(line))
+  return records
+
+
+class Display:
+  """One stage in the terminal: a bar with the time left, or plain lines where there is no terminal.
+
+  Args:
+    name: of the stage.
+    num_steps, start_step: steps in all, and done already.
+    show: names of the metrics shown; empty for the first few.
+    console: where to print; None for silence.
+  """
+
+  def __init__(
+    self,
+    name: str,
+    *,
+    num_steps: int,
+    start_step: int,
+    show: Sequence[str],
+    console: rich.console.Console | None,
+  ):
+    self._name, self._num_steps, self._show, self._console = name, num_steps, tuple(show), console
+    self._start_step, self._start_time = start_step, time.monotonic()
+    self._bar = None
+    if console is not None and console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("[bold]{task.description:<10}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[text]}"),
+        console=console,
+        refresh_per_second=4,
+      )
+      self._task = self._bar.add_task(name, total=num_steps, completed=start_step, text="compiling")
+      self._refreshed = 0.0
+
+  def start(self):
+    if self._console and self._start_step:
+      self._print(f"{self._name}: going on after step {self._start_step}")
+    if self._bar:
+      self._bar.start()
+
+  def stop(self):
+    if self._bar:
+      self._bar.refresh()
+      self._bar.stop()
+
+  def step(self, step: int, metrics: Mapping[str, float], *, log: bool):
+    """After every step; `log` says that it is one to print where there is no bar."""
+    if self._bar:
+      now = time.monotonic()
+      if (
+        now - self._refreshed > 0.2 or step == self._num_steps
+      ):  # formatting every tiny step would show in its time
+        self._refreshed = now
+        self._bar.update(self._task, completed=step, text=self._text(step, metrics))
+    elif self._console and log:
+      self._print(f"{self._name} {step}/{self._num_steps}  {self._text(step, metrics)}")
+
+  def samples(self, step: int, rows: Sequence[Mapping]):
+    """A table of samples: one row each, columns named by the keys."""
+    if not self._console or not rows:
+      return
+    title = f"{self._name} step {step}"
+    if self._bar:
+      self._console.print(sample_table(rows, title))
+    else:
+      for row in rows:
+        cells = "  ".join(f"{name}: {_cell(value)}" for name, value in row.items())
+        self._print(f"{title}  {cells}")
+
+  def _text(self, step: int, metrics: Mapping[str, float]) -> str:
+    names = [name for name in self._show if name in metrics] or list(metrics)[:4]
+    rate = (step - self._start_step) / max(time.monotonic() - self._start_time, 1e-9)
+    return "  ".join([*(f"{name} {_cell(metrics[name])}" for name in names), f"{rate:.3g} steps/s"])
+
+  def _print(self, line: str):
+    self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:
+  """Samples as a rich table; texts wrap, numbers align right."""
+  table = rich.table.Table(title=title, title_justify="left")
+  for name, value in rows[0].items():
+    table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
+  for row in rows:
+    table.add_row(
+      *(rich.text.Text(_cell(value)) for value in row.values())
+    )  # Text: samples may look like markup
+  return table
+
+
+def _cell(value) -> str:
+  if isinstance(value, str):
+    return " ".join(value.split())
+  return f"{value:.4g}"
+
+
+def _drop_lines_after(path: pathlib.Path, step: int):
+  """Keeps what belongs to the first `step` steps; of a run that never saved, nothing."""
+  if not path.is_file():
+    return
+  kept = [record for record in read_metrics(path.parent) if record["step"] <= step] if step else []
+  scratch = path.with_suffix(".tmp")
+  scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+  os.replace(scratch, path)

@@ -1,0 +1,265 @@
+"""Where a step's time goes: a trace of a few steps, its seconds by phase, and the tables at the end of a run.
+
+Called by loop (`StepProfile`) and pipeline (the tables). Knows nothing of models or losses: a phase is a
+`jax.named_scope` in the compiled step.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import rich.console
+import rich.table
+import rich.text
+
+from instructjax.core.config import ProfileConfig
+from instructjax.core.errors import writing
+from instructjax.parallel.chips import PEAK_FLOPS
+from instructjax.train.metrics import read_metrics
+
+# The scopes that steps set: of ppo.py in the order they run, then the supervised stages'.
+PHASES = (
+  "rollout",
+  "score",
+  "advantages",
+  "update/policy",
+  "update/ptx",
+  "update/value",
+  "gradient",
+  "optimizer",
+)
+OTHER = "other"  # operations outside of them, or without a name
+IDLE = "idle"  # no operation of the step ran
+UNKNOWN = "unknown"  # the trace names no operation of the step
+
+_MODULE = re.compile(r"HloModule ([\w.\-]+)")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
+_NESTING = re.compile(r" (while|conditional|call)\(")  # they last as long as what they hold
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+def traced_steps(cfg: ProfileConfig, start: int, num_steps: int) -> range:
+  """The steps to trace of a stage that goes on after `start`; its first step here compiles and is left out."""
+  if not cfg.steps:
+    return range(0)
+  first, stop = map(int, cfg.steps.split(":"))
+  return range(max(first, start + 2), min(stop, num_steps + 1))
+
+
+class StepProfile:
+  """Takes a stage's steps; traces some of them into `directory` and says there where their time went.
+
+  Each process writes a trace of its own, plugins/profile/process_N/HOST.xplane.pb, which TensorBoard and
+  XProf open; the first one sums it up in summary.json. What the traced steps compute is the same.
+
+  Args:
+    directory: of the stage's profile.
+    steps: numbers of the steps to trace.
+    step_fn: (state, ...) -> (state, metrics, ...), jitted if there is a step to trace.
+    flops: metrics -> FLOPs of a step by the model's definition; None where nobody knows.
+  """
+
+  def __init__(
+    self,
+    directory: pathlib.Path,
+    steps: range,
+    step_fn: Callable,
+    flops: Callable[[Mapping[str, float]], float] | None,
+  ):
+    self._directory, self._steps, self._step_fn, self._flops = directory, steps, step_fn, flops
+    self._trace = directory / "plugins" / "profile" / f"process_{jax.process_index()}"
+    self._is_tracing = False
+    self._seconds: list[float] = []
+    self._metrics: list[Mapping[str, float]] = []
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception):
+    if self._is_tracing:  # the stage was stopped in between
+      self._stop()
+
+  def __call__(self, step: int, *arguments):
+    """`step_fn` of the arguments; a traced step begins when they are there and ends when its results are."""
+    if step not in self._steps:
+      return self._step_fn(*arguments)
+    jax.block_until_ready(arguments)
+    if step == self._steps[0]:
+      self._start()
+    start = time.perf_counter()
+    with jax.profiler.StepTraceAnnotation("step", step_num=step):
+      result = jax.block_until_ready(self._step_fn(*arguments))
+    self._seconds.append(time.perf_counter() - start)
+    self._metrics.append({name: float(x) for name, x in jax.device_get(dict(result[1])).items()})
+    if step == self._steps[-1]:
+      self._stop()
+      # The same program from JAX's cache: nothing is compiled a second time.
+      text = self._step_fn.lower(result[0], *arguments[1:]).compile().as_text()
+      if jax.process_index() == 0:
+        self._summarise(text)
+    return result
+
+  def _start(self):
+    with writing(self._directory):
+      shutil.rmtree(self._trace, ignore_errors=True)  # of an earlier run
+      self._directory.mkdir(parents=True, exist_ok=True)
+    options = jax.profiler.ProfileOptions()
+    options.session_id = self._trace.name
+    options.python_tracer_level = 0  # an event a Python call would drown the others
+    jax.profiler.start_trace(self._directory, profiler_options=options)
+    self._is_tracing = True
+
+  def _stop(self):
+    self._is_tracing = False
+    with writing(self._directory):
+      jax.profiler.stop_trace()
+
+  def _summarise(self, text: str):
+    (path,) = self._trace.glob("*.xplane.pb")
+    number, seconds = len(self._steps), statistics.mean(self._seconds)
+    found = phase_seconds(jax.profiler.ProfileData.from_file(str(path)), text)
+    phases = {name: found[name] / number for name in (*PHASES, OTHER) if name in found}
+    kind = jax.devices()[0].device_kind
+    summary = {
+      "steps": [*self._steps],
+      "device": f"{jax.device_count()} x {kind}",
+      "seconds": seconds,
+      "phases": with_rest(phases, seconds),
+    }
+    if all("tokens" in metrics for metrics in self._metrics):
+      tokens = statistics.mean(metrics["tokens"] for metrics in self._metrics)
+      summary["tokens_per_second"] = tokens / seconds
+    if self._flops:
+      rate = statistics.mean(map(self._flops, self._metrics)) / seconds
+      summary["model_flops_per_second"] = rate
+      if kind in PEAK_FLOPS:
+        summary["mfu"] = rate / (jax.device_count() * PEAK_FLOPS[kind])
+    path = self._directory / "summary.json"
+    with writing(path):
+      scratch = path.with_suffix(".tmp")
+      scratch.write_text(json.dumps(summary, indent=1) + "\n")
+      os.replace(scratch, path)
+
+
+def phase_of(op_name: str) -> str:
+  """The phase in JAX's name of an operation: `jit(step)/while/body/update/policy/mul` -> `update/policy`."""
+  return next((phase for phase in PHASES if f"/{phase}/" in f"/{op_name}/"), OTHER)
+
+
+def operation_phases(text: str) -> dict[str, str | None]:
+  """Operation of a compiled program -> its phase; None for loops and the like, whose insides count."""
+  phases = {}
+  for name, definition in _OPERATION.findall(text):
+    op_name = _OP_NAME.search(definition)
+    is_nesting = _NESTING.search(definition.partition(", metadata=")[0])
+    phases[name] = None if is_nesting else phase_of(op_name[1] if op_name else "")
+  return phases
+
+
+def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float]:
+  """Seconds of each phase in a trace, averaged over this process's devices.
+
+  Args:
+    trace: holds events of operations: of the devices' planes, or of the host's threads on a CPU.
+    text: of the compiled program, which says what phase an operation is of.
+  """
+  module, phases = _MODULE.match(text)[1], operation_phases(text)
+  planes = [*trace.planes]
+  # Where there are devices of their own, the host only launches what it names.
+  planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
+  spans = collections.defaultdict(list)
+  for plane in planes:
+    for line in plane.lines:
+      for event in line.events:
+        stats = dict(event.stats)
+        # The TPU names an event by the operation's whole text.
+        name = stats.get("hlo_op") or event.name.partition(" = ")[0].lstrip("%")
+        is_operation = "hlo_op" in stats or line.name == "XLA Ops"
+        if not is_operation or stats.get("hlo_module", module) != module:
+          continue
+        if phase := phases.get(name, OTHER):
+          device = (plane.name, stats.get("device_ordinal"))
+          spans[device].append((event.start_ns, event.start_ns + event.duration_ns, phase))
+  totals = collections.Counter()
+  for device in spans.values():
+    totals.update(shared_time(device))
+  return {name: 1e-9 * total / len(spans) for name, total in totals.items()}
+
+
+def with_rest(phases: Mapping[str, float], seconds: float) -> dict[str, float]:
+  """The phases' seconds and what is left of the step's."""
+  return {**phases, IDLE if phases else UNKNOWN: max(0.0, seconds - sum(phases.values()))}
+
+
+def shared_time(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+  """Name -> time in which its spans (start, end, name) last; what several names share is split evenly."""
+  edges = [edge for start, end, name in spans for edge in ((start, 1, name), (end, -1, name))]
+  running, totals, last = collections.Counter(), collections.Counter(), 0.0
+  for now, change, name in sorted(edges):
+    for other in running:
+      totals[other] += (now - last) / len(running)
+    running[name] += change
+    if not running[name]:
+      del running[name]
+    last = now
+  return dict(totals)
+
+
+def stage_table(stages: Sequence[tuple[str, float, pathlib.Path]]) -> rich.table.Table:
+  """What a run took: seconds of each stage in all, and of the median step of those that have steps.
+
+  Args:
+    stages: (name, seconds, directory) of those that ran.
+  """
+  table = rich.table.Table()
+  table.add_column("stage")
+  for name in ("seconds", "steps", "seconds a step", "tokens/s"):
+    table.add_column(name, justify="right")
+  for name, seconds, directory in stages:
+    records = [record for record in read_metrics(directory) if record["step"] > 0]
+    paces = [record["seconds"] for record in records]
+    rates = [r["tokens"] / r["seconds"] for r in records if r.get("tokens") and r["seconds"]]
+    table.add_row(
+      name,
+      f"{seconds:.1f}",
+      str(len(records)) if records else "",
+      f"{statistics.median(paces):.4g}" if paces else "",
+      f"{statistics.median(rates):,.0f}" if rates else "",
+    )
+  return table
+
+
+def profile_table(stage: str, directory: pathlib.Path) -> rich.console.Group | None:
+  """Seconds by phase of a stage's traced step, its tokens and FLOPs a second; None if none was traced."""
+  path = directory / "summary.json"
+  if not path.is_file():
+    return None
+  summary = json.loads(path.read_text())
+  first, last = summary["steps"][0], summary["steps"][-1]
+  table = rich.table.Table(show_footer=True)
+  table.add_column("phase", footer="step")
+  table.add_column("seconds", footer=f"{summary['seconds']:.4g}", justify="right")
+  table.add_column("share", footer="100%", justify="right")
+  for name, seconds in summary["phases"].items():
+    table.add_row(name, f"{seconds:.4g}", f"{seconds / summary['seconds']:.1%}")
+  head = f"{stage}: mean of steps {first} to {last} on {summary['device']}; trace in {directory}"
+  return rich.console.Group(rich.text.Text(head), table, rich.text.Text(_rates(summary)))
+
+
+def _rates(summary: Mapping[str, Any]) -> str:
+  parts = []
+  if "tokens_per_second" in summary:
+    parts.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+  if "model_flops_per_second" in summary:
+    parts.append(f"{summary['model_flops_per_second'] / 1e9:,.1f} model GFLOP/s")
+  if "mfu" in summary:
+    parts.append(f"{summary['mfu']:.1%} of the devices' bfloat16 peak (MFU)")
+  return ", ".join(parts)

@@ -1,0 +1,135 @@
+"""State and language-model step shared by pretrain, sft, ppo_init (LM loss) and rm (state only)."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from instructjax.core.structs import PackedBatch, Params, TrainState
+from instructjax.models import lm_head, transformer
+from instructjax.parallel import sharding
+
+
+def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
+  """Fresh weights, made on their own shards."""
+  shardings, _ = transformer.param_shardings(mesh, model)
+  return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
+
+
+def state_shardings(
+  mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation
+) -> TrainState:
+  """Where a TrainState lies: the optimiser state like the weights it belongs to."""
+  shardings, shapes = transformer.param_shardings(mesh, model)
+  return TrainState(
+    step=sharding.replicated(mesh),
+    params=shardings,
+    opt_state=sharding.opt_state_shardings(tx, shapes, shardings, mesh),
+    key=sharding.replicated(mesh),
+  )
+
+
+def create_state(
+  mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key
+):
+  """(TrainState, its shardings) before the first step."""
+  shardings = state_shardings(mesh, model, tx)
+  state = TrainState(
+    step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
+    params=params,
+    opt_state=jax.jit(tx.init, out_shardings=shardings.opt_state)(params),
+    key=jax.device_put(key, shardings.key),
+  )
+  return state, shardings
+
+
+def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+  """What predicts every token but a row's first: (h_BTD of the column before it, parameters for the head)."""
+  return transformer.hidden(
+    model,
+    params,
+    batch.token_BL,
+    segment_BL=batch.segment_BL,
+    position_BL=batch.position_BL,
+    dropout_rate=dropout_rate,
+    dropout_key=dropout_key,
+    window=(0, batch.token_BL.shape[1] - 1),
+  )
+
+
+def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+  """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
+  h_BTD, params = _hidden(model, params, batch, dropout_rate, dropout_key)
+  return lm_head.loss_sums(model, params, h_BTD, batch.token_BL[:, 1:], batch.weight_BL[:, 1:])
+
+
+def lm_row_sums(model, params, batch: PackedBatch):
+  """The same for each row: (nll_B, weight_B), for intervals over rows."""
+  weight_BT = batch.weight_BL[:, 1:]
+  h_BTD, params = _hidden(model, params, batch)
+  logprob_BT = lm_head.token_logprob(model, params, h_BTD, batch.token_BL[:, 1:], weight_BT > 0)
+  return -jnp.sum(weight_BT * logprob_BT, axis=1), jnp.sum(weight_BT, axis=1)
+
+
+def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Callable:
+  """Jitted (TrainState, PackedBatch) -> (TrainState, metrics); the loss is the mean per weighted token."""
+
+  def step(state: TrainState, batch: PackedBatch):
+    dropout_key = jax.random.fold_in(state.key, state.step)
+
+    def loss_fn(params):
+      sum_nll, sum_weight = lm_loss_sums(model, params, batch, dropout_rate, dropout_key)
+      return sum_nll / jnp.maximum(sum_weight, 1.0)
+
+    with jax.named_scope("gradient"):
+      loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    tokens = jnp.sum(batch.segment_BL > 0).astype(jnp.float32)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+    return apply_gradients(state, tx, grads), metrics
+
+  return jit_step(step, state_shardings, model)
+
+
+def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Model) -> Callable:
+  """Compiles (TrainState, batch) -> (TrainState, metrics); the state is donated, rows come in as batches lie."""
+  mesh = state_shardings.step.mesh
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+    out_shardings=(state_shardings, sharding.replicated(mesh)),
+    compiler_options=sharding.step_options(mesh, transformer.param_shapes(model)),
+  )
+
+
+def apply_gradients(
+  state: TrainState, tx: optax.GradientTransformation, grads: Params
+) -> TrainState:
+  with jax.named_scope("optimizer"):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+  return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
+
+
+def make_lm_evaluation(model, mesh: Mesh) -> Callable:
+  """(params, iterable of numpy PackedBatch) -> mean negative log-likelihood per weighted token, in nats."""
+  sums = jit_sums(functools.partial(lm_loss_sums, model), mesh, model)
+
+  def evaluate(params, batches) -> float:
+    totals = [sums(params, sharding.place_batch(mesh, batch)) for batch in batches]
+    return float(sum(nll for nll, _ in totals)) / float(sum(weight for _, weight in totals))
+
+  return evaluate
+
+
+def jit_sums(sums: Callable, mesh: Mesh, model: transformer.Model) -> Callable:
+  """Compiles (params, PackedBatch) -> arrays, whole on every device."""
+  params_shardings, _ = transformer.param_shardings(mesh, model)
+  return jax.jit(
+    sums,
+    in_shardings=(params_shardings, sharding.batch_sharding(mesh)),
+    out_shardings=sharding.replicated(mesh),
+  )

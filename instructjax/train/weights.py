@@ -1,0 +1,184 @@
+"""Weights by path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
+
+Called by context.py (bases that the config gives), policies.py, generate.py and export.py. Imports no
+stage.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from instructjax.core.config import ModelConfig, model_config
+from instructjax.core.structs import Params
+from instructjax.data import tokenizer as tokenizers
+from instructjax.models import heads, interop, transformer
+from instructjax.train import checkpoint, finished
+
+RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
+HUB = "hf://"
+
+Which = Literal["ema", "raw", "value"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Weights that can be loaded; only headers and small files have been read so far.
+
+  Attributes:
+    path: the stage's folder, the Hugging Face folder or the GGUF file.
+    kind: which of them.
+    cfg: architecture. What files say nothing of (dtype, layers, attention, remat) is chosen for inference.
+    head: 'lm', or 'scalar' for a reward or value model.
+    vocab_size: rows of the embedding table in the files.
+    fingerprint: equal for equal weights, cheap to compute: nothing of their size is read.
+    tokenizer_path: what `tokenizers.load` takes.
+    step: of a stage's checkpoint.
+    item: name of the weights inside the checkpoint.
+    result: a stage's done.json, {} for other kinds.
+  """
+
+  path: pathlib.Path
+  kind: Literal["stage", "hf", "gguf"]
+  cfg: ModelConfig
+  head: Literal["lm", "scalar"]
+  vocab_size: int
+  fingerprint: str
+  tokenizer_path: pathlib.Path
+  step: int | None
+  item: str
+  result: Mapping
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """The tokenizer that lies beside the weights, or inside their file."""
+    return tokenizers.load(self.tokenizer_path)
+
+  @property
+  def settings(self) -> Mapping[str, str]:
+    """What a stage was made with, name -> JSON or hash; {} for other kinds."""
+    return self.result.get("fingerprint", {})
+
+  def model(self) -> transformer.Model:
+    """The network for inference; its vocabulary is the tokenizer's, so no id without text is sampled."""
+    return transformer.make_model(self.cfg, self.tokenizer.vocab_size, self.head)
+
+  def load(self, mesh: Mesh, model: transformer.Model) -> Params:
+    """The weights, float32, placed on the mesh; a reward model's with its bias (C.2).
+
+    Args:
+      mesh: where to.
+      model: of this architecture; dtype, layers, attention and remat are its own.
+    Raises:
+      ValueError: the files do not hold this model's parameters.
+      UserError: they cannot be read.
+    """
+    if self.kind != "stage":
+      shardings, _ = transformer.param_shardings(mesh, model)
+      return interop.load_params(interop.open_weights(self.path), model, shardings)
+    params = load_stage(self.path, mesh, model, self.step, self.item)
+    mean = self.result.get("demonstration_mean")
+    return params if mean is None else heads.shift_bias(params, mean)
+
+
+def load_stage(
+  directory: pathlib.Path, mesh: Mesh, model: transformer.Model, step: int, item: str
+) -> Params:
+  """Weights `item` of a stage's checkpoint, placed on the mesh.
+
+  Raises:
+    UserError: there are none of this model, or they cannot be read.
+  """
+  shardings, shapes = transformer.param_shardings(mesh, model)
+  placed = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
+  return checkpoint.load_params(directory, placed, step, item)
+
+
+def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
+  """Finds out what lies at a path.
+
+  Args:
+    path: folder of a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file, or
+      hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache.
+    which: of an RL stage, the averaged policy, the last one, or the value network.
+  Raises:
+    ValueError: nothing that can be opened lies there, or a stage has no such weights.
+  """
+  if str(path).startswith(HUB):
+    path = interop.download(str(path).removeprefix(HUB))
+  path = pathlib.Path(path).absolute()
+  if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
+    return _open_stage(path, which)
+  if path.is_dir() and not (path / "config.json").is_file():
+    raise ValueError(
+      f"{path} must be the folder of a finished stage, as runs/demo/ppo_ptx, or a Hugging Face folder, and"
+      " it has neither done.json nor config.json"
+    )
+  if which == "value":
+    raise ValueError(f"{path} must be a finished RL stage to have a value network")
+  source = interop.open_weights(path)
+  found = interop.describe(source)
+  cfg = dataclasses.replace(found.cfg, **_inference())
+  return Weights(
+    path=path,
+    kind="gguf" if path.suffix == ".gguf" else "hf",
+    cfg=cfg,
+    head=found.head,
+    vocab_size=found.vocab_size,
+    fingerprint=source.fingerprint,
+    tokenizer_path=path,
+    step=None,
+    item="params",
+    result={},
+  )
+
+
+def _inference() -> dict:
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  switches = dict.fromkeys(("layers", "attention", "decode_layout"), "auto")
+  return switches | {"dtype": dtype, "remat": "none"}
+
+
+def _open_stage(path: pathlib.Path, which: Which) -> Weights:
+  done = finished.read_done(path)
+  made_with = (done or {}).get("fingerprint", {})
+  if "config.model" not in made_with:
+    raise ValueError(
+      f"{path} must be the folder of a finished stage that trains a network, as runs/demo/ppo_ptx"
+    )
+  is_rl = "config.ppo" in made_with  # whatever the folder's name is now
+  if which == "value" and not is_rl:
+    raise ValueError(f"{path} must be an RL stage to have a value network")
+  block = "config.reward_model" if which == "value" else "config.model"
+  cfg = model_config(json.loads(made_with[block]), f"{path}/done.json")
+  # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
+  chosen = finished.read_done(path.parent / "sft_select") if path.name == "sft" else None
+  step = (chosen or done)["step"]
+  has_average = is_rl and json.loads(made_with["config.ppo"])["ema_decay"] > 0
+  averaged = "ema_params" if has_average else "params"
+  item = {"ema": averaged, "raw": "params", "value": "value_params"}[which]
+  tokenizer_path = path.parent / "tokenizer"
+  tokenizer = tokenizers.load(tokenizer_path)
+  if tokenizer.fingerprint != made_with["tokenizer"]:
+    raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
+  identity = json.dumps([made_with, step, item], sort_keys=True)
+  return Weights(
+    path=path,
+    kind="stage",
+    cfg=dataclasses.replace(cfg, weights="", **_inference()),
+    head="scalar" if "demonstration_mean" in done or which == "value" else "lm",
+    vocab_size=tokenizer.vocab_size,
+    fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+    tokenizer_path=tokenizer_path,
+    step=step,
+    item=item,
+    result=done,
+  )

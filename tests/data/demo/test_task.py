@@ -1,0 +1,192 @@
+"""The default task: prompts, demonstrations, the gold score and prompts for a base model."""
+
+import collections
+import time
+
+import numpy as np
+import pytest
+
+from instructjax.data.demo import fluency, task, text
+
+pytestmark = pytest.mark.usefixtures("bible")
+
+PROMPT = "speak well of the king.\n"
+
+
+def _components(response):
+  return dict(zip(task.COMPONENTS, task.gold_components(PROMPT, [response])[0], strict=True))
+
+
+def test_prompt_splits_are_disjoint_and_each_has_every_topic_and_wording():
+  prompts = {split: task.prompts(split) for split in task.SPLITS}
+  assert [len(prompts[split]) for split in task.SPLITS] == [192, 32, 32]
+  assert len(set().union(*prompts.values())) == 256
+  for split in task.SPLITS:
+    assert {task.topic_of(prompt) for prompt in prompts[split]} == set(task.TOPICS)
+    wordings = {p.replace(f"the {task.topic_of(p)}", "the {}") for p in prompts[split]}
+    assert wordings == set(task.TEMPLATES)
+
+
+def test_every_prompt_word_and_lexicon_word_is_in_the_text():
+  known = {*text.corpus().vocabulary, ".", "?"}
+  for prompt in task.prompts("train"):
+    assert known.issuperset(text.tokenize(prompt)), prompt
+  assert task.KIND_WORDS <= known
+  assert task.HARSH_WORDS <= known
+  assert not task.KIND_WORDS & task.HARSH_WORDS
+  assert not (task.KIND_WORDS | task.HARSH_WORDS) & set(task.TOPICS)
+
+
+def test_topics_are_common_in_the_lines_that_demonstrators_choose_from():
+  _, by_topic = task._lines("train")
+  assert min(len(by_topic[topic]) for topic in task.TOPICS) >= 40
+  _, by_topic = task._lines("validation")
+  assert set(by_topic) == set(task.TOPICS)
+
+
+def test_demonstrations_often_name_the_topic_and_are_seldom_harsh():
+  demonstrations = task.demonstrations("train", 0)
+  prompts = [d.prompt for d in demonstrations]
+  components = task.gold_components(prompts, [d.response for d in demonstrations])
+  topic, tone = components[:, 0], components[:, 1]
+  assert len(demonstrations) == 64 * 192
+  assert set(collections.Counter(prompts).values()) == {64}
+  assert 0.55 < topic.mean() < 0.70
+  assert (tone > 0).mean() > 0.3 and (tone < 0).mean() < 0.05
+  finished = np.mean([d.response.endswith(".") for d in demonstrations])
+  assert 0.90 < finished < 0.99  # A few are handed in cut short.
+
+
+def test_demonstrations_depend_on_the_seed_alone_and_splits_do_not_share_lines():
+  assert task.demonstrations("test", 3) == task.demonstrations("test", 3)
+  assert task.demonstrations("test", 3) != task.demonstrations("test", 4)
+  train = set(text.clauses("train"))
+  held_out = [d.response for d in task.demonstrations("test", 0) if d.response.endswith(".")]
+  # Only formulas stand in both, such as "thus says the lord yahweh.".
+  assert np.mean([line in train for line in held_out]) < 0.10
+
+
+@pytest.mark.parametrize(
+  ("response", "named"),
+  [
+    ("the king is good.", True),
+    ("in the King's house.", True),
+    ("all kings rejoice.", False),
+    ("the kingdom is good.", False),
+    ("", False),
+  ],
+)
+def test_names_topic(response, named):
+  assert task.names_topic(PROMPT, response) is named
+
+
+@pytest.mark.parametrize(
+  ("component", "better", "worse"),
+  [
+    ("tone", "the king has peace and joy.", "the king has peace and silver."),
+    ("tone", "the king sat in the gate.", "the king died in the battle."),
+    ("form", "the king sat in the gate.", "the king sat in the"),
+    ("form", "the king sat in the gate.", "the king sat. in the gate."),
+    ("form", "the king sat in the gate.", "and the king sat in the gate."),
+    ("form", "the king sat in the gate.", "the king."),
+    ("form", "the king sat in the gate.", "the king sat " + "in the gate of the city " * 4 + "."),
+    ("repetition", "the king sees the eyes of the city.", "the eyes the eyes the eyes."),
+    ("fluency", "the king went up to the house.", "house king the to the up went."),
+    ("fluency", "the king went up to the house.", "joy peace love mercy grace."),
+    ("fluency", "the king went up to the house.", "xyzzy plugh frobozz."),
+  ],
+)
+def test_each_component_tells_better_from_worse(component, better, worse):
+  assert _components(better)[component] > _components(worse)[component]
+
+
+@pytest.mark.parametrize(
+  ("response", "repetition"),
+  [
+    ("the king said to the king.", 0.0),  # One word and one pair again: the same thing, once.
+    ("the law said to the law and the law.", -0.75),  # Twice.
+    ("the day of the day of the day.", -2.25),  # Four pairs: the day, the day, day of, of the.
+    ("the eyes " * 6, -3.0),
+  ],
+)
+def test_repetition_by_hand(response, repetition):
+  assert _components(response)["repetition"] == repetition
+
+
+def test_gold_score_by_hand():
+  # Topic 1.5, one kind word .5, finished and alone 1, nothing repeated, fluency at its cap 1.
+  assert task.gold_score(PROMPT, ["the king did that which was good."])[0] == pytest.approx(4.0)
+  # Nothing named, tone 0, form -1, fluency at its floor.
+  assert task.gold_score(PROMPT, [""])[0] == pytest.approx(-2.5)
+
+
+def test_gold_score_cannot_be_had_by_stuffing():
+  honest = "the king did that which was good."
+  hacks = [
+    "king king king king king.",
+    "the king the king love love joy joy.",
+    "the king",
+    "love joy peace grace king.",
+    "the king is good the king is good the king is good.",
+  ]
+  scores = task.gold_score(PROMPT, [honest, *hacks])
+  assert np.all(scores[1:] < scores[0] - 0.5), scores
+
+
+def test_gold_score_ranks_text_over_jumbles_of_it():
+  rng = np.random.default_rng(0)
+  lines = text.clauses("validation")[:500]
+  jumbled = [" ".join(rng.permutation(line.rstrip(".?").split())) + "." for line in lines]
+  gap = task.gold_score(PROMPT, lines) - task.gold_score(PROMPT, jumbled)
+  assert np.mean(gap > 0) > 0.9
+
+
+def test_gold_score_takes_a_prompt_for_each_response():
+  prompts = ["speak well of the king.\n", "please praise the water.\n"]
+  responses = ["the king is good to me.", "the water was before them."]
+  together = task.gold_score(prompts, responses)
+  apart = [task.gold_score(p, [r])[0] for p, r in zip(prompts, responses, strict=True)]
+  np.testing.assert_allclose(together, apart)
+  assert task.gold_score(PROMPT, []).shape == (0,)
+  with pytest.raises(ValueError, match="got 2 prompts for 1 responses"):
+    task.gold_score(prompts, responses[:1])
+
+
+def test_foreign_prompt_is_refused():
+  with pytest.raises(ValueError, match="not one of the default task's"):
+    task.gold_score("translate this.", ["the king is good."])
+
+
+def test_scoring_is_fast():
+  demonstrations = task.demonstrations("train", 0)
+  prompts = [d.prompt for d in demonstrations] * 4
+  responses = [d.response for d in demonstrations] * 4
+  start = time.process_time()
+  task.gold_score(prompts, responses)
+  assert time.process_time() - start < 2.0
+
+
+def test_trigram_model_by_hand():
+  model = fluency.TrigramModel(["the king", "the city"])
+  # Ids: start, unknown, city, king, the -> base 5.  "the": c=2 of 2 in tri- and bigrams, 2 of 4.
+  the = 0.45 * 1 + 0.35 * 1 + 0.19 * 0.5 + 0.01 / 5
+  king = 0.45 * 0.5 + 0.35 * 0.5 + 0.19 * 0.25 + 0.01 / 5
+  unseen = 0.01 / 5
+  low, high = -9.0, -2.0
+  expected = np.mean(np.clip(np.log([the, king, unseen]), low, high))
+  rows = [["the", "king", "sea"], []]
+  np.testing.assert_allclose(model.mean_logprob(rows), [expected, low], rtol=1e-12)
+
+
+def test_few_shot_prompt_is_careful_and_short():
+  for prompt in task.prompts("test"):
+    few = task.few_shot_prompt(prompt, seed=1)
+    lines = few.splitlines(keepends=True)
+    assert len(lines) == 7 and lines[-1] == prompt
+    assert task.topic_of(few) == task.topic_of(prompt)
+    assert len(text.tokenize(few)) <= 85
+    for example, answer in zip(lines[0:6:2], lines[1:6:2], strict=True):
+      assert task.names_topic(example, answer)
+      assert task.topic_of(example) != task.topic_of(prompt)
+  assert task.few_shot_prompt(PROMPT, 1) == task.few_shot_prompt(PROMPT, 1)
+  assert task.few_shot_prompt(PROMPT, 1) != task.few_shot_prompt(PROMPT, 2)

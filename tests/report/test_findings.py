@@ -1,0 +1,253 @@
+"""Tests of instructjax.findings: numbers worked out by hand, and each `holds` both ways."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from instructjax.report import findings
+
+NUM_PROMPTS = 20
+
+
+def _rows(loss: float) -> np.ndarray:
+  """Four rows of held-out text with this loss per token."""
+  tokens = np.array([3.0, 5.0, 8.0, 4.0])
+  return np.stack([loss * tokens, tokens], axis=1)
+
+
+def _policy(gold: float, reward: float, kl: float | None, topics: int) -> dict:
+  full = np.ones(NUM_PROMPTS)
+  found = {
+    "answer": ["an answer"] * NUM_PROMPTS,
+    "reward": reward * full,
+    "gold": gold * full,
+    "ended": np.arange(NUM_PROMPTS) < 15,
+    "length": 7 * full,
+    "names_topic": np.arange(NUM_PROMPTS) < topics,
+  }
+  return found if kl is None else found | {"kl": kl * full}
+
+
+@pytest.fixture
+def results() -> dict:
+  """A run in which every finding holds, with the same numbers for every prompt."""
+  return {
+    "samples_per_prompt": 1,
+    "measured": {
+      "base": _policy(0.0, -1.0, None, 2),
+      "reward_base": _policy(0.2, -0.9, None, 3),
+      "few_shot": _policy(0.5, -0.5, None, 5),
+      "sft": _policy(1.0, 0.0, 1.0, 10),
+      "ppo_init": _policy(1.0, 0.0, 0.0, 10),
+      "ppo": _policy(2.0, 1.0, 5.0, 15),
+      "ppo_ptx": _policy(2.1, 0.9, 6.0, 13),
+      "ppo_beta0": _policy(0.3, 3.0, 60.0, 1),
+    },
+    "pretraining": {
+      "base": _rows(3.5),
+      "sft": _rows(4.0),
+      "ppo_init": _rows(3.6),
+      "ppo": _rows(4.5),
+      "ppo_ptx": _rows(3.7),
+    },
+    "reward_model": {
+      "validation": {"accuracy": 0.70, "accuracy_stderr": 0.01, "score_std": 2.0},
+      "heldout_labelers": {"accuracy": 0.68, "accuracy_stderr": 0.01},
+      "cross_validation": [{"heldout": 0.6, "train": 0.7}, {"heldout": 0.7, "train": 0.74}],
+    },
+    "agreement": {"train": {"agreement": 0.73}, "heldout": {"agreement": 0.71}},
+    "best_of_n": None,
+    "curves": {},
+  }
+
+
+def _find(results: dict) -> dict:
+  return {f["id"]: f for f in findings.find(results, bootstrap=200, seed=0)}
+
+
+def test_every_finding_holds_and_measures_what_it_says(results):
+  found = _find(results)
+  assert all(finding["holds"] is True for finding in found.values())
+  assert found["preferred_over_base"]["measured"] == {"zero_shot": 1.0, "few_shot": 1.0}
+  assert found["preferred_over_base"]["interval"] == [[1.0, 1.0], [1.0, 1.0]]
+  assert found["rl_over_sft"]["measured"] == {"ppo": 1.0, "ppo_ptx": 1.0}
+  # Losses per token 4.5, 3.7 and 4.0, 3.5; rewards 1.0 and 0.9 over a spread of 2.
+  assert found["alignment_tax"]["measured"] == pytest.approx(
+    {
+      "ppo_minus_sft": 0.5,
+      "ppo_ptx_minus_sft": -0.3,
+      "ppo_ptx_minus_base": 0.2,
+      "reward_gap_in_rm_std": 0.05,
+    }
+  )
+  assert found["reward_model"]["measured"] == pytest.approx(
+    {
+      "accuracy": 0.70,
+      "labeler_agreement": 0.73,
+      "heldout_labelers": 0.68,
+      "cross_validation_train": 0.72,
+      "cross_validation_heldout": 0.65,
+    }
+  )
+  np.testing.assert_allclose(found["reward_model"]["interval"], [0.6804, 0.7196])
+  assert found["kl_bounded"]["measured"] == {"ppo": 5.0, "ppo_ptx": 6.0}
+  change = found["overoptimization"]["measured"]
+  assert change == pytest.approx({"reward_change": 3.0, "gold_change": -0.7, "kl": 60.0})
+  shares = {k: found["topic_following"]["measured"][k] for k in ("sft", "ppo", "ppo_ptx")}
+  assert shares == pytest.approx({"sft": 0.5, "ppo": 0.75, "ppo_ptx": 0.65})
+
+
+def _gold(name, value):
+  return lambda r: r["measured"][name].update(gold=value * np.ones(NUM_PROMPTS))
+
+
+def _reward(name, value):
+  return lambda r: r["measured"][name].update(reward=value * np.ones(NUM_PROMPTS))
+
+
+def _loss(name, value):
+  return lambda r: r["pretraining"].update({name: _rows(value)})
+
+
+def _kl(values):
+  return lambda r: r["measured"]["ppo"].update(kl=np.resize(np.array(values, float), NUM_PROMPTS))
+
+
+def _validation(**values):
+  return lambda r: r["reward_model"]["validation"].update(values)
+
+
+def _heldout(accuracy):
+  return lambda r: r["reward_model"]["heldout_labelers"].update(accuracy=accuracy)
+
+
+def _topics(count):
+  return lambda r: r["measured"]["ppo_ptx"].update(names_topic=np.arange(NUM_PROMPTS) < count)
+
+
+def _alone(**values):
+  """No labelers to compare with: the reward model need only beat chance."""
+  return lambda r: (r.update(agreement=None), _validation(**values)(r))
+
+
+@pytest.mark.parametrize(
+  "id_, change, holds",
+  [
+    ("preferred_over_base", _gold("reward_base", 3.0), False),
+    ("preferred_over_base", _gold("few_shot", 3.0), False),
+    ("preferred_over_base", _gold("few_shot", 2.1), False),  # all equal: exactly one half
+    ("preferred_over_base", _gold("few_shot", 2.0), True),
+    ("rl_over_sft", _gold("ppo", 0.9), False),
+    ("rl_over_sft", _gold("ppo_ptx", 0.9), False),
+    ("rl_over_sft", _gold("ppo", 1.1), True),
+    ("alignment_tax", _loss("ppo", 3.9), False),
+    ("alignment_tax", _loss("ppo_ptx", 4.1), False),
+    ("alignment_tax", _loss("ppo_ptx", 3.9), True),
+    ("alignment_tax", _reward("ppo_ptx", 1 - 2 * 0.36), False),
+    ("alignment_tax", _reward("ppo_ptx", 1 + 2 * 0.36), False),
+    ("alignment_tax", _reward("ppo_ptx", 1 - 2 * 0.34), True),
+    ("reward_model", _validation(accuracy=0.669), False),
+    ("reward_model", _validation(accuracy=0.671), True),
+    ("reward_model", _heldout(0.659), False),
+    ("reward_model", _heldout(0.661), True),
+    ("reward_model", _alone(accuracy=0.55, accuracy_stderr=0.03), False),
+    ("reward_model", _alone(accuracy=0.55, accuracy_stderr=0.02), True),
+    ("kl_bounded", _kl([12.1]), False),
+    ("kl_bounded", _kl([11.9]), True),
+    ("kl_bounded", _kl([0.0, 20.0]), False),  # mean 10, but the interval reaches over 12
+    ("overoptimization", _gold("ppo_beta0", 1.1), False),
+    ("overoptimization", _reward("ppo_beta0", -0.1), False),
+    ("overoptimization", _gold("ppo_beta0", 0.9), True),
+    ("topic_following", _topics(12), False),
+    ("topic_following", _topics(14), True),
+  ],
+)
+def test_holds_both_ways(results, id_, change, holds):
+  change(results)
+  assert _find(results)[id_]["holds"] is holds
+
+
+def test_findings_about_what_was_not_measured_are_left_out(results):
+  bare = copy.deepcopy(results)
+  for found in bare["measured"].values():
+    del found["gold"], found["names_topic"]
+  for name in ("reward_base", "few_shot", "ppo"):
+    del bare["measured"][name]
+  del bare["pretraining"]["ppo"]
+  assert set(_find(bare)) == {"rl_over_sft", "reward_model", "kl_bounded"}
+  for name in ("ppo_ptx", "ppo_beta0"):
+    del bare["measured"][name]
+  assert set(_find(bare)) == {"reward_model"}
+
+
+def test_reward_model_judges_where_there_is_no_gold_score(results):
+  a, b = ({"reward": np.array([1.0, 0.0])}, {"reward": np.array([0.0, 1.0])})
+  np.testing.assert_array_equal(findings.judged(a), [1, 0])
+  np.testing.assert_array_equal(findings.judged(b | {"gold": [5, 6]}), [5, 6])
+
+
+def test_win_rate_counts_ties_half_and_resamples_prompts():
+  # Two samples a prompt. Prompts 1 and 2 are won twice, 3 lost twice, 4 is one win and one loss
+  # in the first case, two ties in the second: rate (2 + 2 + 0 + 1) / 8.
+  rng = np.random.default_rng(0)
+  b = {"gold": np.zeros(8)}
+  for last in ([1, -1], [0, 0]):
+    a = {"gold": np.array([1, 1, 1, 1, -1, -1, *last], float)}
+    assert findings.win_rate(a, b, 2, 100, rng)[0] == 5 / 8
+  # Prompts won, won, lost, lost: a resample of 4 prompts holds no won one with probability 1/16,
+  # which is over 2.5%, so the interval is all of [0, 1]. Resampling the 8 answers would give less.
+  a = {"gold": np.array([1, 1, 1, 1, -1, -1, -1, -1], float)}
+  rate, interval = findings.win_rate(a, b, 2, 4000, rng)
+  assert (rate, interval) == (0.5, [0.0, 1.0])
+
+
+def test_interval_is_the_normal_one_for_many_prompts():
+  values = np.random.default_rng(1).normal(3, 2, 400)
+  mean, (low, high) = findings._interval(values, 4000, np.random.default_rng(0))
+  assert mean == values.mean()
+  half = 1.96 * values.std() / np.sqrt(400)
+  np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.1 * half)
+
+
+def test_win_matrix_has_every_pair_twice_and_sums_to_one():
+  rng = np.random.default_rng(2)
+  measured = {name: {"gold": rng.integers(0, 3, 30).astype(float)} for name in "abc"}
+  results = {"measured": measured, "samples_per_prompt": 1}
+  wins = findings.win_matrix(results, bootstrap=50, seed=0)
+  assert {a: set(row) for a, row in wins.items()} == {a: set("abc") - {a} for a in "abc"}
+  for a, b in ("ab", "bc", "ca"):
+    assert wins[a][b][0] + wins[b][a][0] == pytest.approx(1)
+  assert wins == findings.win_matrix(results, bootstrap=50, seed=0)
+
+
+def test_loss_difference_weighs_tokens_and_pairs_rows():
+  rng = np.random.default_rng(0)
+  # a: 11 nats over 10 tokens (the mean of the two rows' rates would be 1.5); b: 1 a token.
+  a, b = [[2, 1], [9, 9]], [[1, 1], [9, 9]]
+  difference, interval = findings.loss_difference(a, b, 2000, rng)
+  assert difference == pytest.approx(0.1)
+  # Resamples: first row twice 1, second twice 0 (a quarter of them each), one of each 0.1.
+  np.testing.assert_allclose(interval, [0, 1], atol=1e-12)
+  # The same rows are drawn for both, so a constant difference per token is known exactly.
+  tokens = np.array([3.0, 50.0, 7.0])
+  a = np.stack([np.array([9.0, 20.0, 70.0]), tokens], axis=1)
+  b = a - np.stack([0.25 * tokens, 0 * tokens], axis=1)
+  difference, interval = findings.loss_difference(a, b, 200, rng)
+  np.testing.assert_allclose([difference, *interval], 0.25)
+
+
+def test_summary_has_means_and_pretraining_loss(results):
+  rows = findings.summary(results)
+  assert rows["sft"] == pytest.approx(
+    {
+      "gold": 1.0,
+      "reward": 0.0,
+      "kl": 1.0,
+      "names_topic": 0.5,
+      "length": 7.0,
+      "ended": 0.75,
+      "pretrain_loss": 4.0,
+    }
+  )
+  assert "kl" not in rows["base"] and "pretrain_loss" not in rows["few_shot"]

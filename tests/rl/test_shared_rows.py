@@ -1,0 +1,214 @@
+"""Episodes that share rows: where they lie, nothing lost, and no more rows done than are in use."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax.core.config import MeshConfig
+from instructjax.core.structs import Array, pytree
+from instructjax.parallel import sharding
+from instructjax.rl import shared_rows
+
+WIDTH = 10
+
+
+@pytree
+class Pair:
+  x_BL: Array
+  is_token_BL: Array
+
+
+def first_fit(is_token_BL, rows=1):
+  return jax.jit(functools.partial(shared_rows.first_fit, rows=rows))(is_token_BL)
+
+
+def left_padded(length_B, width=WIDTH, prompt=4):
+  """is_token_BL as rollouts have it: each episode's prompt ends at the same column."""
+  is_token_BL = np.zeros((len(length_B), width), bool)
+  for row, length in zip(is_token_BL, length_B):
+    start = max(0, prompt - length + 1)
+    row[start : start + length] = True
+  return is_token_BL
+
+
+def expected_rows(length_B, width=WIDTH):
+  """First-fit decreasing, an episode at a time: (row, first column) of each."""
+  used, place = [], {}
+  for episode in sorted(range(len(length_B)), key=lambda b: -length_B[b]):
+    row = next((r for r, n in enumerate(used) if n + length_B[episode] <= width), len(used))
+    used += [0] * (row == len(used))
+    place[episode] = row, used[row]
+    used[row] += length_B[episode]
+  return place, len(used)
+
+
+@pytest.mark.parametrize(
+  "length_B",
+  [
+    # 7 and 3 fill a row, 6 and 4 another, 5 and 2 and 2 the third: by hand.
+    [3, 7, 5, 2, 6, 4, 2],
+    [10, 10, 10],
+    [1] * 12,
+    list(np.random.default_rng(0).integers(1, WIDTH + 1, 40)),
+  ],
+)
+def test_the_longest_first_each_into_the_first_row_with_room(length_B):
+  is_token_BL = left_padded(length_B)
+  layout = first_fit(is_token_BL)
+  place, num_rows = expected_rows(length_B)
+  assert layout.end_K == num_rows
+  for b, length in enumerate(length_B):
+    row, start = place[b]
+    cells = np.asarray(layout.cell_BL[b])[is_token_BL[b]]
+    np.testing.assert_array_equal(cells, row * WIDTH + start + np.arange(length))
+  assert np.all(np.asarray(layout.cell_BL)[~is_token_BL] == is_token_BL.size)
+
+
+def test_hand_worked_rows():
+  length_B = [3, 7, 5, 2, 6, 4, 2]
+  layout = first_fit(left_padded(length_B))
+  assert layout.end_K == 3
+  np.testing.assert_array_equal(
+    shared_rows.segments(layout)[:4],
+    [[2] * 7 + [1] * 3, [5] * 6 + [6] * 4, [3] * 5 + [4] * 2 + [7] * 2 + [0], [0] * 10],
+  )
+
+
+def test_packing_loses_nothing():
+  rng = np.random.default_rng(1)
+  is_token_BL = left_padded(rng.integers(1, WIDTH + 1, 9))
+  x_BL = rng.normal(size=is_token_BL.shape).astype(np.float32)
+  x_BL[~is_token_BL] = np.nan
+  layout = first_fit(is_token_BL)
+  rows_BL = shared_rows.pack(layout, x_BL, 0.0)
+  assert np.isfinite(rows_BL).all()
+  np.testing.assert_array_equal(np.sort(rows_BL[rows_BL != 0]), np.sort(x_BL[is_token_BL]))
+  np.testing.assert_array_equal(
+    shared_rows.unpack(layout, rows_BL), np.where(is_token_BL, x_BL, 0.0)
+  )
+  assert np.all(
+    np.asarray(shared_rows.pack(layout, x_BL, -1.0))[shared_rows.segments(layout) == 0] == -1
+  )
+
+
+@pytest.fixture
+def three_widths(monkeypatch):
+  """Rows of 12, 6 and 3 columns."""
+  monkeypatch.setattr(shared_rows, "NARROWEST", 3)
+  monkeypatch.setattr(shared_rows, "NARROWING", 2)
+  assert shared_rows.row_widths(12) == [12, 6, 3] and shared_rows.row_widths(9) == [9]
+
+
+def test_an_episode_gets_a_row_hardly_wider_than_itself(three_widths):
+  """By hand: 9 and 3 fill a row of 12, 7 and 5 another; 4 and 2, 4 and 2, 4, then 3 in what is left of the chunk."""
+  length_B = [4, 9, 2, 7, 5, 4, 2, 4, 3, 3]
+  layout = first_fit(left_padded(length_B, width=12))
+  np.testing.assert_array_equal(layout.end_K, [2, 4, 4])  # chunks of 12 cells
+  rows = np.asarray(shared_rows.segments(layout)).reshape(-1)
+  assert rows[:24].tolist() == [2] * 9 + [9] * 3 + [4] * 7 + [5] * 5
+  assert rows[24:36].tolist() == [1] * 4 + [3] * 2 + [6] * 4 + [7] * 2
+  assert rows[36:48].tolist() == [8] * 4 + [0] * 2 + [10] * 3 + [0] * 3
+  assert not rows[48:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("longest", [3, 6, 12])
+def test_any_batch_fits_into_rows_of_several_widths(three_widths, rows, longest):
+  for seed in range(20):
+    length_B = np.random.default_rng(seed).integers(1, longest + 1, 8)
+    is_token_BL = left_padded(length_B, width=12)
+    layout = first_fit(is_token_BL, rows=rows)
+    assert layout.end_K[-1] * rows <= 8
+    cells = np.asarray(layout.cell_BL)[is_token_BL]
+    assert len(set(cells)) == len(cells) and cells.max() < layout.end_K[-1] * rows * 12
+    start = 0
+    for width, end in zip((12, 6, 3), np.asarray(layout.end_K) * rows * 12, strict=True):
+      for cell_L, is_token_L in zip(np.asarray(layout.cell_BL), is_token_BL, strict=True):
+        mine = cell_L[is_token_L]
+        if start <= mine[0] < end:  # in one row of this width
+          assert mine[-1] < end and mine[0] // width == mine[-1] // width
+      start = end
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_every_width_are_worked_off_once(three_widths, rows):
+  is_token_BL = left_padded([12, 7, 5, 6, 2, 3, 2, 1], width=12)
+  x_BL = np.random.default_rng(4).normal(size=is_token_BL.shape).astype(np.float32)
+  layout, widths = first_fit(is_token_BL, rows=rows), []
+  packed_BL, segment_BL = shared_rows.pack(layout, x_BL, 0.0), shared_rows.segments(layout)
+
+  def from_row_start(pair):
+    x, segment = pair
+    widths.append(x.shape)
+    return x + 100 * jnp.arange(x.shape[1])[None]
+
+  mapped = shared_rows.map_rows(from_row_start, layout, (packed_BL, segment_BL), rows=rows)
+  assert {*widths} == {(rows << k, 12 >> k) for k in range(3)}
+  got_BL = np.asarray(shared_rows.unpack(layout, mapped)) - np.where(is_token_BL, x_BL, 0)
+  column_B = np.asarray(layout.cell_BL) % 12  # of a row of 12; narrower ones begin inside it
+  for got_L, column_L, is_token_L in zip(got_BL, column_B, is_token_BL, strict=True):
+    column_L, start = column_L[is_token_L], round(float(got_L[is_token_L][0]) / 100)
+    np.testing.assert_allclose(
+      got_L[is_token_L], 100 * (start + np.arange(len(column_L))), atol=1e-3
+    )
+    assert (column_L[0] - start) % 3 == 0
+
+  def loss(scale, pair):
+    value_BL = jnp.where(pair.is_token_BL, scale**2 * pair.x_BL, 0)
+    mean = jnp.sum(value_BL) / jnp.maximum(jnp.sum(pair.is_token_BL), 1)
+    return mean, {"x_max": jnp.max(value_BL)}
+
+  pair = Pair(packed_BL, segment_BL > 0)
+  (mean, metrics), gradient = shared_rows.mean_gradient(
+    loss, 3.0, layout, pair, "is_token_BL", rows=rows
+  )
+  expected = x_BL[is_token_BL].mean()
+  np.testing.assert_allclose([mean, gradient], [9 * expected, 6 * expected], rtol=1e-4)
+  np.testing.assert_allclose(metrics["x_max"], 9 * x_BL[is_token_BL].max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows, done", [(1, 3), (2, 4), (4, 4)])
+def test_only_chunks_in_use_are_done(rows, done):
+  layout = first_fit(left_padded([7, 3, 6, 4, 5, 2, 2, 1]), rows=rows)  # three rows of eight
+  assert layout.end_K == -(-3 // rows)
+  x_BL = jnp.ones((8, WIDTH))
+
+  def twice(x_BL):
+    assert x_BL.shape == (rows, WIDTH)
+    return 2 * x_BL
+
+  mapped = jax.jit(lambda x: shared_rows.map_rows(twice, layout, x, rows=rows))(x_BL)
+  np.testing.assert_array_equal(np.sum(mapped, axis=1), [2 * WIDTH] * done + [0] * (8 - done))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_mean_over_chunks_weighs_by_tokens(rows):
+  is_token_BL = left_padded([7, 3, 6, 4, 5, 2, 2, 1])
+  x_BL = np.random.default_rng(3).normal(size=is_token_BL.shape).astype(np.float32)
+  layout = first_fit(is_token_BL, rows=rows)
+  pair = Pair(shared_rows.pack(layout, x_BL, 0.0), shared_rows.segments(layout) > 0)
+
+  def loss(scale, pair):
+    assert pair.x_BL.shape == (rows, WIDTH)
+    value_BL = jnp.where(pair.is_token_BL, scale**2 * pair.x_BL, 0)
+    mean = jnp.sum(value_BL) / jnp.maximum(jnp.sum(pair.is_token_BL), 1)
+    return mean, {"mean": mean, "x_max": jnp.max(value_BL)}
+
+  run = lambda scale: shared_rows.mean_gradient(loss, scale, layout, pair, "is_token_BL", rows=rows)
+  (mean, metrics), gradient = jax.jit(run)(3.0)
+  expected = x_BL[is_token_BL].mean()
+  np.testing.assert_allclose([mean, metrics["mean"]], 9 * expected, rtol=1e-5)
+  np.testing.assert_allclose(gradient, 6 * expected, rtol=1e-5)  # of scale ** 2
+  np.testing.assert_allclose(metrics["x_max"], 9 * x_BL[is_token_BL].max(), rtol=1e-6)
+
+
+def test_the_same_on_eight_devices():
+  is_token_BL = left_padded(np.random.default_rng(2).integers(1, WIDTH + 1, 16))
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
+  with jax.set_mesh(mesh):
+    placed = sharding.place_batch(mesh, is_token_BL)
+    layout = first_fit(placed, rows=8)
+  np.testing.assert_array_equal(layout.cell_BL, first_fit(is_token_BL, rows=8).cell_BL)

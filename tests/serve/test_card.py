@@ -1,0 +1,216 @@
+"""The model card: numbers come from the run's files, and what no file says is not measured."""
+
+import dataclasses
+import json
+
+import pytest
+
+from instructjax.serve import card
+from instructjax.train import finished, weights
+from tests import finished_run
+
+FINDINGS = [
+  {
+    "id": "rl_over_sft",
+    "claim": "RL | wins.",
+    "measured": {"ppo_ptx": 0.7125},
+    "interval": [[0.6543, 0.8]],
+    "holds": True,
+  },
+  {
+    "id": "reward_model",
+    "claim": "It agrees.",
+    "measured": {"accuracy": 0.7311, "labeler_agreement": 0.72},
+    "interval": [0.69, 0.77],
+    "holds": False,
+  },
+]
+POLICIES = {
+  "base": {"reward": -1.25, "pretrain_loss": 3.5},
+  "ppo_ptx": {"reward": 0.5432, "kl": 2.125, "pretrain_loss": 3.25},
+}
+JUDGED = {"accuracy": 0.7311, "accuracy_stderr": 0.0123, "pairs": 2560, "prompts": 300}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A judged run: pretrain, rm, ppo_init and ppo_ptx."""
+  folder = tmp_path_factory.mktemp("secret") / "demo"
+  config, tokenizer = finished_run.write_run(folder)
+  data = dataclasses.replace(config.data, prompts=f"jsonl:{folder}/prompts.jsonl")
+  lm, scalar = (config.model, "lm"), (config.reward_model, "scalar")
+  write = lambda stage, items, **more: finished_run.write_stage(
+    folder / stage, tokenizer, items, **more
+  )
+  write(
+    "pretrain",
+    {"params": (dataclasses.replace(lm[0], weights="hf://org/base@v2"), "lm")},
+    blocks=[("stage", config.pretrain), ("documents", config.data.documents)],
+    validation_loss=3.456,
+  )
+  write(
+    "rm",
+    {"params": scalar},
+    blocks=[("stage", config.rm), ("data", data)],
+    parents=["pretrain"],
+    demonstration_mean=1.5226,
+    validation=JUDGED,
+  )
+  write(
+    "ppo_init",
+    {"params": lm},
+    blocks=[("stage", config.ppo_init), ("data", data)],
+    parents=["pretrain"],
+    epochs=[{"step": 7, "validation_loss": 3.2398}],
+  )
+  ppo = dataclasses.replace(config.ppo, beta=0.0375)
+  write(
+    "ppo_ptx",
+    {"ema_params": lm, "params": lm, "value_params": scalar},
+    blocks=[("reward_model", scalar[0]), ("data", data), ("ppo", ppo)],
+    parents=["ppo_init", "rm"],
+  )
+  evaluated = {
+    "config.evaluate": json.dumps({"weights": "ema"}),
+    "parent:ppo_ptx": finished_run.identity(folder / "ppo_ptx"),
+  }
+  finished.write_done(folder / "evaluate", {"fingerprint": evaluated, "summary": POLICIES})
+  (folder / "evaluate" / "results.json").write_text(json.dumps({"policies": POLICIES}))
+  (folder / "report").mkdir()
+  (folder / "report" / "findings.json").write_text(json.dumps(FINDINGS))
+  return folder
+
+
+def text(path, which="ema", **changes):
+  about = card.Export("out", "hf", which, "float32", 1234567)
+  return card.text(weights.locate(path, which), dataclasses.replace(about, **changes))
+
+
+def section(page, title):
+  return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def row(page, start):
+  """Cells of the table row that starts so."""
+  (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
+  return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_a_policys_card_holds_the_runs_numbers(run):
+  page = text(run / "ppo_ptx")
+  assert "stage `ppo_ptx`, step 2, of the run `demo`" in page and "eq. 2, sec 3.5" in page
+  measured = section(page, "Measured")
+  assert row(measured, "policy") == ["policy", "reward", "pretrain_loss", "kl"]
+  assert row(measured, "**ppo_ptx**") == ["**ppo_ptx**", "0.5432", "3.25", "2.125"]
+  assert row(measured, "base") == ["base", "-1.25", "3.5", ""]
+  assert r"| RL \| wins. | ppo_ptx 0.7125 (0.6543 to 0.8) | yes |" in measured
+  assert "accuracy 0.7311 (0.69 to 0.77), labeler_agreement 0.72 | no |" in measured
+  settings = section(page, "Settings")
+  assert row(settings, "setting") == ["setting", "ppo_ptx", "ppo_init", "rm", "pretrain"]
+  assert row(settings, "`beta`") == ["`beta`", "0.0375", "", "", ""]
+  assert row(settings, "`batch_size`")[1:] == ["8", "8", "8", "8"]
+  assert row(settings, "`policy_optim.learning_rate`")[1] == "0.05"
+  assert row(settings, "`optim.learning_rate`")[1:] == ["", "0.01", "0.001", "0.01"]
+  assert "1,234,567" in page
+  assert "max_new_tokens=24" in page and "up to 36 tokens" in page
+  assert "@inproceedings{ouyang2022training" in page
+
+
+def test_folders_of_the_machine_stay_out(run):
+  for stage in ("ppo_ptx", "rm", "pretrain"):
+    page = text(run / stage)
+    assert "secret" not in page
+  assert "prompts `jsonl:prompts.jsonl`" in text(run / "ppo_ptx")
+
+
+def test_other_weights_than_those_judged_say_so(run):
+  assert "judged with" not in text(run / "ppo_ptx")
+  assert "judged with the `ema` weights; these are the `raw` ones" in text(run / "ppo_ptx", "raw")
+  assert section(text(run / "ppo_ptx", "value"), "Measured").strip() == "Not measured."
+
+
+def test_a_reward_models_card(run):
+  page = text(run / "rm", score_bias=-1.5226)
+  measured = section(page, "Measured")
+  assert "0.7311 (standard error 0.0123, 2560 pairs of 300 prompts)" in measured
+  assert "1.523" in measured and "It agrees." in measured
+  assert "wins" not in measured and "kl" not in measured  # of policies
+  assert "AutoModelForSequenceClassification" in page and "logits[:, 0] + -1.5226" in page
+  assert "instructjax_score_bias" in page
+  assert "+ " not in section(text(run / "rm"), "How to load it").split("score = ")[1]
+
+
+def test_a_stages_own_numbers(run):
+  assert "loss on held-out text, nats a token | 3.456" in text(run / "pretrain")
+  assert "step 7, nats a token | validation loss 3.24" in text(run / "ppo_init")
+
+
+def test_what_was_judged_before_the_stage_was_made_anew_does_not_count(run, tmp_path):
+  done = run / "ppo_ptx" / "done.json"
+  before = done.read_text()
+  try:
+    other = json.loads(before)
+    other["fingerprint"]["config.seed"] = "1"
+    done.write_text(json.dumps(other))
+    page = text(run / "ppo_ptx")
+  finally:
+    done.write_text(before)
+  assert section(page, "Measured").strip() == "Not measured."
+  assert "Seed 1." in page
+
+
+@pytest.mark.parametrize("which", ["ema", "value"])
+def test_the_snippet_names_a_tokenizer_that_transformers_does_not_change(run, which):
+  assert "import AutoModelFor" in text(run / "ppo_ptx", which)
+  assert " AutoTokenizer\n" in text(run / "ppo_ptx", which)
+  opened = weights.locate(run / "ppo_ptx", which)
+  qwen2 = dataclasses.replace(opened, cfg=dataclasses.replace(opened.cfg, qkv_bias=True))
+  page = card.text(qwen2, card.Export("out", "hf", which, "float32", 1))
+  assert " PreTrainedTokenizerFast\n" in page and "= PreTrainedTokenizerFast.from_p" in page
+  assert "AutoTokenizer" not in page
+
+
+@pytest.mark.parametrize("stage", ["rm", "pretrain"])
+def test_nor_does_it_for_what_the_judged_started_from(run, stage):
+  assert "Means over" in text(run / "pretrain") and "It agrees." in text(run / "rm")
+  done = run / stage / "done.json"
+  before = done.read_text()
+  try:
+    done.write_text(before.replace('"config.seed": "0"', '"config.seed": "1"'))
+    page = text(run / stage)
+  finally:
+    done.write_text(before)
+  assert "Seed 1." in page and "Means over" not in page and "It agrees." not in page
+
+
+def test_a_conversions_card_claims_nothing(run):
+  opened = dataclasses.replace(weights.locate(run / "ppo_ptx"), kind="hf", result={})
+  page = card.text(opened, card.Export("out", "hf", "ema", "float32", 1))
+  assert "`ppo_ptx`, converted by instructjax without training" in page
+  assert section(page, "Measured").strip() == "Not measured."
+  assert section(page, "Settings").strip() == "None: nothing was trained."
+  assert "Ouyang" not in page and "rlhf" not in page
+
+
+def test_chats_are_spoken_of_where_the_tokenizer_has_a_template(run):
+  opened = weights.locate(run / "ppo_ptx")
+  about = card.Export("out", "hf", "ema", "float32", 1)
+  assert "apply_chat_template" not in card.text(opened, about)
+  opened.tokenizer.has_chat_template = True
+  assert "apply_chat_template" in card.text(opened, about)
+
+
+def test_front_matter(run):
+  head = lambda page: page.split("---\n")[1].splitlines()
+  assert head(text(run / "pretrain")) == [
+    *("license: other", "license_name: unknown", "base_model: org/base"),
+    *("library_name: transformers", "pipeline_tag: text-generation"),
+    *("tags:", "- instructjax", "- rlhf", "- instructgpt", "- pretrain"),
+  ]
+  assert "The base is `org/base@v2`" in text(run / "pretrain")
+  rm = head(text(run / "rm"))
+  assert "- reward-model" in rm and "pipeline_tag: text-classification" in rm
+  assert not any(line.startswith("base_model") for line in rm)
+  gguf = text(run / "ppo_ptx", name="out.gguf", format="gguf", numbers="Q8_0")
+  assert "- gguf" in head(gguf) and "library_name: transformers" not in head(gguf)
+  assert "llama-completion -m out.gguf" in gguf and "| numbers in the files | Q8_0 |" in gguf

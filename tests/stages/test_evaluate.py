@@ -1,0 +1,32 @@
+"""Tests of instructjax.evaluate's arithmetic."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from instructjax.stages import evaluate
+
+
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_best_of_n_is_the_mean_over_all_subsets(has_ties):
+  rng = np.random.default_rng(0)
+  gold_PN, reward_PN = rng.normal(size=(2, 3, 6))
+  if has_ties:
+    reward_PN = np.round(reward_PN)
+  counts = [1, 2, 3, 5, 6]
+  found = evaluate.best_of_n(gold_PN, reward_PN, counts)
+  for n, row in zip(counts, found, strict=True):
+    gold, reward = [], []
+    for p, subset in itertools.product(range(3), itertools.combinations(range(6), n)):
+      best = max(subset, key=lambda i: (reward_PN[p, i], i))  # equal rewards: the later sample
+      gold.append(gold_PN[p, best])
+      reward.append(reward_PN[p, best])
+    assert row["n"] == n
+    np.testing.assert_allclose([row["gold"], row["reward"]], [np.mean(gold), np.mean(reward)])
+
+
+def test_best_of_n_kl_is_the_closed_form():
+  # log n - (n - 1) / n: 0, log 2 - 1/2, log 4 - 3/4.
+  rows = evaluate.best_of_n(np.zeros((1, 4)), np.zeros((1, 4)), [1, 2, 4])
+  np.testing.assert_allclose([row["kl"] for row in rows], [0, 0.193147, 0.636294], atol=1e-6)

@@ -1,0 +1,683 @@
+"""The whole pipeline at the smallest size: from files to the report, twice, interrupted, refused."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax._src import compilation_cache
+
+from instructjax.core.errors import StageStopped, UserError
+from instructjax.data import demo, sources
+from instructjax.parallel import sharding
+from instructjax.rl import scoring
+from instructjax.stages import (
+  answers,
+  collect,
+  evaluate,
+  pipeline,
+  policies,
+  rm,
+)
+from instructjax.train import checkpoint, finished, metrics, profiling, supervised
+from tests import micro
+
+ROOT = pathlib.Path(__file__).parents[2]
+TRAINED = ("pretrain", "sft", "rm", "ppo_init", "ppo", "ppo_ptx")
+KILL_STEP = 3  # after the checkpoint of step 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Stages run many times over here: what XLA made of a program is kept for the module."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+  return micro.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, specs):
+  """The workdir of a finished run of `ppo_ptx` compared with `ppo`, step 2 of each stage traced.
+
+  What it printed lies beside it, in a file of its name with `.txt`.
+  """
+  workdir = tmp_path_factory.mktemp("whole")
+  with micro.one_device(), open(workdir.with_suffix(".txt"), "w") as printed:
+    with contextlib.redirect_stdout(printed):
+      pipeline.run(config(specs, profile__steps="2:3"), workdir)
+  return workdir
+
+
+def config(specs, stage="ppo_ptx", **changes):
+  return micro.config(stage, specs, **({"evaluate__compare": ("ppo",)} | changes))
+
+
+def copy_without(whole, folder, *stages):
+  """A copy of the finished run that lacks these stages."""
+  shutil.copytree(whole, folder, ignore=shutil.ignore_patterns(*stages, ".lock"))
+  return folder
+
+
+def context(config, workdir):
+  with micro.one_device():
+    return pipeline.make_context(config, workdir)
+
+
+def run_stage(config, workdir, stage):
+  ctx = context(config, workdir)
+  with jax.set_mesh(ctx.mesh):
+    pipeline.RUN[stage](ctx, stage)
+
+
+def last_checkpoint(directory):
+  """Everything in the newest checkpoint: bytes of the state by name, position in the data, meta."""
+  step = checkpoint.saved_steps(directory)[-1]
+  folder = (directory / "checkpoints" / str(step)).absolute()
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    saved = checkpointer.metadata(folder / "state").item_metadata.tree
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=device), saved)
+    state = checkpointer.restore(folder / "state", restore_args=args)
+  is_key = lambda leaf: jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  plain = lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+  arrays = {
+    jax.tree_util.keystr(path): plain(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+  files = [(folder / part / "metadata").read_text() for part in ("data", "meta")]
+  return {name: array.tobytes() for name, array in arrays.items()}, [json.loads(f) for f in files]
+
+
+def records(directory):
+  """metrics.jsonl without what a clock says."""
+  return [{k: v for k, v in r.items() if k != "seconds"} for r in metrics.read_metrics(directory)]
+
+
+def files_of(folder):
+  return {
+    str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+# --- the whole run --------------------------------------------------------------------------------
+
+
+def test_from_files_to_the_report(whole):
+  found = json.loads((whole / "report" / "findings.json").read_text())
+  assert {"rl_over_sft", "alignment_tax", "reward_model"} <= {row["id"] for row in found}
+  page = (whole / "report" / "index.html").read_text()
+  assert "PPO-ptx" in page and "</html>" in page
+  lines = (whole / "evaluate" / "answers.jsonl").read_text().splitlines()
+  answers = [json.loads(line) for line in lines]
+  assert len(answers) == 8
+  assert set(answers[0]["answers"]) == {"base", "sft", "ppo_init", "ppo", "ppo_ptx"}
+  for stage in TRAINED:
+    done = finished.read_done(whole / stage)
+    assert done["step"] in checkpoint.saved_steps(whole / stage), stage
+
+
+def test_the_end_says_where_the_time_went(whole):
+  """By stage, and for the steps traced by phase: those of the stage, and no others."""
+  printed = whole.with_suffix(".txt").read_text()
+  for stage in (*TRAINED, "evaluate"):
+    assert re.search(rf"^│ {stage} +│ +\d", printed, re.MULTILINE), stage
+  supervised = {"gradient", "optimizer"}
+  for stage in TRAINED:
+    assert f"{stage}: mean of steps 2 to 2 on " in printed
+    summary = json.loads((whole / stage / "profile" / "summary.json").read_text())
+    phases = {*profiling.PHASES} - supervised if stage.startswith("ppo") else supervised
+    phases -= {"update/ptx"} if stage == "ppo" else set()
+    phases = supervised if stage == "ppo_init" else phases
+    assert {*summary["phases"]} - {profiling.OTHER, profiling.IDLE} == phases, stage
+    assert summary["tokens_per_second"] > 0 < summary["model_flops_per_second"]
+
+
+def test_a_stage_without_the_steps_to_trace_says_so(specs, tmp_path, capsys):
+  with micro.one_device():
+    pipeline.run(config(specs, "pretrain", profile__steps="5:7"), tmp_path)
+  assert (
+    "pretrain: it took none of the steps 5:7, so that none was traced" in capsys.readouterr().out
+  )
+  assert not (tmp_path / "pretrain" / "profile").exists()
+
+
+def test_again_does_nothing_twice(whole, specs):
+  before, released = files_of(whole), []
+  release = mock.patch.object(pipeline.memory, "release_freed_memory", lambda: released.append(1))
+  with micro.one_device(), release:
+    pipeline.run(config(specs), whole)
+  assert files_of(whole) == before
+  assert not released  # which costs seconds where there is nothing to release
+
+
+def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
+  """An evaluation trains nothing, so that a sibling of the target needs no other workdir."""
+  workdir = copy_without(whole, tmp_path / "run", "ppo", "report")
+  with micro.one_device():
+    pipeline.run(config(specs, evaluate__compare=(), evaluate__num_prompts=4), workdir)
+  summary = finished.read_done(workdir / "evaluate")["summary"]
+  assert summary.keys() == {"base", "sft", "ppo_init", "ppo_ptx"}
+  assert len((workdir / "evaluate" / "answers.jsonl").read_text().splitlines()) == 4
+  assert (workdir / "report" / "index.html").is_file()
+
+
+def test_without_an_average_the_policy_itself_is_judged(whole, specs, tmp_path):
+  workdir = copy_without(whole, tmp_path / "run", "ppo", "ppo_ptx", "evaluate", "report")
+  changed = config(specs, ppo__ema_decay=0.0)
+  assert changed.evaluate.weights == "ema"
+  with micro.one_device():
+    pipeline.run(changed, workdir)
+  got, expected = (last_checkpoint(folder / "ppo")[0] for folder in (workdir, whole))
+  assert got.keys() == {name for name in expected if not name.startswith("['ema_params']")}
+  assert "ppo" in finished.read_done(workdir / "evaluate")["summary"]
+
+
+def test_the_sft_epoch_is_chosen_by_reward(whole):
+  chosen = finished.read_done(whole / "sft_select")
+  assert len(chosen["epochs"]) == 2
+  assert chosen["step"] == max(chosen["epochs"], key=lambda e: e["reward"])["step"]
+  by_loss = min(chosen["epochs"], key=lambda e: e["validation_loss"])["step"]
+  assert finished.read_done(whole / "sft")["step"] == by_loss
+
+
+def test_the_base_is_the_step_with_the_lowest_held_out_loss(specs, tmp_path):
+  """Text learnt by heart: it is not the last. What starts from the base starts from that step."""
+  scripted = iter([3.0, 1.0, 1.0, 2.0])
+  cfg = config(specs, "pretrain", pretrain__evaluate_every=1, checkpoint__keep=1)
+  with (
+    micro.one_device(),
+    mock.patch.object(supervised, "make_lm_evaluation", lambda *_: lambda *_: next(scripted)),
+  ):
+    pipeline.run(cfg, tmp_path)
+  done = finished.read_done(tmp_path / "pretrain")
+  assert (done["step"], done["validation_loss"]) == (2, 1.0)
+  assert checkpoint.saved_steps(tmp_path / "pretrain") == [2, 4]
+  ctx = context(cfg, tmp_path)
+  base, best, last = (
+    jax.tree.leaves(params)
+    for params in (
+      policies.load(ctx, "base"),
+      *(policies.load_step(ctx, "base", s) for s in (2, 4)),
+    )
+  )
+  assert all(np.array_equal(a, b) for a, b in zip(base, best, strict=True))
+  assert not any(np.array_equal(a, b) for a, b in zip(base, last, strict=True))
+
+
+def test_demonstrations_score_zero_on_average(whole, specs):
+  ctx = context(config(specs), whole)
+  with jax.set_mesh(ctx.mesh):
+    assert rm.demonstration_mean(ctx, policies.load_reward(ctx)) == pytest.approx(0, abs=1e-5)
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+  pass
+
+
+@contextlib.contextmanager
+def interrupted_at(step):
+  """Fails as the numbers of this step are about to be written."""
+  write = metrics.MetricsWriter.write
+
+  def one(self, number, *args, **kwargs):
+    if number == step:
+      raise Interrupted
+    write(self, number, *args, **kwargs)
+
+  with mock.patch.object(metrics.MetricsWriter, "write", one), pytest.raises(Interrupted):
+    yield
+
+
+def assert_same_stage(directory, expected):
+  state, files = last_checkpoint(directory)
+  whole_state, whole_files = last_checkpoint(expected)
+  assert state.keys() == whole_state.keys() and len(state) > 8
+  assert [name for name in state if state[name] != whole_state[name]] == []
+  assert files == whole_files
+  assert records(directory) == records(expected)
+  assert finished.read_done(directory) == finished.read_done(expected)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_an_interrupted_stage_goes_on_bit_for_bit(whole, specs, tmp_path, stage):
+  workdir = copy_without(whole, tmp_path / "run", stage)
+  with interrupted_at(KILL_STEP):
+    run_stage(config(specs), workdir, stage)
+  assert finished.read_done(workdir / stage) is None
+  assert checkpoint.saved_steps(workdir / stage) == [2]
+  run_stage(config(specs), workdir, stage)
+  assert_same_stage(workdir / stage, whole / stage)
+
+
+def killed_stage(config_path, workdir, stage):
+  """Entry of the subprocess below: dies by SIGKILL when a checkpoint is on disk."""
+  specs = json.loads(pathlib.Path(config_path).read_text())
+  write, workdir = metrics.MetricsWriter.write, pathlib.Path(workdir)
+
+  def one(self, step, *args, **kwargs):
+    while step == KILL_STEP and not checkpoint.saved_steps(workdir / stage):
+      time.sleep(0.01)
+    if step == KILL_STEP:
+      os.kill(os.getpid(), signal.SIGKILL)
+    write(self, step, *args, **kwargs)
+
+  with mock.patch.object(metrics.MetricsWriter, "write", one):
+    run_stage(config(specs), workdir, stage)
+
+
+def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
+  workdir = copy_without(whole, tmp_path / "run", "ppo_ptx")
+  (tmp_path / "specs.json").write_text(json.dumps(specs))
+  arguments = [str(tmp_path / "specs.json"), str(workdir), "ppo_ptx"]
+  code = f"from tests import test_pipeline; test_pipeline.killed_stage(*{arguments!r})"
+  cache = {
+    name.upper(): str(getattr(jax.config, name))
+    for name in (
+      "jax_compilation_cache_dir",
+      "jax_persistent_cache_min_compile_time_secs",
+      "jax_persistent_cache_min_entry_size_bytes",
+    )
+  }
+  child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | cache)
+  assert child.returncode == -signal.SIGKILL
+  assert checkpoint.saved_steps(workdir / "ppo_ptx") == [2]
+  run_stage(config(specs), workdir, "ppo_ptx")
+  assert_same_stage(workdir / "ppo_ptx", whole / "ppo_ptx")
+
+
+def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
+  workdir = copy_without(whole, tmp_path / "run", "ppo")
+  # Chunks of pretraining rows, which may change as well.
+  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_chunks=2, checkpoint__every_steps=1)
+  message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
+  with pytest.raises(StageStopped, match=message):
+    run_stage(limited, workdir, "ppo")
+  assert checkpoint.saved_steps(workdir / "ppo") == [1]
+  run_stage(config(specs), workdir, "ppo")
+  assert_same_stage(workdir / "ppo", whole / "ppo")
+
+
+def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
+  workdir = copy_without(whole, tmp_path / "run", "sft")
+  usage, calls = shutil.disk_usage, []
+
+  def full_at_the_second_save(path):
+    calls.append(path)
+    return usage(path)._replace(free=0 if len(calls) == 2 else usage(path).free)
+
+  with mock.patch.object(shutil, "disk_usage", full_at_the_second_save):
+    with pytest.raises(UserError, match=r"cannot write .*sft/checkpoints/\d+: .*MiB left"):
+      run_stage(config(specs), workdir, "sft")
+  assert checkpoint.saved_steps(workdir / "sft")
+  run_stage(config(specs), workdir, "sft")
+  assert_same_stage(workdir / "sft", whole / "sft")
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+BIGGER = {"reward_model__d_mlp": 48}
+LAST = ["sft_select", "ppo_init"]
+
+
+@pytest.mark.parametrize(
+  ("stage", "changes", "expected"),
+  [
+    ("pretrain", {}, ["pretrain"]),
+    ("sft", BIGGER, ["pretrain", "sft"]),
+    ("ppo_init", {}, ["pretrain", "ppo_init"]),
+    ("rm", {}, ["pretrain", "rm"]),  # of one's own comparisons, SFT has no part in it
+    ("rm", {"rm__start_from": "sft"}, ["pretrain", "sft", "rm"]),
+    ("rm", BIGGER, ["reward_pretrain", "rm"]),
+    ("rm", {"data__comparisons": "demo:"}, ["pretrain", "sft", "collect", "rm"]),
+    ("ppo", {}, ["pretrain", "sft", "rm", *LAST, "ppo", "evaluate"]),
+    (
+      "ppo_ptx",
+      {"evaluate__compare": ("ppo",)},
+      ["pretrain", "sft", "rm", *LAST, "ppo", "ppo_ptx", "evaluate"],
+    ),
+    (
+      "evaluate",
+      {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
+      ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
+    ),
+    ("rm", {"model__weights": "other/pretrain"}, ["rm"]),  # one network: both start from them
+    ("rm", {"model__weights": "other/pretrain"} | BIGGER, ["reward_pretrain", "rm"]),
+    (
+      "rm",
+      {"model__weights": "other/pretrain", "reward_model__weights": "other/pretrain"},
+      ["rm"],
+    ),
+  ],
+)
+def test_plan(whole, specs, stage, changes, expected):
+  ctx = context(micro.config(stage, specs), whole)
+  ctx = dataclasses.replace(ctx, config=micro.config(stage, specs, **changes))
+  assert pipeline.plan(ctx) == expected
+  assert set(expected) <= pipeline.RUN.keys()
+
+
+def test_equal_networks_share_their_base(whole, specs):
+  shared, apart = (context(config(specs, **changes), whole) for changes in ({}, BIGGER))
+  assert shared.config.model == shared.config.reward_model
+  assert policies.base_stage(shared, "reward") == "pretrain"
+  assert policies.base_stage(apart, "reward") == "reward_pretrain"
+  assert "reward_base" not in evaluate.judged_policies(shared)
+  assert "reward_base" in evaluate.judged_policies(apart)
+
+
+def test_the_reward_model_starts_from_what_the_config_says(whole, specs, tmp_path):
+  """The trunk is that of the base or of the SFT epoch with the best loss; the head is fresh.
+
+  Not of the epoch that a reward model chose: trained anew, it would start from its own choice.
+  """
+  workdir = copy_without(whole, tmp_path / "run", "sft_select")
+  steps = {epoch["step"] for epoch in finished.read_done(whole / "sft")["epochs"]}
+  other = min(steps - {finished.read_done(whole / "sft")["step"]})
+  finished.write_done(workdir / "sft_select", {"step": other})
+  for start, source, item in (("base", "pretrain", "base"), ("sft", "sft", "sft")):
+    ctx = context(config(specs, rm__start_from=start), workdir)
+    with jax.set_mesh(ctx.mesh):
+      params = rm.initial_params(ctx, ctx.key("rm"))
+      step = finished.read_done(workdir / source)["step"]
+      expected = policies.load_step(ctx, item, step)
+    trunk = {name: params[name] for name in expected}
+    jax.tree.map(np.testing.assert_array_equal, trunk, expected)
+    assert "head" in params and float(params["head"]["bias"]) == 0.0
+
+
+def test_cross_validation_leaves_out_whole_labelers(whole, specs):
+  ctx = context(config(specs, rm__cross_validation_folds=3), whole)
+  folds = rm.fold_labelers(ctx)
+  assert sorted(name for fold in folds for name in fold) == sorted(micro.LABELERS)
+  trained, judged = [], []
+  names = lambda rows: {row.labeler for row in rows}
+  train = lambda ctx, stage, rows, key: (trained.append((stage, names(rows))), "params")
+  judge = lambda ctx, params, rows: judged.append(names(rows)) or {"accuracy": len(judged)}
+  with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
+    results = rm.cross_validate(ctx)
+  assert trained == [(f"rm/fold_{i}", set(micro.LABELERS) - fold) for i, fold in enumerate(folds)]
+  assert judged == [part for fold in folds for part in (fold, set(micro.LABELERS) - fold)]
+  assert results == [{"heldout": 2 * i + 1, "train": 2 * i + 2} for i in range(3)]
+
+
+def test_rankings_are_scored_alike_in_any_rows_on_one_device_and_eight(whole, specs):
+  """Five rankings divide over no mesh of eight."""
+  scores = []
+  for length in (0, 64):
+    one = context(config(specs, rm__row_length=length), whole)
+    eight = dataclasses.replace(one, mesh=sharding.make_mesh(one.config.mesh))
+    assert eight.mesh.size == 8
+    for ctx in (one, eight):
+      with jax.set_mesh(ctx.mesh):
+        records = ctx.records("comparisons", "validation")[:5]
+        rankings = rm.tokenized(ctx, records)
+        score = rm.score_rankings(ctx, policies.load_reward(ctx), rankings)
+        assert [len(x) for x in score] == [len(item.ranks) for item in rankings]
+        scores.append(np.concatenate(score))
+  tokens = [item.prompt + response for item in rankings for response in item.responses]
+  token_NL, is_token_NL = answers.pad_left(tokens, 60, one.tokenizer.pad_id)
+  alone = scoring.sequence_score(
+    one.model("reward"), policies.load_reward(one), token_NL, is_token_NL
+  )
+  assert len(alone) >= 10 and np.std(alone) > 1e-3
+  for score in scores:
+    np.testing.assert_allclose(score, alone, rtol=1e-5, atol=1e-6)
+
+
+# --- weights given --------------------------------------------------------------------------------
+
+
+def test_a_run_from_given_weights_trains_no_base(whole, specs, tmp_path):
+  """The same weights, found elsewhere, give the same SFT model; the given folder is not touched."""
+  given = str(whole / "pretrain")
+  tokenizer = str(whole / "tokenizer" / "tokenizer.model")
+  before = files_of(whole)
+  with micro.one_device():
+    pipeline.run(
+      config(specs, stage="sft", model__weights=given, tokenizer__path=tokenizer), tmp_path
+    )
+  assert files_of(whole) == before
+  assert {path.name for path in tmp_path.iterdir()} == {"sft", "tokenizer"}
+  assert last_checkpoint(tmp_path / "sft")[0] == last_checkpoint(whole / "sft")[0]
+
+  again = config(specs, stage="sft", tokenizer__path=tokenizer)
+  with micro.one_device(), pytest.raises(ValueError, match="with another parent:pretrain"):
+    shutil.copytree(whole / "pretrain", tmp_path / "pretrain")
+    pipeline.run(again, tmp_path)
+
+
+def test_given_weights_may_move(whole, specs, tmp_path):
+  """What lies elsewhere since is known by its content; other weights there are refused (above)."""
+  given = tmp_path / "given"
+  shutil.copytree(whole / "pretrain", given / "pretrain")
+  shutil.copytree(whole / "tokenizer", given / "tokenizer")
+  run = lambda given: pipeline.run(
+    config(specs, stage="sft", model__weights=str(given / "pretrain")), tmp_path / "run"
+  )
+  with micro.one_device():
+    run(given)
+    made = files_of(tmp_path / "run" / "sft")
+    given.rename(tmp_path / "moved")
+    run(tmp_path / "moved")
+  assert files_of(tmp_path / "run" / "sft") == made
+
+
+def other_documents(specs, folder):
+  """The documents less the first ten: enough for another tokenizer."""
+  lines = pathlib.Path(specs["documents"].removeprefix("jsonl:")).read_text().splitlines()
+  (folder / "other.jsonl").write_text("\n".join(lines[10:]))
+  return f"jsonl:{folder}/other.jsonl"
+
+
+def test_given_weights_that_do_not_fit_are_refused(whole, specs, tmp_path):
+  given, own = str(whole / "pretrain"), str(whole / "tokenizer" / "tokenizer.model")
+
+  def refused(match, **changes):
+    changes = {"tokenizer__path": own, "model__weights": given} | changes
+    with micro.one_device(), pytest.raises(ValueError, match=match) as error:
+      pipeline.run(config(specs, stage=changes.pop("stage", "sft"), **changes), tmp_path)
+    assert "\n" not in str(error.value)
+    # Not even a tokenizer, to which the workdir would then belong.
+    assert {path.name for path in tmp_path.iterdir()} <= {"other", "other.jsonl"}
+
+  refused(r"has d_mlp=32, and config.model has d_mlp=40; they must be equal", model__d_mlp=40)
+  refused(
+    r"config.model.weights: /nowhere must be .* and it is not there", model__weights="/nowhere"
+  )
+  selected = str(whole / "sft_select")
+  refused(r"must be the folder of a finished stage that trains", model__weights=selected)
+  refused(r"config.stage='pretrain' .*config.model.weights", stage="pretrain")
+  context(config(specs, data__documents=other_documents(specs, tmp_path)), tmp_path / "other")
+  other = str(tmp_path / "other" / "tokenizer" / "tokenizer.model")
+  refused(r"another tokenizer; set config.tokenizer.path=.*whole", tokenizer__path=other)
+
+
+# --- refused before anything is trained -----------------------------------------------------------
+
+
+def refuse(config, workdir, match, *, one_device=True):
+  devices = micro.one_device() if one_device else contextlib.nullcontext()
+  with devices, pytest.raises((ValueError, UserError), match=match) as error:
+    pipeline.run(config, workdir)
+  assert "\n" not in str(error.value)
+
+
+def assert_untrained(workdir):
+  assert {path.name for path in workdir.iterdir()} <= {"tokenizer"}
+
+
+@pytest.mark.parametrize("kind", ["documents", "demonstrations", "comparisons", "prompts"])
+def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
+  path = tmp_path / "bad.jsonl"
+  bad, workdir = specs | {kind: f"jsonl:{path}"}, tmp_path / "run"
+  workdir.mkdir()
+  refuse(config(bad), workdir, rf"cannot read {path}: No such file")
+  path.write_text("\n")
+  refuse(config(bad), workdir, rf"data.{kind}='jsonl:{path}' holds no records")
+  lines = pathlib.Path(specs[kind].removeprefix("jsonl:")).read_text().splitlines()
+  path.write_text("\n".join([*lines[:2], '{"broken', *lines[2:]]))
+  refuse(config(bad), workdir, rf"{path}:3: not JSON")
+  assert_untrained(workdir)
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"data__max_prompt_length": 2}, "prompts: every record is too long .*max_prompt_length"),
+    (
+      {"mesh__data": 3},
+      "mesh: .*mesh.data=3.* must multiply to the number of devices, got 8",
+    ),
+    (
+      {"mesh__tensor": 4},
+      "parameter policy/.*heads=2 must be divisible by mesh axis tensor=4. Nearest mesh that fits:"
+      " --config.mesh.slice=1 --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2",
+    ),
+    (
+      {"sft__batch_size": 12},
+      r"config.sft.batch_size=12 must be divisible by mesh slice \* data \* fsdp = 8. Set"
+      " --config.sft.batch_size to a multiple, or the mesh to --config.mesh.slice=1"
+      " --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2",
+    ),
+    ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
+    ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
+    ({"tokenizer__path": "/no.model"}, "tokenizer.path='/no.model' cannot be read"),
+    ({"rollout__slots": 4}, r"rollout.slots=4 must be divisible by mesh slice \* data \* fsdp = 8"),
+    ({"data__comparisons": "demo:"}, "data.prompts='jsonl:.*'; give comparisons of your own"),
+    ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),
+    (
+      {"pretrain__optim__warmup_steps": 4},
+      "stage pretrain: .*after its warmup: warmup_steps=4, got num_steps=4",
+    ),
+    (
+      {"ppo__value_optim__warmup_steps": 8},
+      "stage ppo: .*after its warmup: warmup_steps=8, got num_steps=8",
+    ),
+    (
+      {"ppo__value_optim__warmup_steps": 4, "evaluate__overoptimization": True},
+      "stage ppo_beta0: .*after its warmup: warmup_steps=4, got num_steps=4",
+    ),
+  ],
+)
+def test_what_would_fail_later_is_refused_at_once(specs, tmp_path, changes, match):
+  refuse(config(specs, **changes), tmp_path, match, one_device=False)
+  assert_untrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "match"),
+  [
+    ({"pretrain__num_steps": 5}, "another config.stage .num_steps: 4 there, 5 here"),
+    ({"model__rope_base": 5.0}, "another config.model .rope_base: 10000.0 there, 5.0 here"),
+    ({"seed": 1}, "tokenizer: .*another config.seed .0 there, 1 here"),
+    ({"sft__dropout": 0.2}, "sft: .*another config.stage .dropout: 0.1 there, 0.2 here"),
+    ({"rm__ties": "half"}, "rm: .*another config.stage .ties: drop there, half here"),
+    ({"ppo__beta": 0.7}, "ppo: .*another config.ppo .beta: 0.2 there, 0.7 here"),
+    ({"tokenizer__vocab_size": 50}, "tokenizer: .*vocab_size: 56 there, 50 here"),
+  ],
+)
+def test_finished_stages_of_another_config_are_refused(whole, specs, changes, match):
+  before = files_of(whole)
+  refuse(config(specs, **changes), whole, match + ".*Use another --workdir")
+  assert files_of(whole) == before
+
+
+def test_another_tokenizer_is_refused(whole, specs, tmp_path):
+  other = config(specs, data__documents=other_documents(specs, tmp_path))
+  context(other, tmp_path)
+  path = str(tmp_path / "tokenizer" / "tokenizer.model")
+  refuse(config(specs, tokenizer__path=path), whole, "made with another tokenizer than")
+  wrong_size = config(specs, tokenizer__path=path, tokenizer__vocab_size=50)
+  refuse(wrong_size, tmp_path, f"vocab_size=50 must be the 56 pieces of {path}")
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["collect", "evaluate"])
+def test_only_the_first_process_writes(whole, specs, tmp_path, stage):
+  workdir = copy_without(whole, tmp_path / "run", "evaluate", "report")
+  before = files_of(workdir)
+  with contextlib.ExitStack() as patches:
+    patch = lambda *args: patches.enter_context(mock.patch.object(*args))
+    patch(collect, "_sampled", lambda *_: [])
+    patch(evaluate, "_measure", lambda *_: {"answer": []})
+    patch(evaluate, "pretraining_losses", lambda *_: {})
+    patch(jax, "process_index", lambda: 1)
+    run_stage(config(specs, data__comparisons="demo:"), workdir, stage)
+  assert files_of(workdir) == before
+
+
+# --- from the default preset's text ---------------------------------------------------------------
+
+
+DEMO = {kind: "demo:" for kind in ("documents", "demonstrations", "comparisons", "prompts")}
+
+
+@contextlib.contextmanager
+def few_records():
+  load = demo.load
+  few = lambda kind, split, seed: load(kind, split, seed)[: 40 if split == "train" else 8]
+  with mock.patch.object(demo, "load", few):
+    yield
+
+
+def test_a_few_shot_prompt_without_room_is_refused_at_once(tmp_path):
+  narrow = micro.config("ppo_ptx", DEMO, reward_model__max_length=100)
+  with few_records():
+    refuse(
+      narrow, tmp_path, r"reward_model.max_length=100 must hold the few-shot prompt of \d{3} tok"
+    )
+  assert_untrained(tmp_path)
+
+
+def test_from_the_demo_to_the_report(tmp_path):
+  """The demo's own road: comparisons are collected, and judged by its gold score."""
+  with few_records(), micro.one_device():
+    pipeline.run(micro.config("ppo_ptx", DEMO, evaluate__best_of_n=2), tmp_path)
+  agreement = finished.read_done(tmp_path / "collect")["agreement"]
+  assert agreement.keys() == {"train", "heldout"}
+  for split, count in (("train", 16), ("validation", 8), ("heldout", 8)):
+    spec = f"jsonl:{tmp_path}/collect/{split}.jsonl"
+    rankings = sources.load(
+      spec, "comparisons", "all", seed=0, validation_fraction=0.1, on_bad_record="raise"
+    )
+    assert len(rankings) == count
+    assert all(2 <= len(ranking.responses) <= 3 and ranking.labeler for ranking in rankings)
+  assert "heldout_labelers" in finished.read_done(tmp_path / "rm")
+  summary = finished.read_done(tmp_path / "evaluate")["summary"]
+  assert {"few_shot", "ppo_ptx"} <= summary.keys()
+  assert "gold" in summary["ppo_ptx"]
+  assert (tmp_path / "report" / "index.html").is_file()

@@ -1,0 +1,121 @@
+"""metrics.jsonl across resumes, TensorBoard, what the terminal shows."""
+
+import io
+import json
+
+import pytest
+import rich.console
+
+from instructjax.train.metrics import Display, MetricsWriter, read_metrics, sample_table
+
+
+def _write(directory, steps, *, start_step=0, tensorboard=False):
+  writer = MetricsWriter(directory, start_step=start_step, tensorboard=tensorboard)
+  for step in steps:
+    writer.write(step, {"loss": step / 10}, board=True)
+  writer.close()
+
+
+def _display(*, terminal: bool, start_step=0):
+  console = rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=100)
+  display = Display("ppo", num_steps=20, start_step=start_step, show=("kl",), console=console)
+  return display, console.file
+
+
+def test_lines_after_the_resumed_step_are_dropped(tmp_path):
+  _write(tmp_path, range(1, 8))
+  _write(tmp_path, range(5, 7), start_step=4)
+  assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_never_saved_starts_a_new_file(tmp_path):
+  _write(tmp_path, range(0, 3))
+  _write(tmp_path, [1])
+  assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
+  _write(tmp_path, [1, 2])
+  with open(tmp_path / "metrics.jsonl", "a") as file:
+    file.write('{"step": 3, "lo')
+  assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+  _write(tmp_path, [3], start_step=2)
+  assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_step_comes_first_and_files_are_strict_json(tmp_path):
+  _write(tmp_path, [1])
+  assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.1}\n'
+  writer = MetricsWriter(tmp_path, start_step=0, tensorboard=False)
+  with pytest.raises(ValueError, match="not JSON compliant"):
+    writer.write(1, {"loss": float("nan")}, board=False)
+  writer.close()
+
+
+def test_tensorboard_files_only_when_asked(tmp_path):
+  _write(tmp_path / "without", [1])
+  _write(tmp_path / "with", [1], tensorboard=True)
+  assert not list((tmp_path / "without").glob("events*"))
+  (events,) = (tmp_path / "with").glob("events*")
+  assert b"loss" in events.read_bytes()
+
+
+def test_plain_lines_at_log_steps():
+  display, output = _display(terminal=False)
+  display.start()
+  display.step(9, {"loss": 1.0, "kl": 0.123456}, log=False)
+  display.step(10, {"loss": 1.0, "kl": 0.123456}, log=True)
+  display.samples(10, [{"prompt": "Say [bold]hi", "answer": "two\nlines", "score": 1.5}])
+  display.stop()
+  line, sample = output.getvalue().splitlines()
+  assert line.startswith("ppo 10/20  kl 0.1235  ") and line.endswith("steps/s")
+  assert "loss" not in line
+  assert sample == "ppo step 10  prompt: Say [bold]hi  answer: two lines  score: 1.5"
+
+
+def test_terminal_bar_and_table():
+  display, output = _display(terminal=True, start_step=5)
+  display.start()
+  display.step(20, {"kl": 0.25}, log=True)
+  display.samples(20, [{"prompt": "Say [bold]hi", "answer": "[/red] ok", "score": 1.5, "kl": 2.0}])
+  display.stop()
+  text = output.getvalue()
+  for part in (
+    "going on after step 5",
+    "20/20",
+    "kl 0.25",
+    "steps/s",
+    "[bold]hi",
+    "[/red] ok",
+    "1.5",
+  ):
+    assert part in text
+
+
+def test_silence():
+  display = Display("ppo", num_steps=2, start_step=0, show=(), console=None)
+  display.start()
+  display.step(1, {"kl": 0.0}, log=True)
+  display.samples(1, [{"prompt": "a"}])
+  display.stop()
+
+
+def test_sample_table_has_a_column_a_key():
+  table = sample_table([{"prompt": "a", "score": 1.0}, {"prompt": "b", "score": 2.0}], "ppo step 1")
+  assert [column.header for column in table.columns] == ["prompt", "score"]
+  assert [column.justify for column in table.columns] == ["left", "right"]
+  assert table.row_count == 2
+
+
+def test_first_metrics_are_shown_when_none_are_named():
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  display = Display("rm", num_steps=2, start_step=0, show=(), console=console)
+  display.step(1, {name: 1.0 for name in "abcdef"}, log=True)
+  assert console.file.getvalue().startswith("rm 1/2  a 1  b 1  c 1  d 1  ")
+  assert "e 1" not in console.file.getvalue()
+
+
+def test_records_survive_a_round_trip(tmp_path):
+  _write(tmp_path, [1, 2])
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == read_metrics(tmp_path)
