@@ -8,17 +8,18 @@ import heapq
 import math
 import random
 
+from instructjax.core.errors import UserError
 from launch.topology import Chip
 
 
 def require_mean(mean: float, limit: int, stage: str):
   """Refuses what is no mean of lengths up to the limit, and a stage without answers."""
   if stage not in ("ppo", "ppo_ptx"):
-    raise ValueError(
+    raise UserError(
       f"--mean_response is of the answers that ppo and ppo_ptx sample, not of {stage}"
     )
   if not 1 <= mean <= limit:
-    raise ValueError(
+    raise UserError(
       f"--mean_response={mean:g} must be from 1 to config.data.max_response_length={limit}"
     )
 

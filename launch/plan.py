@@ -48,7 +48,7 @@ def parse_mesh(spelling: str) -> MeshConfig:
   """MeshConfig of `fsdp:64,tensor:4`.
 
   Raises:
-    ValueError: it is not spelt so, or names an axis that is not there or twice.
+    UserError: it is not spelt so, or names an axis that is not there or twice.
   """
   sizes = dict.fromkeys((field.name for field in dataclasses.fields(MeshConfig)), 1)
   pairs = [part.partition(":") for part in spelling.split(",")]
@@ -58,7 +58,7 @@ def parse_mesh(spelling: str) -> MeshConfig:
   except ValueError:
     given = {}
   if not given or set(names) - set(sizes) or len(set(names)) < len(names):
-    raise ValueError(
+    raise UserError(
       f"--mesh={spelling} must be AXIS:SIZE,... with each of {', '.join(sizes)} at most once, as"
       " fsdp:64,tensor:4"
     )
@@ -72,7 +72,7 @@ def plan(
 
   Raises:
     UserError: libtpu is not installed.
-    ValueError: the mesh, batch, stage or topology do not go together, or there are no answers to have that mean.
+    UserError: the mesh, batch, stage or topology do not go together, or there are no answers to have that mean.
   """
   limit = config.data.max_response_length
   if mean_response is not None:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.config import Config, ModelConfig
+from instructjax.core.errors import UserError
 from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
 from instructjax.models import decoding, flops, transformer
 from instructjax.parallel import constraints, sharding
@@ -60,10 +61,10 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   """The step of a stage, as the stage jits it.
 
   Raises:
-    ValueError: a parameter or the batch does not divide over the mesh, or the stage has no train step.
+    UserError: a parameter or the batch does not divide over the mesh, or the stage has no train step.
   """
   if stage not in STAGES:
-    raise ValueError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
+    raise UserError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
   config = dataclasses.replace(
     config, model=_on_tpu(config.model), reward_model=_on_tpu(config.reward_model)
   )
@@ -110,7 +111,7 @@ def _batch(ctx: Context, rows: int, columns: dict[str, tuple], make_tree):
 def _require_rows(ctx: Context, what: str, rows: int, mend: str):
   shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
   if rows % shards:
-    raise ValueError(
+    raise UserError(
       f"{what} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; {mend}, or take a --mesh"
       f" where it is a divisor of {rows}, which --search looks for"
     )
@@ -173,7 +174,7 @@ def _rm(ctx: Context) -> Program:
   cfg, data = ctx.config.rm, ctx.config.data
   ctx.require_fit(["reward"], {"config.rm.batch_size": cfg.batch_size})
   if cfg.row_length:
-    raise ValueError(
+    raise UserError(
       f"config.rm.row_length={cfg.row_length} must be 0 to plan: with it the work depends on the answers' lengths,"
       " and what is planned is the bound"
     )
@@ -215,7 +216,7 @@ def _ppo(ctx: Context, stage: str) -> Program:
   cfg, data, mesh = ppo.variant(ctx, stage), ctx.config.data, ctx.mesh
   ctx.require_fit(["policy", "reward"], {"config.ppo.batch_size": cfg.batch_size})
   if ctx.config.rollout.slots or cfg.packed_rows:
-    raise ValueError(
+    raise UserError(
       f"config.rollout.slots={ctx.config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
       " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
     )

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Iterator
 
 from instructjax.core.config import Config, MeshConfig, ModelConfig
+from instructjax.core.errors import UserError
 from launch import estimate
 from launch.topology import GIB, Chip
 
@@ -90,14 +91,14 @@ def run(
     number: how many meshes that fit to compile.
     compile_one: flags -> the planner's report with them, or {'failure': why there is none}.
   Raises:
-    ValueError: no mesh goes with the stage's batch and models.
+    UserError: no mesh goes with the stage's batch and models.
   """
   if number < 1:
-    raise ValueError(f"--tries={number} must be positive")
+    raise UserError(f"--tries={number} must be positive")
   ranking = rank(config, stage, devices, chip)
   if not ranking.choices and not ranking.too_large:
     reason, spellings = max(ranking.do_not_divide.items(), key=lambda item: len(item[1]))
-    raise ValueError(
+    raise UserError(
       f"no mesh of the {len(devices)} devices of {topology_name} goes with {stage}; {len(spellings)} of"
       f" {sum(map(len, ranking.do_not_divide.values()))}, as {spellings[0]}, because {reason}"
     )
@@ -163,7 +164,7 @@ def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
   """Every mesh of that many devices, with axes that are not searched as configured."""
   others = math.prod(size for axis, size in vars(configured).items() if axis not in _AXES)
   if others < 1 or num_devices % others:
-    raise ValueError(
+    raise UserError(
       f"mesh {estimate.spell_mesh(vars(configured))}: axes besides {', '.join(_AXES)} must be"
       f" positive and divide the {num_devices} devices"
     )

@@ -72,7 +72,7 @@ _ENVIRONMENT = {
 def _parse(topology: str) -> re.Match:
   match = _NAME.fullmatch(topology)
   if match is None or match["chip"] not in CHIPS or match["slices"] == "0":
-    raise ValueError(
+    raise UserError(
       f"--topology={topology} must be CHIP:AxB or CHIP:AxBxC with CHIP one of {', '.join(CHIPS)},"
       " as v5e:16x16 or v5p:4x4x4, or several such slices, as 2xv5e:16x16"
     )
@@ -83,7 +83,7 @@ def chip(topology: str) -> Chip:
   """The figures of a topology's devices.
 
   Raises:
-    ValueError: the name is not [SLICESx]CHIP:AxB[xC], or of a chip whose figures are not known here.
+    UserError: the name is not [SLICESx]CHIP:AxB[xC], or of a chip whose figures are not known here.
   """
   return CHIPS[_parse(topology)["chip"]]
 
@@ -98,7 +98,7 @@ def devices(topology: str) -> list:
 
   Raises:
     UserError: libtpu is not installed.
-    ValueError: there is no such slice.
+    UserError: there is no such slice.
   """
   name = _parse(topology)
   options = _CHIP_CONFIG.get(name["chip"], {})
@@ -118,4 +118,4 @@ def devices(topology: str) -> list:
     return list(found.devices)
   except Exception as error:  # libtpu's own kinds, RuntimeErrors most often
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise ValueError(f"--topology={topology} must be a slice that exists: {reason}") from error
+    raise UserError(f"--topology={topology} must be a slice that exists: {reason}") from error

@@ -9,18 +9,20 @@ import types
 import typing
 from typing import Any, Literal
 
+from instructjax.core.errors import UserError
+
 
 def require_positive(block, where: str, *names: str):
-  """Raises ValueError where one of the block's fields is not above 0; `where` is the block's path in the config."""
+  """Raises UserError where one of the block's fields is not above 0; `where` is the block's path in the config."""
   for name in names:
     value = getattr(block, name)
     require(value > 0, f"{where}.{name}={value} must be positive")
 
 
 def require(condition: bool, message: str):
-  """Raises ValueError(message) where the condition does not hold."""
+  """Raises UserError(message) where the condition does not hold."""
   if not condition:
-    raise ValueError(message)
+    raise UserError(message)
 
 
 def validate(block, where: str):
@@ -37,7 +39,7 @@ def build(cls, values: dict, where: str):
   """The dataclass with these values, its blocks built likewise.
 
   Raises:
-    ValueError: a field is unknown (with the nearest known one), missing or of the wrong type.
+    UserError: a field is unknown (with the nearest known one), missing or of the wrong type.
   """
   hints = typing.get_type_hints(cls)
   for name in values:
@@ -46,7 +48,7 @@ def build(cls, values: dict, where: str):
       suggestion = (
         f"; did you mean {where}.{near[0]}?" if near else f"; known fields: {', '.join(hints)}"
       )
-      raise ValueError(f"{where}.{name} is not a config field{suggestion}")
+      raise UserError(f"{where}.{name} is not a config field{suggestion}")
   missing = [name for name in hints if name not in values]
   require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
   return cls(

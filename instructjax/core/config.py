@@ -499,7 +499,7 @@ def from_config_dict(config) -> Config:
   A reward model of the policy's network starts from the policy's weights unless it names its own.
 
   Raises:
-    ValueError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
+    UserError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
   """
   plain = config.to_dict() if hasattr(config, "to_dict") else config
   result = build(Config, plain, "config")
@@ -514,7 +514,7 @@ def model_config(values: dict, where: str) -> ModelConfig:
   """Validated ModelConfig from a plain dict, as a finished stage keeps it.
 
   Raises:
-    ValueError: as from_config_dict.
+    UserError: as from_config_dict.
   """
   result = build(ModelConfig, values, where)
   validate(result, where)

@@ -1,14 +1,14 @@
-"""Errors that reach the user as one clear line: `main` prints them without a traceback and exits 2.
+"""Errors that reach the user as one clear line: commands print them without a traceback and exit 2.
 
-Raised anywhere; imports nothing of the project. A `ValueError` from validating what the user gave
-is treated alike.
+Raised anywhere; imports nothing of the project. Whatever else is raised is a fault of this package and
+keeps its traceback (commands/cli.py), a plain ValueError included.
 """
 
 import contextlib
 import pathlib
 
 
-class UserError(Exception):
+class UserError(ValueError):
   """Something the user can mend; the message says what failed and how to mend it."""
 
 

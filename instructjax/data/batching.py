@@ -23,6 +23,7 @@ import grain
 import jax
 import numpy as np
 
+from instructjax.core.errors import UserError
 from instructjax.core.structs import PackedBatch, PromptBatch, RankedBatch
 from instructjax.data import packing
 from instructjax.data.tokenize import DemonstrationTokens, RankingTokens
@@ -57,9 +58,9 @@ class Batches:
       places: rows of the global batch that are this process's, ascending; None for all.
     """
     if not num_rows:
-      raise ValueError("cannot make batches: there is no data")
+      raise UserError("cannot make batches: there is no data")
     if batch_size <= 0:
-      raise ValueError(f"batch_size={batch_size} must be positive")
+      raise UserError(f"batch_size={batch_size} must be positive")
     self.steps_per_epoch = -(-num_rows // batch_size)
     self._identity = {
       "batch_size": batch_size,
@@ -87,7 +88,7 @@ class Batches:
     """Goes on where `get_state` was called; refuses the state of other data, batch size or seed."""
     for name, value in self._identity.items():
       if state.get(name) != value:
-        raise ValueError(
+        raise UserError(
           f"cannot resume the data: {name} was {state.get(name)} when saved and is {value} now"
         )
     self._iterator.set_state(state["iterator"])
@@ -143,7 +144,7 @@ class ZippedBatches:
 
   def set_state(self, state: dict):
     if state.keys() != self._parts.keys():
-      raise ValueError(
+      raise UserError(
         f"cannot resume the data: saved for {sorted(state)}, now {sorted(self._parts)}"
       )
     for name, part in self._parts.items():
@@ -231,7 +232,7 @@ def ranking_batches(
   rankings = list(rankings)
   for item in rankings:
     if len(item.responses) > max_responses:
-      raise ValueError(
+      raise UserError(
         f"a prompt has {len(item.responses)} ranked responses;"
         f" raise rm.max_responses={max_responses}"
       )
@@ -289,7 +290,7 @@ def ranked_batch(
   """One RankedBatch of the rankings, in order; `num_rows` as in `ranking_batches`.
 
   Raises:
-    ValueError: the answers do not fit num_rows.
+    UserError: the answers do not fit num_rows.
   """
   shape = (len(rankings), max_responses)
   rank_BC = np.zeros(shape, np.int32)
@@ -304,7 +305,7 @@ def ranked_batch(
   else:
     rows = packing.pack([len(sequence) for sequence in sequences], length)
     if len(rows) > num_rows:
-      raise ValueError(f"a batch of rankings needs {len(rows)} rows, and num_rows={num_rows}")
+      raise UserError(f"a batch of rankings needs {len(rows)} rows, and num_rows={num_rows}")
     rows += [[]] * (num_rows - len(rows))
   scored = packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size)
   last_BC = np.zeros(shape, np.int32)
@@ -325,7 +326,7 @@ def prompt_batches(
   prompts = [list(prompt) for prompt in prompts]
   for prompt in prompts:
     if not 0 < len(prompt) <= length:
-      raise ValueError(
+      raise UserError(
         f"a prompt of {len(prompt)} tokens does not fit length={length}; see tokenize_prompts"
       )
   return Batches(

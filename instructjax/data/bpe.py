@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from instructjax.core.errors import UserError
 from instructjax.data import chat, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
@@ -38,23 +39,23 @@ class HuggingFaceTokenizer:
     """Takes the tokenizer over: its truncation and padding are switched off.
 
     Raises:
-      ValueError: there is no EOS token, a special token is not in the vocabulary, or text is lost.
+      UserError: there is no EOS token, a special token is not in the vocabulary, or text is lost.
     """
     self.path = path
     tokenizer.no_truncation()
     tokenizer.no_padding()
     bos_id, eos_id = (self._find(tokenizer, token) for token in (special.bos, special.eos))
     if eos_id is None:
-      raise ValueError(f"tokenizer.path={str(path)!r} has no end-of-sequence token")
+      raise UserError(f"tokenizer.path={str(path)!r} has no end-of-sequence token")
     starts = _starts(tokenizer)
     if len(starts) > 1:
-      raise ValueError(
+      raise UserError(
         f"tokenizer.path={str(path)!r} must begin a text with one token, has {len(starts)}"
       )
     adds_bos = special.adds_bos or bool(starts)
     bos_id = starts[0] if starts else bos_id
     if adds_bos and bos_id is None:
-      raise ValueError(f"{special.where} asks for a BOS token and names none")
+      raise UserError(f"{special.where} asks for a BOS token and names none")
     _mark_special(tokenizer, {eos_id} if bos_id is None else {bos_id, eos_id})
     bos, eos = (None if i is None else tokenizer.id_to_token(i) for i in (bos_id, eos_id))
     if adds_bos and not starts:
@@ -75,12 +76,12 @@ class HuggingFaceTokenizer:
     parts = [self._definition, bos, eos, adds_bos, special.chat_template]
     self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if self.decode(self.encode(_PROBE)) != _PROBE:
-      raise ValueError(
+      raise UserError(
         f"tokenizer.path={str(path)!r} loses capitals, spaces or newlines, which a language model"
         " must be able to write"
       )
     if eos_id in self.encode(eos):
-      raise ValueError(f"tokenizer.path={str(path)!r} encodes the text {eos!r} to its EOS")
+      raise UserError(f"tokenizer.path={str(path)!r} encodes the text {eos!r} to its EOS")
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text, without BOS and EOS; special tokens in it are text like any other.
@@ -125,7 +126,7 @@ class HuggingFaceTokenizer:
     by_text = isinstance(token, str)
     found = tokenizer.token_to_id(token) if by_text else token
     if found is None or (not by_text and tokenizer.id_to_token(found) is None):
-      raise ValueError(f"tokenizer.path={str(self.path)!r} has no token {token!r}, its BOS or EOS")
+      raise UserError(f"tokenizer.path={str(self.path)!r} has no token {token!r}, its BOS or EOS")
     return found
 
 
@@ -133,7 +134,7 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
   """The tokenizer in a tokenizer.json.
 
   Raises:
-    ValueError: see HuggingFaceTokenizer; or it is no such file.
+    UserError: see HuggingFaceTokenizer; or it is no such file.
   """
   import tokenizers  # late: the default preset does without
 
@@ -143,11 +144,11 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
     added = json.loads(content)["added_tokens"]
   except Exception as error:  # the package raises Exception itself
     reason = " ".join(str(error).split())
-    raise ValueError(f"tokenizer.path={str(path)!r} is not a tokenizer.json: {reason}") from error
+    raise UserError(f"tokenizer.path={str(path)!r} is not a tokenizer.json: {reason}") from error
   for token in added:  # the package renumbers them where one is not the next free id
     found = tokenizer.token_to_id(token["content"])
     if found != token["id"]:
-      raise ValueError(
+      raise UserError(
         f"tokenizer.path={str(path)!r}: the added token {token['content']!r} must have the next"
         f" free id, {found}, has {token['id']}"
       )

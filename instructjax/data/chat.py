@@ -12,6 +12,8 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
+from instructjax.core.errors import UserError
+
 
 def render(
   template: str | None,
@@ -33,10 +35,10 @@ def render(
     special: texts of all special tokens, which no message may hold: it could end its own turn and
       speak as another.
   Raises:
-    ValueError: there is no template, it fails, or a message is not of that form.
+    UserError: there is no template, it fails, or a message is not of that form.
   """
   if template is None:
-    raise ValueError(
+    raise UserError(
       f"{where} has no chat template, which chat messages need; give prompts as text instead"
     )
   _check(messages, special)
@@ -51,19 +53,19 @@ def render(
     )
   except Exception as error:  # whatever the template's author may have got wrong
     reason = " ".join(str(error).split())
-    raise ValueError(f"{where}: the chat template fails: {reason}") from error
+    raise UserError(f"{where}: the chat template fails: {reason}") from error
 
 
 def _check(messages: Sequence[Mapping], special: Iterable[str]):
   if not messages:
-    raise ValueError("a chat must have at least one message")
+    raise UserError("a chat must have at least one message")
   for number, message in enumerate(messages, start=1):
     for name in ("role", "content"):
       if not isinstance(message.get(name), str):
-        raise ValueError(f"message {number} of a chat must have a {name}, which is text")
+        raise UserError(f"message {number} of a chat must have a {name}, which is text")
       for token in special:
         if token in message[name]:
-          raise ValueError(
+          raise UserError(
             f"message {number} of a chat must not hold the special token {token!r} in its {name}"
           )
 

@@ -18,6 +18,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from instructjax.core.errors import UserError
+
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # of the tensors' data, where the file does not say
@@ -63,7 +65,7 @@ def read(path: str | os.PathLike) -> Header:
   """Reads and checks the header; every tensor it lists lies inside the file.
 
   Raises:
-    ValueError: the file cannot be read, is not a GGUF file of a known version and byte order, or is
+    UserError: the file cannot be read, is not a GGUF file of a known version and byte order, or is
       damaged or cut off; the message names the file and where it breaks.
   """
   path = pathlib.Path(path)
@@ -71,11 +73,11 @@ def read(path: str | os.PathLike) -> Header:
     with path.open("rb") as file:
       size = os.fstat(file.fileno()).st_size
       if size < len(_MAGIC) or file.read(len(_MAGIC)) != _MAGIC:
-        raise ValueError(f"{path} is not a GGUF file: it must begin with the letters GGUF")
+        raise UserError(f"{path} is not a GGUF file: it must begin with the letters GGUF")
       with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _parse(_Cursor(path, data))
   except OSError as error:
-    raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class _Cursor:
@@ -86,8 +88,8 @@ class _Cursor:
     self.position = len(_MAGIC)
     self.inside = "the header"
 
-  def error(self, problem: str) -> ValueError:
-    return ValueError(f"{self.path} is damaged or cut off: {problem}")
+  def error(self, problem: str) -> UserError:
+    return UserError(f"{self.path} is damaged or cut off: {problem}")
 
   def take(self, count: int) -> bytes:
     end = self.position + count
@@ -127,12 +129,12 @@ class _Cursor:
 def _parse(cursor: _Cursor) -> Header:
   version = cursor.number("I")
   if version & 0xFFFF == 0:
-    raise ValueError(
+    raise UserError(
       f"{cursor.path} is a big-endian GGUF file; convert it to little-endian"
       " (llama.cpp's gguf_convert_endian.py)"
     )
   if version not in _VERSIONS:
-    raise ValueError(f"{cursor.path} is GGUF version {version}; versions 2 and 3 can be read")
+    raise UserError(f"{cursor.path} is GGUF version {version}; versions 2 and 3 can be read")
   num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
   metadata = {}
   for index in range(num_keys):
@@ -167,7 +169,7 @@ def _tensor(cursor: _Cursor, name: str, kind: int, shape: tuple[int, ...], offse
   try:
     kind = gguf.GGMLQuantizationType(kind)
   except ValueError as error:
-    raise ValueError(
+    raise UserError(
       f"{cursor.path}: tensor {name!r} has type {kind}, which the installed gguf package does not know"
     ) from error
   block, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -10,6 +10,7 @@ the models' own tokenizer.json files have them.
 import pathlib
 from collections.abc import Mapping
 
+from instructjax.core.errors import UserError
 from instructjax.data import bpe
 from instructjax.data.special_tokens import SpecialTokens
 
@@ -39,14 +40,14 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
   """The byte-level BPE tokenizer that the metadata describe (`tokenizer.ggml.model` 'gpt2').
 
   Raises:
-    ValueError: its pre-tokenizer is not known, or its vocabulary is not whole.
+    UserError: its pre-tokenizer is not known, or its vocabulary is not whole.
   """
   import tokenizers
   from tokenizers import decoders, models, normalizers
 
   pre = metadata.get("tokenizer.ggml.pre")
   if pre not in PRE_TOKENIZERS:
-    raise ValueError(
+    raise UserError(
       f"{path}: tokenizer.ggml.pre={pre!r} must be one of {', '.join(PRE_TOKENIZERS)}; set"
       " tokenizer.path to the model's tokenizer.json"
     )
@@ -58,7 +59,7 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
   except Exception as error:  # the package raises Exception itself
     reason = " ".join(str(error).split())
-    raise ValueError(f"{path}: tokenizer.ggml.merges do not fit the tokens: {reason}") from error
+    raise UserError(f"{path}: tokenizer.ggml.merges do not fit the tokens: {reason}") from error
   tokenizer = tokenizers.Tokenizer(model)
   tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
   tokenizer.pre_tokenizer = pre_tokenizer(pre)
@@ -92,14 +93,14 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
   """A sentencepiece `.model` file of the metadata (`tokenizer.ggml.model` 'llama' or 't5').
 
   Raises:
-    ValueError: its vocabulary is not whole.
+    UserError: its vocabulary is not whole.
   """
   from sentencepiece import sentencepiece_model_pb2 as proto
 
   tokens, kinds = _tokens(path, metadata)
   scores = metadata.get("tokenizer.ggml.scores", ())
   if len(scores) != len(tokens):
-    raise ValueError(f"{path}: tokenizer.ggml.scores must have {len(tokens)}, has {len(scores)}")
+    raise UserError(f"{path}: tokenizer.ggml.scores must have {len(tokens)}, has {len(scores)}")
   model = proto.ModelProto()
   for token, kind, score in zip(tokens, kinds, scores):
     if kind == _USER_DEFINED:  # written with spaces there
@@ -129,7 +130,7 @@ def _tokens(path: pathlib.Path, metadata: Mapping) -> tuple[list[str], list[int]
   tokens = metadata.get("tokenizer.ggml.tokens", [])
   kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
   if not tokens or len(kinds) != len(tokens):
-    raise ValueError(
+    raise UserError(
       f"{path}: tokenizer.ggml.tokens and token_type must be of one length, are"
       f" {len(tokens)} and {len(kinds)}"
     )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instructjax.core.errors import UserError
 from instructjax.core.structs import PackedBatch
 
 
@@ -30,7 +31,7 @@ def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
   for index in sorted(range(len(sequence_lengths)), key=lambda i: -sequence_lengths[i]):
     needed = sequence_lengths[index]
     if not 0 < needed <= length:
-      raise ValueError(f"a sequence of {needed} tokens does not fit rows of length={length}")
+      raise UserError(f"a sequence of {needed} tokens does not fit rows of length={length}")
     found = bisect.bisect_left(room, (needed, 0))
     if found < len(room):
       left, row = room.pop(found)

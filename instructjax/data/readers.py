@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from instructjax.core.errors import UserError
 from instructjax.data.records import KEYS, BadRecord
 
 _TURN = "\n\nAssistant:"  # what precedes each answer in an Anthropic-HH dialogue
@@ -44,7 +45,7 @@ def _hh(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   "\\n\\nAssistant:".
   """
   if kind == "documents":
-    raise ValueError(f"data.documents='hh:{path}' must be another source: hh: holds dialogues only")
+    raise UserError(f"data.documents='hh:{path}' must be another source: hh: holds dialogues only")
   return _lines(path), _decode_hh, False
 
 
@@ -57,7 +58,7 @@ def _lines(path: str) -> Rows:
         if line.strip():
           yield f"{path}:{number}", line
   except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file cut short or damaged
-    raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _decode_json(line: bytes, kind: str, where: str) -> Any:
@@ -111,7 +112,7 @@ def _parquet(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   else:
     files = [path]
   if not files:
-    raise ValueError(f"data.{kind}='parquet:{path}' finds no file that ends in .parquet")
+    raise UserError(f"data.{kind}='parquet:{path}' finds no file that ends in .parquet")
   return _parquet_rows(sorted(files), kind), _decode_table_row, False
 
 
@@ -126,7 +127,7 @@ def _parquet_rows(files: list[str], kind: str) -> Rows:
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
     except (OSError, pyarrow.ArrowException) as error:
       reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-      raise ValueError(f"cannot read {path}: {reason}") from error
+      raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
@@ -139,7 +140,7 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   try:
     import datasets  # the extra of this name
   except ImportError as error:
-    raise ValueError(
+    raise UserError(
       f"data.{kind}='datasets:{rest}' needs Hugging Face's datasets package:"
       " pip install 'instructjax[datasets]'"
     ) from error
@@ -149,16 +150,16 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   try:
     loaded = datasets.load_from_disk(path)
   except Exception as error:  # of many types, pyarrow's too
-    raise ValueError(
+    raise UserError(
       f"data.{kind}='datasets:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
   if isinstance(loaded, datasets.Dataset):
     if own_split:
-      raise ValueError(f"data.{kind}='datasets:{rest}' must be datasets:{path}: it has no splits")
+      raise UserError(f"data.{kind}='datasets:{rest}' must be datasets:{path}: it has no splits")
     return _dataset_rows({path: loaded}, kind), _decode_table_row, False
   chosen = own_split or "train"
   if chosen not in loaded:
-    raise ValueError(
+    raise UserError(
       f"data.{kind}='datasets:{rest}' has no split {chosen!r}: name one of its splits, as in"
       f" datasets:{path}:{next(iter(loaded))} (it has {', '.join(loaded)})"
     )
@@ -181,7 +182,7 @@ def _columns(names: list[str], kind: str, where: str) -> list[str]:
   """The columns that `kind` is made of: others may be images, or of types that Python has not."""
   wanted = [name for name in KEYS[kind] if name in names]
   if not wanted:
-    raise ValueError(
+    raise UserError(
       f"{where}: has no column of {kind} ({', '.join(KEYS[kind])}), only {', '.join(names) or 'none'}"
     )
   return wanted
@@ -214,7 +215,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   """
   match = _TFDS.fullmatch(rest)
   if not match:
-    raise ValueError(
+    raise UserError(
       f"data.{kind}='tfds:{rest}' must be tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]"
     )
   name, own_split = match["name"], match["split"]
@@ -226,7 +227,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
     chosen = own_split or (split if has_own_split else "train")
     source = tfds.data_source(name, split=chosen, data_dir=match["data_dir"])
   except Exception as error:  # tfds raises many types of its own
-    raise ValueError(
+    raise UserError(
       f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
   rows = ((f"tfds:{name}:{chosen}:{row}", source[row]) for row in range(len(source)))

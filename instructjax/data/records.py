@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 from typing import Any
 
+from instructjax.core.errors import UserError
+
 # Kind -> the keys that its forms are made of; a table's other columns need not be read.
 KEYS = {
   "documents": ("text",),
@@ -82,7 +84,7 @@ class Ranking:
 Record = Document | Prompt | Demonstration | Ranking
 
 
-class BadRecord(ValueError):
+class BadRecord(UserError):
   """An unusable record: `file:line: reason`, never the record's text, which may be abusive."""
 
 
@@ -118,7 +120,7 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
     return _demonstration(obj, where)
   if kind == "comparisons":
     return _ranking(obj, where)
-  raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+  raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
 
 
 def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+from instructjax.core.errors import UserError
 from instructjax.data.readers import READERS, Decode, Rows
 from instructjax.data.records import (
   KINDS,
@@ -61,15 +62,15 @@ def load(
   """
   scheme, colon, rest = spec.partition(":")
   if not colon or scheme not in _SCHEMES:
-    raise ValueError(
+    raise UserError(
       f"data.{kind}={spec!r} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
     )
   if kind not in KINDS:
-    raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
   if split not in ("train", "validation", "test", "all"):
-    raise ValueError(f"split={split!r} must be train, validation, test or all")
+    raise UserError(f"split={split!r} must be train, validation, test or all")
   if on_bad_record not in ("raise", "skip"):
-    raise ValueError(f"data.on_bad_record={on_bad_record!r} must be raise or skip")
+    raise UserError(f"data.on_bad_record={on_bad_record!r} must be raise or skip")
   if scheme == "demo":
     from instructjax.data import demo  # imported only where it is used
 
@@ -86,7 +87,7 @@ def load(
     if _is_held_out(record, validation_fraction) == (split == "validation")
   ]
   if not chosen:
-    raise ValueError(
+    raise UserError(
       f"data.{kind}={spec!r}: none of its {len(records)} records fall in the {split} split with"
       f" data.validation_fraction={validation_fraction}"
     )
@@ -109,7 +110,7 @@ def render(
       want the user and the assistant to take turns, and no message may hold a special token.
 
   Raises:
-    ValueError: of render_chat, with the kind and the number of the prompt among `records`.
+    UserError: of render_chat, with the kind and the number of the prompt among `records`.
   """
   if not any(_is_chat(record) for record in records):
     return records
@@ -123,12 +124,12 @@ def render(
       except ValueError as error:
         bad.append(f"chat prompt {number} cannot be made text: {error}")
         if on_bad_record == "raise":
-          raise ValueError(f"{name}: {bad[0]}") from error
+          raise UserError(f"{name}: {bad[0]}") from error
         continue
     rendered.append(record)
   _warn_of_skipped(name, bad, len(records))
   if not rendered:
-    raise ValueError(f"{name}: no record is left: {bad[0]}")
+    raise UserError(f"{name}: no record is left: {bad[0]}")
   return rendered
 
 
@@ -162,7 +163,7 @@ def _parse(rows: Rows, decode: Decode, spec: str, kind: str, on_bad_record: str)
       bad.append(str(error))
   _warn_of_skipped(spec, bad, len(bad) + len(records))
   if not records:
-    raise ValueError(
+    raise UserError(
       f"data.{kind}={spec!r} holds no records"
       + (f" but {len(bad)} bad ones: {bad[0]}" if bad else "")
     )

@@ -14,6 +14,8 @@ import json
 import os
 import pathlib
 
+from instructjax.core.errors import UserError
+
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 
@@ -41,7 +43,7 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
   """Special tokens of a Hugging Face folder; files that are absent say nothing.
 
   Raises:
-    ValueError: a file is not JSON, or has several chat templates and none named "default".
+    UserError: a file is not JSON, or has several chat templates and none named "default".
   """
   names = (CONFIG, "special_tokens_map.json", "generation_config.json", "config.json")
   options, special, *with_ids = (_read_json(folder / name) for name in names)
@@ -55,7 +57,7 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
   elif isinstance(template, list):
     named = {entry["name"]: entry["template"] for entry in template}
     if "default" not in named:
-      raise ValueError(f"{where}: chat_template must have one named 'default', has {list(named)}")
+      raise UserError(f"{where}: chat_template must have one named 'default', has {list(named)}")
     template = named["default"]
   return SpecialTokens(
     where=where,
@@ -100,9 +102,9 @@ def _read_json(path: pathlib.Path) -> dict:
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
+    raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(content, dict):
-    raise ValueError(f"{path} must hold a JSON object")
+    raise UserError(f"{path} must hold a JSON object")
   return content
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+from instructjax.core.errors import UserError
 from instructjax.data.records import Demonstration, Prompt, Ranking
 from instructjax.data.tokenizer import Tokenizer
 
@@ -111,7 +112,7 @@ def _report(kind: str, kept: int, **left_out: int) -> dict[str, int]:
     reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
     logger.warning("%s: kept %d; left out for length: %s", kind, kept, reasons)
   if not kept and any(left_out.values()):
-    raise ValueError(
+    raise UserError(
       f"{kind}: every record is too long ({reasons});"
       " raise data.max_prompt_length or data.max_response_length"
     )

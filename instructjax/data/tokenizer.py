@@ -27,6 +27,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
+from instructjax.core.errors import UserError
 from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
@@ -92,7 +93,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
       `.gguf` file. What Hugging Face keeps beside the first two in tokenizer_config.json and its
       like is read with them (see special_tokens).
   Raises:
-    ValueError: nothing that can be read lies there, or no language model can be trained with it.
+    UserError: nothing that can be read lies there, or no language model can be trained with it.
   """
   path = pathlib.Path(path)
   try:
@@ -104,14 +105,14 @@ def load(path: str | os.PathLike) -> Tokenizer:
       special = special_tokens.read_folder(file.parent) if has_config else None
       return SentencePieceTokenizer(file, file.read_bytes(), special)
   except OSError as error:
-    raise ValueError(f"tokenizer.path={str(path)!r} cannot be read: {error.strerror}") from error
+    raise UserError(f"tokenizer.path={str(path)!r} cannot be read: {error.strerror}") from error
   return _load_gguf(file)
 
 
 def _file_in(folder: pathlib.Path) -> pathlib.Path:
   files = [folder / name for name in (bpe.FILE, _MODEL_FILE) if (folder / name).is_file()]
   if not files:
-    raise ValueError(
+    raise UserError(
       f"{folder} has no tokenizer: it must hold one of {bpe.FILE}, {_MODEL_FILE}; copy the model's"
       " there, or name it with --config.tokenizer.path when training"
     )
@@ -131,7 +132,7 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
     special = gguf_vocabulary.special_tokens(path, metadata, adds_bos=kind == "llama")
     model = gguf_vocabulary.sentencepiece_model(path, metadata)
     return SentencePieceTokenizer(path, model, special)
-  raise ValueError(
+  raise UserError(
     f"{path}: tokenizer.ggml.model={kind!r} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
     " the model's tokenizer.json or tokenizer.model"
   )
@@ -156,30 +157,30 @@ class SentencePieceTokenizer:
       model: content of a `.model` file.
       special: what lies beside it; None for a file alone.
     Raises:
-      ValueError: it is no such file, has no EOS or a special token not at all, or loses newlines.
+      UserError: it is no such file, has no EOS or a special token not at all, or loses newlines.
     """
     self.path, self.model = path, model
     try:
       self._processor = sentencepiece.SentencePieceProcessor()
       self._processor.load_from_serialized_proto(model)
     except (RuntimeError, ValueError) as error:
-      raise ValueError(f"tokenizer.path={str(path)!r} is not a sentencepiece model file") from error
+      raise UserError(f"tokenizer.path={str(path)!r} is not a sentencepiece model file") from error
     self.vocab_size = self._processor.vocab_size()
     self.pad_id = self.vocab_size
     self._read_special(special)
     if self.eos_id < 0:
-      raise ValueError(f"tokenizer.path={str(path)!r} has no end-of-sequence piece")
+      raise UserError(f"tokenizer.path={str(path)!r} has no end-of-sequence piece")
     # Other people's files, without a piece for the newline or without the space that sentencepiece
     # puts before a text, encode their text whole.
     newline_id = self._processor.piece_to_id(_NEWLINE)
     by_line = newline_id != self._processor.unk_id() and self._processor.normalize("a") == "▁a"
     self.newline_id = newline_id if by_line else None
     if self.decode(self.encode("a\nb")) != "a\nb":
-      raise ValueError(
+      raise UserError(
         f"tokenizer.path={str(path)!r} loses newlines: it needs a piece for them, or byte fallback"
       )
     if self.eos_id in self.encode(self._processor.id_to_piece(self.eos_id)):
-      raise ValueError(f"tokenizer.path={str(path)!r} encodes the text of its EOS to EOS")
+      raise UserError(f"tokenizer.path={str(path)!r} encodes the text of its EOS to EOS")
 
   def _read_special(self, special: SpecialTokens | None):
     """Sets EOS, BOS, special pieces and the fingerprint."""
@@ -192,7 +193,7 @@ class SentencePieceTokenizer:
       self.eos_id = self.eos_id if eos_id is None else eos_id
       bos_id = self._find(special.bos)
       if special.adds_bos and bos_id is None:
-        raise ValueError(f"{special.where} asks for a BOS token and names none")
+        raise UserError(f"{special.where} asks for a BOS token and names none")
       self.bos_id = bos_id if special.adds_bos else None
       self._special_ids = {
         self._processor.id_to_piece(i): i
@@ -215,7 +216,7 @@ class SentencePieceTokenizer:
       return None
     i = self._processor.piece_to_id(token) if isinstance(token, str) else token
     if not 0 <= i < self.vocab_size or token not in (i, self._processor.id_to_piece(i)):
-      raise ValueError(f"tokenizer.path={str(self.path)!r} has no piece {token!r}, its BOS or EOS")
+      raise UserError(f"tokenizer.path={str(self.path)!r} has no piece {token!r}, its BOS or EOS")
     return i
 
   def encode(self, text: str) -> list[int]:
@@ -291,7 +292,7 @@ def train_tokenizer(
   """
   lines = _training_lines(texts, seed)
   if not lines:
-    raise ValueError("cannot train a tokenizer: there is no text")
+    raise UserError("cannot train a tokenizer: there is no text")
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -315,7 +316,7 @@ def train_tokenizer(
     )
   except RuntimeError as error:
     reason = str(error).rsplit("] ", 1)[-1]  # what follows "INTERNAL: file(line) [condition] "
-    raise ValueError(
+    raise UserError(
       f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size} pieces: {reason}"
     ) from error
   path = pathlib.Path(path)

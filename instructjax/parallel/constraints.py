@@ -10,6 +10,7 @@ import math
 import jax
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.core.errors import UserError
 from instructjax.parallel.chips import TPU_GIB
 from instructjax.parallel.sharding import ROWS, spec_of
 
@@ -179,7 +180,7 @@ def device_memory(mesh) -> float | None:
   Args:
     mesh: a Mesh or an AbstractMesh.
   Raises:
-    ValueError: the devices are not here, and of a kind that the table lacks.
+    UserError: the devices are not here, and of a kind that the table lacks.
   """
   device = getattr(mesh, "abstract_mesh", mesh).abstract_device
   if device is None or device.platform == "cpu":
@@ -188,7 +189,7 @@ def device_memory(mesh) -> float | None:
     return TPU_GIB[device.device_kind] * 2**30
   here = jax.local_devices()[0]
   if here.device_kind != device.device_kind:
-    raise ValueError(
+    raise UserError(
       f"model.decode_layout='auto' must know the memory of a {device.device_kind!r}, and does not; set"
       " --config.model.decode_layout to 'tensor' or '2d'"
     )

@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from instructjax.core.errors import NotJoined, Preempted, reason
+from instructjax.core.errors import NotJoined, Preempted, UserError, reason
 
 # Exit codes, as in sysexits.h.
 LOST = 69  # EX_UNAVAILABLE
@@ -73,7 +73,7 @@ def find(
   Looks at files and the environment only: on a machine that is no cluster nothing is asked of a network.
 
   Raises:
-    ValueError: they are given in part, or make no sense.
+    UserError: they are given in part, or make no sense.
   """
   flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
   given = {name: _given(name, value, environ) for name, value in flags.items()}
@@ -84,18 +84,18 @@ def find(
   missing = [name for name, value in given.items() if value is None]
   if missing:
     spelled = ", ".join(f"--{name} (or {_VARIABLES[name]})" for name in missing)
-    raise ValueError(
+    raise UserError(
       f"several processes need --coordinator=HOST:PORT, --num_processes and --process_id, and"
       f" {spelled} is missing; a single process needs none of them"
     )
   group = Group(**given)
   if not 0 <= group.process_id < group.num_processes:
-    raise ValueError(
+    raise UserError(
       f"--process_id={group.process_id} must be from 0 to num_processes - 1 = {group.num_processes - 1}"
     )
   host, _, port = group.coordinator.rpartition(":")
   if not host or not port.isdigit():
-    raise ValueError(f"--coordinator={group.coordinator} must be HOST:PORT of process 0")
+    raise UserError(f"--coordinator={group.coordinator} must be HOST:PORT of process 0")
   return group
 
 
@@ -106,7 +106,7 @@ def _given(name: str, flag: str | int | None, environ: Mapping[str, str]) -> str
   try:
     return int(value)
   except ValueError:
-    raise ValueError(f"{_VARIABLES[name]}={value} must be a whole number") from None
+    raise UserError(f"{_VARIABLES[name]}={value} must be a whole number") from None
 
 
 def _is_cluster(environ: Mapping[str, str]) -> bool:

@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 ROWS = ("slice", "data", "fsdp")  # what dimension 0 of a batch is split over
@@ -52,14 +53,14 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     cfg: devices along each axis; one -1 takes what is left.
     devices: jax devices, real ones or a topology's; None is all there are.
   Raises:
-    ValueError: the axes do not multiply to the number of devices, or `slice` is not the number of
+    UserError: the axes do not multiply to the number of devices, or `slice` is not the number of
       slices; names the nearest mesh that fits.
   """
   devices = jax.devices() if devices is None else list(devices)
   asked = [getattr(cfg, axis) for axis in MESH_AXES]
   free = asked.count(-1)
   if free > 1 or any(size < 1 and size != -1 for size in asked):
-    raise ValueError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
+    raise UserError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
   slices = _num_slices(devices)
   fixed = math.prod(size for size in asked if size != -1)
   shape = tuple(len(devices) // fixed if size == -1 else size for size in asked)
@@ -70,7 +71,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     rule = f"have as many slices as the devices lie in, got {slices}"
   if rule:
     nearest = _nearest(asked, len(devices), num_slices=slices if slices > 1 else None)
-    raise ValueError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
+    raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
   if slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
       (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -140,7 +141,7 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
   """PartitionSpec of logical axis names; mesh axes in `gathered` are left out.
 
   Raises:
-    ValueError: a name has no rule. Silent replication would hide a misspelling.
+    UserError: a name has no rule. Silent replication would hide a misspelling.
   """
   for axis in axes:
     if axis not in AXIS_RULES:
@@ -158,7 +159,7 @@ def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
     shapes_tree: anything with shapes, in the same tree.
     rows: name -> rows of a batch.
   Raises:
-    ValueError: naming the first parameter or batch that does not divide, and the nearest mesh of as
+    UserError: naming the first parameter or batch that does not divide, and the nearest mesh of as
       many devices that fits all of them, or where none does the parameters.
   """
   params = list(_split_dimensions(axes_tree, shapes_tree))
@@ -174,7 +175,7 @@ def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
     else:
       place = f"axis {axes[0]}={shards}"
       mend = f"Nearest mesh that fits: {fitting or _nearest_to(mesh, params)}"
-    raise ValueError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}")
+    raise UserError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}")
 
 
 def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
@@ -208,7 +209,7 @@ def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
   """NamedSharding of every parameter.
 
   Raises:
-    ValueError: see `require_fit`.
+    UserError: see `require_fit`.
   """
   require_fit(mesh, axes_tree, shapes_tree, rows={})
   return jax.tree.map(lambda axes: NamedSharding(mesh, spec_of(axes)), axes_tree, is_leaf=_is_axes)
@@ -273,11 +274,11 @@ def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
   """Places in a global batch of the rows that this process must bring, ascending.
 
   Raises:
-    ValueError: the rows do not divide over the mesh.
+    UserError: the rows do not divide over the mesh.
   """
   shards = num_row_shards(mesh)
   if num_rows % shards:
-    raise ValueError(
+    raise UserError(
       f"batch: {num_rows} rows must be divisible by the mesh's slice * data * fsdp = {shards}."
       " Set the batch size to a multiple, or a smaller mesh."
     )
@@ -288,14 +289,14 @@ def place_batch(mesh: Mesh, batch):
   """Global arrays from this process's own rows, a pytree of numpy arrays in the order of `own_rows`.
 
   Raises:
-    ValueError: the rows do not divide over this process's share of the mesh.
+    UserError: the rows do not divide over this process's share of the mesh.
   """
   mine, shards = own_row_shards(mesh).tolist(), num_row_shards(mesh)
 
   def one(rows):
     size, rest = divmod(rows.shape[0], len(mine))
     if rest:
-      raise ValueError(
+      raise UserError(
         f"batch: {rows.shape[0]} rows must be divisible by this process's slice * data * fsdp = {len(mine)}."
         " Set the batch size to a multiple, or a smaller mesh."
       )

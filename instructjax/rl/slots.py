@@ -117,12 +117,12 @@ def generate(
   Returns:
     A Rollout, its rows in the order of the prompts.
   Raises:
-    ValueError: slots or rows do not divide over the mesh's data shards.
+    UserError: slots or rows do not divide over the mesh's data shards.
   """
   num_rows = len(prompts.token_BP)
   shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
   if slots % shards or num_rows % shards:
-    raise ValueError(
+    raise UserError(
       f"slots={slots} and rows={num_rows} must be divisible by mesh slice * data * fsdp = {shards}"
     )
   split = lambda x: constraints.shard_rows(x.reshape(shards, -1, *x.shape[1:]))

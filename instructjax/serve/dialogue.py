@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 from instructjax.parallel import sharding
 from instructjax.serve import speaker
 from instructjax.serve.speaker import Answer, Draw, Speaker
@@ -42,7 +43,7 @@ class Settings:
       ("seed", self.seed, ">= 0 and below 2**63", 0 <= self.seed < 2**63),
     ):
       if not holds:
-        raise ValueError(f"--{name}={value} must be {rule}")
+        raise UserError(f"--{name}={value} must be {rule}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
     reward_model: the same, or '': several stages of one run are then judged by its own, if it has one.
     settings: of all answers.
   Raises:
-    ValueError: something cannot be opened or loaded, or a chat is asked of a tokenizer without template.
+    UserError: something cannot be opened or loaded, or a chat is asked of a tokenizer without template.
   """
   settings.validate()
   opened = [weights.locate(path) for path in checkpoints]
@@ -81,7 +82,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
   readers = speakers + [judge] * bool(judge)
   chats = {reader for reader in readers if _chats(reader, settings.chat)}
   if settings.system and not chats:
-    raise ValueError(
+    raise UserError(
       f"--system={settings.system!r} must go with a chat template, and the prompt is read as it is"
     )
   return Panel(speakers, judge, chats)
@@ -97,7 +98,7 @@ def _own_judge(opened: list[weights.Weights]) -> str:
 
 def _chats(reader: Speaker, chat: bool | None) -> bool:
   if chat and not reader.tokenizer.has_chat_template:
-    raise ValueError(f"--chat needs a chat template, and the tokenizer of {reader.name} has none")
+    raise UserError(f"--chat needs a chat template, and the tokenizer of {reader.name} has none")
   return chat is not False and reader.tokenizer.has_chat_template
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 
 from instructjax.core.config import MeshConfig
-from instructjax.core.errors import writing
+from instructjax.core.errors import UserError, writing
 from instructjax.core.structs import Params
 from instructjax.models import interop, transformer
 from instructjax.parallel import sharding
@@ -33,7 +33,7 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
     out: the new folder.
     which: of an RL stage, the averaged policy, the last one, or the value network.
   Raises:
-    ValueError: `out` exists, the checkpoint cannot be opened, or no architecture of Hugging Face's
+    UserError: `out` exists, the checkpoint cannot be opened, or no architecture of Hugging Face's
       is its network.
     UserError: it cannot be read, or `out` cannot be written.
   """
@@ -75,7 +75,7 @@ def write_gguf(
     kind: of its matrices.
     which: of an RL stage, the averaged policy or the last one.
   Raises:
-    ValueError: a file exists, the checkpoint cannot be opened, it is a reward or value model, or
+    UserError: a file exists, the checkpoint cannot be opened, it is a reward or value model, or
       llama.cpp has no place for its network or tokenizer.
     UserError: it cannot be read, or the files cannot be written.
   """
@@ -83,7 +83,7 @@ def write_gguf(
   _require_new(out, beside)
   opened = weights.locate(checkpoint, which)
   if opened.head == "scalar":
-    raise ValueError(
+    raise UserError(
       f"{checkpoint} is a reward or value model, and GGUF has no place for its head; use --format=hf"
     )
   metadata = tokenizer_export.gguf_metadata(opened.tokenizer)
@@ -100,7 +100,7 @@ def write_gguf(
 def _require_new(*paths: pathlib.Path):
   for path in paths:
     if path.exists():
-      raise ValueError(f"{path} is there already, and nothing is overwritten; give another --out")
+      raise UserError(f"{path} is there already, and nothing is overwritten; give another --out")
 
 
 def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from instructjax.core.errors import UserError
 from instructjax.core.structs import Array, Params, pytree
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import decoding, transformer
@@ -86,11 +87,11 @@ def make(name: str, opened: Weights, head: Literal["lm", "scalar"], mesh: Mesh) 
   """Loads opened weights.
 
   Raises:
-    ValueError: they have the other kind of head, or do not fit the architecture.
+    UserError: they have the other kind of head, or do not fit the architecture.
   """
   if opened.head != head:
     is_wanted = {"lm": "a language model", "scalar": "a reward model"}
-    raise ValueError(f"{name} must be {is_wanted[head]}, and it is {is_wanted[opened.head]}")
+    raise UserError(f"{name} must be {is_wanted[head]}, and it is {is_wanted[opened.head]}")
   model = opened.model()
   params = opened.load(mesh, model)
   weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
@@ -113,15 +114,15 @@ def answer(
     key: typed key of this answer.
     on_text: is given each piece of text as soon as it is certain; they add up to the answer's text.
   Raises:
-    ValueError: the prompt is empty, or fills the context.
+    UserError: the prompt is empty, or fills the context.
   """
   tokenizer = speaker.tokenizer
   ids = tokenizer.encode_prompt(prompt)
   room = speaker.model.cfg.max_length - len(ids)
   if not ids:
-    raise ValueError(f"{speaker.name}: the prompt must hold at least one token, got {prompt!r}")
+    raise UserError(f"{speaker.name}: the prompt must hold at least one token, got {prompt!r}")
   if room < 1:
-    raise ValueError(
+    raise UserError(
       f"{speaker.name}: prompt of {len(ids)} tokens must be shorter than the context of"
       f" {speaker.model.cfg.max_length} tokens"
     )
@@ -175,13 +176,13 @@ def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
   """The reward model's score of an answer, whose text its own tokenizer reads.
 
   Raises:
-    ValueError: prompt and answer are longer than the context.
+    UserError: prompt and answer are longer than the context.
   """
   tokenizer, limit = speaker.tokenizer, speaker.model.cfg.max_length
   ids = tokenizer.encode_prompt(prompt) + tokenizer.encode(answer.text)
   ids += [tokenizer.eos_id] * answer.ended
   if len(ids) > limit:
-    raise ValueError(
+    raise UserError(
       f"{speaker.name}: prompt and answer of {len(ids)} tokens must not exceed the context of {limit}"
     )
   token_BL, is_token_BL = _pad_left(ids, tokenizer.pad_id)

@@ -23,6 +23,7 @@ import tokenizers
 from absl import logging
 from tokenizers import decoders, normalizers
 
+from instructjax.core.errors import UserError
 from instructjax.data import gguf_vocabulary
 from instructjax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -47,7 +48,7 @@ def write_files(
   Returns:
     bos_token_id, eos_token_id and pad_token_id for config.json; None where there is none.
   Raises:
-    ValueError: the tokenizer has a token `<|pad|>` of another id.
+    UserError: the tokenizer has a token `<|pad|>` of another id.
   """
   tokenizer.save(directory)
   path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
@@ -68,7 +69,7 @@ def write_files(
   if pad_id is not None:
     built.add_special_tokens([tokenizers.AddedToken(PAD_TOKEN, special=True, normalized=False)])
     if built.token_to_id(PAD_TOKEN) != pad_id:
-      raise ValueError(
+      raise UserError(
         f"{tokenizer.path} has a token {PAD_TOKEN} of id {built.token_to_id(PAD_TOKEN)}; the export of a"
         f" reward or value model adds one of id {pad_id}"
       )
@@ -137,7 +138,7 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
   """The `tokenizer.*` keys of a GGUF file.
 
   Raises:
-    ValueError: llama.cpp has no kind of tokenizer that does what this one does.
+    UserError: llama.cpp has no kind of tokenizer that does what this one does.
   """
   is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
   return {
@@ -154,7 +155,7 @@ def _unigram_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
   first space of what it decodes: later lines keep theirs.
   """
   if unigram(tokenizer) is None:
-    raise ValueError(
+    raise UserError(
       f"{tokenizer.path} cannot be written to GGUF: of sentencepiece's models only a unigram one"
       " without normalization can"
     )
@@ -186,7 +187,7 @@ def _byte_level_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     definition, config = read("tokenizer.json"), read("tokenizer_config.json")
   model = definition["model"]
   if model["type"] != "BPE" or definition["decoder"]["type"] != "ByteLevel":
-    raise ValueError(
+    raise UserError(
       f"{tokenizer.path} cannot be written to GGUF: of the tokenizer.json files only those of a"
       " byte-level BPE can"
     )

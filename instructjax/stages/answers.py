@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch, Rollout
 from instructjax.data import packing
 from instructjax.parallel import distributed, sharding
@@ -97,12 +98,12 @@ def sample(
       where the tokenizer has no piece for the newline.
     temperature: 0 is greedy.
   Raises:
-    ValueError: a prompt is longer than prompt_length.
+    UserError: a prompt is longer than prompt_length.
   """
   length = prompt_length or ctx.config.data.max_prompt_length
   longest = max(map(len, prompts), default=0)
   if longest > length:
-    raise ValueError(f"prompt of {longest} tokens must not exceed {length} tokens")
+    raise UserError(f"prompt of {longest} tokens must not exceed {length} tokens")
   tokenizer = ctx.tokenizer
   max_new = ctx.config.data.max_response_length
   end_id = tokenizer.eos_id

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax.core.config import Config
+from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.tokenize import tokenize_prompts
 from instructjax.data.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class Context:
     try:
       return weights.locate(path)
     except ValueError as error:
-      raise ValueError(f"config.{BASE_OF[stage]}.weights: {error}") from error
+      raise UserError(f"config.{BASE_OF[stage]}.weights: {error}") from error
 
   def key(self, stage: str) -> jax.Array:
     """The stage's own root key: a function of the run's seed and the stage's name."""
@@ -109,7 +110,7 @@ class Context:
     """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
 
     Raises:
-      ValueError: see `sharding.require_fit`.
+      UserError: see `sharding.require_fit`.
     """
     models = {role: self.model(role) for role in roles}
     axes = {role: transformer.param_axes(model) for role, model in models.items()}
@@ -171,7 +172,7 @@ def is_finished(run: loop.StageRun) -> bool:
   """Whether the stage is done already.
 
   Raises:
-    ValueError: it is, but was made with another config, tokenizer or parent.
+    UserError: it is, but was made with another config, tokenizer or parent.
   """
   done = finished.read_done(run.directory)
   if done is None:

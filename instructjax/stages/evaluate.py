@@ -12,6 +12,7 @@ import rich.console
 import rich.table
 
 from instructjax import report
+from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.parallel import sharding
 from instructjax.report import findings
@@ -45,14 +46,14 @@ def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
   """The demo's prompts behind worked examples, and the tokens that the larger base has room for.
 
   Raises:
-    ValueError: one of them needs more.
+    UserError: one of them needs more.
   """
   simulation = sources.simulation(ctx.config.data.prompts)
   texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
   context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
   longest = max((len(ctx.tokenizer.encode_prompt(text)) for text in texts), default=0)
   if longest + answer > context:
-    raise ValueError(
+    raise UserError(
       f"config.reward_model.max_length={context} must hold the few-shot prompt of {longest} tokens and"
       f" max_response_length={answer}; raise it to {longest + answer}"
     )

@@ -9,7 +9,7 @@ import rich
 from jax.experimental import multihost_utils
 
 from instructjax.core.config import Config, PretrainConfig
-from instructjax.core.errors import writing
+from instructjax.core.errors import UserError, writing
 from instructjax.data import sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import distributed, memory, sharding
@@ -82,7 +82,7 @@ def check(ctx: Context, stages: list[str]):
   """Looks ahead for what would stop the run hours later.
 
   Raises:
-    ValueError: a source that a coming stage reads has no usable record or does not go with the
+    UserError: a source that a coming stage reads has no usable record or does not go with the
       others, a batch or a parameter does not divide over the mesh, the few-shot prompt does not fit,
       or a warmup is as long as its stage.
   """
@@ -101,7 +101,7 @@ def check(ctx: Context, stages: list[str]):
     batches |= {f"config.{name}": rows for name, rows in optional.items() if rows}
   ctx.require_fit(["policy", "reward"] if "rm" in stages else ["policy"], batches)
   if "collect" in stages and sources.simulation(ctx.config.data.prompts) is None:
-    raise ValueError(
+    raise UserError(
       f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="
       f"{ctx.config.data.prompts!r}; give comparisons of your own, as jsonl:PATH"
     )
@@ -118,7 +118,7 @@ def check(ctx: Context, stages: list[str]):
 
 
 def _require_schedules(ctx: Context, stage: str):
-  """Raises ValueError where a learning rate's warmup is as long as the stage, if its steps are known by now."""
+  """Raises UserError where a learning rate's warmup is as long as the stage, if its steps are known by now."""
   try:
     if stage in policies.RL_STAGES:
       ppo.make_nets(ctx, ppo.variant(ctx, stage))
@@ -126,7 +126,7 @@ def _require_schedules(ctx: Context, stage: str):
       cfg: PretrainConfig = getattr(ctx.config, stage)
       make_optimizer(cfg.optim, cfg.num_steps)
   except ValueError as error:
-    raise ValueError(f"stage {stage}: {error}") from error
+    raise UserError(f"stage {stage}: {error}") from error
 
 
 def _coming(ctx: Context, stages: list[str]) -> list[str]:
@@ -143,13 +143,13 @@ def _require_sources(ctx: Context):
   """Before anything is read or trained, all that is missing at once.
 
   Raises:
-    ValueError: the config names no source of records that a coming stage reads.
+    UserError: the config names no source of records that a coming stage reads.
   """
   kinds = _kinds_read(ctx, _coming(ctx, plan(ctx)))
   missing = [kind for kind in kinds if not getattr(ctx.config.data, kind)]
   if missing:
     flags = " ".join(f"--config.data.{kind}=jsonl:PATH" for kind in missing)
-    raise ValueError(
+    raise UserError(
       f"config.data must name a source of {', '.join(missing)} for stage {ctx.config.stage}; give"
       f" {flags} (or another source; only preset tiny brings its own)"
     )
@@ -159,7 +159,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """Mesh and tokenizer of a run.
 
   Raises:
-    ValueError: a source of records is not given, given weights do not fit, or see `make_mesh` and
+    UserError: a source of records is not given, given weights do not fit, or see `make_mesh` and
       `_tokenizer`.
   """
   mesh = sharding.make_mesh(config.mesh)
@@ -172,7 +172,7 @@ def _tokenizer(ctx: Context) -> tokenizers.Tokenizer:
   """The one named, that of the given weights, or one trained on the documents; kept in the workdir.
 
   Raises:
-    ValueError: it is not of the size, or not the one, that the config or the workdir names.
+    UserError: it is not of the size, or not the one, that the config or the workdir names.
   """
   cfg, directory = ctx.config.tokenizer, ctx.workdir / "tokenizer"
   given = ctx.given_weights("pretrain") or ctx.given_weights("reward_pretrain")
@@ -180,7 +180,7 @@ def _tokenizer(ctx: Context) -> tokenizers.Tokenizer:
   tokenizer = tokenizers.load(source) if source else _train(ctx.config, directory)
   policies.require_given_weights(dataclasses.replace(ctx, tokenizer=tokenizer))
   if tokenizer.vocab_size != cfg.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"config.tokenizer.vocab_size={cfg.vocab_size} must be the {tokenizer.vocab_size} pieces of"
       f" {tokenizer.path}"
     )
@@ -192,7 +192,7 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
   """Copies a tokenizer from elsewhere into the workdir, so that the run's folder is whole."""
   if finished.read_done(directory):
     if tokenizers.load(directory).fingerprint != tokenizer.fingerprint:
-      raise ValueError(
+      raise UserError(
         f"cannot go on with {directory.parent}: it was made with another tokenizer than"
         f" {tokenizer.path}. Use another --workdir, or the tokenizer in {directory}."
       )
@@ -233,7 +233,7 @@ def run(config: Config, workdir: pathlib.Path):
   """Runs every stage of the plan that is not finished yet.
 
   Raises:
-    ValueError: see `check`; or a finished stage was made with another config, tokenizer or parent.
+    UserError: see `check`; or a finished stage was made with another config, tokenizer or parent.
     UserError: a stage was stopped, or files cannot be written.
     Preempted: the run was told to stop.
   """

@@ -3,6 +3,7 @@
 import dataclasses
 
 from instructjax.core.config import ModelConfig
+from instructjax.core.errors import UserError
 from instructjax.models import heads
 from instructjax.stages.context import BASE_OF, Context
 from instructjax.train import finished
@@ -37,7 +38,7 @@ def require_given_weights(ctx: Context):
   """Checks that the weights named by `model.weights` and `reward_model.weights` are of this network.
 
   Raises:
-    ValueError: they are a reward model's, of another tokenizer, or of another network.
+    UserError: they are a reward model's, of another tokenizer, or of another network.
   """
   for stage in dict.fromkeys(base_stage(ctx, role) for role in ("policy", "reward")):
     block = BASE_OF[stage]
@@ -47,9 +48,9 @@ def require_given_weights(ctx: Context):
       continue
     where = f"config.{block}.weights={cfg.weights!r}"
     if ctx.config.stage == stage:
-      raise ValueError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
+      raise UserError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
     if given.head != "lm":
-      raise ValueError(f"{where} must be a language model, and it has a scalar head")
+      raise UserError(f"{where} must be a language model, and it has a scalar head")
     _require_tokenizer(ctx, given, where)
     _require_network(cfg, given, block, where)
 
@@ -58,15 +59,15 @@ def _require_tokenizer(ctx: Context, given: Weights, where: str):
   """Weights mean nothing under another tokenizer; one that the config names is taken at its word."""
   tokenizer, named = ctx.tokenizer, ctx.config.tokenizer.path
   if given.kind == "stage" and given.settings["tokenizer"] != tokenizer.fingerprint:
-    raise ValueError(
+    raise UserError(
       f"{where} was trained with another tokenizer; set config.tokenizer.path={str(given.tokenizer_path)!r}"
     )
   if given.kind != "stage" and not named and given.tokenizer.fingerprint != tokenizer.fingerprint:
-    raise ValueError(
+    raise UserError(
       f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one"
     )
   if given.vocab_size < tokenizer.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"{where} has embeddings of {given.vocab_size} ids, and the tokenizer {tokenizer.path} has"
       f" {tokenizer.vocab_size}; give the tokenizer that belongs to the weights"
     )
@@ -80,7 +81,7 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
   if wrong:
     has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
     asked = ", ".join(f"{name}={ours[name]}" for name in wrong)
-    raise ValueError(
+    raise UserError(
       f"{where} has {has}, and config.{block} has {asked}; they must be equal: use the preset of these"
       f" weights, or set --config.{block}.{wrong[0]} and so on"
     )

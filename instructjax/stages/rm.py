@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from instructjax.core.config import RMConfig
+from instructjax.core.errors import UserError
 from instructjax.core.structs import RankedBatch, TrainState
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens, tokenize_demonstrations, tokenize_rankings
@@ -65,7 +66,7 @@ def tokenized(ctx: Context, records: list) -> list:
   )
   most = max((len(item.responses) for item in rankings), default=0)
   if most > ctx.config.rm.max_responses:
-    raise ValueError(
+    raise UserError(
       f"a prompt has {most} ranked responses; raise rm.max_responses={ctx.config.rm.max_responses}"
     )
   return rankings
@@ -173,7 +174,7 @@ def judge(ctx: Context, params, records: list) -> dict:
   right = np.bincount(which, [np.sum(m > 0) for m in margins])
   total = np.bincount(which, [len(m) for m in margins])
   if not total.sum():
-    raise ValueError(
+    raise UserError(
       f"{len(records)} held-out rankings hold no pair that is not a tie; add rankings with an order"
     )
   accuracy = right.sum() / total.sum()
@@ -206,7 +207,7 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
   """The labelers of each fold of the cross-validation; [] when it is off.
 
   Raises:
-    ValueError: too few labelers are named, or nobody of a fold ranked a held-out prompt.
+    UserError: too few labelers are named, or nobody of a fold ranked a held-out prompt.
   """
   folds = ctx.config.rm.cross_validation_folds
   if not folds:
@@ -218,7 +219,7 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
   labelers = sorted(named[0])
   result = [set(labelers[fold::folds]) for fold in range(folds)]
   if not all(outside & named[1] for outside in result):
-    raise ValueError(
+    raise UserError(
       f"rm.cross_validation_folds={folds} must leave each fold a labeler with held-out rankings, and the"
       f" comparisons name {len(labelers)} labelers; set it to 0 or add a 'labeler' to each row"
     )

@@ -136,7 +136,7 @@ class Checkpoints:
     Returns:
       (state, data).
     Raises:
-      ValueError: another fingerprint.
+      UserError: another fingerprint.
       UserError: the files cannot be read.
     """
     directory = self._folder.parent

@@ -71,12 +71,12 @@ def require_same_run(directory: pathlib.Path, saved: Mapping[str, str], current:
       `parent:NAME` has their own hash.
 
   Raises:
-    ValueError: naming the first part that differs, and in a config block the fields.
+    UserError: naming the first part that differs, and in a config block the fields.
   """
   for part in sorted(saved.keys() | current.keys()):
     old, new = (_without_path(part, parts.get(part, "none")) for parts in (saved, current))
     if old != new:
-      raise ValueError(
+      raise UserError(
         f"cannot go on with {directory}: it was made with another {part} ({_difference(old, new)})."
         f" Use another --workdir, or the {part} it was made with."
       )

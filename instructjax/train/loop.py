@@ -18,7 +18,7 @@ import rich.console
 from jax.experimental import multihost_utils
 
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
-from instructjax.core.errors import Preempted, StageStopped
+from instructjax.core.errors import Preempted, StageStopped, UserError
 from instructjax.parallel import distributed
 from instructjax.train.checkpoint import Checkpoints
 from instructjax.train.metrics import Display, MetricsWriter
@@ -97,7 +97,7 @@ def fit(
     The final state.
   Raises:
     StageStopped: a metric is not finite or above its limit; that state was not saved.
-    ValueError: the checkpoints belong to another run.
+    UserError: the checkpoints belong to another run.
     UserError: they cannot be read or written.
     Preempted: the run was told to stop, and the state is saved.
   """
@@ -110,7 +110,7 @@ def fit(
   with checkpoints:
     start = checkpoints.latest_step() or 0
     if start > num_steps:
-      raise ValueError(
+      raise UserError(
         f"cannot resume {run.directory}: it holds step {start}, beyond num_steps={num_steps}"
       )
     if start:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from instructjax.core.config import OptimConfig
+from instructjax.core.errors import UserError
 
 
 def make_schedule(
@@ -38,7 +39,7 @@ def make_schedule(
   if warmup_steps < 0:
     raise ValueError(f"warmup_steps={warmup_steps} must be >= 0.")
   if kind != "constant" and warmup_steps >= num_steps:
-    raise ValueError(
+    raise UserError(
       f"schedule={kind!r} must have steps left after its warmup: warmup_steps={warmup_steps},"
       f" got num_steps={num_steps}. Lower warmup_steps."
     )

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from instructjax.core.config import ModelConfig, model_config
+from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import heads, interop, transformer
@@ -76,7 +77,7 @@ class Weights:
       mesh: where to.
       model: of this architecture; dtype, layers, attention and remat are its own.
     Raises:
-      ValueError: the files do not hold this model's parameters.
+      UserError: the files do not hold this model's parameters.
       UserError: they cannot be read.
     """
     if self.kind != "stage":
@@ -110,7 +111,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
       hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache.
     which: of an RL stage, the averaged policy, the last one, or the value network.
   Raises:
-    ValueError: nothing that can be opened lies there, or a stage has no such weights.
+    UserError: nothing that can be opened lies there, or a stage has no such weights.
   """
   if str(path).startswith(HUB):
     path = interop.download(str(path).removeprefix(HUB))
@@ -118,12 +119,12 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
   if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
     return _open_stage(path, which)
   if path.is_dir() and not (path / "config.json").is_file():
-    raise ValueError(
+    raise UserError(
       f"{path} must be the folder of a finished stage, as runs/demo/ppo_ptx, or a Hugging Face folder, and"
       " it has neither done.json nor config.json"
     )
   if which == "value":
-    raise ValueError(f"{path} must be a finished RL stage to have a value network")
+    raise UserError(f"{path} must be a finished RL stage to have a value network")
   source = interop.open_weights(path)
   found = interop.describe(source)
   cfg = dataclasses.replace(found.cfg, **_inference())
@@ -151,12 +152,12 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   done = finished.read_done(path)
   made_with = (done or {}).get("fingerprint", {})
   if "config.model" not in made_with:
-    raise ValueError(
+    raise UserError(
       f"{path} must be the folder of a finished stage that trains a network, as runs/demo/ppo_ptx"
     )
   is_rl = "config.ppo" in made_with  # whatever the folder's name is now
   if which == "value" and not is_rl:
-    raise ValueError(f"{path} must be an RL stage to have a value network")
+    raise UserError(f"{path} must be an RL stage to have a value network")
   block = "config.reward_model" if which == "value" else "config.model"
   cfg = model_config(json.loads(made_with[block]), f"{path}/done.json")
   # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
@@ -168,7 +169,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   tokenizer_path = path.parent / "tokenizer"
   tokenizer = tokenizers.load(tokenizer_path)
   if tokenizer.fingerprint != made_with["tokenizer"]:
-    raise ValueError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
+    raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
   identity = json.dumps([made_with, step, item], sort_keys=True)
   return Weights(
     path=path,

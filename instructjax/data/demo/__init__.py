@@ -6,6 +6,7 @@ Everything is a pure function of its arguments and the seed; nothing here import
 
 from __future__ import annotations
 
+from instructjax.core.errors import UserError
 from instructjax.data.demo import task, text
 from instructjax.data.demo.labelers import agreement as labeler_agreement
 from instructjax.data.demo.labelers import collect_rankings
@@ -42,4 +43,4 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
     return [Prompt(prompt=prompts[i]) for i in order]
   if kind == "demonstrations":
     return task.demonstrations(split, seed)
-  raise ValueError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")
+  raise UserError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instructjax.core.errors import UserError
 from instructjax.data.demo import task
 from instructjax.data.records import Ranking
 
@@ -53,7 +54,7 @@ _GROUPS = {
 def labelers(group: str, seed: int) -> tuple[Labeler, ...]:
   """The labelers of a group, 'train' or 'heldout'."""
   if group not in _GROUPS:
-    raise ValueError(f"group={group!r} of labelers must be one of {sorted(_GROUPS)}")
+    raise UserError(f"group={group!r} of labelers must be one of {sorted(_GROUPS)}")
   spread = _GROUPS[group]
   rng = task.keyed_rng(seed, "labelers", group)
   # One column a component, then noise and tie width.  Columns are standardised, so that the spread
@@ -140,7 +141,7 @@ def agreement(
     ties += sum((x == 0) + (y == 0) for x, y in signs)
     pairs += len(signs)
   if not sum(decided):
-    raise ValueError(f"no pair of answers in {len(same)} prompts was ordered by two labelers")
+    raise UserError(f"no pair of answers in {len(same)} prompts was ordered by two labelers")
   prompts = [prompt for prompt, _ in prompts_and_responses]
   _, which = np.unique(prompts, return_inverse=True)
   same, decided = np.bincount(which, same), np.bincount(which, decided)
@@ -158,7 +159,7 @@ def _components_by_prompt(prompts_and_responses) -> list[np.ndarray]:
   prompts, responses, sizes = [], [], []
   for prompt, answers in prompts_and_responses:
     if not MIN_RESPONSES <= len(answers) <= MAX_RESPONSES:
-      raise ValueError(
+      raise UserError(
         f"prompt={prompt!r} has {len(answers)} responses to rank; "
         f"must be {MIN_RESPONSES} to {MAX_RESPONSES}"
       )

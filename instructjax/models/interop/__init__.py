@@ -6,6 +6,7 @@ network it is, `load_params` brings its tensors onto a mesh; the writers take pa
 
 import pathlib
 
+from instructjax.core.errors import UserError
 from instructjax.models.interop.gguf_export import write_file
 from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
@@ -30,7 +31,7 @@ def open_weights(path: str | pathlib.Path) -> Source:
   """Opens a Hugging Face folder or a GGUF file; only headers are read.
 
   Raises:
-    ValueError: it is neither, or damaged.
+    UserError: it is neither, or damaged.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -38,14 +39,14 @@ def open_weights(path: str | pathlib.Path) -> Source:
   if path.suffix == ".gguf" and path.is_file():
     return open_file(path)
   what = "is not there" if not path.exists() else "is neither"
-  raise ValueError(f"{path} must be a Hugging Face folder or a .gguf file, and it {what}")
+  raise UserError(f"{path} must be a Hugging Face folder or a .gguf file, and it {what}")
 
 
 def describe(source: Source) -> Description:
   """The network that opened weights are; see `model_config` for what files say nothing of.
 
   Raises:
-    ValueError: another architecture than GPT-2, Llama, Mistral or Qwen2.
+    UserError: another architecture than GPT-2, Llama, Mistral or Qwen2.
   """
   where = source.path / "config.json" if source.path.is_dir() else source.path
   return model_config(source.config, str(where))

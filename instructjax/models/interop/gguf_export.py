@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 
 from instructjax.core import errors
+from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
 from instructjax.models import transformer
 from instructjax.models.interop import gguf_names, hf_config, tensor_table
@@ -55,7 +56,7 @@ def write_file(
       Q8_0's blocks of 32 do not divide are float16.
     name: general.name.
   Raises:
-    ValueError: the path exists, the model has no place in llama.cpp, the tokenizer has another
+    UserError: the path exists, the model has no place in llama.cpp, the tokenizer has another
       number of tokens than the model, or a weight is not finite or too large for `kind`.
     UserError: the file cannot be written.
   """
@@ -90,17 +91,17 @@ def _require_writable(
   path: pathlib.Path, model: transformer.Model, tokenizer_metadata: Mapping[str, Any], kind: str
 ):
   if kind not in _KINDS:
-    raise ValueError(f"kind={kind!r} of a GGUF file must be one of {', '.join(_KINDS)}")
+    raise UserError(f"kind={kind!r} of a GGUF file must be one of {', '.join(_KINDS)}")
   if model.head != "lm":
-    raise ValueError(
+    raise UserError(
       f"{path}: a reward or value model cannot be written as GGUF, llama.cpp has no place for its"
       " head; write a Hugging Face folder"
     )
   if path.exists():
-    raise ValueError(f"{path} exists and is never overwritten; give another path or move it away")
+    raise UserError(f"{path} exists and is never overwritten; give another path or move it away")
   num_tokens = len(tokenizer_metadata["tokenizer.ggml.tokens"])
   if num_tokens != model.vocab_size:
-    raise ValueError(
+    raise UserError(
       f"{path}: the tokenizer's {num_tokens} tokens must be the model's vocab_size={model.vocab_size}"
     )
 
@@ -156,7 +157,7 @@ def _encode(path: pathlib.Path, entry: _Entry) -> np.ndarray:
   if entry.type == _Type.Q8_0:
     limit *= 127  # each block has its own float16 scale
   if not max(value.max(), -value.min()) <= limit:  # NaN neither
-    raise ValueError(
+    raise UserError(
       f"{path}: tensor {entry.name!r} has values that are not finite or too large for {entry.type.name}"
     )
   return gguf.quantize(value, entry.type)

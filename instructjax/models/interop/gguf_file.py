@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 
 from instructjax.core.config import RopeScalingConfig
+from instructjax.core.errors import UserError
 from instructjax.data import gguf_header
 from instructjax.models.interop import gguf_names, source
 
@@ -31,21 +32,21 @@ def open_file(path: str | os.PathLike) -> source.Source:
   """A GGUF file as a Source: dequantized on reading, a tensor at a time.
 
   Raises:
-    ValueError: it is damaged, cut off, one part of several, of an architecture, quantization or
+    UserError: it is damaged, cut off, one part of several, of an architecture, quantization or
       rotary scaling that is not supported, or lacks a metadata key or has an unknown tensor.
   """
   path = pathlib.Path(path)
   header = gguf_header.read(path)
   keys = _Keys(path, header.metadata)
   if keys.get("split.count", int, 1) > 1:
-    raise ValueError(
+    raise UserError(
       f"{path} is one of {keys.get('split.count', int)} parts of a model; merge them with"
       " llama.cpp's `llama-gguf-split --merge` and give the merged file"
     )
   name = keys.get("general.architecture", str)
   if name not in gguf_names.ARCHITECTURES:
     known = ", ".join(gguf_names.ARCHITECTURES)
-    raise ValueError(f"{path}: general.architecture={name!r} must be one of {known}")
+    raise UserError(f"{path}: general.architecture={name!r} must be one of {known}")
   tensors = dict(header.tensors)
   _require_readable(path, tensors)
   if name == "gpt2" and _is_tied_copy(path, tensors):
@@ -66,7 +67,7 @@ def _require_readable(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tens
   for name, tensor in tensors.items():
     if tensor.type not in _READABLE:
       known = ", ".join(kind.name for kind in _READABLE)
-      raise ValueError(
+      raise UserError(
         f"{path}: tensor {name!r} has quantization {tensor.type.name}; one of {known} can be read"
       )
 
@@ -83,13 +84,13 @@ def _stored(
   for name, tensor in tensors.items():
     hf_name = architecture.hf_name(name)
     if hf_name is None or len(tensor.shape) > 2:
-      raise ValueError(
+      raise UserError(
         f"{path}: tensor {name!r} of shape {tensor.shape} is none of architecture"
         f" {architecture_name!r}"
       )
     rotary_dim = config["head_dim"] if architecture.is_permuted(name) else 0
     if rotary_dim and tensor.shape[0] % rotary_dim:
-      raise ValueError(
+      raise UserError(
         f"{path}: tensor {name!r} of shape {tensor.shape} must have rows of whole heads of"
         f" {rotary_dim}"
       )
@@ -138,7 +139,7 @@ def _raw_rows(
       count = min(step, tensor.num_rows - start)
       raw = np.fromfile(file, np.uint8, count * tensor.row_bytes)
       if raw.size != count * tensor.row_bytes:
-        raise ValueError(f"{path} was cut off while tensor {name!r} was read")
+        raise UserError(f"{path} was cut off while tensor {name!r} was read")
       yield raw.reshape(count, tensor.row_bytes)
 
 
@@ -164,11 +165,11 @@ class _Keys:
     """The value of a key; `default` (None: it must be there) where the file has none."""
     value = self._values.get(key, default)
     if value is None:
-      raise ValueError(f"{self.path}: metadata key {key!r} is missing")
+      raise UserError(f"{self.path}: metadata key {key!r} is missing")
     if kind is float and type(value) is int:
       value = float(value)
     if type(value) is not kind:
-      raise ValueError(
+      raise UserError(
         f"{self.path}: metadata key {key!r} must be one value of type {kind.__name__},"
         f" got {str(value)[:60]}"
       )
@@ -180,7 +181,7 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
   get = lambda key, kind, default=None: keys.get(f"{name}.{key}", kind, default)
   num_heads, width = get("attention.head_count", int), get("embedding_length", int)
   if num_heads < 1 or get("expert_count", int, 0):
-    raise ValueError(
+    raise UserError(
       f"{keys.path}: {name}.attention.head_count={num_heads} must be positive and"
       f" {name}.expert_count={get('expert_count', int, 0)} zero: mixtures of experts are not supported"
     )
@@ -189,7 +190,7 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
   )
   for key in ("attention.key_length", "attention.value_length"):
     if get(key, int, rotary_dim) != rotary_dim:
-      raise ValueError(
+      raise UserError(
         f"{keys.path}: {name}.{key}={get(key, int)} must equal {name}.rope.dimension_count={rotary_dim}:"
         " heads that are rotated in part are not supported"
       )
@@ -242,7 +243,7 @@ def _decimal(value: float) -> float:
 
 def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
   if "token_embd.weight" not in tensors:
-    raise ValueError(f"{keys.path}: tensor 'token_embd.weight' is missing")
+    raise UserError(f"{keys.path}: tensor 'token_embd.weight' is missing")
   return tensors["token_embd.weight"].shape[0]
 
 
@@ -255,7 +256,7 @@ def _rope_scaling(
     factor = _decimal(keys.get(f"{name}.rope.scaling.factor", float))
     return {"rope_type": "linear", "factor": factor}
   if kind != "none":
-    raise ValueError(
+    raise UserError(
       f"{keys.path}: {name}.rope.scaling.type={kind!r} is not supported; none and linear are"
     )
   if gguf_names.ROPE_FREQS not in tensors:
@@ -264,7 +265,7 @@ def _rope_scaling(
   scaling = dataclasses.replace(_LLAMA3, factor=float(freqs.max(initial=1.0)))
   wanted = gguf_names.llama3_factors(scaling, base, head_dim)
   if freqs.shape != wanted.shape or not np.allclose(freqs, wanted, rtol=1e-4, atol=0):
-    raise ValueError(
+    raise UserError(
       f"{keys.path}: tensor {gguf_names.ROPE_FREQS!r} must be Llama 3's rotary scaling (low 1, high 4,"
       f" original context 8192) by a factor {scaling.factor:g}; another one is not supported"
     )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from absl import logging
 
 from instructjax.core.config import ModelConfig, RopeScalingConfig
+from instructjax.core.errors import UserError
 
 # Keys of our own in an exported config.json.
 SCORE_BIAS = "instructjax_score_bias"  # Hugging Face's score heads have no bias
@@ -56,7 +57,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     raw: the parsed file.
     where: its path, for errors.
   Raises:
-    ValueError: another architecture, or one of these with a switch that ModelConfig lacks.
+    UserError: another architecture, or one of these with a switch that ModelConfig lacks.
   """
   keys = _Keys(raw, where)
   family = keys.one_of("model_type", tuple(_LM))
@@ -85,14 +86,14 @@ def _head(keys: "_Keys", family: str) -> Literal["lm", "scalar"]:
   if classes[0] in (_LM[family], _BARE[family]):
     return "lm"
   if classes[0] != _SCALAR[family]:
-    raise ValueError(
+    raise UserError(
       f"{keys.where}: architectures={classes} must be {_LM[family]} or {_SCALAR[family]}"
     )
   labels = keys.value("id2label", None)
   # transformers leaves out its default, two labels.
   count = len(labels) if labels is not None else keys.size("num_labels", 2)
   if count != 1:
-    raise ValueError(f"{keys.where}: num_labels={count} must be 1: one score a sequence")
+    raise UserError(f"{keys.where}: num_labels={count} must be 1: one score a sequence")
   return "scalar"
 
 
@@ -103,7 +104,7 @@ def _gpt2_fields(keys: "_Keys") -> dict:
   keys.refuse("add_cross_attention", False)
   width, heads = keys.size("n_embd", 768), keys.size("n_head", 12)
   if width % heads:
-    raise ValueError(f"{keys.where}: n_embd={width} must be a multiple of n_head={heads}")
+    raise UserError(f"{keys.where}: n_embd={width} must be a multiple of n_head={heads}")
   return dict(
     num_layers=keys.size("n_layer", 12),
     d_model=width,
@@ -131,12 +132,12 @@ def _llama_fields(keys: "_Keys", family: str) -> dict:
   width, heads = keys.size("hidden_size", None), keys.size("num_attention_heads", None)
   bias = [family == "llama" and keys.flag(name, False) for name in ("attention_bias", "mlp_bias")]
   if bias[0] != bias[1]:
-    raise ValueError(
+    raise UserError(
       f"{keys.where}: attention_bias={bias[0]} and mlp_bias={bias[1]} must be equal: biases on every"
       " projection or on none"
     )
   if not keys.value("head_dim", None) and width % heads:
-    raise ValueError(
+    raise UserError(
       f"{keys.where}: hidden_size={width} must be a multiple of num_attention_heads={heads}"
     )
   base, scaling = _rope(keys)
@@ -167,7 +168,7 @@ def _max_length(keys: "_Keys", family: str) -> int:
     keys.refuse("use_sliding_window", False)
   kinds = set(keys.value("layer_types", None) or ()) - {"full_attention"}
   if kinds and not (family == "mistral" and kinds == {"sliding_attention"}):
-    raise ValueError(f"{keys.where}: layer_types={sorted(kinds)} must be full_attention only")
+    raise UserError(f"{keys.where}: layer_types={sorted(kinds)} must be full_attention only")
   # A key that is there and null switches the window off; Mistral's default is 4096.
   if family != "mistral" or ("sliding_window" in keys.raw and keys.raw["sliding_window"] is None):
     return length
@@ -214,7 +215,7 @@ class _Keys:
 
   def __init__(self, raw: Mapping[str, Any], where: str):
     if not isinstance(raw, Mapping):
-      raise ValueError(f"{where}: {raw!r} must be a JSON object")
+      raise UserError(f"{where}: {raw!r} must be a JSON object")
     self.raw, self.where = raw, where
 
   def value(self, name: str, default):
@@ -224,39 +225,37 @@ class _Keys:
   def size(self, name: str, default: int | None) -> int:
     found = self._needed(name, default)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-      raise ValueError(f"{self.where}: {name}={found!r} must be a positive whole number")
+      raise UserError(f"{self.where}: {name}={found!r} must be a positive whole number")
     return found
 
   def number(self, name: str, default: float | None) -> float:
     found = self._needed(name, default)
     if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
-      raise ValueError(f"{self.where}: {name}={found!r} must be a number")
+      raise UserError(f"{self.where}: {name}={found!r} must be a number")
     return float(found)
 
   def flag(self, name: str, default: bool) -> bool:
     found = self.value(name, default)
     if not isinstance(found, bool):
-      raise ValueError(f"{self.where}: {name}={found!r} must be true or false")
+      raise UserError(f"{self.where}: {name}={found!r} must be true or false")
     return found
 
   def one_of(self, name: str, known: tuple[str, ...], default: str | None = None) -> str:
     found = self._needed(name, default)
     if found not in known:
-      raise ValueError(
-        f"{self.where}: {name}={found!r} is not supported; known: {', '.join(known)}"
-      )
+      raise UserError(f"{self.where}: {name}={found!r} is not supported; known: {', '.join(known)}")
     return found
 
   def refuse(self, name: str, only):
     """Refuses every value of a switch but the one that this model family has."""
     found = self.value(name, only)
     if found != only:
-      raise ValueError(f"{self.where}: {name}={found!r} is not supported, only {only!r}")
+      raise UserError(f"{self.where}: {name}={found!r} is not supported, only {only!r}")
 
   def _needed(self, name: str, default):
     found = self.value(name, default)
     if found is None:
-      raise ValueError(f"{self.where} lacks {name!r}")
+      raise UserError(f"{self.where} lacks {name!r}")
     return found
 
 
@@ -274,7 +273,7 @@ def to_hf_config(
     head: 'lm' or 'scalar'.
     score_bias: a scalar head's bias where no tensor holds it, to be added to the scores.
   Raises:
-    ValueError: no architecture of Hugging Face's is this network; names the switch.
+    UserError: no architecture of Hugging Face's is this network; names the switch.
   """
   family = _family(cfg)
   result = {
@@ -298,7 +297,7 @@ def _family(cfg: ModelConfig) -> Literal["gpt2", "llama", "qwen2"]:
 
   def require(condition: bool, message: str):
     if not condition:
-      raise ValueError(f"no Hugging Face architecture holds this model: {message}")
+      raise UserError(f"no Hugging Face architecture holds this model: {message}")
 
   shape = f"num_heads={cfg.num_heads}, num_kv_heads={cfg.num_kv_heads}, head_dim={cfg.head_dim}"
   require(

@@ -34,33 +34,33 @@ def open_folder(path: str | pathlib.Path) -> Source:
   """Opens a folder as `save_pretrained` writes it; reads headers only.
 
   Raises:
-    ValueError: a file is missing, damaged, or names tensors that are not there.
+    UserError: a file is missing, damaged, or names tensors that are not there.
   """
   path = pathlib.Path(path)
   config = _read_json(path / _CONFIG)
   if (path / _INDEX).is_file():
     weight_map = _read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
-      raise ValueError(f"{path / _INDEX} lacks 'weight_map'")
+      raise UserError(f"{path / _INDEX} lacks 'weight_map'")
     files = [path / name for name in sorted(set(weight_map.values()))]
   elif (path / _SINGLE).is_file():
     weight_map, files = None, [path / _SINGLE]
   else:
     hint = "convert pytorch_model.bin with save_pretrained(..., safe_serialization=True)"
     old = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
-    raise ValueError(f"{path} has no {_SINGLE}{': ' + hint if old else ' and no ' + _INDEX}")
+    raise UserError(f"{path} has no {_SINGLE}{': ' + hint if old else ' and no ' + _INDEX}")
   entries = {}  # name -> (file, header entry, offset of the data)
   for file in files:
     if not file.is_file():
-      raise ValueError(f"{path / _INDEX} names the shard {file.name}, which is not there")
+      raise UserError(f"{path / _INDEX} names the shard {file.name}, which is not there")
     header, start = _read_header(file)
     for name, entry in header.items():
       if weight_map is not None and weight_map.get(name) != file.name:
-        raise ValueError(f"{file} holds tensor {name}, which {_INDEX} does not place there")
+        raise UserError(f"{file} holds tensor {name}, which {_INDEX} does not place there")
       entries[name] = file, entry, start
   for name, file in (weight_map or {}).items():
     if name not in entries:
-      raise ValueError(f"{path / file} lacks tensor {name}, which {_INDEX} places there")
+      raise UserError(f"{path / file} lacks tensor {name}, which {_INDEX} places there")
   index = [path / _INDEX] if weight_map is not None else []
   return Source(
     path=path,
@@ -99,11 +99,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
     result = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    raise ValueError(f"{path.parent} has no {path.name}") from None
+    raise UserError(f"{path.parent} has no {path.name}") from None
   except ValueError as error:
-    raise ValueError(f"{path} must be JSON: {error}") from None
+    raise UserError(f"{path} must be JSON: {error}") from None
   if not isinstance(result, dict):
-    raise ValueError(f"{path} must be a JSON object")
+    raise UserError(f"{path} must be a JSON object")
   return result
 
 
@@ -113,15 +113,15 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
   with path.open("rb") as file:
     start = 8 + int.from_bytes(file.read(8), "little")
     if size < 8 or start > size:
-      raise ValueError(f"{path} is cut off: its header ends at byte {start}, the file at {size}")
+      raise UserError(f"{path} is cut off: its header ends at byte {start}, the file at {size}")
     try:
       header = json.loads(file.read(start - 8))
       header.pop("__metadata__", None)
       end = start + max((_checked_end(path, *item) for item in header.items()), default=0)
     except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-      raise ValueError(f"{path} is not a safetensors file: its header cannot be read") from error
+      raise UserError(f"{path} is not a safetensors file: its header cannot be read") from error
   if end != size:
-    raise ValueError(
+    raise UserError(
       f"{path} is cut off or damaged: its tensors end at byte {end}, the file at {size}"
     )
   return header, start
@@ -132,9 +132,9 @@ def _checked_end(path: pathlib.Path, name: str, entry: Mapping) -> int:
   (first, last), dtype = entry["data_offsets"], entry["dtype"]
   if dtype in _DTYPES:
     if last - first != _DTYPES[dtype].itemsize * math.prod(entry["shape"]):
-      raise ValueError(f"{path}: tensor {name} has {last - first} bytes for shape {entry['shape']}")
+      raise UserError(f"{path}: tensor {name} has {last - first} bytes for shape {entry['shape']}")
   elif not tensor_table.is_buffer(name):
-    raise ValueError(f"{path}: tensor {name} is {dtype}, and must be one of {', '.join(_DTYPES)}")
+    raise UserError(f"{path}: tensor {name} is {dtype}, and must be one of {', '.join(_DTYPES)}")
   return last
 
 
@@ -173,12 +173,12 @@ def write_folder(
     extra_config: more keys of config.json (ids of special tokens).
     shard_bytes: largest safetensors file; one tensor is never split.
   Raises:
-    ValueError: the folder has something in it, or no architecture is this model.
+    UserError: the folder has something in it, or no architecture is this model.
     UserError: the disk does not take it.
   """
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f"{path} is there already; nothing is overwritten, give another folder")
+    raise UserError(f"{path} is there already; nothing is overwritten, give another folder")
   bias, folds = 0.0, model.cfg.norm == "layernorm"
   if model.head == "scalar" and not folds:
     bias = float(params["head"]["bias"])

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS
 from instructjax.models.interop.source import Source
@@ -208,7 +209,7 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   Returns:
     float32 parameters. A scalar head's bias is the config's instructjax_score_bias, or 0.
   Raises:
-    ValueError: a tensor is missing, left over, or of another shape. Nothing has been read then.
+    UserError: a tensor is missing, left over, or of another shape. Nothing has been read then.
   """
   wanted = _match(source, model)
   _require_tied_copy_equal(source, model, wanted)
@@ -244,7 +245,7 @@ def _match(source: Source, model: Model) -> list[Tensor]:
   for names, what in ((missing, "lacks"), (extra, "has, and this model has no place for,")):
     if names:
       more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-      raise ValueError(
+      raise UserError(
         f"{source.path} {what} tensor {names[0]}{more}; the config must fit the weights"
       )
   dropped = 0
@@ -253,7 +254,7 @@ def _match(source: Source, model: Model) -> list[Tensor]:
     if shape[1:] != tensor.shape[1:] or (
       shape[0] < tensor.shape[0] if rows else shape != tensor.shape
     ):
-      raise ValueError(
+      raise UserError(
         f"{source.path}: tensor {name} has shape {list(shape)}, and the model needs"
         f" {list(tensor.shape)}{' or more rows' if rows else ''}"
       )
@@ -275,7 +276,7 @@ def _require_tied_copy_equal(source: Source, model: Model, wanted: list[Tensor])
     return
   embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
   if not np.array_equal(source.read(embedding), source.read("lm_head.weight")):
-    raise ValueError(
+    raise UserError(
       f"{source.path}: tensor lm_head.weight differs from {embedding}, and the config ties them; set"
       " tie_word_embeddings to false in config.json if the head is meant to differ"
     )
