@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from instructjax.core.errors import UserError
 from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
 from instructjax.models import decoding, transformer
 from instructjax.parallel import constraints, sharding
