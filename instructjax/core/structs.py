@@ -99,6 +99,11 @@ class Rollout:
   num_steps: Array
   slot_steps: Array
 
+  @property
+  def prompt_length(self) -> int:
+    """P, the columns before the response."""
+    return self.token_BL.shape[1] - self.is_response_BR.shape[1]
+
 
 @pytree
 class TrainState:

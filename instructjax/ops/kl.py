@@ -1,6 +1,8 @@
-"""KL to the frozen reference: estimators, the penalised reward, the adaptive coefficient.
+"""The KL to the frozen reference: its estimate per token, the reward that it lowers, and the adaptive coefficient.
 
-Called by the PPO step and by the evaluations. Imports no config and no model.
+`k1` is the KL of everything here: the reward and the metric of a PPO iteration (and so `ppo.max_kl`, which limits the
+metric), and the report's KL. `k3` is logged beside it. Called by rl/experience.py, rl/step.py and stages/evaluate.py.
+Imports no config and no model.
 """
 
 import chex
@@ -11,60 +13,59 @@ import jax.numpy as jnp
 _MAX_RELATIVE_ERROR = 0.2
 
 
-def kl_k1(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> jax.Array:
-  """Per-token estimate log(pi / pi_ref), in nats: unbiased under samples from pi, of either sign.
+def k1(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
+  """log(pi / pi_ref), in nats: the KL that eq. 2 penalises, estimated from samples of pi.
 
-  This is the KL that the paper's objective (eq. 2) penalises.
+  Unbiased, and of either sign. It adds up: given the log-probabilities of whole responses it is the sum over their
+  tokens.
+
+  Args:
+    logprob: log-probability of what was sampled under the policy, in nats; of tokens or of whole responses.
+    ref_logprob: the same under the frozen reference.
   """
-  _check(logprob_BR, ref_logprob_BR)
-  return logprob_BR - ref_logprob_BR
+  _check(logprob, ref_logprob)
+  return logprob - ref_logprob
 
 
-def kl_k3(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> jax.Array:
-  """Per-token estimate pi_ref / pi - 1 + log(pi / pi_ref), in nats: unbiased, never negative.
+def k3(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> jax.Array:
+  """pi_ref / pi - 1 + log(pi / pi_ref), in nats: unbiased as `k1` is, but never negative.
 
-  See Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). For logging.
+  See Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). It is for single tokens: of a whole
+  response's log-probability it is another, far noisier number than the sum over its tokens.
   """
   _check(logprob_BR, ref_logprob_BR)
   log_ratio_BR = logprob_BR - ref_logprob_BR
   return jnp.expm1(-log_ratio_BR) + log_ratio_BR
 
 
-def kl_penalised_reward(
-  score_B: jax.Array,
-  logprob_BR: jax.Array,
-  ref_logprob_BR: jax.Array,
-  is_response_BR: jax.Array,
-  kl_coef: jax.Array | float,
+def penalised_reward(
+  score_B: jax.Array, kl_BR: jax.Array, is_response_BR: jax.Array, kl_coef: jax.Array | float
 ) -> jax.Array:
-  """Reward per token: -kl_coef * (log pi - log pi_ref), plus the score on the last one.
+  """Reward per token: -beta * KL at every token, and the response's score on the last one (sec 3.5, details item 23).
 
-  Summed over a row it is the paper's eq. 2 without the pretraining term.
+  Summed over a row it is r(x, y) - beta log(pi(y | x) / pi_ref(y | x)), the first line of eq. 2.
 
   Args:
     score_B: reward model's score of the whole response.
-    logprob_BR: log-probability of each sampled token under the policy, in nats.
-    ref_logprob_BR: the same under the frozen reference.
-    is_response_BR: True on response tokens, which form a prefix of each row. A row without any gets
-      no reward.
-    kl_coef: beta; 0.02 in the paper.
+    kl_BR: KL of each token, in nats.
+    is_response_BR: True on response tokens, which form a prefix of each row. A row without any gets no reward.
+    kl_coef: beta, reward per nat; 0.02 in the paper.
   Returns:
-    reward_BR, float32, zero where masked.
+    reward_BR, float32, zero where is_response_BR is False.
   """
-  arrays = [logprob_BR, ref_logprob_BR, is_response_BR]
-  chex.assert_rank([score_B, logprob_BR], [1, 2])
-  chex.assert_equal_shape(arrays)
-  chex.assert_equal_shape_prefix([score_B, logprob_BR], 1)
-  chex.assert_type([score_B, *arrays], [float, float, float, bool])
+  chex.assert_rank([score_B, kl_BR], [1, 2])
+  chex.assert_equal_shape([kl_BR, is_response_BR])
+  chex.assert_equal_shape_prefix([score_B, kl_BR], 1)
+  chex.assert_type([score_B, kl_BR, is_response_BR], [float, float, bool])
 
-  kl_BR = jnp.where(is_response_BR, kl_k1(logprob_BR, ref_logprob_BR), 0)
+  kl_BR = jnp.where(is_response_BR, kl_BR, 0)
   is_next_response_BR = jnp.pad(is_response_BR[:, 1:], ((0, 0), (0, 1)))
   is_last_BR = is_response_BR & ~is_next_response_BR
   score_BR = jnp.where(is_last_BR, score_B[:, None], 0)
   return score_BR.astype(jnp.float32) - kl_coef * kl_BR.astype(jnp.float32)
 
 
-def adaptive_kl_coef(
+def adaptive_coef(
   kl_coef: jax.Array | float,
   kl: jax.Array | float,
   *,
@@ -72,18 +73,20 @@ def adaptive_kl_coef(
   horizon: float,
   num_episodes: int,
 ) -> jax.Array:
-  """kl_coef * (1 + clip(kl / target - 1, -.2, .2) * num_episodes / horizon).
+  """beta * (1 + clip(kl / target - 1, -.2, .2) * num_episodes / horizon) (details item 30).
 
-  Proportional controller in log space (Ziegler et al. 2019, arXiv:1909.08593, sec. 2.2).
+  Proportional controller in log space (Ziegler et al. 2019, arXiv:1909.08593, sec 2.2). The paper's beta is fixed.
 
   Args:
-    kl_coef: beta in use.
+    kl_coef: beta in use, reward per nat.
     kl: KL of a whole response, in nats: mean over samples of the **sum** over tokens.
     target: the KL aimed at, in nats; 6 in lm-human-preferences.
     horizon: episodes over which an error of 1 would change beta by a factor of e; 10000 there.
     num_episodes: episodes since the last update: the batch size.
   Returns:
-    The new coefficient, float32.
+    The new beta, float32.
+  Raises:
+    ValueError: target or horizon is not positive.
   """
   if target <= 0:
     raise ValueError(f"adaptive KL: target={target} must be > 0 (nats per response).")
@@ -94,6 +97,6 @@ def adaptive_kl_coef(
   return jnp.asarray(kl_coef, jnp.float32) * (1 + relative_error * (num_episodes / horizon))
 
 
-def _check(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> None:
-  chex.assert_equal_shape([logprob_BR, ref_logprob_BR])
-  chex.assert_type([logprob_BR, ref_logprob_BR], float)
+def _check(logprob: jax.Array, ref_logprob: jax.Array) -> None:
+  chex.assert_equal_shape([logprob, ref_logprob])
+  chex.assert_type([logprob, ref_logprob], float)

@@ -1,23 +1,184 @@
 """Sampling responses inside one XLA program: prefill, then a decode loop that ends when every row has ended.
 
-Called by ppo.py (rollouts), collect.py and evaluate.py. Imports no data and no stage.
+Called by step.py (rollouts), stages/answers.py and serve/speaker.py. First `generate` and its loop, then the draw of
+one token. slots.py has the same loop for fewer rows at a time than there are prompts. Imports no data and no stage.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from instructjax.core.structs import Array, PromptBatch, Rollout
+from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
 from instructjax.models import decoding, transformer
 from instructjax.rl.slots import generate as generate_in_slots
 
 _BLOCK = 256  # columns of one block of the two-level inverse CDF
 
 
+def generate(
+  model: transformer.Model,
+  params: Params,
+  prompts: PromptBatch,
+  key: Array,
+  *,
+  max_new_tokens: int,
+  eos_id: int,
+  temperature: float,
+  slots: int = 0,
+) -> Rollout:
+  """Samples one response a prompt. Traceable: call it inside jit.
+
+  Weights are cast and laid out for decoding once, before the loop. The loop stops as soon as every row has ended, so a
+  batch of short answers costs only its longest one. Where lengths differ much, fewer slots than rows waste less.
+
+  Args:
+    model: a Model with an LM head.
+    params: its float32 weights.
+    prompts: left-padded; every row has at least one token.
+    key: typed key of this rollout; rows fold their index into it.
+    max_new_tokens: R, EOS included.
+    eos_id: ends a row; kept as the row's last token (details item 4).
+    temperature: 1 in the paper's rollouts; 0 is greedy.
+    slots: rows decoded at once, a slot whose row has ended going on with the next prompt; 0 is all rows. The tokens do
+      not depend on it.
+  Returns:
+    A Rollout, L = P + R.
+  """
+  uniform_BR = row_uniforms(key, prompts.index_B, max_new_tokens)
+  weights = decoding.decode_weights(model, params)
+  draw = functools.partial(sample_token, temperature=temperature)
+  task = (model, weights, prompts, uniform_BR, draw)
+  if slots not in (0, len(prompts.token_BP)):
+    return generate_in_slots(*task, slots=slots, eos_id=eos_id)
+  return _generate_all_rows(*task, eos_id=eos_id)
+
+
+@pytree
+class _Rows:
+  """What every decode step changes besides the cache.
+
+  Attributes:
+    token_BL, is_token_BL, logprob_BR: as in Rollout, so far.
+    ended_B: True once a row has its EOS; from then on it gets pads.
+  """
+
+  token_BL: Array
+  is_token_BL: Array
+  logprob_BR: Array
+  ended_B: Array
+
+
+def _generate_all_rows(
+  model: transformer.Model,
+  weights: Params,
+  prompts: PromptBatch,
+  uniform_BR: Array,
+  draw: Callable[[Array, Array], tuple[Array, Array]],
+  *,
+  eos_id: int,
+) -> Rollout:
+  """All rows step by step at once. Arguments as of `slots.generate`."""
+  num_rows, prompt_length = prompts.token_BP.shape
+  max_new_tokens = uniform_BR.shape[1]
+  pad_id = model.vocab_size
+
+  def append(rows: _Rows, t, logits_BV) -> _Rows:
+    """Draws response token t of every row."""
+    set_column = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=1)
+    token_B, logprob_B = draw(logits_BV, uniform_BR[:, t])
+    new_token_B = jnp.where(rows.ended_B, pad_id, token_B)
+    new_logprob_B = jnp.where(rows.ended_B, 0.0, logprob_B)
+    return _Rows(
+      token_BL=set_column(rows.token_BL, new_token_B, prompt_length + t),
+      is_token_BL=set_column(rows.is_token_BL, ~rows.ended_B, prompt_length + t),
+      logprob_BR=set_column(rows.logprob_BR, new_logprob_B, t),
+      ended_B=rows.ended_B | (token_B == eos_id),
+    )
+
+  # 1. Read the prompts, which fills the cache and predicts every row's first token.
+  cache = decoding.init_cache(model, num_rows, prompt_length + max_new_tokens)
+  logits_BV, cache = decoding.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
+  prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
+  response_columns = ((0, 0), (0, max_new_tokens))
+  rows = _Rows(
+    token_BL=jnp.pad(prompts.token_BP, response_columns, constant_values=pad_id),
+    is_token_BL=jnp.pad(prompts.is_prompt_BP, response_columns),
+    logprob_BR=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+    ended_B=jnp.zeros((num_rows,), bool),
+  )
+  rows = append(rows, jnp.int32(0), logits_BV)
+
+  # 2. Token after token, until every row has ended or is full.
+  def goes_on(carry):
+    t, _, rows = carry
+    return (t < max_new_tokens) & ~jnp.all(rows.ended_B)
+
+  def step(carry):
+    t, cache, rows = carry
+    newest = prompt_length + t - 1
+    token_B = jax.lax.dynamic_index_in_dim(rows.token_BL, newest, axis=1, keepdims=False)
+    logits_BV, cache = decoding.decode_step(
+      model, weights, token_B, prompt_tokens_B + t - 1, newest, rows.is_token_BL, cache
+    )
+    return t + 1, cache, append(rows, t, logits_BV)
+
+  num_steps, _, rows = jax.lax.while_loop(goes_on, step, (jnp.int32(1), cache, rows))
+  return Rollout(
+    token_BL=rows.token_BL,
+    is_token_BL=rows.is_token_BL,
+    is_response_BR=rows.is_token_BL[:, prompt_length:],
+    behaviour_logprob_BR=rows.logprob_BR,
+    num_steps=num_steps,
+    slot_steps=num_rows * num_steps,
+  )
+
+
 def row_uniforms(key: Array, index_B: Array, num_steps: int) -> Array:
   """One uniform in [0, 1) per row and step. Row i's numbers depend on (key, i) only, never on the batch's layout."""
   return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (num_steps,)))(index_B)
+
+
+def sample_token(
+  logits_BV: Array, uniform_B: Array, temperature: float, top_p: float = 1.0
+) -> tuple[Array, Array]:
+  """Draws one token a row from softmax(logits / temperature) by inverse CDF, exact, in two levels.
+
+  A block of 256 columns is drawn by the blocks' mass, then a column inside it: one uniform a row, no sort and no noise
+  array of vocabulary size (`jax.random.categorical` costs a fifth of a decode step at 50k vocabulary on a CPU).
+
+  Args:
+    logits_BV: float32.
+    uniform_B: in [0, 1).
+    temperature: static; 0 takes the argmax, whose log-probability is then reported at temperature 1.
+    top_p: static; below 1, draws from the nucleus only. PPO's rollouts must not: the ratio and the KL are those of the
+      whole distribution.
+  Returns:
+    (token_B int32, logprob_B float32 under the distribution drawn from).
+  """
+  logits_BV = logits_BV.astype(jnp.float32)
+  if temperature > 0:
+    logits_BV = logits_BV / temperature
+  max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  mass_BV = jnp.exp(logits_BV - max_B1)
+  if temperature > 0 and top_p < 1:
+    mass_BV = _nucleus(mass_BV, top_p)
+  log_total_B = jnp.log(jnp.sum(mass_BV, axis=-1)) + max_B1[:, 0]
+  if temperature == 0:
+    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  else:
+    num_rows, vocab_size = mass_BV.shape
+    num_blocks = -(-vocab_size // _BLOCK)
+    padded = jnp.pad(mass_BV, ((0, 0), (0, num_blocks * _BLOCK - vocab_size)))
+    blocks = padded.reshape(num_rows, num_blocks, _BLOCK)
+    block_mass_BT = jnp.sum(blocks, axis=-1)
+    block_B, left_B = _pick(block_mass_BT, uniform_B * jnp.sum(block_mass_BT, axis=-1))
+    inside_BT = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
+    column_B, _ = _pick(inside_BT, left_B)
+    token_B = block_B * _BLOCK + column_B
+  logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+  return token_B, logit_B - log_total_B
 
 
 def _pick(mass_BT: Array, target_B: Array) -> tuple[Array, Array]:
@@ -75,131 +236,3 @@ def _nucleus(mass_BV: Array, top_p: float) -> Array:
 
   last_B = _last_where(is_needed, jnp.full_like(edge_B, mass_BV.shape[-1]))
   return jnp.where(is_above_BV | (is_edge_BV & (id_1V <= last_B[:, None])), mass_BV, 0.0)
-
-
-def sample_token(
-  logits_BV: Array, uniform_B: Array, temperature: float, top_p: float = 1.0
-) -> tuple[Array, Array]:
-  """Draws one token a row from softmax(logits / temperature) by inverse CDF, exact, in two levels.
-
-  A block of 256 columns is drawn by the blocks' mass, then a column inside it: one uniform a row, no sort and no noise
-  array of vocabulary size (`jax.random.categorical` costs a fifth of a decode step at 50k vocabulary on a CPU).
-
-  Args:
-    logits_BV: float32.
-    uniform_B: in [0, 1).
-    temperature: static; 0 takes the argmax, whose log-probability is then reported at temperature 1.
-    top_p: static; below 1, draws from the nucleus only. PPO's rollouts must not: the ratio and the KL are those of the
-      whole distribution.
-  Returns:
-    (token_B int32, logprob_B float32 under the distribution drawn from).
-  """
-  logits_BV = logits_BV.astype(jnp.float32)
-  if temperature > 0:
-    logits_BV = logits_BV / temperature
-  max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-  mass_BV = jnp.exp(logits_BV - max_B1)
-  if temperature > 0 and top_p < 1:
-    mass_BV = _nucleus(mass_BV, top_p)
-  log_total_B = jnp.log(jnp.sum(mass_BV, axis=-1)) + max_B1[:, 0]
-  if temperature == 0:
-    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  else:
-    num_rows, vocab_size = mass_BV.shape
-    num_blocks = -(-vocab_size // _BLOCK)
-    padded = jnp.pad(mass_BV, ((0, 0), (0, num_blocks * _BLOCK - vocab_size)))
-    blocks = padded.reshape(num_rows, num_blocks, _BLOCK)
-    block_mass_BT = jnp.sum(blocks, axis=-1)
-    block_B, left_B = _pick(block_mass_BT, uniform_B * jnp.sum(block_mass_BT, axis=-1))
-    inside_BT = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
-    column_B, _ = _pick(inside_BT, left_B)
-    token_B = block_B * _BLOCK + column_B
-  logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
-  return token_B, logit_B - log_total_B
-
-
-def generate(
-  model: transformer.Model,
-  params,
-  prompts: PromptBatch,
-  key: Array,
-  *,
-  max_new_tokens: int,
-  eos_id: int,
-  temperature: float,
-  slots: int = 0,
-) -> Rollout:
-  """Samples one response a prompt. Traceable: call it inside jit.
-
-  Weights are cast and laid out for decoding once, before the loop. The loop stops as soon as every row has ended, so a
-  batch of short answers costs only its longest one. Where lengths differ much, fewer slots than rows waste less.
-
-  Args:
-    model: a Model with an LM head.
-    params: its float32 weights.
-    prompts: left-padded; every row has at least one token.
-    key: typed key of this rollout; rows fold their index into it.
-    max_new_tokens: R, EOS included.
-    eos_id: ends a row; kept as the row's last token.
-    temperature: 1 in the paper's rollouts; 0 is greedy.
-    slots: rows decoded at once, a slot whose row has ended going on with the next prompt; 0 is all rows. The tokens do
-      not depend on it.
-  Returns:
-    A Rollout, L = P + R.
-  """
-  num_rows, prompt_length = prompts.token_BP.shape
-  pad_id = model.vocab_size
-  uniform_BR = row_uniforms(key, prompts.index_B, max_new_tokens)
-  weights = decoding.decode_weights(model, params)
-  draw = functools.partial(sample_token, temperature=temperature)
-  if slots not in (0, num_rows):
-    return generate_in_slots(model, weights, prompts, uniform_BR, draw, slots=slots, eos_id=eos_id)
-  cache = decoding.init_cache(model, num_rows, prompt_length + max_new_tokens)
-  logits_BV, cache = decoding.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
-  prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
-  pad_response = ((0, 0), (0, max_new_tokens))
-  token_BL = jnp.pad(prompts.token_BP, pad_response, constant_values=pad_id)
-  is_token_BL = jnp.pad(prompts.is_prompt_BP, pad_response)
-
-  def write(carry, t, logits_BV):
-    token_BL, is_token_BL, logprob_BR, ended_B = carry
-    token_B, logprob_B = draw(logits_BV, uniform_BR[:, t])
-    column = prompt_length + t
-    set_column = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=1)
-    token_BL = set_column(token_BL, jnp.where(ended_B, pad_id, token_B), column)
-    is_token_BL = set_column(is_token_BL, ~ended_B, column)
-    logprob_BR = set_column(logprob_BR, jnp.where(ended_B, 0.0, logprob_B), t)
-    return token_BL, is_token_BL, logprob_BR, ended_B | (token_B == eos_id)
-
-  def go_on(carry):
-    t, _, (_, _, _, ended_B) = carry
-    return (t < max_new_tokens) & ~jnp.all(ended_B)
-
-  def step(carry):
-    t, cache, rows = carry
-    token_BL, is_token_BL, _, _ = rows
-    slot = prompt_length + t - 1
-    token_B = jax.lax.dynamic_index_in_dim(token_BL, slot, axis=1, keepdims=False)
-    logits_BV, cache = decoding.decode_step(
-      model, weights, token_B, prompt_tokens_B + t - 1, slot, is_token_BL, cache
-    )
-    return t + 1, cache, write(rows, t, logits_BV)
-
-  rows = (
-    token_BL,
-    is_token_BL,
-    jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-    jnp.zeros((num_rows,), bool),
-  )
-  rows = write(rows, jnp.int32(0), logits_BV)
-  num_steps, _, (token_BL, is_token_BL, logprob_BR, _) = jax.lax.while_loop(
-    go_on, step, (jnp.int32(1), cache, rows)
-  )
-  return Rollout(
-    token_BL=token_BL,
-    is_token_BL=is_token_BL,
-    is_response_BR=is_token_BL[:, prompt_length:],
-    behaviour_logprob_BR=logprob_BR,
-    num_steps=num_steps,
-    slot_steps=num_rows * num_steps,
-  )

@@ -1,7 +1,8 @@
 """Several short episodes in a row, so that scoring and training cost what the tokens cost and padding nothing.
 
-Called by ppo.py, inside its compiled step. Lengths are known on the device only, so rows are filled there and worked
-off in chunks until none is left: there is no budget that a batch of long episodes could exceed. Imports no model.
+Called by rows.py, inside the compiled PPO step. Lengths are known on the device only, so rows are filled there and
+worked off in chunks until none is left: there is no budget that a batch of long episodes could exceed. Imports no
+model.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ NARROWING = 4  # from one width to the next: each is compiled anew
 
 
 @pytree
-class Layout:
+class Placement:
   """Where the tokens of B episodes, each padded to L columns, lie in shared rows.
 
   There are rows of L columns, of L / 4 and perhaps L / 16, the wide ones first: attention costs the square of a row's
@@ -42,7 +43,7 @@ def row_widths(length: int) -> list[int]:
   return widths
 
 
-def first_fit(is_token_BL: Array, *, rows: int) -> Layout:
+def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
   """First-fit decreasing: the longest episode first, each into the first row that has room for it.
 
   A new row is as narrow as its first episode allows. At most 11/9 of the fewest possible rows, and 6/9, where all have
@@ -73,7 +74,7 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Layout:
   shift_B = cell_B - jnp.argmax(is_token_BL, axis=1).astype(jnp.int32)
   cell_BL = shift_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   cell_BL = jnp.where(is_token_BL, cell_BL, num_episodes * length)
-  return Layout(cell_BL=cell_BL, end_K=jnp.stack(ends[1:]))
+  return Placement(cell_BL=cell_BL, end_K=jnp.stack(ends[1:]))
 
 
 def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Array, Array]:
@@ -92,38 +93,38 @@ def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Arra
   return room_R.reshape(shape), jnp.where(is_due_B, placed_B, cell_B)
 
 
-def pack(layout: Layout, x_BL: Array, fill) -> Array:
+def to_shared(placement: Placement, x_BL: Array, fill) -> Array:
   """Values of the episodes' tokens in the shared rows, `fill` where there is no token."""
   x_BL = constraints.whole(x_BL)
   empty = jnp.full((x_BL.size,), fill, x_BL.dtype)
-  return empty.at[layout.cell_BL].set(x_BL, mode="drop").reshape(x_BL.shape)
+  return empty.at[placement.cell_BL].set(x_BL, mode="drop").reshape(x_BL.shape)
 
 
-def segments(layout: Layout) -> Array:
+def segments(placement: Placement) -> Array:
   """int32 number of the episode that each cell of the shared rows belongs to, from 1; 0 where there is no token."""
-  number_B = jnp.arange(1, layout.cell_BL.shape[0] + 1, dtype=jnp.int32)
-  return pack(layout, jnp.broadcast_to(number_B[:, None], layout.cell_BL.shape), 0)
+  number_B = jnp.arange(1, placement.cell_BL.shape[0] + 1, dtype=jnp.int32)
+  return to_shared(placement, jnp.broadcast_to(number_B[:, None], placement.cell_BL.shape), 0)
 
 
-def unpack(layout: Layout, x_BL: Array) -> Array:
-  """Undoes `pack`: from the shared rows back to one episode a row, 0 where there is no token."""
+def to_padded(placement: Placement, x_BL: Array) -> Array:
+  """Undoes `to_shared`: from the shared rows back to one episode a row, 0 where there is no token."""
   x_BL = constraints.whole(x_BL)
-  return x_BL.reshape(-1).at[layout.cell_BL].get(mode="fill", fill_value=0)
+  return x_BL.reshape(-1).at[placement.cell_BL].get(mode="fill", fill_value=0)
 
 
-def map_rows(function: Callable, layout: Layout, tree: Any, *, rows: int) -> Any:
+def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) -> Any:
   """`function` of chunk after chunk of rows until all in use are done; zeros for the others.
 
   Args:
     function: arrays [n, W] -> arrays [n, W], of as many rows as a chunk has at that width.
-    layout: which rows are in use.
+    placement: which rows are in use.
     tree: arrays [B, L].
     rows: as `first_fit` got it.
   """
   shapes = jax.eval_shape(function, _chunk(tree, 0, rows, 0))
-  num_rows = layout.cell_BL.shape[0]
+  num_rows = placement.cell_BL.shape[0]
   out = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes)
-  for level, (start, end) in enumerate(_spans(layout)):
+  for level, (start, end) in enumerate(_spans(placement)):
 
     def one(index, out, level=level):
       new = function(_chunk(tree, index, rows, level))
@@ -136,14 +137,14 @@ def map_rows(function: Callable, layout: Layout, tree: Any, *, rows: int) -> Any
 
 
 def mean_gradient(
-  loss_fn: Callable, params: Params, layout: Layout, tree: Any, over: str, *, rows: int
+  loss_fn: Callable, params: Params, placement: Placement, tree: Any, over: str, *, rows: int
 ):
   """((loss, metrics), gradient) of a loss that is a mean over tokens, from chunk after chunk of rows.
 
   Args:
     loss_fn: (params, arrays [n, W]) -> (loss, metrics), means over the tokens that the field `over` of the arrays
       marks; a metric NAME_max is a maximum.
-    layout, tree, rows: as for `map_rows`.
+    placement, tree, rows: as for `map_rows`.
   """
   total = jnp.maximum(jnp.sum(getattr(tree, over)), 1)
 
@@ -159,7 +160,7 @@ def mean_gradient(
   means, _ = jax.eval_shape(lambda: gradient(0, 0))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means)
   result = zeros, jax.tree.map(jnp.zeros_like, params)
-  for level, (start, end) in enumerate(_spans(layout)):
+  for level, (start, end) in enumerate(_spans(placement)):
 
     def add(index, so_far, level=level):
       new = gradient(index, level)
@@ -172,14 +173,14 @@ def mean_gradient(
   return result
 
 
-def num_cells(layout: Layout, *, rows: int) -> Array:
+def num_cells(placement: Placement, *, rows: int) -> Array:
   """How many cells, those without a token included, `map_rows` and `mean_gradient` work on."""
-  return layout.end_K[-1] * rows * layout.cell_BL.shape[1]
+  return placement.end_K[-1] * rows * placement.cell_BL.shape[1]
 
 
-def _spans(layout: Layout) -> list[tuple[Array, Array]]:
+def _spans(placement: Placement) -> list[tuple[Array, Array]]:
   """(first, last + 1) of the chunks of each width."""
-  ends = list(layout.end_K)
+  ends = list(placement.end_K)
   return list(zip([jnp.int32(0), *ends[:-1]], ends, strict=True))
 
 

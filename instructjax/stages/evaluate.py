@@ -14,6 +14,7 @@ import rich.table
 from instructjax import report
 from instructjax.core.errors import UserError
 from instructjax.data import sources
+from instructjax.ops import kl
 from instructjax.parallel import sharding
 from instructjax.report import findings
 from instructjax.stages import answers, policies
@@ -92,9 +93,11 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
   }
   if name not in BASES:
     policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
-    log_ratio = answers.logprob(ctx, policy, policies.load(ctx, name), sampled, temperature)
-    log_ratio -= answers.logprob(ctx, policy, policies.load(ctx, "ppo_init"), sampled, temperature)
-    result["kl"] = log_ratio
+    logprob_N, ref_logprob_N = (
+      answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
+      for source in (name, "ppo_init")
+    )
+    result["kl"] = kl.k1(logprob_N, ref_logprob_N)
   simulation = sources.simulation(ctx.config.data.prompts)
   if simulation is not None:
     result["gold"] = np.asarray(simulation.gold_score(prompts, sampled.text))

@@ -1,0 +1,142 @@
+"""The rows that the networks read: one episode each, padded (`padded`), or several (`shared`).
+
+PPO needs two things of them, and gets the same from both kinds, but for rounding:
+
+  score     forward passes over a rollout
+  gradient  of a loss that is a mean over tokens, over a minibatch
+
+Called by step.py, which chooses once, and experience.py. shared_rows.py decides where an episode lies in shared rows.
+Imports no model and no config.
+
+Both operations call a function of the caller with rows of tokens. It sees the same shapes from either kind. In rows of
+L columns the first P hold no response. Names end in `_BL` for arrays with an entry per column, in `_BR` for those with
+an entry for each of the last R = L - P columns. In padded rows P is the width of the prompts. In shared rows it is 1:
+an episode may begin in any column, and it begins with its prompt.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instructjax.core.structs import Array, Params, Rollout
+from instructjax.rl import shared_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+  """What `Rows.gradient` returns.
+
+  Attributes:
+    loss, metrics: means over the tokens that count; a metric named `..._max` is a maximum.
+    grads: gradient of the loss, shaped as the parameters.
+    num_cells: columns of all rows that were worked on, those without a token included.
+  """
+
+  loss: Array
+  metrics: dict[str, Array]
+  grads: Params
+  num_cells: Array | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The two operations.
+
+  Attributes:
+    score: (read, rollout) -> (arrays, num_cells). `read` takes (token_BL, segment_BL, prompt_length=P) and returns
+      {name: array}, with names that end in _BL or _BR. The arrays come back with a row for each episode of the
+      rollout, and with the rollout's columns.
+    gradient: (loss_fn, params, batch, over) -> Gradient. `loss_fn` takes (params, batch) and returns (loss, metrics),
+      means over the tokens that the batch's field named `over` marks. The batch is an `experience.Experience`.
+  """
+
+  score: Callable[[Callable, Rollout], tuple[dict[str, Array], Array | int]]
+  gradient: Callable[[Callable, Params, Any, str], Gradient]
+
+
+def make_rows(packed_rows: int, pad_id: int) -> Rows:
+  """`shared` rows, `packed_rows` at a time, or `padded` ones if that is 0."""
+  return shared(packed_rows, pad_id) if packed_rows else padded()
+
+
+def padded() -> Rows:
+  """One episode a row, as the rollout has them."""
+  return Rows(score=_score_padded, gradient=_gradient_padded)
+
+
+def shared(num_rows: int, pad_id: int) -> Rows:
+  """Several episodes a row.
+
+  Args:
+    num_rows: rows of L columns worked on at a time; divides the rows of a minibatch.
+    pad_id: the token where there is none.
+  """
+  return Rows(
+    score=functools.partial(_score_shared, num_rows, pad_id),
+    gradient=functools.partial(_gradient_shared, num_rows, pad_id),
+  )
+
+
+def _score_padded(read, rollout: Rollout):
+  arrays = read(rollout.token_BL, rollout.is_token_BL, prompt_length=rollout.prompt_length)
+  return arrays, rollout.token_BL.size
+
+
+def _gradient_padded(loss_fn, params, batch, over: str) -> Gradient:
+  del over  # the loss takes its mean over all rows at once
+  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+  return Gradient(loss, metrics, grads, batch.token_BL.size)
+
+
+def _score_shared(num_rows: int, pad_id: int, read, rollout: Rollout):
+  placement = shared_rows.first_fit(rollout.is_token_BL, rows=num_rows)
+  token_BL = shared_rows.to_shared(placement, rollout.token_BL, pad_id)
+
+  def every_column(tokens):
+    arrays = read(*tokens, prompt_length=1)
+    return {name: _widen(x, 1) if name.endswith("_BR") else x for name, x in arrays.items()}
+
+  tokens = (token_BL, shared_rows.segments(placement))
+  arrays = shared_rows.map_rows(every_column, placement, tokens, rows=num_rows)
+  arrays = {name: shared_rows.to_padded(placement, x) for name, x in arrays.items()}
+  arrays = {
+    name: x[:, rollout.prompt_length :] if name.endswith("_BR") else x for name, x in arrays.items()
+  }
+  return arrays, shared_rows.num_cells(placement, rows=num_rows)
+
+
+def _gradient_shared(num_rows: int, pad_id: int, loss_fn, params, batch, over: str) -> Gradient:
+  placement = shared_rows.first_fit(batch.segment_BL > 0, rows=num_rows)
+
+  def chunk_loss(params, chunk):
+    return loss_fn(params, _map_responses(lambda x_BL: x_BL[:, 1:], chunk))
+
+  (loss, metrics), grads = shared_rows.mean_gradient(
+    chunk_loss, params, placement, to_shared(batch, placement, pad_id), over, rows=num_rows
+  )
+  return Gradient(loss, metrics, grads, shared_rows.num_cells(placement, rows=num_rows))
+
+
+def to_shared(batch, placement: shared_rows.Placement, pad_id: int):
+  """A minibatch with its episodes in shared rows; there its arrays _BR have all L columns."""
+  move = lambda x_BR: shared_rows.to_shared(placement, _widen(x_BR, batch.prompt_length), 0)  # noqa: E731
+  return dataclasses.replace(
+    _map_responses(move, batch),
+    token_BL=shared_rows.to_shared(placement, batch.token_BL, pad_id),
+    segment_BL=shared_rows.segments(placement),
+  )
+
+
+def _map_responses(function: Callable, batch):
+  """The minibatch with `function` of each array that is named _BR."""
+  names = [f.name for f in dataclasses.fields(batch) if f.name.endswith("_BR")]
+  return dataclasses.replace(batch, **{name: function(getattr(batch, name)) for name in names})
+
+
+def _widen(x_BR: Array, prompt_length: int) -> Array:
+  """[B, R] -> [B, L], zeros in the columns before."""
+  return jnp.pad(x_BR, ((0, 0), (prompt_length, 0)))
