@@ -57,22 +57,22 @@ def expected_rows(length_B, width=WIDTH):
 )
 def test_the_longest_first_each_into_the_first_row_with_room(length_B):
   is_token_BL = left_padded(length_B)
-  layout = first_fit(is_token_BL)
+  placement = first_fit(is_token_BL)
   place, num_rows = expected_rows(length_B)
-  assert layout.end_K == num_rows
+  assert placement.end_K == num_rows
   for b, length in enumerate(length_B):
     row, start = place[b]
-    cells = np.asarray(layout.cell_BL[b])[is_token_BL[b]]
+    cells = np.asarray(placement.cell_BL[b])[is_token_BL[b]]
     np.testing.assert_array_equal(cells, row * WIDTH + start + np.arange(length))
-  assert np.all(np.asarray(layout.cell_BL)[~is_token_BL] == is_token_BL.size)
+  assert np.all(np.asarray(placement.cell_BL)[~is_token_BL] == is_token_BL.size)
 
 
 def test_hand_worked_rows():
   length_B = [3, 7, 5, 2, 6, 4, 2]
-  layout = first_fit(left_padded(length_B))
-  assert layout.end_K == 3
+  placement = first_fit(left_padded(length_B))
+  assert placement.end_K == 3
   np.testing.assert_array_equal(
-    shared_rows.segments(layout)[:4],
+    shared_rows.segments(placement)[:4],
     [[2] * 7 + [1] * 3, [5] * 6 + [6] * 4, [3] * 5 + [4] * 2 + [7] * 2 + [0], [0] * 10],
   )
 
@@ -82,15 +82,16 @@ def test_packing_loses_nothing():
   is_token_BL = left_padded(rng.integers(1, WIDTH + 1, 9))
   x_BL = rng.normal(size=is_token_BL.shape).astype(np.float32)
   x_BL[~is_token_BL] = np.nan
-  layout = first_fit(is_token_BL)
-  rows_BL = shared_rows.pack(layout, x_BL, 0.0)
+  placement = first_fit(is_token_BL)
+  rows_BL = shared_rows.to_shared(placement, x_BL, 0.0)
   assert np.isfinite(rows_BL).all()
   np.testing.assert_array_equal(np.sort(rows_BL[rows_BL != 0]), np.sort(x_BL[is_token_BL]))
   np.testing.assert_array_equal(
-    shared_rows.unpack(layout, rows_BL), np.where(is_token_BL, x_BL, 0.0)
+    shared_rows.to_padded(placement, rows_BL), np.where(is_token_BL, x_BL, 0.0)
   )
   assert np.all(
-    np.asarray(shared_rows.pack(layout, x_BL, -1.0))[shared_rows.segments(layout) == 0] == -1
+    np.asarray(shared_rows.to_shared(placement, x_BL, -1.0))[shared_rows.segments(placement) == 0]
+    == -1
   )
 
 
@@ -105,9 +106,9 @@ def three_widths(monkeypatch):
 def test_an_episode_gets_a_row_hardly_wider_than_itself(three_widths):
   """By hand: 9 and 3 fill a row of 12, 7 and 5 another; 4 and 2, 4 and 2, 4, then 3 in what is left of the chunk."""
   length_B = [4, 9, 2, 7, 5, 4, 2, 4, 3, 3]
-  layout = first_fit(left_padded(length_B, width=12))
-  np.testing.assert_array_equal(layout.end_K, [2, 4, 4])  # chunks of 12 cells
-  rows = np.asarray(shared_rows.segments(layout)).reshape(-1)
+  placement = first_fit(left_padded(length_B, width=12))
+  np.testing.assert_array_equal(placement.end_K, [2, 4, 4])  # chunks of 12 cells
+  rows = np.asarray(shared_rows.segments(placement)).reshape(-1)
   assert rows[:24].tolist() == [2] * 9 + [9] * 3 + [4] * 7 + [5] * 5
   assert rows[24:36].tolist() == [1] * 4 + [3] * 2 + [6] * 4 + [7] * 2
   assert rows[36:48].tolist() == [8] * 4 + [0] * 2 + [10] * 3 + [0] * 3
@@ -120,13 +121,13 @@ def test_any_batch_fits_into_rows_of_several_widths(three_widths, rows, longest)
   for seed in range(20):
     length_B = np.random.default_rng(seed).integers(1, longest + 1, 8)
     is_token_BL = left_padded(length_B, width=12)
-    layout = first_fit(is_token_BL, rows=rows)
-    assert layout.end_K[-1] * rows <= 8
-    cells = np.asarray(layout.cell_BL)[is_token_BL]
-    assert len(set(cells)) == len(cells) and cells.max() < layout.end_K[-1] * rows * 12
+    placement = first_fit(is_token_BL, rows=rows)
+    assert placement.end_K[-1] * rows <= 8
+    cells = np.asarray(placement.cell_BL)[is_token_BL]
+    assert len(set(cells)) == len(cells) and cells.max() < placement.end_K[-1] * rows * 12
     start = 0
-    for width, end in zip((12, 6, 3), np.asarray(layout.end_K) * rows * 12, strict=True):
-      for cell_L, is_token_L in zip(np.asarray(layout.cell_BL), is_token_BL, strict=True):
+    for width, end in zip((12, 6, 3), np.asarray(placement.end_K) * rows * 12, strict=True):
+      for cell_L, is_token_L in zip(np.asarray(placement.cell_BL), is_token_BL, strict=True):
         mine = cell_L[is_token_L]
         if start <= mine[0] < end:  # in one row of this width
           assert mine[-1] < end and mine[0] // width == mine[-1] // width
@@ -137,18 +138,21 @@ def test_any_batch_fits_into_rows_of_several_widths(three_widths, rows, longest)
 def test_rows_of_every_width_are_worked_off_once(three_widths, rows):
   is_token_BL = left_padded([12, 7, 5, 6, 2, 3, 2, 1], width=12)
   x_BL = np.random.default_rng(4).normal(size=is_token_BL.shape).astype(np.float32)
-  layout, widths = first_fit(is_token_BL, rows=rows), []
-  packed_BL, segment_BL = shared_rows.pack(layout, x_BL, 0.0), shared_rows.segments(layout)
+  placement, widths = first_fit(is_token_BL, rows=rows), []
+  packed_BL, segment_BL = (
+    shared_rows.to_shared(placement, x_BL, 0.0),
+    shared_rows.segments(placement),
+  )
 
   def from_row_start(pair):
     x, segment = pair
     widths.append(x.shape)
     return x + 100 * jnp.arange(x.shape[1])[None]
 
-  mapped = shared_rows.map_rows(from_row_start, layout, (packed_BL, segment_BL), rows=rows)
+  mapped = shared_rows.map_rows(from_row_start, placement, (packed_BL, segment_BL), rows=rows)
   assert {*widths} == {(rows << k, 12 >> k) for k in range(3)}
-  got_BL = np.asarray(shared_rows.unpack(layout, mapped)) - np.where(is_token_BL, x_BL, 0)
-  column_B = np.asarray(layout.cell_BL) % 12  # of a row of 12; narrower ones begin inside it
+  got_BL = np.asarray(shared_rows.to_padded(placement, mapped)) - np.where(is_token_BL, x_BL, 0)
+  column_B = np.asarray(placement.cell_BL) % 12  # of a row of 12; narrower ones begin inside it
   for got_L, column_L, is_token_L in zip(got_BL, column_B, is_token_BL, strict=True):
     column_L, start = column_L[is_token_L], round(float(got_L[is_token_L][0]) / 100)
     np.testing.assert_allclose(
@@ -163,7 +167,7 @@ def test_rows_of_every_width_are_worked_off_once(three_widths, rows):
 
   pair = Pair(packed_BL, segment_BL > 0)
   (mean, metrics), gradient = shared_rows.mean_gradient(
-    loss, 3.0, layout, pair, "is_token_BL", rows=rows
+    loss, 3.0, placement, pair, "is_token_BL", rows=rows
   )
   expected = x_BL[is_token_BL].mean()
   np.testing.assert_allclose([mean, gradient], [9 * expected, 6 * expected], rtol=1e-4)
@@ -172,15 +176,15 @@ def test_rows_of_every_width_are_worked_off_once(three_widths, rows):
 
 @pytest.mark.parametrize("rows, done", [(1, 3), (2, 4), (4, 4)])
 def test_only_chunks_in_use_are_done(rows, done):
-  layout = first_fit(left_padded([7, 3, 6, 4, 5, 2, 2, 1]), rows=rows)  # three rows of eight
-  assert layout.end_K == -(-3 // rows)
+  placement = first_fit(left_padded([7, 3, 6, 4, 5, 2, 2, 1]), rows=rows)  # three rows of eight
+  assert placement.end_K == -(-3 // rows)
   x_BL = jnp.ones((8, WIDTH))
 
   def twice(x_BL):
     assert x_BL.shape == (rows, WIDTH)
     return 2 * x_BL
 
-  mapped = jax.jit(lambda x: shared_rows.map_rows(twice, layout, x, rows=rows))(x_BL)
+  mapped = jax.jit(lambda x: shared_rows.map_rows(twice, placement, x, rows=rows))(x_BL)
   np.testing.assert_array_equal(np.sum(mapped, axis=1), [2 * WIDTH] * done + [0] * (8 - done))
 
 
@@ -188,8 +192,8 @@ def test_only_chunks_in_use_are_done(rows, done):
 def test_a_mean_over_chunks_weighs_by_tokens(rows):
   is_token_BL = left_padded([7, 3, 6, 4, 5, 2, 2, 1])
   x_BL = np.random.default_rng(3).normal(size=is_token_BL.shape).astype(np.float32)
-  layout = first_fit(is_token_BL, rows=rows)
-  pair = Pair(shared_rows.pack(layout, x_BL, 0.0), shared_rows.segments(layout) > 0)
+  placement = first_fit(is_token_BL, rows=rows)
+  pair = Pair(shared_rows.to_shared(placement, x_BL, 0.0), shared_rows.segments(placement) > 0)
 
   def loss(scale, pair):
     assert pair.x_BL.shape == (rows, WIDTH)
@@ -197,7 +201,9 @@ def test_a_mean_over_chunks_weighs_by_tokens(rows):
     mean = jnp.sum(value_BL) / jnp.maximum(jnp.sum(pair.is_token_BL), 1)
     return mean, {"mean": mean, "x_max": jnp.max(value_BL)}
 
-  run = lambda scale: shared_rows.mean_gradient(loss, scale, layout, pair, "is_token_BL", rows=rows)
+  run = lambda scale: shared_rows.mean_gradient(
+    loss, scale, placement, pair, "is_token_BL", rows=rows
+  )
   (mean, metrics), gradient = jax.jit(run)(3.0)
   expected = x_BL[is_token_BL].mean()
   np.testing.assert_allclose([mean, metrics["mean"]], 9 * expected, rtol=1e-5)
@@ -210,5 +216,5 @@ def test_the_same_on_eight_devices():
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
     placed = sharding.place_batch(mesh, is_token_BL)
-    layout = first_fit(placed, rows=8)
-  np.testing.assert_array_equal(layout.cell_BL, first_fit(is_token_BL, rows=8).cell_BL)
+    placement = first_fit(placed, rows=8)
+  np.testing.assert_array_equal(placement.cell_BL, first_fit(is_token_BL, rows=8).cell_BL)

@@ -1,0 +1,171 @@
+"""What PPO's updates learn from, made of a rollout: rewards, advantages, returns and what is told of them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from instructjax.rl import rows, scoring
+from instructjax.rl import step as ppo_step
+from instructjax.rl.experience import from_rollout
+from tests.rl import episodes
+from tests.rl.episodes import ENDS_B, MASK_BR, PROMPT, RESPONSE_LENGTH_B, ROWS
+
+
+@pytest.fixture(scope="module")
+def nets(tiny_config):
+  return episodes.make_nets(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def weights(nets, random_params):
+  return episodes.make_weights(nets, random_params)
+
+
+@pytest.fixture(scope="module")
+def rollout():
+  return episodes.make_rollout()
+
+
+KL_COEF = 0.3
+SCORE_CASES = {
+  "plain": dict(whiten_advantages=False),
+  "fixed": dict(whiten_advantages=False, missing_eos="fixed"),
+  "exclude": dict(missing_eos="exclude"),
+  "whitened rewards": dict(whiten_advantages=False, whiten_rewards=True),
+  "rescore": dict(whiten_advantages=False, behaviour_logprob="rescore"),
+}
+
+
+@pytest.fixture(scope="module")
+def scored(quick_jit, nets, weights, rollout, ppo_config):
+  """name -> Scored, and the log-probs behind them: one program."""
+
+  def everything(params, value_params, frozen, rollout):
+    state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
+    state = dataclasses.replace(state, kl_coef=jnp.float32(KL_COEF))
+    args = rollout.token_BL, rollout.is_token_BL
+    logprob = functools.partial(
+      scoring.response_logprob, nets.policy, prompt_length=PROMPT, temperature=0.7
+    )
+    behind = dict(
+      policy=logprob(params, *args),
+      ref=logprob(frozen.ref_params, *args),
+      score=scoring.sequence_score(nets.scalar, frozen.reward_params, *args),
+      value=scoring.response_value(nets.scalar, value_params, *args, prompt_length=PROMPT),
+    )
+    results = {
+      name: from_rollout(
+        nets,
+        dataclasses.replace(ppo_config, **changes),
+        rows.padded(),
+        state,
+        frozen,
+        rollout,
+      )
+      for name, changes in SCORE_CASES.items()
+    }
+    return results, behind
+
+  return jax.tree.map(np.asarray, quick_jit(everything)(*weights, rollout))
+
+
+def expected_reward(score_B, behaviour_BR, ref_BR):
+  reward_BR = -KL_COEF * (behaviour_BR - ref_BR)
+  for row, length in enumerate(RESPONSE_LENGTH_B):
+    reward_BR[row, length - 1] += score_B[row]
+    reward_BR[row, length:] = 0
+  return reward_BR
+
+
+def expected_advantage(reward_BR, value_BR, lam=0.95):
+  advantage_BR = np.zeros(reward_BR.shape)
+  for row, length in enumerate(RESPONSE_LENGTH_B):
+    following = 0.0
+    for step in reversed(range(length)):
+      next_value = value_BR[row, step + 1] if step + 1 < length else 0.0
+      following = reward_BR[row, step] + next_value - value_BR[row, step] + lam * following
+      advantage_BR[row, step] = following
+  return advantage_BR
+
+
+def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollout):
+  results, behind = scored
+  experience, metrics = results["plain"].experience, results["plain"].metrics
+  score_B, kl_B = results["plain"].score_B, results["plain"].kl_B
+  np.testing.assert_array_equal(score_B, behind["score"])
+  behaviour_BR = rollout.behaviour_logprob_BR
+  np.testing.assert_array_equal(experience.behaviour_logprob_BR, behaviour_BR)
+  reward_BR = expected_reward(score_B, behaviour_BR, behind["ref"])
+  advantage_BR = expected_advantage(reward_BR, behind["value"])
+  np.testing.assert_allclose(experience.advantage_BR, advantage_BR, atol=1e-5)
+  value_BR = np.where(MASK_BR, behind["value"], 0)
+  np.testing.assert_allclose(experience.return_BR, advantage_BR + value_BR, atol=1e-5)
+  np.testing.assert_array_equal(experience.value_BR, value_BR)
+  kl = np.where(MASK_BR, behaviour_BR - behind["ref"], 0).sum(1)
+  np.testing.assert_allclose(kl_B, kl, atol=1e-5)
+  expected = dict(
+    kl=kl.mean(),
+    reward=score_B.mean(),
+    objective=np.mean(score_B - KL_COEF * kl),
+    eos=5 / 6,
+    response_length=RESPONSE_LENGTH_B.mean(),
+    entropy=-behaviour_BR.sum() / ROWS,
+    slot_waste=1 - 15 / 24,  # 5 + 1 + 1 + 5 + 2 + 1 tokens
+    kl_coef=KL_COEF,
+  )
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_rescored_behaviour_is_the_policys_own(scored):
+  results, behind = scored
+  np.testing.assert_allclose(
+    results["rescore"].experience.behaviour_logprob_BR, behind["policy"], atol=1e-6
+  )
+  kl = np.where(MASK_BR, behind["policy"] - behind["ref"], 0).sum(1)
+  np.testing.assert_allclose(results["rescore"].kl_B, kl, atol=1e-5)
+
+
+def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, rollout):
+  results, behind = scored
+  experience, score_B = results["fixed"].experience, results["fixed"].score_B
+  reward_BR = expected_reward(
+    np.where(ENDS_B, behind["score"], -1.5), rollout.behaviour_logprob_BR, behind["ref"]
+  )
+  expected_BR = expected_advantage(reward_BR, behind["value"])
+  np.testing.assert_allclose(experience.advantage_BR, expected_BR, atol=1e-5)
+  np.testing.assert_array_equal(score_B, behind["score"])  # reported as the model gave it
+  np.testing.assert_array_equal(experience.is_actor_BR, MASK_BR)
+  assert np.any(experience.advantage_BR[3] != results["plain"].experience.advantage_BR[3])
+
+
+def test_or_be_left_out_of_the_actors_loss_and_whitening(scored):
+  results, _ = scored
+  experience = results["exclude"].experience
+  actor_BR = MASK_BR & ENDS_B[:, None]
+  np.testing.assert_array_equal(experience.is_actor_BR, actor_BR)
+  np.testing.assert_array_equal(
+    experience.is_response_BR, MASK_BR
+  )  # the value net still learns from it
+  raw_BR = results["plain"].experience.advantage_BR
+  raw = raw_BR[actor_BR]
+  np.testing.assert_allclose(
+    experience.advantage_BR[actor_BR], (raw - raw.mean()) / raw.std(), atol=1e-4
+  )
+  np.testing.assert_allclose(experience.return_BR, results["plain"].experience.return_BR, atol=1e-5)
+
+
+def test_details_25_whitened_rewards_keep_their_mean(scored, rollout):
+  results, behind = scored
+  reward_BR = expected_reward(behind["score"], rollout.behaviour_logprob_BR, behind["ref"])
+  mean, std = reward_BR[MASK_BR].mean(), reward_BR[MASK_BR].std()
+  reward_BR = np.where(MASK_BR, (reward_BR - mean) / std + mean, 0)
+  np.testing.assert_allclose(
+    results["whitened rewards"].experience.advantage_BR,
+    expected_advantage(reward_BR, behind["value"]),
+    atol=1e-4,
+  )
