@@ -1,6 +1,6 @@
-"""Generalised advantage estimation.
+"""Generalised advantage estimation: how much better each token turned out than the value network expected.
 
-Called by the PPO step. Imports no config and no model.
+Called by rl/experience.py. Imports no config and no model.
 """
 
 import chex
@@ -19,18 +19,18 @@ def gae(
   """Generalised advantage estimates over response tokens (Schulman et al. 2016, arXiv:1506.02438).
 
   delta_t = r_t + discount * V_{t+1} - V_t,   A_t = delta_t + discount * lam * A_{t+1}
-  V past the last response token is 0: the episode ends there. No whitening, no stop_gradient.
+
+  The episode ends with its last response token: V and A are 0 after it. Nothing is whitened here.
 
   Args:
-    reward_BR: reward for emitting token t: -beta * (log pi - log pi_ref), in nats, plus the reward
-      model's score at the last token.
-    value_BR: V before token t is emitted.
+    reward_BR: reward for emitting token t, from `kl.penalised_reward`.
+    value_BR: V before token t is emitted, in units of reward.
     is_response_BR: True on response tokens, which form a prefix of each row.
-    discount: gamma; 1 in the paper.
-    lam: lambda; .95 in lm-human-preferences, not stated in the paper.
+    discount: 1 in the paper (C.4). In the literature it is gamma, which here is eq. 2's coefficient.
+    lam: lambda; .95 in lm-human-preferences (details item 28), not stated in the paper.
   Returns:
-    (advantage_BR, return_BR), float32, zero where is_response_BR is False. The return is the raw
-    advantage plus the value, so whiten the advantage only afterwards.
+    (advantage_BR, return_BR), float32, in units of reward, zero where is_response_BR is False. The
+    return is advantage plus value; whiten the advantage only afterwards (details item 27).
   """
   chex.assert_rank(reward_BR, 2)
   chex.assert_equal_shape([reward_BR, value_BR, is_response_BR])
@@ -45,7 +45,7 @@ def gae(
     advantage_B = delta_B + discount * lam * next_advantage_B
     return advantage_B, advantage_B
 
-  # Past the response delta is 0: so is the advantage there, and the carry into the last token.
+  # Past the response delta is 0, so the advantage is 0 there too, and nothing flows into the last token.
   _, advantage_RB = jax.lax.scan(step, jnp.zeros_like(delta_BR[:, 0]), delta_BR.T, reverse=True)
   advantage_BR = advantage_RB.T
   return advantage_BR, advantage_BR + value_BR

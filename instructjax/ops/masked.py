@@ -1,10 +1,9 @@
 """Sums, means, variances and whitening over the True places of a mask.
 
-Called by the other ops and by the training stages. Imports no config and no model.
+Called by surrogate.py, rl/experience.py and the training stages. Imports no config and no model.
 
-Every function first replaces what stands at masked places by 0 and only then computes, so that
-garbage there (NaN in padding, say) reaches neither the value nor the gradient. Sums are taken in
-float32 whatever the input's type.
+Every function first puts 0 at the masked places and computes only then. So what stands in padding, NaN included,
+reaches neither the value nor the gradient (details item 24). Sums are taken in float32 whatever the input's type.
 """
 
 import chex
@@ -47,7 +46,7 @@ def masked_whiten(
   """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + eps), biased variance.
 
   As in lm-human-preferences, which whitens advantages with shift_mean=True and rewards with
-  shift_mean=False.
+  shift_mean=False (details item 25). The paper does not say whether it whitens.
 
   Args:
     x: values, in a type of any float width.

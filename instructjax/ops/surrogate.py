@@ -1,10 +1,10 @@
 """PPO's clipped losses for policy and value function (Schulman et al. 2017, arXiv:1707.06347).
 
-Called by the PPO step. Imports no config and no model.
+Called by rl/step.py (and by rl/experience.py for the explained variance). Imports no config and no model.
 
-Means are over all response tokens of the minibatch, as in lm-human-preferences: a long response
-weighs more than a short one. What the rollout fixed (behaviour log-probs, advantages, old values,
-returns) is data here; nothing is wrapped in stop_gradient.
+Means are over all response tokens of the minibatch, as in lm-human-preferences: a long response weighs more than a
+short one. Behaviour log-probabilities, advantages, old values and returns were fixed by the rollout and come in as
+data, so no gradient has to be stopped.
 """
 
 import chex
@@ -24,18 +24,18 @@ def clipped_surrogate(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Policy loss: mean of max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)).
 
-  ratio = exp(logprob - behaviour_logprob), which is exactly 1 at masked places.
+  ratio = exp(logprob - behaviour_logprob), which is exactly 1 at masked places (details item 24).
 
   Args:
     logprob_BR: log-probability of each token under the policy being trained, in nats.
     behaviour_logprob_BR: the same under the policy that sampled the tokens.
-    advantage_BR: advantage of each token.
-    is_response_BR: True on response tokens.
-    clip: 0.2 in the paper.
+    advantage_BR: advantage of each token, whitened or in units of reward.
+    is_response_BR: True on the response tokens to learn from.
+    clip: 0.2 in the paper (C.4).
   Returns:
     (loss, metrics): float32 scalars. clip_fraction: share of tokens whose loss is the clipped one.
-    approx_kl: mean of (log-ratio)^2 / 2. ratio_mean and ratio_max; ratio_max is 0 without any
-    response token.
+    approx_kl: mean of (log-ratio)^2 / 2 (details item 32), in nats: how far the policy has moved from the one that
+    sampled, not from the reference. ratio_mean and ratio_max; ratio_max is 0 without any response token.
   """
   arrays = [logprob_BR, behaviour_logprob_BR, advantage_BR, is_response_BR]
   chex.assert_rank(logprob_BR, 2)
@@ -67,14 +67,14 @@ def clipped_value_loss(
   *,
   clip: float | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Value loss: half the mean of max((V - G)^2, (V_clipped - G)^2), as in lm-human-preferences.
+  """Value loss: half the mean of max((V - G)^2, (V_clipped - G)^2), as in lm-human-preferences (details item 28).
 
-  V_clipped is V kept within clip of the value that the rollout saw.
+  V_clipped is V kept within clip of the value at the time of the rollout. The paper does not state its value loss.
 
   Args:
-    value_BR: V before each token, by the value model being trained.
-    old_value_BR: the same at rollout time.
-    return_BR: target G.
+    value_BR: V before each token, by the value network being trained, in units of reward.
+    old_value_BR: the same at the time of the rollout.
+    return_BR: the target G.
     is_response_BR: True on response tokens.
     clip: half-width around old_value_BR, in units of reward; None for the plain squared error.
   Returns:
@@ -107,7 +107,7 @@ def clipped_value_loss(
 def explained_variance(value: jax.Array, return_: jax.Array, mask: jax.Array) -> jax.Array:
   """1 - mean((value - return)^2) / var(return) over the True places; 0 where all returns are equal.
 
-  1 is a perfect fit, 0 no better than the mean return, below 0 worse than that.
+  1 is a perfect fit, 0 no better than the mean return, below 0 worse than that (details item 32).
   """
   chex.assert_equal_shape([value, return_, mask])
   chex.assert_type([value, return_, mask], [float, float, bool])

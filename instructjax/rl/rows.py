@@ -116,12 +116,12 @@ def _gradient_shared(num_rows: int, pad_id: int, loss_fn, params, batch, over: s
     return loss_fn(params, _map_responses(lambda x_BL: x_BL[:, 1:], chunk))
 
   (loss, metrics), grads = shared_rows.mean_gradient(
-    chunk_loss, params, placement, to_shared(batch, placement, pad_id), over, rows=num_rows
+    chunk_loss, params, placement, _in_shared_rows(batch, placement, pad_id), over, rows=num_rows
   )
   return Gradient(loss, metrics, grads, shared_rows.num_cells(placement, rows=num_rows))
 
 
-def to_shared(batch, placement: shared_rows.Placement, pad_id: int):
+def _in_shared_rows(batch, placement: shared_rows.Placement, pad_id: int):
   """A minibatch with its episodes in shared rows; there its arrays _BR have all L columns."""
   move = lambda x_BR: shared_rows.to_shared(placement, _widen(x_BR, batch.prompt_length), 0)  # noqa: E731
   return dataclasses.replace(

@@ -2,6 +2,9 @@
 
 `make_train_step` compiles `train_step`, which rolls out (sampling.py), scores and computes advantages (experience.py)
 and runs the minibatch updates, which are here. Nothing touches the host; the stage around it is stages/ppo.py.
+
+Read it from `train_step` upwards. The numbers in its comments run on through update and experience.py. "Details item N"
+is an entry of docs/details.md.
 """
 
 import dataclasses
@@ -13,13 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from instructjax.core.config import PPOConfig
-from instructjax.core.structs import (
-  Array,
-  PackedBatch,
-  Params,
-  PPOState,
-  Rollout,
-)
+from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout
 from instructjax.models import transformer
 from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
@@ -32,7 +29,7 @@ from instructjax.train import optim, supervised
 def create_state(
   params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array
 ) -> PPOState:
-  """State before the first iteration; the value network starts as the reward model (C.4)."""
+  """State before the first iteration; the value network starts as the reward model (C.4, details item 20)."""
   return PPOState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -46,7 +43,7 @@ def create_state(
 
 
 def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
-  """Clipped surrogate of one minibatch, to be minimised. Returns (loss, metrics)."""
+  """Clipped surrogate of one minibatch (clip .2: C.4), to be minimised. Returns (loss, metrics)."""
   logprob_BR = scoring.response_logprob(
     nets.policy,
     params,
@@ -152,7 +149,7 @@ def _minibatch_update(
   grads, metrics = policy_gradient(nets, cfg, rows, state.params, batch, ptx)
   with jax.named_scope("update/policy"):
     params, opt_state = _adam(nets.policy_tx, grads, state.params, state.opt_state)
-  # 3c. Value: a network and an optimiser of its own (C.4), so its loss needs no coefficient beside the policy's.
+  # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(
       functools.partial(value_loss, nets, cfg), state.value_params, batch, "is_response_BR"
@@ -186,8 +183,8 @@ def update(
   key: Array,
 ):
   """Runs the inner epochs of minibatch updates. Returns (state, metrics): means over the updates."""
-  # 3a. Every epoch visits every episode once, in a new order (details item 29); beside each minibatch stands its
-  #     share of the pretraining rows.
+  # 3a. Every epoch visits every episode once, in a new order (details item 29); the paper has one epoch of 8
+  #     minibatches (C.4). Beside each minibatch stands its share of the pretraining rows.
   num_episodes = episodes.token_BL.shape[0]
   permutation = jax.vmap(lambda k: jax.random.permutation(k, num_episodes))(
     jax.random.split(key, cfg.num_epochs)
@@ -274,7 +271,6 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     state_shardings: PPOState of NamedSharding: how the state comes in and goes out. The frozen weights lie as those
       of the network that they share.
   """
-
   rows = make_rows(cfg.packed_rows, nets.policy.vocab_size)
 
   def step(state, frozen, batch):
