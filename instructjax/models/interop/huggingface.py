@@ -19,7 +19,7 @@ import numpy as np
 
 from instructjax.core.errors import UserError, writing
 from instructjax.core.structs import Params
-from instructjax.models.interop import tensor_table
+from instructjax.models.interop import tensor_table, transfer
 from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source, fingerprint
 from instructjax.models.transformer import Model
@@ -173,8 +173,9 @@ def write_folder(
     extra_config: more keys of config.json (ids of special tokens).
     shard_bytes: largest safetensors file; one tensor is never split.
   Raises:
-    UserError: the folder has something in it, or no architecture is this model.
-    UserError: the disk does not take it.
+    UserError: the folder has something in it, no architecture is this model, or the disk does not
+      take it.
+    ValueError: tensor_table.py does not know this network, or `params` are another's.
   """
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -183,6 +184,7 @@ def write_folder(
   if model.head == "scalar" and not folds:
     bias = float(params["head"]["bias"])
   config = to_hf_config(model.cfg, model.vocab_size, model.head, bias) | dict(extra_config)
+  tensors = transfer.named_tensors(model, params)
   scratch = path.with_name(f".{path.name}.writing")
   with writing(path):
     shutil.rmtree(scratch, ignore_errors=True)
@@ -190,7 +192,7 @@ def write_folder(
   try:
     with writing(path):
       (scratch / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-      _write_tensors(scratch, list(tensor_table.named_tensors(model, params)), shard_bytes)
+      _write_tensors(scratch, tensors, shard_bytes)
       os.replace(scratch, path)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
