@@ -20,7 +20,6 @@ def adam(learning_rate, **changes) -> ConfigDict:
       b1=0.9,
       b2=0.95,
       eps=1e-8,  # open; GPT-3's
-      eps_placement="pytorch",  # open; 'tensorflow' is lm-human-preferences'
       weight_decay=0.0,  # open
       clip_norm=1.0,  # open; GPT-3's
     )

@@ -86,7 +86,6 @@ def adam_config() -> OptimConfig:
     b1=0.9,
     b2=0.95,
     eps=1e-3,
-    eps_placement="pytorch",
     weight_decay=0.0,
     clip_norm=None,
   )

@@ -107,7 +107,6 @@ class OptimConfig:
   b1: float
   b2: float
   eps: float
-  eps_placement: Literal["pytorch", "tensorflow"]
   weight_decay: float
   clip_norm: float | None
 

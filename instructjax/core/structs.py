@@ -12,7 +12,7 @@ cannot emit one, and EOS is never mistaken for padding (Departs from the common 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 
@@ -20,6 +20,7 @@ Array = jax.Array
 Params = Any  # nested dict of arrays
 
 
+@dataclass_transform(frozen_default=True)  # for type checkers: what dataclasses.dataclass is
 def pytree(cls):
   """Frozen dataclass registered as a JAX pytree; every field is a child."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

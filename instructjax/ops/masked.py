@@ -25,25 +25,19 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
   return masked_sum(x, mask, axis) / jnp.maximum(_count(mask, axis), 1)
 
 
-def masked_var(x: jax.Array, mask: jax.Array, bessel: bool = False) -> jax.Array:
+def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
   """Variance of x over all True places, float32; 0 where the mask is empty.
 
-  Args:
-    x: values.
-    mask: True at the places that count.
-    bessel: divide by n - 1 instead of n. lm-human-preferences (tf.nn.moments) divides by n; several
-      later ports of it (torch.var) divide by n - 1.
+  Of n values the squares are divided by n, as in lm-human-preferences (tf.nn.moments); several later
+  ports of it (torch.var) divide by n - 1.
   """
   _check(x, mask)
   deviation = jnp.where(mask, x, 0).astype(jnp.float32) - masked_mean(x, mask)
-  denominator = _count(mask) - 1 if bessel else _count(mask)
-  return masked_sum(jnp.square(deviation), mask) / jnp.maximum(denominator, 1)
+  return masked_sum(jnp.square(deviation), mask) / jnp.maximum(_count(mask), 1)
 
 
-def masked_whiten(
-  x: jax.Array, mask: jax.Array, shift_mean: bool = True, eps: float = 1e-8
-) -> jax.Array:
-  """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + eps), biased variance.
+def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
+  """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + 1e-8), biased variance.
 
   As in lm-human-preferences, which whitens advantages with shift_mean=True and rewards with
   shift_mean=False (details item 25). The paper does not say whether it whitens.
@@ -52,14 +46,13 @@ def masked_whiten(
     x: values, in a type of any float width.
     mask: True at the places that count.
     shift_mean: whether the result has mean 0; if not, the mean of x is added back.
-    eps: added to the variance.
   Returns:
     float32, zero where masked.
   """
   _check(x, mask)
   mean = masked_mean(x, mask)
   deviation = jnp.where(mask, x, 0).astype(jnp.float32) - mean
-  whitened = deviation * jax.lax.rsqrt(masked_var(x, mask) + eps)
+  whitened = deviation * jax.lax.rsqrt(masked_var(x, mask) + 1e-8)
   return jnp.where(mask, whitened if shift_mean else whitened + mean, 0)
 
 

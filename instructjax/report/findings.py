@@ -16,6 +16,9 @@ TOPIC_GAIN = 0.15
 
 def _interval(values_P: np.ndarray, bootstrap: int, rng) -> tuple[float, list[float]]:
   """(mean, 95% percentile interval) of per-prompt values, resampling prompts."""
+  # scipy.stats.bootstrap gives the same digits from the same seed (the tests compare with it). Here and
+  # below it would replace two lines, take 1.2 to 1.5 times as long (256 and 512 prompts, scipy 1.17),
+  # cost over a second to import, and refuse a run with a single prompt.
   index = rng.integers(len(values_P), size=(bootstrap, len(values_P)))
   low, high = np.percentile(values_P[index].mean(axis=1), [2.5, 97.5])
   return float(values_P.mean()), [float(low), float(high)]

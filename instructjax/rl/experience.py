@@ -128,16 +128,11 @@ def from_rollout(
 ) -> Scored:
   """Scores a rollout with all four networks and computes rewards, advantages and returns.
 
-  Args:
-    nets, cfg, rows: static.
-    state: as it was when the rollout was sampled.
-    frozen: reference and reward model.
-    rollout: a whole batch of episodes.
+  `state` is as it was when the rollout was sampled. A rollout is a whole batch of episodes.
   """
   mask_BR = rollout.is_response_BR
   with jax.named_scope("score"):
-    # 2a. Log-probabilities of policy and reference at the sampling temperature (details item 19), and the values of
-    #     the states before each token (details item 21).
+    # 2a. Log-probabilities at the sampling temperature (details item 19), and values before each token (item 21).
     said, num_cells = rows.score(_read(nets, cfg, state, frozen), rollout)
     said = {"behaviour_logprob_BR": rollout.behaviour_logprob_BR} | said
     behaviour_BR, ref_BR = said["behaviour_logprob_BR"], said["ref_logprob_BR"]
@@ -177,22 +172,25 @@ def from_rollout(
   )
   kl_B = masked.masked_sum(kl_BR, mask_BR, axis=1)
   kl_k3_B = masked.masked_sum(kl.k3(behaviour_BR, ref_BR), mask_BR, axis=1)
-  metrics = _rollout_metrics(rollout, experience, has_eos_B) | {
+  metrics = _rollout_metrics(rollout, experience, has_eos_B, num_cells) | {
     "reward": jnp.mean(rm_score_B),
     "reward_std": jnp.std(rm_score_B),
     "objective": jnp.mean(score_B - state.kl_coef * kl_B),  # eq. 2 without its pretraining term
     "kl": jnp.mean(kl_B),
     "kl_k3": jnp.mean(kl_k3_B),
     "kl_coef": state.kl_coef,
-    "score_waste": 1 - jnp.sum(rollout.is_token_BL) / num_cells,  # of the cells that are scored
   }
   return Scored(experience=experience, metrics=metrics, score_B=rm_score_B, kl_B=kl_B)
 
 
 def _rollout_metrics(
-  rollout: Rollout, experience: Experience, has_eos_B: Array
+  rollout: Rollout, experience: Experience, has_eos_B: Array, num_cells: Array | int
 ) -> dict[str, Array]:
-  """Lengths, entropy in nats a response, and how well the value network foresaw the returns (details item 32)."""
+  """Lengths, entropy in nats a response, and how well the value network foresaw the returns (details item 32).
+
+  Args:
+    num_cells: columns of all rows in which the rollout was scored.
+  """
   mask_BR = rollout.is_response_BR
   entropy_B = -masked.masked_sum(experience.behaviour_logprob_BR, mask_BR, axis=1)
   return {
@@ -206,4 +204,5 @@ def _rollout_metrics(
     ),
     "decode_steps": rollout.num_steps.astype(jnp.float32),
     "slot_waste": 1 - jnp.sum(mask_BR) / rollout.slot_steps,  # share of the decoded tokens
+    "score_waste": 1 - jnp.sum(rollout.is_token_BL) / num_cells,  # share of the scored cells
   }

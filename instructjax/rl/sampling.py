@@ -70,6 +70,17 @@ class _Rows:
   ended_B: Array
 
 
+def _only_prompts(prompts: PromptBatch, max_new_tokens: int, pad_id: int) -> _Rows:
+  """Rows with room for a response."""
+  num_rows, room = len(prompts.token_BP), ((0, 0), (0, max_new_tokens))
+  return _Rows(
+    token_BL=jnp.pad(prompts.token_BP, room, constant_values=pad_id),
+    is_token_BL=jnp.pad(prompts.is_prompt_BP, room),
+    logprob_BR=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+    ended_B=jnp.zeros((num_rows,), bool),
+  )
+
+
 def _generate_all_rows(
   model: transformer.Model,
   weights: Params,
@@ -101,14 +112,7 @@ def _generate_all_rows(
   cache = decoding.init_cache(model, num_rows, prompt_length + max_new_tokens)
   logits_BV, cache = decoding.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
   prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
-  response_columns = ((0, 0), (0, max_new_tokens))
-  rows = _Rows(
-    token_BL=jnp.pad(prompts.token_BP, response_columns, constant_values=pad_id),
-    is_token_BL=jnp.pad(prompts.is_prompt_BP, response_columns),
-    logprob_BR=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-    ended_B=jnp.zeros((num_rows,), bool),
-  )
-  rows = append(rows, jnp.int32(0), logits_BV)
+  rows = append(_only_prompts(prompts, max_new_tokens, pad_id), jnp.int32(0), logits_BV)
 
   # 2. Token after token, until every row has ended or is full.
   def goes_on(carry):

@@ -1,7 +1,8 @@
 """The model card of an export: what it is, how it was made, what was measured of it, how to load it.
 
-Called by export.py. Every number comes from files: done.json of the stage and of those it started
+Called by packaging.py. Every number comes from files: done.json of the stage and of those it started
 from, evaluate/results.json and report/findings.json of its run. What no file says is not measured.
+Here those files become rows of tables; the words are templates/card.md.j2's.
 """
 
 import dataclasses
@@ -10,6 +11,8 @@ import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import jinja2
 
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
@@ -35,19 +38,6 @@ _STAGES = {
 }
 _IN_RESULTS = {"pretrain": "base", "reward_pretrain": "reward_base"}  # evaluate's names
 _OWN_BLOCKS = ("config.ppo", "config.stage", "config.collect")  # what is a stage's own
-_NOT_MEASURED = "Not measured."
-_CITATION = """The recipe is that of Ouyang et al. 2022 ([arXiv:2203.02155](https://arxiv.org/abs/2203.02155)).
-
-```bibtex
-@inproceedings{ouyang2022training,
-  title     = {Training language models to follow instructions with human feedback},
-  author    = {Ouyang, Long and Wu, Jeffrey and Jiang, Xu and Almeida, Diogo and Wainwright, Carroll L. and others},
-  booktitle = {Advances in Neural Information Processing Systems},
-  volume    = {35},
-  year      = {2022},
-  eprint    = {2203.02155},
-}
-```"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,17 +64,44 @@ class Export:
 
 def text(weights: Weights, export: Export) -> str:
   """The card: YAML front matter and Markdown."""
-  parts = {
-    f"# {export.name}": _what(weights, export),
-    "## How to load it": _loading(weights, export),
-    "## Prompts": _prompts(weights),
-    "## Measured": _measured(weights, export),
-    "## Settings": _settings(weights),
-    "## Intended use and limits": _limits(weights),
-  }
-  if weights.kind == "stage":
-    parts["## Citation"] = _CITATION
-  return _front_matter(weights, export) + "".join(f"\n{h}\n\n{body}\n" for h, body in parts.items())
+  stage, data, base = weights.path.name, _block(weights, "data"), _base(weights, export)
+  is_stage = weights.kind == "stage"
+  what, where = _what(stage, export.which)
+  # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.
+  is_qwen2 = weights.cfg.qkv_bias and not weights.cfg.use_bias
+  return _template().render(
+    weights=weights,
+    export=export,
+    stage=stage,
+    run=weights.path.parent.name,
+    what=what,
+    where=where,
+    base=base.removeprefix(HUB) if base.startswith(HUB) else pathlib.Path(base).name,
+    base_on_hub=base.removeprefix(HUB).split("@")[0] if base.startswith(HUB) else "",
+    facts=_facts(weights, export),
+    tokenizer="PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer",
+    score_bias_key=SCORE_BIAS,
+    answer_length=data.get("max_response_length", 128),
+    data=data,
+    **_measured(weights, export),
+    sources=_sources(weights, data),
+    settings=_settings(weights) if is_stage else None,
+    is_from_labelers=is_stage and stage in (*RL_STAGES, "rm"),
+  )
+
+
+def _template() -> jinja2.Template:
+  """Markdown, so nothing is escaped but what would end a table's cell."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+  )
+  environment.filters["cell"] = lambda value: str(value).replace("|", r"\|").replace("\n", " ")
+  environment.filters["paragraph"] = lambda text: " ".join(text.split()) + "\n"
+  return environment.get_template("card.md.j2")
 
 
 def _block(weights: Weights, name: str) -> dict[str, Any]:
@@ -97,130 +114,46 @@ def _base(weights: Weights, export: Export) -> str:
   return _block(weights, "reward_model" if export.which == "value" else "model").get("weights", "")
 
 
-def _front_matter(weights: Weights, export: Export) -> str:
-  is_scalar = weights.head == "scalar"
-  tags = ["instructjax"]
-  if weights.kind == "stage":
-    tags += ["rlhf", "instructgpt", weights.path.name.replace("_", "-")]
-  tags += ["reward-model"] * is_scalar + ["gguf"] * (export.format == "gguf")
-  lines = ["license: other", "license_name: unknown"]
-  base = _base(weights, export)
-  if base.startswith(HUB):
-    lines.append(f"base_model: {base.removeprefix(HUB).split('@')[0]}")
-  if export.format == "hf":
-    lines.append("library_name: transformers")
-  lines.append(f"pipeline_tag: {'text-classification' if is_scalar else 'text-generation'}")
-  return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
+def _what(stage: str, which: str) -> tuple[str, str]:
+  """What the weights are, and where the paper has it."""
+  what, where = _STAGES.get(stage, ("a network", "sec 3"))  # a renamed folder
+  if which == "value":
+    what, where = "a value network, trained with PPO from a reward model", "sec 3.5, C.4"
+  averaged = {"ema": ", averaged over iterations (EMA)", "raw": ", of the last iteration"}
+  return what + (averaged.get(which, "") if stage in RL_STAGES else ""), where
 
 
-def _what(weights: Weights, export: Export) -> str:
+def _facts(weights: Weights, export: Export) -> list[tuple[str, Any]]:
   cfg = weights.cfg
-  if weights.kind == "stage":
-    what, where = _STAGES.get(weights.path.name, ("a network", "sec 3"))  # a renamed folder
-    if export.which == "value":
-      what, where = "a value network, trained with PPO from a reward model", "sec 3.5, C.4"
-    averaged = {"ema": ", averaged over iterations (EMA)", "raw": ", of the last iteration"}
-    what += averaged.get(export.which, "") if weights.path.name in RL_STAGES else ""
-    sentence = (
-      f"This is {what}: stage `{weights.path.name}`, step {weights.step}, of the run"
-      f" `{weights.path.parent.name}` of instructjax, the InstructGPT recipe in JAX (Ouyang et al. 2022:"
-      f" {where})."
-    )
-    base = _base(weights, export)
-    if base:
-      name = base.removeprefix(HUB) if base.startswith(HUB) else pathlib.Path(base).name
-      sentence += f" The base is `{name}`; its licence and limits hold here too."
-  else:
-    sentence = (
-      f"This is `{weights.path.name}`, converted by instructjax without training: its licence, card and"
-      " limits hold here too."
-    )
-  rows = {
-    "layers, width, heads (key/value heads) of size": f"{cfg.num_layers}, {cfg.d_model}, {cfg.num_heads}"
-    f" ({cfg.num_kv_heads}) of {cfg.head_dim}",
-    "positions, norm, MLP (width)": f"{cfg.position}, {cfg.norm}, {cfg.mlp} ({cfg.d_mlp})",
-    "context, tokens": cfg.max_length,
-    "vocabulary": weights.tokenizer.vocab_size,
-    "parameters": f"{export.num_parameters:,}",
-    "numbers in the files": export.numbers,
-  }
-  return sentence + "\n\n" + _table(["", ""], list(rows.items()))
+  heads = f"{cfg.num_heads} ({cfg.num_kv_heads}) of {cfg.head_dim}"
+  return [
+    (
+      "layers, width, heads (key/value heads) of size",
+      f"{cfg.num_layers}, {cfg.d_model}, {heads}",
+    ),
+    ("positions, norm, MLP (width)", f"{cfg.position}, {cfg.norm}, {cfg.mlp} ({cfg.d_mlp})"),
+    ("context, tokens", cfg.max_length),
+    ("vocabulary", weights.tokenizer.vocab_size),
+    ("parameters", f"{export.num_parameters:,}"),
+    ("numbers in the files", export.numbers),
+  ]
 
 
-def _loading(weights: Weights, export: Export) -> str:
-  length = _block(weights, "data").get("max_response_length", 128)
-  if export.format == "gguf":
-    return (
-      f"```bash\nllama-completion -m {export.name} -no-cnv -n {length} -p $'Name a colour.\\n'\n```\n\n"
-      "or in instructjax: `python -m instructjax.commands.generate"
-      f" --checkpoint={export.name} --prompt=...`"
-    )
-  # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.
-  is_qwen2 = weights.cfg.qkv_bias and not weights.cfg.use_bias
-  tokenizer = "PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer"
-  if weights.head == "scalar":
-    bias = f" + {export.score_bias!r}" if export.score_bias else ""
-    why = (
-      "\n\nThe score is read at the last token that is not a pad. This architecture has no place for the"
-      f" score's bias in transformers: add {export.score_bias!r}, which is `{SCORE_BIAS}` in config.json,"
-      " if scores are compared with zero; differences of scores do not need it."
-    )
-    return (
-      "```python\nfrom transformers import AutoModelForSequenceClassification,"
-      f" {tokenizer}\n\n"
-      f'tokenizer = {tokenizer}.from_pretrained("{export.name}")\n'
-      f'model = AutoModelForSequenceClassification.from_pretrained("{export.name}")\n'
-      'text = "Name a colour.\\n" + "Blue." + tokenizer.eos_token\n'
-      'inputs = tokenizer([text], padding=True, return_tensors="pt")\n'
-      f"score = model(**inputs).logits[:, 0]{bias}\n```" + (why if bias else "")
-    )
-  return (
-    f"```python\nfrom transformers import AutoModelForCausalLM, {tokenizer}\n\n"
-    f'tokenizer = {tokenizer}.from_pretrained("{export.name}")\n'
-    f'model = AutoModelForCausalLM.from_pretrained("{export.name}")\n'
-    'inputs = tokenizer("Name a colour.\\n", return_tensors="pt")\n'
-    f"output = model.generate(**inputs, do_sample=True, max_new_tokens={length})\n"
-    "answer = output[0, inputs.input_ids.shape[1] :]\n"
-    "print(tokenizer.decode(answer, skip_special_tokens=True))\n```"
-  )
-
-
-def _prompts(weights: Weights) -> str:
-  data = _block(weights, "data")
-  limits = (
-    f" Training saw prompts of up to {data['max_prompt_length']} tokens and answers of up to"
-    f" {data['max_response_length']}, EOS included."
-    if data
-    else ""
-  )
-  chats = (
-    " Chats go through the tokenizer's chat template, as chats in the training data did:"
-    " `tokenizer.apply_chat_template(messages, add_generation_prompt=True)`."
-    if weights.tokenizer.has_chat_template
-    else ""
-  )
-  return (
-    "A prompt that is text is used exactly as it is: end it with what parted prompts from answers in the"
-    f" training data, a newline for example.{chats} An answer ends with the token of id"
-    f" {weights.tokenizer.eos_id} (EOS).{limits}"
-  )
-
-
-def _measured(weights: Weights, export: Export) -> str:
+def _measured(weights: Weights, export: Export) -> dict[str, Any]:
+  """What was measured of the weights, by the template's names; all empty where nothing was."""
+  result = {"training": [], "judged_with": "", "policies": None, "findings": []}
   if weights.kind != "stage" or export.which == "value":
-    return _NOT_MEASURED
-  parts = [_from_training(weights.result)]
+    return result
+  result["training"] = _from_training(weights.result)
   run = weights.path.parent
   evaluation = finished.read_done(run / "evaluate")
   if evaluation and _judged(weights, evaluation["fingerprint"]):
     judged = json.loads(evaluation["fingerprint"]["config.evaluate"])["weights"]
     if weights.path.name in RL_STAGES and judged != export.which:
-      parts.append(
-        f"The run was judged with the `{judged}` weights; these are the `{export.which}` ones."
-      )
-    parts.append(_policies(weights, run / "evaluate" / "results.json"))
-    parts.append(_findings(run / "report" / "findings.json", weights.head))
-  return "\n\n".join(part for part in parts if part) or _NOT_MEASURED
+      result["judged_with"] = judged
+    result["policies"] = _policies(weights, run / "evaluate" / "results.json")
+    result["findings"] = _findings(run / "report" / "findings.json", weights.head)
+  return result
 
 
 def _judged(weights: Weights, evaluation: Mapping[str, str]) -> bool:
@@ -248,7 +181,7 @@ def _ancestors(
         yield stage, identity, done["fingerprint"]
 
 
-def _from_training(result: Mapping[str, Any]) -> str:
+def _from_training(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """What the stage itself measured on held-out data: its done.json."""
   rows = []
   for epoch in result.get("epochs", ()):
@@ -273,13 +206,13 @@ def _from_training(result: Mapping[str, Any]) -> str:
         _number(result["demonstration_mean"]),
       )
     )
-  return _table(["in training", "value"], rows) if rows else ""
+  return rows
 
 
-def _policies(weights: Weights, path: pathlib.Path) -> str:
+def _policies(weights: Weights, path: pathlib.Path) -> dict[str, Any] | None:
   """Means on held-out prompts, a row a policy."""
   if weights.head == "scalar" or not path.is_file():
-    return ""
+    return None
   policies = json.loads(path.read_text(encoding="utf-8"))["policies"]
   mine = _IN_RESULTS.get(weights.path.name, weights.path.name)
   columns = list(dict.fromkeys(key for row in policies.values() for key in row))
@@ -290,15 +223,12 @@ def _policies(weights: Weights, path: pathlib.Path) -> str:
     )
     for name, row in policies.items()
   ]
-  note = "Means over answers to held-out prompts" + (
-    " (this model in bold)" if mine in policies else ""
-  )
-  return f"{note}; losses and KL in nats.\n\n" + _table(["policy", *columns], rows)
+  return {"head": ["policy", *columns], "rows": rows, "has_this": mine in policies}
 
 
-def _findings(path: pathlib.Path, head: str) -> str:
+def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
   if not path.is_file():
-    return ""
+    return []
   rows = []
   for finding in json.loads(path.read_text(encoding="utf-8")):
     if head == "scalar" and finding["id"] != "reward_model":
@@ -311,27 +241,23 @@ def _findings(path: pathlib.Path, head: str) -> str:
       for i, (name, value) in enumerate(finding["measured"].items())
     ]
     rows.append((finding["claim"], ", ".join(measured), "yes" if finding["holds"] else "no"))
-  return (
-    "The paper's findings in this run, with 95% intervals (one run: they say nothing of other seeds).\n\n"
-    + _table(["finding", "measured", "holds"], rows)
-  )
+  return rows
 
 
-def _settings(weights: Weights) -> str:
-  if weights.kind != "stage":
-    return "None: nothing was trained."
-  blocks = _lineage(weights)
-  names = list(dict.fromkeys(key for block in blocks.values() for key in block))
-  rows = [(f"`{name}`", *(block.get(name, "") for block in blocks.values())) for name in names]
-  data = _block(weights, "data")
+def _sources(weights: Weights, data: Mapping[str, Any]) -> list[str]:
   sources = [f"{kind} `{_source(data[kind])}`" for kind in _kinds(data)]
   documents = weights.settings.get("config.documents")
   if documents:
     sources.append(f"documents `{_source(json.loads(documents))}`")
-  return (
-    f"Seed {weights.settings['config.seed']}. Data: {', '.join(sources)}. A column a stage, this one first,"
-    " then those it started from.\n\n" + _table(["setting", *blocks], rows)
-  )
+  return sources
+
+
+def _settings(weights: Weights) -> dict[str, Any]:
+  """A row a setting, a column a stage: the exported one first, then those it started from."""
+  blocks = _lineage(weights)
+  names = list(dict.fromkeys(key for block in blocks.values() for key in block))
+  rows = [(f"`{name}`", *(block.get(name, "") for block in blocks.values())) for name in names]
+  return {"head": ["setting", *blocks], "rows": rows}
 
 
 def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
@@ -368,30 +294,5 @@ def _source(spec: str) -> str:
   return f"{scheme}:{pathlib.PurePath(rest).name}"
 
 
-def _limits(weights: Weights) -> str:
-  made = (
-    "It learned what its labelers, simulated ones unless the data named above are yours, preferred. "
-    if weights.kind == "stage" and weights.path.name in (*RL_STAGES, "rm")
-    else ""
-  )
-  scores = (
-    "A score means something only next to other scores of this model, on answers like those it was"
-    " trained on; a policy trained against it will find what it misjudges. "
-    if weights.head == "scalar"
-    else "Answers can be false, biased or harmful, and nothing filters them. "
-  )
-  return (
-    f"For research on learning from human feedback and for teaching. {made}{scores}Only what is listed"
-    " under Measured was measured: no safety evaluation was made. Do not use it where a wrong answer does"
-    " harm."
-  )
-
-
 def _number(value: float) -> str:
   return f"{value:.4g}"
-
-
-def _table(head: list[str], rows: list[tuple]) -> str:
-  lines = [head, ["---"] * len(head), *rows]
-  cell = lambda value: str(value).replace("|", r"\|").replace("\n", " ")
-  return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)

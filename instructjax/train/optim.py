@@ -60,7 +60,7 @@ def make_schedule(
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-  """Adam with the configured schedule, epsilon placement, clipping and decoupled weight decay.
+  """Adam with the configured schedule, clipping and decoupled weight decay.
 
   Order: clip by global norm, Adam, add weight_decay * parameter, times minus the learning rate.
   """
@@ -73,13 +73,10 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     warmup_start=cfg.warmup_start,
     end_fraction=cfg.end_fraction,
   )
-  if cfg.eps_placement == "tensorflow":
-    adam = scale_by_adam_tensorflow(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
-  elif cfg.eps_placement == "pytorch":
-    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
-  else:
-    raise ValueError(f"eps_placement={cfg.eps_placement!r} must be 'pytorch' or 'tensorflow'.")
-  parts = [adam]
+  # eps is added after the bias correction, as in PyTorch and Algorithm 1 of arXiv:1412.6980.
+  # lm-human-preferences has TensorFlow's Adam, which adds it before: smaller first updates of weights
+  # with small gradients (tests/train/test_optim.py has both).
+  parts = [optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)]
   if cfg.clip_norm is not None:
     clip = lambda grads, _: clip_by_global_norm(grads, cfg.clip_norm)
     parts.insert(0, optax.stateless(clip))
@@ -96,37 +93,6 @@ def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> optax.Updates:
   norm = optax.tree.norm(grads)
   factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
   return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-
-
-def scale_by_adam_tensorflow(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-  """Adam as in TensorFlow 1, with the "epsilon hat" of arXiv:1412.6980 (end of sec. 2).
-
-  update = sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps)
-
-  optax.scale_by_adam follows PyTorch and that paper's Algorithm 1: there eps is added after the
-  bias correction, so in this formula it would read eps * sqrt(1 - b2^t). That is far smaller in the
-  first steps, and the updates of weights with small gradients are larger. lm-human-preferences was
-  tuned with this one.
-  """
-
-  def init(params):
-    return optax.ScaleByAdamState(
-      count=jnp.zeros([], jnp.int32),
-      mu=optax.tree.zeros_like(params),
-      nu=optax.tree.zeros_like(params),
-    )
-
-  def update(grads, state, params=None):
-    del params
-    mu = optax.tree.update_moment(grads, state.mu, b1, 1)
-    nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-    count = optax.safe_increment(state.count)
-    step = count.astype(jnp.float32)
-    scale = jnp.sqrt(1 - b2**step) / (1 - b1**step)
-    updates = jax.tree.map(lambda m, v: scale.astype(m.dtype) * m / (jnp.sqrt(v) + eps), mu, nu)
-    return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-  return optax.GradientTransformation(init, update)
 
 
 def is_decayed(params: optax.Params):

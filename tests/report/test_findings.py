@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from instructjax.report import findings
 
@@ -208,6 +209,39 @@ def test_interval_is_the_normal_one_for_many_prompts():
   assert mean == values.mean()
   half = 1.96 * values.std() / np.sqrt(400)
   np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.1 * half)
+
+
+@pytest.mark.parametrize("num_prompts", [2, 37, 300])
+def test_interval_is_scipys(num_prompts):
+  values = np.random.default_rng(1).normal(0.4, 1, num_prompts)
+  theirs = scipy.stats.bootstrap(
+    (values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(2)
+  )
+  _, interval = findings._interval(values, 500, np.random.default_rng(2))
+  np.testing.assert_allclose(interval, theirs.confidence_interval, rtol=1e-12)
+
+
+def test_loss_differences_interval_is_scipys():
+  rng = np.random.default_rng(3)
+  a, b = np.abs(rng.normal(30, 3, (2, 40, 2)))  # nats and tokens of a row
+  # Paired: both policies' rows are drawn together.
+  theirs = scipy.stats.bootstrap(
+    (*a.T, *b.T),
+    lambda nll_a, n_a, nll_b, n_b, axis: (
+      nll_a.sum(axis) / n_a.sum(axis) - nll_b.sum(axis) / n_b.sum(axis)
+    ),
+    paired=True,
+    vectorized=True,
+    n_resamples=500,
+    method="percentile",
+    rng=np.random.default_rng(2),
+  )
+  _, interval = findings.loss_difference(a, b, 500, np.random.default_rng(2))
+  np.testing.assert_allclose(interval, theirs.confidence_interval, rtol=1e-9)
+
+
+def test_one_prompt_has_an_interval_of_no_width():
+  assert findings._interval(np.array([0.5]), 50, np.random.default_rng(0)) == (0.5, [0.5, 0.5])
 
 
 def test_win_matrix_has_every_pair_twice_and_sums_to_one():

@@ -149,6 +149,22 @@ def test_text_from_data_is_escaped(written):
   assert "say <b>0</b> & more" in document.text["samples"]
 
 
+def test_nothing_from_data_becomes_markup():
+  """A prompt, an answer, a claim and the preset's name try to leave their tags, attributes included."""
+  results, hostile = _results(), "\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
+  results["measured"]["base"]["answer"] = [hostile] * 24
+  found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
+  found[0] |= {"claim": hostile, "paper": hostile, "measured": {hostile: 1.0}}
+  wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
+  config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
+  text = page.page(config, [hostile] * 24, results, found, wins)
+  document = _Document(text)
+  assert "img" not in document.tags and "<img" not in text
+  assert document.text["findings"].count(hostile) == 3
+  assert document.text["samples"].count(hostile) == 2  # one prompt, and base's answer to it
+  assert document.text[None].count("onerror") == 2  # the title, and what ran
+
+
 def test_findings_are_shown_as_judged(written):
   directory, document, found, _ = written
   text = document.text["findings"]

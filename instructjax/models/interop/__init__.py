@@ -12,7 +12,7 @@ from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
 from instructjax.models.interop.huggingface import download, open_folder, write_folder
 from instructjax.models.interop.source import Source
-from instructjax.models.interop.tensor_table import load_params
+from instructjax.models.interop.transfer import load_params
 
 __all__ = [
   "SCORE_BIAS",

@@ -19,7 +19,7 @@ from instructjax.core import errors
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
 from instructjax.models import transformer
-from instructjax.models.interop import gguf_names, hf_config, tensor_table
+from instructjax.models.interop import gguf_names, hf_config, transfer
 
 _Type = gguf.GGMLQuantizationType
 _KINDS = {
@@ -57,8 +57,10 @@ def write_file(
     name: general.name.
   Raises:
     UserError: the path exists, the model has no place in llama.cpp, the tokenizer has another
-      number of tokens than the model, or a weight is not finite or too large for `kind`.
-    UserError: the file cannot be written.
+      number of tokens than the model, a weight is not finite or too large for `kind`, or the
+      file cannot be written.
+    ValueError: tensor_table.py or gguf_names.py does not know this network, or `params` are
+      another's.
   """
   path = pathlib.Path(path)
   _require_writable(path, model, tokenizer_metadata, kind)
@@ -126,8 +128,9 @@ def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> 
   if cfg.position == "rope" and cfg.rope_scaling.kind == "llama3":
     factors = gguf_names.llama3_factors(cfg.rope_scaling, cfg.rope_base, cfg.head_dim)
     yield _Entry(gguf_names.ROPE_FREQS, factors.shape, _Type.F32, lambda: factors)
-  for hf_name, shape, make in tensor_table.named_tensors(model, params):
-    name = architecture.gguf_name(hf_name)
+  tensors = transfer.named_tensors(model, params)
+  names = architecture.gguf_names([hf_name for hf_name, _, _ in tensors])
+  for name, (_, shape, make) in zip(names, tensors, strict=True):
     if architecture.is_transposed(name):
       shape, make = shape[::-1], functools.partial(_transposed, make)
     if architecture.is_permuted(name):

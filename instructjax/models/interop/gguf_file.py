@@ -52,7 +52,8 @@ def open_file(path: str | os.PathLike) -> source.Source:
   if name == "gpt2" and _is_tied_copy(path, tensors):
     del tensors["output.weight"]
   config = (_gpt2_config if name == "gpt2" else _llama_config)(keys, name, tensors)
-  tensors.pop(gguf_names.ROPE_FREQS, None)  # now part of the config
+  if name != "gpt2":  # GPT-2 has no rotary tables: there it is an unknown tensor
+    tensors.pop(gguf_names.ROPE_FREQS, None)  # now part of the config
   stored = _stored(path, name, tensors, config)
   return source.Source(
     path=path,
@@ -253,6 +254,11 @@ def _rope_scaling(
   """Linear scaling from the metadata, Llama 3's from its tensor, None where there is none."""
   kind = keys.get(f"{name}.rope.scaling.type", str, "none")
   if kind == "linear":
+    if gguf_names.ROPE_FREQS in tensors:
+      raise UserError(
+        f"{keys.path}: {name}.rope.scaling.type='linear' and tensor {gguf_names.ROPE_FREQS!r} are two"
+        " rotary scalings; one of them is supported"
+      )
     factor = _decimal(keys.get(f"{name}.rope.scaling.factor", float))
     return {"rope_type": "linear", "factor": factor}
   if kind != "none":

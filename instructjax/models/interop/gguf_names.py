@@ -11,7 +11,7 @@ What llama.cpp does otherwise:
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -42,14 +42,27 @@ class Architecture:
       return None
     return f"{self.layers}.{block}.{self.layer[part]}.{suffix}"
 
-  def gguf_name(self, hf_name: str) -> str:
-    """The inverse of hf_name."""
-    stem, _, suffix = hf_name.rpartition(".")
-    if stem.startswith(self.layers + "."):
+  def gguf_names(self, hf_names: Sequence[str]) -> list[str]:
+    """The inverse of hf_name, of all tensors of one network.
+
+    Raises:
+      ValueError: a tensor has no name here, or a name here is that of no tensor.
+    """
+    outer = {theirs: ours for ours, theirs in self.outer.items()}
+    layer = {theirs: ours for ours, theirs in self.layer.items()}
+    result = []
+    for hf_name in hf_names:
+      stem, _, suffix = hf_name.rpartition(".")
       block, _, part = stem.removeprefix(self.layers + ".").partition(".")
-      names = {theirs: ours for ours, theirs in self.layer.items()}
-      return f"blk.{block}.{names[part]}.{suffix}"
-    return {theirs: ours for ours, theirs in self.outer.items()}[stem] + "." + suffix
+      name = f"blk.{block}.{layer[part]}" if part in layer else outer.get(stem)
+      if name is None or self.hf_name(f"{name}.{suffix}") != hf_name:
+        raise ValueError(f"gguf_names: tensor {hf_name} has no name of GGUF's; add it to the table")
+      result.append(f"{name}.{suffix}")
+    used = {part_of(name) for name in result} | {"output"}  # absent where embeddings are tied
+    for name in (*self.outer, *self.layer):
+      if name not in used:
+        raise ValueError(f"gguf_names: {name} is the name of no tensor of this network")
+    return result
 
   def is_permuted(self, name: str) -> bool:
     return part_of(name) in self.permuted

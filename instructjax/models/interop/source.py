@@ -1,6 +1,6 @@
 """What an opened weights folder or file is to the rest: names, shapes, a config, a way to read.
 
-Made by the readers (huggingface.py, gguf_file.py), used by hf_config.py and layout.py, which see
+Made by the readers (huggingface.py, gguf_file.py), used by hf_config.py and transfer.py, which see
 every file through Hugging Face's names and layout. Imports nothing of the project.
 """
 

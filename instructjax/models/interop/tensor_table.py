@@ -1,28 +1,26 @@
-"""How our parameters lie in Hugging Face's tensors: one table a family, read in both directions.
+"""How our parameters lie in Hugging Face's tensors: one table a family, for both directions.
 
-`load_params` builds sharded parameters from an opened source, `named_tensors` takes parameters
-apart for the writers. Called by the package's own `__init__`, huggingface.py and gguf_file.py.
-Imports no stage and no data.
+transfer.py reads it in both, huggingface.py asks what is a buffer. Reads no file and holds no weights.
 
 Both families hold the same numbers in another order, so a row of the table needs two strings: the
 dimensions of their tensor (letters written together are one dimension of theirs) and of ours.
+
+A table has the rows of one network, no others: `tensors` compares them with the network's parameters
+and refuses a parameter that the rows do not fill, and a row without a parameter. Nothing is left out
+of an export, or left at random on import, without a word.
 """
 
+import collections
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import logging
 
-from instructjax.core.errors import UserError
-from instructjax.core.structs import Params
-from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS
-from instructjax.models.interop.source import Source
-from instructjax.models.transformer import Model, param_shapes, scans_layers
+from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
 # Attention masks and rotary tables that old checkpoints hold besides the weights.
@@ -51,7 +49,7 @@ class Row:
 
 
 def _gpt2() -> tuple[Row, ...]:
-  """GPT-2: linear layers are stored [in, out], query, key and value lie in one tensor."""
+  """The rows of GPT-2: linear layers are stored [in, out], query, key and value lie in one tensor."""
   return (
     Row("embedding/token_VD", "wte.weight", "V D", "VD"),
     Row("embedding/position_TD", "wpe.weight", "T D", "TD"),
@@ -72,35 +70,49 @@ def _gpt2() -> tuple[Row, ...]:
   )
 
 
-def _llama(queries: int) -> tuple[Row, ...]:
-  """Llama, Mistral, Qwen2: linear layers are stored [out, in]; `queries` share a key/value head."""
+def _llama(use_bias: bool, qkv_bias: bool, queries: int) -> tuple[Row, ...]:
+  """The rows of Llama, Mistral or Qwen2: linear layers are stored [out, in].
+
+  Args:
+    use_bias: whether every projection has a bias.
+    qkv_bias: whether queries, keys and values have one in any case.
+    queries: heads that share a key/value head.
+  """
   attention, mlp = "layers.{}.self_attn", "layers.{}.mlp"
+  qkv_biases = (
+    Row("layers/attention/b_qkv_GQK", f"{attention}.q_proj.bias", "GRK", "GRK"),
+    Row("layers/attention/b_qkv_GQK", f"{attention}.k_proj.bias", "G1K", "G1K", queries),
+    Row("layers/attention/b_qkv_GQK", f"{attention}.v_proj.bias", "G1K", "G1K", queries + 1),
+  )
+  out_bias = Row("layers/attention/b_out_D", f"{attention}.o_proj.bias", "D", "D")
+  gate_up_biases = (
+    Row("layers/mlp/b_gate_up_2F", f"{mlp}.gate_proj.bias", "1F", "1F", 0),
+    Row("layers/mlp/b_gate_up_2F", f"{mlp}.up_proj.bias", "1F", "1F", 1),
+  )
+  down_bias = Row("layers/mlp/b_down_D", f"{mlp}.down_proj.bias", "D", "D")
   return (
     Row("embedding/token_VD", "embed_tokens.weight", "V D", "VD"),
     Row("layers/attention_norm/scale_D", "layers.{}.input_layernorm.weight", "D", "D"),
     Row("layers/attention/w_qkv_DGQK", f"{attention}.q_proj.weight", "GRK D", "DGRK"),
     Row("layers/attention/w_qkv_DGQK", f"{attention}.k_proj.weight", "G1K D", "DG1K", queries),
     Row("layers/attention/w_qkv_DGQK", f"{attention}.v_proj.weight", "G1K D", "DG1K", queries + 1),
-    Row("layers/attention/b_qkv_GQK", f"{attention}.q_proj.bias", "GRK", "GRK"),
-    Row("layers/attention/b_qkv_GQK", f"{attention}.k_proj.bias", "G1K", "G1K", queries),
-    Row("layers/attention/b_qkv_GQK", f"{attention}.v_proj.bias", "G1K", "G1K", queries + 1),
+    *(qkv_biases if use_bias or qkv_bias else ()),
     Row("layers/attention/w_out_GRKD", f"{attention}.o_proj.weight", "D GRK", "GRKD"),
-    Row("layers/attention/b_out_D", f"{attention}.o_proj.bias", "D", "D"),
+    *((out_bias,) if use_bias else ()),
     Row("layers/mlp_norm/scale_D", "layers.{}.post_attention_layernorm.weight", "D", "D"),
     Row("layers/mlp/w_gate_up_D2F", f"{mlp}.gate_proj.weight", "1F D", "D1F", 0),
     Row("layers/mlp/w_gate_up_D2F", f"{mlp}.up_proj.weight", "1F D", "D1F", 1),
-    Row("layers/mlp/b_gate_up_2F", f"{mlp}.gate_proj.bias", "1F", "1F", 0),
-    Row("layers/mlp/b_gate_up_2F", f"{mlp}.up_proj.bias", "1F", "1F", 1),
+    *(gate_up_biases if use_bias else ()),
     Row("layers/mlp/w_down_FD", f"{mlp}.down_proj.weight", "D F", "FD"),
-    Row("layers/mlp/b_down_D", f"{mlp}.down_proj.bias", "D", "D"),
+    *((down_bias,) if use_bias else ()),
     Row("final_norm/scale_D", "norm.weight", "D", "D"),
   )
 
 
-_HEAD_ROWS = (
-  Row("head/w_VD", "lm_head.weight", "V D", "VD"),
-  Row("head/w_D", "score.weight", "1 D", "D"),
-)
+_LM_HEAD = Row("head/w_VD", "lm_head.weight", "V D", "VD")
+_SCORE_HEAD = Row("head/w_D", "score.weight", "1 D", "D")
+# Without a row: it becomes the config's instructjax_score_bias or part of LayerNorm's bias.
+SCORE_BIAS_PATH = "head/bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,24 +155,51 @@ class Tensor:
 
 
 def tensors(model: Model) -> tuple[Tensor, ...]:
-  """Every tensor that the model has in Hugging Face's layout, in their order."""
+  """Every tensor that the model has in Hugging Face's layout, in their order.
+
+  Raises:
+    ValueError: a parameter is not filled by the table's rows, or a row has no parameter: a network
+      that the table does not know. A fault of the table, which the user cannot mend.
+  """
   cfg = model.cfg
   queries = cfg.num_heads // cfg.num_kv_heads
-  prefix, trunk = (
-    ("transformer.", _gpt2()) if cfg.position == "learned" else ("model.", _llama(queries))
-  )
+  if cfg.position == "learned":
+    prefix, trunk = "transformer.", _gpt2()
+  else:
+    prefix, trunk = "model.", _llama(cfg.use_bias, cfg.qkv_bias, queries)
+  head = _SCORE_HEAD if model.head == "scalar" else _LM_HEAD
+  rows = trunk if is_tied(model) else (*trunk, head)
   sizes = dict(V=model.vocab_size, T=cfg.max_length, D=cfg.d_model, F=cfg.d_mlp, K=cfg.head_dim)
   sizes |= {"G": cfg.num_kv_heads, "R": queries, "1": 1, "3": 3}
   make = functools.partial(_tensor, sizes=sizes, prefix=prefix)
-  known = _leaves(stacking.relay(param_shapes(model), stacking.stacked_shapes))
-  rows = [row for row in (*trunk, *_HEAD_ROWS) if row.ours in known]
   stacked = [row for row in rows if row.ours.startswith("layers/")]
   first = rows.index(stacked[0])
-  return (
+  found = (
     *(make(row, None) for row in rows[:first]),
     *(make(row, layer) for layer in range(cfg.num_layers) for row in stacked),
     *(make(row, None) for row in rows[first + len(stacked) :]),
   )
+  _require_complete(model, found)
+  return found
+
+
+def _require_complete(model: Model, found: Sequence[Tensor]):
+  """Compares the table with the network: each parameter has as many numbers as its rows bring."""
+  shapes = leaves(stacking.relay(param_shapes(model), stacking.stacked_shapes))
+  sizes = {path: leaf.size for path, leaf in shapes.items() if path != SCORE_BIAS_PATH}
+  filled = collections.Counter()
+  for tensor in found:
+    if tensor.param not in sizes:
+      raise ValueError(
+        f"tensor_table: the row of {tensor.name} fills {tensor.param}, which this network does not have"
+      )
+    filled[tensor.param] += math.prod(tensor.shape)
+  for path, size in sizes.items():
+    if filled[path] != size:
+      raise ValueError(
+        f"tensor_table: parameter {path} has {size} numbers and the table's rows hold {filled[path]}"
+        " of them; no file could hold this network whole: add the row that is missing"
+      )
 
 
 def _tensor(row: Row, layer: int | None, sizes: dict[str, int], prefix: str) -> Tensor:
@@ -181,10 +220,10 @@ def _tensor(row: Row, layer: int | None, sizes: dict[str, int], prefix: str) -> 
   )
 
 
-def _leaves(tree) -> dict:
+def leaves(tree) -> dict:
   """Path -> leaf, in the tree's order: layers/mlp/w_up_DF of a stack, layers/3/mlp/w_up_DF of a list."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
 def is_buffer(name: str) -> bool:
@@ -192,180 +231,6 @@ def is_buffer(name: str) -> bool:
   return _BUFFER.search(name) is not None
 
 
-# --- in -------------------------------------------------------------------------------------------
-
-
-def load_params(source: Source, model: Model, shardings: Params) -> Params:
-  """The model's parameters, each tensor read once and written straight into the local shards.
-
-  Host memory: one tensor of the source, besides the shards of this process. The largest parameters
-  come first, so that what a transfer needs besides is freed before the rest is there.
-
-  Args:
-    source: opened weights.
-    model: of the architecture that `describe(source)` gives. With a smaller vocabulary than the
-      tables have rows, the rest (padding that no text encodes to) is dropped.
-    shardings: of every parameter.
-  Returns:
-    float32 parameters. A scalar head's bias is the config's instructjax_score_bias, or 0.
-  Raises:
-    UserError: a tensor is missing, left over, or of another shape. Nothing has been read then.
-  """
-  wanted = _match(source, model)
-  _require_tied_copy_equal(source, model, wanted)
-  by_param: dict[str, list] = {}
-  for tensor in wanted:
-    tensor = tensor if scans_layers(model) else tensor.alone()
-    by_param.setdefault(tensor.param, []).append(tensor)
-  tree = param_shapes(model)
-  shapes, places = _leaves(tree), _leaves(shardings)
-  params = {}
-  for path in sorted(shapes, key=lambda name: -shapes[name].size):
-    shape = shapes[path].shape
-    if path == "head/bias":
-      bias = np.asarray(source.config[SCORE_BIAS] if SCORE_BIAS in source.config else 0, np.float32)
-      params[path] = jax.device_put(bias, places[path])
-    else:
-      params[path] = _assemble(source, by_param[path], shape, places[path])
-  # In the order of the model's own parameters.
-  return jax.tree.unflatten(jax.tree.structure(tree), [params[path] for path in shapes])
-
-
-def _match(source: Source, model: Model) -> list[Tensor]:
-  """The model's tensors under the names that the source has for them, all of them or an error."""
-  wanted = tensors(model)
-  prefix = wanted[0].name.partition(".")[0] + "."
-  bare = not any(name.startswith(prefix) for name in source.shapes)
-  if bare:  # saved from the trunk's own class
-    wanted = tuple(dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in wanted)
-  by_name = {tensor.name: tensor for tensor in wanted}
-  missing = [name for name in by_name if name not in source.shapes]
-  known = by_name.keys() | ({"lm_head.weight"} if _is_tied(model) else set())
-  extra = [name for name in source.shapes if name not in known and not is_buffer(name)]
-  for names, what in ((missing, "lacks"), (extra, "has, and this model has no place for,")):
-    if names:
-      more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-      raise UserError(
-        f"{source.path} {what} tensor {names[0]}{more}; the config must fit the weights"
-      )
-  dropped = 0
-  for name, tensor in by_name.items():
-    shape, rows = tuple(source.shapes[name]), tensor.param.endswith("_VD")
-    if shape[1:] != tensor.shape[1:] or (
-      shape[0] < tensor.shape[0] if rows else shape != tensor.shape
-    ):
-      raise UserError(
-        f"{source.path}: tensor {name} has shape {list(shape)}, and the model needs"
-        f" {list(tensor.shape)}{' or more rows' if rows else ''}"
-      )
-    dropped = max(dropped, shape[0] - tensor.shape[0]) if rows else dropped
-  if dropped > (PAD_ROW in source.config):
-    logging.warning(
-      "%s: %d rows of the embedding past the vocabulary dropped", source.path, dropped
-    )
-  return list(wanted)
-
-
-def _is_tied(model: Model) -> bool:
+def is_tied(model: Model) -> bool:
+  """Whether the head is the embedding, so that it has no tensor of its own."""
   return model.head == "lm" and model.cfg.tie_embeddings
-
-
-def _require_tied_copy_equal(source: Source, model: Model, wanted: list[Tensor]):
-  """Old files hold the tied head a second time: harmless if it is the embedding."""
-  if not _is_tied(model) or "lm_head.weight" not in source.shapes:
-    return
-  embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
-  if not np.array_equal(source.read(embedding), source.read("lm_head.weight")):
-    raise UserError(
-      f"{source.path}: tensor lm_head.weight differs from {embedding}, and the config ties them; set"
-      " tie_word_embeddings to false in config.json if the head is meant to differ"
-    )
-
-
-def _assemble(source: Source, parts: list[Tensor], shape: tuple[int, ...], place) -> jax.Array:
-  """One parameter on its devices: every tensor is read once and copied into all local shards."""
-  buffers = {}
-  for index in place.addressable_devices_indices_map(shape).values():
-    key = _bounds(index, shape)
-    if key not in buffers:
-      buffers[key] = _empty([stop - start for start, stop in key])
-  for part in parts:
-    stack = () if part.layer is None else (slice(part.layer, part.layer + 1),)
-    covered = _bounds((*stack, *part.part), shape)
-    targets = [
-      (buffer[inner], outer)
-      for key, buffer in buffers.items()
-      for inner, outer in [_overlap(key, covered)]
-      if inner is not None
-    ]
-    if not targets:
-      continue
-    ours = part.to_ours(source.read(part.name))
-    ours = ours if part.layer is None else ours[None]
-    for target, outer in targets:
-      target[...] = ours[outer]
-    del ours  # before the next one is read
-  return jax.make_array_from_callback(shape, place, lambda index: buffers[_bounds(index, shape)])
-
-
-def _empty(shape: list[int]) -> np.ndarray:
-  """float32 at a multiple of 64 bytes: so placed, the CPU backend takes it over without a copy."""
-  size = math.prod(shape)
-  raw = np.empty(size + 16, np.float32)
-  skip = -raw.ctypes.data % 64 // 4
-  return raw[skip : skip + size].reshape(shape)
-
-
-def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
-  """(start, stop) of each dimension; a hashable index."""
-  return tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
-
-
-def _overlap(shard, part):
-  """What a shard and a part have in common: the index into the shard, the index into the part."""
-  both = [(max(s[0], p[0]), min(s[1], p[1])) for s, p in zip(shard, part)]
-  if any(start >= stop for start, stop in both):
-    return None, None
-  within = lambda outer: tuple(
-    slice(start - o[0], stop - o[0]) for (start, stop), o in zip(both, outer)
-  )
-  return within(shard), within(part)
-
-
-# --- out ------------------------------------------------------------------------------------------
-
-
-def named_tensors(
-  model: Model, params: Params
-) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-  """Every tensor for export as (name, shape, make): `make()` brings one layer's tensor to the host.
-
-  A scalar head is exported so that `transformers` gives the same scores: one more row of the
-  embedding is the pad token it looks for, and LayerNorm's bias takes up the score's (see
-  `folded_bias`; RMSNorm has none).
-  """
-  flat, is_scalar = _leaves(params), model.head == "scalar"
-  is_list = isinstance(params["layers"], list)
-  for tensor in tensors(model):
-
-    def make(tensor=tensor):
-      tensor = tensor.alone() if is_list else tensor
-      array = flat[tensor.param]
-      if tensor.layer is not None:
-        # A traced index: one compilation for all layers.
-        array = jax.lax.dynamic_index_in_dim(array, np.int32(tensor.layer), keepdims=False)
-      array = np.asarray(array, np.float32)
-      if is_scalar and tensor.param == "embedding/token_VD":
-        return np.pad(array, ((0, 1), (0, 0)))
-      if is_scalar and tensor.param == "final_norm/bias_D":
-        return array + folded_bias(flat["head/w_D"], flat["head/bias"])
-      return tensor.to_theirs(array)
-
-    rows = tensor.shape[0] + (is_scalar and tensor.param == "embedding/token_VD")
-    yield tensor.name, (rows, *tensor.shape[1:]), make
-
-
-def folded_bias(w_D, bias) -> np.ndarray:
-  """What LayerNorm's bias must grow by for w . (LN + it) to be w . LN + bias; zeros for no bias."""
-  w_D, bias = np.asarray(w_D, np.float64), float(bias)
-  return (bias * w_D / max(float(w_D @ w_D), np.finfo(np.float32).tiny)).astype(np.float32)

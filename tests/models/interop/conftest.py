@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from instructjax import models
 from instructjax.core.config import MeshConfig
-from instructjax.models.interop import tensor_table
+from instructjax.models.interop import transfer
 from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source
 from instructjax.parallel import sharding
@@ -66,7 +66,7 @@ def make_source():
   """make_source(model, params) -> (Source, its tensors, names read so far)."""
 
   def one(model, params):
-    tensors = {name: make() for name, _, make in tensor_table.named_tensors(model, params)}
+    tensors = {name: make() for name, _, make in transfer.named_tensors(model, params)}
     names_read = []
 
     def read(name):

@@ -497,6 +497,15 @@ REFUSED = {
     {**TABLE, "rope_freqs.weight": np.linspace(1, 8, 16, dtype=np.float32)},
     "'rope_freqs.weight' must be Llama 3's rotary scaling",
   ),
+  "two scalings": (
+    *("llama", LLAMA3 | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}),
+    {**TABLE, "rope_freqs.weight": np.ones(16, np.float32)},
+    "type='linear' and tensor 'rope_freqs.weight' are two rotary scalings",
+  ),
+  "rope_freqs of GPT-2": (
+    *("gpt2", GPT2, {**TABLE, "rope_freqs.weight": np.ones(2, np.float32)}),
+    "'rope_freqs.weight' of shape .2,. is none of architecture 'gpt2'",
+  ),
   "rope_freqs' size": (
     *("llama", LLAMA3, {**TABLE, "rope_freqs.weight": np.ones(8, np.float32)}),
     "'rope_freqs.weight' must be",
