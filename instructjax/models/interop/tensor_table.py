@@ -144,7 +144,7 @@ class Tensor:
 
 def tensors(model: Model) -> tuple[Tensor, ...]:
   """Every tensor that the model has in Hugging Face's layout, in their order."""
-  cfg = model.cfg
+  cfg = model.network
   queries = cfg.num_heads // cfg.num_kv_heads
   prefix, trunk = (
     ("transformer.", _gpt2()) if cfg.position == "learned" else ("model.", _llama(queries))
@@ -267,7 +267,7 @@ def _match(source: Source, model: Model) -> list[Tensor]:
 
 
 def _is_tied(model: Model) -> bool:
-  return model.head == "lm" and model.cfg.tie_embeddings
+  return model.head == "lm" and model.network.tie_embeddings
 
 
 def _require_tied_copy_equal(source: Source, model: Model, wanted: list[Tensor]):
