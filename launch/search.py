@@ -14,19 +14,12 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 
-from instructjax.core.config import Config, MeshConfig, ModelConfig
+from instructjax.core.config import Config, ExecutionConfig, MeshConfig
 from instructjax.core.errors import UserError
 from launch import estimate
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
-# Stage -> blocks of the models that its step runs; the other stages train the policy's.
-_MODELS = {
-  "reward_pretrain": ("reward_model",),
-  "rm": ("reward_model",),
-  "ppo": ("model", "reward_model"),
-  "ppo_ptx": ("model", "reward_model"),
-}
 _BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
 _WAYS = ("roofline", "overlapped", "serial")
 
@@ -37,7 +30,7 @@ class Choice:
 
   Attributes:
     mesh: (axis, size) in the mesh's order.
-    remat: of the stage's models.
+    remat: of the run's networks.
     ptx_chunks: None where the stage has none.
     seconds, bytes, least_bytes: as in `sketch.Sketch`.
   """
@@ -52,9 +45,8 @@ class Choice:
   def flags(self, config: Config, stage: str) -> list[str]:
     """What to add to a command, the planner's or a run's."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
-    for name in _models(stage):
-      if getattr(config, name).remat != self.remat:
-        flags.append(f"--config.{name}.remat={self.remat}")
+    if config.execution.remat != self.remat:
+      flags.append(f"--config.execution.remat={self.remat}")
     if self.ptx_chunks not in (None, config.ppo.ptx_chunks):
       flags.append(f"--config.ppo.ptx_chunks={self.ptx_chunks}")
     return flags
@@ -184,22 +176,16 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int
   if stage == "ppo_ptx" and cfg.gamma > 0:
     rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
-  for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
+  for remat in typing.get_args(typing.get_type_hints(ExecutionConfig)["remat"]):
     for chunks in counts:
       yield remat, chunks
 
 
-def _models(stage: str) -> tuple[str, ...]:
-  return _MODELS.get(stage, ("model",))
-
-
 def _with(config: Config, stage: str, remat: str, ptx_chunks: int | None) -> Config:
   """The config with a choice made; its mesh is left alone."""
-  models = {
-    name: dataclasses.replace(getattr(config, name), remat=remat) for name in _models(stage)
-  }
+  execution = dataclasses.replace(config.execution, remat=remat)
   ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
-  return dataclasses.replace(config, ppo=ppo, **models)
+  return dataclasses.replace(config, ppo=ppo, execution=execution)
 
 
 def _merged(reasons: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ def determining(block) -> dict[str, Any]:
   return result
 
 
-def changeable(block, metadata: Mapping) -> dict[str, Any]:
+def marked(block, metadata: Mapping) -> dict[str, Any]:
   """The fields marked with `metadata`, ROUNDING or SAME_NUMBERS."""
   fields = dataclasses.fields(block)
   return {field.name: getattr(block, field.name) for field in fields if field.metadata == metadata}
