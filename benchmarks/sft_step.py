@@ -7,7 +7,8 @@ own step (`supervised.make_lm_train_step`). Each --set is a variant of ours (fie
 without one, `execution.remat="none"`, as the presets for a CPU have it); --peer may be given several times. Each
 program is a process of its own, all are in memory at once (ours and one peer took 13 GB), and they run in turn on two
 cores. They must have as many parameters, train on as many tokens and begin with the same loss (of random weights:
-within .1), or the command ends. `flax` needs nothing else, `torch` and `trl` the environment `.venv-trl` of benchmarks/peers/setup.sh.
+within .1), or the command ends. `flax` needs nothing else, `torch` and `trl` the environment `.venv-trl` of
+benchmarks/peers/setup.sh.
 
 Prints one JSON line a program: tokens a second by the median of wall seconds, wall and CPU seconds with their ranges,
 peak memory, the load that others were during each run, and the bound: every matrix product of the model once, forward

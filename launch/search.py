@@ -42,7 +42,7 @@ class Choice:
   bytes: float
   least_bytes: float
 
-  def flags(self, config: Config, stage: str) -> list[str]:
+  def flags(self, config: Config) -> list[str]:
     """What to add to a command, the planner's or a run's."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
     if config.execution.remat != self.remat:
@@ -94,10 +94,8 @@ def run(
       f"no mesh of the {len(devices)} devices of {topology_name} goes with {stage}; {len(spellings)} of"
       f" {sum(map(len, ranking.do_not_divide.values()))}, as {spellings[0]}, because {reason}"
     )
-  trials = try_best(
-    ranking.choices, number, lambda choice: compile_one(choice.flags(config, stage))
-  )
-  rows = [_row(config, stage, choice, report) for choice, report in trials]
+  trials = try_best(ranking.choices, number, lambda choice: compile_one(choice.flags(config)))
+  rows = [_row(config, choice, report) for choice, report in trials]
   fitting = [row for row in rows if row["fits"]]
   return {
     "note": "estimates: nothing has run on a TPU",
@@ -130,12 +128,12 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     spelling = estimate.spell_mesh(mesh.shape)
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
-      program = programs.make(_with(config, stage, "full", 1), mesh, stage)
+      program = programs.make(_with(config, "full", 1), mesh, stage)
     except ValueError as error:
       reasons[str(error)].append(spelling)
       continue
     for remat, chunks in _options(config, stage, shards):
-      sizes = sketch.sketch(_with(config, stage, remat, chunks), stage, program, mesh.shape, chip)
+      sizes = sketch.sketch(_with(config, remat, chunks), stage, program, mesh.shape, chip)
       choice = Choice(tuple(mesh.shape.items()), remat, chunks, *dataclasses.astuple(sizes))
       if sizes.least_bytes > chip.hbm_bytes:
         ranking.too_large[spelling] = sizes.least_bytes
@@ -181,7 +179,7 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int
       yield remat, chunks
 
 
-def _with(config: Config, stage: str, remat: str, ptx_chunks: int | None) -> Config:
+def _with(config: Config, remat: str, ptx_chunks: int | None) -> Config:
   """The config with a choice made; its mesh is left alone."""
   execution = dataclasses.replace(config.execution, remat=remat)
   ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
@@ -235,13 +233,13 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
   return {"failure": f"{kind} {abs(done.returncode)}: {said}"}
 
 
-def _row(config: Config, stage: str, choice: Choice, report: dict) -> dict:
+def _row(config: Config, choice: Choice, report: dict) -> dict:
   """What is kept of a trial."""
   row = {
     "mesh": estimate.spell_mesh(dict(choice.mesh)),
     "remat": choice.remat,
     "ptx_chunks": choice.ptx_chunks,
-    "flags": choice.flags(config, stage),
+    "flags": choice.flags(config),
     "other_batches": _other_batches(config, choice),
     "sketch": {"seconds": choice.seconds, "bytes": choice.bytes},
     "fits": report.get("fits", False),
