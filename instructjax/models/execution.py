@@ -40,12 +40,9 @@ def for_inference(platform: str) -> ExecutionConfig:
 
 
 def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
-  """Platform of a mesh's devices, which need not be here; None is this process's default device."""
-  if mesh is None:
-    return jax.default_backend()
-  if isinstance(mesh, Mesh):
-    return mesh.devices.flat[0].platform
-  return mesh.abstract_device.platform
+  """Platform of a mesh's devices, which need not be here; without a mesh, or a kind of devices, the process's own."""
+  device = None if mesh is None else mesh.abstract_mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def model_on(

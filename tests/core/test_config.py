@@ -216,7 +216,7 @@ _RULES = [
     dict(model__position="learned", model__rope_scaling__kind="linear"),
     "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
   ),
-  (dict(execution__attention_window=-1), "config.execution.attention_window=-1 must be >= 0"),
+  (dict(model__attention_window=-1), "config.model.attention_window=-1 must be >= 0"),
   (dict(sft__optim__learning_rate=0), "config.sft.optim.learning_rate=0.0 must be > 0"),
   (dict(sft__optim__b1=1), "config.sft.optim.b1=1.0"),
   (dict(sft__optim__b2=-0.1), "b2=-0.1 must be in [0, 1)"),
