@@ -55,11 +55,6 @@ def _decoder(**changes) -> ConfigDict:
       attention_window=256,  # open: GPT-3 prints no band width
       tie_embeddings=True,
       init_std=0.02,
-      dtype="bfloat16",
-      layers="auto",
-      attention="auto",
-      remat="products",
-      decode_layout="auto",
       weights="",
     )
   )
@@ -77,6 +72,13 @@ def base(stage: str) -> ConfigDict:
       model=_decoder(),
       reward_model=_decoder(
         num_layers=32, d_model=4096, num_heads=32, num_kv_heads=32, d_mlp=16384
+      ),
+      execution=dict(  # of both networks
+        dtype="bfloat16",
+        layers="auto",
+        attention="auto",
+        remat="products",
+        decode_layout="auto",
       ),
       tokenizer=dict(path="", vocab_size=50257),
       data=dict(

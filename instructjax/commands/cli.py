@@ -45,7 +45,7 @@ def _end_with(error: Exception):
     distributed.end(distributed.LOST if isinstance(error, NotJoined) else 2)
   elif isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error):
     _say(
-      f"error: out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=full, or"
+      f"error: out of memory: {reason(error)}. Use smaller batches or lengths, --config.execution.remat=full, or"
       " more devices with --config.mesh.fsdp"
     )
     distributed.end(2)

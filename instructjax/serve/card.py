@@ -64,11 +64,11 @@ class Export:
 
 def text(weights: Weights, export: Export) -> str:
   """The card: YAML front matter and Markdown."""
-  stage, data, base = weights.path.name, _block(weights, "data"), _base(weights, export)
+  stage, data, base = weights.path.name, _block(weights, "data"), weights.base
   is_stage = weights.kind == "stage"
   what, where = _what(stage, export.which)
   # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.
-  is_qwen2 = weights.cfg.qkv_bias and not weights.cfg.use_bias
+  is_qwen2 = weights.network.qkv_bias and not weights.network.use_bias
   return _template().render(
     weights=weights,
     export=export,
@@ -109,11 +109,6 @@ def _block(weights: Weights, name: str) -> dict[str, Any]:
   return json.loads(weights.settings.get(f"config.{name}", "{}"))
 
 
-def _base(weights: Weights, export: Export) -> str:
-  """`model.weights` of the run: what its base was, '' where it was trained in the run."""
-  return _block(weights, "reward_model" if export.which == "value" else "model").get("weights", "")
-
-
 def _what(stage: str, which: str) -> tuple[str, str]:
   """What the weights are, and where the paper has it."""
   what, where = _STAGES.get(stage, ("a network", "sec 3"))  # a renamed folder
@@ -124,7 +119,7 @@ def _what(stage: str, which: str) -> tuple[str, str]:
 
 
 def _facts(weights: Weights, export: Export) -> list[tuple[str, Any]]:
-  cfg = weights.cfg
+  cfg = weights.network
   heads = f"{cfg.num_heads} ({cfg.num_kv_heads}) of {cfg.head_dim}"
   return [
     (
@@ -267,9 +262,7 @@ def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
   for stage, _, made_with in [own, *_ancestors(weights.path.parent, weights.settings)]:
     block = next((made_with[name] for name in _OWN_BLOCKS if name in made_with), None)
     if block and stage not in result:
-      settings = json.loads(block)
-      settings.pop("max_kl", None)  # no part of what made the weights: done.json has 0 for any
-      result[stage] = _flat(settings)
+      result[stage] = _flat(json.loads(block))
   return result
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import optax
 
-from instructjax import models
 from instructjax.core.structs import Rollout
 from instructjax.rl.experience import Experience, Frozen, Nets
+from tests import tiny
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 6, 3, 5
 LENGTH = PROMPT + RESPONSE
@@ -15,7 +15,7 @@ MASK_BR = np.arange(RESPONSE)[None] < RESPONSE_LENGTH_B[:, None]
 
 
 def make_nets(tiny_config) -> Nets:
-  policy, scalar = (models.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
+  policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = optax.sgd(1.0)
   return Nets(policy, scalar, tx, tx, eos_id=EOS, max_response_length=RESPONSE)
 

@@ -161,7 +161,7 @@ def tensors(model: Model) -> tuple[Tensor, ...]:
     ValueError: a parameter is not filled by the table's rows, or a row has no parameter: a network
       that the table does not know. A fault of the table, which the user cannot mend.
   """
-  cfg = model.cfg
+  cfg = model.network
   queries = cfg.num_heads // cfg.num_kv_heads
   if cfg.position == "learned":
     prefix, trunk = "transformer.", _gpt2()
@@ -233,4 +233,4 @@ def is_buffer(name: str) -> bool:
 
 def is_tied(model: Model) -> bool:
   """Whether the head is the embedding, so that it has no tensor of its own."""
-  return model.head == "lm" and model.cfg.tie_embeddings
+  return model.head == "lm" and model.network.tie_embeddings

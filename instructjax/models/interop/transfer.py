@@ -19,7 +19,7 @@ from instructjax.core.structs import Params
 from instructjax.models.interop import tensor_table
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS
 from instructjax.models.interop.source import Source
-from instructjax.models.transformer import Model, param_shapes, scans_layers
+from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
 # --- in -------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   _require_tied_copy_equal(source, model, wanted)
   by_param: dict[str, list] = {}
   for tensor in wanted:
-    tensor = tensor if scans_layers(model) else tensor.alone()
+    tensor = tensor if model.execution.layers == "scan" else tensor.alone()
     by_param.setdefault(tensor.param, []).append(tensor)
   tree = param_shapes(model)
   shapes, places = tensor_table.leaves(tree), tensor_table.leaves(shardings)

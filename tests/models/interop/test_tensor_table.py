@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from instructjax import models
 from instructjax.core.errors import UserError
 from instructjax.models import interop, transformer
 from instructjax.models.interop import gguf_names, tensor_table
+from tests import tiny
 
 VOCAB = 19
 LEAF = "layers/attention/query_scale_K"
@@ -29,7 +29,7 @@ class Wider(transformer.Transformer):
   def __call__(self):
     super().__call__()
     init = nn.with_logical_partitioning(nn.initializers.ones, ("layers", "head_dim"))
-    self.param(LEAF, init, (self.cfg.num_layers, self.cfg.head_dim), jnp.float32)
+    self.param(LEAF, init, (self.network.num_layers, self.network.head_dim), jnp.float32)
 
 
 @pytest.fixture(params=FORMATS)
@@ -42,8 +42,9 @@ def network(kind, llama, random_params):
   """network(cls=Transformer, **changes): a small Llama with the head of `kind`, and parameters."""
 
   def one(cls=transformer.Transformer, **changes):
-    cfg = dataclasses.replace(llama, num_layers=2, **changes)
-    model = cls(cfg, VOCAB, "scalar" if kind == "hf scalar" else "lm")
+    head = "scalar" if kind == "hf scalar" else "lm"
+    model = tiny.make_model(llama, VOCAB, head, num_layers=2, **changes)
+    model = cls(model.network, model.execution, VOCAB, head)
     return model, random_params(model)
 
   return one
@@ -203,9 +204,7 @@ def test_gguf_file_that_lacks_a_tensor(network, export, one_device):
 @pytest.mark.parametrize("head, names", [("lm", 1 + 2 * 9 + 2), ("scalar", 1 + 2 * 9 + 2)])
 def test_rows_follow_the_switches(head, names, llama):
   """Embedding, two layers of 9 tensors, final norm, head; biases: 3 of q, k, v, then 4 of the rest."""
-  model = lambda **changes: models.make_model(
-    dataclasses.replace(llama, num_layers=2, **changes), VOCAB, head
-  )
+  model = lambda **changes: tiny.make_model(llama, VOCAB, head, num_layers=2, **changes)
   count = lambda **changes: len(tensor_table.tensors(model(**changes)))
   assert count() == names
   assert count(qkv_bias=True) == names + 2 * 3
