@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as PS
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
-from instructjax.models import decoding, flops, transformer
+from instructjax.models import decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo, rm
@@ -65,6 +65,9 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   """
   if stage not in STAGES:
     raise UserError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
+  # As on a TPU; the mesh may be of no devices, or a test's.
+  execution = resolve_execution(config.execution, "tpu")
+  config = dataclasses.replace(config, execution=execution)
   vocab_size = config.tokenizer.vocab_size
   tokenizer = types.SimpleNamespace(vocab_size=vocab_size, eos_id=vocab_size - 1)
   ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)

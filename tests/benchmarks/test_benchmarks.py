@@ -154,7 +154,7 @@ def test_the_rollout_benchmark_is_of_workload_w3():
   assert (slots.ROWS, slots.PROMPT, slots.RESPONSE, slots.VOCAB) == (
     *(w3.batch, w3.prompt, w3.response, w3.vocab_size),
   )
-  assert slots.MODEL.num_layers == w3.model["num_layers"]
+  assert slots.make_model().network.num_layers == w3.model["num_layers"]
 
 
 def test_random_rankings_are_of_the_length_that_the_benchmark_says():

@@ -1,6 +1,5 @@
 """Slots change how rows are decoded, never what is sampled; and they take the next prompt at once."""
 
-import dataclasses
 import functools
 import re
 
@@ -36,8 +35,7 @@ def policy(tiny_config, random_params):
 
   def one(position, layers):
     switches = dict(position=position, layers=layers, num_layers=2, attention_window=3)
-    cfg = dataclasses.replace(tiny_config, **switches)
-    model = tiny.make_model(cfg, VOCAB, "lm")
+    model = tiny.make_model(tiny_config, VOCAB, **switches)
     return model, random_params(model, 5)
 
   return one
