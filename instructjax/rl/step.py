@@ -19,6 +19,7 @@ from instructjax.core.structs import (
   PPOState,
   PromptBatch,
   Rollout,
+  Samples,
 )
 from instructjax.models import transformer
 from instructjax.ops import kl, surrogate
@@ -207,7 +208,7 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
     batch: {'prompts': PromptBatch of batch_size rows} and, for gamma > 0, {'pretrain': PackedBatch of
       batch_size * ptx_rows rows}.
   Returns:
-    (state, metrics: dict of float32 scalars, samples: {'rollout': Rollout, 'score_B', 'kl_B'}).
+    (state, metrics: dict of float32 scalars, samples: Samples).
   """
   rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
   prompts: PromptBatch = batch["prompts"]
@@ -251,7 +252,7 @@ def train_step(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, batc
     kl_coef=kl_coef,
     key=state.key,
   )
-  return state, metrics | update_metrics, {"rollout": rollout, "score_B": score_B, "kl_B": kl_B}
+  return state, metrics | update_metrics, Samples(rollout, score_B, kl_B)
 
 
 def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Callable:
@@ -276,7 +277,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     num_steps=whole,
     slot_steps=whole,
   )
-  samples = {"rollout": rollout, "score_B": rows, "kl_B": rows}
+  samples = Samples(rollout, score_B=rows, kl_B=rows)
   frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
   return jax.jit(
     step,

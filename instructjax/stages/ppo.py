@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax.core.config import PPOConfig
-from instructjax.core.structs import PPOState
+from instructjax.core.structs import PPOState, Samples
 from instructjax.data import batching, sources
 from instructjax.models import flops, transformer
 from instructjax.parallel import sharding, stacking
@@ -132,10 +132,10 @@ def _describe(ctx: Context, cfg: PPOConfig):
   simulation = sources.simulation(ctx.config.data.prompts)
   prompt_length = ctx.config.data.max_prompt_length
 
-  def describe(samples: dict, step: int):
-    rollout = samples["rollout"]
+  def describe(samples: Samples, step: int):
+    rollout = samples.rollout
     token_BL, is_token_BL, score_B, kl_B = sharding.to_host(
-      (rollout.token_BL, rollout.is_token_BL, samples["score_B"], samples["kl_B"])
+      (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B)
     )
     if jax.process_index() != 0:
       return {}, ()
