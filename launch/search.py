@@ -16,18 +16,12 @@ from collections.abc import Callable, Iterator
 
 from instructjax.core.config import Config, MeshConfig, ModelConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import ROLES, STAGES
+from instructjax.stages import lineage
 from launch import estimate
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
-# Stage -> blocks of the models that its step runs; the other stages train the policy's.
-_MODELS = {
-  "reward_pretrain": ("reward_model",),
-  "rm": ("reward_model",),
-  "ppo": ("model", "reward_model"),
-  "ppo_ptx": ("model", "reward_model"),
-}
-_BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
 _WAYS = ("roofline", "overlapped", "serial")
 
 
@@ -132,6 +126,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
   from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs, sketch
 
+  programs.require_trained(stage)
   ranking, reasons = Ranking([], {}, {}), collections.defaultdict(list)
   for cfg in meshes(config.mesh, len(devices)):
     mesh = sharding.make_mesh(cfg, devices)
@@ -179,9 +174,9 @@ def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
 
 def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int | None]]:
   """(remat, ptx_chunks), a chunk's rows dividing over the shards."""
-  cfg = config.ppo
   counts = [None]
-  if stage == "ppo_ptx" and cfg.gamma > 0:
+  cfg = lineage.variant(config, stage)
+  if STAGES[stage].is_rl and cfg.gamma > 0:
     rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
   for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
@@ -189,8 +184,10 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int
       yield remat, chunks
 
 
-def _models(stage: str) -> tuple[str, ...]:
-  return _MODELS.get(stage, ("model",))
+def _models(stage: str) -> list[str]:
+  """Config blocks of the networks that a stage's step runs."""
+  row = STAGES[stage]
+  return [ROLES[role].block for role in (row.role, *["reward"] * row.is_rl)]
 
 
 def _with(config: Config, stage: str, remat: str, ptx_chunks: int | None) -> Config:
@@ -277,7 +274,8 @@ def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
   from instructjax.parallel import sharding  # JAX, after the environment is set
 
   shards = math.prod(size for axis, size in choice.mesh if axis in sharding.ROWS)
-  sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in _BATCHED}
+  names = dict.fromkeys(name for row in STAGES.values() for name in row.batches)
+  sizes = {name: lineage.value(config, name) for name in names}
   return {name: size for name, size in sizes.items() if size % shards}
 
 

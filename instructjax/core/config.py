@@ -9,8 +9,7 @@ import re
 from typing import Literal
 
 from instructjax.core.blocks import build, require, require_positive, validate
-
-STAGES = ("pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx", "evaluate")
+from instructjax.core.stages import RL_STAGES, TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,9 +377,7 @@ class EvaluateConfig:
   samples_per_prompt: int
   temperature: float
   weights: Literal["ema", "raw"]  # which RL weights are judged
-  compare: tuple[
-    str, ...
-  ]  # RL stages run for comparison besides the one asked for: of ppo, ppo_ptx
+  compare: tuple[str, ...]  # RL stages run for comparison besides the one asked for
   overoptimization: bool  # also run PPO with beta=0 and best-of-n, for the over-optimisation plot
   overoptimization_iterations: int
   best_of_n: int  # N samples a prompt for best-of-n; below 2 = off
@@ -401,8 +398,11 @@ class EvaluateConfig:
       "temperature",
     )
     require_positive(self, where, *sizes)
-    known = set(self.compare) <= {"ppo", "ppo_ptx"}
-    require(known, f"{where}.compare={self.compare} must hold only 'ppo' and 'ppo_ptx'")
+    known = [name for name in RL_STAGES if name in TARGETS]
+    require(
+      set(self.compare) <= set(known),
+      f"{where}.compare={self.compare} must hold only {' and '.join(map(repr, known))}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,7 +440,7 @@ class Config:
   def validate(self, where: str = "config"):
     require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
     require(
-      self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}"
+      self.stage in TARGETS, f"{where}.stage={self.stage!r} must be one of {', '.join(TARGETS)}"
     )
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):

@@ -12,6 +12,7 @@ import numpy as np
 
 from instructjax.core.errors import writing
 from instructjax.report import figures, findings, overoptimization, panels, style
+from instructjax.report.results import Results
 
 NUM_SAMPLES = 6
 # First row of a sample's answers; the other policies follow.
@@ -129,11 +130,10 @@ def _samples(prompts: list[str], measured: dict) -> str:
     cells = []
     for name in [*(n for n in _MAIN if n in measured), *(n for n in measured if n not in _MAIN)]:
       found = measured[name]
-      scores = [
-        f"{key} {number(float(found[key][i]))}" for key in ("gold", "reward") if key in found
-      ]
-      ended = "" if found["ended"][i] else " · cut off"
-      answer = html.escape(found["answer"][i].strip()) or '<span class="soft">(empty)</span>'
+      scores = [f"gold {number(float(found.gold[i]))}"] if found.gold is not None else []
+      scores.append(f"reward {number(float(found.reward[i]))}")
+      ended = "" if found.ended[i] else " · cut off"
+      answer = html.escape(found.answer[i].strip()) or '<span class="soft">(empty)</span>'
       cells.append(
         f'<div class="answer" style="border-color:{panels.COLOURS[name]}">'
         f"<b>{html.escape(panels.NAMES[name])}</b>"
@@ -149,7 +149,7 @@ def _samples(prompts: list[str], measured: dict) -> str:
   return _section("samples", "The same prompts, answered by each policy", lead, "".join(parts))
 
 
-def _policies(results: dict) -> str:
+def _policies(results: Results) -> str:
   rows = findings.summary(results)
   columns = {
     "gold": ("Gold score", number),
@@ -206,8 +206,8 @@ def _wins(wins: dict, judge: str) -> str:
   return _section("wins", "Who is preferred to whom", lead, table + _figure(svg))
 
 
-def _curves(results: dict) -> str:
-  curves = results["curves"]
+def _curves(results: Results) -> str:
+  curves = results.curves
   draws = [
     lambda ax: panels.draw_curve(ax, curves, "reward", "Reward-model score"),
     lambda ax: panels.draw_curve(ax, curves, "gold", "Gold score (steers nothing)"),
@@ -225,7 +225,7 @@ def _curves(results: dict) -> str:
   return _section("curves", "Over PPO", keys, _figure(svg, caption))
 
 
-def _tax(results: dict) -> str:
+def _tax(results: Results) -> str:
   svg = figures.svg(
     [lambda ax: panels.draw_tax(ax, results), lambda ax: panels.draw_trade_off(ax, results)],
     "Pretraining loss by policy, and score against it",
@@ -239,8 +239,8 @@ def _tax(results: dict) -> str:
   return _section("tax", "The alignment tax", lead, _figure(svg))
 
 
-def _reward_model(results: dict) -> str:
-  pairs = results["reward_model"]["validation"]["pairs"]
+def _reward_model(results: Results) -> str:
+  pairs = results.reward_model.validation.pairs
   svg = figures.svg(
     [lambda ax: panels.draw_accuracy(ax, results), lambda ax: panels.draw_calibration(ax, results)],
     "Reward-model accuracy and calibration",
@@ -272,7 +272,7 @@ def _fit_words(which: str, scores: dict) -> str:
   return words + ". "
 
 
-def _overoptimization(results: dict) -> str:
+def _overoptimization(results: Results) -> str:
   scores = overoptimization.scores(results)
   draws = [
     lambda ax, which=which: panels.draw_overoptimization(ax, results, which)
@@ -309,16 +309,12 @@ def _what_ran(config, prompts: list[str]) -> str:
   return " · ".join(html.escape(fact).replace(" ", "&nbsp;") for fact in facts)
 
 
-def page(config, prompts: list[str], results: dict, found: list[dict], wins: dict) -> str:
+def page(config, prompts: list[str], results: Results, found: list[dict], wins: dict) -> str:
   """The whole report as one HTML document."""
-  judge = (
-    "the gold score"
-    if any("gold" in m for m in results["measured"].values())
-    else "the reward model"
-  )
+  judge = "the gold score" if results.has_gold else "the reward model"
   parts = {
     "findings": ("Findings", _findings(found)),
-    "samples": ("Samples", _samples(prompts, results["measured"])),
+    "samples": ("Samples", _samples(prompts, results.measured)),
     "policies": ("Policies", _policies(results)),
     "wins": ("Win rates", _wins(wins, judge)),
     "curves": ("Over PPO", _curves(results)),
@@ -338,15 +334,14 @@ def page(config, prompts: list[str], results: dict, found: list[dict], wins: dic
   )
 
 
-def write(directory, config, prompts: list[str], results: dict, found: list[dict]):
+def write(directory, config, prompts: list[str], results: Results, found: list[dict]):
   """Writes findings.json, report.png and index.html.
 
   Args:
     directory: made if missing.
     config: Config of the run.
     prompts: one an answer, so each `samples_per_prompt` times in a row.
-    results: as evaluate.run gathers them; gold scores, agreement, best-of-n and any policy may be
-      absent.
+    results: of the run.
     found: what findings.find said of the results.
   """
   directory = pathlib.Path(directory)

@@ -1,40 +1,21 @@
 """The model card of an export: what it is, how it was made, what was measured of it, how to load it.
 
 Called by export.py. Every number comes from files: done.json of the stage and of those it started
-from, evaluate/results.json and report/findings.json of its run. What no file says is not measured.
+from, of the run's evaluation, and report/findings.json. What no file says is not measured.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from instructjax.core import results
+from instructjax.core.stages import STAGES
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
-from instructjax.train.weights import HUB, RL_STAGES, Weights
+from instructjax.train.weights import HUB, Weights
 
-# Stage -> (what it is, where the paper has it).
-_STAGES = {
-  "pretrain": ("a base language model, trained on documents", "the base that stands in for GPT-3"),
-  "reward_pretrain": (
-    "a base language model, trained on documents",
-    "the base of the reward model, which stands in for GPT-3",
-  ),
-  "sft": ("a supervised baseline, trained on demonstrations", "sec 3.5, C.1"),
-  "ppo_init": (
-    "a supervised model, trained on demonstrations mixed with pretraining text: PPO's start and"
-    " KL reference",
-    "C.3",
-  ),
-  "rm": ("a reward model, trained on ranked answers", "eq. 1, sec 3.5, C.2"),
-  "ppo": ("a policy trained with PPO against a reward model", "sec 3.5, C.4, gamma = 0"),
-  "ppo_ptx": ("a policy trained with PPO-ptx against a reward model", "eq. 2, sec 3.5, C.4"),
-  "ppo_beta0": ("a policy trained with PPO without a KL penalty, to show its need", "E.7"),
-}
-_IN_RESULTS = {"pretrain": "base", "reward_pretrain": "reward_base"}  # evaluate's names
-_OWN_BLOCKS = ("config.ppo", "config.stage", "config.collect")  # what is a stage's own
 _NOT_MEASURED = "Not measured."
 _CITATION = """The recipe is that of Ouyang et al. 2022 ([arXiv:2203.02155](https://arxiv.org/abs/2203.02155)).
 
@@ -101,7 +82,7 @@ def _front_matter(weights: Weights, export: Export) -> str:
   is_scalar = weights.head == "scalar"
   tags = ["instructjax"]
   if weights.kind == "stage":
-    tags += ["rlhf", "instructgpt", weights.path.name.replace("_", "-")]
+    tags += ["rlhf", "instructgpt", weights.stage.name.replace("_", "-")]
   tags += ["reward-model"] * is_scalar + ["gguf"] * (export.format == "gguf")
   lines = ["license: other", "license_name: unknown"]
   base = _base(weights, export)
@@ -116,13 +97,14 @@ def _front_matter(weights: Weights, export: Export) -> str:
 def _what(weights: Weights, export: Export) -> str:
   cfg = weights.cfg
   if weights.kind == "stage":
-    what, where = _STAGES.get(weights.path.name, ("a network", "sec 3"))  # a renamed folder
+    stage = weights.stage
+    what, where = stage.what, stage.paper
     if export.which == "value":
       what, where = "a value network, trained with PPO from a reward model", "sec 3.5, C.4"
     averaged = {"ema": ", averaged over iterations (EMA)", "raw": ", of the last iteration"}
-    what += averaged.get(export.which, "") if weights.path.name in RL_STAGES else ""
+    what += averaged.get(export.which, "") if stage.is_rl else ""
     sentence = (
-      f"This is {what}: stage `{weights.path.name}`, step {weights.step}, of the run"
+      f"This is {what}: stage `{stage.name}`, step {weights.step}, of the run"
       f" `{weights.path.parent.name}` of instructjax, the InstructGPT recipe in JAX (Ouyang et al. 2022:"
       f" {where})."
     )
@@ -209,79 +191,77 @@ def _prompts(weights: Weights) -> str:
 def _measured(weights: Weights, export: Export) -> str:
   if weights.kind != "stage" or export.which == "value":
     return _NOT_MEASURED
-  parts = [_from_training(weights.result)]
+  parts = [_from_training(weights.done.result)]
   run = weights.path.parent
   evaluation = finished.read_done(run / "evaluate")
-  if evaluation and _judged(weights, evaluation["fingerprint"]):
-    judged = json.loads(evaluation["fingerprint"]["config.evaluate"])["weights"]
-    if weights.path.name in RL_STAGES and judged != export.which:
+  if evaluation and _judged(weights, evaluation):
+    judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]
+    if weights.stage.is_rl and judged != export.which:
       parts.append(
         f"The run was judged with the `{judged}` weights; these are the `{export.which}` ones."
       )
-    parts.append(_policies(weights, run / "evaluate" / "results.json"))
+    parts.append(_policies(weights, evaluation.result.summary))
     parts.append(_findings(run / "report" / "findings.json", weights.head))
   return "\n\n".join(part for part in parts if part) or _NOT_MEASURED
 
 
-def _judged(weights: Weights, evaluation: Mapping[str, str]) -> bool:
+def _judged(weights: Weights, evaluation: finished.Done) -> bool:
   """Whether an evaluation saw this very stage, not one that was trained in its place since."""
-  mine = json.dumps(weights.settings, sort_keys=True).encode()  # as context.fingerprint hashes it
   ancestors = _ancestors(weights.path.parent, evaluation)
-  seen = {identity for name, identity, _ in ancestors if name == weights.path.name}
-  return seen == {hashlib.sha256(mine).hexdigest()}
+  seen = {identity for name, identity, _ in ancestors if name == weights.stage.name}
+  return seen == {weights.done.identity}
 
 
-def _ancestors(
-  run: pathlib.Path, made_with: Mapping[str, str]
-) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-  """(stage, its identity then, what it was made with) of all that something started from, nearest first.
+def _ancestors(run: pathlib.Path, done: finished.Done) -> Iterator[tuple[str, str, finished.Done]]:
+  """(stage, its identity then, what it left) of all that something started from, nearest first.
 
   Some come several times. What lies in no folder of the run, as given weights, ends the line.
   """
-  queue = [made_with]
-  for made_with in queue:  # which grows
-    for name, identity in made_with.items():
+  queue = [done]
+  for done in queue:  # which grows
+    for name, identity in done.fingerprint.items():
       stage = name.removeprefix("parent:")
-      done = finished.read_done(run / stage) if stage != name else None
-      if done:
-        queue.append(done["fingerprint"])
-        yield stage, identity, done["fingerprint"]
+      parent = finished.read_done(run / stage) if stage != name else None
+      if parent:
+        queue.append(parent)
+        yield stage, identity, parent
 
 
-def _from_training(result: Mapping[str, Any]) -> str:
-  """What the stage itself measured on held-out data: its done.json."""
+def _from_training(result: Any) -> str:
+  """What the stage itself measured on held-out data: the record in its done.json."""
   rows = []
-  for epoch in result.get("epochs", ()):
-    losses = [f"{k.replace('_', ' ')} {_number(v)}" for k, v in epoch.items() if k != "step"]
-    rows.append((f"step {epoch['step']}, nats a token", ", ".join(losses)))
-  if "validation_loss" in result:
-    rows.append(("loss on held-out text, nats a token", _number(result["validation_loss"])))
-  for name, what in (("validation", "held-out prompts"), ("heldout_labelers", "held-out labelers")):
-    if name in result:
-      judged = result[name]
-      rows.append(
-        (
-          f"accuracy on pairs of answers, {what}",
-          f"{_number(judged['accuracy'])} (standard error {_number(judged['accuracy_stderr'])},"
-          f" {judged['pairs']} pairs of {judged['prompts']} prompts)",
+  if isinstance(result, results.Tuned):
+    for epoch in result.epochs:
+      losses = {name: loss for name, loss in vars(epoch).items() if name != "step"}
+      shown = [f"{name.replace('_', ' ')} {_number(loss)}" for name, loss in losses.items()]
+      rows.append((f"step {epoch.step}, nats a token", ", ".join(shown)))
+  if isinstance(result, results.Pretrained):
+    rows.append(("loss on held-out text, nats a token", _number(result.validation_loss)))
+  if isinstance(result, results.RewardModel):
+    groups = {"held-out prompts": result.validation, "held-out labelers": result.heldout_labelers}
+    for what, judged in groups.items():
+      if judged:
+        rows.append(
+          (
+            f"accuracy on pairs of answers, {what}",
+            f"{_number(judged.accuracy)} (standard error {_number(judged.accuracy_stderr)},"
+            f" {judged.pairs} pairs of {judged.prompts} prompts)",
+          )
         )
-      )
-  if "demonstration_mean" in result:
     rows.append(
       (
         "mean score of demonstrations before the bias, which makes it 0",
-        _number(result["demonstration_mean"]),
+        _number(result.demonstration_mean),
       )
     )
   return _table(["in training", "value"], rows) if rows else ""
 
 
-def _policies(weights: Weights, path: pathlib.Path) -> str:
+def _policies(weights: Weights, policies: Mapping[str, Mapping[str, float]]) -> str:
   """Means on held-out prompts, a row a policy."""
-  if weights.head == "scalar" or not path.is_file():
+  if weights.head == "scalar":
     return ""
-  policies = json.loads(path.read_text(encoding="utf-8"))["policies"]
-  mine = _IN_RESULTS.get(weights.path.name, weights.path.name)
+  mine = weights.stage.policy.name
   columns = list(dict.fromkeys(key for row in policies.values() for key in row))
   rows = [
     (
@@ -336,12 +316,11 @@ def _settings(weights: Weights) -> str:
 
 def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
   """Stage -> its settings with dotted names: the exported one first, then what it started from."""
-  own = (weights.path.name, "", weights.settings)
+  own = (weights.stage.name, "", weights.done)
   result = {}
-  for stage, _, made_with in [own, *_ancestors(weights.path.parent, weights.settings)]:
-    block = next((made_with[name] for name in _OWN_BLOCKS if name in made_with), None)
-    if block and stage not in result:
-      settings = json.loads(block)
+  for stage, _, done in [own, *_ancestors(weights.path.parent, weights.done)]:
+    if stage not in result:
+      settings = json.loads(done.fingerprint[f"config.{STAGES[stage].block}"])
       settings.pop("max_kl", None)  # no part of what made the weights: done.json has 0 for any
       result[stage] = _flat(settings)
   return result
@@ -371,7 +350,7 @@ def _source(spec: str) -> str:
 def _limits(weights: Weights) -> str:
   made = (
     "It learned what its labelers, simulated ones unless the data named above are yours, preferred. "
-    if weights.kind == "stage" and weights.path.name in (*RL_STAGES, "rm")
+    if weights.kind == "stage" and (weights.stage.is_rl or weights.stage.role == "reward")
     else ""
   )
   scores = (

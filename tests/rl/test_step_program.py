@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 from unittest import mock
 
 import jax
@@ -85,7 +84,7 @@ def start(quick_jit, configs, nets, frozen_weights, one_device):
     return jax.device_put(tree, sharding.param_shardings(mesh, axes, shapes))
 
   def one(name, mesh=one_device, seed=0, frozen=frozen_weights):
-    cfg, context, reward_id = configs[name], types.SimpleNamespace(mesh=mesh), id(frozen)
+    cfg, reward_id = configs[name], id(frozen)
     frozen = ppo_step.Frozen(
       place(mesh, nets.policy, frozen.ref_params), place(mesh, nets.scalar, frozen.reward_params)
     )
@@ -94,7 +93,7 @@ def start(quick_jit, configs, nets, frozen_weights, one_device):
     with jax.set_mesh(mesh), mock.patch.object(jax, "jit", quick_jit):
       if which not in states:
         key = jax.random.key(seed)
-        states[which], layouts[at] = ppo.initial_state(context, cfg, nets, *weights, key)
+        states[which], layouts[at] = ppo.initial_state(mesh, cfg, nets, *weights, key)
       state = states.pop(which) if mesh != one_device else jax.tree.map(jnp.copy, states[which])
       if at not in steps:
         steps[at] = ppo_step.make_train_step(nets, cfg, layouts[at])

@@ -16,6 +16,7 @@ from absl import logging as absl_logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.core import results
 from instructjax.core.errors import UserError
 from instructjax.core.structs import TrainState
 from instructjax.train import checkpoint, finished
@@ -252,8 +253,10 @@ def test_fingerprint_of_a_tree():
 
 def test_done_is_whole_or_absent(tmp_path):
   assert finished.read_done(tmp_path / "sft") is None
-  finished.write_done(tmp_path / "sft", {"step": 3, "loss": 0.5})
-  assert finished.read_done(tmp_path / "sft") == {"step": 3, "loss": 0.5}
+  result = results.Tuned((results.Epoch(step=3, validation_loss=0.5, pretrain_loss=2.0),))
+  done = finished.Done("sft", {"config.seed": "0"}, 3, result)
+  finished.write_done(tmp_path / "sft", done)
+  assert finished.read_done(tmp_path / "sft") == done
   assert [path.name for path in (tmp_path / "sft").iterdir()] == ["done.json"]
 
 
