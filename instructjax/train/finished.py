@@ -88,7 +88,7 @@ def read_done(directory: pathlib.Path) -> Done | None:
 def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]:
   """The values by name, each as its type; ValueError where they are not exactly those of the hints."""
   if not isinstance(values, dict):
-    raise ValueError(f"{where} is no object")
+    raise ValueError(f"{where.rstrip('.')} is no object")
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:

@@ -30,7 +30,6 @@ from instructjax.stages import (
   answers,
   collect,
   evaluate,
-  lineage,
   pipeline,
   policies,
   rm,
@@ -352,48 +351,10 @@ def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
 # --- the plan -------------------------------------------------------------------------------------
 
 BIGGER = {"reward_model__d_mlp": 48}
-LAST = ["sft_select", "ppo_init"]
 
 
-@pytest.mark.parametrize(
-  ("stage", "changes", "expected"),
-  [
-    ("pretrain", {}, ["pretrain"]),
-    ("sft", BIGGER, ["pretrain", "sft"]),
-    ("ppo_init", {}, ["pretrain", "ppo_init"]),
-    ("rm", {}, ["pretrain", "rm"]),  # of one's own comparisons, SFT has no part in it
-    ("rm", {"rm__start_from": "sft"}, ["pretrain", "sft", "rm"]),
-    ("rm", BIGGER, ["reward_pretrain", "rm"]),
-    ("rm", {"data__comparisons": "demo:"}, ["pretrain", "sft", "collect", "rm"]),
-    ("ppo", {}, ["pretrain", "sft", "rm", *LAST, "ppo", "evaluate"]),
-    (
-      "ppo_ptx",
-      {"evaluate__compare": ("ppo",)},
-      ["pretrain", "sft", "rm", *LAST, "ppo", "ppo_ptx", "evaluate"],
-    ),
-    (
-      "evaluate",
-      {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
-      ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
-    ),
-    ("rm", {"model__weights": "other/pretrain"}, ["rm"]),  # one network: both start from them
-    ("rm", {"model__weights": "other/pretrain"} | BIGGER, ["reward_pretrain", "rm"]),
-    (
-      "rm",
-      {"model__weights": "other/pretrain", "reward_model__weights": "other/pretrain"},
-      ["rm"],
-    ),
-  ],
-)
-def test_plan(specs, stage, changes, expected):
-  assert lineage.plan(micro.config(stage, specs, **changes)) == expected
-
-
-def test_equal_networks_share_their_base(whole, specs):
+def test_a_larger_base_is_judged_where_there_is_one(whole, specs):
   shared, apart = (context(config(specs, **changes), whole) for changes in ({}, BIGGER))
-  assert shared.config.model == shared.config.reward_model
-  assert lineage.base_stage(shared.config, "reward") == "pretrain"
-  assert lineage.base_stage(apart.config, "reward") == "reward_pretrain"
   assert "reward_base" not in evaluate.judged_policies(shared)
   assert "reward_base" in evaluate.judged_policies(apart)
 
