@@ -16,9 +16,7 @@ from launch.topology import Chip
 def require_mean(mean: float, limit: int, stage: str):
   """Refuses what is no mean of lengths up to the limit, and a stage without answers."""
   if stage not in RL_STAGES:
-    raise UserError(
-      f"--mean_response is of the answers that RL stages ({', '.join(RL_STAGES)}) sample, not of {stage}"
-    )
+    raise UserError(f"--mean_response is of the answers that an RL stage samples, not of {stage}")
   if not 1 <= mean <= limit:
     raise UserError(
       f"--mean_response={mean:g} must be from 1 to config.data.max_response_length={limit}"

@@ -34,14 +34,11 @@ _UNTUNED = {
 
 def judged_policies(ctx: Context) -> list[str]:
   """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
-  bases = [STAGES[stage].policy.name for stage in lineage.bases(ctx.config)]
+  line = lineage.line(ctx.config, "evaluate")
+  names = [STAGES[stage].policy.name for stage in line if STAGES[stage].policy]
   if sources.simulation(ctx.config.data.prompts) is not None:
-    bases.append(FEW_SHOT.name)
-  return bases + ["sft", "ppo_init"] + _rl_policies(ctx)
-
-
-def _rl_policies(ctx: Context) -> list[str]:
-  return [STAGES[stage].policy.name for stage in lineage.rl_stages(ctx.config)]
+    names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
+  return names
 
 
 def _of_one_network(names: list[str]) -> list[str]:
@@ -204,8 +201,8 @@ def run(ctx: Context, stage: str):
     agreement=collected.result.agreement if collected else None,
     best_of_n=_best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
     curves={
-      name: metrics.read_metrics(ctx.directory(stage_of_policy(name).name))
-      for name in _rl_policies(ctx)
+      STAGES[stage].policy.name: metrics.read_metrics(ctx.directory(stage))
+      for stage in lineage.rl_stages(ctx.config)
     },
   )
   if jax.process_index() != 0:

@@ -72,12 +72,18 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   return tuple(parent for parent in row.parents if parent not in absent)
 
 
+def line(config: Config, stage: str) -> list[str]:
+  """A stage and all that it comes from, in the order they run; bases that the config gives are among them."""
+  needed = [stage]
+  for name in needed:  # which grows
+    needed += [parent for parent in parents(config, name) if parent not in needed]
+  return [name for name in STAGES if name in needed]
+
+
 def plan(config: Config) -> list[str]:
   """Stages in the order they run, so that the one asked for has all it starts from.
 
   A base is not trained where the config gives its weights. What an RL stage trains is evaluated at once.
   """
-  needed = ["evaluate" if STAGES[config.stage].is_rl else config.stage]
-  for stage in needed:  # which grows
-    needed += [parent for parent in parents(config, stage) if parent not in needed]
-  return [stage for stage in STAGES if stage in needed and not given(config, stage)]
+  last = "evaluate" if STAGES[config.stage].is_rl else config.stage
+  return [stage for stage in line(config, last) if not given(config, stage)]

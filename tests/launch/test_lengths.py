@@ -72,7 +72,7 @@ def test_iterations_with_and_without_refilling():
     (
       200.0,
       "sft",
-      "--mean_response is of the answers that RL stages (ppo, ppo_ptx, ppo_beta0) sample, not of sft",
+      "--mean_response is of the answers that an RL stage samples, not of sft",
     ),
   ],
 )
