@@ -546,6 +546,10 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
       "stage pretrain: .*after its warmup: warmup_steps=4, got num_steps=4",
     ),
     (
+      {"sft__optim__warmup_steps": 99},
+      r"stage sft: .*after its warmup: warmup_steps=99, got num_steps=\d+",
+    ),
+    (
       {"ppo__value_optim__warmup_steps": 8},
       "stage ppo: .*after its warmup: warmup_steps=8, got num_steps=8",
     ),
