@@ -224,7 +224,7 @@ def test_kl_starts_at_0_and_the_score_is_the_reward_models(ppo_run):
   metrics, samples = ppo_run[2][0]
   np.testing.assert_allclose(samples.kl_B, 0, atol=1e-4)
   np.testing.assert_allclose(metrics["reward"], samples.score_B.mean(), rtol=1e-5)
-  assert np.abs(ppo_run[2][2][1]["kl_B"]).max() > 1e-3
+  assert np.abs(ppo_run[2][2][1].kl_B).max() > 1e-3
 
 
 def test_details_7_sampling_noise_differs_between_iterations(start, configs, one_device, ppo_run):
