@@ -23,7 +23,6 @@ import json
 import os
 import pathlib
 import sys
-import types
 
 import jax
 import numpy as np
@@ -38,7 +37,6 @@ from instructjax.models import model_on, transformer
 from instructjax.parallel import memory, sharding
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
-from instructjax.stages.context import Context
 from instructjax.train import supervised
 
 PEERS = pathlib.Path(__file__).parent / "peers"
@@ -129,19 +127,16 @@ def prepare(load: Workload, changes: dict):
   """A function that runs one iteration and returns (metrics, samples)."""
   config = make_config(load, changes)
   mesh = sharding.make_mesh(config.mesh)
-  tokenizer = types.SimpleNamespace(
-    vocab_size=load.vocab_size, eos_id=0 if load.ends else load.vocab_size + 1
-  )
-  ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)
   jax.set_mesh(mesh)
-  cfg, nets = config.ppo, ppo.make_nets(ctx, config.ppo)
+  cfg, eos_id = config.ppo, 0 if load.ends else load.vocab_size + 1
+  nets = ppo.make_nets(config, mesh, cfg, load.vocab_size, eos_id)
   keys = jax.random.split(jax.random.key(0), 3)
   frozen = ppo_step.Frozen(
     supervised.init_params(mesh, nets.policy, keys[0]),
     supervised.init_params(mesh, nets.scalar, keys[1]),
   )
   state, shardings = ppo.initial_state(
-    ctx, cfg, nets, frozen.ref_params, frozen.reward_params, keys[2]
+    mesh, cfg, nets, frozen.ref_params, frozen.reward_params, keys[2]
   )
   step = ppo_step.make_train_step(nets, cfg, shardings)
   rng = np.random.default_rng(0)

@@ -9,15 +9,14 @@ import math
 import random
 
 from instructjax.core.errors import UserError
+from instructjax.core.stages import RL_STAGES
 from launch.topology import Chip
 
 
 def require_mean(mean: float, limit: int, stage: str):
   """Refuses what is no mean of lengths up to the limit, and a stage without answers."""
-  if stage not in ("ppo", "ppo_ptx"):
-    raise UserError(
-      f"--mean_response is of the answers that ppo and ppo_ptx sample, not of {stage}"
-    )
+  if stage not in RL_STAGES:
+    raise UserError(f"--mean_response is of the answers that an RL stage samples, not of {stage}")
   if not 1 <= mean <= limit:
     raise UserError(
       f"--mean_response={mean:g} must be from 1 to config.data.max_response_length={limit}"

@@ -1,14 +1,12 @@
 """A stage's real train step with shapes in place of arrays, and which of its bytes belong to whom. Called by plan.py.
 
-Nothing here has weights, data or a tokenizer: a `Context` with no more than a vocabulary size builds the same networks,
-optimisers and jitted steps as the stages do.
+Nothing here has weights, data or a tokenizer: config, mesh and the vocabulary's size are enough for the same networks,
+optimisers and jitted steps as the stages have.
 """
 
 import dataclasses
 import functools
 import math
-import pathlib
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +16,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax.core.config import Config
+from instructjax.core.config import Config, PretrainConfig, SFTConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import STAGES, Stage
 from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
 from instructjax.models import decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
-from instructjax.stages import ppo, rm
-from instructjax.stages.context import Context
+from instructjax.stages import lineage, ppo, rm
+from instructjax.stages.context import make_model, require_fit
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 
-STAGES = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx")
+TRAINED = tuple(row.name for row in STAGES.values() if row.role)  # they have a step to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +62,20 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   Raises:
     UserError: a parameter or the batch does not divide over the mesh, or the stage has no train step.
   """
-  if stage not in STAGES:
-    raise UserError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
+  require_trained(stage)
   # As on a TPU; the mesh may be of no devices, or a test's.
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
-  vocab_size = config.tokenizer.vocab_size
-  tokenizer = types.SimpleNamespace(vocab_size=vocab_size, eos_id=vocab_size - 1)
-  ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)
-  if stage in ("ppo", "ppo_ptx"):
-    return _ppo(ctx, stage)
-  return _rm(ctx) if stage == "rm" else _language_model(ctx, stage)
+  row = STAGES[stage]
+  if row.is_rl:
+    return _ppo(config, mesh, stage)
+  return _rm(config, mesh) if row.role == "reward" else _language_model(config, mesh, row)
+
+
+def require_trained(stage: str):
+  """Raises UserError for what is no stage, or one without a train step."""
+  if stage not in TRAINED:
+    raise UserError(f"--stage={stage} must be one of {', '.join(TRAINED)}: stages that train")
 
 
 def shard_bytes(tree) -> int:
@@ -89,9 +91,9 @@ def _placed(shapes, shardings):
   )
 
 
-def _batch(ctx: Context, rows: int, columns: dict[str, tuple], make_tree):
+def _batch(mesh: Mesh, rows: int, columns: dict[str, tuple], make_tree):
   """Rows of the step's batch: name of the array -> (dtype, dimensions after the rows)."""
-  where = sharding.batch_sharding(ctx.mesh)
+  where = sharding.batch_sharding(mesh)
   return make_tree(
     **{
       key: jax.ShapeDtypeStruct((rows, *dims), dtype, sharding=where)
@@ -100,8 +102,8 @@ def _batch(ctx: Context, rows: int, columns: dict[str, tuple], make_tree):
   )
 
 
-def _require_rows(ctx: Context, what: str, rows: int, mend: str):
-  shards = math.prod(ctx.mesh.shape[axis] for axis in sharding.ROWS)
+def _require_rows(mesh: Mesh, what: str, rows: int, mend: str):
+  shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
   if rows % shards:
     raise UserError(
       f"{what} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; {mend}, or take a --mesh"
@@ -109,18 +111,22 @@ def _require_rows(ctx: Context, what: str, rows: int, mend: str):
     )
 
 
-def _packed(ctx: Context, rows: int, length: int) -> PackedBatch:
+def _require_fit(config: Config, mesh: Mesh, roles: list[str], batch: str):
+  require_fit(config, mesh, config.tokenizer.vocab_size, roles, [batch])
+
+
+def _packed(mesh: Mesh, rows: int, length: int) -> PackedBatch:
   ids = dict.fromkeys(("token_BL", "segment_BL", "position_BL"), (np.int32, length))
-  return _batch(ctx, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
+  return _batch(mesh, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
 
 
 def _key_shape():
   return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _train_state(ctx: Context, model, tx):
+def _train_state(mesh: Mesh, model, tx):
   """(TrainState of shapes, its shardings)."""
-  shardings = supervised.state_shardings(ctx.mesh, model, tx)
+  shardings = supervised.state_shardings(mesh, model, tx)
   params = transformer.param_shapes(model)
   step = jax.ShapeDtypeStruct((), jnp.int32)
   shapes = TrainState(step, params, jax.eval_shape(tx.init, params), _key_shape())
@@ -140,15 +146,14 @@ def _supervised_owners(state: TrainState, batch) -> dict:
   }
 
 
-def _language_model(ctx: Context, stage: str) -> Program:
-  cfg = getattr(ctx.config, stage)
-  role = "reward_base" if stage == "reward_pretrain" else "policy"
-  ctx.require_fit([role], {f"config.{stage}.batch_size": cfg.batch_size})
-  model = ctx.model(role)
+def _language_model(config: Config, mesh: Mesh, stage: Stage) -> Program:
+  cfg: PretrainConfig | SFTConfig = getattr(config, stage.block)
+  _require_fit(config, mesh, [stage.role], f"{stage.block}.batch_size")
+  model = make_model(config, mesh, stage.role, config.tokenizer.vocab_size)
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
-  state, shardings = _train_state(ctx, model, tx)
-  dropout = cfg.dropout if stage in ("sft", "ppo_init") else 0.0
-  batch = _packed(ctx, cfg.batch_size, cfg.length)
+  state, shardings = _train_state(mesh, model, tx)
+  dropout = cfg.dropout if isinstance(cfg, SFTConfig) else 0.0
+  batch = _packed(mesh, cfg.batch_size, cfg.length)
   tokens = cfg.batch_size * cfg.length
   return Program(
     step=supervised.make_lm_train_step(model, tx, dropout_rate=dropout, state_shardings=shardings),
@@ -162,26 +167,26 @@ def _language_model(ctx: Context, stage: str) -> Program:
   )
 
 
-def _rm(ctx: Context) -> Program:
-  cfg, data = ctx.config.rm, ctx.config.data
-  ctx.require_fit(["reward"], {"config.rm.batch_size": cfg.batch_size})
+def _rm(config: Config, mesh: Mesh) -> Program:
+  cfg, data = config.rm, config.data
+  _require_fit(config, mesh, ["reward"], "rm.batch_size")
   if cfg.row_length:
     raise UserError(
       f"config.rm.row_length={cfg.row_length} must be 0 to plan: with it the work depends on the answers' lengths,"
       " and what is planned is the bound"
     )
-  model = ctx.model("reward")
+  model = make_model(config, mesh, "reward", config.tokenizer.vocab_size)
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
-  state, shardings = _train_state(ctx, model, tx)
+  state, shardings = _train_state(mesh, model, tx)
   answers, length = cfg.max_responses, data.max_prompt_length + data.max_response_length
   rows = _batch(
-    ctx,
+    mesh,
     cfg.batch_size * answers,
     {"token_SL": (np.int32, length), "segment_SL": (np.int32, length)},
     dict,
   )
   prompts = _batch(
-    ctx,
+    mesh,
     cfg.batch_size,
     {
       "last_BC": (np.int32, answers),
@@ -204,15 +209,16 @@ def _rm(ctx: Context) -> Program:
   )
 
 
-def _ppo(ctx: Context, stage: str) -> Program:
-  cfg, data, mesh = ppo.variant(ctx, stage), ctx.config.data, ctx.mesh
-  ctx.require_fit(["policy", "reward"], {"config.ppo.batch_size": cfg.batch_size})
-  if ctx.config.rollout.slots or cfg.packed_rows:
+def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
+  cfg, data = lineage.variant(config, stage), config.data
+  _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
+  if config.rollout.slots or cfg.packed_rows:
     raise UserError(
-      f"config.rollout.slots={ctx.config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
+      f"config.rollout.slots={config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
       " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
     )
-  nets = ppo.make_nets(ctx, cfg)
+  vocab_size = config.tokenizer.vocab_size
+  nets = ppo.make_nets(config, mesh, cfg, vocab_size, eos_id=vocab_size - 1)
   shardings = ppo.state_shardings(mesh, nets, cfg)
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
   create = lambda params, value_params, key: ppo_step.create_state(
@@ -232,17 +238,17 @@ def _ppo(ctx: Context, stage: str) -> Program:
     "is_prompt_BP": (np.bool_, prompt),
     "index_B": (np.int32,),
   }
-  batch = {"prompts": _batch(ctx, cfg.batch_size, columns, PromptBatch)}
+  batch = {"prompts": _batch(mesh, cfg.batch_size, columns, PromptBatch)}
   minibatch = cfg.batch_size // cfg.num_minibatches
   # Rows that do not divide are not refused by a run, but then devices do the same work.
   what = f"config.ppo.batch_size / num_minibatches = {minibatch}"
-  _require_rows(ctx, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
+  _require_rows(mesh, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
     chunk = minibatch * cfg.ptx_rows // cfg.ptx_chunks
     what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_chunks = {chunk}"
-    _require_rows(ctx, what, chunk, "set fewer --config.ppo.ptx_chunks")
-    batch["pretrain"] = _packed(ctx, rows, cfg.ptx_length)
+    _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_chunks")
+    batch["pretrain"] = _packed(mesh, rows, cfg.ptx_length)
   return Program(
     step=ppo_step.make_train_step(nets, cfg, shardings),
     arguments=(state, frozen, batch),

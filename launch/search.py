@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 
 from instructjax.core.config import Config, ExecutionConfig, MeshConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import STAGES
+from instructjax.stages import lineage
 from launch import estimate
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
-_BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
 _WAYS = ("roofline", "overlapped", "serial")
 
 
@@ -122,6 +123,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
   from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs, sketch
 
+  programs.require_trained(stage)
   ranking, reasons = Ranking([], {}, {}), collections.defaultdict(list)
   for cfg in meshes(config.mesh, len(devices)):
     mesh = sharding.make_mesh(cfg, devices)
@@ -169,9 +171,9 @@ def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
 
 def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int | None]]:
   """(remat, ptx_chunks), a chunk's rows dividing over the shards."""
-  cfg = config.ppo
   counts = [None]
-  if stage == "ppo_ptx" and cfg.gamma > 0:
+  cfg = lineage.variant(config, stage)
+  if STAGES[stage].is_rl and cfg.gamma > 0:
     rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
   for remat in typing.get_args(typing.get_type_hints(ExecutionConfig)["remat"]):
@@ -261,7 +263,8 @@ def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
   from instructjax.parallel import sharding  # JAX, after the environment is set
 
   shards = math.prod(size for axis, size in choice.mesh if axis in sharding.ROWS)
-  sizes = {f"{name}.batch_size": getattr(config, name).batch_size for name in _BATCHED}
+  names = dict.fromkeys(name for row in STAGES.values() for name in row.batches)
+  sizes = {name: lineage.value(config, name) for name in names}
   return {name: size for name, size in sizes.items() if size % shards}
 
 

@@ -12,8 +12,11 @@ import jax
 
 from instructjax import models
 from instructjax.core.config import Config
+from instructjax.core.stages import STAGES
 from instructjax.models import transformer
 from instructjax.parallel import sharding
+from instructjax.stages import lineage
+from instructjax.stages.context import make_model
 from launch import programs
 from launch.topology import Chip
 
@@ -79,22 +82,21 @@ def sketch(
 
 def make_passes(config: Config, stage: str) -> list[Pass]:
   """The passes of a stage's step; a rollout's decode steps are none of them."""
-  vocab_size = config.tokenizer.vocab_size
+  vocab_size, row = config.tokenizer.vocab_size, STAGES[stage]
   # Of the execution only `remat` is read: the mesh, which decides the rest, is not known here.
   execution = models.resolve_execution(config.execution, "tpu")
   execution = dataclasses.replace(execution, decode_layout="tensor")
-  describe = lambda cfg, head: models.make_model(cfg.network, execution, vocab_size, head)
-  policy, scalar = describe(config.model, "lm"), describe(config.reward_model, "scalar")
+  config = dataclasses.replace(config, execution=execution)
+  model = make_model(config, None, row.role, vocab_size)
   prompt, response = config.data.max_prompt_length, config.data.max_response_length
   length = prompt + response
-  if stage == "rm":
-    return [Pass(scalar, config.rm.batch_size * config.rm.max_responses, length, length, True)]
-  if stage not in ("ppo", "ppo_ptx"):
-    cfg = getattr(config, stage)
-    if stage == "reward_pretrain":
-      policy = describe(config.reward_model, "lm")
-    return [Pass(policy, cfg.batch_size, cfg.length, cfg.length, True)]
-  cfg = config.ppo
+  if row.role == "reward":
+    return [Pass(model, config.rm.batch_size * config.rm.max_responses, length, length, True)]
+  if not row.is_rl:
+    cfg = getattr(config, row.block)
+    return [Pass(model, cfg.batch_size, cfg.length, cfg.length, True)]
+  policy, scalar = model, make_model(config, None, "reward", vocab_size)
+  cfg = lineage.variant(config, stage)
   updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches
   scorings = 2 if cfg.behaviour_logprob == "rescore" else 1
   passes = [
@@ -104,7 +106,7 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
     Pass(policy, minibatch, length, response, True, updates),
     Pass(scalar, minibatch, length, response, True, updates),
   ]
-  if stage == "ppo_ptx" and cfg.gamma > 0:
+  if cfg.gamma > 0:
     rows = minibatch * cfg.ptx_rows // cfg.ptx_chunks
     times = updates * cfg.ptx_chunks
     passes.append(Pass(policy, rows, cfg.ptx_length, cfg.ptx_length, True, times))

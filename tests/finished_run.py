@@ -4,7 +4,6 @@ Called by the tests of what starts from finished stages: exports and their cards
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 
@@ -13,14 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructjax import models
+from instructjax.core import results
 from instructjax.core.blocks import determining
 from instructjax.core.config import Config
+from instructjax.core.stages import STAGES
 from instructjax.data import tokenizer as tokenizers
 from instructjax.train import checkpoint, finished
 from tests import micro, tiny
 
 STEP = 2
 MEAN = 0.75  # mean score of demonstrations, which the reward model's bias takes away
+
+CALIBRATION = results.Calibration((0.6,), (0.7,), (2560,), 0.1)
+JUDGED = results.Judgement(
+  accuracy=0.7311,
+  accuracy_stderr=0.0123,
+  pairs=2560,
+  prompts=300,
+  score_std=1.0,
+  calibration=CALIBRATION,
+)
+
+
+def reward_model(mean: float = MEAN) -> results.RewardModel:
+  """What the stage of a reward model measured."""
+  return results.RewardModel(mean, JUDGED, heldout_labelers=None, cross_validation=())
 
 
 def write_run(folder: pathlib.Path) -> tuple[Config, tokenizers.Tokenizer]:
@@ -33,20 +49,30 @@ def write_run(folder: pathlib.Path) -> tuple[Config, tokenizers.Tokenizer]:
 
 
 def write_stage(
-  folder: pathlib.Path, tokenizer, items: dict, *, parents=(), blocks=(), base="", **result
+  folder: pathlib.Path,
+  tokenizer,
+  items: dict,
+  *,
+  stage: str = "",
+  parents=(),
+  blocks=(),
+  base="",
+  result=None,
 ):
-  """Writes checkpoint and done.json of the stage `folder.name`.
+  """Writes checkpoint and done.json of a stage.
 
   Args:
+    stage: `folder.name` if empty.
     tokenizer: of the run.
     items: name of weights in the checkpoint -> (NetworkConfig, head).
     parents: names of finished stages of the run.
     blocks: (name, config block) besides the model's.
     base: what the run's `model.weights` names.
-    result: more keys of done.json.
+    result: the stage's own record; one that says nothing if None.
   Returns:
     item -> params.
   """
+  stage = stage or folder.name
   networks = {
     item: tiny.make_model(cfg, tokenizer.vocab_size, head) for item, (cfg, head) in items.items()
   }
@@ -57,13 +83,15 @@ def write_stage(
   }
   with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
     checkpoints.save(STEP, params, None, {}, {}, changeable(base))
-  cfg = next(iter(items.values()))[0]
+  cfg, own = next(iter(items.values()))[0], STAGES[stage].block
   made_with = {
-    f"config.{name}": _canonical(block) for name, block in {"model": cfg, **dict(blocks)}.items()
+    f"config.{name}": _canonical(block)
+    for name, block in {"model": cfg, own: {}, **dict(blocks)}.items()
   }
   made_with |= {"config.seed": "0", "tokenizer": tokenizer.fingerprint}
   made_with |= {f"parent:{parent}": identity(folder.parent / parent) for parent in parents}
-  finished.write_done(folder, {"fingerprint": made_with, "step": STEP} | result)
+  empty = results.Tuned(()) if STAGES[stage].result is results.Tuned else results.Nothing()
+  finished.write_done(folder, finished.Done(stage, made_with, STEP, result or empty))
   return params
 
 
@@ -74,7 +102,7 @@ def changeable(base: str) -> dict:
 
 def identity(folder: pathlib.Path) -> str:
   """What a stage that starts from this one remembers of it."""
-  return hashlib.sha256(_canonical(finished.read_done(folder)["fingerprint"]).encode()).hexdigest()
+  return finished.read_done(folder).identity
 
 
 def _canonical(block) -> str:

@@ -34,6 +34,9 @@ FORBIDDEN = {
   "core.blocks": {"jax", "ml_collections"},
   "core.config": {"jax", "ml_collections"},
   "core.errors": {"jax"},
+  "core.results": {"jax", "numpy"},
+  "core.stages": {"jax", "numpy"},
+  "stages.lineage": {"jax"},  # launch/ plans before JAX is set up
   "parallel.memory": {"jax"},  # must run before jax is imported
   "parallel.chips": {"jax"},
   "ops": {"flax", "instructjax.core.config"},

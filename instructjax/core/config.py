@@ -19,6 +19,7 @@ from instructjax.core.network import (
   NetworkConfig,
   RopeScalingConfig,
 )
+from instructjax.core.stages import TARGETS
 from instructjax.core.training import (
   CollectConfig,
   EvaluateConfig,
@@ -31,7 +32,6 @@ from instructjax.core.training import (
 )
 
 __all__ = [
-  "STAGES",
   "CheckpointConfig",
   "CollectConfig",
   "Config",
@@ -54,8 +54,6 @@ __all__ = [
   "from_config_dict",
   "network_config",
 ]
-
-STAGES = ("pretrain", "sft", "ppo_init", "rm", "ppo", "ppo_ptx", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +163,7 @@ class Config:
   def validate(self, where: str = "config"):
     require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
     require(
-      self.stage in STAGES, f"{where}.stage={self.stage!r} must be one of {', '.join(STAGES)}"
+      self.stage in TARGETS, f"{where}.stage={self.stage!r} must be one of {', '.join(TARGETS)}"
     )
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):

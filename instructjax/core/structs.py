@@ -107,6 +107,21 @@ class Rollout:
 
 
 @pytree
+class Samples:
+  """What a PPO iteration shows of its rollout.
+
+  Attributes:
+    rollout: the answers.
+    score_B: float32 reward-model score of each, before what the config makes of a missing EOS.
+    kl_B: float32 log-probability of each under the policy minus that under the reference, nats.
+  """
+
+  rollout: Rollout
+  score_B: Array
+  kl_B: Array
+
+
+@pytree
 class TrainState:
   """State of a supervised stage (pretrain, sft, ppo_init, rm)."""
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
+from instructjax.core.stages import RL_STAGES, TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,5 +244,8 @@ class EvaluateConfig:
       "temperature",
     )
     require_positive(self, where, *sizes)
-    known = set(self.compare) <= {"ppo", "ppo_ptx"}
-    require(known, f"{where}.compare={self.compare} must hold only 'ppo' and 'ppo_ptx'")
+    known = [name for name in RL_STAGES if name in TARGETS]
+    require(
+      set(self.compare) <= set(known),
+      f"{where}.compare={self.compare} must hold only {' and '.join(map(repr, known))}",
+    )

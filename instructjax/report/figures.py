@@ -8,6 +8,7 @@ import re
 
 from instructjax.report import overoptimization, panels
 from instructjax.report.panels import INK
+from instructjax.report.results import Results
 
 _STYLE = {
   "font.size": 9.5,
@@ -84,9 +85,9 @@ def svg(draws: list, label: str, *, columns: int, height: float = 2.9) -> str:
     return "" if figure is None else _svg(figure, label)
 
 
-def overview(results: dict, wins: dict, path):
+def overview(results: Results, wins: dict, path):
   """report.png: one run in six panels, for a README."""
-  curves = results["curves"]
+  curves = results.curves
   opponents = ["sft", "reward_base" if "reward_base" in wins else "base"]
   pushed = "rl" if "rl" in overoptimization.scores(results) else "best_of_n"
   title = "KL from the PPO initialisation, nats"

@@ -5,6 +5,8 @@ Called by evaluate.py; report.py shows the result.
 
 import numpy as np
 
+from instructjax.report.results import Measured, Results
+
 MAX_KL = 12.0  # nats a sample: what "bounded" is taken to mean
 REWARD_GAP = (
   0.35  # reward-model standard deviations within which PPO and PPO-ptx count as equally good
@@ -24,13 +26,13 @@ def _interval(values_P: np.ndarray, bootstrap: int, rng) -> tuple[float, list[fl
   return float(values_P.mean()), [float(low), float(high)]
 
 
-def judged(measured: dict) -> np.ndarray:
+def judged(measured: Measured) -> np.ndarray:
   """What decides between two answers: the gold score if there is one, else the reward model's."""
-  return np.asarray(measured["gold"] if "gold" in measured else measured["reward"])
+  return measured.reward if measured.gold is None else measured.gold
 
 
 def win_rate(
-  a: dict, b: dict, samples_per_prompt: int, bootstrap: int, rng
+  a: Measured, b: Measured, samples_per_prompt: int, bootstrap: int, rng
 ) -> tuple[float, list[float]]:
   """How often a's answer is judged better than b's to the same prompt, equal ones counting half."""
   difference = judged(a) - judged(b)
@@ -39,11 +41,11 @@ def win_rate(
 
 
 def win_matrix(
-  results: dict, *, bootstrap: int, seed: int
+  results: Results, *, bootstrap: int, seed: int
 ) -> dict[str, dict[str, tuple[float, list[float]]]]:
   """Every policy against every other."""
   rng = np.random.default_rng(seed)
-  measured, samples = results["measured"], results["samples_per_prompt"]
+  measured, samples = results.measured, results.samples_per_prompt
   return {
     a: {b: win_rate(measured[a], measured[b], samples, bootstrap, rng) for b in measured if b != a}
     for a in measured
@@ -107,14 +109,14 @@ def _rl_over_sft(results, wins):
 
 
 def _alignment_tax(results, bootstrap, rng):
-  rows, measured = results["pretraining"], results["measured"]
+  rows, measured = results.pretraining, results.measured
   if "ppo" not in rows or "ppo_ptx" not in rows:
     return None
   ppo = loss_difference(rows["ppo"], rows["sft"], bootstrap, rng)
   ptx = loss_difference(rows["ppo_ptx"], rows["sft"], bootstrap, rng)
   base = loss_difference(rows["ppo_ptx"], rows["base"], bootstrap, rng)
-  spread = results["reward_model"]["validation"]["score_std"]
-  gap = float(np.mean(measured["ppo"]["reward"]) - np.mean(measured["ppo_ptx"]["reward"])) / spread
+  spread = results.reward_model.validation.score_std
+  gap = float(np.mean(measured["ppo"].reward) - np.mean(measured["ppo_ptx"].reward)) / spread
   return _finding(
     "alignment_tax",
     "PPO raises the loss on pretraining text above SFT's; the pretraining mix undoes it at about the same reward.",
@@ -131,22 +133,22 @@ def _alignment_tax(results, bootstrap, rng):
 
 
 def _reward_model(results):
-  rm, agreement = results["reward_model"], results["agreement"]
-  accuracy, stderr = rm["validation"]["accuracy"], rm["validation"]["accuracy_stderr"]
+  rm, agreement = results.reward_model, results.agreement
+  accuracy, stderr = rm.validation.accuracy, rm.validation.accuracy_stderr
   measured = {"accuracy": accuracy}
   holds = accuracy - 1.96 * stderr > 0.5
   if agreement:
     measured |= {
-      "labeler_agreement": agreement["train"]["agreement"],
-      "heldout_labelers": rm["heldout_labelers"]["accuracy"],
+      "labeler_agreement": agreement.train.agreement,
+      "heldout_labelers": rm.heldout_labelers.accuracy,
     }
     holds &= accuracy >= measured["labeler_agreement"] - AGREEMENT_GAP
     holds &= measured["heldout_labelers"] >= accuracy - HELDOUT_GAP
-  folds = rm.get("cross_validation")
+  folds = rm.cross_validation
   if folds:
     measured |= {
-      f"cross_validation_{k}": float(np.mean([fold[k] for fold in folds]))
-      for k in ("train", "heldout")
+      "cross_validation_train": float(np.mean([fold.train for fold in folds])),
+      "cross_validation_heldout": float(np.mean([fold.heldout for fold in folds])),
     }
   claim = "The reward model predicts the preferred answer"
   if agreement:
@@ -164,10 +166,10 @@ def _reward_model(results):
 
 
 def _kl_bounded(results, bootstrap, rng):
-  samples = results["samples_per_prompt"]
+  samples = results.samples_per_prompt
   kls = {
-    name: _interval(np.asarray(m["kl"]).reshape(-1, samples).mean(axis=1), bootstrap, rng)
-    for name, m in results["measured"].items()
+    name: _interval(m.kl.reshape(-1, samples).mean(axis=1), bootstrap, rng)
+    for name, m in results.measured.items()
     if name in ("ppo", "ppo_ptx")
   }
   if not kls:
@@ -183,15 +185,17 @@ def _kl_bounded(results, bootstrap, rng):
 
 
 def _overoptimization(results, bootstrap, rng):
-  measured, samples = results["measured"], results["samples_per_prompt"]
-  if "ppo_beta0" not in measured or "gold" not in measured["ppo_beta0"]:
+  measured, samples = results.measured, results.samples_per_prompt
+  pushed = measured.get("ppo_beta0")
+  if pushed is None or pushed.gold is None:
     return None
+  init = measured["ppo_init"]
 
-  def change(key):
-    difference = np.asarray(measured["ppo_beta0"][key]) - np.asarray(measured["ppo_init"][key])
+  def change(after, before):
+    difference = after - before
     return _interval(difference.reshape(-1, samples).mean(axis=1), bootstrap, rng)
 
-  reward, gold = change("reward"), change("gold")
+  reward, gold = change(pushed.reward, init.reward), change(pushed.gold, init.gold)
   return _finding(
     "overoptimization",
     "Without the KL penalty the reward model's score rises while the true preference falls.",
@@ -199,7 +203,7 @@ def _overoptimization(results, bootstrap, rng):
     {
       "reward_change": reward[0],
       "gold_change": gold[0],
-      "kl": float(np.mean(measured["ppo_beta0"]["kl"])),
+      "kl": float(np.mean(pushed.kl)),
     },
     [reward[1], gold[1]],
     reward[1][0] > 0 and gold[1][1] < 0,
@@ -207,17 +211,16 @@ def _overoptimization(results, bootstrap, rng):
 
 
 def _topic_following(results, bootstrap, rng):
-  measured, samples = results["measured"], results["samples_per_prompt"]
-  if "ppo_ptx" not in measured or "names_topic" not in measured["ppo_ptx"]:
+  measured, samples = results.measured, results.samples_per_prompt
+  if "ppo_ptx" not in measured or measured["ppo_ptx"].names_topic is None:
     return None
   shares = {
-    name: float(np.mean(measured[name]["names_topic"]))
+    name: float(np.mean(measured[name].names_topic))
     for name in ("sft", "ppo", "ppo_ptx")
     if name in measured
   }
-  gain = np.asarray(measured["ppo_ptx"]["names_topic"], float) - np.asarray(
-    measured["sft"]["names_topic"], float
-  )
+  named, before = (np.asarray(measured[name].names_topic, float) for name in ("ppo_ptx", "sft"))
+  gain = named - before
   gained, interval = _interval(gain.reshape(-1, samples).mean(axis=1), bootstrap, rng)
   return _finding(
     "topic_following",
@@ -229,11 +232,11 @@ def _topic_following(results, bootstrap, rng):
   )
 
 
-def find(results: dict, *, bootstrap: int, seed: int) -> list[dict]:
+def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
   """All findings that the results can speak of.
 
   Args:
-    results: as evaluate.py gathers them.
+    results: of the run.
     bootstrap: resamples for the 95% intervals.
     seed: of the resampling.
   Returns:
@@ -251,22 +254,27 @@ def find(results: dict, *, bootstrap: int, seed: int) -> list[dict]:
     _topic_following(results, bootstrap, rng),
   ]
   found = [finding for finding in found if finding is not None]
-  if not all("gold" in measured for measured in results["measured"].values()):
+  if not results.has_gold:
     for finding in found:
       if finding["id"] in ("preferred_over_base", "rl_over_sft"):
         finding["claim"] += " (Judged by the reward model that PPO was trained on.)"
   return found
 
 
-def summary(results: dict) -> dict:
+def summary(results: Results) -> dict[str, dict[str, float]]:
   """One row a policy: means of what was measured and the pretraining loss, for the end-of-run table."""
   rows = {}
-  for name, measured in results["measured"].items():
-    keys = [
-      key for key in ("gold", "reward", "kl", "names_topic", "length", "ended") if key in measured
-    ]
-    rows[name] = {key: float(np.mean(measured[key])) for key in keys}
-    if name in results["pretraining"]:
-      nll, weight = np.asarray(results["pretraining"][name]).sum(axis=0)
+  for name, measured in results.measured.items():
+    values = {
+      "gold": measured.gold,
+      "reward": measured.reward,
+      "kl": measured.kl,
+      "names_topic": measured.names_topic,
+      "length": measured.length,
+      "ended": measured.ended,
+    }
+    rows[name] = {key: float(np.mean(x)) for key, x in values.items() if x is not None}
+    if name in results.pretraining:
+      nll, weight = np.asarray(results.pretraining[name]).sum(axis=0)
       rows[name]["pretrain_loss"] = float(nll / weight)
   return rows

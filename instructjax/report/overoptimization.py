@@ -1,37 +1,42 @@
 """Over-optimisation: gold and reward-model score against sqrt(KL) (Gao et al. 2022, 2210.10760).
 
-Called by panels.py and page.py. Pure functions of what evaluate.py measured; draws nothing.
+Called by panels.py and page.py. Pure functions of what evaluation measured; draws nothing.
 """
+
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
+from instructjax.report.results import Results
 
-def column(rows: list[dict], *keys: str) -> list[np.ndarray]:
+
+def column(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
   """The named metrics of a stage's log, over the rows that have all of them."""
   kept = [row for row in rows if all(row.get(key) is not None for key in keys)]
   return [np.array([row[key] for row in kept], float) for key in keys]
 
 
-def scores(results: dict) -> dict[str, dict[str, np.ndarray]]:
+def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
   """Both scores against sqrt(KL), for `best_of_n` and `rl` (PPO with beta = 0), where measured.
 
   Scores are in standard deviations over the answers of the PPO initialisation, from its mean: for
   best-of-n the score at n = 1, for PPO the mean of the runs' first iterations, whose rollouts
   precede any update.
   """
-  init = results["measured"].get("ppo_init", {})
-  if "gold" not in init:
+  init = results.measured.get("ppo_init")
+  if init is None or init.gold is None:
     return {}
-  deviation = {key: float(np.std(init[key])) or 1.0 for key in ("gold", "reward")}
+  deviation = {"gold": float(np.std(init.gold)) or 1.0, "reward": float(np.std(init.reward)) or 1.0}
   found = {}
-  if results["best_of_n"]:
-    kl, gold, reward = column(results["best_of_n"], "kl", "gold", "reward")
+  if results.best_of_n:
+    kl, gold, reward = column(map(vars, results.best_of_n), "kl", "gold", "reward")
     found["best_of_n"] = {
       "distance": np.sqrt(kl),
       "gold": (gold - gold[0]) / deviation["gold"],
       "reward": (reward - reward[0]) / deviation["reward"],
     }
-  runs = {name: column(rows, "kl", "gold", "reward") for name, rows in results["curves"].items()}
+  runs = {name: column(rows, "kl", "gold", "reward") for name, rows in results.curves.items()}
   runs = {name: run for name, run in runs.items() if len(run[0])}
   if "ppo_beta0" in runs:
     kl, gold, reward = runs["ppo_beta0"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from instructjax.core.errors import writing
 from instructjax.report import figures, findings, overoptimization, panels
+from instructjax.report.results import Results
 
 NUM_SAMPLES = 6
 _TEMPLATES = jinja2.Environment(
@@ -117,11 +118,12 @@ def _samples(prompts: list[str], measured: dict) -> list[tuple[str, list[dict]]]
 
   def answer(name: str, i: int) -> dict:
     found = measured[name]
-    scores = [f"{key} {number(float(found[key][i]))}" for key in ("gold", "reward") if key in found]
+    scores = [f"gold {number(float(found.gold[i]))}"] if found.gold is not None else []
+    scores.append(f"reward {number(float(found.reward[i]))}")
     return {
       "policy": name,
-      "text": found["answer"][i].strip(),
-      "small": " · ".join(scores) + ("" if found["ended"][i] else " · cut off"),
+      "text": found.answer[i].strip(),
+      "small": " · ".join(scores) + ("" if found.ended[i] else " · cut off"),
     }
 
   return [
@@ -130,7 +132,7 @@ def _samples(prompts: list[str], measured: dict) -> list[tuple[str, list[dict]]]
   ]
 
 
-def _policies(results: dict) -> dict:
+def _policies(results: Results) -> dict:
   """The titles of the columns that any policy has, and their values by policy."""
   rows = findings.summary(results)
   columns = {
@@ -180,8 +182,8 @@ def _wins(wins: dict) -> dict:
   }
 
 
-def _curves(results: dict) -> markupsafe.Markup:
-  curves = results["curves"]
+def _curves(results: Results) -> markupsafe.Markup:
+  curves = results.curves
   draws = [
     lambda ax: panels.draw_curve(ax, curves, "reward", "Reward-model score"),
     lambda ax: panels.draw_curve(ax, curves, "gold", "Gold score (steers nothing)"),
@@ -193,7 +195,7 @@ def _curves(results: dict) -> markupsafe.Markup:
   return _drawn(draws, "Curves over PPO", columns=3, height=2.6)
 
 
-def _tax(results: dict) -> markupsafe.Markup:
+def _tax(results: Results) -> markupsafe.Markup:
   draws = [
     lambda ax: panels.draw_tax(ax, results),
     lambda ax: panels.draw_trade_off(ax, results),
@@ -202,7 +204,7 @@ def _tax(results: dict) -> markupsafe.Markup:
   return _drawn(draws, label, columns=2, height=3.0)
 
 
-def _reward_model(results: dict) -> markupsafe.Markup:
+def _reward_model(results: Results) -> markupsafe.Markup:
   draws = [
     lambda ax: panels.draw_accuracy(ax, results),
     lambda ax: panels.draw_calibration(ax, results),
@@ -227,7 +229,7 @@ def _fit_words(which: str, scores: dict) -> str:
   return words + ". "
 
 
-def _overoptimization(results: dict) -> dict:
+def _overoptimization(results: Results) -> dict:
   """The figure, the fitted curves in words, and whether PPO's are among them."""
   scores = overoptimization.scores(results)
   draws = [
@@ -254,37 +256,35 @@ def _what_ran(config, prompts: list[str]) -> str:
   return " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
 
 
-def page(config, prompts: list[str], results: dict, found: list[dict], wins: dict) -> str:
+def page(config, prompts: list[str], results: Results, found: list[dict], wins: dict) -> str:
   """The whole report as one HTML document."""
-  has_gold = any("gold" in measured for measured in results["measured"].values())
   return _TEMPLATES.get_template("page.html.j2").render(
     preset=str(config.preset),
     what_ran=_what_ran(config, prompts),
     names=panels.NAMES,
     colours=panels.COLOURS,
     findings=_findings(found),
-    samples=_samples(prompts, results["measured"]),
+    samples=_samples(prompts, results.measured),
     policies=_policies(results),
-    judge="the gold score" if has_gold else "the reward model",
+    judge="the gold score" if results.has_gold else "the reward model",
     wins=_wins(wins),
-    trained=[name for name, rows in results["curves"].items() if rows],
+    trained=[name for name, rows in results.curves.items() if rows],
     curves=_curves(results),
     tax=_tax(results),
     reward_model=_reward_model(results),
-    num_pairs=results["reward_model"]["validation"]["pairs"],
+    num_pairs=results.reward_model.validation.pairs,
     overoptimization=_overoptimization(results),
   )
 
 
-def write(directory, config, prompts: list[str], results: dict, found: list[dict]):
+def write(directory, config, prompts: list[str], results: Results, found: list[dict]):
   """Writes findings.json, report.png and index.html.
 
   Args:
     directory: made if missing.
     config: Config of the run.
     prompts: one an answer, so each `samples_per_prompt` times in a row.
-    results: as evaluate.run gathers them; gold scores, agreement, best-of-n and any policy may be
-      absent.
+    results: of the run.
     found: what findings.find said of the results.
   """
   directory = pathlib.Path(directory)

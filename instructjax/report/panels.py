@@ -1,34 +1,19 @@
 """The report's panels: each draws one thing into an axes, and says whether it had anything to draw.
 
-Called by figures.py with the `results` of evaluate.py. Imports no matplotlib: it is given the axes.
+Called by figures.py with the results of a run. Imports no matplotlib: it is given the axes.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 
-from instructjax.ops.preference import Calibration
-from instructjax.report import overoptimization
+from instructjax.core.stages import POLICIES
+from instructjax.report import findings, overoptimization
 from instructjax.report.overoptimization import column
+from instructjax.report.results import Measured, Results
 
-NAMES = {
-  "base": "Base",
-  "reward_base": "Larger base",
-  "few_shot": "Larger base, few-shot",
-  "sft": "SFT",
-  "ppo_init": "PPO init",
-  "ppo": "PPO",
-  "ppo_ptx": "PPO-ptx",
-  "ppo_beta0": "PPO, β = 0",
-}
-COLOURS = {
-  "base": "#a3abb5",
-  "reward_base": "#737d8a",
-  "few_shot": "#9a7b6c",
-  "sft": "#e3a008",
-  "ppo_init": "#bfa55a",
-  "ppo": "#3b82d6",
-  "ppo_ptx": "#1f9d6b",
-  "ppo_beta0": "#d9485f",
-}
+NAMES = {name: policy.title for name, policy in POLICIES.items()}
+COLOURS = {name: policy.colour for name, policy in POLICIES.items()}
 BEST_OF_N_COLOUR = "#8b5cc7"
 INK = (
   "#1c2127"  # replaced by currentColor in the page, so that figures follow its light or dark scheme
@@ -46,39 +31,38 @@ def running_mean(values, window: int) -> np.ndarray:
   return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
-def pretraining_loss(results: dict) -> dict[str, float]:
+def pretraining_loss(results: Results) -> dict[str, float]:
   """Mean loss per token of held-out pretraining text, nats, by policy."""
-  sums = {
-    name: np.asarray(rows, float).sum(axis=0) for name, rows in results["pretraining"].items()
-  }
+  sums = {name: np.asarray(rows, float).sum(axis=0) for name, rows in results.pretraining.items()}
   return {name: float(nll / tokens) for name, (nll, tokens) in sums.items()}
 
 
-def accuracy_rows(results: dict) -> list[tuple[str, float, float, tuple[float, float]]]:
+def accuracy_rows(results: Results) -> list[tuple[str, float, float, tuple[float, float]]]:
   """(label, value, half 95% interval, (paper's value, its +-)) of reward model and labelers."""
-  rm, agreement = results["reward_model"], results["agreement"]
+  rm, agreement = results.reward_model, results.agreement
   rows = []
 
   def add(label, value, stderr, paper):
     rows.append((label, float(value), 1.96 * float(stderr), paper))
 
   names = {"train": "training labelers", "heldout": "held-out labelers"}
-  for group, key in (("train", "validation"), ("heldout", "heldout_labelers")):
-    if rm.get(key):
-      label = names[group] if rm.get("heldout_labelers") else "held-out prompts"
-      stderr = rm[key]["accuracy_stderr"]
-      add(f"Reward model, {label}", rm[key]["accuracy"], stderr, _PAPER_ACCURACY[group])
-  for group in ("train", "heldout"):
-    folds = [fold[group] for fold in rm.get("cross_validation") or []]
-    if folds:
-      stderr = np.std(folds, ddof=1) / np.sqrt(len(folds)) if len(folds) > 1 else 0.0
+  for group, found in (("train", rm.validation), ("heldout", rm.heldout_labelers)):
+    if found:
+      label = names[group] if rm.heldout_labelers else "held-out prompts"
+      paper = _PAPER_ACCURACY[group]
+      add(f"Reward model, {label}", found.accuracy, found.accuracy_stderr, paper)
+  folds = {
+    "train": [fold.train for fold in rm.cross_validation],
+    "heldout": [fold.heldout for fold in rm.cross_validation],
+  }
+  for group, found in folds.items():
+    if found:
+      stderr = np.std(found, ddof=1) / np.sqrt(len(found)) if len(found) > 1 else 0.0
       label = "folds trained on" if group == "train" else "fold left out"
-      add(f"Cross-validation, {label}", np.mean(folds), stderr, _PAPER_ACCURACY[group])
-  for group in ("train", "heldout"):
-    if agreement and group in agreement:
-      found = agreement[group]
-      label = f"Agreement, {names[group]}"
-      add(label, found["agreement"], found["agreement_stderr"], _PAPER_AGREEMENT[group])
+      add(f"Cross-validation, {label}", np.mean(found), stderr, _PAPER_ACCURACY[group])
+  for group, found in vars(agreement).items() if agreement else ():
+    label = f"Agreement, {names[group]}"
+    add(label, found.agreement, found.agreement_stderr, _PAPER_AGREEMENT[group])
   return rows
 
 
@@ -131,9 +115,9 @@ def draw_score(ax, curves: dict) -> bool:
   return drawn
 
 
-def draw_pretraining_over_ppo(ax, results: dict) -> bool:
+def draw_pretraining_over_ppo(ax, results: Results) -> bool:
   """Held-out pretraining loss over iterations; lines mark the base's and SFT's."""
-  loss, curves = pretraining_loss(results), results["curves"]
+  loss, curves = pretraining_loss(results), results.curves
   title = "Held-out pretraining loss, nats a token"
   drawn = draw_curve(ax, curves, "validation/pretrain_loss", title)
   for name in ("base", "sft"):
@@ -151,7 +135,7 @@ def draw_pretraining_over_ppo(ax, results: dict) -> bool:
   return drawn
 
 
-def draw_tax(ax, results: dict) -> bool:
+def draw_tax(ax, results: Results) -> bool:
   """Held-out pretraining loss of every policy, as its distance from the base's."""
   loss = pretraining_loss(results)
   start = loss.get("base", min(loss.values(), default=0.0))
@@ -169,13 +153,12 @@ def draw_tax(ax, results: dict) -> bool:
   return bool(loss)
 
 
-def draw_trade_off(ax, results: dict) -> bool:
+def draw_trade_off(ax, results: Results) -> bool:
   """Score of every policy against its held-out pretraining loss: up and to the left is better."""
-  loss, measured = pretraining_loss(results), results["measured"]
-  key = "gold" if any("gold" in found for found in measured.values()) else "reward"
-  names = [name for name in loss if key in measured.get(name, {})]
+  loss, measured = pretraining_loss(results), results.measured
+  names = [name for name in loss if name in measured]
   for name in names:
-    score = float(np.mean(measured[name][key]))
+    score = float(np.mean(findings.judged(measured[name])))
     ax.plot(loss[name], score, "o", color=COLOURS[name], markersize=8)
     ax.annotate(
       NAMES[name],
@@ -187,7 +170,7 @@ def draw_trade_off(ax, results: dict) -> bool:
     )
   ax.margins(x=0.15, y=0.15)
   ax.set_xlabel("loss on pretraining text, nats a token")
-  ax.set_ylabel("gold score" if key == "gold" else "reward-model score")
+  ax.set_ylabel("gold score" if results.has_gold else "reward-model score")
   ax.set_title("What is gained, and what it costs")
   return len(names) > 1
 
@@ -232,7 +215,7 @@ def _beside(ax, text: str, x: float, y: float, *, gap: float = 5):
   ax.annotate(text, (x, y), xytext=(gap, 0), textcoords="offset points", va="center", fontsize=8)
 
 
-def draw_accuracy(ax, results: dict) -> bool:
+def draw_accuracy(ax, results: Results) -> bool:
   """Reward-model accuracy beside how often labelers agree; the paper's figures as diamonds."""
   rows = accuracy_rows(results)
   for i, (label, value, half, (paper, error)) in enumerate(rows):
@@ -261,14 +244,11 @@ def draw_accuracy(ax, results: dict) -> bool:
   return bool(rows)
 
 
-def draw_calibration(ax, results: dict) -> bool:
+def draw_calibration(ax, results: Results) -> bool:
   """How often the reward model is right against how sure it is."""
-  stored = results["reward_model"]["validation"].get("calibration")
-  ax.set_title("Calibration")
-  if not stored:
-    return False
-  found = Calibration(**stored)
-  confidence, accuracy, count = (np.array(x, float) for x in found[:3])
+  found = results.reward_model.validation.calibration
+  columns = (found.confidence, found.accuracy, found.count)
+  confidence, accuracy, count = (np.array(x, float) for x in columns)
   kept = count > 0
   ax.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, alpha=0.5, linestyle=(0, (4, 2)))
   ax.plot(confidence[kept], accuracy[kept], color="#3b82d6", linewidth=1.2)
@@ -281,7 +261,7 @@ def draw_calibration(ax, results: dict) -> bool:
   return True
 
 
-def draw_overoptimization(ax, results: dict, which: str) -> bool:
+def draw_overoptimization(ax, results: Results, which: str) -> bool:
   """Gold (solid) and reward-model score (dashed) against sqrt(KL), and the curve fitted to gold."""
   found = overoptimization.scores(results).get(which)
   ax.set_title(
@@ -307,9 +287,9 @@ def draw_overoptimization(ax, results: dict, which: str) -> bool:
     ax.plot(d, overoptimization.curve(which, d, *fitted), color=INK, linewidth=1)
   ax.set_ylabel("score, standard deviations")
   if which == "best_of_n":
-    for row, d, score in zip(results["best_of_n"], distance, found["reward"]):
+    for row, d, score in zip(results.best_of_n, distance, found["reward"]):
       ax.annotate(
-        f"n={row['n']}",
+        f"n={row.n}",
         (d, score),
         xytext=(0, 6),
         textcoords="offset points",
@@ -317,20 +297,24 @@ def draw_overoptimization(ax, results: dict, which: str) -> bool:
         fontsize=7.5,
       )
   else:
-    _mark_penalised(ax, results["measured"])
+    _mark_penalised(ax, results.measured)
   ax.axhline(0, color=INK, linewidth=0.7)
   return True
 
 
-def _mark_penalised(ax, measured: dict):
+def _mark_penalised(ax, measured: Mapping[str, Measured]):
   """Where policies with the KL penalty ended: gold score filled, the reward model's hollow."""
   init = measured["ppo_init"]
   for name in ("ppo", "ppo_ptx"):
     if name in measured:
-      distance = np.sqrt(max(0.0, float(np.mean(measured[name]["kl"]))))
-      for key, fill in (("gold", COLOURS[name]), ("reward", "none")):
-        score = (np.mean(measured[name][key]) - np.mean(init[key])) / (np.std(init[key]) or 1.0)
-        label = NAMES[name] if key == "gold" else None
+      found = measured[name]
+      distance = np.sqrt(max(0.0, float(np.mean(found.kl))))
+      marks = (
+        (found.gold, init.gold, COLOURS[name], NAMES[name]),
+        (found.reward, init.reward, "none", None),
+      )
+      for value, start, fill, label in marks:
+        score = (np.mean(value) - np.mean(start)) / (np.std(start) or 1.0)
         ax.plot(
           distance, score, "s", color=COLOURS[name], markerfacecolor=fill, markersize=7, label=label
         )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from instructjax.core.config import PPOConfig
-from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout
+from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples
 from instructjax.models import transformer
 from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
@@ -218,7 +218,7 @@ def train_step(
     batch: {'prompts': PromptBatch of batch_size rows} and, for gamma > 0, {'pretrain': PackedBatch of
       batch_size * ptx_rows rows}.
   Returns:
-    (state, metrics: dict of float32 scalars, samples: {'rollout': Rollout, 'score_B', 'kl_B'}).
+    (state, metrics: dict of float32 scalars, samples: Samples).
   """
   # No two iterations draw the same noise (details item 7).
   rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -259,7 +259,7 @@ def train_step(
       num_episodes=cfg.batch_size,
     )
   state = dataclasses.replace(state, step=state.step + 1, ema_params=ema_params, kl_coef=kl_coef)
-  samples = {"rollout": rollout, "score_B": scored.score_B, "kl_B": scored.kl_B}
+  samples = Samples(rollout, scored.score_B, scored.kl_B)
   return state, scored.metrics | update_metrics, samples
 
 
@@ -286,7 +286,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     num_steps=whole,
     slot_steps=whole,
   )
-  samples = {"rollout": rollout, "score_B": split, "kl_B": split}
+  samples = Samples(rollout, score_B=split, kl_B=split)
   frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
   return jax.jit(
     step,

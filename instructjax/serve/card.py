@@ -1,12 +1,11 @@
 """The model card of an export: what it is, how it was made, what was measured of it, how to load it.
 
 Called by packaging.py. Every number comes from files: done.json of the stage and of those it started
-from, evaluate/results.json and report/findings.json of its run. What no file says is not measured.
+from, and report/findings.json of its run. What no file says is not measured.
 Here those files become rows of tables; the words are templates/card.md.j2's.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -14,30 +13,11 @@ from typing import Any
 
 import jinja2
 
+from instructjax.core import results
+from instructjax.core.stages import STAGES, Stage
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
-from instructjax.train.weights import HUB, RL_STAGES, Weights
-
-# Stage -> (what it is, where the paper has it).
-_STAGES = {
-  "pretrain": ("a base language model, trained on documents", "the base that stands in for GPT-3"),
-  "reward_pretrain": (
-    "a base language model, trained on documents",
-    "the base of the reward model, which stands in for GPT-3",
-  ),
-  "sft": ("a supervised baseline, trained on demonstrations", "sec 3.5, C.1"),
-  "ppo_init": (
-    "a supervised model, trained on demonstrations mixed with pretraining text: PPO's start and"
-    " KL reference",
-    "C.3",
-  ),
-  "rm": ("a reward model, trained on ranked answers", "eq. 1, sec 3.5, C.2"),
-  "ppo": ("a policy trained with PPO against a reward model", "sec 3.5, C.4, gamma = 0"),
-  "ppo_ptx": ("a policy trained with PPO-ptx against a reward model", "eq. 2, sec 3.5, C.4"),
-  "ppo_beta0": ("a policy trained with PPO without a KL penalty, to show its need", "E.7"),
-}
-_IN_RESULTS = {"pretrain": "base", "reward_pretrain": "reward_base"}  # evaluate's names
-_OWN_BLOCKS = ("config.ppo", "config.stage", "config.collect")  # what is a stage's own
+from instructjax.train.weights import HUB, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +44,14 @@ class Export:
 
 def text(weights: Weights, export: Export) -> str:
   """The card: YAML front matter and Markdown."""
-  stage, data, base = weights.path.name, _block(weights, "data"), weights.base
-  is_stage = weights.kind == "stage"
-  what, where = _what(stage, export.which)
+  stage, data, base = weights.stage, _block(weights, "data"), weights.base
+  what, where = _what(stage, export.which) if stage else ("", "")
   # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.
   is_qwen2 = weights.network.qkv_bias and not weights.network.use_bias
   return _template().render(
     weights=weights,
     export=export,
-    stage=stage,
+    stage=stage.name if stage else "",
     run=weights.path.parent.name,
     what=what,
     where=where,
@@ -85,8 +64,8 @@ def text(weights: Weights, export: Export) -> str:
     data=data,
     **_measured(weights, export),
     sources=_sources(weights, data),
-    settings=_settings(weights) if is_stage else None,
-    is_from_labelers=is_stage and stage in (*RL_STAGES, "rm"),
+    settings=_settings(weights) if stage else None,
+    is_from_labelers=stage is not None and (stage.is_rl or stage.role == "reward"),
   )
 
 
@@ -109,13 +88,13 @@ def _block(weights: Weights, name: str) -> dict[str, Any]:
   return json.loads(weights.settings.get(f"config.{name}", "{}"))
 
 
-def _what(stage: str, which: str) -> tuple[str, str]:
+def _what(stage: Stage, which: str) -> tuple[str, str]:
   """What the weights are, and where the paper has it."""
-  what, where = _STAGES.get(stage, ("a network", "sec 3"))  # a renamed folder
+  what, where = stage.what, stage.paper
   if which == "value":
     what, where = "a value network, trained with PPO from a reward model", "sec 3.5, C.4"
   averaged = {"ema": ", averaged over iterations (EMA)", "raw": ", of the last iteration"}
-  return what + (averaged.get(which, "") if stage in RL_STAGES else ""), where
+  return what + (averaged.get(which, "") if stage.is_rl else ""), where
 
 
 def _facts(weights: Weights, export: Export) -> list[tuple[str, Any]]:
@@ -139,77 +118,77 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
   result = {"training": [], "judged_with": "", "policies": None, "findings": []}
   if weights.kind != "stage" or export.which == "value":
     return result
-  result["training"] = _from_training(weights.result)
+  result["training"] = _from_training(weights.done.result)
   run = weights.path.parent
   evaluation = finished.read_done(run / "evaluate")
-  if evaluation and _judged(weights, evaluation["fingerprint"]):
-    judged = json.loads(evaluation["fingerprint"]["config.evaluate"])["weights"]
-    if weights.path.name in RL_STAGES and judged != export.which:
+  if evaluation and _judged(weights, evaluation):
+    judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]
+    if weights.stage.is_rl and judged != export.which:
       result["judged_with"] = judged
-    result["policies"] = _policies(weights, run / "evaluate" / "results.json")
+    result["policies"] = _policies(weights, evaluation.result.summary)
     result["findings"] = _findings(run / "report" / "findings.json", weights.head)
   return result
 
 
-def _judged(weights: Weights, evaluation: Mapping[str, str]) -> bool:
+def _judged(weights: Weights, evaluation: finished.Done) -> bool:
   """Whether an evaluation saw this very stage, not one that was trained in its place since."""
-  mine = json.dumps(weights.settings, sort_keys=True).encode()  # as context.fingerprint hashes it
   ancestors = _ancestors(weights.path.parent, evaluation)
-  seen = {identity for name, identity, _ in ancestors if name == weights.path.name}
-  return seen == {hashlib.sha256(mine).hexdigest()}
+  seen = {identity for name, identity, _ in ancestors if name == weights.stage.name}
+  return seen == {weights.done.identity}
 
 
-def _ancestors(
-  run: pathlib.Path, made_with: Mapping[str, str]
-) -> Iterator[tuple[str, str, Mapping[str, str]]]:
-  """(stage, its identity then, what it was made with) of all that something started from, nearest first.
+def _ancestors(run: pathlib.Path, done: finished.Done) -> Iterator[tuple[str, str, finished.Done]]:
+  """(stage, its identity then, what it left) of all that something started from, nearest first.
 
   Some come several times. What lies in no folder of the run, as given weights, ends the line.
   """
-  queue = [made_with]
-  for made_with in queue:  # which grows
-    for name, identity in made_with.items():
+  queue = [done]
+  for done in queue:  # which grows
+    for name, identity in done.fingerprint.items():
       stage = name.removeprefix("parent:")
-      done = finished.read_done(run / stage) if stage != name else None
-      if done:
-        queue.append(done["fingerprint"])
-        yield stage, identity, done["fingerprint"]
+      parent = finished.read_done(run / stage) if stage != name else None
+      if parent:
+        queue.append(parent)
+        yield stage, identity, parent
 
 
-def _from_training(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What the stage itself measured on held-out data: its done.json."""
+def _from_training(result: Any) -> list[tuple[str, str]]:
+  """What the stage itself measured on held-out data: the record in its done.json."""
   rows = []
-  for epoch in result.get("epochs", ()):
-    losses = [f"{k.replace('_', ' ')} {_number(v)}" for k, v in epoch.items() if k != "step"]
-    rows.append((f"step {epoch['step']}, nats a token", ", ".join(losses)))
-  if "validation_loss" in result:
-    rows.append(("loss on held-out text, nats a token", _number(result["validation_loss"])))
-  for name, what in (("validation", "held-out prompts"), ("heldout_labelers", "held-out labelers")):
-    if name in result:
-      judged = result[name]
-      rows.append(
-        (
-          f"accuracy on pairs of answers, {what}",
-          f"{_number(judged['accuracy'])} (standard error {_number(judged['accuracy_stderr'])},"
-          f" {judged['pairs']} pairs of {judged['prompts']} prompts)",
+  if isinstance(result, results.Tuned):
+    for epoch in result.epochs:
+      losses = {name: loss for name, loss in vars(epoch).items() if name != "step"}
+      shown = [f"{name.replace('_', ' ')} {_number(loss)}" for name, loss in losses.items()]
+      rows.append((f"step {epoch.step}, nats a token", ", ".join(shown)))
+  if isinstance(result, results.Pretrained):
+    rows.append(("loss on held-out text, nats a token", _number(result.validation_loss)))
+  if isinstance(result, results.RewardModel):
+    groups = {"held-out prompts": result.validation, "held-out labelers": result.heldout_labelers}
+    for what, judged in groups.items():
+      if judged:
+        rows.append(
+          (
+            f"accuracy on pairs of answers, {what}",
+            f"{_number(judged.accuracy)} (standard error {_number(judged.accuracy_stderr)},"
+            f" {judged.pairs} pairs of {judged.prompts} prompts)",
+          )
         )
-      )
-  if "demonstration_mean" in result:
     rows.append(
       (
         "mean score of demonstrations before the bias, which makes it 0",
-        _number(result["demonstration_mean"]),
+        _number(result.demonstration_mean),
       )
     )
   return rows
 
 
-def _policies(weights: Weights, path: pathlib.Path) -> dict[str, Any] | None:
+def _policies(
+  weights: Weights, policies: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any] | None:
   """Means on held-out prompts, a row a policy."""
-  if weights.head == "scalar" or not path.is_file():
+  if weights.head == "scalar":
     return None
-  policies = json.loads(path.read_text(encoding="utf-8"))["policies"]
-  mine = _IN_RESULTS.get(weights.path.name, weights.path.name)
+  mine = weights.stage.policy.name
   columns = list(dict.fromkeys(key for row in policies.values() for key in row))
   rows = [
     (
@@ -257,12 +236,11 @@ def _settings(weights: Weights) -> dict[str, Any]:
 
 def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
   """Stage -> its settings with dotted names: the exported one first, then what it started from."""
-  own = (weights.path.name, "", weights.settings)
+  own = (weights.stage.name, "", weights.done)
   result = {}
-  for stage, _, made_with in [own, *_ancestors(weights.path.parent, weights.settings)]:
-    block = next((made_with[name] for name in _OWN_BLOCKS if name in made_with), None)
-    if block and stage not in result:
-      result[stage] = _flat(json.loads(block))
+  for stage, _, done in [own, *_ancestors(weights.path.parent, weights.done)]:
+    if stage not in result:
+      result[stage] = _flat(json.loads(done.fingerprint[f"config.{STAGES[stage].block}"]))
   return result
 
 

@@ -11,6 +11,8 @@ import json
 import jax
 import numpy as np
 
+from instructjax.core import results
+from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.stages import answers, policies
 from instructjax.stages.context import Context, is_finished, stage_run
@@ -50,15 +52,26 @@ def _write(path, rankings: list):
       file.write(json.dumps(dataclasses.asdict(ranking), ensure_ascii=False) + "\n")
 
 
+def check(ctx: Context, stage: str):
+  """Raises UserError where the prompts are not those that the simulated labelers know."""
+  prompts = ctx.config.data.prompts
+  if sources.simulation(prompts) is None:
+    raise UserError(
+      f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="
+      f"{prompts!r}; give comparisons of your own, as jsonl:PATH"
+    )
+
+
 def run(ctx: Context, stage: str):
+  """Samples answers from the SFT policy, has them ranked, and measures how far labelers agree."""
   cfg, seed = ctx.config.collect, ctx.config.seed
-  run_ = stage_run(ctx, stage, {"collect": cfg, "data": ctx.config.data}, parents=("sft",))
+  run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
   if is_finished(run_):
     return
   simulation = sources.simulation(ctx.config.data.comparisons)
-  train = _sampled(ctx, stage, "train", ctx.records("prompts", "train"), cfg.num_prompts)
+  train = _sampled(ctx, stage, "train", ctx.data.records("prompts", "train"), cfg.num_prompts)
   held_out = _sampled(
-    ctx, stage, "validation", ctx.records("prompts", "validation"), cfg.num_heldout_prompts
+    ctx, stage, "validation", ctx.data.records("prompts", "validation"), cfg.num_heldout_prompts
   )
   if jax.process_index() != 0:
     return
@@ -67,7 +80,6 @@ def run(ctx: Context, stage: str):
   _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
   _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
-  agreement = {
-    group: simulation.labeler_agreement(held_out, group, seed) for group in ("train", "heldout")
-  }
-  finished.write_done(directory, {"fingerprint": run_.fingerprint, "agreement": agreement})
+  agree = lambda group: results.Agreement(**simulation.labeler_agreement(held_out, group, seed))
+  result = results.Collected(results.LabelerGroups(train=agree("train"), heldout=agree("heldout")))
+  finished.write_done(directory, finished.Done(stage, run_.fingerprint, None, result))

@@ -1,16 +1,15 @@
-"""What every stage is handed: config, workdir, mesh, tokenizer, records, and what makes two runs of a stage the same.
+"""What every stage is handed: config, workdir, mesh, tokenizer, data, and what makes two runs of a stage the same.
 
-Called by the stages and pipeline.py. Imports no stage.
+Built once a run, by pipeline.py. Called by the stages. Imports no stage.
 """
 
 import dataclasses
-import functools
-import hashlib
 import json
 import logging
 import pathlib
 import zlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,45 +18,40 @@ from jax.sharding import Mesh
 from instructjax import models
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
-from instructjax.core.errors import UserError
-from instructjax.data import sources
-from instructjax.data.tokenize import tokenize_prompts
+from instructjax.core.stages import ROLES, STAGES
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 from instructjax.parallel import sharding
-from instructjax.train import finished, loop, weights
-
-BASE_OF = {"pretrain": "model", "reward_pretrain": "reward_model"}  # stage -> config block
+from instructjax.stages import lineage
+from instructjax.stages.run_data import RunData
+from instructjax.train import finished, loop
+from instructjax.train.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Context:
-  """One pipeline run. Records and token lists are read once and kept."""
+  """One pipeline run.
+
+  Attributes:
+    config, workdir, mesh, tokenizer: of the run.
+    given: stage that trains a base -> the weights that the config gives in its place.
+    data: records and token lists.
+  """
 
   config: Config
   workdir: pathlib.Path
   mesh: Mesh
   tokenizer: Tokenizer
+  given: Mapping[str, Weights]
+  data: RunData
 
   def directory(self, stage: str) -> pathlib.Path:
     """Where a stage's files are."""
     return self.workdir / stage
 
-  def weights_path(self, stage: str) -> str:
-    """What the config gives in place of a stage that trains a base, or ''."""
-    block = BASE_OF.get(stage)
-    return getattr(self.config, block).weights if block else ""
-
-  @functools.cache
-  def given_weights(self, stage: str) -> weights.Weights | None:
-    """The weights there, opened; None where the stage is trained."""
-    path = self.weights_path(stage)
-    if not path:
-      return None
-    try:
-      return weights.locate(path)
-    except ValueError as error:
-      raise UserError(f"config.{BASE_OF[stage]}.weights: {error}") from error
+  def done(self, stage: str) -> finished.Done | None:
+    """What a stage left when it finished; None where it has not."""
+    return finished.read_done(self.directory(stage))
 
   def key(self, stage: str) -> jax.Array:
     """The stage's own root key: a function of the run's seed and the stage's name."""
@@ -66,73 +60,47 @@ class Context:
   def data_seed(self, stage: str) -> int:
     return zlib.crc32(f"{self.config.seed}/{stage}".encode()) & 0x7FFFFFFF
 
-  @functools.cache
-  def records(self, kind: str, split: str) -> list:
-    """Records of `kind` from the source the config names, seeded by the run."""
-    data = self.config.data
-    spec = getattr(data, kind)
-    if kind == "comparisons" and self.collects:
-      spec, split = f"jsonl:{self.directory('collect') / split}.jsonl", "all"
-    records = sources.load(
-      spec,
-      kind,
-      split,
-      seed=self.config.seed,
-      validation_fraction=data.validation_fraction,
-      on_bad_record=data.on_bad_record,
-    )
-    return sources.render(records, self.tokenizer.render_chat, on_bad_record=data.on_bad_record)
-
-  @functools.cache
-  def document_tokens(self, split: str) -> list[list[int]]:
-    """Token lists of the documents, each after the BOS token where the model is given one."""
-    tokenizer = self.tokenizer
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return [bos + tokenizer.encode(record.text) for record in self.records("documents", split)]
-
-  @functools.cache
-  def prompt_tokens(self, split: str) -> list[list[int]]:
-    """Token lists of the prompts that fit max_prompt_length, as in App. C (longer ones are filtered, counted)."""
-    return tokenize_prompts(
-      self.records("prompts", split),
-      self.tokenizer,
-      max_prompt_length=self.config.data.max_prompt_length,
-    )[0]
-
   def model(self, role: str) -> transformer.Model:
-    """The network definition of `policy` (also the reference), `reward` (also value) or `reward_base`."""
-    cfg, head = {
-      "policy": (self.config.model, "lm"),
-      "reward": (self.config.reward_model, "scalar"),
-      "reward_base": (self.config.reward_model, "lm"),
-    }[role]
-    vocab_size = self.tokenizer.vocab_size
-    return models.model_on(self.mesh, cfg.network, self.execution, vocab_size, head)
+    """The network of a role, see `core.stages.ROLES`, as it runs on this mesh."""
+    return make_model(self.config, self.mesh, role, self.tokenizer.vocab_size)
 
   @property
   def execution(self) -> ExecutionConfig:
     """How networks are run on the devices of this run's mesh."""
     return models.resolve_execution(self.config.execution, models.platform_of(self.mesh))
 
-  def require_fit(self, roles: Iterable[str], batches: Mapping[str, int]):
-    """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
-
-    Raises:
-      UserError: see `sharding.require_fit`.
-    """
-    models = {role: self.model(role) for role in roles}
-    axes = {role: transformer.param_axes(model) for role, model in models.items()}
-    shapes = {role: transformer.param_shapes(model) for role, model in models.items()}
-    sharding.require_fit(self.mesh, axes, shapes, batches)
-
-  @property
-  def collects(self) -> bool:
-    """Whether comparisons are collected from simulated labelers (stage `collect`) instead of read."""
-    return self.config.data.comparisons == "demo:"
-
   def own_rows(self, batch_size: int) -> np.ndarray:
     """Places in a global batch of the rows that this process draws."""
     return sharding.own_rows(self.mesh, batch_size)
+
+
+def make_model(config: Config, mesh: Mesh | None, role: str, vocab_size: int) -> transformer.Model:
+  """The network of a role, see `core.stages.ROLES`, as it runs on a mesh; None is one device."""
+  row = ROLES[role]
+  network = getattr(config, row.block).network
+  return models.model_on(mesh, network, config.execution, vocab_size, row.head)
+
+
+def require_fit(
+  config: Config, mesh: Mesh, vocab_size: int, roles: Iterable[str], batches: Iterable[str]
+):
+  """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
+
+  Args:
+    config: of the run.
+    mesh: its devices.
+    vocab_size: rows of the embedding tables.
+    roles: keys of `core.stages.ROLES`.
+    batches: dotted config fields; a batch of 0 is not used.
+  Raises:
+    UserError: see `sharding.require_fit`.
+  """
+  networks = {role: make_model(config, mesh, role, vocab_size) for role in roles}
+  axes = {role: transformer.param_axes(model) for role, model in networks.items()}
+  shapes = {role: transformer.param_shapes(model) for role, model in networks.items()}
+  sizes = {f"config.{name}": lineage.value(config, name) for name in batches}
+  used = {name: size for name, size in sizes.items() if size}
+  sharding.require_fit(mesh, axes, shapes, used)
 
 
 def canonical(value) -> str:
@@ -141,57 +109,50 @@ def canonical(value) -> str:
   return json.dumps(plain, sort_keys=True)
 
 
-def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> dict[str, str]:
+def fingerprint(ctx: Context, stage: str, own, others: Mapping[str, Any]) -> dict[str, str]:
   """What a resumed or reused stage must have in common with the one on disk.
 
   Args:
     ctx: the run.
-    blocks: name -> config dataclass or plain value that the stage depends on.
-    parents: stages whose finished weights or files this one starts from.
+    stage: its parents' weights or files go in as well.
+    own: what the stage's result depends on of its own config block.
+    others: name -> other config blocks or plain values that it depends on.
   Returns:
     name -> canonical JSON or hash; `parent:NAME` entries carry the parents' own fingerprints on.
   """
+  blocks = {**others, STAGES[stage].block: own, "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
-  result["config.seed"] = canonical(ctx.config.seed)
   result["tokenizer"] = ctx.tokenizer.fingerprint
-  for parent in parents:
-    given = ctx.given_weights(parent)
-    made_with = None if given else finished.read_done(ctx.directory(parent))["fingerprint"]
-    result[f"parent:{parent}"] = (
-      given.fingerprint if given else hashlib.sha256(canonical(made_with).encode()).hexdigest()
-    )
+  for parent in lineage.parents(ctx.config, stage):
+    given = ctx.given.get(parent)
+    result[f"parent:{parent}"] = given.fingerprint if given else ctx.done(parent).identity
   return result
 
 
-def changeable(ctx: Context, blocks: dict) -> dict[str, dict]:
+def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
   """The settings of these blocks, and of execution, that no fingerprint has, as `loop.StageRun` wants them."""
-  named = {"execution": ctx.execution}
-  for name, block in blocks.items():
-    if dataclasses.is_dataclass(block):
-      # The stage's own block goes by the name that it has in the config.
-      own = (other for other, value in vars(ctx.config).items() if value is block)
-      named[next(own) if name == "stage" else name] = block
+  named = {"execution": ctx.execution, **blocks}
   return {
     metadata["on_resume"]: {
       f"{name}.{field}": value
       for name, block in named.items()
+      if dataclasses.is_dataclass(block)
       for field, value in marked(block, metadata).items()
     }
     for metadata in (ROUNDING, SAME_NUMBERS)
   }
 
 
-def stage_run(
-  ctx: Context, stage: str, blocks: dict, parents: tuple[str, ...] = ()
-) -> loop.StageRun:
+def stage_run(ctx: Context, stage: str, own, **others) -> loop.StageRun:
+  """How a stage is logged and saved, and its `fingerprint`."""
   return loop.StageRun(
     name=stage,
     directory=ctx.directory(stage),
     checkpoint=ctx.config.checkpoint,
     log=ctx.config.log,
     profile=ctx.config.profile,
-    fingerprint=fingerprint(ctx, blocks, parents),
-    changeable=changeable(ctx, blocks),
+    fingerprint=fingerprint(ctx, stage, own, others),
+    changeable=changeable(ctx, {STAGES[stage].block: own, **others}),
   )
 
 
@@ -204,6 +165,6 @@ def is_finished(run: loop.StageRun) -> bool:
   done = finished.read_done(run.directory)
   if done is None:
     return False
-  finished.require_same_run(run.directory, done["fingerprint"], run.fingerprint)
+  finished.require_same_run(run.directory, done.fingerprint, run.fingerprint)
   logging.info("%s is finished already", run.name)
   return True

@@ -3,6 +3,7 @@
 Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -13,31 +14,48 @@ import rich.table
 
 from instructjax import report
 from instructjax.core.errors import UserError
+from instructjax.core.results import Evaluated
+from instructjax.core.stages import FEW_SHOT, STAGES, stage_of_policy
 from instructjax.data import sources
 from instructjax.ops import kl
 from instructjax.parallel import sharding
 from instructjax.report import findings
-from instructjax.stages import answers, policies
+from instructjax.report.results import BestOfN, Measured, Results
+from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, stage_run
-from instructjax.stages.pretrain import validation_rows
+from instructjax.stages.text_rows import validation_rows
 from instructjax.train import finished, metrics, supervised
 
-BASES = ("base", "reward_base", "few_shot")
+# Judged without being tuned: they answer in one line, and have no distance from the PPO initialisation.
+_UNTUNED = {
+  FEW_SHOT.name,
+  *(row.policy.name for row in STAGES.values() if row.policy and not row.parents),
+}
 
 
 def judged_policies(ctx: Context) -> list[str]:
   """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
-  names = ["base"]
-  if policies.base_stage(ctx, "reward") != "pretrain":
-    names.append("reward_base")
+  line = lineage.line(ctx.config, "evaluate")
+  names = [STAGES[stage].policy.name for stage in line if STAGES[stage].policy]
   if sources.simulation(ctx.config.data.prompts) is not None:
-    names.append("few_shot")
-  return names + ["sft", "ppo_init"] + policies.rl_stages(ctx)
+    names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
+  return names
+
+
+def _of_one_network(names: list[str]) -> list[str]:
+  """The judged policies of the policy's network: of another one the loss does not compare."""
+  return [n for n in names if n != FEW_SHOT.name and stage_of_policy(n).role == "policy"]
+
+
+def check(ctx: Context, stage: str):
+  """Raises UserError where the larger base has no room for the few-shot prompt."""
+  if FEW_SHOT.name in judged_policies(ctx):
+    few_shot_prompts(ctx, test_prompts(ctx))
 
 
 def test_prompts(ctx: Context) -> list[str]:
   """Prompts that chose nothing before, as many as are asked for; what is too long is left out."""
-  texts = [record.prompt for record in ctx.records("prompts", "test")]
+  texts = [record.prompt for record in ctx.data.records("prompts", "test")]
   limit = ctx.config.data.max_prompt_length
   fitting = [text for text in texts if len(ctx.tokenizer.encode_prompt(text)) <= limit]
   return fitting[: ctx.config.evaluate.num_prompts]
@@ -64,9 +82,9 @@ def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
 def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.Answers:
   """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
   cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
-  source = "reward_base" if name == "few_shot" else name
-  model = ctx.model("reward_base" if source == "reward_base" else "policy")
-  if name == "few_shot":
+  source = "reward_base" if name == FEW_SHOT.name else name
+  model = ctx.model(stage_of_policy(source).role)
+  if name == FEW_SHOT.name:
     prompts, length = few_shot_prompts(ctx, prompts)
   return answers.sample(
     ctx,
@@ -76,35 +94,38 @@ def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.
     ctx.key(f"{stage}/{name}"),
     temperature=cfg.temperature,
     prompt_length=length,
-    to_newline=name in BASES,
+    to_newline=name in _UNTUNED,
   )
 
 
-def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> dict:
-  """Answers of one policy with what can be said of each: arrays of one entry a prompt."""
+def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measured:
+  """Answers of one policy with what can be said of each."""
   sampled = _sample(ctx, name, prompts, stage)
   reward_model, reward_params = ctx.model("reward"), policies.load_reward(ctx)
   scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
-  result = {
-    "answer": sampled.text,
-    "reward": answers.score(ctx, reward_model, reward_params, scored),
-    "ended": sampled.ended_N,
-    "length": sampled.is_response_NR.sum(1),
-  }
-  if name not in BASES:
+  reward = answers.score(ctx, reward_model, reward_params, scored)
+  kl_N = gold = names_topic = None
+  if name not in _UNTUNED:
     policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
     logprob_N, ref_logprob_N = (
       answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
       for source in (name, "ppo_init")
     )
-    result["kl"] = kl.k1(logprob_N, ref_logprob_N)
+    kl_N = kl.k1(logprob_N, ref_logprob_N)
   simulation = sources.simulation(ctx.config.data.prompts)
   if simulation is not None:
-    result["gold"] = np.asarray(simulation.gold_score(prompts, sampled.text))
-    result["names_topic"] = np.array(
-      [simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)]
-    )
-  return result
+    gold = np.asarray(simulation.gold_score(prompts, sampled.text))
+    named = [simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)]
+    names_topic = np.array(named)
+  return Measured(
+    answer=sampled.text,
+    reward=reward,
+    ended=sampled.ended_N,
+    length=sampled.is_response_NR.sum(1),
+    kl=kl_N,
+    gold=gold,
+    names_topic=names_topic,
+  )
 
 
 def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
@@ -123,7 +144,7 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
   return result
 
 
-def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> list[dict]:
+def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> list[BestOfN]:
   """Expected gold and reward of the best of n by reward, for each n; unbiased over all subsets of N samples.
 
   Sorted by reward, the i-th of N (from 1) is the best of a random n-subset with probability C(i-1, n-1) / C(N, n)
@@ -142,15 +163,15 @@ def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> 
       name: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
       for name, values in (("gold", gold_PN), ("reward", reward_PN))
     }
-    result.append({"n": n, "kl": float(np.log(n) - (n - 1) / n), **expected})
+    result.append(BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), **expected))
   return result
 
 
-def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[dict] | None:
+def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[BestOfN]:
   """Best-of-n of the PPO initialisation by the reward model, for n = 1, 2, 4 .. best_of_n."""
   total, simulation = ctx.config.evaluate.best_of_n, sources.simulation(ctx.config.data.prompts)
   if simulation is None or total < 2:
-    return None
+    return []
   repeated = [prompt for prompt in prompts for _ in range(total)]
   sampled = _sample(ctx, "ppo_init", repeated, f"{stage}/best_of_n")
   scored = answers.from_text(ctx, repeated, sampled.text, sampled.ended_N)
@@ -164,45 +185,47 @@ def run(ctx: Context, stage: str):
   """Judges all finished policies; writes answers.jsonl, results.json, findings.json and the report."""
   cfg, directory = ctx.config.evaluate, ctx.directory(stage)
   names = judged_policies(ctx)
-  trained = ("sft_select", "ppo_init", *(name for name in names if name in policies.RL_STAGES))
-  run_ = stage_run(ctx, stage, {"evaluate": cfg}, parents=trained)
+  run_ = stage_run(ctx, stage, cfg)
   page = ctx.workdir / "report" / "index.html"
   # Nothing starts from here: with other settings, or another policy to judge, it is done anew.
-  done = finished.read_done(directory) or {}
-  if done.get("fingerprint") == run_.fingerprint:
+  done = ctx.done(stage)
+  if done and done.fingerprint == run_.fingerprint:
     if jax.process_index() == 0:
-      _show(json.loads((page.parent / "findings.json").read_text()), done["summary"], page)
+      _show(json.loads((page.parent / "findings.json").read_text()), done.result.summary, page)
     return
   unique = test_prompts(ctx)
   prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]
   measured = {name: _measure(ctx, name, prompts, stage) for name in names}
-  text_names = [name for name in names if name not in ("reward_base", "few_shot")]
-  results = {
-    "samples_per_prompt": cfg.samples_per_prompt,
-    "measured": measured,
-    "pretraining": pretraining_losses(ctx, text_names),
-    "reward_model": finished.read_done(ctx.directory("rm")),
-    "agreement": (finished.read_done(ctx.directory("collect")) or {}).get("agreement"),
-    "best_of_n": _best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
-    "curves": {n: metrics.read_metrics(ctx.directory(n)) for n in names if n in policies.RL_STAGES},
-  }
+  collected = ctx.done("collect") if lineage.collects(ctx.config) else None
+  results = Results(
+    samples_per_prompt=cfg.samples_per_prompt,
+    measured=measured,
+    pretraining=pretraining_losses(ctx, _of_one_network(names)),
+    reward_model=ctx.done("rm").result,
+    agreement=collected.result.agreement if collected else None,
+    best_of_n=_best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
+    curves={
+      STAGES[stage].policy.name: metrics.read_metrics(ctx.directory(stage))
+      for stage in lineage.rl_stages(ctx.config)
+    },
+  )
   if jax.process_index() != 0:
     return
   directory.mkdir(parents=True, exist_ok=True)
   with open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
-      row = {name: measured[name]["answer"][i] for name in names}
+      row = {name: measured[name].answer[i] for name in names}
       file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
   summary = findings.summary(results)
   plain = {
     "policies": summary,
-    "best_of_n": results["best_of_n"],
-    "agreement": results["agreement"],
+    "best_of_n": [dataclasses.asdict(row) for row in results.best_of_n],
+    "agreement": results.agreement and dataclasses.asdict(results.agreement),
   }
   (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   report.write(page.parent, ctx.config, prompts, results, found)
-  finished.write_done(directory, {"fingerprint": run_.fingerprint, "summary": summary})
+  finished.write_done(directory, finished.Done(stage, run_.fingerprint, None, Evaluated(summary)))
   _show(found, summary, page)
 
 

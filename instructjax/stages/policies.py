@@ -1,58 +1,68 @@
 """Finished weights by name: base, SFT and PPO policies and the reward model, for later stages and evaluation."""
 
 import dataclasses
+from collections.abc import Mapping
 
-from instructjax.core.config import ModelConfig
+from instructjax.core.config import Config, ModelConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import ROLES, STAGES, selector, stage_of_policy
+from instructjax.data import tokenizer as tokenizers
 from instructjax.models import heads
-from instructjax.stages.context import BASE_OF, Context
-from instructjax.train import finished
-from instructjax.train.weights import RL_STAGES, Weights, load_stage
+from instructjax.stages import lineage
+from instructjax.stages.context import Context
+from instructjax.train import weights
+from instructjax.train.weights import Weights
 
 
-def base_stage(ctx: Context, role: str) -> str:
-  """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
-  cfg = ctx.config
-  if role == "policy" or (cfg.same_network and cfg.reward_model.weights == cfg.model.weights):
-    return "pretrain"
-  return "reward_pretrain"
+def given_weights(config: Config) -> dict[str, Weights]:
+  """Stage that trains a base -> the weights that the config gives in its place, opened.
+
+  Raises:
+    UserError: nothing that can be opened lies there.
+  """
+  result = {}
+  for stage in lineage.bases(config):
+    path = lineage.given(config, stage)
+    try:
+      if path:
+        result[stage] = weights.locate(path)
+    except UserError as error:
+      raise UserError(f"config.{_block(stage)}.weights: {error}") from error
+  return result
 
 
-def rl_stages(ctx: Context) -> list[str]:
-  """RL stages that the config asks for, to be trained and judged: what else lies in the workdir has no say."""
-  asked = {ctx.config.stage, *ctx.config.evaluate.compare}
-  asked |= {"ppo_beta0"} if ctx.config.evaluate.overoptimization else set()
-  return [name for name in RL_STAGES if name in asked]
+def _block(stage: str) -> str:
+  """The config block of the network that a stage trains."""
+  return ROLES[STAGES[stage].role].block
 
 
-def stage_of(ctx: Context, name: str) -> str:
-  return {"base": "pretrain", "reward_base": base_stage(ctx, "reward")}.get(name, name)
-
-
-def require_given_weights(ctx: Context):
+def require_given_weights(
+  config: Config, opened: Mapping[str, Weights], tokenizer: tokenizers.Tokenizer
+):
   """Checks that the weights named by `model.weights` and `reward_model.weights` are of this network.
 
+  Args:
+    config: of the run.
+    opened: as `given_weights` returns them.
+    tokenizer: of the run.
   Raises:
     UserError: they are a reward model's, of another tokenizer, or of another network.
   """
-  for stage in dict.fromkeys(base_stage(ctx, role) for role in ("policy", "reward")):
-    block = BASE_OF[stage]
-    cfg: ModelConfig = getattr(ctx.config, block)
-    given = ctx.given_weights(stage)
-    if given is None:
-      continue
+  for stage, given in opened.items():
+    block = _block(stage)
+    cfg: ModelConfig = getattr(config, block)
     where = f"config.{block}.weights={cfg.weights!r}"
-    if ctx.config.stage == stage:
+    if config.stage == stage:
       raise UserError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
     if given.head != "lm":
       raise UserError(f"{where} must be a language model, and it has a scalar head")
-    _require_tokenizer(ctx, given, where)
+    _require_tokenizer(config, given, tokenizer, where)
     _require_network(cfg, given, block, where)
 
 
-def _require_tokenizer(ctx: Context, given: Weights, where: str):
+def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tokenizer, where: str):
   """Weights mean nothing under another tokenizer; one that the config names is taken at its word."""
-  tokenizer, named = ctx.tokenizer, ctx.config.tokenizer.path
+  named = config.tokenizer.path
   if given.kind == "stage" and given.settings["tokenizer"] != tokenizer.fingerprint:
     raise UserError(
       f"{where} was trained with another tokenizer; set config.tokenizer.path={str(given.tokenizer_path)!r}"
@@ -83,16 +93,15 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
     )
 
 
-def load_step(ctx: Context, name: str, step: int, item: str = "params"):
-  """Weights of the named policy at a kept step, placed on the mesh."""
-  roles = {"reward_base": "reward_base", "rm": "reward"}
-  model = ctx.model(roles.get(name, "policy"))
-  return load_stage(ctx.directory(stage_of(ctx, name)), ctx.mesh, model, step, item)
+def load_step(ctx: Context, stage: str, step: int, item: str = "params", role: str | None = None):
+  """Weights that a stage kept at a step, placed on the mesh as a network of its own role, or of another."""
+  model = ctx.model(role or STAGES[stage].role)
+  return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
 def load_sft_by_loss(ctx: Context):
   """SFT weights at the epoch with the best validation loss: what the reward model and its data start from."""
-  return load_step(ctx, "sft", finished.read_done(ctx.directory("sft"))["step"])
+  return load_step(ctx, "sft", ctx.done("sft").step)
 
 
 def judges_average(ctx: Context) -> bool:
@@ -100,25 +109,28 @@ def judges_average(ctx: Context) -> bool:
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
-def load(ctx: Context, name: str):
-  """Weights of `base`, `reward_base`, `sft`, `ppo_init` or an RL stage, at the step the stage chose.
+def load(ctx: Context, policy: str):
+  """Weights of a policy, or of the larger base, at the step that its stage chose.
 
   `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
   as `evaluate.weights` says.
+
+  Args:
+    ctx: the run.
+    policy: name in `core.stages.POLICIES`, but not `few_shot`.
   """
-  stage = stage_of(ctx, name)
-  given = ctx.given_weights(stage)
+  # Where policy and reward model share a base, the stage's own role is the policy's.
+  row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).role
+  given = ctx.given.get(row.name)
   if given:
-    return given.load(ctx.mesh, ctx.model("policy" if name == "base" else "reward_base"))
-  chosen = (
-    "sft_select" if name == "sft" and finished.read_done(ctx.directory("sft_select")) else stage
-  )
-  step = finished.read_done(ctx.directory(chosen))["step"]
-  averaged = name in RL_STAGES and judges_average(ctx)
-  return load_step(ctx, name, step, "ema_params" if averaged else "params")
+    return given.load(ctx.mesh, ctx.model(role))
+  again = selector(row.name)
+  done = (ctx.done(again) if again else None) or ctx.done(row.name)
+  averaged = row.is_rl and judges_average(ctx)
+  return load_step(ctx, row.name, done.step, "ema_params" if averaged else "params", role)
 
 
 def load_reward(ctx: Context):
   """Reward-model weights with the bias that makes demonstrations score 0 on average (C.2)."""
-  done = finished.read_done(ctx.directory("rm"))
-  return heads.shift_bias(load_step(ctx, "rm", done["step"]), done["demonstration_mean"])
+  done = ctx.done("rm")
+  return heads.shift_bias(load_step(ctx, "rm", done.step), done.result.demonstration_mean)

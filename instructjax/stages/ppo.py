@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instructjax.core.config import PPOConfig
-from instructjax.core.structs import PPOState
+from instructjax.core import results
+from instructjax.core.config import Config, PPOConfig
+from instructjax.core.structs import PPOState, Samples
 from instructjax.data import batching, sources
 from instructjax.models import flops, transformer
 from instructjax.parallel import sharding, stacking
 from instructjax.rl import step as ppo_step
-from instructjax.stages import answers, policies
-from instructjax.stages.context import Context, is_finished, stage_run
-from instructjax.stages.pretrain import document_batches, validation_rows
+from instructjax.stages import answers, lineage, policies
+from instructjax.stages.context import Context, is_finished, make_model, stage_run
+from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, finished, loop, supervised
 from instructjax.train.optim import make_optimizer
 
@@ -27,35 +28,29 @@ _ADVICE = (
 )
 
 
-def variant(ctx: Context, stage: str) -> PPOConfig:
-  """The PPO block as a stage runs it: `ppo` is gamma = 0 (sec 3.5), `ppo_beta0` has no KL penalty either."""
-  cfg, evaluation = ctx.config.ppo, ctx.config.evaluate
-  if stage == "ppo_ptx":
-    return cfg
-  if stage == "ppo":
-    return dataclasses.replace(cfg, gamma=0.0)
-  return dataclasses.replace(
-    cfg,
-    gamma=0.0,
-    beta=0.0,
-    kl_controller="fixed",
-    num_iterations=evaluation.overoptimization_iterations,
-    max_kl=0.0,  # letting the policy run away is the point
-  )
+def make_nets(
+  config: Config, mesh: Mesh, cfg: PPOConfig, vocab_size: int, eos_id: int
+) -> ppo_step.Nets:
+  """Networks and optimisers. Clipping is left to the step, which clips each term of the gradient on its own.
 
-
-def make_nets(ctx: Context, cfg: PPOConfig) -> ppo_step.Nets:
-  """Networks and optimisers. Clipping is left to ppo.py, which clips each term of the gradient on its own."""
+  Args:
+    config: of the run.
+    mesh: its devices.
+    cfg: its PPO block as the stage runs it.
+    vocab_size, eos_id: of the tokenizer.
+  Raises:
+    UserError: the warmup is as long as the stage.
+  """
   updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
   unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)  # noqa: E731
   return ppo_step.Nets(
-    policy=ctx.model("policy"),
-    scalar=ctx.model("reward"),
+    policy=make_model(config, mesh, "policy", vocab_size),
+    scalar=make_model(config, mesh, "reward", vocab_size),
     policy_tx=unclipped(cfg.policy_optim),
     value_tx=unclipped(cfg.value_optim),
-    eos_id=ctx.tokenizer.eos_id,
-    max_response_length=ctx.config.data.max_response_length,
-    slots=ctx.config.rollout.slots,
+    eos_id=eos_id,
+    max_response_length=config.data.max_response_length,
+    slots=config.rollout.slots,
   )
 
 
@@ -78,9 +73,9 @@ def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState
   )
 
 
-def initial_state(ctx: Context, cfg: PPOConfig, nets: ppo_step.Nets, params, reward_params, key):
+def initial_state(mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params, reward_params, key):
   """(PPOState, its shardings) before the first iteration; copies of the weights given."""
-  shardings = state_shardings(ctx.mesh, nets, cfg)
+  shardings = state_shardings(mesh, nets, cfg)
 
   def create(params, value_params, key):
     params, value_params = jax.tree.map(jnp.copy, (params, value_params))
@@ -108,7 +103,7 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
   seed = ctx.data_seed(stage)
   parts = {
     "prompts": batching.prompt_batches(
-      ctx.prompt_tokens("train"),
+      ctx.data.prompt_tokens("train"),
       length=ctx.config.data.max_prompt_length,
       batch_size=cfg.batch_size,
       seed=seed,
@@ -132,10 +127,10 @@ def _describe(ctx: Context, cfg: PPOConfig):
   simulation = sources.simulation(ctx.config.data.prompts)
   prompt_length = ctx.config.data.max_prompt_length
 
-  def describe(samples: dict, step: int):
-    rollout = samples["rollout"]
+  def describe(samples: Samples, step: int):
+    rollout = samples.rollout
     token_BL, is_token_BL, score_B, kl_B = sharding.to_host(
-      (rollout.token_BL, rollout.is_token_BL, samples["score_B"], samples["kl_B"])
+      (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B)
     )
     if jax.process_index() != 0:
       return {}, ()
@@ -189,22 +184,32 @@ def model_flops(
   return scored + cfg.num_epochs * updated
 
 
+def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
+  cfg = lineage.variant(ctx.config, stage)
+  return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.eos_id)
+
+
+def check(ctx: Context, stage: str):
+  """Raises UserError where a warmup is as long as the stage."""
+  _settings(ctx, stage)
+
+
 def run(ctx: Context, stage: str):
   """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
-  cfg = variant(ctx, stage)
-  blocks = {
-    "model": ctx.config.model,
-    "reward_model": ctx.config.reward_model,
-    "data": ctx.config.data,
-    "ppo": cfg,
-    "rollout": ctx.config.rollout,
-  }
-  run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
+  cfg, nets = _settings(ctx, stage)
+  run_ = stage_run(
+    ctx,
+    stage,
+    cfg,
+    model=ctx.config.model,
+    reward_model=ctx.config.reward_model,
+    data=ctx.config.data,
+    rollout=ctx.config.rollout,
+  )
   if is_finished(run_):
     return
-  nets = make_nets(ctx, cfg)
   given = {"reference": policies.load(ctx, "ppo_init"), "reward_model": policies.load_reward(ctx)}
-  state, shardings = initial_state(ctx, cfg, nets, *given.values(), ctx.key(stage))
+  state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), ctx.key(stage))
   reference = {
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
@@ -226,4 +231,7 @@ def run(ctx: Context, stage: str):
     on_samples=_describe(ctx, cfg),
     flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
-  finished.write_done(run_.directory, {"fingerprint": run_.fingerprint, "step": cfg.num_iterations})
+  finished.write_done(
+    run_.directory,
+    finished.Done(stage, run_.fingerprint, cfg.num_iterations, results.Nothing()),
+  )

@@ -1,38 +1,24 @@
 """Pretraining on documents: the base model that stands in for GPT-3 when no weights are given."""
 
-import itertools
-
+from instructjax.core import results
 from instructjax.core.config import ModelConfig, PretrainConfig
-from instructjax.data import batching
+from instructjax.core.stages import ROLES, STAGES
 from instructjax.models import flops
 from instructjax.parallel import sharding
 from instructjax.stages.context import Context, is_finished, stage_run
+from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, finished, loop, supervised
 from instructjax.train.optim import make_optimizer
 
 
-def document_batches(
-  ctx: Context, split: str, *, length: int, batch_size: int, seed: int, places=None
-):
-  """Packed rows of pretraining text; `places` in a global batch, where they are not its only rows."""
-  return batching.lm_batches(
-    ctx.document_tokens(split),
-    length=length,
-    batch_size=batch_size,
-    seed=seed,
-    vocab_size=ctx.tokenizer.vocab_size,
-    eos_id=ctx.tokenizer.eos_id,
-    places=ctx.own_rows(batch_size) if places is None else places,
-  )
+def _pretrain_config(ctx: Context, stage: str) -> PretrainConfig:
+  return getattr(ctx.config, STAGES[stage].block)
 
 
-def validation_rows(ctx: Context, length: int) -> list:
-  """The same held-out rows of pretraining text for every stage that reports a pretraining loss."""
-  batch_size = ctx.config.pretrain.batch_size
-  batches = document_batches(ctx, "validation", length=length, batch_size=batch_size, seed=0)
-  return list(
-    itertools.islice(batches, min(ctx.config.evaluate.pretrain_batches, batches.steps_per_epoch))
-  )
+def check(ctx: Context, stage: str):
+  """Raises UserError where the warmup is as long as the stage."""
+  cfg = _pretrain_config(ctx, stage)
+  make_optimizer(cfg.optim, cfg.num_steps)
 
 
 def run(ctx: Context, stage: str):
@@ -40,14 +26,12 @@ def run(ctx: Context, stage: str):
 
   The base is the step with the lowest held-out loss: little text, read often, is learnt by heart.
   """
-  cfg: PretrainConfig = ctx.config.pretrain if stage == "pretrain" else ctx.config.reward_pretrain
-  model_cfg: ModelConfig = ctx.config.model if stage == "pretrain" else ctx.config.reward_model
-  step_run = stage_run(
-    ctx, stage, {"model": model_cfg, "stage": cfg, "documents": ctx.config.data.documents}
-  )
+  cfg, role = _pretrain_config(ctx, stage), STAGES[stage].role
+  model_cfg: ModelConfig = getattr(ctx.config, ROLES[role].block)
+  step_run = stage_run(ctx, stage, cfg, model=model_cfg, documents=ctx.config.data.documents)
   if is_finished(step_run):
     return
-  model = ctx.model("policy" if stage == "pretrain" else "reward_base")
+  model = ctx.model(role)
   tx = make_optimizer(cfg.optim, cfg.num_steps)
   key = ctx.key(stage)
   params = supervised.init_params(ctx.mesh, model, key)
@@ -70,7 +54,5 @@ def run(ctx: Context, stage: str):
     show=("loss", "grad_norm", "validation/loss"),
   )
   step, loss = checkpoint.best_step(step_run.directory, "validation/loss")
-  finished.write_done(
-    step_run.directory,
-    {"fingerprint": step_run.fingerprint, "step": step, "validation_loss": loss},
-  )
+  result = results.Pretrained(validation_loss=loss)
+  finished.write_done(step_run.directory, finished.Done(stage, step_run.fingerprint, step, result))

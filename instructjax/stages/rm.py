@@ -1,5 +1,6 @@
 """Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's answers, one epoch, demonstrations at mean 0."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -10,16 +11,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from instructjax.core import results
 from instructjax.core.config import RMConfig
 from instructjax.core.errors import UserError
 from instructjax.core.structs import RankedBatch, TrainState
 from instructjax.data import batching
-from instructjax.data.tokenize import RankingTokens, tokenize_demonstrations, tokenize_rankings
+from instructjax.data.tokenize import RankingTokens, tokenize_rankings
 from instructjax.models import flops, heads, transformer
 from instructjax.ops import preference
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
-from instructjax.stages import answers, policies
+from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, is_finished, stage_run
 from instructjax.train import finished, loop, supervised
 from instructjax.train.optim import make_optimizer
@@ -105,10 +107,10 @@ def initial_params(ctx: Context, key):
   return jax.device_put(params, shardings)
 
 
-def _stage_run(ctx: Context, stage: str) -> loop.StageRun:
-  parents = ("sft" if ctx.config.rm.start_from == "sft" else policies.stage_of(ctx, "reward_base"),)
-  blocks = {"model": ctx.config.reward_model, "stage": ctx.config.rm, "data": ctx.config.data}
-  return stage_run(ctx, stage, blocks, parents=parents + ("collect",) * ctx.collects)
+def _stage_run(ctx: Context, name: str) -> loop.StageRun:
+  """Of the stage, or of one of its folds, which keep their checkpoints apart."""
+  run_ = stage_run(ctx, "rm", ctx.config.rm, model=ctx.config.reward_model, data=ctx.config.data)
+  return dataclasses.replace(run_, name=name, directory=ctx.directory(name))
 
 
 @functools.lru_cache(maxsize=1)
@@ -118,16 +120,16 @@ def _optimizer_and_step(model, cfg: RMConfig, num_steps: int, mesh: Mesh):
   return tx, make_train_step(model, tx, cfg, supervised.state_shardings(mesh, model, tx))
 
 
-def train(ctx: Context, stage: str, records: list, key):
-  """Trains one reward model on `records`; returns (final step, params without the bias)."""
+def train(ctx: Context, name: str, records: list, key):
+  """Trains the stage's reward model, or a fold's, on `records`; returns (final step, params without the bias)."""
   cfg, model = ctx.config.rm, ctx.model("reward")
-  batches = _batches(ctx, records, ctx.data_seed(stage))
+  batches = _batches(ctx, records, ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
-    _stage_run(ctx, stage),
+    _stage_run(ctx, name),
     state,
     train_step,
     batches,
@@ -157,11 +159,14 @@ def pair_margins(score_K: np.ndarray, rank_K) -> np.ndarray:
   )
 
 
-def _plain(calibration: preference.Calibration) -> dict:
-  return {name: np.asarray(value).tolist() for name, value in calibration._asdict().items()}
+def _calibration(margin_N: np.ndarray) -> results.Calibration:
+  found = preference.calibration(margin_N)
+  plain = {name: np.asarray(value).tolist() for name, value in found._asdict().items()}
+  bins = {name: tuple(value) for name, value in plain.items() if name != "expected_error"}
+  return results.Calibration(**bins, expected_error=plain["expected_error"])
 
 
-def judge(ctx: Context, params, records: list) -> dict:
+def judge(ctx: Context, params, records: list) -> results.Judgement:
   """Accuracy over untied pairs with its standard error over prompts, calibration, and the spread of scores."""
   rankings = tokenized(ctx, records)
   score = score_rankings(ctx, params, rankings)
@@ -176,25 +181,19 @@ def judge(ctx: Context, params, records: list) -> dict:
     )
   accuracy = right.sum() / total.sum()
   stderr = np.sqrt(np.sum((right - accuracy * total) ** 2)) / total.sum()
-  return {
-    "accuracy": float(accuracy),
-    "accuracy_stderr": float(stderr),
-    "pairs": int(total.sum()),
-    "prompts": len(total),
-    "score_std": float(np.std(np.concatenate(score))),
-    "calibration": _plain(preference.calibration(np.concatenate(margins))),
-  }
+  return results.Judgement(
+    accuracy=float(accuracy),
+    accuracy_stderr=float(stderr),
+    pairs=int(total.sum()),
+    prompts=len(total),
+    score_std=float(np.std(np.concatenate(score))),
+    calibration=_calibration(np.concatenate(margins)),
+  )
 
 
 def demonstration_mean(ctx: Context, params) -> float:
   """Mean score of labelers' demonstrations, which the bias subtracts (C.2)."""
-  data = ctx.config.data
-  kept, _ = tokenize_demonstrations(
-    ctx.records("demonstrations", "train"),
-    ctx.tokenizer,
-    max_prompt_length=data.max_prompt_length,
-    max_response_length=data.max_response_length,
-  )
+  kept = ctx.data.demonstration_tokens("train")
   ended = [item.response + [ctx.tokenizer.eos_id] for item in kept]
   demonstrations = answers.from_tokens(ctx, [item.prompt for item in kept], ended)
   return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
@@ -210,7 +209,11 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
   if not folds:
     return []
   named = [
-    {record.labeler for record in ctx.records("comparisons", split) if record.labeler is not None}
+    {
+      record.labeler
+      for record in ctx.data.records("comparisons", split)
+      if record.labeler is not None
+    }
     for split in ("train", "validation")
   ]
   labelers = sorted(named[0])
@@ -223,22 +226,30 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
   return result
 
 
-def cross_validate(ctx: Context) -> list[dict]:
+def cross_validate(ctx: Context) -> tuple[results.Fold, ...]:
   """Trains on all but one fold of labelers, and judges on that fold and on the others' held-out prompts (sec 4.1)."""
   cfg = ctx.config.rm
-  train_records, held_out = (ctx.records("comparisons", split) for split in ("train", "validation"))
-  results = []
+  train_records, held_out = (
+    ctx.data.records("comparisons", split) for split in ("train", "validation")
+  )
+  found = []
   for fold, outside in enumerate(fold_labelers(ctx)):
     inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
-    stage = f"rm/fold_{fold}"
-    _, params = train(ctx, stage, inside, ctx.key(stage))
-    results.append(
-      {
-        "heldout": judge(ctx, params, [r for r in held_out if r.labeler in outside])["accuracy"],
-        "train": judge(ctx, params, [r for r in held_out if r.labeler not in outside])["accuracy"],
-      }
+    name = f"rm/fold_{fold}"
+    _, params = train(ctx, name, inside, ctx.key(name))
+    found.append(
+      results.Fold(
+        heldout=judge(ctx, params, [r for r in held_out if r.labeler in outside]).accuracy,
+        train=judge(ctx, params, [r for r in held_out if r.labeler not in outside]).accuracy,
+      )
     )
-  return results
+  return tuple(found)
+
+
+def check(ctx: Context, stage: str):
+  """Raises UserError where labelers cannot be split into folds. Those who are simulated rank later."""
+  if not lineage.collects(ctx.config):
+    fold_labelers(ctx)
 
 
 def run(ctx: Context, stage: str):
@@ -246,15 +257,13 @@ def run(ctx: Context, stage: str):
   run_ = _stage_run(ctx, stage)
   if is_finished(run_):
     return
-  num_steps, params = train(ctx, stage, ctx.records("comparisons", "train"), ctx.key(stage))
-  result = {
-    "fingerprint": run_.fingerprint,
-    "step": num_steps,
-    "demonstration_mean": demonstration_mean(ctx, params),
-    "validation": judge(ctx, params, ctx.records("comparisons", "validation")),
-  }
-  if ctx.collects:
-    result["heldout_labelers"] = judge(ctx, params, ctx.records("comparisons", "heldout"))
-  if fold_labelers(ctx):
-    result["cross_validation"] = cross_validate(ctx)
-  finished.write_done(run_.directory, result)
+  num_steps, params = train(ctx, stage, ctx.data.records("comparisons", "train"), ctx.key(stage))
+  records = lambda split: ctx.data.records("comparisons", split)
+  has_heldout = lineage.collects(ctx.config)
+  result = results.RewardModel(
+    demonstration_mean=demonstration_mean(ctx, params),
+    validation=judge(ctx, params, records("validation")),
+    heldout_labelers=judge(ctx, params, records("heldout")) if has_heldout else None,
+    cross_validation=cross_validate(ctx),
+  )
+  finished.write_done(run_.directory, finished.Done(stage, run_.fingerprint, num_steps, result))

@@ -3,26 +3,21 @@
 import jax
 import numpy as np
 
+from instructjax.core import results
 from instructjax.core.config import SFTConfig
+from instructjax.core.stages import STAGES
 from instructjax.data import batching
-from instructjax.data.tokenize import tokenize_demonstrations
 from instructjax.models import flops
 from instructjax.parallel import sharding
-from instructjax.stages import answers, policies
+from instructjax.stages import policies
 from instructjax.stages.context import Context, is_finished, stage_run
-from instructjax.stages.pretrain import document_batches, validation_rows
+from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import finished, loop, metrics, supervised
 from instructjax.train.optim import make_optimizer
 
 
-def _demonstrations(ctx: Context, split: str) -> list:
-  data = ctx.config.data
-  return tokenize_demonstrations(
-    ctx.records("demonstrations", split),
-    ctx.tokenizer,
-    max_prompt_length=data.max_prompt_length,
-    max_response_length=data.max_response_length,
-  )[0]
+def _sft_config(ctx: Context, stage: str) -> SFTConfig:
+  return getattr(ctx.config, STAGES[stage].block)
 
 
 def _batches(ctx: Context, cfg: SFTConfig, stage: str):
@@ -32,7 +27,7 @@ def _batches(ctx: Context, cfg: SFTConfig, stage: str):
   places = ctx.own_rows(cfg.batch_size)
   common = dict(length=cfg.length, seed=ctx.data_seed(stage))
   demonstrations = batching.sft_batches(
-    _demonstrations(ctx, "train"),
+    ctx.data.demonstration_tokens("train"),
     batch_size=first_mixed,
     vocab_size=ctx.tokenizer.vocab_size,
     eos_id=ctx.tokenizer.eos_id,
@@ -54,7 +49,7 @@ def _join_rows(batch: dict):
 
 def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate):
   batches = batching.sft_batches(
-    _demonstrations(ctx, "validation"),
+    ctx.data.demonstration_tokens("validation"),
     length=cfg.length,
     batch_size=cfg.batch_size,
     seed=0,
@@ -70,15 +65,17 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate):
   }
 
 
+def check(ctx: Context, stage: str):
+  """Raises UserError where no demonstration fits, or the warmup is as long as the stage."""
+  cfg = _sft_config(ctx, stage)
+  _, steps_per_epoch = _batches(ctx, cfg, stage)
+  make_optimizer(cfg.optim, cfg.num_epochs * steps_per_epoch)
+
+
 def run(ctx: Context, stage: str):
   """Trains `sft` or `ppo_init` from the base; keeps one checkpoint an epoch and marks the best by validation loss."""
-  cfg: SFTConfig = getattr(ctx.config, stage)
-  step_run = stage_run(
-    ctx,
-    stage,
-    {"model": ctx.config.model, "stage": cfg, "data": ctx.config.data},
-    parents=("pretrain",),
-  )
+  cfg = _sft_config(ctx, stage)
+  step_run = stage_run(ctx, stage, cfg, model=ctx.config.model, data=ctx.config.data)
   if is_finished(step_run):
     return
   model = ctx.model("policy")
@@ -105,43 +102,18 @@ def run(ctx: Context, stage: str):
   history = {
     row["step"]: row for row in metrics.read_metrics(step_run.directory) if "validation/loss" in row
   }
-  epochs = [
-    {
-      "step": step,
-      "validation_loss": history[step]["validation/loss"],
-      "pretrain_loss": history[step]["validation/pretrain_loss"],
-    }
-    for step in epoch_ends
-  ]
-  # ppo_init is the end of its run (C.3); the SFT baseline is the best epoch.
-  best = min(epochs, key=lambda e: e["validation_loss"]) if stage == "sft" else epochs[-1]
-  finished.write_done(
-    step_run.directory,
-    {"fingerprint": step_run.fingerprint, "step": best["step"], "epochs": epochs},
-  )
-
-
-def select(ctx: Context, stage: str):
-  """Chooses the SFT epoch by reward-model score on validation prompts, a better guide than the loss (C.1)."""
-  cfg = ctx.config.evaluate
-  run = stage_run(
-    ctx, stage, {"evaluate": [cfg.num_prompts, cfg.temperature]}, parents=("sft", "rm")
-  )
-  # No training starts from here: with other settings it is chosen anew.
-  if (finished.read_done(run.directory) or {}).get("fingerprint") == run.fingerprint:
-    return
-  model, reward_model = ctx.model("policy"), ctx.model("reward")
-  reward_params = policies.load_reward(ctx)
-  prompts = ctx.prompt_tokens("validation")[: cfg.num_prompts]
-  epochs = []
-  for epoch in finished.read_done(ctx.directory("sft"))["epochs"]:
-    params = policies.load_step(ctx, "sft", epoch["step"])
-    sampled = answers.sample(
-      ctx, model, params, prompts, ctx.key(stage), temperature=cfg.temperature
+  epochs = tuple(
+    results.Epoch(
+      step=step,
+      validation_loss=history[step]["validation/loss"],
+      pretrain_loss=history[step]["validation/pretrain_loss"],
     )
-    score = answers.score(ctx, reward_model, reward_params, sampled)
-    epochs.append(epoch | {"reward": float(score.mean())})
-  best = max(epochs, key=lambda e: e["reward"])
+    for step in epoch_ends
+  )
+  # ppo_init is the end of its run (C.3); the SFT baseline is the best epoch.
+  is_best = STAGES[stage].keeps == "best"
+  kept = min(epochs, key=lambda epoch: epoch.validation_loss) if is_best else epochs[-1]
+  result = results.Tuned(epochs)
   finished.write_done(
-    run.directory, {"fingerprint": run.fingerprint, "step": best["step"], "epochs": epochs}
+    step_run.directory, finished.Done(stage, step_run.fingerprint, kept.step, result)
   )

@@ -4,39 +4,114 @@ Called by the stages, by weights.py and by what comes after training. Also holds
 """
 
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import socket
+import types
+import typing
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
+from instructjax.core import results
 from instructjax.core.errors import UserError
+from instructjax.core.stages import STAGES
 from instructjax.train import reading
 
+TOKENIZER = "tokenizer"  # no stage, but a folder of the workdir that is finished or not
 _DONE = "done.json"
 _LOCK = ".lock"
 
 
-def write_done(directory: pathlib.Path, result: dict):
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """What done.json says.
+
+  Attributes:
+    stage: name in `core.stages.STAGES`, or TOKENIZER.
+    fingerprint: part -> hash, or a config block as JSON: what the stage was made with.
+    step: of the checkpoint that later stages start from; None for a stage without checkpoints.
+    result: the stage's own record, of the type that the table of stages gives it.
+  """
+
+  stage: str
+  fingerprint: Mapping[str, str]
+  step: int | None
+  result: Any
+
+  @property
+  def identity(self) -> str:
+    """What a stage that starts from this one remembers of it."""
+    return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def write_done(directory: pathlib.Path, done: Done):
   """Marks a stage as finished, with its result; the file is whole or absent."""
   if jax.process_index() != 0:
     return
   path = pathlib.Path(directory) / _DONE
   path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_suffix(".tmp")
-  scratch.write_text(json.dumps(result, indent=1) + "\n")
+  scratch.write_text(json.dumps(dataclasses.asdict(done), indent=1) + "\n")
   os.replace(scratch, path)
 
 
-def read_done(directory: pathlib.Path) -> dict | None:
-  """The result of a finished stage, None when it is not finished."""
+def read_done(directory: pathlib.Path) -> Done | None:
+  """What a finished stage left, None when it is not finished.
+
+  Raises:
+    UserError: the file is damaged, or was not written by this version: a key is unknown or missing, or a value is of
+      another type.
+  """
   path = pathlib.Path(directory) / _DONE
   if not path.is_file():
     return None
-  return reading.read(path, lambda: json.loads(path.read_text()))
+  values = reading.read(path, lambda: json.loads(path.read_text()))
+  try:
+    stage = values.get("stage") if isinstance(values, dict) else None
+    if stage not in [TOKENIZER, *STAGES]:
+      raise ValueError(f"it names no stage, but {stage!r}")
+    result = results.Nothing if stage == TOKENIZER else STAGES[stage].result
+    hints = typing.get_type_hints(Done) | {"result": result}
+    return Done(**_fields(hints, values, ""))
+  except ValueError as error:
+    raise UserError(
+      f"cannot read {path}: {error}. Another version of instructjax wrote it: use another --workdir"
+    ) from error
+
+
+def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]:
+  """The values by name, each as its type; ValueError where they are not exactly those of the hints."""
+  if not isinstance(values, dict):
+    raise ValueError(f"{where.rstrip('.')} is no object")
+  unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
+  for names, what in ((unknown, "unknown"), (missing, "missing")):
+    if names:
+      raise ValueError(f"{what} key {', '.join(where + name for name in sorted(names))}")
+  return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+  """A JSON value as a dataclass, tuple, dict, optional or plain type; ValueError where it is none."""
+  origin, inner = typing.get_origin(hint), typing.get_args(hint)
+  if dataclasses.is_dataclass(hint):
+    return hint(**_fields(typing.get_type_hints(hint), value, f"{where}."))
+  if origin is types.UnionType:  # X | None
+    return None if value is None else _typed(inner[0], value, where)
+  if origin is tuple and isinstance(value, list):  # tuple[X, ...]
+    return tuple(_typed(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+  if origin in (dict, Mapping) and isinstance(value, dict):
+    return {name: _typed(inner[1], item, f"{where}.{name}") for name, item in value.items()}
+  if hint is float and type(value) is int:
+    return float(value)
+  if type(value) is not hint:
+    raise ValueError(f"{where}={value!r} is not of type {hint}")
+  return value
 
 
 @contextlib.contextmanager

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from instructjax.core.config import NetworkConfig, network_config
 from instructjax.core.errors import UserError
+from instructjax.core.stages import ROLES, STAGES, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import execution, heads, interop, transformer
 from instructjax.train import checkpoint, finished
 
-RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
 HUB = "hf://"
 
 Which = Literal["ema", "raw", "value"]
@@ -42,7 +42,7 @@ class Weights:
     tokenizer_path: what `tokenizers.load` takes.
     step: of a stage's checkpoint.
     item: name of the weights inside the checkpoint.
-    result: a stage's done.json, {} for other kinds.
+    done: what the stage left; None for other kinds.
     base: what `model.weights` named in the run that trained them; '' where its base was trained too.
   """
 
@@ -55,7 +55,7 @@ class Weights:
   tokenizer_path: pathlib.Path
   step: int | None
   item: str
-  result: Mapping
+  done: finished.Done | None
   base: str
 
   @functools.cached_property
@@ -66,7 +66,12 @@ class Weights:
   @property
   def settings(self) -> Mapping[str, str]:
     """What a stage was made with, name -> JSON or hash; {} for other kinds."""
-    return self.result.get("fingerprint", {})
+    return self.done.fingerprint if self.done else {}
+
+  @property
+  def stage(self) -> Stage | None:
+    """The stage that trained them, whatever its folder is called now; None for other kinds."""
+    return STAGES[self.done.stage] if self.done else None
 
   def model(self, mesh: Mesh) -> transformer.Model:
     """The network for inference on a mesh; its vocabulary is the tokenizer's, so no id without text is sampled."""
@@ -87,8 +92,9 @@ class Weights:
       shardings, _ = transformer.param_shardings(mesh, model)
       return interop.load_params(interop.open_weights(self.path), model, shardings)
     params = load_stage(self.path, mesh, model, self.step, self.item)
-    mean = self.result.get("demonstration_mean")
-    return params if mean is None else heads.shift_bias(params, mean)
+    if self.stage.role != "reward":
+      return params
+    return heads.shift_bias(params, self.done.result.demonstration_mean)
 
 
 def load_stage(
@@ -140,27 +146,29 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     tokenizer_path=path,
     step=None,
     item="params",
-    result={},
+    done=None,
     base="",
   )
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   done = finished.read_done(path)
-  made_with = (done or {}).get("fingerprint", {})
-  if "config.model" not in made_with:
+  stage = STAGES.get(done.stage) if done else None
+  if stage is None or stage.role is None:
     raise UserError(
       f"{path} must be the folder of a finished stage that trains a network, as runs/demo/ppo_ptx"
     )
-  is_rl = "config.ppo" in made_with  # whatever the folder's name is now
-  if which == "value" and not is_rl:
+  if which == "value" and not stage.is_rl:
     raise UserError(f"{path} must be an RL stage to have a value network")
+  made_with = done.fingerprint
+  # A stage calls its own network `model`, whatever its role; the value network is the reward model's.
   block = "reward_model" if which == "value" else "model"
   network = network_config(json.loads(made_with[f"config.{block}"]), f"{path}/done.json")
   # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
-  chosen = finished.read_done(path.parent / "sft_select") if path.name == "sft" else None
-  step = (chosen or done)["step"]
-  has_average = is_rl and json.loads(made_with["config.ppo"])["ema_decay"] > 0
+  again = selector(stage.name)
+  chosen = finished.read_done(path.parent / again) if again else None
+  step = (chosen or done).step
+  has_average = stage.is_rl and json.loads(made_with[f"config.{stage.block}"])["ema_decay"] > 0
   averaged = "ema_params" if has_average else "params"
   item = {"ema": averaged, "raw": "params", "value": "value_params"}[which]
   tokenizer_path = path.parent / "tokenizer"
@@ -172,12 +180,12 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     path=path,
     kind="stage",
     network=network,
-    head="scalar" if "demonstration_mean" in done or which == "value" else "lm",
+    head="scalar" if which == "value" else ROLES[stage.role].head,
     vocab_size=tokenizer.vocab_size,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     tokenizer_path=tokenizer_path,
     step=step,
     item=item,
-    result=done,
+    done=done,
     base=checkpoint.read_meta(path, step)["changeable"]["same numbers"][f"{block}.weights"],
   )

@@ -5,7 +5,6 @@ import importlib
 import math
 import pathlib
 import re
-import types
 
 import jax
 import pytest
@@ -14,10 +13,10 @@ from jax.sharding import AbstractMesh
 from configs import models as presets
 from instructjax import models
 from instructjax.core.config import ModelConfig, from_config_dict
+from instructjax.core.stages import STAGES
 from instructjax.data import records
 from instructjax.parallel import sharding
-from instructjax.stages import pipeline
-from instructjax.stages.context import Context
+from instructjax.stages import context, pipeline
 from launch import plan
 from tests import tiny
 
@@ -155,10 +154,15 @@ def test_the_default_mesh_takes_any_number_of_devices(name, devices):
 def require_fit(name: str, mesh, **batches):
   """With every stage's batch."""
   config = load(name)
-  ctx = Context(config, pathlib.Path(), mesh, types.SimpleNamespace(vocab_size=64))
-  stages = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
-  sizes = {stage: getattr(config, stage).batch_size for stage in stages} | batches
-  ctx.require_fit(["policy", "reward"], sizes)
+  changed = {
+    name: dataclasses.replace(getattr(config, name), batch_size=size)
+    for name, size in batches.items()
+  }
+  names = dict.fromkeys(name for row in STAGES.values() for name in row.batches)
+  batches = [name for name in names if name.endswith(".batch_size")]
+  context.require_fit(
+    dataclasses.replace(config, **changed), mesh, 64, ["policy", "reward"], batches
+  )
 
 
 _MESH_ROW = re.compile(r"^\| (\w+) \| (v\w+):([\dx]+) \| ([\w:,]+) \|", re.MULTILINE)

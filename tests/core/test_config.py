@@ -11,7 +11,8 @@ import pytest
 
 from configs import base, models
 from instructjax.core import config as config_lib
-from instructjax.core.config import STAGES, from_config_dict
+from instructjax.core.config import from_config_dict
+from instructjax.core.stages import STAGES, TARGETS
 from instructjax.data import records
 from instructjax.parallel import sharding
 
@@ -51,14 +52,14 @@ def test_a_reward_model_of_the_policys_network_starts_from_its_weights():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TARGETS)
 def test_config_builds(stage, preset):
   config = from_config_dict(load(stage, preset))
   assert config.stage == stage
   assert config.preset == (preset or "tiny")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", TARGETS)
 def test_paper_values_without_a_preset_build(stage):
   assert from_config_dict(base.base(stage)).preset == "paper"
 
@@ -66,7 +67,7 @@ def test_paper_values_without_a_preset_build(stage):
 def test_one_config_file_a_stage():
   others = {"__init__", "base", "gpt3", "models", "released", "tiny"}
   files = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
-  assert files == set(STAGES)
+  assert files == set(TARGETS)
 
 
 def test_details_15_33_paper_values():
@@ -379,7 +380,10 @@ def test_config_is_hashable():
 _READ_BY_NAME = {
   *(("MeshConfig", axis) for axis in sharding.MESH_AXES),
   *(("DataConfig", kind) for kind in records.KINDS),
-  *(("Config", stage) for stage in ("sft", "ppo_init")),
+  *(("Config", row.block) for row in STAGES.values()),
+  *(
+    ("EvaluateConfig", name.split(".")[1]) for row in STAGES.values() for name in row.takes.values()
+  ),
 }
 
 

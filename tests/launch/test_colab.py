@@ -107,7 +107,7 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch):
     files = [next((run / stage / "checkpoints").rglob("_METADATA")) for run in (first, second)]
     assert files[0].stat().st_mtime_ns == files[1].stat().st_mtime_ns
   betas = [
-    json.loads(finished.read_done(run / "ppo_ptx")["fingerprint"]["config.ppo"])["beta"]
+    json.loads(finished.read_done(run / "ppo_ptx").fingerprint["config.ppo"])["beta"]
     for run in (first, second)
   ]
   assert betas == [0.2, 0.05]

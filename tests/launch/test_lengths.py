@@ -69,7 +69,11 @@ def test_iterations_with_and_without_refilling():
   [
     (0.5, "ppo", "--mean_response=0.5 must be from 1 to config.data.max_response_length=1024"),
     (1025.0, "ppo_ptx", "--mean_response=1025 must be"),
-    (200.0, "sft", "--mean_response is of the answers that ppo and ppo_ptx sample, not of sft"),
+    (
+      200.0,
+      "sft",
+      "--mean_response is of the answers that an RL stage samples, not of sft",
+    ),
   ],
 )
 def test_what_is_no_mean(mean, stage, words):

@@ -4,6 +4,7 @@ One run is stopped by SIGTERM, killed, and resumed by other numbers of processes
 same run made at once in this process. Slow: each process of each pod imports and compiles for itself.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -17,7 +18,6 @@ import pytest
 
 from instructjax.parallel import distributed
 from instructjax.stages import pipeline
-from instructjax.train import finished
 from instructjax.train.metrics import read_metrics
 from launch import local_pod
 from tests import micro, quick
@@ -215,7 +215,9 @@ def test_pods_judge_and_answer_as_one_device_does(wandering, alone):
   read = lambda folder, name: (folder / name).read_text(encoding="utf-8")
   assert read(workdir, "evaluate/answers.jsonl") == read(alone, "evaluate/answers.jsonl")
   for stage in ("rm", "sft_select", "evaluate"):
-    one, other = (_values(finished.read_done(folder / stage)) for folder in (workdir, alone))
+    one, other = (
+      _values(json.loads((folder / stage / "done.json").read_text())) for folder in (workdir, alone)
+    )
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
   assert (workdir / "report" / "index.html").is_file()
 

@@ -1,12 +1,14 @@
 """Tests of instructjax.findings: numbers worked out by hand, and each `holds` both ways."""
 
-import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import scipy.stats
 
+from instructjax.core import results as core_results
 from instructjax.report import findings
+from instructjax.report.results import Measured, Results
 
 NUM_PROMPTS = 20
 
@@ -17,25 +19,36 @@ def _rows(loss: float) -> np.ndarray:
   return np.stack([loss * tokens, tokens], axis=1)
 
 
-def _policy(gold: float, reward: float, kl: float | None, topics: int) -> dict:
+def _policy(gold: float, reward: float, kl: float | None, topics: int) -> Measured:
   full = np.ones(NUM_PROMPTS)
-  found = {
-    "answer": ["an answer"] * NUM_PROMPTS,
-    "reward": reward * full,
-    "gold": gold * full,
-    "ended": np.arange(NUM_PROMPTS) < 15,
-    "length": 7 * full,
-    "names_topic": np.arange(NUM_PROMPTS) < topics,
-  }
-  return found if kl is None else found | {"kl": kl * full}
+  return Measured(
+    answer=["an answer"] * NUM_PROMPTS,
+    reward=reward * full,
+    gold=gold * full,
+    ended=np.arange(NUM_PROMPTS) < 15,
+    length=7 * full,
+    names_topic=np.arange(NUM_PROMPTS) < topics,
+    kl=None if kl is None else kl * full,
+  )
+
+
+def _judgement(accuracy: float) -> core_results.Judgement:
+  return core_results.Judgement(
+    accuracy=accuracy,
+    accuracy_stderr=0.01,
+    pairs=100,
+    prompts=50,
+    score_std=2.0,
+    calibration=core_results.Calibration((), (), (), 0.0),
+  )
 
 
 @pytest.fixture
-def results() -> dict:
+def results() -> Results:
   """A run in which every finding holds, with the same numbers for every prompt."""
-  return {
-    "samples_per_prompt": 1,
-    "measured": {
+  return Results(
+    samples_per_prompt=1,
+    measured={
       "base": _policy(0.0, -1.0, None, 2),
       "reward_base": _policy(0.2, -0.9, None, 3),
       "few_shot": _policy(0.5, -0.5, None, 5),
@@ -45,25 +58,31 @@ def results() -> dict:
       "ppo_ptx": _policy(2.1, 0.9, 6.0, 13),
       "ppo_beta0": _policy(0.3, 3.0, 60.0, 1),
     },
-    "pretraining": {
+    pretraining={
       "base": _rows(3.5),
       "sft": _rows(4.0),
       "ppo_init": _rows(3.6),
       "ppo": _rows(4.5),
       "ppo_ptx": _rows(3.7),
     },
-    "reward_model": {
-      "validation": {"accuracy": 0.70, "accuracy_stderr": 0.01, "score_std": 2.0},
-      "heldout_labelers": {"accuracy": 0.68, "accuracy_stderr": 0.01},
-      "cross_validation": [{"heldout": 0.6, "train": 0.7}, {"heldout": 0.7, "train": 0.74}],
-    },
-    "agreement": {"train": {"agreement": 0.73}, "heldout": {"agreement": 0.71}},
-    "best_of_n": None,
-    "curves": {},
-  }
+    reward_model=core_results.RewardModel(
+      demonstration_mean=0.0,
+      validation=_judgement(0.70),
+      heldout_labelers=_judgement(0.68),
+      cross_validation=(
+        core_results.Fold(heldout=0.6, train=0.7),
+        core_results.Fold(heldout=0.7, train=0.74),
+      ),
+    ),
+    agreement=core_results.LabelerGroups(
+      train=core_results.Agreement(0.73, 0.01, 0.1), heldout=core_results.Agreement(0.71, 0.01, 0.1)
+    ),
+    best_of_n=(),
+    curves={},
+  )
 
 
-def _find(results: dict) -> dict:
+def _find(results: Results) -> dict:
   return {f["id"]: f for f in findings.find(results, bootstrap=200, seed=0)}
 
 
@@ -99,37 +118,55 @@ def test_every_finding_holds_and_measures_what_it_says(results):
   assert shares == pytest.approx({"sft": 0.5, "ppo": 0.75, "ppo_ptx": 0.65})
 
 
+def _measured(name, **values):
+  """The results with other measurements of one policy."""
+  change = lambda r: r.measured | {name: dataclasses.replace(r.measured[name], **values)}
+  return lambda r: dataclasses.replace(r, measured=change(r))
+
+
 def _gold(name, value):
-  return lambda r: r["measured"][name].update(gold=value * np.ones(NUM_PROMPTS))
+  return _measured(name, gold=value * np.ones(NUM_PROMPTS))
 
 
 def _reward(name, value):
-  return lambda r: r["measured"][name].update(reward=value * np.ones(NUM_PROMPTS))
+  return _measured(name, reward=value * np.ones(NUM_PROMPTS))
 
 
 def _loss(name, value):
-  return lambda r: r["pretraining"].update({name: _rows(value)})
+  return lambda r: dataclasses.replace(r, pretraining=r.pretraining | {name: _rows(value)})
 
 
 def _kl(values):
-  return lambda r: r["measured"]["ppo"].update(kl=np.resize(np.array(values, float), NUM_PROMPTS))
+  return _measured("ppo", kl=np.resize(np.array(values, float), NUM_PROMPTS))
+
+
+def _judged(group, **values):
+  """The results with other measurements of the reward model."""
+
+  def change(r):
+    judged = dataclasses.replace(getattr(r.reward_model, group), **values)
+    return dataclasses.replace(
+      r, reward_model=dataclasses.replace(r.reward_model, **{group: judged})
+    )
+
+  return change
 
 
 def _validation(**values):
-  return lambda r: r["reward_model"]["validation"].update(values)
+  return _judged("validation", **values)
 
 
 def _heldout(accuracy):
-  return lambda r: r["reward_model"]["heldout_labelers"].update(accuracy=accuracy)
+  return _judged("heldout_labelers", accuracy=accuracy)
 
 
 def _topics(count):
-  return lambda r: r["measured"]["ppo_ptx"].update(names_topic=np.arange(NUM_PROMPTS) < count)
+  return _measured("ppo_ptx", names_topic=np.arange(NUM_PROMPTS) < count)
 
 
 def _alone(**values):
   """No labelers to compare with: the reward model need only beat chance."""
-  return lambda r: (r.update(agreement=None), _validation(**values)(r))
+  return lambda r: dataclasses.replace(_validation(**values)(r), agreement=None)
 
 
 @pytest.mark.parametrize(
@@ -165,40 +202,45 @@ def _alone(**values):
   ],
 )
 def test_holds_both_ways(results, id_, change, holds):
-  change(results)
-  assert _find(results)[id_]["holds"] is holds
+  assert _find(change(results))[id_]["holds"] is holds
 
 
 def test_findings_about_what_was_not_measured_are_left_out(results):
-  bare = copy.deepcopy(results)
-  for found in bare["measured"].values():
-    del found["gold"], found["names_topic"]
-  for name in ("reward_base", "few_shot", "ppo"):
-    del bare["measured"][name]
-  del bare["pretraining"]["ppo"]
+  measured = {
+    name: dataclasses.replace(found, gold=None, names_topic=None)
+    for name, found in results.measured.items()
+    if name not in ("reward_base", "few_shot", "ppo")
+  }
+  pretraining = {name: rows for name, rows in results.pretraining.items() if name != "ppo"}
+  bare = dataclasses.replace(results, measured=measured, pretraining=pretraining)
   assert set(_find(bare)) == {"rl_over_sft", "reward_model", "kl_bounded"}
-  for name in ("ppo_ptx", "ppo_beta0"):
-    del bare["measured"][name]
-  assert set(_find(bare)) == {"reward_model"}
+  rest = {name: found for name, found in measured.items() if name not in ("ppo_ptx", "ppo_beta0")}
+  assert set(_find(dataclasses.replace(bare, measured=rest))) == {"reward_model"}
 
 
-def test_reward_model_judges_where_there_is_no_gold_score(results):
-  a, b = ({"reward": np.array([1.0, 0.0])}, {"reward": np.array([0.0, 1.0])})
-  np.testing.assert_array_equal(findings.judged(a), [1, 0])
-  np.testing.assert_array_equal(findings.judged(b | {"gold": [5, 6]}), [5, 6])
+def _scored(gold, reward=()) -> Measured:
+  gold = None if gold is None else np.array(gold, float)
+  return Measured(
+    [], np.array(reward), ended=None, length=None, kl=None, gold=gold, names_topic=None
+  )
+
+
+def test_reward_model_judges_where_there_is_no_gold_score():
+  np.testing.assert_array_equal(findings.judged(_scored(None, [1.0, 0.0])), [1, 0])
+  np.testing.assert_array_equal(findings.judged(_scored([5, 6], [0.0, 1.0])), [5, 6])
 
 
 def test_win_rate_counts_ties_half_and_resamples_prompts():
   # Two samples a prompt. Prompts 1 and 2 are won twice, 3 lost twice, 4 is one win and one loss
   # in the first case, two ties in the second: rate (2 + 2 + 0 + 1) / 8.
   rng = np.random.default_rng(0)
-  b = {"gold": np.zeros(8)}
+  b = _scored(np.zeros(8))
   for last in ([1, -1], [0, 0]):
-    a = {"gold": np.array([1, 1, 1, 1, -1, -1, *last], float)}
+    a = _scored([1, 1, 1, 1, -1, -1, *last])
     assert findings.win_rate(a, b, 2, 100, rng)[0] == 5 / 8
   # Prompts won, won, lost, lost: a resample of 4 prompts holds no won one with probability 1/16,
   # which is over 2.5%, so the interval is all of [0, 1]. Resampling the 8 answers would give less.
-  a = {"gold": np.array([1, 1, 1, 1, -1, -1, -1, -1], float)}
+  a = _scored([1, 1, 1, 1, -1, -1, -1, -1])
   rate, interval = findings.win_rate(a, b, 2, 4000, rng)
   assert (rate, interval) == (0.5, [0.0, 1.0])
 
@@ -244,10 +286,10 @@ def test_one_prompt_has_an_interval_of_no_width():
   assert findings._interval(np.array([0.5]), 50, np.random.default_rng(0)) == (0.5, [0.5, 0.5])
 
 
-def test_win_matrix_has_every_pair_twice_and_sums_to_one():
+def test_win_matrix_has_every_pair_twice_and_sums_to_one(results):
   rng = np.random.default_rng(2)
-  measured = {name: {"gold": rng.integers(0, 3, 30).astype(float)} for name in "abc"}
-  results = {"measured": measured, "samples_per_prompt": 1}
+  measured = {name: _scored(rng.integers(0, 3, 30)) for name in "abc"}
+  results = dataclasses.replace(results, measured=measured)
   wins = findings.win_matrix(results, bootstrap=50, seed=0)
   assert {a: set(row) for a, row in wins.items()} == {a: set("abc") - {a} for a in "abc"}
   for a, b in ("ab", "bc", "ca"):

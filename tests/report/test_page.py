@@ -1,5 +1,6 @@
 """Tests of instructjax.report: what the page holds, escapes and can do without; its arithmetic."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from instructjax import report
+from instructjax.core import results as core_results
 from instructjax.ops import preference
 from instructjax.report import figures, findings, overoptimization, page, panels
+from instructjax.report.results import BestOfN, Measured, Results
 
 BOOTSTRAP = 20
 PROMPTS = [f"say <b>{i // 2}</b> & more\n" for i in range(24)]  # two samples a prompt
@@ -29,30 +32,36 @@ CONFIG = NAMESPACE(
 )
 
 
-def _measured(rng, gold: float, has_kl: bool) -> dict:
-  found = {
-    "answer": [f"answer {i} {NASTY}" for i in range(24)],
-    "reward": rng.normal(gold, 1, 24).astype(np.float32),
-    "gold": rng.normal(gold, 1, 24),
-    "ended": rng.random(24) < 0.8,
-    "length": rng.integers(3, 9, 24),
-    "names_topic": rng.random(24) < 0.5,
-  }
-  return found | {"kl": rng.normal(4, 1, 24)} if has_kl else found
+def _measured(rng, gold: float, has_kl: bool) -> Measured:
+  return Measured(
+    answer=[f"answer {i} {NASTY}" for i in range(24)],
+    reward=rng.normal(gold, 1, 24).astype(np.float32),
+    gold=rng.normal(gold, 1, 24),
+    ended=rng.random(24) < 0.8,
+    length=rng.integers(3, 9, 24),
+    names_topic=rng.random(24) < 0.5,
+    kl=rng.normal(4, 1, 24) if has_kl else None,
+  )
 
 
-def _judged(accuracy: float) -> dict:
-  calibration = preference.calibration(np.linspace(-1, 3, 50))
-  return {
-    "accuracy": accuracy,
-    "accuracy_stderr": 0.01,
-    "pairs": 50,
-    "score_std": 1.0,
-    "calibration": {k: np.asarray(v).tolist() for k, v in calibration._asdict().items()},
-  }
+def _judged(accuracy: float) -> core_results.Judgement:
+  found = preference.calibration(np.linspace(-1, 3, 50))
+  return core_results.Judgement(
+    accuracy=accuracy,
+    accuracy_stderr=0.01,
+    pairs=50,
+    prompts=25,
+    score_std=1.0,
+    calibration=core_results.Calibration(*map(tuple, found[:3]), found.expected_error),
+  )
 
 
-def _results() -> dict:
+def _reward_model() -> core_results.RewardModel:
+  folds = (core_results.Fold(heldout=0.6, train=0.7), core_results.Fold(heldout=0.64, train=0.7))
+  return core_results.RewardModel(0.0, _judged(0.70), _judged(0.68), folds)
+
+
+def _results() -> Results:
   rng = np.random.default_rng(0)
   golds = {
     "base": 0, "reward_base": 0, "few_shot": 0.5, "sft": 1, "ppo_init": 1, "ppo": 2, "ppo_ptx": 2,
@@ -68,25 +77,19 @@ def _results() -> dict:
     ]
     for name in ("ppo", "ppo_ptx", "ppo_beta0")
   }  # fmt: skip
-  return {
-    "samples_per_prompt": 2,
-    "measured": measured,
-    "pretraining": {n: np.array([[30.0 + i, 10.0], [31.0, 10.0]]) for i, n in enumerate(texts)},
-    "reward_model": {
-      "validation": _judged(0.70),
-      "heldout_labelers": _judged(0.68),
-      "cross_validation": [{"heldout": 0.6, "train": 0.7}, {"heldout": 0.64, "train": 0.7}],
-    },
-    "agreement": {
-      group: {"agreement": 0.72, "agreement_stderr": 0.01, "tie_rate": 0.1}
-      for group in ("train", "heldout")
-    },
-    "best_of_n": [
-      {"n": n, "kl": float(np.log(n) - (n - 1) / n), "gold": 1 + np.log(n), "reward": np.log(n)}
+  agreement = core_results.Agreement(0.72, 0.01, 0.1)
+  return Results(
+    samples_per_prompt=2,
+    measured=measured,
+    pretraining={n: np.array([[30.0 + i, 10.0], [31.0, 10.0]]) for i, n in enumerate(texts)},
+    reward_model=_reward_model(),
+    agreement=core_results.LabelerGroups(train=agreement, heldout=agreement),
+    best_of_n=[
+      BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), gold=1 + np.log(n), reward=np.log(n))
       for n in (1, 2, 4, 8)
     ],
-    "curves": curves,
-  }
+    curves=curves,
+  )
 
 
 class _Document(html.parser.HTMLParser):
@@ -201,41 +204,45 @@ def test_samples_put_the_answers_to_one_prompt_side_by_side(written):
   assert order == sorted(order)
 
 
+def _without(results, *names):
+  """The results without some policies."""
+  kept = lambda part: {name: found for name, found in part.items() if name not in names}
+  parts = {part: kept(getattr(results, part)) for part in ("measured", "pretraining", "curves")}
+  return dataclasses.replace(results, **parts)
+
+
 def _without_gold(results):
   """A user's own data: no simulation, so no gold score, agreement, best-of-n or few-shot prompt."""
-  for found in results["measured"].values():
-    del found["gold"], found["names_topic"]
-  for rows in results["curves"].values():
-    for row in rows:
-      del row["gold"]
-  del results["measured"]["few_shot"], results["reward_model"]["heldout_labelers"]
-  results |= {"agreement": None, "best_of_n": None}
-  return [section for section in SECTIONS if section != "overoptimization"]
+  results = _without(results, "few_shot")
+  bare = lambda found: dataclasses.replace(found, gold=None, names_topic=None)
+  logged = lambda row: {name: value for name, value in row.items() if name != "gold"}
+  results = dataclasses.replace(
+    results,
+    measured={name: bare(found) for name, found in results.measured.items()},
+    curves={name: list(map(logged, rows)) for name, rows in results.curves.items()},
+    reward_model=dataclasses.replace(results.reward_model, heldout_labelers=None),
+    agreement=None,
+    best_of_n=(),
+  )
+  return results, [section for section in SECTIONS if section != "overoptimization"]
 
 
 def _one_policy(results):
-  """Only PPO-ptx, with one base, no over-optimisation runs, and no calibration or folds."""
-  for name in ("ppo", "ppo_beta0", "reward_base", "few_shot"):
-    for part in ("measured", "pretraining", "curves"):
-      results[part].pop(name, None)
-  del results["reward_model"]["cross_validation"]
-  del results["reward_model"]["validation"]["calibration"]
-  return SECTIONS
+  """Only PPO-ptx, with one base, no over-optimisation runs, and no folds."""
+  results = _without(results, "ppo", "ppo_beta0", "reward_base", "few_shot")
+  reward_model = dataclasses.replace(results.reward_model, cross_validation=())
+  return dataclasses.replace(results, reward_model=reward_model), SECTIONS
 
 
 def _no_rl(results):
   """Nothing but the supervised policies."""
-  for name in ("ppo", "ppo_ptx", "ppo_beta0"):
-    for part in ("measured", "pretraining", "curves"):
-      del results[part][name]
-  results["best_of_n"] = None
-  return [section for section in SECTIONS if section not in ("curves", "overoptimization")]
+  results = dataclasses.replace(_without(results, "ppo", "ppo_ptx", "ppo_beta0"), best_of_n=())
+  return results, [section for section in SECTIONS if section not in ("curves", "overoptimization")]
 
 
 @pytest.mark.parametrize("remove", [_without_gold, _one_policy, _no_rl])
 def test_what_was_not_measured_is_left_out(remove):
-  results = _results()
-  expected = remove(results)
+  results, expected = remove(_results())
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
   document = _Document(page.page(CONFIG, PROMPTS, results, found, wins))
@@ -245,9 +252,7 @@ def test_what_was_not_measured_is_left_out(remove):
 
 
 def test_overview_has_only_panels_with_something_to_show(tmp_path):
-  results = _results()
-  _no_rl(results)
-  _without_gold(results)
+  results, _ = _without_gold(_no_rl(_results())[0])
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
   figures.overview(results, wins, tmp_path / "report.png")
   # Three panels are left: pretraining loss, win rates, reward model. Width and height, big-endian.
@@ -293,7 +298,8 @@ def test_running_mean():
 
 def test_pretraining_loss_is_a_mean_over_tokens():
   # 11 nats over 10 tokens, not the mean of the rows' 2 and 1.
-  assert panels.pretraining_loss({"pretraining": {"sft": [[2, 1], [9, 9]]}}) == {"sft": 1.1}
+  results = dataclasses.replace(_results(), pretraining={"sft": np.array([[2, 1], [9, 9]])})
+  assert panels.pretraining_loss(results) == {"sft": 1.1}
 
 
 def test_accuracy_rows():
@@ -304,7 +310,8 @@ def test_accuracy_rows():
   # Folds .60 and .64: standard deviation .02 sqrt 2, standard error .02.
   assert named["Cross-validation, fold left out"] == pytest.approx((0.62, 1.96 * 0.02))
   assert rows[-1][3] == (0.773, 0.013)
-  alone = {"reward_model": {"validation": _judged(0.6)}, "agreement": None}
+  reward_model = core_results.RewardModel(0.0, _judged(0.6), None, ())
+  alone = dataclasses.replace(_results(), reward_model=reward_model, agreement=None)
   assert [row[0] for row in panels.accuracy_rows(alone)] == ["Reward model, held-out prompts"]
 
 
@@ -315,21 +322,26 @@ def test_column_takes_rows_that_have_all_metrics():
 
 
 def test_overoptimization_scores_start_at_zero_in_standard_deviations():
-  init = {"gold": np.array([0.0, 4.0]), "reward": np.array([1.0, 2.0])}  # deviations 2 and 0.5
-  results = {
-    "measured": {"ppo_init": init},
-    "best_of_n": [
-      {"n": 1, "kl": 0.0, "gold": 2.0, "reward": 1.5},
-      {"n": 2, "kl": 0.25, "gold": 3.0, "reward": 2.0},
+  init = dataclasses.replace(
+    _results().measured["ppo_init"],
+    gold=np.array([0.0, 4.0]),  # deviation 2
+    reward=np.array([1.0, 2.0]),  # 0.5
+  )
+  results = dataclasses.replace(
+    _results(),
+    measured={"ppo_init": init},
+    best_of_n=[
+      BestOfN(n=1, kl=0.0, gold=2.0, reward=1.5),
+      BestOfN(n=2, kl=0.25, gold=3.0, reward=2.0),
     ],
-    "curves": {
+    curves={
       "ppo": [{"kl": 0.0, "gold": 1.0, "reward": 1.2}],
       "ppo_beta0": [
         {"kl": -0.1, "gold": 3.0, "reward": 1.4},
         {"kl": 9.0, "gold": 0.0, "reward": 2.3},
       ],
     },
-  }
+  )
   scores = overoptimization.scores(results)
   for which, distance, gold, reward in (
     ("best_of_n", [0, 0.5], [0, 0.5], [0, 1]),
@@ -338,8 +350,8 @@ def test_overoptimization_scores_start_at_zero_in_standard_deviations():
     np.testing.assert_allclose(scores[which]["distance"], distance)
     np.testing.assert_allclose(scores[which]["gold"], gold)
     np.testing.assert_allclose(scores[which]["reward"], reward)
-  del init["gold"]
-  assert overoptimization.scores(results) == {}
+  without = {"ppo_init": dataclasses.replace(init, gold=None)}
+  assert overoptimization.scores(dataclasses.replace(results, measured=without)) == {}
 
 
 @pytest.mark.parametrize("which", ["best_of_n", "rl"])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 from unittest import mock
 
 import jax
@@ -86,7 +85,7 @@ def start(quick_jit, configs, nets, frozen_weights, one_device):
     return jax.device_put(tree, sharding.param_shardings(mesh, axes, shapes))
 
   def one(name, mesh=one_device, seed=0, frozen=frozen_weights):
-    cfg, context, reward_id = configs[name], types.SimpleNamespace(mesh=mesh), id(frozen)
+    cfg, reward_id = configs[name], id(frozen)
     frozen = ppo_step.Frozen(
       place(mesh, nets.policy, frozen.ref_params), place(mesh, nets.scalar, frozen.reward_params)
     )
@@ -95,7 +94,7 @@ def start(quick_jit, configs, nets, frozen_weights, one_device):
     with jax.set_mesh(mesh), mock.patch.object(jax, "jit", quick_jit):
       if which not in states:
         key = jax.random.key(seed)
-        states[which], layouts[at] = ppo.initial_state(context, cfg, nets, *weights, key)
+        states[which], layouts[at] = ppo.initial_state(mesh, cfg, nets, *weights, key)
       state = states.pop(which) if mesh != one_device else jax.tree.map(jnp.copy, states[which])
       if at not in steps:
         steps[at] = ppo_step.make_train_step(nets, cfg, layouts[at])
@@ -133,7 +132,7 @@ def to_numpy(state):
 
 
 def responses(history):
-  return [samples["rollout"].token_BL[:, PROMPT:] for _, samples in history]
+  return [samples.rollout.token_BL[:, PROMPT:] for _, samples in history]
 
 
 def test_an_iteration_is_one_program_without_the_host(start):
@@ -177,7 +176,7 @@ def test_model_flops_of_an_iteration(configs, nets):
 def test_tokens_are_those_sampled(ppo_run, configs):
   _, _, history = ppo_run
   for metrics, samples in history:
-    rollout = samples["rollout"]
+    rollout = samples.rollout
     assert metrics["tokens"] == rollout.is_response_BR.sum()
     rows = configs["ppo"].batch_size
     assert metrics["prompt_length"] == rollout.is_token_BL[:, :PROMPT].sum() / rows
@@ -224,9 +223,9 @@ def test_details_8_the_first_minibatchs_ratio_is_1(ppo_run, ptx_run):
 
 def test_kl_starts_at_0_and_the_score_is_the_reward_models(ppo_run):
   metrics, samples = ppo_run[2][0]
-  np.testing.assert_allclose(samples["kl_B"], 0, atol=1e-4)
-  np.testing.assert_allclose(metrics["reward"], samples["score_B"].mean(), rtol=1e-5)
-  assert np.abs(ppo_run[2][2][1]["kl_B"]).max() > 1e-3
+  np.testing.assert_allclose(samples.kl_B, 0, atol=1e-4)
+  np.testing.assert_allclose(metrics["reward"], samples.score_B.mean(), rtol=1e-5)
+  assert np.abs(ppo_run[2][2][1].kl_B).max() > 1e-3
 
 
 def test_details_7_sampling_noise_differs_between_iterations(start, configs, one_device, ppo_run):
@@ -236,7 +235,7 @@ def test_details_7_sampling_noise_differs_between_iterations(start, configs, one
   step, state, frozen = start("ppo")
   state = dataclasses.replace(state, step=jax.device_put(jnp.int32(5), state.step.sharding))
   _, _, samples = step(state, frozen, make_batch(configs["ppo"], one_device))
-  assert np.mean(np.asarray(samples["rollout"].token_BL)[:, PROMPT:] != first) > 0.5
+  assert np.mean(np.asarray(samples.rollout.token_BL)[:, PROMPT:] != first) > 0.5
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_ptx"])
@@ -310,7 +309,7 @@ def test_ppo_raises_a_reward_that_counts_a_token(start, configs, nets, one_devic
   share, reward = [], []
   for seed in range(20):
     state, metrics, samples = step(state, frozen, make_batch(configs["ppo"], one_device, seed))
-    rollout = jax.tree.map(np.asarray, samples["rollout"])
+    rollout = jax.tree.map(np.asarray, samples.rollout)
     share.append(np.mean(rollout.token_BL[:, PROMPT:][rollout.is_response_BR] == GOOD))
     reward.append(float(metrics["reward"]))
   assert np.mean(share[:3]) < 0.2 and np.mean(share[-3:]) > 0.6, share
@@ -322,7 +321,7 @@ def assert_equal_runs(got, expected):
   assert step._cache_size() == 1
   for (metrics, samples), (expected_metrics, expected_samples) in zip(history, expected_history):
     for name in ("token_BL", "is_response_BR", "num_steps"):
-      pair = (getattr(s["rollout"], name) for s in (samples, expected_samples))
+      pair = (getattr(s.rollout, name) for s in (samples, expected_samples))
       np.testing.assert_array_equal(*pair, err_msg=name)
     for name in expected_metrics:
       np.testing.assert_allclose(
@@ -394,7 +393,7 @@ def test_slots_change_no_result(quick_jit, start, configs, nets, one_device, ppo
   assert not HOST.findall(step.as_text())
   _, metrics, samples = step(state, frozen, make_batch(configs["ppo"], one_device))
   expected_metrics, expected_samples = ppo_run[2][0]
-  np.testing.assert_array_equal(samples["rollout"].token_BL, expected_samples["rollout"].token_BL)
+  np.testing.assert_array_equal(samples.rollout.token_BL, expected_samples.rollout.token_BL)
   assert metrics["decode_steps"] > expected_metrics["decode_steps"]
   for name in expected_metrics.keys() - {"slot_waste", "decode_steps"}:
     np.testing.assert_allclose(

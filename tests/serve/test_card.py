@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from instructjax.core import results
 from instructjax.serve import card
 from instructjax.train import finished, weights
 from tests import finished_run
@@ -29,7 +30,6 @@ POLICIES = {
   "base": {"reward": -1.25, "pretrain_loss": 3.5},
   "ppo_ptx": {"reward": 0.5432, "kl": 2.125, "pretrain_loss": 3.25},
 }
-JUDGED = {"accuracy": 0.7311, "accuracy_stderr": 0.0123, "pairs": 2560, "prompts": 300}
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +46,22 @@ def run(tmp_path_factory):
     "pretrain",
     {"params": lm},
     base="hf://org/base@v2",
-    blocks=[("stage", config.pretrain), ("documents", config.data.documents)],
-    validation_loss=3.456,
+    blocks=[("pretrain", config.pretrain), ("documents", config.data.documents)],
+    result=results.Pretrained(3.456),
   )
   write(
     "rm",
     {"params": scalar},
-    blocks=[("stage", config.rm), ("data", data)],
+    blocks=[("rm", config.rm), ("data", data)],
     parents=["pretrain"],
-    demonstration_mean=1.5226,
-    validation=JUDGED,
+    result=finished_run.reward_model(1.5226),
   )
   write(
     "ppo_init",
     {"params": lm},
-    blocks=[("stage", config.ppo_init), ("data", data)],
+    blocks=[("ppo_init", config.ppo_init), ("data", data)],
     parents=["pretrain"],
-    epochs=[{"step": 7, "validation_loss": 3.2398}],
+    result=results.Tuned((results.Epoch(7, 3.2398, 4.125),)),
   )
   ppo = dataclasses.replace(config.ppo, beta=0.0375)
   write(
@@ -75,8 +74,8 @@ def run(tmp_path_factory):
     "config.evaluate": json.dumps({"weights": "ema"}),
     "parent:ppo_ptx": finished_run.identity(folder / "ppo_ptx"),
   }
-  finished.write_done(folder / "evaluate", {"fingerprint": evaluated, "summary": POLICIES})
-  (folder / "evaluate" / "results.json").write_text(json.dumps({"policies": POLICIES}))
+  judged = finished.Done("evaluate", evaluated, None, results.Evaluated(POLICIES))
+  finished.write_done(folder / "evaluate", judged)
   (folder / "report").mkdir()
   (folder / "report" / "findings.json").write_text(json.dumps(FINDINGS))
   return folder
@@ -143,7 +142,9 @@ def test_a_reward_models_card(run):
 
 def test_a_stages_own_numbers(run):
   assert "loss on held-out text, nats a token | 3.456" in text(run / "pretrain")
-  assert "step 7, nats a token | validation loss 3.24" in text(run / "ppo_init")
+  assert "step 7, nats a token | validation loss 3.24, pretrain loss 4.125 |" in text(
+    run / "ppo_init"
+  )
 
 
 def test_what_was_judged_before_the_stage_was_made_anew_does_not_count(run, tmp_path):
@@ -185,7 +186,7 @@ def test_nor_does_it_for_what_the_judged_started_from(run, stage):
 
 
 def test_a_conversions_card_claims_nothing(run):
-  opened = dataclasses.replace(weights.locate(run / "ppo_ptx"), kind="hf", result={})
+  opened = dataclasses.replace(weights.locate(run / "ppo_ptx"), kind="hf", done=None)
   page = card.text(opened, card.Export("out", "hf", "ema", "float32", 1))
   assert "`ppo_ptx`, converted by instructjax without training" in page
   assert section(page, "Measured").strip() == "Not measured."

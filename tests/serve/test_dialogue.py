@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from instructjax import models
+from instructjax.core import results
 from instructjax.core.structs import PromptBatch
 from instructjax.data import tokenizer as tokenizers
 from instructjax.rl import sampling, scoring
@@ -35,7 +36,7 @@ SETTINGS = Settings(draw=DRAW, seed=0, chat=None, system="")
 KEY = jax.random.key(3)
 
 
-def write_stage(folder, cfg, tokenizer, head, item, seed, blocks=(), **result):
+def write_stage(folder, cfg, tokenizer, head, item, seed, result, blocks=()):
   """A stage's folder as the stage leaves it, with random weights."""
   model = tiny.make_model(cfg, tokenizer.vocab_size, head)
   rng = np.random.default_rng(seed)
@@ -48,7 +49,7 @@ def write_stage(folder, cfg, tokenizer, head, item, seed, blocks=(), **result):
     "config.model": json.dumps(dataclasses.asdict(cfg)),
     "tokenizer": tokenizer.fingerprint,
   } | dict(blocks)
-  finished.write_done(folder, {"step": 2, "fingerprint": made_with} | result)
+  finished.write_done(folder, finished.Done(folder.name, made_with, 2, result))
   return model, params
 
 
@@ -64,15 +65,18 @@ def run(tmp_path_factory):
   tokenizer = tokenizers.train_tokenizer(texts, micro.VOCAB_SIZE, path, 0)
   write = functools.partial(write_stage, cfg=cfg, tokenizer=tokenizer)
   nets = {
-    "sft": write(folder / "sft", head="lm", item="params", seed=1),
+    "sft": write(folder / "sft", head="lm", item="params", seed=1, result=results.Tuned(())),
     "ppo_ptx": write(
       folder / "ppo_ptx",
       head="lm",
       item="ema_params",
       seed=2,
+      result=results.Nothing(),
       blocks={"config.ppo": '{"ema_decay": 0.9}'},
     ),
-    "rm": write(folder / "rm", head="scalar", item="params", seed=3, demonstration_mean=MEAN),
+    "rm": write(
+      folder / "rm", head="scalar", item="params", seed=3, result=finished_run.reward_model(MEAN)
+    ),
   }
   return folder, nets
 

@@ -41,16 +41,16 @@ def run(tmp_path_factory):
   gpt2 = dataclasses.replace(llama, num_kv_heads=2, **GPT2)
   made = {}
 
-  def write(stage, items, **result):
-    made[stage] = finished_run.write_stage(folder / stage, tokenizer, items, **result)
+  def write(name, items, **more):
+    made[name] = finished_run.write_stage(folder / name, tokenizer, items, **more)
 
   write("sft", {"params": (llama, "lm")})
-  write("rm", {"params": (llama, "scalar")}, demonstration_mean=finished_run.MEAN)
+  write("rm", {"params": (llama, "scalar")}, result=finished_run.reward_model())
   for stage, cfg in (("ppo", gpt2), ("ppo_ptx", llama)):
     items = {"params": (cfg, "lm"), "ema_params": (cfg, "lm"), "value_params": (cfg, "scalar")}
     write(stage, items, blocks=[("reward_model", cfg), ("data", config.data), ("ppo", config.ppo)])
   blocks = [("reward_model", llama), ("ppo", dataclasses.replace(config.ppo, ema_decay=0.0))]
-  write("no_average", {"params": (llama, "lm")}, blocks=blocks)
+  write("no_average", {"params": (llama, "lm")}, stage="ppo", blocks=blocks)
   return folder, made
 
 
@@ -174,7 +174,9 @@ def test_the_pad_of_a_byte_level_tokenizer_is_added_once(run, tmp_path):
   cfg = weights.locate(run[0] / "sft").network
   items = {"params": (cfg, "scalar")}
   tokenizer = tokenizers.load(tmp_path / "tokenizer")
-  made = finished_run.write_stage(tmp_path / "rm", tokenizer, items, demonstration_mean=0.0)
+  made = finished_run.write_stage(
+    tmp_path / "rm", tokenizer, items, result=finished_run.reward_model(0.0)
+  )
   packaging.write_huggingface(str(tmp_path / "rm"), tmp_path / "out")
   packaging.write_huggingface(str(tmp_path / "out"), tmp_path / "again")
   for name in ("out", "again"):

@@ -22,11 +22,11 @@ def test_best_of_n_is_the_mean_over_all_subsets(has_ties):
       best = max(subset, key=lambda i: (reward_PN[p, i], i))  # equal rewards: the later sample
       gold.append(gold_PN[p, best])
       reward.append(reward_PN[p, best])
-    assert row["n"] == n
-    np.testing.assert_allclose([row["gold"], row["reward"]], [np.mean(gold), np.mean(reward)])
+    assert row.n == n
+    np.testing.assert_allclose([row.gold, row.reward], [np.mean(gold), np.mean(reward)])
 
 
 def test_best_of_n_kl_is_the_closed_form():
   # log n - (n - 1) / n: 0, log 2 - 1/2, log 4 - 3/4.
   rows = evaluate.best_of_n(np.zeros((1, 4)), np.zeros((1, 4)), [1, 2, 4])
-  np.testing.assert_allclose([row["kl"] for row in rows], [0, 0.193147, 0.636294], atol=1e-6)
+  np.testing.assert_allclose([row.kl for row in rows], [0, 0.193147, 0.636294], atol=1e-6)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from unittest import mock
 
 import jax
@@ -19,9 +20,11 @@ import orbax.checkpoint as ocp
 import pytest
 from jax._src import compilation_cache
 
+from instructjax.core import results
 from instructjax.core.errors import StageStopped, UserError
 from instructjax.data import demo, sources
 from instructjax.parallel import sharding
+from instructjax.report.results import Measured
 from instructjax.rl import scoring
 from instructjax.stages import (
   answers,
@@ -93,7 +96,7 @@ def context(config, workdir):
 def run_stage(config, workdir, stage):
   ctx = context(config, workdir)
   with jax.set_mesh(ctx.mesh):
-    pipeline.RUN[stage](ctx, stage)
+    pipeline.module(stage).run(ctx, stage)
 
 
 def last_checkpoint(directory):
@@ -142,7 +145,7 @@ def test_from_files_to_the_report(whole):
   assert set(answers[0]["answers"]) == {"base", "sft", "ppo_init", "ppo", "ppo_ptx"}
   for stage in TRAINED:
     done = finished.read_done(whole / stage)
-    assert done["step"] in checkpoint.saved_steps(whole / stage), stage
+    assert done.step in checkpoint.saved_steps(whole / stage), stage
 
 
 def test_the_end_says_where_the_time_went(whole):
@@ -184,7 +187,7 @@ def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo", "report")
   with micro.one_device():
     pipeline.run(config(specs, evaluate__compare=(), evaluate__num_prompts=4), workdir)
-  summary = finished.read_done(workdir / "evaluate")["summary"]
+  summary = finished.read_done(workdir / "evaluate").result.summary
   assert summary.keys() == {"base", "sft", "ppo_init", "ppo_ptx"}
   assert len((workdir / "evaluate" / "answers.jsonl").read_text().splitlines()) == 4
   assert (workdir / "report" / "index.html").is_file()
@@ -198,15 +201,15 @@ def test_without_an_average_the_policy_itself_is_judged(whole, specs, tmp_path):
     pipeline.run(changed, workdir)
   got, expected = (last_checkpoint(folder / "ppo")[0] for folder in (workdir, whole))
   assert got.keys() == {name for name in expected if not name.startswith("['ema_params']")}
-  assert "ppo" in finished.read_done(workdir / "evaluate")["summary"]
+  assert "ppo" in finished.read_done(workdir / "evaluate").result.summary
 
 
 def test_the_sft_epoch_is_chosen_by_reward(whole):
   chosen = finished.read_done(whole / "sft_select")
-  assert len(chosen["epochs"]) == 2
-  assert chosen["step"] == max(chosen["epochs"], key=lambda e: e["reward"])["step"]
-  by_loss = min(chosen["epochs"], key=lambda e: e["validation_loss"])["step"]
-  assert finished.read_done(whole / "sft")["step"] == by_loss
+  epochs = chosen.result.epochs
+  assert len(epochs) == 2
+  assert chosen.step == max(epochs, key=lambda e: e.reward).step
+  assert finished.read_done(whole / "sft").step == min(epochs, key=lambda e: e.validation_loss).step
 
 
 def test_the_base_is_the_step_with_the_lowest_held_out_loss(specs, tmp_path):
@@ -219,14 +222,14 @@ def test_the_base_is_the_step_with_the_lowest_held_out_loss(specs, tmp_path):
   ):
     pipeline.run(cfg, tmp_path)
   done = finished.read_done(tmp_path / "pretrain")
-  assert (done["step"], done["validation_loss"]) == (2, 1.0)
+  assert (done.step, done.result.validation_loss) == (2, 1.0)
   assert checkpoint.saved_steps(tmp_path / "pretrain") == [2, 4]
   ctx = context(cfg, tmp_path)
   base, best, last = (
     jax.tree.leaves(params)
     for params in (
       policies.load(ctx, "base"),
-      *(policies.load_step(ctx, "base", s) for s in (2, 4)),
+      *(policies.load_step(ctx, "pretrain", s) for s in (2, 4)),
     )
   )
   assert all(np.array_equal(a, b) for a, b in zip(base, best, strict=True))
@@ -301,7 +304,7 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo_ptx")
   (tmp_path / "specs.json").write_text(json.dumps(specs))
   arguments = [str(tmp_path / "specs.json"), str(workdir), "ppo_ptx"]
-  code = f"from tests import test_pipeline; test_pipeline.killed_stage(*{arguments!r})"
+  code = f"from tests.stages import test_pipeline; test_pipeline.killed_stage(*{arguments!r})"
   cache = {
     name.upper(): str(getattr(jax.config, name))
     for name in (
@@ -348,51 +351,10 @@ def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
 # --- the plan -------------------------------------------------------------------------------------
 
 BIGGER = {"reward_model__d_mlp": 48}
-LAST = ["sft_select", "ppo_init"]
 
 
-@pytest.mark.parametrize(
-  ("stage", "changes", "expected"),
-  [
-    ("pretrain", {}, ["pretrain"]),
-    ("sft", BIGGER, ["pretrain", "sft"]),
-    ("ppo_init", {}, ["pretrain", "ppo_init"]),
-    ("rm", {}, ["pretrain", "rm"]),  # of one's own comparisons, SFT has no part in it
-    ("rm", {"rm__start_from": "sft"}, ["pretrain", "sft", "rm"]),
-    ("rm", BIGGER, ["reward_pretrain", "rm"]),
-    ("rm", {"data__comparisons": "demo:"}, ["pretrain", "sft", "collect", "rm"]),
-    ("ppo", {}, ["pretrain", "sft", "rm", *LAST, "ppo", "evaluate"]),
-    (
-      "ppo_ptx",
-      {"evaluate__compare": ("ppo",)},
-      ["pretrain", "sft", "rm", *LAST, "ppo", "ppo_ptx", "evaluate"],
-    ),
-    (
-      "evaluate",
-      {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
-      ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
-    ),
-    ("rm", {"model__weights": "other/pretrain"}, ["rm"]),  # one network: both start from them
-    ("rm", {"model__weights": "other/pretrain"} | BIGGER, ["reward_pretrain", "rm"]),
-    (
-      "rm",
-      {"model__weights": "other/pretrain", "reward_model__weights": "other/pretrain"},
-      ["rm"],
-    ),
-  ],
-)
-def test_plan(whole, specs, stage, changes, expected):
-  ctx = context(micro.config(stage, specs), whole)
-  ctx = dataclasses.replace(ctx, config=micro.config(stage, specs, **changes))
-  assert pipeline.plan(ctx) == expected
-  assert set(expected) <= pipeline.RUN.keys()
-
-
-def test_equal_networks_share_their_base(whole, specs):
+def test_a_larger_base_is_judged_where_there_is_one(whole, specs):
   shared, apart = (context(config(specs, **changes), whole) for changes in ({}, BIGGER))
-  assert shared.config.model == shared.config.reward_model
-  assert policies.base_stage(shared, "reward") == "pretrain"
-  assert policies.base_stage(apart, "reward") == "reward_pretrain"
   assert "reward_base" not in evaluate.judged_policies(shared)
   assert "reward_base" in evaluate.judged_policies(apart)
 
@@ -403,15 +365,15 @@ def test_the_reward_model_starts_from_what_the_config_says(whole, specs, tmp_pat
   Not of the epoch that a reward model chose: trained anew, it would start from its own choice.
   """
   workdir = copy_without(whole, tmp_path / "run", "sft_select")
-  steps = {epoch["step"] for epoch in finished.read_done(whole / "sft")["epochs"]}
-  other = min(steps - {finished.read_done(whole / "sft")["step"]})
-  finished.write_done(workdir / "sft_select", {"step": other})
-  for start, source, item in (("base", "pretrain", "base"), ("sft", "sft", "sft")):
+  done = finished.read_done(whole / "sft")
+  other = min({epoch.step for epoch in done.result.epochs} - {done.step})
+  selected = finished.Done("sft_select", {}, other, results.Selected(()))
+  finished.write_done(workdir / "sft_select", selected)
+  for start, source in (("base", "pretrain"), ("sft", "sft")):
     ctx = context(config(specs, rm__start_from=start), workdir)
     with jax.set_mesh(ctx.mesh):
       params = rm.initial_params(ctx, ctx.key("rm"))
-      step = finished.read_done(workdir / source)["step"]
-      expected = policies.load_step(ctx, item, step)
+      expected = policies.load_step(ctx, source, finished.read_done(workdir / source).step)
     trunk = {name: params[name] for name in expected}
     jax.tree.map(np.testing.assert_array_equal, trunk, expected)
     assert "head" in params and float(params["head"]["bias"]) == 0.0
@@ -424,12 +386,14 @@ def test_cross_validation_leaves_out_whole_labelers(whole, specs):
   trained, judged = [], []
   names = lambda rows: {row.labeler for row in rows}
   train = lambda ctx, stage, rows, key: (trained.append((stage, names(rows))), "params")
-  judge = lambda ctx, params, rows: judged.append(names(rows)) or {"accuracy": len(judged)}
+  judge = lambda ctx, params, rows: (
+    judged.append(names(rows)) or types.SimpleNamespace(accuracy=len(judged))
+  )
   with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
-    results = rm.cross_validate(ctx)
+    found = rm.cross_validate(ctx)
   assert trained == [(f"rm/fold_{i}", set(micro.LABELERS) - fold) for i, fold in enumerate(folds)]
   assert judged == [part for fold in folds for part in (fold, set(micro.LABELERS) - fold)]
-  assert results == [{"heldout": 2 * i + 1, "train": 2 * i + 2} for i in range(3)]
+  assert found == tuple(results.Fold(heldout=2 * i + 1, train=2 * i + 2) for i in range(3))
 
 
 def test_rankings_are_scored_alike_in_any_rows_on_one_device_and_eight(whole, specs):
@@ -441,7 +405,7 @@ def test_rankings_are_scored_alike_in_any_rows_on_one_device_and_eight(whole, sp
     assert eight.mesh.size == 8
     for ctx in (one, eight):
       with jax.set_mesh(ctx.mesh):
-        records = ctx.records("comparisons", "validation")[:5]
+        records = ctx.data.records("comparisons", "validation")[:5]
         rankings = rm.tokenized(ctx, records)
         score = rm.score_rankings(ctx, policies.load_reward(ctx), rankings)
         assert [len(x) for x in score] == [len(item.ranks) for item in rankings]
@@ -582,6 +546,10 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
       "stage pretrain: .*after its warmup: warmup_steps=4, got num_steps=4",
     ),
     (
+      {"sft__optim__warmup_steps": 99},
+      r"stage sft: .*after its warmup: warmup_steps=99, got num_steps=\d+",
+    ),
+    (
       {"ppo__value_optim__warmup_steps": 8},
       "stage ppo: .*after its warmup: warmup_steps=8, got num_steps=8",
     ),
@@ -599,11 +567,11 @@ def test_what_would_fail_later_is_refused_at_once(specs, tmp_path, changes, matc
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
-    ({"pretrain__num_steps": 5}, "another config.stage .num_steps: 4 there, 5 here"),
+    ({"pretrain__num_steps": 5}, "another config.pretrain .num_steps: 4 there, 5 here"),
     ({"model__rope_base": 5.0}, "another config.model .rope_base: 10000.0 there, 5.0 here"),
     ({"seed": 1}, "tokenizer: .*another config.seed .0 there, 1 here"),
-    ({"sft__dropout": 0.2}, "sft: .*another config.stage .dropout: 0.1 there, 0.2 here"),
-    ({"rm__ties": "half"}, "rm: .*another config.stage .ties: drop there, half here"),
+    ({"sft__dropout": 0.2}, "sft: .*another config.sft .dropout: 0.1 there, 0.2 here"),
+    ({"rm__ties": "half"}, "rm: .*another config.rm .ties: drop there, half here"),
     ({"ppo__beta": 0.7}, "ppo: .*another config.ppo .beta: 0.2 there, 0.7 here"),
     ({"tokenizer__vocab_size": 50}, "tokenizer: .*vocab_size: 56 there, 50 here"),
   ],
@@ -633,7 +601,7 @@ def test_only_the_first_process_writes(whole, specs, tmp_path, stage):
   with contextlib.ExitStack() as patches:
     patch = lambda *args: patches.enter_context(mock.patch.object(*args))
     patch(collect, "_sampled", lambda *_: [])
-    patch(evaluate, "_measure", lambda *_: {"answer": []})
+    patch(evaluate, "_measure", lambda *_: Measured([], *[None] * 6))
     patch(evaluate, "pretraining_losses", lambda *_: {})
     patch(jax, "process_index", lambda: 1)
     run_stage(config(specs, data__comparisons="demo:"), workdir, stage)
@@ -667,8 +635,8 @@ def test_from_the_demo_to_the_report(tmp_path):
   """The demo's own road: comparisons are collected, and judged by its gold score."""
   with few_records(), micro.one_device():
     pipeline.run(micro.config("ppo_ptx", DEMO, evaluate__best_of_n=2), tmp_path)
-  agreement = finished.read_done(tmp_path / "collect")["agreement"]
-  assert agreement.keys() == {"train", "heldout"}
+  agreement = finished.read_done(tmp_path / "collect").result.agreement
+  assert 0 < agreement.train.agreement <= 1 and 0 < agreement.heldout.agreement <= 1
   for split, count in (("train", 16), ("validation", 8), ("heldout", 8)):
     spec = f"jsonl:{tmp_path}/collect/{split}.jsonl"
     rankings = sources.load(
@@ -676,8 +644,8 @@ def test_from_the_demo_to_the_report(tmp_path):
     )
     assert len(rankings) == count
     assert all(2 <= len(ranking.responses) <= 3 and ranking.labeler for ranking in rankings)
-  assert "heldout_labelers" in finished.read_done(tmp_path / "rm")
-  summary = finished.read_done(tmp_path / "evaluate")["summary"]
+  assert finished.read_done(tmp_path / "rm").result.heldout_labelers.pairs > 0
+  summary = finished.read_done(tmp_path / "evaluate").result.summary
   assert {"few_shot", "ppo_ptx"} <= summary.keys()
   assert "gold" in summary["ppo_ptx"]
   assert (tmp_path / "report" / "index.html").is_file()

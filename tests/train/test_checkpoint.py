@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.errors import UserError
 from instructjax.core.structs import TrainState
-from instructjax.train import checkpoint, finished
+from instructjax.train import checkpoint
 from instructjax.train.checkpoint import Checkpoints, saved_steps
 
 FINGERPRINT = {"config": "c" * 64, "tokenizer": "t" * 64}
@@ -248,20 +248,3 @@ def test_fingerprint_of_a_tree():
   assert (
     checkpoint.tree_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) != digest
   )
-
-
-def test_done_is_whole_or_absent(tmp_path):
-  assert finished.read_done(tmp_path / "sft") is None
-  finished.write_done(tmp_path / "sft", {"step": 3, "loss": 0.5})
-  assert finished.read_done(tmp_path / "sft") == {"step": 3, "loss": 0.5}
-  assert [path.name for path in (tmp_path / "sft").iterdir()] == ["done.json"]
-
-
-def test_one_run_a_workdir(tmp_path):
-  workdir = tmp_path / "runs"
-  with finished.workdir_lock(workdir):
-    with pytest.raises(UserError, match=f"in use by another run .process {os.getpid()} on "):
-      with finished.workdir_lock(workdir):
-        pass
-  with finished.workdir_lock(workdir):
-    pass

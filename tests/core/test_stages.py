@@ -1,0 +1,70 @@
+"""The table of stages holds together: its rows name modules, config fields, records and parents that are there."""
+
+import dataclasses
+import importlib
+import inspect
+import pathlib
+import typing
+
+import pytest
+
+from instructjax.core import stages
+from instructjax.core.config import Config
+from instructjax.core.stages import POLICIES, ROLES, STAGES, TARGETS
+from instructjax.data import records
+
+ROOT = pathlib.Path(__file__).parents[2]
+ROWS = pytest.mark.parametrize("row", STAGES.values(), ids=STAGES)
+
+
+def field(name: str):
+  """Type of the config field of a dotted name."""
+  hint = Config
+  for part in name.split("."):
+    hint = typing.get_type_hints(hint)[part]
+  return hint
+
+
+@ROWS
+def test_a_stages_module_runs_and_checks(row):
+  module = importlib.import_module(f"instructjax.stages.{row.module}")
+  for function in (module.run, module.check):
+    assert list(inspect.signature(function).parameters) == ["ctx", "stage"]
+
+
+@ROWS
+def test_parents_stand_above(row):
+  """So the table is in the order that stages run, and nothing starts from itself."""
+  above = list(STAGES)[: list(STAGES).index(row.name)]
+  assert set(row.parents) <= set(above)
+
+
+@ROWS
+def test_what_a_row_names_is_there(row):
+  assert set(row.reads) <= set(records.KINDS)
+  block = field(row.block)
+  assert all(field(name) is int for name in row.batches)
+  settings = {f.name for f in dataclasses.fields(block)}
+  assert {*row.holds, *row.takes} <= settings
+  assert all(field(name) is field(f"{row.block}.{own}") for own, name in row.takes.items())
+  assert dataclasses.is_dataclass(row.result)
+  assert row.selects is None or (row.selects in row.parents and row.role is None)
+  assert (row.role is None) or (row.role in ROLES and row.what and row.paper)
+  # A base stands in for given weights: it starts from nothing, and it is judged.
+  assert row.parents or (row.role and row.policy)
+
+
+def test_every_target_has_a_config_file():
+  assert all((ROOT / "configs" / f"{name}.py").is_file() for name in TARGETS)
+  assert all(f'"{name}"' in (ROOT / "configs" / f"{name}.py").read_text() for name in TARGETS)
+
+
+def test_policies_can_be_told_apart():
+  for attribute in ("title", "colour"):
+    assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 8
+
+
+def test_who_selects_and_who_trains():
+  assert stages.selector("sft") == "sft_select"
+  assert stages.selector("ppo_init") is None
+  assert stages.stage_of_policy("reward_base").name == "reward_pretrain"

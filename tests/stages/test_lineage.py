@@ -1,0 +1,97 @@
+"""What a config makes of the table of stages: plans, parents, variants of PPO."""
+
+import dataclasses
+
+import pytest
+
+from instructjax.stages import lineage
+from tests import micro
+
+SPECS = {kind: "jsonl:x" for kind in ("documents", "demonstrations", "comparisons", "prompts")}
+BIGGER = {"reward_model__d_mlp": 48}
+LAST = ["sft_select", "ppo_init"]
+
+
+def config(stage="ppo_ptx", **changes):
+  return micro.config(stage, SPECS, **changes)
+
+
+@pytest.mark.parametrize(
+  ("stage", "changes", "expected"),
+  [
+    ("pretrain", {}, ["pretrain"]),
+    ("sft", BIGGER, ["pretrain", "sft"]),
+    ("ppo_init", {}, ["pretrain", "ppo_init"]),
+    ("rm", {}, ["pretrain", "rm"]),  # of one's own comparisons, SFT has no part in it
+    ("rm", {"rm__start_from": "sft"}, ["pretrain", "sft", "rm"]),
+    ("rm", BIGGER, ["reward_pretrain", "rm"]),
+    ("rm", {"data__comparisons": "demo:"}, ["pretrain", "sft", "collect", "rm"]),
+    ("ppo", {}, ["pretrain", "sft", "rm", *LAST, "ppo", "evaluate"]),
+    (
+      "ppo_ptx",
+      {"evaluate__compare": ("ppo",)},
+      ["pretrain", "sft", "rm", *LAST, "ppo", "ppo_ptx", "evaluate"],
+    ),
+    (
+      "evaluate",
+      {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
+      ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
+    ),
+    ("rm", {"model__weights": "other/pretrain"}, ["rm"]),  # one network: both start from them
+    ("rm", {"model__weights": "other/pretrain"} | BIGGER, ["reward_pretrain", "rm"]),
+    (
+      "rm",
+      {"model__weights": "other/pretrain", "reward_model__weights": "other/pretrain"},
+      ["rm"],
+    ),
+  ],
+)
+def test_plan(stage, changes, expected):
+  assert lineage.plan(config(stage, **changes)) == expected
+
+
+@pytest.mark.parametrize(
+  "stage, changes, expected",
+  [
+    ("rm", {}, ("pretrain",)),
+    ("rm", BIGGER, ("reward_pretrain",)),
+    ("rm", {"rm__start_from": "sft"}, ("sft",)),
+    ("rm", BIGGER | {"data__comparisons": "demo:"}, ("reward_pretrain", "collect")),
+    ("collect", {}, ("sft",)),
+    ("ppo", {}, ("ppo_init", "rm")),
+    ("evaluate", {}, ("sft_select", "ppo_init", "ppo_ptx")),
+    (
+      "evaluate",
+      {"evaluate__compare": ("ppo",), "evaluate__overoptimization": True},
+      ("sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
+    ),
+  ],
+)
+def test_parents(stage, changes, expected):
+  assert lineage.parents(config(**changes), stage) == expected
+
+
+def test_variants_of_ppo():
+  cfg = config(ppo__kl_controller="adaptive", ppo__max_kl=9.0)
+  assert lineage.variant(cfg, "ppo_ptx") == cfg.ppo
+  assert lineage.variant(cfg, "ppo") == dataclasses.replace(cfg.ppo, gamma=0.0)
+  free = dict(gamma=0.0, beta=0.0, kl_controller="fixed", max_kl=0.0)
+  iterations = cfg.evaluate.overoptimization_iterations
+  assert iterations != cfg.ppo.num_iterations
+  expected = dataclasses.replace(cfg.ppo, num_iterations=iterations, **free)
+  assert lineage.variant(cfg, "ppo_beta0") == expected
+
+
+def test_equal_networks_share_their_base():
+  shared, apart = config(), config(**BIGGER)
+  assert shared.model == shared.reward_model
+  assert lineage.bases(shared) == ("pretrain",)
+  assert lineage.bases(apart) == ("pretrain", "reward_pretrain")
+  stages = [lineage.stage_of(cfg, "reward_base") for cfg in (shared, apart)]
+  assert stages == ["pretrain", "reward_pretrain"]
+
+
+def test_only_bases_are_given():
+  cfg = config(model__weights="there", reward_model__weights="elsewhere")
+  given = [lineage.given(cfg, stage) for stage in ("pretrain", "reward_pretrain", "sft", "rm")]
+  assert given == ["there", "elsewhere", "", ""]

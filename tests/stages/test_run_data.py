@@ -1,0 +1,63 @@
+"""A run's records and token lists: read once, and collected comparisons in place of the demo's."""
+
+import types
+
+import pytest
+
+from instructjax.data import records, sources
+from instructjax.stages.run_data import RunData
+from tests import micro
+
+SPECS = {kind: f"jsonl:{kind}" for kind in records.KINDS}
+# A character is a token.
+TOKENIZER = types.SimpleNamespace(
+  bos_id=7,
+  eos_id=1,
+  encode=lambda text: [ord(c) for c in text],
+  encode_prompt=lambda text: [ord(c) for c in text],
+  render_chat=None,
+)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+  """(spec, kind, split) of each call of `sources.load`, which finds two records of each kind."""
+  calls = []
+
+  def load(spec, kind, split, **_):
+    calls.append((spec, kind, split))
+    return [types.SimpleNamespace(text=text, prompt=text) for text in ("ab", "c" * 99)]
+
+  monkeypatch.setattr(sources, "load", load)
+  monkeypatch.setattr(sources, "render", lambda found, *_, **__: found)
+  return calls
+
+
+def run_data(tmp_path, **changes) -> RunData:
+  return RunData(micro.config("ppo_ptx", SPECS | changes), tmp_path, TOKENIZER)
+
+
+def test_what_is_read_is_kept(loaded, tmp_path):
+  data = run_data(tmp_path)
+  assert data.records("prompts", "train") is data.records("prompts", "train")
+  assert data.prompt_tokens("train") is data.prompt_tokens("train")
+  assert loaded == [("jsonl:prompts", "prompts", "train")]
+  data.prompt_tokens("test")
+  run_data(tmp_path).records("prompts", "train")  # another run reads anew
+  assert [split for *_, split in loaded] == ["train", "test", "train"]
+
+
+def test_tokens_of_documents_and_prompts(loaded, tmp_path):
+  data = run_data(tmp_path)
+  assert data.document_tokens("train")[0] == [7, 97, 98]  # BOS first
+  assert data.prompt_tokens("train") == [[97, 98]]  # the other has 99 tokens, 36 fit
+
+
+def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
+  run_data(tmp_path).records("comparisons", "heldout")
+  run_data(tmp_path, comparisons="demo:").records("comparisons", "heldout")
+  collected = f"jsonl:{tmp_path}/collect/heldout.jsonl"
+  assert loaded == [
+    ("jsonl:comparisons", "comparisons", "heldout"),
+    (collected, "comparisons", "all"),
+  ]

@@ -1,0 +1,113 @@
+"""done.json: whole or absent, and read strictly; the lock of a workdir."""
+
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+
+from instructjax.core import results
+from instructjax.core.errors import UserError
+from instructjax.core.stages import STAGES
+from instructjax.train import finished
+
+TUNED = results.Tuned((results.Epoch(step=3, validation_loss=0.5, pretrain_loss=2.0),))
+AGREEMENT = results.Agreement(0.75, 0.01, 0.2)
+JUDGED = results.Judgement(
+  accuracy=0.7,
+  accuracy_stderr=0.01,
+  pairs=40,
+  prompts=12,
+  score_std=2.0,
+  calibration=results.Calibration((0.6, 0.8), (0.5, 1.0), (10, 30), 0.05),
+)
+RECORDS = (
+  results.Nothing(),
+  results.Pretrained(3.5),
+  TUNED,
+  results.Selected((results.ScoredEpoch(3, 0.5, 2.0, reward=-1.25),)),
+  results.Collected(results.LabelerGroups(train=AGREEMENT, heldout=AGREEMENT)),
+  results.RewardModel(1.5, JUDGED, None, ()),
+  results.RewardModel(1.5, JUDGED, JUDGED, (results.Fold(heldout=0.6, train=0.7),)),
+  results.Evaluated({"sft": {"reward": 0.5}, "base": {}}),
+)
+
+
+def done_of(result) -> finished.Done:
+  stage = next(name for name, row in STAGES.items() if row.result is type(result))
+  return finished.Done(stage, {"config.seed": "0"}, 3, result)
+
+
+@pytest.mark.parametrize("result", RECORDS, ids=lambda record: type(record).__name__)
+def test_done_is_read_as_it_was_written(tmp_path, result):
+  assert finished.read_done(tmp_path / "stage") is None
+  finished.write_done(tmp_path / "stage", done_of(result))
+  assert finished.read_done(tmp_path / "stage") == done_of(result)
+  assert [path.name for path in (tmp_path / "stage").iterdir()] == ["done.json"]
+
+
+def test_every_stages_record_is_tried():
+  assert {type(record) for record in RECORDS} == {row.result for row in STAGES.values()}
+
+
+def test_a_stage_without_checkpoints_has_no_step(tmp_path):
+  done = finished.Done(finished.TOKENIZER, {"tokenizer": "ab"}, None, results.Nothing())
+  finished.write_done(tmp_path, done)
+  assert finished.read_done(tmp_path) == done
+
+
+def test_an_empty_bin_stays_not_a_number(tmp_path):
+  empty = results.Calibration((math.nan,), (math.nan,), (0,), 0.0)
+  judged = dataclasses.replace(JUDGED, calibration=empty)
+  finished.write_done(tmp_path, done_of(results.RewardModel(1.5, judged, None, ())))
+  read = finished.read_done(tmp_path).result.validation.calibration
+  assert math.isnan(read.confidence[0]) and read.count == (0,)
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    (lambda done: done.pop("step"), "missing key step"),
+    (lambda done: done.update(epochs=[]), "unknown key epochs"),
+    (lambda done: done.update(stage="dpo"), "it names no stage, but 'dpo'"),
+    (lambda done: done.pop("stage"), "it names no stage, but None"),
+    (lambda done: done.update(stage="ppo"), "unknown key result.epochs"),
+    (lambda done: done.update(step="3"), "step='3' is not of type <class 'int'>"),
+    (lambda done: done.update(step=True), "step=True is not of type <class 'int'>"),
+    (lambda done: done.update(result=[]), "result is no object"),
+    (lambda done: done["fingerprint"].update(seed=0), "fingerprint.seed=0 is not of type"),
+    (lambda done: done["result"]["epochs"][0].pop("step"), r"missing key result.epochs[0].step"),
+    (
+      lambda done: done["result"]["epochs"][0].update(loss=1.0, reward=1.0),
+      "unknown key result.epochs[0].loss, result.epochs[0].reward",
+    ),
+  ],
+)
+def test_what_another_version_wrote_is_refused_by_name(tmp_path, change, words):
+  finished.write_done(tmp_path, done_of(TUNED))
+  path = tmp_path / "done.json"
+  values = json.loads(path.read_text())
+  change(values)
+  path.write_text(json.dumps(values))
+  with pytest.raises(UserError) as error:
+    finished.read_done(tmp_path)
+  message = str(error.value)
+  assert message.startswith(f"cannot read {path}: {words}"), message
+  assert message.endswith("use another --workdir") and "\n" not in message
+
+
+def test_what_starts_from_a_stage_knows_it_by_what_it_was_made_with():
+  done, same = done_of(TUNED), dataclasses.replace(done_of(TUNED), step=1)
+  other = dataclasses.replace(done, fingerprint={"config.seed": "1"})
+  assert done.identity == same.identity != other.identity
+
+
+def test_one_run_a_workdir(tmp_path):
+  workdir = tmp_path / "runs"
+  with finished.workdir_lock(workdir):
+    with pytest.raises(UserError, match=f"in use by another run .process {os.getpid()} on "):
+      with finished.workdir_lock(workdir):
+        pass
+  with finished.workdir_lock(workdir):
+    pass
