@@ -3,16 +3,13 @@
 import pathlib
 
 from absl import flags, logging
-from ml_collections import config_flags
 
-from instructjax.commands import cli
+from instructjax.commands import cli, config_flag
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import distributed
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
-)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
 )

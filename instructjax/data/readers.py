@@ -6,7 +6,7 @@ returns (rows, decode, has_own_split):
     1, while a table's rows count from 0 as in every library that opens it.
   decode: (raw value, kind, `file:row`) -> what `records.parse_record` takes; may raise BadRecord.
   has_own_split: whether the rows are of `split` already; if not, `sources` holds some out.
-Whatever is wrong with a source as a whole is a ValueError.
+Whatever is wrong with a source as a whole is a UserError.
 
 Imports `records`; pyarrow, `datasets` and tensorflow_datasets are imported where they are used.
 """

@@ -125,7 +125,7 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
     ]
     try:
       answers = _answer(panel, asked, number, settings)
-    except ValueError as error:  # the context is full, say: there is more to ask
+    except UserError as error:  # the context is full, say: there is more to ask
       print(f"error: {error}", file=sys.stderr)
       continue
     except KeyboardInterrupt:

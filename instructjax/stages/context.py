@@ -54,7 +54,7 @@ class Context:
       return None
     try:
       return weights.locate(path)
-    except ValueError as error:
+    except UserError as error:
       raise UserError(f"config.{BASE_OF[stage]}.weights: {error}") from error
 
   def key(self, stage: str) -> jax.Array:

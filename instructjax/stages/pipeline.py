@@ -125,7 +125,7 @@ def _require_schedules(ctx: Context, stage: str):
     elif stage in ("pretrain", "reward_pretrain"):
       cfg: PretrainConfig = getattr(ctx.config, stage)
       make_optimizer(cfg.optim, cfg.num_steps)
-  except ValueError as error:
+  except UserError as error:
     raise UserError(f"stage {stage}: {error}") from error
 
 
