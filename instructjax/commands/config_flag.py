@@ -30,14 +30,18 @@ def define() -> flags.FlagHolder:
   Reading the holder's value gives the ConfigDict with what the command line changes. What is wrong with it raises
   UserError while flags are parsed.
   """
+  argv: list[
+    str
+  ] = []  # filled when flags are parsed: ml_collections would read a --flagfile on import
   holder = config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file, as configs/ppo_ptx.py; FILE:PRESET picks a size. ppo_ptx, or a path that is not here, is looked up"
     " among those that come with instructjax.",
     lock_config=True,
+    sys_argv=argv,
   )
-  flags.FLAGS["config"].parser = _Parser()
+  flags.FLAGS["config"].parser = _Parser(argv)
   # An optional number is None or a number, whichever it was before.
   config_flags.register_flag_parser_for_type(float, _OptionalFloat())
   config_flags.register_flag_parser_for_type(types.NoneType, _OptionalFloat())
@@ -131,13 +135,16 @@ def _failure(path: pathlib.Path, error: Exception) -> str:
 class _Parser(flags.ArgumentParser):
   """Loads the file, then refuses what the command line would change and cannot."""
 
+  def __init__(self, argv: list[str]):
+    """Takes the list in which ml_collections looks for --config.FIELD."""
+    self._argv = argv
+
   def parse(self, path: str) -> ConfigDict:
-    if not isinstance(path, str):
-      return path
+    self._argv[:] = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
     config = load(path)
     config.lock()
-    for override in overrides():
-      _require_field(override, config, path)
+    for override in filter(None, map(_OVERRIDE.fullmatch, self._argv[1:])):
+      _require_field(override["path"], config, path)
     return config
 
 
@@ -148,14 +155,6 @@ class _OptionalFloat(flags.FloatParser):
     if argument is None or argument == "None":
       return None
     return super().parse(argument)
-
-
-def overrides() -> Iterator[str]:
-  """Dotted names of the fields that the command line changes."""
-  for argument in flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False):
-    match = _OVERRIDE.fullmatch(argument)
-    if match:
-      yield match["path"]
 
 
 def _require_field(name: str, config: ConfigDict, spelling: str):
