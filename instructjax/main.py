@@ -18,12 +18,14 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are; 1 runs alone.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
 
 
 def main(arguments: list[str]):
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
+  if not _WORKDIR.value:
+    raise UserError("--workdir must have a value, as runs/demo: the folder of this run")
   config = from_config_dict(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).resolve()
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

@@ -57,6 +57,7 @@ PPO = "--config=configs/ppo.py"
   [
     ([], "--config must have a value"),
     ([PPO], "--workdir must have a value"),
+    ([PPO, "--workdir="], "--workdir must have a value"),
     (
       ["--config=configs/none.py", "W"],
       "--config=configs/none.py: *no such file *ppo_ptx, pretrain",
@@ -101,6 +102,26 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
     assert part in rest, line
     rest = rest.split(part, 1)[1]
   assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    textwrap.dedent(f"""
+      from instructjax.train import supervised
+      from tests import micro
+      def bug(*arguments):
+        raise ValueError("deliberate")
+      def get_config():
+        supervised.create_state = bug
+        return micro.config_dict("pretrain", {micro.write_data(tmp_path / "data")!r})
+    """)
+  )
+  done = run(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 1
+  first, second, *_, last = done.stderr.splitlines()
+  assert first.startswith("This is a fault of instructjax ") and "please report it" in first
+  assert second == "Traceback (most recent call last):"
+  assert "in bug" in done.stderr and last == "ValueError: deliberate"
 
 
 def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, config_file):

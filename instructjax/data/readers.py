@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, reason
 from instructjax.data.records import KEYS, BadRecord
 
 _TURN = "\n\nAssistant:"  # what precedes each answer in an Anthropic-HH dialogue
@@ -76,6 +76,10 @@ def _decode_json(line: bytes, kind: str, where: str) -> Any:
     raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
   except RecursionError as error:
     raise BadRecord(f"{where}: nested too deeply") from error
+  except ValueError as error:
+    if isinstance(error, BadRecord):
+      raise
+    raise BadRecord(f"{where}: not JSON (a number of too many digits)") from error
 
 
 def _decode_hh(line: bytes, kind: str, where: str) -> Any:
@@ -126,8 +130,8 @@ def _parquet_rows(files: list[str], kind: str) -> Rows:
         columns = _columns(file.schema_arrow.names, kind, path)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
     except (OSError, pyarrow.ArrowException) as error:
-      reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-      raise UserError(f"cannot read {path}: {reason}") from error
+      why = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+      raise UserError(f"cannot read {path}: {why}") from error
 
 
 def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
@@ -172,10 +176,15 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
 
 
 def _dataset_rows(datasets: dict[str, Any], kind: str) -> Rows:
+  import pyarrow
+
   for where, dataset in datasets.items():
     wanted = dataset.select_columns(_columns(dataset.column_names, kind, where))
     tables = wanted.with_format("arrow").iter(batch_size=_BATCH)
-    yield from _table_rows((batch for table in tables for batch in table.to_batches()), where)
+    try:
+      yield from _table_rows((batch for table in tables for batch in table.to_batches()), where)
+    except (OSError, pyarrow.ArrowException) as error:
+      raise UserError(f"cannot read {where}: {reason(error)}") from error
 
 
 def _columns(names: list[str], kind: str, where: str) -> list[str]:
@@ -230,8 +239,16 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
     raise UserError(
       f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
-  rows = ((f"tfds:{name}:{chosen}:{row}", source[row]) for row in range(len(source)))
-  return rows, _decode_example, has_own_split
+  return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
+
+
+def _tfds_rows(source: Any, where: str) -> Rows:
+  for row in range(len(source)):
+    try:
+      example = source[row]
+    except Exception as error:  # of many types, for a damaged or missing shard
+      raise UserError(f"cannot read {where}:{row}: {reason(error)}") from error
+    yield f"{where}:{row}", example
 
 
 def _decode_example(example: dict[str, Any], kind: str, where: str) -> Any:

@@ -149,6 +149,8 @@ def typed_lines() -> Iterator[str]:
       line = input("> " if is_terminal else "")
     except EOFError:
       return
+    except UnicodeDecodeError as error:
+      raise UserError(f"a prompt is not UTF-8 (byte {error.start + 1} of what was read)") from error
     if line:
       yield unescape(line)
 

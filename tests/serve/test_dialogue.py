@@ -356,6 +356,8 @@ def command(*arguments, **kwargs):
       "--prompt_file=no.txt cannot be read: No such file",
     ),
     (["--top_p=a"], "flag --top_p=a: could not convert string to float"),
+    (["--checkpoint=x", b"--prompt=a\xff"], "--prompt is not UTF-8 (character 2)"),
+    (["--checkpoint=x", "--prompt=a", b"--system=\xff"], "--system is not UTF-8 (character 1)"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, message):

@@ -40,7 +40,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
   config = _read_json(path / _CONFIG)
   if (path / _INDEX).is_file():
     weight_map = _read_json(path / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
       raise UserError(f"{path / _INDEX} lacks 'weight_map'")
     files = [path / name for name in sorted(set(weight_map.values()))]
   elif (path / _SINGLE).is_file():
@@ -118,7 +118,9 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, dict], int]:
       header = json.loads(file.read(start - 8))
       header.pop("__metadata__", None)
       end = start + max((_checked_end(path, *item) for item in header.items()), default=0)
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except UserError:
+      raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
       raise UserError(f"{path} is not a safetensors file: its header cannot be read") from error
   if end != size:
     raise UserError(

@@ -243,6 +243,10 @@ def test_trailing_bytes(folder):
     (b"[1]", "model.safetensors is not a safetensors file"),
     (b'{"a": {"dtype": "F32"}}', "model.safetensors is not a safetensors file"),
     (
+      b'{"a": {"dtype": "F32", "data_offsets": [0], "shape": []}}',
+      "model.safetensors is not a safetensors file",
+    ),
+    (
       b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
       "model.safetensors: tensor a has 4 bytes for shape [2]",
     ),
