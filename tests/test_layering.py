@@ -24,7 +24,7 @@ LAYERS = (
   ("rl",),
   ("serve", "stages"),
   ("commands",),
-  ("main",),
+  ("main", "__main__"),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

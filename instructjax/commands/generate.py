@@ -1,4 +1,4 @@
-"""Command line: `python -m instructjax.commands.generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
+"""Command line: `python -m instructjax generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
 
 A checkpoint is a finished stage's folder, a Hugging Face folder or a GGUF file. Several answer side by side.
 """

@@ -152,7 +152,7 @@ def _loading(weights: Weights, export: Export) -> str:
   if export.format == "gguf":
     return (
       f"```bash\nllama-completion -m {export.name} -no-cnv -n {length} -p $'Name a colour.\\n'\n```\n\n"
-      "or in instructjax: `python -m instructjax.commands.generate"
+      "or in instructjax: `python -m instructjax generate"
       f" --checkpoint={export.name} --prompt=...`"
     )
   # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.

@@ -23,31 +23,31 @@ HEAVY = (
 @pytest.mark.parametrize(
   ("module", "arguments", "code", "says"),
   [
+    ("instructjax", ["--help"], 0, "usage: instructjax COMMAND"),
+    ("instructjax", ["rnu"], 2, "did you mean run?"),
+    ("instructjax", ["run", "--help"], 0, "--workdir"),
+    ("instructjax", ["generate", "--help"], 0, "--top_p"),
+    ("instructjax", ["export", "--help"], 0, "--format"),
+    ("instructjax", ["plan", "--help"], 0, "--topology"),
     ("instructjax.main", ["--help"], 0, "--workdir"),
-    ("instructjax.commands.generate", ["--help"], 0, "--top_p"),
-    ("instructjax.commands.export", ["--help"], 0, "--format"),
     ("launch.plan", ["--help"], 0, "--topology"),
+    ("instructjax", ["run", "--config=ppo", "--workdir=w", "--wrkdir=x"], 2, "wrkdir"),
     ("instructjax.main", ["--config=configs/ppo.py", "--workdir=w", "--wrkdir=x"], 2, "wrkdir"),
-    (
-      "instructjax.main",
-      ["--config=configs/ppo.py", "--workdir=w", "--config.sed=1"],
-      2,
-      "field sed",
-    ),
-    ("instructjax.commands.generate", ["--temprature=1"], 2, "temprature"),
-    ("instructjax.commands.export", ["--format=onnx"], 2, "--format=onnx"),
-    ("launch.plan", ["--config=configs/ppo.py"], 2, "--topology"),
+    ("instructjax.main", ["--config=ppo", "--workdir=w", "--config.sed=1"], 2, "field sed"),
+    ("instructjax", ["generate", "--temprature=1"], 2, "temprature"),
+    ("instructjax", ["export", "--format=onnx"], 2, "--format=onnx"),
+    ("instructjax", ["plan", "--config=ppo"], 2, "--topology"),
   ],
 )
 def test_help_and_a_bad_flag_come_at_once(module, arguments, code, says):
-  """Before anything that takes seconds to import."""
+  """Before anything that takes seconds to import, and before another command's module."""
   script = (
     f"import runpy, sys; sys.argv = {[module, *arguments]!r}\n"
     f"try: runpy.run_module({module!r}, run_name='__main__')\n"
     f"finally: print('imported:', *[name for name in {HEAVY!r} if name in sys.modules])"
   )
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == code
+  assert done.returncode == code, done.stderr
   *text, imported = done.stdout.splitlines()
   assert imported == "imported:"
   assert any(says in line for line in text + done.stderr.splitlines())

@@ -338,7 +338,7 @@ def test_a_seed_is_what_a_key_can_be_made_of(seed):
 
 
 def command(*arguments, **kwargs):
-  command = [sys.executable, "-m", "instructjax.commands.generate", *arguments]
+  command = [sys.executable, "-m", "instructjax", "generate", *arguments]
   return subprocess.run(
     command, cwd=test_main.ROOT, env=test_main.ENV, capture_output=True, text=True, **kwargs
   )
