@@ -34,6 +34,7 @@ FORBIDDEN = {
   "core.blocks": {"jax", "ml_collections"},
   "core.config": {"jax", "ml_collections"},
   "core.errors": {"jax"},
+  "core.provenance": {"jax"},
   "parallel.memory": {"jax"},  # must run before jax is imported
   "parallel.chips": {"jax"},
   "ops": {"flax", "instructjax.core.config"},

@@ -109,15 +109,19 @@ def _split_dialogue(dialogue: Any, key: str, where: str) -> tuple[str, str]:
 
 def _parquet(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   """`parquet:PATH`: a file, a folder's *.parquet or those that a glob finds, in order of name."""
-  if pathlib.Path(path).is_dir():
-    files = glob.glob(f"{glob.escape(path)}/*.parquet")
-  elif glob.has_magic(path) and not pathlib.Path(path).exists():
-    files = glob.glob(path, recursive=True)
-  else:
-    files = [path]
+  files = parquet_files(path)
   if not files:
     raise UserError(f"data.{kind}='parquet:{path}' finds no file that ends in .parquet")
-  return _parquet_rows(sorted(files), kind), _decode_table_row, False
+  return _parquet_rows(files, kind), _decode_table_row, False
+
+
+def parquet_files(path: str) -> list[str]:
+  """The files that `parquet:PATH` names, in order of name."""
+  if pathlib.Path(path).is_dir():
+    return sorted(glob.glob(f"{glob.escape(path)}/*.parquet"))
+  if glob.has_magic(path) and not pathlib.Path(path).exists():
+    return sorted(glob.glob(path, recursive=True))
+  return [path]
 
 
 def _parquet_rows(files: list[str], kind: str) -> Rows:
@@ -148,9 +152,7 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
       f"data.{kind}='datasets:{rest}' needs Hugging Face's datasets package:"
       " pip install 'instructjax[datasets]'"
     ) from error
-  path, colon, own_split = rest.rpartition(":")
-  if not colon or pathlib.Path(rest).exists():
-    path, own_split = rest, ""
+  path, own_split = datasets_folder(rest)
   try:
     loaded = datasets.load_from_disk(path)
   except Exception as error:  # of many types, pyarrow's too
@@ -173,6 +175,14 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   names = list(loaded) if split == "all" and not own_split else [chosen]
   rows = _dataset_rows({f"{path}/{name}": loaded[name] for name in names}, kind)
   return rows, _decode_table_row, bool(held_out)
+
+
+def datasets_folder(rest: str) -> tuple[str, str]:
+  """(folder, split or "") of `datasets:PATH[:SPLIT]`."""
+  path, colon, own_split = rest.rpartition(":")
+  if not colon or pathlib.Path(rest).exists():
+    return rest, ""
+  return path, own_split
 
 
 def _dataset_rows(datasets: dict[str, Any], kind: str) -> Rows:
@@ -222,7 +232,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   splits, or if it has no `validation`, what is held out of train. With SPLIT (slices too,
   `train[:50%]`), what is held out of that.
   """
-  match = _TFDS.fullmatch(rest)
+  match = parse_tfds(rest)
   if not match:
     raise UserError(
       f"data.{kind}='tfds:{rest}' must be tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]"
@@ -240,6 +250,11 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
       f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
   return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
+
+
+def parse_tfds(rest: str) -> re.Match | None:
+  """name, split and data_dir of `tfds:...`; None where it is not spelt so."""
+  return _TFDS.fullmatch(rest)
 
 
 def _tfds_rows(source: Any, where: str) -> Rows:
