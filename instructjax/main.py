@@ -4,7 +4,7 @@ import pathlib
 
 from absl import flags, logging
 
-from instructjax.commands import cli, config_flag
+from instructjax.commands import cli, config_flag, settings
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import distributed
@@ -13,6 +13,7 @@ _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
 )
+_SETTINGS = settings.define()
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0 of several; found out by itself on TPU and Slurm."
 )
@@ -24,9 +25,12 @@ flags.mark_flags_as_required(["config"])
 def main(arguments: list[str]):
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
+  config = from_config_dict(_CONFIG.value)
+  if _SETTINGS.value is not None:
+    print(settings.show(_CONFIG.value, _SETTINGS.value))
+    return
   if not _WORKDIR.value:
     raise UserError("--workdir must have a value, as runs/demo: the folder of this run")
-  config = from_config_dict(_CONFIG.value)
   workdir = pathlib.Path(_WORKDIR.value).resolve()
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if group:

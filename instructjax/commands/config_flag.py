@@ -90,7 +90,7 @@ def load(spelling: str) -> ConfigDict:
   path = locate(name)
   flag = f"--config={spelling}"
   try:
-    module = _run(path)
+    module = run_file(path)
     if not callable(getattr(module, "get_config", None)):
       raise UserError(
         f"{flag}: {path} is no config: it has no get_config(); as an example, see configs/ppo_ptx.py"
@@ -107,7 +107,8 @@ def load(spelling: str) -> ConfigDict:
   return config
 
 
-def _run(path: pathlib.Path) -> types.ModuleType:
+def run_file(path: pathlib.Path) -> types.ModuleType:
+  """The module that a Python file makes, wherever it lies."""
   loader = importlib.machinery.SourceFileLoader("config_file", str(path))
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
   sys.modules[loader.name] = module  # a dataclass in it looks there for its module
