@@ -26,10 +26,10 @@ import numpy as np
 from benchmarks import machine, turns
 from benchmarks.peers import worker
 from configs import models as presets
-from instructjax.core.config import MeshConfig, ModelConfig, from_config_dict
+from instructjax.core.config import Config, MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch
-from instructjax.models import transformer
+from instructjax.models import model_on, transformer
 from instructjax.parallel import memory, sharding
 from instructjax.rl import sampling
 from instructjax.train import weights
@@ -42,18 +42,19 @@ VOCAB = 49152
 NEVER = -1  # no token ends a row
 
 
-def smollm2() -> ModelConfig:
-  return from_config_dict(presets.get("ppo", "smollm2_135m")).model
+def smollm2() -> Config:
+  return from_config_dict(presets.get("ppo", "smollm2_135m"))
 
 
 def open_model(gguf: str | None):
   """(model, parameters)"""
   if gguf:
     opened = weights.locate(gguf)
-    model = opened.model()
     mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    model = opened.model(mesh)
     return model, opened.load(mesh, model)
-  model = transformer.make_model(smollm2(), VOCAB, "lm")
+  config = smollm2()
+  model = model_on(None, config.model.network, config.execution, VOCAB, "lm")
   return model, jax.jit(transformer.init_params, static_argnums=0)(model, jax.random.key(0))
 
 
@@ -136,7 +137,7 @@ def peer_command(gguf: str | None) -> list[str]:
   if not python.exists():
     raise UserError(f"--peer=transformers needs {python}; run benchmarks/peers/setup.sh trl")
   task = {
-    "model": dataclasses.asdict(smollm2()) | {"vocab_size": VOCAB},
+    "model": dataclasses.asdict(smollm2().model) | {"vocab_size": VOCAB},
     "gguf": gguf and str(pathlib.Path(gguf).absolute()),
     "batches": BATCHES,
     "tokens": (PROMPT, FEW, MANY),

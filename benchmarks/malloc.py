@@ -29,14 +29,14 @@ def measure(keep: bool) -> dict:
   from configs import models
   from instructjax.core.config import from_config_dict
   from instructjax.core.structs import PackedBatch
-  from instructjax.models import transformer
+  from instructjax.models import model_on
   from instructjax.parallel import sharding
   from instructjax.train import supervised
   from instructjax.train.optim import make_optimizer
 
   cfg = from_config_dict(models.get("pretrain", None))
-  model = transformer.make_model(cfg.model, VOCAB, "lm")
   mesh = sharding.make_mesh(cfg.mesh)
+  model = model_on(mesh, cfg.model.network, cfg.execution, VOCAB, "lm")
   with jax.set_mesh(mesh):
     tx = make_optimizer(cfg.pretrain.optim, cfg.pretrain.num_steps)
     params = supervised.init_params(mesh, model, jax.random.key(0))

@@ -143,7 +143,7 @@ def import_cost(path: pathlib.Path) -> dict[str, float]:
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   start = time.perf_counter()
   opened = weights.locate(path)
-  jax.block_until_ready(opened.load(mesh, opened.model()))
+  jax.block_until_ready(opened.load(mesh, opened.model(mesh)))
   seconds = time.perf_counter() - start
   unit = 1 if sys.platform == "darwin" else 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -34,7 +34,7 @@ from configs import base
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch
-from instructjax.models import transformer
+from instructjax.models import model_on, transformer
 from instructjax.parallel import memory, sharding
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
@@ -76,11 +76,10 @@ WORKLOADS = {
 def make_config(load: Workload, changes: dict):
   """The run's config: the paper's, in float32, with the workload's shapes."""
   config = base.base("ppo")
-  network = load.model | dict(
-    max_length=MAX_LENGTH, attention_window=0, dtype="float32", remat="none", layers="auto"
-  )
+  network = load.model | dict(max_length=MAX_LENGTH, attention_window=0)
   config.model.update(network)
   config.reward_model.update(network)
+  config.execution.update(dtype="float32", remat="none")
   config.tokenizer.vocab_size = load.vocab_size
   config.data.update(max_prompt_length=load.prompt, max_response_length=load.response)
   config.ppo.update(
@@ -114,7 +113,8 @@ def parameter_counts(load: Workload, config) -> dict[str, int]:
   networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
   counts = {}
   for name, (cfg, head) in networks.items():
-    shapes = transformer.param_shapes(transformer.make_model(cfg, load.vocab_size, head))
+    model = model_on(None, cfg.network, config.execution, load.vocab_size, head)
+    shapes = transformer.param_shapes(model)
     counts[name] = sum(x.size for x in jax.tree.leaves(shapes))
   return counts
 

@@ -20,7 +20,7 @@ from configs import models
 from instructjax.core.config import from_config_dict
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens
-from instructjax.models import transformer
+from instructjax.models import model_on
 from instructjax.parallel import memory, sharding
 from instructjax.stages import rm
 from instructjax.train import supervised
@@ -50,7 +50,8 @@ class Variant:
   def __init__(self, config, row_length: int, mesh):
     cfg, data = config.rm, config.data
     vocab_size = config.tokenizer.vocab_size
-    model = transformer.make_model(config.reward_model, vocab_size, "scalar")
+    network = config.reward_model.network
+    model = model_on(mesh, network, config.execution, vocab_size, "scalar")
     tx, key = make_optimizer(cfg.optim, 1000), jax.random.key(SEED)
     params = supervised.init_params(mesh, model, key)
     self._state, shardings = supervised.create_state(mesh, model, tx, params, key)

@@ -9,9 +9,9 @@ compilation, and the exponents fitted to them (the slope between logarithms; 1 i
 that what does not grow with an axis (the optimiser with the batch, the head with the layers) is small. Of attention,
 whose part is quadratic in the length, and of a cache, which only attention reads, other exponents are expected.
 
-Layers are unrolled, as `model.layers=auto` has them on a CPU; `sft scan` and `decode scan` have `model.layers=scan`,
-which compiles one layer however many there are. The compilation's seconds are those of the first run, less a median
-one.
+Layers are unrolled, as `execution.layers=auto` has them on a CPU; `sft scan` and `decode scan` have
+`execution.layers=scan`, which compiles one layer however many there are. The compilation's seconds are those of the
+first run, less a median one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import ppo_iteration, sft_step
 from configs import models
 from instructjax.core.config import from_config_dict
-from instructjax.models import decoding, transformer
+from instructjax.models import decoding, model_on, transformer
 from instructjax.parallel import memory, sharding
 
 MODEL = dict(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_mlp=1024)
@@ -48,10 +48,10 @@ FACTORS = (1, 2, 4)
 
 
 def make_config(size: Size, layers: str):
-  """The gpt2 preset with the model's sizes and `model.layers`."""
+  """The gpt2 preset with the model's sizes and `execution.layers`."""
   config = models.get("sft", "gpt2")
-  network = MODEL | dict(num_layers=size.layers, max_length=2048, layers=layers, remat="none")
-  config.model.update(network)
+  config.model.update(MODEL | dict(num_layers=size.layers, max_length=2048))
+  config.execution.update(layers=layers, remat="none")
   return from_config_dict(config)
 
 
@@ -68,14 +68,15 @@ def ppo(size: Size, layers: str) -> Callable:
   half = size.length // 2
   network = MODEL | {"num_layers": size.layers}
   load = ppo_iteration.Workload(network, VOCAB, half, half, size.batch, 4, 1, ends=False)
-  return ppo_iteration.prepare(load, {"model.layers": layers, "reward_model.layers": layers})
+  return ppo_iteration.prepare(load, {"execution.layers": layers})
 
 
 def decode(size: Size, layers: str) -> Callable:
   """Runs steps that take the last columns of a full cache."""
   cfg = make_config(size, layers)
-  jax.set_mesh(sharding.make_mesh(cfg.mesh))
-  model = transformer.make_model(cfg.model, VOCAB, "lm")
+  mesh = sharding.make_mesh(cfg.mesh)
+  jax.set_mesh(mesh)
+  model = model_on(mesh, cfg.model.network, cfg.execution, VOCAB, "lm")
   params = transformer.init_params(model, jax.random.key(0))
   weights = jax.jit(lambda params: decoding.decode_weights(model, params))(params)
   column_BT = np.tile(np.arange(size.length), (size.batch, 1))

@@ -4,10 +4,11 @@
 
 8 rows of 256 tokens, 124,439,808 random float32 weights, Adam with clipped gradients, no dropout. Ours is the stages'
 own step (`supervised.make_lm_train_step`). Each --set is a variant of ours (fields of the config, comma-separated;
-without one, `model.remat="none"`, as the presets for a CPU have it); --peer may be given several times. Each program is
-a process of its own, all are in memory at once (ours and one peer took 13 GB), and they run in turn on two cores. They
-must have as many parameters, train on as many tokens and begin with the same loss (of random weights: within .1), or
-the command ends. `flax` needs nothing else, `torch` and `trl` the environment `.venv-trl` of benchmarks/peers/setup.sh.
+without one, `execution.remat="none"`, as the presets for a CPU have it); --peer may be given several times. Each
+program is a process of its own, all are in memory at once (ours and one peer took 13 GB), and they run in turn on two
+cores. They must have as many parameters, train on as many tokens and begin with the same loss (of random weights:
+within .1), or the command ends. `flax` needs nothing else, `torch` and `trl` the environment `.venv-trl` of
+benchmarks/peers/setup.sh.
 
 Prints one JSON line a program: tokens a second by the median of wall seconds, wall and CPU seconds with their ranges,
 peak memory, the load that others were during each run, and the bound: every matrix product of the model once, forward
@@ -32,7 +33,7 @@ from configs import models
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PackedBatch
-from instructjax.models import flops, transformer
+from instructjax.models import flops, model_on, transformer
 from instructjax.parallel import memory, sharding
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
@@ -44,7 +45,7 @@ PYTHON = {
   "torch": PEERS / ".venv-trl/bin/python",
   "trl": PEERS / ".venv-trl/bin/python",
 }
-DEFAULT = 'model.remat="none"'
+DEFAULT = 'execution.remat="none"'
 
 
 def make_config(spelling: str):
@@ -66,7 +67,7 @@ def make_training(cfg, vocab_size: int, token_BL: np.ndarray) -> tuple[Callable[
   """(A function that runs one step of ours and returns its loss, number of parameters)."""
   mesh = sharding.make_mesh(cfg.mesh)
   jax.set_mesh(mesh)
-  model = transformer.make_model(cfg.model, vocab_size, "lm")
+  model = model_on(mesh, cfg.model.network, cfg.execution, vocab_size, "lm")
   tx = make_optimizer(cfg.sft.optim, num_steps=1000)
   params = supervised.init_params(mesh, model, jax.random.key(0))
   num_parameters = sum(x.size for x in jax.tree.leaves(params))
@@ -98,7 +99,8 @@ def serve(cfg, token_BL: np.ndarray):
 
 def bound_seconds(flops_rate: float, byte_rate: float) -> float:
   """Every product of the model once, forward and twice that backward, and what Adam moves, at these rates a second."""
-  model = transformer.make_model(make_config(DEFAULT).model, VOCAB, "lm")
+  cfg = make_config(DEFAULT)
+  model = model_on(None, cfg.model.network, cfg.execution, VOCAB, "lm")
   products = 3 * flops.forward(model, ROWS * LENGTH, LENGTH, outputs=ROWS * (LENGTH - 1))
   parameters = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(model)))
   return products / flops_rate + machine.UPDATE_BYTES * parameters / byte_rate

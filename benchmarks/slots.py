@@ -10,6 +10,7 @@ the same for all numbers of slots, and tokens that differ between them end the c
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -19,38 +20,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instructjax.core.config import ModelConfig, RopeScalingConfig
+from configs import models as presets
+from instructjax.core.config import from_config_dict
 from instructjax.core.structs import PromptBatch
-from instructjax.models import transformer
+from instructjax.models import model_on, transformer
 from instructjax.rl import sampling
 
 ROWS, PROMPT, RESPONSE, VOCAB, EOS = 64, 16, 512, 64, 0
-MODEL = ModelConfig(
-  num_layers=4,
-  d_model=256,
-  num_heads=4,
-  num_kv_heads=4,
-  head_dim=64,
-  d_mlp=1024,
-  max_length=PROMPT + RESPONSE,
-  position="rope",
-  rope_base=1e4,
-  rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
-  norm="rmsnorm",
-  norm_eps=1e-5,
-  mlp="gelu",
-  use_bias=False,
-  qkv_bias=False,
-  attention_window=0,
-  tie_embeddings=False,
-  init_std=0.02,
-  dtype="float32",
-  layers="auto",
-  attention="auto",
-  remat="none",
-  decode_layout="auto",
-  weights="",
-)
+
+
+def make_model() -> transformer.Model:
+  """A small Llama, but for its MLP, whose head has weights of its own."""
+  config = from_config_dict(presets.get("ppo", "smollm2_135m"))
+  network = dataclasses.replace(
+    config.model.network,
+    num_layers=4,
+    d_model=256,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=64,
+    d_mlp=1024,
+    max_length=PROMPT + RESPONSE,
+    rope_base=1e4,
+    mlp="gelu",
+    tie_embeddings=False,
+    init_std=0.02,
+  )
+  return model_on(None, network, config.execution, VOCAB, "lm")
 
 
 def seconds() -> dict[str, float]:
@@ -81,7 +77,7 @@ def main():
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--slots", type=int, nargs="+", default=[ROWS, 32, 16, 8])
   args = parser.parse_args()
-  model = transformer.make_model(MODEL, VOCAB, "lm")
+  model = make_model()
   params = transformer.init_params(model, jax.random.key(0))
   token_BP = np.random.default_rng(0).integers(1, VOCAB, (ROWS, PROMPT)).astype(np.int32)
   prompts = jax.device_put(PromptBatch(token_BP, token_BP > 0, np.arange(ROWS, dtype=np.int32)))

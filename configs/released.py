@@ -18,10 +18,10 @@ def _gpt2(config):
     d_mlp=3072,
     max_length=1024,
     attention_window=0,
-    dtype="float32",  # as released
   )
   config.model.update(decoder)
   config.reward_model.update(decoder)
+  config.execution.update(dtype="float32")  # as released
   config.data.update(max_prompt_length=512, max_response_length=512)  # half the context, as App. C
   # From scratch: GPT-3 125M's rate. The batch also is that of the held-out text, so it is kept small.
   for name in ("pretrain", "reward_pretrain"):
@@ -56,11 +56,10 @@ def _smollm2_135m(config):
     max_length=8192,
     rope_base=100_000.0,
     init_std=576**-0.5,
-    dtype="float32",  # bfloat16 is slow on CPUs
-    remat="none",
   )
   config.model.update(decoder)
   config.reward_model.update(decoder)
+  config.execution.update(dtype="float32", remat="none")  # bfloat16 is slow on CPUs
   config.tokenizer.vocab_size = 49152
   config.data.update(max_prompt_length=64, max_response_length=64, validation_fraction=0.15)
   config.checkpoint.update(every_steps=50, keep=1)

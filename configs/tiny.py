@@ -19,13 +19,12 @@ def change(config):
     use_bias=False,
     attention_window=0,
     init_std=0.08,  # about d ** -.5: at .02 heads of this width stay asleep for hundreds of steps
-    dtype="float32",
-    remat="none",
   )
   config.model.update(decoder)
   config.reward_model.update(
     decoder | dict(num_layers=4, d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, d_mlp=384)
   )
+  config.execution.update(dtype="float32", remat="none")
   config.tokenizer.vocab_size = 2000
   config.data.update(
     {kind: "demo:" for kind in ("documents", "demonstrations", "comparisons", "prompts")},

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax.core.config import Config, ModelConfig
+from instructjax.core.config import Config
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
 from instructjax.models import decoding, flops, transformer
@@ -65,23 +65,12 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   """
   if stage not in STAGES:
     raise UserError(f"--stage={stage} must be one of {', '.join(STAGES)}: stages that train")
-  config = dataclasses.replace(
-    config, model=_on_tpu(config.model), reward_model=_on_tpu(config.reward_model)
-  )
   vocab_size = config.tokenizer.vocab_size
   tokenizer = types.SimpleNamespace(vocab_size=vocab_size, eos_id=vocab_size - 1)
   ctx = Context(config=config, workdir=pathlib.Path(), mesh=mesh, tokenizer=tokenizer)
   if stage in ("ppo", "ppo_ptx"):
     return _ppo(ctx, stage)
   return _rm(ctx) if stage == "rm" else _language_model(ctx, stage)
-
-
-def _on_tpu(cfg: ModelConfig) -> ModelConfig:
-  """What 'auto' is on a TPU; the host is a CPU, where it would be something else."""
-  chosen = {"layers": "scan", "attention": "splash"}
-  values = dataclasses.asdict(cfg)
-  changes = {name: value for name, value in chosen.items() if values[name] == "auto"}
-  return dataclasses.replace(cfg, **changes)
 
 
 def shard_bytes(tree) -> int:
@@ -269,7 +258,7 @@ def _ppo(ctx: Context, stage: str) -> Program:
     tokens=cfg.batch_size * data.max_response_length,
     token_kind="sampled tokens",
     model_flops=None,
-    decode_layout=decoding.decode_layout(nets.policy, mesh),
+    decode_layout=nets.policy.execution.decode_layout,
   )
 
 
@@ -277,7 +266,7 @@ def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> di
   """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
   copy = jax.eval_shape(lambda weights: decoding.decode_weights(model, weights), shapes)
-  gathered = constraints.DECODE_GATHERED[decoding.decode_layout(model, mesh)]
+  gathered = constraints.DECODE_GATHERED[model.execution.decode_layout]
   placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
     placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)

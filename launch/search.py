@@ -14,19 +14,12 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 
-from instructjax.core.config import Config, MeshConfig, ModelConfig
+from instructjax.core.config import Config, ExecutionConfig, MeshConfig
 from instructjax.core.errors import UserError
 from launch import estimate
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
-# Stage -> blocks of the models that its step runs; the other stages train the policy's.
-_MODELS = {
-  "reward_pretrain": ("reward_model",),
-  "rm": ("reward_model",),
-  "ppo": ("model", "reward_model"),
-  "ppo_ptx": ("model", "reward_model"),
-}
 _BATCHED = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo")
 _WAYS = ("roofline", "overlapped", "serial")
 
@@ -37,7 +30,7 @@ class Choice:
 
   Attributes:
     mesh: (axis, size) in the mesh's order.
-    remat: of the stage's models.
+    remat: of the run's networks.
     ptx_chunks: None where the stage has none.
     seconds, bytes, least_bytes: as in `sketch.Sketch`.
   """
@@ -49,12 +42,11 @@ class Choice:
   bytes: float
   least_bytes: float
 
-  def flags(self, config: Config, stage: str) -> list[str]:
+  def flags(self, config: Config) -> list[str]:
     """What to add to a command, the planner's or a run's."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
-    for name in _models(stage):
-      if getattr(config, name).remat != self.remat:
-        flags.append(f"--config.{name}.remat={self.remat}")
+    if config.execution.remat != self.remat:
+      flags.append(f"--config.execution.remat={self.remat}")
     if self.ptx_chunks not in (None, config.ppo.ptx_chunks):
       flags.append(f"--config.ppo.ptx_chunks={self.ptx_chunks}")
     return flags
@@ -102,10 +94,8 @@ def run(
       f"no mesh of the {len(devices)} devices of {topology_name} goes with {stage}; {len(spellings)} of"
       f" {sum(map(len, ranking.do_not_divide.values()))}, as {spellings[0]}, because {reason}"
     )
-  trials = try_best(
-    ranking.choices, number, lambda choice: compile_one(choice.flags(config, stage))
-  )
-  rows = [_row(config, stage, choice, report) for choice, report in trials]
+  trials = try_best(ranking.choices, number, lambda choice: compile_one(choice.flags(config)))
+  rows = [_row(config, choice, report) for choice, report in trials]
   fitting = [row for row in rows if row["fits"]]
   return {
     "note": "estimates: nothing has run on a TPU",
@@ -138,12 +128,12 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     spelling = estimate.spell_mesh(mesh.shape)
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
-      program = programs.make(_with(config, stage, "full", 1), mesh, stage)
+      program = programs.make(_with(config, "full", 1), mesh, stage)
     except UserError as error:
       reasons[str(error)].append(spelling)
       continue
     for remat, chunks in _options(config, stage, shards):
-      sizes = sketch.sketch(_with(config, stage, remat, chunks), stage, program, mesh.shape, chip)
+      sizes = sketch.sketch(_with(config, remat, chunks), stage, program, mesh.shape, chip)
       choice = Choice(tuple(mesh.shape.items()), remat, chunks, *dataclasses.astuple(sizes))
       if sizes.least_bytes > chip.hbm_bytes:
         ranking.too_large[spelling] = sizes.least_bytes
@@ -184,22 +174,16 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int
   if stage == "ppo_ptx" and cfg.gamma > 0:
     rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
-  for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
+  for remat in typing.get_args(typing.get_type_hints(ExecutionConfig)["remat"]):
     for chunks in counts:
       yield remat, chunks
 
 
-def _models(stage: str) -> tuple[str, ...]:
-  return _MODELS.get(stage, ("model",))
-
-
-def _with(config: Config, stage: str, remat: str, ptx_chunks: int | None) -> Config:
+def _with(config: Config, remat: str, ptx_chunks: int | None) -> Config:
   """The config with a choice made; its mesh is left alone."""
-  models = {
-    name: dataclasses.replace(getattr(config, name), remat=remat) for name in _models(stage)
-  }
+  execution = dataclasses.replace(config.execution, remat=remat)
   ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
-  return dataclasses.replace(config, ppo=ppo, **models)
+  return dataclasses.replace(config, ppo=ppo, execution=execution)
 
 
 def _merged(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -249,13 +233,13 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
   return {"failure": f"{kind} {abs(done.returncode)}: {said}"}
 
 
-def _row(config: Config, stage: str, choice: Choice, report: dict) -> dict:
+def _row(config: Config, choice: Choice, report: dict) -> dict:
   """What is kept of a trial."""
   row = {
     "mesh": estimate.spell_mesh(dict(choice.mesh)),
     "remat": choice.remat,
     "ptx_chunks": choice.ptx_chunks,
-    "flags": choice.flags(config, stage),
+    "flags": choice.flags(config),
     "other_batches": _other_batches(config, choice),
     "sketch": {"seconds": choice.seconds, "bytes": choice.bytes},
     "fits": report.get("fits", False),

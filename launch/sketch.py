@@ -10,6 +10,7 @@ import math
 
 import jax
 
+from instructjax import models
 from instructjax.core.config import Config
 from instructjax.models import transformer
 from instructjax.parallel import sharding
@@ -79,8 +80,11 @@ def sketch(
 def make_passes(config: Config, stage: str) -> list[Pass]:
   """The passes of a stage's step; a rollout's decode steps are none of them."""
   vocab_size = config.tokenizer.vocab_size
-  policy = transformer.make_model(config.model, vocab_size, "lm")
-  scalar = transformer.make_model(config.reward_model, vocab_size, "scalar")
+  # Of the execution only `remat` is read: the mesh, which decides the rest, is not known here.
+  execution = models.resolve_execution(config.execution, "tpu")
+  execution = dataclasses.replace(execution, decode_layout="tensor")
+  describe = lambda cfg, head: models.make_model(cfg.network, execution, vocab_size, head)
+  policy, scalar = describe(config.model, "lm"), describe(config.reward_model, "scalar")
   prompt, response = config.data.max_prompt_length, config.data.max_response_length
   length = prompt + response
   if stage == "rm":
@@ -88,7 +92,7 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   if stage not in ("ppo", "ppo_ptx"):
     cfg = getattr(config, stage)
     if stage == "reward_pretrain":
-      policy = transformer.make_model(config.reward_model, vocab_size, "lm")
+      policy = describe(config.reward_model, "lm")
     return [Pass(policy, cfg.batch_size, cfg.length, cfg.length, True)]
   cfg = config.ppo
   updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches
@@ -124,10 +128,10 @@ def _split(pass_: Pass, mesh: dict[str, int]) -> tuple[int, int, int]:
 
 def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   """The largest term of a pass's roofline."""
-  cfg = pass_.model.cfg
+  cfg = pass_.model.network
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
-  recomputes = pass_.is_training and cfg.remat == "full"
+  recomputes = pass_.is_training and pass_.model.execution.remat == "full"
   tokens, share = rows * pass_.length, (tensor - 1) / tensor
 
   products = in_layers + cfg.num_layers * pass_.length * cfg.num_heads * cfg.head_dim
@@ -152,7 +156,7 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
 
 def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
   """What lies in HBM at a pass's peak besides the step's arguments."""
-  cfg = pass_.model.cfg
+  cfg, remat = pass_.model.network, pass_.model.execution.remat
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
   tokens = rows * pass_.length
@@ -169,6 +173,6 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
     heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (1 if cfg.mlp == "gelu" else 2)
     products = stream + (2 * heads * cfg.head_dim + hidden) / tensor
     kept = {"full": stream, "products": stream + products}
-    live += cfg.num_layers * (tokens * _HALF * kept[cfg.remat] if cfg.remat in kept else layer)
+    live += cfg.num_layers * (tokens * _HALF * kept[remat] if remat in kept else layer)
     live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # gradient and its sum
   return live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor  # gathered

@@ -1,5 +1,6 @@
 """Test-wide settings: eight fake CPU devices, strict rank promotion, real data found by an environment variable."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -17,14 +18,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from instructjax import models
-from instructjax.core.config import (
-  MeshConfig,
-  ModelConfig,
-  OptimConfig,
-  PPOConfig,
-  RopeScalingConfig,
-)
+from instructjax.core.config import MeshConfig, NetworkConfig, OptimConfig, PPOConfig
 from instructjax.parallel import sharding  # noqa: E402
+from tests import tiny  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -45,56 +41,28 @@ def quick_jit():
 
 
 @pytest.fixture(scope="session")
-def tiny_config() -> ModelConfig:
-  return ModelConfig(
-    num_layers=1,
-    d_model=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    d_mlp=24,
-    max_length=20,
-    position="learned",
-    rope_base=100.0,
-    rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
-    norm="layernorm",
-    norm_eps=1e-5,
-    mlp="gelu",
-    use_bias=False,
-    qkv_bias=False,
-    attention_window=0,
-    tie_embeddings=True,
-    init_std=0.2,
-    dtype="float32",
-    layers="unroll",
-    attention="auto",
-    remat="none",
-    decode_layout="auto",
-    weights="",
-  )
+def tiny_config() -> NetworkConfig:
+  return tiny.NETWORK
 
 
 @pytest.fixture(scope="session")
 def adam_config() -> OptimConfig:
   """Adam whose eps keeps rounding noise in near-zero gradients from becoming whole steps."""
-  return OptimConfig(
+  return dataclasses.replace(
+    tiny.CONFIG.ppo.value_optim,
     learning_rate=1e-2,
-    schedule="constant",
     warmup_steps=0,
     warmup_start=0.0,
     end_fraction=1.0,
-    b1=0.9,
-    b2=0.95,
     eps=1e-3,
-    eps_placement="pytorch",
-    weight_decay=0.0,
     clip_norm=None,
   )
 
 
 @pytest.fixture(scope="session")
 def ppo_config(adam_config) -> PPOConfig:
-  return PPOConfig(
+  return dataclasses.replace(
+    tiny.CONFIG.ppo,
     num_iterations=3,
     batch_size=16,
     num_minibatches=2,

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructjax import models
+from instructjax.core.blocks import determining
 from instructjax.core.config import Config
 from instructjax.data import tokenizer as tokenizers
 from instructjax.train import checkpoint, finished
-from tests import micro
+from tests import micro, tiny
 
 STEP = 2
 MEAN = 0.75  # mean score of demonstrations, which the reward model's bias takes away
@@ -31,20 +32,23 @@ def write_run(folder: pathlib.Path) -> tuple[Config, tokenizers.Tokenizer]:
   return config, tokenizers.train_tokenizer(texts, micro.VOCAB_SIZE, path, 0)
 
 
-def write_stage(folder: pathlib.Path, tokenizer, items: dict, *, parents=(), blocks=(), **result):
+def write_stage(
+  folder: pathlib.Path, tokenizer, items: dict, *, parents=(), blocks=(), base="", **result
+):
   """Writes checkpoint and done.json of the stage `folder.name`.
 
   Args:
     tokenizer: of the run.
-    items: name of weights in the checkpoint -> (ModelConfig, head).
+    items: name of weights in the checkpoint -> (NetworkConfig, head).
     parents: names of finished stages of the run.
     blocks: (name, config block) besides the model's.
+    base: what the run's `model.weights` names.
     result: more keys of done.json.
   Returns:
     item -> params.
   """
   networks = {
-    item: models.make_model(cfg, tokenizer.vocab_size, head) for item, (cfg, head) in items.items()
+    item: tiny.make_model(cfg, tokenizer.vocab_size, head) for item, (cfg, head) in items.items()
   }
   rng = np.random.default_rng(len(folder.name))
   noise = lambda x: jnp.asarray(rng.normal(0.1, 0.25, x.shape), jnp.float32)
@@ -52,7 +56,7 @@ def write_stage(folder: pathlib.Path, tokenizer, items: dict, *, parents=(), blo
     item: jax.tree.map(noise, models.param_shapes(model)) for item, model in networks.items()
   }
   with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-    checkpoints.save(STEP, params, None, {}, {})
+    checkpoints.save(STEP, params, None, {}, {}, changeable(base))
   cfg = next(iter(items.values()))[0]
   made_with = {
     f"config.{name}": _canonical(block) for name, block in {"model": cfg, **dict(blocks)}.items()
@@ -63,11 +67,16 @@ def write_stage(folder: pathlib.Path, tokenizer, items: dict, *, parents=(), blo
   return params
 
 
+def changeable(base: str) -> dict:
+  """What a checkpoint says besides, of which only the base's weights are read."""
+  return {"rounding": {}, "same numbers": {"model.weights": base, "reward_model.weights": base}}
+
+
 def identity(folder: pathlib.Path) -> str:
   """What a stage that starts from this one remembers of it."""
   return hashlib.sha256(_canonical(finished.read_done(folder)["fingerprint"]).encode()).hexdigest()
 
 
 def _canonical(block) -> str:
-  plain = dataclasses.asdict(block) if dataclasses.is_dataclass(block) else block
+  plain = determining(block) if dataclasses.is_dataclass(block) else block
   return json.dumps(plain, sort_keys=True)

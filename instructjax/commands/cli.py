@@ -70,7 +70,7 @@ def _what_to_mend(error: Exception) -> str | None:
     isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error)
   ):
     return (
-      f"out of memory: {reason(error)}. Use smaller batches or lengths, --config.model.remat=full, or"
+      f"out of memory: {reason(error)}. Use smaller batches or lengths, --config.execution.remat=full, or"
       " more devices with --config.mesh.fsdp"
     )
   if isinstance(error, RuntimeError) and _NO_DEVICE in str(error):

@@ -102,8 +102,9 @@ def _flat(values: dict, where: str = "") -> Iterator[tuple[str, Any]]:
 def _lines(one: Setting) -> str:
   unit = f" {one.unit}" if one.unit else ""
   source = f"; {one.source}" if one.source else ""
-  base = f"  (paper's size: {one.base}{source})" if one.base != one.value else ""
-  beside = base or (f"  ({one.source})" if one.source else "")
+  beside = f"  ({one.source})" if one.source else ""
+  if one.base != one.value:
+    beside = f"  (at the paper's size {one.base}{source})"
   meaning = textwrap.fill(one.meaning, 100, initial_indent="    ", subsequent_indent="    ")
   return f"{one.name} = {one.value}{unit}{beside}\n{meaning}"
 
@@ -125,19 +126,24 @@ def markdown(found: list[Setting], preset: str) -> str:
     " the pattern,",
     "with the values of the config and flags given beside it.",
   ]
-  block = None
+  about, block = dict(settings.blocks(Config)), None
   for one in found:
     here, _, name = one.name.rpartition(".")
     if here != block:
       title = f"`{here}`" if here else "Top level"
-      head = f"| | paper | {preset} | source | |"
-      lines += ["", f"## {title}", "", head, "|---|---|---|---|---|"]
+      head = f"| setting | paper | {preset} | source | meaning [unit] |"
+      said = [_sentence(about[here]), ""] if here else []
+      lines += ["", f"## {title}", "", *said, head, "|---|---|---|---|---|"]
       block = here
     unit = f" [{one.unit}]" if one.unit else ""
     value = "" if one.value == one.base else _code(one.value)
     cells = (f"`{name}`", _code(one.base), value, _cell(one.source), _cell(one.meaning + unit))
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+  return f"{text[:1].upper()}{text[1:]}."
 
 
 def _code(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Frozen dataclasses from nested dicts, with every value checked: what is made of config.py's blocks.
 
-Called by config.py only. Knows no field: types come from the dataclasses' hints, rules from their `validate(where)`.
+Called by config.py, and by context.py for what makes two runs of a stage the same. Knows no field: types come from the
+dataclasses' hints, rules from their `validate(where)`, and which fields a resumed run may change from their metadata.
 """
 
 import dataclasses
@@ -8,10 +9,30 @@ import difflib
 import itertools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from instructjax.core.errors import UserError
+
+# Metadata of fields that may change while a run is stopped: they move numbers by rounding, or do not touch them.
+ROUNDING = types.MappingProxyType({"on_resume": "rounding"})
+SAME_NUMBERS = types.MappingProxyType({"on_resume": "same numbers"})
+
+
+def determining(block) -> dict[str, Any]:
+  """The fields that decide a block's numbers, as plain values: all but those that may change on resume."""
+  result = {}
+  for field in dataclasses.fields(block):
+    value = getattr(block, field.name)
+    if "on_resume" not in field.metadata:
+      result[field.name] = determining(value) if dataclasses.is_dataclass(value) else value
+  return result
+
+
+def marked(block, metadata: Mapping) -> dict[str, Any]:
+  """The fields marked with `metadata`, ROUNDING or SAME_NUMBERS."""
+  fields = dataclasses.fields(block)
+  return {field.name: getattr(block, field.name) for field in fields if field.metadata == metadata}
 
 
 def require_positive(block, where: str, *names: str):

@@ -14,6 +14,7 @@ import tokenize
 import typing
 from collections.abc import Iterator
 
+_FOR_TOOLS = re.compile(r"#\s*(fmt|noqa|type):.*|#\s*noqa\b.*")
 _UNIT = re.compile(r"(?P<meaning>.*?)\s*\[(?P<unit>[^\[\]]+)\]", re.DOTALL)
 
 
@@ -31,13 +32,26 @@ class Fact:
 
 
 def facts(cls, where: str = "") -> Iterator[tuple[str, Fact]]:
-  """(dotted name, Fact) of every field of a dataclass and of those inside it, in the order of the source."""
+  """(dotted name, Fact) of every field of a dataclass, then of those in each dataclass inside it."""
+  written, hints = field_facts(cls), typing.get_type_hints(cls)
+  inside = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+  for name in hints:
+    if name not in inside:
+      yield where + name, written[name]
+  for name, hint in inside.items():
+    yield from facts(hint, f"{where}{name}.")
+
+
+def blocks(cls, where: str = "") -> Iterator[tuple[str, str]]:
+  """(dotted name, what it is) of every dataclass inside one: the comment of its field, else its own first line."""
   written = field_facts(cls)
   for name, hint in typing.get_type_hints(cls).items():
     if dataclasses.is_dataclass(hint):
-      yield from facts(hint, f"{where}{name}.")
-    else:
-      yield where + name, written[name]
+      yield (
+        where + name,
+        written[name].meaning or (hint.__doc__ or "").partition("\n")[0].rstrip("."),
+      )
+      yield from blocks(hint, f"{where}{name}.")
 
 
 def field_facts(cls) -> dict[str, Fact]:
@@ -45,6 +59,11 @@ def field_facts(cls) -> dict[str, Fact]:
 
   A field's comment stands behind it or, where it is long, on lines of its own above it.
   """
+  parents = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+  return {name: fact for base in parents for name, fact in _written(base).items()}
+
+
+def _written(cls) -> dict[str, Fact]:
   source = textwrap.dedent(inspect.getsource(cls))
   (tree,) = ast.parse(source).body
   comments = _comments(source)
@@ -110,12 +129,13 @@ class _Comment:
 
 
 def _comments(source: str) -> dict[int, _Comment]:
-  """Line number -> comment."""
-  return {
-    token.start[0]: _Comment(token.string.lstrip("# ").rstrip(), not token.line[: token.start[1]].strip())
-    for token in tokenize.generate_tokens(io.StringIO(source).readline)
-    if token.type == tokenize.COMMENT
-  }  # fmt: skip
+  """Line number -> comment, without those that are for tools."""
+  result = {}
+  for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    text = _FOR_TOOLS.sub("", token.string).lstrip("# ").rstrip()
+    if token.type == tokenize.COMMENT and text:
+      result[token.start[0]] = _Comment(text, not token.line[: token.start[1]].strip())
+  return result
 
 
 def _is_alone(comments: dict[int, _Comment], line: int) -> bool:

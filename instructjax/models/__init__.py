@@ -1,11 +1,16 @@
 """The model family as pure functions; the only package that imports flax.linen."""
 
 from instructjax.models.decoding import (
-  decode_layout,
   decode_step,
   decode_weights,
   init_cache,
   prefill,
+)
+from instructjax.models.execution import (
+  for_inference,
+  model_on,
+  platform_of,
+  resolve_execution,
 )
 from instructjax.models.heads import scalar_params_from_lm, shift_bias
 from instructjax.models.transformer import (
@@ -26,19 +31,22 @@ __all__ = [
   "Model",
   "apply",
   "arrange",
-  "decode_layout",
   "decode_step",
   "decode_weights",
+  "for_inference",
   "frozen_weights",
   "init_cache",
   "init_params",
   "make_model",
+  "model_on",
   "param_axes",
   "param_shapes",
   "param_shardings",
+  "platform_of",
   "positions_from_mask",
   "positions_from_segments",
   "prefill",
+  "resolve_execution",
   "scalar_params_from_lm",
   "shift_bias",
 ]

@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from instructjax.core.structs import Array, Params
 from instructjax.models import layers, transformer
@@ -17,28 +16,18 @@ from instructjax.models.transformer import Model
 from instructjax.parallel import constraints
 
 
-def decode_layout(model: Model, mesh: Mesh | None = None) -> str:
-  """Which of constraints.DECODE_GATHERED the weights have while decoding, on `mesh` or on the one that is set."""
-  choice, itemsize = model.cfg.decode_layout, jnp.dtype(model.cfg.dtype).itemsize
-  if choice != "auto":
-    return choice
-  return constraints.decode_layout(
-    transformer.param_axes(model), transformer.param_shapes(model), itemsize, mesh
-  )
-
-
 def decode_weights(model: Model, params: Params) -> Params:
   """Parameters as decoding wants them: in the compute dtype, and layer by layer where unrolled.
 
   `prefill`, `decode_step` and `apply` take the result in place of params. Call it once, before the
   decode loop, so that no step casts or slices weights again. On a mesh the copy is split as
-  `decode_layout` says: in neither layout does a step gather weights.
+  its execution's `decode_layout` says: in neither layout does a step gather weights.
   """
-  dtype = jnp.dtype(model.cfg.dtype)
+  dtype = jnp.dtype(model.execution.dtype)
   weights = transformer.frozen_weights(model, transformer.arrange(model, params))
   weights["embedding"] = jax.tree.map(lambda w: w.astype(dtype), weights["embedding"])
   return constraints.place_for_decoding(
-    weights, transformer.param_axes(model), decode_layout(model)
+    weights, transformer.param_axes(model), model.execution.decode_layout
   )
 
 
@@ -48,14 +37,14 @@ def init_cache(model: Model, batch_size: int, length: int):
   A pair has at least two rows: XLA drops a dimension of one from attention's products, and on CPU then copies the cache
   several times a step, which at 1,024 columns takes twice as long as all else.
   """
-  cfg = model.cfg
-  stack = (cfg.num_layers,) if transformer.scans_layers(model) else ()
+  cfg = model.network
+  stack = (cfg.num_layers,) if model.execution.layers == "scan" else ()
   if not stack:
     batch_size = max(batch_size, 2)
   shape = (*stack, batch_size, cfg.num_kv_heads, length, cfg.head_dim)
 
   def pair():
-    empty = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(2))
+    empty = tuple(jnp.zeros(shape, model.execution.dtype) for _ in range(2))
     return constraints.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
 
   return pair() if stack else tuple(pair() for _ in range(cfg.num_layers))
@@ -110,9 +99,9 @@ def decode_step(
   Returns:
     (logits_BV, cache)
   """
-  cfg = model.cfg
+  cfg = model.network
   position_B1 = position_B[:, None]
-  is_2d = decode_layout(model) == "2d"
+  is_2d = model.execution.decode_layout == "2d"
   place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)
   h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
@@ -147,7 +136,7 @@ def decode_step(
     h_B1D, kept = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)
     return place(h_B1D), kept
 
-  if transformer.scans_layers(model):
+  if model.execution.layers == "scan":
 
     def body(carry, xs):
       h_B1D, stacks = carry

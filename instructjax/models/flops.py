@@ -21,7 +21,7 @@ def forward(
     length: S, columns of a row.
     outputs: tokens whose logits are taken; all of them if not given.
   """
-  cfg, shapes = model.cfg, transformer.param_shapes(model)
+  cfg, shapes = model.network, transformer.param_shapes(model)
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   head = count(shapes.get("head", {}))
   layers = count(shapes) - count(shapes["embedding"]) - head

@@ -18,15 +18,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from instructjax.core.config import ModelConfig
+from instructjax.core.config import NetworkConfig
 from instructjax.parallel import constraints
 
+# Weights of a layer, wherever they are nested, that are read as float32: those of norms. All others are read in the
+# compute dtype, and their names start with w_ (a product's weights) or b_ (its biases).
+FLOAT32 = frozenset({"scale_D", "bias_D"})
 SAVED = "saved"  # name of what remat='products' keeps of a layer for its gradient
 MASKED_SCORE = -1e30  # finite: a row with nothing to attend to must not become NaN
 
 
 @functools.partial(jax.checkpoint, static_argnums=2)
-def norm(x_BTD, weights: dict, cfg: ModelConfig):
+def norm(x_BTD, weights: dict, cfg: NetworkConfig):
   """LayerNorm (with bias) or RMSNorm, computed in float32 and returned in x's dtype."""
   x32_BTD = x_BTD.astype(jnp.float32)
   if cfg.norm == "layernorm":
@@ -38,7 +41,7 @@ def norm(x_BTD, weights: dict, cfg: ModelConfig):
   return y_BTD.astype(x_BTD.dtype)
 
 
-def rotary_angles(position_BT, cfg: ModelConfig):
+def rotary_angles(position_BT, cfg: NetworkConfig):
   """Cosine and sine of the rotary angles, float32 [B, T, K / 2], or None for learned positions."""
   if cfg.position != "rope":
     return None
@@ -47,7 +50,7 @@ def rotary_angles(position_BT, cfg: ModelConfig):
   return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
 
 
-def rotary_frequencies(cfg: ModelConfig):
+def rotary_frequencies(cfg: NetworkConfig):
   """Radians a position by which each pair of dimensions turns, float32 [K / 2], scaling included.
 
   linear (Chen et al. 2023, arXiv:2306.15595) divides all by `factor`. llama3 (Llama 3.1, arXiv:
@@ -100,7 +103,7 @@ def project_qkv(x_BTD, weights: dict, angles):
   return q_BTGRK, k_BTG1K.squeeze(3), v_BTG1K.squeeze(3)
 
 
-def attention_masks(segment_BL, position_BL, cfg: ModelConfig):
+def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
   """(dense_BLL, banded_BLL): may row t look at column s? Same segment, not a pad, not later.
 
   GPT-3 alternates dense and locally banded layers (Brown et al. 2020, sec 2.1); the band is the
@@ -113,7 +116,7 @@ def attention_masks(segment_BL, position_BL, cfg: ModelConfig):
   return dense_BLL, band(dense_BLL, position_BL, position_BL, cfg)
 
 
-def band(mask_BTS, query_position_BT, key_position_BS, cfg: ModelConfig):
+def band(mask_BTS, query_position_BT, key_position_BS, cfg: NetworkConfig):
   """The mask of the banded layers from that of the dense ones; None when no layer is banded."""
   if not cfg.attention_window:
     return None
@@ -198,7 +201,7 @@ def _gated(x_BT2F):
   return jax.nn.silu(x_BT2F[:, :, 0]) * x_BT2F[:, :, 1]
 
 
-def mlp(x_BTD, weights: dict, cfg: ModelConfig):
+def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
   """tanh-GELU (GPT-2) or SwiGLU with gate and up fused (Llama)."""
   if cfg.mlp == "gelu":
     y_BTF = product(x_BTD, weights["w_up_DF"])
@@ -233,24 +236,32 @@ def dropout(x_BTD, key, rate: float):
 
 
 def cast(weights: dict, dtype) -> dict:
-  """A layer's weights in the compute dtype; the norms keep float32. Casting twice is free.
+  """A layer's weights in the compute dtype, but for those named in FLOAT32. Casting twice is free.
 
   Cast before a mesh gathers them, which halves what is sent; so a gradient is summed over devices in that dtype too,
   each device's part having been summed in float32 over its tokens. Masters and optimiser are float32.
   """
-  return {
-    name: part if name.endswith("norm") else jax.tree.map(lambda w: w.astype(dtype), part)
-    for name, part in weights.items()
-  }
+
+  def one(path, weight):
+    name = path[-1].key
+    if name in FLOAT32:
+      return weight
+    if not name.startswith(("w_", "b_")):
+      raise ValueError(
+        f"cast: {jax.tree_util.keystr(path)} must start with w_ or b_, or be in FLOAT32"
+      )
+    return weight.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(one, weights)
 
 
-def block(h_BTD, weights: dict, cfg: ModelConfig, angles, mix, dropout_rate: float, key):
+def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key):
   """One pre-norm decoder layer.
 
   Args:
     h_BTD: residual stream, in the compute dtype.
     weights: this layer's weights, float32 or already cast.
-    cfg: the model's switches.
+    cfg: the network's switches.
     angles: from `rotary_angles`.
     mix: (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept): attention over whatever keys and values the
       caller has; `kept` is handed back (the cache, or nothing).

@@ -20,7 +20,7 @@ def _num_blocks(model: transformer.Model, token_BT: Array) -> int:
   """
   if not constraints.on_one_device():
     return 1
-  return lm.num_blocks(token_BT.size, model.vocab_size, model.cfg.d_model)
+  return lm.num_blocks(token_BT.size, model.vocab_size, model.network.d_model)
 
 
 def token_logprob(

@@ -1,4 +1,4 @@
-"""The decoder every stage uses: GPT-2, GPT-3 and Llama by switches of ModelConfig.
+"""The decoder every stage uses: GPT-2, GPT-3 and Llama by switches of NetworkConfig.
 
 Stages, sampling and scoring call the functions here with plain nested dicts of float32 arrays; the
 flax module only declares parameters. Layers that are scanned have their weights stacked on a leading
@@ -9,6 +9,7 @@ Columns: attention is causal by column, inside one segment; segment 0 and ids ou
 are pads, whose content changes nothing. Positions are the caller's.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax.core.config import ModelConfig
+from instructjax.core.config import ExecutionConfig, NetworkConfig
 from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
 from instructjax.parallel import constraints, sharding, stacking
@@ -30,18 +31,20 @@ class Transformer(nn.Module):
   """Declares the parameters, each with its initialiser and logical axes. Hashable: static in jit.
 
   Attributes:
-    cfg: switches and sizes.
+    network: switches and sizes; only these decide what the parameters are.
+    execution: how it is run, without `auto` (see execution.py).
     vocab_size: token ids are 0 .. vocab_size - 1; anything else is a pad.
     head: 'lm' gives next-token logits, 'scalar' one score a column (reward and value models).
   """
 
-  cfg: ModelConfig
+  network: NetworkConfig
+  execution: ExecutionConfig
   vocab_size: int
   head: Literal["lm", "scalar"]
 
   @nn.compact
   def __call__(self):
-    cfg = self.cfg
+    cfg = self.network
     layer, width = ("layers", cfg.num_layers), ("embed", cfg.d_model)
     vocab, vector = ("vocab", self.vocab_size), ("embed_vector", cfg.d_model)
     group, head_dim = ("kv_heads", cfg.num_kv_heads), ("head_dim", cfg.head_dim)
@@ -91,11 +94,23 @@ class Transformer(nn.Module):
 Model = Transformer
 
 
-def make_model(cfg: ModelConfig, vocab_size: int, head: Literal["lm", "scalar"]) -> Model:
-  """The model's description; it holds no arrays."""
+def make_model(
+  network: NetworkConfig,
+  execution: ExecutionConfig,
+  vocab_size: int,
+  head: Literal["lm", "scalar"],
+) -> Model:
+  """The model's description; it holds no arrays.
+
+  `execution.model_on` makes one for the devices of a mesh, and chooses what is left to `auto`.
+  """
   if head not in ("lm", "scalar"):
     raise ValueError(f"make_model: head={head!r} must be 'lm' or 'scalar'")
-  return Transformer(cfg, vocab_size, head)
+  if type(network) is not NetworkConfig:  # two descriptions of one network must be equal
+    raise ValueError(f"make_model: network must be a NetworkConfig, got {type(network).__name__}")
+  if "auto" in dataclasses.astuple(execution):
+    raise ValueError(f"make_model: nothing may be left to 'auto', got {execution}")
+  return Transformer(network, execution, vocab_size, head)
 
 
 def init_params(model: Model, key: Array) -> Params:
@@ -105,7 +120,7 @@ def init_params(model: Model, key: Array) -> Params:
 
 def arrange(model: Model, params: Params) -> Params:
   """Parameters with their layers as this model runs them: stacked for a scan, else a list."""
-  change = stacking.stacked if scans_layers(model) else stacking.unstacked
+  change = stacking.stacked if model.execution.layers == "scan" else stacking.unstacked
   return params | {"layers": change(params["layers"])}
 
 
@@ -115,7 +130,7 @@ def frozen_weights(model: Model, params: Params) -> Params:
   The same forward pass, bit for bit. Norms and a scalar head stay float32, and so does the embedding: positions are
   added to it before the sum is rounded.
   """
-  dtype = jnp.dtype(model.cfg.dtype)
+  dtype = jnp.dtype(model.execution.dtype)
   cast = lambda layer: layers.cast(layer, dtype)
   of_layers = params["layers"]
   result = params | {
@@ -137,9 +152,9 @@ def param_axes(model: Model) -> Params:
   """Logical axis names of every parameter: tuples, in a tree like the parameters."""
   boxed = jax.eval_shape(model.init, jax.random.key(0))["params"]
   axes = _nest({name: box.names for name, box in boxed.items()})
-  if not scans_layers(model):
+  if model.execution.layers != "scan":
     layer = jax.tree.map(lambda names: names[1:], axes["layers"], is_leaf=_is_names)
-    axes["layers"] = [layer] * model.cfg.num_layers
+    axes["layers"] = [layer] * model.network.num_layers
   return axes
 
 
@@ -155,18 +170,6 @@ def param_shardings(mesh: Mesh, model: Model) -> tuple[Params, Params]:
 
 def _nest(flat: dict) -> dict:
   return flax.traverse_util.unflatten_dict(flat, sep="/")
-
-
-def scans_layers(model: Model) -> bool:
-  """Whether layers run as a scan. On CPU a scan copies each layer's weights first: unroll there."""
-  choice = model.cfg.layers
-  return choice == "scan" or (choice == "auto" and jax.default_backend() != "cpu")
-
-
-def uses_splash(model: Model) -> bool:
-  """Whether whole sequences attend by the splash kernel. Where it has to be interpreted, plain is faster."""
-  choice = model.cfg.attention
-  return choice == "splash" or (choice == "auto" and jax.default_backend() == "tpu")
 
 
 def apply(model: Model, params: Params, token_BL: Array, **inputs) -> Array:
@@ -217,7 +220,7 @@ def hidden(
 
 def lm_table(model: Model, params: Params) -> Array:
   """The rows that an 'lm' head multiplies with, [V, D], in the dtype of the parameters."""
-  return params["embedding"]["token_VD"] if model.cfg.tie_embeddings else params["head"]["w_VD"]
+  return params["embedding"]["token_VD"] if model.network.tie_embeddings else params["head"]["w_VD"]
 
 
 def positions_from_mask(is_token_BL: Array) -> Array:
@@ -237,7 +240,7 @@ def run_layers(
   model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
 ):
   """(what the layers yield, keys and values of every layer where `keep`, parameters as `hidden` returns them)."""
-  cfg = model.cfg
+  cfg = model.network
   # With whole columns, unlike h: attention's masks are made of them, and are larger.
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
@@ -257,11 +260,11 @@ def run_layers(
     h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
     return h_BLD, kept
 
-  if scans_layers(model):
-    run = _checkpoint(run_block, cfg.remat, static_argnums=2, prevent_cse=False)
+  if model.execution.layers == "scan":
+    run = _checkpoint(run_block, model.execution.remat, static_argnums=2, prevent_cse=False)
     stacked = stacking.stacked(params["layers"]), keys_N
     return *_scan_layers(run, h_BLD, stacked, 2 if cfg.attention_window else 1), params
-  run = _checkpoint(run_block, cfg.remat, static_argnums=2)
+  run = _checkpoint(run_block, model.execution.remat, static_argnums=2)
   kept = []
   for index, layer in enumerate(stacking.unstacked(params["layers"])):
     h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
@@ -311,8 +314,8 @@ def _scan_layers(run, h_BLD, stacked, period: int):
 
 def _attention(model, segment_BL, position_BL):
   """(index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK: how layer `index` attends inside whole sequences."""
-  cfg = model.cfg
-  if uses_splash(model):
+  cfg = model.network
+  if model.execution.attention == "splash":
     windows = 0, cfg.attention_window
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=windows[index % 2])
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
@@ -336,11 +339,11 @@ def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.sp
   look_up = _look_up_and_pass if constraints.on_one_device() else _look_up
   h_BLD, table_VD = look_up(params["embedding"]["token_VD"], row_BL)
   params = params | {"embedding": params["embedding"] | {"token_VD": table_VD}}
-  if model.cfg.position == "learned":
+  if model.network.position == "learned":
     row_BL = jnp.where(is_token_BL, position_BL, 0)
     h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
   # A select, not a product: whatever the table holds, NaN included, ends here.
-  h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.cfg.dtype)
+  h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.execution.dtype)
   return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0), params
 
 
@@ -370,7 +373,7 @@ _look_up_and_pass.defvjp(
 
 def final_norm(model: Model, params: Params, h_BTD: Array) -> Array:
   """The last norm, each column once on a mesh."""
-  return layers.norm(constraints.split_columns(h_BTD), params["final_norm"], model.cfg)
+  return layers.norm(constraints.split_columns(h_BTD), params["final_norm"], model.network)
 
 
 def apply_head(model: Model, params: Params, h_BTD: Array, *, decoding: bool = False) -> Array:

@@ -150,7 +150,7 @@ def place_for_decoding(params, axes_tree, layout: str):
   )
 
 
-def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh=None) -> str:
+def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh, memory: float) -> str:
   """The layout that decoding fits in: 'tensor' while its copy of the weights takes at most DECODE_SHARE of a device.
 
   Static, and the same on every process and for devices that are not here.
@@ -158,12 +158,9 @@ def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh=None) -> str:
   Args:
     axes_tree, shapes_tree: of the parameters, as `param_shardings` takes them.
     itemsize: bytes of one element of the copy.
-    mesh: a Mesh or an AbstractMesh; None is the one set around a traced function.
+    mesh: a Mesh or an AbstractMesh.
+    memory: bytes of one device, from `device_memory`.
   """
-  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-  memory = None if mesh.empty else device_memory(mesh)
-  if memory is None:
-    return "tensor"
 
   def local_bytes(axes, leaf):
     split = [axis for axis in spec_of(axes, gathered=DECODE_GATHERED["tensor"]) if axis]
@@ -190,7 +187,7 @@ def device_memory(mesh) -> float | None:
   here = jax.local_devices()[0]
   if here.device_kind != device.device_kind:
     raise UserError(
-      f"model.decode_layout='auto' must know the memory of a {device.device_kind!r}, and does not; set"
-      " --config.model.decode_layout to 'tensor' or '2d'"
+      f"execution.decode_layout='auto' must know the memory of a {device.device_kind!r}, and does not; set"
+      " --config.execution.decode_layout to 'tensor' or '2d'"
     )
   return float(here.memory_stats()["bytes_limit"])

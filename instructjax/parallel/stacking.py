@@ -1,12 +1,13 @@
 """The two ways in which layers' weights lie: stacked on a leading axis, or a list with one tree a layer.
 
 A scan over layers wants them stacked. Layers that are unrolled want the list: a slice of a stack is copied before a
-product can read it, and the gradient's parts are copied into a stack again. Called by the models, by checkpoint (saved
-one way, read the other) and by whoever compares weights. Imports nothing of the project.
+product can read it, and the gradient's parts are copied into a stack again. Called by the models, by checkpoint (which
+saves stacks only) and by whoever compares weights. Imports nothing of the project.
 
 In any tree, weights or optimiser state, the layers lie under the key `layers` of a dict.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,44 @@ def stacked(layers: Any) -> Any:
   if not isinstance(layers, list):
     return layers
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def stack_each(layers: Any) -> Any:
+  """`stacked` outside of a traced function, each leaf by itself and placed as its layers are."""
+  if not isinstance(layers, list):
+    return layers
+
+  def one(*leaves):
+    place = _with_axis(leaves[0], len(leaves)).sharding
+    return _stack_program(place)(leaves)
+
+  return jax.tree.map(one, *layers)
+
+
+def unstack_each(layers: Any) -> list:
+  """`unstacked` outside of a traced function, leaf by leaf; each is freed before the next is taken apart.
+
+  So no more than one leaf lies in memory twice.
+  """
+  if isinstance(layers, list):
+    return layers
+  leaves, treedef = jax.tree.flatten(layers)
+  parts = []
+  for leaf in leaves:
+    parts.append(_unstack_program(_without_axis(leaf).sharding)(leaf))
+    jax.block_until_ready(parts[-1])
+    leaf.delete()
+  return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
+
+
+@functools.cache
+def _stack_program(place):
+  return jax.jit(lambda leaves: jnp.stack(leaves), out_shardings=place)
+
+
+@functools.cache
+def _unstack_program(place):
+  return jax.jit(lambda leaf: [layer for layer in unstacked(leaf)], out_shardings=place)
 
 
 def stacked_shapes(layers: Any) -> Any:

@@ -92,11 +92,6 @@ def _block(weights: Weights, name: str) -> dict[str, Any]:
   return json.loads(weights.settings.get(f"config.{name}", "{}"))
 
 
-def _base(weights: Weights, export: Export) -> str:
-  """`model.weights` of the run: what its base was, '' where it was trained in the run."""
-  return _block(weights, "reward_model" if export.which == "value" else "model").get("weights", "")
-
-
 def _front_matter(weights: Weights, export: Export) -> str:
   is_scalar = weights.head == "scalar"
   tags = ["instructjax"]
@@ -104,7 +99,7 @@ def _front_matter(weights: Weights, export: Export) -> str:
     tags += ["rlhf", "instructgpt", weights.path.name.replace("_", "-")]
   tags += ["reward-model"] * is_scalar + ["gguf"] * (export.format == "gguf")
   lines = ["license: other", "license_name: unknown"]
-  base = _base(weights, export)
+  base = weights.base
   if base.startswith(HUB):
     lines.append(f"base_model: {base.removeprefix(HUB).split('@')[0]}")
   if export.format == "hf":
@@ -114,7 +109,7 @@ def _front_matter(weights: Weights, export: Export) -> str:
 
 
 def _what(weights: Weights, export: Export) -> str:
-  cfg = weights.cfg
+  cfg = weights.network
   if weights.kind == "stage":
     what, where = _STAGES.get(weights.path.name, ("a network", "sec 3"))  # a renamed folder
     if export.which == "value":
@@ -126,7 +121,7 @@ def _what(weights: Weights, export: Export) -> str:
       f" `{weights.path.parent.name}` of instructjax, the InstructGPT recipe in JAX (Ouyang et al. 2022:"
       f" {where})."
     )
-    base = _base(weights, export)
+    base = weights.base
     if base:
       name = base.removeprefix(HUB) if base.startswith(HUB) else pathlib.Path(base).name
       sentence += f" The base is `{name}`; its licence and limits hold here too."
@@ -156,7 +151,7 @@ def _loading(weights: Weights, export: Export) -> str:
       f" --checkpoint={export.name} --prompt=...`"
     )
   # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.
-  is_qwen2 = weights.cfg.qkv_bias and not weights.cfg.use_bias
+  is_qwen2 = weights.network.qkv_bias and not weights.network.use_bias
   tokenizer = "PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer"
   if weights.head == "scalar":
     bias = f" + {export.score_bias!r}" if export.score_bias else ""
@@ -341,9 +336,7 @@ def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
   for stage, _, made_with in [own, *_ancestors(weights.path.parent, weights.settings)]:
     block = next((made_with[name] for name in _OWN_BLOCKS if name in made_with), None)
     if block and stage not in result:
-      settings = json.loads(block)
-      settings.pop("max_kl", None)  # no part of what made the weights: done.json has 0 for any
-      result[stage] = _flat(settings)
+      result[stage] = _flat(json.loads(block))
   return result
 
 

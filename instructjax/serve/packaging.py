@@ -16,7 +16,7 @@ import jax
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
 from instructjax.core.structs import Params
-from instructjax.models import interop, transformer
+from instructjax.models import execution, interop, transformer
 from instructjax.parallel import sharding
 from instructjax.serve import card, tokenizer_export
 from instructjax.train import weights
@@ -44,7 +44,7 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
   pad_id = model.vocab_size if is_scalar else None
   with _whole(out) as scratch:
     ids = tokenizer_export.write_files(
-      opened.tokenizer, scratch, max_length=opened.cfg.max_length, pad_id=pad_id
+      opened.tokenizer, scratch, max_length=opened.network.max_length, pad_id=pad_id
     )
     interop.write_folder(scratch / "weights", model, params, ids)
     for path in (scratch / "weights").iterdir():
@@ -107,9 +107,11 @@ def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
   """The network and its weights in host memory."""
   # The tokenizer of a scalar model's export has one token more than the model: the pad.
   vocab_size = min(opened.tokenizer.vocab_size, opened.vocab_size)
-  model = transformer.make_model(opened.cfg, vocab_size, opened.head)
   devices = jax.local_devices(backend="cpu")[:1]
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), devices)
+  model = execution.model_on(
+    mesh, opened.network, execution.for_inference("cpu"), vocab_size, opened.head
+  )
   return model, opened.load(mesh, model)
 
 

@@ -92,7 +92,7 @@ def make(name: str, opened: Weights, head: Literal["lm", "scalar"], mesh: Mesh) 
   if opened.head != head:
     is_wanted = {"lm": "a language model", "scalar": "a reward model"}
     raise UserError(f"{name} must be {is_wanted[head]}, and it is {is_wanted[opened.head]}")
-  model = opened.model()
+  model = opened.model(mesh)
   params = opened.load(mesh, model)
   weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
   return Speaker(name, opened.tokenizer, model, weights)
@@ -118,17 +118,17 @@ def answer(
   """
   tokenizer = speaker.tokenizer
   ids = tokenizer.encode_prompt(prompt)
-  room = speaker.model.cfg.max_length - len(ids)
+  room = speaker.model.network.max_length - len(ids)
   if not ids:
     raise UserError(f"{speaker.name}: the prompt must hold at least one token, got {prompt!r}")
   if room < 1:
     raise UserError(
       f"{speaker.name}: prompt of {len(ids)} tokens must be shorter than the context of"
-      f" {speaker.model.cfg.max_length} tokens"
+      f" {speaker.model.network.max_length} tokens"
     )
   # The cache has a column for each token that is asked for: no more of them than the context.
   draw = dataclasses.replace(
-    draw, max_new_tokens=min(draw.max_new_tokens, speaker.model.cfg.max_length)
+    draw, max_new_tokens=min(draw.max_new_tokens, speaker.model.network.max_length)
   )
   programs = speaker.programs(_padded_length(len(ids)), draw)
   uniform_BR = sampling.row_uniforms(key, jnp.arange(1), draw.max_new_tokens)
@@ -178,7 +178,7 @@ def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
   Raises:
     UserError: prompt and answer are longer than the context.
   """
-  tokenizer, limit = speaker.tokenizer, speaker.model.cfg.max_length
+  tokenizer, limit = speaker.tokenizer, speaker.model.network.max_length
   ids = tokenizer.encode_prompt(prompt) + tokenizer.encode(answer.text)
   ids += [tokenizer.eos_id] * answer.ended
   if len(ids) > limit:

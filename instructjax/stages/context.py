@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from instructjax.core.config import Config
+from instructjax import models
+from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
+from instructjax.core.config import Config, ExecutionConfig
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.tokenize import tokenize_prompts
@@ -104,7 +106,13 @@ class Context:
       "reward": (self.config.reward_model, "scalar"),
       "reward_base": (self.config.reward_model, "lm"),
     }[role]
-    return transformer.make_model(cfg, self.tokenizer.vocab_size, head)
+    vocab_size = self.tokenizer.vocab_size
+    return models.model_on(self.mesh, cfg.network, self.execution, vocab_size, head)
+
+  @property
+  def execution(self) -> ExecutionConfig:
+    """How networks are run on the devices of this run's mesh."""
+    return models.resolve_execution(self.config.execution, models.platform_of(self.mesh))
 
   def require_fit(self, roles: Iterable[str], batches: Mapping[str, int]):
     """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
@@ -128,8 +136,8 @@ class Context:
 
 
 def canonical(value) -> str:
-  """One spelling of a config block or plain value."""
-  plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+  """One spelling of a plain value, or of what decides a config block's numbers."""
+  plain = determining(value) if dataclasses.is_dataclass(value) else value
   return json.dumps(plain, sort_keys=True)
 
 
@@ -155,6 +163,24 @@ def fingerprint(ctx: Context, blocks: dict, parents: tuple[str, ...] = ()) -> di
   return result
 
 
+def changeable(ctx: Context, blocks: dict) -> dict[str, dict]:
+  """The settings of these blocks, and of execution, that no fingerprint has, as `loop.StageRun` wants them."""
+  named = {"execution": ctx.execution}
+  for name, block in blocks.items():
+    if dataclasses.is_dataclass(block):
+      # The stage's own block goes by the name that it has in the config.
+      own = (other for other, value in vars(ctx.config).items() if value is block)
+      named[next(own) if name == "stage" else name] = block
+  return {
+    metadata["on_resume"]: {
+      f"{name}.{field}": value
+      for name, block in named.items()
+      for field, value in marked(block, metadata).items()
+    }
+    for metadata in (ROUNDING, SAME_NUMBERS)
+  }
+
+
 def stage_run(
   ctx: Context, stage: str, blocks: dict, parents: tuple[str, ...] = ()
 ) -> loop.StageRun:
@@ -165,6 +191,7 @@ def stage_run(
     log=ctx.config.log,
     profile=ctx.config.profile,
     fingerprint=fingerprint(ctx, blocks, parents),
+    changeable=changeable(ctx, blocks),
   )
 
 

@@ -9,11 +9,6 @@ from instructjax.stages.context import BASE_OF, Context
 from instructjax.train import finished
 from instructjax.train.weights import RL_STAGES, Weights, load_stage
 
-# Fields of ModelConfig that may differ between the weights and the run that takes them.
-_FREE_FIELDS = frozenset(
-  {"weights", "init_std", "dtype", "layers", "attention", "remat", "decode_layout"}
-)
-
 
 def base_stage(ctx: Context, role: str) -> str:
   """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
@@ -74,10 +69,11 @@ def _require_tokenizer(ctx: Context, given: Weights, where: str):
 
 
 def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
-  theirs, ours = dataclasses.asdict(given.cfg), dataclasses.asdict(cfg)
-  if cfg.position == "rope" and cfg.max_length <= given.cfg.max_length:
+  theirs, ours = dataclasses.asdict(given.network), dataclasses.asdict(cfg.network)
+  theirs["init_std"] = cfg.init_std  # nothing is initialised
+  if cfg.position == "rope" and cfg.max_length <= given.network.max_length:
     theirs["max_length"] = cfg.max_length  # rotary positions have no table: a shorter context fits
-  wrong = [name for name in ours if name not in _FREE_FIELDS and theirs[name] != ours[name]]
+  wrong = [name for name in ours if theirs[name] != ours[name]]
   if wrong:
     has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
     asked = ", ".join(f"{name}={ours[name]}" for name in wrong)

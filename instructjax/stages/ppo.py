@@ -93,7 +93,7 @@ def freeze(nets: ppo_step.Nets, shardings: PPOState, ref_params, reward_params) 
   """The two networks as the step reads them; those given where there is nothing to cast."""
 
   def frozen(model, params, places):
-    if model.cfg.dtype == "float32":
+    if model.execution.dtype == "float32":
       return params
     cast = functools.partial(transformer.frozen_weights, model)
     return jax.jit(cast, out_shardings=places)(params)
@@ -196,8 +196,8 @@ def run(ctx: Context, stage: str):
     "model": ctx.config.model,
     "reward_model": ctx.config.reward_model,
     "data": ctx.config.data,
-    # A limit changes no number: lifting it lets the run go on. Nor do chunks and shared rows, but for rounding.
-    "ppo": dataclasses.replace(cfg, max_kl=0.0, ptx_chunks=1, packed_rows=0),
+    "ppo": cfg,
+    "rollout": ctx.config.rollout,
   }
   run_ = stage_run(ctx, stage, blocks, parents=("ppo_init", "rm"))
   if is_finished(run_):

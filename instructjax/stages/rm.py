@@ -1,6 +1,5 @@
 """Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's answers, one epoch, demonstrations at mean 0."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -108,9 +107,7 @@ def initial_params(ctx: Context, key):
 
 def _stage_run(ctx: Context, stage: str) -> loop.StageRun:
   parents = ("sft" if ctx.config.rm.start_from == "sft" else policies.stage_of(ctx, "reward_base"),)
-  # Shared rows change no number, but for rounding.
-  cfg = dataclasses.replace(ctx.config.rm, row_length=0)
-  blocks = {"model": ctx.config.reward_model, "stage": cfg, "data": ctx.config.data}
+  blocks = {"model": ctx.config.reward_model, "stage": ctx.config.rm, "data": ctx.config.data}
   return stage_run(ctx, stage, blocks, parents=parents + ("collect",) * ctx.collects)
 
 

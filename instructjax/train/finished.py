@@ -67,27 +67,18 @@ def require_same_run(directory: pathlib.Path, saved: Mapping[str, str], current:
 
   Args:
     directory: of the stage.
-    saved, current: part -> hash, or a config block as JSON. Where given weights lie may differ:
-      `parent:NAME` has their own hash.
+    saved, current: part -> hash, or a config block as JSON.
 
   Raises:
     UserError: naming the first part that differs, and in a config block the fields.
   """
   for part in sorted(saved.keys() | current.keys()):
-    old, new = (_without_path(part, parts.get(part, "none")) for parts in (saved, current))
+    old, new = (parts.get(part, "none") for parts in (saved, current))
     if old != new:
       raise UserError(
         f"cannot go on with {directory}: it was made with another {part} ({_difference(old, new)})."
         f" Use another --workdir, or the {part} it was made with."
       )
-
-
-def _without_path(part: str, value: str) -> str:
-  """A network's config block without `weights`, the path of given weights; other parts as they are."""
-  if part not in ("config.model", "config.reward_model") or value == "none":
-    return value
-  block = json.loads(value)
-  return json.dumps({name: block[name] for name in block if name != "weights"}, sort_keys=True)
 
 
 def _difference(old: str, new: str) -> str:

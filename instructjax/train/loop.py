@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
 from instructjax.parallel import distributed
-from instructjax.train.checkpoint import Checkpoints
+from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
 
@@ -36,6 +36,8 @@ class StageRun:
     profile: which steps are traced.
     fingerprint: part -> hash, or config block as JSON, of all that a resumed run must match: config, tokenizer,
       reference, reward model.
+    changeable: what it need not match, 'rounding' and 'same numbers' -> setting -> value: those that move numbers
+      by rounding only, and those that do not touch them. Saved with the state, to say what has changed.
     advice: what to change when the stage is stopped for its numbers.
   """
 
@@ -45,6 +47,7 @@ class StageRun:
   log: LogConfig
   profile: ProfileConfig
   fingerprint: Mapping[str, str]
+  changeable: Mapping[str, Mapping[str, Any]]
   advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
 
 
@@ -116,6 +119,9 @@ def fit(
     if start:
       state, position = checkpoints.restore(start, state, run.fingerprint)
       batches.set_state(position)
+      line = changes(run, read_meta(run.directory, start)["changeable"])
+      if line and progress and jax.process_index() == 0:
+        rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
     if start == num_steps:
       return state
 
@@ -156,7 +162,9 @@ def fit(
         log.write(step, record, samples)
         late = None
         if is_stopping or step in save_steps:
-          checkpoints.save(step, state, batches.get_state(), record, run.fingerprint)
+          checkpoints.save(
+            step, state, batches.get_state(), record, run.fingerprint, run.changeable
+          )
         if is_stopping:
           checkpoints.wait()
           raise Preempted(
@@ -164,6 +172,24 @@ def fit(
           )
   multihost_utils.sync_global_devices(f"{run.name} trained")  # all may read what one has written
   return state
+
+
+def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
+  """One line on the settings that move a resumed run's numbers by rounding and are not those it was saved under.
+
+  Args:
+    run: the stage as it goes on.
+    saved: `changeable` of the run that wrote the checkpoint.
+  Returns:
+    '' where none has changed.
+  """
+  before, now = saved["rounding"], run.changeable["rounding"]
+  changed = [name for name in now if now[name] != before[name]]
+  if not changed:
+    return ""
+  parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
+  by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
+  return f"{run.name} goes on with {parts}: numbers move {by}"
 
 
 class _Log:

@@ -15,11 +15,11 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from instructjax.core.config import ModelConfig, model_config
+from instructjax.core.config import NetworkConfig, network_config
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import heads, interop, transformer
+from instructjax.models import execution, heads, interop, transformer
 from instructjax.train import checkpoint, finished
 
 RL_STAGES = ("ppo", "ppo_ptx", "ppo_beta0")
@@ -35,7 +35,7 @@ class Weights:
   Attributes:
     path: the stage's folder, the Hugging Face folder or the GGUF file.
     kind: which of them.
-    cfg: architecture. What files say nothing of (dtype, layers, attention, remat) is chosen for inference.
+    network: its architecture.
     head: 'lm', or 'scalar' for a reward or value model.
     vocab_size: rows of the embedding table in the files.
     fingerprint: equal for equal weights, cheap to compute: nothing of their size is read.
@@ -43,11 +43,12 @@ class Weights:
     step: of a stage's checkpoint.
     item: name of the weights inside the checkpoint.
     result: a stage's done.json, {} for other kinds.
+    base: what `model.weights` named in the run that trained them; '' where its base was trained too.
   """
 
   path: pathlib.Path
   kind: Literal["stage", "hf", "gguf"]
-  cfg: ModelConfig
+  network: NetworkConfig
   head: Literal["lm", "scalar"]
   vocab_size: int
   fingerprint: str
@@ -55,6 +56,7 @@ class Weights:
   step: int | None
   item: str
   result: Mapping
+  base: str
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -66,16 +68,17 @@ class Weights:
     """What a stage was made with, name -> JSON or hash; {} for other kinds."""
     return self.result.get("fingerprint", {})
 
-  def model(self) -> transformer.Model:
-    """The network for inference; its vocabulary is the tokenizer's, so no id without text is sampled."""
-    return transformer.make_model(self.cfg, self.tokenizer.vocab_size, self.head)
+  def model(self, mesh: Mesh) -> transformer.Model:
+    """The network for inference on a mesh; its vocabulary is the tokenizer's, so no id without text is sampled."""
+    chosen = execution.for_inference(execution.platform_of(mesh))
+    return execution.model_on(mesh, self.network, chosen, self.tokenizer.vocab_size, self.head)
 
   def load(self, mesh: Mesh, model: transformer.Model) -> Params:
     """The weights, float32, placed on the mesh; a reward model's with its bias (C.2).
 
     Args:
       mesh: where to.
-      model: of this architecture; dtype, layers, attention and remat are its own.
+      model: of this architecture.
     Raises:
       UserError: the files do not hold this model's parameters.
       UserError: they cannot be read.
@@ -127,11 +130,10 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     raise UserError(f"{path} must be a finished RL stage to have a value network")
   source = interop.open_weights(path)
   found = interop.describe(source)
-  cfg = dataclasses.replace(found.cfg, **_inference())
   return Weights(
     path=path,
     kind="gguf" if path.suffix == ".gguf" else "hf",
-    cfg=cfg,
+    network=found.cfg,
     head=found.head,
     vocab_size=found.vocab_size,
     fingerprint=source.fingerprint,
@@ -139,13 +141,8 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     step=None,
     item="params",
     result={},
+    base="",
   )
-
-
-def _inference() -> dict:
-  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  switches = dict.fromkeys(("layers", "attention", "decode_layout"), "auto")
-  return switches | {"dtype": dtype, "remat": "none"}
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:
@@ -158,8 +155,8 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   is_rl = "config.ppo" in made_with  # whatever the folder's name is now
   if which == "value" and not is_rl:
     raise UserError(f"{path} must be an RL stage to have a value network")
-  block = "config.reward_model" if which == "value" else "config.model"
-  cfg = model_config(json.loads(made_with[block]), f"{path}/done.json")
+  block = "reward_model" if which == "value" else "model"
+  network = network_config(json.loads(made_with[f"config.{block}"]), f"{path}/done.json")
   # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
   chosen = finished.read_done(path.parent / "sft_select") if path.name == "sft" else None
   step = (chosen or done)["step"]
@@ -174,7 +171,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   return Weights(
     path=path,
     kind="stage",
-    cfg=dataclasses.replace(cfg, weights="", **_inference()),
+    network=network,
     head="scalar" if "demonstration_mean" in done or which == "value" else "lm",
     vocab_size=tokenizer.vocab_size,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
@@ -182,4 +179,5 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     step=step,
     item=item,
     result=done,
+    base=checkpoint.read_meta(path, step)["changeable"]["same numbers"][f"{block}.weights"],
   )

@@ -1,7 +1,5 @@
 """benchmarks.decode: what it says of runs, and that its programs do the work that it says."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from benchmarks import decode
 from instructjax import models
 from instructjax.core.errors import UserError
+from tests import tiny
 
 
 def programs(**theirs):
@@ -43,15 +42,16 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch, tmp_path):
 
 
 def test_the_model_is_smollm2():
-  model = models.make_model(decode.smollm2(), decode.VOCAB, "lm")
+  config = decode.smollm2()
+  model = models.model_on(None, config.model.network, config.execution, decode.VOCAB, "lm")
   sizes = [x.size for x in jax.tree.leaves(models.param_shapes(model))]
   assert sum(sizes) == 134_515_008
-  assert model.cfg.dtype == "float32"
+  assert model.execution.dtype == "float32"
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_row_gets_all_its_tokens(tiny_config, random_params, batch):
-  model = models.make_model(dataclasses.replace(tiny_config, max_length=64), 19, "lm")
+  model = tiny.make_model(tiny_config, 19, "lm", max_length=64)
   params = random_params(model)
   rollout = decode.compile_rollout(model, params, batch, num_tokens=5)()
   assert np.all(rollout.is_response_BR) and rollout.is_response_BR.shape == (batch, 5)

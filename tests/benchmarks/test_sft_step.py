@@ -50,7 +50,7 @@ def test_a_peer_without_its_environment_is_refused(monkeypatch):
   with pytest.raises(
     UserError, match="^--peer=trl needs nowhere/bin/python; run benchmarks/peers/"
   ):
-    sft_step.commands(["model.remat=none"], ["trl"], "tokens.npy")
+    sft_step.commands(["execution.remat=none"], ["trl"], "tokens.npy")
 
 
 def test_bound_by_hand():

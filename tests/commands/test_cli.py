@@ -74,7 +74,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_change(monkeypatch, capsys)
   assert code == 2
   assert stderr.count("\n") == 1
   assert stderr.startswith("error: out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 17")
-  assert "--config.model.remat=full" in stderr
+  assert "--config.execution.remat=full" in stderr
 
 
 @pytest.mark.parametrize(

@@ -424,7 +424,7 @@ def test_bytes_by_owner(mesh):
   copy = 2 * (split + whole - norms) + 4 * norms
   assert programs.shard_bytes(program.inside["bf16 rollout copy"]) == copy
   assert program.decode_layout == "tensor"
-  program = programs.make(small("ppo_ptx", model={"decode_layout": "2d"}), mesh, "ppo_ptx")
+  program = programs.make(small("ppo_ptx", execution={"decode_layout": "2d"}), mesh, "ppo_ptx")
   copy = 2 * (split // 4 + whole - norms) + 4 * norms
   assert programs.shard_bytes(program.inside["bf16 rollout copy"]) == copy
   assert program.decode_layout == "2d"

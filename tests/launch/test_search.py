@@ -201,13 +201,11 @@ def test_flags_set_what_differs():
   mesh = "data:1,fsdp:2,tensor:2"
   flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
   as_configured = choice(mesh, 1.0, 1.0, chunks=config.ppo.ptx_chunks)
-  assert as_configured.flags(config, "ppo_ptx") == flags
+  assert as_configured.flags(config) == flags
   changed = choice(mesh, 1.0, 1.0, remat="none", chunks=4)
-  policy, reward = "--config.model.remat=none", "--config.reward_model.remat=none"
-  chunks = "--config.ppo.ptx_chunks=4"
-  assert changed.flags(config, "ppo_ptx") == flags + [policy, reward, chunks]
-  assert choice(mesh, 1.0, 1.0, remat="none").flags(config, "sft") == flags + [policy]
-  assert choice(mesh, 1.0, 1.0, remat="none").flags(config, "rm") == flags + [reward]
+  remat, chunks = "--config.execution.remat=none", "--config.ppo.ptx_chunks=4"
+  assert changed.flags(config) == flags + [remat, chunks]
+  assert choice(mesh, 1.0, 1.0, remat="none").flags(config) == flags + [remat]
 
 
 def test_a_crash_and_a_mistake_are_answers(monkeypatch):

@@ -1,11 +1,9 @@
 """FLOPs by the model's definition, counted by hand."""
 
-import dataclasses
-
 import pytest
 
-from instructjax import models
 from instructjax.models import flops
+from tests import tiny
 
 # The tiny config's layer: queries and two groups of keys and values 16 x 32, out 16 x 16, up and down 16 x 24;
 # three LayerNorms. The embedding of 23 tokens also gives the logits.
@@ -22,7 +20,7 @@ HEAD = 23 * 16
   ],
 )
 def test_forward(tiny_config, head, changes, head_weights):
-  model = models.make_model(dataclasses.replace(tiny_config, **changes), 23, head)
+  model = tiny.make_model(tiny_config, 23, head, **changes)
   tokens, length = 10, 5
   attention = 2 * length * 16  # 4 S D, of which the causal half
   products = tokens * (2 * LAYERS + attention)

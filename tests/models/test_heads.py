@@ -11,6 +11,7 @@ import pytest
 
 from instructjax import models
 from instructjax.parallel import stacking
+from tests import tiny
 
 VOCAB = 19
 TOKEN_BL = np.random.default_rng(0).integers(0, VOCAB, (2, 6)).astype(np.int32)
@@ -57,7 +58,7 @@ def test_details_14_initialisation(gpt2):
   cfg = dataclasses.replace(
     gpt2, d_model=256, d_mlp=1024, num_layers=2, max_length=64, init_std=0.02
   )
-  params = init(models.make_model(cfg, 512, "scalar"), jax.random.key(0))
+  params = init(tiny.make_model(cfg, 512, "scalar"), jax.random.key(0))
   embedding, layer = params["embedding"], stacking.stacked(params["layers"])
   std = lambda x: float(np.std(x))
   assert std(embedding["token_VD"]) == pytest.approx(0.02, rel=0.02)
@@ -74,7 +75,7 @@ def test_details_14_initialisation(gpt2):
 
 
 def test_parameters_depend_on_the_key_only(llama):
-  model = models.make_model(llama, VOCAB, "lm")
+  model = tiny.make_model(llama, VOCAB, "lm")
   one, same, other = (init(model, jax.random.key(seed)) for seed in (0, 0, 1))
   jax.tree.map(np.testing.assert_array_equal, one, same)
   assert np.any(one["head"]["w_VD"] != other["head"]["w_VD"])
@@ -83,7 +84,7 @@ def test_parameters_depend_on_the_key_only(llama):
 
 def test_axes_name_every_dimension(cfg):
   for head in ("lm", "scalar"):
-    model = models.make_model(cfg, VOCAB, head)
+    model = tiny.make_model(cfg, VOCAB, head)
     axes, shapes = models.param_axes(model), models.param_shapes(model)
     jax.tree.map(
       lambda names, leaf: np.testing.assert_equal(len(names), leaf.ndim),
@@ -94,6 +95,6 @@ def test_axes_name_every_dimension(cfg):
 
 
 def test_model_is_hashable_by_value(gpt2):
-  one, same = (models.make_model(gpt2, VOCAB, "lm") for _ in range(2))
+  one, same = (tiny.make_model(gpt2, VOCAB, "lm") for _ in range(2))
   assert one == same and hash(one) == hash(same)
-  assert one != models.make_model(gpt2, VOCAB, "scalar")
+  assert one != tiny.make_model(gpt2, VOCAB, "scalar")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from instructjax import models
-from instructjax.models import layers, splash, transformer
+from instructjax.models import layers, splash
 
 QUICK = {"xla_backend_optimization_level": 0}
 # Row 0 packs sequences of 90 and 70 tokens and ends in pads; row 1 is one left-padded sequence.
@@ -87,13 +87,6 @@ def test_details_3_garbage_and_nan_at_pads_leave_a_model_equal_to_the_plain_one(
   np.testing.assert_allclose(got[1][is_token_BL], expected[1][is_token_BL], rtol=1e-3, atol=1e-4)
   for one, other in zip(jax.tree.leaves(got[0]), jax.tree.leaves(expected[0]), strict=True):
     np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
-
-
-def test_auto_is_splash_on_a_tpu_only(gpt2, make, monkeypatch):
-  uses = lambda attention: transformer.uses_splash(make(gpt2, attention=attention)[0])
-  assert [uses(choice) for choice in ("auto", "plain", "splash")] == [False, False, True]
-  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  assert [uses(choice) for choice in ("auto", "plain", "splash")] == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from instructjax import models
 from instructjax.models import layers
+from tests import tiny
 
 VOCAB, LENGTH = 19, 12
 TOKEN_BL = np.random.default_rng(1).integers(1, VOCAB - 1, (2, LENGTH)).astype(np.int32)
@@ -301,11 +302,6 @@ def test_what_a_layer_computes_again_for_its_gradient(cfg, make, how):
   assert products("full") == products("none") + 5 * bodies
 
 
-def test_auto_unrolls_on_cpu(gpt2, make):
-  model, params = make(gpt2, layers="auto")
-  assert count_in_forward("scan", model, params) == 0
-
-
 def test_weights_and_gradients_of_unrolled_layers_are_never_stacked(gpt2, make):
   model, params = make(gpt2)
   jaxpr = str(jax.make_jaxpr(functools.partial(loss_gradient.__wrapped__, model))(params))
@@ -352,9 +348,9 @@ def test_frozen_weights_are_half_the_size_and_give_the_same_bits(cfg, make, head
   model, params = make(cfg, head, dtype="bfloat16", layers=layout, tie_embeddings=False)
   frozen = models.frozen_weights(model, params)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-  of_layers = frozen["layers"] if isinstance(frozen["layers"], list) else [frozen["layers"]]
-  cast = [part for layer in of_layers for n, part in layer.items() if not n.endswith("norm")]
-  assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["layers"]):
+    is_of_norm = "norm" in jax.tree_util.keystr(path)
+    assert leaf.dtype == (jnp.float32 if is_of_norm else jnp.bfloat16), path
   assert size(frozen["layers"]) < 0.6 * size(params["layers"])
   inputs = TOKEN_BL, SEGMENT_BL, POSITION_BL
   np.testing.assert_array_equal(forward(model, frozen, *inputs), forward(model, params, *inputs))
@@ -379,7 +375,14 @@ def test_strict_dtypes(cfg, make):
 
 def test_unknown_head_is_refused(gpt2):
   with pytest.raises(ValueError, match="head='value' must be 'lm' or 'scalar'"):
-    models.make_model(gpt2, VOCAB, "value")
+    tiny.make_model(gpt2, VOCAB, "value")
+
+
+def test_a_description_holds_a_network_and_no_auto():
+  with pytest.raises(ValueError, match="must be a NetworkConfig, got ModelConfig"):
+    tiny.make_model(tiny.CONFIG.model, VOCAB)
+  with pytest.raises(ValueError, match="nothing may be left to 'auto'"):
+    tiny.make_model(tiny.GPT2, VOCAB, layers="auto")
 
 
 def test_positions_ignore_padding():

@@ -16,8 +16,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax import models
-from instructjax.core.config import MeshConfig, ModelConfig, RopeScalingConfig
+from instructjax.core.config import MeshConfig
 from instructjax.parallel import constraints, sharding, stacking
+from tests import tiny
 
 
 def flags(*sizes) -> str:
@@ -27,34 +28,8 @@ def flags(*sizes) -> str:
   )
 
 
-GPT3 = ModelConfig(
-  num_layers=96,
-  d_model=12288,
-  num_heads=96,
-  num_kv_heads=96,
-  head_dim=128,
-  d_mlp=49152,
-  max_length=2048,
-  position="learned",
-  rope_base=1e4,
-  rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
-  norm="layernorm",
-  norm_eps=1e-5,
-  mlp="gelu",
-  use_bias=True,
-  qkv_bias=False,
-  attention_window=256,
-  tie_embeddings=True,
-  init_std=0.02,
-  dtype="bfloat16",
-  layers="scan",
-  attention="auto",
-  remat="full",
-  decode_layout="auto",
-  weights="",
-)
 TINY = dataclasses.replace(
-  GPT3,
+  tiny.GPT3,
   num_layers=2,
   d_model=32,
   num_heads=4,
@@ -63,12 +38,13 @@ TINY = dataclasses.replace(
   d_mlp=24,
   max_length=16,
   attention_window=0,
-  dtype="float32",
-  layers="unroll",
-  remat="none",
 )
 VOCAB = 19
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
+
+
+def make_gpt3(head: str):
+  return tiny.make_model(tiny.GPT3, 50257, head, dtype="bfloat16", layers="scan", remat="full")
 
 
 def abstract_mesh(data, fsdp, tensor, slices=1):
@@ -80,7 +56,7 @@ def tree_shardings(mesh, model):
 
 
 def test_gpt3_175b_has_its_published_size():
-  shapes = models.param_shapes(models.make_model(GPT3, 50257, "lm"))
+  shapes = models.param_shapes(make_gpt3("lm"))
   layers, d, vocab, length = 96, 12288, 50257, 2048
   # Per layer 12 d^2 weights and 13 d biases and norms; then the final norm and both tables.
   expected = layers * (12 * d**2 + 13 * d) + 2 * d + (vocab + length) * d
@@ -90,7 +66,7 @@ def test_gpt3_175b_has_its_published_size():
 @pytest.mark.parametrize("shape", [(1, 16, 16), (1, 128, 8), (2, 64, 8)])
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_gpt3_175b_divides_over_pods(shape, head):
-  mesh, model = abstract_mesh(*shape), models.make_model(GPT3, 50257, head)
+  mesh, model = abstract_mesh(*shape), make_gpt3(head)
   shapes, shardings = models.param_shapes(model), tree_shardings(mesh, model)
   local = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), shapes, shardings)
   whole = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
@@ -105,7 +81,7 @@ def test_the_vocabulary_is_not_split_because_50257_divides_by_nothing():
 
 
 def test_a_dimension_that_does_not_divide_names_its_parameter():
-  model = models.make_model(TINY, VOCAB, "lm")
+  model = tiny.make_model(TINY, VOCAB)
   message = (
     "sharding: parameter layers/0/attention/b_qkv_GQK: kv_heads=2 must be divisible by mesh axis"
     f" tensor=4. Nearest mesh that fits: {flags(1, 2, 2, 2)}"
@@ -281,7 +257,7 @@ def test_only_tpu_slices_have_a_network_between_them(monkeypatch, platform, expe
 
 
 def test_weights_are_whole_in_every_slice_and_batches_are_split_over_them():
-  mesh, model = sharding.make_mesh(MeshConfig(2, 1, 2, 2)), models.make_model(TINY, VOCAB, "lm")
+  mesh, model = sharding.make_mesh(MeshConfig(2, 1, 2, 2)), tiny.make_model(TINY, VOCAB)
   specs = [s.spec for s in jax.tree.leaves(tree_shardings(mesh, model))]
   assert not any("slice" in jax.tree.leaves(tuple(spec)) for spec in specs)
   batch = sharding.place_batch(mesh, np.arange(8))
@@ -362,7 +338,7 @@ def test_rows_held_by_every_process_may_be_of_any_number():
 
 
 def test_moments_lie_as_their_parameters_do():
-  mesh, model = sharding.make_mesh(MeshConfig(1, 1, 4, 2)), models.make_model(TINY, VOCAB, "lm")
+  mesh, model = sharding.make_mesh(MeshConfig(1, 1, 4, 2)), tiny.make_model(TINY, VOCAB)
   shapes, shardings = models.param_shapes(model), tree_shardings(mesh, model)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   state_shardings = sharding.opt_state_shardings(tx, shapes, shardings, mesh)
@@ -392,7 +368,12 @@ def kind_mesh(kind, *shape):
 
 
 def test_decoding_is_tensor_parallel_while_the_copy_takes_two_fifths_of_the_memory():
-  layout = functools.partial(models.decode_layout, models.make_model(GPT3, 50257, "lm"))
+  execution = dataclasses.replace(tiny.EXECUTION, dtype="bfloat16", decode_layout="auto")
+
+  def layout(mesh, **changes):
+    chosen = dataclasses.replace(execution, **changes)
+    return models.model_on(mesh, tiny.GPT3, chosen, 50257, "lm").execution.decode_layout
+
   # 173.9e9 weights of 2 bytes that tensor splits and tables of 1.3e9: 44.8 GB of 102.8 over 8 devices, 23.0 over 16.
   assert layout(kind_mesh("TPU v5", 1, 1, 128, 8)) == "2d"
   assert layout(kind_mesh("TPU v5", 1, 1, 64, 16)) == "tensor"
@@ -402,17 +383,14 @@ def test_decoding_is_tensor_parallel_while_the_copy_takes_two_fifths_of_the_memo
   )  # CPUs: memory bounds nothing
   with pytest.raises(ValueError, match="must know the memory of a 'TPU v99'"):
     layout(kind_mesh("TPU v99", 1, 1, 16, 16))
-  told = models.make_model(dataclasses.replace(GPT3, decode_layout="tensor"), 50257, "lm")
-  assert models.decode_layout(told, kind_mesh("TPU v5", 1, 1, 128, 8)) == "tensor"
+  assert layout(kind_mesh("TPU v5", 1, 1, 128, 8), decode_layout="tensor") == "tensor"
 
 
 @pytest.mark.parametrize(("layout", "share"), [("tensor", 1 / 2), ("2d", 1 / 8)])
 @pytest.mark.parametrize("how", ["unroll", "scan"])
 def test_decoding_weights_are_split_as_their_layout_says(how, layout, share):
   mesh = sharding.make_mesh(MeshConfig(1, 1, 4, 2))
-  model = models.make_model(
-    dataclasses.replace(TINY, layers=how, decode_layout=layout), VOCAB, "lm"
-  )
+  model = tiny.make_model(TINY, VOCAB, layers=how, decode_layout=layout)
   with jax.set_mesh(mesh):
     params = place(mesh, model, _model_params_tokens()[1])
     weights = jax.jit(functools.partial(models.decode_weights, model))(params)
@@ -427,7 +405,7 @@ def test_decoding_weights_are_split_as_their_layout_says(how, layout, share):
 
 @functools.cache
 def _model_params_tokens():
-  model = models.make_model(TINY, VOCAB, "lm")
+  model = tiny.make_model(TINY, VOCAB)
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: np.asarray(rng.normal(0, 0.3, x.shape), np.float32), models.param_shapes(model)
@@ -483,7 +461,7 @@ def one_device():
 )
 def test_eight_devices_equal_one(one_device, how, attention):
   model, params, token_BL, is_token_BL = _model_params_tokens()
-  model = models.make_model(dataclasses.replace(TINY, layers=how, attention=attention), VOCAB, "lm")
+  model = tiny.make_model(TINY, VOCAB, layers=how, attention=attention)
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
     params = place(mesh, model, params)
@@ -503,9 +481,7 @@ def test_eight_devices_equal_one(one_device, how, attention):
 @pytest.mark.parametrize("how", ["unroll", "scan"])
 def test_a_decode_step_moves_no_weights(one_device, how, layout):
   _, params, token_BL, is_token_BL = _model_params_tokens()
-  model = models.make_model(
-    dataclasses.replace(TINY, layers=how, decode_layout=layout), VOCAB, "lm"
-  )
+  model = tiny.make_model(TINY, VOCAB, layers=how, decode_layout=layout)
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   with jax.set_mesh(mesh):
     params = place(mesh, model, params)
@@ -531,8 +507,8 @@ def local_shapes(text: str, operation: str) -> set[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def split_step():
   """Text of a loss and its gradient, compiled for fsdp=2, tensor=4: 4 rows of 8 columns, d=16, F=24, V=19."""
-  cfg = dataclasses.replace(TINY, d_model=16, num_kv_heads=4, layers="scan", remat="products")
-  model, mesh = models.make_model(cfg, VOCAB, "lm"), sharding.make_mesh(MeshConfig(1, 1, 2, 4))
+  changes = dict(d_model=16, num_kv_heads=4, layers="scan", remat="products")
+  model, mesh = tiny.make_model(TINY, VOCAB, **changes), sharding.make_mesh(MeshConfig(1, 1, 2, 4))
 
   def loss(params, token_BL):
     column_BL = jnp.broadcast_to(jnp.arange(8), token_BL.shape)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as PS
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_read_either_way(tmp_path, saved, wanted):
   made = {name: stacking.relay(listed(), change[name]) for name in change}
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     state = train_state(made[saved], one, PS())
-    checkpoints.save(7, state, {}, {}, FINGERPRINT)
+    checkpoints.save(7, state, {}, {}, FINGERPRINT, {})
     checkpoints.wait()
     expected = train_state(made[wanted], mesh, PS("fsdp"))
     blank = jax.tree.map(lambda x: x * 0, dataclass_without_key(expected))
@@ -85,6 +86,17 @@ def test_a_checkpoint_is_read_either_way(tmp_path, saved, wanted):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected.params
   )
   assert_same_arrays(load_params(tmp_path, abstract), expected.params)
+
+
+@pytest.mark.parametrize("how", ["stack", "list"])
+def test_layers_on_disk_are_always_stacked(tmp_path, how):
+  tree = listed() if how == "list" else stacking.relay(listed(), stacking.stacked)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(1, jax.tree.map(jnp.asarray, tree), {}, {}, FINGERPRINT, {})
+  expected = stacking.relay(listed(), stacking.stacked)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    found = checkpointer.restore(tmp_path / "checkpoints" / "1" / "state")
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def dataclass_without_key(state: TrainState) -> dict:

@@ -13,6 +13,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PromptBatch
 from instructjax.parallel import sharding
 from instructjax.rl import sampling, scoring
+from tests import tiny
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE, TEMPERATURE = 23, 0, 8, 4, 6, 0.7
 KEY = jax.random.key(0)
@@ -154,7 +155,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def policy(tiny_config):
   cfg = dataclasses.replace(tiny_config, num_layers=2, attention_window=3)
-  return models.make_model(cfg, VOCAB, "lm")
+  return tiny.make_model(cfg, VOCAB, "lm")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,9 @@ def test_tokens_do_not_depend_on_the_mesh(generate, policy, params, prompts, rol
 
 
 def test_tokens_do_not_depend_on_the_layout(quick_jit, policy, params, prompts, rollout):
-  policy = dataclasses.replace(policy, cfg=dataclasses.replace(policy.cfg, decode_layout="2d"))
+  policy = dataclasses.replace(
+    policy, execution=dataclasses.replace(policy.execution, decode_layout="2d")
+  )
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
   _equal_on(mesh, _jitted(quick_jit, policy), policy, params, prompts, rollout)
 

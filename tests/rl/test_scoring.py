@@ -10,6 +10,7 @@ import pytest
 
 from instructjax import models
 from instructjax.rl import scoring
+from tests import tiny
 
 VOCAB, PROMPT, LENGTH = 23, 4, 10
 NUM_PAD_B, STOP_B = np.array([[0], [2], [3]]), np.array([[10], [8], [6]])
@@ -22,13 +23,13 @@ MASK_BR = IS_TOKEN_BL[:, PROMPT:]
 @pytest.fixture(scope="module")
 def policy(tiny_config, random_params):
   cfg = dataclasses.replace(tiny_config, tie_embeddings=False)
-  model = models.make_model(cfg, VOCAB, "lm")
+  model = tiny.make_model(cfg, VOCAB, "lm")
   return model, random_params(model, 1)
 
 
 @pytest.fixture(scope="module")
 def scalar(tiny_config, random_params):
-  model = models.make_model(tiny_config, VOCAB, "scalar")
+  model = tiny.make_model(tiny_config, VOCAB, "scalar")
   return model, random_params(model, 2)
 
 

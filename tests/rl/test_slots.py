@@ -15,6 +15,7 @@ from instructjax.core.structs import PromptBatch
 from instructjax.parallel import sharding
 from instructjax.rl import sampling
 from instructjax.rl import slots as slots_lib
+from tests import tiny
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 32, 4, 9
 KEY = jax.random.key(0)
@@ -36,7 +37,7 @@ def policy(tiny_config, random_params):
   def one(position, layers):
     switches = dict(position=position, layers=layers, num_layers=2, attention_window=3)
     cfg = dataclasses.replace(tiny_config, **switches)
-    model = models.make_model(cfg, VOCAB, "lm")
+    model = tiny.make_model(cfg, VOCAB, "lm")
     return model, random_params(model, 5)
 
   return one

@@ -15,6 +15,7 @@ from instructjax.core.structs import PackedBatch, Rollout
 from instructjax.rl import scoring, shared_rows
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import Experience, from_rollout
+from tests import tiny
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 6, 3, 5
 LENGTH = PROMPT + RESPONSE
@@ -32,7 +33,7 @@ def _rows_of_two_widths():
 
 @pytest.fixture(scope="module")
 def nets(tiny_config):
-  policy, scalar = (models.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
+  policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = optax.sgd(1.0)
   return ppo_step.Nets(policy, scalar, tx, tx, eos_id=EOS, max_response_length=RESPONSE)
 

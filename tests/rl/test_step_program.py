@@ -18,6 +18,7 @@ from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
 from instructjax.train import profiling
 from instructjax.train.optim import make_optimizer
+from tests import tiny
 
 VOCAB, EOS, GOOD, PROMPT, RESPONSE, DOCUMENT = 23, 0, 7, 3, 6, 8
 HOST = re.compile(
@@ -50,7 +51,7 @@ def configs(ppo_config):
 
 @pytest.fixture(scope="module")
 def nets(tiny_config, adam_config):
-  policy, scalar = (models.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
+  policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = make_optimizer(adam_config, 100)
   return ppo_step.Nets(policy, scalar, tx, tx, eos_id=EOS, max_response_length=RESPONSE)
 
@@ -363,7 +364,7 @@ def test_frozen_weights_in_bfloat16_lie_as_the_networks_do(configs, nets, frozen
   plain = ppo.state_shardings(mesh, nets, configs["ppo"])
   assert ppo.freeze(nets, plain, *given).ref_params is given[0]  # float32: nothing to cast
   narrow = lambda model: dataclasses.replace(
-    model, cfg=dataclasses.replace(model.cfg, dtype="bfloat16")
+    model, execution=dataclasses.replace(model.execution, dtype="bfloat16")
   )
   nets = dataclasses.replace(nets, policy=narrow(nets.policy), scalar=narrow(nets.scalar))
   with jax.set_mesh(mesh):

@@ -38,13 +38,14 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("secret") / "demo"
   config, tokenizer = finished_run.write_run(folder)
   data = dataclasses.replace(config.data, prompts=f"jsonl:{folder}/prompts.jsonl")
-  lm, scalar = (config.model, "lm"), (config.reward_model, "scalar")
+  lm, scalar = (config.model.network, "lm"), (config.reward_model.network, "scalar")
   write = lambda stage, items, **more: finished_run.write_stage(
     folder / stage, tokenizer, items, **more
   )
   write(
     "pretrain",
-    {"params": (dataclasses.replace(lm[0], weights="hf://org/base@v2"), "lm")},
+    {"params": lm},
+    base="hf://org/base@v2",
     blocks=[("stage", config.pretrain), ("documents", config.data.documents)],
     validation_loss=3.456,
   )
@@ -164,7 +165,7 @@ def test_the_snippet_names_a_tokenizer_that_transformers_does_not_change(run, wh
   assert "import AutoModelFor" in text(run / "ppo_ptx", which)
   assert " AutoTokenizer\n" in text(run / "ppo_ptx", which)
   opened = weights.locate(run / "ppo_ptx", which)
-  qwen2 = dataclasses.replace(opened, cfg=dataclasses.replace(opened.cfg, qkv_bias=True))
+  qwen2 = dataclasses.replace(opened, network=dataclasses.replace(opened.network, qkv_bias=True))
   page = card.text(qwen2, card.Export("out", "hf", which, "float32", 1))
   assert " PreTrainedTokenizerFast\n" in page and "= PreTrainedTokenizerFast.from_p" in page
   assert "AutoTokenizer" not in page

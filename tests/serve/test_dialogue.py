@@ -25,7 +25,7 @@ from instructjax.rl import sampling, scoring
 from instructjax.serve import dialogue, speaker
 from instructjax.serve.dialogue import Draw, Settings
 from instructjax.train import checkpoint, finished
-from tests import micro, test_main
+from tests import finished_run, micro, test_main, tiny
 
 PROMPT = "say: sea or hill?\n"
 MEAN = 0.75  # score of demonstrations, which the reward model's bias takes away
@@ -37,13 +37,13 @@ KEY = jax.random.key(3)
 
 def write_stage(folder, cfg, tokenizer, head, item, seed, blocks=(), **result):
   """A stage's folder as the stage leaves it, with random weights."""
-  model = models.make_model(cfg, tokenizer.vocab_size, head)
+  model = tiny.make_model(cfg, tokenizer.vocab_size, head)
   rng = np.random.default_rng(seed)
   params = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(0.1, 0.25, x.shape), jnp.float32), models.param_shapes(model)
   )
   with checkpoint.Checkpoints(folder, keep=1) as checkpoints:
-    checkpoints.save(2, {item: params}, None, {}, {})
+    checkpoints.save(2, {item: params}, None, {}, {}, finished_run.changeable(""))
   made_with = {
     "config.model": json.dumps(dataclasses.asdict(cfg)),
     "tokenizer": tokenizer.fingerprint,
@@ -56,7 +56,7 @@ def write_stage(folder, cfg, tokenizer, head, item, seed, blocks=(), **result):
 def run(tmp_path_factory):
   """A run's folder with `sft`, `ppo_ptx` and `rm`, and (model, params) of each stage."""
   folder = tmp_path_factory.mktemp("run")
-  cfg = micro.config("ppo_ptx", micro.write_data(folder / "data")).model
+  cfg = micro.config("ppo_ptx", micro.write_data(folder / "data")).model.network
   cfg = dataclasses.replace(cfg, max_length=100)
   documents = folder / "data" / "documents.jsonl"
   texts = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
@@ -141,7 +141,7 @@ def test_prompts_of_many_lengths_share_programs(sft):
 
 
 def test_an_answer_ends_where_the_context_does(sft):
-  limit = sft.model.cfg.max_length
+  limit = sft.model.network.max_length
   encode = lambda count: "\n" * count
   given, _ = answer(sft, encode(limit - 2))
   assert given.num_tokens <= 2

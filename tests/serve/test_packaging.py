@@ -18,13 +18,13 @@ import tokenizers as hf_tokenizers
 from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PromptBatch
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import interop, transformer
+from instructjax.models import interop
 from instructjax.parallel import sharding
 from instructjax.rl import sampling, scoring
 from instructjax.serve import card, packaging
 from instructjax.stages import answers
 from instructjax.train import weights
-from tests import finished_run, test_main
+from tests import finished_run, test_main, tiny
 
 PROMPT = "say: sea or hill?\n"
 TEXT = " the sea\n\n  is near the well.\n"
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
   `no_average`, a policy whose average was not kept."""
   folder = tmp_path_factory.mktemp("run")
   config, tokenizer = finished_run.write_run(folder)
-  llama = dataclasses.replace(config.model, max_length=100, num_kv_heads=1, d_mlp=64)
+  llama = dataclasses.replace(config.model.network, max_length=100, num_kv_heads=1, d_mlp=64)
   gpt2 = dataclasses.replace(llama, num_kv_heads=2, **GPT2)
   made = {}
 
@@ -59,7 +59,7 @@ def opened(path, which="ema"):
   found = weights.locate(path, which)
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   size = min(found.vocab_size, found.tokenizer.vocab_size)
-  model = transformer.make_model(found.cfg, size, found.head)
+  model = tiny.make_model(found.network, size, found.head)
   return model, found.load(mesh, model), found.tokenizer
 
 
@@ -171,7 +171,7 @@ def test_the_pad_of_a_byte_level_tokenizer_is_added_once(run, tmp_path):
   (tmp_path / "tokenizer").mkdir()
   raw.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
   (tmp_path / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-  cfg = weights.locate(run[0] / "sft").cfg
+  cfg = weights.locate(run[0] / "sft").network
   items = {"params": (cfg, "scalar")}
   tokenizer = tokenizers.load(tmp_path / "tokenizer")
   made = finished_run.write_stage(tmp_path / "rm", tokenizer, items, demonstration_mean=0.0)

@@ -18,6 +18,7 @@ from instructjax.rl import scoring
 from instructjax.stages import rm
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
+from tests import tiny
 
 VOCAB, ROWS, ANSWERS, LENGTH, GOOD = 23, 8, 4, 8, 5
 
@@ -48,7 +49,7 @@ def ranked(seed, shared=False):
 
 @pytest.fixture(scope="module")
 def model(tiny_config):
-  return models.make_model(tiny_config, VOCAB, "scalar")
+  return tiny.make_model(tiny_config, VOCAB, "scalar")
 
 
 @pytest.fixture(scope="module")

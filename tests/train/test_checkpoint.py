@@ -36,7 +36,7 @@ def _save(directory, steps, state=None, *, keep=10, metrics=None, **kwargs):
   with Checkpoints(directory, keep=keep, **kwargs) as checkpoints:
     for step in steps:
       values = (metrics or {}).get(step, {})
-      checkpoints.save(step, state or _state(), {"row": step}, values, FINGERPRINT)
+      checkpoints.save(step, state or _state(), {"row": step}, values, FINGERPRINT, {})
 
 
 def _host(tree):
@@ -78,7 +78,7 @@ def test_donating_the_state_right_after_save_is_safe(tmp_path):
     for number in range(1, 5):
       state = step(state)
       expected[number] = float(state["w3"][0, 0])
-      checkpoints.save(number, state, {}, {}, FINGERPRINT)
+      checkpoints.save(number, state, {}, {}, FINGERPRINT, {})
       for _ in range(3):
         state = step(state)
   for number, value in expected.items():
@@ -129,7 +129,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
   with Checkpoints(tmp_path, keep=5) as checkpoints:
     assert checkpoints.latest_step() == 4
     for step in (6, 8):
-      checkpoints.save(step, _state(), {}, {}, FINGERPRINT)
+      checkpoints.save(step, _state(), {}, {}, FINGERPRINT, {})
   assert saved_steps(tmp_path) == [4, 6, 8]
   assert (folder / "6.incomplete" / "state").is_dir()  # not ours to delete
 

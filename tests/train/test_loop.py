@@ -26,6 +26,7 @@ from instructjax.train.metrics import read_metrics
 
 TX = optax.adam(1e-2)
 FINGERPRINT = {"config": "c" * 64, "reference": "r" * 64}
+EXECUTION = {"execution.dtype": "float32", "execution.remat": "none", "ppo.packed_rows": 0}
 
 
 class Rows:
@@ -71,7 +72,7 @@ def _step(state, x):
   return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
 
-def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile=""):
+def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile="", **execution):
   return StageRun(
     name="toy",
     directory=pathlib.Path(directory),
@@ -79,6 +80,7 @@ def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile=
     log=LogConfig(every_steps=log, samples=1, tensorboard=False),
     profile=ProfileConfig(profile),
     fingerprint=fingerprint,
+    changeable={"rounding": EXECUTION | execution, "same numbers": {"ppo.max_kl": 1.0}},
   )
 
 
@@ -153,6 +155,29 @@ def test_a_finished_stage_does_nothing_again(tmp_path, capsys):
   again = _fit(tmp_path, step_fn=never, progress=True)
   assert _bytes(again) == _bytes(first)
   assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+  "changes, told",
+  [
+    ({}, ""),
+    (
+      {"execution.remat": "full"},
+      "toy goes on with execution.remat=full (was none): numbers move by rounding only\n",
+    ),
+    (
+      {"execution.dtype": "bfloat16", "ppo.packed_rows": 4},
+      "toy goes on with execution.dtype=bfloat16 (was float32), ppo.packed_rows=4 (was 0): numbers"
+      " move by rounding of bfloat16\n",
+    ),
+  ],
+)
+def test_a_run_that_goes_on_otherwise_says_so_in_one_line(tmp_path, capsys, changes, told):
+  _fit(tmp_path, num_steps=4)
+  _fit(tmp_path, run=_run(tmp_path, **changes), progress=True)
+  printed = capsys.readouterr().out.splitlines(keepends=True)
+  assert "".join(line for line in printed if "goes on" in line) == told
+  assert read_meta(tmp_path, 10)["changeable"]["rounding"] == EXECUTION | changes
 
 
 def test_cadence_of_saving(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
-from instructjax.core.config import ModelConfig, OptimConfig, RopeScalingConfig
+from instructjax.core.config import OptimConfig
 from instructjax.models import transformer
 from instructjax.ops.lm import token_logprob
 from instructjax.ops.surrogate import clipped_surrogate
@@ -22,6 +22,7 @@ from instructjax.train.optim import (
   make_schedule,
   scale_by_adam_tensorflow,
 )
+from tests import tiny
 
 CONFIG = OptimConfig(
   learning_rate=0.1,
@@ -226,36 +227,11 @@ def test_weight_decay_is_decoupled_and_spares_biases_and_scales():
 
 def test_weight_decay_of_every_parameter_of_a_model():
   # Layers are stacked, so the rank of an array does not tell a bias from a weight.
-  gpt2 = ModelConfig(
-    num_layers=2,
-    d_model=4,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=2,
-    d_mlp=8,
-    max_length=4,
-    position="learned",
-    rope_base=1e4,
-    rope_scaling=RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192),
-    norm="layernorm",
-    norm_eps=1e-5,
-    mlp="gelu",
-    use_bias=True,
-    qkv_bias=False,
-    attention_window=0,
-    tie_embeddings=False,
-    init_std=0.02,
-    dtype="float32",
-    layers="auto",
-    attention="auto",
-    remat="none",
-    decode_layout="auto",
-    weights="",
-  )
+  gpt2 = dataclasses.replace(tiny.GPT2, tie_embeddings=False)
   llama = dataclasses.replace(gpt2, norm="rmsnorm", mlp="swiglu", use_bias=False, qkv_bias=True)
   decayed = set()
   for cfg, head in ((gpt2, "lm"), (gpt2, "scalar"), (llama, "lm")):
-    shapes = transformer.param_shapes(transformer.make_model(cfg, 5, head))
+    shapes = transformer.param_shapes(tiny.make_model(cfg, 5, head))
     for path, yes in jax.tree_util.tree_leaves_with_path(is_decayed(shapes)):
       if yes:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -13,6 +13,7 @@ from instructjax.core.structs import PackedBatch
 from instructjax.parallel import sharding
 from instructjax.train import checkpoint, supervised
 from instructjax.train.optim import make_optimizer
+from tests import tiny
 
 VOCAB, ROWS, LENGTH, STEPS = 23, 8, 6, 2
 FINGERPRINT = {"config": "c" * 64}
@@ -22,7 +23,7 @@ OTHERS = [(1, 1, 2, 4), (1, 1, 8, 1), (2, 2, 1, 2), (1, 1, 1, 1)]
 
 @pytest.fixture(scope="module")
 def model(tiny_config):
-  return models.make_model(dataclasses.replace(tiny_config, num_kv_heads=4), VOCAB, "lm")
+  return tiny.make_model(tiny_config, VOCAB, "lm", num_kv_heads=4)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def saved(start, tmp_path_factory):
   mesh, step, state = start(SAVED_ON)
   state, _ = train(mesh, step, state, range(STEPS))
   with checkpoint.Checkpoints(directory, keep=1) as checkpoints:
-    checkpoints.save(STEPS, state, {}, {}, FINGERPRINT)
+    checkpoints.save(STEPS, state, {}, {}, FINGERPRINT, {})
   then = to_numpy(state)
   state, losses = train(mesh, step, state, range(STEPS, 2 * STEPS))
   return directory, then, to_numpy(state), losses

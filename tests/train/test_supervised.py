@@ -19,6 +19,7 @@ from instructjax.ops import lm
 from instructjax.parallel import sharding
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
+from tests import tiny
 
 VOCAB, ROWS, LENGTH = 23, 8, 9
 KEY = jax.random.key(0)
@@ -49,7 +50,7 @@ def three_blocks():
 
 @pytest.fixture(scope="module")
 def model(tiny_config):
-  return models.make_model(tiny_config, VOCAB, "lm")
+  return tiny.make_model(tiny_config, VOCAB, "lm")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,9 @@ def products(text: str) -> list[str]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_loss_is_in_blocks_on_one_device_only(tied, model, random_params, one_device, mesh):
-  model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, tie_embeddings=tied))
+  model = dataclasses.replace(
+    model, network=dataclasses.replace(model.network, tie_embeddings=tied)
+  )
   params, batch = random_params(model), packed(0)
   whole, block = f"f32[{ROWS},{LENGTH - 1},{VOCAB}]", f"f32[22,{VOCAB}]"
   for where, shape in ((one_device, block), (mesh, whole)):
@@ -221,7 +224,7 @@ def test_the_loss_is_in_blocks_on_one_device_only(tied, model, random_params, on
 
 def test_a_step_at_a_real_vocabulary_holds_no_logits(tiny_config, tx, one_device):
   vocab, rows, length = 50257, 8, 193
-  model = models.make_model(dataclasses.replace(tiny_config, max_length=length), vocab, "lm")
+  model = tiny.make_model(tiny_config, vocab, "lm", max_length=length)
   params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), models.param_shapes(model))
   state, shardings = supervised.create_state(one_device, model, tx, params, jax.random.clone(KEY))
   ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)

@@ -62,7 +62,7 @@ def write_file(
   """
   path = pathlib.Path(path)
   _require_writable(path, model, tokenizer_metadata, kind)
-  arch = hf_config.to_hf_config(model.cfg, model.vocab_size, model.head)["model_type"]
+  arch = hf_config.to_hf_config(model.network, model.vocab_size, model.head)["model_type"]
   entries = list(_entries(model, params, arch, kind))
   with errors.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class _Entry:
 
 
 def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> Iterator[_Entry]:
-  architecture, cfg = gguf_names.ARCHITECTURES[arch], model.cfg
+  architecture, cfg = gguf_names.ARCHITECTURES[arch], model.network
   if cfg.position == "rope" and cfg.rope_scaling.kind == "llama3":
     factors = gguf_names.llama3_factors(cfg.rope_scaling, cfg.rope_base, cfg.head_dim)
     yield _Entry(gguf_names.ROPE_FREQS, factors.shape, _Type.F32, lambda: factors)
@@ -170,7 +170,7 @@ def _add_metadata(
   name: str,
   tokenizer_metadata: Mapping[str, Any],
 ):
-  cfg = model.cfg
+  cfg = model.network
   writer.add_type(gguf.GGUFType.MODEL)
   writer.add_name(name)
   writer.add_file_type(_KINDS[kind][1])

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json to ModelConfig and back, for the architectures that both can hold.
+"""Hugging Face's config.json to NetworkConfig and back, for the architectures that both can hold.
 
 Called by the package's own `describe`, by huggingface.py and by gguf_file.py (which writes what it
 finds in a GGUF file in this form). Knows no tensors. Both spellings are read: that of transformers 4
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from absl import logging
 
-from instructjax.core.config import ModelConfig, RopeScalingConfig
+from instructjax.core.config import NetworkConfig, RopeScalingConfig
 from instructjax.core.errors import UserError
 
 # Keys of our own in an exported config.json.
@@ -37,12 +37,12 @@ class Description:
   """The network that a file's config describes.
 
   Attributes:
-    cfg: architecture; what a file says nothing of is in `describe`.
+    cfg: architecture; how it is run is the reader's business.
     vocab_size: ids that the embedding table has rows for.
     head: 'lm', or 'scalar' for a model that scores sequences.
   """
 
-  cfg: ModelConfig
+  cfg: NetworkConfig
   vocab_size: int
   head: Literal["lm", "scalar"]
 
@@ -50,30 +50,23 @@ class Description:
 def model_config(raw: Mapping[str, Any], where: str) -> Description:
   """The network that a config.json describes.
 
-  dtype, layers, attention, remat, decode_layout and weights are the reader's business: float32, auto, auto, off,
-  auto and none here. A field that the architecture does not use has the value of configs/base.py.
+  A field that the architecture does not use has the value of configs/base.py.
 
   Args:
     raw: the parsed file.
     where: its path, for errors.
   Raises:
-    UserError: another architecture, or one of these with a switch that ModelConfig lacks.
+    UserError: another architecture, or one of these with a switch that NetworkConfig lacks.
   """
   keys = _Keys(raw, where)
   family = keys.one_of("model_type", tuple(_LM))
   keys.refuse("quantization_config", None)
   fields = _gpt2_fields(keys) if family == "gpt2" else _llama_fields(keys, family)
-  cfg = ModelConfig(
+  cfg = NetworkConfig(
     **fields,
     qkv_bias=family == "qwen2",
     attention_window=0,
     init_std=keys.number("initializer_range", 0.02),
-    dtype="float32",
-    layers="auto",
-    attention="auto",
-    remat="none",
-    decode_layout="auto",
-    weights="",
   )
   cfg.rope_scaling.validate(f"{where}: rope_scaling")
   cfg.validate(where)
@@ -263,7 +256,7 @@ class _Keys:
 
 
 def to_hf_config(
-  cfg: ModelConfig, vocab_size: int, head: Literal["lm", "scalar"], score_bias: float = 0.0
+  cfg: NetworkConfig, vocab_size: int, head: Literal["lm", "scalar"], score_bias: float = 0.0
 ) -> dict[str, Any]:
   """config.json of the architecture that is this network.
 
@@ -292,7 +285,7 @@ def to_hf_config(
   return result
 
 
-def _family(cfg: ModelConfig) -> Literal["gpt2", "llama", "qwen2"]:
+def _family(cfg: NetworkConfig) -> Literal["gpt2", "llama", "qwen2"]:
   """The architecture that is this network; Mistral's is Llama's."""
 
   def require(condition: bool, message: str):
@@ -327,7 +320,7 @@ def _family(cfg: ModelConfig) -> Literal["gpt2", "llama", "qwen2"]:
   return "qwen2" if cfg.qkv_bias and not cfg.use_bias else "llama"
 
 
-def _gpt2_keys(cfg: ModelConfig) -> dict:
+def _gpt2_keys(cfg: NetworkConfig) -> dict:
   return {
     "n_layer": cfg.num_layers,
     "n_embd": cfg.d_model,
@@ -339,7 +332,7 @@ def _gpt2_keys(cfg: ModelConfig) -> dict:
   }
 
 
-def _llama_keys(cfg: ModelConfig) -> dict:
+def _llama_keys(cfg: NetworkConfig) -> dict:
   result = {
     "num_hidden_layers": cfg.num_layers,
     "hidden_size": cfg.d_model,

@@ -181,10 +181,10 @@ def write_folder(
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} is there already; nothing is overwritten, give another folder")
-  bias, folds = 0.0, model.cfg.norm == "layernorm"
+  bias, folds = 0.0, model.network.norm == "layernorm"
   if model.head == "scalar" and not folds:
     bias = float(params["head"]["bias"])
-  config = to_hf_config(model.cfg, model.vocab_size, model.head, bias) | dict(extra_config)
+  config = to_hf_config(model.network, model.vocab_size, model.head, bias) | dict(extra_config)
   scratch = path.with_name(f".{path.name}.writing")
   with writing(path):
     shutil.rmtree(scratch, ignore_errors=True)

@@ -22,7 +22,7 @@ from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS
 from instructjax.models.interop.source import Source
-from instructjax.models.transformer import Model, param_shapes, scans_layers
+from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
 # Attention masks and rotary tables that old checkpoints hold besides the weights.
@@ -144,7 +144,7 @@ class Tensor:
 
 def tensors(model: Model) -> tuple[Tensor, ...]:
   """Every tensor that the model has in Hugging Face's layout, in their order."""
-  cfg = model.cfg
+  cfg = model.network
   queries = cfg.num_heads // cfg.num_kv_heads
   prefix, trunk = (
     ("transformer.", _gpt2()) if cfg.position == "learned" else ("model.", _llama(queries))
@@ -215,7 +215,7 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   _require_tied_copy_equal(source, model, wanted)
   by_param: dict[str, list] = {}
   for tensor in wanted:
-    tensor = tensor if scans_layers(model) else tensor.alone()
+    tensor = tensor if model.execution.layers == "scan" else tensor.alone()
     by_param.setdefault(tensor.param, []).append(tensor)
   tree = param_shapes(model)
   shapes, places = _leaves(tree), _leaves(shardings)
@@ -267,7 +267,7 @@ def _match(source: Source, model: Model) -> list[Tensor]:
 
 
 def _is_tied(model: Model) -> bool:
-  return model.head == "lm" and model.cfg.tie_embeddings
+  return model.head == "lm" and model.network.tie_embeddings
 
 
 def _require_tied_copy_equal(source: Source, model: Model, wanted: list[Tensor]):

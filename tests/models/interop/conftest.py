@@ -75,7 +75,7 @@ def make_source():
 
     source = Source(
       path=pathlib.Path("weights"),
-      config=to_hf_config(model.cfg, model.vocab_size, model.head),
+      config=to_hf_config(model.network, model.vocab_size, model.head),
       shapes={name: array.shape for name, array in tensors.items()},
       read=read,
       fingerprint="",

@@ -17,6 +17,7 @@ from instructjax.core.config import MeshConfig, RopeScalingConfig
 from instructjax.models import interop
 from instructjax.models.interop import gguf_export
 from instructjax.parallel import sharding
+from tests import tiny
 
 VOCAB = 7
 LLAMA = dict(
@@ -64,7 +65,7 @@ def make(tiny_config, random_params):
 
   def one(family, head="lm", **changes):
     cfg = dataclasses.replace(tiny_config, **FAMILIES[family] | changes)
-    model = models.make_model(cfg, VOCAB, head)
+    model = tiny.make_model(cfg, VOCAB, head)
     return model, random_params(model)
 
   return one
@@ -74,10 +75,8 @@ def read_back(path, model):
   source = interop.open_weights(path)
   found = interop.describe(source)
   assert (found.vocab_size, found.head) == (VOCAB, "lm")
-  wanted = dataclasses.replace(
-    model.cfg, init_std=found.cfg.init_std, layers="auto", dtype="float32"
-  )
-  if model.cfg.position == "learned":  # no rotary base in such a file
+  wanted = dataclasses.replace(model.network, init_std=found.cfg.init_std)
+  if model.network.position == "learned":  # no rotary base in such a file
     wanted = dataclasses.replace(wanted, rope_base=found.cfg.rope_base)
   assert found.cfg == wanted
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])

@@ -64,6 +64,7 @@ from instructjax import models
 from instructjax.core.errors import UserError
 from instructjax.models import interop
 from instructjax.models.interop import huggingface
+from tests import tiny
 
 TOKEN_BL = np.arange(20, dtype=np.int32).reshape(2, 10) * 7 % 17
 RIGHT_BL = np.arange(10)[None] < np.array([[10], [6]])
@@ -72,7 +73,7 @@ RIGHT_BL = np.arange(10)[None] < np.array([[10], [6]])
 def load(folder, one_device):
   source = interop.open_weights(folder)
   found = interop.describe(source)
-  model = models.make_model(found.cfg, found.vocab_size, found.head)
+  model = tiny.make_model(found.cfg, found.vocab_size, found.head)
   return model, interop.load_params(source, model, one_device(model))
 
 
@@ -106,7 +107,7 @@ def test_export_is_bit_for_bit(golden, golden_folder, tmp_path, one_device):
   header_bytes = (tmp_path / "out" / "model.safetensors").read_bytes()[:8]
   assert int.from_bytes(header_bytes, "little") % 8 == 0, "tensors lie aligned, as the format asks"
   assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 7
-  assert interop.describe(interop.open_weights(tmp_path / "out")).cfg == model.cfg
+  assert interop.describe(interop.open_weights(tmp_path / "out")).cfg == model.network
 
 
 def test_shards(folder, tmp_path, one_device):

@@ -13,6 +13,7 @@ from instructjax import models
 from instructjax.core.config import MeshConfig
 from instructjax.models.interop import tensor_table
 from instructjax.parallel import sharding
+from tests import tiny
 
 VOCAB = 19
 
@@ -44,7 +45,7 @@ def test_round_trip_is_bit_for_bit(cfg, head, make, make_source, one_device):
 
 
 def test_every_number_is_exported_once(cfg):
-  model = models.make_model(cfg, VOCAB, "lm")
+  model = tiny.make_model(cfg, VOCAB, "lm")
   shapes = models.param_shapes(model)
   leaves, treedef = jax.tree.flatten(shapes)
   offsets = np.cumsum([0, *(leaf.size for leaf in leaves)])
@@ -102,7 +103,7 @@ def test_a_process_reads_only_what_its_shards_hold(llama, make, make_source):
 
 def test_host_memory_is_the_shards_and_one_tensor(llama, one_device):
   cfg = dataclasses.replace(llama, num_layers=6, d_model=128, d_mlp=256)
-  model = models.make_model(cfg, 512, "lm")
+  model = tiny.make_model(cfg, 512, "lm")
   tensors = {tensor.name: tensor.shape for tensor in tensor_table.tensors(model)}
   source = tensor_table.Source("weights", {}, tensors, lambda name: np.ones(tensors[name], "f"), "")
   places = one_device(model)

@@ -1,0 +1,98 @@
+"""What makes two runs of a stage the same, and what a run may change where it goes on."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from instructjax.core.errors import Preempted, UserError
+from instructjax.parallel import distributed
+from instructjax.stages import context, pipeline
+from instructjax.train import checkpoint, metrics
+from tests import micro
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+  return micro.write_data(tmp_path_factory.mktemp("data"))
+
+
+def run(specs, workdir, **changes):
+  with micro.one_device():
+    pipeline.run(micro.config("pretrain", specs, **changes), workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(specs, tmp_path_factory):
+  """Folder of a `pretrain` that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("whole")
+  run(specs, workdir)
+  return workdir / "pretrain"
+
+
+def interrupted(specs, workdir, monkeypatch):
+  """Runs the first of four steps."""
+  with monkeypatch.context() as patch:
+    patch.setattr(distributed, "is_told_to_stop", lambda: True)
+    patch.setattr(distributed, "require_going_on", lambda: None)  # asked before the first step
+    with pytest.raises(Preempted, match="saved at step 1"):
+      run(specs, workdir)
+
+
+def losses(directory):
+  return [record["loss"] for record in metrics.read_metrics(directory)]
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"layers": "scan"}])
+def test_an_interrupted_run_goes_on_under_another_execution(
+  specs, whole, tmp_path, monkeypatch, capsys, change
+):
+  interrupted(specs, tmp_path, monkeypatch)
+  capsys.readouterr()
+  run(specs, tmp_path, **{f"execution__{name}": value for name, value in change.items()})
+  (name, value), was = *change.items(), {"remat": "none", "layers": "unroll"}
+  told = f"pretrain goes on with execution.{name}={value} (was {was[name]}): numbers move by rounding only"
+  assert [line for line in capsys.readouterr().out.splitlines() if "goes on" in line] == [told]
+  np.testing.assert_allclose(losses(tmp_path / "pretrain"), losses(whole), rtol=1e-5)
+  done = [
+    json.loads((folder / "done.json").read_text()) for folder in (tmp_path / "pretrain", whole)
+  ]
+  assert done[0]["fingerprint"] == done[1]["fingerprint"]
+  saved = checkpoint.read_meta(tmp_path / "pretrain", 4)["changeable"]["rounding"]
+  assert saved[f"execution.{name}"] == value
+
+
+def test_bfloat16_may_come_in_between(specs, whole, tmp_path, monkeypatch, capsys):
+  interrupted(specs, tmp_path, monkeypatch)
+  run(specs, tmp_path, execution__dtype="bfloat16")
+  told = "execution.dtype=bfloat16 (was float32): numbers move by rounding of bfloat16\n"
+  assert told in capsys.readouterr().out
+  got, expected = losses(tmp_path / "pretrain"), losses(whole)
+  assert got[0] == expected[0] and got[1:] != expected[1:]
+  np.testing.assert_allclose(got, expected, rtol=0.02)
+
+
+def test_another_network_is_refused(specs, tmp_path, monkeypatch):
+  interrupted(specs, tmp_path, monkeypatch)
+  with pytest.raises(UserError, match="another config.model .d_mlp: 32 there, 48 here."):
+    run(specs, tmp_path, model__d_mlp=48)
+
+
+def test_what_may_change_is_in_no_fingerprint():
+  plain = micro.config("ppo_ptx", {})
+  other = dataclasses.replace(
+    plain,
+    model=dataclasses.replace(plain.model, weights="elsewhere"),
+    ppo=dataclasses.replace(plain.ppo, max_kl=7.0, packed_rows=4, ptx_chunks=2),
+    rm=dataclasses.replace(plain.rm, row_length=60),
+    rollout=dataclasses.replace(plain.rollout, slots=4),
+    execution=dataclasses.replace(plain.execution, remat="full", dtype="bfloat16"),
+  )
+  for name in ("model", "ppo", "rm", "rollout", "execution"):
+    before, after = getattr(plain, name), getattr(other, name)
+    assert before != after
+    assert context.canonical(before) == context.canonical(after)
+  assert context.canonical(plain.model) == context.canonical(plain.model.network)
+  changed = dataclasses.replace(plain.ppo, beta=0.7)
+  assert context.canonical(changed) != context.canonical(plain.ppo)

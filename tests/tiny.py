@@ -1,0 +1,59 @@
+"""Tiny networks and settings, written once: the tiny preset with a few fields changed.
+
+A field that the presets gain is here too, so that no test has to name it. Called by conftest.py and the tests.
+"""
+
+import dataclasses
+
+from configs import models as presets
+from instructjax import models
+from instructjax.core.config import NetworkConfig, from_config_dict
+
+CONFIG = from_config_dict(presets.get("ppo_ptx", "tiny"))
+EXECUTION = dataclasses.replace(
+  CONFIG.execution,
+  dtype="float32",
+  layers="unroll",
+  attention="plain",
+  remat="none",
+  decode_layout="tensor",
+)
+GPT2 = dataclasses.replace(
+  CONFIG.model.network,
+  num_layers=3,
+  d_model=16,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=4,
+  d_mlp=24,
+  max_length=16,
+  position="learned",
+  rope_base=100.0,
+  norm="layernorm",
+  mlp="gelu",
+  use_bias=True,
+  init_std=0.2,
+)
+LLAMA = dataclasses.replace(
+  GPT2,
+  num_kv_heads=2,
+  position="rope",
+  norm="rmsnorm",
+  mlp="swiglu",
+  use_bias=False,
+  tie_embeddings=False,
+)
+# One layer, grouped heads and no biases: what the tests of stages and steps train.
+NETWORK = dataclasses.replace(GPT2, num_layers=1, num_kv_heads=2, max_length=20, use_bias=False)
+# GPT-3 175B, for what only counts shapes.
+GPT3 = from_config_dict(presets.get("ppo", "gpt3_175b")).model.network
+
+
+def make_model(
+  network: NetworkConfig, vocab_size: int, head: str = "lm", **changes
+) -> models.Model:
+  """A model of this network; `changes` are of its fields and of EXECUTION's."""
+  of_execution = {name: changes.pop(name) for name in vars(EXECUTION) if name in changes}
+  network = dataclasses.replace(network, **changes)
+  execution = dataclasses.replace(EXECUTION, **of_execution)
+  return models.make_model(network, execution, vocab_size, head)
