@@ -93,10 +93,10 @@ def test_layers_on_disk_are_always_stacked(tmp_path, how):
   tree = listed() if how == "list" else stacking.relay(listed(), stacking.stacked)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(1, jax.tree.map(jnp.asarray, tree), {}, {}, FINGERPRINT, {})
-  expected = stacking.relay(listed(), stacking.stacked)
   with ocp.PyTreeCheckpointer() as checkpointer:
-    found = checkpointer.restore(tmp_path / "checkpoints" / "1" / "state")
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = checkpointer.metadata(tmp_path / "checkpoints" / "1" / "state").item_metadata.tree
+  expected = stacking.relay(listed(), stacking.stacked)
+  assert jax.tree.map(lambda x: x.shape, found) == jax.tree.map(jnp.shape, expected)
 
 
 def dataclass_without_key(state: TrainState) -> dict:
