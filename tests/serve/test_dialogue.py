@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from instructjax import models
+from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch
 from instructjax.data import tokenizer as tokenizers
 from instructjax.rl import sampling, scoring
@@ -262,7 +263,7 @@ def heard(monkeypatch):
     if prompt == "stop":
       raise KeyboardInterrupt
     if prompt == "fail":
-      raise ValueError("too long")
+      raise UserError("too long")
     return speaker.Answer(f"R{len(prompts)}", 1, 2, True, 1.0, 1.0)
 
   monkeypatch.setattr(speaker, "answer", reply)
