@@ -129,7 +129,11 @@ def _failure(path: pathlib.Path, error: Exception) -> str:
     if frame.filename == str(path)
   ]
   where = f"{path}, line {lines[-1]}" if lines else str(path)
-  hint = "; run from the repository's root" if isinstance(error, ImportError) else ""
+  hint = (
+    "; it must be installed, or lie in the working directory"
+    if isinstance(error, ImportError)
+    else ""
+  )
   return f"{where}: {type(error).__name__}: {text}{hint}"
 
 
