@@ -20,12 +20,7 @@ import sys
 import tempfile
 import time
 
-COMMANDS = (
-  "instructjax.main",
-  "instructjax.commands.generate",
-  "instructjax.commands.export",
-  "launch.plan",
-)
+COMMANDS = ("run", "generate", "export", "plan")
 
 
 def first_step(workdir: str):
@@ -50,7 +45,9 @@ def measure(*arguments: str) -> dict:
 
 def measure_all() -> dict:
   """Name -> seconds, each measured once."""
-  found = {f"{command} --help": measure("-m", command, "--help") for command in COMMANDS}
+  found = {
+    f"{command} --help": measure("-m", "instructjax", command, "--help") for command in COMMANDS
+  }
   found["import instructjax.stages.pipeline"] = measure("-c", "import instructjax.stages.pipeline")
   with tempfile.TemporaryDirectory() as workdir:
     child = ("-m", "benchmarks.startup", f"--first_step={workdir}")

@@ -1,8 +1,9 @@
-"""Every setting, with its unit or source where it has one. A config file names its stage; presets (listed in models.py)
-change what differs.
+"""Every setting's value, and beside it where the value is from. A config file names its stage; presets (listed in
+models.py) change what differs.
 
 Values are the paper's (Ouyang et al. 2022, arXiv:2203.02155: sections "C.n", "E.n") where it states them. What it
-leaves open is chosen here and marked `open`.
+leaves open is chosen here and marked `open`. What a setting means, and its unit, is beside its field in
+instructjax/core/; docs/settings.md, which is generated, shows both.
 """
 
 from ml_collections import ConfigDict
@@ -15,10 +16,10 @@ def adam(learning_rate, **changes) -> ConfigDict:
       learning_rate=learning_rate,
       schedule="cosine",
       warmup_steps=0,  # C.1: no warmup
-      warmup_start=0.0,  # fraction of the peak rate
+      warmup_start=0.0,
       end_fraction=0.1,  # C.1, C.2: cosine to 10%
-      b1=0.9,
-      b2=0.95,
+      b1=0.9,  # App. C
+      b2=0.95,  # App. C
       eps=1e-8,  # open; GPT-3's
       weight_decay=0.0,  # open
       clip_norm=1.0,  # open; GPT-3's
@@ -32,20 +33,20 @@ def _decoder(**changes) -> ConfigDict:
   model = ConfigDict(
     dict(
       num_layers=24,  # GPT-3 XL (1.3B)
-      d_model=2048,
-      num_heads=16,
+      d_model=2048,  # GPT-3 XL
+      num_heads=16,  # open: GPT-3 prints 24 for XL, which does not divide its width
       num_kv_heads=16,
-      head_dim=128,
-      d_mlp=8192,
-      max_length=2048,  # App. C: 2k tokens of context
+      head_dim=128,  # GPT-3 XL
+      d_mlp=8192,  # GPT-3: four times the width
+      max_length=2048,  # App. C: 2k tokens
       position="learned",
       rope_base=10_000.0,
       rope_scaling=dict(
         kind="none",
-        factor=8.0,  # these four are Llama 3.1's; nothing reads them while kind='none'
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_length=8192,  # tokens
+        factor=8.0,  # Llama 3.1; read only where kind is not none
+        low_freq_factor=1.0,  # Llama 3.1
+        high_freq_factor=4.0,  # Llama 3.1
+        original_length=8192,  # Llama 3.1
       ),
       norm="layernorm",
       norm_eps=1e-5,
@@ -71,23 +72,27 @@ def base(stage: str) -> ConfigDict:
       seed=0,
       model=_decoder(),
       reward_model=_decoder(
-        num_layers=32, d_model=4096, num_heads=32, num_kv_heads=32, d_mlp=16384
+        num_layers=32,
+        d_model=4096,
+        num_heads=32,
+        num_kv_heads=32,
+        d_mlp=16384,  # GPT-3 6.7B
       ),
-      execution=dict(  # of both networks
+      execution=dict(
         dtype="bfloat16",
         layers="auto",
         attention="auto",
         remat="products",
         decode_layout="auto",
       ),
-      tokenizer=dict(path="", vocab_size=50257),
+      tokenizer=dict(path="", vocab_size=50257),  # GPT-2's
       data=dict(
-        documents="",  # '' is none: the stages that read them say what to give
+        documents="",
         demonstrations="",
         comparisons="",
         prompts="",
-        max_prompt_length=1024,  # tokens; App. C: longer ones are filtered
-        max_response_length=1024,  # tokens, EOS included; App. C
+        max_prompt_length=1024,  # App. C: longer ones are filtered
+        max_response_length=1024,  # App. C
         validation_fraction=0.05,  # open
         on_bad_record="raise",
       ),
@@ -113,7 +118,7 @@ def base(stage: str) -> ConfigDict:
         num_epochs=16,  # C.1
         batch_size=32,  # C.1 counts demonstrations; ours are packed rows. Departs from paper.
         length=2048,
-        dropout=0.2,  # C.1, residual
+        dropout=0.2,  # C.1
         pretrain_mix=0.0,
         optim=adam(9.65e-6),  # C.1
       ),
@@ -135,7 +140,7 @@ def base(stage: str) -> ConfigDict:
       rm=dict(
         start_from="base",  # C.2: "similar results from GPT-3 or SFT"
         num_epochs=1,  # C.2: more overfits
-        batch_size=64,  # C.2, prompts
+        batch_size=64,  # C.2
         max_responses=9,
         row_length=0,
         ties="drop",  # C.2
@@ -145,20 +150,20 @@ def base(stage: str) -> ConfigDict:
       ),
       ppo=dict(
         num_iterations=500,  # 256k episodes / 512
-        batch_size=512,  # C.4, episodes
+        batch_size=512,  # C.4
         num_minibatches=8,  # C.4: minibatch 64
         num_epochs=1,  # C.4: a single inner epoch
-        packed_rows=0,  # 64 padded episodes are just enough rows for 64 devices
+        packed_rows=0,  # open: 64 padded episodes are just enough rows for 64 devices
         temperature=1.0,  # C.4
-        behaviour_logprob="rescore",  # bfloat16 decode and scoring differ: score anew
+        behaviour_logprob="rescore",  # open: decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
         kl_controller="fixed",
-        kl_target=6.0,  # nats; lm-human-preferences'
-        kl_horizon=10_000,  # episodes
+        kl_target=6.0,  # lm-human-preferences
+        kl_horizon=10_000,  # lm-human-preferences
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
-        ptx_chunks=2,  # on fsdp=64, 4 rows of a minibatch of 64 episodes a shard
-        ptx_length=2048,  # tokens; open
+        ptx_chunks=2,  # open: on fsdp=64, 4 rows of a minibatch of 64 episodes a shard
+        ptx_length=2048,  # open
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4
         gae_lambda=0.95,  # open; Stiennon et al. 2020
@@ -169,16 +174,16 @@ def base(stage: str) -> ConfigDict:
         missing_eos="as_is",  # open
         missing_eos_score=-1.0,
         ema_decay=0.992,  # C.4; per iteration: open
-        max_kl=0.0,  # nats a sample; 0 = no limit
-        policy_optim=adam(  # final rates are not printed; E.9 sweeps 2.55e-6 .. 2.55e-5
-          8.05e-6,
-          schedule="constant",
-          warmup_steps=80,
-          warmup_start=0.1,  # C.4: 10 iterations of 8 updates
+        max_kl=0.0,  # open
+        policy_optim=adam(
+          8.05e-6,  # open: final rates are not printed; E.9 sweeps 2.55e-6 .. 2.55e-5
+          schedule="constant",  # C.4
+          warmup_steps=80,  # C.4: 10 iterations of 8 updates
+          warmup_start=0.1,  # C.4
         ),
         value_optim=adam(9e-6, schedule="constant"),  # C.4
       ),
-      rollout=dict(slots=0),  # rows decoded at once; 0 = the whole batch
+      rollout=dict(slots=0),  # open
       evaluate=dict(
         num_prompts=512,
         samples_per_prompt=1,

@@ -3,31 +3,34 @@
 import pathlib
 
 from absl import flags, logging
-from ml_collections import config_flags
 
-from instructjax.commands import cli
+from instructjax.commands import cli, config_flag, settings
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import distributed
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
-)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
 )
+_SETTINGS = settings.define()
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "HOST:PORT of process 0 of several; found out by itself on TPU and Slurm."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are; 1 runs alone.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
 
 
 def main(arguments: list[str]):
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
   config = from_config_dict(_CONFIG.value)
+  if _SETTINGS.value is not None:
+    print(settings.show(_CONFIG.value, _SETTINGS.value))
+    return
+  if not _WORKDIR.value:
+    raise UserError("--workdir must have a value, as runs/demo: the folder of this run")
   workdir = pathlib.Path(_WORKDIR.value).resolve()
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if group:

@@ -16,16 +16,13 @@ import sys
 import time
 
 from absl import flags
-from ml_collections import config_flags
 
-from instructjax.commands import cli
+from instructjax.commands import cli, config_flag
 from instructjax.core.config import Config, MeshConfig, from_config_dict
 from instructjax.core.errors import UserError, reason
 from launch import costs, estimate, lengths, search, topology
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file; FILE.py:PRESET picks a size.", lock_config=True
-)
+_CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "CHIP:AxB or CHIP:AxBxC, as v5e:16x16; two such slices are 2xv5e:16x16."
 )

@@ -131,7 +131,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
       program = programs.make(_with(config, "full", 1), mesh, stage)
-    except ValueError as error:
+    except UserError as error:
       reasons[str(error)].append(spelling)
       continue
     for remat, chunks in _options(config, stage, shards):

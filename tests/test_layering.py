@@ -24,7 +24,7 @@ LAYERS = (
   ("rl",),
   ("serve", "stages"),
   ("commands",),
-  ("main",),
+  ("main", "__main__"),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
@@ -34,6 +34,7 @@ FORBIDDEN = {
   "core.blocks": {"jax", "ml_collections"},
   "core.config": {"jax", "ml_collections"},
   "core.errors": {"jax"},
+  "core.provenance": {"jax"},
   "core.results": {"jax", "numpy"},
   "core.stages": {"jax", "numpy"},
   "stages.lineage": {"jax"},  # launch/ plans before JAX is set up

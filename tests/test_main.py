@@ -57,9 +57,31 @@ PPO = "--config=configs/ppo.py"
   [
     ([], "--config must have a value"),
     ([PPO], "--workdir must have a value"),
-    (["--config=configs/none.py", "W"], "--config: *No such file or directory: 'configs/none.py'"),
+    ([PPO, "--workdir="], "--workdir must have a value"),
+    (
+      ["--config=configs/none.py", "W"],
+      "--config=configs/none.py: *no such file *ppo_ptx, pretrain",
+    ),
+    (["--config=configs", "W"], "--config=configs is a folder"),
+    (["--config=README.md", "W"], "--config=README.md: README.md, line "),
+    (["--config=ppo:huge", "W"], "--config=ppo:huge: preset 'huge' must be one of tiny, "),
     ([PPO + ":huge", "W"], "preset 'huge' must be one of"),
-    ([PPO, "W", "--config.ppo.bta=1"], "--config has no field 'bta' *mean \"beta\""),
+    (
+      [PPO, "W", "--config.ppo.bta=1"],
+      "--config has no field ppo.bta; did you mean --config.ppo.beta?",
+    ),
+    ([PPO, "W", "--config.beta=1"], "no field beta; did you mean --config.ppo.beta?"),
+    (
+      [PPO, "W", "--config.ppo.optim.b1=1"],
+      "did you mean --config.ppo.policy_optim.b1 or --config.ppo.value_optim.b1?",
+    ),
+    ([PPO, "W", "--config.ppo.data.prompts=a"], "did you mean --config.data.prompts?"),
+    ([PPO, "W", "--config.preset=gpt2"], "--config.preset *--config=configs/ppo.py:PRESET"),
+    ([PPO, "W", "--config.ppo.beta=None"], "ppo.beta=None must be of type float"),
+    ([PPO, "W", "--config.ppo.value_clip=no"], "value_clip=no: could not convert"),
+    ([PPO, "W", "--config.ppo=5"], "--config.ppo=5: *is not a dict"),
+    ([PPO, "W", "--config.evaluate.compare=5"], "evaluate.compare[0]=5 must be of type str"),
+    (["--flagfile=none.txt", "W"], "Unable to open flagfile: *none.txt"),
     ([PPO, "W", "--config.ppo.beta=abc"], "--config.ppo.beta=abc: *not convert string to float"),
     ([PPO, "W", "--config.seed=1.5"], "--config.seed=1.5: invalid literal for int"),
     ([PPO, "W", "--config.ppo.clip=-1.0"], "ppo.clip=-1.0 must be > 0"),
@@ -80,6 +102,26 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
     assert part in rest, line
     rest = rest.split(part, 1)[1]
   assert not (tmp_path / "run").exists()
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+  (tmp_path / "mine.py").write_text(
+    textwrap.dedent(f"""
+      from instructjax.train import supervised
+      from tests import micro
+      def bug(*arguments):
+        raise ValueError("deliberate")
+      def get_config():
+        supervised.create_state = bug
+        return micro.config_dict("pretrain", {micro.write_data(tmp_path / "data")!r})
+    """)
+  )
+  done = run(f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 1
+  first, second, *_, last = done.stderr.splitlines()
+  assert first.startswith("This is a fault of instructjax ") and "please report it" in first
+  assert second == "Traceback (most recent call last):"
+  assert "in bug" in done.stderr and last == "ValueError: deliberate"
 
 
 def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, config_file):

@@ -1,4 +1,4 @@
-"""Command line: `python -m instructjax.commands.export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`; see README.
+"""Command line: `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`; see README.
 
 Weights in files that other programs load: a Hugging Face folder for transformers, GGUF for llama.cpp.
 """

@@ -1,4 +1,4 @@
-"""Command line: `python -m instructjax.commands.generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
+"""Command line: `python -m instructjax generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
 
 A checkpoint is a finished stage's folder, a Hugging Face folder or a GGUF file. Several answer side by side.
 """
@@ -49,6 +49,8 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint must have a value: runs/demo/ppo_ptx, a model folder or a .gguf")
+  for name, text in [("prompt", text) for text in _PROMPT.value] + [("system", _SYSTEM.value)]:
+    _require_unicode(text, f"--{name}")
   texts = [_read(path) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
   if has_prompt == _INTERACTIVE.value:
@@ -72,6 +74,14 @@ def main(arguments: list[str]):
   else:
     prompts = [dialogue.unescape(prompt) for prompt in _PROMPT.value] + texts
     dialogue.answer_all(panel, prompts, settings)
+
+
+def _require_unicode(text: str, where: str):
+  """Raises UserError where a text holds bytes that are not UTF-8: Python passes them on as half characters."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{where} is not UTF-8 (character {error.start + 1})") from error
 
 
 def _read(path: str) -> str:

@@ -58,23 +58,29 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  path: str  # '' = the given weights' own, or one trained on the documents; else what load takes
-  vocab_size: int  # pieces to train; must equal the tokenizer's where there is one already
+  # a tokenizer.json, sentencepiece .model, .gguf or folder; '' takes that of the given weights, or trains one on
+  # data.documents
+  path: str
+  # pieces of the tokenizer that is trained; must be the number of pieces of one that is given [pieces]
+  vocab_size: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is none."""
 
+  # source of plain text for pretraining and the pretraining mix: SCHEME:PATH, see docs/data.md; '' is none
   documents: str
-  demonstrations: str
+  demonstrations: str  # source of prompts with answers to imitate; '' is none
+  # source of ranked answers for the reward model; '' is none, demo: has simulated labelers rank the policy's answers
   comparisons: str
-  prompts: str
-  max_prompt_length: int  # tokens; longer prompts are filtered and counted (App. C: > 1k filtered)
-  max_response_length: int  # tokens, EOS included
-  validation_fraction: (
-    float  # held out by a hash of the prompt or document, for sources without their own split
-  )
+  prompts: str  # source of prompts for RL and evaluation; '' is none
+  max_prompt_length: int  # longer prompts are left out and counted [tokens]
+  # longest response, its EOS included; longer ones in the data are left out and counted [tokens]
+  max_response_length: int
+  # share that a hash of the prompt or document holds out, of sources without a split of their own
+  validation_fraction: float
+  # whether the first bad record ends the run, or is skipped and counted
   on_bad_record: Literal["raise", "skip"]
 
   def validate(self, where: str):
@@ -89,16 +95,19 @@ class DataConfig:
 class MeshConfig:
   """Devices along each mesh axis; -1 (at most once) takes what is left."""
 
-  slice: int  # TPU slices of the job, between which there is only the data centre's network
+  # TPU slices of the job, between which there is only the data centre's network [slices]
+  slice: int
+  # devices that batches are split over, each with all weights; -1 takes what is left [devices]
   data: int
-  fsdp: int
-  tensor: int
+  fsdp: int  # devices that batches and weights are split over; -1 takes what is left [devices]
+  tensor: int  # devices that each layer's products are split over; -1 takes what is left [devices]
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  every_steps: int  # besides epoch ends and the last step
-  keep: int  # newest checkpoints kept, besides the best and epoch ends
+  # steps between two checkpoints; epoch ends and the last step have one besides [steps]
+  every_steps: int
+  keep: int  # how many of the newest checkpoints stay, besides the best and those of epoch ends
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps", "keep")
@@ -106,11 +115,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  every_steps: int
-  samples: (
-    int  # rows of the sample table shown in the terminal by RL stages, at each log step; 0 = none
-  )
-  tensorboard: bool
+  every_steps: int  # steps between two lines of progress and two points of a curve [steps]
+  # rows of the table of samples that RL stages show at each line of progress; 0 shows none [rows]
+  samples: int
+  tensorboard: bool  # whether curves are written for TensorBoard too
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps")
@@ -118,7 +126,8 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  steps: str  # 'A:B' traces steps A to B - 1 of each stage, to look into and for the table at the end; '' = none
+  # 'A:B' traces steps A to B - 1 of each stage, for a profiler and for the table at the end; '' traces none
+  steps: str
 
   def validate(self, where: str):
     match = re.fullmatch(r"(\d+):(\d+)", self.steps)
@@ -131,29 +140,28 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  stage: str
-  preset: str
-  seed: int
-  model: ModelConfig
-  reward_model: (
-    ModelConfig  # also the value network, and the larger base that evaluate compares with
-  )
+  stage: str  # the stage to run, with those that it starts from; a config file has its own
+  preset: str  # name of the size preset, for reports; chosen with --config=FILE:PRESET
+  seed: int  # of everything random; the same seed on the same machine gives the same numbers
+  model: ModelConfig  # the policy's network, and the base it starts from
+  # the reward model's network, which is the value network too, and the larger base that evaluate compares with
+  reward_model: ModelConfig
   execution: ExecutionConfig
-  tokenizer: TokenizerConfig
+  tokenizer: TokenizerConfig  # how text becomes tokens
   data: DataConfig
   mesh: MeshConfig
-  checkpoint: CheckpointConfig
-  log: LogConfig
-  profile: ProfileConfig
-  pretrain: PretrainConfig
-  reward_pretrain: PretrainConfig  # the reward model's base
-  sft: SFTConfig
-  ppo_init: SFTConfig
+  checkpoint: CheckpointConfig  # when a run is saved, and what is kept
+  log: LogConfig  # what a run shows of itself while it goes on
+  profile: ProfileConfig  # which steps are traced for a profiler
+  pretrain: PretrainConfig  # pretraining of the policy's base, where no weights are given
+  reward_pretrain: PretrainConfig  # pretraining of the reward model's base
+  sft: SFTConfig  # the supervised baseline (C.1)
+  ppo_init: SFTConfig  # the supervised start of RL and its KL reference (C.3)
   collect: CollectConfig
-  rm: RMConfig
-  ppo: PPOConfig
+  rm: RMConfig  # training of the reward model (C.2)
+  ppo: PPOConfig  # reinforcement learning, with or without the pretraining gradient (C.4)
   rollout: RolloutConfig
-  evaluate: EvaluateConfig
+  evaluate: EvaluateConfig  # what policies are compared by
 
   @property
   def same_network(self) -> bool:

@@ -14,11 +14,14 @@ from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_pos
 class RopeScalingConfig:
   """How rotary positions are stretched past the length a model was first trained at."""
 
+  # none leaves positions as trained; linear slows all rotations by factor; llama3 slows only the slow ones
   kind: Literal["none", "linear", "llama3"]
-  factor: float  # by which slow rotations are slowed down further (linear: all of them)
-  low_freq_factor: float  # llama3: fewer turns than this in original_length are slow
-  high_freq_factor: float  # llama3: more turns than this are left alone; interpolated between
-  original_length: int  # llama3: context before stretching, tokens
+  factor: float  # by how much rotations are slowed down
+  # llama3: a rotation with fewer turns than this in original_length is slow and is scaled
+  low_freq_factor: float
+  # llama3: a rotation with more turns than this is left alone; in between it is interpolated
+  high_freq_factor: float
+  original_length: int  # llama3: context that the model was first trained at [tokens]
 
   def validate(self, where: str):
     require(self.factor >= 1, f"{where}.factor={self.factor} must be >= 1")
@@ -34,25 +37,28 @@ class RopeScalingConfig:
 class NetworkConfig:
   """What a network is: one decoder with switches, GPT-2/GPT-3 and Llama families."""
 
-  num_layers: int
-  d_model: int
-  num_heads: int
+  num_layers: int  # transformer layers, each attention and an MLP
+  d_model: int  # width of the residual stream
+  num_heads: int  # attention heads of queries
+  # attention heads of keys and values; fewer than num_heads is grouped-query attention
   num_kv_heads: int
-  head_dim: int
-  d_mlp: int
-  max_length: int  # context, tokens
+  head_dim: int  # width of one attention head
+  d_mlp: int  # hidden width of the MLP
+  max_length: int  # longest context, prompt and response together [tokens]
+  # a learned table of positions (GPT), or rotary embeddings (Llama)
   position: Literal["learned", "rope"]
-  rope_base: float
+  rope_base: float  # rotary embeddings: base of the geometric series of wavelengths
   rope_scaling: RopeScalingConfig
+  # layernorm (GPT) or rmsnorm (Llama), before attention, before the MLP and at the end
   norm: Literal["layernorm", "rmsnorm"]
-  norm_eps: float
-  mlp: Literal["gelu", "swiglu"]
-  use_bias: bool  # biases on every projection
-  qkv_bias: bool  # biases on q, k, v only (Qwen2); implied by use_bias
-  attention_window: (
-    int  # 0: all layers dense; else every second layer is banded, this many tokens wide (GPT-3)
-  )
-  tie_embeddings: bool
+  norm_eps: float  # added to the variance before the norm divides by its root
+  mlp: Literal["gelu", "swiglu"]  # gelu has two matrices (GPT), swiglu three and a gate (Llama)
+  use_bias: bool  # whether every projection has a bias
+  qkv_bias: bool  # whether the projections to q, k and v have a bias (Qwen2); use_bias implies it
+  # 0: every layer sees the whole context; else every second layer sees this many tokens back (GPT-3) [tokens]
+  attention_window: int
+  tie_embeddings: bool  # whether the output projection is the embedding table
+  # standard deviation of the initial weights; projections into the residual stream have a smaller one
   init_std: float
 
   def validate(self, where: str):
@@ -91,7 +97,7 @@ class ModelConfig(NetworkConfig):
   Whoever compares or describes networks takes `network`, which the path of weights is no part of.
   """
 
-  # '' = train from scratch (the pretrain stage); else what weights.locate takes
+  # where to start from: a stage's folder, a Hugging Face folder, FILE.gguf or hf://ORG/NAME; '' trains from scratch
   weights: str = dataclasses.field(metadata=SAME_NUMBERS)
 
   @property
@@ -107,14 +113,15 @@ class ExecutionConfig:
   `auto` is chosen once for the devices of a mesh (models/execution.py); a Model has no `auto` left.
   """
 
-  # Compute; weights are float32 masters.
+  # of the computation; the weights that are trained are kept in float32
   dtype: Literal["float32", "bfloat16"] = dataclasses.field(metadata=ROUNDING)
-  # auto: unroll on CPU, where a scan would copy each layer's weights first; scan elsewhere.
+  # how the layers are run: one loop over them, or written out one by one; auto writes them out on CPUs
   layers: Literal["auto", "scan", "unroll"] = dataclasses.field(metadata=ROUNDING)
-  # auto: splash on TPU; plain elsewhere, where the kernel would be interpreted.
+  # the attention kernel: splash is a TPU's fused one; auto takes it on TPUs
   attention: Literal["auto", "plain", "splash"] = dataclasses.field(metadata=ROUNDING)
-  # What a layer keeps for its gradient: everything, what its products with weights yield, or its input only.
+  # what a layer keeps for its gradient: everything (none), its products with weights, or only its input (full); the
+  # less is kept, the less memory and the more time it takes
   remat: Literal["none", "products", "full"] = dataclasses.field(metadata=ROUNDING)
-  # How sampling splits weights: over tensor only, or (2d) as in training, with activations moved to them. auto: tensor
-  # while its copy takes no more than constraints.DECODE_SHARE of a device's memory.
+  # how sampling splits weights: over the tensor axis only, or (2d) as in training, and moves activations to them;
+  # auto takes tensor while that copy is a small part of a device's memory (constraints.DECODE_SHARE)
   decode_layout: Literal["auto", "tensor", "2d"] = dataclasses.field(metadata=ROUNDING)

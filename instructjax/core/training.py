@@ -11,15 +11,17 @@ from instructjax.core.stages import RL_STAGES, TARGETS
 class OptimConfig:
   """Adam and its learning-rate schedule."""
 
-  learning_rate: float
-  schedule: Literal["constant", "cosine", "linear"]
-  warmup_steps: int
-  warmup_start: float  # fraction of learning_rate at step 0
-  end_fraction: float  # fraction of learning_rate at the last step (cosine, linear)
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
+  learning_rate: float  # peak learning rate
+  schedule: Literal["constant", "cosine", "linear"]  # how the rate goes on after the warmup
+  warmup_steps: int  # updates over which the rate rises linearly to its peak; 0 is none [updates]
+  warmup_start: float  # rate of the first update [of the peak]
+  # rate of the last update; unused where the schedule is constant [of the peak]
+  end_fraction: float
+  b1: float  # Adam's decay of the mean of gradients
+  b2: float  # Adam's decay of the mean of squared gradients
+  eps: float  # added to the root of the squared gradients' mean, which Adam divides by
+  weight_decay: float  # decoupled weight decay of matrices (AdamW); 0 is none
+  # gradients with a larger global norm are scaled down to it; None never clips
   clip_norm: float | None
 
   def validate(self, where: str):
@@ -44,10 +46,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-  num_steps: int
-  batch_size: int  # packed rows
-  length: int  # tokens a row
-  evaluate_every: int  # steps between held-out losses; the step with the lowest is the base
+  num_steps: int  # updates [steps]
+  batch_size: int  # rows of packed documents an update [rows]
+  length: int  # length of a row [tokens]
+  # steps between two measurements of the held-out loss; the step with the lowest becomes the base [steps]
+  evaluate_every: int
   optim: OptimConfig
 
   def validate(self, where: str):
@@ -58,11 +61,11 @@ class PretrainConfig:
 class SFTConfig:
   """Also ppo_init (C.3): the same stage with pretrain_mix > 0."""
 
-  num_epochs: int
-  batch_size: int  # packed rows
-  length: int  # tokens a row
-  dropout: float  # residual dropout
-  pretrain_mix: float  # share of rows that are pretraining text
+  num_epochs: int  # passes over the demonstrations [epochs]
+  batch_size: int  # rows an update, each packed with several demonstrations [rows]
+  length: int  # length of a row [tokens]
+  dropout: float  # probability that a layer's addition to the residual stream is dropped
+  pretrain_mix: float  # share of the rows of a batch that are pretraining text
   optim: OptimConfig
 
   def validate(self, where: str):
@@ -83,11 +86,14 @@ class SFTConfig:
 class CollectConfig:
   """Collecting comparisons from simulated labelers (only for `data.comparisons='demo:'`)."""
 
-  num_prompts: int  # ranked prompts (draws of training prompts)
-  num_heldout_prompts: int  # ranked by held-out labelers, for evaluation only
-  min_responses: int  # K is uniform in [min, max]
-  max_responses: int
-  temperature: float
+  # prompts that training labelers rank answers of, drawn from the training prompts [prompts]
+  num_prompts: int
+  # prompts that held-out labelers rank answers of, for evaluation only [prompts]
+  num_heldout_prompts: int
+  # least answers of a prompt; their number K is uniform between least and most [answers]
+  min_responses: int
+  max_responses: int  # most answers of a prompt [answers]
+  temperature: float  # of sampling the answers that are ranked
 
   def validate(self, where: str):
     require_positive(self, where, "num_prompts", "num_heldout_prompts", "temperature")
@@ -99,16 +105,22 @@ class CollectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RMConfig:
-  start_from: Literal["base", "sft"]  # base: the reward model's own pretrained weights
-  num_epochs: int
-  batch_size: int  # prompts
-  max_responses: int  # C: answers a prompt is padded to; a prompt with more is refused
-  # tokens of a row that answers share, here and where they are scored later; 0 = one a row, padded
+  # base starts from the reward model's own pretrained weights, sft from the supervised baseline
+  start_from: Literal["base", "sft"]
+  num_epochs: int  # passes over the comparisons [epochs]
+  batch_size: int  # prompts an update, each with all pairs of its answers [prompts]
+  # answers that each prompt is padded to; a prompt with more is refused [answers]
+  max_responses: int
+  # length of a row that several answers share, in training and in later scoring; 0 pads each to a row of its own
+  # [tokens]
   row_length: int = dataclasses.field(metadata=ROUNDING)
+  # whether a pair of equally ranked answers is left out, or counts half for either
   ties: Literal["drop", "half"]
   optim: OptimConfig
-  cross_validation_folds: int  # over labelers (sec 4.1); 0 = off
-  cross_validation_prompts: int  # prompts used by each fold's training
+  # groups of labelers that are left out in turn, to measure accuracy on labelers never seen (sec 4.1); 0 is off
+  # [folds]
+  cross_validation_folds: int
+  cross_validation_prompts: int  # prompts that each fold trains on [prompts]
 
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
@@ -121,36 +133,46 @@ class RMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-  num_iterations: int
-  batch_size: int  # episodes an iteration
-  num_minibatches: int
-  num_epochs: int  # inner epochs
-  # rows, of several episodes each, scored or trained on at a time; 0 = one episode a row, padded
+  num_iterations: int  # rounds of sampling a batch of episodes and training on it [iterations]
+  batch_size: int  # episodes an iteration, each a prompt and a sampled response [episodes]
+  num_minibatches: int  # parts that a batch is split into, with an update on each [minibatches]
+  num_epochs: int  # passes over a batch of episodes [epochs]
+  # rows, of several episodes each, that are scored or trained on at a time; 0 pads each episode to a row of its own
+  # [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
-  temperature: float
+  temperature: float  # of sampling the responses
+  # log-probabilities of the sampled tokens: those of the rollout, or computed anew by the scoring pass
   behaviour_logprob: Literal["rollout", "rescore"]
-  beta: float  # KL coefficient (eq. 2)
+  beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
+  # whether beta stays, or follows the measured KL (Ziegler et al. 2019)
   kl_controller: Literal["fixed", "adaptive"]
-  kl_target: float  # nats a sample, adaptive only
-  kl_horizon: int  # episodes, adaptive only
-  gamma: float  # pretraining-loss coefficient (eq. 2); 0 = PPO
-  ptx_rows: int  # pretraining rows an episode
-  # parts that a minibatch's pretraining rows are taken in: fewer are faster on a mesh, and larger
+  kl_target: float  # adaptive controller: the KL that it steers to [nats a response]
+  kl_horizon: int  # adaptive controller: episodes over which it corrects beta [episodes]
+  gamma: float  # coefficient of the pretraining gradient (eq. 2); 0 is PPO without it
+  ptx_rows: int  # rows of pretraining text for each episode [rows]
+  # parts that a minibatch's pretraining rows are taken in: fewer are faster on a mesh, and take more memory
   ptx_chunks: int = dataclasses.field(metadata=ROUNDING)
-  ptx_length: int  # tokens of a pretraining row
-  ptx_reduction: Literal[
-    "mean", "sum"
-  ]  # over tokens of a minibatch's rows, or sum over tokens and mean over rows
-  discount: float
+  ptx_length: int  # length of a row of pretraining text [tokens]
+  # the pretraining loss is the mean over all tokens of a minibatch's rows, or each row's sum of tokens and the mean
+  # over rows
+  ptx_reduction: Literal["mean", "sum"]
+  discount: float  # of later rewards, a token
+  # lambda of generalised advantage estimation: 1 has no bias, 0 the least variance
   gae_lambda: float
-  clip: float
+  clip: float  # how far the ratio of new to old probability counts: from 1 - clip to 1 + clip
+  # how far a value may move from the rollout's and still count as better; None does not clip [score]
   value_clip: float | None
+  # whether advantages are shifted and scaled to mean 0 and variance 1 over a batch
   whiten_advantages: bool
+  # whether rewards are scaled to variance 1 over a batch, with their mean kept
   whiten_rewards: bool
+  # a response that was cut off has the reward model's score (as_is), missing_eos_score (fixed), or no part in the
+  # policy's loss (exclude)
   missing_eos: Literal["as_is", "fixed", "exclude"]
-  missing_eos_score: float  # the score when missing_eos='fixed'
-  ema_decay: float  # per iteration; 0 keeps no average
-  # nats a sample: above it the run stops with a message; 0 = no limit
+  # score of a response that was cut off, where missing_eos is fixed [score]
+  missing_eos_score: float
+  ema_decay: float  # decay of the policy's average over iterations; 0 keeps no average
+  # above this KL from the reference the run stops with a message; 0 is no limit [nats a response]
   max_kl: float = dataclasses.field(metadata=SAME_NUMBERS)
   policy_optim: OptimConfig
   value_optim: OptimConfig
@@ -208,7 +230,8 @@ class PPOConfig:
 class RolloutConfig:
   """How PPO's responses are decoded; the tokens do not depend on it."""
 
-  # rows decoded at once, over all data shards; 0 = all of ppo.batch_size
+  # rows decoded at once over all data shards: a finished row makes room for the next prompt; 0 takes the whole batch
+  # [rows]
   slots: int = dataclasses.field(metadata=ROUNDING)
 
   def validate(self, where: str):
@@ -217,20 +240,24 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  num_prompts: int  # test prompts
-  samples_per_prompt: int
-  temperature: float
-  weights: Literal["ema", "raw"]  # which RL weights are judged
-  compare: tuple[
-    str, ...
-  ]  # RL stages run for comparison besides the one asked for: of ppo, ppo_ptx
-  overoptimization: bool  # also run PPO with beta=0 and best-of-n, for the over-optimisation plot
-  overoptimization_iterations: int
-  best_of_n: int  # N samples a prompt for best-of-n; below 2 = off
-  best_of_n_prompts: int
-  bootstrap: int  # resamples over prompts for the 95% intervals
-  pretrain_batches: int  # validation rows for the pretraining loss, in batches
-  pretrain_every: int  # RL iterations between two measurements of it
+  num_prompts: int  # test prompts that policies are compared on [prompts]
+  samples_per_prompt: int  # answers sampled for each of them [answers]
+  temperature: float  # of sampling those answers
+  # which weights of an RL stage are judged: their average over iterations (ema), or the last (raw)
+  weights: Literal["ema", "raw"]
+  compare: tuple[str, ...]  # RL stages that are run for comparison besides the one asked for
+  # whether PPO without KL penalty and best-of-n are run too, for the plot of over-optimisation
+  overoptimization: bool
+  overoptimization_iterations: int  # iterations of that PPO [iterations]
+  # largest n of best-of-n: answers sampled a prompt, of which the reward model takes the best; below 2 is off
+  # [answers]
+  best_of_n: int
+  best_of_n_prompts: int  # prompts of best-of-n [prompts]
+  bootstrap: int  # resamples of prompts for the 95% intervals [resamples]
+  # batches of held-out documents that the pretraining loss is measured on [batches]
+  pretrain_batches: int
+  # iterations between two measurements of that loss in an RL stage [iterations]
+  pretrain_every: int
 
   def validate(self, where: str):
     sizes = (

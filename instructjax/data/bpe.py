@@ -142,6 +142,7 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
   try:
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
     added = json.loads(content)["added_tokens"]
+    tokenizer.encode("a")  # a vocabulary may lack the token that it names for what is unknown
   except Exception as error:  # the package raises Exception itself
     reason = " ".join(str(error).split())
     raise UserError(f"tokenizer.path={str(path)!r} is not a tokenizer.json: {reason}") from error

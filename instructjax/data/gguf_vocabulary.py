@@ -105,7 +105,10 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
   for token, kind, score in zip(tokens, kinds, scores):
     if kind == _USER_DEFINED:  # written with spaces there
       token = token.replace(" ", "▁")
-    model.pieces.add(piece=token, score=score, type=kind)
+    try:
+      model.pieces.add(piece=token, score=score, type=kind)
+    except (TypeError, ValueError) as error:
+      raise UserError(f"{path}: token {token!r} of type {kind} cannot be read: {error}") from error
   trainer, normalizer = model.trainer_spec, model.normalizer_spec
   is_unigram = metadata["tokenizer.ggml.model"] == "t5"
   trainer.model_type = proto.TrainerSpec.UNIGRAM if is_unigram else proto.TrainerSpec.BPE

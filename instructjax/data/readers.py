@@ -6,7 +6,7 @@ returns (rows, decode, has_own_split):
     1, while a table's rows count from 0 as in every library that opens it.
   decode: (raw value, kind, `file:row`) -> what `records.parse_record` takes; may raise BadRecord.
   has_own_split: whether the rows are of `split` already; if not, `sources` holds some out.
-Whatever is wrong with a source as a whole is a ValueError.
+Whatever is wrong with a source as a whole is a UserError.
 
 Imports `records`; pyarrow, `datasets` and tensorflow_datasets are imported where they are used.
 """
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, reason
 from instructjax.data.records import KEYS, BadRecord
 
 _TURN = "\n\nAssistant:"  # what precedes each answer in an Anthropic-HH dialogue
@@ -76,6 +76,10 @@ def _decode_json(line: bytes, kind: str, where: str) -> Any:
     raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
   except RecursionError as error:
     raise BadRecord(f"{where}: nested too deeply") from error
+  except ValueError as error:
+    if isinstance(error, BadRecord):
+      raise
+    raise BadRecord(f"{where}: not JSON (a number of too many digits)") from error
 
 
 def _decode_hh(line: bytes, kind: str, where: str) -> Any:
@@ -105,15 +109,19 @@ def _split_dialogue(dialogue: Any, key: str, where: str) -> tuple[str, str]:
 
 def _parquet(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   """`parquet:PATH`: a file, a folder's *.parquet or those that a glob finds, in order of name."""
-  if pathlib.Path(path).is_dir():
-    files = glob.glob(f"{glob.escape(path)}/*.parquet")
-  elif glob.has_magic(path) and not pathlib.Path(path).exists():
-    files = glob.glob(path, recursive=True)
-  else:
-    files = [path]
+  files = parquet_files(path)
   if not files:
     raise UserError(f"data.{kind}='parquet:{path}' finds no file that ends in .parquet")
-  return _parquet_rows(sorted(files), kind), _decode_table_row, False
+  return _parquet_rows(files, kind), _decode_table_row, False
+
+
+def parquet_files(path: str) -> list[str]:
+  """The files that `parquet:PATH` names, in order of name."""
+  if pathlib.Path(path).is_dir():
+    return sorted(glob.glob(f"{glob.escape(path)}/*.parquet"))
+  if glob.has_magic(path) and not pathlib.Path(path).exists():
+    return sorted(glob.glob(path, recursive=True))
+  return [path]
 
 
 def _parquet_rows(files: list[str], kind: str) -> Rows:
@@ -126,8 +134,8 @@ def _parquet_rows(files: list[str], kind: str) -> Rows:
         columns = _columns(file.schema_arrow.names, kind, path)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
     except (OSError, pyarrow.ArrowException) as error:
-      reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-      raise UserError(f"cannot read {path}: {reason}") from error
+      why = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+      raise UserError(f"cannot read {path}: {why}") from error
 
 
 def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
@@ -144,9 +152,7 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
       f"data.{kind}='datasets:{rest}' needs Hugging Face's datasets package:"
       " pip install 'instructjax[datasets]'"
     ) from error
-  path, colon, own_split = rest.rpartition(":")
-  if not colon or pathlib.Path(rest).exists():
-    path, own_split = rest, ""
+  path, own_split = datasets_folder(rest)
   try:
     loaded = datasets.load_from_disk(path)
   except Exception as error:  # of many types, pyarrow's too
@@ -171,11 +177,24 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   return rows, _decode_table_row, bool(held_out)
 
 
+def datasets_folder(rest: str) -> tuple[str, str]:
+  """(folder, split or "") of `datasets:PATH[:SPLIT]`."""
+  path, colon, own_split = rest.rpartition(":")
+  if not colon or pathlib.Path(rest).exists():
+    return rest, ""
+  return path, own_split
+
+
 def _dataset_rows(datasets: dict[str, Any], kind: str) -> Rows:
+  import pyarrow
+
   for where, dataset in datasets.items():
     wanted = dataset.select_columns(_columns(dataset.column_names, kind, where))
     tables = wanted.with_format("arrow").iter(batch_size=_BATCH)
-    yield from _table_rows((batch for table in tables for batch in table.to_batches()), where)
+    try:
+      yield from _table_rows((batch for table in tables for batch in table.to_batches()), where)
+    except (OSError, pyarrow.ArrowException) as error:
+      raise UserError(f"cannot read {where}: {reason(error)}") from error
 
 
 def _columns(names: list[str], kind: str, where: str) -> list[str]:
@@ -213,7 +232,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   splits, or if it has no `validation`, what is held out of train. With SPLIT (slices too,
   `train[:50%]`), what is held out of that.
   """
-  match = _TFDS.fullmatch(rest)
+  match = parse_tfds(rest)
   if not match:
     raise UserError(
       f"data.{kind}='tfds:{rest}' must be tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]"
@@ -230,8 +249,21 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
     raise UserError(
       f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
-  rows = ((f"tfds:{name}:{chosen}:{row}", source[row]) for row in range(len(source)))
-  return rows, _decode_example, has_own_split
+  return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
+
+
+def parse_tfds(rest: str) -> re.Match | None:
+  """name, split and data_dir of `tfds:...`; None where it is not spelt so."""
+  return _TFDS.fullmatch(rest)
+
+
+def _tfds_rows(source: Any, where: str) -> Rows:
+  for row in range(len(source)):
+    try:
+      example = source[row]
+    except Exception as error:  # of many types, for a damaged or missing shard
+      raise UserError(f"cannot read {where}:{row}: {reason(error)}") from error
+    yield f"{where}:{row}", example
 
 
 def _decode_example(example: dict[str, Any], kind: str, where: str) -> Any:

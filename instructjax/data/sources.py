@@ -121,7 +121,7 @@ def render(
       messages = [{"role": role, "content": text} for role, text in record.prompt.messages]
       try:
         record = dataclasses.replace(record, prompt=render_chat(messages))
-      except ValueError as error:
+      except UserError as error:
         bad.append(f"chat prompt {number} cannot be made text: {error}")
         if on_bad_record == "raise":
           raise UserError(f"{name}: {bad[0]}") from error

@@ -53,16 +53,19 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
   where, template = folder / CONFIG, options.get("chat_template")
   if (folder / TEMPLATE).is_file():  # transformers 5 keeps it there, and reads it first
     where = folder / TEMPLATE
-    template = where.read_text(encoding="utf-8")
+    template = _read_text(where)
   elif isinstance(template, list):
-    named = {entry["name"]: entry["template"] for entry in template}
+    entries = [entry for entry in template if isinstance(entry, dict)]
+    named = {entry.get("name"): entry.get("template") for entry in entries}
     if "default" not in named:
       raise UserError(f"{where}: chat_template must have one named 'default', has {list(named)}")
     template = named["default"]
+  if not isinstance(template, str | None):
+    raise UserError(f"{where}: chat_template must be text, got {type(template).__name__}")
   return SpecialTokens(
     where=where,
-    bos=next((token for token in bos if token is not None), None),
-    eos=next((token for token in eos if token is not None), None),
+    bos=_first_token(bos, "bos_token", folder),
+    eos=_first_token(eos, "eos_token", folder),
     adds_bos=options.get("add_bos_token") is True,
     chat_template=template,
   )
@@ -100,12 +103,32 @@ def _read_json(path: pathlib.Path) -> dict:
   if not path.is_file():
     return {}
   try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+    content = json.loads(_read_text(path))
+  except json.JSONDecodeError as error:
     raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(content, dict):
     raise UserError(f"{path} must hold a JSON object")
   return content
+
+
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from error
+
+
+def _first_token(tokens: list, name: str, folder: pathlib.Path) -> str | int | None:
+  """The first that a file names.
+
+  Raises:
+    UserError: it is neither a text nor an id.
+  """
+  token = next((token for token in tokens if token is not None), None)
+  is_id = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31
+  if not (is_id or isinstance(token, str | None)):
+    raise UserError(f"{folder}: {name} must be a text or an id, got {token!r}")
+  return token
 
 
 def _text(token) -> str | None:

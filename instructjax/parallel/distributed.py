@@ -94,7 +94,7 @@ def find(
       f"--process_id={group.process_id} must be from 0 to num_processes - 1 = {group.num_processes - 1}"
     )
   host, _, port = group.coordinator.rpartition(":")
-  if not host or not port.isdigit():
+  if not host or not port.isdecimal() or int(port) >= 2**16:
     raise UserError(f"--coordinator={group.coordinator} must be HOST:PORT of process 0")
   return group
 
@@ -103,22 +103,30 @@ def _given(name: str, flag: str | int | None, environ: Mapping[str, str]) -> str
   value = environ.get(_VARIABLES[name]) if flag is None else flag
   if value is None or name == "coordinator":
     return value
+  return _whole(_VARIABLES[name], value)
+
+
+def _whole(name: str, value: str | int) -> int:
   try:
     return int(value)
   except ValueError:
-    raise UserError(f"{_VARIABLES[name]}={value} must be a whole number") from None
+    raise UserError(f"{name}={value} must be a whole number") from None
+
+
+def _count(name: str, environ: Mapping[str, str]) -> int:
+  return _whole(name, environ.get(name, 1))
 
 
 def _is_cluster(environ: Mapping[str, str]) -> bool:
   """Whether `jax.distributed.initialize()` finds the processes by itself: Slurm, Open MPI or Cloud TPU hosts."""
-  if int(environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environ:
+  if _count("SLURM_NTASKS", environ) > 1 and "SLURM_STEP_NODELIST" in environ:
     return True
-  if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+  if _count("OMPI_COMM_WORLD_SIZE", environ) > 1:
     return True
   platforms = environ.get("JAX_PLATFORMS", "")
   if platforms and "tpu" not in platforms:
     return False
-  if int(environ.get("MEGASCALE_NUM_SLICES", 1)) > 1:
+  if _count("MEGASCALE_NUM_SLICES", environ) > 1:
     return True
   workers = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
   if workers is not None:  # set by GKE; on a single host to one name

@@ -125,7 +125,7 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
     ]
     try:
       answers = _answer(panel, asked, number, settings)
-    except ValueError as error:  # the context is full, say: there is more to ask
+    except UserError as error:  # the context is full, say: there is more to ask
       print(f"error: {error}", file=sys.stderr)
       continue
     except KeyboardInterrupt:
@@ -149,6 +149,8 @@ def typed_lines() -> Iterator[str]:
       line = input("> " if is_terminal else "")
     except EOFError:
       return
+    except UnicodeDecodeError as error:
+      raise UserError(f"a prompt is not UTF-8 (byte {error.start + 1} of what was read)") from error
     if line:
       yield unescape(line)
 

@@ -61,7 +61,7 @@ def test_startup_tells_a_cold_workdir_from_one_with_its_programs(monkeypatch, ca
   result = json.loads(line)
   assert result["first step, cold"] == {"seconds": 9.0, "cpu_seconds": 1.0}
   assert result["first step, cached"]["seconds"] == 2.0  # the median of 1, 2 and 3
-  assert result["launch.plan --help"]["cpu_seconds"] == 0.01
+  assert result["plan --help"]["cpu_seconds"] == 0.01
 
 
 def test_a_process_is_measured():

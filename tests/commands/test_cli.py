@@ -3,11 +3,14 @@
 import pathlib
 import subprocess
 import sys
+import traceback
 
 import pytest
 from absl import flags
 
+import instructjax
 from instructjax.commands import cli
+from instructjax.core.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What takes long to import, in the order in which it would be.
@@ -20,26 +23,31 @@ HEAVY = (
 @pytest.mark.parametrize(
   ("module", "arguments", "code", "says"),
   [
+    ("instructjax", ["--help"], 0, "usage: instructjax COMMAND"),
+    ("instructjax", ["rnu"], 2, "did you mean run?"),
+    ("instructjax", ["run", "--help"], 0, "--workdir"),
+    ("instructjax", ["generate", "--help"], 0, "--top_p"),
+    ("instructjax", ["export", "--help"], 0, "--format"),
+    ("instructjax", ["plan", "--help"], 0, "--topology"),
     ("instructjax.main", ["--help"], 0, "--workdir"),
-    ("instructjax.commands.generate", ["--help"], 0, "--top_p"),
-    ("instructjax.commands.export", ["--help"], 0, "--format"),
     ("launch.plan", ["--help"], 0, "--topology"),
+    ("instructjax", ["run", "--config=ppo", "--workdir=w", "--wrkdir=x"], 2, "wrkdir"),
     ("instructjax.main", ["--config=configs/ppo.py", "--workdir=w", "--wrkdir=x"], 2, "wrkdir"),
-    ("instructjax.main", ["--config=configs/ppo.py", "--workdir=w", "--config.sed=1"], 2, "'sed'"),
-    ("instructjax.commands.generate", ["--temprature=1"], 2, "temprature"),
-    ("instructjax.commands.export", ["--format=onnx"], 2, "--format=onnx"),
-    ("launch.plan", ["--config=configs/ppo.py"], 2, "--topology"),
+    ("instructjax.main", ["--config=ppo", "--workdir=w", "--config.sed=1"], 2, "field sed"),
+    ("instructjax", ["generate", "--temprature=1"], 2, "temprature"),
+    ("instructjax", ["export", "--format=onnx"], 2, "--format=onnx"),
+    ("instructjax", ["plan", "--config=ppo"], 2, "--topology"),
   ],
 )
 def test_help_and_a_bad_flag_come_at_once(module, arguments, code, says):
-  """Before anything that takes seconds to import."""
+  """Before anything that takes seconds to import, and before another command's module."""
   script = (
     f"import runpy, sys; sys.argv = {[module, *arguments]!r}\n"
     f"try: runpy.run_module({module!r}, run_name='__main__')\n"
     f"finally: print('imported:', *[name for name in {HEAVY!r} if name in sys.modules])"
   )
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == code
+  assert done.returncode == code, done.stderr
   *text, imported = done.stdout.splitlines()
   assert imported == "imported:"
   assert any(says in line for line in text + done.stderr.splitlines())
@@ -69,6 +77,47 @@ def test_out_of_memory_is_one_line_that_says_what_to_change(monkeypatch, capsys)
   assert "--config.execution.remat=full" in stderr
 
 
-def test_other_runtime_errors_are_bugs(monkeypatch, capsys):
-  with pytest.raises(RuntimeError, match="a bug"):
-    ending(monkeypatch, capsys, RuntimeError("a bug"))
+@pytest.mark.parametrize(
+  "error",
+  [
+    RuntimeError("a bug"),
+    ValueError("a bug"),
+    KeyError("a bug"),
+    OSError("a bug without a file"),
+    AssertionError(),
+  ],
+)
+def test_whatever_else_is_raised_is_a_bug_and_keeps_its_traceback(monkeypatch, capsys, error):
+  code, stderr = ending(monkeypatch, capsys, error)
+  assert code == 1
+  first, second, *_, last = stderr.splitlines()
+  assert first.startswith(
+    f"This is a fault of instructjax {instructjax.__version__}, not a mistake"
+  )
+  assert "please report it with the traceback" in first
+  assert second == "Traceback (most recent call last):"
+  assert last == traceback.format_exception_only(error)[-1].strip()
+
+
+@pytest.mark.parametrize(
+  ("error", "line"),
+  [
+    (UserError("beta=0 must be\n  positive"), "beta=0 must be positive"),
+    (
+      FileNotFoundError(2, "No such file or directory", "a.json"),
+      "[Errno 2] No such file or directory: 'a.json'",
+    ),
+    (
+      RuntimeError("Unable to initialize backend 'cuda': no GPU\nmore"),
+      "JAX has no device to run on: Unable to initialize backend 'cuda': no GPU; see JAX_PLATFORMS and the driver",
+    ),
+  ],
+)
+def test_what_can_be_mended_is_one_line(monkeypatch, capsys, error, line):
+  assert ending(monkeypatch, capsys, error) == (2, f"error: {line}\n")
+
+
+def test_out_of_the_hosts_memory_is_out_of_memory(monkeypatch, capsys):
+  code, stderr = ending(monkeypatch, capsys, MemoryError("Unable to allocate 9 TiB"))
+  assert (code, stderr.count("\n")) == (2, 1)
+  assert stderr.startswith("error: out of memory: Unable to allocate 9 TiB. Use smaller")

@@ -68,6 +68,7 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path):
     (b'{"text": "SLUR\xff"}', r"not UTF-8 \(byte 15\)"),
     (b'{"text": "SLUR", "text": "b"}', "a key occurs twice"),
     (b"[" * 100_000, "nested too deeply"),
+    (b'{"text": ' + b"9" * 5000 + b"}", r"not JSON \(a number of too many digits\)"),
     (b'["SLUR"]', "must be a JSON object, got list"),
     (b'{"text": "SLUR\\ud800"}', "'text' is not valid Unicode"),
   ],

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import (
   KINDS,
@@ -142,7 +143,7 @@ def test_render_asks_for_no_template_where_there_is_no_chat(record):
 def test_a_template_that_refuses_is_named_with_the_kind_and_the_prompt(caplog):
   def template(messages):
     if messages[0]["role"] == "system":
-      raise ValueError("t.json: the chat template fails: no system")
+      raise UserError("t.json: the chat template fails: no system")
     return "text"
 
   good, bad = (Prompt(Chat(((role, "SLUR"),))) for role in ("user", "system"))

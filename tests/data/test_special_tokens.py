@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from instructjax.core.errors import UserError
 from instructjax.data import special_tokens
 
 
@@ -71,6 +72,31 @@ def test_bad_files_are_refused(folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
       special_tokens.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("tokenizer_config.json", b'{"a": "\xff"}', r"tokenizer_config.json is not UTF-8 \(byte 8\)"),
+    ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8 \(byte 1\)"),
+    ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template must be text, got int"),
+    ("tokenizer_config.json", b'{"chat_template": ["a"]}', "must have one named 'default', has"),
+    (
+      "tokenizer_config.json",
+      b'{"bos_token": true}',
+      "bos_token must be a text or an id, got True",
+    ),
+    (
+      "generation_config.json",
+      b'{"eos_token_id": -1}',
+      "eos_token must be a text or an id, got -1",
+    ),
+  ],
+)
+def test_files_of_the_wrong_kind_are_refused(tmp_path, name, content, message):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(UserError, match=message):
+    special_tokens.read_folder(tmp_path)
 
 
 def test_what_is_written_is_read(tmp_path):

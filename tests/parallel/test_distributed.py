@@ -85,6 +85,8 @@ def test_a_tpu_that_is_no_cloud_vm_runs_alone(monkeypatch, error, is_alone):
     (("h:1", 2, 2), {}, "--process_id=2 must be from 0 to num_processes - 1 = 1"),
     (("h:1", 0, 0), {}, "--process_id=0 must be from 0"),
     (("h", 2, 0), {}, "--coordinator=h must be HOST:PORT"),
+    (("h:70000", 2, 0), {}, "--coordinator=h:70000 must be HOST:PORT"),
+    ((None, None, None), {"SLURM_NTASKS": "2(x3)"}, "SLURM_NTASKS=2.x3. must be a whole number"),
     ((None, None, None), JOB | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one must be a whole"),
   ],
 )

@@ -155,7 +155,8 @@ def test_text_from_data_is_escaped(written):
 def test_nothing_from_data_becomes_markup():
   """A prompt, an answer, a claim and the preset's name try to leave their tags, attributes included."""
   results, hostile = _results(), "\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
-  results["measured"]["base"]["answer"] = [hostile] * 24
+  base = dataclasses.replace(results.measured["base"], answer=[hostile] * 24)
+  results = dataclasses.replace(results, measured=results.measured | {"base": base})
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
   found[0] |= {"claim": hostile, "paper": hostile, "measured": {hostile: 1.0}}
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)

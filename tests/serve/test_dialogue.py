@@ -20,6 +20,7 @@ import pytest
 
 from instructjax import models
 from instructjax.core import results
+from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch
 from instructjax.data import tokenizer as tokenizers
 from instructjax.rl import sampling, scoring
@@ -266,7 +267,7 @@ def heard(monkeypatch):
     if prompt == "stop":
       raise KeyboardInterrupt
     if prompt == "fail":
-      raise ValueError("too long")
+      raise UserError("too long")
     return speaker.Answer(f"R{len(prompts)}", 1, 2, True, 1.0, 1.0)
 
   monkeypatch.setattr(speaker, "answer", reply)
@@ -342,7 +343,7 @@ def test_a_seed_is_what_a_key_can_be_made_of(seed):
 
 
 def command(*arguments, **kwargs):
-  command = [sys.executable, "-m", "instructjax.commands.generate", *arguments]
+  command = [sys.executable, "-m", "instructjax", "generate", *arguments]
   return subprocess.run(
     command, cwd=test_main.ROOT, env=test_main.ENV, capture_output=True, text=True, **kwargs
   )
@@ -360,6 +361,8 @@ def command(*arguments, **kwargs):
       "--prompt_file=no.txt cannot be read: No such file",
     ),
     (["--top_p=a"], "flag --top_p=a: could not convert string to float"),
+    (["--checkpoint=x", b"--prompt=a\xff"], "--prompt is not UTF-8 (character 2)"),
+    (["--checkpoint=x", "--prompt=a", b"--system=\xff"], "--system is not UTF-8 (character 1)"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, message):

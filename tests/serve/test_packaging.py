@@ -259,7 +259,7 @@ def test_what_cannot_be_exported(run, tmp_path):
 
 def command(*arguments):
   return subprocess.run(
-    [sys.executable, "-m", "instructjax.commands.export", *map(str, arguments)],
+    [sys.executable, "-m", "instructjax", "export", *map(str, arguments)],
     **{"cwd": test_main.ROOT, "env": test_main.ENV, "capture_output": True, "text": True},
     timeout=120,
   )

@@ -39,7 +39,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
   config = _read_json(path / _CONFIG)
   if (path / _INDEX).is_file():
     weight_map = _read_json(path / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
       raise UserError(f"{path / _INDEX} lacks 'weight_map'")
     files = [path / name for name in sorted(set(weight_map.values()))]
   elif (path / _SINGLE).is_file():

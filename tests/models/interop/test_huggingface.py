@@ -245,6 +245,10 @@ def test_trailing_bytes(folder):
     (b"[1]", "not a safetensors file: Error while deserializing header: invalid JSON"),
     (b'{"a": {"dtype": "F32"}}', "missing field `shape`"),
     (
+      b'{"a": {"dtype": "F32", "data_offsets": [0], "shape": []}}',
+      "model.safetensors is not a safetensors file",
+    ),
+    (
       b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
       "invalid shape, data type, or offset for tensor",
     ),

@@ -1,0 +1,67 @@
+"""`instructjax COMMAND ...` and `python -m instructjax COMMAND ...`: a row a command, of which one is imported."""
+
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+import instructjax
+
+# Name -> (module, what it does). Each module is a command by itself: it defines its flags, and ends with cli.run.
+COMMANDS = {
+  "run": ("instructjax.main", "train a stage and all that it starts from, evaluate, and report"),
+  "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
+  "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
+  "plan": ("launch.plan", "ask the TPU's compiler whether a stage fits a slice, without a TPU"),
+}
+_EXAMPLE = "instructjax run --config=ppo_ptx --workdir=runs/demo"
+
+
+def main(argv: Sequence[str] | None = None):
+  """Runs the command that the command line names; ends the process with its exit code.
+
+  Args:
+    argv: the command line without the program's name; None for sys.argv's.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  name = arguments[0] if arguments else "--help"
+  if name in ("--help", "-h", "--helpfull", "help"):
+    print(_help())
+    sys.exit(0 if arguments else 2)
+  if name == "--version":
+    print(f"instructjax {instructjax.__version__}")
+    sys.exit(0)
+  if name not in COMMANDS:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    print(f"error: {name} is not a command of instructjax; {hint}", file=sys.stderr)
+    sys.exit(2)
+  module, _ = COMMANDS[name]
+  sys.argv = [f"instructjax {name}", *arguments[1:]]
+  if os.getcwd() not in sys.path:  # a config file of one's own may import what lies beside it
+    sys.path.append(os.getcwd())
+  # As `python -m` runs it, so that absl takes its flags for the program's own, which --help shows.
+  runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _help() -> str:
+  width = max(map(len, COMMANDS))
+  rows = [f"  {name:{width}}  {says}" for name, (_, says) in COMMANDS.items()]
+  return "\n".join(
+    [
+      f"instructjax {instructjax.__version__}: the InstructGPT recipe, from text to report",
+      "",
+      "usage: instructjax COMMAND --FLAG=VALUE ...",
+      "",
+      *rows,
+      "",
+      "instructjax COMMAND --help shows the flags of a command. To begin with:",
+      "",
+      f"  {_EXAMPLE}",
+    ]
+  )
+
+
+if __name__ == "__main__":
+  main()

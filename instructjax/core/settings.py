@@ -1,0 +1,142 @@
+"""What each setting means, read where it is written: beside the field of its dataclass, and beside its value.
+
+A field's comment, in core/, says what it does and ends in its unit: `# longest context [tokens]`. The comment beside a
+value in configs/base.py says where the value is from: `# C.4`. Called by commands/settings.py. Knows no field.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import re
+import textwrap
+import tokenize
+import typing
+from collections.abc import Iterator
+
+_FOR_TOOLS = re.compile(r"#\s*(fmt|noqa|type):.*|#\s*noqa\b.*")
+_UNIT = re.compile(r"(?P<meaning>.*?)\s*\[(?P<unit>[^\[\]]+)\]", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+  """What is written beside one field.
+
+  Attributes:
+    meaning: what it does; "" where nothing is written.
+    unit: of its values; "" where they have none.
+  """
+
+  meaning: str
+  unit: str
+
+
+def facts(cls, where: str = "") -> Iterator[tuple[str, Fact]]:
+  """(dotted name, Fact) of every field of a dataclass, then of those in each dataclass inside it."""
+  written, hints = field_facts(cls), typing.get_type_hints(cls)
+  inside = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+  for name in hints:
+    if name not in inside:
+      yield where + name, written[name]
+  for name, hint in inside.items():
+    yield from facts(hint, f"{where}{name}.")
+
+
+def blocks(cls, where: str = "") -> Iterator[tuple[str, str]]:
+  """(dotted name, what it is) of every dataclass inside one: the comment of its field, else its own first line."""
+  written = field_facts(cls)
+  for name, hint in typing.get_type_hints(cls).items():
+    if dataclasses.is_dataclass(hint):
+      yield (
+        where + name,
+        written[name].meaning or (hint.__doc__ or "").partition("\n")[0].rstrip("."),
+      )
+      yield from blocks(hint, f"{where}{name}.")
+
+
+def field_facts(cls) -> dict[str, Fact]:
+  """Name -> Fact of a dataclass's own fields, from the comments of its source.
+
+  A field's comment stands behind it or, where it is long, on lines of its own above it.
+  """
+  parents = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
+  return {name: fact for base in parents for name, fact in _written(base).items()}
+
+
+def _written(cls) -> dict[str, Fact]:
+  source = textwrap.dedent(inspect.getsource(cls))
+  (tree,) = ast.parse(source).body
+  comments = _comments(source)
+  result, last = {}, 0
+  for node in tree.body:
+    if isinstance(node, ast.AnnAssign):
+      above = [line for line in range(last + 1, node.lineno) if _is_alone(comments, line)]
+      lines = [*above, *range(node.lineno, node.end_lineno + 1)]
+      text = " ".join(comments[line].text for line in lines if line in comments)
+      match = _UNIT.fullmatch(text)
+      result[node.target.id] = Fact(match["meaning"], match["unit"]) if match else Fact(text, "")
+    last = node.end_lineno
+  return result
+
+
+def sources(source: str, function: str) -> dict[str, str]:
+  """Dotted name -> where its value is from, by the comments of a file of values.
+
+  Args:
+    source: text of a Python file whose functions return nested calls of `dict` (or ConfigDict). A call of another
+      function of the file stands for what that one returns, with its keywords changed.
+    function: the one that returns all values.
+  Returns:
+    "" for a value without a comment. A comment belongs to all values on its line.
+  """
+  tree, comments = ast.parse(source), _comments(source)
+  functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+  def beside(node) -> str:
+    line = comments.get(node.end_lineno)
+    return line.text if line else ""
+
+  def walk(node, where: str) -> dict[str, str]:
+    called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    if called == "ConfigDict":
+      return walk(node.args[0], where)
+    if called == "dict":
+      return inside(node, where, [])
+    if called in functions:
+      made = functions[called]
+      return returned(made, where) | inside(node, where, [arg.arg for arg in made.args.args])
+    return {where: beside(node)}
+
+  def inside(call: ast.Call, where: str, parameters: list[str]) -> dict[str, str]:
+    given = [*zip(parameters, call.args), *((one.arg, one.value) for one in call.keywords)]
+    found = {}
+    for name, value in given:
+      found |= walk(value, f"{where}.{name}" if where else name)
+    return found
+
+  def returned(made: ast.FunctionDef, where: str) -> dict[str, str]:
+    calls = (node for node in ast.walk(made) if isinstance(node, ast.Call))
+    first = next(node for node in calls if getattr(node.func, "id", "") == "ConfigDict")
+    return walk(first, where)
+
+  return returned(functions[function], "")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Comment:
+  text: str
+  is_alone: bool  # on a line of its own
+
+
+def _comments(source: str) -> dict[int, _Comment]:
+  """Line number -> comment, without those that are for tools."""
+  result = {}
+  for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    text = _FOR_TOOLS.sub("", token.string).lstrip("# ").rstrip()
+    if token.type == tokenize.COMMENT and text:
+      result[token.start[0]] = _Comment(text, not token.line[: token.start[1]].strip())
+  return result
+
+
+def _is_alone(comments: dict[int, _Comment], line: int) -> bool:
+  return line in comments and comments[line].is_alone

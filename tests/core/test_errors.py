@@ -1,0 +1,62 @@
+"""What counts as a failed write: by what an error says, not by its type."""
+
+import errno
+import os
+import pathlib
+
+import pytest
+
+from instructjax.core import errors
+from instructjax.core.errors import UserError
+
+PATH = pathlib.Path("runs/demo")
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    OSError("it needs 5 MiB and the disk has 1 MiB left"),
+    # As tensorstore 0.1.8 says it.
+    ValueError(
+      'RESOURCE_EXHAUSTED: Error writing "/a/b": [OS error 28: ENOSPC No space left on device]'
+      " [source locations='tensorstore/internal/os/file_util_posix.cc:395']"
+    ),
+    RuntimeError("write failed: Disk quota exceeded"),
+    Exception("I/O error: File too large (os error 27)"),
+  ],
+)
+def test_what_the_file_system_refuses_names_the_path(error):
+  with pytest.raises(UserError, match="cannot write runs/demo: .*make room if") as told:
+    with errors.writing(PATH):
+      raise error
+  assert told.value.__cause__ is error
+
+
+def test_an_error_that_a_library_wraps_is_found():
+  def save():
+    try:
+      raise PermissionError(errno.EACCES, "Permission denied")
+    except PermissionError as error:
+      raise RuntimeError("the save failed") from error
+
+  with pytest.raises(UserError, match="cannot write runs/demo: the save failed"):
+    with errors.writing(PATH):
+      save()
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    RuntimeError("INTERNAL: a compiler's fault"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes"),
+    ValueError("a bug"),
+    UserError("another rule"),
+    KeyError("w"),
+  ],
+)
+def test_other_errors_pass_through(error):
+  with pytest.raises(type(error)) as raised:
+    with errors.writing(PATH):
+      raise error
+  assert raised.value is error

@@ -1,0 +1,83 @@
+"""What pip installs: the wheel's files, the version, and the table of commands."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import instructjax
+from instructjax import __main__ as table
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What setuptools would copy into the wheel, without building one.
+LIST = """
+import json
+from setuptools import Distribution
+dist = Distribution({"script_name": "setup.py"})
+dist.parse_config_files(["setup.cfg"])
+build = dist.get_command_obj("build_py")
+build.ensure_finalized()
+modules = [path for _, _, path in build.find_all_modules()]
+data = [f"{where}/{name}" for _, where, _, names in build.data_files for name in names]
+print(json.dumps([dist.get_version(), modules + data]))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel() -> tuple[str, set[str]]:
+  """(version, paths of its files)."""
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", LIST], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  version, files = json.loads(done.stdout.splitlines()[-1])
+  return version, set(map(os.path.normpath, files))
+
+
+def test_the_wheel_holds_every_file_of_its_packages(wheel):
+  """instructjax with what is no Python (templates), configs and launch beside it, and nothing else."""
+  files = {
+    str(path.relative_to(ROOT))
+    for folder in ("instructjax", "configs", "launch")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+  }
+  assert wheel[1] == files
+  assert {"configs/ppo_ptx.py", "launch/plan.py", "launch/tpu_vm.sh"} <= wheel[1]
+
+
+def test_there_is_one_version(wheel):
+  assert wheel[0] == instructjax.__version__
+  assert re.fullmatch(r"\d+\.\d+\.\d+", instructjax.__version__)
+
+
+def test_every_command_of_the_table_is_a_module_that_runs():
+  for module, says in table.COMMANDS.values():
+    source = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
+    assert "cli.run(main, interrupted=" in source and says
+
+
+@pytest.mark.parametrize(
+  ("arguments", "code", "stream", "says"),
+  [
+    (["--version"], 0, "out", f"instructjax {instructjax.__version__}\n"),
+    ([], 2, "out", "usage: instructjax COMMAND"),
+    (["exprot"], 2, "err", "error: exprot is not a command of instructjax; did you mean export?\n"),
+    (
+      ["x"],
+      2,
+      "err",
+      "error: x is not a command of instructjax; there are run, generate, export, ",
+    ),
+  ],
+)
+def test_what_is_no_command(capsys, arguments, code, stream, says):
+  with pytest.raises(SystemExit) as end:
+    table.main(arguments)
+  assert end.value.code == code
+  assert says in getattr(capsys.readouterr(), stream)
