@@ -191,8 +191,8 @@ def _weighted_values_forward(q_BGEK, k_BGSK, v_BGSK, mask_BTS):
 def _weighted_values_gradient(kept, dx_BGEK):
   """With probabilities p: dv = p' dx, ds = p (dx v' - rowsum(dx x)); Dao et al. 2022, arXiv:2205.14135, B.2."""
   q_BGEK, k_BGSK, v_BGSK, weight_BGES, scale_BGE1, x_BGEK = kept
-  # p is weight * scale. Scaling dx once puts the factor into every term below, and p itself is never formed. The mask is
-  # not needed again: a masked weight is 0, and so is its ds.
+  # p is weight * scale. Scaling dx once puts the factor into every term below, and p itself is never formed. The mask
+  # is not needed again: a masked weight is 0, and so is its ds.
   dx_BGEK = dx_BGEK * scale_BGE1
   mean_BGE1 = jnp.sum(dx_BGEK * x_BGEK, axis=-1, keepdims=True)
   dx_BGEK = dx_BGEK.astype(v_BGSK.dtype)

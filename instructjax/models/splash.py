@@ -19,7 +19,7 @@ from instructjax.parallel.sharding import ROWS
 
 LANES = 128  # a block's length must be a multiple of the TPU's 128 lanes
 MAX_BLOCK = (
-  512  # the scores of a block are then 1 MiB of float32, and a kernel holds a few of them at a time
+  512  # scores of a block are then 1 MiB of float32, of which a kernel holds a few at a time
 )
 
 

@@ -272,8 +272,8 @@ def run_layers(
     params are as `hidden` returns them.
   """
   cfg = model.network
-  # Unlike h_BLD, these keep whole columns on every device: the attention masks are made from them, and gathering a mask,
-  # which is larger, would cost more.
+  # Unlike h_BLD, these keep whole columns on every device: the attention masks are made from them, and gathering a
+  # mask, which is larger, would cost more.
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
   segment_BL = constraints.shard_rows(segment_BL)
