@@ -18,9 +18,8 @@ from instructjax.models.layers import SAVED
 from instructjax.parallel.sharding import ROWS
 
 LANES = 128  # a block's length must be a multiple of the TPU's 128 lanes
-MAX_BLOCK = (
-  512  # scores of a block are then 1 MiB of float32, of which a kernel holds a few at a time
-)
+# The scores of a block of this length are 1 MiB of float32, and a kernel holds a few such arrays at a time.
+MAX_BLOCK = 512
 
 
 def attend(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int):
