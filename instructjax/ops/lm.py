@@ -79,9 +79,8 @@ def lm_loss(
   return jnp.sum(weight_BT * jnp.where(weight_BT != 0, nll_BT, 0)), jnp.sum(weight_BT)
 
 
-LOGITS_BYTES = (
-  128 * 2**20
-)  # of float32 logits that exist at once if a loss is taken in blocks  # bytes of float32 logits that exist at once if a loss is computed in blocks
+# Bytes of float32 logits that exist at once if a loss is computed in blocks.
+LOGITS_BYTES = 128 * 2**20
 
 
 def num_blocks(num_tokens: int, vocab_size: int, width: int) -> int:

@@ -28,9 +28,7 @@ class Architecture:
 
   layers: str  # Hugging Face's path of the list of layers
   outer: Mapping[str, str]  # tensors outside of the layers
-  layer: Mapping[
-    str, str
-  ]  # tensors of a layer: after `blk.N.` in GGUF, after `{layers}.N.` in Hugging Face
+  layer: Mapping[str, str]  # tensors of a layer, without `blk.N.` and without Hugging Face's list
   # Both by GGUF's names: tensors whose rows are interleaved, and matrices that Hugging Face stores as [in, out].
   permuted: frozenset[str] = frozenset()
   transposed: frozenset[str] = frozenset()
@@ -74,7 +72,7 @@ class Architecture:
     return part_of(name) in self.permuted
 
   def is_transposed(self, name: str) -> bool:
-    return part_of(name) in self.transposed  # of biases too, which are the same transposed
+    return part_of(name) in self.transposed  # biases included: they stay as they are
 
 
 def part_of(name: str) -> str:
