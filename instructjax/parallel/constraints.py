@@ -1,8 +1,8 @@
-"""Sharding constraints inside traced functions: they say how arrays lie on the mesh, and the compiler then plans the
-communication.
+"""Sharding constraints inside traced functions: how arrays lie on the mesh.
 
-Called by the models, rl/slots.py, rl/shared_rows.py and rl/step.py, under `jax.set_mesh`. Every function only changes a
-layout, never a number. Without a mesh, or on one device, arrays pass unchanged. Imports no model.
+The compiler plans its communication by them. Called by the models, rl/slots.py, rl/shared_rows.py and rl/step.py, under
+`jax.set_mesh`. Every function only changes a layout, never a number. Without a mesh, or on one device, arrays pass
+unchanged. Imports no model.
 """
 
 import functools

@@ -325,6 +325,5 @@ def end(code: int):
       pass
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(
-    code
-  )  # not sys.exit: JAX's shutdown would wait for the others again, and abort if they do not come
+  # Not sys.exit: JAX's shutdown would wait for the others again, and abort if they do not come.
+  os._exit(code)

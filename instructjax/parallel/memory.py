@@ -45,8 +45,8 @@ def release_after_compiling(event: str, seconds: float, **_):
 def release_freed_memory():
   """Gives freed pages back to the kernel.
 
-  Call it between programs: the pieces that one leaves behind are of little use to the next. Without it, two stages of a
-  135M model that need 9 GB each hold 19 GB together.
+  Call it between programs: the pieces that one leaves behind are of little use to the next. Without it, a
+  process holds 19 GB after two stages of a 135M model that need 9 GB each.
   """
   gc.collect()  # frees arrays that only reference cycles still hold
   if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Weights of other programs: reading and writing Hugging Face folders and GGUF files.
+"""Reads and writes weights of other programs: Hugging Face folders and GGUF files.
 
 Called by train/weights.py, commands/export.py and the benchmarks. To read: `open_weights` gives a `Source`, `describe`
 says which network it holds, and `load_params` brings its tensors onto a mesh. To write: `write_folder` and `write_file`
