@@ -101,7 +101,8 @@ def collect(
 
 def from_json(values: Mapping[str, Any]) -> Provenance:
   """What `dataclasses.asdict` made of a Provenance, as JSON holds it."""
-  return Provenance(**{**values, "hardware": Hardware(**values["hardware"])})
+  fields: dict[str, Any] = {**values, "hardware": Hardware(**values["hardware"])}
+  return Provenance(**fields)
 
 
 def rows(provenance: Provenance) -> list[tuple[str, str]]:

@@ -5,13 +5,13 @@ Nobody else asks which platform it is to choose how layers or attention are comp
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.stages import Head
 from instructjax.models import transformer
 from instructjax.parallel import constraints
 
@@ -21,13 +21,12 @@ def resolve_execution(execution: ExecutionConfig, platform: str) -> ExecutionCon
 
   `decode_layout` may stay 'auto': it depends on the network too, and `model_on` chooses it.
   """
-  chosen = {
-    "layers": "unroll" if platform == "cpu" else "scan",
-    "attention": "splash" if platform == "tpu" else "plain",
-  }
-  values = dataclasses.asdict(execution)
-  changes = {name: value for name, value in chosen.items() if values[name] == "auto"}
-  return dataclasses.replace(execution, **changes)
+  layers, attention = execution.layers, execution.attention
+  if layers == "auto":
+    layers = "unroll" if platform == "cpu" else "scan"
+  if attention == "auto":
+    attention = "splash" if platform == "tpu" else "plain"
+  return dataclasses.replace(execution, layers=layers, attention=attention)
 
 
 def for_inference(platform: str) -> ExecutionConfig:
@@ -50,7 +49,7 @@ def model_on(
   network: NetworkConfig,
   execution: ExecutionConfig,
   vocab_size: int,
-  head: Literal["lm", "scalar"],
+  head: Head,
 ) -> transformer.Model:
   """The description of a network as it runs on `mesh`, with no `auto` left.
 

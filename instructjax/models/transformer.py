@@ -11,7 +11,6 @@ are pads, whose content changes nothing. Positions are the caller's.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import flax.linen as nn
 import flax.traverse_util
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
 from instructjax.parallel import constraints, sharding, stacking
@@ -40,7 +40,7 @@ class Transformer(nn.Module):
   network: NetworkConfig
   execution: ExecutionConfig
   vocab_size: int
-  head: Literal["lm", "scalar"]
+  head: Head
 
   @nn.compact
   def __call__(self):
@@ -98,7 +98,7 @@ def make_model(
   network: NetworkConfig,
   execution: ExecutionConfig,
   vocab_size: int,
-  head: Literal["lm", "scalar"],
+  head: Head,
 ) -> Model:
   """The model's description; it holds no arrays.
 
@@ -319,7 +319,9 @@ def _attention(model, segment_BL, position_BL):
     windows = 0, cfg.attention_window
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=windows[index % 2])
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
-  return lambda index, q_BTGRK, *pair: layers.attend(q_BTGRK, *pair, layer_mask(masks, index))
+  return lambda index, q_BTGRK, *pair: layers.attend(
+    q_BTGRK, *pair, mask_BTS=layer_mask(masks, index)
+  )
 
 
 def layer_mask(masks, index):

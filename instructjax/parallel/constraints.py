@@ -6,6 +6,7 @@ number changes, and without a mesh, or on one device, arrays pass unchanged. Imp
 
 import functools
 import math
+from typing import Literal
 
 import jax
 from jax.sharding import PartitionSpec as PS
@@ -150,7 +151,9 @@ def place_for_decoding(params, axes_tree, layout: str):
   )
 
 
-def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh, memory: float) -> str:
+def decode_layout(
+  axes_tree, shapes_tree, itemsize: int, mesh, memory: float
+) -> Literal["tensor", "2d"]:
   """The layout that decoding fits in: 'tensor' while its copy of the weights takes at most DECODE_SHARE of a device.
 
   Static, and the same on every process and for devices that are not here.

@@ -12,6 +12,7 @@ width, `tensor` splits heads and the mlp. All are Auto: the compiler inserts the
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -223,7 +224,7 @@ def opt_state_shardings(
   Without them a jitted `tx.init` gives moments that are whole on every device.
   """
   return optax.tree_map_params(
-    tx,
+    tx.init,
     lambda _, sharding: sharding,
     jax.eval_shape(tx.init, params_shapes),
     params_shardings,
@@ -268,6 +269,11 @@ def own_row_shards(mesh: Mesh) -> np.ndarray:
   """
   mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
   return np.flatnonzero(np.reshape(mine, (num_row_shards(mesh), -1)).any(axis=1))
+
+
+def mesh_of(shardings: Any) -> Mesh:
+  """The mesh of a tree of NamedShardings."""
+  return jax.tree.leaves(shardings)[0].mesh
 
 
 def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:

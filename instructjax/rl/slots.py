@@ -128,7 +128,7 @@ def generate(
     )
   split = lambda x: constraints.shard_rows(x.reshape(shards, -1, *x.shape[1:]))
   arrays = (split(x) for x in (prompts.token_BP, prompts.is_prompt_BP, uniform_BR))
-  task = Task(model, weights, *arrays, draw, eos_id)
+  task = Task(model, weights, *arrays, draw=draw, eos_id=eos_id)
   widths = _widths(slots // shards)
   floors = [*widths[1:], 0]
   run, _ = jax.lax.while_loop(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from instructjax.core.config import PPOConfig
-from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples
+from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples, tree_of
 from instructjax.models import transformer
 from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
@@ -276,9 +276,10 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   def step(state, frozen, batch):
     return train_step(nets, cfg, rows, state, frozen, batch)
 
-  mesh = state_shardings.step.mesh
+  mesh = sharding.mesh_of(state_shardings)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  rollout = Rollout(
+  rollout = tree_of(
+    Rollout,
     token_BL=split,
     is_token_BL=split,
     is_response_BR=split,
@@ -286,7 +287,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     num_steps=whole,
     slot_steps=whole,
   )
-  samples = Samples(rollout, score_B=split, kl_B=split)
+  samples = tree_of(Samples, rollout=rollout, score_B=split, kl_B=split)
   frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
   return jax.jit(
     step,

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax.core.errors import UserError
+from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params, pytree
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import decoding, transformer
@@ -83,7 +83,7 @@ class Speaker:
     return first.compile(), following.compile()
 
 
-def make(name: str, opened: Weights, head: Literal["lm", "scalar"], mesh: Mesh) -> Speaker:
+def make(name: str, opened: Weights, head: Head, mesh: Mesh) -> Speaker:
   """Loads opened weights.
 
   Raises:

@@ -68,7 +68,7 @@ def run(ctx: Context, stage: str):
   run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
   if is_finished(run_):
     return
-  simulation = sources.simulation(ctx.config.data.comparisons)
+  simulation = sources.require_simulation(ctx.config.data.comparisons)
   train = _sampled(ctx, stage, "train", ctx.data.records("prompts", "train"), cfg.num_prompts)
   held_out = _sampled(
     ctx, stage, "validation", ctx.data.records("prompts", "validation"), cfg.num_heldout_prompts

@@ -36,7 +36,7 @@ _UNTUNED = {
 def judged_policies(ctx: Context) -> list[str]:
   """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
   line = lineage.line(ctx.config, "evaluate")
-  names = [STAGES[stage].policy.name for stage in line if STAGES[stage].policy]
+  names = [row.policy.name for row in map(STAGES.__getitem__, line) if row.policy]
   if sources.simulation(ctx.config.data.prompts) is not None:
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
@@ -67,7 +67,7 @@ def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
   Raises:
     UserError: one of them needs more.
   """
-  simulation = sources.simulation(ctx.config.data.prompts)
+  simulation = sources.require_simulation(ctx.config.data.prompts)
   texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
   context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
   longest = max((len(ctx.tokenizer.encode_prompt(text)) for text in texts), default=0)
@@ -83,7 +83,7 @@ def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.
   """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
   cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
   source = "reward_base" if name == FEW_SHOT.name else name
-  model = ctx.model(stage_of_policy(source).role)
+  model = ctx.model(stage_of_policy(source).require_role())
   if name == FEW_SHOT.name:
     prompts, length = few_shot_prompts(ctx, prompts)
   return answers.sample(
@@ -201,11 +201,11 @@ def run(ctx: Context, stage: str):
     samples_per_prompt=cfg.samples_per_prompt,
     measured=measured,
     pretraining=pretraining_losses(ctx, _of_one_network(names)),
-    reward_model=ctx.done("rm").result,
+    reward_model=ctx.require_done("rm").result,
     agreement=collected.result.agreement if collected else None,
     best_of_n=_best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
     curves={
-      STAGES[stage].policy.name: metrics.read_metrics(ctx.directory(stage))
+      STAGES[stage].require_policy().name: metrics.read_metrics(ctx.directory(stage))
       for stage in lineage.rl_stages(ctx.config)
     },
   )

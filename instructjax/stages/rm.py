@@ -126,7 +126,7 @@ def train(ctx: Context, name: str, records: list, key):
   batches = _batches(ctx, records, ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
-  tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)
+  tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
     _stage_run(ctx, name),

@@ -142,7 +142,8 @@ class Display:
     return "  ".join([*(f"{name} {_cell(metrics[name])}" for name in names), f"{rate:.3g} steps/s"])
 
   def _print(self, line: str):
-    self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if self._console:
+      self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:

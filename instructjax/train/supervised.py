@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from instructjax.core.structs import PackedBatch, Params, TrainState
+from instructjax.core.structs import PackedBatch, Params, TrainState, tree_of
 from instructjax.models import lm_head, transformer
 from instructjax.parallel import sharding
 
@@ -24,7 +24,8 @@ def state_shardings(
 ) -> TrainState:
   """Where a TrainState lies: the optimiser state like the weights it belongs to."""
   shardings, shapes = transformer.param_shardings(mesh, model)
-  return TrainState(
+  return tree_of(
+    TrainState,
     step=sharding.replicated(mesh),
     params=shardings,
     opt_state=sharding.opt_state_shardings(tx, shapes, shardings, mesh),
@@ -95,7 +96,7 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
 
 def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Model) -> Callable:
   """Compiles (TrainState, batch) -> (TrainState, metrics); the state is donated, rows come in as batches lie."""
-  mesh = state_shardings.step.mesh
+  mesh = sharding.mesh_of(state_shardings)
   return jax.jit(
     step,
     donate_argnums=0,
