@@ -24,7 +24,7 @@ Params = Any  # nested dict of arrays
 
 
 @dataclass_transform(frozen_default=True)  # for type checkers: what dataclasses.dataclass is
-def pytree(cls):
+def pytree(cls: type[_Struct]) -> type[_Struct]:
   """Frozen dataclass registered as a JAX pytree; every field is a child."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 

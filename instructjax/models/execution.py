@@ -67,7 +67,7 @@ def model_on(
   execution = dataclasses.replace(execution, decode_layout="tensor")
   model = transformer.make_model(network, execution, vocab_size, head)
   memory = None if mesh is None else constraints.device_memory(mesh)
-  if memory is None:
+  if mesh is None or memory is None:
     return model
   axes, shapes = transformer.param_axes(model), transformer.param_shapes(model)
   itemsize = jnp.dtype(execution.dtype).itemsize

@@ -62,7 +62,7 @@ def _attend_rows(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int, interpret:
   kernel = _make_kernel(groups * queries, length + short, window, interpret)
   with jax.named_scope(f"attention_band_{window}" if window else "attention_causal"):
     x_BHSK = jax.vmap(kernel)(q_BHSK, k_BGSK, v_BGSK, segment_BS)
-  x_BHTK = x_BHSK[:, :, :length]
+    x_BHTK = x_BHSK[:, :, :length]
   x_BTGRK = x_BHTK.reshape(batch, groups, queries, length, head_dim).transpose(0, 3, 1, 2, 4)
   return jnp.where((segment_BT > 0)[:, :, None, None, None], x_BTGRK, 0.0)
 

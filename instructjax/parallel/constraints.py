@@ -6,12 +6,14 @@ number changes, and without a mesh, or on one device, arrays pass unchanged. Imp
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.errors import UserError
+from instructjax.core.structs import Params
 from instructjax.parallel.chips import TPU_GIB
 from instructjax.parallel.sharding import ROWS, spec_of
 
@@ -32,7 +34,7 @@ def on_one_device() -> bool:
   return mesh.empty or mesh.size == 1
 
 
-def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
+def shard_rows(tree: Any, *, tensor_dim: int | None = None, row_dim: int = 0) -> Any:
   """Inside a traced function under `jax.set_mesh`: keep rows split over slice, data and fsdp.
 
   Only a layout: without a mesh, or where rows do not divide, arrays pass unchanged.
@@ -45,17 +47,17 @@ def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
   return _split(tree, {row_dim: ROWS, tensor_dim: ("tensor",)})
 
 
-def shard_width(h_BTD):
+def shard_width(h_BTD: jax.Array) -> jax.Array:
   """As `shard_rows`, for a residual stream that meets weights split as in training: fsdp splits its width."""
   return _split(h_BTD, {0: _ROWS_BESIDES_FSDP, 2: ("fsdp",)})
 
 
-def gather_rows(x_BTGRK):
+def gather_rows(x_BTGRK: jax.Array) -> jax.Array:
   """As `shard_rows`, with every row of what the heads give on each fsdp device, for weights split as in training."""
   return _split(x_BTGRK, {0: _ROWS_BESIDES_FSDP, 2: ("tensor",)})
 
 
-def _split(tree, wanted: dict):
+def _split(tree: Any, wanted: dict):
   """Constrains arrays: dimension -> mesh axes to split it over, where they divide it; all else is whole."""
   if on_one_device():
     return tree
@@ -71,17 +73,17 @@ def _split(tree, wanted: dict):
   return jax.tree.map(one, tree)
 
 
-def whole(x):
+def whole(x: jax.Array) -> jax.Array:
   """Inside a traced function under `jax.set_mesh`: the array whole on every device."""
   return x if on_one_device() else jax.lax.with_sharding_constraint(x, PS())
 
 
-def _rows_axes(mesh, num_rows: int):
+def _rows_axes(mesh: Mesh | AbstractMesh, num_rows: int):
   """Mesh axes that rows are split over: none where they do not divide."""
   return None if num_rows % math.prod(mesh.shape[axis] for axis in ROWS) else ROWS
 
 
-def split_columns(h_BTD):
+def split_columns(h_BTD: jax.Array) -> jax.Array:
   """Inside a traced function under `jax.set_mesh`: a residual stream with its columns split over `tensor`.
 
   What works on each column alone (norms, dropout, sums) is then done once, not by each of the `tensor` devices, and
@@ -97,7 +99,7 @@ def split_columns(h_BTD):
   return jax.lax.with_sharding_constraint(h_BTD, PS(_rows_axes(mesh, h_BTD.shape[0]), "tensor"))
 
 
-def gather_columns(h_BTD):
+def gather_columns(h_BTD: jax.Array) -> jax.Array:
   """The same stream with whole columns, as products with weights that are split over `tensor` want it.
 
   Both layouts are asked for, here and in `scatter_columns`, so that each way is one all-gather, and backwards one
@@ -107,17 +109,17 @@ def gather_columns(h_BTD):
   return h_BTD if h_BTD.shape[1] == 1 else shard_rows(split_columns(h_BTD))
 
 
-def scatter_columns(h_BTD):
+def scatter_columns(h_BTD: jax.Array) -> jax.Array:
   """The other way: sums over `tensor` of what such products yield, each device keeping its columns."""
   return h_BTD if h_BTD.shape[1] == 1 else split_columns(shard_rows(h_BTD))
 
 
-def split_products(y_BT, *, tensor_dim: int):
+def split_products(y_BT: jax.Array, *, tensor_dim: int) -> jax.Array:
   """What products with weights that are split over `tensor` yield: heads or hidden units stay split."""
   return y_BT if y_BT.shape[1] == 1 else shard_rows(y_BT, tensor_dim=tensor_dim)
 
 
-def split_vocab(table_VD):
+def split_vocab(table_VD: jax.Array) -> jax.Array:
   """Inside a traced function under `jax.set_mesh`: an embedding table as the head multiplies with it.
 
   Rows over `tensor`, which need not divide. In between split both ways, so that the width is gathered, and its gradient
@@ -130,7 +132,7 @@ def split_vocab(table_VD):
   return table_VD
 
 
-def split_logits(logits_BTV):
+def split_logits(logits_BTV: jax.Array) -> jax.Array:
   """Logits of a table from `split_vocab`."""
   if on_one_device():
     return logits_BTV
@@ -138,7 +140,7 @@ def split_logits(logits_BTV):
   return jax.lax.with_sharding_constraint(logits_BTV, PS(rows, None, "tensor"))
 
 
-def place_for_decoding(params, axes_tree, layout: str):
+def place_for_decoding(params: Params, axes_tree: Any, layout: str) -> Any:
   """Inside a traced function under `jax.set_mesh`: parameters split as `layout`, one of DECODE_GATHERED, has it."""
   if on_one_device():
     return params
@@ -152,7 +154,7 @@ def place_for_decoding(params, axes_tree, layout: str):
 
 
 def decode_layout(
-  axes_tree, shapes_tree, itemsize: int, mesh, memory: float
+  axes_tree: Any, shapes_tree: Any, itemsize: int, mesh: Mesh | AbstractMesh, memory: float
 ) -> Literal["tensor", "2d"]:
   """The layout that decoding fits in: 'tensor' while its copy of the weights takes at most DECODE_SHARE of a device.
 
@@ -174,7 +176,7 @@ def decode_layout(
   return "tensor" if sum(jax.tree.leaves(copy)) <= DECODE_SHARE * memory else "2d"
 
 
-def device_memory(mesh) -> float | None:
+def device_memory(mesh: Mesh | AbstractMesh) -> float | None:
   """Bytes that a program may use on a device of this mesh; None where there is no bound to keep (CPUs).
 
   Args:
@@ -182,7 +184,7 @@ def device_memory(mesh) -> float | None:
   Raises:
     UserError: the devices are not here, and of a kind that the table lacks.
   """
-  device = getattr(mesh, "abstract_mesh", mesh).abstract_device
+  device = mesh.abstract_mesh.abstract_device
   if device is None or device.platform == "cpu":
     return None
   if device.device_kind in TPU_GIB:

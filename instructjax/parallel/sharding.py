@@ -11,7 +11,7 @@ width, `tensor` splits heads and the mlp. All are Auto: the compiler inserts the
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ AXIS_RULES = {
 }
 
 
-def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence | None = None) -> Mesh:
   """The mesh over all devices, or the ones given.
 
   Where the devices know their TPU slice, `slice` is over these; elsewhere it is an axis like `data`.
@@ -82,7 +82,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _num_slices(devices) -> int:
+def _num_slices(devices: Sequence) -> int:
   """How many TPU slices the devices lie in. GPUs have a `slice_index` too: it is their host's."""
   if not all(device.platform == "tpu" and hasattr(device, "slice_index") for device in devices):
     return 1
@@ -151,7 +151,7 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
   return PS(*(None if AXIS_RULES[axis] in gathered else AXIS_RULES[axis] for axis in axes))
 
 
-def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
+def require_fit(mesh: Mesh, axes_tree: Any, shapes_tree: Any, rows: Mapping[str, int]):
   """Refuses a mesh that does not divide what is to lie on it.
 
   Args:
@@ -190,7 +190,7 @@ def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
   return _spell(shape) if shape else ""
 
 
-def _split_dimensions(axes_tree, shapes_tree):
+def _split_dimensions(axes_tree: Any, shapes_tree: Any):
   """(`parameter NAME: AXIS`, size, mesh axes) of each dimension of each parameter that is split."""
   leaves = jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=_is_axes)
   for (path, axes), leaf in zip(leaves, jax.tree.leaves(shapes_tree), strict=True):
@@ -202,11 +202,11 @@ def _split_dimensions(axes_tree, shapes_tree):
         yield f"parameter {name}: {axis}", size, (mesh_axis,)
 
 
-def _is_axes(node) -> bool:
+def _is_axes(node: Any) -> bool:
   return isinstance(node, tuple)
 
 
-def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
+def param_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   """NamedSharding of every parameter.
 
   Raises:
@@ -217,8 +217,8 @@ def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
 
 
 def opt_state_shardings(
-  tx: optax.GradientTransformation, params_shapes, params_shardings, mesh: Mesh
-):
+  tx: optax.GradientTransformation, params_shapes: Any, params_shardings: Any, mesh: Mesh
+) -> Any:
   """Shardings of the optimiser state: moments lie as their parameters do, counters on every device.
 
   Without them a jitted `tx.init` gives moments that are whole on every device.
@@ -243,7 +243,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 LARGE = 2**28  # bytes of weights from which on a CPU memory counts more than concurrency
 
 
-def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
+def step_options(mesh: Mesh, *params_shapes: Any) -> dict[str, str]:
   """Compiler options of a step that trains these networks: large ones on CPU in the order that needs the least memory.
 
   XLA's own order there is for concurrency: it computes the updates of all weights before it applies the first, and
@@ -256,7 +256,7 @@ def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def num_row_shards(mesh) -> int:
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Parts that rows are split into; 1 on the empty mesh of a traced function without one."""
   return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
@@ -291,7 +291,7 @@ def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
   return np.arange(num_rows).reshape(shards, -1)[own_row_shards(mesh)].reshape(-1)
 
 
-def place_batch(mesh: Mesh, batch):
+def place_batch(mesh: Mesh, batch: Any) -> Any:
   """Global arrays from this process's own rows, a pytree of numpy arrays in the order of `own_rows`.
 
   Raises:
@@ -317,7 +317,7 @@ def place_batch(mesh: Mesh, batch):
   return jax.tree.map(one, batch)
 
 
-def place_rows(mesh: Mesh, batch):
+def place_rows(mesh: Mesh, batch: Any) -> Any:
   """Global arrays from rows that every process holds alike; not split if they do not divide."""
   shards = num_row_shards(mesh)
 
@@ -328,7 +328,7 @@ def place_rows(mesh: Mesh, batch):
   return jax.tree.map(one, batch)
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
   """Whole numpy arrays on every process; all processes must call it alike."""
 
   def one(x):

@@ -104,14 +104,14 @@ def relay(tree: Any, change: Callable[[Any], Any]) -> Any:
   return jax.tree.map(at, tree, is_leaf=has_layers)
 
 
-def _with_axis(leaf, size: int):
+def _with_axis(leaf: Any, size: int):
   place = leaf.sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PS(None, *place.spec))
   return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=place)
 
 
-def _without_axis(leaf):
+def _without_axis(leaf: Any):
   place = leaf.sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PS(*place.spec[1:]))

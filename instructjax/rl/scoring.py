@@ -10,7 +10,7 @@ counts.
 
 import jax.numpy as jnp
 
-from instructjax.core.structs import Array
+from instructjax.core.structs import Array, Params
 from instructjax.models import lm_head, transformer
 
 
@@ -21,8 +21,14 @@ def _inputs(segment_BL: Array, window) -> dict:
 
 
 def response_logprob(
-  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
-):
+  model: transformer.Model,
+  params: Params,
+  token_BL: Array,
+  segment_BL: Array,
+  *,
+  prompt_length: int,
+  temperature: float,
+) -> Array:
   """Log-probability of each response token, float32 [B, R]; zero at pads.
 
   Logits are divided by the temperature: scoring at another one than sampling's makes the KL wrong from the first step
@@ -35,19 +41,28 @@ def response_logprob(
 
 
 def response_value(
-  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int
+  model: transformer.Model,
+  params: Params,
+  token_BL: Array,
+  segment_BL: Array,
+  *,
+  prompt_length: int,
 ) -> Array:
   """Value of the state before each response token, float32 [B, R]."""
   window = (prompt_length - 1, token_BL.shape[1] - 1)
   return transformer.apply(model, params, token_BL, **_inputs(segment_BL, window))
 
 
-def column_score(model, params, token_BL: Array, segment_BL: Array) -> Array:
+def column_score(
+  model: transformer.Model, params: Params, token_BL: Array, segment_BL: Array
+) -> Array:
   """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks a row's."""
   return transformer.apply(model, params, token_BL, **_inputs(segment_BL, None))
 
 
-def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:
+def sequence_score(
+  model: transformer.Model, params: Params, token_BL: Array, is_token_BL: Array
+) -> Array:
   """Reward-model score read at each row's last real token (its EOS when it has one), float32 [B]. Details item 13.
 
   Rows may be padded on the left, on the right or both.

@@ -77,7 +77,9 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
   return Placement(cell_BL=cell_BL, end_K=jnp.stack(ends[1:]))
 
 
-def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Array, Array]:
+def _place(
+  length_B: Array, is_due_B: Array, width_K: Array, first_KB: Array, room_KB: Array, cell_B: Array
+) -> tuple[Array, Array]:
   """The episodes that are due, longest first, each into the first row with room: (room_KB, first cell of each)."""
   shape = room_KB.shape
   first_R, width_R = first_KB.reshape(-1), jnp.repeat(width_K, shape[1])
@@ -138,7 +140,7 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
 
 def mean_gradient(
   loss_fn: Callable, params: Params, placement: Placement, tree: Any, over: str, *, rows: int
-):
+) -> tuple[tuple[Array, dict[str, Array]], Params]:
   """((loss, metrics), gradient) of a loss that is a mean over tokens, from chunk after chunk of rows.
 
   Args:

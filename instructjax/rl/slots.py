@@ -165,7 +165,7 @@ def _widths(width: int) -> list[int]:
   return widths
 
 
-def _flat(x_XS):
+def _flat(x_XS: Array):
   """Shards and their slots, or their rows, as the one batch dimension that the model knows."""
   return x_XS.reshape(-1, *x_XS.shape[2:])
 
@@ -205,7 +205,7 @@ def _is_waiting(task: Task, queue: Queue) -> Array:
   return _is_unstaged(task, queue) | jnp.any(queue.staged.is_live_S, axis=1)
 
 
-def _can_take(run: Run, waiting_X) -> Array:
+def _can_take(run: Run, waiting_X: Array) -> Array:
   """Whether some shard has a free slot and a row that waits for one."""
   return jnp.any(~jnp.all(run.rows.is_live_S, axis=1) & waiting_X)
 
@@ -274,7 +274,9 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
   return output, Queue(row_XS[:, -1] + 1, staged, cache)
 
 
-def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple[Output, Rows]:
+def _append(
+  task: Task, output: Output, rows: Rows, token_B: Array, logprob_B: Array
+) -> tuple[Output, Rows]:
   """Adds the tokens drawn to the rows that go on, and ends those that got EOS or reached the limit."""
   _, num_rows, max_new_tokens = task.uniform_XQR.shape
   token_XS, logprob_XS = (x.reshape(rows.row_S.shape) for x in (token_B, logprob_B))

@@ -10,6 +10,7 @@ is an entry of docs/details.md.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,9 @@ def create_state(
   )
 
 
-def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
+def policy_loss(
+  nets: Nets, cfg: PPOConfig, params: Params, batch: Experience
+) -> tuple[Array, dict[str, Array]]:
   """Clipped surrogate of one minibatch (clip .2: C.4), to be minimised. Returns (loss, metrics)."""
   logprob_BR = scoring.response_logprob(
     nets.policy,
@@ -57,7 +60,9 @@ def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
   )
 
 
-def value_loss(nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience):
+def value_loss(
+  nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience
+) -> tuple[Array, dict[str, Array]]:
   """Value loss of one minibatch, clipped around the rollout's values if configured. Returns (loss, metrics)."""
   value_BR = scoring.response_value(
     nets.scalar,
@@ -71,7 +76,9 @@ def value_loss(nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experien
   )
 
 
-def ptx_gradient(nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch):
+def ptx_gradient(
+  nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch
+) -> tuple[Array, Params]:
   """Gradient and value of the pretraining term, -E[log pi(x)] of eq. 2, over a minibatch's pretraining rows.
 
   The paper gives gamma = 27.8 but not whether log pi(x) is a mean or a sum over tokens. 'mean' is the mean per token
@@ -98,7 +105,7 @@ def ptx_gradient(nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch):
   return loss, grads
 
 
-def _clip(grads, max_norm: float | None):
+def _clip(grads: Params, max_norm: float | None):
   """Clips one term's gradient by its own norm: clipping the sum would let gamma rescale PPO without notice."""
   return grads if max_norm is None else optim.clip_by_global_norm(grads, max_norm)
 
@@ -110,7 +117,7 @@ def policy_gradient(
   params: Params,
   batch: Experience,
   ptx: PackedBatch | None,
-):
+) -> tuple[Params, dict[str, Array]]:
   """Gradient of eq. 2 for one minibatch: PPO's plus gamma times the pretraining term's. Returns (grads, metrics)."""
   with jax.named_scope("update/policy"):
     ppo = rows.gradient(functools.partial(policy_loss, nets, cfg), params, batch, "is_actor_BR")
@@ -130,7 +137,7 @@ def policy_gradient(
     return jax.tree.map(lambda g, g_lm: g + cfg.gamma * g_lm, grads, ptx_grads), metrics
 
 
-def _adam(tx: optax.GradientTransformation, grads, params: Params, opt_state):
+def _adam(tx: optax.GradientTransformation, grads: Params, params: Params, opt_state: Any):
   """One step of an optimiser: (params, opt_state)."""
   updates, opt_state = tx.update(grads, opt_state, params)
   return optax.apply_updates(params, updates), opt_state
@@ -181,7 +188,7 @@ def update(
   episodes: Experience,
   ptx: PackedBatch | None,
   key: Array,
-):
+) -> tuple[PPOState, dict[str, Array]]:
   """Runs the inner epochs of minibatch updates. Returns (state, metrics): means over the updates."""
   # 3a. Every epoch visits every episode once, in a new order (details item 29); the paper has one epoch of 8
   #     minibatches (C.4). Beside each minibatch stands its share of the pretraining rows.
@@ -208,7 +215,7 @@ def update(
 
 def train_step(
   nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, batch: dict
-):
+) -> tuple[PPOState, dict[str, Array], Samples]:
   """One PPO iteration, traceable.
 
   Args:

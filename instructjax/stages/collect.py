@@ -7,6 +7,7 @@ ranked by held-out labelers).
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -46,7 +47,7 @@ def _sampled(
   ]
 
 
-def _write(path, rankings: list):
+def _write(path: pathlib.Path, rankings: list):
   with open(path, "w", encoding="utf-8") as file:
     for ranking in rankings:
       file.write(json.dumps(dataclasses.asdict(ranking), ensure_ascii=False) + "\n")

@@ -113,13 +113,13 @@ def require_fit(
   sharding.require_fit(mesh, axes, shapes, used)
 
 
-def canonical(value) -> str:
+def canonical(value: Any) -> str:
   """One spelling of a plain value, or of what decides a config block's numbers."""
   plain = determining(value) if dataclasses.is_dataclass(value) else value
   return json.dumps(plain, sort_keys=True)
 
 
-def fingerprint(ctx: Context, stage: str, own, others: Mapping[str, Any]) -> dict[str, str]:
+def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -> dict[str, str]:
   """What a resumed or reused stage must have in common with the one on disk.
 
   Args:
@@ -153,7 +153,7 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
   }
 
 
-def stage_run(ctx: Context, stage: str, own, **others) -> loop.StageRun:
+def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
   """How a stage is logged and saved, and its `fingerprint`."""
   return loop.StageRun(
     name=stage,

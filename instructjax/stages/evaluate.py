@@ -6,6 +6,7 @@ Answers are judged by the demo's gold score where the prompts are the demo's, el
 import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -229,7 +230,7 @@ def run(ctx: Context, stage: str):
   _show(found, summary, page)
 
 
-def _show(found: list[dict], summary: dict, page):
+def _show(found: list[dict], summary: dict, page: pathlib.Path):
   """The end-of-run tables: a row a policy, a row a finding."""
   console = rich.console.Console()
   columns = sorted({key for row in summary.values() for key in row})

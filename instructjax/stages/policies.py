@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from instructjax.core.config import Config, ModelConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, RoleName, selector, stage_of_policy
+from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import heads
 from instructjax.stages import lineage
@@ -95,13 +96,13 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
 
 def load_step(
   ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
-):
+) -> Params:
   """Weights that a stage kept at a step, placed on the mesh as a network of its own role, or of another."""
   model = ctx.model(role or STAGES[stage].require_role())
   return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
-def load_sft_by_loss(ctx: Context):
+def load_sft_by_loss(ctx: Context) -> Params:
   """SFT weights at the epoch with the best validation loss: what the reward model and its data start from."""
   return load_step(ctx, "sft", ctx.require_done("sft").require_step())
 
@@ -111,7 +112,7 @@ def judges_average(ctx: Context) -> bool:
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
-def load(ctx: Context, policy: str):
+def load(ctx: Context, policy: str) -> Params:
   """Weights of a policy, or of the larger base, at the step that its stage chose.
 
   `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
@@ -132,7 +133,7 @@ def load(ctx: Context, policy: str):
   return load_step(ctx, row.name, done.require_step(), "ema_params" if averaged else "params", role)
 
 
-def load_reward(ctx: Context):
+def load_reward(ctx: Context) -> Params:
   """Reward-model weights with the bias that makes demonstrations score 0 on average (C.2)."""
   done = ctx.require_done("rm")
   return heads.shift_bias(load_step(ctx, "rm", done.require_step()), done.result.demonstration_mean)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from instructjax.core import results
 from instructjax.core.config import Config, PPOConfig
-from instructjax.core.structs import PPOState, Samples, tree_of
+from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
 from instructjax.models import flops, transformer
 from instructjax.parallel import sharding, stacking
@@ -74,7 +74,14 @@ def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState
   )
 
 
-def initial_state(mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params, reward_params, key):
+def initial_state(
+  mesh: Mesh,
+  cfg: PPOConfig,
+  nets: ppo_step.Nets,
+  params: Params,
+  reward_params: Params,
+  key: jax.Array,
+) -> tuple[PPOState, PPOState]:
   """(PPOState, its shardings) before the first iteration; copies of the weights given."""
   shardings = state_shardings(mesh, nets, cfg)
 
@@ -85,7 +92,9 @@ def initial_state(mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params, rewar
   return jax.jit(create, out_shardings=shardings)(params, reward_params, key), shardings
 
 
-def freeze(nets: ppo_step.Nets, shardings: PPOState, ref_params, reward_params) -> ppo_step.Frozen:
+def freeze(
+  nets: ppo_step.Nets, shardings: PPOState, ref_params: Params, reward_params: Params
+) -> ppo_step.Frozen:
   """The two networks as the step reads them; those given where there is nothing to cast."""
 
   def frozen(model, params, places):

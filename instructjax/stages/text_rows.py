@@ -15,7 +15,7 @@ def document_batches(
   batch_size: int,
   seed: int,
   places: batching.Places | None = None,
-):
+) -> batching.Batches:
   """Packed rows of pretraining text; `places` in a global batch, where they are not its only rows."""
   return batching.lm_batches(
     ctx.data.document_tokens(split),

@@ -269,7 +269,7 @@ def tree_fingerprint(tree: Any) -> str:
   return digest.hexdigest()
 
 
-def _host_parts(leaf) -> Iterator[np.ndarray]:
+def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
   """A leaf on the host, in parts of its first dimension where processes share it: gathered whole, a large model's
   stacked layers would have to fit into each device.
   """
@@ -309,15 +309,15 @@ def _checkpointer() -> Generator[ocp.Checkpointer, None, None]:
 
 def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """Name -> shape of what a checkpoint's folder holds."""
+  with _checkpointer() as checkpointer:
 
-  def tree() -> Any:
-    with _checkpointer() as checkpointer:
+    def tree() -> Any:
       metadata = checkpointer.metadata(path / "state").item_metadata
-    if metadata is None:
-      raise ValueError("it does not say what it holds")
-    return metadata.tree
+      if metadata is None:
+        raise ValueError("it does not say what it holds")
+      return metadata.tree
 
-  return _shapes(reading.read(path, tree))
+    return _shapes(reading.read(path, tree))
 
 
 def _laid_as(wanted: Any, restored: Any) -> Any:

@@ -213,7 +213,7 @@ class _Log:
       self._display.start()
     return self
 
-  def __exit__(self, *exception):
+  def __exit__(self, *exception: Any):
     if self._display:
       self._display.stop()
     if self._writer:

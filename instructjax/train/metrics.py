@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -158,7 +159,7 @@ def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:
   return table
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
   if isinstance(value, str):
     return " ".join(value.split())
   return f"{value:.4g}"

@@ -84,11 +84,11 @@ class StepProfile:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception):
+  def __exit__(self, *exception: Any):
     if self._is_tracing:  # the stage was stopped in between
       self._stop()
 
-  def __call__(self, step: int, *arguments):
+  def __call__(self, step: int, *arguments: Any) -> Any:
     """`step_fn` of the arguments; a traced step begins when they are there and ends when its results are."""
     if step not in self._steps:
       return self._step_fn(*arguments)

@@ -13,7 +13,7 @@ from instructjax.models import lm_head, transformer
 from instructjax.parallel import sharding
 
 
-def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
+def init_params(mesh: Mesh, model: transformer.Model, key: jax.Array) -> Params:
   """Fresh weights, made on their own shards."""
   shardings, _ = transformer.param_shardings(mesh, model)
   return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
@@ -34,8 +34,12 @@ def state_shardings(
 
 
 def create_state(
-  mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key
-):
+  mesh: Mesh,
+  model: transformer.Model,
+  tx: optax.GradientTransformation,
+  params: Params,
+  key: jax.Array,
+) -> tuple[TrainState, TrainState]:
   """(TrainState, its shardings) before the first step."""
   shardings = state_shardings(mesh, model, tx)
   state = TrainState(
@@ -47,7 +51,13 @@ def create_state(
   return state, shardings
 
 
-def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+def _hidden(
+  model: transformer.Model,
+  params: Params,
+  batch: PackedBatch,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+):
   """What predicts every token but a row's first: (h_BTD of the column before it, parameters for the head)."""
   return transformer.hidden(
     model,
@@ -61,13 +71,21 @@ def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropou
   )
 
 
-def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+def lm_loss_sums(
+  model: transformer.Model,
+  params: Params,
+  batch: PackedBatch,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
   h_BTD, params = _hidden(model, params, batch, dropout_rate, dropout_key)
   return lm_head.loss_sums(model, params, h_BTD, batch.token_BL[:, 1:], batch.weight_BL[:, 1:])
 
 
-def lm_row_sums(model, params, batch: PackedBatch):
+def lm_row_sums(
+  model: transformer.Model, params: Params, batch: PackedBatch
+) -> tuple[jax.Array, jax.Array]:
   """The same for each row: (nll_B, weight_B), for intervals over rows."""
   weight_BT = batch.weight_BL[:, 1:]
   h_BTD, params = _hidden(model, params, batch)
@@ -75,7 +93,13 @@ def lm_row_sums(model, params, batch: PackedBatch):
   return -jnp.sum(weight_BT * logprob_BT, axis=1), jnp.sum(weight_BT, axis=1)
 
 
-def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Callable:
+def make_lm_train_step(
+  model: transformer.Model,
+  tx: optax.GradientTransformation,
+  *,
+  dropout_rate: float,
+  state_shardings: TrainState,
+) -> Callable:
   """Jitted (TrainState, PackedBatch) -> (TrainState, metrics); the loss is the mean per weighted token."""
 
   def step(state: TrainState, batch: PackedBatch):
@@ -115,7 +139,7 @@ def apply_gradients(
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
 
 
-def make_lm_evaluation(model, mesh: Mesh) -> Callable:
+def make_lm_evaluation(model: transformer.Model, mesh: Mesh) -> Callable:
   """(params, iterable of numpy PackedBatch) -> mean negative log-likelihood per weighted token, in nats."""
   sums = jit_sums(functools.partial(lm_loss_sums, model), mesh, model)
 
