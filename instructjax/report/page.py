@@ -14,7 +14,9 @@ import jinja2
 import markupsafe
 import numpy as np
 
+from instructjax.core import provenance
 from instructjax.core.errors import writing
+from instructjax.core.provenance import Provenance
 from instructjax.report import figures, findings, overoptimization, panels
 from instructjax.report.results import Measured, Results
 
@@ -257,7 +259,23 @@ def _what_ran(config, prompts: list[str]) -> str:
   return " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
 
 
-def page(config, prompts: list[str], results: Results, found: list[dict], wins: dict) -> str:
+def _made(made: Mapping[str, Provenance]) -> dict:
+  """Where the last stage comes from, in rows, and a line on each stage."""
+  last = provenance.rows(list(made.values())[-1])
+  lines = [
+    (stage, row.date, f"{row.seconds:.0f}", provenance.code(row)) for stage, row in made.items()
+  ]
+  return {"rows": last, "stages": lines}
+
+
+def page(
+  config,
+  prompts: list[str],
+  results: Results,
+  found: list[dict],
+  wins: dict,
+  made: Mapping[str, Provenance],
+) -> str:
   """The whole report as one HTML document."""
   return _TEMPLATES.get_template("page.html.j2").render(
     preset=str(config.preset),
@@ -275,10 +293,18 @@ def page(config, prompts: list[str], results: Results, found: list[dict], wins: 
     reward_model=_reward_model(results),
     num_pairs=results.reward_model.validation.pairs,
     overoptimization=_overoptimization(results),
+    made=_made(made),
   )
 
 
-def write(directory, config, prompts: list[str], results: Results, found: list[dict]):
+def write(
+  directory,
+  config,
+  prompts: list[str],
+  results: Results,
+  found: list[dict],
+  made: Mapping[str, Provenance],
+):
   """Writes findings.json, report.png and index.html.
 
   Args:
@@ -287,10 +313,11 @@ def write(directory, config, prompts: list[str], results: Results, found: list[d
     prompts: one an answer, so each `samples_per_prompt` times in a row.
     results: of the run.
     found: what findings.find said of the results.
+    made: stage -> where it comes from, in the order they ran; evaluation is the last.
   """
   directory = pathlib.Path(directory)
   wins = findings.win_matrix(results, bootstrap=config.evaluate.bootstrap, seed=config.seed)
-  text = page(config, prompts, results, found, wins)
+  text = page(config, prompts, results, found, wins, made)
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "findings.json").write_text(

@@ -20,6 +20,7 @@ import jax
 
 from instructjax.core import results
 from instructjax.core.errors import UserError
+from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
 from instructjax.train import reading
 
@@ -37,12 +38,14 @@ class Done:
     fingerprint: part -> hash, or a config block as JSON: what the stage was made with.
     step: of the checkpoint that later stages start from; None for a stage without checkpoints.
     result: the stage's own record, of the type that the table of stages gives it.
+    provenance: which code, command, data and machine made it; None for the tokenizer.
   """
 
   stage: str
   fingerprint: Mapping[str, str]
   step: int | None
   result: Any
+  provenance: Provenance | None = None
 
   @property
   def identity(self) -> str:
@@ -54,6 +57,12 @@ class Done:
     if self.step is None:
       raise ValueError(f"stage {self.stage} keeps no checkpoints")
     return self.step
+
+  def require_provenance(self) -> Provenance:
+    """`provenance`, for whoever knows that this is a stage's."""
+    if self.provenance is None:
+      raise ValueError(f"{self.stage} does not say where it comes from")
+    return self.provenance
 
 
 def write_done(directory: pathlib.Path, done: Done):

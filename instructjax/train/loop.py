@@ -38,6 +38,7 @@ class StageRun:
       reference, reward model.
     changeable: what it need not match, 'rounding' and 'same numbers' -> setting -> value: those that move numbers
       by rounding only, and those that do not touch them. Saved with the state, to say what has changed.
+    started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped for its numbers.
   """
 
@@ -48,6 +49,7 @@ class StageRun:
   profile: ProfileConfig
   fingerprint: Mapping[str, str]
   changeable: Mapping[str, Mapping[str, Any]]
+  started: float
   advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
 
 
