@@ -95,7 +95,7 @@ def _place(
   return room_R.reshape(shape), jnp.where(is_due_B, placed_B, cell_B)
 
 
-def to_shared(placement: Placement, x_BL: Array, fill) -> Array:
+def to_shared(placement: Placement, x_BL: Array, fill: int) -> Array:
   """Values of the episodes' tokens in the shared rows, `fill` where there is no token."""
   x_BL = constraints.whole(x_BL)
   empty = jnp.full((x_BL.size,), fill, x_BL.dtype)
