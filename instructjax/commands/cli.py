@@ -80,7 +80,7 @@ def _what_to_mend(error: Exception) -> str | None:
 
 def _say(message: str):
   verbosity = flags.FLAGS["verbosity"]
-  if verbosity.present and verbosity.value >= logging.INFO:  # asked for, to look for a bug
+  if verbosity.present and (verbosity.value or 0) >= logging.INFO:  # asked for, to look for a bug
     traceback.print_exc()
   print(message, file=sys.stderr)
 

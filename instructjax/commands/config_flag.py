@@ -110,7 +110,10 @@ def load(spelling: str) -> ConfigDict:
 def run_file(path: pathlib.Path) -> types.ModuleType:
   """The module that a Python file makes, wherever it lies."""
   loader = importlib.machinery.SourceFileLoader("config_file", str(path))
-  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+  spec = importlib.util.spec_from_loader(loader.name, loader)
+  if spec is None:
+    raise ValueError(f"Python makes no module of {path}")
+  module = importlib.util.module_from_spec(spec)
   sys.modules[loader.name] = module  # a dataclass in it looks there for its module
   loader.exec_module(module)
   return module
@@ -144,19 +147,20 @@ class _Parser(flags.ArgumentParser):
     """Takes the list in which ml_collections looks for --config.FIELD."""
     self._argv = argv
 
-  def parse(self, path: str) -> ConfigDict:
+  def parse(self, argument: str) -> ConfigDict:
     self._argv[:] = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
-    config = load(path)
+    config = load(argument)
     config.lock()
     for override in filter(None, map(_OVERRIDE.fullmatch, self._argv[1:])):
-      _require_field(override["path"], config, path)
+      _require_field(override["path"], config, argument)
     return config
 
 
 class _OptionalFloat(flags.FloatParser):
   """A number, or None; fields that must be a number are checked where the config is."""
 
-  def parse(self, argument):
+  # pyrefly: ignore[bad-override]  absl takes any value from a parser, None too
+  def parse(self, argument: float | str | None) -> float | None:
     if argument is None or argument == "None":
       return None
     return super().parse(argument)

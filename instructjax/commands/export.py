@@ -4,21 +4,32 @@ Weights in files that other programs load: a Hugging Face folder for transformer
 """
 
 import pathlib
+from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
 from instructjax.commands import cli
 from instructjax.core.errors import UserError
 
+if TYPE_CHECKING:
+  from instructjax.models.interop import GgufType
+  from instructjax.train.weights import Which
+
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
   "What to export: a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file or"
   " hf://ORG/NAME.",
+  required=True,
 )
-_FORMAT = flags.DEFINE_enum("format", None, ["hf", "gguf"], "Hugging Face folder, or GGUF file.")
+_FORMAT = flags.DEFINE_enum(
+  "format", None, ["hf", "gguf"], "Hugging Face folder, or GGUF file.", required=True
+)
 _OUT = flags.DEFINE_string(
-  "out", None, "The new folder, or for GGUF the new FILE.gguf, whose card is FILE.md beside it."
+  "out",
+  None,
+  "The new folder, or for GGUF the new FILE.gguf, whose card is FILE.md beside it.",
+  required=True,
 )
 _WEIGHTS = flags.DEFINE_enum(
   "weights",
@@ -27,7 +38,6 @@ _WEIGHTS = flags.DEFINE_enum(
   "Of an RL stage: the policy averaged over iterations, the last one, or the value network.",
 )
 _TYPE = flags.DEFINE_enum("type", None, ["f16", "q8_0"], "Numbers of a GGUF file; f16 by default.")
-flags.mark_flags_as_required(["checkpoint", "format", "out"])
 
 
 def main(arguments: list[str]):
@@ -43,10 +53,12 @@ def main(arguments: list[str]):
   # Imported here so that --help and a bad flag answer at once.
   from instructjax.serve import packaging
 
+  # Both flags are enums of just these values.
+  which, kind = cast("Which", _WEIGHTS.value), cast("GgufType", _TYPE.value or "f16")
   if is_gguf:
-    packaging.write_gguf(_CHECKPOINT.value, out, _TYPE.value or "f16", which=_WEIGHTS.value)
+    packaging.write_gguf(_CHECKPOINT.value, out, kind, which=which)
   else:
-    packaging.write_huggingface(_CHECKPOINT.value, out, which=_WEIGHTS.value)
+    packaging.write_huggingface(_CHECKPOINT.value, out, which=which)
   print(f"written: {out}")
 
 

@@ -58,7 +58,9 @@ def define() -> flags.FlagHolder:
 class _Pattern(flags.ArgumentParser):
   def parse(self, argument: str | bool) -> str | None:
     """absl writes true for --settings, and false for --nosettings."""
-    return {"true": "", "false": None}.get(str(argument).lower(), argument)
+    text = str(argument)
+    spelled: dict[str, str | None] = {"true": "", "false": None}
+    return spelled.get(text.lower(), text)
 
 
 def show(config: ConfigDict, pattern: str) -> str:

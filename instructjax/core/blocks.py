@@ -10,16 +10,18 @@ import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from instructjax.core.errors import UserError
+
+_Block = TypeVar("_Block")
 
 # Metadata of fields that may change while a run is stopped: they move numbers by rounding, or do not touch them.
 ROUNDING = types.MappingProxyType({"on_resume": "rounding"})
 SAME_NUMBERS = types.MappingProxyType({"on_resume": "same numbers"})
 
 
-def determining(block) -> dict[str, Any]:
+def determining(block: Any) -> dict[str, Any]:
   """The fields that decide a block's numbers, as plain values: all but those that may change on resume."""
   result = {}
   for field in dataclasses.fields(block):
@@ -29,13 +31,13 @@ def determining(block) -> dict[str, Any]:
   return result
 
 
-def marked(block, metadata: Mapping) -> dict[str, Any]:
+def marked(block: Any, metadata: Mapping) -> dict[str, Any]:
   """The fields marked with `metadata`, ROUNDING or SAME_NUMBERS."""
   fields = dataclasses.fields(block)
   return {field.name: getattr(block, field.name) for field in fields if field.metadata == metadata}
 
 
-def require_positive(block, where: str, *names: str):
+def require_positive(block: Any, where: str, *names: str):
   """Raises UserError where one of the block's fields is not above 0; `where` is the block's path in the config."""
   for name in names:
     value = getattr(block, name)
@@ -48,7 +50,7 @@ def require(condition: bool, message: str):
     raise UserError(message)
 
 
-def validate(block, where: str):
+def validate(block: Any, where: str):
   """Applies the rules of a block, after those of the blocks inside it."""
   for field in dataclasses.fields(block):
     value = getattr(block, field.name)
@@ -58,7 +60,7 @@ def validate(block, where: str):
     block.validate(where)
 
 
-def build(cls, values: dict, where: str):
+def build(cls: type[_Block], values: dict, where: str) -> _Block:
   """The dataclass with these values, its blocks built likewise.
 
   Raises:
@@ -102,7 +104,7 @@ def _shared(path: list[str], name: str) -> tuple[int, int]:
   return len(list(pairs)), len(set(path) & set(blocks))
 
 
-def _build(cls, values: dict, where: str, known: list[str]):
+def _build(cls: type[_Block], values: dict, where: str, known: list[str]) -> _Block:
   """`build`; known: dotted names of all fields of the outermost dataclass."""
   hints = typing.get_type_hints(cls)
   for name in values:

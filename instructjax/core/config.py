@@ -10,7 +10,7 @@ field is marked ROUNDING or SAME_NUMBERS (blocks.py). The marks are the only lis
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from instructjax.core.blocks import build, require, require_positive, validate
 from instructjax.core.network import (
@@ -224,7 +224,7 @@ class Config:
       )
 
 
-def from_config_dict(config) -> Config:
+def from_config_dict(config: Any) -> Config:
   """Frozen, validated Config from an ml_collections ConfigDict (or plain nested dict).
 
   A reward model of the policy's network starts from the policy's weights unless it names its own.

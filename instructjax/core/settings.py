@@ -66,16 +66,19 @@ def field_facts(cls) -> dict[str, Fact]:
 def _written(cls) -> dict[str, Fact]:
   source = textwrap.dedent(inspect.getsource(cls))
   (tree,) = ast.parse(source).body
+  if not isinstance(tree, ast.ClassDef):
+    raise ValueError(f"the source of {cls} is not that of a class")
   comments = _comments(source)
   result, last = {}, 0
   for node in tree.body:
-    if isinstance(node, ast.AnnAssign):
+    end = node.end_lineno or node.lineno
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
       above = [line for line in range(last + 1, node.lineno) if _is_alone(comments, line)]
-      lines = [*above, *range(node.lineno, node.end_lineno + 1)]
+      lines = [*above, *range(node.lineno, end + 1)]
       text = " ".join(comments[line].text for line in lines if line in comments)
       match = _UNIT.fullmatch(text)
       result[node.target.id] = Fact(match["meaning"], match["unit"]) if match else Fact(text, "")
-    last = node.end_lineno
+    last = end
   return result
 
 
@@ -108,7 +111,10 @@ def sources(source: str, function: str) -> dict[str, str]:
     return {where: beside(node)}
 
   def inside(call: ast.Call, where: str, parameters: list[str]) -> dict[str, str]:
-    given = [*zip(parameters, call.args), *((one.arg, one.value) for one in call.keywords)]
+    given = [
+      *zip(parameters, call.args),
+      *((one.arg, one.value) for one in call.keywords if one.arg),
+    ]
     found = {}
     for name, value in given:
       found |= walk(value, f"{where}.{name}" if where else name)

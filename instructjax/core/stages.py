@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from instructjax.core import results
 
+Head = Literal["lm", "scalar"]  # what a network ends in
+RoleName = Literal["policy", "reward", "reward_base"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Role:
@@ -21,10 +24,10 @@ class Role:
   """
 
   block: Literal["model", "reward_model"]
-  head: Literal["lm", "scalar"]
+  head: Head
 
 
-ROLES = {
+ROLES: dict[RoleName, Role] = {
   "policy": Role("model", "lm"),  # also the reference
   "reward": Role("reward_model", "scalar"),  # also the value network
   "reward_base": Role("reward_model", "lm"),
@@ -77,7 +80,7 @@ class Stage:
   block: str
   result: type
   batches: tuple[str, ...] = ()
-  role: Literal["policy", "reward", "reward_base"] | None = None
+  role: RoleName | None = None
   is_rl: bool = False
   is_target: bool = False
   keeps: Literal["best", "last"] = "last"
@@ -88,8 +91,20 @@ class Stage:
   what: str = ""
   paper: str = ""
 
+  def require_role(self) -> RoleName:
+    """The role of the network that it trains, for whoever knows that it trains one."""
+    if self.role is None:
+      raise ValueError(f"stage {self.name} trains no network")
+    return self.role
 
-_RL = dict(
+  def require_policy(self) -> Policy:
+    """The policy that it trains, for whoever knows that evaluation judges it."""
+    if self.policy is None:
+      raise ValueError(f"stage {self.name} trains no policy")
+    return self.policy
+
+
+_RL: dict[str, Any] = dict(
   module="ppo",
   parents=("ppo_init", "rm"),
   reads=("prompts", "documents"),

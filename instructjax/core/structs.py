@@ -12,18 +12,30 @@ cannot emit one, and EOS is never mistaken for padding (Departs from the common 
 """
 
 import dataclasses
-from typing import Any, dataclass_transform
+from collections.abc import Callable
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
+
+_Struct = TypeVar("_Struct")
 
 Array = jax.Array
 Params = Any  # nested dict of arrays
 
 
 @dataclass_transform(frozen_default=True)  # for type checkers: what dataclasses.dataclass is
-def pytree(cls):
+def pytree(cls: type[_Struct]) -> type[_Struct]:
   """Frozen dataclass registered as a JAX pytree; every field is a child."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def tree_of(struct: Callable[..., _Struct], **leaves: Any) -> _Struct:
+  """One of a pytree dataclass that holds something else than JAX's arrays, in the same places.
+
+  A batch is made of NumPy's arrays, and what `jax.jit` is told of a state holds a sharding for each array. The fields
+  say Array, as most of the code sees them, so a type checker takes these two apart only where they are made: here.
+  """
+  return struct(**leaves)
 
 
 @pytree

@@ -24,9 +24,11 @@ import jax
 import numpy as np
 
 from instructjax.core.errors import UserError
-from instructjax.core.structs import PackedBatch, PromptBatch, RankedBatch
+from instructjax.core.structs import PackedBatch, PromptBatch, RankedBatch, tree_of
 from instructjax.data import packing
 from instructjax.data.tokenize import DemonstrationTokens, RankingTokens
+
+Places = Sequence[int] | np.ndarray  # rows of a global batch
 
 
 class Batches:
@@ -45,7 +47,7 @@ class Batches:
     num_rows: int,
     batch_size: int,
     seed: int,
-    places: Sequence[int] | None,
+    places: Places | None,
   ):
     """Use the `*_batches` functions.
 
@@ -113,9 +115,9 @@ class _BatchSource:
   def __len__(self) -> int:
     return sys.maxsize // self._batch_size
 
-  def __getitem__(self, step: int):
+  def __getitem__(self, index: int) -> Any:
     epoch_b, index_b = np.divmod(
-      step * self._batch_size + self._place_b.astype(np.int64), self._num_rows
+      index * self._batch_size + self._place_b.astype(np.int64), self._num_rows
     )
     row_b = np.empty_like(index_b)
     for epoch in np.unique(epoch_b):
@@ -163,7 +165,7 @@ def lm_batches(
   seed: int,
   vocab_size: int,
   eos_id: int,
-  places: Sequence[int] | None = None,
+  places: Places | None = None,
 ) -> Batches:
   """Batches of PackedBatch for language modelling: documents, each with its EOS.
 
@@ -184,7 +186,7 @@ def sft_batches(
   seed: int,
   vocab_size: int,
   eos_id: int,
-  places: Sequence[int] | None = None,
+  places: Places | None = None,
 ) -> Batches:
   """Batches of PackedBatch of whole demonstrations, with loss on the response and its EOS only."""
   sequences = [[*item.prompt, *item.response, eos_id] for item in demonstrations]
@@ -194,7 +196,7 @@ def sft_batches(
 
 
 def _packed_batches(
-  rows: PackedBatch, batch_size: int, seed: int, places: Sequence[int] | None
+  rows: PackedBatch, batch_size: int, seed: int, places: Places | None
 ) -> Batches:
   return Batches(
     rows,
@@ -215,7 +217,7 @@ def ranking_batches(
   seed: int,
   vocab_size: int,
   num_rows: int | None = None,
-  places: tuple[Sequence[int], Sequence[int]] | None = None,
+  places: tuple[Places, Places] | None = None,
 ) -> Batches:
   """Batches of RankedBatch; batch_size counts prompts, as in C.2.
 
@@ -310,7 +312,14 @@ def ranked_batch(
   scored = packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size)
   last_BC = np.zeros(shape, np.int32)
   last_BC[is_answer_BC] = scored.last_N
-  return RankedBatch(scored.token_SL, scored.segment_SL, last_BC, rank_BC, is_answer_BC)
+  return tree_of(
+    RankedBatch,
+    token_SL=scored.token_SL,
+    segment_SL=scored.segment_SL,
+    last_BC=last_BC,
+    rank_BC=rank_BC,
+    is_answer_BC=is_answer_BC,
+  )
 
 
 def prompt_batches(
@@ -320,7 +329,7 @@ def prompt_batches(
   batch_size: int,
   seed: int,
   vocab_size: int,
-  places: Sequence[int] | None = None,
+  places: Places | None = None,
 ) -> Batches:
   """Batches of PromptBatch, left-padded to `length`."""
   prompts = [list(prompt) for prompt in prompts]
@@ -350,7 +359,12 @@ def prompt_batch(
   for row, prompt in enumerate(prompts):
     token_BP[row, length - len(prompt) :] = prompt
     is_prompt_BP[row, length - len(prompt) :] = True
-  return PromptBatch(token_BP, is_prompt_BP, np.asarray(index_B, np.int32))
+  return tree_of(
+    PromptBatch,
+    token_BP=token_BP,
+    is_prompt_BP=is_prompt_BP,
+    index_B=np.asarray(index_B, np.int32),
+  )
 
 
 def _checksum(rows: Any) -> int:

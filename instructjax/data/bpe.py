@@ -9,6 +9,7 @@ for prompts, which can.
 
 import hashlib
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,8 +58,9 @@ class HuggingFaceTokenizer:
     if adds_bos and bos_id is None:
       raise UserError(f"{special.where} asks for a BOS token and names none")
     _mark_special(tokenizer, {eos_id} if bos_id is None else {bos_id, eos_id})
-    bos, eos = (None if i is None else tokenizer.id_to_token(i) for i in (bos_id, eos_id))
-    if adds_bos and not starts:
+    bos = None if bos_id is None else _token(tokenizer, bos_id)
+    eos = _token(tokenizer, eos_id)
+    if adds_bos and not starts and bos is not None and bos_id is not None:
       _begin_with(tokenizer, bos, bos_id)
     self._special = SpecialTokens(special.where, bos, eos, adds_bos, special.chat_template)
     self._definition = tokenizer.to_str()
@@ -99,7 +101,7 @@ class HuggingFaceTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids. Special tokens and ids past the vocabulary (pads) give nothing."""
-    known = [int(token) for token in ids if 0 <= token < self.vocab_size]
+    known = [operator.index(token) for token in ids if 0 <= token < self.vocab_size]
     return self._texts.decode(known, skip_special_tokens=True)
 
   def render_chat(self, messages: Sequence[Mapping]) -> str:
@@ -108,8 +110,8 @@ class HuggingFaceTokenizer:
       self._special.chat_template,
       messages,
       where=self._special.where,
-      bos=self._special.bos,
-      eos=self._special.eos,
+      bos=self._special.bos_text,
+      eos=self._special.eos_text,
       special=self._special_texts,
     )
 
@@ -154,6 +156,14 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
         f" free id, {found}, has {token['id']}"
       )
   return HuggingFaceTokenizer(path, tokenizer, special)
+
+
+def _token(tokenizer: "tokenizers.Tokenizer", token_id: int) -> str:
+  """Text of a token that is known to be in the vocabulary."""
+  text = tokenizer.id_to_token(token_id)
+  if text is None:
+    raise ValueError(f"id {token_id} has no token")
+  return text
 
 
 def _starts(tokenizer: "tokenizers.Tokenizer") -> list[int]:

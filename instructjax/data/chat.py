@@ -98,6 +98,8 @@ def _compile(template: str):
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
   )
   environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-  return environment.from_string(template)
+  functions = {
+    "raise_exception": raise_exception,
+    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+  }
+  return environment.from_string(template, globals=functions)

@@ -56,6 +56,8 @@ def _of_tfds(rest: str) -> str:
   import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
 
   match = readers.parse_tfds(rest)
+  if match is None:
+    raise ValueError(f"tfds:{rest} is not spelt as readers.py wants it, and was not read")
   where = {"data_dir": match["data_dir"]} if match["data_dir"] else {}
   return "version:" + str(tfds.builder(match["name"], **where).info.version)
 

@@ -9,6 +9,7 @@ the models' own tokenizer.json files have them.
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from instructjax.core.errors import UserError
 from instructjax.data import bpe
@@ -95,7 +96,9 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
   Raises:
     UserError: its vocabulary is not whole.
   """
-  from sentencepiece import sentencepiece_model_pb2 as proto
+  from sentencepiece import sentencepiece_model_pb2
+
+  proto: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
 
   tokens, kinds = _tokens(path, metadata)
   scores = metadata.get("tokenizer.ggml.scores", ())

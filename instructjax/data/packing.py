@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from instructjax.core.errors import UserError
-from instructjax.core.structs import PackedBatch
+from instructjax.core.structs import PackedBatch, tree_of
 
 
 def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -71,7 +71,13 @@ def pack_rows(
       position_BL[row, start:stop] = position_L[: stop - start]
       weight_BL[row, start + max(1, num_unweighted[index]) : stop] = 1
       start = stop
-  return PackedBatch(token_BL, segment_BL, position_BL, weight_BL)
+  return tree_of(
+    PackedBatch,
+    token_BL=token_BL,
+    segment_BL=segment_BL,
+    position_BL=position_BL,
+    weight_BL=weight_BL,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,8 +207,10 @@ def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple
   pair = [_value(obj, key, where) for key in ("chosen", "rejected")]
   lists = all(isinstance(value, list) for value in pair)
   if not lists or ("prompt" in obj and max(map(len, pair)) == 1):
-    answers = [_answer(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected")]
-    return _prompt(obj, where), tuple(answers)
+    chosen, rejected = (
+      _answer(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected")
+    )
+    return _prompt(obj, where), (chosen, rejected)
   (prompt, chosen), (other, rejected) = (
     _dialogue(value, key, where, may_be_empty=True)
     for value, key in zip(pair, ("chosen", "rejected"), strict=True)

@@ -18,6 +18,7 @@ from instructjax.data.records import (
   BadRecord,
   Chat,
   Demonstration,
+  Document,
   Prompt,
   Ranking,
   Record,
@@ -28,18 +29,24 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 5  # bad records named in the log
 _SCHEMES = ("demo", *READERS)
-_KIND_OF = {Prompt: "prompts", Demonstration: "demonstrations", Ranking: "comparisons"}
+_KIND_OF: dict[type, str] = {
+  Prompt: "prompts",
+  Demonstration: "demonstrations",
+  Ranking: "comparisons",
+}
+
+Split = Literal["train", "validation", "test", "all"]
 
 
 def load(
   spec: str,
   kind: str,
-  split: Literal["train", "validation"],
+  split: Split,
   *,
   seed: int,
   validation_fraction: float,
   on_bad_record: Literal["raise", "skip"],
-) -> list[Record]:
+) -> Sequence[Record]:
   """All records of one kind and split.
 
   A source without a validation split of its own holds out the records whose prompt (document: whole
@@ -95,11 +102,11 @@ def load(
 
 
 def render(
-  records: list[Record],
+  records: Sequence[Record],
   render_chat: Callable[[Sequence[Mapping[str, str]]], str],
   *,
   on_bad_record: Literal["raise", "skip"],
-) -> list[Record]:
+) -> Sequence[Record]:
   """The records with every chat prompt as text; the same list where there is none.
 
   Args:
@@ -117,7 +124,7 @@ def render(
   name = f"data.{_KIND_OF[type(records[0])]}"
   rendered, bad = [], []
   for number, record in enumerate(records, start=1):
-    if _is_chat(record):
+    if not isinstance(record, Document) and isinstance(record.prompt, Chat):
       messages = [{"role": role, "content": text} for role, text in record.prompt.messages]
       try:
         record = dataclasses.replace(record, prompt=render_chat(messages))
@@ -140,7 +147,7 @@ def _warn_of_skipped(name: str, bad: Sequence[str], total: int):
 
 
 def _is_chat(record: Record) -> bool:
-  return isinstance(record, tuple(_KIND_OF)) and isinstance(record.prompt, Chat)
+  return not isinstance(record, Document) and isinstance(record.prompt, Chat)
 
 
 def simulation(spec: str):
@@ -150,6 +157,18 @@ def simulation(spec: str):
   from instructjax.data import demo
 
   return demo
+
+
+def require_simulation(spec: str):
+  """The default preset's labelers and gold score.
+
+  Raises:
+    UserError: the records are not its own.
+  """
+  found = simulation(spec)
+  if found is None:
+    raise UserError(f"simulated labelers know only the records of 'demo:', and these are {spec!r}")
+  return found
 
 
 def _parse(rows: Rows, decode: Decode, spec: str, kind: str, on_bad_record: str) -> list[Record]:
@@ -171,9 +190,8 @@ def _parse(rows: Rows, decode: Decode, spec: str, kind: str, on_bad_record: str)
 
 
 def _is_held_out(record: Record, fraction: float) -> bool:
-  if _is_chat(record):
-    text = json.dumps(record.prompt.messages, ensure_ascii=False, separators=(",", ":"))
-  else:
-    text = record.text if hasattr(record, "text") else record.prompt
+  text = record.text if isinstance(record, Document) else record.prompt
+  if isinstance(text, Chat):
+    text = json.dumps(text.messages, ensure_ascii=False, separators=(",", ":"))
   digest = hashlib.sha256(text.encode()).digest()
   return int.from_bytes(digest[:8], "big") < fraction * 2**64

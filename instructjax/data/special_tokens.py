@@ -38,6 +38,16 @@ class SpecialTokens:
   adds_bos: bool = False
   chat_template: str | None = None
 
+  @property
+  def bos_text(self) -> str | None:
+    """`bos` where it is a text."""
+    return self.bos if isinstance(self.bos, str) else None
+
+  @property
+  def eos_text(self) -> str | None:
+    """`eos` where it is a text."""
+    return self.eos if isinstance(self.eos, str) else None
+
 
 def read_folder(folder: pathlib.Path) -> SpecialTokens:
   """Special tokens of a Hugging Face folder; files that are absent say nothing.

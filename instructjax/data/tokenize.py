@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from instructjax.core.errors import UserError
-from instructjax.data.records import Demonstration, Prompt, Ranking
+from instructjax.data.records import Chat, Demonstration, Prompt, Ranking
 from instructjax.data.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def tokenize_prompts(
 
   Counts, here and below: kept (records), long_prompts (records), long_responses (responses).
   """
-  prompts = [tokenizer.encode_prompt(record.prompt) for record in records]
+  prompts = [tokenizer.encode_prompt(_text(record.prompt)) for record in records]
   kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
   return kept, _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
 
@@ -59,7 +59,7 @@ def tokenize_demonstrations(
   kept = []
   long_prompts = long_responses = 0
   for record in records:
-    prompt = tokenizer.encode_prompt(record.prompt)
+    prompt = tokenizer.encode_prompt(_text(record.prompt))
     response = tokenizer.encode(record.response)
     if len(prompt) > max_prompt_length:
       long_prompts += 1
@@ -88,7 +88,7 @@ def tokenize_rankings(
   kept = []
   long_prompts = long_responses = 0
   for record in records:
-    prompt = tokenizer.encode_prompt(record.prompt)
+    prompt = tokenizer.encode_prompt(_text(record.prompt))
     if len(prompt) > max_prompt_length:
       long_prompts += 1
       continue
@@ -106,10 +106,16 @@ def tokenize_rankings(
   )
 
 
+def _text(prompt: str | Chat) -> str:
+  if isinstance(prompt, Chat):
+    raise ValueError("a chat must be made text first; see sources.render")
+  return prompt
+
+
 def _report(kind: str, kept: int, **left_out: int) -> dict[str, int]:
   """Logs what was left out for length and returns all counts; raises when nothing is kept."""
+  reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
   if any(left_out.values()):
-    reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
     logger.warning("%s: kept %d; left out for length: %s", kind, kept, reasons)
   if not kept and any(left_out.values()):
     raise UserError(

@@ -18,6 +18,7 @@ at the start of a line is the same id as in "all. The".
 import hashlib
 import io
 import json
+import operator
 import os
 import pathlib
 import re
@@ -253,7 +254,7 @@ class SentencePieceTokenizer:
       if token == self.newline_id:
         lines.append([])
       elif 0 <= token < self.vocab_size:
-        lines[-1].append(int(token))
+        lines[-1].append(operator.index(token))
     return _NEWLINE.join(self._processor.decode(line) for line in lines)
 
   def render_chat(self, messages: Sequence[Mapping]) -> str:
@@ -262,8 +263,8 @@ class SentencePieceTokenizer:
       self._special.chat_template,
       messages,
       where=self._special.where,
-      bos=self._special.bos,
-      eos=self._special.eos,
+      bos=self._special.bos_text,
+      eos=self._special.eos_text,
       special=self._special_ids,
     )
 

@@ -136,7 +136,7 @@ def decode_step(
     # The cache may have a row more than the batch: see `init_cache`.
     num_rows, cache_rows = len(q_BTGRK), len(pair[0])
     q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
-    mixed_BTGRK = layers.attend(q_BTGRK, *pair, transformer.layer_mask(masks, index))
+    mixed_BTGRK = layers.attend(q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, index))
     return mixed_BTGRK[:num_rows], pair
 
   def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
@@ -146,7 +146,7 @@ def decode_step(
       for old, new in zip(stacks, new_BTGK)
     )
     pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
-    return layers.attend(q_BTGRK, *pair, transformer.layer_mask(masks, index)), stacks
+    return layers.attend(q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, index)), stacks
 
   def run_block(h_B1D, layer, mix):
     # The cache is split by rows in either layout, so attention must see a device's own rows again.

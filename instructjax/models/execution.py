@@ -5,13 +5,13 @@ other module asks for the platform in order to choose how layers or attention ar
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.stages import Head
 from instructjax.models import transformer
 from instructjax.parallel import constraints
 
@@ -28,13 +28,12 @@ def resolve_execution(execution: ExecutionConfig, platform: str) -> ExecutionCon
   # A scan compiles one layer for all. On a CPU it then copies each layer's weights out of the stack, which doubles the
   # time of a decode step (docs/performance.md, "How cost grows"). The splash kernel is Pallas code for TPUs; elsewhere
   # it is only interpreted.
-  chosen = {
-    "layers": "unroll" if platform == "cpu" else "scan",
-    "attention": "splash" if platform == "tpu" else "plain",
-  }
-  values = dataclasses.asdict(execution)
-  changes = {name: value for name, value in chosen.items() if values[name] == "auto"}
-  return dataclasses.replace(execution, **changes)
+  layers, attention = execution.layers, execution.attention
+  if layers == "auto":
+    layers = "unroll" if platform == "cpu" else "scan"
+  if attention == "auto":
+    attention = "splash" if platform == "tpu" else "plain"
+  return dataclasses.replace(execution, layers=layers, attention=attention)
 
 
 def for_inference(platform: str) -> ExecutionConfig:
@@ -64,7 +63,7 @@ def model_on(
   network: NetworkConfig,
   execution: ExecutionConfig,
   vocab_size: int,
-  head: Literal["lm", "scalar"],
+  head: Head,
 ) -> transformer.Model:
   """Describes a network as it runs on `mesh`, with every `auto` resolved.
 
@@ -84,7 +83,7 @@ def model_on(
   execution = dataclasses.replace(execution, decode_layout="tensor")
   model = transformer.make_model(network, execution, vocab_size, head)
   memory = None if mesh is None else constraints.device_memory(mesh)
-  if memory is None:
+  if mesh is None or memory is None:
     return model
   axes, shapes = transformer.param_axes(model), transformer.param_shapes(model)
   itemsize = jnp.dtype(execution.dtype).itemsize

@@ -9,6 +9,7 @@ The dimension letters are those of layers.py. H counts the query heads of one de
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,13 +59,14 @@ def _attend_rows(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int, interpret:
   q_BHTK = q_BHTK.reshape(batch, groups * queries, length, head_dim)
   short = -length % LANES
   lengthen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
-  operands = map(lengthen, (q_BHTK, k_BGTK, v_BGTK))
+  q_BHSK, k_BGSK, v_BGSK = map(lengthen, (q_BHTK, k_BGTK, v_BGTK))
   # Added columns get segment 0, as pads have. Pads attend to pads, so that no softmax is over an empty set, and their
   # outputs are dropped below.
   segment_BS = jnp.pad(segment_BT, ((0, 0), (0, short)))
   kernel = _make_kernel(groups * queries, length + short, window, interpret)
   with jax.named_scope(f"attention_band_{window}" if window else "attention_causal"):
-    x_BHTK = jax.vmap(kernel)(*operands, segment_BS)[:, :, :length]
+    x_BHSK = jax.vmap(kernel)(q_BHSK, k_BGSK, v_BGSK, segment_BS)
+    x_BHTK = x_BHSK[:, :, :length]
   x_BTGRK = x_BHTK.reshape(batch, groups, queries, length, head_dim).transpose(0, 3, 1, 2, 4)
   return jnp.where((segment_BT > 0)[:, :, None, None, None], x_BTGRK, 0.0)
 
@@ -78,7 +80,8 @@ def _make_kernel(num_heads: int, length: int, window: int, interpret: bool):
   square = (length, length)
   mask = masks.LocalMask(square, (window - 1, 0), 0) if window else masks.CausalMask(square)
   size = block_length(length, window)
-  run = kernels.make_splash_mha_single_device(
+  # Any: its type allows for residuals, which come out where they are asked for only.
+  run: Any = kernels.make_splash_mha_single_device(
     masks.MultiHeadMask([mask] * num_heads),
     block_sizes=kernels.BlockSizes(
       block_q=size,

@@ -11,7 +11,6 @@ outside the vocabulary, are pads, whose content changes nothing. The caller give
 
 import dataclasses
 import functools
-from typing import Literal
 
 import flax.linen as nn
 import flax.traverse_util
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
 from instructjax.parallel import constraints, sharding, stacking
@@ -42,7 +42,7 @@ class Transformer(nn.Module):
   network: NetworkConfig
   execution: ExecutionConfig
   vocab_size: int
-  head: Literal["lm", "scalar"]
+  head: Head
 
   @nn.compact
   def __call__(self):
@@ -101,7 +101,7 @@ def make_model(
   network: NetworkConfig,
   execution: ExecutionConfig,
   vocab_size: int,
-  head: Literal["lm", "scalar"],
+  head: Head,
 ) -> Model:
   """Describes a model; the result holds no arrays.
 
@@ -362,7 +362,9 @@ def _attention(model, segment_BL, position_BL):
     windows = 0, cfg.attention_window
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=windows[index % 2])
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
-  return lambda index, q_BTGRK, *pair: layers.attend(q_BTGRK, *pair, layer_mask(masks, index))
+  return lambda index, q_BTGRK, *pair: layers.attend(
+    q_BTGRK, *pair, mask_BTS=layer_mask(masks, index)
+  )
 
 
 def layer_mask(masks, index):

@@ -5,15 +5,20 @@
 model.
 """
 
+from typing import TypeVar
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_Numbers = TypeVar("_Numbers", jax.Array, np.ndarray)
 
 # lm-human-preferences limits the relative error that one update of the coefficient acts on (details item 30).
 _MAX_RELATIVE_ERROR = 0.2
 
 
-def k1(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
+def k1(logprob: _Numbers, ref_logprob: _Numbers) -> _Numbers:
   """log(pi / pi_ref), in nats: the KL that eq. 2 penalises, estimated from samples of pi.
 
   The estimate is unbiased, but a single one may be negative. It is additive: for the log-probabilities of whole
@@ -105,6 +110,6 @@ def adaptive_coef(
   return jnp.asarray(kl_coef, jnp.float32) * (1 + relative_error * (num_episodes / horizon))
 
 
-def _check(logprob: jax.Array, ref_logprob: jax.Array) -> None:
+def _check(logprob: _Numbers, ref_logprob: _Numbers) -> None:
   chex.assert_equal_shape([logprob, ref_logprob])
   chex.assert_type([logprob, ref_logprob], float)

@@ -7,11 +7,14 @@ unchanged. Imports no model.
 
 import functools
 import math
+from typing import Any, Literal
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.errors import UserError
+from instructjax.core.structs import Params
 from instructjax.parallel.chips import TPU_GIB
 from instructjax.parallel.sharding import ROWS, spec_of
 
@@ -32,7 +35,7 @@ def on_one_device() -> bool:
   return mesh.empty or mesh.size == 1
 
 
-def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
+def shard_rows(tree: Any, *, tensor_dim: int | None = None, row_dim: int = 0) -> Any:
   """Splits rows over slice, data and fsdp, as batches are; other dimensions are whole.
 
   A dimension that the mesh does not divide is whole on every device.
@@ -45,7 +48,7 @@ def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
   return _split(tree, {row_dim: ROWS, tensor_dim: ("tensor",)})
 
 
-def shard_width(h_BTD):
+def shard_width(h_BTD: jax.Array) -> jax.Array:
   """Layout of a decode step's residual stream if the weights are split as in training (layout '2d').
 
   `fsdp` splits the width, as it splits the weights that this is multiplied with. So it cannot split the rows as well.
@@ -53,7 +56,7 @@ def shard_width(h_BTD):
   return _split(h_BTD, {0: _ROWS_BESIDES_FSDP, 2: ("fsdp",)})
 
 
-def gather_rows(x_BTGRK):
+def gather_rows(x_BTGRK: jax.Array) -> jax.Array:
   """Layout of attention's result before the output projection, if the weights are split as in training.
 
   Each fsdp device gets all rows, since it holds a part of the weights for all of them. Heads stay split over `tensor`.
@@ -61,7 +64,7 @@ def gather_rows(x_BTGRK):
   return _split(x_BTGRK, {0: _ROWS_BESIDES_FSDP, 2: ("tensor",)})
 
 
-def _split(tree, wanted: dict):
+def _split(tree: Any, wanted: dict):
   """Constrains arrays to a layout.
 
   Args:
@@ -82,17 +85,17 @@ def _split(tree, wanted: dict):
   return jax.tree.map(one, tree)
 
 
-def whole(x):
+def whole(x: jax.Array) -> jax.Array:
   """Replicates an array on every device."""
   return x if on_one_device() else jax.lax.with_sharding_constraint(x, PS())
 
 
-def _rows_axes(mesh, num_rows: int):
+def _rows_axes(mesh: Mesh | AbstractMesh, num_rows: int):
   """Mesh axes that rows are split over; None if these axes do not divide the rows."""
   return None if num_rows % math.prod(mesh.shape[axis] for axis in ROWS) else ROWS
 
 
-def split_columns(h_BTD):
+def split_columns(h_BTD: jax.Array) -> jax.Array:
   """Splits the columns of a residual stream over `tensor` (sequence parallelism).
 
   Norms, dropout and sums work on each column alone. Split like this they are computed and stored once, instead of by
@@ -108,7 +111,7 @@ def split_columns(h_BTD):
   return jax.lax.with_sharding_constraint(h_BTD, PS(_rows_axes(mesh, h_BTD.shape[0]), "tensor"))
 
 
-def gather_columns(h_BTD):
+def gather_columns(h_BTD: jax.Array) -> jax.Array:
   """Gathers the columns of a residual stream from `tensor`, for a product with weights that are split over `tensor`."""
   # The layout before and the layout after are both asked for, here and in `scatter_columns`. Then the compiler uses one
   # all-gather here, and one reduce-scatter for the gradient. Asked for the result only, it uses an all-reduce, which
@@ -117,17 +120,17 @@ def gather_columns(h_BTD):
   return h_BTD if h_BTD.shape[1] == 1 else shard_rows(split_columns(h_BTD))
 
 
-def scatter_columns(h_BTD):
+def scatter_columns(h_BTD: jax.Array) -> jax.Array:
   """Sums the results of products over `tensor`, and leaves each device its own columns: one reduce-scatter."""
   return h_BTD if h_BTD.shape[1] == 1 else split_columns(shard_rows(h_BTD))
 
 
-def split_products(y_BT, *, tensor_dim: int):
+def split_products(y_BT: jax.Array, *, tensor_dim: int) -> jax.Array:
   """Keeps the result of a product split over `tensor` on `tensor_dim` (heads or hidden units), as its weights are."""
   return y_BT if y_BT.shape[1] == 1 else shard_rows(y_BT, tensor_dim=tensor_dim)
 
 
-def split_vocab(table_VD):
+def split_vocab(table_VD: jax.Array) -> jax.Array:
   """Layout of an embedding table for the head's product: the vocabulary is split over `tensor`.
 
   `tensor` need not divide the vocabulary; the compiler pads.
@@ -141,7 +144,7 @@ def split_vocab(table_VD):
   return table_VD
 
 
-def split_logits(logits_BTV):
+def split_logits(logits_BTV: jax.Array) -> jax.Array:
   """Layout of logits that were computed with a table from `split_vocab`: split over rows and vocabulary."""
   if on_one_device():
     return logits_BTV
@@ -149,7 +152,7 @@ def split_logits(logits_BTV):
   return jax.lax.with_sharding_constraint(logits_BTV, PS(rows, None, "tensor"))
 
 
-def place_for_decoding(params, axes_tree, layout: str):
+def place_for_decoding(params: Params, axes_tree: Any, layout: str) -> Any:
   """Splits decoding's copy of the parameters.
 
   Args:
@@ -169,7 +172,9 @@ def place_for_decoding(params, axes_tree, layout: str):
   )
 
 
-def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh, memory: float) -> str:
+def decode_layout(
+  axes_tree: Any, shapes_tree: Any, itemsize: int, mesh: Mesh | AbstractMesh, memory: float
+) -> Literal["tensor", "2d"]:
   """Chooses the layout for decoding: 'tensor' if its copy of the weights takes at most DECODE_SHARE of a device.
 
   The choice depends on the arguments only, so it is the same in every process, and can be made for devices that are not
@@ -193,7 +198,7 @@ def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh, memory: float) ->
   return "tensor" if sum(jax.tree.leaves(copy)) <= DECODE_SHARE * memory else "2d"
 
 
-def device_memory(mesh) -> float | None:
+def device_memory(mesh: Mesh | AbstractMesh) -> float | None:
   """Bytes that a program may use on a device of this mesh; None on CPUs, where no bound is kept.
 
   Args:
@@ -201,7 +206,7 @@ def device_memory(mesh) -> float | None:
   Raises:
     UserError: the devices are not attached, and the table does not have their kind.
   """
-  device = getattr(mesh, "abstract_mesh", mesh).abstract_device
+  device = mesh.abstract_mesh.abstract_device
   if device is None or device.platform == "cpu":
     return None
   if device.device_kind in TPU_GIB:

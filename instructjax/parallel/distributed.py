@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from instructjax.core.errors import NotJoined, Preempted, UserError, reason
 
@@ -83,7 +84,7 @@ def find(
     UserError: only some of the values are given, or they make no sense.
   """
   flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-  given = {name: _given(name, value, environ) for name, value in flags.items()}
+  given: dict[str, Any] = {name: _given(name, value, environ) for name, value in flags.items()}
   if all(value is None for value in given.values()):
     return Group() if _is_cluster(environ) else None
   if given["num_processes"] == 1:
@@ -96,11 +97,11 @@ def find(
       f" {spelled} is missing; a single process needs none of them"
     )
   group = Group(**given)
-  if not 0 <= group.process_id < group.num_processes:
+  if not 0 <= given["process_id"] < given["num_processes"]:
     raise UserError(
-      f"--process_id={group.process_id} must be from 0 to num_processes - 1 = {group.num_processes - 1}"
+      f"--process_id={group.process_id} must be from 0 to num_processes - 1 = {given['num_processes'] - 1}"
     )
-  host, _, port = group.coordinator.rpartition(":")
+  host, _, port = given["coordinator"].rpartition(":")
   if not host or not port.isdecimal() or int(port) >= 2**16:
     raise UserError(f"--coordinator={group.coordinator} must be HOST:PORT of process 0")
   return group
@@ -215,7 +216,7 @@ def join(group: Group | None, *, joining: float = JOINING, silence: float = SILE
   if group is None:
     _keep_sigterm()
     return
-  if group.process_id:  # process 0 starts the coordinator itself
+  if group.process_id and group.coordinator:  # process 0 starts the coordinator itself
     _await_coordinator(group.coordinator, joining)
   import jax
 

@@ -36,9 +36,9 @@ def keep_freed_memory() -> bool:
   return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
 
 
-def release_after_compiling(event: str, seconds: float, **_):
+def release_after_compiling(event: str, duration_secs: float, **_: str | int):
   """Listener of jax.monitoring that gives back the memory of a large compilation before the program runs."""
-  if event == _COMPILED and seconds > LARGE_COMPILATION:
+  if event == _COMPILED and duration_secs > LARGE_COMPILATION:
     release_freed_memory()
 
 

@@ -11,7 +11,8 @@ and nothing large but gradients crosses it.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,7 +45,7 @@ AXIS_RULES = {
 }
 
 
-def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence | None = None) -> Mesh:
   """Makes the mesh over all devices, or over the given ones.
 
   On several TPU slices, the axis `slice` must be their number. Elsewhere it is an axis like `data`.
@@ -82,7 +83,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _num_slices(devices) -> int:
+def _num_slices(devices: Sequence) -> int:
   """Number of TPU slices that the devices belong to; 1 for other devices."""
   # GPUs have a `slice_index` too, but it is the number of their host.
   if not all(device.platform == "tpu" and hasattr(device, "slice_index") for device in devices):
@@ -158,7 +159,7 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
   return PS(*(None if AXIS_RULES[axis] in gathered else AXIS_RULES[axis] for axis in axes))
 
 
-def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
+def require_fit(mesh: Mesh, axes_tree: Any, shapes_tree: Any, rows: Mapping[str, int]):
   """Refuses a mesh that does not divide a parameter or a batch.
 
   Args:
@@ -198,7 +199,7 @@ def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
   return _spell(shape) if shape else ""
 
 
-def _split_dimensions(axes_tree, shapes_tree):
+def _split_dimensions(axes_tree: Any, shapes_tree: Any):
   """(`parameter NAME: AXIS`, size, mesh axes) for every dimension of a parameter that the rules split."""
   leaves = jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=_is_axes)
   for (path, axes), leaf in zip(leaves, jax.tree.leaves(shapes_tree), strict=True):
@@ -210,11 +211,11 @@ def _split_dimensions(axes_tree, shapes_tree):
         yield f"parameter {name}: {axis}", size, (mesh_axis,)
 
 
-def _is_axes(node) -> bool:
+def _is_axes(node: Any) -> bool:
   return isinstance(node, tuple)
 
 
-def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
+def param_shardings(mesh: Mesh, axes_tree: Any, shapes_tree: Any) -> Any:
   """NamedSharding of every parameter, by the rules.
 
   Raises:
@@ -225,12 +226,12 @@ def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
 
 
 def opt_state_shardings(
-  tx: optax.GradientTransformation, params_shapes, params_shardings, mesh: Mesh
-):
+  tx: optax.GradientTransformation, params_shapes: Any, params_shardings: Any, mesh: Mesh
+) -> Any:
   """Shardings of the optimiser state: moments are split as their parameters, counters are on every device."""
   # Given to jit as out_shardings of `tx.init`. Without them the compiler would make the moments whole on every device.
   return optax.tree_map_params(
-    tx,
+    tx.init,
     lambda _, sharding: sharding,
     jax.eval_shape(tx.init, params_shapes),
     params_shardings,
@@ -252,7 +253,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 LARGE = 2**28
 
 
-def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
+def step_options(mesh: Mesh, *params_shapes: Any) -> dict[str, str]:
   """Compiler options for a step that trains these networks.
 
   Large networks on a CPU are compiled for the order of instructions that needs the least memory. XLA's own order is for
@@ -267,7 +268,7 @@ def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
   return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def num_row_shards(mesh) -> int:
+def num_row_shards(mesh: Mesh | AbstractMesh) -> int:
   """Number of parts that rows are split into; 1 for the empty mesh of a traced function without a mesh."""
   return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
@@ -278,6 +279,11 @@ def own_row_shards(mesh: Mesh) -> np.ndarray:
   # same shard.
   mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
   return np.flatnonzero(np.reshape(mine, (num_row_shards(mesh), -1)).any(axis=1))
+
+
+def mesh_of(shardings: Any) -> Mesh:
+  """The mesh of a tree of NamedShardings."""
+  return jax.tree.leaves(shardings)[0].mesh
 
 
 def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
@@ -295,7 +301,7 @@ def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
   return np.arange(num_rows).reshape(shards, -1)[own_row_shards(mesh)].reshape(-1)
 
 
-def place_batch(mesh: Mesh, batch):
+def place_batch(mesh: Mesh, batch: Any) -> Any:
   """Makes global arrays from this process's own rows.
 
   Args:
@@ -326,7 +332,7 @@ def place_batch(mesh: Mesh, batch):
   return jax.tree.map(one, batch)
 
 
-def place_rows(mesh: Mesh, batch):
+def place_rows(mesh: Mesh, batch: Any) -> Any:
   """Makes global arrays from rows that every process has; they are replicated if the mesh does not divide them."""
   shards = num_row_shards(mesh)
 
@@ -337,7 +343,7 @@ def place_rows(mesh: Mesh, batch):
   return jax.tree.map(one, batch)
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
   """Whole numpy arrays in every process. It gathers, so all processes must call it with the same tree."""
 
   def one(x):

@@ -105,7 +105,7 @@ def relay(tree: Any, change: Callable[[Any], Any]) -> Any:
   return jax.tree.map(at, tree, is_leaf=has_layers)
 
 
-def _with_axis(leaf, size: int):
+def _with_axis(leaf: Any, size: int):
   """Shape and sharding of `size` leaves in a stack; the axis of layers is never split."""
   place = leaf.sharding
   if isinstance(place, NamedSharding):
@@ -113,7 +113,7 @@ def _with_axis(leaf, size: int):
   return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=place)
 
 
-def _without_axis(leaf):
+def _without_axis(leaf: Any):
   """Shape and sharding of one layer of a stack."""
   place = leaf.sharding
   if isinstance(place, NamedSharding):

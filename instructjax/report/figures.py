@@ -57,6 +57,7 @@ def _style():
 def _layout(draws: list, columns: int, width: float, height: float, **figure_kwargs):
   """Figure of the panels that have something to show, in rows of `columns`; None when none has."""
   from matplotlib.figure import Figure
+  from matplotlib.layout_engine import ConstrainedLayoutEngine
 
   scratch = Figure()
   draws = [draw for draw in draws if draw(scratch.add_subplot())]
@@ -64,8 +65,11 @@ def _layout(draws: list, columns: int, width: float, height: float, **figure_kwa
     return None
   columns = min(columns, len(draws))
   rows = -(-len(draws) // columns)
-  figure = Figure(figsize=(width, rows * height), layout="constrained", **figure_kwargs)
-  figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+  figure = Figure(
+    figsize=(width, rows * height),
+    layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
+    **figure_kwargs,
+  )
   for i, draw in enumerate(draws):
     draw(figure.add_subplot(rows, columns, i + 1))
   return figure
@@ -103,6 +107,8 @@ def overview(results: Results, wins: dict, path):
     from matplotlib.lines import Line2D
 
     figure = _layout(draws, 3, 14, 4, facecolor="white")
+    if figure is None:
+      raise ValueError("no panel of the overview has anything to show")
     handles = [
       Line2D([], [], color=panels.COLOURS[name], label=panels.NAMES[name], linewidth=3)
       for name in curves

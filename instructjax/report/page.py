@@ -18,7 +18,7 @@ from instructjax.core import provenance
 from instructjax.core.errors import writing
 from instructjax.core.provenance import Provenance
 from instructjax.report import figures, findings, overoptimization, panels
-from instructjax.report.results import Results
+from instructjax.report.results import Measured, Results
 
 NUM_SAMPLES = 6
 _TEMPLATES = jinja2.Environment(
@@ -115,7 +115,7 @@ def chosen_samples(prompts: list[str], count: int) -> list[int]:
   return [first[i * len(first) // count] for i in range(count)] if len(first) > count else first
 
 
-def _samples(prompts: list[str], measured: dict) -> list[tuple[str, list[dict]]]:
+def _samples(prompts: list[str], measured: Mapping[str, Measured]) -> list[tuple[str, list[dict]]]:
   """(prompt, one answer of each policy)."""
   names = [*(n for n in _MAIN if n in measured), *(n for n in measured if n not in _MAIN)]
 

@@ -66,7 +66,7 @@ def accuracy_rows(results: Results) -> list[tuple[str, float, float, tuple[float
   return rows
 
 
-def draw_curve(ax, curves: dict, key: str, title: str, *, square_root: bool = False) -> bool:
+def draw_curve(ax, curves: Mapping, key: str, title: str, *, square_root: bool = False) -> bool:
   """One metric over iterations for each RL stage: faint as logged, bold as a running mean."""
   drawn = False
   for name, rows in curves.items():
@@ -95,7 +95,7 @@ def square_root_ticks(top: float) -> list[float]:
   return [0.0, *(tick for tick in rounded if tick <= top)]
 
 
-def draw_score(ax, curves: dict) -> bool:
+def draw_score(ax, curves: Mapping) -> bool:
   """Reward-model score (dashed) and gold score (solid) over iterations, in one panel."""
   drawn = False
   lines = (("gold", "-", "gold score"), ("reward", "--", "reward-model score"))
@@ -306,8 +306,8 @@ def _mark_penalised(ax, measured: Mapping[str, Measured]):
   """Where policies with the KL penalty ended: gold score filled, the reward model's hollow."""
   init = measured["ppo_init"]
   for name in ("ppo", "ppo_ptx"):
-    if name in measured:
-      found = measured[name]
+    found = measured.get(name)
+    if found and found.kl is not None and found.gold is not None and init.gold is not None:
       distance = np.sqrt(max(0.0, float(np.mean(found.kl))))
       marks = (
         (found.gold, init.gold, COLOURS[name], NAMES[name]),

@@ -88,7 +88,7 @@ def _score_padded(read, rollout: Rollout):
   return arrays, rollout.token_BL.size
 
 
-def _gradient_padded(loss_fn, params, batch, over: str) -> Gradient:
+def _gradient_padded(loss_fn, params: Params, batch: Any, over: str) -> Gradient:
   """`Rows.gradient` of padded rows."""
   del over  # loss_fn sees all rows at once, so its mean needs no weights
   (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
@@ -114,7 +114,9 @@ def _score_shared(num_rows: int, pad_id: int, read, rollout: Rollout):
   return arrays, shared_rows.num_cells(placement, rows=num_rows)
 
 
-def _gradient_shared(num_rows: int, pad_id: int, loss_fn, params, batch, over: str) -> Gradient:
+def _gradient_shared(
+  num_rows: int, pad_id: int, loss_fn, params: Params, batch: Any, over: str
+) -> Gradient:
   """`Rows.gradient` of shared rows. Each minibatch has other episodes, so each gets a placement of its own."""
   placement = shared_rows.first_fit(batch.segment_BL > 0, rows=num_rows)
 
@@ -128,7 +130,7 @@ def _gradient_shared(num_rows: int, pad_id: int, loss_fn, params, batch, over: s
   return Gradient(loss, metrics, grads, shared_rows.num_cells(placement, rows=num_rows))
 
 
-def _in_shared_rows(batch, placement: shared_rows.Placement, pad_id: int):
+def _in_shared_rows(batch: Any, placement: shared_rows.Placement, pad_id: int):
   """A minibatch with its episodes in shared rows. Arrays named _BR are widened to all L columns."""
   move = lambda x_BR: shared_rows.to_shared(placement, _widen(x_BR, batch.prompt_length), 0)  # noqa: E731
   return dataclasses.replace(
@@ -138,7 +140,7 @@ def _in_shared_rows(batch, placement: shared_rows.Placement, pad_id: int):
   )
 
 
-def _map_responses(function: Callable, batch):
+def _map_responses(function: Callable, batch: Any):
   """Applies `function` to each array of a minibatch whose name ends in _BR."""
   names = [f.name for f in dataclasses.fields(batch) if f.name.endswith("_BR")]
   return dataclasses.replace(batch, **{name: function(getattr(batch, name)) for name in names})

@@ -11,7 +11,7 @@ every column but the first.
 
 import jax.numpy as jnp
 
-from instructjax.core.structs import Array
+from instructjax.core.structs import Array, Params
 from instructjax.models import lm_head, transformer
 
 
@@ -23,8 +23,14 @@ def _inputs(segment_BL: Array, window) -> dict:
 
 
 def response_logprob(
-  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
-):
+  model: transformer.Model,
+  params: Params,
+  token_BL: Array,
+  segment_BL: Array,
+  *,
+  prompt_length: int,
+  temperature: float,
+) -> Array:
   """Log-probability of each response token.
 
   Args:
@@ -43,7 +49,12 @@ def response_logprob(
 
 
 def response_value(
-  model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int
+  model: transformer.Model,
+  params: Params,
+  token_BL: Array,
+  segment_BL: Array,
+  *,
+  prompt_length: int,
 ) -> Array:
   """The value network's estimate before each response token, float32 [B, R], in units of reward."""
   # Token t's value is read at column t - 1: before the token is known (details item 21).
@@ -51,12 +62,16 @@ def response_value(
   return transformer.apply(model, params, token_BL, **_inputs(segment_BL, window))
 
 
-def column_score(model, params, token_BL: Array, segment_BL: Array) -> Array:
+def column_score(
+  model: transformer.Model, params: Params, token_BL: Array, segment_BL: Array
+) -> Array:
   """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks the one of each row."""
   return transformer.apply(model, params, token_BL, **_inputs(segment_BL, None))
 
 
-def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:
+def sequence_score(
+  model: transformer.Model, params: Params, token_BL: Array, is_token_BL: Array
+) -> Array:
   """Reward-model score of each row, read at its last real token, which is the EOS if there is one (details item 13).
 
   Args:

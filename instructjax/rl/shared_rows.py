@@ -86,7 +86,9 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
   return Placement(cell_BL=cell_BL, end_K=jnp.stack(ends[1:]))
 
 
-def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Array, Array]:
+def _place(
+  length_B: Array, is_due_B: Array, width_K: Array, first_KB: Array, room_KB: Array, cell_B: Array
+) -> tuple[Array, Array]:
   """Places the episodes that are due, longest first, each into the first row with room.
 
   Args:
@@ -114,7 +116,7 @@ def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Arra
   return room_R.reshape(shape), jnp.where(is_due_B, placed_B, cell_B)
 
 
-def to_shared(placement: Placement, x_BL: Array, fill) -> Array:
+def to_shared(placement: Placement, x_BL: Array, fill: int) -> Array:
   """Moves an array from one episode a row into the shared rows; `fill` where there is no token."""
   x_BL = constraints.whole(x_BL)
   # Pads have cell B * L, which is out of bounds: 'drop' leaves them out, here and as 'fill' in `to_padded`.
@@ -161,7 +163,7 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
 
 def mean_gradient(
   loss_fn: Callable, params: Params, placement: Placement, tree: Any, over: str, *, rows: int
-):
+) -> tuple[tuple[Array, dict[str, Array]], Params]:
   """Gradient of a loss that is a mean over tokens, accumulated over the chunks of the shared rows.
 
   Args:

@@ -137,7 +137,7 @@ def generate(
     )
   split = lambda x: constraints.shard_rows(x.reshape(shards, -1, *x.shape[1:]))
   arrays = (split(x) for x in (prompts.token_BP, prompts.is_prompt_BP, uniform_BR))
-  task = Task(model, weights, *arrays, draw, eos_id)
+  task = Task(model, weights, *arrays, draw=draw, eos_id=eos_id)
   widths = _widths(slots // shards)
   floors = [*widths[1:], 0]
   # 1. As long as rows wait, or more rows are busy than the next narrower loop has slots.
@@ -175,7 +175,7 @@ def _widths(width: int) -> list[int]:
   return widths
 
 
-def _flat(x_XS):
+def _flat(x_XS: Array):
   """Joins the shards' slots (or rows) to one batch dimension, for the model."""
   return x_XS.reshape(-1, *x_XS.shape[2:])
 
@@ -215,7 +215,7 @@ def _is_waiting(task: Task, queue: Queue) -> Array:
   return _is_unstaged(task, queue) | jnp.any(queue.staged.is_live_S, axis=1)
 
 
-def _can_take(run: Run, waiting_X) -> Array:
+def _can_take(run: Run, waiting_X: Array) -> Array:
   """Whether some shard has a free slot and a row that waits for one."""
   return jnp.any(~jnp.all(run.rows.is_live_S, axis=1) & waiting_X)
 
@@ -283,7 +283,9 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
   return output, Queue(row_XS[:, -1] + 1, staged, cache)
 
 
-def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple[Output, Rows]:
+def _append(
+  task: Task, output: Output, rows: Rows, token_B: Array, logprob_B: Array
+) -> tuple[Output, Rows]:
   """Adds the drawn tokens to the live rows, and ends rows that drew EOS or reached the length limit."""
   _, num_rows, max_new_tokens = task.uniform_XQR.shape
   token_XS, logprob_XS = (x.reshape(rows.row_S.shape) for x in (token_B, logprob_B))

@@ -11,13 +11,14 @@ experience.py. "Details item N" is an entry of docs/details.md.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from instructjax.core.config import PPOConfig
-from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples
+from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples, tree_of
 from instructjax.models import transformer
 from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
@@ -50,7 +51,9 @@ def create_state(
   )
 
 
-def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
+def policy_loss(
+  nets: Nets, cfg: PPOConfig, params: Params, batch: Experience
+) -> tuple[Array, dict[str, Array]]:
   """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics)."""
   logprob_BR = scoring.response_logprob(
     nets.policy,
@@ -65,7 +68,9 @@ def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
   )
 
 
-def value_loss(nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience):
+def value_loss(
+  nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience
+) -> tuple[Array, dict[str, Array]]:
   """The value network's loss on one minibatch, clipped around the old values if configured. Returns (loss, metrics)."""
   value_BR = scoring.response_value(
     nets.scalar,
@@ -79,7 +84,9 @@ def value_loss(nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experien
   )
 
 
-def ptx_gradient(nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch):
+def ptx_gradient(
+  nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch
+) -> tuple[Array, Params]:
   """The pretraining term of eq. 2, -E[log pi(x)], on a minibatch's pretraining rows. Returns (loss, gradient).
 
   The paper gives gamma = 27.8, but not whether log pi(x) is a mean or a sum over tokens. With `ptx_reduction='mean'`
@@ -107,7 +114,7 @@ def ptx_gradient(nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch):
   return loss, grads
 
 
-def _clip(grads, max_norm: float | None):
+def _clip(grads: Params, max_norm: float | None):
   """Clips one term's gradient by its own norm.
 
   If the sum of both terms were clipped, a larger gamma would shrink PPO's part without anyone noticing.
@@ -122,7 +129,7 @@ def policy_gradient(
   params: Params,
   batch: Experience,
   ptx: PackedBatch | None,
-):
+) -> tuple[Params, dict[str, Array]]:
   """The policy's gradient of eq. 2 on one minibatch: PPO's plus gamma times the pretraining term's.
 
   Args:
@@ -152,7 +159,7 @@ def policy_gradient(
     return jax.tree.map(lambda g, g_lm: g + cfg.gamma * g_lm, grads, ptx_grads), metrics
 
 
-def _adam(tx: optax.GradientTransformation, grads, params: Params, opt_state):
+def _adam(tx: optax.GradientTransformation, grads: Params, params: Params, opt_state: Any):
   """One step of an optimiser: (params, opt_state)."""
   updates, opt_state = tx.update(grads, opt_state, params)
   return optax.apply_updates(params, updates), opt_state
@@ -203,7 +210,7 @@ def update(
   episodes: Experience,
   ptx: PackedBatch | None,
   key: Array,
-):
+) -> tuple[PPOState, dict[str, Array]]:
   """Runs the inner epochs of minibatch updates.
 
   Returns:
@@ -236,7 +243,7 @@ def update(
 
 def train_step(
   nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, batch: dict
-):
+) -> tuple[PPOState, dict[str, Array], Samples]:
   """One PPO iteration. Traceable.
 
   Args:
@@ -309,9 +316,10 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   def step(state, frozen, batch):
     return train_step(nets, cfg, rows, state, frozen, batch)
 
-  mesh = state_shardings.step.mesh
+  mesh = sharding.mesh_of(state_shardings)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  rollout = Rollout(
+  rollout = tree_of(
+    Rollout,
     token_BL=split,
     is_token_BL=split,
     is_response_BR=split,
@@ -319,7 +327,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     num_steps=whole,
     slot_steps=whole,
   )
-  samples = Samples(rollout, score_B=split, kl_B=split)
+  samples = tree_of(Samples, rollout=rollout, score_B=split, kl_B=split)
   frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
   # Layouts are fixed on both sides: an argument that lies otherwise is an error, not another compilation. The donated
   # state's memory is used again for the new state.

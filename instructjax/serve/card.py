@@ -67,9 +67,14 @@ def text(weights: Weights, export: Export) -> str:
     **_measured(weights, export),
     sources=_sources(weights, data),
     settings=_settings(weights) if stage else None,
-    made=provenance.rows(_without_folders(weights.done.provenance)) if stage else [],
+    made=_made(weights.done) if weights.done else [],
     is_from_labelers=stage is not None and (stage.is_rl or stage.role == "reward"),
   )
+
+
+def _paragraph(text: str) -> str:
+  """On one line, which Markdown readers break as they like."""
+  return " ".join(text.split()) + "\n"
 
 
 def _template() -> jinja2.Template:
@@ -82,7 +87,7 @@ def _template() -> jinja2.Template:
     keep_trailing_newline=True,
   )
   environment.filters["cell"] = lambda value: str(value).replace("|", r"\|").replace("\n", " ")
-  environment.filters["paragraph"] = lambda text: " ".join(text.split()) + "\n"
+  environment.filters["paragraph"] = _paragraph
   return environment.get_template("card.md.j2")
 
 
@@ -118,15 +123,15 @@ def _facts(weights: Weights, export: Export) -> list[tuple[str, Any]]:
 
 def _measured(weights: Weights, export: Export) -> dict[str, Any]:
   """What was measured of the weights, by the template's names; all empty where nothing was."""
-  result = {"training": [], "judged_with": "", "policies": None, "findings": []}
+  result: dict[str, Any] = {"training": [], "judged_with": "", "policies": None, "findings": []}
   if weights.kind != "stage" or export.which == "value":
     return result
-  result["training"] = _from_training(weights.done.result)
+  result["training"] = _from_training(weights.require_done().result)
   run = weights.path.parent
   evaluation = finished.read_done(run / "evaluate")
   if evaluation and _judged(weights, evaluation):
     judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]
-    if weights.stage.is_rl and judged != export.which:
+    if weights.require_stage().is_rl and judged != export.which:
       result["judged_with"] = judged
     result["policies"] = _policies(weights, evaluation.result.summary)
     result["findings"] = _findings(run / "report" / "findings.json", weights.head)
@@ -136,8 +141,8 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
 def _judged(weights: Weights, evaluation: finished.Done) -> bool:
   """Whether an evaluation saw this very stage, not one that was trained in its place since."""
   ancestors = _ancestors(weights.path.parent, evaluation)
-  seen = {identity for name, identity, _ in ancestors if name == weights.stage.name}
-  return seen == {weights.done.identity}
+  seen = {identity for name, identity, _ in ancestors if name == weights.require_stage().name}
+  return seen == {weights.require_done().identity}
 
 
 def _ancestors(run: pathlib.Path, done: finished.Done) -> Iterator[tuple[str, str, finished.Done]]:
@@ -191,7 +196,7 @@ def _policies(
   """Means on held-out prompts, a row a policy."""
   if weights.head == "scalar":
     return None
-  mine = weights.stage.policy.name
+  mine = weights.require_stage().require_policy().name
   columns = list(dict.fromkeys(key for row in policies.values() for key in row))
   rows = [
     (
@@ -239,9 +244,9 @@ def _settings(weights: Weights) -> dict[str, Any]:
 
 def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
   """Stage -> its settings with dotted names: the exported one first, then what it started from."""
-  own = (weights.stage.name, "", weights.done)
-  result = {}
-  for stage, _, done in [own, *_ancestors(weights.path.parent, weights.done)]:
+  left = weights.require_done()
+  own, result = (left.stage, "", left), {}
+  for stage, _, done in [own, *_ancestors(weights.path.parent, left)]:
     if stage not in result:
       result[stage] = _flat(json.loads(done.fingerprint[f"config.{STAGES[stage].block}"]))
   return result
@@ -260,6 +265,11 @@ def _kinds(data: Mapping[str, Any]) -> list[str]:
   return [
     kind for kind in ("documents", "demonstrations", "comparisons", "prompts") if kind in data
   ]
+
+
+def _made(done: finished.Done) -> list[tuple[str, str]]:
+  """Where the weights come from, in rows."""
+  return provenance.rows(_without_folders(done.require_provenance()))
 
 
 def _without_folders(made: Provenance) -> Provenance:

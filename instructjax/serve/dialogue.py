@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import rich
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from instructjax.core.config import MeshConfig
@@ -79,7 +80,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
     judge = None
     if reward_model:
       judge = speaker.make(reward_model, weights.locate(reward_model), "scalar", mesh)
-  readers = speakers + [judge] * bool(judge)
+  readers = speakers + ([judge] if judge else [])
   chats = {reader for reader in readers if _chats(reader, settings.chat)}
   if settings.system and not chats:
     raise UserError(
@@ -166,7 +167,7 @@ def _answer(panel: Panel, asked: list[list], number: int, settings: Settings) ->
   answers, scores = [], []
   for who, messages in zip(panel.speakers, asked):
     if len(panel.speakers) > 1:
-      Console().rule(rich.markup.escape(who.name), align="left")
+      Console().rule(escape(who.name), align="left")
     prompt = speaker.prompt_text(who.tokenizer, messages, who in panel.chats)
     answers.append(speaker.answer(who, prompt, key, settings.draw, _show))
     print("" if answers[-1].text.endswith("\n") else "\n", end="", flush=True)
@@ -204,7 +205,7 @@ def _table(panel: Panel, answers: list[Answer], scores: list[float]) -> Table:
     table.add_column(column, justify="right")
   for row, (who, answer) in enumerate(zip(panel.speakers, answers)):
     table.add_row(
-      rich.markup.escape(who.name),
+      escape(who.name),
       *(f"{score:+.3f}" for score in scores[row : row + 1]),
       f"{answer.num_tokens}{'' if answer.ended else ' (cut off)'}",
       _rate(answer.num_prompt_tokens, answer.prefill_seconds),

@@ -8,8 +8,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Generator
 
 import jax
 
@@ -63,7 +62,7 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
 def write_gguf(
   checkpoint: str,
   out: pathlib.Path,
-  kind: Literal["f16", "q8_0"],
+  kind: interop.GgufType,
   *,
   which: weights.Which = "ema",
 ):
@@ -120,7 +119,7 @@ def _num_parameters(model: transformer.Model) -> int:
 
 
 @contextlib.contextmanager
-def _whole(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def _whole(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
   """A folder beside `out` to write in, gone in the end; what is good is moved out of it."""
   scratch = out.with_name(f".{out.name}.writing")
   with writing(out):

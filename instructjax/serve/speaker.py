@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax.core.errors import UserError
+from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params, pytree
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import decoding, transformer
@@ -83,7 +83,7 @@ class Speaker:
     return first.compile(), following.compile()
 
 
-def make(name: str, opened: Weights, head: Literal["lm", "scalar"], mesh: Mesh) -> Speaker:
+def make(name: str, opened: Weights, head: Head, mesh: Mesh) -> Speaker:
   """Loads opened weights.
 
   Raises:
@@ -200,7 +200,7 @@ def _pad_left(ids: list[int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
   return token_L[None], (np.arange(len(token_L)) >= num_pads)[None]
 
 
-def _tokens(speaker, ids, uniform_BR, programs, limit: int) -> Iterator[int]:
+def _tokens(speaker, ids, uniform_BR: Array, programs, limit: int) -> Iterator[int]:
   """The answer's tokens, EOS included, each as soon as it is known."""
   first, following = programs
   state = first(speaker.weights, *_pad_left(ids, speaker.tokenizer.pad_id), uniform_BR)
@@ -213,12 +213,19 @@ def _tokens(speaker, ids, uniform_BR, programs, limit: int) -> Iterator[int]:
       return
 
 
-def _draw(logits_BV, uniform_B, draw: Draw) -> Array:
+def _draw(logits_BV: Array, uniform_B: Array, draw: Draw) -> Array:
   return sampling.sample_token(logits_BV, uniform_B, draw.temperature, draw.top_p)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "draw"))
-def _first(model, weights, token_BP, is_prompt_BP, uniform_BR, draw) -> _State:
+def _first(
+  model: transformer.Model,
+  weights: Params,
+  token_BP: Array,
+  is_prompt_BP: Array,
+  uniform_BR: Array,
+  draw,
+) -> _State:
   """Reads the prompt and draws the first token."""
   pad_response = ((0, 0), (0, draw.max_new_tokens))
   is_slot_BT = jnp.pad(is_prompt_BP, pad_response)
@@ -234,7 +241,9 @@ def _first(model, weights, token_BP, is_prompt_BP, uniform_BR, draw) -> _State:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "draw"), donate_argnames="state")
-def _next(model, weights, state: _State, uniform_BR, draw) -> _State:
+def _next(
+  model: transformer.Model, weights: Params, state: _State, uniform_BR: Array, draw
+) -> _State:
   """Feeds the newest token and draws the one after it; the cache is updated in place."""
   slot = state.is_slot_BT.shape[1] - draw.max_new_tokens + state.step
   is_slot_BT = state.is_slot_BT.at[:, slot].set(True)
@@ -247,5 +256,5 @@ def _next(model, weights, state: _State, uniform_BR, draw) -> _State:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _score(model, params, token_BL, is_token_BL):
+def _score(model: transformer.Model, params: Params, token_BL: Array, is_token_BL: Array):
   return scoring.sequence_score(model, params, token_BL, is_token_BL)

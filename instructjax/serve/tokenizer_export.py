@@ -140,9 +140,12 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
   Raises:
     UserError: llama.cpp has no kind of tokenizer that does what this one does.
   """
-  is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
+  if isinstance(tokenizer, SentencePieceTokenizer):
+    vocabulary = _unigram_metadata(tokenizer)
+  else:
+    vocabulary = _byte_level_metadata(tokenizer)
   return {
-    **(_unigram_metadata if is_sentencepiece else _byte_level_metadata)(tokenizer),
+    **vocabulary,
     "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
     "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
     "tokenizer.ggml.add_eos_token": False,

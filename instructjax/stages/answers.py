@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructjax.core.errors import UserError
-from instructjax.core.structs import PromptBatch, Rollout
+from instructjax.core.structs import Params, PromptBatch, Rollout
 from instructjax.data import packing
+from instructjax.data.tokenizer import Tokenizer
+from instructjax.models import transformer
 from instructjax.parallel import distributed, sharding
 from instructjax.rl import sampling, scoring
 from instructjax.stages.context import Context
@@ -80,10 +82,10 @@ def _in_chunks(function, num_rows: int, *arrays, rows: int = 0):
 
 def sample(
   ctx: Context,
-  model,
-  params,
+  model: transformer.Model,
+  params: Params,
   prompts: list[list[int]],
-  key,
+  key: jax.Array,
   *,
   temperature: float,
   prompt_length: int | None = None,
@@ -161,13 +163,13 @@ def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.nda
   return from_tokens(ctx, [tokenizer.encode_prompt(prompt) for prompt in prompts], responses)
 
 
-def decode(tokenizer, response_NR: np.ndarray) -> list[str]:
+def decode(tokenizer: Tokenizer, response_NR: np.ndarray) -> list[str]:
   """Texts of response rows: EOS and pads dropped, surrounding blanks stripped."""
   stop = (tokenizer.eos_id, tokenizer.pad_id)
   return [tokenizer.decode([int(t) for t in row if t not in stop]).strip() for row in response_NR]
 
 
-def score(ctx: Context, model, params, answers: Answers) -> np.ndarray:
+def score(ctx: Context, model: transformer.Model, params: Params, answers: Answers) -> np.ndarray:
   """Reward-model score of each answer, float32 [N]."""
   tokens = [
     token_L[is_token_L] for token_L, is_token_L in zip(answers.token_NL, answers.is_token_NL)
@@ -175,7 +177,9 @@ def score(ctx: Context, model, params, answers: Answers) -> np.ndarray:
   return score_tokens(ctx, model, params, tokens)
 
 
-def score_tokens(ctx: Context, model, params, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+def score_tokens(
+  ctx: Context, model: transformer.Model, params: Params, sequences: Sequence[Sequence[int]]
+) -> np.ndarray:
   """Reward-model score of each prompt with its answer, read at the last token, float32 [N].
 
   Rows are shared as in the reward model's training.
@@ -197,7 +201,9 @@ def score_tokens(ctx: Context, model, params, sequences: Sequence[Sequence[int]]
   return score_SL.reshape(-1)[scored.last_N]
 
 
-def logprob(ctx: Context, model, params, answers: Answers, temperature: float) -> np.ndarray:
+def logprob(
+  ctx: Context, model: transformer.Model, params: Params, answers: Answers, temperature: float
+) -> np.ndarray:
   """Log-probability of each answer, its tokens summed, float32 [N], in nats."""
   prompt_length = answers.token_NL.shape[1] - answers.is_response_NR.shape[1]
 

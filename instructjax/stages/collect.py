@@ -7,6 +7,7 @@ ranked by held-out labelers).
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def _sampled(
   ]
 
 
-def _write(path, rankings: list):
+def _write(path: pathlib.Path, rankings: list):
   with open(path, "w", encoding="utf-8") as file:
     for ranking in rankings:
       file.write(json.dumps(dataclasses.asdict(ranking), ensure_ascii=False) + "\n")
@@ -67,7 +68,7 @@ def run(ctx: Context, stage: str):
   run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
   if is_finished(run_):
     return
-  simulation = sources.simulation(ctx.config.data.comparisons)
+  simulation = sources.require_simulation(ctx.config.data.comparisons)
   train = _sampled(ctx, stage, "train", ctx.data.records("prompts", "train"), cfg.num_prompts)
   held_out = _sampled(
     ctx, stage, "validation", ctx.data.records("prompts", "validation"), cfg.num_heldout_prompts

@@ -22,7 +22,7 @@ from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
 from instructjax.core.errors import reason
 from instructjax.core.provenance import Provenance
-from instructjax.core.stages import ROLES, STAGES
+from instructjax.core.stages import ROLES, STAGES, RoleName
 from instructjax.data import checksums
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
@@ -58,6 +58,14 @@ class Context:
     """What a stage left when it finished; None where it has not."""
     return finished.read_done(self.directory(stage))
 
+  def require_done(self, stage: str) -> finished.Done:
+    """What a stage left that must have finished before this one.
+
+    Raises:
+      UserError: it has not.
+    """
+    return finished.require_done(self.directory(stage))
+
   def key(self, stage: str) -> jax.Array:
     """The stage's own root key: a function of the run's seed and the stage's name."""
     return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()))
@@ -65,7 +73,7 @@ class Context:
   def data_seed(self, stage: str) -> int:
     return zlib.crc32(f"{self.config.seed}/{stage}".encode()) & 0x7FFFFFFF
 
-  def model(self, role: str) -> transformer.Model:
+  def model(self, role: RoleName) -> transformer.Model:
     """The network of a role, see `core.stages.ROLES`, as it runs on this mesh."""
     return make_model(self.config, self.mesh, role, self.tokenizer.vocab_size)
 
@@ -79,7 +87,9 @@ class Context:
     return sharding.own_rows(self.mesh, batch_size)
 
 
-def make_model(config: Config, mesh: Mesh | None, role: str, vocab_size: int) -> transformer.Model:
+def make_model(
+  config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
+) -> transformer.Model:
   """The network of a role, see `core.stages.ROLES`, as it runs on a mesh; None is one device."""
   row = ROLES[role]
   network = getattr(config, row.block).network
@@ -87,7 +97,7 @@ def make_model(config: Config, mesh: Mesh | None, role: str, vocab_size: int) ->
 
 
 def require_fit(
-  config: Config, mesh: Mesh, vocab_size: int, roles: Iterable[str], batches: Iterable[str]
+  config: Config, mesh: Mesh, vocab_size: int, roles: Iterable[RoleName], batches: Iterable[str]
 ):
   """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
 
@@ -108,13 +118,13 @@ def require_fit(
   sharding.require_fit(mesh, axes, shapes, used)
 
 
-def canonical(value) -> str:
+def canonical(value: Any) -> str:
   """One spelling of a plain value, or of what decides a config block's numbers."""
   plain = determining(value) if dataclasses.is_dataclass(value) else value
   return json.dumps(plain, sort_keys=True)
 
 
-def fingerprint(ctx: Context, stage: str, own, others: Mapping[str, Any]) -> dict[str, str]:
+def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -> dict[str, str]:
   """What a resumed or reused stage must have in common with the one on disk.
 
   Args:
@@ -130,7 +140,7 @@ def fingerprint(ctx: Context, stage: str, own, others: Mapping[str, Any]) -> dic
   result["tokenizer"] = ctx.tokenizer.fingerprint
   for parent in lineage.parents(ctx.config, stage):
     given = ctx.given.get(parent)
-    result[f"parent:{parent}"] = given.fingerprint if given else ctx.done(parent).identity
+    result[f"parent:{parent}"] = given.fingerprint if given else ctx.require_done(parent).identity
   return result
 
 
@@ -148,7 +158,7 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
   }
 
 
-def stage_run(ctx: Context, stage: str, own, **others) -> loop.StageRun:
+def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
   """How a stage is logged and saved, and its `fingerprint`."""
   return loop.StageRun(
     name=stage,

@@ -6,6 +6,7 @@ Answers are judged by the demo's gold score where the prompts are the demo's, el
 import dataclasses
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ _UNTUNED = {
 def judged_policies(ctx: Context) -> list[str]:
   """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
   line = lineage.line(ctx.config, "evaluate")
-  names = [STAGES[stage].policy.name for stage in line if STAGES[stage].policy]
+  names = [row.policy.name for row in map(STAGES.__getitem__, line) if row.policy]
   if sources.simulation(ctx.config.data.prompts) is not None:
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
@@ -67,7 +68,7 @@ def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
   Raises:
     UserError: one of them needs more.
   """
-  simulation = sources.simulation(ctx.config.data.prompts)
+  simulation = sources.require_simulation(ctx.config.data.prompts)
   texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
   context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
   longest = max((len(ctx.tokenizer.encode_prompt(text)) for text in texts), default=0)
@@ -83,7 +84,7 @@ def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.
   """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
   cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
   source = "reward_base" if name == FEW_SHOT.name else name
-  model = ctx.model(stage_of_policy(source).role)
+  model = ctx.model(stage_of_policy(source).require_role())
   if name == FEW_SHOT.name:
     prompts, length = few_shot_prompts(ctx, prompts)
   return answers.sample(
@@ -201,11 +202,11 @@ def run(ctx: Context, stage: str):
     samples_per_prompt=cfg.samples_per_prompt,
     measured=measured,
     pretraining=pretraining_losses(ctx, _of_one_network(names)),
-    reward_model=ctx.done("rm").result,
+    reward_model=ctx.require_done("rm").result,
     agreement=collected.result.agreement if collected else None,
     best_of_n=_best_of_n(ctx, unique[: cfg.best_of_n_prompts], stage),
     curves={
-      STAGES[stage].policy.name: metrics.read_metrics(ctx.directory(stage))
+      STAGES[stage].require_policy().name: metrics.read_metrics(ctx.directory(stage))
       for stage in lineage.rl_stages(ctx.config)
     },
   )
@@ -225,14 +226,14 @@ def run(ctx: Context, stage: str):
   (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   before = [name for name in lineage.line(ctx.config, stage) if name != stage]
-  made = {name: done.provenance for name in before if (done := ctx.done(name))}
+  made = {name: done.require_provenance() for name in before if (done := ctx.done(name))}
   made[stage] = provenance_of(ctx, stage, run_)
   report.write(page.parent, ctx.config, prompts, results, found, made)
   finish(ctx, stage, run_, None, Evaluated(summary))
   _show(found, summary, page)
 
 
-def _show(found: list[dict], summary: dict, page):
+def _show(found: list[dict], summary: dict, page: pathlib.Path):
   """The end-of-run tables: a row a policy, a row a finding."""
   console = rich.console.Console()
   columns = sorted({key for row in summary.values() for key in row})

@@ -4,14 +4,15 @@ Called by the stages, pipeline.py and launch/. Imports no JAX: a plan needs no d
 """
 
 import dataclasses
+from typing import Any
 
 from instructjax.core.config import Config, PPOConfig
 from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_policy
 
 
-def value(config: Config, name: str):
+def value(config: Config, name: str) -> Any:
   """The field of a dotted name, as `ppo.batch_size`."""
-  result = config
+  result: Any = config
   for part in name.split("."):
     result = getattr(result, part)
   return result
@@ -21,7 +22,7 @@ def given(config: Config, stage: str) -> str:
   """What the config gives in place of a stage that trains a base: a path, or ''."""
   row = STAGES[stage]
   # A base starts from nothing. Any other stage's weights are this run's own.
-  return "" if row.parents else getattr(config, ROLES[row.role].block).weights
+  return "" if row.parents else getattr(config, ROLES[row.require_role()].block).weights
 
 
 def collects(config: Config) -> bool:

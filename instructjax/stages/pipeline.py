@@ -16,6 +16,7 @@ from instructjax.core.errors import UserError, writing
 from instructjax.core.stages import STAGES
 from instructjax.data import sources
 from instructjax.data import tokenizer as tokenizers
+from instructjax.data.records import Document
 from instructjax.parallel import distributed, memory, sharding
 from instructjax.stages import lineage, policies
 from instructjax.stages.context import Context, canonical, require_fit
@@ -163,7 +164,7 @@ def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
       validation_fraction=data.validation_fraction,
       on_bad_record=data.on_bad_record,
     )
-    texts = [document.text for document in documents]
+    texts = [document.text for document in documents if isinstance(document, Document)]
     tokenizers.train_tokenizer(texts, cfg.vocab_size, directory / "tokenizer.model", config.seed)
     _write_tokenizer_done(directory, fingerprint)
   multihost_utils.sync_global_devices("tokenizer trained")

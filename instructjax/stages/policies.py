@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from instructjax.core.config import Config, ModelConfig
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES, selector, stage_of_policy
+from instructjax.core.stages import ROLES, STAGES, RoleName, selector, stage_of_policy
+from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import heads
 from instructjax.stages import lineage
@@ -33,7 +34,7 @@ def given_weights(config: Config) -> dict[str, Weights]:
 
 def _block(stage: str) -> str:
   """The config block of the network that a stage trains."""
-  return ROLES[STAGES[stage].role].block
+  return ROLES[STAGES[stage].require_role()].block
 
 
 def require_given_weights(
@@ -93,15 +94,17 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
     )
 
 
-def load_step(ctx: Context, stage: str, step: int, item: str = "params", role: str | None = None):
+def load_step(
+  ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
+) -> Params:
   """Weights that a stage kept at a step, placed on the mesh as a network of its own role, or of another."""
-  model = ctx.model(role or STAGES[stage].role)
+  model = ctx.model(role or STAGES[stage].require_role())
   return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
-def load_sft_by_loss(ctx: Context):
+def load_sft_by_loss(ctx: Context) -> Params:
   """SFT weights at the epoch with the best validation loss: what the reward model and its data start from."""
-  return load_step(ctx, "sft", ctx.done("sft").step)
+  return load_step(ctx, "sft", ctx.require_done("sft").require_step())
 
 
 def judges_average(ctx: Context) -> bool:
@@ -109,7 +112,7 @@ def judges_average(ctx: Context) -> bool:
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
-def load(ctx: Context, policy: str):
+def load(ctx: Context, policy: str) -> Params:
   """Weights of a policy, or of the larger base, at the step that its stage chose.
 
   `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
@@ -120,17 +123,17 @@ def load(ctx: Context, policy: str):
     policy: name in `core.stages.POLICIES`, but not `few_shot`.
   """
   # Where policy and reward model share a base, the stage's own role is the policy's.
-  row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).role
+  row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).require_role()
   given = ctx.given.get(row.name)
   if given:
     return given.load(ctx.mesh, ctx.model(role))
   again = selector(row.name)
-  done = (ctx.done(again) if again else None) or ctx.done(row.name)
+  done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
   averaged = row.is_rl and judges_average(ctx)
-  return load_step(ctx, row.name, done.step, "ema_params" if averaged else "params", role)
+  return load_step(ctx, row.name, done.require_step(), "ema_params" if averaged else "params", role)
 
 
-def load_reward(ctx: Context):
+def load_reward(ctx: Context) -> Params:
   """Reward-model weights with the bias that makes demonstrations score 0 on average (C.2)."""
-  done = ctx.done("rm")
-  return heads.shift_bias(load_step(ctx, "rm", done.step), done.result.demonstration_mean)
+  done = ctx.require_done("rm")
+  return heads.shift_bias(load_step(ctx, "rm", done.require_step()), done.result.demonstration_mean)

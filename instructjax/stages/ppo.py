@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from instructjax.core import results
 from instructjax.core.config import Config, PPOConfig
-from instructjax.core.structs import PPOState, Samples
+from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
 from instructjax.models import flops, transformer
 from instructjax.parallel import sharding, stacking
@@ -59,7 +59,8 @@ def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState
   replicated = sharding.replicated(mesh)
   policy_shardings, policy_shapes = transformer.param_shardings(mesh, nets.policy)
   value_shardings, value_shapes = transformer.param_shardings(mesh, nets.scalar)
-  return PPOState(
+  return tree_of(
+    PPOState,
     step=replicated,
     params=policy_shardings,
     opt_state=sharding.opt_state_shardings(nets.policy_tx, policy_shapes, policy_shardings, mesh),
@@ -73,7 +74,14 @@ def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState
   )
 
 
-def initial_state(mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params, reward_params, key):
+def initial_state(
+  mesh: Mesh,
+  cfg: PPOConfig,
+  nets: ppo_step.Nets,
+  params: Params,
+  reward_params: Params,
+  key: jax.Array,
+) -> tuple[PPOState, PPOState]:
   """(PPOState, its shardings) before the first iteration; copies of the weights given."""
   shardings = state_shardings(mesh, nets, cfg)
 
@@ -84,7 +92,9 @@ def initial_state(mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params, rewar
   return jax.jit(create, out_shardings=shardings)(params, reward_params, key), shardings
 
 
-def freeze(nets: ppo_step.Nets, shardings: PPOState, ref_params, reward_params) -> ppo_step.Frozen:
+def freeze(
+  nets: ppo_step.Nets, shardings: PPOState, ref_params: Params, reward_params: Params
+) -> ppo_step.Frozen:
   """The two networks as the step reads them; those given where there is nothing to cast."""
 
   def frozen(model, params, places):
@@ -209,7 +219,7 @@ def run(ctx: Context, stage: str):
   if is_finished(run_):
     return
   given = {"reference": policies.load(ctx, "ppo_init"), "reward_model": policies.load_reward(ctx)}
-  state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), ctx.key(stage))
+  state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), key=ctx.key(stage))
   reference = {
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
@@ -217,7 +227,7 @@ def run(ctx: Context, stage: str):
   frozen = freeze(nets, shardings, *given.values())
   del given
   loop.fit(
-    dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
+    dataclasses.replace(run_, fingerprint={**run_.fingerprint, **reference}, advice=_ADVICE),
     state,
     ppo_step.make_train_step(nets, cfg, shardings),
     _batches(ctx, cfg, stage),

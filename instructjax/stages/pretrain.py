@@ -26,7 +26,7 @@ def run(ctx: Context, stage: str):
 
   The base is the step with the lowest held-out loss: little text, read often, is learnt by heart.
   """
-  cfg, role = _pretrain_config(ctx, stage), STAGES[stage].role
+  cfg, role = _pretrain_config(ctx, stage), STAGES[stage].require_role()
   model_cfg: ModelConfig = getattr(ctx.config, ROLES[role].block)
   step_run = stage_run(ctx, stage, cfg, model=model_cfg, documents=ctx.config.data.documents)
   if is_finished(step_run):

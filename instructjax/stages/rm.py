@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from instructjax.core import results
 from instructjax.core.config import RMConfig
 from instructjax.core.errors import UserError
-from instructjax.core.structs import RankedBatch, TrainState
+from instructjax.core.structs import Params, RankedBatch, TrainState
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens, tokenize_rankings
 from instructjax.models import flops, heads, transformer
@@ -27,13 +27,18 @@ from instructjax.train import loop, supervised
 from instructjax.train.optim import make_optimizer
 
 
-def scores(model, params, batch: RankedBatch):
+def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
   """Score of every answer, [B, C]: one forward over all answers, each read at its last token."""
   score_SL = scoring.column_score(model, params, batch.token_SL, batch.segment_SL)
   return score_SL.reshape(-1)[batch.last_BC]
 
 
-def make_train_step(model, tx, cfg: RMConfig, state_shardings):
+def make_train_step(
+  model: transformer.Model,
+  tx: optax.GradientTransformation,
+  cfg: RMConfig,
+  state_shardings: TrainState,
+) -> Callable:
   """Jitted (TrainState, RankedBatch) -> (TrainState, metrics)."""
 
   def loss_fn(params, batch):
@@ -95,7 +100,7 @@ def _batches(ctx: Context, records: list, seed: int) -> batching.Batches:
   )
 
 
-def initial_params(ctx: Context, key):
+def initial_params(ctx: Context, key: jax.Array) -> Params:
   """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
   from_sft = ctx.config.rm.start_from == "sft"
   trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
@@ -114,19 +119,19 @@ def _stage_run(ctx: Context, name: str) -> loop.StageRun:
 
 
 @functools.lru_cache(maxsize=1)
-def _optimizer_and_step(model, cfg: RMConfig, num_steps: int, mesh: Mesh):
+def _optimizer_and_step(model: transformer.Model, cfg: RMConfig, num_steps: int, mesh: Mesh):
   """One of each for all folds of a cross-validation: what JAX has traced for one, it runs for the next."""
   tx = make_optimizer(cfg.optim, num_steps)
   return tx, make_train_step(model, tx, cfg, supervised.state_shardings(mesh, model, tx))
 
 
-def train(ctx: Context, name: str, records: list, key):
+def train(ctx: Context, name: str, records: list, key: jax.Array) -> tuple[int, Params]:
   """Trains the stage's reward model, or a fold's, on `records`; returns (final step, params without the bias)."""
   cfg, model = ctx.config.rm, ctx.model("reward")
   batches = _batches(ctx, records, ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
-  tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)
+  tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
     _stage_run(ctx, name),
@@ -141,14 +146,16 @@ def train(ctx: Context, name: str, records: list, key):
   return num_steps, state.params
 
 
-def score_rankings(ctx: Context, params, rankings: Sequence[RankingTokens]) -> list[np.ndarray]:
+def score_rankings(
+  ctx: Context, params: Params, rankings: Sequence[RankingTokens]
+) -> list[np.ndarray]:
   """Scores of each ranking's answers, in order."""
   sequences = [item.prompt + response for item in rankings for response in item.responses]
   score_N = answers.score_tokens(ctx, ctx.model("reward"), params, sequences)
   return np.split(score_N, np.cumsum([len(item.responses) for item in rankings])[:-1])
 
 
-def pair_margins(score_K: np.ndarray, rank_K) -> np.ndarray:
+def pair_margins(score_K: np.ndarray, rank_K: Sequence[int]) -> np.ndarray:
   """Score of the preferred answer minus the other's, for each pair that is not a tie."""
   return np.array(
     [
@@ -166,7 +173,7 @@ def _calibration(margin_N: np.ndarray) -> results.Calibration:
   return results.Calibration(**bins, expected_error=plain["expected_error"])
 
 
-def judge(ctx: Context, params, records: list) -> results.Judgement:
+def judge(ctx: Context, params: Params, records: list) -> results.Judgement:
   """Accuracy over untied pairs with its standard error over prompts, calibration, and the spread of scores."""
   rankings = tokenized(ctx, records)
   score = score_rankings(ctx, params, rankings)
@@ -191,7 +198,7 @@ def judge(ctx: Context, params, records: list) -> results.Judgement:
   )
 
 
-def demonstration_mean(ctx: Context, params) -> float:
+def demonstration_mean(ctx: Context, params: Params) -> float:
   """Mean score of labelers' demonstrations, which the bias subtracts (C.2)."""
   kept = ctx.data.demonstration_tokens("train")
   ended = [item.response + [ctx.tokenizer.eos_id] for item in kept]

@@ -1,7 +1,7 @@
 """A run's records and token lists, each read when it is first asked for and kept for the stages that follow."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from instructjax.core.config import Config
@@ -28,7 +28,7 @@ class RunData:
       self._kept[key] = read()
     return self._kept[key]
 
-  def records(self, kind: str, split: str) -> list:
+  def records(self, kind: str, split: sources.Split) -> list:
     """Records of `kind` from the source that the config names, or the comparisons that were collected.
 
     Raises:
@@ -36,7 +36,7 @@ class RunData:
     """
     return self._once((kind, split), lambda: self._read(kind, split))
 
-  def _read(self, kind: str, split: str) -> list:
+  def _read(self, kind: str, split: sources.Split) -> Sequence:
     data = self._config.data
     spec = getattr(data, kind)
     if kind == "comparisons" and lineage.collects(self._config):
@@ -51,14 +51,14 @@ class RunData:
     )
     return sources.render(records, self._tokenizer.render_chat, on_bad_record=data.on_bad_record)
 
-  def document_tokens(self, split: str) -> list[list[int]]:
+  def document_tokens(self, split: sources.Split) -> list[list[int]]:
     """Token lists of the documents, each after the BOS token where the model is given one."""
     tokenizer = self._tokenizer
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encode = lambda: [bos + tokenizer.encode(r.text) for r in self.records("documents", split)]
     return self._once(("document tokens", split), encode)
 
-  def prompt_tokens(self, split: str) -> list[list[int]]:
+  def prompt_tokens(self, split: sources.Split) -> list[list[int]]:
     """Token lists of the prompts that fit max_prompt_length, as in App. C (longer ones are filtered, counted)."""
 
     def encode():
@@ -68,7 +68,7 @@ class RunData:
 
     return self._once(("prompt tokens", split), encode)
 
-  def demonstration_tokens(self, split: str) -> list:
+  def demonstration_tokens(self, split: sources.Split) -> list:
     """Prompts and responses of the demonstrations as token lists; over-long ones are filtered and counted."""
 
     def encode():

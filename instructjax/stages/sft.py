@@ -1,5 +1,8 @@
 """Supervised fine-tuning: the SFT baseline (C.1) and, with a pretraining mix, PPO's initialisation (C.3)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -42,12 +45,12 @@ def _batches(ctx: Context, cfg: SFTConfig, stage: str):
   return zipped, demonstrations.steps_per_epoch
 
 
-def _join_rows(batch: dict):
+def _join_rows(batch: dict) -> Any:
   """One batch of rows from the demonstrations' and the pretraining text's."""
   return jax.tree.map(lambda *rows: np.concatenate(rows), *batch.values())
 
 
-def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate):
+def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
   batches = batching.sft_batches(
     ctx.data.demonstration_tokens("validation"),
     length=cfg.length,

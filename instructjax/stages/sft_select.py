@@ -22,7 +22,7 @@ def run(ctx: Context, stage: str):
   reward_params = policies.load_reward(ctx)
   prompts = ctx.data.prompt_tokens("validation")[: cfg.num_prompts]
   epochs = []
-  for epoch in ctx.done("sft").result.epochs:
+  for epoch in ctx.require_done("sft").result.epochs:
     params = policies.load_step(ctx, "sft", epoch.step)
     sampled = answers.sample(
       ctx, model, params, prompts, ctx.key(stage), temperature=cfg.temperature

@@ -3,12 +3,19 @@
 import itertools
 
 from instructjax.data import batching
+from instructjax.data.sources import Split
 from instructjax.stages.context import Context
 
 
 def document_batches(
-  ctx: Context, split: str, *, length: int, batch_size: int, seed: int, places=None
-):
+  ctx: Context,
+  split: Split,
+  *,
+  length: int,
+  batch_size: int,
+  seed: int,
+  places: batching.Places | None = None,
+) -> batching.Batches:
   """Packed rows of pretraining text; `places` in a global batch, where they are not its only rows."""
   return batching.lm_batches(
     ctx.data.document_tokens(split),

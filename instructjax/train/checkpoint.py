@@ -17,7 +17,7 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
@@ -269,7 +269,7 @@ def tree_fingerprint(tree: Any) -> str:
   return digest.hexdigest()
 
 
-def _host_parts(leaf) -> Iterator[np.ndarray]:
+def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
   """A leaf on the host, in parts of its first dimension where processes share it: gathered whole, a large model's
   stacked layers would have to fit into each device.
   """
@@ -299,7 +299,7 @@ def _clear_half_written(folder: pathlib.Path):
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
+def _checkpointer() -> Generator[ocp.Checkpointer, None, None]:
   with (
     reading.quiet_orbax(absl_logging.WARNING),
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
@@ -310,9 +310,14 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """Name -> shape of what a checkpoint's folder holds."""
   with _checkpointer() as checkpointer:
-    return _shapes(
-      reading.read(path, lambda: checkpointer.metadata(path / "state").item_metadata.tree)
-    )
+
+    def tree() -> Any:
+      metadata = checkpointer.metadata(path / "state").item_metadata
+      if metadata is None:
+        raise ValueError("it does not say what it holds")
+      return metadata.tree
+
+    return _shapes(reading.read(path, tree))
 
 
 def _laid_as(wanted: Any, restored: Any) -> Any:

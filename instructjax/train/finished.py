@@ -13,7 +13,7 @@ import pathlib
 import socket
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +52,18 @@ class Done:
     """What a stage that starts from this one remembers of it."""
     return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
+  def require_step(self) -> int:
+    """`step`, for whoever knows that the stage keeps checkpoints."""
+    if self.step is None:
+      raise ValueError(f"stage {self.stage} keeps no checkpoints")
+    return self.step
+
+  def require_provenance(self) -> Provenance:
+    """`provenance`, for whoever knows that this is a stage's."""
+    if self.provenance is None:
+      raise ValueError(f"{self.stage} does not say where it comes from")
+    return self.provenance
+
 
 def write_done(directory: pathlib.Path, done: Done):
   """Marks a stage as finished, with its result; the file is whole or absent."""
@@ -77,7 +89,7 @@ def read_done(directory: pathlib.Path) -> Done | None:
   values = reading.read(path, lambda: json.loads(path.read_text()))
   try:
     stage = values.get("stage") if isinstance(values, dict) else None
-    if stage not in [TOKENIZER, *STAGES]:
+    if not isinstance(stage, str) or stage not in [TOKENIZER, *STAGES]:
       raise ValueError(f"it names no stage, but {stage!r}")
     result = results.Nothing if stage == TOKENIZER else STAGES[stage].result
     hints = typing.get_type_hints(Done) | {"result": result}
@@ -86,6 +98,18 @@ def read_done(directory: pathlib.Path) -> Done | None:
     raise UserError(
       f"cannot read {path}: {error}. Another version of instructjax wrote it: use another --workdir"
     ) from error
+
+
+def require_done(directory: pathlib.Path) -> Done:
+  """What a stage left that must have finished.
+
+  Raises:
+    UserError: it has not, or as `read_done`.
+  """
+  done = read_done(directory)
+  if done is None:
+    raise UserError(f"{directory} is not finished: it has no {_DONE}; run this stage first")
+  return done
 
 
 def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]:
@@ -118,7 +142,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
+def workdir_lock(workdir: pathlib.Path) -> Generator[None, None, None]:
   """Holds the workdir for this run: two would overwrite each other. A dying run frees it."""
   if jax.process_index() != 0:
     yield

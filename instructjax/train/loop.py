@@ -136,7 +136,7 @@ def fit(
       return metrics
 
     def validation(step: int) -> dict[str, float]:
-      if step not in evaluate_steps:
+      if evaluate is None or step not in evaluate_steps:
         return {}
       return judge(
         step, {f"validation/{name}": value for name, value in evaluate(state, step).items()}
@@ -215,15 +215,16 @@ class _Log:
       self._display.start()
     return self
 
-  def __exit__(self, *exception):
+  def __exit__(self, *exception: Any):
     if self._display:
       self._display.stop()
+    if self._writer:
       self._writer.close()
 
   def write(self, step: int, metrics: Mapping[str, float], samples: Sequence):
     due = step % self._run.log.every_steps == 0 or step == self._num_steps
     extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
-    if not self._writer:
+    if not self._writer or not self._display:
       return
     now = time.monotonic()
     metrics = {**metrics, **{name: value for name, value in extra.items() if math.isfinite(value)}}

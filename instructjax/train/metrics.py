@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -142,7 +143,8 @@ class Display:
     return "  ".join([*(f"{name} {_cell(metrics[name])}" for name in names), f"{rate:.3g} steps/s"])
 
   def _print(self, line: str):
-    self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if self._console:
+      self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:
@@ -157,7 +159,7 @@ def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:
   return table
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
   if isinstance(value, str):
     return " ".join(value.split())
   return f"{value:.4g}"

@@ -95,7 +95,7 @@ def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> optax.Updates:
   return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
 
 
-def is_decayed(params: optax.Params):
+def is_decayed(params: optax.Params) -> optax.Params:
   """All parameters but biases (`b_*`, `bias*`) and normalisation scales (`scale*`).
 
   Told by name, because rank does not tell: layers are stacked, so a bias may have four dimensions.

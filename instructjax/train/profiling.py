@@ -74,7 +74,8 @@ class StepProfile:
     step_fn: Callable,
     flops: Callable[[Mapping[str, float]], float] | None,
   ):
-    self._directory, self._steps, self._step_fn, self._flops = directory, steps, step_fn, flops
+    self._directory, self._steps, self._flops = directory, steps, flops
+    self._step_fn: Any = step_fn  # jitted where there is a step to trace, and so can be lowered
     self._trace = directory / "plugins" / "profile" / f"process_{jax.process_index()}"
     self._is_tracing = False
     self._seconds: list[float] = []
@@ -83,11 +84,11 @@ class StepProfile:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exception):
+  def __exit__(self, *exception: Any):
     if self._is_tracing:  # the stage was stopped in between
       self._stop()
 
-  def __call__(self, step: int, *arguments):
+  def __call__(self, step: int, *arguments: Any) -> Any:
     """`step_fn` of the arguments; a traced step begins when they are there and ends when its results are."""
     if step not in self._steps:
       return self._step_fn(*arguments)
@@ -171,7 +172,10 @@ def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float
     trace: holds events of operations: of the devices' planes, or of the host's threads on a CPU.
     text: of the compiled program, which says what phase an operation is of.
   """
-  module, phases = _MODULE.match(text)[1], operation_phases(text)
+  head, phases = _MODULE.match(text), operation_phases(text)
+  if head is None:
+    raise ValueError(f"not the text of a compiled program: {text[:80]!r}")
+  module = head[1]
   planes = [*trace.planes]
   # Where there are devices of their own, the host only launches what it names.
   planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
@@ -202,7 +206,8 @@ def with_rest(phases: Mapping[str, float], seconds: float) -> dict[str, float]:
 def shared_time(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
   """Name -> time in which its spans (start, end, name) last; what several names share is split evenly."""
   edges = [edge for start, end, name in spans for edge in ((start, 1, name), (end, -1, name))]
-  running, totals, last = collections.Counter(), collections.Counter(), 0.0
+  running, last = collections.Counter(), 0.0
+  totals: dict[str, float] = collections.defaultdict(float)
   for now, change, name in sorted(edges):
     for other in running:
       totals[other] += (now - last) / len(running)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from instructjax.core.structs import PackedBatch, Params, TrainState
+from instructjax.core.structs import PackedBatch, Params, TrainState, tree_of
 from instructjax.models import lm_head, transformer
 from instructjax.parallel import sharding
 
 
-def init_params(mesh: Mesh, model: transformer.Model, key) -> Params:
+def init_params(mesh: Mesh, model: transformer.Model, key: jax.Array) -> Params:
   """Fresh weights, made on their own shards."""
   shardings, _ = transformer.param_shardings(mesh, model)
   return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
@@ -24,7 +24,8 @@ def state_shardings(
 ) -> TrainState:
   """Where a TrainState lies: the optimiser state like the weights it belongs to."""
   shardings, shapes = transformer.param_shardings(mesh, model)
-  return TrainState(
+  return tree_of(
+    TrainState,
     step=sharding.replicated(mesh),
     params=shardings,
     opt_state=sharding.opt_state_shardings(tx, shapes, shardings, mesh),
@@ -33,8 +34,12 @@ def state_shardings(
 
 
 def create_state(
-  mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation, params: Params, key
-):
+  mesh: Mesh,
+  model: transformer.Model,
+  tx: optax.GradientTransformation,
+  params: Params,
+  key: jax.Array,
+) -> tuple[TrainState, TrainState]:
   """(TrainState, its shardings) before the first step."""
   shardings = state_shardings(mesh, model, tx)
   state = TrainState(
@@ -46,7 +51,13 @@ def create_state(
   return state, shardings
 
 
-def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+def _hidden(
+  model: transformer.Model,
+  params: Params,
+  batch: PackedBatch,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+):
   """What predicts every token but a row's first: (h_BTD of the column before it, parameters for the head)."""
   return transformer.hidden(
     model,
@@ -60,13 +71,21 @@ def _hidden(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropou
   )
 
 
-def lm_loss_sums(model, params, batch: PackedBatch, dropout_rate: float = 0.0, dropout_key=None):
+def lm_loss_sums(
+  model: transformer.Model,
+  params: Params,
+  batch: PackedBatch,
+  dropout_rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
   h_BTD, params = _hidden(model, params, batch, dropout_rate, dropout_key)
   return lm_head.loss_sums(model, params, h_BTD, batch.token_BL[:, 1:], batch.weight_BL[:, 1:])
 
 
-def lm_row_sums(model, params, batch: PackedBatch):
+def lm_row_sums(
+  model: transformer.Model, params: Params, batch: PackedBatch
+) -> tuple[jax.Array, jax.Array]:
   """The same for each row: (nll_B, weight_B), for intervals over rows."""
   weight_BT = batch.weight_BL[:, 1:]
   h_BTD, params = _hidden(model, params, batch)
@@ -74,7 +93,13 @@ def lm_row_sums(model, params, batch: PackedBatch):
   return -jnp.sum(weight_BT * logprob_BT, axis=1), jnp.sum(weight_BT, axis=1)
 
 
-def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Callable:
+def make_lm_train_step(
+  model: transformer.Model,
+  tx: optax.GradientTransformation,
+  *,
+  dropout_rate: float,
+  state_shardings: TrainState,
+) -> Callable:
   """Jitted (TrainState, PackedBatch) -> (TrainState, metrics); the loss is the mean per weighted token."""
 
   def step(state: TrainState, batch: PackedBatch):
@@ -95,7 +120,7 @@ def make_lm_train_step(model, tx, *, dropout_rate: float, state_shardings) -> Ca
 
 def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Model) -> Callable:
   """Compiles (TrainState, batch) -> (TrainState, metrics); the state is donated, rows come in as batches lie."""
-  mesh = state_shardings.step.mesh
+  mesh = sharding.mesh_of(state_shardings)
   return jax.jit(
     step,
     donate_argnums=0,
@@ -114,7 +139,7 @@ def apply_gradients(
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
 
 
-def make_lm_evaluation(model, mesh: Mesh) -> Callable:
+def make_lm_evaluation(model: transformer.Model, mesh: Mesh) -> Callable:
   """(params, iterable of numpy PackedBatch) -> mean negative log-likelihood per weighted token, in nats."""
   sums = jit_sums(functools.partial(lm_loss_sums, model), mesh, model)
 

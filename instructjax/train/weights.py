@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from instructjax.core.config import NetworkConfig, network_config
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES, Stage, selector
+from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import execution, heads, interop, transformer
@@ -49,7 +49,7 @@ class Weights:
   path: pathlib.Path
   kind: Literal["stage", "hf", "gguf"]
   network: NetworkConfig
-  head: Literal["lm", "scalar"]
+  head: Head
   vocab_size: int
   fingerprint: str
   tokenizer_path: pathlib.Path
@@ -73,6 +73,22 @@ class Weights:
     """The stage that trained them, whatever its folder is called now; None for other kinds."""
     return STAGES[self.done.stage] if self.done else None
 
+  def require_done(self) -> finished.Done:
+    """`done`, for whoever knows that these are a stage's weights."""
+    if self.done is None:
+      raise ValueError(f"{self.path} is not a stage of a run")
+    return self.done
+
+  def require_stage(self) -> Stage:
+    """`stage`, for whoever knows that these are a stage's weights."""
+    return STAGES[self.require_done().stage]
+
+  def require_step(self) -> int:
+    """`step`, for whoever knows that these are a stage's weights."""
+    if self.step is None:
+      raise ValueError(f"{self.path} is not a stage of a run, and has no steps")
+    return self.step
+
   def model(self, mesh: Mesh) -> transformer.Model:
     """The network for inference on a mesh; its vocabulary is the tokenizer's, so no id without text is sampled."""
     chosen = execution.for_inference(execution.platform_of(mesh))
@@ -91,10 +107,11 @@ class Weights:
     if self.kind != "stage":
       shardings, _ = transformer.param_shardings(mesh, model)
       return interop.load_params(interop.open_weights(self.path), model, shardings)
-    params = load_stage(self.path, mesh, model, self.step, self.item)
-    if self.stage.role != "reward":
+    done = self.require_done()
+    params = load_stage(self.path, mesh, model, self.require_step(), self.item)
+    if STAGES[done.stage].role != "reward":
       return params
-    return heads.shift_bias(params, self.done.result.demonstration_mean)
+    return heads.shift_bias(params, done.result.demonstration_mean)
 
 
 def load_stage(
@@ -154,7 +171,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   done = finished.read_done(path)
   stage = STAGES.get(done.stage) if done else None
-  if stage is None or stage.role is None:
+  if done is None or stage is None or stage.role is None:
     raise UserError(
       f"{path} must be the folder of a finished stage that trains a network, as runs/demo/ppo_ptx"
     )
@@ -167,7 +184,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
   again = selector(stage.name)
   chosen = finished.read_done(path.parent / again) if again else None
-  step = (chosen or done).step
+  step = (chosen or done).require_step()
   has_average = stage.is_rl and json.loads(made_with[f"config.{stage.block}"])["ema_decay"] > 0
   averaged = "ema_params" if has_average else "params"
   item = {"ema": averaged, "raw": "params", "value": "value_params"}[which]

@@ -68,3 +68,12 @@ def test_who_selects_and_who_trains():
   assert stages.selector("sft") == "sft_select"
   assert stages.selector("ppo_init") is None
   assert stages.stage_of_policy("reward_base").name == "reward_pretrain"
+
+
+def test_a_stage_without_network_or_policy_says_so_where_one_is_asked_for():
+  with pytest.raises(ValueError, match="collect trains no network"):
+    STAGES["collect"].require_role()
+  with pytest.raises(ValueError, match="rm trains no policy"):
+    STAGES["rm"].require_policy()
+  assert STAGES["rm"].require_role() == "reward"
+  assert STAGES["ppo"].require_policy() is POLICIES["ppo"]

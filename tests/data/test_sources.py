@@ -176,3 +176,9 @@ def test_a_chat_is_held_out_by_its_messages_whatever_the_kind(tmp_path):
   ).hexdigest()
   chat = Chat((("system", "Be kind."), ("user", "Hé?"), ("user", "q0")))
   assert (chat in held_out[0]) == (int(digest[:16], 16) / 16**16 < 0.3)
+
+
+def test_simulated_labelers_are_refused_for_other_records():
+  with pytest.raises(UserError, match="only the records of 'demo:', and these are 'jsonl:mine'"):
+    sources.require_simulation("jsonl:mine")
+  assert sources.require_simulation("demo:") is sources.simulation("demo:")

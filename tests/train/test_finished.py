@@ -111,3 +111,14 @@ def test_one_run_a_workdir(tmp_path):
         pass
   with finished.workdir_lock(workdir):
     pass
+
+
+def test_what_must_have_finished_and_has_not_is_named(tmp_path):
+  with pytest.raises(UserError, match="rm is not finished"):
+    finished.require_done(tmp_path / "rm")
+  done = finished.Done("collect", {}, None, results.Nothing())
+  with pytest.raises(ValueError, match="collect keeps no checkpoints"):
+    done.require_step()
+  with pytest.raises(ValueError, match="collect does not say where it comes from"):
+    done.require_provenance()
+  assert dataclasses.replace(done, step=0).require_step() == 0  # a step, though it is false

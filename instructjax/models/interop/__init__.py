@@ -8,7 +8,7 @@ take parameters.
 import pathlib
 
 from instructjax.core.errors import UserError
-from instructjax.models.interop.gguf_export import write_file
+from instructjax.models.interop.gguf_export import GgufType, write_file
 from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
 from instructjax.models.interop.huggingface import download, open_folder, write_folder
@@ -16,6 +16,7 @@ from instructjax.models.interop.source import Source
 from instructjax.models.interop.transfer import load_params
 
 __all__ = [
+  "GgufType",
   "SCORE_BIAS",
   "Description",
   "Source",

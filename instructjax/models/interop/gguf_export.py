@@ -21,6 +21,8 @@ from instructjax.core.structs import Params
 from instructjax.models import transformer
 from instructjax.models.interop import gguf_names, hf_config, transfer
 
+GgufType = Literal["f16", "q8_0"]  # of a file's matrices
+
 _Type = gguf.GGMLQuantizationType
 _KINDS = {
   "f16": (_Type.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -40,7 +42,7 @@ def write_file(
   model: transformer.Model,
   params: Params,
   tokenizer_metadata: Mapping[str, Any],
-  kind: Literal["f16", "q8_0"] = "f16",
+  kind: GgufType = "f16",
   *,
   name: str = "instructjax",
 ):

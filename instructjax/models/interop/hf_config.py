@@ -14,6 +14,7 @@ from absl import logging
 
 from instructjax.core.config import NetworkConfig, RopeScalingConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import Head
 
 # Keys of our own in an exported config.json.
 SCORE_BIAS = "instructjax_score_bias"  # Hugging Face's score heads have no bias
@@ -44,7 +45,7 @@ class Description:
 
   cfg: NetworkConfig
   vocab_size: int
-  head: Literal["lm", "scalar"]
+  head: Head
 
 
 def model_config(raw: Mapping[str, Any], where: str) -> Description:
@@ -75,7 +76,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
   return Description(cfg, rows - 1 if PAD_ROW in raw else rows, _head(keys, family))
 
 
-def _head(keys: "_Keys", family: str) -> Literal["lm", "scalar"]:
+def _head(keys: "_Keys", family: str) -> Head:
   """The head by the name of transformers' class; UserError for a classifier with several labels or another class."""
   classes = keys.value("architectures", None) or [_LM[family]]
   if classes[0] in (_LM[family], _BARE[family]):
@@ -201,12 +202,14 @@ def _rope(keys: "_Keys") -> tuple[float, RopeScalingConfig]:
   kind = inner.one_of(spelling, ("default", "linear", "llama3"), "default")
   if kind == "default":
     return base, _NO_SCALING
-  scaling = dataclasses.replace(_NO_SCALING, kind=kind, factor=inner.number("factor", None))
+  factor = inner.number("factor", None)
   if kind == "linear":
-    return base, scaling
+    return base, dataclasses.replace(_NO_SCALING, kind="linear", factor=factor)
   length = keys.size("max_position_embeddings", None)
   return base, dataclasses.replace(
-    scaling,
+    _NO_SCALING,
+    kind="llama3",
+    factor=factor,
     low_freq_factor=inner.number("low_freq_factor", None),
     high_freq_factor=inner.number("high_freq_factor", None),
     original_length=inner.size("original_max_position_embeddings", length),
@@ -269,7 +272,7 @@ class _Keys:
 
 
 def to_hf_config(
-  cfg: NetworkConfig, vocab_size: int, head: Literal["lm", "scalar"], score_bias: float = 0.0
+  cfg: NetworkConfig, vocab_size: int, head: Head, score_bias: float = 0.0
 ) -> dict[str, Any]:
   """The config.json of a network.
 

@@ -238,7 +238,8 @@ def _write_safetensors(path: pathlib.Path, tensors: list):
   The library's writer takes all arrays of a file at once. For 1 GiB in tensors of 16 MiB it held 1,024 MiB (safetensors
   0.8), this function 16 MiB, in the same time.
   """
-  header, end = {"__metadata__": {"format": "pt"}}, 0
+  header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+  end = 0
   for name, shape, _ in tensors:
     start, end = end, end + 4 * math.prod(shape)
     header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
