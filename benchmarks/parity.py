@@ -149,9 +149,8 @@ def import_cost(path: pathlib.Path) -> dict[str, float]:
   opened = weights.locate(path)
   jax.block_until_ready(opened.load(mesh, opened.model(mesh)))
   seconds = time.perf_counter() - start
-  unit = (
-    1 if sys.platform == "darwin" else 1024
-  )  # ru_maxrss is in bytes on macOS and in KiB on Linux
+  # getrusage reports memory in bytes on macOS and in KiB on Linux.
+  unit = 1 if sys.platform == "darwin" else 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return {"seconds": seconds, "GB": peak / 1e9}
 

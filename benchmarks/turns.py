@@ -53,9 +53,8 @@ class _Worker:
       UserError: see `answer`.
     """
     start, before = time.perf_counter(), busy_seconds()
-    with contextlib.suppress(
-      BrokenPipeError
-    ):  # the worker has ended; `answer` raises the error that says so
+    # The worker has ended; `answer` raises the error that says so.
+    with contextlib.suppress(BrokenPipeError):
       self.process.stdin.write("go\n")
       self.process.stdin.flush()
     found = self.answer()
@@ -92,9 +91,8 @@ def summarize(description: dict, runs: list[dict]) -> dict:
     values = [run[key] for run in runs]
     if key in ("wall_s", "cpu_s"):
       result[key] = spread(values)
-    elif (
-      key == "other_load"
-    ):  # one number for each run, which tells whether that run can be trusted
+    elif key == "other_load":
+      # One number for each run, which tells whether that run can be trusted.
       result[key] = [round(value, 2) for value in values]
     elif key == "phases":
       result[key] = {

@@ -59,6 +59,7 @@ def win_matrix(
   results: Results, *, bootstrap: int, seed: int
 ) -> dict[str, dict[str, tuple[float, list[float]]]]:
   """The win rate of every policy over every other: row's policy -> column's policy -> (rate, 95% interval)."""
+  # A generator of its own: the findings and the page each compute this matrix, and must show the same digits.
   rng = np.random.default_rng(seed)
   measured, samples = results.measured, results.samples_per_prompt
   return {
@@ -100,9 +101,8 @@ def _finding(id_, claim, paper, measured, interval, holds) -> dict:
 
 
 def _preferred_over_base(results, wins):
-  if (
-    "ppo_ptx" not in wins or "reward_base" not in wins
-  ):  # no larger base: policy and reward model share one
+  # There is no larger base if policy and reward model share one.
+  if "ppo_ptx" not in wins or "reward_base" not in wins:
     return None
   zero, few = wins["ppo_ptx"]["reward_base"], wins["ppo_ptx"].get("few_shot")
   measured, intervals = {"zero_shot": zero[0]}, [zero[1]]
@@ -142,6 +142,7 @@ def _alignment_tax(results, bootstrap, rng):
   ptx = loss_difference(rows["ppo_ptx"], rows["sft"], bootstrap, rng)
   base = loss_difference(rows["ppo_ptx"], rows["base"], bootstrap, rng)
   spread = results.reward_model.validation.score_std
+  # In standard deviations, because a reward model's scores have no scale of their own.
   gap = float(np.mean(measured["ppo"].reward) - np.mean(measured["ppo_ptx"].reward)) / spread
   return _finding(
     "alignment_tax",
@@ -163,7 +164,7 @@ def _reward_model(results):
   rm, agreement = results.reward_model, results.agreement
   accuracy, stderr = rm.validation.accuracy, rm.validation.accuracy_stderr
   measured = {"accuracy": accuracy}
-  holds = accuracy - 1.96 * stderr > 0.5
+  holds = accuracy - 1.96 * stderr > 0.5  # the lower end of the interval is above chance
   if agreement:
     measured |= {
       "labeler_agreement": agreement.train.agreement,
@@ -281,6 +282,7 @@ def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
     _topic_following(results, bootstrap, rng),
   ]
   found = [finding for finding in found if finding is not None]
+  # PPO was trained to please this judge, so a win by its scores proves less than one by a gold score.
   if not results.has_gold:
     for finding in found:
       if finding["id"] in ("preferred_over_base", "rl_over_sft"):

@@ -76,6 +76,7 @@ def fit(which: str, distance, score) -> tuple[float, float] | None:
   """Fits (alpha, beta) of `curve` by least squares; None if there are too few different points."""
   distance = np.asarray(distance, float)
   design = np.stack([distance, -_penalty(which, distance)], axis=1)
+  # Two unknowns pass through any two points, so a fit means something from three on.
   if len(design) < 3 or np.linalg.matrix_rank(design) < 2:
     return None
   alpha, beta = np.linalg.lstsq(design, np.asarray(score, float), rcond=None)[0]

@@ -292,6 +292,7 @@ def write(directory, config, prompts: list[str], results: Results, found: list[d
     UserError: the files cannot be written.
   """
   directory = pathlib.Path(directory)
+  # Computed again rather than passed on; the same seed gives the digits that the findings have.
   wins = findings.win_matrix(results, bootstrap=config.evaluate.bootstrap, seed=config.seed)
   text = page(config, prompts, results, found, wins)
   with writing(directory):

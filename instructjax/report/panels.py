@@ -181,8 +181,10 @@ def draw_trade_off(ax, results: Results) -> bool:
 def draw_win_rates(ax, wins: dict, opponents: list[str]) -> bool:
   """Draws the win rate of every policy over one or two opponents (dots, diamonds), with 95% intervals."""
   opponents = [name for name in opponents if name in wins]
+  # A single opponent has no rate over itself.
   names = [name for name in wins if [name] != opponents]
   for j, opponent in enumerate(opponents):
+    # Two opponents share a row: one a little above its middle, one below.
     shift = 0.36 * (j - (len(opponents) - 1) / 2)
     ax.plot([], [], "oD"[j], color=INK, label=f"over {NAMES[opponent]}", markersize=5)
     for i, name in enumerate(names):
@@ -284,6 +286,7 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
     if which == "best_of_n":
       ax.plot(distance, found[key], "o" + line, color=colour, markersize=4)
     else:
+      # Single iterations are noisy in both directions, so the line is a running mean of distance and score alike.
       window = max(1, len(distance) // 12)
       ax.plot(distance, found[key], ".", color=colour, alpha=0.3, markersize=4)
       ax.plot(running_mean(distance, window), running_mean(found[key], window), line, color=colour)

@@ -128,6 +128,7 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
   run = weights.path.parent
   evaluation = finished.read_done(run / "evaluate")
   if evaluation and _judged(weights, evaluation):
+    # The evaluation judged either the averaged policies or the raw ones; the card says so if the export is the other.
     judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]
     if weights.stage.is_rl and judged != export.which:
       result["judged_with"] = judged

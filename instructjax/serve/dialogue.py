@@ -109,7 +109,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
 
 
 def _own_judge(opened: list[weights.Weights]) -> str:
-  """The path of the reward model that the checkpoints share, or ''. A single checkpoint has nobody to compare with."""
+  """The path of the run's reward model, if all checkpoints (at least two) are stages of that run; else ''."""
   runs = {given.path.parent if given.kind == "stage" else None for given in opened}
   run = runs.pop()
   if len(opened) < 2 or runs or run is None or finished.read_done(run / "rm") is None:
@@ -148,6 +148,7 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
     if line == "/reset":
       history = [[] for _ in panel.speakers]
       continue
+    # Only the first message of a conversation goes with the system message.
     asked = [
       past + [{"role": "user", "content": line}] if past else _opening(line, settings)
       for past in history

@@ -45,6 +45,7 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
     ids = tokenizer_export.write_files(
       opened.tokenizer, scratch, max_length=opened.network.max_length, pad_id=pad_id
     )
+    # Into a folder of its own, because `write_folder` takes only an empty one and the tokenizer lies here already.
     interop.write_folder(scratch / "weights", model, params, ids)
     for path in (scratch / "weights").iterdir():
       path.rename(scratch / path.name)
@@ -91,7 +92,7 @@ def write_gguf(
     interop.write_file(scratch / out.name, model, params, metadata, kind, name=out.stem)
     _write(scratch / beside.name, card.text(opened, about))
     with writing(out):
-      # The weights last: where they are, the card is too.
+      # The weights last, so that no weights lie there without their card.
       os.replace(scratch / beside.name, beside)
       os.replace(scratch / out.name, out)
 

@@ -254,6 +254,7 @@ def _first(model, weights, token_BP, is_prompt_BP, uniform_BR, draw) -> _State:
 @functools.partial(jax.jit, static_argnames=("model", "draw"), donate_argnames="state")
 def _next(model, weights, state: _State, uniform_BR, draw) -> _State:
   """Feeds the newest token and draws the one after it; the cache is updated in place."""
+  # The cache has the padded prompt's columns first, then one for each new token.
   slot = state.is_slot_BT.shape[1] - draw.max_new_tokens + state.step
   is_slot_BT = state.is_slot_BT.at[:, slot].set(True)
   logits_BV, cache = decoding.decode_step(

@@ -29,9 +29,8 @@ def _sampled(
   If more prompts are asked for than there are, they are gone through several times, each time in a new order.
   """
   cfg = ctx.config.collect
-  rng = np.random.default_rng(
-    [ctx.data_seed(stage), len(split)]
-  )  # the name's length: splits draw differently
+  # The length of the split's name is part of the seed, so that the two splits draw differently.
+  rng = np.random.default_rng([ctx.data_seed(stage), len(split)])
   passes = -(-num_prompts // len(prompts))
   order = np.concatenate([rng.permutation(len(prompts)) for _ in range(passes)])[:num_prompts]
   counts = rng.integers(cfg.min_responses, cfg.max_responses + 1, num_prompts)

@@ -1,6 +1,6 @@
 """The Context that every stage receives (config, workdir, mesh, tokenizer, data), and the fingerprint of a stage.
 
-Pipeline.py builds one Context per run. Called by the stages. Imports no stage.
+One Context is built per run, by pipeline.py. Called by the stages. Imports no stage.
 """
 
 import dataclasses

@@ -42,6 +42,7 @@ def judged_policies(ctx: Context) -> list[str]:
   line = lineage.line(ctx.config, "evaluate")
   names = [STAGES[stage].policy.name for stage in line if STAGES[stage].policy]
   if sources.simulation(ctx.config.data.prompts) is not None:
+    # Right after the bases, with which the list begins.
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
 

@@ -72,9 +72,8 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   absent = set(RL_STAGES) - set(rl_stages(config))
   if not collects(config):
     absent.add("collect")
-  if (
-    row.role == "reward"
-  ):  # the table allows three networks for it to start from; rm.start_from picks one
+  # The table allows three networks for it to start from; rm.start_from picks one.
+  if row.role == "reward":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")
     absent |= {"pretrain", "reward_pretrain", "sft"} - {start}
   return tuple(parent for parent in row.parents if parent not in absent)

@@ -49,8 +49,8 @@ def require_given_weights(
     opened: as `given_weights` returns them.
     tokenizer: the run's tokenizer.
   Raises:
-    UserError: the weights have a scalar head, another tokenizer or another network, or the run is to train what they
-      give.
+    UserError: the weights have a scalar head, another tokenizer or another network, or the run is to train the very
+      base that they replace.
   """
   for stage, given in opened.items():
     block = _block(stage)
@@ -90,9 +90,8 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
   theirs, ours = dataclasses.asdict(given.network), dataclasses.asdict(cfg.network)
   theirs["init_std"] = cfg.init_std  # plays no part, since nothing is initialised
   if cfg.position == "rope" and cfg.max_length <= given.network.max_length:
-    theirs["max_length"] = (
-      cfg.max_length
-    )  # rotary positions have no table, so a shorter context fits too
+    # Rotary positions have no table, so a shorter context fits too.
+    theirs["max_length"] = cfg.max_length
   wrong = [name for name in ours if theirs[name] != ours[name]]
   if wrong:
     has = ", ".join(f"{name}={theirs[name]}" for name in wrong)

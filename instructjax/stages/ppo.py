@@ -246,9 +246,8 @@ def run(ctx: Context, stage: str):
     for name, params in given.items()
   }
   frozen = freeze(nets, shardings, *given.values())
-  del (
-    given
-  )  # where `frozen` holds cast copies, this frees the float32 originals before training starts
+  # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
+  del given
   loop.fit(
     dataclasses.replace(run_, fingerprint=run_.fingerprint | reference, advice=_ADVICE),
     state,

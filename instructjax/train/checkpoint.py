@@ -97,9 +97,8 @@ class Checkpoints:
       try:
         self.wait()
       except UserError:
-        if (
-          error is None
-        ):  # otherwise the error that ends the block explains more than the failed save
+        # If another error ends the block, that one is raised: it explains more than the failed save.
+        if error is None:
           raise
 
   def latest_step(self) -> int | None:

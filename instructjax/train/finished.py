@@ -131,6 +131,7 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
     return
   path = pathlib.Path(workdir) / _LOCK
   path.parent.mkdir(parents=True, exist_ok=True)
+  # Not "w", which would erase the holder's name before the lock is tried.
   with open(path, "a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

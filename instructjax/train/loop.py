@@ -152,9 +152,7 @@ def fit(
     with _Log(run, num_steps, start, on_samples, show, progress) as log, profile:
       if start == 0 and 0 in evaluate_steps:
         log.write(0, validation(0), [])
-      late = (
-        None  # (step, metrics, samples) of the step before, whose numbers are still on the device
-      )
+      late = None  # (step, metrics, samples) of the step before, not yet read from the device
       for step in range(start + 1, num_steps + 1):
         # On a CPU, a step that is dispatched early would hold its temporaries beside those of the step before.
         if on_cpu:

@@ -37,8 +37,8 @@ class Weights:
     network: the architecture.
     head: 'lm', or 'scalar' for a reward or value model.
     vocab_size: rows of the embedding table in the files.
-    fingerprint: identifies the weights without reading them, which would take long: for a stage, a hash of what it was
-      made with, the step and the item.
+    fingerprint: identifies the weights. Computing it does not read them, which would take long: for a stage it is a
+      hash of everything that the stage was made with, of the step and of the item.
     tokenizer_path: argument for `tokenizers.load`.
     step: step of a stage's checkpoint; None for other kinds.
     item: name of the weights inside the checkpoint.
