@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instructjax import models
-from instructjax.core import results
+from instructjax.core import provenance, results
 from instructjax.core.blocks import determining
 from instructjax.core.config import Config
 from instructjax.core.stages import STAGES
@@ -21,6 +21,16 @@ from instructjax.train import checkpoint, finished
 from tests import micro, tiny
 
 STEP = 2
+MADE = provenance.Provenance(
+  version="1.2.3",
+  commit="abc123+changes",
+  command="instructjax run --config=ppo_ptx --workdir=/home/ann/secret/demo",
+  date="2026-03-01T12:00:00Z",
+  seconds=61.2,
+  sources={"documents": "jsonl:/home/ann/secret/books.jsonl sha256:9"},
+  hardware=provenance.Hardware("TPU v5 lite", 4, 1, "EPYC", 8),
+  libraries={"jax": "0.10"},
+)
 MEAN = 0.75  # mean score of demonstrations, which the reward model's bias takes away
 
 CALIBRATION = results.Calibration((0.6,), (0.7,), (2560,), 0.1)
@@ -91,7 +101,7 @@ def write_stage(
   made_with |= {"config.seed": "0", "tokenizer": tokenizer.fingerprint}
   made_with |= {f"parent:{parent}": identity(folder.parent / parent) for parent in parents}
   empty = results.Tuned(()) if STAGES[stage].result is results.Tuned else results.Nothing()
-  finished.write_done(folder, finished.Done(stage, made_with, STEP, result or empty))
+  finished.write_done(folder, finished.Done(stage, made_with, STEP, result or empty, MADE))
   return params
 
 

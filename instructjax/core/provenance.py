@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import instructjax
 
@@ -99,9 +98,10 @@ def collect(
   )
 
 
-def from_json(values: Mapping[str, Any]) -> Provenance:
-  """What `dataclasses.asdict` made of a Provenance, as JSON holds it."""
-  return Provenance(**{**values, "hardware": Hardware(**values["hardware"])})
+def code(provenance: Provenance) -> str:
+  """Version and, where there is one, commit."""
+  commit_ = f", commit {provenance.commit}" if provenance.commit else ""
+  return f"instructjax {provenance.version}{commit_}"
 
 
 def rows(provenance: Provenance) -> list[tuple[str, str]]:
@@ -109,7 +109,7 @@ def rows(provenance: Provenance) -> list[tuple[str, str]]:
   made, machine = provenance, provenance.hardware
   processes = f", {machine.num_processes} processes" if machine.num_processes > 1 else ""
   return [
-    ("version", f"instructjax {made.version}" + (f", commit {made.commit}" if made.commit else "")),
+    ("code", code(made)),
     ("command", made.command),
     ("finished", f"{made.date}, after {made.seconds:.0f} s"),
     *made.sources.items(),

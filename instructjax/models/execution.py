@@ -1,7 +1,7 @@
-"""How a network is run on the devices of a mesh: what stands for `auto` in an ExecutionConfig.
+"""Resolves the `auto` settings of an ExecutionConfig for the devices of a mesh.
 
-Called wherever a Model is made for devices: by the stages' context, opened weights, the planner and the benchmarks.
-Nobody else asks which platform it is to choose how layers or attention are computed.
+Called wherever a Model is made for devices: by the stages' context, opened weights, the planner and the benchmarks. No
+other module asks for the platform in order to choose how layers or attention are computed.
 """
 
 import dataclasses
@@ -17,10 +17,17 @@ from instructjax.parallel import constraints
 
 
 def resolve_execution(execution: ExecutionConfig, platform: str) -> ExecutionConfig:
-  """`layers` and `attention` as they are on a platform: 'cpu', 'gpu' or 'tpu'.
+  """Replaces `layers='auto'` and `attention='auto'` by what suits a platform.
 
-  `decode_layout` may stay 'auto': it depends on the network too, and `model_on` chooses it.
+  `decode_layout` may stay 'auto'. It also depends on the network's size, so `model_on` chooses it.
+
+  Args:
+    execution: with or without `auto`.
+    platform: 'cpu', 'gpu' or 'tpu'.
   """
+  # A scan compiles one layer for all. On a CPU it then copies each layer's weights out of the stack, which doubles the
+  # time of a decode step (docs/performance.md, "How cost grows"). The splash kernel is Pallas code for TPUs; elsewhere
+  # it is only interpreted.
   chosen = {
     "layers": "unroll" if platform == "cpu" else "scan",
     "attention": "splash" if platform == "tpu" else "plain",
@@ -31,7 +38,11 @@ def resolve_execution(execution: ExecutionConfig, platform: str) -> ExecutionCon
 
 
 def for_inference(platform: str) -> ExecutionConfig:
-  """How opened weights are run: bfloat16 wherever it is not slower, nothing kept for a gradient."""
+  """The execution for opened weights, which are never trained.
+
+  The dtype is float32 on a CPU, where bfloat16 is slower, and bfloat16 elsewhere.
+  """
+  # remat='none': without a gradient nothing is kept, so nothing could be recomputed.
   dtype = "float32" if platform == "cpu" else "bfloat16"
   auto = ExecutionConfig(
     dtype=dtype, layers="auto", attention="auto", remat="none", decode_layout="auto"
@@ -40,7 +51,10 @@ def for_inference(platform: str) -> ExecutionConfig:
 
 
 def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
-  """Platform of a mesh's devices, which need not be here; without a mesh, or a kind of devices, the process's own."""
+  """Platform of a mesh's devices, which need not be attached to this machine.
+
+  Without a mesh, or for an abstract mesh that names no device, it is the platform of this process.
+  """
   device = None if mesh is None else mesh.abstract_mesh.abstract_device
   return jax.default_backend() if device is None else device.platform
 
@@ -52,19 +66,21 @@ def model_on(
   vocab_size: int,
   head: Literal["lm", "scalar"],
 ) -> transformer.Model:
-  """The description of a network as it runs on `mesh`, with no `auto` left.
+  """Describes a network as it runs on `mesh`, with every `auto` resolved.
 
   Args:
-    mesh: where to; None is one device, the process's default.
-    network, vocab_size, head: as in `make_model`.
-    execution: `auto` or not.
+    mesh: the devices; None for one device, the process's default.
+    network, vocab_size, head: as for `make_model`.
+    execution: with or without `auto`.
   Raises:
-    UserError: `decode_layout='auto'`, and nobody knows the memory of such devices.
+    UserError: `decode_layout='auto'`, but the memory of such devices is not known.
+    ValueError: see `make_model`.
   """
   execution = resolve_execution(execution, platform_of(mesh))
   if execution.decode_layout != "auto":
     return transformer.make_model(network, execution, vocab_size, head)
-  # One device splits nothing; there and where the copy fits, it is split over `tensor` only.
+  # 'tensor' sends least in each decode step, so it is preferred. '2d' is for copies of the weights that would fill too
+  # much of a device's memory. On CPUs and without a mesh there is no bound to keep.
   execution = dataclasses.replace(execution, decode_layout="tensor")
   model = transformer.make_model(network, execution, vocab_size, head)
   memory = None if mesh is None else constraints.device_memory(mesh)

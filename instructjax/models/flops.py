@@ -1,4 +1,7 @@
-"""FLOPs that a model takes by its definition, whatever a program does. Called by the stages and launch's planner."""
+"""The FLOPs that a model needs by its definition, for MFU: recomputation and padding do not count.
+
+Called by the stages and by launch's planner.
+"""
 
 import math
 
@@ -10,16 +13,16 @@ from instructjax.models import transformer
 def forward(
   model: transformer.Model, tokens: float, length: int, outputs: float | None = None
 ) -> float:
-  """What the matrix products of a forward pass take; a backward pass takes twice as much again.
+  """FLOPs of the matrix products of a forward pass. A backward pass takes twice as many.
 
-  2 N a token, and attention's causal half: 2 S D a token and layer. A table that tokens are looked up in
-  multiplies nothing, unless it gives the logits too.
+  A token takes 2 FLOPs for each weight of the layers. Attention adds 2 S H K a layer: two products of 2 S H K, of which
+  the causal mask leaves half. The embedding is a lookup and costs nothing, unless it is also the head.
 
   Args:
-    model: the definition.
-    tokens: that go through the layers.
-    length: S, columns of a row.
-    outputs: tokens whose logits are taken; all of them if not given.
+    model: the network.
+    tokens: number of tokens that go through the layers.
+    length: S, the columns of a row.
+    outputs: number of tokens whose logits are computed; None for all.
   """
   cfg, shapes = model.network, transformer.param_shapes(model)
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

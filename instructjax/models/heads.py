@@ -1,7 +1,6 @@
-"""Scalar heads: reward models made from language models, and their scores' zero point.
+"""Scalar heads: a reward model made from a language model, and the zero point of its scores.
 
-Called by the rm and ppo stages. Works on parameter dicts only; `transformer.py` declares and
-applies the head.
+Called by the rm and ppo stages. Works on parameter dicts only; transformer.py declares and applies the head.
 """
 
 import jax
@@ -11,11 +10,13 @@ from instructjax.core.structs import Params
 
 
 def scalar_params_from_lm(lm_params: Params, scalar_init: Params) -> Params:
-  """A reward model that starts from a language model: its trunk under a fresh scalar head.
+  """Parameters of a reward model that starts from a language model: its trunk under a fresh scalar head (sec 3.5).
 
   Args:
-    lm_params: parameters of a head='lm' model; its own head, if untied, is dropped.
-    scalar_init: `init_params` of the head='scalar' model of the same config.
+    lm_params: parameters of a head='lm' model. Its own head, if it has one, is dropped.
+    scalar_init: `init_params` of the head='scalar' model of the same network.
+  Raises:
+    ValueError: the two models differ in a parameter's shape.
   """
   trunk = {name: part for name, part in lm_params.items() if name != "head"}
   mine = jax.tree.map(jnp.shape, trunk)
@@ -31,7 +32,8 @@ def scalar_params_from_lm(lm_params: Params, scalar_init: Params) -> Params:
 def shift_bias(params: Params, amount) -> Params:
   """The same model with every score lowered by `amount`.
 
-  App. C.2 sets the bias so that the labeler demonstrations score 0 on average: pass their mean.
+  Before PPO, the bias is set so that the labelers' demonstrations score 0 on average (C.2, details item 17). For that,
+  pass the mean of their scores.
   """
   head = params["head"] | {"bias": params["head"]["bias"] - jnp.float32(amount)}
   return params | {"head": head}

@@ -1,14 +1,14 @@
 """The maths of one decoder layer: pure functions over a dict of that layer's weights.
 
-Called by transformer.py and decoding.py. Knows no batches or stages, of meshes only which dimension of an array to
-split (the helpers of constraints.py, which do nothing on one device), and never imports flax.
+Called by transformer.py and decoding.py. Knows no batches and no stages. Of meshes it knows only which dimension of an
+array to split, through the helpers of constraints.py, which do nothing on one device. Never imports flax.
 
-Two more dimension letters than structs.py has: R here is the query heads that share one key/value
-head (R = H / G), and Q = R + 2 is what one fused projection yields for each key/value head: its R
-queries, its key and its value. S counts the columns attended to, T the columns that ask.
+Dimension letters beside those of structs.py: G counts key/value heads and R the query heads that share one of them
+(R = H / G). Q = R + 2 is what the fused projection yields for each key/value head: its R queries, its key and its
+value. T counts the columns of the queries, S the columns of the keys.
 
-Norms and activations are recomputed for the gradient instead of stored: what they would store is
-a quarter of a step's memory, and fresh memory costs a CPU more than the recomputation.
+Norms and activations are recomputed in the backward pass (`jax.checkpoint`) instead of stored. Storing them would take
+a quarter of a step's memory, and on a CPU fresh memory costs more than computing them again.
 """
 
 import functools
@@ -21,16 +21,18 @@ from jax.ad_checkpoint import checkpoint_name
 from instructjax.core.config import NetworkConfig
 from instructjax.parallel import constraints
 
-# Weights of a layer, wherever they are nested, that are read as float32: those of norms. All others are read in the
-# compute dtype, and their names start with w_ (a product's weights) or b_ (its biases).
+# The weights of norms stay float32, wherever they are nested: a norm is computed in float32. All others are used in the
+# compute dtype. Their names start with w_ (a product's weights) or b_ (its biases).
 FLOAT32 = frozenset({"scale_D", "bias_D"})
-SAVED = "saved"  # name of what remat='products' keeps of a layer for its gradient
-MASKED_SCORE = -1e30  # finite: a row with nothing to attend to must not become NaN
+SAVED = "saved"  # checkpoint_name of the arrays that remat='products' keeps for the backward pass
+# Score of a masked column. It is finite because with -inf a row in which every column is masked would become NaN.
+MASKED_SCORE = -1e30
 
 
 @functools.partial(jax.checkpoint, static_argnums=2)
 def norm(x_BTD, weights: dict, cfg: NetworkConfig):
   """LayerNorm (with bias) or RMSNorm, computed in float32 and returned in x's dtype."""
+  # A mean of many squares would be too coarse in bfloat16, which has 8 significant bits.
   x32_BTD = x_BTD.astype(jnp.float32)
   if cfg.norm == "layernorm":
     x32_BTD = x32_BTD - x32_BTD.mean(axis=-1, keepdims=True)
@@ -42,20 +44,21 @@ def norm(x_BTD, weights: dict, cfg: NetworkConfig):
 
 
 def rotary_angles(position_BT, cfg: NetworkConfig):
-  """Cosine and sine of the rotary angles, float32 [B, T, K / 2], or None for learned positions."""
+  """Cosine and sine of the rotary angles, float32 [B, T, K / 2]; None for learned positions."""
   if cfg.position != "rope":
     return None
+  # In float32: bfloat16 has 8 significant bits, so it could not even tell positions 256 and 257 apart.
   frequency_K = rotary_frequencies(cfg)
   angle_BTK = position_BT.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
   return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
 
 
 def rotary_frequencies(cfg: NetworkConfig):
-  """Radians a position by which each pair of dimensions turns, float32 [K / 2], scaling included.
+  """Angle by which each pair of dimensions turns from one position to the next, in radians, float32 [K / 2].
 
-  linear (Chen et al. 2023, arXiv:2306.15595) divides all by `factor`. llama3 (Llama 3.1, arXiv:
-  2407.21783) keeps what turns more than `high_freq_factor` times within the original length, divides
-  what turns fewer than `low_freq_factor` times, and interpolates linearly in between.
+  Scaling 'linear' (Chen et al. 2023, arXiv:2306.15595) divides every frequency by `factor`. 'llama3' (Llama 3.1,
+  arXiv:2407.21783) looks at the number of turns that a pair makes within the original context. Above `high_freq_factor`
+  turns it keeps the frequency, below `low_freq_factor` it divides it, and in between it interpolates.
   """
   half = cfg.head_dim // 2
   frequency_K = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -71,7 +74,10 @@ def rotary_frequencies(cfg: NetworkConfig):
 
 
 def rotate(x_BTGQK, angles):
-  """Rotary positions, half-split: dimension i turns with dimension i + K / 2 (Llama, GPT-NeoX)."""
+  """Applies rotary positions: dimension i turns together with dimension i + K / 2, as in Llama and GPT-NeoX.
+
+  llama.cpp stores its `llama` weights for the other convention, neighbouring dimensions: gguf_names.py permutes them.
+  """
   cos, sin = (angle[:, :, None, None, :] for angle in angles)
   low, high = jnp.split(x_BTGQK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
@@ -79,11 +85,10 @@ def rotate(x_BTGQK, angles):
 
 
 def product(x_BTD, w):
-  """x times weights of shape [D, ...].
-
-  As one matrix where no mesh splits it: for several dimensions XLA's CPU backend would compute the gradients in another
-  order and copy them, and the weights. Joined, 2F would be gathered on a mesh.
-  """
+  """x_BTD times weights of shape [D, ...]."""
+  # On one device as a product of two matrices: with more dimensions XLA's CPU backend computes the gradients in another
+  # order, and copies them and the weights. On a mesh the dimensions stay apart: a joined one (2F, say) could not stay
+  # split over `tensor`, and would be gathered.
   if constraints.on_one_device():
     y = x_BTD.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
     return y.reshape(*x_BTD.shape[:2], *w.shape[1:])
@@ -91,12 +96,16 @@ def product(x_BTD, w):
 
 
 def project_qkv(x_BTD, weights: dict, angles):
-  """One fused projection to q_BTGRK, k_BTGK, v_BTGK; queries and keys rotated where asked."""
+  """Queries, keys and values by one fused projection: (q_BTGRK, k_BTGK, v_BTGK).
+
+  The projection is fused per key/value head, so splitting G over `tensor` keeps each head's queries, key and value on
+  one device. Queries and keys are rotated unless `angles` is None.
+  """
   y_BTGQK = product(x_BTD, weights["w_qkv_DGQK"])
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
   y_BTGQK = constraints.split_products(y_BTGQK, tensor_dim=2)
-  # Split, not sliced: the gradient of a split is one concatenation instead of padded sums.
+  # Split, not sliced: the gradient of a split is one concatenation, that of three slices a sum of three padded arrays.
   q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, (y_BTGQK.shape[3] - 2, 1, 1), axis=3)
   if angles is not None:
     q_BTGRK, k_BTG1K = rotate(q_BTGRK, angles), rotate(k_BTG1K, angles)
@@ -104,10 +113,14 @@ def project_qkv(x_BTD, weights: dict, angles):
 
 
 def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
-  """(dense_BLL, banded_BLL): may row t look at column s? Same segment, not a pad, not later.
+  """Attention masks of dense and of banded layers: True where column t (first) may attend to column s (second).
 
-  GPT-3 alternates dense and locally banded layers (Brown et al. 2020, sec 2.1); the band is the
-  `attention_window` newest positions, the token's own included. banded is None without a band.
+  A column attends to columns of its own segment that are not pads and not later. GPT-3 alternates dense and locally
+  banded layers (Brown et al. 2020, sec 2.1). In a banded layer a token sees only the `attention_window` newest
+  positions, its own included.
+
+  Returns:
+    (dense_BLL, banded_BLL); banded_BLL is None if the network has no banded layers.
   """
   length = segment_BL.shape[1]
   causal_LL = jnp.tril(jnp.ones((length, length), bool))
@@ -117,7 +130,7 @@ def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
 
 
 def band(mask_BTS, query_position_BT, key_position_BS, cfg: NetworkConfig):
-  """The mask of the banded layers from that of the dense ones; None when no layer is banded."""
+  """The mask of the banded layers, from that of the dense ones; None if the network has no banded layers."""
   if not cfg.attention_window:
     return None
   distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
@@ -125,10 +138,18 @@ def band(mask_BTS, query_position_BT, key_position_BS, cfg: NetworkConfig):
 
 
 def attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS):
-  """Softmax attention, scores and softmax in float32; zero where a row may look at nothing."""
+  """Grouped-query softmax attention, with scores and softmax in float32.
+
+  Args:
+    q_BTGRK: queries, not yet scaled.
+    k_BGSK, v_BGSK: keys and values, of whole sequences or of a cache.
+    mask_BTS: True where a query may attend to a key.
+  Returns:
+    x_BTGRK in the values' dtype; zero for a query whose columns are all masked.
+  """
   B, T, G, R, K = q_BTGRK.shape
-  # All queries of a key/value head as one dimension E, in the order that the scores have: in any other, XLA's CPU
-  # products go through transposed copies, or through a slower kernel where a token at a time is decoded.
+  # All queries of a key/value head become one dimension E, in the order of the scores. In any other order XLA's CPU
+  # products copy transposed arrays, and for one token at a time take a kernel that is half as fast.
   q_BGEK = q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(B, G, R * T, K)
   x_BGEK = _weighted_values(q_BGEK, k_BGSK, v_BGSK, mask_BTS)
   return x_BGEK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4)
@@ -136,22 +157,31 @@ def attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS):
 
 @jax.custom_vjp
 def _weighted_values(q_BGEK, k_BGSK, v_BGSK, mask_BTS):
-  """`attend` with the queries as E, R * T. Its own gradient: one pass over the scores where XLA's takes four."""
+  """`attend` with the queries joined to one dimension E = R * T.
+
+  The gradient is written by hand because it takes one pass over the scores, where the one by autodiff takes four.
+  """
   return _weighted_values_forward(q_BGEK, k_BGSK, v_BGSK, mask_BTS)[0]
 
 
 def _weighted_values_forward(q_BGEK, k_BGSK, v_BGSK, mask_BTS):
-  """(x_BGEK, what the gradient needs): values are summed by weights that are divided by their own sum afterwards."""
+  """Returns (x_BGEK, residuals).
+
+  The softmax is not normalised before the product with the values. Dividing the result by the sum of the weights gives
+  the same, on an array of [E, K] in place of [E, S].
+  """
   B, G, E, K = q_BGEK.shape
   _, T, S = mask_BTS.shape
   score_BGES = jnp.einsum("BGEK,BGSK->BGES", q_BGEK, k_BGSK, preferred_element_type=jnp.float32)
   score_BGRTS = score_BGES.reshape(B, G, E // T, T, S) * K**-0.5
   score_BGRTS = jnp.where(mask_BTS[:, None, None], score_BGRTS, MASKED_SCORE)
-  # Under the greatest, but above what is masked: where all is, every weight is 0 and so is their sum.
+  # The maximum is subtracted so that exp cannot overflow. It is held above MASKED_SCORE: if every column is masked, the
+  # weights are exp(-5e29) = 0 and so is their sum. Subtracting the true maximum would make them exp(0) = 1.
   top_BGRT1 = jnp.maximum(jnp.max(score_BGRTS, axis=-1, keepdims=True), MASKED_SCORE / 2)
   weight_BGES = jnp.exp(score_BGRTS - top_BGRT1).reshape(B, G, E, S)
   sum_BGE1 = jnp.sum(weight_BGES, axis=-1, keepdims=True)
   scale_BGE1 = 1 / jnp.where(sum_BGE1 > 0, sum_BGE1, 1.0)
+  # Summed in float32 above, and only then rounded for the product.
   weight_BGES = weight_BGES.astype(v_BGSK.dtype)
   x_BGEK = jnp.einsum("BGES,BGSK->BGEK", weight_BGES, v_BGSK, preferred_element_type=jnp.float32)
   x_BGEK = checkpoint_name((x_BGEK * scale_BGE1).astype(v_BGSK.dtype), SAVED)
@@ -159,8 +189,10 @@ def _weighted_values_forward(q_BGEK, k_BGSK, v_BGSK, mask_BTS):
 
 
 def _weighted_values_gradient(kept, dx_BGEK):
-  """With p the probabilities: dv = p' dx and ds = p (dx v' - rowsum(dx x)), Dao et al. 2022 (arXiv:2205.14135), B.2."""
+  """With probabilities p: dv = p' dx, ds = p (dx v' - rowsum(dx x)); Dao et al. 2022, arXiv:2205.14135, B.2."""
   q_BGEK, k_BGSK, v_BGSK, weight_BGES, scale_BGE1, x_BGEK = kept
+  # p is weight * scale. Scaling dx once puts the factor into every term below, and p itself is never formed. The mask
+  # is not needed again: a masked weight is 0, and so is its ds.
   dx_BGEK = dx_BGEK * scale_BGE1
   mean_BGE1 = jnp.sum(dx_BGEK * x_BGEK, axis=-1, keepdims=True)
   dx_BGEK = dx_BGEK.astype(v_BGSK.dtype)
@@ -177,17 +209,20 @@ _weighted_values.defvjp(_weighted_values_forward, _weighted_values_gradient)
 
 
 def project_out(x_BTGRK, weights: dict):
-  """Heads back to the residual width."""
+  """The output projection: from the heads back to the residual width."""
   w_GRKD = weights["w_out_GRKD"]
-  # As one dimension: XLA would contract three of them in another order and, a token at a time on CPU,
-  # copy all weights into it at each step, which doubles the time of a decode step.
+  # G, R and K become one dimension. XLA would contract the three in another order. On a CPU that copies all weights
+  # into this order at each decode step, which doubles its time.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
   y_BTD = product(x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
   return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_out_D"))
 
 
 def _add_bias(y_BTD, bias_D):
-  """Also where there is none; its gradient sums the columns that a device has, not those it gathers."""
+  """Adds the bias, if there is one, to columns that are split over `tensor`.
+
+  The constraint makes the bias's gradient a sum over a device's own columns, instead of one over gathered columns.
+  """
   return y_BTD if bias_D is None else constraints.split_columns(y_BTD + bias_D[None, None])
 
 
@@ -202,12 +237,13 @@ def _gated(x_BT2F):
 
 
 def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
-  """tanh-GELU (GPT-2) or SwiGLU with gate and up fused (Llama)."""
+  """The feed-forward part: tanh-GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama)."""
   if cfg.mlp == "gelu":
     y_BTF = product(x_BTD, weights["w_up_DF"])
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
     y_BTF = constraints.split_products(y_BTF, tensor_dim=2)
+    # The name is on the product, before the activation: remat='products' keeps products, and recomputes what is cheap.
     y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
   else:
     y_BT2F = product(x_BTD, weights["w_gate_up_D2F"])
@@ -220,13 +256,18 @@ def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
 
 
 def dropout(x_BTD, key, rate: float):
-  """Inverted dropout; `key` None switches it off.
+  """Inverted dropout: sets elements to 0 with probability `rate`, and scales the others to keep the expectation.
 
-  Each element has 16 random bits of its own, two elements share a word: the rate is rounded to a multiple of 2 ** -16,
-  what is kept is scaled by the rounded one, and the expectation is exact.
+  The rate is rounded to a multiple of 2 ** -16. The scale uses the rounded rate, so the expectation is exact.
+
+  Args:
+    x_BTD: any float dtype.
+    key: typed key; None switches dropout off.
+    rate: static, in [0, 1).
   """
   if key is None:
     return x_BTD
+  # 16 random bits decide on an element, so one 32-bit word serves two: half of the random bits to generate.
   kept = round((1.0 - rate) * 2**16)
   shape = (*x_BTD.shape[:2], (x_BTD.shape[2] + 1) // 2)
   word_BTE = jax.random.bits(key, shape)
@@ -236,10 +277,14 @@ def dropout(x_BTD, key, rate: float):
 
 
 def cast(weights: dict, dtype) -> dict:
-  """A layer's weights in the compute dtype, but for those named in FLOAT32. Casting twice is free.
+  """A layer's weights in the compute dtype, except those named in FLOAT32. Casting twice changes nothing.
 
-  Cast before a mesh gathers them, which halves what is sent; so a gradient is summed over devices in that dtype too,
-  each device's part having been summed in float32 over its tokens. Masters and optimiser are float32.
+  The cast comes before a mesh gathers the weights, which in bfloat16 halves what is sent. A consequence: gradients are
+  summed over devices in that dtype too, after each device has summed over its own tokens in float32. The master weights
+  and the optimiser are float32.
+
+  Raises:
+    ValueError: a weight's name says neither w_ nor b_, and is not in FLOAT32.
   """
 
   def one(path, weight):
@@ -261,22 +306,26 @@ def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: f
   Args:
     h_BTD: residual stream, in the compute dtype.
     weights: this layer's weights, float32 or already cast.
-    cfg: the network's switches.
+    cfg: the network.
     angles: from `rotary_angles`.
-    mix: (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept): attention over whatever keys and values the
-      caller has; `kept` is handed back (the cache, or nothing).
-    dropout_rate: of both residual branches.
-    key: typed key of this layer's dropout, or None for none.
+    mix: attention, (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept). It belongs to the caller, which may have keys and
+      values in a cache. `kept` (the cache, or None) is passed through.
+    dropout_rate: for both residual branches.
+    key: typed key of this layer's dropout; None for no dropout.
   Returns:
     (h_BTD, kept)
+  Raises:
+    ValueError: see `cast`.
   """
   weights = cast(weights, h_BTD.dtype)
   keys = (None, None) if key is None else jax.random.split(key)
+  # On a mesh, columns are split over `tensor` between products, and gathered for a product (see constraints.py).
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
   q_BTGRK, k_BTGK, v_BTGK = checkpoint_name(project_qkv(x_BTD, weights["attention"], angles), SAVED)
   mixed_BTGRK, kept = mix(q_BTGRK, k_BTGK, v_BTGK)
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
   h_BTD = h_BTD + dropout(y_BTD, keys[0], dropout_rate)
+  # Kept in place of the product y_BTD: the backward pass of the mlp starts from this sum.
   h_BTD = checkpoint_name(h_BTD, SAVED)
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
   y_BTD = mlp(x_BTD, weights["mlp"], cfg)

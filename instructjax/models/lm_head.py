@@ -1,7 +1,7 @@
-"""What a language model's head says of given tokens, from what `transformer.hidden` returned.
+"""Log-probabilities and losses of given tokens, from the hidden states that `transformer.hidden` returns.
 
-Called by supervised.py and scoring.py. On one device a batch's logits never stand whole where they would be large: they
-are taken in blocks of tokens.
+Called by train/supervised.py and rl/scoring.py. On one device a large batch is taken in blocks of tokens, so that the
+logits of the whole batch never exist.
 """
 
 import jax.numpy as jnp
@@ -13,11 +13,9 @@ from instructjax.parallel import constraints
 
 
 def _num_blocks(model: transformer.Model, token_BT: Array) -> int:
-  """In how many blocks the head's product is taken.
-
-  One on a mesh of several devices: they hold a part of the logits each, split by rows and vocabulary, and would sum the
-  table's gradient over the rows once a block instead of once.
-  """
+  """Number of blocks of tokens in which the head's product is computed."""
+  # On several devices each holds only a part of the logits, split by rows and vocabulary. More than one block would sum
+  # the table's gradient over the devices once for every block.
   if not constraints.on_one_device():
     return 1
   return lm.num_blocks(token_BT.size, model.vocab_size, model.network.d_model)
@@ -31,7 +29,17 @@ def token_logprob(
   is_token_BT: Array,
   temperature: float = 1.0,
 ) -> Array:
-  """log softmax(logits / temperature)[token], float32 [B, T], in nats; 0 where `is_token_BT` is False."""
+  """Log-probability of each token: log softmax(logits / temperature)[token].
+
+  Args:
+    model: with an 'lm' head.
+    params, h_BTD: as `transformer.hidden` returns them.
+    token_BT: int32 ids, each at the column that predicts it.
+    is_token_BT: False at pads; there h and token may hold anything.
+    temperature: static; the one that the tokens were sampled at.
+  Returns:
+    float32 [B, T], in nats; 0 where `is_token_BT` is False.
+  """
   blocks = _num_blocks(model, token_BT)
   if blocks > 1:
     table_VD = transformer.lm_table(model, params)
@@ -43,7 +51,14 @@ def token_logprob(
 def loss_sums(
   model: transformer.Model, params: Params, h_BTD: Array, token_BT: Array, weight_BT: Array
 ) -> tuple[Array, Array]:
-  """(sum of the tokens' negative log-likelihoods by weight, sum of weights), in nats."""
+  """Language-model loss of given tokens: the weighted sum of their negative log-likelihoods, in nats.
+
+  Args:
+    model, params, h_BTD, token_BT: as for `token_logprob`.
+    weight_BT: weight of each token; 0 at prompts and pads.
+  Returns:
+    (sum_nll, sum_weight), float32 scalars. Their quotient is the mean.
+  """
   blocks = _num_blocks(model, token_BT)
   if blocks == 1:
     return lm.lm_loss(transformer.apply_head(model, params, h_BTD), token_BT, weight_BT)

@@ -1,10 +1,10 @@
-"""Attention by JAX's splash kernel, which keeps no scores in memory. Called by transformer.py only.
+"""Attention for TPUs by JAX's splash kernel, which keeps no scores in memory. Called by transformer.py only.
 
-What `layers.attend` computes under `layers.attention_masks`, for a TPU: the chip reads queries, keys
-and values a block at a time, and does not run blocks that the mask leaves nothing of. On any other
-device the kernel is interpreted, many times slower than plain attention: that is for tests.
+It computes what `layers.attend` computes under `layers.attention_masks`. The kernel reads queries, keys and values a
+block at a time and skips the blocks that are masked entirely. On any other device it is interpreted, many times slower
+than plain attention, which is of use to tests only.
 
-Letters as in layers.py; H is the query heads of one device, key/value head by key/value head.
+The dimension letters are those of layers.py. H counts the query heads of one device, ordered by key/value head.
 """
 
 import functools
@@ -17,20 +17,21 @@ from jax.sharding import PartitionSpec as PS
 from instructjax.models.layers import SAVED
 from instructjax.parallel.sharding import ROWS
 
-LANES = 128  # what a block's length is a multiple of
-MAX_BLOCK = 512  # scores of a block are 1 MiB of float32, of which a kernel holds a few at a time
+LANES = 128  # a block's length must be a multiple of the TPU's 128 lanes
+# The scores of a block of this length are 1 MiB of float32, and a kernel holds a few such arrays at a time.
+MAX_BLOCK = 512
 
 
 def attend(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int):
   """Softmax attention, causal by column and inside one segment; zero at pads (segment 0).
 
-  The band is one of columns. It is the band of positions wherever positions count a segment's columns
-  one by one, as packed rows and rows padded on either side do: no pads between tokens of a segment.
+  `window` counts columns, while `layers.band` counts positions. The two agree if no pads lie between the tokens of a
+  segment, which holds for packed rows and for rows padded on either side.
 
   Args:
-    segment_BT: int32 ids of the columns, which ask and are attended to.
-    q_BTGRK, k_BGTK, v_BGTK: as `layers.attend` takes them.
-    window: the newest columns that a column looks at, its own included; 0 is all of them.
+    segment_BT: int32 segment of each column, for queries and keys alike.
+    q_BTGRK, k_BGTK, v_BGTK: as for `layers.attend`.
+    window: number of newest columns that a column attends to, its own included; 0 for all.
   Returns:
     x_BTGRK
   """
@@ -38,7 +39,8 @@ def attend(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int):
   platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
   run = functools.partial(_attend_rows, window=window, interpret=platform != "tpu")
   if not mesh.empty and mesh.size > 1:
-    # The compiler cannot split a kernel by itself. Rows that do not divide are on every device.
+    # The compiler cannot split a Pallas kernel, so shard_map does: attention of a row and a head needs no other row or
+    # head. Rows that do not divide over the mesh are computed by every device.
     divides = q_BTGRK.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) == 0
     rows = ROWS if divides else None
     queries, keys = PS(rows, None, "tensor"), PS(rows, "tensor")
@@ -48,15 +50,17 @@ def attend(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int):
 
 
 def _attend_rows(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int, interpret: bool):
-  """Of one device's rows and heads; `window` 0 is no band."""
+  """`attend` for the rows and heads of one device."""
   batch, length, groups, queries, head_dim = q_BTGRK.shape
+  # The kernel does not scale scores by 1 / sqrt(K), so the queries are scaled, in float32.
   scaled_BTGRK = q_BTGRK.astype(jnp.float32) * head_dim**-0.5
   q_BHTK = scaled_BTGRK.astype(q_BTGRK.dtype).transpose(0, 2, 3, 1, 4)
   q_BHTK = q_BHTK.reshape(batch, groups * queries, length, head_dim)
   short = -length % LANES
   lengthen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0)))
   operands = map(lengthen, (q_BHTK, k_BGTK, v_BGTK))
-  # Pads look at pads, so that no row looks at nothing, and what they see is dropped.
+  # Added columns get segment 0, as pads have. Pads attend to pads, so that no softmax is over an empty set, and their
+  # outputs are dropped below.
   segment_BS = jnp.pad(segment_BT, ((0, 0), (0, short)))
   kernel = _make_kernel(groups * queries, length + short, window, interpret)
   with jax.named_scope(f"attention_band_{window}" if window else "attention_causal"):
@@ -66,8 +70,8 @@ def _attend_rows(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int, interpret:
 
 
 def _make_kernel(num_heads: int, length: int, window: int, interpret: bool):
-  """(q_HTK, k_GTK, v_GTK, segment_T) -> x_HTK of one row."""
-  # Here, not above: Pallas takes most of a second to import, which only this needs.
+  """Makes the kernel for one row: (q_HTK, k_GTK, v_GTK, segment_T) -> x_HTK."""
+  # Imported here because Pallas takes most of a second to import, and only TPUs need it.
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -84,7 +88,7 @@ def _make_kernel(num_heads: int, length: int, window: int, interpret: bool):
       block_q_dq=size,
       block_kv_dq=size,
     ),
-    residual_checkpoint_name=SAVED,  # else remat='products' would run the kernel once more
+    residual_checkpoint_name=SAVED,  # else remat='products' would run the kernel again in the backward pass
     interpret=interpret,
   )
   return lambda q_HTK, k_GTK, v_GTK, segment_T: run(
@@ -93,9 +97,14 @@ def _make_kernel(num_heads: int, length: int, window: int, interpret: bool):
 
 
 def block_length(length: int, window: int) -> int:
-  """Columns of a block: as many as fit and divide the length, but no more than a band is wide.
+  """Columns of a block: the largest multiple of LANES that divides the length, at most MAX_BLOCK.
 
-  A block with anything in it is computed whole: beside a narrow band that is mostly for nothing.
+  With a band, a block is no wider than the band (rounded up to LANES). The kernel computes a block whole if any of it
+  is unmasked, so wide blocks along a narrow band would be mostly wasted.
+
+  Args:
+    length: columns of a row, a multiple of LANES.
+    window: as for `attend`.
   """
   most = min(MAX_BLOCK, window + -window % LANES) if window else MAX_BLOCK
   return next(size for size in range(most, 0, -LANES) if length % size == 0)

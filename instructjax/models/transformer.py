@@ -1,12 +1,12 @@
-"""The decoder every stage uses: GPT-2, GPT-3 and Llama by switches of NetworkConfig.
+"""The decoder that every stage uses: GPT-2, GPT-3 or Llama, by the switches of NetworkConfig.
 
-Stages, sampling and scoring call the functions here with plain nested dicts of float32 arrays; the
-flax module only declares parameters. Layers that are scanned have their weights stacked on a leading
-axis N, unrolled ones lie in a list (stacking.py); every function takes either. Keys such as
-`w_qkv_DGQK` spell the dimensions that one layer sees. Imports nothing of data, ops or stages.
+Stages, sampling and scoring call the functions here with plain nested dicts of arrays; the flax module only declares
+the parameters. If the layers are scanned, their weights are stacked on a leading axis N; if they are unrolled, the
+weights are a list with one dict a layer (see parallel/stacking.py). Every function takes either form. A parameter's key
+spells the dimensions that one layer sees: `w_qkv_DGQK`. Imports nothing of data or stages.
 
-Columns: attention is causal by column, inside one segment; segment 0 and ids outside the vocabulary
-are pads, whose content changes nothing. Positions are the caller's.
+A row may hold several segments. Attention is causal by column and stays inside a segment. Columns of segment 0, and ids
+outside the vocabulary, are pads, whose content changes nothing. The caller gives the positions.
 """
 
 import dataclasses
@@ -24,17 +24,19 @@ from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
 from instructjax.parallel import constraints, sharding, stacking
 
-POSITION_STD = 0.01  # GPT-2's wpe
+POSITION_STD = 0.01  # of GPT-2's position table (wpe); its other weights have 0.02
 
 
 class Transformer(nn.Module):
-  """Declares the parameters, each with its initialiser and logical axes. Hashable: static in jit.
+  """A network and how it is run. As a flax module it declares the parameters, with initialisers and logical axes.
+
+  Hashable, so that it can be a static argument of jit.
 
   Attributes:
-    network: switches and sizes; only these decide what the parameters are.
-    execution: how it is run, without `auto` (see execution.py).
-    vocab_size: token ids are 0 .. vocab_size - 1; anything else is a pad.
-    head: 'lm' gives next-token logits, 'scalar' one score a column (reward and value models).
+    network: switches and sizes; they alone decide what the layers' parameters are.
+    execution: how the network is run, with no `auto` left (see execution.py).
+    vocab_size: token ids are 0 .. vocab_size - 1; any other id is a pad.
+    head: 'lm' for next-token logits, 'scalar' for one score a column (reward model and value network).
   """
 
   network: NetworkConfig
@@ -51,7 +53,7 @@ class Transformer(nn.Module):
     queries = ("queries_per_kv", cfg.num_heads // cfg.num_kv_heads)
     fused, hidden = ("queries_key_value", queries[1] + 2), ("mlp", cfg.d_mlp)
     normal = nn.initializers.normal(cfg.init_std)
-    # GPT-2's modified init: 2N residual branches add up to the variance of one.
+    # GPT-2's modified init: a residual stream is a sum of 2N branches, so each gets 1 / 2N of the variance.
     residual = nn.initializers.normal(cfg.init_std / (2 * cfg.num_layers) ** 0.5)
     zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
@@ -84,7 +86,8 @@ class Transformer(nn.Module):
       param("layers/mlp/b_down_D", zeros, layer, vector)
     norm("final_norm")
     if self.head == "scalar":
-      # OpenAI's reward head: variance 1 / (d + 1). Stiennon et al.'s text drops the square root.
+      # The reward head of OpenAI's code: variance 1 / (d + 1) (details item 14). The text of Stiennon et al. drops the
+      # square root of the standard deviation.
       param("head/w_D", nn.initializers.normal((cfg.d_model + 1) ** -0.5), vector)
       param("head/bias", zeros)
     elif not cfg.tie_embeddings:
@@ -100,13 +103,17 @@ def make_model(
   vocab_size: int,
   head: Literal["lm", "scalar"],
 ) -> Model:
-  """The model's description; it holds no arrays.
+  """Describes a model; the result holds no arrays.
 
-  `execution.model_on` makes one for the devices of a mesh, and chooses what is left to `auto`.
+  `execution.model_on` does the same for the devices of a mesh, and resolves `auto` before.
+
+  Raises:
+    ValueError: an unknown head, an `auto` that is left, or a subclass of NetworkConfig.
   """
   if head not in ("lm", "scalar"):
     raise ValueError(f"make_model: head={head!r} must be 'lm' or 'scalar'")
-  if type(network) is not NetworkConfig:  # two descriptions of one network must be equal
+  # Models are compared and hashed as static arguments: a subclass's instance would never equal its parent's.
+  if type(network) is not NetworkConfig:
     raise ValueError(f"make_model: network must be a NetworkConfig, got {type(network).__name__}")
   if "auto" in dataclasses.astuple(execution):
     raise ValueError(f"make_model: nothing may be left to 'auto', got {execution}")
@@ -114,21 +121,25 @@ def make_model(
 
 
 def init_params(model: Model, key: Array) -> Params:
-  """Fresh float32 parameters: GPT-2's initialisation, whatever the switches."""
+  """Fresh float32 parameters, with GPT-2's initialisation for every architecture."""
   return arrange(model, _nest(nn.unbox(model.init(key)["params"])))
 
 
 def arrange(model: Model, params: Params) -> Params:
-  """Parameters with their layers as this model runs them: stacked for a scan, else a list."""
+  """Brings the layers' weights into the form in which this model runs them: stacked for a scan, else a list."""
   change = stacking.stacked if model.execution.layers == "scan" else stacking.unstacked
   return params | {"layers": change(params["layers"])}
 
 
 def frozen_weights(model: Model, params: Params) -> Params:
-  """Weights that are read and never changed: of the compute dtype wherever every use would cast them to it first.
+  """Weights that are only read, such as PPO's reference and reward model: in bfloat16 they take half of the memory.
 
-  The same forward pass, bit for bit. Norms and a scalar head stay float32, and so does the embedding: positions are
-  added to it before the sum is rounded.
+  A weight is cast to the compute dtype if every use of it would cast it anyway, so the forward pass is the same bit for
+  bit. Norms and a scalar head stay float32. So does the embedding, because positions are added before the sum is
+  rounded.
+
+  Raises:
+    ValueError: a layer's weight has a name that `layers.cast` does not know.
   """
   dtype = jnp.dtype(model.execution.dtype)
   cast = lambda layer: layers.cast(layer, dtype)
@@ -144,12 +155,12 @@ def frozen_weights(model: Model, params: Params) -> Params:
 
 
 def param_shapes(model: Model) -> Params:
-  """`init_params`, as ShapeDtypeStructs."""
+  """Shapes and dtypes of `init_params`, as ShapeDtypeStructs; nothing is computed."""
   return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
 
 def param_axes(model: Model) -> Params:
-  """Logical axis names of every parameter: tuples, in a tree like the parameters."""
+  """Logical axis names of every parameter's dimensions: a tuple for each, in a tree like the parameters."""
   boxed = jax.eval_shape(model.init, jax.random.key(0))["params"]
   axes = _nest({name: box.names for name, box in boxed.items()})
   if model.execution.layers != "scan":
@@ -163,7 +174,11 @@ def _is_names(node) -> bool:
 
 
 def param_shardings(mesh: Mesh, model: Model) -> tuple[Params, Params]:
-  """(NamedSharding of every parameter, `param_shapes`): where the weights lie on a mesh."""
+  """Where the weights lie on a mesh: (NamedSharding of every parameter, `param_shapes`).
+
+  Raises:
+    UserError: the mesh does not divide a parameter.
+  """
   shapes = param_shapes(model)
   return sharding.param_shardings(mesh, param_axes(model), shapes), shapes
 
@@ -176,9 +191,11 @@ def apply(model: Model, params: Params, token_BL: Array, **inputs) -> Array:
   """The whole forward pass.
 
   Args:
-    model, params, token_BL, inputs: as `hidden` has them.
+    model, params, token_BL, inputs: as for `hidden`.
   Returns:
-    float32 logits_BTV, or score_BT for a scalar head; T is the window, or all of L.
+    float32 logits_BTV, or score_BT for a scalar head; T counts the columns of the window, or all of L.
+  Raises:
+    ValueError: see `hidden`.
   """
   h_BTD, params = hidden(model, params, token_BL, **inputs)
   return apply_head(model, params, h_BTD)
@@ -195,20 +212,23 @@ def hidden(
   dropout_key: Array | None = None,
   window: tuple[int, int] | None = None,
 ) -> tuple[Array, Params]:
-  """The forward pass up to what the head reads.
+  """The forward pass up to the head's input.
 
   Args:
     model: from `make_model`.
-    params: from `init_params`.
+    params: from `init_params`, `frozen_weights` or `decode_weights`.
     token_BL: int32 ids.
-    segment_BL: int32, 0 is padding; attention stays inside a segment.
+    segment_BL: int32 segment of each column; 0 is padding.
     position_BL: int32 position inside the segment. A learned position past max_length gives NaN.
-    dropout_rate: residual dropout (each branch's output and the embedding sum).
-    dropout_key: typed key; needed when dropout_rate > 0.
-    window: (start, stop) columns whose outputs are wanted; the head costs nothing elsewhere.
+    dropout_rate: residual dropout, on the output of each branch and on the sum of the embeddings.
+    dropout_key: typed key; needed if dropout_rate > 0.
+    window: (start, stop) of the columns whose outputs are wanted; the head is not computed for others.
   Returns:
-    (h_BTD after the final norm, in the compute dtype; T is the window, or all of L, and the parameters for the head:
-    the same, with a table of tokens that on one device collects its gradient in one array, the head's part first)
+    (h_BTD, params). h_BTD is the output of the final norm, in the compute dtype; T counts the columns of the window, or
+    all of L. Give these params to the head (`apply_head`, lm_head.py) instead of the ones passed in. The values are the
+    same, but a tied embedding table then collects its gradient in one array: see `_look_up_and_pass`.
+  Raises:
+    ValueError: dropout_rate > 0 without a key.
   """
   if dropout_rate and dropout_key is None:
     raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
@@ -219,18 +239,20 @@ def hidden(
 
 
 def lm_table(model: Model, params: Params) -> Array:
-  """The rows that an 'lm' head multiplies with, [V, D], in the dtype of the parameters."""
+  """The 'lm' head's weights, [V, D], in the dtype of the parameters: the embedding table if the two are tied."""
   return params["embedding"]["token_VD"] if model.network.tie_embeddings else params["head"]["w_VD"]
 
 
 def positions_from_mask(is_token_BL: Array) -> Array:
-  """int32 number of real tokens before each column: positions that padding does not move."""
+  """Positions that count real tokens only, so that padding moves none (details item 3). int32."""
   is_token_BL = is_token_BL.astype(jnp.int32)
   return jnp.cumsum(is_token_BL, axis=1) - is_token_BL
 
 
 def positions_from_segments(segment_BL: Array) -> Array:
-  """int32 number of real tokens before each column in its own segment; segment 0 is padding."""
+  """Positions inside each segment, counting real tokens only; segment 0 is padding. int32."""
+  # The count at a column, less the count at its segment's first column. Counts never fall, so the running maximum over
+  # first columns is that of the newest segment.
   before_BL = positions_from_mask(segment_BL > 0)
   is_first_BL = jnp.diff(segment_BL, axis=1, prepend=0) != 0
   return before_BL - jax.lax.cummax(jnp.where(is_first_BL, before_BL, 0), axis=1)
@@ -239,9 +261,19 @@ def positions_from_segments(segment_BL: Array) -> Array:
 def run_layers(
   model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
 ):
-  """(what the layers yield, keys and values of every layer where `keep`, parameters as `hidden` returns them)."""
+  """Embedding and all layers, before the final norm.
+
+  Args:
+    model, params, token_BL, segment_BL, position_BL, dropout_rate: as for `hidden`.
+    key: typed key for dropout, or None.
+    keep: whether to return keys and values, for a cache.
+  Returns:
+    (h_BLD, kept, params). kept is the (k_BGLK, v_BGLK) of every layer, stacked or as a tuple like the layers, or Nones.
+    params are as `hidden` returns them.
+  """
   cfg = model.network
-  # With whole columns, unlike h: attention's masks are made of them, and are larger.
+  # Unlike h_BLD, these keep whole columns on every device: the attention masks are made from them, and gathering a
+  # mask, which is larger, would cost more.
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
   segment_BL = constraints.shard_rows(segment_BL)
@@ -249,6 +281,7 @@ def run_layers(
   attend = _attention(model, segment_BL, position_BL)
   keys_N = None
   if key is not None:
+    # Keys 0 .. N - 1 are for the layers, N for the embedding: scan and unrolled layers draw the same noise.
     h_BLD = layers.dropout(h_BLD, jax.random.fold_in(key, cfg.num_layers), dropout_rate)
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.num_layers))
 
@@ -260,7 +293,10 @@ def run_layers(
     h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
     return h_BLD, kept
 
+  # A scan compiles one layer for all. Unrolled layers take longer to compile, but read their weights where they lie,
+  # while a scan on a CPU first copies each layer's weights out of the stack (docs/performance.md, "How cost grows").
   if model.execution.layers == "scan":
+    # The loop itself keeps XLA from merging recomputation with the forward pass, so no barrier against CSE is needed.
     run = _checkpoint(run_block, model.execution.remat, static_argnums=2, prevent_cse=False)
     stacked = stacking.stacked(params["layers"]), keys_N
     return *_scan_layers(run, h_BLD, stacked, 2 if cfg.attention_window else 1), params
@@ -273,7 +309,11 @@ def run_layers(
 
 
 def _checkpoint(run_block, remat: str, **kwargs):
-  """What of a layer is kept for its gradient: all, its input, or that and what products with weights yielded."""
+  """Wraps a layer so that the backward pass finds only a part of it stored, and recomputes the rest.
+
+  'none' stores everything. 'full' stores only the layer's input. 'products' also stores what layers.py names SAVED: the
+  results of products with weights and of attention, and the residual stream between the two branches.
+  """
   if remat == "none":
     return run_block
   policies = jax.checkpoint_policies
@@ -282,13 +322,16 @@ def _checkpoint(run_block, remat: str, **kwargs):
 
 
 def _scan_layers(run, h_BLD, stacked, period: int):
-  """A scan of `period` layers a turn, of which each knows its place: no layer chooses a mask as it runs.
+  """Scans over the layers, `period` of them a turn.
+
+  GPT-3 alternates dense and banded layers. With two layers a turn, each has a static index, so its attention mask (or
+  splash kernel) is chosen at compile time. A conditional inside the scan was slower by the compiler's estimate.
 
   Args:
-    run: (h_BLD, layer, index, key) -> (h_BLD, kept), where only index modulo `period` counts.
-    h_BLD: what the first layer gets.
-    stacked: (layers, keys_N).
-    period: after how many layers they repeat; what is left over runs after the scan.
+    run: (h_BLD, layer, index, key) -> (h_BLD, kept). It may use the index modulo `period` only.
+    h_BLD: input of the first layer.
+    stacked: (layers, keys_N), each stacked on a leading axis.
+    period: number of layers after which the pattern repeats. Layers that are left over run after the scan.
   Returns:
     (h_BLD, kept of every layer, stacked)
   """
@@ -313,7 +356,7 @@ def _scan_layers(run, h_BLD, stacked, period: int):
 
 
 def _attention(model, segment_BL, position_BL):
-  """(index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK: how layer `index` attends inside whole sequences."""
+  """Makes the attention of layer `index` over whole sequences: (index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK."""
   cfg = model.network
   if model.execution.attention == "splash":
     windows = 0, cfg.attention_window
@@ -323,7 +366,12 @@ def _attention(model, segment_BL, position_BL):
 
 
 def layer_mask(masks, index):
-  """Every second layer is banded, from the second on; `index` is an int, or traced in a scan."""
+  """Mask of a layer: every second layer is banded, beginning with the second.
+
+  Args:
+    masks: (dense_BTS, banded_BTS or None).
+    index: number of the layer, from 0; an int, or traced in decoding's scan.
+  """
   dense_BTS, banded_BTS = masks
   if banded_BTS is None:
     return dense_BTS
@@ -333,30 +381,43 @@ def layer_mask(masks, index):
 
 
 def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.split_columns):
-  """Embedding sum, zero at pads; segments with every id outside the vocabulary made a pad; `hidden`'s parameters."""
+  """Sums the embeddings of tokens and positions.
+
+  Args:
+    model, params, token_BL, segment_BL, position_BL: as for `hidden`.
+    place: layout of the residual stream on a mesh.
+  Returns:
+    (h_BLD, segment_BL, params). h_BLD is zero at pads, segment_BL is 0 also where an id lies outside the vocabulary,
+    and params are as `hidden` returns them.
+  """
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
+  # Pads look up row 0, which is in bounds; the select below drops what they get.
   row_BL = jnp.where(is_token_BL, token_BL, 0)
   look_up = _look_up_and_pass if constraints.on_one_device() else _look_up
   h_BLD, table_VD = look_up(params["embedding"]["token_VD"], row_BL)
   params = params | {"embedding": params["embedding"] | {"token_VD": table_VD}}
   if model.network.position == "learned":
     row_BL = jnp.where(is_token_BL, position_BL, 0)
+    # 'fill' gives NaN past the table, so that a row that is too long shows.
     h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
-  # A select, not a product: whatever the table holds, NaN included, ends here.
+  # A select, not a product with a mask: NaN * 0 would be NaN.
   h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.execution.dtype)
   return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0), params
 
 
 def _look_up(table_VD, row_BL):
+  """(rows, the table)."""
   return table_VD.at[row_BL].get(mode="promise_in_bounds"), table_VD
 
 
 @jax.custom_vjp
 def _look_up_and_pass(table_VD, row_BL):
-  """(rows, the table for its next use).
+  """Looks up rows and passes the table on: (rows, the table for its next use, the tied head).
 
-  The gradient of the rows is added into that of the next use, in place. By itself JAX would scatter it into an array of
-  zeros and sum the two, which takes three arrays of the table's size. On a mesh the two are split differently.
+  A tied table has two gradients: one from the lookup and one from the head. JAX would scatter the first into zeros and
+  add the second, which takes three arrays of the table's size. Because the head uses the table that this function
+  returns, the head's gradient arrives here first, and the lookup's is added into it in place. This is for one device
+  only: on a mesh the two gradients are split differently.
   """
   return _look_up(table_VD, row_BL)
 
@@ -372,21 +433,26 @@ _look_up_and_pass.defvjp(
 
 
 def final_norm(model: Model, params: Params, h_BTD: Array) -> Array:
-  """The last norm, each column once on a mesh."""
+  """The norm before the head. On a mesh each device normalises its own columns."""
   return layers.norm(constraints.split_columns(h_BTD), params["final_norm"], model.network)
 
 
 def apply_head(model: Model, params: Params, h_BTD: Array, *, decoding: bool = False) -> Array:
-  """What `apply` returns, of what `hidden` does.
+  """The head: float32 logits_BTV, or score_BT for a scalar head.
 
-  `decoding`: params are from `decode_weights`, whose tables are gathered.
+  Args:
+    model: from `make_model`.
+    params, h_BTD: as `hidden` returns them.
+    decoding: whether params are from `decode_weights`, which has placed the tables already.
   """
   if model.head == "scalar":
+    # In float32, as a scalar head's weights are kept (see `frozen_weights`).
     head = params["head"]
     return jnp.einsum("BTD,D->BT", h_BTD.astype(jnp.float32), head["w_D"]) + head["bias"]
   table_VD = lm_table(model, params).astype(h_BTD.dtype)
   if not decoding:
     h_BTD, table_VD = constraints.gather_columns(h_BTD), constraints.split_vocab(table_VD)
-  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
+  # Contracted over the table's last dimension, as it is stored: through a transposed copy this takes 1.7 times as long
+  # on a CPU.
   logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, table_VD, preferred_element_type=jnp.float32)
   return logits_BTV if decoding else constraints.split_logits(logits_BTV)

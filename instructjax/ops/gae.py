@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: how much better each token turned out than the value network expected.
+"""Generalised advantage estimation: how much better each token was than the value network expected.
 
 Called by rl/experience.py. Imports no config and no model.
 """
@@ -20,17 +20,18 @@ def gae(
 
   delta_t = r_t + discount * V_{t+1} - V_t,   A_t = delta_t + discount * lam * A_{t+1}
 
-  The episode ends with its last response token: V and A are 0 after it. Nothing is whitened here.
+  An episode ends with its last response token, so V and A are 0 after it. Nothing is whitened here.
 
   Args:
     reward_BR: reward for emitting token t, from `kl.penalised_reward`.
     value_BR: V before token t is emitted, in units of reward.
     is_response_BR: True on response tokens, which form a prefix of each row.
-    discount: 1 in the paper (C.4). In the literature it is gamma, which here is eq. 2's coefficient.
+    discount: 1 in the paper (C.4). The literature calls it gamma, a name that eq. 2 uses for the pretraining
+      coefficient.
     lam: lambda; .95 in lm-human-preferences (details item 28), not stated in the paper.
   Returns:
-    (advantage_BR, return_BR), float32, in units of reward, zero where is_response_BR is False. The
-    return is advantage plus value; whiten the advantage only afterwards (details item 27).
+    (advantage_BR, return_BR), float32, in units of reward, zero where is_response_BR is False. The return is the
+    advantage plus the value. Whiten the advantage only after this (details item 27).
   """
   chex.assert_rank(reward_BR, 2)
   chex.assert_equal_shape([reward_BR, value_BR, is_response_BR])
@@ -45,7 +46,8 @@ def gae(
     advantage_B = delta_B + discount * lam * next_advantage_B
     return advantage_B, advantage_B
 
-  # Past the response delta is 0, so the advantage is 0 there too, and nothing flows into the last token.
+  # From the last column to the first. Rewards and values are 0 past the response, so delta and the advantage are too,
+  # and nothing from there reaches the last token.
   _, advantage_RB = jax.lax.scan(step, jnp.zeros_like(delta_BR[:, 0]), delta_BR.T, reverse=True)
   advantage_BR = advantage_RB.T
   return advantage_BR, advantage_BR + value_BR

@@ -1,26 +1,26 @@
 """The KL to the frozen reference: its estimate per token, the reward that it lowers, and the adaptive coefficient.
 
-`k1` is the KL of everything here: the reward and the metric of a PPO iteration (and so `ppo.max_kl`, which limits the
-metric), and the report's KL. `k3` is logged beside it. Called by rl/experience.py, rl/step.py and stages/evaluate.py.
-Imports no config and no model.
+`k1` is the one estimate that everything uses: PPO's reward, its metric (which `ppo.max_kl` limits), and the report.
+`k3` is only logged beside it. Called by rl/experience.py, rl/step.py and stages/evaluate.py. Imports no config and no
+model.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 
-# lm-human-preferences bounds the relative error that one update may act on.
+# lm-human-preferences limits the relative error that one update of the coefficient acts on (details item 30).
 _MAX_RELATIVE_ERROR = 0.2
 
 
 def k1(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
   """log(pi / pi_ref), in nats: the KL that eq. 2 penalises, estimated from samples of pi.
 
-  Unbiased, and of either sign. It adds up: given the log-probabilities of whole responses it is the sum over their
-  tokens.
+  The estimate is unbiased, but a single one may be negative. It is additive: for the log-probabilities of whole
+  responses it is the sum of its values for the tokens.
 
   Args:
-    logprob: log-probability of what was sampled under the policy, in nats; of tokens or of whole responses.
+    logprob: log-probability, under the policy, of what the policy sampled; of tokens or of whole responses, in nats.
     ref_logprob: the same under the frozen reference.
   """
   _check(logprob, ref_logprob)
@@ -28,13 +28,18 @@ def k1(logprob: jax.Array, ref_logprob: jax.Array) -> jax.Array:
 
 
 def k3(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> jax.Array:
-  """pi_ref / pi - 1 + log(pi / pi_ref), in nats: unbiased as `k1` is, but never negative.
+  """pi_ref / pi - 1 + log(pi / pi_ref), in nats: an estimate of the KL that is unbiased like `k1`, but never negative.
 
-  See Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). It is for single tokens: of a whole
-  response's log-probability it is another, far noisier number than the sum over its tokens.
+  See Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html). It is for single tokens. It is not
+  additive: computed from the log-probability of a whole response it is much noisier than the sum over the tokens.
+
+  Args:
+    logprob_BR: log-probability of each token under the policy that sampled it, in nats.
+    ref_logprob_BR: the same under the frozen reference.
   """
   _check(logprob_BR, ref_logprob_BR)
   log_ratio_BR = logprob_BR - ref_logprob_BR
+  # expm1, since both terms nearly cancel where the ratio is close to 1.
   return jnp.expm1(-log_ratio_BR) + log_ratio_BR
 
 
@@ -48,7 +53,7 @@ def penalised_reward(
   Args:
     score_B: reward model's score of the whole response.
     kl_BR: KL of each token, in nats.
-    is_response_BR: True on response tokens, which form a prefix of each row. A row without any gets no reward.
+    is_response_BR: True on response tokens, which form a prefix of each row. A row without one gets no reward.
     kl_coef: beta, reward per nat; 0.02 in the paper.
   Returns:
     reward_BR, float32, zero where is_response_BR is False.
@@ -58,6 +63,7 @@ def penalised_reward(
   chex.assert_equal_shape_prefix([score_B, kl_BR], 1)
   chex.assert_type([score_B, kl_BR, is_response_BR], [float, float, bool])
 
+  # What stands at pads, NaN included, must not reach the reward (details item 24).
   kl_BR = jnp.where(is_response_BR, kl_BR, 0)
   is_next_response_BR = jnp.pad(is_response_BR[:, 1:], ((0, 0), (0, 1)))
   is_last_BR = is_response_BR & ~is_next_response_BR
@@ -73,16 +79,18 @@ def adaptive_coef(
   horizon: float,
   num_episodes: int,
 ) -> jax.Array:
-  """beta * (1 + clip(kl / target - 1, -.2, .2) * num_episodes / horizon) (details item 30).
+  """The KL coefficient after an update by the adaptive controller (details item 30).
 
-  Proportional controller in log space (Ziegler et al. 2019, arXiv:1909.08593, sec 2.2). The paper's beta is fixed.
+  beta * (1 + clip(kl / target - 1, -.2, .2) * num_episodes / horizon)
+
+  A proportional controller in log space (Ziegler et al. 2019, arXiv:1909.08593, sec 2.2). In the paper beta is fixed.
 
   Args:
-    kl_coef: beta in use, reward per nat.
-    kl: KL of a whole response, in nats: mean over samples of the **sum** over tokens.
-    target: the KL aimed at, in nats; 6 in lm-human-preferences.
-    horizon: episodes over which an error of 1 would change beta by a factor of e; 10000 there.
-    num_episodes: episodes since the last update: the batch size.
+    kl_coef: the current beta, reward per nat.
+    kl: KL of a whole response, in nats: the mean over samples of the **sum** over tokens.
+    target: the KL to reach, in nats; 6 in lm-human-preferences.
+    horizon: number of episodes over which a relative error of 1 would change beta by a factor of e; 10000 there.
+    num_episodes: episodes since the last update, which is the batch size.
   Returns:
     The new beta, float32.
   Raises:

@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens and the language-model loss.
+"""Log-probabilities of given tokens, and the language-model loss.
 
-Called wherever logits are turned into numbers. Imports no config and no model.
+Called by models/lm_head.py. Imports no config and no model.
 """
 
 import functools
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 def token_logprob(logits_BTV: jax.Array, token_BT: jax.Array) -> jax.Array:
   """log softmax(logits)[token] at every position, in nats.
 
-  Computed in float32 whatever the type of the logits. A position whose result is not used (its
-  cotangent is 0) passes no gradient back even if its logits are NaN or inf, so padding may hold
-  anything. Divide the logits by the sampling temperature before, where there is one.
+  It is computed in float32 whatever the dtype of the logits. A position whose result is not used (its cotangent is 0)
+  passes no gradient back, even if its logits are NaN or inf, so padding may hold anything. If tokens were sampled at a
+  temperature, divide the logits by it first.
 
   Args:
     logits_BTV: unnormalised, float32 or bfloat16.
@@ -29,9 +29,8 @@ def token_logprob(logits_BTV: jax.Array, token_BT: jax.Array) -> jax.Array:
   return _token_logprob(logits_BTV, token_BT)
 
 
-# The gradient is by hand for two reasons. Autodiff multiplies a cotangent of 0 by the softmax of
-# whatever stands in the padding, and 0 * NaN is NaN. And with bfloat16 logits it needs one more
-# float32 array of [B, T, V].
+# The gradient is written by hand for two reasons. Autodiff multiplies a cotangent of 0 by the softmax of whatever is in
+# the padding, and 0 * NaN is NaN. With bfloat16 logits it also needs one more float32 array of [B, T, V].
 @jax.custom_vjp
 def _token_logprob(logits_BTV, token_BT):
   return _token_logprob_fwd(logits_BTV, token_BT)[0]
@@ -62,7 +61,8 @@ def lm_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted sum of the tokens' negative log-likelihoods, in nats, and the sum of the weights.
 
-  The mean is their quotient. They come apart so that a mean over several microbatches is right.
+  Their quotient is the mean. They are returned apart because a mean over microbatches is the quotient of two sums, not
+  a mean of means.
 
   Args:
     logits_BTV: prediction of token_BT at the same index (already shifted).
@@ -75,17 +75,24 @@ def lm_loss(
   chex.assert_type(weight_BT, float)
   weight_BT = weight_BT.astype(jnp.float32)
   nll_BT = -token_logprob(logits_BTV, token_BT)
+  # A select besides the weight: 0 * NaN would be NaN.
   return jnp.sum(weight_BT * jnp.where(weight_BT != 0, nll_BT, 0)), jnp.sum(weight_BT)
 
 
-LOGITS_BYTES = 128 * 2**20  # of float32 logits that stand at once where a loss is taken in blocks
+# Bytes of float32 logits that exist at once if a loss is computed in blocks.
+LOGITS_BYTES = 128 * 2**20
 
 
 def num_blocks(num_tokens: int, vocab_size: int, width: int) -> int:
-  """In how many blocks of tokens a loss is taken: as few as keep a block's float32 logits in bounds.
+  """Number of blocks of tokens in which a loss is computed: the fewest that keep a block's float32 logits in bounds.
 
-  The bound is LOGITS_BYTES, or the size of the table where that is more: each block adds to the table's gradient, which
-  takes as long as the products where blocks are small, and has to stand anyhow.
+  The bound is LOGITS_BYTES, or the table's size if that is more. Each block adds to the table's gradient, so for small
+  blocks these additions would take as long as the products. The gradient, of the table's size, is in memory anyway.
+
+  Args:
+    num_tokens: tokens of the batch.
+    vocab_size: rows of the table.
+    width: columns of the table.
   """
   return -(-num_tokens * vocab_size * 4 // max(LOGITS_BYTES, vocab_size * width * 4))
 
@@ -97,16 +104,17 @@ def blocked_lm_loss(
   weight_BT: jax.Array,
   num_blocks: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """`lm_loss` of the logits h_BTD @ table_VD.T, of which only those of a block of tokens stand at once.
+  """`lm_loss` of the logits h_BTD @ table_VD.T, which exist for one block of tokens at a time.
 
-  The sum is linear in each token's loss, so the pass that computes a block's logits turns them into gradients at once:
-  nothing is computed twice. Weights are constants here: no gradient reaches them.
+  The loss is a weighted sum with known weights, so the gradient of a token's logits is known, up to one factor for the
+  whole loss, as soon as they are computed. The forward pass therefore turns each block's logits into gradients at once,
+  and nothing is computed twice. The weights are constants: no gradient reaches them.
 
   Args:
-    h_BTD: what the head multiplies with, float32 or bfloat16; where the weight is 0 it may hold anything.
-    table_VD: the head's rows. They are multiplied in the dtype of h, and get their gradient in their own.
-    token_BT, weight_BT: as `lm_loss` has them.
-    num_blocks: of equally many tokens, save for padding.
+    h_BTD: the head's input, float32 or bfloat16. It may hold anything where the weight is 0.
+    table_VD: the head's weights. They are multiplied in the dtype of h, and their gradient has their own dtype.
+    token_BT, weight_BT: as for `lm_loss`.
+    num_blocks: blocks of equally many tokens; the last one is padded.
   Returns:
     (sum_nll, sum_weight), float32 scalars.
   """
@@ -123,33 +131,35 @@ def blocked_logprob(
   num_blocks: int,
   temperature: float = 1.0,
 ) -> jax.Array:
-  """`token_logprob` of the logits h_BTD @ table_VD.T / temperature, of which only those of a block stand at once.
+  """`token_logprob` of the logits h_BTD @ table_VD.T / temperature, which exist for one block of tokens at a time.
 
-  What becomes of a log-probability is not known here, so that a gradient has to compute a block's logits again.
+  Unlike the weights of `blocked_lm_loss`, the cotangents are not known in the forward pass. So the backward pass
+  computes each block's logits again.
 
   Args:
-    h_BTD, table_VD, token_BT, num_blocks: as `blocked_lm_loss` has them.
-    is_token_BT: where it is False, the rest may hold anything.
+    h_BTD, table_VD, token_BT, num_blocks: as for `blocked_lm_loss`.
+    is_token_BT: False at pads; there h and token may hold anything.
     temperature: static.
   Returns:
-    float32 [B, T]; 0 where there is no token.
+    float32 [B, T], in nats; 0 where `is_token_BT` is False.
   """
   weight_BT = is_token_BT.astype(jnp.float32)
 
   one = functools.partial(_block_logprob, table_VD, h_BTD.dtype, temperature)
-  one = jax.checkpoint(one, prevent_cse=False)  # a loop's body has no subexpressions in common
+  # Inside a loop, recomputation has no expression in common with the forward pass: no barrier against CSE is needed.
+  one = jax.checkpoint(one, prevent_cse=False)
   logprob_NT = jax.lax.map(one, _blocks(h_BTD, token_BT, weight_BT, num_blocks))
   return logprob_NT.reshape(-1)[: token_BT.size].reshape(token_BT.shape)
 
 
 def _blocks(h_BTD, token_BT, weight_BT, num_blocks):
-  """(h, token, weight) with tokens in order, as [blocks, tokens of a block]; what fills the last one weighs 0."""
+  """Splits (h, token, weight) into [blocks, tokens of a block], in order. Tokens that fill the last block weigh 0."""
   chex.assert_rank([h_BTD, token_BT], [3, 2])
   chex.assert_equal_shape([token_BT, weight_BT])
   chex.assert_equal_shape_prefix([h_BTD, token_BT], 2)
   chex.assert_type([h_BTD, token_BT, weight_BT], [float, int, float])
   weight_BT = weight_BT.astype(jnp.float32)
-  # A gradient of 0 times NaN would be NaN in the table's.
+  # The table's gradient is a product with h. A logit's gradient of 0 times NaN in h would be NaN there.
   h_BTD = jnp.where(weight_BT[..., None] != 0, h_BTD, 0)
   size = -(-token_BT.size // num_blocks)
 
@@ -162,11 +172,13 @@ def _blocks(h_BTD, token_BT, weight_BT, num_blocks):
 
 
 def _logits(h_TD, table_VD):
-  # Contracted as the table lies: a transposed copy costs 1.7 times as much on CPU.
+  # Contracted over the table's last dimension, as it is stored: through a transposed copy this takes 1.7 times as long
+  # on a CPU.
   return jnp.einsum("TD,VD->TV", h_TD, table_VD, preferred_element_type=jnp.float32)
 
 
 def _block_logprob(table_VD, dtype, temperature, block):
+  """Log-probabilities of a block (h_TD, token_T, weight_T); 0 where the weight is 0."""
   h_TD, token_T, weight_T = block
   logits_TV = _logits(h_TD.astype(dtype), table_VD.astype(dtype)) / temperature
   return jnp.where(weight_T != 0, token_logprob(logits_TV[None], token_T[None])[0], 0)
@@ -174,11 +186,13 @@ def _block_logprob(table_VD, dtype, temperature, block):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_nll(dtype, table_VD, h_NTD, token_NT, weight_NT):
+  # Used where no gradient is asked for; with one, JAX calls `_sum_nll_fwd` in its place.
   one = functools.partial(_block_logprob, table_VD, dtype, 1.0)
   return -jnp.sum(weight_NT * jax.lax.map(one, (h_NTD, token_NT, weight_NT)))
 
 
 def _sum_nll_fwd(dtype, table_VD, h_NTD, token_NT, weight_NT):
+  """Returns (sum_nll, residuals); the residuals are the gradients themselves, for a cotangent of 1."""
   low_VD = table_VD.astype(dtype)
   vocab_V = jnp.arange(table_VD.shape[0], dtype=token_NT.dtype)
 
@@ -186,13 +200,16 @@ def _sum_nll_fwd(dtype, table_VD, h_NTD, token_NT, weight_NT):
     h_TD, token_T, weight_T = block
     h_TD, token_T1, weight_T1 = h_TD.astype(dtype), token_T[:, None], weight_T[:, None]
     logits_TV = _logits(h_TD, low_VD)
+    # One exp serves both the loss, whose logsumexp is log(sum) + max, and the softmax of the gradient.
     max_T1 = jnp.max(logits_TV, axis=-1, keepdims=True)
     exp_TV = jnp.exp(logits_TV - max_T1)
     sum_T1 = jnp.sum(exp_TV, axis=-1, keepdims=True)
     picked_T1 = jnp.take_along_axis(logits_TV, token_T1, axis=-1)
     nll_T1 = jnp.log(sum_T1) + max_T1 - picked_T1
     onehot_TV = token_T1 == vocab_V[None]
+    # weight * (softmax - onehot), divided by the sum as a column, which spares a pass over [T, V].
     d_logits_TV = weight_T1 / sum_T1 * exp_TV - jnp.where(onehot_TV, weight_T1, 0)
+    # The gradient of the logits stays float32 in these products, even if h and the table are bfloat16.
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     d_h_TD = product("TV,VD->TD", d_logits_TV, low_VD)
     d_table_VD += product("TV,TD->VD", d_logits_TV, h_TD)

@@ -28,8 +28,8 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
   """Variance of x over all True places, float32; 0 where the mask is empty.
 
-  Of n values the squares are divided by n, as in lm-human-preferences (tf.nn.moments); several later
-  ports of it (torch.var) divide by n - 1.
+  The sum of squares is divided by the number of values n, as in lm-human-preferences (tf.nn.moments). Several later
+  ports of it divide by n - 1 (torch.var).
   """
   _check(x, mask)
   deviation = jnp.where(mask, x, 0).astype(jnp.float32) - masked_mean(x, mask)
@@ -37,15 +37,15 @@ def masked_var(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def masked_whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:
-  """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + 1e-8), biased variance.
+  """x scaled to variance 1 over the True places: (x - mean) / sqrt(var + 1e-8), with the biased variance.
 
   As in lm-human-preferences, which whitens advantages with shift_mean=True and rewards with
   shift_mean=False (details item 25). The paper does not say whether it whitens.
 
   Args:
-    x: values, in a type of any float width.
+    x: values of any float dtype.
     mask: True at the places that count.
-    shift_mean: whether the result has mean 0; if not, the mean of x is added back.
+    shift_mean: True for a result with mean 0; False adds the mean of x back.
   Returns:
     float32, zero where masked.
   """

@@ -17,12 +17,12 @@ def preference_pairs(rank_BC: jax.Array, is_valid_BC: jax.Array) -> tuple[jax.Ar
   """All ordered pairs (i, j) of a prompt's answers that the labeler ranked.
 
   Args:
-    rank_BC: integer rank of each answer, lower is better, equal ranks are a tie. Anything where
-      invalid.
+    rank_BC: integer rank of each answer; lower is better, equal ranks are a tie. It may be anything where there is no
+      answer.
     is_valid_BC: True on real answers; prompts with fewer answers are padded.
   Returns:
-    (is_better_BCC, is_tie_BCC): at [b, i, j], whether i was preferred to j, and whether the two,
-    not being the same answer, were ranked equal (so each tie stands at [i, j] and at [j, i]).
+    (is_better_BCC, is_tie_BCC). At [b, i, j] they say whether i was preferred to j, and whether i and j are two answers
+    of equal rank. Each tie appears twice, at [i, j] and at [j, i].
   """
   chex.assert_rank(rank_BC, 2)
   chex.assert_equal_shape([rank_BC, is_valid_BC])
@@ -38,26 +38,29 @@ def preference_pairs(rank_BC: jax.Array, is_valid_BC: jax.Array) -> tuple[jax.Ar
 def ranked_preference_loss(
   score_BC: jax.Array, rank_BC: jax.Array, is_valid_BC: jax.Array, *, ties: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The paper's eq. 1 over all pairs of each prompt's answers.
+  """The reward model's loss: the paper's eq. 1 over all pairs of each prompt's answers.
 
-  -1/C(K,2) * sum over pairs of log sigmoid(score_winner - score_loser), mean over prompts.
-  K is the prompt's own number of valid answers. Two choices that the paper leaves open:
-  - A dropped tie still counts in C(K,2), as eq. 1 is printed: a prompt with many ties weighs less.
-  - The mean is over prompts with at least one usable pair; others (one answer, or nothing but
-    dropped ties) count neither above nor below the line.
+  -1/C(K,2) * sum over pairs of log sigmoid(score_winner - score_loser), mean over prompts, where K is the prompt's own
+  number of answers. The paper leaves two choices open:
+  - A dropped tie still counts in C(K,2), as eq. 1 is printed. So a prompt with many ties weighs less.
+  - The mean is over prompts with at least one usable pair. Other prompts, with one answer or with dropped ties only,
+    are left out of the sum and of the count.
 
   Args:
     score_BC: reward model's score of each answer.
-    rank_BC: integer rank, lower is better, equal ranks are ties.
+    rank_BC: integer rank; lower is better, equal ranks are ties.
     is_valid_BC: True on real answers.
-    ties: 'drop', as the paper does, or 'half': cross-entropy against a target of 1/2 for a tied
-      pair, that is -(log sigmoid(d) + log sigmoid(-d)) / 2 with d the difference of the two scores.
-      Departs from paper: 'half'.
+    ties: 'drop', as the paper does, or 'half': cross-entropy with a target of 1/2 for a tied pair, which is
+      -(log sigmoid(d) + log sigmoid(-d)) / 2 for a score difference of d. Departs from paper: 'half'.
   Returns:
-    (loss, metrics): float32 scalars. accuracy: share of strictly ranked pairs whose winner scores
-    higher, equal scores counting 1/2. mean_margin: mean of winner minus loser over them. num_pairs:
-    how many they are. num_ties: tied pairs, used or not. num_prompts: prompts with a usable pair,
-    the loss's denominator.
+    (loss, metrics), float32 scalars.
+    accuracy: share of strictly ranked pairs whose winner scores higher; equal scores count 1/2.
+    mean_margin: mean over these pairs of the winner's score minus the loser's.
+    num_pairs: number of these pairs.
+    num_ties: number of tied pairs, used or not.
+    num_prompts: prompts with a usable pair, over which the loss is a mean.
+  Raises:
+    ValueError: an unknown value of `ties`.
   """
   if ties not in ("drop", "half"):
     raise ValueError(f"preference loss: ties={ties!r} must be 'drop' or 'half'.")
@@ -71,10 +74,12 @@ def ranked_preference_loss(
   is_better_BCC, is_tie_BCC = preference_pairs(rank_BC, is_valid_BC)
   target_BCC = is_better_BCC.astype(jnp.float32)
   if ties == "half":
+    # A tie appears at [i, j] and at [j, i], which gives the two halves of its cross-entropy.
     target_BCC += 0.5 * is_tie_BCC.astype(jnp.float32)
 
   num_answers_B = jnp.sum(is_valid_BC, axis=1, dtype=jnp.float32)
   num_comparisons_B = num_answers_B * (num_answers_B - 1) / 2
+  # -log sigmoid(d) is softplus(-d), which stays finite for any margin.
   nll_B = jnp.sum(target_BCC * jax.nn.softplus(-margin_BCC), axis=(1, 2))
   has_pair_B = jnp.any(target_BCC > 0, axis=(1, 2))
   loss = masked_mean(nll_B / jnp.maximum(num_comparisons_B, 1), has_pair_B)
@@ -90,15 +95,13 @@ def ranked_preference_loss(
 
 
 class Calibration(NamedTuple):
-  """Predicted confidence against observed accuracy, per bin of confidence.
+  """Predicted confidence compared with observed accuracy, for each bin of confidence.
 
   Attributes:
-    confidence: mean predicted probability of the answer that the model prefers, in [.5, 1]; NaN in
-      an empty bin.
-    accuracy: share of the bin's pairs in which the labeler preferred it too; NaN in an empty bin.
+    confidence: mean predicted probability of the answer that the model prefers, in [.5, 1]; NaN in an empty bin.
+    accuracy: share of the bin's pairs in which the labeler preferred that answer too; NaN in an empty bin.
     count: pairs in the bin.
-    expected_error: mean of |confidence - accuracy| over bins, weighted by count (expected
-      calibration error).
+    expected_error: expected calibration error: the mean of |confidence - accuracy| over bins, weighted by count.
   """
 
   confidence: np.ndarray
@@ -108,15 +111,17 @@ class Calibration(NamedTuple):
 
 
 def calibration(score_w_minus_l: np.ndarray, *, num_bins: int = 10) -> Calibration:
-  """How often the model is right when it says it is sure to p = sigmoid(|score_w - score_l|).
+  """How often a reward model is right when its confidence is p = sigmoid(|score_w - score_l|).
 
-  A pair may be read from either side (p that w wins, or 1 - p that l does), so it is folded to the
-  side that the model prefers: bins of equal width over [.5, 1].
+  A pair can be read from either side: p that w wins, or 1 - p that l wins. Each is counted for the answer that the
+  model prefers, so the bins, of equal width, cover [.5, 1].
 
   Args:
-    score_w_minus_l: score of the labeler's choice minus score of the other answer, one number a
-      pair, any shape.
-    num_bins: how many bins.
+    score_w_minus_l: score of the labeler's choice minus the score of the other answer, one number for each pair. Any
+      shape.
+    num_bins: number of bins.
+  Raises:
+    ValueError: fewer than one bin, no pair, or a difference that is not finite.
   """
   margin = np.asarray(score_w_minus_l, np.float64).ravel()
   if num_bins < 1:

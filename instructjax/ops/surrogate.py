@@ -2,9 +2,9 @@
 
 Called by rl/step.py (and by rl/experience.py for the explained variance). Imports no config and no model.
 
-Means are over all response tokens of the minibatch, as in lm-human-preferences: a long response weighs more than a
-short one. Behaviour log-probabilities, advantages, old values and returns were fixed by the rollout and come in as
-data, so no gradient has to be stopped.
+Means are over all response tokens of the minibatch, as in lm-human-preferences, so a long response weighs more than a
+short one. Behaviour log-probabilities, advantages, old values and returns were computed after the rollout and come in
+as data, so there is no gradient to stop.
 """
 
 import chex
@@ -24,7 +24,7 @@ def clipped_surrogate(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Policy loss: mean of max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)).
 
-  ratio = exp(logprob - behaviour_logprob), which is exactly 1 at masked places (details item 24).
+  ratio = exp(logprob - behaviour_logprob). At masked places it is exactly 1 (details item 24).
 
   Args:
     logprob_BR: log-probability of each token under the policy being trained, in nats.
@@ -33,15 +33,18 @@ def clipped_surrogate(
     is_response_BR: True on the response tokens to learn from.
     clip: 0.2 in the paper (C.4).
   Returns:
-    (loss, metrics): float32 scalars. clip_fraction: share of tokens whose loss is the clipped one.
-    approx_kl: mean of (log-ratio)^2 / 2 (details item 32), in nats: how far the policy has moved from the one that
-    sampled, not from the reference. ratio_mean and ratio_max; ratio_max is 0 without any response token.
+    (loss, metrics), float32 scalars.
+    clip_fraction: share of tokens whose loss is the clipped one.
+    approx_kl: mean of (log-ratio)^2 / 2 (details item 32), in nats. It says how far the policy has moved from the one
+      that sampled, not from the reference.
+    ratio_mean, ratio_max: of the response tokens; ratio_max is 0 if there are none.
   """
   arrays = [logprob_BR, behaviour_logprob_BR, advantage_BR, is_response_BR]
   chex.assert_rank(logprob_BR, 2)
   chex.assert_equal_shape(arrays)
   chex.assert_type(arrays, [float, float, float, bool])
 
+  # Masked before exp: a ratio that overflows in the padding would turn a gradient of 0 into NaN.
   log_ratio_BR = jnp.where(is_response_BR, logprob_BR - behaviour_logprob_BR, 0)
   log_ratio_BR = log_ratio_BR.astype(jnp.float32)
   advantage_BR = jnp.where(is_response_BR, advantage_BR, 0).astype(jnp.float32)
@@ -78,8 +81,9 @@ def clipped_value_loss(
     is_response_BR: True on response tokens.
     clip: half-width around old_value_BR, in units of reward; None for the plain squared error.
   Returns:
-    (loss, metrics): float32 scalars. clip_fraction: share of tokens whose loss is the clipped one.
-    explained_variance: see explained_variance.
+    (loss, metrics), float32 scalars.
+    clip_fraction: share of tokens whose loss is the clipped one.
+    explained_variance: see the function of that name.
   """
   arrays = [value_BR, old_value_BR, return_BR, is_response_BR]
   chex.assert_rank(value_BR, 2)
@@ -107,10 +111,11 @@ def clipped_value_loss(
 def explained_variance(value: jax.Array, return_: jax.Array, mask: jax.Array) -> jax.Array:
   """1 - mean((value - return)^2) / var(return) over the True places; 0 where all returns are equal.
 
-  1 is a perfect fit, 0 no better than the mean return, below 0 worse than that (details item 32).
+  1 is a perfect fit. 0 is no better than always predicting the mean return, and below 0 is worse (details item 32).
   """
   chex.assert_equal_shape([value, return_, mask])
   chex.assert_type([value, return_, mask], [float, float, bool])
   variance = masked_var(return_, mask)
   error = masked_mean(jnp.square(jnp.where(mask, value - return_, 0)), mask)
+  # The inner select keeps the branch that is not taken from dividing by 0.
   return jnp.where(variance > 0, 1 - error / jnp.where(variance > 0, variance, 1), 0)

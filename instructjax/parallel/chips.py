@@ -1,14 +1,15 @@
-"""What is published of accelerators: peak rates and memory. Imports nothing, so that the planner reads it without JAX.
+"""Peak rates and memory of accelerators.
 
-Called by constraints.py, profiling.py and launch's planner.
+Called by constraints.py, train/profiling.py and launch's planner. Imports nothing, so that the planner can read it
+without JAX.
 """
 
-# FLOPs a second of one device with dense bfloat16 inputs, by `jax.Device.device_kind`; where JAX sees a
-# chip's two cores as two devices, half of the chip's.
+# `jax.Device.device_kind` -> peak FLOPs a second of one device, with dense bfloat16 inputs. If JAX shows a chip's two
+# cores as two devices, a device has half of the chip's rate.
 PEAK_FLOPS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,  # v5e
-  "TPU v5": 459e12,  # v5p, as the compiler for topologies says it
+  "TPU v5": 459e12,  # v5p, under the name that the compiler for topologies gives it
   "TPU v5p": 459e12,
   "TPU v6 lite": 918e12,  # v6e
   "TPU7x": 1153.5e12,
@@ -20,8 +21,8 @@ PEAK_FLOPS = {
   "NVIDIA H200": 989e12,
 }
 
-# Kind of device, as JAX names it -> GiB that the TPU's compiler lets a program use. A table, and not what the device
-# says, so that all processes decide alike and a compiler can ask for a slice that is not here.
+# `jax.Device.device_kind` -> GiB that the TPU's compiler lets a program use. A table is used instead of asking the
+# device, so that all processes decide alike, and so that the planner can ask about a slice that it does not have.
 TPU_GIB = {
   "TPU v4": 30.75,
   "TPU v5 lite": 15.75,

@@ -1,7 +1,8 @@
-"""How arrays lie on the mesh inside a traced function: constraints that the compiler plans its communication by.
+"""Sharding constraints inside traced functions: how arrays lie on the mesh.
 
-Called by the models, batching, episodes and PPO's step, under `jax.set_mesh`. Every function is only a layout: no
-number changes, and without a mesh, or on one device, arrays pass unchanged. Imports no model.
+The compiler plans its communication by them. Called by the models, rl/slots.py, rl/shared_rows.py and rl/step.py, under
+`jax.set_mesh`. Every function only changes a layout, never a number. Without a mesh, or on one device, arrays pass
+unchanged. Imports no model.
 """
 
 import functools
@@ -16,46 +17,57 @@ from instructjax.parallel.sharding import ROWS, spec_of
 
 _ROWS_BESIDES_FSDP = tuple(axis for axis in ROWS if axis != "fsdp")
 
-# How decoding splits its copy of the weights -> mesh axes that it is not split over.
-# tensor: a step sums two activations of a device's own rows a layer over `tensor`, and reads most of the weights.
-# 2d: the weights lie as in training, and a step moves the activations of all rows to them.
+# Layout of decoding's copy of the weights -> mesh axes that the copy is gathered over. In neither does a step gather.
+# tensor: the copy is split over `tensor` only. A step sends little (in each layer it sums two activations of a device's
+#   own rows over `tensor`), but each device holds and reads a large part of the weights.
+# 2d: the copy is split over `fsdp` too, as in training. A step reads less, but moves the activations of all rows.
 DECODE_GATHERED = {"tensor": ("fsdp",), "2d": ()}
-DECODE_SHARE = (
-  0.4  # of a device's memory is what the copy may take: cache and training state lie beside it
-)
+# Share of a device's memory that the copy may take. The KV cache and the training state need the rest.
+DECODE_SHARE = 0.4
 
 
 def on_one_device() -> bool:
-  """Inside a traced function: whether no mesh splits anything."""
+  """Whether the traced function runs without a mesh, or on a mesh of one device."""
   mesh = jax.sharding.get_abstract_mesh()
   return mesh.empty or mesh.size == 1
 
 
 def shard_rows(tree, *, tensor_dim: int | None = None, row_dim: int = 0):
-  """Inside a traced function under `jax.set_mesh`: keep rows split over slice, data and fsdp.
+  """Splits rows over slice, data and fsdp, as batches are; other dimensions are whole.
 
-  Only a layout: without a mesh, or where rows do not divide, arrays pass unchanged.
+  A dimension that the mesh does not divide is whole on every device.
 
   Args:
     tree: arrays with rows on `row_dim`.
-    tensor_dim: dimension to split over `tensor` besides (heads of a cache).
-    row_dim: which dimension the rows are.
+    tensor_dim: a dimension to split over `tensor` too (the heads of a cache).
+    row_dim: the dimension of the rows.
   """
   return _split(tree, {row_dim: ROWS, tensor_dim: ("tensor",)})
 
 
 def shard_width(h_BTD):
-  """As `shard_rows`, for a residual stream that meets weights split as in training: fsdp splits its width."""
+  """Layout of a decode step's residual stream if the weights are split as in training (layout '2d').
+
+  `fsdp` splits the width, as it splits the weights that this is multiplied with. So it cannot split the rows as well.
+  """
   return _split(h_BTD, {0: _ROWS_BESIDES_FSDP, 2: ("fsdp",)})
 
 
 def gather_rows(x_BTGRK):
-  """As `shard_rows`, with every row of what the heads give on each fsdp device, for weights split as in training."""
+  """Layout of attention's result before the output projection, if the weights are split as in training.
+
+  Each fsdp device gets all rows, since it holds a part of the weights for all of them. Heads stay split over `tensor`.
+  """
   return _split(x_BTGRK, {0: _ROWS_BESIDES_FSDP, 2: ("tensor",)})
 
 
 def _split(tree, wanted: dict):
-  """Constrains arrays: dimension -> mesh axes to split it over, where they divide it; all else is whole."""
+  """Constrains arrays to a layout.
+
+  Args:
+    tree: arrays.
+    wanted: dimension -> mesh axes to split it over, if they divide it. Key None is ignored. Other dimensions are whole.
+  """
   if on_one_device():
     return tree
   mesh = jax.sharding.get_abstract_mesh()
@@ -71,23 +83,23 @@ def _split(tree, wanted: dict):
 
 
 def whole(x):
-  """Inside a traced function under `jax.set_mesh`: the array whole on every device."""
+  """Replicates an array on every device."""
   return x if on_one_device() else jax.lax.with_sharding_constraint(x, PS())
 
 
 def _rows_axes(mesh, num_rows: int):
-  """Mesh axes that rows are split over: none where they do not divide."""
+  """Mesh axes that rows are split over; None if these axes do not divide the rows."""
   return None if num_rows % math.prod(mesh.shape[axis] for axis in ROWS) else ROWS
 
 
 def split_columns(h_BTD):
-  """Inside a traced function under `jax.set_mesh`: a residual stream with its columns split over `tensor`.
+  """Splits the columns of a residual stream over `tensor` (sequence parallelism).
 
-  What works on each column alone (norms, dropout, sums) is then done once, not by each of the `tensor` devices, and
-  kept once (Korthikanti et al. 2022, arXiv:2205.05198). Only a layout, like `shard_rows`; columns need not divide, as
-  those of a window do not: inside a program the compiler pads. A single column, here and below, is a decode step's,
-  which has a layout of its own.
+  Norms, dropout and sums work on each column alone. Split like this they are computed and stored once, instead of by
+  each of the `tensor` devices (Korthikanti et al. 2022, arXiv:2205.05198).
   """
+  # A single column, here and below, belongs to a decode step, which has a layout of its own. Otherwise `tensor` need
+  # not divide the columns (those of a window, say): inside a program the compiler pads.
   if on_one_device() or h_BTD.shape[1] == 1:
     return h_BTD
   mesh = jax.sharding.get_abstract_mesh()
@@ -97,40 +109,40 @@ def split_columns(h_BTD):
 
 
 def gather_columns(h_BTD):
-  """The same stream with whole columns, as products with weights that are split over `tensor` want it.
-
-  Both layouts are asked for, here and in `scatter_columns`, so that each way is one all-gather, and backwards one
-  reduce-scatter. Asked for the result only, the compiler all-reduces, which sends twice as much, or gathers the
-  weights instead, or unrolls the product into a ring whose additions take longer than what they hide.
-  """
+  """Gathers the columns of a residual stream from `tensor`, for a product with weights that are split over `tensor`."""
+  # The layout before and the layout after are both asked for, here and in `scatter_columns`. Then the compiler uses one
+  # all-gather here, and one reduce-scatter for the gradient. Asked for the result only, it uses an all-reduce, which
+  # sends twice as much, or gathers the weights instead, or unrolls the product into a ring whose additions take longer
+  # than the sending that they hide.
   return h_BTD if h_BTD.shape[1] == 1 else shard_rows(split_columns(h_BTD))
 
 
 def scatter_columns(h_BTD):
-  """The other way: sums over `tensor` of what such products yield, each device keeping its columns."""
+  """Sums the results of products over `tensor`, and leaves each device its own columns: one reduce-scatter."""
   return h_BTD if h_BTD.shape[1] == 1 else split_columns(shard_rows(h_BTD))
 
 
 def split_products(y_BT, *, tensor_dim: int):
-  """What products with weights that are split over `tensor` yield: heads or hidden units stay split."""
+  """Keeps the result of a product split over `tensor` on `tensor_dim` (heads or hidden units), as its weights are."""
   return y_BT if y_BT.shape[1] == 1 else shard_rows(y_BT, tensor_dim=tensor_dim)
 
 
 def split_vocab(table_VD):
-  """Inside a traced function under `jax.set_mesh`: an embedding table as the head multiplies with it.
+  """Layout of an embedding table for the head's product: the vocabulary is split over `tensor`.
 
-  Rows over `tensor`, which need not divide. In between split both ways, so that the width is gathered, and its gradient
-  reduce-scattered, for the rows that a device has only.
+  `tensor` need not divide the vocabulary; the compiler pads.
   """
   if on_one_device():
     return table_VD
+  # First split both ways, then gathered over `fsdp`. So a device gathers the width of its own vocabulary rows only, and
+  # the gradient is reduce-scattered for these only.
   for spec in (PS("tensor", "fsdp"), PS("tensor", None)):
     table_VD = jax.lax.with_sharding_constraint(table_VD, spec)
   return table_VD
 
 
 def split_logits(logits_BTV):
-  """Logits of a table from `split_vocab`."""
+  """Layout of logits that were computed with a table from `split_vocab`: split over rows and vocabulary."""
   if on_one_device():
     return logits_BTV
   rows = _rows_axes(jax.sharding.get_abstract_mesh(), logits_BTV.shape[0])
@@ -138,7 +150,14 @@ def split_logits(logits_BTV):
 
 
 def place_for_decoding(params, axes_tree, layout: str):
-  """Inside a traced function under `jax.set_mesh`: parameters split as `layout`, one of DECODE_GATHERED, has it."""
+  """Splits decoding's copy of the parameters.
+
+  Args:
+    params, axes_tree: parameters and their logical axis names, in the same tree.
+    layout: a key of DECODE_GATHERED.
+  Raises:
+    ValueError: a logical axis has no rule.
+  """
   if on_one_device():
     return params
   spec = functools.partial(spec_of, gathered=DECODE_GATHERED[layout])
@@ -151,15 +170,18 @@ def place_for_decoding(params, axes_tree, layout: str):
 
 
 def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh, memory: float) -> str:
-  """The layout that decoding fits in: 'tensor' while its copy of the weights takes at most DECODE_SHARE of a device.
+  """Chooses the layout for decoding: 'tensor' if its copy of the weights takes at most DECODE_SHARE of a device.
 
-  Static, and the same on every process and for devices that are not here.
+  The choice depends on the arguments only, so it is the same in every process, and can be made for devices that are not
+  attached.
 
   Args:
-    axes_tree, shapes_tree: of the parameters, as `param_shardings` takes them.
+    axes_tree, shapes_tree: of the parameters, as for `sharding.param_shardings`.
     itemsize: bytes of one element of the copy.
     mesh: a Mesh or an AbstractMesh.
     memory: bytes of one device, from `device_memory`.
+  Raises:
+    ValueError: a logical axis has no rule.
   """
 
   def local_bytes(axes, leaf):
@@ -172,12 +194,12 @@ def decode_layout(axes_tree, shapes_tree, itemsize: int, mesh, memory: float) ->
 
 
 def device_memory(mesh) -> float | None:
-  """Bytes that a program may use on a device of this mesh; None where there is no bound to keep (CPUs).
+  """Bytes that a program may use on a device of this mesh; None on CPUs, where no bound is kept.
 
   Args:
     mesh: a Mesh or an AbstractMesh.
   Raises:
-    UserError: the devices are not here, and of a kind that the table lacks.
+    UserError: the devices are not attached, and the table does not have their kind.
   """
   device = getattr(mesh, "abstract_mesh", mesh).abstract_device
   if device is None or device.platform == "cpu":

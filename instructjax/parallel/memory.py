@@ -1,51 +1,54 @@
-"""glibc's allocator set up for XLA on CPU. Called by cli before jax is imported; imports nothing of the project.
+"""Sets up glibc's allocator for XLA on CPU.
 
-`pipeline` gives back between stages what is kept inside them.
+commands/cli.py calls `keep_freed_memory` before jax is imported. Between stages, the pipeline gives back to the kernel
+what was kept inside them. Imports nothing of the project.
 """
 
 import ctypes
 import gc
 import sys
 
-# Parameters of mallopt(3).
+# Numbers of the parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # jax.monitoring's name
-LARGE_COMPILATION = 1.0  # seconds
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # name of the event in jax.monitoring
+LARGE_COMPILATION = 1.0  # seconds from which on a compilation is worth giving its memory back
 
 
 def keep_freed_memory() -> bool:
   """Makes malloc reuse the pages of freed buffers instead of giving them back to the kernel.
 
-  XLA's CPU client mallocs and frees every output and temporary of every step. By default glibc maps
-  each large one anew, and faulting the fresh pages in takes about 30% of a small training step's CPU
-  time (`python -m benchmarks.malloc` measures it). Does nothing where the C library is not glibc.
+  XLA's CPU client allocates and frees every output and temporary of every step. By default glibc maps each large one
+  anew, and faulting in its fresh pages takes about 30% of a small training step's CPU time (`python -m
+  benchmarks.malloc` measures it). Does nothing if the C library is not glibc.
 
   Returns:
-    Whether the settings were taken.
+    Whether glibc accepted the settings.
   """
   if sys.platform != "linux":
     return False
   libc = ctypes.CDLL(None)
   if not hasattr(libc, "mallopt"):
     return False
-  # -1 never trims: a step may free more than any threshold that fits an int.
+  # No mmap, so that large buffers come from the heap, which is kept. One arena, so that all threads reuse one heap. The
+  # heap is never trimmed (-1), since a step may free more than any threshold that fits an int. It grows by 256 MiB.
   settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28}
   return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
 
 
 def release_after_compiling(event: str, seconds: float, **_):
-  """Listener of jax.monitoring: gives back what compiling a large program took, before it runs."""
+  """Listener of jax.monitoring that gives back the memory of a large compilation before the program runs."""
   if event == _COMPILED and seconds > LARGE_COMPILATION:
     release_freed_memory()
 
 
 def release_freed_memory():
-  """Gives freed pages back to the kernel: what one program kept in pieces is of little use to the next.
+  """Gives freed pages back to the kernel.
 
-  Without it, the stages of a 135M model that need 9 GB each hold 19 GB after two of them.
+  Call it between programs: the pieces that one leaves behind are of little use to the next. Without it, a
+  process holds 19 GB after two stages of a 135M model that need 9 GB each.
   """
-  gc.collect()  # first, what is only waiting to be freed
+  gc.collect()  # frees arrays that only reference cycles still hold
   if sys.platform == "linux":
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

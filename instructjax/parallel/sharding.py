@@ -1,12 +1,12 @@
-"""The device mesh, which mesh axis each named dimension lies on, and placing arrays accordingly.
+"""The device mesh, the rules that assign named dimensions to its axes, and functions that place arrays by them.
 
-Called by the stages (parameters, optimiser state, batches), the pipeline (the mesh) and constraints.py, for what lies
-inside a step. Imports no model.
+Called by the stages (for parameters, optimiser state and batches), the pipeline (for the mesh) and constraints.py (for
+arrays inside a step). Imports no model.
 
-Mesh axes: `slice`, `data` and `fsdp` split the batch, `fsdp` also splits parameters along the model
-width, `tensor` splits heads and the mlp. All are Auto: the compiler inserts the communication.
-`slice` is the TPU slices of a job of several, between which there is only the data centre's network
-(DCN): weights are whole in each, so that nothing large but gradients has to cross it.
+Mesh axes: `slice`, `data` and `fsdp` split the batch, `fsdp` also splits parameters along the model width, and `tensor`
+splits heads and the mlp. All axes are Auto, so the compiler inserts the communication. A job on several TPU slices has
+one entry of `slice` for each. Slices are connected by the data centre's network (DCN) only, so each holds all weights,
+and nothing large but gradients crosses it.
 """
 
 import itertools
@@ -24,18 +24,18 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
-ROWS = ("slice", "data", "fsdp")  # what dimension 0 of a batch is split over
+ROWS = ("slice", "data", "fsdp")  # mesh axes that dimension 0 of a batch is split over
 
-# Logical dimension -> mesh axis; None is whole on every device.
+# Logical axis of a parameter's dimension -> mesh axis that it is split over; None: whole on every device.
 AXIS_RULES = {
-  "layers": None,  # sliced by the scan over layers
+  "layers": None,  # the scan takes one layer after the other
   "embed": "fsdp",
   "embed_vector": None,  # norm scales, output biases: too small to split
-  # GPT-3's 50257 = 29 * 1733 divides by no mesh, and a padded table would no longer be the table of
-  # a released checkpoint. So the tables are split along their other dimension, embed.
+  # No usual mesh divides GPT-3's 50257 = 29 * 1733 rows, and a padded table would differ from that of a released
+  # checkpoint. So the tables are split along their other dimension, embed.
   "vocab": None,
   "position": None,
-  "kv_heads": "tensor",  # with the queries that share the head: one projection, no communication
+  "kv_heads": "tensor",  # a key/value head and the queries that share it are on one device, so attention sends nothing
   "queries_key_value": None,
   "queries_per_kv": None,
   "head_dim": None,
@@ -45,16 +45,16 @@ AXIS_RULES = {
 
 
 def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
-  """The mesh over all devices, or the ones given.
+  """Makes the mesh over all devices, or over the given ones.
 
-  Where the devices know their TPU slice, `slice` is over these; elsewhere it is an axis like `data`.
+  On several TPU slices, the axis `slice` must be their number. Elsewhere it is an axis like `data`.
 
   Args:
-    cfg: devices along each axis; one -1 takes what is left.
-    devices: jax devices, real ones or a topology's; None is all there are.
+    cfg: size of each axis; one of them may be -1, which takes the devices that are left.
+    devices: jax devices, real ones or those of a topology; None for all that are attached.
   Raises:
-    UserError: the axes do not multiply to the number of devices, or `slice` is not the number of
-      slices; names the nearest mesh that fits.
+    UserError: the axes do not multiply to the number of devices, or `slice` is not the number of slices. The message
+      names the nearest mesh that fits.
   """
   devices = jax.devices() if devices is None else list(devices)
   asked = [getattr(cfg, axis) for axis in MESH_AXES]
@@ -72,6 +72,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
   if rule:
     nearest = _nearest(asked, len(devices), num_slices=slices if slices > 1 else None)
     raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
+  # Sizes inside a slice first, then over slices: only the axis `slice` may cross DCN.
   if slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
       (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -82,31 +83,33 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 
 def _num_slices(devices) -> int:
-  """How many TPU slices the devices lie in. GPUs have a `slice_index` too: it is their host's."""
+  """Number of TPU slices that the devices belong to; 1 for other devices."""
+  # GPUs have a `slice_index` too, but it is the number of their host.
   if not all(device.platform == "tpu" and hasattr(device, "slice_index") for device in devices):
     return 1
   return len({device.slice_index for device in devices})
 
 
 def _spell(shape) -> str:
-  """As flags, to be pasted."""
+  """A mesh as flags that can be pasted into a command."""
   return " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(MESH_AXES, shape))
 
 
 def _nearest(
   asked, num_devices: int, *, num_slices: int | None = None, splits: Iterable[tuple] = ()
 ):
-  """The factorisation with the smallest ratios to what was asked; an axis of -1 has no say.
+  """The mesh shape that is nearest to what was asked and that fits the devices.
 
-  Of equals, the one that keeps tensor, then fsdp, then slice.
+  The distance is the sum of the axes' log ratios to the sizes asked for. Of shapes equally near, the one is taken that
+  changes tensor least, then fsdp, then slice.
 
   Args:
-    asked: sizes in the order of MESH_AXES.
-    num_devices: what they must multiply to.
-    num_slices: what `slice` must be, None for anything.
-    splits: (mesh axes, size of a dimension that lies on them and must divide).
+    asked: sizes in the order of MESH_AXES; an axis of -1 does not count.
+    num_devices: the product of the sizes.
+    num_slices: the size of `slice`, or None for any.
+    splits: (mesh axes, size of a dimension that is split over them and must be divisible).
   Returns:
-    The shape, None where there is none.
+    The shape, or None if there is none.
   """
   divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   slices = divisors if num_slices is None else [num_slices]
@@ -115,7 +118,8 @@ def _nearest(
     for sizes in itertools.product(slices, divisors, divisors)
     if num_devices % math.prod(sizes) == 0
   )
-  # Few numbers stand for all dimensions: what divides them all divides their greatest common divisor.
+  # A mesh divides all dimensions exactly if it divides their greatest common divisor, so one number for each tuple of
+  # axes is enough.
   limits = {}
   for axes, size in splits:
     limits[axes] = math.gcd(size, limits.get(axes, 0))
@@ -128,6 +132,7 @@ def _nearest(
     slices, data, fsdp, tensor = (
       0.0 if want == -1 else abs(math.log(size / want)) for size, want in zip(shape, asked)
     )
+    # Rounded, so that equal distances compare equal in floating point.
     return round(slices + data + fsdp + tensor, 6), tensor, fsdp, slices
 
   return min(filter(fits, shapes), key=distance, default=None)
@@ -138,10 +143,13 @@ def _num_shards(sizes: Mapping[str, int], axes: Iterable[str]) -> int:
 
 
 def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
-  """PartitionSpec of logical axis names; mesh axes in `gathered` are left out.
+  """The PartitionSpec for logical axis names.
 
+  Args:
+    axes: a name for each dimension.
+    gathered: mesh axes over which the array is not split, against the rules.
   Raises:
-    UserError: a name has no rule. Silent replication would hide a misspelling.
+    ValueError: a name has no rule. To replicate such a dimension would hide a misspelling.
   """
   for axis in axes:
     if axis not in AXIS_RULES:
@@ -151,16 +159,17 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
 
 
 def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
-  """Refuses a mesh that does not divide what is to lie on it.
+  """Refuses a mesh that does not divide a parameter or a batch.
 
   Args:
     mesh: a Mesh or an AbstractMesh.
     axes_tree: tuples of logical axis names, as from `models.param_axes`.
-    shapes_tree: anything with shapes, in the same tree.
-    rows: name -> rows of a batch.
+    shapes_tree: arrays, or anything with shapes, in the same tree.
+    rows: flag that sets a batch size -> rows of that batch.
   Raises:
-    UserError: naming the first parameter or batch that does not divide, and the nearest mesh of as
-      many devices that fits all of them, or where none does the parameters.
+    UserError: names the first parameter or batch that is not divisible, and the nearest mesh of as many devices that
+      divides everything. If there is none, it names the nearest that divides the parameters.
+    ValueError: a logical axis has no rule, or a parameter has another number of axes than dimensions.
   """
   params = list(_split_dimensions(axes_tree, shapes_tree))
   batches = [(name, size, ROWS) for name, size in rows.items()]
@@ -179,7 +188,7 @@ def require_fit(mesh: Mesh, axes_tree, shapes_tree, rows: Mapping[str, int]):
 
 
 def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
-  """The mesh of as many devices and slices that divides (_, size, mesh axes), spelt out; '' for none."""
+  """The nearest mesh of as many devices and slices that divides the dimensions, as flags; '' if there is none."""
   shape = _nearest(
     [mesh.shape[axis] for axis in MESH_AXES],
     mesh.size,
@@ -190,7 +199,7 @@ def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
 
 
 def _split_dimensions(axes_tree, shapes_tree):
-  """(`parameter NAME: AXIS`, size, mesh axes) of each dimension of each parameter that is split."""
+  """(`parameter NAME: AXIS`, size, mesh axes) for every dimension of a parameter that the rules split."""
   leaves = jax.tree_util.tree_leaves_with_path(axes_tree, is_leaf=_is_axes)
   for (path, axes), leaf in zip(leaves, jax.tree.leaves(shapes_tree), strict=True):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -206,10 +215,10 @@ def _is_axes(node) -> bool:
 
 
 def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
-  """NamedSharding of every parameter.
+  """NamedSharding of every parameter, by the rules.
 
   Raises:
-    UserError: see `require_fit`.
+    UserError, ValueError: see `require_fit`.
   """
   require_fit(mesh, axes_tree, shapes_tree, rows={})
   return jax.tree.map(lambda axes: NamedSharding(mesh, spec_of(axes)), axes_tree, is_leaf=_is_axes)
@@ -218,10 +227,8 @@ def param_shardings(mesh: Mesh, axes_tree, shapes_tree):
 def opt_state_shardings(
   tx: optax.GradientTransformation, params_shapes, params_shardings, mesh: Mesh
 ):
-  """Shardings of the optimiser state: moments lie as their parameters do, counters on every device.
-
-  Without them a jitted `tx.init` gives moments that are whole on every device.
-  """
+  """Shardings of the optimiser state: moments are split as their parameters, counters are on every device."""
+  # Given to jit as out_shardings of `tx.init`. Without them the compiler would make the moments whole on every device.
   return optax.tree_map_params(
     tx,
     lambda _, sharding: sharding,
@@ -232,21 +239,26 @@ def opt_state_shardings(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows (dimension 0) split over `slice`, `data` and `fsdp`."""
   return NamedSharding(mesh, PS(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
   return NamedSharding(mesh, PS())
 
 
-LARGE = 2**28  # bytes of weights from which on a CPU memory counts more than concurrency
+# Bytes of weights from which on, on a CPU, a step's memory counts more than its concurrency.
+LARGE = 2**28
 
 
 def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
-  """Compiler options of a step that trains these networks: large ones on CPU in the order that needs the least memory.
+  """Compiler options for a step that trains these networks.
 
-  XLA's own order there is for concurrency: it computes the updates of all weights before it applies the first, and
-  PPO's two networks at once, each with all its gradients. Where networks are small it is a few percent faster.
+  Large networks on a CPU are compiled for the order of instructions that needs the least memory. XLA's own order is for
+  concurrency: it computes the updates of all weights before it applies the first, and runs PPO's two networks at once,
+  each with all its gradients. For PPO at the size of GPT-2 small that takes 1.5 GB of temporaries instead of .7
+  (docs/performance.md, "Where we lose"). For small networks it is a few percent faster, so they keep it.
   """
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params_shapes))
   on_cpu = not isinstance(mesh, AbstractMesh) and mesh.devices.flat[0].platform == "cpu"
@@ -256,25 +268,23 @@ def step_options(mesh: Mesh, *params_shapes) -> dict[str, str]:
 
 
 def num_row_shards(mesh) -> int:
-  """Parts that rows are split into; 1 on the empty mesh of a traced function without one."""
+  """Number of parts that rows are split into; 1 for the empty mesh of a traced function without a mesh."""
   return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
 def own_row_shards(mesh: Mesh) -> np.ndarray:
-  """Which of the shards of a batch's rows lie on this process's devices, ascending.
-
-  They need not be neighbours: a TPU host is a square of a slice. Where `tensor` goes across hosts,
-  several hold the same.
-  """
+  """Numbers of the row shards that this process's devices hold, ascending."""
+  # They need not be consecutive: a TPU host is a square of a slice. If `tensor` spans hosts, several of them hold the
+  # same shard.
   mine = [device.process_index == jax.process_index() for device in mesh.devices.flat]
   return np.flatnonzero(np.reshape(mine, (num_row_shards(mesh), -1)).any(axis=1))
 
 
 def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-  """Places in a global batch of the rows that this process must bring, ascending.
+  """Indices in a global batch of the rows that this process must provide, ascending.
 
   Raises:
-    UserError: the rows do not divide over the mesh.
+    UserError: the mesh does not divide the rows.
   """
   shards = num_row_shards(mesh)
   if num_rows % shards:
@@ -286,10 +296,13 @@ def own_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
 
 
 def place_batch(mesh: Mesh, batch):
-  """Global arrays from this process's own rows, a pytree of numpy arrays in the order of `own_rows`.
+  """Makes global arrays from this process's own rows.
 
+  Args:
+    mesh: of all processes.
+    batch: pytree of numpy arrays with the rows of `own_rows`, in that order.
   Raises:
-    UserError: the rows do not divide over this process's share of the mesh.
+    UserError: this process's share of the mesh does not divide its rows.
   """
   mine, shards = own_row_shards(mesh).tolist(), num_row_shards(mesh)
 
@@ -301,6 +314,8 @@ def place_batch(mesh: Mesh, batch):
         " Set the batch size to a multiple, or a smaller mesh."
       )
 
+    # JAX asks for a shard by its slice of the global batch. That gives the shard's number, and with it the place of its
+    # rows among this process's own.
     def shard(index):
       start = size * mine.index((index[0].start or 0) // size)
       return rows[start : start + size]
@@ -312,7 +327,7 @@ def place_batch(mesh: Mesh, batch):
 
 
 def place_rows(mesh: Mesh, batch):
-  """Global arrays from rows that every process holds alike; not split if they do not divide."""
+  """Makes global arrays from rows that every process has; they are replicated if the mesh does not divide them."""
   shards = num_row_shards(mesh)
 
   def one(rows):
@@ -323,7 +338,7 @@ def place_rows(mesh: Mesh, batch):
 
 
 def to_host(tree):
-  """Whole numpy arrays on every process; all processes must call it alike."""
+  """Whole numpy arrays in every process. It gathers, so all processes must call it with the same tree."""
 
   def one(x):
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:

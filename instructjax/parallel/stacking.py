@@ -1,10 +1,11 @@
-"""The two ways in which layers' weights lie: stacked on a leading axis, or a list with one tree a layer.
+"""Converts layers' weights between two forms: stacked on a leading axis, or a list with one tree a layer.
 
-A scan over layers wants them stacked. Layers that are unrolled want the list: a slice of a stack is copied before a
-product can read it, and the gradient's parts are copied into a stack again. Called by the models, by checkpoint (which
-saves stacks only) and by whoever compares weights. Imports nothing of the project.
+A scan over layers needs them stacked. Unrolled layers are faster with a list: XLA copies a slice of a stack before a
+product can read it, and copies the parts of the gradient into a stack again. Called by the models, by the stages that
+compare weights, and by train/checkpoint.py, which saves stacks only, so that a run can go on in either form. Imports
+nothing of the project.
 
-In any tree, weights or optimiser state, the layers lie under the key `layers` of a dict.
+In every tree, of weights or of optimiser state, the layers are under the key `layers` of a dict.
 """
 
 import functools
@@ -20,13 +21,11 @@ KEY = "layers"
 
 
 def unstacked(layers: Any) -> list:
-  """The list of one tree a layer, of a stack or of what is such a list already.
-
-  By `split`, whose gradient is one concatenation; indexing would pad and add N arrays of full size.
-  """
+  """The layers as a list; a list is returned as it is."""
   if isinstance(layers, list):
     return layers
   leaves, treedef = jax.tree.flatten(layers)
+  # The gradient of a split is one concatenation. That of N indexings is a sum of N padded arrays of the stack's size.
   rows = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
   return [
     jax.tree.unflatten(treedef, [row.reshape(row.shape[1:]) for row in layer])
@@ -35,14 +34,14 @@ def unstacked(layers: Any) -> list:
 
 
 def stacked(layers: Any) -> Any:
-  """One tree whose leaves have a leading axis of layers, of such a list or of what is stacked already."""
+  """The layers as one tree whose leaves have a leading axis of layers; a stack is returned as it is."""
   if not isinstance(layers, list):
     return layers
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def stack_each(layers: Any) -> Any:
-  """`stacked` outside of a traced function, each leaf by itself and placed as its layers are."""
+  """`stacked` for arrays outside of a traced function: leaf by leaf, sharded as the layers are."""
   if not isinstance(layers, list):
     return layers
 
@@ -54,9 +53,9 @@ def stack_each(layers: Any) -> Any:
 
 
 def unstack_each(layers: Any) -> list:
-  """`unstacked` outside of a traced function, leaf by leaf; each is freed before the next is taken apart.
+  """`unstacked` for arrays outside of a traced function. It deletes the stack.
 
-  So no more than one leaf lies in memory twice.
+  It goes leaf by leaf and frees each before the next, so at most one leaf is in memory twice.
   """
   if isinstance(layers, list):
     return layers
@@ -64,11 +63,13 @@ def unstack_each(layers: Any) -> list:
   parts = []
   for leaf in leaves:
     parts.append(_unstack_program(_without_axis(leaf).sharding)(leaf))
+    # Dispatch is asynchronous: without waiting, copies of many leaves could exist before the first is deleted.
     jax.block_until_ready(parts[-1])
     leaf.delete()
   return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
 
 
+# Cached, because jit compiles again for every new function object; leaves of one shape and place share a program.
 @functools.cache
 def _stack_program(place):
   return jax.jit(lambda leaves: jnp.stack(leaves), out_shardings=place)
@@ -80,14 +81,14 @@ def _unstack_program(place):
 
 
 def stacked_shapes(layers: Any) -> Any:
-  """`stacked` of ShapeDtypeStructs, with shardings where they have any."""
+  """`stacked` for ShapeDtypeStructs; shardings are kept."""
   if not isinstance(layers, list):
     return layers
   return jax.tree.map(lambda leaf: _with_axis(leaf, len(layers)), layers[0])
 
 
 def unstacked_shapes(layers: Any) -> list:
-  """`unstacked` of ShapeDtypeStructs, with shardings where they have any."""
+  """`unstacked` for ShapeDtypeStructs; shardings are kept."""
   if isinstance(layers, list):
     return layers
   number = jax.tree.leaves(layers)[0].shape[0]
@@ -95,7 +96,7 @@ def unstacked_shapes(layers: Any) -> list:
 
 
 def relay(tree: Any, change: Callable[[Any], Any]) -> Any:
-  """`tree` with `change` made to every node under a key `layers`."""
+  """Applies `change` (one of the functions above) to the layers of a tree, wherever they are in it."""
   has_layers = lambda node: isinstance(node, dict) and KEY in node
 
   def at(node):
@@ -105,6 +106,7 @@ def relay(tree: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _with_axis(leaf, size: int):
+  """Shape and sharding of `size` leaves in a stack; the axis of layers is never split."""
   place = leaf.sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PS(None, *place.spec))
@@ -112,6 +114,7 @@ def _with_axis(leaf, size: int):
 
 
 def _without_axis(leaf):
+  """Shape and sharding of one layer of a stack."""
   place = leaf.sharding
   if isinstance(place, NamedSharding):
     place = NamedSharding(place.mesh, PS(*place.spec[1:]))

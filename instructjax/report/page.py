@@ -8,12 +8,15 @@ template, which escapes all values. Whether a finding holds is decided in findin
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 
 import jinja2
 import markupsafe
 import numpy as np
 
+from instructjax.core import provenance
 from instructjax.core.errors import writing
+from instructjax.core.provenance import Provenance
 from instructjax.report import figures, findings, overoptimization, panels
 from instructjax.report.results import Results
 
@@ -258,7 +261,23 @@ def _what_ran(config, prompts: list[str]) -> str:
   return " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
 
 
-def page(config, prompts: list[str], results: Results, found: list[dict], wins: dict) -> str:
+def _made(made: Mapping[str, Provenance]) -> dict:
+  """Where the last stage comes from, in rows, and a line on each stage."""
+  last = provenance.rows(list(made.values())[-1])
+  lines = [
+    (stage, row.date, f"{row.seconds:.0f}", provenance.code(row)) for stage, row in made.items()
+  ]
+  return {"rows": last, "stages": lines}
+
+
+def page(
+  config,
+  prompts: list[str],
+  results: Results,
+  found: list[dict],
+  wins: dict,
+  made: Mapping[str, Provenance],
+) -> str:
   """The whole report as one HTML document."""
   return _TEMPLATES.get_template("page.html.j2").render(
     preset=str(config.preset),
@@ -276,10 +295,18 @@ def page(config, prompts: list[str], results: Results, found: list[dict], wins: 
     reward_model=_reward_model(results),
     num_pairs=results.reward_model.validation.pairs,
     overoptimization=_overoptimization(results),
+    made=_made(made),
   )
 
 
-def write(directory, config, prompts: list[str], results: Results, found: list[dict]):
+def write(
+  directory,
+  config,
+  prompts: list[str],
+  results: Results,
+  found: list[dict],
+  made: Mapping[str, Provenance],
+):
   """Writes findings.json, report.png and index.html.
 
   Args:
@@ -288,13 +315,14 @@ def write(directory, config, prompts: list[str], results: Results, found: list[d
     prompts: the prompt of each answer, so that each stands in the list `samples_per_prompt` times in a row.
     results: what evaluation measured.
     found: the result of findings.find.
+    made: stage -> provenance, in the order in which the stages ran; evaluation is the last.
   Raises:
     UserError: the files cannot be written.
   """
   directory = pathlib.Path(directory)
   # Computed again rather than passed on; the same seed gives the digits that the findings have.
   wins = findings.win_matrix(results, bootstrap=config.evaluate.bootstrap, seed=config.seed)
-  text = page(config, prompts, results, found, wins)
+  text = page(config, prompts, results, found, wins, made)
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "findings.json").write_text(

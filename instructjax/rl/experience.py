@@ -1,7 +1,7 @@
-"""From a rollout to what PPO learns from: scores of all four networks, rewards, advantages.
+"""Turns a rollout into what PPO learns from: outputs of all four networks, rewards, advantages and returns.
 
-Called by step.py, inside the compiled step. The pieces: `Nets` and `Frozen` (the networks, and the weights that never
-change), `Experience` (what a minibatch is made of), `from_rollout`.
+Called by step.py, inside the compiled step. `Nets` and `Frozen` hold the networks and the weights that never change,
+`Experience` the arrays that minibatches are cut from, and `from_rollout` makes the one from the others.
 """
 
 import dataclasses
@@ -20,9 +20,15 @@ from instructjax.rl.rows import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Nets:
-  """Static parts of the step: the two networks' definitions and their optimisers.
+  """The static parts of the step.
 
-  The policy and its frozen reference share `policy`; the reward model and the value network share `scalar`.
+  Attributes:
+    policy: network of the policy and of its frozen reference.
+    scalar: network of the reward model and of the value network.
+    policy_tx, value_tx: their optimisers.
+    eos_id: the token that ends an answer.
+    max_response_length: R, the most tokens of an answer, its EOS included.
+    slots: rows decoded at once; 0 for the whole batch.
   """
 
   policy: transformer.Model
@@ -31,14 +37,14 @@ class Nets:
   value_tx: optax.GradientTransformation
   eos_id: int
   max_response_length: int
-  slots: int = 0  # rows decoded at once; 0 is the whole batch
+  slots: int = 0
 
 
 @pytree
 class Frozen:
   """Weights that PPO reads and never changes: the KL reference (the PPO initialisation, C.3) and the reward model.
 
-  Both from `transformer.frozen_weights`, so that in bfloat16 they take half of the memory.
+  Both come from `transformer.frozen_weights`. In bfloat16 they take half of the memory.
   """
 
   ref_params: Params
@@ -47,20 +53,20 @@ class Frozen:
 
 @pytree
 class Experience:
-  """Episodes with all that the losses need; a minibatch is a slice of B.
+  """Episodes with everything that the losses need. A minibatch is a selection of its rows.
 
   Of the L columns, the first P = L - R hold no response token. Arrays named _BR describe the last R columns.
 
   Attributes:
     token_BL: int32 prompt and response; `vocab_size` at pads.
     segment_BL: int32 number of the token's episode within its row, from 1; 0 at pads.
-    is_response_BR: True on response tokens. The value loss is a mean over them.
-    is_actor_BR: the same without the episodes that `missing_eos='exclude'` keeps from the policy's loss, which is a
-      mean over these.
-    behaviour_logprob_BR: log-probability under the policy that sampled, in nats.
-    value_BR: the value network's estimate before each token, in units of reward, at the time of the rollout.
+    is_response_BR: True on response tokens, over which the value loss is a mean.
+    is_actor_BR: True on the tokens over which the policy loss is a mean. These are all response tokens, or with
+      `missing_eos='exclude'` only those of answers that ended.
+    behaviour_logprob_BR: log-probability of each token under the policy that sampled it, in nats.
+    value_BR: value before each token, by the value network at the time of the rollout, in units of reward.
     advantage_BR: advantage of each token, whitened if configured.
-    return_BR: what the value network learns to predict, in units of reward.
+    return_BR: the value network's target, in units of reward.
   """
 
   token_BL: Array
@@ -74,19 +80,19 @@ class Experience:
 
   @property
   def prompt_length(self) -> int:
-    """P, the columns that hold no response."""
+    """P, the number of columns that hold no response."""
     return self.token_BL.shape[1] - self.is_response_BR.shape[1]
 
 
 @pytree
 class Scored:
-  """What `from_rollout` makes of a rollout.
+  """The result of `from_rollout`.
 
   Attributes:
     experience: what the updates learn from.
     metrics: float32 scalars of the whole batch.
-    score_B: the reward model's score of each response, as the model gave it.
-    kl_B: KL to the reference of each response, in nats: the sum over its tokens.
+    score_B: the reward model's score of each response, before the rule for missing EOS.
+    kl_B: KL of each response to the reference, in nats: the sum over its tokens.
   """
 
   experience: Experience
@@ -96,14 +102,21 @@ class Scored:
 
 
 def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Array:
-  """Reward-model score after the treatment of answers that never ended (`missing_eos`, details item 22)."""
+  """The score that PPO uses: the reward model's, or a fixed one for answers without EOS (details item 22).
+
+  Args:
+    cfg: `missing_eos` chooses the rule.
+    score_B: the reward model's scores.
+    has_eos_B: whether the answer ended within the length limit.
+  """
+  # 'exclude' leaves the score as it is: `from_rollout` takes the tokens out of the policy's loss.
   if cfg.missing_eos == "fixed":
     return jnp.where(has_eos_B, score_B, cfg.missing_eos_score)
   return score_B
 
 
 def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
-  """A function of rows of tokens, for `Rows.score`: what all four networks say of each token."""
+  """Makes the function for `Rows.score`: from rows of tokens to the four networks' outputs for each token."""
 
   def read(token_BL, segment_BL, prompt_length):
     rows = dict(token_BL=token_BL, segment_BL=segment_BL)
@@ -116,6 +129,8 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
       "value_BR": scoring.response_value(nets.scalar, state.value_params, **response),
       "score_BL": scoring.column_score(nets.scalar, frozen.reward_params, **rows),
     }
+    # Decoding and scoring differ in bfloat16, so with the rollout's log-probabilities the ratio of the first minibatch
+    # would not be 1 (details item 8). 'rescore' makes it 1, for one more forward pass.
     if cfg.behaviour_logprob == "rescore":
       result["behaviour_logprob_BR"] = logprob(state.params)
     return result
@@ -126,9 +141,13 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
 def from_rollout(
   nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, rollout: Rollout
 ) -> Scored:
-  """Scores a rollout with all four networks and computes rewards, advantages and returns.
+  """Scores a rollout with all four networks, and computes rewards, advantages and returns.
 
-  `state` is as it was when the rollout was sampled. A rollout is a whole batch of episodes.
+  Args:
+    nets, cfg, rows: static.
+    state: as it was when the rollout was sampled.
+    frozen: reference and reward model.
+    rollout: the whole batch of episodes.
   """
   mask_BR = rollout.is_response_BR
   with jax.named_scope("score"):
@@ -147,14 +166,17 @@ def from_rollout(
     # 2d. The KL to the reference at each token lowers the reward (sec 3.5, eq. 2; details item 23).
     kl_BR = kl.k1(behaviour_BR, ref_BR)
     reward_BR = kl.penalised_reward(score_B, kl_BR, mask_BR, state.kl_coef)
-    # 2e. Rewards may be scaled to variance 1, their mean kept (details item 25).
+    # 2e. Rewards may be scaled to variance 1 (details item 25). Their mean is kept: a shift would add a constant to the
+    #     reward of every token, and so favour long or short answers.
     if cfg.whiten_rewards:
       reward_BR = masked.masked_whiten(reward_BR, mask_BR, shift_mean=False)
-    # 2f. Advantages without discount (C.4; details item 28), and returns from them before whitening (details item 27).
+    # 2f. Advantages without discount (C.4; details item 28). Returns are computed from them before whitening (details
+    #     item 27), because the value network predicts rewards in their own units.
     advantage_BR, return_BR = gae.gae(
       reward_BR, value_BR, mask_BR, discount=cfg.discount, lam=cfg.gae_lambda
     )
-    # 2g. Advantages whitened over the tokens that the policy learns from (details item 25).
+    # 2g. Advantages are whitened over the tokens that the policy learns from (details item 25). This is done for the
+    #     whole batch, so an episode's advantage does not depend on the minibatch that it lands in.
     is_actor_BR = mask_BR
     if cfg.missing_eos == "exclude":
       is_actor_BR = mask_BR & has_eos_B[:, None]
@@ -170,6 +192,7 @@ def from_rollout(
     advantage_BR=advantage_BR,
     return_BR=return_BR,
   )
+  # The metrics are about answers, so KL and entropy are sums over an answer's tokens, averaged over answers.
   kl_B = masked.masked_sum(kl_BR, mask_BR, axis=1)
   kl_k3_B = masked.masked_sum(kl.k3(behaviour_BR, ref_BR), mask_BR, axis=1)
   metrics = _rollout_metrics(rollout, experience, has_eos_B, num_cells) | {
@@ -186,10 +209,12 @@ def from_rollout(
 def _rollout_metrics(
   rollout: Rollout, experience: Experience, has_eos_B: Array, num_cells: Array | int
 ) -> dict[str, Array]:
-  """Lengths, entropy in nats a response, and how well the value network foresaw the returns (details item 32).
+  """Metrics of the rollout: lengths, entropy in nats per response, explained variance (details item 32), and waste.
 
   Args:
-    num_cells: columns of all rows in which the rollout was scored.
+    rollout, experience: of the iteration.
+    has_eos_B: whether the answer ended within the length limit.
+    num_cells: columns of all rows that were scored, pads included.
   """
   mask_BR = rollout.is_response_BR
   entropy_B = -masked.masked_sum(experience.behaviour_logprob_BR, mask_BR, axis=1)

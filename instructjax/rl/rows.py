@@ -1,17 +1,17 @@
-"""The rows that the networks read: one episode each, padded (`padded`), or several (`shared`).
+"""Hides from PPO whether a row holds one episode, padded (`padded`), or several short ones (`shared`).
 
-PPO needs two things of them, and gets the same from both kinds, but for rounding:
+PPO needs two operations. Both kinds of rows give the same results, up to rounding:
 
   score     forward passes over a rollout
-  gradient  of a loss that is a mean over tokens, over a minibatch
+  gradient  the gradient of a loss over a minibatch; the loss is a mean over tokens
 
-Called by step.py, which chooses once, and experience.py. shared_rows.py decides where an episode lies in shared rows.
-Imports no model and no config.
+Called by step.py, which chooses the kind once, and by experience.py. shared_rows.py decides where an episode lies in
+shared rows. Imports no model and no config.
 
-Both operations call a function of the caller with rows of tokens. It sees the same shapes from either kind. In rows of
-L columns the first P hold no response. Names end in `_BL` for arrays with an entry per column, in `_BR` for those with
-an entry for each of the last R = L - P columns. In padded rows P is the width of the prompts. In shared rows it is 1:
-an episode may begin in any column, and it begins with its prompt.
+Both operations call a function of the caller with rows of tokens, which have the same form for either kind. The first P
+of a row's L columns hold no response. An array whose name ends in `_BL` has an entry for each column. One that ends in
+`_BR` has an entry for each of the last R = L - P columns. In padded rows P is the width of the prompts. In shared rows
+P is 1: an episode may begin in any column, and begins with its prompt, so only the first column is sure to hold none.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from instructjax.rl import shared_rows
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-  """What `Rows.gradient` returns.
+  """The result of `Rows.gradient`.
 
   Attributes:
     loss, metrics: means over the tokens that count; a metric named `..._max` is a maximum.
-    grads: gradient of the loss, shaped as the parameters.
-    num_cells: columns of all rows that were worked on, those without a token included.
+    grads: gradient of the loss, in a tree like the parameters.
+    num_cells: columns of all rows that were computed, pads included.
   """
 
   loss: Array
@@ -48,10 +48,11 @@ class Rows:
 
   Attributes:
     score: (read, rollout) -> (arrays, num_cells). `read` takes (token_BL, segment_BL, prompt_length=P) and returns
-      {name: array}, with names that end in _BL or _BR. The arrays come back with a row for each episode of the
+      {name: array}, with names that end in _BL or _BR. `score` returns these arrays with a row for each episode of the
       rollout, and with the rollout's columns.
-    gradient: (loss_fn, params, batch, over) -> Gradient. `loss_fn` takes (params, batch) and returns (loss, metrics),
-      means over the tokens that the batch's field named `over` marks. The batch is an `experience.Experience`.
+    gradient: (loss_fn, params, batch, over) -> Gradient. `batch` is an `experience.Experience`, and `over` the name of
+      its field that marks the tokens that count. `loss_fn` takes (params, batch) and returns (loss, metrics), means
+      over these tokens.
   """
 
   score: Callable[[Callable, Rollout], tuple[dict[str, Array], Array | int]]
@@ -59,12 +60,12 @@ class Rows:
 
 
 def make_rows(packed_rows: int, pad_id: int) -> Rows:
-  """`shared` rows, `packed_rows` at a time, or `padded` ones if that is 0."""
+  """`shared` rows, computed `packed_rows` at a time, or `padded` rows if `packed_rows` is 0."""
   return shared(packed_rows, pad_id) if packed_rows else padded()
 
 
 def padded() -> Rows:
-  """One episode a row, as the rollout has them."""
+  """One episode a row, as in the rollout."""
   return Rows(score=_score_padded, gradient=_gradient_padded)
 
 
@@ -72,8 +73,8 @@ def shared(num_rows: int, pad_id: int) -> Rows:
   """Several episodes a row.
 
   Args:
-    num_rows: rows of L columns worked on at a time; divides the rows of a minibatch.
-    pad_id: the token where there is none.
+    num_rows: rows of L columns that are computed at a time; divides the rows of a minibatch.
+    pad_id: token id at pads.
   """
   return Rows(
     score=functools.partial(_score_shared, num_rows, pad_id),
@@ -82,20 +83,24 @@ def shared(num_rows: int, pad_id: int) -> Rows:
 
 
 def _score_padded(read, rollout: Rollout):
+  """`Rows.score` of padded rows."""
   arrays = read(rollout.token_BL, rollout.is_token_BL, prompt_length=rollout.prompt_length)
   return arrays, rollout.token_BL.size
 
 
 def _gradient_padded(loss_fn, params, batch, over: str) -> Gradient:
-  del over  # the loss takes its mean over all rows at once
+  """`Rows.gradient` of padded rows."""
+  del over  # loss_fn sees all rows at once, so its mean needs no weights
   (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
   return Gradient(loss, metrics, grads, batch.token_BL.size)
 
 
 def _score_shared(num_rows: int, pad_id: int, read, rollout: Rollout):
+  """`Rows.score` of shared rows: moves tokens there, reads them chunk by chunk, and moves the results back."""
   placement = shared_rows.first_fit(rollout.is_token_BL, rows=num_rows)
   token_BL = shared_rows.to_shared(placement, rollout.token_BL, pad_id)
 
+  # Results are moved back by the cell of their token, so they need an entry for every column, the first included.
   def every_column(tokens):
     arrays = read(*tokens, prompt_length=1)
     return {name: _widen(x, 1) if name.endswith("_BR") else x for name, x in arrays.items()}
@@ -110,8 +115,10 @@ def _score_shared(num_rows: int, pad_id: int, read, rollout: Rollout):
 
 
 def _gradient_shared(num_rows: int, pad_id: int, loss_fn, params, batch, over: str) -> Gradient:
+  """`Rows.gradient` of shared rows. Each minibatch has other episodes, so each gets a placement of its own."""
   placement = shared_rows.first_fit(batch.segment_BL > 0, rows=num_rows)
 
+  # In shared rows P is 1, so R = L - 1. The arrays have all L columns up to here, because cells are rows times columns.
   def chunk_loss(params, chunk):
     return loss_fn(params, _map_responses(lambda x_BL: x_BL[:, 1:], chunk))
 
@@ -122,7 +129,7 @@ def _gradient_shared(num_rows: int, pad_id: int, loss_fn, params, batch, over: s
 
 
 def _in_shared_rows(batch, placement: shared_rows.Placement, pad_id: int):
-  """A minibatch with its episodes in shared rows; there its arrays _BR have all L columns."""
+  """A minibatch with its episodes in shared rows. Arrays named _BR are widened to all L columns."""
   move = lambda x_BR: shared_rows.to_shared(placement, _widen(x_BR, batch.prompt_length), 0)  # noqa: E731
   return dataclasses.replace(
     _map_responses(move, batch),
@@ -132,11 +139,11 @@ def _in_shared_rows(batch, placement: shared_rows.Placement, pad_id: int):
 
 
 def _map_responses(function: Callable, batch):
-  """The minibatch with `function` of each array that is named _BR."""
+  """Applies `function` to each array of a minibatch whose name ends in _BR."""
   names = [f.name for f in dataclasses.fields(batch) if f.name.endswith("_BR")]
   return dataclasses.replace(batch, **{name: function(getattr(batch, name)) for name in names})
 
 
 def _widen(x_BR: Array, prompt_length: int) -> Array:
-  """[B, R] -> [B, L], zeros in the columns before."""
+  """[B, R] -> [B, L], with zeros in the first P columns."""
   return jnp.pad(x_BR, ((0, 0), (prompt_length, 0)))

@@ -1,7 +1,8 @@
-"""Sampling responses inside one XLA program: prefill, then a decode loop that ends when every row has ended.
+"""Samples responses inside one XLA program: prefill, then a decode loop that ends when every row has ended.
 
-Called by step.py (rollouts), stages/answers.py and serve/speaker.py. First `generate` and its loop, then the draw of
-one token. slots.py has the same loop for fewer rows at a time than there are prompts. Imports no data and no stage.
+Called by step.py (rollouts), stages/answers.py and serve/speaker.py. First come `generate` and its loop, then the draw
+of one token. slots.py has the loop for decoding fewer rows at a time than there are prompts. Imports no data and no
+stage.
 """
 
 import functools
@@ -14,7 +15,7 @@ from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
 from instructjax.models import decoding, transformer
 from instructjax.rl.slots import generate as generate_in_slots
 
-_BLOCK = 256  # columns of one block of the two-level inverse CDF
+_BLOCK = 256  # tokens of a block in `sample_token`: about the square root of a vocabulary of 50k
 
 
 def generate(
@@ -28,24 +29,28 @@ def generate(
   temperature: float,
   slots: int = 0,
 ) -> Rollout:
-  """Samples one response a prompt. Traceable: call it inside jit.
+  """Samples one response for each prompt. Traceable: call it inside jit.
 
-  Weights are cast and laid out for decoding once, before the loop. The loop stops as soon as every row has ended, so a
-  batch of short answers costs only its longest one. Where lengths differ much, fewer slots than rows waste less.
+  Weights are cast and laid out for decoding once, before the loop. The loop stops as soon as every row has ended, so it
+  is as long as the longest answer. If lengths differ much, decode in fewer slots than there are rows.
 
   Args:
     model: a Model with an LM head.
     params: its float32 weights.
     prompts: left-padded; every row has at least one token.
-    key: typed key of this rollout; rows fold their index into it.
-    max_new_tokens: R, EOS included.
-    eos_id: ends a row; kept as the row's last token (details item 4).
+    key: typed key of this rollout; each row folds its index into it.
+    max_new_tokens: R, the most tokens of a response, EOS included.
+    eos_id: ends a row, and is kept as its last token (details item 4).
     temperature: 1 in the paper's rollouts; 0 is greedy.
-    slots: rows decoded at once, a slot whose row has ended going on with the next prompt; 0 is all rows. The tokens do
-      not depend on it.
+    slots: rows decoded at once; when a row ends, its slot takes the next prompt. 0 decodes all rows at once. The tokens
+      do not depend on it.
   Returns:
-    A Rollout, L = P + R.
+    A Rollout with L = P + R columns.
+  Raises:
+    UserError: slots or rows are not divisible by the mesh's data shards.
   """
+  # All noise is drawn before the loop, a number for each row and step. So a row's tokens depend neither on the rows
+  # beside it nor on the step at which it is decoded, and slots cannot change them.
   uniform_BR = row_uniforms(key, prompts.index_B, max_new_tokens)
   weights = decoding.decode_weights(model, params)
   draw = functools.partial(sample_token, temperature=temperature)
@@ -57,11 +62,11 @@ def generate(
 
 @pytree
 class _Rows:
-  """What every decode step changes besides the cache.
+  """What a decode step changes beside the cache.
 
   Attributes:
-    token_BL, is_token_BL, logprob_BR: as in Rollout, so far.
-    ended_B: True once a row has its EOS; from then on it gets pads.
+    token_BL, is_token_BL, logprob_BR: as in Rollout, up to the current step.
+    ended_B: True once a row has its EOS; after that it gets pads.
   """
 
   token_BL: Array
@@ -71,7 +76,7 @@ class _Rows:
 
 
 def _only_prompts(prompts: PromptBatch, max_new_tokens: int, pad_id: int) -> _Rows:
-  """Rows with room for a response."""
+  """The prompts, with empty columns for the responses."""
   num_rows, room = len(prompts.token_BP), ((0, 0), (0, max_new_tokens))
   return _Rows(
     token_BL=jnp.pad(prompts.token_BP, room, constant_values=pad_id),
@@ -90,7 +95,7 @@ def _generate_all_rows(
   *,
   eos_id: int,
 ) -> Rollout:
-  """All rows step by step at once. Arguments as of `slots.generate`."""
+  """The plain loop: all rows at once, step by step. Arguments as for `slots.generate`."""
   num_rows, prompt_length = prompts.token_BP.shape
   max_new_tokens = uniform_BR.shape[1]
   pad_id = model.vocab_size
@@ -99,6 +104,7 @@ def _generate_all_rows(
     """Draws response token t of every row."""
     set_column = functools.partial(jax.lax.dynamic_update_index_in_dim, axis=1)
     token_B, logprob_B = draw(logits_BV, uniform_BR[:, t])
+    # Shapes are static, so rows that have ended are decoded too; what they draw is replaced by pads.
     new_token_B = jnp.where(rows.ended_B, pad_id, token_B)
     new_logprob_B = jnp.where(rows.ended_B, 0.0, logprob_B)
     return _Rows(
@@ -121,6 +127,7 @@ def _generate_all_rows(
 
   def step(carry):
     t, cache, rows = carry
+    # Token t - 1 is drawn but not in the cache yet: feeding it fills its column and predicts token t.
     newest = prompt_length + t - 1
     token_B = jax.lax.dynamic_index_in_dim(rows.token_BL, newest, axis=1, keepdims=False)
     logits_BV, cache = decoding.decode_step(
@@ -140,24 +147,25 @@ def _generate_all_rows(
 
 
 def row_uniforms(key: Array, index_B: Array, num_steps: int) -> Array:
-  """One uniform in [0, 1) per row and step. Row i's numbers depend on (key, i) only, never on the batch's layout."""
+  """Uniforms in [0, 1), [B, num_steps]. Row i's depend on (key, i) only, not on the batch or its layout on devices."""
   return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (num_steps,)))(index_B)
 
 
 def sample_token(
   logits_BV: Array, uniform_B: Array, temperature: float, top_p: float = 1.0
 ) -> tuple[Array, Array]:
-  """Draws one token a row from softmax(logits / temperature) by inverse CDF, exact, in two levels.
+  """Draws one token for each row from softmax(logits / temperature).
 
-  A block of 256 columns is drawn by the blocks' mass, then a column inside it: one uniform a row, no sort and no noise
-  array of vocabulary size (`jax.random.categorical` costs a fifth of a decode step at 50k vocabulary on a CPU).
+  It inverts the cumulative distribution in two levels, which is exact: first it draws a block of 256 tokens by the
+  blocks' mass, then a token inside the block. This needs one uniform a row, no sort, and no noise array of the
+  vocabulary's size. (`jax.random.categorical` needs one: a fifth of a decode step on a CPU with 50k tokens.)
 
   Args:
     logits_BV: float32.
     uniform_B: in [0, 1).
-    temperature: static; 0 takes the argmax, whose log-probability is then reported at temperature 1.
-    top_p: static; below 1, draws from the nucleus only. PPO's rollouts must not: the ratio and the KL are those of the
-      whole distribution.
+    temperature: static; 0 takes the argmax, and its log-probability is that at temperature 1.
+    top_p: static; below 1, only tokens of the nucleus are drawn. PPO's rollouts must not use it, because the ratio and
+      the KL are computed for the whole distribution.
   Returns:
     (token_B int32, logprob_B float32 under the distribution drawn from).
   """
@@ -177,6 +185,8 @@ def sample_token(
     padded = jnp.pad(mass_BV, ((0, 0), (0, num_blocks * _BLOCK - vocab_size)))
     blocks = padded.reshape(num_rows, num_blocks, _BLOCK)
     block_mass_BT = jnp.sum(blocks, axis=-1)
+    # The uniform, scaled to the total mass, picks the block. What is left of it inside the block is uniform again, and
+    # picks the token.
     block_B, left_B = _pick(block_mass_BT, uniform_B * jnp.sum(block_mass_BT, axis=-1))
     inside_BT = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
     column_B, _ = _pick(inside_BT, left_B)
@@ -186,11 +196,9 @@ def sample_token(
 
 
 def _pick(mass_BT: Array, target_B: Array) -> tuple[Array, Array]:
-  """First index whose cumulative mass exceeds the target, and what of the target is left at its start.
-
-  The target is held just under the total, so that rounding can never pick an entry of zero mass.
-  """
+  """The first index whose cumulative mass exceeds the target, and the target less the mass before that index."""
   cumulative_BT = jnp.cumsum(mass_BT, axis=-1)
+  # Held just below the total: by rounding, the target could reach it, and pick an entry without mass at the end.
   target_B = jnp.minimum(target_B, cumulative_BT[:, -1] * (1 - 1e-6))
   index_B = jnp.sum(cumulative_BT <= target_B[:, None], axis=-1, dtype=jnp.int32)
   chosen = functools.partial(jnp.take_along_axis, indices=index_B[:, None], axis=-1)
@@ -199,9 +207,11 @@ def _pick(mass_BT: Array, target_B: Array) -> tuple[Array, Array]:
 
 
 def _last_where(is_true, stop_B: Array) -> Array:
-  """Last of the integers 0 .. stop_B - 1 where `is_true` holds, by bisection.
+  """The last of the integers 0 .. stop_B - 1 for which `is_true` holds, by bisection.
 
-  It holds at 0 (which is not looked at) and, where it ends to hold, never again.
+  Args:
+    is_true: integers [B] -> booleans [B]. It must hold at 0, which is not checked, and once false it must stay false.
+    stop_B: exclusive upper bound of each row.
   """
 
   def halve(bounds):
@@ -215,12 +225,14 @@ def _last_where(is_true, stop_B: Array) -> Array:
 
 
 def _nucleus(mass_BV: Array, top_p: float) -> Array:
-  """The mass with 0 outside the nucleus: the fewest of the likeliest tokens that hold top_p of it (arXiv:1904.09751).
+  """Sets the mass outside the nucleus to 0.
 
-  Exact, without a sort, which takes 25 times as long at 50k vocabulary on a CPU. Floats that are not negative are
-  ordered as their bits are, so a bisection of 30 steps over the bits finds the mass of the token that crosses top_p. Of
-  several tokens of just that mass, the first ones are in, as many as it takes.
+  The nucleus is the smallest set of the likeliest tokens that holds a share top_p of the mass (Holtzman et al. 2020,
+  arXiv:1904.09751). If several tokens have the mass at its edge, those with the lowest ids belong to it, as many as are
+  needed. The result is exact, without a sort, which takes 25 times as long on a CPU with 50k tokens.
   """
+  # Floats that are not negative have the same order as their bits, read as integers. So a bisection over the bits finds
+  # the exact mass at the edge in about 30 steps.
   target_B = top_p * jnp.sum(mass_BV, axis=-1)
   bits_BV = jax.lax.bitcast_convert_type(mass_BV, jnp.int32)
   id_1V = jnp.arange(mass_BV.shape[-1], dtype=jnp.int32)[None]
@@ -230,6 +242,8 @@ def _nucleus(mass_BV: Array, top_p: float) -> Array:
     return jnp.sum(jnp.where(is_in_BV, mass_BV, 0.0), axis=-1) >= target_B
 
   edge_B = _last_where(reaches, jnp.max(bits_BV, axis=-1) + 1)
+  # Every token above the edge is in. Of the tokens with just the edge's mass, a second bisection, over ids, takes as
+  # many as are missing.
   is_above_BV, is_edge_BV = bits_BV > edge_B[:, None], bits_BV == edge_B[:, None]
   missing_B = target_B - jnp.sum(jnp.where(is_above_BV, mass_BV, 0.0), axis=-1)
   edge_mass_B = jax.lax.bitcast_convert_type(edge_B, jnp.float32)

@@ -1,11 +1,12 @@
-"""Log-probabilities, values and rewards of given tokens: the full forward passes of PPO, collecting and evaluation.
+"""Log-probabilities, values and reward-model scores of given tokens, by full forward passes.
 
-Columns follow the rollout's layout: left-padded prompt of P columns, then the response. A response token at column t is
-predicted, and valued, from column t - 1 (details item 21), so heads run on columns P-1 .. L-2 only.
+Called by PPO, by collecting and by the evaluations. Columns are those of a rollout: a left-padded prompt of P columns,
+then the response. The network predicts, and values, a response token in column t from column t - 1 (details item 21),
+so the heads are computed for columns P - 1 .. L - 2 only.
 
-`segment_BL` says which columns are tokens: booleans where a row holds one sequence, or, where it holds several
-(shared_rows.py), the number of each from 1, and 0 at pads. The prompt length then is 1: every column but the first
-counts.
+`segment_BL` says which columns hold tokens. If a row holds one sequence, it may be booleans. If it holds several
+(shared_rows.py), it has their numbers from 1, and 0 at pads. In that case pass a prompt length of 1, which includes
+every column but the first.
 """
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from instructjax.models import lm_head, transformer
 
 
 def _inputs(segment_BL: Array, window) -> dict:
+  """Keyword arguments of a forward pass; booleans become segment 1."""
   segment_BL = segment_BL.astype(jnp.int32)
   position_BL = transformer.positions_from_segments(segment_BL)
   return dict(segment_BL=segment_BL, position_BL=position_BL, window=window)
@@ -23,10 +25,16 @@ def _inputs(segment_BL: Array, window) -> dict:
 def response_logprob(
   model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int, temperature: float
 ):
-  """Log-probability of each response token, float32 [B, R]; zero at pads.
+  """Log-probability of each response token.
 
-  Logits are divided by the temperature: scoring at another one than sampling's makes the KL wrong from the first step
-  (details item 19).
+  Args:
+    model, params: with an 'lm' head.
+    token_BL, segment_BL: see the module's docstring.
+    prompt_length: P, static.
+    temperature: the one that the tokens were sampled at, by which logits are divided (details item 19). With another
+      one the KL is wrong from the first step.
+  Returns:
+    float32 [B, R], in nats; zero at pads.
   """
   window = (prompt_length - 1, token_BL.shape[1] - 1)
   h_BRD, params = transformer.hidden(model, params, token_BL, **_inputs(segment_BL, window))
@@ -37,25 +45,32 @@ def response_logprob(
 def response_value(
   model, params, token_BL: Array, segment_BL: Array, *, prompt_length: int
 ) -> Array:
-  """Value of the state before each response token, float32 [B, R]."""
+  """The value network's estimate before each response token, float32 [B, R], in units of reward."""
+  # Token t's value is read at column t - 1: before the token is known (details item 21).
   window = (prompt_length - 1, token_BL.shape[1] - 1)
   return transformer.apply(model, params, token_BL, **_inputs(segment_BL, window))
 
 
 def column_score(model, params, token_BL: Array, segment_BL: Array) -> Array:
-  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks a row's."""
+  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks the one of each row."""
   return transformer.apply(model, params, token_BL, **_inputs(segment_BL, None))
 
 
 def sequence_score(model, params, token_BL: Array, is_token_BL: Array) -> Array:
-  """Reward-model score read at each row's last real token (its EOS when it has one), float32 [B]. Details item 13.
+  """Reward-model score of each row, read at its last real token, which is the EOS if there is one (details item 13).
 
-  Rows may be padded on the left, on the right or both.
+  Args:
+    model, params: with a 'scalar' head.
+    token_BL: int32 ids.
+    is_token_BL: True on real tokens. Rows may be padded on the left, on the right or on both sides.
+  Returns:
+    float32 [B].
   """
   return at_last_token(column_score(model, params, token_BL, is_token_BL), is_token_BL)
 
 
 def at_last_token(score_BL: Array, is_token_BL: Array) -> Array:
   """The score at each row's last real token, float32 [B]."""
+  # argmax of booleans is the first True: counted from the end, that is the last token.
   last_B = score_BL.shape[1] - 1 - jnp.argmax(is_token_BL[:, ::-1], axis=1)
   return jnp.take_along_axis(score_BL, last_B[:, None], axis=1)[:, 0]

@@ -1,8 +1,8 @@
-"""Several short episodes in a row, so that scoring and training cost what the tokens cost and padding nothing.
+"""Puts several short episodes into one row, so that scoring and training hardly compute any padding.
 
-Called by rows.py, inside the compiled PPO step. Lengths are known on the device only, so rows are filled there and
-worked off in chunks until none is left: there is no budget that a batch of long episodes could exceed. Imports no
-model.
+Called by rows.py, inside the compiled PPO step. The lengths of answers are known on the device only. So episodes are
+placed there, and rows are computed chunk by chunk in a loop until none is left. There is no budget of rows that a batch
+of long episodes could exceed. Imports no model.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,23 @@ import jax.numpy as jnp
 from instructjax.core.structs import Array, Params, pytree
 from instructjax.parallel import constraints
 
-# Columns: in narrower rows attention takes little anyway, and episodes leave more gaps.
+# Columns of the narrowest rows. In still narrower ones attention would save little, and episodes would leave more gaps.
 NARROWEST = 128
-NARROWING = 4  # from one width to the next: each is compiled anew
+# Ratio of one width to the next. Every width has a program of its own to compile, so there are few.
+NARROWING = 4
 
 
 @pytree
 class Placement:
   """Where the tokens of B episodes, each padded to L columns, lie in shared rows.
 
-  There are rows of L columns, of L / 4 and perhaps L / 16, the wide ones first: attention costs the square of a row's
-  width, so short episodes get narrow rows. Rows are worked off in chunks of `rows` * L cells.
+  Attention's cost is the square of a row's width, so short episodes get narrow rows. There are rows of L columns, of
+  L / 4, perhaps of L / 16 and so on, in this order. All of them together have B * L cells, as many as the padded rows.
+  They are computed in chunks of `rows` * L cells; all rows of a chunk have one width.
 
   Attributes:
-    cell_BL: int32 index into the cells of all rows, which are B * L; B * L where there is no token.
-    end_K: int32 number of chunks up to the last row of each width.
+    cell_BL: int32 cell of each token, counted through all rows; B * L where there is no token.
+    end_K: int32, for each width, the number of chunks up to its last row.
   """
 
   cell_BL: Array
@@ -36,7 +38,7 @@ class Placement:
 
 
 def row_widths(length: int) -> list[int]:
-  """L, L / 4, ... as long as it divides and is not too narrow."""
+  """The widths of rows: L, L / 4 and so on, as long as 4 divides them and they are at least NARROWEST."""
   widths = [length]
   while widths[-1] % NARROWING == 0 and widths[-1] // NARROWING >= NARROWEST:
     widths.append(widths[-1] // NARROWING)
@@ -44,33 +46,40 @@ def row_widths(length: int) -> list[int]:
 
 
 def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
-  """First-fit decreasing: the longest episode first, each into the first row that has room for it.
+  """Places episodes by first-fit decreasing: the longest first, each into the first row with room for it.
 
-  A new row is as narrow as its first episode allows. At most 11/9 of the fewest possible rows, and 6/9, where all have
-  one width (Dosa 2007).
+  A new row is as narrow as its first episode allows. With a single width this needs at most 11/9 of the fewest possible
+  rows, plus 6/9 (Dosa 2007).
 
   Args:
     is_token_BL: True on an episode's tokens, which are contiguous.
-    rows: of L columns, in a chunk; divides B. All rows of a chunk have one width.
+    rows: rows of L columns in a chunk; divides B.
   """
-  # Small, and needed whole: split over devices, every step of a scan would send it around.
+  # The placement is small, and each step of its scan depends on the one before. Split over devices, every step would
+  # send data around; so each device computes all of it.
   is_token_BL = constraints.whole(is_token_BL)
   num_episodes, length = is_token_BL.shape
   length_B = jnp.sum(is_token_BL, axis=1, dtype=jnp.int32)
   index_B = jnp.arange(num_episodes, dtype=jnp.int32)
   widths = row_widths(length)
-  # Rows that there may be, the wide ones first: where each begins, and what room is left, none where it is not open.
+  # All rows that there may be, [widths, B]: each row's first cell, and the room that is left in it (0 if the row is not
+  # open). The widest come first, because the longest episodes need them and are placed first.
   first_KB = room_KB = jnp.zeros((len(widths), num_episodes), jnp.int32)
   cell_B, ends = jnp.zeros_like(length_B), [jnp.int32(0)]
   for k, (width, narrower) in enumerate(zip(widths, [*widths[1:], 0], strict=True)):
+    # Rows of this width begin after the chunks of the wider ones. Open as many as there are episodes, then place the
+    # episodes that need this width; they may also go into room that is left in wider rows.
     first_KB = first_KB.at[k].set(ends[-1] * rows * length + index_B * width)
     room_KB = room_KB.at[k].set(width)
     is_due_B = (length_B > narrower) & (length_B <= width)
     room_KB, cell_B = _place(length_B, is_due_B, jnp.array(widths), first_KB, room_KB, cell_B)
+    # A chunk that has begun is computed whole. So the unused rows of the last one stay open to shorter episodes, and
+    # the rows past it are closed.
     of_chunk = rows * length // width
     chunks = -(-jnp.sum(room_KB[k] < width, dtype=jnp.int32) // of_chunk)
     room_KB = room_KB.at[k].set(jnp.where(index_B < chunks * of_chunk, room_KB[k], 0))
     ends.append(ends[-1] + chunks)
+  # An episode's tokens are contiguous, so its first cell and its first column give the cells of all of them.
   shift_B = cell_B - jnp.argmax(is_token_BL, axis=1).astype(jnp.int32)
   cell_BL = shift_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
   cell_BL = jnp.where(is_token_BL, cell_BL, num_episodes * length)
@@ -78,11 +87,23 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
 
 
 def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Array, Array]:
-  """The episodes that are due, longest first, each into the first row with room: (room_KB, first cell of each)."""
+  """Places the episodes that are due, longest first, each into the first row with room.
+
+  Args:
+    length_B: tokens of each episode.
+    is_due_B: the episodes to place now.
+    width_K: width of the rows of each kind.
+    first_KB, room_KB: first cell and room of each row.
+    cell_B: first cell of each episode that was placed before.
+  Returns:
+    (room_KB, cell_B) with these episodes placed.
+  """
   shape = room_KB.shape
   first_R, width_R = first_KB.reshape(-1), jnp.repeat(width_K, shape[1])
 
   def one(room_R, episode):
+    # Episodes that are not due go through the same steps, because the scan is over all; they take no room, and their
+    # cell is not used.
     row = jnp.argmax(room_R >= length_B[episode])
     cell = first_R[row] + width_R[row] - room_R[row]
     return room_R.at[row].add(-jnp.where(is_due_B[episode], length_B[episode], 0)), cell
@@ -94,36 +115,38 @@ def _place(length_B, is_due_B, width_K, first_KB, room_KB, cell_B) -> tuple[Arra
 
 
 def to_shared(placement: Placement, x_BL: Array, fill) -> Array:
-  """Values of the episodes' tokens in the shared rows, `fill` where there is no token."""
+  """Moves an array from one episode a row into the shared rows; `fill` where there is no token."""
   x_BL = constraints.whole(x_BL)
+  # Pads have cell B * L, which is out of bounds: 'drop' leaves them out, here and as 'fill' in `to_padded`.
   empty = jnp.full((x_BL.size,), fill, x_BL.dtype)
   return empty.at[placement.cell_BL].set(x_BL, mode="drop").reshape(x_BL.shape)
 
 
 def segments(placement: Placement) -> Array:
-  """int32 number of the episode that each cell of the shared rows belongs to, from 1; 0 where there is no token."""
+  """The episode that each cell of the shared rows belongs to: int32 from 1; 0 where there is no token."""
   number_B = jnp.arange(1, placement.cell_BL.shape[0] + 1, dtype=jnp.int32)
   return to_shared(placement, jnp.broadcast_to(number_B[:, None], placement.cell_BL.shape), 0)
 
 
 def to_padded(placement: Placement, x_BL: Array) -> Array:
-  """Undoes `to_shared`: from the shared rows back to one episode a row, 0 where there is no token."""
+  """Moves an array from the shared rows back to one episode a row; 0 where there is no token."""
   x_BL = constraints.whole(x_BL)
   return x_BL.reshape(-1).at[placement.cell_BL].get(mode="fill", fill_value=0)
 
 
 def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) -> Any:
-  """`function` of chunk after chunk of rows until all in use are done; zeros for the others.
+  """Applies a function to the shared rows, chunk by chunk. Rows that are not in use are skipped and give zeros.
 
   Args:
-    function: arrays [n, W] -> arrays [n, W], of as many rows as a chunk has at that width.
+    function: arrays [n, W] -> arrays [n, W]. n is the number of rows of width W in a chunk.
     placement: which rows are in use.
-    tree: arrays [B, L].
-    rows: as `first_fit` got it.
+    tree: arrays of the shared rows, [B, L].
+    rows: as for `first_fit`.
   """
   shapes = jax.eval_shape(function, _chunk(tree, 0, rows, 0))
   num_rows = placement.cell_BL.shape[0]
   out = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes)
+  # One loop for each width: inside a loop shapes must be static. The number of its turns is known on the device only.
   for level, (start, end) in enumerate(_spans(placement)):
 
     def one(index, out, level=level):
@@ -139,18 +162,24 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
 def mean_gradient(
   loss_fn: Callable, params: Params, placement: Placement, tree: Any, over: str, *, rows: int
 ):
-  """((loss, metrics), gradient) of a loss that is a mean over tokens, from chunk after chunk of rows.
+  """Gradient of a loss that is a mean over tokens, accumulated over the chunks of the shared rows.
 
   Args:
-    loss_fn: (params, arrays [n, W]) -> (loss, metrics), means over the tokens that the field `over` of the arrays
-      marks; a metric NAME_max is a maximum.
+    loss_fn: (params, arrays [n, W]) -> (loss, metrics), means over the tokens that count. A metric named `..._max` is a
+      maximum.
+    params: of the network.
     placement, tree, rows: as for `map_rows`.
+    over: name of the field of `tree` that marks the tokens that count.
+  Returns:
+    ((loss, metrics), gradient)
   """
   total = jnp.maximum(jnp.sum(getattr(tree, over)), 1)
 
   def chunk_loss(params, chunk):
     loss, metrics = loss_fn(params, chunk)
-    share = jnp.sum(getattr(chunk, over)) / total  # a chunk's means weigh by its tokens
+    # Chunks have different numbers of tokens. Weighted by its share of them, each chunk's mean adds up to the mean over
+    # the minibatch; a plain average over chunks would not be the loss of padded rows.
+    share = jnp.sum(getattr(chunk, over)) / total
     return share * loss, {n: x if n.endswith("_max") else share * x for n, x in metrics.items()}
 
   def gradient(index, level):
@@ -164,6 +193,7 @@ def mean_gradient(
 
     def add(index, so_far, level=level):
       new = gradient(index, level)
+      # Everything adds up but the maxima, which are set right afterwards.
       result = jax.tree.map(jnp.add, so_far, new)
       (_, old), (_, metrics), (_, latest) = so_far[0], result[0], new[0]
       metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n.endswith("_max")})
@@ -174,18 +204,21 @@ def mean_gradient(
 
 
 def num_cells(placement: Placement, *, rows: int) -> Array:
-  """How many cells, those without a token included, `map_rows` and `mean_gradient` work on."""
+  """Number of cells that `map_rows` and `mean_gradient` compute, those without a token included."""
   return placement.end_K[-1] * rows * placement.cell_BL.shape[1]
 
 
 def _spans(placement: Placement) -> list[tuple[Array, Array]]:
-  """(first, last + 1) of the chunks of each width."""
+  """The chunks of each width as (start, end)."""
   ends = list(placement.end_K)
   return list(zip([jnp.int32(0), *ends[:-1]], ends, strict=True))
 
 
 def _chunk(tree: Any, index, rows: int, level: int) -> Any:
-  """The cells of rows index * rows to (index + 1) * rows, as rows of their own width, split over the devices."""
+  """Chunk number `index` of the arrays, as rows of the width number `level`, split over the devices.
+
+  A chunk is `rows` rows of [B, L], whose cells are read as rows of the narrower width.
+  """
 
   def part(x):
     x = jax.lax.dynamic_slice_in_dim(x, index * rows, rows)

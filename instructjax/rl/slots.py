@@ -1,18 +1,19 @@
-"""Continuous batching: fewer slots than prompts. A slot whose row has ended takes the next prompt, on the device.
+"""Continuous batching: fewer slots than prompts. When a row ends, its slot takes the next prompt, on the device.
 
-Called by sampling.py, which brings the weights, the noise and the draw. Imports no config and no stage.
+Called by sampling.py, which gives the weights, the noise and the function that draws a token. Imports no config and no
+stage.
 
-Every data shard has slots and a queue of its own, its rows in order, so that what moves between rows stays inside a
-shard. State has the shards as its first dimension, X; functions that see one shard run under vmap. S counts the slots
-of one shard, Q its rows.
+A data shard has its own slots and its own queue of rows, so no row ever moves to another device. The state's first
+dimension X is the shards, and functions that see one shard run under vmap. S counts the slots of a shard, Q its rows.
 
   cache columns 0 .. P - 1      a slot's prompt, left-padded, as `prefill` leaves it
-  cache columns P .. P + R - 1  its response, a ring: step g writes column P + g % R of every slot, whenever its row
-                                began, so that one slice updates the whole cache in place
-  staged rows                   the next S rows of a queue, prefilled together, which wait for a slot
+  cache columns P .. P + R - 1  its response, as a ring: step g writes column P + g % R of every slot, whenever the
+                                slot's row began. All slots write the same column, so one slice updates the whole cache
+                                in place.
+  staged rows                   the next S rows of a queue. They are prefilled together and wait for a slot.
 
-When no row waits and half of the slots are free, the others go on in a loop of half the width, and so on: nobody knows
-beforehand which rows are the longest, and they should not hold up all slots.
+When no row waits any more and half of the slots are free, the busy ones go on in a loop of half the width, and so on.
+It is not known beforehand which rows are the longest, and the last few should not keep all slots computing.
 """
 
 import dataclasses
@@ -30,14 +31,14 @@ from instructjax.parallel import constraints, sharding
 
 @pytree
 class Rows:
-  """The rows that a shard's slots hold, or that are staged for them.
+  """The rows in a shard's slots, or those that are staged for them.
 
   Attributes:
-    row_S: int32 place in the shard's queue.
+    row_S: int32 number of the row in the shard's queue.
     is_prompt_SP: True on the prompt's real tokens.
-    token_S: int32 newest token of the response; not yet in the cache.
-    length_S: int32 tokens of the response so far, that one included.
-    is_live_S: False where a row has ended, or has left, and where there is none.
+    token_S: int32 newest token of the response, which is not in the cache yet.
+    length_S: int32 length of the response so far, including that token.
+    is_live_S: False if the row has ended, if a slot has taken it, or if there is no row.
   """
 
   row_S: Array
@@ -52,9 +53,9 @@ class Queue:
   """Rows that no slot has taken yet.
 
   Attributes:
-    next: int32 first row of the shard that has not been staged.
-    staged: prefilled, with their first token drawn.
-    cache: of the staged rows, P columns.
+    next: int32 number of the shard's first row that has not been staged.
+    staged: rows that are prefilled, with their first token drawn.
+    cache: keys and values of the staged rows' prompts, P columns.
   """
 
   next: Array
@@ -64,7 +65,7 @@ class Queue:
 
 @pytree
 class Output:
-  """Responses by row of a shard; pads and zeros past their lengths."""
+  """The responses of a shard's rows so far; pads and zeros past their lengths."""
 
   token_QR: Array
   logprob_QR: Array
@@ -73,7 +74,15 @@ class Output:
 
 @pytree
 class Run:
-  """What every step changes; `slot_steps` adds up how many slots the steps had."""
+  """What every decode step changes.
+
+  Attributes:
+    step: number of decode steps so far.
+    slot_steps: sum over the steps of the number of slots, free ones included.
+    rows: the rows in the slots.
+    cache: keys and values of the slots.
+    output: the responses.
+  """
 
   step: Array
   slot_steps: Array
@@ -84,7 +93,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What no step changes; see `generate`."""
+  """What no step changes; see `generate` for the fields."""
 
   model: transformer.Model
   weights: Params
@@ -105,20 +114,20 @@ def generate(
   slots: int,
   eos_id: int,
 ) -> Rollout:
-  """Samples one response a prompt, at most `slots` rows at a time. Traceable: call it inside jit.
+  """Samples one response for each prompt, decoding at most `slots` rows at a time. Traceable: call it inside jit.
 
   Args:
     model: with an 'lm' head.
     weights: from `decoding.decode_weights`.
     prompts: left-padded; every row has at least one token.
-    uniform_BR: noise of every row's tokens; R is the length limit.
+    uniform_BR: noise for each token of each row; R is the length limit.
     draw: (logits_BV, uniform_B) -> (token_B, logprob_B).
-    slots: rows decoded at once, over all data shards.
-    eos_id: ends a row; kept as the row's last token.
+    slots: rows decoded at once, in all data shards together.
+    eos_id: ends a row, and is kept as its last token.
   Returns:
-    A Rollout, its rows in the order of the prompts.
+    A Rollout, with rows in the order of the prompts.
   Raises:
-    UserError: slots or rows do not divide over the mesh's data shards.
+    UserError: slots or rows are not divisible by the mesh's data shards.
   """
   num_rows = len(prompts.token_BP)
   shards = sharding.num_row_shards(jax.sharding.get_abstract_mesh())
@@ -131,11 +140,13 @@ def generate(
   task = Task(model, weights, *arrays, draw, eos_id)
   widths = _widths(slots // shards)
   floors = [*widths[1:], 0]
+  # 1. As long as rows wait, or more rows are busy than the next narrower loop has slots.
   run, _ = jax.lax.while_loop(
     lambda carry: jnp.any(_is_waiting(task, carry[1])) | _is_busy(carry[0], floors[0]),
     lambda carry: _refill_and_decode(task, floors[0], carry),
     _start(task, widths[0]),
   )
+  # 2. No row waits. The busy rows go on in ever narrower loops; the last one ends when every row has ended.
   for width, floor in zip(widths[1:], floors[1:]):
     run = jax.lax.while_loop(
       lambda run, floor=floor: _is_busy(run, floor),
@@ -155,10 +166,9 @@ def generate(
 
 
 def _widths(width: int) -> list[int]:
-  """Slots of a shard, from the start of the rollout to its end; each width is one more decode step to compile.
-
-  Not down to 1: one row takes as long as two.
-  """
+  """The numbers of slots of a shard, from the start of the rollout to its end."""
+  # Halves, because each number is one more decode loop to compile. Down to 2 or 3 and not to 1: one row takes as long
+  # as two (see `decoding.init_cache`).
   widths = [width]
   while widths[-1] >= 4:
     widths.append(widths[-1] // 2)
@@ -166,12 +176,12 @@ def _widths(width: int) -> list[int]:
 
 
 def _flat(x_XS):
-  """Shards and their slots, or their rows, as the one batch dimension that the model knows."""
+  """Joins the shards' slots (or rows) to one batch dimension, for the model."""
   return x_XS.reshape(-1, *x_XS.shape[2:])
 
 
 def _start(task: Task, width: int) -> tuple[Run, Queue]:
-  """Empty slots, and queues of which nothing is staged."""
+  """The state before the first step: empty slots, and queues with nothing staged."""
   shards, _, prompt_length = task.token_XQP.shape
   none_XS = jnp.zeros((shards, width), jnp.int32)
   no_prompt_XSP = jnp.zeros((shards, width, prompt_length), bool)
@@ -191,17 +201,17 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
 
 
 def _is_busy(run: Run, floor: int) -> Array:
-  """Whether some shard has more than `floor` rows in its slots."""
+  """Whether some shard has more than `floor` live rows in its slots."""
   return jnp.any(jnp.sum(run.rows.is_live_S, axis=1) > floor)
 
 
 def _is_unstaged(task: Task, queue: Queue) -> Array:
-  """For each shard, whether it has rows that were not staged yet."""
+  """For each shard, whether it has rows that have not been staged."""
   return queue.next < task.token_XQP.shape[1]
 
 
 def _is_waiting(task: Task, queue: Queue) -> Array:
-  """For each shard, whether it has rows that no slot has taken."""
+  """For each shard, whether it has rows that no slot has taken, staged or not."""
   return _is_unstaged(task, queue) | jnp.any(queue.staged.is_live_S, axis=1)
 
 
@@ -211,10 +221,9 @@ def _can_take(run: Run, waiting_X) -> Array:
 
 
 def _refill_and_decode(task: Task, floor: int, carry: tuple[Run, Queue]) -> tuple[Run, Queue]:
-  """Fills free slots as long as rows wait, then takes steps until there are such again.
-
-  A loop of each: on TPU the cache lies otherwise while steps are taken, and is copied in between.
-  """
+  """Fills all free slots as long as rows wait, then decodes until a slot becomes free for a row that waits."""
+  # Two loops instead of one that does both: on a TPU the cache has another layout inside the loop that decodes, and is
+  # copied on the way in and out. So the loop is entered only after every free slot is filled.
   run, queue = jax.lax.while_loop(
     lambda carry: _can_take(carry[0], _is_waiting(task, carry[1])),
     lambda carry: _refill(task, *carry),
@@ -229,7 +238,7 @@ def _refill_and_decode(task: Task, floor: int, carry: tuple[Run, Queue]) -> tupl
 
 
 def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
-  """Gives one free slot of each shard a row; stages more where there is none to give."""
+  """Gives one free slot of each shard a row, after staging more rows if a shard has none left."""
   is_free_X = ~jnp.all(run.rows.is_live_S, axis=1)
 
   def must_stage(inner):
@@ -243,11 +252,10 @@ def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
 
 
 def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
-  """Prefills the next S rows of every shard and draws their first tokens.
+  """Prefills the next S rows of every shard and draws their first tokens."""
 
-  All shards do, as one program: one that still has staged rows stages those again, with what follows them.
-  """
-
+  # All shards run the same program, so all of them stage. A shard that still has staged rows begins with the oldest of
+  # these and prefills them again; the noise is fixed, so their first tokens come out the same.
   def next_rows(queue: Queue):
     staged = queue.staged
     oldest = staged.row_S[jnp.argmax(staged.is_live_S)]
@@ -255,6 +263,7 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
     return first + jnp.arange(len(staged.row_S))
 
   row_XS = jax.vmap(next_rows)(dataclasses.replace(queue, cache=None))
+  # Past the end of the queue the last row is read again ('clip'); `is_live_S` below marks these rows as none.
   take = jax.vmap(lambda x_Q, row_S: x_Q.at[row_S].get(mode="clip"))
   is_prompt_XSP = take(task.is_prompt_XQP, row_XS)
   token_BP, is_prompt_BP = constraints.shard_rows(
@@ -275,7 +284,7 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
 
 
 def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple[Output, Rows]:
-  """Adds the tokens drawn to the rows that go on, and ends those that got EOS or reached the limit."""
+  """Adds the drawn tokens to the live rows, and ends rows that drew EOS or reached the length limit."""
   _, num_rows, max_new_tokens = task.uniform_XQR.shape
   token_XS, logprob_XS = (x.reshape(rows.row_S.shape) for x in (token_B, logprob_B))
   length_XS = rows.length_S + rows.is_live_S
@@ -288,7 +297,8 @@ def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple
       output.length_Q.at[row_S].set(length_S, mode="drop"),
     )
 
-  row_XS = jnp.where(rows.is_live_S, rows.row_S, num_rows)  # past the last row nothing is written
+  # A row that is not live writes past the last row, which 'drop' ignores.
+  row_XS = jnp.where(rows.is_live_S, rows.row_S, num_rows)
   output = jax.vmap(write)(output, row_XS, length_XS, token_XS, logprob_XS)
   is_live_XS = rows.is_live_S & (token_XS != task.eos_id) & (length_XS < max_new_tokens)
   rows = dataclasses.replace(rows, token_S=token_XS, length_S=length_XS, is_live_S=is_live_XS)
@@ -296,13 +306,14 @@ def _append(task: Task, output: Output, rows: Rows, token_B, logprob_B) -> tuple
 
 
 def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
-  """Moves one staged row of each shard to a free slot, where the shard has both."""
+  """Moves one staged row of each shard to a free slot, if the shard has both."""
   _, width, prompt_length = run.rows.is_prompt_SP.shape
 
   def move(rows: Rows, staged: Rows):
     slot, which = jnp.argmin(rows.is_live_S), jnp.argmax(staged.is_live_S)
     moves = staged.is_live_S[which] & ~rows.is_live_S[slot]
-    slot = jnp.where(moves, slot, width)  # past the last slot nothing is written
+    # Without a move, the slot is past the last one, and 'drop' ignores what is written, here and to the cache.
+    slot = jnp.where(moves, slot, width)
     rows = jax.tree.map(lambda old, new: old.at[slot].set(new[which], mode="drop"), rows, staged)
     is_left_S = staged.is_live_S.at[which].min(~moves)
     return rows, dataclasses.replace(staged, is_live_S=is_left_S), slot, which
@@ -310,6 +321,7 @@ def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
   rows, staged, slot_X, which_X = jax.vmap(move)(run.rows, queue.staged)
 
   def move_cache(old, new, slot, which):
+    # Only prompt columns are written. What the slot's last row left in the ring stays, and `_decode` masks it by age.
     prompt = new[..., which, :, :, :]
     return old.at[..., slot, :, :prompt_length, :].set(prompt, mode="drop")
 
@@ -319,11 +331,15 @@ def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
 
 
 def _map_cache(function, caches: tuple, *args):
-  """`function` of one shard's part of the caches, and of its part of `args`, over all shards."""
+  """Applies a function of one shard's part of the caches, and of its part of `args`, to all shards.
+
+  The caches have shards and slots joined in one dimension of rows, which is taken apart here and joined again.
+  """
   shards = len(args[0])
 
   def one(*leaves):
-    dim = leaves[0].ndim - 4  # of the rows: heads, columns and width follow, layers may precede
+    # The rows' dimension: heads, columns and width follow it, and in a stack the layers come before it.
+    dim = leaves[0].ndim - 4
     parts = [x.reshape(*x.shape[:dim], shards, -1, *x.shape[dim + 1 :]) for x in leaves]
     axes = (dim,) * len(parts) + (0,) * len(args)
     x = jax.vmap(function, axes, dim)(*parts, *args)
@@ -334,14 +350,16 @@ def _map_cache(function, caches: tuple, *args):
 
 
 def _decode(task: Task, run: Run) -> Run:
-  """One step of all slots; free ones go along for nothing."""
+  """One decode step of all slots. Free slots are computed too, and their results dropped."""
   rows, max_new_tokens = run.rows, task.uniform_XQR.shape[2]
   is_prompt_BP, length_B = _flat(rows.is_prompt_SP), _flat(rows.length_S)
   position_B = jnp.sum(is_prompt_BP, axis=1, dtype=jnp.int32) + length_B - 1
-  # Steps since the ring's columns were written: by this row if it had begun by then.
+  # Age of a ring column: steps since it was last written, 0 for the one that this step writes. A row with n tokens has
+  # written, or is writing, the n youngest columns. Older ones belong to an earlier row of the slot.
   age_1R = ((run.step - jnp.arange(max_new_tokens)) % max_new_tokens)[None]
   is_column_BT = jnp.concatenate([is_prompt_BP, age_1R < length_B[:, None]], axis=1)
   prompt_position_BP = transformer.positions_from_mask(is_prompt_BP)
+  # The ring does not hold tokens in the order of their positions, so the band of GPT-3's layers needs them spelt out.
   column_position_BT = jnp.concatenate([prompt_position_BP, position_B[:, None] - age_1R], axis=1)
   logits_BV, cache = decoding.decode_step(
     task.model,
@@ -353,6 +371,7 @@ def _decode(task: Task, run: Run) -> Run:
     run.cache,
     column_position_BT,
   )
+  # The row's own noise for its next token: 'clip' is for rows that have ended at the limit, whose draw is dropped.
   noise = jax.vmap(lambda uniform_QR, row_S, t_S: uniform_QR.at[row_S, t_S].get(mode="clip"))
   uniform_B = _flat(noise(task.uniform_XQR, rows.row_S, rows.length_S))
   output, rows = _append(task, run.output, rows, *task.draw(logits_BV, uniform_B))
@@ -366,7 +385,7 @@ def _decode(task: Task, run: Run) -> Run:
 
 
 def _narrow(run: Run, width: int) -> Run:
-  """Keeps `width` slots a shard, the busy ones among them."""
+  """Keeps `width` slots of each shard, among them all busy ones: a stable sort puts these first."""
   order_XS = jnp.argsort(~run.rows.is_live_S, axis=1, stable=True)[:, :width]
   keep = lambda rows, order_S: jax.tree.map(lambda x: x[order_S], rows)
   rows = constraints.shard_rows(jax.vmap(keep)(run.rows, order_XS))

@@ -1,10 +1,11 @@
 """PPO and PPO-ptx (sec 3.5, eq. 2, C.4): one iteration is one XLA program.
 
-`make_train_step` compiles `train_step`, which rolls out (sampling.py), scores and computes advantages (experience.py)
-and runs the minibatch updates, which are here. Nothing touches the host; the stage around it is stages/ppo.py.
+`make_train_step` compiles `train_step`. That samples a rollout (sampling.py), scores it and computes advantages
+(experience.py), and runs the minibatch updates, which are in this module. Inside an iteration nothing touches the host.
+The stage around it is stages/ppo.py.
 
-Read it from `train_step` upwards. The numbers in its comments run on through update and experience.py. "Details item N"
-is an entry of docs/details.md.
+Read this file from `train_step` upwards. The numbers of its comments continue in `update`, `_minibatch_update` and
+experience.py. "Details item N" is an entry of docs/details.md.
 """
 
 import dataclasses
@@ -29,7 +30,14 @@ from instructjax.train import optim, supervised
 def create_state(
   params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array
 ) -> PPOState:
-  """State before the first iteration; the value network starts as the reward model (C.4, details item 20)."""
+  """The state before the first iteration.
+
+  Args:
+    params: the policy's parameters, of the PPO initialisation.
+    value_params: the value network's parameters. It starts as the reward model (C.4, details item 20).
+    nets, cfg: static.
+    key: typed key of the whole training; each iteration folds its number into it.
+  """
   return PPOState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -43,7 +51,7 @@ def create_state(
 
 
 def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
-  """Clipped surrogate of one minibatch (clip .2: C.4), to be minimised. Returns (loss, metrics)."""
+  """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics)."""
   logprob_BR = scoring.response_logprob(
     nets.policy,
     params,
@@ -58,7 +66,7 @@ def policy_loss(nets: Nets, cfg: PPOConfig, params: Params, batch: Experience):
 
 
 def value_loss(nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience):
-  """Value loss of one minibatch, clipped around the rollout's values if configured. Returns (loss, metrics)."""
+  """The value network's loss on one minibatch, clipped around the old values if configured. Returns (loss, metrics)."""
   value_BR = scoring.response_value(
     nets.scalar,
     value_params,
@@ -72,14 +80,15 @@ def value_loss(nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experien
 
 
 def ptx_gradient(nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch):
-  """Gradient and value of the pretraining term, -E[log pi(x)] of eq. 2, over a minibatch's pretraining rows.
+  """The pretraining term of eq. 2, -E[log pi(x)], on a minibatch's pretraining rows. Returns (loss, gradient).
 
-  The paper gives gamma = 27.8 but not whether log pi(x) is a mean or a sum over tokens. 'mean' is the mean per token
-  over all rows; 'sum' is the sum over a row's tokens, averaged over rows. Rows are taken in `ptx_chunks` chunks, which
-  bound the memory of activations. On a mesh each chunk gathers the weights anew and scatters their gradient.
+  The paper gives gamma = 27.8, but not whether log pi(x) is a mean or a sum over tokens. With `ptx_reduction='mean'`
+  the loss is the mean over the tokens of all rows. With 'sum' it is the sum over a row's tokens, averaged over rows.
   """
   num_rows = ptx.token_BL.shape[0]
   denominator = jnp.sum(ptx.weight_BL) if cfg.ptx_reduction == "mean" else jnp.float32(num_rows)
+  # In chunks, which bound the memory of activations. On a mesh each chunk gathers the weights again and scatters their
+  # gradient, so few chunks are faster. The denominator above is that of all rows, so the chunks' gradients add up.
   chunks = jax.tree.map(
     lambda x: x.reshape(cfg.ptx_chunks, num_rows // cfg.ptx_chunks, *x.shape[1:]), ptx
   )
@@ -99,7 +108,10 @@ def ptx_gradient(nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch):
 
 
 def _clip(grads, max_norm: float | None):
-  """Clips one term's gradient by its own norm: clipping the sum would let gamma rescale PPO without notice."""
+  """Clips one term's gradient by its own norm.
+
+  If the sum of both terms were clipped, a larger gamma would shrink PPO's part without anyone noticing.
+  """
   return grads if max_norm is None else optim.clip_by_global_norm(grads, max_norm)
 
 
@@ -111,7 +123,16 @@ def policy_gradient(
   batch: Experience,
   ptx: PackedBatch | None,
 ):
-  """Gradient of eq. 2 for one minibatch: PPO's plus gamma times the pretraining term's. Returns (grads, metrics)."""
+  """The policy's gradient of eq. 2 on one minibatch: PPO's plus gamma times the pretraining term's.
+
+  Args:
+    nets, cfg, rows: static.
+    params: of the policy.
+    batch: the minibatch's episodes.
+    ptx: the minibatch's pretraining rows; None for PPO without the pretraining term.
+  Returns:
+    (grads, metrics)
+  """
   with jax.named_scope("update/policy"):
     ppo = rows.gradient(functools.partial(policy_loss, nets, cfg), params, batch, "is_actor_BR")
     metrics = ppo.metrics | {
@@ -125,7 +146,8 @@ def policy_gradient(
   with jax.named_scope("update/ptx"):
     ptx_loss, ptx_grads = ptx_gradient(nets, cfg, params, ptx)
     metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": cfg.gamma * optax.tree.norm(ptx_grads)}
-    # Clipped before gamma: clipped after it, any large gamma (27.8, say) would act as the same small one.
+    # Clipped before it is multiplied with gamma. Afterwards, clipping would bring the product down to the same norm for
+    # any large gamma, 27.8 included.
     ptx_grads = _clip(ptx_grads, cfg.policy_optim.clip_norm)
     return jax.tree.map(lambda g, g_lm: g + cfg.gamma * g_lm, grads, ptx_grads), metrics
 
@@ -182,7 +204,12 @@ def update(
   ptx: PackedBatch | None,
   key: Array,
 ):
-  """Runs the inner epochs of minibatch updates. Returns (state, metrics): means over the updates."""
+  """Runs the inner epochs of minibatch updates.
+
+  Returns:
+    (state, metrics). Metrics are means over the updates; ratio_max is the greatest, and first_ratio_max that of the
+    first update, which is 1 if scoring and training compute the same (details item 8).
+  """
   # 3a. Every epoch visits every episode once, in a new order (details item 29); the paper has one epoch of 8
   #     minibatches (C.4). Beside each minibatch stands its share of the pretraining rows.
   num_episodes = episodes.token_BL.shape[0]
@@ -194,6 +221,7 @@ def update(
 
   def one_minibatch(state, inputs):
     index, which = inputs
+    # The rows of a minibatch come from all devices, so their sharding is asked for again.
     batch = constraints.shard_rows(jax.tree.map(lambda x: x[index], episodes))
     ptx_rows = jax.tree.map(lambda x: x[which], ptx)
     return _minibatch_update(nets, cfg, rows, state, batch, ptx_rows)
@@ -209,18 +237,21 @@ def update(
 def train_step(
   nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, batch: dict
 ):
-  """One PPO iteration, traceable.
+  """One PPO iteration. Traceable.
 
   Args:
     nets, cfg, rows: static.
     state: before the iteration.
     frozen: reference and reward model.
-    batch: {'prompts': PromptBatch of batch_size rows} and, for gamma > 0, {'pretrain': PackedBatch of
-      batch_size * ptx_rows rows}.
+    batch: 'prompts' is a PromptBatch of batch_size rows. For gamma > 0, 'pretrain' is a PackedBatch of
+      batch_size * ptx_rows rows.
   Returns:
-    (state, metrics: dict of float32 scalars, samples: Samples).
+    (state, metrics, samples). metrics is a dict of float32 scalars; samples are the answers with scores and KLs.
+  Raises:
+    UserError: see `sampling.generate`.
   """
-  # No two iterations draw the same noise (details item 7).
+  # No two iterations draw the same noise (details item 7). The key itself stays in the state, and the step's number is
+  # folded into it, so a run that is resumed draws what it would have drawn.
   rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
   # 1. The policy answers a batch of prompts (sec 3.5), at temperature 1 (C.4). An answer ends with its EOS, which it
   #    keeps (details item 4).
@@ -264,12 +295,14 @@ def train_step(
 
 
 def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Callable:
-  """Compiles `train_step` as one program with a donated state: (state, frozen, batch) -> (state, metrics, samples).
+  """Compiles `train_step` as one program, (state, frozen, batch) -> (state, metrics, samples), that donates the state.
 
   Args:
     nets, cfg: static.
-    state_shardings: PPOState of NamedSharding: how the state comes in and goes out. The frozen weights lie as those
-      of the network that they share.
+    state_shardings: PPOState of NamedSharding, for the state that goes in and comes out. The frozen weights are split
+      as those of the network that they share.
+  Returns:
+    The jitted function. Its first call compiles, and raises what `train_step` raises.
   """
   rows = make_rows(cfg.packed_rows, nets.policy.vocab_size)
 
@@ -288,6 +321,8 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   )
   samples = Samples(rollout, score_B=split, kl_B=split)
   frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
+  # Layouts are fixed on both sides: an argument that lies otherwise is an error, not another compilation. The donated
+  # state's memory is used again for the new state.
   return jax.jit(
     step,
     donate_argnums=0,

@@ -9,12 +9,14 @@ This module turns the files into rows of tables. The wording of the card is in t
 import dataclasses
 import json
 import pathlib
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jinja2
 
-from instructjax.core import results
+from instructjax.core import provenance, results
+from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES, Stage
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
@@ -71,6 +73,7 @@ def text(weights: Weights, export: Export) -> str:
     **_measured(weights, export),
     sources=_sources(weights, data),
     settings=_settings(weights) if stage else None,
+    made=provenance.rows(_without_folders(weights.done.provenance)) if stage else [],
     is_from_labelers=stage is not None and (stage.is_rl or stage.role == "reward"),
   )
 
@@ -268,6 +271,21 @@ def _kinds(data: Mapping[str, Any]) -> list[str]:
   return [
     kind for kind in ("documents", "demonstrations", "comparisons", "prompts") if kind in data
   ]
+
+
+def _without_folders(made: Provenance) -> Provenance:
+  """The same without absolute paths, of which only the last name stays."""
+
+  def short(word: str) -> str:
+    flag, equals, value = word.rpartition("=")
+    return f"{flag}{equals}{pathlib.PurePath(value).name}" if value.startswith("/") else word
+
+  sources = {}
+  for kind, described in made.sources.items():
+    spec, _, checksum = described.partition(" ")
+    sources[kind] = f"{_source(spec)} {checksum}".strip()
+  command = shlex.join(map(short, shlex.split(made.command)))
+  return dataclasses.replace(made, command=command, sources=sources)
 
 
 def _source(spec: str) -> str:

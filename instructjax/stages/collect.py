@@ -17,8 +17,7 @@ from instructjax.core import results
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.stages import answers, policies
-from instructjax.stages.context import Context, is_finished, stage_run
-from instructjax.train import finished
+from instructjax.stages.context import Context, finish, is_finished, stage_run
 
 
 def _sampled(
@@ -98,4 +97,4 @@ def run(ctx: Context, stage: str):
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
   agree = lambda group: results.Agreement(**simulation.labeler_agreement(held_out, group, seed))
   result = results.Collected(results.LabelerGroups(train=agree("train"), heldout=agree("heldout")))
-  finished.write_done(directory, finished.Done(stage, run_.fingerprint, None, result))
+  finish(ctx, stage, run_, None, result)

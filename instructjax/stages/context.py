@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import time
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,9 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax import models
+from instructjax.core import provenance
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
+from instructjax.core.errors import reason
+from instructjax.core.provenance import Provenance
 from instructjax.core.stages import ROLES, STAGES
+from instructjax.data import checksums
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 from instructjax.parallel import sharding
@@ -169,7 +174,45 @@ def stage_run(ctx: Context, stage: str, own, **others) -> loop.StageRun:
     profile=ctx.config.profile,
     fingerprint=fingerprint(ctx, stage, own, others),
     changeable=changeable(ctx, {STAGES[stage].block: own, **others}),
+    started=time.monotonic(),
   )
+
+
+def provenance_of(ctx: Context, stage: str, run: loop.StageRun) -> Provenance:
+  """Where what a stage has just made comes from.
+
+  Seconds count from when this process began the stage: those of a run that was stopped before are not known.
+  """
+  kinds = set(STAGES[stage].reads) - ({"comparisons"} if lineage.collects(ctx.config) else set())
+  return provenance.collect(
+    {kind: _source(getattr(ctx.config.data, kind)) for kind in sorted(kinds)},
+    list(ctx.mesh.devices.flat),
+    jax.process_count(),
+    time.monotonic() - run.started,
+  )
+
+
+def _source(spec: str) -> str:
+  """A source of records with its checksum. A file that is gone by now must not cost a stage its result."""
+  try:
+    return checksums.describe(spec)
+  except OSError as error:
+    return f"{spec} (no checksum: {reason(error)})"
+
+
+def finish(ctx: Context, stage: str, run: loop.StageRun, step: int | None, result: Any):
+  """Marks a stage as finished: writes its done.json, with where it comes from.
+
+  Args:
+    ctx: the run.
+    stage: its name in the table.
+    run: from `stage_run`.
+    step: of the checkpoint that later stages start from; None for a stage without checkpoints.
+    result: the stage's own record.
+  """
+  if jax.process_index() == 0:
+    made = provenance_of(ctx, stage, run)
+    finished.write_done(run.directory, finished.Done(stage, run.fingerprint, step, result, made))
 
 
 def is_finished(run: loop.StageRun) -> bool:

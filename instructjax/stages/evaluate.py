@@ -22,9 +22,9 @@ from instructjax.parallel import sharding
 from instructjax.report import findings
 from instructjax.report.results import BestOfN, Measured, Results
 from instructjax.stages import answers, lineage, policies
-from instructjax.stages.context import Context, stage_run
+from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
-from instructjax.train import finished, metrics, supervised
+from instructjax.train import metrics, supervised
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
@@ -263,8 +263,11 @@ def run(ctx: Context, stage: str):
   }
   (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
-  report.write(page.parent, ctx.config, prompts, results, found)
-  finished.write_done(directory, finished.Done(stage, run_.fingerprint, None, Evaluated(summary)))
+  before = [name for name in lineage.line(ctx.config, stage) if name != stage]
+  made = {name: done.provenance for name in before if (done := ctx.done(name))}
+  made[stage] = provenance_of(ctx, stage, run_)
+  report.write(page.parent, ctx.config, prompts, results, found, made)
+  finish(ctx, stage, run_, None, Evaluated(summary))
   _show(found, summary, page)
 
 

@@ -17,9 +17,9 @@ from instructjax.models import flops, transformer
 from instructjax.parallel import sharding, stacking
 from instructjax.rl import step as ppo_step
 from instructjax.stages import answers, lineage, policies
-from instructjax.stages.context import Context, is_finished, make_model, stage_run
+from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import checkpoint, finished, loop, supervised
+from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
 
 _ADVICE = (
@@ -263,7 +263,4 @@ def run(ctx: Context, stage: str):
     on_samples=_describe(ctx, cfg),
     flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
-  finished.write_done(
-    run_.directory,
-    finished.Done(stage, run_.fingerprint, cfg.num_iterations, results.Nothing()),
-  )
+  finish(ctx, stage, run_, cfg.num_iterations, results.Nothing())

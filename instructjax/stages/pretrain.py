@@ -5,9 +5,9 @@ from instructjax.core.config import ModelConfig, PretrainConfig
 from instructjax.core.stages import ROLES, STAGES
 from instructjax.models import flops
 from instructjax.parallel import sharding
-from instructjax.stages.context import Context, is_finished, stage_run
+from instructjax.stages.context import Context, finish, is_finished, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import checkpoint, finished, loop, supervised
+from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
 
 
@@ -65,4 +65,4 @@ def run(ctx: Context, stage: str):
   )
   step, loss = checkpoint.best_step(step_run.directory, "validation/loss")
   result = results.Pretrained(validation_loss=loss)
-  finished.write_done(step_run.directory, finished.Done(stage, step_run.fingerprint, step, result))
+  finish(ctx, stage, step_run, step, result)

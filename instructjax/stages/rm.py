@@ -26,8 +26,8 @@ from instructjax.ops import preference
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.stages import answers, lineage, policies
-from instructjax.stages.context import Context, is_finished, stage_run
-from instructjax.train import finished, loop, supervised
+from instructjax.stages.context import Context, finish, is_finished, stage_run
+from instructjax.train import loop, supervised
 from instructjax.train.optim import make_optimizer
 
 
@@ -329,4 +329,4 @@ def run(ctx: Context, stage: str):
     heldout_labelers=judge(ctx, params, records("heldout")) if has_heldout else None,
     cross_validation=cross_validate(ctx),
   )
-  finished.write_done(run_.directory, finished.Done(stage, run_.fingerprint, num_steps, result))
+  finish(ctx, stage, run_, num_steps, result)

@@ -10,9 +10,9 @@ from instructjax.data import batching
 from instructjax.models import flops
 from instructjax.parallel import sharding
 from instructjax.stages import policies
-from instructjax.stages.context import Context, is_finished, stage_run
+from instructjax.stages.context import Context, finish, is_finished, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import finished, loop, metrics, supervised
+from instructjax.train import loop, metrics, supervised
 from instructjax.train.optim import make_optimizer
 
 
@@ -135,6 +135,4 @@ def run(ctx: Context, stage: str):
   is_best = STAGES[stage].keeps == "best"
   kept = min(epochs, key=lambda epoch: epoch.validation_loss) if is_best else epochs[-1]
   result = results.Tuned(epochs)
-  finished.write_done(
-    step_run.directory, finished.Done(stage, step_run.fingerprint, kept.step, result)
-  )
+  finish(ctx, stage, step_run, kept.step, result)

@@ -6,8 +6,7 @@ It is a stage of its own because it needs a reward model, and the reward model n
 
 from instructjax.core import results
 from instructjax.stages import answers, policies
-from instructjax.stages.context import Context, stage_run
-from instructjax.train import finished
+from instructjax.stages.context import Context, finish, stage_run
 
 
 def check(ctx: Context, stage: str):
@@ -48,4 +47,4 @@ def run(ctx: Context, stage: str):
     epochs.append(results.ScoredEpoch(**vars(epoch), reward=float(score.mean())))
   best = max(epochs, key=lambda epoch: epoch.reward)
   result = results.Selected(tuple(epochs))
-  finished.write_done(run_.directory, finished.Done(stage, run_.fingerprint, best.step, result))
+  finish(ctx, stage, run_, best.step, result)

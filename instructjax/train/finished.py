@@ -20,6 +20,7 @@ import jax
 
 from instructjax.core import results
 from instructjax.core.errors import UserError
+from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
 from instructjax.train import reading
 
@@ -37,12 +38,14 @@ class Done:
     fingerprint: everything that the stage was made with: name -> hash, or a config block as JSON.
     step: step of the checkpoint that later stages start from; None for a stage without checkpoints.
     result: what the stage measured, of the type that the table of stages names.
+    provenance: the code, command, data and machine that made the stage; None for the tokenizer.
   """
 
   stage: str
   fingerprint: Mapping[str, str]
   step: int | None
   result: Any
+  provenance: Provenance | None = None
 
   @property
   def identity(self) -> str:

@@ -42,6 +42,7 @@ class StageRun:
     changeable: the settings that a resumed run may change, setting -> value under two keys: 'rounding' for those that
       move numbers by rounding only, 'same numbers' for those that do not affect them. They are saved with the state,
       so that a resumed run can say what has changed.
+    started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped because of its metrics.
   """
 
@@ -52,6 +53,7 @@ class StageRun:
   profile: ProfileConfig
   fingerprint: Mapping[str, str]
   changeable: Mapping[str, Mapping[str, Any]]
+  started: float
   advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
 
 

@@ -14,14 +14,19 @@ from instructjax.core import results as core_results
 from instructjax.ops import preference
 from instructjax.report import figures, findings, overoptimization, page, panels
 from instructjax.report.results import BestOfN, Measured, Results
+from tests import finished_run
 
 BOOTSTRAP = 20
 PROMPTS = [f"say <b>{i // 2}</b> & more\n" for i in range(24)]  # two samples a prompt
 NASTY = '<script>alert("x")</script>'
 SECTIONS = [
-  "findings", "samples", "policies", "wins", "curves", "tax", "reward-model", "overoptimization",
+  "findings", "samples", "policies", "wins", "curves", "tax", "reward-model", "overoptimization", "made",
 ]  # fmt: skip
 NAMESPACE = types.SimpleNamespace
+MADE = {
+  "ppo_ptx": finished_run.MADE,
+  "evaluate": dataclasses.replace(finished_run.MADE, seconds=7.0),
+}
 CONFIG = NAMESPACE(
   preset="tiny",
   seed=3,
@@ -131,7 +136,7 @@ def written(tmp_path_factory):
   results = _results()
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
   found[0] |= {"claim": f"a claim {NASTY}", "holds": False, "measured": {"zero_shot": np.nan}}
-  report.write(directory, CONFIG, PROMPTS, results, found)
+  report.write(directory, CONFIG, PROMPTS, results, found, MADE)
   text = (directory / "index.html").read_text(encoding="utf-8")
   return directory, _Document(text), found, results
 
@@ -161,12 +166,23 @@ def test_nothing_from_data_becomes_markup():
   found[0] |= {"claim": hostile, "paper": hostile, "measured": {hostile: 1.0}}
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
   config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
-  text = page.page(config, [hostile] * 24, results, found, wins)
+  made = {"evaluate": dataclasses.replace(finished_run.MADE, command=hostile)}
+  text = page.page(config, [hostile] * 24, results, found, wins, made)
   document = _Document(text)
   assert "img" not in document.tags and "<img" not in text
   assert document.text["findings"].count(hostile) == 3
   assert document.text["samples"].count(hostile) == 2  # one prompt, and base's answer to it
+  assert document.text["made"].count(hostile) == 1
   assert document.text[None].count("onerror") == 2  # the title, and what ran
+
+
+def test_where_the_run_comes_from(written):
+  _, document, _, _ = written
+  text = document.text["made"]
+  for what in ("commit abc123+changes", "--config=ppo_ptx", "books.jsonl sha256:9", "TPU v5 lite"):
+    assert what in text
+  assert "after 7 s" in text, "the facts are of the last stage, which wrote the report"
+  assert "ppo_ptx2026-03-01T12:00:00Z61instructjax 1.2.3" in text.replace("\n", "")
 
 
 def test_findings_are_shown_as_judged(written):
@@ -246,7 +262,7 @@ def test_what_was_not_measured_is_left_out(remove):
   results, expected = remove(_results())
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
-  document = _Document(page.page(CONFIG, PROMPTS, results, found, wins))
+  document = _Document(page.page(CONFIG, PROMPTS, results, found, wins, MADE))
   assert document.ids == expected
   assert ("gold score" in document.text["wins"]) == (remove is not _without_gold)
   assert document.references.count("#overoptimization") == ("overoptimization" in expected)

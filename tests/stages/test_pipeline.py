@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -20,8 +21,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax._src import compilation_cache
 
+import instructjax
 from instructjax.core import results
 from instructjax.core.errors import StageStopped, UserError
+from instructjax.core.stages import STAGES
 from instructjax.data import demo, sources
 from instructjax.parallel import sharding
 from instructjax.report.results import Measured
@@ -146,6 +149,20 @@ def test_from_files_to_the_report(whole):
   for stage in TRAINED:
     done = finished.read_done(whole / stage)
     assert done.step in checkpoint.saved_steps(whole / stage), stage
+
+
+def test_every_stage_says_where_it_comes_from(whole, specs):
+  for stage in (*TRAINED, "evaluate"):
+    made = finished.read_done(whole / stage).provenance
+    assert set(made.sources) == set(STAGES[stage].reads), stage
+    for kind, source in made.sources.items():
+      content = pathlib.Path(specs[kind].removeprefix("jsonl:")).read_bytes()
+      assert source == f"{specs[kind]} sha256:{hashlib.sha256(content).hexdigest()}"
+    assert made.version == instructjax.__version__ and made.hardware.num_processes == 1
+    assert 0 < made.seconds < 600
+  page = (whole / "report" / "index.html").read_text()
+  for stage in TRAINED:
+    assert f"<td>{stage}</td><td>{finished.read_done(whole / stage).provenance.date}</td>" in page
 
 
 def test_the_end_says_where_the_time_went(whole):

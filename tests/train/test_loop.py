@@ -74,6 +74,7 @@ def _step(state, x):
 
 def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile="", **execution):
   return StageRun(
+    started=0.0,
     name="toy",
     directory=pathlib.Path(directory),
     checkpoint=CheckpointConfig(every_steps=every, keep=keep),

@@ -1,7 +1,8 @@
-"""Weights of other programs: Hugging Face folders and GGUF files, in and out.
+"""Reads and writes weights of other programs: Hugging Face folders and GGUF files.
 
-Called by weights.py, export.py and benchmarks. A reader gives a `Source`, `describe` says which
-network it is, `load_params` brings its tensors onto a mesh; the writers take params back.
+Called by train/weights.py, commands/export.py and the benchmarks. To read: `open_weights` gives a `Source`, `describe`
+says which network it holds, and `load_params` brings its tensors onto a mesh. To write: `write_folder` and `write_file`
+take parameters.
 """
 
 import pathlib
@@ -31,7 +32,7 @@ def open_weights(path: str | pathlib.Path) -> Source:
   """Opens a Hugging Face folder or a GGUF file; only headers are read.
 
   Raises:
-    UserError: it is neither, or damaged.
+    UserError: the path is neither, or it is damaged or of an unsupported kind.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -43,10 +44,10 @@ def open_weights(path: str | pathlib.Path) -> Source:
 
 
 def describe(source: Source) -> Description:
-  """The network that opened weights are; see `model_config` for what files say nothing of.
+  """The network whose weights were opened. For fields that no file has, see `model_config`.
 
   Raises:
-    UserError: another architecture than GPT-2, Llama, Mistral or Qwen2.
+    UserError: the architecture is not GPT-2, Llama, Mistral or Qwen2, or it has a switch that NetworkConfig lacks.
   """
   where = source.path / "config.json" if source.path.is_dir() else source.path
   return model_config(source.config, str(where))

@@ -1,6 +1,6 @@
-"""Writing GGUF files that llama.cpp loads: Llama-family, Qwen2 and GPT-2 language models.
+"""Writes GGUF files that llama.cpp loads: Llama-family, Qwen2 and GPT-2 language models.
 
-Called through the package. Never imports data or stages: the tokenizer comes as metadata.
+Called through the package. Never imports data or stages: the caller gives the tokenizer as metadata.
 """
 
 import contextlib
@@ -44,27 +44,26 @@ def write_file(
   *,
   name: str = "instructjax",
 ):
-  """Writes a file that llama.cpp loads; one tensor at a time is held in memory.
+  """Writes a file that llama.cpp loads, holding one tensor at a time in memory.
 
   Args:
-    path: of the new file; it appears when it is complete.
+    path: the new file; it appears when it is complete.
     model: with an 'lm' head.
     params: its parameters, on any devices.
-    tokenizer_metadata: by GGUF's own keys (`tokenizer.ggml.tokens`, `tokenizer.chat_template` ...).
-      Python's int, float, bool, str and list become UINT32, FLOAT32, BOOL, STRING and ARRAY.
-    kind: of matrices. As llama.cpp has it, vectors and positions are float32, and rows that
-      Q8_0's blocks of 32 do not divide are float16.
-    name: general.name.
+    tokenizer_metadata: by GGUF's own keys (`tokenizer.ggml.tokens`, `tokenizer.chat_template` ...). Python's int,
+      float, bool, str and list become UINT32, FLOAT32, BOOL, STRING and ARRAY.
+    kind: how matrices are stored. As in llama.cpp itself, vectors and positions stay float32, and a matrix whose rows
+      cannot be divided into Q8_0's blocks of 32 is float16.
+    name: general.name, which llama.cpp shows.
   Raises:
-    UserError: the path exists, the model has no place in llama.cpp, the tokenizer has another
-      number of tokens than the model, a weight is not finite or too large for `kind`, or the
-      file cannot be written.
-    ValueError: tensor_table.py or gguf_names.py does not know this network, or `params` are
-      another's.
+    UserError: the path exists, llama.cpp has no such model, the tokenizer and the model differ in the number of tokens,
+      a weight is not finite or too large for `kind`, or the file cannot be written.
+    ValueError: tensor_table.py or gguf_names.py does not know this network, or `params` are those of another.
   """
   path = pathlib.Path(path)
   _require_writable(path, model, tokenizer_metadata, kind)
   arch = hf_config.to_hf_config(model.network, model.vocab_size, model.head)["model_type"]
+  # The file's header lists every tensor's shape and size, so all entries are known before the first tensor is made.
   entries = list(_entries(model, params, arch, kind))
   with errors.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +79,7 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
       for entry in entries:
+        # Outside of `writing`: a weight that cannot be encoded is no failed write.
         data = _encode(path, entry)
         with errors.writing(path):
           writer.write_tensor_data(data)
@@ -92,6 +92,11 @@ def write_file(
 def _require_writable(
   path: pathlib.Path, model: transformer.Model, tokenizer_metadata: Mapping[str, Any], kind: str
 ):
+  """Refuses what the user can mend before anything is computed.
+
+  Raises:
+    UserError: see `write_file`.
+  """
   if kind not in _KINDS:
     raise UserError(f"kind={kind!r} of a GGUF file must be one of {', '.join(_KINDS)}")
   if model.head != "lm":
@@ -110,7 +115,7 @@ def _require_writable(
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-  """One tensor to be written: its name, layout and type in the file, and how to get its value."""
+  """One tensor to be written: its name, shape and type in the file, and a function that makes its value."""
 
   name: str
   shape: tuple[int, ...]
@@ -124,7 +129,9 @@ class _Entry:
 
 
 def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> Iterator[_Entry]:
+  """All tensors in the file's order; nothing is computed yet."""
   architecture, cfg = gguf_names.ARCHITECTURES[arch], model.network
+  # Llama 3's scaling is stored as its result: llama.cpp divides each rotary frequency by its factor in this tensor.
   if cfg.position == "rope" and cfg.rope_scaling.kind == "llama3":
     factors = gguf_names.llama3_factors(cfg.rope_scaling, cfg.rope_base, cfg.head_dim)
     yield _Entry(gguf_names.ROPE_FREQS, factors.shape, _Type.F32, lambda: factors)
@@ -135,6 +142,7 @@ def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> 
       shape, make = shape[::-1], functools.partial(_transposed, make)
     if architecture.is_permuted(name):
       make = functools.partial(_interleaved, make, cfg.head_dim)
+    # A quantised block lies within a row, so Q8_0 needs rows of whole blocks.
     stored = _KINDS[kind][0]
     if len(shape) == 1 or gguf_names.part_of(name) == "position_embd":
       stored = _Type.F32
@@ -142,7 +150,7 @@ def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> 
       stored = _Type.F16
     yield _Entry(name, tuple(shape), stored, make)
     if arch == "gpt2" and name == "token_embd.weight" and cfg.tie_embeddings:
-      # llama.cpp of before 2025 wants the tied head a second time.
+      # For GPT-2, llama.cpp before 2025 does not tie the head: it expects the table a second time.
       yield _Entry("output.weight", tuple(shape), stored, make)
 
 
@@ -155,11 +163,16 @@ def _interleaved(make, head_dim: int) -> np.ndarray:
 
 
 def _encode(path: pathlib.Path, entry: _Entry) -> np.ndarray:
+  """The tensor's value as the bytes of its type.
+
+  Raises:
+    UserError: a value is not finite, or too large for the type.
+  """
   value = np.asarray(entry.make(), np.float32)
   limit = float(np.finfo(np.float32 if entry.type == _Type.F32 else np.float16).max)
   if entry.type == _Type.Q8_0:
-    limit *= 127  # each block has its own float16 scale
-  if not max(value.max(), -value.min()) <= limit:  # NaN neither
+    limit *= 127  # a value is an int8, at most 127, times its block's float16 scale
+  if not max(value.max(), -value.min()) <= limit:  # written so that NaN is refused too
     raise UserError(
       f"{path}: tensor {entry.name!r} has values that are not finite or too large for {entry.type.name}"
     )
@@ -173,6 +186,7 @@ def _add_metadata(
   name: str,
   tokenizer_metadata: Mapping[str, Any],
 ):
+  """Adds the keys that llama.cpp reads of such an architecture, and the tokenizer's."""
   cfg = model.network
   writer.add_type(gguf.GGUFType.MODEL)
   writer.add_name(name)
@@ -198,5 +212,5 @@ def _add_metadata(
       writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
       writer.add_rope_scaling_factor(cfg.rope_scaling.factor)
   for key, value in tokenizer_metadata.items():
-    if value not in ("", []):  # the format has no empty arrays
+    if value not in ("", []):  # GGUF has no empty arrays
       writer.add_key_value(key, value, _VALUE_TYPES[type(value)])

@@ -1,7 +1,7 @@
-"""Reading GGUF files: Llama-family, Qwen2 and GPT-2 weights as llama.cpp keeps them.
+"""Reads GGUF files: Llama-family, Qwen2 and GPT-2 weights as llama.cpp stores them.
 
-Called through the package. A file is seen by the rest as if it were a Hugging Face folder: names,
-layout, quantization and config are translated here. Never imports data or stages.
+Called through the package. Names, layout, quantisation and config are translated here, so that other modules see the
+file as if it were a Hugging Face folder. Of data it imports the reader of headers only; never stages.
 """
 
 import dataclasses
@@ -23,17 +23,18 @@ _READABLE = (
   *(_Type.F32, _Type.F16, _Type.BF16, _Type.Q8_0, _Type.Q4_0, _Type.Q4_1, _Type.Q5_0, _Type.Q5_1),
   *(_Type.Q4_K, _Type.Q5_K, _Type.Q6_K),
 )
-_CHUNK = 1 << 20  # values dequantized at a time: what is held besides the result
-# Llama 3.x has one, but for the factor; a GGUF file keeps only what comes out of it.
+_CHUNK = 1 << 20  # values dequantised at a time, which bounds the memory needed beside the result
+# A GGUF file stores only the result of Llama 3's rotary scaling, one divisor a frequency. The models of Llama 3.x share
+# these parameters and differ in the factor only, so the factor can be recovered: see `_rope_scaling`.
 _LLAMA3 = RopeScalingConfig("llama3", 1.0, 1.0, 4.0, 8192)
 
 
 def open_file(path: str | os.PathLike) -> source.Source:
-  """A GGUF file as a Source: dequantized on reading, a tensor at a time.
+  """Opens a GGUF file as a Source, which dequantises a tensor when it is read.
 
   Raises:
-    UserError: it is damaged, cut off, one part of several, of an architecture, quantization or
-      rotary scaling that is not supported, or lacks a metadata key or has an unknown tensor.
+    UserError: the file is damaged, cut off or one part of several; its architecture, quantisation or rotary scaling is
+      not supported; a metadata key is missing, or a tensor is unknown.
   """
   path = pathlib.Path(path)
   header = gguf_header.read(path)
@@ -49,11 +50,14 @@ def open_file(path: str | os.PathLike) -> source.Source:
     raise UserError(f"{path}: general.architecture={name!r} must be one of {known}")
   tensors = dict(header.tensors)
   _require_readable(path, tensors)
+  # Some files hold GPT-2's tied head a second time (so do ours). Without the copy the config below says "tied".
   if name == "gpt2" and _is_tied_copy(path, tensors):
     del tensors["output.weight"]
   config = (_gpt2_config if name == "gpt2" else _llama_config)(keys, name, tensors)
-  if name != "gpt2":  # GPT-2 has no rotary tables: there it is an unknown tensor
-    tensors.pop(gguf_names.ROPE_FREQS, None)  # now part of the config
+  # The config now says what the rotary tensor said. GPT-2 has no rotary positions: there the tensor stays, and is
+  # refused as unknown.
+  if name != "gpt2":
+    tensors.pop(gguf_names.ROPE_FREQS, None)
   stored = _stored(path, name, tensors, config)
   return source.Source(
     path=path,
@@ -65,6 +69,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
 
 
 def _require_readable(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor]):
+  """Raises UserError for a quantisation that cannot be read."""
   for name, tensor in tensors.items():
     if tensor.type not in _READABLE:
       known = ", ".join(kind.name for kind in _READABLE)
@@ -79,7 +84,11 @@ def _stored(
   tensors: Mapping[str, gguf_header.Tensor],
   config: Mapping[str, Any],
 ) -> dict[str, "_Stored"]:
-  """Every tensor by Hugging Face's name."""
+  """Every tensor of the file, by Hugging Face's name.
+
+  Raises:
+    UserError: a tensor is unknown to the architecture, or does not consist of whole heads.
+  """
   architecture = gguf_names.ARCHITECTURES[architecture_name]
   result = {}
   for name, tensor in tensors.items():
@@ -101,12 +110,12 @@ def _stored(
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """One tensor in a file and how it comes into Hugging Face's layout."""
+  """One tensor in a file, and what brings it into Hugging Face's layout."""
 
   path: pathlib.Path
   name: str
   tensor: gguf_header.Tensor
-  rotary_dim: int  # head size where rows are interleaved rotary pairs, else 0
+  rotary_dim: int  # the head size if the rows are permuted for llama.cpp's rotary pairs, else 0
   transposed: bool
 
   @property
@@ -114,10 +123,16 @@ class _Stored:
     return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
   def read(self) -> np.ndarray:
-    """float32; little is held beyond the result."""
+    """The tensor as float32. Little memory is needed beside the result.
+
+    Raises:
+      UserError: the file was cut off since it was opened.
+    """
     tensor = self.tensor
     value = np.empty((tensor.num_rows, tensor.shape[-1]), np.float32)
-    heads = self.rotary_dim or 1  # chunks of whole heads
+    # Quantised blocks lie within rows, so any number of rows can be dequantised. The rotary permutation moves rows
+    # within a head, so a chunk holds whole heads.
+    heads = self.rotary_dim or 1
     step = max(_CHUNK // tensor.shape[-1] // heads, 1) * heads
     start = 0
     for raw in _raw_rows(self.path, self.name, tensor, step):
@@ -133,7 +148,11 @@ class _Stored:
 def _raw_rows(
   path: pathlib.Path, name: str, tensor: gguf_header.Tensor, step: int
 ) -> Iterator[np.ndarray]:
-  """The tensor's bytes, uint8, at most `step` rows at a time."""
+  """The tensor's bytes, uint8 [rows, bytes of a row], at most `step` rows at a time.
+
+  Raises:
+    UserError: the file ends before the tensor does.
+  """
   with path.open("rb") as file:
     file.seek(tensor.offset)
     for start in range(0, tensor.num_rows, step):
@@ -145,7 +164,7 @@ def _raw_rows(
 
 
 def _is_tied_copy(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor]) -> bool:
-  """Whether output.weight holds the same bytes as token_embd.weight."""
+  """Whether output.weight holds the same bytes as token_embd.weight, which are compared in chunks."""
   head, table = tensors.get("output.weight"), tensors.get("token_embd.weight")
   if head is None or table is None or (head.type, head.shape) != (table.type, table.shape):
     return False
@@ -157,16 +176,21 @@ def _is_tied_copy(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor])
 
 
 class _Keys:
-  """Typed access to a file's metadata."""
+  """Typed access to a file's metadata; every error names the file and the key."""
 
   def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
     self.path, self._values = path, values
 
   def get(self, key: str, kind: type, default: Any = None):
-    """The value of a key; `default` (None: it must be there) where the file has none."""
+    """The value of a key, or `default` if the file does not have it.
+
+    Raises:
+      UserError: the value has another type, or it is missing and there is no default.
+    """
     value = self._values.get(key, default)
     if value is None:
       raise UserError(f"{self.path}: metadata key {key!r} is missing")
+    # `type`, not isinstance, below: a bool is an int to isinstance.
     if kind is float and type(value) is int:
       value = float(value)
     if type(value) is not kind:
@@ -178,7 +202,11 @@ class _Keys:
 
 
 def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
-  """config.json of architectures llama (Llama and Mistral) and qwen2."""
+  """The config.json of architecture `llama` (Llama and Mistral) or `qwen2`.
+
+  Raises:
+    UserError: a key is missing or has another type, or the network is not supported.
+  """
   get = lambda key, kind, default=None: keys.get(f"{name}.{key}", kind, default)
   num_heads, width = get("attention.head_count", int), get("embedding_length", int)
   if num_heads < 1 or get("expert_count", int, 0):
@@ -196,6 +224,7 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
         " heads that are rotated in part are not supported"
       )
   base = get("rope.freq_base", float, 10000.0)
+  # In GGUF Mistral is no architecture of its own, but a `llama` with a sliding window.
   window = get("attention.sliding_window", int, 0) if name == "llama" else 0
   config = {
     "model_type": "mistral" if window else name,
@@ -215,6 +244,7 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
   }
   if window:
     config["sliding_window"] = window
+  # GGUF has no key for biases: they are there or not. Qwen2 has them on queries, keys and values by definition.
   if name == "llama":
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
@@ -222,6 +252,7 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
 
 
 def _gpt2_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
+  """The config.json of architecture `gpt2`; raises UserError for a missing key or one of another type."""
   get = lambda key, kind: keys.get(f"{name}.{key}", kind)
   return {
     "model_type": "gpt2",
@@ -238,11 +269,15 @@ def _gpt2_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tenso
 
 
 def _decimal(value: float) -> float:
-  """The shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
+  """The shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06.
+
+  GGUF stores float32, and the decimal is what the original config.json most likely said.
+  """
   return float(str(np.float32(value)))
 
 
 def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
+  """Rows of the embedding table; raises UserError if there is none."""
   if "token_embd.weight" not in tensors:
     raise UserError(f"{keys.path}: tensor 'token_embd.weight' is missing")
   return tensors["token_embd.weight"].shape[0]
@@ -251,7 +286,11 @@ def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
 def _rope_scaling(
   keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor], base: float, head_dim: int
 ) -> dict | None:
-  """Linear scaling from the metadata, Llama 3's from its tensor, None where there is none."""
+  """The config's rope_scaling: linear scaling from the metadata, Llama 3's from its tensor, or None.
+
+  Raises:
+    UserError: another scaling, or two of them.
+  """
   kind = keys.get(f"{name}.rope.scaling.type", str, "none")
   if kind == "linear":
     if gguf_names.ROPE_FREQS in tensors:
@@ -268,6 +307,8 @@ def _rope_scaling(
   if gguf_names.ROPE_FREQS not in tensors:
     return None
   freqs = _Stored(keys.path, gguf_names.ROPE_FREQS, tensors[gguf_names.ROPE_FREQS], 0, False).read()
+  # Slow frequencies are divided by the whole factor, so it is the greatest divisor. With the factor all divisors can be
+  # computed; if they differ from the file's, this is some other scaling.
   scaling = dataclasses.replace(_LLAMA3, factor=float(freqs.max(initial=1.0)))
   wanted = gguf_names.llama3_factors(scaling, base, head_dim)
   if freqs.shape != wanted.shape or not np.allclose(freqs, wanted, rtol=1e-4, atol=0):

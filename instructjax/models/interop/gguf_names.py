@@ -1,11 +1,13 @@
-"""How llama.cpp keeps the weights of an architecture, seen from Hugging Face's side.
+"""How llama.cpp names and stores the weights of an architecture, compared with Hugging Face.
 
 Used by gguf_file.py (reading) and gguf_export.py (writing). Imports config only.
 
-What llama.cpp does otherwise:
-  - rows of q and k of architecture `llama` are interleaved rotary pairs: i is followed by i + K / 2.
-    qwen2 and gpt2 are stored as they are;
-  - gpt2's matrices are [out, in], where Hugging Face's Conv1D has [in, out];
+The differences:
+  - Names of tensors.
+  - Rotary pairs of architecture `llama`. Hugging Face turns dimension i of a head together with i + K / 2, llama.cpp
+    turns neighbours. So llama.cpp's rows of the query and key projections are interleaved: row i is followed by row
+    i + K / 2. The architecture qwen2 turns halves in both, and gpt2 has no rotary positions: their rows stay in order.
+  - gpt2's matrices are [out, in]; Hugging Face's Conv1D has [in, out].
   - Llama 3's rotary scaling is stored as its result, a divisor for each frequency.
 """
 
@@ -22,16 +24,17 @@ ROPE_FREQS = "rope_freqs.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """GGUF's names of tensors to Hugging Face's, both without `.weight` and `.bias`."""
+  """The tensors of one architecture: GGUF's name -> Hugging Face's, both without `.weight` and `.bias`."""
 
-  layers: str  # Hugging Face's list of layers
-  outer: Mapping[str, str]
-  layer: Mapping[str, str]  # inside blk.N. and the list of layers
-  permuted: frozenset[str] = frozenset()  # rotary rows to put back in order
+  layers: str  # Hugging Face's path of the list of layers
+  outer: Mapping[str, str]  # tensors outside of the layers
+  layer: Mapping[str, str]  # tensors of a layer, without `blk.N.` and without Hugging Face's list
+  # Both by GGUF's names: tensors whose rows are interleaved, and matrices that Hugging Face stores as [in, out].
+  permuted: frozenset[str] = frozenset()
   transposed: frozenset[str] = frozenset()
 
   def hf_name(self, name: str) -> str | None:
-    """None for a tensor that the architecture does not have."""
+    """Hugging Face's name of a tensor; None if the architecture does not have it."""
     stem, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):
       return None
@@ -43,10 +46,11 @@ class Architecture:
     return f"{self.layers}.{block}.{self.layer[part]}.{suffix}"
 
   def gguf_names(self, hf_names: Sequence[str]) -> list[str]:
-    """The inverse of hf_name, of all tensors of one network.
+    """GGUF's names of all tensors of one network: the inverse of `hf_name`.
 
     Raises:
-      ValueError: a tensor has no name here, or a name here is that of no tensor.
+      ValueError: a tensor has no name in this table, or a name in this table belongs to no tensor. Either way the table
+        does not describe this network, and the file would lack something.
     """
     outer = {theirs: ours for ours, theirs in self.outer.items()}
     layer = {theirs: ours for ours, theirs in self.layer.items()}
@@ -58,7 +62,7 @@ class Architecture:
       if name is None or self.hf_name(f"{name}.{suffix}") != hf_name:
         raise ValueError(f"gguf_names: tensor {hf_name} has no name of GGUF's; add it to the table")
       result.append(f"{name}.{suffix}")
-    used = {part_of(name) for name in result} | {"output"}  # absent where embeddings are tied
+    used = {part_of(name) for name in result} | {"output"}  # a tied network has no output tensor
     for name in (*self.outer, *self.layer):
       if name not in used:
         raise ValueError(f"gguf_names: {name} is the name of no tensor of this network")
@@ -68,11 +72,11 @@ class Architecture:
     return part_of(name) in self.permuted
 
   def is_transposed(self, name: str) -> bool:
-    return part_of(name) in self.transposed  # biases too: they stay the same
+    return part_of(name) in self.transposed  # biases included: they stay as they are
 
 
 def part_of(name: str) -> str:
-  """`blk.7.attn_q.weight` -> `attn_q`."""
+  """The part of a GGUF name that says what a tensor is: `blk.7.attn_q.weight` -> `attn_q`."""
   return name.split(".")[-2]
 
 
@@ -121,19 +125,29 @@ ARCHITECTURES = {
 
 
 def split_halves(value: np.ndarray, head_dim: int, rank: int) -> np.ndarray:
-  """Rows (or elements of a bias) of each head: 0, K/2, 1, K/2 + 1 ... back to 0, 1, 2 ..."""
+  """Puts the rows of each head from llama.cpp's order 0, K/2, 1, K/2 + 1 ... back into the order 0, 1, 2 ...
+
+  Args:
+    value: matrix of whole heads, or their bias with an element a row.
+    head_dim: K.
+    rank: 2 for a matrix, 1 for a bias (which may come as a matrix of one row).
+  """
+  # [heads, K/2, 2]: the second index says which half of the head a row belongs to. Swapped, the halves come first.
   width = value.shape[-1] if rank == 2 else 1
   return value.reshape(-1, head_dim // 2, 2, width).swapaxes(1, 2).reshape(value.shape)
 
 
 def interleave_halves(value: np.ndarray, head_dim: int) -> np.ndarray:
-  """The inverse of split_halves, as llama.cpp's converter does it."""
+  """The inverse of `split_halves`: the permutation of llama.cpp's converter."""
   width = value.shape[-1] if value.ndim == 2 else 1
   return value.reshape(-1, 2, head_dim // 2, width).swapaxes(1, 2).reshape(value.shape)
 
 
 def llama3_factors(scaling: RopeScalingConfig, base: float, head_dim: int) -> np.ndarray:
-  """What each rotary frequency is divided by: 1 for fast ones, the factor for slow ones."""
+  """Divisor of each rotary frequency, float32 [K / 2]: 1 for fast frequencies, the factor for slow ones.
+
+  The rule is that of `layers.rotary_frequencies`, computed in float64.
+  """
   wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
   turns = scaling.original_length / wavelength
   low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -1,8 +1,8 @@
-"""Hugging Face's config.json to NetworkConfig and back, for the architectures that both can hold.
+"""Translates Hugging Face's config.json to NetworkConfig and back, for the architectures that both can describe.
 
-Called by the package's own `describe`, by huggingface.py and by gguf_file.py (which writes what it
-finds in a GGUF file in this form). Knows no tensors. Both spellings are read: that of transformers 4
-(`rope_theta`, `rope_scaling`) and of 5 (`rope_parameters`); the first is written, which both read.
+Called by the package's own `describe`, by huggingface.py and by gguf_export.py; gguf_file.py brings a GGUF file's
+metadata into this form. Knows no tensors. It reads the spelling of transformers 4 (`rope_theta`, `rope_scaling`) and
+that of transformers 5 (`rope_parameters`). It writes the first, which both versions read.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from instructjax.core.errors import UserError
 
 # Keys of our own in an exported config.json.
 SCORE_BIAS = "instructjax_score_bias"  # Hugging Face's score heads have no bias
-PAD_ROW = "instructjax_pad_row"  # the last row of the embedding is a pad token that exporting added
+PAD_ROW = "instructjax_pad_row"  # the export has added a last row to the embedding, for a pad token
 
 _LM = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
 _LM |= {"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -37,8 +37,8 @@ class Description:
   """The network that a file's config describes.
 
   Attributes:
-    cfg: architecture; how it is run is the reader's business.
-    vocab_size: ids that the embedding table has rows for.
+    cfg: the network; how it is run is up to the caller.
+    vocab_size: number of ids that the embedding table has rows for, without a pad row that an export added.
     head: 'lm', or 'scalar' for a model that scores sequences.
   """
 
@@ -50,13 +50,14 @@ class Description:
 def model_config(raw: Mapping[str, Any], where: str) -> Description:
   """The network that a config.json describes.
 
-  A field that the architecture does not use has the value of configs/base.py.
+  A field that the architecture does not use gets the value of configs/base.py, so that one network has one description.
 
   Args:
     raw: the parsed file.
     where: its path, for errors.
   Raises:
-    UserError: another architecture, or one of these with a switch that NetworkConfig lacks.
+    UserError: the architecture is not known, or has a switch that NetworkConfig lacks; or a key is missing or no
+      sensible value.
   """
   keys = _Keys(raw, where)
   family = keys.one_of("model_type", tuple(_LM))
@@ -75,6 +76,7 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
 
 
 def _head(keys: "_Keys", family: str) -> Literal["lm", "scalar"]:
+  """The head by the name of transformers' class; UserError for a classifier with several labels or another class."""
   classes = keys.value("architectures", None) or [_LM[family]]
   if classes[0] in (_LM[family], _BARE[family]):
     return "lm"
@@ -83,7 +85,7 @@ def _head(keys: "_Keys", family: str) -> Literal["lm", "scalar"]:
       f"{keys.where}: architectures={classes} must be {_LM[family]} or {_SCALAR[family]}"
     )
   labels = keys.value("id2label", None)
-  # transformers leaves out its default, two labels.
+  # transformers does not write its default, which is two labels. So a missing count is two, and is refused.
   count = len(labels) if labels is not None else keys.size("num_labels", 2)
   if count != 1:
     raise UserError(f"{keys.where}: num_labels={count} must be 1: one score a sequence")
@@ -91,6 +93,7 @@ def _head(keys: "_Keys", family: str) -> Literal["lm", "scalar"]:
 
 
 def _gpt2_fields(keys: "_Keys") -> dict:
+  """NetworkConfig's fields for GPT-2. The defaults for missing keys are those of transformers' GPT2Config."""
   keys.one_of("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
   keys.refuse("scale_attn_weights", True)
   keys.refuse("scale_attn_by_inverse_layer_idx", False)
@@ -117,10 +120,12 @@ def _gpt2_fields(keys: "_Keys") -> dict:
   )
 
 
+# No field but the first has a meaning here. They are those of configs/base.py, so that descriptions compare equal.
 _NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192)
 
 
 def _llama_fields(keys: "_Keys", family: str) -> dict:
+  """NetworkConfig's fields for Llama, Mistral or Qwen2."""
   keys.one_of("hidden_act", ("silu", "swish"), "silu")
   width, heads = keys.size("hidden_size", None), keys.size("num_attention_heads", None)
   bias = [family == "llama" and keys.flag(name, False) for name in ("attention_bias", "mlp_bias")]
@@ -138,7 +143,8 @@ def _llama_fields(keys: "_Keys", family: str) -> dict:
     num_layers=keys.size("num_hidden_layers", None),
     d_model=width,
     num_heads=heads,
-    # Mistral's and Qwen2's own defaults for a missing key are other numbers: it must be there.
+    # If the key is missing, transformers takes num_attention_heads for Llama, but a fixed number for Mistral and Qwen2.
+    # A fixed number fits few models, so these two must have the key.
     num_kv_heads=keys.size("num_key_value_heads", heads if family == "llama" else None),
     head_dim=keys.size("head_dim", width // heads),
     d_mlp=keys.size("intermediate_size", None),
@@ -155,14 +161,18 @@ def _llama_fields(keys: "_Keys", family: str) -> dict:
 
 
 def _max_length(keys: "_Keys", family: str) -> int:
-  """The context, no longer than what every layer sees whole."""
+  """The longest context in which every layer attends to all tokens, since NetworkConfig has no such sliding window.
+
+  Raises:
+    UserError: some layers have a window and others have none.
+  """
   length = keys.size("max_position_embeddings", None)
   if family == "qwen2":
     keys.refuse("use_sliding_window", False)
   kinds = set(keys.value("layer_types", None) or ()) - {"full_attention"}
   if kinds and not (family == "mistral" and kinds == {"sliding_attention"}):
     raise UserError(f"{keys.where}: layer_types={sorted(kinds)} must be full_attention only")
-  # A key that is there and null switches the window off; Mistral's default is 4096.
+  # For Mistral, null switches the window off, while a missing key means transformers' default of 4096.
   if family != "mistral" or ("sliding_window" in keys.raw and keys.raw["sliding_window"] is None):
     return length
   window = keys.size("sliding_window", 4096)
@@ -177,14 +187,17 @@ def _max_length(keys: "_Keys", family: str) -> int:
 
 
 def _rope(keys: "_Keys") -> tuple[float, RopeScalingConfig]:
-  """Base and scaling, from transformers 5's rope_parameters or 4's rope_theta and rope_scaling."""
+  """Base and scaling of rotary positions.
+
+  transformers 5 has both in `rope_parameters`, transformers 4 has `rope_theta` and `rope_scaling`.
+  """
   name = "rope_parameters" if keys.value("rope_parameters", None) else "rope_scaling"
   inner = _Keys(keys.value(name, None) or {}, f"{keys.where}: {name}")
   for part in (keys, inner):
     if part.number("partial_rotary_factor", 1.0) != 1:
       part.refuse("partial_rotary_factor", 1.0)
   base = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
-  spelling = "rope_type" if "rope_type" in inner.raw else "type"
+  spelling = "rope_type" if "rope_type" in inner.raw else "type"  # older files say `type`
   kind = inner.one_of(spelling, ("default", "linear", "llama3"), "default")
   if kind == "default":
     return base, _NO_SCALING
@@ -201,9 +214,9 @@ def _rope(keys: "_Keys") -> tuple[float, RopeScalingConfig]:
 
 
 class _Keys:
-  """Reads a config's keys; each mistake is one line with the file and the key.
+  """Reads a config's keys. A wrong value raises a UserError that names the file and the key.
 
-  A key that is absent or null takes the default; default None means that it must be there.
+  A key that is absent or null takes the default. The default None means that the key is required.
   """
 
   def __init__(self, raw: Mapping[str, Any], where: str):
@@ -240,7 +253,7 @@ class _Keys:
     return found
 
   def refuse(self, name: str, only):
-    """Refuses every value of a switch but the one that this model family has."""
+    """Raises UserError unless a switch is absent or has the only value that is supported."""
     found = self.value(name, only)
     if found != only:
       raise UserError(f"{self.where}: {name}={found!r} is not supported, only {only!r}")
@@ -258,15 +271,15 @@ class _Keys:
 def to_hf_config(
   cfg: NetworkConfig, vocab_size: int, head: Literal["lm", "scalar"], score_bias: float = 0.0
 ) -> dict[str, Any]:
-  """config.json of the architecture that is this network.
+  """The config.json of a network.
 
   Args:
     cfg: the network.
-    vocab_size: of the model; a scalar head's file has one row more, the pad token.
+    vocab_size: of the model. The file of a scalar head says one more, for the pad row.
     head: 'lm' or 'scalar'.
-    score_bias: a scalar head's bias where no tensor holds it, to be added to the scores.
+    score_bias: bias to be added to the scores by the reader, if the architecture has no tensor that could hold it.
   Raises:
-    UserError: no architecture of Hugging Face's is this network; names the switch.
+    UserError: no architecture of Hugging Face matches the network; the message names the switch.
   """
   family = _family(cfg)
   result = {
@@ -279,14 +292,19 @@ def to_hf_config(
     **(_gpt2_keys(cfg) if family == "gpt2" else _llama_keys(cfg)),
   }
   if head == "scalar":
-    # transformers scores the last token that is not the pad; ours is no token of the tokenizer's.
+    # transformers reads the score at the last token that is not a pad, so it needs a pad id. Our pad id, vocab_size, is
+    # no token of the tokenizer, so no real token is taken for a pad (details item 2).
     result |= {"pad_token_id": vocab_size, PAD_ROW: True, SCORE_BIAS: score_bias}
     result |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
   return result
 
 
 def _family(cfg: NetworkConfig) -> Literal["gpt2", "llama", "qwen2"]:
-  """The architecture that is this network; Mistral's is Llama's."""
+  """The architecture that a network is an instance of. Mistral is Llama, once its window is gone.
+
+  Raises:
+    UserError: there is none.
+  """
 
   def require(condition: bool, message: str):
     if not condition:
@@ -346,6 +364,7 @@ def _llama_keys(cfg: NetworkConfig) -> dict:
     "rope_theta": cfg.rope_base,
     "rope_scaling": _scaling_keys(cfg.rope_scaling),
   }
+  # Qwen2's config has no keys for biases: the architecture has them on queries, keys and values.
   if cfg.use_bias or not cfg.qkv_bias:
     result |= {"attention_bias": cfg.use_bias, "mlp_bias": cfg.use_bias}
   return result

@@ -1,7 +1,8 @@
-"""Hugging Face folders: config.json and safetensors, read tensor by tensor and written so.
+"""Reads and writes Hugging Face folders, config.json and safetensors, one tensor at a time.
 
-Called by the package's own `__init__`. The `safetensors` library reads, in slices. Writing is done
-here (see `_write_safetensors` for why): eight bytes of header length, a JSON header, the raw tensors.
+Called by the package's own `__init__`. The `safetensors` library reads the files, in slices. Writing is done here; for
+the reason see `_write_safetensors`. The format is eight bytes with the header's length, a JSON header, and the raw
+tensors.
 """
 
 import functools
@@ -25,15 +26,15 @@ from instructjax.models.transformer import Model
 
 _DTYPES = ("F32", "F16", "BF16")
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_SHARD_BYTES = 5_000_000_000  # transformers 4's limit
-_BLOCK = 1 << 22  # numbers converted at a time
+_SHARD_BYTES = 5_000_000_000  # the limit of transformers 4, too
+_BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed beside the result
 
 
 def open_folder(path: str | pathlib.Path) -> Source:
-  """Opens a folder as `save_pretrained` writes it; reads headers only.
+  """Opens a folder as `save_pretrained` writes it; only headers are read.
 
   Raises:
-    UserError: a file is missing, damaged, or names tensors that are not there.
+    UserError: a file is missing or damaged, the index and the shards disagree, or a tensor has an unsupported dtype.
   """
   path = pathlib.Path(path)
   config = _read_json(path / _CONFIG)
@@ -56,6 +57,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
       if weight_map is not None and weight_map.get(name) != file.name:
         raise UserError(f"{file} holds tensor {name}, which {_INDEX} does not place there")
       places[name] = file, shape
+  # The loop above found tensors that the index does not know; this one finds tensors that the shards lack.
   for name, file in (weight_map or {}).items():
     if name not in places:
       raise UserError(f"{path / file} lacks tensor {name}, which {_INDEX} places there")
@@ -72,8 +74,10 @@ def open_folder(path: str | pathlib.Path) -> Source:
 def download(name: str) -> pathlib.Path:
   """Fetches ORG/NAME or ORG/NAME@REVISION from the Hugging Face hub into the hub's own cache.
 
+  Returns:
+    The folder of the snapshot.
   Raises:
-    UserError: the `hub` extra is not installed, or the hub does not give it.
+    UserError: the `hub` extra is not installed, or the hub refuses or cannot be reached.
   """
   try:
     import huggingface_hub
@@ -82,6 +86,7 @@ def download(name: str) -> pathlib.Path:
       f"hf://{name} needs the hub extra: pip install 'instructjax[hub]', or give a folder or GGUF file"
     ) from None
   repository, _, revision = name.partition("@")
+  # Not *.bin: a repository often holds its weights a second time as pickles, which are not read.
   files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
   try:
     folder = huggingface_hub.snapshot_download(
@@ -94,6 +99,7 @@ def download(name: str) -> pathlib.Path:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; UserError if the file is missing or holds anything else."""
   try:
     result = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
@@ -106,7 +112,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _opened(path: pathlib.Path) -> safetensors.safe_open:
-  """The library's handle, a context manager, of a file whose header fits its size."""
+  """Opens a file with the library, as a context manager; UserError if its header does not fit its size."""
   try:
     return safetensors.safe_open(path, "numpy")
   except safetensors.SafetensorError as error:
@@ -116,7 +122,11 @@ def _opened(path: pathlib.Path) -> safetensors.safe_open:
 
 
 def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """Shapes by name, of tensors that can be read and of buffers that need not be."""
+  """The shape of every tensor.
+
+  Raises:
+    UserError: a tensor that a model needs has an unsupported dtype. Buffers may have any: they are never read.
+  """
   with _opened(path) as file:
     headers = {name: file.get_slice(name) for name in file.keys()}
     for name, header in headers.items():
@@ -129,14 +139,16 @@ def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str):
-  """float32, converted some rows at a time: no second copy of the tensor is ever held.
+  """A tensor as float32. It is converted a few rows at a time, so no second copy of it is ever in memory.
 
-  The file is opened anew, which takes under a millisecond: one that was cut off meanwhile is found
-  out here, where the library's memory map would end the process (SIGBUS).
+  Raises:
+    UserError: the file was cut off since it was opened.
   """
   path, shape = places[name]
   result = np.empty(shape, np.float32)
   step = max(_BLOCK // math.prod(shape[1:]), 1)
+  # Opened again for each tensor, which takes less than a millisecond. If the file was cut off meanwhile, opening it
+  # fails; reading past its end through an old memory map would kill the process (SIGBUS).
   with _opened(path) as file:
     tensor = file.get_slice(name)
     for first in range(0, shape[0], step):
@@ -157,24 +169,24 @@ def write_folder(
 ):
   """Writes config.json and float32 safetensors that `transformers` loads.
 
-  Complete or absent: everything is written beside `path` and renamed.
+  The folder is complete or absent: everything is written beside `path` and renamed at the end.
 
   Args:
     path: a folder that does not exist or is empty.
-    model: an 'lm' head loads with AutoModelForCausalLM, a 'scalar' one with
-      AutoModelForSequenceClassification. Of a Llama-like model with a scalar head the score is that
-      of the file plus the config's instructjax_score_bias, which its architecture has no place for.
+    model: one with an 'lm' head loads with AutoModelForCausalLM, one with a 'scalar' head with
+      AutoModelForSequenceClassification. A Llama-like reward model loses its bias, for which its architecture has no
+      place: add the config's instructjax_score_bias to the scores.
     params: of the model.
     extra_config: more keys of config.json (ids of special tokens).
-    shard_bytes: largest safetensors file; one tensor is never split.
+    shard_bytes: size limit of a safetensors file. A tensor is never split, so a larger one gets a file of its own.
   Raises:
-    UserError: the folder has something in it, no architecture is this model, or the disk does not
-      take it.
-    ValueError: tensor_table.py does not know this network, or `params` are another's.
+    UserError: the folder is not empty, no architecture of Hugging Face matches the model, or writing fails.
+    ValueError: tensor_table.py does not know this network, or `params` are those of another.
   """
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} is there already; nothing is overwritten, give another folder")
+  # transformers' score heads have no bias. LayerNorm's own bias takes it up (`transfer.folded_bias`); RMSNorm has none.
   bias, folds = 0.0, model.network.norm == "layernorm"
   if model.head == "scalar" and not folds:
     bias = float(params["head"]["bias"])
@@ -194,6 +206,7 @@ def write_folder(
 
 
 def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int):
+  """Writes one file, or shards with an index, named as `save_pretrained` names them."""
   shards = list(_split(tensors, shard_bytes))
   if len(shards) == 1:
     return _write_safetensors(folder / _SINGLE, tensors)
@@ -208,6 +221,7 @@ def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int):
 
 
 def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
+  """The tensors in order, in lists of at most `shard_bytes` each, or of one larger tensor."""
   shard, size = [], 0
   for tensor in tensors:
     more = 4 * math.prod(tensor[1])
@@ -219,17 +233,17 @@ def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
 
 
 def _write_safetensors(path: pathlib.Path, tensors: list):
-  """One tensor at a time in memory.
+  """Writes a safetensors file with one tensor at a time in memory.
 
-  The library's writer takes all arrays of a file at once: for 1 GiB in tensors of 16 MiB it held
-  1,024 MiB (safetensors 0.8) where this holds 16 MiB, and was no faster.
+  The library's writer takes all arrays of a file at once. For 1 GiB in tensors of 16 MiB it held 1,024 MiB (safetensors
+  0.8), this function 16 MiB, in the same time.
   """
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, shape, _ in tensors:
     start, end = end, end + 4 * math.prod(shape)
     header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)  # the data is aligned
+  text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
     for _, _, make in tensors:

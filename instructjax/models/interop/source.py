@@ -1,7 +1,7 @@
-"""What an opened weights folder or file is to the rest: names, shapes, a config, a way to read.
+"""The common form of opened weights: tensor names, shapes, a config, and a function that reads a tensor.
 
-Made by the readers (huggingface.py, gguf_file.py), used by hf_config.py and transfer.py, which see
-every file through Hugging Face's names and layout. Imports nothing of the project.
+Made by the readers (huggingface.py, gguf_file.py). hf_config.py and transfer.py use it, so they know Hugging Face's
+names and layout only. Imports nothing of the project.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _EDGE = 1 << 20  # bytes hashed at either end of a file
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """An opened weights folder or file; nothing is read yet but headers."""
+  """An opened folder or file of weights, of which only headers have been read."""
 
   path: pathlib.Path  # named in every error
   config: Mapping[str, Any]  # in the form of Hugging Face's config.json
@@ -27,10 +27,10 @@ class Source:
 
 
 def fingerprint(files: Iterable[pathlib.Path]) -> str:
-  """A cheap identity of weights files: their names, sizes, and first and last MiB.
+  """A cheap identity of weights files: a hash of their names, sizes, and first and last MiB.
 
-  Headers and config files lie within those; a gigabyte in between need not be read to tell two
-  models, or two trainings of one model, apart.
+  Headers and config files lie within those parts, and so do some of the weights. That tells two models apart, or two
+  trainings of one model, without reading gigabytes.
   """
   digest = hashlib.sha256()
   for path in files:

@@ -1,13 +1,15 @@
-"""How our parameters lie in Hugging Face's tensors: one table a family, for both directions.
+"""Which of Hugging Face's tensors holds which of our parameters, and in which order of dimensions.
 
-transfer.py reads it in both, huggingface.py asks what is a buffer. Reads no file and holds no weights.
+There is one table for each family of architectures, used for import and export alike by transfer.py. huggingface.py
+asks which tensors are buffers. Reads no file and holds no weights.
 
-Both families hold the same numbers in another order, so a row of the table needs two strings: the
-dimensions of their tensor (letters written together are one dimension of theirs) and of ours.
+Hugging Face's tensors ("theirs") hold the same numbers as our parameters, with dimensions in another order. So a row of
+the table names the tensor, the parameter, and the dimensions of both. Letters written together, as in "GRK D", are
+joined to one dimension of theirs.
 
-A table has the rows of one network, no others: `tensors` compares them with the network's parameters
-and refuses a parameter that the rows do not fill, and a row without a parameter. Nothing is left out
-of an export, or left at random on import, without a word.
+A table has exactly the rows of one network. `tensors` compares the two and refuses a parameter that no row fills, and a
+row without a parameter. Otherwise an export could leave out a parameter, or an import leave one uninitialised, without
+anyone noticing.
 """
 
 import collections
@@ -23,21 +25,22 @@ import numpy as np
 from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
-# Attention masks and rotary tables that old checkpoints hold besides the weights.
+# Attention masks and rotary tables, which old checkpoints hold beside the weights. The model computes them itself.
 _BUFFER = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
-_HEADS = ("lm_head.weight", "score.weight")  # what carries no prefix
+_HEADS = ("lm_head.weight", "score.weight")  # outside of the trunk, so their names have no prefix
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One tensor of theirs and where it goes.
+  """One tensor of theirs and the place of its numbers in our parameters.
 
   Attributes:
-    ours: path of our parameter; those under layers/ are stacked, one slice a layer.
-    theirs: name, with {} for the layer.
-    their_dims: its dimensions, one word each; letters of a word are joined, first one slowest.
-    our_dims: the same letters as one layer of ours has them. Where that differs from the letters at
-      the end of `ours`, the tensor fills only a part of that dimension, from `start` on.
+    ours: path of our parameter. Under layers/ it means the stack, in which each layer has one slice.
+    theirs: name of their tensor, with {} for the layer and without the family's prefix.
+    their_dims: its dimensions, a word each. A word of several letters is their product, the first letter varying
+      slowest.
+    our_dims: the same letters in the order of our parameter (without the layers). If a letter differs from the one at
+      the end of `ours`, the tensor fills only a part of that dimension: a row for the queries has R in place of Q.
     start: first index of that part.
   """
 
@@ -49,7 +52,7 @@ class Row:
 
 
 def _gpt2() -> tuple[Row, ...]:
-  """The rows of GPT-2: linear layers are stored [in, out], query, key and value lie in one tensor."""
+  """The rows of GPT-2. Its Conv1D stores matrices as [in, out], and one tensor holds queries, keys and values."""
   return (
     Row("embedding/token_VD", "wte.weight", "V D", "VD"),
     Row("embedding/position_TD", "wpe.weight", "T D", "TD"),
@@ -71,12 +74,13 @@ def _gpt2() -> tuple[Row, ...]:
 
 
 def _llama(use_bias: bool, qkv_bias: bool, queries: int) -> tuple[Row, ...]:
-  """The rows of Llama, Mistral or Qwen2: linear layers are stored [out, in].
+  """The rows of Llama, Mistral or Qwen2. Matrices are stored as [out, in], the transpose of ours.
 
   Args:
     use_bias: whether every projection has a bias.
-    qkv_bias: whether queries, keys and values have one in any case.
-    queries: heads that share a key/value head.
+    qkv_bias: whether at least queries, keys and values have one (Qwen2).
+    queries: number of query heads that share a key/value head; in our fused dimension Q the key comes after them, then
+      the value.
   """
   attention, mlp = "layers.{}.self_attn", "layers.{}.mlp"
   qkv_biases = (
@@ -111,22 +115,23 @@ def _llama(use_bias: bool, qkv_bias: bool, queries: int) -> tuple[Row, ...]:
 
 _LM_HEAD = Row("head/w_VD", "lm_head.weight", "V D", "VD")
 _SCORE_HEAD = Row("head/w_D", "score.weight", "1 D", "D")
-# Without a row: it becomes the config's instructjax_score_bias or part of LayerNorm's bias.
+# This parameter has no row, because their score heads have no bias. It goes into LayerNorm's bias or into the config
+# (see `transfer.named_tensors`).
 SCORE_BIAS_PATH = "head/bias"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A row for one layer of one model: sizes in place of letters.
+  """A row applied to one layer of one model, with sizes in place of letters.
 
   Attributes:
-    name: with the family's prefix.
+    name: their name, with the family's prefix.
     shape: of their tensor.
     param: path of our parameter.
-    layer: index into its stack, None where it is in none.
+    layer: index into the stack; None if the parameter is not stacked.
     unfold: their shape with joined dimensions taken apart.
-    order: transposition of that to ours.
-    part: where it lies in (one layer of) our parameter.
+    order: the transposition that takes the unfolded tensor to our order.
+    part: the slice of our parameter (of one layer of it) that the tensor fills.
   """
 
   name: str
@@ -138,28 +143,29 @@ class Tensor:
   part: tuple[slice, ...]
 
   def alone(self) -> "Tensor":
-    """The same where layers are no stack: its parameter is the layer's own."""
+    """The same tensor for a model whose layers are a list: the parameter is the layer's own, not a slice of a stack."""
     if self.layer is None:
       return self
     path = self.param.replace("layers/", f"layers/{self.layer}/", 1)
     return dataclasses.replace(self, param=path, layer=None)
 
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-    """Our view of their array, more rows than the vocabulary included."""
+    """Their array in our order of dimensions, as a view."""
+    # An embedding table may have more rows than the vocabulary; whoever copies the view leaves them out.
     unfold = (-1, *self.unfold[1:]) if len(tensor) > self.shape[0] else self.unfold
     return tensor.reshape(unfold).transpose(self.order)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
-    """Their array out of one layer of our parameter."""
+    """Their array, from one layer of our parameter."""
     return array[self.part].transpose(np.argsort(self.order)).reshape(self.shape)
 
 
 def tensors(model: Model) -> tuple[Tensor, ...]:
-  """Every tensor that the model has in Hugging Face's layout, in their order.
+  """Every tensor that the model has in Hugging Face's layout, in Hugging Face's order.
 
   Raises:
-    ValueError: a parameter is not filled by the table's rows, or a row has no parameter: a network
-      that the table does not know. A fault of the table, which the user cannot mend.
+    ValueError: the table does not know this network: a parameter is not filled by the rows, or a row has no parameter.
+      This is a fault of the table, which the user cannot mend.
   """
   cfg = model.network
   queries = cfg.num_heads // cfg.num_kv_heads
@@ -184,7 +190,12 @@ def tensors(model: Model) -> tuple[Tensor, ...]:
 
 
 def _require_complete(model: Model, found: Sequence[Tensor]):
-  """Compares the table with the network: each parameter has as many numbers as its rows bring."""
+  """Compares the table with the network.
+
+  Raises:
+    ValueError: a row has no parameter, or a parameter has more or fewer numbers than its rows hold.
+  """
+  # Numbers are counted, not rows: a missing row of a fused parameter (the values, say) leaves a part of it unset.
   shapes = leaves(stacking.relay(param_shapes(model), stacking.stacked_shapes))
   sizes = {path: leaf.size for path, leaf in shapes.items() if path != SCORE_BIAS_PATH}
   filled = collections.Counter()
@@ -203,8 +214,10 @@ def _require_complete(model: Model, found: Sequence[Tensor]):
 
 
 def _tensor(row: Row, layer: int | None, sizes: dict[str, int], prefix: str) -> Tensor:
+  """A row with the sizes of one model; layer None for a row outside of the layers."""
+  # Without spaces, and without a 1 that only theirs has: the score head's matrix of one row is a vector here.
   letters = [x for x in row.their_dims if x in row.our_dims]
-  whole = row.ours.rpartition("_")[2]
+  whole = row.ours.rpartition("_")[2]  # the dimensions of the whole parameter: GQK of b_qkv_GQK
   part = (
     slice(None) if ours == theirs else slice(row.start, row.start + sizes[ours])
     for ours, theirs in zip(row.our_dims, whole)
@@ -221,16 +234,19 @@ def _tensor(row: Row, layer: int | None, sizes: dict[str, int], prefix: str) -> 
 
 
 def leaves(tree) -> dict:
-  """Path -> leaf, in the tree's order: layers/mlp/w_up_DF of a stack, layers/3/mlp/w_up_DF of a list."""
+  """Path -> leaf, in the tree's order.
+
+  A path is `layers/mlp/w_up_DF` if the layers are stacked, `layers/3/mlp/w_up_DF` if they are a list.
+  """
   found = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
 
 
 def is_buffer(name: str) -> bool:
-  """Whether a tensor is a table that some files hold and no model needs."""
+  """Whether a tensor is a mask or a table that some files hold and no model needs."""
   return _BUFFER.search(name) is not None
 
 
 def is_tied(model: Model) -> bool:
-  """Whether the head is the embedding, so that it has no tensor of its own."""
+  """Whether the head is the embedding table, so that it has no tensor of its own."""
   return model.head == "lm" and model.network.tie_embeddings

@@ -1,8 +1,8 @@
-"""Parameters from an opened source's tensors, and tensors for a file from parameters.
+"""Moves numbers between our parameters and Hugging Face's tensors.
 
-`load_params` builds sharded parameters, `named_tensors` takes parameters apart for the writers; where
-each number goes is tensor_table.py's to say. Called by the package's own `__init__`, huggingface.py
-and gguf_export.py. Imports no stage and no data.
+`load_params` builds sharded parameters from an opened source. `named_tensors` takes parameters apart for the writers.
+tensor_table.py says where each number goes. Called by the package's own `__init__`, huggingface.py and gguf_export.py.
+Imports no stage and no data.
 """
 
 import dataclasses
@@ -26,21 +26,22 @@ from instructjax.parallel import stacking
 
 
 def load_params(source: Source, model: Model, shardings: Params) -> Params:
-  """The model's parameters, each tensor read once and written straight into the local shards.
+  """Loads a model's parameters onto its devices.
 
-  Host memory: one tensor of the source, besides the shards of this process. The largest parameters
-  come first, so that what a transfer needs besides is freed before the rest is there.
+  Each tensor is read once and copied straight into this process's shards. Beside the shards, one tensor at a time is in
+  host memory.
 
   Args:
     source: opened weights.
-    model: of the architecture that `describe(source)` gives. With a smaller vocabulary than the
-      tables have rows, the rest (padding that no text encodes to) is dropped.
-    shardings: of every parameter.
+    model: a model of the network that `describe(source)` returns. Its vocabulary may be smaller than the file's table;
+      the rows that are left over (padding that no text encodes to) are dropped.
+    shardings: NamedSharding of every parameter.
   Returns:
     float32 parameters. A scalar head's bias is the config's instructjax_score_bias, or 0.
   Raises:
-    UserError: a tensor is missing, left over, or of another shape. Nothing has been read then.
-    ValueError: the table does not know this network, see `tensor_table.tensors`.
+    UserError: a tensor is missing, left over or of another shape (found before any is read), a second copy of a tied
+      head differs from the embedding, or a file is cut off.
+    ValueError: the table does not know this network; see `tensor_table.tensors`.
   """
   wanted = _match(source, model)
   _require_tied_copy_equal(source, model, wanted)
@@ -51,6 +52,7 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   tree = param_shapes(model)
   shapes, places = tensor_table.leaves(tree), tensor_table.leaves(shardings)
   params = {}
+  # Largest first: what a transfer needs for a moment beside its result is then freed before most of the rest is there.
   for path in sorted(shapes, key=lambda name: -shapes[name].size):
     shape = shapes[path].shape
     if path == tensor_table.SCORE_BIAS_PATH:
@@ -63,11 +65,16 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
 
 
 def _match(source: Source, model: Model) -> list[tensor_table.Tensor]:
-  """The model's tensors under the names that the source has for them, all of them or an error."""
+  """The model's tensors, under the names that the source has for them.
+
+  Raises:
+    UserError: a tensor is missing, left over, or of another shape.
+  """
   wanted = tensor_table.tensors(model)
   prefix = wanted[0].name.partition(".")[0] + "."
   bare = not any(name.startswith(prefix) for name in source.shapes)
-  if bare:  # saved from the trunk's own class
+  # A file saved from the trunk's own class (GPT2Model, say) has names without the prefix.
+  if bare:
     wanted = tuple(dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in wanted)
   by_name = {tensor.name: tensor for tensor in wanted}
   missing = [name for name in by_name if name not in source.shapes]
@@ -90,6 +97,7 @@ def _match(source: Source, model: Model) -> list[tensor_table.Tensor]:
         f" {list(tensor.shape)}{' or more rows' if rows else ''}"
       )
     dropped = max(dropped, shape[0] - tensor.shape[0]) if rows else dropped
+  # The one pad row that our own export adds is dropped without a word.
   if dropped > (PAD_ROW in source.config):
     logging.warning(
       "%s: %d rows of the embedding past the vocabulary dropped", source.path, dropped
@@ -98,7 +106,11 @@ def _match(source: Source, model: Model) -> list[tensor_table.Tensor]:
 
 
 def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_table.Tensor]):
-  """Old files hold the tied head a second time: harmless if it is the embedding."""
+  """Some old files hold a tied head a second time, which is harmless if it equals the embedding.
+
+  Raises:
+    UserError: it differs.
+  """
   if not tensor_table.is_tied(model) or "lm_head.weight" not in source.shapes:
     return
   embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
@@ -112,7 +124,15 @@ def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_t
 def _assemble(
   source: Source, parts: list[tensor_table.Tensor], shape: tuple[int, ...], place
 ) -> jax.Array:
-  """One parameter on its devices: every tensor is read once and copied into all local shards."""
+  """Builds one parameter on its devices from the tensors that fill it.
+
+  Args:
+    source: opened weights.
+    parts: the tensors: one for each layer of a stack, or for each part of a fused parameter.
+    shape: of the whole parameter.
+    place: its sharding.
+  """
+  # Devices that hold the same shard share a buffer, so a replicated parameter is in host memory once.
   buffers = {}
   for index in place.addressable_devices_indices_map(shape).values():
     key = _bounds(index, shape)
@@ -127,18 +147,21 @@ def _assemble(
       for inner, outer in [_overlap(key, covered)]
       if inner is not None
     ]
-    if not targets:
+    if not targets:  # the tensor belongs to other processes: it is not even read
       continue
     ours = part.to_ours(source.read(part.name))
     ours = ours if part.layer is None else ours[None]
     for target, outer in targets:
       target[...] = ours[outer]
-    del ours  # before the next one is read
+    del ours  # else this tensor would stay in memory while the next is read
   return jax.make_array_from_callback(shape, place, lambda index: buffers[_bounds(index, shape)])
 
 
 def _empty(shape: list[int]) -> np.ndarray:
-  """float32 at a multiple of 64 bytes: so placed, the CPU backend takes it over without a copy."""
+  """An uninitialised float32 array that begins at a multiple of 64 bytes.
+
+  JAX's CPU backend takes over such an array without copying it.
+  """
   size = math.prod(shape)
   raw = np.empty(size + 16, np.float32)
   skip = -raw.ctypes.data % 64 // 4
@@ -146,12 +169,15 @@ def _empty(shape: list[int]) -> np.ndarray:
 
 
 def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
-  """(start, stop) of each dimension; a hashable index."""
+  """An index of slices as ((start, stop), ...), which is hashable."""
   return tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
 
 
 def _overlap(shard, part):
-  """What a shard and a part have in common: the index into the shard, the index into the part."""
+  """The numbers that a shard and a part have in common, as (index into the shard, index into the part).
+
+  Both arguments are `_bounds` in the whole parameter. (None, None) if they have nothing in common.
+  """
   both = [(max(s[0], p[0]), min(s[1], p[1])) for s, p in zip(shard, part)]
   if any(start >= stop for start, stop in both):
     return None, None
@@ -167,14 +193,14 @@ def _overlap(shard, part):
 def named_tensors(
   model: Model, params: Params
 ) -> list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-  """Every tensor for export as (name, shape, make): `make()` brings one layer's tensor to the host.
+  """Every tensor of an export as (name, shape, make), where `make()` brings one layer's tensor to the host.
 
-  A scalar head is exported so that `transformers` gives the same scores: one more row of the
-  embedding is the pad token it looks for, and LayerNorm's bias takes up the score's (see
-  `folded_bias`; RMSNorm has none).
+  A model with a scalar head is exported so that `transformers` computes the same scores. The embedding gets one more
+  row, for the pad token that `transformers` looks for. The head's bias goes into LayerNorm's bias (see `folded_bias`).
+  RMSNorm has no bias; there the caller puts it into the config.
 
   Raises:
-    ValueError: the table does not know this network (see `tensor_table.tensors`), or `params` are another's.
+    ValueError: the table does not know this network (see `tensor_table.tensors`), or `params` are those of another.
   """
   _require_params_of(model, params)
   flat, is_scalar = tensor_table.leaves(params), model.head == "scalar"
@@ -184,7 +210,7 @@ def named_tensors(
     tensor = tensor.alone() if is_list else tensor
     array = flat[tensor.param]
     if tensor.layer is not None:
-      # A traced index: one compilation for all layers.
+      # The index is an array, not a Python number, so one compiled program serves all layers.
       array = jax.lax.dynamic_index_in_dim(array, np.int32(tensor.layer), keepdims=False)
     array = np.asarray(array, np.float32)
     if is_scalar and tensor.param == "embedding/token_VD":
@@ -201,6 +227,7 @@ def named_tensors(
 
 
 def _require_params_of(model: Model, params: Params):
+  """Raises ValueError if parameters do not have the paths and shapes of the model's."""
   is_list = isinstance(params["layers"], list)
   change = stacking.unstacked_shapes if is_list else stacking.stacked_shapes
   wanted, given = (
@@ -214,6 +241,7 @@ def _require_params_of(model: Model, params: Params):
 
 
 def folded_bias(w_D, bias) -> np.ndarray:
-  """What LayerNorm's bias must grow by for w . (LN + it) to be w . LN + bias; zeros for no bias."""
+  """The vector to add to LayerNorm's bias in place of a score head's bias: w . (y + vector) = w . y + bias."""
+  # The shortest such vector is bias * w / |w|^2. The bound on the denominator is for a head of zeros.
   w_D, bias = np.asarray(w_D, np.float64), float(bias)
   return (bias * w_D / max(float(w_D @ w_D), np.finfo(np.float32).tiny)).astype(np.float32)
