@@ -1,15 +1,22 @@
-"""Milliseconds of one decode step of SmolLM2-135M on a CPU, beside reading its weights once, and beside transformers.
+"""Times a decode step of SmolLM2-135M on a CPU, beside the time to read its weights once and beside transformers.
 
   python -m benchmarks.decode
   benchmarks/peers/setup.sh trl && python -m benchmarks.decode --peer=transformers [--gguf=PATH]
 
-float32, prompts of 32 tokens, sampled at temperature 1 from the whole distribution, batches of 1 and 16. The step is
-what 64 tokens take longer than 8, over 56: of `sampling.generate` in one program, as a rollout has it, and of
-transformers' `generate`, in the virtual environment of TRL. They are processes that run in turn on two cores, so that a
-busy machine slows both alike. Prints one JSON line for each: medians of wall and CPU milliseconds by batch; for ours
-what the draw takes of a step; the floor, which is the weights' bytes at the rate at which a large matrix-vector
-product reads, measured first; and the load that others were during each run. With the peer, a last line has our medians
-over its. Random weights, or those of a GGUF file of any model (which transformers reads with the package `gguf`).
+Both programs sample in float32, at temperature 1 from the whole distribution, after prompts of 32 tokens, in batches of
+1 and 16. Ours is `sampling.generate` in one compiled program, as in a rollout; theirs is `generate` of transformers, in
+the virtual environment of TRL. The time of a step is that of 64 new tokens less that of 8, divided by 56, so that
+prefill and start-up drop out. The two programs are processes that run in turn on two cores, so that a busy machine
+slows both alike.
+
+Prints one JSON line for each program:
+  - medians of wall and CPU milliseconds, by batch;
+  - for ours, the part of a step that drawing the token takes;
+  - the floor: the bytes of the weights at the rate at which a large matrix-vector product reads, which is measured
+    first;
+  - the load by other processes during each run.
+With the peer, a last line has our medians over the peer's. Weights are random, or those of a GGUF file of any model
+(which transformers reads with the package `gguf`).
 """
 
 import argparse
@@ -39,15 +46,20 @@ CORES = 2
 BATCHES = 1, 16
 PROMPT, FEW, MANY = 32, 8, 64  # tokens; a step is what MANY new ones take longer than FEW
 VOCAB = 49152
-NEVER = -1  # no token ends a row
+NEVER = -1  # an EOS that is never drawn, so that no row ends early
 
 
 def smollm2() -> Config:
+  """The preset's config."""
   return from_config_dict(presets.get("ppo", "smollm2_135m"))
 
 
 def open_model(gguf: str | None):
-  """(model, parameters)"""
+  """Makes the network with random weights, or with those of a GGUF file; returns (model, parameters).
+
+  Raises:
+    UserError: the file cannot be read.
+  """
   if gguf:
     opened = weights.locate(gguf)
     mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
@@ -59,7 +71,7 @@ def open_model(gguf: str | None):
 
 
 def compile_rollout(model, params, batch: int, num_tokens: int):
-  """() -> Rollout of so many tokens a row."""
+  """Compiles a function without arguments that returns a Rollout of `num_tokens` tokens per row."""
   shape = batch, PROMPT
   prompts = PromptBatch(
     np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32),
@@ -77,13 +89,14 @@ def compile_rollout(model, params, batch: int, num_tokens: int):
 
 
 def compile_draws(batch: int, vocab_size: int, num_draws: int):
-  """() -> the last logits after so many draws, each from the one before."""
+  """Compiles a function without arguments that draws `num_draws` tokens per row, one after another."""
   logits_BV = jax.random.normal(jax.random.key(0), (batch, vocab_size))
   uniform_B = jax.random.uniform(jax.random.key(1), (batch,))
 
   def run(logits_BV, uniform_B):
     def draw(_, logits_BV):
       _, logprob_B = sampling.sample_token(logits_BV, uniform_B, 1.0)
+      # Makes each draw depend on the one before, so that XLA can neither drop draws nor run them at once.
       return logits_BV.at[:, 0].set(logprob_B)
 
     return jax.lax.fori_loop(0, num_draws, draw, logits_BV)
@@ -93,14 +106,14 @@ def compile_draws(batch: int, vocab_size: int, num_draws: int):
 
 
 def milliseconds(run) -> np.ndarray:
-  """Of wall and of CPU time."""
+  """Runs once; returns (wall, CPU) milliseconds."""
   before = time.perf_counter(), time.process_time()
   jax.block_until_ready(run())
   return 1e3 * np.subtract((time.perf_counter(), time.process_time()), before)
 
 
 def serve(gguf: str | None):
-  """This process as a worker of `turns`."""
+  """Runs this process as a worker of `turns`."""
   worker.claim_stdout()
   memory.keep_freed_memory()
   model, params = open_model(gguf)
@@ -122,16 +135,16 @@ def serve(gguf: str | None):
           found[f"batch_{batch}_{name}_{kind}"] = float(value)
     return found
 
-  once()
+  once()  # the first run takes fresh memory from the system
   parameters = sum(x.size for x in jax.tree.leaves(params))
   worker.serve(once, {"parameters": parameters, "jax": jax.__version__})
 
 
 def peer_command(gguf: str | None) -> list[str]:
-  """How to start transformers' worker.
+  """The command that starts transformers' worker.
 
   Raises:
-    UserError: its virtual environment is not there.
+    UserError: its virtual environment does not exist.
   """
   python = PEERS / ".venv-trl/bin/python"
   if not python.exists():
@@ -146,10 +159,10 @@ def peer_command(gguf: str | None) -> list[str]:
 
 
 def lines(found: dict[str, dict], rate: float, peer: str | None) -> list[dict]:
-  """What is printed: a line for each program, and one of our medians over the peer's.
+  """The lines to print: one for each program and, with a peer, one of our medians over the peer's.
 
   Raises:
-    UserError: the two have not the same number of parameters.
+    UserError: the two programs have different numbers of parameters.
   """
   result = []
   for name, values in found.items():

@@ -1,9 +1,9 @@
-"""What `memory.keep_freed_memory` saves: CPU time of one training step with and without it, in turn.
+"""Measures what `memory.keep_freed_memory` saves: CPU time of a training step with it and without it, in turn.
 
   python -m benchmarks.malloc --repeats=3
 
-Prints one JSON line: medians of CPU milliseconds (user + system) and page faults a step, and their ratio. Each
-measurement is a process of its own, since malloc is set up once a process.
+Prints one JSON line: medians of CPU milliseconds (user + system) and of page faults per step, and the ratio of the CPU
+times. Each measurement is a process of its own, because malloc is set up only once in a process.
 """
 
 import argparse
@@ -18,11 +18,16 @@ ROWS, LENGTH, VOCAB = 16, 64, 2000  # the tiny preset's pretraining batch
 
 
 def measure(keep: bool) -> dict:
-  """CPU milliseconds and page faults a step, after compilation."""
+  """CPU milliseconds and page faults per step, after compilation.
+
+  Args:
+    keep: whether malloc keeps freed memory.
+  """
   from instructjax.parallel import memory
 
   if keep and not memory.keep_freed_memory():
     raise SystemExit("this C library is not glibc: there is nothing to measure")
+  # Only now: malloc has to be set up before JAX allocates anything.
   import jax
   import numpy as np
 

@@ -1,28 +1,28 @@
-"""How far instructjax is from `transformers`, from saved weights to greedy text; exits 1 if a bound is broken.
+"""Compares instructjax with `transformers`, from saved weights to greedy text; exits 1 if a bound is broken.
 
   pip install -e '.[compare]'
   python -m benchmarks.parity [--gguf=SmolLM2-135M-Instruct.Q4_1.gguf] [--text FILE ...]
 
-Always: models of random weights that transformers saves, imported, compared, exported, loaded again.
-With --gguf: the same for a real model, whose weights transformers reads from the file by itself, and
-what its import costs in a process of its own. With --text as well: ids of 5,000 lines of these files
-against a tokenizer built from the file's vocabulary by hand.
+It always compares small models with random weights: transformers saves them, instructjax imports and exports them, and
+transformers loads the export. With --gguf it does the same for a real model, which transformers reads from the file by
+itself, and also measures what the import costs, in a process of its own. With --text as well, it encodes 5,000 lines of
+these files and compares the ids with those of a tokenizer that is built by hand from the file's vocabulary.
 
 Prints a table, which shows the bound of each column, and one JSON line. The columns:
 
-  right, left   largest difference of float32 logits, batches padded on that side
+  right, left   largest difference of float32 logits, for batches padded on that side
   nll           difference of the mean NLL of a paragraph's tokens, in nats
   prefill       largest difference of logits after a left-padded prompt
-  decode        the same after each of 12 tokens fed one at a time through the key/value caches
-  greedy        tokens that differ in the greedy continuations of 4 prompts by 32 tokens
-  export        largest difference of transformers' logits before import and after export
-  score in      largest difference of a reward model's scores, imported
-  score out     the same, exported with a bias. Llama-like architectures have no place for the bias:
-                `instructjax_score_bias` of their config.json is added to what transformers says
-  seconds, GB   wall time from opening the file to weights and tokenizer, the process's peak memory
-  ids, texts    lines that are encoded, and whose ids are decoded, differently
+  decode        the same after each of 12 tokens that are fed one at a time through the key/value caches
+  greedy        number of tokens that differ in greedy continuations of 4 prompts by 32 tokens each
+  export        largest difference between transformers' logits before import and after export
+  score in      largest difference of a reward model's scores after import
+  score out     the same after export with a bias. Llama-like architectures have no place for the bias, so
+                `instructjax_score_bias` from their config.json is added to the score of transformers
+  seconds, GB   wall time from opening the file to having weights and tokenizer, and the process's peak memory
+  ids, texts    number of lines that are encoded differently, and of lines whose ids are decoded differently
 
-Float32 on a CPU, so JAX is told to use that.
+All of this is in float32 on a CPU, which JAX is told to use.
 """
 
 import argparse
@@ -88,7 +88,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(gguf: pathlib.Path | None, texts: list[pathlib.Path]) -> int:
-  """Prints every comparison as soon as it is made, then all in one line; 1 if a bound is broken."""
+  """Prints each comparison as soon as it is made, then all of them in one line; returns 1 if a bound is broken.
+
+  Raises:
+    UserError: a file cannot be read, or is not what a comparison needs.
+  """
   load_average = os.getloadavg()[0]
   print(f"load average {load_average:.1f} on {os.cpu_count()} cores")
   results = {}
@@ -118,7 +122,7 @@ def compare(gguf: pathlib.Path | None, texts: list[pathlib.Path]) -> int:
 def cases(gguf: pathlib.Path | None, texts: list) -> Iterator[tuple[str, dict[str, float]]]:
   """(name, column -> value) of every comparison."""
   if gguf:
-    # First: a child's peak memory counts its parent's at the time, which has no torch yet.
+    # Before torch is imported: a child's peak memory includes what its parent held when it forked.
     command = [sys.executable, "-m", "benchmarks.parity", f"--gguf={gguf}", "--child"]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     yield "import", json.loads(output.splitlines()[-1])
@@ -133,7 +137,7 @@ def cases(gguf: pathlib.Path | None, texts: list) -> Iterator[tuple[str, dict[st
 
 
 def import_cost(path: pathlib.Path) -> dict[str, float]:
-  """Of weights and tokenizer; Python's own imports count for memory only."""
+  """Seconds and peak memory of importing weights and tokenizer; Python's own imports count for the memory only."""
   import jax
 
   from instructjax.core.config import MeshConfig
@@ -145,13 +149,14 @@ def import_cost(path: pathlib.Path) -> dict[str, float]:
   opened = weights.locate(path)
   jax.block_until_ready(opened.load(mesh, opened.model(mesh)))
   seconds = time.perf_counter() - start
+  # getrusage reports memory in bytes on macOS and in KiB on Linux.
   unit = 1 if sys.platform == "darwin" else 1024
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return {"seconds": seconds, "GB": peak / 1e9}
 
 
 def print_row(name: str, values: dict[str, float | str], before: str = ""):
-  """One line of the table; the header, where the values are empty. A broken bound is marked."""
+  """Prints one line of the table, or the header if the values are empty. A broken bound is marked with '!'."""
 
   def cell(column, value):
     if value == "":

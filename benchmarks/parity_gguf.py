@@ -1,7 +1,7 @@
-"""A real model from a GGUF file, and its tokenizer, against what others make of the same file.
+"""Compares a real model from a GGUF file, and its tokenizer, with what other libraries make of the same file.
 
-Called by parity; imports torch and transformers. Nothing here goes through instructjax's reader of
-such files on the others' side: transformers has its own, and the tokenizer is built by hand.
+Called by parity; imports torch and transformers. The other side never goes through instructjax's reader of GGUF files,
+so that a mistake in it cannot cancel out: transformers has a reader of its own, and the tokenizer is built by hand.
 """
 
 import itertools
@@ -24,7 +24,11 @@ NUM_LINES = 5000
 
 
 def compare_model(path: pathlib.Path) -> dict[str, float]:
-  """Columns `right` to `export`; the export is the one that a user gets, tokenizer and card included."""
+  """Columns `right` to `export`. The export is the one that a user gets, with tokenizer and card.
+
+  Raises:
+    UserError: the file cannot be read, or its tokenizer is not of SmolLM2's kind.
+  """
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     path.parent, gguf_file=path.name, dtype=torch.float32
   ).eval()
@@ -37,7 +41,11 @@ def compare_model(path: pathlib.Path) -> dict[str, float]:
 
 
 def plain_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
-  """SmolLM2's rules, as its tokenizer.json has them, with the file's vocabulary; no special tokens."""
+  """A tokenizer with the file's vocabulary, SmolLM2's rules as in its tokenizer.json, and no special tokens.
+
+  Raises:
+    UserError: the file's tokenizer is of another kind.
+  """
   fields = gguf.GGUFReader(path).fields
   splitter = fields["tokenizer.ggml.pre"].contents()
   if splitter != "smollm":
@@ -59,19 +67,23 @@ def plain_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def sample_lines(paths: list[pathlib.Path]) -> list[str]:
-  """NUM_LINES in all, in equal parts of the files as far as these reach; line ends included."""
+  """Draws NUM_LINES lines, line ends included, in equal parts from the files as long as each has lines left."""
   rng = random.Random(0)
   files = []
   for path in paths:
     lines = path.read_bytes().decode().splitlines(keepends=True)
     files.append(rng.sample(lines, len(lines)))
-  # One line of each file in turn.
+  # Takes one line of each file in turn.
   turns = itertools.chain.from_iterable(itertools.zip_longest(*files))
   return list(itertools.islice((line for line in turns if line is not None), NUM_LINES))
 
 
 def compare_tokenizers(path: pathlib.Path, lines: list[str]) -> dict[str, int]:
-  """Columns `ids` and `texts`."""
+  """Columns `ids` and `texts`.
+
+  Raises:
+    UserError: see `plain_tokenizer`.
+  """
   ours, plain = our_tokenizers.load(path), plain_tokenizer(path)
   ids = [plain.encode(line).ids for line in lines]
   return {

@@ -1,4 +1,4 @@
-"""The same weights in instructjax and in transformers: logits, caches, greedy text, exports, scores.
+"""Compares the same weights in instructjax and in transformers: logits, caches, greedy text, exports and scores.
 
 Called by parity; imports torch and transformers.
 """
@@ -24,7 +24,7 @@ from instructjax.parallel import sharding
 from instructjax.rl import sampling, scoring
 from instructjax.train import weights
 
-# Models of random weights read its 400 bytes as ids.
+# A text for all models. Those with random weights have a vocabulary of 256 and take its 400 bytes as ids.
 PARAGRAPH = (
   "The history of the town begins with a small settlement on the bank of the river. Over the"
   " centuries it grew into a centre of trade, and merchants from many countries came to sell their"
@@ -32,8 +32,8 @@ PARAGRAPH = (
   " within twenty years. Today it is known for its university, its 7 museums, and its parks; 81,000"
   " people live there."
 )
-NEW_TOKENS = 32  # of a greedy continuation
-FED_TOKENS = 12  # one at a time, through the caches
+NEW_TOKENS = 32  # length of a greedy continuation
+FED_TOKENS = 12  # tokens that are fed one at a time through the caches
 SCORE_BIAS = 0.75
 
 _GPT2 = dict(vocab_size=256, n_embd=32, n_layer=3, n_head=4, n_positions=512)
@@ -79,7 +79,7 @@ logging.set_verbosity(logging.ERROR)
 
 
 def random_models() -> Iterator[tuple[str, dict[str, float]]]:
-  """(name, column -> value) of a language model and a reward model of each of MODELS."""
+  """Compares a language model and a reward model of each of MODELS; yields (name, column -> value)."""
   ids = list(PARAGRAPH.encode())
   for name, (family, sizes) in MODELS.items():
     ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
@@ -95,7 +95,10 @@ def random_models() -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def _random(kind, config, folder: pathlib.Path):
-  """A model of random weights, norms and biases included, saved by transformers."""
+  """Makes a model with random weights, norms and biases included, and saves it with transformers.
+
+  Fresh norms are 1 and fresh biases 0; with these, a mistake in loading them would not show.
+  """
   generator = torch.Generator().manual_seed(0)
   model = kind.from_config(config).eval()
   for parameter in model.parameters():
@@ -106,7 +109,11 @@ def _random(kind, config, folder: pathlib.Path):
 
 
 def load_ours(path: pathlib.Path) -> tuple[transformer.Model, Params]:
-  """The network as its files have it, whose tokenizer is not asked for."""
+  """Loads a model as its files have it; unlike `Weights.model` it needs no tokenizer.
+
+  Raises:
+    UserError: the files cannot be read.
+  """
   opened = weights.locate(path)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   execution = for_inference(platform_of(mesh))
@@ -119,9 +126,11 @@ def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
   """Columns `right` to `greedy`.
 
   Args:
-    path: what instructjax imports.
-    theirs: transformers' model of the same weights.
-    ids: of a paragraph, at least 60.
+    path: the weights that instructjax imports.
+    theirs: the model of transformers with the same weights.
+    ids: token ids of a paragraph, at least 60.
+  Raises:
+    UserError: the weights cannot be read.
   """
   model, params = load_ours(path)
   apply = jax.jit(transformer.apply, static_argnums=0)
@@ -132,9 +141,10 @@ def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
     segment_BL = is_token_BL.astype(np.int32)
     logits_BLV = apply(model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL)
     values[side] = _largest((logits_BLV - their_logits(theirs, token_BL, is_token_BL))[is_token_BL])
-    if side == "right":  # whose first row is the paragraph
+    if side == "right":  # its first row is the whole paragraph, from the first column on
       nll = -jnp.mean(lm.token_logprob(logits_BLV[:1, :-1], jnp.asarray([ids[1:]])))
-  # Of their logits in float64: their own loss is off by 8e-6 at SmolLM2's vocabulary, for float32 sums.
+  # Computed from their logits in float64. Their own loss sums in float32, which at SmolLM2's vocabulary is off by 8e-6,
+  # nearly the bound of 1e-5.
   their_LV = theirs(torch.tensor([ids])).logits[0].double()
   their_nll = torch.nn.functional.cross_entropy(their_LV[:-1], torch.tensor(ids[1:]))
   values["nll"] = abs(float(nll) - their_nll.item())
@@ -144,13 +154,13 @@ def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
 
 
 def cut(ids: list[int]) -> list[list[int]]:
-  """Four rows of very different lengths: all of it, two thirds, a fifth, one token."""
+  """Cuts four rows of very different lengths: all ids, two thirds of them, a fifth, and a single one."""
   length = len(ids)
   return [ids, ids[length // 3 :], ids[length // 4 : length // 4 + length // 5], ids[7:8]]
 
 
 def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """(token_BL, is_token_BL)"""
+  """Pads rows on one side, 'left' or 'right': (token_BL, is_token_BL)."""
   length = max(map(len, rows))
   token_BL = np.full((len(rows), length), pad_id, np.int32)
   is_token_BL = np.zeros(token_BL.shape, bool)
@@ -161,7 +171,7 @@ def pad(rows: list[list[int]], side: str, pad_id: int) -> tuple[np.ndarray, np.n
 
 
 def their_inputs(token_BL, is_token_BL, is_slot_BT=None) -> dict[str, torch.Tensor]:
-  """Arguments of a transformers model; `is_slot_BT` marks the cache's tokens and these."""
+  """The arguments of a transformers model for a batch; `is_slot_BT` marks real tokens of cache and batch together."""
   is_slot_BT = is_token_BL if is_slot_BT is None else is_slot_BT
   position_BT = np.cumsum(is_slot_BT, axis=1) - is_slot_BT
   return {
@@ -177,7 +187,7 @@ def their_logits(theirs, token_BL: np.ndarray, is_token_BL: np.ndarray) -> np.nd
 
 
 def _compare_caches(model, params, theirs, prompts, fed: list[int]) -> dict[str, float]:
-  """Prefill, then the same tokens fed to every row."""
+  """Columns `prefill` and `decode`: both read the prompts, and are then fed the same tokens in every row."""
   token_BP, is_slot_BT = pad(prompts, "left", model.vocab_size)
   num_rows, prompt_length = token_BP.shape
   weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
@@ -203,7 +213,7 @@ def _compare_caches(model, params, theirs, prompts, fed: list[int]) -> dict[str,
 
 
 def _compare_greedy(model, params, theirs, prompts) -> int:
-  """Tokens that differ. Nothing ends a row, so that all are compared."""
+  """Column `greedy`, the number of tokens that differ. No token ends a row, so that all of them are compared."""
   token_BP, is_prompt_BP = pad(prompts, "left", model.vocab_size)
   generate = functools.partial(
     sampling.generate, model, max_new_tokens=NEW_TOKENS, eos_id=-1, temperature=0.0
@@ -212,14 +222,14 @@ def _compare_greedy(model, params, theirs, prompts) -> int:
   token_BL = np.asarray(jax.jit(generate)(params, batch, jax.random.key(0)).token_BL)
   theirs.generation_config.eos_token_id = None
   inputs = their_inputs(token_BP, is_prompt_BP)
-  del inputs["position_ids"]  # generate finds them
+  del inputs["position_ids"]  # `generate` computes them from the mask
   their_BL = theirs.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
   new = slice(token_BP.shape[1], None)
   return int(np.sum(token_BL[:, new] != their_BL[:, new].numpy()))
 
 
 def export_difference(folder: pathlib.Path, theirs, ids: list[int]) -> float:
-  """Column `export`: an exported folder against the model that was imported, both in transformers."""
+  """Column `export`: compares an exported folder with the model that was imported, both run by transformers."""
   again = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
   batch = pad(cut(ids), "right", 0)
   return _largest((their_logits(again, *batch) - their_logits(theirs, *batch))[batch[1]])
@@ -227,7 +237,10 @@ def export_difference(folder: pathlib.Path, theirs, ids: list[int]) -> float:
 
 @torch.inference_mode()
 def _compare_scores(folder: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
-  """Of a reward model in folder/rm, right-padded, as transformers finds each row's last token."""
+  """Columns `score in` and `score out` of the reward model in folder/rm.
+
+  The batch is padded on the right, where transformers looks for the last token of a row.
+  """
   model, params = load_ours(folder / "rm")
   token_BL, is_token_BL = pad(cut(ids), "right", model.vocab_size)
   score = jax.jit(functools.partial(scoring.sequence_score, model))
@@ -239,7 +252,7 @@ def _compare_scores(folder: pathlib.Path, theirs, ids: list[int]) -> dict[str, f
   interop.write_folder(folder / "rm_out", model, params, {"pad_token_id": model.vocab_size})
   again = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "rm_out").eval()
   config = json.loads((folder / "rm_out" / "config.json").read_text())
-  # The export's pad is the id past the vocabulary, as our own.
+  # The pad of our export is the id past the vocabulary, as in our own batches, so that token_BL can be taken as it is.
   again_B = again(torch.tensor(token_BL).long(), **mask).logits[:, 0].numpy()
   again_B = again_B + config.get(interop.SCORE_BIAS, 0.0)
   return {

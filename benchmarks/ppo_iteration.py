@@ -1,15 +1,17 @@
-"""Seconds of one PPO iteration on a CPU, beside what its matrix products must take, and beside another trainer.
+"""Times one PPO iteration on a CPU, beside the time that its matrix products must take and beside another trainer.
 
   python -m benchmarks.ppo_iteration --workload=W3 --set=ppo.packed_rows=0 --set=ppo.packed_rows=1,rollout.slots=16
   benchmarks/peers/setup.sh trl && python -m benchmarks.ppo_iteration --workload=W2 --peer=trl
 
-Each --set is a variant (fields of the config, comma-separated). Variants and the peer (TRL 1.12's PPO, the last that
-TRL had, or tunix 0.1.7's) are processes that run in turn on two cores, so that a busy machine slows all alike; all are
-held in memory. Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory, tokens sampled
-and decoded, the load that others were during each run, and the bound: every product that the algorithm needs, once, for
-real tokens only, at the rate of a 2048 x 2048 matrix product, and what Adam must read and write at the rate of a large
-matrix-vector product, both measured first. With a peer, a last line has our medians over its. Random weights; four
-networks.
+Each --set is a variant of ours (fields of the config, separated by commas). The peer is TRL 1.12's PPO, the last that
+TRL had, or that of tunix 0.1.7. Variants and peer are processes that run in turn on two cores, so that a busy machine
+slows all of them alike; all are in memory at once. The four networks have random weights.
+
+Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory, tokens sampled and decoded, the
+load by other processes during each run, and the bound. The bound is the time for every matrix product that the
+algorithm needs, each once and for real tokens only, at the rate of a 2048 x 2048 product, plus the time for the bytes
+that Adam must read and write, at the rate of a large matrix-vector product. Both rates are measured first. With a peer,
+a last line has our medians over the peer's.
 
   W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
   W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
@@ -51,16 +53,16 @@ _SMOLLM2 |= dict(position="rope", norm="rmsnorm", norm_eps=1e-5, mlp="swiglu", u
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """Shapes of one iteration; `ends`: whether id 0 ends an answer (else nothing does)."""
+  """The shapes of one iteration."""
 
   model: dict
   vocab_size: int
-  prompt: int
-  response: int
-  batch: int
+  prompt: int  # tokens of each prompt
+  response: int  # most tokens of an answer
+  batch: int  # prompts in an iteration
   minibatches: int
   epochs: int
-  ends: bool
+  ends: bool  # whether id 0 ends an answer; otherwise every answer has `response` tokens
 
 
 WORKLOADS = {
@@ -72,7 +74,7 @@ WORKLOADS = {
 
 
 def make_config(load: Workload, changes: dict):
-  """The run's config: the paper's, in float32, with the workload's shapes."""
+  """The paper's config in float32, with the workload's shapes and then with `changes` (dotted field -> value)."""
   config = base.base("ppo")
   network = load.model | dict(max_length=MAX_LENGTH, attention_window=0)
   config.model.update(network)
@@ -84,15 +86,22 @@ def make_config(load: Workload, changes: dict):
     batch_size=load.batch,
     num_minibatches=load.minibatches,
     num_epochs=load.epochs,
-    behaviour_logprob="rollout",
-    gamma=0.0,
+    behaviour_logprob="rollout",  # no second pass over the rollout; the bound counts none
+    gamma=0.0,  # no pretraining mix
   )
   config.update_from_flattened_dict(changes)
   return from_config_dict(config)
 
 
 def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dict[str, float]:
-  """FLOPs of the matrix products that an iteration needs, each once, attention's left out."""
+  """FLOPs of the matrix products that an iteration needs, each counted once; those of attention are left out.
+
+  Args:
+    load: the workload.
+    prompt_tokens, response_tokens: real tokens of all episodes.
+  Returns:
+    FLOPs by part of the iteration.
+  """
   model = load.model
   d, heads = model["d_model"], model["num_heads"] + model["num_kv_heads"]
   mlp = (3 if model.get("mlp") == "swiglu" else 2) * model["d_mlp"]
@@ -107,7 +116,7 @@ def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dic
 
 
 def parameter_counts(load: Workload, config) -> dict[str, int]:
-  """Of the two networks that learn, by name."""
+  """Numbers of parameters of the two networks that learn, policy and value network."""
   networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
   counts = {}
   for name, (cfg, head) in networks.items():
@@ -118,16 +127,24 @@ def parameter_counts(load: Workload, config) -> dict[str, int]:
 
 
 def update_bytes(load: Workload) -> int:
-  """Bytes that Adam moves in an iteration's updates."""
+  """The bytes that Adam moves in all updates of an iteration."""
   parameters = sum(parameter_counts(load, make_config(load, {})).values())
   return load.epochs * load.minibatches * machine.UPDATE_BYTES * parameters
 
 
 def prepare(load: Workload, changes: dict):
-  """A function that runs one iteration and returns (metrics, samples)."""
+  """Makes a function that runs one iteration and returns (metrics, samples).
+
+  Args:
+    load: the workload.
+    changes: dotted config field -> value.
+  Raises:
+    UserError: a change does not fit the config.
+  """
   config = make_config(load, changes)
   mesh = sharding.make_mesh(config.mesh)
   jax.set_mesh(mesh)
+  # Without an end, EOS is an id that the vocabulary does not have, so that it is never drawn.
   cfg, eos_id = config.ppo, 0 if load.ends else load.vocab_size + 1
   nets = ppo.make_nets(config, mesh, cfg, load.vocab_size, eos_id)
   keys = jax.random.split(jax.random.key(0), 3)
@@ -157,7 +174,7 @@ def prepare(load: Workload, changes: dict):
 
 
 def serve(load: Workload, changes: dict):
-  """This process as a worker of `turns`: one variant."""
+  """Runs this process as a worker of `turns`, for one variant."""
   worker.claim_stdout()
   memory.keep_freed_memory()
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
@@ -181,10 +198,10 @@ def serve(load: Workload, changes: dict):
 
 
 def peer_command(peer: str, load: Workload) -> list[str]:
-  """How to start a peer's worker.
+  """The command that starts a peer's worker.
 
   Raises:
-    UserError: its virtual environment is not there, or it has no such network.
+    UserError: its virtual environment does not exist, or the peer has no network of this shape.
   """
   if load.model is _SMOLLM2:
     raise UserError(f"--peer={peer} has no network of this workload's shape; take W1, W2 or W3")
@@ -196,22 +213,23 @@ def peer_command(peer: str, load: Workload) -> list[str]:
 
 
 def check_same_work(load: Workload, found: dict[str, dict]):
-  """That every program sampled as many tokens and made as many updates as the workload has.
+  """Checks that every program sampled as many tokens and made as many updates as the workload asks for.
 
   Raises:
-    UserError: one did not.
+    UserError: a program did not.
   """
   wanted = {"updates": load.epochs * load.minibatches}
   if not load.ends:
     wanted["response_tokens"] = load.batch * load.response
   for name, result in found.items():
     for key, value in wanted.items():
-      if result.get(key, value) != value:  # our updates are the scan's length: nothing to report
+      # Ours does not report its updates: their number is fixed by the length of a scan.
+      if result.get(key, value) != value:
         raise UserError(f"{name} does other work: {key} {result[key]}, where {value} are due")
 
 
 def ratios(found: dict[str, dict], peer: str) -> dict[str, dict]:
-  """Our medians over the peer's, by variant."""
+  """Our medians divided by the peer's, by variant."""
   over = lambda ours, key: round(ours[key]["median"] / found[peer][key]["median"], 3)
   return {
     name: {key: over(ours, key) for key in ("wall_s", "cpu_s")}
@@ -233,7 +251,7 @@ def main():
     pairs = (pair.split("=") for pair in args.worker.split(","))
     serve(load, {name: json.loads(value) for name, value in pairs})
     return
-  if sys.platform == "linux":  # the workers have the same cores
+  if sys.platform == "linux":  # the workers inherit these cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
   try:
     ours = [sys.executable, "-m", "benchmarks.ppo_iteration", f"--workload={args.workload}"]

@@ -1,11 +1,13 @@
-"""What rows that several answers share save: a training step of the reward model, by length of a row.
+"""Measures what the reward model saves when answers share rows: a training step, for several lengths of a row.
 
   python -m benchmarks.rm_rows --row_lengths=0,64,128 --repeats=30
 
-The default preset's network and batches of 8 prompts with 4 to 6 answers each, of random tokens: prompts of 5 to 12
-tokens and answers of 4 to 20, evenly spread, 20.5 together on average as in a run. Row length 0 gives each answer a
-row. Prints one JSON line: for each length the rows of a batch, medians of a step in wall and CPU seconds (all threads),
-and the losses of the first steps, which are the same batches' and must agree. Steps of the lengths take turns.
+The network is the default preset's. Batches have 8 prompts with 4 to 6 answers each, of random tokens: prompts of 5 to
+12 tokens and answers of 4 to 20, evenly spread, which is 20.5 together on average, as in a run. Row length 0 gives each
+answer a row of its own. Steps of the different lengths take turns.
+
+Prints one JSON line: for each length the rows of a batch, medians of a step's wall and CPU seconds (all threads), and
+the losses of the first steps. Those are losses of the same batches and must agree.
 """
 
 import argparse
@@ -30,7 +32,7 @@ SEED, RANKINGS = 0, 512
 
 
 def random_rankings(config, vocab_size: int) -> list[RankingTokens]:
-  """Rankings whose lengths are spread evenly up to the limits of the config."""
+  """Rankings of random tokens, whose lengths are spread evenly up to the config's limits."""
   rng = np.random.default_rng(SEED)
   longest_prompt, longest = config.data.max_prompt_length, config.data.max_response_length
   draw = lambda low, high: rng.integers(0, vocab_size, rng.integers(low, high + 1)).tolist()
@@ -45,7 +47,13 @@ def random_rankings(config, vocab_size: int) -> list[RankingTokens]:
 
 
 class Variant:
-  """A reward model in training, with rows of one length."""
+  """A reward model in training, with rows of a given length.
+
+  Attributes:
+    shape: rows of a batch and their length.
+    wall, cpu: seconds of each step so far.
+    losses: loss of each step so far.
+  """
 
   def __init__(self, config, row_length: int, mesh):
     cfg, data = config.rm, config.data
@@ -72,6 +80,7 @@ class Variant:
     self.wall, self.cpu, self.losses = [], [], []
 
   def step(self):
+    """Trains on the next batch and takes the time."""
     batch = sharding.place_batch(self._mesh, next(self._batches))
     start = time.perf_counter(), time.process_time()
     self._state, metrics = jax.block_until_ready(self._step(self._state, batch))

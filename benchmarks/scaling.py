@@ -1,17 +1,21 @@
-"""Whether cost grows as it should: CPU seconds as batch, length and layers double twice, each in turn.
+"""Measures how cost grows: CPU seconds as batch, length and number of layers are doubled twice, one at a time.
 
   python -m benchmarks.scaling --repeats=5
 
-Three programs of a small model (width 256, vocabulary 512): `sft`, a training step; `ppo`, an iteration of 4
-minibatches and one epoch, length being half prompt and half answer; `decode`, 16 steps, length being the cache's
-columns. Prints a table as it goes and one JSON line: medians of CPU seconds (user + system) of a run and of the
-compilation, and the exponents fitted to them (the slope between logarithms; 1 is linear, 0 is flat). Sizes are such
-that what does not grow with an axis (the optimiser with the batch, the head with the layers) is small. Of attention,
-whose part is quadratic in the length, and of a cache, which only attention reads, other exponents are expected.
+Three programs of a small model (width 256, vocabulary 512) are measured:
+  - `sft`: a training step;
+  - `ppo`: an iteration of 4 minibatches and one epoch, in which half of the length is prompt and half is answer;
+  - `decode`: 16 decode steps, in which the length is the number of columns in the cache.
 
-Layers are unrolled, as `execution.layers=auto` has them on a CPU; `sft scan` and `decode scan` have
-`execution.layers=scan`, which compiles one layer however many there are. The compilation's seconds are those of the
-first run, less a median one.
+Prints a table as it goes and one JSON line: medians of CPU seconds (user + system) of a run and of the compilation, and
+the exponents fitted to them (the slope between logarithms; 1 is linear, 0 is flat). The sizes are chosen to keep small
+what does not grow with an axis: the optimiser does not grow with the batch, nor the head with the layers. Other
+exponents than 1 are expected for the length, since a part of attention is quadratic in it, and for the cache's columns,
+which only attention reads.
+
+Layers are unrolled, as `execution.layers=auto` has them on a CPU. `sft scan` and `decode scan` use
+`execution.layers=scan`, which compiles one layer, however many there are. The compilation's seconds are those of the
+first run less those of a median run.
 """
 
 import argparse
@@ -38,6 +42,8 @@ VOCAB, DECODE_STEPS = 512, 16
 
 @dataclasses.dataclass(frozen=True)
 class Size:
+  """The three axes along which a program is scaled."""
+
   batch: int
   length: int
   layers: int
@@ -48,7 +54,7 @@ FACTORS = (1, 2, 4)
 
 
 def make_config(size: Size, layers: str):
-  """The gpt2 preset with the model's sizes and `execution.layers`."""
+  """The preset gpt2 with these sizes and this setting of `execution.layers`."""
   config = models.get("sft", "gpt2")
   config.model.update(MODEL | dict(num_layers=size.layers, max_length=2048))
   config.execution.update(layers=layers, remat="none")
@@ -56,7 +62,7 @@ def make_config(size: Size, layers: str):
 
 
 def sft(size: Size, layers: str) -> Callable:
-  """Runs a training step."""
+  """Makes a function that runs a training step."""
   shape = (size.batch, size.length)
   token_BL = np.random.default_rng(0).integers(VOCAB, size=shape).astype(np.int32)
   train, _ = sft_step.make_training(make_config(size, layers), VOCAB, token_BL)
@@ -64,7 +70,7 @@ def sft(size: Size, layers: str) -> Callable:
 
 
 def ppo(size: Size, layers: str) -> Callable:
-  """Runs an iteration; no answer ends before its limit."""
+  """Makes a function that runs a PPO iteration in which no answer ends before its limit."""
   half = size.length // 2
   network = MODEL | {"num_layers": size.layers}
   load = ppo_iteration.Workload(network, VOCAB, half, half, size.batch, 4, 1, ends=False)
@@ -72,7 +78,10 @@ def ppo(size: Size, layers: str) -> Callable:
 
 
 def decode(size: Size, layers: str) -> Callable:
-  """Runs steps that take the last columns of a full cache."""
+  """Makes a function that runs the decode steps which fill the last columns of a cache.
+
+  No prompt is read into the earlier columns, which makes no difference to the cost.
+  """
   cfg = make_config(size, layers)
   mesh = sharding.make_mesh(cfg.mesh)
   jax.set_mesh(mesh)
@@ -106,13 +115,18 @@ PROGRAMS = {"sft": sft, "ppo": ppo, "decode": decode}
 
 
 def cpu_seconds(once: Callable) -> float:
+  """CPU seconds, user and system, of one run."""
   before = time.process_time()
   once()
   return time.process_time() - before
 
 
 def measure(runs: list[Callable], repeats: int) -> list[dict]:
-  """CPU seconds of programs that have not run yet, in turn: of a run, and of the first one beyond that."""
+  """Runs programs in turn, for the first time and then `repeats` times more.
+
+  Returns:
+    For each program the CPU seconds of a median run, and those by which the first run, which compiles, took longer.
+  """
   first = [cpu_seconds(once) for once in runs]
   rounds = [[cpu_seconds(once) for once in runs] for _ in range(repeats)]
   medians = map(statistics.median, zip(*rounds))
@@ -120,16 +134,16 @@ def measure(runs: list[Callable], repeats: int) -> list[dict]:
 
 
 def exponent(values: list[float]) -> float:
-  """Slope of log(value) over log(factor)."""
+  """The slope of log(value) over log(factor)."""
   return float(np.polyfit(np.log(FACTORS), np.log(values), 1)[0])
 
 
 def scale(program: str, axis: str, layers: str, repeats: int) -> dict:
-  """One program along one axis."""
+  """Measures one program along one axis."""
   base = BASE[program]
   sizes = [dataclasses.replace(base, **{axis: f * getattr(base, axis)}) for f in FACTORS]
   found = measure([PROGRAMS[program](size, layers) for size in sizes], repeats)
-  gc.collect()
+  gc.collect()  # frees these programs' arrays before the next ones are made
   result = {"program": program + (" scan" if layers == "scan" else ""), "axis": axis}
   result["sizes"] = [getattr(size, axis) for size in sizes]
   for name in ("cpu_s", "compile_cpu_s"):
@@ -151,6 +165,7 @@ COLUMNS = {
 
 
 def print_row(cells: list):
+  """Prints a row of the Markdown table."""
   spell = lambda cell: ", ".join(map(str, cell)) if isinstance(cell, list) else str(cell)
   print(f"| {' | '.join(map(spell, cells))} |", flush=True)
 

@@ -1,19 +1,21 @@
-"""Tokens a second of one supervised training step of GPT-2 small's shape, beside others' steps.
+"""Times one supervised training step of GPT-2 small's shape, in tokens per second, beside those of other libraries.
 
   benchmarks/peers/setup.sh trl && python -m benchmarks.sft_step --peer=trl --repeats=5
 
-8 rows of 256 tokens, 124,439,808 random float32 weights, Adam with clipped gradients, no dropout. Ours is the stages'
-own step (`supervised.make_lm_train_step`). Each --set is a variant of ours (fields of the config, comma-separated;
-without one, `execution.remat="none"`, as the presets for a CPU have it); --peer may be given several times. Each
-program is a process of its own, all are in memory at once (ours and one peer took 13 GB), and they run in turn on two
-cores. They must have as many parameters, train on as many tokens and begin with the same loss (of random weights:
-within .1), or the command ends. `flax` needs nothing else, `torch` and `trl` the environment `.venv-trl` of
-benchmarks/peers/setup.sh.
+The step trains on 8 rows of 256 tokens: 124,439,808 random float32 weights, Adam with clipped gradients, no dropout.
+Ours is the step of the stages (`supervised.make_lm_train_step`). Each --set is a variant of ours (fields of the config,
+separated by commas); the default is `execution.remat="none"`, as in the presets for a CPU. --peer may be given several
+times. `flax` needs nothing else; `torch` and `trl` need the environment `.venv-trl` of benchmarks/peers/setup.sh.
 
-Prints one JSON line a program: tokens a second by the median of wall seconds, wall and CPU seconds with their ranges,
-peak memory, the load that others were during each run, and the bound: every matrix product of the model once, forward
-and backward, at the rate of a 2048 x 2048 product, and what Adam must read and write at the rate of a large
-matrix-vector product, both measured first. For each peer, a last line has our medians over its.
+Each program is a process of its own. All are in memory at once (ours and one peer took 13 GB) and run in turn on two
+cores. All must have the same number of parameters, train on the same number of tokens and begin with the same loss
+(within 0.1, since weights are random); otherwise the command ends.
+
+Prints one JSON line for each program: tokens per second by the median of wall seconds, wall and CPU seconds with their
+ranges, peak memory, the load by other processes during each run, and the bound. The bound is the time for every matrix
+product of the model once, forward and backward, at the rate of a 2048 x 2048 product, plus the time for the bytes that
+Adam must read and write, at the rate of a large matrix-vector product. Both rates are measured first. For each peer, a
+last line has our medians over the peer's.
 """
 
 import argparse
@@ -49,7 +51,7 @@ DEFAULT = 'execution.remat="none"'
 
 
 def make_config(spelling: str):
-  """The gpt2 preset with FIELD=VALUE,... changed."""
+  """The preset gpt2 with the changes FIELD=VALUE,... of a --set."""
   config = models.get("sft", "gpt2")
   pairs = (pair.split("=") for pair in spelling.split(","))
   config.update_from_flattened_dict({name: json.loads(value) for name, value in pairs})
@@ -57,14 +59,14 @@ def make_config(spelling: str):
 
 
 def packed_batch(token_BL: np.ndarray) -> PackedBatch:
-  """Rows without padding, one document each, all of it trained on."""
+  """A batch of rows without padding. Each row is one document, and every token is trained on."""
   position_BL = np.tile(np.arange(token_BL.shape[1], dtype=np.int32), (len(token_BL), 1))
   weight_BL = np.ones(token_BL.shape, np.float32)
   return PackedBatch(token_BL, np.ones_like(token_BL), position_BL, weight_BL)
 
 
 def make_training(cfg, vocab_size: int, token_BL: np.ndarray) -> tuple[Callable[[], float], int]:
-  """(A function that runs one step of ours and returns its loss, number of parameters)."""
+  """Makes our training step: (function that runs one step and returns its loss, number of parameters)."""
   mesh = sharding.make_mesh(cfg.mesh)
   jax.set_mesh(mesh)
   model = model_on(mesh, cfg.model.network, cfg.execution, vocab_size, "lm")
@@ -84,7 +86,7 @@ def make_training(cfg, vocab_size: int, token_BL: np.ndarray) -> tuple[Callable[
 
 
 def serve(cfg, token_BL: np.ndarray):
-  """Ours, as the peers' scripts do it."""
+  """Runs this process as our worker of `turns`, in the way of the peers' scripts."""
   train, num_parameters = make_training(cfg, VOCAB, token_BL)
 
   def once() -> dict:
@@ -92,25 +94,31 @@ def serve(cfg, token_BL: np.ndarray):
     return {}
 
   first_loss = train()
-  train()  # the first one after malloc has what a step needs
+  train()  # once more: only now does malloc hold all the memory that a step needs
   description = {"parameters": num_parameters, "tokens": token_BL.size, "first_loss": first_loss}
   worker.serve(once, description | {"libraries": f"jax {jax.__version__}"})
 
 
 def bound_seconds(flops_rate: float, byte_rate: float) -> float:
-  """Every product of the model once, forward and twice that backward, and what Adam moves, at these rates a second."""
+  """The bound on a step's seconds: the products of one forward and one backward pass, and the bytes that Adam moves.
+
+  Args:
+    flops_rate: FLOPs per second of a large product.
+    byte_rate: bytes per second of a large matrix-vector product.
+  """
   cfg = make_config(DEFAULT)
   model = model_on(None, cfg.model.network, cfg.execution, VOCAB, "lm")
+  # A backward pass costs two forward passes.
   products = 3 * flops.forward(model, ROWS * LENGTH, LENGTH, outputs=ROWS * (LENGTH - 1))
   parameters = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(model)))
   return products / flops_rate + machine.UPDATE_BYTES * parameters / byte_rate
 
 
 def check_same_work(found: dict[str, dict]):
-  """That all programs did the work of the first.
+  """Checks that all programs did the same work as the first.
 
   Raises:
-    UserError: a program has other parameters, tokens, or another loss at the start.
+    UserError: a program has another number of parameters or tokens, or starts with another loss.
   """
   (first, ours), *others = ((name, one["description"]) for name, one in found.items())
   for name, theirs in others:
@@ -120,10 +128,14 @@ def check_same_work(found: dict[str, dict]):
 
 
 def commands(variants: list[str], peers: list[str], tokens: str) -> dict[str, list[str]]:
-  """Name -> how to start its worker.
+  """The commands that start the workers, by name.
 
+  Args:
+    variants: the --set of each variant of ours.
+    peers: names of the peers.
+    tokens: path of the file with the tokens, which all programs train on.
   Raises:
-    UserError: a peer's environment is not there.
+    UserError: a peer's environment does not exist.
   """
   ours = [sys.executable, "-m", "benchmarks.sft_step", f"--tokens={tokens}"]
   found = {spelling: [*ours, f"--worker={spelling}"] for spelling in variants}
@@ -147,7 +159,7 @@ def main():
     memory.keep_freed_memory()
     serve(make_config(args.worker), np.load(args.tokens))
     return
-  if sys.platform == "linux":  # the workers have the same cores
+  if sys.platform == "linux":  # the workers inherit these cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ppo_iteration.CORES])
   try:
     rates = machine.product_flops(), machine.read_rate()

@@ -1,12 +1,14 @@
-"""What continuous batching saves: a rollout of answers of very different lengths, by number of slots.
+"""Measures what continuous batching saves: a rollout of answers of very different lengths, by number of slots.
 
   python -m benchmarks.slots --repeats=5
 
-64 prompts of 16 tokens, at most 512 new ones, and a random-init model of 4 layers, d 256, vocabulary 64, which ends an
-answer with each token at a chance of about 1/64. Prints one JSON line: for each number of slots (64 is the whole batch
-at once) medians of wall and CPU seconds (user + system) of a rollout, means of the share of decoded tokens that was
-wasted and of the decode steps, and the compilation's CPU seconds. Repeats are interleaved; each has a key of its own,
-the same for all numbers of slots, and tokens that differ between them end the command.
+A rollout has 64 prompts of 16 tokens and at most 512 new tokens for each. The model has 4 layers of width 256, a
+vocabulary of 64 and random weights, so that each token ends an answer with a chance of about 1/64.
+
+Prints one JSON line: for each number of slots (64 is the whole batch at once) medians of wall and CPU seconds (user +
+system) of a rollout, the mean share of decoded tokens that were wasted, the mean number of decode steps, and the CPU
+seconds of the compilation. Numbers of slots take turns. Each repeat has a key of its own, which is the same for all of
+them; if their tokens differ, the command ends.
 """
 
 import argparse
@@ -30,7 +32,7 @@ ROWS, PROMPT, RESPONSE, VOCAB, EOS = 64, 16, 512, 64, 0
 
 
 def make_model() -> transformer.Model:
-  """A small Llama, but for its MLP, whose head has weights of its own."""
+  """A small model of Llama's architecture, except for its MLP (GELU). The head is not tied to the embeddings."""
   config = from_config_dict(presets.get("ppo", "smollm2_135m"))
   network = dataclasses.replace(
     config.model.network,
@@ -50,20 +52,20 @@ def make_model() -> transformer.Model:
 
 
 def seconds() -> dict[str, float]:
-  """Wall and CPU seconds so far."""
+  """Wall and CPU seconds of this process so far."""
   usage = resource.getrusage(resource.RUSAGE_SELF)
   return {"wall_s": time.perf_counter(), "cpu_s": usage.ru_utime + usage.ru_stime}
 
 
 def timed(function, *args):
-  """(result, wall and CPU seconds)"""
+  """Calls the function; returns (its result, wall and CPU seconds)."""
   before = seconds()
   result = jax.block_until_ready(function(*args))
   return result, {name: value - before[name] for name, value in seconds().items()}
 
 
 def compiled(model, params, prompts, slots: int):
-  """(params, prompts, key) -> Rollout"""
+  """Compiles (params, prompts, key) -> Rollout for a number of slots."""
 
   def run(params, prompts, key):
     kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=1.0, slots=slots)

@@ -1,11 +1,11 @@
-"""What passes before anything happens: --help, importing everything, and a stage's first step, cold and cached.
+"""Measures start-up times: of --help, of importing everything, and of a stage's first step, cold and cached.
 
   python -m benchmarks.startup --repeats=3
 
-Prints one JSON line: medians of wall seconds and of CPU seconds (user + system); only the wall seconds grow with
-what else the machine does. The first step is that of the tiny preset's `pretrain`: cold in a new workdir, whose
-tokenizer is trained too; cached in one that holds the tokenizer and the compiled programs, as when a run is resumed.
-Each measurement is a process of its own, which ends once it has what it measures.
+Prints one JSON line: medians of wall seconds and of CPU seconds (user + system). On a busy machine only the wall
+seconds grow. The first step is that of `pretrain` in the preset tiny. Cold means a new workdir, in which the tokenizer
+is trained too; cached means a workdir with the tokenizer and the compiled programs, as when a run is resumed. Each
+measurement is a process of its own, which ends as soon as it has done what is measured.
 """
 
 import argparse
@@ -27,15 +27,16 @@ def first_step(workdir: str):
   """Runs the stage and ends the process as soon as its first step is done."""
   from instructjax.train import metrics
 
+  # The numbers of a step are written as soon as they are known. That is the moment to end at.
   metrics.MetricsWriter.write = lambda *_, **__: os._exit(0)
-  # Steps that are saved have their numbers looked at before the next one is begun.
+  # The loop reads a step's numbers one step late, except for steps that it saves: so the first step is saved.
   every_step = "--config.checkpoint.every_steps=1"
   sys.argv = ["main", "--config=configs/pretrain.py", f"--workdir={workdir}", every_step]
   runpy.run_module("instructjax.main", run_name="__main__")
 
 
 def measure(*arguments: str) -> dict:
-  """Wall and CPU seconds of a Python process."""
+  """Runs Python with these arguments; returns the wall and CPU seconds of the process."""
   start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
   subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
   seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -44,7 +45,7 @@ def measure(*arguments: str) -> dict:
 
 
 def measure_all() -> dict:
-  """Name -> seconds, each measured once."""
+  """Measures everything once: name -> wall and CPU seconds."""
   found = {
     f"{command} --help": measure("-m", "instructjax", command, "--help") for command in COMMANDS
   }
@@ -52,7 +53,7 @@ def measure_all() -> dict:
   with tempfile.TemporaryDirectory() as workdir:
     child = ("-m", "benchmarks.startup", f"--first_step={workdir}")
     found["first step, cold"] = measure(*child)
-    shutil.rmtree(f"{workdir}/pretrain")
+    shutil.rmtree(f"{workdir}/pretrain")  # the stage only: tokenizer and compiled programs stay
     found["first step, cached"] = measure(*child)
   return found
 

@@ -1,8 +1,9 @@
-"""Several programs measured in turn, so that a busy machine slows all alike. Called by the benchmarks with peers.
+"""Measures several programs in turn, so that a busy machine slows all of them alike. Called by benchmarks with peers.
 
-Each is a worker, a process of its own (its own interpreter, its own libraries) that speaks as benchmarks.peers.worker
-does: a JSON line {"ready": description} once it is warm, then {"wall_s": ..., "cpu_s": ..., "peak_rss_gb": ..., more}
-for each line `go`. All are held in memory at once. Never imports jax.
+Each program is a worker: a process of its own, with its own interpreter and libraries. It speaks the protocol of
+benchmarks.peers.worker: a JSON line {"ready": description} once it is warm, and then for each line `go` that it reads
+one JSON line {"wall_s": ..., "cpu_s": ..., "peak_rss_gb": ..., and more}. All workers are in memory at once. This
+module never imports jax.
 """
 
 import contextlib
@@ -23,12 +24,18 @@ _STAT = pathlib.Path("/proc/stat")
 
 @dataclasses.dataclass(frozen=True)
 class _Worker:
+  """A running worker."""
+
   name: str
   process: subprocess.Popen
-  log: BinaryIO
+  log: BinaryIO  # its stderr
 
   def answer(self) -> dict:
-    """The next line of JSON that it prints."""
+    """Reads the next line of JSON that the worker prints.
+
+    Raises:
+      UserError: it has ended, or prints something else.
+    """
     line = self.process.stdout.readline()
     if not line:
       raise UserError(f"{self.name} ended with {self.process.wait()}: {_tail(self.log)}")
@@ -40,9 +47,14 @@ class _Worker:
       ) from None
 
   def go(self) -> dict:
-    """One repetition, with the load that other processes were meanwhile."""
+    """Runs one repetition; adds to the worker's numbers the CPUs that other processes used meanwhile.
+
+    Raises:
+      UserError: see `answer`.
+    """
     start, before = time.perf_counter(), busy_seconds()
-    with contextlib.suppress(BrokenPipeError):  # it has ended; `answer` says so
+    # The worker has ended; `answer` raises the error that says so.
+    with contextlib.suppress(BrokenPipeError):
       self.process.stdin.write("go\n")
       self.process.stdin.flush()
     found = self.answer()
@@ -51,13 +63,14 @@ class _Worker:
 
 
 def _tail(log: BinaryIO, lines: int = 3) -> str:
+  """The last lines of a log, for an error message."""
   log.seek(0)
   said = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
   return " | ".join([line for line in said if line][-lines:]) or "nothing on stderr"
 
 
 def busy_seconds() -> float:
-  """CPU seconds of all processes since the machine started; nan where the system does not tell."""
+  """CPU seconds of all processes since the machine started; NaN on systems without /proc/stat."""
   if not _STAT.exists():
     return float("nan")
   fields = _STAT.read_text().split("\n", 1)[0].split()[1:]
@@ -66,19 +79,20 @@ def busy_seconds() -> float:
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float]:
-  """Median, least and greatest."""
+  """The median, the least and the greatest value."""
   functions = {"median": statistics.median, "min": min, "max": max}
   return {name: round(function(values), digits) for name, function in functions.items()}
 
 
 def summarize(description: dict, runs: list[dict]) -> dict:
-  """One worker's medians over its runs. Ranges for wall and CPU seconds, every run's load; other numbers: medians."""
+  """Summarises a worker's runs: medians of all numbers, with ranges for wall and CPU seconds, and each run's load."""
   result = {"description": description}
   for key in runs[0]:
     values = [run[key] for run in runs]
     if key in ("wall_s", "cpu_s"):
       result[key] = spread(values)
-    elif key == "other_load":  # in the order of the runs: which one to believe
+    elif key == "other_load":
+      # One number for each run, which tells whether that run can be trusted.
       result[key] = [round(value, 2) for value in values]
     elif key == "phases":
       result[key] = {
@@ -90,17 +104,17 @@ def summarize(description: dict, runs: list[dict]) -> dict:
 
 
 def measure(workers: dict[str, list[str]], repeats: int) -> dict[str, dict]:
-  """Starts the workers one after another, each until it is warm, then runs them in turn.
+  """Starts the workers, and then runs them in turn.
+
+  They start one after another: each is warm before the next begins, so that none compiles while another does.
 
   Args:
     workers: name -> command.
-    repeats: measured repetitions of each.
-
+    repeats: number of measured repetitions of each.
   Returns:
-    Name -> what `summarize` says.
-
+    Name -> the worker's `summarize`.
   Raises:
-    UserError: one has ended, or prints what is no JSON.
+    UserError: a worker has ended, or prints something other than JSON.
   """
   with contextlib.ExitStack() as stack:
     started, descriptions = [], {}
@@ -119,7 +133,7 @@ def measure(workers: dict[str, list[str]], repeats: int) -> dict[str, dict]:
 
 
 def _stop(process: subprocess.Popen):
-  """Lets it end by itself, as its stdin does; not for long."""
+  """Ends a worker by closing its stdin; kills it if it has not ended within 10 seconds."""
   with contextlib.suppress(BrokenPipeError):
     process.stdin.close()
   try:

@@ -1,6 +1,6 @@
-"""The report of a run: `index.html` (one file, no scripts, no network), findings.json, report.png.
+"""The report of a run: `index.html` (one file, without scripts or network access), findings.json and report.png.
 
-Called by evaluate.py. page.py writes, figures.py lays out panels.py's drawings.
+Called by stages/evaluate.py. page.py writes the files, figures.py lays out the panels that panels.py draws.
 """
 
 from instructjax.report.page import write

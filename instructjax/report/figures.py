@@ -1,6 +1,7 @@
-"""Whole figures: panels laid out as SVG for the page, and the overview PNG.
+"""Whole figures: panels laid out as SVG for the page, and the overview as PNG.
 
-Called by page.py. matplotlib is imported when a figure is drawn, without pyplot's global state.
+Called by page.py. Matplotlib is imported only when a figure is drawn. Pyplot is not used, because it keeps figures in
+global state.
 """
 
 import io
@@ -39,7 +40,11 @@ _STYLE = {
 
 
 def _svg(figure, label: str) -> str:
-  """The figure as an element of a page: ink of the page's colour, no date, no ids to clash."""
+  """The figure as an SVG element that can stand in a page.
+
+  Its ink takes the page's text colour. It has no date, so that equal figures are equal texts, and its groups have no
+  ids, which would clash with those of other figures in the page.
+  """
   buffer = io.StringIO()
   figure.savefig(buffer, format="svg")
   text = buffer.getvalue()
@@ -55,10 +60,12 @@ def _style():
 
 
 def _layout(draws: list, columns: int, width: float, height: float, **figure_kwargs):
-  """Figure of the panels that have something to show, in rows of `columns`; None when none has."""
+  """A figure of those panels that have something to show, `columns` in a row; None if there is no such panel."""
   from matplotlib.figure import Figure
   from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+  # A panel says whether it drew anything only after it has drawn. So each is first drawn on paper that is thrown away,
+  # to know how many there are to lay out.
   scratch = Figure()
   draws = [draw for draw in draws if draw(scratch.add_subplot())]
   if not draws:
@@ -76,13 +83,13 @@ def _layout(draws: list, columns: int, width: float, height: float, **figure_kwa
 
 
 def svg(draws: list, label: str, *, columns: int, height: float = 2.9) -> str:
-  """SVG element of the panels that have something to show; '' when none has.
+  """The SVG element of those panels that have something to show; '' if there is no such panel.
 
   Args:
-    draws: functions of an axes that return whether they drew anything.
-    label: what a reader who cannot see the figure is told.
-    columns: panels a row.
-    height: of one row, inches; the figure is 10 wide.
+    draws: functions that draw into an axes and return whether they drew anything.
+    label: description for readers who cannot see the figure.
+    columns: panels in a row.
+    height: height of a row in inches; the figure is 10 inches wide.
   """
   with _style():
     figure = _layout(draws, columns, 10, height)
@@ -90,7 +97,7 @@ def svg(draws: list, label: str, *, columns: int, height: float = 2.9) -> str:
 
 
 def overview(results: Results, wins: dict, path):
-  """report.png: one run in six panels, for a README."""
+  """Writes report.png, which shows a run in six panels and is meant for a README."""
   curves = results.curves
   opponents = ["sft", "reward_base" if "reward_base" in wins else "base"]
   pushed = "rl" if "rl" in overoptimization.scores(results) else "best_of_n"

@@ -1,41 +1,56 @@
-"""The paper's findings, computed from what evaluate measured. Pure functions of arrays; `holds` is never set by hand.
+"""Computes which of the paper's findings hold in a run, with 95% intervals.
 
-Called by evaluate.py; report.py shows the result.
+Pure functions of what evaluation measured: whether a finding holds is never set by hand. Called by stages/evaluate.py
+and by page.py, which shows the findings.
 """
 
 import numpy as np
 
 from instructjax.report.results import Measured, Results
 
-MAX_KL = 12.0  # nats a sample: what "bounded" is taken to mean
-REWARD_GAP = (
-  0.35  # reward-model standard deviations within which PPO and PPO-ptx count as equally good
+# The bounds behind `holds`. They are this project's choice: the paper does not say how near is near enough.
+MAX_KL = 12.0  # nats per answer: the KL penalty counts as bounding the KL if it stays below
+# PPO and PPO-ptx count as equally good if their rewards are so close, in standard deviations of the reward model.
+REWARD_GAP = 0.35
+AGREEMENT_GAP = (
+  0.06  # the reward model's accuracy may be so far below the labelers' agreement with each other
 )
-AGREEMENT_GAP = 0.06  # how near the reward model comes to the labelers' agreement with each other
-HELDOUT_GAP = 0.04  # accuracy on held-out labelers below that on training labelers
-TOPIC_GAIN = 0.15
+HELDOUT_GAP = 0.04  # accuracy on held-out labelers may be so far below that on training labelers
+TOPIC_GAIN = 0.15  # PPO-ptx must name the topic in so many more answers than SFT, as a share of all
 
 
 def _interval(values_P: np.ndarray, bootstrap: int, rng) -> tuple[float, list[float]]:
-  """(mean, 95% percentile interval) of per-prompt values, resampling prompts."""
-  # scipy.stats.bootstrap gives the same digits from the same seed (the tests compare with it). Here and
-  # below it would replace two lines, take 1.2 to 1.5 times as long (256 and 512 prompts, scipy 1.17),
-  # cost over a second to import, and refuse a run with a single prompt.
+  """(mean, 95% percentile interval) of per-prompt values by bootstrap, which resamples prompts.
+
+  Answers to one prompt are alike, so they are not independent samples. Callers first average over a prompt's answers,
+  and the interval says how the mean would vary with other prompts.
+  """
+  # scipy.stats.bootstrap gives the same digits from the same seed (the tests compare with it). Here and below it would
+  # replace two lines, take 1.2 to 1.5 times as long (256 and 512 prompts, scipy 1.17), cost over a second to import,
+  # and refuse a run with a single prompt.
   index = rng.integers(len(values_P), size=(bootstrap, len(values_P)))
   low, high = np.percentile(values_P[index].mean(axis=1), [2.5, 97.5])
   return float(values_P.mean()), [float(low), float(high)]
 
 
 def judged(measured: Measured) -> np.ndarray:
-  """What decides between two answers: the gold score if there is one, else the reward model's."""
+  """The scores that decide between two answers: the gold score if there is one, else the reward model's."""
   return measured.reward if measured.gold is None else measured.gold
 
 
 def win_rate(
   a: Measured, b: Measured, samples_per_prompt: int, bootstrap: int, rng
 ) -> tuple[float, list[float]]:
-  """How often a's answer is judged better than b's to the same prompt, equal ones counting half."""
+  """How often policy a's answer to a prompt is judged better than b's, as (rate, 95% interval).
+
+  Args:
+    a, b: answers of two policies to the same prompts, in the same order.
+    samples_per_prompt: answers to each prompt, which stand in a row.
+    bootstrap: number of resamples of the prompts.
+    rng: NumPy generator for the resampling.
+  """
   difference = judged(a) - judged(b)
+  # A tie is half a win for each: the rates of a over b and of b over a add up to 1, and equal policies get 0.5.
   wins = (difference > 0) + 0.5 * (difference == 0)
   return _interval(wins.reshape(-1, samples_per_prompt).mean(axis=1), bootstrap, rng)
 
@@ -43,7 +58,8 @@ def win_rate(
 def win_matrix(
   results: Results, *, bootstrap: int, seed: int
 ) -> dict[str, dict[str, tuple[float, list[float]]]]:
-  """Every policy against every other."""
+  """The win rate of every policy over every other: row's policy -> column's policy -> (rate, 95% interval)."""
+  # A generator of its own: the findings and the page each compute this matrix, and must show the same digits.
   rng = np.random.default_rng(seed)
   measured, samples = results.measured, results.samples_per_prompt
   return {
@@ -53,7 +69,16 @@ def win_matrix(
 
 
 def loss_difference(rows_a, rows_b, bootstrap: int, rng) -> tuple[float, list[float]]:
-  """Difference of mean loss per token over the same rows, resampling rows."""
+  """The difference of two policies' mean loss per token, a minus b, as (nats, 95% interval).
+
+  Rows are resampled together for both: they are the same rows of text, so whether a row is hard drops out of the
+  difference.
+
+  Args:
+    rows_a, rows_b: [rows, 2] as `Results.pretraining` holds them.
+    bootstrap: number of resamples of the rows.
+    rng: NumPy generator for the resampling.
+  """
   rows_a, rows_b = np.asarray(rows_a, float), np.asarray(rows_b, float)
   index = rng.integers(len(rows_a), size=(bootstrap, len(rows_a)))
 
@@ -76,6 +101,7 @@ def _finding(id_, claim, paper, measured, interval, holds) -> dict:
 
 
 def _preferred_over_base(results, wins):
+  # There is no larger base if policy and reward model share one.
   if "ppo_ptx" not in wins or "reward_base" not in wins:
     return None
   zero, few = wins["ppo_ptx"]["reward_base"], wins["ppo_ptx"].get("few_shot")
@@ -89,7 +115,7 @@ def _preferred_over_base(results, wins):
     "1.3B InstructGPT is preferred to 175B GPT-3; 175B: 85+-3% over GPT-3, 71+-4% over few-shot GPT-3 (sec 1)",
     measured,
     intervals,
-    all(low > 0.5 for low, _ in intervals),
+    all(low > 0.5 for low, _ in intervals),  # the whole interval, not only the rate
   )
 
 
@@ -116,6 +142,7 @@ def _alignment_tax(results, bootstrap, rng):
   ptx = loss_difference(rows["ppo_ptx"], rows["sft"], bootstrap, rng)
   base = loss_difference(rows["ppo_ptx"], rows["base"], bootstrap, rng)
   spread = results.reward_model.validation.score_std
+  # In standard deviations, because a reward model's scores have no scale of their own.
   gap = float(np.mean(measured["ppo"].reward) - np.mean(measured["ppo_ptx"].reward)) / spread
   return _finding(
     "alignment_tax",
@@ -128,6 +155,7 @@ def _alignment_tax(results, bootstrap, rng):
       "reward_gap_in_rm_std": gap,
     },
     [ppo[1], ptx[1], base[1]],
+    # PPO's loss is certainly above SFT's, PPO-ptx's certainly not, and the mix costs little reward.
     ppo[1][0] > 0 and ptx[1][1] <= 0 and abs(gap) <= REWARD_GAP,
   )
 
@@ -136,7 +164,7 @@ def _reward_model(results):
   rm, agreement = results.reward_model, results.agreement
   accuracy, stderr = rm.validation.accuracy, rm.validation.accuracy_stderr
   measured = {"accuracy": accuracy}
-  holds = accuracy - 1.96 * stderr > 0.5
+  holds = accuracy - 1.96 * stderr > 0.5  # the lower end of the interval is above chance
   if agreement:
     measured |= {
       "labeler_agreement": agreement.train.agreement,
@@ -233,12 +261,12 @@ def _topic_following(results, bootstrap, rng):
 
 
 def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
-  """All findings that the results can speak of.
+  """All findings for which the run has measured what they need.
 
   Args:
-    results: of the run.
-    bootstrap: resamples for the 95% intervals.
-    seed: of the resampling.
+    results: what evaluation measured.
+    bootstrap: number of resamples for the 95% intervals.
+    seed: seed of the resampling.
   Returns:
     Objects {id, claim, paper, measured, interval, holds}. `interval` is one 95% interval, or one for each value.
   """
@@ -254,6 +282,7 @@ def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
     _topic_following(results, bootstrap, rng),
   ]
   found = [finding for finding in found if finding is not None]
+  # PPO was trained to please this judge, so a win by its scores proves less than one by a gold score.
   if not results.has_gold:
     for finding in found:
       if finding["id"] in ("preferred_over_base", "rl_over_sft"):
@@ -262,7 +291,7 @@ def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
 
 
 def summary(results: Results) -> dict[str, dict[str, float]]:
-  """One row a policy: means of what was measured and the pretraining loss, for the end-of-run table."""
+  """One row per policy for the table at the end of a run: means over its answers, and its pretraining loss."""
   rows = {}
   for name, measured in results.measured.items():
     values = {

@@ -1,6 +1,7 @@
-"""Over-optimisation: gold and reward-model score against sqrt(KL) (Gao et al. 2022, 2210.10760).
+"""Over-optimisation: gold score and reward-model score against sqrt(KL) (Gao et al. 2022, arXiv:2210.10760).
 
-Called by panels.py and page.py. Pure functions of what evaluation measured; draws nothing.
+As a policy is optimised against the reward model, the reward rises while the gold score rises and then falls. Called by
+panels.py, figures.py and page.py. Pure functions of what evaluation measured; draws nothing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,17 +13,20 @@ from instructjax.report.results import Results
 
 
 def column(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
-  """The named metrics of a stage's log, over the rows that have all of them."""
+  """The named metrics of a stage's log as arrays, over those rows that have all of them."""
   kept = [row for row in rows if all(row.get(key) is not None for key in keys)]
   return [np.array([row[key] for row in kept], float) for key in keys]
 
 
 def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
-  """Both scores against sqrt(KL), for `best_of_n` and `rl` (PPO with beta = 0), where measured.
+  """Both scores at growing distance sqrt(KL), for `best_of_n` and for `rl` (PPO with beta = 0), if they were measured.
 
-  Scores are in standard deviations over the answers of the PPO initialisation, from its mean: for
-  best-of-n the score at n = 1, for PPO the mean of the runs' first iterations, whose rollouts
-  precede any update.
+  Gold and reward have different scales. To be comparable they are counted from the PPO initialisation's mean, in
+  standard deviations over its answers. That mean is, for best-of-n, the score at n = 1 and, for PPO, the mean over the
+  RL runs of their first iteration, which samples before any update.
+
+  Returns:
+    {'best_of_n' or 'rl': {'distance', 'gold', 'reward'}}, one number for each n or each iteration.
   """
   init = results.measured.get("ppo_init")
   if init is None or init.gold is None:
@@ -40,9 +44,12 @@ def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
   runs = {name: run for name, run in runs.items() if len(run[0])}
   if "ppo_beta0" in runs:
     kl, gold, reward = runs["ppo_beta0"]
+    # All RL runs begin with samples of the same policy, so the mean over runs is a better estimate than one run's.
     gold_origin, reward_origin = (np.mean([run[i][0] for run in runs.values()]) for i in (1, 2))
     found["rl"] = {
-      "distance": np.sqrt(np.maximum(kl, 0)),  # the estimate may fall below 0 at the start
+      "distance": np.sqrt(
+        np.maximum(kl, 0)
+      ),  # a KL near 0, as at the start, may be estimated below 0
       "gold": (gold - gold_origin) / deviation["gold"],
       "reward": (reward - reward_origin) / deviation["reward"],
     }
@@ -50,7 +57,7 @@ def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _penalty(which: str, distance):
-  """What beta multiplies: d^2 for `best_of_n`, d log d for `rl` (0 at d = 0)."""
+  """The term of `curve` that beta multiplies: d^2 for `best_of_n`, d log d for `rl` (0 at d = 0)."""
   distance = np.asarray(distance, float)
   if which == "best_of_n":
     return distance**2
@@ -58,14 +65,18 @@ def _penalty(which: str, distance):
 
 
 def curve(which: str, distance, alpha: float, beta: float) -> np.ndarray:
-  """R(d) = d (alpha - beta d) for `best_of_n`, d (alpha - beta log d) for `rl`; d = sqrt(KL)."""
+  """Gao et al.'s form of the gold score R(d) at d = sqrt(KL).
+
+  R(d) = d (alpha - beta d) for `best_of_n`, d (alpha - beta log d) for `rl`.
+  """
   return alpha * np.asarray(distance, float) - beta * _penalty(which, distance)
 
 
 def fit(which: str, distance, score) -> tuple[float, float] | None:
-  """(alpha, beta) of `curve` by least squares; None where the points do not determine them."""
+  """Fits (alpha, beta) of `curve` by least squares; None if there are too few different points."""
   distance = np.asarray(distance, float)
   design = np.stack([distance, -_penalty(which, distance)], axis=1)
+  # Two unknowns pass through any two points, so a fit means something from three on.
   if len(design) < 3 or np.linalg.matrix_rank(design) < 2:
     return None
   alpha, beta = np.linalg.lstsq(design, np.asarray(score, float), rcond=None)[0]
@@ -73,7 +84,7 @@ def fit(which: str, distance, score) -> tuple[float, float] | None:
 
 
 def peak(which: str, alpha: float, beta: float) -> float | None:
-  """sqrt(KL) at which `curve` is highest; None for one that does not rise and then turn down."""
+  """The sqrt(KL) at which `curve` is highest; None for a curve that does not rise and then fall."""
   if beta <= 0 or (which == "best_of_n" and alpha <= 0):
     return None
   return alpha / (2 * beta) if which == "best_of_n" else float(np.exp(alpha / beta - 1))

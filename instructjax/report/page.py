@@ -1,8 +1,8 @@
-"""Writes the report: the text, tables and samples of index.html around the figures.
+"""Writes the report: the tables, samples and figures of index.html, and findings.json and report.png beside it.
 
-What holds and what does not is findings.py's to say. Here results become what templates/page.html.j2
-shows, a function a section: numbers are text already, and a section's value is empty or None where
-there is nothing to show. The words and the tags are the template's, which escapes whatever it is given.
+One function for each section of the page turns results into the values that templates/page.html.j2 shows. Numbers are
+formatted here, and a section without anything to show gets an empty value or None. The wording and the tags are in the
+template, which escapes all values. Whether a finding holds is decided in findings.py.
 """
 
 import json
@@ -29,8 +29,9 @@ _TEMPLATES = jinja2.Environment(
   lstrip_blocks=True,
   keep_trailing_newline=True,
 )
-# First row of a sample's answers; the other policies follow.
+# A sample shows the answers of these policies first, and then those of the others.
 _MAIN = ("base", "sft", "ppo", "ppo_ptx")
+# Findings whose values are shares.
 _PERCENT = {"preferred_over_base", "rl_over_sft", "reward_model", "topic_following"}
 _LABELS = panels.NAMES | {
   "zero_shot": "over Larger base",
@@ -48,7 +49,7 @@ _LABELS = panels.NAMES | {
 
 
 def plain(value):
-  """The value as JSON can hold it: numpy to Python, NaN and infinity to null."""
+  """The value in types that JSON has: NumPy's become Python's, NaN and infinity become null."""
   if isinstance(value, dict):
     return {str(key): plain(item) for key, item in value.items()}
   if isinstance(value, (list, tuple, np.ndarray)):
@@ -61,7 +62,7 @@ def plain(value):
 
 
 def number(value: float) -> str:
-  """Two decimals, none from 100 on, with a true minus sign; a dash for a missing value."""
+  """The number with two decimals (none from 100 on) and a real minus sign; a dash for a missing value."""
   if value is None or not math.isfinite(value):
     return "–"
   text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
@@ -73,12 +74,12 @@ def _percent(value: float) -> str:
 
 
 def _drawn(*args, **kwargs) -> markupsafe.Markup:
-  """A figure as HTML that needs no escaping; empty where no panel has anything to show."""
+  """A figure as HTML that must not be escaped; empty if no panel has anything to show."""
   return markupsafe.Markup(figures.svg(*args, **kwargs))
 
 
 def _measured(finding: dict) -> list[tuple[str, str, str]]:
-  """(label, value, interval); an interval that belongs to no value alone comes last, without a value."""
+  """Rows of (label, value, interval). An interval that belongs to no single value comes last, without a value."""
   show = _percent if finding["id"] in _PERCENT else number
   between = lambda bounds: f"[{show(bounds[0])}, {show(bounds[1])}]"
   values, intervals = finding["measured"], finding["interval"]
@@ -110,13 +111,14 @@ def _findings(found: list[dict]) -> list[dict]:
 
 
 def chosen_samples(prompts: list[str], count: int) -> list[int]:
-  """Indices of up to `count` different prompts, spread evenly over the list: nobody picked them."""
+  """Indices of up to `count` different prompts, spread evenly over the list, so that no choice can flatter the run."""
+  # The first place of each prompt, which stands in the list once for each of its answers.
   first = sorted({prompt: i for i, prompt in reversed(list(enumerate(prompts)))}.values())
   return [first[i * len(first) // count] for i in range(count)] if len(first) > count else first
 
 
 def _samples(prompts: list[str], measured: Mapping[str, Measured]) -> list[tuple[str, list[dict]]]:
-  """(prompt, one answer of each policy)."""
+  """The samples to show: (prompt, one answer of each policy)."""
   names = [*(n for n in _MAIN if n in measured), *(n for n in measured if n not in _MAIN)]
 
   def answer(name: str, i: int) -> dict:
@@ -136,7 +138,7 @@ def _samples(prompts: list[str], measured: Mapping[str, Measured]) -> list[tuple
 
 
 def _policies(results: Results) -> dict:
-  """The titles of the columns that any policy has, and their values by policy."""
+  """The table of policies: the titles of those columns that some policy has a value for, and the cells by policy."""
   rows = findings.summary(results)
   columns = {
     "gold": ("Gold score", number),
@@ -170,7 +172,7 @@ def _win_cell(rate: float, interval) -> dict:
 
 
 def _wins(wins: dict) -> dict:
-  """Cells by the row's policy, None on the diagonal, and the figure."""
+  """The win rates: a row of cells for each policy, with None on the diagonal, and the figure."""
   opponents = [name for name in ("sft", "reward_base", "base") if name in wins][:2]
   return {
     "rows": {a: [None if a == b else _win_cell(*wins[a][b]) for b in wins] for a in wins}
@@ -216,7 +218,7 @@ def _reward_model(results: Results) -> markupsafe.Markup:
 
 
 def _fit_words(which: str, scores: dict) -> str:
-  """The fitted curve of the gold score in words."""
+  """The curve fitted to the gold score, in words; its peak only if it lies within what was measured."""
   fitted = overoptimization.fit(which, scores["distance"], scores["gold"])
   if fitted is None:
     return ""
@@ -233,7 +235,7 @@ def _fit_words(which: str, scores: dict) -> str:
 
 
 def _overoptimization(results: Results) -> dict:
-  """The figure, the fitted curves in words, and whether PPO's are among them."""
+  """The figure of over-optimisation, the fitted curves in words, and whether PPO is among them."""
   scores = overoptimization.scores(results)
   draws = [
     lambda ax, which=which: panels.draw_overoptimization(ax, results, which)
@@ -247,7 +249,7 @@ def _overoptimization(results: Results) -> dict:
 
 
 def _what_ran(config, prompts: list[str]) -> str:
-  """Facts of the run; a line breaks only between them."""
+  """The line of facts about the run; non-breaking spaces let it break only between two facts."""
   model, reward, ppo = config.model, config.reward_model, config.ppo
   facts = [
     f"preset {config.preset}, seed {config.seed}",
@@ -308,14 +310,17 @@ def write(
   """Writes findings.json, report.png and index.html.
 
   Args:
-    directory: made if missing.
-    config: Config of the run.
-    prompts: one an answer, so each `samples_per_prompt` times in a row.
-    results: of the run.
-    found: what findings.find said of the results.
-    made: stage -> where it comes from, in the order they ran; evaluation is the last.
+    directory: folder of the report; made if missing.
+    config: the run's Config.
+    prompts: the prompt of each answer, so that each stands in the list `samples_per_prompt` times in a row.
+    results: what evaluation measured.
+    found: the result of findings.find.
+    made: stage -> provenance, in the order in which the stages ran; evaluation is the last.
+  Raises:
+    UserError: the files cannot be written.
   """
   directory = pathlib.Path(directory)
+  # Computed again rather than passed on; the same seed gives the digits that the findings have.
   wins = findings.win_matrix(results, bootstrap=config.evaluate.bootstrap, seed=config.seed)
   text = page(config, prompts, results, found, wins, made)
   with writing(directory):

@@ -1,6 +1,6 @@
-"""The report's panels: each draws one thing into an axes, and says whether it had anything to draw.
+"""The report's panels. Each draws one thing into an axes, and returns whether it had anything to draw.
 
-Called by figures.py with the results of a run. Imports no matplotlib: it is given the axes.
+Called by figures.py and page.py with the results of a run. Imports no matplotlib, since the caller passes the axes.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,15 @@ from instructjax.report.results import Measured, Results
 NAMES = {name: policy.title for name, policy in POLICIES.items()}
 COLOURS = {name: policy.colour for name, policy in POLICIES.items()}
 BEST_OF_N_COLOUR = "#8b5cc7"
-INK = (
-  "#1c2127"  # replaced by currentColor in the page, so that figures follow its light or dark scheme
-)
-# The paper's figures with the +- it prints: 5-fold cross-validation (sec 4.1), agreement (sec 3.4).
+# In the page currentColor takes the place of this colour, so that figures follow the light or dark scheme.
+INK = "#1c2127"
+# The paper's numbers with their +-: 5-fold cross-validation (sec 4.1), agreement between labelers (sec 3.4).
 _PAPER_ACCURACY = {"train": (0.724, 0.004), "heldout": (0.696, 0.009)}
 _PAPER_AGREEMENT = {"train": (0.726, 0.015), "heldout": (0.773, 0.013)}
 
 
 def running_mean(values, window: int) -> np.ndarray:
-  """Mean over a centred window of odd width, narrower at the ends so that they stay unshifted."""
+  """The mean over a centred window of odd width. At the ends it is narrower, so that it stays centred there too."""
   values = np.asarray(values, float)
   reach = np.minimum(np.arange(len(values)), np.arange(len(values))[::-1])
   reach = np.minimum(reach, window // 2)
@@ -32,13 +31,17 @@ def running_mean(values, window: int) -> np.ndarray:
 
 
 def pretraining_loss(results: Results) -> dict[str, float]:
-  """Mean loss per token of held-out pretraining text, nats, by policy."""
+  """Each policy's mean loss per token of held-out pretraining text, in nats."""
   sums = {name: np.asarray(rows, float).sum(axis=0) for name, rows in results.pretraining.items()}
   return {name: float(nll / tokens) for name, (nll, tokens) in sums.items()}
 
 
 def accuracy_rows(results: Results) -> list[tuple[str, float, float, tuple[float, float]]]:
-  """(label, value, half 95% interval, (paper's value, its +-)) of reward model and labelers."""
+  """Accuracies of the reward model and agreement of the labelers, beside the paper's numbers.
+
+  Returns:
+    Rows of (label, value, half the width of its 95% interval, (the paper's value, its +-)).
+  """
   rm, agreement = results.reward_model, results.agreement
   rows = []
 
@@ -67,7 +70,7 @@ def accuracy_rows(results: Results) -> list[tuple[str, float, float, tuple[float
 
 
 def draw_curve(ax, curves: Mapping, key: str, title: str, *, square_root: bool = False) -> bool:
-  """One metric over iterations for each RL stage: faint as logged, bold as a running mean."""
+  """Draws a metric over iterations for each RL stage: faint as logged, bold as a running mean."""
   drawn = False
   for name, rows in curves.items():
     step, value = column(rows, "step", key)
@@ -90,13 +93,13 @@ def draw_curve(ax, curves: Mapping, key: str, title: str, *, square_root: bool =
 
 
 def square_root_ticks(top: float) -> list[float]:
-  """0 and values of one digit, up to `top`, that lie about evenly on an axis of square roots."""
+  """Ticks for an axis of square roots: 0, and values of one digit up to `top` that lie about evenly on it."""
   rounded = [float(f"{top * (k / 4) ** 2:.0e}") for k in range(1, 5)]
   return [0.0, *(tick for tick in rounded if tick <= top)]
 
 
 def draw_score(ax, curves: Mapping) -> bool:
-  """Reward-model score (dashed) and gold score (solid) over iterations, in one panel."""
+  """Draws the reward-model score (dashed) and the gold score (solid) over iterations, in one panel."""
   drawn = False
   lines = (("gold", "-", "gold score"), ("reward", "--", "reward-model score"))
   for key, line, label in lines:
@@ -116,7 +119,7 @@ def draw_score(ax, curves: Mapping) -> bool:
 
 
 def draw_pretraining_over_ppo(ax, results: Results) -> bool:
-  """Held-out pretraining loss over iterations; lines mark the base's and SFT's."""
+  """Draws the held-out pretraining loss over iterations; lines mark the losses of the base and of SFT."""
   loss, curves = pretraining_loss(results), results.curves
   title = "Held-out pretraining loss, nats a token"
   drawn = draw_curve(ax, curves, "validation/pretrain_loss", title)
@@ -136,7 +139,7 @@ def draw_pretraining_over_ppo(ax, results: Results) -> bool:
 
 
 def draw_tax(ax, results: Results) -> bool:
-  """Held-out pretraining loss of every policy, as its distance from the base's."""
+  """Draws every policy's held-out pretraining loss as its distance from the base's: the alignment tax."""
   loss = pretraining_loss(results)
   start = loss.get("base", min(loss.values(), default=0.0))
   ax.axvline(start, color=COLOURS["base"], linewidth=1.2)
@@ -154,7 +157,7 @@ def draw_tax(ax, results: Results) -> bool:
 
 
 def draw_trade_off(ax, results: Results) -> bool:
-  """Score of every policy against its held-out pretraining loss: up and to the left is better."""
+  """Draws every policy's score against its held-out pretraining loss; up and to the left is better."""
   loss, measured = pretraining_loss(results), results.measured
   names = [name for name in loss if name in measured]
   for name in names:
@@ -176,10 +179,12 @@ def draw_trade_off(ax, results: Results) -> bool:
 
 
 def draw_win_rates(ax, wins: dict, opponents: list[str]) -> bool:
-  """Win rate of every policy over one or two others (dots, diamonds), with 95% intervals."""
+  """Draws the win rate of every policy over one or two opponents (dots, diamonds), with 95% intervals."""
   opponents = [name for name in opponents if name in wins]
+  # A single opponent has no rate over itself.
   names = [name for name in wins if [name] != opponents]
   for j, opponent in enumerate(opponents):
+    # Two opponents share a row: one a little above its middle, one below.
     shift = 0.36 * (j - (len(opponents) - 1) / 2)
     ax.plot([], [], "oD"[j], color=INK, label=f"over {NAMES[opponent]}", markersize=5)
     for i, name in enumerate(names):
@@ -205,7 +210,7 @@ def draw_win_rates(ax, wins: dict, opponents: list[str]) -> bool:
 
 
 def _named_rows(ax, labels: list[str]):
-  """One named row an item, the first on top."""
+  """Labels the vertical axis with one row per name, the first on top."""
   ax.set_yticks(range(len(labels)), labels)
   ax.set_ylim(len(labels) - 0.5, -0.5)
   ax.grid(axis="y", visible=False)
@@ -216,7 +221,7 @@ def _beside(ax, text: str, x: float, y: float, *, gap: float = 5):
 
 
 def draw_accuracy(ax, results: Results) -> bool:
-  """Reward-model accuracy beside how often labelers agree; the paper's figures as diamonds."""
+  """Draws the reward model's accuracy and how often labelers agree; diamonds are the paper's numbers."""
   rows = accuracy_rows(results)
   for i, (label, value, half, (paper, error)) in enumerate(rows):
     colour = "#3b82d6" if not label.startswith("Agreement") else "#e3a008"
@@ -245,7 +250,7 @@ def draw_accuracy(ax, results: Results) -> bool:
 
 
 def draw_calibration(ax, results: Results) -> bool:
-  """How often the reward model is right against how sure it is."""
+  """Draws how often the reward model is right against the probability that it gives to being right."""
   found = results.reward_model.validation.calibration
   columns = (found.confidence, found.accuracy, found.count)
   confidence, accuracy, count = (np.array(x, float) for x in columns)
@@ -262,7 +267,10 @@ def draw_calibration(ax, results: Results) -> bool:
 
 
 def draw_overoptimization(ax, results: Results, which: str) -> bool:
-  """Gold (solid) and reward-model score (dashed) against sqrt(KL), and the curve fitted to gold."""
+  """Draws gold score (solid) and reward-model score (dashed) against sqrt(KL), and the curve fitted to the gold score.
+
+  `which` is 'best_of_n' or 'rl', as in `overoptimization.scores`.
+  """
   found = overoptimization.scores(results).get(which)
   ax.set_title(
     "Over-optimisation: best of n"
@@ -278,6 +286,7 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
     if which == "best_of_n":
       ax.plot(distance, found[key], "o" + line, color=colour, markersize=4)
     else:
+      # Single iterations are noisy in both directions, so the line is a running mean of distance and score alike.
       window = max(1, len(distance) // 12)
       ax.plot(distance, found[key], ".", color=colour, alpha=0.3, markersize=4)
       ax.plot(running_mean(distance, window), running_mean(found[key], window), line, color=colour)
@@ -303,7 +312,7 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
 
 
 def _mark_penalised(ax, measured: Mapping[str, Measured]):
-  """Where policies with the KL penalty ended: gold score filled, the reward model's hollow."""
+  """Marks where the policies with a KL penalty ended: the gold score filled, the reward model's hollow."""
   init = measured["ppo_init"]
   for name in ("ppo", "ppo_ptx"):
     found = measured.get(name)

@@ -1,6 +1,6 @@
-"""What evaluation measured of a run: the record that findings, panels and page read.
+"""The record of everything that evaluation measured in a run, from which findings, panels and page are made.
 
-Made by `stages/evaluate.py`. Gold scores, agreement, best-of-n and any policy may be absent.
+Made by `stages/evaluate.py`. Gold scores, agreement, best-of-n and any of the policies may be missing.
 """
 
 import dataclasses
@@ -14,15 +14,16 @@ from instructjax.core.results import LabelerGroups, RewardModel
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """One policy's answers and what is said of each: one entry an answer, in the order of the prompts.
+  """One policy's answers and their measurements, one entry per answer, in the order of the prompts.
 
   Attributes:
-    answer: text.
+    answer: its text.
     reward: the reward model's score.
-    ended: whether it ended by itself, rather than at the length limit.
-    length: tokens.
-    kl: log-probability under the policy minus that under the PPO initialisation, nats; None for bases.
-    gold, names_topic: the demo's gold score and whether the prompt's topic is named; None for other prompts.
+    ended: whether the answer ended by itself, not at the length limit.
+    length: number of tokens.
+    kl: log-probability under the policy minus that under the PPO initialisation, in nats; None for bases.
+    gold: the demo's gold score; None for other prompts than the demo's.
+    names_topic: whether the answer names the prompt's topic; None for other prompts than the demo's.
   """
 
   answer: Sequence[str]
@@ -36,11 +37,11 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class BestOfN:
-  """Mean scores of the best of n answers by reward.
+  """Mean scores of the answer that the reward model chooses as the best of n.
 
   Attributes:
-    n: answers chosen from.
-    kl: of the best of n from the policy, nats.
+    n: number of answers to choose from.
+    kl: KL of the distribution of the chosen answer from the policy, in nats.
     gold, reward: expected scores of the chosen answer.
   """
 
@@ -52,16 +53,17 @@ class BestOfN:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """All that was measured of a run.
+  """Everything that was measured in a run.
 
   Attributes:
     samples_per_prompt: answers to each prompt, which stand in a row.
-    measured: by policy.
-    pretraining: policy -> [rows, 2] (sum of negative log-likelihoods, tokens) of held-out pretraining text.
-    reward_model: what its stage measured.
-    agreement: of labelers who are simulated; None where they are not.
-    best_of_n: of the PPO initialisation, by growing n; empty where it was not asked for.
-    curves: RL policy -> its log, a row an iteration.
+    measured: policy -> its answers and their measurements.
+    pretraining: policy -> [rows, 2]: for each row of held-out pretraining text, the sum of negative log-likelihoods
+      (nats) and the number of tokens.
+    reward_model: what the stage `rm` measured.
+    agreement: how often simulated labelers agree; None if the labelers are not simulated.
+    best_of_n: best-of-n of the PPO initialisation, by growing n; empty if it was not asked for.
+    curves: RL policy -> its log, one row per iteration.
   """
 
   samples_per_prompt: int

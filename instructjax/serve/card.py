@@ -1,8 +1,9 @@
-"""The model card of an export: what it is, how it was made, what was measured of it, how to load it.
+"""The model card of an export: what the model is, how it was made, what was measured, and how to load it.
 
-Called by packaging.py. Every number comes from files: done.json of the stage and of those it started
-from, and report/findings.json of its run. What no file says is not measured.
-Here those files become rows of tables; the words are templates/card.md.j2's.
+Called by packaging.py. Every number on the card comes from files of the run: done.json of the stage and of the stages
+it started from, and report/findings.json. Whatever they do not say counts as not measured.
+
+This module turns the files into rows of tables. The wording of the card is in templates/card.md.j2.
 """
 
 import dataclasses
@@ -24,16 +25,16 @@ from instructjax.train.weights import HUB, Weights
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What the card says of the export itself.
+  """Facts of the export that the files of the run do not have.
 
   Attributes:
-    name: of the folder or file.
-    format: of the files.
-    which: of an RL stage, the averaged policy, the last one, or the value network.
+    name: name of the exported folder or file.
+    format: 'hf' or 'gguf'.
+    which: which weights of an RL stage: 'ema' (averaged), 'raw' (the last policy) or 'value' (the value network).
     numbers: type of the numbers in the files, as float32, F16 or Q8_0.
-    num_parameters: of the network.
-    score_bias: what must be added to the score that transformers computes; 0 where it has its own
-      place in the files, or there is none.
+    num_parameters: number of the network's parameters.
+    score_bias: what a user must add to the score that transformers computes. 0 if the architecture stores the bias
+      itself, or if there is none.
   """
 
   name: str
@@ -45,10 +46,15 @@ class Export:
 
 
 def text(weights: Weights, export: Export) -> str:
-  """The card: YAML front matter and Markdown."""
+  """The text of the card: YAML front matter and Markdown.
+
+  Raises:
+    UserError: a file of the run is damaged.
+  """
   stage, data, base = weights.stage, _block(weights, "data"), weights.base
   what, where = _what(stage, export.which) if stage else ("", "")
-  # transformers 5 gives every model of Qwen2's kind Qwen2's own tokenizer, whatever the folder holds.
+  # For every model of Qwen2's architecture, AutoTokenizer of transformers 5 returns Qwen2's own tokenizer, whatever the
+  # folder holds. So the card of such a model names the class that does read the folder.
   is_qwen2 = weights.network.qkv_bias and not weights.network.use_bias
   return _template().render(
     weights=weights,
@@ -78,7 +84,7 @@ def _paragraph(text: str) -> str:
 
 
 def _template() -> jinja2.Template:
-  """Markdown, so nothing is escaped but what would end a table's cell."""
+  """The card's template. Since it is Markdown, only what would end a cell of a table is escaped."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
     undefined=jinja2.StrictUndefined,
@@ -92,12 +98,12 @@ def _template() -> jinja2.Template:
 
 
 def _block(weights: Weights, name: str) -> dict[str, Any]:
-  """A config block that the stage depends on, {} if it does not."""
+  """A config block from the stage's fingerprint; {} if the stage does not depend on it."""
   return json.loads(weights.settings.get(f"config.{name}", "{}"))
 
 
 def _what(stage: Stage, which: str) -> tuple[str, str]:
-  """What the weights are, and where the paper has it."""
+  """What the weights are, in words, and the section of the paper that describes them."""
   what, where = stage.what, stage.paper
   if which == "value":
     what, where = "a value network, trained with PPO from a reward model", "sec 3.5, C.4"
@@ -122,7 +128,7 @@ def _facts(weights: Weights, export: Export) -> list[tuple[str, Any]]:
 
 
 def _measured(weights: Weights, export: Export) -> dict[str, Any]:
-  """What was measured of the weights, by the template's names; all empty where nothing was."""
+  """What was measured of the weights, under the names that the template uses; empty values if nothing was."""
   result: dict[str, Any] = {"training": [], "judged_with": "", "policies": None, "findings": []}
   if weights.kind != "stage" or export.which == "value":
     return result
@@ -130,6 +136,7 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
   run = weights.path.parent
   evaluation = finished.read_done(run / "evaluate")
   if evaluation and _judged(weights, evaluation):
+    # The evaluation judged either the averaged policies or the raw ones; the card says so if the export is the other.
     judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]
     if weights.require_stage().is_rl and judged != export.which:
       result["judged_with"] = judged
@@ -139,19 +146,22 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
 
 
 def _judged(weights: Weights, evaluation: finished.Done) -> bool:
-  """Whether an evaluation saw this very stage, not one that was trained in its place since."""
+  """Whether an evaluation judged these very weights.
+
+  The stage may have been deleted and trained anew since the evaluation, and must not get the old numbers.
+  """
   ancestors = _ancestors(weights.path.parent, evaluation)
   seen = {identity for name, identity, _ in ancestors if name == weights.require_stage().name}
   return seen == {weights.require_done().identity}
 
 
 def _ancestors(run: pathlib.Path, done: finished.Done) -> Iterator[tuple[str, str, finished.Done]]:
-  """(stage, its identity then, what it left) of all that something started from, nearest first.
+  """All stages that a stage started from, nearest first: (name, its identity when it was used, its done.json now).
 
-  Some come several times. What lies in no folder of the run, as given weights, ends the line.
+  A stage may come several times. The line ends at anything without a folder in the run, such as given weights.
   """
   queue = [done]
-  for done in queue:  # which grows
+  for done in queue:  # the list grows meanwhile, by the parents of each stage
     for name, identity in done.fingerprint.items():
       stage = name.removeprefix("parent:")
       parent = finished.read_done(run / stage) if stage != name else None
@@ -161,7 +171,7 @@ def _ancestors(run: pathlib.Path, done: finished.Done) -> Iterator[tuple[str, st
 
 
 def _from_training(result: Any) -> list[tuple[str, str]]:
-  """What the stage itself measured on held-out data: the record in its done.json."""
+  """Rows for what the stage itself measured on held-out data: the result in its done.json."""
   rows = []
   if isinstance(result, results.Tuned):
     for epoch in result.epochs:
@@ -193,7 +203,7 @@ def _from_training(result: Any) -> list[tuple[str, str]]:
 def _policies(
   weights: Weights, policies: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any] | None:
-  """Means on held-out prompts, a row a policy."""
+  """The table of means on held-out prompts, one row per policy; None for a reward model."""
   if weights.head == "scalar":
     return None
   mine = weights.require_stage().require_policy().name
@@ -209,6 +219,7 @@ def _policies(
 
 
 def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
+  """(claim, measured values with intervals, whether it holds); of a reward model only the finding about it."""
   if not path.is_file():
     return []
   rows = []
@@ -235,7 +246,7 @@ def _sources(weights: Weights, data: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(weights: Weights) -> dict[str, Any]:
-  """A row a setting, a column a stage: the exported one first, then those it started from."""
+  """The table of settings: one row per setting, one column per stage, the exported stage first."""
   blocks = _lineage(weights)
   names = list(dict.fromkeys(key for block in blocks.values() for key in block))
   rows = [(f"`{name}`", *(block.get(name, "") for block in blocks.values())) for name in names]
@@ -243,7 +254,7 @@ def _settings(weights: Weights) -> dict[str, Any]:
 
 
 def _lineage(weights: Weights) -> dict[str, dict[str, Any]]:
-  """Stage -> its settings with dotted names: the exported one first, then what it started from."""
+  """Stage -> its settings under dotted names: the exported stage first, then those that it started from."""
   left = weights.require_done()
   own, result = (left.stage, "", left), {}
   for stage, _, done in [own, *_ancestors(weights.path.parent, left)]:
@@ -288,7 +299,7 @@ def _without_folders(made: Provenance) -> Provenance:
 
 
 def _source(spec: str) -> str:
-  """The scheme and the file's name: folders of the machine are nobody's business."""
+  """A source's scheme and file name, without folders: cards are published, and paths may tell private things."""
   scheme, _, rest = spec.partition(":")
   return f"{scheme}:{pathlib.PurePath(rest).name}"
 

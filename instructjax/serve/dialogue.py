@@ -1,6 +1,6 @@
-"""Prompts put to one or several checkpoints, their answers shown as they come, and what a reward model thinks of them.
+"""Puts prompts to one or several checkpoints, shows their answers as they come, and scores them with a reward model.
 
-Called by generate. Imports no stage.
+Called by commands/generate.py. Imports no stage.
 """
 
 import contextlib
@@ -28,14 +28,26 @@ _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What the flags say."""
+  """The settings of all answers, from the command's flags.
+
+  Attributes:
+    draw: how tokens are drawn.
+    seed: of the random numbers; each prompt of a session has numbers of its own.
+    chat: whether prompts are put into the chat template; None does so if the tokenizer has a template.
+    system: system message of a chat; '' for the template's own.
+  """
 
   draw: Draw
   seed: int
-  chat: bool | None  # whether prompts are messages in the chat template; None: where there is one
-  system: str  # system message of a chat, '' for the template's own
+  chat: bool | None
+  system: str
 
   def validate(self):
+    """Checks the ranges.
+
+    Raises:
+      UserError: a value is out of its range.
+    """
     draw = self.draw
     for name, value, rule, holds in (
       ("temperature", draw.temperature, ">= 0", draw.temperature >= 0),
@@ -49,7 +61,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """Who answers, and who judges; `chats` are those that read prompts in a chat template."""
+  """The loaded models.
+
+  Attributes:
+    speakers: the models that answer.
+    judge: the reward model that scores the answers, if there is one.
+    chats: those of all these that read prompts in a chat template.
+  """
 
   speakers: list[Speaker]
   judge: Speaker | None
@@ -57,7 +75,7 @@ class Panel:
 
 
 def unescape(text: str) -> str:
-  r"""A typed prompt with \n, \t and \\ replaced: no line that is typed can hold a newline."""
+  r"""Replaces \n, \t and \\ in a typed prompt, because a typed line cannot contain a newline."""
   return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
 
 
@@ -65,11 +83,13 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
   """Loads the checkpoints and the reward model.
 
   Args:
-    checkpoints: what `weights.locate` takes.
-    reward_model: the same, or '': several stages of one run are then judged by its own, if it has one.
-    settings: of all answers.
+    checkpoints: paths for `weights.locate`.
+    reward_model: another such path, or ''. With '', several stages of one run are scored by the run's own reward model,
+      if it is finished.
+    settings: the settings of all answers.
   Raises:
-    UserError: something cannot be opened or loaded, or a chat is asked of a tokenizer without template.
+    UserError: a setting is out of its range, a model cannot be opened or loaded, or a chat is asked of a tokenizer
+      without a chat template.
   """
   settings.validate()
   opened = [weights.locate(path) for path in checkpoints]
@@ -90,6 +110,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
 
 
 def _own_judge(opened: list[weights.Weights]) -> str:
+  """The path of the run's reward model, if all checkpoints (at least two) are stages of that run; else ''."""
   runs = {given.path.parent if given.kind == "stage" else None for given in opened}
   run = runs.pop()
   if len(opened) < 2 or runs or run is None or finished.read_done(run / "rm") is None:
@@ -98,13 +119,18 @@ def _own_judge(opened: list[weights.Weights]) -> str:
 
 
 def _chats(reader: Speaker, chat: bool | None) -> bool:
+  """Whether a model reads prompts in its chat template."""
   if chat and not reader.tokenizer.has_chat_template:
     raise UserError(f"--chat needs a chat template, and the tokenizer of {reader.name} has none")
   return chat is not False and reader.tokenizer.has_chat_template
 
 
 def answer_all(panel: Panel, prompts: list[str], settings: Settings):
-  """Each prompt on its own, answered by every speaker."""
+  """Has every speaker answer each prompt, without memory of the prompts before.
+
+  Raises:
+    UserError: a prompt is empty or does not fit the context of a model.
+  """
   for number, prompt in enumerate(prompts):
     if len(prompts) > 1:
       rich.print("[bold]>[/]", prompt.replace("[", r"\["))
@@ -112,7 +138,10 @@ def answer_all(panel: Panel, prompts: list[str], settings: Settings):
 
 
 def converse(panel: Panel, lines: Iterable[str], settings: Settings):
-  """A conversation with every speaker, each with its own answers; one without a chat template reads no history."""
+  """Holds a conversation with every speaker, each of which sees its own earlier answers.
+
+  A speaker without a chat template reads only the newest line. Mistakes are printed, and the conversation goes on.
+  """
   history = [[] for _ in panel.speakers]
   for number, line in enumerate(lines):
     if line == "/quit":
@@ -120,16 +149,19 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
     if line == "/reset":
       history = [[] for _ in panel.speakers]
       continue
+    # Only the first message of a conversation goes with the system message.
     asked = [
       past + [{"role": "user", "content": line}] if past else _opening(line, settings)
       for past in history
     ]
     try:
       answers = _answer(panel, asked, number, settings)
-    except UserError as error:  # the context is full, say: there is more to ask
+    except (
+      UserError
+    ) as error:  # for example, the context is full: other questions may still be asked
       print(f"error: {error}", file=sys.stderr)
       continue
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # stops this answer only, and leaves it out of the history
       print()
       continue
     history = [
@@ -139,7 +171,11 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
 
 
 def typed_lines() -> Iterator[str]:
-  """Lines from the terminal until its end; empty ones are passed over."""
+  """Reads lines from the terminal, or from a pipe, until the end; skips empty ones.
+
+  Raises:
+    UserError: a line is not UTF-8.
+  """
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then has a history and can be edited)
   is_terminal = sys.stdin.isatty()
@@ -162,7 +198,10 @@ def _opening(prompt: str, settings: Settings) -> list[dict[str, str]]:
 
 
 def _answer(panel: Panel, asked: list[list], number: int, settings: Settings) -> list[Answer]:
-  """One prompt to every speaker, on the same random numbers; shows answers, scores and speeds."""
+  """Puts one prompt to every speaker, and shows answers, scores and speeds.
+
+  All speakers draw with the same random numbers, so that their answers differ by the weights alone.
+  """
   key = jax.random.fold_in(jax.random.key(settings.seed), number)
   answers, scores = [], []
   for who, messages in zip(panel.speakers, asked):
@@ -172,6 +211,7 @@ def _answer(panel: Panel, asked: list[list], number: int, settings: Settings) ->
     answers.append(speaker.answer(who, prompt, key, settings.draw, _show))
     print("" if answers[-1].text.endswith("\n") else "\n", end="", flush=True)
     if panel.judge:
+      # The reward model reads the conversation in its own template, and spells it with its own tokenizer.
       read = speaker.prompt_text(panel.judge.tokenizer, messages, panel.judge in panel.chats)
       scores.append(speaker.score(panel.judge, read, answers[-1]))
   if len(panel.speakers) > 1:

@@ -1,6 +1,6 @@
-"""What an export consists of: weights, tokenizer, settings for generation and the model card.
+"""Writes exports for other programs: weights, tokenizer, settings for generation, and the model card.
 
-Called by export. Imports no stage.
+Called by commands/export.py. Imports no stage.
 """
 
 import contextlib
@@ -22,29 +22,29 @@ from instructjax.train import weights
 
 
 def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema"):
-  """Writes a folder that `transformers` loads; it is complete or absent.
+  """Writes a folder that `transformers` loads. If anything fails, no folder is left.
 
-  A language model loads with AutoModelForCausalLM, a reward or value model with
-  AutoModelForSequenceClassification.
+  A language model loads with AutoModelForCausalLM, a reward or value model with AutoModelForSequenceClassification.
 
   Args:
-    checkpoint: what `weights.locate` takes.
+    checkpoint: path for `weights.locate`.
     out: the new folder.
-    which: of an RL stage, the averaged policy, the last one, or the value network.
+    which: which weights of an RL stage: the averaged policy, the last one, or the value network.
   Raises:
-    UserError: `out` exists, the checkpoint cannot be opened, or no architecture of Hugging Face's
-      is its network.
-    UserError: it cannot be read, or `out` cannot be written.
+    UserError: `out` exists, the checkpoint cannot be opened or read, Hugging Face has no architecture for its network,
+      or `out` cannot be written.
   """
   _require_new(out)
   opened = weights.locate(checkpoint, which)
   model, params = _load(opened)
   is_scalar = opened.head == "scalar"
+  # A classifier in transformers finds the last token of a text by its pad token; ours has none, so it gets a new id.
   pad_id = model.vocab_size if is_scalar else None
   with _whole(out) as scratch:
     ids = tokenizer_export.write_files(
       opened.tokenizer, scratch, max_length=opened.network.max_length, pad_id=pad_id
     )
+    # Into a folder of its own, because `write_folder` takes only an empty one and the tokenizer lies here already.
     interop.write_folder(scratch / "weights", model, params, ids)
     for path in (scratch / "weights").iterdir():
       path.rename(scratch / path.name)
@@ -66,17 +66,16 @@ def write_gguf(
   *,
   which: weights.Which = "ema",
 ):
-  """Writes FILE.gguf, which llama.cpp loads, and its card FILE.md; both or neither.
+  """Writes FILE.gguf, which llama.cpp loads, and its card FILE.md.
 
   Args:
-    checkpoint: what `weights.locate` takes, of a language model.
+    checkpoint: path for `weights.locate`, of a language model.
     out: the new file.
-    kind: of its matrices.
-    which: of an RL stage, the averaged policy or the last one.
+    kind: type of the numbers in matrices.
+    which: which weights of an RL stage: the averaged policy or the last one.
   Raises:
-    UserError: a file exists, the checkpoint cannot be opened, it is a reward or value model, or
-      llama.cpp has no place for its network or tokenizer.
-    UserError: it cannot be read, or the files cannot be written.
+    UserError: a file exists, the checkpoint cannot be opened or read, it is a reward or value model, llama.cpp cannot
+      express its network or tokenizer, or the files cannot be written.
   """
   beside = out.with_suffix(".md")
   _require_new(out, beside)
@@ -92,6 +91,7 @@ def write_gguf(
     interop.write_file(scratch / out.name, model, params, metadata, kind, name=out.stem)
     _write(scratch / beside.name, card.text(opened, about))
     with writing(out):
+      # The weights last, so that no weights lie there without their card.
       os.replace(scratch / beside.name, beside)
       os.replace(scratch / out.name, out)
 
@@ -103,8 +103,9 @@ def _require_new(*paths: pathlib.Path):
 
 
 def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
-  """The network and its weights in host memory."""
-  # The tokenizer of a scalar model's export has one token more than the model: the pad.
+  """Loads the network and its weights into host memory."""
+  # The smaller of two sizes. Files may have more embeddings than the tokenizer has ids, and in an exported reward model
+  # the tokenizer has one id more than the model: the pad.
   vocab_size = min(opened.tokenizer.vocab_size, opened.vocab_size)
   devices = jax.local_devices(backend="cpu")[:1]
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), devices)
@@ -120,10 +121,14 @@ def _num_parameters(model: transformer.Model) -> int:
 
 @contextlib.contextmanager
 def _whole(out: pathlib.Path) -> Generator[pathlib.Path, None, None]:
-  """A folder beside `out` to write in, gone in the end; what is good is moved out of it."""
+  """Makes a folder beside `out` to write in, and removes it in the end.
+
+  Complete files are moved out of it. They lie on the same file system, so that the move is a rename, which cannot stop
+  halfway.
+  """
   scratch = out.with_name(f".{out.name}.writing")
   with writing(out):
-    shutil.rmtree(scratch, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by an export that was killed
     scratch.mkdir(parents=True)
   try:
     yield scratch

@@ -1,6 +1,6 @@
-"""One opened checkpoint on one device: it answers a prompt token by token, or scores an answer.
+"""A checkpoint loaded on one device, which answers prompts token by token or scores answers.
 
-Called by dialogue.py. Imports no stage, no config of a run and nothing that prints.
+Called by dialogue.py. Imports no stage and no config of a run, and prints nothing.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from instructjax.models import decoding, transformer
 from instructjax.rl import sampling, scoring
 from instructjax.train.weights import Weights
 
-_SHORTEST = 32  # columns of the smallest compiled program
-_UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character yet
+_SHORTEST = 32  # prompt columns of the smallest compiled program
+_UNFINISHED = "\ufffd"  # the character that bytes decode to while they are no whole character yet
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """How tokens are drawn."""
+  """How the tokens of an answer are drawn."""
 
   temperature: float  # 0 is greedy
   top_p: float  # in (0, 1]; 1 is the whole distribution
@@ -36,7 +36,7 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """An answer and what it took."""
+  """An answer, and the time that it took."""
 
   text: str
   num_prompt_tokens: int
@@ -48,22 +48,24 @@ class Answer:
 
 @pytree
 class _State:
-  """Between two tokens of an answer; a batch of one row."""
+  """The state between two tokens of an answer, as a batch of one row."""
 
   token_B: Array  # the newest token, not yet fed
-  step: Array  # tokens fed
+  step: Array  # number of the answer's tokens fed so far
   position_B: Array  # of token_B
-  is_slot_BT: Array
+  is_slot_BT: Array  # True on columns of the cache that hold a token
   cache: tuple
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Speaker:
-  """A network with its tokenizer.
+  """A network with its weights and its tokenizer.
 
   Attributes:
-    name: the path, as it was given.
-    weights: as `decoding.decode_weights` lays them out.
+    name: the path, as the user gave it.
+    tokenizer: the tokenizer that belongs to the weights.
+    model: the network.
+    weights: the weights in the layout of `decoding.decode_weights`.
   """
 
   name: str
@@ -73,7 +75,10 @@ class Speaker:
 
   @functools.cache
   def programs(self, prompt_length: int, draw: Draw) -> tuple[Callable, Callable]:
-    """The prefill and the decode step, compiled for prompts of up to `prompt_length` tokens."""
+    """The compiled prefill and decode step for prompts padded to `prompt_length` tokens.
+
+    They are compiled ahead, so that the times of an answer hold no compilation.
+    """
     token_BP = jax.ShapeDtypeStruct((1, prompt_length), jnp.int32)
     is_prompt_BP = jax.ShapeDtypeStruct((1, prompt_length), jnp.bool_)
     uniform_BR = jax.ShapeDtypeStruct((1, draw.max_new_tokens), jnp.float32)
@@ -84,10 +89,15 @@ class Speaker:
 
 
 def make(name: str, opened: Weights, head: Head, mesh: Mesh) -> Speaker:
-  """Loads opened weights.
+  """Loads opened weights onto the mesh.
 
+  Args:
+    name: the path, for messages and tables.
+    opened: the weights.
+    head: the kind of model that is wanted: 'lm' to answer, 'scalar' to score.
+    mesh: a mesh of one device.
   Raises:
-    UserError: they have the other kind of head, or do not fit the architecture.
+    UserError: the weights have the other kind of head, do not fit their architecture, or cannot be read.
   """
   if opened.head != head:
     is_wanted = {"lm": "a language model", "scalar": "a reward model"}
@@ -99,20 +109,25 @@ def make(name: str, opened: Weights, head: Head, mesh: Mesh) -> Speaker:
 
 
 def prompt_text(tokenizer: Tokenizer, messages: Sequence[Mapping], is_chat: bool) -> str:
-  """What the network reads: the conversation in the chat template, or the last message as it is."""
+  """The text that the network reads: the conversation in the chat template, or else the last message as it is.
+
+  Raises:
+    UserError: the template refuses the messages.
+  """
   return tokenizer.render_chat(messages) if is_chat else messages[-1]["content"]
 
 
 def answer(
   speaker: Speaker, prompt: str, key: Array, draw: Draw, on_text: Callable[[str], None]
 ) -> Answer:
-  """Answers one prompt; draws what `sampling.generate` would for a batch of this prompt alone.
+  """Answers one prompt, with the tokens that `sampling.generate` draws for a batch of this prompt alone.
 
   Args:
-    speaker: with an 'lm' head.
+    speaker: a language model.
     prompt: text; special tokens in it are recognised.
     key: typed key of this answer.
-    on_text: is given each piece of text as soon as it is certain; they add up to the answer's text.
+    draw: how tokens are drawn.
+    on_text: called with each piece of text as soon as it is certain; the pieces add up to the answer's text.
   Raises:
     UserError: the prompt is empty, or fills the context.
   """
@@ -126,13 +141,13 @@ def answer(
       f"{speaker.name}: prompt of {len(ids)} tokens must be shorter than the context of"
       f" {speaker.model.network.max_length} tokens"
     )
-  # The cache has a column for each token that is asked for: no more of them than the context.
+  # The cache has a column for each token that is asked for, and there is no use for more than the context.
   draw = dataclasses.replace(
     draw, max_new_tokens=min(draw.max_new_tokens, speaker.model.network.max_length)
   )
   programs = speaker.programs(_padded_length(len(ids)), draw)
   uniform_BR = sampling.row_uniforms(key, jnp.arange(1), draw.max_new_tokens)
-  jax.block_until_ready(uniform_BR)
+  jax.block_until_ready(uniform_BR)  # before the clock starts
   tokens, times = [], [time.perf_counter()]
 
   def noted_tokens():
@@ -156,14 +171,15 @@ def answer(
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-  """The text of tokens in pieces, each as soon as no later token can change it.
+  """Decodes tokens into pieces of text, each yielded as soon as no later token can change it.
 
-  A character may be spread over several tokens, whose bytes until then decode to U+FFFD.
+  A character may be spread over several tokens. Until the last of them has come, their bytes decode to U+FFFD, which is
+  held back here.
   """
   seen, text, shown = [], "", 0
   for token in tokens:
     seen.append(token)
-    text = tokenizer.decode(seen)  # from the start: what a token adds depends on those before it
+    text = tokenizer.decode(seen)  # all of them, since what a token adds depends on those before it
     certain = len(text.rstrip(_UNFINISHED))
     if certain > shown:
       yield text[shown:certain]
@@ -173,7 +189,9 @@ def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
-  """The reward model's score of an answer, whose text its own tokenizer reads.
+  """The reward model's score of an answer.
+
+  The answer's text is tokenized anew: the reward model may have another tokenizer than the model that wrote it.
 
   Raises:
     UserError: prompt and answer are longer than the context.
@@ -190,7 +208,7 @@ def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
 
 
 def _padded_length(num_tokens: int) -> int:
-  """A power of two, so that prompts of many lengths share few programs."""
+  """The next power of two, so that prompts of many lengths share a few compiled programs."""
   return max(_SHORTEST, 1 << (num_tokens - 1).bit_length())
 
 
@@ -201,7 +219,7 @@ def _pad_left(ids: list[int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tokens(speaker, ids, uniform_BR: Array, programs, limit: int) -> Iterator[int]:
-  """The answer's tokens, EOS included, each as soon as it is known."""
+  """Yields the answer's tokens, EOS included, each as soon as it is known."""
   first, following = programs
   state = first(speaker.weights, *_pad_left(ids, speaker.tokenizer.pad_id), uniform_BR)
   for step in range(limit):
@@ -245,6 +263,7 @@ def _next(
   model: transformer.Model, weights: Params, state: _State, uniform_BR: Array, draw
 ) -> _State:
   """Feeds the newest token and draws the one after it; the cache is updated in place."""
+  # The cache has the padded prompt's columns first, then one for each new token.
   slot = state.is_slot_BT.shape[1] - draw.max_new_tokens + state.step
   is_slot_BT = state.is_slot_BT.at[:, slot].set(True)
   logits_BV, cache = decoding.decode_step(

@@ -1,15 +1,15 @@
-"""Tokenizers in the words of other programs: files for `transformers`, metadata for llama.cpp.
+"""Exports tokenizers to other programs: files for `transformers`, metadata for llama.cpp.
 
-Called by export.py only. Imports the tokenizers, and nothing else of the project.
+Called by packaging.py only. Of the project it imports the tokenizers and the errors only.
 
-A byte-level BPE is theirs already and is written as it came. Our own unigram models, which encode
-each line of a text on its own, are expressed as a `tokenizer.json`: the newline piece is an added
-token, so that what lies between is encoded apart, and each such part gets the space in front that
-sentencepiece gives a text. Ids and decoded text are equal, but where
-  - the text spells a special token: `</s>` in a text becomes EOS, as it does in transformers for
-    every model, and with us stays plain text;
-  - two ways to cut a text have exactly the same score (the three letters of `ddd`, say):
-    sentencepiece adds up scores in less precision and may take the other way.
+A byte-level BPE is a format of theirs and is written as it came. Our own unigram models encode each line of a text on
+its own. They are expressed as a `tokenizer.json` in which the newline piece is an added token: the parts between
+newlines are then encoded apart, and each part gets the space in front that sentencepiece gives a text. Ids and decoded
+texts are equal except in two cases:
+  - The text spells a special token. `</s>` in a text becomes EOS, as it does in transformers for every model; in our
+    tokenizer it stays plain text.
+  - Two ways to cut a text have exactly the same score, as with the three letters of `ddd`. Sentencepiece adds up scores
+    in less precision and may take the other way.
 """
 
 import json
@@ -30,25 +30,25 @@ from instructjax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 PAD_TOKEN = "<|pad|>"
 _CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 _SPACE = "\u2581"  # sentencepiece's letter for a space
-_REPLACEMENT = "\ufffd"  # what the unknown piece decodes to
+_REPLACEMENT = "\ufffd"  # the character that the unknown piece decodes to
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)  # llama.cpp's kinds of token
 
 
 def write_files(
   tokenizer: Tokenizer, directory: pathlib.Path, *, max_length: int, pad_id: int | None
 ) -> dict[str, int | None]:
-  """Writes what `transformers.AutoTokenizer` reads, beside the files that we read ourselves.
+  """Writes the files that `transformers.AutoTokenizer` reads, beside those that instructjax itself reads.
 
   Args:
-    tokenizer: of the model that is exported.
-    directory: of the export.
+    tokenizer: tokenizer of the exported model.
+    directory: folder of the export.
     max_length: the model's context, in tokens.
-    pad_id: id of the token `<|pad|>` to add, one past the model's vocabulary: a classifier finds the
-      end of a text by it. None for a language model, which gets no pad token.
+    pad_id: id of the token `<|pad|>` to add, one past the model's vocabulary; a classifier finds the end of a text by
+      it. None for a language model, which gets no pad token.
   Returns:
-    bos_token_id, eos_token_id and pad_token_id for config.json; None where there is none.
+    bos_token_id, eos_token_id and pad_token_id for config.json; None for a token that does not exist.
   Raises:
-    UserError: the tokenizer has a token `<|pad|>` of another id.
+    UserError: the tokenizer already has a token `<|pad|>` with another id.
   """
   tokenizer.save(directory)
   path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
@@ -65,6 +65,7 @@ def write_files(
   config = _CONFIG | (json.loads(config_path.read_text("utf-8")) if config_path.exists() else {})
   config["eos_token"] = built.id_to_token(tokenizer.eos_id)
   config["model_max_length"] = max_length
+  # A language model goes on at the right end of a prompt. A classifier is padded on the right, details item 12.
   config["padding_side"] = "left" if pad_id is None else "right"
   if pad_id is not None:
     built.add_special_tokens([tokenizers.AddedToken(PAD_TOKEN, special=True, normalized=False)])
@@ -88,9 +89,9 @@ def _ids(tokenizer: Tokenizer, pad_id: int | None) -> dict[str, int | None]:
 
 
 def unigram(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer | None:
-  """The same tokenizer for the `tokenizers` library; None if it is one that this cannot express.
+  """The same tokenizer for the `tokenizers` library; None if the library cannot express it.
 
-  The unknown piece goes by the name U+FFFD, which it decodes to: `<unk>` in a text stays text.
+  The unknown piece is renamed to U+FFFD, the character that it decodes to, so that `<unk>` in a text stays text.
   """
   if tokenizer.bos_id is not None:
     return None
@@ -107,7 +108,7 @@ def unigram(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer | None:
     [
       decoders.Replace(_SPACE, " "),
       decoders.Fuse(),
-      # The space in front of every line.
+      # Removes the space that was put in front of every line.
       decoders.Replace(tokenizers.Regex(r"\A |(?<=\n) "), ""),
     ]
   )
@@ -120,7 +121,11 @@ def unigram(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer | None:
 
 
 def _agree(tokenizer, built, processor) -> bool:
-  """Whether ids are equal on probes: merges, byte fallback or another normalizer show there."""
+  """Whether both tokenizers give equal ids for a set of probes.
+
+  The probes are made to differ for the kinds of model that cannot be expressed: those with merges, byte fallback or
+  another normalizer.
+  """
   special = (processor.unk_id(), tokenizer.eos_id)
   words = [
     processor.id_to_piece(i).replace(_SPACE, " ")
@@ -138,7 +143,7 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
   """The `tokenizer.*` keys of a GGUF file.
 
   Raises:
-    UserError: llama.cpp has no kind of tokenizer that does what this one does.
+    UserError: llama.cpp has no tokenizer that works like this one.
   """
   if isinstance(tokenizer, SentencePieceTokenizer):
     vocabulary = _unigram_metadata(tokenizer)
@@ -153,9 +158,11 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _unigram_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-  """llama.cpp calls sentencepiece's unigram models 't5' after the first model that had one ('llama'
-  is its other kind, which merges). It cuts texts at the newline piece as we do, but drops only the
-  first space of what it decodes: later lines keep theirs.
+  """The keys of a sentencepiece unigram model.
+
+  llama.cpp calls these models 't5', after the first model that had one; 'llama' is its other kind of sentencepiece
+  model, which merges. It cuts texts at the newline piece as we do. When it decodes, it drops only the first space of
+  the whole text, so that later lines keep theirs.
   """
   if unigram(tokenizer) is None:
     raise UserError(
@@ -184,6 +191,7 @@ def _unigram_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 
 def _byte_level_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
+  """The keys of a byte-level BPE, read from the files that `Tokenizer.save` writes."""
   with tempfile.TemporaryDirectory() as folder:
     tokenizer.save(pathlib.Path(folder))
     read = lambda name: json.loads((pathlib.Path(folder) / name).read_text(encoding="utf-8"))
@@ -199,6 +207,7 @@ def _byte_level_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
     added["id"]: (added["content"], _CONTROL if added["special"] else _USER_DEFINED)
     for added in definition["added_tokens"]
   }
+  # A vocabulary may have holes, but GGUF stores tokens as a list without any.
   tokens = [known.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(tokenizer.vocab_size)]
   merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
   metadata = {
@@ -217,10 +226,10 @@ def _byte_level_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pre_tokenizer_name(tokenizer: Tokenizer, definition: Mapping) -> str:
-  """What llama.cpp calls the rule that cuts a text into words."""
+  """The name in llama.cpp of the rule by which this tokenizer cuts a text into words."""
 
   def rule(pre_tokenizer: Any) -> Any:
-    """Without what concerns offsets only."""
+    """The rule without settings that concern offsets only, so that they do not hinder the comparison."""
     if isinstance(pre_tokenizer, Mapping):
       return {k: rule(v) for k, v in pre_tokenizer.items() if k != "trim_offsets"}
     return (

@@ -1,4 +1,8 @@
-"""Answers of a policy to a list of prompts, on the host: for collecting, choosing an SFT epoch, evaluation."""
+"""Samples and scores a policy's answers to a list of prompts, with results on the host.
+
+Called by the stages that need answers outside of PPO: `collect`, `rm`, `sft_select` and `evaluate`; `ppo` decodes with
+it.
+"""
 
 import dataclasses
 import functools
@@ -17,13 +21,23 @@ from instructjax.parallel import distributed, sharding
 from instructjax.rl import sampling, scoring
 from instructjax.stages.context import Context
 
-_ROWS = 256  # rows of one compiled call, one answer a row
-_SHARED_ROWS = 16  # rows of one compiled call that several answers share; always filled up, so that one program does
+_ROWS = 256  # most rows in one compiled call when each answer has a row of its own
+# Rows in one compiled call when answers share rows. A call always has so many, so that one compiled program does for
+# lists of any length.
+_SHARED_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """Sampled answers, in the order of the prompts given; arrays hold one row an answer."""
+  """Answers in the order of their prompts.
+
+  Attributes:
+    text: the answers, decoded.
+    token_NL: prompt and answer as token ids, with pads.
+    is_token_NL: True on tokens of prompt and answer, False on pads.
+    is_response_NR: True on tokens of the answer.
+    ended_N: whether the answer ended by itself, not at the length limit.
+  """
 
   text: list[str]
   token_NL: np.ndarray
@@ -33,14 +47,14 @@ class Answers:
 
 
 def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-  """(token_NP int32, is_prompt_NP); every sequence must fit."""
+  """Pads prompts on the left: (token_NP int32, is_prompt_NP). No sequence may be longer than `length`."""
   token_NP = np.full((len(sequences), length), pad_id, np.int32)
   for row, sequence in zip(token_NP, sequences):
     row[length - len(sequence) :] = sequence
   return token_NP, token_NP != pad_id
 
 
-# What ends a row is no part of the program: base models end at a newline, the others at EOS.
+# `end_id` is an argument, not static: base models end at a newline and the others at EOS, in one compiled program.
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature"))
 def _generate(model, params, prompts, key, end_id, max_new_tokens, temperature) -> Rollout:
   return sampling.generate(
@@ -67,13 +81,18 @@ def _logprob(model, params, token_BL, is_token_BL, prompt_length, temperature):
 
 
 def _in_chunks(function, num_rows: int, *arrays, rows: int = 0):
-  """Calls `function` on equal chunks of rows, the last one filled up with repeats that are dropped.
+  """Calls `function(start, *rows of the arrays)` on chunks of equal size, and joins the results on the host.
 
-  Chunks have `rows` rows; if 0, all that there are, up to a limit.
+  The last chunk is filled up with repeats, whose results are dropped. A chunk has `rows` rows; if that is 0, all
+  `num_rows`, but at most _ROWS.
+
+  Raises:
+    Preempted: the run was told to stop.
   """
   rows = rows or min(_ROWS, num_rows)
   outputs = []
   for start in range(0, num_rows, rows):
+    # Between chunks a run can be told to stop. What is sampled or scored here has no checkpoint and is done again.
     distributed.require_going_on()
     index = np.minimum(np.arange(start, start + rows), num_rows - 1)
     outputs.append(sharding.to_host(function(start, *(a[index] for a in arrays))))
@@ -91,16 +110,20 @@ def sample(
   prompt_length: int | None = None,
   to_newline: bool = False,
 ) -> Answers:
-  """One answer a prompt (repeat a prompt in the list for several).
+  """Samples one answer to each prompt; for several answers to a prompt, repeat it in the list.
 
   Args:
+    ctx: the run.
+    model, params: the policy.
     prompts: token lists.
-    prompt_length: columns for the prompt; the data config's limit if None.
-    to_newline: an answer ends at its first newline instead of EOS, as a base model's does; at EOS
-      where the tokenizer has no piece for the newline.
+    key: key of all these answers; each row draws with its own place in the list.
     temperature: 0 is greedy.
+    prompt_length: columns for the prompt; None for the limit in the data config.
+    to_newline: whether an answer ends at its first newline rather than at EOS, as a base model's does. It has no effect
+      if the tokenizer has no piece for the newline.
   Raises:
     UserError: a prompt is longer than prompt_length.
+    Preempted: the run was told to stop.
   """
   length = prompt_length or ctx.config.data.max_prompt_length
   longest = max(map(len, prompts), default=0)
@@ -113,6 +136,7 @@ def sample(
     end_id = tokenizer.newline_id
 
   def one(start, token_BP, is_prompt_BP):
+    # Random numbers follow a row's place in the whole list, so the size of chunks does not change the answers.
     index_B = start + np.arange(len(token_BP), dtype=np.int32)
     batch = sharding.place_rows(ctx.mesh, PromptBatch(token_BP, is_prompt_BP, index_B))
     rollout = _generate(model, params, batch, key, np.int32(end_id), max_new, float(temperature))
@@ -132,7 +156,7 @@ def sample(
 
 
 def from_tokens(ctx: Context, prompts: list[list[int]], responses: list[list[int]]) -> Answers:
-  """Answers given as token ids, EOS included where there is one; right-padded."""
+  """Makes Answers of given token ids, padded on the right; a response includes its EOS if it has one."""
   data, pad_id = ctx.config.data, ctx.tokenizer.pad_id
   length = data.max_prompt_length + data.max_response_length
   token_NL = np.full((len(prompts), length), pad_id, np.int32)
@@ -151,9 +175,10 @@ def from_tokens(ctx: Context, prompts: list[list[int]], responses: list[list[int
 
 
 def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.ndarray) -> Answers:
-  """Answers given as text, tokenized anew as reward-model data is, with EOS where the sampled answer ended.
+  """Makes Answers of texts, tokenized as the reward model's training data are, with EOS if the answer ended by itself.
 
-  Text sampled at the length limit may need more pieces when it is tokenized anew: it is cut to fit.
+  The reward model has to read tokens as in its training: a policy can spell a text in other pieces than the tokenizer
+  does. Spelt anew, a text that was sampled up to the length limit may need more pieces; it is then cut to the limit.
   """
   tokenizer, limit = ctx.tokenizer, ctx.config.data.max_response_length
   responses = [
@@ -164,13 +189,17 @@ def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.nda
 
 
 def decode(tokenizer: Tokenizer, response_NR: np.ndarray) -> list[str]:
-  """Texts of response rows: EOS and pads dropped, surrounding blanks stripped."""
+  """The texts of response rows, without EOS, pads and surrounding blanks."""
   stop = (tokenizer.eos_id, tokenizer.pad_id)
   return [tokenizer.decode([int(t) for t in row if t not in stop]).strip() for row in response_NR]
 
 
 def score(ctx: Context, model: transformer.Model, params: Params, answers: Answers) -> np.ndarray:
-  """Reward-model score of each answer, float32 [N]."""
+  """The reward model's score of each answer, float32 [N].
+
+  Raises:
+    Preempted: the run was told to stop.
+  """
   tokens = [
     token_L[is_token_L] for token_L, is_token_L in zip(answers.token_NL, answers.is_token_NL)
   ]
@@ -180,9 +209,13 @@ def score(ctx: Context, model: transformer.Model, params: Params, answers: Answe
 def score_tokens(
   ctx: Context, model: transformer.Model, params: Params, sequences: Sequence[Sequence[int]]
 ) -> np.ndarray:
-  """Reward-model score of each prompt with its answer, read at the last token, float32 [N].
+  """The reward model's score of each sequence (a prompt with its answer), read at the last token, float32 [N].
 
-  Rows are shared as in the reward model's training.
+  Sequences share rows if `rm.row_length` says so, as they do in the reward model's training. With a row for each
+  answer, 47% of a training batch was padding in the default preset.
+
+  Raises:
+    Preempted: the run was told to stop.
   """
   data, length = ctx.config.data, ctx.config.rm.row_length
   if length:
@@ -204,7 +237,16 @@ def score_tokens(
 def logprob(
   ctx: Context, model: transformer.Model, params: Params, answers: Answers, temperature: float
 ) -> np.ndarray:
-  """Log-probability of each answer, its tokens summed, float32 [N], in nats."""
+  """The log-probability of each answer, summed over its tokens, float32 [N], in nats.
+
+  Args:
+    ctx: the run.
+    model, params: the policy.
+    answers: as `sample` returns them, with all prompts padded to one length.
+    temperature: that of the sampling, by which logits are divided here too (details item 19).
+  Raises:
+    Preempted: the run was told to stop.
+  """
   prompt_length = answers.token_NL.shape[1] - answers.is_response_NR.shape[1]
 
   def one(_, token_BL, is_token_BL):

@@ -1,8 +1,10 @@
-"""Collecting comparisons: K answers a prompt sampled from the SFT policy, ranked by the demo's simulated labelers.
+"""Collects comparisons: samples K answers to each prompt from the SFT policy, and has simulated labelers rank them.
 
-Only where `data.comparisons='demo:'`. It writes the ranking files that the reward model then reads like anybody's:
-`collect/train.jsonl`, `validation.jsonl` (held-out prompts, same labelers) and `heldout.jsonl` (the same answers,
-ranked by held-out labelers).
+The stage runs only for `data.comparisons='demo:'`. It writes ranking files in the format of a user's own comparisons,
+which the reward model then reads:
+  - `collect/train.jsonl`: training prompts, ranked by the training labelers;
+  - `collect/validation.jsonl`: held-out prompts, ranked by the same labelers;
+  - `collect/heldout.jsonl`: the same answers as in validation.jsonl, ranked by held-out labelers.
 """
 
 import dataclasses
@@ -22,8 +24,12 @@ from instructjax.stages.context import Context, finish, is_finished, stage_run
 def _sampled(
   ctx: Context, stage: str, split: str, prompts: list, num_prompts: int
 ) -> list[tuple[str, list[str]]]:
-  """(prompt text, K sampled answers) for `num_prompts` draws, each pass over the prompts in a fresh order."""
+  """Draws `num_prompts` prompts and samples K answers to each: [(prompt text, answers)].
+
+  If more prompts are asked for than there are, they are gone through several times, each time in a new order.
+  """
   cfg = ctx.config.collect
+  # The length of the split's name is part of the seed, so that the two splits draw differently.
   rng = np.random.default_rng([ctx.data_seed(stage), len(split)])
   passes = -(-num_prompts // len(prompts))
   order = np.concatenate([rng.permutation(len(prompts)) for _ in range(passes)])[:num_prompts]
@@ -53,7 +59,11 @@ def _write(path: pathlib.Path, rankings: list):
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where the prompts are not those that the simulated labelers know."""
+  """Checks that the prompts are those which the simulated labelers know.
+
+  Raises:
+    UserError: they are not.
+  """
   prompts = ctx.config.data.prompts
   if sources.simulation(prompts) is None:
     raise UserError(
@@ -63,7 +73,12 @@ def check(ctx: Context, stage: str):
 
 
 def run(ctx: Context, stage: str):
-  """Samples answers from the SFT policy, has them ranked, and measures how far labelers agree."""
+  """Samples answers from the SFT policy, has them ranked, and measures how often labelers agree.
+
+  Raises:
+    UserError: the stage is finished already, but was made with other settings.
+    Preempted: the run was told to stop.
+  """
   cfg, seed = ctx.config.collect, ctx.config.seed
   run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
   if is_finished(run_):
@@ -73,12 +88,13 @@ def run(ctx: Context, stage: str):
   held_out = _sampled(
     ctx, stage, "validation", ctx.data.records("prompts", "validation"), cfg.num_heldout_prompts
   )
-  if jax.process_index() != 0:
+  if jax.process_index() != 0:  # sampling took all processes; one of them writes
     return
   directory = ctx.directory(stage)
   directory.mkdir(parents=True, exist_ok=True)
   _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
   _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
+  # The same answers once more: the two groups' accuracies differ by the labelers alone (sec 4.1).
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
   agree = lambda group: results.Agreement(**simulation.labeler_agreement(held_out, group, seed))
   result = results.Collected(results.LabelerGroups(train=agree("train"), heldout=agree("heldout")))

@@ -1,6 +1,6 @@
-"""What every stage is handed: config, workdir, mesh, tokenizer, data, and what makes two runs of a stage the same.
+"""The Context that every stage receives (config, workdir, mesh, tokenizer, data), and the fingerprint of a stage.
 
-Built once a run, by pipeline.py. Called by the stages. Imports no stage.
+One Context is built per run, by pipeline.py. Called by the stages. Imports no stage.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class Context:
   """One pipeline run.
 
   Attributes:
-    config, workdir, mesh, tokenizer: of the run.
-    given: stage that trains a base -> the weights that the config gives in its place.
+    config, workdir, mesh, tokenizer: those of the run.
+    given: weights that the config names in place of a trained base, by the stage that would train it.
     data: records and token lists.
   """
 
@@ -55,7 +55,11 @@ class Context:
     return self.workdir / stage
 
   def done(self, stage: str) -> finished.Done | None:
-    """What a stage left when it finished; None where it has not."""
+    """The done.json of a stage; None if the stage is not finished.
+
+    Raises:
+      UserError: the file is damaged, or another version wrote it.
+    """
     return finished.read_done(self.directory(stage))
 
   def require_done(self, stage: str) -> finished.Done:
@@ -67,14 +71,18 @@ class Context:
     return finished.require_done(self.directory(stage))
 
   def key(self, stage: str) -> jax.Array:
-    """The stage's own root key: a function of the run's seed and the stage's name."""
+    """The stage's own root key, a function of the run's seed and the stage's name alone.
+
+    It does not depend on which stages ran before, so a stage draws the same numbers in any plan.
+    """
     return jax.random.fold_in(jax.random.key(self.config.seed), zlib.crc32(stage.encode()))
 
   def data_seed(self, stage: str) -> int:
+    """The seed of a stage's order of data, as `key` for NumPy."""
     return zlib.crc32(f"{self.config.seed}/{stage}".encode()) & 0x7FFFFFFF
 
   def model(self, role: RoleName) -> transformer.Model:
-    """The network of a role, see `core.stages.ROLES`, as it runs on this mesh."""
+    """The network of a role (a key of `core.stages.ROLES`) as it runs on this mesh."""
     return make_model(self.config, self.mesh, role, self.tokenizer.vocab_size)
 
   @property
@@ -83,14 +91,18 @@ class Context:
     return models.resolve_execution(self.config.execution, models.platform_of(self.mesh))
 
   def own_rows(self, batch_size: int) -> np.ndarray:
-    """Places in a global batch of the rows that this process draws."""
+    """The places in a global batch of the rows that this process draws.
+
+    Raises:
+      UserError: the batch does not divide over the mesh.
+    """
     return sharding.own_rows(self.mesh, batch_size)
 
 
 def make_model(
   config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
 ) -> transformer.Model:
-  """The network of a role, see `core.stages.ROLES`, as it runs on a mesh; None is one device."""
+  """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device."""
   row = ROLES[role]
   network = getattr(config, row.block).network
   return models.model_on(mesh, network, config.execution, vocab_size, row.head)
@@ -99,16 +111,16 @@ def make_model(
 def require_fit(
   config: Config, mesh: Mesh, vocab_size: int, roles: Iterable[RoleName], batches: Iterable[str]
 ):
-  """Refuses a mesh that does not divide the parameters of `roles`, or one of the batches.
+  """Checks that the mesh divides the parameters of all `roles` and all `batches`.
 
   Args:
-    config: of the run.
+    config: the run's config.
     mesh: its devices.
     vocab_size: rows of the embedding tables.
     roles: keys of `core.stages.ROLES`.
-    batches: dotted config fields; a batch of 0 is not used.
+    batches: dotted config fields that hold sizes of batches; a size of 0 means that the batch is not used.
   Raises:
-    UserError: see `sharding.require_fit`.
+    UserError: the mesh does not divide one of them; see `sharding.require_fit`.
   """
   networks = {role: make_model(config, mesh, role, vocab_size) for role in roles}
   axes = {role: transformer.param_axes(model) for role, model in networks.items()}
@@ -119,21 +131,25 @@ def require_fit(
 
 
 def canonical(value: Any) -> str:
-  """One spelling of a plain value, or of what decides a config block's numbers."""
+  """The JSON that stands for a value in a fingerprint: of a config block, only the fields that decide its numbers."""
   plain = determining(value) if dataclasses.is_dataclass(value) else value
   return json.dumps(plain, sort_keys=True)
 
 
 def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -> dict[str, str]:
-  """What a resumed or reused stage must have in common with the one on disk.
+  """Everything that decides a stage's result: a stage is resumed or reused only if all of it is the same.
+
+  It holds config blocks as JSON, so that a message can name the fields that differ. Settings that move numbers by
+  rounding only, or not at all, are left out (see `changeable`), as are the devices.
 
   Args:
     ctx: the run.
-    stage: its parents' weights or files go in as well.
-    own: what the stage's result depends on of its own config block.
-    others: name -> other config blocks or plain values that it depends on.
+    stage: name of the stage.
+    own: its own config block, or the part of it that the result depends on.
+    others: name -> other config blocks or plain values that the result depends on.
   Returns:
-    name -> canonical JSON or hash; `parent:NAME` entries carry the parents' own fingerprints on.
+    name -> canonical JSON or hash. Each `parent:NAME` is the hash of that stage's own fingerprint, so a change in any
+    earlier stage shows here too.
   """
   blocks = {**others, STAGES[stage].block: own, "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
@@ -145,7 +161,7 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
 
 
 def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
-  """The settings of these blocks, and of execution, that no fingerprint has, as `loop.StageRun` wants them."""
+  """The settings of these blocks, and of execution, that fingerprints leave out, in the form of `loop.StageRun`."""
   named = {"execution": ctx.execution, **blocks}
   return {
     metadata["on_resume"]: {
@@ -159,7 +175,7 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
-  """How a stage is logged and saved, and its `fingerprint`."""
+  """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`."""
   return loop.StageRun(
     name=stage,
     directory=ctx.directory(stage),
@@ -210,10 +226,10 @@ def finish(ctx: Context, stage: str, run: loop.StageRun, step: int | None, resul
 
 
 def is_finished(run: loop.StageRun) -> bool:
-  """Whether the stage is done already.
+  """Whether the stage is finished already, with these settings.
 
   Raises:
-    UserError: it is, but was made with another config, tokenizer or parent.
+    UserError: it is finished, but was made with another config, tokenizer or parent.
   """
   done = finished.read_done(run.directory)
   if done is None:

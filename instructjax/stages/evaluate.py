@@ -1,6 +1,6 @@
-"""Measuring every policy of a run on test prompts and held-out text (sec 4): answers, results, findings, report.
+"""Measures every policy of a run on test prompts and held-out text (sec 4), and writes the report.
 
-Answers are judged by the demo's gold score where the prompts are the demo's, else by the reward model.
+The judge of answers is the gold score if the prompts are the demo's, and the reward model otherwise.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
 from instructjax.train import metrics, supervised
 
-# Judged without being tuned: they answer in one line, and have no distance from the PPO initialisation.
+# Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
+# cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
 _UNTUNED = {
   FEW_SHOT.name,
   *(row.policy.name for row in STAGES.values() if row.policy and not row.parents),
@@ -35,27 +36,39 @@ _UNTUNED = {
 
 
 def judged_policies(ctx: Context) -> list[str]:
-  """Names judged, in the paper's order: bases, SFT, RL. `few_shot` is the larger base shown worked examples."""
+  """The names of the policies to judge, in the paper's order: bases, SFT, RL.
+
+  `few_shot`, the larger base with worked examples in its prompt, follows the bases. Only the demo has such examples.
+  """
   line = lineage.line(ctx.config, "evaluate")
   names = [row.policy.name for row in map(STAGES.__getitem__, line) if row.policy]
   if sources.simulation(ctx.config.data.prompts) is not None:
+    # Right after the bases, with which the list begins.
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
 
 
 def _of_one_network(names: list[str]) -> list[str]:
-  """The judged policies of the policy's network: of another one the loss does not compare."""
+  """Those policies that have the policy's own network, because losses of different networks do not compare."""
   return [n for n in names if n != FEW_SHOT.name and stage_of_policy(n).role == "policy"]
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where the larger base has no room for the few-shot prompt."""
+  """Checks that the larger base has room for the few-shot prompts.
+
+  Raises:
+    UserError: it has not.
+  """
   if FEW_SHOT.name in judged_policies(ctx):
     few_shot_prompts(ctx, test_prompts(ctx))
 
 
 def test_prompts(ctx: Context) -> list[str]:
-  """Prompts that chose nothing before, as many as are asked for; what is too long is left out."""
+  """The first `evaluate.num_prompts` test prompts that are not too long.
+
+  The demo has a test split of its own, because its validation prompts have already chosen the SFT epoch. Every other
+  source gives its validation prompts here.
+  """
   texts = [record.prompt for record in ctx.data.records("prompts", "test")]
   limit = ctx.config.data.max_prompt_length
   fitting = [text for text in texts if len(ctx.tokenizer.encode_prompt(text)) <= limit]
@@ -63,10 +76,10 @@ def test_prompts(ctx: Context) -> list[str]:
 
 
 def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
-  """The demo's prompts behind worked examples, and the tokens that the larger base has room for.
+  """Puts worked examples before the demo's prompts: (texts, tokens of a prompt that the larger base has room for).
 
   Raises:
-    UserError: one of them needs more.
+    UserError: one of them is longer.
   """
   simulation = sources.require_simulation(ctx.config.data.prompts)
   texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
@@ -81,7 +94,7 @@ def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
 
 
 def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.Answers:
-  """One answer a prompt. A base model's answer is its next line (App. D: samples are cut at the first newline)."""
+  """Samples a policy's answers, one to each prompt; a base model's ends at the first newline, as in App. D."""
   cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
   source = "reward_base" if name == FEW_SHOT.name else name
   model = ctx.model(stage_of_policy(source).require_role())
@@ -100,13 +113,14 @@ def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.
 
 
 def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measured:
-  """Answers of one policy with what can be said of each."""
+  """Samples one policy's answers and measures each of them."""
   sampled = _sample(ctx, name, prompts, stage)
   reward_model, reward_params = ctx.model("reward"), policies.load_reward(ctx)
   scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
   reward = answers.score(ctx, reward_model, reward_params, scored)
   kl_N = gold = names_topic = None
   if name not in _UNTUNED:
+    # Of the very tokens that were sampled, while the reward model above reads them as its tokenizer spells the text.
     policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
     logprob_N, ref_logprob_N = (
       answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
@@ -130,7 +144,15 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measure
 
 
 def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
-  """name -> [rows, 2] (sum of negative log-likelihoods, tokens) of the same held-out rows of pretraining text."""
+  """The loss of each policy on held-out pretraining text, for the alignment tax.
+
+  Args:
+    ctx: the run.
+    names: policies that have the policy's network.
+  Returns:
+    name -> [rows, 2]: for each row of text, the sum of negative log-likelihoods (nats) and the number of tokens. The
+    rows are the same for all policies, so that losses can be compared row by row.
+  """
   model = ctx.model("policy")
   rows = validation_rows(ctx, ctx.config.pretrain.length)
   sums = supervised.jit_sums(functools.partial(supervised.lm_row_sums, model), ctx.mesh, model)
@@ -146,17 +168,25 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
 
 
 def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> list[BestOfN]:
-  """Expected gold and reward of the best of n by reward, for each n; unbiased over all subsets of N samples.
+  """Expected scores of the best of n answers, chosen by reward, for each n in `counts`.
 
-  Sorted by reward, the i-th of N (from 1) is the best of a random n-subset with probability C(i-1, n-1) / C(N, n)
-  (Nakano et al. 2021, App. I). KL(best of n || policy) = log n - (n - 1) / n, in nats.
+  The estimate uses all N answers to a prompt and is unbiased: it averages over all subsets of n of them (Nakano et al.
+  2021, App. I). Among N answers sorted by reward, the i-th (from 1) is the best of a random subset of n with
+  probability C(i-1, n-1) / C(N, n), since the other n - 1 must come from the i - 1 below it.
+
+  Choosing the best of n moves the policy by KL(best of n || policy) = log n - (n - 1) / n, in nats.
+
+  Args:
+    gold_PN, reward_PN: scores of N answers to each of P prompts.
+    counts: values of n, each at most N.
   """
   total = reward_PN.shape[1]
   order = np.argsort(reward_PN, axis=1, kind="stable")
   result = []
   for n in counts:
     weight = np.zeros(total)
-    # Ratio C(i-1, n-1) / C(N, n) by recurrence from the top: i = N has n / N.
+    # C(i-1, n-1) / C(N, n) without computing a binomial, which may be huge. The best answer, i = N, has n / N; the
+    # weight of i - 1 follows from that of i. Answers below the n-th are never the best of n and keep weight 0.
     weight[-1] = n / total
     for i in range(total - 1, n - 1, -1):
       weight[i - 1] = weight[i] * (i - n + 1) / i
@@ -169,7 +199,10 @@ def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> 
 
 
 def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[BestOfN]:
-  """Best-of-n of the PPO initialisation by the reward model, for n = 1, 2, 4 .. best_of_n."""
+  """Best-of-n from the PPO initialisation, chosen by the reward model, for n = 1, 2, 4 .. `evaluate.best_of_n`.
+
+  [] if that is off, or if there is no gold score with which to see over-optimisation.
+  """
   total, simulation = ctx.config.evaluate.best_of_n, sources.simulation(ctx.config.data.prompts)
   if simulation is None or total < 2:
     return []
@@ -183,18 +216,24 @@ def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[BestOfN]:
 
 
 def run(ctx: Context, stage: str):
-  """Judges all finished policies; writes answers.jsonl, results.json, findings.json and the report."""
+  """Judges all policies of the run; writes answers.jsonl, results.json, findings.json and the report.
+
+  Raises:
+    UserError: files cannot be written.
+    Preempted: the run was told to stop.
+  """
   cfg, directory = ctx.config.evaluate, ctx.directory(stage)
   names = judged_policies(ctx)
   run_ = stage_run(ctx, stage, cfg)
   page = ctx.workdir / "report" / "index.html"
-  # Nothing starts from here: with other settings, or another policy to judge, it is done anew.
+  # No stage starts from this one. So if the settings or the policies have changed, it is done anew, not refused.
   done = ctx.done(stage)
   if done and done.fingerprint == run_.fingerprint:
     if jax.process_index() == 0:
       _show(json.loads((page.parent / "findings.json").read_text()), done.result.summary, page)
     return
   unique = test_prompts(ctx)
+  # Answers to one prompt stand in a row: the findings average them before they resample prompts.
   prompts = [prompt for prompt in unique for _ in range(cfg.samples_per_prompt)]
   measured = {name: _measure(ctx, name, prompts, stage) for name in names}
   collected = ctx.done("collect") if lineage.collects(ctx.config) else None
@@ -234,7 +273,7 @@ def run(ctx: Context, stage: str):
 
 
 def _show(found: list[dict], summary: dict, page: pathlib.Path):
-  """The end-of-run tables: a row a policy, a row a finding."""
+  """Prints the tables at the end of a run: one row per policy, and one row per finding."""
   console = rich.console.Console()
   columns = sorted({key for row in summary.values() for key in row})
   policies_table = rich.table.Table(

@@ -1,6 +1,6 @@
-"""What a config makes of the table of stages: which of them run, what each starts from. Pure functions of the config.
+"""Which stages of the table a config runs, and which stages each of them starts from. Pure functions of the config.
 
-Called by the stages, pipeline.py and launch/. Imports no JAX: a plan needs no devices.
+Called by the stages, pipeline.py and launch/. Imports no JAX, because a plan needs no devices.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_policy
 
 
 def value(config: Config, name: str) -> Any:
-  """The field of a dotted name, as `ppo.batch_size`."""
+  """The value of a config field by its dotted name, as `ppo.batch_size`."""
   result: Any = config
   for part in name.split("."):
     result = getattr(result, part)
@@ -19,72 +19,79 @@ def value(config: Config, name: str) -> Any:
 
 
 def given(config: Config, stage: str) -> str:
-  """What the config gives in place of a stage that trains a base: a path, or ''."""
+  """The path of the weights that the config gives in place of a base which `stage` would train; '' if it gives none."""
   row = STAGES[stage]
   # A base starts from nothing. Any other stage's weights are this run's own.
   return "" if row.parents else getattr(config, ROLES[row.require_role()].block).weights
 
 
 def collects(config: Config) -> bool:
-  """Whether comparisons are collected from simulated labelers (stage `collect`) instead of read."""
+  """Whether the run collects comparisons from simulated labelers (stage `collect`) instead of reading a user's."""
   return config.data.comparisons == "demo:"
 
 
 def base_stage(config: Config, role: str) -> str:
-  """Stage that pretrains the base of `policy` or of `reward`; one for both when the networks are the same."""
+  """The stage that trains the base of a role, `policy` or `reward`.
+
+  One stage serves both if the two networks and the weights given for them are the same.
+  """
   shared = config.same_network and config.reward_model.weights == config.model.weights
   return "pretrain" if role == "policy" or shared else "reward_pretrain"
 
 
 def bases(config: Config) -> tuple[str, ...]:
-  """The stages that train bases: one or two."""
+  """The stages that train the bases of policy and reward model; one stage if they share a base."""
   return tuple(dict.fromkeys(base_stage(config, role) for role in ("policy", "reward")))
 
 
 def stage_of(config: Config, policy: str) -> str:
-  """The stage whose weights a policy's name stands for; the larger base may be the policy's own."""
+  """The stage that trains a policy; for the larger base, `pretrain` if policy and reward model share a base."""
   stage = stage_of_policy(policy).name
   return base_stage(config, "reward") if stage == "reward_pretrain" else stage
 
 
 def rl_stages(config: Config) -> list[str]:
-  """RL stages that the config asks for, to be trained and judged: what else lies in the workdir has no say."""
+  """The RL stages that the config asks for. Others that lie in the workdir from earlier runs are not judged."""
   asked = {config.stage, *config.evaluate.compare}
   asked |= {"ppo_beta0"} if config.evaluate.overoptimization else set()
   return [name for name in RL_STAGES if name in asked]
 
 
 def variant(config: Config, stage: str) -> PPOConfig:
-  """The PPO block as an RL stage runs it: `ppo` is gamma = 0 (sec 3.5), `ppo_beta0` has no KL penalty either."""
+  """The PPO settings of an RL stage, which its row in the table changes.
+
+  In the paper's terms, `ppo` is gamma = 0 (sec 3.5); `ppo_beta0` has no KL penalty either (E.7).
+  """
   row = STAGES[stage]
   taken = {field: value(config, name) for field, name in row.takes.items()}
   return dataclasses.replace(config.ppo, **row.holds, **taken)
 
 
 def parents(config: Config, stage: str) -> tuple[str, ...]:
-  """The stages that one starts from, of those that the table allows."""
+  """The stages that `stage` starts from in this config, out of those that the table allows."""
   row = STAGES[stage]
   absent = set(RL_STAGES) - set(rl_stages(config))
   if not collects(config):
     absent.add("collect")
-  if row.role == "reward":  # it starts from one network
+  # The table allows three networks for it to start from; rm.start_from picks one.
+  if row.role == "reward":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")
     absent |= {"pretrain", "reward_pretrain", "sft"} - {start}
   return tuple(parent for parent in row.parents if parent not in absent)
 
 
 def line(config: Config, stage: str) -> list[str]:
-  """A stage and all that it comes from, in the order they run; bases that the config gives are among them."""
+  """A stage and all stages that it comes from, in the order they run; also bases whose weights the config gives."""
   needed = [stage]
-  for name in needed:  # which grows
+  for name in needed:  # the list grows meanwhile, until it holds all ancestors
     needed += [parent for parent in parents(config, name) if parent not in needed]
   return [name for name in STAGES if name in needed]
 
 
 def plan(config: Config) -> list[str]:
-  """Stages in the order they run, so that the one asked for has all it starts from.
+  """The stages to run for `config.stage`, in order: itself and all that it starts from.
 
-  A base is not trained where the config gives its weights. What an RL stage trains is evaluated at once.
+  A base is left out if the config gives its weights. For an RL stage the plan goes on to `evaluate`.
   """
   last = "evaluate" if STAGES[config.stage].is_rl else config.stage
   return [stage for stage in line(config, last) if not given(config, stage)]

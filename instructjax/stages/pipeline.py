@@ -1,4 +1,4 @@
-"""Builds a run, looks ahead for what would stop it, and runs the stages that are missing. Called by main."""
+"""Builds a run, checks beforehand for whatever would stop it later, and runs the unfinished stages. Called by main."""
 
 import importlib
 import pathlib
@@ -26,28 +26,29 @@ from instructjax.train.weights import Weights
 
 
 def module(stage: str) -> ModuleType:
-  """The module that runs and checks a stage, imported when it is asked for."""
+  """The module that runs and checks a stage. It is imported here, so that a run imports only the stages it needs."""
   return importlib.import_module(f"instructjax.stages.{STAGES[stage].module}")
 
 
 def check(ctx: Context, stages: list[str]):
-  """Looks ahead for what would stop the run hours later.
+  """Looks for mistakes that would otherwise stop the run hours later.
 
-  What every stage needs is looked at here: that the mesh divides networks and batches, and that records can be read.
-  The rest is each coming stage's own `check`.
+  Here it checks what every stage needs: the mesh must divide networks and batches, and the records must be readable.
+  For the rest it calls the `check` of each stage that is still to run.
 
   Args:
     ctx: the run.
-    stages: of the plan, finished ones included.
+    stages: the plan, finished stages included.
   Raises:
-    UserError: a batch or a parameter does not divide over the mesh; a source that a coming stage reads has no usable
-      record; or a stage's `check` says so.
+    UserError: the mesh does not divide a batch or a parameter, a source that a coming stage reads has no usable
+      record, or a stage's `check` fails.
   """
   rows = [STAGES[stage] for stage in stages]
   roles = dict.fromkeys(row.role for row in rows if row.role)
   batches = dict.fromkeys(name for row in rows for name in row.batches)
   require_fit(ctx.config, ctx.mesh, ctx.tokenizer.vocab_size, roles, batches)
   coming = _coming(ctx.workdir, stages)
+  # Prompts as tokens, because those that are too long drop out: a source may be readable and still leave none.
   for kind in _kinds_read(ctx.config, coming):
     for split in ("train", "validation"):
       ctx.data.prompt_tokens(split) if kind == "prompts" else ctx.data.records(kind, split)
@@ -59,20 +60,21 @@ def check(ctx: Context, stages: list[str]):
 
 
 def _coming(workdir: pathlib.Path, stages: list[str]) -> list[str]:
+  """The stages that are not finished."""
   return [stage for stage in stages if finished.read_done(workdir / stage) is None]
 
 
 def _kinds_read(config: Config, stages: list[str]) -> list[str]:
-  """Kinds of record that these stages read from a source that the config names."""
+  """The kinds of records that these stages read from the config's sources; collected comparisons do not count."""
   kinds = {kind for stage in stages for kind in STAGES[stage].reads}
   return sorted(kinds - ({"comparisons"} if lineage.collects(config) else set()))
 
 
 def _require_sources(config: Config, workdir: pathlib.Path):
-  """Before anything is read or trained, all that is missing at once.
+  """Checks that the config names a source for each kind of records that a coming stage reads.
 
   Raises:
-    UserError: the config names no source of records that a coming stage reads.
+    UserError: some are missing; it names all of them at once.
   """
   kinds = _kinds_read(config, _coming(workdir, lineage.plan(config)))
   missing = [kind for kind in kinds if not getattr(config.data, kind)]
@@ -85,14 +87,15 @@ def _require_sources(config: Config, workdir: pathlib.Path):
 
 
 def make_context(config: Config, workdir: pathlib.Path) -> Context:
-  """All that the stages of a run are handed.
+  """Makes the Context of a run, training a tokenizer if it needs one.
 
   Raises:
-    UserError: a source of records is not given, given weights do not fit, or see `make_mesh` and
-      `_tokenizer`.
+    UserError: the mesh does not fit the devices, a source of records is not named, or the given weights or the
+      tokenizer do not fit the config or the workdir.
   """
   mesh = sharding.make_mesh(config.mesh)
-  _require_sources(config, workdir)  # before a tokenizer is trained on documents
+  # Before `_tokenizer`, which may read documents and train on them for minutes.
+  _require_sources(config, workdir)
   given = policies.given_weights(config)
   tokenizer = _tokenizer(config, workdir / finished.TOKENIZER, given)
   return Context(
@@ -108,14 +111,16 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
 def _tokenizer(
   config: Config, directory: pathlib.Path, given: Mapping[str, Weights]
 ) -> tokenizers.Tokenizer:
-  """The one named, that of the given weights, or one trained on the documents; kept in the workdir.
+  """The run's tokenizer, which is kept in the workdir.
+
+  It is the one that the config names, else that of the given weights, else one that is trained on the documents.
 
   Args:
-    config: of the run.
-    directory: where it is kept.
-    given: weights in place of bases; the first one's tokenizer is taken where the config names none.
+    config: the run's config.
+    directory: where the tokenizer is kept.
+    given: weights in place of trained bases; if the config names no tokenizer, the first one's is taken.
   Raises:
-    UserError: it is not of the size, or not the one, that the config or the workdir names.
+    UserError: its size is not the config's, it does not fit the given weights, or the workdir holds another one.
   """
   cfg, theirs = config.tokenizer, [weights.tokenizer_path for weights in given.values()]
   source = cfg.path or next(iter(theirs), "")
@@ -126,12 +131,16 @@ def _tokenizer(
       f"config.tokenizer.vocab_size={cfg.vocab_size} must be the {tokenizer.vocab_size} pieces of"
       f" {tokenizer.path}"
     )
-  # Last: a workdir belongs to the tokenizer it holds, and one from a mistaken flag must not stay.
+  # After all checks: a workdir belongs to the tokenizer that it holds, so one from a mistaken flag must not get there.
   return _keep(tokenizer, directory) if source else tokenizer
 
 
 def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizers.Tokenizer:
-  """Copies a tokenizer from elsewhere into the workdir, so that the run's folder is whole."""
+  """Copies a tokenizer from elsewhere into the workdir, so that the workdir can be used without the original.
+
+  Raises:
+    UserError: the workdir holds another tokenizer, or the files cannot be written.
+  """
   if finished.read_done(directory):
     if tokenizers.load(directory).fingerprint != tokenizer.fingerprint:
       raise UserError(
@@ -147,7 +156,11 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
 
 
 def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
-  """The tokenizer trained on the documents, once a workdir."""
+  """Trains the tokenizer on the documents, or loads the one that an earlier run trained.
+
+  Raises:
+    UserError: that one was trained with other settings, or the documents cannot be read.
+  """
   cfg, data = config.tokenizer, config.data
   source = {"spec": data.documents, "validation_fraction": data.validation_fraction}
   blocks = {"config.tokenizer": cfg, "config.documents": source, "config.seed": config.seed}
@@ -180,8 +193,8 @@ def run(config: Config, workdir: pathlib.Path):
   """Runs every stage of the plan that is not finished yet.
 
   Raises:
-    UserError: see `check`; or a finished stage was made with another config, tokenizer or parent.
-    UserError: a stage was stopped, or files cannot be written.
+    UserError: `make_context` or `check` fails, or a finished stage was made with another config, tokenizer or parent.
+    UserError: a stage was stopped because of its metrics (StageStopped), or files cannot be written.
     Preempted: the run was told to stop.
   """
   ctx = make_context(config, workdir)
@@ -195,18 +208,20 @@ def run(config: Config, workdir: pathlib.Path):
       tell(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       is_finished = ctx.done(stage) is not None
       start = time.monotonic()
+      # Also for a finished stage, which only checks that its settings are the same, or is done anew.
       module(stage).run(ctx, stage)
       if not is_finished:
         ran.append((stage, time.monotonic() - start, ctx.directory(stage)))
         memory.release_freed_memory()
-      multihost_utils.sync_global_devices(f"{stage} finished")  # one process writes, all go on
+      # One process writes done.json, and all of them read it to go on.
+      multihost_utils.sync_global_devices(f"{stage} finished")
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
   tell(f"finished: {workdir}")
 
 
 def _print_times(config: Config, ran: list[tuple[str, float, pathlib.Path]]):
-  """What the stages that ran took, and where the time of their traced steps went."""
+  """Prints the time of each stage that ran, and the phases of its traced steps."""
   rich.print(profiling.stage_table(ran))
   for stage, _, directory in ran if config.profile.steps else ():
     table = profiling.profile_table(stage, directory / "profile")

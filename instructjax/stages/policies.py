@@ -1,4 +1,7 @@
-"""Finished weights by name: base, SFT and PPO policies and the reward model, for later stages and evaluation."""
+"""Loads the weights of finished stages by policy name, and checks weights that the config gives in place of a base.
+
+Called by pipeline.py and by the stages, which start from these weights or judge them.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,10 +19,10 @@ from instructjax.train.weights import Weights
 
 
 def given_weights(config: Config) -> dict[str, Weights]:
-  """Stage that trains a base -> the weights that the config gives in its place, opened.
+  """Opens the weights that the config gives in place of trained bases: stage that would train the base -> weights.
 
   Raises:
-    UserError: nothing that can be opened lies there.
+    UserError: nothing that can be opened lies at a path.
   """
   result = {}
   for stage in lineage.bases(config):
@@ -40,14 +43,15 @@ def _block(stage: str) -> str:
 def require_given_weights(
   config: Config, opened: Mapping[str, Weights], tokenizer: tokenizers.Tokenizer
 ):
-  """Checks that the weights named by `model.weights` and `reward_model.weights` are of this network.
+  """Checks that the weights named by `model.weights` and `reward_model.weights` fit the run.
 
   Args:
-    config: of the run.
+    config: the run's config.
     opened: as `given_weights` returns them.
-    tokenizer: of the run.
+    tokenizer: the run's tokenizer.
   Raises:
-    UserError: they are a reward model's, of another tokenizer, or of another network.
+    UserError: the weights have a scalar head, another tokenizer or another network, or the run is to train the very
+      base that they replace.
   """
   for stage, given in opened.items():
     block = _block(stage)
@@ -62,7 +66,11 @@ def require_given_weights(
 
 
 def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tokenizer, where: str):
-  """Weights mean nothing under another tokenizer; one that the config names is taken at its word."""
+  """Refuses weights of another tokenizer, whose ids would mean other texts.
+
+  Weights of a stage are compared by the hash of their tokenizer. For other files a tokenizer that the config names is
+  trusted; it must only have no more ids than the weights have embeddings.
+  """
   named = config.tokenizer.path
   if given.kind == "stage" and given.settings["tokenizer"] != tokenizer.fingerprint:
     raise UserError(
@@ -81,9 +89,10 @@ def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tok
 
 def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
   theirs, ours = dataclasses.asdict(given.network), dataclasses.asdict(cfg.network)
-  theirs["init_std"] = cfg.init_std  # nothing is initialised
+  theirs["init_std"] = cfg.init_std  # plays no part, since nothing is initialised
   if cfg.position == "rope" and cfg.max_length <= given.network.max_length:
-    theirs["max_length"] = cfg.max_length  # rotary positions have no table: a shorter context fits
+    # Rotary positions have no table, so a shorter context fits too.
+    theirs["max_length"] = cfg.max_length
   wrong = [name for name in ours if theirs[name] != ours[name]]
   if wrong:
     has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
@@ -97,32 +106,52 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
 def load_step(
   ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
 ) -> Params:
-  """Weights that a stage kept at a step, placed on the mesh as a network of its own role, or of another."""
+  """Loads the weights `item` that a stage saved at a step onto the mesh.
+
+  Args:
+    ctx: the run.
+    stage: its name.
+    step: step of a checkpoint.
+    item: field of the saved state, as `params` or `ema_params`.
+    role: the role whose network takes the weights; None for the stage's own.
+  Raises:
+    UserError: there are no such weights, or they cannot be read.
+  """
   model = ctx.model(role or STAGES[stage].require_role())
   return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
 def load_sft_by_loss(ctx: Context) -> Params:
-  """SFT weights at the epoch with the best validation loss: what the reward model and its data start from."""
+  """Loads the SFT weights of the epoch with the best validation loss.
+
+  The reward model and its comparisons start from this epoch. They cannot start from the one that `sft_select` chooses,
+  because that choice takes a finished reward model.
+
+  Raises:
+    UserError: they cannot be read.
+  """
   return load_step(ctx, "sft", ctx.require_done("sft").require_step())
 
 
 def judges_average(ctx: Context) -> bool:
-  """Whether evaluation reads RL policies' running average; at a decay of 0 that is the policy, and not kept."""
+  """Whether evaluation judges the running average of an RL policy's weights; with a decay of 0 no average is kept."""
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
 def load(ctx: Context, policy: str) -> Params:
-  """Weights of a policy, or of the larger base, at the step that its stage chose.
+  """Loads the weights of a policy at the step that its stage keeps.
 
-  `sft` is the epoch that the reward model chose, once it has. RL policies come raw or averaged (EMA)
-  as `evaluate.weights` says.
+  For `sft` that is the epoch which the reward model prefers (C.1), once `sft_select` has chosen it. `evaluate.weights`
+  says whether RL policies are averaged (EMA) or raw.
 
   Args:
     ctx: the run.
-    policy: name in `core.stages.POLICIES`, but not `few_shot`.
+    policy: a name in `core.stages.POLICIES`, except `few_shot`, which has no weights of its own.
+  Raises:
+    UserError: the weights cannot be read.
   """
-  # Where policy and reward model share a base, the stage's own role is the policy's.
+  # If policy and reward model share a base, `reward_base` is trained by `pretrain`, whose own role is the policy's; so
+  # the role comes from the policy's name.
   row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).require_role()
   given = ctx.given.get(row.name)
   if given:
@@ -134,6 +163,10 @@ def load(ctx: Context, policy: str) -> Params:
 
 
 def load_reward(ctx: Context) -> Params:
-  """Reward-model weights with the bias that makes demonstrations score 0 on average (C.2)."""
+  """Loads the reward model with the bias that makes demonstrations score 0 on average (C.2).
+
+  Raises:
+    UserError: the weights cannot be read.
+  """
   done = ctx.require_done("rm")
   return heads.shift_bias(load_step(ctx, "rm", done.require_step()), done.result.demonstration_mean)

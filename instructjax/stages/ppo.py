@@ -1,4 +1,4 @@
-"""The stage around ppo.py: weights, data, shardings and the outer loop of `ppo`, `ppo_ptx` and `ppo_beta0`."""
+"""The RL stages `ppo`, `ppo_ptx` and `ppo_beta0`: weights, data, shardings and the outer loop around rl/step.py."""
 
 import dataclasses
 import functools
@@ -31,16 +31,20 @@ _ADVICE = (
 def make_nets(
   config: Config, mesh: Mesh, cfg: PPOConfig, vocab_size: int, eos_id: int
 ) -> ppo_step.Nets:
-  """Networks and optimisers. Clipping is left to the step, which clips each term of the gradient on its own.
+  """The networks and optimisers of an RL stage.
+
+  The optimisers do not clip. The step clips each term of the gradient on its own, so that clipping cannot change the
+  weight of one term against the other.
 
   Args:
-    config: of the run.
+    config: the run's config.
     mesh: its devices.
-    cfg: its PPO block as the stage runs it.
-    vocab_size, eos_id: of the tokenizer.
+    cfg: the PPO settings of the stage, see `lineage.variant`.
+    vocab_size, eos_id: those of the tokenizer.
   Raises:
     UserError: the warmup is as long as the stage.
   """
+  # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
   updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
   unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)  # noqa: E731
   return ppo_step.Nets(
@@ -55,7 +59,7 @@ def make_nets(
 
 
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
-  """Where a PPOState lies: optimisers and average as the weights they belong to."""
+  """The sharding of a PPOState: optimiser states and the average are sharded like the weights that they belong to."""
   replicated = sharding.replicated(mesh)
   policy_shardings, policy_shapes = transformer.param_shardings(mesh, nets.policy)
   value_shardings, value_shapes = transformer.param_shardings(mesh, nets.scalar)
@@ -82,10 +86,14 @@ def initial_state(
   reward_params: Params,
   key: jax.Array,
 ) -> tuple[PPOState, PPOState]:
-  """(PPOState, its shardings) before the first iteration; copies of the weights given."""
+  """Makes the PPOState before the first iteration; returns (state, its shardings).
+
+  The policy starts as `params`, and the value network as the reward model (details item 20).
+  """
   shardings = state_shardings(mesh, nets, cfg)
 
   def create(params, value_params, key):
+    # Copies, because the step donates its state and the originals go on as reference and reward model.
     params, value_params = jax.tree.map(jnp.copy, (params, value_params))
     return ppo_step.create_state(params, value_params, nets, cfg, key)
 
@@ -95,7 +103,10 @@ def initial_state(
 def freeze(
   nets: ppo_step.Nets, shardings: PPOState, ref_params: Params, reward_params: Params
 ) -> ppo_step.Frozen:
-  """The two networks as the step reads them; those given where there is nothing to cast."""
+  """The reference and the reward model as the step reads them: cast once to the dtype that they run in.
+
+  In float32 there is nothing to cast, and the weights are taken as they are, without a copy.
+  """
 
   def frozen(model, params, places):
     if model.execution.dtype == "float32":
@@ -110,6 +121,7 @@ def freeze(
 
 
 def _batches(ctx: Context, cfg: PPOConfig, stage: str):
+  """Batches of {'prompts'} and, for PPO-ptx, of pretraining rows, which are advanced and saved together."""
   seed = ctx.data_seed(stage)
   parts = {
     "prompts": batching.prompt_batches(
@@ -130,15 +142,16 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
 
 
 def _describe(ctx: Context, cfg: PPOConfig):
-  """Callback on an iteration's samples: (extra metrics, rows of the sample table).
+  """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
-  Gold scores exist only where the prompts are the demo's; they steer nothing.
+  If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
   """
   simulation = sources.simulation(ctx.config.data.prompts)
   prompt_length = ctx.config.data.max_prompt_length
 
   def describe(samples: Samples, step: int):
     rollout = samples.rollout
+    # On every process, before all but the first leave: gathering takes part of all.
     token_BL, is_token_BL, score_B, kl_B = sharding.to_host(
       (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B)
     )
@@ -161,7 +174,10 @@ def _describe(ctx: Context, cfg: PPOConfig):
 
 
 def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
-  """(state, step) -> loss on held-out pretraining text of the weights that evaluation judges."""
+  """Makes the evaluation (state, step) -> loss on held-out pretraining text, the alignment tax along the training.
+
+  It reads the weights that the stage `evaluate` will judge, the average or the policy itself.
+  """
   loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh)
   rows = validation_rows(ctx, ctx.config.pretrain.length)
   averaged = policies.judges_average(ctx)
@@ -175,12 +191,12 @@ def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
 def model_flops(
   nets: ppo_step.Nets, cfg: PPOConfig, prompt_length: int, metrics: Mapping[str, float]
 ) -> float:
-  """FLOPs of an iteration by the models' definition: no padding, nothing computed twice.
+  """FLOPs of an iteration by the models' definition: without padding and without anything computed twice.
 
   Args:
-    nets, cfg: of the stage.
+    nets, cfg: networks and settings of the stage.
     prompt_length: columns of a prompt.
-    metrics: of the iteration, which say how long prompts and answers are.
+    metrics: the iteration's metrics, which say how long its prompts and answers are.
   """
   sampled = metrics["tokens"]
   read = sampled + cfg.batch_size * metrics["prompt_length"]
@@ -188,8 +204,10 @@ def model_flops(
   policy = flops.forward(nets.policy, read, columns, sampled)
   scalar = flops.forward(nets.scalar, read, columns)
   text = cfg.batch_size * cfg.ptx_rows * cfg.ptx_length if cfg.gamma > 0 else 0
-  # The rollout, the reference's log-probs and perhaps the policy's own; values and rewards.
+  # Policy's shape: the rollout, the reference's log-probabilities and, if rescored, the policy's own. Scalar: values
+  # and rewards.
   scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + 2 * scalar
+  # A backward pass costs two forward passes, so an update counts three.
   updated = 3 * (policy + scalar + flops.forward(nets.policy, text, cfg.ptx_length))
   return scored + cfg.num_epochs * updated
 
@@ -200,12 +218,22 @@ def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where a warmup is as long as the stage."""
+  """Checks the stage's settings.
+
+  Raises:
+    UserError: a warmup is as long as the stage.
+  """
   _settings(ctx, stage)
 
 
 def run(ctx: Context, stage: str):
-  """Trains one RL policy from `ppo_init`, against the frozen `ppo_init` and `rm`."""
+  """Trains one RL policy. It starts from `ppo_init`, with a frozen `ppo_init` as reference and a frozen `rm` as reward.
+
+  Raises:
+    StageStopped: a metric is not finite, or the KL is above `ppo.max_kl`.
+    UserError: the stage was made with other settings, or files cannot be read or written.
+    Preempted: the run was told to stop.
+  """
   cfg, nets = _settings(ctx, stage)
   run_ = stage_run(
     ctx,
@@ -220,11 +248,15 @@ def run(ctx: Context, stage: str):
     return
   given = {"reference": policies.load(ctx, "ppo_init"), "reward_model": policies.load_reward(ctx)}
   state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), key=ctx.key(stage))
+  # A fingerprint holds how the frozen networks were made; a checkpoint also holds a hash of the weights themselves, so
+  # that a run never resumes against others. Layers are stacked for the hash, so that it is the same on every platform.
+  # done.json does not hold it: a finished stage is then recognised without loading any weights.
   reference = {
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
   }
   frozen = freeze(nets, shardings, *given.values())
+  # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(
     dataclasses.replace(run_, fingerprint={**run_.fingerprint, **reference}, advice=_ADVICE),

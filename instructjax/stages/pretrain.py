@@ -1,4 +1,4 @@
-"""Pretraining on documents: the base model that stands in for GPT-3 when no weights are given."""
+"""Pretrains a base model on documents. It stands in for GPT-3 when the config gives no weights."""
 
 from instructjax.core import results
 from instructjax.core.config import ModelConfig, PretrainConfig
@@ -16,15 +16,25 @@ def _pretrain_config(ctx: Context, stage: str) -> PretrainConfig:
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where the warmup is as long as the stage."""
+  """Checks the stage's settings.
+
+  Raises:
+    UserError: the warmup is as long as the stage.
+  """
   cfg = _pretrain_config(ctx, stage)
   make_optimizer(cfg.optim, cfg.num_steps)
 
 
 def run(ctx: Context, stage: str):
-  """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's).
+  """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's base).
 
-  The base is the step with the lowest held-out loss: little text, read often, is learnt by heart.
+  Later stages start from the step with the lowest held-out loss, not from the last one, because a model that reads a
+  small text many times ends up overfitting it.
+
+  Raises:
+    StageStopped: a metric is not finite.
+    UserError: the stage was made with other settings, or files cannot be read or written.
+    Preempted: the run was told to stop.
   """
   cfg, role = _pretrain_config(ctx, stage), STAGES[stage].require_role()
   model_cfg: ModelConfig = getattr(ctx.config, ROLES[role].block)

@@ -1,4 +1,8 @@
-"""Reward model (sec 3.5, C.2): eq. 1 over all pairs of a prompt's answers, one epoch, demonstrations at mean 0."""
+"""Trains and measures the reward model (sec 3.5, C.2).
+
+The loss is eq. 1 over all pairs of a prompt's ranked answers, for one epoch. A bias then makes the demonstrations score
+0 on average. Accuracy is measured on held-out prompts, on held-out labelers, and by cross-validation over labelers.
+"""
 
 import dataclasses
 import functools
@@ -28,7 +32,7 @@ from instructjax.train.optim import make_optimizer
 
 
 def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
-  """Score of every answer, [B, C]: one forward over all answers, each read at its last token."""
+  """The score of every answer, [B, C], from one forward pass over all answers; each is read at its last token."""
   score_SL = scoring.column_score(model, params, batch.token_SL, batch.segment_SL)
   return score_SL.reshape(-1)[batch.last_BC]
 
@@ -39,7 +43,7 @@ def make_train_step(
   cfg: RMConfig,
   state_shardings: TrainState,
 ) -> Callable:
-  """Jitted (TrainState, RankedBatch) -> (TrainState, metrics)."""
+  """Makes the jitted step (TrainState, RankedBatch) -> (TrainState, metrics)."""
 
   def loss_fn(params, batch):
     score_BC = scores(model, params, batch)
@@ -62,7 +66,11 @@ def make_train_step(
 
 
 def tokenized(ctx: Context, records: list) -> list:
-  """Rankings as token lists; over-long ones are filtered and counted by the data pipeline."""
+  """Rankings as token lists; those that are too long are left out and counted.
+
+  Raises:
+    UserError: a prompt has more ranked answers than `rm.max_responses`, or every ranking is too long.
+  """
   data = ctx.config.data
   rankings, _ = tokenize_rankings(
     records,
@@ -79,7 +87,11 @@ def tokenized(ctx: Context, records: list) -> list:
 
 
 def _batches(ctx: Context, records: list, seed: int) -> batching.Batches:
-  """Batches of `rm.batch_size` prompts; their answers share as many rows as the fullest batch needs, or none."""
+  """Batches of `rm.batch_size` prompts.
+
+  With `rm.row_length`, the answers of a batch share rows: as many as the fullest batch of the whole run needs, so that
+  all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own.
+  """
   cfg, data = ctx.config.rm, ctx.config.data
   rankings = tokenized(ctx, records)
   length = cfg.row_length or data.max_prompt_length + data.max_response_length
@@ -88,7 +100,7 @@ def _batches(ctx: Context, records: list, seed: int) -> batching.Batches:
   if cfg.row_length:
     num_rows = batching.rows_needed(rankings, num_epochs=cfg.num_epochs, **kwargs)
     shards = sharding.num_row_shards(ctx.mesh)
-    num_rows = -(-num_rows // shards) * shards
+    num_rows = -(-num_rows // shards) * shards  # rounded up to what the mesh divides
   rows = num_rows or cfg.batch_size * cfg.max_responses
   return batching.ranking_batches(
     rankings,
@@ -101,32 +113,48 @@ def _batches(ctx: Context, records: list, seed: int) -> batching.Batches:
 
 
 def initial_params(ctx: Context, key: jax.Array) -> Params:
-  """An LM's trunk with a fresh scalar head: the SFT model's (sec 3.5) or the larger base's (C.2)."""
+  """The trunk of a language model under a fresh scalar head.
+
+  By `rm.start_from` the trunk is the SFT model's (sec 3.5) or the larger base's (C.2).
+  """
   from_sft = ctx.config.rm.start_from == "sft"
   trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
   model = ctx.model("reward")
   shardings, shapes = transformer.param_shardings(ctx.mesh, model)
-  # Of a fresh model only the head is made: XLA leaves out what nobody asks for.
+  # Only the head is computed: XLA drops the rest of the fresh model, which is not returned.
   head = jax.jit(lambda k: transformer.init_params(model, k)["head"])(key)
   params = heads.scalar_params_from_lm(trunk, shapes | {"head": head})
   return jax.device_put(params, shardings)
 
 
 def _stage_run(ctx: Context, name: str) -> loop.StageRun:
-  """Of the stage, or of one of its folds, which keep their checkpoints apart."""
+  """The stage_run of `rm` or, under another name, of one of its folds, which has a folder of its own."""
   run_ = stage_run(ctx, "rm", ctx.config.rm, model=ctx.config.reward_model, data=ctx.config.data)
   return dataclasses.replace(run_, name=name, directory=ctx.directory(name))
 
 
 @functools.lru_cache(maxsize=1)
 def _optimizer_and_step(model: transformer.Model, cfg: RMConfig, num_steps: int, mesh: Mesh):
-  """One of each for all folds of a cross-validation: what JAX has traced for one, it runs for the next."""
+  """The optimiser and the step, which all folds of a cross-validation share, so that JAX traces the step only once."""
   tx = make_optimizer(cfg.optim, num_steps)
   return tx, make_train_step(model, tx, cfg, supervised.state_shardings(mesh, model, tx))
 
 
 def train(ctx: Context, name: str, records: list, key: jax.Array) -> tuple[int, Params]:
-  """Trains the stage's reward model, or a fold's, on `records`; returns (final step, params without the bias)."""
+  """Trains a reward model: the stage's own, or that of a fold.
+
+  Args:
+    ctx: the run.
+    name: folder in the workdir: `rm`, or `rm/fold_N`.
+    records: rankings to train on.
+    key: root key of the state and of the fresh head.
+  Returns:
+    (final step, parameters without the bias of C.2).
+  Raises:
+    StageStopped: a metric is not finite.
+    UserError: the folder was made with other settings, or files cannot be read or written.
+    Preempted: the run was told to stop.
+  """
   cfg, model = ctx.config.rm, ctx.model("reward")
   batches = _batches(ctx, records, ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
@@ -149,14 +177,14 @@ def train(ctx: Context, name: str, records: list, key: jax.Array) -> tuple[int, 
 def score_rankings(
   ctx: Context, params: Params, rankings: Sequence[RankingTokens]
 ) -> list[np.ndarray]:
-  """Scores of each ranking's answers, in order."""
+  """The scores of each ranking's answers, in their order."""
   sequences = [item.prompt + response for item in rankings for response in item.responses]
   score_N = answers.score_tokens(ctx, ctx.model("reward"), params, sequences)
   return np.split(score_N, np.cumsum([len(item.responses) for item in rankings])[:-1])
 
 
 def pair_margins(score_K: np.ndarray, rank_K: Sequence[int]) -> np.ndarray:
-  """Score of the preferred answer minus the other's, for each pair that is not a tie."""
+  """The score of the preferred answer minus that of the other, for each pair of answers that is not a tie."""
   return np.array(
     [
       score_K[i] - score_K[j] if rank_K[i] < rank_K[j] else score_K[j] - score_K[i]
@@ -174,11 +202,21 @@ def _calibration(margin_N: np.ndarray) -> results.Calibration:
 
 
 def judge(ctx: Context, params: Params, records: list) -> results.Judgement:
-  """Accuracy over untied pairs with its standard error over prompts, calibration, and the spread of scores."""
+  """Judges a reward model on rankings: accuracy over pairs that are not ties, calibration, and the spread of scores.
+
+  Args:
+    ctx: the run.
+    params: the reward model's parameters, with or without its bias, which no difference of scores depends on.
+    records: held-out rankings.
+  Raises:
+    UserError: the rankings hold nothing but ties, or see `tokenized`.
+    Preempted: the run was told to stop.
+  """
   rankings = tokenized(ctx, records)
   score = score_rankings(ctx, params, rankings)
   margins = [pair_margins(s, item.ranks) for s, item in zip(score, rankings)]
-  # A prompt may be ranked several times: its rankings hang together, so that it counts as one.
+  # The standard error is over prompts: pairs of one prompt share answers, so they are not independent, and neither are
+  # several rankings of one prompt, which count as one here.
   _, which = np.unique([str(item.prompt) for item in rankings], return_inverse=True)
   right = np.bincount(which, [np.sum(m > 0) for m in margins])
   total = np.bincount(which, [len(m) for m in margins])
@@ -187,6 +225,7 @@ def judge(ctx: Context, params: Params, records: list) -> results.Judgement:
       f"{len(records)} held-out rankings hold no pair that is not a tie; add rankings with an order"
     )
   accuracy = right.sum() / total.sum()
+  # Accuracy is a ratio of two sums over prompts; this is the ratio's standard error by the delta method.
   stderr = np.sqrt(np.sum((right - accuracy * total) ** 2)) / total.sum()
   return results.Judgement(
     accuracy=float(accuracy),
@@ -199,18 +238,22 @@ def judge(ctx: Context, params: Params, records: list) -> results.Judgement:
 
 
 def demonstration_mean(ctx: Context, params: Params) -> float:
-  """Mean score of labelers' demonstrations, which the bias subtracts (C.2)."""
+  """The mean score of the labelers' demonstrations, which the bias takes away (C.2).
+
+  Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
+  """
   kept = ctx.data.demonstration_tokens("train")
+  # With EOS, as the reward model sees complete answers.
   ended = [item.response + [ctx.tokenizer.eos_id] for item in kept]
   demonstrations = answers.from_tokens(ctx, [item.prompt for item in kept], ended)
   return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
 
 
 def fold_labelers(ctx: Context) -> list[set[str]]:
-  """The labelers of each fold of the cross-validation; [] when it is off.
+  """Splits the labelers into the folds of the cross-validation; [] if it is off.
 
   Raises:
-    UserError: too few labelers are named, or nobody of a fold ranked a held-out prompt.
+    UserError: the comparisons name too few labelers, or no labeler of a fold ranked a held-out prompt.
   """
   folds = ctx.config.rm.cross_validation_folds
   if not folds:
@@ -223,7 +266,7 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
     }
     for split in ("train", "validation")
   ]
-  labelers = sorted(named[0])
+  labelers = sorted(named[0])  # sets have no order, and a resumed run must find the same folds
   result = [set(labelers[fold::folds]) for fold in range(folds)]
   if not all(outside & named[1] for outside in result):
     raise UserError(
@@ -234,7 +277,15 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
 
 
 def cross_validate(ctx: Context) -> tuple[results.Fold, ...]:
-  """Trains on all but one fold of labelers, and judges on that fold and on the others' held-out prompts (sec 4.1)."""
+  """Measures how well the reward model predicts labelers whom it never saw (sec 4.1).
+
+  For each fold of labelers a reward model is trained on the rankings of all others. It is then judged on held-out
+  prompts, once as ranked by the fold and once as ranked by the others: the difference is due to the labelers.
+
+  Raises:
+    UserError: see `fold_labelers` and `train`.
+    Preempted: the run was told to stop.
+  """
   cfg = ctx.config.rm
   train_records, held_out = (
     ctx.data.records("comparisons", split) for split in ("train", "validation")
@@ -254,13 +305,25 @@ def cross_validate(ctx: Context) -> tuple[results.Fold, ...]:
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where labelers cannot be split into folds. Those who are simulated rank later."""
+  """Checks that the labelers can be split into folds.
+
+  Raises:
+    UserError: they cannot.
+  """
+  # Comparisons of simulated labelers are collected only later in the run.
   if not lineage.collects(ctx.config):
     fold_labelers(ctx)
 
 
 def run(ctx: Context, stage: str):
-  """Trains `rm`, sets its bias and measures it on held-out prompts and on held-out labelers."""
+  """Trains `rm`, finds its bias, and measures it on held-out prompts and held-out labelers.
+
+  Raises:
+    StageStopped: a metric is not finite.
+    UserError: the stage was made with other settings, the held-out rankings are all ties, or files cannot be read or
+      written.
+    Preempted: the run was told to stop.
+  """
   run_ = _stage_run(ctx, stage)
   if is_finished(run_):
     return

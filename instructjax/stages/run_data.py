@@ -1,4 +1,4 @@
-"""A run's records and token lists, each read when it is first asked for and kept for the stages that follow."""
+"""A run's records and token lists: each is read when a stage first asks for it, and kept for later stages."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from instructjax.stages import lineage
 
 
 class RunData:
-  """What the config's sources hold, in this run's tokens.
+  """Records from the config's sources, and their tokens.
 
   Args:
-    config: names the sources, and the seed of their order.
-    workdir: of the run, where collected comparisons are.
-    tokenizer: of the run.
+    config: names the sources, and the seed that splits and orders them.
+    workdir: the run's folder, which holds collected comparisons.
+    tokenizer: the run's tokenizer.
   """
 
   def __init__(self, config: Config, workdir: pathlib.Path, tokenizer: Tokenizer):
@@ -29,10 +29,13 @@ class RunData:
     return self._kept[key]
 
   def records(self, kind: str, split: sources.Split) -> list:
-    """Records of `kind` from the source that the config names, or the comparisons that were collected.
+    """The records of a kind from the config's source, or the comparisons that this run has collected.
 
+    Args:
+      kind: 'documents', 'prompts', 'demonstrations' or 'comparisons'.
+      split: 'train', 'validation' or 'test'; also 'heldout' for collected comparisons.
     Raises:
-      UserError: they cannot be read, or a record is bad.
+      UserError: the source cannot be read, or a record is bad.
     """
     return self._once((kind, split), lambda: self._read(kind, split))
 
@@ -40,6 +43,7 @@ class RunData:
     data = self._config.data
     spec = getattr(data, kind)
     if kind == "comparisons" and lineage.collects(self._config):
+      # The stage `collect` wrote one file for each split, so that nothing is left to split here.
       spec, split = f"jsonl:{self._workdir / 'collect' / split}.jsonl", "all"
     records = sources.load(
       spec,
@@ -52,14 +56,22 @@ class RunData:
     return sources.render(records, self._tokenizer.render_chat, on_bad_record=data.on_bad_record)
 
   def document_tokens(self, split: sources.Split) -> list[list[int]]:
-    """Token lists of the documents, each after the BOS token where the model is given one."""
+    """Token lists of the documents, each begun with BOS if the tokenizer has one.
+
+    Raises:
+      UserError: see `records`.
+    """
     tokenizer = self._tokenizer
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     encode = lambda: [bos + tokenizer.encode(r.text) for r in self.records("documents", split)]
     return self._once(("document tokens", split), encode)
 
   def prompt_tokens(self, split: sources.Split) -> list[list[int]]:
-    """Token lists of the prompts that fit max_prompt_length, as in App. C (longer ones are filtered, counted)."""
+    """Token lists of the prompts; those longer than max_prompt_length are left out and counted, as in App. C.
+
+    Raises:
+      UserError: see `records`; or no prompt is short enough.
+    """
 
     def encode():
       limit = self._config.data.max_prompt_length
@@ -69,7 +81,11 @@ class RunData:
     return self._once(("prompt tokens", split), encode)
 
   def demonstration_tokens(self, split: sources.Split) -> list:
-    """Prompts and responses of the demonstrations as token lists; over-long ones are filtered and counted."""
+    """Prompts and responses of the demonstrations as token lists; those that are too long are left out and counted.
+
+    Raises:
+      UserError: see `records`; or no demonstration is short enough.
+    """
 
     def encode():
       data = self._config.data

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the SFT baseline (C.1) and, with a pretraining mix, PPO's initialisation (C.3)."""
+"""Supervised fine-tuning on demonstrations: the SFT baseline (C.1) and, with a pretraining mix, PPO's start (C.3)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,9 +24,14 @@ def _sft_config(ctx: Context, stage: str) -> SFTConfig:
 
 
 def _batches(ctx: Context, cfg: SFTConfig, stage: str):
-  """Batches of demonstrations; with a pretraining mix, of {'demonstrations', 'pretrain'} rows."""
+  """(batches of {'demonstrations'} rows, and of 'pretrain' rows if the config mixes text in; steps in an epoch).
+
+  An epoch is one pass over the demonstrations, however much text is mixed in.
+  """
   mix_rows = round(cfg.pretrain_mix * cfg.batch_size)
-  first_mixed = cfg.batch_size - mix_rows  # demonstrations, then text: see _join_rows
+  # A global batch has the demonstrations first and the text after them, so a place below `first_mixed` is one of a
+  # demonstration. Each process draws only its own places of both; `_join_rows` keeps this order.
+  first_mixed = cfg.batch_size - mix_rows
   places = ctx.own_rows(cfg.batch_size)
   common = dict(length=cfg.length, seed=ctx.data_seed(stage))
   demonstrations = batching.sft_batches(
@@ -46,11 +51,12 @@ def _batches(ctx: Context, cfg: SFTConfig, stage: str):
 
 
 def _join_rows(batch: dict) -> Any:
-  """One batch of rows from the demonstrations' and the pretraining text's."""
+  """Puts the rows of demonstrations and of pretraining text into one batch."""
   return jax.tree.map(lambda *rows: np.concatenate(rows), *batch.values())
 
 
 def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
+  """Makes the evaluation (state, step) -> losses on held-out demonstrations and on held-out pretraining text."""
   batches = batching.sft_batches(
     ctx.data.demonstration_tokens("validation"),
     length=cfg.length,
@@ -60,6 +66,7 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
     eos_id=ctx.tokenizer.eos_id,
     places=ctx.own_rows(cfg.batch_size),
   )
+  # Drawn once and kept, so that every evaluation sees the same rows.
   demonstrations = [next(batches) for _ in range(batches.steps_per_epoch)]
   text = validation_rows(ctx, cfg.length)
   return lambda state, step: {
@@ -69,14 +76,26 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where no demonstration fits, or the warmup is as long as the stage."""
+  """Checks the stage's data and settings.
+
+  Raises:
+    UserError: no demonstration is short enough, or the warmup is as long as the stage.
+  """
   cfg = _sft_config(ctx, stage)
   _, steps_per_epoch = _batches(ctx, cfg, stage)
   make_optimizer(cfg.optim, cfg.num_epochs * steps_per_epoch)
 
 
 def run(ctx: Context, stage: str):
-  """Trains `sft` or `ppo_init` from the base; keeps one checkpoint an epoch and marks the best by validation loss."""
+  """Trains `sft` or `ppo_init` from the base, and keeps one checkpoint per epoch.
+
+  Later stages start from the epoch with the best validation loss (`sft`) or from the last one (`ppo_init`).
+
+  Raises:
+    StageStopped: a metric is not finite.
+    UserError: the stage was made with other settings, or files cannot be read or written.
+    Preempted: the run was told to stop.
+  """
   cfg = _sft_config(ctx, stage)
   step_run = stage_run(ctx, stage, cfg, model=ctx.config.model, data=ctx.config.data)
   if is_finished(step_run):
@@ -102,6 +121,7 @@ def run(ctx: Context, stage: str):
     flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss", "validation/pretrain_loss"),
   )
+  # From the file, which also has the epochs that ended before this run was resumed.
   history = {
     row["step"]: row for row in metrics.read_metrics(step_run.directory) if "validation/loss" in row
   }
@@ -113,7 +133,8 @@ def run(ctx: Context, stage: str):
     )
     for step in epoch_ends
   )
-  # ppo_init is the end of its run (C.3); the SFT baseline is the best epoch.
+  # PPO starts from the end of ppo_init's training (C.3). The SFT baseline is its best epoch; by loss for now, until the
+  # reward model has scored the epochs (see sft_select.py).
   is_best = STAGES[stage].keeps == "best"
   kept = min(epochs, key=lambda epoch: epoch.validation_loss) if is_best else epochs[-1]
   result = results.Tuned(epochs)

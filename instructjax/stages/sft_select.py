@@ -1,4 +1,8 @@
-"""Which SFT epoch is the baseline: the one whose answers the reward model likes best (C.1)."""
+"""Chooses the SFT epoch that serves as baseline: the one whose answers the reward model scores highest (C.1).
+
+It is a stage of its own because it needs a reward model, and the reward model needs SFT: for its comparisons and, by
+`rm.start_from`, its weights. So SFT first chooses an epoch by validation loss, and this stage chooses once more.
+"""
 
 from instructjax.core import results
 from instructjax.stages import answers, policies
@@ -6,16 +10,27 @@ from instructjax.stages.context import Context, finish, stage_run
 
 
 def check(ctx: Context, stage: str):
-  """Raises UserError where no validation prompt fits, so that there is nothing to choose by."""
+  """Checks that there are validation prompts to choose by.
+
+  Raises:
+    UserError: no validation prompt is short enough.
+  """
   ctx.data.prompt_tokens("validation")
 
 
 def run(ctx: Context, stage: str):
-  """Chooses the SFT epoch by reward-model score on validation prompts, a better guide than the loss (C.1)."""
+  """Scores each SFT epoch's answers to validation prompts, and chooses the epoch with the highest mean.
+
+  C.1 found the reward model's score to be a better guide than the validation loss.
+
+  Raises:
+    UserError: the weights of an epoch cannot be read.
+    Preempted: the run was told to stop.
+  """
   cfg = ctx.config.evaluate
   run_ = stage_run(ctx, stage, [cfg.num_prompts, cfg.temperature])
   done = ctx.done(stage)
-  # No training starts from here: with other settings it is chosen anew.
+  # No training starts from this choice. So if the settings have changed, it is made anew, not refused.
   if done and done.fingerprint == run_.fingerprint:
     return
   model, reward_model = ctx.model("policy"), ctx.model("reward")
@@ -24,6 +39,7 @@ def run(ctx: Context, stage: str):
   epochs = []
   for epoch in ctx.require_done("sft").result.epochs:
     params = policies.load_step(ctx, "sft", epoch.step)
+    # One key for all epochs: they differ by their weights alone.
     sampled = answers.sample(
       ctx, model, params, prompts, ctx.key(stage), temperature=cfg.temperature
     )

@@ -1,4 +1,4 @@
-"""Rows of pretraining text: bases are trained on them, SFT and PPO-ptx mix them in, held-out ones measure loss."""
+"""Packed rows of pretraining text: bases train on them, SFT and PPO-ptx mix them in, and held-out rows measure loss."""
 
 import itertools
 
@@ -16,7 +16,19 @@ def document_batches(
   seed: int,
   places: batching.Places | None = None,
 ) -> batching.Batches:
-  """Packed rows of pretraining text; `places` in a global batch, where they are not its only rows."""
+  """Batches of packed rows of pretraining text.
+
+  Args:
+    ctx: the run.
+    split: 'train' or 'validation'.
+    length: tokens in a row.
+    batch_size: rows in a global batch.
+    seed: orders the rows.
+    places: the rows that this process draws; None for its share of the batch. To be given if these rows are only a part
+      of a larger batch.
+  Raises:
+    UserError: the documents cannot be read, or the batch does not divide over the mesh.
+  """
   return batching.lm_batches(
     ctx.data.document_tokens(split),
     length=length,
@@ -29,7 +41,11 @@ def document_batches(
 
 
 def validation_rows(ctx: Context, length: int) -> list:
-  """The same held-out rows of pretraining text for every stage that reports a pretraining loss."""
+  """Held-out rows of pretraining text, the same for every stage, so that their pretraining losses compare.
+
+  Raises:
+    UserError: the documents cannot be read.
+  """
   batch_size = ctx.config.pretrain.batch_size
   batches = document_batches(ctx, "validation", length=length, batch_size=batch_size, seed=0)
   return list(

@@ -1,15 +1,18 @@
-"""Saving, finding and restoring training state, and the small files beside it.
+"""Saves, finds and restores training state.
 
-Called by `loop` (save and resume), by the stages (weights of an earlier stage, `done.json`) and by
-`main` (the lock of the workdir). A checkpoint holds the whole state, the position in the data and
-what the run was made with; orbax writes it in the background and renames it into place when it is
-complete. Knows nothing of models or stages.
+Called by `loop` (save and resume), by `weights` (weights of a finished stage), and by the stages `pretrain` (the best
+step) and `ppo` (the hash of its frozen networks). Knows nothing of models or stages.
 
-On disk layers are always stacked on a leading axis, however the model runs them (stacking.py). Where they are scanned,
-as on accelerators, the state is so already and is written as it lies. Where they are a list, on a CPU, the stack is
-also the copy that a save needs anyway while the next step overwrites the state: orbax's own would take as much memory
-(24 layers of 16 MiB: 393 MiB above the state either way, 0.5 s more for a save). The other form would cost an
-accelerator a second state beside the one it trains, and 96 times as many arrays to write.
+A checkpoint holds the whole state, the position in the data, and what the run was made with. Orbax writes it in the
+background and renames it into place when it is complete, so a checkpoint under its final name is a whole one.
+
+On disk, layers are always stacked on a leading axis, however the model runs them (see stacking.py), so that a run can
+go on with another setting of `execution.layers`. Accelerators scan the layers: their state is stacked already and is
+written as it is. On a CPU the layers are a list, and a save stacks them first. That stack also serves as the copy which
+any save needs, because the next step overwrites the state while the disk is written. It takes no more memory than
+orbax's own copy but more time (24 layers of 16 MiB on a CPU: peak memory 392 to 394 MiB above the state either way; a
+call of `save` took 0.06 to 0.13 s with orbax's copy and takes 0.55 to 1.3 s with the stack). Storing lists instead
+would cost an accelerator a second state beside the one it trains, and a model of 96 layers 96 times as many arrays.
 """
 
 import contextlib
@@ -31,20 +34,31 @@ from instructjax.parallel import sharding, stacking
 from instructjax.train import finished, reading
 
 _FOLDER = "checkpoints"  # inside the directory of a stage
-_PARTS = 64  # that a weight is gathered in to be hashed
+_PARTS = 64  # most parts in which a weight is gathered to be hashed
 
 
 class _Manager(ocp.CheckpointManager):
   def reached_preemption(self, step: int) -> bool:
-    """Never: `distributed` sees to SIGTERM, and asks JAX under numbers of its own. Orbax's would confuse the two."""
+    """Always False, because `distributed` handles SIGTERM.
+
+    All processes agree through JAX on the number of the call at which they stop, and only one caller may number these
+    calls. `distributed` counts them; orbax would ask with its own step numbers in between.
+    """
     del step
     return False
 
 
 class Checkpoints:
-  """The checkpoints of one stage. A context manager: leaving it waits for the disk.
+  """The checkpoints of one stage; a context manager, which waits for the disk when it is left.
 
-  Keeps the `keep` newest, all of `keep_steps`, and the one with the lowest `best_metric`.
+  Args:
+    directory: the stage's folder; the checkpoints lie in its subfolder `checkpoints`.
+    keep: how many of the newest checkpoints stay.
+    keep_steps: steps whose checkpoints are never deleted.
+    best_metric: name of a saved metric; the checkpoint with the lowest value of it is never deleted.
+  Raises:
+    UserError: on entering, if the folder cannot be made or the metadata of a checkpoint cannot be read; on leaving, if
+      a checkpoint could not be written.
   """
 
   def __init__(
@@ -72,9 +86,10 @@ class Checkpoints:
       multihost_utils.sync_global_devices("half-written checkpoints cleared")
       options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False)
       self._manager = stack.enter_context(_Manager(self._folder, options=options))
+      # A resumed run must still know which earlier step was best, or it would delete that checkpoint.
       for step in self._manager.all_steps():
         self._note_metric(step, read_meta(self._folder.parent, step)["metrics"])
-      self._open = stack.pop_all()
+      self._open = stack.pop_all()  # nothing failed: __exit__ closes what was opened here
     return self
 
   def __exit__(self, kind, error, traceback):
@@ -82,15 +97,16 @@ class Checkpoints:
       try:
         self.wait()
       except UserError:
-        if error is None:  # an error under way says more than a save that failed in its wake
+        # If another error ends the block, that one is raised: it explains more than the failed save.
+        if error is None:
           raise
 
   def latest_step(self) -> int | None:
-    """Newest complete checkpoint, None when there is none."""
+    """The step of the newest complete checkpoint, or None if there is none."""
     return self._manager.latest_step()
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    """orbax's PreservationPolicy: which of `checkpoints`, oldest first, stay."""
+    """Tells orbax which of `checkpoints` (oldest first) to keep; this method makes the class a PreservationPolicy."""
     del context
     steps = [info.step for info in checkpoints]
     kept = set(steps[-self._keep :]) | self._keep_steps
@@ -108,17 +124,19 @@ class Checkpoints:
     fingerprint: Mapping[str, str],
     changeable: Mapping[str, Mapping[str, Any]],
   ):
-    """Copies the state to the host and returns; the disk is written in the background.
+    """Copies the state and returns; the disk is written in the background.
 
     Args:
-      step: steps done.
+      step: number of steps done.
       state: pytree of arrays; may be donated as soon as this returns.
       data: position in the data, JSON-serialisable, the same in every process.
-      metrics: numbers kept with the checkpoint, `best_metric` among them where it is known.
-      fingerprint: what a run that resumes from here must match, part -> hash.
-      changeable: what it need not, as `loop.StageRun` has it.
+      metrics: numbers kept with the checkpoint; `best_metric` is among them at steps that were evaluated.
+      fingerprint: settings that a run which resumes from here must match, see `loop.StageRun`.
+      changeable: settings that such a run may change, see `loop.StageRun`.
+    Raises:
+      UserError: the previous checkpoint could not be written, or this one does not fit on the disk.
     """
-    self.wait()
+    self.wait()  # orbax reports a failed write here, and `_saving` still names the step that failed
     self._require_space(step, state)
     self._note_metric(step, metrics)
     meta = {
@@ -139,25 +157,29 @@ class Checkpoints:
       )
 
   def wait(self):
-    """Returns when what was saved is on disk; raises UserError when it could not be written."""
+    """Waits until the last checkpoint is on disk.
+
+    Raises:
+      UserError: it could not be written.
+    """
     with writing(self._folder / str(self._saving)):
       self._manager.wait_until_finished()
 
   def restore(self, step: int, state: Any, fingerprint: Mapping[str, str]) -> tuple[Any, Any]:
-    """The state and the data position saved at `step`, bit for bit.
+    """Reads the state and the position in the data as they were saved at `step`, bit for bit.
 
     Args:
-      step: a complete checkpoint.
-      state: freshly made state: its structure, shapes and shardings are what is restored. Its
-        buffers are released first, so that a state that barely fits can be resumed.
-      fingerprint: must equal what the checkpoint was saved with.
+      step: step of a complete checkpoint.
+      state: a freshly made state, whose structure, shapes and shardings the restored one gets. Its buffers are
+        released first, so that a state which barely fits into memory can be resumed.
+      fingerprint: this run's; it must equal the saved one.
     Returns:
-      (state, data).
+      (state, position in the data).
     Raises:
-      UserError: another fingerprint.
-      UserError: the files cannot be read.
+      UserError: the fingerprints differ, or the files cannot be read.
     """
     directory = self._folder.parent
+    # First of all: a run with other settings is refused before its state is released.
     finished.require_same_run(directory, read_meta(directory, step)["fingerprint"], fingerprint)
     path = self._folder / str(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -168,7 +190,7 @@ class Checkpoints:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(saved), data=ocp.args.JsonRestore())
     restored = reading.read(path, lambda: self._manager.restore(step, args=args))
     data = restored["data"]
-    # Older checkpoints hold the position once a process, each time the same.
+    # Older checkpoints hold one copy of the position per process, all of them equal.
     position = data["position"] if "position" in data else data["processes"][0]
     return _laid_as(abstract, restored["state"]), position
 
@@ -177,7 +199,7 @@ class Checkpoints:
       self._metric[step] = metrics[self._best_metric]
 
   def _require_space(self, step: int, state: Any):
-    """Finds a full disk beforehand: found while writing, orbax prints hundreds of lines."""
+    """Raises UserError if the disk is too full. Orbax would find out while writing, and print hundreds of lines."""
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(self._folder).free
     if needed > free:
@@ -188,7 +210,7 @@ class Checkpoints:
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
-  """Steps of the complete checkpoints of a stage, ascending."""
+  """The steps of a stage's complete checkpoints, ascending."""
   folder = pathlib.Path(directory) / _FOLDER
   if not folder.is_dir():
     return []
@@ -198,13 +220,21 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def read_meta(directory: pathlib.Path, step: int) -> dict:
-  """{'step', 'metrics', 'fingerprint', 'changeable'} of a saved step."""
+  """Reads what was saved beside the state of a step: {'step', 'metrics', 'fingerprint', 'changeable'}.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
   path = pathlib.Path(directory) / _FOLDER / str(step)
   return reading.read(path, lambda: json.loads((path / "meta" / "metadata").read_text()))
 
 
 def best_step(directory: pathlib.Path, metric: str) -> tuple[int, float]:
-  """The step whose saved `metric` is lowest, the earliest of equals, and that value."""
+  """The saved step with the lowest `metric` (the earliest of equal ones), and its value.
+
+  Raises:
+    UserError: no checkpoint was saved with this metric, or one cannot be read.
+  """
   value = {
     step: read_meta(directory, step)["metrics"].get(metric) for step in saved_steps(directory)
   }
@@ -216,17 +246,18 @@ def best_step(directory: pathlib.Path, metric: str) -> tuple[int, float]:
 
 
 def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
-  """Restores only the named part of a saved state: {'params': ...} out of a PPO state, say.
+  """Restores a part of a saved state, for example only {'params': ...} of a PPO state.
 
   Args:
-    directory: directory of a stage (the one with `checkpoints/` in it).
-    abstract: the state's structure cut down to what is wanted, of arrays or of ShapeDtypeStruct
-      (with a sharding). Fields of a dataclass are named as keys of a dict. Another dtype converts.
-    step: None for the newest.
+    directory: folder of a stage (the one with `checkpoints/` in it).
+    abstract: the state's structure, cut down to the part that is wanted, with arrays or ShapeDtypeStructs (with a
+      sharding) as leaves. A dict stands for a dataclass, its keys for the fields. Arrays are converted to the dtypes
+      given here.
+    step: None for the newest checkpoint.
   Returns:
     A tree like `abstract`.
   Raises:
-    UserError: no such checkpoint, unreadable, or not of these names and shapes.
+    UserError: there is no such checkpoint, it cannot be read, or it holds other names or shapes.
   """
   steps = saved_steps(directory)
   if not steps or (step is not None and step not in steps):
@@ -236,7 +267,7 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
   saved = _saved_shapes(path)
   abstract = stacking.relay(wanted, stacking.stacked_shapes)
-  # A partial restore would pass over both mistakes in silence.
+  # Orbax's partial restore reports neither a missing name nor a wrong shape.
   for name, shape in _shapes(abstract).items():
     if saved.get(name) != shape:
       found = f"has shape {saved[name]}" if name in saved else "is missing"
@@ -254,12 +285,16 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
 def load_params(
   directory: pathlib.Path, abstract_params: Any, step: int | None = None, name: str = "params"
 ) -> Any:
-  """Restores one field of a saved state: `params`, `ema_params`, `value_params`."""
+  """Restores one field of a saved state: `params`, `ema_params` or `value_params`.
+
+  Raises:
+    UserError: see `load_state_item`.
+  """
   return load_state_item(directory, {name: abstract_params}, step)[name]
 
 
 def tree_fingerprint(tree: Any) -> str:
-  """sha256 of names, shapes, dtypes and bytes of a pytree, the same however it is sharded."""
+  """sha256 of a pytree's names, shapes, dtypes and bytes; it does not depend on the sharding."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
@@ -270,8 +305,9 @@ def tree_fingerprint(tree: Any) -> str:
 
 
 def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
-  """A leaf on the host, in parts of its first dimension where processes share it: gathered whole, a large model's
-  stacked layers would have to fit into each device.
+  """A leaf's values on the host. An array that is spread over processes comes in parts along its first dimension.
+
+  Gathering goes through the devices, and a large model's stacked layers do not fit into one whole.
   """
   if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.ndim < 2:
     yield sharding.to_host(leaf)
@@ -283,6 +319,7 @@ def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
 
 
 def _is_complete(path: pathlib.Path) -> bool:
+  # Orbax renames a checkpoint when it is complete, but a folder that somebody copied may lack files.
   return all(
     (path / part).is_file() for part in ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
   )
@@ -292,9 +329,8 @@ def _clear_half_written(folder: pathlib.Path):
   for path in folder.iterdir():
     if ".orbax-checkpoint-tmp" in path.name:
       shutil.rmtree(path, ignore_errors=True)
-    elif path.name.isdigit() and not _is_complete(
-      path
-    ):  # a copy that broke off, say: not ours to delete
+    elif path.name.isdigit() and not _is_complete(path):
+      # Not orbax's own leftovers, but perhaps a user's broken copy: it is put aside, not deleted.
       path.rename(path.with_name(f"{path.name}.incomplete"))
 
 
@@ -308,7 +344,7 @@ def _checkpointer() -> Generator[ocp.Checkpointer, None, None]:
 
 
 def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of what a checkpoint's folder holds."""
+  """Name -> shape of each array in a checkpoint's folder."""
   with _checkpointer() as checkpointer:
 
     def tree() -> Any:
@@ -321,7 +357,7 @@ def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def _laid_as(wanted: Any, restored: Any) -> Any:
-  """The restored tree with layers as `wanted` has them: as they are on disk, or a list."""
+  """The restored tree with its layers laid out as in `wanted`: stacked, as on disk, or as a list."""
   if jax.tree.structure(restored) == jax.tree.structure(wanted):
     return restored
   return stacking.relay(restored, stacking.unstack_each)

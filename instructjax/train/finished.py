@@ -1,6 +1,6 @@
-"""What a finished stage leaves: its done.json, and the check that it was made with the same settings.
+"""done.json marks a stage as finished and holds its result; also the check of settings, and the lock of a workdir.
 
-Called by the stages, by weights.py and by what comes after training. Also holds the lock of a workdir.
+Called by the stages, by checkpoint.py and weights.py, by serve/ and by main (the lock).
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
 from instructjax.train import reading
 
-TOKENIZER = "tokenizer"  # no stage, but a folder of the workdir that is finished or not
+TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too
 _DONE = "done.json"
 _LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-  """What done.json says.
+  """The content of done.json.
 
   Attributes:
     stage: name in `core.stages.STAGES`, or TOKENIZER.
-    fingerprint: part -> hash, or a config block as JSON: what the stage was made with.
-    step: of the checkpoint that later stages start from; None for a stage without checkpoints.
-    result: the stage's own record, of the type that the table of stages gives it.
-    provenance: which code, command, data and machine made it; None for the tokenizer.
+    fingerprint: everything that the stage was made with: name -> hash, or a config block as JSON.
+    step: step of the checkpoint that later stages start from; None for a stage without checkpoints.
+    result: what the stage measured, of the type that the table of stages names.
+    provenance: the code, command, data and machine that made the stage; None for the tokenizer.
   """
 
   stage: str
@@ -49,7 +49,10 @@ class Done:
 
   @property
   def identity(self) -> str:
-    """What a stage that starts from this one remembers of it."""
+    """Hash of the fingerprint, which stages that start from this one keep in their own fingerprints.
+
+    A fingerprint holds its parents' identities, so a change far up the line shows in every later stage.
+    """
     return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
   def require_step(self) -> int:
@@ -66,7 +69,7 @@ class Done:
 
 
 def write_done(directory: pathlib.Path, done: Done):
-  """Marks a stage as finished, with its result; the file is whole or absent."""
+  """Marks a stage as finished. The file is renamed into place, so that it is either whole or absent."""
   if jax.process_index() != 0:
     return
   path = pathlib.Path(directory) / _DONE
@@ -77,11 +80,11 @@ def write_done(directory: pathlib.Path, done: Done):
 
 
 def read_done(directory: pathlib.Path) -> Done | None:
-  """What a finished stage left, None when it is not finished.
+  """Reads a stage's done.json; None if the stage is not finished.
 
   Raises:
-    UserError: the file is damaged, or was not written by this version: a key is unknown or missing, or a value is of
-      another type.
+    UserError: the file is damaged, or another version wrote it: a key is unknown or missing, or a value has another
+      type.
   """
   path = pathlib.Path(directory) / _DONE
   if not path.is_file():
@@ -113,7 +116,7 @@ def require_done(directory: pathlib.Path) -> Done:
 
 
 def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]:
-  """The values by name, each as its type; ValueError where they are not exactly those of the hints."""
+  """Converts each value to its type; ValueError unless the keys are exactly those of the hints."""
   if not isinstance(values, dict):
     raise ValueError(f"{where.rstrip('.')} is no object")
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
@@ -124,7 +127,7 @@ def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-  """A JSON value as a dataclass, tuple, dict, optional or plain type; ValueError where it is none."""
+  """Converts a JSON value to a dataclass, tuple, dict, optional or plain type; ValueError if it does not fit."""
   origin, inner = typing.get_origin(hint), typing.get_args(hint)
   if dataclasses.is_dataclass(hint):
     return hint(**_fields(typing.get_type_hints(hint), value, f"{where}."))
@@ -134,7 +137,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     return tuple(_typed(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
   if origin in (dict, Mapping) and isinstance(value, dict):
     return {name: _typed(inner[1], item, f"{where}.{name}") for name, item in value.items()}
-  if hint is float and type(value) is int:
+  if hint is float and type(value) is int:  # JSON may spell 1.0 as 1
     return float(value)
   if type(value) is not hint:
     raise ValueError(f"{where}={value!r} is not of type {hint}")
@@ -143,12 +146,19 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: pathlib.Path) -> Generator[None, None, None]:
-  """Holds the workdir for this run: two would overwrite each other. A dying run frees it."""
+  """Holds the workdir for this run, because two runs would overwrite each other's files.
+
+  The operating system frees the lock when the process ends, however it ends.
+
+  Raises:
+    UserError: another run holds it.
+  """
   if jax.process_index() != 0:
     yield
     return
   path = pathlib.Path(workdir) / _LOCK
   path.parent.mkdir(parents=True, exist_ok=True)
+  # Not "w", which would erase the holder's name before the lock is tried.
   with open(path, "a+") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,14 +175,13 @@ def workdir_lock(workdir: pathlib.Path) -> Generator[None, None, None]:
 
 
 def require_same_run(directory: pathlib.Path, saved: Mapping[str, str], current: Mapping[str, str]):
-  """Refuses to go on from, or to reuse, what was made with something else.
+  """Refuses to resume or reuse a stage that was made with other settings.
 
   Args:
-    directory: of the stage.
-    saved, current: part -> hash, or a config block as JSON.
-
+    directory: the stage's folder, for the message.
+    saved, current: fingerprints: name -> hash, or a config block as JSON.
   Raises:
-    UserError: naming the first part that differs, and in a config block the fields.
+    UserError: they differ; it names the first part that does and, in a config block, the fields.
   """
   for part in sorted(saved.keys() | current.keys()):
     old, new = (parts.get(part, "none") for parts in (saved, current))
@@ -184,7 +193,7 @@ def require_same_run(directory: pathlib.Path, saved: Mapping[str, str], current:
 
 
 def _difference(old: str, new: str) -> str:
-  """`field: old there, new here` of two config blocks as JSON; of hashes their first digits."""
+  """Words for what differs: `field: old there, new here` for config blocks, the first digits for hashes."""
   try:
     before, after = json.loads(old), json.loads(new)
   except ValueError:

@@ -1,8 +1,10 @@
-"""THE outer loop: every stage is `fit` with its own step function and batches.
+"""The outer loop of training, which all training stages share: each calls `fit` with its own step and batches.
 
-Called by the stages. Restores, draws batches, runs the step, watches the metrics, evaluates, saves.
-Knows nothing of models or losses. Resume is bit-exact because all that a step changes is in the
-state or in the position in the data, and both are in the checkpoint.
+It restores the newest checkpoint, draws batches, runs the step, checks the metrics, evaluates and saves. Called by the
+stages; knows nothing of models or losses.
+
+A resumed run ends with the same numbers, bit for bit. Everything that a step changes is either in the state or in the
+position in the data, and a checkpoint holds both.
 """
 
 import dataclasses
@@ -27,19 +29,21 @@ from instructjax.train.profiling import StepProfile, traced_steps
 
 @dataclasses.dataclass(frozen=True)
 class StageRun:
-  """One stage of one run.
+  """How one stage of one run is named, stored and logged.
 
   Attributes:
     name: shown in the terminal.
-    directory: holds checkpoints/, metrics.jsonl and, when finished, done.json; profile/ where steps are traced.
-    checkpoint, log: cadence.
-    profile: which steps are traced.
-    fingerprint: part -> hash, or config block as JSON, of all that a resumed run must match: config, tokenizer,
-      reference, reward model.
-    changeable: what it need not match, 'rounding' and 'same numbers' -> setting -> value: those that move numbers
-      by rounding only, and those that do not touch them. Saved with the state, to say what has changed.
+    directory: holds checkpoints/ and metrics.jsonl, done.json once the stage is finished, and profile/ if steps are
+      traced.
+    checkpoint, log: how often to save and to log.
+    profile: which steps to trace.
+    fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
+      the stage's config blocks, the tokenizer, its parents and, for PPO, the frozen reference and reward model.
+    changeable: the settings that a resumed run may change, setting -> value under two keys: 'rounding' for those that
+      move numbers by rounding only, 'same numbers' for those that do not affect them. They are saved with the state,
+      so that a resumed run can say what has changed.
     started: `time.monotonic()` when this process began the stage.
-    advice: what to change when the stage is stopped for its numbers.
+    advice: what to change when the stage is stopped because of its metrics.
   """
 
   name: str
@@ -72,39 +76,39 @@ def fit(
   show: Sequence[str] = (),
   progress: bool = True,
 ) -> Any:
-  """Runs `step_fn` until `num_steps` are done, from the newest checkpoint if there is one.
+  """Runs `step_fn` until `num_steps` are done, starting from the newest checkpoint if there is one.
 
   Args:
-    run: names, places, cadence.
-    state: freshly made pytree with typed keys. It is consumed: donated by step_fn or, on resume,
-      released and replaced.
-    step_fn: (state, *constants, batch) -> (state, metrics) or (state, metrics, samples); metrics are
-      scalars, the gradient norm among them: only it tells in the same step that an update was not
-      finite; `tokens` are what the step trained on or sampled, for the tables. Jitted where a step is traced.
-    batches: next(batches), batches.get_state() (JSON-serialisable), batches.set_state(state).
-    num_steps: in all, those of earlier runs included.
-    constants: what step_fn reads at every step and none changes.
+    run: name, folder, and how often to save and log.
+    state: freshly made pytree with typed keys. It is consumed: step_fn donates it or, on resume, it is released and
+      replaced by the restored state.
+    step_fn: (state, *constants, batch) -> (state, metrics) or (state, metrics, samples). The metrics are scalars. They
+      should include the gradient norm, which alone shows within the same step that an update was not finite, and
+      `tokens`, the number of tokens trained on or sampled, for the tables of speed. It must be jitted if a step is to
+      be traced.
+    batches: has next(batches), batches.get_state() (JSON-serialisable) and batches.set_state(state).
+    num_steps: steps in all, those of earlier runs included.
+    constants: further arguments of step_fn, which no step changes.
     place: puts a host batch on the devices.
-    evaluate: (state, step) -> scalars, logged as validation/NAME; must not donate.
-    evaluate_steps: steps done before each evaluation; 0 is before training.
-    keep_steps: saved and never deleted (epoch ends). Also saved: multiples of
-      run.checkpoint.every_steps, the last step.
+    evaluate: (state, step) -> scalars, which are logged as validation/NAME; must not donate the state.
+    evaluate_steps: evaluate after so many steps; 0 is before training.
+    keep_steps: steps whose checkpoints are never deleted (epoch ends). Multiples of run.checkpoint.every_steps and the
+      last step are saved too.
     limits: metric -> highest value with which the run may go on.
-    best_metric: of the evaluated steps, which then are saved too, the one with the lowest value of it
-      (`validation/loss`) is not deleted.
-    on_samples: (samples, step) -> (further metrics, which are logged but never stop the run, so
-      that one which is not finite is left out; rows for the table shown at log steps). Called at
-      every step on every process.
+    best_metric: a metric of the evaluation, as `validation/loss`. If given, every evaluated step is saved, and the
+      checkpoint with the lowest value is never deleted.
+    on_samples: (samples, step) -> (further metrics, rows of the table that is shown at log steps). These metrics are
+      only logged: one that is not finite is left out and does not stop the run. Called at every step on every process.
     flops: metrics -> FLOPs of a step by the models' definition, for the table of traced steps.
-    show: metrics shown in the terminal; empty for the first few.
-    progress: False for silence.
+    show: metrics to show in the terminal; empty for the first few.
+    progress: False prints nothing.
   Returns:
     The final state.
   Raises:
-    StageStopped: a metric is not finite or above its limit; that state was not saved.
-    UserError: the checkpoints belong to another run.
-    UserError: they cannot be read or written.
-    Preempted: the run was told to stop, and the state is saved.
+    StageStopped: a metric is not finite or is above its limit; that state was not saved.
+    UserError: the checkpoints belong to a run with other settings or with more steps.
+    UserError: files cannot be read or written.
+    Preempted: the run was told to stop; its state is saved.
   """
   save_steps = {*keep_steps, num_steps, *range(0, num_steps, run.checkpoint.every_steps)}
   if best_metric:
@@ -119,16 +123,17 @@ def fit(
         f"cannot resume {run.directory}: it holds step {start}, beyond num_steps={num_steps}"
       )
     if start:
+      # The state first: `restore` refuses other settings by name, before the data refuse their own position.
       state, position = checkpoints.restore(start, state, run.fingerprint)
       batches.set_state(position)
       line = changes(run, read_meta(run.directory, start)["changeable"])
       if line and progress and jax.process_index() == 0:
         rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
-    if start == num_steps:
+    if start == num_steps:  # trained to the end, but stopped before the stage wrote its done.json
       return state
 
     def judge(step: int, metrics: Mapping) -> dict[str, float]:
-      """Fetches the numbers of a step; a bad one ends the stage before the step is kept."""
+      """Fetches the numbers of a step; a bad one ends the stage before that step is saved."""
       metrics = _to_floats(metrics)
       reason = _reason_to_stop(metrics, limits or {})
       if reason:
@@ -149,17 +154,21 @@ def fit(
     with _Log(run, num_steps, start, on_samples, show, progress) as log, profile:
       if start == 0 and 0 in evaluate_steps:
         log.write(0, validation(0), [])
-      late = None  # (step, metrics, samples) not looked at yet
+      late = None  # (step, metrics, samples) of the step before, not yet read from the device
       for step in range(start + 1, num_steps + 1):
-        if on_cpu:  # a step dispatched ahead holds its temporaries beside those of the one before
+        # On a CPU, a step that is dispatched early would hold its temporaries beside those of the step before.
+        if on_cpu:
           jax.block_until_ready(state)
         state, metrics, *samples = profile(step, state, *constants, place(next(batches)))
-        if late:  # only now: the device has work while the host waits for the numbers before
+        # The numbers are read one step late. Reading waits for the device, which now has the next step to work on.
+        if late:
           log.write(late[0], judge(*late[:2]), late[2])
         late = (step, metrics, samples)
+        # Asked at every step by every process: they agree on the step after which all of them stop.
         is_stopping = distributed.is_told_to_stop()
         if not is_stopping and step not in save_steps and step not in evaluate_steps:
           continue
+        # A step that is saved is judged first, without delay: a state that is not finite must not reach the disk.
         record = judge(step, metrics) | validation(step)
         log.write(step, record, samples)
         late = None
@@ -168,22 +177,23 @@ def fit(
             step, state, batches.get_state(), record, run.fingerprint, run.changeable
           )
         if is_stopping:
-          checkpoints.wait()
+          checkpoints.wait()  # the process ends now, and a half-written checkpoint would be lost
           raise Preempted(
             f"{run.name}: told to stop (SIGTERM), saved at step {step}; the same command goes on from there"
           )
-  multihost_utils.sync_global_devices(f"{run.name} trained")  # all may read what one has written
+  # Only now may every process read what the first one has written, the metrics for example.
+  multihost_utils.sync_global_devices(f"{run.name} trained")
   return state
 
 
 def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
-  """One line on the settings that move a resumed run's numbers by rounding and are not those it was saved under.
+  """A line for the terminal that names the changed settings which move a resumed run's numbers by rounding.
 
   Args:
-    run: the stage as it goes on.
+    run: the resumed stage.
     saved: `changeable` of the run that wrote the checkpoint.
   Returns:
-    '' where none has changed.
+    The line, or '' if no such setting has changed.
   """
   before, now = saved["rounding"], run.changeable["rounding"]
   changed = [name for name in now if now[name] != before[name]]
@@ -195,7 +205,7 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class _Log:
-  """Numbers and samples of each step to the files and the terminal; one process writes."""
+  """Writes the numbers and samples of each step to the files and the terminal; only the first process writes."""
 
   def __init__(
     self, run: StageRun, num_steps: int, start: int, on_samples, show: Sequence[str], progress: bool
@@ -223,6 +233,7 @@ class _Log:
 
   def write(self, step: int, metrics: Mapping[str, float], samples: Sequence):
     due = step % self._run.log.every_steps == 0 or step == self._num_steps
+    # Before the other processes leave: the callback gathers arrays, in which all of them take part.
     extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
     if not self._writer or not self._display:
       return
@@ -235,7 +246,7 @@ class _Log:
 
 
 def _to_floats(metrics: Mapping) -> dict[str, float]:
-  # str: the shortest decimal that is the same float32: the files say 0.1, not 0.10000000149011612.
+  # By way of str, which gives the shortest decimal of a float32: the files say 0.1, not 0.10000000149011612.
   return {
     name: float(str(np.asarray(value)[()])) for name, value in jax.device_get(dict(metrics)).items()
   }
@@ -251,7 +262,7 @@ def _reason_to_stop(metrics: Mapping[str, float], limits: Mapping[str, float]) -
 
 
 def _stop_message(run: StageRun, step: int, reason: str, checkpoints: Checkpoints) -> str:
-  checkpoints.wait()
+  checkpoints.wait()  # the message names the newest checkpoint, which may still be on its way to the disk
   saved = checkpoints.latest_step()
   kept = f"The last good checkpoint, step {saved}, is kept" if saved else "Nothing was saved yet"
   return f"{run.name} stopped at step {step}: {reason}. {kept} in {run.directory}. What to change: {run.advice}."

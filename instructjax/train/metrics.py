@@ -1,6 +1,7 @@
-"""Where numbers go: metrics.jsonl, TensorBoard and the terminal.
+"""Metrics: written to metrics.jsonl and TensorBoard, shown in the terminal, and read back.
 
-Called by `loop`. Knows nothing of stages, states or checkpoints.
+Called by `loop`, which writes and shows them, and by the stages and `profiling`, which read them. Knows nothing of
+stages, states or checkpoints.
 """
 
 import json
@@ -19,13 +20,15 @@ from instructjax.core.errors import writing
 
 
 class MetricsWriter:
-  """Appends one JSON object a step to metrics.jsonl and, if asked, scalars to TensorBoard.
+  """Appends one JSON object per step to metrics.jsonl and, if asked, writes scalars for TensorBoard.
 
   Args:
-    directory: of the stage.
-    start_step: steps done by the checkpoint resumed from: lines of later steps are dropped, since
-      those steps are done again.
+    directory: the stage's folder.
+    start_step: step of the checkpoint that the run goes on from. Lines of later steps are dropped, because those steps
+      are done again.
     tensorboard: also write TensorBoard event files.
+  Raises:
+    UserError: the file cannot be written.
   """
 
   def __init__(self, directory: pathlib.Path, *, start_step: int, tensorboard: bool):
@@ -33,7 +36,7 @@ class MetricsWriter:
     with writing(self._path):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       _drop_lines_after(self._path, start_step)
-      self._file = open(self._path, "a", buffering=1)
+      self._file = open(self._path, "a", buffering=1)  # by line: a killed run loses no finished one
     self._board = None
     if tensorboard:
       import tensorboardX  # here: importing it takes most of a second
@@ -43,7 +46,11 @@ class MetricsWriter:
       )
 
   def write(self, step: int, metrics: Mapping[str, float], *, board: bool):
-    """Appends a line, and scalars to TensorBoard when `board`."""
+    """Appends a line to the file and, if `board`, the scalars to TensorBoard.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
     with writing(self._path):
       self._file.write(line)
@@ -58,23 +65,24 @@ class MetricsWriter:
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict]:
-  """All complete lines of a stage's metrics.jsonl."""
+  """The records of a stage's metrics.jsonl, one per step; [] if there is no such file."""
   path = pathlib.Path(directory) / "metrics.jsonl"
   records = []
   for line in path.read_text().splitlines(keepends=True) if path.is_file() else ():
-    if line.endswith("\n"):  # a killed run leaves half a line
+    if line.endswith("\n"):  # a killed run may leave half a line at the end
       records.append(json.loads(line))
   return records
 
 
 class Display:
-  """One stage in the terminal: a bar with the time left, or plain lines where there is no terminal.
+  """Shows a stage's progress: a bar with the time left in a terminal, plain lines elsewhere.
 
   Args:
-    name: of the stage.
-    num_steps, start_step: steps in all, and done already.
-    show: names of the metrics shown; empty for the first few.
-    console: where to print; None for silence.
+    name: the stage's name.
+    num_steps: steps in all.
+    start_step: steps done by earlier runs.
+    show: names of the metrics to show; empty for the first few.
+    console: where to print; None prints nothing.
   """
 
   def __init__(
@@ -114,19 +122,18 @@ class Display:
       self._bar.stop()
 
   def step(self, step: int, metrics: Mapping[str, float], *, log: bool):
-    """After every step; `log` says that it is one to print where there is no bar."""
+    """Updates the bar; without a bar, prints a line if `log`. Call it after every step."""
     if self._bar:
       now = time.monotonic()
-      if (
-        now - self._refreshed > 0.2 or step == self._num_steps
-      ):  # formatting every tiny step would show in its time
+      # At most five times a second: formatting the text at every step would slow small steps down.
+      if now - self._refreshed > 0.2 or step == self._num_steps:
         self._refreshed = now
         self._bar.update(self._task, completed=step, text=self._text(step, metrics))
     elif self._console and log:
       self._print(f"{self._name} {step}/{self._num_steps}  {self._text(step, metrics)}")
 
   def samples(self, step: int, rows: Sequence[Mapping]):
-    """A table of samples: one row each, columns named by the keys."""
+    """Shows samples as a table, one row each; the keys name the columns."""
     if not self._console or not rows:
       return
     title = f"{self._name} step {step}"
@@ -148,14 +155,13 @@ class Display:
 
 
 def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:
-  """Samples as a rich table; texts wrap, numbers align right."""
+  """The samples as a table in which texts wrap and numbers are aligned to the right."""
   table = rich.table.Table(title=title, title_justify="left")
   for name, value in rows[0].items():
     table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
   for row in rows:
-    table.add_row(
-      *(rich.text.Text(_cell(value)) for value in row.values())
-    )  # Text: samples may look like markup
+    # As Text, because a sample may contain what rich takes for markup.
+    table.add_row(*(rich.text.Text(_cell(value)) for value in row.values()))
   return table
 
 
@@ -166,10 +172,10 @@ def _cell(value: Any) -> str:
 
 
 def _drop_lines_after(path: pathlib.Path, step: int):
-  """Keeps what belongs to the first `step` steps; of a run that never saved, nothing."""
+  """Keeps the lines of the first `step` steps; at step 0, where everything is done again, not even that of step 0."""
   if not path.is_file():
     return
   kept = [record for record in read_metrics(path.parent) if record["step"] <= step] if step else []
-  scratch = path.with_suffix(".tmp")
+  scratch = path.with_suffix(".tmp")  # renamed into place: a run killed here keeps the old file
   scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
   os.replace(scratch, path)

@@ -1,6 +1,6 @@
-"""Learning-rate schedules and the Adam optimiser of every stage.
+"""The learning-rate schedules and the Adam optimiser that all stages share.
 
-Called by the stages when they build their train step. Imports no model and no ops.
+Called by the stages when they build their training step, and by rl/step.py for its own clipping. Imports no model.
 """
 
 import jax
@@ -20,16 +20,19 @@ def make_schedule(
   warmup_start: float,
   end_fraction: float,
 ) -> optax.Schedule:
-  """Learning rate as a function of the number of updates done so far.
+  """The learning rate as a function of the number of updates done so far.
 
   Args:
-    kind: after the warmup, 'cosine' or 'linear' falls to end_fraction of the peak at num_steps and
-      stays there; 'constant' stays at the peak.
+    kind: what follows the warmup. 'cosine' and 'linear' fall to end_fraction of the peak at num_steps and stay there;
+      'constant' stays at the peak.
     learning_rate: the peak.
     num_steps: updates in all, warmup included; unused by 'constant'.
     warmup_steps: updates over which the rate rises linearly to the peak; 0 for none.
     warmup_start: rate at update 0 as a fraction of the peak; unused without a warmup.
     end_fraction: last rate as a fraction of the peak; unused by 'constant'.
+  Raises:
+    UserError: the warmup is as long as the training.
+    ValueError: another argument is out of its range, or the kind is unknown.
   """
   if learning_rate <= 0:
     raise ValueError(f"learning_rate={learning_rate} must be > 0.")
@@ -60,9 +63,13 @@ def make_schedule(
 
 
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-  """Adam with the configured schedule, clipping and decoupled weight decay.
+  """Adam with the configured schedule, gradient clipping and decoupled weight decay.
 
-  Order: clip by global norm, Adam, add weight_decay * parameter, times minus the learning rate.
+  In this order: clip the gradients by their global norm, apply Adam, add weight_decay * parameter, and multiply by
+  minus the learning rate.
+
+  Raises:
+    UserError: a setting is out of its range, or the warmup is as long as the training.
   """
   cfg.validate("optim")
   schedule = make_schedule(
@@ -73,9 +80,9 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
     warmup_start=cfg.warmup_start,
     end_fraction=cfg.end_fraction,
   )
-  # eps is added after the bias correction, as in PyTorch and Algorithm 1 of arXiv:1412.6980.
-  # lm-human-preferences has TensorFlow's Adam, which adds it before: smaller first updates of weights
-  # with small gradients (tests/train/test_optim.py has both).
+  # eps is added after the bias correction, as in PyTorch and Algorithm 1 of arXiv:1412.6980. TensorFlow's Adam, which
+  # lm-human-preferences uses, adds it before the correction. There the first updates of weights with small gradients
+  # are smaller (details item 31; tests/train/test_optim.py compares the two).
   parts = [optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)]
   if cfg.clip_norm is not None:
     clip = lambda grads, _: clip_by_global_norm(grads, cfg.clip_norm)
@@ -86,9 +93,10 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
 
 
 def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> optax.Updates:
-  """Gradients scaled to a global norm of at most `max_norm` (Pascanu et al. 2012, arXiv:1211.5063, sec. 3.2).
+  """Scales gradients to a global norm of at most `max_norm` (Pascanu et al. 2012, arXiv:1211.5063, sec. 3.2).
 
-  By one factor: optax divides and multiplies each element, for which XLA's CPU backend writes all gradients once more.
+  It multiplies by a single factor. Optax divides and multiplies each element, and XLA's CPU backend then writes all
+  gradients once more.
   """
   norm = optax.tree.norm(grads)
   factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
@@ -96,9 +104,9 @@ def clip_by_global_norm(grads: optax.Updates, max_norm: float) -> optax.Updates:
 
 
 def is_decayed(params: optax.Params) -> optax.Params:
-  """All parameters but biases (`b_*`, `bias*`) and normalisation scales (`scale*`).
+  """The mask of weight decay: True except for biases (`b_*`, `bias*`) and normalisation scales (`scale*`).
 
-  Told by name, because rank does not tell: layers are stacked, so a bias may have four dimensions.
+  It goes by name because the rank does not tell: layers are stacked, so a bias may have four dimensions.
   """
 
   def by_name(path, _):

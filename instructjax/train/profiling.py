@@ -1,4 +1,4 @@
-"""Where a step's time goes: a trace of a few steps, its seconds by phase, and the tables at the end of a run.
+"""Traces a few steps, adds up their time by phase, and makes the tables of times at the end of a run.
 
 Called by loop (`StepProfile`) and pipeline (the tables). Knows nothing of models or losses: a phase is a
 `jax.named_scope` in the compiled step.
@@ -25,7 +25,7 @@ from instructjax.core.errors import writing
 from instructjax.parallel.chips import PEAK_FLOPS
 from instructjax.train.metrics import read_metrics
 
-# The scopes that steps set: of ppo.py in the order they run, then the supervised stages'.
+# The scopes that steps set: those of rl/step.py in the order they run, then those of the supervised stages.
 PHASES = (
   "rollout",
   "score",
@@ -36,18 +36,22 @@ PHASES = (
   "gradient",
   "optimizer",
 )
-OTHER = "other"  # operations outside of them, or without a name
-IDLE = "idle"  # no operation of the step ran
-UNKNOWN = "unknown"  # the trace names no operation of the step
+OTHER = "other"  # operations outside these scopes, or without a name
+IDLE = "idle"  # time in which no operation of the step ran
+UNKNOWN = "unknown"  # the whole step, if the trace names none of its operations
 
 _MODULE = re.compile(r"HloModule ([\w.\-]+)")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
-_NESTING = re.compile(r" (while|conditional|call)\(")  # they last as long as what they hold
+# These last as long as the operations inside them, which have events of their own.
+_NESTING = re.compile(r" (while|conditional|call)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def traced_steps(cfg: ProfileConfig, start: int, num_steps: int) -> range:
-  """The steps to trace of a stage that goes on after `start`; its first step here compiles and is left out."""
+  """The steps to trace in a stage that goes on after step `start`.
+
+  The first step of the process is never among them, because its time is that of compiling.
+  """
   if not cfg.steps:
     return range(0)
   first, stop = map(int, cfg.steps.split(":"))
@@ -55,16 +59,18 @@ def traced_steps(cfg: ProfileConfig, start: int, num_steps: int) -> range:
 
 
 class StepProfile:
-  """Takes a stage's steps; traces some of them into `directory` and says there where their time went.
+  """Runs a stage's steps, and traces some of them into `directory`. Tracing does not change what a step computes.
 
-  Each process writes a trace of its own, plugins/profile/process_N/HOST.xplane.pb, which TensorBoard and
-  XProf open; the first one sums it up in summary.json. What the traced steps compute is the same.
+  Each process writes its own trace, plugins/profile/process_N/HOST.xplane.pb, which TensorBoard and XProf open. The
+  first process also writes summary.json: the seconds of each phase, tokens and FLOPs per second.
 
   Args:
-    directory: of the stage's profile.
+    directory: the stage's folder for profiles.
     steps: numbers of the steps to trace.
     step_fn: (state, ...) -> (state, metrics, ...), jitted if there is a step to trace.
-    flops: metrics -> FLOPs of a step by the model's definition; None where nobody knows.
+    flops: metrics -> FLOPs of a step by the model's definition; None leaves them out of the summary.
+  Raises:
+    UserError: the trace cannot be written.
   """
 
   def __init__(
@@ -89,9 +95,11 @@ class StepProfile:
       self._stop()
 
   def __call__(self, step: int, *arguments: Any) -> Any:
-    """`step_fn` of the arguments; a traced step begins when they are there and ends when its results are."""
+    """Calls `step_fn` with the arguments and, if `step` is to be traced, traces and times it."""
     if step not in self._steps:
       return self._step_fn(*arguments)
+    # Steps are dispatched ahead of the device. A traced step waits for its arguments, or it would be charged with the
+    # steps before it, and for its results, so that its time ends with it.
     jax.block_until_ready(arguments)
     if step == self._steps[0]:
       self._start()
@@ -102,7 +110,7 @@ class StepProfile:
     self._metrics.append({name: float(x) for name, x in jax.device_get(dict(result[1])).items()})
     if step == self._steps[-1]:
       self._stop()
-      # The same program from JAX's cache: nothing is compiled a second time.
+      # The text says which phase an operation belongs to. JAX has the program in its cache and compiles nothing again.
       text = self._step_fn.lower(result[0], *arguments[1:]).compile().as_text()
       if jax.process_index() == 0:
         self._summarise(text)
@@ -114,7 +122,9 @@ class StepProfile:
       self._directory.mkdir(parents=True, exist_ok=True)
     options = jax.profiler.ProfileOptions()
     options.session_id = self._trace.name
-    options.python_tracer_level = 0  # an event a Python call would drown the others
+    options.python_tracer_level = (
+      0  # else there is an event for every Python call, which drowns the others
+    )
     jax.profiler.start_trace(self._directory, profiler_options=options)
     self._is_tracing = True
 
@@ -151,12 +161,15 @@ class StepProfile:
 
 
 def phase_of(op_name: str) -> str:
-  """The phase in JAX's name of an operation: `jit(step)/while/body/update/policy/mul` -> `update/policy`."""
+  """The phase that JAX's name of an operation contains: `jit(step)/while/body/update/policy/mul` -> `update/policy`."""
   return next((phase for phase in PHASES if f"/{phase}/" in f"/{op_name}/"), OTHER)
 
 
 def operation_phases(text: str) -> dict[str, str | None]:
-  """Operation of a compiled program -> its phase; None for loops and the like, whose insides count."""
+  """Maps the operations of a compiled program to their phases.
+
+  Loops, conditionals and calls get None: the operations inside them are counted instead.
+  """
   phases = {}
   for name, definition in _OPERATION.findall(text):
     op_name = _OP_NAME.search(definition)
@@ -166,25 +179,25 @@ def operation_phases(text: str) -> dict[str, str | None]:
 
 
 def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float]:
-  """Seconds of each phase in a trace, averaged over this process's devices.
+  """The seconds of each phase in a trace, averaged over this process's devices.
 
   Args:
-    trace: holds events of operations: of the devices' planes, or of the host's threads on a CPU.
-    text: of the compiled program, which says what phase an operation is of.
+    trace: has an event for each operation, in the planes of the devices or, on a CPU, of the host's threads.
+    text: text of the compiled program, which says which phase an operation belongs to.
   """
   head, phases = _MODULE.match(text), operation_phases(text)
   if head is None:
     raise ValueError(f"not the text of a compiled program: {text[:80]!r}")
   module = head[1]
   planes = [*trace.planes]
-  # Where there are devices of their own, the host only launches what it names.
+  # With an accelerator, the host's events with the same names only launch the operations.
   planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
   spans = collections.defaultdict(list)
   for plane in planes:
     for line in plane.lines:
       for event in line.events:
         stats = dict(event.stats)
-        # The TPU names an event by the operation's whole text.
+        # On a TPU, an event's name is the whole text of the operation.
         name = stats.get("hlo_op") or event.name.partition(" = ")[0].lstrip("%")
         is_operation = "hlo_op" in stats or line.name == "XLA Ops"
         if not is_operation or stats.get("hlo_module", module) != module:
@@ -199,12 +212,16 @@ def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float
 
 
 def with_rest(phases: Mapping[str, float], seconds: float) -> dict[str, float]:
-  """The phases' seconds and what is left of the step's."""
+  """Adds to the phases the part of the step's seconds that none of them accounts for."""
   return {**phases, IDLE if phases else UNKNOWN: max(0.0, seconds - sum(phases.values()))}
 
 
 def shared_time(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
-  """Name -> time in which its spans (start, end, name) last; what several names share is split evenly."""
+  """Adds up the time of each name's spans (start, end, name); time that several names share is split evenly.
+
+  A device may run operations of several phases at once. Split like this, the phases add up to the time in which any of
+  them ran.
+  """
   edges = [edge for start, end, name in spans for edge in ((start, 1, name), (end, -1, name))]
   running, last = collections.Counter(), 0.0
   totals: dict[str, float] = collections.defaultdict(float)
@@ -219,10 +236,10 @@ def shared_time(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
 
 
 def stage_table(stages: Sequence[tuple[str, float, pathlib.Path]]) -> rich.table.Table:
-  """What a run took: seconds of each stage in all, and of the median step of those that have steps.
+  """The table of what a run took: each stage's seconds and, if it has steps, those of its median step.
 
   Args:
-    stages: (name, seconds, directory) of those that ran.
+    stages: (name, seconds, directory) of the stages that ran.
   """
   table = rich.table.Table()
   table.add_column("stage")
@@ -230,6 +247,7 @@ def stage_table(stages: Sequence[tuple[str, float, pathlib.Path]]) -> rich.table
     table.add_column(name, justify="right")
   for name, seconds, directory in stages:
     records = [record for record in read_metrics(directory) if record["step"] > 0]
+    # Medians: the first step compiles, and others stand beside a save or an evaluation.
     paces = [record["seconds"] for record in records]
     rates = [r["tokens"] / r["seconds"] for r in records if r.get("tokens") and r["seconds"]]
     table.add_row(
@@ -243,7 +261,7 @@ def stage_table(stages: Sequence[tuple[str, float, pathlib.Path]]) -> rich.table
 
 
 def profile_table(stage: str, directory: pathlib.Path) -> rich.console.Group | None:
-  """Seconds by phase of a stage's traced step, its tokens and FLOPs a second; None if none was traced."""
+  """The table of a stage's traced steps: seconds by phase, tokens and FLOPs per second; None if none was traced."""
   path = directory / "summary.json"
   if not path.is_file():
     return None

@@ -1,4 +1,4 @@
-"""Reading what a run wrote: whatever damaged files make a library raise becomes one UserError.
+"""Reads what a run wrote, and turns whatever a library raises over damaged files into one UserError.
 
 Called by checkpoint.py and finished.py.
 """
@@ -19,16 +19,24 @@ _HANGING_READ = "_read_array_index_and_device_put"
 
 
 def read(path: pathlib.Path, read_files: Callable[[], Any]) -> Any:
-  """read_files(), with whatever damaged files make it raise as one UserError."""
+  """Returns `read_files()`.
+
+  Raises:
+    UserError: it raised anything; the message names `path` and gives the library's reason.
+  """
   with quiet_orbax(absl_logging.FATAL), warnings.catch_warnings():
     warnings.filterwarnings(
       "ignore", f"coroutine '{_HANGING_READ}' was never awaited", RuntimeWarning
     )
     try:
       return read_files()
-    except Exception as error:  # orbax and tensorstore raise bare Exception for damaged files
+    except (
+      Exception
+    ) as error:  # not narrower: orbax and tensorstore raise bare Exception for damaged files
       why = reason(error)
-    gc.collect()  # hanging reads complain when they are collected: now, while nobody listens
+    # Reads that orbax left hanging complain when they are collected. Here the complaints are still silenced; `error`,
+    # which holds on to those reads, is gone once the except clause has ended.
+    gc.collect()
   raise UserError(
     f"cannot read {path}: {why}. If it is damaged, delete it and run again: the run goes on from"
     " what was saved before."
@@ -37,10 +45,10 @@ def read(path: pathlib.Path, read_files: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def quiet_orbax(level: int):
-  """Lets absl log only at `level` and above: orbax has thirty lines to say about a save.
+  """Silences absl's log below `level`, because orbax writes about thirty lines for each save.
 
-  When one array of many cannot be read, orbax 0.12 leaves the other reads hanging, and each
-  complains at length when it is collected.
+  It also silences complaints of hanging reads: when one array of many cannot be read, orbax 0.12 leaves the other reads
+  hanging, and each of them complains at length when it is garbage-collected.
   """
   hook, verbosity = sys.unraisablehook, absl_logging.get_verbosity()
   sys.unraisablehook = lambda event: None if _HANGING_READ in repr(event.object) else hook(event)

@@ -1,4 +1,4 @@
-"""State and language-model step shared by pretrain, sft, ppo_init (LM loss) and rm (state only)."""
+"""The training state, and the language-model step: shared by pretrain, sft and ppo_init; rm takes the state only."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from instructjax.parallel import sharding
 
 
 def init_params(mesh: Mesh, model: transformer.Model, key: jax.Array) -> Params:
-  """Fresh weights, made on their own shards."""
+  """Fresh random weights. Each device makes its own shards, so that the whole need not fit on one."""
   shardings, _ = transformer.param_shardings(mesh, model)
   return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
 
@@ -22,7 +22,7 @@ def init_params(mesh: Mesh, model: transformer.Model, key: jax.Array) -> Params:
 def state_shardings(
   mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation
 ) -> TrainState:
-  """Where a TrainState lies: the optimiser state like the weights it belongs to."""
+  """The sharding of a TrainState, in which optimiser state is sharded like the weights that it belongs to."""
   shardings, shapes = transformer.param_shardings(mesh, model)
   return tree_of(
     TrainState,
@@ -40,7 +40,7 @@ def create_state(
   params: Params,
   key: jax.Array,
 ) -> tuple[TrainState, TrainState]:
-  """(TrainState, its shardings) before the first step."""
+  """Makes the TrainState before the first step; returns (state, its shardings)."""
   shardings = state_shardings(mesh, model, tx)
   state = TrainState(
     step=jax.device_put(jnp.zeros((), jnp.int32), shardings.step),
@@ -58,7 +58,10 @@ def _hidden(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
 ):
-  """What predicts every token but a row's first: (h_BTD of the column before it, parameters for the head)."""
+  """Hidden states that predict every token except each row's first: (h_BTD, parameters for the head).
+
+  Column t of h_BTD predicts the token in column t + 1; the last column has nothing to predict and is not computed.
+  """
   return transformer.hidden(
     model,
     params,
@@ -78,7 +81,10 @@ def lm_loss_sums(
   dropout_rate: float = 0.0,
   dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """(sum of negative log-likelihoods, sum of weights) of a packed batch, in nats."""
+  """The loss of a packed batch as (sum of weighted negative log-likelihoods in nats, sum of weights).
+
+  Sums rather than a mean, so that batches with different numbers of weighted tokens can be added up exactly.
+  """
   h_BTD, params = _hidden(model, params, batch, dropout_rate, dropout_key)
   return lm_head.loss_sums(model, params, h_BTD, batch.token_BL[:, 1:], batch.weight_BL[:, 1:])
 
@@ -86,7 +92,7 @@ def lm_loss_sums(
 def lm_row_sums(
   model: transformer.Model, params: Params, batch: PackedBatch
 ) -> tuple[jax.Array, jax.Array]:
-  """The same for each row: (nll_B, weight_B), for intervals over rows."""
+  """The sums of `lm_loss_sums` for each row, (nll_B, weight_B), from which intervals are bootstrapped over rows."""
   weight_BT = batch.weight_BL[:, 1:]
   h_BTD, params = _hidden(model, params, batch)
   logprob_BT = lm_head.token_logprob(model, params, h_BTD, batch.token_BL[:, 1:], weight_BT > 0)
@@ -100,14 +106,15 @@ def make_lm_train_step(
   dropout_rate: float,
   state_shardings: TrainState,
 ) -> Callable:
-  """Jitted (TrainState, PackedBatch) -> (TrainState, metrics); the loss is the mean per weighted token."""
+  """Makes the jitted step (TrainState, PackedBatch) -> (TrainState, metrics). The loss is a mean per weighted token."""
 
   def step(state: TrainState, batch: PackedBatch):
+    # A function of the step's number: a resumed run draws the same masks.
     dropout_key = jax.random.fold_in(state.key, state.step)
 
     def loss_fn(params):
       sum_nll, sum_weight = lm_loss_sums(model, params, batch, dropout_rate, dropout_key)
-      return sum_nll / jnp.maximum(sum_weight, 1.0)
+      return sum_nll / jnp.maximum(sum_weight, 1.0)  # 0, not NaN, without any weighted token
 
     with jax.named_scope("gradient"):
       loss, grads = jax.value_and_grad(loss_fn)(state.params)
@@ -119,7 +126,7 @@ def make_lm_train_step(
 
 
 def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Model) -> Callable:
-  """Compiles (TrainState, batch) -> (TrainState, metrics); the state is donated, rows come in as batches lie."""
+  """Jits a step (TrainState, batch) -> (TrainState, metrics) with its shardings; the state is donated."""
   mesh = sharding.mesh_of(state_shardings)
   return jax.jit(
     step,
@@ -133,6 +140,7 @@ def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Mod
 def apply_gradients(
   state: TrainState, tx: optax.GradientTransformation, grads: Params
 ) -> TrainState:
+  """The state after one optimiser step."""
   with jax.named_scope("optimizer"):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -140,10 +148,11 @@ def apply_gradients(
 
 
 def make_lm_evaluation(model: transformer.Model, mesh: Mesh) -> Callable:
-  """(params, iterable of numpy PackedBatch) -> mean negative log-likelihood per weighted token, in nats."""
+  """Makes (params, numpy PackedBatches) -> mean negative log-likelihood per weighted token of all batches, in nats."""
   sums = jit_sums(functools.partial(lm_loss_sums, model), mesh, model)
 
   def evaluate(params, batches) -> float:
+    # All batches are dispatched before the first result is fetched, so that the device does not wait for the host.
     totals = [sums(params, sharding.place_batch(mesh, batch)) for batch in batches]
     return float(sum(nll for nll, _ in totals)) / float(sum(weight for _, weight in totals))
 
@@ -151,7 +160,7 @@ def make_lm_evaluation(model: transformer.Model, mesh: Mesh) -> Callable:
 
 
 def jit_sums(sums: Callable, mesh: Mesh, model: transformer.Model) -> Callable:
-  """Compiles (params, PackedBatch) -> arrays, whole on every device."""
+  """Jits (params, PackedBatch) -> arrays, which every device gets whole."""
   params_shardings, _ = transformer.param_shardings(mesh, model)
   return jax.jit(
     sums,

@@ -1,7 +1,6 @@
-"""Weights by path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
+"""Opens weights by their path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
 
-Called by context.py (bases that the config gives), policies.py, generate.py and export.py. Imports no
-stage.
+Called by stages/ (for bases that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
 """
 
 import dataclasses
@@ -30,20 +29,22 @@ Which = Literal["ema", "raw", "value"]
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Weights that can be loaded; only headers and small files have been read so far.
+  """Weights that are found but not loaded: only headers and small files have been read.
 
   Attributes:
     path: the stage's folder, the Hugging Face folder or the GGUF file.
-    kind: which of them.
-    network: its architecture.
+    kind: which of these three it is.
+    network: the architecture.
     head: 'lm', or 'scalar' for a reward or value model.
     vocab_size: rows of the embedding table in the files.
-    fingerprint: equal for equal weights, cheap to compute: nothing of their size is read.
-    tokenizer_path: what `tokenizers.load` takes.
-    step: of a stage's checkpoint.
+    fingerprint: identifies the weights. Computing it does not read them, which would take long: for a stage it is a
+      hash of everything that the stage was made with, of the step and of the item.
+    tokenizer_path: argument for `tokenizers.load`.
+    step: step of a stage's checkpoint; None for other kinds.
     item: name of the weights inside the checkpoint.
-    done: what the stage left; None for other kinds.
-    base: what `model.weights` named in the run that trained them; '' where its base was trained too.
+    done: the stage's done.json; None for other kinds.
+    base: the value of `model.weights` (or `reward_model.weights`) in the run that trained these weights; '' if that run
+      trained its own base, and for other kinds.
   """
 
   path: pathlib.Path
@@ -60,17 +61,21 @@ class Weights:
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
-    """The tokenizer that lies beside the weights, or inside their file."""
+    """The tokenizer beside the weights, or inside their file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     return tokenizers.load(self.tokenizer_path)
 
   @property
   def settings(self) -> Mapping[str, str]:
-    """What a stage was made with, name -> JSON or hash; {} for other kinds."""
+    """The stage's fingerprint (everything that it was made with), name -> JSON or hash; {} for other kinds."""
     return self.done.fingerprint if self.done else {}
 
   @property
   def stage(self) -> Stage | None:
-    """The stage that trained them, whatever its folder is called now; None for other kinds."""
+    """The stage that trained these weights, by its done.json, since the folder may be renamed; None for other kinds."""
     return STAGES[self.done.stage] if self.done else None
 
   def require_done(self) -> finished.Done:
@@ -90,19 +95,21 @@ class Weights:
     return self.step
 
   def model(self, mesh: Mesh) -> transformer.Model:
-    """The network for inference on a mesh; its vocabulary is the tokenizer's, so no id without text is sampled."""
+    """The network for inference on a mesh.
+
+    Its vocabulary is the tokenizer's. Files may have more rows of embeddings, and no id without a text must be sampled.
+    """
     chosen = execution.for_inference(execution.platform_of(mesh))
     return execution.model_on(mesh, self.network, chosen, self.tokenizer.vocab_size, self.head)
 
   def load(self, mesh: Mesh, model: transformer.Model) -> Params:
-    """The weights, float32, placed on the mesh; a reward model's with its bias (C.2).
+    """Loads the weights in float32 onto the mesh; those of a reward model include its bias (C.2).
 
     Args:
-      mesh: where to.
-      model: of this architecture.
+      mesh: devices to place the weights on.
+      model: a network of this architecture.
     Raises:
-      UserError: the files do not hold this model's parameters.
-      UserError: they cannot be read.
+      UserError: the files cannot be read, or do not hold this model's parameters.
     """
     if self.kind != "stage":
       shardings, _ = transformer.param_shardings(mesh, model)
@@ -111,16 +118,17 @@ class Weights:
     params = load_stage(self.path, mesh, model, self.require_step(), self.item)
     if STAGES[done.stage].role != "reward":
       return params
+    # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
     return heads.shift_bias(params, done.result.demonstration_mean)
 
 
 def load_stage(
   directory: pathlib.Path, mesh: Mesh, model: transformer.Model, step: int, item: str
 ) -> Params:
-  """Weights `item` of a stage's checkpoint, placed on the mesh.
+  """Loads the weights called `item` from a stage's checkpoint onto the mesh.
 
   Raises:
-    UserError: there are none of this model, or they cannot be read.
+    UserError: the checkpoint has no such weights for this model, or cannot be read.
   """
   shardings, shapes = transformer.param_shardings(mesh, model)
   placed = jax.tree.map(
@@ -130,14 +138,15 @@ def load_stage(
 
 
 def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
-  """Finds out what lies at a path.
+  """Finds the weights at a path without loading them.
 
   Args:
     path: folder of a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file, or
       hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache.
-    which: of an RL stage, the averaged policy, the last one, or the value network.
+    which: of an RL stage, the policy averaged over iterations ('ema'), the last policy ('raw'), or the value network.
+      Other stages ignore the first two.
   Raises:
-    UserError: nothing that can be opened lies there, or a stage has no such weights.
+    UserError: nothing that can be opened lies there, a file is damaged, or the stage has no such weights.
   """
   if str(path).startswith(HUB):
     path = interop.download(str(path).removeprefix(HUB))
@@ -178,10 +187,11 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   if which == "value" and not stage.is_rl:
     raise UserError(f"{path} must be an RL stage to have a value network")
   made_with = done.fingerprint
-  # A stage calls its own network `model`, whatever its role; the value network is the reward model's.
+  # In its fingerprint a stage calls its own network `model`, whatever its role. The value network of an RL stage has
+  # the reward model's architecture, since it starts as the reward model.
   block = "reward_model" if which == "value" else "model"
   network = network_config(json.loads(made_with[f"config.{block}"]), f"{path}/done.json")
-  # The SFT baseline is the epoch that the reward model chose, once it has (C.1).
+  # The SFT baseline is the epoch that the reward model prefers (C.1), once `sft_select` has chosen it.
   again = selector(stage.name)
   chosen = finished.read_done(path.parent / again) if again else None
   step = (chosen or done).require_step()
