@@ -262,7 +262,7 @@ def _what_ran(config, prompts: list[str]) -> str:
 
 
 def _made(made: Mapping[str, Provenance]) -> dict:
-  """Where the last stage comes from, in rows, and a line on each stage."""
+  """The provenance of the last stage, in rows, and one line for each stage."""
   last = provenance.rows(list(made.values())[-1])
   lines = [
     (stage, row.date, f"{row.seconds:.0f}", provenance.code(row)) for stage, row in made.items()

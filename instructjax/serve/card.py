@@ -284,7 +284,7 @@ def _made(done: finished.Done) -> list[tuple[str, str]]:
 
 
 def _without_folders(made: Provenance) -> Provenance:
-  """The same without absolute paths, of which only the last name stays."""
+  """The provenance without absolute paths, which are cut to their last name."""
 
   def short(word: str) -> str:
     flag, equals, value = word.rpartition("=")

@@ -148,8 +148,8 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
     own: its own config block, or the part of it that the result depends on.
     others: name -> other config blocks or plain values that the result depends on.
   Returns:
-    name -> canonical JSON or hash. Each `parent:NAME` is the hash of that stage's own fingerprint, so a change in any
-    earlier stage shows here too.
+    name -> canonical JSON or hash. Each `parent:NAME` is the hash of that stage's own fingerprint, or of given weights,
+    so a change in any earlier stage shows here too.
   """
   blocks = {**others, STAGES[stage].block: own, "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
@@ -189,9 +189,9 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
 
 
 def provenance_of(ctx: Context, stage: str, run: loop.StageRun) -> Provenance:
-  """Where what a stage has just made comes from.
+  """The provenance of a stage that has just finished: code, command, data and machine.
 
-  Seconds count from when this process began the stage: those of a run that was stopped before are not known.
+  Its seconds count from when this process began the stage. The time of earlier runs that were stopped is not known.
   """
   kinds = set(STAGES[stage].reads) - ({"comparisons"} if lineage.collects(ctx.config) else set())
   return provenance.collect(
@@ -203,7 +203,10 @@ def provenance_of(ctx: Context, stage: str, run: loop.StageRun) -> Provenance:
 
 
 def _source(spec: str) -> str:
-  """A source of records with its checksum. A file that is gone by now must not cost a stage its result."""
+  """Describes a source of records, with its checksum.
+
+  If a file is gone by now, the description says so: that must not cost a finished stage its result.
+  """
   try:
     return checksums.describe(spec)
   except OSError as error:
@@ -211,14 +214,14 @@ def _source(spec: str) -> str:
 
 
 def finish(ctx: Context, stage: str, run: loop.StageRun, step: int | None, result: Any):
-  """Marks a stage as finished: writes its done.json, with where it comes from.
+  """Marks a stage as finished: writes its done.json, provenance included.
 
   Args:
     ctx: the run.
-    stage: its name in the table.
-    run: from `stage_run`.
-    step: of the checkpoint that later stages start from; None for a stage without checkpoints.
-    result: the stage's own record.
+    stage: name of the stage.
+    run: the stage as `stage_run` made it.
+    step: step of the checkpoint that later stages start from; None for a stage without checkpoints.
+    result: what the stage measured.
   """
   if jax.process_index() == 0:
     made = provenance_of(ctx, stage, run)
