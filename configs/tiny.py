@@ -1,10 +1,13 @@
-"""The default size: everything on a laptop, from text to report. Called by models.py."""
+"""The default preset, which runs everything from text to report on a laptop. Called by models.py."""
 
 from configs import base
 
 
 def change(config):
-  """Laptop: real text, every finding, minutes on two CPU cores. Small scale asks for other values than the paper's."""
+  """Changes the base config so that a run shows every finding on real text, within minutes on two CPU cores.
+
+  Models this small need other values than the paper's.
+  """
   decoder = dict(
     num_layers=2,
     d_model=96,
@@ -18,7 +21,8 @@ def change(config):
     mlp="swiglu",
     use_bias=False,
     attention_window=0,
-    init_std=0.08,  # about d ** -.5: at .02 heads of this width stay asleep for hundreds of steps
+    # About d_model ** -.5. At .02, attention heads of this width learn nothing for hundreds of steps.
+    init_std=0.08,
   )
   config.model.update(decoder)
   config.reward_model.update(
@@ -47,8 +51,8 @@ def change(config):
     evaluate_every=300,
     optim=base.adam(4e-3, warmup_steps=30),
   )
-  # Departs from paper: the baseline has the pretraining mix too. Without it a model this small forgets within an epoch
-  # that documents go on after a line's end, and its pretraining loss says little else.
+  # Departs from paper: the baseline has the pretraining mix too. Without it, a model this small forgets within an epoch
+  # that documents continue after the end of a line, and little else would show in its pretraining loss.
   config.sft.update(
     num_epochs=2, batch_size=16, length=64, dropout=0.0, pretrain_mix=0.125, optim=base.adam(3e-3)
   )
@@ -59,7 +63,7 @@ def change(config):
   config.rm.update(
     batch_size=8,
     max_responses=6,
-    row_length=64,  # an answer and its prompt are 20 tokens on average
+    row_length=64,  # a prompt and its answer have 20 tokens on average, so several share a row
     optim=base.adam(1e-3, warmup_steps=10),
     cross_validation_folds=5,
     cross_validation_prompts=800,
