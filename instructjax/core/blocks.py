@@ -144,6 +144,7 @@ def _build(cls, values: dict, where: str, known: list[str]):
   hints = typing.get_type_hints(cls)
   for name in values:
     if name not in hints:
+      # The suggestion may be in another block, so it is searched among all fields of the config.
       near = nearest(f"{where}.{name}", known)
       hint = f"did you mean {' or '.join(near)}?" if near else f"known fields: {', '.join(hints)}"
       raise UserError(f"{where}.{name} is not a config field; {hint}")
@@ -175,6 +176,7 @@ def _convert(hint, value: Any, where: str, known: list[str]):
       f"{where}={value!r} must be a tuple of {options[0].__name__}",
     )
     return tuple(_convert(options[0], item, f"{where}[{i}]", known) for i, item in enumerate(value))
+  # A config or flag may write 0 or 1 for a float.
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   # bool is a subclass of int in Python, and True is not a size.

@@ -184,6 +184,7 @@ class Config:
     require(
       self.stage in TARGETS, f"{where}.stage={self.stage!r} must be one of {', '.join(TARGETS)}"
     )
+    # Policy, reward model and value network all read a prompt together with its response.
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):
       limit = getattr(self, name).max_length

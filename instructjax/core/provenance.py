@@ -177,7 +177,7 @@ def cpu_model(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
   """The CPU's model name, or its architecture if the system does not report a name."""
   try:
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-  except OSError:
+  except OSError:  # only Linux has this file
     lines = []
   named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return next(iter(named), "") or platform.processor() or platform.machine()

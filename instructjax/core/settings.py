@@ -71,6 +71,7 @@ def field_facts(cls) -> dict[str, Fact]:
 
 def _written(cls) -> dict[str, Fact]:
   """`field_facts` for one class, without its base classes."""
+  # Dedented, because a class inside a function would not parse.
   source = textwrap.dedent(inspect.getsource(cls))
   (tree,) = ast.parse(source).body
   comments = _comments(source)
@@ -124,6 +125,7 @@ def sources(source: str, function: str) -> dict[str, str]:
     return found
 
   def returned(made: ast.FunctionDef, where: str) -> dict[str, str]:
+    # ast.walk visits outer nodes first, so the first ConfigDict holds all values of the function.
     calls = (node for node in ast.walk(made) if isinstance(node, ast.Call))
     first = next(node for node in calls if getattr(node.func, "id", "") == "ConfigDict")
     return walk(first, where)

@@ -27,7 +27,10 @@ Params = Any  # nested dict of arrays
   frozen_default=True
 )  # tells type checkers to treat `pytree` like dataclasses.dataclass
 def pytree(cls):
-  """Class decorator for frozen dataclasses that JAX treats as pytrees, with every field a child."""
+  """Class decorator for frozen dataclasses that JAX treats as pytrees.
+
+  Every field is a child. None is static, so other values never cause a jitted function to compile again.
+  """
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 

@@ -216,6 +216,7 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
+    # The compiled step has fixed shapes, so minibatches, chunks and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
     require(
@@ -291,6 +292,7 @@ class EvaluateConfig:
       "temperature",
     )
     require_positive(self, where, *sizes)
+    # The run without KL penalty is no target. `overoptimization` switches it on.
     known = [name for name in RL_STAGES if name in TARGETS]
     require(
       set(self.compare) <= set(known),
