@@ -63,6 +63,8 @@ class Batches:
     if batch_size <= 0:
       raise UserError(f"batch_size={batch_size} must be positive")
     self.steps_per_epoch = -(-num_rows // batch_size)
+    # With other data, a saved position would silently lead to the wrong rows. Everything that determines the order is
+    # therefore saved with the position.
     self._identity = {
       "batch_size": batch_size,
       "seed": seed,

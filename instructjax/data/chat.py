@@ -94,6 +94,8 @@ def _compile(template: str):
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
+  # The options and functions that transformers gives a template. The text must be the same to the last space, because
+  # the model was trained on it.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
   )

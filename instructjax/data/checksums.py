@@ -48,6 +48,7 @@ def _of_datasets(rest: str) -> str:
 def _of_files(paths: Iterable[str]) -> str:
   """One checksum for the names and contents of several files, in order."""
   digest = hashlib.sha256()
+  # Base names only, so that a folder has the same checksum wherever it is.
   for path in paths:
     digest.update(f"{os.path.basename(path)} {_sha256(path, *_state(path))}\n".encode())
   return "sha256:" + digest.hexdigest()

@@ -82,7 +82,11 @@ def read(path: str | os.PathLike) -> Header:
 
 
 class _Cursor:
-  """Reads values one after another. `inside` describes in words what is being read, for error messages."""
+  """Reads values one after another.
+
+  All methods raise UserError if the file is damaged or ends too early. `inside` says in words what is being read, for
+  the message.
+  """
 
   def __init__(self, path: pathlib.Path, data: mmap.mmap):
     self.path, self.data = path, data

@@ -63,15 +63,18 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     reason = " ".join(str(error).split())
     raise UserError(f"{path}: tokenizer.ggml.merges do not fit the tokens: {reason}") from error
   tokenizer = tokenizers.Tokenizer(model)
+  # Of these models, only Qwen 2 composes characters before encoding.
   tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
   tokenizer.pre_tokenizer = pre_tokenizer(pre)
   tokenizer.decoder = decoders.ByteLevel()
+  # User-defined tokens are not special: they are recognised in documents and responses as well.
   added = [
     tokenizers.AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
     for token, kind in zip(tokens, kinds)
     if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
   ]
   tokenizer.add_tokens(added)
+  # Llama 3 begins prompts with BOS, even if its file has no flag for it.
   special = special_tokens(path, metadata, adds_bos=pre == "llama-bpe")
   return bpe.HuggingFaceTokenizer(path, tokenizer, special)
 

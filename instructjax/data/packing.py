@@ -75,6 +75,7 @@ def pack_rows(
       token_BL[row, start:stop] = sequences[index]
       segment_BL[row, start:stop] = segment
       position_BL[row, start:stop] = position_L[: stop - start]
+      # From the second token on at the earliest: nothing precedes the first.
       weight_BL[row, start + max(1, num_unweighted[index]) : stop] = 1
       start = stop
   return PackedBatch(token_BL, segment_BL, position_BL, weight_BL)

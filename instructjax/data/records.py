@@ -4,7 +4,7 @@
 it is, without stripping or adding anything; `tokenizer` describes how a response joins its prompt. A chat prompt stays
 a list of messages until `sources.render` applies the tokenizer's chat template. docs/data.md shows every accepted form.
 
-Imports nothing of the project but the errors.
+All private functions raise BadRecord. Imports nothing of the project but the errors.
 """
 
 import dataclasses

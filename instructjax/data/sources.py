@@ -75,7 +75,7 @@ def load(
     from instructjax.data import demo  # imported here because runs on own data do not need it
 
     return demo.load(kind, split, seed)
-  if split == "test":
+  if split == "test":  # files have two splits only
     split = "validation"
   rows, decode, has_own_split = READERS[scheme](rest, kind, split)
   records = _parse(rows, decode, spec, kind, on_bad_record)

@@ -349,6 +349,7 @@ def train_tokenizer(
 def _training_lines(texts: Sequence[str], seed: int) -> list[str]:
   if sum(map(len, texts)) > _MAX_TRAINING_CHARACTERS:
     order = np.random.default_rng(seed).permutation(len(texts))
+    # Whole texts, up to and including the one that reaches the limit.
     end = np.searchsorted(np.cumsum([len(texts[i]) for i in order]), _MAX_TRAINING_CHARACTERS) + 1
     texts = [texts[i] for i in order[:end]]
   return [line for text in texts for line in text.split(_NEWLINE) if line]
