@@ -28,11 +28,11 @@ def change(config):
   config.reward_model.update(
     decoder | dict(num_layers=4, d_model=128, num_heads=2, num_kv_heads=2, head_dim=64, d_mlp=384)
   )
-  config.execution.update(dtype="float32", remat="none")
+  config.execution.update(dtype="float32", remat="none")  # bfloat16 is slow on CPUs
   config.tokenizer.vocab_size = 2000
   config.data.update(
     {kind: "demo:" for kind in ("documents", "demonstrations", "comparisons", "prompts")},
-    max_prompt_length=12,
+    max_prompt_length=12,  # prompts and answers of the task are single lines
     max_response_length=20,
   )
   config.log.update(every_steps=100)
@@ -81,7 +81,7 @@ def change(config):
     ptx_length=64,
     missing_eos="fixed",
     missing_eos_score=-1.0,
-    ema_decay=0.8,
+    ema_decay=0.8,  # averages over a few iterations, because the run has only 40
     max_kl=50.0,
     policy_optim=base.adam(7e-4, schedule="constant", warmup_steps=8, warmup_start=0.1),
     value_optim=base.adam(1e-3, schedule="constant"),
