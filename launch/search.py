@@ -318,7 +318,7 @@ def text(report: dict) -> str:
     f" {report['chip']}, {report['hbm'] / GIB:.2f} GiB each"
   ]
   for reason, spellings in report["do_not_divide"].items():
-    why = re.split(r"; |\. ", reason)[0]  # what comes after it is how to mend it
+    why = re.split(r"; |\. ", reason)[0]  # without the advice at the end of the message
     lines.append(f"  {len(spellings)} do not divide, as {spellings[0]}: {why}")
   if report["too_large"]:
     least = min(report["too_large"], key=report["too_large"].get)
