@@ -40,7 +40,7 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
     _end_with(error)
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
-    sys.stderr.flush()
+    sys.stderr.flush()  # os._exit does not flush
     # Exits without cleaning up: a checkpoint that is being saved would print long errors about missing threads.
     os._exit(130)
 
@@ -66,6 +66,7 @@ def _end_with(error: Exception):
 
 def _what_to_mend(error: Exception) -> str | None:
   """The line to show the user, or None if the error is a bug."""
+  # An OSError that names a file comes from the user's files. One without a name may be a bug.
   if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
     return " ".join(str(error).split())
   if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, such as `| head`

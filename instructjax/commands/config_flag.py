@@ -114,6 +114,7 @@ def load(spelling: str) -> ConfigDict:
 
 def run_file(path: pathlib.Path) -> types.ModuleType:
   """Runs a Python file at any path and returns its module."""
+  # The loader is named explicitly, because the file's name need not end in .py.
   loader = importlib.machinery.SourceFileLoader("config_file", str(path))
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
   sys.modules[loader.name] = module  # a dataclass in the file looks up its module there
@@ -136,6 +137,7 @@ def _failure(path: pathlib.Path, error: Exception) -> str:
     for frame in traceback.extract_tb(error.__traceback__)
     if frame.filename == str(path)
   ]
+  # The innermost line of the config file itself, even if the error comes from a module that it calls.
   where = f"{path}, line {lines[-1]}" if lines else str(path)
   hint = (
     "; it must be installed, or lie in the working directory"

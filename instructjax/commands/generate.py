@@ -59,7 +59,7 @@ def main(arguments: list[str]):
     _require_unicode(text, f"--{name}")
   texts = [_read(path) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
-  if has_prompt == _INTERACTIVE.value:
+  if has_prompt == _INTERACTIVE.value:  # neither or both
     raise UserError("one of --prompt, --prompt_file and --interactive must be given")
   # Imported here so that --help and bad flags are answered at once.
   from instructjax.serve import dialogue

@@ -141,7 +141,7 @@ def markdown(found: list[Setting], preset: str) -> str:
       lines += ["", f"## {title}", "", *said, head, "|---|---|---|---|---|"]
       block = here
     unit = f" [{one.unit}]" if one.unit else ""
-    value = "" if one.value == one.base else _code(one.value)
+    value = "" if one.value == one.base else _code(one.value)  # shows only what the preset changes
     cells = (f"`{name}`", _code(one.base), value, _cell(one.source), _cell(one.meaning + unit))
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
