@@ -1,23 +1,24 @@
-"""Every setting's value, and beside it where the value is from. A config file names its stage; presets (listed in
-models.py) change what differs.
+"""The value of every setting, and beside it where the value comes from.
 
-Values are the paper's (Ouyang et al. 2022, arXiv:2203.02155: sections "C.n", "E.n") where it states them. What it
-leaves open is chosen here and marked `open`. What a setting means, and its unit, is beside its field in
-instructjax/core/; docs/settings.md, which is generated, shows both.
+Config files name their stage, and presets (listed in models.py) change the values that differ.
+
+If the paper (Ouyang et al. 2022, arXiv:2203.02155) states a value, it is used here, and the comment names the section
+("C.n", "E.n"). Otherwise the value is our choice, and the comment says `open`. The meaning and the unit of a setting
+are beside its field in instructjax/core/. docs/settings.md, which is generated, shows both.
 """
 
 from ml_collections import ConfigDict
 
 
 def adam(learning_rate, **changes) -> ConfigDict:
-  """Adam as App. C states it: beta1 .9, beta2 .95."""
+  """The optimiser of App. C: Adam with beta1 = .9 and beta2 = .95, and with `changes` to its settings."""
   optim = ConfigDict(
     dict(
       learning_rate=learning_rate,
       schedule="cosine",
       warmup_steps=0,  # C.1: no warmup
       warmup_start=0.0,
-      end_fraction=0.1,  # C.1, C.2: cosine to 10%
+      end_fraction=0.1,  # C.1, C.2: cosine down to 10%
       b1=0.9,  # App. C
       b2=0.95,  # App. C
       eps=1e-8,  # open; GPT-3's
@@ -30,11 +31,12 @@ def adam(learning_rate, **changes) -> ConfigDict:
 
 
 def _decoder(**changes) -> ConfigDict:
+  """The network of GPT-3 XL (1.3B), with `changes` to its settings."""
   model = ConfigDict(
     dict(
       num_layers=24,  # GPT-3 XL (1.3B)
       d_model=2048,  # GPT-3 XL
-      num_heads=16,  # open: GPT-3 prints 24 for XL, which does not divide its width
+      num_heads=16,  # open: GPT-3 prints 24 for XL, by which its width is not divisible
       num_kv_heads=16,
       head_dim=128,  # GPT-3 XL
       d_mlp=8192,  # GPT-3: four times the width
@@ -43,7 +45,7 @@ def _decoder(**changes) -> ConfigDict:
       rope_base=10_000.0,
       rope_scaling=dict(
         kind="none",
-        factor=8.0,  # Llama 3.1; read only where kind is not none
+        factor=8.0,  # Llama 3.1; used only if kind is not none
         low_freq_factor=1.0,  # Llama 3.1
         high_freq_factor=4.0,  # Llama 3.1
         original_length=8192,  # Llama 3.1
@@ -64,7 +66,7 @@ def _decoder(**changes) -> ConfigDict:
 
 
 def base(stage: str) -> ConfigDict:
-  """The paper's 1.3B settings with a 6B reward model, to be changed by a preset."""
+  """The paper's settings for the 1.3B policy with a 6B reward model. Presets change them for other sizes."""
   return ConfigDict(
     dict(
       stage=stage,
@@ -91,7 +93,7 @@ def base(stage: str) -> ConfigDict:
         demonstrations="",
         comparisons="",
         prompts="",
-        max_prompt_length=1024,  # App. C: longer ones are filtered
+        max_prompt_length=1024,  # App. C: longer prompts are filtered out
         max_response_length=1024,  # App. C
         validation_fraction=0.05,  # open
         on_bad_record="raise",
@@ -116,7 +118,7 @@ def base(stage: str) -> ConfigDict:
       ),
       sft=dict(
         num_epochs=16,  # C.1
-        batch_size=32,  # C.1 counts demonstrations; ours are packed rows. Departs from paper.
+        batch_size=32,  # C.1; Departs from paper: counts packed rows, where the paper counts demonstrations
         length=2048,
         dropout=0.2,  # C.1
         pretrain_mix=0.0,
@@ -127,7 +129,7 @@ def base(stage: str) -> ConfigDict:
         batch_size=32,  # C.3
         length=2048,
         dropout=0.0,  # open
-        pretrain_mix=0.1,  # C.3; Departs from paper: a share of packed rows, not of the loss
+        pretrain_mix=0.1,  # C.3; Departs from paper: a share of the packed rows, not of the loss
         optim=adam(5e-6),  # C.3, 1.3B
       ),
       collect=dict(
@@ -139,13 +141,13 @@ def base(stage: str) -> ConfigDict:
       ),
       rm=dict(
         start_from="base",  # C.2: "similar results from GPT-3 or SFT"
-        num_epochs=1,  # C.2: more overfits
+        num_epochs=1,  # C.2: more epochs overfit
         batch_size=64,  # C.2
         max_responses=9,
         row_length=0,
         ties="drop",  # C.2
         optim=adam(9e-6),  # C.2
-        cross_validation_folds=0,  # sec 4.1 has 5
+        cross_validation_folds=0,  # sec 4.1 uses 5
         cross_validation_prompts=33207,
       ),
       ppo=dict(
@@ -153,16 +155,16 @@ def base(stage: str) -> ConfigDict:
         batch_size=512,  # C.4
         num_minibatches=8,  # C.4: minibatch 64
         num_epochs=1,  # C.4: a single inner epoch
-        packed_rows=0,  # open: 64 padded episodes are just enough rows for 64 devices
+        packed_rows=0,  # open: a minibatch of 64 padded episodes has just enough rows for 64 devices
         temperature=1.0,  # C.4
-        behaviour_logprob="rescore",  # open: decoding and scoring differ in bfloat16
+        behaviour_logprob="rescore",  # open: log-probabilities of decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
         kl_controller="fixed",
         kl_target=6.0,  # lm-human-preferences
         kl_horizon=10_000,  # lm-human-preferences
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
-        ptx_chunks=2,  # open: on fsdp=64, 4 rows of a minibatch of 64 episodes a shard
+        ptx_chunks=2,  # open: 4 rows per chunk and device, for a minibatch of 64 episodes on fsdp=64
         ptx_length=2048,  # open
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4
@@ -173,10 +175,10 @@ def base(stage: str) -> ConfigDict:
         whiten_rewards=False,  # open
         missing_eos="as_is",  # open
         missing_eos_score=-1.0,
-        ema_decay=0.992,  # C.4; per iteration: open
+        ema_decay=0.992,  # C.4; open: whether it applies per iteration
         max_kl=0.0,  # open
         policy_optim=adam(
-          8.05e-6,  # open: final rates are not printed; E.9 sweeps 2.55e-6 .. 2.55e-5
+          8.05e-6,  # open: the paper does not print its final rates; E.9 sweeps 2.55e-6 to 2.55e-5
           schedule="constant",  # C.4
           warmup_steps=80,  # C.4: 10 iterations of 8 updates
           warmup_start=0.1,  # C.4
@@ -187,9 +189,9 @@ def base(stage: str) -> ConfigDict:
       evaluate=dict(
         num_prompts=512,
         samples_per_prompt=1,
-        temperature=1.0,  # open for the main evaluations; App. F shows InstructGPT at 1, GPT-3 at .7
+        temperature=1.0,  # open for the main evaluations; App. F samples InstructGPT at 1, GPT-3 at .7
         weights="ema",
-        compare=("ppo",),  # fig. 1 has PPO beside PPO-ptx
+        compare=("ppo",),  # fig. 1 shows PPO beside PPO-ptx
         overoptimization=False,
         overoptimization_iterations=500,
         best_of_n=0,

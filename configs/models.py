@@ -1,13 +1,13 @@
-"""Size presets: `--config=configs/ppo_ptx.py:tiny`. A preset changes the base only where it differs.
+"""Size presets, chosen as in `--config=configs/ppo_ptx.py:tiny`. A preset lists only what differs from base.py.
 
-  tiny          the default: laptop, made-up task on real text (tiny.py)
+  tiny          the default: a simulated task on real text, for a laptop (tiny.py)
   gpt2, smollm2_135m, llama3_8b
                 shapes of released models, for weights that you have (released.py)
   gpt3_125m, gpt3_350m, gpt3_760m, gpt3_1p3b, gpt3_2p7b, gpt3_6p7b, gpt3_13b, gpt3_175b
                 the paper's models and settings (gpt3.py)
 
-No preset fetches anything: released shapes start from the weights that `--config.model.weights` names
-and, without it, are trained from scratch like any other. All but `tiny` read records of your own:
+No preset downloads anything. The released shapes start from the weights in `--config.model.weights`; without it, they
+are trained from scratch like all others. Every preset except `tiny` needs your own data, named by
 `--config.data.documents=jsonl:PATH` and so on.
 """
 
@@ -17,7 +17,11 @@ PRESETS = {"tiny": tiny.change, **released.PRESETS, **gpt3.PRESETS}
 
 
 def get(stage: str, preset: str | None):
-  """The config of a stage at a size; the smallest if none is named."""
+  """The config of a stage at the size of a preset; None is `tiny`.
+
+  Raises:
+    ValueError: there is no such preset. The --config flag shows the message to the user.
+  """
   name = preset or "tiny"
   if name not in PRESETS:
     raise ValueError(f"preset {name!r} must be one of {', '.join(PRESETS)}")

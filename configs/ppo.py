@@ -1,9 +1,9 @@
-r"""PPO without the pretraining mix, gamma = 0: the policy that pays the alignment tax.
+r"""PPO without the pretraining mix (gamma = 0), which is the policy that pays the alignment tax.
 
-Paper: sec 3.5 eq. 2, C.4: 256k episodes in batches of 512, minibatches of 64, beta .02, clip .2,
-  EMA .992. The pretraining mix doubles the time of RL training (E.11); this is without.
-Does: everything up to the reward model, ppo_init, then ppo and what `evaluate.compare` names; ends
-  with the report.
+Paper: sec 3.5 eq. 2, C.4: 256k episodes in batches of 512, minibatches of 64, beta .02, clip .2, EMA .992. The
+  pretraining mix would double the time of RL training (E.11).
+Does: runs everything up to the reward model, then ppo_init, ppo and the RL stages in `evaluate.compare`. Ends with the
+  report.
 Cost at `tiny`: the README has the times.
 
   python -m instructjax.main --config=configs/ppo.py --workdir=runs/demo

@@ -1,14 +1,14 @@
-r"""Pretraining on documents: the base model that stands in for GPT-3 when no weights are given.
+r"""Pretraining on documents, which makes the base model that stands in for GPT-3 if no weights are given.
 
-Paper: none; it starts from GPT-3 (arXiv:2005.14165), 3,640 petaflop/s-days at 175B (sec 5.1).
-Does: packed next-token training on `data.documents`; writes `pretrain/`. The reward model's base,
-  `reward_pretrain/`, is made the same way by the stages that need it.
+Paper: not part of it; the paper starts from GPT-3 (arXiv:2005.14165), 3,640 petaflop/s-days at 175B (sec 5.1).
+Does: next-token training on packed rows of `data.documents`; writes `pretrain/`. Stages that need a base for the reward
+  model train `reward_pretrain/` in the same way.
 Cost at `tiny`: the first stage of the default run; the README has the times.
 
   python -m instructjax.main --config=configs/pretrain.py --workdir=runs/demo
 
-At another size (models.py lists the presets), on text of your own. The shapes of released models
-are trained from scratch too where `model.weights` names no weights: nothing is ever fetched.
+To train at another size (models.py lists the presets), on your own text. Released shapes are trained from scratch too
+if `model.weights` names no weights, because nothing is ever downloaded.
 
   python -m instructjax.main --config=configs/pretrain.py:gpt3_125m --workdir=runs/125m \
     --config.data.documents=jsonl:documents.jsonl.gz

@@ -1,14 +1,14 @@
-"""Shapes of released models, to start from their weights. Called by models.py.
+"""Presets with the shapes of released models, to start from their weights. Called by models.py.
 
-`--config.model.weights=PATH` names them; the reward model starts from the same ones. Shapes are the
-models' own config.json; the rest is the paper's (base.py) or marked `open`.
+`--config.model.weights=PATH` names the weights, and the reward model starts from the same ones. The shapes are those in
+the models' own config.json. The other values are the paper's (base.py) or marked `open`.
 """
 
 from configs import base
 
 
 def _gpt2(config):
-  """GPT-2 small, 124M: for one GPU, or patience."""
+  """GPT-2 small, 124M, for one GPU."""
   decoder = dict(
     num_layers=12,
     d_model=768,
@@ -21,14 +21,17 @@ def _gpt2(config):
   )
   config.model.update(decoder)
   config.reward_model.update(decoder)
-  config.execution.update(dtype="float32")  # as released
-  config.data.update(max_prompt_length=512, max_response_length=512)  # half the context, as App. C
-  # From scratch: GPT-3 125M's rate. The batch also is that of the held-out text, so it is kept small.
+  config.execution.update(dtype="float32")  # the weights were released in float32
+  config.data.update(
+    max_prompt_length=512, max_response_length=512
+  )  # half the context each, as in App. C
+  # The rate is that of GPT-3 125M, for training from scratch. The batch is small because held-out text is evaluated in
+  # batches of this size even if pretraining is skipped.
   for name in ("pretrain", "reward_pretrain"):
     config[name].update(batch_size=16, length=1024, optim=base.adam(6e-4, warmup_steps=100))
   config.sft.update(batch_size=16, length=1024, optim=base.adam(2e-5))  # open
   config.ppo_init.update(batch_size=16, length=1024, optim=base.adam(2e-5))  # open
-  # lm-human-preferences, this model: reward model 5e-5, batches of 32; PPO 1e-5.
+  # lm-human-preferences trained this model with these values: reward model 5e-5 in batches of 32, PPO 1e-5.
   config.rm.update(batch_size=32, optim=base.adam(5e-5))
   config.ppo.update(
     num_iterations=200,  # open
@@ -45,7 +48,7 @@ def _gpt2(config):
 
 
 def _smollm2_135m(config):
-  """SmolLM2-135M: a real model on a laptop's CPU, in 70 minutes. Values are open: small batches of short texts."""
+  """SmolLM2-135M: a real model, in 70 minutes on a laptop's CPU. The values are open: small batches of short texts."""
   decoder = _llama(
     num_layers=30,
     d_model=576,
@@ -64,7 +67,7 @@ def _smollm2_135m(config):
   config.data.update(max_prompt_length=64, max_response_length=64, validation_fraction=0.15)
   config.checkpoint.update(every_steps=50, keep=1)
   config.log.update(every_steps=4)
-  # The batch also is that of the held-out text.
+  # Held-out text is evaluated in batches of this size, even if pretraining is skipped.
   for name in ("pretrain", "reward_pretrain"):
     config[name].update(batch_size=8, length=256, optim=base.adam(1e-3, warmup_steps=100))
   config.sft.update(num_epochs=1, batch_size=8, length=256, dropout=0.0, optim=base.adam(2e-5))
@@ -72,7 +75,7 @@ def _smollm2_135m(config):
     num_epochs=1, batch_size=8, length=256, pretrain_mix=0.125, optim=base.adam(2e-5)
   )
   config.collect.update(num_prompts=256, num_heldout_prompts=64, min_responses=2, max_responses=2)
-  # Pairs, as most public comparisons are: rows for more answers would be computed, empty or not.
+  # Most public comparisons are pairs. Rows for further answers would cost time even if they are empty.
   config.rm.update(batch_size=8, max_responses=2, row_length=128, optim=base.adam(5e-5))
   config.ppo.update(
     num_iterations=20,
@@ -86,7 +89,7 @@ def _smollm2_135m(config):
     ptx_chunks=1,
     ptx_length=128,
     missing_eos="fixed",
-    ema_decay=0.8,  # the average of a few iterations, not of hundreds
+    ema_decay=0.8,  # averages over a few iterations, because the run has only 20
     max_kl=50.0,
     policy_optim=base.adam(2e-5, schedule="constant", warmup_steps=8, warmup_start=0.1),
     value_optim=base.adam(2e-5, schedule="constant"),
@@ -95,7 +98,7 @@ def _smollm2_135m(config):
 
 
 def _llama3_8b(config):
-  """Llama 3 8B with the paper's values for 6B: for a host of accelerators. Llama 3.0's rotation is not scaled."""
+  """Llama 3 8B with the paper's values for 6B, for a host of accelerators. Llama 3.0 has no scaling of positions."""
   decoder = _llama(
     num_layers=32,
     d_model=4096,
@@ -110,15 +113,18 @@ def _llama3_8b(config):
   config.model.update(decoder)
   config.reward_model.update(decoder)
   config.tokenizer.vocab_size = 128256
-  config.mesh.update(data=1, fsdp=-1)  # open: the state is too large to lie whole on every device
-  # From scratch: Llama 3's peak rate (arXiv:2407.21783 table 3). The batch also is that of the held-out text.
+  config.mesh.update(
+    data=1, fsdp=-1
+  )  # open: the training state is too large for a copy on every device
+  # The rate is Llama 3's peak rate (arXiv:2407.21783 table 3), for training from scratch. Held-out text is evaluated in
+  # batches of this size, even if pretraining is skipped.
   for name in ("pretrain", "reward_pretrain"):
     config[name].update(batch_size=64, optim=base.adam(3e-4, warmup_steps=100))
   config.ppo_init.optim.learning_rate = 1.04e-5  # C.3, 6B
 
 
 def _llama(**sizes) -> dict:
-  """The family's switches."""
+  """The switches that all Llama-like models share, together with `sizes`."""
   switches = dict(
     position="rope", norm="rmsnorm", norm_eps=1e-5, mlp="swiglu", use_bias=False, attention_window=0
   )

@@ -1,4 +1,7 @@
-"""`instructjax COMMAND ...` and `python -m instructjax COMMAND ...`: a row a command, of which one is imported."""
+"""Runs `instructjax COMMAND ...` and `python -m instructjax COMMAND ...`.
+
+Only the module of the chosen command is imported, so that the help and short commands start quickly.
+"""
 
 import difflib
 import os
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 
 import instructjax
 
-# Name -> (module, what it does). Each module is a command by itself: it defines its flags, and ends with cli.run.
+# Command -> (module, description). Each module can also be run alone: it defines its own flags and calls cli.run.
 COMMANDS = {
   "run": ("instructjax.main", "train a stage and all that it starts from, evaluate, and report"),
   "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
@@ -19,10 +22,10 @@ _EXAMPLE = "instructjax run --config=ppo_ptx --workdir=runs/demo"
 
 
 def main(argv: Sequence[str] | None = None):
-  """Runs the command that the command line names; ends the process with its exit code.
+  """Runs the command that the command line names, which ends the process with an exit code.
 
   Args:
-    argv: the command line without the program's name; None for sys.argv's.
+    argv: the command line without the program's name; None takes it from sys.argv.
   """
   arguments = list(sys.argv[1:] if argv is None else argv)
   name = arguments[0] if arguments else "--help"
@@ -38,10 +41,15 @@ def main(argv: Sequence[str] | None = None):
     print(f"error: {name} is not a command of instructjax; {hint}", file=sys.stderr)
     sys.exit(2)
   module, _ = COMMANDS[name]
-  sys.argv = [f"instructjax {name}", *arguments[1:]]
-  if os.getcwd() not in sys.path:  # a config file of one's own may import what lies beside it
+  sys.argv = [
+    f"instructjax {name}",
+    *arguments[1:],
+  ]  # absl shows the first word as the program's name
+  # The installed script does not have the working directory on the path, as `python -m` does. A user's config file may
+  # import modules from there.
+  if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
-  # As `python -m` runs it, so that absl takes its flags for the program's own, which --help shows.
+  # Run as `__main__`, because absl's --help shows the flags of the main module.
   runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -1,4 +1,7 @@
-"""Command line: `python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo`."""
+"""The command `python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo`.
+
+It runs a stage together with all stages that it starts from.
+"""
 
 import pathlib
 
@@ -23,6 +26,12 @@ flags.mark_flags_as_required(["config"])
 
 
 def main(arguments: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: a flag or setting is wrong, or a stage reports an error that the user can fix.
+    Preempted: the run was told to stop, and has saved its state.
+  """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
   config = from_config_dict(_CONFIG.value)
@@ -34,9 +43,11 @@ def main(arguments: list[str]):
   workdir = pathlib.Path(_WORKDIR.value).resolve()
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if group:
+    # Starts a child process that does the work. The supervisor must not import JAX, so this comes first.
     distributed.supervise()
+  # Processes must join before JAX is used for the first time.
   distributed.join(group)
-  # Imported here so that --help and a bad flag answer at once.
+  # Imported here so that --help and bad flags are answered at once.
   import jax
 
   from instructjax.parallel import memory
@@ -44,10 +55,12 @@ def main(arguments: list[str]):
   from instructjax.train import finished
 
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
-  # A stage that is resumed, or trained again on another fold, finds its program compiled.
+  # A stage that is resumed, or trained again on another fold, finds its compiled program in this cache.
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  if jax.process_index() != 0:  # what all meet, one tells
+  if (
+    jax.process_index() != 0
+  ):  # warnings are the same in all processes, so process 0 alone shows them
     logging.set_verbosity(logging.ERROR)
   with finished.workdir_lock(workdir):
     pipeline.run(config, workdir)

@@ -1,1 +1,1 @@
-"""What a run on many devices takes beforehand: will it fit (plan), rehearsals (local_pod), TPU machines (tpu_vm.sh)."""
+"""Tools for runs on many devices: plan (does it fit), local_pod (rehearsals on one machine), tpu_vm.sh (TPU slices)."""

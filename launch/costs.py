@@ -1,7 +1,7 @@
-"""What one run of a compiled TPU program costs a device: FLOPs, bytes of HBM, bytes sent. Called by plan.py.
+"""Computes what one run of a compiled TPU program costs each device: FLOPs, HBM traffic and bytes sent.
 
-Everything is multiplied by the trip counts of the loops around it and filed under the part of the iteration it belongs
-to, by `jax.named_scope`. Imports hlo.py only.
+The cost of each instruction is multiplied by the trip counts of the loops around it. It is attributed to a phase of the
+iteration by the name of its `jax.named_scope`. Called by plan.py. Imports hlo.py and flops.py only.
 """
 
 import collections
@@ -14,7 +14,7 @@ from launch import hlo
 from launch.flops import attention_flops, convolution_flops, dot_flops, is_kernel
 from launch.hlo import Computation, Instruction, Module
 
-# Scope -> phase; what a step does outside of these (optimisers, averages, metrics) is its update.
+# Scope -> phase. Everything outside these scopes (losses, optimisers, averages, metrics) counts as the update.
 _PHASES = (
   (re.compile(r"/rollout(/|$)"), "rollout"),
   (re.compile(r"/(score|advantages)(/|$)"), "scoring"),
@@ -32,7 +32,7 @@ _COLLECTIVES = {
   "collective-permute-start": "collective-permute",
   "collective-broadcast": "collective-broadcast",
 }
-# What moves no data by itself, or is counted where it starts.
+# Instructions that move no data themselves, and the ends of asynchronous operations, which are counted at their starts.
 _FREE = {
   *(
     "parameter",
@@ -48,7 +48,7 @@ _FREE = {
   *("partition-id", "replica-id", "after-all", "opt-barrier", "custom-call", "iota"),
   *("recv", "send-done"),
 }
-# A collective between slices, in the attributes of the send that stands for it.
+# The compiler turns a collective between slices into a send, whose attributes describe the collective.
 _MEGASCALE = re.compile(
   r'rendezvous="(?P<name>[^"]*)".*_xla_megascale_transfer_type="(?P<kind>[A-Z_]+)"'
 )
@@ -57,15 +57,15 @@ _SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 
 @dataclasses.dataclass
 class Cost:
-  """Of one device, in one iteration.
+  """The cost of an iteration, or a part of it, for one device.
 
   Attributes:
-    flops: of matrix products.
-    kernel_flops: of them, those of attention kernels, by formula.
-    hbm_bytes: read and written by instructions, each reading its operands and writing its result once.
-    wire_bytes: sent to other devices of its slice, by rings.
-    dcn_bytes: sent to other slices, by rings, over the data centre's network.
-    cycles: libtpu's own estimate; collectives, copies and kernels have none.
+    flops: FLOPs of matrix products, including those of attention kernels.
+    kernel_flops: FLOPs of attention kernels alone, computed by a formula.
+    hbm_bytes: bytes read from and written to HBM, if each instruction reads its operands and writes its result once.
+    wire_bytes: bytes sent to other devices in the same slice, assuming ring algorithms.
+    dcn_bytes: bytes sent to other slices over the data centre's network, assuming ring algorithms.
+    cycles: libtpu's estimate of the clock cycles. It has none for collectives, copies and kernels.
   """
 
   flops: float = 0.0
@@ -83,7 +83,13 @@ class Cost:
 
 @dataclasses.dataclass
 class Loop:
-  """An outermost loop, its inner ones included: what it costs in all `trips`, None if they are not known."""
+  """An outermost loop.
+
+  Attributes:
+    phase: phase of the iteration that it belongs to.
+    trips: number of times that it runs; None if this is not known.
+    cost: cost of all trips, including inner loops.
+  """
 
   phase: str
   trips: int | None
@@ -92,14 +98,14 @@ class Loop:
 
 @dataclasses.dataclass
 class Summary:
-  """A program's costs.
+  """The costs of a program.
 
   Attributes:
     phases: phase -> Cost.
-    collectives: (kind, op_name) -> (how many run, bytes sent).
-    loops: the outermost ones, by instruction name.
-    unknown_trips: op_names of loops counted once because their length cannot be read.
-    host_transfers: instructions that talk to the host.
+    collectives: (kind, op_name) -> (number of times that it runs, bytes sent).
+    loops: instruction name -> outermost loop.
+    unknown_trips: op_names of loops that are counted once, because their length cannot be read.
+    host_transfers: names of instructions that communicate with the host.
   """
 
   phases: dict[str, Cost]
@@ -110,7 +116,7 @@ class Summary:
 
   @property
   def by_kind(self) -> dict[str, tuple[float, float]]:
-    """Kind of collective -> (how many run, bytes sent)."""
+    """Kind of collective -> (number of times that it runs, bytes sent)."""
     result = collections.defaultdict(lambda: (0.0, 0.0))
     for (kind, _), added in self.collectives.items():
       result[kind] = tuple(map(sum, zip(result[kind], added)))
@@ -118,6 +124,7 @@ class Summary:
 
   @property
   def total(self) -> Cost:
+    """The cost of all phases together."""
     total = Cost()
     for cost in self.phases.values():
       total += cost
@@ -125,7 +132,15 @@ class Summary:
 
 
 def summarise(text: str, num_devices: int, num_slices: int = 1) -> Summary:
-  """Costs of a compiled program, `compiled.as_text()`."""
+  """Computes the costs of a compiled program.
+
+  Args:
+    text: the program, from `compiled.as_text()`.
+    num_devices: number of devices of the mesh.
+    num_slices: number of slices that the devices form.
+  Raises:
+    ValueError: the text is not a compiled program.
+  """
   counter = _Counter(hlo.parse(text), num_devices, num_slices)
   counter.visit(counter.module.entry, 1.0, "update", None)
   return Summary(
@@ -138,9 +153,9 @@ def summarise(text: str, num_devices: int, num_slices: int = 1) -> Summary:
 
 
 def host_transfers(module: Module) -> list[str]:
-  """Names of instructions that send to the host or fetch from it, or keep an array in its memory.
+  """Names of instructions that exchange data with the host or keep an array in its memory.
 
-  Between slices, collectives look like host transfers too, but say that the multi-slice runtime handles them.
+  Collectives between slices look like host transfers too. They are left out; their text names the multi-slice runtime.
   """
   found = []
   for computation in module.computations.values():
@@ -153,7 +168,7 @@ def host_transfers(module: Module) -> list[str]:
 
 
 class _Counter:
-  """One walk over a module, from the entry into loops, branches and fusions."""
+  """Adds up costs in one walk over a module, from its entry into loops, branches and fusions."""
 
   def __init__(self, module: Module, num_devices: int, num_slices: int):
     self.module, self.num_devices, self.num_slices = module, num_devices, num_slices
@@ -167,7 +182,8 @@ class _Counter:
       for item in computation.instructions.values()
       if item.opcode == "fusion"
     }
-    # An asynchronous collective is printed where it starts, in what runs meanwhile and where it ends.
+    # The text shows an asynchronous collective up to three times: at its start, in the fusion that runs at the same
+    # time, and at its end. It must be counted only once, so the channels of those that have a start are noted here.
     self._started = {
       _channel(item)
       for computation in module.computations.values()
@@ -177,11 +193,13 @@ class _Counter:
     }
 
   def visit(self, computation: Computation, times: float, phase: str, loop: Loop | None):
-    """Adds a computation's instructions, each run `times`.
+    """Adds the costs of a computation's instructions.
 
     Args:
-      phase: of what calls it, for instructions that say nothing of their own.
-      loop: the outermost one around.
+      computation: the computation.
+      times: how often it runs.
+      phase: phase of the caller, used for instructions without a scope of their own.
+      loop: the outermost loop around it; None outside loops.
     """
     for item in computation.instructions.values():
       own = _phase(computation, item.name) or phase
@@ -226,14 +244,18 @@ class _Counter:
     return 0.0
 
   def _hbm_bytes(self, computation: Computation, item: Instruction) -> float:
-    """Operands read and results written that lie in HBM; of what is only sliced, or updated in place, the slice."""
+    """Bytes of HBM that an instruction reads and writes.
+
+    If it only reads a slice of an operand, or updates a slice in place, only the slice counts.
+    """
     if is_kernel(item):
       arrays = [array for name in item.operands for array in computation.instructions[name].arrays]
       return float(sum(array.bytes for array in (*arrays, *item.arrays) if array.space == 0))
     if item.opcode in _FREE:
       return 0.0
     if item.opcode in ("copy-start", "slice-start"):
-      # A prefetch: its result is (destination, source, ...), or for a slice the other way round.
+      # A prefetch. Its result is (destination, source, ...), or for a slice (source, destination, ...). The smaller of
+      # the two is what is moved, and it counts for each side that is in HBM.
       moved = min(item.arrays[:2], key=lambda array: array.bytes).bytes
       return float(moved * sum(array.space == 0 for array in item.arrays[:2]))
     if item.opcode == "fusion":
@@ -255,7 +277,7 @@ class _Counter:
 
   @functools.cache
   def _read(self, inner: Computation, index: int) -> float | None:
-    """Bytes that a fusion reads of an operand, None for all of it."""
+    """The bytes of an operand that a fusion reads; None means all of it."""
     total, pending = 0.0, [inner.parameters[index].name]
     while pending:
       name = pending.pop()
@@ -265,11 +287,11 @@ class _Counter:
           pending.append(user.name)
           continue
         if user.opcode == "tuple" or self._is_repeat(inner, user):
-          continue  # handed on
+          continue  # passed on without being read
         if user.opcode == "fusion":
           nested = self.module.computations[user.called["calls"]]
           if _unwrapped(nested, nested.root.name) is nested.parameters[position]:
-            pending.append(user.name)  # another view of it
+            pending.append(user.name)  # the nested fusion only returns a view of the operand
             continue
           part = self._read(nested, position)
         else:
@@ -280,9 +302,9 @@ class _Counter:
     return total
 
   def _written(self, inner: Computation) -> list[float | None]:
-    """Bytes that a fusion writes of each result, None for all of it."""
+    """The bytes of each result that a fusion writes; None means all of it."""
     if _starts(inner):
-      return [0.0, None]  # the operand handed on, and where the result will be
+      return [0.0, None]  # (the operand, passed on; the buffer of the result)
     root = inner.root
     result = []
     for name in root.operands if root.opcode == "tuple" else (root.name,):
@@ -296,13 +318,19 @@ class _Counter:
     return result
 
   def _is_repeat(self, computation: Computation, item: Instruction) -> bool:
-    """Whether this is an asynchronous collective printed again, after its start."""
+    """Whether this instruction shows an asynchronous collective again that was counted at its start."""
     if computation.name not in self._fused or _starts(computation) or _scatters(computation):
       return False
     return item.opcode in _COLLECTIVES and _channel(item) in self._started
 
   def _wire_bytes(self, computation, item: Instruction, times: float, use: str = "") -> float:
-    """Bytes sent by an instruction's collective, or by those inside its fusion `use`; files them by kind and name."""
+    """The bytes that an instruction's collectives send within the slice. Also records them by kind and name.
+
+    Args:
+      computation, item: the instruction.
+      times: how often it runs.
+      use: op_name of the fusion around it, for collectives that have no name of their own.
+    """
     if item.opcode == "fusion":
       inner = self.module.computations[item.called["calls"]]
       items = inner.instructions.values()
@@ -316,7 +344,7 @@ class _Counter:
     return self._file(kind, item.op_name or use, times, _ring_bytes(kind, item, computation, group))
 
   def _dcn_bytes(self, computation: Computation, item: Instruction, times: float) -> float:
-    """Bytes sent to other slices. Such a collective is a send to the host, whose runtime does the rest."""
+    """The bytes sent to other slices. Such a collective is a send to the host, whose runtime does the rest."""
     if item.opcode != "send" or not (match := _MEGASCALE.search(item.text)):
       return 0.0
     kind = match["kind"].lower().replace("_", "-")
@@ -324,14 +352,14 @@ class _Counter:
     return self._file(f"DCN {kind}", match["name"], times, sent)
 
   def _file(self, kind: str, name: str, times: float, sent: float) -> float:
-    """Notes a collective that runs `times` and sends so much each time; returns what it sends in all."""
+    """Records a collective that runs `times` and sends `sent` bytes each time. Returns the total bytes."""
     count, total = self.collectives[kind, name]
     self.collectives[kind, name] = count + times, total + times * sent
     return times * sent
 
 
 def _unwrapped(computation: Computation, name: str) -> Instruction:
-  """The instruction whose result this one, a bitcast perhaps, is a view of."""
+  """The instruction behind a chain of bitcasts, which are only views of its result."""
   item = computation.instructions[name]
   while item.opcode == "bitcast":
     item = computation.instructions[item.operands[0]]
@@ -343,7 +371,7 @@ def _channel(item: Instruction) -> tuple:
 
 
 def _scatters(computation: Computation) -> bool:
-  """So the TPU's compiler spells a reduce-scatter: an all-reduce of which a slice is kept."""
+  """Whether this is a reduce-scatter. The TPU's compiler writes it as an all-reduce of which only a slice is kept."""
   return "all-reduce-scatter" in computation.name
 
 
@@ -352,12 +380,13 @@ def _starts(computation: Computation) -> bool:
 
 
 def _phase(computation: Computation, name: str) -> str | None:
-  """Phase of an instruction by its own name, or where that says nothing by that of what uses it."""
+  """The phase of an instruction, by its own name or else by the nearest user that has one; None if neither does."""
   seen, pending = {name}, [name]
   while pending:
     item = computation.instructions[pending.pop(0)]
     if item.op_name.startswith("jit("):
       return next((phase for scope, phase in _PHASES if scope.search(item.op_name)), "update")
+    # Breadth first, so that the nearest user decides. A loop may use values of all phases and decides nothing.
     for user in computation.users[item.name]:
       if user.name not in seen and user.opcode != "while":
         seen.add(user.name)
@@ -371,23 +400,23 @@ def _cycles(item: Instruction) -> float:
 
 
 def _sliced(item: Instruction, index: int) -> float | None:
-  """Bytes that an instruction reads of an operand, None for all of it."""
+  """The bytes of an operand that an instruction reads; None means all of it."""
   if item.opcode in _SLICES and index == 0:
     return float(item.arrays[0].bytes)
   if item.opcode in ("dynamic-update-slice", "scatter") and index == 0:
-    return 0.0  # in place
+    return 0.0  # updated in place, without being read
   return None
 
 
 def _updated(computation: Computation, item: Instruction) -> float | None:
-  """Bytes that an instruction writes of its result, None for all of it."""
+  """The bytes of its result that an instruction writes; None means all of it."""
   if item.opcode == "dynamic-update-slice":
     return float(computation.instructions[item.operands[1]].arrays[0].bytes)
   return None
 
 
 def _ring_bytes(kind: str, item: Instruction, computation: Computation, group: int) -> float:
-  """Bytes that one device sends in a collective of `group` devices, by the usual ring algorithms."""
+  """The bytes that one device sends in a collective of `group` devices, with the usual ring algorithms."""
   operands = sum(
     array.bytes for name in item.operands for array in computation.instructions[name].arrays
   )
@@ -402,8 +431,11 @@ def _ring_bytes(kind: str, item: Instruction, computation: Computation, group: i
 
 
 def group_size(text: str, num_devices: int) -> int:
-  """Devices that take part in a collective together; its replica groups are spelt in three ways."""
-  if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):
+  """The number of devices that take part in a collective together.
+
+  The text writes replica groups in three ways. Without any, all devices are one group.
+  """
+  if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", text):  # [groups, devices in a group]
     return int(match[2])
   if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))

@@ -1,6 +1,6 @@
-"""From a program's bytes and costs to a report: does it fit, how long might it take, what binds. Called by plan.py.
+"""Turns a program's sizes and costs into a report: whether it fits, how long it may take, and what limits it.
 
-Pure arithmetic and text: no JAX. Every second here is an estimate: nothing has run on a TPU.
+Called by plan.py. Pure arithmetic and text, without JAX. All times are estimates, because nothing has run on a TPU.
 """
 
 import re
@@ -14,9 +14,11 @@ _USED = re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm")
 _NEEDED = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
 _ALLOCATION = re.compile(r"Size: ([\d.]+)([MG])\s+(?:Operator: op_name=\"([^\"]*)\")?")
 
-# Of the peak rate: what attention kernels are taken to reach where the compiler's cost model knows nothing of them.
+# The compiler's cost model has no estimate for attention kernels. They are assumed to reach this fraction of the peak
+# rate.
 KERNEL_RATE = 0.5
 
+# Parts of an op_name that only say which loops and calls an operation is in.
 _NESTING = ("jit(step)", "while", "body", "closed_call", "checkpoint")
 
 
@@ -28,15 +30,15 @@ def memory(
   program: int,
   hbm: float,
 ) -> dict:
-  """Bytes of a device's HBM by owner.
+  """The use of a device's HBM, in bytes by owner.
 
   Args:
-    owners: of the arguments, which lie there all the time.
-    inside: arrays of known size that live during the rollout only; the update uses their space anew.
-    allocated: all that the program takes, holes between its arrays included.
-    peak: of it, the most that is in use at a time.
-    program: its code.
-    hbm: what the compiler lets a program use.
+    owners: name -> bytes of the arguments, which are in memory all the time.
+    inside: name -> bytes of arrays of known size that exist during the rollout only. The update reuses their space.
+    allocated: bytes that the program takes, including gaps between arrays.
+    peak: the most bytes that are in use at any time.
+    program: bytes of the code.
+    hbm: bytes that the compiler allows a program to use.
   """
   known = sum(owners.values()) + sum(inside.values()) + program
   return {
@@ -52,7 +54,7 @@ def memory(
 
 
 def phase_seconds(cost: Cost, chip: Chip) -> dict[str, float]:
-  """Seconds that each term of the roofline alone would take."""
+  """The seconds that each term of the roofline would take alone."""
   return {
     "compute": cost.flops / chip.flops,
     "HBM": cost.hbm_bytes / chip.hbm_rate,
@@ -62,15 +64,19 @@ def phase_seconds(cost: Cost, chip: Chip) -> dict[str, float]:
 
 
 def timing(summary: Summary, chip: Chip, rows: int, tokens: int, model_rate: float | None) -> dict:
-  """Estimated seconds of an iteration, by phase and in three ways.
+  """Estimates the seconds of an iteration, by phase and in three ways.
 
-  roofline: each phase takes as long as its largest term at public peak rates; all that is sent goes over one ring.
-  overlapped and serial: the compiler's own cost model of what computes and moves within a chip, attention kernels added
-  at KERNEL_RATE, with communication hidden as far as it can be, and with none hidden.
+  roofline: each phase takes as long as its largest term at the public peak rates. All data is sent over one ring.
+  overlapped: the compiler's cost model of computation and of data movement within a chip, with attention kernels added
+    at KERNEL_RATE. Communication runs at the same time as far as possible.
+  serial: the same, but communication never overlaps with computation.
 
   Args:
-    rows, tokens: of an iteration's batch.
-    model_rate: FLOPs an iteration that the model itself takes, over the devices' peak rate; None for no MFU.
+    summary: costs of the program.
+    chip: rates of the devices.
+    rows, tokens: size of an iteration's batch.
+    model_rate: FLOPs of the model in an iteration divided by the peak rate of all devices, in seconds; None to leave
+      out the MFU.
   """
   phases = {}
   for name in PHASES:
@@ -101,13 +107,13 @@ def timing(summary: Summary, chip: Chip, rows: int, tokens: int, model_rate: flo
 
 
 def largest(summary: Summary, number: int) -> list[tuple[str, str, float, float]]:
-  """The collectives that send most: (kind, op_name, how many run, bytes sent)."""
+  """The collectives that send most bytes, as (kind, op_name, number of times that it runs, bytes sent)."""
   items = [(*where, *amounts) for where, amounts in summary.collectives.items()]
   return sorted(items, key=lambda item: -item[3])[:number]
 
 
 def out_of_memory(message: str) -> dict | None:
-  """The compiler's figures in GiB where it says that a program does not fit, else None."""
+  """Reads the compiler's figures, in GiB, from the message that a program does not fit. None for another message."""
   match = _USED.search(message) or _NEEDED.search(message)
   if match is None:
     return None
@@ -124,7 +130,7 @@ def out_of_memory(message: str) -> dict | None:
 
 
 def refusal(report: dict) -> str:
-  """Why a program does not fit, in words."""
+  """The report on a program that does not fit, as text."""
   found, owners = report["out_of_memory"], report["memory"]["arguments"]
   at_least = "at least " if found["is_lower_bound"] else ""
   over = found["needed"] - found["available"]
@@ -155,7 +161,7 @@ def _title(report: dict) -> str:
 
 
 def spell_mesh(sizes: Mapping[str, int]) -> str:
-  """A mesh as --mesh takes it: `fsdp:64,tensor:4`, axes of 1 left out."""
+  """A mesh in the form that --mesh accepts, such as `fsdp:64,tensor:4`. Axes of size 1 are left out."""
   parts = [f"{axis}:{size}" for axis, size in sizes.items() if size != 1]
   return ",".join(parts) or ",".join(f"{axis}:1" for axis in list(sizes)[:1])
 
@@ -165,7 +171,7 @@ def _gib(size: float) -> str:
 
 
 def _short(op_name: str) -> str:
-  """An operation's name without the loops and calls that it is in."""
+  """An operation's name without the loops and calls around it."""
   return "/".join(part for part in op_name.split("/") if part not in _NESTING) or "(unnamed)"
 
 
@@ -174,7 +180,7 @@ def _memory_lines(sizes: dict[str, int]) -> list[str]:
 
 
 def text(report: dict) -> str:
-  """A report as people read it."""
+  """The report on a program that fits, as text."""
   sizes, times = report["memory"], report["timing"]
   lines = [
     _title(report),

@@ -1,4 +1,7 @@
-"""FLOPs of matrix products and attention kernels in compiled text. Called by costs.py; imports hlo.py only."""
+"""Computes the FLOPs of matrix products and attention kernels in a compiled program's text.
+
+A multiplication and its addition count as two FLOPs. Called by costs.py. Imports hlo.py only.
+"""
 
 import math
 import re
@@ -7,7 +10,7 @@ from launch.hlo import Computation, Instruction
 
 
 def dot_flops(computation: Computation, item: Instruction) -> float:
-  """Two a multiplication."""
+  """FLOPs of a `dot` instruction."""
   contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", item.text)[1]
   left = computation.instructions[item.operands[0]].arrays[0].dims
   depth = math.prod(left[int(dim)] for dim in contracted.split(",") if dim)
@@ -15,10 +18,10 @@ def dot_flops(computation: Computation, item: Instruction) -> float:
 
 
 def convolution_flops(computation: Computation, item: Instruction) -> float:
-  """Two a multiplication of values that are there.
+  """FLOPs of a `convolution` instruction.
 
-  The TPU's compiler makes every matrix product a convolution, and batch dimensions spatial ones with
-  holes or padding, where nothing is multiplied.
+  The TPU's compiler writes every matrix product as a convolution. It turns batch dimensions into spatial dimensions
+  with holes or padding. Only products with real values count, so the holes are left out.
   """
   kernel_labels, output_labels = re.search(r"dim_labels=\w+_(\w+)->(\w+)", item.text).groups()
   input_labels = re.search(r"dim_labels=(\w+)_", item.text)[1]
@@ -39,21 +42,23 @@ def convolution_flops(computation: Computation, item: Instruction) -> float:
 
 
 _KERNEL = re.compile(r"/attention_(?:causal|band_(\d+))/.*/splash_mha_(fwd|dq|dkv)_")
-# Matrix products in each block: scores and sums of values; scores, their gradient and the queries'; and, for keys and
-# values, scores, the values' gradient, the scores' and the keys'.
+# Number of matrix products per block:
+#   fwd: the scores, and the weighted sum of values.
+#   dq:  the scores, their gradient, and the gradient of the queries.
+#   dkv: the scores, and the gradients of the values, of the scores and of the keys.
 _PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 def is_kernel(item: Instruction) -> bool:
-  """Whether this is attention by instructjax/models/splash.py, whose named scopes say which."""
+  """Whether this is an attention kernel of instructjax/models/splash.py, which its named scopes show."""
   return item.opcode == "custom-call" and _KERNEL.search(item.op_name) is not None
 
 
 def attention_flops(computation: Computation, item: Instruction) -> float:
-  """Two a multiplication, in whole blocks as the kernel runs them; 0 for what is not such a kernel.
+  """FLOPs of an attention kernel; 0 for other instructions.
 
-  The compiler knows no FLOPs of a kernel. Blocks that the causal mask or the band leaves nothing of are not run; what
-  segments mask is.
+  The compiler does not know a kernel's FLOPs, so they are computed from its block sizes. The kernel skips blocks that
+  are completely masked by causality or by the band. It does not skip blocks that are masked by segments.
   """
   if not is_kernel(item):
     return 0.0
@@ -66,13 +71,14 @@ def attention_flops(computation: Computation, item: Instruction) -> float:
   *heads, length, head_dim = computation.instructions[item.operands[2]].arrays[0].dims
   blocks = 0
   for query in range(0, length, block_q):
+    # A block of queries attends to the blocks of keys from the band's beginning to its own last position.
     first = max(0, query - int(band) + 1) if band else 0
     blocks += (query + block_q - 1) // block_kv - first // block_kv + 1
   return 2.0 * _PRODUCTS[part] * math.prod(heads) * blocks * block_q * block_kv * head_dim
 
 
 def _window(text: str, axis: int) -> dict[str, int]:
-  """stride, low padding and dilations along a spatial axis."""
+  """A convolution's stride, low padding and dilations along a spatial axis."""
   match = re.search(r"window=\{([^}]*)\}", text)
   fields = dict(field.split("=") for field in match[1].split()) if match else {}
 
@@ -88,7 +94,7 @@ def _window(text: str, axis: int) -> dict[str, int]:
 
 
 def _overlaps(size: int, kernel: int, output: int, window: dict[str, int]) -> int:
-  """Pairs of an output position and a kernel position that meet a value of the input."""
+  """The number of pairs of output and kernel positions that meet a real value of the input."""
   last, found = (size - 1) * window["lhs_dilate"], 0
   for at in range(kernel):
     offset = at * window["rhs_dilate"] - window["pad"]

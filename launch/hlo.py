@@ -1,8 +1,8 @@
-"""Reading a compiled TPU program's text: its computations, how often each loop runs. Called by costs.py.
+"""Parses the text of a compiled TPU program, and finds out how often each loop runs. Called by costs.py.
 
-The compiler's own totals count a loop's body once, whatever its length, and its text names no trip count: it is read
-from the loop's condition (`counter < N`), from where the counter starts and from what the body adds to it, which is 2
-where XLA has unrolled by hand. Imports nothing of the project and no JAX.
+The compiler's own totals count the body of a loop once, whatever its length, and its text does not state the number of
+trips. It is therefore worked out from the loop's condition (`counter < N`), the counter's first value, and the step
+that the body adds. The step may be 2, if XLA has unrolled the loop. Imports nothing of the project and no JAX.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ _CALLED = re.compile(
   r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# Types whose name does not give the size in bits, or not correctly: a `pred` takes a byte.
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """One array of an instruction's result; memory space 0 is HBM, 5 the host's memory, others are on the chip."""
+  """One array of an instruction's result."""
 
   dtype: str
   dims: tuple[int, ...]
-  space: int
+  space: int  # memory space: 0 is HBM, 5 is the host's memory, and others are on the chip
 
   @property
   def bytes(self) -> int:
@@ -39,41 +40,42 @@ class Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-  """`arrays` are those of the result, a tuple's in order; `text` is what follows the operands."""
+  """One instruction of a computation."""
 
   name: str
   opcode: str
-  arrays: tuple[Array, ...]
+  arrays: tuple[Array, ...]  # of the result; several if it is a tuple
   operands: tuple[str, ...]
-  inner: str  # what stands between the parentheses
-  text: str
+  inner: str  # the text between the parentheses
+  text: str  # the text after the operands, which holds the attributes
   is_root: bool
 
   @functools.cached_property
   def op_name(self) -> str:
-    """JAX's name of the operation, scopes first; '' where the compiler gives none."""
+    """JAX's name of the operation, preceded by its scopes; '' if the compiler gives none."""
     match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.text)
     return match[1] if match else ""
 
   @functools.cached_property
   def called(self) -> dict[str, str]:
-    """Attribute -> computation."""
+    """Attribute -> name of the computation that it calls."""
     return {m[0].split("=")[0]: m[1] for m in _CALLED.finditer(self.text)}
 
   @functools.cached_property
   def branches(self) -> list[str]:
-    """Computations of a conditional."""
+    """The names of a conditional's branches."""
     match = _BRANCHES.search(self.text)
     both = ("true_computation", "false_computation")
     return _NAMES.findall(match[1]) if match else [self.called[b] for b in both if b in self.called]
 
   def integer(self, attribute: str) -> int | None:
+    """The value of an integer attribute; None if the instruction has no such attribute."""
     match = re.search(rf"\b{attribute}=(\d+)", self.text)
     return int(match[1]) if match else None
 
 
 class Computation:
-  """Instructions by name, in the order they run in."""
+  """A computation: its instructions by name, in the order in which they run."""
 
   def __init__(self, name: str, instructions: list[Instruction]):
     self.name = name
@@ -83,6 +85,7 @@ class Computation:
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
+    """Name of an instruction -> the instructions that use its result."""
     result = {name: [] for name in self.instructions}
     for item in self.instructions.values():
       for operand in dict.fromkeys(item.operands):
@@ -93,17 +96,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+  """A compiled program."""
+
   computations: dict[str, Computation]
   entry: Computation
 
 
 def parse(text: str) -> Module:
-  """A compiled program, `compiled.as_text()`.
-
-  A computation ends at a line that is `}`: a kernel's attributes have lines that begin with one.
+  """Parses a compiled program, from `compiled.as_text()`.
 
   Raises:
-    ValueError: there is no ENTRY computation in it.
+    ValueError: the text has no ENTRY computation.
   """
   computations, entry, name, lines = {}, None, None, []
   for line in text.splitlines():
@@ -111,12 +114,13 @@ def parse(text: str) -> Module:
     if header:
       name, lines = header[2], []
       entry = name if header[1] else entry
+    # The whole line must be `}`: the attributes of a kernel have lines that begin with one.
     elif name is not None and line == "}":
       computations[name] = Computation(name, [_instruction(item) for item in lines])
       name = None
     elif name is not None and _INSTRUCTION.match(line):
       lines.append(line)
-    elif name is not None and lines:
+    elif name is not None and lines:  # the continuation of an instruction
       lines[-1] += " " + line
   if entry not in computations:
     raise ValueError("not the text of a compiled program: it has no ENTRY computation")
@@ -124,7 +128,11 @@ def parse(text: str) -> Module:
 
 
 def _closing(text: str, start: int) -> int:
-  """Index of the parenthesis that closes the one at `start`."""
+  """The index of the parenthesis that closes the one at `start`.
+
+  Raises:
+    ValueError: it is not closed.
+  """
   depth = 0
   for index in range(start, len(text)):
     depth += (text[index] == "(") - (text[index] == ")")
@@ -162,16 +170,19 @@ def _space(layout: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Carried:
-  """The loop-carried value `index`, plus a constant."""
+  """The value of a loop-carried variable plus a constant."""
 
   index: int
   plus: int
 
 
 def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | None:
-  """How often a while loop's body runs, at most; None where its condition does not count up to a constant.
+  """The largest number of times that the body of a while loop runs.
 
-  A condition that also asks for something else (whether every row has ended) may end it sooner.
+  A condition that also depends on something else, such as whether every row has ended, may end the loop earlier.
+
+  Returns:
+    The number, or None if the condition does not count up to a constant.
   """
   body = module.computations[loop.called["body"]]
   condition = module.computations[loop.called["condition"]]
@@ -185,12 +196,14 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
   for computation, item, values in _compares(module, condition):
     left, right = (_value(module, computation, name, values) for name in item.operands)
     direction = re.search(r"direction=(\w+)", item.text)[1]
+    # The limit may be carried through the loop as well. Its initial value is then the limit.
     if isinstance(left, _Carried) and isinstance(right, _Carried):
       right = start(right.index)
     if (
       not isinstance(left, _Carried) or not isinstance(right, int) or direction not in ("LT", "LE")
     ):
       continue
+    # What the body makes of the counter must be the counter plus a positive constant.
     step = _value(module, body, body.root.operands[left.index], {0: None})
     if not isinstance(step, _Carried) or step.index != left.index or step.plus <= 0:
       continue
@@ -202,7 +215,10 @@ def trip_count(module: Module, caller: Computation, loop: Instruction) -> int | 
 
 
 def _compares(module: Module, condition: Computation):
-  """(computation, compare, values of its parameters) in a condition, those inside its fusions included."""
+  """Yields (computation, compare instruction, values of the computation's parameters) for a loop's condition.
+
+  Comparisons inside the condition's fusions are included.
+  """
   for item in condition.instructions.values():
     if item.opcode == "compare":
       yield condition, item, {0: None}
@@ -218,12 +234,14 @@ def _compares(module: Module, condition: Computation):
 
 
 def _value(module: Module, computation: Computation, name: str, values: dict, element: int = 0):
-  """An integer, a _Carried, or None for what is neither.
+  """Evaluates an instruction symbolically, as far as this is needed to follow a loop's counter.
 
   Args:
     module, computation, name: the instruction.
-    values: of the computation's parameters; None for the tuple that a loop carries.
-    element: which one, of an instruction that yields several.
+    values: number of a parameter -> its value; None for the tuple that a loop carries.
+    element: index of the result, if the instruction has several.
+  Returns:
+    An integer, a _Carried, or None if the value is neither.
   """
   item = computation.instructions[name]
   operand = functools.partial(_value, module, computation, values=values)

@@ -1,10 +1,12 @@
-r"""A pod on one machine: starts a command several times over as the processes of one run, on CPU devices.
+r"""Simulates a pod on one machine: starts a command several times, as the processes of one run on CPU devices.
 
   python -m launch.local_pod --processes=4 -- python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/pod
 
-What each of them prints comes out with its number before it; Ctrl-C and SIGTERM go to all. When one has ended, the
-others have a minute to end too. Exits with what they all exit with; where that differs, with the code of the first
-that failed by itself and was not left behind by another.
+Every line that a process prints is prefixed with the number of the process. Ctrl-C and SIGTERM are passed on to all
+processes. When one process has ended, the others have a minute to end too.
+
+The exit code is 0 if all processes exit with 0. Otherwise it is the code of the first process that failed on its own,
+rather than because another process was gone.
 """
 
 import os
@@ -29,12 +31,15 @@ _DEVICES = flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(["processes"])
 
-_GRACE = 60.0  # seconds for the others to end when one has
-_NOISE = re.compile(r"^\[Gloo\] Rank ")
+_GRACE = 60.0  # seconds that the other processes have to end after the first one
+_NOISE = re.compile(
+  r"^\[Gloo\] Rank "
+)  # printed by JAX's CPU collectives whenever processes connect
 
 
 def environment(process: int, *, processes: int, devices: int, port: int) -> dict[str, str]:
-  """This one's, and what makes `distributed.find` see the pod."""
+  """The environment of one process: a copy of this one, with variables that tell `distributed.find` about the pod."""
+  # The number of devices is set below. A flag from the caller's environment must not contradict it.
   chosen = re.sub(
     r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")
   )
@@ -50,11 +55,13 @@ def environment(process: int, *, processes: int, devices: int, port: int) -> dic
 
 
 def run(command: Sequence[str], *, processes: int, devices: int, grace: float = _GRACE) -> int:
-  """Starts the processes, passes on what they print and what signals come, and returns one exit code for all.
+  """Starts the processes, passes on their output and the signals to them, and returns one exit code for all.
 
   Args:
-    command: as it is typed for one process.
-    grace: seconds for the others to end when one has.
+    command: the command line of one process.
+    processes: number of processes.
+    devices: simulated devices per process.
+    grace: seconds that the other processes have to end after the first one.
   Raises:
     UserError: the command cannot be started.
   """
@@ -62,6 +69,7 @@ def run(command: Sequence[str], *, processes: int, devices: int, grace: float = 
   pod: list[subprocess.Popen] = []
   signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
   try:
+    # Before the first process is started, so that a signal in between reaches those that already run.
     for number in signals:
       signal.signal(number, lambda number, _: [one.send_signal(number) for one in pod])
     for process in range(processes):
@@ -84,13 +92,18 @@ def run(command: Sequence[str], *, processes: int, devices: int, grace: float = 
 
 
 def free_port() -> int:
-  """One that nobody listens on now."""
+  """A port that is not in use now."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
 
 
 def _start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
+  """Starts one process.
+
+  Raises:
+    UserError: the command cannot be started.
+  """
   try:
     return subprocess.Popen(
       command,
@@ -100,20 +113,22 @@ def _start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
       stderr=subprocess.PIPE,
       text=True,
       errors="replace",
-      start_new_session=True,  # Ctrl-C then comes from here, once
-      preexec_fn=distributed.die_with_parent,  # no threads run yet
+      start_new_session=True,  # otherwise Ctrl-C would reach it twice: from the terminal and from here
+      preexec_fn=distributed.die_with_parent,
     )
   except OSError as error:
     raise UserError(f"cannot start {command[0]}: {error}; give the command after --") from error
 
 
 def _readers(process: int, one: subprocess.Popen) -> list[threading.Thread]:
-  """Threads that pass on what a process prints, line by line."""
+  """Starts threads that pass on a process's output, line by line."""
 
   def copy(source, target):
     for line in source:
       if not _NOISE.match(line):
-        target.write(f"[{process}] {line.rstrip()}\n")  # one call: lines of several stay whole
+        target.write(
+          f"[{process}] {line.rstrip()}\n"
+        )  # in one call, so that lines of processes do not mix
         target.flush()
 
   pairs = ((one.stdout, sys.stdout), (one.stderr, sys.stderr))
@@ -124,7 +139,11 @@ def _readers(process: int, one: subprocess.Popen) -> list[threading.Thread]:
 
 
 def _wait(pod: list[subprocess.Popen], grace: float) -> list[tuple[int, int]]:
-  """(process, exit code as a shell has it) in order of ending; kills what is left `grace` seconds after the first."""
+  """Waits for all processes, and kills those that still run `grace` seconds after the first one has ended.
+
+  Returns:
+    (process, exit code) in the order in which they ended. Exit codes are a shell's: 128 + N after signal N.
+  """
   ended: dict[int, int] = {}
   deadline = float("inf")
   while len(ended) < len(pod):
@@ -147,18 +166,26 @@ def _wait(pod: list[subprocess.Popen], grace: float) -> list[tuple[int, int]]:
 
 
 def _kill(one: subprocess.Popen):
-  """With all that it has started: what holds its pipes would keep the readers waiting."""
+  """Kills a process and all its children, which would otherwise keep the pipes open and the readers waiting."""
   if one.poll() is None:
     os.killpg(one.pid, signal.SIGKILL)
 
 
 def exit_code(codes: Sequence[int]) -> int:
-  """One for all: of those that failed, the first that another's end does not explain."""
+  """One exit code for all processes, given their codes in the order in which they ended.
+
+  A process that ends with LOST only says that another process is gone, so the first other failure is preferred.
+  """
   failed = [code for code in codes if code]
   return next((code for code in failed if code != distributed.LOST), failed[0] if failed else 0)
 
 
 def main(command: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: no command is given, or it cannot be started.
+  """
   if not command:
     raise UserError("no command: give it after --, as -- python -m instructjax.main --config=...")
   sys.exit(run(command, processes=_PROCESSES.value, devices=_DEVICES.value))

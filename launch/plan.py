@@ -1,10 +1,11 @@
-r"""Does a stage fit a TPU slice, and how long might it take? Asked of the TPU's compiler, without a TPU.
+r"""Predicts whether a stage fits on a TPU slice and how long it may take, using the TPU's compiler but no TPU.
 
   python -m launch.plan --config=configs/ppo_ptx.py:gpt3_1p3b --topology=v5e:16x16 --mesh=fsdp:64,tensor:4
 
-Compiles the stage's own train step for the slice and reads the compiled text. With --search in place of --mesh, it
-does so on several meshes and recommends one. Needs no weights, data or tokenizer, but libtpu: pip install -e '.[plan]'.
-Exits with 1 where nothing fits, 2 for a mistake. Every second it prints is an estimate: nothing has run on a TPU.
+It compiles the stage's own train step for the slice and analyses the compiled text. With --search instead of --mesh, it
+tries several meshes and recommends one. It needs no weights, data or tokenizer, but libtpu: pip install -e '.[plan]'.
+
+The exit code is 1 if nothing fits, and 2 after a mistake. All times are estimates, because nothing has run on a TPU.
 """
 
 import dataclasses
@@ -42,10 +43,10 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def parse_mesh(spelling: str) -> MeshConfig:
-  """MeshConfig of `fsdp:64,tensor:4`.
+  """Parses a mesh such as `fsdp:64,tensor:4`. Axes that are not named have size 1.
 
   Raises:
-    UserError: it is not spelt so, or names an axis that is not there or twice.
+    UserError: the text has another form, or names an unknown axis or an axis twice.
   """
   sizes = dict.fromkeys((field.name for field in dataclasses.fields(MeshConfig)), 1)
   pairs = [part.partition(":") for part in spelling.split(",")]
@@ -65,18 +66,25 @@ def parse_mesh(spelling: str) -> MeshConfig:
 def plan(
   config: Config, topology_name: str, stage: str, mean_response: float | None = None
 ) -> dict:
-  """Compiles a stage's step and reads what comes out. `fits` says whether there is a program at all.
+  """Compiles a stage's step for a TPU slice and analyses the result.
 
+  Args:
+    config: its mesh must have as many devices as the topology.
+    topology_name: a slice as --topology names it.
+    stage: a stage that trains.
+    mean_response: also estimate the rollout at this mean length of answers [tokens]; None does not.
+  Returns:
+    A report of JSON values. `fits` says whether the program fits in memory; if not, the costs are missing.
   Raises:
-    UserError: libtpu is not installed.
-    UserError: the mesh, batch, stage or topology do not go together, or there are no answers to have that mean.
+    UserError: libtpu is not installed; the mesh, batch, stage and topology do not fit together; or the mean length is
+      not possible.
   """
   limit = config.data.max_response_length
   if mean_response is not None:
     lengths.require_mean(mean_response, limit, stage)
   chip = topology.chip(topology_name)
   devices = topology.devices(topology_name)
-  import jax  # after the environment is set
+  import jax  # only now: `topology.devices` has set the environment that JAX reads when it is imported
 
   from instructjax.parallel import sharding
   from launch import programs
@@ -100,6 +108,7 @@ def plan(
       lowered = program.step.trace(*program.arguments).lower()
       compiled = lowered.compile(compiler_options=topology.compiler_options(topology_name))
   except jax.errors.JaxRuntimeError as error:
+    # The compiler reports a program that is too large as an error. Its message has the only figures there are.
     found = estimate.out_of_memory(str(error))
     if found is None:
       raise
@@ -148,7 +157,13 @@ def plan(
 
 
 def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict | None:
-  """The decode loop, the rollout's longest; None where there is no rollout. `rows` are decoded at once."""
+  """The costs of the decode loop, which is the rollout's longest loop; None if there is no rollout.
+
+  Args:
+    summary: costs of the program.
+    rows: rows decoded at once.
+    inside: name -> bytes of the rollout's arrays.
+  """
   loops = [loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips]
   if not loops:
     return None
@@ -162,12 +177,13 @@ def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict |
 
 
 def _text(compiled, chip: topology.Chip) -> str:
-  """The compiled program.
+  """The text of the compiled program.
 
   Raises:
-    UserError: jaxlib cannot read what libtpu made, which is newer than it; says at least how much memory it takes.
+    UserError: jaxlib cannot read the program, because libtpu is newer than jaxlib. The message still says how much
+      memory the program takes.
   """
-  import jax  # after the environment is set
+  import jax  # only after the environment is set, see `plan`
 
   try:
     return compiled.as_text()
@@ -180,13 +196,19 @@ def _text(compiled, chip: topology.Chip) -> str:
 
 
 def _allocated(analysis) -> int:
-  """Bytes of HBM that a program takes, from its `memory_analysis`; what it is given and gives back lies there once."""
+  """The bytes of HBM that a program takes, from its `memory_analysis`."""
+  # Donated arguments and the results that replace them share memory (alias_size), so they are counted once.
   given_and_made = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
   inside = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
   return given_and_made - analysis.alias_size_in_bytes + inside
 
 
 def _search(config: Config, stage: str):
+  """Runs --search, prints its report, and exits with 1 if nothing fits.
+
+  Raises:
+    UserError: flags contradict each other, or no mesh is possible.
+  """
   if _MESH.value is not None:
     raise UserError(f"--search chooses the mesh: leave out --mesh={_MESH.value}")
   if _MEAN_RESPONSE.value is not None:
@@ -200,6 +222,11 @@ def _search(config: Config, stage: str):
 
 
 def main(arguments: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: a flag or setting is wrong, or libtpu is not installed.
+  """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
   values = _CONFIG.value

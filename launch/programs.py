@@ -1,7 +1,7 @@
-"""A stage's real train step with shapes in place of arrays, and which of its bytes belong to whom. Called by plan.py.
+"""Builds a stage's real train step with shapes instead of arrays, so that it can be compiled without data.
 
-Nothing here has weights, data or a tokenizer: config, mesh and the vocabulary's size are enough for the same networks,
-optimisers and jitted steps as the stages have.
+It also says which bytes belong to what. The config, the mesh and the size of the vocabulary are enough to build the
+networks, optimisers and jitted steps that the stages use. No weights, data or tokenizer are needed. Called by plan.py.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ from instructjax.stages.context import make_model, require_fit
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 
-TRAINED = tuple(row.name for row in STAGES.values() if row.role)  # they have a step to compile
+TRAINED = tuple(row.name for row in STAGES.values() if row.role)  # the stages with a train step
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What to compile, and how to read what comes out.
+  """A train step to compile, with the information needed to interpret the result.
 
   Attributes:
     step: the stage's jitted step.
-    arguments: of ShapeDtypeStruct with a sharding.
-    owners: name -> the part of the arguments that it owns; together all of them.
-    inside: name -> ShapeDtypeStructs of arrays that live in the step only, whose size is known.
+    arguments: its arguments, as ShapeDtypeStructs with shardings.
+    owners: name -> the arguments that belong to it. Together, these are all arguments.
+    inside: name -> ShapeDtypeStructs of large arrays that exist only inside the step.
+    rows, tokens: number of rows and tokens of an iteration. `token_kind` says which tokens are counted.
+    model_flops: 6 N + 6 L S D per token of the batch if the step is one forward and backward pass, else None.
     decode_layout: how the rollout's copy of the weights is split; None without a rollout.
-    rows, tokens: of an iteration; `token_kind` says which tokens are counted.
-    model_flops: 6 N + 6 L S D a token of the batch where the step is one forward and backward pass, else None.
   """
 
   step: Callable
@@ -57,13 +57,14 @@ class Program:
 
 
 def make(config: Config, mesh: Mesh, stage: str) -> Program:
-  """The step of a stage, as the stage jits it.
+  """Builds the step of a stage, jitted in the same way as the stage does it.
 
   Raises:
-    UserError: a parameter or the batch does not divide over the mesh, or the stage has no train step.
+    UserError: a parameter or the batch cannot be divided over the mesh, the stage has no train step, or a setting makes
+      its work depend on the answers.
   """
   require_trained(stage)
-  # As on a TPU; the mesh may be of no devices, or a test's.
+  # Resolved for a TPU, even if the mesh consists of the CPU devices of a test.
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
   row = STAGES[stage]
@@ -73,26 +74,38 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
 
 
 def require_trained(stage: str):
-  """Raises UserError for what is no stage, or one without a train step."""
+  """Checks that a stage has a train step.
+
+  Raises:
+    UserError: it has none, or there is no such stage.
+  """
   if stage not in TRAINED:
     raise UserError(f"--stage={stage} must be one of {', '.join(TRAINED)}: stages that train")
 
 
 def shard_bytes(tree) -> int:
-  """Bytes on one device of a tree of ShapeDtypeStructs."""
+  """The bytes that a tree of ShapeDtypeStructs takes on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
 
 
 def _placed(shapes, shardings):
+  """The shapes with shardings attached."""
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
 
 
 def _batch(mesh: Mesh, rows: int, columns: dict[str, tuple], make_tree):
-  """Rows of the step's batch: name of the array -> (dtype, dimensions after the rows)."""
+  """Makes the shapes of a batch.
+
+  Args:
+    mesh: the rows are split over it.
+    rows: number of rows.
+    columns: name of an array -> (dtype, dimensions after the rows).
+    make_tree: makes the batch from the arrays by name.
+  """
   where = sharding.batch_sharding(mesh)
   return make_tree(
     **{
@@ -103,6 +116,11 @@ def _batch(mesh: Mesh, rows: int, columns: dict[str, tuple], make_tree):
 
 
 def _require_rows(mesh: Mesh, what: str, rows: int, mend: str):
+  """Checks that a number of rows can be divided over the mesh.
+
+  Raises:
+    UserError: it cannot; `what` names the number, and `mend` says how to change it.
+  """
   shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
   if rows % shards:
     raise UserError(
@@ -125,7 +143,7 @@ def _key_shape():
 
 
 def _train_state(mesh: Mesh, model, tx):
-  """(TrainState of shapes, its shardings)."""
+  """The shapes of a supervised stage's state, and its shardings."""
   shardings = supervised.state_shardings(mesh, model, tx)
   params = transformer.param_shapes(model)
   step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -134,7 +152,7 @@ def _train_state(mesh: Mesh, model, tx):
 
 
 def _num_steps(optim) -> int:
-  """Any number a schedule takes: it is a constant in the program, which has the same size with every one."""
+  """A valid number of steps for the schedule. Its value is a constant in the program and does not change the cost."""
   return optim.warmup_steps + 1000
 
 
@@ -147,6 +165,7 @@ def _supervised_owners(state: TrainState, batch) -> dict:
 
 
 def _language_model(config: Config, mesh: Mesh, stage: Stage) -> Program:
+  """The step of pretraining or supervised fine-tuning."""
   cfg: PretrainConfig | SFTConfig = getattr(config, stage.block)
   _require_fit(config, mesh, [stage.role], f"{stage.block}.batch_size")
   model = make_model(config, mesh, stage.role, config.tokenizer.vocab_size)
@@ -163,11 +182,13 @@ def _language_model(config: Config, mesh: Mesh, stage: Stage) -> Program:
     rows=cfg.batch_size,
     tokens=tokens,
     token_kind="tokens",
-    model_flops=3 * flops.forward(model, tokens, cfg.length),
+    model_flops=3
+    * flops.forward(model, tokens, cfg.length),  # the backward pass takes twice the forward pass
   )
 
 
 def _rm(config: Config, mesh: Mesh) -> Program:
+  """The step of the reward model."""
   cfg, data = config.rm, config.data
   _require_fit(config, mesh, ["reward"], "rm.batch_size")
   if cfg.row_length:
@@ -210,6 +231,7 @@ def _rm(config: Config, mesh: Mesh) -> Program:
 
 
 def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
+  """The step of an RL stage, which is a whole iteration: rollout, scoring and updates."""
   cfg, data = lineage.variant(config, stage), config.data
   _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:
@@ -240,7 +262,8 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   }
   batch = {"prompts": _batch(mesh, cfg.batch_size, columns, PromptBatch)}
   minibatch = cfg.batch_size // cfg.num_minibatches
-  # Rows that do not divide are not refused by a run, but then devices do the same work.
+  # A run does not refuse rows that cannot be divided over the mesh. Its devices would then repeat each other's work, so
+  # a plan for it would be of no use.
   what = f"config.ppo.batch_size / num_minibatches = {minibatch}"
   _require_rows(mesh, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
@@ -272,7 +295,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
 
 
 def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:
-  """The rollout's own arrays: the policy's copy and the cache, with the layouts that the step gives them."""
+  """The large arrays of the rollout, with the shardings of the step: the policy's copy and the KV cache."""
   model, shapes = nets.policy, transformer.param_shapes(nets.policy)
   copy = jax.eval_shape(lambda weights: decoding.decode_weights(model, weights), shapes)
   gathered = constraints.DECODE_GATHERED[model.execution.decode_layout]

@@ -1,7 +1,8 @@
-"""Which mesh to take: rates all that divide by their sizes, compiles the best few, recommends one. Called by plan.py.
+"""Searches for the best mesh: ranks all possible meshes by a rough estimate, compiles the best few, and recommends one.
 
-Tries only what changes no result but by rounding: the mesh, `remat`, and how many chunks PPO-ptx takes its pretraining
-rows in. Each compile is a process of its own, one at a time: its memory is given back, and a crash costs that one only.
+It varies only what changes results by rounding error at most: the mesh, `remat`, and the number of chunks in which
+PPO-ptx processes its pretraining rows. Each program is compiled in a process of its own, one after the other. This
+frees the memory in between, and a crash of the compiler costs one trial only. Called by plan.py.
 """
 
 import collections
@@ -21,19 +22,19 @@ from instructjax.stages import lineage
 from launch import estimate
 from launch.topology import GIB, Chip
 
-_AXES = ("data", "fsdp", "tensor")  # that are chosen here; any other axis stays as configured
+_AXES = ("data", "fsdp", "tensor")  # the axes to choose; any other axis stays as configured
 _WAYS = ("roofline", "overlapped", "serial")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """What may be chosen.
+  """One choice of the settings that are searched.
 
   Attributes:
-    mesh: (axis, size) in the mesh's order.
-    remat: of the run's networks.
-    ptx_chunks: None where the stage has none.
-    seconds, bytes, least_bytes: as in `sketch.Sketch`.
+    mesh: (axis, size) pairs in the order of the mesh.
+    remat: value of `execution.remat`.
+    ptx_chunks: value of `ppo.ptx_chunks`; None if the stage has no pretraining rows.
+    seconds, bytes, least_bytes: estimates, see `sketch.Sketch`.
   """
 
   mesh: tuple[tuple[str, int], ...]
@@ -44,7 +45,7 @@ class Choice:
   least_bytes: float
 
   def flags(self, config: Config) -> list[str]:
-    """What to add to a command, the planner's or a run's."""
+    """The flags that make the planner or a run use this choice."""
     flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
     if config.execution.remat != self.remat:
       flags.append(f"--config.execution.remat={self.remat}")
@@ -55,12 +56,12 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-  """All that could be chosen.
+  """All meshes, sorted by what can be said about them without compiling.
 
   Attributes:
-    choices: the most promising first.
-    do_not_divide: why -> meshes.
-    too_large: meshes whose weights, optimisers and caches alone take more than a device has -> their bytes.
+    choices: the possible choices, most promising first.
+    do_not_divide: reason -> meshes over which something cannot be divided.
+    too_large: mesh -> bytes of its weights, optimiser states and caches, if these alone exceed a device's memory.
   """
 
   choices: list[Choice]
@@ -80,11 +81,17 @@ def run(
   """Tries meshes and recommends one.
 
   Args:
-    devices: of the topology.
+    config: the run's config; its mesh is a starting point only.
+    stage: a stage that trains.
+    topology_name: a slice as --topology names it.
+    devices: the devices of the topology.
+    chip: rates and memory of the devices.
     number: how many meshes that fit to compile.
-    compile_one: flags -> the planner's report with them, or {'failure': why there is none}.
+    compile_one: runs the planner with additional flags. It returns the report, or {'failure': reason}.
+  Returns:
+    A report of JSON values for `text`.
   Raises:
-    UserError: no mesh goes with the stage's batch and models.
+    UserError: number is not positive, or no mesh is possible for the stage's batch and models.
   """
   if number < 1:
     raise UserError(f"--tries={number} must be positive")
@@ -116,9 +123,15 @@ def run(
 
 
 def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
-  """Everything that could be chosen: first what is sketched to fit, of that the fastest, of equals the smallest.
+  """Ranks all choices by their estimates.
 
-  Within 5% seconds are equal: a sketch is no better than that.
+  Choices that are estimated to fit come first, then faster ones, then those that need less memory. Times within about
+  5% count as equal, because the estimates are not more accurate than that.
+
+  Args:
+    config, stage, devices, chip: see `run`.
+  Raises:
+    UserError: the stage has no train step.
   """
   from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs, sketch
@@ -130,6 +143,8 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     spelling = estimate.spell_mesh(mesh.shape)
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
+      # remat and ptx_chunks do not change a program's arguments, so one program per mesh is enough for all options. A
+      # single chunk always has a number of rows that can be divided if any number of chunks does.
       program = programs.make(_with(config, "full", 1), mesh, stage)
     except UserError as error:
       reasons[str(error)].append(spelling)
@@ -153,7 +168,11 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
 
 
 def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
-  """Every mesh of that many devices, with axes that are not searched as configured."""
+  """Yields every mesh of that many devices. Axes that are not searched keep their configured size.
+
+  Raises:
+    UserError: the number of devices is not divisible by the sizes of the other axes.
+  """
   others = math.prod(size for axis, size in vars(configured).items() if axis not in _AXES)
   if others < 1 or num_devices % others:
     raise UserError(
@@ -170,11 +189,11 @@ def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
 
 
 def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int | None]]:
-  """(remat, ptx_chunks), a chunk's rows dividing over the shards."""
+  """Yields every (remat, ptx_chunks) for which the rows of a chunk can be divided over the shards."""
   counts = [None]
   cfg = lineage.variant(config, stage)
   if STAGES[stage].is_rl and cfg.gamma > 0:
-    rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # of a shard
+    rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // shards  # rows per shard
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
   for remat in typing.get_args(typing.get_type_hints(ExecutionConfig)["remat"]):
     for chunks in counts:
@@ -182,14 +201,14 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int
 
 
 def _with(config: Config, remat: str, ptx_chunks: int | None) -> Config:
-  """The config with a choice made; its mesh is left alone."""
+  """The config with these values of remat and ptx_chunks, and its mesh unchanged."""
   execution = dataclasses.replace(config.execution, remat=remat)
   ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
   return dataclasses.replace(config, ppo=ppo, execution=execution)
 
 
 def _merged(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
-  """Reasons that differ in their numbers only become one, spelt as the first."""
+  """Merges reasons that differ in their numbers only. The first one stands for all of them."""
   merged, first = collections.defaultdict(list), {}
   for reason, spellings in reasons.items():
     merged[first.setdefault(re.sub(r"\d+", "N", reason), reason)] += spellings
@@ -199,9 +218,10 @@ def _merged(reasons: dict[str, list[str]]) -> dict[str, list[str]]:
 def try_best(
   choices: list[Choice], number: int, compile_one: Callable[[Choice], dict]
 ) -> list[tuple[Choice, dict]]:
-  """Compiles the best choice of each of `number` meshes that fit, and at most twice as many choices in all.
+  """Compiles choices in order until `number` meshes fit. At most twice as many choices are compiled.
 
-  Where one does not fit, what is sketched to need as much is passed over.
+  Only the best choice of a mesh that fits is compiled. After a choice that does not fit, all choices that are estimated
+  to need at least as much memory are skipped.
   """
   trials, fitting, limit = [], set(), math.inf
   for choice in choices:
@@ -219,11 +239,13 @@ def try_best(
 
 
 def compile_apart(command: list[str], flags: list[str]) -> dict:
-  """The planner's report, from a process of its own.
+  """Runs the planner in a process of its own and returns its report.
 
   Args:
-    command: flags that this process was started with; of a flag given twice the last counts.
-    flags: to add.
+    command: the flags that this process was started with.
+    flags: flags to add. They take precedence, because the last one counts if a flag is given twice.
+  Returns:
+    The report, or {'failure': reason}.
   """
   print("compiling", *flags, file=sys.stderr, flush=True)
   words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", *flags]
@@ -236,7 +258,7 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
 
 
 def _row(config: Config, choice: Choice, report: dict) -> dict:
-  """What is kept of a trial."""
+  """The part of a trial's report that the search reports."""
   row = {
     "mesh": estimate.spell_mesh(dict(choice.mesh)),
     "remat": choice.remat,
@@ -259,7 +281,10 @@ def _row(config: Config, choice: Choice, report: dict) -> dict:
 
 
 def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
-  """Batches of a whole run, which has one mesh for all its stages, that this one does not divide."""
+  """The batches of other stages that this mesh does not divide.
+
+  A run uses one mesh for all its stages, so the user should know about them.
+  """
   from instructjax.parallel import sharding  # JAX, after the environment is set
 
   shards = math.prod(size for axis, size in choice.mesh if axis in sharding.ROWS)
@@ -269,12 +294,12 @@ def _other_batches(config: Config, choice: Choice) -> dict[str, int]:
 
 
 def _compared(row: dict) -> float:
-  """Seconds by the compiler's cost model, halfway between communication all hidden and none hidden."""
+  """Seconds of a trial for comparison: the mean of the cost model's times with communication hidden and not hidden."""
   return (row["estimates"]["overlapped"]["seconds"] + row["estimates"]["serial"]["seconds"]) / 2
 
 
 def _nearest(rows: list[dict], too_large: dict[str, float], chip: Chip) -> dict | None:
-  """Of what does not fit, what lacks least: its mesh and GiB. None where every trial failed otherwise."""
+  """The mesh that comes closest to fitting, and the GiB that it lacks; None if every trial failed for other reasons."""
   lacks = {spelling: (size - chip.hbm_bytes) / GIB for spelling, size in too_large.items()}
   for row in rows:
     if "out_of_memory" in row:
@@ -287,13 +312,13 @@ def _nearest(rows: list[dict], too_large: dict[str, float], chip: Chip) -> dict 
 
 
 def text(report: dict) -> str:
-  """A search as people read it."""
+  """The report of a search, as text."""
   lines = [
     f"Meshes for {report['stage']} {report['preset']} on {report['topology']}: {report['devices']} x"
     f" {report['chip']}, {report['hbm'] / GIB:.2f} GiB each"
   ]
   for reason, spellings in report["do_not_divide"].items():
-    why = re.split(r"; |\. ", reason)[0]  # what comes after it is how to mend it
+    why = re.split(r"; |\. ", reason)[0]  # without the advice at the end of the message
     lines.append(f"  {len(spellings)} do not divide, as {spellings[0]}: {why}")
   if report["too_large"]:
     least = min(report["too_large"], key=report["too_large"].get)

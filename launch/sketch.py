@@ -1,7 +1,8 @@
-"""A step's seconds and bytes from its sizes alone, to say which meshes are worth a compile. Called by search.py.
+"""Estimates a step's seconds and bytes from its sizes alone, to choose the meshes that are worth compiling.
 
-Coarse on purpose: it ranks, the compiler decides. It knows matrix products, weights gathered and gradients scattered
-over `fsdp`, activations summed over `tensor`, and what a decode step reads; not latency, layouts or overlap.
+The estimate is deliberately rough, because it is used for ranking only. It considers matrix products, the gathering of
+weights and scattering of gradients over `fsdp`, the summing of activations over `tensor`, and the data that a decode
+step reads. It ignores latency, layouts and overlap. Called by search.py.
 """
 
 import dataclasses
@@ -20,19 +21,19 @@ from instructjax.stages.context import make_model
 from launch import programs
 from launch.topology import Chip
 
-_HALF, _FULL = 2, 4  # bytes of bfloat16 and float32
+_HALF, _FULL = 2, 4  # bytes of a bfloat16 and of a float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-  """One forward pass, or forward and backward, that a step makes.
+  """A forward pass in a step, with or without a backward pass.
 
   Attributes:
-    model: whose weights.
-    rows, length: of its tokens, all devices together.
-    outputs: columns of a row that the head runs on.
+    model: the network.
+    rows, length: shape of its tokens, for all devices together.
+    outputs: number of columns for which the head is computed.
     is_training: whether there is a backward pass.
-    times: how often in a step.
+    times: number of times per step.
   """
 
   model: transformer.Model
@@ -45,12 +46,12 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Sketch:
-  """What a step is estimated to take on one device.
+  """The estimates for a step on one device.
 
   Attributes:
-    seconds: by a roofline.
-    bytes: of HBM.
-    least_bytes: that it surely takes: its arguments and what a rollout holds.
+    seconds: time by a roofline model.
+    bytes: HBM at the peak.
+    least_bytes: HBM that it needs in any case: its arguments and the arrays of the rollout.
   """
 
   seconds: float
@@ -64,14 +65,17 @@ def sketch(
   """Estimates a stage's step.
 
   Args:
-    config: its meshes are not read; `remat` and `ppo.ptx_chunks` are.
-    program: of the stage on this mesh.
-    mesh: axis -> devices along it.
+    config: the run's config with the `remat` and `ppo.ptx_chunks` to estimate. Its mesh is not read.
+    stage: name of the stage.
+    program: the stage's program on this mesh.
+    mesh: axis -> number of devices along it.
+    chip: rates of the devices.
   """
   passes = make_passes(config, stage)
   inside = {name: programs.shard_bytes(tree) for name, tree in program.inside.items()}
   arguments = programs.shard_bytes(program.arguments)
   decode_steps = config.data.max_response_length - 1 if inside else 0
+  # Decoding is limited by memory: every step reads all weights and the whole cache.
   decode = decode_steps * sum(inside.values()) / chip.hbm_rate
   return Sketch(
     seconds=decode + sum(pass_.times * _seconds(pass_, mesh, chip) for pass_ in passes),
@@ -81,9 +85,9 @@ def sketch(
 
 
 def make_passes(config: Config, stage: str) -> list[Pass]:
-  """The passes of a stage's step; a rollout's decode steps are none of them."""
+  """The passes of a stage's step. The decode steps of a rollout are not included."""
   vocab_size, row = config.tokenizer.vocab_size, STAGES[stage]
-  # Of the execution only `remat` is read: the mesh, which decides the rest, is not known here.
+  # The estimate only depends on `remat`. The layout, for which the mesh would have to be known, is set arbitrarily.
   execution = models.resolve_execution(config.execution, "tpu")
   execution = dataclasses.replace(execution, decode_layout="tensor")
   config = dataclasses.replace(config, execution=execution)
@@ -100,9 +104,11 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches
   scorings = 2 if cfg.behaviour_logprob == "rescore" else 1
   passes = [
-    Pass(policy, cfg.batch_size, prompt, 1, False),
-    Pass(policy, cfg.batch_size, length, response, False, scorings),
-    Pass(scalar, cfg.batch_size, length, length, False, 2),
+    Pass(policy, cfg.batch_size, prompt, 1, False),  # the prefill of the rollout
+    Pass(
+      policy, cfg.batch_size, length, response, False, scorings
+    ),  # reference, and perhaps policy
+    Pass(scalar, cfg.batch_size, length, length, False, 2),  # reward model and value network
     Pass(policy, minibatch, length, response, True, updates),
     Pass(scalar, minibatch, length, response, True, updates),
   ]
@@ -115,7 +121,7 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
 
 @functools.cache
 def _sizes(model: transformer.Model) -> tuple[int, int]:
-  """(Weights in the layers, weights in the tables that `tensor` does not split)."""
+  """The number of weights in the layers, and of those in the tables, which `tensor` does not split."""
   shapes = transformer.param_shapes(model)
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   in_layers = count(shapes["layers"])
@@ -123,29 +129,37 @@ def _sizes(model: transformer.Model) -> tuple[int, int]:
 
 
 def _split(pass_: Pass, mesh: dict[str, int]) -> tuple[int, int, int]:
-  """(Rows of a device, devices along fsdp, devices along tensor)."""
+  """(rows per device, devices along fsdp, devices along tensor)."""
   shards = math.prod(mesh[axis] for axis in sharding.ROWS)
   return -(-pass_.rows // shards), mesh["fsdp"], mesh["tensor"]
 
 
 def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
-  """The largest term of a pass's roofline."""
+  """The time of a pass by its roofline, which is the largest of the terms for compute, HBM, links and DCN."""
   cfg = pass_.model.network
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
   recomputes = pass_.is_training and pass_.model.execution.remat == "full"
   tokens, share = rows * pass_.length, (tensor - 1) / tensor
 
+  # Multiplications per token: one for each weight, and in attention one for each pair of positions for the scores and
+  # one for the values. The causal mask halves both.
   products = in_layers + cfg.num_layers * pass_.length * cfg.num_heads * cfg.head_dim
   head = rows * pass_.outputs * cfg.d_model / tensor
   head *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
+  # A multiplication is two FLOPs. The backward pass takes twice the forward pass, and full remat repeats the forward
+  # pass.
   flops = (2 + 4 * pass_.is_training + 2 * recomputes) * tokens * products / tensor
   flops += (2 + 4 * pass_.is_training) * head
 
   weights = _HALF * (in_layers / tensor + in_tables)
-  uses = 2 if pass_.is_training else 1  # forward, and anew for the backward pass
-  moved = weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)  # the gradient is scattered
-  # What fsdp has scattered is summed over `data`, and over DCN between slices.
+  uses = (
+    2 if pass_.is_training else 1
+  )  # weights are gathered for the forward pass and again for the backward pass
+  moved = (
+    weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)
+  )  # gathers, and scattering the gradient
+  # Each device's part of the gradient is then summed over `data`, and over the DCN between slices.
   summed = 2 * weights / fsdp * pass_.is_training
   across = {axis: summed * (mesh[axis] - 1) / mesh[axis] for axis in ("data", "slice")}
   moved += across["data"]
@@ -157,24 +171,27 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
 
 
 def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
-  """What lies in HBM at a pass's peak besides the step's arguments."""
+  """The bytes in HBM at the peak of a pass, besides the step's arguments."""
   cfg, remat = pass_.model.network, pass_.model.execution.remat
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
   tokens = rows * pass_.length
   logits = rows * pass_.outputs / tensor
   logits *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
-  # One layer's arrays: whole columns of what meets the weights; the residual stream, norms and branches, heads and
-  # hidden units, which `tensor` splits; no scores of attention.
+  # The arrays of one layer. The inputs of its products have whole columns on each device. `tensor` splits the residual
+  # stream, norms, branches, heads and hidden units. The scores of attention are not stored.
   split = 4 * cfg.num_heads * cfg.head_dim + 3 * cfg.d_mlp
   layer = tokens * _HALF * (2 * cfg.d_model + (4 * cfg.d_model + split) / tensor)
-  # In training the gradient takes the logits' place; in scoring they lie there twice, as the temperature divides them.
+  # In training, the gradient reuses the memory of the logits. In scoring, there are two copies of the logits, because
+  # they are divided by the temperature.
   live = (1 if pass_.is_training else 2) * _FULL * logits + layer
   if pass_.is_training:
-    stream = cfg.d_model / tensor  # its columns are split
+    stream = cfg.d_model / tensor  # `tensor` splits its columns
     heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (1 if cfg.mlp == "gelu" else 2)
     products = stream + (2 * heads * cfg.head_dim + hidden) / tensor
     kept = {"full": stream, "products": stream + products}
     live += cfg.num_layers * (tokens * _HALF * kept[remat] if remat in kept else layer)
-    live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # gradient and its sum
-  return live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor  # gathered
+    live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # the gradient and its running sum
+  return (
+    live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor
+  )  # the gathered weights of one layer

@@ -1,9 +1,11 @@
-"""TPU slices that are not here: their devices by libtpu's compiler, their chips' public figures. Called by plan.py.
+"""Describes TPU slices without access to one: their devices as libtpu's compiler defines them, and their chips' rates.
 
-Bytes of memory are what the compiler enforces a device; rates are the vendor's public figures, per device that JAX
-sees. `clock` turns the compiler's cycle estimates into seconds: the rate at which the public peak follows from the
-number of matrix units, of which the compiler's estimate for a product of 4096 x 4096 matrices is 81 to 97%. Imports JAX
-inside `devices` only, after the environment is set.
+The memory of a chip is the limit that the compiler enforces per device. Rates are the vendor's public figures, for each
+device that JAX sees. `clock` converts the compiler's estimates of cycles to seconds. It is the clock rate at which the
+number of matrix units gives the public peak rate; for a product of 4096 x 4096 matrices, the compiler's estimate then
+reaches 81 to 97% of the peak.
+
+Called by plan.py. JAX is imported inside `devices` only, after the environment is set.
 """
 
 import dataclasses
@@ -22,13 +24,13 @@ class Chip:
   """One kind of device.
 
   Attributes:
-    name: as people say it.
-    hbm_bytes: what a program may use; the compiler has taken its reserve off.
-    flops: bfloat16 peak a second.
-    hbm_rate: bytes a second.
-    link_rate: bytes a second that one ring of a torus axis sends, both directions together.
-    dcn_rate: bytes a second of the data centre's network, a device's share of its host's.
-    clock: cycles a second.
+    name: its usual name.
+    hbm_bytes: memory that a program may use, without the compiler's reserve [bytes].
+    flops: peak rate in bfloat16 [FLOPs per second].
+    hbm_rate: bandwidth of HBM [bytes per second].
+    link_rate: rate at which a ring along one axis of the torus sends, both directions together [bytes per second].
+    dcn_rate: a device's share of its host's bandwidth to the data centre's network [bytes per second].
+    clock: clock rate [cycles per second].
   """
 
   name: str
@@ -45,23 +47,24 @@ CHIPS = {
   "v5e": Chip("TPU v5e", 15.75 * GIB, PEAK_FLOPS["TPU v5 lite"], 819e9, 90e9, 3.125e9, 1.5e9),
   "v5p": Chip("TPU v5p", 95.73 * GIB, PEAK_FLOPS["TPU v5p"], 2765e9, 180e9, 6.25e9, 1.75e9),
   "v6e": Chip("TPU v6e", 31.24 * GIB, PEAK_FLOPS["TPU v6 lite"], 1638e9, 180e9, 12.5e9, 1.75e9),
-  # Two devices a chip, which share its links.
+  # A chip has two devices, which share its links.
   "tpu7x": Chip("TPU7x", 94.74 * GIB, PEAK_FLOPS["TPU7x"], 3690e9, 90e9, 6.25e9, 2.2e9),
 }
-# A v4 chip is one device on Cloud, and two by libtpu's default.
+# A v4 chip is one device on Google Cloud, but libtpu's default is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
-# jaxlib cannot read a program whose lookups libtpu has moved to the SparseCores that these chips have.
+# These chips have SparseCores. jaxlib cannot read the text of a program in which libtpu has moved lookups to them.
 _COMPILER_OPTIONS = dict.fromkeys(
   ("v5p", "v6e", "tpu7x"), {"xla_tpu_offload_gather_to_sparsecore": "false"}
 )
 
 _NAME = re.compile(r"(?:(?P<slices>\d+)x)?(?P<slice>(?P<chip>[a-z]\w*):\d+(x\d+)*)")
-# Without them libtpu looks for a TPU VM's metadata server, warns, and lets one process in at a time.
+# Without these variables, libtpu looks for the metadata server of a TPU VM, prints warnings, and allows only one
+# process at a time.
 _ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any valid one; what counts is the topology asked for
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any valid type; the requested topology overrides it
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
   "TPU_LOG_DIR": "disabled",
@@ -70,6 +73,11 @@ _ENVIRONMENT = {
 
 
 def _parse(topology: str) -> re.Match:
+  """Matches a topology's name, with the groups slices, slice and chip.
+
+  Raises:
+    UserError: the name has another form, or the chip is unknown.
+  """
   match = _NAME.fullmatch(topology)
   if match is None or match["chip"] not in CHIPS or match["slices"] == "0":
     raise UserError(
@@ -82,23 +90,30 @@ def _parse(topology: str) -> re.Match:
 def chip(topology: str) -> Chip:
   """The figures of a topology's devices.
 
+  Args:
+    topology: [SLICESx]CHIP:AxB[xC], such as v5e:16x16.
   Raises:
-    UserError: the name is not [SLICESx]CHIP:AxB[xC], or of a chip whose figures are not known here.
+    UserError: the name has another form, or the chip is unknown.
   """
   return CHIPS[_parse(topology)["chip"]]
 
 
 def compiler_options(topology: str) -> dict[str, str]:
-  """What to tell the compiler besides the program."""
+  """The options that a topology's programs are compiled with.
+
+  Raises:
+    UserError: the name has another form, or the chip is unknown.
+  """
   return _COMPILER_OPTIONS.get(_parse(topology)["chip"], {})
 
 
 def devices(topology: str) -> list:
-  """The topology's devices, to compile for; none of them can run anything.
+  """The devices of a topology. They can be compiled for, but cannot run anything.
+
+  It sets the environment that JAX and libtpu read, so it must be called before JAX is used.
 
   Raises:
-    UserError: libtpu is not installed.
-    UserError: there is no such slice.
+    UserError: libtpu is not installed, or there is no such slice.
   """
   name = _parse(topology)
   options = _CHIP_CONFIG.get(name["chip"], {})
@@ -107,7 +122,7 @@ def devices(topology: str) -> list:
       "planning needs libtpu, the TPU's compiler: pip install 'instructjax[plan]', or -e '.[plan]'"
     )
   os.environ.update(_ENVIRONMENT)
-  os.environ.pop("XLA_FLAGS", None)  # libtpu aborts the process at a flag that only the CPU has
+  os.environ.pop("XLA_FLAGS", None)  # libtpu aborts the process if it finds a flag for CPUs
   from jax.experimental import topologies
 
   slices = int(name["slices"] or 1)
@@ -116,6 +131,6 @@ def devices(topology: str) -> list:
       platform="tpu", topology_name=name["slice"], num_slices=slices, **options
     )
     return list(found.devices)
-  except Exception as error:  # libtpu's own kinds, RuntimeErrors most often
+  except Exception as error:  # libtpu raises several types, most often RuntimeError
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise UserError(f"--topology={topology} must be a slice that exists: {reason}") from error

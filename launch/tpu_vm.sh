@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs instructjax.main on a TPU VM slice and keeps it running through preemptions. See --help and docs/pods.md.
 #
-# Needs only bash and gcloud here. On the workers the run is a systemd service: it outlives the ssh connection,
-# keeps its exit code, and is sent SIGTERM when the machine is taken away, while the bucket is still mounted.
+# On this machine it needs only bash and gcloud. On the workers the run is a systemd service, for three reasons: it
+# outlives the ssh connection, systemd keeps its exit code, and it gets SIGTERM when the machine is taken away, while
+# the bucket is still mounted.
 set -euo pipefail
 
 usage() {
@@ -51,7 +52,7 @@ fail() {
 
 say() { echo "tpu_vm.sh: $*" >&2; }
 
-# One command line that bash reads back as these words.
+# Joins words to one command line that bash splits into the same words again.
 quoted() {
   local word words=()
   for word in "$@"; do
@@ -68,14 +69,14 @@ perform() {
   fi
 }
 
-# A line for the reader of a dry run.
+# Prints a comment in a dry run.
 note() { if $dry_run; then echo "# $*"; fi; }
 
 # --- gcloud -----------------------------------------------------------------------------------------------------------
 
-# Queued resources, not `tpu-vm create`: v5e, v5p and v6e slices of more than a few hosts are hardly ever free at
-# the moment of asking, where `tpu-vm create` fails and a queued resource waits. A preempted one stays, SUSPENDED, and
-# must be deleted before the name can be used again.
+# Slices are requested as queued resources, not with `tpu-vm create`. v5e, v5p and v6e slices of more than a few hosts
+# are hardly ever free at once: `tpu-vm create` then fails, while a queued resource waits. A preempted resource remains
+# in the state SUSPENDED, and must be deleted before its name can be used again.
 queue() { perform gcloud compute tpus queued-resources "$@" "${place[@]}"; }
 
 on_all_workers() { perform gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$1"; }
@@ -91,7 +92,8 @@ delete_slice() { queue delete "$name" --force --quiet; }
 slice_query=(gcloud compute tpus queued-resources describe '--format=value(state.state)')
 node_query=(gcloud compute tpus tpu-vm describe '--format=value(state)')
 
-# Prints the answer, ABSENT when there is no such thing, UNKNOWN when gcloud could not tell.
+# Runs a gcloud query and prints its answer. Prints ABSENT if the resource does not exist, and UNKNOWN if gcloud fails
+# for another reason, such as a lost connection.
 ask() {
   local answer complaint
   complaint=$(mktemp)
@@ -106,14 +108,15 @@ ask() {
   rm -f "$complaint"
 }
 
-# Prints READY or what else the slice is: the state of the node, before there is one the state of the request.
+# Prints the state of the slice, which is READY if it can be used. Before the node exists, this is the state of the
+# request.
 slice_state() {
   local state
   state=$(ask "${slice_query[@]}" "$name" "${place[@]}")
   if [[ $state == ACTIVE ]]; then ask "${node_query[@]}" "$name" "${place[@]}"; else echo "$state"; fi
 }
 
-# Waits for READY; false when it cannot become that any more.
+# Waits until the slice is READY. Fails if it can no longer become READY, and sets the reason.
 wait_until_ready() {
   if $dry_run; then
     note "every $poll s until ACTIVE and READY:"
@@ -138,31 +141,33 @@ wait_until_ready() {
 }
 
 # --- on the workers ---------------------------------------------------------------------------------------------------
-# Single quotes on purpose: $HOME and the like are the worker's.
+# Single quotes on purpose: $HOME and other variables must be expanded on the worker.
 # shellcheck disable=SC2016
 {
-  # The images bring Python 3.10; uv fetches a newer one, whatever the image.
+  # The images come with Python 3.10, which is too old. uv installs a newer one on any image.
   readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" "$HOME/instructjax[tpu]"'
 
-  # A new machine updates itself for some minutes, and apt is locked meanwhile.
+  # A new machine updates itself for some minutes, during which apt is locked. Hence the timeout and the attempts.
   readonly INSTALL_GCSFUSE='for attempt in 1 2 3 4 5 6; do command -v gcsfuse >/dev/null && break; curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse || sleep 20; done; command -v gcsfuse'
 
   readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --property=SubState,ExecMainCode,ExecMainStatus)'
 }
 
-# No caches: a worker must see at once what another has written. Renaming a folder is how a checkpoint is completed.
+# Metadata caches are off, because a worker must see at once what another worker has written. The limit on renaming is
+# raised, because a checkpoint is completed by renaming its folder.
 mount_command() {
   local folder=/mnt/$bucket
   local gcsfuse="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
   gcsfuse+=" --rename-dir-limit=100000 $bucket $folder"
-  # A service of its own, started before the run and so stopped after it.
+  # The mount is a service of its own. The run's service requires it, so systemd stops it only after the run, which can
+  # still save a checkpoint.
   echo "mountpoint -q $folder || { sudo mkdir -p $folder && sudo chown \"\$(id -un)\" $folder &&" \
     "{ sudo systemctl reset-failed instructjax-bucket 2>/dev/null; sudo systemd-run --quiet" \
     "--unit=instructjax-bucket --uid=\"\$(id -un)\" --property=Type=forking" \
     "--property=After=network-online.target $gcsfuse; }; } && mkdir -p $mounted/logs"
 }
 
-# The command goes into a file of its own: what systemd expands in a command line, it leaves alone there.
+# The run's command is written to a file, because systemd would expand % and $ in a command line.
 start_command() {
   local program log
   program="exec \"\$HOME/venv/bin/python\" -u -m instructjax.main $(quoted "${main_flags[@]}")"
@@ -178,7 +183,8 @@ start_command() {
     "--property=ExecStopPost=\"/bin/cp $log $mounted/logs/\" /bin/bash \"\$HOME/run.sh\""
 }
 
-# Makes the archive that install copies, once for all attempts: a run goes on with the code that it began with.
+# Makes the archive that install copies. This happens once for all attempts, so that a run continues with the code that
+# it started with, even if the checkout has changed since.
 pack() {
   if [[ $source == *://* || $source == git@* ]]; then return; fi
   perform tar -czf "$archive" '--exclude=./.[!.]*' --exclude=./runs --exclude=./build '--exclude=*.egg-info' \
@@ -186,7 +192,7 @@ pack() {
 }
 
 install_everything() {
-  # The && are needed: where this function is asked for success, errexit sleeps.
+  # The && are needed because bash ignores `set -e` inside a function whose exit status is tested.
   if [[ $source == *://* || $source == git@* ]]; then
     local clone=(git clone --quiet --depth=1)
     if [[ $source == *#* ]]; then clone+=("--branch=${source##*#}"); fi
@@ -199,10 +205,11 @@ install_everything() {
 
 start_run() { on_all_workers "$(start_command)"; }
 
-# Prints a line a worker: NAME running | NAME ended CODE | NAME absent. Nothing when the workers cannot be reached.
+# Prints one line per worker: NAME running, NAME ended CODE, or NAME absent. Prints nothing if the workers cannot be
+# reached.
 worker_states() {
   local line worker state
-  # stdin is not ssh's to read
+  # ssh must not read this script's stdin.
   { gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$RUN_STATE" </dev/null 2>/dev/null || true; } |
     while read -r line; do
       [[ $line =~ worker=([^ ]+) ]] || continue
@@ -213,7 +220,8 @@ worker_states() {
         exited | failed)
           [[ $line =~ ExecMainCode=([0-9]+) ]] && local how=${BASH_REMATCH[1]}
           [[ $line =~ ExecMainStatus=([0-9]+) ]] && local code=${BASH_REMATCH[1]}
-          # As a shell has it: killed by a signal is 128 and its number.
+          # ExecMainCode is 1 after a normal exit. Otherwise a signal ended the run, which a shell reports as 128 plus
+          # the signal's number.
           if ((how != 1)); then code=$((128 + code)); fi
           echo "$worker ended $code"
           ;;
@@ -222,8 +230,9 @@ worker_states() {
     done
 }
 
-# Of worker_states, one word for all: running, absent, unknown, or the exit code: the highest, but what a worker ends
-# with because another is gone (69) only where no other code says why.
+# Summarises worker_states, from stdin, in one word: running, absent, unknown, or the run's exit code. This is the
+# highest code of all workers. A worker ends with 69 because another worker is gone, so 69 is used only if no other code
+# explains the end.
 run_state() {
   local states codes telling
   states=$(cat)
@@ -240,10 +249,11 @@ run_state() {
   fi
 }
 
-# A worker says 2, the others that or 69: a mistake in flags or data, which no new start mends.
+# Whether the run ended because of a mistake in flags or data, which starting again would not fix: at least one worker
+# has ended with 2, and all others with 2 or 69.
 is_mistake() { grep -q ' ended 2$' <<<"$1" && ! grep -qvE ' ended (2|69)$' <<<"$1"; }
 
-# What instructjax.main's exit code says beyond its number.
+# Explains an exit code of instructjax.main.
 meaning() {
   case $1 in
     69) echo " (a worker is gone)" ;;
@@ -252,7 +262,7 @@ meaning() {
 }
 
 fetch_logs() {
-  # A worker that is gone has copied its log when it was told to stop.
+  # Workers that are gone have copied their logs to the bucket when they were told to stop.
   on_all_workers "cp \"\$HOME/instructjax-\$(hostname).log\" $mounted/logs/" ||
     say "no log from the workers; what they left in $workdir/logs is copied"
   perform mkdir -p "$logs"
@@ -261,11 +271,12 @@ fetch_logs() {
 
 # --- up ---------------------------------------------------------------------------------------------------------------
 
-# One life of the slice. Sets outcome: finished, mistake, or lost with a reason.
+# Creates the slice if necessary, starts the run, and watches it until the run or the slice ends. Sets outcome to
+# finished, mistake or lost, the latter two with a reason.
 attempt() {
   outcome=lost reason='' exit_code=1
   local state states run
-  # On its way out it can neither be used nor deleted.
+  # A slice that is being suspended or deleted can be neither used nor deleted, so wait.
   while state=$(slice_state) && [[ $state =~ ^(SUSPENDING|DELETING|STOPPING|UNKNOWN)$ ]]; do sleep "$poll"; done
   if [[ $state == ABSENT ]]; then
     request_slice || { reason="the request was refused" && return; }

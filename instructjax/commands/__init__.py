@@ -1,1 +1,1 @@
-"""The command line: one module a subcommand, and what they share (cli)."""
+"""The command line: one module per subcommand, and `cli`, which all of them use."""

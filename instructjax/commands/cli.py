@@ -1,7 +1,7 @@
-"""Running a command: its flags parsed, every mistake of the user's told in one line, every bug with its traceback.
+"""Runs a command: parses its flags, and reports errors.
 
-Called by main, generate, export and the commands of launch; imports no JAX, so that --help and a bad flag answer at
-once.
+A mistake by the user is reported in one line, a bug with its traceback. Called by main, generate, export and the
+commands of launch/. This module does not import JAX, so that --help and bad flags are answered at once.
 """
 
 import os
@@ -15,18 +15,21 @@ import instructjax
 from instructjax.core.errors import NotJoined, Preempted, UserError, reason
 from instructjax.parallel import distributed, memory
 
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # how XLA says it
-_NO_DEVICE = "Unable to initialize backend"  # how JAX says it
-_FAULT = 1  # exit code of a bug
-_MISTAKE = 2  # exit code of what the user can mend
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
+_NO_DEVICE = "Unable to initialize backend"  # in JAX's message
+_FAULT = 1  # exit code after a bug
+_MISTAKE = 2  # exit code after an error that the user can fix
 
 
 def run(main: Callable[[list[str]], None], *, interrupted: str):
-  """Entry point: a user's mistake is one line on stderr and exit code 2; a bug its traceback and exit code 1.
+  """The entry point of every command. It ends the process if anything is raised.
+
+  After a user's mistake it prints one line to stderr and exits with 2. After a bug it prints the traceback and exits
+  with 1. `parallel.distributed` has two more codes, for a run that was told to stop and for a lost process.
 
   Args:
-    main: is given what is left of the command line after the flags.
-    interrupted: what to say after Ctrl-C.
+    main: called with the command line's arguments that are no flags.
+    interrupted: the message after Ctrl-C.
   """
   try:
     app.run(lambda argv: main(_ready(argv)), flags_parser=_parse)
@@ -37,13 +40,15 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
     _end_with(error)
   except KeyboardInterrupt:
     print(interrupted, file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(130)  # at once: a save under way would complain at length that its threads are gone
+    sys.stderr.flush()  # os._exit does not flush
+    # Exits without cleaning up: a checkpoint that is being saved would print long errors about missing threads.
+    os._exit(130)
 
 
 def _end_with(error: Exception):
-  """Says in one line what the user can mend; a bug keeps its traceback."""
-  if distributed.is_loss(error):  # before all others: some of JAX's errors are ValueErrors
+  """Reports an error and ends the process."""
+  # The loss of another process is checked first, because JAX reports it as many types, including ValueError.
+  if distributed.is_loss(error):
     _say(f"error: {distributed.lost_message(reason(error))}")
     distributed.end(distributed.LOST)
   told = _what_to_mend(error)
@@ -60,11 +65,13 @@ def _end_with(error: Exception):
 
 
 def _what_to_mend(error: Exception) -> str | None:
-  """What to tell the user, in one line; None of a bug."""
+  """The line to show the user, or None if the error is a bug."""
+  # An OSError that names a file comes from the user's files. One without a name may be a bug.
   if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
     return " ".join(str(error).split())
-  if isinstance(error, BrokenPipeError):  # as `| head` leaves it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+  if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, such as `| head`
+    # Python flushes stdout once more at exit, which would raise the error again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return "the program that reads this output has ended"
   if isinstance(error, MemoryError) or (
     isinstance(error, RuntimeError) and _OUT_OF_MEMORY in str(error)
@@ -79,39 +86,48 @@ def _what_to_mend(error: Exception) -> str | None:
 
 
 def _say(message: str):
+  """Prints a message to stderr, after the traceback if the user has set --verbosity to debug the program."""
   verbosity = flags.FLAGS["verbosity"]
-  if verbosity.present and (verbosity.value or 0) >= logging.INFO:  # asked for, to look for a bug
+  if verbosity.present and (verbosity.value or 0) >= logging.INFO:
     traceback.print_exc()
   print(message, file=sys.stderr)
 
 
 def _ready(argv: list[str]) -> list[str]:
-  """The arguments that are no flags; logs and memory are set up for what comes."""
+  """Sets up logging and the memory allocator, and returns the arguments that are no flags."""
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # absl's default shows what JAX and orbax do inside
+    logging.set_verbosity(
+      logging.WARNING
+    )  # absl's default also shows internal messages of JAX and orbax
   memory.keep_freed_memory()
   return argv[1:]
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """absl's parser, but a bad flag is the user's mistake like any other, and asking for help is none."""
+  """Parses flags like absl, but reports a bad flag as a UserError, and exits with 0 after --help.
+
+  Raises:
+    UserError: a flag is unknown or has a bad value.
+  """
   try:
     return flags.FLAGS(argv)
   except UserError:
     raise
   except flags.Error as error:
-    if isinstance(error.__context__, UserError):  # of a flag's own parser, which absl wraps
+    if isinstance(
+      error.__context__, UserError
+    ):  # raised by a flag's own parser, and wrapped by absl
       raise error.__context__ from None
     raise UserError(str(error)) from error
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    # ml_collections, setting a field of the config: a value of another type, say.
+    # ml_collections raises these if it cannot set a field of the config, for example to a value of another type.
     raise UserError(f"--config cannot be changed so: {_telling_part(error)}") from error
-  except SystemExit:  # --help, which absl ends with 1
+  except SystemExit:  # absl exits with 1 after --help
     sys.exit(0)
 
 
 def _telling_part(error: Exception) -> str:
-  """One line, without the errors that ml_collections wraps around it."""
+  """The message of the innermost error that ml_collections has wrapped, in one line."""
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]
   message = error.args[0] if isinstance(error, KeyError) else str(error)

@@ -1,7 +1,7 @@
-"""The --config flag: which file is meant, what it may raise, and which fields the command line changes.
+"""The --config flag: finds and runs the config file, and applies changes from the command line.
 
-Used by the commands that take a config. ml_collections parses the flags; what it does not tell in a way that helps
-(a file that fails, a field that is not there) is told here. Never imports JAX.
+Used by the commands that take a config. ml_collections parses the flags. This module adds helpful messages for config
+files that fail and for fields that do not exist. It never imports JAX.
 """
 
 import importlib.machinery
@@ -19,20 +19,19 @@ from ml_collections import ConfigDict, config_flags
 from instructjax.core.blocks import nearest
 from instructjax.core.errors import UserError
 
-# Beside the package, in a checkout as in what pip installs.
+# configs/ is beside the package, both in a checkout and in an installation by pip.
 INSTALLED = pathlib.Path(__file__).parents[2] / "configs"
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<path>[^=]*)(=.*)?", re.DOTALL)
 
 
 def define() -> flags.FlagHolder:
-  """Defines --config and what follows from it, --config.FIELD.
+  """Defines the flags --config and --config.FIELD.
 
-  Reading the holder's value gives the ConfigDict with what the command line changes. What is wrong with it raises
-  UserError while flags are parsed.
+  The holder's value is the ConfigDict with the changes from the command line. Mistakes raise UserError when the flags
+  are parsed.
   """
-  argv: list[
-    str
-  ] = []  # filled when flags are parsed: ml_collections would read a --flagfile on import
+  # Filled later, by the parser. If ml_collections took sys.argv, it would read a --flagfile when this is imported.
+  argv: list[str] = []
   holder = config_flags.DEFINE_config_file(
     "config",
     None,
@@ -42,25 +41,28 @@ def define() -> flags.FlagHolder:
     sys_argv=argv,
   )
   flags.FLAGS["config"].parser = _Parser(argv)
-  # An optional number is None or a number, whichever it was before.
+  # ml_collections picks a parser by the type of a field's present value. A field that may be None or a number needs a
+  # parser for either.
   config_flags.register_flag_parser_for_type(float, _OptionalFloat())
   config_flags.register_flag_parser_for_type(types.NoneType, _OptionalFloat())
   return holder
 
 
 def locate(name: str) -> pathlib.Path:
-  """The file that --config=NAME means: the user's own where there is one, else one that comes with instructjax.
+  """Finds the file that --config=NAME means. The user's own file takes precedence over one that comes with instructjax.
 
   Args:
-    name: a path, with or without `.py`, or the bare name of one of `configs/`.
+    name: a path, with or without `.py`, or the bare name of a file in `configs/`.
   Raises:
-    UserError: there is neither.
+    UserError: there is no such file.
   """
   if not name:
     raise UserError("--config= names no file, as configs/ppo_ptx.py")
   path = pathlib.Path(name)
   spelled = [path] if path.suffix == ".py" else [path, pathlib.Path(f"{name}.py")]
+  # ppo_ptx also means configs/ppo_ptx.py below the working directory, such as an edited copy in a checkout.
   own = [*spelled, *(INSTALLED.name / one for one in spelled)]
+  # A path such as runs/old/ppo_ptx.py names the user's file only. Falling back would run another config than asked for.
   is_bare = len(path.parts) == 1 or path.parts[:-1] == (INSTALLED.name,)
   installed = [INSTALLED / one.name for one in spelled if is_bare]
   for candidate in (*own, *installed):
@@ -75,16 +77,19 @@ def locate(name: str) -> pathlib.Path:
 
 
 def installed_names() -> list[str]:
-  """Names of the config files that come with instructjax."""
+  """The names of the config files that come with instructjax."""
   files = sorted(INSTALLED.glob("*.py"))
+  # configs/ also holds modules that the config files import, such as base.py.
   return [path.stem for path in files if "def get_config(" in path.read_text(encoding="utf-8")]
 
 
 def load(spelling: str) -> ConfigDict:
-  """The config of FILE or FILE:PRESET.
+  """Runs a config file and returns its config.
 
+  Args:
+    spelling: FILE or FILE:PRESET.
   Raises:
-    UserError: there is no such file, it does not run, or it gives no config.
+    UserError: there is no such file, it fails, or it returns no config.
   """
   name, colon, preset = spelling.partition(":")
   path = locate(name)
@@ -98,7 +103,7 @@ def load(spelling: str) -> ConfigDict:
     config = module.get_config(*([preset] if colon else []))
   except UserError:
     raise
-  except Exception as error:  # whatever the file's author may have got wrong
+  except Exception as error:  # a user's file may raise anything
     raise UserError(f"{flag}: {_failure(path, error)}") from error
   if not isinstance(config, ConfigDict):
     raise UserError(
@@ -108,22 +113,26 @@ def load(spelling: str) -> ConfigDict:
 
 
 def run_file(path: pathlib.Path) -> types.ModuleType:
-  """The module that a Python file makes, wherever it lies."""
+  """Runs a Python file at any path and returns its module."""
+  # The loader is named explicitly, because the file's name need not end in .py.
   loader = importlib.machinery.SourceFileLoader("config_file", str(path))
   spec = importlib.util.spec_from_loader(loader.name, loader)
   if spec is None:
     raise ValueError(f"Python makes no module of {path}")
   module = importlib.util.module_from_spec(spec)
-  sys.modules[loader.name] = module  # a dataclass in it looks there for its module
+  sys.modules[loader.name] = module  # a dataclass in the file looks up its module there
   loader.exec_module(module)
   return module
 
 
 def _failure(path: pathlib.Path, error: Exception) -> str:
-  """One line: what a config file raised, and where in the file, unless it is a rule that it tells itself."""
+  """Describes in one line what a config file raised and where.
+
+  A ValueError is taken as a deliberate message by the file's author, so its text is returned alone.
+  """
   text = " ".join(str(error).split())
   if isinstance(error, ValueError) and not isinstance(error, UnicodeError | SyntaxError):
-    return text  # as an unknown preset
+    return text  # for example, an unknown preset
   if isinstance(error, SyntaxError):
     return f"{error.filename}, line {error.lineno}: {error.msg}"
   lines = [
@@ -131,6 +140,7 @@ def _failure(path: pathlib.Path, error: Exception) -> str:
     for frame in traceback.extract_tb(error.__traceback__)
     if frame.filename == str(path)
   ]
+  # The innermost line of the config file itself, even if the error comes from a module that it calls.
   where = f"{path}, line {lines[-1]}" if lines else str(path)
   hint = (
     "; it must be installed, or lie in the working directory"
@@ -141,15 +151,22 @@ def _failure(path: pathlib.Path, error: Exception) -> str:
 
 
 class _Parser(flags.ArgumentParser):
-  """Loads the file, then refuses what the command line would change and cannot."""
+  """Loads the config file, and refuses changes to fields that do not exist."""
 
   def __init__(self, argv: list[str]):
     """Takes the list in which ml_collections looks for --config.FIELD."""
     self._argv = argv
 
   def parse(self, argument: str) -> ConfigDict:
+    """Loads the config.
+
+    Raises:
+      UserError: the file cannot be loaded, or the command line changes a field that does not exist.
+    """
     self._argv[:] = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
     config = load(argument)
+    # Checked before ml_collections applies the changes: its own message for an unknown field does not suggest the right
+    # one in another block.
     config.lock()
     for override in filter(None, map(_OVERRIDE.fullmatch, self._argv[1:])):
       _require_field(override["path"], config, argument)
@@ -157,7 +174,7 @@ class _Parser(flags.ArgumentParser):
 
 
 class _OptionalFloat(flags.FloatParser):
-  """A number, or None; fields that must be a number are checked where the config is."""
+  """Parses a number or None. Whether a field may be None is checked later, with the whole config."""
 
   # pyrefly: ignore[bad-override]  absl takes any value from a parser, None too
   def parse(self, argument: float | str | None) -> float | None:
@@ -167,7 +184,11 @@ class _OptionalFloat(flags.FloatParser):
 
 
 def _require_field(name: str, config: ConfigDict, spelling: str):
-  """Raises UserError where the config has no such field, or it is not for the command line to change."""
+  """Checks that the command line may change a field.
+
+  Raises:
+    UserError: the config has no such field, or the field is `preset`, which is chosen in another way.
+  """
   if name == "preset":
     file = spelling.partition(":")[0]
     raise UserError(
@@ -182,6 +203,7 @@ def _require_field(name: str, config: ConfigDict, spelling: str):
 
 
 def _leaves(block: ConfigDict, where: str = "") -> Iterator[str]:
+  """Dotted names of all values of a config."""
   for name, value in block.items():
     if isinstance(value, ConfigDict):
       yield from _leaves(value, f"{where}{name}.")

@@ -1,6 +1,6 @@
-"""Command line: `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`; see README.
+"""The command `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`; see README.
 
-Weights in files that other programs load: a Hugging Face folder for transformers, GGUF for llama.cpp.
+It writes weights to files for other programs: a Hugging Face folder for transformers, or a GGUF file for llama.cpp.
 """
 
 import pathlib
@@ -41,6 +41,11 @@ _TYPE = flags.DEFINE_enum("type", None, ["f16", "q8_0"], "Numbers of a GGUF file
 
 
 def main(arguments: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: a flag is wrong, the checkpoint cannot be read, or the output cannot be written.
+  """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
   out, is_gguf = pathlib.Path(_OUT.value), _FORMAT.value == "gguf"
@@ -50,7 +55,7 @@ def main(arguments: list[str]):
     raise UserError(
       f"--type={_TYPE.value} goes with --format=gguf; a Hugging Face folder is float32"
     )
-  # Imported here so that --help and a bad flag answer at once.
+  # Imported here so that --help and bad flags are answered at once.
   from instructjax.serve import packaging
 
   # Both flags are enums of just these values.

@@ -1,6 +1,7 @@
-"""Command line: `python -m instructjax generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
+"""The command `python -m instructjax generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
 
-A checkpoint is a finished stage's folder, a Hugging Face folder or a GGUF file. Several answer side by side.
+It answers prompts with one or several checkpoints. A checkpoint is a finished stage's folder, a Hugging Face folder or
+a GGUF file.
 """
 
 import pathlib
@@ -45,6 +46,11 @@ _SYSTEM = flags.DEFINE_string("system", "", "System message of a chat.")
 
 
 def main(arguments: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: a flag is wrong, or a checkpoint or prompt file cannot be read.
+  """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
@@ -53,9 +59,9 @@ def main(arguments: list[str]):
     _require_unicode(text, f"--{name}")
   texts = [_read(path) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
-  if has_prompt == _INTERACTIVE.value:
+  if has_prompt == _INTERACTIVE.value:  # neither or both
     raise UserError("one of --prompt, --prompt_file and --interactive must be given")
-  # Imported here so that --help and a bad flag answer at once.
+  # Imported here so that --help and bad flags are answered at once.
   from instructjax.serve import dialogue
 
   settings = dialogue.Settings(
@@ -77,7 +83,12 @@ def main(arguments: list[str]):
 
 
 def _require_unicode(text: str, where: str):
-  """Raises UserError where a text holds bytes that are not UTF-8: Python passes them on as half characters."""
+  """Checks that a text from the command line is valid Unicode.
+
+  Raises:
+    UserError: the text contains bytes that are not UTF-8.
+  """
+  # Python represents such bytes of the command line as lone surrogates, which cannot be encoded.
   try:
     text.encode()
   except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""`--settings[=PATTERN]`: every setting with its value, unit, source and meaning, as text or as docs/settings.md.
+"""The flag `--settings[=PATTERN]`, which prints settings with their value, unit, source and meaning.
 
-Called by main. Never imports JAX.
+It prints plain text, or the document docs/settings.md. Called by main. Never imports JAX.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Setting:
   """One setting of a config.
 
   Attributes:
-    name: dotted, as after --config.
-    value: in the config that is shown.
-    base: in configs/base.py, the paper's where it prints one.
-    source: where the base's value is from: a section of the paper, or "open" where it leaves the value open.
+    name: dotted name, as written after --config.
+    value: value in the config that is shown.
+    base: value in configs/base.py, which is the paper's if the paper states one.
+    source: where the base value comes from: a section of the paper, or "open" if the paper does not state it.
     meaning, unit: see core/settings.py.
   """
 
@@ -42,7 +42,10 @@ class Setting:
 
 
 def define() -> flags.FlagHolder:
-  """Defines --settings, whose value may be left out; reading the holder gives None, "" (all) or the pattern."""
+  """Defines the flag --settings, whose value is optional.
+
+  The holder's value is None without the flag, "" for all settings, or the pattern.
+  """
   flag = flags.Flag(
     parser=_Pattern(),
     serializer=flags.ArgumentSerializer(),
@@ -50,29 +53,33 @@ def define() -> flags.FlagHolder:
     default=None,
     help_string="Print the settings with this in their name or description, all without =..., and end; =markdown"
     " prints docs/settings.md.",
-    boolean=True,  # so that absl lets the value be left out
+    boolean=True,  # absl lets the value be omitted only for boolean flags
   )
   return flags.DEFINE_flag(flag)
 
 
 class _Pattern(flags.ArgumentParser):
   def parse(self, argument: str | bool) -> str | None:
-    """absl writes true for --settings, and false for --nosettings."""
+    """Converts the flag's value. absl passes "true" for a bare --settings, and "false" for --nosettings."""
     text = str(argument)
     spelled: dict[str, str | None] = {"true": "", "false": None}
     return spelled.get(text.lower(), text)
 
 
 def show(config: ConfigDict, pattern: str) -> str:
-  """What --settings prints.
+  """The text that --settings prints.
 
+  Args:
+    config: its values are shown.
+    pattern: text to look for in names and descriptions; "" selects all settings, and "markdown" the whole document.
   Raises:
-    UserError: no setting has the pattern.
+    UserError: no setting matches the pattern.
   """
   found = list(collect(config))
   if pattern == MARKDOWN:
     return markdown(found, config.preset)
   wanted = pattern.lower().removeprefix("config.")
+  # Matches in the name come first, because they are more likely to be meant.
   matching = [one for one in found if wanted in one.name.lower()]
   matching += [one for one in found if one not in matching and wanted in one.meaning.lower()]
   if not matching:
@@ -81,11 +88,7 @@ def show(config: ConfigDict, pattern: str) -> str:
 
 
 def collect(config: ConfigDict) -> Iterator[Setting]:
-  """Every setting of a config, with what is written of it.
-
-  Raises:
-    UserError: as config_flag.run_file of configs/base.py.
-  """
+  """Yields every setting of a config, with its documentation from the source."""
   values = dict(_flat(config.to_dict()))
   base = dict(_flat(config_flag.run_file(_BASE).base(config.stage).to_dict()))
   sources = settings.sources(_BASE.read_text(encoding="utf-8"), "base")
@@ -94,6 +97,7 @@ def collect(config: ConfigDict) -> Iterator[Setting]:
 
 
 def _flat(values: dict, where: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields (dotted name, value) for all values of a nested dict."""
   for name, value in values.items():
     if isinstance(value, dict):
       yield from _flat(value, f"{where}{name}.")
@@ -102,6 +106,7 @@ def _flat(values: dict, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _lines(one: Setting) -> str:
+  """A setting as plain text: name, value and source on one line, and the meaning below."""
   unit = f" {one.unit}" if one.unit else ""
   source = f"; {one.source}" if one.source else ""
   beside = f"  ({one.source})" if one.source else ""
@@ -112,7 +117,7 @@ def _lines(one: Setting) -> str:
 
 
 def markdown(found: list[Setting], preset: str) -> str:
-  """docs/settings.md: a table a block."""
+  """The text of docs/settings.md, which has one table per config block."""
   lines = [
     "# Settings",
     "",
@@ -138,7 +143,7 @@ def markdown(found: list[Setting], preset: str) -> str:
       lines += ["", f"## {title}", "", *said, head, "|---|---|---|---|---|"]
       block = here
     unit = f" [{one.unit}]" if one.unit else ""
-    value = "" if one.value == one.base else _code(one.value)
+    value = "" if one.value == one.base else _code(one.value)  # shows only what the preset changes
     cells = (f"`{name}`", _code(one.base), value, _cell(one.source), _cell(one.meaning + unit))
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What every other folder may import: configuration, errors, and the arrays that travel between parts."""
+"""Code that every other folder may import: the configuration, the errors, and the arrays that parts exchange."""

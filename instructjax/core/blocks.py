@@ -1,7 +1,9 @@
-"""Frozen dataclasses from nested dicts, with every value checked: what is made of config.py's blocks.
+"""Builds frozen dataclasses from nested dicts and checks every value.
 
-Called by config.py, and by context.py for what makes two runs of a stage the same. Knows no field: types come from the
-dataclasses' hints, rules from their `validate(where)`, and which fields a resumed run may change from their metadata.
+config.py uses it to build the configuration. context.py uses it to decide whether two runs of a stage are the same run.
+
+No field is named here. Types come from the dataclasses' type hints. Rules come from their `validate(where)` methods,
+which raise UserError. The metadata of a field says whether a resumed run may change it.
 """
 
 import dataclasses
@@ -16,13 +18,17 @@ from instructjax.core.errors import UserError
 
 _Block = TypeVar("_Block")
 
-# Metadata of fields that may change while a run is stopped: they move numbers by rounding, or do not touch them.
+# Metadata of fields that a user may change before resuming a run. A ROUNDING field changes results by rounding error
+# only. A SAME_NUMBERS field does not change them at all.
 ROUNDING = types.MappingProxyType({"on_resume": "rounding"})
 SAME_NUMBERS = types.MappingProxyType({"on_resume": "same numbers"})
 
 
 def determining(block: Any) -> dict[str, Any]:
-  """The fields that decide a block's numbers, as plain values: all but those that may change on resume."""
+  """The fields that determine a block's results, as nested plain values.
+
+  Fields that may change on resume are left out, so two runs with equal values can continue from each other.
+  """
   result = {}
   for field in dataclasses.fields(block):
     value = getattr(block, field.name)
@@ -32,26 +38,48 @@ def determining(block: Any) -> dict[str, Any]:
 
 
 def marked(block: Any, metadata: Mapping) -> dict[str, Any]:
-  """The fields marked with `metadata`, ROUNDING or SAME_NUMBERS."""
+  """The block's own fields that carry this metadata.
+
+  Args:
+    block: a config dataclass.
+    metadata: ROUNDING or SAME_NUMBERS.
+  """
   fields = dataclasses.fields(block)
   return {field.name: getattr(block, field.name) for field in fields if field.metadata == metadata}
 
 
 def require_positive(block: Any, where: str, *names: str):
-  """Raises UserError where one of the block's fields is not above 0; `where` is the block's path in the config."""
+  """Checks that fields are greater than 0.
+
+  Args:
+    block: a config dataclass.
+    where: the block's path in the config, for the message.
+    *names: the fields to check.
+  Raises:
+    UserError: a field is 0 or negative.
+  """
   for name in names:
     value = getattr(block, name)
     require(value > 0, f"{where}.{name}={value} must be positive")
 
 
 def require(condition: bool, message: str):
-  """Raises UserError(message) where the condition does not hold."""
+  """Checks a condition that the user is responsible for.
+
+  Raises:
+    UserError: the condition is false; the error carries `message`.
+  """
   if not condition:
     raise UserError(message)
 
 
 def validate(block: Any, where: str):
-  """Applies the rules of a block, after those of the blocks inside it."""
+  """Checks a block and all blocks inside it.
+
+  Raises:
+    UserError: a value breaks a rule.
+  """
+  # Inner blocks go first: the rules of an outer block may rely on valid values inside it.
   for field in dataclasses.fields(block):
     value = getattr(block, field.name)
     if dataclasses.is_dataclass(value):
@@ -61,8 +89,12 @@ def validate(block: Any, where: str):
 
 
 def build(cls: type[_Block], values: dict, where: str) -> _Block:
-  """The dataclass with these values, its blocks built likewise.
+  """Builds a dataclass, and the dataclasses nested inside it, from a nested dict.
 
+  Args:
+    cls: the dataclass to build.
+    values: field name -> value; a nested dataclass is given as a dict.
+    where: the block's path in the config, for messages.
   Raises:
     UserError: a field is unknown (with the nearest known ones), missing or of the wrong type.
   """
@@ -70,7 +102,7 @@ def build(cls: type[_Block], values: dict, where: str) -> _Block:
 
 
 def leaves(cls, where: str = "") -> Iterator[str]:
-  """Dotted names of all fields of a dataclass that are no blocks themselves."""
+  """Dotted names of all fields, at any depth, that hold a value rather than a block."""
   for name, hint in typing.get_type_hints(cls).items():
     if dataclasses.is_dataclass(hint):
       yield from leaves(hint, f"{where}{name}.")
@@ -79,10 +111,11 @@ def leaves(cls, where: str = "") -> Iterator[str]:
 
 
 def nearest(name: str, known: list[str], limit: int = 3) -> list[str]:
-  """The known dotted names that somebody may have meant, the likeliest first.
+  """Suggests known dotted names for an unknown one, best first.
 
-  A field of this very name in another block counts more than one that is spelt alike: a level is forgotten, or one too
-  many is given, more often than a letter. Of several, those that share most of the path are taken.
+  A field with the same name in another block is preferred over one with a similar spelling, because users more often
+  omit or add a level of the path than misspell a field. Among several such fields, the ones whose paths are most
+  similar are returned.
   """
   *path, field = name.split(".")
   same = [one for one in known if one.split(".")[-1] == field]
@@ -90,6 +123,7 @@ def nearest(name: str, known: list[str], limit: int = 3) -> list[str]:
   same = [one for one in same if _shared(path, one) == closest]
   if same:
     return same[:limit]
+  # Otherwise assume a misspelt field in the right block; only then a misspelt block.
   siblings = {
     one.rpartition(".")[2]: one for one in known if one.rpartition(".")[0] == ".".join(path)
   }
@@ -98,17 +132,21 @@ def nearest(name: str, known: list[str], limit: int = 3) -> list[str]:
 
 
 def _shared(path: list[str], name: str) -> tuple[int, int]:
-  """How much of a path a dotted name has: blocks from the outermost on, then blocks anywhere."""
+  """How similar a dotted name's path is to `path`, as a sort key.
+
+  The first number counts equal leading blocks. The second, which breaks ties, counts shared blocks at any position.
+  """
   blocks = name.split(".")[:-1]
   pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path, blocks))
   return len(list(pairs)), len(set(path) & set(blocks))
 
 
 def _build(cls: type[_Block], values: dict, where: str, known: list[str]) -> _Block:
-  """`build`; known: dotted names of all fields of the outermost dataclass."""
+  """`build` for one level; `known` holds the dotted names of all fields of the outermost dataclass."""
   hints = typing.get_type_hints(cls)
   for name in values:
     if name not in hints:
+      # The suggestion may be in another block, so it is searched among all fields of the config.
       near = nearest(f"{where}.{name}", known)
       hint = f"did you mean {' or '.join(near)}?" if near else f"known fields: {', '.join(hints)}"
       raise UserError(f"{where}.{name} is not a config field; {hint}")
@@ -120,7 +158,11 @@ def _build(cls: type[_Block], values: dict, where: str, known: list[str]) -> _Bl
 
 
 def _convert(hint, value: Any, where: str, known: list[str]):
-  """The value as the field's type, or a UserError that says what the field takes."""
+  """Converts a value to the type that a field's hint asks for.
+
+  Raises:
+    UserError: the value has another type; the message says what the field accepts.
+  """
   if dataclasses.is_dataclass(hint):
     require(isinstance(value, dict), f"{where}={value!r} must be a block of fields")
     return _build(hint, value, where, known)
@@ -128,7 +170,7 @@ def _convert(hint, value: Any, where: str, known: list[str]):
   if origin is Literal:
     require(value in options, f"{where}={value!r} must be one of {', '.join(map(repr, options))}")
     return value
-  if origin is types.UnionType:
+  if origin is types.UnionType:  # the only unions in the config are `T | None`
     return None if value is None else _convert(options[0], value, where, known)
   if origin is tuple:
     require(
@@ -136,8 +178,10 @@ def _convert(hint, value: Any, where: str, known: list[str]):
       f"{where}={value!r} must be a tuple of {options[0].__name__}",
     )
     return tuple(_convert(options[0], item, f"{where}[{i}]", known) for i, item in enumerate(value))
+  # A config or flag may write 0 or 1 for a float.
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
+  # bool is a subclass of int in Python, and True is not a size.
   right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
   require(right, f"{where}={value!r} must be of type {hint.__name__}, got {type(value).__name__}")
   return value

@@ -1,11 +1,14 @@
-"""The whole configuration as frozen dataclasses, with every rule it must obey.
+"""The whole configuration as frozen dataclasses, with the rules that its values must follow.
 
-`configs/` holds the values (each with its unit or source); this file, network.py and training.py hold names, types and
-`validate()`. `main` converts the ml_collections config once with `from_config_dict`; below it nobody sees a ConfigDict
-or a flag.
+`configs/` holds the values and their sources. This file, network.py and training.py hold the names, types and rules.
+`main` converts the ml_collections config once, with `from_config_dict`; code below `main` sees neither a ConfigDict nor
+a flag.
 
-A run that goes on from a checkpoint has to have the settings that the checkpoint was made with, except for those whose
-field is marked ROUNDING or SAME_NUMBERS (blocks.py). The marks are the only list of these.
+A run that continues from a checkpoint must have the settings that the checkpoint was made with. The exceptions are the
+fields marked ROUNDING or SAME_NUMBERS (see blocks.py); these marks are the only list of exceptions.
+
+The comments beside fields are also data: `--settings` and docs/settings.md print them. A comment ends in the unit, in
+square brackets, where the field has one.
 """
 
 import dataclasses
@@ -58,29 +61,31 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-  # a tokenizer.json, sentencepiece .model, .gguf or folder; '' takes that of the given weights, or trains one on
-  # data.documents
+  # a tokenizer.json, sentencepiece .model, .gguf or folder; '' uses the tokenizer that comes with the given weights,
+  # or trains one on data.documents
   path: str
-  # pieces of the tokenizer that is trained; must be the number of pieces of one that is given [pieces]
+  # vocabulary size of the tokenizer to train; if a tokenizer is given, it must equal that tokenizer's size [pieces]
   vocab_size: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is none."""
+  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source."""
 
-  # source of plain text for pretraining and the pretraining mix: SCHEME:PATH, see docs/data.md; '' is none
+  # source of plain text for pretraining and for the pretraining mix, as SCHEME:PATH (see docs/data.md); '' is no source
   documents: str
-  demonstrations: str  # source of prompts with answers to imitate; '' is none
-  # source of ranked answers for the reward model; '' is none, demo: has simulated labelers rank the policy's answers
+  demonstrations: str  # source of prompts with answers to imitate; '' is no source
+  # source of ranked answers for the reward model; '' is no source, and demo: lets simulated labelers rank answers that
+  # the SFT policy samples
   comparisons: str
-  prompts: str  # source of prompts for RL and evaluation; '' is none
-  max_prompt_length: int  # longer prompts are left out and counted [tokens]
-  # longest response, its EOS included; longer ones in the data are left out and counted [tokens]
+  prompts: str  # source of prompts for RL and evaluation; '' is no source
+  max_prompt_length: int  # prompts longer than this are dropped and counted [tokens]
+  # longest response, including its EOS; longer responses in the data are dropped and counted [tokens]
   max_response_length: int
-  # share that a hash of the prompt or document holds out, of sources without a split of their own
+  # share of records held out for validation, chosen by a hash of the prompt or document; used only for sources that
+  # have no validation split
   validation_fraction: float
-  # whether the first bad record ends the run, or is skipped and counted
+  # raise stops the run at the first unusable record; skip drops and counts such records
   on_bad_record: Literal["raise", "skip"]
 
   def validate(self, where: str):
@@ -93,21 +98,25 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; -1 (at most once) takes what is left."""
+  """Devices along each mesh axis; one axis may be -1, which means all remaining devices."""
 
-  # TPU slices of the job, between which there is only the data centre's network [slices]
+  # TPU slices of the job; slices are connected by the data centre's network only [slices]
   slice: int
-  # devices that batches are split over, each with all weights; -1 takes what is left [devices]
+  # devices that split the batch and each hold all weights; -1 is all remaining devices [devices]
   data: int
-  fsdp: int  # devices that batches and weights are split over; -1 takes what is left [devices]
-  tensor: int  # devices that each layer's products are split over; -1 takes what is left [devices]
+  fsdp: (
+    int  # devices that split both the batch and the weights; -1 is all remaining devices [devices]
+  )
+  tensor: (
+    int  # devices that split each layer's matrix products; -1 is all remaining devices [devices]
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  # steps between two checkpoints; epoch ends and the last step have one besides [steps]
+  # steps between two checkpoints; the end of each epoch and the last step are always saved too [steps]
   every_steps: int
-  keep: int  # how many of the newest checkpoints stay, besides the best and those of epoch ends
+  keep: int  # number of newest checkpoints to keep; the best one and those at epoch ends are kept as well
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps", "keep")
@@ -115,10 +124,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  every_steps: int  # steps between two lines of progress and two points of a curve [steps]
-  # rows of the table of samples that RL stages show at each line of progress; 0 shows none [rows]
+  every_steps: int  # steps between two progress lines, and between two points of a curve [steps]
+  # sampled answers that RL stages show with each progress line; 0 shows none [rows]
   samples: int
-  tensorboard: bool  # whether curves are written for TensorBoard too
+  tensorboard: bool  # whether to write the curves for TensorBoard as well
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps")
@@ -126,7 +135,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-  # 'A:B' traces steps A to B - 1 of each stage, for a profiler and for the table at the end; '' traces none
+  # 'A:B' traces steps A to B - 1 of each stage, for a profiler and for the tables at the end of a run; '' is off
   steps: str
 
   def validate(self, where: str):
@@ -140,32 +149,34 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  stage: str  # the stage to run, with those that it starts from; a config file has its own
+  stage: (
+    str  # the stage to run, together with the stages that it starts from; each config file sets it
+  )
   preset: str  # name of the size preset, for reports; chosen with --config=FILE:PRESET
-  seed: int  # of everything random; the same seed on the same machine gives the same numbers
-  model: ModelConfig  # the policy's network, and the base it starts from
-  # the reward model's network, which is the value network too, and the larger base that evaluate compares with
+  seed: int  # seeds everything random; the same seed on the same machine gives the same numbers
+  model: ModelConfig  # the network of the policy and of the base model that it starts from
+  # the network of the reward model, of the value network, and of the larger base model that evaluate compares with
   reward_model: ModelConfig
   execution: ExecutionConfig
   tokenizer: TokenizerConfig  # how text becomes tokens
   data: DataConfig
   mesh: MeshConfig
   checkpoint: CheckpointConfig  # when a run is saved, and what is kept
-  log: LogConfig  # what a run shows of itself while it goes on
+  log: LogConfig  # what a run shows while it is in progress
   profile: ProfileConfig  # which steps are traced for a profiler
-  pretrain: PretrainConfig  # pretraining of the policy's base, where no weights are given
-  reward_pretrain: PretrainConfig  # pretraining of the reward model's base
+  pretrain: PretrainConfig  # pretraining of the policy's base model, if no weights are given
+  reward_pretrain: PretrainConfig  # pretraining of the reward model's base model
   sft: SFTConfig  # the supervised baseline (C.1)
   ppo_init: SFTConfig  # the supervised start of RL and its KL reference (C.3)
   collect: CollectConfig
   rm: RMConfig  # training of the reward model (C.2)
   ppo: PPOConfig  # reinforcement learning, with or without the pretraining gradient (C.4)
   rollout: RolloutConfig
-  evaluate: EvaluateConfig  # what policies are compared by
+  evaluate: EvaluateConfig  # how policies are compared
 
   @property
   def same_network(self) -> bool:
-    """Whether policy and reward model differ in their head only."""
+    """Whether the policy and the reward model have the same network apart from the head."""
     return self.model.network == self.reward_model.network
 
   def validate(self, where: str = "config"):
@@ -173,6 +184,7 @@ class Config:
     require(
       self.stage in TARGETS, f"{where}.stage={self.stage!r} must be one of {', '.join(TARGETS)}"
     )
+    # Policy, reward model and value network all read a prompt together with its response.
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):
       limit = getattr(self, name).max_length
@@ -180,6 +192,7 @@ class Config:
         total <= limit,
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
+    # The reward model can take over the SFT model's weights only if every tensor fits.
     require(
       self.rm.start_from == "base" or self.same_network,
       f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
@@ -225,15 +238,17 @@ class Config:
 
 
 def from_config_dict(config: Any) -> Config:
-  """Frozen, validated Config from an ml_collections ConfigDict (or plain nested dict).
+  """Converts an ml_collections ConfigDict, or a plain nested dict, to a frozen and validated Config.
 
-  A reward model of the policy's network starts from the policy's weights unless it names its own.
+  If the reward model has the same network as the policy and names no weights of its own, it gets the policy's weights.
 
   Raises:
     UserError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
   """
   plain = config.to_dict() if hasattr(config, "to_dict") else config
   result = build(Config, plain, "config")
+  # Validated before the weights are filled in: a rule refuses reward_model.weights beside rm.start_from='sft', and must
+  # only see what the user has set.
   validate(result, "config")
   if result.same_network and not result.reward_model.weights:
     reward_model = dataclasses.replace(result.reward_model, weights=result.model.weights)
@@ -242,10 +257,13 @@ def from_config_dict(config: Any) -> Config:
 
 
 def network_config(values: dict, where: str) -> NetworkConfig:
-  """Validated NetworkConfig from a plain dict, as a finished stage keeps it.
+  """Converts the plain dict that a finished stage has saved to a validated NetworkConfig.
 
+  Args:
+    values: field name -> value.
+    where: what to call the block in messages.
   Raises:
-    UserError: as from_config_dict.
+    UserError: a field is unknown, missing, of the wrong type, or breaks a rule.
   """
   result = build(NetworkConfig, values, where)
   validate(result, where)

@@ -1,7 +1,7 @@
-"""Errors that reach the user as one clear line: commands print them without a traceback and exit 2.
+"""Errors that the user can fix. Commands print them as one line without a traceback, and exit with code 2.
 
-Raised anywhere; imports nothing of the project. Whatever else is raised is a fault of this package and
-keeps its traceback (commands/cli.py), a plain ValueError included.
+Any part may raise them. Every other exception, including a plain ValueError, is a bug in this package and keeps its
+traceback (see commands/cli.py). This module imports nothing else of the project.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 
-# What a file system refuses, as against what a program gets wrong.
+# Errors that come from the state of the file system (full, read-only, missing, not permitted), not from a bug.
 _REFUSALS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -24,32 +24,38 @@ _REFUSALS = (
   errno.EMFILE,
   errno.ENFILE,
 )
-# tensorstore raises a ValueError, "... [OS error 28: ENOSPC No space left on device]"; Rust says "(os error 28)".
+# tensorstore raises a ValueError with "... [OS error 28: ENOSPC No space left on device]", and libraries in Rust write
+# "(os error 28)". Neither raises an OSError, so the message is all there is to go by.
 _OS_ERROR = re.compile(r"\bOS error\b", re.IGNORECASE)
 
 
 class UserError(ValueError):
-  """Something the user can mend; the message says what failed and how to mend it."""
+  """An error that the user can fix. The message says what failed and how to fix it."""
 
 
 class StageStopped(UserError):
-  """Training was stopped before it could do harm: a metric was not finite or above its limit."""
+  """Training was stopped because a metric was not finite or exceeded its limit."""
 
 
 class NotJoined(UserError):
-  """The processes of one run did not come together: starting them again may mend it."""
+  """The processes of one run could not connect to each other. Starting them again may help."""
 
 
 class Preempted(Exception):
-  """The run was told to stop (SIGTERM) and has; the same command goes on. No mistake: see `distributed`."""
+  """The run has saved its state and stopped after a SIGTERM; the same command continues it.
+
+  It is not a UserError, because nobody made a mistake. See parallel/distributed.py.
+  """
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
-  """Makes a failed write (a full disk, most often) a UserError that names `path`; other errors pass through.
+  """Turns a failed write, most often because of a full disk, into a UserError that names `path`.
+
+  Errors that do not come from the file system pass through unchanged.
 
   Raises:
-    UserError: a file system refused what was done inside.
+    UserError: the file system refused an operation inside the `with` block.
   """
   try:
     yield
@@ -63,9 +69,9 @@ def writing(path: pathlib.Path):
 
 
 def is_refused_by_files(error: BaseException) -> bool:
-  """Whether an error, or one that it was raised from, says that a file system refused something.
+  """Whether the file system caused an error, directly or through the chain of causes.
 
-  Libraries wrap what the system says: it is looked for by type and by words.
+  Libraries wrap the system's error in types of their own, so the message is searched as well as the type.
   """
   cause: BaseException | None = error
   while cause is not None:
@@ -79,7 +85,7 @@ def is_refused_by_files(error: BaseException) -> bool:
 
 
 def reason(error: Exception) -> str:
-  """The telling part of a library's message: its first line, of a long one the end."""
+  """The informative part of a library's message: its first line, cut to the last 200 characters."""
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
   line = line.split(" See full TensorStore details")[0].rstrip(".")
   return line if len(line) <= 200 else "..." + line[-200:]

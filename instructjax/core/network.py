@@ -1,7 +1,9 @@
-"""What a network is, and how it is run: two configs, of which only the first makes two networks differ.
+"""Config blocks for the architecture of a network (NetworkConfig) and for how it is computed (ExecutionConfig).
 
-Part of `config.py`, which has the other blocks. What a checkpoint belongs to, what is exported and what is compared are
-a NetworkConfig; an ExecutionConfig moves numbers by rounding only, and may change from one run to the next.
+The two are separate because only the architecture identifies a network. Checkpoints, exports and comparisons refer to a
+NetworkConfig. An ExecutionConfig changes results by rounding error only, and may differ from one run to the next.
+
+`config.py` has the other blocks. `--settings` and docs/settings.md print the comments beside the fields.
 """
 
 import dataclasses
@@ -12,16 +14,16 @@ from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_pos
 
 @dataclasses.dataclass(frozen=True)
 class RopeScalingConfig:
-  """How rotary positions are stretched past the length a model was first trained at."""
+  """How rotary positions are stretched beyond the context length that a model was first trained with."""
 
-  # none leaves positions as trained; linear slows all rotations by factor; llama3 slows only the slow ones
+  # none keeps the rotations as trained; linear divides all rotation speeds by factor; llama3 divides only the slow ones
   kind: Literal["none", "linear", "llama3"]
-  factor: float  # by how much rotations are slowed down
-  # llama3: a rotation with fewer turns than this in original_length is slow and is scaled
+  factor: float  # what the rotation speeds are divided by
+  # llama3: rotations with fewer turns than this within original_length count as slow and are scaled by factor
   low_freq_factor: float
-  # llama3: a rotation with more turns than this is left alone; in between it is interpolated
+  # llama3: rotations with more turns than this are not scaled; those in between are interpolated
   high_freq_factor: float
-  original_length: int  # llama3: context that the model was first trained at [tokens]
+  original_length: int  # llama3: context length that the model was first trained with [tokens]
 
   def validate(self, where: str):
     require(self.factor >= 1, f"{where}.factor={self.factor} must be >= 1")
@@ -35,30 +37,33 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-  """What a network is: one decoder with switches, GPT-2/GPT-3 and Llama families."""
+  """The architecture: a decoder whose switches cover the GPT-2/GPT-3 and Llama families."""
 
-  num_layers: int  # transformer layers, each attention and an MLP
+  num_layers: int  # transformer layers, each with attention and an MLP
   d_model: int  # width of the residual stream
-  num_heads: int  # attention heads of queries
-  # attention heads of keys and values; fewer than num_heads is grouped-query attention
+  num_heads: int  # attention heads of the queries
+  # attention heads of the keys and values; fewer than num_heads is grouped-query attention
   num_kv_heads: int
   head_dim: int  # width of one attention head
   d_mlp: int  # hidden width of the MLP
   max_length: int  # longest context, prompt and response together [tokens]
-  # a learned table of positions (GPT), or rotary embeddings (Llama)
+  # learned is a table of position embeddings (GPT); rope is rotary embeddings (Llama)
   position: Literal["learned", "rope"]
   rope_base: float  # rotary embeddings: base of the geometric series of wavelengths
   rope_scaling: RopeScalingConfig
-  # layernorm (GPT) or rmsnorm (Llama), before attention, before the MLP and at the end
+  # layernorm (GPT) or rmsnorm (Llama), applied before attention, before the MLP and after the last layer
   norm: Literal["layernorm", "rmsnorm"]
-  norm_eps: float  # added to the variance before the norm divides by its root
-  mlp: Literal["gelu", "swiglu"]  # gelu has two matrices (GPT), swiglu three and a gate (Llama)
+  norm_eps: float  # added to the variance before the norm divides by its square root
+  mlp: Literal[
+    "gelu", "swiglu"
+  ]  # gelu has two matrices (GPT); swiglu has three, one of them a gate (Llama)
   use_bias: bool  # whether every projection has a bias
-  qkv_bias: bool  # whether the projections to q, k and v have a bias (Qwen2); use_bias implies it
-  # 0: every layer sees the whole context; else every second layer sees this many tokens back (GPT-3) [tokens]
+  qkv_bias: bool  # whether the projections to q, k and v have a bias (Qwen2); implied by use_bias
+  # how many tokens back every second layer attends (GPT-3's alternating pattern); 0 is the whole context in all layers
+  # [tokens]
   attention_window: int
-  tie_embeddings: bool  # whether the output projection is the embedding table
-  # standard deviation of the initial weights; projections into the residual stream have a smaller one
+  tie_embeddings: bool  # whether the output projection shares its weights with the embedding table
+  # standard deviation of the initial weights; projections into the residual stream start with a smaller one
   init_std: float
 
   def validate(self, where: str):
@@ -93,15 +98,17 @@ class NetworkConfig:
 class ModelConfig(NetworkConfig):
   """A network, and where its weights come from.
 
-  It extends NetworkConfig instead of holding one, so that the network's settings are `config.model.d_model` and so on.
-  Whoever compares or describes networks takes `network`, which the path of weights is no part of.
+  It extends NetworkConfig instead of holding one, to keep setting names short: `config.model.d_model` rather than
+  `config.model.network.d_model`. Code that compares or describes networks uses `network`, which leaves out the path of
+  the weights.
   """
 
-  # where to start from: a stage's folder, a Hugging Face folder, FILE.gguf or hf://ORG/NAME; '' trains from scratch
+  # weights to start from: a stage's folder, a Hugging Face folder, FILE.gguf or hf://ORG/NAME; '' trains from scratch
   weights: str = dataclasses.field(metadata=SAME_NUMBERS)
 
   @property
   def network(self) -> NetworkConfig:
+    """The architecture alone."""
     names = [field.name for field in dataclasses.fields(NetworkConfig)]
     return NetworkConfig(**{name: getattr(self, name) for name in names})
 
@@ -110,18 +117,19 @@ class ModelConfig(NetworkConfig):
 class ExecutionConfig:
   """How the networks of a run are computed.
 
-  `auto` is chosen once for the devices of a mesh (models/execution.py); a Model has no `auto` left.
+  models/execution.py replaces `auto` once, depending on the mesh's devices, before a Model is made.
   """
 
-  # of the computation; the weights that are trained are kept in float32
+  # number format of the computation; trained weights are always kept in float32
   dtype: Literal["float32", "bfloat16"] = dataclasses.field(metadata=ROUNDING)
-  # how the layers are run: one loop over them, or written out one by one; auto writes them out on CPUs
+  # scan runs the layers in one loop; unroll compiles each layer separately; auto unrolls on CPUs only
   layers: Literal["auto", "scan", "unroll"] = dataclasses.field(metadata=ROUNDING)
-  # the attention kernel: splash is a TPU's fused one; auto takes it on TPUs
+  # attention kernel: splash is a fused kernel for TPUs; auto uses it on TPUs, and plain elsewhere
   attention: Literal["auto", "plain", "splash"] = dataclasses.field(metadata=ROUNDING)
-  # what a layer keeps for its gradient: everything (none), its products with weights, or only its input (full); the
-  # less is kept, the less memory and the more time it takes
+  # what each layer stores for the backward pass: everything (none), its products with weights (products), or only its
+  # input (full); storing less saves memory and costs time
   remat: Literal["none", "products", "full"] = dataclasses.field(metadata=ROUNDING)
-  # how sampling splits weights: over the tensor axis only, or (2d) as in training, and moves activations to them;
-  # auto takes tensor while that copy is a small part of a device's memory (constraints.DECODE_SHARE)
+  # how sampling splits the weights: tensor splits them over the tensor axis only; 2d keeps the layout of training and
+  # moves activations instead; auto takes tensor while that copy is a small part of a device's memory
+  # (constraints.DECODE_SHARE)
   decode_layout: Literal["auto", "tensor", "2d"] = dataclasses.field(metadata=ROUNDING)

@@ -1,7 +1,7 @@
-"""Where a result comes from: which code, command, data and machine made it, and when.
+"""The provenance of a result: which code, command, data and machine produced it, and when.
 
-Made by a stage when it is finished, kept in its done.json, shown by the report and the model card. Imports no JAX:
-devices come in as arguments.
+A stage collects it when it is finished and saves it in its done.json. The report and the model card show it. This
+module does not import JAX; it gets devices as arguments.
 """
 
 import dataclasses
@@ -19,19 +19,21 @@ import instructjax
 
 LIBRARIES = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint")
 _ROOT = pathlib.Path(__file__).parents[2]
-_CODE = ("instructjax", "configs", "launch")  # what is seen to be changed
-_GIT_SECONDS = 10  # on a slow network file system the commit is left out rather than waited for
+# Folders whose uncommitted changes are noted beside the commit. Documents and tests do not influence results.
+_CODE = ("instructjax", "configs", "launch")
+# Time limit of one git command. On a slow network file system it is better to record no commit than to wait for it.
+_GIT_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-  """What a stage ran on.
+  """The machine that a stage ran on.
 
   Attributes:
-    device_kind: of the accelerator, as JAX names it: "NVIDIA H200", "TPU v5 lite", "cpu".
-    num_devices: in the mesh, over all processes.
-    num_processes: of the run.
-    cpu: the host's model, of process 0.
+    device_kind: JAX's name of the accelerator: "NVIDIA H200", "TPU v5 lite", "cpu".
+    num_devices: devices in the mesh, over all processes.
+    num_processes: processes of the run.
+    cpu: model name of process 0's CPU.
     num_cpus: cores that process 0 may use.
   """
 
@@ -44,17 +46,17 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-  """Where a result comes from.
+  """The provenance of one stage's result.
 
   Attributes:
-    version: of instructjax.
-    commit: of its git checkout, with "+changes" where files differ from it; "" for an installed package.
-    command: as it was typed.
-    date: when it was finished, UTC, as 2026-03-01T12:00:00Z.
-    seconds: that it took, wall clock.
+    version: version of instructjax.
+    commit: commit of its git checkout, with "+changes" if the code differs from it; "" for an installed package.
+    command: the command line as it can be typed again.
+    date: when the stage was finished, in UTC, such as 2026-03-01T12:00:00Z.
+    seconds: wall-clock time that the stage took.
     sources: kind of record ("documents", ...) -> "SPEC CHECKSUM", from data/checksums.py.
-    hardware: what it ran on.
-    libraries: name -> version, of those that numbers depend on; python among them.
+    hardware: the machine it ran on.
+    libraries: name -> version of Python and of the libraries that results depend on.
   """
 
   version: str
@@ -70,18 +72,19 @@ class Provenance:
 def collect(
   sources: Mapping[str, str], devices: Sequence, num_processes: int, seconds: float
 ) -> Provenance:
-  """The provenance of what this process has just finished.
+  """Collects the provenance of a stage that this process has just finished.
 
   Args:
-    sources: kind of record -> what the stage read, from `checksums.describe`.
-    devices: jax devices of the mesh.
+    sources: kind of record -> description of the source that the stage read, from `checksums.describe`.
+    devices: JAX devices of the mesh.
     num_processes: jax.process_count().
-    seconds: that it took.
+    seconds: wall-clock time that the stage took.
   """
   now = datetime.datetime.now(datetime.UTC)
   return Provenance(
     version=instructjax.__version__,
     commit=commit(_ROOT),
+    # Not sys.argv, which lacks the interpreter and `-m MODULE`.
     command=command(sys.orig_argv),
     date=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
     seconds=round(seconds, 1),
@@ -99,13 +102,13 @@ def collect(
 
 
 def code(provenance: Provenance) -> str:
-  """Version and, where there is one, commit."""
+  """Restores a Provenance from `dataclasses.asdict`'s result, which may have passed through JSON."""
   commit_ = f", commit {provenance.commit}" if provenance.commit else ""
   return f"instructjax {provenance.version}{commit_}"
 
 
 def rows(provenance: Provenance) -> list[tuple[str, str]]:
-  """(name, value) for people to read, in the report and the model card."""
+  """The (name, value) rows that the report and the model card show."""
   made, machine = provenance, provenance.hardware
   processes = f", {machine.num_processes} processes" if machine.num_processes > 1 else ""
   return [
@@ -122,10 +125,12 @@ def rows(provenance: Provenance) -> list[tuple[str, str]]:
 
 
 def commit(root: pathlib.Path) -> str:
-  """HEAD of the git checkout at `root`, "+changes" added where its code differs; "" where it is none.
+  """The commit of the git checkout at `root`, with "+changes" appended if its code has uncommitted changes.
 
-  A package installed inside another project's checkout is none: that commit would say nothing of this code.
+  It is "" if `root` is not the top of a checkout or git fails.
   """
+  # `git rev-parse` would also search the parent folders. It would then report the commit of another project in whose
+  # checkout this package happens to be installed.
   if not (root / ".git").exists():
     return ""
   try:
@@ -134,7 +139,7 @@ def commit(root: pathlib.Path) -> str:
   except (
     OSError,
     subprocess.SubprocessError,
-  ):  # no git, one that does not trust the folder, or a slow disk
+  ):  # git is not installed, does not trust the folder's owner, or took too long
     return ""
   return head + ("+changes" if changes else "")
 
@@ -142,6 +147,7 @@ def commit(root: pathlib.Path) -> str:
 def _git(root: pathlib.Path, *arguments: str) -> str:
   done = subprocess.run(
     ["git", "-C", str(root), *arguments],
+    # `git status` would otherwise refresh the index and could collide with a git command of the user's.
     env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
     capture_output=True,
     text=True,
@@ -152,7 +158,7 @@ def _git(root: pathlib.Path, *arguments: str) -> str:
 
 
 def command(words: Sequence[str]) -> str:
-  """A process's command line (sys.orig_argv) as it can be typed again: programs without their folders."""
+  """A process's command line (sys.orig_argv) in a form that can be typed again, without the folders of programs."""
   program, *rest = words
   if rest and pathlib.Path(rest[0]).name == "instructjax":  # the console script, which Python runs
     return shlex.join(["instructjax", *rest[1:]])
@@ -160,16 +166,18 @@ def command(words: Sequence[str]) -> str:
 
 
 def _num_cpus() -> int:
-  if hasattr(os, "sched_getaffinity"):  # Linux: of a container's share, not of the machine
+  if hasattr(
+    os, "sched_getaffinity"
+  ):  # Linux: the cores this process may use, not all of the machine's
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def cpu_model(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
-  """The CPU's name; its architecture where the system does not tell the name."""
+  """The CPU's model name, or its architecture if the system does not report a name."""
   try:
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-  except OSError:
+  except OSError:  # only Linux has this file
     lines = []
   named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
   return next(iter(named), "") or platform.processor() or platform.machine()

@@ -1,6 +1,7 @@
-"""What a finished stage measured, as done.json keeps it: one record type a kind of stage. Pure data.
+"""Record types for what a finished stage has measured. There is one type per kind of stage.
 
-`core/stages.py` says which stage has which; `train/finished.py` writes and reads them.
+The table in `core/stages.py` says which stage has which type. `train/finished.py` writes the records to done.json and
+reads them back. Pure data.
 """
 
 import dataclasses
@@ -8,31 +9,35 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
-  """A stage that leaves weights or files, and nothing to report besides."""
+  """The result of a stage that produces weights or files and measures nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  validation_loss: float  # of the step kept, nats a token of held-out text
+  """The result of pretraining."""
+
+  validation_loss: float  # held-out loss of the step that was kept, in nats per token
 
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-  """One pass over the demonstrations. Losses are held out, in nats a token."""
+  """One pass over the demonstrations. Losses are on held-out data, in nats per token."""
 
   step: int
-  validation_loss: float  # of demonstrations
-  pretrain_loss: float  # of pretraining text
+  validation_loss: float  # loss on demonstrations
+  pretrain_loss: float  # loss on pretraining text
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
+  """The result of supervised fine-tuning, which has one entry per epoch."""
+
   epochs: tuple[Epoch, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredEpoch:
-  """An epoch, and the reward model's mean score of its answers to validation prompts."""
+  """An epoch with the mean reward-model score of its answers to validation prompts."""
 
   step: int
   validation_loss: float
@@ -42,32 +47,40 @@ class ScoredEpoch:
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
+  """The result of choosing an epoch of the supervised baseline by its reward-model score (C.1)."""
+
   epochs: tuple[ScoredEpoch, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """How two labelers of one group rank the same answers."""
+  """How well two labelers of the same group agree when they rank the same answers."""
 
-  agreement: float  # share of pairs that both order alike, of those that neither calls a tie
-  agreement_stderr: float  # over prompts
+  agreement: (
+    float  # share of pairs that both labelers order alike, among the pairs that neither calls a tie
+  )
+  agreement_stderr: float  # standard error of the agreement, computed over prompts
   tie_rate: float  # share of pairs that a labeler calls a tie
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelerGroups:
-  train: Agreement  # whose rankings the reward model is trained on
-  heldout: Agreement  # whom it never saw
+  """The agreement inside each group of labelers."""
+
+  train: Agreement  # labelers whose rankings the reward model is trained on
+  heldout: Agreement  # labelers whose rankings it never sees
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
+  """The result of collecting comparisons."""
+
   agreement: LabelerGroups
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """Confidence against accuracy by bin, as in `ops.preference.Calibration`; NaN in an empty bin."""
+  """Accuracy per bin of confidence, as in `ops.preference.Calibration`. Empty bins hold NaN."""
 
   confidence: tuple[float, ...]
   accuracy: tuple[float, ...]
@@ -77,32 +90,36 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-  """A reward model on held-out rankings."""
+  """How a reward model does on held-out rankings."""
 
-  accuracy: float  # share of untied pairs ordered as the labeler did
-  accuracy_stderr: float  # over prompts
+  accuracy: float  # share of untied pairs that the model orders as the labeler did
+  accuracy_stderr: float  # standard error of the accuracy, computed over prompts
   pairs: int
   prompts: int
-  score_std: float  # of all answers' scores
+  score_std: float  # standard deviation of the scores of all answers
   calibration: Calibration
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-  """Accuracy of a reward model trained without one fold of the labelers (sec 4.1)."""
+  """Accuracy of a reward model that was trained without one fold of the labelers (sec 4.1)."""
 
-  heldout: float  # on the labelers left out
-  train: float  # on the others, on held-out prompts
+  heldout: float  # accuracy on rankings by the labelers left out
+  train: float  # accuracy on held-out prompts ranked by the other labelers
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-  demonstration_mean: float  # mean score of demonstrations, which the bias takes away (C.2)
+  """The result of training a reward model."""
+
+  demonstration_mean: float  # mean score of demonstrations before the bias subtracts it (C.2)
   validation: Judgement  # on held-out prompts
-  heldout_labelers: Judgement | None  # None where nobody was held out
-  cross_validation: tuple[Fold, ...]  # empty where it is off
+  heldout_labelers: Judgement | None  # None if no labelers were held out
+  cross_validation: tuple[Fold, ...]  # empty if cross-validation is off
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
+  """The result of the evaluation."""
+
   summary: dict[str, dict[str, float]]  # policy -> name of a measurement -> mean

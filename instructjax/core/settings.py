@@ -1,7 +1,9 @@
-"""What each setting means, read where it is written: beside the field of its dataclass, and beside its value.
+"""Reads the documentation of settings from the comments in the source.
 
-A field's comment, in core/, says what it does and ends in its unit: `# longest context [tokens]`. The comment beside a
-value in configs/base.py says where the value is from: `# C.4`. Called by commands/settings.py. Knows no field.
+Two kinds of comment are read. The comment of a field, in core/, says what the setting does and ends in its unit:
+`# longest context [tokens]`. The comment beside a value, in configs/base.py, says where the value comes from: `# C.4`.
+
+Called by commands/settings.py. No field is named here.
 """
 
 import ast
@@ -14,17 +16,18 @@ import tokenize
 import typing
 from collections.abc import Iterator
 
+# Comments that formatters and linters read.
 _FOR_TOOLS = re.compile(r"#\s*(fmt|noqa|type):.*|#\s*noqa\b.*")
 _UNIT = re.compile(r"(?P<meaning>.*?)\s*\[(?P<unit>[^\[\]]+)\]", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-  """What is written beside one field.
+  """The documentation of one field.
 
   Attributes:
-    meaning: what it does; "" where nothing is written.
-    unit: of its values; "" where they have none.
+    meaning: what the setting does; "" if the field has no comment.
+    unit: the unit of its values; "" if the comment names none.
   """
 
   meaning: str
@@ -32,7 +35,7 @@ class Fact:
 
 
 def facts(cls, where: str = "") -> Iterator[tuple[str, Fact]]:
-  """(dotted name, Fact) of every field of a dataclass, then of those in each dataclass inside it."""
+  """Yields (dotted name, Fact) for a dataclass's own fields, then for the fields of each dataclass inside it."""
   written, hints = field_facts(cls), typing.get_type_hints(cls)
   inside = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
   for name in hints:
@@ -43,7 +46,10 @@ def facts(cls, where: str = "") -> Iterator[tuple[str, Fact]]:
 
 
 def blocks(cls, where: str = "") -> Iterator[tuple[str, str]]:
-  """(dotted name, what it is) of every dataclass inside one: the comment of its field, else its own first line."""
+  """Yields (dotted name, description) for every dataclass nested inside one.
+
+  The description is the comment of the field, or else the first line of the nested dataclass's docstring.
+  """
   written = field_facts(cls)
   for name, hint in typing.get_type_hints(cls).items():
     if dataclasses.is_dataclass(hint):
@@ -55,15 +61,17 @@ def blocks(cls, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def field_facts(cls) -> dict[str, Fact]:
-  """Name -> Fact of a dataclass's own fields, from the comments of its source.
+  """Name -> Fact for the fields of a dataclass, inherited ones included, from the comments in its source.
 
-  A field's comment stands behind it or, where it is long, on lines of its own above it.
+  A comment stands on the same line as the field or, if it is long, on separate lines above it.
   """
   parents = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
   return {name: fact for base in parents for name, fact in _written(base).items()}
 
 
 def _written(cls) -> dict[str, Fact]:
+  """`field_facts` for one class, without its base classes."""
+  # Dedented, because a class inside a function would not parse.
   source = textwrap.dedent(inspect.getsource(cls))
   (tree,) = ast.parse(source).body
   if not isinstance(tree, ast.ClassDef):
@@ -73,6 +81,7 @@ def _written(cls) -> dict[str, Fact]:
   for node in tree.body:
     end = node.end_lineno or node.lineno
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+      # Only comments that stand alone: one that ends the line above belongs to the field of that line.
       above = [line for line in range(last + 1, node.lineno) if _is_alone(comments, line)]
       lines = [*above, *range(node.lineno, end + 1)]
       text = " ".join(comments[line].text for line in lines if line in comments)
@@ -83,14 +92,14 @@ def _written(cls) -> dict[str, Fact]:
 
 
 def sources(source: str, function: str) -> dict[str, str]:
-  """Dotted name -> where its value is from, by the comments of a file of values.
+  """Maps each setting's dotted name to the source of its value, as the comments in a file of values state it.
 
   Args:
-    source: text of a Python file whose functions return nested calls of `dict` (or ConfigDict). A call of another
-      function of the file stands for what that one returns, with its keywords changed.
-    function: the one that returns all values.
+    source: text of a Python file whose functions return nested calls of `dict` or ConfigDict. A call to another
+      function in the file stands for the values that this function returns, updated by the keywords of the call.
+    function: name of the function that returns all values.
   Returns:
-    "" for a value without a comment. A comment belongs to all values on its line.
+    Dotted name -> comment, "" for a value without one. A comment applies to all values on its line.
   """
   tree, comments = ast.parse(source), _comments(source)
   functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -107,6 +116,7 @@ def sources(source: str, function: str) -> dict[str, str]:
       return inside(node, where, [])
     if called in functions:
       made = functions[called]
+      # What the call passes comes last: it overrides the value, so the comment of the default no longer applies.
       return returned(made, where) | inside(node, where, [arg.arg for arg in made.args.args])
     return {where: beside(node)}
 
@@ -121,6 +131,7 @@ def sources(source: str, function: str) -> dict[str, str]:
     return found
 
   def returned(made: ast.FunctionDef, where: str) -> dict[str, str]:
+    # ast.walk visits outer nodes first, so the first ConfigDict holds all values of the function.
     calls = (node for node in ast.walk(made) if isinstance(node, ast.Call))
     first = next(node for node in calls if getattr(node.func, "id", "") == "ConfigDict")
     return walk(first, where)
@@ -131,11 +142,11 @@ def sources(source: str, function: str) -> dict[str, str]:
 @dataclasses.dataclass(frozen=True)
 class _Comment:
   text: str
-  is_alone: bool  # on a line of its own
+  is_alone: bool  # whether the line holds nothing else
 
 
 def _comments(source: str) -> dict[int, _Comment]:
-  """Line number -> comment, without those that are for tools."""
+  """Line number -> comment, leaving out comments for formatters and linters."""
   result = {}
   for token in tokenize.generate_tokens(io.StringIO(source).readline):
     text = _FOR_TOOLS.sub("", token.string).lstrip("# ").rstrip()

@@ -1,7 +1,7 @@
-"""The table of stages: all that anybody but the stage's own module has to know of it. Pure data, no JAX.
+"""The table of stages. It holds everything that code outside a stage's own module needs to know about the stage.
 
-Read by the config, the pipeline, weights, the report, the model card and launch/. What a config makes of the table (a
-plan, the parents of a stage) is `stages/lineage.py`.
+The config, the pipeline, the weights, the report, the model card and launch/ read it. `stages/lineage.py` works out
+what depends on the config as well, such as the order of a run and the parents of a stage. Pure data, no JAX.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ RoleName = Literal["policy", "reward", "reward_base"]
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-  """What a network is for.
+  """A use that a run has for a network.
 
   Attributes:
-    block: config block of its architecture.
-    head: what it ends in: a language model's logits, or one score.
+    block: the config block with its architecture.
+    head: its output, which is a language model's logits (lm) or a single score (scalar).
   """
 
   block: Literal["model", "reward_model"]
@@ -28,20 +28,20 @@ class Role:
 
 
 ROLES: dict[RoleName, Role] = {
-  "policy": Role("model", "lm"),  # also the reference
-  "reward": Role("reward_model", "scalar"),  # also the value network
+  "policy": Role("model", "lm"),  # the KL reference has this role too
+  "reward": Role("reward_model", "scalar"),  # the value network has this role too
   "reward_base": Role("reward_model", "lm"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A policy as evaluation and report call it.
+  """How the evaluation and the report name and draw a policy.
 
   Attributes:
-    name: in results and files.
-    title: in tables and figures.
-    colour: in figures.
+    name: its name in results and file names.
+    title: its name in tables and figures.
+    colour: its colour in figures.
   """
 
   name: str
@@ -51,26 +51,26 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """A row of the table.
+  """One row of the table.
 
   Attributes:
-    name: of the stage and of its folder in the workdir.
-    module: of `instructjax.stages`; it has `run(ctx, stage)` and `check(ctx, stage)`.
-    parents: stages whose weights or files this one may start from, all of them above it in the table. Which of them
-      it does start from may depend on the config: see `lineage.parents`.
-    reads: kinds of records.
-    block: config block of its own settings.
-    result: type of what it measures, in core/results.py.
-    batches: dotted config fields whose rows the mesh must divide; 0 is a batch that is not used.
-    role: of the network that it trains, a key of ROLES; None where it trains none.
-    is_rl: whether it is PPO: it trains a value network as well, and keeps an average of the policy's weights.
-    is_target: whether `config.stage` may name it. An RL stage that it may not name runs for comparison only.
-    keeps: which of its steps later stages start from.
-    selects: stage of which this one chooses the step, in place of the one that it kept.
-    holds: fields of its block that it sets, whatever the config says.
-    takes: fields of its block -> dotted config field that they are taken from.
-    policy: what it trains, as evaluation calls it; None for what is not judged.
-    what, paper: in a sentence about its weights: what they are, and where the paper has them.
+    name: name of the stage and of its folder in the workdir.
+    module: module in `instructjax.stages` that implements it, with `run(ctx, stage)` and `check(ctx, stage)`.
+    parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
+      may decide which of them it does start from: see `lineage.parents`.
+    reads: kinds of records that it reads.
+    block: config block with its settings.
+    result: type of its measurements, from core/results.py.
+    batches: dotted config fields whose number of rows must be divisible over the mesh. A field that is 0 is unused.
+    role: role of the network that it trains, a key of ROLES; None if it trains none.
+    is_rl: whether it is PPO. PPO also trains a value network, and keeps an average of the policy's weights.
+    is_target: whether `config.stage` may name it. An RL stage that is no target runs for comparison only.
+    keeps: the step whose weights later stages use.
+    selects: the stage whose step this one chooses anew, replacing the choice by `keeps`.
+    holds: field of its block -> value that the stage always uses, whatever the config says.
+    takes: field of its block -> dotted config field that supplies its value instead.
+    policy: name and style of the policy that it trains; None if it trains no policy that is evaluated.
+    what, paper: what its weights are, and where the paper describes them. Used in a sentence of the model card.
   """
 
   name: str
@@ -110,7 +110,7 @@ _RL: dict[str, Any] = dict(
   reads=("prompts", "documents"),
   block="ppo",
   result=results.Nothing,
-  # The last is of held-out text, which is measured meanwhile.
+  # The last one is the batch of held-out text on which the pretraining loss is measured during RL.
   batches=("ppo.batch_size", "ppo.packed_rows", "rollout.slots", "pretrain.batch_size"),
   role="policy",
   is_rl=True,
@@ -224,7 +224,7 @@ _ROWS = (
   ),
   Stage(
     name="ppo_beta0",
-    # Without a limit: letting the policy run away is the point.
+    # max_kl=0 is no limit. This stage exists to show over-optimisation, which a limit on the KL would stop.
     holds={"gamma": 0.0, "beta": 0.0, "kl_controller": "fixed", "max_kl": 0.0},
     takes={"num_iterations": "evaluate.overoptimization_iterations"},
     policy=Policy("ppo_beta0", "PPO, β = 0", "#d9485f"),
@@ -235,7 +235,7 @@ _ROWS = (
   Stage(
     name="evaluate",
     module="evaluate",
-    # Of the RL stages, those that the config asks for.
+    # Among the RL stages, only those that the config asks for count: see `lineage.parents`.
     parents=("sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
     reads=("prompts", "documents"),
     block="evaluate",
@@ -249,16 +249,17 @@ STAGES = {row.name: row for row in _ROWS}  # in the order they run
 TARGETS = tuple(row.name for row in _ROWS if row.is_target)
 RL_STAGES = tuple(row.name for row in _ROWS if row.is_rl)
 
-# The larger base with worked examples in its prompt, as the paper gave GPT-3: judged, but no stage's.
+# The larger base model with worked examples in its prompt, like the paper's prompted GPT-3. It is evaluated, but no
+# stage trains it.
 FEW_SHOT = Policy("few_shot", "Larger base, few-shot", "#9a7b6c")
 POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_SHOT.name: FEW_SHOT}
 
 
 def selector(stage: str) -> str | None:
-  """The stage that chooses this one's step once more; None where nobody does."""
+  """The stage that chooses the step of `stage` anew, or None if there is none."""
   return next((row.name for row in _ROWS if row.selects == stage), None)
 
 
 def stage_of_policy(policy: str) -> Stage:
-  """The stage that trains a policy."""
+  """The stage that trains the policy of this name, which must have one."""
   return next(row for row in _ROWS if row.policy and row.policy.name == policy)

@@ -1,14 +1,17 @@
-"""Dimension key, and the pytree dataclasses that travel between the parts. Imports nothing of the project.
+"""The key to dimension letters, and the pytree dataclasses that parts pass to each other.
 
-Arrays end in dimension letters (`logprob_BR`):
+The name of an array ends in its dimensions (`logprob_BR`):
 
   B batch (rows)      L prompt + response      P prompt         R response       T generic time
   C answers of one prompt (comparisons)        V vocabulary     N layers         D model width
   H query heads       G key/value heads        K head width     F mlp width
   S rows that several sequences share
 
-The pad id is always `vocab_size` (one past the last real token): pads have no embedding and no logit, so a policy
-cannot emit one, and EOS is never mistaken for padding (Departs from the common pad = EOS on purpose).
+The pad id is always `vocab_size`, one past the last real token. Pads thus have no embedding and no logit, so a policy
+cannot emit one. Many implementations use EOS as the pad; this one does not, so that a sampled EOS is never mistaken for
+padding.
+
+This module imports nothing else of the project.
 """
 
 import dataclasses
@@ -23,9 +26,12 @@ Array = jax.Array
 Params = Any  # nested dict of arrays
 
 
-@dataclass_transform(frozen_default=True)  # for type checkers: what dataclasses.dataclass is
+@dataclass_transform(frozen_default=True)  # type checkers then treat it like @dataclass
 def pytree(cls: type[_Struct]) -> type[_Struct]:
-  """Frozen dataclass registered as a JAX pytree; every field is a child."""
+  """Class decorator for frozen dataclasses that JAX treats as pytrees.
+
+  Every field is a child. None is static, so other values never cause a jitted function to compile again.
+  """
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -43,11 +49,11 @@ class PackedBatch:
   """Rows of packed token sequences for language modelling.
 
   Attributes:
-    token_BL: int32 ids; `vocab_size` where there is no token.
-    segment_BL: int32; 0 is padding, 1.. number the sequences of a row. Attention stays inside a segment.
+    token_BL: int32 token ids; padding is `vocab_size`.
+    segment_BL: int32 number of the sequence within its row, from 1; padding is 0. Attention stays inside a segment.
     position_BL: int32 position inside the segment, from 0.
-    weight_BL: float32 weight of predicting token_BL[:, t] from what precedes it in its segment: 0 for the first token
-      of a segment, for pads and for prompts whose loss is masked.
+    weight_BL: float32 loss weight of predicting token_BL[:, t] from the earlier tokens of its segment. It is 0 for the
+      first token of a segment, for padding, and for prompts that carry no loss.
   """
 
   token_BL: Array
@@ -58,15 +64,18 @@ class PackedBatch:
 
 @pytree
 class RankedBatch:
-  """Prompts with up to C ranked answers each. An answer lies, behind its prompt, somewhere in S rows.
+  """Prompts with up to C ranked answers each.
+
+  Every answer forms a sequence together with its prompt. The sequences are packed into S rows in any order, and
+  `last_BC` says where each of them ends.
 
   Attributes:
-    token_SL: int32 prompt + answer (with EOS when it has one), several to a row or one; `vocab_size` where there is no
-      token.
-    segment_SL: int32, 1.. for each answer of a row, 0 where there is no token.
-    last_BC: int32 cell of each answer's last token, the rows taken as one; 0 where there is no answer.
-    rank_BC: int32, 1 is best, equal ranks are ties; 0 where there is no answer.
-    is_answer_BC: True where there is an answer.
+    token_SL: int32 ids of prompt + answer, including the EOS if the answer has one. A row holds one sequence or
+      several; padding is `vocab_size`.
+    segment_SL: int32 number of the sequence within its row, from 1; padding is 0.
+    last_BC: int32 index of each answer's last token in the flattened rows (row * L + column); 0 if there is no answer.
+    rank_BC: int32 rank: 1 is best, and equal ranks are ties; 0 if there is no answer.
+    is_answer_BC: True if there is an answer.
   """
 
   token_SL: Array
@@ -78,13 +87,13 @@ class RankedBatch:
 
 @pytree
 class PromptBatch:
-  """Left-padded prompts, so that all responses start at the same column.
+  """Prompts, padded on the left so that all responses start in the same column.
 
   Attributes:
-    token_BP: int32, left-padded with `vocab_size`.
+    token_BP: int32 ids, left-padded with `vocab_size`.
     is_prompt_BP: True on real tokens.
-    index_B: int32 row number in the global batch: the sampling key of a row is folded from it, so that what is sampled
-      does not depend on how the batch is sharded.
+    index_B: int32 row number in the global batch. The random key of a row is derived from it, so that the samples do
+      not depend on how the batch is sharded.
   """
 
   token_BP: Array
@@ -97,12 +106,14 @@ class Rollout:
   """Sampled responses.
 
   Attributes:
-    token_BL: int32 prompt (left-padded to P) and response (R, right-padded after the EOS).
+    token_BL: int32 ids of the prompt (P columns, left-padded) and the response (R columns, right-padded after the EOS).
     is_token_BL: True on real tokens.
-    is_response_BR: True on response tokens, the EOS included: a prefix of each row.
-    behaviour_logprob_BR: float32 log-probability of each response token under the distribution it was drawn from.
-    num_steps: int32 scalar, decode steps taken (fewer than R when every row ended early).
-    slot_steps: int32 scalar, tokens that these steps could have sampled: rows decoded at once, added up over the steps.
+    is_response_BR: True on response tokens including the EOS, which are a prefix of each row.
+    behaviour_logprob_BR: float32 log-probability, in nats, of each response token under the distribution it was sampled
+      from.
+    num_steps: int32 scalar, decode steps taken. It is less than R if every row ended early.
+    slot_steps: int32 scalar, the number of tokens that these steps could have sampled: the rows decoded at once, summed
+      over the steps.
   """
 
   token_BL: Array
@@ -114,18 +125,18 @@ class Rollout:
 
   @property
   def prompt_length(self) -> int:
-    """P, the columns before the response."""
+    """P, the number of columns before the response."""
     return self.token_BL.shape[1] - self.is_response_BR.shape[1]
 
 
 @pytree
 class Samples:
-  """What a PPO iteration shows of its rollout.
+  """The part of a PPO iteration's rollout that is logged.
 
   Attributes:
-    rollout: the answers.
-    score_B: float32 reward-model score of each, before what the config makes of a missing EOS.
-    kl_B: float32 log-probability of each under the policy minus that under the reference, nats.
+    rollout: the sampled answers.
+    score_B: float32 reward-model score of each answer, before `ppo.missing_eos` is applied.
+    kl_B: float32 log-probability of each answer under the policy minus that under the reference, in nats.
   """
 
   rollout: Rollout
@@ -135,7 +146,7 @@ class Samples:
 
 @pytree
 class TrainState:
-  """State of a supervised stage (pretrain, sft, ppo_init, rm)."""
+  """The training state of a supervised stage (pretrain, sft, ppo_init, rm)."""
 
   step: Array
   params: Params
@@ -145,14 +156,15 @@ class TrainState:
 
 @pytree
 class PPOState:
-  """All that one PPO iteration changes and the next one needs.
+  """The training state of PPO: everything that one iteration changes and the next one needs.
 
   Attributes:
-    step: int32 iterations done.
-    params, opt_state: policy (float32 master weights) and its Adam state.
-    value_params, value_opt_state: the separate value network.
-    ema_params: exponential moving average of the policy's weights; None where the decay is 0: they are their average.
-    kl_coef: float32 beta, constant or adapted.
+    step: int32 number of iterations done.
+    params, opt_state: the policy's weights (float32 master copy) and its Adam state.
+    value_params, value_opt_state: weights and Adam state of the value network, which is separate from the policy.
+    ema_params: exponential moving average of the policy's weights. None if the decay is 0, because the average then
+      equals the weights.
+    kl_coef: float32 coefficient beta of the KL penalty, constant or adapted.
     key: typed root key; iteration t uses fold_in(key, t).
   """
 

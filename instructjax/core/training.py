@@ -1,4 +1,7 @@
-"""The config blocks of the stages: how each trains, samples or evaluates. Part of `config.py`, which has the others."""
+"""Config blocks of the stages: how each of them trains, samples or evaluates.
+
+`config.py` has the other blocks. `--settings` and docs/settings.md print the comments beside the fields.
+"""
 
 import dataclasses
 from typing import Literal
@@ -12,16 +15,18 @@ class OptimConfig:
   """Adam and its learning-rate schedule."""
 
   learning_rate: float  # peak learning rate
-  schedule: Literal["constant", "cosine", "linear"]  # how the rate goes on after the warmup
-  warmup_steps: int  # updates over which the rate rises linearly to its peak; 0 is none [updates]
-  warmup_start: float  # rate of the first update [of the peak]
-  # rate of the last update; unused where the schedule is constant [of the peak]
+  schedule: Literal["constant", "cosine", "linear"]  # shape of the learning rate after the warmup
+  warmup_steps: (
+    int  # updates over which the rate rises linearly to its peak; 0 is no warmup [updates]
+  )
+  warmup_start: float  # rate of the first update, as a fraction of the peak; unused without warmup [of the peak]
+  # rate of the last update, as a fraction of the peak; unused if the schedule is constant [of the peak]
   end_fraction: float
-  b1: float  # Adam's decay of the mean of gradients
-  b2: float  # Adam's decay of the mean of squared gradients
-  eps: float  # added to the root of the squared gradients' mean, which Adam divides by
-  weight_decay: float  # decoupled weight decay of matrices (AdamW); 0 is none
-  # gradients with a larger global norm are scaled down to it; None never clips
+  b1: float  # Adam's decay rate for the mean of gradients
+  b2: float  # Adam's decay rate for the mean of squared gradients
+  eps: float  # added to Adam's denominator, the root of the mean of squared gradients
+  weight_decay: float  # decoupled weight decay (AdamW), applied to matrices only; 0 is none
+  # gradients with a larger global norm are scaled down to this norm; None never clips
   clip_norm: float | None
 
   def validate(self, where: str):
@@ -46,10 +51,12 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-  num_steps: int  # updates [steps]
-  batch_size: int  # rows of packed documents an update [rows]
+  """Pretraining of a base model on documents."""
+
+  num_steps: int  # number of updates [steps]
+  batch_size: int  # rows of packed documents per update [rows]
   length: int  # length of a row [tokens]
-  # steps between two measurements of the held-out loss; the step with the lowest becomes the base [steps]
+  # steps between two measurements of the held-out loss; the step with the lowest loss becomes the base model [steps]
   evaluate_every: int
   optim: OptimConfig
 
@@ -59,13 +66,13 @@ class PretrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-  """Also ppo_init (C.3): the same stage with pretrain_mix > 0."""
+  """Supervised fine-tuning: sft (C.1), and ppo_init (C.3), which mixes in pretraining text."""
 
   num_epochs: int  # passes over the demonstrations [epochs]
-  batch_size: int  # rows an update, each packed with several demonstrations [rows]
+  batch_size: int  # rows per update, each packed with several demonstrations [rows]
   length: int  # length of a row [tokens]
-  dropout: float  # probability that a layer's addition to the residual stream is dropped
-  pretrain_mix: float  # share of the rows of a batch that are pretraining text
+  dropout: float  # residual dropout: the probability of dropping an element that a layer adds to the residual stream
+  pretrain_mix: float  # share of a batch's rows that are pretraining text
   optim: OptimConfig
 
   def validate(self, where: str):
@@ -74,6 +81,7 @@ class SFTConfig:
     require(
       0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
     )
+    # A mix is a whole number of rows. Rounding must not silently drop the pretraining text or the demonstrations.
     rows = round(self.pretrain_mix * self.batch_size)
     require(
       rows < self.batch_size and (rows > 0) == (self.pretrain_mix > 0),
@@ -86,14 +94,14 @@ class SFTConfig:
 class CollectConfig:
   """Collecting comparisons from simulated labelers (only for `data.comparisons='demo:'`)."""
 
-  # prompts that training labelers rank answers of, drawn from the training prompts [prompts]
+  # training prompts whose answers the training labelers rank [prompts]
   num_prompts: int
-  # prompts that held-out labelers rank answers of, for evaluation only [prompts]
+  # prompts whose answers the held-out labelers rank, used for evaluation only [prompts]
   num_heldout_prompts: int
-  # least answers of a prompt; their number K is uniform between least and most [answers]
+  # fewest answers per prompt; the number K of answers is drawn uniformly from min_responses to max_responses [answers]
   min_responses: int
-  max_responses: int  # most answers of a prompt [answers]
-  temperature: float  # of sampling the answers that are ranked
+  max_responses: int  # most answers per prompt [answers]
+  temperature: float  # temperature at which the answers to rank are sampled
 
   def validate(self, where: str):
     require_positive(self, where, "num_prompts", "num_heldout_prompts", "temperature")
@@ -105,19 +113,21 @@ class CollectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RMConfig:
-  # base starts from the reward model's own pretrained weights, sft from the supervised baseline
+  """Training of the reward model (C.2)."""
+
+  # base starts from the reward model's own base model; sft starts from the supervised baseline
   start_from: Literal["base", "sft"]
   num_epochs: int  # passes over the comparisons [epochs]
-  batch_size: int  # prompts an update, each with all pairs of its answers [prompts]
-  # answers that each prompt is padded to; a prompt with more is refused [answers]
+  batch_size: int  # prompts per update, each with all pairs of its answers [prompts]
+  # number of answers that each prompt is padded to; a prompt with more answers is an error [answers]
   max_responses: int
-  # length of a row that several answers share, in training and in later scoring; 0 pads each to a row of its own
-  # [tokens]
+  # length of the rows that answers are packed into, in training and in later scoring; 0 gives each answer a padded row
+  # of its own [tokens]
   row_length: int = dataclasses.field(metadata=ROUNDING)
-  # whether a pair of equally ranked answers is left out, or counts half for either
+  # what happens to pairs of equally ranked answers: drop ignores them; half counts each as half a win for either answer
   ties: Literal["drop", "half"]
   optim: OptimConfig
-  # groups of labelers that are left out in turn, to measure accuracy on labelers never seen (sec 4.1); 0 is off
+  # number of groups of labelers to leave out in turn, which measures accuracy on unseen labelers (sec 4.1); 0 is off
   # [folds]
   cross_validation_folds: int
   cross_validation_prompts: int  # prompts that each fold trains on [prompts]
@@ -133,46 +143,55 @@ class RMConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
+  """Reinforcement learning with PPO (C.4)."""
+
   num_iterations: int  # rounds of sampling a batch of episodes and training on it [iterations]
-  batch_size: int  # episodes an iteration, each a prompt and a sampled response [episodes]
-  num_minibatches: int  # parts that a batch is split into, with an update on each [minibatches]
-  num_epochs: int  # passes over a batch of episodes [epochs]
-  # rows, of several episodes each, that are scored or trained on at a time; 0 pads each episode to a row of its own
-  # [rows]
+  batch_size: (
+    int  # episodes per iteration; an episode is a prompt and a sampled response [episodes]
+  )
+  num_minibatches: int  # minibatches per batch, with one update each [minibatches]
+  num_epochs: int  # passes over each batch of episodes [epochs]
+  # number of rows, each packed with several episodes, to score or train on at a time; 0 gives each episode a padded row
+  # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
-  temperature: float  # of sampling the responses
-  # log-probabilities of the sampled tokens: those of the rollout, or computed anew by the scoring pass
+  temperature: float  # temperature at which responses are sampled
+  # where the old log-probabilities of the sampled tokens come from: the rollout itself, or the scoring pass (rescore)
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
-  # whether beta stays, or follows the measured KL (Ziegler et al. 2019)
+  # fixed keeps beta constant; adaptive adjusts it to steer the KL to kl_target (Ziegler et al. 2019)
   kl_controller: Literal["fixed", "adaptive"]
   kl_target: float  # adaptive controller: the KL that it steers to [nats a response]
-  kl_horizon: int  # adaptive controller: episodes over which it corrects beta [episodes]
-  gamma: float  # coefficient of the pretraining gradient (eq. 2); 0 is PPO without it
-  ptx_rows: int  # rows of pretraining text for each episode [rows]
-  # parts that a minibatch's pretraining rows are taken in: fewer are faster on a mesh, and take more memory
+  kl_horizon: int  # adaptive controller: number of episodes over which it corrects beta [episodes]
+  gamma: float  # coefficient of the pretraining gradient (eq. 2); 0 is PPO without pretraining mix
+  ptx_rows: int  # rows of pretraining text per episode [rows]
+  # number of chunks that a minibatch's pretraining rows are processed in; fewer chunks are faster on a mesh and take
+  # more memory
   ptx_chunks: int = dataclasses.field(metadata=ROUNDING)
   ptx_length: int  # length of a row of pretraining text [tokens]
-  # the pretraining loss is the mean over all tokens of a minibatch's rows, or each row's sum of tokens and the mean
+  # mean averages the pretraining loss over all tokens of a minibatch's rows; sum adds up each row's tokens and averages
   # over rows
   ptx_reduction: Literal["mean", "sum"]
-  discount: float  # of later rewards, a token
+  discount: float  # discount factor of later rewards, per token
   # lambda of generalised advantage estimation: 1 has no bias, 0 the least variance
   gae_lambda: float
-  clip: float  # how far the ratio of new to old probability counts: from 1 - clip to 1 + clip
-  # how far a value may move from the rollout's and still count as better; None does not clip [score]
+  clip: (
+    float  # PPO clips the ratio of new to old probability to the range from 1 - clip to 1 + clip
+  )
+  # the value loss clips new values to within this distance of the rollout's values; None does not clip [score]
   value_clip: float | None
   # whether advantages are shifted and scaled to mean 0 and variance 1 over a batch
   whiten_advantages: bool
-  # whether rewards are scaled to variance 1 over a batch, with their mean kept
+  # whether rewards are scaled to variance 1 over a batch; their mean is kept
   whiten_rewards: bool
-  # a response that was cut off has the reward model's score (as_is), missing_eos_score (fixed), or no part in the
-  # policy's loss (exclude)
+  # how to treat a response without EOS: as_is keeps its reward-model score; fixed gives it missing_eos_score; exclude
+  # leaves it out of the policy's loss
   missing_eos: Literal["as_is", "fixed", "exclude"]
-  # score of a response that was cut off, where missing_eos is fixed [score]
+  # score of a response without EOS if missing_eos is fixed [score]
   missing_eos_score: float
-  ema_decay: float  # decay of the policy's average over iterations; 0 keeps no average
-  # above this KL from the reference the run stops with a message; 0 is no limit [nats a response]
+  ema_decay: (
+    float  # decay of the moving average of the policy's weights, per iteration; 0 keeps no average
+  )
+  # above this KL from the reference the run stops with an error; 0 is no limit [nats a response]
   max_kl: float = dataclasses.field(metadata=SAME_NUMBERS)
   policy_optim: OptimConfig
   value_optim: OptimConfig
@@ -197,6 +216,7 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
+    # The compiled step has fixed shapes, so minibatches, chunks and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
     require(
@@ -207,7 +227,7 @@ class PPOConfig:
       self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
       f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",
     )
-    # As lm-human-preferences asserts: the mean of fewer rewards is mostly noise.
+    # lm-human-preferences asserts the same. The statistics of fewer rewards are mostly noise.
     require(
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
@@ -228,10 +248,10 @@ class PPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-  """How PPO's responses are decoded; the tokens do not depend on it."""
+  """How PPO's responses are decoded; the sampled tokens do not depend on it."""
 
-  # rows decoded at once over all data shards: a finished row makes room for the next prompt; 0 takes the whole batch
-  # [rows]
+  # rows decoded at the same time, over all devices; when a row finishes, the next prompt takes its place; 0 decodes the
+  # whole batch at once [rows]
   slots: int = dataclasses.field(metadata=ROUNDING)
 
   def validate(self, where: str):
@@ -240,23 +260,24 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-  num_prompts: int  # test prompts that policies are compared on [prompts]
-  samples_per_prompt: int  # answers sampled for each of them [answers]
-  temperature: float  # of sampling those answers
-  # which weights of an RL stage are judged: their average over iterations (ema), or the last (raw)
+  """Comparison of the policies."""
+
+  num_prompts: int  # test prompts on which policies are compared [prompts]
+  samples_per_prompt: int  # answers that each policy samples per test prompt [answers]
+  temperature: float  # temperature at which the answers are sampled
+  # which weights of an RL stage to evaluate: the average over iterations (ema), or those after the last update (raw)
   weights: Literal["ema", "raw"]
-  compare: tuple[str, ...]  # RL stages that are run for comparison besides the one asked for
-  # whether PPO without KL penalty and best-of-n are run too, for the plot of over-optimisation
+  compare: tuple[str, ...]  # further RL stages to run for comparison
+  # whether to also run PPO without KL penalty and best-of-n, for the plot of over-optimisation
   overoptimization: bool
-  overoptimization_iterations: int  # iterations of that PPO [iterations]
-  # largest n of best-of-n: answers sampled a prompt, of which the reward model takes the best; below 2 is off
-  # [answers]
+  overoptimization_iterations: int  # iterations of the PPO run without KL penalty [iterations]
+  # largest n of best-of-n, where the reward model chooses the best of n sampled answers; less than 2 is off [answers]
   best_of_n: int
-  best_of_n_prompts: int  # prompts of best-of-n [prompts]
-  bootstrap: int  # resamples of prompts for the 95% intervals [resamples]
-  # batches of held-out documents that the pretraining loss is measured on [batches]
+  best_of_n_prompts: int  # prompts on which best-of-n is measured [prompts]
+  bootstrap: int  # bootstrap resamples of the prompts, for 95% confidence intervals [resamples]
+  # batches of held-out documents on which the pretraining loss is measured [batches]
   pretrain_batches: int
-  # iterations between two measurements of that loss in an RL stage [iterations]
+  # iterations between two measurements of the pretraining loss in an RL stage [iterations]
   pretrain_every: int
 
   def validate(self, where: str):
@@ -271,6 +292,7 @@ class EvaluateConfig:
       "temperature",
     )
     require_positive(self, where, *sizes)
+    # The run without KL penalty is no target. `overoptimization` switches it on.
     known = [name for name in RL_STAGES if name in TARGETS]
     require(
       set(self.compare) <= set(known),

@@ -1,5 +1,5 @@
-"""From files, builders and the default preset's text to seeded, resumable numpy batches.
+"""Turns files, dataset builders and the default preset's text into seeded, resumable batches of numpy arrays.
 
-records (what a record is) -> sources (where records come from) -> tokenizer -> packing -> pipeline
-(batches).
+Data flows through the modules in this order: readers (file formats), records (what a record is), sources (which records
+to load), tokenizer and tokenize (token ids), packing (rows), batching (batches).
 """

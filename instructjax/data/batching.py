@@ -1,14 +1,13 @@
-"""Batches of numpy arrays: tokenized, filtered by length, shuffled, sharded, resumable.
+"""Shuffled, sharded and resumable batches of numpy arrays, made from token ids.
 
-Called by the stages. Imports structs and the rest of `data`; no model, no config.
+Called by the stages. Imports structs and the rest of `data`, but no model and no config.
 
 Every `*_batches` function returns an endless `Batches` over one list of rows:
-  - Each pass over the rows is a fresh permutation, a function of (seed, pass): it holds every row
-    exactly once.
-  - Passes follow one another without a gap: the batch at the end of a pass is filled up from the
-    next. So nothing is left out, and a batch larger than the data wraps around it.
-  - A process gets the rows of each global batch whose places it names, so that all processes
-    together get what one alone would.
+  - Each pass visits every row exactly once, in an order that depends only on (seed, pass).
+  - Passes follow each other without a gap. A batch at the end of a pass is filled up from the next pass, so no row is
+    dropped, and a batch may be larger than the data.
+  - Each process asks for its own rows of the global batch. All processes together get the batch that a single process
+    would get.
 """
 
 import dataclasses
@@ -32,11 +31,11 @@ Places = Sequence[int] | np.ndarray  # rows of a global batch
 
 
 class Batches:
-  """An endless iterator of batches whose place can be saved and restored exactly.
+  """An endless iterator of batches whose position can be saved and restored exactly.
 
   Attributes:
-    steps_per_epoch: batches after which every row has been seen at least once: rows / batch_size,
-      rounded up.
+    steps_per_epoch: number of batches after which every row has been seen at least once: the number of rows divided by
+      batch_size, rounded up.
   """
 
   def __init__(
@@ -49,21 +48,25 @@ class Batches:
     seed: int,
     places: Places | None,
   ):
-    """Use the `*_batches` functions.
+    """Called by the `*_batches` functions only.
 
     Args:
-      rows: all data, a list or a pytree of arrays; read here only to recognise it in `set_state`.
-      gather: (row numbers, their places in the global batch) -> batch.
-      num_rows: rows in the data.
-      batch_size: rows of the global batch, over all processes.
+      rows: all data, as a list or a pytree of arrays. Used only for a checksum, so that `set_state` can recognise it.
+      gather: makes a batch from (row numbers, their places in the global batch).
+      num_rows: number of rows in the data.
+      batch_size: number of rows in the global batch, over all processes.
       seed: any non-negative integer.
-      places: rows of the global batch that are this process's, ascending; None for all.
+      places: the rows of the global batch that belong to this process, ascending; None for all of them.
+    Raises:
+      UserError: there is no data, or batch_size is not positive.
     """
     if not num_rows:
       raise UserError("cannot make batches: there is no data")
     if batch_size <= 0:
       raise UserError(f"batch_size={batch_size} must be positive")
     self.steps_per_epoch = -(-num_rows // batch_size)
+    # With other data, a saved position would silently lead to the wrong rows. Everything that determines the order is
+    # therefore saved with the position.
     self._identity = {
       "batch_size": batch_size,
       "seed": seed,
@@ -72,7 +75,7 @@ class Batches:
     }
     place_b = np.asarray(range(batch_size) if places is None else places, np.int32)
     source = _BatchSource(num_rows, batch_size, seed, place_b, gather)
-    # No threads: at small sizes a hand-over costs more than a batch.
+    # No threads: for small models, handing a batch from one thread to another takes longer than making it.
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     self._iterator = iter(grain.MapDataset.source(source).to_iter_dataset(read_options))
 
@@ -83,11 +86,15 @@ class Batches:
     return next(self._iterator)
 
   def get_state(self) -> dict:
-    """Where the iterator stands, as JSON values; the same in every process."""
+    """The iterator's position as JSON values. It is the same in every process."""
     return {"iterator": self._iterator.get_state(), **self._identity}
 
   def set_state(self, state: dict):
-    """Goes on where `get_state` was called; refuses the state of other data, batch size or seed."""
+    """Continues from the position at which `get_state` was called.
+
+    Raises:
+      UserError: the state was saved with other data, or with another batch size or seed.
+    """
     for name, value in self._identity.items():
       if state.get(name) != value:
         raise UserError(
@@ -97,10 +104,10 @@ class Batches:
 
 
 class _BatchSource:
-  """Batch number -> batch, as a grain data source.
+  """A grain data source whose items are whole batches.
 
-  Items are whole batches because grain's own shuffle, repeat and batch run Python once a row:
-  1.6 ms against 0.04 ms for 64 rows.
+  grain could also shuffle, repeat and batch single rows. It would then run Python once per row, which takes 1.6 ms
+  instead of 0.04 ms for 64 rows.
   """
 
   def __init__(
@@ -110,12 +117,15 @@ class _BatchSource:
     self._place_b = place_b
     self._permutation = functools.lru_cache(maxsize=2)(
       self._draw_permutation
-    )  # a batch seldom meets more passes
+    )  # a batch rarely spans more than two passes
 
   def __len__(self) -> int:
+    # Endless in practice. `__getitem__` multiplies by the batch size, which must not overflow.
     return sys.maxsize // self._batch_size
 
   def __getitem__(self, index: int) -> Any:
+    # All passes, one after the other, form one long sequence of rows. A batch is a slice of it, so its content is a
+    # function of its number, and resuming needs no more state than that number.
     epoch_b, index_b = np.divmod(
       index * self._batch_size + self._place_b.astype(np.int64), self._num_rows
     )
@@ -130,7 +140,7 @@ class _BatchSource:
 
 
 class ZippedBatches:
-  """Several `Batches` advanced together; yields and saves dicts by name."""
+  """Advances several `Batches` together. Batches and states are dicts by name."""
 
   def __init__(self, parts: dict[str, Batches]):
     self._parts = dict(parts)
@@ -142,9 +152,15 @@ class ZippedBatches:
     return {name: next(part) for name, part in self._parts.items()}
 
   def get_state(self) -> dict:
+    """The positions of all parts, as JSON values."""
     return {name: part.get_state() for name, part in self._parts.items()}
 
   def set_state(self, state: dict):
+    """Continues from the positions at which `get_state` was called.
+
+    Raises:
+      UserError: the state has other parts, or was saved with other data, or with another batch size or seed.
+    """
     if state.keys() != self._parts.keys():
       raise UserError(
         f"cannot resume the data: saved for {sorted(state)}, now {sorted(self._parts)}"
@@ -154,6 +170,7 @@ class ZippedBatches:
 
 
 def zip_batches(parts: dict[str, Batches]) -> ZippedBatches:
+  """Combines several `Batches` into one iterator of dicts."""
   return ZippedBatches(parts)
 
 
@@ -167,9 +184,19 @@ def lm_batches(
   eos_id: int,
   places: Places | None = None,
 ) -> Batches:
-  """Batches of PackedBatch for language modelling: documents, each with its EOS.
+  """Batches of documents for language modelling, as PackedBatch.
 
-  A document longer than a row is split into pieces of `length` tokens, which do not see each other.
+  An EOS is appended to every document. A document longer than a row is split into pieces of `length` tokens; attention
+  does not reach from one piece to another.
+
+  Args:
+    documents: token ids.
+    length: tokens per row.
+    batch_size, seed, places: see `Batches`.
+    vocab_size: also the id of padding.
+    eos_id: the id to append.
+  Raises:
+    UserError: there are no documents, or batch_size is not positive.
   """
   pieces = [
     piece for document in documents for piece in packing.split_long([*document, eos_id], length)
@@ -188,7 +215,17 @@ def sft_batches(
   eos_id: int,
   places: Places | None = None,
 ) -> Batches:
-  """Batches of PackedBatch of whole demonstrations, with loss on the response and its EOS only."""
+  """Batches of demonstrations as PackedBatch, with loss on the response and its EOS only.
+
+  Args:
+    demonstrations: token ids; each must fit in one row together with its EOS.
+    length: tokens per row.
+    batch_size, seed, places: see `Batches`.
+    vocab_size: also the id of padding.
+    eos_id: the id to append.
+  Raises:
+    UserError: a demonstration is longer than a row, there are none, or batch_size is not positive.
+  """
   sequences = [[*item.prompt, *item.response, eos_id] for item in demonstrations]
   num_prompt = [len(item.prompt) for item in demonstrations]
   rows = packing.pack_rows(sequences, num_prompt, length=length, vocab_size=vocab_size)
@@ -219,17 +256,20 @@ def ranking_batches(
   num_rows: int | None = None,
   places: tuple[Places, Places] | None = None,
 ) -> Batches:
-  """Batches of RankedBatch; batch_size counts prompts, as in C.2.
+  """Batches of ranked answers as RankedBatch. batch_size counts prompts, as in C.2.
 
   Args:
-    rankings: at most max_responses answers each.
-    max_responses: C.
-    length: tokens of a row.
-    batch_size, seed: of `Batches`.
-    vocab_size: the id of pads.
-    num_rows: rows that the answers of a batch share, see `rows_needed`; None gives each a row of its own.
-    places: of the global batch's rows, and of its prompts, that are this process's; None for all. A process forms the
-      whole batch, since answers go to any row.
+    rankings: prompts with at most max_responses ranked answers each.
+    max_responses: C, the number of answers to which each prompt is padded.
+    length: tokens per row.
+    batch_size, seed: see `Batches`.
+    vocab_size: also the id of padding.
+    num_rows: number of rows into which the answers of a batch are packed, see `rows_needed`; None gives each answer a
+      row of its own.
+    places: the rows and the prompts of the global batch that belong to this process; None for all of them.
+  Raises:
+    UserError: a prompt has more than max_responses answers, there are no rankings, or batch_size is not positive. The
+      iterator raises it too, if the answers of a batch do not fit in num_rows.
   """
   rankings = list(rankings)
   for item in rankings:
@@ -249,6 +289,7 @@ def ranking_batches(
     )
     if places is None:
       return batch
+    # Packing may put an answer into any row, so every process builds the whole batch and keeps its own part.
     row_places, prompt_places = places
     return RankedBatch(
       token_SL=batch.token_SL[row_places],
@@ -266,9 +307,13 @@ def ranking_batches(
 def rows_needed(
   rankings: Sequence[RankingTokens], *, length: int, batch_size: int, seed: int, num_epochs: int
 ) -> int:
-  """Rows of `length` tokens that the answers of any one batch of `ranking_batches` need, if they share them.
+  """The number of rows of `length` tokens that suffices for the packed answers of every batch.
 
-  The most that a batch of the epochs needs: every batch is known beforehand, so that none can need more.
+  A compiled step needs a fixed number of rows. The order of the data is known in advance, so this function packs all
+  batches of `ranking_batches` and returns the largest number of rows that one of them needs.
+
+  Raises:
+    UserError: an answer does not fit in a row, there are no rankings, or batch_size is not positive.
   """
   lengths = [[len(item.prompt) + len(response) for response in item.responses] for item in rankings]
 
@@ -289,10 +334,10 @@ def ranked_batch(
   vocab_size: int,
   num_rows: int | None = None,
 ) -> RankedBatch:
-  """One RankedBatch of the rankings, in order; `num_rows` as in `ranking_batches`.
+  """Makes one RankedBatch of the rankings, in order. Arguments as in `ranking_batches`.
 
   Raises:
-    UserError: the answers do not fit num_rows.
+    UserError: the answers do not fit in num_rows rows, or one does not fit in a row.
   """
   shape = (len(rankings), max_responses)
   rank_BC = np.zeros(shape, np.int32)
@@ -301,6 +346,7 @@ def ranked_batch(
   is_answer_BC = rank_BC > 0
   sequences = [item.prompt + response for item in rankings for response in item.responses]
   if num_rows is None:
+    # One row for each of the B * C places. Rows of missing answers stay empty, so the shape is always the same.
     rows = [[] for _ in range(rank_BC.size)]
     for index, row in enumerate(np.flatnonzero(is_answer_BC)):
       rows[row] = [index]
@@ -331,7 +377,16 @@ def prompt_batches(
   vocab_size: int,
   places: Places | None = None,
 ) -> Batches:
-  """Batches of PromptBatch, left-padded to `length`."""
+  """Batches of prompts, left-padded to `length`, as PromptBatch.
+
+  Args:
+    prompts: token ids.
+    length: P, tokens to which prompts are padded.
+    batch_size, seed, places: see `Batches`.
+    vocab_size: also the id of padding.
+  Raises:
+    UserError: a prompt is empty or longer than `length`, there are none, or batch_size is not positive.
+  """
   prompts = [list(prompt) for prompt in prompts]
   for prompt in prompts:
     if not 0 < len(prompt) <= length:
@@ -353,7 +408,7 @@ def prompt_batches(
 def prompt_batch(
   prompts: Sequence[Sequence[int]], index_B: np.ndarray, length: int, vocab_size: int
 ) -> PromptBatch:
-  """One PromptBatch of the prompts, in order; index_B are their places in the global batch."""
+  """Makes one PromptBatch of the prompts, in order; `index_B` holds their places in the global batch."""
   token_BP = np.full((len(prompts), length), vocab_size, np.int32)
   is_prompt_BP = np.zeros(token_BP.shape, bool)
   for row, prompt in enumerate(prompts):
@@ -368,7 +423,7 @@ def prompt_batch(
 
 
 def _checksum(rows: Any) -> int:
-  """CRC-32 of the data: a place in an order means nothing in other data."""
+  """CRC-32 of the data. A saved position in the shuffled order is only valid for the same data."""
   parts: Iterable[bytes]
   if isinstance(rows, list):
     plain = (dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows)

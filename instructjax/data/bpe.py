@@ -1,10 +1,10 @@
-"""Byte-level BPE, and whatever else a tokenizer.json holds that loses no text.
+"""Tokenizers from a tokenizer.json file: byte-level BPE, and any other kind that reproduces all text.
 
 Called by tokenizer (`load`) and gguf_vocabulary. Imports chat and special_tokens only.
 
-A text is encoded by two instances of one `tokenizers.Tokenizer`, since whether special tokens are
-recognised is a state of the object: one for documents and responses, which cannot hold them, one
-for prompts, which can.
+Each tokenizer keeps two instances of the same `tokenizers.Tokenizer`, because the object itself holds the switch that
+decides whether special tokens are recognised. Prompts may contain special tokens, so their instance recognises them.
+Documents and responses may not, so their instance encodes the text of a special token like any other text.
 """
 
 import hashlib
@@ -23,24 +23,30 @@ if TYPE_CHECKING:
   import tokenizers
 
 FILE = "tokenizer.json"
+# A language model must be able to write capitals, tabs, several spaces and blank lines. Tokenizers that normalise text
+# lose some of them.
 _PROBE = "A word,\n\n  another\tone\n"
 
 
 class HuggingFaceTokenizer:
-  """A vocabulary of the `tokenizers` package; see tokenizer.Tokenizer for what is not said here.
+  """A tokenizer of the `tokenizers` package. Members that are not explained here are those of tokenizer.Tokenizer.
 
   Attributes:
-    vocab_size: one past the largest id. Ids without a token in between are allowed: no text gives
-      them, and they decode to nothing.
-    newline_id: the token of a single newline. Others may hold one too, as of two newlines in a row.
-    fingerprint: SHA-256 of the vocabulary and its rules, special tokens and chat template.
+    vocab_size: one past the largest id. There may be ids without a token: no text encodes to them, and they decode to
+      nothing.
+    newline_id: the token of a single newline. Other tokens may contain newlines too, such as one of two newlines.
+    fingerprint: SHA-256 of the vocabulary, its rules, the special tokens and the chat template.
   """
 
   def __init__(self, path: pathlib.Path, tokenizer: "tokenizers.Tokenizer", special: SpecialTokens):
-    """Takes the tokenizer over: its truncation and padding are switched off.
+    """Takes ownership of the tokenizer, and switches its truncation and padding off.
 
+    Args:
+      path: the file that it was read from, for messages.
+      tokenizer: changed in place.
+      special: the special tokens that the files beside the vocabulary name.
     Raises:
-      UserError: there is no EOS token, a special token is not in the vocabulary, or text is lost.
+      UserError: there is no EOS token, a special token is not in the vocabulary, or encoding loses text.
     """
     self.path = path
     tokenizer.no_truncation()
@@ -53,6 +59,7 @@ class HuggingFaceTokenizer:
       raise UserError(
         f"tokenizer.path={str(path)!r} must begin a text with one token, has {len(starts)}"
       )
+    # The tokenizer's own post-processor takes precedence over the files beside it: it is what other programs run.
     adds_bos = special.adds_bos or bool(starts)
     bos_id = starts[0] if starts else bos_id
     if adds_bos and bos_id is None:
@@ -82,30 +89,36 @@ class HuggingFaceTokenizer:
         f"tokenizer.path={str(path)!r} loses capitals, spaces or newlines, which a language model"
         " must be able to write"
       )
+    # Otherwise a document or a response could end itself by spelling out EOS.
     if eos_id in self.encode(eos):
       raise UserError(f"tokenizer.path={str(path)!r} encodes the text {eos!r} to its EOS")
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without BOS and EOS; special tokens in it are text like any other.
+    """Ids of a document or response, without BOS and EOS. The text of a special token is encoded as plain text.
 
-    Characters that the vocabulary has no byte for are lost: SmolLM2 lacks 21 control characters.
+    Characters whose bytes are not in the vocabulary are lost. SmolLM2, for example, lacks 21 control characters.
     """
     return self._texts.encode(text, add_special_tokens=False).ids
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Ids of a prompt: special tokens in it are recognised, BOS comes first where there is one."""
+    """Ids of a prompt. Special tokens in it are recognised, and BOS is put first if the model has one."""
     ids = self._prompts.encode(text, add_special_tokens=False).ids
+    # A chat template usually writes BOS itself.
     if self.bos_id is not None and ids[:1] != [self.bos_id]:
       ids.insert(0, self.bos_id)
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Special tokens and ids past the vocabulary (pads) give nothing."""
+    """The text of ids. Special tokens and ids outside the vocabulary (padding) decode to nothing."""
     known = [operator.index(token) for token in ids if 0 <= token < self.vocab_size]
     return self._texts.decode(known, skip_special_tokens=True)
 
   def render_chat(self, messages: Sequence[Mapping]) -> str:
-    """Text of a chat up to where the assistant speaks next; see chat.render."""
+    """The text of a chat, up to the point where the assistant speaks next.
+
+    Raises:
+      UserError: see chat.render.
+    """
     return chat.render(
       self._special.chat_template,
       messages,
@@ -116,13 +129,17 @@ class HuggingFaceTokenizer:
     )
 
   def save(self, directory: str | os.PathLike):
-    """Writes tokenizer.json and tokenizer_config.json, which AutoTokenizer reads too."""
+    """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer can read as well."""
     directory = pathlib.Path(directory)
     special_tokens.write_folder(directory, self._special, "PreTrainedTokenizerFast")
     special_tokens.write_whole(directory / FILE, self._definition.encode())
 
   def _find(self, tokenizer: "tokenizers.Tokenizer", token: str | int | None) -> int | None:
-    """Id of a token given by text or id."""
+    """The id of a token that is given by its text or its id; None stays None.
+
+    Raises:
+      UserError: the vocabulary has no such token.
+    """
     if token is None:
       return None
     by_text = isinstance(token, str)
@@ -133,22 +150,26 @@ class HuggingFaceTokenizer:
 
 
 def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenizer:
-  """The tokenizer in a tokenizer.json.
+  """Reads a tokenizer.json.
 
   Raises:
-    UserError: see HuggingFaceTokenizer; or it is no such file.
+    UserError: the file is not a tokenizer.json, or HuggingFaceTokenizer refuses its content.
   """
-  import tokenizers  # late: the default preset does without
+  import tokenizers  # imported here because the default preset does not need it
 
   content = path.read_bytes()
   try:
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
     added = json.loads(content)["added_tokens"]
-    tokenizer.encode("a")  # a vocabulary may lack the token that it names for what is unknown
-  except Exception as error:  # the package raises Exception itself
+    tokenizer.encode(
+      "a"
+    )  # fails if the vocabulary lacks the token that it names as the unknown token
+  except Exception as error:  # the package raises plain Exception
     reason = " ".join(str(error).split())
     raise UserError(f"tokenizer.path={str(path)!r} is not a tokenizer.json: {reason}") from error
-  for token in added:  # the package renumbers them where one is not the next free id
+  # The package silently renumbers an added token whose id is not the next free one. The model's weights would then not
+  # fit the ids.
+  for token in added:
     found = tokenizer.token_to_id(token["content"])
     if found != token["id"]:
       raise UserError(
@@ -167,13 +188,13 @@ def _token(tokenizer: "tokenizers.Tokenizer", token_id: int) -> str:
 
 
 def _starts(tokenizer: "tokenizers.Tokenizer") -> list[int]:
-  """Ids that the post-processor puts before a text."""
+  """The ids that the post-processor puts before a text."""
   plain, full = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
   return full[: full.index(plain[0])] if plain else []
 
 
 def _mark_special(tokenizer: "tokenizers.Tokenizer", ids: set[int]):
-  """Has these tokens of the vocabulary treated as special: found in prompts only, never decoded."""
+  """Marks tokens of the vocabulary as special, so that they are recognised in prompts only and never decoded."""
   import tokenizers
 
   added = tokenizer.get_added_tokens_decoder()
@@ -184,7 +205,10 @@ def _mark_special(tokenizer: "tokenizers.Tokenizer", ids: set[int]):
 
 
 def _begin_with(tokenizer: "tokenizers.Tokenizer", token: str, token_id: int):
-  """Has the post-processor put a token before a text, as other readers of the file expect."""
+  """Makes the post-processor put a token before each text.
+
+  This class adds BOS itself and does not use it. It serves other programs that read a saved file.
+  """
   from tokenizers import processors
 
   tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,9 +1,9 @@
-"""Chat messages to the text that a model was taught to read, by its own jinja2 template.
+"""Converts chat messages to the text that a model was trained to read, with the model's own jinja2 template.
 
-Called by tokenizer and bpe. Imports nothing of the project.
+Called by tokenizer and bpe. Imports nothing of the project but the errors.
 
-A template comes with the weights, so it is someone else's program: it runs in jinja2's sandbox,
-sees nothing but plain strings, and whatever it raises is an error in its file.
+A template comes with the weights and is therefore untrusted code. It runs in jinja2's sandbox and sees only plain
+strings. Whatever it raises is reported as an error in its file.
 """
 
 import datetime
@@ -24,18 +24,18 @@ def render(
   eos: str | None,
   special: Iterable[str],
 ) -> str:
-  """Text of a chat up to where the assistant speaks next, as transformers renders it.
+  """The text of a chat up to the point where the assistant speaks next, as transformers renders it.
 
   Args:
-    template: jinja2 source; None where the tokenizer has none.
-    messages: each with a role ('system', 'user', 'assistant') and a content, both text.
-    where: the template's file, for errors.
-    bos: text of the token that begins a text, for the template; None leaves it undefined.
-    eos: the same of the token that ends a turn.
-    special: texts of all special tokens, which no message may hold: it could end its own turn and
-      speak as another.
+    template: jinja2 source; None if the tokenizer has no template.
+    messages: mappings with a role ('system', 'user', 'assistant') and a content, both strings.
+    where: the template's file, for messages.
+    bos: text of the token that begins a text, passed to the template; None leaves it undefined.
+    eos: text of the token that ends a turn, passed to the template; None leaves it undefined.
+    special: texts of all special tokens. No message may contain one, because it could end its own turn and continue in
+      another role.
   Raises:
-    UserError: there is no template, it fails, or a message is not of that form.
+    UserError: there is no template, it fails, a message has another form, or it contains a special token.
   """
   if template is None:
     raise UserError(
@@ -51,7 +51,7 @@ def render(
       add_generation_prompt=True,
       **{name: token for name, token in known.items() if token is not None},
     )
-  except Exception as error:  # whatever the template's author may have got wrong
+  except Exception as error:  # a template may raise anything
     reason = " ".join(str(error).split())
     raise UserError(f"{where}: the chat template fails: {reason}") from error
 
@@ -72,13 +72,13 @@ def _check(messages: Sequence[Mapping], special: Iterable[str]):
 
 @functools.lru_cache
 def _compile(template: str):
-  # Imported late: a run without chats does without jinja2.
+  # Imported here because a run without chats does not need jinja2.
   import jinja2
   import jinja2.ext
   import jinja2.sandbox
 
   class Generation(jinja2.ext.Extension):
-    """{% generation %}, which marks what the assistant said: its body, as it is."""
+    """The tag {% generation %}, with which transformers marks the assistant's text. It renders its body unchanged."""
 
     tags = {"generation"}
 
@@ -90,10 +90,12 @@ def _compile(template: str):
     raise jinja2.TemplateError(message)
 
   def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(  # jinja2's own escapes for HTML
+    return json.dumps(  # replaces jinja2's own filter, which escapes for HTML
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
+  # The options and functions that transformers gives a template. The text must be the same to the last space, because
+  # the model was trained on it.
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
   )

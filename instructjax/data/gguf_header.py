@@ -1,8 +1,8 @@
-"""Header of a GGUF file: its metadata, and where each tensor lies.
+"""Reads the header of a GGUF file: its metadata, and the location of each tensor.
 
-Called by models/interop/gguf_file.py for weights and by data/ for the tokenizer inside such a file.
-Imports nothing of the project, and of the `gguf` package only the table of types: the package's own
-reader takes seconds for a vocabulary and does not notice that a file is cut off.
+Called by models/interop/gguf_file.py for weights, and by tokenizer.py for the tokenizer inside such a file. Of the
+`gguf` package, only the table of types is used: the package's own reader takes seconds for a vocabulary, and does not
+notice when a file is truncated.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -22,7 +22,8 @@ from instructjax.core.errors import UserError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32  # of the tensors' data, where the file does not say
+_ALIGNMENT = 32  # alignment of the tensors' data if the file does not state one, in bytes
+# Type ids of values, from the format's description. _SCALARS maps the other ids to codes of the struct module.
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
   0: "B",
@@ -41,12 +42,12 @@ _SCALARS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where one tensor lies and how it is stored."""
+  """The location of one tensor and how it is stored."""
 
   type: gguf.GGMLQuantizationType
-  shape: tuple[int, ...]  # as NumPy writes it: the last dimension is the contiguous one
-  offset: int  # from the start of the file
-  row_bytes: int  # of one row along the last dimension
+  shape: tuple[int, ...]  # in NumPy's order: the last dimension is contiguous
+  offset: int  # bytes from the start of the file
+  row_bytes: int  # bytes of one row along the last dimension
 
   @property
   def num_rows(self) -> int:
@@ -55,18 +56,18 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-  """Everything in a GGUF file but the weights."""
+  """Everything in a GGUF file except the weights."""
 
-  metadata: dict[str, Any]  # numbers, booleans, strings, and lists of one of them
+  metadata: dict[str, Any]  # values are numbers, booleans, strings, or lists of one of these types
   tensors: dict[str, Tensor]
 
 
 def read(path: str | os.PathLike) -> Header:
-  """Reads and checks the header; every tensor it lists lies inside the file.
+  """Reads and checks the header. Every tensor that it lists is inside the file.
 
   Raises:
-    UserError: the file cannot be read, is not a GGUF file of a known version and byte order, or is
-      damaged or cut off; the message names the file and where it breaks.
+    UserError: the file cannot be read, is not a GGUF file of a known version and byte order, or is damaged or
+      truncated. The message names the file and the place.
   """
   path = pathlib.Path(path)
   try:
@@ -81,7 +82,11 @@ def read(path: str | os.PathLike) -> Header:
 
 
 class _Cursor:
-  """Reads values one after another, and knows in words what it is reading."""
+  """Reads values one after another.
+
+  All methods raise UserError if the file is damaged or ends too early. `inside` says in words what is being read, for
+  the message.
+  """
 
   def __init__(self, path: pathlib.Path, data: mmap.mmap):
     self.path, self.data = path, data
@@ -113,6 +118,8 @@ class _Cursor:
     if kind != _ARRAY:
       return self._scalar(kind)
     kind, count = self.number("I"), self.number("Q")
+    # numpy decodes a whole array at once. A vocabulary has one score and one type per token, of which there may be over
+    # a hundred thousand.
     if kind in _SCALARS:
       dtype = np.dtype("<" + _SCALARS[kind] if kind != 7 else "?")
       return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
@@ -128,6 +135,7 @@ class _Cursor:
 
 def _parse(cursor: _Cursor) -> Header:
   version = cursor.number("I")
+  # Versions are small numbers. If the low half is 0, the bytes are in the other order.
   if version & 0xFFFF == 0:
     raise UserError(
       f"{cursor.path} is a big-endian GGUF file; convert it to little-endian"
@@ -145,6 +153,7 @@ def _parse(cursor: _Cursor) -> Header:
       raise cursor.error(f"{cursor.inside} is there twice")
     metadata[key] = cursor.value()
   entries = [_tensor_entry(cursor, index, num_tensors) for index in range(num_tensors)]
+  # Offsets of tensors count from the end of the header, rounded up to the alignment.
   alignment = metadata.get("general.alignment", _ALIGNMENT)
   if not isinstance(alignment, int) or alignment <= 0:
     raise cursor.error(f"general.alignment={alignment!r} must be a positive integer")
@@ -162,6 +171,7 @@ def _tensor_entry(cursor: _Cursor, index: int, count: int) -> tuple[str, int, tu
   name = cursor.string()
   cursor.inside = f"the entry of tensor {name!r}"
   dims = [cursor.number("Q") for _ in range(cursor.number("I"))]
+  # GGUF lists the contiguous dimension first, NumPy lists it last.
   return name, cursor.number("I"), tuple(reversed(dims)), cursor.number("Q")
 
 

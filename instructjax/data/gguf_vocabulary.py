@@ -1,10 +1,10 @@
-"""The tokenizer inside a GGUF file: byte-level BPE, or sentencepiece's.
+"""Rebuilds the tokenizer inside a GGUF file, which is byte-level BPE or a sentencepiece model.
 
 Called by tokenizer (`load`). Imports bpe and special_tokens only.
 
-A GGUF file holds the vocabulary, not the rules: how a text is cut into words before merges are
-applied is only named there (`tokenizer.ggml.pre`), and the rules of those names are kept here, as
-the models' own tokenizer.json files have them.
+A GGUF file holds the vocabulary but not all rules. In particular, it only names the rule that splits a text into words
+before merges are applied (`tokenizer.ggml.pre`). This module holds the rules behind the known names, copied from the
+models' own tokenizer.json files.
 """
 
 import pathlib
@@ -15,19 +15,20 @@ from instructjax.core.errors import UserError
 from instructjax.data import bpe
 from instructjax.data.special_tokens import SpecialTokens
 
-# Kinds of token, in GGUF as in sentencepiece.
+# Kinds of token. GGUF uses the numbers of sentencepiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 _LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
   r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Llama 3 groups up to three digits into a word; Qwen 2 makes every digit a word.
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 
 
 def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> SpecialTokens:
-  """Special tokens as GGUF names them; `adds_bos` is what an absent flag means."""
+  """The special tokens that the metadata names. `adds_bos` is the default if the metadata has no such flag."""
   return SpecialTokens(
     where=path,
     bos=metadata.get("tokenizer.ggml.bos_token_id"),
@@ -38,10 +39,10 @@ def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> 
 
 
 def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenizer:
-  """The byte-level BPE tokenizer that the metadata describe (`tokenizer.ggml.model` 'gpt2').
+  """Builds the byte-level BPE tokenizer that the metadata describes (`tokenizer.ggml.model` is 'gpt2').
 
   Raises:
-    UserError: its pre-tokenizer is not known, or its vocabulary is not whole.
+    UserError: the pre-tokenizer is not known, the vocabulary is inconsistent, or HuggingFaceTokenizer refuses it.
   """
   import tokenizers
   from tokenizers import decoders, models, normalizers
@@ -54,29 +55,33 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     )
   tokens, kinds = _tokens(path, metadata)
   merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
-  # Unused tokens fill up the table of a model that has more rows than tokens.
+  # A model's embedding table may have more rows than the tokenizer has tokens. GGUF fills the gap with unused tokens.
   vocab = {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
   try:
+    # Llama 3 takes a word that is a token as that token, even if no merges lead to it.
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-  except Exception as error:  # the package raises Exception itself
+  except Exception as error:  # the package raises plain Exception
     reason = " ".join(str(error).split())
     raise UserError(f"{path}: tokenizer.ggml.merges do not fit the tokens: {reason}") from error
   tokenizer = tokenizers.Tokenizer(model)
+  # Of these models, only Qwen 2 composes characters before encoding.
   tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
   tokenizer.pre_tokenizer = pre_tokenizer(pre)
   tokenizer.decoder = decoders.ByteLevel()
+  # User-defined tokens are not special: they are recognised in documents and responses as well.
   added = [
     tokenizers.AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
     for token, kind in zip(tokens, kinds)
     if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
   ]
   tokenizer.add_tokens(added)
+  # Llama 3 begins prompts with BOS, even if its file has no flag for it.
   special = special_tokens(path, metadata, adds_bos=pre == "llama-bpe")
   return bpe.HuggingFaceTokenizer(path, tokenizer, special)
 
 
 def pre_tokenizer(name: str):
-  """How a text is cut into words: the rule of one of PRE_TOKENIZERS."""
+  """The rule by which one of PRE_TOKENIZERS splits a text into words."""
   from tokenizers import Regex, pre_tokenizers
 
   words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name in ("gpt-2", "smollm"))
@@ -91,10 +96,10 @@ def pre_tokenizer(name: str):
 
 
 def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
-  """A sentencepiece `.model` file of the metadata (`tokenizer.ggml.model` 'llama' or 't5').
+  """Builds a sentencepiece `.model` file from the metadata (`tokenizer.ggml.model` is 'llama' or 't5').
 
   Raises:
-    UserError: its vocabulary is not whole.
+    UserError: the vocabulary is inconsistent.
   """
   from sentencepiece import sentencepiece_model_pb2
 
@@ -106,7 +111,7 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
     raise UserError(f"{path}: tokenizer.ggml.scores must have {len(tokens)}, has {len(scores)}")
   model = proto.ModelProto()
   for token, kind, score in zip(tokens, kinds, scores):
-    if kind == _USER_DEFINED:  # written with spaces there
+    if kind == _USER_DEFINED:  # GGUF writes these with spaces, sentencepiece with ▁
       token = token.replace(" ", "▁")
     try:
       model.pieces.add(piece=token, score=score, type=kind)
@@ -132,7 +137,11 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
 
 
 def _tokens(path: pathlib.Path, metadata: Mapping) -> tuple[list[str], list[int]]:
-  """Texts and kinds of all tokens."""
+  """Texts and kinds of all tokens.
+
+  Raises:
+    UserError: there are no tokens, or the number of kinds differs.
+  """
   tokens = metadata.get("tokenizer.ggml.tokens", [])
   kinds = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
   if not tokens or len(kinds) != len(tokens):

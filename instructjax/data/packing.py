@@ -1,6 +1,6 @@
-"""Packing token sequences of unequal length into rows of one length, with segment ids.
+"""Packs token sequences of different lengths into rows of equal length, with segment ids that keep them apart.
 
-Called by `pipeline` and, to score answers, by `answers`. Imports structs only.
+Called by batching.py, and by code that scores answers. Imports structs and errors only.
 """
 
 import bisect
@@ -14,20 +14,24 @@ from instructjax.core.structs import PackedBatch, tree_of
 
 
 def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
-  """Groups sequences into rows: longest first, each into the fullest row that has room for it.
+  """Assigns sequences to rows so that few rows are needed.
 
-  Best-fit decreasing, ties in the order given: O(n log n), and close to the fewest rows possible.
+  The algorithm is best-fit decreasing: it takes the longest sequence first, and puts each into the fullest row that has
+  room for it. Sequences of equal length keep their order. It takes O(n log n) time, and comes close to the smallest
+  possible number of rows.
 
   Args:
-    sequence_lengths: tokens in each sequence.
-    length: tokens a row holds.
+    sequence_lengths: number of tokens in each sequence.
+    length: tokens per row.
   Returns:
-    Rows of indices into `sequence_lengths`; every index is in exactly one row.
+    For each row, the indices of its sequences. Every index is in exactly one row.
+  Raises:
+    UserError: a sequence is empty or longer than a row.
   """
   rows: list[list[int]] = []
   room: list[
     tuple[int, int]
-  ] = []  # (tokens left, row), sorted: the first that is large enough is the fullest
+  ] = []  # (free tokens, row), sorted, so the first entry with enough room is the fullest such row
   for index in sorted(range(len(sequence_lengths)), key=lambda i: -sequence_lengths[i]):
     needed = sequence_lengths[index]
     if not 0 < needed <= length:
@@ -47,14 +51,16 @@ def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
 def pack_rows(
   sequences: Sequence[Sequence[int]], num_unweighted: Sequence[int], *, length: int, vocab_size: int
 ) -> PackedBatch:
-  """All sequences packed into rows.
+  """Packs all sequences into rows for language modelling.
 
   Args:
     sequences: token ids.
-    num_unweighted: how many leading tokens of each sequence carry no loss (its prompt); a
-      sequence's first token never does, for nothing precedes it.
-    length: tokens a row holds.
-    vocab_size: the id of pads.
+    num_unweighted: number of leading tokens of each sequence that carry no loss, which are its prompt. The first token
+      never carries a loss, because no token precedes it.
+    length: tokens per row.
+    vocab_size: also the id of padding.
+  Raises:
+    UserError: a sequence is empty or longer than a row.
   """
   rows = pack([len(sequence) for sequence in sequences], length)
   token_BL = np.full((len(rows), length), vocab_size, np.int32)
@@ -69,6 +75,7 @@ def pack_rows(
       token_BL[row, start:stop] = sequences[index]
       segment_BL[row, start:stop] = segment
       position_BL[row, start:stop] = position_L[: stop - start]
+      # From the second token on at the earliest: nothing precedes the first.
       weight_BL[row, start + max(1, num_unweighted[index]) : stop] = 1
       start = stop
   return tree_of(
@@ -82,11 +89,11 @@ def pack_rows(
 
 @dataclasses.dataclass(frozen=True)
 class ScoredRows:
-  """Sequences in rows, and where each of them ends.
+  """Sequences packed into rows, with the position of each sequence's end.
 
   Attributes:
     token_SL, segment_SL: as in RankedBatch.
-    last_N: int32 cell of each sequence's last token, the rows taken as one; N counts the sequences.
+    last_N: int32 index of each sequence's last token in the flattened rows (row * L + column). N counts sequences.
   """
 
   token_SL: np.ndarray
@@ -101,13 +108,13 @@ def scored_rows(
   length: int,
   vocab_size: int,
 ) -> ScoredRows:
-  """Sequences that are to be scored at their last token.
+  """Lays out sequences that a reward model scores at their last token.
 
   Args:
     sequences: token ids.
-    rows: indices of each row's sequences, as from `pack`; a row may be empty.
-    length: tokens a row holds.
-    vocab_size: the id of pads.
+    rows: for each row, the indices of its sequences, as `pack` returns them. A row may be empty.
+    length: tokens per row.
+    vocab_size: also the id of padding.
   """
   token_SL = np.full((len(rows), length), vocab_size, np.int32)
   segment_SL = np.zeros_like(token_SL)
@@ -124,5 +131,5 @@ def scored_rows(
 
 
 def split_long(sequence: Sequence[int], length: int) -> list[Sequence[int]]:
-  """A sequence as pieces of at most `length` tokens, in order."""
+  """Splits a sequence into consecutive pieces of at most `length` tokens."""
   return [sequence[start : start + length] for start in range(0, len(sequence), length)]

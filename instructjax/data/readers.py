@@ -1,14 +1,16 @@
-"""Readers of the forms that people keep data in: JSON lines, HH, parquet, `datasets`, tfds.
+"""Readers of common data formats: JSON lines, Anthropic-HH, parquet, Hugging Face `datasets`, and tfds.
 
-Called by `sources`. Each reader of READERS takes (what follows the scheme's colon, kind, split) and
-returns (rows, decode, has_own_split):
-  rows: (`file:row`, raw value) one after the other; `file:line` for lines of text, which count from
-    1, while a table's rows count from 0 as in every library that opens it.
-  decode: (raw value, kind, `file:row`) -> what `records.parse_record` takes; may raise BadRecord.
-  has_own_split: whether the rows are of `split` already; if not, `sources` holds some out.
-Whatever is wrong with a source as a whole is a UserError.
+Called by `sources`. Each reader in READERS takes (the part of the spec after `SCHEME:`, kind, split) and returns (rows,
+decode, has_own_split):
+  rows: an iterable of (place, raw value). The place is `file:line`, counted from 1, in text files. In tables it is
+    `file:row`, counted from 0 as in the libraries that open them.
+  decode: a function that turns (raw value, kind, place) into the input of `records.parse_record`.
+  has_own_split: whether the rows are already those of `split`. If not, `sources` holds some of them out.
 
-Imports `records`; pyarrow, `datasets` and tensorflow_datasets are imported where they are used.
+A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
+raises UserError.
+
+Imports `records`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
 """
 
 import glob
@@ -23,25 +25,26 @@ from typing import Any
 from instructjax.core.errors import UserError, reason
 from instructjax.data.records import KEYS, BadRecord
 
-_TURN = "\n\nAssistant:"  # what precedes each answer in an Anthropic-HH dialogue
+_TURN = "\n\nAssistant:"  # precedes each answer in an Anthropic-HH dialogue
 _TFDS = re.compile(
   r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?(\?data_dir=(?P<data_dir>.+))?"
 )
-_BATCH = 256  # rows of a table decoded at once: they may be whole books
+_BATCH = 256  # rows of a table read at once; few, because a row may hold a whole book
 
 Rows = Iterable[tuple[str, Any]]
 Decode = Callable[[Any, str, str], Any]
 
 
 def _jsonl(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`jsonl:PATH`: JSON lines in UTF-8, gzipped if PATH ends in .gz. Blank lines are passed over."""
+  """`jsonl:PATH` reads JSON lines in UTF-8, gzipped if PATH ends in .gz. Blank lines are skipped."""
   return _lines(path), _decode_json, False
 
 
 def _hh(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`hh:PATH`: JSON lines in Anthropic-HH's form: comparisons, demonstrations (chosen), prompts.
+  """`hh:PATH` reads JSON lines in the format of Anthropic-HH.
 
-  prompt, chosen, rejected, or chosen and rejected as whole dialogues, cut after the last
+  A row serves as a comparison, as a demonstration (the chosen answer), or as a prompt. It has the keys prompt, chosen
+  and rejected; or only chosen and rejected, which are then whole dialogues that are split after the last
   "\\n\\nAssistant:".
   """
   if kind == "documents":
@@ -52,12 +55,13 @@ def _hh(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
 def _lines(path: str) -> Rows:
   opener = gzip.open if path.endswith(".gz") else open
   try:
-    # Iterating over bytes ends lines at \n alone; str.splitlines would at U+2028 too.
+    # Iterating over bytes ends lines at \n only. str.splitlines would also end them at U+2028, which JSON strings may
+    # contain.
     with opener(path, "rb") as file:
       for number, line in enumerate(file, start=1):
         if line.strip():
           yield f"{path}:{number}", line
-  except (OSError, EOFError, zlib.error) as error:  # the last two: a gzip file cut short or damaged
+  except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or damaged gzip file
     raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -69,6 +73,7 @@ def _decode_json(line: bytes, kind: str, where: str) -> Any:
     return obj
 
   try:
+    # utf-8-sig drops the byte order mark that some editors write at the start of a file.
     return json.loads(line.rstrip().decode("utf-8-sig"), object_pairs_hook=unique)
   except UnicodeDecodeError as error:
     raise BadRecord(f"{where}: not UTF-8 (byte {error.start + 1})") from error
@@ -76,14 +81,16 @@ def _decode_json(line: bytes, kind: str, where: str) -> Any:
     raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
   except RecursionError as error:
     raise BadRecord(f"{where}: nested too deeply") from error
-  except ValueError as error:
+  except (
+    ValueError
+  ) as error:  # BadRecord from the hook, or Python's limit on the digits of an integer
     if isinstance(error, BadRecord):
       raise
     raise BadRecord(f"{where}: not JSON (a number of too many digits)") from error
 
 
 def _decode_hh(line: bytes, kind: str, where: str) -> Any:
-  """A row of Anthropic-HH in the keys that `parse_record` knows."""
+  """A row of Anthropic-HH with the keys that `parse_record` expects."""
   obj = _decode_json(line, kind, where)
   if not isinstance(obj, dict) or not {"chosen", "rejected"} <= obj.keys():
     raise BadRecord(f"{where}: needs chosen and rejected")
@@ -108,7 +115,7 @@ def _split_dialogue(dialogue: Any, key: str, where: str) -> tuple[str, str]:
 
 
 def _parquet(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`parquet:PATH`: a file, a folder's *.parquet or those that a glob finds, in order of name."""
+  """`parquet:PATH` reads a file, the *.parquet files of a folder, or the files that match a glob, sorted by name."""
   files = parquet_files(path)
   if not files:
     raise UserError(f"data.{kind}='parquet:{path}' finds no file that ends in .parquet")
@@ -116,7 +123,7 @@ def _parquet(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
 
 
 def parquet_files(path: str) -> list[str]:
-  """The files that `parquet:PATH` names, in order of name."""
+  """The files that `parquet:PATH` stands for, sorted by name."""
   if pathlib.Path(path).is_dir():
     return sorted(glob.glob(f"{glob.escape(path)}/*.parquet"))
   if glob.has_magic(path) and not pathlib.Path(path).exists():
@@ -139,11 +146,11 @@ def _parquet_rows(files: list[str], kind: str) -> Rows:
 
 
 def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`datasets:PATH[:SPLIT]`: a folder that Hugging Face's `datasets` wrote with save_to_disk.
+  """`datasets:PATH[:SPLIT]` reads a folder that Hugging Face's `datasets` has written with save_to_disk.
 
-  Of a DatasetDict without SPLIT: train, and as validation its validation split, or its test split,
-  or if it has neither, what is held out of train. Of a DatasetDict with SPLIT, or of a Dataset: what
-  is held out of that.
+  Without SPLIT, a DatasetDict is trained on its train split. Its validation split is held out, or else its test split;
+  if it has neither, some records of train are held out. With SPLIT, or if the folder holds a single Dataset, some
+  records of that split or dataset are held out.
   """
   try:
     import datasets  # the extra of this name
@@ -155,7 +162,7 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   path, own_split = datasets_folder(rest)
   try:
     loaded = datasets.load_from_disk(path)
-  except Exception as error:  # of many types, pyarrow's too
+  except Exception as error:  # `datasets` raises many types, including pyarrow's
     raise UserError(
       f"data.{kind}='datasets:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
@@ -178,7 +185,7 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
 
 
 def datasets_folder(rest: str) -> tuple[str, str]:
-  """(folder, split or "") of `datasets:PATH[:SPLIT]`."""
+  """Splits the PATH[:SPLIT] of `datasets:PATH[:SPLIT]` into (folder, split); the split is "" if none is named."""
   path, colon, own_split = rest.rpartition(":")
   if not colon or pathlib.Path(rest).exists():
     return rest, ""
@@ -198,7 +205,13 @@ def _dataset_rows(datasets: dict[str, Any], kind: str) -> Rows:
 
 
 def _columns(names: list[str], kind: str, where: str) -> list[str]:
-  """The columns that `kind` is made of: others may be images, or of types that Python has not."""
+  """The columns that records of this kind consist of.
+
+  Other columns are not read: they may hold large images, or types that have no equivalent in Python.
+
+  Raises:
+    UserError: the table has none of the columns.
+  """
   wanted = [name for name in KEYS[kind] if name in names]
   if not wanted:
     raise UserError(
@@ -208,7 +221,7 @@ def _columns(names: list[str], kind: str, where: str) -> list[str]:
 
 
 def _table_rows(batches: Iterable[Any], where: str) -> Rows:
-  """Every row as a batch of one, so that a value that cannot be decoded is one bad record."""
+  """Yields every row as a batch of one, so that a value that cannot be decoded spoils one record only."""
   slices = (batch.slice(row, 1) for batch in batches for row in range(batch.num_rows))
   return ((f"{where}:{number}", row) for number, row in enumerate(slices))
 
@@ -226,11 +239,11 @@ def _decode_table_row(row: Any, kind: str, where: str) -> Any:
 
 
 def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]`: any TensorFlow Datasets builder.
+  """`tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]` reads any TensorFlow Datasets builder.
 
-  Stored as array_record, and read without TensorFlow. Without SPLIT: its train and validation
-  splits, or if it has no `validation`, what is held out of train. With SPLIT (slices too,
-  `train[:50%]`), what is held out of that.
+  The data must be stored as array_record, which is read without TensorFlow. Without SPLIT, the train and validation
+  splits are used; if there is no validation split, some records of train are held out. With SPLIT, which may be a slice
+  such as `train[:50%]`, some records of that split are held out.
   """
   match = parse_tfds(rest)
   if not match:
@@ -245,7 +258,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
     has_own_split = own_split is None and "validation" in builder.info.splits
     chosen = own_split or (split if has_own_split else "train")
     source = tfds.data_source(name, split=chosen, data_dir=match["data_dir"])
-  except Exception as error:  # tfds raises many types of its own
+  except Exception as error:  # tfds raises many types
     raise UserError(
       f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
     ) from error
@@ -253,7 +266,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
 
 
 def parse_tfds(rest: str) -> re.Match | None:
-  """name, split and data_dir of `tfds:...`; None where it is not spelt so."""
+  """Matches the part after `tfds:`, with the groups name, split and data_dir; None if it has another form."""
   return _TFDS.fullmatch(rest)
 
 
@@ -261,13 +274,13 @@ def _tfds_rows(source: Any, where: str) -> Rows:
   for row in range(len(source)):
     try:
       example = source[row]
-    except Exception as error:  # of many types, for a damaged or missing shard
+    except Exception as error:  # a damaged or missing shard raises one of many types
       raise UserError(f"cannot read {where}:{row}: {reason(error)}") from error
     yield f"{where}:{row}", example
 
 
 def _decode_example(example: dict[str, Any], kind: str, where: str) -> Any:
-  """A row of a table in JSON's types; a null cell is an absent key."""
+  """A table row converted to JSON's types. A null cell becomes a missing key."""
   try:
     return {key: _objects(_plain(cell)) for key, cell in example.items() if cell is not None}
   except UnicodeDecodeError as error:
@@ -275,7 +288,7 @@ def _decode_example(example: dict[str, Any], kind: str, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-  """Text for bytes, lists and numbers for numpy's."""
+  """Converts bytes to text, and numpy's arrays and scalars to lists and numbers."""
   if isinstance(value, bytes):
     return value.decode()
   if isinstance(value, dict):
@@ -288,7 +301,10 @@ def _plain(value: Any) -> Any:
 
 
 def _objects(value: Any) -> Any:
-  """A list of objects of an object of equally long lists, as tfds stores a list of messages."""
+  """Converts a dict of equally long lists to a list of dicts.
+
+  tfds stores a list of messages in columns. Any other value is returned unchanged.
+  """
   if not isinstance(value, dict) or not all(isinstance(cells, list) for cells in value.values()):
     return value
   if len({len(cells) for cells in value.values()}) != 1:

@@ -1,9 +1,10 @@
-"""The four kinds of training record, and the checks a raw JSON object must pass to become one.
+"""The four kinds of training record, and the checks that a raw JSON object must pass to become one.
 
-`sources` calls `parse_record` on everything that comes from outside; `demo` builds the dataclasses
-itself. Imports nothing of the project. Text is taken exactly as it is: nothing is stripped or added
-(`tokenizer` says how a response joins its prompt), and a chat prompt stays messages until
-`sources.render` puts it through the tokenizer's chat template. docs/data.md shows every form.
+`sources` calls `parse_record` on all data from outside; `demo` builds the dataclasses directly. Text is kept exactly as
+it is, without stripping or adding anything; `tokenizer` describes how a response joins its prompt. A chat prompt stays
+a list of messages until `sources.render` applies the tokenizer's chat template. docs/data.md shows every accepted form.
+
+All private functions raise BadRecord. Imports nothing of the project but the errors.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any
 
 from instructjax.core.errors import UserError
 
-# Kind -> the keys that its forms are made of; a table's other columns need not be read.
+# Kind -> all keys that its accepted forms use. Readers of tables skip the other columns.
 KEYS = {
   "documents": ("text",),
   "prompts": ("prompt", "messages"),
@@ -40,9 +41,11 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """A prompt as the messages of a chat: (role of ROLES, content), the last the user's.
+  """A prompt that consists of chat messages.
 
-  The tokenizer's chat template, not this, decides which roles it takes and in which order.
+  Attributes:
+    messages: (role, content) pairs with a role from ROLES; the last one is the user's. Which orders of roles are
+      allowed is decided later, by the tokenizer's chat template.
   """
 
   messages: tuple[tuple[str, str], ...]
@@ -50,14 +53,14 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt that nobody has answered."""
+  """A prompt without an answer."""
 
   prompt: str | Chat
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-  """A prompt and the answer a demonstrator wrote."""
+  """A prompt and the answer that a demonstrator wrote."""
 
   prompt: str | Chat
   response: str
@@ -65,14 +68,14 @@ class Demonstration:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-  """A prompt with two or more answers ranked by one labeler.
+  """A prompt with two or more answers that one labeler has ranked.
 
   Attributes:
-    prompt: what was asked.
-    responses: the answers. Two may be the same text, and one may be empty: policies do say nothing,
-      and a reward model should learn what that is worth.
-    ranks: one positive integer an answer, 1 is best, equal ranks are ties; gaps mean nothing.
-    labeler: who ranked them, where known.
+    prompt: the prompt.
+    responses: the answers. Two of them may be equal, and an answer may be empty: policies do produce empty answers, and
+      the reward model should learn how to score them.
+    ranks: one positive integer per answer. 1 is best, equal ranks are ties, and gaps have no meaning.
+    labeler: who ranked them; None if unknown.
   """
 
   prompt: str | Chat
@@ -85,30 +88,34 @@ Record = Document | Prompt | Demonstration | Ranking
 
 
 class BadRecord(UserError):
-  """An unusable record: `file:line: reason`, never the record's text, which may be abusive."""
+  """An unusable record. The message is `file:line: reason`, and never quotes the text, which may be abusive."""
 
 
 def parse_record(kind: str, obj: Any, where: str) -> Record:
-  """Makes a record of one decoded JSON value, or says why it cannot.
+  """Converts one decoded JSON value to a record.
 
-  Keys that no rule names are ignored, so that published files load as they are.
+  Unknown keys are ignored, so that published files can be loaded unchanged.
 
   Args:
-    kind: one of KINDS. Accepted keys:
+    kind: one of KINDS. The accepted keys are:
       documents: text.
-      prompts: prompt, or messages: of those, what comes after the user's last is dropped.
-      demonstrations: prompt and response, or messages, the last of which is the response.
-      comparisons: prompt, and one of (responses, ranks), (responses, comparisons), (chosen,
-        rejected); see `ranks_from_pairs` for the second. Or chosen and rejected as lists of
-        messages that differ in the last one only; a prompt beside them must be theirs. Optional:
-        labeler.
-      A prompt may be a list of messages, an answer a list of one message of the assistant. A
-      message is in OpenAI's form: role, content, the latter a string or a list of text parts.
+      prompts: prompt, or messages. Messages after the user's last one are dropped.
+      demonstrations: prompt and response, or messages, of which the last is the response.
+      comparisons: one of
+        prompt, responses and ranks;
+        prompt, responses and comparisons (see `ranks_from_pairs`);
+        prompt, chosen and rejected;
+        chosen and rejected as lists of messages that differ in the last message only. If there is a prompt as well, it
+          must be the prompt of these messages.
+        A labeler is optional.
+      A prompt may also be a list of messages, and an answer a list of one message by the assistant. Messages have
+      OpenAI's form, with a role and a content. The content is a string or a list of text parts.
     obj: the decoded line.
     where: `file:line`, for messages.
 
   Raises:
-    BadRecord: with `where` and the reason.
+    BadRecord: the value is not a valid record; the message has `where` and the reason.
+    UserError: kind is not one of KINDS.
   """
   if not isinstance(obj, dict):
     raise BadRecord(f"{where}: must be a JSON object, got {type(obj).__name__}")
@@ -124,21 +131,24 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
 
 
 def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, ...]:
-  """Ranks from judged pairs: rank = 1 + number of answers with more wins, a tie being half a win.
+  """Computes ranks from pairwise judgements.
 
-  Every pair must be judged exactly once: win counts compare only answers that met the same
-  opponents. Judgements that no ranking can hold are kept and smoothed by the count: a cycle
-  a > b > c > a becomes a three-way tie, and a tied pair whose answers fared differently against the
-  others becomes a preference.
+  An answer's rank is 1 + the number of answers with more wins, where a tie counts as half a win. Every pair must be
+  judged exactly once, because win counts are only comparable between answers with the same number of opponents.
+
+  Judgements may contradict any ranking. The win count then smooths them: a cycle a > b > c > a becomes a three-way tie,
+  and a tied pair becomes a preference if its answers have different results against the others.
 
   Args:
-    num_responses: K.
-    pairs: K(K-1)/2 of {"a": index, "b": index, "winner": one of the two, or null for a tie}.
+    num_responses: K, the number of answers.
+    pairs: K(K-1)/2 objects {"a": index, "b": index, "winner": one of the two, or null for a tie}.
     where: `file:line`, for messages.
+  Raises:
+    BadRecord: pairs has another form, or does not contain every pair exactly once.
   """
   if not isinstance(pairs, list):
     raise BadRecord(f"{where}: 'comparisons' must be a list, got {type(pairs).__name__}")
-  twice_wins = [0] * num_responses  # doubled, so that a tie's half stays an integer
+  twice_wins = [0] * num_responses  # twice the number of wins, so that half a win is an integer
   judged = set()
   for pair in pairs:
     if not isinstance(pair, dict) or not {"a", "b", "winner"} <= pair.keys():
@@ -203,9 +213,10 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
 
 
 def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple[str, str]]:
-  """(prompt, answers) of a pair, given apart or as two whole dialogues."""
+  """(prompt, (chosen, rejected)) of a row that gives them separately or as two whole dialogues."""
   pair = [_value(obj, key, where) for key in ("chosen", "rejected")]
   lists = all(isinstance(value, list) for value in pair)
+  # Lists of one message beside a prompt are answers; longer lists are dialogues that contain the prompt.
   if not lists or ("prompt" in obj and max(map(len, pair)) == 1):
     chosen, rejected = (
       _answer(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected")
@@ -217,7 +228,8 @@ def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple
   )
   if prompt != other:
     raise BadRecord(f"{where}: 'chosen' and 'rejected' differ before their last message")
-  contents = [content for _, content in prompt.messages]  # published pairs repeat one as `prompt`
+  contents = [content for _, content in prompt.messages]
+  # Published data sets repeat one of the messages as `prompt`.
   if "prompt" in obj and _prompt(obj, where) not in (prompt, *contents):
     raise BadRecord(f"{where}: 'prompt' is not what 'chosen' and 'rejected' answer")
   return prompt, (chosen, rejected)
@@ -247,7 +259,7 @@ def _last_user_turn(obj: dict[str, Any], where: str) -> Chat:
 
 
 def _dialogue(value: Any, name: str, where: str, may_be_empty: bool = False) -> tuple[Chat, str]:
-  """(prompt, answer): the last message, which must be the assistant's, and those before it."""
+  """Splits messages into (prompt, answer). The answer is the last message, which must be the assistant's."""
   *before, (role, answer) = _messages(value, name, where)
   if role != "assistant":
     raise BadRecord(f"{where}: {name!r} must end in the assistant's answer, not in role {role}")
@@ -256,7 +268,11 @@ def _dialogue(value: Any, name: str, where: str, may_be_empty: bool = False) -> 
 
 
 def _chat(messages: list[tuple[str, str]], name: str, where: str) -> Chat:
-  """A prompt that one row yields whatever the kind it is read as: so its held-out side is one."""
+  """Makes a prompt of messages, which must end with the user's.
+
+  This rule is the same for every kind of record. A row therefore yields the same prompt whatever it is read as, and
+  falls on the same side of the validation split.
+  """
   if not messages or messages[-1][0] != "user":
     raise BadRecord(f"{where}: {name!r} must have a message of the user right before the answer")
   _checked_text(messages[-1][1], f"{name}[{len(messages) - 1}].content", where)
@@ -271,7 +287,7 @@ def _messages(value: Any, name: str, where: str) -> list[tuple[str, str]]:
 
 
 def _message(message: Any, name: str, where: str) -> tuple[str, str]:
-  """(role, content); content may be empty here, as a system message sometimes is."""
+  """(role, content) of one message. The content may be empty, because system messages sometimes are."""
   if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
     found = type(message).__name__
     if isinstance(message, dict):
@@ -322,7 +338,7 @@ def _checked_text(value: Any, name: str, where: str, may_be_empty: bool = False)
     raise BadRecord(f"{where}: {name!r} is empty")
   try:
     value.encode()
-  except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+  except UnicodeEncodeError as error:  # JSON escapes can spell one half of a surrogate pair
     raise BadRecord(
       f"{where}: {name!r} is not valid Unicode (character {error.start + 1})"
     ) from error
@@ -330,4 +346,4 @@ def _checked_text(value: Any, name: str, where: str, may_be_empty: bool = False)
 
 
 def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)  # JSON true is an int to Python
+  return isinstance(value, int) and not isinstance(value, bool)  # JSON's true is an int in Python

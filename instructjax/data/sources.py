@@ -1,7 +1,6 @@
-"""Where records come from: `demo:` and the files that `readers` knows.
+"""Loads records from a source: the default preset (`demo:`), or the file formats of `readers`.
 
-Called by context.py and the stages, through `load` and `render`. Imports `records` and `readers`,
-and the default preset (`demo`) when it is asked for.
+context.py and the stages call `load` and `render`. Imports `records` and `readers`, and `demo` only if it is used.
 """
 
 import dataclasses
@@ -47,25 +46,26 @@ def load(
   validation_fraction: float,
   on_bad_record: Literal["raise", "skip"],
 ) -> Sequence[Record]:
-  """All records of one kind and split.
+  """Loads all records of one kind and split.
 
-  A source without a validation split of its own holds out the records whose prompt (document: whole
-  text) has a SHA-256 in the lowest `validation_fraction`: the same for every seed, machine and
-  order, and all records of a prompt together. A prompt that is a `Chat` counts as the JSON of its
-  messages, so no chat template decides which side it falls on.
+  If the source has no validation split, the hash of a record's prompt decides whether the record is held out. The
+  choice is thus the same for every seed, machine and order of records, and all records with the same prompt are on the
+  same side. For documents the whole text is hashed, and for chats the JSON of the messages, so that the choice does not
+  depend on the chat template.
 
   Args:
-    spec: one of
-      `demo:` the default preset's documents, prompts, demonstrations.
-      `SCHEME:REST` one of `readers.READERS`, whose functions say what REST is and which splits
-        there are.
+    spec: `demo:` for the default preset, or `SCHEME:REST` with a scheme of `readers.READERS`. The readers' docstrings
+      describe REST and the splits.
     kind: one of records.KINDS.
-    split: train, validation, test (of `demo:` its own, of other sources the same as validation), or
-      all of a source that has no split of its own.
-    seed: only `demo:` depends on it.
-    validation_fraction: in (0, 1).
-    on_bad_record: raise stops at the first bad record; skip logs how many were skipped, and the
-      first few by place and reason.
+    split: train, validation, test or all. Only `demo:` has a test split; elsewhere test means validation. all means
+      every record of the source.
+    seed: used by `demo:` only.
+    validation_fraction: share of records to hold out, in (0, 1).
+    on_bad_record: raise stops at the first bad record. skip drops bad records, and logs their number and the places and
+      reasons of the first few.
+  Raises:
+    BadRecord: a record is bad, and on_bad_record is raise.
+    UserError: an argument is invalid, the source cannot be read, or no records are left.
   """
   scheme, colon, rest = spec.partition(":")
   if not colon or scheme not in _SCHEMES:
@@ -79,10 +79,10 @@ def load(
   if on_bad_record not in ("raise", "skip"):
     raise UserError(f"data.on_bad_record={on_bad_record!r} must be raise or skip")
   if scheme == "demo":
-    from instructjax.data import demo  # imported only where it is used
+    from instructjax.data import demo  # imported here because runs on own data do not need it
 
     return demo.load(kind, split, seed)
-  if split == "test":
+  if split == "test":  # files have two splits only
     split = "validation"
   rows, decode, has_own_split = READERS[scheme](rest, kind, split)
   records = _parse(rows, decode, spec, kind, on_bad_record)
@@ -107,17 +107,18 @@ def render(
   *,
   on_bad_record: Literal["raise", "skip"],
 ) -> Sequence[Record]:
-  """The records with every chat prompt as text; the same list where there is none.
+  """Converts the chat prompts of records to text. Returns the same list if there are none.
 
   Args:
-    records: of one kind.
-    render_chat: from messages with role and content to text: a tokenizer's chat template. Called
-      only for chat prompts, so a tokenizer without a template serves plain ones.
-    on_bad_record: what to do about a prompt that render_chat refuses, as in `load`: a template may
-      want the user and the assistant to take turns, and no message may hold a special token.
+    records: records of one kind.
+    render_chat: converts messages with role and content to text, with the tokenizer's chat template. It is called for
+      chat prompts only, so plain prompts work with a tokenizer that has no template.
+    on_bad_record: what to do with a prompt that render_chat refuses, as in `load`. A template may require that user and
+      assistant take turns, and no message may contain a special token.
 
   Raises:
-    UserError: of render_chat, with the kind and the number of the prompt among `records`.
+    UserError: render_chat refused a prompt and on_bad_record is raise, or no record is left. The message has the kind
+      of record and the prompt's number among `records`.
   """
   if not any(_is_chat(record) for record in records):
     return records
@@ -151,7 +152,7 @@ def _is_chat(record: Record) -> bool:
 
 
 def simulation(spec: str):
-  """The default preset's labelers and gold score where the records are its own, or None."""
+  """The module with the default preset's labelers and gold score if `spec` is `demo:`, else None."""
   if not spec.startswith("demo:"):
     return None
   from instructjax.data import demo
@@ -194,4 +195,5 @@ def _is_held_out(record: Record, fraction: float) -> bool:
   if isinstance(text, Chat):
     text = json.dumps(text.messages, ensure_ascii=False, separators=(",", ":"))
   digest = hashlib.sha256(text.encode()).digest()
+  # The first 8 bytes are a uniform number below 2^64. Python's own hash() would differ from process to process.
   return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -1,12 +1,12 @@
-"""What lies beside a vocabulary: the tokens that begin and end a text, and the chat template.
+"""Reads and writes the files beside a vocabulary: the tokens that begin and end a text, and the chat template.
 
-Called by tokenizer, bpe and gguf_vocabulary. Imports nothing of the project.
+Called by tokenizer, bpe and gguf_vocabulary. Imports nothing of the project but the errors.
 
-Hugging Face spreads this over several files of a model's folder. The first that names the EOS token
-is believed: tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json.
-The first two say what ends a turn where models of one family differ (Llama 3 Instruct's <|eot_id|>:
-its generation_config.json lists <|end_of_text|> before it); the last two are all that GPT-2's
-folder has. BOS is read from the first two only: Qwen 2's config.json names one that it never uses.
+Hugging Face spreads this information over several files in a model's folder. The EOS token is taken from the first file
+that names it, in the order tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json. The
+first two name the token that ends a turn, even where models of a family differ: Llama 3 Instruct ends turns with
+<|eot_id|>, but its generation_config.json lists <|end_of_text|> first. The last two are needed because GPT-2's folder
+has no others. BOS is read from the first two only, because Qwen 2's config.json names a BOS that the model never uses.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-  """Special tokens as files name them.
+  """The special tokens that files name.
 
   Attributes:
-    where: the file that a chat template was looked for in; errors name it.
-    bos: text or id of the token that may begin a text; None where none is named.
-    eos: text or id of the token that ends a document or a turn; None where none is named.
-    adds_bos: whether a flag beside the vocabulary asks for BOS.
-    chat_template: jinja2 source; None where there is none.
+    where: the file in which a chat template was looked for, for messages.
+    bos: text or id of the token that may begin a text; None if no file names one.
+    eos: text or id of the token that ends a document or a turn; None if no file names one.
+    adds_bos: whether a flag beside the vocabulary says that prompts begin with BOS.
+    chat_template: jinja2 source; None if there is none.
   """
 
   where: pathlib.Path
@@ -50,10 +50,11 @@ class SpecialTokens:
 
 
 def read_folder(folder: pathlib.Path) -> SpecialTokens:
-  """Special tokens of a Hugging Face folder; files that are absent say nothing.
+  """Reads the special tokens of a Hugging Face folder. Missing files are skipped.
 
   Raises:
-    UserError: a file is not JSON, or has several chat templates and none named "default".
+    UserError: a file is not JSON, an entry has the wrong type, or there are several chat templates and none is named
+      "default".
   """
   names = (CONFIG, "special_tokens_map.json", "generation_config.json", "config.json")
   options, special, *with_ids = (_read_json(folder / name) for name in names)
@@ -61,7 +62,7 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
   eos += [_first(file.get("eos_token_id")) for file in with_ids]
   bos = [_text(file.get("bos_token")) for file in (options, special)]
   where, template = folder / CONFIG, options.get("chat_template")
-  if (folder / TEMPLATE).is_file():  # transformers 5 keeps it there, and reads it first
+  if (folder / TEMPLATE).is_file():  # transformers 5 writes it here, and prefers it when reading
     where = folder / TEMPLATE
     template = _read_text(where)
   elif isinstance(template, list):
@@ -82,12 +83,12 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
 
 
 def write_folder(folder: pathlib.Path, special: SpecialTokens, tokenizer_class: str | None):
-  """Writes a tokenizer_config.json from which `read_folder` and transformers have the same.
+  """Writes a tokenizer_config.json that `read_folder` and transformers understand alike.
 
   Args:
-    folder: made if it is not there.
-    special: with tokens by their text.
-    tokenizer_class: transformers' class for the vocabulary; None leaves it out.
+    folder: created if it does not exist.
+    special: its tokens must be given as text.
+    tokenizer_class: name of transformers' class for the vocabulary; None leaves the entry out.
   """
   entries = {
     "tokenizer_class": tokenizer_class,
@@ -102,7 +103,7 @@ def write_folder(folder: pathlib.Path, special: SpecialTokens, tokenizer_class: 
 
 
 def write_whole(path: pathlib.Path, content: bytes):
-  """Writes a file that is never seen half written."""
+  """Writes a file atomically, so that no other process ever reads an incomplete file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   partial.write_bytes(content)
@@ -129,10 +130,10 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _first_token(tokens: list, name: str, folder: pathlib.Path) -> str | int | None:
-  """The first that a file names.
+  """The first of these tokens that is not None, or None.
 
   Raises:
-    UserError: it is neither a text nor an id.
+    UserError: it is neither a text nor a valid id.
   """
   token = next((token for token in tokens if token is not None), None)
   is_id = isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31

@@ -1,6 +1,6 @@
-"""Records to token ids, filtered by length; what is left out is counted and logged.
+"""Converts records to token ids, and drops those that are too long. Dropped records are counted and logged.
 
-Called by the stages, whose batches are made of the results (batching.py).
+Called by the stages, which make batches of the results with batching.py.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class DemonstrationTokens:
-  """Token ids of a demonstration; the response is without EOS, which `sft_batches` adds."""
+  """Token ids of a demonstration. The response has no EOS; `sft_batches` appends it."""
 
   prompt: list[int]
   response: list[int]
@@ -24,7 +24,7 @@ class DemonstrationTokens:
 
 @dataclasses.dataclass(frozen=True)
 class RankingTokens:
-  """Token ids of a ranking; a response ends in EOS unless it was cut off at the length limit."""
+  """Token ids of a ranking. A response ends in EOS unless it was cut off at the length limit."""
 
   prompt: list[int]
   responses: list[list[int]]
@@ -35,9 +35,13 @@ class RankingTokens:
 def tokenize_prompts(
   records: Sequence[Prompt], tokenizer: Tokenizer, *, max_prompt_length: int
 ) -> tuple[list[list[int]], dict[str, int]]:
-  """Token ids of the prompts of at most max_prompt_length tokens (App. C), and counts.
+  """Tokenizes prompts, and drops those longer than max_prompt_length tokens (App. C).
 
-  Counts, here and below: kept (records), long_prompts (records), long_responses (responses).
+  Returns:
+    (token ids, counts). The counts of this and the following functions are kept (records), long_prompts (dropped
+    records) and, where there are responses, long_responses (dropped responses).
+  Raises:
+    UserError: every prompt is too long.
   """
   prompts = [tokenizer.encode_prompt(_text(record.prompt)) for record in records]
   kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
@@ -51,10 +55,15 @@ def tokenize_demonstrations(
   max_prompt_length: int,
   max_response_length: int,
 ) -> tuple[list[DemonstrationTokens], dict[str, int]]:
-  """Token ids of the demonstrations that fit, and counts.
+  """Tokenizes demonstrations, and drops those that are too long.
 
-  One whose response and EOS exceed max_response_length tokens is left out: cut, it would teach to
-  stop in the middle.
+  A response that exceeds max_response_length tokens with its EOS is dropped rather than cut, because a cut response
+  would teach the policy to stop in the middle.
+
+  Returns:
+    (token ids, counts).
+  Raises:
+    UserError: every demonstration is too long.
   """
   kept = []
   long_prompts = long_responses = 0
@@ -79,11 +88,15 @@ def tokenize_rankings(
   max_prompt_length: int,
   max_response_length: int,
 ) -> tuple[list[RankingTokens], dict[str, int]]:
-  """Token ids of the rankings that fit, and counts.
+  """Tokenizes rankings, and drops answers and prompts that are too long.
 
-  A response of exactly max_response_length tokens gets no EOS: a policy's answer that long was cut
-  off there. A longer one leaves its ranking, and a ranking with fewer than two answers left is left
-  out.
+  A response of exactly max_response_length tokens gets no EOS, because a policy's answer of that length was cut off
+  there. A longer response is removed from its ranking. A ranking with fewer than two answers left is dropped.
+
+  Returns:
+    (token ids, counts).
+  Raises:
+    UserError: nothing is left because everything is too long.
   """
   kept = []
   long_prompts = long_responses = 0
@@ -113,7 +126,11 @@ def _text(prompt: str | Chat) -> str:
 
 
 def _report(kind: str, kept: int, **left_out: int) -> dict[str, int]:
-  """Logs what was left out for length and returns all counts; raises when nothing is kept."""
+  """Logs how many records were dropped for their length, and returns all counts.
+
+  Raises:
+    UserError: no record is left.
+  """
   reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
   if any(left_out.values()):
     logger.warning("%s: kept %d; left out for length: %s", kind, kept, reasons)

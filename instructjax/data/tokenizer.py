@@ -1,18 +1,17 @@
-"""Text to ids and back: the interface of all tokenizers, sentencepiece's, and training one.
+"""Converts text to token ids and back: the interface of all tokenizers, the sentencepiece tokenizer, and its training.
 
-Called by the stages and by `pipeline`. Imports its siblings bpe, chat, gguf_vocabulary and
-special_tokens, and gguf_header.
+Called by the stages and by weights. Imports its siblings bpe, chat, gguf_header, gguf_vocabulary and special_tokens.
 
-Where texts meet. A prompt and its response are encoded each on its own, and a response needs no
-space before it:
+A prompt and its response are encoded separately, and a response needs no leading space. The following holds for every
+text whose characters are in the vocabulary, including spaces and newlines:
 
   decode(encode(text)) == text
   decode(encode(prompt)) + decode(encode(response)) == prompt + response
 
-for any text of characters that the vocabulary has, spaces and newlines included. Ids of prompt and
-response decoded in one call may have a space between them: decode them apart. A sentencepiece model
-encodes each line of a text as if it stood alone, so a word has one piece wherever it stands: "The"
-at the start of a line is the same id as in "all. The".
+Decode prompt and response separately too: decoding their ids in one call may put a space between them.
+
+A sentencepiece model encodes each line of a text separately. A word therefore has the same ids everywhere: "The" at the
+start of a line is encoded like the "The" in "all. The".
 """
 
 import hashlib
@@ -33,25 +32,25 @@ from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
 _MAX_TRAINING_CHARACTERS = (
-  10_000_000  # a seeded choice of texts up to this much is enough for piece counts
+  10_000_000  # a random sample of this size is enough to estimate the frequencies of pieces
 )
 _NEWLINE = "\n"
 _MODEL_FILE = "tokenizer.model"
 
 
 class Tokenizer(Protocol):
-  """What every tokenizer is.
+  """The interface of all tokenizers.
 
   Attributes:
     path: the file or folder that it was loaded from.
-    vocab_size: one past the largest id, and so the model's vocabulary.
-    pad_id: always vocab_size: no text and no model can produce it.
-    eos_id: ends a document or a response.
-    bos_id: begins every prompt; None where the model is given none.
-    newline_id: the newline's token, at which a base model's answer is cut; None where a newline is
-      no token of its own.
-    has_chat_template: whether `render_chat` can be asked.
-    fingerprint: SHA-256, in hex, of all that ids depend on.
+    vocab_size: one past the largest id, which is also the size of the model's vocabulary.
+    pad_id: always equal to vocab_size, so that no text and no model can produce it.
+    eos_id: the token that ends a document or a response.
+    bos_id: the token that begins every prompt; None if the model expects none.
+    newline_id: the token of a newline, at which the answer of a base model is cut; None if a newline is not a token of
+      its own.
+    has_chat_template: whether `render_chat` can be called.
+    fingerprint: SHA-256, in hex, of everything that the ids depend on.
   """
 
   path: pathlib.Path
@@ -66,35 +65,38 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> list[int]:
     """Ids of a document or response, without BOS and EOS.
 
-    Special tokens in it are text like any other, so no text encodes to EOS.
+    The text of a special token is encoded as plain text, so no text encodes to EOS.
     """
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Ids of a prompt: special tokens in it are recognised, and BOS comes first where there is one.
+    """Ids of a prompt. Special tokens in it are recognised, and BOS is put first if the model has one.
 
-    A prompt that holds BOS there already, as chat templates write it, is given no second one.
+    No second BOS is added if the prompt already begins with one, as chat templates write it.
     """
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Special tokens, EOS and ids past the vocabulary (pads) give nothing."""
+    """The text of ids. Special tokens, EOS and ids outside the vocabulary (padding) decode to nothing."""
 
   def render_chat(self, messages: Sequence[Mapping]) -> str:
-    """Text of a chat, for `encode_prompt`, up to where the assistant speaks; see chat.render."""
+    """The text of a chat up to the point where the assistant speaks next, as input for `encode_prompt`.
+
+    Raises:
+      UserError: see chat.render.
+    """
 
   def save(self, directory: str | os.PathLike):
-    """Writes what `load(directory)` makes the same tokenizer of."""
+    """Writes files from which `load(directory)` restores the same tokenizer."""
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-  """The tokenizer at a path.
+  """Loads a tokenizer.
 
   Args:
-    path: a sentencepiece `.model` file, a tokenizer.json, a folder that holds one of them (if both,
-      tokenizer.json is read, unless it holds a unigram model: that is the other one's copy), or a
-      `.gguf` file. What Hugging Face keeps beside the first two in tokenizer_config.json and its
-      like is read with them (see special_tokens).
+    path: a sentencepiece `.model` file, a tokenizer.json, a folder with one of them, or a `.gguf` file. If a folder has
+      both, tokenizer.json is used, unless it holds a unigram model: it is then a converted copy of the `.model` file.
+      The special tokens and the chat template are read from the Hugging Face files beside it (see special_tokens).
   Raises:
-    UserError: nothing that can be read lies there, or no language model can be trained with it.
+    UserError: there is no readable tokenizer, or it is not suitable for a language model.
   """
   path = pathlib.Path(path)
   try:
@@ -117,13 +119,13 @@ def _file_in(folder: pathlib.Path) -> pathlib.Path:
       f"{folder} has no tokenizer: it must hold one of {bpe.FILE}, {_MODEL_FILE}; copy the model's"
       " there, or name it with --config.tokenizer.path when training"
     )
-  # Of a damaged tokenizer.json its own reader says what is wrong.
+  # Searched as bytes, not parsed: if tokenizer.json is damaged, its reader gives the better message.
   is_copy = len(files) == 2 and re.search(rb'"type"\s*:\s*"Unigram"', files[0].read_bytes())
   return files[1] if is_copy else files[0]
 
 
 def _load_gguf(path: pathlib.Path) -> Tokenizer:
-  from instructjax.data import gguf_header  # late: the default preset does without the gguf package
+  from instructjax.data import gguf_header  # the default preset does not need the gguf package
 
   metadata = gguf_header.read(path).metadata
   kind = metadata.get("tokenizer.ggml.model")
@@ -140,25 +142,27 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
 
 
 class SentencePieceTokenizer:
-  """A sentencepiece model; see Tokenizer for what is not said here.
+  """A sentencepiece tokenizer. Members that are not explained here are those of Tokenizer.
 
-  A `.model` file alone has neither BOS nor special tokens in prompts: `encode_prompt` is `encode`.
+  Without files beside it, a `.model` file has no BOS, and no special tokens are recognised in prompts. `encode_prompt`
+  is then the same as `encode`.
 
   Attributes:
     model: content of the `.model` file.
-    vocab_size: pieces in it.
-    fingerprint: SHA-256 of the model, with special tokens and chat template where there are any.
+    vocab_size: number of pieces.
+    fingerprint: SHA-256 of the model and, if there are files beside it, of the special tokens and the chat template.
   """
 
   def __init__(self, path: pathlib.Path, model: bytes, special: SpecialTokens | None):
     """Reads a model.
 
     Args:
-      path: where it comes from.
+      path: the file it comes from, for messages.
       model: content of a `.model` file.
-      special: what lies beside it; None for a file alone.
+      special: special tokens from the files beside it; None if there are no such files.
     Raises:
-      UserError: it is no such file, has no EOS or a special token not at all, or loses newlines.
+      UserError: the content is not a sentencepiece model, a special token is not in the vocabulary, there is no EOS, or
+        encoding loses newlines.
     """
     self.path, self.model = path, model
     try:
@@ -171,8 +175,9 @@ class SentencePieceTokenizer:
     self._read_special(special)
     if self.eos_id < 0:
       raise UserError(f"tokenizer.path={str(path)!r} has no end-of-sequence piece")
-    # Other people's files, without a piece for the newline or without the space that sentencepiece
-    # puts before a text, encode their text whole.
+    # Text is encoded line by line only if the model has a piece for the newline and puts a space before a text, as the
+    # models of `train_tokenizer` do. Other models must encode a text as a whole, as they did when their weights were
+    # trained.
     newline_id = self._processor.piece_to_id(_NEWLINE)
     by_line = newline_id != self._processor.unk_id() and self._processor.normalize("a") == "▁a"
     self.newline_id = newline_id if by_line else None
@@ -184,7 +189,11 @@ class SentencePieceTokenizer:
       raise UserError(f"tokenizer.path={str(path)!r} encodes the text of its EOS to EOS")
 
   def _read_special(self, special: SpecialTokens | None):
-    """Sets EOS, BOS, special pieces and the fingerprint."""
+    """Sets EOS, BOS, the special pieces and the fingerprint.
+
+    Raises:
+      UserError: a special token is not in the vocabulary, or a BOS is asked for and none is named.
+    """
     digest = hashlib.sha256(self.model)
     self.bos_id, self.eos_id = None, self._processor.eos_id()
     self._special_ids: dict[str, int] = {}
@@ -212,16 +221,21 @@ class SentencePieceTokenizer:
     self.fingerprint = digest.hexdigest()
 
   def _find(self, token: str | int | None) -> int | None:
-    """Id of a piece given by text or id."""
+    """The id of a piece that is given by its text or its id; None stays None.
+
+    Raises:
+      UserError: the model has no such piece.
+    """
     if token is None:
       return None
     i = self._processor.piece_to_id(token) if isinstance(token, str) else token
+    # piece_to_id returns the unknown id for a missing piece, so the text is compared as well.
     if not 0 <= i < self.vocab_size or token not in (i, self._processor.id_to_piece(i)):
       raise UserError(f"tokenizer.path={str(self.path)!r} has no piece {token!r}, its BOS or EOS")
     return i
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without EOS. Characters never seen in training become the unknown id."""
+    """Ids of a document or response, without BOS and EOS. Characters outside the vocabulary become the unknown id."""
     if self.newline_id is None:
       return self._processor.encode(text)
     ids = []
@@ -232,9 +246,10 @@ class SentencePieceTokenizer:
     return ids
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Ids of a prompt; what stands between its special tokens is encoded piece by piece."""
+    """Ids of a prompt. The text between special tokens is encoded part by part."""
     ids = []
     if self._special_ids:
+      # Longest first: a special token may begin with the text of another.
       special = "|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))
       for part in re.split(f"({special})", text):
         if part in self._special_ids:
@@ -248,7 +263,7 @@ class SentencePieceTokenizer:
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. EOS and ids past the vocabulary (pads) give nothing."""
+    """The text of ids. EOS and ids outside the vocabulary (padding) decode to nothing."""
     lines: list[list[int]] = [[]]
     for token in ids:
       if token == self.newline_id:
@@ -258,7 +273,11 @@ class SentencePieceTokenizer:
     return _NEWLINE.join(self._processor.decode(line) for line in lines)
 
   def render_chat(self, messages: Sequence[Mapping]) -> str:
-    """Text of a chat up to where the assistant speaks next; see chat.render."""
+    """The text of a chat, up to the point where the assistant speaks next.
+
+    Raises:
+      UserError: see chat.render.
+    """
     return chat.render(
       self._special.chat_template,
       messages,
@@ -269,7 +288,7 @@ class SentencePieceTokenizer:
     )
 
   def save(self, directory: str | os.PathLike):
-    """Writes tokenizer.model, and tokenizer_config.json where something lay beside the model."""
+    """Writes tokenizer.model, and also tokenizer_config.json if there are special tokens."""
     directory = pathlib.Path(directory)
     if self._special_ids:
       special_tokens.write_folder(directory, self._special, None)
@@ -279,17 +298,19 @@ class SentencePieceTokenizer:
 def train_tokenizer(
   texts: Sequence[str], vocab_size: int, path: str | os.PathLike, seed: int
 ) -> SentencePieceTokenizer:
-  """Trains a unigram sentencepiece model on the texts' lines and writes it to `path`.
+  """Trains a unigram sentencepiece model on the lines of texts and writes it to `path`.
 
-  A function of its arguments alone: one thread, and neither time nor path enters the file. The
-  pieces are <unk> (decoded as U+FFFD), </s>, the newline, every character seen, and the commonest
+  The result depends on the arguments only: training uses one thread, and the file contains neither the time nor the
+  path. Its pieces are <unk> (decoded as U+FFFD), </s>, the newline, every character of the texts, and the most frequent
   words and parts of words.
 
   Args:
-    texts: training texts; of more than 10M characters, a choice by `seed`.
-    vocab_size: pieces in all.
-    path: the `.model` file, replaced whole if it exists.
-    seed: any non-negative integer.
+    texts: training texts. If they have more than 10M characters, a random sample of them is used.
+    vocab_size: total number of pieces.
+    path: the `.model` file; an existing file is replaced atomically.
+    seed: any non-negative integer; chooses the sample.
+  Raises:
+    UserError: there is no text, or a vocabulary of this size cannot be made from it.
   """
   lines = _training_lines(texts, seed)
   if not lines:
@@ -301,6 +322,7 @@ def train_tokenizer(
       model_writer=model,
       model_type="unigram",
       vocab_size=vocab_size,
+      # Every character gets a piece and text is not normalised, so that decode(encode(text)) == text.
       character_coverage=1.0,
       user_defined_symbols=[_NEWLINE],
       unk_id=0,
@@ -310,13 +332,13 @@ def train_tokenizer(
       unk_surface="\ufffd",
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
-      # Longer lines would be skipped in silence.
+      # sentencepiece silently skips longer lines.
       max_sentence_length=1 + max(len(line.encode()) for line in lines),
-      num_threads=1,
+      num_threads=1,  # keeps the result deterministic
       minloglevel=2,
     )
   except RuntimeError as error:
-    reason = str(error).rsplit("] ", 1)[-1]  # what follows "INTERNAL: file(line) [condition] "
+    reason = str(error).rsplit("] ", 1)[-1]  # the part after "INTERNAL: file(line) [condition] "
     raise UserError(
       f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size} pieces: {reason}"
     ) from error
@@ -328,6 +350,7 @@ def train_tokenizer(
 def _training_lines(texts: Sequence[str], seed: int) -> list[str]:
   if sum(map(len, texts)) > _MAX_TRAINING_CHARACTERS:
     order = np.random.default_rng(seed).permutation(len(texts))
+    # Whole texts, up to and including the one that reaches the limit.
     end = np.searchsorted(np.cumsum([len(texts[i]) for i in order]), _MAX_TRAINING_CHARACTERS) + 1
     texts = [texts[i] for i in order[:end]]
   return [line for text in texts for line in text.split(_NEWLINE) if line]

@@ -1,7 +1,7 @@
-"""The default preset: public-domain text, an instruction task on it, and simulated labelers.
+"""The data of the default preset: public-domain text, an instruction task on that text, and simulated labelers.
 
-Called by the source registry of `instructjax.data` only, so a user's own data takes the same road.
-Everything is a pure function of its arguments and the seed; nothing here imports jax.
+Only the registry of sources imports this package, so that a user's own data goes through the same code. All functions
+are pure functions of their arguments and the seed. Nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ KINDS = ("documents", "prompts", "demonstrations")
 
 
 def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | list[Demonstration]:
-  """Records of the default preset.
+  """Returns records of the default preset.
 
   Args:
-    kind: 'documents' (chapters, in text order), 'prompts' (in an order drawn by the seed) or
-      'demonstrations' (several a prompt, drawn by the seed).
-    split: 'train' or 'validation'; prompts and demonstrations also have 'test'.
+    kind: 'documents' (chapters in the order of the text), 'prompts' (shuffled by the seed) or 'demonstrations' (several
+      for each prompt, drawn by the seed).
+    split: 'train' or 'validation'. Prompts and demonstrations also have 'test'.
     seed: any non-negative integer.
+  Raises:
+    UserError: there is no such kind or split, or the package with the text is not installed.
   """
   if kind == "documents":
     return [Document(text=document) for document in text.documents(split)]

