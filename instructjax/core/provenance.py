@@ -54,7 +54,7 @@ class Provenance:
     command: the command line as it can be typed again.
     date: when the stage was finished, in UTC, such as 2026-03-01T12:00:00Z.
     seconds: wall-clock time that the stage took.
-    sources: kind of record ("documents", ...) -> "SPEC CHECKSUM", from data/checksums.py.
+    sources: kind of record ("documents", ...) -> "SPEC CHECKSUM", from `data.sources.describe`.
     hardware: the machine it ran on.
     libraries: name -> version of Python and of the libraries that results depend on.
   """
@@ -75,7 +75,7 @@ def collect(
   """Collects the provenance of a stage that this process has just finished.
 
   Args:
-    sources: kind of record -> description of the source that the stage read, from `checksums.describe`.
+    sources: kind of record -> description of the source that the stage read, from `data.sources.describe`.
     devices: JAX devices of the mesh.
     num_processes: jax.process_count().
     seconds: wall-clock time that the stage took.

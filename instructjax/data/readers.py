@@ -1,7 +1,7 @@
 """Readers of common data formats: JSON lines, Anthropic-HH, parquet, Hugging Face `datasets`, and tfds.
 
-Called by `sources`. Each reader in READERS takes (the part of the spec after `SCHEME:`, kind, split) and returns (rows,
-decode, has_own_split):
+Called by `sources`. A new format is a row of READERS and the functions that the row names. `read` takes (the part of
+the spec after `SCHEME:`, kind, split) and returns (rows, decode, has_own_split):
   rows: an iterable of (place, raw value). The place is `file:line`, counted from 1, in text files. In tables it is
     `file:row`, counted from 0 as in the libraries that open them.
   decode: a function that turns (raw value, kind, place) into the input of `records.parse_record`.
@@ -10,7 +10,7 @@ decode, has_own_split):
 A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
 raises UserError.
 
-Imports `records`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
+Imports `records` and `checksums`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
 """
 
 import glob
@@ -20,9 +20,10 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from instructjax.core.errors import UserError, reason
+from instructjax.data import checksums
 from instructjax.data.records import KEYS, BadRecord
 
 _TURN = "\n\nAssistant:"  # precedes each answer in an Anthropic-HH dialogue
@@ -312,10 +313,43 @@ def _objects(value: Any) -> Any:
   return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
-READERS: dict[str, Callable[[str, str, str], tuple[Rows, Decode, bool]]] = {
-  "jsonl": _jsonl,
-  "hh": _hh,
-  "parquet": _parquet,
-  "datasets": _datasets,
-  "tfds": _tfds,
+def _parquet_checksum(path: str) -> str:
+  return checksums.of_files(parquet_files(path))
+
+
+def _datasets_checksum(rest: str) -> str:
+  folder, _ = datasets_folder(rest)
+  return checksums.of_files(sorted(str(path) for path in pathlib.Path(folder).rglob("*.arrow")))
+
+
+def _tfds_checksum(rest: str) -> str:
+  """The version of the builder, which determines the content."""
+  import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
+
+  match = parse_tfds(rest)
+  if match is None:
+    raise ValueError(f"tfds:{rest} was not read: it is not spelt as `_tfds` wants it")
+  where = {"data_dir": match["data_dir"]} if match["data_dir"] else {}
+  return "version:" + str(tfds.builder(match["name"], **where).info.version)
+
+
+class Reader(NamedTuple):
+  """A data format.
+
+  Attributes:
+    read: see the top of this file.
+    checksum: what the content is recognised by. Not computed while reading, because a table's reader skips columns,
+      and each split reads the file again.
+  """
+
+  read: Callable[[str, str, str], tuple[Rows, Decode, bool]]
+  checksum: Callable[[str], str]
+
+
+READERS = {
+  "jsonl": Reader(_jsonl, checksums.of_file),
+  "hh": Reader(_hh, checksums.of_file),
+  "parquet": Reader(_parquet, _parquet_checksum),
+  "datasets": Reader(_datasets, _datasets_checksum),
+  "tfds": Reader(_tfds, _tfds_checksum),
 }

@@ -84,7 +84,7 @@ def load(
     return demo.load(kind, split, seed)
   if split == "test":  # files have two splits only
     split = "validation"
-  rows, decode, has_own_split = READERS[scheme](rest, kind, split)
+  rows, decode, has_own_split = READERS[scheme].read(rest, kind, split)
   records = _parse(rows, decode, spec, kind, on_bad_record)
   if has_own_split or split == "all":
     return records
@@ -99,6 +99,24 @@ def load(
       f" data.validation_fraction={validation_fraction}"
     )
   return chosen
+
+
+def describe(spec: str) -> str:
+  """A source's spec followed by what its content is recognised by, for a stage's provenance; "" for no source.
+
+  Args:
+    spec: SCHEME:REST as in the config, or "".
+  Raises:
+    OSError: a file has disappeared since it was read.
+  """
+  if not spec:
+    return ""
+  scheme, _, rest = spec.partition(":")
+  if scheme == "demo":
+    from instructjax.data import demo
+
+    return f"{spec} {demo.checksum()}"
+  return f"{spec} {READERS[scheme].checksum(rest)}"
 
 
 def render(

@@ -23,7 +23,7 @@ from instructjax.core.config import Config, ExecutionConfig
 from instructjax.core.errors import reason
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import ROLES, STAGES, RoleName
-from instructjax.data import checksums
+from instructjax.data import sources
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 from instructjax.parallel import sharding
@@ -208,7 +208,7 @@ def _source(spec: str) -> str:
   If a file is gone by now, the description says so: that must not cost a finished stage its result.
   """
   try:
-    return checksums.describe(spec)
+    return sources.describe(spec)
   except OSError as error:
     return f"{spec} (no checksum: {reason(error)})"
 

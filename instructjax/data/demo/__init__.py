@@ -6,6 +6,9 @@ are pure functions of their arguments and the seed. Nothing here imports JAX.
 
 from __future__ import annotations
 
+import importlib.metadata
+
+import instructjax
 from instructjax.core.errors import UserError
 from instructjax.data.demo import task, text
 from instructjax.data.demo.labelers import agreement as labeler_agreement
@@ -14,6 +17,7 @@ from instructjax.data.demo.task import few_shot_prompt, gold_components, gold_sc
 from instructjax.data.records import Demonstration, Document, Prompt
 
 __all__ = [
+  "checksum",
   "collect_rankings",
   "few_shot_prompt",
   "gold_components",
@@ -46,3 +50,9 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
   if kind == "demonstrations":
     return task.demonstrations(split, seed)
   raise UserError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")
+
+
+def checksum() -> str:
+  """The versions of the package with the text and of this package, which generates the task from it."""
+  distribution = text.PACKAGE.replace("_", "-")
+  return f"{distribution}:{importlib.metadata.version(distribution)} instructjax:{instructjax.__version__}"
