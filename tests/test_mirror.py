@@ -35,6 +35,7 @@ TESTED_ELSEWHERE = {
 }
 # Test files without a module of their name -> their subject.
 NO_MODULE = {
+  "test_docs": "README.md, CONTRIBUTING.md and docs/: what they name",
   "test_layering": "all modules: what each may import",
   "test_mirror": "the tests themselves",
   "test_package": "what pip installs",

@@ -7,14 +7,14 @@ from instructjax.core.config import RopeScalingConfig
 from instructjax.models.interop import gguf_names
 
 
-@pytest.mark.parametrize("shape", [(8,), (8, 3)], ids=["bias", "rows"])
+@pytest.mark.parametrize("shape", [(16,), (16, 3)], ids=["bias", "rows"])
 def test_the_halves_of_each_head_are_interleaved_and_split_again(shape):
-  """Two heads of four: 0 and 1 are one head's first half, 2 and 3 its second."""
-  rows = np.broadcast_to(np.arange(8).reshape(8, *[1] * (len(shape) - 1)), shape)
-  order = np.array([0, 2, 1, 3, 4, 6, 5, 7])
-  there = gguf_names.interleave_halves(rows, head_dim=4)
+  """Two heads of eight: 0 to 3 are one head's first half, 4 to 7 its second."""
+  rows = np.broadcast_to(np.arange(16).reshape(16, *[1] * (len(shape) - 1)), shape)
+  order = np.array([0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15])
+  there = gguf_names.interleave_halves(rows, head_dim=8)
   np.testing.assert_array_equal(there, rows[order])
-  np.testing.assert_array_equal(gguf_names.split_halves(there, 4, rank=len(shape)), rows)
+  np.testing.assert_array_equal(gguf_names.split_halves(there, 8, rank=len(shape)), rows)
 
 
 def test_which_parts_are_stored_otherwise():
