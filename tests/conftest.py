@@ -1,4 +1,4 @@
-"""Test-wide settings: eight fake CPU devices, strict rank promotion, real data found by an environment variable."""
+"""Test-wide settings: workers, eight fake CPU devices, strict rank promotion, real data by an environment variable."""
 
 import dataclasses
 import functools
@@ -23,6 +23,41 @@ from instructjax.parallel import sharding  # noqa: E402
 from tests import tiny  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# No compilation cache for all tests: in JAX 0.10.2 programs of eight CPU devices that come out of one may wait for each
+# other until XLA ends the process, and within a session few programs are compiled twice.
+
+# Files that take longest, longest first: started last, one would keep its worker busy while the others idle.
+SLOW = (
+  "launch/test_local_pod.py",
+  "stages/test_pipeline.py",
+  "rl/test_step_program.py",
+  "models/test_transformer.py",
+  "launch/test_colab.py",
+  "parallel/test_distributed.py",
+)
+# More than four would each compile much the same programs, in over a gigabyte of memory each.
+MOST_WORKERS = 4
+FEW_FILES = 10  # a worker takes seconds to start: as long as few files take
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+  """Workers of `--numprocesses=auto`, which setup.cfg asks for; none for a few files."""
+  files = set()
+  for argument in config.args:
+    path = pathlib.Path(argument.partition("::")[0])
+    files |= set(path.rglob("test_*.py")) if path.is_dir() else {path}
+  workers = min(os.cpu_count() or 1, MOST_WORKERS)
+  return workers if len(files) > FEW_FILES and workers > 1 else 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+  """Workers get the slow files first; without workers the order stays as it is written."""
+  if not hasattr(config, "workerinput"):
+    return
+  tests = pathlib.Path(__file__).parent
+  rank = {tests / name: number for number, name in enumerate(SLOW)}
+  items.sort(key=lambda item: rank.get(item.path, len(SLOW)))  # stable
 
 
 @pytest.fixture(scope="session")

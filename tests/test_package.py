@@ -1,6 +1,5 @@
 """What pip installs: the wheel's files, the version, and the table of commands."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -11,7 +10,6 @@ import sys
 import pytest
 
 import instructjax
-from instructjax import __main__ as table
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What setuptools would copy into the wheel, without building one.
@@ -54,30 +52,3 @@ def test_the_wheel_holds_every_file_of_its_packages(wheel):
 def test_there_is_one_version(wheel):
   assert wheel[0] == instructjax.__version__
   assert re.fullmatch(r"\d+\.\d+\.\d+", instructjax.__version__)
-
-
-def test_every_command_of_the_table_is_a_module_that_runs():
-  for module, says in table.COMMANDS.values():
-    source = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
-    assert "cli.run(main, interrupted=" in source and says
-
-
-@pytest.mark.parametrize(
-  ("arguments", "code", "stream", "says"),
-  [
-    (["--version"], 0, "out", f"instructjax {instructjax.__version__}\n"),
-    ([], 2, "out", "usage: instructjax COMMAND"),
-    (["exprot"], 2, "err", "error: exprot is not a command of instructjax; did you mean export?\n"),
-    (
-      ["x"],
-      2,
-      "err",
-      "error: x is not a command of instructjax; there are run, generate, export, ",
-    ),
-  ],
-)
-def test_what_is_no_command(capsys, arguments, code, stream, says):
-  with pytest.raises(SystemExit) as end:
-    table.main(arguments)
-  assert end.value.code == code
-  assert says in getattr(capsys.readouterr(), stream)

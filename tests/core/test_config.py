@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import importlib
 import itertools
 import pathlib
 import typing
@@ -15,30 +14,16 @@ from instructjax.core.config import from_config_dict
 from instructjax.core.stages import STAGES, TARGETS
 from instructjax.data import records
 from instructjax.parallel import sharding
+from tests.core.plain import changed, load
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRESETS = (None, *models.PRESETS)
+RULES_IN = ("config.py", "network.py", "training.py")
 BLOCKS = {
   cls.__name__: cls
   for cls in vars(config_lib).values()
   if isinstance(cls, type) and dataclasses.is_dataclass(cls)
 }
-
-
-def load(stage: str = "ppo_ptx", preset: str | None = None):
-  return importlib.import_module(f"configs.{stage}").get_config(preset)
-
-
-def changed(**values):
-  """The default config with dotted fields changed, `__` standing for the dot."""
-  plain = load().to_dict()
-  for name, value in values.items():
-    *blocks, field = name.split("__")
-    block = plain
-    for key in blocks:
-      block = block[key]
-    block[field] = value
-  return plain
 
 
 def test_a_reward_model_of_the_policys_network_starts_from_its_weights():
@@ -120,66 +105,6 @@ def test_unknown_preset():
 
 
 # --- mistakes -------------------------------------------------------------------------------------
-
-
-def test_unknown_field_suggests_the_near_one():
-  with pytest.raises(
-    ValueError,
-    match=r"config\.model\.dmodel is not a config field; did you mean config\.model\.d_model\?",
-  ):
-    from_config_dict(changed(model__dmodel=64))
-
-
-def test_unknown_field_without_a_near_one_lists_the_known():
-  with pytest.raises(
-    ValueError, match=r"config\.log\.zzz is not a config field; known fields: every_steps, samples"
-  ):
-    from_config_dict(changed(log__zzz=1))
-
-
-def test_missing_field():
-  plain = load().to_dict()
-  del plain["ppo"]["beta"]
-  with pytest.raises(ValueError, match=r"config\.ppo lacks beta"):
-    from_config_dict(plain)
-
-
-@pytest.mark.parametrize(
-  "values, message",
-  [
-    (dict(seed=1.5), "config.seed=1.5 must be of type int, got float"),
-    (dict(seed=True), "config.seed=True must be of type int, got bool"),
-    (dict(ppo__beta="0.02"), "config.ppo.beta='0.02' must be of type float, got str"),
-    (dict(ppo__beta=False), "config.ppo.beta=False must be of type float, got bool"),
-    (dict(ppo__value_clip="off"), "config.ppo.value_clip='off' must be of type float, got str"),
-    (dict(ppo__whiten_rewards=1), "config.ppo.whiten_rewards=1 must be of type bool, got int"),
-    (
-      dict(model__norm="batchnorm"),
-      "config.model.norm='batchnorm' must be one of 'layernorm', 'rmsnorm'",
-    ),
-    (
-      dict(execution__attention="flash"),
-      "config.execution.attention='flash' must be one of 'auto', 'plain', 'splash'",
-    ),
-    (dict(ppo__policy_optim=1e-3), "config.ppo.policy_optim=0.001 must be a block of fields"),
-    (dict(evaluate__compare="ppo"), "config.evaluate.compare='ppo' must be a tuple of str"),
-    (
-      dict(evaluate__compare=("ppo", 1)),
-      "config.evaluate.compare[1]=1 must be of type str, got int",
-    ),
-  ],
-)
-def test_wrong_type(values, message):
-  with pytest.raises(ValueError) as error:
-    from_config_dict(changed(**values))
-  assert str(error.value) == message
-
-
-def test_int_is_taken_for_float_and_none_for_optional():
-  config = from_config_dict(changed(ppo__beta=0, ppo__value_clip=None, evaluate__compare=["ppo"]))
-  assert isinstance(config.ppo.beta, float)
-  assert config.ppo.value_clip is None
-  assert config.evaluate.compare == ("ppo",)
 
 
 _RULES = [
@@ -326,9 +251,12 @@ def test_rule(values, message):
 
 def test_every_rule_has_a_case():
   """Each rule is one `require` call in a validate(); none may be added without a case above."""
-  tree = ast.parse((ROOT / "instructjax/core/config.py").read_text())
+  trees = [ast.parse((ROOT / "instructjax/core" / name).read_text()) for name in RULES_IN]
   methods = [
-    node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "validate"
+    node
+    for tree in trees
+    for node in ast.walk(tree)
+    if isinstance(node, ast.FunctionDef) and node.name == "validate"
   ]
   rules = [
     call.args[1]

@@ -1,4 +1,4 @@
-"""The splash kernel, interpreted, against plain attention: outputs and gradients. On a mesh: tests/test_sharding.py."""
+"""The splash kernel, interpreted, against plain attention: outputs, gradients. On a mesh: parallel/test_sharding.py."""
 
 import dataclasses
 import functools

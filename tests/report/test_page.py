@@ -10,15 +10,11 @@ import numpy as np
 import pytest
 
 from instructjax import report
-from instructjax.core import results as core_results
-from instructjax.ops import preference
-from instructjax.report import figures, findings, overoptimization, page, panels
-from instructjax.report.results import BestOfN, Measured, Results
+from instructjax.report import figures, findings, page, panels
 from tests import finished_run
+from tests.report import example
 
 BOOTSTRAP = 20
-PROMPTS = [f"say <b>{i // 2}</b> & more\n" for i in range(24)]  # two samples a prompt
-NASTY = '<script>alert("x")</script>'
 SECTIONS = [
   "findings", "samples", "policies", "wins", "curves", "tax", "reward-model", "overoptimization", "made",
 ]  # fmt: skip
@@ -35,66 +31,6 @@ CONFIG = NAMESPACE(
   ppo=NAMESPACE(num_iterations=5, batch_size=64, beta=0.1, gamma=0.3),
   evaluate=NAMESPACE(bootstrap=BOOTSTRAP),
 )
-
-
-def _measured(rng, gold: float, has_kl: bool) -> Measured:
-  return Measured(
-    answer=[f"answer {i} {NASTY}" for i in range(24)],
-    reward=rng.normal(gold, 1, 24).astype(np.float32),
-    gold=rng.normal(gold, 1, 24),
-    ended=rng.random(24) < 0.8,
-    length=rng.integers(3, 9, 24),
-    names_topic=rng.random(24) < 0.5,
-    kl=rng.normal(4, 1, 24) if has_kl else None,
-  )
-
-
-def _judged(accuracy: float) -> core_results.Judgement:
-  found = preference.calibration(np.linspace(-1, 3, 50))
-  return core_results.Judgement(
-    accuracy=accuracy,
-    accuracy_stderr=0.01,
-    pairs=50,
-    prompts=25,
-    score_std=1.0,
-    calibration=core_results.Calibration(*map(tuple, found[:3]), found.expected_error),
-  )
-
-
-def _reward_model() -> core_results.RewardModel:
-  folds = (core_results.Fold(heldout=0.6, train=0.7), core_results.Fold(heldout=0.64, train=0.7))
-  return core_results.RewardModel(0.0, _judged(0.70), _judged(0.68), folds)
-
-
-def _results() -> Results:
-  rng = np.random.default_rng(0)
-  golds = {
-    "base": 0, "reward_base": 0, "few_shot": 0.5, "sft": 1, "ppo_init": 1, "ppo": 2, "ppo_ptx": 2,
-    "ppo_beta0": 0,
-  }  # fmt: skip
-  measured = {n: _measured(rng, g, i > 2) for i, (n, g) in enumerate(golds.items())}
-  texts = [name for name in golds if name not in ("reward_base", "few_shot")]
-  curves = {
-    name: [
-      {"step": s, "reward": 0.1 * s, "kl": 0.4 * s - 0.5, "gold": 1.0, "entropy": 9.0 - s,
-       "response_length": 6.0, "eos": 1.0} | ({"validation/pretrain_loss": 3.0} if s in (1, 4) else {})
-      for s in range(1, 6)
-    ]
-    for name in ("ppo", "ppo_ptx", "ppo_beta0")
-  }  # fmt: skip
-  agreement = core_results.Agreement(0.72, 0.01, 0.1)
-  return Results(
-    samples_per_prompt=2,
-    measured=measured,
-    pretraining={n: np.array([[30.0 + i, 10.0], [31.0, 10.0]]) for i, n in enumerate(texts)},
-    reward_model=_reward_model(),
-    agreement=core_results.LabelerGroups(train=agreement, heldout=agreement),
-    best_of_n=[
-      BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), gold=1 + np.log(n), reward=np.log(n))
-      for n in (1, 2, 4, 8)
-    ],
-    curves=curves,
-  )
 
 
 class _Document(html.parser.HTMLParser):
@@ -133,10 +69,14 @@ class _Document(html.parser.HTMLParser):
 def written(tmp_path_factory):
   """A whole report: (directory, parsed page, findings, results)."""
   directory = tmp_path_factory.mktemp("run") / "report"
-  results = _results()
+  results = example.results()
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
-  found[0] |= {"claim": f"a claim {NASTY}", "holds": False, "measured": {"zero_shot": np.nan}}
-  report.write(directory, CONFIG, PROMPTS, results, found, MADE)
+  found[0] |= {
+    "claim": f"a claim {example.NASTY}",
+    "holds": False,
+    "measured": {"zero_shot": np.nan},
+  }
+  report.write(directory, CONFIG, example.PROMPTS, results, found, MADE)
   text = (directory / "index.html").read_text(encoding="utf-8")
   return directory, _Document(text), found, results
 
@@ -152,14 +92,14 @@ def test_page_has_every_section_and_stands_alone(written):
 
 def test_text_from_data_is_escaped(written):
   _, document, _, _ = written
-  assert NASTY in document.text["findings"]
-  assert NASTY in document.text["samples"]
+  assert example.NASTY in document.text["findings"]
+  assert example.NASTY in document.text["samples"]
   assert "say <b>0</b> & more" in document.text["samples"]
 
 
 def test_nothing_from_data_becomes_markup():
   """A prompt, an answer, a claim and the preset's name try to leave their tags, attributes included."""
-  results, hostile = _results(), "\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
+  results, hostile = example.results(), "\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}&amp;"
   base = dataclasses.replace(results.measured["base"], answer=[hostile] * 24)
   results = dataclasses.replace(results, measured=results.measured | {"base": base})
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
@@ -216,7 +156,7 @@ def test_samples_put_the_answers_to_one_prompt_side_by_side(written):
   text = document.text["samples"]
   assert text.count("say <b>") == page.NUM_SAMPLES
   first = text[text.index("say <b>0") : text.index("say <b>2")]
-  assert first.count(f"answer 0 {NASTY}") == 8
+  assert first.count(f"answer 0 {example.NASTY}") == 8
   order = [first.index(panels.NAMES[n]) for n in ("base", "sft", "ppo", "ppo_ptx", "reward_base")]
   assert order == sorted(order)
 
@@ -259,31 +199,22 @@ def _no_rl(results):
 
 @pytest.mark.parametrize("remove", [_without_gold, _one_policy, _no_rl])
 def test_what_was_not_measured_is_left_out(remove):
-  results, expected = remove(_results())
+  results, expected = remove(example.results())
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
-  document = _Document(page.page(CONFIG, PROMPTS, results, found, wins, MADE))
+  document = _Document(page.page(CONFIG, example.PROMPTS, results, found, wins, MADE))
   assert document.ids == expected
   assert ("gold score" in document.text["wins"]) == (remove is not _without_gold)
   assert document.references.count("#overoptimization") == ("overoptimization" in expected)
 
 
 def test_overview_has_only_panels_with_something_to_show(tmp_path):
-  results, _ = _without_gold(_no_rl(_results())[0])
+  results, _ = _without_gold(_no_rl(example.results())[0])
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
   figures.overview(results, wins, tmp_path / "report.png")
   # Three panels are left: pretraining loss, win rates, reward model. Width and height, big-endian.
   header = (tmp_path / "report.png").read_bytes()[16:24]
   assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (14 * 110, 4 * 110)
-
-
-def test_figures_are_the_same_twice_and_take_the_page_s_ink():
-  draw = [lambda ax: bool(ax.plot([0, 1], [1, 0], label="a"))]
-  first = figures.svg(draw, "a line", columns=1)
-  assert first == figures.svg(draw, "a line", columns=1)
-  assert "<dc:date>" not in first  # which would differ from run to run
-  assert 'aria-label="a line"' in first and panels.INK not in first and "currentColor" in first
-  assert figures.svg([lambda ax: False], "nothing", columns=2) == ""
 
 
 def test_samples_are_different_prompts_evenly_spread():
@@ -303,96 +234,3 @@ def test_plain_json():
 )
 def test_number(value, text):
   assert page.number(value) == text
-
-
-def test_running_mean():
-  np.testing.assert_allclose(panels.running_mean([1, 2, 3, 10], 3), [1, 2, 5, 10])
-  np.testing.assert_allclose(panels.running_mean([1, 2, 3, 10], 1), [1, 2, 3, 10])
-  # Window 5: at its full reach in the middle, 3 wide next to the ends, 1 at them.
-  np.testing.assert_allclose(panels.running_mean([1, 2, 6, 1, 0], 5), [1, 3, 2, 7 / 3, 0])
-  assert panels.running_mean([], 3).shape == (0,)
-
-
-def test_pretraining_loss_is_a_mean_over_tokens():
-  # 11 nats over 10 tokens, not the mean of the rows' 2 and 1.
-  results = dataclasses.replace(_results(), pretraining={"sft": np.array([[2, 1], [9, 9]])})
-  assert panels.pretraining_loss(results) == {"sft": 1.1}
-
-
-def test_accuracy_rows():
-  rows = panels.accuracy_rows(_results())
-  named = {label: (value, half) for label, value, half, _ in rows}
-  assert len(rows) == 6
-  assert named["Reward model, held-out labelers"] == (0.68, pytest.approx(0.0196))
-  # Folds .60 and .64: standard deviation .02 sqrt 2, standard error .02.
-  assert named["Cross-validation, fold left out"] == pytest.approx((0.62, 1.96 * 0.02))
-  assert rows[-1][3] == (0.773, 0.013)
-  reward_model = core_results.RewardModel(0.0, _judged(0.6), None, ())
-  alone = dataclasses.replace(_results(), reward_model=reward_model, agreement=None)
-  assert [row[0] for row in panels.accuracy_rows(alone)] == ["Reward model, held-out prompts"]
-
-
-def test_column_takes_rows_that_have_all_metrics():
-  rows = [{"a": 1, "b": 2}, {"a": 3}, {"a": 5, "b": 6}]
-  np.testing.assert_array_equal(overoptimization.column(rows, "a", "b"), [[1, 5], [2, 6]])
-  np.testing.assert_array_equal(overoptimization.column(rows, "a"), [[1, 3, 5]])
-
-
-def test_overoptimization_scores_start_at_zero_in_standard_deviations():
-  init = dataclasses.replace(
-    _results().measured["ppo_init"],
-    gold=np.array([0.0, 4.0]),  # deviation 2
-    reward=np.array([1.0, 2.0]),  # 0.5
-  )
-  results = dataclasses.replace(
-    _results(),
-    measured={"ppo_init": init},
-    best_of_n=[
-      BestOfN(n=1, kl=0.0, gold=2.0, reward=1.5),
-      BestOfN(n=2, kl=0.25, gold=3.0, reward=2.0),
-    ],
-    curves={
-      "ppo": [{"kl": 0.0, "gold": 1.0, "reward": 1.2}],
-      "ppo_beta0": [
-        {"kl": -0.1, "gold": 3.0, "reward": 1.4},
-        {"kl": 9.0, "gold": 0.0, "reward": 2.3},
-      ],
-    },
-  )
-  scores = overoptimization.scores(results)
-  for which, distance, gold, reward in (
-    ("best_of_n", [0, 0.5], [0, 0.5], [0, 1]),
-    ("rl", [0, 3], [0.5, -1], [0.2, 2]),  # origin: the first iterations' means, 2 and 1.3
-  ):
-    np.testing.assert_allclose(scores[which]["distance"], distance)
-    np.testing.assert_allclose(scores[which]["gold"], gold)
-    np.testing.assert_allclose(scores[which]["reward"], reward)
-  without = {"ppo_init": dataclasses.replace(init, gold=None)}
-  assert overoptimization.scores(dataclasses.replace(results, measured=without)) == {}
-
-
-@pytest.mark.parametrize("which", ["best_of_n", "rl"])
-def test_fit_recovers_the_curve_and_its_peak(which):
-  distance = np.linspace(0, 8, 400)
-  score = overoptimization.curve(which, distance, 0.9, 0.3)
-  np.testing.assert_allclose(overoptimization.fit(which, distance, score), [0.9, 0.3])
-  top = overoptimization.peak(which, 0.9, 0.3)
-  assert top == pytest.approx(distance[np.argmax(score)], abs=0.02)
-  assert overoptimization.peak(which, 0.9, -0.1) is None
-
-
-def test_curves_are_those_of_gao_et_al():
-  # d = 2, alpha = 3, beta = 0.5: 2 (3 - 0.5 * 2) and 2 (3 - 0.5 log 2).
-  np.testing.assert_allclose(overoptimization.curve("best_of_n", [0, 2], 3, 0.5), [0, 4])
-  np.testing.assert_allclose(overoptimization.curve("rl", [0, 2], 3, 0.5), [0, 6 - np.log(2)])
-
-
-def test_no_fit_where_points_do_not_determine_one():
-  assert overoptimization.fit("rl", [0.0, 2.0], [0.0, 1.0]) is None
-  assert overoptimization.fit("best_of_n", [0.0, 0.0, 2.0], [0.0, 0.0, 1.0]) is None
-  assert overoptimization.peak("best_of_n", -1.0, 0.3) is None
-
-
-def test_ticks_of_an_axis_of_square_roots():
-  assert panels.square_root_ticks(16.0) == [0, 1, 4, 9]  # 16 is two digits, 20 above the axis
-  assert panels.square_root_ticks(0.64) == [0, 0.04, 0.2, 0.4, 0.6]

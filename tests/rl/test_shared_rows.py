@@ -21,8 +21,15 @@ class Pair:
   is_token_BL: Array
 
 
+@functools.cache
+def compiled_first_fit(rows, narrowest, narrowing):
+  """One program for all batches of a shape. The widths are read from the module while it is traced."""
+  assert (narrowest, narrowing) == (shared_rows.NARROWEST, shared_rows.NARROWING)
+  return jax.jit(functools.partial(shared_rows.first_fit, rows=rows))
+
+
 def first_fit(is_token_BL, rows=1):
-  return jax.jit(functools.partial(shared_rows.first_fit, rows=rows))(is_token_BL)
+  return compiled_first_fit(rows, shared_rows.NARROWEST, shared_rows.NARROWING)(is_token_BL)
 
 
 def left_padded(length_B, width=WIDTH, prompt=4):

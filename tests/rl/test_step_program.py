@@ -159,20 +159,6 @@ def test_every_phase_of_a_profile_is_in_the_program(start):
   assert phases >= {*profiling.PHASES} - {"gradient", "optimizer"}  # of the supervised stages
 
 
-def test_model_flops_of_an_iteration(configs, nets):
-  """16 prompts of 2 tokens on average and 50 sampled tokens; see tests/models/test_flops.py for the weights."""
-  layers, head, scalar_head = 2 * 1632, 2 * 23 * 16, 2 * 17
-  metrics = {"tokens": 50.0, "prompt_length": 2.0}
-  read = 50 + 16 * 2
-  policy = read * (layers + 2 * (PROMPT + RESPONSE) * 16) + 50 * head
-  scalar = read * (layers + 2 * (PROMPT + RESPONSE) * 16 + scalar_head)
-  text = 16 * 8 * DOCUMENT * (layers + 2 * DOCUMENT * 16 + head)
-  count = lambda name: ppo.model_flops(nets, configs[name], PROMPT, metrics)
-  # Sampled, scored by the reference (and anew by the policy), valued, rewarded; then two epochs, three times.
-  assert count("ppo_ptx") == 3 * policy + 2 * scalar + 2 * 3 * (policy + scalar + text)
-  assert count("ppo") == 2 * policy + 2 * scalar + 2 * 3 * (policy + scalar)
-
-
 def test_tokens_are_those_sampled(ppo_run, configs):
   _, _, history = ppo_run
   for metrics, samples in history:

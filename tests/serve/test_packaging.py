@@ -7,8 +7,6 @@ benchmarks/parity.py.
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -24,7 +22,8 @@ from instructjax.rl import sampling, scoring
 from instructjax.serve import card, packaging
 from instructjax.stages import answers
 from instructjax.train import weights
-from tests import finished_run, test_main, tiny
+from tests import finished_run, tiny
+from tests.commands import test_export
 
 PROMPT = "say: sea or hill?\n"
 TEXT = " the sea\n\n  is near the well.\n"
@@ -257,45 +256,10 @@ def test_what_cannot_be_exported(run, tmp_path):
   assert files(tmp_path) == []
 
 
-def command(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "instructjax", "export", *map(str, arguments)],
-    **{"cwd": test_main.ROOT, "env": test_main.ENV, "capture_output": True, "text": True},
-    timeout=120,
-  )
-
-
-C, HF, GGUF = "--checkpoint=RUN/sft", "--format=hf", "--format=gguf"
-
-
-@pytest.mark.parametrize(
-  "arguments, message",
-  [
-    ([HF, "--out=OUT"], "--checkpoint must have a value"),
-    ([C, "--out=OUT"], "--format must have a value"),
-    ([C, HF], "--out must have a value"),
-    ([C, "--format=onnx", "--out=OUT"], "value should be one of <hf|gguf>"),
-    ([C, GGUF, "--out=OUT"], "must be a file's name that ends in .gguf"),
-    ([C, GGUF, "--out=OUT.gguf", "--type=q4_0"], "value should be one of <f16|q8_0>"),
-    ([C, HF, "--out=OUT", "--type=f16"], "--type=f16 goes with --format=gguf"),
-    ([C, HF, "--out=OUT", "--weights=best"], "value should be one of <ema|raw|value>"),
-    ([C, HF, "--out=OUT", "--wieghts=raw"], "Unknown command line flag 'wieghts'"),
-    ([C, HF, "--out=OUT", "there"], "unexpected arguments ['there']"),
-    (["--checkpoint=RUN/none", HF, "--out=OUT"], "RUN/none must be a Hugging Face folder"),
-  ],
-)
-def test_a_mistake_is_one_line(run, tmp_path, arguments, message):
-  folder, _ = run
-  fill = lambda text: text.replace("RUN", str(folder)).replace("OUT", str(tmp_path / "out"))
-  done = command(*map(fill, arguments))
-  assert (done.returncode, done.stdout) == (2, "")
-  (line,) = done.stderr.splitlines()
-  assert line.startswith("error: ") and fill(message) in line
-  assert files(tmp_path) == []
-
-
 def test_an_export_prints_where_it_is(run, tmp_path):
-  done = command(f"--checkpoint={run[0] / 'ppo_ptx'}", HF, f"--out={tmp_path / 'new' / 'out'}")
+  done = test_export.command(
+    f"--checkpoint={run[0] / 'ppo_ptx'}", "--format=hf", f"--out={tmp_path / 'new' / 'out'}"
+  )
   assert (done.returncode, done.stderr) == (0, "")
   assert done.stdout == f"written: {tmp_path / 'new' / 'out'}\n"
   assert tokenizers.load(tmp_path / "new" / "out").vocab_size

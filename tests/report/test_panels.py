@@ -1,0 +1,42 @@
+"""What the panels show: means, rows with their intervals, ticks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from instructjax.core import results as core_results
+from instructjax.report import panels
+from tests.report import example
+
+
+def test_running_mean():
+  np.testing.assert_allclose(panels.running_mean([1, 2, 3, 10], 3), [1, 2, 5, 10])
+  np.testing.assert_allclose(panels.running_mean([1, 2, 3, 10], 1), [1, 2, 3, 10])
+  # Window 5: at its full reach in the middle, 3 wide next to the ends, 1 at them.
+  np.testing.assert_allclose(panels.running_mean([1, 2, 6, 1, 0], 5), [1, 3, 2, 7 / 3, 0])
+  assert panels.running_mean([], 3).shape == (0,)
+
+
+def test_pretraining_loss_is_a_mean_over_tokens():
+  # 11 nats over 10 tokens, not the mean of the rows' 2 and 1.
+  results = dataclasses.replace(example.results(), pretraining={"sft": np.array([[2, 1], [9, 9]])})
+  assert panels.pretraining_loss(results) == {"sft": 1.1}
+
+
+def test_accuracy_rows():
+  rows = panels.accuracy_rows(example.results())
+  named = {label: (value, half) for label, value, half, _ in rows}
+  assert len(rows) == 6
+  assert named["Reward model, held-out labelers"] == (0.68, pytest.approx(0.0196))
+  # Folds .60 and .64: standard deviation .02 sqrt 2, standard error .02.
+  assert named["Cross-validation, fold left out"] == pytest.approx((0.62, 1.96 * 0.02))
+  assert rows[-1][3] == (0.773, 0.013)
+  reward_model = core_results.RewardModel(0.0, example.judged(0.6), None, ())
+  alone = dataclasses.replace(example.results(), reward_model=reward_model, agreement=None)
+  assert [row[0] for row in panels.accuracy_rows(alone)] == ["Reward model, held-out prompts"]
+
+
+def test_ticks_of_an_axis_of_square_roots():
+  assert panels.square_root_ticks(16.0) == [0, 1, 4, 9]  # 16 is two digits, 20 above the axis
+  assert panels.square_root_ticks(0.64) == [0, 0.04, 0.2, 0.4, 0.6]

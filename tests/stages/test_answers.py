@@ -1,0 +1,77 @@
+"""Answers on the host: where their tokens lie, and what their text is. Sampling is in tests/stages/test_pipeline.py."""
+
+import types
+
+import numpy as np
+
+from instructjax.stages import answers
+
+EOS, PAD = 1, 40
+LIMITS = types.SimpleNamespace(max_prompt_length=3, max_response_length=4)
+
+
+class LetterTokenizer:
+  """One token a letter, from 10 on."""
+
+  eos_id, pad_id = EOS, PAD
+
+  def encode(self, text):
+    return [10 + ord(letter) - ord("a") for letter in text]
+
+  encode_prompt = encode
+
+  def decode(self, ids):
+    return "".join(" " if i == 9 else "$" if i == EOS else chr(ord("a") + i - 10) for i in ids)
+
+
+CONTEXT = types.SimpleNamespace(
+  config=types.SimpleNamespace(data=LIMITS), tokenizer=LetterTokenizer()
+)
+
+
+def test_prompts_end_at_the_same_column():
+  token_NP, is_prompt_NP = answers.pad_left([[11], [12, 13, 14]], 3, PAD)
+  assert token_NP.tolist() == [[PAD, PAD, 11], [12, 13, 14]] and token_NP.dtype == np.int32
+  assert is_prompt_NP.tolist() == [[False, False, True], [True, True, True]]
+
+
+def test_an_answer_follows_its_prompt():
+  """Right-padded to the 3 + 4 tokens that data allows; the first has an EOS, and so ended."""
+  given = answers.from_tokens(CONTEXT, [[10, 11], [12]], [[13, EOS], [14, 15, 16, 17]])
+  assert given.token_NL.tolist() == [
+    [10, 11, 13, EOS, PAD, PAD, PAD],
+    [12, 14, 15, 16, 17, PAD, PAD],
+  ]
+  assert given.is_token_NL.sum(axis=1).tolist() == [4, 5]
+  assert given.is_response_NR.tolist() == [
+    [False, False, True, True, False, False, False],
+    [False, True, True, True, True, False, False],
+  ]
+  assert given.ended_N.tolist() == [True, False]
+  assert given.text == ["d$", "efgh"]
+
+
+def test_text_is_cut_to_the_limit_and_ends_where_it_was_sampled_to_end():
+  given = answers.from_text(CONTEXT, ["ab"] * 3, ["c", "c", "cdef"], np.array([True, False, True]))
+  first, second, third = given.token_NL[:, 2:].tolist()
+  assert first == [12, EOS, PAD, PAD, PAD]
+  assert second == [12, PAD, PAD, PAD, PAD]
+  assert third == [12, 13, 14, 15, PAD]  # four tokens are the limit: no room for an EOS
+  assert given.ended_N.tolist() == [True, False, False]
+
+
+def test_eos_pads_and_blanks_around_are_no_text():
+  rows = np.array([[9, 10, 9, 11, EOS, PAD], [PAD] * 6])
+  assert answers.decode(LetterTokenizer(), rows) == ["a b", ""]
+
+
+def test_chunks_are_equal_and_what_fills_the_last_is_dropped():
+  seen = []
+
+  def one(start, x_N):
+    seen.append((start, x_N.tolist()))
+    return 10 * x_N
+
+  got = answers._in_chunks(one, 5, np.arange(5), rows=2)
+  assert seen == [(0, [0, 1]), (2, [2, 3]), (4, [4, 4])]
+  np.testing.assert_array_equal(got, [0, 10, 20, 30, 40])

@@ -1,0 +1,102 @@
+"""Weights by path: which of a finished stage's are taken, at which step, and what lies nowhere."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from instructjax.core import results
+from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
+from instructjax.parallel import sharding
+from instructjax.train import finished, weights
+from tests import finished_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run's folder with `sft`, `rm` and `ppo`, whose value network is wider; stage -> item -> params."""
+  folder = tmp_path_factory.mktemp("run")
+  config, tokenizer = finished_run.write_run(folder)
+  network = config.model.network
+  wide = dataclasses.replace(network, d_mlp=48)
+  write = lambda name, items, **more: finished_run.write_stage(
+    folder / name, tokenizer, items, base="given", **more
+  )
+  items = {
+    "params": (network, "lm"),
+    "ema_params": (network, "lm"),
+    "value_params": (wide, "scalar"),
+  }
+  made = {
+    "sft": write("sft", {"params": (network, "lm")}),
+    "rm": write("rm", {"params": (network, "scalar")}, result=finished_run.reward_model()),
+    "ppo": write("ppo", items, blocks=[("reward_model", wide), ("ppo", config.ppo)]),
+  }
+  return folder, made
+
+
+@pytest.mark.parametrize(
+  ("which", "item", "head", "width"),
+  [
+    ("ema", "ema_params", "lm", 32),
+    ("raw", "params", "lm", 32),
+    ("value", "value_params", "scalar", 48),
+  ],
+)
+def test_which_weights_of_an_rl_stage(run, which, item, head, width):
+  folder, made = run
+  found = weights.locate(folder / "ppo", which)
+  assert (found.kind, found.item, found.head, found.step) == (
+    "stage",
+    item,
+    head,
+    finished_run.STEP,
+  )
+  assert (found.network.d_mlp, found.stage.name, found.base) == (width, "ppo", "given")
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  loaded = found.load(mesh, found.model(mesh))
+  flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+  assert np.isclose(np.sort(flat(loaded)), np.sort(flat(made["ppo"][item]))).all()
+
+
+def test_equal_weights_have_equal_fingerprints_and_others_another(run):
+  folder, _ = run
+  fingerprint = lambda which: weights.locate(folder / "ppo", which).fingerprint
+  assert fingerprint("ema") == fingerprint("ema")
+  assert len({fingerprint("ema"), fingerprint("raw"), fingerprint("value")}) == 3
+
+
+def test_the_epoch_that_the_reward_model_chose_is_taken(run, tmp_path):
+  shutil.copytree(run[0], tmp_path / "run")
+  checkpoints = tmp_path / "run" / "sft" / "checkpoints"
+  shutil.copytree(checkpoints / str(finished_run.STEP), checkpoints / "7")
+  selected = finished.Done("sft_select", {}, 7, results.Selected(()))
+  assert weights.locate(tmp_path / "run" / "sft").step == finished_run.STEP
+  finished.write_done(tmp_path / "run" / "sft_select", selected)
+  assert weights.locate(tmp_path / "run" / "sft").step == 7
+
+
+@pytest.mark.parametrize(
+  ("path", "which", "message"),
+  [
+    ("sft", "value", "sft must be an RL stage to have a value network"),
+    ("data", "ema", "data must be the folder of a finished stage"),
+    ("none.gguf", "value", "none.gguf must be a finished RL stage to have a value network"),
+  ],
+)
+def test_what_is_not_there(run, path, which, message):
+  with pytest.raises(UserError, match=message):
+    weights.locate(run[0] / path, which)
+
+
+def test_a_tokenizer_put_in_its_place_is_refused(run, tmp_path):
+  shutil.copytree(run[0], tmp_path / "run")
+  done = tmp_path / "run" / "sft" / "done.json"
+  fingerprint = weights.locate(run[0] / "sft").tokenizer.fingerprint
+  assert fingerprint in done.read_text()
+  done.write_text(done.read_text().replace(fingerprint, "0" * len(fingerprint)))
+  with pytest.raises(UserError, match="tokenizer is not the tokenizer that .*sft was trained with"):
+    weights.locate(tmp_path / "run" / "sft")
