@@ -39,6 +39,7 @@ NO_MODULE = {
   "test_layering": "all modules: what each may import",
   "test_mirror": "the tests themselves",
   "test_package": "what pip installs",
+  "test_types": "all modules, by a type checker",
   "data/test_docs_data": "docs/data.md: what it says of each source",
   "data/test_real_data": "all sources, on published data",
   "rl/test_step_program": "rl/step as a compiled program: minutes of compilation that test_step does without",

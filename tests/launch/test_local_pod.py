@@ -216,8 +216,10 @@ def test_pods_judge_and_answer_as_one_device_does(wandering, alone):
   assert read(workdir, "evaluate/answers.jsonl") == read(alone, "evaluate/answers.jsonl")
   for stage in ("rm", "sft_select", "evaluate"):
     one, other = (
-      _values(json.loads((folder / stage / "done.json").read_text())) for folder in (workdir, alone)
+      _values(json.loads((folder / stage / "done.json").read_text())["result"])
+      for folder in (workdir, alone)
     )
+    assert one, stage
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
   assert (workdir / "report" / "index.html").is_file()
 
