@@ -23,8 +23,8 @@ from instructjax.parallel import sharding  # noqa: E402
 from tests import tiny  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# No compilation cache shared by all tests. With a warm one, tests/rl/test_step_program.py was aborted twice in three runs
-# (JAX 0.10.2, eight CPU devices; why is not known), and within a session few programs are compiled twice.
+# No compilation cache shared by all tests. With a warm one, tests/rl/test_step_program.py was aborted in two of three
+# runs (JAX 0.10.2, eight CPU devices; why is not known), and within a session few programs are compiled twice.
 
 # Files that take longest, longest first: started last, one would keep its worker busy while the others idle.
 SLOW = (
