@@ -18,10 +18,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 _SETTINGS = settings.define()
 _COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "HOST:PORT of process 0 of several; found out by itself on TPU and Slurm."
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, for a run of several processes; found automatically on TPU and Slurm.",
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are; 1 runs alone.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "Number of processes of the run; 1 is a run of one process."
+)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+for _name in ("config", "settings"):  # defined in other modules, whose flags --help would leave out
+  flags.declare_key_flag(_name)
 flags.mark_flags_as_required(["config"])
 
 

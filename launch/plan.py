@@ -39,6 +39,7 @@ _MEAN_RESPONSE = flags.DEFINE_float(
   "mean_response", None, "Estimate the rollout at this many tokens an answer on average as well."
 )
 _JSON = flags.DEFINE_boolean("json", False, "Print one line of JSON.")
+flags.declare_key_flag("config")  # defined in another module, whose flags --help would leave out
 flags.mark_flags_as_required(["config", "topology"])
 
 

@@ -71,7 +71,8 @@ def show(config: ConfigDict, pattern: str) -> str:
 
   Args:
     config: its values are shown.
-    pattern: text to look for in names and descriptions; "" selects all settings, and "markdown" the whole document.
+    pattern: text to look for in names and descriptions, from where a word begins. "" selects all settings, and
+      "markdown" the whole document.
   Raises:
     UserError: no setting matches the pattern.
   """
@@ -80,8 +81,10 @@ def show(config: ConfigDict, pattern: str) -> str:
     return markdown(found, config.preset)
   wanted = pattern.lower().removeprefix("config.")
   # Matches in the name come first, because they are more likely to be meant.
-  matching = [one for one in found if wanted in one.name.lower()]
-  matching += [one for one in found if one not in matching and wanted in one.meaning.lower()]
+  # Only from where a word begins: d_model is not in reward_model.
+  begins = re.compile(rf"(?<![a-z0-9]){re.escape(wanted)}")
+  matching = [one for one in found if begins.search(one.name.lower())]
+  matching += [one for one in found if one not in matching and begins.search(one.meaning.lower())]
   if not matching:
     raise UserError(f"--settings={pattern}: no setting has this in its name or description")
   return "\n".join(map(_lines, matching))

@@ -85,3 +85,10 @@ def test_an_optional_number_that_a_preset_has_none_of_can_be_given(tmp_path):
   assert done.stdout.startswith("rm.optim.clip_norm = 2.0"), done.stderr
   done = show(f"--config={tmp_path / 'mine.py'}", shown)
   assert done.stdout.startswith("rm.optim.clip_norm = None"), done.stderr
+
+
+def test_a_pattern_begins_where_a_word_does():
+  """d_model is not in reward_model.num_layers."""
+  text = settings.show(models.get("ppo_ptx", None), "d_model")
+  names = [line.partition(" = ")[0] for line in text.splitlines() if not line.startswith(" ")]
+  assert names == ["model.d_model", "reward_model.d_model"]
