@@ -36,10 +36,11 @@ def pytree(cls: type[_Struct]) -> type[_Struct]:
 
 
 def tree_of(struct: Callable[..., _Struct], **leaves: Any) -> _Struct:
-  """One of a pytree dataclass that holds something else than JAX's arrays, in the same places.
+  """Builds a pytree dataclass whose leaves are not JAX arrays, such as NumPy arrays or shardings.
 
-  A batch is made of NumPy's arrays, and what `jax.jit` is told of a state holds a sharding for each array. The fields
-  say Array, as most of the code sees them, so a type checker takes these two apart only where they are made: here.
+  Its fields are declared as Array, because most code sees them as such. A batch on the host holds NumPy arrays, and the
+  shardings of a state hold one NamedSharding for each array. Only code that makes these calls this function, so that a
+  type checker still refuses them everywhere else.
   """
   return struct(**leaves)
 

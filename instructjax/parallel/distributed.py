@@ -179,8 +179,8 @@ def supervise():
     last_word = os.read(word, 1)
   except BlockingIOError:
     last_word = b""
-  # Abort with a last word: the child was already ending, and the coordinator ended before it. Abort without one: JAX
-  # has lost another process.
+  # If the child aborted after it wrote its exit code to the pipe, it was already ending, and the coordinator ended
+  # before it. If it aborted without writing one, JAX has lost another process.
   if code == -signal.SIGABRT and last_word:
     code = last_word[0]
   elif code == -signal.SIGABRT:
@@ -309,7 +309,7 @@ def lost_message(why: str) -> str:
 
 
 def end(code: int):
-  """Ends this process with an exit code. One of several first waits for the others, as long as that may help."""
+  """Ends this process with an exit code. In a run of several processes it first waits for the others, if that can help."""
   if not is_joined():
     sys.exit(code)
   # From here on JAX may abort at any time, for instance when process 0 ends first. The supervisor then uses this code.

@@ -228,7 +228,7 @@ def update(
 
   def one_minibatch(state, inputs):
     index, which = inputs
-    # The rows of a minibatch come from all devices, so their sharding is asked for again.
+    # Indexing mixes the rows of all devices, so the sharding by rows is applied again.
     batch = constraints.shard_rows(jax.tree.map(lambda x: x[index], episodes))
     ptx_rows = jax.tree.map(lambda x: x[which], ptx)
     return _minibatch_update(nets, cfg, rows, state, batch, ptx_rows)

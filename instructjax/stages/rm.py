@@ -128,7 +128,7 @@ def initial_params(ctx: Context, key: jax.Array) -> Params:
 
 
 def _stage_run(ctx: Context, name: str) -> loop.StageRun:
-  """The stage_run of `rm` or, under another name, of one of its folds, which has a folder of its own."""
+  """`stage_run` for `rm` or for one cross-validation fold. A fold has its own name and folder."""
   run_ = stage_run(ctx, "rm", ctx.config.rm, model=ctx.config.reward_model, data=ctx.config.data)
   return dataclasses.replace(run_, name=name, directory=ctx.directory(name))
 
@@ -206,7 +206,7 @@ def judge(ctx: Context, params: Params, records: list) -> results.Judgement:
 
   Args:
     ctx: the run.
-    params: the reward model's parameters, with or without its bias, which no difference of scores depends on.
+    params: the reward model's parameters, with or without its bias, which cancels in differences of scores.
     records: held-out rankings.
   Raises:
     UserError: the rankings hold nothing but ties, or see `tokenized`.

@@ -106,8 +106,8 @@ def fit(
     The final state.
   Raises:
     StageStopped: a metric is not finite or is above its limit; that state was not saved.
-    UserError: the checkpoints belong to a run with other settings or with more steps.
-    UserError: files cannot be read or written.
+    UserError: the checkpoints belong to a run with other settings or with more steps, or files cannot be read or
+      written.
     Preempted: the run was told to stop; its state is saved.
   """
   save_steps = {*keep_steps, num_steps, *range(0, num_steps, run.checkpoint.every_steps)}
