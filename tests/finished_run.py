@@ -24,10 +24,11 @@ STEP = 2
 MADE = provenance.Provenance(
   version="1.2.3",
   commit="abc123+changes",
-  command="instructjax run --config=ppo_ptx --workdir=/home/ann/secret/demo",
+  command="instructjax run --config=ppo_ptx --workdir=/home/ann/secret/demo"
+  " --config.data.documents=jsonl:/home/ann/secret/books.jsonl",
   date="2026-03-01T12:00:00Z",
   seconds=61.2,
-  sources={"documents": "jsonl:/home/ann/secret/books.jsonl sha256:9"},
+  sources={"documents": provenance.Source("jsonl:/home/ann/secret/books.jsonl", "sha256:9")},
   hardware=provenance.Hardware("TPU v5 lite", 4, 1, "EPYC", 8),
   libraries={"jax": "0.10"},
 )

@@ -45,6 +45,19 @@ class Hardware:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+  """A source of records.
+
+  Attributes:
+    spec: SCHEME:REST as in the config.
+    checksum: what its content is recognised by; in words why there is none, if it could not be computed.
+  """
+
+  spec: str
+  checksum: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Provenance:
   """The provenance of one stage's result.
 
@@ -54,7 +67,7 @@ class Provenance:
     command: the command line as it can be typed again.
     date: when the stage was finished, in UTC, such as 2026-03-01T12:00:00Z.
     seconds: wall-clock time that the stage took.
-    sources: kind of record ("documents", ...) -> "SPEC CHECKSUM", from `data.sources.describe`.
+    sources: kind of record ("documents", ...) -> what the stage read.
     hardware: the machine it ran on.
     libraries: name -> version of Python and of the libraries that results depend on.
   """
@@ -64,18 +77,18 @@ class Provenance:
   command: str
   date: str
   seconds: float
-  sources: Mapping[str, str]
+  sources: Mapping[str, Source]
   hardware: Hardware
   libraries: Mapping[str, str]
 
 
 def collect(
-  sources: Mapping[str, str], devices: Sequence, num_processes: int, seconds: float
+  sources: Mapping[str, Source], devices: Sequence, num_processes: int, seconds: float
 ) -> Provenance:
   """Collects the provenance of a stage that this process has just finished.
 
   Args:
-    sources: kind of record -> description of the source that the stage read, from `data.sources.describe`.
+    sources: kind of record -> what the stage read.
     devices: JAX devices of the mesh.
     num_processes: jax.process_count().
     seconds: wall-clock time that the stage took.
@@ -102,7 +115,7 @@ def collect(
 
 
 def code(provenance: Provenance) -> str:
-  """Restores a Provenance from `dataclasses.asdict`'s result, which may have passed through JSON."""
+  """The version and, for a checkout, the commit, in words."""
   commit_ = f", commit {provenance.commit}" if provenance.commit else ""
   return f"instructjax {provenance.version}{commit_}"
 
@@ -115,7 +128,7 @@ def rows(provenance: Provenance) -> list[tuple[str, str]]:
     ("code", code(made)),
     ("command", made.command),
     ("finished", f"{made.date}, after {made.seconds:.0f} s"),
-    *made.sources.items(),
+    *((kind, f"{source.spec} {source.checksum}") for kind, source in made.sources.items()),
     (
       "hardware",
       f"{machine.num_devices} x {machine.device_kind}{processes}; {machine.num_cpus} cores of {machine.cpu}",

@@ -101,22 +101,20 @@ def load(
   return chosen
 
 
-def describe(spec: str) -> str:
-  """A source's spec followed by what its content is recognised by, for a stage's provenance; "" for no source.
+def checksum(spec: str) -> str:
+  """What a source's content is recognised by: a checksum or a version.
 
   Args:
-    spec: SCHEME:REST as in the config, or "".
+    spec: SCHEME:REST as in the config.
   Raises:
-    OSError: a file has disappeared since it was read.
+    Exception: of any type, if the source cannot be read; it comes from the library that reads it.
   """
-  if not spec:
-    return ""
   scheme, _, rest = spec.partition(":")
   if scheme == "demo":
     from instructjax.data import demo
 
-    return f"{spec} {demo.checksum()}"
-  return f"{spec} {READERS[scheme].checksum(rest)}"
+    return demo.checksum()
+  return READERS[scheme].checksum(rest)
 
 
 def render(

@@ -309,7 +309,7 @@ def lost_message(why: str) -> str:
 
 
 def end(code: int):
-  """Ends this process with an exit code. In a run of several processes it first waits for the others, if that can help."""
+  """Ends this process with an exit code. It first waits for the other processes, where that can help."""
   if not is_joined():
     sys.exit(code)
   # From here on JAX may abort at any time, for instance when process 0 ends first. The supervisor then uses this code.

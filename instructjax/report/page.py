@@ -5,6 +5,7 @@ formatted here, and a section without anything to show gets an empty value or No
 template, which escapes all values. Whether a finding holds is decided in findings.py.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -262,8 +263,10 @@ def _what_ran(config, prompts: list[str]) -> str:
 
 
 def _made(made: Mapping[str, Provenance]) -> dict:
-  """The provenance of the last stage, in rows, and one line for each stage."""
-  last = provenance.rows(list(made.values())[-1])
+  """The provenance of the last stage, in rows with the sources of all stages, and one line for each stage."""
+  last = list(made.values())[-1]
+  every = {kind: source for row in made.values() for kind, source in row.sources.items()}
+  last = provenance.rows(dataclasses.replace(last, sources=every))
   lines = [
     (stage, row.date, f"{row.seconds:.0f}", provenance.code(row)) for stage, row in made.items()
   ]

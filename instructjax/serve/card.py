@@ -9,6 +9,7 @@ This module turns the files into rows of tables. The wording of the card is in t
 import dataclasses
 import json
 import pathlib
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from instructjax.core.stages import STAGES, Stage
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
 from instructjax.train.weights import HUB, Weights
+
+# The folders of an absolute path, its last name left out.
+_ABSOLUTE = re.compile(r"(?<![\w.~/-])~?/(?:[^/]+/)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ def text(weights: Weights, export: Export) -> str:
     **_measured(weights, export),
     sources=_sources(weights, data),
     settings=_settings(weights) if stage else None,
-    made=_made(weights.done) if weights.done else [],
+    made=_made(weights) if weights.done else [],
     is_from_labelers=stage is not None and (stage.is_rl or stage.role == "reward"),
   )
 
@@ -278,29 +282,41 @@ def _kinds(data: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _made(done: finished.Done) -> list[tuple[str, str]]:
-  """Where the weights come from, in rows."""
-  return provenance.rows(_without_folders(done.require_provenance()))
+def _made(weights: Weights) -> list[tuple[str, str]]:
+  """Where the weights come from, in rows with the sources of all stages that they descend from."""
+  own = weights.require_done()
+  ancestors = [done for _, _, done in _ancestors(weights.path.parent, own)]
+  sources = {
+    kind: source
+    for done in [*reversed(ancestors), own]
+    for kind, source in done.require_provenance().sources.items()
+  }
+  made = dataclasses.replace(own.require_provenance(), sources=sources)
+  return provenance.rows(_without_folders(made))
 
 
 def _without_folders(made: Provenance) -> Provenance:
-  """The provenance without absolute paths, which are cut to their last name."""
+  """The provenance with files but without the folders they are in: cards are published."""
 
   def short(word: str) -> str:
-    flag, equals, value = word.rpartition("=")
-    return f"{flag}{equals}{pathlib.PurePath(value).name}" if value.startswith("/") else word
+    flag, equals, value = word.partition("=")
+    if flag.startswith("--config.data.") and ":" in value:
+      return f"{flag}={_source(value)}"
+    return flag + equals + _ABSOLUTE.sub("", value) if equals else _ABSOLUTE.sub("", word)
 
-  sources = {}
-  for kind, described in made.sources.items():
-    spec, _, checksum = described.partition(" ")
-    sources[kind] = f"{_source(spec)} {checksum}".strip()
+  sources = {
+    kind: dataclasses.replace(source, spec=_source(source.spec))
+    for kind, source in made.sources.items()
+  }
   command = shlex.join(map(short, shlex.split(made.command)))
   return dataclasses.replace(made, command=command, sources=sources)
 
 
 def _source(spec: str) -> str:
-  """A source's scheme and file name, without folders: cards are published, and paths may tell private things."""
+  """A source's scheme and file name, without folders: paths may tell private things."""
   scheme, _, rest = spec.partition(":")
+  if scheme == "tfds":  # NAME/CONFIG is no folder; where the data lie is
+    return f"{scheme}:{rest.partition('?data_dir=')[0]}"
   return f"{scheme}:{pathlib.PurePath(rest).name}"
 
 

@@ -20,10 +20,8 @@ from instructjax import models
 from instructjax.core import provenance
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
-from instructjax.core.errors import reason
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import ROLES, STAGES, RoleName
-from instructjax.data import sources
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 from instructjax.parallel import sharding
@@ -193,27 +191,24 @@ def provenance_of(ctx: Context, stage: str, run: loop.StageRun) -> Provenance:
 
   Its seconds count from when this process began the stage. The time of earlier runs that were stopped is not known.
   """
-  kinds = set(STAGES[stage].reads) - ({"comparisons"} if lineage.collects(ctx.config) else set())
+  seconds = time.monotonic() - run.started  # first: a checksum may take long
+  kinds = lineage.kinds_read(ctx.config, [stage])
   return provenance.collect(
-    {kind: _source(getattr(ctx.config.data, kind)) for kind in sorted(kinds)},
+    {kind: ctx.data.source(kind) for kind in kinds},
     list(ctx.mesh.devices.flat),
     jax.process_count(),
-    time.monotonic() - run.started,
+    seconds,
   )
 
 
-def _source(spec: str) -> str:
-  """Describes a source of records, with its checksum.
-
-  If a file is gone by now, the description says so: that must not cost a finished stage its result.
-  """
-  try:
-    return sources.describe(spec)
-  except OSError as error:
-    return f"{spec} (no checksum: {reason(error)})"
-
-
-def finish(ctx: Context, stage: str, run: loop.StageRun, step: int | None, result: Any):
+def finish(
+  ctx: Context,
+  stage: str,
+  run: loop.StageRun,
+  step: int | None,
+  result: Any,
+  made: Provenance | None = None,
+):
   """Marks a stage as finished: writes its done.json, provenance included.
 
   Args:
@@ -222,9 +217,12 @@ def finish(ctx: Context, stage: str, run: loop.StageRun, step: int | None, resul
     run: the stage as `stage_run` made it.
     step: step of the checkpoint that later stages start from; None for a stage without checkpoints.
     result: what the stage measured.
+    made: the stage's provenance, if it has been collected already.
+  Raises:
+    UserError: the file cannot be written.
   """
   if jax.process_index() == 0:
-    made = provenance_of(ctx, stage, run)
+    made = made or provenance_of(ctx, stage, run)
     finished.write_done(run.directory, finished.Done(stage, run.fingerprint, step, result, made))
 
 

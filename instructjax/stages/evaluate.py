@@ -14,7 +14,7 @@ import rich.console
 import rich.table
 
 from instructjax import report
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.core.results import Evaluated
 from instructjax.core.stages import FEW_SHOT, STAGES, stage_of_policy
 from instructjax.data import sources
@@ -228,7 +228,9 @@ def run(ctx: Context, stage: str):
   page = ctx.workdir / "report" / "index.html"
   # No stage starts from this one. So if the settings or the policies have changed, it is done anew, not refused.
   done = ctx.done(stage)
-  if done and done.fingerprint == run_.fingerprint:
+  # If somebody has deleted the report, it can only be made again from new answers.
+  is_reported = page.is_file() and (page.parent / "findings.json").is_file()
+  if done and done.fingerprint == run_.fingerprint and is_reported:
     if jax.process_index() == 0:
       _show(json.loads((page.parent / "findings.json").read_text()), done.result.summary, page)
     return
@@ -251,8 +253,9 @@ def run(ctx: Context, stage: str):
   )
   if jax.process_index() != 0:
     return
-  directory.mkdir(parents=True, exist_ok=True)
-  with open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
+  with writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+  with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: measured[name].answer[i] for name in names}
       file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
@@ -262,13 +265,14 @@ def run(ctx: Context, stage: str):
     "best_of_n": [dataclasses.asdict(row) for row in results.best_of_n],
     "agreement": results.agreement and dataclasses.asdict(results.agreement),
   }
-  (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
+  with writing(directory):
+    (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   before = [name for name in lineage.line(ctx.config, stage) if name != stage]
   made = {name: done.require_provenance() for name in before if (done := ctx.done(name))}
   made[stage] = provenance_of(ctx, stage, run_)
   report.write(page.parent, ctx.config, prompts, results, found, made)
-  finish(ctx, stage, run_, None, Evaluated(summary))
+  finish(ctx, stage, run_, None, Evaluated(summary), made[stage])
   _show(found, summary, page)
 
 

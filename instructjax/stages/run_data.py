@@ -4,10 +4,24 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from instructjax.core.config import Config
+from instructjax.core.errors import reason
+from instructjax.core.provenance import Source
+from instructjax.core.stages import STAGES
 from instructjax.data import sources, tokenize
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.stages import lineage
+
+
+def _checksum(spec: str) -> str:
+  try:
+    return sources.checksum(spec)
+  except (
+    Exception
+  ) as error:  # libraries raise many types, and no checksum is worth a stage's result
+    return f"(no checksum: {reason(error)})"
 
 
 class RunData:
@@ -37,7 +51,16 @@ class RunData:
     Raises:
       UserError: the source cannot be read, or a record is bad.
     """
+    if jax.process_index() == 0 and kind in lineage.kinds_read(self._config, STAGES):
+      self.source(
+        kind
+      )  # now, so that it is the checksum of what is read, even if the file changes later
     return self._once((kind, split), lambda: self._read(kind, split))
+
+  def source(self, kind: str) -> Source:
+    """The config's source of a kind, with the checksum that it had when it was first asked for."""
+    spec = getattr(self._config.data, kind)
+    return self._once((kind, "source"), lambda: Source(spec, _checksum(spec)))
 
   def _read(self, kind: str, split: sources.Split) -> Sequence:
     data = self._config.data

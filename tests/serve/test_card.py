@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from instructjax.core import results
+from instructjax.core import provenance, results
 from instructjax.serve import card
 from instructjax.train import finished, weights
 from tests import finished_run
@@ -216,3 +216,23 @@ def test_front_matter(run):
   gguf = text(run / "ppo_ptx", name="out.gguf", format="gguf", numbers="Q8_0")
   assert "- gguf" in head(gguf) and "library_name: transformers" not in head(gguf)
   assert "llama-completion -m out.gguf" in gguf and "| numbers in the files | Q8_0 |" in gguf
+
+
+@pytest.mark.parametrize(
+  ("given", "shown"),
+  [
+    ("jsonl:/home/ann/secret/docs.jsonl", "jsonl:docs.jsonl"),
+    ("jsonl:my secret/docs.jsonl", "jsonl:docs.jsonl"),
+    ("tfds:anth/conf:1.0.0?data_dir=/secret/tf", "tfds:anth/conf:1.0.0"),
+    ("demo:", "demo:"),
+  ],
+)
+def test_a_source_without_its_folders(given, shown):
+  made = dataclasses.replace(
+    finished_run.MADE,
+    command=f"instructjax run '--config.data.prompts={given}' --config.model.weights=/secret/m.gguf",
+    sources={"prompts": provenance.Source(given, "sha256:9")},
+  )
+  found = card._without_folders(made)
+  assert found.sources["prompts"].spec == shown
+  assert "secret" not in found.command and "--config.model.weights=m.gguf" in found.command

@@ -96,9 +96,3 @@ def test_what_may_change_is_in_no_fingerprint():
   assert context.canonical(plain.model) == context.canonical(plain.model.network)
   changed = dataclasses.replace(plain.ppo, beta=0.7)
   assert context.canonical(changed) != context.canonical(plain.ppo)
-
-
-def test_a_source_that_is_gone_costs_no_stage_its_result(tmp_path):
-  spec = f"jsonl:{tmp_path}/gone.jsonl"
-  said = context._source(spec)
-  assert said.startswith(f"{spec} (no checksum: ") and "No such file" in said

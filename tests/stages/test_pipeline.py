@@ -24,6 +24,7 @@ from jax._src import compilation_cache
 import instructjax
 from instructjax.core import results
 from instructjax.core.errors import StageStopped, UserError
+from instructjax.core.provenance import Source
 from instructjax.core.stages import STAGES
 from instructjax.data import demo, sources
 from instructjax.parallel import sharding
@@ -157,12 +158,14 @@ def test_every_stage_says_where_it_comes_from(whole, specs):
     assert set(made.sources) == set(STAGES[stage].reads), stage
     for kind, source in made.sources.items():
       content = pathlib.Path(specs[kind].removeprefix("jsonl:")).read_bytes()
-      assert source == f"{specs[kind]} sha256:{hashlib.sha256(content).hexdigest()}"
+      assert source == Source(specs[kind], f"sha256:{hashlib.sha256(content).hexdigest()}")
     assert made.version == instructjax.__version__ and made.hardware.num_processes == 1
     assert 0 < made.seconds < 600
   page = (whole / "report" / "index.html").read_text()
   for stage in TRAINED:
     assert f"<td>{stage}</td><td>{finished.read_done(whole / stage).provenance.date}</td>" in page
+  for spec in specs.values():  # comparisons too, which evaluation does not read
+    assert spec in page
 
 
 def test_the_end_says_where_the_time_went(whole):

@@ -4,7 +4,9 @@ import types
 
 import pytest
 
+from instructjax.core.provenance import Source
 from instructjax.data import records, sources
+from instructjax.stages import run_data as run_data_module
 from instructjax.stages.run_data import RunData
 from tests import micro
 
@@ -61,3 +63,25 @@ def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
     ("jsonl:comparisons", "comparisons", "heldout"),
     (collected, "comparisons", "all"),
   ]
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), ValueError("no such version"), KeyError("a")])
+def test_no_checksum_costs_a_stage_its_result(error, monkeypatch):
+  def fail(spec):
+    raise error
+
+  monkeypatch.setattr(sources, "checksum", fail)
+  assert run_data_module._checksum("jsonl:a").startswith("(no checksum: ")
+
+
+def test_the_checksum_is_of_what_was_read(tmp_path):
+  """The file changes after it was read, while a stage trains."""
+  path = tmp_path / "prompts.jsonl"
+  path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+  config = micro.config("ppo", {"prompts": f"jsonl:{path}"})
+  data = RunData(config, tmp_path, types.SimpleNamespace(render_chat=None))
+  before = sources.checksum(f"jsonl:{path}")
+  data.records("prompts", "train")
+  path.write_text('{"prompt": "c"}\n')
+  assert data.source("prompts") == Source(f"jsonl:{path}", before)
+  assert sources.checksum(f"jsonl:{path}") != before
