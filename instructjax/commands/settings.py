@@ -134,8 +134,8 @@ def markdown(found: list[Setting], preset: str) -> str:
     "",
     "- **base**: the value in `configs/base.py`. It is the paper's where the source names a section of the paper.",
     f"- **{preset}**: the value in this preset, where it differs.",
-    "- **source**: a section of the paper or another work, or *open* (ours) where the paper's recipe needs a value that",
-    "  it does not state. Most values without a source follow from others or concern this program only.",
+    "- **source**: a section of the paper or another work, or *open* (ours) where the paper's recipe needs a value",
+    "  that it does not state. Most values without a source follow from others or concern this program only.",
   ]
   about, block = dict(settings.blocks(Config)), None
   for one in found:
