@@ -3,8 +3,9 @@
 Config files name their stage, and presets (listed in models.py) change the values that differ.
 
 If the paper (Ouyang et al. 2022, arXiv:2203.02155) states a value, it is used here, and the comment names the section
-("C.n", "E.n"). Otherwise the value is our choice, and the comment says `open`. The meaning and the unit of a setting
-are beside its field in instructjax/core/. docs/settings.md, which is generated, shows both.
+("C.n", "E.n"). `open` marks a choice of ours where the paper's recipe needs a value that it does not state. Most
+values without a comment follow from others or concern this program only. The meaning and the unit of a setting are
+beside its field in instructjax/core/. docs/settings.md, which is generated, shows both.
 """
 
 from ml_collections import ConfigDict
@@ -98,7 +99,12 @@ def base(stage: str) -> ConfigDict:
         validation_fraction=0.05,  # open
         on_bad_record="raise",
       ),
-      mesh=dict(slice=1, data=-1, fsdp=1, tensor=1),  # open; large presets: fsdp=-1
+      mesh=dict(
+        slice=1,
+        data=-1,  # our choice; gpt3_* and llama3_8b use data=1, fsdp=-1
+        fsdp=1,  # our choice; gpt3_* and llama3_8b use data=1, fsdp=-1
+        tensor=1,
+      ),
       checkpoint=dict(every_steps=100, keep=2),
       log=dict(every_steps=10, samples=4, tensorboard=True),
       profile=dict(steps=""),

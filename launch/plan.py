@@ -1,6 +1,6 @@
 r"""Predicts whether a stage fits on a TPU slice and how long it may take, using the TPU's compiler but no TPU.
 
-  python -m launch.plan --config=configs/ppo_ptx.py:gpt3_1p3b --topology=v5e:16x16 --mesh=fsdp:64,tensor:4
+  python -m launch.plan --config=configs/ppo_ptx.py:gpt3_1p3b --topology=v5e:16x16 --mesh=fsdp:32,tensor:8
 
 It compiles the stage's own train step for the slice and analyses the compiled text. With --search instead of --mesh, it
 tries several meshes and recommends one. It needs no weights, data or tokenizer, but libtpu: pip install -e '.[plan]'.
@@ -28,11 +28,13 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "CHIP:AxB or CHIP:AxBxC, as v5e:16x16; two such slices are 2xv5e:16x16."
 )
 _MESH = flags.DEFINE_string(
-  "mesh", None, "AXIS:SIZE,... as fsdp:64,tensor:4; axes left out are 1. The config's by default."
+  "mesh", None, "AXIS:SIZE,... as fsdp:32,tensor:8; axes left out are 1. The config's by default."
 )
 _STAGE = flags.DEFINE_string("stage", None, "Which stage's step. The config's by default.")
 _SEARCH = flags.DEFINE_boolean(
-  "search", False, "Try meshes, and ways to split the work that change no result; recommend one."
+  "search",
+  False,
+  "Try meshes, and settings that change results by rounding at most; recommend one.",
 )
 _TRIES = flags.DEFINE_integer("tries", 3, "With --search: how many meshes that fit to compile.")
 _MEAN_RESPONSE = flags.DEFINE_float(

@@ -1,6 +1,7 @@
-"""The command `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`; see README.
+"""The command `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`.
 
 It writes weights to files for other programs: a Hugging Face folder for transformers, or a GGUF file for llama.cpp.
+More: docs/generate-and-export.md.
 """
 
 import pathlib

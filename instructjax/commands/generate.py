@@ -1,7 +1,7 @@
-"""The command `python -m instructjax generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`; see README.
+"""The command `python -m instructjax generate --checkpoint=runs/demo/ppo_ptx --prompt='...'`.
 
-It answers prompts with one or several checkpoints. A checkpoint is a finished stage's folder, a Hugging Face folder or
-a GGUF file.
+It answers prompts with one or several checkpoints. A checkpoint is a finished stage's folder, a Hugging Face folder, a
+GGUF file or hf://ORG/NAME. More: docs/generate-and-export.md.
 """
 
 import pathlib
@@ -29,7 +29,7 @@ _INTERACTIVE = flags.DEFINE_bool(
 _REWARD_MODEL = flags.DEFINE_string(
   "reward_model",
   "",
-  "Scores each answer. Several stages of one run are judged by the run's own `rm` if none is given.",
+  "Scores each answer. If none is given, two or more stages of one run are judged by the run's own `rm`.",
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens with this probability.")
@@ -39,7 +39,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "The same command with the same seed giv
 _CHAT = flags.DEFINE_bool(
   "chat",
   None,
-  "Whether prompts are a user's messages in the chat template, or text to go on with. By default they"
+  "Whether prompts are a user's messages in the chat template, or text to continue. By default they"
   " are messages where the tokenizer has a template.",
 )
 _SYSTEM = flags.DEFINE_string("system", "", "System message of a chat.")

@@ -29,7 +29,8 @@ class Setting:
     name: dotted name, as written after --config.
     value: value in the config that is shown.
     base: value in configs/base.py, which is the paper's if the paper states one.
-    source: where the base value comes from: a section of the paper, or "open" if the paper does not state it.
+    source: where the base value comes from: a section of the paper or another work, "open" if the paper leaves it open;
+      "" if configs/base.py names none.
     meaning, unit: see core/settings.py.
   """
 
@@ -124,9 +125,7 @@ def markdown(found: list[Setting], preset: str) -> str:
   lines = [
     "# Settings",
     "",
-    "Every setting, with its value at the paper's size (`configs/base.py`) and in the preset"
-    f" `{preset}`. The source is a section of",
-    "the paper, or *open* where the paper leaves the value open. Generated; after a change:",
+    "Every setting of a run. Generated; after a change:",
     "",
     "```bash",
     "python -m instructjax.main --config=configs/ppo_ptx.py --settings=markdown > docs/settings.md",
@@ -135,13 +134,18 @@ def markdown(found: list[Setting], preset: str) -> str:
     "A setting is changed with `--config.NAME=VALUE`. `--settings=PATTERN` prints those whose name or description holds"
     " the pattern,",
     "with the values of the config and flags given beside it.",
+    "",
+    "- **base**: the value in `configs/base.py`. It is the paper's where the source names a section of the paper.",
+    f"- **{preset}**: the value in this preset, where it differs.",
+    "- **source**: a section of the paper or another work, or *open* (ours) where the paper's recipe needs a value",
+    "  that it does not state. Most values without a source follow from others or concern this program only.",
   ]
   about, block = dict(settings.blocks(Config)), None
   for one in found:
     here, _, name = one.name.rpartition(".")
     if here != block:
       title = f"`{here}`" if here else "Top level"
-      head = f"| setting | paper | {preset} | source | meaning [unit] |"
+      head = f"| setting | base | {preset} | source | meaning [unit] |"
       said = [_sentence(about[here]), ""] if here else []
       lines += ["", f"## {title}", "", *said, head, "|---|---|---|---|---|"]
       block = here

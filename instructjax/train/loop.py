@@ -40,7 +40,7 @@ class StageRun:
     fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
       the stage's config blocks, the tokenizer, its parents and, for PPO, the frozen reference and reward model.
     changeable: the settings that a resumed run may change, setting -> value under two keys: 'rounding' for those that
-      move numbers by rounding only, 'same numbers' for those that do not affect them. They are saved with the state,
+      change results by rounding only, 'same numbers' for those that do not affect them. They are saved with the state,
       so that a resumed run can say what has changed.
     started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped because of its metrics.
@@ -187,7 +187,7 @@ def fit(
 
 
 def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
-  """A line for the terminal that names the changed settings which move a resumed run's numbers by rounding.
+  """A line for the terminal that names the changed settings by which a resumed run's results may differ.
 
   Args:
     run: the resumed stage.
@@ -201,7 +201,7 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
     return ""
   parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
   by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
-  return f"{run.name} goes on with {parts}: numbers move {by}"
+  return f"{run.name} goes on with {parts}: results may differ {by}"
 
 
 class _Log:

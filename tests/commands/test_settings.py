@@ -32,6 +32,13 @@ def test_the_document_is_current():
   assert COMMAND in document  # it names the command itself
 
 
+def test_the_column_of_base_values_is_not_called_the_papers():
+  lines = settings.show(models.get("ppo_ptx", None), "markdown").splitlines()
+  heads = {line for line in lines if line.startswith("| setting |")}
+  assert heads == {"| setting | base | tiny | source | meaning [unit] |"}
+  assert any(line.startswith("- **base**: the value in `configs/base.py`.") for line in lines)
+
+
 def test_a_setting_has_value_unit_source_and_meaning():
   text = settings.show(models.get("ppo_ptx", None), "config.ppo.max_kl")
   assert re.fullmatch(

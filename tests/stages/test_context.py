@@ -52,7 +52,7 @@ def test_an_interrupted_run_goes_on_under_another_execution(
   capsys.readouterr()
   run(specs, tmp_path, **{f"execution__{name}": value for name, value in change.items()})
   (name, value), was = *change.items(), {"remat": "none", "layers": "unroll"}
-  told = f"pretrain goes on with execution.{name}={value} (was {was[name]}): numbers move by rounding only"
+  told = f"pretrain goes on with execution.{name}={value} (was {was[name]}): results may differ by rounding only"
   assert [line for line in capsys.readouterr().out.splitlines() if "goes on" in line] == [told]
   np.testing.assert_allclose(losses(tmp_path / "pretrain"), losses(whole), rtol=1e-5)
   done = [
@@ -66,7 +66,7 @@ def test_an_interrupted_run_goes_on_under_another_execution(
 def test_bfloat16_may_come_in_between(specs, whole, tmp_path, monkeypatch, capsys):
   interrupted(specs, tmp_path, monkeypatch)
   run(specs, tmp_path, execution__dtype="bfloat16")
-  told = "execution.dtype=bfloat16 (was float32): numbers move by rounding of bfloat16\n"
+  told = "execution.dtype=bfloat16 (was float32): results may differ by rounding of bfloat16\n"
   assert told in capsys.readouterr().out
   got, expected = losses(tmp_path / "pretrain"), losses(whole)
   assert got[0] == expected[0] and got[1:] != expected[1:]

@@ -164,12 +164,12 @@ def test_a_finished_stage_does_nothing_again(tmp_path, capsys):
     ({}, ""),
     (
       {"execution.remat": "full"},
-      "toy goes on with execution.remat=full (was none): numbers move by rounding only\n",
+      "toy goes on with execution.remat=full (was none): results may differ by rounding only\n",
     ),
     (
       {"execution.dtype": "bfloat16", "ppo.packed_rows": 4},
-      "toy goes on with execution.dtype=bfloat16 (was float32), ppo.packed_rows=4 (was 0): numbers"
-      " move by rounding of bfloat16\n",
+      "toy goes on with execution.dtype=bfloat16 (was float32), ppo.packed_rows=4 (was 0): results"
+      " may differ by rounding of bfloat16\n",
     ),
   ],
 )
