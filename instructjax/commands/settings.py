@@ -115,7 +115,7 @@ def _lines(one: Setting) -> str:
   source = f"; {one.source}" if one.source else ""
   beside = f"  ({one.source})" if one.source else ""
   if one.base != one.value:
-    beside = f"  (at the paper's size {one.base}{source})"
+    beside = f"  (base {one.base}{source})"
   meaning = textwrap.fill(one.meaning, 100, initial_indent="    ", subsequent_indent="    ")
   return f"{one.name} = {one.value}{unit}{beside}\n{meaning}"
 

@@ -42,7 +42,7 @@ def test_the_column_of_base_values_is_not_called_the_papers():
 def test_a_setting_has_value_unit_source_and_meaning():
   text = settings.show(models.get("ppo_ptx", None), "config.ppo.max_kl")
   assert re.fullmatch(
-    r"ppo\.max_kl = 50\.0 nats a response  \(at the paper's size 0\.0; open\)\n"
+    r"ppo\.max_kl = 50\.0 nats a response  \(base 0\.0; open\)\n"
     r"    above this KL .* no limit",
     text,
   )
@@ -66,10 +66,10 @@ def test_a_pattern_of_nothing_is_a_mistake():
 @pytest.mark.parametrize(
   ("arguments", "line"),
   [
-    (["--config.ppo.beta=0.5"], "ppo.beta = 0.5 score per nat  (at the paper's size 0.02; C.4)"),
-    (["--config.ppo.value_clip=None"], "ppo.value_clip = None score  (at the paper's size 0.2; "),
-    (["--config.ppo.value_clip=0.3"], "ppo.value_clip = 0.3 score  (at the paper's size 0.2; "),
-    (["--config.rm.optim.clip_norm=None"], "rm.optim.clip_norm = None  (at the paper's size 1.0; "),
+    (["--config.ppo.beta=0.5"], "ppo.beta = 0.5 score per nat  (base 0.02; C.4)"),
+    (["--config.ppo.value_clip=None"], "ppo.value_clip = None score  (base 0.2; "),
+    (["--config.ppo.value_clip=0.3"], "ppo.value_clip = 0.3 score  (base 0.2; "),
+    (["--config.rm.optim.clip_norm=None"], "rm.optim.clip_norm = None  (base 1.0; "),
   ],
 )
 def test_it_shows_what_the_command_line_changes_and_needs_no_workdir(arguments, line):
