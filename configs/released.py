@@ -48,7 +48,7 @@ def _gpt2(config):
 
 
 def _smollm2_135m(config):
-  """SmolLM2-135M, a real model: 70 minutes on two cores of a server. The values are open: small batches of short texts."""
+  """SmolLM2-135M, a real model: 70 minutes on two cores of a server. Values are open: small batches of short texts."""
   decoder = _llama(
     num_layers=30,
     d_model=576,
