@@ -12,6 +12,7 @@ from instructjax.core import results
 
 Head = Literal["lm", "scalar"]  # what a network ends in
 RoleName = Literal["policy", "reward", "reward_base"]
+Kind = Literal["base", "sft", "collect", "rm", "select", "rl", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Stage:
   Attributes:
     name: name of the stage and of its folder in the workdir.
     module: module in `instructjax.stages` that implements it, with `run(ctx, stage)` and `check(ctx, stage)`.
+    kind: what it does. A base starts from nothing, and the config may give its weights instead; `select` chooses the
+      step of another stage; `rl` is PPO, which also trains a value network, and keeps an average of the policy's weights.
     parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
       may decide which of them it does start from: see `lineage.parents`.
     reads: kinds of records that it reads.
@@ -63,7 +66,6 @@ class Stage:
     result: type of its measurements, from core/results.py.
     batches: dotted config fields whose number of rows must be divisible over the mesh. A field that is 0 is unused.
     role: role of the network that it trains, a key of ROLES; None if it trains none.
-    is_rl: whether it is PPO. PPO also trains a value network, and keeps an average of the policy's weights.
     is_target: whether `config.stage` may name it. An RL stage that is no target runs for comparison only.
     keeps: the step whose weights later stages use.
     selects: the stage whose step this one chooses anew, replacing the choice by `keeps`.
@@ -75,13 +77,13 @@ class Stage:
 
   name: str
   module: str
+  kind: Kind
   parents: tuple[str, ...]
   reads: tuple[str, ...]
   block: str
   result: type
   batches: tuple[str, ...] = ()
   role: RoleName | None = None
-  is_rl: bool = False
   is_target: bool = False
   keeps: Literal["best", "last"] = "last"
   selects: str | None = None
@@ -90,6 +92,16 @@ class Stage:
   policy: Policy | None = None
   what: str = ""
   paper: str = ""
+
+  @property
+  def is_base(self) -> bool:
+    """Whether it trains a base, whose weights the config may give instead."""
+    return self.kind == "base"
+
+  @property
+  def is_rl(self) -> bool:
+    """Whether it is PPO."""
+    return self.kind == "rl"
 
   def require_role(self) -> RoleName:
     """The role of the network that it trains, for whoever knows that it trains one."""
@@ -106,6 +118,7 @@ class Stage:
 
 _RL: dict[str, Any] = dict(
   module="ppo",
+  kind="rl",
   parents=("ppo_init", "rm"),
   reads=("prompts", "documents"),
   block="ppo",
@@ -113,13 +126,13 @@ _RL: dict[str, Any] = dict(
   # The last one is the batch of held-out text on which the pretraining loss is measured during RL.
   batches=("ppo.batch_size", "ppo.packed_rows", "rollout.slots", "pretrain.batch_size"),
   role="policy",
-  is_rl=True,
 )
 
 _ROWS = (
   Stage(
     name="pretrain",
     module="pretrain",
+    kind="base",
     parents=(),
     reads=("documents",),
     block="pretrain",
@@ -135,6 +148,7 @@ _ROWS = (
   Stage(
     name="reward_pretrain",
     module="pretrain",
+    kind="base",
     parents=(),
     reads=("documents",),
     block="reward_pretrain",
@@ -149,6 +163,7 @@ _ROWS = (
   Stage(
     name="sft",
     module="sft",
+    kind="sft",
     parents=("pretrain",),
     reads=("demonstrations", "documents"),
     block="sft",
@@ -164,6 +179,7 @@ _ROWS = (
   Stage(
     name="collect",
     module="collect",
+    kind="collect",
     parents=("sft",),
     reads=("prompts",),
     block="collect",
@@ -172,6 +188,7 @@ _ROWS = (
   Stage(
     name="rm",
     module="rm",
+    kind="rm",
     parents=("pretrain", "reward_pretrain", "sft", "collect"),
     reads=("comparisons", "demonstrations"),
     block="rm",
@@ -185,6 +202,7 @@ _ROWS = (
   Stage(
     name="sft_select",
     module="sft_select",
+    kind="select",
     parents=("sft", "rm"),
     reads=("prompts",),
     block="evaluate",
@@ -194,6 +212,7 @@ _ROWS = (
   Stage(
     name="ppo_init",
     module="sft",
+    kind="sft",
     parents=("pretrain",),
     reads=("demonstrations", "documents"),
     block="ppo_init",
@@ -235,6 +254,7 @@ _ROWS = (
   Stage(
     name="evaluate",
     module="evaluate",
+    kind="evaluate",
     # Among the RL stages, only those that the config asks for count: see `lineage.parents`.
     parents=("sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
     reads=("prompts", "documents"),

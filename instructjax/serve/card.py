@@ -74,7 +74,7 @@ def text(weights: Weights, export: Export) -> str:
     sources=_sources(weights, data),
     settings=_settings(weights) if stage else None,
     made=_made(weights.done) if weights.done else [],
-    is_from_labelers=stage is not None and (stage.is_rl or stage.role == "reward"),
+    is_from_labelers=stage is not None and stage.kind in ("rm", "rl"),
   )
 
 

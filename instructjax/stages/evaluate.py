@@ -31,7 +31,7 @@ from instructjax.train import metrics, supervised
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
 _UNTUNED = {
   FEW_SHOT.name,
-  *(row.policy.name for row in STAGES.values() if row.policy and not row.parents),
+  *(row.policy.name for row in STAGES.values() if row.policy and row.is_base),
 }
 
 

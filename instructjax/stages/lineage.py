@@ -21,8 +21,8 @@ def value(config: Config, name: str) -> Any:
 def given(config: Config, stage: str) -> str:
   """The path of the weights that the config gives in place of a base which `stage` would train; '' if it gives none."""
   row = STAGES[stage]
-  # A base starts from nothing. Any other stage's weights are this run's own.
-  return "" if row.parents else getattr(config, ROLES[row.require_role()].block).weights
+  # Any other stage's weights are this run's own.
+  return getattr(config, ROLES[row.require_role()].block).weights if row.is_base else ""
 
 
 def collects(config: Config) -> bool:
@@ -74,7 +74,7 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   if not collects(config):
     absent.add("collect")
   # The table allows three networks for it to start from; rm.start_from picks one.
-  if row.role == "reward":
+  if row.kind == "rm":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")
     absent |= {"pretrain", "reward_pretrain", "sft"} - {start}
   return tuple(parent for parent in row.parents if parent not in absent)

@@ -116,7 +116,7 @@ class Weights:
       return interop.load_params(interop.open_weights(self.path), model, shardings)
     done = self.require_done()
     params = load_stage(self.path, mesh, model, self.require_step(), self.item)
-    if STAGES[done.stage].role != "reward":
+    if STAGES[done.stage].kind != "rm":
       return params
     # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
     return heads.shift_bias(params, done.result.demonstration_mean)

@@ -50,8 +50,8 @@ def test_what_a_row_names_is_there(row):
   assert dataclasses.is_dataclass(row.result)
   assert row.selects is None or (row.selects in row.parents and row.role is None)
   assert (row.role is None) or (row.role in ROLES and row.what and row.paper)
-  # A base stands in for given weights: it starts from nothing, and it is judged.
-  assert row.parents or (row.role and row.policy)
+  # A base stands in for given weights: it trains a network, and it is judged.
+  assert not row.is_base or (row.role and row.policy and not row.parents)
 
 
 def test_every_target_has_a_config_file():
@@ -62,6 +62,12 @@ def test_every_target_has_a_config_file():
 def test_policies_can_be_told_apart():
   for attribute in ("title", "colour"):
     assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 8
+
+
+def test_kinds():
+  assert [name for name, row in STAGES.items() if row.is_base] == ["pretrain", "reward_pretrain"]
+  assert stages.RL_STAGES == ("ppo", "ppo_ptx", "ppo_beta0")
+  assert [name for name, row in STAGES.items() if row.kind == "sft"] == ["sft", "ppo_init"]
 
 
 def test_who_selects_and_who_trains():
