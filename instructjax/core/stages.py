@@ -58,7 +58,7 @@ class Stage:
     name: name of the stage and of its folder in the workdir.
     module: module in `instructjax.stages` that implements it, with `run(ctx, stage)` and `check(ctx, stage)`.
     kind: what it does. A base starts from nothing, and the config may give its weights instead; `select` chooses the
-      step of another stage; `rl` is PPO, which also trains a value network, and keeps an average of the policy's weights.
+      step of another stage; `rl` is PPO, which also trains a value network and averages the policy's weights.
     parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
       may decide which of them it does start from: see `lineage.parents`.
     reads: kinds of records that it reads.
@@ -67,6 +67,7 @@ class Stage:
     batches: dotted config fields whose number of rows must be divisible over the mesh. A field that is 0 is unused.
     role: role of the network that it trains, a key of ROLES; None if it trains none.
     is_target: whether `config.stage` may name it. An RL stage that is no target runs for comparison only.
+    asked_by: dotted config field, a bool, that adds this RL stage to a run; None if only its name does.
     keeps: the step whose weights later stages use.
     selects: the stage whose step this one chooses anew, replacing the choice by `keeps`.
     holds: field of its block -> value that the stage always uses, whatever the config says.
@@ -85,6 +86,7 @@ class Stage:
   batches: tuple[str, ...] = ()
   role: RoleName | None = None
   is_target: bool = False
+  asked_by: str | None = None
   keeps: Literal["best", "last"] = "last"
   selects: str | None = None
   holds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -116,10 +118,13 @@ class Stage:
     return self.policy
 
 
+# The policy that PPO starts from, and from which its KL is measured (C.3). Also the name of the stage that trains it.
+REFERENCE = "ppo_init"
+
 _RL: dict[str, Any] = dict(
   module="ppo",
   kind="rl",
-  parents=("ppo_init", "rm"),
+  parents=(REFERENCE, "rm"),
   reads=("prompts", "documents"),
   block="ppo",
   result=results.Nothing,
@@ -210,7 +215,7 @@ _ROWS = (
     selects="sft",
   ),
   Stage(
-    name="ppo_init",
+    name=REFERENCE,
     module="sft",
     kind="sft",
     parents=("pretrain",),
@@ -220,7 +225,7 @@ _ROWS = (
     batches=("ppo_init.batch_size", "pretrain.batch_size"),
     role="policy",
     is_target=True,
-    policy=Policy("ppo_init", "PPO init", "#bfa55a"),
+    policy=Policy(REFERENCE, "PPO init", "#bfa55a"),
     what="a supervised model, trained on demonstrations mixed with pretraining text: PPO's start and KL reference",
     paper="C.3",
   ),
@@ -243,6 +248,7 @@ _ROWS = (
   ),
   Stage(
     name="ppo_beta0",
+    asked_by="evaluate.overoptimization",
     # max_kl=0 is no limit. This stage exists to show over-optimisation, which a limit on the KL would stop.
     holds={"gamma": 0.0, "beta": 0.0, "kl_controller": "fixed", "max_kl": 0.0},
     takes={"num_iterations": "evaluate.overoptimization_iterations"},
@@ -256,7 +262,7 @@ _ROWS = (
     module="evaluate",
     kind="evaluate",
     # Among the RL stages, only those that the config asks for count: see `lineage.parents`.
-    parents=("sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
+    parents=("sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
     reads=("prompts", "documents"),
     block="evaluate",
     result=results.Evaluated,
@@ -278,6 +284,12 @@ POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_S
 def selector(stage: str) -> str | None:
   """The stage that chooses the step of `stage` anew, or None if there is none."""
   return next((row.name for row in _ROWS if row.selects == stage), None)
+
+
+def stage_of_kind(kind: Kind) -> Stage:
+  """The stage of a kind that the table has once."""
+  (row,) = (row for row in _ROWS if row.kind == kind)
+  return row
 
 
 def stage_of_policy(policy: str) -> Stage:

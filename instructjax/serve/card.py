@@ -17,7 +17,7 @@ import jinja2
 
 from instructjax.core import provenance, results
 from instructjax.core.provenance import Provenance
-from instructjax.core.stages import STAGES, Stage
+from instructjax.core.stages import STAGES, Stage, stage_of_kind
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
 from instructjax.train.weights import HUB, Weights
@@ -134,7 +134,7 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
     return result
   result["training"] = _from_training(weights.require_done().result)
   run = weights.path.parent
-  evaluation = finished.read_done(run / "evaluate")
+  evaluation = finished.read_done(run / stage_of_kind("evaluate").name)
   if evaluation and _judged(weights, evaluation):
     # The evaluation judged either the averaged policies or the raw ones; the card says so if the export is the other.
     judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]

@@ -16,7 +16,7 @@ import rich.table
 from instructjax import report
 from instructjax.core.errors import UserError
 from instructjax.core.results import Evaluated
-from instructjax.core.stages import FEW_SHOT, STAGES, stage_of_policy
+from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
 from instructjax.data import sources
 from instructjax.ops import kl
 from instructjax.parallel import sharding
@@ -124,7 +124,7 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measure
     policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
     logprob_N, ref_logprob_N = (
       answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
-      for source in (name, "ppo_init")
+      for source in (name, REFERENCE)
     )
     kl_N = kl.k1(logprob_N, ref_logprob_N)
   simulation = sources.simulation(ctx.config.data.prompts)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from instructjax.core.config import Config, PPOConfig
-from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_policy
+from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_kind, stage_of_policy
 
 
 def value(config: Config, name: str) -> Any:
@@ -53,8 +53,8 @@ def stage_of(config: Config, policy: str) -> str:
 def rl_stages(config: Config) -> list[str]:
   """The RL stages that the config asks for. Others that lie in the workdir from earlier runs are not judged."""
   asked = {config.stage, *config.evaluate.compare}
-  asked |= {"ppo_beta0"} if config.evaluate.overoptimization else set()
-  return [name for name in RL_STAGES if name in asked]
+  asks = lambda field: field is not None and value(config, field)
+  return [name for name in RL_STAGES if name in asked or asks(STAGES[name].asked_by)]
 
 
 def variant(config: Config, stage: str) -> PPOConfig:
@@ -72,7 +72,7 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   row = STAGES[stage]
   absent = set(RL_STAGES) - set(rl_stages(config))
   if not collects(config):
-    absent.add("collect")
+    absent.add(stage_of_kind("collect").name)
   # The table allows three networks for it to start from; rm.start_from picks one.
   if row.kind == "rm":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")

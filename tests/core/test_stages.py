@@ -47,6 +47,7 @@ def test_what_a_row_names_is_there(row):
   settings = {f.name for f in dataclasses.fields(block)}
   assert {*row.holds, *row.takes} <= settings
   assert all(field(name) is field(f"{row.block}.{own}") for own, name in row.takes.items())
+  assert row.asked_by is None or (row.is_rl and field(row.asked_by) is bool)
   assert dataclasses.is_dataclass(row.result)
   assert row.selects is None or (row.selects in row.parents and row.role is None)
   assert (row.role is None) or (row.role in ROLES and row.what and row.paper)
@@ -68,6 +69,18 @@ def test_kinds():
   assert [name for name, row in STAGES.items() if row.is_base] == ["pretrain", "reward_pretrain"]
   assert stages.RL_STAGES == ("ppo", "ppo_ptx", "ppo_beta0")
   assert [name for name, row in STAGES.items() if row.kind == "sft"] == ["sft", "ppo_init"]
+
+
+def test_a_kind_that_the_table_has_once_names_its_stage():
+  assert stages.stage_of_kind("rm").name == "rm"
+  assert stages.stage_of_kind("evaluate").name == "evaluate"
+  with pytest.raises(ValueError):
+    stages.stage_of_kind("base")
+
+
+def test_every_rl_stage_starts_from_the_reference():
+  assert STAGES[stages.REFERENCE].require_policy().name == stages.REFERENCE
+  assert all(stages.REFERENCE in STAGES[name].parents for name in stages.RL_STAGES)
 
 
 def test_who_selects_and_who_trains():

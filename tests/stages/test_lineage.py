@@ -109,3 +109,12 @@ def test_a_second_stage_on_the_reward_models_network_chooses_no_start(monkeypatc
   row = dataclasses.replace(lineage.STAGES["rm"], name="critic", kind="sft", parents=("sft", "rm"))
   monkeypatch.setitem(lineage.STAGES, "critic", row)
   assert lineage.parents(config(), "critic") == ("sft", "rm")
+
+
+def test_a_row_says_which_setting_asks_for_its_stage(monkeypatch):
+  cfg = config(evaluate__overoptimization=True)
+  assert lineage.rl_stages(cfg) == ["ppo_ptx", "ppo_beta0"]
+  row = dataclasses.replace(lineage.STAGES["ppo"], asked_by="evaluate.overoptimization")
+  monkeypatch.setitem(lineage.STAGES, "ppo", row)
+  assert lineage.rl_stages(cfg) == ["ppo", "ppo_ptx", "ppo_beta0"]
+  assert lineage.rl_stages(config()) == ["ppo_ptx"]
