@@ -126,7 +126,7 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measure
       answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
       for source in (name, REFERENCE)
     )
-    kl_N = kl.k1(logprob_N, ref_logprob_N)
+    kl_N = kl.estimate(logprob_N, ref_logprob_N, kl.FORM)
   simulation = sources.simulation(ctx.config.data.prompts)
   if simulation is not None:
     gold = np.asarray(simulation.gold_score(prompts, sampled.text))
