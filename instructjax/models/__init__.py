@@ -9,7 +9,6 @@ from instructjax.models.decoding import (
 from instructjax.models.execution import (
   for_inference,
   model_on,
-  platform_of,
   resolve_execution,
 )
 from instructjax.models.heads import scalar_params_from_lm, shift_bias
@@ -26,6 +25,7 @@ from instructjax.models.transformer import (
   positions_from_mask,
   positions_from_segments,
 )
+from instructjax.parallel.sharding import platform_of
 
 __all__ = [
   "Model",

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
-from instructjax.parallel import distributed
+from instructjax.parallel import distributed, sharding
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
@@ -147,7 +147,7 @@ def fit(
         step, {f"validation/{name}": value for name, value in evaluate(state, step).items()}
       )
 
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = sharding.platform_of_arrays(state) == "cpu"
     profile = StepProfile(
       run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
     )

@@ -20,6 +20,7 @@ from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import execution, heads, interop, transformer
+from instructjax.parallel import sharding
 from instructjax.train import checkpoint, finished
 
 HUB = "hf://"
@@ -99,7 +100,7 @@ class Weights:
 
     Its vocabulary is the tokenizer's. Files may have more rows of embeddings, and no id without a text must be sampled.
     """
-    chosen = execution.for_inference(execution.platform_of(mesh))
+    chosen = execution.for_inference(sharding.platform_of(mesh))
     return execution.model_on(mesh, self.network, chosen, self.tokenizer.vocab_size, self.head)
 
   def load(self, mesh: Mesh, model: transformer.Model) -> Params:
