@@ -22,6 +22,9 @@ from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
 from instructjax.train.weights import HUB, Weights
 
+# Tokens of the example's answer by a base, whose training has no limit on answers.
+_EXAMPLE_LENGTH = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -68,7 +71,7 @@ def text(weights: Weights, export: Export) -> str:
     facts=_facts(weights, export),
     tokenizer="PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer",
     score_bias_key=SCORE_BIAS,
-    answer_length=data.get("max_response_length", 128),
+    answer_length=data["max_response_length"] if data else _EXAMPLE_LENGTH,
     data=data,
     **_measured(weights, export),
     sources=_sources(weights, data),

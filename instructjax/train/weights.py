@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
+from instructjax.core.blocks import SAME_NUMBERS
 from instructjax.core.config import NetworkConfig, network_config
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
@@ -204,6 +205,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   if tokenizer.fingerprint != made_with["tokenizer"]:
     raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
   identity = json.dumps([made_with, step, item], sort_keys=True)
+  changeable = checkpoint.read_meta(path, step)["changeable"]
   return Weights(
     path=path,
     kind="stage",
@@ -215,5 +217,5 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     step=step,
     item=item,
     done=done,
-    base=checkpoint.read_meta(path, step)["changeable"]["same numbers"][f"{block}.weights"],
+    base=changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"],
   )
