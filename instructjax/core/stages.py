@@ -68,7 +68,8 @@ class Stage:
     role: role of the network that it trains, a key of ROLES; None if it trains none.
     is_target: whether `config.stage` may name it. An RL stage that is no target runs for comparison only.
     asked_by: dotted config field, a bool, that adds this RL stage to a run; None if only its name does.
-    keeps: the step whose weights later stages use.
+    keeps: the epoch of an `sft` stage whose weights later stages use; None for other kinds, which have no epochs to
+      choose from. A base uses its step with the lowest held-out loss.
     selects: the stage whose step this one chooses anew, replacing the choice by `keeps`.
     holds: field of its block -> value that the stage always uses, whatever the config says.
     takes: field of its block -> dotted config field that supplies its value instead.
@@ -87,7 +88,7 @@ class Stage:
   role: RoleName | None = None
   is_target: bool = False
   asked_by: str | None = None
-  keeps: Literal["best", "last"] = "last"
+  keeps: Literal["best", "last"] | None = None
   selects: str | None = None
   holds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -145,7 +146,6 @@ _ROWS = (
     batches=("pretrain.batch_size",),
     role="policy",
     is_target=True,
-    keeps="best",
     policy=Policy("base", "Base", "#a3abb5"),
     what="a base language model, trained on documents",
     paper="the base that stands in for GPT-3",
@@ -160,7 +160,6 @@ _ROWS = (
     result=results.Pretrained,
     batches=("reward_pretrain.batch_size", "pretrain.batch_size"),
     role="reward_base",
-    keeps="best",
     policy=Policy("reward_base", "Larger base", "#737d8a"),
     what="a base language model, trained on documents",
     paper="the base of the reward model, which stands in for GPT-3",
@@ -225,6 +224,7 @@ _ROWS = (
     batches=("ppo_init.batch_size", "pretrain.batch_size"),
     role="policy",
     is_target=True,
+    keeps="last",
     policy=Policy(REFERENCE, "PPO init", "#bfa55a"),
     what="a supervised model, trained on demonstrations mixed with pretraining text: PPO's start and KL reference",
     paper="C.3",

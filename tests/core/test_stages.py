@@ -48,6 +48,7 @@ def test_what_a_row_names_is_there(row):
   assert {*row.holds, *row.takes} <= settings
   assert all(field(name) is field(f"{row.block}.{own}") for own, name in row.takes.items())
   assert row.asked_by is None or (row.is_rl and field(row.asked_by) is bool)
+  assert (row.keeps is not None) == (row.kind == "sft")  # only stages/sft.py reads it
   assert dataclasses.is_dataclass(row.result)
   assert row.selects is None or (row.selects in row.parents and row.role is None)
   assert (row.role is None) or (row.role in ROLES and row.what and row.paper)
