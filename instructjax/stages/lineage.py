@@ -4,6 +4,7 @@ Called by the stages, pipeline.py and launch/. Imports no JAX, because a plan ne
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from instructjax.core.config import Config, PPOConfig
@@ -28,6 +29,12 @@ def given(config: Config, stage: str) -> str:
 def collects(config: Config) -> bool:
   """Whether the run collects comparisons from simulated labelers (stage `collect`) instead of reading a user's."""
   return config.data.comparisons == "demo:"
+
+
+def kinds_read(config: Config, stages: Collection[str]) -> list[str]:
+  """The kinds of records that these stages read from the config's sources; collected comparisons do not count."""
+  kinds = {kind for stage in stages for kind in STAGES[stage].reads}
+  return sorted(kinds - ({"comparisons"} if collects(config) else set()))
 
 
 def base_stage(config: Config, role: str) -> str:

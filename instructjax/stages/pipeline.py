@@ -49,7 +49,7 @@ def check(ctx: Context, stages: list[str]):
   require_fit(ctx.config, ctx.mesh, ctx.tokenizer.vocab_size, roles, batches)
   coming = _coming(ctx.workdir, stages)
   # Prompts as tokens, because those that are too long drop out: a source may be readable and still leave none.
-  for kind in _kinds_read(ctx.config, coming):
+  for kind in lineage.kinds_read(ctx.config, coming):
     for split in ("train", "validation"):
       ctx.data.prompt_tokens(split) if kind == "prompts" else ctx.data.records(kind, split)
   for stage in coming:
@@ -64,19 +64,13 @@ def _coming(workdir: pathlib.Path, stages: list[str]) -> list[str]:
   return [stage for stage in stages if finished.read_done(workdir / stage) is None]
 
 
-def _kinds_read(config: Config, stages: list[str]) -> list[str]:
-  """The kinds of records that these stages read from the config's sources; collected comparisons do not count."""
-  kinds = {kind for stage in stages for kind in STAGES[stage].reads}
-  return sorted(kinds - ({"comparisons"} if lineage.collects(config) else set()))
-
-
 def _require_sources(config: Config, workdir: pathlib.Path):
   """Checks that the config names a source for each kind of records that a coming stage reads.
 
   Raises:
     UserError: some are missing; it names all of them at once.
   """
-  kinds = _kinds_read(config, _coming(workdir, lineage.plan(config)))
+  kinds = lineage.kinds_read(config, _coming(workdir, lineage.plan(config)))
   missing = [kind for kind in kinds if not getattr(config.data, kind)]
   if missing:
     flags = " ".join(f"--config.data.{kind}=jsonl:PATH" for kind in missing)

@@ -118,3 +118,16 @@ def test_a_row_says_which_setting_asks_for_its_stage(monkeypatch):
   monkeypatch.setitem(lineage.STAGES, "ppo", row)
   assert lineage.rl_stages(cfg) == ["ppo", "ppo_ptx", "ppo_beta0"]
   assert lineage.rl_stages(config()) == ["ppo_ptx"]
+
+
+def test_collected_comparisons_are_read_from_no_source():
+  stages = ["rm", "ppo"]
+  assert lineage.kinds_read(config(), stages) == [
+    "comparisons",
+    "demonstrations",
+    "documents",
+    "prompts",
+  ]
+  collected = config(data__comparisons="demo:")
+  assert lineage.kinds_read(collected, stages) == ["demonstrations", "documents", "prompts"]
+  assert lineage.kinds_read(collected, ["rm"]) == ["demonstrations"]
