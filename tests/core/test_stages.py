@@ -79,7 +79,8 @@ def test_a_kind_that_the_table_has_once_names_its_stage():
     stages.stage_of_kind("base")
 
 
-def test_every_rl_stage_starts_from_the_reference():
+def test_every_rl_stage_starts_from_the_reference_and_is_judged():
+  assert set(stages.RL_STAGES) <= set(STAGES["evaluate"].parents)
   assert STAGES[stages.REFERENCE].require_policy().name == stages.REFERENCE
   assert all(stages.REFERENCE in STAGES[name].parents for name in stages.RL_STAGES)
 
