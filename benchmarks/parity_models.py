@@ -18,7 +18,7 @@ from absl import logging
 
 from instructjax.core.config import MeshConfig
 from instructjax.core.structs import Params, PromptBatch
-from instructjax.models import decoding, for_inference, interop, model_on, platform_of, transformer
+from instructjax.models import decoding, for_inference, interop, model_on, transformer
 from instructjax.ops import lm
 from instructjax.parallel import sharding
 from instructjax.rl import sampling, scoring
@@ -116,7 +116,7 @@ def load_ours(path: pathlib.Path) -> tuple[transformer.Model, Params]:
   """
   opened = weights.locate(path)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  execution = for_inference(platform_of(mesh))
+  execution = for_inference(sharding.platform_of(mesh))
   model = model_on(mesh, opened.network, execution, opened.vocab_size, opened.head)
   return model, opened.load(mesh, model)
 

@@ -68,9 +68,16 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
   row = STAGES[stage]
-  if row.is_rl:
-    return _ppo(config, mesh, stage)
-  return _rm(config, mesh) if row.role == "reward" else _language_model(config, mesh, row)
+  match row.kind:
+    case "base":
+      return _language_model(config, mesh, row, dropout_rate=0.0)
+    case "sft":
+      return _language_model(config, mesh, row, dropout_rate=getattr(config, row.block).dropout)
+    case "rm":
+      return _rm(config, mesh)
+    case "rl":
+      return _ppo(config, mesh, stage)
+  raise ValueError(f"stage {stage} of kind {row.kind} trains a network by an unknown step")
 
 
 def require_trained(stage: str):
@@ -164,18 +171,19 @@ def _supervised_owners(state: TrainState, batch) -> dict:
   }
 
 
-def _language_model(config: Config, mesh: Mesh, stage: Stage) -> Program:
+def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: float) -> Program:
   """The step of pretraining or supervised fine-tuning."""
   cfg: PretrainConfig | SFTConfig = getattr(config, stage.block)
   _require_fit(config, mesh, [stage.role], f"{stage.block}.batch_size")
   model = make_model(config, mesh, stage.role, config.tokenizer.vocab_size)
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(mesh, model, tx)
-  dropout = cfg.dropout if isinstance(cfg, SFTConfig) else 0.0
   batch = _packed(mesh, cfg.batch_size, cfg.length)
   tokens = cfg.batch_size * cfg.length
   return Program(
-    step=supervised.make_lm_train_step(model, tx, dropout_rate=dropout, state_shardings=shardings),
+    step=supervised.make_lm_train_step(
+      model, tx, dropout_rate=dropout_rate, state_shardings=shardings
+    ),
     arguments=(state, batch),
     owners=_supervised_owners(state, batch),
     inside={},

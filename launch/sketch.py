@@ -94,11 +94,13 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   model = make_model(config, None, row.role, vocab_size)
   prompt, response = config.data.max_prompt_length, config.data.max_response_length
   length = prompt + response
-  if row.role == "reward":
+  if row.kind == "rm":
     return [Pass(model, config.rm.batch_size * config.rm.max_responses, length, length, True)]
-  if not row.is_rl:
+  if row.kind in ("base", "sft"):
     cfg = getattr(config, row.block)
     return [Pass(model, cfg.batch_size, cfg.length, cfg.length, True)]
+  if not row.is_rl:
+    raise ValueError(f"stage {stage} of kind {row.kind} has a step of unknown passes")
   policy, scalar = model, make_model(config, None, "reward", vocab_size)
   cfg = lineage.variant(config, stage)
   updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches

@@ -14,7 +14,7 @@ import os
 import re
 
 from instructjax.core.errors import UserError
-from instructjax.parallel.chips import PEAK_FLOPS
+from instructjax.parallel.chips import PEAK_FLOPS, TPU_GIB
 
 GIB = 2**30
 
@@ -42,13 +42,24 @@ class Chip:
   clock: float
 
 
+def _chip(name: str, kind: str, **rates: float) -> Chip:
+  """The figures of a `jax.Device.device_kind`: those of parallel/chips.py, and the rates that only a plan needs."""
+  return Chip(name, hbm_bytes=TPU_GIB[kind] * GIB, flops=PEAK_FLOPS[kind], **rates)
+
+
 CHIPS = {
-  "v4": Chip("TPU v4", 30.75 * GIB, PEAK_FLOPS["TPU v4"], 1200e9, 90e9, 0.78e9, 1.05e9),
-  "v5e": Chip("TPU v5e", 15.75 * GIB, PEAK_FLOPS["TPU v5 lite"], 819e9, 90e9, 3.125e9, 1.5e9),
-  "v5p": Chip("TPU v5p", 95.73 * GIB, PEAK_FLOPS["TPU v5p"], 2765e9, 180e9, 6.25e9, 1.75e9),
-  "v6e": Chip("TPU v6e", 31.24 * GIB, PEAK_FLOPS["TPU v6 lite"], 1638e9, 180e9, 12.5e9, 1.75e9),
+  "v4": _chip("TPU v4", "TPU v4", hbm_rate=1200e9, link_rate=90e9, dcn_rate=0.78e9, clock=1.05e9),
+  "v5e": _chip(
+    "TPU v5e", "TPU v5 lite", hbm_rate=819e9, link_rate=90e9, dcn_rate=3.125e9, clock=1.5e9
+  ),
+  "v5p": _chip(
+    "TPU v5p", "TPU v5p", hbm_rate=2765e9, link_rate=180e9, dcn_rate=6.25e9, clock=1.75e9
+  ),
+  "v6e": _chip(
+    "TPU v6e", "TPU v6 lite", hbm_rate=1638e9, link_rate=180e9, dcn_rate=12.5e9, clock=1.75e9
+  ),
   # A chip has two devices, which share its links.
-  "tpu7x": Chip("TPU7x", 94.74 * GIB, PEAK_FLOPS["TPU7x"], 3690e9, 90e9, 6.25e9, 2.2e9),
+  "tpu7x": _chip("TPU7x", "TPU7x", hbm_rate=3690e9, link_rate=90e9, dcn_rate=6.25e9, clock=2.2e9),
 }
 # A v4 chip is one device on Google Cloud, but libtpu's default is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}

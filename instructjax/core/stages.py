@@ -12,6 +12,7 @@ from instructjax.core import results
 
 Head = Literal["lm", "scalar"]  # what a network ends in
 RoleName = Literal["policy", "reward", "reward_base"]
+Kind = Literal["base", "sft", "collect", "rm", "select", "rl", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Stage:
   Attributes:
     name: name of the stage and of its folder in the workdir.
     module: module in `instructjax.stages` that implements it, with `run(ctx, stage)` and `check(ctx, stage)`.
+    kind: what it does. A base starts from nothing, and the config may give its weights instead; `select` chooses the
+      step of another stage; `rl` is PPO, which also trains a value network and averages the policy's weights.
     parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
       may decide which of them it does start from: see `lineage.parents`.
     reads: kinds of records that it reads.
@@ -63,9 +66,10 @@ class Stage:
     result: type of its measurements, from core/results.py.
     batches: dotted config fields whose number of rows must be divisible over the mesh. A field that is 0 is unused.
     role: role of the network that it trains, a key of ROLES; None if it trains none.
-    is_rl: whether it is PPO. PPO also trains a value network, and keeps an average of the policy's weights.
     is_target: whether `config.stage` may name it. An RL stage that is no target runs for comparison only.
-    keeps: the step whose weights later stages use.
+    asked_by: dotted config field, a bool, that adds this RL stage to a run; None if only its name does.
+    keeps: the epoch of an `sft` stage whose weights later stages use; None for other kinds, which have no epochs to
+      choose from. A base uses its step with the lowest held-out loss.
     selects: the stage whose step this one chooses anew, replacing the choice by `keeps`.
     holds: field of its block -> value that the stage always uses, whatever the config says.
     takes: field of its block -> dotted config field that supplies its value instead.
@@ -75,21 +79,32 @@ class Stage:
 
   name: str
   module: str
+  kind: Kind
   parents: tuple[str, ...]
   reads: tuple[str, ...]
   block: str
   result: type
   batches: tuple[str, ...] = ()
   role: RoleName | None = None
-  is_rl: bool = False
   is_target: bool = False
-  keeps: Literal["best", "last"] = "last"
+  asked_by: str | None = None
+  keeps: Literal["best", "last"] | None = None
   selects: str | None = None
   holds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   policy: Policy | None = None
   what: str = ""
   paper: str = ""
+
+  @property
+  def is_base(self) -> bool:
+    """Whether it trains a base, whose weights the config may give instead."""
+    return self.kind == "base"
+
+  @property
+  def is_rl(self) -> bool:
+    """Whether it is PPO."""
+    return self.kind == "rl"
 
   def require_role(self) -> RoleName:
     """The role of the network that it trains, for whoever knows that it trains one."""
@@ -104,22 +119,26 @@ class Stage:
     return self.policy
 
 
+# The policy that PPO starts from, and from which its KL is measured (C.3). Also the name of the stage that trains it.
+REFERENCE = "ppo_init"
+
 _RL: dict[str, Any] = dict(
   module="ppo",
-  parents=("ppo_init", "rm"),
+  kind="rl",
+  parents=(REFERENCE, "rm"),
   reads=("prompts", "documents"),
   block="ppo",
   result=results.Nothing,
   # The last one is the batch of held-out text on which the pretraining loss is measured during RL.
   batches=("ppo.batch_size", "ppo.packed_rows", "rollout.slots", "pretrain.batch_size"),
   role="policy",
-  is_rl=True,
 )
 
 _ROWS = (
   Stage(
     name="pretrain",
     module="pretrain",
+    kind="base",
     parents=(),
     reads=("documents",),
     block="pretrain",
@@ -127,7 +146,6 @@ _ROWS = (
     batches=("pretrain.batch_size",),
     role="policy",
     is_target=True,
-    keeps="best",
     policy=Policy("base", "Base", "#a3abb5"),
     what="a base language model, trained on documents",
     paper="the base that stands in for GPT-3",
@@ -135,13 +153,13 @@ _ROWS = (
   Stage(
     name="reward_pretrain",
     module="pretrain",
+    kind="base",
     parents=(),
     reads=("documents",),
     block="reward_pretrain",
     result=results.Pretrained,
     batches=("reward_pretrain.batch_size", "pretrain.batch_size"),
     role="reward_base",
-    keeps="best",
     policy=Policy("reward_base", "Larger base", "#737d8a"),
     what="a base language model, trained on documents",
     paper="the base of the reward model, which stands in for GPT-3",
@@ -149,6 +167,7 @@ _ROWS = (
   Stage(
     name="sft",
     module="sft",
+    kind="sft",
     parents=("pretrain",),
     reads=("demonstrations", "documents"),
     block="sft",
@@ -164,6 +183,7 @@ _ROWS = (
   Stage(
     name="collect",
     module="collect",
+    kind="collect",
     parents=("sft",),
     reads=("prompts",),
     block="collect",
@@ -172,6 +192,7 @@ _ROWS = (
   Stage(
     name="rm",
     module="rm",
+    kind="rm",
     parents=("pretrain", "reward_pretrain", "sft", "collect"),
     reads=("comparisons", "demonstrations"),
     block="rm",
@@ -185,6 +206,7 @@ _ROWS = (
   Stage(
     name="sft_select",
     module="sft_select",
+    kind="select",
     parents=("sft", "rm"),
     reads=("prompts",),
     block="evaluate",
@@ -192,8 +214,9 @@ _ROWS = (
     selects="sft",
   ),
   Stage(
-    name="ppo_init",
+    name=REFERENCE,
     module="sft",
+    kind="sft",
     parents=("pretrain",),
     reads=("demonstrations", "documents"),
     block="ppo_init",
@@ -201,7 +224,8 @@ _ROWS = (
     batches=("ppo_init.batch_size", "pretrain.batch_size"),
     role="policy",
     is_target=True,
-    policy=Policy("ppo_init", "PPO init", "#bfa55a"),
+    keeps="last",
+    policy=Policy(REFERENCE, "PPO init", "#bfa55a"),
     what="a supervised model, trained on demonstrations mixed with pretraining text: PPO's start and KL reference",
     paper="C.3",
   ),
@@ -224,6 +248,7 @@ _ROWS = (
   ),
   Stage(
     name="ppo_beta0",
+    asked_by="evaluate.overoptimization",
     # max_kl=0 is no limit. This stage exists to show over-optimisation, which a limit on the KL would stop.
     holds={"gamma": 0.0, "beta": 0.0, "kl_controller": "fixed", "max_kl": 0.0},
     takes={"num_iterations": "evaluate.overoptimization_iterations"},
@@ -235,8 +260,9 @@ _ROWS = (
   Stage(
     name="evaluate",
     module="evaluate",
+    kind="evaluate",
     # Among the RL stages, only those that the config asks for count: see `lineage.parents`.
-    parents=("sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
+    parents=("sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
     reads=("prompts", "documents"),
     block="evaluate",
     result=results.Evaluated,
@@ -258,6 +284,12 @@ POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_S
 def selector(stage: str) -> str | None:
   """The stage that chooses the step of `stage` anew, or None if there is none."""
   return next((row.name for row in _ROWS if row.selects == stage), None)
+
+
+def stage_of_kind(kind: Kind) -> Stage:
+  """The stage of a kind that the table has once."""
+  (row,) = (row for row in _ROWS if row.kind == kind)
+  return row
 
 
 def stage_of_policy(policy: str) -> Stage:

@@ -9,7 +9,6 @@ from instructjax.models.decoding import (
 from instructjax.models.execution import (
   for_inference,
   model_on,
-  platform_of,
   resolve_execution,
 )
 from instructjax.models.heads import scalar_params_from_lm, shift_bias
@@ -42,7 +41,6 @@ __all__ = [
   "param_axes",
   "param_shapes",
   "param_shardings",
-  "platform_of",
   "positions_from_mask",
   "positions_from_segments",
   "prefill",

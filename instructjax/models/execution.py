@@ -1,19 +1,18 @@
 """Resolves the `auto` settings of an ExecutionConfig for the devices of a mesh.
 
 Called wherever a Model is made for devices: by the stages' context, opened weights, the planner and the benchmarks. No
-other module asks for the platform in order to choose how layers or attention are computed.
+other module chooses by the platform how layers are computed, or which attention.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core.config import ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.models import transformer
-from instructjax.parallel import constraints
+from instructjax.parallel import constraints, sharding
 
 
 def resolve_execution(execution: ExecutionConfig, platform: str) -> ExecutionConfig:
@@ -49,15 +48,6 @@ def for_inference(platform: str) -> ExecutionConfig:
   return resolve_execution(auto, platform)
 
 
-def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
-  """Platform of a mesh's devices, which need not be attached to this machine.
-
-  Without a mesh, or for an abstract mesh that names no device, it is the platform of this process.
-  """
-  device = None if mesh is None else mesh.abstract_mesh.abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
 def model_on(
   mesh: Mesh | AbstractMesh | None,
   network: NetworkConfig,
@@ -75,7 +65,7 @@ def model_on(
     UserError: `decode_layout='auto'`, but the memory of such devices is not known.
     ValueError: see `make_model`.
   """
-  execution = resolve_execution(execution, platform_of(mesh))
+  execution = resolve_execution(execution, sharding.platform_of(mesh))
   if execution.decode_layout != "auto":
     return transformer.make_model(network, execution, vocab_size, head)
   # 'tensor' sends least in each decode step, so it is preferred. '2d' is for copies of the weights that would fill too

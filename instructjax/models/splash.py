@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.models.layers import SAVED
-from instructjax.parallel.sharding import ROWS
+from instructjax.parallel.sharding import ROWS, platform_of
 
 LANES = 128  # a block's length must be a multiple of the TPU's 128 lanes
 # The scores of a block of this length are 1 MiB of float32, and a kernel holds a few such arrays at a time.
@@ -37,8 +37,7 @@ def attend(segment_BT, q_BTGRK, k_BGTK, v_BGTK, *, window: int):
     x_BTGRK
   """
   mesh = jax.sharding.get_abstract_mesh()
-  platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-  run = functools.partial(_attend_rows, window=window, interpret=platform != "tpu")
+  run = functools.partial(_attend_rows, window=window, interpret=platform_of(mesh) != "tpu")
   if not mesh.empty and mesh.size > 1:
     # The compiler cannot split a Pallas kernel, so shard_map does: attention of a row and a head needs no other row or
     # head. Rows that do not divide over the mesh are computed by every device.

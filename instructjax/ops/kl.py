@@ -1,10 +1,11 @@
 """The KL to the frozen reference: its estimate per token, the reward that it lowers, and the adaptive coefficient.
 
-`k1` is the one estimate that everything uses: PPO's reward, its metric (which `ppo.max_kl` limits), and the report.
-`k3` is only logged beside it. Called by rl/experience.py, rl/step.py and stages/evaluate.py. Imports no config and no
-model.
+`estimate` with `FORM`, which is `k1`, is the one estimate that everything uses: PPO's reward, its metric (which
+`ppo.max_kl` limits), and the report. PPO only logs the other forms of `FORMS` beside it. Called by rl/experience.py,
+rl/step.py and stages/evaluate.py. Imports no config and no model.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import chex
@@ -43,9 +44,25 @@ def k3(logprob_BR: jax.Array, ref_logprob_BR: jax.Array) -> jax.Array:
     ref_logprob_BR: the same under the frozen reference.
   """
   _check(logprob_BR, ref_logprob_BR)
+  chex.assert_rank(logprob_BR, 2)  # of tokens: sums over whole responses would give another number
   log_ratio_BR = logprob_BR - ref_logprob_BR
   # expm1, since both terms nearly cancel where the ratio is close to 1.
   return jnp.expm1(-log_ratio_BR) + log_ratio_BR
+
+
+# Form of the estimate -> its function.
+FORMS: dict[str, Callable] = {"k1": k1, "k3": k3}
+FORM = "k1"  # the one in use
+
+
+def estimate(logprob: _Numbers, ref_logprob: _Numbers, form: str) -> _Numbers:
+  """The KL to the reference in nats, estimated from samples of the policy.
+
+  Args:
+    logprob, ref_logprob: as for `k1`. Only an additive form takes log-probabilities of whole responses.
+    form: a key of FORMS.
+  """
+  return FORMS[form](logprob, ref_logprob)
 
 
 def penalised_reward(

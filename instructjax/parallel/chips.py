@@ -26,7 +26,8 @@ PEAK_FLOPS = {
 TPU_GIB = {
   "TPU v4": 30.75,
   "TPU v5 lite": 15.75,
-  "TPU v5": 95.73,
+  "TPU v5": 95.73,  # v5p, as above
+  "TPU v5p": 95.73,
   "TPU v6 lite": 31.24,
   "TPU7x": 94.74,
 }

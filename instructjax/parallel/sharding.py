@@ -281,6 +281,20 @@ def own_row_shards(mesh: Mesh) -> np.ndarray:
   return np.flatnonzero(np.reshape(mine, (num_row_shards(mesh), -1)).any(axis=1))
 
 
+def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
+  """Platform of a mesh's devices, which need not be attached to this machine.
+
+  Without a mesh, or for an abstract mesh that names no device, it is the platform of this process.
+  """
+  device = None if mesh is None else mesh.abstract_mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def platform_of_arrays(tree: Any) -> str:
+  """Platform of the devices that hold a tree of arrays."""
+  return next(iter(jax.tree.leaves(tree)[0].devices())).platform
+
+
 def mesh_of(shardings: Any) -> Mesh:
   """The mesh of a tree of NamedShardings."""
   return jax.tree.leaves(shardings)[0].mesh

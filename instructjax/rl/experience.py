@@ -164,7 +164,7 @@ def from_rollout(
     has_eos_B = jnp.any((response_BR == nets.eos_id) & mask_BR, axis=1)
     score_B = score_with_eos_rule(cfg, rm_score_B, has_eos_B)
     # 2d. The KL to the reference at each token lowers the reward (sec 3.5, eq. 2; details item 23).
-    kl_BR = kl.k1(behaviour_BR, ref_BR)
+    kl_BR = kl.estimate(behaviour_BR, ref_BR, kl.FORM)
     reward_BR = kl.penalised_reward(score_B, kl_BR, mask_BR, state.kl_coef)
     # 2e. Rewards may be scaled to variance 1 (details item 25). Their mean is kept: a shift would add a constant to the
     #     reward of every token, and so favour long or short answers.
@@ -194,15 +194,19 @@ def from_rollout(
   )
   # The metrics are about answers, so KL and entropy are sums over an answer's tokens, averaged over answers.
   kl_B = masked.masked_sum(kl_BR, mask_BR, axis=1)
-  kl_k3_B = masked.masked_sum(kl.k3(behaviour_BR, ref_BR), mask_BR, axis=1)
+  other_kl_B = {
+    form: masked.masked_sum(kl.estimate(behaviour_BR, ref_BR, form), mask_BR, axis=1)
+    for form in kl.FORMS
+    if form != kl.FORM
+  }
   metrics = _rollout_metrics(rollout, experience, has_eos_B, num_cells) | {
     "reward": jnp.mean(rm_score_B),
     "reward_std": jnp.std(rm_score_B),
     "objective": jnp.mean(score_B - state.kl_coef * kl_B),  # eq. 2 without its pretraining term
     "kl": jnp.mean(kl_B),
-    "kl_k3": jnp.mean(kl_k3_B),
     "kl_coef": state.kl_coef,
   }
+  metrics |= {f"kl_{form}": jnp.mean(values_B) for form, values_B in other_kl_B.items()}
   return Scored(experience=experience, metrics=metrics, score_B=rm_score_B, kl_B=kl_B)
 
 

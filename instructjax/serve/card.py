@@ -18,13 +18,15 @@ import jinja2
 
 from instructjax.core import provenance, results
 from instructjax.core.provenance import Provenance
-from instructjax.core.stages import STAGES, Stage
+from instructjax.core.stages import STAGES, Stage, stage_of_kind
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.train import finished
 from instructjax.train.weights import HUB, Weights
 
 # The folders of an absolute path, its last name left out.
 _ABSOLUTE = re.compile(r"(?<![\w.~/-])~?/(?:[^/]+/)*")
+# Tokens of the example's answer by a base, whose training has no limit on answers.
+_EXAMPLE_LENGTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,13 @@ def text(weights: Weights, export: Export) -> str:
     facts=_facts(weights, export),
     tokenizer="PreTrainedTokenizerFast" if is_qwen2 else "AutoTokenizer",
     score_bias_key=SCORE_BIAS,
-    answer_length=data.get("max_response_length", 128),
+    answer_length=data["max_response_length"] if data else _EXAMPLE_LENGTH,
     data=data,
     **_measured(weights, export),
     sources=_sources(weights, data),
     settings=_settings(weights) if stage else None,
     made=_made(weights) if weights.done else [],
-    is_from_labelers=stage is not None and (stage.is_rl or stage.role == "reward"),
+    is_from_labelers=stage is not None and stage.kind in ("rm", "rl"),
   )
 
 
@@ -138,7 +140,7 @@ def _measured(weights: Weights, export: Export) -> dict[str, Any]:
     return result
   result["training"] = _from_training(weights.require_done().result)
   run = weights.path.parent
-  evaluation = finished.read_done(run / "evaluate")
+  evaluation = finished.read_done(run / stage_of_kind("evaluate").name)
   if evaluation and _judged(weights, evaluation):
     # The evaluation judged either the averaged policies or the raw ones; the card says so if the export is the other.
     judged = json.loads(evaluation.fingerprint["config.evaluate"])["weights"]

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import stage_of_kind
 from instructjax.parallel import sharding
 from instructjax.serve import speaker
 from instructjax.serve.speaker import Answer, Draw, Speaker
@@ -113,9 +114,10 @@ def _own_judge(opened: list[weights.Weights]) -> str:
   """The path of the run's reward model, if all checkpoints (at least two) are stages of that run; else ''."""
   runs = {given.path.parent if given.kind == "stage" else None for given in opened}
   run = runs.pop()
-  if len(opened) < 2 or runs or run is None or finished.read_done(run / "rm") is None:
+  if len(opened) < 2 or runs or run is None:
     return ""
-  return str(run / "rm")
+  judge = run / stage_of_kind("rm").name
+  return str(judge) if finished.read_done(judge) else ""
 
 
 def _chats(reader: Speaker, chat: bool | None) -> bool:

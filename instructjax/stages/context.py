@@ -86,7 +86,7 @@ class Context:
   @property
   def execution(self) -> ExecutionConfig:
     """How networks are run on the devices of this run's mesh."""
-    return models.resolve_execution(self.config.execution, models.platform_of(self.mesh))
+    return models.resolve_execution(self.config.execution, sharding.platform_of(self.mesh))
 
   def own_rows(self, batch_size: int) -> np.ndarray:
     """The places in a global batch of the rows that this process draws.

@@ -16,7 +16,7 @@ import rich.table
 from instructjax import report
 from instructjax.core.errors import UserError, writing
 from instructjax.core.results import Evaluated
-from instructjax.core.stages import FEW_SHOT, STAGES, stage_of_policy
+from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
 from instructjax.data import sources
 from instructjax.ops import kl
 from instructjax.parallel import sharding
@@ -31,7 +31,7 @@ from instructjax.train import metrics, supervised
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
 _UNTUNED = {
   FEW_SHOT.name,
-  *(row.policy.name for row in STAGES.values() if row.policy and not row.parents),
+  *(row.policy.name for row in STAGES.values() if row.policy and row.is_base),
 }
 
 
@@ -124,9 +124,9 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measure
     policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
     logprob_N, ref_logprob_N = (
       answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
-      for source in (name, "ppo_init")
+      for source in (name, REFERENCE)
     )
-    kl_N = kl.k1(logprob_N, ref_logprob_N)
+    kl_N = kl.estimate(logprob_N, ref_logprob_N, kl.FORM)
   simulation = sources.simulation(ctx.config.data.prompts)
   if simulation is not None:
     gold = np.asarray(simulation.gold_score(prompts, sampled.text))
@@ -207,7 +207,7 @@ def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[BestOfN]:
   if simulation is None or total < 2:
     return []
   repeated = [prompt for prompt in prompts for _ in range(total)]
-  sampled = _sample(ctx, "ppo_init", repeated, f"{stage}/best_of_n")
+  sampled = _sample(ctx, REFERENCE, repeated, f"{stage}/best_of_n")
   scored = answers.from_text(ctx, repeated, sampled.text, sampled.ended_N)
   reward = answers.score(ctx, ctx.model("reward"), policies.load_reward(ctx), scored)
   gold = np.asarray(simulation.gold_score(repeated, sampled.text))

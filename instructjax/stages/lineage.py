@@ -4,11 +4,11 @@ Called by the stages, pipeline.py and launch/. Imports no JAX, because a plan ne
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from instructjax.core.config import Config, PPOConfig
-from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_policy
+from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_kind, stage_of_policy
 
 
 def value(config: Config, name: str) -> Any:
@@ -22,8 +22,8 @@ def value(config: Config, name: str) -> Any:
 def given(config: Config, stage: str) -> str:
   """The path of the weights that the config gives in place of a base which `stage` would train; '' if it gives none."""
   row = STAGES[stage]
-  # A base starts from nothing. Any other stage's weights are this run's own.
-  return "" if row.parents else getattr(config, ROLES[row.require_role()].block).weights
+  # Any other stage's weights are this run's own.
+  return getattr(config, ROLES[row.require_role()].block).weights if row.is_base else ""
 
 
 def collects(config: Config) -> bool:
@@ -31,7 +31,7 @@ def collects(config: Config) -> bool:
   return config.data.comparisons == "demo:"
 
 
-def kinds_read(config: Config, stages: Iterable[str]) -> list[str]:
+def kinds_read(config: Config, stages: Collection[str]) -> list[str]:
   """Kinds of records that these stages read from a source that the config names, in order of name.
 
   Comparisons that the run collects itself have no such source.
@@ -63,8 +63,8 @@ def stage_of(config: Config, policy: str) -> str:
 def rl_stages(config: Config) -> list[str]:
   """The RL stages that the config asks for. Others that lie in the workdir from earlier runs are not judged."""
   asked = {config.stage, *config.evaluate.compare}
-  asked |= {"ppo_beta0"} if config.evaluate.overoptimization else set()
-  return [name for name in RL_STAGES if name in asked]
+  asks = lambda field: field is not None and value(config, field)
+  return [name for name in RL_STAGES if name in asked or asks(STAGES[name].asked_by)]
 
 
 def variant(config: Config, stage: str) -> PPOConfig:
@@ -82,9 +82,9 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   row = STAGES[stage]
   absent = set(RL_STAGES) - set(rl_stages(config))
   if not collects(config):
-    absent.add("collect")
+    absent.add(stage_of_kind("collect").name)
   # The table allows three networks for it to start from; rm.start_from picks one.
-  if row.role == "reward":
+  if row.kind == "rm":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")
     absent |= {"pretrain", "reward_pretrain", "sft"} - {start}
   return tuple(parent for parent in row.parents if parent not in absent)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from instructjax.core import results
 from instructjax.core.config import Config, PPOConfig
+from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
 from instructjax.models import flops, transformer
@@ -246,7 +247,7 @@ def run(ctx: Context, stage: str):
   )
   if is_finished(run_):
     return
-  given = {"reference": policies.load(ctx, "ppo_init"), "reward_model": policies.load_reward(ctx)}
+  given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
   state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), key=ctx.key(stage))
   # A fingerprint holds how the frozen networks were made; a checkpoint also holds a hash of the weights themselves, so
   # that a run never resumes against others. Layers are stacked for the hash, so that it is the same on every platform.

@@ -127,9 +127,9 @@ def initial_params(ctx: Context, key: jax.Array) -> Params:
   return jax.device_put(params, shardings)
 
 
-def _stage_run(ctx: Context, name: str) -> loop.StageRun:
-  """`stage_run` for `rm` or for one cross-validation fold. A fold has its own name and folder."""
-  run_ = stage_run(ctx, "rm", ctx.config.rm, model=ctx.config.reward_model, data=ctx.config.data)
+def _stage_run(ctx: Context, stage: str, name: str) -> loop.StageRun:
+  """`stage_run` for the stage or for one cross-validation fold of it. A fold has its own name and folder."""
+  run_ = stage_run(ctx, stage, ctx.config.rm, model=ctx.config.reward_model, data=ctx.config.data)
   return dataclasses.replace(run_, name=name, directory=ctx.directory(name))
 
 
@@ -140,12 +140,13 @@ def _optimizer_and_step(model: transformer.Model, cfg: RMConfig, num_steps: int,
   return tx, make_train_step(model, tx, cfg, supervised.state_shardings(mesh, model, tx))
 
 
-def train(ctx: Context, name: str, records: list, key: jax.Array) -> tuple[int, Params]:
+def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) -> tuple[int, Params]:
   """Trains a reward model: the stage's own, or that of a fold.
 
   Args:
     ctx: the run.
-    name: folder in the workdir: `rm`, or `rm/fold_N`.
+    stage: the stage.
+    name: folder in the workdir: the stage's name, or STAGE/fold_N.
     records: rankings to train on.
     key: root key of the state and of the fresh head.
   Returns:
@@ -162,7 +163,7 @@ def train(ctx: Context, name: str, records: list, key: jax.Array) -> tuple[int, 
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   state = loop.fit(
-    _stage_run(ctx, name),
+    _stage_run(ctx, stage, name),
     state,
     train_step,
     batches,
@@ -276,7 +277,7 @@ def fold_labelers(ctx: Context) -> list[set[str]]:
   return result
 
 
-def cross_validate(ctx: Context) -> tuple[results.Fold, ...]:
+def cross_validate(ctx: Context, stage: str) -> tuple[results.Fold, ...]:
   """Measures how well the reward model predicts labelers whom it never saw (sec 4.1).
 
   For each fold of labelers a reward model is trained on the rankings of all others. It is then judged on held-out
@@ -293,8 +294,8 @@ def cross_validate(ctx: Context) -> tuple[results.Fold, ...]:
   found = []
   for fold, outside in enumerate(fold_labelers(ctx)):
     inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
-    name = f"rm/fold_{fold}"
-    _, params = train(ctx, name, inside, ctx.key(name))
+    name = f"{stage}/fold_{fold}"
+    _, params = train(ctx, stage, name, inside, ctx.key(name))
     found.append(
       results.Fold(
         heldout=judge(ctx, params, [r for r in held_out if r.labeler in outside]).accuracy,
@@ -324,16 +325,16 @@ def run(ctx: Context, stage: str):
       written.
     Preempted: the run was told to stop.
   """
-  run_ = _stage_run(ctx, stage)
+  run_ = _stage_run(ctx, stage, stage)
   if is_finished(run_):
     return
-  num_steps, params = train(ctx, stage, ctx.data.records("comparisons", "train"), ctx.key(stage))
   records = lambda split: ctx.data.records("comparisons", split)
+  num_steps, params = train(ctx, stage, stage, records("train"), ctx.key(stage))
   has_heldout = lineage.collects(ctx.config)
   result = results.RewardModel(
     demonstration_mean=demonstration_mean(ctx, params),
     validation=judge(ctx, params, records("validation")),
     heldout_labelers=judge(ctx, params, records("heldout")) if has_heldout else None,
-    cross_validation=cross_validate(ctx),
+    cross_validation=cross_validate(ctx, stage),
   )
   finish(ctx, stage, run_, num_steps, result)

@@ -9,7 +9,7 @@ import jax
 from instructjax.core.config import Config
 from instructjax.core.errors import reason
 from instructjax.core.provenance import Source
-from instructjax.core.stages import STAGES
+from instructjax.core.stages import STAGES, stage_of_kind
 from instructjax.data import sources, tokenize
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.stages import lineage
@@ -67,7 +67,8 @@ class RunData:
     spec = getattr(data, kind)
     if kind == "comparisons" and lineage.collects(self._config):
       # The stage `collect` wrote one file for each split, so that nothing is left to split here.
-      spec, split = f"jsonl:{self._workdir / 'collect' / split}.jsonl", "all"
+      folder = self._workdir / stage_of_kind("collect").name
+      spec, split = f"jsonl:{folder / split}.jsonl", "all"
     records = sources.load(
       spec,
       kind,

@@ -19,9 +19,10 @@ import numpy as np
 import rich.console
 from jax.experimental import multihost_utils
 
+from instructjax.core.blocks import ROUNDING
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
-from instructjax.parallel import distributed
+from instructjax.parallel import distributed, sharding
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
@@ -39,9 +40,9 @@ class StageRun:
     profile: which steps to trace.
     fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
       the stage's config blocks, the tokenizer, its parents and, for PPO, the frozen reference and reward model.
-    changeable: the settings that a resumed run may change, setting -> value under two keys: 'rounding' for those that
-      change results by rounding only, 'same numbers' for those that do not affect them. They are saved with the state,
-      so that a resumed run can say what has changed.
+    changeable: the settings that a resumed run may change, setting -> value under two keys, those of `core.blocks`:
+      ROUNDING["on_resume"] for settings that change results by rounding only, and SAME_NUMBERS["on_resume"] for those
+      that do not affect them. They are saved with the state, so that a resumed run can say what has changed.
     started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped because of its metrics.
   """
@@ -147,7 +148,7 @@ def fit(
         step, {f"validation/{name}": value for name, value in evaluate(state, step).items()}
       )
 
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = sharding.platform_of_arrays(state) == "cpu"
     profile = StepProfile(
       run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
     )
@@ -195,7 +196,8 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
   Returns:
     The line, or '' if no such setting has changed.
   """
-  before, now = saved["rounding"], run.changeable["rounding"]
+  kind = ROUNDING["on_resume"]
+  before, now = saved[kind], run.changeable[kind]
   changed = [name for name in now if now[name] != before[name]]
   if not changed:
     return ""

@@ -14,12 +14,14 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
+from instructjax.core.blocks import SAME_NUMBERS
 from instructjax.core.config import NetworkConfig, network_config
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import execution, heads, interop, transformer
+from instructjax.parallel import sharding
 from instructjax.train import checkpoint, finished
 
 HUB = "hf://"
@@ -99,7 +101,7 @@ class Weights:
 
     Its vocabulary is the tokenizer's. Files may have more rows of embeddings, and no id without a text must be sampled.
     """
-    chosen = execution.for_inference(execution.platform_of(mesh))
+    chosen = execution.for_inference(sharding.platform_of(mesh))
     return execution.model_on(mesh, self.network, chosen, self.tokenizer.vocab_size, self.head)
 
   def load(self, mesh: Mesh, model: transformer.Model) -> Params:
@@ -116,7 +118,7 @@ class Weights:
       return interop.load_params(interop.open_weights(self.path), model, shardings)
     done = self.require_done()
     params = load_stage(self.path, mesh, model, self.require_step(), self.item)
-    if STAGES[done.stage].role != "reward":
+    if STAGES[done.stage].kind != "rm":
       return params
     # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
     return heads.shift_bias(params, done.result.demonstration_mean)
@@ -203,6 +205,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
   if tokenizer.fingerprint != made_with["tokenizer"]:
     raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
   identity = json.dumps([made_with, step, item], sort_keys=True)
+  changeable = checkpoint.read_meta(path, step)["changeable"]
   return Weights(
     path=path,
     kind="stage",
@@ -214,5 +217,5 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     step=step,
     item=item,
     done=done,
-    base=checkpoint.read_meta(path, step)["changeable"]["same numbers"][f"{block}.weights"],
+    base=changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"],
   )

@@ -310,7 +310,10 @@ _READ_BY_NAME = {
   *(("DataConfig", kind) for kind in records.KINDS),
   *(("Config", row.block) for row in STAGES.values()),
   *(
-    ("EvaluateConfig", name.split(".")[1]) for row in STAGES.values() for name in row.takes.values()
+    ("EvaluateConfig", name.split(".")[1])
+    for row in STAGES.values()
+    for name in (*row.takes.values(), row.asked_by)
+    if name
   ),
 }
 

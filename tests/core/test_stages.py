@@ -47,11 +47,13 @@ def test_what_a_row_names_is_there(row):
   settings = {f.name for f in dataclasses.fields(block)}
   assert {*row.holds, *row.takes} <= settings
   assert all(field(name) is field(f"{row.block}.{own}") for own, name in row.takes.items())
+  assert row.asked_by is None or (row.is_rl and field(row.asked_by) is bool)
+  assert (row.keeps is not None) == (row.kind == "sft")  # only stages/sft.py reads it
   assert dataclasses.is_dataclass(row.result)
   assert row.selects is None or (row.selects in row.parents and row.role is None)
   assert (row.role is None) or (row.role in ROLES and row.what and row.paper)
-  # A base stands in for given weights: it starts from nothing, and it is judged.
-  assert row.parents or (row.role and row.policy)
+  # A base stands in for given weights: it trains a network, and it is judged.
+  assert not row.is_base or (row.role and row.policy and not row.parents)
 
 
 def test_every_target_has_a_config_file():
@@ -62,6 +64,25 @@ def test_every_target_has_a_config_file():
 def test_policies_can_be_told_apart():
   for attribute in ("title", "colour"):
     assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 8
+
+
+def test_kinds():
+  assert [name for name, row in STAGES.items() if row.is_base] == ["pretrain", "reward_pretrain"]
+  assert stages.RL_STAGES == ("ppo", "ppo_ptx", "ppo_beta0")
+  assert [name for name, row in STAGES.items() if row.kind == "sft"] == ["sft", "ppo_init"]
+
+
+def test_a_kind_that_the_table_has_once_names_its_stage():
+  assert stages.stage_of_kind("rm").name == "rm"
+  assert stages.stage_of_kind("evaluate").name == "evaluate"
+  with pytest.raises(ValueError):
+    stages.stage_of_kind("base")
+
+
+def test_every_rl_stage_starts_from_the_reference_and_is_judged():
+  assert set(stages.RL_STAGES) <= set(STAGES["evaluate"].parents)
+  assert STAGES[stages.REFERENCE].require_policy().name == stages.REFERENCE
+  assert all(stages.REFERENCE in STAGES[name].parents for name in stages.RL_STAGES)
 
 
 def test_who_selects_and_who_trains():

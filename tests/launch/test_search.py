@@ -16,6 +16,7 @@ import pytest
 
 from configs import models
 from instructjax.core.config import MeshConfig, from_config_dict
+from instructjax.core.stages import STAGES
 from instructjax.parallel import sharding
 from launch import programs, search, sketch, topology
 
@@ -278,6 +279,20 @@ def test_sketch_of_one_pass_by_hand():
   assert sketch._seconds(one, sizes | {"data": 2}, links) == pytest.approx(moved + summed)
   dcn = dataclasses.replace(chip, flops=1e30, dcn_rate=1.0)
   assert sketch._seconds(one, sizes | {"slice": 2}, dcn) == pytest.approx(summed)
+
+
+def test_a_stage_with_an_unknown_kind_of_step_is_not_taken_for_another(monkeypatch):
+  config, mesh = (
+    from_config_dict(small()),
+    jax.sharding.AbstractMesh((1, 1, 1, 1), sharding.MESH_AXES),
+  )
+  row = dataclasses.replace(STAGES["pretrain"], name="distil", kind="select")
+  monkeypatch.setitem(STAGES, "distil", row)
+  monkeypatch.setattr(programs, "TRAINED", (*programs.TRAINED, "distil"))
+  with pytest.raises(ValueError, match="distil of kind select"):
+    programs.make(config, mesh, "distil")
+  with pytest.raises(ValueError, match="distil of kind select"):
+    sketch.make_passes(config, "distil")
 
 
 # --- with the compiler ----------------------------------------------------------------------------

@@ -33,6 +33,13 @@ def test_k3_hand_worked_and_exact_near_zero():
   np.testing.assert_allclose(k3(small_BR, np.zeros((1, 1))), 0.5e-8, rtol=0.01)
 
 
+def test_only_an_additive_form_takes_whole_responses():
+  whole_N = np.array([-1.0, -2.0])
+  np.testing.assert_array_equal(ops.estimate(whole_N, whole_N - 3, "k1"), [3.0, 3.0])
+  with pytest.raises(AssertionError, match="rank"):
+    ops.estimate(whole_N, whole_N, "k3")
+
+
 def test_k1_of_whole_responses_is_the_sum_over_their_tokens():
   # As the report has it: log-probabilities that are summed already. By hand: -3 - -5 = 2.
   logprob_BR, ref_logprob_BR = np.array([[-1.0, -2.0]]), np.array([[-1.5, -3.5]])

@@ -41,6 +41,7 @@ def test_decoding_is_tensor_parallel_while_the_copy_takes_two_fifths_of_the_memo
   # 173.9e9 weights of 2 bytes that tensor splits and tables of 1.3e9: 44.8 GB of 102.8 over 8 devices, 23.0 over 16.
   assert layout(kind_mesh("TPU v5", 1, 1, 128, 8)) == "2d"
   assert layout(kind_mesh("TPU v5", 1, 1, 64, 16)) == "tensor"
+  assert layout(kind_mesh("TPU v5p", 1, 1, 128, 8)) == "2d"  # the same chip by its other name
   assert layout(kind_mesh("TPU v5 lite", 1, 1, 16, 16)) == "2d"  # of 16.9 GB
   assert (
     layout(sharding.make_mesh(MeshConfig(1, 1, 8, 1))) == "tensor"

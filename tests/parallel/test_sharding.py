@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as PS
 
 from instructjax import models
@@ -263,6 +263,16 @@ def test_weights_are_whole_in_every_slice_and_batches_are_split_over_them():
   batch = sharding.place_batch(mesh, np.arange(8))
   first = {shard.device: int(shard.data[0]) for shard in batch.addressable_shards}
   assert [first[device] for device in mesh.devices[:, 0, :, 0].flat] == [0, 2, 4, 6]
+
+
+def test_the_platform_is_that_of_the_devices_and_of_this_process_without_any(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  tpu = AbstractDevice("TPU v4", None, platform="tpu")
+  meshes = [AbstractMesh((1,), ("data",), abstract_device=device) for device in (tpu, None)]
+  on_cpu = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  asked = [*meshes, None, on_cpu, jax.sharding.get_abstract_mesh()]
+  assert [sharding.platform_of(mesh) for mesh in asked] == ["tpu", "gpu", "gpu", "cpu", "gpu"]
+  assert sharding.platform_of_arrays({"a": jnp.zeros(2)}) == "cpu"
 
 
 def test_batches_are_placed_by_rows_or_refused():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from instructjax.ops import kl as kl_ops
 from instructjax.rl import rows, scoring
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import from_rollout
@@ -169,3 +170,24 @@ def test_details_25_whitened_rewards_keep_their_mean(scored, rollout):
     expected_advantage(reward_BR, behind["value"]),
     atol=1e-4,
   )
+
+
+def test_a_new_form_of_the_kl_is_taken_from_the_table(
+  nets, weights, rollout, ppo_config, monkeypatch
+):
+  """The reward follows FORM, and all other forms are logged, so a form needs no change outside ops/kl.py."""
+
+  def shapes_and_kl():
+    def score(params, value_params, frozen, rollout):
+      state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
+      return from_rollout(nets, ppo_config, rows.padded(), state, frozen, rollout)
+
+    return jax.eval_shape(score, *weights, rollout)
+
+  asked = []
+  k2 = lambda logprob, ref_logprob: asked.append("k2") or (logprob - ref_logprob) ** 2 / 2
+  monkeypatch.setitem(kl_ops.FORMS, "k2", k2)
+  assert {"kl", "kl_k2", "kl_k3"} <= set(shapes_and_kl().metrics) and asked == ["k2"]
+  monkeypatch.setattr(kl_ops, "FORM", "k2")
+  names = set(shapes_and_kl().metrics)
+  assert {"kl", "kl_k1", "kl_k3"} <= names and "kl_k2" not in names and asked == ["k2"] * 2

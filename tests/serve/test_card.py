@@ -116,6 +116,15 @@ def test_a_policys_card_holds_the_runs_numbers(run):
   assert "@inproceedings{ouyang2022training" in page
 
 
+def test_the_examples_answer_is_as_long_as_training_allowed_and_never_guessed(run):
+  assert "max_new_tokens=128" in text(run / "pretrain")
+  found = weights.locate(run / "ppo_ptx")
+  settings = {**found.settings, "config.data": json.dumps({"max_prompt_length": 36})}
+  done = dataclasses.replace(found.done, fingerprint=settings)
+  with pytest.raises(KeyError, match="max_response_length"):
+    card.text(dataclasses.replace(found, done=done), card.Export("out", "hf", "ema", "float32", 1))
+
+
 def test_folders_of_the_machine_stay_out(run):
   for stage in ("ppo_ptx", "rm", "pretrain"):
     page = text(run / stage)

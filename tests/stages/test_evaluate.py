@@ -1,11 +1,15 @@
 """Tests of instructjax.evaluate's arithmetic."""
 
 import itertools
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from instructjax.stages import evaluate
+from instructjax.core.stages import REFERENCE
+from instructjax.ops import kl
+from instructjax.stages import answers, evaluate, policies
 
 
 @pytest.mark.parametrize("has_ties", [False, True])
@@ -30,3 +34,23 @@ def test_best_of_n_kl_is_the_closed_form():
   # log n - (n - 1) / n: 0, log 2 - 1/2, log 4 - 3/4.
   rows = evaluate.best_of_n(np.zeros((1, 4)), np.zeros((1, 4)), [1, 2, 4])
   np.testing.assert_allclose([row.kl for row in rows], [0, 0.193147, 0.636294], atol=1e-6)
+
+
+def test_the_kl_is_from_the_reference_and_in_the_form_that_ppo_uses(monkeypatch):
+  logprobs = {"ppo": np.array([-3.0, -1.0]), REFERENCE: np.array([-5.0, -1.5])}
+  sampled = types.SimpleNamespace(
+    text=["a", "b"], ended_N=np.ones(2, bool), is_response_NR=np.ones((2, 4), bool)
+  )
+  monkeypatch.setattr(evaluate, "_sample", lambda ctx, *rest: sampled)
+  monkeypatch.setattr(policies, "load", lambda ctx, policy: policy)
+  monkeypatch.setattr(policies, "load_reward", mock.Mock())
+  monkeypatch.setattr(answers, "from_text", mock.Mock())
+  monkeypatch.setattr(answers, "score", mock.Mock())
+  monkeypatch.setattr(answers, "logprob", lambda ctx, model, params, *rest: logprobs[params])
+  ctx = mock.Mock()
+  ctx.config.data.prompts = "jsonl:prompts"
+  measure = lambda: evaluate._measure(ctx, "ppo", ["x", "y"], "evaluate")
+  np.testing.assert_array_equal(measure().kl, [2.0, 0.5])
+  monkeypatch.setitem(kl.FORMS, "k2", lambda logprob, ref_logprob: (logprob - ref_logprob) ** 2 / 2)
+  monkeypatch.setattr(kl, "FORM", "k2")
+  np.testing.assert_array_equal(measure().kl, [2.0, 0.125])

@@ -95,3 +95,39 @@ def test_only_bases_are_given():
   cfg = config(model__weights="there", reward_model__weights="elsewhere")
   given = [lineage.given(cfg, stage) for stage in ("pretrain", "reward_pretrain", "sft", "rm")]
   assert given == ["there", "elsewhere", "", ""]
+
+
+def test_a_stage_without_parents_is_no_base_for_that(monkeypatch):
+  """One that labels prompts, say: it starts from nothing, and it has no network that the config could give."""
+  row = dataclasses.replace(lineage.STAGES["collect"], name="label", parents=())
+  monkeypatch.setitem(lineage.STAGES, "label", row)
+  assert lineage.given(config(model__weights="there"), "label") == ""
+
+
+def test_a_second_stage_on_the_reward_models_network_chooses_no_start(monkeypatch):
+  """Which base a stage starts from is rm's question, not that of the network."""
+  row = dataclasses.replace(lineage.STAGES["rm"], name="critic", kind="sft", parents=("sft", "rm"))
+  monkeypatch.setitem(lineage.STAGES, "critic", row)
+  assert lineage.parents(config(), "critic") == ("sft", "rm")
+
+
+def test_a_row_says_which_setting_asks_for_its_stage(monkeypatch):
+  cfg = config(evaluate__overoptimization=True)
+  assert lineage.rl_stages(cfg) == ["ppo_ptx", "ppo_beta0"]
+  row = dataclasses.replace(lineage.STAGES["ppo"], asked_by="evaluate.overoptimization")
+  monkeypatch.setitem(lineage.STAGES, "ppo", row)
+  assert lineage.rl_stages(cfg) == ["ppo", "ppo_ptx", "ppo_beta0"]
+  assert lineage.rl_stages(config()) == ["ppo_ptx"]
+
+
+def test_collected_comparisons_are_read_from_no_source():
+  stages = ["rm", "ppo"]
+  assert lineage.kinds_read(config(), stages) == [
+    "comparisons",
+    "demonstrations",
+    "documents",
+    "prompts",
+  ]
+  collected = config(data__comparisons="demo:")
+  assert lineage.kinds_read(collected, stages) == ["demonstrations", "documents", "prompts"]
+  assert lineage.kinds_read(collected, ["rm"]) == ["demonstrations"]

@@ -407,13 +407,15 @@ def test_cross_validation_leaves_out_whole_labelers(whole, specs):
   assert sorted(name for fold in folds for name in fold) == sorted(micro.LABELERS)
   trained, judged = [], []
   names = lambda rows: {row.labeler for row in rows}
-  train = lambda ctx, stage, rows, key: (trained.append((stage, names(rows))), "params")
+  train = lambda ctx, stage, name, rows, key: (trained.append((stage, name, names(rows))), "params")
   judge = lambda ctx, params, rows: (
     judged.append(names(rows)) or types.SimpleNamespace(accuracy=len(judged))
   )
   with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
-    found = rm.cross_validate(ctx)
-  assert trained == [(f"rm/fold_{i}", set(micro.LABELERS) - fold) for i, fold in enumerate(folds)]
+    found = rm.cross_validate(ctx, "judge")
+  assert trained == [
+    ("judge", f"judge/fold_{i}", set(micro.LABELERS) - fold) for i, fold in enumerate(folds)
+  ]
   assert judged == [part for fold in folds for part in (fold, set(micro.LABELERS) - fold)]
   assert found == tuple(results.Fold(heldout=2 * i + 1, train=2 * i + 2) for i in range(3))
 

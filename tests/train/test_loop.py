@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +295,13 @@ def test_metrics_are_fetched_one_step_late(tmp_path):
     "fetch 3",
     "fetch 4",
   ]
+
+
+def test_a_state_on_a_cpu_is_waited_for_whatever_the_process_prefers(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  with mock.patch.object(jax, "block_until_ready", side_effect=jax.block_until_ready) as wait:
+    _fit(tmp_path, num_steps=3)
+  assert sum(isinstance(call.args[0], TrainState) for call in wait.mock_calls) >= 3
 
 
 def test_samples_add_metrics_and_are_shown_at_log_steps(tmp_path, capsys):
