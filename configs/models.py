@@ -12,6 +12,7 @@ are trained from scratch like all others. Every preset except `tiny` needs your 
 """
 
 from configs import base, gpt3, released, tiny
+from instructjax.core.errors import UserError
 
 PRESETS = {"tiny": tiny.change, **released.PRESETS, **gpt3.PRESETS}
 
@@ -20,11 +21,11 @@ def get(stage: str, preset: str | None):
   """The config of a stage at the size of a preset; None is `tiny`.
 
   Raises:
-    ValueError: there is no such preset. The --config flag shows the message to the user.
+    UserError: there is no such preset.
   """
   name = preset or "tiny"
   if name not in PRESETS:
-    raise ValueError(f"preset {name!r} must be one of {', '.join(PRESETS)}")
+    raise UserError(f"preset {name!r} must be one of {', '.join(PRESETS)}")
   config = base.base(stage)
   config.preset = name
   PRESETS[name](config)

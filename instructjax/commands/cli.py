@@ -114,16 +114,27 @@ def _parse(argv: list[str]) -> list[str]:
   except UserError:
     raise
   except flags.Error as error:
-    if isinstance(
-      error.__context__, UserError
-    ):  # raised by a flag's own parser, and wrapped by absl
-      raise error.__context__ from None
+    cause = error.__context__
+    # absl wraps each ValueError and TypeError of a flag's parser. One from our own parsers is a UserError or a bug.
+    if isinstance(cause, UserError) or (cause is not None and _raiser(cause) == "instructjax"):
+      raise cause from None
     raise UserError(str(error)) from error
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    # ml_collections raises these if it cannot set a field of the config, for example to a value of another type.
+    # ml_collections raises these if it cannot set a field of the config, for example to a value of another type. From
+    # any other code they are bugs.
+    if _raiser(error) != "ml_collections":
+      raise
     raise UserError(f"--config cannot be changed so: {_telling_part(error)}") from error
   except SystemExit:  # absl exits with 1 after --help
     sys.exit(0)
+
+
+def _raiser(error: BaseException) -> str:
+  """The top-level package whose code raised an error."""
+  trace = error.__traceback__
+  while trace is not None and trace.tb_next is not None:
+    trace = trace.tb_next
+  return "" if trace is None else trace.tb_frame.f_globals["__name__"].partition(".")[0]
 
 
 def _telling_part(error: Exception) -> str:

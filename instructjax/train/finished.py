@@ -29,6 +29,10 @@ _DONE = "done.json"
 _LOCK = ".lock"
 
 
+class _BadDone(ValueError):
+  """The content of a done.json does not fit `Done`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Done:
   """The content of done.json.
@@ -93,11 +97,11 @@ def read_done(directory: pathlib.Path) -> Done | None:
   try:
     stage = values.get("stage") if isinstance(values, dict) else None
     if not isinstance(stage, str) or stage not in [TOKENIZER, *STAGES]:
-      raise ValueError(f"it names no stage, but {stage!r}")
+      raise _BadDone(f"it names no stage, but {stage!r}")
     result = results.Nothing if stage == TOKENIZER else STAGES[stage].result
     hints = typing.get_type_hints(Done) | {"result": result}
     return Done(**_fields(hints, values, ""))
-  except ValueError as error:
+  except _BadDone as error:
     raise UserError(
       f"cannot read {path}: {error}. Another version of instructjax wrote it: use another --workdir"
     ) from error
@@ -116,18 +120,18 @@ def require_done(directory: pathlib.Path) -> Done:
 
 
 def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]:
-  """Converts each value to its type; ValueError unless the keys are exactly those of the hints."""
+  """Converts each value to its type; _BadDone unless the keys are exactly those of the hints."""
   if not isinstance(values, dict):
-    raise ValueError(f"{where.rstrip('.')} is no object")
+    raise _BadDone(f"{where.rstrip('.')} is no object")
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:
-      raise ValueError(f"{what} key {', '.join(where + name for name in sorted(names))}")
+      raise _BadDone(f"{what} key {', '.join(where + name for name in sorted(names))}")
   return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-  """Converts a JSON value to a dataclass, tuple, dict, optional or plain type; ValueError if it does not fit."""
+  """Converts a JSON value to a dataclass, tuple, dict, optional or plain type; _BadDone if it does not fit."""
   origin, inner = typing.get_origin(hint), typing.get_args(hint)
   if dataclasses.is_dataclass(hint):
     return hint(**_fields(typing.get_type_hints(hint), value, f"{where}."))
@@ -140,7 +144,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
   if hint is float and type(value) is int:  # JSON may spell 1.0 as 1
     return float(value)
   if type(value) is not hint:
-    raise ValueError(f"{where}={value!r} is not of type {hint}")
+    raise _BadDone(f"{where}={value!r} is not of type {hint}")
   return value
 
 

@@ -51,6 +51,17 @@ def test_every_stages_record_is_tried():
   assert {type(record) for record in RECORDS} == {row.result for row in STAGES.values()}
 
 
+def test_a_bug_in_reading_is_not_another_versions_file(tmp_path, monkeypatch):
+  def fail(*args):
+    raise ValueError("a bug")
+
+  finished.write_done(tmp_path, done_of(TUNED))
+  monkeypatch.setattr(finished, "_typed", fail)
+  with pytest.raises(ValueError, match="^a bug$") as raised:
+    finished.read_done(tmp_path)
+  assert type(raised.value) is ValueError
+
+
 def test_a_stage_without_checkpoints_has_no_step(tmp_path):
   done = finished.Done(finished.TOKENIZER, {"tokenizer": "ab"}, None, results.Nothing())
   finished.write_done(tmp_path, done)
