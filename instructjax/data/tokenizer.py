@@ -27,7 +27,7 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
@@ -343,7 +343,8 @@ def train_tokenizer(
       f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size} pieces: {reason}"
     ) from error
   path = pathlib.Path(path)
-  special_tokens.write_whole(path, model.getvalue())
+  with writing(path):
+    special_tokens.write_whole(path, model.getvalue())
   return SentencePieceTokenizer(path, model.getvalue(), None)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from instructjax.core import results
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
 from instructjax.train import reading
@@ -73,14 +73,20 @@ class Done:
 
 
 def write_done(directory: pathlib.Path, done: Done):
-  """Marks a stage as finished. The file is renamed into place, so that it is either whole or absent."""
+  """Marks a stage as finished. The file is renamed into place, so that it is either whole or absent.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   if jax.process_index() != 0:
     return
   path = pathlib.Path(directory) / _DONE
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = path.with_suffix(".tmp")
-  scratch.write_text(json.dumps(dataclasses.asdict(done), indent=1) + "\n")
-  os.replace(scratch, path)
+  text = json.dumps(dataclasses.asdict(done), indent=1) + "\n"
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 def read_done(directory: pathlib.Path) -> Done | None:
