@@ -12,7 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 import instructjax
-from instructjax.core.errors import NotJoined, Preempted, UserError, reason
+from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, reason
 from instructjax.parallel import distributed, memory
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
@@ -68,7 +68,7 @@ def _what_to_mend(error: Exception) -> str | None:
   """The line to show the user, or None if the error is a bug."""
   # An OSError that names a file comes from the user's files. One without a name may be a bug.
   if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
-    return " ".join(str(error).split())
+    return one_line(error)
   if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, such as `| head`
     # Python flushes stdout once more at exit, which would raise the error again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from instructjax.core.blocks import nearest
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line
 
 # configs/ is beside the package, both in a checkout and in an installation by pip.
 INSTALLED = pathlib.Path(__file__).parents[2] / "configs"
@@ -129,7 +129,7 @@ def _failure(path: pathlib.Path, error: Exception) -> str:
 
   A UserError is a message for the user, such as that of an unknown preset, so its text is returned alone.
   """
-  text = " ".join(str(error).split())
+  text = one_line(error)
   if isinstance(error, UserError):
     return text
   if isinstance(error, SyntaxError):

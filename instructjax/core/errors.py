@@ -84,6 +84,11 @@ def is_refused_by_files(error: BaseException) -> bool:
   return False
 
 
+def one_line(error: BaseException) -> str:
+  """An error's whole message in one line, or the name of its type if it has no message."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
 def reason(error: Exception) -> str:
   """The informative part of a library's message: its first line, cut to the last 200 characters."""
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
