@@ -122,14 +122,6 @@ class Summary:
       result[kind] = tuple(map(sum, zip(result[kind], added)))
     return dict(result)
 
-  @property
-  def total(self) -> Cost:
-    """The cost of all phases together."""
-    total = Cost()
-    for cost in self.phases.values():
-      total += cost
-    return total
-
 
 def summarise(text: str, num_devices: int, num_slices: int = 1) -> Summary:
   """Computes the costs of a compiled program.

@@ -169,11 +169,6 @@ class ZippedBatches:
       part.set_state(state[name])
 
 
-def zip_batches(parts: dict[str, Batches]) -> ZippedBatches:
-  """Combines several `Batches` into one iterator of dicts."""
-  return ZippedBatches(parts)
-
-
 def lm_batches(
   documents: Sequence[Sequence[int]],
   *,

@@ -100,7 +100,7 @@ def _finding(id_, claim, paper, measured, interval, holds) -> dict:
   }
 
 
-def _preferred_over_base(results, wins):
+def _preferred_over_base(wins):
   # There is no larger base if policy and reward model share one.
   if "ppo_ptx" not in wins or "reward_base" not in wins:
     return None
@@ -119,7 +119,7 @@ def _preferred_over_base(results, wins):
   )
 
 
-def _rl_over_sft(results, wins):
+def _rl_over_sft(wins):
   names = [name for name in ("ppo", "ppo_ptx") if name in wins]
   if not names:
     return None
@@ -273,8 +273,8 @@ def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
   rng = np.random.default_rng(seed)
   wins = win_matrix(results, bootstrap=bootstrap, seed=seed)
   found = [
-    _preferred_over_base(results, wins),
-    _rl_over_sft(results, wins),
+    _preferred_over_base(wins),
+    _rl_over_sft(wins),
     _alignment_tax(results, bootstrap, rng),
     _reward_model(results),
     _kl_bounded(results, bootstrap, rng),

@@ -138,10 +138,10 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
     parts["pretrain"] = document_batches(
       ctx, "train", length=cfg.ptx_length, batch_size=rows, seed=seed
     )
-  return batching.zip_batches(parts)
+  return batching.ZippedBatches(parts)
 
 
-def _describe(ctx: Context, cfg: PPOConfig):
+def _describe(ctx: Context):
   """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
   If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
@@ -270,7 +270,7 @@ def run(ctx: Context, stage: str):
     evaluate_steps={1, *range(0, cfg.num_iterations + 1, ctx.config.evaluate.pretrain_every)} - {0},
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),
-    on_samples=_describe(ctx, cfg),
+    on_samples=_describe(ctx),
     flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
   finish(ctx, stage, run_, cfg.num_iterations, results.Nothing())

@@ -307,7 +307,7 @@ def test_the_checksum_sees_packed_tokens_and_rankings():
 
 def test_zipped_batches_advance_and_restore_together():
   def zipped():
-    return batching.zip_batches({"few": prompt_batches(5), "many": prompt_batches(9, 2, seed=1)})
+    return batching.ZippedBatches({"few": prompt_batches(5), "many": prompt_batches(9, 2, seed=1)})
 
   def draw(batches):
     return [{name: numbers(part) for name, part in next(batches).items()} for _ in range(4)]

@@ -37,11 +37,6 @@ class Corpus:
   vocabulary: tuple[str, ...]  # most frequent word first
 
 
-def is_available() -> bool:
-  """Whether the package that holds the text is installed."""
-  return importlib.util.find_spec(PACKAGE) is not None
-
-
 def tokenize(text: str) -> list[str]:
   """The lower-cased words of a text and its marks `.`, `,` and `?`. Everything else is skipped."""
   return _TOKEN.findall(text.lower())
