@@ -110,13 +110,14 @@ def test_another_run_is_refused_by_name_and_hash(tmp_path):
     checkpoints.restore(1, _state(), FINGERPRINT)
 
 
-def test_older_checkpoints_hold_the_position_once_a_process(tmp_path):
+def test_a_position_of_another_form_is_refused(tmp_path):
   _save(tmp_path, [1])
   data = tmp_path / "checkpoints" / "1" / "data" / "metadata"
   assert json.loads(data.read_text()).keys() == {"position"}
   data.write_text(json.dumps({"processes": [{"row": 7}, {"row": 7}]}))
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    assert checkpoints.restore(1, _state(), FINGERPRINT)[1] == {"row": 7}
+    with pytest.raises(UserError, match="cannot read .*checkpoints/1: 'position'"):
+      checkpoints.restore(1, _state(), FINGERPRINT)
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path):
