@@ -46,7 +46,7 @@ def make_nets(
   """
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
   updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
-  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)  # noqa: E731
+  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
   return ppo_step.Nets(
     policy=make_model(config, mesh, "policy", vocab_size),
     scalar=make_model(config, mesh, "reward", vocab_size),

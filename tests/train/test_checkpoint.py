@@ -40,7 +40,7 @@ def _save(directory, steps, state=None, *, keep=10, metrics=None, **kwargs):
 
 
 def _host(tree):
-  as_data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf  # noqa: E731
+  as_data = lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf
   return jax.tree.map(lambda leaf: np.array(as_data(leaf)), tree)
 
 
@@ -170,7 +170,7 @@ def test_a_disk_that_fills_while_writing_loses_nothing(tmp_path):
 def test_damaged_files_are_named(tmp_path, capfd):
   rng = np.random.default_rng(0)
   # One array: of many, orbax 0.12 leaves the other reads hanging, which complain at any later time.
-  make = lambda: {"w": jnp.asarray(rng.normal(size=(100, 100)))}  # noqa: E731
+  make = lambda: {"w": jnp.asarray(rng.normal(size=(100, 100)))}
   _save(tmp_path, [1], make())
   for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
     if path.is_file() and path.stat().st_size > 10_000:
