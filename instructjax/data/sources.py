@@ -1,6 +1,7 @@
 """Loads records from a source: the default preset (`demo:`), or the file formats of `readers`.
 
-context.py and the stages call `load` and `render`. Imports `records` and `readers`, and `demo` only if it is used.
+stages/run_data.py calls `load` and `render`, and stages/pipeline.py calls `load`. Imports `records` and `readers`, and
+`demo` only if it is used.
 """
 
 import dataclasses

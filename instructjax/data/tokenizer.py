@@ -1,6 +1,7 @@
 """Converts text to token ids and back: the interface of all tokenizers, the sentencepiece tokenizer, and its training.
 
-Called by the stages and by weights. Imports its siblings bpe, chat, gguf_header, gguf_vocabulary and special_tokens.
+Called by the stages, by train/weights.py and by serve/. Imports its siblings bpe, chat, gguf_header, gguf_vocabulary
+and special_tokens.
 
 A prompt and its response are encoded separately, and a response needs no leading space. The following holds for every
 text whose characters are in the vocabulary, including spaces and newlines:
