@@ -96,9 +96,8 @@ def _say(message: str):
 def _ready(argv: list[str]) -> list[str]:
   """Sets up logging and the memory allocator, and returns the arguments that are no flags."""
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(
-      logging.WARNING
-    )  # absl's default also shows internal messages of JAX and orbax
+    # absl's default also shows internal messages of JAX and orbax.
+    logging.set_verbosity(logging.WARNING)
   memory.keep_freed_memory()
   return argv[1:]
 

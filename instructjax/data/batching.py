@@ -115,9 +115,8 @@ class _BatchSource:
   ):
     self._num_rows, self._batch_size, self._seed, self._gather = num_rows, batch_size, seed, gather
     self._place_b = place_b
-    self._permutation = functools.lru_cache(maxsize=2)(
-      self._draw_permutation
-    )  # a batch rarely spans more than two passes
+    # A batch rarely spans more than two passes.
+    self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
   def __len__(self) -> int:
     # Endless in practice. `__getitem__` multiplies by the batch size, which must not overflow.

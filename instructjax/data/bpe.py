@@ -161,9 +161,8 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
   try:
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
     added = json.loads(content)["added_tokens"]
-    tokenizer.encode(
-      "a"
-    )  # fails if the vocabulary lacks the token that it names as the unknown token
+    # Fails if the vocabulary lacks the token that it names as the unknown token.
+    tokenizer.encode("a")
   except Exception as error:  # the package raises plain Exception
     raise UserError(
       f"tokenizer.path={str(path)!r} is not a tokenizer.json: {one_line(error)}"

@@ -82,9 +82,8 @@ def _decode_json(line: bytes, kind: str, where: str) -> Any:
     raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
   except RecursionError as error:
     raise BadRecord(f"{where}: nested too deeply") from error
-  except (
-    ValueError
-  ) as error:  # BadRecord from the hook, or Python's limit on the digits of an integer
+  # BadRecord from the hook, or Python's limit on the digits of an integer.
+  except ValueError as error:
     if isinstance(error, BadRecord):
       raise
     raise BadRecord(f"{where}: not JSON (a number of too many digits)") from error

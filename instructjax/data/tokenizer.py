@@ -32,9 +32,8 @@ from instructjax.core.errors import UserError, writing
 from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
-_MAX_TRAINING_CHARACTERS = (
-  10_000_000  # a random sample of this size is enough to estimate the frequencies of pieces
-)
+# A random sample of this size is enough to estimate the frequencies of pieces.
+_MAX_TRAINING_CHARACTERS = 10_000_000
 _NEWLINE = "\n"
 _MODEL_FILE = "tokenizer.model"
 

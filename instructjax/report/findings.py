@@ -12,9 +12,8 @@ from instructjax.report.results import Measured, Results
 MAX_KL = 12.0  # nats per answer: the KL penalty counts as bounding the KL if it stays below
 # PPO and PPO-ptx count as equally good if their rewards are so close, in standard deviations of the reward model.
 REWARD_GAP = 0.35
-AGREEMENT_GAP = (
-  0.06  # the reward model's accuracy may be so far below the labelers' agreement with each other
-)
+# The reward model's accuracy may be so far below the labelers' agreement with each other.
+AGREEMENT_GAP = 0.06
 HELDOUT_GAP = 0.04  # accuracy on held-out labelers may be so far below that on training labelers
 TOPIC_GAIN = 0.15  # PPO-ptx must name the topic in so many more answers than SFT, as a share of all
 

@@ -133,9 +133,8 @@ def test_what_our_own_flag_parser_raises_is_what_it_is(monkeypatch, error):
   def fail(argument):
     raise error
 
-  fail = types.FunctionType(
-    fail.__code__, vars(cli), closure=fail.__closure__
-  )  # code of the package
+  # Made a function of the package, where the error then comes from.
+  fail = types.FunctionType(fail.__code__, vars(cli), closure=fail.__closure__)
   values = flags.FlagValues()
   flags.DEFINE_string("config", None, "", flag_values=values)
   monkeypatch.setattr(values["config"].parser, "parse", fail)
