@@ -50,8 +50,9 @@ def test_missing_package_names_the_command_that_mends_it(monkeypatch):
 
 
 def test_unknown_split_is_refused(bible):
-  with pytest.raises(ValueError, match="split='test' of the text"):
+  with pytest.raises(ValueError, match="split='test' of the text") as raised:
     text.documents("test")
+  assert type(raised.value) is ValueError  # a programmer's mistake
 
 
 def test_text_is_clean_and_of_common_words(bible):
