@@ -12,7 +12,6 @@ are trained from scratch like all others. Every preset except `tiny` needs your 
 """
 
 from configs import base, gpt3, released, tiny
-from instructjax.core.errors import UserError
 
 PRESETS = {"tiny": tiny.change, **released.PRESETS, **gpt3.PRESETS}
 
@@ -21,11 +20,11 @@ def get(stage: str, preset: str | None):
   """The config of a stage at the size of a preset; None is `tiny`.
 
   Raises:
-    UserError: there is no such preset.
+    ValueError: there is no such preset. The --config flag shows the message to the user.
   """
   name = preset or "tiny"
   if name not in PRESETS:
-    raise UserError(f"preset {name!r} must be one of {', '.join(PRESETS)}")
+    raise ValueError(f"preset {name!r} must be one of {', '.join(PRESETS)}")
   config = base.base(stage)
   config.preset = name
   PRESETS[name](config)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 import instructjax
-from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, reason
+from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, raiser, reason
 from instructjax.parallel import distributed, memory
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
@@ -115,25 +115,21 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     cause = error.__context__
     # absl wraps each ValueError and TypeError of a flag's parser. One from our own parsers is a UserError or a bug.
-    if isinstance(cause, UserError) or (cause is not None and _raiser(cause) == "instructjax"):
+    if isinstance(cause, UserError) or (cause is not None and _is_raised_in("instructjax", cause)):
       raise cause from None
     raise UserError(str(error)) from error
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     # ml_collections raises these if it cannot set a field of the config, for example to a value of another type. From
     # any other code they are bugs.
-    if _raiser(error) != "ml_collections":
+    if not _is_raised_in("ml_collections", error):
       raise
     raise UserError(f"--config cannot be changed so: {_telling_part(error)}") from error
   except SystemExit:  # absl exits with 1 after --help
     sys.exit(0)
 
 
-def _raiser(error: BaseException) -> str:
-  """The top-level package whose code raised an error."""
-  trace = error.__traceback__
-  while trace is not None and trace.tb_next is not None:
-    trace = trace.tb_next
-  return "" if trace is None else trace.tb_frame.f_globals["__name__"].partition(".")[0]
+def _is_raised_in(package: str, error: BaseException) -> bool:
+  return raiser(error).partition(".")[0] == package
 
 
 def _telling_part(error: Exception) -> str:

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from instructjax.core.blocks import nearest
-from instructjax.core.errors import UserError, one_line
+from instructjax.core.errors import UserError, one_line, raiser
 
 # configs/ is beside the package, both in a checkout and in an installation by pip.
 INSTALLED = pathlib.Path(__file__).parents[2] / "configs"
@@ -127,10 +127,12 @@ def run_file(path: pathlib.Path) -> types.ModuleType:
 def _failure(path: pathlib.Path, error: Exception) -> str:
   """Describes in one line what a config file raised and where.
 
-  A UserError is a message for the user, such as that of an unknown preset, so its text is returned alone.
+  Two errors are messages for the user, so their text is returned alone: a UserError, and the ValueError of
+  configs/models.py for an unknown preset (configs/ imports nothing of this package).
   """
   text = one_line(error)
-  if isinstance(error, UserError):
+  is_preset = isinstance(error, ValueError) and raiser(error) == "configs.models"
+  if isinstance(error, UserError) or is_preset:
     return text
   if isinstance(error, SyntaxError):
     return f"{error.filename}, line {error.lineno}: {error.msg}"

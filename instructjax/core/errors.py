@@ -84,6 +84,14 @@ def is_refused_by_files(error: BaseException) -> bool:
   return False
 
 
+def raiser(error: BaseException) -> str:
+  """The dotted name of the module whose code raised an error; "" if it was never raised."""
+  trace = error.__traceback__
+  while trace is not None and trace.tb_next is not None:
+    trace = trace.tb_next
+  return "" if trace is None else trace.tb_frame.f_globals["__name__"]
+
+
 def one_line(error: BaseException) -> str:
   """An error's whole message in one line, or the name of its type if it has no message."""
   return " ".join(str(error).split()) or type(error).__name__
