@@ -50,9 +50,8 @@ def _change(name: str, config):
   config.reward_model.update(_decoder(reward))
   config.pretrain.update(_pretraining(policy))
   config.reward_pretrain.update(_pretraining(reward))
-  config.mesh.update(
-    data=1, fsdp=-1
-  )  # open: the training state is too large for a copy on every device
+  # open: the training state is too large for a copy on every device
+  config.mesh.update(data=1, fsdp=-1)
   if name in ("gpt3_6p7b", "gpt3_13b"):
     config.ppo_init.optim.learning_rate = 1.04e-5  # C.3, 6B
   if name == "gpt3_175b":

@@ -22,9 +22,8 @@ def _gpt2(config):
   config.model.update(decoder)
   config.reward_model.update(decoder)
   config.execution.update(dtype="float32")  # the weights were released in float32
-  config.data.update(
-    max_prompt_length=512, max_response_length=512
-  )  # half the context each, as in App. C
+  # Half the context each, as in App. C.
+  config.data.update(max_prompt_length=512, max_response_length=512)
   # The rate is that of GPT-3 125M, for training from scratch. The batch is small because held-out text is evaluated in
   # batches of this size even if pretraining is skipped.
   for name in ("pretrain", "reward_pretrain"):
@@ -113,9 +112,8 @@ def _llama3_8b(config):
   config.model.update(decoder)
   config.reward_model.update(decoder)
   config.tokenizer.vocab_size = 128256
-  config.mesh.update(
-    data=1, fsdp=-1
-  )  # open: the training state is too large for a copy on every device
+  # open: the training state is too large for a copy on every device
+  config.mesh.update(data=1, fsdp=-1)
   # The rate is Llama 3's peak rate (arXiv:2407.21783 table 3), for training from scratch. Held-out text is evaluated in
   # batches of this size, even if pretraining is skipped.
   for name in ("pretrain", "reward_pretrain"):

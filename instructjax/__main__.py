@@ -41,10 +41,8 @@ def main(argv: Sequence[str] | None = None):
     print(f"error: {name} is not a command of instructjax; {hint}", file=sys.stderr)
     sys.exit(2)
   module, _ = COMMANDS[name]
-  sys.argv = [
-    f"instructjax {name}",
-    *arguments[1:],
-  ]  # absl shows the first word as the program's name
+  # absl shows the first word as the program's name.
+  sys.argv = [f"instructjax {name}", *arguments[1:]]
   # The installed script does not have the working directory on the path, as `python -m` does. A user's config file may
   # import modules from there.
   if os.getcwd() not in sys.path:

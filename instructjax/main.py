@@ -64,9 +64,8 @@ def main(arguments: list[str]):
   # A stage that is resumed, or trained again on another fold, finds its compiled program in this cache.
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  if (
-    jax.process_index() != 0
-  ):  # warnings are the same in all processes, so process 0 alone shows them
+  # Warnings are the same in all processes, so process 0 alone shows them.
+  if jax.process_index() != 0:
     logging.set_verbosity(logging.ERROR)
   with finished.workdir_lock(workdir):
     pipeline.run(config, workdir)

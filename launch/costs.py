@@ -122,14 +122,6 @@ class Summary:
       result[kind] = tuple(map(sum, zip(result[kind], added)))
     return dict(result)
 
-  @property
-  def total(self) -> Cost:
-    """The cost of all phases together."""
-    total = Cost()
-    for cost in self.phases.values():
-      total += cost
-    return total
-
 
 def summarise(text: str, num_devices: int, num_slices: int = 1) -> Summary:
   """Computes the costs of a compiled program.
@@ -176,6 +168,8 @@ class _Counter:
     self.collectives = collections.defaultdict(lambda: (0.0, 0.0))
     self.loops: dict[str, Loop] = {}
     self.unknown_trips: list[str] = []
+    # Nested fusions are asked for their operands again and again. Kept in the instance, the answers go with it.
+    self._read = functools.cache(self._find_read)
     self._fused = {
       item.called["calls"]
       for computation in module.computations.values()
@@ -275,8 +269,7 @@ class _Counter:
         total += array.bytes if part is None else min(part, array.bytes)
     return total
 
-  @functools.cache
-  def _read(self, inner: Computation, index: int) -> float | None:
+  def _find_read(self, inner: Computation, index: int) -> float | None:
     """The bytes of an operand that a fusion reads; None means all of it."""
     total, pending = 0.0, [inner.parameters[index].name]
     while pending:

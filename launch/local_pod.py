@@ -32,9 +32,8 @@ _DEVICES = flags.DEFINE_integer(
 flags.mark_flags_as_required(["processes"])
 
 _GRACE = 60.0  # seconds that the other processes have to end after the first one
-_NOISE = re.compile(
-  r"^\[Gloo\] Rank "
-)  # printed by JAX's CPU collectives whenever processes connect
+# Printed by JAX's CPU collectives whenever processes connect.
+_NOISE = re.compile(r"^\[Gloo\] Rank ")
 
 
 def environment(process: int, *, processes: int, devices: int, port: int) -> dict[str, str]:
@@ -126,9 +125,8 @@ def _readers(process: int, one: subprocess.Popen) -> list[threading.Thread]:
   def copy(source, target):
     for line in source:
       if not _NOISE.match(line):
-        target.write(
-          f"[{process}] {line.rstrip()}\n"
-        )  # in one call, so that lines of processes do not mix
+        # In one call, so that lines of processes do not mix.
+        target.write(f"[{process}] {line.rstrip()}\n")
         target.flush()
 
   pairs = ((one.stdout, sys.stdout), (one.stderr, sys.stderr))

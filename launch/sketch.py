@@ -107,9 +107,8 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   scorings = 2 if cfg.behaviour_logprob == "rescore" else 1
   passes = [
     Pass(policy, cfg.batch_size, prompt, 1, False),  # the prefill of the rollout
-    Pass(
-      policy, cfg.batch_size, length, response, False, scorings
-    ),  # reference, and perhaps policy
+    # The reference, and perhaps the policy.
+    Pass(policy, cfg.batch_size, length, response, False, scorings),
     Pass(scalar, cfg.batch_size, length, length, False, 2),  # reward model and value network
     Pass(policy, minibatch, length, response, True, updates),
     Pass(scalar, minibatch, length, response, True, updates),
@@ -155,12 +154,10 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   flops += (2 + 4 * pass_.is_training) * head
 
   weights = _HALF * (in_layers / tensor + in_tables)
-  uses = (
-    2 if pass_.is_training else 1
-  )  # weights are gathered for the forward pass and again for the backward pass
-  moved = (
-    weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)
-  )  # gathers, and scattering the gradient
+  # Weights are gathered for the forward pass and again for the backward pass.
+  uses = 2 if pass_.is_training else 1
+  # Gathers, and scattering the gradient.
+  moved = weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)
   # Each device's part of the gradient is then summed over `data`, and over the DCN between slices.
   summed = 2 * weights / fsdp * pass_.is_training
   across = {axis: summed * (mesh[axis] - 1) / mesh[axis] for axis in ("data", "slice")}
@@ -194,6 +191,5 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
     kept = {"full": stream, "products": stream + products}
     live += cfg.num_layers * (tokens * _HALF * kept[remat] if remat in kept else layer)
     live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # the gradient and its running sum
-  return (
-    live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor
-  )  # the gathered weights of one layer
+  # The gathered weights of one layer.
+  return live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor

@@ -12,15 +12,16 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 " + quick.FLAGS
 ).strip()
 
-import jax  # noqa: E402  (the flags above must be set before the first import)
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+# The flags above must be set before JAX is first imported.
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
 from instructjax import models
 from instructjax.core.config import MeshConfig, NetworkConfig, OptimConfig, PPOConfig
-from instructjax.parallel import sharding  # noqa: E402
-from tests import tiny  # noqa: E402
+from instructjax.parallel import sharding
+from tests import tiny
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # No compilation cache shared by all tests. With a warm one, tests/rl/test_step_program.py was aborted in two of three

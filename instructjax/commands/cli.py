@@ -12,7 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 import instructjax
-from instructjax.core.errors import NotJoined, Preempted, UserError, reason
+from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, raiser, reason
 from instructjax.parallel import distributed, memory
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
@@ -68,7 +68,7 @@ def _what_to_mend(error: Exception) -> str | None:
   """The line to show the user, or None if the error is a bug."""
   # An OSError that names a file comes from the user's files. One without a name may be a bug.
   if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
-    return " ".join(str(error).split())
+    return one_line(error)
   if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, such as `| head`
     # Python flushes stdout once more at exit, which would raise the error again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -96,9 +96,8 @@ def _say(message: str):
 def _ready(argv: list[str]) -> list[str]:
   """Sets up logging and the memory allocator, and returns the arguments that are no flags."""
   if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(
-      logging.WARNING
-    )  # absl's default also shows internal messages of JAX and orbax
+    # absl's default also shows internal messages of JAX and orbax.
+    logging.set_verbosity(logging.WARNING)
   memory.keep_freed_memory()
   return argv[1:]
 
@@ -114,16 +113,23 @@ def _parse(argv: list[str]) -> list[str]:
   except UserError:
     raise
   except flags.Error as error:
-    if isinstance(
-      error.__context__, UserError
-    ):  # raised by a flag's own parser, and wrapped by absl
-      raise error.__context__ from None
+    cause = error.__context__
+    # absl wraps each ValueError and TypeError of a flag's parser. One from our own parsers is a UserError or a bug.
+    if isinstance(cause, UserError) or (cause is not None and _is_raised_in("instructjax", cause)):
+      raise cause from None
     raise UserError(str(error)) from error
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-    # ml_collections raises these if it cannot set a field of the config, for example to a value of another type.
+    # ml_collections raises these if it cannot set a field of the config, for example to a value of another type. From
+    # any other code they are bugs.
+    if not _is_raised_in("ml_collections", error):
+      raise
     raise UserError(f"--config cannot be changed so: {_telling_part(error)}") from error
   except SystemExit:  # absl exits with 1 after --help
     sys.exit(0)
+
+
+def _is_raised_in(package: str, error: BaseException) -> bool:
+  return raiser(error).partition(".")[0] == package
 
 
 def _telling_part(error: Exception) -> str:

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from instructjax.core.blocks import nearest
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line, raiser
 
 # configs/ is beside the package, both in a checkout and in an installation by pip.
 INSTALLED = pathlib.Path(__file__).parents[2] / "configs"
@@ -96,15 +96,14 @@ def load(spelling: str) -> ConfigDict:
   flag = f"--config={spelling}"
   try:
     module = run_file(path)
-    if not callable(getattr(module, "get_config", None)):
-      raise UserError(
-        f"{flag}: {path} is no config: it has no get_config(); as an example, see configs/ppo_ptx.py"
-      )
-    config = module.get_config(*([preset] if colon else []))
-  except UserError:
-    raise
+    get_config = getattr(module, "get_config", None)
+    config = get_config(*([preset] if colon else [])) if callable(get_config) else None
   except Exception as error:  # a user's file may raise anything
     raise UserError(f"{flag}: {_failure(path, error)}") from error
+  if not callable(get_config):
+    raise UserError(
+      f"{flag}: {path} is no config: it has no get_config(); as an example, see configs/ppo_ptx.py"
+    )
   if not isinstance(config, ConfigDict):
     raise UserError(
       f"{flag}: get_config() must return an ml_collections.ConfigDict, got {type(config).__name__}"
@@ -128,11 +127,13 @@ def run_file(path: pathlib.Path) -> types.ModuleType:
 def _failure(path: pathlib.Path, error: Exception) -> str:
   """Describes in one line what a config file raised and where.
 
-  A ValueError is taken as a deliberate message by the file's author, so its text is returned alone.
+  Two errors are messages for the user, so their text is returned alone: a UserError, and the ValueError of
+  configs/models.py for an unknown preset (configs/ imports nothing of this package).
   """
-  text = " ".join(str(error).split())
-  if isinstance(error, ValueError) and not isinstance(error, UnicodeError | SyntaxError):
-    return text  # for example, an unknown preset
+  text = one_line(error)
+  is_preset = isinstance(error, ValueError) and raiser(error) == "configs.models"
+  if isinstance(error, UserError) or is_preset:
+    return text
   if isinstance(error, SyntaxError):
     return f"{error.filename}, line {error.lineno}: {error.msg}"
   lines = [

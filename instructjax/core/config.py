@@ -104,12 +104,10 @@ class MeshConfig:
   slice: int
   # devices that split the batch and each hold all weights; -1 is all remaining devices [devices]
   data: int
-  fsdp: (
-    int  # devices that split both the batch and the weights; -1 is all remaining devices [devices]
-  )
-  tensor: (
-    int  # devices that split each layer's matrix products; -1 is all remaining devices [devices]
-  )
+  # devices that split both the batch and the weights; -1 is all remaining devices [devices]
+  fsdp: int
+  # devices that split each layer's matrix products; -1 is all remaining devices [devices]
+  tensor: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +147,8 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  stage: (
-    str  # the stage to run, together with the stages that it starts from; each config file sets it
-  )
+  # the stage to run, together with the stages that it starts from; each config file sets it
+  stage: str
   preset: str  # name of the size preset, for reports; chosen with --config=FILE:PRESET
   seed: int  # seeds everything random; the same seed on the same machine gives the same numbers
   model: ModelConfig  # the network of the policy and of the base model that it starts from

@@ -84,6 +84,19 @@ def is_refused_by_files(error: BaseException) -> bool:
   return False
 
 
+def raiser(error: BaseException) -> str:
+  """The dotted name of the module whose code raised an error; "" if it was never raised."""
+  trace = error.__traceback__
+  while trace is not None and trace.tb_next is not None:
+    trace = trace.tb_next
+  return "" if trace is None else trace.tb_frame.f_globals["__name__"]
+
+
+def one_line(error: BaseException) -> str:
+  """An error's whole message in one line, or the name of its type if it has no message."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
 def reason(error: Exception) -> str:
   """The informative part of a library's message: its first line, cut to the last 200 characters."""
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]

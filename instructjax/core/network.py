@@ -54,9 +54,8 @@ class NetworkConfig:
   # layernorm (GPT) or rmsnorm (Llama), applied before attention, before the MLP and after the last layer
   norm: Literal["layernorm", "rmsnorm"]
   norm_eps: float  # added to the variance before the norm divides by its square root
-  mlp: Literal[
-    "gelu", "swiglu"
-  ]  # gelu has two matrices (GPT); swiglu has three, one of them a gate (Llama)
+  # gelu has two matrices (GPT); swiglu has three, one of them a gate (Llama)
+  mlp: Literal["gelu", "swiglu"]
   use_bias: bool  # whether every projection has a bias
   qkv_bias: bool  # whether the projections to q, k and v have a bias (Qwen2); implied by use_bias
   # how many tokens back every second layer attends (GPT-3's alternating pattern); 0 is the whole context in all layers

@@ -56,9 +56,8 @@ class Selected:
 class Agreement:
   """How well two labelers of the same group agree when they rank the same answers."""
 
-  agreement: (
-    float  # share of pairs that both labelers order alike, among the pairs that neither calls a tie
-  )
+  # share of pairs that both labelers order alike, among the pairs that neither calls a tie
+  agreement: float
   agreement_stderr: float  # standard error of the agreement, computed over prompts
   tie_rate: float  # share of pairs that a labeler calls a tie
 

@@ -16,9 +16,8 @@ class OptimConfig:
 
   learning_rate: float  # peak learning rate
   schedule: Literal["constant", "cosine", "linear"]  # shape of the learning rate after the warmup
-  warmup_steps: (
-    int  # updates over which the rate rises linearly to its peak; 0 is no warmup [updates]
-  )
+  # updates over which the rate rises linearly to its peak; 0 is no warmup [updates]
+  warmup_steps: int
   warmup_start: float  # rate of the first update, as a fraction of the peak; unused without warmup [of the peak]
   # rate of the last update, as a fraction of the peak; unused if the schedule is constant [of the peak]
   end_fraction: float
@@ -146,9 +145,8 @@ class PPOConfig:
   """Reinforcement learning with PPO (C.4)."""
 
   num_iterations: int  # rounds of sampling a batch of episodes and training on it [iterations]
-  batch_size: (
-    int  # episodes per iteration; an episode is a prompt and a sampled response [episodes]
-  )
+  # episodes per iteration; an episode is a prompt and a sampled response [episodes]
+  batch_size: int
   num_minibatches: int  # minibatches per batch, with one update each [minibatches]
   num_epochs: int  # passes over each batch of episodes [epochs]
   # number of rows, each packed with several episodes, to score or train on at a time; 0 gives each episode a padded row
@@ -174,9 +172,8 @@ class PPOConfig:
   discount: float  # discount factor of later rewards, per token
   # lambda of generalised advantage estimation: 1 has no bias, 0 the least variance
   gae_lambda: float
-  clip: (
-    float  # PPO clips the ratio of new to old probability to the range from 1 - clip to 1 + clip
-  )
+  # PPO clips the ratio of new to old probability to the range from 1 - clip to 1 + clip
+  clip: float
   # the value loss clips new values to within this distance of the rollout's values; None does not clip [score]
   value_clip: float | None
   # whether advantages are shifted and scaled to mean 0 and variance 1 over a batch
@@ -188,9 +185,8 @@ class PPOConfig:
   missing_eos: Literal["as_is", "fixed", "exclude"]
   # score of a response without EOS if missing_eos is fixed [score]
   missing_eos_score: float
-  ema_decay: (
-    float  # decay of the moving average of the policy's weights, per iteration; 0 keeps no average
-  )
+  # decay of the moving average of the policy's weights, per iteration; 0 keeps no average
+  ema_decay: float
   # above this KL from the reference the run stops with an error; 0 is no limit [nats a response]
   max_kl: float = dataclasses.field(metadata=SAME_NUMBERS)
   policy_optim: OptimConfig

@@ -58,12 +58,13 @@ class Batches:
       seed: any non-negative integer.
       places: the rows of the global batch that belong to this process, ascending; None for all of them.
     Raises:
-      UserError: there is no data, or batch_size is not positive.
+      UserError: there is no data.
+      ValueError: batch_size is not positive.
     """
     if not num_rows:
       raise UserError("cannot make batches: there is no data")
     if batch_size <= 0:
-      raise UserError(f"batch_size={batch_size} must be positive")
+      raise ValueError(f"batch_size={batch_size} must be positive")
     self.steps_per_epoch = -(-num_rows // batch_size)
     # With other data, a saved position would silently lead to the wrong rows. Everything that determines the order is
     # therefore saved with the position.
@@ -115,9 +116,8 @@ class _BatchSource:
   ):
     self._num_rows, self._batch_size, self._seed, self._gather = num_rows, batch_size, seed, gather
     self._place_b = place_b
-    self._permutation = functools.lru_cache(maxsize=2)(
-      self._draw_permutation
-    )  # a batch rarely spans more than two passes
+    # A batch rarely spans more than two passes.
+    self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
 
   def __len__(self) -> int:
     # Endless in practice. `__getitem__` multiplies by the batch size, which must not overflow.
@@ -169,11 +169,6 @@ class ZippedBatches:
       part.set_state(state[name])
 
 
-def zip_batches(parts: dict[str, Batches]) -> ZippedBatches:
-  """Combines several `Batches` into one iterator of dicts."""
-  return ZippedBatches(parts)
-
-
 def lm_batches(
   documents: Sequence[Sequence[int]],
   *,
@@ -196,7 +191,8 @@ def lm_batches(
     vocab_size: also the id of padding.
     eos_id: the id to append.
   Raises:
-    UserError: there are no documents, or batch_size is not positive.
+    UserError: there are no documents.
+    ValueError: batch_size is not positive.
   """
   pieces = [
     piece for document in documents for piece in packing.split_long([*document, eos_id], length)
@@ -224,7 +220,8 @@ def sft_batches(
     vocab_size: also the id of padding.
     eos_id: the id to append.
   Raises:
-    UserError: a demonstration is longer than a row, there are none, or batch_size is not positive.
+    UserError: a demonstration is longer than a row, or there are none.
+    ValueError: batch_size is not positive.
   """
   sequences = [[*item.prompt, *item.response, eos_id] for item in demonstrations]
   num_prompt = [len(item.prompt) for item in demonstrations]
@@ -268,8 +265,9 @@ def ranking_batches(
       row of its own.
     places: the rows and the prompts of the global batch that belong to this process; None for all of them.
   Raises:
-    UserError: a prompt has more than max_responses answers, there are no rankings, or batch_size is not positive. The
-      iterator raises it too, if the answers of a batch do not fit in num_rows.
+    UserError: a prompt has more than max_responses answers, or there are no rankings.
+    ValueError: batch_size is not positive. The iterator raises it too, if the answers of a batch do not fit in
+      num_rows.
   """
   rankings = list(rankings)
   for item in rankings:
@@ -313,7 +311,8 @@ def rows_needed(
   batches of `ranking_batches` and returns the largest number of rows that one of them needs.
 
   Raises:
-    UserError: an answer does not fit in a row, there are no rankings, or batch_size is not positive.
+    UserError: an answer does not fit in a row, or there are no rankings.
+    ValueError: batch_size is not positive.
   """
   lengths = [[len(item.prompt) + len(response) for response in item.responses] for item in rankings]
 
@@ -337,7 +336,8 @@ def ranked_batch(
   """Makes one RankedBatch of the rankings, in order. Arguments as in `ranking_batches`.
 
   Raises:
-    UserError: the answers do not fit in num_rows rows, or one does not fit in a row.
+    UserError: an answer does not fit in a row.
+    ValueError: the answers do not fit in num_rows rows.
   """
   shape = (len(rankings), max_responses)
   rank_BC = np.zeros(shape, np.int32)
@@ -353,7 +353,7 @@ def ranked_batch(
   else:
     rows = packing.pack([len(sequence) for sequence in sequences], length)
     if len(rows) > num_rows:
-      raise UserError(f"a batch of rankings needs {len(rows)} rows, and num_rows={num_rows}")
+      raise ValueError(f"a batch of rankings needs {len(rows)} rows, and num_rows={num_rows}")
     rows += [[]] * (num_rows - len(rows))
   scored = packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size)
   last_BC = np.zeros(shape, np.int32)
@@ -385,7 +385,8 @@ def prompt_batches(
     batch_size, seed, places: see `Batches`.
     vocab_size: also the id of padding.
   Raises:
-    UserError: a prompt is empty or longer than `length`, there are none, or batch_size is not positive.
+    UserError: a prompt is empty or longer than `length`, or there are none.
+    ValueError: batch_size is not positive.
   """
   prompts = [list(prompt) for prompt in prompts]
   for prompt in prompts:

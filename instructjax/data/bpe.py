@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line
 from instructjax.data import chat, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
@@ -161,12 +161,12 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
   try:
     tokenizer = tokenizers.Tokenizer.from_buffer(content)
     added = json.loads(content)["added_tokens"]
-    tokenizer.encode(
-      "a"
-    )  # fails if the vocabulary lacks the token that it names as the unknown token
+    # Fails if the vocabulary lacks the token that it names as the unknown token.
+    tokenizer.encode("a")
   except Exception as error:  # the package raises plain Exception
-    reason = " ".join(str(error).split())
-    raise UserError(f"tokenizer.path={str(path)!r} is not a tokenizer.json: {reason}") from error
+    raise UserError(
+      f"tokenizer.path={str(path)!r} is not a tokenizer.json: {one_line(error)}"
+    ) from error
   # The package silently renumbers an added token whose id is not the next free one. The model's weights would then not
   # fit the ids.
   for token in added:

@@ -12,7 +12,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line
 
 
 def render(
@@ -52,8 +52,7 @@ def render(
       **{name: token for name, token in known.items() if token is not None},
     )
   except Exception as error:  # a template may raise anything
-    reason = " ".join(str(error).split())
-    raise UserError(f"{where}: the chat template fails: {reason}") from error
+    raise UserError(f"{where}: the chat template fails: {one_line(error)}") from error
 
 
 def _check(messages: Sequence[Mapping], special: Iterable[str]):

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line
 from instructjax.data import bpe
 from instructjax.data.special_tokens import SpecialTokens
 
@@ -61,8 +61,9 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     # Llama 3 takes a word that is a token as that token, even if no merges lead to it.
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
   except Exception as error:  # the package raises plain Exception
-    reason = " ".join(str(error).split())
-    raise UserError(f"{path}: tokenizer.ggml.merges do not fit the tokens: {reason}") from error
+    raise UserError(
+      f"{path}: tokenizer.ggml.merges do not fit the tokens: {one_line(error)}"
+    ) from error
   tokenizer = tokenizers.Tokenizer(model)
   # Of these models, only Qwen 2 composes characters before encoding.
   tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None

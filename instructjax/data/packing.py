@@ -29,9 +29,8 @@ def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
     UserError: a sequence is empty or longer than a row.
   """
   rows: list[list[int]] = []
-  room: list[
-    tuple[int, int]
-  ] = []  # (free tokens, row), sorted, so the first entry with enough room is the fullest such row
+  # (free tokens, row), sorted, so the first entry with enough room is the fullest such row
+  room: list[tuple[int, int]] = []
   for index in sorted(range(len(sequence_lengths)), key=lambda i: -sequence_lengths[i]):
     needed = sequence_lengths[index]
     if not 0 < needed <= length:

@@ -82,9 +82,8 @@ def _decode_json(line: bytes, kind: str, where: str) -> Any:
     raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
   except RecursionError as error:
     raise BadRecord(f"{where}: nested too deeply") from error
-  except (
-    ValueError
-  ) as error:  # BadRecord from the hook, or Python's limit on the digits of an integer
+  # BadRecord from the hook, or Python's limit on the digits of an integer.
+  except ValueError as error:
     if isinstance(error, BadRecord):
       raise
     raise BadRecord(f"{where}: not JSON (a number of too many digits)") from error
@@ -142,7 +141,7 @@ def _parquet_rows(files: list[str], kind: str) -> Rows:
         columns = _columns(file.schema_arrow.names, kind, path)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
     except (OSError, pyarrow.ArrowException) as error:
-      why = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+      why = getattr(error, "strerror", None) or reason(error)
       raise UserError(f"cannot read {path}: {why}") from error
 
 
@@ -164,9 +163,7 @@ def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
   try:
     loaded = datasets.load_from_disk(path)
   except Exception as error:  # `datasets` raises many types, including pyarrow's
-    raise UserError(
-      f"data.{kind}='datasets:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
-    ) from error
+    raise UserError(f"data.{kind}='datasets:{rest}' cannot be read: {reason(error)}") from error
   if isinstance(loaded, datasets.Dataset):
     if own_split:
       raise UserError(f"data.{kind}='datasets:{rest}' must be datasets:{path}: it has no splits")
@@ -260,9 +257,7 @@ def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
     chosen = own_split or (split if has_own_split else "train")
     source = tfds.data_source(name, split=chosen, data_dir=match["data_dir"])
   except Exception as error:  # tfds raises many types
-    raise UserError(
-      f"data.{kind}='tfds:{rest}' cannot be read: {str(error).strip().splitlines()[0]}"
-    ) from error
+    raise UserError(f"data.{kind}='tfds:{rest}' cannot be read: {reason(error)}") from error
   return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
 
 

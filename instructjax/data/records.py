@@ -115,7 +115,7 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
 
   Raises:
     BadRecord: the value is not a valid record; the message has `where` and the reason.
-    UserError: kind is not one of KINDS.
+    ValueError: kind is not one of KINDS.
   """
   if not isinstance(obj, dict):
     raise BadRecord(f"{where}: must be a JSON object, got {type(obj).__name__}")
@@ -127,7 +127,7 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
     return _demonstration(obj, where)
   if kind == "comparisons":
     return _ranking(obj, where)
-  raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+  raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
 
 
 def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Loads records from a source: the default preset (`demo:`), or the file formats of `readers`.
 
-context.py and the stages call `load` and `render`. Imports `records` and `readers`, and `demo` only if it is used.
+stages/run_data.py calls `load` and `render`, and stages/pipeline.py calls `load`. Imports `records` and `readers`, and
+`demo` only if it is used.
 """
 
 import dataclasses
@@ -65,7 +66,8 @@ def load(
       reasons of the first few.
   Raises:
     BadRecord: a record is bad, and on_bad_record is raise.
-    UserError: an argument is invalid, the source cannot be read, or no records are left.
+    UserError: the spec names no known scheme, the source cannot be read, or no records are left.
+    ValueError: kind, split or on_bad_record is not one of those above.
   """
   scheme, colon, rest = spec.partition(":")
   if not colon or scheme not in _SCHEMES:
@@ -73,11 +75,11 @@ def load(
       f"data.{kind}={spec!r} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
     )
   if kind not in KINDS:
-    raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
   if split not in ("train", "validation", "test", "all"):
-    raise UserError(f"split={split!r} must be train, validation, test or all")
+    raise ValueError(f"split={split!r} must be train, validation, test or all")
   if on_bad_record not in ("raise", "skip"):
-    raise UserError(f"data.on_bad_record={on_bad_record!r} must be raise or skip")
+    raise ValueError(f"on_bad_record={on_bad_record!r} must be raise or skip")
   if scheme == "demo":
     from instructjax.data import demo  # imported here because runs on own data do not need it
 

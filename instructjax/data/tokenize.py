@@ -34,18 +34,19 @@ class RankingTokens:
 
 def tokenize_prompts(
   records: Sequence[Prompt], tokenizer: Tokenizer, *, max_prompt_length: int
-) -> tuple[list[list[int]], dict[str, int]]:
+) -> list[list[int]]:
   """Tokenizes prompts, and drops those longer than max_prompt_length tokens (App. C).
 
-  Returns:
-    (token ids, counts). The counts of this and the following functions are kept (records), long_prompts (dropped
-    records) and, where there are responses, long_responses (dropped responses).
+  This and the following functions log how much they drop: long_prompts counts dropped records and, where there are
+  responses, long_responses counts dropped responses.
+
   Raises:
     UserError: every prompt is too long.
   """
   prompts = [tokenizer.encode_prompt(_text(record.prompt)) for record in records]
   kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
-  return kept, _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
+  _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
+  return kept
 
 
 def tokenize_demonstrations(
@@ -54,14 +55,12 @@ def tokenize_demonstrations(
   *,
   max_prompt_length: int,
   max_response_length: int,
-) -> tuple[list[DemonstrationTokens], dict[str, int]]:
+) -> list[DemonstrationTokens]:
   """Tokenizes demonstrations, and drops those that are too long.
 
   A response that exceeds max_response_length tokens with its EOS is dropped rather than cut, because a cut response
   would teach the policy to stop in the middle.
 
-  Returns:
-    (token ids, counts).
   Raises:
     UserError: every demonstration is too long.
   """
@@ -76,9 +75,8 @@ def tokenize_demonstrations(
       long_responses += 1
     else:
       kept.append(DemonstrationTokens(prompt, response))
-  return kept, _report(
-    "demonstrations", len(kept), long_prompts=long_prompts, long_responses=long_responses
-  )
+  _report("demonstrations", len(kept), long_prompts=long_prompts, long_responses=long_responses)
+  return kept
 
 
 def tokenize_rankings(
@@ -87,14 +85,12 @@ def tokenize_rankings(
   *,
   max_prompt_length: int,
   max_response_length: int,
-) -> tuple[list[RankingTokens], dict[str, int]]:
+) -> list[RankingTokens]:
   """Tokenizes rankings, and drops answers and prompts that are too long.
 
   A response of exactly max_response_length tokens gets no EOS, because a policy's answer of that length was cut off
   there. A longer response is removed from its ranking. A ranking with fewer than two answers left is dropped.
 
-  Returns:
-    (token ids, counts).
   Raises:
     UserError: nothing is left because everything is too long.
   """
@@ -114,9 +110,8 @@ def tokenize_rankings(
     long_responses += len(record.responses) - len(responses)
     if len(responses) >= 2:
       kept.append(RankingTokens(prompt, responses, ranks, record.labeler))
-  return kept, _report(
-    "comparisons", len(kept), long_prompts=long_prompts, long_responses=long_responses
-  )
+  _report("comparisons", len(kept), long_prompts=long_prompts, long_responses=long_responses)
+  return kept
 
 
 def _text(prompt: str | Chat) -> str:
@@ -125,8 +120,8 @@ def _text(prompt: str | Chat) -> str:
   return prompt
 
 
-def _report(kind: str, kept: int, **left_out: int) -> dict[str, int]:
-  """Logs how many records were dropped for their length, and returns all counts.
+def _report(kind: str, kept: int, **left_out: int):
+  """Logs how many records were dropped for their length.
 
   Raises:
     UserError: no record is left.
@@ -139,4 +134,3 @@ def _report(kind: str, kept: int, **left_out: int) -> dict[str, int]:
       f"{kind}: every record is too long ({reasons});"
       " raise data.max_prompt_length or data.max_response_length"
     )
-  return {"kept": kept, **left_out}

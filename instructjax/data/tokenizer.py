@@ -1,6 +1,7 @@
 """Converts text to token ids and back: the interface of all tokenizers, the sentencepiece tokenizer, and its training.
 
-Called by the stages and by weights. Imports its siblings bpe, chat, gguf_header, gguf_vocabulary and special_tokens.
+Called by the stages, by train/weights.py and by serve/. Imports its siblings bpe, chat, gguf_header, gguf_vocabulary
+and special_tokens.
 
 A prompt and its response are encoded separately, and a response needs no leading space. The following holds for every
 text whose characters are in the vocabulary, including spaces and newlines:
@@ -27,13 +28,12 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
 from instructjax.data.special_tokens import SpecialTokens
 
-_MAX_TRAINING_CHARACTERS = (
-  10_000_000  # a random sample of this size is enough to estimate the frequencies of pieces
-)
+# A random sample of this size is enough to estimate the frequencies of pieces.
+_MAX_TRAINING_CHARACTERS = 10_000_000
 _NEWLINE = "\n"
 _MODEL_FILE = "tokenizer.model"
 
@@ -343,7 +343,8 @@ def train_tokenizer(
       f"cannot train a tokenizer of tokenizer.vocab_size={vocab_size} pieces: {reason}"
     ) from error
   path = pathlib.Path(path)
-  special_tokens.write_whole(path, model.getvalue())
+  with writing(path):
+    special_tokens.write_whole(path, model.getvalue())
   return SentencePieceTokenizer(path, model.getvalue(), None)
 
 

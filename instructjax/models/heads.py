@@ -1,6 +1,7 @@
 """Scalar heads: a reward model made from a language model, and the zero point of its scores.
 
-Called by the rm and ppo stages. Works on parameter dicts only; transformer.py declares and applies the head.
+Called by stages/rm.py, stages/policies.py and train/weights.py. Works on parameter dicts only; transformer.py declares
+and applies the head.
 """
 
 import jax

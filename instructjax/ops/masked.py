@@ -1,6 +1,6 @@
 """Sums, means, variances and whitening over the True places of a mask.
 
-Called by surrogate.py, rl/experience.py and the training stages. Imports no config and no model.
+Called by surrogate.py, preference.py and rl/experience.py. Imports no config and no model.
 
 Every function first puts 0 at the masked places and computes only then. So what stands in padding, NaN included,
 reaches neither the value nor the gradient (details item 24). Sums are taken in float32 whatever the input's type.

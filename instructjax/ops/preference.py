@@ -1,6 +1,6 @@
 """The reward model's ranking loss (the paper's eq. 1) and the calibration of its probabilities.
 
-Called by the reward-model stage and by the evaluations. Imports no config and no model.
+Called by stages/rm.py. Imports no config and no model.
 """
 
 from typing import NamedTuple

@@ -12,9 +12,8 @@ from instructjax.report.results import Measured, Results
 MAX_KL = 12.0  # nats per answer: the KL penalty counts as bounding the KL if it stays below
 # PPO and PPO-ptx count as equally good if their rewards are so close, in standard deviations of the reward model.
 REWARD_GAP = 0.35
-AGREEMENT_GAP = (
-  0.06  # the reward model's accuracy may be so far below the labelers' agreement with each other
-)
+# The reward model's accuracy may be so far below the labelers' agreement with each other.
+AGREEMENT_GAP = 0.06
 HELDOUT_GAP = 0.04  # accuracy on held-out labelers may be so far below that on training labelers
 TOPIC_GAIN = 0.15  # PPO-ptx must name the topic in so many more answers than SFT, as a share of all
 
@@ -100,7 +99,7 @@ def _finding(id_, claim, paper, measured, interval, holds) -> dict:
   }
 
 
-def _preferred_over_base(results, wins):
+def _preferred_over_base(wins):
   # There is no larger base if policy and reward model share one.
   if "ppo_ptx" not in wins or "reward_base" not in wins:
     return None
@@ -119,7 +118,7 @@ def _preferred_over_base(results, wins):
   )
 
 
-def _rl_over_sft(results, wins):
+def _rl_over_sft(wins):
   names = [name for name in ("ppo", "ppo_ptx") if name in wins]
   if not names:
     return None
@@ -273,8 +272,8 @@ def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
   rng = np.random.default_rng(seed)
   wins = win_matrix(results, bootstrap=bootstrap, seed=seed)
   found = [
-    _preferred_over_base(results, wins),
-    _rl_over_sft(results, wins),
+    _preferred_over_base(wins),
+    _rl_over_sft(wins),
     _alignment_tax(results, bootstrap, rng),
     _reward_model(results),
     _kl_bounded(results, bootstrap, rng),

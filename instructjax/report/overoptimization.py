@@ -47,9 +47,8 @@ def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
     # All RL runs begin with samples of the same policy, so the mean over runs is a better estimate than one run's.
     gold_origin, reward_origin = (np.mean([run[i][0] for run in runs.values()]) for i in (1, 2))
     found["rl"] = {
-      "distance": np.sqrt(
-        np.maximum(kl, 0)
-      ),  # a KL near 0, as at the start, may be estimated below 0
+      # A KL near 0, as at the start, may be estimated below 0.
+      "distance": np.sqrt(np.maximum(kl, 0)),
       "gold": (gold - gold_origin) / deviation["gold"],
       "reward": (reward - reward_origin) / deviation["reward"],
     }

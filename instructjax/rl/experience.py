@@ -121,7 +121,7 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
   def read(token_BL, segment_BL, prompt_length):
     rows = dict(token_BL=token_BL, segment_BL=segment_BL)
     response = rows | dict(prompt_length=prompt_length)
-    logprob = lambda params: scoring.response_logprob(  # noqa: E731
+    logprob = lambda params: scoring.response_logprob(
       nets.policy, params, **response, temperature=cfg.temperature
     )
     result = {

@@ -132,7 +132,7 @@ def _gradient_shared(
 
 def _in_shared_rows(batch: Any, placement: shared_rows.Placement, pad_id: int):
   """A minibatch with its episodes in shared rows. Arrays named _BR are widened to all L columns."""
-  move = lambda x_BR: shared_rows.to_shared(placement, _widen(x_BR, batch.prompt_length), 0)  # noqa: E731
+  move = lambda x_BR: shared_rows.to_shared(placement, _widen(x_BR, batch.prompt_length), 0)
   return dataclasses.replace(
     _map_responses(move, batch),
     token_BL=shared_rows.to_shared(placement, batch.token_BL, pad_id),

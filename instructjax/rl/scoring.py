@@ -1,8 +1,8 @@
 """Log-probabilities, values and reward-model scores of given tokens, by full forward passes.
 
-Called by PPO, by collecting and by the evaluations. Columns are those of a rollout: a left-padded prompt of P columns,
-then the response. The network predicts, and values, a response token in column t from column t - 1 (details item 21),
-so the heads are computed for columns P - 1 .. L - 2 only.
+Called by step.py and experience.py, by stages/rm.py and stages/answers.py, and by serve/speaker.py. Columns are those
+of a rollout: a left-padded prompt of P columns, then the response. The network predicts, and values, a response token
+in column t from column t - 1 (details item 21), so the heads are computed for columns P - 1 .. L - 2 only.
 
 `segment_BL` says which columns hold tokens. If a row holds one sequence, it may be booleans. If it holds several
 (shared_rows.py), it has their numbers from 1, and 0 at pads. In that case pass a prompt length of 1, which includes

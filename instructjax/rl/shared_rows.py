@@ -154,7 +154,7 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
     def one(index, out, level=level):
       new = function(_chunk(tree, index, rows, level))
       new = jax.tree.map(lambda x, old: x.reshape(rows, *old.shape[1:]), new, out)
-      write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index * rows, 0)  # noqa: E731
+      write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index * rows, 0)
       return jax.tree.map(write, out, new)
 
     out = jax.lax.fori_loop(start, end, one, out)

@@ -158,9 +158,8 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
     ]
     try:
       answers = _answer(panel, asked, number, settings)
-    except (
-      UserError
-    ) as error:  # for example, the context is full: other questions may still be asked
+    # For example, the context is full: other questions may still be asked.
+    except UserError as error:
       print(f"error: {error}", file=sys.stderr)
       continue
     except KeyboardInterrupt:  # stops this answer only, and leaves it out of the history

@@ -72,13 +72,19 @@ class Speaker:
   tokenizer: Tokenizer
   model: transformer.Model
   weights: Params
+  # Compiled programs by (prompt_length, draw). They are kept here, so that they and the weights go with the speaker.
+  _programs: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-  @functools.cache
   def programs(self, prompt_length: int, draw: Draw) -> tuple[Callable, Callable]:
     """The compiled prefill and decode step for prompts padded to `prompt_length` tokens.
 
-    They are compiled ahead, so that the times of an answer hold no compilation.
+    They are compiled ahead, so that the times of an answer hold no compilation, and only once.
     """
+    if (prompt_length, draw) not in self._programs:
+      self._programs[prompt_length, draw] = self._compile(prompt_length, draw)
+    return self._programs[prompt_length, draw]
+
+  def _compile(self, prompt_length: int, draw: Draw) -> tuple[Callable, Callable]:
     token_BP = jax.ShapeDtypeStruct((1, prompt_length), jnp.int32)
     is_prompt_BP = jax.ShapeDtypeStruct((1, prompt_length), jnp.bool_)
     uniform_BR = jax.ShapeDtypeStruct((1, draw.max_new_tokens), jnp.float32)

@@ -23,7 +23,7 @@ import tokenizers
 from absl import logging
 from tokenizers import decoders, normalizers
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.data import gguf_vocabulary
 from instructjax.data.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -48,9 +48,10 @@ def write_files(
   Returns:
     bos_token_id, eos_token_id and pad_token_id for config.json; None for a token that does not exist.
   Raises:
-    UserError: the tokenizer already has a token `<|pad|>` with another id.
+    UserError: the tokenizer already has a token `<|pad|>` with another id, or the files cannot be written.
   """
-  tokenizer.save(directory)
+  with writing(directory):
+    tokenizer.save(directory)
   path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
   if isinstance(tokenizer, SentencePieceTokenizer):
     built = unigram(tokenizer)
@@ -75,8 +76,9 @@ def write_files(
         f" reward or value model adds one of id {pad_id}"
       )
     config["pad_token"] = PAD_TOKEN
-  built.save(str(path))
-  config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+  with writing(directory):
+    built.save(str(path))
+    config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
   return _ids(tokenizer, pad_id)
 
 

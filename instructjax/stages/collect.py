@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from instructjax.core import results
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.data import sources
 from instructjax.stages import answers, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
@@ -53,7 +53,12 @@ def _sampled(
 
 
 def _write(path: pathlib.Path, rankings: list):
-  with open(path, "w", encoding="utf-8") as file:
+  """Writes rankings as JSON lines.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  with writing(path), open(path, "w", encoding="utf-8") as file:
     for ranking in rankings:
       file.write(json.dumps(dataclasses.asdict(ranking), ensure_ascii=False) + "\n")
 
@@ -76,7 +81,7 @@ def run(ctx: Context, stage: str):
   """Samples answers from the SFT policy, has them ranked, and measures how often labelers agree.
 
   Raises:
-    UserError: the stage is finished already, but was made with other settings.
+    UserError: the stage is finished already, but was made with other settings; or the rankings cannot be written.
     Preempted: the run was told to stop.
   """
   cfg, seed = ctx.config.collect, ctx.config.seed
@@ -91,7 +96,8 @@ def run(ctx: Context, stage: str):
   if jax.process_index() != 0:  # sampling took all processes; one of them writes
     return
   directory = ctx.directory(stage)
-  directory.mkdir(parents=True, exist_ok=True)
+  with writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
   _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
   _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
   # The same answers once more: the two groups' accuracies differ by the labelers alone (sec 4.1).

@@ -47,7 +47,7 @@ def make_nets(
   """
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
   updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
-  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)  # noqa: E731
+  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
   return ppo_step.Nets(
     policy=make_model(config, mesh, "policy", vocab_size),
     scalar=make_model(config, mesh, "reward", vocab_size),
@@ -139,10 +139,10 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
     parts["pretrain"] = document_batches(
       ctx, "train", length=cfg.ptx_length, batch_size=rows, seed=seed
     )
-  return batching.zip_batches(parts)
+  return batching.ZippedBatches(parts)
 
 
-def _describe(ctx: Context, cfg: PPOConfig):
+def _describe(ctx: Context):
   """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
   If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
@@ -271,7 +271,7 @@ def run(ctx: Context, stage: str):
     evaluate_steps={1, *range(0, cfg.num_iterations + 1, ctx.config.evaluate.pretrain_every)} - {0},
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),
-    on_samples=_describe(ctx, cfg),
+    on_samples=_describe(ctx),
     flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
   finish(ctx, stage, run_, cfg.num_iterations, results.Nothing())

@@ -72,7 +72,7 @@ def tokenized(ctx: Context, records: list) -> list:
     UserError: a prompt has more ranked answers than `rm.max_responses`, or every ranking is too long.
   """
   data = ctx.config.data
-  rankings, _ = tokenize_rankings(
+  rankings = tokenize_rankings(
     records,
     ctx.tokenizer,
     max_prompt_length=data.max_prompt_length,

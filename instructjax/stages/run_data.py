@@ -100,7 +100,7 @@ class RunData:
     def encode():
       limit = self._config.data.max_prompt_length
       records = self.records("prompts", split)
-      return tokenize.tokenize_prompts(records, self._tokenizer, max_prompt_length=limit)[0]
+      return tokenize.tokenize_prompts(records, self._tokenizer, max_prompt_length=limit)
 
     return self._once(("prompt tokens", split), encode)
 
@@ -118,6 +118,6 @@ class RunData:
         self._tokenizer,
         max_prompt_length=data.max_prompt_length,
         max_response_length=data.max_response_length,
-      )[0]
+      )
 
     return self._once(("demonstration tokens", split), encode)

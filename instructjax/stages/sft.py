@@ -43,10 +43,12 @@ def _batches(ctx: Context, cfg: SFTConfig, stage: str):
     **common,
   )
   if not mix_rows:
-    return batching.zip_batches({"demonstrations": demonstrations}), demonstrations.steps_per_epoch
+    return batching.ZippedBatches(
+      {"demonstrations": demonstrations}
+    ), demonstrations.steps_per_epoch
   mixed = places[places >= first_mixed] - first_mixed
   text = document_batches(ctx, "train", batch_size=mix_rows, places=mixed, **common)
-  zipped = batching.zip_batches({"demonstrations": demonstrations, "pretrain": text})
+  zipped = batching.ZippedBatches({"demonstrations": demonstrations, "pretrain": text})
   return zipped, demonstrations.steps_per_epoch
 
 

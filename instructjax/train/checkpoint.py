@@ -188,11 +188,13 @@ class Checkpoints:
       if isinstance(leaf, jax.Array):
         leaf.delete()
     args = ocp.args.Composite(state=ocp.args.StandardRestore(saved), data=ocp.args.JsonRestore())
-    restored = reading.read(path, lambda: self._manager.restore(step, args=args))
-    data = restored["data"]
-    # Older checkpoints hold one copy of the position per process, all of them equal.
-    position = data["position"] if "position" in data else data["processes"][0]
-    return _laid_as(abstract, restored["state"]), position
+
+    def read_files():
+      restored = self._manager.restore(step, args=args)
+      return restored["state"], restored["data"]["position"]
+
+    restored, position = reading.read(path, read_files)
+    return _laid_as(abstract, restored), position
 
   def _note_metric(self, step: int, metrics: Mapping):
     if self._best_metric in metrics:

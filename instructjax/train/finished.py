@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from instructjax.core import results
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
 from instructjax.train import reading
@@ -27,6 +27,10 @@ from instructjax.train import reading
 TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too
 _DONE = "done.json"
 _LOCK = ".lock"
+
+
+class _BadDone(ValueError):
+  """The content of a done.json does not fit `Done`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +73,20 @@ class Done:
 
 
 def write_done(directory: pathlib.Path, done: Done):
-  """Marks a stage as finished. The file is renamed into place, so that it is either whole or absent."""
+  """Marks a stage as finished. The file is renamed into place, so that it is either whole or absent.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
   if jax.process_index() != 0:
     return
   path = pathlib.Path(directory) / _DONE
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = path.with_suffix(".tmp")
-  scratch.write_text(json.dumps(dataclasses.asdict(done), indent=1) + "\n")
-  os.replace(scratch, path)
+  text = json.dumps(dataclasses.asdict(done), indent=1) + "\n"
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 def read_done(directory: pathlib.Path) -> Done | None:
@@ -93,11 +103,11 @@ def read_done(directory: pathlib.Path) -> Done | None:
   try:
     stage = values.get("stage") if isinstance(values, dict) else None
     if not isinstance(stage, str) or stage not in [TOKENIZER, *STAGES]:
-      raise ValueError(f"it names no stage, but {stage!r}")
+      raise _BadDone(f"it names no stage, but {stage!r}")
     result = results.Nothing if stage == TOKENIZER else STAGES[stage].result
     hints = typing.get_type_hints(Done) | {"result": result}
     return Done(**_fields(hints, values, ""))
-  except ValueError as error:
+  except _BadDone as error:
     raise UserError(
       f"cannot read {path}: {error}. Another version of instructjax wrote it: use another --workdir"
     ) from error
@@ -116,18 +126,18 @@ def require_done(directory: pathlib.Path) -> Done:
 
 
 def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]:
-  """Converts each value to its type; ValueError unless the keys are exactly those of the hints."""
+  """Converts each value to its type; _BadDone unless the keys are exactly those of the hints."""
   if not isinstance(values, dict):
-    raise ValueError(f"{where.rstrip('.')} is no object")
+    raise _BadDone(f"{where.rstrip('.')} is no object")
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:
-      raise ValueError(f"{what} key {', '.join(where + name for name in sorted(names))}")
+      raise _BadDone(f"{what} key {', '.join(where + name for name in sorted(names))}")
   return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-  """Converts a JSON value to a dataclass, tuple, dict, optional or plain type; ValueError if it does not fit."""
+  """Converts a JSON value to a dataclass, tuple, dict, optional or plain type; _BadDone if it does not fit."""
   origin, inner = typing.get_origin(hint), typing.get_args(hint)
   if dataclasses.is_dataclass(hint):
     return hint(**_fields(typing.get_type_hints(hint), value, f"{where}."))
@@ -140,7 +150,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
   if hint is float and type(value) is int:  # JSON may spell 1.0 as 1
     return float(value)
   if type(value) is not hint:
-    raise ValueError(f"{where}={value!r} is not of type {hint}")
+    raise _BadDone(f"{where}={value!r} is not of type {hint}")
   return value
 
 

@@ -122,9 +122,8 @@ class StepProfile:
       self._directory.mkdir(parents=True, exist_ok=True)
     options = jax.profiler.ProfileOptions()
     options.session_id = self._trace.name
-    options.python_tracer_level = (
-      0  # else there is an event for every Python call, which drowns the others
-    )
+    # Otherwise there is an event for every Python call, which drowns the others.
+    options.python_tracer_level = 0
     jax.profiler.start_trace(self._directory, profiler_options=options)
     self._is_tracing = True
 

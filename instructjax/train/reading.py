@@ -30,9 +30,8 @@ def read(path: pathlib.Path, read_files: Callable[[], Any]) -> Any:
     )
     try:
       return read_files()
-    except (
-      Exception
-    ) as error:  # not narrower: orbax and tensorstore raise bare Exception for damaged files
+    # Not narrower: orbax and tensorstore raise bare Exception for damaged files.
+    except Exception as error:
       why = reason(error)
     # Reads that orbax left hanging complain when they are collected. Here the complaints are still silenced; `error`,
     # which holds on to those reads, is gone once the except clause has ended.

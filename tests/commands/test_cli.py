@@ -4,7 +4,9 @@ import pathlib
 import subprocess
 import sys
 import traceback
+import types
 
+import ml_collections
 import pytest
 from absl import flags
 
@@ -124,3 +126,29 @@ def test_out_of_the_hosts_memory_is_out_of_memory(monkeypatch, capsys):
   code, stderr = ending(monkeypatch, capsys, MemoryError("Unable to allocate 9 TiB"))
   assert (code, stderr.count("\n")) == (2, 1)
   assert stderr.startswith("error: out of memory: Unable to allocate 9 TiB. Use smaller")
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug"), UserError("a mistake")])
+def test_what_our_own_flag_parser_raises_is_what_it_is(monkeypatch, error):
+  def fail(argument):
+    raise error
+
+  # Made a function of the package, where the error then comes from.
+  fail = types.FunctionType(fail.__code__, vars(cli), closure=fail.__closure__)
+  values = flags.FlagValues()
+  flags.DEFINE_string("config", None, "", flag_values=values)
+  monkeypatch.setattr(values["config"].parser, "parse", fail)
+  monkeypatch.setattr(cli.flags, "FLAGS", values)
+  with pytest.raises(type(error)) as raised:
+    cli._parse(["command", "--config=ppo"])
+  assert raised.value is error
+
+
+def test_a_value_that_the_config_cannot_hold_is_a_mistake(monkeypatch):
+  values = flags.FlagValues()
+  flags.DEFINE_string("field", None, "", flag_values=values)
+  config = ml_collections.ConfigDict({"size": 1})
+  monkeypatch.setattr(values["field"], "parse", lambda value: setattr(config, "size", value))
+  monkeypatch.setattr(cli.flags, "FLAGS", values)
+  with pytest.raises(UserError, match="--config cannot be changed so: .*size"):
+    cli._parse(["command", "--field=x"])

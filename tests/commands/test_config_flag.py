@@ -70,7 +70,15 @@ def test_what_is_not_found_is_said_with_what_there_is(elsewhere):
     ("def get_config():\n  x = 1\n  return y\n", "mine.py, line 3: NameError: name 'y' is not defined"),
     ("def get_config():\n  return None\n", "must return an ml_collections.ConfigDict, got NoneType"),
     ("def get_config(preset):\n  return {}[preset]\n", "mine.py: TypeError: get_config() missing 1 required"),
-    ("def get_config():\n  raise ValueError('size must be\\n odd')\n", "--config=mine.py: size must be odd"),
+    (
+    "from instructjax.core.errors import UserError\ndef get_config():\n  raise UserError('size must be\\n odd')\n",
+    "--config=mine.py: size must be odd",
+  ),
+  ("def get_config():\n  raise ValueError('odd')\n", "mine.py, line 2: ValueError: odd"),
+  (
+    "from configs import models\ndef get_config():\n  return models.get('rm', 'x')\n",
+    "--config=mine.py: preset 'x' must be one of tiny, ",
+  ),
     ("def get_config():\n  return open('/none')\n", "mine.py, line 2: FileNotFoundError: "),
     (b"x = '\xff'\n", "mine.py"),
     ("from configs import base\ndef get_config():\n  c = base.base('rm')\n  c.sede = 1\n  return c\n", None),

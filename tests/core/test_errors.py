@@ -60,3 +60,13 @@ def test_other_errors_pass_through(error):
     with errors.writing(PATH):
       raise error
   assert raised.value is error
+
+
+@pytest.mark.parametrize("shorten", [errors.reason, errors.one_line])
+def test_an_error_without_a_message_is_told_by_its_type(shorten):
+  assert shorten(KeyError()) == "KeyError"
+  assert shorten(ValueError("\n ")) == "ValueError"
+
+
+def test_one_line_is_the_whole_message():
+  assert errors.one_line(ValueError(" size must\n  be odd\n")) == "size must be odd"

@@ -152,8 +152,11 @@ def test_answers_that_share_rows_by_hand():
   )
   np.testing.assert_array_equal(batch.last_BC, [[8 + 2, 3, 0], [8 + 5, 16 + 2, 7]])
   np.testing.assert_array_equal(batch.rank_BC, [[2, 1, 0], [2, 1, 1]])
-  with pytest.raises(ValueError, match="a batch of rankings needs 3 rows, and num_rows=2"):
+  with pytest.raises(
+    ValueError, match="a batch of rankings needs 3 rows, and num_rows=2"
+  ) as raised:
     form(rankings, num_rows=2)
+  assert type(raised.value) is ValueError  # a programmer's mistake
 
 
 def test_the_fullest_batch_says_how_many_rows_are_needed():
@@ -239,8 +242,9 @@ def test_packed_rows_are_shared_out_too():
 
 
 def test_a_batch_of_nothing_is_refused():
-  with pytest.raises(ValueError, match="batch_size=0 must be positive"):
+  with pytest.raises(ValueError, match="batch_size=0 must be positive") as raised:
     prompt_batches(7, 0)
+  assert type(raised.value) is ValueError  # a programmer's mistake
 
 
 def test_no_data_is_refused():
@@ -307,7 +311,7 @@ def test_the_checksum_sees_packed_tokens_and_rankings():
 
 def test_zipped_batches_advance_and_restore_together():
   def zipped():
-    return batching.zip_batches({"few": prompt_batches(5), "many": prompt_batches(9, 2, seed=1)})
+    return batching.ZippedBatches({"few": prompt_batches(5), "many": prompt_batches(9, 2, seed=1)})
 
   def draw(batches):
     return [{name: numbers(part) for name, part in next(batches).items()} for _ in range(4)]

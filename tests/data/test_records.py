@@ -85,8 +85,11 @@ def test_a_bad_record_is_refused_with_place_and_reason(kind, obj, reason):
 
 
 def test_an_unknown_kind_lists_the_known_ones():
-  with pytest.raises(ValueError, match="kind='rankings' must be one of documents, prompts, demons"):
+  with pytest.raises(
+    ValueError, match="kind='rankings' must be one of documents, prompts, demons"
+  ) as raised:
     parse_record("rankings", {}, HERE)
+  assert type(raised.value) is ValueError  # a programmer's mistake
 
 
 def judged(*outcomes):

@@ -60,12 +60,14 @@ def test_a_file_without_records_is_refused(tmp_path):
     (dict(spec="a.jsonl"), "data.prompts='a.jsonl' must start with one of demo:"),
     (dict(kind="ranks"), "kind='ranks' must be one of documents, prompts"),
     (dict(split="dev"), "split='dev' must be train, validation, test or all"),
-    (dict(on_bad_record="ignore"), "data.on_bad_record='ignore' must be raise or skip"),
+    (dict(on_bad_record="ignore"), "on_bad_record='ignore' must be raise or skip"),
   ],
 )
 def test_bad_arguments_name_the_good_ones(arguments, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as raised:
     load(**{"spec": "jsonl:a", "kind": "prompts", **arguments})
+  # The user writes the spec. The other arguments are a programmer's.
+  assert type(raised.value) is (UserError if "spec" in arguments else ValueError)
 
 
 # The held-out split.

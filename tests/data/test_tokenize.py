@@ -34,42 +34,43 @@ class LetterTokenizer:
 def test_details_9_long_prompts_are_left_out_and_counted(caplog):
   records = [Prompt("abc"), Prompt("abcd"), Prompt("a")]
   with caplog.at_level(logging.WARNING):
-    kept, counts = tokenize_prompts(records, LetterTokenizer(), max_prompt_length=3)
+    kept = tokenize_prompts(records, LetterTokenizer(), max_prompt_length=3)
   assert kept == [[2, 3, 4], [2]]
-  assert counts == {"kept": 2, "long_prompts": 1}
   assert "prompts: kept 2; left out for length: long_prompts=1" in caplog.text
 
 
-def test_details_11_long_demonstrations_are_left_out_whole():
+def test_details_11_long_demonstrations_are_left_out_whole(caplog):
   records = [Demonstration("ab", "cd"), Demonstration("ab", "cde"), Demonstration("abc", "c")]
-  kept, counts = tokenize_demonstrations(
-    records, LetterTokenizer(), max_prompt_length=2, max_response_length=3
-  )
+  limits = {"max_prompt_length": 2, "max_response_length": 3}
+  with caplog.at_level(logging.WARNING):
+    kept = tokenize_demonstrations(records, LetterTokenizer(), **limits)
   # "cd" and EOS are 3 tokens; "cde" and EOS would be 4.
   assert kept == [DemonstrationTokens([2, 3], [4, 5])]
-  assert counts == {"kept": 1, "long_prompts": 1, "long_responses": 1}
+  said = "demonstrations: kept 1; left out for length: long_prompts=1, long_responses=1"
+  assert caplog.messages == [said]
 
 
-def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos():
+def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos(caplog):
   records = [
     Ranking("a", ("b", "bcd", "bcde"), (3, 2, 1), "ann"),
     Ranking("a", ("b", "bcde"), (1, 2)),
     Ranking("abc", ("b", "c"), (1, 2)),
   ]
-  kept, counts = tokenize_rankings(
-    records, LetterTokenizer(), max_prompt_length=2, max_response_length=3
-  )
+  limits = {"max_prompt_length": 2, "max_response_length": 3}
+  with caplog.at_level(logging.WARNING):
+    kept = tokenize_rankings(records, LetterTokenizer(), **limits)
   assert kept == [RankingTokens([2], [[3, EOS], [3, 4, 5]], [3, 2], "ann")]
-  assert counts == {"kept": 1, "long_prompts": 1, "long_responses": 2}
+  said = "comparisons: kept 1; left out for length: long_prompts=1, long_responses=2"
+  assert caplog.messages == [said]
 
 
 def test_prompts_begin_as_the_tokenizer_says_and_responses_do_not():
   tokenizer, limits = LetterTokenizer([0]), {"max_prompt_length": 2, "max_response_length": 3}
-  assert tokenize_prompts([Prompt("a")], tokenizer, max_prompt_length=2)[0] == [[0, 2]]
+  assert tokenize_prompts([Prompt("a")], tokenizer, max_prompt_length=2) == [[0, 2]]
   records = [Demonstration("a", "b")]
-  demonstrations, _ = tokenize_demonstrations(records, tokenizer, **limits)
+  demonstrations = tokenize_demonstrations(records, tokenizer, **limits)
   assert demonstrations == [DemonstrationTokens([0, 2], [3])]
-  rankings, _ = tokenize_rankings([Ranking("a", ("b", "c"), (1, 2))], tokenizer, **limits)
+  rankings = tokenize_rankings([Ranking("a", ("b", "c"), (1, 2))], tokenizer, **limits)
   assert rankings == [RankingTokens([0, 2], [[3, EOS], [4, EOS]], [1, 2], None)]
 
 

@@ -6,6 +6,8 @@ nothing is trained here.
 
 import dataclasses
 import functools
+import gc
+import weakref
 
 import jax
 import numpy as np
@@ -45,11 +47,20 @@ def test_the_key_decides_and_top_p_narrows(sft):
 
 
 def test_prompts_of_many_lengths_share_programs(sft):
-  before = speaker.Speaker.programs.cache_info().currsize
+  before = len(sft._programs)
   draw = dataclasses.replace(GREEDY, max_new_tokens=3)
   for prompt in ("a", "say", PROMPT):
     answer(sft, prompt, draw=draw)
-  assert speaker.Speaker.programs.cache_info().currsize == before + 1
+  assert len(sft._programs) == before + 1
+
+
+def test_nothing_keeps_a_speaker_that_is_no_longer_used(sft):
+  own = dataclasses.replace(sft)
+  answer(own, draw=dataclasses.replace(GREEDY, max_new_tokens=2))
+  gone = weakref.ref(own)
+  del own
+  gc.collect()
+  assert gone() is None
 
 
 def test_an_answer_ends_where_the_context_does(sft):
@@ -60,9 +71,9 @@ def test_an_answer_ends_where_the_context_does(sft):
   # More tokens than there is room for cost nothing: the cache is no longer than the context.
   whole = lambda times: dataclasses.replace(DRAW, max_new_tokens=times * limit)
   answer(sft, "a", draw=whole(1))
-  before = speaker.Speaker.programs.cache_info().currsize
+  before = len(sft._programs)
   answer(sft, "a", draw=whole(2))
-  assert speaker.Speaker.programs.cache_info().currsize == before
+  assert len(sft._programs) == before
   with pytest.raises(ValueError, match=f"prompt of {limit} tokens must be shorter than"):
     answer(sft, encode(limit))
   with pytest.raises(ValueError, match="must hold at least one token"):

@@ -1,9 +1,11 @@
 """done.json: whole or absent, and read strictly; the lock of a workdir."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import pathlib
 
 import pytest
 
@@ -49,6 +51,26 @@ def test_done_is_read_as_it_was_written(tmp_path, result):
 
 def test_every_stages_record_is_tried():
   assert {type(record) for record in RECORDS} == {row.result for row in STAGES.values()}
+
+
+def test_a_bug_in_reading_is_not_another_versions_file(tmp_path, monkeypatch):
+  def fail(*args):
+    raise ValueError("a bug")
+
+  finished.write_done(tmp_path, done_of(TUNED))
+  monkeypatch.setattr(finished, "_typed", fail)
+  with pytest.raises(ValueError, match="^a bug$") as raised:
+    finished.read_done(tmp_path)
+  assert type(raised.value) is ValueError
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+  def refuse(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+  with pytest.raises(UserError, match="cannot write .*done.json: .*No space left on device.*make"):
+    finished.write_done(tmp_path, done_of(TUNED))
 
 
 def test_a_stage_without_checkpoints_has_no_step(tmp_path):

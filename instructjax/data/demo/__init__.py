@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 
 import instructjax
-from instructjax.core.errors import UserError
 from instructjax.data.demo import task, text
 from instructjax.data.demo.labelers import agreement as labeler_agreement
 from instructjax.data.demo.labelers import collect_rankings
@@ -39,7 +38,8 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
     split: 'train' or 'validation'. Prompts and demonstrations also have 'test'.
     seed: any non-negative integer.
   Raises:
-    UserError: there is no such kind or split, or the package with the text is not installed.
+    UserError: the package with the text is not installed.
+    ValueError: there is no such kind or split.
   """
   if kind == "documents":
     return [Document(text=document) for document in text.documents(split)]
@@ -49,7 +49,7 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
     return [Prompt(prompt=prompts[i]) for i in order]
   if kind == "demonstrations":
     return task.demonstrations(split, seed)
-  raise UserError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")
+  raise ValueError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")
 
 
 def checksum() -> str:

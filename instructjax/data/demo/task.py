@@ -130,7 +130,7 @@ def prompts(split: str) -> list[str]:
   every topic occurs in each split, but no combination occurs in two.
 
   Raises:
-    UserError: there is no such split.
+    ValueError: there is no such split.
   """
   _check_split(split)
   wanted = {"validation": (0,), "test": (1,), "train": range(2, 8)}[split]
@@ -144,7 +144,7 @@ def prompts(split: str) -> list[str]:
 
 def _check_split(split: str) -> None:
   if split not in SPLITS:
-    raise UserError(f"split={split!r} of the task must be one of {list(SPLITS)}")
+    raise ValueError(f"split={split!r} of the task must be one of {list(SPLITS)}")
 
 
 # --- Gold score ----------------------------------------------------------------------------------
@@ -271,7 +271,8 @@ def demonstrations(split: str, seed: int) -> list[Demonstration]:
     split: 'train', 'validation' or 'test'.
     seed: any non-negative integer.
   Raises:
-    UserError: there is no such split, or the package with the text is not installed.
+    ValueError: there is no such split.
+    UserError: the package with the text is not installed.
   """
   lines, by_topic = _lines("train" if split == "train" else "validation")
   on_topics = [(topic, line) for topic, named in by_topic.items() for line in named]

@@ -37,11 +37,6 @@ class Corpus:
   vocabulary: tuple[str, ...]  # most frequent word first
 
 
-def is_available() -> bool:
-  """Whether the package that holds the text is installed."""
-  return importlib.util.find_spec(PACKAGE) is not None
-
-
 def tokenize(text: str) -> list[str]:
   """The lower-cased words of a text and its marks `.`, `,` and `?`. Everything else is skipped."""
   return _TOKEN.findall(text.lower())
@@ -151,7 +146,8 @@ def clauses(split: str) -> list[str]:
   """All clauses of a split in the order of the text.
 
   Raises:
-    UserError: there is no such split, or the text cannot be read.
+    ValueError: there is no such split.
+    UserError: the text cannot be read.
   """
   return list(itertools.chain.from_iterable(_chapters(split)))
 
@@ -160,12 +156,13 @@ def documents(split: str) -> list[str]:
   """The documents of a split in the order of the text: a document is a chapter, and each of its lines a clause.
 
   Raises:
-    UserError: there is no such split, or the text cannot be read.
+    ValueError: there is no such split.
+    UserError: the text cannot be read.
   """
   return ["\n".join(chapter) for chapter in _chapters(split)]
 
 
 def _chapters(split: str) -> tuple[tuple[str, ...], ...]:
   if split not in SPLITS:
-    raise UserError(f"split={split!r} of the text must be one of {list(SPLITS)}")
+    raise ValueError(f"split={split!r} of the text must be one of {list(SPLITS)}")
   return getattr(corpus(), split)

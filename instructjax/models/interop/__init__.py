@@ -1,8 +1,8 @@
 """Reads and writes weights of other programs: Hugging Face folders and GGUF files.
 
-Called by train/weights.py, commands/export.py and the benchmarks. To read: `open_weights` gives a `Source`, `describe`
-says which network it holds, and `load_params` brings its tensors onto a mesh. To write: `write_folder` and `write_file`
-take parameters.
+Called by train/weights.py, serve/packaging.py, serve/card.py and the benchmarks. To read: `open_weights` gives a
+`Source`, `describe` says which network it holds, and `load_params` brings its tensors onto a mesh. To write:
+`write_folder` and `write_file` take parameters.
 """
 
 import pathlib

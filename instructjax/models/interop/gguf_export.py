@@ -60,7 +60,8 @@ def write_file(
   Raises:
     UserError: the path exists, llama.cpp has no such model, the tokenizer and the model differ in the number of tokens,
       a weight is not finite or too large for `kind`, or the file cannot be written.
-    ValueError: tensor_table.py or gguf_names.py does not know this network, or `params` are those of another.
+    ValueError: `kind` is none of those, tensor_table.py or gguf_names.py does not know this network, or `params` are
+      those of another.
   """
   path = pathlib.Path(path)
   _require_writable(path, model, tokenizer_metadata, kind)
@@ -98,9 +99,10 @@ def _require_writable(
 
   Raises:
     UserError: see `write_file`.
+    ValueError: `kind` is none of GgufType.
   """
   if kind not in _KINDS:
-    raise UserError(f"kind={kind!r} of a GGUF file must be one of {', '.join(_KINDS)}")
+    raise ValueError(f"kind={kind!r} of a GGUF file must be one of {', '.join(_KINDS)}")
   if model.head != "lm":
     raise UserError(
       f"{path}: a reward or value model cannot be written as GGUF, llama.cpp has no place for its"

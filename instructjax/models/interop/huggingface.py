@@ -93,8 +93,7 @@ def download(name: str) -> pathlib.Path:
       repository, revision=revision or None, allow_patterns=files
     )
   except Exception as error:  # network, HTTP and validation errors have no common class
-    reason = str(error).strip().splitlines()[0]
-    raise UserError(f"hf://{name} cannot be fetched: {reason}") from error
+    raise UserError(f"hf://{name} cannot be fetched: {reason(error)}") from error
   return pathlib.Path(folder)
 
 

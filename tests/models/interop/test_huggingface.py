@@ -334,3 +334,13 @@ def test_download_without_the_extra(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
   with pytest.raises(UserError, match=r"^hf://org/name needs the hub extra: pip install .*\[hub\]"):
     interop.download("org/name")
+
+
+def test_a_hub_error_without_a_message_is_told_by_its_type(monkeypatch):
+  def snapshot_download(*args, **kwargs):
+    raise TimeoutError
+
+  hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+  with pytest.raises(UserError, match="hf://org/model cannot be fetched: TimeoutError"):
+    interop.download("org/model")
