@@ -149,10 +149,8 @@ def commit(root: pathlib.Path) -> str:
   try:
     head = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain", "--", *_CODE)
-  except (
-    OSError,
-    subprocess.SubprocessError,
-  ):  # git is not installed, does not trust the folder's owner, or took too long
+  except (OSError, subprocess.SubprocessError):
+    # Git is not installed, does not trust the folder's owner, or took too long.
     return ""
   return head + ("+changes" if changes else "")
 
