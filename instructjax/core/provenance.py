@@ -177,9 +177,8 @@ def command(words: Sequence[str]) -> str:
 
 
 def _num_cpus() -> int:
-  if hasattr(
-    os, "sched_getaffinity"
-  ):  # Linux: the cores this process may use, not all of the machine's
+  if hasattr(os, "sched_getaffinity"):
+    # On Linux these are the cores that this process may use, not all of the machine's.
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 

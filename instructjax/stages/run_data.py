@@ -18,9 +18,8 @@ from instructjax.stages import lineage
 def _checksum(spec: str) -> str:
   try:
     return sources.checksum(spec)
-  except (
-    Exception
-  ) as error:  # libraries raise many types, and no checksum is worth a stage's result
+  except Exception as error:
+    # Libraries raise many types, and no checksum is worth a stage's result.
     return f"(no checksum: {reason(error)})"
 
 
@@ -52,9 +51,8 @@ class RunData:
       UserError: the source cannot be read, or a record is bad.
     """
     if jax.process_index() == 0 and kind in lineage.kinds_read(self._config, STAGES):
-      self.source(
-        kind
-      )  # now, so that it is the checksum of what is read, even if the file changes later
+      # Now, so that it is the checksum of what is read, even if the file changes later.
+      self.source(kind)
     return self._once((kind, split), lambda: self._read(kind, split))
 
   def source(self, kind: str) -> Source:

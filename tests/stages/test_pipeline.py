@@ -213,6 +213,13 @@ def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
   assert (workdir / "report" / "index.html").is_file()
 
 
+def test_a_report_that_was_deleted_is_made_again(whole, specs, tmp_path):
+  workdir = copy_without(whole, tmp_path / "run", "report")
+  run_stage(config(specs), workdir, "evaluate")
+  found = [(folder / "report" / "findings.json").read_bytes() for folder in (workdir, whole)]
+  assert found[0] == found[1] and (workdir / "report" / "index.html").is_file()
+
+
 def test_without_an_average_the_policy_itself_is_judged(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo", "ppo_ptx", "evaluate", "report")
   changed = config(specs, ppo__ema_decay=0.0)
