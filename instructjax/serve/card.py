@@ -304,6 +304,10 @@ def _without_folders(made: Provenance) -> Provenance:
     flag, equals, value = word.partition("=")
     if flag.startswith("--config.data.") and ":" in value:
       return f"{flag}={_source(value)}"
+    if value.startswith(HUB):  # a public name, not a path of this machine
+      return word
+    if flag.endswith((".weights", ".path")):
+      return f"{flag}={pathlib.PurePath(value).name}"
     return flag + equals + _ABSOLUTE.sub("", value) if equals else _ABSOLUTE.sub("", word)
 
   sources = {

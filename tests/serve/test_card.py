@@ -239,9 +239,11 @@ def test_front_matter(run):
 def test_a_source_without_its_folders(given, shown):
   made = dataclasses.replace(
     finished_run.MADE,
-    command=f"instructjax run '--config.data.prompts={given}' --config.model.weights=/secret/m.gguf",
+    command=f"instructjax run '--config.data.prompts={given}' --config.model.weights=../secret/m.gguf"
+    " --config.reward_model.weights=hf://org/base --config.tokenizer.path=/secret/t.model",
     sources={"prompts": provenance.Source(given, "sha256:9")},
   )
   found = card._without_folders(made)
   assert found.sources["prompts"].spec == shown
   assert "secret" not in found.command and "--config.model.weights=m.gguf" in found.command
+  assert "--config.reward_model.weights=hf://org/base" in found.command
