@@ -144,8 +144,9 @@ wait_until_ready() {
 # Single quotes on purpose: $HOME and other variables must be expanded on the worker.
 # shellcheck disable=SC2016
 {
-  # The images come with Python 3.10, which is too old. uv installs a newer one on any image.
-  readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" "$HOME/instructjax[tpu]"'
+  # The images come with Python 3.10, which is too old. uv installs a newer one on any image. The lock file keeps a run
+  # that was preempted from going on with other versions of its libraries.
+  readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" --constraints="$HOME/instructjax/constraints/lock.txt" "$HOME/instructjax[tpu]"'
 
   # A new machine updates itself for some minutes, during which apt is locked. Hence the timeout and the attempts.
   readonly INSTALL_GCSFUSE='for attempt in 1 2 3 4 5 6; do command -v gcsfuse >/dev/null && break; curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse || sleep 20; done; command -v gcsfuse'

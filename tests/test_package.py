@@ -1,5 +1,6 @@
 """What pip installs: the wheel's files, the version, and the table of commands."""
 
+import configparser
 import json
 import os
 import pathlib
@@ -8,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import instructjax
 
@@ -52,3 +56,28 @@ def test_the_wheel_holds_every_file_of_its_packages(wheel):
 def test_there_is_one_version(wheel):
   assert wheel[0] == instructjax.__version__
   assert re.fullmatch(r"\d+\.\d+\.\d+", instructjax.__version__)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_file_pins_every_requirement_within_its_bounds(python):
+  """`constraints/lock.txt` is made from setup.cfg by hand, and would otherwise fall behind it."""
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  assert python in SpecifierSet(setup["options"]["python_requires"])
+  extras = setup["options.extras_require"]
+  wanted = [setup["options"]["install_requires"], extras["test"], extras["tpu"]]
+  required = [
+    Requirement(line) for line in "\n".join(wanted).splitlines() if line and line[0] != "#"
+  ]
+  lines = (ROOT / "constraints/lock.txt").read_text().splitlines()
+  pins = [Requirement(line) for line in lines if not line.lstrip().startswith("#")]
+  here = {"python_version": python, "python_full_version": f"{python}.0"}
+  pinned = {
+    canonicalize_name(pin.name): str(pin.specifier).removeprefix("==")
+    for pin in pins
+    if pin.marker is None or pin.marker.evaluate(here)
+  }
+  outside = {
+    str(row) for row in required if pinned.get(canonicalize_name(row.name)) not in row.specifier
+  }
+  assert not outside

@@ -109,8 +109,27 @@ def collect(
       cpu=cpu_model(),
       num_cpus=_num_cpus(),
     ),
-    libraries={"python": platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in LIBRARIES},
+    libraries=libraries(),
+  )
+
+
+def libraries() -> dict[str, str]:
+  """The versions of Python and of the libraries that results depend on, name -> version."""
+  return {"python": platform.python_version()} | {
+    name: importlib.metadata.version(name) for name in LIBRARIES
+  }
+
+
+def versions() -> dict[str, str]:
+  """`libraries`, and the version of instructjax before them."""
+  return {"instructjax": instructjax.__version__} | libraries()
+
+
+def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+  """The libraries whose versions differ, as `jax 0.12.0 (was 0.10.2), numpy 2.5 (was 2.4)`; "" if none does."""
+  names = [name for name in (now | before) if now.get(name) != before.get(name)]
+  return ", ".join(
+    f"{name} {now.get(name, 'absent')} (was {before.get(name, 'absent')})" for name in names
   )
 
 

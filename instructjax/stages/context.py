@@ -159,9 +159,9 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
 
 
 def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
-  """The settings of these blocks, and of execution, that fingerprints leave out, in the form of `loop.StageRun`."""
+  """What fingerprints leave out, in the form of `loop.StageRun`: settings of these blocks and execution, versions."""
   named = {"execution": ctx.execution, **blocks}
-  return {
+  settings = {
     metadata["on_resume"]: {
       f"{name}.{field}": value
       for name, block in named.items()
@@ -170,6 +170,7 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
     }
     for metadata in (ROUNDING, SAME_NUMBERS)
   }
+  return settings | {loop.LIBRARIES: provenance.versions()}
 
 
 def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:

@@ -1,5 +1,6 @@
 """Builds a run, checks beforehand for whatever would stop it later, and runs the unfinished stages. Called by main."""
 
+import collections
 import importlib
 import pathlib
 import time
@@ -8,9 +9,10 @@ from types import ModuleType
 
 import jax
 import rich
+import rich.markup
 from jax.experimental import multihost_utils
 
-from instructjax.core import results
+from instructjax.core import provenance, results
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError, writing
 from instructjax.core.stages import STAGES
@@ -196,6 +198,8 @@ def run(config: Config, workdir: pathlib.Path):
   check(ctx, stages)
   ran = []
   tell = rich.print if jax.process_index() == 0 else lambda line: None
+  for line in _other_versions(ctx, stages):
+    tell(rich.markup.escape(line))
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
@@ -212,6 +216,21 @@ def run(config: Config, workdir: pathlib.Path):
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
   tell(f"finished: {workdir}")
+
+
+def _other_versions(ctx: Context, stages: list[str]) -> list[str]:
+  """Lines that name the finished stages which other versions made, and the versions; none where all are the same."""
+  found = collections.defaultdict(list)
+  for stage in stages:
+    if done := ctx.done(stage):
+      made = done.require_provenance()
+      before = {"instructjax": made.version, **made.libraries}
+      found[provenance.changed_versions(before, provenance.versions())].append(stage)
+  return [
+    f"{', '.join(made)}: finished under other versions than this run's {changed}; used as they are"
+    for changed, made in found.items()
+    if changed
+  ]
 
 
 def _print_times(config: Config, ran: list[tuple[str, float, pathlib.Path]]):

@@ -22,10 +22,13 @@ from jax.experimental import multihost_utils
 from instructjax.core.blocks import ROUNDING
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
+from instructjax.core.provenance import changed_versions
 from instructjax.parallel import distributed, sharding
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
+
+LIBRARIES = "libraries"  # a key of StageRun.changeable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +43,10 @@ class StageRun:
     profile: which steps to trace.
     fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
       the stage's config blocks, the tokenizer, its parents and, for PPO, the frozen reference and reward model.
-    changeable: the settings that a resumed run may change, setting -> value under two keys, those of `core.blocks`:
-      ROUNDING["on_resume"] for settings that change results by rounding only, and SAME_NUMBERS["on_resume"] for those
-      that do not affect them. They are saved with the state, so that a resumed run can say what has changed.
+    changeable: what a resumed run may change, name -> value under three keys. ROUNDING["on_resume"] holds settings that
+      change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of `core.blocks`;
+      LIBRARIES holds the versions of libraries. All are saved with the state, so that a resumed run can say what has
+      changed.
     started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped because of its metrics.
   """
@@ -127,9 +131,9 @@ def fit(
       # The state first: `restore` refuses other settings by name, before the data refuse their own position.
       state, position = checkpoints.restore(start, state, run.fingerprint)
       batches.set_state(position)
-      line = changes(run, read_meta(run.directory, start)["changeable"])
-      if line and progress and jax.process_index() == 0:
-        rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
+      for line in changes(run, read_meta(run.directory, start)["changeable"]):
+        if progress and jax.process_index() == 0:
+          rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
     if start == num_steps:  # trained to the end, but stopped before the stage wrote its done.json
       return state
 
@@ -187,23 +191,27 @@ def fit(
   return state
 
 
-def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> str:
-  """A line for the terminal that names the changed settings by which a resumed run's results may differ.
+def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Lines for the terminal that name whatever has changed by which a resumed run's results may differ.
 
   Args:
     run: the resumed stage.
     saved: `changeable` of the run that wrote the checkpoint.
   Returns:
-    The line, or '' if no such setting has changed.
+    One line for settings and one for libraries, as far as some have changed.
   """
   kind = ROUNDING["on_resume"]
   before, now = saved[kind], run.changeable[kind]
-  changed = [name for name in now if now[name] != before[name]]
-  if not changed:
-    return ""
-  parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
-  by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
-  return f"{run.name} goes on with {parts}: results may differ {by}"
+  lines = []
+  if changed := [name for name in now if now[name] != before[name]]:
+    parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
+    by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
+    lines.append(f"{run.name} goes on with {parts}: results may differ {by}")
+  if versions := changed_versions(saved[LIBRARIES], run.changeable[LIBRARIES]):
+    lines.append(
+      f"{run.name} goes on under {versions}: results may differ from those of the old versions"
+    )
+  return lines
 
 
 class _Log:

@@ -12,6 +12,7 @@ import re
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -135,7 +136,10 @@ class StepProfile:
   def _summarise(self, text: str):
     (path,) = self._trace.glob("*.xplane.pb")
     number, seconds = len(self._steps), statistics.mean(self._seconds)
-    found = phase_seconds(jax.profiler.ProfileData.from_file(str(path)), text)
+    # JAX 0.12 warns from C++ while it reads a trace. Where warnings are errors, that aborts the interpreter.
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", DeprecationWarning)
+      found = phase_seconds(jax.profiler.ProfileData.from_file(str(path)), text)
     phases = {name: found[name] / number for name in (*PHASES, OTHER) if name in found}
     kind = jax.devices()[0].device_kind
     summary = {

@@ -37,6 +37,16 @@ def test_what_is_collected():
   assert list(found.libraries) == ["python", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint"]
 
 
+def test_the_versions_that_have_changed():
+  before = {"python": "3.11.7", "jax": "0.10.2", "numpy": "2.4.6"}
+  assert provenance.changed_versions(before, dict(before)) == ""
+  now = {"python": "3.12.1", "jax": "0.10.2", "flax": "0.12"}
+  assert provenance.changed_versions(before, now) == (
+    "python 3.12.1 (was 3.11.7), flax 0.12 (was absent), numpy absent (was 2.4.6)"
+  )
+  assert [*provenance.versions()][:3] == ["instructjax", "python", "jax"]
+
+
 def test_the_commit_of_a_checkout_and_whether_it_is_changed(tmp_path):
   assert provenance.commit(tmp_path) == ""  # what pip installs
   git(tmp_path, "init", "-q")

@@ -202,6 +202,20 @@ def test_again_does_nothing_twice(whole, specs):
   assert not released  # which costs seconds where there is nothing to release
 
 
+def test_stages_of_other_versions_are_named_in_one_line(whole, specs, tmp_path, capsys):
+  shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+  path = tmp_path / "sft/done.json"
+  done = json.loads(path.read_text())
+  done["provenance"]["libraries"]["jax"] = "0.9.1"
+  path.write_text(json.dumps(done))
+  with micro.one_device():
+    pipeline.run(config(specs, stage="sft"), tmp_path)
+  told = [line for line in capsys.readouterr().out.splitlines() if "other versions" in line]
+  assert told == [
+    f"sft: finished under other versions than this run's jax {jax.__version__} (was 0.9.1); used as they are"
+  ]
+
+
 def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
   """An evaluation trains nothing, so that a sibling of the target needs no other workdir."""
   workdir = copy_without(whole, tmp_path / "run", "ppo", "report")

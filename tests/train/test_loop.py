@@ -73,7 +73,17 @@ def _step(state, x):
   return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
 
-def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile="", **execution):
+def _run(
+  directory,
+  *,
+  every=3,
+  keep=2,
+  log=4,
+  fingerprint=FINGERPRINT,
+  profile="",
+  libraries=(),
+  **execution,
+):
   return StageRun(
     started=0.0,
     name="toy",
@@ -82,7 +92,11 @@ def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile=
     log=LogConfig(every_steps=log, samples=1, tensorboard=False),
     profile=ProfileConfig(profile),
     fingerprint=fingerprint,
-    changeable={"rounding": EXECUTION | execution, "same numbers": {"ppo.max_kl": 1.0}},
+    changeable={
+      "rounding": EXECUTION | execution,
+      "same numbers": {"ppo.max_kl": 1.0},
+      "libraries": {"jax": "0.10.2", "numpy": "2.4.6"} | dict(libraries),
+    },
   )
 
 
@@ -180,6 +194,20 @@ def test_a_run_that_goes_on_otherwise_says_so_in_one_line(tmp_path, capsys, chan
   printed = capsys.readouterr().out.splitlines(keepends=True)
   assert "".join(line for line in printed if "goes on" in line) == told
   assert read_meta(tmp_path, 10)["changeable"]["rounding"] == EXECUTION | changes
+
+
+def test_a_run_that_goes_on_under_other_versions_says_so_in_one_line(tmp_path, capsys):
+  _fit(tmp_path, num_steps=4)
+  _fit(tmp_path, num_steps=7, run=_run(tmp_path), progress=True)
+  assert "goes on" not in capsys.readouterr().out
+  later = _run(tmp_path, libraries={"jax": "0.12.0", "flax": "0.13"})
+  _fit(tmp_path, run=later, progress=True)
+  told = [line for line in capsys.readouterr().out.splitlines() if "goes on" in line]
+  assert told == [
+    "toy goes on under jax 0.12.0 (was 0.10.2), flax 0.13 (was absent): results may differ from those of the"
+    " old versions"
+  ]
+  assert read_meta(tmp_path, 10)["changeable"]["libraries"]["jax"] == "0.12.0"
 
 
 def test_cadence_of_saving(tmp_path):
