@@ -127,7 +127,7 @@ def versions() -> dict[str, str]:
 
 def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
   """The libraries whose versions differ, as `jax 0.12.0 (was 0.10.2), numpy 2.5 (was 2.4)`; "" if none does."""
-  names = [name for name in (now | before) if now.get(name) != before.get(name)]
+  names = [name for name in {**now, **before} if now.get(name) != before.get(name)]
   return ", ".join(
     f"{name} {now.get(name, 'absent')} (was {before.get(name, 'absent')})" for name in names
   )

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import jax
 import rich
-import rich.markup
+import rich.console
 from jax.experimental import multihost_utils
 
 from instructjax.core import provenance, results
@@ -199,7 +199,8 @@ def run(config: Config, workdir: pathlib.Path):
   ran = []
   tell = rich.print if jax.process_index() == 0 else lambda line: None
   for line in _other_versions(ctx, stages):
-    tell(rich.markup.escape(line))
+    if jax.process_index() == 0:
+      rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
