@@ -301,9 +301,12 @@ def bits(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   workdir.mkdir()
   shutil.copytree(bench.reference / "tokenizer", workdir / "tokenizer")
   shutil.copytree(stage, workdir / stage.name)
-  folder = max(
-    (workdir / stage.name / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name)
-  )
+  # The step that later stages start from, and none after it, so that a resumed run starts from it too.
+  step = json.loads((stage / "done.json").read_text())["step"]
+  folder = workdir / stage.name / "checkpoints" / str(step)
+  for path in folder.parent.iterdir():
+    if int(path.name) > step:
+      shutil.rmtree(path)
   files = sorted(path for path in folder.rglob("*") if path.is_file())
   # Every other try by size: there most bits are weights.
   sizes = [path.stat().st_size for path in files]
@@ -314,7 +317,7 @@ def bits(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   path.write_bytes(data)
   where = f"{stage.name}, {path.relative_to(folder)}, bit {bit}"
   log_of(workdir).unlink(missing_ok=True)
-  code = wait(fork(lambda: load_both_ways(workdir / stage.name, folder), log_of(workdir)), LONGEST)
+  code = wait(fork(lambda: load_both_ways(workdir / stage.name, step), log_of(workdir)), LONGEST)
   told = log_of(workdir).read_text(encoding="utf-8", errors="replace").count(str(path))
   wrong = (
     "" if (code, told) == (0, 2) else f"exit code {code}, named {told} times: {last_line(workdir)}"
@@ -322,18 +325,17 @@ def bits(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   yield Try("bits", where, wrong)
 
 
-def load_both_ways(stage: pathlib.Path, folder: pathlib.Path):
-  """Loads the weights of a stage as `generate` does, and resumes it; prints a line each if they are damaged."""
-  import jax
-
+def load_both_ways(stage: pathlib.Path, step: int):
+  """Loads the weights of a stage as `generate` does, then resumes it; each prints the line of what is damaged."""
+  from instructjax.core.config import MeshConfig
   from instructjax.core.errors import UserError
-  from instructjax.train import checkpoint
+  from instructjax.parallel import sharding
+  from instructjax.train import checkpoint, weights
 
-  step = int(folder.name)
-  params = jax.eval_shape(lambda: checkpoint._saved_shapes(folder))
-  del params
   try:
-    checkpoint.load_state_item(stage, {}, step)
+    opened = weights.locate(stage)
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1))
+    opened.load(mesh, opened.model(mesh))
     print("nothing was noticed")
   except UserError as error:
     print(error)

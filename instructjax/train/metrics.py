@@ -4,10 +4,12 @@ Called by `loop`, which writes and shows them, and by the stages and `profiling`
 stages, states or checkpoints.
 """
 
-import contextlib
+import io
 import json
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -52,8 +54,7 @@ class MetricsWriter:
     """
     line = (json.dumps({"step": step, **metrics}, allow_nan=False) + "\n").encode()
     with writing(self._path):
-      while line:  # a disk that is nearly full takes half a line first, and refuses the rest
-        line = line[self._file.write(line) :]
+      _append(self._file, line)
     if self._board and board:
       with writing(self._path.parent):
         self._board.write(step, metrics)
@@ -67,32 +68,45 @@ class MetricsWriter:
 class _Board:
   """Writes scalars for TensorBoard.
 
-  Not tensorboardX's own SummaryWriter: it writes in a thread, and on a full disk the thread prints a traceback.
+  Not with tensorboardX's own writers: one writes in a thread, which prints a traceback on a full disk, and the other
+  waits for the disk at every flush.
   """
 
   def __init__(self, directory: pathlib.Path, start_step: int):
-    from tensorboardX import event_file_writer  # here: importing it takes most of a second
-    from tensorboardX.proto import event_pb2
+    from tensorboardX.proto import event_pb2  # here: importing it takes most of a second
 
-    self._events = event_file_writer.EventsWriter(str(pathlib.Path(directory) / "events"))
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    self._file = open(pathlib.Path(directory) / name, "ab", buffering=0)
+    self._append(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
     if start_step:  # TensorBoard hides what earlier files say of the steps from here on
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._events.write_event(event_pb2.Event(step=start_step + 1, session_log=start))
+      self._append(event_pb2.Event(step=start_step + 1, session_log=start))
 
   def write(self, step: int, metrics: Mapping[str, float]):
+    """Appends an event for each metric."""
     from tensorboardX import summary
     from tensorboardX.proto import event_pb2
 
     for name, value in metrics.items():
-      event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
-      self._events.write_event(event)
-    self._events.flush()
+      scalar = summary.scalar(name, value)
+      self._append(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+
+  def _append(self, event: Any):
+    """Writes in TensorFlow's record format: length, its checksum, the event, its checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    _append(self._file, length + sums[0] + data + sums[1])
 
   def close(self):
-    with contextlib.suppress(
-      OSError
-    ):  # the disk is full: `write` has said so, and scalars are a copy
-      self._events.close()
+    self._file.close()
+
+
+def _append(file: io.FileIO, data: bytes):
+  while data:  # a disk that is nearly full takes a part first, and refuses the rest
+    data = data[file.write(data) :]
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
@@ -123,9 +137,9 @@ def _parse(line: bytes) -> dict[str, float] | None:
     record = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  if (
-    not line.endswith(b"\n") or not isinstance(record, dict) or type(record.get("step")) is not int
-  ):
+  if not line.endswith(b"\n") or not isinstance(record, dict):
+    return None
+  if type(record.get("step")) is not int or record["step"] < 0:
     return None
   are_numbers = all(type(value) in (int, float) for value in record.values())
   # An integer may be too large for a float, which `math.isfinite` would make of it.
