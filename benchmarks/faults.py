@@ -211,13 +211,18 @@ def read_digest(workdir: pathlib.Path) -> dict[str, str]:
   path.unlink(missing_ok=True)
   child = fork(lambda: path.write_text(json.dumps(digest(workdir))), log_of(workdir))
   if wait(child, LONGEST) != 0:
-    return {"digest": last_line(workdir)}
+    return {"digest": f"{workdir}: {last_line(workdir)}"}  # no two of these are the same
   return json.loads(path.read_text())
 
 
 def digest(workdir: pathlib.Path) -> dict[str, str]:
   """Name -> hash; without times, hardware and paths."""
+  import jax
   import orbax.checkpoint as ocp
+
+  def without_keys(leaf):
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
   from instructjax.train import checkpoint, finished, metrics
 
@@ -231,7 +236,8 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     for step in checkpoint.saved_steps(stage)[-1:]:
       with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(stage / "checkpoints" / str(step) / "state")
-      found[f"{stage.name}/state"] = f"{step} {checkpoint.tree_fingerprint(tree)}"
+      plain = jax.tree.map(without_keys, tree)
+      found[f"{stage.name}/state"] = f"{step} {checkpoint.tree_fingerprint(plain)}"
   for path in sorted([*workdir.glob("collect/*.jsonl"), *workdir.glob("evaluate/answers.jsonl")]):
     found[str(path.relative_to(workdir))] = path.read_text(encoding="utf-8")
   return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}
@@ -468,6 +474,8 @@ def prepare(folder: pathlib.Path) -> Bench:
   if wrong:
     raise SystemExit(f"the undisturbed run failed: {wrong}")
   bench = Bench(folder, read_digest(first), 0.0)
+  if "digest" in bench.end:
+    raise SystemExit(f"the undisturbed run's end cannot be read: {bench.end['digest']}")
   again = bench.new_workdir("again")
   began = time.monotonic()
   wrong = finish(again)
