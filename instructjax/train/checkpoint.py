@@ -145,6 +145,20 @@ class Checkpoints:
       kept.add(min(known, key=self._metric.__getitem__))
     return [step in kept for step in steps]
 
+  def require_space(self, step: int, state: Any):
+    """Checks that a checkpoint fits on the disk. Orbax would find out while writing, and print hundreds of lines.
+
+    Raises:
+      UserError: it does not.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if needed > free:
+      with writing(self._folder / str(step)):
+        raise OSError(
+          f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
+        )
+
   def save(
     self,
     step: int,
@@ -167,7 +181,7 @@ class Checkpoints:
       UserError: the previous checkpoint could not be written, or this one does not fit on the disk.
     """
     self.wait()  # orbax reports a failed write here, and `_saving` still names the step that failed
-    self._require_space(step, state)
+    self.require_space(step, state)
     self._note_metric(step, metrics)
     meta = {
       "step": step,
@@ -229,16 +243,6 @@ class Checkpoints:
   def _note_metric(self, step: int, metrics: Mapping):
     if self._best_metric in metrics:
       self._metric[step] = metrics[self._best_metric]
-
-  def _require_space(self, step: int, state: Any):
-    """Raises UserError if the disk is too full. Orbax would find out while writing, and print hundreds of lines."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(self._folder).free
-    if needed > free:
-      with writing(self._folder / str(step)):
-        raise OSError(
-          f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
-        )
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
