@@ -56,14 +56,12 @@ def main(arguments: list[str]):
   # Imported here so that --help and bad flags are answered at once.
   import jax
 
-  from instructjax.parallel import memory
+  from instructjax.parallel import compiled, memory
   from instructjax.stages import pipeline
   from instructjax.train import finished
 
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
-  # A stage that is resumed, or trained again on another fold, finds its compiled program in this cache.
-  jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  compiled.keep_programs(workdir)
   # Warnings are the same in all processes, so process 0 alone shows them.
   if jax.process_index() != 0:
     logging.set_verbosity(logging.ERROR)

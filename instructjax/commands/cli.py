@@ -12,6 +12,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 import instructjax
+from instructjax.core import environment
 from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, raiser, reason
 from instructjax.parallel import distributed, memory
 
@@ -31,6 +32,7 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
     main: called with the command line's arguments that are no flags.
     interrupted: the message after Ctrl-C.
   """
+  environment.fix()
   try:
     app.run(lambda argv: main(_ready(argv)), flags_parser=_parse)
   except Preempted as told:

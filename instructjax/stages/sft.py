@@ -15,7 +15,7 @@ from instructjax.parallel import sharding
 from instructjax.stages import policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import loop, metrics, supervised
+from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
 
 
@@ -123,10 +123,8 @@ def run(ctx: Context, stage: str):
     flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss", "validation/pretrain_loss"),
   )
-  # From the file, which also has the epochs that ended before this run was resumed.
-  history = {
-    row["step"]: row for row in metrics.read_metrics(step_run.directory) if "validation/loss" in row
-  }
+  # From the checkpoints, which also know the epochs that ended before this run was resumed.
+  history = {step: checkpoint.read_meta(step_run.directory, step)["metrics"] for step in epoch_ends}
   epochs = tuple(
     results.Epoch(
       step=step,

@@ -4,7 +4,9 @@ Called by `loop` (save and resume), by `weights` (weights of a finished stage), 
 step) and `ppo` (the hash of its frozen networks). Knows nothing of models or stages.
 
 A checkpoint holds the whole state, the position in the data, and what the run was made with. Orbax writes it in the
-background and renames it into place when it is complete, so a checkpoint under its final name is a whole one.
+background. When all processes have written their parts, the manifest is written (see manifest.py), and orbax renames
+the folder into place. Whether a checkpoint is whole and undamaged is for the manifest to say, not for its name: some
+mounts rename file by file, and a copy may have stopped half-way.
 
 On disk, layers are always stacked on a leading axis, however the model runs them (see stacking.py), so that a run can
 go on with another setting of `execution.layers`. Accelerators scan the layers: their state is stacked already and is
@@ -15,11 +17,16 @@ call of `save` took 0.06 to 0.13 s with orbax's copy and takes 0.55 to 1.3 s wit
 would cost an accelerator a second state beside the one it trains, and a model of 96 layers 96 times as many arrays.
 """
 
+import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
+import os
 import pathlib
+import shlex
 import shutil
+import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -31,9 +38,10 @@ from jax.experimental import multihost_utils
 
 from instructjax.core.errors import UserError, writing
 from instructjax.parallel import sharding, stacking
-from instructjax.train import finished, reading
+from instructjax.train import finished, manifest, reading
 
 _FOLDER = "checkpoints"  # inside the directory of a stage
+_META = "meta/metadata"  # inside a checkpoint
 _PARTS = 64  # most parts in which a weight is gathered to be hashed
 
 
@@ -48,6 +56,23 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+class _SummedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
+  """The folder of a checkpoint, or of an item in it, while it is written."""
+
+  async def finalize(self):
+    """Renames the folder into place, that of a checkpoint with its manifest. Process 0 calls it after all have
+    written.
+
+    Orbax's own would add the time to a file of the checkpoint, and one more file, before it renames.
+    """
+    if self._checkpoint_metadata_store is None:  # an item
+      await super().finalize()
+      return
+    await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
+    await asyncio.to_thread(manifest.write, pathlib.Path(self.get()))
+    await asyncio.to_thread(os.rename, self.get(), self.get_final())
+
+
 class Checkpoints:
   """The checkpoints of one stage; a context manager, which waits for the disk when it is left.
 
@@ -56,9 +81,12 @@ class Checkpoints:
     keep: how many of the newest checkpoints stay.
     keep_steps: steps whose checkpoints are never deleted.
     best_metric: name of a saved metric; the checkpoint with the lowest value of it is never deleted.
+  On entering, checkpoints that are half there are put aside, and so is the newest one if it is damaged, each with a
+  line on stderr: the one before it is then the newest. Nothing is deleted but what orbax left half-written.
+
   Raises:
-    UserError: on entering, if the folder cannot be made or the metadata of a checkpoint cannot be read; on leaving, if
-      a checkpoint could not be written.
+    UserError: on entering, if the folder cannot be made, or if the newest checkpoint is damaged and there is none
+      before it; on leaving, if a checkpoint could not be written.
   """
 
   def __init__(
@@ -81,10 +109,12 @@ class Checkpoints:
       stack.enter_context(reading.quiet_orbax(absl_logging.WARNING))
       with writing(self._folder):
         self._folder.mkdir(parents=True, exist_ok=True)
-      if jax.process_index() == 0:
-        _clear_half_written(self._folder)
-      multihost_utils.sync_global_devices("half-written checkpoints cleared")
-      options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False)
+      _put_aside_damaged(self._folder.parent)
+      options = ocp.CheckpointManagerOptions(
+        preservation_policy=self,
+        create=False,
+        temporary_path_class=_SummedFolder,
+      )
       self._manager = stack.enter_context(_Manager(self._folder, options=options))
       # A resumed run must still know which earlier step was best, or it would delete that checkpoint.
       for step in self._manager.all_steps():
@@ -102,7 +132,7 @@ class Checkpoints:
           raise
 
   def latest_step(self) -> int | None:
-    """The step of the newest complete checkpoint, or None if there is none."""
+    """The step of the newest checkpoint, which is whole and undamaged; None if there is none."""
     return self._manager.latest_step()
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
@@ -114,6 +144,20 @@ class Checkpoints:
     if known:
       kept.add(min(known, key=self._metric.__getitem__))
     return [step in kept for step in steps]
+
+  def require_space(self, step: int, state: Any):
+    """Checks that a checkpoint fits on the disk. Orbax would find out while writing, and print hundreds of lines.
+
+    Raises:
+      UserError: it does not.
+    """
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(self._folder).free
+    if needed > free:
+      with writing(self._folder / str(step)):
+        raise OSError(
+          f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
+        )
 
   def save(
     self,
@@ -137,7 +181,7 @@ class Checkpoints:
       UserError: the previous checkpoint could not be written, or this one does not fit on the disk.
     """
     self.wait()  # orbax reports a failed write here, and `_saving` still names the step that failed
-    self._require_space(step, state)
+    self.require_space(step, state)
     self._note_metric(step, metrics)
     meta = {
       "step": step,
@@ -193,31 +237,23 @@ class Checkpoints:
       restored = self._manager.restore(step, args=args)
       return restored["state"], restored["data"]["position"]
 
-    restored, position = reading.read(path, read_files)
+    restored, position = reading.read(path, read_files, advice=_NOT_DAMAGED)
     return _laid_as(abstract, restored), position
 
   def _note_metric(self, step: int, metrics: Mapping):
     if self._best_metric in metrics:
       self._metric[step] = metrics[self._best_metric]
 
-  def _require_space(self, step: int, state: Any):
-    """Raises UserError if the disk is too full. Orbax would find out while writing, and print hundreds of lines."""
-    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(self._folder).free
-    if needed > free:
-      with writing(self._folder / str(step)):
-        raise OSError(
-          f"it needs {needed / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left"
-        )
-
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
-  """The steps of a stage's complete checkpoints, ascending."""
+  """The steps of a stage's checkpoints of which no part is missing, ascending; their bytes are not read."""
   folder = pathlib.Path(directory) / _FOLDER
   if not folder.is_dir():
     return []
   return sorted(
-    int(path.name) for path in folder.iterdir() if path.name.isdigit() and _is_complete(path)
+    int(path.name)
+    for path in folder.iterdir()
+    if path.name.isdigit() and not manifest.find_half(path)
   )
 
 
@@ -225,10 +261,13 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
   """Reads what was saved beside the state of a step: {'step', 'metrics', 'fingerprint', 'changeable'}.
 
   Raises:
-    UserError: the file cannot be read.
+    UserError: the file is damaged or missing.
   """
   path = pathlib.Path(directory) / _FOLDER / str(step)
-  return reading.read(path, lambda: json.loads((path / "meta" / "metadata").read_text()))
+  damage = manifest.find_fault(path, _META)
+  if damage:
+    raise UserError(f"{damage}. {_advice(directory, step)}")
+  return json.loads((path / _META).read_text(encoding="utf-8"))
 
 
 def best_step(directory: pathlib.Path, metric: str) -> tuple[int, float]:
@@ -262,10 +301,14 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
     UserError: there is no such checkpoint, it cannot be read, or it holds other names or shapes.
   """
   steps = saved_steps(directory)
-  if not steps or (step is not None and step not in steps):
-    wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise UserError(f"{wanted} in {directory} (complete ones: {steps or 'none'})")
-  path = pathlib.Path(directory).absolute() / _FOLDER / str(steps[-1] if step is None else step)
+  if step is None and not steps:
+    raise UserError(f"no checkpoint in {directory}")
+  step = steps[-1] if step is None else step
+  path = pathlib.Path(directory).absolute() / _FOLDER / str(step)
+  damage = manifest.find_damage(path)
+  if damage:
+    missing = "" if path.is_dir() else f"no checkpoint of step {step} in {directory}: "
+    raise UserError(f"{missing}{damage}. {_advice(directory, step)}")
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
   saved = _saved_shapes(path)
   abstract = stacking.relay(wanted, stacking.stacked_shapes)
@@ -280,7 +323,9 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
     partial_restore=True,
   )
   with _checkpointer() as checkpointer:
-    restored = reading.read(path, lambda: checkpointer.restore(path / "state", args=args))
+    restored = reading.read(
+      path, lambda: checkpointer.restore(path / "state", args=args), advice=_NOT_DAMAGED
+    )
   return _laid_as(wanted, restored)
 
 
@@ -320,20 +365,75 @@ def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
     yield sharding.to_host(leaf[start:stop])
 
 
-def _is_complete(path: pathlib.Path) -> bool:
-  # Orbax renames a checkpoint when it is complete, but a folder that somebody copied may lack files.
-  return all(
-    (path / part).is_file() for part in ("_CHECKPOINT_METADATA", "state/_METADATA", "meta/metadata")
+def _put_aside_damaged(directory: pathlib.Path):
+  """Clears what orbax left half-written, and puts checkpoints aside that a run must not go on from.
+
+  Raises:
+    UserError: the newest checkpoint is damaged, and there is none before it.
+  """
+  folder = directory / _FOLDER
+  first = jax.process_index() == 0
+  if first:
+    for path in folder.iterdir():
+      if ".orbax-checkpoint-tmp" in path.name:
+        shutil.rmtree(path, ignore_errors=True)
+      elif path.name.isdigit():
+        half = manifest.find_half(path) or manifest.find_fault(path, _META)
+        if half:
+          # Perhaps a user's broken copy, perhaps a renaming that a mount did not finish.
+          _put_aside(path, "incomplete", f"{half}")
+  multihost_utils.sync_global_devices("half-written checkpoints cleared")
+  steps = saved_steps(directory)
+  while steps:
+    damage = manifest.find_damage(folder / str(steps[-1]))
+    if not damage:
+      return
+    step = steps.pop()
+    if not steps:
+      raise UserError(f"{damage}, and there is no checkpoint before it. {_advice(directory, step)}")
+    if first:
+      _put_aside(folder / str(step), "damaged", f"{damage}; going on from step {steps[-1]}")
+    multihost_utils.sync_global_devices(f"damaged checkpoint {step} put aside")
+
+
+def _put_aside(path: pathlib.Path, name: str, why: str):
+  """Renames a checkpoint so that it no longer counts, and says so."""
+  aside = next(
+    free
+    for number in itertools.count(1)
+    if not (free := path.with_name(f"{path.name}.{name}{number if number > 1 else ''}")).exists()
   )
+  with writing(path):
+    path.rename(aside)
+  print(f"checkpoint {path.name} is put aside as {aside.name}: {why}", file=sys.stderr, flush=True)
 
 
-def _clear_half_written(folder: pathlib.Path):
-  for path in folder.iterdir():
-    if ".orbax-checkpoint-tmp" in path.name:
-      shutil.rmtree(path, ignore_errors=True)
-    elif path.name.isdigit() and not _is_complete(path):
-      # Not orbax's own leftovers, but perhaps a user's broken copy: it is put aside, not deleted.
-      path.rename(path.with_name(f"{path.name}.incomplete"))
+# Where the manifest finds nothing wrong and orbax still cannot read.
+_NOT_DAMAGED = (
+  "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
+  " instructjax: use those, or another --workdir."
+)
+
+
+def _advice(directory: pathlib.Path, step: int) -> str:
+  """How to go on without the checkpoint of a step, in words that work when they are followed to the letter.
+
+  Later checkpoints go too: from them a run would not come by the damaged step again, which is perhaps the one that
+  later stages start from. done.json goes, so that the stage is run again.
+  """
+  directory = pathlib.Path(directory)
+  folder = directory / _FOLDER
+  found = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+  paths = [folder / str(other) for other in found if other >= step]
+  if (directory / finished.DONE).exists():
+    paths.insert(0, directory / finished.DONE)
+  earlier = [other for other in saved_steps(directory) if other < step]
+  start = f"goes on from step {earlier[-1]}" if earlier else "starts at its beginning"
+  removal = f"run `rm -r {shlex.join(map(str, paths))}` and" if paths else "run"
+  return (
+    f"If it is a copy, copy it again. Else {removal} the main job again: this stage {start} and comes to the same"
+    " numbers."
+  )
 
 
 @contextlib.contextmanager
@@ -355,7 +455,7 @@ def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         raise ValueError("it does not say what it holds")
       return metadata.tree
 
-    return _shapes(reading.read(path, tree))
+    return _shapes(reading.read(path, tree, advice=_NOT_DAMAGED))
 
 
 def _laid_as(wanted: Any, restored: Any) -> Any:

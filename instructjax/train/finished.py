@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import pathlib
+import shlex
 import socket
 import types
 import typing
+import zlib
 from collections.abc import Generator, Mapping
 from typing import Any
 
@@ -25,8 +27,12 @@ from instructjax.core.stages import STAGES
 from instructjax.train import reading
 
 TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too
-_DONE = "done.json"
+DONE = "done.json"  # marks a stage as finished
 _LOCK = ".lock"
+
+
+_CHECKSUM = "crc32"  # key in done.json, of a checksum of all other keys
+_QUOTE = 60  # most characters of a bad value in a message
 
 
 class _BadDone(ValueError):
@@ -80,12 +86,13 @@ def write_done(directory: pathlib.Path, done: Done):
   """
   if jax.process_index() != 0:
     return
-  path = pathlib.Path(directory) / _DONE
-  text = json.dumps(dataclasses.asdict(done), indent=1) + "\n"
+  path = pathlib.Path(directory) / DONE
+  values = dataclasses.asdict(done)
+  text = json.dumps({**values, _CHECKSUM: _checksum(values)}, indent=1) + "\n"
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -93,24 +100,43 @@ def read_done(directory: pathlib.Path) -> Done | None:
   """Reads a stage's done.json; None if the stage is not finished.
 
   Raises:
-    UserError: the file is damaged, or another version wrote it: a key is unknown or missing, or a value has another
-      type.
+    UserError: the file is damaged or was edited, or another version wrote it: a key is unknown or missing, or a value
+      has another type.
   """
-  path = pathlib.Path(directory) / _DONE
+  path = pathlib.Path(directory) / DONE
   if not path.is_file():
     return None
-  values = reading.read(path, lambda: json.loads(path.read_text()))
+  again = (
+    f"Run `rm {shlex.quote(str(path))}` and the main job again: what the stage has trained is kept,"
+    " and the file is written anew."
+  )
+  values = reading.read(path, lambda: json.loads(path.read_text(encoding="utf-8")), advice=again)
   try:
+    checksum = values.pop(_CHECKSUM, None) if isinstance(values, dict) else None
     stage = values.get("stage") if isinstance(values, dict) else None
     if not isinstance(stage, str) or stage not in [TOKENIZER, *STAGES]:
-      raise _BadDone(f"it names no stage, but {stage!r}")
+      raise _BadDone(f"it names no stage, but {_quote(stage)}")
     result = results.Nothing if stage == TOKENIZER else STAGES[stage].result
     hints = typing.get_type_hints(Done) | {"result": result}
-    return Done(**_fields(hints, values, ""))
+    done = Done(**_fields(hints, values, ""))
   except _BadDone as error:
     raise UserError(
       f"cannot read {path}: {error}. Another version of instructjax wrote it: use another --workdir"
     ) from error
+  if checksum != _checksum(values):
+    raise UserError(f"{path} has another content than was saved. {again}")
+  return done
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+  """CRC-32 of the values, however the file lays them out. Against faults and edits by hand, not against forgery."""
+  return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _quote(value: Any) -> str:
+  """A value from the file for a message, cut where it is long."""
+  text = repr(value)
+  return text if len(text) <= _QUOTE else text[:_QUOTE] + "..."
 
 
 def require_done(directory: pathlib.Path) -> Done:
@@ -121,7 +147,7 @@ def require_done(directory: pathlib.Path) -> Done:
   """
   done = read_done(directory)
   if done is None:
-    raise UserError(f"{directory} is not finished: it has no {_DONE}; run this stage first")
+    raise UserError(f"{directory} is not finished: it has no {DONE}; run this stage first")
   return done
 
 
@@ -132,7 +158,7 @@ def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:
-      raise _BadDone(f"{what} key {', '.join(where + name for name in sorted(names))}")
+      raise _BadDone(f"{what} key {', '.join(where + name[:_QUOTE] for name in sorted(names)[:5])}")
   return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
 
 
@@ -147,10 +173,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     return tuple(_typed(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value))
   if origin in (dict, Mapping) and isinstance(value, dict):
     return {name: _typed(inner[1], item, f"{where}.{name}") for name, item in value.items()}
-  if hint is float and type(value) is int:  # JSON may spell 1.0 as 1
+  if hint is float and type(value) is int and abs(value) < 2**53:  # JSON may spell 1.0 as 1
     return float(value)
   if type(value) is not hint:
-    raise _BadDone(f"{where}={value!r} is not of type {hint}")
+    raise _BadDone(f"{where}={_quote(value)} is not of type {hint}")
   return value
 
 
@@ -167,20 +193,23 @@ def workdir_lock(workdir: pathlib.Path) -> Generator[None, None, None]:
     yield
     return
   path = pathlib.Path(workdir) / _LOCK
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Not "w", which would erase the holder's name before the lock is tried.
-  with open(path, "a+") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      raise UserError(
-        f"{workdir} is in use by another run ({file.read().strip()}): wait for it, stop it, or use"
-        " another --workdir"
-      ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+  with contextlib.ExitStack() as stack:
+    with writing(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      # Not "w", which would erase the holder's name before the lock is tried. Without a buffer, because closing a file
+      # on a full disk would write the buffer a second time, and fail once more.
+      file = stack.enter_context(open(path, "ab+", buffering=0))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip()
+        raise UserError(
+          f"{workdir} is in use by another run ({holder}): wait for it, stop it, or use"
+          " another --workdir"
+        ) from None
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     yield
 
 

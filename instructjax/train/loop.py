@@ -136,6 +136,8 @@ def fit(
           rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
     if start == num_steps:  # trained to the end, but stopped before the stage wrote its done.json
       return state
+    # Before the first step, which may be hours before the first save.
+    checkpoints.require_space(min(step for step in save_steps if step > start), state)
 
     def judge(step: int, metrics: Mapping) -> dict[str, float]:
       """Fetches the numbers of a step; a bad one ends the stage before that step is saved."""

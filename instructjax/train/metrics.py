@@ -4,9 +4,13 @@ Called by `loop`, which writes and shows them, and by the stages and `profiling`
 stages, states or checkpoints.
 """
 
+import io
 import json
 import os
 import pathlib
+import socket
+import struct
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +21,8 @@ import rich.table
 import rich.text
 
 from instructjax.core.errors import writing
+
+_MOST = sys.float_info.max
 
 
 class MetricsWriter:
@@ -36,14 +42,9 @@ class MetricsWriter:
     with writing(self._path):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       _drop_lines_after(self._path, start_step)
-      self._file = open(self._path, "a", buffering=1)  # by line: a killed run loses no finished one
-    self._board = None
-    if tensorboard:
-      import tensorboardX  # here: importing it takes most of a second
-
-      self._board = tensorboardX.SummaryWriter(
-        str(directory), purge_step=start_step + 1 if start_step else None
-      )
+      # Without a buffer: a killed run loses no finished line, and closing the file on a full disk does not fail again.
+      self._file = open(self._path, "ab", buffering=0)
+      self._board = _Board(directory, start_step) if tensorboard else None
 
   def write(self, step: int, metrics: Mapping[str, float], *, board: bool):
     """Appends a line to the file and, if `board`, the scalars to TensorBoard.
@@ -51,12 +52,12 @@ class MetricsWriter:
     Raises:
       UserError: the file cannot be written.
     """
-    line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
+    line = (json.dumps({"step": step, **metrics}, allow_nan=False) + "\n").encode()
     with writing(self._path):
-      self._file.write(line)
+      _append(self._file, line)
     if self._board and board:
-      for name, value in metrics.items():
-        self._board.add_scalar(name, value, step)
+      with writing(self._path.parent):
+        self._board.write(step, metrics)
 
   def close(self):
     self._file.close()
@@ -64,14 +65,85 @@ class MetricsWriter:
       self._board.close()
 
 
-def read_metrics(directory: pathlib.Path) -> list[dict]:
-  """The records of a stage's metrics.jsonl, one per step; [] if there is no such file."""
-  path = pathlib.Path(directory) / "metrics.jsonl"
-  records = []
-  for line in path.read_text().splitlines(keepends=True) if path.is_file() else ():
-    if line.endswith("\n"):  # a killed run may leave half a line at the end
-      records.append(json.loads(line))
-  return records
+class _Board:
+  """Writes scalars for TensorBoard.
+
+  Not with tensorboardX's own writers: one writes in a thread, which prints a traceback on a full disk, and the other
+  waits for the disk at every flush.
+  """
+
+  def __init__(self, directory: pathlib.Path, start_step: int):
+    from tensorboardX.proto import event_pb2  # here: importing it takes most of a second
+
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+    self._file = open(pathlib.Path(directory) / name, "ab", buffering=0)
+    self._append(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+    if start_step:  # TensorBoard hides what earlier files say of the steps from here on
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._append(event_pb2.Event(step=start_step + 1, session_log=start))
+
+  def write(self, step: int, metrics: Mapping[str, float]):
+    """Appends an event for each metric."""
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+
+    for name, value in metrics.items():
+      scalar = summary.scalar(name, value)
+      self._append(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+
+  def _append(self, event: Any):
+    """Writes in TensorFlow's record format: length, its checksum, the event, its checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    _append(self._file, length + sums[0] + data + sums[1])
+
+  def close(self):
+    self._file.close()
+
+
+def _append(file: io.FileIO, data: bytes):
+  while data:  # a disk that is nearly full takes a part first, and refuses the rest
+    data = data[file.write(data) :]
+
+
+def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
+  """The records of a stage's metrics.jsonl, one per step; [] if there is no such file.
+
+  Lines that are no records are passed over: a machine that loses its power may leave zeros or half a line.
+  """
+  return _read(pathlib.Path(directory) / "metrics.jsonl")[0]
+
+
+def _read(path: pathlib.Path) -> tuple[list[dict[str, float]], list[bytes]]:
+  """The records of a file, and the finished lines that are none."""
+  records, junk = [], []
+  for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    record = _parse(line)
+    if record is not None:
+      records.append(record)
+    elif line.endswith(
+      b"\n"
+    ):  # a killed run may leave half a line at the end, which is nothing to speak of
+      junk.append(line)
+  return records, junk
+
+
+def _parse(line: bytes) -> dict[str, float] | None:
+  """A line's record, 'step' among its keys; None if it is no object of finite numbers."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not line.endswith(b"\n") or not isinstance(record, dict):
+    return None
+  if type(record.get("step")) is not int or record["step"] < 0:
+    return None
+  are_numbers = all(type(value) in (int, float) for value in record.values())
+  # An integer may be too large for a float, which `math.isfinite` would make of it.
+  return record if are_numbers and all(abs(value) <= _MOST for value in record.values()) else None
 
 
 class Display:
@@ -175,7 +247,14 @@ def _drop_lines_after(path: pathlib.Path, step: int):
   """Keeps the lines of the first `step` steps; at step 0, where everything is done again, not even that of step 0."""
   if not path.is_file():
     return
-  kept = [record for record in read_metrics(path.parent) if record["step"] <= step] if step else []
+  records, junk = _read(path) if step else ([], [])
+  if junk:
+    aside = path.with_suffix(".junk")
+    with open(aside, "ab") as file:
+      file.writelines(junk)
+    lines = "1 line is" if len(junk) == 1 else f"{len(junk)} lines are"
+    print(f"{path}: {lines} no record of a step and moved to {aside.name}", file=sys.stderr)
+  kept = [record for record in records if record["step"] <= step]
   scratch = path.with_suffix(".tmp")  # renamed into place: a run killed here keeps the old file
-  scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+  scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
   os.replace(scratch, path)

@@ -18,11 +18,15 @@ from instructjax.core.errors import UserError, reason
 _HANGING_READ = "_read_array_index_and_device_put"
 
 
-def read(path: pathlib.Path, read_files: Callable[[], Any]) -> Any:
+def read(path: pathlib.Path, read_files: Callable[[], Any], *, advice: str) -> Any:
   """Returns `read_files()`.
 
+  Args:
+    path: what is read, for the message.
+    read_files: reads it.
+    advice: a sentence that says what to do if it cannot be read.
   Raises:
-    UserError: it raised anything; the message names `path` and gives the library's reason.
+    UserError: it raised anything; the message names `path` and gives the library's reason and the advice.
   """
   with quiet_orbax(absl_logging.FATAL), warnings.catch_warnings():
     warnings.filterwarnings(
@@ -36,10 +40,7 @@ def read(path: pathlib.Path, read_files: Callable[[], Any]) -> Any:
     # Reads that orbax left hanging complain when they are collected. Here the complaints are still silenced; `error`,
     # which holds on to those reads, is gone once the except clause has ended.
     gc.collect()
-  raise UserError(
-    f"cannot read {path}: {why}. If it is damaged, delete it and run again: the run goes on from"
-    " what was saved before."
-  )
+  raise UserError(f"cannot read {path}: {why}. {advice}")
 
 
 @contextlib.contextmanager

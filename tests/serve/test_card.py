@@ -160,9 +160,7 @@ def test_what_was_judged_before_the_stage_was_made_anew_does_not_count(run, tmp_
   done = run / "ppo_ptx" / "done.json"
   before = done.read_text()
   try:
-    other = json.loads(before)
-    other["fingerprint"]["config.seed"] = "1"
-    done.write_text(json.dumps(other))
+    finished_run.change_done(done.parent, '"config.seed": "0"', '"config.seed": "1"')
     page = text(run / "ppo_ptx")
   finally:
     done.write_text(before)
@@ -187,7 +185,7 @@ def test_nor_does_it_for_what_the_judged_started_from(run, stage):
   done = run / stage / "done.json"
   before = done.read_text()
   try:
-    done.write_text(before.replace('"config.seed": "0"', '"config.seed": "1"'))
+    finished_run.change_done(done.parent, '"config.seed": "0"', '"config.seed": "1"')
     page = text(run / stage)
   finally:
     done.write_text(before)

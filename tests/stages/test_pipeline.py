@@ -379,9 +379,9 @@ def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "sft")
   usage, calls = shutil.disk_usage, []
 
-  def full_at_the_second_save(path):
+  def full_at_the_second_save(path):  # the stage asks once before its first step
     calls.append(path)
-    return usage(path)._replace(free=0 if len(calls) == 2 else usage(path).free)
+    return usage(path)._replace(free=0 if len(calls) == 3 else usage(path).free)
 
   with mock.patch.object(shutil, "disk_usage", full_at_the_second_save):
     with pytest.raises(UserError, match=r"cannot write .*sft/checkpoints/\d+: .*MiB left"):

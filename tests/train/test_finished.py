@@ -6,6 +6,8 @@ import json
 import math
 import os
 import pathlib
+import resource
+import subprocess
 
 import pytest
 
@@ -144,3 +146,88 @@ def test_what_must_have_finished_and_has_not_is_named(tmp_path):
   with pytest.raises(ValueError, match="collect does not say where it comes from"):
     done.require_provenance()
   assert dataclasses.replace(done, step=0).require_step() == 0  # a step, though it is false
+
+
+HOSTILE = {
+  "array": b"[]",
+  "number": b"5",
+  "null": b"null",
+  "text": b'"sft"',
+  "empty": b"",
+  "no UTF-8": b'{"stage": "\xff"}',
+  "zeros": bytes(100),
+  "cut off": b'{"stage": "sft", "fing',
+  "deep": b"[" * 100_000,
+  "deep inside": b'{"stage": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+  "long": b'{"stage": "' + b"x" * 100_000 + b'"}',
+  "long keys": b'{"stage": "sft", "' + b"x" * 100_000 + b'": 1}',
+  "control characters": b'{"stage": "\\u001b[31m\\n"}',
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_another_shape_is_one_line(tmp_path, content):
+  (tmp_path / "done.json").write_bytes(content)
+  with pytest.raises(UserError) as error:
+    finished.read_done(tmp_path)
+  message = str(error.value)
+  assert message.startswith(f"cannot read {tmp_path}/done.json: ")
+  assert len(message) < 700 and message.isprintable(), message
+
+
+@pytest.mark.parametrize(
+  "key, value",
+  [
+    ("step", math.nan),
+    ("step", 1e999),
+    ("step", [3]),
+    ("fingerprint", []),
+    ("fingerprint", {"config.seed": None}),
+    ("result", None),
+    ("result", {"epochs": {"step": 3}}),
+    ("result", {"epochs": [5]}),
+    (
+      "result",
+      {"epochs": [{"step": 3, "validation_loss": 10**400, "pretrain_loss": 1.0}]},
+    ),
+    ("provenance", 5),
+    ("provenance", {"version": "1"}),
+  ],
+)
+def test_another_type_inside_is_one_line(tmp_path, key, value):
+  finished.write_done(tmp_path, done_of(TUNED))
+  path = tmp_path / "done.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+  with pytest.raises(UserError, match=f"^cannot read {path}: .*{key}.*use another --workdir$"):
+    finished.read_done(tmp_path)
+
+
+def test_a_change_that_keeps_the_shape_is_noticed_and_the_advice_works(tmp_path):
+  folder = tmp_path / "my run" / "sft"
+  finished.write_done(folder, done_of(TUNED))
+  path = folder / "done.json"
+  text = path.read_text()
+  path.write_text(json.dumps(json.loads(text)))  # the same content in another layout
+  assert finished.read_done(folder) == done_of(TUNED)
+  path.write_text(text.replace("0.5", "0.7"))
+  with pytest.raises(UserError, match="^.*done.json has another content than was saved") as error:
+    finished.read_done(folder)
+  subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+  assert finished.read_done(folder) is None and folder.is_dir()
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+  try:
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/.lock: .*File too large"):
+      with finished.workdir_lock(tmp_path):
+        pass
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  with finished.workdir_lock(tmp_path):
+    (tmp_path / ".lock").write_bytes(b"\xff" * 1000)  # not what this program writes
+    with pytest.raises(UserError, match="in use by another run") as error:
+      with finished.workdir_lock(tmp_path):
+        pass
+  assert len(str(error.value)) < 600

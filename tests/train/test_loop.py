@@ -284,12 +284,17 @@ def test_a_full_disk_names_the_path_and_the_run_goes_on_later(tmp_path, monkeypa
 
   def disk_usage(path):
     calls.append(path)
-    return (
-      usage(path)._replace(free=0) if len(calls) == 2 else usage(path)
-    )  # full at the second save
+    return usage(path)._replace(free=0) if len(calls) == full_at else usage(path)
 
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", disk_usage)
+    full_at = 1  # before the first step
+    message = f"cannot write {tmp_path}/checkpoints/3: it needs .* MiB and the disk has 0.0 MiB"
+    with pytest.raises(UserError, match=message):
+      _fit(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    calls.clear()
+    full_at = 3  # at the second save
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/checkpoints/6"):
       _fit(tmp_path)
   assert saved_steps(tmp_path) == [3]

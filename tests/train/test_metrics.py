@@ -2,10 +2,13 @@
 
 import io
 import json
+import resource
 
 import pytest
 import rich.console
+from tensorboardX.proto import event_pb2
 
+from instructjax.core.errors import UserError
 from instructjax.train.metrics import Display, MetricsWriter, read_metrics, sample_table
 
 
@@ -43,6 +46,82 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
   assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
+JUNK = {
+  "half a line": b'{"step": 2, "lo\n',
+  "zeros": bytes(40) + b"\n",
+  "no UTF-8": b"\xff\xfe\n",
+  "empty": b"\n",
+  "no object": b"[1, 2]\n5\nnull\n",
+  "without a step": b'{"loss": 1.0}\n',
+  "another step": b'{"step": "2", "loss": 1.0}\n{"step": true}\n{"step": 2.0}\n{"step": -2}\n',
+  "no number": b'{"step": 2, "loss": "1.0"}\n{"step": 2, "loss": null}\n{"step": 2, "loss": [1]}\n',
+  "not finite": b'{"step": 2, "loss": NaN}\n{"step": 2, "loss": Infinity}\n{"step": 2, "loss": 1e999}\n',
+  "too large": b'{"step": 2, "loss": 1'
+  + b"0" * 4000
+  + b"}\n"
+  + b'{"step": 1'
+  + b"0" * 5000
+  + b"}\n",
+  "deep": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
+def test_lines_that_are_no_records_never_block_a_resume(tmp_path, capsys, junk):
+  _write(tmp_path, [1, 2, 3])
+  path = tmp_path / "metrics.jsonl"
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(lines[0] + junk + b"".join(lines[1:]))
+  expected = [{"step": step, "loss": step / 10} for step in (1, 2, 3)]
+  assert read_metrics(tmp_path) == expected
+  assert capsys.readouterr().err == ""  # a report that reads the file says nothing
+  _write(tmp_path, [4], start_step=3)
+  assert read_metrics(tmp_path) == [*expected, {"step": 4, "loss": 0.4}]
+  (line,) = capsys.readouterr().err.splitlines()
+  count = junk.count(b"\n")
+  assert f"{path}: {count} line" in line and "moved to metrics.junk" in line
+  assert (tmp_path / "metrics.junk").read_bytes() == junk
+  _write(tmp_path, [5], start_step=4)  # once is enough
+  assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_is_one_line(tmp_path, capfd, tensorboard):
+  writer = MetricsWriter(tmp_path, start_step=0, tensorboard=tensorboard)
+  writer.write(1, {"loss": 0.5}, board=True)
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  size = (tmp_path / "metrics.jsonl").stat().st_size
+  # No file may grow by more than a few bytes, the smallest of all being the one that is asked first.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limit[1]))
+  try:
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}/metrics.jsonl: .*File too large"):
+      writer.write(2, {"loss": 0.5}, board=True)
+    writer.close()  # does not fail again
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert capfd.readouterr().err == ""
+  assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+  _write(tmp_path, [2], start_step=1)  # half a line is left, and makes no junk
+  assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+  assert capfd.readouterr().err == ""
+
+
+def test_a_disk_that_takes_the_lines_but_not_the_events(tmp_path, capfd):
+  writer = MetricsWriter(tmp_path, start_step=3, tensorboard=True)
+  (events,) = tmp_path.glob("events*")
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
+  try:
+    with pytest.raises(UserError, match=f"cannot write {tmp_path}: .*File too large"):
+      for step in range(4, 9):
+        writer.write(step, {}, board=False)
+        writer.write(step, {"a_long_name_of_a_metric": 0.5}, board=True)
+    writer.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert capfd.readouterr().err == "" and events.stat().st_size <= 200
+
+
 def test_step_comes_first_and_files_are_strict_json(tmp_path):
   _write(tmp_path, [1])
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.1}\n'
@@ -58,6 +137,25 @@ def test_tensorboard_files_only_when_asked(tmp_path):
   assert not list((tmp_path / "without").glob("events*"))
   (events,) = (tmp_path / "with").glob("events*")
   assert b"loss" in events.read_bytes()
+
+
+def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path):
+  _write(tmp_path, [3], start_step=2, tensorboard=True)
+  (events,) = tmp_path.glob("events*")
+  records = list(_events(events.read_bytes()))
+  assert records[0].file_version == "brain.Event:2"
+  assert (records[1].step, records[1].session_log.status) == (3, event_pb2.SessionLog.START)
+  (value,) = records[2].summary.value
+  assert (records[2].step, value.tag) == (3, "loss") and value.simple_value == pytest.approx(0.3)
+  assert len(records) == 3 and records[2].wall_time > 1e9
+
+
+def _events(data):
+  """TensorFlow's record format: 8 bytes of length, 4 of checksum, the event, 4 of checksum."""
+  while data:
+    length = int.from_bytes(data[:8], "little")
+    yield event_pb2.Event.FromString(data[12 : 12 + length])
+    data = data[16 + length :]
 
 
 def test_plain_lines_at_log_steps():

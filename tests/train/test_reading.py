@@ -14,7 +14,7 @@ PATH = pathlib.Path("run/sft")
 
 
 def test_what_can_be_read_is_returned():
-  assert reading.read(PATH, lambda: {"step": 3}) == {"step": 3}
+  assert reading.read(PATH, lambda: {"step": 3}, advice="") == {"step": 3}
 
 
 @pytest.mark.parametrize("kind", [Exception, ValueError, KeyError])
@@ -23,8 +23,8 @@ def test_whatever_a_library_raises_becomes_one_line_with_the_path(kind):
     raise kind("zarr: checksum\nof chunk 3")
 
   with pytest.raises(UserError, match="^cannot read run/sft: .*checksum") as error:
-    reading.read(PATH, damaged)
-  assert "\n" not in str(error.value) and "delete it and run again" in str(error.value)
+    reading.read(PATH, damaged, advice="Delete it.")
+  assert "\n" not in str(error.value) and str(error.value).endswith(". Delete it.")
   assert error.value.__cause__ is None
 
 
@@ -33,7 +33,7 @@ def test_ctrl_c_is_no_damage():
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    reading.read(PATH, interrupted)
+    reading.read(PATH, interrupted, advice="")
 
 
 def test_logging_and_the_hook_are_as_they_were_afterwards():

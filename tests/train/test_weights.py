@@ -97,6 +97,6 @@ def test_a_tokenizer_put_in_its_place_is_refused(run, tmp_path):
   done = tmp_path / "run" / "sft" / "done.json"
   fingerprint = weights.locate(run[0] / "sft").tokenizer.fingerprint
   assert fingerprint in done.read_text()
-  done.write_text(done.read_text().replace(fingerprint, "0" * len(fingerprint)))
+  finished_run.change_done(done.parent, fingerprint, "0" * len(fingerprint))
   with pytest.raises(UserError, match="tokenizer is not the tokenizer that .*sft was trained with"):
     weights.locate(tmp_path / "run" / "sft")

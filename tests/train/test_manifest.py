@@ -1,0 +1,100 @@
+"""The manifest of a checkpoint: what it notices, in files of all sizes."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from instructjax.train import manifest
+
+PAGE, CHUNK = 4096, 2**20  # bytes
+
+
+def _folder(path, size):
+  (path / "state" / "d").mkdir(parents=True)
+  (path / "state" / "d" / "a").write_bytes(np.random.default_rng(size).bytes(size))
+  (path / "empty").write_bytes(b"")
+  manifest.write(path)
+  return path / "state" / "d" / "a"
+
+
+@pytest.mark.parametrize("size", [1, 7, PAGE - 1, PAGE, PAGE + 1, CHUNK, CHUNK + 5, 2 * CHUNK])
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path, size):
+  file = _folder(tmp_path, size)
+  assert manifest.find_damage(tmp_path) is None and manifest.find_half(tmp_path) is None
+  data = file.read_bytes()
+  for place in {0, size // 2, size - 1}:
+    for bit in (0, 7):
+      other = bytearray(data)
+      other[place] ^= 1 << bit
+      file.write_bytes(other)
+      damage = manifest.find_damage(tmp_path)
+      assert (damage.path, damage.fault) == (file, "has other bytes than were saved")
+      assert manifest.find_fault(tmp_path, "state/d/a") == damage
+      assert manifest.find_fault(tmp_path, "empty") is None
+      assert manifest.find_half(tmp_path) is None  # reads no bytes
+  file.write_bytes(data)
+  assert manifest.find_damage(tmp_path) is None
+
+
+@pytest.mark.parametrize("step", [8, PAGE, CHUNK])
+def test_exchanged_parts_are_noticed(tmp_path, step):
+  # The sums of both together stay the same: words of a page, pages of a chunk, chunks of the file.
+  file = _folder(tmp_path, 3 * CHUNK)
+  data = file.read_bytes()
+  file.write_bytes(data[step : 2 * step] + data[:step] + data[2 * step :])
+  assert manifest.find_damage(tmp_path).path == file
+
+
+def test_zeros_in_place_of_a_page_and_other_sizes_are_noticed(tmp_path):
+  file = _folder(tmp_path, 3 * PAGE)
+  data = file.read_bytes()
+  file.write_bytes(data[:PAGE] + bytes(PAGE) + data[2 * PAGE :])
+  assert manifest.find_damage(tmp_path).fault == "has other bytes than were saved"
+  for other in (data[:-1], data + b"\0", b""):
+    file.write_bytes(other)
+    for found in (manifest.find_half(tmp_path), manifest.find_damage(tmp_path)):
+      assert (found.path, found.fault) == (file, "has another size than was saved")
+  file.unlink()
+  for found in (manifest.find_half(tmp_path), manifest.find_damage(tmp_path)):
+    assert str(found) == f"{file} is missing"
+  assert manifest.find_fault(tmp_path, "state/d/b").fault == "is missing"  # never listed
+
+
+def test_each_bit_of_the_manifest_itself_counts(tmp_path):
+  _folder(tmp_path, 10)
+  path = tmp_path / manifest.NAME
+  text = path.read_bytes()
+  for bit in range(0, 8 * len(text), 13):
+    data = bytearray(text)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    damage = manifest.find_half(tmp_path)
+    assert (damage.path, damage.fault) == (path, "has other bytes than were saved"), bytes(data)
+  assert manifest.find_damage(tmp_path).path == path
+
+
+@pytest.mark.parametrize(
+  "text", ["", "[]", "5", "null", "{", '{"files": 5}', '{"files": {"a": 1}}', "[" * 100_000, "\xff"]
+)
+def test_another_shape_is_damage(tmp_path, text):
+  (tmp_path / manifest.NAME).write_bytes(text.encode("latin1"))
+  for found in (manifest.find_half(tmp_path), manifest.find_damage(tmp_path)):
+    assert (found.path, found.fault) == (
+      tmp_path / manifest.NAME,
+      "has other bytes than were saved",
+    )
+
+
+def test_the_checksum_is_what_its_docstring_says(tmp_path):
+  words = np.arange(3 * 512 - 100, dtype="<u8") ** 3
+  (tmp_path / "a").write_bytes(words.tobytes())
+  manifest.write(tmp_path)
+  pages = [words[:512], words[512:1024], words[1024:]]
+  columns = np.zeros(512, "<u8")
+  for page in pages:
+    columns[: len(page)] += page
+  sums = np.array([sum(map(int, page)) for page in pages], "<u8").tobytes() + columns.tobytes()
+  size, checksum = json.loads((tmp_path / manifest.NAME).read_text())["files"]["a"]
+  assert (size, checksum) == (words.nbytes, hashlib.sha256(sums).hexdigest())
