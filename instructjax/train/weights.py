@@ -153,9 +153,11 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
   if str(path).startswith(HUB):
     path = interop.download(str(path).removeprefix(HUB))
   path = pathlib.Path(path).absolute()
-  if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
+  if _is_stage(path):
     return _open_stage(path, which)
   if path.is_dir() and not (path / "config.json").is_file():
+    if any(path.glob("*.gguf")) or (path / "adapter_config.json").is_file():
+      raise UserError(interop.why_not(path))
     raise UserError(
       f"{path} must be the folder of a finished stage, as runs/demo/ppo_ptx, or a Hugging Face folder, and"
       " it has neither done.json nor config.json"
@@ -166,7 +168,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
   found = interop.describe(source)
   return Weights(
     path=path,
-    kind="gguf" if path.suffix == ".gguf" else "hf",
+    kind="hf" if path.is_dir() else "gguf",
     network=found.cfg,
     head=found.head,
     vocab_size=found.vocab_size,
@@ -177,6 +179,13 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     done=None,
     base="",
   )
+
+
+def _is_stage(path: pathlib.Path) -> bool:
+  try:
+    return (path / "done.json").is_file() or (path / "checkpoints").is_dir()
+  except OSError:  # a path that is too long or may not be read; who opens it says so
+    return False
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:

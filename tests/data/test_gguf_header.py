@@ -154,7 +154,7 @@ DAMAGED = {
   "offset": ([], [tensor(offset=4096)], "tensor 't' reaches to byte"),
   "alignment": (
     *([text("general.alignment") + struct.pack("<II", 4, 0)], []),
-    "general.alignment=0 must be a positive integer",
+    "general.alignment=0 must be a positive power of two",
   ),
 }
 

@@ -293,6 +293,7 @@ def test_index_that_does_not_fit(weight_map, message, folder):
   write_raw(
     folder, {"b": entry | {"data_offsets": [0, 4]}, "c": second}, b"12345678", "two.safetensors"
   )
+  (folder / "model.safetensors").unlink()
   index = {} if weight_map is None else {"weight_map": weight_map}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   assert message in refusal(folder)
