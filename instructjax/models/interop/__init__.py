@@ -7,12 +7,19 @@ Called by train/weights.py, serve/packaging.py, serve/card.py and the benchmarks
 
 import pathlib
 
+from absl import logging
+
 from instructjax.core.errors import UserError, reason
 from instructjax.core.foreign import named
 from instructjax.models.interop.gguf_export import GgufType, write_file
 from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
-from instructjax.models.interop.huggingface import download, open_folder, why_not, write_folder
+from instructjax.models.interop.huggingface import (
+  download,
+  found_instead,
+  open_folder,
+  write_folder,
+)
 from instructjax.models.interop.source import Source
 from instructjax.models.interop.transfer import load_params, require_fit
 
@@ -23,9 +30,9 @@ __all__ = [
   "Source",
   "describe",
   "download",
+  "found_instead",
   "load_params",
   "open_weights",
-  "why_not",
   "write_file",
   "write_folder",
 ]
@@ -49,7 +56,7 @@ def open_weights(path: str | pathlib.Path) -> Source:
     ) from None
   if path.is_dir():
     return open_folder(path)
-  if path.suffix.lower() == ".gguf":
+  if path.suffix == ".gguf":
     return open_file(path)
   hint = "; give the folder that it is in" if path.suffix == ".safetensors" else ""
   raise UserError(f"{path} must be a Hugging Face folder or a .gguf file, and it is neither{hint}")
@@ -63,6 +70,8 @@ def describe(source: Source) -> Description:
       the tensors are not those of this network.
   """
   where = source.path / "config.json" if source.path.is_dir() else source.path
+  for note in source.notes:
+    logging.warning("%s: %s", source.path, note)
   found = model_config(source.config, str(where))
   require_fit(source, found)
   return found

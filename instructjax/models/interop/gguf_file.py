@@ -12,7 +12,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-from absl import logging
 
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import named, shown
@@ -51,7 +50,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
   if name not in gguf_names.ARCHITECTURES:
     known = ", ".join(gguf_names.ARCHITECTURES)
     raise UserError(f"{path}: general.architecture={shown(name)} must be one of {known}")
-  _check_keys(keys, name, header.metadata)
+  unread = _unread_keys(keys, name, header.metadata)
   tensors = dict(header.tensors)
   _require_readable(path, tensors)
   # Some files hold GPT-2's tied head a second time (so do ours). Without the copy the config below says "tied".
@@ -69,6 +68,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
     shapes={hf_name: one.shape for hf_name, one in stored.items()},
     read=lambda hf_name: stored[hf_name].read(),
     fingerprint=source.fingerprint([path]),
+    notes=(f"metadata not read: {', '.join(map(named, unread[:8]))}",) if unread else (),
   )
 
 
@@ -317,8 +317,8 @@ _MUST_BE = {
 _HARMLESS = {"tensor_data_layout"}  # a note of the converter's
 
 
-def _check_keys(keys: _Keys, name: str, metadata: Mapping[str, Any]):
-  """Refuses keys that would change the logits, and names those that nothing reads.
+def _unread_keys(keys: _Keys, name: str, metadata: Mapping[str, Any]) -> list[str]:
+  """The architecture's keys that nothing reads; those that would change the logits are refused.
 
   Raises:
     UserError: a key of `_MUST_BE` has another value.
@@ -333,5 +333,4 @@ def _check_keys(keys: _Keys, name: str, metadata: Mapping[str, Any]):
       raise UserError(f"{keys.path}: {key}={shown(value)} is not supported, only {only}")
     if part not in (*_READ, *_MUST_BE, *_HARMLESS):
       unread.append(key)
-  if unread:
-    logging.warning("%s: metadata not read: %s", keys.path, ", ".join(map(named, unread[:8])))
+  return unread

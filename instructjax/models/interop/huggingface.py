@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import safetensors
-from absl import logging
 
 from instructjax.core import foreign
 from instructjax.core.errors import UserError, reason, writing
@@ -36,6 +35,7 @@ _SHARD = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
 # Weights of other kinds, by the names of their files -> what to do about them.
 _CONVERT = "convert {} with save_pretrained(..., safe_serialization=True)"
 _OTHERS = {
+  _ADAPTER: "it is an adapter (LoRA): merge it into its base with peft's merge_and_unload()",
   "*.gguf": "it has {}; give the path of that file",
   "pytorch_model*": _CONVERT,
   "*.bin": _CONVERT,
@@ -63,16 +63,15 @@ def open_folder(path: str | pathlib.Path) -> Source:
       the folder holds weights of another kind, an adapter for example.
   """
   path = pathlib.Path(path)
-  if problem := why_not(path):
-    raise UserError(problem)
+  _require_weights(path)
   config = foreign.read_json(path / _CONFIG)
+  notes = []
   if (path / _SINGLE).is_file():
     weight_map, files = None, [path / _SINGLE]
     if (path / _INDEX).is_file():
-      logging.warning(
-        "%s: %s is read, as in transformers, and %s is not; delete the one that is out of date",
-        *(path, _SINGLE, _INDEX),
-      )
+      notes = [
+        f"{_SINGLE} is read, as in transformers, and {_INDEX} is not used; delete the stale one"
+      ]
   else:
     weight_map = _weight_map(path / _INDEX)
     files = [path / name for name in sorted(set(weight_map.values()))]
@@ -95,11 +94,12 @@ def open_folder(path: str | pathlib.Path) -> Source:
     shapes={name: shape for name, (_, shape) in places.items()},
     read=functools.partial(_read_tensor, places),
     fingerprint=fingerprint([path / _CONFIG, *index, *files]),
+    notes=tuple(notes),
   )
 
 
-def why_not(folder: pathlib.Path) -> str | None:
-  """Why a folder cannot be opened, and what to do, by the files that are in it; None if it may be one of ours.
+def found_instead(folder: pathlib.Path) -> str:
+  """What a folder has in place of the files that are read, and what to do about it, as "; ..."; "" if nothing is known.
 
   Raises:
     UserError: the folder cannot be listed.
@@ -108,20 +108,24 @@ def why_not(folder: pathlib.Path) -> str | None:
     names = sorted(entry.name for entry in folder.iterdir())
   except OSError as error:
     raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-  if _ADAPTER in names:
-    return (
-      f"{folder} has {_ADAPTER}: it is an adapter (LoRA), not a whole model; merge it into its base"
-      " model with peft's merge_and_unload() and save_pretrained(), or delete that file if the"
-      " weights beside it are merged already"
-    )
-  if _SINGLE in names or _INDEX in names:
-    return None if _CONFIG in names else f"{folder} has no {_CONFIG}"
   for pattern, advice in _OTHERS.items():
     if found := fnmatch.filter(names, pattern):
-      lacks = _SINGLE if _CONFIG in names else _CONFIG
-      return f"{folder} has no {lacks}: {advice.format(named(found[0]))}"
-  lacks = f"{_SINGLE} and no {_INDEX}" if _CONFIG in names else _CONFIG
-  return f"{folder} has no {lacks}"
+      return f"; {advice.format(named(found[0]))}"
+  return ""
+
+
+def _require_weights(folder: pathlib.Path):
+  """Raises UserError for an adapter, and for a folder without the files that are read."""
+  if (folder / _ADAPTER).exists():
+    raise UserError(
+      f"{folder} is an adapter (LoRA), not a whole model: it has {_ADAPTER}; merge it into its base"
+      " with peft's merge_and_unload() and save_pretrained(), or delete that file if the weights"
+      " beside it are merged already"
+    )
+  for name in (_CONFIG, _SINGLE):
+    if not (folder / name).exists() and (name == _CONFIG or not (folder / _INDEX).exists()):
+      more = f" and no {_INDEX}" if name == _SINGLE else ""
+      raise UserError(f"{folder} has no {name}{more}{found_instead(folder)}")
 
 
 def _weight_map(path: pathlib.Path) -> dict[str, str]:

@@ -296,11 +296,6 @@ def from_gguf(
   factor = get(name, float, 0.0) or 1.0
   if not 1 <= factor < np.inf:
     raise UserError(f"{where}: {architecture}.{name}={factor:g} must be 1 or more")
-  if kind == "none" and factor != 1:
-    logging.warning(
-      "%s: %s.%s=%g is not used, since %s.rope.scaling.type is none, as in llama.cpp",
-      *(where, architecture, name, factor, architecture),
-    )
   scaled = kind == "linear" and factor != 1
   if read_freqs is not None:
     if scaled:
