@@ -98,7 +98,11 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: Exception) -> str:
-  """The informative part of a library's message: its first line, cut to the last 200 characters."""
+  """The informative part of a library's message: its first line, cut to the last 200 characters.
+
+  Libraries quote the files they read, so characters that a terminal would obey are replaced.
+  """
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
   line = line.split(" See full TensorStore details")[0].rstrip(".")
+  line = "".join(letter if letter.isprintable() else "?" for letter in line)
   return line if len(line) <= 200 else "..." + line[-200:]

@@ -153,12 +153,13 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
   if str(path).startswith(HUB):
     path = interop.download(str(path).removeprefix(HUB))
   path = pathlib.Path(path).absolute()
-  if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
+  kind = _kind(path)
+  if kind == "stage":
     return _open_stage(path, which)
-  if path.is_dir() and not (path / "config.json").is_file():
+  if kind == "neither":
     raise UserError(
       f"{path} must be the folder of a finished stage, as runs/demo/ppo_ptx, or a Hugging Face folder, and"
-      " it has neither done.json nor config.json"
+      f" it has neither done.json nor config.json{interop.found_instead(path)}"
     )
   if which == "value":
     raise UserError(f"{path} must be a finished RL stage to have a value network")
@@ -166,7 +167,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
   found = interop.describe(source)
   return Weights(
     path=path,
-    kind="gguf" if path.suffix == ".gguf" else "hf",
+    kind="hf" if path.is_dir() else "gguf",
     network=found.cfg,
     head=found.head,
     vocab_size=found.vocab_size,
@@ -177,6 +178,16 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     done=None,
     base="",
   )
+
+
+def _kind(path: pathlib.Path) -> Literal["stage", "neither", "weights"]:
+  """What lies at a path: a stage's folder, a folder without weights, or something that interop opens or refuses."""
+  try:
+    if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
+      return "stage"
+    return "neither" if path.is_dir() and not (path / "config.json").exists() else "weights"
+  except OSError:  # a name that is too long, or a folder that may not be read: who opens it says so
+    return "weights"
 
 
 def _open_stage(path: pathlib.Path, which: Which) -> Weights:

@@ -152,9 +152,15 @@ DAMAGED = {
   "no dimension": ([], [tensor(dims=())], "tensor 't' has shape ()"),
   "overflow": ([], [tensor(dims=(32, 2**33, 2**33))], "tensor 't' reaches to byte"),
   "offset": ([], [tensor(offset=4096)], "tensor 't' reaches to byte"),
+  "overlap": ([], [tensor(), tensor("u", offset=32)], "tensors 't' and 'u' share bytes"),
+  "dimensions": ([], [tensor(dims=(32,) * 5)], "tensor 't' has 5 dimensions, and at most 4"),
+  "alignment of no power of two": (
+    *([text("general.alignment") + struct.pack("<II", 4, 24)], []),
+    "general.alignment=24 must be a positive power of two",
+  ),
   "alignment": (
     *([text("general.alignment") + struct.pack("<II", 4, 0)], []),
-    "general.alignment=0 must be a positive integer",
+    "general.alignment=0 must be a positive power of two",
   ),
 }
 
@@ -165,3 +171,32 @@ def test_damaged(case, tmp_path):
   path = tmp_path / "damaged.gguf"
   path.write_bytes(file_of(keys, tensors))
   assert message in refusal(path)
+
+
+def test_counts_are_bounded_before_anything_is_read(tmp_path):
+  path = tmp_path / "counts.gguf"
+  for tensors, keys, message in (
+    (2**60, 0, f"it says that it has {2**60} tensors, and at most 131072 are read"),
+    (0, 2**60, f"it says that it has {2**60} metadata keys"),
+  ):
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + bytes(10**6))
+    assert message in refusal(path)
+
+
+def test_arrays_are_bounded_together(tmp_path, monkeypatch):
+  monkeypatch.setattr(gguf_header, "_MAX_ITEMS", 10)
+  path = tmp_path / "arrays.gguf"
+  one = lambda name: text(name) + struct.pack("<IIQ", 9, 0, 6) + bytes(6)
+  path.write_bytes(file_of([one("a")], []))
+  gguf_header.read(path)
+  path.write_bytes(file_of([one("a"), one("b")], []))
+  assert "metadata key 'b' and those before it have 12 items in arrays" in refusal(path)
+
+
+def test_names_are_cut_and_printable(tmp_path):
+  path = tmp_path / "names.gguf"
+  long = text("k\x1b[31m\n" + "x" * 100_000) + struct.pack("<I", 99)
+  path.write_bytes(file_of([long], []))
+  assert refusal(path).isprintable() and len(refusal(path)) < 400
+  path.write_bytes(file_of([], [tensor(name="\n" * 9999, kind=77)]))
+  assert refusal(path).isprintable() and len(refusal(path)) < 400

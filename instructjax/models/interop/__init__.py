@@ -7,13 +7,21 @@ Called by train/weights.py, serve/packaging.py, serve/card.py and the benchmarks
 
 import pathlib
 
-from instructjax.core.errors import UserError
+from absl import logging
+
+from instructjax.core.errors import UserError, reason
+from instructjax.core.foreign import named
 from instructjax.models.interop.gguf_export import GgufType, write_file
 from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
-from instructjax.models.interop.huggingface import download, open_folder, write_folder
+from instructjax.models.interop.huggingface import (
+  download,
+  found_instead,
+  open_folder,
+  write_folder,
+)
 from instructjax.models.interop.source import Source
-from instructjax.models.interop.transfer import load_params
+from instructjax.models.interop.transfer import load_params, require_fit
 
 __all__ = [
   "GgufType",
@@ -22,6 +30,7 @@ __all__ = [
   "Source",
   "describe",
   "download",
+  "found_instead",
   "load_params",
   "open_weights",
   "write_file",
@@ -36,19 +45,33 @@ def open_weights(path: str | pathlib.Path) -> Source:
     UserError: the path is neither, or it is damaged or of an unsupported kind.
   """
   path = pathlib.Path(path)
+  try:
+    path.stat()
+  except (OSError, ValueError) as error:  # ValueError: a name with a NUL
+    what = "is not there"
+    if not isinstance(error, FileNotFoundError):
+      what = f"cannot be read: {reason(error)}"
+    raise UserError(
+      f"{named(str(path), 200)} must be a Hugging Face folder or a .gguf file, and it {what}"
+    ) from None
   if path.is_dir():
     return open_folder(path)
-  if path.suffix == ".gguf" and path.is_file():
+  if path.suffix == ".gguf":
     return open_file(path)
-  what = "is not there" if not path.exists() else "is neither"
-  raise UserError(f"{path} must be a Hugging Face folder or a .gguf file, and it {what}")
+  hint = "; give the folder that it is in" if path.suffix == ".safetensors" else ""
+  raise UserError(f"{path} must be a Hugging Face folder or a .gguf file, and it is neither{hint}")
 
 
 def describe(source: Source) -> Description:
   """The network whose weights were opened. For fields that no file has, see `model_config`.
 
   Raises:
-    UserError: the architecture is not GPT-2, Llama, Mistral or Qwen2, or it has a switch that NetworkConfig lacks.
+    UserError: the architecture is not GPT-2, Llama, Mistral or Qwen2, or it has a switch that NetworkConfig lacks; or
+      the tensors are not those of this network.
   """
   where = source.path / "config.json" if source.path.is_dir() else source.path
-  return model_config(source.config, str(where))
+  for note in source.notes:
+    logging.warning("%s: %s", source.path, note)
+  found = model_config(source.config, str(where))
+  require_fit(source, found)
+  return found

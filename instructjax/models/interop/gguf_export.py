@@ -108,6 +108,12 @@ def _require_writable(
       f"{path}: a reward or value model cannot be written as GGUF, llama.cpp has no place for its"
       " head; write a Hugging Face folder"
     )
+  cfg = model.network
+  if cfg.qkv_bias and not cfg.use_bias and cfg.rope_scaling.kind == "llama3":
+    raise UserError(
+      f"{path}: rope_scaling.kind='llama3' together with qkv_bias cannot be written as GGUF: llama.cpp"
+      " reads no divisors of frequencies for qwen2; write a Hugging Face folder"
+    )
   if path.exists():
     raise UserError(f"{path} exists and is never overwritten; give another path or move it away")
   num_tokens = len(tokenizer_metadata["tokenizer.ggml.tokens"])

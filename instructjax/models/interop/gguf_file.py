@@ -13,10 +13,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from instructjax.core.config import RopeScalingConfig
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import named, shown
 from instructjax.data import gguf_header
-from instructjax.models.interop import gguf_names, source
+from instructjax.models.interop import gguf_names, rotary, source
 
 _Type = gguf.GGMLQuantizationType
 _READABLE = (
@@ -24,9 +24,6 @@ _READABLE = (
   *(_Type.Q4_K, _Type.Q5_K, _Type.Q6_K),
 )
 _CHUNK = 1 << 20  # values dequantised at a time, which bounds the memory needed beside the result
-# A GGUF file stores only the result of Llama 3's rotary scaling, one divisor a frequency. The models of Llama 3.x share
-# these parameters and differ in the factor only, so the factor can be recovered: see `_rope_scaling`.
-_LLAMA3 = RopeScalingConfig("llama3", 1.0, 1.0, 4.0, 8192)
 
 
 def open_file(path: str | os.PathLike) -> source.Source:
@@ -44,19 +41,25 @@ def open_file(path: str | os.PathLike) -> source.Source:
       f"{path} is one of {keys.get('split.count', int)} parts of a model; merge them with"
       " llama.cpp's `llama-gguf-split --merge` and give the merged file"
     )
+  if keys.get("general.type", str, "model") != "model":
+    raise UserError(
+      f"{path}: general.type={shown(keys.get('general.type', str))} must be 'model'; merge an adapter"
+      " into its base model first (llama.cpp's llama-export-lora)"
+    )
   name = keys.get("general.architecture", str)
   if name not in gguf_names.ARCHITECTURES:
     known = ", ".join(gguf_names.ARCHITECTURES)
-    raise UserError(f"{path}: general.architecture={name!r} must be one of {known}")
+    raise UserError(f"{path}: general.architecture={shown(name)} must be one of {known}")
+  unread = _unread_keys(keys, name, header.metadata)
   tensors = dict(header.tensors)
   _require_readable(path, tensors)
   # Some files hold GPT-2's tied head a second time (so do ours). Without the copy the config below says "tied".
   if name == "gpt2" and _is_tied_copy(path, tensors):
     del tensors["output.weight"]
   config = (_gpt2_config if name == "gpt2" else _llama_config)(keys, name, tensors)
-  # The config now says what the rotary tensor said. GPT-2 has no rotary positions: there the tensor stays, and is
+  # The config now says what the rotary tensor said. llama.cpp reads it for llama only: elsewhere it stays, and is
   # refused as unknown.
-  if name != "gpt2":
+  if name == "llama":
     tensors.pop(gguf_names.ROPE_FREQS, None)
   stored = _stored(path, name, tensors, config)
   return source.Source(
@@ -65,6 +68,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
     shapes={hf_name: one.shape for hf_name, one in stored.items()},
     read=lambda hf_name: stored[hf_name].read(),
     fingerprint=source.fingerprint([path]),
+    notes=(f"metadata not read: {', '.join(map(named, unread[:8]))}",) if unread else (),
   )
 
 
@@ -74,7 +78,7 @@ def _require_readable(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tens
     if tensor.type not in _READABLE:
       known = ", ".join(kind.name for kind in _READABLE)
       raise UserError(
-        f"{path}: tensor {name!r} has quantization {tensor.type.name}; one of {known} can be read"
+        f"{path}: tensor {shown(name)} has quantization {tensor.type.name}; one of {known} can be read"
       )
 
 
@@ -95,13 +99,13 @@ def _stored(
     hf_name = architecture.hf_name(name)
     if hf_name is None or len(tensor.shape) > 2:
       raise UserError(
-        f"{path}: tensor {name!r} of shape {tensor.shape} is none of architecture"
+        f"{path}: tensor {shown(name)} of shape {tensor.shape} is none of architecture"
         f" {architecture_name!r}"
       )
     rotary_dim = config["head_dim"] if architecture.is_permuted(name) else 0
     if rotary_dim and tensor.shape[0] % rotary_dim:
       raise UserError(
-        f"{path}: tensor {name!r} of shape {tensor.shape} must have rows of whole heads of"
+        f"{path}: tensor {shown(name)} of shape {tensor.shape} must have rows of whole heads of"
         f" {rotary_dim}"
       )
     result[hf_name] = _Stored(path, name, tensor, rotary_dim, architecture.is_transposed(name))
@@ -179,7 +183,7 @@ class _Keys:
   """Typed access to a file's metadata; every error names the file and the key."""
 
   def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
-    self.path, self._values = path, values
+    self.path, self.values = path, values
 
   def get(self, key: str, kind: type, default: Any = None):
     """The value of a key, or `default` if the file does not have it.
@@ -187,7 +191,7 @@ class _Keys:
     Raises:
       UserError: the value has another type, or it is missing and there is no default.
     """
-    value = self._values.get(key, default)
+    value = self.values.get(key, default)
     if value is None:
       raise UserError(f"{self.path}: metadata key {key!r} is missing")
     # `type`, not isinstance, below: a bool is an int to isinstance.
@@ -196,7 +200,7 @@ class _Keys:
     if type(value) is not kind:
       raise UserError(
         f"{self.path}: metadata key {key!r} must be one value of type {kind.__name__},"
-        f" got {str(value)[:60]}"
+        f" got {shown(value)}"
       )
     return value
 
@@ -209,23 +213,30 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
   """
   get = lambda key, kind, default=None: keys.get(f"{name}.{key}", kind, default)
   num_heads, width = get("attention.head_count", int), get("embedding_length", int)
-  if num_heads < 1 or get("expert_count", int, 0):
+  if not 0 < num_heads <= width:
     raise UserError(
-      f"{keys.path}: {name}.attention.head_count={num_heads} must be positive and"
-      f" {name}.expert_count={get('expert_count', int, 0)} zero: mixtures of experts are not supported"
+      f"{keys.path}: {name}.attention.head_count={num_heads} must be positive and at most"
+      f" {name}.embedding_length={width}"
     )
-  rotary_dim = get(
-    "rope.dimension_count", int, get("attention.key_length", int, width // num_heads)
-  )
-  for key in ("attention.key_length", "attention.value_length"):
-    if get(key, int, rotary_dim) != rotary_dim:
+  head_dim = get("attention.key_length", int, width // num_heads)
+  for key in ("attention.value_length", "rope.dimension_count"):
+    if get(key, int, head_dim) != head_dim:
       raise UserError(
-        f"{keys.path}: {name}.{key}={get(key, int)} must equal {name}.rope.dimension_count={rotary_dim}:"
-        " heads that are rotated in part are not supported"
+        f"{keys.path}: {name}.{key}={get(key, int)} must equal the width of a head, {head_dim}"
+        f" ({name}.attention.key_length): heads that are rotated in part are not supported"
       )
-  base = get("rope.freq_base", float, 10000.0)
+  freqs = tensors.get(gguf_names.ROPE_FREQS) if name == "llama" else None
+  read_freqs = None if freqs is None else lambda: _read_freqs(keys.path, freqs, head_dim)
+  turning = rotary.from_gguf(get, keys.values, name, str(keys.path), head_dim, read_freqs)
   # In GGUF Mistral is no architecture of its own, but a `llama` with a sliding window.
-  window = get("attention.sliding_window", int, 0) if name == "llama" else 0
+  window, length = get("attention.sliding_window", int, 0), get("context_length", int)
+  if window and name != "llama":
+    if window < length:
+      raise UserError(
+        f"{keys.path}: {name}.attention.sliding_window={window} must reach over"
+        f" {name}.context_length={length}"
+      )
+    window = 0
   config = {
     "model_type": "mistral" if window else name,
     "vocab_size": get("vocab_size", int, _vocab_size(keys, tensors)),
@@ -234,12 +245,11 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
     "num_hidden_layers": get("block_count", int),
     "num_attention_heads": num_heads,
     "num_key_value_heads": get("attention.head_count_kv", int, num_heads),
-    "head_dim": rotary_dim,
+    "head_dim": head_dim,
     "hidden_act": "silu",
-    "max_position_embeddings": get("context_length", int),
-    "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon", float)),
-    "rope_theta": base,
-    "rope_scaling": _rope_scaling(keys, name, tensors, base, rotary_dim),
+    "max_position_embeddings": length,
+    "rms_norm_eps": gguf_names.decimal(get("attention.layer_norm_rms_epsilon", float)),
+    **rotary.to_config(turning),
     "tie_word_embeddings": "output.weight" not in tensors,
   }
   if window:
@@ -249,6 +259,13 @@ def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tens
     config["attention_bias"] = "blk.0.attn_q.bias" in tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
   return config
+
+
+def _read_freqs(path: pathlib.Path, tensor: gguf_header.Tensor, head_dim: int) -> np.ndarray:
+  """rope_freqs.weight; of another shape than [head_dim / 2] it is not read, and an empty array stands for it."""
+  if tensor.shape != (head_dim // 2,):
+    return np.empty(0, np.float32)
+  return _Stored(path, gguf_names.ROPE_FREQS, tensor, 0, False).read()
 
 
 def _gpt2_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
@@ -263,17 +280,9 @@ def _gpt2_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tenso
     "n_head": get("attention.head_count", int),
     "n_inner": get("feed_forward_length", int),
     "activation_function": "gelu_new",
-    "layer_norm_epsilon": _decimal(get("attention.layer_norm_epsilon", float)),
+    "layer_norm_epsilon": gguf_names.decimal(get("attention.layer_norm_epsilon", float)),
     "tie_word_embeddings": "output.weight" not in tensors,
   }
-
-
-def _decimal(value: float) -> float:
-  """The shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06.
-
-  GGUF stores float32, and the decimal is what the original config.json most likely said.
-  """
-  return float(str(np.float32(value)))
 
 
 def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
@@ -283,45 +292,45 @@ def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
   return tensors["token_embd.weight"].shape[0]
 
 
-def _rope_scaling(
-  keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor], base: float, head_dim: int
-) -> dict | None:
-  """The config's rope_scaling: linear scaling from the metadata, Llama 3's from its tensor, or None.
+# Metadata keys without the architecture, which is their first part. rotary.py judges those of `rope.`.
+_READ = {
+  *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
+  *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+  *("attention.layer_norm_epsilon", "attention.key_length", "attention.value_length"),
+  *("attention.sliding_window", "expert_count"),
+}
+# Keys by which llama.cpp computes something else -> the values with which they change nothing.
+_MUST_BE = {
+  "expert_count": (0,),
+  "expert_used_count": (0,),
+  "use_parallel_residual": (False,),
+  "attention.causal": (True,),
+  "attention.clamp_kqv": (0,),
+  "attention.max_alibi_bias": (0,),
+  "attention.scale": (0,),
+  "attn_logit_softcapping": (0,),
+  "final_logit_softcapping": (0,),
+  "logit_scale": (0, 1),
+  "embedding_scale": (0, 1),
+  "residual_scale": (0, 1),
+}
+_HARMLESS = {"tensor_data_layout"}  # a note of the converter's
+
+
+def _unread_keys(keys: _Keys, name: str, metadata: Mapping[str, Any]) -> list[str]:
+  """The architecture's keys that nothing reads; those that would change the logits are refused.
 
   Raises:
-    UserError: another scaling, or two of them.
+    UserError: a key of `_MUST_BE` has another value.
   """
-  kind = keys.get(f"{name}.rope.scaling.type", str, "none")
-  if kind == "linear":
-    if gguf_names.ROPE_FREQS in tensors:
-      raise UserError(
-        f"{keys.path}: {name}.rope.scaling.type='linear' and tensor {gguf_names.ROPE_FREQS!r} are two"
-        " rotary scalings; one of them is supported"
-      )
-    factor = _decimal(keys.get(f"{name}.rope.scaling.factor", float))
-    return {"rope_type": "linear", "factor": factor}
-  if kind != "none":
-    raise UserError(
-      f"{keys.path}: {name}.rope.scaling.type={kind!r} is not supported; none and linear are"
-    )
-  if gguf_names.ROPE_FREQS not in tensors:
-    return None
-  freqs = _Stored(keys.path, gguf_names.ROPE_FREQS, tensors[gguf_names.ROPE_FREQS], 0, False).read()
-  # Slow frequencies are divided by the whole factor, so it is the greatest divisor. With the factor all divisors can be
-  # computed; if they differ from the file's, this is some other scaling.
-  scaling = dataclasses.replace(_LLAMA3, factor=float(freqs.max(initial=1.0)))
-  wanted = gguf_names.llama3_factors(scaling, base, head_dim)
-  if freqs.shape != wanted.shape or not np.allclose(freqs, wanted, rtol=1e-4, atol=0):
-    raise UserError(
-      f"{keys.path}: tensor {gguf_names.ROPE_FREQS!r} must be Llama 3's rotary scaling (low 1, high 4,"
-      f" original context 8192) by a factor {scaling.factor:g}; another one is not supported"
-    )
-  if scaling.factor == 1:
-    return None
-  return {
-    "rope_type": "llama3",
-    "factor": scaling.factor,
-    "low_freq_factor": scaling.low_freq_factor,
-    "high_freq_factor": scaling.high_freq_factor,
-    "original_max_position_embeddings": scaling.original_length,
-  }
+  unread = []
+  for key, value in metadata.items():
+    part = key.removeprefix(f"{name}.")
+    if part == key or part.startswith("rope."):
+      continue
+    if part in _MUST_BE and not any(value == allowed for allowed in _MUST_BE[part]):
+      only = " or ".join(map(repr, _MUST_BE[part]))
+      raise UserError(f"{keys.path}: {key}={shown(value)} is not supported, only {only}")
+    if part not in (*_READ, *_MUST_BE, *_HARMLESS):
+      unread.append(key)
+  return unread

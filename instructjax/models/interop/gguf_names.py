@@ -153,3 +153,14 @@ def llama3_factors(scaling: RopeScalingConfig, base: float, head_dim: int) -> np
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
   smooth = np.clip((turns - low) / (high - low), 0, 1)
   return (1 / ((1 - smooth) / scaling.factor + smooth)).astype(np.float32)
+
+
+def decimal(value: float) -> float:
+  """The shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06.
+
+  GGUF stores float32, and the decimal is what the original config.json most likely said.
+  """
+  with np.errstate(
+    over="ignore"
+  ):  # what a float32 cannot hold becomes infinite, which the config's reader refuses
+    return float(str(np.float32(value)))

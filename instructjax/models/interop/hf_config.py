@@ -1,20 +1,22 @@
 """Translates Hugging Face's config.json to NetworkConfig and back, for the architectures that both can describe.
 
 Called by the package's own `describe`, by huggingface.py and by gguf_export.py; gguf_file.py brings a GGUF file's
-metadata into this form. Knows no tensors. It reads the spelling of transformers 4 (`rope_theta`, `rope_scaling`) and
-that of transformers 5 (`rope_parameters`). It writes the first, which both versions read.
+metadata into this form. rotary.py reads what concerns rotary positions. Knows no tensors.
+
+Every key of a file is obeyed, or refused, or known to change no logits, or named in one line of the log.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from absl import logging
 
-from instructjax.core.config import NetworkConfig, RopeScalingConfig
+from instructjax.core.config import NetworkConfig
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import Keys, shown
 from instructjax.core.stages import Head
+from instructjax.models.interop import config_keys, rotary
 
 # Keys of our own in an exported config.json.
 SCORE_BIAS = "instructjax_score_bias"  # Hugging Face's score heads have no bias
@@ -60,9 +62,9 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
     UserError: the architecture is not known, or has a switch that NetworkConfig lacks; or a key is missing or no
       sensible value.
   """
-  keys = _Keys(raw, where)
+  keys = Keys(raw, where)
   family = keys.one_of("model_type", tuple(_LM))
-  keys.refuse("quantization_config", None)
+  config_keys.check(keys, family)
   fields = _gpt2_fields(keys) if family == "gpt2" else _llama_fields(keys, family)
   cfg = NetworkConfig(
     **fields,
@@ -72,62 +74,78 @@ def model_config(raw: Mapping[str, Any], where: str) -> Description:
   )
   cfg.rope_scaling.validate(f"{where}: rope_scaling")
   cfg.validate(where)
-  rows = keys.size("vocab_size", None)
-  return Description(cfg, rows - 1 if PAD_ROW in raw else rows, _head(keys, family))
+  keys.number(SCORE_BIAS, 0.0)
+  rows = keys.size("vocab_size", None) - keys.flag(PAD_ROW, False)
+  if rows < 1:
+    raise keys.wrong("vocab_size", "must be above 1, since one row is the pad's")
+  return Description(cfg, rows, _head(keys, family))
 
 
-def _head(keys: "_Keys", family: str) -> Head:
+def _head(keys: Keys, family: str) -> Head:
   """The head by the name of transformers' class; UserError for a classifier with several labels or another class."""
-  classes = keys.value("architectures", None) or [_LM[family]]
+  classes = keys.texts("architectures") or [_LM[family]]
   if classes[0] in (_LM[family], _BARE[family]):
     return "lm"
   if classes[0] != _SCALAR[family]:
     raise UserError(
-      f"{keys.where}: architectures={classes} must be {_LM[family]} or {_SCALAR[family]}"
+      f"{keys.where}: architectures={shown(classes)} must be {_LM[family]} or {_SCALAR[family]}"
     )
-  labels = keys.value("id2label", None)
+  labels = keys.block("id2label")
   # transformers does not write its default, which is two labels. So a missing count is two, and is refused.
-  count = len(labels) if labels is not None else keys.size("num_labels", 2)
+  count = len(labels.raw) if labels is not None else keys.size("num_labels", 2)
   if count != 1:
     raise UserError(f"{keys.where}: num_labels={count} must be 1: one score a sequence")
   return "scalar"
 
 
-def _gpt2_fields(keys: "_Keys") -> dict:
+def _gpt2_fields(keys: Keys) -> dict:
   """NetworkConfig's fields for GPT-2. The defaults for missing keys are those of transformers' GPT2Config."""
   keys.one_of("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
-  keys.refuse("scale_attn_weights", True)
-  keys.refuse("scale_attn_by_inverse_layer_idx", False)
-  keys.refuse("add_cross_attention", False)
-  width, heads = keys.size("n_embd", 768), keys.size("n_head", 12)
+  # transformers knows the first four by other names too, and lets those win.
+  size = lambda name, alias, default: _size_by_two_names(keys, name, alias, default)
+  width, heads = size("n_embd", "hidden_size", 768), size("n_head", "num_attention_heads", 12)
   if width % heads:
     raise UserError(f"{keys.where}: n_embd={width} must be a multiple of n_head={heads}")
+  rotary.refuse_any(keys)
   return dict(
-    num_layers=keys.size("n_layer", 12),
+    num_layers=size("n_layer", "num_hidden_layers", 12),
     d_model=width,
     num_heads=heads,
     num_kv_heads=heads,
     head_dim=width // heads,
     d_mlp=keys.size("n_inner", 4 * width),
-    max_length=keys.size("n_positions", 1024),
+    max_length=size("n_positions", "max_position_embeddings", 1024),
     position="learned",
     rope_base=10_000.0,
-    rope_scaling=_NO_SCALING,
+    rope_scaling=rotary.NO_SCALING,
     norm="layernorm",
-    norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+    norm_eps=_positive(keys, "layer_norm_epsilon", 1e-5),
     mlp="gelu",
     use_bias=True,
     tie_embeddings=keys.flag("tie_word_embeddings", True),
   )
 
 
-# No field but the first has a meaning here. They are those of configs/base.py, so that descriptions compare equal.
-_NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192)
+def _positive(keys: Keys, name: str, default: float) -> float:
+  found = keys.number(name, default)
+  if found <= 0:
+    raise keys.wrong(name, "must be above 0")
+  return found
 
 
-def _llama_fields(keys: "_Keys", family: str) -> dict:
+def _size_by_two_names(keys: Keys, name: str, alias: str, default: int) -> int:
+  """A size that has two names; raises UserError if both are there and differ."""
+  found = keys.size(name, keys.size(alias, default))
+  if keys.size(alias, found) != found:
+    raise keys.wrong(alias, f"contradicts {name}={found}: they are two names of one size")
+  return found
+
+
+def _llama_fields(keys: Keys, family: str) -> dict:
   """NetworkConfig's fields for Llama, Mistral or Qwen2."""
   keys.one_of("hidden_act", ("silu", "swish"), "silu")
+  if family == "qwen2":
+    keys.refuse("use_sliding_window", False)
   width, heads = keys.size("hidden_size", None), keys.size("num_attention_heads", None)
   bias = [family == "llama" and keys.flag(name, False) for name in ("attention_bias", "mlp_bias")]
   if bias[0] != bias[1]:
@@ -139,7 +157,7 @@ def _llama_fields(keys: "_Keys", family: str) -> dict:
     raise UserError(
       f"{keys.where}: hidden_size={width} must be a multiple of num_attention_heads={heads}"
     )
-  base, scaling = _rope(keys)
+  turning = rotary.from_config(keys)
   return dict(
     num_layers=keys.size("num_hidden_layers", None),
     d_model=width,
@@ -151,28 +169,34 @@ def _llama_fields(keys: "_Keys", family: str) -> dict:
     d_mlp=keys.size("intermediate_size", None),
     max_length=_max_length(keys, family),
     position="rope",
-    rope_base=base,
-    rope_scaling=scaling,
+    rope_base=turning.base,
+    rope_scaling=turning.scaling,
     norm="rmsnorm",
-    norm_eps=keys.number("rms_norm_eps", 1e-6),
+    norm_eps=_positive(keys, "rms_norm_eps", 1e-6),
     mlp="swiglu",
     use_bias=bias[0],
     tie_embeddings=keys.flag("tie_word_embeddings", False),
   )
 
 
-def _max_length(keys: "_Keys", family: str) -> int:
+def _max_length(keys: Keys, family: str) -> int:
   """The longest context in which every layer attends to all tokens, since NetworkConfig has no such sliding window.
 
   Raises:
     UserError: some layers have a window and others have none.
   """
   length = keys.size("max_position_embeddings", None)
-  if family == "qwen2":
-    keys.refuse("use_sliding_window", False)
-  kinds = set(keys.value("layer_types", None) or ()) - {"full_attention"}
-  if kinds and not (family == "mistral" and kinds == {"sliding_attention"}):
-    raise UserError(f"{keys.where}: layer_types={sorted(kinds)} must be full_attention only")
+  kinds = keys.texts("layer_types")
+  unlike = set(kinds) - {"full_attention"}
+  if unlike and not (family == "mistral" and unlike == {"sliding_attention"}):
+    raise UserError(
+      f"{keys.where}: layer_types={shown(sorted(unlike))} must be full_attention only"
+    )
+  layers = keys.size("num_hidden_layers", None)
+  if kinds and len(kinds) != layers:
+    raise UserError(
+      f"{keys.where}: layer_types has {len(kinds)} entries, and num_hidden_layers={layers}"
+    )
   # For Mistral, null switches the window off, while a missing key means transformers' default of 4096.
   if family != "mistral" or ("sliding_window" in keys.raw and keys.raw["sliding_window"] is None):
     return length
@@ -185,87 +209,6 @@ def _max_length(keys: "_Keys", family: str) -> int:
       window,
     )
   return min(length, window)
-
-
-def _rope(keys: "_Keys") -> tuple[float, RopeScalingConfig]:
-  """Base and scaling of rotary positions.
-
-  transformers 5 has both in `rope_parameters`, transformers 4 has `rope_theta` and `rope_scaling`.
-  """
-  name = "rope_parameters" if keys.value("rope_parameters", None) else "rope_scaling"
-  inner = _Keys(keys.value(name, None) or {}, f"{keys.where}: {name}")
-  for part in (keys, inner):
-    if part.number("partial_rotary_factor", 1.0) != 1:
-      part.refuse("partial_rotary_factor", 1.0)
-  base = inner.number("rope_theta", keys.number("rope_theta", 10_000.0))
-  spelling = "rope_type" if "rope_type" in inner.raw else "type"  # older files say `type`
-  kind = inner.one_of(spelling, ("default", "linear", "llama3"), "default")
-  if kind == "default":
-    return base, _NO_SCALING
-  factor = inner.number("factor", None)
-  if kind == "linear":
-    return base, dataclasses.replace(_NO_SCALING, kind="linear", factor=factor)
-  length = keys.size("max_position_embeddings", None)
-  return base, dataclasses.replace(
-    _NO_SCALING,
-    kind="llama3",
-    factor=factor,
-    low_freq_factor=inner.number("low_freq_factor", None),
-    high_freq_factor=inner.number("high_freq_factor", None),
-    original_length=inner.size("original_max_position_embeddings", length),
-  )
-
-
-class _Keys:
-  """Reads a config's keys. A wrong value raises a UserError that names the file and the key.
-
-  A key that is absent or null takes the default. The default None means that the key is required.
-  """
-
-  def __init__(self, raw: Mapping[str, Any], where: str):
-    if not isinstance(raw, Mapping):
-      raise UserError(f"{where}: {raw!r} must be a JSON object")
-    self.raw, self.where = raw, where
-
-  def value(self, name: str, default):
-    found = self.raw.get(name)
-    return default if found is None else found
-
-  def size(self, name: str, default: int | None) -> int:
-    found = self._needed(name, default)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-      raise UserError(f"{self.where}: {name}={found!r} must be a positive whole number")
-    return found
-
-  def number(self, name: str, default: float | None) -> float:
-    found = self._needed(name, default)
-    if not isinstance(found, int | float) or isinstance(found, bool) or not math.isfinite(found):
-      raise UserError(f"{self.where}: {name}={found!r} must be a number")
-    return float(found)
-
-  def flag(self, name: str, default: bool) -> bool:
-    found = self.value(name, default)
-    if not isinstance(found, bool):
-      raise UserError(f"{self.where}: {name}={found!r} must be true or false")
-    return found
-
-  def one_of(self, name: str, known: tuple[str, ...], default: str | None = None) -> str:
-    found = self._needed(name, default)
-    if found not in known:
-      raise UserError(f"{self.where}: {name}={found!r} is not supported; known: {', '.join(known)}")
-    return found
-
-  def refuse(self, name: str, only):
-    """Raises UserError unless a switch is absent or has the only value that is supported."""
-    found = self.value(name, only)
-    if found != only:
-      raise UserError(f"{self.where}: {name}={found!r} is not supported, only {only!r}")
-
-  def _needed(self, name: str, default):
-    found = self.value(name, default)
-    if found is None:
-      raise UserError(f"{self.where} lacks {name!r}")
-    return found
 
 
 # --- out ------------------------------------------------------------------------------------------
@@ -364,23 +307,9 @@ def _llama_keys(cfg: NetworkConfig) -> dict:
     "max_position_embeddings": cfg.max_length,
     "rms_norm_eps": cfg.norm_eps,
     "hidden_act": "silu",
-    "rope_theta": cfg.rope_base,
-    "rope_scaling": _scaling_keys(cfg.rope_scaling),
+    **rotary.to_config(rotary.Rotary(cfg.rope_base, cfg.rope_scaling)),
   }
   # Qwen2's config has no keys for biases: the architecture has them on queries, keys and values.
   if cfg.use_bias or not cfg.qkv_bias:
     result |= {"attention_bias": cfg.use_bias, "mlp_bias": cfg.use_bias}
-  return result
-
-
-def _scaling_keys(scaling: RopeScalingConfig) -> dict | None:
-  if scaling.kind == "none":
-    return None
-  result = {"rope_type": scaling.kind, "factor": scaling.factor}
-  if scaling.kind == "llama3":
-    result |= {
-      "low_freq_factor": scaling.low_freq_factor,
-      "high_freq_factor": scaling.high_freq_factor,
-      "original_max_position_embeddings": scaling.original_length,
-    }
   return result

@@ -5,11 +5,13 @@ the reason see `_write_safetensors`. The format is eight bytes with the header's
 tensors.
 """
 
+import fnmatch
 import functools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +19,9 @@ from typing import Any
 import numpy as np
 import safetensors
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError, reason, writing
+from instructjax.core.foreign import named, shown
 from instructjax.core.structs import Params
 from instructjax.models.interop import tensor_table, transfer
 from instructjax.models.interop.hf_config import to_hf_config
@@ -26,6 +30,25 @@ from instructjax.models.transformer import Model
 
 _DTYPES = ("F32", "F16", "BF16")
 _CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_SHARD = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
+# Weights of other kinds, by the names of their files -> what to do about them.
+_CONVERT = "convert {} with save_pretrained(..., safe_serialization=True)"
+_OTHERS = {
+  _ADAPTER: "it is an adapter (LoRA): merge it into its base with peft's merge_and_unload()",
+  "*.gguf": "it has {}; give the path of that file",
+  "pytorch_model*": _CONVERT,
+  "*.bin": _CONVERT,
+  "consolidated*": "{} is in the model's own format; convert it with transformers, which has a script",
+  "*.pt": _CONVERT,
+  "*.pth": _CONVERT,
+  "*.ckpt": _CONVERT,
+  "tf_model.h5": "{} is TensorFlow's; load it with from_tf=True in transformers 4 and save_pretrained()",
+  "*.msgpack": "{} is Flax's; load it with from_flax=True in transformers 4 and save_pretrained()",
+  "*.onnx": "{} is an ONNX graph without the weights' names; take the model's safetensors",
+  "*-of-*.safetensors": "{} is one of several shards, and " + _INDEX + " is missing",
+  "*.safetensors": "{} has another name; rename it if it holds the whole model",
+}
 _SHARD_BYTES = 5_000_000_000  # the limit of transformers 4, too
 _BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed beside the result
 
@@ -33,34 +56,37 @@ _BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed 
 def open_folder(path: str | pathlib.Path) -> Source:
   """Opens a folder as `save_pretrained` writes it; only headers are read.
 
+  If there are a single file and an index, the single file is read, as in transformers.
+
   Raises:
-    UserError: a file is missing or damaged, the index and the shards disagree, or a tensor has an unsupported dtype.
+    UserError: a file is missing or damaged, the index and the shards disagree, or a tensor has an unsupported dtype; or
+      the folder holds weights of another kind, an adapter for example.
   """
   path = pathlib.Path(path)
-  config = _read_json(path / _CONFIG)
-  if (path / _INDEX).is_file():
-    weight_map = _read_json(path / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-      raise UserError(f"{path / _INDEX} lacks 'weight_map'")
-    files = [path / name for name in sorted(set(weight_map.values()))]
-  elif (path / _SINGLE).is_file():
+  _require_weights(path)
+  config = foreign.read_json(path / _CONFIG)
+  notes = []
+  if (path / _SINGLE).is_file():
     weight_map, files = None, [path / _SINGLE]
+    if (path / _INDEX).is_file():
+      notes = [
+        f"{_SINGLE} is read, as in transformers, and {_INDEX} is not used; delete the stale one"
+      ]
   else:
-    hint = "convert pytorch_model.bin with save_pretrained(..., safe_serialization=True)"
-    old = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
-    raise UserError(f"{path} has no {_SINGLE}{': ' + hint if old else ' and no ' + _INDEX}")
+    weight_map = _weight_map(path / _INDEX)
+    files = [path / name for name in sorted(set(weight_map.values()))]
   places = {}  # name -> (file, shape)
   for file in files:
     if not file.is_file():
       raise UserError(f"{path / _INDEX} names the shard {file.name}, which is not there")
     for name, shape in _read_shapes(file).items():
       if weight_map is not None and weight_map.get(name) != file.name:
-        raise UserError(f"{file} holds tensor {name}, which {_INDEX} does not place there")
+        raise UserError(f"{file} holds tensor {named(name)}, which {_INDEX} does not place there")
       places[name] = file, shape
   # The loop above found tensors that the index does not know; this one finds tensors that the shards lack.
   for name, file in (weight_map or {}).items():
     if name not in places:
-      raise UserError(f"{path / file} lacks tensor {name}, which {_INDEX} places there")
+      raise UserError(f"{path / file} lacks tensor {named(name)}, which {_INDEX} places there")
   index = [path / _INDEX] if weight_map is not None else []
   return Source(
     path=path,
@@ -68,7 +94,56 @@ def open_folder(path: str | pathlib.Path) -> Source:
     shapes={name: shape for name, (_, shape) in places.items()},
     read=functools.partial(_read_tensor, places),
     fingerprint=fingerprint([path / _CONFIG, *index, *files]),
+    notes=tuple(notes),
   )
+
+
+def found_instead(folder: pathlib.Path) -> str:
+  """What a folder has in place of the files that are read, and what to do about it, as "; ..."; "" if nothing is known.
+
+  Raises:
+    UserError: the folder cannot be listed.
+  """
+  try:
+    names = sorted(entry.name for entry in folder.iterdir())
+  except OSError as error:
+    raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+  for pattern, advice in _OTHERS.items():
+    if found := fnmatch.filter(names, pattern):
+      return f"; {advice.format(named(found[0]))}"
+  return ""
+
+
+def _require_weights(folder: pathlib.Path):
+  """Raises UserError for an adapter, and for a folder without the files that are read."""
+  if (folder / _ADAPTER).exists():
+    raise UserError(
+      f"{folder} is an adapter (LoRA), not a whole model: it has {_ADAPTER}; merge it into its base"
+      " with peft's merge_and_unload() and save_pretrained(), or delete that file if the weights"
+      " beside it are merged already"
+    )
+  for name in (_CONFIG, _SINGLE):
+    if not (folder / name).exists() and (name == _CONFIG or not (folder / _INDEX).exists()):
+      more = f" and no {_INDEX}" if name == _SINGLE else ""
+      raise UserError(f"{folder} has no {name}{more}{found_instead(folder)}")
+
+
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+  """Tensor -> name of its shard, from an index.
+
+  Raises:
+    UserError: the file is damaged, or a shard is not named as a file inside the folder.
+  """
+  block = foreign.Keys(foreign.read_json(path), str(path)).block("weight_map")
+  if block is None:
+    raise UserError(f"{path} lacks 'weight_map'")
+  for name, file in block.raw.items():
+    if not isinstance(file, str) or not _SHARD.fullmatch(file):
+      raise UserError(
+        f"{path}: weight_map gives {shown(name)} the shard {shown(file)}, which must be the name of a"
+        " .safetensors file in the same folder"
+      )
+  return dict(block.raw)
 
 
 def download(name: str) -> pathlib.Path:
@@ -97,51 +172,59 @@ def download(name: str) -> pathlib.Path:
   return pathlib.Path(folder)
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """A JSON object; UserError if the file is missing or holds anything else."""
-  try:
-    result = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{path.parent} has no {path.name}") from None
-  except ValueError as error:
-    raise UserError(f"{path} must be JSON: {error}") from None
-  if not isinstance(result, dict):
-    raise UserError(f"{path} must be a JSON object")
-  return result
-
-
 def _opened(path: pathlib.Path) -> safetensors.safe_open:
   """Opens a file with the library, as a context manager; UserError if its header does not fit its size."""
+  foreign.require_file(path)
   try:
     return safetensors.safe_open(path, "numpy")
-  except safetensors.SafetensorError as error:
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
     raise UserError(
       f"{path} is cut off or damaged, or not a safetensors file: {reason(error)}"
     ) from error
+
+
+def _require_small_header(path: pathlib.Path):
+  """Raises UserError for a header that would take long to parse: the library allows 100 MB."""
+  foreign.require_file(path)
+  with path.open("rb") as file:
+    size = int.from_bytes(file.read(8), "little")
+  if foreign.JSON_BYTES < size <= path.stat().st_size - 8:
+    raise UserError(
+      f"{path} has a header of {size} bytes, and at most {foreign.JSON_BYTES} are read"
+    )
 
 
 def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor.
 
   Raises:
-    UserError: a tensor that a model needs has an unsupported dtype. Buffers may have any: they are never read.
+    UserError: a tensor that a model needs has an unsupported dtype, or no numbers. Buffers may have any dtype: they are
+      never read.
   """
+  _require_small_header(path)
   with _opened(path) as file:
     headers = {name: file.get_slice(name) for name in file.keys()}
+    shapes = {}
     for name, header in headers.items():
-      dtype = header.get_dtype()
-      if dtype not in _DTYPES and not tensor_table.is_buffer(name):
-        raise UserError(
-          f"{path}: tensor {name} is {dtype}, and must be one of {', '.join(_DTYPES)}"
-        )
-    return {name: tuple(header.get_shape()) for name, header in headers.items()}
+      dtype, shape = header.get_dtype(), tuple(header.get_shape())
+      if not tensor_table.is_buffer(name):
+        if dtype not in _DTYPES:
+          raise UserError(
+            f"{path}: tensor {named(name)} is {dtype}, and must be one of {', '.join(_DTYPES)}"
+          )
+        if not shape or 0 in shape:
+          raise UserError(
+            f"{path}: tensor {named(name)} of shape {shown(list(shape))} holds no weights"
+          )
+      shapes[name] = shape
+    return shapes
 
 
 def _read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str):
   """A tensor as float32. It is converted a few rows at a time, so no second copy of it is ever in memory.
 
   Raises:
-    UserError: the file was cut off since it was opened.
+    UserError: the file was cut off or replaced since it was opened.
   """
   path, shape = places[name]
   result = np.empty(shape, np.float32)
@@ -149,6 +232,8 @@ def _read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], nam
   # Opened again for each tensor, which takes less than a millisecond. If the file was cut off meanwhile, opening it
   # fails; reading past its end through an old memory map would kill the process (SIGBUS).
   with _opened(path) as file:
+    if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != shape:
+      raise UserError(f"{path} was replaced while it was read; run again")
     tensor = file.get_slice(name)
     for first in range(0, shape[0], step):
       block = slice(first, min(first + step, shape[0]))

@@ -24,6 +24,9 @@ class Source:
   shapes: Mapping[str, tuple[int, ...]]  # by Hugging Face's tensor names
   read: Callable[[str], np.ndarray]  # name -> float32 in Hugging Face's layout; a fresh array
   fingerprint: str  # from `fingerprint`
+  notes: tuple[
+    str, ...
+  ]  # what the user should know of the files, a line each; `describe` logs them
 
 
 def fingerprint(files: Iterable[pathlib.Path]) -> str:

@@ -17,16 +17,19 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 
+from instructjax.core.network import NetworkConfig
+from instructjax.core.stages import Head
 from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
 # Attention masks and rotary tables, which old checkpoints hold beside the weights. The model computes them itself.
 _BUFFER = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+_LAYER = re.compile(r"(?:^|\.)(?:h|layers)\.(\d{1,9})\.")  # gpt2's list of layers, and Llama's
 _HEADS = ("lm_head.weight", "score.weight")  # outside of the trunk, so their names have no prefix
 
 
@@ -167,26 +170,30 @@ def tensors(model: Model) -> tuple[Tensor, ...]:
     ValueError: the table does not know this network: a parameter is not filled by the rows, or a row has no parameter.
       This is a fault of the table, which the user cannot mend.
   """
-  cfg = model.network
+  found = listed(model.network, model.vocab_size, model.head)
+  _require_complete(model, found)
+  return found
+
+
+def listed(cfg: NetworkConfig, vocab_size: int, head: Head) -> tuple[Tensor, ...]:
+  """The tensors of a network by the table alone: no model is made, so sizes may be those of a hostile file."""
   queries = cfg.num_heads // cfg.num_kv_heads
   if cfg.position == "learned":
     prefix, trunk = "transformer.", _gpt2()
   else:
     prefix, trunk = "model.", _llama(cfg.use_bias, cfg.qkv_bias, queries)
-  head = _SCORE_HEAD if model.head == "scalar" else _LM_HEAD
-  rows = trunk if is_tied(model) else (*trunk, head)
-  sizes = dict(V=model.vocab_size, T=cfg.max_length, D=cfg.d_model, F=cfg.d_mlp, K=cfg.head_dim)
+  last = _SCORE_HEAD if head == "scalar" else _LM_HEAD
+  rows = trunk if head == "lm" and cfg.tie_embeddings else (*trunk, last)
+  sizes = dict(V=vocab_size, T=cfg.max_length, D=cfg.d_model, F=cfg.d_mlp, K=cfg.head_dim)
   sizes |= {"G": cfg.num_kv_heads, "R": queries, "1": 1, "3": 3}
   make = functools.partial(_tensor, sizes=sizes, prefix=prefix)
   stacked = [row for row in rows if row.ours.startswith("layers/")]
   first = rows.index(stacked[0])
-  found = (
+  return (
     *(make(row, None) for row in rows[:first]),
     *(make(row, layer) for layer in range(cfg.num_layers) for row in stacked),
     *(make(row, None) for row in rows[first + len(stacked) :]),
   )
-  _require_complete(model, found)
-  return found
 
 
 def _require_complete(model: Model, found: Sequence[Tensor]):
@@ -245,6 +252,11 @@ def leaves(tree) -> dict:
 def is_buffer(name: str) -> bool:
   """Whether a tensor is a mask or a table that some files hold and no model needs."""
   return _BUFFER.search(name) is not None
+
+
+def layers_in(names: Iterable[str]) -> set[int]:
+  """The numbers of the layers that tensors of these names belong to."""
+  return {int(match[1]) for name in names if (match := _LAYER.search(name))}
 
 
 def is_tied(model: Model) -> bool:

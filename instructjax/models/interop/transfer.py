@@ -8,16 +8,17 @@ Imports no stage and no data.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from absl import logging
 
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import Keys, named, shown
 from instructjax.core.structs import Params
 from instructjax.models.interop import tensor_table
-from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS
+from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS, Description
 from instructjax.models.interop.source import Source
 from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
@@ -43,7 +44,8 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
       head differs from the embedding, or a file is cut off.
     ValueError: the table does not know this network; see `tensor_table.tensors`.
   """
-  wanted = _match(source, model)
+  wanted = _match(source, tensor_table.tensors(model), tensor_table.is_tied(model))
+  _warn_of_dropped_rows(source, wanted)
   _require_tied_copy_equal(source, model, wanted)
   by_param: dict[str, list] = {}
   for tensor in wanted:
@@ -56,7 +58,7 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   for path in sorted(shapes, key=lambda name: -shapes[name].size):
     shape = shapes[path].shape
     if path == tensor_table.SCORE_BIAS_PATH:
-      bias = np.asarray(source.config[SCORE_BIAS] if SCORE_BIAS in source.config else 0, np.float32)
+      bias = np.asarray(Keys(source.config, str(source.path)).number(SCORE_BIAS, 0.0), np.float32)
       params[path] = jax.device_put(bias, places[path])
     else:
       params[path] = _assemble(source, by_param[path], shape, places[path])
@@ -64,13 +66,30 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
   return jax.tree.unflatten(jax.tree.structure(tree), [params[path] for path in shapes])
 
 
-def _match(source: Source, model: Model) -> list[tensor_table.Tensor]:
+def require_fit(source: Source, found: Description):
+  """Compares a network with the tensors of its file, before anything of the network's size is made.
+
+  Raises:
+    UserError: the number of layers differs, or a tensor is missing, left over, or of another shape.
+  """
+  layers = len(tensor_table.layers_in(source.shapes))
+  if layers != found.cfg.num_layers:
+    raise UserError(
+      f"{source.path} has tensors of {layers} layers, and its config says {found.cfg.num_layers}; the"
+      " config must fit the weights"
+    )
+  wanted = tensor_table.listed(found.cfg, found.vocab_size, found.head)
+  _match(source, wanted, found.head == "lm" and found.cfg.tie_embeddings)
+
+
+def _match(
+  source: Source, wanted: Sequence[tensor_table.Tensor], is_tied: bool
+) -> list[tensor_table.Tensor]:
   """The model's tensors, under the names that the source has for them.
 
   Raises:
     UserError: a tensor is missing, left over, or of another shape.
   """
-  wanted = tensor_table.tensors(model)
   prefix = wanted[0].name.partition(".")[0] + "."
   bare = not any(name.startswith(prefix) for name in source.shapes)
   # A file saved from the trunk's own class (GPT2Model, say) has names without the prefix.
@@ -78,31 +97,34 @@ def _match(source: Source, model: Model) -> list[tensor_table.Tensor]:
     wanted = tuple(dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in wanted)
   by_name = {tensor.name: tensor for tensor in wanted}
   missing = [name for name in by_name if name not in source.shapes]
-  known = by_name.keys() | ({"lm_head.weight"} if tensor_table.is_tied(model) else set())
+  known = by_name.keys() | ({"lm_head.weight"} if is_tied else set())
   extra = [name for name in source.shapes if name not in known and not tensor_table.is_buffer(name)]
   for names, what in ((missing, "lacks"), (extra, "has, and this model has no place for,")):
     if names:
       more = f" and {len(names) - 1} more" if len(names) > 1 else ""
       raise UserError(
-        f"{source.path} {what} tensor {names[0]}{more}; the config must fit the weights"
+        f"{source.path} {what} tensor {named(names[0])}{more}; the config must fit the weights"
       )
-  dropped = 0
   for name, tensor in by_name.items():
     shape, rows = tuple(source.shapes[name]), tensor.param.endswith("_VD")
     if shape[1:] != tensor.shape[1:] or (
       shape[0] < tensor.shape[0] if rows else shape != tensor.shape
     ):
       raise UserError(
-        f"{source.path}: tensor {name} has shape {list(shape)}, and the model needs"
+        f"{source.path}: tensor {named(name)} has shape {shown(list(shape))}, and the model needs"
         f" {list(tensor.shape)}{' or more rows' if rows else ''}"
       )
-    dropped = max(dropped, shape[0] - tensor.shape[0]) if rows else dropped
+  return list(wanted)
+
+
+def _warn_of_dropped_rows(source: Source, wanted: Sequence[tensor_table.Tensor]):
+  rows = [tensor for tensor in wanted if tensor.param.endswith("_VD")]
+  dropped = max(source.shapes[tensor.name][0] - tensor.shape[0] for tensor in rows)
   # The one pad row that our own export adds is dropped without a word.
   if dropped > (PAD_ROW in source.config):
     logging.warning(
       "%s: %d rows of the embedding past the vocabulary dropped", source.path, dropped
     )
-  return list(wanted)
 
 
 def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_table.Tensor]):
@@ -114,7 +136,8 @@ def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_t
   if not tensor_table.is_tied(model) or "lm_head.weight" not in source.shapes:
     return
   embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
-  if not np.array_equal(source.read(embedding), source.read("lm_head.weight")):
+  same_shape = source.shapes[embedding] == source.shapes["lm_head.weight"]
+  if not same_shape or not np.array_equal(source.read(embedding), source.read("lm_head.weight")):
     raise UserError(
       f"{source.path}: tensor lm_head.weight differs from {embedding}, and the config ties them; set"
       " tie_word_embeddings to false in config.json if the head is meant to differ"

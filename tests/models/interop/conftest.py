@@ -79,6 +79,7 @@ def make_source():
       shapes={name: array.shape for name, array in tensors.items()},
       read=read,
       fingerprint="",
+      notes=(),
     )
     return source, tensors, names_read
 

@@ -181,6 +181,15 @@ def test_gpt2_as_llama_cpp_wants_it(make, tmp_path):
   np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"].data, up_DF.T.astype(np.float16))
 
 
+def test_qwen2_has_no_place_for_divisors(make, tmp_path):
+  """llama.cpp reads rope_freqs.weight for llama only; elsewhere it would compute other positions."""
+  model, params = make("llama3", qkv_bias=True)
+  with pytest.raises(
+    errors.UserError, match="rope_scaling.kind='llama3' together with qkv_bias cannot"
+  ):
+    gguf_export.write_file(tmp_path / "x.gguf", model, params, TOKENIZER)
+
+
 def test_llama3_divisors_are_written(make, tmp_path):
   model, params = make("llama3")
   interop.write_file(tmp_path / "model.gguf", model, params, TOKENIZER)

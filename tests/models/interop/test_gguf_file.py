@@ -409,7 +409,11 @@ def llama3_freqs(base, head_dim, factor):
   return np.array(result, np.float32)
 
 
-LLAMA3 = LLAMA | {"llama.rope.dimension_count": 32, "llama.rope.freq_base": 500000.0}
+LLAMA3 = LLAMA | {
+  "llama.attention.key_length": 32,
+  "llama.rope.dimension_count": 32,
+  "llama.rope.freq_base": 500000.0,
+}
 
 
 def test_llama3_scaling_from_its_divisors(write):
@@ -459,10 +463,10 @@ REFUSED = {
     *("llama", LLAMA | {"llama.attention.head_count": [2, 2]}, TABLE),
     "'llama.attention.head_count' must be one value of type int",
   ),
-  "experts": ("llama", LLAMA | {"llama.expert_count": 8}, TABLE, "mixtures of experts are not"),
+  "experts": ("llama", LLAMA | {"llama.expert_count": 8}, TABLE, "expert_count=8 is not supported"),
   "partial rotary": (
     *("llama", LLAMA | {"llama.attention.key_length": 8}, TABLE),
-    "key_length=8 must equal llama.rope.dimension_count=4",
+    "dimension_count=4 must equal the width of a head, 8",
   ),
   "yarn": ("llama", LLAMA | {"llama.rope.scaling.type": "yarn"}, TABLE, "type='yarn' is not supp"),
   "no table": (
@@ -500,7 +504,7 @@ REFUSED = {
   "two scalings": (
     *("llama", LLAMA3 | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}),
     {**TABLE, "rope_freqs.weight": np.ones(16, np.float32)},
-    "type='linear' and tensor 'rope_freqs.weight' are two rotary scalings",
+    "factor=4 and tensor 'rope_freqs.weight' are two rotary scalings",
   ),
   "rope_freqs of GPT-2": (
     *("gpt2", GPT2, {**TABLE, "rope_freqs.weight": np.ones(2, np.float32)}),

@@ -218,11 +218,11 @@ def test_head(architectures, labels, head):
     ),
     (
       SMOLLM2 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-      ": rope_scaling: rope_type='yarn' is not supported; known: default, linear, llama3",
+      ": rope_scaling: rope_type='yarn' is not supported; known: default, linear, dynamic, llama3",
     ),
     (
-      SMOLLM2 | {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-      ": rope_scaling: type='dynamic' is not supported",
+      SMOLLM2 | {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+      ": rope_scaling: type='longrope' is not supported",
     ),
     (SMOLLM2 | {"rope_scaling": {"type": "linear"}}, ": rope_scaling lacks 'factor'"),
     (SMOLLM2 | {"rope_scaling": LLAMA3 | {"factor": 0.5}}, "rope_scaling.factor=0.5 must be >= 1"),

@@ -217,9 +217,6 @@ def test_no_safetensors(folder):
   (folder / "model.safetensors").unlink()
   assert "has no model.safetensors and no model.safetensors.index.json" in refusal(folder)
   (folder / "pytorch_model.bin").touch()
-  assert "has no model.safetensors: convert pytorch_model.bin with save_pretrained" in refusal(
-    folder
-  )
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 100, 3000, -1])
@@ -293,6 +290,7 @@ def test_index_that_does_not_fit(weight_map, message, folder):
   write_raw(
     folder, {"b": entry | {"data_offsets": [0, 4]}, "c": second}, b"12345678", "two.safetensors"
   )
+  (folder / "model.safetensors").unlink()
   index = {} if weight_map is None else {"weight_map": weight_map}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
   assert message in refusal(folder)
@@ -344,3 +342,125 @@ def test_a_hub_error_without_a_message_is_told_by_its_type(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
   with pytest.raises(UserError, match="hf://org/model cannot be fetched: TimeoutError"):
     interop.download("org/model")
+
+
+# --- what is no folder of weights -----------------------------------------------------------------
+
+
+def test_a_single_file_wins_over_an_index(folder, caplog):
+  """As in transformers, whose order is model.safetensors, then the index: a stale index decides nothing."""
+  with caplog.at_level("WARNING"):
+    alone = interop.open_weights(folder)
+    interop.describe(alone)
+  assert not caplog.messages
+  entry = dict(dtype="F32", shape=[1])
+  write_raw(folder, {"a": entry}, b"1234", "one.safetensors")
+  for weight_map in ({"a": "one.safetensors"}, {"a": "gone.safetensors"}, 5):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+      found = interop.open_weights(folder)
+      interop.describe(found)
+    assert found.shapes == alone.shapes and found.fingerprint == alone.fingerprint
+    assert caplog.messages == [
+      f"{folder}: model.safetensors is read, as in transformers, and model.safetensors.index.json is"
+      " not used; delete the stale one"
+    ]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "index", "shard"])
+def test_git_lfs_pointers(name, folder):
+  if name in ("index", "shard"):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    weight_map = {"weight_map": {"a": "one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+  file = {"index": "model.safetensors.index.json", "shard": "one.safetensors"}.get(name, name)
+  (folder / file).write_bytes(POINTER)
+  assert refusal(folder) == (
+    f"{folder / file} is a Git LFS pointer, a note in the place of the real file; run `git lfs pull`"
+    " in its folder, or download the file itself"
+  )
+  (folder / "x.gguf").write_bytes(POINTER)
+  assert "x.gguf is a Git LFS pointer" in refusal(folder / "x.gguf")
+
+
+def test_an_adapter_is_no_model(folder):
+  (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+  assert f"{folder} is an adapter (LoRA), not a whole model: it has adapter_config.json; merge" in (
+    refusal(folder)
+  )
+
+
+@pytest.mark.parametrize(
+  "file, advice",
+  [
+    ("pytorch_model.bin", "convert pytorch_model.bin with save_pretrained(..., safe_serial"),
+    ("pytorch_model-00001-of-00002.bin", "convert pytorch_model-00001-of-00002.bin with"),
+    ("pytorch_model.bin.index.json", "convert pytorch_model.bin.index.json with"),
+    ("model.pt", "convert model.pt with"),
+    ("last.ckpt", "convert last.ckpt with"),
+    ("consolidated.00.pth", "consolidated.00.pth is in the model's own format"),
+    ("tf_model.h5", "tf_model.h5 is TensorFlow's; load it with from_tf=True"),
+    ("flax_model.msgpack", "flax_model.msgpack is Flax's; load it with from_flax=True"),
+    ("model-00001-of-00002.safetensors", "model-00001-of-00002.safetensors is one of several"),
+    ("model.fp16.safetensors", "model.fp16.safetensors has another name"),
+    ("model.q4.gguf", "it has model.q4.gguf; give the path of that file"),
+  ],
+)
+def test_weights_of_other_kinds_are_said_in_words(file, advice, folder):
+  (folder / "model.safetensors").unlink()
+  (folder / file).touch()
+  lacks = f"{folder} has no model.safetensors and no model.safetensors.index.json; "
+  assert refusal(folder).startswith(lacks + advice)
+  (folder / "config.json").unlink()
+  assert refusal(folder).startswith(f"{folder} has no config.json; {advice}")
+
+
+def test_paths_that_no_file_system_takes(tmp_path):
+  for name in ("x" * 5000, "a\0b", "\ud800"):
+    assert "must be a Hugging Face folder or a .gguf file, and it cannot be read" in refusal(
+      tmp_path / name
+    )
+  assert "is neither; give the folder that it is in" in refusal(
+    next(path for path in [tmp_path / "a.safetensors"] if path.touch() is None)
+  )
+
+
+@pytest.mark.parametrize(
+  "shard",
+  [
+    *(
+      "../one.safetensors",
+      "/etc/one.safetensors",
+      "sub/one.safetensors",
+      "x" * 300 + ".safetensors",
+    ),
+    *("one.bin", "", "a\0.safetensors", "a\n.safetensors", "\ud800.safetensors"),
+    *(None, 5, True, [], {}, ["one.safetensors"]),
+  ],
+)
+def test_shards_that_are_no_names(shard, folder):
+  (folder / "model.safetensors").unlink()
+  index = {"weight_map": {"a": "one.safetensors", "b": shard}}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  message = refusal(folder)
+  assert "weight_map gives 'b' the shard " in message and message.isprintable()
+  assert "must be the name of a .safetensors file in the same folder" in message
+
+
+@pytest.mark.parametrize("shape", [[], [0], [3, 0]])
+def test_tensors_without_numbers(shape, folder):
+  data = b"1234" if shape == [] else b""
+  write_raw(folder, {"a": dict(dtype="F32", shape=shape)}, data)
+  assert f"tensor a of shape {shape} holds no weights" in refusal(folder)
+
+
+def test_a_header_that_takes_long_is_not_parsed(folder):
+  with (folder / "model.safetensors").open("wb") as file:
+    file.write((90_000_000).to_bytes(8, "little"))
+    file.truncate(90_000_100)  # a hole: nothing is written
+  assert "has a header of 90000000 bytes, and at most 16777216 are read" in refusal(folder)

@@ -1,0 +1,348 @@
+"""Rotary settings, wherever a model file puts them: one reader for config.json, one for GGUF metadata.
+
+Called by hf_config.py and gguf_file.py. Both readers end in a `Rotary`. They take every spelling to the frequencies
+that transformers 5 or llama.cpp computes from it, or refuse it by the name of the key: a model whose positions turn at
+another speed than in training writes fluent nonsense, and nothing else would tell.
+
+What transformers 5 makes of config.json (modeling_rope_utils.py):
+  - A `rope_scaling` that is not empty replaces `rope_parameters` as a whole.
+  - `rope_theta` inside the block wins over that at the top, and 10,000 is the default of both.
+  - `rope_type` wins over the old name `type`; the default is `default`.
+  - `original_max_position_embeddings` at the top wins over that inside; the default is `max_position_embeddings`.
+Older versions disagree in some of these. So two places that contradict each other are refused, whoever would win.
+
+What llama.cpp makes of metadata (llama-model.cpp, llama-context.cpp):
+  - Without `rope.scaling.type` the type is linear.
+  - The factor is `rope.scaling.factor`, or else `rope.scale_linear`, or else 1; 0 means 1. Type `none` ignores it.
+  - `rope_freqs.weight` divides each frequency, in addition, for architecture llama only.
+  - `rope.scaling.attn_factor` multiplies cosine and sine, whatever the type.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from instructjax.core.config import RopeScalingConfig
+from instructjax.core.errors import UserError
+from instructjax.core.foreign import Keys, named, shown
+from instructjax.models.interop import gguf_names
+
+# No field but the first has a meaning here. They are those of configs/base.py, so that descriptions compare equal.
+NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192)
+_BASE = 10_000.0  # in transformers and in llama.cpp
+_ORIGINAL = "original_max_position_embeddings"
+_BLOCKS = ("rope_scaling", "rope_parameters")
+# Keys of a block besides its type, base and `partial_rotary_factor`, by type.
+_USED = {
+  "default": (),
+  "linear": ("factor",),
+  "dynamic": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+}
+# Rotary keys at the top of config.json. All others that look like one are refused: other architectures read them.
+_TOP = {*_BLOCKS, "rope_theta", "partial_rotary_factor", _ORIGINAL}
+_ROTARY = re.compile(
+  r"(^|_)(rope|nope|rotary|yarn|ntk)(_|$)|(low|high)_freq_factor|^(factor|attention_factor|mscale)$"
+)
+_NEUTRAL = {
+  "rotary_pct": 1.0,
+  "use_rope": True,
+  "use_dynamic_ntk": False,
+  "rope_interleaved": False,
+  "rope_traditional": False,
+  "rope_type": "default",
+}
+# Of GGUF, below `ARCHITECTURE.rope.`: what is read, and what only YaRN uses.
+_GGUF_READ = ("freq_base", "dimension_count", "scale_linear", "scaling.type", "scaling.factor")
+_GGUF_YARN = (
+  "scaling.original_context_length",
+  "scaling.finetuned",
+  "scaling.yarn_log_multiplier",
+  "scaling.yarn_beta_fast",
+  "scaling.yarn_beta_slow",
+)
+# A GGUF file stores only the result of Llama 3's rotary scaling, one divisor a frequency. The models of Llama 3.x share
+# these parameters and differ in the factor only, so the factor can be recovered: see `_from_divisors`.
+_LLAMA3 = RopeScalingConfig("llama3", 1.0, 1.0, 4.0, 8192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+  """How fast rotary positions turn."""
+
+  base: float
+  scaling: RopeScalingConfig
+
+
+def is_rotary(name: str) -> bool:
+  """Whether a key at the top of config.json is one that this module obeys or refuses."""
+  return name in _TOP or _ROTARY.search(name) is not None
+
+
+def to_config(rotary: Rotary) -> dict[str, Any]:
+  """The keys of config.json, in transformers 4's spelling, which both versions read."""
+  scaling, block = rotary.scaling, None
+  if scaling.kind != "none":
+    block = {"rope_type": scaling.kind, "factor": scaling.factor}
+  if scaling.kind == "llama3":
+    block |= {
+      "low_freq_factor": scaling.low_freq_factor,
+      "high_freq_factor": scaling.high_freq_factor,
+      _ORIGINAL: scaling.original_length,
+    }
+  return {"rope_theta": rotary.base, "rope_scaling": block}
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def refuse_any(keys: Keys):
+  """Refuses rotary settings of an architecture that has none (GPT-2).
+
+  Raises:
+    UserError: config.json has a rotary key.
+  """
+  for name in keys.raw:
+    if is_rotary(name) and keys.has(name):
+      raise keys.wrong(name, "is not supported: this architecture has learned positions")
+
+
+def from_config(keys: Keys) -> Rotary:
+  """The rotary settings of a config.json.
+
+  Raises:
+    UserError: a kind of scaling is not supported, a value has the wrong type, two places contradict each other, or a
+      key asks for something that the architecture does not do in transformers.
+  """
+  _refuse_strangers(keys)
+  found = {name: _from_block(block, keys) for name in _BLOCKS if (block := _block(keys, name))}
+  if not found:
+    return _from_block(Keys({}, keys.where), keys)
+  chosen = next(iter(found.values()))
+  for name, other in found.items():
+    # A `rope_parameters` that only says `default` is what transformers 5 writes of itself: the other may say more.
+    same = other.scaling in (chosen.scaling, NO_SCALING)
+    if not same or other.base != chosen.base:
+      raise UserError(
+        f"{keys.where}: rope_scaling and {name} contradict each other"
+        f" ({_words(chosen)}, {_words(other)}); remove the one that the model was not trained with"
+      )
+  return chosen
+
+
+def _words(rotary: Rotary) -> str:
+  scaled = "" if rotary.scaling.kind == "none" else f" by {rotary.scaling.factor:g}"
+  return f"rope_theta {rotary.base:g} and scaling {rotary.scaling.kind}{scaled}"
+
+
+def _refuse_strangers(keys: Keys):
+  """Raises UserError for a rotary key at the top that the supported architectures do not read."""
+  for name in keys.raw:
+    if name not in _TOP and is_rotary(name) and keys.has(name):
+      if name in _NEUTRAL and keys.raw[name] == _NEUTRAL[name]:
+        continue
+      raise keys.wrong(
+        name,
+        "is not read by this architecture in transformers; remove the key if the model was trained"
+        " without it, or write rope_scaling",
+      )
+
+
+def _block(keys: Keys, name: str) -> Keys | None:
+  """The keys of a block; None if it is absent, null or empty, which transformers takes for absent."""
+  block = keys.block(name)
+  if block is None or not block.raw:
+    return None
+  for inner, value in block.raw.items():
+    if isinstance(value, Mapping):
+      raise block.wrong(inner, "is not supported: one setting must hold for all layers")
+  return block
+
+
+def _from_block(block: Keys, top: Keys) -> Rotary:
+  for part in (block, top):
+    if part.number("partial_rotary_factor", 1.0) != 1:
+      raise part.wrong("partial_rotary_factor", "is not supported, only 1.0")
+  kind = _kind(block)
+  base = _base(block, top)
+  unused = [
+    name
+    for name in block.raw
+    if block.has(name)
+    and name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_USED[kind])
+  ]
+  if unused:
+    logging.warning(
+      "%s: keys that rope_type %s has no use for, as in transformers: %s",
+      block.where,
+      kind,
+      ", ".join(map(named, sorted(unused)[:8])),
+    )
+  if kind == "default":
+    return Rotary(base, NO_SCALING)
+  factor = block.number("factor", None)
+  if kind == "linear":
+    return Rotary(base, dataclasses.replace(NO_SCALING, kind="linear", factor=factor))
+  if kind == "dynamic":
+    # It changes nothing up to max_position_embeddings, and that is the longest context here.
+    if block.value(_ORIGINAL) not in (None, top.value("max_position_embeddings")):
+      raise block.wrong(_ORIGINAL, "must be max_position_embeddings for dynamic scaling")
+    logging.warning(
+      "%s: dynamic scaling begins beyond max_position_embeddings, which is the longest context here",
+      block.where,
+    )
+    return Rotary(base, NO_SCALING)
+  length = top.size("max_position_embeddings", None)
+  if _ORIGINAL in block.raw and not block.has(_ORIGINAL):
+    raise block.wrong(_ORIGINAL, "must be a positive whole number")
+  inner = block.size(_ORIGINAL, top.size(_ORIGINAL, length))
+  if top.size(_ORIGINAL, inner) != inner:
+    raise block.wrong(_ORIGINAL, f"contradicts {_ORIGINAL}={top.raw[_ORIGINAL]} at the top")
+  return Rotary(
+    base,
+    dataclasses.replace(
+      NO_SCALING,
+      kind="llama3",
+      factor=factor,
+      low_freq_factor=block.number("low_freq_factor", None),
+      high_freq_factor=block.number("high_freq_factor", None),
+      original_length=inner,
+    ),
+  )
+
+
+def _kind(block: Keys) -> str:
+  """The type of scaling, by its new name or its old one.
+
+  Raises:
+    UserError: it is not supported, null, given twice with two values, or missing beside a key that needs one.
+  """
+  names = [name for name in ("rope_type", "type") if name in block.raw]
+  if not names:
+    needing = [name for name in block.raw if name not in ("rope_theta", "partial_rotary_factor")]
+    needing = [name for name in needing if block.has(name)]
+    if needing:
+      raise UserError(
+        f"{block.where} lacks 'rope_type', and has {named(needing[0])}="
+        f"{shown(block.raw[needing[0]])}; say which scaling this is, or remove the key"
+      )
+    return "default"
+  for name in names:
+    if not block.has(name):
+      raise block.wrong(name, f"is not supported; known: {', '.join(_USED)}")
+    block.one_of(name, tuple(_USED))
+  if len({block.raw[name] for name in names}) > 1:
+    raise block.wrong("type", f"contradicts rope_type={block.raw['rope_type']!r}")
+  return block.raw[names[0]]
+
+
+def _base(block: Keys, top: Keys) -> float:
+  """The base of the frequencies, from inside the block, the top, or the default.
+
+  Raises:
+    UserError: it is null or not positive, or the two places differ.
+  """
+  places = [part for part in (block, top) if "rope_theta" in part.raw]
+  if len(places) == 2 and not top.has("rope_theta"):
+    places = [block]
+  for part in places:
+    if not part.has("rope_theta") or part.number("rope_theta", None) <= 0:
+      raise part.wrong("rope_theta", "must be a number above 0")
+  values = [part.number("rope_theta", None) for part in places]
+  if len(set(values)) > 1:
+    raise block.wrong("rope_theta", f"contradicts rope_theta={values[1]:g} at the top")
+  return values[0] if values else _BASE
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+def from_gguf(
+  get: Callable[..., Any],
+  metadata: Mapping[str, Any],
+  architecture: str,
+  where: str,
+  head_dim: int,
+  read_freqs: Callable[[], np.ndarray] | None,
+) -> Rotary:
+  """The rotary settings of a GGUF file of architecture `llama` or `qwen2`.
+
+  Args:
+    get: get(key, kind, default) -> value of a key, checked; keys are without the architecture.
+    metadata: all keys, to find those that are not known.
+    architecture: the prefix of keys.
+    where: the file, for errors.
+    head_dim: width of a head.
+    read_freqs: reads `rope_freqs.weight`, float32 [head_dim / 2]; None if the file has no such tensor.
+  Raises:
+    UserError: another scaling, two of them, or a key that is not known.
+  """
+  _refuse_keys(get, metadata, f"{architecture}.rope.", where)
+  base = get("rope.freq_base", float, _BASE)
+  if not 0 < base < np.inf:
+    raise UserError(f"{where}: {architecture}.rope.freq_base={base:g} must be a number above 0")
+  kind = get("rope.scaling.type", str, "linear")
+  if kind not in ("none", "linear"):
+    raise UserError(
+      f"{where}: {architecture}.rope.scaling.type={shown(kind)} is not supported; none and linear are"
+    )
+  name = "rope.scaling.factor"
+  if f"{architecture}.{name}" not in metadata:
+    name = "rope.scale_linear"
+  factor = get(name, float, 0.0) or 1.0
+  if not 1 <= factor < np.inf:
+    raise UserError(f"{where}: {architecture}.{name}={factor:g} must be 1 or more")
+  scaled = kind == "linear" and factor != 1
+  if read_freqs is not None:
+    if scaled:
+      raise UserError(
+        f"{where}: {architecture}.{name}={factor:g} and tensor {gguf_names.ROPE_FREQS!r} are two"
+        " rotary scalings; one of them is supported"
+      )
+    return Rotary(base, _from_divisors(read_freqs(), base, head_dim, where))
+  if not scaled:
+    return Rotary(base, NO_SCALING)
+  return Rotary(
+    base, dataclasses.replace(NO_SCALING, kind="linear", factor=gguf_names.decimal(factor))
+  )
+
+
+def _refuse_keys(get, metadata: Mapping[str, Any], prefix: str, where: str):
+  """Raises UserError for a rotary key of an unknown meaning, and for a scaling of cosine and sine."""
+  for key in metadata:
+    if not key.startswith(prefix):
+      continue
+    name = key.removeprefix(prefix)
+    if name in ("scaling.attn_factor", "scaling.yarn_attn_factor"):
+      if get(f"rope.{name}", float) != 1:
+        raise UserError(f"{where}: {key}={metadata[key]:g} is not supported, only 1")
+    elif name == "scaling.yarn_ext_factor":
+      if get(f"rope.{name}", float) > 0:
+        raise UserError(f"{where}: {key}={metadata[key]:g} is not supported, only 0")
+    elif name not in (*_GGUF_READ, *_GGUF_YARN):
+      raise UserError(f"{where}: {named(key)}={shown(metadata[key])} is a rotary key not supported")
+
+
+def _from_divisors(freqs: np.ndarray, base: float, head_dim: int, where: str) -> RopeScalingConfig:
+  """Llama 3's scaling from its divisors.
+
+  Raises:
+    UserError: the divisors are those of another scaling.
+  """
+  # Slow frequencies are divided by the whole factor, so it is the greatest divisor. With the factor all divisors can be
+  # computed; if they differ from the file's, this is some other scaling.
+  fits = freqs.shape == (head_dim // 2,) and np.isfinite(freqs).all() and (freqs >= 1).all()
+  factor = float(freqs.max(initial=1.0)) if fits else 1.0
+  scaling = dataclasses.replace(_LLAMA3, factor=factor)
+  if not fits or not np.allclose(
+    freqs, gguf_names.llama3_factors(scaling, base, head_dim), rtol=1e-4, atol=0
+  ):
+    raise UserError(
+      f"{where}: tensor {gguf_names.ROPE_FREQS!r} must be Llama 3's rotary scaling (low 1, high 4,"
+      f" original context 8192) by a factor {factor:g}; another one is not supported"
+    )
+  return NO_SCALING if factor == 1 else scaling

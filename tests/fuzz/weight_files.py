@@ -1,0 +1,288 @@
+"""Damaged and hostile weights: config.json, index, safetensors header, GGUF header; and what opening them must do.
+
+`case(rng)` makes the files of a folder, of which one is a mutant; `target(folder)` opens them as a run would and reads
+every tensor. It must return, or raise a UserError of one line, within 5 seconds and in less than 1 GB. A fuzz command
+gives the limits; tests/models/interop/test_interop.py runs some cases in the suite.
+"""
+
+import copy
+import functools
+import json
+import pathlib
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+
+from instructjax.core.errors import UserError
+from instructjax.models import interop
+from instructjax.models.interop import hf_config, huggingface, tensor_table
+
+Files = dict[str, bytes]
+
+_SIZES = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "vocab_size": 5}
+_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+  "gpt2": {"vocab_size": 5, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16},
+  "llama": _SIZES | {"rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 8}},
+  "mistral": _SIZES | {"sliding_window": 8, "rope_theta": 1e4},
+  "qwen2": _SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+}
+# Values that JSON can hold where another was expected.
+ODD: tuple[Any, ...] = (
+  *(None, True, False, 0, 1, -1, 2, 16, 2**31, 2**63, 2**64, 10**6, 10**30, 10**400, 0.5, 1e308),
+  *(
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\x00\n",
+    "\ud800",
+    "a" * 5000,
+    "../x.safetensors",
+    "/etc",
+  ),
+  *("model.safetensors", "linear", "llama3", "yarn", [], {}, [[]], [None], {"a": 1}, [0] * 50),
+  *({"rope_type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 2.0}, ["full_attention"]),
+)
+# Keys that some file has and these do not.
+KEYS = (
+  *(
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "rope_type",
+    "partial_rotary_factor",
+    "factor",
+  ),
+  *("original_max_position_embeddings", "layer_types", "head_dim", "architectures", "id2label"),
+  *("num_labels", "quantization_config", "use_sliding_window", "sliding_window", "torch_dtype"),
+  *("tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "rms_norm_eps", "n_inner"),
+  *(
+    "instructjax_pad_row",
+    "instructjax_score_bias",
+    "weight_map",
+    "__metadata__",
+    "",
+    "\n\x1b[31m",
+  ),
+)
+# Numbers for the fields of a binary header.
+NUMBERS = (0, 1, 2, 3, 7, 8, 9, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1)
+
+
+# --- whole files ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def seeds() -> dict[str, Files]:
+  """Folders that open, by name."""
+  result = {}
+  for family, sizes in CONFIGS.items():
+    config = {"model_type": family} | sizes
+    found = hf_config.model_config(config, family)
+    tensors = tensor_table.listed(found.cfg, found.vocab_size, "lm")
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    folder = {"config.json": json.dumps(config).encode()}
+    result[family] = folder | {"model.safetensors": _safetensors(shapes)}
+    names = list(shapes)
+    halves = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    weight_map = {name: file for file, held in halves.items() for name in held}
+    result[f"{family} in shards"] = folder | {
+      "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+      **{
+        file: _safetensors({name: shapes[name] for name in held}) for file, held in halves.items()
+      },
+    }
+  result["gguf"] = {"model.gguf": _gguf()}
+  return result
+
+
+def _safetensors(shapes: dict[str, tuple[int, ...]]) -> bytes:
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "x"
+    zeros = [
+      (name, shape, lambda shape=shape: np.ones(shape, "f4")) for name, shape in shapes.items()
+    ]
+    huggingface._write_safetensors(path, zeros)
+    return path.read_bytes()
+
+
+def _gguf() -> bytes:
+  """A Llama with rotary settings, as llama.cpp's converter writes it, and some of a tokenizer."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "x"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(16)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(2.0)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "</s>", "d", "e"])
+    writer.add_array("tokenizer.ggml.scores", [0.0, 1.0, 2.0, 3.0, 4.0])
+    parts = ["attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output"]
+    parts += ["ffn_gate", "ffn_up", "ffn_down"]
+    names = ["token_embd", "output_norm", *(f"blk.0.{part}" for part in parts)]
+    for name in names:
+      rows = {"token_embd": (5,)}.get(name, () if "norm" in name else (32,))
+      writer.add_tensor(f"{name}.weight", np.ones((*rows, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+# --- mutants --------------------------------------------------------------------------------------
+
+
+def case(rng: random.Random) -> tuple[str, Files]:
+  """(what it is, the files of a folder, one of them damaged)."""
+  name, files = rng.choice(list(seeds().items()))
+  file = rng.choice(list(files))
+  mutant = files[file]
+  for _ in range(rng.choice((1, 1, 1, 2, 4))):
+    mutant = mutate(rng, mutant, file)
+  return f"{name}: {file}", files | {file: mutant}
+
+
+def mutate(rng: random.Random, valid: bytes, file: str) -> bytes:
+  """A mutant of a file, of the kind that its name says."""
+  if rng.random() < 0.15:
+    return _bytes(rng, valid)
+  if file.endswith(".json"):
+    return _json(rng, valid)
+  return _header(rng, valid) if file.endswith(".safetensors") else _binary(rng, valid)
+
+
+def _json(rng: random.Random, valid: bytes) -> bytes:
+  """Another value in some place, a key more or less, the same key twice, or deep nesting."""
+  try:
+    tree = [json.loads(valid)]
+  except (ValueError, RecursionError):  # already a mutant
+    return _bytes(rng, valid)
+  places = list(_places(tree))
+  parent, key = rng.choice(places)
+  inner = parent[key]
+  roll = rng.random()
+  if isinstance(inner, dict) and roll < 0.4:
+    inner[rng.choice(KEYS)] = copy.deepcopy(rng.choice(ODD))
+  elif roll < 0.75:
+    parent[key] = copy.deepcopy(rng.choice(ODD))
+  elif roll < 0.85 and isinstance(parent, dict):
+    parent[key + rng.choice(("x", ".", "\n", "e" * 300))] = parent.pop(key)
+  elif roll < 0.92 and isinstance(parent, dict):
+    del parent[key]
+  elif roll < 0.96:
+    parent[key] = "@"  # `dumps` calls itself, and could not write what is meant
+    depth = rng.choice((10, 40, 900, 100_000))
+    opened, closed = rng.choice(((b"[", b"]"), (b'{"a":', b"}")))
+    nested = opened * depth + b"1" + closed * depth
+    return json.dumps(tree[0]).encode().replace(b'"@"', nested, 1)
+  else:
+    text = json.dumps(tree[0])
+    return (text[:1] + f'"{key}": {json.dumps(rng.choice(ODD))}, ' + text[1:]).encode()
+  return json.dumps(tree[0], ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
+
+
+def _places(node: Any) -> Iterator[tuple[Any, Any]]:
+  """(parent, key) of every value below a node, at most 200 of a list or object."""
+  keys = list(node)[:200] if isinstance(node, dict) else range(min(len(node), 200))
+  for key in keys:
+    yield node, key
+    if isinstance(node[key], dict | list):
+      yield from _places(node[key])
+
+
+def _header(rng: random.Random, valid: bytes) -> bytes:
+  """A safetensors file with another header, or another length of it."""
+  size = int.from_bytes(valid[:8], "little")
+  header, data = valid[8 : 8 + size], valid[8 + size :]
+  if rng.random() < 0.15:
+    return rng.choice((*NUMBERS, size + 1, size - 1, len(valid))).to_bytes(8, "little") + valid[8:]
+  if rng.random() < 0.5:
+    header = _numbers(rng, header)
+  else:
+    header = _json(rng, header)
+  return len(header).to_bytes(8, "little") + header + data
+
+
+def _numbers(rng: random.Random, header: bytes) -> bytes:
+  """Another shape, dtype or offset of one tensor."""
+  try:
+    tree = json.loads(header)
+    entry = rng.choice([value for value in tree.values() if "shape" in value])
+    number = rng.choice((0, 1, 2, 5, 8, 40, 160, -1, 2**31, 2**62, 2**64, 1.5))
+    what = rng.choice(("shape", "data_offsets"))
+    if rng.random() < 0.2:
+      entry["dtype"] = rng.choice(("F16", "BF16", "F64", "I8", "BOOL", "F8_E4M3", "X", 3))
+    elif rng.random() < 0.2:
+      entry[what] = [number] * rng.choice((0, 1, 3, 2000))
+    else:
+      entry[what][rng.randrange(len(entry[what]))] = number
+  except (ValueError, TypeError, AttributeError, IndexError, RecursionError, KeyError):
+    return _bytes(rng, header)
+  return json.dumps(tree).encode()
+
+
+def _binary(rng: random.Random, valid: bytes) -> bytes:
+  """A GGUF file with another number somewhere in its header."""
+  width, at = rng.choice((1, 4, 8)), rng.randrange(min(len(valid), 1700) or 1)
+  number = rng.choice((*NUMBERS, rng.randrange(256), rng.randrange(20)))
+  return valid[:at] + (number % 256**width).to_bytes(width, "little") + valid[at + width :]
+
+
+def _bytes(rng: random.Random, valid: bytes) -> bytes:
+  """Bits flipped, or a piece cut out, doubled or put elsewhere, as in a broken copy."""
+  start, end = sorted(rng.randrange(len(valid) + 1) for _ in range(2))
+  kinds: tuple[Callable[[], bytes], ...] = (
+    lambda: valid[:start],
+    lambda: valid[:start] + valid[end:],
+    lambda: valid[:end] + valid[start:],
+    lambda: valid[:start] + rng.randbytes(rng.choice((1, 4, 100))) + valid[start:],
+    lambda: valid[:start] + bytes(end - start) + valid[end:],
+    lambda: rng.choice((b"", b"version https://git-lfs.github.com/spec/v1\n", b"<!DOCTYPE html>")),
+  )
+  if valid and rng.random() < 0.5:
+    flipped = bytearray(valid)
+    for _ in range(rng.choice((1, 1, 3, 30))):
+      flipped[rng.randrange(len(valid))] ^= 1 << rng.randrange(8)
+    return bytes(flipped)
+  return rng.choice(kinds)()
+
+
+# --- what is tried --------------------------------------------------------------------------------
+
+
+def write(folder: pathlib.Path, files: Files):
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
+
+
+def target(folder: pathlib.Path) -> bool:
+  """Opens the weights in a folder and reads all tensors; whether they could be read.
+
+  Raises:
+    AssertionError: a refusal is not one printable line of reasonable length.
+  """
+  path = folder / "model.gguf" if (folder / "model.gguf").exists() else folder
+  try:
+    source = interop.open_weights(path)
+    interop.describe(source)
+    for name, shape in source.shapes.items():
+      assert source.read(name).shape == tuple(shape)
+  except UserError as error:
+    message = str(error)
+    assert message.isprintable() and len(message) < 600, f"not one short line: {message[:600]!r}"
+    assert str(folder) in message, f"names no file: {message}"
+    return False
+  return True
