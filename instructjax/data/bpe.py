@@ -133,7 +133,9 @@ class HuggingFaceTokenizer:
         continue
       # Otherwise a document or a response could end itself by spelling out EOS.
       if i == self.eos_id and not controls.looks_like_markup(text):
-        raise UserError(f"tokenizer.path={str(self.path)!r} encodes the text {text!r} to its EOS")
+        raise UserError(
+          f"tokenizer.path={str(self.path)!r} encodes the text {quote(text)} to its EOS"
+        )
       if len(text) == 1:  # a letter that also serves as the pad token or the like
         del self._control_texts[i]
     # The unknown token stands for any rare letter, and no text is encoded to it for spelling its name.
@@ -232,7 +234,9 @@ class HuggingFaceTokenizer:
     by_text = isinstance(token, str)
     found = tokenizer.token_to_id(token) if by_text else token
     if found is None or (not by_text and tokenizer.id_to_token(found) is None):
-      raise UserError(f"tokenizer.path={str(self.path)!r} has no token {token!r}, its BOS or EOS")
+      raise UserError(
+        f"tokenizer.path={str(self.path)!r} has no token {quote(token)}, its BOS or EOS"
+      )
     return found
 
 

@@ -181,7 +181,7 @@ class SentencePieceTokenizer:
       # piece_to_id returns the unknown id for a missing piece.
       found = self._processor.piece_to_id(token) if self._has(token) else None
     if found is None:
-      raise UserError(f"{self._where} has no piece {token!r}, its BOS or EOS")
+      raise UserError(f"{self._where} has no piece {quote(token)}, its BOS or EOS")
     return found
 
   def _read_controls(self, kinds: Sequence[int]):
@@ -204,6 +204,7 @@ class SentencePieceTokenizer:
     # The unknown piece stands for any rare letter, and no text is encoded to it for spelling its name.
     found.discard(self._processor.unk_id())
     self._control_texts = {i: self._text(i) for i in sorted(found)}
+    self._ends = {self.eos_id, self.bos_id, *(i for i in self.stop_ids if i in found)}
     self.control_pattern = controls.pattern(self._control_texts.values())
     plain = {text: i for text, i in self._ids_of_added.items() if i not in found}
     self._plain_pattern = sentencepiece_file.token_pattern(plain, self.added)
@@ -274,7 +275,7 @@ class SentencePieceTokenizer:
       elif token in self.added:
         if not self.added[token].special:
           parts += [self.added[token].content, []]
-      elif 0 <= token < self._num_pieces:
+      elif 0 <= token < self._num_pieces and token not in self._ends:
         parts[-1].append(operator.index(token))
     return "".join(p if isinstance(p, str) else self._processor.decode(p) for p in parts)
 

@@ -42,6 +42,8 @@ def kinds(where: str, model: bytes) -> list[int]:
   pieces = _proto(where, model).pieces
   seen: dict[str, int] = {}
   for i, piece in enumerate(pieces):
+    if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as they are
+      raise UserError(f"{where}: the text {quote(piece.piece)} of piece {i} is not UTF-8")
     if not piece.piece or piece.piece in seen:
       other = f"that of piece {seen[piece.piece]}" if piece.piece else "empty"
       raise UserError(f"{where}: the text {quote(piece.piece)} of piece {i} is {other}")

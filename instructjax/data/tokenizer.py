@@ -159,7 +159,7 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
     model = gguf_vocabulary.sentencepiece_model(path, metadata)
     return SentencePieceTokenizer(path, model, special)
   raise UserError(
-    f"{path}: tokenizer.ggml.model={kind!r} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
+    f"{path}: tokenizer.ggml.model={strict_json.quote(kind)} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
     " the model's tokenizer.json or tokenizer.model"
   )
 
@@ -201,8 +201,8 @@ def train_tokenizer(
       unk_surface="\ufffd",
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
-      # sentencepiece silently skips longer lines.
-      max_sentence_length=1 + max(len(line.encode()) for line in lines),
+      # sentencepiece silently skips longer lines, and wants 10 bytes at least.
+      max_sentence_length=max(10, 1 + max(len(line.encode()) for line in lines)),
       num_threads=1,  # keeps the result deterministic
       minloglevel=2,
     )
