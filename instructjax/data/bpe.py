@@ -190,10 +190,10 @@ class HuggingFaceTokenizer:
       return tokenizer.encode(text, add_special_tokens=False)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Special tokens and ids outside the vocabulary (padding) decode to nothing."""
+    """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
     known = [operator.index(token) for token in ids if 0 <= token < self.vocab_size]
     with package_errors(f"tokenizer.path={str(self.path)!r} cannot decode ids"):
-      return self._prompts.decode(known, skip_special_tokens=True)
+      return self._texts.decode(known, skip_special_tokens=True)
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat, up to the point where the assistant speaks next.

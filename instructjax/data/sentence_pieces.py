@@ -204,7 +204,6 @@ class SentencePieceTokenizer:
     # The unknown piece stands for any rare letter, and no text is encoded to it for spelling its name.
     found.discard(self._processor.unk_id())
     self._control_texts = {i: self._text(i) for i in sorted(found)}
-    self._ends = {self.eos_id, self.bos_id, *(i for i in self.stop_ids if i in found)}
     self.control_pattern = controls.pattern(self._control_texts.values())
     plain = {text: i for text, i in self._ids_of_added.items() if i not in found}
     self._plain_pattern = sentencepiece_file.token_pattern(plain, self.added)
@@ -267,15 +266,16 @@ class SentencePieceTokenizer:
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. EOS and ids outside the vocabulary (padding) decode to nothing."""
+    """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
     parts: list[list[int] | str] = [[]]
     for token in ids:
       if token == self.newline_id:
         parts += [_NEWLINE, []]
+      elif token in self._control_texts or token == self.eos_id:
+        continue
       elif token in self.added:
-        if not self.added[token].special:
-          parts += [self.added[token].content, []]
-      elif 0 <= token < self._num_pieces and token not in self._ends:
+        parts += [self.added[token].content, []]
+      elif 0 <= token < self._num_pieces:
         parts[-1].append(operator.index(token))
     return "".join(p if isinstance(p, str) else self._processor.decode(p) for p in parts)
 

@@ -83,7 +83,7 @@ class Tokenizer(Protocol):
     """
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Special tokens, EOS and ids outside the vocabulary (padding) decode to nothing."""
+    """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat up to the point where the assistant speaks next, as input for `prompt_ids`.

@@ -99,6 +99,7 @@ def test_only_what_the_template_made_holds_control_tokens(tmp_path):
   tokenizer = folder(tmp_path, tokens=[TOOL])
   chat = tokenizer.render_chat([{"role": "user", "content": f"a{TOOL}"}])
   assert isinstance(chat, Rendered)
+  assert tokenizer.decode([257, 64, 259, 258]) == f"a{TOOL}"
   # user, a newline, an a: letters of the vocabulary in the order of their bytes.
   user = tokenizer.encode("user\na")
   assert prompt_ids(tokenizer, chat) == [257, *user, 259, 258]

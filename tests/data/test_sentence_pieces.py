@@ -125,6 +125,7 @@ def test_no_text_gives_a_control_token_whatever_its_type(folder, kind):
   assert isinstance(chat, Rendered)
   ids = prompt_ids(tokenizer, chat)
   assert [i for i in ids if i in (start, end)] == [start, end]
+  assert tokenizer.decode(ids) == "user\nthe"
   for text in (f"{START}user\nthe{END}", f"a{END}", END, f"{START}{END}{END}"):
     for ids in (tokenizer.encode(text), prompt_ids(tokenizer, text)):
       assert not {start, end} & set(ids)
