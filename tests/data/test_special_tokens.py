@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -80,7 +81,11 @@ def test_bad_files_are_refused(folder, tmp_path):
     ("tokenizer_config.json", b'{"a": "\xff"}', r"tokenizer_config.json is not UTF-8 \(byte 8\)"),
     ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8 \(byte 1\)"),
     ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template must be text, got int"),
-    ("tokenizer_config.json", b'{"chat_template": ["a"]}', "must have one named 'default', has"),
+    (
+      "tokenizer_config.json",
+      b'{"chat_template": ["a"]}',
+      "chat_template must be text or a list of objects with name and template, has 'a'",
+    ),
     (
       "tokenizer_config.json",
       b'{"bos_token": true}',
@@ -89,7 +94,7 @@ def test_bad_files_are_refused(folder, tmp_path):
     (
       "generation_config.json",
       b'{"eos_token_id": -1}',
-      "eos_token must be a text or an id, got -1",
+      "eos_token_id must be a token's id, a whole number from 0 to 2097151, got -1",
     ),
   ],
 )
@@ -108,5 +113,17 @@ def test_what_is_written_is_read(tmp_path):
     chat_template="{{ x }}\n",
   )
   special_tokens.write_folder(tmp_path / "a", special, None)
-  assert special_tokens.read_folder(tmp_path / "a") == special
+  named = tuple(special_tokens.Added(text, is_named=True) for text in ("<s>", "é"))
+  again = special_tokens.read_folder(tmp_path / "a")
+  assert again == dataclasses.replace(special, added=named)
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["tokenizer_config.json"]
+  more = dataclasses.replace(
+    special,
+    added=(special_tokens.Added("<|u|>", 9, rstrip=True, normalized=True, special=False),),
+    named=(("pad_token", "<p>"), ("image_token", "<i>")),
+    stops=(7, 2),
+  )
+  special_tokens.write_folder(tmp_path / "b", more, None)
+  again = special_tokens.read_folder(tmp_path / "b")
+  assert (again.named, again.stops) == (more.named, more.stops)
+  assert again.added[0] == dataclasses.replace(more.added[0], replaces=True)
