@@ -7,12 +7,13 @@ decides whether special tokens are recognised. Prompts may contain special token
 Documents and responses may not, so their instance encodes the text of a special token like any other text.
 """
 
+import dataclasses
 import hashlib
 import json
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from instructjax.core.errors import UserError, one_line
@@ -69,7 +70,7 @@ class HuggingFaceTokenizer:
     eos = _token(tokenizer, eos_id)
     if adds_bos and not starts and bos is not None and bos_id is not None:
       _begin_with(tokenizer, bos, bos_id)
-    self._special = SpecialTokens(special.where, bos, eos, adds_bos, special.chat_template)
+    self._special = dataclasses.replace(special, bos=bos, eos=eos, adds_bos=adds_bos)
     self._definition = tokenizer.to_str()
     self._prompts, self._texts = tokenizer, type(tokenizer).from_str(self._definition)
     self._texts.encode_special_tokens = True
@@ -82,7 +83,7 @@ class HuggingFaceTokenizer:
     self.has_chat_template = special.chat_template is not None
     newline = self.encode("\n")
     self.newline_id = newline[0] if len(newline) == 1 else None
-    parts = [self._definition, bos, eos, adds_bos, special.chat_template]
+    parts = [self._definition, bos, eos, adds_bos, special.chat_template, special.named]
     self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise UserError(
@@ -119,14 +120,30 @@ class HuggingFaceTokenizer:
     Raises:
       UserError: see chat.render.
     """
+    return chat.only(self.render_chats([messages]))
+
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
+    """The text of each chat, or the error; see chat.render."""
     return chat.render(
       self._special.chat_template,
-      messages,
+      chats,
       where=self._special.where,
       bos=self._special.bos_text,
       eos=self._special.eos_text,
       special=self._special_texts,
+      named=self._special.named,
+      clock=self._special.clock,
     )
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the chat template asks for the date."""
+    return chat.has_clock(self._special.chat_template)
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+    return self._special.clock if self.has_clock else None
 
   def save(self, directory: str | os.PathLike):
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer can read as well."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from instructjax.core.errors import UserError, one_line
-from instructjax.data import bpe
+from instructjax.data import bpe, chat_files
 from instructjax.data.special_tokens import SpecialTokens
 
 # Kinds of token. GGUF uses the numbers of sentencepiece.
@@ -34,7 +34,7 @@ def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> 
     bos=metadata.get("tokenizer.ggml.bos_token_id"),
     eos=metadata.get("tokenizer.ggml.eos_token_id"),
     adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
-    chat_template=metadata.get("tokenizer.chat_template"),
+    chat_template=chat_files.text(path, metadata.get("tokenizer.chat_template")),
   )
 
 

@@ -1,6 +1,6 @@
 """Reads and writes the files beside a vocabulary: the tokens that begin and end a text, and the chat template.
 
-Called by tokenizer, bpe and gguf_vocabulary. Imports nothing of the project but the errors.
+Called by tokenizer, bpe and gguf_vocabulary. Imports chat_files only.
 
 Hugging Face spreads this information over several files in a model's folder. The EOS token is taken from the first file
 that names it, in the order tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json. The
@@ -15,9 +15,11 @@ import os
 import pathlib
 
 from instructjax.core.errors import UserError
+from instructjax.data import chat_files
 
 CONFIG = "tokenizer_config.json"
-TEMPLATE = "chat_template.jinja"
+# Tokens beside BOS and EOS to which transformers gives a name that templates may use.
+_NAMED = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class SpecialTokens:
     eos: text or id of the token that ends a document or a turn; None if no file names one.
     adds_bos: whether a flag beside the vocabulary says that prompts begin with BOS.
     chat_template: jinja2 source; None if there is none.
+    named: names and texts of other tokens that a template may use, as ("pad_token", "<pad>").
+    clock: the date and time that the template sees, see chat.render; None if the files fix none.
   """
 
   where: pathlib.Path
@@ -37,6 +41,8 @@ class SpecialTokens:
   eos: str | int | None = None
   adds_bos: bool = False
   chat_template: str | None = None
+  named: tuple[tuple[str, str], ...] = ()
+  clock: str | None = None
 
   @property
   def bos_text(self) -> str | None:
@@ -53,32 +59,27 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
   """Reads the special tokens of a Hugging Face folder. Missing files are skipped.
 
   Raises:
-    UserError: a file is not JSON, an entry has the wrong type, or there are several chat templates and none is named
-      "default".
+    UserError: a file is not JSON, an entry has the wrong type, or see chat_files.find.
   """
   names = (CONFIG, "special_tokens_map.json", "generation_config.json", "config.json")
   options, special, *with_ids = (_read_json(folder / name) for name in names)
   eos = [_text(file.get("eos_token")) for file in (options, special)]
   eos += [_first(file.get("eos_token_id")) for file in with_ids]
   bos = [_text(file.get("bos_token")) for file in (options, special)]
-  where, template = folder / CONFIG, options.get("chat_template")
-  if (folder / TEMPLATE).is_file():  # transformers 5 writes it here, and prefers it when reading
-    where = folder / TEMPLATE
-    template = _read_text(where)
-  elif isinstance(template, list):
-    entries = [entry for entry in template if isinstance(entry, dict)]
-    named = {entry.get("name"): entry.get("template") for entry in entries}
-    if "default" not in named:
-      raise UserError(f"{where}: chat_template must have one named 'default', has {list(named)}")
-    template = named["default"]
-  if not isinstance(template, str | None):
-    raise UserError(f"{where}: chat_template must be text, got {type(template).__name__}")
+  where, template = chat_files.find(folder, folder / CONFIG, options.get("chat_template"))
+  named = {}
+  for name in _NAMED:
+    texts = [_text(file.get(name)) for file in (options, special)]
+    if isinstance(text := next((text for text in texts if text is not None), None), str):
+      named[name] = text
   return SpecialTokens(
     where=where,
     bos=_first_token(bos, "bos_token", folder),
     eos=_first_token(eos, "eos_token", folder),
     adds_bos=options.get("add_bos_token") is True,
     chat_template=template,
+    named=tuple(named.items()),
+    clock=chat_files.read_clock(folder),
   )
 
 
@@ -95,6 +96,7 @@ def write_folder(folder: pathlib.Path, special: SpecialTokens, tokenizer_class: 
     "add_bos_token": special.adds_bos,
     "bos_token": special.bos,
     "eos_token": special.eos,
+    **dict(special.named),
     "chat_template": special.chat_template,
     "clean_up_tokenization_spaces": False,
   }
@@ -114,19 +116,12 @@ def _read_json(path: pathlib.Path) -> dict:
   if not path.is_file():
     return {}
   try:
-    content = json.loads(_read_text(path))
+    content = json.loads(chat_files.read_text(path))
   except json.JSONDecodeError as error:
     raise UserError(f"{path} is not JSON: {error}") from error
   if not isinstance(content, dict):
     raise UserError(f"{path} must hold a JSON object")
   return content
-
-
-def _read_text(path: pathlib.Path) -> str:
-  try:
-    return path.read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from error
 
 
 def _first_token(tokens: list, name: str, folder: pathlib.Path) -> str | int | None:

@@ -15,6 +15,7 @@ A sentencepiece model encodes each line of a text separately. A word therefore h
 start of a line is encoded like the "The" in "all. The".
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -84,8 +85,23 @@ class Tokenizer(Protocol):
       UserError: see chat.render.
     """
 
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
+    """The text of each chat, or the error; much faster than one `render_chat` after the other.
+
+    Raises:
+      UserError: see chat.render.
+    """
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the chat template asks for the date, so that a chat's text depends on it."""
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+
   def save(self, directory: str | os.PathLike):
-    """Writes files from which `load(directory)` restores the same tokenizer."""
+    """Writes files from which `load(directory)` restores the same tokenizer, but for its clock."""
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -214,9 +230,9 @@ class SentencePieceTokenizer:
         None if i is None or i < 0 else self._processor.id_to_piece(i)
         for i in (bos_id, self.eos_id)
       )
-      template = special.chat_template
-      self._special = SpecialTokens(special.where, bos, eos, special.adds_bos, template)
-      digest.update(json.dumps([bos, eos, special.adds_bos, template]).encode())
+      self._special = dataclasses.replace(special, bos=bos, eos=eos)
+      parts = [bos, eos, special.adds_bos, special.chat_template, special.named]
+      digest.update(json.dumps(parts).encode())
     self.has_chat_template = self._special.chat_template is not None
     self.fingerprint = digest.hexdigest()
 
@@ -278,14 +294,30 @@ class SentencePieceTokenizer:
     Raises:
       UserError: see chat.render.
     """
+    return chat.only(self.render_chats([messages]))
+
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
+    """The text of each chat, or the error; see chat.render."""
     return chat.render(
       self._special.chat_template,
-      messages,
+      chats,
       where=self._special.where,
       bos=self._special.bos_text,
       eos=self._special.eos_text,
       special=self._special_ids,
+      named=self._special.named,
+      clock=self._special.clock,
     )
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the chat template asks for the date."""
+    return chat.has_clock(self._special.chat_template)
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+    return self._special.clock if self.has_clock else None
 
   def save(self, directory: str | os.PathLike):
     """Writes tokenizer.model, and also tokenizer_config.json if there are special tokens."""

@@ -220,8 +220,8 @@ def _reward_model(results: Results) -> markupsafe.Markup:
 
 def _fit_words(which: str, scores: dict) -> str:
   """The curve fitted to the gold score, in words; its peak only if it lies within what was measured."""
-  fitted = overoptimization.fit(which, scores["distance"], scores["gold"])
-  if fitted is None:
+  fitted = "gold" in scores and overoptimization.fit(which, scores["distance"], scores["gold"])
+  if not fitted:
     return ""
   alpha, beta = fitted
   sign, label, term = (
@@ -242,9 +242,13 @@ def _overoptimization(results: Results) -> dict:
     lambda ax, which=which: panels.draw_overoptimization(ax, results, which)
     for which in ("best_of_n", "rl")
   ]
+  has_gold = any("gold" in found for found in scores.values())
+  label = "Gold and reward-model score against KL" if has_gold else "Reward-model score against KL"
   return {
-    "svg": _drawn(draws, "Gold and reward-model score against KL", columns=2, height=3.6),
+    "title": "Over-optimisation" if has_gold else "Best of n and reward",
+    "svg": _drawn(draws, label, columns=2, height=3.6),
     "fits": "".join(_fit_words(which, found) for which, found in scores.items()),
+    "has_gold": has_gold,
     "has_rl": "rl" in scores,
   }
 

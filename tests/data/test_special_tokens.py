@@ -3,7 +3,7 @@ import json
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.data import special_tokens
+from instructjax.data import chat_files, special_tokens
 
 
 @pytest.fixture
@@ -55,19 +55,14 @@ def test_chat_templates_of_all_times(folder):
   read = special_tokens.read_folder
   assert read(folder()).chat_template is None
   assert read(folder(tokenizer_config={"chat_template": "one"})).chat_template == "one"
-  named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]
-  path = folder(tokenizer_config={"chat_template": named})
-  assert read(path).chat_template == "two"
+  path = folder()
   assert read(path).where.name == "tokenizer_config.json"
   (path / "chat_template.jinja").write_text("three")
   assert read(path).chat_template == "three"
   assert read(path).where.name == "chat_template.jinja"
 
 
-def test_bad_files_are_refused(folder, tmp_path):
-  named = [{"name": "tool_use", "template": "x"}]
-  with pytest.raises(ValueError, match=r"must have one named 'default', has \['tool_use'\]"):
-    special_tokens.read_folder(folder(tokenizer_config={"chat_template": named}))
+def test_bad_files_are_refused(tmp_path):
   for content, message in [("{", "config.json is not JSON: "), ("[]", "must hold a JSON object")]:
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -80,7 +75,11 @@ def test_bad_files_are_refused(folder, tmp_path):
     ("tokenizer_config.json", b'{"a": "\xff"}', r"tokenizer_config.json is not UTF-8 \(byte 8\)"),
     ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8 \(byte 1\)"),
     ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template must be text, got int"),
-    ("tokenizer_config.json", b'{"chat_template": ["a"]}', "must have one named 'default', has"),
+    (
+      "tokenizer_config.json",
+      b'{"chat_template": ["a"]}',
+      "chat_template: entry 1 must have a name",
+    ),
     (
       "tokenizer_config.json",
       b'{"bos_token": true}',
@@ -110,3 +109,18 @@ def test_what_is_written_is_read(tmp_path):
   special_tokens.write_folder(tmp_path / "a", special, None)
   assert special_tokens.read_folder(tmp_path / "a") == special
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["tokenizer_config.json"]
+
+
+def test_named_tokens_and_the_clock_are_kept(folder, tmp_path):
+  path = folder(
+    tokenizer_config={"pad_token": {"content": "<pad>"}, "unk_token": None},
+    special_tokens_map={"pad_token": "<other>", "unk_token": "<unk>"},
+  )
+  chat_files.write_clock(path, "2026-03-01T12:00:00")
+  found = special_tokens.read_folder(path)
+  assert dict(found.named) == {"pad_token": "<pad>", "unk_token": "<unk>"}
+  assert found.clock == "2026-03-01T12:00:00"
+  # What another program or another run reads has no date of this run.
+  special_tokens.write_folder(tmp_path / "copy", found, None)
+  again = special_tokens.read_folder(tmp_path / "copy")
+  assert (again.named, again.clock) == (found.named, None)

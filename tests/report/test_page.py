@@ -169,7 +169,7 @@ def _without(results, *names):
 
 
 def _without_gold(results):
-  """A user's own data: no simulation, so no gold score, agreement, best-of-n or few-shot prompt."""
+  """A user's own data: no simulation, so no gold score, agreement or few-shot prompt."""
   results = _without(results, "few_shot")
   bare = lambda found: dataclasses.replace(found, gold=None, names_topic=None)
   logged = lambda row: {name: value for name, value in row.items() if name != "gold"}
@@ -179,9 +179,9 @@ def _without_gold(results):
     curves={name: list(map(logged, rows)) for name, rows in results.curves.items()},
     reward_model=dataclasses.replace(results.reward_model, heldout_labelers=None),
     agreement=None,
-    best_of_n=(),
+    best_of_n=[dataclasses.replace(row, gold=None) for row in results.best_of_n],
   )
-  return results, [section for section in SECTIONS if section != "overoptimization"]
+  return results, SECTIONS
 
 
 def _one_policy(results):
@@ -206,6 +206,8 @@ def test_what_was_not_measured_is_left_out(remove):
   assert document.ids == expected
   assert ("gold score" in document.text["wins"]) == (remove is not _without_gold)
   assert document.references.count("#overoptimization") == ("overoptimization" in expected)
+  title = "Best of n and reward" if remove is _without_gold else "Over-optimisation"
+  assert document.text.get("overoptimization", title).strip().startswith(title)
 
 
 def test_overview_has_only_panels_with_something_to_show(tmp_path):
