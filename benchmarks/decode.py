@@ -80,7 +80,7 @@ def compile_rollout(model, params, batch: int, num_tokens: int):
   )
 
   def run(params, prompts, key):
-    ends = dict(max_new_tokens=num_tokens, eos_id=NEVER, temperature=1.0)
+    ends = dict(max_new_tokens=num_tokens, stop_ids=(NEVER,), temperature=1.0)
     return sampling.generate(model, params, prompts, key, **ends)
 
   args = params, prompts, jax.random.key(1)

@@ -216,7 +216,7 @@ def _compare_greedy(model, params, theirs, prompts) -> int:
   """Column `greedy`, the number of tokens that differ. No token ends a row, so that all of them are compared."""
   token_BP, is_prompt_BP = pad(prompts, "left", model.vocab_size)
   generate = functools.partial(
-    sampling.generate, model, max_new_tokens=NEW_TOKENS, eos_id=-1, temperature=0.0
+    sampling.generate, model, max_new_tokens=NEW_TOKENS, stop_ids=(-1,), temperature=0.0
   )
   batch = PromptBatch(token_BP, is_prompt_BP, np.arange(len(prompts), dtype=np.int32))
   token_BL = np.asarray(jax.jit(generate)(params, batch, jax.random.key(0)).token_BL)

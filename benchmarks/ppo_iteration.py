@@ -145,8 +145,8 @@ def prepare(load: Workload, changes: dict):
   mesh = sharding.make_mesh(config.mesh)
   jax.set_mesh(mesh)
   # Without an end, EOS is an id that the vocabulary does not have, so that it is never drawn.
-  cfg, eos_id = config.ppo, 0 if load.ends else load.vocab_size + 1
-  nets = ppo.make_nets(config, mesh, cfg, load.vocab_size, eos_id)
+  cfg, stop_ids = config.ppo, (0 if load.ends else load.vocab_size + 1,)
+  nets = ppo.make_nets(config, mesh, cfg, load.vocab_size, stop_ids)
   keys = jax.random.split(jax.random.key(0), 3)
   frozen = ppo_step.Frozen(
     supervised.init_params(mesh, nets.policy, keys[0]),

@@ -68,7 +68,7 @@ def compiled(model, params, prompts, slots: int):
   """Compiles (params, prompts, key) -> Rollout for a number of slots."""
 
   def run(params, prompts, key):
-    kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=1.0, slots=slots)
+    kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=1.0, slots=slots)
     return sampling.generate(model, params, prompts, key, **kwargs)
 
   return jax.jit(run).lower(params, prompts, jax.random.key(0)).compile()

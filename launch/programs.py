@@ -248,7 +248,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
     )
   vocab_size = config.tokenizer.vocab_size
-  nets = ppo.make_nets(config, mesh, cfg, vocab_size, eos_id=vocab_size - 1)
+  nets = ppo.make_nets(config, mesh, cfg, vocab_size, stop_ids=(vocab_size - 1,))
   shardings = ppo.state_shardings(mesh, nets, cfg)
   policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
   create = lambda params, value_params, key: ppo_step.create_state(

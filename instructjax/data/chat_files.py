@@ -1,6 +1,6 @@
 """The files of a chat template beside a vocabulary, in every form that transformers writes, and the run's clock.
 
-Called by special_tokens, bpe and tokenizer. Imports nothing of the project but the errors.
+Called by special_tokens, bpe and tokenizer. Imports strict_json only.
 
 Templates were first an entry of tokenizer_config.json: a text, or several with names, as a list of objects or as an
 object. transformers 5 writes them as files: chat_template.jinja, and others by their names in a folder. Files win over
@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 from instructjax.core.errors import UserError
+from instructjax.data import strict_json
 
 TEMPLATE = "chat_template.jinja"
 _MORE = "additional_chat_templates"  # folder of NAME.jinja
@@ -41,7 +42,7 @@ def find(folder: pathlib.Path, config: pathlib.Path, entry: Any) -> tuple[pathli
       raise UserError(
         f"{folder} must have a {TEMPLATE}: it has the chat templates {_names(files)} and no default"
       )
-    return files[_DEFAULT], read_text(files[_DEFAULT])
+    return files[_DEFAULT], strict_json.read_text(files[_DEFAULT])
   return config, text(config, entry)
 
 
@@ -76,18 +77,6 @@ def _names(named: dict) -> str:
   return (shown or "none") + (", ..." if len(named) > 5 else "")
 
 
-def read_text(path: pathlib.Path) -> str:
-  """The text of a file.
-
-  Raises:
-    UserError: it is not UTF-8.
-  """
-  try:
-    return path.read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from error
-
-
 def read_clock(folder: pathlib.Path) -> str | None:
   """The date and time that a run has fixed for its chats; None if the folder is not a run's.
 
@@ -97,7 +86,7 @@ def read_clock(folder: pathlib.Path) -> str | None:
   path = folder / _CLOCK
   if not path.is_file():
     return None
-  content = read_text(path).strip()
+  content = strict_json.read_text(path).strip()
   try:
     datetime.datetime.fromisoformat(content)
   except ValueError as error:

@@ -1,19 +1,24 @@
 """Rebuilds the tokenizer inside a GGUF file, which is byte-level BPE or a sentencepiece model.
 
-Called by tokenizer (`load`). Imports bpe and special_tokens only.
+Called by tokenizer (`load`). Imports bpe, special_tokens and strict_json only.
 
 A GGUF file holds the vocabulary but not all rules. In particular, it only names the rule that splits a text into words
 before merges are applied (`tokenizer.ggml.pre`). This module holds the rules behind the known names, copied from the
 models' own tokenizer.json files.
 """
 
+import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from instructjax.core.errors import UserError, one_line
-from instructjax.data import bpe, chat_files
+from instructjax.core.errors import UserError
+from instructjax.data import bpe, strict_json
 from instructjax.data.special_tokens import SpecialTokens
+from instructjax.data.strict_json import explain, quote
+
+if TYPE_CHECKING:
+  import tokenizers
 
 # Kinds of token. GGUF uses the numbers of sentencepiece.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -27,14 +32,74 @@ _QWEN2 = _LLAMA3.replace("{1,3}", "")
 PRE_TOKENIZERS = ("gpt-2", "llama-bpe", "qwen2", "smollm")
 
 
+# The names under which the metadata gives ids, and the types of the other values.
+_IDS = ("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "cls", "mask")
+_TYPES = {
+  "tokenizer.ggml.model": str,
+  "tokenizer.ggml.pre": str,
+  "tokenizer.chat_template": str,
+  "tokenizer.ggml.add_bos_token": bool,
+  "tokenizer.ggml.add_space_prefix": bool,
+  "tokenizer.ggml.remove_extra_whitespaces": bool,
+  **{f"tokenizer.ggml.{name}_token_id": int for name in _IDS},
+}
+# Those that Hugging Face's files name, under other names.
+_HF_NAMES = {"unknown": "unk", "seperator": "sep", "padding": "pad", "cls": "cls", "mask": "mask"}
+_LISTS = {
+  "tokens": str,
+  "merges": str,
+  "token_type": int,
+  "scores": float | int,
+  "precompiled_charsmap": int,
+}
+
+
+def require_types(path: pathlib.Path, metadata: Mapping):
+  """Checks the types of everything that is read from the metadata, and the range of ids.
+
+  Raises:
+    UserError: a value has another type, or two tokens have one text.
+  """
+  for key, kind in _TYPES.items():
+    value = metadata.get(key)
+    # bool is a subclass of int.
+    if value is not None and type(value) is not kind:
+      raise UserError(f"{path}: {key} must be of type {kind.__name__}, got {quote(value)}")
+    if kind is int and value is not None:
+      strict_json.token_id(value, f"{path}: {key}")
+  for name, kind in _LISTS.items():
+    values = metadata.get(f"tokenizer.ggml.{name}", [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+      raise UserError(f"{path}: tokenizer.ggml.{name} must be a list of {_word(kind)}")
+  if not all(map(math.isfinite, metadata.get("tokenizer.ggml.scores", []))):
+    raise UserError(f"{path}: tokenizer.ggml.scores must be finite")
+  seen: dict[str, int] = {}
+  for i, token in enumerate(metadata.get("tokenizer.ggml.tokens", [])):
+    if token in seen:
+      raise UserError(f"{path}: token {quote(token)} has two ids, {seen[token]} and {i}")
+    seen[token] = i
+
+
+def _word(kind: Any) -> str:
+  return "texts" if kind is str else "numbers"
+
+
 def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> SpecialTokens:
   """The special tokens that the metadata names. `adds_bos` is the default if the metadata has no such flag."""
+  ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _IDS}
+  tokens = metadata.get("tokenizer.ggml.tokens", [])
   return SpecialTokens(
     where=path,
-    bos=metadata.get("tokenizer.ggml.bos_token_id"),
-    eos=metadata.get("tokenizer.ggml.eos_token_id"),
+    bos=ids["bos"],
+    eos=ids["eos"],
     adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
-    chat_template=chat_files.text(path, metadata.get("tokenizer.chat_template")),
+    chat_template=metadata.get("tokenizer.chat_template"),
+    named=tuple(
+      (f"{hf}_token", tokens[ids[name]])
+      for name, hf in _HF_NAMES.items()
+      if ids[name] is not None and ids[name] < len(tokens)
+    ),
+    stops=tuple(i for i in (ids["eot"], ids["eom"]) if i is not None),
   )
 
 
@@ -45,7 +110,7 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     UserError: the pre-tokenizer is not known, the vocabulary is inconsistent, or HuggingFaceTokenizer refuses it.
   """
   import tokenizers
-  from tokenizers import decoders, models, normalizers
+  from tokenizers import models
 
   pre = metadata.get("tokenizer.ggml.pre")
   if pre not in PRE_TOKENIZERS:
@@ -62,9 +127,21 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
   except Exception as error:  # the package raises plain Exception
     raise UserError(
-      f"{path}: tokenizer.ggml.merges do not fit the tokens: {one_line(error)}"
+      f"{path}: tokenizer.ggml.merges do not fit the tokens: {explain(error)}"
     ) from error
-  tokenizer = tokenizers.Tokenizer(model)
+  with bpe.package_errors(f"{path}: the tokenizer cannot be rebuilt"):
+    return _byte_level(path, metadata, tokenizers.Tokenizer(model))
+
+
+def _byte_level(
+  path: pathlib.Path, metadata: Mapping, tokenizer: "tokenizers.Tokenizer"
+) -> bpe.HuggingFaceTokenizer:
+  """Adds the rules and the added tokens to a tokenizer that has only its model."""
+  import tokenizers
+  from tokenizers import decoders, normalizers
+
+  pre = metadata["tokenizer.ggml.pre"]
+  tokens, kinds = _tokens(path, metadata)
   # Of these models, only Qwen 2 composes characters before encoding.
   tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
   tokenizer.pre_tokenizer = pre_tokenizer(pre)

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Sequence
 
 from instructjax.core.errors import UserError
+from instructjax.data.controls import Rendered
 from instructjax.data.records import Chat, Demonstration, Prompt, Ranking
-from instructjax.data.tokenizer import Tokenizer
+from instructjax.data.tokenizer import Tokenizer, prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def tokenize_prompts(
   Raises:
     UserError: every prompt is too long.
   """
-  prompts = [tokenizer.encode_prompt(_text(record.prompt)) for record in records]
+  _note_control_tokens("prompts", records, tokenizer)
+  prompts = [prompt_ids(tokenizer, _text(record.prompt)) for record in records]
   kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
   _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
   return kept
@@ -64,10 +66,11 @@ def tokenize_demonstrations(
   Raises:
     UserError: every demonstration is too long.
   """
+  _note_control_tokens("demonstrations", records, tokenizer)
   kept = []
   long_prompts = long_responses = 0
   for record in records:
-    prompt = tokenizer.encode_prompt(_text(record.prompt))
+    prompt = prompt_ids(tokenizer, _text(record.prompt))
     response = tokenizer.encode(record.response)
     if len(prompt) > max_prompt_length:
       long_prompts += 1
@@ -94,10 +97,11 @@ def tokenize_rankings(
   Raises:
     UserError: nothing is left because everything is too long.
   """
+  _note_control_tokens("comparisons", records, tokenizer)
   kept = []
   long_prompts = long_responses = 0
   for record in records:
-    prompt = tokenizer.encode_prompt(_text(record.prompt))
+    prompt = prompt_ids(tokenizer, _text(record.prompt))
     if len(prompt) > max_prompt_length:
       long_prompts += 1
       continue
@@ -118,6 +122,33 @@ def _text(prompt: str | Chat) -> str:
   if isinstance(prompt, Chat):
     raise ValueError("a chat must be made text first; see sources.render")
   return prompt
+
+
+def _note_control_tokens(kind: str, records: Sequence, tokenizer: Tokenizer):
+  """Says how many prompts spell a control token, which they do in vain.
+
+  They may be texts that somebody put through a chat template before.
+  """
+  pattern = tokenizer.control_pattern
+  if pattern is None:
+    return
+  texts = (_text(record.prompt) for record in records)
+  found = [
+    match[0]
+    for text in texts
+    if not isinstance(text, Rendered)
+    for match in [pattern.search(text)]
+    if match
+  ]
+  if found:
+    logger.warning(
+      "%s: %d of %d prompts spell a control token, as %r, and are read as plain text; give chats as"
+      " lists of messages",
+      kind,
+      len(found),
+      len(records),
+      found[0],
+    )
 
 
 def _report(kind: str, kept: int, **left_out: int):

@@ -1,7 +1,7 @@
-"""Converts text to token ids and back: the interface of all tokenizers, the sentencepiece tokenizer, and its training.
+"""Converts text to token ids and back: the interface of all tokenizers, how they are loaded, and training one.
 
-Called by the stages, by train/weights.py and by serve/. Imports its siblings bpe, chat, gguf_header, gguf_vocabulary
-and special_tokens.
+Called by the stages, by train/weights.py and by serve/. Imports its siblings bpe, controls, gguf_header,
+gguf_vocabulary, sentence_pieces, special_tokens and strict_json.
 
 A prompt and its response are encoded separately, and a response needs no leading space. The following holds for every
 text whose characters are in the vocabulary, including spaces and newlines:
@@ -15,11 +15,7 @@ A sentencepiece model encodes each line of a text separately. A word therefore h
 start of a line is encoded like the "The" in "all. The".
 """
 
-import dataclasses
-import hashlib
 import io
-import json
-import operator
 import os
 import pathlib
 import re
@@ -30,13 +26,13 @@ import numpy as np
 import sentencepiece
 
 from instructjax.core.errors import UserError, writing
-from instructjax.data import bpe, chat, gguf_vocabulary, special_tokens
-from instructjax.data.special_tokens import SpecialTokens
+from instructjax.data import bpe, gguf_vocabulary, special_tokens, strict_json
+from instructjax.data.controls import Rendered
+from instructjax.data.sentence_pieces import MODEL_FILE, SentencePieceTokenizer
 
 # A random sample of this size is enough to estimate the frequencies of pieces.
 _MAX_TRAINING_CHARACTERS = 10_000_000
 _NEWLINE = "\n"
-_MODEL_FILE = "tokenizer.model"
 
 
 class Tokenizer(Protocol):
@@ -46,11 +42,13 @@ class Tokenizer(Protocol):
     path: the file or folder that it was loaded from.
     vocab_size: one past the largest id, which is also the size of the model's vocabulary.
     pad_id: always equal to vocab_size, so that no text and no model can produce it.
-    eos_id: the token that ends a document or a response.
+    eos_id: the token that ends a document or a response in training.
+    stop_ids: the tokens at which sampling ends, `eos_id` first.
     bos_id: the token that begins every prompt; None if the model expects none.
     newline_id: the token of a newline, at which the answer of a base model is cut; None if a newline is not a token of
       its own.
     has_chat_template: whether `render_chat` can be called.
+    control_pattern: matches the text of a control token (see controls); None if there are none.
     fingerprint: SHA-256, in hex, of everything that the ids depend on.
   """
 
@@ -58,34 +56,43 @@ class Tokenizer(Protocol):
   vocab_size: int
   pad_id: int
   eos_id: int
+  stop_ids: tuple[int, ...]
   bos_id: int | None
   newline_id: int | None
   has_chat_template: bool
+  control_pattern: re.Pattern | None
   fingerprint: str
 
   def encode(self, text: str) -> list[int]:
     """Ids of a document or response, without BOS and EOS.
 
-    The text of a special token is encoded as plain text, so no text encodes to EOS.
+    The text of a control token is encoded as plain text, so no text encodes to EOS.
+
+    Raises:
+      UserError: the text holds half of a surrogate pair.
     """
 
   def encode_prompt(self, text: str) -> list[int]:
-    """Ids of a prompt. Special tokens in it are recognised, and BOS is put first if the model has one.
+    """Ids of a prompt that a chat template made. Special tokens in it are recognised; BOS is put first if there is one.
 
-    No second BOS is added if the prompt already begins with one, as chat templates write it.
+    No second BOS is added if the prompt already begins with one, as chat templates write it. For any prompt, use
+    `prompt_ids`.
+
+    Raises:
+      UserError: the text holds half of a surrogate pair.
     """
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids. Special tokens, EOS and ids outside the vocabulary (padding) decode to nothing."""
 
-  def render_chat(self, messages: Sequence[Mapping]) -> str:
-    """The text of a chat up to the point where the assistant speaks next, as input for `encode_prompt`.
+  def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
+    """The text of a chat up to the point where the assistant speaks next, as input for `prompt_ids`.
 
     Raises:
-      UserError: see chat.render.
+      UserError: see controls.render.
     """
 
-  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
     """The text of each chat, or the error; much faster than one `render_chat` after the other.
 
     Raises:
@@ -102,6 +109,20 @@ class Tokenizer(Protocol):
 
   def save(self, directory: str | os.PathLike):
     """Writes files from which `load(directory)` restores the same tokenizer, but for its clock."""
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+  """Ids of a prompt, begun with BOS if the model has one.
+
+  Control tokens are recognised in what a chat template made, and nowhere else.
+
+  Raises:
+    UserError: the text holds half of a surrogate pair.
+  """
+  if isinstance(prompt, Rendered):
+    return tokenizer.encode_prompt(prompt)
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  return bos + tokenizer.encode(prompt)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -122,17 +143,17 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if file.suffix != ".gguf":
       has_config = (file.parent / special_tokens.CONFIG).is_file()
       special = special_tokens.read_folder(file.parent) if has_config else None
-      return SentencePieceTokenizer(file, file.read_bytes(), special)
+      return SentencePieceTokenizer(file, strict_json.read_bytes(file), special)
   except OSError as error:
     raise UserError(f"tokenizer.path={str(path)!r} cannot be read: {error.strerror}") from error
   return _load_gguf(file)
 
 
 def _file_in(folder: pathlib.Path) -> pathlib.Path:
-  files = [folder / name for name in (bpe.FILE, _MODEL_FILE) if (folder / name).is_file()]
+  files = [folder / name for name in (bpe.FILE, MODEL_FILE) if (folder / name).is_file()]
   if not files:
     raise UserError(
-      f"{folder} has no tokenizer: it must hold one of {bpe.FILE}, {_MODEL_FILE}; copy the model's"
+      f"{folder} has no tokenizer: it must hold one of {bpe.FILE}, {MODEL_FILE}; copy the model's"
       " there, or name it with --config.tokenizer.path when training"
     )
   # Searched as bytes, not parsed: if tokenizer.json is damaged, its reader gives the better message.
@@ -144,6 +165,7 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
   from instructjax.data import gguf_header  # the default preset does not need the gguf package
 
   metadata = gguf_header.read(path).metadata
+  gguf_vocabulary.require_types(path, metadata)
   kind = metadata.get("tokenizer.ggml.model")
   if kind == "gpt2":
     return gguf_vocabulary.byte_level(path, metadata)
@@ -155,176 +177,6 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
     f"{path}: tokenizer.ggml.model={kind!r} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
     " the model's tokenizer.json or tokenizer.model"
   )
-
-
-class SentencePieceTokenizer:
-  """A sentencepiece tokenizer. Members that are not explained here are those of Tokenizer.
-
-  Without files beside it, a `.model` file has no BOS, and no special tokens are recognised in prompts. `encode_prompt`
-  is then the same as `encode`.
-
-  Attributes:
-    model: content of the `.model` file.
-    vocab_size: number of pieces.
-    fingerprint: SHA-256 of the model and, if there are files beside it, of the special tokens and the chat template.
-  """
-
-  def __init__(self, path: pathlib.Path, model: bytes, special: SpecialTokens | None):
-    """Reads a model.
-
-    Args:
-      path: the file it comes from, for messages.
-      model: content of a `.model` file.
-      special: special tokens from the files beside it; None if there are no such files.
-    Raises:
-      UserError: the content is not a sentencepiece model, a special token is not in the vocabulary, there is no EOS, or
-        encoding loses newlines.
-    """
-    self.path, self.model = path, model
-    try:
-      self._processor = sentencepiece.SentencePieceProcessor()
-      self._processor.load_from_serialized_proto(model)
-    except (RuntimeError, ValueError) as error:
-      raise UserError(f"tokenizer.path={str(path)!r} is not a sentencepiece model file") from error
-    self.vocab_size = self._processor.vocab_size()
-    self.pad_id = self.vocab_size
-    self._read_special(special)
-    if self.eos_id < 0:
-      raise UserError(f"tokenizer.path={str(path)!r} has no end-of-sequence piece")
-    # Text is encoded line by line only if the model has a piece for the newline and puts a space before a text, as the
-    # models of `train_tokenizer` do. Other models must encode a text as a whole, as they did when their weights were
-    # trained.
-    newline_id = self._processor.piece_to_id(_NEWLINE)
-    by_line = newline_id != self._processor.unk_id() and self._processor.normalize("a") == "▁a"
-    self.newline_id = newline_id if by_line else None
-    if self.decode(self.encode("a\nb")) != "a\nb":
-      raise UserError(
-        f"tokenizer.path={str(path)!r} loses newlines: it needs a piece for them, or byte fallback"
-      )
-    if self.eos_id in self.encode(self._processor.id_to_piece(self.eos_id)):
-      raise UserError(f"tokenizer.path={str(path)!r} encodes the text of its EOS to EOS")
-
-  def _read_special(self, special: SpecialTokens | None):
-    """Sets EOS, BOS, the special pieces and the fingerprint.
-
-    Raises:
-      UserError: a special token is not in the vocabulary, or a BOS is asked for and none is named.
-    """
-    digest = hashlib.sha256(self.model)
-    self.bos_id, self.eos_id = None, self._processor.eos_id()
-    self._special_ids: dict[str, int] = {}
-    self._special = SpecialTokens(self.path)
-    if special is not None:
-      eos_id = self._find(special.eos)
-      self.eos_id = self.eos_id if eos_id is None else eos_id
-      bos_id = self._find(special.bos)
-      if special.adds_bos and bos_id is None:
-        raise UserError(f"{special.where} asks for a BOS token and names none")
-      self.bos_id = bos_id if special.adds_bos else None
-      self._special_ids = {
-        self._processor.id_to_piece(i): i
-        for i in range(self.vocab_size)
-        if self._processor.is_control(i) or i in (self.eos_id, bos_id)
-      }
-      bos, eos = (
-        None if i is None or i < 0 else self._processor.id_to_piece(i)
-        for i in (bos_id, self.eos_id)
-      )
-      self._special = dataclasses.replace(special, bos=bos, eos=eos)
-      parts = [bos, eos, special.adds_bos, special.chat_template, special.named]
-      digest.update(json.dumps(parts).encode())
-    self.has_chat_template = self._special.chat_template is not None
-    self.fingerprint = digest.hexdigest()
-
-  def _find(self, token: str | int | None) -> int | None:
-    """The id of a piece that is given by its text or its id; None stays None.
-
-    Raises:
-      UserError: the model has no such piece.
-    """
-    if token is None:
-      return None
-    i = self._processor.piece_to_id(token) if isinstance(token, str) else token
-    # piece_to_id returns the unknown id for a missing piece, so the text is compared as well.
-    if not 0 <= i < self.vocab_size or token not in (i, self._processor.id_to_piece(i)):
-      raise UserError(f"tokenizer.path={str(self.path)!r} has no piece {token!r}, its BOS or EOS")
-    return i
-
-  def encode(self, text: str) -> list[int]:
-    """Ids of a document or response, without BOS and EOS. Characters outside the vocabulary become the unknown id."""
-    if self.newline_id is None:
-      return self._processor.encode(text)
-    ids = []
-    for number, line in enumerate(text.split(_NEWLINE)):
-      if number:
-        ids.append(self.newline_id)
-      ids += self._processor.encode(line)
-    return ids
-
-  def encode_prompt(self, text: str) -> list[int]:
-    """Ids of a prompt. The text between special tokens is encoded part by part."""
-    ids = []
-    if self._special_ids:
-      # Longest first: a special token may begin with the text of another.
-      special = "|".join(map(re.escape, sorted(self._special_ids, key=len, reverse=True)))
-      for part in re.split(f"({special})", text):
-        if part in self._special_ids:
-          ids.append(self._special_ids[part])
-        elif part:
-          ids += self.encode(part)
-    else:
-      ids = self.encode(text)
-    if self.bos_id is not None and ids[:1] != [self.bos_id]:
-      ids.insert(0, self.bos_id)
-    return ids
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. EOS and ids outside the vocabulary (padding) decode to nothing."""
-    lines: list[list[int]] = [[]]
-    for token in ids:
-      if token == self.newline_id:
-        lines.append([])
-      elif 0 <= token < self.vocab_size:
-        lines[-1].append(operator.index(token))
-    return _NEWLINE.join(self._processor.decode(line) for line in lines)
-
-  def render_chat(self, messages: Sequence[Mapping]) -> str:
-    """The text of a chat, up to the point where the assistant speaks next.
-
-    Raises:
-      UserError: see chat.render.
-    """
-    return chat.only(self.render_chats([messages]))
-
-  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
-    """The text of each chat, or the error; see chat.render."""
-    return chat.render(
-      self._special.chat_template,
-      chats,
-      where=self._special.where,
-      bos=self._special.bos_text,
-      eos=self._special.eos_text,
-      special=self._special_ids,
-      named=self._special.named,
-      clock=self._special.clock,
-    )
-
-  @property
-  def has_clock(self) -> bool:
-    """Whether the chat template asks for the date."""
-    return chat.has_clock(self._special.chat_template)
-
-  @property
-  def clock(self) -> str | None:
-    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
-    return self._special.clock if self.has_clock else None
-
-  def save(self, directory: str | os.PathLike):
-    """Writes tokenizer.model, and also tokenizer_config.json if there are special tokens."""
-    directory = pathlib.Path(directory)
-    if self._special_ids:
-      special_tokens.write_folder(directory, self._special, None)
-    special_tokens.write_whole(directory / _MODEL_FILE, self.model)
 
 
 def train_tokenizer(

@@ -1,10 +1,14 @@
-"""Sums, means, variances and whitening over the True places of a mask.
+"""Sums, means, variances and whitening over the True places of a mask; and the mask of some tokens.
 
-Called by surrogate.py, preference.py and rl/experience.py. Imports no config and no model.
+Called by surrogate.py, preference.py and rl/ (experience, sampling and slots). Imports no config and no model.
 
-Every function first puts 0 at the masked places and computes only then. So what stands in padding, NaN included,
-reaches neither the value nor the gradient (details item 24). Sums are taken in float32 whatever the input's type.
+Every function of a mask first puts 0 at the masked places and computes only then. So what stands in padding, NaN
+included, reaches neither the value nor the gradient (details item 24). Sums are taken in float32 whatever the input's
+type.
 """
+
+import functools
+from collections.abc import Sequence
 
 import chex
 import jax
@@ -63,3 +67,10 @@ def _count(mask: jax.Array, axis: Axis = None) -> jax.Array:
 def _check(x: jax.Array, mask: jax.Array) -> None:
   chex.assert_equal_shape([x, mask])
   chex.assert_type([x, mask], [float, bool])
+
+
+def is_any(token: jax.Array, ids: Sequence[int | jax.Array]) -> jax.Array:
+  """Whether each token is one of these ids; of no ids, none is."""
+  first = token == ids[0] if ids else jnp.zeros(token.shape, bool)
+  # One comparison for each id: there are a handful, and with one id this is that comparison alone.
+  return functools.reduce(lambda found, i: found | (token == i), ids[1:], first)

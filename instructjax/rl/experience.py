@@ -26,7 +26,7 @@ class Nets:
     policy: network of the policy and of its frozen reference.
     scalar: network of the reward model and of the value network.
     policy_tx, value_tx: their optimisers.
-    eos_id: the token that ends an answer.
+    stop_ids: the tokens that end an answer.
     max_response_length: R, the most tokens of an answer, its EOS included.
     slots: rows decoded at once; 0 for the whole batch.
   """
@@ -35,7 +35,7 @@ class Nets:
   scalar: transformer.Model
   policy_tx: optax.GradientTransformation
   value_tx: optax.GradientTransformation
-  eos_id: int
+  stop_ids: tuple[int, ...]
   max_response_length: int
   slots: int = 0
 
@@ -161,7 +161,7 @@ def from_rollout(
   with jax.named_scope("advantages"):
     # 2c. A response that never ends may get a fixed score instead (details item 22).
     response_BR = rollout.token_BL[:, rollout.prompt_length :]
-    has_eos_B = jnp.any((response_BR == nets.eos_id) & mask_BR, axis=1)
+    has_eos_B = jnp.any(masked.is_any(response_BR, nets.stop_ids) & mask_BR, axis=1)
     score_B = score_with_eos_rule(cfg, rm_score_B, has_eos_B)
     # 2d. The KL to the reference at each token lowers the reward (sec 3.5, eq. 2; details item 23).
     kl_BR = kl.estimate(behaviour_BR, ref_BR, kl.FORM)

@@ -6,13 +6,14 @@ stage.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
 from instructjax.models import decoding, transformer
+from instructjax.ops import masked
 from instructjax.rl.slots import generate as generate_in_slots
 
 _BLOCK = 256  # tokens of a block in `sample_token`: about the square root of a vocabulary of 50k
@@ -25,7 +26,7 @@ def generate(
   key: Array,
   *,
   max_new_tokens: int,
-  eos_id: int,
+  stop_ids: Sequence[int | Array],
   temperature: float,
   slots: int = 0,
 ) -> Rollout:
@@ -40,7 +41,7 @@ def generate(
     prompts: left-padded; every row has at least one token.
     key: typed key of this rollout; each row folds its index into it.
     max_new_tokens: R, the most tokens of a response, EOS included.
-    eos_id: ends a row, and is kept as its last token (details item 4).
+    stop_ids: any of these tokens ends a row, and is kept as its last token (details item 4).
     temperature: 1 in the paper's rollouts; 0 is greedy.
     slots: rows decoded at once; when a row ends, its slot takes the next prompt. 0 decodes all rows at once. The tokens
       do not depend on it.
@@ -56,8 +57,8 @@ def generate(
   draw = functools.partial(sample_token, temperature=temperature)
   task = (model, weights, prompts, uniform_BR, draw)
   if slots not in (0, len(prompts.token_BP)):
-    return generate_in_slots(*task, slots=slots, eos_id=eos_id)
-  return _generate_all_rows(*task, eos_id=eos_id)
+    return generate_in_slots(*task, slots=slots, stop_ids=stop_ids)
+  return _generate_all_rows(*task, stop_ids=stop_ids)
 
 
 @pytree
@@ -66,7 +67,7 @@ class _Rows:
 
   Attributes:
     token_BL, is_token_BL, logprob_BR: as in Rollout, up to the current step.
-    ended_B: True once a row has its EOS; after that it gets pads.
+    ended_B: True once a row has its stop token; after that it gets pads.
   """
 
   token_BL: Array
@@ -93,7 +94,7 @@ def _generate_all_rows(
   uniform_BR: Array,
   draw: Callable[[Array, Array], tuple[Array, Array]],
   *,
-  eos_id: int,
+  stop_ids: Sequence[int | Array],
 ) -> Rollout:
   """The plain loop: all rows at once, step by step. Arguments as for `slots.generate`."""
   num_rows, prompt_length = prompts.token_BP.shape
@@ -111,7 +112,7 @@ def _generate_all_rows(
       token_BL=set_column(rows.token_BL, new_token_B, prompt_length + t),
       is_token_BL=set_column(rows.is_token_BL, ~rows.ended_B, prompt_length + t),
       logprob_BR=set_column(rows.logprob_BR, new_logprob_B, t),
-      ended_B=rows.ended_B | (token_B == eos_id),
+      ended_B=rows.ended_B | masked.is_any(token_B, stop_ids),
     )
 
   # 1. Read the prompts, which fills the cache and predicts every row's first token.

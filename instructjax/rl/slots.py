@@ -17,7 +17,7 @@ It is not known beforehand which rows are the longest, and the last few should n
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
 from instructjax.models import decoding, transformer
+from instructjax.ops import masked
 from instructjax.parallel import constraints, sharding
 
 
@@ -101,7 +102,7 @@ class Task:
   is_prompt_XQP: Array
   uniform_XQR: Array
   draw: Callable[[Array, Array], tuple[Array, Array]]
-  eos_id: int
+  stop_ids: Sequence[int | Array]
 
 
 def generate(
@@ -112,7 +113,7 @@ def generate(
   draw: Callable[[Array, Array], tuple[Array, Array]],
   *,
   slots: int,
-  eos_id: int,
+  stop_ids: Sequence[int | Array],
 ) -> Rollout:
   """Samples one response for each prompt, decoding at most `slots` rows at a time. Traceable: call it inside jit.
 
@@ -123,7 +124,7 @@ def generate(
     uniform_BR: noise for each token of each row; R is the length limit.
     draw: (logits_BV, uniform_B) -> (token_B, logprob_B).
     slots: rows decoded at once, in all data shards together.
-    eos_id: ends a row, and is kept as its last token.
+    stop_ids: any of these tokens ends a row, and is kept as its last token.
   Returns:
     A Rollout, with rows in the order of the prompts.
   Raises:
@@ -137,7 +138,7 @@ def generate(
     )
   split = lambda x: constraints.shard_rows(x.reshape(shards, -1, *x.shape[1:]))
   arrays = (split(x) for x in (prompts.token_BP, prompts.is_prompt_BP, uniform_BR))
-  task = Task(model, weights, *arrays, draw=draw, eos_id=eos_id)
+  task = Task(model, weights, *arrays, draw=draw, stop_ids=stop_ids)
   widths = _widths(slots // shards)
   floors = [*widths[1:], 0]
   # 1. As long as rows wait, or more rows are busy than the next narrower loop has slots.
@@ -286,7 +287,7 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
 def _append(
   task: Task, output: Output, rows: Rows, token_B: Array, logprob_B: Array
 ) -> tuple[Output, Rows]:
-  """Adds the drawn tokens to the live rows, and ends rows that drew EOS or reached the length limit."""
+  """Adds the drawn tokens to the live rows, and ends rows that drew a stop token or reached the length limit."""
   _, num_rows, max_new_tokens = task.uniform_XQR.shape
   token_XS, logprob_XS = (x.reshape(rows.row_S.shape) for x in (token_B, logprob_B))
   length_XS = rows.length_S + rows.is_live_S
@@ -302,7 +303,9 @@ def _append(
   # A row that is not live writes past the last row, which 'drop' ignores.
   row_XS = jnp.where(rows.is_live_S, rows.row_S, num_rows)
   output = jax.vmap(write)(output, row_XS, length_XS, token_XS, logprob_XS)
-  is_live_XS = rows.is_live_S & (token_XS != task.eos_id) & (length_XS < max_new_tokens)
+  is_live_XS = (
+    rows.is_live_S & ~masked.is_any(token_XS, task.stop_ids) & (length_XS < max_new_tokens)
+  )
   rows = dataclasses.replace(rows, token_S=token_XS, length_S=length_XS, is_live_S=is_live_XS)
   return constraints.shard_rows((output, rows))
 

@@ -269,7 +269,7 @@ def train_step(
       batch["prompts"],
       rollout_key,
       max_new_tokens=nets.max_response_length,
-      eos_id=nets.eos_id,
+      stop_ids=nets.stop_ids,
       temperature=cfg.temperature,
       slots=nets.slots,
     )

@@ -51,6 +51,8 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
     (scratch / "weights").rmdir()
     if not is_scalar:
       given = {name: value for name, value in ids.items() if value is not None}
+      stops = opened.tokenizer.stop_ids
+      given |= {"eos_token_id": list(stops)} if len(stops) > 1 else {}
       _write(scratch / "generation_config.json", json.dumps(given, indent=2) + "\n")
     score_bias = json.loads((scratch / "config.json").read_text()).get(interop.SCORE_BIAS, 0.0)
     about = card.Export(out.name, "hf", which, "float32", _num_parameters(model), score_bias)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from instructjax.core.errors import UserError
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params, pytree
-from instructjax.data.tokenizer import Tokenizer
+from instructjax.data.tokenizer import Tokenizer, prompt_ids
 from instructjax.models import decoding, transformer
 from instructjax.rl import sampling, scoring
 from instructjax.train.weights import Weights
@@ -40,8 +40,8 @@ class Answer:
 
   text: str
   num_prompt_tokens: int
-  num_tokens: int  # EOS included
-  ended: bool  # by EOS, not by a limit
+  num_tokens: int  # the stop token included
+  ended: bool  # by a stop token, not by a limit
   prefill_seconds: float  # to the first token; no compilation
   decode_seconds: float  # for all the others
 
@@ -130,7 +130,7 @@ def answer(
 
   Args:
     speaker: a language model.
-    prompt: text; special tokens in it are recognised.
+    prompt: text; control tokens in it are recognised if a chat template made it.
     key: typed key of this answer.
     draw: how tokens are drawn.
     on_text: called with each piece of text as soon as it is certain; the pieces add up to the answer's text.
@@ -138,7 +138,7 @@ def answer(
     UserError: the prompt is empty, or fills the context.
   """
   tokenizer = speaker.tokenizer
-  ids = tokenizer.encode_prompt(prompt)
+  ids = prompt_ids(tokenizer, prompt)
   room = speaker.model.network.max_length - len(ids)
   if not ids:
     raise UserError(f"{speaker.name}: the prompt must hold at least one token, got {prompt[:40]!r}")
@@ -160,7 +160,8 @@ def answer(
     for token in _tokens(speaker, ids, uniform_BR, programs, min(room, draw.max_new_tokens)):
       tokens.append(token)
       times.append(time.perf_counter())
-      yield token
+      if token not in tokenizer.stop_ids:  # which may be a word elsewhere
+        yield token
 
   text = ""
   for piece in text_pieces(tokenizer, noted_tokens()):
@@ -170,7 +171,7 @@ def answer(
     text=text,
     num_prompt_tokens=len(ids),
     num_tokens=len(tokens),
-    ended=tokens[-1] == tokenizer.eos_id,
+    ended=tokens[-1] in tokenizer.stop_ids,
     prefill_seconds=times[1] - times[0],
     decode_seconds=times[-1] - times[1],
   )
@@ -203,7 +204,7 @@ def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
     UserError: prompt and answer are longer than the context.
   """
   tokenizer, limit = speaker.tokenizer, speaker.model.network.max_length
-  ids = tokenizer.encode_prompt(prompt) + tokenizer.encode(answer.text)
+  ids = prompt_ids(tokenizer, prompt) + tokenizer.encode(answer.text)
   ids += [tokenizer.eos_id] * answer.ended
   if len(ids) > limit:
     raise UserError(
@@ -225,7 +226,7 @@ def _pad_left(ids: list[int], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _tokens(speaker, ids, uniform_BR: Array, programs, limit: int) -> Iterator[int]:
-  """Yields the answer's tokens, EOS included, each as soon as it is known."""
+  """Yields the answer's tokens, the stop token included, each as soon as it is known."""
   first, following = programs
   state = first(speaker.weights, *_pad_left(ids, speaker.tokenizer.pad_id), uniform_BR)
   for step in range(limit):
@@ -233,7 +234,7 @@ def _tokens(speaker, ids, uniform_BR: Array, programs, limit: int) -> Iterator[i
       state = following(speaker.weights, state, uniform_BR)
     token = int(state.token_B[0])
     yield token
-    if token == speaker.tokenizer.eos_id:
+    if token in speaker.tokenizer.stop_ids:
       return
 
 

@@ -25,7 +25,8 @@ from tokenizers import decoders, normalizers
 
 from instructjax.core.errors import UserError, writing
 from instructjax.data import gguf_vocabulary
-from instructjax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from instructjax.data.sentence_pieces import SentencePieceTokenizer
+from instructjax.data.tokenizer import Tokenizer
 
 PAD_TOKEN = "<|pad|>"
 _CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -76,6 +77,8 @@ def write_files(
         f" reward or value model adds one of id {pad_id}"
       )
     config["pad_token"] = PAD_TOKEN
+  else:
+    config.pop("pad_token", None)
   with writing(directory):
     built.save(str(path))
     config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -98,7 +101,8 @@ def unigram(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer | None:
   if tokenizer.bos_id is not None:
     return None
   processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-  pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(tokenizer.vocab_size)]
+  num_pieces = processor.vocab_size()
+  pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(num_pieces)]
   unknown = processor.unk_id()
   pieces[unknown] = (_REPLACEMENT, pieces[unknown][1])
   special = [i for i in range(len(pieces)) if processor.is_control(i) or i == tokenizer.eos_id]
@@ -119,6 +123,10 @@ def unigram(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer | None:
   built.add_special_tokens(
     [tokenizers.AddedToken(pieces[i][0], special=True, normalized=False) for i in special]
   )
+  for i, token in sorted(tokenizer.added.items()):
+    built.add_tokens([tokenizers.AddedToken(token.content, **token.flags)])
+    if built.token_to_id(token.content) != i:
+      return None
   return built if _agree(tokenizer, built, processor) else None
 
 
@@ -131,7 +139,7 @@ def _agree(tokenizer, built, processor) -> bool:
   special = (processor.unk_id(), tokenizer.eos_id)
   words = [
     processor.id_to_piece(i).replace(_SPACE, " ")
-    for i in range(tokenizer.vocab_size)
+    for i in range(processor.vocab_size())
     if i not in special and not processor.is_control(i) and not processor.is_byte(i)
   ]
   spaces = [" a", "a  b", " a \n\n  b\n", " ", "\n", "\ufb01 \u2603"]  # a ligature, a rare sign
@@ -154,9 +162,19 @@ def gguf_metadata(tokenizer: Tokenizer) -> dict[str, Any]:
   return {
     **vocabulary,
     "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+    **_stops(tokenizer),
     "tokenizer.ggml.add_bos_token": tokenizer.bos_id is not None,
     "tokenizer.ggml.add_eos_token": False,
   }
+
+
+def _stops(tokenizer: Tokenizer) -> dict[str, int]:
+  """llama.cpp's two keys for stop tokens beside EOS: the end of a turn and of a message."""
+  others = tokenizer.stop_ids[1:]
+  if len(others) > 2:
+    logging.warning("%s has %d stop tokens, and GGUF holds three", tokenizer.path, 1 + len(others))
+  names = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+  return dict(zip(names, others))
 
 
 def _unigram_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
@@ -173,8 +191,11 @@ def _unigram_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     )
   processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
   ids = range(tokenizer.vocab_size)
+  known = range(processor.vocab_size())
 
   def kind(i: int) -> int:
+    if i not in known:
+      return _CONTROL if tokenizer.added[i].special else _USER_DEFINED
     if processor.is_unknown(i):
       return _UNKNOWN
     if processor.is_control(i):
@@ -183,8 +204,10 @@ def _unigram_metadata(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
   return {
     "tokenizer.ggml.model": "t5",
-    "tokenizer.ggml.tokens": [processor.id_to_piece(i) for i in ids],
-    "tokenizer.ggml.scores": [float(processor.get_score(i)) for i in ids],
+    "tokenizer.ggml.tokens": [
+      processor.id_to_piece(i) if i in known else tokenizer.added[i].content for i in ids
+    ],
+    "tokenizer.ggml.scores": [float(processor.get_score(i)) if i in known else 0.0 for i in ids],
     "tokenizer.ggml.token_type": [kind(i) for i in ids],
     "tokenizer.ggml.unknown_token_id": processor.unk_id(),
     "tokenizer.ggml.add_space_prefix": True,

@@ -15,7 +15,7 @@ import numpy as np
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Params, PromptBatch, Rollout
 from instructjax.data import packing
-from instructjax.data.tokenizer import Tokenizer
+from instructjax.data.tokenizer import Tokenizer, prompt_ids
 from instructjax.models import transformer
 from instructjax.parallel import distributed, sharding
 from instructjax.rl import sampling, scoring
@@ -54,16 +54,16 @@ def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.n
   return token_NP, token_NP != pad_id
 
 
-# `end_id` is an argument, not static: base models end at a newline and the others at EOS, in one compiled program.
+# `end_ids` is an argument, not static: base models end at a newline and the others at EOS, in one compiled program.
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature"))
-def _generate(model, params, prompts, key, end_id, max_new_tokens, temperature) -> Rollout:
+def _generate(model, params, prompts, key, end_ids, max_new_tokens, temperature) -> Rollout:
   return sampling.generate(
     model,
     params,
     prompts,
     key,
     max_new_tokens=max_new_tokens,
-    eos_id=end_id,
+    stop_ids=end_ids,
     temperature=temperature,
   )
 
@@ -119,8 +119,8 @@ def sample(
     key: key of all these answers; each row draws with its own place in the list.
     temperature: 0 is greedy.
     prompt_length: columns for the prompt; None for the limit in the data config.
-    to_newline: whether an answer ends at its first newline rather than at EOS, as a base model's does. It has no effect
-      if the tokenizer has no piece for the newline.
+    to_newline: whether an answer ends at its first newline rather than at a stop token, as a base model's does. It has
+      no effect if the tokenizer has no piece for the newline.
   Raises:
     UserError: a prompt is longer than prompt_length.
     Preempted: the run was told to stop.
@@ -131,15 +131,16 @@ def sample(
     raise UserError(f"prompt of {longest} tokens must not exceed {length} tokens")
   tokenizer = ctx.tokenizer
   max_new = ctx.config.data.max_response_length
-  end_id = tokenizer.eos_id
+  end_ids = tokenizer.stop_ids
   if to_newline and tokenizer.newline_id is not None:
-    end_id = tokenizer.newline_id
+    end_ids = (tokenizer.newline_id,)
 
   def one(start, token_BP, is_prompt_BP):
     # Random numbers follow a row's place in the whole list, so the size of chunks does not change the answers.
     index_B = start + np.arange(len(token_BP), dtype=np.int32)
     batch = sharding.place_rows(ctx.mesh, PromptBatch(token_BP, is_prompt_BP, index_B))
-    rollout = _generate(model, params, batch, key, np.int32(end_id), max_new, float(temperature))
+    ends = tuple(map(np.int32, end_ids))
+    rollout = _generate(model, params, batch, key, ends, max_new, float(temperature))
     return rollout.token_BL, rollout.is_token_BL, rollout.is_response_BR
 
   token_NL, is_token_NL, is_response_NR = _in_chunks(
@@ -151,7 +152,7 @@ def sample(
     token_NL=token_NL,
     is_token_NL=is_token_NL,
     is_response_NR=is_response_NR,
-    ended_N=np.any(response_NR == end_id, axis=1),
+    ended_N=np.isin(response_NR, end_ids).any(axis=1),
   )
 
 
@@ -165,12 +166,13 @@ def from_tokens(ctx: Context, prompts: list[list[int]], responses: list[list[int
     end = len(prompt) + len(response)
     row[:end] = prompt + response
     is_response_R[len(prompt) : end] = True
+  stops = set(ctx.tokenizer.stop_ids)
   return Answers(
     text=[ctx.tokenizer.decode(response) for response in responses],
     token_NL=token_NL,
     is_token_NL=token_NL != pad_id,
     is_response_NR=is_response_NR,
-    ended_N=np.array([ctx.tokenizer.eos_id in response for response in responses]),
+    ended_N=np.array([not stops.isdisjoint(response) for response in responses]),
   )
 
 
@@ -185,12 +187,12 @@ def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.nda
     (tokenizer.encode(answer) + [tokenizer.eos_id] * bool(ended))[:limit]
     for answer, ended in zip(text, ended_N)
   ]
-  return from_tokens(ctx, [tokenizer.encode_prompt(prompt) for prompt in prompts], responses)
+  return from_tokens(ctx, [prompt_ids(tokenizer, prompt) for prompt in prompts], responses)
 
 
 def decode(tokenizer: Tokenizer, response_NR: np.ndarray) -> list[str]:
-  """The texts of response rows, without EOS, pads and surrounding blanks."""
-  stop = (tokenizer.eos_id, tokenizer.pad_id)
+  """The texts of response rows, without stop tokens, pads and surrounding blanks."""
+  stop = (*tokenizer.stop_ids, tokenizer.pad_id)
   return [tokenizer.decode([int(t) for t in row if t not in stop]).strip() for row in response_NR]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from instructjax.core import results
 from instructjax.core.errors import UserError, writing
 from instructjax.data import sources
+from instructjax.data.tokenizer import prompt_ids
 from instructjax.stages import answers, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
 
@@ -35,7 +36,7 @@ def _sampled(
   order = np.concatenate([rng.permutation(len(prompts)) for _ in range(passes)])[:num_prompts]
   counts = rng.integers(cfg.min_responses, cfg.max_responses + 1, num_prompts)
   tokens = [
-    ctx.tokenizer.encode_prompt(prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)
+    prompt_ids(ctx.tokenizer, prompts[i].prompt) for i, k in zip(order, counts) for _ in range(k)
   ]
   key = ctx.key(f"{stage}/{split}")
   sampled = answers.sample(

@@ -17,6 +17,7 @@ from instructjax.core.errors import UserError, writing
 from instructjax.core.results import Evaluated
 from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
 from instructjax.data import sources
+from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
 from instructjax.parallel import sharding
 from instructjax.report import findings
@@ -70,7 +71,7 @@ def test_prompts(ctx: Context) -> list[str]:
   """
   texts = [record.prompt for record in ctx.data.records("prompts", "test")]
   limit = ctx.config.data.max_prompt_length
-  fitting = [text for text in texts if len(ctx.tokenizer.encode_prompt(text)) <= limit]
+  fitting = [text for text in texts if len(prompt_ids(ctx.tokenizer, text)) <= limit]
   return fitting[: ctx.config.evaluate.num_prompts]
 
 
@@ -83,7 +84,7 @@ def few_shot_prompts(ctx: Context, prompts: list[str]) -> tuple[list[str], int]:
   simulation = sources.require_simulation(ctx.config.data.prompts)
   texts = [simulation.few_shot_prompt(prompt) for prompt in prompts]
   context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
-  longest = max((len(ctx.tokenizer.encode_prompt(text)) for text in texts), default=0)
+  longest = max((len(prompt_ids(ctx.tokenizer, text)) for text in texts), default=0)
   if longest + answer > context:
     raise UserError(
       f"config.reward_model.max_length={context} must hold the few-shot prompt of {longest} tokens and"
@@ -103,7 +104,7 @@ def _sample(ctx: Context, name: str, prompts: list[str], stage: str) -> answers.
     ctx,
     model,
     policies.load(ctx, source),
-    [ctx.tokenizer.encode_prompt(text) for text in prompts],
+    [prompt_ids(ctx.tokenizer, text) for text in prompts],
     ctx.key(f"{stage}/{name}"),
     temperature=cfg.temperature,
     prompt_length=length,

@@ -30,7 +30,7 @@ _ADVICE = (
 
 
 def make_nets(
-  config: Config, mesh: Mesh, cfg: PPOConfig, vocab_size: int, eos_id: int
+  config: Config, mesh: Mesh, cfg: PPOConfig, vocab_size: int, stop_ids: tuple[int, ...]
 ) -> ppo_step.Nets:
   """The networks and optimisers of an RL stage.
 
@@ -41,7 +41,7 @@ def make_nets(
     config: the run's config.
     mesh: its devices.
     cfg: the PPO settings of the stage, see `lineage.variant`.
-    vocab_size, eos_id: those of the tokenizer.
+    vocab_size, stop_ids: those of the tokenizer.
   Raises:
     UserError: the warmup is as long as the stage.
   """
@@ -53,7 +53,7 @@ def make_nets(
     scalar=make_model(config, mesh, "reward", vocab_size),
     policy_tx=unclipped(cfg.policy_optim),
     value_tx=unclipped(cfg.value_optim),
-    eos_id=eos_id,
+    stop_ids=stop_ids,
     max_response_length=config.data.max_response_length,
     slots=config.rollout.slots,
   )
@@ -215,7 +215,7 @@ def model_flops(
 
 def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
   cfg = lineage.variant(ctx.config, stage)
-  return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.eos_id)
+  return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
 
 
 def check(ctx: Context, stage: str):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -55,14 +56,19 @@ def test_chat_templates_of_all_times(folder):
   read = special_tokens.read_folder
   assert read(folder()).chat_template is None
   assert read(folder(tokenizer_config={"chat_template": "one"})).chat_template == "one"
-  path = folder()
+  named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "two"}]
+  path = folder(tokenizer_config={"chat_template": named})
+  assert read(path).chat_template == "two"
   assert read(path).where.name == "tokenizer_config.json"
   (path / "chat_template.jinja").write_text("three")
   assert read(path).chat_template == "three"
   assert read(path).where.name == "chat_template.jinja"
 
 
-def test_bad_files_are_refused(tmp_path):
+def test_bad_files_are_refused(folder, tmp_path):
+  named = [{"name": "tool_use", "template": "x"}]
+  with pytest.raises(ValueError, match=r"must have one named 'default', has 'tool_use'"):
+    special_tokens.read_folder(folder(tokenizer_config={"chat_template": named}))
   for content, message in [("{", "config.json is not JSON: "), ("[]", "must hold a JSON object")]:
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -88,7 +94,7 @@ def test_bad_files_are_refused(tmp_path):
     (
       "generation_config.json",
       b'{"eos_token_id": -1}',
-      "eos_token must be a text or an id, got -1",
+      "eos_token_id must be a token's id, a whole number from 0 to 2097151, got -1",
     ),
   ],
 )
@@ -107,8 +113,20 @@ def test_what_is_written_is_read(tmp_path):
     chat_template="{{ x }}\n",
   )
   special_tokens.write_folder(tmp_path / "a", special, None)
-  assert special_tokens.read_folder(tmp_path / "a") == special
+  named = tuple(special_tokens.Added(text, is_named=True) for text in ("<s>", "é"))
+  again = special_tokens.read_folder(tmp_path / "a")
+  assert again == dataclasses.replace(special, added=named)
   assert [path.name for path in (tmp_path / "a").iterdir()] == ["tokenizer_config.json"]
+  more = dataclasses.replace(
+    special,
+    added=(special_tokens.Added("<|u|>", 9, rstrip=True, normalized=True, special=False),),
+    named=(("pad_token", "<p>"), ("image_token", "<i>")),
+    stops=(7, 2),
+  )
+  special_tokens.write_folder(tmp_path / "b", more, None)
+  again = special_tokens.read_folder(tmp_path / "b")
+  assert (again.named, again.stops) == (more.named, more.stops)
+  assert again.added[0] == dataclasses.replace(more.added[0], replaces=True)
 
 
 def test_named_tokens_and_the_clock_are_kept(folder, tmp_path):
@@ -123,4 +141,4 @@ def test_named_tokens_and_the_clock_are_kept(folder, tmp_path):
   # What another program or another run reads has no date of this run.
   special_tokens.write_folder(tmp_path / "copy", found, None)
   again = special_tokens.read_folder(tmp_path / "copy")
-  assert (again.named, again.clock) == (found.named, None)
+  assert (dict(again.named), again.clock) == (dict(found.named), None)

@@ -1,9 +1,11 @@
 """From records to token ids: what a row begins and ends with, and what is left out because it is too long."""
 
 import logging
+import re
 
 import pytest
 
+from instructjax.data.controls import Rendered
 from instructjax.data.records import Demonstration, Prompt, Ranking
 from instructjax.data.tokenize import (
   DemonstrationTokens,
@@ -20,15 +22,16 @@ class LetterTokenizer:
   """One token a character, from 2 on; with a BOS, prompts begin with it."""
 
   eos_id = EOS
+  control_pattern = re.compile("z+")
 
-  def __init__(self, bos=()):
-    self.bos = list(bos)
+  def __init__(self, bos_id=None):
+    self.bos_id = bos_id
 
   def encode(self, text):
     return [2 + ord(letter) - ord("a") for letter in text]
 
   def encode_prompt(self, text):
-    return self.bos + self.encode(text)
+    return [99]
 
 
 def test_details_9_long_prompts_are_left_out_and_counted(caplog):
@@ -65,13 +68,21 @@ def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos(caplog):
 
 
 def test_prompts_begin_as_the_tokenizer_says_and_responses_do_not():
-  tokenizer, limits = LetterTokenizer([0]), {"max_prompt_length": 2, "max_response_length": 3}
+  tokenizer, limits = LetterTokenizer(0), {"max_prompt_length": 2, "max_response_length": 3}
   assert tokenize_prompts([Prompt("a")], tokenizer, max_prompt_length=2) == [[0, 2]]
   records = [Demonstration("a", "b")]
   demonstrations = tokenize_demonstrations(records, tokenizer, **limits)
   assert demonstrations == [DemonstrationTokens([0, 2], [3])]
   rankings = tokenize_rankings([Ranking("a", ("b", "c"), (1, 2))], tokenizer, **limits)
   assert rankings == [RankingTokens([0, 2], [[3, EOS], [4, EOS]], [1, 2], None)]
+
+
+def test_only_what_a_template_made_holds_control_tokens(caplog):
+  records = [Prompt("ab"), Prompt("azz"), Prompt(Rendered("azz"))]
+  with caplog.at_level(logging.WARNING):
+    kept = tokenize_prompts(records, LetterTokenizer(), max_prompt_length=3)
+  assert kept == [[2, 3], [2, 27, 27], [99]]
+  assert "prompts: 1 of 3 prompts spell a control token, as 'zz', and are read as" in caplog.text
 
 
 def test_nothing_short_enough_is_an_error():

@@ -17,7 +17,7 @@ MASK_BR = np.arange(RESPONSE)[None] < RESPONSE_LENGTH_B[:, None]
 def make_nets(tiny_config) -> Nets:
   policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = optax.sgd(1.0)
-  return Nets(policy, scalar, tx, tx, eos_id=EOS, max_response_length=RESPONSE)
+  return Nets(policy, scalar, tx, tx, stop_ids=(EOS,), max_response_length=RESPONSE)
 
 
 def make_weights(nets: Nets, random_params):

@@ -170,7 +170,7 @@ def generate(quick_jit, policy):
 
 
 def _jitted(quick_jit, policy):
-  kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS)
+  kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,))
   return quick_jit(
     lambda params, prompts, key, temperature: sampling.generate(
       policy, params, prompts, key, temperature=temperature, **kwargs

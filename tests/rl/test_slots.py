@@ -48,7 +48,7 @@ def generate(quick_jit, policy):
   @functools.cache
   def one(position, layers, slots):
     model, _ = policy(position, layers)
-    kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=0.7, slots=slots)
+    kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=0.7, slots=slots)
     return quick_jit(
       lambda params, prompts: sampling.generate(model, params, prompts, KEY, **kwargs)
     )
@@ -105,7 +105,7 @@ def test_all_rows_at_once_is_the_plain_program(policy, prompts):
   model, params = policy("learned", "unroll")
 
   def program(slots):
-    kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=0.7)
+    kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=0.7)
     kwargs |= {} if slots is None else {"slots": slots}
     run = lambda params: sampling.generate(model, params, prompts, KEY, **kwargs)
     return str(jax.make_jaxpr(run)(params))
@@ -126,7 +126,9 @@ def scheduled(quick_jit, policy):
     )
     draw = lambda _, uniform_B: (jnp.where(uniform_B < 1, 7, EOS), uniform_B)
     weights = models.decode_weights(model, params)
-    return slots_lib.generate(model, weights, prompts, uniform_BR, draw, slots=slots, eos_id=EOS)
+    return slots_lib.generate(
+      model, weights, prompts, uniform_BR, draw, slots=slots, stop_ids=(EOS,)
+    )
 
   def one(lengths, slots):
     uniform_BR = np.random.default_rng(0).uniform(0, 0.9, (len(lengths), RESPONSE))
@@ -181,7 +183,7 @@ def test_eight_devices_have_a_queue_each(quick_jit, policy, prompts, expected, s
   model, params = policy("rope", "scan")
   mesh = sharding.make_mesh(MeshConfig(1, *shape))
   shardings, _ = models.param_shardings(mesh, model)
-  kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=0.7, slots=16)
+  kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=0.7, slots=16)
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, shardings), sharding.place_batch(mesh, prompts)
     run = quick_jit(
@@ -204,7 +206,7 @@ def test_slots_that_do_not_divide_over_the_shards_are_refused(policy, prompts):
   model, params = policy("rope", "scan")
   with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 8, 1, 1))):
     with pytest.raises(ValueError, match=r"slots=12 and rows=32 must be divisible by .* = 8"):
-      kwargs = dict(max_new_tokens=RESPONSE, eos_id=EOS, temperature=0.7, slots=12)
+      kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=0.7, slots=12)
       jax.eval_shape(lambda: sampling.generate(model, params, prompts, KEY, **kwargs))
 
 
@@ -212,7 +214,7 @@ def test_slots_that_do_not_divide_over_the_shards_are_refused(policy, prompts):
 def test_no_loop_copies_the_cache(policy, prompts, layers):
   model, params = policy("rope", layers)
   length = 29  # columns in all, a number that nothing else has
-  kwargs = dict(max_new_tokens=length - PROMPT, eos_id=EOS, temperature=0.7, slots=8)
+  kwargs = dict(max_new_tokens=length - PROMPT, stop_ids=(EOS,), temperature=0.7, slots=8)
   run = lambda params: sampling.generate(model, params, prompts, KEY, **kwargs)
   text = jax.jit(run).lower(params).compile().as_text()
   loops = text[: text.index("\nENTRY ")]

@@ -52,7 +52,7 @@ def configs(ppo_config):
 def nets(tiny_config, adam_config):
   policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = make_optimizer(adam_config, 100)
-  return ppo_step.Nets(policy, scalar, tx, tx, eos_id=EOS, max_response_length=RESPONSE)
+  return ppo_step.Nets(policy, scalar, tx, tx, stop_ids=(EOS,), max_response_length=RESPONSE)
 
 
 @pytest.fixture(scope="module")

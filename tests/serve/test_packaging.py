@@ -124,7 +124,7 @@ def test_the_same_greedy_continuation(run, tmp_path, quick_jit):
   generate = quick_jit(
     lambda params: (
       sampling.generate(
-        model, params, batch, jax.random.key(0), max_new_tokens=8, eos_id=-1, temperature=0.0
+        model, params, batch, jax.random.key(0), max_new_tokens=8, stop_ids=(-1,), temperature=0.0
       ).token_BL
     )
   )

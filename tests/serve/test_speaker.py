@@ -23,7 +23,7 @@ from tests.serve.speaking import DRAW, GREEDY, MEAN, PROMPT, answer
 def test_answers_are_those_of_generate(quick_jit, run, sft, draw):
   model, params = run[1]["sft"]
   ids, eos_id = sft.tokenizer.encode_prompt(PROMPT), sft.tokenizer.eos_id
-  options = dict(max_new_tokens=24, eos_id=eos_id, temperature=draw.temperature)
+  options = dict(max_new_tokens=24, stop_ids=(eos_id,), temperature=draw.temperature)
   generate = quick_jit(functools.partial(sampling.generate, model, **options))
   prompts = PromptBatch(np.int32([ids]), np.ones((1, len(ids)), bool), np.int32([0]))
   endings = set()

@@ -6,19 +6,18 @@ import numpy as np
 
 from instructjax.stages import answers
 
-EOS, PAD = 1, 40
+EOS, STOP, PAD = 1, 2, 40
 LIMITS = types.SimpleNamespace(max_prompt_length=3, max_response_length=4)
 
 
 class LetterTokenizer:
   """One token a letter, from 10 on."""
 
-  eos_id, pad_id = EOS, PAD
+  eos_id, pad_id, bos_id = EOS, PAD, None
+  stop_ids = (EOS, STOP)
 
   def encode(self, text):
     return [10 + ord(letter) - ord("a") for letter in text]
-
-  encode_prompt = encode
 
   def decode(self, ids):
     return "".join(" " if i == 9 else "$" if i == EOS else chr(ord("a") + i - 10) for i in ids)
@@ -49,6 +48,12 @@ def test_an_answer_follows_its_prompt():
   ]
   assert given.ended_N.tolist() == [True, False]
   assert given.text == ["d$", "efgh"]
+
+
+def test_an_answer_ends_at_any_stop_token():
+  given = answers.from_tokens(CONTEXT, [[10]] * 3, [[13, STOP], [13, EOS], [13]])
+  assert given.ended_N.tolist() == [True, True, False]
+  assert answers.decode(LetterTokenizer(), np.array([[13, STOP, PAD], [13, EOS, PAD]])) == ["d"] * 2
 
 
 def test_text_is_cut_to_the_limit_and_ends_where_it_was_sampled_to_end():

@@ -16,7 +16,7 @@ VOCAB, EOS, PROMPT, RESPONSE, DOCUMENT = 23, 0, 3, 6, 8
 def nets(tiny_config, adam_config):
   policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = make_optimizer(adam_config, 100)
-  return ppo_step.Nets(policy, scalar, tx, tx, eos_id=EOS, max_response_length=RESPONSE)
+  return ppo_step.Nets(policy, scalar, tx, tx, stop_ids=(EOS,), max_response_length=RESPONSE)
 
 
 def test_model_flops_of_an_iteration(ppo_config, nets):

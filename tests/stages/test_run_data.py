@@ -16,7 +16,7 @@ TOKENIZER = types.SimpleNamespace(
   bos_id=7,
   eos_id=1,
   encode=lambda text: [ord(c) for c in text],
-  encode_prompt=lambda text: [ord(c) for c in text],
+  control_pattern=None,
   render_chats=None,
 )
 
@@ -52,7 +52,7 @@ def test_what_is_read_is_kept(loaded, tmp_path):
 def test_tokens_of_documents_and_prompts(loaded, tmp_path):
   data = run_data(tmp_path)
   assert data.document_tokens("train")[0] == [7, 97, 98]  # BOS first
-  assert data.prompt_tokens("train") == [[97, 98]]  # the other has 99 tokens, 36 fit
+  assert data.prompt_tokens("train") == [[7, 97, 98]]  # the other has 99 tokens, 36 fit
 
 
 def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
