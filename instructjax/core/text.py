@@ -6,7 +6,9 @@ Such a text may hold what a terminal obeys (sequences that recolour it, rename i
 of right-to-left scripts, which reorder what is beside them.
 """
 
+import json
 import re
+from typing import Any
 
 _NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
 # Control characters of C0 and C1, DEL, line and paragraph separators, and lone surrogates, which cannot be encoded.
@@ -36,6 +38,13 @@ def isolated(text: str) -> str:
   """A `printable` text that does not reorder what is beside it, even if its script runs from right to left."""
   text = printable(text)
   return f"\u2068{text}\u2069" if _RIGHT_TO_LEFT.search(text) else text
+
+
+def json_line(value: Any) -> str:
+  """A value as JSON that may be printed: letters of all scripts stay, control characters are escaped."""
+  text = json.dumps(value, ensure_ascii=False)
+  # Outside of strings there are none, and inside them this is how JSON escapes.
+  return _NOT_IN_A_LINE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _escape(match: re.Match) -> str:

@@ -16,6 +16,7 @@ from instructjax.core import terminal
 from instructjax.core.errors import UserError, writing
 from instructjax.core.results import Evaluated
 from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
+from instructjax.core.text import json_line
 from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
@@ -264,7 +265,7 @@ def run(ctx: Context, stage: str):
   with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: measured[name].answer[i] for name in names}
-      file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
+      file.write(json_line({"prompt": prompt, "answers": row}) + "\n")
   summary = findings.summary(results)
   plain = {
     "policies": summary,

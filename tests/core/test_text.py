@@ -1,5 +1,6 @@
 """What becomes of characters that a terminal obeys or that reorder a line."""
 
+import json
 import unicodedata
 
 import pytest
@@ -49,3 +50,10 @@ def test_every_right_to_left_letter_is_isolated():
     if unicodedata.bidirectional(character) in ("R", "AL") and code not in (0x61C, 0x200F):
       assert text.isolated(f"a{character}") == f"\u2068a{character}\u2069", hex(code)
   assert text.isolated("a é 日\u202e") == r"a é 日\u202e"
+
+
+def test_json_that_may_be_printed_is_the_same_value():
+  value = {"é\x1b": ["\x7f\x9b\u202e\u2028", "\ud800", '"\\\n日']}
+  line = text.json_line(value)
+  assert json.loads(line) == value
+  assert line == r'{"é\u001b": ["\u007f\u009b\u202e\u2028", "\ud800", "\"\\\n日"]}'

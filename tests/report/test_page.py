@@ -116,6 +116,31 @@ def test_nothing_from_data_becomes_markup():
   assert document.text[None].count("onerror") == 2  # the title, and what ran
 
 
+def test_text_of_other_scripts_and_control_characters_stay_in_their_place():
+  results, hostile = example.results(), "\u202eאב\x1b[2J\x00\udcff[/b]"
+  base = dataclasses.replace(results.measured["base"], answer=[hostile] * 24)
+  results = dataclasses.replace(results, measured=results.measured | {"base": base})
+  made = {"evaluate": dataclasses.replace(finished_run.MADE, command=hostile)}
+  config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
+  text = page.page(config, [hostile] * 24, results, [], {}, made)
+  shown = r"\u202eאב\x1b[2J\x00\udcff[/b]"
+  assert f'<div class="prompt" dir="auto">{shown}</div>' in text
+  assert f'<p dir="auto">{shown}</p>' in text
+  assert f"<td><bdi>{shown}</bdi></td>" in text
+  assert f'dir="auto">preset\xa0{shown},' in text
+  text.encode()  # a path of bytes that are not UTF-8 does not fail after the last stage
+  assert not set(text) & set("\u202e\x1b\x00")
+
+
+def test_an_interval_stands_beside_its_own_value():
+  finding = {
+    "id": "topic_following",
+    "measured": {"ppo_ptx_minus_sft": 0.15, "sft": 0.5},
+    "interval": [0.1, 0.2],
+  }
+  assert page._measured(finding) == [("PPO-ptx − SFT", "15%", "[10%, 20%]"), ("SFT", "50%", "")]
+
+
 def test_where_the_run_comes_from(written):
   _, document, _, _ = written
   text = document.text["made"]
