@@ -4,6 +4,8 @@ A mistake by the user is reported in one line, a bug with its traceback. Called 
 commands of launch/. This module does not import JAX, so that --help and bad flags are answered at once.
 """
 
+import io
+import logging as python_logging
 import os
 import sys
 import traceback
@@ -14,6 +16,7 @@ from absl import app, flags, logging
 import instructjax
 from instructjax.core import environment
 from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, raiser, reason
+from instructjax.core.text import printable, printable_lines
 from instructjax.parallel import distributed, memory
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
@@ -87,12 +90,42 @@ def _what_to_mend(error: Exception) -> str | None:
   return None
 
 
+class _Sentence(python_logging.Formatter):
+  """A log record as a sentence: `warning: 3 of 9 records are too long`."""
+
+  def format(self, record: python_logging.LogRecord) -> str:
+    text = f"{record.levelname.lower()}: {printable_lines(record.getMessage())}"
+    return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _require_unicode(argv: list[str]):
+  """Checks that the command line is UTF-8, since paths and prompts go to libraries that cannot take anything else.
+
+  Raises:
+    UserError: a byte of it is not.
+  """
+  for number, word in enumerate(argv[1:], start=1):
+    name, equals, value = word.partition("=")
+    is_flag = bool(equals) and word.startswith("-") and name.isprintable()
+    try:
+      (value if is_flag else word).encode()
+    except UnicodeEncodeError as error:  # Python represents such bytes as lone surrogates
+      what = name if is_flag else f"argument {number}"
+      raise UserError(f"{what} is not UTF-8 (character {error.start + 1})") from error
+
+
+def _show_odd_characters():
+  """Prints characters that stdout's encoding lacks as escapes, instead of raising UnicodeEncodeError."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _say(message: str):
   """Prints a message to stderr, after the traceback if the user has set --verbosity to debug the program."""
   verbosity = flags.FLAGS["verbosity"]
   if verbosity.present and (verbosity.value or 0) >= logging.INFO:
     traceback.print_exc()
-  print(message, file=sys.stderr)
+  print(printable(message), file=sys.stderr)
 
 
 def _ready(argv: list[str]) -> list[str]:
@@ -100,6 +133,8 @@ def _ready(argv: list[str]) -> list[str]:
   if not flags.FLAGS["verbosity"].present:
     # absl's default also shows internal messages of JAX and orbax.
     logging.set_verbosity(logging.WARNING)
+    # And it begins each line with the time, the process and the line of code, which help only who debugs.
+    logging.get_absl_handler().setFormatter(_Sentence())
   memory.keep_freed_memory()
   return argv[1:]
 
@@ -110,6 +145,8 @@ def _parse(argv: list[str]) -> list[str]:
   Raises:
     UserError: a flag is unknown or has a bad value.
   """
+  _require_unicode(argv)
+  _show_odd_characters()
   try:
     return flags.FLAGS(argv)
   except UserError:

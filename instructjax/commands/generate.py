@@ -35,6 +35,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is 
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens with this probability.")
 _GREEDY = flags.DEFINE_bool("greedy", False, "The likeliest token each time: --temperature=0.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Longest answer, in tokens.")
+_NUM_SAMPLES = flags.DEFINE_integer(
+  "num_samples", 1, "Answers to each prompt, drawn with different random numbers."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "The same command with the same seed gives the same text.")
 _CHAT = flags.DEFINE_bool(
   "chat",
@@ -55,12 +58,14 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint must have a value: runs/demo/ppo_ptx, a model folder or a .gguf")
-  for name, text in [("prompt", text) for text in _PROMPT.value] + [("system", _SYSTEM.value)]:
-    _require_unicode(text, f"--{name}")
   texts = [_read(path) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
   if has_prompt == _INTERACTIVE.value:  # neither or both
     raise UserError("one of --prompt, --prompt_file and --interactive must be given")
+  if _INTERACTIVE.value and _NUM_SAMPLES.value != 1:
+    raise UserError(
+      f"--num_samples={_NUM_SAMPLES.value} must be 1 with --interactive: a conversation goes on from one answer"
+    )
   # Imported here so that --help and bad flags are answered at once.
   from instructjax.serve import dialogue
 
@@ -70,6 +75,7 @@ def main(arguments: list[str]):
       top_p=_TOP_P.value,
       max_new_tokens=_MAX_NEW_TOKENS.value,
     ),
+    num_samples=_NUM_SAMPLES.value,
     seed=_SEED.value,
     chat=_CHAT.value,
     system=_SYSTEM.value,
@@ -80,19 +86,6 @@ def main(arguments: list[str]):
   else:
     prompts = [dialogue.unescape(prompt) for prompt in _PROMPT.value] + texts
     dialogue.answer_all(panel, prompts, settings)
-
-
-def _require_unicode(text: str, where: str):
-  """Checks that a text from the command line is valid Unicode.
-
-  Raises:
-    UserError: the text contains bytes that are not UTF-8.
-  """
-  # Python represents such bytes of the command line as lone surrogates, which cannot be encoded.
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(f"{where} is not UTF-8 (character {error.start + 1})") from error
 
 
 def _read(path: str) -> str:

@@ -1,7 +1,7 @@
 """Errors that the user can fix. Commands print them as one line without a traceback, and exit with code 2.
 
 Any part may raise them. Every other exception, including a plain ValueError, is a bug in this package and keeps its
-traceback (see commands/cli.py). This module imports nothing else of the project.
+traceback (see commands/cli.py). Of the project this module imports text only.
 """
 
 import contextlib
@@ -9,6 +9,8 @@ import errno
 import os
 import pathlib
 import re
+
+from instructjax.core.text import printable
 
 # Errors that come from the state of the file system (full, read-only, missing, not permitted), not from a bug.
 _REFUSALS = (
@@ -94,7 +96,7 @@ def raiser(error: BaseException) -> str:
 
 def one_line(error: BaseException) -> str:
   """An error's whole message in one line, or the name of its type if it has no message."""
-  return " ".join(str(error).split()) or type(error).__name__
+  return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def reason(error: Exception) -> str:
@@ -104,5 +106,4 @@ def reason(error: Exception) -> str:
   """
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
   line = line.split(" See full TensorStore details")[0].rstrip(".")
-  line = "".join(letter if letter.isprintable() else "?" for letter in line)
-  return line if len(line) <= 200 else "..." + line[-200:]
+  return printable(line if len(line) <= 200 else "..." + line[-200:])

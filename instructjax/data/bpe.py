@@ -93,6 +93,7 @@ class HuggingFaceTokenizer:
       special.chat_template,
       named=tuple((name, t) for name, t in special.named if tokenizer.token_to_id(t) is not None),
       stops=self.stop_ids if len(self.stop_ids) > 1 else (),
+      clock=special.clock,
     )
     self._definition = tokenizer.to_str()
     self._prompts = tokenizer
@@ -102,6 +103,7 @@ class HuggingFaceTokenizer:
     self.newline_id = newline[0] if len(newline) == 1 else None
     parts = [self._definition, bos, eos, adds_bos, special.chat_template]
     parts += [self._special.stops] if self._special.stops else []
+    parts += [self._special.named] if self.has_chat_template else []
     self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise UserError(
@@ -201,21 +203,25 @@ class HuggingFaceTokenizer:
     Raises:
       UserError: see controls.render.
     """
+    return chat.only(self.render_chats([messages]))
 
-    def template(messages: Sequence[Mapping]) -> str:
-      return chat.render(
-        self._special.chat_template,
-        messages,
-        where=self._special.where,
-        bos=self._special.bos_text,
-        eos=self._special.eos_text,
-        special=self._control_texts.values(),
-      )
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
+    """The text of each chat, or the error; see controls.render_all."""
 
     def spelled(text: str) -> list[int]:
       return [i for i in self._encoding(self._prompts, text).ids if i in self._control_ids]
 
-    return controls.render(template, messages, spelled, self._control_texts)
+    return controls.render_all(self._special, chats, spelled, self._control_texts)
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the chat template asks for the date."""
+    return chat.has_clock(self._special.chat_template)
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+    return self._special.clock if self.has_clock else None
 
   def save(self, directory: str | os.PathLike):
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer can read as well."""

@@ -1,6 +1,6 @@
 """Control tokens: those that end a turn, begin one or name a role, which no text of a user may produce.
 
-Called by tokenizer and bpe. Imports the errors and special_tokens.
+Called by tokenizer, bpe and sentence_pieces. Imports chat, special_tokens and strict_json.
 
 Files mark them badly. A token may be in the middle of a chat template and be called an ordinary one, so that a prompt
 that spells it would speak in another role. Here a token is a control token by what it is used for: as EOS, BOS, pad,
@@ -12,9 +12,10 @@ import functools
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from instructjax.core.errors import UserError
+from instructjax.data import chat
 from instructjax.data.special_tokens import SpecialTokens
 from instructjax.data.strict_json import quote
 
@@ -195,6 +196,48 @@ def render(
         " holds a part"
       )
   return Rendered(text)
+
+
+def render_all(
+  special: SpecialTokens,
+  chats: Sequence[Sequence[Mapping]],
+  spelled: Callable[[str], list[int]],
+  control_texts: Mapping[int, str],
+) -> Iterator[Rendered | UserError]:
+  """Renders many chats with a tokenizer's template, see `render`; gives an error in place of a chat that is refused.
+
+  Args:
+    special: the template and what it may use.
+    chats: messages of each chat.
+    spelled, control_texts: see `render`.
+  Raises:
+    UserError: see chat.render.
+  """
+
+  def texts(chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
+    return chat.render(
+      special.chat_template,
+      chats,
+      where=special.where,
+      bos=special.bos_text,
+      eos=special.eos_text,
+      special=control_texts.values(),
+      named=special.named,
+      clock=special.clock,
+    )
+
+  def template(text: str, messages: Sequence[Mapping], asked: Sequence[Mapping]) -> str:
+    """The text of a chat, rendered already, or that of another one which is compared with it."""
+    return text if asked is messages else chat.only(texts([asked]))
+
+  for messages, text in zip(chats, texts(chats)):
+    if isinstance(text, UserError):
+      yield text
+      continue
+    try:
+      yield render(functools.partial(template, text, messages), messages, spelled, control_texts)
+    except UserError as error:
+      yield error
 
 
 def _touches(text: str, control_texts: frozenset[str]) -> bool:

@@ -10,7 +10,7 @@ import json
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import sentencepiece
 
@@ -145,10 +145,12 @@ class SentencePieceTokenizer:
         added=tuple(dataclasses.replace(token, id=i) for i, token in self.added.items()),
         named=tuple((name, t) for name, t in special.named if self._has(t)),
         stops=self.stop_ids if len(self.stop_ids) > 1 else (),
+        clock=special.clock,
       )
       more = [[i, t.content, *t.flags.values()] for i, t in self.added.items()], self.stop_ids
       parts = [bos, eos, special.adds_bos, template]
       parts += more if self.added or self._special.stops else ()
+      parts += [self._special.named] if template is not None else []
       digest.update(json.dumps(parts).encode())
     self.has_chat_template = self._special.chat_template is not None
     self.fingerprint = digest.hexdigest()
@@ -285,22 +287,26 @@ class SentencePieceTokenizer:
     Raises:
       UserError: see controls.render.
     """
+    return chat.only(self.render_chats([messages]))
 
-    def template(messages: Sequence[Mapping]) -> str:
-      return chat.render(
-        self._special.chat_template,
-        messages,
-        where=self._special.where,
-        bos=self._special.bos_text,
-        eos=self._special.eos_text,
-        special=self._control_texts.values(),
-      )
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
+    """The text of each chat, or the error; see controls.render_all."""
 
     def spelled(text: str) -> list[int]:
       ids = self._encode(text, self._processor, self._prompt_pattern)
       return [i for i in ids if i in self._control_texts]
 
-    return controls.render(template, messages, spelled, self._control_texts)
+    return controls.render_all(self._special, chats, spelled, self._control_texts)
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the chat template asks for the date."""
+    return chat.has_clock(self._special.chat_template)
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+    return self._special.clock if self.has_clock else None
 
   def save(self, directory: str | os.PathLike):
     """Writes tokenizer.model, and also tokenizer_config.json if there are special tokens."""

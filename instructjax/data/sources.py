@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from instructjax.core.errors import UserError
@@ -121,7 +121,7 @@ def checksum(spec: str) -> str:
 
 def render(
   records: Sequence[Record],
-  render_chat: Callable[[Sequence[Mapping[str, str]]], str],
+  render_chats: Callable[[Sequence[Sequence[Mapping[str, str]]]], Iterable[str | UserError]],
   *,
   on_bad_record: Literal["raise", "skip"],
 ) -> Sequence[Record]:
@@ -129,29 +129,35 @@ def render(
 
   Args:
     records: records of one kind.
-    render_chat: converts messages with role and content to text, with the tokenizer's chat template. It is called for
-      chat prompts only, so plain prompts work with a tokenizer that has no template.
-    on_bad_record: what to do with a prompt that render_chat refuses, as in `load`. A template may require that user and
+    render_chats: converts lists of messages with role and content to text, with the tokenizer's chat template; gives
+      an error for one that it refuses. It is called for chat prompts only, so plain prompts work with a tokenizer that
+      has no template.
+    on_bad_record: what to do with a prompt that is refused, as in `load`. A template may require that user and
       assistant take turns, and no message may contain a special token.
 
   Raises:
-    UserError: render_chat refused a prompt and on_bad_record is raise, or no record is left. The message has the kind
-      of record and the prompt's number among `records`.
+    UserError: a prompt was refused and on_bad_record is raise, or no record is left. The message has the kind of record
+      and the prompt's number among `records`. Or the template itself cannot be used.
   """
-  if not any(_is_chat(record) for record in records):
+  chats = [
+    [{"role": role, "content": text} for role, text in record.prompt.messages]
+    for record in records
+    if not isinstance(record, Document) and isinstance(record.prompt, Chat)
+  ]
+  if not chats:
     return records
   name = f"data.{_KIND_OF[type(records[0])]}"
   rendered, bad = [], []
+  texts = iter(render_chats(chats))
   for number, record in enumerate(records, start=1):
     if not isinstance(record, Document) and isinstance(record.prompt, Chat):
-      messages = [{"role": role, "content": text} for role, text in record.prompt.messages]
-      try:
-        record = dataclasses.replace(record, prompt=render_chat(messages))
-      except UserError as error:
-        bad.append(f"chat prompt {number} cannot be made text: {error}")
+      text = next(texts)
+      if isinstance(text, UserError):
+        bad.append(f"chat prompt {number} cannot be made text: {text}")
         if on_bad_record == "raise":
-          raise UserError(f"{name}: {bad[0]}") from error
+          raise UserError(f"{name}: {bad[0]}") from text
         continue
+      record = dataclasses.replace(record, prompt=text)
     rendered.append(record)
   _warn_of_skipped(name, bad, len(records))
   if not rendered:
@@ -163,10 +169,6 @@ def _warn_of_skipped(name: str, bad: Sequence[str], total: int):
   if bad:
     first = "; ".join(bad[:_LISTED]) + ("; ..." if len(bad) > _LISTED else "")
     logger.warning("%s: skipped %d of %d records: %s", name, len(bad), total, first)
-
-
-def _is_chat(record: Record) -> bool:
-  return not isinstance(record, Document) and isinstance(record.prompt, Chat)
 
 
 def simulation(spec: str):

@@ -1,6 +1,6 @@
 """Reads and writes the files beside a vocabulary: added tokens, those that begin and end a text, the chat template.
 
-Called by tokenizer, bpe and gguf_vocabulary. Imports nothing of the project but the errors and strict_json.
+Called by tokenizer, bpe and gguf_vocabulary. Imports chat_files and strict_json.
 
 Hugging Face spreads this information over several files in a model's folder. The EOS token is taken from the first file
 that names it, in the order tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json. The
@@ -20,14 +20,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from instructjax.core.errors import UserError
-from instructjax.data import strict_json
+from instructjax.data import chat_files, strict_json
 from instructjax.data.strict_json import quote
 
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 GENERATION = "generation_config.json"
-TEMPLATE = "chat_template.jinja"
 
 # The tokens that transformers knows by a name, in its order, in which it also adds those that are new.
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -76,6 +75,7 @@ class SpecialTokens:
     stops: ids at which sampling ends, from settings for generation.
     model_stops: the same from the model's own config, whose defaults may be meant for another vocabulary.
     rows: rows of the model's embedding table; None if no file says.
+    clock: the date and time that the template sees, see chat.render; None if the files fix none.
   """
 
   where: pathlib.Path
@@ -88,6 +88,7 @@ class SpecialTokens:
   stops: tuple[int, ...] = ()
   model_stops: tuple[int, ...] = ()
   rows: int | None = None
+  clock: str | None = None
 
   @property
   def bos_text(self) -> str | None:
@@ -104,8 +105,7 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
   """Reads the special tokens of a Hugging Face folder. Missing files are skipped.
 
   Raises:
-    UserError: a file is not JSON, an entry has the wrong type, or there are several chat templates and none is named
-      "default".
+    UserError: a file is not JSON, an entry has the wrong type, or see chat_files.find.
   """
   names = (CONFIG, MAP, GENERATION, "config.json")
   options, special, *with_ids = (_read_json(folder / name) for name in names)
@@ -116,7 +116,7 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
     for name, file in zip(names[2:], with_ids)
   ]
   eos = [texts.get("eos_token"), *(ids[0] for ids in eos_lists if ids)]
-  where, template = _template(folder, options)
+  where, template = chat_files.find(folder, folder / CONFIG, options.get("chat_template"))
   content = lambda token: token.content if isinstance(token, Added) else token
   rows = with_ids[1].get("vocab_size")
   return SpecialTokens(
@@ -134,34 +134,8 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
     stops=eos_lists[0],
     model_stops=() if eos_lists[0] else eos_lists[1],
     rows=rows if type(rows) is int and rows > 0 else None,
+    clock=chat_files.read_clock(folder),
   )
-
-
-def _template(folder: pathlib.Path, options: Mapping) -> tuple[pathlib.Path, str | None]:
-  """The file in which a template was looked for, and the template."""
-  where, template = folder / CONFIG, options.get("chat_template")
-  if (folder / TEMPLATE).is_file():  # transformers 5 writes it here, and prefers it when reading
-    where = folder / TEMPLATE
-    return where, strict_json.read_text(where)
-  if isinstance(template, list):
-    named = {}
-    for entry in template:
-      if not (isinstance(entry, dict) and isinstance(entry.get("name"), str)):
-        raise UserError(
-          f"{where}: chat_template must be text or a list of objects with name and template, has"
-          f" {quote(entry)}"
-        )
-      named[entry["name"]] = entry.get("template")
-    template = named
-  if isinstance(template, dict):
-    if "default" not in template:
-      raise UserError(
-        f"{where}: chat_template must have one named 'default', has {quote(list(template))}"
-      )
-    template = template["default"]
-  if not isinstance(template, str | None):
-    raise UserError(f"{where}: chat_template must be text, got {type(template).__name__}")
-  return where, template
 
 
 def _texts(content: Mapping, path: pathlib.Path) -> dict[str, Added | int]:

@@ -159,7 +159,11 @@ def _report(kind: str, kept: int, **left_out: int):
   """
   reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
   if any(left_out.values()):
-    logger.warning("%s: kept %d; left out for length: %s", kind, kept, reasons)
+    counts = {name.removeprefix("long_"): count for name, count in left_out.items() if count}
+    what = " and ".join(
+      f"{count} {name if count > 1 else name.removesuffix('s')}" for name, count in counts.items()
+    )
+    logger.warning("%s: left out because too long: %s; %d are kept", kind, what, kept)
   if not kept and any(left_out.values()):
     raise UserError(
       f"{kind}: every record is too long ({reasons});"

@@ -19,7 +19,7 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -92,8 +92,23 @@ class Tokenizer(Protocol):
       UserError: see controls.render.
     """
 
+  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
+    """The text of each chat, or the error; much faster than one `render_chat` after the other.
+
+    Raises:
+      UserError: see chat.render.
+    """
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the chat template asks for the date, so that a chat's text depends on it."""
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+
   def save(self, directory: str | os.PathLike):
-    """Writes files from which `load(directory)` restores the same tokenizer."""
+    """Writes files from which `load(directory)` restores the same tokenizer, but for its clock."""
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

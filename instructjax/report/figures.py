@@ -31,6 +31,7 @@ _STYLE = {
   "lines.linewidth": 1.8,
   "figure.facecolor": "none",
   "axes.facecolor": "none",
+  "text.parse_math": False,  # a dollar sign is a dollar sign
   "svg.fonttype": "none",
   "svg.hashsalt": "report",
 } | {

@@ -253,7 +253,7 @@ def _topic_following(results, bootstrap, rng):
     "topic_following",
     "More answers do what the prompt asks (name its topic) after PPO-ptx than after SFT.",
     "PPO models more often attempt the correct instruction and satisfy its constraints (fig. 4)",
-    shares,
+    {"ppo_ptx_minus_sft": gained, **shares},
     interval,
     gained >= TOPIC_GAIN,
   )
@@ -267,7 +267,8 @@ def find(results: Results, *, bootstrap: int, seed: int) -> list[dict]:
     bootstrap: number of resamples for the 95% intervals.
     seed: seed of the resampling.
   Returns:
-    Objects {id, claim, paper, measured, interval, holds}. `interval` is one 95% interval, or one for each value.
+    Objects {id, claim, paper, measured, interval, holds}. `interval` is the 95% interval of the first value, or a list
+    with one for each of the first values.
   """
   rng = np.random.default_rng(seed)
   wins = win_matrix(results, bootstrap=bootstrap, seed=seed)

@@ -26,31 +26,31 @@ def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
   RL runs of their first iteration, which samples before any update.
 
   Returns:
-    {'best_of_n' or 'rl': {'distance', 'gold', 'reward'}}, one number for each n or each iteration.
+    {'best_of_n' or 'rl': {'distance', 'gold', 'reward'}}, one number for each n or each iteration. Without 'gold' if
+    the answers have no gold score.
   """
   init = results.measured.get("ppo_init")
-  if init is None or init.gold is None:
+  if init is None:
     return {}
-  deviation = {"gold": float(np.std(init.gold)) or 1.0, "reward": float(np.std(init.reward)) or 1.0}
+  answers = (
+    {"reward": init.reward} if init.gold is None else {"gold": init.gold, "reward": init.reward}
+  )
+  deviation = {key: float(np.std(values)) or 1.0 for key, values in answers.items()}
   found = {}
   if results.best_of_n:
-    kl, gold, reward = column(map(vars, results.best_of_n), "kl", "gold", "reward")
-    found["best_of_n"] = {
-      "distance": np.sqrt(kl),
-      "gold": (gold - gold[0]) / deviation["gold"],
-      "reward": (reward - reward[0]) / deviation["reward"],
+    kl, *rows = column(map(vars, results.best_of_n), "kl", *answers)
+    found["best_of_n"] = {"distance": np.sqrt(kl)} | {
+      key: (row - row[0]) / deviation[key] for key, row in zip(answers, rows)
     }
-  runs = {name: column(rows, "kl", "gold", "reward") for name, rows in results.curves.items()}
+  runs = {name: column(rows, "kl", *answers) for name, rows in results.curves.items()}
   runs = {name: run for name, run in runs.items() if len(run[0])}
   if "ppo_beta0" in runs:
-    kl, gold, reward = runs["ppo_beta0"]
+    kl, *rows = runs["ppo_beta0"]
     # All RL runs begin with samples of the same policy, so the mean over runs is a better estimate than one run's.
-    gold_origin, reward_origin = (np.mean([run[i][0] for run in runs.values()]) for i in (1, 2))
-    found["rl"] = {
-      # A KL near 0, as at the start, may be estimated below 0.
-      "distance": np.sqrt(np.maximum(kl, 0)),
-      "gold": (gold - gold_origin) / deviation["gold"],
-      "reward": (reward - reward_origin) / deviation["reward"],
+    origins = [np.mean([run[i][0] for run in runs.values()]) for i in range(1, 1 + len(answers))]
+    # A KL near 0, as at the start, may be estimated below 0.
+    found["rl"] = {"distance": np.sqrt(np.maximum(kl, 0))} | {
+      key: (row - origin) / deviation[key] for key, row, origin in zip(answers, rows, origins)
     }
   return found
 

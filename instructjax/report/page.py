@@ -18,6 +18,7 @@ import numpy as np
 from instructjax.core import provenance
 from instructjax.core.errors import writing
 from instructjax.core.provenance import Provenance
+from instructjax.core.text import printable, printable_lines
 from instructjax.report import figures, findings, overoptimization, panels
 from instructjax.report.results import Measured, Results
 
@@ -80,13 +81,13 @@ def _drawn(*args, **kwargs) -> markupsafe.Markup:
 
 
 def _measured(finding: dict) -> list[tuple[str, str, str]]:
-  """Rows of (label, value, interval). An interval that belongs to no single value comes last, without a value."""
+  """Rows of (label, value, interval), the interval empty for a value that has none."""
   show = _percent if finding["id"] in _PERCENT else number
   between = lambda bounds: f"[{show(bounds[0])}, {show(bounds[1])}]"
   values, intervals = finding["measured"], finding["interval"]
   if intervals and not isinstance(intervals[0], (list, tuple)):
-    intervals = [intervals] if len(values) == 1 else []
-  rows = [
+    intervals = [intervals]
+  return [
     (
       _LABELS.get(name, name.replace("_", " ")),
       show(value),
@@ -94,9 +95,6 @@ def _measured(finding: dict) -> list[tuple[str, str, str]]:
     )
     for i, (name, value) in enumerate(values.items())
   ]
-  if finding["interval"] and not intervals:
-    rows.append(("95% interval", "", between(finding["interval"])))
-  return rows
 
 
 def _findings(found: list[dict]) -> list[dict]:
@@ -128,12 +126,12 @@ def _samples(prompts: list[str], measured: Mapping[str, Measured]) -> list[tuple
     scores.append(f"reward {number(float(found.reward[i]))}")
     return {
       "policy": name,
-      "text": found.answer[i].strip(),
+      "text": printable_lines(found.answer[i].strip()),
       "small": " · ".join(scores) + ("" if found.ended[i] else " · cut off"),
     }
 
   return [
-    (prompts[i].strip(), [answer(name, i) for name in names])
+    (printable_lines(prompts[i].strip()), [answer(name, i) for name in names])
     for i in chosen_samples(prompts, NUM_SAMPLES)
   ]
 
@@ -220,8 +218,8 @@ def _reward_model(results: Results) -> markupsafe.Markup:
 
 def _fit_words(which: str, scores: dict) -> str:
   """The curve fitted to the gold score, in words; its peak only if it lies within what was measured."""
-  fitted = overoptimization.fit(which, scores["distance"], scores["gold"])
-  if fitted is None:
+  fitted = "gold" in scores and overoptimization.fit(which, scores["distance"], scores["gold"])
+  if not fitted:
     return ""
   alpha, beta = fitted
   sign, label, term = (
@@ -242,9 +240,13 @@ def _overoptimization(results: Results) -> dict:
     lambda ax, which=which: panels.draw_overoptimization(ax, results, which)
     for which in ("best_of_n", "rl")
   ]
+  has_gold = any("gold" in found for found in scores.values())
+  label = "Gold and reward-model score against KL" if has_gold else "Reward-model score against KL"
   return {
-    "svg": _drawn(draws, "Gold and reward-model score against KL", columns=2, height=3.6),
+    "title": "Over-optimisation" if has_gold else "Best of n and reward",
+    "svg": _drawn(draws, label, columns=2, height=3.6),
     "fits": "".join(_fit_words(which, found) for which, found in scores.items()),
+    "has_gold": has_gold,
     "has_rl": "rl" in scores,
   }
 
@@ -253,7 +255,7 @@ def _what_ran(config, prompts: list[str]) -> str:
   """The line of facts about the run; non-breaking spaces let it break only between two facts."""
   model, reward, ppo = config.model, config.reward_model, config.ppo
   facts = [
-    f"preset {config.preset}, seed {config.seed}",
+    f"preset {printable(config.preset)}, seed {config.seed}",
     f"policy {model.num_layers} layers × {model.d_model}",
     f"reward model {reward.num_layers} × {reward.d_model}",
     f"PPO {ppo.num_iterations} × {ppo.batch_size} episodes, β = {ppo.beta:g}, γ = {ppo.gamma:g}",
@@ -266,11 +268,12 @@ def _made(made: Mapping[str, Provenance]) -> dict:
   """The provenance of the last stage, in rows with the sources of all stages, and one line for each stage."""
   last = list(made.values())[-1]
   every = {kind: source for row in made.values() for kind, source in row.sources.items()}
-  last = provenance.rows(dataclasses.replace(last, sources=every))
+  rows = provenance.rows(dataclasses.replace(last, sources=every))
   lines = [
     (stage, row.date, f"{row.seconds:.0f}", provenance.code(row)) for stage, row in made.items()
   ]
-  return {"rows": last, "stages": lines}
+  # Printable, because a path may hold bytes that are not UTF-8, which the page could not be written with.
+  return {"rows": [(name, printable(value)) for name, value in rows], "stages": lines}
 
 
 def page(
@@ -283,7 +286,7 @@ def page(
 ) -> str:
   """The whole report as one HTML document."""
   return _TEMPLATES.get_template("page.html.j2").render(
-    preset=str(config.preset),
+    preset=printable(config.preset),
     what_ran=_what_ran(config, prompts),
     names=panels.NAMES,
     colours=panels.COLOURS,

@@ -269,13 +269,14 @@ def draw_calibration(ax, results: Results) -> bool:
 def draw_overoptimization(ax, results: Results, which: str) -> bool:
   """Draws gold score (solid) and reward-model score (dashed) against sqrt(KL), and the curve fitted to the gold score.
 
+  Without gold scores there is only the reward model's, and no over-optimisation to see.
+
   `which` is 'best_of_n' or 'rl', as in `overoptimization.scores`.
   """
   found = overoptimization.scores(results).get(which)
+  title = "best of n" if which == "best_of_n" else "PPO, no KL penalty"
   ax.set_title(
-    "Over-optimisation: best of n"
-    if which == "best_of_n"
-    else "Over-optimisation: PPO, no KL penalty"
+    f"Over-optimisation: {title}" if found is None or "gold" in found else f"Reward: {title}"
   )
   ax.set_xlabel("√KL from the PPO initialisation")
   if not found:
@@ -283,6 +284,8 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
   colour = BEST_OF_N_COLOUR if which == "best_of_n" else COLOURS["ppo_beta0"]
   distance = found["distance"]
   for key, line in (("reward", "--"), ("gold", "-")):
+    if key not in found:
+      continue
     if which == "best_of_n":
       ax.plot(distance, found[key], "o" + line, color=colour, markersize=4)
     else:
@@ -290,7 +293,7 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
       window = max(1, len(distance) // 12)
       ax.plot(distance, found[key], ".", color=colour, alpha=0.3, markersize=4)
       ax.plot(running_mean(distance, window), running_mean(found[key], window), line, color=colour)
-  fitted = overoptimization.fit(which, distance, found["gold"])
+  fitted = "gold" in found and overoptimization.fit(which, distance, found["gold"])
   if fitted:
     d = np.linspace(0, distance.max(), 100)
     ax.plot(d, overoptimization.curve(which, d, *fitted), color=INK, linewidth=1)

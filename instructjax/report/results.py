@@ -42,12 +42,12 @@ class BestOfN:
   Attributes:
     n: number of answers to choose from.
     kl: KL of the distribution of the chosen answer from the policy, in nats.
-    gold, reward: expected scores of the chosen answer.
+    gold, reward: expected scores of the chosen answer; gold is None if the answers have no gold score.
   """
 
   n: int
   kl: float
-  gold: float
+  gold: float | None
   reward: float
 
 

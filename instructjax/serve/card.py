@@ -20,6 +20,7 @@ from instructjax.core import provenance, results
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES, Stage, stage_of_kind
 from instructjax.models.interop import SCORE_BIAS
+from instructjax.serve import markdown
 from instructjax.train import finished
 from instructjax.train.weights import HUB, Weights
 
@@ -90,7 +91,7 @@ def _paragraph(text: str) -> str:
 
 
 def _template() -> jinja2.Template:
-  """The card's template. Since it is Markdown, only what would end a cell of a table is escaped."""
+  """The card's template. It names for each value of the run how it is to be escaped."""
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
     undefined=jinja2.StrictUndefined,
@@ -98,7 +99,15 @@ def _template() -> jinja2.Template:
     lstrip_blocks=True,
     keep_trailing_newline=True,
   )
-  environment.filters["cell"] = lambda value: str(value).replace("|", r"\|").replace("\n", " ")
+  functions = (
+    markdown.plain,
+    markdown.code,
+    markdown.cell,
+    markdown.quoted,
+    markdown.scalar,
+    markdown.word,
+  )
+  environment.filters |= {function.__name__: function for function in functions}
   environment.filters["paragraph"] = _paragraph
   return environment.get_template("card.md.j2")
 
@@ -216,7 +225,7 @@ def _policies(
   columns = list(dict.fromkeys(key for row in policies.values() for key in row))
   rows = [
     (
-      f"**{name}**" if name == mine else name,
+      markdown.bold(name) if name == mine else name,
       *(_number(row[c]) if c in row else "" for c in columns),
     )
     for name, row in policies.items()
@@ -225,7 +234,10 @@ def _policies(
 
 
 def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
-  """(claim, measured values with intervals, whether it holds); of a reward model only the finding about it."""
+  """(claim, measured values with intervals, whether it holds); of a reward model only the finding about it.
+
+  An interval belongs to the value in its place, see findings.find.
+  """
   if not path.is_file():
     return []
   rows = []
@@ -234,20 +246,22 @@ def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
       continue
     interval = finding["interval"]
     intervals = [interval] if not isinstance(interval[0], list) else interval
-    shown = [f"{_number(low)} to {_number(high)}" for low, high in intervals]
-    measured = [
-      f"{name} {_number(value)}" + (f" ({shown[i]})" if i < len(shown) else "")
-      for i, (name, value) in enumerate(finding["measured"].items())
-    ]
+    measured = [f"{name} {_number(value)}" for name, value in finding["measured"].items()]
+    for i, ((low, high), value) in enumerate(zip(intervals, finding["measured"].values())):
+      shown = f"{_number(low)} to {_number(high)}"
+      if None in (low, value, high) or low <= value <= high:
+        measured[i] += f" ({shown})"
+      else:  # the interval of something else, such as of the difference of two of the values
+        measured.append(f"95% interval {shown}")
     rows.append((finding["claim"], ", ".join(measured), "yes" if finding["holds"] else "no"))
   return rows
 
 
 def _sources(weights: Weights, data: Mapping[str, Any]) -> list[str]:
-  sources = [f"{kind} `{_source(data[kind])}`" for kind in _kinds(data)]
+  sources = [f"{kind} {markdown.code(_source(data[kind]))}" for kind in _kinds(data)]
   documents = weights.settings.get("config.documents")
   if documents:
-    sources.append(f"documents `{_source(json.loads(documents))}`")
+    sources.append(f"documents {markdown.code(_source(json.loads(documents)))}")
   return sources
 
 
@@ -255,7 +269,9 @@ def _settings(weights: Weights) -> dict[str, Any]:
   """The table of settings: one row per setting, one column per stage, the exported stage first."""
   blocks = _lineage(weights)
   names = list(dict.fromkeys(key for block in blocks.values() for key in block))
-  rows = [(f"`{name}`", *(block.get(name, "") for block in blocks.values())) for name in names]
+  rows = [
+    (markdown.code(name), *(block.get(name, "") for block in blocks.values())) for name in names
+  ]
   return {"head": ["setting", *blocks], "rows": rows}
 
 
@@ -326,5 +342,7 @@ def _source(spec: str) -> str:
   return f"{scheme}:{pathlib.PurePath(rest).name}"
 
 
-def _number(value: float) -> str:
-  return f"{value:.4g}"
+def _number(value: float | None) -> str:
+  return (
+    "not finite" if value is None else f"{value:.4g}"
+  )  # findings.json has null for what is not finite

@@ -5,19 +5,18 @@ Called by commands/generate.py. Imports no stage.
 
 import contextlib
 import dataclasses
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
 
 import jax
-import rich
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from instructjax.core import terminal
 from instructjax.core.config import MeshConfig
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line
 from instructjax.core.stages import stage_of_kind
+from instructjax.core.text import printable_lines
 from instructjax.parallel import sharding
 from instructjax.serve import speaker
 from instructjax.serve.speaker import Answer, Draw, Speaker
@@ -33,12 +32,15 @@ class Settings:
 
   Attributes:
     draw: how tokens are drawn.
-    seed: of the random numbers; each prompt of a session has numbers of its own.
+    num_samples: answers of each model to a prompt.
+    seed: of the random numbers; each prompt of a session has numbers of its own, and so has each answer to it. The
+      first answer is the same whatever their number.
     chat: whether prompts are put into the chat template; None does so if the tokenizer has a template.
     system: system message of a chat; '' for the template's own.
   """
 
   draw: Draw
+  num_samples: int
   seed: int
   chat: bool | None
   system: str
@@ -54,10 +56,15 @@ class Settings:
       ("temperature", draw.temperature, ">= 0", draw.temperature >= 0),
       ("top_p", draw.top_p, "above 0 and at most 1", 0 < draw.top_p <= 1),
       ("max_new_tokens", draw.max_new_tokens, ">= 1", draw.max_new_tokens >= 1),
+      ("num_samples", self.num_samples, ">= 1", self.num_samples >= 1),
       ("seed", self.seed, ">= 0 and below 2**63", 0 <= self.seed < 2**63),
     ):
       if not holds:
         raise UserError(f"--{name}={value} must be {rule}")
+    if self.num_samples > 1 and draw.temperature == 0:
+      raise UserError(
+        f"--num_samples={self.num_samples} must be 1 with --greedy or --temperature=0, where all answers are alike"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,7 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
   opened = [weights.locate(path) for path in checkpoints]
   reward_model = reward_model or _own_judge(opened)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  with Console(stderr=True).status("loading"):
+  with terminal.loading():
     speakers = [speaker.make(*pair, "lm", mesh) for pair in zip(checkpoints, opened)]
     judge = None
     if reward_model:
@@ -135,7 +142,7 @@ def answer_all(panel: Panel, prompts: list[str], settings: Settings):
   """
   for number, prompt in enumerate(prompts):
     if len(prompts) > 1:
-      rich.print("[bold]>[/]", prompt.replace("[", r"\["))
+      print(f"> {printable_lines(prompt)}")
     _answer(panel, [_opening(prompt, settings)] * len(panel.speakers), number, settings)
 
 
@@ -160,7 +167,7 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
       answers = _answer(panel, asked, number, settings)
     # For example, the context is full: other questions may still be asked.
     except UserError as error:
-      print(f"error: {error}", file=sys.stderr)
+      print(f"error: {one_line(error)}", file=sys.stderr)
       continue
     except KeyboardInterrupt:  # stops this answer only, and leaves it out of the history
       print()
@@ -172,13 +179,13 @@ def converse(panel: Panel, lines: Iterable[str], settings: Settings):
 
 
 def typed_lines() -> Iterator[str]:
-  """Reads lines from the terminal, or from a pipe, until the end; skips empty ones.
-
-  Raises:
-    UserError: a line is not UTF-8.
-  """
+  """Reads lines from the terminal, or from a pipe, until the end; skips empty ones, and those that are not UTF-8."""
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then has a history and can be edited)
+  if sys.stdin is None:  # closed by the shell: <&-
+    return
+  if isinstance(sys.stdin, io.TextIOWrapper):
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are found below
   is_terminal = sys.stdin.isatty()
   if is_terminal:
     print(_HELP, file=sys.stderr)
@@ -187,8 +194,12 @@ def typed_lines() -> Iterator[str]:
       line = input("> " if is_terminal else "")
     except EOFError:
       return
-    except UnicodeDecodeError as error:
-      raise UserError(f"a prompt is not UTF-8 (byte {error.start + 1} of what was read)") from error
+    try:
+      line.encode()
+    except UnicodeEncodeError as error:
+      place = f"character {error.start + 1}"
+      print(f"error: the line is not UTF-8 ({place}) and was left out", file=sys.stderr)
+      continue
     if line:
       yield unescape(line)
 
@@ -202,29 +213,66 @@ def _answer(panel: Panel, asked: list[list], number: int, settings: Settings) ->
   """Puts one prompt to every speaker, and shows answers, scores and speeds.
 
   All speakers draw with the same random numbers, so that their answers differ by the weights alone.
+
+  Returns:
+    The first answer of each speaker.
   """
   key = jax.random.fold_in(jax.random.key(settings.seed), number)
-  answers, scores = [], []
+  is_one = len(panel.speakers) * settings.num_samples == 1
+  rows, firsts = [], []
   for who, messages in zip(panel.speakers, asked):
-    if len(panel.speakers) > 1:
-      Console().rule(escape(who.name), align="left")
     prompt = speaker.prompt_text(who.tokenizer, messages, who in panel.chats)
-    answers.append(speaker.answer(who, prompt, key, settings.draw, _show))
-    print("" if answers[-1].text.endswith("\n") else "\n", end="", flush=True)
-    if panel.judge:
-      # The reward model reads the conversation in its own template, and spells it with its own tokenizer.
-      read = speaker.prompt_text(panel.judge.tokenizer, messages, panel.judge in panel.chats)
-      scores.append(speaker.score(panel.judge, read, answers[-1]))
-  if len(panel.speakers) > 1:
-    rich.print(_table(panel, answers, scores))
+    for sample in range(settings.num_samples):
+      name = _label(who, sample, panel, settings)
+      if not is_one:
+        terminal.rule(name)
+      # The first answer has the key that it would have alone.
+      own = jax.random.fold_in(key, sample) if sample else key
+      answer = speaker.answer(who, prompt, own, settings.draw, _show)
+      print("" if answer.text.endswith("\n") else "\n", end="", flush=True)
+      if not answer.text.strip():
+        print(_hint(prompt, who in panel.chats), file=sys.stderr)
+      rows.append((name, answer, _score(panel, messages, answer)))
+      if sample == 0:
+        firsts.append(answer)
+  if is_one:
+    ((_, answer, score),) = rows
+    reward = "" if score is None else f"reward {score:+.3f}; "
+    print(reward + _speed(answer), file=sys.stderr)
   else:
-    reward = f"reward {scores[0]:+.3f}; " if scores else ""
-    print(reward + _speed(answers[0]), file=sys.stderr)
-  return answers
+    terminal.show(_table(rows, "checkpoint" if len(panel.speakers) > 1 else "answer"))
+  return firsts
+
+
+def _label(who: Speaker, sample: int, panel: Panel, settings: Settings) -> str:
+  """The name of an answer, above it and in the table."""
+  count = f"answer {sample + 1} of {settings.num_samples}" if settings.num_samples > 1 else ""
+  name = who.name if len(panel.speakers) > 1 else ""
+  return ", ".join(part for part in (name, count) if part)
+
+
+def _hint(prompt: str, is_chat: bool) -> str:
+  """What may be the matter if an answer is empty."""
+  if is_chat or prompt.endswith("\n"):
+    return "hint: the answer is empty: the model ended it at once"
+  return (
+    "hint: the answer is empty. A prompt is read exactly as it is: if the prompts of the training data end with a"
+    r" newline, end yours with \n"
+  )
+
+
+def _score(panel: Panel, messages: list, answer: Answer) -> float | None:
+  """The judge's score of an answer, if there is a judge."""
+  if panel.judge is None:
+    return None
+  # The reward model reads the conversation in its own template, and spells it with its own tokenizer.
+  read = speaker.prompt_text(panel.judge.tokenizer, messages, panel.judge in panel.chats)
+  return speaker.score(panel.judge, read, answer)
 
 
 def _show(piece: str):
-  print(piece, end="", flush=True)
+  """Prints a piece of an answer. What a terminal would obey is shown as an escape, in a pipe too: it may end in one."""
+  print(printable_lines(piece), end="", flush=True)
 
 
 def _rate(num_tokens: int, seconds: float) -> str:
@@ -240,16 +288,19 @@ def _speed(answer: Answer) -> str:
   )
 
 
-def _table(panel: Panel, answers: list[Answer], scores: list[float]) -> Table:
-  table = Table("checkpoint", box=None, header_style="dim", pad_edge=False)
-  for column in ["reward"] * bool(scores) + ["tokens", "prefill/s", "decode/s"]:
-    table.add_column(column, justify="right")
-  for row, (who, answer) in enumerate(zip(panel.speakers, answers)):
-    table.add_row(
-      escape(who.name),
-      *(f"{score:+.3f}" for score in scores[row : row + 1]),
-      f"{answer.num_tokens}{'' if answer.ended else ' (cut off)'}",
-      _rate(answer.num_prompt_tokens, answer.prefill_seconds),
-      _rate(answer.num_tokens - 1, answer.decode_seconds),
-    )
-  return table
+def _table(rows: list[tuple[str, Answer, float | None]], what: str) -> terminal.Table:
+  """The table of (name, answer, score), with a column of scores if there are any; `what` is the title of the names."""
+  is_scored = rows[0][2] is not None
+  return terminal.Table(
+    columns=[what, *["reward"] * is_scored, "tokens", "prefill/s", "decode/s"],
+    rows=[
+      [
+        name,
+        *([] if score is None else [f"{score:+.3f}"]),
+        f"{answer.num_tokens}{'' if answer.ended else ' (cut off)'}",
+        _rate(answer.num_prompt_tokens, answer.prefill_seconds),
+        _rate(answer.num_tokens - 1, answer.decode_seconds),
+      ]
+      for name, answer, score in rows
+    ],
+  )

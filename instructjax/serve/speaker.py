@@ -141,7 +141,7 @@ def answer(
   ids = prompt_ids(tokenizer, prompt)
   room = speaker.model.network.max_length - len(ids)
   if not ids:
-    raise UserError(f"{speaker.name}: the prompt must hold at least one token, got {prompt!r}")
+    raise UserError(f"{speaker.name}: the prompt must hold at least one token, got {prompt[:40]!r}")
   if room < 1:
     raise UserError(
       f"{speaker.name}: prompt of {len(ids)} tokens must be shorter than the context of"

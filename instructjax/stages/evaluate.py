@@ -10,13 +10,13 @@ import pathlib
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 
 from instructjax import report
+from instructjax.core import terminal
 from instructjax.core.errors import UserError, writing
 from instructjax.core.results import Evaluated
 from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
+from instructjax.core.text import json_line
 from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
@@ -168,7 +168,9 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
   return result
 
 
-def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> list[BestOfN]:
+def best_of_n(
+  gold_PN: np.ndarray | None, reward_PN: np.ndarray, counts: list[int]
+) -> list[BestOfN]:
   """Expected scores of the best of n answers, chosen by reward, for each n in `counts`.
 
   The estimate uses all N answers to a prompt and is unbiased: it averages over all subsets of n of them (Nakano et al.
@@ -178,7 +180,7 @@ def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> 
   Choosing the best of n moves the policy by KL(best of n || policy) = log n - (n - 1) / n, in nats.
 
   Args:
-    gold_PN, reward_PN: scores of N answers to each of P prompts.
+    gold_PN, reward_PN: scores of N answers to each of P prompts; gold is None if there are no gold scores.
     counts: values of n, each at most N.
   """
   total = reward_PN.shape[1]
@@ -192,7 +194,9 @@ def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> 
     for i in range(total - 1, n - 1, -1):
       weight[i - 1] = weight[i] * (i - n + 1) / i
     expected = {
-      name: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
+      name: None
+      if values is None
+      else float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
       for name, values in (("gold", gold_PN), ("reward", reward_PN))
     }
     result.append(BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), **expected))
@@ -202,18 +206,20 @@ def best_of_n(gold_PN: np.ndarray, reward_PN: np.ndarray, counts: list[int]) -> 
 def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[BestOfN]:
   """Best-of-n from the PPO initialisation, chosen by the reward model, for n = 1, 2, 4 .. `evaluate.best_of_n`.
 
-  [] if that is off, or if there is no gold score with which to see over-optimisation.
+  [] if that is off. On other prompts than the demo's there is no gold score, and the reward model's stands alone.
   """
   total, simulation = ctx.config.evaluate.best_of_n, sources.simulation(ctx.config.data.prompts)
-  if simulation is None or total < 2:
+  if total < 2:
     return []
   repeated = [prompt for prompt in prompts for _ in range(total)]
   sampled = _sample(ctx, REFERENCE, repeated, f"{stage}/best_of_n")
   scored = answers.from_text(ctx, repeated, sampled.text, sampled.ended_N)
   reward = answers.score(ctx, ctx.model("reward"), policies.load_reward(ctx), scored)
-  gold = np.asarray(simulation.gold_score(repeated, sampled.text))
+  gold = None
+  if simulation is not None:
+    gold = np.asarray(simulation.gold_score(repeated, sampled.text)).reshape(-1, total)
   counts = [2**i for i in range(total.bit_length()) if 2**i <= total]
-  return best_of_n(gold.reshape(-1, total), reward.reshape(-1, total), counts)
+  return best_of_n(gold, reward.reshape(-1, total), counts)
 
 
 def run(ctx: Context, stage: str):
@@ -259,7 +265,7 @@ def run(ctx: Context, stage: str):
   with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: measured[name].answer[i] for name in names}
-      file.write(json.dumps({"prompt": prompt, "answers": row}, ensure_ascii=False) + "\n")
+      file.write(json_line({"prompt": prompt, "answers": row}) + "\n")
   summary = findings.summary(results)
   plain = {
     "policies": summary,
@@ -279,19 +285,35 @@ def run(ctx: Context, stage: str):
 
 def _show(found: list[dict], summary: dict, page: pathlib.Path):
   """Prints the tables at the end of a run: one row per policy, and one row per finding."""
-  console = rich.console.Console()
   columns = sorted({key for row in summary.values() for key in row})
-  policies_table = rich.table.Table(
-    "policy", *columns, title="means on held-out prompts", title_justify="left"
+  terminal.show(
+    terminal.Table(
+      columns=["policy", *(key.replace("_", " ") for key in columns)],
+      rows=[
+        [name, *(f"{row[key]:.3f}" if key in row else "" for key in columns)]
+        for name, row in summary.items()
+      ],
+      title="means on held-out prompts",
+    )
   )
-  for name, row in summary.items():
-    policies_table.add_row(name, *(f"{row[key]:.3f}" if key in row else "" for key in columns))
-  console.print(policies_table)
-  table = rich.table.Table(
-    "finding", "measured", "holds", title="the paper's findings", title_justify="left"
+  terminal.show(
+    terminal.Table(
+      columns=["finding", "measured", "holds"],
+      rows=[
+        [
+          finding["id"],
+          ", ".join(f"{key} {_value(value)}" for key, value in finding["measured"].items()),
+          "yes" if finding["holds"] else "no",
+        ]
+        for finding in found
+      ],
+      title="the paper's findings",
+      prose=["measured"],
+      styles={"yes": "green", "no": "red"},
+    )
   )
-  for finding in found:
-    measured = ", ".join(f"{key} {value:.3f}" for key, value in finding["measured"].items())
-    table.add_row(finding["id"], measured, "[green]yes[/]" if finding["holds"] else "[red]no[/]")
-  console.print(table)
-  console.print(f"report: {page}", soft_wrap=True)
+  terminal.say(f"report: {page}")
+
+
+def _value(value: float | None) -> str:
+  return "-" if value is None else f"{value:.3f}"  # findings.json has null for what is not finite

@@ -3,20 +3,19 @@
 import collections
 import importlib
 import pathlib
+import shlex
 import time
 from collections.abc import Mapping
 from types import ModuleType
 
 import jax
-import rich
-import rich.console
 from jax.experimental import multihost_utils
 
-from instructjax.core import provenance, results
+from instructjax.core import provenance, results, terminal
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError, writing
-from instructjax.core.stages import STAGES
-from instructjax.data import sources
+from instructjax.core.stages import ROLES, STAGES
+from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import distributed, memory, sharding
@@ -134,8 +133,11 @@ def _tokenizer(
 def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizers.Tokenizer:
   """Copies a tokenizer from elsewhere into the workdir, so that the workdir can be used without the original.
 
+  If its chat template asks for the date, the run's date is fixed here and kept beside it: every stage, and every run of
+  the same command on a later day, reads the same prompts.
+
   Raises:
-    UserError: the workdir holds another tokenizer, or the files cannot be written.
+    UserError: the workdir holds another tokenizer, or its date is missing, or the files cannot be written.
   """
   if finished.read_done(directory):
     if tokenizers.load(directory).fingerprint != tokenizer.fingerprint:
@@ -146,9 +148,19 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
   elif jax.process_index() == 0:
     with writing(directory):
       tokenizer.save(directory)
+      if tokenizer.has_clock:
+        chat_files.write_clock(directory, chat.now())
     _write_tokenizer_done(directory, {"tokenizer": tokenizer.fingerprint})
   multihost_utils.sync_global_devices("tokenizer kept")
-  return tokenizer
+  if not tokenizer.has_clock:
+    return tokenizer
+  kept = tokenizers.load(directory)
+  if kept.clock is None:
+    raise UserError(
+      f"cannot go on with {directory.parent}: the date that its chats were made with is missing in {directory}. Use"
+      " another --workdir"
+    )
+  return kept
 
 
 def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
@@ -197,14 +209,13 @@ def run(config: Config, workdir: pathlib.Path):
   stages = lineage.plan(config)
   check(ctx, stages)
   ran = []
-  tell = rich.print if jax.process_index() == 0 else lambda line: None
+  tell = terminal.say if jax.process_index() == 0 else lambda line, bold="": None
   for line in _other_versions(ctx, stages):
-    if jax.process_index() == 0:
-      rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
+    tell(line)
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
-      tell(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
+      tell(f"[{number}/{len(stages)}] ", bold=stage)
       is_finished = ctx.done(stage) is not None
       start = time.monotonic()
       # Also for a finished stage, which only checks that its settings are the same, or is done anew.
@@ -217,6 +228,30 @@ def run(config: Config, workdir: pathlib.Path):
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
   tell(f"finished: {workdir}")
+  for line in next_steps(stages, workdir):
+    tell(line)
+
+
+def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
+  """What a user may do with a finished run: commands that can be pasted.
+
+  Args:
+    stages: the run's plan.
+    workdir: its folder.
+  """
+  rows = [STAGES[stage] for stage in stages]
+  speakers = [row.name for row in rows if row.role and ROLES[row.role].head == "lm"]
+  folder = lambda stage: shlex.quote(str(workdir / stage))
+  lines = []
+  if any(row.kind == "evaluate" for row in rows):
+    lines.append(f"  the report: open {shlex.quote(str(workdir / 'report' / 'index.html'))}")
+  if speakers:
+    shown = folder(speakers[-1])
+    lines += [
+      f"  to talk to it: instructjax generate --checkpoint={shown} --interactive",
+      f"  for transformers: instructjax export --checkpoint={shown} --format=hf --out=export/{speakers[-1]}",
+    ]
+  return lines
 
 
 def _other_versions(ctx: Context, stages: list[str]) -> list[str]:
@@ -236,12 +271,10 @@ def _other_versions(ctx: Context, stages: list[str]) -> list[str]:
 
 def _print_times(config: Config, ran: list[tuple[str, float, pathlib.Path]]):
   """Prints the time of each stage that ran, and the phases of its traced steps."""
-  rich.print(profiling.stage_table(ran))
+  terminal.show(profiling.stage_table(ran))
   for stage, _, directory in ran if config.profile.steps else ():
-    table = profiling.profile_table(stage, directory / "profile")
-    if table:
-      rich.print(table)
-    elif metrics.read_metrics(directory):
-      rich.print(
+    is_shown = profiling.show_profile(stage, directory / "profile")
+    if not is_shown and metrics.read_metrics(directory):
+      terminal.say(
         f"{stage}: it took none of the steps {config.profile.steps}, so that none was traced"
       )

@@ -75,7 +75,7 @@ class RunData:
       validation_fraction=data.validation_fraction,
       on_bad_record=data.on_bad_record,
     )
-    return sources.render(records, self._tokenizer.render_chat, on_bad_record=data.on_bad_record)
+    return sources.render(records, self._tokenizer.render_chats, on_bad_record=data.on_bad_record)
 
   def document_tokens(self, split: sources.Split) -> list[list[int]]:
     """Token lists of the documents, each begun with BOS if the tokenizer has one.

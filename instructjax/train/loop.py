@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-import rich.console
 from jax.experimental import multihost_utils
 
+from instructjax.core import terminal
 from instructjax.core.blocks import ROUNDING
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
@@ -133,7 +133,7 @@ def fit(
       batches.set_state(position)
       for line in changes(run, read_meta(run.directory, start)["changeable"]):
         if progress and jax.process_index() == 0:
-          rich.console.Console(soft_wrap=True).print(line, markup=False, highlight=False)
+          terminal.say(line)
     if start == num_steps:  # trained to the end, but stopped before the stage wrote its done.json
       return state
     # Before the first step, which may be hours before the first save.
@@ -226,7 +226,7 @@ class _Log:
     self._writer = self._display = None
     if jax.process_index() == 0:
       self._writer = MetricsWriter(run.directory, start_step=start, tensorboard=run.log.tensorboard)
-      console = rich.console.Console() if progress else None
+      console = terminal.console() if progress else None
       self._display = Display(
         run.name, num_steps=num_steps, start_step=start, show=show, console=console
       )

@@ -15,12 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import rich.console
-import rich.progress
-import rich.table
-import rich.text
-
+from instructjax.core import terminal
 from instructjax.core.errors import writing
+from instructjax.core.text import printable
 
 _MOST = sys.float_info.max
 
@@ -164,22 +161,13 @@ class Display:
     num_steps: int,
     start_step: int,
     show: Sequence[str],
-    console: rich.console.Console | None,
+    console: terminal.Console | None,
   ):
     self._name, self._num_steps, self._show, self._console = name, num_steps, tuple(show), console
     self._start_step, self._start_time = start_step, time.monotonic()
     self._bar = None
     if console is not None and console.is_terminal:
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("[bold]{task.description:<10}"),
-        rich.progress.BarColumn(bar_width=24),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[text]}"),
-        console=console,
-        refresh_per_second=4,
-      )
-      self._task = self._bar.add_task(name, total=num_steps, completed=start_step, text="compiling")
+      self._bar = terminal.Bar(console, name, num_steps, start_step, "compiling")
       self._refreshed = 0.0
 
   def start(self):
@@ -190,7 +178,6 @@ class Display:
 
   def stop(self):
     if self._bar:
-      self._bar.refresh()
       self._bar.stop()
 
   def step(self, step: int, metrics: Mapping[str, float], *, log: bool):
@@ -200,7 +187,7 @@ class Display:
       # At most five times a second: formatting the text at every step would slow small steps down.
       if now - self._refreshed > 0.2 or step == self._num_steps:
         self._refreshed = now
-        self._bar.update(self._task, completed=step, text=self._text(step, metrics))
+        self._bar.update(step, self._text(step, metrics))
     elif self._console and log:
       self._print(f"{self._name} {step}/{self._num_steps}  {self._text(step, metrics)}")
 
@@ -210,7 +197,7 @@ class Display:
       return
     title = f"{self._name} step {step}"
     if self._bar:
-      self._console.print(sample_table(rows, title))
+      terminal.show(sample_table(rows, title), self._console)
     else:
       for row in rows:
         cells = "  ".join(f"{name}: {_cell(value)}" for name, value in row.items())
@@ -223,23 +210,22 @@ class Display:
 
   def _print(self, line: str):
     if self._console:
-      self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+      terminal.say(line, to=self._console)
 
 
-def sample_table(rows: Sequence[Mapping], title: str) -> rich.table.Table:
+def sample_table(rows: Sequence[Mapping], title: str) -> terminal.Table:
   """The samples as a table in which texts wrap and numbers are aligned to the right."""
-  table = rich.table.Table(title=title, title_justify="left")
-  for name, value in rows[0].items():
-    table.add_column(name, justify="left" if isinstance(value, str) else "right", overflow="fold")
-  for row in rows:
-    # As Text, because a sample may contain what rich takes for markup.
-    table.add_row(*(rich.text.Text(_cell(value)) for value in row.values()))
-  return table
+  return terminal.Table(
+    columns=[*rows[0]],
+    rows=[[_cell(value) for value in row.values()] for row in rows],
+    title=title,
+    prose=[name for name, value in rows[0].items() if isinstance(value, str)],
+  )
 
 
 def _cell(value: Any) -> str:
   if isinstance(value, str):
-    return " ".join(value.split())
+    return printable(" ".join(value.split()))
   return f"{value:.4g}"
 
 

@@ -17,10 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
-import rich.console
-import rich.table
-import rich.text
 
+from instructjax.core import terminal
 from instructjax.core.config import ProfileConfig
 from instructjax.core.errors import writing
 from instructjax.parallel.chips import PEAK_FLOPS
@@ -238,46 +236,47 @@ def shared_time(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
   return dict(totals)
 
 
-def stage_table(stages: Sequence[tuple[str, float, pathlib.Path]]) -> rich.table.Table:
+def stage_table(stages: Sequence[tuple[str, float, pathlib.Path]]) -> terminal.Table:
   """The table of what a run took: each stage's seconds and, if it has steps, those of its median step.
 
   Args:
     stages: (name, seconds, directory) of the stages that ran.
   """
-  table = rich.table.Table()
-  table.add_column("stage")
-  for name in ("seconds", "steps", "seconds a step", "tokens/s"):
-    table.add_column(name, justify="right")
+  rows = []
   for name, seconds, directory in stages:
     records = [record for record in read_metrics(directory) if record["step"] > 0]
     # Medians: the first step compiles, and others stand beside a save or an evaluation.
     paces = [record["seconds"] for record in records]
     rates = [r["tokens"] / r["seconds"] for r in records if r.get("tokens") and r["seconds"]]
-    table.add_row(
-      name,
-      f"{seconds:.1f}",
-      str(len(records)) if records else "",
-      f"{statistics.median(paces):.4g}" if paces else "",
-      f"{statistics.median(rates):,.0f}" if rates else "",
+    rows.append(
+      (
+        name,
+        f"{seconds:.1f}",
+        str(len(records)) if records else "",
+        f"{statistics.median(paces):.4g}" if paces else "",
+        f"{statistics.median(rates):,.0f}" if rates else "",
+      )
     )
-  return table
+  return terminal.Table(("stage", "seconds", "steps", "seconds a step", "tokens/s"), rows)
 
 
-def profile_table(stage: str, directory: pathlib.Path) -> rich.console.Group | None:
-  """The table of a stage's traced steps: seconds by phase, tokens and FLOPs per second; None if none was traced."""
+def show_profile(stage: str, directory: pathlib.Path) -> bool:
+  """Prints a stage's traced steps: seconds by phase, tokens and FLOPs per second. False if none was traced."""
   path = directory / "summary.json"
   if not path.is_file():
-    return None
+    return False
   summary = json.loads(path.read_text())
-  first, last = summary["steps"][0], summary["steps"][-1]
-  table = rich.table.Table(show_footer=True)
-  table.add_column("phase", footer="step")
-  table.add_column("seconds", footer=f"{summary['seconds']:.4g}", justify="right")
-  table.add_column("share", footer="100%", justify="right")
-  for name, seconds in summary["phases"].items():
-    table.add_row(name, f"{seconds:.4g}", f"{seconds / summary['seconds']:.1%}")
-  head = f"{stage}: mean of steps {first} to {last} on {summary['device']}; trace in {directory}"
-  return rich.console.Group(rich.text.Text(head), table, rich.text.Text(_rates(summary)))
+  first, last, seconds = summary["steps"][0], summary["steps"][-1], summary["seconds"]
+  terminal.say(
+    f"{stage}: mean of steps {first} to {last} on {summary['device']}; trace in {directory}"
+  )
+  rows = [
+    (name, f"{part:.4g}", f"{part / seconds:.1%}") for name, part in summary["phases"].items()
+  ]
+  footer = ("step", f"{seconds:.4g}", "100%")
+  terminal.show(terminal.Table(("phase", "seconds", "share"), rows, footer=footer))
+  terminal.say(_rates(summary))
+  return True
 
 
 def _rates(summary: Mapping[str, Any]) -> str:

@@ -128,9 +128,16 @@ def test_every_chat_that_a_template_refuses_gets_its_message():
   ]
   for line, (name, template), records in zip(lines, templates, prompts, strict=True):
     where = pathlib.Path(name)
-    render_chat = functools.partial(
-      chat.render, template, where=where, bos=None, eos=None, special=["<|im_end|>"]
+    render_chats = functools.partial(
+      chat.render,
+      template,
+      where=where,
+      bos=None,
+      eos=None,
+      special=["<|im_end|>"],
+      named=(),
+      clock=None,
     )
     with pytest.raises(ValueError) as error:
-      sources.render(records, render_chat, on_bad_record="raise")
+      sources.render(records, render_chats, on_bad_record="raise")
     assert (kind, str(error.value)) == ("prompts", line)

@@ -117,8 +117,8 @@ ANSWER = {"role": "assistant", "content": "ho"}
 
 
 def test_render_makes_every_chat_prompt_text_and_keeps_the_rest(tmp_path):
-  def template(messages):
-    return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+  def template(chats):
+    return ["".join(f"<{m['role']}>{m['content']}" for m in chat) + "<assistant>" for chat in chats]
 
   rows = [
     {"messages": [*ASKED, ANSWER], "prompt": ASKED, "chosen": "ho", "rejected": "no"},
@@ -143,10 +143,9 @@ def test_render_asks_for_no_template_where_there_is_no_chat(record):
 
 
 def test_a_template_that_refuses_is_named_with_the_kind_and_the_prompt(caplog):
-  def template(messages):
-    if messages[0]["role"] == "system":
-      raise UserError("t.json: the chat template fails: no system")
-    return "text"
+  def template(chats):
+    refused = UserError("t.json: the chat template fails: no system")
+    return [refused if chat[0]["role"] == "system" else "text" for chat in chats]
 
   good, bad = (Prompt(Chat(((role, "SLUR"),))) for role in ("user", "system"))
   message = "data.prompts: {}chat prompt {} cannot be made text: t.json: the chat template fails"

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.data import special_tokens
+from instructjax.data import chat_files, special_tokens
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_chat_templates_of_all_times(folder):
 
 def test_bad_files_are_refused(folder, tmp_path):
   named = [{"name": "tool_use", "template": "x"}]
-  with pytest.raises(ValueError, match=r"must have one named 'default', has \['tool_use'\]"):
+  with pytest.raises(ValueError, match=r"must have one named 'default', has 'tool_use'"):
     special_tokens.read_folder(folder(tokenizer_config={"chat_template": named}))
   for content, message in [("{", "config.json is not JSON: "), ("[]", "must hold a JSON object")]:
     (tmp_path / "tokenizer_config.json").write_text(content)
@@ -84,7 +84,7 @@ def test_bad_files_are_refused(folder, tmp_path):
     (
       "tokenizer_config.json",
       b'{"chat_template": ["a"]}',
-      "chat_template must be text or a list of objects with name and template, has 'a'",
+      "chat_template: entry 1 must have a name",
     ),
     (
       "tokenizer_config.json",
@@ -127,3 +127,18 @@ def test_what_is_written_is_read(tmp_path):
   again = special_tokens.read_folder(tmp_path / "b")
   assert (again.named, again.stops) == (more.named, more.stops)
   assert again.added[0] == dataclasses.replace(more.added[0], replaces=True)
+
+
+def test_named_tokens_and_the_clock_are_kept(folder, tmp_path):
+  path = folder(
+    tokenizer_config={"pad_token": {"content": "<pad>"}, "unk_token": None},
+    special_tokens_map={"pad_token": "<other>", "unk_token": "<unk>"},
+  )
+  chat_files.write_clock(path, "2026-03-01T12:00:00")
+  found = special_tokens.read_folder(path)
+  assert dict(found.named) == {"pad_token": "<pad>", "unk_token": "<unk>"}
+  assert found.clock == "2026-03-01T12:00:00"
+  # What another program or another run reads has no date of this run.
+  special_tokens.write_folder(tmp_path / "copy", found, None)
+  again = special_tokens.read_folder(tmp_path / "copy")
+  assert (dict(again.named), again.clock) == (dict(found.named), None)

@@ -39,7 +39,7 @@ def test_details_9_long_prompts_are_left_out_and_counted(caplog):
   with caplog.at_level(logging.WARNING):
     kept = tokenize_prompts(records, LetterTokenizer(), max_prompt_length=3)
   assert kept == [[2, 3, 4], [2]]
-  assert "prompts: kept 2; left out for length: long_prompts=1" in caplog.text
+  assert "prompts: left out because too long: 1 prompt; 2 are kept" in caplog.text
 
 
 def test_details_11_long_demonstrations_are_left_out_whole(caplog):
@@ -49,7 +49,7 @@ def test_details_11_long_demonstrations_are_left_out_whole(caplog):
     kept = tokenize_demonstrations(records, LetterTokenizer(), **limits)
   # "cd" and EOS are 3 tokens; "cde" and EOS would be 4.
   assert kept == [DemonstrationTokens([2, 3], [4, 5])]
-  said = "demonstrations: kept 1; left out for length: long_prompts=1, long_responses=1"
+  said = "demonstrations: left out because too long: 1 prompt and 1 response; 1 are kept"
   assert caplog.messages == [said]
 
 
@@ -63,7 +63,7 @@ def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos(caplog):
   with caplog.at_level(logging.WARNING):
     kept = tokenize_rankings(records, LetterTokenizer(), **limits)
   assert kept == [RankingTokens([2], [[3, EOS], [3, 4, 5]], [3, 2], "ann")]
-  said = "comparisons: kept 1; left out for length: long_prompts=1, long_responses=2"
+  said = "comparisons: left out because too long: 1 prompt and 2 responses; 1 are kept"
   assert caplog.messages == [said]
 
 

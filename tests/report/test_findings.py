@@ -114,6 +114,9 @@ def test_every_finding_holds_and_measures_what_it_says(results):
   assert found["kl_bounded"]["measured"] == {"ppo": 5.0, "ppo_ptx": 6.0}
   change = found["overoptimization"]["measured"]
   assert change == pytest.approx({"reward_change": 3.0, "gold_change": -0.7, "kl": 60.0})
+  gain = found["topic_following"]["measured"]["ppo_ptx_minus_sft"]
+  low, high = found["topic_following"]["interval"]
+  assert gain == pytest.approx(0.15) and low <= gain <= high
   shares = {k: found["topic_following"]["measured"][k] for k in ("sft", "ppo", "ppo_ptx")}
   assert shares == pytest.approx({"sft": 0.5, "ppo": 0.75, "ppo_ptx": 0.65})
 

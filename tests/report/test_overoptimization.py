@@ -46,7 +46,11 @@ def test_overoptimization_scores_start_at_zero_in_standard_deviations():
     np.testing.assert_allclose(scores[which]["gold"], gold)
     np.testing.assert_allclose(scores[which]["reward"], reward)
   without = {"ppo_init": dataclasses.replace(init, gold=None)}
-  assert overoptimization.scores(dataclasses.replace(results, measured=without)) == {}
+  alone = overoptimization.scores(dataclasses.replace(results, measured=without))
+  for which in ("best_of_n", "rl"):
+    assert alone[which].keys() == {"distance", "reward"}
+    np.testing.assert_array_equal(alone[which]["reward"], scores[which]["reward"])
+  assert overoptimization.scores(dataclasses.replace(results, measured={})) == {}
 
 
 @pytest.mark.parametrize("which", ["best_of_n", "rl"])

@@ -116,6 +116,31 @@ def test_nothing_from_data_becomes_markup():
   assert document.text[None].count("onerror") == 2  # the title, and what ran
 
 
+def test_text_of_other_scripts_and_control_characters_stay_in_their_place():
+  results, hostile = example.results(), "\u202eאב\x1b[2J\x00\udcff[/b]"
+  base = dataclasses.replace(results.measured["base"], answer=[hostile] * 24)
+  results = dataclasses.replace(results, measured=results.measured | {"base": base})
+  made = {"evaluate": dataclasses.replace(finished_run.MADE, command=hostile)}
+  config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
+  text = page.page(config, [hostile] * 24, results, [], {}, made)
+  shown = r"\u202eאב\x1b[2J\x00\udcff[/b]"
+  assert f'<div class="prompt" dir="auto">{shown}</div>' in text
+  assert f'<p dir="auto">{shown}</p>' in text
+  assert f"<td><bdi>{shown}</bdi></td>" in text
+  assert f'dir="auto">preset\xa0{shown},' in text
+  text.encode()  # a path of bytes that are not UTF-8 does not fail after the last stage
+  assert not set(text) & set("\u202e\x1b\x00")
+
+
+def test_an_interval_stands_beside_its_own_value():
+  finding = {
+    "id": "topic_following",
+    "measured": {"ppo_ptx_minus_sft": 0.15, "sft": 0.5},
+    "interval": [0.1, 0.2],
+  }
+  assert page._measured(finding) == [("PPO-ptx − SFT", "15%", "[10%, 20%]"), ("SFT", "50%", "")]
+
+
 def test_where_the_run_comes_from(written):
   _, document, _, _ = written
   text = document.text["made"]
@@ -169,7 +194,7 @@ def _without(results, *names):
 
 
 def _without_gold(results):
-  """A user's own data: no simulation, so no gold score, agreement, best-of-n or few-shot prompt."""
+  """A user's own data: no simulation, so no gold score, agreement or few-shot prompt."""
   results = _without(results, "few_shot")
   bare = lambda found: dataclasses.replace(found, gold=None, names_topic=None)
   logged = lambda row: {name: value for name, value in row.items() if name != "gold"}
@@ -179,9 +204,9 @@ def _without_gold(results):
     curves={name: list(map(logged, rows)) for name, rows in results.curves.items()},
     reward_model=dataclasses.replace(results.reward_model, heldout_labelers=None),
     agreement=None,
-    best_of_n=(),
+    best_of_n=[dataclasses.replace(row, gold=None) for row in results.best_of_n],
   )
-  return results, [section for section in SECTIONS if section != "overoptimization"]
+  return results, SECTIONS
 
 
 def _one_policy(results):
@@ -206,6 +231,8 @@ def test_what_was_not_measured_is_left_out(remove):
   assert document.ids == expected
   assert ("gold score" in document.text["wins"]) == (remove is not _without_gold)
   assert document.references.count("#overoptimization") == ("overoptimization" in expected)
+  title = "Best of n and reward" if remove is _without_gold else "Over-optimisation"
+  assert document.text.get("overoptimization", title).strip().startswith(title)
 
 
 def test_overview_has_only_panels_with_something_to_show(tmp_path):

@@ -17,7 +17,7 @@ PROMPT = "say: sea or hill?\n"
 MEAN = 0.75  # score of demonstrations, which the reward model's bias takes away
 DRAW = Draw(temperature=1.0, top_p=1.0, max_new_tokens=24)
 GREEDY = dataclasses.replace(DRAW, temperature=0.0)
-SETTINGS = Settings(draw=DRAW, seed=0, chat=None, system="")
+SETTINGS = Settings(draw=DRAW, num_samples=1, seed=0, chat=None, system="")
 KEY = jax.random.key(3)
 
 

@@ -25,6 +25,20 @@ FINDINGS = [
     "interval": [0.69, 0.77],
     "holds": False,
   },
+  {
+    "id": "topic_following",
+    "claim": "It follows.",
+    "measured": {"ppo_ptx_minus_sft": 0.15, "sft": 0.5, "ppo_ptx": 0.65},
+    "interval": [0.1, 0.2],
+    "holds": True,
+  },
+  {
+    "id": "kl_bounded",
+    "claim": "Of no value.",
+    "measured": {"ppo": 5.0, "ppo_ptx": None},
+    "interval": [0.1, 0.2],
+    "holds": True,
+  },
 ]
 POLICIES = {
   "base": {"reward": -1.25, "pretrain_loss": 3.5},
@@ -105,6 +119,11 @@ def test_a_policys_card_holds_the_runs_numbers(run):
   assert row(measured, "base") == ["base", "-1.25", "3.5", ""]
   assert r"| RL \| wins. | ppo_ptx 0.7125 (0.6543 to 0.8) | yes |" in measured
   assert "accuracy 0.7311 (0.69 to 0.77), labeler_agreement 0.72 | no |" in measured
+  # Each interval is beside its own value.
+  assert (
+    row(measured, "It follows.")[1] == "ppo_ptx_minus_sft 0.15 (0.1 to 0.2), sft 0.5, ppo_ptx 0.65"
+  )
+  assert row(measured, "Of no value.")[1] == "ppo 5, ppo_ptx not finite, 95% interval 0.1 to 0.2"
   settings = section(page, "Settings")
   assert row(settings, "setting") == ["setting", "ppo_ptx", "ppo_init", "rm", "pretrain"]
   assert row(settings, "`beta`") == ["`beta`", "0.0375", "", "", ""]
@@ -207,6 +226,23 @@ def test_chats_are_spoken_of_where_the_tokenizer_has_a_template(run):
   assert "apply_chat_template" not in card.text(opened, about)
   opened.tokenizer.has_chat_template = True
   assert "apply_chat_template" in card.text(opened, about)
+
+
+def test_names_with_signs_are_only_names(run):
+  found, nasty = weights.locate(run / "ppo_ptx"), 'a|b`c" : #<script>_x_\x1b\nY'
+  made = dataclasses.replace(finished_run.MADE, command=f"run '--workdir={nasty}'")
+  done = dataclasses.replace(found.done, provenance=made)
+  hostile = dataclasses.replace(found, done=done, base=nasty)
+  page = card.text(hostile, card.Export(nasty, "hf", "ema", "float32", 1))
+  assert r'# a|b\`c" : \#\<script\>\_x\_\\x1b\\nY' in page.splitlines()
+  assert r'The base is ``a|b`c" : #<script>_x_\x1b\nY``; its licence' in page
+  assert r'from_pretrained("a|b`c\" : #<script>_x_\\x1b\\nY")' in page
+  cells = row(page, "command")
+  assert len(cells) == 2 and r"a\|b\`c" in cells[1] and r"\<script\>" in cells[1]
+  assert "\x1b" not in page
+  hub = dataclasses.replace(found, base='hf://org/a: "b"')
+  front = card.text(hub, card.Export("out", "hf", "ema", "float32", 1)).split("---\n")[1]
+  assert r'base_model: "org/a: \"b\""' in front.splitlines()
 
 
 def test_front_matter(run):

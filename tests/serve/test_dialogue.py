@@ -108,6 +108,86 @@ def test_a_stopped_or_failed_answer_does_not_end_the_conversation(heard, capsys)
   assert "error: too long\n" in capsys.readouterr().err
 
 
+def test_several_answers_to_a_prompt_begin_with_the_one_that_it_has_alone(seat, capsys):
+  panel = seat("sft", reward="rm")
+  three = dataclasses.replace(SETTINGS, num_samples=3)
+  shown = []
+  for _ in range(2):
+    dialogue.answer_all(panel, [PROMPT], three)
+    shown.append(capsys.readouterr().out)
+  key = jax.random.fold_in(jax.random.key(SETTINGS.seed), 0)
+  keys = [key, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2)]
+  given = [answer(panel.speakers[0], PROMPT, k)[0] for k in keys]
+  assert len({one.text for one in given}) == 3
+  scores = [f"{speaker.score(panel.judge, PROMPT, one):+.3f}" for one in given]
+  rest = shown[0]
+  for number, one in enumerate(given, start=1):
+    rest = rest.split(f"answer {number} of 3 ─", 1)[1]
+    assert one.text in rest
+  for number, score in enumerate(scores, start=1):
+    assert re.search(rf"answer {number} of 3 +│ +{re.escape(score)}", rest)
+  texts = [text.split("┏")[0] for text in shown]  # less the table, which has speeds
+  assert texts[0] == texts[1]
+
+
+def test_several_answers_need_random_numbers():
+  greedy = dataclasses.replace(SETTINGS.draw, temperature=0.0)
+  with pytest.raises(UserError, match="--num_samples=2 must be 1 with --greedy"):
+    dataclasses.replace(SETTINGS, draw=greedy, num_samples=2).validate()
+  with pytest.raises(UserError, match="--num_samples=0 must be >= 1"):
+    dataclasses.replace(SETTINGS, num_samples=0).validate()
+
+
+def speaking(monkeypatch, text):
+  """A panel of one model that always answers with this text."""
+
+  def reply(who, prompt, key, draw, on_text):
+    on_text(text)
+    return speaker.Answer(text, 1, 2, True, 1.0, 1.0)
+
+  monkeypatch.setattr(speaker, "answer", reply)
+  return dialogue.Panel([speaker.Speaker("x[/b]", Chatting(False), None, None)], None, set())
+
+
+def test_what_a_terminal_obeys_is_shown_as_an_escape(monkeypatch, capsys):
+  panel = speaking(monkeypatch, "a\x1b]52;c;aGk=\x07\r\x08\x9b2J\u202e[red]\n\tb")
+  dialogue.answer_all(panel, ["[/x]\x1b[2J\n", "b"], SETTINGS)
+  shown = capsys.readouterr().out
+  reply = "a\\x1b]52;c;aGk=\\x07\\r\\x08\\x9b2J\\u202e[red]\n\tb\n"
+  assert shown == f"> [/x]\\x1b[2J\n\n{reply}> b\n{reply}"
+
+
+@pytest.mark.parametrize(
+  ("prompt", "hint"),
+  [
+    ("say", r"end with a newline, end yours with \n"),
+    ("say\n", "the model ended it at once"),
+  ],
+)
+def test_an_empty_answer_comes_with_a_hint(monkeypatch, capsys, prompt, hint):
+  dialogue.answer_all(speaking(monkeypatch, "\n"), [prompt], SETTINGS)
+  (line, _) = capsys.readouterr().err.splitlines()
+  assert line.startswith("hint: the answer is empty") and line.endswith(hint)
+  dialogue.answer_all(speaking(monkeypatch, "yes"), [prompt], SETTINGS)
+  assert "hint" not in capsys.readouterr().err
+
+
+def test_bad_lines_do_not_end_the_conversation(heard, monkeypatch, capsys):
+  panel, prompts = heard
+  panel = dataclasses.replace(panel, speakers=panel.speakers[1:])
+  typed = b"say \xff\nnul \x00\n" + b"long " * 200_000 + "\né\r\n\x1b[2J\nlast".encode()
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+  dialogue.converse(panel, dialogue.typed_lines(), SETTINGS)
+  asked = [prompt for _, prompt in prompts]
+  assert asked == ["nul \0", "long " * 200_000, "é", "\x1b[2J", "last"]
+  assert "error: the line is not UTF-8 (character 5) and was left out\n" in capsys.readouterr().err
+
+
+def test_a_closed_stdin_has_no_lines(monkeypatch):
+  monkeypatch.setattr(sys, "stdin", None)
+  assert [*dialogue.typed_lines()] == []
+
+
 def test_escapes_of_typed_prompts():
   assert dialogue.unescape(r"a\nb\tc\\n\d") == "a\nb\tc\\n\\d"
 

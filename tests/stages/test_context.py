@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -96,3 +97,13 @@ def test_what_may_change_is_in_no_fingerprint():
   assert context.canonical(plain.model) == context.canonical(plain.model.network)
   changed = dataclasses.replace(plain.ppo, beta=0.7)
   assert context.canonical(changed) != context.canonical(plain.ppo)
+
+
+def test_a_stage_is_of_the_date_of_its_chats():
+  config = micro.config("pretrain", {})
+  tokenizer = types.SimpleNamespace(fingerprint="f", clock=None)
+  ctx = types.SimpleNamespace(config=config, tokenizer=tokenizer, given={})
+  without = context.fingerprint(ctx, "pretrain", config.pretrain, {})
+  tokenizer.clock = "2026-03-01T12:00:00"
+  dated = context.fingerprint(ctx, "pretrain", config.pretrain, {})
+  assert dated == without | {"date of chats": "2026-03-01T12:00:00"}

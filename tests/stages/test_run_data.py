@@ -17,7 +17,7 @@ TOKENIZER = types.SimpleNamespace(
   eos_id=1,
   encode=lambda text: [ord(c) for c in text],
   control_pattern=None,
-  render_chat=None,
+  render_chats=None,
 )
 
 
@@ -79,7 +79,7 @@ def test_the_checksum_is_of_what_was_read(tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
   config = micro.config("ppo", {"prompts": f"jsonl:{path}"})
-  data = RunData(config, tmp_path, types.SimpleNamespace(render_chat=None))
+  data = RunData(config, tmp_path, types.SimpleNamespace(render_chats=None))
   before = sources.checksum(f"jsonl:{path}")
   data.records("prompts", "train")
   path.write_text('{"prompt": "c"}\n')

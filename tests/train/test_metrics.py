@@ -200,9 +200,8 @@ def test_silence():
 
 def test_sample_table_has_a_column_a_key():
   table = sample_table([{"prompt": "a", "score": 1.0}, {"prompt": "b", "score": 2.0}], "ppo step 1")
-  assert [column.header for column in table.columns] == ["prompt", "score"]
-  assert [column.justify for column in table.columns] == ["left", "right"]
-  assert table.row_count == 2
+  assert (table.columns, table.prose) == (["prompt", "score"], ["prompt"])
+  assert table.rows == [["a", "1"], ["b", "2"]]
 
 
 def test_first_metrics_are_shown_when_none_are_named():

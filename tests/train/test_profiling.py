@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 
+from instructjax.core import terminal
 from instructjax.core.config import ProfileConfig
 from instructjax.train import profiling
 from instructjax.train.profiling import StepProfile, phase_of, traced_steps
@@ -184,20 +184,13 @@ def test_a_stage_stopped_in_between_leaves_no_trace_running(tmp_path, step):
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def printed(renderable) -> str:
-  console = rich.console.Console(width=120)
-  with console.capture() as capture:
-    console.print(renderable)
-  return capture.get()
-
-
 def cells(text: str, first: str) -> list[str]:
   """The row of a table that starts with `first`."""
   rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines()]
   return next(row for row in rows if row[0] == first)
 
 
-def test_what_a_runs_stages_took(tmp_path):
+def test_what_a_runs_stages_took(tmp_path, capsys):
   (tmp_path / "ppo").mkdir()
   rows = [
     {"step": 0, "validation/loss": 4.0},
@@ -207,19 +200,21 @@ def test_what_a_runs_stages_took(tmp_path):
   ]
   (tmp_path / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   stages = [("ppo", 61.23, tmp_path / "ppo"), ("evaluate", 7.0, tmp_path / "evaluate")]
-  text = printed(profiling.stage_table(stages))
+  terminal.show(profiling.stage_table(stages))
+  text = capsys.readouterr().out
   assert cells(text, "ppo") == ["ppo", "61.2", "3", "0.5", "1,800"]
   assert cells(text, "evaluate") == ["evaluate", "7.0", "", "", ""]
 
 
-def test_the_table_of_traced_steps(tmp_path):
-  assert profiling.profile_table("ppo", tmp_path) is None
+def test_the_table_of_traced_steps(tmp_path, capsys):
+  assert not profiling.show_profile("ppo", tmp_path)
   summary = dict(
     steps=[3, 4], device="4 x TPU v5 lite", seconds=2.0, phases={"rollout": 1.5, "idle": 0.5},
     tokens_per_second=1234.5, model_flops_per_second=197e12, mfu=0.25,
   )  # fmt: skip
   (tmp_path / "summary.json").write_text(json.dumps(summary))
-  text = printed(profiling.profile_table("ppo", tmp_path))
+  assert profiling.show_profile("ppo", tmp_path)
+  text = capsys.readouterr().out
   assert "ppo: mean of steps 3 to 4 on 4 x TPU v5 lite; trace in " in text
   assert cells(text, "rollout") == ["rollout", "1.5", "75.0%"]
   assert cells(text, "step") == ["step", "2", "100%"]
