@@ -181,7 +181,8 @@ class SentencePieceTokenizer:
     newline_id = self._processor.piece_to_id(_NEWLINE)
     by_line = newline_id != self._processor.unk_id() and self._processor.normalize("a") == "▁a"
     self.newline_id = newline_id if by_line else None
-    if self.decode(self.encode("a\nb")) != "a\nb":
+    # Letters may be unknown to it, and decode to another character then.
+    if self.decode(self.encode("a\nb")).count("\n") != 1:
       raise UserError(
         f"tokenizer.path={str(path)!r} loses newlines: it needs a piece for them, or byte fallback"
       )

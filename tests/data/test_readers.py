@@ -122,7 +122,7 @@ def test_hh_gives_comparisons_demonstrations_and_prompts(tmp_path, row):
   ("row", "reason"),
   [
     ({"chosen": "a"}, "needs chosen and rejected"),
-    ([], "needs chosen and rejected"),
+    ([], "must be a JSON object, got list"),
     ({"chosen": "SLUR", "rejected": PROMPT}, "'chosen' must be a dialogue with an 'Assistant:' tu"),
     ({"chosen": PROMPT, "rejected": [PROMPT]}, "'rejected' must be a dialogue"),
     ({"chosen": PROMPT + " a", "rejected": "x" + PROMPT + " b"}, "differ before their last answer"),
@@ -365,7 +365,7 @@ def test_tfds_errors_name_the_source(tfds_dir):
     load(f"tfds:nothing?data_dir={tfds_dir}", "prompts")
   with pytest.raises(ValueError, match="cannot be read: Unknown split 'test'"):
     load(f"tfds:unsplit:test?data_dir={tfds_dir}", "prompts")
-  with pytest.raises(ValueError, match="must be tfds:NAME"):
+  with pytest.raises(ValueError, match="must name what to read after tfds:"):
     load("tfds:", "prompts")
   with pytest.raises(BadRecord, match="^tfds:unsplit:train:0: 'text' is missing"):
     load(f"tfds:unsplit?data_dir={tfds_dir}", "documents")
