@@ -98,7 +98,11 @@ def one_line(error: BaseException) -> str:
 
 
 def reason(error: Exception) -> str:
-  """The informative part of a library's message: its first line, cut to the last 200 characters."""
+  """The informative part of a library's message: its first line, cut to the last 200 characters.
+
+  Control characters, which may come from a damaged file, become question marks.
+  """
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  line = "".join(char if char.isprintable() else "?" for char in line)
   line = line.split(" See full TensorStore details")[0].rstrip(".")
   return line if len(line) <= 200 else "..." + line[-200:]
