@@ -1,34 +1,34 @@
 """Readers of common data formats: JSON lines, Anthropic-HH, parquet, Hugging Face `datasets`, and tfds.
 
-Called by `sources`. A new format is a row of READERS and the functions that the row names. `read` takes (the part of
-the spec after `SCHEME:`, kind, split) and returns (rows, decode, has_own_split):
+Called by `sources`. A new format is a row of READERS and the functions that the row names. `read` takes a Request and
+returns (rows, decode, has_own_split):
   rows: an iterable of (place, raw value). The place is `file:line`, counted from 1, in text files. In tables it is
     `file:row`, counted from 0 as in the libraries that open them.
-  decode: a function that turns (raw value, kind, place) into the input of `records.parse_record`.
-  has_own_split: whether the rows are already those of `split`. If not, `sources` holds some of them out.
+  decode: a function that turns (raw value, kind, place) into the input of `formats.convert`.
+  has_own_split: whether the rows are already those of the request's split. If not, `sources` holds some of them out.
 
 A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
 raises UserError.
 
-Imports `records` and `checksums`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
+Imports `text_files`, `formats`, `paths` and `checksums`. pyarrow, `datasets` and tensorflow_datasets are imported only
+where they are used.
 """
 
+import dataclasses
 import glob
-import gzip
-import json
-import pathlib
+import itertools
+import os
 import re
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from instructjax.core.errors import UserError, reason
-from instructjax.data import checksums
-from instructjax.data.records import KEYS, BadRecord
+from instructjax.data import checksums, formats, paths, text_files
+from instructjax.data.records import BadRecord
 
-_TURN = "\n\nAssistant:"  # precedes each answer in an Anthropic-HH dialogue
-_TFDS = re.compile(
-  r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?(\?data_dir=(?P<data_dir>.+))?"
+_TFDS = re.compile(r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?")
+_HUB = re.compile(
+  r"(?P<name>\w[\w.-]*(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]:%+-]+))?"
 )
 _BATCH = 256  # rows of a table read at once; few, because a row may hold a whole book
 
@@ -36,186 +36,159 @@ Rows = Iterable[tuple[str, Any]]
 Decode = Callable[[Any, str, str], Any]
 
 
-def _jsonl(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`jsonl:PATH` reads JSON lines in UTF-8, gzipped if PATH ends in .gz. Blank lines are skipped."""
-  return _lines(path), _decode_json, False
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What is to be read.
 
-
-def _hh(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`hh:PATH` reads JSON lines in the format of Anthropic-HH.
-
-  A row serves as a comparison, as a demonstration (the chosen answer), or as a prompt. It has the keys prompt, chosen
-  and rejected; or only chosen and rejected, which are then whole dialogues that are split after the last
-  "\\n\\nAssistant:".
+  Attributes:
+    path: the part of the source between `SCHEME:` and `?`.
+    options: what stands behind the `?`.
+    kind: one of records.KINDS.
+    split: train, validation or all.
+    source: the config's field and its value, for messages.
   """
-  if kind == "documents":
-    raise UserError(f"data.documents='hh:{path}' must be another source: hh: holds dialogues only")
-  return _lines(path), _decode_hh, False
+
+  path: str
+  options: formats.Options
+  kind: str
+  split: str
+  source: str
 
 
-def _lines(path: str) -> Rows:
-  opener = gzip.open if path.endswith(".gz") else open
-  try:
-    # Iterating over bytes ends lines at \n only. str.splitlines would also end them at U+2028, which JSON strings may
-    # contain.
-    with opener(path, "rb") as file:
-      for number, line in enumerate(file, start=1):
-        if line.strip():
-          yield f"{path}:{number}", line
-  except (OSError, EOFError, zlib.error) as error:  # the last two: a truncated or damaged gzip file
-    raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _decode_json(line: bytes, kind: str, where: str) -> Any:
-  def unique(pairs):
-    obj = dict(pairs)
-    if len(obj) < len(pairs):
-      raise BadRecord(f"{where}: a key occurs twice")
-    return obj
-
-  try:
-    # utf-8-sig drops the byte order mark that some editors write at the start of a file.
-    return json.loads(line.rstrip().decode("utf-8-sig"), object_pairs_hook=unique)
-  except UnicodeDecodeError as error:
-    raise BadRecord(f"{where}: not UTF-8 (byte {error.start + 1})") from error
-  except json.JSONDecodeError as error:
-    raise BadRecord(f"{where}: not JSON ({error.msg}, column {error.colno})") from error
-  except RecursionError as error:
-    raise BadRecord(f"{where}: nested too deeply") from error
-  # BadRecord from the hook, or Python's limit on the digits of an integer.
-  except ValueError as error:
-    if isinstance(error, BadRecord):
-      raise
-    raise BadRecord(f"{where}: not JSON (a number of too many digits)") from error
-
-
-def _decode_hh(line: bytes, kind: str, where: str) -> Any:
-  """A row of Anthropic-HH with the keys that `parse_record` expects."""
-  obj = _decode_json(line, kind, where)
-  if not isinstance(obj, dict) or not {"chosen", "rejected"} <= obj.keys():
-    raise BadRecord(f"{where}: needs chosen and rejected")
-  if "prompt" not in obj:
-    parts = [_split_dialogue(obj[key], key, where) for key in ("chosen", "rejected")]
-    if parts[0][0] != parts[1][0]:
-      raise BadRecord(f"{where}: chosen and rejected differ before their last answer")
-    obj = {"prompt": parts[0][0], "chosen": parts[0][1], "rejected": parts[1][1]}
-  names = {
-    "prompts": {"prompt": "prompt"},
-    "demonstrations": {"prompt": "prompt", "chosen": "response"},
-    "comparisons": {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"},
-  }[kind]
-  return {new: obj[old] for old, new in names.items()}
-
-
-def _split_dialogue(dialogue: Any, key: str, where: str) -> tuple[str, str]:
-  if not isinstance(dialogue, str) or _TURN not in dialogue:
-    raise BadRecord(f"{where}: {key!r} must be a dialogue with an 'Assistant:' turn")
-  head, _, answer = dialogue.rpartition(_TURN)
-  return head + _TURN, answer
-
-
-def _parquet(path: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
-  """`parquet:PATH` reads a file, the *.parquet files of a folder, or the files that match a glob, sorted by name."""
-  files = parquet_files(path)
+def _jsonl(asked: Request) -> tuple[Rows, Decode, bool]:
+  """`jsonl:PATH` reads JSON lines, or an array in JSON, from a file or from the files of a glob, sorted by name."""
+  files = text_file_paths(asked.path)
   if not files:
-    raise UserError(f"data.{kind}='parquet:{path}' finds no file that ends in .parquet")
-  return _parquet_rows(files, kind), _decode_table_row, False
+    raise UserError(f"{asked.source} finds no file")
+  return itertools.chain.from_iterable(map(text_files.rows, files)), text_files.decode, False
+
+
+def _hh(asked: Request) -> tuple[Rows, Decode, bool]:
+  """`hh:PATH` reads JSON lines in the format of Anthropic-HH, see dialogues.py."""
+  if asked.kind == "documents":
+    raise UserError(f"{asked.source} must be another source: hh: holds dialogues only")
+  return _jsonl(asked)
+
+
+def text_file_paths(path: str) -> list[str]:
+  """The files that the path of `jsonl:` stands for.
+
+  Raises:
+    UserError: it is a folder.
+  """
+  found = paths.matches(path)
+  if found and os.path.isdir(found[0]):
+    raise UserError(
+      f"cannot read {found[0]}: Is a directory; name its files, as in {found[0].rstrip('/')}/*.jsonl"
+    )
+  return found
+
+
+def _parquet(asked: Request) -> tuple[Rows, Decode, bool]:
+  """`parquet:PATH` reads a file, the *.parquet files of a folder, or the files that match a glob, sorted by name."""
+  files = parquet_files(asked.path)
+  if not files:
+    raise UserError(f"{asked.source} finds no file that ends in .parquet")
+  return _parquet_rows(files, asked), _decode_table_row, False
 
 
 def parquet_files(path: str) -> list[str]:
   """The files that `parquet:PATH` stands for, sorted by name."""
-  if pathlib.Path(path).is_dir():
-    return sorted(glob.glob(f"{glob.escape(path)}/*.parquet"))
-  if glob.has_magic(path) and not pathlib.Path(path).exists():
-    return sorted(glob.glob(path, recursive=True))
-  return [path]
+  folder = paths.expanded(path)
+  if os.path.isdir(folder):
+    return sorted(glob.glob(f"{glob.escape(folder)}/*.parquet"))
+  return paths.matches(path)
 
 
-def _parquet_rows(files: list[str], kind: str) -> Rows:
+def _parquet_rows(files: list[str], asked: Request) -> Rows:
   import pyarrow
   import pyarrow.parquet
 
   for path in files:
+    paths.require_file(path)
     try:
       with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
-        columns = _columns(file.schema_arrow.names, kind, path)
+        columns = formats.columns(file.schema_arrow.names, asked.kind, path, asked.options)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:  # names that are no UTF-8
       why = getattr(error, "strerror", None) or reason(error)
       raise UserError(f"cannot read {path}: {why}") from error
 
 
-def _datasets(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
+def _datasets(asked: Request) -> tuple[Rows, Decode, bool]:
   """`datasets:PATH[:SPLIT]` reads a folder that Hugging Face's `datasets` has written with save_to_disk.
+
+  Where there is no such folder, `datasets:[ORG/]NAME[/CONFIG][:SPLIT]` reads a data set of Hugging Face's hub, which is
+  downloaded once.
 
   Without SPLIT, a DatasetDict is trained on its train split. Its validation split is held out, or else its test split;
   if it has neither, some records of train are held out. With SPLIT, or if the folder holds a single Dataset, some
   records of that split or dataset are held out.
   """
+  path, own_split = datasets_folder(asked.path)
+  loaded = _loaded_dataset(asked.path, asked.source)
+  if not isinstance(loaded, dict):
+    if own_split:
+      raise UserError(f"{asked.source} must be datasets:{path}: it has no splits")
+    return _dataset_rows({path: loaded}, asked), _decode_table_row, False
+  chosen = own_split or "train"
+  if chosen not in loaded:
+    raise UserError(
+      f"{asked.source} has no split {chosen!r}: name one of its splits, as in"
+      f" datasets:{path}:{next(iter(loaded), 'SPLIT')} (it has {', '.join(loaded) or 'none'})"
+    )
+  held_out = [name for name in ("validation", "test") if name in loaded and not own_split]
+  if held_out and asked.split == "validation":
+    chosen = held_out[0]
+  names = list(loaded) if asked.split == "all" and not own_split else [chosen]
+  rows = _dataset_rows({f"{path}/{name}": loaded[name] for name in names}, asked)
+  return rows, _decode_table_row, bool(held_out)
+
+
+def _loaded_dataset(rest: str, source: str) -> Any:
+  """The Dataset or DatasetDict of a local folder, or else of the hub."""
   try:
     import datasets  # the extra of this name
   except ImportError as error:
     raise UserError(
-      f"data.{kind}='datasets:{rest}' needs Hugging Face's datasets package:"
-      " pip install 'instructjax[datasets]'"
+      f"{source} needs Hugging Face's datasets package: pip install 'instructjax[datasets]'"
     ) from error
-  path, own_split = datasets_folder(rest)
+  path, _ = datasets_folder(rest)
+  hub = _HUB.fullmatch(rest)
   try:
-    loaded = datasets.load_from_disk(path)
-  except Exception as error:  # `datasets` raises many types, including pyarrow's
-    raise UserError(f"data.{kind}='datasets:{rest}' cannot be read: {reason(error)}") from error
-  if isinstance(loaded, datasets.Dataset):
-    if own_split:
-      raise UserError(f"data.{kind}='datasets:{rest}' must be datasets:{path}: it has no splits")
-    return _dataset_rows({path: loaded}, kind), _decode_table_row, False
-  chosen = own_split or "train"
-  if chosen not in loaded:
+    if os.path.exists(path) or not hub:
+      return datasets.load_from_disk(path)
+    return datasets.load_dataset(hub["name"], hub["config"])
+  except (
+    Exception
+  ) as error:  # `datasets` raises many types, including pyarrow's and those of the network
+    if os.path.exists(path) or not hub:
+      raise UserError(f"{source} cannot be read: {reason(error)}") from error
     raise UserError(
-      f"data.{kind}='datasets:{rest}' has no split {chosen!r}: name one of its splits, as in"
-      f" datasets:{path}:{next(iter(loaded))} (it has {', '.join(loaded)})"
-    )
-  held_out = [name for name in ("validation", "test") if name in loaded and not own_split]
-  if held_out and split == "validation":
-    chosen = held_out[0]
-  names = list(loaded) if split == "all" and not own_split else [chosen]
-  rows = _dataset_rows({f"{path}/{name}": loaded[name] for name in names}, kind)
-  return rows, _decode_table_row, bool(held_out)
+      f"{source} is no folder, and cannot be read from Hugging Face's hub: {reason(error)}"
+    ) from error
 
 
 def datasets_folder(rest: str) -> tuple[str, str]:
   """Splits the PATH[:SPLIT] of `datasets:PATH[:SPLIT]` into (folder, split); the split is "" if none is named."""
   path, colon, own_split = rest.rpartition(":")
-  if not colon or pathlib.Path(rest).exists():
-    return rest, ""
-  return path, own_split
+  if not colon or os.path.exists(paths.expanded(rest)):
+    return paths.expanded(rest), ""
+  return paths.expanded(path), own_split
 
 
-def _dataset_rows(datasets: dict[str, Any], kind: str) -> Rows:
+def _dataset_rows(datasets: dict[str, Any], asked: Request) -> Rows:
   import pyarrow
 
   for where, dataset in datasets.items():
-    wanted = dataset.select_columns(_columns(dataset.column_names, kind, where))
+    wanted = dataset.select_columns(
+      formats.columns(dataset.column_names, asked.kind, where, asked.options)
+    )
     tables = wanted.with_format("arrow").iter(batch_size=_BATCH)
     try:
       yield from _table_rows((batch for table in tables for batch in table.to_batches()), where)
     except (OSError, pyarrow.ArrowException) as error:
       raise UserError(f"cannot read {where}: {reason(error)}") from error
-
-
-def _columns(names: list[str], kind: str, where: str) -> list[str]:
-  """The columns that records of this kind consist of.
-
-  Other columns are not read: they may hold large images, or types that have no equivalent in Python.
-
-  Raises:
-    UserError: the table has none of the columns.
-  """
-  wanted = [name for name in KEYS[kind] if name in names]
-  if not wanted:
-    raise UserError(
-      f"{where}: has no column of {kind} ({', '.join(KEYS[kind])}), only {', '.join(names) or 'none'}"
-    )
-  return wanted
 
 
 def _table_rows(batches: Iterable[Any], where: str) -> Rows:
@@ -236,34 +209,31 @@ def _decode_table_row(row: Any, kind: str, where: str) -> Any:
   return _decode_example(example, kind, where)
 
 
-def _tfds(rest: str, kind: str, split: str) -> tuple[Rows, Decode, bool]:
+def _tfds(asked: Request) -> tuple[Rows, Decode, bool]:
   """`tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]` reads any TensorFlow Datasets builder.
 
   The data must be stored as array_record, which is read without TensorFlow. Without SPLIT, the train and validation
   splits are used; if there is no validation split, some records of train are held out. With SPLIT, which may be a slice
   such as `train[:50%]`, some records of that split are held out.
   """
-  match = parse_tfds(rest)
+  match = _TFDS.fullmatch(asked.path)
   if not match:
-    raise UserError(
-      f"data.{kind}='tfds:{rest}' must be tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]"
-    )
+    raise UserError(f"{asked.source} must be tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]")
   name, own_split = match["name"], match["split"]
   import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
 
   try:
-    builder = tfds.builder(name, **({"data_dir": match["data_dir"]} if match["data_dir"] else {}))
+    builder = tfds.builder(name, **_data_dir(asked.options))
     has_own_split = own_split is None and "validation" in builder.info.splits
-    chosen = own_split or (split if has_own_split else "train")
-    source = tfds.data_source(name, split=chosen, data_dir=match["data_dir"])
+    chosen = own_split or (asked.split if has_own_split else "train")
+    source = tfds.data_source(name, split=chosen, **_data_dir(asked.options))
   except Exception as error:  # tfds raises many types
-    raise UserError(f"data.{kind}='tfds:{rest}' cannot be read: {reason(error)}") from error
+    raise UserError(f"{asked.source} cannot be read: {reason(error)}") from error
   return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
 
 
-def parse_tfds(rest: str) -> re.Match | None:
-  """Matches the part after `tfds:`, with the groups name, split and data_dir; None if it has another form."""
-  return _TFDS.fullmatch(rest)
+def _data_dir(options: formats.Options) -> dict[str, str]:
+  return {name: paths.expanded(value) for name, value in options.other.items()}
 
 
 def _tfds_rows(source: Any, where: str) -> Rows:
@@ -308,24 +278,35 @@ def _objects(value: Any) -> Any:
   return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
-def _parquet_checksum(path: str) -> str:
+def _text_checksum(path: str, options: formats.Options) -> str:
+  files = text_file_paths(path)
+  return checksums.of_file(files[0]) if len(files) == 1 else checksums.of_files(files)
+
+
+def _parquet_checksum(path: str, options: formats.Options) -> str:
   return checksums.of_files(parquet_files(path))
 
 
-def _datasets_checksum(rest: str) -> str:
+def _datasets_checksum(rest: str, options: formats.Options) -> str:
+  """Of the Arrow files, which for a data set of the hub lie in the cache of `datasets`."""
   folder, _ = datasets_folder(rest)
-  return checksums.of_files(sorted(str(path) for path in pathlib.Path(folder).rglob("*.arrow")))
+  if os.path.isdir(folder):
+    found = glob.glob(f"{glob.escape(folder)}/**/*.arrow", recursive=True)
+  else:
+    loaded = _loaded_dataset(rest, f"datasets:{rest}")
+    parts = loaded.values() if isinstance(loaded, dict) else [loaded]
+    found = [file["filename"] for part in parts for file in part.cache_files]
+  return checksums.of_files(sorted(found))
 
 
-def _tfds_checksum(rest: str) -> str:
+def _tfds_checksum(path: str, options: formats.Options) -> str:
   """The version of the builder, which determines the content."""
   import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
 
-  match = parse_tfds(rest)
+  match = _TFDS.fullmatch(path)
   if match is None:
-    raise ValueError(f"tfds:{rest} was not read: it is not spelt as `_tfds` wants it")
-  where = {"data_dir": match["data_dir"]} if match["data_dir"] else {}
-  return "version:" + str(tfds.builder(match["name"], **where).info.version)
+    raise ValueError(f"tfds:{path} was not read: it is not spelt as `_tfds` wants it")
+  return "version:" + str(tfds.builder(match["name"], **_data_dir(options)).info.version)
 
 
 class Reader(NamedTuple):
@@ -333,18 +314,22 @@ class Reader(NamedTuple):
 
   Attributes:
     read: see the top of this file.
-    checksum: what the content is recognised by. Not computed while reading, because a table's reader skips columns,
-      and each split reads the file again.
+    checksum: what the content is recognised by, from the path and its options. Not computed while reading, because a
+      table's reader skips columns, and each split reads the file again.
+    options: names of its own options, beside those of `formats`.
+    format: the format of every row; None if the keys of a row decide.
   """
 
-  read: Callable[[str, str, str], tuple[Rows, Decode, bool]]
-  checksum: Callable[[str], str]
+  read: Callable[[Request], tuple[Rows, Decode, bool]]
+  checksum: Callable[[str, formats.Options], str]
+  options: tuple[str, ...] = ()
+  format: str | None = None
 
 
 READERS = {
-  "jsonl": Reader(_jsonl, checksums.of_file),
-  "hh": Reader(_hh, checksums.of_file),
+  "jsonl": Reader(_jsonl, _text_checksum),
+  "hh": Reader(_hh, _text_checksum, format="hh"),
   "parquet": Reader(_parquet, _parquet_checksum),
   "datasets": Reader(_datasets, _datasets_checksum),
-  "tfds": Reader(_tfds, _tfds_checksum),
+  "tfds": Reader(_tfds, _tfds_checksum, options=("data_dir",)),
 }

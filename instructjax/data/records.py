@@ -4,14 +4,19 @@
 it is, without stripping or adding anything; `tokenizer` describes how a response joins its prompt. A chat prompt stays
 a list of messages until `sources.render` applies the tokenizer's chat template. docs/data.md shows every accepted form.
 
-All private functions raise BadRecord. Imports nothing of the project but the errors.
+All private functions raise BadRecord. Imports `messages`, which checks texts and chats.
 """
 
+import bisect
 import dataclasses
 import itertools
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from instructjax.core.errors import UserError
+from instructjax.data import messages
+from instructjax.data.messages import BadRecord, checked_text, kind_of, listed, parse_answer
 
 # Kind -> all keys that its accepted forms use. Readers of tables skip the other columns.
 KEYS = {
@@ -22,6 +27,9 @@ KEYS = {
     "prompt",
     "responses",
     "ranks",
+    "response",
+    "score",
+    "scores",
     "comparisons",
     "chosen",
     "rejected",
@@ -29,7 +37,21 @@ KEYS = {
   ),
 }
 KINDS = tuple(KEYS)
-ROLES = ("system", "developer", "user", "assistant")
+_LARGEST_RANK = 2**31 - 1  # ranks are int32 in batches
+_CHATS = (
+  "prompt",
+  "response",
+  "chosen",
+  "rejected",
+  "messages",
+)  # keys that may hold a chat as JSON text
+_SPEAKER = re.compile(r"(\A|\n)(Human|Assistant|User|Q|A):\Z")
+_SPEAKER_LENGTH = len("\nAssistant:")
+
+
+def _place() -> str:
+  """A field for the record's `file:line`. It takes no part in comparisons, because it is no part of the content."""
+  return dataclasses.field(default="", compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +59,7 @@ class Document:
   """A text for language modelling."""
 
   text: str
+  where: str = _place()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +67,8 @@ class Chat:
   """A prompt that consists of chat messages.
 
   Attributes:
-    messages: (role, content) pairs with a role from ROLES; the last one is the user's. Which orders of roles are
-      allowed is decided later, by the tokenizer's chat template.
+    messages: (role, content) pairs with a role from messages.ROLES; the last one is the user's. Which orders of roles
+      are allowed is decided later, by the tokenizer's chat template.
   """
 
   messages: tuple[tuple[str, str], ...]
@@ -56,6 +79,7 @@ class Prompt:
   """A prompt without an answer."""
 
   prompt: str | Chat
+  where: str = _place()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +88,7 @@ class Demonstration:
 
   prompt: str | Chat
   response: str
+  where: str = _place()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +107,10 @@ class Ranking:
   responses: tuple[str, ...]
   ranks: tuple[int, ...]
   labeler: str | None = None
+  where: str = _place()
 
 
 Record = Document | Prompt | Demonstration | Ranking
-
-
-class BadRecord(UserError):
-  """An unusable record. The message is `file:line: reason`, and never quotes the text, which may be abusive."""
 
 
 def parse_record(kind: str, obj: Any, where: str) -> Record:
@@ -103,13 +125,14 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
       demonstrations: prompt and response, or messages, of which the last is the response.
       comparisons: one of
         prompt, responses and ranks;
+        prompt, responses and scores, of which more is better;
         prompt, responses and comparisons (see `ranks_from_pairs`);
         prompt, chosen and rejected;
         chosen and rejected as lists of messages that differ in the last message only. If there is a prompt as well, it
           must be the prompt of these messages.
-        A labeler is optional.
-      A prompt may also be a list of messages, and an answer a list of one message by the assistant. Messages have
-      OpenAI's form, with a role and a content. The content is a string or a list of text parts.
+        A labeler, a string or a whole number, is optional.
+      A prompt may also be a list of messages, and an answer a list of one message by the assistant, or the whole chat
+      that begins with the prompt. `messages` describes their form. A chat may be stored as JSON text.
     obj: the decoded line.
     where: `file:line`, for messages.
 
@@ -118,11 +141,17 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
     ValueError: kind is not one of KINDS.
   """
   if not isinstance(obj, dict):
-    raise BadRecord(f"{where}: must be a JSON object, got {type(obj).__name__}")
+    raise BadRecord(f"{where}: must be a JSON object, got {kind_of(obj)}")
+  # A null is an absent key, as it is in a table, where every row has every column.
+  obj = {
+    key: messages.from_json_text(value, key, where) if key in _CHATS else value
+    for key, value in obj.items()
+    if value is not None
+  }
   if kind == "documents":
-    return Document(_text(obj, "text", where))
+    return Document(checked_text(_value(obj, "text", where), "text", where), where)
   if kind == "prompts":
-    return Prompt(_last_user_turn(obj, where) if "messages" in obj else _prompt(obj, where))
+    return Prompt(_last_user_turn(obj, where) if "messages" in obj else _prompt(obj, where), where)
   if kind == "demonstrations":
     return _demonstration(obj, where)
   if kind == "comparisons":
@@ -155,18 +184,18 @@ def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, .
       raise BadRecord(f"{where}: each of 'comparisons' must be an object with a, b and winner")
     a, b, winner = pair["a"], pair["b"], pair["winner"]
     if not (
-      _is_int(a) and _is_int(b) and 0 <= a < num_responses and 0 <= b < num_responses and a != b
+      _is_whole(a) and _is_whole(b) and 0 <= min(a, b) <= max(a, b) < num_responses and a != b
     ):
       raise BadRecord(
         f"{where}: a and b of a comparison must be two different indices below {num_responses}"
       )
-    if winner is not None and not (_is_int(winner) and winner in (a, b)):
+    if winner is not None and not (_is_whole(winner) and winner in (a, b)):
       raise BadRecord(f"{where}: winner of a comparison must be its a={a}, its b={b} or null")
     if frozenset((a, b)) in judged:
       raise BadRecord(f"{where}: responses {min(a, b)} and {max(a, b)} are compared twice")
     judged.add(frozenset((a, b)))
     for index in (a, b):
-      twice_wins[index] += 1 if winner is None else 2 * (winner == index)
+      twice_wins[int(index)] += 1 if winner is None else 2 * (winner == index)
   for a, b in itertools.combinations(range(num_responses), 2):
     if frozenset((a, b)) not in judged:
       raise BadRecord(f"{where}: responses {a} and {b} are not compared; every pair must be")
@@ -174,22 +203,36 @@ def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, .
 
 
 def _demonstration(obj: dict[str, Any], where: str) -> Demonstration:
-  if "messages" not in obj:
-    return Demonstration(_prompt(obj, where), _answer(obj, "response", where))
-  if "response" in obj:
-    raise BadRecord(f"{where}: has both messages and response")
-  return Demonstration(*_dialogue(obj["messages"], "messages", where))
+  if "messages" in obj:
+    if "response" in obj:
+      raise BadRecord(f"{where}: has both messages and response")
+    found = messages.last_answer(
+      messages.parse(obj["messages"], "messages", where), "messages", where
+    )
+    return Demonstration(*_split_dialogue(found, "messages", where), where)
+  prompt = _prompt(obj, where)
+  (answer,) = _own_answers(prompt, (_value(obj, "response", where),), ("response",), where)
+  answer = parse_answer(answer, "response", where)
+  if isinstance(prompt, str) and answer.startswith(prompt) and _ends_in_separator(prompt):
+    answer = checked_text(answer[len(prompt) :], "response", where)
+  return Demonstration(prompt, answer, where)
 
 
 def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   labeler = obj.get("labeler")
+  if _is_int(labeler):  # the number of an annotator
+    labeler = _decimal(labeler, where)
   if labeler is not None and not isinstance(labeler, str):
-    raise BadRecord(f"{where}: 'labeler' must be a string, got {type(labeler).__name__}")
+    raise BadRecord(f"{where}: 'labeler' must be a string, got {kind_of(labeler)}")
   forms = [
     form
     for form in (("ranks",), ("comparisons",), ("chosen", "rejected"))
     if obj.keys() & set(form)
   ]
+  if (
+    not forms and "scores" in obj
+  ):  # beside one of the other forms they say the same in other words
+    forms = [("scores",)]
   if len(forms) != 1:
     found = " and ".join("/".join(form) for form in forms) or "none"
     raise BadRecord(
@@ -198,41 +241,123 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   if forms[0] == ("chosen", "rejected"):
     if "responses" in obj:
       raise BadRecord(f"{where}: has both responses and chosen/rejected")
-    return Ranking(*_chosen_rejected(obj, where), (1, 2), labeler)
+    return Ranking(*_chosen_rejected(obj, where), (1, 2), labeler, where)
   prompt, responses = _prompt(obj, where), _responses(obj, where)
   if forms[0] == ("comparisons",):
-    return Ranking(
-      prompt, responses, ranks_from_pairs(len(responses), obj["comparisons"], where), labeler
-    )
-  ranks = obj["ranks"]
-  if not isinstance(ranks, list) or not all(_is_int(rank) and rank >= 1 for rank in ranks):
+    ranks = ranks_from_pairs(len(responses), obj["comparisons"], where)
+  else:
+    (name,) = forms[0]
+    ranks = _ranks(obj["ranks"], where) if name == "ranks" else _places(obj["scores"], where)
+    if len(ranks) != len(responses):
+      raise BadRecord(f"{where}: {len(responses)} responses but {len(ranks)} {name}")
+  return Ranking(prompt, responses, ranks, labeler, where)
+
+
+def _ranks(ranks: Any, where: str) -> tuple[int, ...]:
+  """Ranks as they are. Only those too large for a batch are replaced by their places, since gaps mean nothing."""
+  if not isinstance(ranks, list) or not all(_is_whole(rank) and rank >= 1 for rank in ranks):
     raise BadRecord(f"{where}: 'ranks' must be a list of integers >= 1")
-  if len(ranks) != len(responses):
-    raise BadRecord(f"{where}: {len(responses)} responses but {len(ranks)} ranks")
-  return Ranking(prompt, responses, tuple(ranks), labeler)
+  if max(ranks, default=0) > _LARGEST_RANK:
+    order = sorted(set(ranks))
+    return tuple(1 + bisect.bisect_left(order, rank) for rank in ranks)
+  return tuple(int(rank) for rank in ranks)
+
+
+def _places(scores: Any, where: str) -> tuple[int, ...]:
+  """The ranks of scores, of which more is better."""
+  if not isinstance(scores, list) or not all(map(is_score, scores)):
+    raise BadRecord(f"{where}: 'scores' must be a list of finite numbers")
+  order = sorted(-score for score in scores)
+  return tuple(1 + bisect.bisect_left(order, -score) for score in scores)
+
+
+def parse_scored(obj: dict[str, Any], where: str) -> tuple[str | Chat, str, float]:
+  """(prompt, answer, score) of a row that holds one answer; rankings are made of all the rows of a prompt.
+
+  Raises:
+    BadRecord: a value is missing or of another type.
+  """
+  answer = parse_answer(_value(obj, "response", where), "response", where, may_be_empty=True)
+  if not is_score(obj.get("score")):
+    raise BadRecord(f"{where}: 'score' must be a finite number")
+  return _prompt(obj, where), answer, obj["score"]
+
+
+def ranking_of_scored(prompt: str | Chat, answers: Sequence[tuple[str, float, str]]) -> Ranking:
+  """The ranking of a prompt's answers, each with its score and place."""
+  texts, scores, places = zip(*answers, strict=True)
+  return Ranking(prompt, texts, _places(list(scores), places[0]), None, places[0])
 
 
 def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple[str, str]]:
   """(prompt, (chosen, rejected)) of a row that gives them separately or as two whole dialogues."""
-  pair = [_value(obj, key, where) for key in ("chosen", "rejected")]
-  lists = all(isinstance(value, list) for value in pair)
+  names = ("chosen", "rejected")
+  pair = [_value(obj, key, where) for key in names]
   # Lists of one message beside a prompt are answers; longer lists are dialogues that contain the prompt.
-  if not lists or ("prompt" in obj and max(map(len, pair)) == 1):
+  if not all(isinstance(value, list) for value in pair) or (
+    "prompt" in obj and max(map(len, pair)) == 1
+  ):
+    prompt = _prompt(obj, where)
+    pair = _own_answers(prompt, pair, names, where)
     chosen, rejected = (
-      _answer(obj, key, where, may_be_empty=True) for key in ("chosen", "rejected")
+      parse_answer(value, key, where, may_be_empty=True)
+      for key, value in zip(names, pair, strict=True)
     )
-    return _prompt(obj, where), (chosen, rejected)
-  (prompt, chosen), (other, rejected) = (
-    _dialogue(value, key, where, may_be_empty=True)
-    for value, key in zip(pair, ("chosen", "rejected"), strict=True)
-  )
-  if prompt != other:
-    raise BadRecord(f"{where}: 'chosen' and 'rejected' differ before their last message")
-  contents = [content for _, content in prompt.messages]
-  # Published data sets repeat one of the messages as `prompt`.
-  if "prompt" in obj and _prompt(obj, where) not in (prompt, *contents):
-    raise BadRecord(f"{where}: 'prompt' is not what 'chosen' and 'rejected' answer")
+    if repeats(prompt, (chosen, rejected)):
+      chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+  else:
+    parsed = [messages.parse(value, key, where) for key, value in zip(names, pair, strict=True)]
+    if any(found[-1].trains is False for found in parsed):
+      raise BadRecord(f"{where}: an answer is marked as not to be trained on")
+    (prompt, chosen), (other, rejected) = (
+      _split_dialogue(found, key, where, may_be_empty=True)
+      for key, found in zip(names, parsed, strict=True)
+    )
+    if prompt != other:
+      raise BadRecord(f"{where}: 'chosen' and 'rejected' differ before their last message")
+    contents = [content for _, content in prompt.messages]
+    # Published data sets repeat one of the messages as `prompt`.
+    if "prompt" in obj and _prompt(obj, where) not in (prompt, *contents):
+      raise BadRecord(f"{where}: 'prompt' is not what 'chosen' and 'rejected' answer")
+  if chosen == rejected:
+    raise BadRecord(f"{where}: 'chosen' and 'rejected' are the same answer")
   return prompt, (chosen, rejected)
+
+
+def repeats(prompt: str | Chat, answers: Sequence[str]) -> bool:
+  """Whether two answers are whole texts, which begin with the prompt.
+
+  Both must begin with it. A short prompt, as 'Hi', must also end in a blank or a speaker's name: two answers that begin
+  with 'Hi' are nothing special.
+  """
+  if not isinstance(prompt, str) or not all(answer.startswith(prompt) for answer in answers):
+    return False
+  if _ends_in_separator(prompt):
+    return True
+  goes_on = any(answer[len(prompt) : len(prompt) + 1].isalnum() for answer in answers)
+  return len(prompt.split()) >= 3 and not goes_on
+
+
+def _ends_in_separator(prompt: str) -> bool:
+  """Whether a prompt ends in what separates it from an answer: a blank, or the name of who speaks next."""
+  return prompt[-1:].isspace() or bool(_SPEAKER.search(prompt[-_SPEAKER_LENGTH:]))
+
+
+def _own_answers(
+  prompt: str | Chat, values: Sequence[Any], names: Sequence[str], where: str
+) -> list[Any]:
+  """Answers without the chat prompt, if they are whole chats that begin with it."""
+  if not isinstance(prompt, Chat):
+    return list(values)
+  result = []
+  for name, value in zip(names, values, strict=True):
+    if isinstance(value, list) and len(value) == len(prompt.messages) + 1:
+      pairs = tuple(found[:2] for found in messages.parse(value, name, where))
+      if pairs[:-1] != prompt.messages:
+        raise BadRecord(f"{where}: 'prompt' is not what {name!r} answers")
+      value = value[-1:]
+    result.append(value)
+  return result
 
 
 def _responses(obj: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -240,110 +365,68 @@ def _responses(obj: dict[str, Any], where: str) -> tuple[str, ...]:
   if not isinstance(responses, list) or len(responses) < 2:
     raise BadRecord(f"{where}: 'responses' must be a list of at least 2 strings")
   return tuple(
-    _checked_answer(value, f"responses[{i}]", where, may_be_empty=True)
+    parse_answer(value, f"responses[{i}]", where, may_be_empty=True)
     for i, value in enumerate(responses)
   )
 
 
 def _prompt(obj: dict[str, Any], where: str) -> str | Chat:
   if isinstance(obj.get("prompt"), list):
-    return _chat(_messages(obj["prompt"], "prompt", where), "prompt", where)
-  return _text(obj, "prompt", where)
+    return _chat(messages.parse(obj["prompt"], "prompt", where), "prompt", where)
+  return checked_text(_value(obj, "prompt", where), "prompt", where)
 
 
 def _last_user_turn(obj: dict[str, Any], where: str) -> Chat:
-  messages = _messages(obj["messages"], "messages", where)
-  while messages and messages[-1][0] != "user":
-    messages.pop()
-  return _chat(messages, "messages", where)
+  found = messages.parse(obj["messages"], "messages", where)
+  while found and found[-1].role != "user":
+    found.pop()
+  return _chat(found, "messages", where)
 
 
-def _dialogue(value: Any, name: str, where: str, may_be_empty: bool = False) -> tuple[Chat, str]:
+def _split_dialogue(
+  found: Sequence[messages.Message], name: str, where: str, may_be_empty: bool = False
+) -> tuple[Chat, str]:
   """Splits messages into (prompt, answer). The answer is the last message, which must be the assistant's."""
-  *before, (role, answer) = _messages(value, name, where)
+  *before, (role, answer, _) = found
   if role != "assistant":
     raise BadRecord(f"{where}: {name!r} must end in the assistant's answer, not in role {role}")
   prompt = _chat(before, name, where)
-  return prompt, _checked_text(answer, f"{name}[{len(before)}].content", where, may_be_empty)
+  return prompt, checked_text(answer, f"{name}[{len(before)}].content", where, may_be_empty)
 
 
-def _chat(messages: list[tuple[str, str]], name: str, where: str) -> Chat:
+def _chat(found: Sequence[messages.Message], name: str, where: str) -> Chat:
   """Makes a prompt of messages, which must end with the user's.
 
   This rule is the same for every kind of record. A row therefore yields the same prompt whatever it is read as, and
   falls on the same side of the validation split.
   """
-  if not messages or messages[-1][0] != "user":
+  if not found or found[-1].role != "user":
     raise BadRecord(f"{where}: {name!r} must have a message of the user right before the answer")
-  _checked_text(messages[-1][1], f"{name}[{len(messages) - 1}].content", where)
-  return Chat(tuple(messages))
-
-
-def _messages(value: Any, name: str, where: str) -> list[tuple[str, str]]:
-  if not isinstance(value, list) or not value:
-    found = "an empty one" if value == [] else type(value).__name__
-    raise BadRecord(f"{where}: {name!r} must be a list of messages, got {found}")
-  return [_message(message, f"{name}[{i}]", where) for i, message in enumerate(value)]
-
-
-def _message(message: Any, name: str, where: str) -> tuple[str, str]:
-  """(role, content) of one message. The content may be empty, because system messages sometimes are."""
-  if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-    found = type(message).__name__
-    if isinstance(message, dict):
-      found = "only " + (", ".join(map(repr, message)) or "{}")
-    raise BadRecord(f"{where}: {name!r} must be an object with role and content, got {found}")
-  role, content = message["role"], message["content"]
-  if role not in ROLES:
-    raise BadRecord(f"{where}: role of {name!r} must be one of {', '.join(ROLES)}")
-  if message.get("tool_calls") or message.get("function_call"):
-    raise BadRecord(f"{where}: {name!r} calls a tool, which cannot be trained on")
-  if isinstance(content, list):  # OpenAI's content parts
-    parts = [part if isinstance(part, dict) else {} for part in content]
-    if any(part.get("type") != "text" or not isinstance(part.get("text"), str) for part in parts):
-      raise BadRecord(f"{where}: content of {name!r} has a part that is not text")
-    content = "".join(part["text"] for part in parts)
-  return role, _checked_text(content, f"{name}.content", where, may_be_empty=True)
-
-
-def _answer(obj: dict[str, Any], key: str, where: str, may_be_empty: bool = False) -> str:
-  return _checked_answer(_value(obj, key, where), key, where, may_be_empty)
-
-
-def _checked_answer(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
-  if isinstance(value, list):
-    messages = _messages(value, name, where)
-    if len(messages) > 1 or messages[0][0] != "assistant":
-      raise BadRecord(f"{where}: {name!r} must be a string or one message of the assistant")
-    value = messages[0][1]
-  return _checked_text(value, name, where, may_be_empty)
-
-
-def _text(obj: dict[str, Any], key: str, where: str) -> str:
-  return _checked_text(_value(obj, key, where), key, where)
+  checked_text(found[-1].content, f"{name}[{len(found) - 1}].content", where)
+  return Chat(tuple((message.role, message.content) for message in found))
 
 
 def _value(obj: dict[str, Any], key: str, where: str) -> Any:
   if key not in obj:
-    raise BadRecord(
-      f"{where}: {key!r} is missing (keys found: {', '.join(map(repr, obj)) or 'none'})"
-    )
+    raise BadRecord(f"{where}: {key!r} is missing (keys found: {listed(obj) or 'none'})")
   return obj[key]
 
 
-def _checked_text(value: Any, name: str, where: str, may_be_empty: bool = False) -> str:
-  if not isinstance(value, str):
-    raise BadRecord(f"{where}: {name!r} must be a string, got {type(value).__name__}")
-  if not may_be_empty and not value.strip():
-    raise BadRecord(f"{where}: {name!r} is empty")
+def _decimal(number: int, where: str) -> str:
   try:
-    value.encode()
-  except UnicodeEncodeError as error:  # JSON escapes can spell one half of a surrogate pair
-    raise BadRecord(
-      f"{where}: {name!r} is not valid Unicode (character {error.start + 1})"
-    ) from error
-  return value
+    return str(number)
+  except ValueError as error:  # Python's limit on the digits of an integer
+    raise BadRecord(f"{where}: 'labeler' is a number of too many digits") from error
+
+
+def is_score(value: Any) -> bool:
+  """Whether a value is a finite number that can be compared with others."""
+  return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_int(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool)  # JSON's true is an int in Python
+
+
+def _is_whole(value: Any) -> bool:
+  return _is_int(value) or (isinstance(value, float) and value.is_integer())

@@ -67,7 +67,8 @@ class SentencePieceTokenizer:
     by_line = newline_id != self._processor.unk_id() and self._processor.normalize("a") == "▁a"
     self.newline_id = newline_id if by_line else None
     self._read_controls(kinds)
-    if self.decode(self.encode("a\nb")) != "a\nb":
+    # Letters may be unknown to it, and decode to another character then.
+    if self.decode(self.encode("a\nb")).count("\n") != 1:
       raise UserError(f"{self._where} loses newlines: it needs a piece for them, or byte fallback")
     if self.eos_id in self.encode(self._text(self.eos_id)):
       raise UserError(f"{self._where} encodes the text of its EOS to EOS")

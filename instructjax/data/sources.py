@@ -1,18 +1,21 @@
 """Loads records from a source: the default preset (`demo:`), or the file formats of `readers`.
 
-stages/run_data.py calls `load` and `render`, and stages/pipeline.py calls `load`. Imports `records` and `readers`, and
-`demo` only if it is used.
+stages/run_data.py calls `load` and `render`, and stages/pipeline.py calls `load`. Imports `records`, `formats` and
+`readers`, and `demo` only if it is used.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from instructjax.core.errors import UserError
-from instructjax.data.readers import READERS, Decode, Rows
+from instructjax.data import formats
+from instructjax.data.messages import listed
+from instructjax.data.readers import READERS, Request
 from instructjax.data.records import (
   KINDS,
   BadRecord,
@@ -23,11 +26,13 @@ from instructjax.data.records import (
   Ranking,
   Record,
   parse_record,
+  parse_scored,
+  ranking_of_scored,
 )
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 5  # bad records named in the log
+_LISTED = 5  # reasons named in the log
 _SCHEMES = ("demo", *READERS)
 _KIND_OF: dict[type, str] = {
   Prompt: "prompts",
@@ -56,24 +61,20 @@ def load(
 
   Args:
     spec: `demo:` for the default preset, or `SCHEME:REST` with a scheme of `readers.READERS`. The readers' docstrings
-      describe REST and the splits.
+      describe REST and the splits; `formats` describes the options that may end it.
     kind: one of records.KINDS.
     split: train, validation, test or all. Only `demo:` has a test split; elsewhere test means validation. all means
       every record of the source.
     seed: used by `demo:` only.
     validation_fraction: share of records to hold out, in (0, 1).
-    on_bad_record: raise stops at the first bad record. skip drops bad records, and logs their number and the places and
-      reasons of the first few.
+    on_bad_record: raise stops at the first bad record. skip drops bad records, and logs how many there were of each
+      reason, and where the first one is.
   Raises:
     BadRecord: a record is bad, and on_bad_record is raise.
     UserError: the spec names no known scheme, the source cannot be read, or no records are left.
     ValueError: kind, split or on_bad_record is not one of those above.
   """
-  scheme, colon, rest = spec.partition(":")
-  if not colon or scheme not in _SCHEMES:
-    raise UserError(
-      f"data.{kind}={spec!r} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
-    )
+  scheme, rest = _scheme(spec, kind)
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
   if split not in ("train", "validation", "test", "all"):
@@ -86,8 +87,16 @@ def load(
     return demo.load(kind, split, seed)
   if split == "test":  # files have two splits only
     split = "validation"
-  rows, decode, has_own_split = READERS[scheme].read(rest, kind, split)
-  records = _parse(rows, decode, spec, kind, on_bad_record)
+  source, reader = f"data.{kind}={spec!r}", READERS[scheme]
+  path, options = formats.split_options(rest, source, kind, reader.options)
+  if not path:
+    raise UserError(f"{source} must name what to read after {scheme}:")
+  if reader.format is not None:
+    options = dataclasses.replace(options, format=reader.format)
+  asked = Request(path, options, kind, split, source)
+  rows, decode, has_own_split = reader.read(asked)
+  decoded = ((where, lambda raw=raw, where=where: decode(raw, kind, where)) for where, raw in rows)
+  records = _parse(decoded, asked, spec, on_bad_record)
   if has_own_split or split == "all":
     return records
   chosen = [
@@ -96,11 +105,22 @@ def load(
     if _is_held_out(record, validation_fraction) == (split == "validation")
   ]
   if not chosen:
+    prompts = len({_key(record) for record in records})
+    same = f" (they have {prompts} different prompt{'s' * (prompts > 1)})"
     raise UserError(
-      f"data.{kind}={spec!r}: none of its {len(records)} records fall in the {split} split with"
-      f" data.validation_fraction={validation_fraction}"
+      f"{source}: none of its {len(records)} records{same * (kind != 'documents')} fall in the {split} split"
+      f" with data.validation_fraction={validation_fraction}; add records of other prompts, or change the fraction"
     )
   return chosen
+
+
+def _scheme(spec: str, kind: str) -> tuple[str, str]:
+  scheme, colon, rest = spec.partition(":")
+  if not colon or scheme not in _SCHEMES:
+    raise UserError(
+      f"data.{kind}={spec!r} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
+    )
+  return scheme, rest
 
 
 def checksum(spec: str) -> str:
@@ -116,7 +136,9 @@ def checksum(spec: str) -> str:
     from instructjax.data import demo
 
     return demo.checksum()
-  return READERS[scheme].checksum(rest)
+  reader = READERS[scheme]
+  path, options = formats.split_options(rest, spec, None, reader.options)
+  return reader.checksum(path, options)
 
 
 def render(
@@ -147,28 +169,63 @@ def render(
   if not chats:
     return records
   name = f"data.{_KIND_OF[type(records[0])]}"
-  rendered, bad = [], []
+  rendered = []
+  bad = _Skipped()
   texts = iter(render_chats(chats))
   for number, record in enumerate(records, start=1):
     if not isinstance(record, Document) and isinstance(record.prompt, Chat):
       text = next(texts)
       if isinstance(text, UserError):
-        bad.append(f"chat prompt {number} cannot be made text: {text}")
+        where = f"{record.where}: " if record.where else ""
+        reason = f"{where}chat prompt {number} cannot be made text: {text}"
         if on_bad_record == "raise":
-          raise UserError(f"{name}: {bad[0]}") from text
+          raise UserError(f"{name}: {reason}") from text
+        bad.add(reason, str(text))
         continue
       record = dataclasses.replace(record, prompt=text)
     rendered.append(record)
-  _warn_of_skipped(name, bad, len(records))
+  bad.warn(name, len(records))
   if not rendered:
-    raise UserError(f"{name}: no record is left: {bad[0]}")
+    raise UserError(f"{name}: no record is left: {bad.first()}")
   return rendered
 
 
-def _warn_of_skipped(name: str, bad: Sequence[str], total: int):
-  if bad:
-    first = "; ".join(bad[:_LISTED]) + ("; ..." if len(bad) > _LISTED else "")
-    logger.warning("%s: skipped %d of %d records: %s", name, len(bad), total, first)
+class _Skipped:
+  """Counts what is left out, by reason."""
+
+  def __init__(self):
+    self._found: dict[str, list] = {}  # kind of reason -> [the first one's message, count]
+
+  def add(self, message: str, reason: str):
+    """Counts one record.
+
+    Args:
+      message: what is wrong with it and where.
+      reason: what is wrong with it. Numbers and quoted names do not make another reason.
+    """
+    kind = re.sub(r"\d+", "0", reason)
+    self._found.setdefault(kind, [message, 0])[1] += 1
+
+  def count(self) -> int:
+    return sum(count for _, count in self._found.values())
+
+  def first(self) -> str:
+    return next(iter(self._found.values()))[0]
+
+  def warn(self, name: str, total: int):
+    """Logs, in one line, how many records were skipped for each reason and where the first one is."""
+    if not self._found:
+      return
+    reasons = sorted(self._found.values(), key=lambda found: -found[1])
+    listed = [
+      first if count == 1 else f"{first} (and {count - 1} more)"
+      for first, count in reasons[:_LISTED]
+    ]
+    rest = sum(count for _, count in reasons[_LISTED:])
+    more = f"; {rest} for other reasons" if rest else ""
+    logger.warning(
+      "%s: skipped %d of %d records: %s%s", name, self.count(), total, "; ".join(listed), more
+    )
 
 
 def simulation(spec: str):
@@ -192,28 +249,56 @@ def require_simulation(spec: str):
   return found
 
 
-def _parse(rows: Rows, decode: Decode, spec: str, kind: str, on_bad_record: str) -> list[Record]:
-  records, bad = [], []
-  for where, raw in rows:
+def _parse(
+  rows: Iterable[tuple[str, Callable[[], Any]]], asked: Request, spec: str, on_bad_record: str
+) -> list[Record]:
+  """The records of rows, each given as its place and a function that decodes it."""
+  kind = asked.kind
+  records: list[Record] = []
+  bad = _Skipped()
+  scored: dict[str | Chat, list[tuple[str, float, str]]] = {}  # prompt -> (answer, score, place)
+  seen: set[str] = set()
+  total = 0
+  for where, decode in rows:
+    total += 1
     try:
-      records.append(parse_record(kind, decode(raw, kind, where), where))
+      obj = decode()
+      name, parts = formats.convert(obj, kind, where, asked.options)
+      if name != formats.OWN and name not in seen and asked.split != "validation":
+        seen.add(name)
+        logger.warning("%s: %s read as format %s (keys: %s)", spec, where, name, listed(obj))
+      if kind == "comparisons" and parts and parts[0].keys() >= {"response", "score"}:
+        prompt, answer, score = parse_scored(parts[0], where)
+        scored.setdefault(prompt, []).append((answer, score, where))
+      else:
+        records += [parse_record(kind, part, where) for part in parts]
     except BadRecord as error:
       if on_bad_record == "raise":
         raise
-      bad.append(str(error))
-  _warn_of_skipped(spec, bad, len(bad) + len(records))
+      bad.add(str(error), str(error).removeprefix(where))
+  for prompt, answers in scored.items():
+    if len(answers) > 1:
+      records.append(ranking_of_scored(prompt, answers))
+    else:
+      bad.add(f"{answers[0][2]}: the only answer to its prompt", "the only answer to its prompt")
+  bad.warn(spec, total)
   if not records:
     raise UserError(
-      f"data.{kind}={spec!r} holds no records"
-      + (f" but {len(bad)} bad ones: {bad[0]}" if bad else "")
+      f"{asked.source} holds no records"
+      + (f" but {bad.count()} bad ones: {bad.first()}" if bad.count() else "")
     )
   return records
 
 
-def _is_held_out(record: Record, fraction: float) -> bool:
+def _key(record: Record) -> str:
+  """What decides on which side of the split a record falls: its prompt, or a document's text."""
   text = record.text if isinstance(record, Document) else record.prompt
   if isinstance(text, Chat):
-    text = json.dumps(text.messages, ensure_ascii=False, separators=(",", ":"))
-  digest = hashlib.sha256(text.encode()).digest()
+    return json.dumps(text.messages, ensure_ascii=False, separators=(",", ":"))
+  return text
+
+
+def _is_held_out(record: Record, fraction: float) -> bool:
+  digest = hashlib.sha256(_key(record).encode()).digest()
   # The first 8 bytes are a uniform number below 2^64. Python's own hash() would differ from process to process.
   return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -61,7 +61,9 @@ def _write(path: pathlib.Path, rankings: list):
   """
   with writing(path), open(path, "w", encoding="utf-8") as file:
     for ranking in rankings:
-      file.write(json.dumps(dataclasses.asdict(ranking), ensure_ascii=False) + "\n")
+      row = dataclasses.asdict(ranking)
+      del row["where"]  # of no ranking that was not read from a file
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def check(ctx: Context, stage: str):

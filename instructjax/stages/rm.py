@@ -86,14 +86,13 @@ def tokenized(ctx: Context, records: list) -> list:
   return rankings
 
 
-def _batches(ctx: Context, records: list, seed: int) -> batching.Batches:
+def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
   """Batches of `rm.batch_size` prompts.
 
   With `rm.row_length`, the answers of a batch share rows: as many as the fullest batch of the whole run needs, so that
   all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own.
   """
   cfg, data = ctx.config.rm, ctx.config.data
-  rankings = tokenized(ctx, records)
   length = cfg.row_length or data.max_prompt_length + data.max_response_length
   kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed)
   num_rows = None
@@ -157,7 +156,7 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
     Preempted: the run was told to stop.
   """
   cfg, model = ctx.config.rm, ctx.model("reward")
-  batches = _batches(ctx, records, ctx.data_seed(name))
+  batches = _batches(ctx, tokenized(ctx, records), ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
@@ -305,15 +304,48 @@ def cross_validate(ctx: Context, stage: str) -> tuple[results.Fold, ...]:
   return tuple(found)
 
 
-def check(ctx: Context, stage: str):
-  """Checks that the labelers can be split into folds.
+def _require_decided(ctx: Context, rankings: Sequence[RankingTokens], what: str):
+  """Checks that some pair of answers is no tie, without which there is nothing to learn or to measure.
 
   Raises:
-    UserError: they cannot.
+    UserError: all pairs are ties.
   """
-  # Comparisons of simulated labelers are collected only later in the run.
-  if not lineage.collects(ctx.config):
-    fold_labelers(ctx)
+  if not any(len(set(item.ranks)) > 1 for item in rankings):
+    raise UserError(
+      f"data.comparisons={ctx.config.data.comparisons!r}: none of the {len(rankings)} {what} has a pair of answers"
+      " that is not a tie; add rankings with an order"
+    )
+
+
+def check(ctx: Context, stage: str):
+  """Checks that there is something to learn and to measure, and that the labelers can be split into folds.
+
+  Raises:
+    UserError: every ranking of a split or of a fold is too long or a tie, a prompt has too many answers, the warmup is
+      as long as the stage, or the labelers cannot be split.
+  """
+  if lineage.collects(ctx.config):
+    return  # the comparisons of simulated labelers are collected only later in the run
+  cfg = ctx.config.rm
+  train_rankings, held_out = (
+    tokenized(ctx, ctx.data.records("comparisons", split)) for split in ("train", "validation")
+  )
+  _require_decided(ctx, train_rankings, "training rankings")
+  _require_decided(ctx, held_out, "held-out rankings")
+  for fold, outside in enumerate(fold_labelers(ctx)):
+    parts = (
+      ("training", train_rankings, False),
+      ("held-out", held_out, True),
+      ("held-out", held_out, False),
+    )
+    for name, rankings, is_in in parts:
+      found = [item for item in rankings if (item.labeler in outside) == is_in]
+      whose = "labelers" if is_in else "other labelers"
+      _require_decided(
+        ctx, found, f"{name} rankings by the {whose} of fold {fold} (rm.cross_validation_folds)"
+      )
+  batches = _batches(ctx, train_rankings, ctx.data_seed(stage))
+  make_optimizer(cfg.optim, cfg.num_epochs * batches.steps_per_epoch)
 
 
 def run(ctx: Context, stage: str):

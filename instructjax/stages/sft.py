@@ -81,10 +81,11 @@ def check(ctx: Context, stage: str):
   """Checks the stage's data and settings.
 
   Raises:
-    UserError: no demonstration is short enough, or the warmup is as long as the stage.
+    UserError: no demonstration of a split is short enough, or the warmup is as long as the stage.
   """
   cfg = _sft_config(ctx, stage)
   _, steps_per_epoch = _batches(ctx, cfg, stage)
+  ctx.data.demonstration_tokens("validation")
   make_optimizer(cfg.optim, cfg.num_epochs * steps_per_epoch)
 
 

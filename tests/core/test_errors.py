@@ -70,3 +70,7 @@ def test_an_error_without_a_message_is_told_by_its_type(shorten):
 
 def test_one_line_is_the_whole_message():
   assert errors.one_line(ValueError(" size must\n  be odd\n")) == "size must be odd"
+
+
+def test_a_librarys_message_holds_no_control_characters():
+  assert errors.reason(ValueError("bad type \x1b[31m\x07 in \u00e9")) == "bad type ?[31m? in \u00e9"

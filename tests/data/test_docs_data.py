@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from instructjax.data import chat, sources
+from instructjax.data import chat, formats, sources
 from instructjax.data.readers import READERS
 from instructjax.data.records import KINDS, BadRecord, Chat, Prompt
 
@@ -32,6 +32,15 @@ BAD = [
   for (words, rows), (after, messages) in zip(FENCES, FENCES[1:], strict=False)
   if words[-1] == "bad"
   for row, message in zip(rows, messages if after == ["text"] else (), strict=True)
+]
+# Rows of the table of published formats: (name, kind, keys, example, how it is read).
+TABLE = [
+  (
+    line.split("`")[1],
+    *[cell.strip("` ") if "{" in cell else cell for cell in line.split(" | ")[1:]],
+  )
+  for line in PAGE.splitlines()
+  if line.startswith("| `") and line.count(" | ") == 4
 ]
 TEXTS = [(*words[1:], lines) for words, lines in FENCES if words[0] == "text" and words[1:]]
 SPECS = [text for text in TEXTS if text[1] != "chat"]
@@ -72,6 +81,30 @@ def test_every_good_row_loads_and_from_a_table_too(folder, words, rows):
     assert load("parquet:.", words[0]) == records
 
 
+def test_every_published_format_has_a_row_of_the_table():
+  assert [name for name, *_ in TABLE] == list(formats.FORMATS)
+  for name, _, keys, *_ in TABLE:
+    form = formats.FORMATS[name]
+    before, _, after = keys.partition(";")
+    if form.needs:
+      assert tuple(re.findall("`(.*?)`", before)) == form.needs
+    if name != "hh" and form.also is not None:
+      assert tuple(re.findall("`(.*?)`", after)) == form.also
+
+
+@pytest.mark.parametrize(("name", "kind", "example"), [(row[0], row[1], row[3]) for row in TABLE])
+def test_every_example_of_the_table_is_read_as_its_format(folder, caplog, name, kind, example):
+  # Twice, because one answer makes no ranking.
+  (folder / "rows.jsonl").write_text(f"{example}\n{example}\n", encoding="utf-8")
+  records = load("jsonl:rows.jsonl", kind)
+  assert len(records) == (1 if name == "helpsteer" else 2)
+  assert [f"read as format {name} (keys: " in line for line in caplog.messages] == [True]
+  assert load(f"jsonl:rows.jsonl?format={name}", kind) == records
+  if kind == "comparisons" and name != "helpsteer":  # the examples prefer Hi, or Ho
+    best = [text for text, rank in zip(records[0].responses, records[0].ranks) if rank == 1]
+    assert [text.strip() in ("Hi.", "Ho.") for text in best] == [True]
+
+
 @pytest.mark.parametrize(("words", "row", "message"), BAD, ids=[message for *_, message in BAD])
 def test_every_bad_row_gets_the_message_beside_it(folder, words, row, message):
   line = int(message.split(":")[1])
@@ -86,7 +119,11 @@ def write_examples(folder):
   pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
   pq.write_table(pa.table({"question": ["q"], "answer": ["a"]}), folder / "answers.parquet")
   (folder / "renamed.parquet").write_text("Once upon a time ...")
-  (folder / "mixed.jsonl").write_text('{"text": "good"}\n{}\n')
+  (folder / "mixed.jsonl").write_text('{"text": "good"}\n{}\n{}\n{"text": ""}\n')
+  (folder / "unknown.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+  (folder / "windows.jsonl").write_text('{"prompt": "p"}\n', encoding="utf-16")
+  (folder / "array.json").write_text('[\n{"prompt": "a"}\n{"prompt": "b"}\n]')
+  pq.write_table(pa.table({"prompt": ["a"]}), folder / "table.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 import gzip
 import json
 import sys
+import types
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import (
   BadRecord,
@@ -80,6 +82,32 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, reason):
   assert "SLUR" not in str(error.value)
 
 
+def test_globs_home_and_folders(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name in "ba":
+    write(tmp_path / f"{name}.jsonl", {"text": name})
+  assert load("jsonl:~/*.jsonl", "documents") == [Document("a"), Document("b")]
+  assert load("jsonl:~/b.jsonl", "documents") == [Document("b")]
+  pq.write_table(pa.table({"text": ["c"]}), tmp_path / "c.parquet")
+  assert (
+    load("parquet:~/c.parquet", "documents") == load("parquet:~", "documents") == [Document("c")]
+  )
+  both = sources.checksum("jsonl:~/*.jsonl")
+  assert (
+    sources.checksum("jsonl:~/a.jsonl?text=text")
+    == sources.checksum(f"jsonl:{tmp_path}/a.jsonl")
+    != both
+  )
+  with pytest.raises(UserError, match=f"Is a directory; name its files, as in {tmp_path}/.*jsonl$"):
+    load("jsonl:~/", "documents")
+  with pytest.raises(UserError, match="data.documents='jsonl:~/no[*]' finds no file"):
+    load("jsonl:~/no*", "documents")
+  with pytest.raises(
+    UserError, match="data.documents='jsonl:' must name what to read after jsonl:"
+  ):
+    load("jsonl:", "documents")
+
+
 def test_unreadable_files_are_one_clear_line(tmp_path):
   with pytest.raises(ValueError, match="cannot read .*no.jsonl: No such file or directory"):
     load(f"jsonl:{tmp_path / 'no.jsonl'}", "documents")
@@ -122,7 +150,7 @@ def test_hh_gives_comparisons_demonstrations_and_prompts(tmp_path, row):
   ("row", "reason"),
   [
     ({"chosen": "a"}, "needs chosen and rejected"),
-    ([], "needs chosen and rejected"),
+    ([], "must be a JSON object, got list"),
     ({"chosen": "SLUR", "rejected": PROMPT}, "'chosen' must be a dialogue with an 'Assistant:' tu"),
     ({"chosen": PROMPT, "rejected": [PROMPT]}, "'rejected' must be a dialogue"),
     ({"chosen": PROMPT + " a", "rejected": "x" + PROMPT + " b"}, "differ before their last answer"),
@@ -176,6 +204,19 @@ def test_a_null_cell_is_an_absent_key_and_inner_nulls_stay(tmp_path):
   ]
   rankings = load(f"parquet:{write_parquet(tmp_path / 'a.parquet', rows)}", "comparisons")
   assert rankings == [Ranking("p", ("a", "b"), (1, 1)), Ranking("p", ("c", "r"), (1, 2))]
+
+
+def test_parquet_with_nested_columns(tmp_path):
+  rows = [{"turns": [{"by": {"name": "a"}, "said": "p"}, {"by": None, "said": "r"}], "n": 1}]
+  options = "?prompt=turns.0.said&response=turns.1.said"
+  path = write_parquet(tmp_path / "a.parquet", rows)
+  assert load(f"parquet:{path}{options}", "demonstrations") == [Demonstration("p", "r")]
+  messages = pa.large_list(
+    pa.struct({"role": pa.dictionary(pa.int8(), pa.string()), "content": pa.large_string()})
+  )
+  table = pa.table({"messages": pa.array([row["messages"] for row in CHATS], messages)})
+  pq.write_table(table, path)
+  assert load(f"parquet:{path}", "demonstrations") == DEMONSTRATIONS
 
 
 def test_parquet_text_may_be_large_binary_or_categorical(tmp_path):
@@ -299,6 +340,77 @@ def test_without_the_datasets_package_one_line_says_what_to_install(monkeypatch)
     load("datasets:a", "prompts")
 
 
+class FakeDataset:
+  """What the reader uses of `datasets.Dataset`."""
+
+  def __init__(self, rows, cache_files=()):
+    self._table = pa.Table.from_pylist(rows)
+    self.column_names, self.cache_files = self._table.column_names, list(cache_files)
+
+  def select_columns(self, names):
+    return FakeDataset(self._table.select(names).to_pylist())
+
+  def with_format(self, name):
+    assert name == "arrow"
+    return self
+
+  def iter(self, batch_size):
+    return iter([self._table.slice(start, batch_size) for start in range(0, 5, batch_size)])
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+  """Stands for `datasets` with one data set on its hub, `org/chats`; returns what was asked of it."""
+  asked = []
+
+  def load_dataset(name, config):
+    asked.append((name, config))
+    if name != "org/chats":
+      raise ConnectionError(f"Couldn't reach {name!r} on the Hub\n(OfflineModeIsEnabled)")
+    files = [{"filename": str(write(tmp_path / "cached.arrow", b"content"))}]
+    return {"train": FakeDataset(CHATS[:4], files), "test": FakeDataset(CHATS[4:], files)}
+
+  def load_from_disk(path):
+    asked.append(path)
+    return FakeDataset(CHATS[:1])
+
+  fake = types.SimpleNamespace(load_dataset=load_dataset, load_from_disk=load_from_disk)
+  monkeypatch.setitem(sys.modules, "datasets", fake)
+  monkeypatch.chdir(tmp_path)
+  return asked
+
+
+def test_a_data_set_of_the_hub_is_read_where_there_is_no_such_folder(hub, tmp_path):
+  assert load("datasets:org/chats", "demonstrations") == DEMONSTRATIONS[:4]
+  assert load("datasets:org/chats", "demonstrations", "validation") == DEMONSTRATIONS[4:]
+  assert load("datasets:org/chats/small:test", "demonstrations") == DEMONSTRATIONS[4:]
+  assert hub == [("org/chats", None)] * 2 + [("org/chats", "small")]
+  assert sources.checksum("datasets:org/chats").startswith("sha256:")
+  (tmp_path / "org" / "chats").mkdir(parents=True)
+  assert load("datasets:org/chats", "demonstrations") == DEMONSTRATIONS[:1]
+  assert hub[-1] == "org/chats"
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    (
+      "org/nothing",
+      "is no folder, and cannot be read from Hugging Face's hub: Couldn't reach 'org/",
+    ),
+    (
+      "nothing",
+      "is no folder, and cannot be read from Hugging Face's hub: Couldn't reach 'nothing'",
+    ),
+    ("org/chats:dev", r"has no split 'dev': name one .*org/chats:train \(it has train, test\)"),
+  ],
+)
+def test_without_a_network_one_line_says_so(hub, name, message):
+  with pytest.raises(UserError, match=f"^data.prompts='datasets:{name}' {message}") as error:
+    load(f"datasets:{name}", "prompts")
+  assert "\n" not in str(error.value)
+
+
 # tfds:
 
 
@@ -365,7 +477,7 @@ def test_tfds_errors_name_the_source(tfds_dir):
     load(f"tfds:nothing?data_dir={tfds_dir}", "prompts")
   with pytest.raises(ValueError, match="cannot be read: Unknown split 'test'"):
     load(f"tfds:unsplit:test?data_dir={tfds_dir}", "prompts")
-  with pytest.raises(ValueError, match="must be tfds:NAME"):
+  with pytest.raises(ValueError, match="must name what to read after tfds:"):
     load("tfds:", "prompts")
   with pytest.raises(BadRecord, match="^tfds:unsplit:train:0: 'text' is missing"):
     load(f"tfds:unsplit?data_dir={tfds_dir}", "documents")

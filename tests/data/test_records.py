@@ -54,6 +54,7 @@ TWO = {"prompt": "p", "responses": ["a", "b"]}
   [
     ("prompts", ["p"], "must be a JSON object, got list"),
     ("prompts", {"question": "p"}, r"'prompt' is missing \(keys found: 'question'\)"),
+    ("comparisons", {**TWO, "ranks": [1, 2], "labeler": True}, "'labeler' must be a string, got"),
     ("prompts", {"prompt": 3}, "'prompt' must be a string, got int"),
     ("documents", {"text": " \n"}, "'text' is empty"),
     ("documents", {"text": "\ud83d"}, "'text' is not valid Unicode"),
@@ -65,7 +66,15 @@ TWO = {"prompt": "p", "responses": ["a", "b"]}
     ("comparisons", {"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
     ("comparisons", {**TWO, "ranks": [1]}, "2 responses but 1 ranks"),
     ("comparisons", {**TWO, "ranks": [0, 1]}, "'ranks' must be a list of integers >= 1"),
-    ("comparisons", {**TWO, "ranks": [1, 2.0]}, "'ranks' must be a list of integers >= 1"),
+    ("comparisons", {**TWO, "ranks": [1, 1.5]}, "'ranks' must be a list of integers >= 1"),
+    ("comparisons", {**TWO, "ranks": [1, float("inf")]}, "'ranks' must be a list of integers >= 1"),
+    ("comparisons", {**TWO, "ranks": ["1", "2"]}, "'ranks' must be a list of integers >= 1"),
+    ("comparisons", {**TWO, "scores": [1, float("nan")]}, "'scores' must be a list of finite numb"),
+    ("comparisons", {**TWO, "scores": [True, 2]}, "'scores' must be a list of finite numbers"),
+    ("comparisons", {**TWO, "scores": [1]}, "2 responses but 1 scores"),
+    ("comparisons", {"prompt": "p", "chosen": "a", "rejected": "a"}, "are the same answer"),
+    ("documents", {"text": "a\0b"}, "'text' holds a NUL character"),
+    ("documents", {"text": float("nan")}, "'text' must be a string, got NaN"),
     ("comparisons", {**TWO, "ranks": [True, 2]}, "'ranks' must be a list of integers >= 1"),
     ("comparisons", {**TWO, "ranks": "12"}, "'ranks' must be a list of integers >= 1"),
     ("comparisons", {"prompt": "p", "responses": ["a"], "ranks": [1]}, "at least 2 strings"),
@@ -76,7 +85,11 @@ TWO = {"prompt": "p", "responses": ["a", "b"]}
       "responses.1.' must be a string, got int",
     ),
     ("comparisons", {"prompt": "p", "ranks": [1, 2]}, "'responses' must be a list"),
-    ("comparisons", {**TWO, "ranks": [1, 2], "labeler": 5}, "'labeler' must be a string, got int"),
+    (
+      "comparisons",
+      {**TWO, "ranks": [1, 2], "labeler": 5.5},
+      "'labeler' must be a string, got flo",
+    ),
   ],
 )
 def test_a_bad_record_is_refused_with_place_and_reason(kind, obj, reason):
@@ -195,7 +208,7 @@ def test_messages_become_a_chat_prompt_and_its_answers(kind, obj, expected):
     ([{"from": "SLUR"}], "must be an object with role and content, got only 'from'"),
     ([ASK, says("tool", "SLUR")], "role of 'messages.1.' must be one of system, developer, user"),
     ([says(["SLUR"], "a")], "role of 'messages.0.' must be one of"),
-    ([ASK, says("assistant", None)], "'messages.1..content' must be a string, got NoneType"),
+    ([ASK, says("assistant", None)], "'messages.1..content' must be a string, got null"),
     ([ASK, says("assistant", "SLUR", tool_calls=[{}])], "'messages.1.' calls a tool"),
     ([ASK, says("assistant", None, function_call={"name": "SLUR"})], "'messages.1.' calls a tool"),
     (

@@ -1,19 +1,28 @@
+import gzip
 import hashlib
 import json
 import logging
+import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from instructjax.core.errors import UserError
-from instructjax.data import sources
+from instructjax.data import dialogues, sources
 from instructjax.data.records import (
   KINDS,
+  BadRecord,
   Chat,
   Demonstration,
   Document,
   Prompt,
   Ranking,
+  parse_record,
 )
+from tests.fuzz import data_files
 
 
 def load(spec, kind, split="train", *, fraction=1e-9, on_bad_record="raise", seed=0):
@@ -31,14 +40,17 @@ def write(path, *lines):
 
 
 def test_bad_lines_can_be_skipped_and_are_counted_and_listed(tmp_path, caplog):
-  rows = [{"text": "a"}] + [{"text": ""}, {"txet": "SLUR"}] * 4 + [{"text": "b"}]
+  rows = [{"text": "a"}] + [{"text": ""}, {"txet": "SLUR"}] * 4 + [{"text": ""}, {"text": "b"}]
   path = write(tmp_path / "a.jsonl", *rows)
   with caplog.at_level(logging.WARNING):
     records = load(f"jsonl:{path}", "documents", on_bad_record="skip")
   assert records == [Document("a"), Document("b")]
-  assert "skipped 8 of 10 records" in caplog.text
-  assert f"{path}:2: 'text' is empty; {path}:3: 'text' is missing" in caplog.text
-  assert f"{path}:6" in caplog.text and f"{path}:7" not in caplog.text
+  # One line, with the number of each reason and the first place, the commonest first.
+  (line,) = caplog.messages
+  assert (
+    f"skipped 9 of 11 records: {path}:2: 'text' is empty (and 4 more); {path}:3: 'text'" in line
+  )
+  assert line.endswith("(and 3 more)") and f"{path}:4" not in line
   assert "SLUR" not in caplog.text
 
 
@@ -110,10 +122,42 @@ def test_an_empty_split_is_refused(tmp_path):
     load(spec, "documents", "validation")
 
 
+def test_records_of_one_prompt_cannot_be_split(tmp_path):
+  rows = [{"prompt": "p", "response": f"r{i}"} for i in range(9)]
+  spec = f"jsonl:{write(tmp_path / 'a.jsonl', *rows)}"
+  message = r"none of its 9 records \(they have 1 different prompt\) fall in the validation split"
+  with pytest.raises(UserError, match=message):
+    load(spec, "demonstrations", "validation")
+
+
+def test_records_know_their_places_which_are_no_part_of_them(tmp_path):
+  spec = f"jsonl:{write(tmp_path / 'a.jsonl', b'', {'prompt': 'p', 'response': 'r'})}"
+  (record,) = load(spec, "demonstrations")
+  assert record.where == f"{tmp_path}/a.jsonl:2"
+  assert record == Demonstration("p", "r") and hash(record) == hash(Demonstration("p", "r"))
+  assert "jsonl" not in repr(record)
+
+
+def test_a_chat_that_a_template_refuses_is_named_by_its_place(tmp_path):
+  def template(messages):
+    raise UserError("no")
+
+  spec = f"jsonl:{write(tmp_path / 'a.jsonl', {'prompt': ASKED})}"
+  with pytest.raises(UserError, match=f"^data.prompts: {tmp_path}/a.jsonl:1: chat prompt 1 cannot"):
+    sources.render(load(spec, "prompts"), template, on_bad_record="raise")
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, seed):
+  """A few of the cases of tests/fuzz/data_files.py, which a command tries by the thousand."""
+  data_files.target(*data_files.case(random.Random(seed)), tmp_path)
+
+
 # Chat prompts.
 
 ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hé?"}]
 ANSWER = {"role": "assistant", "content": "ho"}
+WORSE = {"role": "assistant", "content": "no"}
 
 
 def test_render_makes_every_chat_prompt_text_and_keeps_the_rest(tmp_path):
@@ -163,7 +207,7 @@ def test_a_template_that_refuses_is_named_with_the_kind_and_the_prompt(caplog):
 def test_a_chat_is_held_out_by_its_messages_whatever_the_kind(tmp_path):
   def row(i):
     asked = [*ASKED, {"role": "user", "content": f"q{i % 40}"}]
-    pair = {"chosen": [*asked, ANSWER], "rejected": [*asked, ANSWER]}
+    pair = {"chosen": [*asked, ANSWER], "rejected": [*asked, WORSE]}
     return {"messages": [*asked, ANSWER], **pair}
 
   spec = f"jsonl:{write(tmp_path / 'a.jsonl', *map(row, range(80)))}"
@@ -183,3 +227,88 @@ def test_simulated_labelers_are_refused_for_other_records():
   with pytest.raises(UserError, match="only the records of 'demo:', and these are 'jsonl:mine'"):
     sources.require_simulation("jsonl:mine")
   assert sources.require_simulation("demo:") is sources.simulation("demo:")
+
+
+# Properties: what is written is what is read.
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+FULL = TEXT.filter(str.strip)
+ANSWERS = st.lists(TEXT, min_size=2, max_size=4)
+QUICK = settings(
+  max_examples=60,
+  deadline=None,
+  database=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def rankings(draw):
+  responses = draw(ANSWERS)
+  ranks = draw(
+    st.lists(st.integers(1, 2**31 - 1), min_size=len(responses), max_size=len(responses))
+  )
+  return {"prompt": draw(FULL), "responses": responses, "ranks": ranks, "labeler": draw(TEXT)}
+
+
+@QUICK
+@given(
+  rows=st.lists(rankings(), min_size=1, max_size=5),
+  form=st.sampled_from(["lines", "array", "printed", "gzip", "parquet", "crlf"]),
+  ascii_only=st.booleans(),
+)
+def test_any_rankings_are_read_as_they_were_written(tmp_path, rows, form, ascii_only):
+  lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+  text = {
+    "array": "[" + ", ".join(lines) + "]",
+    "printed": json.dumps(rows, indent=2, ensure_ascii=ascii_only),
+    "crlf": "\r\n".join(lines),
+  }.get(form, "\n".join(lines))
+  path = tmp_path / "rows"
+  path.write_bytes(gzip.compress(text.encode()) if form == "gzip" else text.encode())
+  if form == "parquet":
+    pq.write_table(pa.Table.from_pylist(rows), path)
+  found = load(f"{'parquet' if form == 'parquet' else 'jsonl'}:{path}", "comparisons")
+  assert found == [
+    Ranking(row["prompt"], tuple(row["responses"]), tuple(row["ranks"]), row["labeler"])
+    for row in rows
+  ]
+
+
+@QUICK
+@given(
+  scores=st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(), min_size=2)
+)
+def test_ranks_of_scores_are_their_order(scores):
+  row = {"prompt": "p", "responses": ["a"] * len(scores), "scores": scores}
+  ranks = parse_record("comparisons", row, "a:1").ranks
+  for one, rank in zip(scores, ranks, strict=True):
+    assert rank == 1 + sum(other > one for other in scores)
+
+
+@QUICK
+@given(
+  turns=st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=6), texts=st.data()
+)
+def test_a_demonstration_is_a_users_turn_and_the_answer_to_it(turns, texts):
+  chat = [{"role": role, "content": texts.draw(FULL)} for role in turns]
+  if turns[-2:] == ["user", "assistant"]:
+    found = parse_record("demonstrations", {"messages": chat}, "a:1")
+    assert found.response == chat[-1]["content"]
+    assert [text for _, text in found.prompt.messages] == [m["content"] for m in chat[:-1]]
+  else:
+    with pytest.raises(BadRecord):
+      parse_record("demonstrations", {"messages": chat}, "a:1")
+
+
+@QUICK
+@given(human=FULL, answer=FULL, after=FULL)
+def test_no_dialogue_teaches_to_speak_as_the_human(human, answer, after):
+  asked = f"\n\nHuman: {human}\n\nAssistant:"
+  row = {"chosen": f"{asked} {answer}\n\nHuman: {after}", "rejected": f"{asked} b"}
+  with pytest.raises(BadRecord):
+    dialogues.convert(row, "demonstrations", "a:1")
+  row["chosen"] = f"{asked} {answer}"
+  plain = lambda text: text.replace("\r\n", "\n").replace("\r", "\n")
+  found = dialogues.convert(row, "demonstrations", "a:1")
+  assert found == {"prompt": plain(asked), "response": plain(f" {answer}")}

@@ -57,6 +57,14 @@ def test_prompt_and_response_meet_without_loss(tokenizer):
     assert "".join(map(tokenizer.decode, ids)) == prompt + response
 
 
+@pytest.mark.parametrize("letters", ["xyz", "0123", "\u0436\u0437"])
+def test_a_text_may_lack_the_letters_a_and_b(tmp_path, letters):
+  words = ["".join(RNG.choices(letters, k=RNG.randint(2, 8))) for _ in range(400)]
+  text = "\n".join(words)
+  small = train_tokenizer([text], 60, tmp_path / "a.model", seed=0)
+  assert small.decode(small.encode(text)) == text
+
+
 def test_a_word_is_one_piece_wherever_it_stands(tokenizer):
   first, second = tokenizer.encode("king king")
   assert first == second

@@ -1,6 +1,8 @@
 """The reward model's train step: eq. 1 through the model, in one forward, blind to padding."""
 
+import functools
 import itertools
+import types
 from unittest import mock
 
 import jax
@@ -10,15 +12,17 @@ import pytest
 
 from instructjax import models
 from instructjax.core.config import MeshConfig, RMConfig
+from instructjax.core.errors import UserError
 from instructjax.core.structs import RankedBatch
+from instructjax.data import records, sources
 from instructjax.data.batching import ranked_batch
 from instructjax.data.tokenize import RankingTokens
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
-from instructjax.stages import rm
+from instructjax.stages import rm, run_data
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
-from tests import tiny
+from tests import micro, tiny
 
 VOCAB, ROWS, ANSWERS, LENGTH, GOOD = 23, 8, 4, 8, 5
 
@@ -194,3 +198,64 @@ def test_eight_devices_equal_one(start, one_device, mesh, shared):
     jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
   ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def checked(tmp_path, monkeypatch, rows, **changes):
+  """Runs `rm.check` on comparisons, with a character for a token; returns how many rankings it made batches of."""
+  micro.write_lines(tmp_path / "rows.jsonl", rows)
+  config = micro.config("rm", {"comparisons": f"jsonl:{tmp_path}/rows.jsonl"}, **changes)
+  tokenizer = types.SimpleNamespace(
+    eos_id=1,
+    encode=lambda text: list(map(ord, text)),
+    encode_prompt=lambda text: list(map(ord, text)),
+  )
+  tokenizer.render_chat = None
+  data = run_data.RunData(config, tmp_path, tokenizer)
+  ctx = types.SimpleNamespace(
+    config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0
+  )
+  made = []
+  batches = types.SimpleNamespace(steps_per_epoch=10**6)
+  monkeypatch.setattr(
+    rm, "_batches", lambda ctx, rankings, seed: made.append(len(rankings)) or batches
+  )
+  rm.check(ctx, "rm")
+  return made
+
+
+def row(number, ranks=(1, 2), labeler="ann", response="a"):
+  return {"prompt": f"p{number}", "responses": [response, "b"], "ranks": ranks, "labeler": labeler}
+
+
+def test_what_has_nothing_to_learn_or_to_measure_is_found_before_training(tmp_path, monkeypatch):
+  check = functools.partial(checked, tmp_path, monkeypatch, rm__cross_validation_folds=0)
+  good = [row(i) for i in range(40)]
+  (count,) = check(good)
+  assert 20 < count < 40
+  held_out = lambda i: sources._is_held_out(records.Prompt(f"p{i}"), 0.25)
+  assert 0 < sum(map(held_out, range(40))) < 20
+  for what, is_tie in (
+    ("training", lambda i: True),
+    ("training", lambda i: not held_out(i)),
+    ("held-out", held_out),
+  ):
+    rows = [row(i, (2, 2) if is_tie(i) else (1, 2)) for i in range(40)]
+    with pytest.raises(UserError, match=f"'jsonl:.*': none of the \\d+ {what} rankings has a pair"):
+      check(rows)
+  # An answer that is too long drops out, and with it the order.
+  rows = [row(i, (1, 2), response="a" * 999) for i in range(40)]
+  with pytest.raises(UserError, match="comparisons: every record is too long"):
+    check(rows)
+  with pytest.raises(UserError, match="a prompt has 40 ranked responses; raise rm.max_responses"):
+    check([row(i) | {"responses": ["a"] * 40, "ranks": [*range(1, 41)]} for i in range(40)])
+
+
+def test_every_fold_of_labelers_needs_an_order(tmp_path, monkeypatch):
+  check = functools.partial(checked, tmp_path, monkeypatch, rm__cross_validation_folds=2)
+  rows = [row(i, labeler=name) for i in range(40) for name in ("ann", "bob")]
+  assert check(rows)
+  tied = [r | {"ranks": [1, 1]} if r["labeler"] == "bob" else r for r in rows]
+  with pytest.raises(
+    UserError, match=r"rankings by the (other )?labelers of fold \d \(rm.cross_valid"
+  ):
+    check(tied)
