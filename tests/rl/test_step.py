@@ -1,6 +1,7 @@
 """The parts of the PPO step: the gradient of eq. 2, and the order in which minibatches are taken."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -163,3 +164,125 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
   assert [share for _, share in visits] == [list(range(8)), list(range(8, 16))] * 3
+
+
+# --- one update of both networks ------------------------------------------------------------------
+
+POLICY_RATE, VALUE_RATE = 1.0, 0.5
+
+
+def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
+  """`update` with gradients in place of the policy's and the value's that only report; metrics of all minibatches."""
+  cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
+  script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
+
+  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+    ratio = jnp.float32(next(script))
+    return params, {"ratio_max": ratio, "approx_kl": ratio}
+
+  monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
+  monkeypatch.setattr(
+    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
+  )
+  experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
+  state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
+  with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
+    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
+
+
+def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
+  nets, ppo_config, monkeypatch
+):
+  metrics = scripted_update(nets, ppo_config, monkeypatch, [1.5, 3.0, 1.5])
+  assert (metrics["ratio_max"], metrics["approx_kl"], metrics["first_ratio_max"]) == (3, 2, 1.5)
+
+
+@pytest.fixture(scope="module")
+def updates(quick_jit, nets, weights, ppo_config):
+  """Steps of both networks by plain gradient descent on all episodes, and the value's gradient written out anew."""
+  policy_params, value_params, _ = weights
+  batch = jax.tree.map(jnp.asarray, episodes.make_experience())
+  nets = dataclasses.replace(nets, policy_tx=optax.sgd(POLICY_RATE), value_tx=optax.sgd(VALUE_RATE))
+  plain = dataclasses.replace(ppo_config, num_minibatches=1, num_epochs=1, clip=0.2, value_clip=0.7)
+  narrow = dataclasses.replace(plain.value_optim, clip_norm=CLIP_NORM)
+  cases = {
+    "plain": plain,
+    "other clip": dataclasses.replace(plain, clip=0.5),
+    "value unclipped": dataclasses.replace(plain, value_clip=None),
+    "value's norm": dataclasses.replace(plain, value_optim=narrow),
+    "policy's norm": dataclasses.replace(plain, policy_optim=narrow),
+  }
+  is_token_BL = batch.segment_BL > 0
+  position_BL = jnp.cumsum(is_token_BL, axis=1) - is_token_BL
+
+  def value_loss(clip, params):
+    value_BL = models.apply(
+      nets.scalar,
+      params,
+      batch.token_BL,
+      segment_BL=batch.segment_BL,
+      position_BL=position_BL,
+    )
+    value_BR = value_BL[:, PROMPT - 1 : LENGTH - 1]  # before each token
+    near_BR = jnp.clip(value_BR, batch.value_BR - clip, batch.value_BR + clip)
+    loss_BR = jnp.maximum((value_BR - batch.return_BR) ** 2, (near_BR - batch.return_BR) ** 2)
+    return jnp.sum(jnp.where(batch.is_response_BR, loss_BR, 0)) / batch.is_response_BR.sum() / 2
+
+  def everything(policy_params, value_params):
+    moved = {}
+    for name, cfg in cases.items():
+      state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
+      after, metrics = ppo_step.update(
+        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
+      )
+      change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
+      moved[name] = (
+        change(after.params, policy_params),
+        change(after.value_params, value_params),
+        metrics,
+      )
+    grad = lambda clip: jax.value_and_grad(functools.partial(value_loss, clip))(value_params)
+    return moved, grad(0.7), grad(np.inf)
+
+  return quick_jit(everything)(policy_params, value_params)
+
+
+def times(factor, tree):
+  return jax.tree.map(lambda x: factor * x, tree)
+
+
+def test_the_value_network_learns_the_returns_of_all_responses(updates):
+  """Not advantages, not the actor's tokens only, by its own clip and rate."""
+  moved, (loss, grads), (unclipped_loss, unclipped) = updates
+  assert_trees_close(moved["plain"][1], times(VALUE_RATE, grads))
+  assert_trees_close(moved["value unclipped"][1], times(VALUE_RATE, unclipped))
+  np.testing.assert_allclose(moved["plain"][2]["value_loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(moved["value unclipped"][2]["value_loss"], unclipped_loss, rtol=1e-5)
+  assert loss > 1.01 * unclipped_loss  # the clip is at work
+  size = float(optax.tree.norm(grads))
+  np.testing.assert_allclose(moved["plain"][2]["value_grad_norm"], size, rtol=1e-4)
+  assert 0 < moved["plain"][2]["value_clip_fraction"] < 1
+  assert moved["value unclipped"][2]["value_clip_fraction"] == 0
+
+
+def test_the_policys_clip_and_the_values_change_one_network_each(updates):
+  moved = updates[0]
+  assert_trees_close(moved["other clip"][1], moved["plain"][1], 1e-7)
+  assert_trees_close(moved["value unclipped"][0], moved["plain"][0], 1e-7)
+  with pytest.raises(AssertionError):
+    assert_trees_close(moved["other clip"][0], moved["plain"][0])
+
+
+def test_each_networks_gradient_is_clipped_by_its_own_norm(updates):
+  moved, (_, grads), _ = updates
+  size = optax.tree.norm(grads)
+  assert size > 4 * CLIP_NORM
+  assert_trees_close(moved["value's norm"][1], times(VALUE_RATE * CLIP_NORM / size, grads))
+  assert_trees_close(moved["value's norm"][0], moved["plain"][0], 1e-7)
+  np.testing.assert_allclose(  # logged as it was
+    moved["value's norm"][2]["value_grad_norm"], size, rtol=1e-4
+  )
+  assert_trees_close(moved["policy's norm"][1], moved["plain"][1], 1e-7)
+  np.testing.assert_allclose(
+    optax.tree.norm(moved["policy's norm"][0]), POLICY_RATE * CLIP_NORM, rtol=1e-4
+  )

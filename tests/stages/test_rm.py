@@ -1,6 +1,7 @@
 """The reward model's train step: eq. 1 through the model, in one forward, blind to padding."""
 
 import itertools
+import types
 from unittest import mock
 
 import jax
@@ -9,16 +10,19 @@ import numpy as np
 import pytest
 
 from instructjax import models
+from instructjax.core import results
 from instructjax.core.config import MeshConfig, RMConfig
+from instructjax.core.errors import UserError
 from instructjax.core.structs import RankedBatch
 from instructjax.data.batching import ranked_batch
+from instructjax.data.records import Ranking
 from instructjax.data.tokenize import RankingTokens
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
-from instructjax.stages import rm
+from instructjax.stages import answers, rm
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
-from tests import tiny
+from tests import micro, tiny
 
 VOCAB, ROWS, ANSWERS, LENGTH, GOOD = 23, 8, 4, 8, 5
 
@@ -194,3 +198,161 @@ def test_eight_devices_equal_one(start, one_device, mesh, shared):
     jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
   ):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- what is measured on which records ------------------------------------------------------------
+
+
+def judged(*rankings) -> results.Judgement:
+  """`judge` of rankings (prompt, scores, ranks), whose scores are given in place of a model's."""
+  items = [RankingTokens([p], [[0]] * len(ranks), ranks, None) for p, _, ranks in rankings]
+  scores = [np.array(score, np.float32) for _, score, _ in rankings]
+  with (
+    mock.patch.object(rm, "tokenized", lambda ctx, records: items),
+    mock.patch.object(rm, "score_rankings", lambda ctx, params, found: scores),
+  ):
+    return rm.judge(None, None, list(rankings))
+
+
+def test_accuracy_is_the_share_of_pairs_whose_better_ranked_answer_scores_higher():
+  """Rank 1 is the best. Of the pairs of 3, 1, 2 ranked 1, 2, 3 two are right; equal scores are no win."""
+  found = judged((1, [3, 1, 2], [1, 2, 3]), (2, [0, 0], [1, 2]), (3, [5, 6], [2, 1]))
+  assert found.pairs == 5 and found.prompts == 3
+  assert found.accuracy == pytest.approx(3 / 5)
+  assert found.score_std == pytest.approx(np.std([3, 1, 2, 0, 0, 5, 6]))
+  assert sum(found.calibration.count) == 5
+
+
+def test_ties_are_no_pairs():
+  found = judged((1, [3, 1, 2], [1, 1, 2]), (2, [0, 1], [1, 1]))
+  # 3 > 2 is right, 1 > 2 is not, and 3 beside 1 is a tie.
+  assert (found.pairs, found.accuracy, found.prompts) == (2, 0.5, 2)
+  with pytest.raises(UserError, match="2 held-out rankings hold no pair that is not a tie"):
+    judged((1, [3, 1], [1, 1]), (2, [0, 1], [2, 2]))
+
+
+def test_the_standard_error_is_over_prompts():
+  """Right of total per prompt: 3 of 3, 0 of 1 and, in two rankings of one prompt, 1 of 2.
+
+  Accuracy 4/6. By the delta method sqrt(sum of (right - 2/3 total)^2) / 6, with differences 1, -2/3 and -1/3; over
+  six independent pairs it would be sqrt(2/3 * 1/3 / 6) = .192.
+  """
+  found = judged(
+    (1, [3, 2, 1], [1, 2, 3]), (2, [0, 1], [1, 2]), (3, [1, 0], [1, 2]), (3, [0, 1], [1, 2])
+  )
+  assert found.accuracy == pytest.approx(4 / 6) and found.prompts == 3
+  assert found.accuracy_stderr == pytest.approx(np.sqrt(1 + 4 / 9 + 1 / 9) / 6)
+
+
+def test_pair_margins_hand_worked():
+  # Ranks 2, 1, 2: the second is preferred to the first and to the third, which are tied.
+  np.testing.assert_array_equal(rm.pair_margins(np.array([0.5, 2.0, 3.0]), [2, 1, 2]), [1.5, -1.0])
+
+
+def test_the_bias_is_the_mean_score_of_whole_training_demonstrations():
+  """They are read as the reward model sees complete answers: prompt, answer and EOS."""
+  item = lambda prompt, response: types.SimpleNamespace(prompt=prompt, response=response)
+  splits = {"train": [item([2, 3], [4]), item([5], [6, 7, 8])], "validation": [item([9], [9])]}
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}),
+    tokenizer=types.SimpleNamespace(eos_id=1, pad_id=99, decode=str),
+    data=types.SimpleNamespace(demonstration_tokens=splits.__getitem__),
+    model=lambda role: role,
+  )
+
+  def score(ctx, model, params, found):
+    assert (model, params) == ("reward", "params")
+    read = [row[mask].tolist() for row, mask in zip(found.token_NL, found.is_token_NL)]
+    assert read == [[2, 3, 4, 1], [5, 6, 7, 8, 1]]
+    return np.array([3.0, -1.0], np.float32)
+
+  with mock.patch.object(answers, "score", score):
+    assert rm.demonstration_mean(ctx, "params") == 1.0
+
+
+SPLITS = ("train", "validation", "heldout")
+
+
+def stage_context(records, **changes):
+  """A context whose records are given by split."""
+  return types.SimpleNamespace(
+    config=micro.config("rm", {}, **changes),
+    data=types.SimpleNamespace(records=lambda kind, split: records[split]),
+    key=lambda name: f"key of {name}",
+  )
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_each_measurement_is_of_its_own_split(collects):
+  """Trained on one, judged on two others; without simulated labelers there are no held-out ones."""
+  records = {split: [split] for split in SPLITS}
+  ctx = stage_context(records, data__comparisons="demo:" if collects else "jsonl:a")
+  trained, kept = [], []
+  train = lambda ctx, stage, name, rows, key: trained.append((name, rows, key)) or (7, "params")
+  with (
+    mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: name),
+    mock.patch.object(rm, "is_finished", lambda run: False),
+    mock.patch.object(rm, "train", train),
+    mock.patch.object(rm, "judge", lambda ctx, params, rows: (params, *rows)),
+    mock.patch.object(rm, "demonstration_mean", lambda ctx, params: (params, "mean")),
+    mock.patch.object(rm, "cross_validate", lambda ctx, stage: ("folds of", stage)),
+    mock.patch.object(rm, "finish", lambda ctx, *rest: kept.append(rest)),
+  ):
+    rm.run(ctx, "rm")
+  assert trained == [("rm", ["train"], "key of rm")]
+  measured = results.RewardModel(
+    demonstration_mean=("params", "mean"),
+    validation=("params", "validation"),
+    heldout_labelers=("params", "heldout") if collects else None,
+    cross_validation=("folds of", "rm"),
+  )
+  assert kept == [("rm", "rm", 7, measured)]
+
+
+def test_cross_validation_trains_on_training_rankings_and_judges_on_held_out_ones():
+  """Four labelers in two folds; `rm.cross_validation_prompts` limits what a fold trains on, not what judges it."""
+  rank = lambda prompt, labeler: Ranking(prompt, ("a", "b"), (1, 2), labeler)
+  records = {
+    split: [rank(f"{split} {number}", labeler) for number in range(2) for labeler in "abcd"]
+    for split in SPLITS
+  }
+  ctx = stage_context(records, rm__cross_validation_folds=2, rm__cross_validation_prompts=3)
+  trained, seen = [], []
+  names = lambda rows: [(row.prompt, row.labeler) for row in rows]
+
+  def train(ctx, stage, name, rows, key):
+    trained.append((stage, name, names(rows), key))
+    return 1, f"params of {name}"
+
+  def judge(ctx, params, rows):
+    seen.append((params, names(rows)))
+    return types.SimpleNamespace(accuracy=len(seen))
+
+  with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
+    found = rm.cross_validate(ctx, "rm")
+  assert rm.fold_labelers(ctx) == [{"a", "c"}, {"b", "d"}]
+  first = [("train 0", "b"), ("train 0", "d"), ("train 1", "b")]
+  second = [("train 0", "a"), ("train 0", "c"), ("train 1", "a")]
+  assert trained == [
+    ("rm", "rm/fold_0", first, "key of rm/fold_0"),
+    ("rm", "rm/fold_1", second, "key of rm/fold_1"),
+  ]
+  held_out = lambda who: [(f"validation {number}", name) for number in range(2) for name in who]
+  assert seen == [
+    ("params of rm/fold_0", held_out("ac")),
+    ("params of rm/fold_0", held_out("bd")),
+    ("params of rm/fold_1", held_out("bd")),
+    ("params of rm/fold_1", held_out("ac")),
+  ]
+  assert found == (results.Fold(heldout=1, train=2), results.Fold(heldout=3, train=4))
+
+
+def test_folds_need_named_labelers_with_held_out_rankings():
+  rank = lambda labeler: Ranking("p", ("a", "b"), (1, 2), labeler)
+  everybody, one = [rank(name) for name in "abc"], [rank("a"), rank(None)]
+  refused = "folds=2 must leave each fold a labeler with held-out rankings"
+  for train, validation, count in ((everybody, one, 3), (one, everybody, 1)):
+    ctx = stage_context(dict(train=train, validation=validation), rm__cross_validation_folds=2)
+    with pytest.raises(UserError, match=rf"{refused}, and the comparisons name {count} labelers"):
+      rm.fold_labelers(ctx)
+  assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=0)) == []
