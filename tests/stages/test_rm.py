@@ -87,119 +87,6 @@ def one_device():
   return sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
 
 
-def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(
-  quick_jit, model, random_params, start, one_device
-):
-  batch = ranked(0)
-  alone = quick_jit(scoring.sequence_score, static_argnums=0)
-  flat = batch.token_SL  # any order of rows will do: no answer sees another
-  score_BC = np.asarray(alone(model, random_params(model, 1), flat[::-1], flat[::-1] < VOCAB))
-  score_BC = score_BC[::-1].reshape(ROWS, ANSWERS).astype(np.float64)
-  losses, right = [], []
-  for score_C, rank_C, is_answer_C in zip(score_BC, batch.rank_BC, batch.is_answer_BC):
-    pairs = list(itertools.combinations(np.flatnonzero(is_answer_C), 2))
-    strict = [
-      (i, j) if rank_C[i] < rank_C[j] else (j, i) for i, j in pairs if rank_C[i] != rank_C[j]
-    ]
-    margins = np.array([score_C[i] - score_C[j] for i, j in strict])
-    if len(margins):
-      losses.append(np.sum(np.log1p(np.exp(-margins))) / len(pairs))
-      right += list(margins > 0)
-  assert len(set(batch.is_answer_BC.sum(1))) > 1  # prompts of different K
-  step, state = start(one_device)
-  _, metrics = step(state, batch)
-  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
-  np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
-
-
-def test_details_1_the_reward_model_learns_from_prompt_and_answer(quick_jit, model, random_params):
-  """Rows as the data pipeline builds them: the same answers under another prompt score otherwise."""
-  answers = [[5, 6, 7], [8, 9]]
-  rankings = [RankingTokens(prompt, answers, [1, 2], None) for prompt in ([1, 2, 3], [4, 2, 3])]
-  batch = ranked_batch(rankings, max_responses=2, length=LENGTH, vocab_size=VOCAB)
-  params = random_params(model, 1)
-  score_BC = quick_jit(rm.scores, static_argnums=0)(model, params, batch)
-  assert np.all(np.abs(score_BC[0] - score_BC[1]) > 1e-3)
-  whole = np.array([[4, 2, 3, 8, 9]], np.int32)
-  alone = quick_jit(scoring.sequence_score, static_argnums=0)
-  np.testing.assert_allclose(score_BC[1, 1], alone(model, params, whole, whole >= 0)[0], atol=1e-5)
-
-
-def test_all_answers_go_through_one_forward(model):
-  shapes = []
-
-  def apply(model, params, token_BL, **_):
-    shapes.append(token_BL.shape)
-    return jnp.zeros(token_BL.shape)
-
-  with mock.patch.object(models.transformer, "apply", apply):
-    score_BC = rm.scores(model, {}, ranked(0))
-  assert shapes == [(ROWS * ANSWERS, LENGTH)] and score_BC.shape == (ROWS, ANSWERS)
-
-
-def test_answers_that_share_rows_give_the_same_loss_and_gradient(start, one_device):
-  """Ties, prompts of different K, answers of a prompt in different rows."""
-  apart, together = ranked(0), ranked(0, shared=True)
-  np.testing.assert_array_equal(together.is_answer_BC, apart.is_answer_BC)
-  assert together.token_SL.size < 0.8 * apart.token_SL.size
-  assert len(set(together.last_BC[0][together.is_answer_BC[0]] // (3 * LENGTH))) > 1
-  results = []
-  for batch in (apart, together):
-    step, state = start(one_device)
-    state, metrics = step(state, batch)
-    results.append((metrics, state.opt_state))  # Adam's first moment is the gradient
-  assert 0 < results[0][0]["loss"] and results[0][0]["grad_norm"] > 0.1
-  for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(results[1][0]["loss"], results[0][0]["loss"], rtol=1e-6)
-
-
-def test_padding_and_missing_answers_change_nothing(start, one_device):
-  batch, rng = ranked(0), np.random.default_rng(9)
-  filled = lambda mask, x: np.where(mask, x, rng.integers(0, VOCAB, x.shape, np.int32))
-  garbage = RankedBatch(
-    filled(batch.segment_SL > 0, batch.token_SL),
-    batch.segment_SL,
-    filled(batch.is_answer_BC, batch.last_BC),
-    filled(batch.is_answer_BC, batch.rank_BC),
-    batch.is_answer_BC,
-  )
-  results = []
-  for variant in (batch, garbage):
-    step, state = start(one_device)
-    state, metrics = step(state, variant)
-    results.append((metrics, state.params))
-  num_tokens = sum(len(i.prompt) + len(r) for i in rankings(0) for r in i.responses)
-  assert results[0][0]["tokens"] == num_tokens
-  jax.tree.map(np.testing.assert_array_equal, *results)
-
-
-def test_it_learns_to_rank(start, one_device):
-  step, state = start(one_device)
-  accuracy, compiled = [], None
-  for seed in range(60):
-    state, metrics = step(state, ranked(seed))  # fresh answers: what is learnt generalises
-    accuracy.append(float(metrics["accuracy"]))
-    compiled = compiled if seed else step._cache_size()
-  assert np.mean(accuracy[-10:]) > 0.9 > np.mean(accuracy[:3]) + 0.1
-  assert int(state.step) == 60 and step._cache_size() == compiled
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_eight_devices_equal_one(start, one_device, mesh, shared):
-  def run(mesh):
-    with jax.set_mesh(mesh):
-      step, state = start(mesh)
-      for seed in range(2):
-        state, metrics = step(state, sharding.place_batch(mesh, ranked(seed, shared)))
-    return metrics, state.params
-
-  for got, expected in zip(
-    jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
-  ):
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-
-
 # --- what is measured on which records ------------------------------------------------------------
 
 
@@ -356,3 +243,119 @@ def test_folds_need_named_labelers_with_held_out_rankings():
     with pytest.raises(UserError, match=rf"{refused}, and the comparisons name {count} labelers"):
       rm.fold_labelers(ctx)
   assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=0)) == []
+
+
+# --- the train step -------------------------------------------------------------------------------
+
+
+def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(
+  quick_jit, model, random_params, start, one_device
+):
+  batch = ranked(0)
+  alone = quick_jit(scoring.sequence_score, static_argnums=0)
+  flat = batch.token_SL  # any order of rows will do: no answer sees another
+  score_BC = np.asarray(alone(model, random_params(model, 1), flat[::-1], flat[::-1] < VOCAB))
+  score_BC = score_BC[::-1].reshape(ROWS, ANSWERS).astype(np.float64)
+  losses, right = [], []
+  for score_C, rank_C, is_answer_C in zip(score_BC, batch.rank_BC, batch.is_answer_BC):
+    pairs = list(itertools.combinations(np.flatnonzero(is_answer_C), 2))
+    strict = [
+      (i, j) if rank_C[i] < rank_C[j] else (j, i) for i, j in pairs if rank_C[i] != rank_C[j]
+    ]
+    margins = np.array([score_C[i] - score_C[j] for i, j in strict])
+    if len(margins):
+      losses.append(np.sum(np.log1p(np.exp(-margins))) / len(pairs))
+      right += list(margins > 0)
+  assert len(set(batch.is_answer_BC.sum(1))) > 1  # prompts of different K
+  step, state = start(one_device)
+  _, metrics = step(state, batch)
+  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+  np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
+
+
+def test_details_1_the_reward_model_learns_from_prompt_and_answer(quick_jit, model, random_params):
+  """Rows as the data pipeline builds them: the same answers under another prompt score otherwise."""
+  answers = [[5, 6, 7], [8, 9]]
+  rankings = [RankingTokens(prompt, answers, [1, 2], None) for prompt in ([1, 2, 3], [4, 2, 3])]
+  batch = ranked_batch(rankings, max_responses=2, length=LENGTH, vocab_size=VOCAB)
+  params = random_params(model, 1)
+  score_BC = quick_jit(rm.scores, static_argnums=0)(model, params, batch)
+  assert np.all(np.abs(score_BC[0] - score_BC[1]) > 1e-3)
+  whole = np.array([[4, 2, 3, 8, 9]], np.int32)
+  alone = quick_jit(scoring.sequence_score, static_argnums=0)
+  np.testing.assert_allclose(score_BC[1, 1], alone(model, params, whole, whole >= 0)[0], atol=1e-5)
+
+
+def test_all_answers_go_through_one_forward(model):
+  shapes = []
+
+  def apply(model, params, token_BL, **_):
+    shapes.append(token_BL.shape)
+    return jnp.zeros(token_BL.shape)
+
+  with mock.patch.object(models.transformer, "apply", apply):
+    score_BC = rm.scores(model, {}, ranked(0))
+  assert shapes == [(ROWS * ANSWERS, LENGTH)] and score_BC.shape == (ROWS, ANSWERS)
+
+
+def test_answers_that_share_rows_give_the_same_loss_and_gradient(start, one_device):
+  """Ties, prompts of different K, answers of a prompt in different rows."""
+  apart, together = ranked(0), ranked(0, shared=True)
+  np.testing.assert_array_equal(together.is_answer_BC, apart.is_answer_BC)
+  assert together.token_SL.size < 0.8 * apart.token_SL.size
+  assert len(set(together.last_BC[0][together.is_answer_BC[0]] // (3 * LENGTH))) > 1
+  results = []
+  for batch in (apart, together):
+    step, state = start(one_device)
+    state, metrics = step(state, batch)
+    results.append((metrics, state.opt_state))  # Adam's first moment is the gradient
+  assert 0 < results[0][0]["loss"] and results[0][0]["grad_norm"] > 0.1
+  for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(results[1][0]["loss"], results[0][0]["loss"], rtol=1e-6)
+
+
+def test_padding_and_missing_answers_change_nothing(start, one_device):
+  batch, rng = ranked(0), np.random.default_rng(9)
+  filled = lambda mask, x: np.where(mask, x, rng.integers(0, VOCAB, x.shape, np.int32))
+  garbage = RankedBatch(
+    filled(batch.segment_SL > 0, batch.token_SL),
+    batch.segment_SL,
+    filled(batch.is_answer_BC, batch.last_BC),
+    filled(batch.is_answer_BC, batch.rank_BC),
+    batch.is_answer_BC,
+  )
+  results = []
+  for variant in (batch, garbage):
+    step, state = start(one_device)
+    state, metrics = step(state, variant)
+    results.append((metrics, state.params))
+  num_tokens = sum(len(i.prompt) + len(r) for i in rankings(0) for r in i.responses)
+  assert results[0][0]["tokens"] == num_tokens
+  jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_it_learns_to_rank(start, one_device):
+  step, state = start(one_device)
+  accuracy, compiled = [], None
+  for seed in range(60):
+    state, metrics = step(state, ranked(seed))  # fresh answers: what is learnt generalises
+    accuracy.append(float(metrics["accuracy"]))
+    compiled = compiled if seed else step._cache_size()
+  assert np.mean(accuracy[-10:]) > 0.9 > np.mean(accuracy[:3]) + 0.1
+  assert int(state.step) == 60 and step._cache_size() == compiled
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_eight_devices_equal_one(start, one_device, mesh, shared):
+  def run(mesh):
+    with jax.set_mesh(mesh):
+      step, state = start(mesh)
+      for seed in range(2):
+        state, metrics = step(state, sharding.place_batch(mesh, ranked(seed, shared)))
+    return metrics, state.params
+
+  for got, expected in zip(
+    jax.tree.leaves(run(mesh)), jax.tree.leaves(run(one_device)), strict=True
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
