@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -286,3 +287,100 @@ def test_each_networks_gradient_is_clipped_by_its_own_norm(updates):
   np.testing.assert_allclose(
     optax.tree.norm(moved["policy's norm"][0]), POLICY_RATE * CLIP_NORM, rtol=1e-4
   )
+
+
+# --- what an iteration is made of -----------------------------------------------------------------
+
+
+@pytest.fixture
+def iteration(nets, ppo_config, monkeypatch):
+  """iteration(step, **changes of the config) -> (what the parts were given, state, metrics, samples).
+
+  The parts are scripted: the updates move the weight from 2 to 4, and the KL is 9.
+  """
+  nets = dataclasses.replace(nets, slots=3)
+
+  def one(step=0, **changes):
+    cfg, given = dataclasses.replace(ppo_config, **changes), {}
+    state = ppo_step.create_state(
+      {"w": jnp.float32(2)}, {"w": jnp.float32(7)}, nets, cfg, jax.random.key(5)
+    )
+    state = dataclasses.replace(state, step=jnp.int32(step))
+
+    def generate(model, params, prompts, key, **kwargs):
+      given["rollout"] = dict(model=model, params=params, prompts=prompts, key=key, **kwargs)
+      return "rollout"
+
+    def from_rollout(nets, cfg, rows, state, frozen, rollout):
+      given["scored"] = (state, frozen, rollout)
+      metrics = {"kl": jnp.float32(9), "reward": jnp.float32(1)}
+      return types.SimpleNamespace(
+        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls"
+      )
+
+    def update(nets, cfg, rows, state, episodes, ptx, key):
+      given["update"] = dict(state=state, episodes=episodes, ptx=ptx, key=key)
+      after = dataclasses.replace(state, params={"w": jnp.float32(4)})
+      return after, {"approx_kl": jnp.float32(3)}
+
+    monkeypatch.setattr(ppo_step.sampling, "generate", generate)
+    monkeypatch.setattr(ppo_step.experience, "from_rollout", from_rollout)
+    monkeypatch.setattr(ppo_step, "update", update)
+    batch = {"prompts": "prompts", "pretrain": "text"}
+    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, "frozen", batch)
+
+  return one
+
+
+def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
+  given, state, metrics, samples = iteration(gamma=0.5)
+  rollout = given["rollout"]
+  assert rollout["model"] is nets.policy and rollout["params"] == {"w": 2}
+  assert rollout["prompts"] == "prompts" and rollout["temperature"] == 0.7
+  limits = (rollout["max_new_tokens"], rollout["eos_id"], rollout["slots"])
+  assert limits == (episodes.RESPONSE, episodes.EOS, 3)
+  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == ("frozen", "rollout")
+  assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
+  assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
+  assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
+  assert (state.step, state.params) == (1, {"w": 4})
+
+
+def test_pretraining_rows_are_for_a_gamma_above_0(iteration):
+  assert iteration(gamma=0.0)[0]["update"]["ptx"] is None
+  assert iteration(gamma=1e-6)[0]["update"]["ptx"] == "text"
+
+
+def test_the_average_of_the_policys_weights_hand_worked(iteration):
+  # .9 * 2 + .1 * 4; the average starts as the policy.
+  np.testing.assert_allclose(iteration(ema_decay=0.9)[1].ema_params["w"], 2.2, rtol=1e-6)
+  assert iteration(ema_decay=0.0)[1].ema_params is None
+
+
+def test_beta_moves_only_if_it_is_adaptive_hand_worked(iteration):
+  # KL 9 of 6 is .5 above the target, clipped to .2; 16 episodes of a horizon of 100: .2 * .16 = .032.
+  adaptive = dict(kl_controller="adaptive", beta=0.5, kl_target=6.0, kl_horizon=100)
+  np.testing.assert_allclose(iteration(**adaptive)[1].kl_coef, 0.5 * 1.032, rtol=1e-6)
+  assert iteration(**adaptive | dict(kl_controller="fixed"))[1].kl_coef == 0.5
+
+
+def test_details_7_no_two_iterations_draw_the_same_noise(iteration):
+  keys, runs = [], [iteration(step) for step in (0, 1, 1)]
+  for given, state, *_ in runs:
+    keys.append(
+      tuple(jax.random.key_data(given[name]["key"]).tolist() for name in ("rollout", "update"))
+    )
+    assert state.key == jax.random.key(5)  # which stays as it was
+  assert keys[1] == keys[2]  # a function of the step's number: a resumed run draws it again
+  assert len({str(key) for pair in keys[:2] for key in pair}) == 4
+
+
+def test_create_state_starts_at_step_0_with_the_config_s_beta(nets, ppo_config):
+  params, value_params = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+  state = ppo_step.create_state(
+    params, value_params, nets, dataclasses.replace(ppo_config, beta=0.3), jax.random.key(0)
+  )
+  assert state.step == 0 and state.kl_coef == np.float32(0.3)
+  assert state.params is params and state.value_params is value_params
+  np.testing.assert_array_equal(state.ema_params["w"], params["w"])
+  assert state.ema_params["w"] is not params["w"]
