@@ -2,7 +2,8 @@
 
 Called by `plan`. Works on source text only; imports nothing of the project.
 
-Not changed are annotations, docstrings, messages, decorators, imports, asserts and calls that only check or log.
+Not changed are annotations, docstrings, messages, decorators, imports, asserts and calls that only check or log, and
+what gives an array's shape or type alone, where another array of the same kind would do as well.
 """
 
 import ast
@@ -52,7 +53,6 @@ CALLS = {
   "sqrt": "square",
   "rsqrt": "sqrt",
   "floor": "ceil",
-  "zeros_like": "ones_like",
 }
 # Calls that guard or convert one of their arguments, which stands in for them: name -> its position.
 WRAPPERS = {
@@ -69,6 +69,7 @@ WRAPPERS = {
 }
 DTYPES = {"float32": "bfloat16", "float64": "float32", "int64": "int32"}
 _CHECKS = ("chex.", "logging.", "logger.", "warnings.", "require", "_warn", "print")
+_LIKE = ("zeros_like", "ones_like", "full_like")
 _KIND = re.compile(r"_([A-Z][A-Z0-9]*)$")
 
 
@@ -174,6 +175,10 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
 def _is_spared(node: ast.AST) -> bool:
   """Docstrings, messages, and statements that only check or tell."""
   if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
+    return True
+  if isinstance(node, ast.Attribute) and node.attr in ("shape", "size", "ndim", "dtype"):
+    return True
+  if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in _LIKE:
     return True
   if isinstance(node, ast.Expr):
     if isinstance(node.value, ast.Constant):

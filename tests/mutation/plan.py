@@ -3,8 +3,8 @@
 Called by `__main__`. Imports nothing of the project.
 """
 
+import hashlib
 import pathlib
-import random
 
 from tests.mutation import operators, written
 from tests.mutation.operators import Mutant
@@ -97,10 +97,14 @@ def choose(sources: dict[str, str], seed: int, share: float) -> tuple[list[Mutan
   chosen = []
   for area in AREAS.values():
     for module, count in area.items():
-      generated = operators.generate(module, sources[module])
-      # A sample of its own for each module: a change in one does not change that of another.
-      rng = random.Random(f"{seed} {module}")
-      count = min(round(share * count), len(generated))
+      # The first by a hash of the id, so that a change in a module leaves most of its sample as it was.
+      drawn = sorted(
+        operators.generate(module, sources[module]), key=lambda mutant: _lot(seed, mutant)
+      )[: round(share * count)]
       chosen += [mutant for mutant in by_hand if mutant.module == module]
-      chosen += sorted(rng.sample(generated, count), key=lambda mutant: mutant.start)
+      chosen += sorted(drawn, key=lambda mutant: mutant.start)
   return chosen, stale
+
+
+def _lot(seed: int, mutant: Mutant) -> str:
+  return hashlib.sha256(f"{seed} {mutant.id}".encode()).hexdigest()

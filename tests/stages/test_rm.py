@@ -245,6 +245,124 @@ def test_folds_need_named_labelers_with_held_out_rankings():
   assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=0)) == []
 
 
+# --- what training and scoring are given ----------------------------------------------------------
+
+
+def test_rankings_are_scored_in_their_order():
+  rankings = [
+    RankingTokens([1, 2], [[3], [4, 5], [6]], [1, 2, 3], None),
+    RankingTokens([7], [[8], [9]], [1, 1], None),
+  ]
+
+  def score_tokens(ctx, model, params, sequences):
+    assert (ctx.name, model, params) == ("run", "reward", "params")
+    assert sequences == [[1, 2, 3], [1, 2, 4, 5], [1, 2, 6], [7, 8], [7, 9]]
+    return np.arange(5.0)
+
+  ctx = types.SimpleNamespace(name="run", model=lambda role: role)
+  with mock.patch.object(answers, "score_tokens", score_tokens):
+    found = rm.score_rankings(ctx, "params", rankings)
+  assert [score.tolist() for score in found] == [[0, 1, 2], [3, 4]]
+
+
+def characters(eos_id=1):
+  """A tokenizer whose tokens are characters."""
+  encode = lambda text: [ord(c) for c in text]
+  return types.SimpleNamespace(
+    encode=encode, encode_prompt=encode, eos_id=eos_id, pad_id=99, vocab_size=98
+  )
+
+
+def test_rankings_with_too_many_answers_are_refused():
+  ranked = lambda count: Ranking("p", ("ab",) * count, (1,) * count, None)
+  ctx = types.SimpleNamespace(config=micro.config("rm", {}), tokenizer=characters())
+  assert ctx.config.rm.max_responses == 3
+  (found,) = rm.tokenized(ctx, [ranked(3)])
+  assert found.prompt == [112] and found.responses == [[97, 98, 1]] * 3
+  with pytest.raises(UserError, match="4 ranked responses; raise rm.max_responses=3"):
+    rm.tokenized(ctx, [ranked(2), ranked(4)])
+  assert rm.tokenized(ctx, []) == []
+
+
+@pytest.mark.parametrize(("row_length", "length", "rows"), [(0, 60, None), (70, 70, 12)])
+def test_batches_of_rankings(row_length, length, rows):
+  """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards."""
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}, rm__row_length=row_length, rm__num_epochs=2),
+    tokenizer=characters(),
+    mesh="mesh",
+    own_rows=lambda count: ("own", count),
+  )
+  asked = []
+  with (
+    mock.patch.object(rm, "tokenized", lambda ctx, records: ["tokens", *records]),
+    mock.patch.object(sharding, "num_row_shards", {"mesh": 4}.__getitem__),
+    mock.patch.object(rm.batching, "rows_needed", lambda *a, **k: asked.append((a, k)) or 11),
+    mock.patch.object(rm.batching, "ranking_batches", lambda *a, **k: (a, k)),
+  ):
+    arguments, kwargs = rm._batches(ctx, ["record"], 5)
+  shape = dict(length=length, batch_size=8, seed=5)
+  assert arguments == (["tokens", "record"],)
+  assert asked == ([((["tokens", "record"],), shape | dict(num_epochs=2))] if row_length else [])
+  places = ("own", rows or 24), ("own", 8)
+  assert kwargs == shape | dict(max_responses=3, vocab_size=98, num_rows=rows, places=places)
+
+
+def test_training_takes_every_batch_of_every_epoch():
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}, rm__num_epochs=3),
+    mesh="mesh",
+    model=lambda role: f"{role} model",
+    data_seed=lambda name: f"seed of {name}",
+  )
+  made = {}
+
+  def batches(ctx, records, seed):
+    made["batches"] = (records, seed)
+    return types.SimpleNamespace(steps_per_epoch=5)
+
+  def fit(run, state, step, batches, **kwargs):
+    made["fit"] = (run, state, step, batches.steps_per_epoch, kwargs)
+    return types.SimpleNamespace(params="trained")
+
+  with (
+    mock.patch.object(rm, "_batches", batches),
+    mock.patch.object(rm, "_optimizer_and_step", lambda *a: made.update(tx=a) or ("tx", "step")),
+    mock.patch.object(rm, "initial_params", lambda ctx, key: f"fresh by {key}"),
+    mock.patch.object(supervised, "create_state", lambda *a: (a, None)),
+    mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: (stage, name)),
+    mock.patch.object(rm.loop, "fit", fit),
+    mock.patch.object(sharding, "place_batch", lambda mesh, batch: (mesh, batch)),
+    mock.patch.object(rm.flops, "forward", lambda model, tokens, length: (model, tokens, length)),
+  ):
+    assert rm.train(ctx, "rm", "rm/fold_1", ["record"], "key") == (15, "trained")
+    run, state, step, _, kwargs = made["fit"]
+    assert kwargs["num_steps"] == 15 and kwargs["place"]("batch") == ("mesh", "batch")
+    assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60) * 3  # forward and backward
+  assert made["batches"] == (["record"], "seed of rm/fold_1")
+  assert made["tx"] == ("reward model", ctx.config.rm, 15, "mesh")
+  assert (run, step) == (("rm", "rm/fold_1"), "step")
+  assert state == ("mesh", "reward model", "tx", "fresh by key", "key")
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+def test_ties_are_treated_as_configured(model, adam_config, random_params, one_device, ties):
+  """Traced only."""
+  tx = make_optimizer(adam_config, 100)
+  params = random_params(model, 1)
+  state, shardings = supervised.create_state(one_device, model, tx, params, jax.random.key(0))
+  asked = []
+
+  def loss(score_BC, rank_BC, is_answer_BC, *, ties):
+    asked.append(ties)
+    return jnp.sum(score_BC), {"accuracy": jnp.float32(0)}
+
+  with mock.patch.object(rm.preference, "ranked_preference_loss", loss):
+    cfg = micro.config("rm", {}, rm__ties=ties).rm
+    _, metrics = jax.eval_shape(rm.make_train_step(model, tx, cfg, shardings), state, ranked(0))
+  assert asked == [ties] and {x.dtype for x in metrics.values()} == {np.dtype("float32")}
+
+
 # --- the train step -------------------------------------------------------------------------------
 
 
