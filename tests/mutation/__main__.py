@@ -46,6 +46,7 @@ def diff(mutant: Mutant, source: str) -> str:
 def in_child(copy: pathlib.Path, tests: list[str], log: pathlib.Path) -> int:
   """Runs the tests in the copy and returns pytest's exit status. Called in a forked process only."""
   os.setsid()  # what tests start can be ended with them
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   os.dup2(output, 1), os.dup2(output, 2)
   os.chdir(copy)
@@ -201,6 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if stale else 0
   if not args.results:
     parser.error("--results=FILE is missing")
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears up, as Ctrl-C does
   known = read_results(args.results)
   redo = ("survived", "error") if args.again else ()
   waiting = [m for m in mutants if m.id not in known or known[m.id]["status"] in redo]

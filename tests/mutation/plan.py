@@ -48,7 +48,6 @@ AREAS = {
 # Tests that see a module besides its own, after them and fastest first: a run stops at the first failure.
 ALSO = {
   "models/heads": ("stages/test_rm",),
-  "rl/experience": ("rl/test_step",),
   "rl/scoring": ("rl/test_experience", "rl/test_step"),
   "rl/shared_rows": ("rl/test_rows",),
   "rl/step": ("rl/test_step_program",),

@@ -45,7 +45,7 @@ WRITTEN = [
   ("rl/experience", "reference is the policy", "logprob(frozen.ref_params)", "logprob(state.params)"),
   ("rl/experience", "reward by the value network", "nets.scalar, frozen.reward_params", "nets.scalar, state.value_params"),
   ("rl/experience", "values by the reward model", "nets.scalar, state.value_params, **response", "nets.scalar, frozen.reward_params, **response"),
-  ("rl/experience", "EOS of the prompt counts", "(response_BR == nets.eos_id) & mask_BR", "(response_BR == nets.eos_id)"),
+  ("rl/experience", "every answer counts as ended", "jnp.any((response_BR == nets.eos_id) & mask_BR, axis=1)", "jnp.any(mask_BR, axis=1)"),
   ("rl/experience", "fixed score for ended answers", "jnp.where(has_eos_B, score_B, cfg.missing_eos_score)", "jnp.where(has_eos_B, cfg.missing_eos_score, score_B)"),
   ("rl/experience", "returns of whitened advantages", "advantage_BR = masked.masked_whiten(advantage_BR, is_actor_BR)", "advantage_BR = masked.masked_whiten(advantage_BR, is_actor_BR)\n      return_BR = advantage_BR + value_BR"),
   ("rl/experience", "whitened over all tokens", "masked.masked_whiten(advantage_BR, is_actor_BR)", "masked.masked_whiten(advantage_BR, mask_BR)"),
