@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ import optax
 import pytest
 
 from instructjax import models
+from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PackedBatch
+from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import Experience
+from instructjax.stages import ppo
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
 
@@ -103,6 +107,9 @@ def assert_trees_close(got, expected, tolerance=1e-5):
 def test_details_34_gradient_is_that_of_equation_2(gradients):
   taken, ppo_grads, nll, lm_grads, weight, _ = gradients
   assert_trees_close(taken["ppo"][0], ppo_grads)
+  np.testing.assert_allclose(
+    taken["ppo"][1]["update_waste"], 1 - 29 / 48
+  )  # 29 tokens in 6 x 8 cells
   expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / weight, ppo_grads, lm_grads)
   assert_trees_close(taken["mean"][0], expected)
   np.testing.assert_allclose(taken["mean"][1]["ptx_loss"], nll / weight, rtol=1e-5)
@@ -384,3 +391,20 @@ def test_create_state_starts_at_step_0_with_the_config_s_beta(nets, ppo_config):
   assert state.params is params and state.value_params is value_params
   np.testing.assert_array_equal(state.ema_params["w"], params["w"])
   assert state.ema_params["w"] is not params["w"]
+
+
+def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, ppo_config):
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  shardings = ppo.state_shardings(mesh, nets, ppo_config)
+  with mock.patch.object(jax, "jit") as jit:
+    made = ppo_step.make_train_step(nets, ppo_config, shardings)
+  (_, kwargs) = jit.call_args
+  assert made is jit.return_value and kwargs["donate_argnums"] == 0
+  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  state, frozen, batch = kwargs["in_shardings"]
+  assert state is shardings and batch == split
+  assert frozen.ref_params is shardings.params and frozen.reward_params is shardings.value_params
+  state, metrics, samples = kwargs["out_shardings"]
+  assert state is shardings and metrics == whole
+  assert samples.score_B == samples.rollout.token_BL == split
+  assert samples.rollout.num_steps == samples.rollout.slot_steps == whole
