@@ -150,6 +150,10 @@ def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, r
   expected_BR = expected_advantage(reward_BR, behind["value"])
   np.testing.assert_allclose(experience.advantage_BR, expected_BR, atol=1e-5)
   np.testing.assert_array_equal(score_B, behind["score"])  # reported as the model gave it
+  metrics, kl_B = results["fixed"].metrics, results["fixed"].kl_B
+  np.testing.assert_allclose(metrics["reward"], behind["score"].mean(), rtol=1e-5)
+  objective = np.mean(np.where(ENDS_B, behind["score"], -1.5) - KL_COEF * kl_B)  # what PPO raises
+  np.testing.assert_allclose(metrics["objective"], objective, rtol=1e-5)
   np.testing.assert_array_equal(experience.is_actor_BR, MASK_BR)
   assert np.any(experience.advantage_BR[3] != results["plain"].experience.advantage_BR[3])
 
