@@ -17,9 +17,6 @@ _RULES = (
 _RECORDS = (
   "records without code; train/test_finished.py writes and reads them, the report's tests show them"
 )
-_PIPELINE = (
-  "what it does shows in a whole run, which takes long and is made once, in stages/test_pipeline.py"
-)
 
 # Modules without a test file of their name -> where they are tested instead.
 TESTED_ELSEWHERE = {
@@ -27,11 +24,6 @@ TESTED_ELSEWHERE = {
   "core/training": _RULES,
   "core/results": _RECORDS,
   "report/results": _RECORDS,
-  "stages/collect": _PIPELINE,
-  "stages/policies": _PIPELINE,
-  "stages/pretrain": _PIPELINE,
-  "stages/sft": _PIPELINE,
-  "stages/sft_select": _PIPELINE,
 }
 # Test files without a module of their name -> their subject.
 NO_MODULE = {
