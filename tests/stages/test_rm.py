@@ -107,7 +107,13 @@ def test_accuracy_is_the_share_of_pairs_whose_better_ranked_answer_scores_higher
   assert found.pairs == 5 and found.prompts == 3
   assert found.accuracy == pytest.approx(3 / 5)
   assert found.score_std == pytest.approx(np.std([3, 1, 2, 0, 0, 5, 6]))
-  assert sum(found.calibration.count) == 5
+  # Of the preferred answer's score less the other's: 3 - 1, 3 - 2, 1 - 2, 0 - 0, 6 - 5. At a difference of 1, which
+  # is sure to .731, two of three are right; at 2, sure to .881, the one; equal scores are half right.
+  calibration = found.calibration
+  assert calibration.count == (1, 0, 0, 0, 3, 0, 0, 1, 0, 0)
+  right, sure = (np.array(x)[[0, 4, 7]] for x in (calibration.accuracy, calibration.confidence))
+  np.testing.assert_allclose(right, [0.5, 2 / 3, 1])
+  np.testing.assert_allclose(sure, [0.5, 0.731059, 0.880797], rtol=1e-5)
 
 
 def test_ties_are_no_pairs():
