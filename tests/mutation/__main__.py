@@ -14,6 +14,7 @@ import difflib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import sys
@@ -43,8 +44,10 @@ def diff(mutant: Mutant, source: str) -> str:
   return "".join(difflib.unified_diff(*lines, path, path, n=1))
 
 
-def in_child(copy: pathlib.Path, tests: list[str], log: pathlib.Path) -> int:
+def in_child(copy: pathlib.Path, tests: list[str], log: pathlib.Path, timeout: int) -> int:
   """Runs the tests in the copy and returns pytest's exit status. Called in a forked process only."""
+  # Of processor time: a busy machine makes no mutant look as if it never ended.
+  resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout + 1))
   os.setsid()  # what tests start can be ended with them
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -60,7 +63,7 @@ def in_child(copy: pathlib.Path, tests: list[str], log: pathlib.Path) -> int:
   return int(pytest.main(["-x", "-n0", "-p", "no:cacheprovider", "--tb=line", *tests]))
 
 
-def start(copy: pathlib.Path, tests: list[str], log: pathlib.Path) -> int:
+def start(copy: pathlib.Path, tests: list[str], log: pathlib.Path, timeout: int) -> int:
   """Forks a process for the tests; returns its id."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # JAX warns of forks; it has started no threads yet
@@ -69,7 +72,7 @@ def start(copy: pathlib.Path, tests: list[str], log: pathlib.Path) -> int:
     return child
   status = 70
   try:
-    status = in_child(copy, tests, log)
+    status = in_child(copy, tests, log, timeout)
   finally:
     os._exit(status)
 
@@ -91,23 +94,24 @@ class Place:
   def path(self, mutant: Mutant) -> pathlib.Path:
     return self.folder / "instructjax" / f"{mutant.module}.py"
 
-  def begin(self, mutant: Mutant, source: str):
+  def begin(self, mutant: Mutant, source: str, timeout: int):
     self.path(mutant).write_text(mutant.apply(source), encoding="utf-8")
     self.mutant, self.began = mutant, time.monotonic()
-    self.child = start(self.folder, plan.tests_of(mutant.module), self.log)
+    self.child = start(self.folder, plan.tests_of(mutant.module), self.log, timeout)
 
-  def poll(self, timeout: float, sources: dict[str, str]) -> dict | None:
+  def poll(self, timeout: int, sources: dict[str, str]) -> dict | None:
     """The result once the tests have ended or their time is up; None before."""
     mutant, seconds = self.mutant, time.monotonic() - self.began
     child, code = os.waitpid(self.child, os.WNOHANG)
-    if not child and seconds < timeout:
+    if not child and seconds < ASLEEP * timeout:
       return None
     if not child:
       os.killpg(self.child, signal.SIGKILL)
       os.waitpid(self.child, 0)
       status = "timeout"
     elif os.WIFSIGNALED(code):
-      status = "killed"
+      out_of_time = os.WTERMSIG(code) in (signal.SIGXCPU, signal.SIGKILL)
+      status = "timeout" if out_of_time else "killed"
     else:
       status = STATUS.get(os.WEXITSTATUS(code), "error")
     self.path(mutant).write_text(sources[mutant.module], encoding="utf-8")
@@ -125,9 +129,7 @@ class Place:
     )
 
 
-def run(
-  mutants: list[Mutant], sources: dict[str, str], jobs: int, timeout: float
-) -> Iterator[dict]:
+def run(mutants: list[Mutant], sources: dict[str, str], jobs: int, timeout: int) -> Iterator[dict]:
   """Tries the mutants, `jobs` at a time; yields results as they come."""
   waiting = list(mutants)
   with tempfile.TemporaryDirectory(prefix="instructjax-mutation-") as folder:
@@ -139,7 +141,7 @@ def run(
             yield result
           if not place.mutant and waiting:
             mutant = waiting.pop(0)
-            place.begin(mutant, sources[mutant.module])
+            place.begin(mutant, sources[mutant.module], timeout)
         time.sleep(0.05)
     finally:
       for place in places:
@@ -183,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--seed", type=int, default=0, help="of the sample of generated mutants")
   parser.add_argument("--share", type=float, default=1.0, help="multiple of the sample's size")
   parser.add_argument("--jobs", type=int, default=2, help="mutants tried at a time")
-  parser.add_argument("--timeout", type=float, default=600, help="of one mutant [seconds]")
+  parser.add_argument("--timeout", type=int, default=600, help="of one mutant [CPU seconds]")
   parser.add_argument("--only", default="", help="mutants whose id begins so")
   parser.add_argument("--again", action="store_true", help="try survivors of FILE again")
   parser.add_argument("--list", action="store_true", help="show the mutants and end")
