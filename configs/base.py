@@ -3,9 +3,10 @@
 Config files name their stage, and presets (listed in models.py) change the values that differ.
 
 If the paper (Ouyang et al. 2022, arXiv:2203.02155) states a value, it is used here, and the comment names the section
-("C.n", "E.n"). `open` marks a choice of ours where the paper's recipe needs a value that it does not state. Most
-values without a comment follow from others or concern this program only. The meaning and the unit of a setting are
-beside its field in instructjax/core/. docs/settings.md, which is generated, shows both.
+("C.n", "E.n"); where it is not used, the comment says `Departs from paper` and the paper's value. `open` marks a choice
+of ours where the paper's recipe needs a value that it does not state. Most values without a comment follow from others
+or concern this program only. The meaning and the unit of a setting are beside its field in instructjax/core/.
+docs/settings.md, which is generated, shows both.
 """
 
 from ml_collections import ConfigDict
@@ -82,7 +83,7 @@ def base(stage: str) -> ConfigDict:
         d_mlp=16384,  # GPT-3 6.7B
       ),
       execution=dict(
-        dtype="bfloat16",
+        dtype="bfloat16",  # Departs from paper: App. C has fp16; the float32 master weights are as there
         layers="auto",
         attention="auto",
         remat="products",
@@ -96,7 +97,7 @@ def base(stage: str) -> ConfigDict:
         prompts="",
         max_prompt_length=1024,  # App. C: longer prompts are filtered out
         max_response_length=1024,  # App. C
-        validation_fraction=0.05,  # open
+        validation_fraction=0.05,  # Departs from paper: table 6 holds out 11% (SFT) to 35% (RM), split by user
         on_bad_record="raise",
       ),
       mesh=dict(
@@ -109,18 +110,26 @@ def base(stage: str) -> ConfigDict:
       log=dict(every_steps=10, samples=4, tensorboard=True),
       profile=dict(steps=""),
       pretrain=dict(
-        num_steps=1000,
-        batch_size=512,
-        length=2048,
+        num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
+        batch_size=512,  # GPT-3 XL: 1M tokens
+        length=2048,  # GPT-3
         evaluate_every=100,
-        optim=adam(2e-4, warmup_steps=100),
+        optim=adam(
+          2e-4,  # GPT-3 XL
+          warmup_steps=100,  # Departs from paper: GPT-3 warms up over 375M tokens, as gpt3_* do
+          weight_decay=0.0,  # Departs from paper: GPT-3 has .1, as gpt3_* do
+        ),
       ),
       reward_pretrain=dict(
-        num_steps=1000,
-        batch_size=512,
-        length=2048,
+        num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
+        batch_size=512,  # Departs from paper: GPT-3 6.7B has 2M tokens, 1024 rows; gpt3_* use them
+        length=2048,  # GPT-3
         evaluate_every=100,
-        optim=adam(1.2e-4, warmup_steps=100),
+        optim=adam(
+          1.2e-4,  # GPT-3 6.7B
+          warmup_steps=100,  # Departs from paper: GPT-3 warms up over 375M tokens, as gpt3_* do
+          weight_decay=0.0,  # Departs from paper: GPT-3 has .1, as gpt3_* do
+        ),
       ),
       sft=dict(
         num_epochs=16,  # C.1
@@ -132,7 +141,7 @@ def base(stage: str) -> ConfigDict:
       ),
       ppo_init=dict(
         num_epochs=2,  # C.3
-        batch_size=32,  # C.3
+        batch_size=32,  # C.3; Departs from paper: counts packed rows, where the paper counts demonstrations
         length=2048,
         dropout=0.0,  # open
         pretrain_mix=0.1,  # C.3; Departs from paper: a share of the packed rows, not of the loss
@@ -140,20 +149,20 @@ def base(stage: str) -> ConfigDict:
       ),
       collect=dict(
         num_prompts=33207,  # table 6
-        num_heldout_prompts=17887,
+        num_heldout_prompts=17887,  # table 6: the validation prompts
         min_responses=4,  # sec 3.5: K in 4..9
-        max_responses=9,
-        temperature=1.0,
+        max_responses=9,  # sec 3.5
+        temperature=1.0,  # open
       ),
       rm=dict(
-        start_from="base",  # C.2: "similar results from GPT-3 or SFT"
+        start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"
         num_epochs=1,  # C.2: more epochs overfit
         batch_size=64,  # C.2
-        max_responses=9,
+        max_responses=9,  # sec 3.5: K in 4..9
         row_length=0,
-        ties="drop",  # C.2
+        ties="drop",  # C.2; open: whether a dropped tie counts in eq. 1's C(K,2), as it does here
         optim=adam(9e-6),  # C.2
-        cross_validation_folds=0,  # sec 4.1 uses 5
+        cross_validation_folds=0,  # Departs from paper: sec 4.1 has 5, which need the labelers' names
         cross_validation_prompts=33207,
       ),
       ppo=dict(
@@ -193,10 +202,10 @@ def base(stage: str) -> ConfigDict:
       ),
       rollout=dict(slots=0),  # open
       evaluate=dict(
-        num_prompts=512,
+        num_prompts=512,  # Departs from paper: its test set has 3196 prompts
         samples_per_prompt=1,
         temperature=1.0,  # open for the main evaluations; App. F samples InstructGPT at 1, GPT-3 at .7
-        weights="ema",
+        weights="ema",  # open: C.4 keeps the average and does not say that it is what is evaluated
         compare=("ppo",),  # fig. 1 shows PPO beside PPO-ptx
         overoptimization=False,
         overoptimization_iterations=500,

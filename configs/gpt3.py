@@ -35,7 +35,7 @@ SIZES = {
   "gpt3_6p7b": Size(32, 4096, 32, 128, 1024, 1.2e-4),  # 2M
   # The table prints d_model 5140, but 40 heads of width 128 make 5120, as in Stiennon et al. 2020, table 3.
   "gpt3_13b": Size(40, 5120, 40, 128, 1024, 1e-4),
-  # 3.2M tokens are 1562.5 rows. 1536 rows can be divided over a mesh.
+  # 3.2M tokens are 1562.5 rows. Departs from paper: pretrain.batch_size=1536, which can be divided over a mesh.
   "gpt3_175b": Size(96, 12288, 96, 128, 1536, 0.6e-4),
 }
 
@@ -57,7 +57,8 @@ def _change(name: str, config):
   if name == "gpt3_175b":
     config.sft.batch_size = 8  # C.1
     config.sft.optim.learning_rate = 5.03e-6  # C.1
-    config.ppo_init.batch_size = 8  # C.3; the mix of 10% becomes one row in eight
+    # C.3. Departs from paper: ppo_init.pretrain_mix=0.1 becomes one row in eight.
+    config.ppo_init.batch_size = 8
     config.ppo_init.optim.learning_rate = 2.45e-6  # C.3
     config.ppo.value_optim.learning_rate = 5e-6  # C.4
     # E.9 tries 2.55e-6 and 3.74e-6 and does not say which was chosen. Open: the smaller one is less likely to diverge.

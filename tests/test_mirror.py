@@ -17,9 +17,6 @@ _RULES = (
 _RECORDS = (
   "records without code; train/test_finished.py writes and reads them, the report's tests show them"
 )
-_PIPELINE = (
-  "what it does shows in a whole run, which takes long and is made once, in stages/test_pipeline.py"
-)
 
 # Modules without a test file of their name -> where they are tested instead.
 TESTED_ELSEWHERE = {
@@ -27,11 +24,6 @@ TESTED_ELSEWHERE = {
   "core/training": _RULES,
   "core/results": _RECORDS,
   "report/results": _RECORDS,
-  "stages/collect": _PIPELINE,
-  "stages/policies": _PIPELINE,
-  "stages/pretrain": _PIPELINE,
-  "stages/sft": _PIPELINE,
-  "stages/sft_select": _PIPELINE,
 }
 # Test files without a module of their name -> their subject.
 NO_MODULE = {
@@ -43,6 +35,7 @@ NO_MODULE = {
   "fuzz/test_tokenizer_files": "data/tokenizer: some of the damaged files that a fuzz run makes",
   "data/test_docs_data": "docs/data.md: what it says of each source",
   "data/test_real_data": "all sources, on published data",
+  "mutation/test_operators": "tests/mutation, the campaign that is no part of the suite",
   "rl/test_step_program": "rl/step as a compiled program: minutes of compilation that test_step does without",
   "train/test_other_mesh": "checkpoints and training together, from one mesh to another",
 }

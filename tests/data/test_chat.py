@@ -223,3 +223,8 @@ def test_messages_cannot_speak_as_others():
 def test_messages_of_another_form_are_refused(messages, message):
   with pytest.raises(ValueError, match=message):
     render(MISTRAL, messages)
+
+
+def test_tojson_keeps_the_order_of_keys():
+  template = '{{ {"b": 1, "a": messages[0].content} | tojson }}'
+  assert render(template, turns("é<")) == '{"b": 1, "a": "é<"}'

@@ -65,6 +65,7 @@ TWO = {"prompt": "p", "responses": ["a", "b"]}
     ("comparisons", {**TWO, "chosen": "a", "rejected": "b"}, "both responses and chosen"),
     ("comparisons", {"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
     ("comparisons", {**TWO, "ranks": [1]}, "2 responses but 1 ranks"),
+    ("comparisons", {**TWO, "ranks": [1, 2, 3]}, "2 responses but 3 ranks"),
     ("comparisons", {**TWO, "ranks": [0, 1]}, "'ranks' must be a list of integers >= 1"),
     ("comparisons", {**TWO, "ranks": [1, 1.5]}, "'ranks' must be a list of integers >= 1"),
     ("comparisons", {**TWO, "ranks": [1, float("inf")]}, "'ranks' must be a list of integers >= 1"),

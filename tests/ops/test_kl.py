@@ -40,6 +40,13 @@ def test_only_an_additive_form_takes_whole_responses():
     ops.estimate(whole_N, whole_N, "k3")
 
 
+@pytest.mark.parametrize("form", ops.FORMS)
+def test_policy_and_reference_must_have_one_shape(form):
+  """Not broadcast: one reference for all rows would be a wrong KL without a word."""
+  with pytest.raises(AssertionError, match="shape"):
+    ops.estimate(np.zeros((2, 3)), np.zeros((1, 3)), form)
+
+
 def test_k1_of_whole_responses_is_the_sum_over_their_tokens():
   # As the report has it: log-probabilities that are summed already. By hand: -3 - -5 = 2.
   logprob_BR, ref_logprob_BR = np.array([[-1.0, -2.0]]), np.array([[-1.5, -3.5]])

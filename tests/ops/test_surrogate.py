@@ -163,3 +163,14 @@ def test_details_32_explained_variance():
     value_BR = np.array([[*value, 7]], jnp.float32)
     np.testing.assert_allclose(explained_variance(value_BR, return_BR, mask), expected, atol=1e-6)
   assert explained_variance(value_BR, np.full((1, 4), 2.0), mask) == 0
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("loss", [clipped_surrogate, clipped_value_loss])
+def test_arguments_of_another_shape_are_refused(loss, which):
+  """Not broadcast: one row of old values for all would be a wrong loss without a word."""
+  arguments = random_batch(6, 3)
+  loss(*arguments, clip=0.2)
+  arguments[which] = arguments[which][:1]
+  with pytest.raises(AssertionError):
+    loss(*arguments, clip=0.2)

@@ -13,7 +13,7 @@ from instructjax.rl import rows, scoring
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import from_rollout
 from tests.rl import episodes
-from tests.rl.episodes import ENDS_B, MASK_BR, PROMPT, RESPONSE_LENGTH_B, ROWS
+from tests.rl.episodes import ENDS_B, MASK_BR, PROMPT, RESPONSE, RESPONSE_LENGTH_B, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,19 @@ def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(sco
     entropy=-behaviour_BR.sum() / ROWS,
     slot_waste=1 - 15 / 24,  # 5 + 1 + 1 + 5 + 2 + 1 tokens
     kl_coef=KL_COEF,
+    tokens=15,
+    prompt_length=rollout.is_token_BL[:, :PROMPT].sum() / ROWS,
+    decode_steps=RESPONSE,
+    score_waste=1 - 29 / 48,  # 8 + 3 + 3 + 6 + 5 + 4 tokens in six rows of 8
+    reward_std=score_B.std(),
   )
+  ratio_BR = np.exp(behind["ref"] - behaviour_BR)
+  expected["kl_k3"] = np.where(MASK_BR, ratio_BR - 1 - np.log(ratio_BR), 0).sum(1).mean()
+  error_BR = (value_BR - experience.return_BR)[MASK_BR]
+  expected["explained_variance"] = 1 - np.mean(error_BR**2) / experience.return_BR[MASK_BR].var()
+  assert metrics.keys() == expected.keys()
   for name, value in expected.items():
-    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_rescored_behaviour_is_the_policys_own(scored):
@@ -140,6 +150,10 @@ def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, r
   expected_BR = expected_advantage(reward_BR, behind["value"])
   np.testing.assert_allclose(experience.advantage_BR, expected_BR, atol=1e-5)
   np.testing.assert_array_equal(score_B, behind["score"])  # reported as the model gave it
+  metrics, kl_B = results["fixed"].metrics, results["fixed"].kl_B
+  np.testing.assert_allclose(metrics["reward"], behind["score"].mean(), rtol=1e-5)
+  objective = np.mean(np.where(ENDS_B, behind["score"], -1.5) - KL_COEF * kl_B)  # what PPO raises
+  np.testing.assert_allclose(metrics["objective"], objective, rtol=1e-5)
   np.testing.assert_array_equal(experience.is_actor_BR, MASK_BR)
   assert np.any(experience.advantage_BR[3] != results["plain"].experience.advantage_BR[3])
 

@@ -333,3 +333,15 @@ def test_decoding_stops_when_every_row_has_ended(generate, params, prompts, eos_
 def test_greedy_takes_the_best_token_whatever_the_key(generate, params, prompts):
   first, second = (generate(params, prompts, key, 0.0) for key in (KEY, jax.random.key(9)))
   np.testing.assert_array_equal(first.token_BL, second.token_BL)
+
+
+def test_what_is_left_of_a_uniform_inside_its_block_is_never_negative():
+  """Targets at the very edge of a block, where rounding may put them before it.
+
+  A negative rest would pick the block's first token, which may have no mass.
+  """
+  mass_BT = np.random.default_rng(0).random((64, 300), np.float32)
+  target_B = np.asarray(jnp.cumsum(mass_BT, axis=-1))[:, 150]
+  index_B, left_B = sampling._pick(mass_BT, target_B)
+  assert np.all(index_B == 151)
+  assert np.all(left_B >= 0) and np.any(left_B == 0)

@@ -1,6 +1,9 @@
 """The parts of the PPO step: the gradient of eq. 2, and the order in which minibatches are taken."""
 
 import dataclasses
+import functools
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +12,13 @@ import optax
 import pytest
 
 from instructjax import models
+from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PackedBatch
+from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import Experience
+from instructjax.stages import ppo
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
 
@@ -101,6 +107,9 @@ def assert_trees_close(got, expected, tolerance=1e-5):
 def test_details_34_gradient_is_that_of_equation_2(gradients):
   taken, ppo_grads, nll, lm_grads, weight, _ = gradients
   assert_trees_close(taken["ppo"][0], ppo_grads)
+  np.testing.assert_allclose(
+    taken["ppo"][1]["update_waste"], 1 - 29 / 48
+  )  # 29 tokens in 6 x 8 cells
   expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / weight, ppo_grads, lm_grads)
   assert_trees_close(taken["mean"][0], expected)
   np.testing.assert_allclose(taken["mean"][1]["ptx_loss"], nll / weight, rtol=1e-5)
@@ -163,3 +172,239 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
   assert [share for _, share in visits] == [list(range(8)), list(range(8, 16))] * 3
+
+
+# --- one update of both networks ------------------------------------------------------------------
+
+POLICY_RATE, VALUE_RATE = 1.0, 0.5
+
+
+def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
+  """`update` with gradients in place of the policy's and the value's that only report; metrics of all minibatches."""
+  cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
+  script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
+
+  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+    ratio = jnp.float32(next(script))
+    return params, {"ratio_max": ratio, "approx_kl": ratio}
+
+  monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
+  monkeypatch.setattr(
+    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
+  )
+  experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
+  state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
+  with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
+    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
+
+
+def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
+  nets, ppo_config, monkeypatch
+):
+  metrics = scripted_update(nets, ppo_config, monkeypatch, [1.5, 3.0, 1.5])
+  assert (metrics["ratio_max"], metrics["approx_kl"], metrics["first_ratio_max"]) == (3, 2, 1.5)
+
+
+@pytest.fixture(scope="module")
+def updates(quick_jit, nets, weights, ppo_config):
+  """Steps of both networks by plain gradient descent on all episodes, and the value's gradient written out anew."""
+  policy_params, value_params, _ = weights
+  batch = jax.tree.map(jnp.asarray, episodes.make_experience())
+  nets = dataclasses.replace(nets, policy_tx=optax.sgd(POLICY_RATE), value_tx=optax.sgd(VALUE_RATE))
+  plain = dataclasses.replace(ppo_config, num_minibatches=1, num_epochs=1, clip=0.2, value_clip=0.7)
+  narrow = dataclasses.replace(plain.value_optim, clip_norm=CLIP_NORM)
+  cases = {
+    "plain": plain,
+    "other clip": dataclasses.replace(plain, clip=0.5),
+    "value unclipped": dataclasses.replace(plain, value_clip=None),
+    "value's norm": dataclasses.replace(plain, value_optim=narrow),
+    "policy's norm": dataclasses.replace(plain, policy_optim=narrow),
+  }
+  is_token_BL = batch.segment_BL > 0
+  position_BL = jnp.cumsum(is_token_BL, axis=1) - is_token_BL
+
+  def value_loss(clip, params):
+    value_BL = models.apply(
+      nets.scalar,
+      params,
+      batch.token_BL,
+      segment_BL=batch.segment_BL,
+      position_BL=position_BL,
+    )
+    value_BR = value_BL[:, PROMPT - 1 : LENGTH - 1]  # before each token
+    near_BR = jnp.clip(value_BR, batch.value_BR - clip, batch.value_BR + clip)
+    loss_BR = jnp.maximum((value_BR - batch.return_BR) ** 2, (near_BR - batch.return_BR) ** 2)
+    return jnp.sum(jnp.where(batch.is_response_BR, loss_BR, 0)) / batch.is_response_BR.sum() / 2
+
+  def everything(policy_params, value_params):
+    moved = {}
+    for name, cfg in cases.items():
+      state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
+      after, metrics = ppo_step.update(
+        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
+      )
+      change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
+      moved[name] = (
+        change(after.params, policy_params),
+        change(after.value_params, value_params),
+        metrics,
+      )
+    grad = lambda clip: jax.value_and_grad(functools.partial(value_loss, clip))(value_params)
+    return moved, grad(0.7), grad(np.inf)
+
+  return quick_jit(everything)(policy_params, value_params)
+
+
+def times(factor, tree):
+  return jax.tree.map(lambda x: factor * x, tree)
+
+
+def test_the_value_network_learns_the_returns_of_all_responses(updates):
+  """Not advantages, not the actor's tokens only, by its own clip and rate."""
+  moved, (loss, grads), (unclipped_loss, unclipped) = updates
+  assert_trees_close(moved["plain"][1], times(VALUE_RATE, grads))
+  assert_trees_close(moved["value unclipped"][1], times(VALUE_RATE, unclipped))
+  np.testing.assert_allclose(moved["plain"][2]["value_loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(moved["value unclipped"][2]["value_loss"], unclipped_loss, rtol=1e-5)
+  assert loss > 1.01 * unclipped_loss  # the clip is at work
+  size = float(optax.tree.norm(grads))
+  np.testing.assert_allclose(moved["plain"][2]["value_grad_norm"], size, rtol=1e-4)
+  assert 0 < moved["plain"][2]["value_clip_fraction"] < 1
+  assert moved["value unclipped"][2]["value_clip_fraction"] == 0
+
+
+def test_the_policys_clip_and_the_values_change_one_network_each(updates):
+  moved = updates[0]
+  assert_trees_close(moved["other clip"][1], moved["plain"][1], 1e-7)
+  assert_trees_close(moved["value unclipped"][0], moved["plain"][0], 1e-7)
+  with pytest.raises(AssertionError):
+    assert_trees_close(moved["other clip"][0], moved["plain"][0])
+
+
+def test_each_networks_gradient_is_clipped_by_its_own_norm(updates):
+  moved, (_, grads), _ = updates
+  size = optax.tree.norm(grads)
+  assert size > 4 * CLIP_NORM
+  assert_trees_close(moved["value's norm"][1], times(VALUE_RATE * CLIP_NORM / size, grads))
+  assert_trees_close(moved["value's norm"][0], moved["plain"][0], 1e-7)
+  np.testing.assert_allclose(  # logged as it was
+    moved["value's norm"][2]["value_grad_norm"], size, rtol=1e-4
+  )
+  assert_trees_close(moved["policy's norm"][1], moved["plain"][1], 1e-7)
+  np.testing.assert_allclose(
+    optax.tree.norm(moved["policy's norm"][0]), POLICY_RATE * CLIP_NORM, rtol=1e-4
+  )
+
+
+# --- what an iteration is made of -----------------------------------------------------------------
+
+
+@pytest.fixture
+def iteration(nets, ppo_config, monkeypatch):
+  """iteration(step, **changes of the config) -> (what the parts were given, state, metrics, samples).
+
+  The parts are scripted: the updates move the weight from 2 to 4, and the KL is 9.
+  """
+  nets = dataclasses.replace(nets, slots=3)
+
+  def one(step=0, **changes):
+    cfg, given = dataclasses.replace(ppo_config, **changes), {}
+    state = ppo_step.create_state(
+      {"w": jnp.float32(2)}, {"w": jnp.float32(7)}, nets, cfg, jax.random.key(5)
+    )
+    state = dataclasses.replace(state, step=jnp.int32(step))
+
+    def generate(model, params, prompts, key, **kwargs):
+      given["rollout"] = dict(model=model, params=params, prompts=prompts, key=key, **kwargs)
+      return "rollout"
+
+    def from_rollout(nets, cfg, rows, state, frozen, rollout):
+      given["scored"] = (state, frozen, rollout)
+      metrics = {"kl": jnp.float32(9), "reward": jnp.float32(1)}
+      return types.SimpleNamespace(
+        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls"
+      )
+
+    def update(nets, cfg, rows, state, episodes, ptx, key):
+      given["update"] = dict(state=state, episodes=episodes, ptx=ptx, key=key)
+      after = dataclasses.replace(state, params={"w": jnp.float32(4)})
+      return after, {"approx_kl": jnp.float32(3)}
+
+    monkeypatch.setattr(ppo_step.sampling, "generate", generate)
+    monkeypatch.setattr(ppo_step.experience, "from_rollout", from_rollout)
+    monkeypatch.setattr(ppo_step, "update", update)
+    batch = {"prompts": "prompts", "pretrain": "text"}
+    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, "frozen", batch)
+
+  return one
+
+
+def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
+  given, state, metrics, samples = iteration(gamma=0.5)
+  rollout = given["rollout"]
+  assert rollout["model"] is nets.policy and rollout["params"] == {"w": 2}
+  assert rollout["prompts"] == "prompts" and rollout["temperature"] == 0.7
+  limits = (rollout["max_new_tokens"], rollout["eos_id"], rollout["slots"])
+  assert limits == (episodes.RESPONSE, episodes.EOS, 3)
+  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == ("frozen", "rollout")
+  assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
+  assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
+  assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
+  assert (state.step, state.params) == (1, {"w": 4})
+
+
+def test_pretraining_rows_are_for_a_gamma_above_0(iteration):
+  assert iteration(gamma=0.0)[0]["update"]["ptx"] is None
+  assert iteration(gamma=1e-6)[0]["update"]["ptx"] == "text"
+
+
+def test_the_average_of_the_policys_weights_hand_worked(iteration):
+  # .9 * 2 + .1 * 4; the average starts as the policy.
+  np.testing.assert_allclose(iteration(ema_decay=0.9)[1].ema_params["w"], 2.2, rtol=1e-6)
+  assert iteration(ema_decay=0.0)[1].ema_params is None
+
+
+def test_beta_moves_only_if_it_is_adaptive_hand_worked(iteration):
+  # KL 9 of 6 is .5 above the target, clipped to .2; 16 episodes of a horizon of 100: .2 * .16 = .032.
+  adaptive = dict(kl_controller="adaptive", beta=0.5, kl_target=6.0, kl_horizon=100)
+  np.testing.assert_allclose(iteration(**adaptive)[1].kl_coef, 0.5 * 1.032, rtol=1e-6)
+  assert iteration(**adaptive | dict(kl_controller="fixed"))[1].kl_coef == 0.5
+
+
+def test_details_7_no_two_iterations_draw_the_same_noise(iteration):
+  keys, runs = [], [iteration(step) for step in (0, 1, 1)]
+  for given, state, *_ in runs:
+    keys.append(
+      tuple(jax.random.key_data(given[name]["key"]).tolist() for name in ("rollout", "update"))
+    )
+    assert state.key == jax.random.key(5)  # which stays as it was
+  assert keys[1] == keys[2]  # a function of the step's number: a resumed run draws it again
+  assert len({str(key) for pair in keys[:2] for key in pair}) == 4
+
+
+def test_create_state_starts_at_step_0_with_the_config_s_beta(nets, ppo_config):
+  params, value_params = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+  state = ppo_step.create_state(
+    params, value_params, nets, dataclasses.replace(ppo_config, beta=0.3), jax.random.key(0)
+  )
+  assert state.step == 0 and state.kl_coef == np.float32(0.3)
+  assert state.params is params and state.value_params is value_params
+  np.testing.assert_array_equal(state.ema_params["w"], params["w"])
+  assert state.ema_params["w"] is not params["w"]
+
+
+def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, ppo_config):
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  shardings = ppo.state_shardings(mesh, nets, ppo_config)
+  with mock.patch.object(jax, "jit") as jit:
+    made = ppo_step.make_train_step(nets, ppo_config, shardings)
+  (_, kwargs) = jit.call_args
+  assert made is jit.return_value and kwargs["donate_argnums"] == 0
+  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  state, frozen, batch = kwargs["in_shardings"]
+  assert state is shardings and batch == split
+  assert frozen.ref_params is shardings.params and frozen.reward_params is shardings.value_params
+  state, metrics, samples = kwargs["out_shardings"]
+  assert state is shardings and metrics == whole
+  assert samples.score_B == samples.rollout.token_BL == split
+  assert samples.rollout.num_steps == samples.rollout.slot_steps == whole

@@ -10,6 +10,7 @@ import pytest
 from instructjax.core.stages import REFERENCE
 from instructjax.ops import kl
 from instructjax.stages import answers, evaluate, policies
+from tests import micro
 
 
 @pytest.mark.parametrize("has_ties", [False, True])
@@ -54,3 +55,66 @@ def test_the_kl_is_from_the_reference_and_in_the_form_that_ppo_uses(monkeypatch)
   monkeypatch.setitem(kl.FORMS, "k2", lambda logprob, ref_logprob: (logprob - ref_logprob) ** 2 / 2)
   monkeypatch.setattr(kl, "FORM", "k2")
   np.testing.assert_array_equal(measure().kl, [2.0, 0.125])
+
+
+def test_prompts_are_the_first_of_the_test_split_that_fit():
+  prompts = [types.SimpleNamespace(prompt=text) for text in ("x" * 37, "x" * 36, "a", "b")]
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}, evaluate__num_prompts=2),
+    tokenizer=types.SimpleNamespace(encode_prompt=list),
+    data=types.SimpleNamespace(
+      records=lambda kind, split: {("prompts", "test"): prompts}[kind, split]
+    ),
+  )
+  assert evaluate.test_prompts(ctx) == ["x" * 36, "a"]
+
+
+def test_best_of_n_chooses_by_reward_among_answers_of_the_reference(monkeypatch):
+  """Two prompts with five answers each; n is 1, 2, 4. Gold and reward disagree."""
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}, evaluate__best_of_n=5, data__prompts="demo:"),
+    model=lambda role: role,
+  )
+
+  def sample(ctx, name, prompts, stage):
+    assert (name, stage) == (REFERENCE, "evaluate/best_of_n")
+    assert prompts == ["p"] * 5 + ["q"] * 5
+    return types.SimpleNamespace(text=[f"{n}" for n in range(10)], ended_N="ended")
+
+  def score(ctx, model, params, found):
+    assert (model, params) == ("reward", "reward model")
+    assert found == (["p"] * 5 + ["q"] * 5, [f"{n}" for n in range(10)], "ended")
+    return -np.arange(10.0)
+
+  gold = lambda prompts, texts: [float(text) for text in texts]
+  monkeypatch.setattr(evaluate, "_sample", sample)
+  monkeypatch.setattr(answers, "from_text", lambda ctx, *rest: rest)
+  monkeypatch.setattr(answers, "score", score)
+  monkeypatch.setattr(policies, "load_reward", lambda ctx: "reward model")
+  monkeypatch.setattr(
+    evaluate.sources, "simulation", lambda spec: types.SimpleNamespace(gold_score=gold)
+  )
+  rows = evaluate._best_of_n(ctx, ["p", "q"], "evaluate")
+  assert [row.n for row in rows] == [1, 2, 4]
+  # Of all five the mean is 2 and 7. The best of 4 is the first, unless it is the one left out: .8 * 0 + .2 * 1.
+  np.testing.assert_allclose([row.gold for row in rows], [4.5, 2.5 + 1.0, 2.5 + 0.2], rtol=1e-6)
+  np.testing.assert_allclose([row.reward for row in rows], [-4.5, -3.5, -2.7], rtol=1e-6)
+  off = types.SimpleNamespace(config=micro.config("ppo", {}, evaluate__best_of_n=1))
+  assert evaluate._best_of_n(off, ["p"], "evaluate") == []
+
+
+@pytest.mark.parametrize(("name", "cut"), [("ppo", False), ("base", True), ("reward_base", True)])
+def test_answers_of_untuned_policies_end_at_a_newline(monkeypatch, name, cut):
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}, evaluate__temperature=0.5),
+    tokenizer=types.SimpleNamespace(encode_prompt=list),
+    model=lambda role: f"{role} model",
+    key=lambda name: f"key of {name}",
+  )
+  monkeypatch.setattr(policies, "load", lambda ctx, name: f"weights of {name}")
+  monkeypatch.setattr(answers, "sample", lambda ctx, *a, **k: (a, k))
+  arguments, kwargs = evaluate._sample(ctx, name, ["ab"], "evaluate")
+  role = {"reward_base": "reward_base"}.get(name, "policy")
+  expected = f"{role} model", f"weights of {name}", [["a", "b"]], f"key of evaluate/{name}"
+  assert arguments == expected
+  assert kwargs == dict(temperature=0.5, prompt_length=36, to_newline=cut)

@@ -1,13 +1,22 @@
-"""The stage of PPO: the FLOPs that it counts. That it trains is in tests/rl/test_step_program.py and the pipeline's."""
+"""The stage of PPO: the FLOPs that it counts, and what it gives to its step.
 
+That it trains is in tests/rl/test_step_program.py and test_pipeline.py.
+"""
+
+import contextlib
 import dataclasses
+import types
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 
+from instructjax.core.config import MeshConfig
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
 from instructjax.train.optim import make_optimizer
-from tests import tiny
+from tests import micro, tiny
 
 VOCAB, EOS, PROMPT, RESPONSE, DOCUMENT = 23, 0, 3, 6, 8
 
@@ -33,3 +42,143 @@ def test_model_flops_of_an_iteration(ppo_config, nets):
   # Sampled, scored by the reference (and anew by the policy), valued, rewarded; then two epochs, three times.
   assert count(ptx) == 3 * policy + 2 * scalar + 2 * 3 * (policy + scalar + text)
   assert count(plain) == 2 * policy + 2 * scalar + 2 * 3 * (policy + scalar)
+
+
+# --- what the stage gives to its step -------------------------------------------------------------
+
+
+def test_optimisers_leave_clipping_to_the_step_and_count_updates():
+  config = micro.config(
+    "ppo",
+    {},
+    ppo__num_iterations=5,
+    ppo__num_epochs=3,
+    ppo__num_minibatches=2,
+    rollout__slots=4,
+    ppo__policy_optim__learning_rate=0.25,
+  )
+  made = []
+  with (
+    mock.patch.object(
+      ppo, "make_optimizer", lambda optim, updates: made.append((optim, updates)) or len(made)
+    ),
+    mock.patch.object(ppo, "make_model", lambda config, mesh, role, vocab_size: (role, vocab_size)),
+  ):
+    nets = ppo.make_nets(config, "mesh", config.ppo, 23, 7)
+  assert (nets.policy, nets.scalar) == (("policy", 23), ("reward", 23))
+  assert (nets.policy_tx, nets.value_tx) == (1, 2)
+  assert made == [
+    (dataclasses.replace(optim, clip_norm=None), 5 * 3 * 2)
+    for optim in (config.ppo.policy_optim, config.ppo.value_optim)
+  ]
+  assert made[0] != made[1] and config.ppo.policy_optim.clip_norm == 1.0
+  assert (nets.eos_id, nets.max_response_length, nets.slots) == (7, 24, 4)
+
+
+def test_it_reads_training_prompts_and_training_text():
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}),
+    tokenizer=types.SimpleNamespace(vocab_size=23),
+    data=types.SimpleNamespace(prompt_tokens={"train": "prompts"}.__getitem__),
+    data_seed=lambda stage: f"seed of {stage}",
+    own_rows=lambda count: ("own", count),
+  )
+  text = lambda ctx, split, **kwargs: (split, kwargs)
+  with (
+    mock.patch.object(ppo.batching, "prompt_batches", lambda *a, **k: (a, k)),
+    mock.patch.object(ppo.batching, "ZippedBatches", lambda parts: parts),
+    mock.patch.object(ppo, "document_batches", text),
+  ):
+    cfg = dataclasses.replace(ctx.config.ppo, gamma=0.5, ptx_rows=3, ptx_length=11)
+    parts = ppo._batches(ctx, cfg, "ppo_ptx")
+    plain = ppo._batches(ctx, dataclasses.replace(cfg, gamma=0.0), "ppo")
+  (prompts,), kwargs = parts["prompts"]
+  seed = "seed of ppo_ptx"
+  assert prompts == "prompts"
+  assert kwargs == dict(length=36, batch_size=8, seed=seed, vocab_size=23, places=("own", 8))
+  assert parts["pretrain"] == ("train", dict(length=11, batch_size=24, seed=seed))
+  assert plain.keys() == {"prompts"}
+
+
+@pytest.mark.parametrize(("weights", "read"), [("ema", "average"), ("raw", "policy")])
+def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read):
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}, evaluate__weights=weights), mesh="mesh"
+  )
+  state = types.SimpleNamespace(params="policy", ema_params="average")
+  rows = lambda ctx, length: f"held-out rows of {length}"
+  with (
+    mock.patch.object(
+      ppo.supervised, "make_lm_evaluation", lambda model, mesh: lambda *a: (model, *a)
+    ),
+    mock.patch.object(ppo, "validation_rows", rows),
+  ):
+    found = ppo._held_out_loss(ctx, nets)(state, 3)
+  assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
+
+
+@pytest.mark.parametrize("max_kl", [0.0, 30.0])
+def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
+  """Both stay frozen as reference and reward; policy and value network begin as their copies."""
+  cfg = micro.config(
+    "ppo", {}, ppo__max_kl=max_kl, ppo__num_iterations=7, evaluate__pretrain_every=3
+  )
+  ctx = types.SimpleNamespace(config=cfg, mesh="mesh", key=lambda stage: f"key of {stage}")
+  fitted, made, finished = {}, {}, []
+  run = types.SimpleNamespace(fingerprint={"a": "1"})
+
+  def initial_state(mesh, cfg, nets, params, reward_params, key):
+    made["state"] = (mesh, nets, params, reward_params, key)
+    return "state", "shardings"
+
+  fit = lambda run, state, step, batches, **kwargs: fitted.update(
+    kwargs, run=run, state=state, step=step, batches=batches
+  )
+  with contextlib.ExitStack() as stack:
+    patch = lambda *args: stack.enter_context(mock.patch.object(*args))
+    patch(ppo, "_settings", lambda ctx, stage: (ctx.config.ppo, "nets"))
+    patch(ppo, "stage_run", lambda *a, **k: run)
+    patch(ppo, "is_finished", lambda run: False)
+    patch(ppo, "finish", lambda ctx, *rest: finished.append(rest))
+    patch(ppo, "initial_state", initial_state)
+    patch(ppo, "freeze", lambda *a: made.update(frozen=a) or "frozen")
+    patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
+    patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
+    patch(ppo, "_describe", lambda ctx: "describe")
+    patch(ppo.ppo_step, "make_train_step", lambda *a: a)
+    patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
+    patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
+    patch(ppo.stacking, "relay", lambda params, how: params)
+    patch(ppo.checkpoint, "tree_fingerprint", lambda tree: f"hash of {tree}")
+    patch(ppo.dataclasses, "replace", lambda run, **changes: changes)
+    patch(ppo.loop, "fit", fit)
+    ppo.run(ctx, "ppo")
+  given = "weights of ppo_init", "shifted reward model"
+  assert made["state"] == ("mesh", "nets", *given, "key of ppo")
+  assert made["frozen"] == ("nets", "shardings", *given)
+  assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
+  assert fitted["step"] == ("nets", cfg.ppo, "shardings")
+  assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
+  assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
+  assert fitted["evaluate"] == "held-out loss" and fitted["evaluate_steps"] == {1, 3, 6}
+  hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
+  assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
+  assert finished == [("ppo", run, 7, ppo.results.Nothing())]
+
+
+def test_the_first_state_holds_copies_of_what_stays_frozen(ppo_config, nets, random_params):
+  mesh = ppo.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  params, reward_params = random_params(nets.policy, 1), random_params(nets.scalar, 2)
+  state, _ = ppo.initial_state(mesh, ppo_config, nets, params, reward_params, jax.random.key(0))
+  for made, given in (
+    (state.params, params),
+    (state.ema_params, params),
+    (state.value_params, reward_params),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, made, given)
+  ours = {x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, reward_params))}
+  theirs = [
+    x.unsafe_buffer_pointer()
+    for x in jax.tree.leaves((state.params, state.ema_params, state.value_params))
+  ]
+  assert len({*theirs}) == len(theirs) and not ours & {*theirs}

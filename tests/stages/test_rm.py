@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from instructjax import models
+from instructjax.core import results
 from instructjax.core.config import MeshConfig, RMConfig
 from instructjax.core.errors import UserError
 from instructjax.core.structs import RankedBatch
 from instructjax.data import records, sources
 from instructjax.data.batching import ranked_batch
+from instructjax.data.records import Ranking
 from instructjax.data.tokenize import RankingTokens
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
-from instructjax.stages import rm, run_data
+from instructjax.stages import answers, rm, run_data
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 from tests import micro, tiny
@@ -85,6 +87,291 @@ def start(quick_jit, model, adam_config, random_params):
 @pytest.fixture(scope="module")
 def one_device():
   return sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+
+
+# --- what is measured on which records ------------------------------------------------------------
+
+
+def judged(*rankings) -> results.Judgement:
+  """`judge` of rankings (prompt, scores, ranks), whose scores are given in place of a model's."""
+  items = [RankingTokens([p], [[0]] * len(ranks), ranks, None) for p, _, ranks in rankings]
+  scores = [np.array(score, np.float32) for _, score, _ in rankings]
+  with (
+    mock.patch.object(rm, "tokenized", lambda ctx, records: items),
+    mock.patch.object(rm, "score_rankings", lambda ctx, params, found: scores),
+  ):
+    return rm.judge(None, None, list(rankings))
+
+
+def test_accuracy_is_the_share_of_pairs_whose_better_ranked_answer_scores_higher():
+  """Rank 1 is the best. Of the pairs of 3, 1, 2 ranked 1, 2, 3 two are right; equal scores are no win."""
+  found = judged((1, [3, 1, 2], [1, 2, 3]), (2, [0, 0], [1, 2]), (3, [5, 6], [2, 1]))
+  assert found.pairs == 5 and found.prompts == 3
+  assert found.accuracy == pytest.approx(3 / 5)
+  assert found.score_std == pytest.approx(np.std([3, 1, 2, 0, 0, 5, 6]))
+  # Of the preferred answer's score less the other's: 3 - 1, 3 - 2, 1 - 2, 0 - 0, 6 - 5. At a difference of 1, which
+  # is sure to .731, two of three are right; at 2, sure to .881, the one; equal scores are half right.
+  calibration = found.calibration
+  assert calibration.count == (1, 0, 0, 0, 3, 0, 0, 1, 0, 0)
+  right, sure = (np.array(x)[[0, 4, 7]] for x in (calibration.accuracy, calibration.confidence))
+  np.testing.assert_allclose(right, [0.5, 2 / 3, 1])
+  np.testing.assert_allclose(sure, [0.5, 0.731059, 0.880797], rtol=1e-5)
+
+
+def test_ties_are_no_pairs():
+  found = judged((1, [3, 1, 2], [1, 1, 2]), (2, [0, 1], [1, 1]))
+  # 3 > 2 is right, 1 > 2 is not, and 3 beside 1 is a tie.
+  assert (found.pairs, found.accuracy, found.prompts) == (2, 0.5, 2)
+  with pytest.raises(UserError, match="2 held-out rankings hold no pair that is not a tie"):
+    judged((1, [3, 1], [1, 1]), (2, [0, 1], [2, 2]))
+
+
+def test_the_standard_error_is_over_prompts():
+  """Right of total per prompt: 3 of 3, 0 of 1 and, in two rankings of one prompt, 1 of 2.
+
+  Accuracy 4/6. By the delta method sqrt(sum of (right - 2/3 total)^2) / 6, with differences 1, -2/3 and -1/3; over
+  six independent pairs it would be sqrt(2/3 * 1/3 / 6) = .192.
+  """
+  found = judged(
+    (1, [3, 2, 1], [1, 2, 3]), (2, [0, 1], [1, 2]), (3, [1, 0], [1, 2]), (3, [0, 1], [1, 2])
+  )
+  assert found.accuracy == pytest.approx(4 / 6) and found.prompts == 3
+  assert found.accuracy_stderr == pytest.approx(np.sqrt(1 + 4 / 9 + 1 / 9) / 6)
+
+
+def test_pair_margins_hand_worked():
+  # Ranks 2, 1, 2: the second is preferred to the first and to the third, which are tied.
+  np.testing.assert_array_equal(rm.pair_margins(np.array([0.5, 2.0, 3.0]), [2, 1, 2]), [1.5, -1.0])
+
+
+def test_the_bias_is_the_mean_score_of_whole_training_demonstrations():
+  """They are read as the reward model sees complete answers: prompt, answer and EOS."""
+  item = lambda prompt, response: types.SimpleNamespace(prompt=prompt, response=response)
+  splits = {"train": [item([2, 3], [4]), item([5], [6, 7, 8])], "validation": [item([9], [9])]}
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}),
+    tokenizer=types.SimpleNamespace(eos_id=1, pad_id=99, decode=str),
+    data=types.SimpleNamespace(demonstration_tokens=splits.__getitem__),
+    model=lambda role: role,
+  )
+
+  def score(ctx, model, params, found):
+    assert (model, params) == ("reward", "params")
+    read = [row[mask].tolist() for row, mask in zip(found.token_NL, found.is_token_NL)]
+    assert read == [[2, 3, 4, 1], [5, 6, 7, 8, 1]]
+    return np.array([3.0, -1.0], np.float32)
+
+  with mock.patch.object(answers, "score", score):
+    assert rm.demonstration_mean(ctx, "params") == 1.0
+
+
+SPLITS = ("train", "validation", "heldout")
+
+
+def stage_context(records, **changes):
+  """A context whose records are given by split."""
+  return types.SimpleNamespace(
+    config=micro.config("rm", {}, **changes),
+    data=types.SimpleNamespace(records=lambda kind, split: records[split]),
+    key=lambda name: f"key of {name}",
+  )
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_each_measurement_is_of_its_own_split(collects):
+  """Trained on one, judged on two others; without simulated labelers there are no held-out ones."""
+  records = {split: [split] for split in SPLITS}
+  ctx = stage_context(records, data__comparisons="demo:" if collects else "jsonl:a")
+  trained, kept = [], []
+  train = lambda ctx, stage, name, rows, key: trained.append((name, rows, key)) or (7, "params")
+  with (
+    mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: name),
+    mock.patch.object(rm, "is_finished", lambda run: False),
+    mock.patch.object(rm, "train", train),
+    mock.patch.object(rm, "judge", lambda ctx, params, rows: (params, *rows)),
+    mock.patch.object(rm, "demonstration_mean", lambda ctx, params: (params, "mean")),
+    mock.patch.object(rm, "cross_validate", lambda ctx, stage: ("folds of", stage)),
+    mock.patch.object(rm, "finish", lambda ctx, *rest: kept.append(rest)),
+  ):
+    rm.run(ctx, "rm")
+  assert trained == [("rm", ["train"], "key of rm")]
+  measured = results.RewardModel(
+    demonstration_mean=("params", "mean"),
+    validation=("params", "validation"),
+    heldout_labelers=("params", "heldout") if collects else None,
+    cross_validation=("folds of", "rm"),
+  )
+  assert kept == [("rm", "rm", 7, measured)]
+
+
+def test_cross_validation_trains_on_training_rankings_and_judges_on_held_out_ones():
+  """Four labelers in two folds; `rm.cross_validation_prompts` limits what a fold trains on, not what judges it."""
+  rank = lambda prompt, labeler: Ranking(prompt, ("a", "b"), (1, 2), labeler)
+  records = {
+    split: [rank(f"{split} {number}", labeler) for number in range(2) for labeler in "abcd"]
+    for split in SPLITS
+  }
+  ctx = stage_context(records, rm__cross_validation_folds=2, rm__cross_validation_prompts=3)
+  trained, seen = [], []
+  names = lambda rows: [(row.prompt, row.labeler) for row in rows]
+
+  def train(ctx, stage, name, rows, key):
+    trained.append((stage, name, names(rows), key))
+    return 1, f"params of {name}"
+
+  def judge(ctx, params, rows):
+    seen.append((params, names(rows)))
+    return types.SimpleNamespace(accuracy=len(seen))
+
+  with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
+    found = rm.cross_validate(ctx, "rm")
+  assert rm.fold_labelers(ctx) == [{"a", "c"}, {"b", "d"}]
+  first = [("train 0", "b"), ("train 0", "d"), ("train 1", "b")]
+  second = [("train 0", "a"), ("train 0", "c"), ("train 1", "a")]
+  assert trained == [
+    ("rm", "rm/fold_0", first, "key of rm/fold_0"),
+    ("rm", "rm/fold_1", second, "key of rm/fold_1"),
+  ]
+  held_out = lambda who: [(f"validation {number}", name) for number in range(2) for name in who]
+  assert seen == [
+    ("params of rm/fold_0", held_out("ac")),
+    ("params of rm/fold_0", held_out("bd")),
+    ("params of rm/fold_1", held_out("bd")),
+    ("params of rm/fold_1", held_out("ac")),
+  ]
+  assert found == (results.Fold(heldout=1, train=2), results.Fold(heldout=3, train=4))
+
+
+def test_folds_need_named_labelers_with_held_out_rankings():
+  rank = lambda labeler: Ranking("p", ("a", "b"), (1, 2), labeler)
+  everybody, one = [rank(name) for name in "abc"], [rank("a"), rank(None)]
+  refused = "folds=2 must leave each fold a labeler with held-out rankings"
+  for train, validation, count in ((everybody, one, 3), (one, everybody, 1)):
+    ctx = stage_context(dict(train=train, validation=validation), rm__cross_validation_folds=2)
+    with pytest.raises(UserError, match=rf"{refused}, and the comparisons name {count} labelers"):
+      rm.fold_labelers(ctx)
+  assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=0)) == []
+
+
+# --- what training and scoring are given ----------------------------------------------------------
+
+
+def test_rankings_are_scored_in_their_order():
+  rankings = [
+    RankingTokens([1, 2], [[3], [4, 5], [6]], [1, 2, 3], None),
+    RankingTokens([7], [[8], [9]], [1, 1], None),
+  ]
+
+  def score_tokens(ctx, model, params, sequences):
+    assert (ctx.name, model, params) == ("run", "reward", "params")
+    assert sequences == [[1, 2, 3], [1, 2, 4, 5], [1, 2, 6], [7, 8], [7, 9]]
+    return np.arange(5.0)
+
+  ctx = types.SimpleNamespace(name="run", model=lambda role: role)
+  with mock.patch.object(answers, "score_tokens", score_tokens):
+    found = rm.score_rankings(ctx, "params", rankings)
+  assert [score.tolist() for score in found] == [[0, 1, 2], [3, 4]]
+
+
+def characters(eos_id=1):
+  """A tokenizer whose tokens are characters."""
+  encode = lambda text: [ord(c) for c in text]
+  return types.SimpleNamespace(
+    encode=encode, encode_prompt=encode, eos_id=eos_id, pad_id=99, vocab_size=98
+  )
+
+
+def test_rankings_with_too_many_answers_are_refused():
+  ranked = lambda count: Ranking("p", ("ab",) * count, (1,) * count, None)
+  ctx = types.SimpleNamespace(config=micro.config("rm", {}), tokenizer=characters())
+  assert ctx.config.rm.max_responses == 3
+  (found,) = rm.tokenized(ctx, [ranked(3)])
+  assert found.prompt == [112] and found.responses == [[97, 98, 1]] * 3
+  with pytest.raises(UserError, match="4 ranked responses; raise rm.max_responses=3"):
+    rm.tokenized(ctx, [ranked(2), ranked(4)])
+  assert rm.tokenized(ctx, []) == []
+
+
+@pytest.mark.parametrize(("row_length", "length", "rows"), [(0, 60, None), (70, 70, 12)])
+def test_batches_of_rankings(row_length, length, rows):
+  """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards."""
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}, rm__row_length=row_length, rm__num_epochs=2),
+    tokenizer=characters(),
+    mesh="mesh",
+    own_rows=lambda count: ("own", count),
+  )
+  asked = []
+  with (
+    mock.patch.object(rm, "tokenized", lambda ctx, records: ["tokens", *records]),
+    mock.patch.object(sharding, "num_row_shards", {"mesh": 4}.__getitem__),
+    mock.patch.object(rm.batching, "rows_needed", lambda *a, **k: asked.append((a, k)) or 11),
+    mock.patch.object(rm.batching, "ranking_batches", lambda *a, **k: (a, k)),
+  ):
+    arguments, kwargs = rm._batches(ctx, ["record"], 5)
+  shape = dict(length=length, batch_size=8, seed=5)
+  assert arguments == (["tokens", "record"],)
+  assert asked == ([((["tokens", "record"],), shape | dict(num_epochs=2))] if row_length else [])
+  places = ("own", rows or 24), ("own", 8)
+  assert kwargs == shape | dict(max_responses=3, vocab_size=98, num_rows=rows, places=places)
+
+
+def test_training_takes_every_batch_of_every_epoch():
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}, rm__num_epochs=3),
+    mesh="mesh",
+    model=lambda role: f"{role} model",
+    data_seed=lambda name: f"seed of {name}",
+  )
+  made = {}
+
+  def batches(ctx, records, seed):
+    made["batches"] = (records, seed)
+    return types.SimpleNamespace(steps_per_epoch=5)
+
+  def fit(run, state, step, batches, **kwargs):
+    made["fit"] = (run, state, step, batches.steps_per_epoch, kwargs)
+    return types.SimpleNamespace(params="trained")
+
+  with (
+    mock.patch.object(rm, "_batches", batches),
+    mock.patch.object(rm, "_optimizer_and_step", lambda *a: made.update(tx=a) or ("tx", "step")),
+    mock.patch.object(rm, "initial_params", lambda ctx, key: f"fresh by {key}"),
+    mock.patch.object(supervised, "create_state", lambda *a: (a, None)),
+    mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: (stage, name)),
+    mock.patch.object(rm.loop, "fit", fit),
+    mock.patch.object(sharding, "place_batch", lambda mesh, batch: (mesh, batch)),
+    mock.patch.object(rm.flops, "forward", lambda model, tokens, length: (model, tokens, length)),
+  ):
+    assert rm.train(ctx, "rm", "rm/fold_1", ["record"], "key") == (15, "trained")
+    run, state, step, _, kwargs = made["fit"]
+    assert kwargs["num_steps"] == 15 and kwargs["place"]("batch") == ("mesh", "batch")
+    assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60) * 3  # forward and backward
+  assert made["batches"] == (["record"], "seed of rm/fold_1")
+  assert made["tx"] == ("reward model", ctx.config.rm, 15, "mesh")
+  assert (run, step) == (("rm", "rm/fold_1"), "step")
+  assert state == ("mesh", "reward model", "tx", "fresh by key", "key")
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+def test_ties_are_treated_as_configured(model, adam_config, random_params, one_device, ties):
+  """Traced only."""
+  tx = make_optimizer(adam_config, 100)
+  params = random_params(model, 1)
+  state, shardings = supervised.create_state(one_device, model, tx, params, jax.random.key(0))
+  asked = []
+
+  def loss(score_BC, rank_BC, is_answer_BC, *, ties):
+    asked.append(ties)
+    return jnp.sum(score_BC), {"accuracy": jnp.float32(0)}
+
+  with mock.patch.object(rm.preference, "ranked_preference_loss", loss):
+    cfg = micro.config("rm", {}, rm__ties=ties).rm
+    _, metrics = jax.eval_shape(rm.make_train_step(model, tx, cfg, shardings), state, ranked(0))
+  assert asked == [ties] and {x.dtype for x in metrics.values()} == {np.dtype("float32")}
+
+
+# --- the train step -------------------------------------------------------------------------------
 
 
 def test_details_18_loss_is_equation_1_over_scores_of_each_answer_alone(

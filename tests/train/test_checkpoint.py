@@ -351,6 +351,8 @@ def test_fingerprint_of_a_tree():
   assert checkpoint.tree_fingerprint(sharded) == digest
   changed = params | {"bias": params["bias"].at[2].set(1e-30)}
   assert checkpoint.tree_fingerprint(changed) != digest
+  reshaped = params | {"w_DF": params["w_DF"].reshape(-1)}  # the same bytes
+  assert checkpoint.tree_fingerprint(reshaped) != digest
   renamed = {"w_DF": params["w_DF"], "bias2": params["bias"]}
   assert checkpoint.tree_fingerprint(renamed) != digest
   assert (

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import resource
+import socket
 import subprocess
 
 import pytest
@@ -134,7 +135,26 @@ def test_one_run_a_workdir(tmp_path):
       with finished.workdir_lock(workdir):
         pass
   with finished.workdir_lock(workdir):
-    pass
+    (path,) = workdir.iterdir()
+    # Of the holder alone: what the run before wrote is gone.
+    assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "words"),
+  [
+    ('{"a": 1, "b": 2}', '{"a": 1, "d": 5}', "b: 2 there, None here; d: None there, 5 here"),
+    ('{"a": 1}', "5", "{'a': 1} there, 5 here"),
+    ("5", '{"a": 1}', "5 there, {'a': 1} here"),
+    ("xyz456789", "abcdefghij", "xyz45678, this run has abcdefgh"),
+  ],
+)
+def test_what_differs_is_said_in_words(tmp_path, old, new, words):
+  saved = {"config.rm": old, "same": "1"}
+  finished.require_same_run(tmp_path, saved, dict(saved))
+  with pytest.raises(UserError, match="another config.rm ") as error:
+    finished.require_same_run(tmp_path, saved, saved | {"config.rm": new})
+  assert f"({words})" in str(error.value)
 
 
 def test_what_must_have_finished_and_has_not_is_named(tmp_path):

@@ -253,6 +253,29 @@ def test_not_finite_stops_before_it_is_saved(tmp_path, metric):
   assert _records(tmp_path)[-1]["step"] == 5
 
 
+@pytest.mark.parametrize(
+  ("name", "value", "told"),
+  [
+    ("grad_norm", np.nan, "grad_norm is nan"),
+    ("loss", -np.inf, "loss is -inf"),
+    ("kl", 7.0, "kl is 7, above its limit 6"),
+  ],
+)
+def test_a_step_between_two_saves_stops_the_run_too(tmp_path, name, value, told):
+  """Bad at step 4 alone: at step 6, the next save, the numbers are good again."""
+
+  def step(state, x):
+    number = int(state.step) + 1
+    state, metrics = _step(state, x)
+    bad = {name: jnp.float32(value)} if number == 4 else {}
+    return state, metrics | {"kl": jnp.float32(6.0)} | bad  # at its limit, not above
+
+  with pytest.raises(StageStopped, match=f"toy stopped at step 4: {told}.*step 3, is kept"):
+    _fit(tmp_path, step_fn=step, limits={"kl": 6.0})
+  assert saved_steps(tmp_path) == [3]
+  assert [record["step"] for record in _records(tmp_path)] == [1, 2, 3]
+
+
 def test_a_limit_stops_with_its_advice(tmp_path):
   run = _run(tmp_path, fingerprint={})
   with pytest.raises(StageStopped, match="kl is 50, above its limit 45.*step 3, is kept"):

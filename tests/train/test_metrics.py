@@ -9,6 +9,7 @@ import rich.console
 from tensorboardX.proto import event_pb2
 
 from instructjax.core.errors import UserError
+from instructjax.train import metrics
 from instructjax.train.metrics import Display, MetricsWriter, read_metrics, sample_table
 
 
@@ -210,6 +211,15 @@ def test_first_metrics_are_shown_when_none_are_named():
   display.step(1, {name: 1.0 for name in "abcdef"}, log=True)
   assert console.file.getvalue().startswith("rm 1/2  a 1  b 1  c 1  d 1  ")
   assert "e 1" not in console.file.getvalue()
+
+
+def test_the_rate_is_of_the_steps_since_the_start_hand_worked(monkeypatch):
+  """Six steps in two seconds; what an earlier run did counts for nothing."""
+  clock = iter([100.0, 102.0])
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+  display, output = _display(terminal=False, start_step=4)
+  display.step(10, {"kl": 1.0}, log=True)
+  assert output.getvalue().endswith("  3 steps/s\n")
 
 
 def test_records_survive_a_round_trip(tmp_path):

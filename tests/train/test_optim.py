@@ -16,7 +16,12 @@ from instructjax.core.config import OptimConfig
 from instructjax.models import transformer
 from instructjax.ops.lm import token_logprob
 from instructjax.ops.surrogate import clipped_surrogate
-from instructjax.train.optim import is_decayed, make_optimizer, make_schedule
+from instructjax.train.optim import (
+  clip_by_global_norm,
+  is_decayed,
+  make_optimizer,
+  make_schedule,
+)
 from tests import tiny
 
 CONFIG = OptimConfig(
@@ -287,6 +292,16 @@ def test_clipping_comes_before_adam_and_is_over_all_parameters():
   opt = optimizer(clip_norm=None, eps=1.0)
   updates, _ = jax.jit(opt.update)(grads, opt.init(params), params)
   np.testing.assert_allclose(updates["a"], -0.1 * 6 / 7, rtol=1e-5)
+
+
+def test_gradients_within_the_norm_stay_as_they_are():
+  """To the bit, at the norm itself too; all-zero gradients stay zero and finite."""
+  clip = jax.jit(lambda grads: clip_by_global_norm(grads, 10.0))
+  for scale in (1.0, 0.5, 1e-6, 0.0):  # norms of 10 and less
+    grads = {"a": np.float32(6 * scale), "b": np.full((1, 1), 8 * scale, np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, clip(grads), grads)
+  clipped = clip({"a": np.float32(60), "b": np.float32(80)})
+  np.testing.assert_allclose([clipped["a"], clipped["b"]], [6, 8], rtol=1e-6)
 
 
 def test_schedule_counts_updates():

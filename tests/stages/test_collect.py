@@ -1,0 +1,87 @@
+"""Collecting comparisons: whose labels, on which prompts, and as many answers as asked for."""
+
+import json
+import types
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from instructjax.data import sources
+from instructjax.data.records import Prompt, Ranking
+from instructjax.stages import answers, collect, policies
+from tests import micro
+
+
+def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}, data__comparisons="demo:", seed=5),
+    data=types.SimpleNamespace(records=lambda kind, split: f"{split} {kind}"),
+    directory=lambda stage: tmp_path / stage,
+  )
+  finished = []
+
+  class Simulation:
+    @staticmethod
+    def collect_rankings(sampled, group, seed):
+      assert seed == 5
+      return [Ranking(sampled, ("a", "b"), (1, 2), group)]
+
+    @staticmethod
+    def labeler_agreement(sampled, group, seed):
+      assert sampled == "answers to 8 of validation prompts" and seed == 5
+      return dict(agreement={"train": 0.25, "heldout": 0.5}[group], pairs=1)
+
+  sampled = lambda ctx, stage, split, prompts, count: f"answers to {count} of {prompts}"
+  with (
+    mock.patch.object(collect, "stage_run", lambda *a, **k: None),
+    mock.patch.object(collect, "is_finished", lambda run: False),
+    mock.patch.object(collect, "_sampled", sampled),
+    mock.patch.object(collect, "finish", lambda ctx, *rest: finished.append(rest)),
+    mock.patch.object(collect.results, "Agreement", lambda agreement, pairs: agreement),
+    mock.patch.object(sources, "require_simulation", {"demo:": Simulation}.__getitem__),
+  ):
+    collect.run(ctx, "collect")
+  written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "collect").iterdir()}
+  found = {split: (row["prompt"], row["labeler"]) for split, row in written.items()}
+  held_out = "answers to 8 of validation prompts"
+  assert found == {
+    "train": ("answers to 16 of train prompts", "train"),
+    "validation": (held_out, "train"),
+    "heldout": (held_out, "heldout"),  # the same answers
+  }
+  ((stage, _, step, result),) = finished
+  assert (stage, step) == ("collect", None)
+  assert (result.agreement.train, result.agreement.heldout) == (0.25, 0.5)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_every_prompt_gets_its_own_answers(count):
+  """From two to three each. Of five prompts, seven are all of them and two for the second time."""
+  prompts = [Prompt(text) for text in "abcde"]
+  ctx = types.SimpleNamespace(
+    config=micro.config("rm", {}),
+    tokenizer=types.SimpleNamespace(encode_prompt=lambda text: [text]),
+    data_seed=lambda stage: 1,
+    key=lambda name: name,
+    model=lambda role: role,
+  )
+
+  def sample(ctx, model, params, tokens, key, *, temperature):
+    assert (model, params, key, temperature) == ("policy", "sft", "collect/train", 1.0)
+    return types.SimpleNamespace(text=[f"{text}{n}" for n, (text,) in enumerate(tokens)])
+
+  with (
+    mock.patch.object(answers, "sample", sample),
+    mock.patch.object(policies, "load_sft_by_loss", lambda ctx: "sft"),
+  ):
+    found = collect._sampled(ctx, "collect", "train", prompts, count)
+    again = collect._sampled(ctx, "collect", "train", prompts, count)
+  assert found == again and len(found) == count
+  asked = [prompt for prompt, _ in found]
+  assert len(set(asked)) == min(count, 5)
+  texts = [text for _, texts in found for text in texts]
+  assert texts == [
+    f"{prompt}{n}" for n, prompt in enumerate(np.repeat(asked, [len(t) for _, t in found]))
+  ]
+  assert {len(texts) for _, texts in found} <= {2, 3}
