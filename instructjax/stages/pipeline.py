@@ -8,7 +8,6 @@ from types import ModuleType
 
 import jax
 import rich
-from jax.experimental import multihost_utils
 
 from instructjax.core import results
 from instructjax.core.config import Config
@@ -145,7 +144,7 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
     with writing(directory):
       tokenizer.save(directory)
     _write_tokenizer_done(directory, {"tokenizer": tokenizer.fingerprint})
-  multihost_utils.sync_global_devices("tokenizer kept")
+  distributed.meet("tokenizer kept")
   return tokenizer
 
 
@@ -174,7 +173,7 @@ def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
     texts = [document.text for document in documents if isinstance(document, Document)]
     tokenizers.train_tokenizer(texts, cfg.vocab_size, directory / "tokenizer.model", config.seed)
     _write_tokenizer_done(directory, fingerprint)
-  multihost_utils.sync_global_devices("tokenizer trained")
+  distributed.meet("tokenizer trained")
   return tokenizers.load(directory)
 
 
@@ -199,6 +198,7 @@ def run(config: Config, workdir: pathlib.Path):
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
+      distributed.at(f"the start of {stage}")
       tell(rf"\[{number}/{len(stages)}] [bold]{stage}[/]")
       is_finished = ctx.done(stage) is not None
       start = time.monotonic()
@@ -208,7 +208,7 @@ def run(config: Config, workdir: pathlib.Path):
         ran.append((stage, time.monotonic() - start, ctx.directory(stage)))
         memory.release_freed_memory()
       # One process writes done.json, and all of them read it to go on.
-      multihost_utils.sync_global_devices(f"{stage} finished")
+      distributed.meet(f"{stage} finished")
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
   tell(f"finished: {workdir}")

@@ -235,6 +235,11 @@ _RULES = [
   (dict(seed=-1), "config.seed=-1 must be >= 0"),
   (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
+  (dict(guard__stuck_factor=1), "config.guard.stuck_factor=1.0 must be 0 or > 1"),
+  (dict(guard__grace_seconds=0), "config.guard.grace_seconds=0.0 must be positive"),
+  (dict(model__init_std=-1), "config.model.init_std=-1.0 must be >= 0"),
+  (dict(model__norm_eps=0), "config.model.norm_eps=0.0 must be positive"),
+  (dict(model__rope_base=0), "config.model.rope_base=0.0 must be positive"),
   *(
     (dict(profile__steps=steps), f"config.profile.steps='{steps}' must be '' or 'A:B'")
     for steps in ("1:3", "3:3", "5", "a:b", "3:5:7")
