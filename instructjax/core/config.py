@@ -77,6 +77,9 @@ class TokenizerConfig:
   # vocabulary size of the tokenizer to train; if a tokenizer is given, it must equal that tokenizer's size [pieces]
   vocab_size: int
 
+  def validate(self, where: str):
+    require_positive(self, where, "vocab_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -141,6 +144,7 @@ class LogConfig:
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps")
+    require(self.samples >= 0, f"{where}.samples={self.samples} must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +153,7 @@ class ProfileConfig:
   steps: str
 
   def validate(self, where: str):
-    match = re.fullmatch(r"(\d+):(\d+)", self.steps)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.steps)
     require(
       not self.steps or (match is not None and 2 <= int(match[1]) < int(match[2])),
       f"{where}.steps={self.steps!r} must be '' or 'A:B' with 2 <= A < B, as '3:5' for steps 3 and 4:"

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -26,6 +26,22 @@ from instructjax.train import pace
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """Steps at regular intervals, and some others. A set of them would take memory for every step of a long run.
+
+  Attributes:
+    every: its multiples are in it, without 0.
+    also: further steps.
+  """
+
+  every: int
+  also: tuple[int, ...] = ()
+
+  def __contains__(self, step: object) -> bool:
+    return isinstance(step, int) and (step in self.also or (step > 0 and step % self.every == 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +84,7 @@ def fit(
   constants: tuple = (),
   place: Callable[[Any], Any] = lambda batch: batch,
   evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
-  evaluate_steps: Collection[int] = (),
+  evaluate_steps: Container[int] = (),
   keep_steps: Collection[int] = (),
   limits: Mapping[str, float] | None = None,
   best_metric: str | None = None,
@@ -113,9 +129,11 @@ def fit(
   """
   distributed.forget()
   distributed.at(f"the start of {run.name}")
-  save_steps = {*keep_steps, num_steps, *range(0, num_steps, run.checkpoint.every_steps)}
-  if best_metric:
-    save_steps |= {*evaluate_steps}
+
+  def is_saved(step: int) -> bool:
+    is_due = step % run.checkpoint.every_steps == 0 or step == num_steps or step in keep_steps
+    return is_due or (best_metric is not None and step in evaluate_steps)
+
   checkpoints = Checkpoints(
     run.directory, keep=run.checkpoint.keep, keep_steps=keep_steps, best_metric=best_metric
   )
@@ -180,7 +198,7 @@ def fit(
         late = (step, metrics, samples)
         # Asked at every step by every process: they agree on the step after which all of them stop.
         is_stopping = distributed.is_told_to_stop()
-        if not is_stopping and step not in save_steps and step not in evaluate_steps:
+        if not is_stopping and not is_saved(step) and step not in evaluate_steps:
           continue
         # A step that is saved is judged first, without delay: a state that is not finite must not reach the disk.
         record = judge_in_time(step, metrics)
@@ -188,7 +206,7 @@ def fit(
           record |= validation(step)
         log.write(step, record, samples)
         late = None
-        if is_stopping or step in save_steps:
+        if is_stopping or is_saved(step):
           distributed.at(f"{run.name} step {step}, saving", save=True)
           with speed.beside():
             checkpoints.save(
