@@ -109,6 +109,13 @@ def base(stage: str) -> ConfigDict:
       checkpoint=dict(every_steps=100, keep=2),
       log=dict(every_steps=10, samples=4, tensorboard=True),
       profile=dict(steps=""),
+      guard=dict(
+        memory="refuse",
+        stuck_factor=20.0,
+        stuck_seconds=120.0,
+        phase_seconds=3600.0,
+        grace_seconds=60.0,
+      ),
       pretrain=dict(
         num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
         batch_size=512,  # GPT-3 XL: 1M tokens

@@ -3,14 +3,14 @@
 It runs a stage together with all stages that it starts from.
 """
 
-import pathlib
-
 from absl import flags, logging
 
 from instructjax.commands import cli, config_flag, settings
+from instructjax.core import places
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
-from instructjax.parallel import distributed
+from instructjax.parallel import agreement, distributed, supervisor
+from instructjax.parallel.watchdog import Limits
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
@@ -44,15 +44,17 @@ def main(arguments: list[str]):
   if _SETTINGS.value is not None:
     print(settings.show(_CONFIG.value, _SETTINGS.value))
     return
-  if not _WORKDIR.value:
-    raise UserError("--workdir must have a value, as runs/demo: the folder of this run")
-  workdir = pathlib.Path(_WORKDIR.value).resolve()
+  workdir = places.require_workdir(_WORKDIR.value)
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if group:
     # Starts a child process that does the work. The supervisor must not import JAX, so this comes first.
-    distributed.supervise()
+    supervisor.supervise()
   # Processes must join before JAX is used for the first time.
   distributed.join(group)
+  guard = config.guard
+  distributed.watch(
+    Limits(guard.stuck_factor, guard.stuck_seconds, guard.phase_seconds, guard.grace_seconds)
+  )
   # Imported here so that --help and bad flags are answered at once.
   import jax
 
@@ -65,6 +67,12 @@ def main(arguments: list[str]):
   # Warnings are the same in all processes, so process 0 alone shows them.
   if jax.process_index() != 0:
     logging.set_verbosity(logging.ERROR)
+  # Before anything is computed or written. Data and tokenizer are compared once they are read: see pipeline.py.
+  team = distributed.team()
+  if team:
+    facts = agreement.settings(config) | agreement.environment() | agreement.libraries()
+    agreement.require_same(team, "settings and code", facts | agreement.code())
+    agreement.require_one_workdir(team, workdir)
   with finished.workdir_lock(workdir):
     pipeline.run(config, workdir)
 

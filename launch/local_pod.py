@@ -23,7 +23,7 @@ from absl import flags
 
 from instructjax.commands import cli
 from instructjax.core.errors import UserError
-from instructjax.parallel import distributed
+from instructjax.parallel import distributed, supervisor
 
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many.", lower_bound=1)
 _DEVICES = flags.DEFINE_integer(
@@ -113,7 +113,7 @@ def _start(command: Sequence[str], env: dict[str, str]) -> subprocess.Popen:
       text=True,
       errors="replace",
       start_new_session=True,  # otherwise Ctrl-C would reach it twice: from the terminal and from here
-      preexec_fn=distributed.die_with_parent,
+      preexec_fn=supervisor.die_with_parent,
     )
   except OSError as error:
     raise UserError(f"cannot start {command[0]}: {error}; give the command after --") from error

@@ -17,7 +17,7 @@ import instructjax
 from instructjax.core import environment
 from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, raiser, reason
 from instructjax.core.text import printable, printable_lines
-from instructjax.parallel import distributed, memory
+from instructjax.parallel import distributed, memory, supervisor
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in XLA's message
 _NO_DEVICE = "Unable to initialize backend"  # in JAX's message
@@ -54,12 +54,15 @@ def _end_with(error: Exception):
   """Reports an error and ends the process."""
   # The loss of another process is checked first, because JAX reports it as many types, including ValueError.
   if distributed.is_loss(error):
-    _say(f"error: {distributed.lost_message(reason(error))}")
+    if not distributed.is_ending():
+      _say(f"error: {supervisor.lost_message(reason(error))}")
     distributed.end(distributed.LOST)
   told = _what_to_mend(error)
   if told is not None:
     _say(f"error: {told}")
-    distributed.end(distributed.LOST if isinstance(error, NotJoined) else _MISTAKE)
+    if isinstance(error, NotJoined):
+      distributed.end(distributed.LOST)
+    distributed.end(_MISTAKE, mistake=told)
   print(
     f"This is a fault of instructjax {instructjax.__version__}, not a mistake of yours: please report it with the"
     " traceback that follows.",

@@ -9,6 +9,7 @@ which raise UserError. The metadata of a field says whether a resumed run may ch
 import dataclasses
 import difflib
 import itertools
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,17 @@ _Block = TypeVar("_Block")
 # only. A SAME_NUMBERS field does not change them at all.
 ROUNDING = types.MappingProxyType({"on_resume": "rounding"})
 SAME_NUMBERS = types.MappingProxyType({"on_resume": "same numbers"})
+# Metadata of text fields that name a place on the machine: a file or folder, weights (also hf://ORG/NAME), or a source
+# of records (SCHEME:PATH). The places may differ between the hosts of a run, and what lies there may not.
+FILE = types.MappingProxyType({"path": "file"})
+WEIGHTS = types.MappingProxyType({"path": "weights"})
+SOURCE = types.MappingProxyType({"path": "source"})
+# Metadata of whole numbers that may need 63 bits. All others fit in 31, as the arrays do which hold them.
+WIDE = types.MappingProxyType({"bits": 63})
+
+# The float32 numbers between which a number of the config must lie in size, unless it is 0: arithmetic on the devices
+# makes 0 of smaller ones, and infinity of larger ones.
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
 
 
 def determining(block: Any) -> dict[str, Any]:
@@ -45,7 +57,11 @@ def marked(block: Any, metadata: Mapping) -> dict[str, Any]:
     metadata: ROUNDING or SAME_NUMBERS.
   """
   fields = dataclasses.fields(block)
-  return {field.name: getattr(block, field.name) for field in fields if field.metadata == metadata}
+  return {
+    field.name: getattr(block, field.name)
+    for field in fields
+    if metadata.items() <= field.metadata.items()
+  }
 
 
 def require_positive(block: Any, where: str, *names: str):
@@ -152,36 +168,71 @@ def _build(cls: type[_Block], values: dict, where: str, known: list[str]) -> _Bl
       raise UserError(f"{where}.{name} is not a config field; {hint}")
   missing = [name for name in hints if name not in values]
   require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
+  metadata = {field.name: field.metadata for field in dataclasses.fields(cls)}
   return cls(
-    **{name: _convert(hint, values[name], f"{where}.{name}", known) for name, hint in hints.items()}
+    **{
+      name: _convert(hint, values[name], f"{where}.{name}", known, metadata[name])
+      for name, hint in hints.items()
+    }
   )
 
 
-def _convert(hint, value: Any, where: str, known: list[str]):
+def _convert(hint, value: Any, where: str, known: list[str], metadata: Mapping):
   """Converts a value to the type that a field's hint asks for.
 
   Raises:
-    UserError: the value has another type; the message says what the field accepts.
+    UserError: the value has another type, or is a number that no field may have; the message says what the field
+      accepts.
   """
   if dataclasses.is_dataclass(hint):
-    require(isinstance(value, dict), f"{where}={value!r} must be a block of fields")
+    require(isinstance(value, dict), f"{where}={_quoted(value)} must be a block of fields")
     return _build(hint, value, where, known)
   origin, options = typing.get_origin(hint), typing.get_args(hint)
   if origin is Literal:
-    require(value in options, f"{where}={value!r} must be one of {', '.join(map(repr, options))}")
+    is_one = isinstance(value, str) and value in options
+    require(is_one, f"{where}={_quoted(value)} must be one of {', '.join(map(repr, options))}")
     return value
   if origin is types.UnionType:  # the only unions in the config are `T | None`
-    return None if value is None else _convert(options[0], value, where, known)
+    return None if value is None else _convert(options[0], value, where, known, metadata)
   if origin is tuple:
     require(
       isinstance(value, (tuple, list)),
-      f"{where}={value!r} must be a tuple of {options[0].__name__}",
+      f"{where}={_quoted(value)} must be a tuple of {options[0].__name__}",
     )
-    return tuple(_convert(options[0], item, f"{where}[{i}]", known) for i, item in enumerate(value))
+    return tuple(
+      _convert(options[0], item, f"{where}[{i}]", known, metadata) for i, item in enumerate(value)
+    )
   # A config or flag may write 0 or 1 for a float.
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    require(abs(value) <= _LARGEST, f"{where}={_quoted(value)} must be a number of float32")
+    value = float(value)
   # bool is a subclass of int in Python, and True is not a size.
   right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-  require(right, f"{where}={value!r} must be of type {hint.__name__}, got {type(value).__name__}")
+  require(
+    right, f"{where}={_quoted(value)} must be of type {hint.__name__}, got {type(value).__name__}"
+  )
+  _require_number(value, where, metadata)
   return value
+
+
+def _require_number(value: Any, where: str, metadata: Mapping):
+  """Checks what holds for every number of a config: it is finite, and the devices can hold it."""
+  if isinstance(value, float):
+    require(math.isfinite(value), f"{where}={value} must be a finite number")
+    require(
+      value == 0 or _SMALLEST <= abs(value) <= _LARGEST,
+      f"{where}={value} must be 0 or a number of float32, from {_SMALLEST} to {_LARGEST} in size",
+    )
+  if isinstance(value, int) and not isinstance(value, bool) and "bits" not in metadata:
+    require(
+      -(2**31) <= value < 2**31,
+      f"{where}={_quoted(value)} must be a whole number of 32 bits, below 2**31",
+    )
+
+
+def _quoted(value: Any) -> str:
+  """A value for a message, as Python writes it, cut to a part of a line."""
+  if isinstance(value, int) and abs(value) >= 10**80:  # Python refuses to spell very long ones
+    return f"about 2**{value.bit_length() - 1}"
+  text = ascii(value) if not repr(value).isprintable() else repr(value)
+  return text if len(text) <= 80 else text[:80] + "..."

@@ -15,7 +15,16 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from instructjax.core.blocks import build, require, require_positive, validate
+from instructjax.core import places
+from instructjax.core.blocks import (
+  FILE,
+  SOURCE,
+  WIDE,
+  build,
+  require,
+  require_positive,
+  validate,
+)
 from instructjax.core.network import (
   ExecutionConfig,
   ModelConfig,
@@ -41,6 +50,7 @@ __all__ = [
   "DataConfig",
   "EvaluateConfig",
   "ExecutionConfig",
+  "GuardConfig",
   "LogConfig",
   "MeshConfig",
   "ModelConfig",
@@ -63,9 +73,12 @@ __all__ = [
 class TokenizerConfig:
   # a tokenizer.json, sentencepiece .model, .gguf or folder; '' uses the tokenizer that comes with the given weights,
   # or trains one on data.documents
-  path: str
+  path: str = dataclasses.field(metadata=FILE)
   # vocabulary size of the tokenizer to train; if a tokenizer is given, it must equal that tokenizer's size [pieces]
   vocab_size: int
+
+  def validate(self, where: str):
+    require_positive(self, where, "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +86,14 @@ class DataConfig:
   """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source."""
 
   # source of plain text for pretraining and for the pretraining mix, as SCHEME:PATH (see docs/data.md); '' is no source
-  documents: str
-  demonstrations: str  # source of prompts with answers to imitate; '' is no source
+  documents: str = dataclasses.field(metadata=SOURCE)
+  # source of prompts with answers to imitate; '' is no source
+  demonstrations: str = dataclasses.field(metadata=SOURCE)
   # source of ranked answers for the reward model; '' is no source, and demo: lets simulated labelers rank answers that
   # the SFT policy samples
-  comparisons: str
-  prompts: str  # source of prompts for RL and evaluation; '' is no source
+  comparisons: str = dataclasses.field(metadata=SOURCE)
+  # source of prompts for RL and evaluation; '' is no source
+  prompts: str = dataclasses.field(metadata=SOURCE)
   max_prompt_length: int  # prompts longer than this are dropped and counted [tokens]
   # longest response, including its EOS; longer responses in the data are dropped and counted [tokens]
   max_response_length: int
@@ -129,6 +144,7 @@ class LogConfig:
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps")
+    require(self.samples >= 0, f"{where}.samples={self.samples} must be >= 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +153,7 @@ class ProfileConfig:
   steps: str
 
   def validate(self, where: str):
-    match = re.fullmatch(r"(\d+):(\d+)", self.steps)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.steps)
     require(
       not self.steps or (match is not None and 2 <= int(match[1]) < int(match[2])),
       f"{where}.steps={self.steps!r} must be '' or 'A:B' with 2 <= A < B, as '3:5' for steps 3 and 4:"
@@ -146,11 +162,36 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What keeps a run from starting that cannot fit, and ends one that is stuck."""
+
+  # refuse does not start a run whose arrays alone, by an estimate, do not fit in the devices' memory; ignore starts it
+  memory: Literal["refuse", "ignore"]
+  # a process that stays at one place for so many times the median time of a step counts as stuck, and the run ends; 0
+  # never ends it [times]
+  stuck_factor: float
+  stuck_seconds: float  # the shortest time after which a step counts as stuck [seconds]
+  # time after which anything else counts as stuck: compiling, evaluation, saving, reading data [seconds]
+  phase_seconds: float
+  # time that a process has, once it was told to stop (SIGTERM), to come to a point where it can save; three steps if
+  # these take longer [seconds]
+  grace_seconds: float
+
+  def validate(self, where: str):
+    require(
+      self.stuck_factor == 0 or self.stuck_factor > 1,
+      f"{where}.stuck_factor={self.stuck_factor} must be 0 or > 1",
+    )
+    require_positive(self, where, "stuck_seconds", "phase_seconds", "grace_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   # the stage to run, together with the stages that it starts from; each config file sets it
   stage: str
   preset: str  # name of the size preset, for reports; chosen with --config=FILE:PRESET
-  seed: int  # seeds everything random; the same seed on the same machine gives the same numbers
+  # seeds everything random; the same seed on the same machine gives the same numbers
+  seed: int = dataclasses.field(metadata=WIDE)
   model: ModelConfig  # the network of the policy and of the base model that it starts from
   # the network of the reward model, of the value network, and of the larger base model that evaluate compares with
   reward_model: ModelConfig
@@ -161,6 +202,7 @@ class Config:
   checkpoint: CheckpointConfig  # when a run is saved, and what is kept
   log: LogConfig  # what a run shows while it is in progress
   profile: ProfileConfig  # which steps are traced for a profiler
+  guard: GuardConfig
   pretrain: PretrainConfig  # pretraining of the policy's base model, if no weights are given
   reward_pretrain: PretrainConfig  # pretraining of the reward model's base model
   sft: SFTConfig  # the supervised baseline (C.1)
@@ -243,7 +285,7 @@ def from_config_dict(config: Any) -> Config:
     UserError: a field is unknown (with the nearest known one), missing, of the wrong type, or breaks a rule.
   """
   plain = config.to_dict() if hasattr(config, "to_dict") else config
-  result = build(Config, plain, "config")
+  result = _expand(build(Config, plain, "config"), "config")
   # Validated before the weights are filled in: a rule refuses reward_model.weights beside rm.start_from='sft', and must
   # only see what the user has set.
   validate(result, "config")
@@ -251,6 +293,25 @@ def from_config_dict(config: Any) -> Config:
     reward_model = dataclasses.replace(result.reward_model, weights=result.model.weights)
     result = dataclasses.replace(result, reward_model=reward_model)
   return result
+
+
+def _expand(block: Any, where: str) -> Any:
+  """The block with `~` expanded in the fields that name places.
+
+  Raises:
+    UserError: a field's value can be no place on this machine.
+  """
+  changed: dict[str, Any] = {}
+  for field in dataclasses.fields(block):
+    value, name = getattr(block, field.name), f"{where}.{field.name}"
+    if dataclasses.is_dataclass(value):
+      changed[field.name] = _expand(value, name)
+    elif field.metadata.get("path") == "source":
+      changed[field.name] = places.expand_source(value, name)
+    elif "path" in field.metadata:
+      schemes = ("hf://",) if field.metadata["path"] == "weights" else ()
+      changed[field.name] = places.expand(value, name, schemes)
+  return dataclasses.replace(block, **changed)
 
 
 def network_config(values: dict, where: str) -> NetworkConfig:

@@ -9,7 +9,7 @@ NetworkConfig. An ExecutionConfig changes results by rounding error only, and ma
 import dataclasses
 from typing import Literal
 
-from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
+from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,11 @@ class NetworkConfig:
       "head_dim",
       "d_mlp",
       "max_length",
+      "rope_base",
+      "norm_eps",
     )
     require_positive(self, where, *sizes)
+    require(self.init_std >= 0, f"{where}.init_std={self.init_std} must be >= 0")
     require(
       self.num_heads % self.num_kv_heads == 0,
       f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
@@ -103,7 +106,7 @@ class ModelConfig(NetworkConfig):
   """
 
   # weights to start from: a stage's folder, a Hugging Face folder, FILE.gguf or hf://ORG/NAME; '' trains from scratch
-  weights: str = dataclasses.field(metadata=SAME_NUMBERS)
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
 
   @property
   def network(self) -> NetworkConfig:

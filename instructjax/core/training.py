@@ -4,10 +4,48 @@
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
+
+_COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
+_MOST_ANSWERS = 2**24  # sampled at one time: they are kept in memory together
+_MOST_EPOCHS = 100_000  # the end of each is a checkpoint that is kept, or a fold's
+
+
+def require_temperature(block: Any, where: str):
+  """Checks that logits can be divided by `temperature`.
+
+  Raises:
+    UserError: it is too small.
+  """
+  value = block.temperature
+  require(value >= _COLDEST, f"{where}.temperature={value} must be at least {_COLDEST}")
+
+
+def require_answers(block: Any, where: str, prompts: str, answers: str):
+  """Checks that so many answers to so many prompts can be kept at once.
+
+  Raises:
+    UserError: they are too many.
+  """
+  numbers = {name: getattr(block, name) for name in (prompts, answers)}
+  spelled = f"{where}.{prompts}={numbers[prompts]} times {answers}={numbers[answers]}"
+  require(
+    numbers[prompts] * numbers[answers] <= _MOST_ANSWERS,
+    f"{spelled} must be at most 2**24 answers",
+  )
+
+
+def require_epochs(block: Any, where: str):
+  """Checks the number of epochs.
+
+  Raises:
+    UserError: there are too many.
+  """
+  value = block.num_epochs
+  require(value <= _MOST_EPOCHS, f"{where}.num_epochs={value} must be at most {_MOST_EPOCHS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +114,7 @@ class SFTConfig:
 
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "length")
+    require_epochs(self, where)
     require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
     require(
       0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
@@ -103,7 +142,9 @@ class CollectConfig:
   temperature: float  # temperature at which the answers to rank are sampled
 
   def validate(self, where: str):
-    require_positive(self, where, "num_prompts", "num_heldout_prompts", "temperature")
+    require_positive(self, where, "num_prompts", "num_heldout_prompts")
+    require_temperature(self, where)
+    require_answers(self, where, "num_prompts", "max_responses")
     require(
       2 <= self.min_responses <= self.max_responses,
       f"{where}.min_responses={self.min_responses} must be from 2 to max_responses={self.max_responses}",
@@ -133,6 +174,7 @@ class RMConfig:
 
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
+    require_epochs(self, where)
     require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
     require(
       self.cross_validation_folds == 0 or self.cross_validation_folds >= 2,
@@ -228,7 +270,13 @@ class PPOConfig:
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
     )
-    require(self.temperature > 0, f"{where}.temperature={self.temperature} must be > 0")
+    require_temperature(self, where)
+    updates = self.num_iterations * self.num_epochs * self.num_minibatches
+    require(
+      updates < 2**31,
+      f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
+      " updates in 32 bits",
+    )
     require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
     for name in ("discount", "gae_lambda"):
@@ -285,9 +333,16 @@ class EvaluateConfig:
       "pretrain_batches",
       "pretrain_every",
       "best_of_n_prompts",
-      "temperature",
     )
     require_positive(self, where, *sizes)
+    require_temperature(self, where)
+    require_answers(self, where, "num_prompts", "samples_per_prompt")
+    require_answers(self, where, "best_of_n_prompts", "best_of_n")
+    require(
+      self.bootstrap * self.num_prompts <= 2**28,
+      f"{where}.bootstrap={self.bootstrap} times num_prompts={self.num_prompts} must be at most 2**28: all resamples"
+      " are in memory at once",
+    )
     # The run without KL penalty is no target. `overoptimization` switches it on.
     known = [name for name in RL_STAGES if name in TARGETS]
     require(

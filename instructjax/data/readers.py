@@ -110,7 +110,11 @@ def _parquet_rows(files: list[str], asked: Request) -> Rows:
       with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         columns = formats.columns(file.schema_arrow.names, asked.kind, path, asked.options)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:  # names that are no UTF-8
+    except (
+      OSError,
+      UnicodeDecodeError,
+      pyarrow.ArrowException,
+    ) as error:  # names that are no UTF-8
       why = getattr(error, "strerror", None) or reason(error)
       raise UserError(f"cannot read {path}: {why}") from error
 

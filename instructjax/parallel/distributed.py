@@ -11,17 +11,17 @@ How one of several processes ends, with its exit code:
   - LOST: another process is gone, or never came. On a CPU its connections break, which raises an exception here.
     Elsewhere a collective operation would wait forever. After SILENCE seconds without a sign of life JAX aborts the
     process from C++, without calling any handler in Python. So each process is the child of one that never imports JAX,
-    which can still print what happened.
+    which can still print what happened (supervisor.py).
+  - LOST too: a process is stuck though alive. See watchdog.py.
 """
 
-import ctypes
+import contextlib
 import dataclasses
 import glob
 import importlib.util
 import itertools
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,13 +29,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from instructjax.core.errors import NotJoined, Preempted, UserError, reason
-
-# Exit codes, as in sysexits.h.
-LOST = 69  # EX_UNAVAILABLE
-PREEMPTED = 75  # EX_TEMPFAIL
+from instructjax.parallel import lobby, supervisor
+from instructjax.parallel.supervisor import LOST, PREEMPTED, SILENCE
+from instructjax.parallel.watchdog import Limits, Team, Watchdog
 
 JOINING = 300  # seconds to wait for the others at the start: hosts are not ready at once
-SILENCE = 40  # seconds without a sign of life after which a process counts as dead
+_MISTAKE = 2  # exit code after an error that the user can fix
 _PARTING = 10  # seconds that a process with a mistake or a bug waits for the others to end too
 
 _VARIABLES = {
@@ -43,8 +42,6 @@ _VARIABLES = {
   "num_processes": "JAX_NUM_PROCESSES",
   "process_id": "JAX_PROCESS_ID",
 }
-# Part of JAX's error message if none of its cluster detections succeeds.
-_NO_CLUSTER = "coordinator_address should be defined"
 # JAX has no exception type for a lost process. These words are in the messages of its collectives and of its
 # coordination service.
 _SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection reset by peer")
@@ -52,8 +49,8 @@ _SIGNS_OF_LOSS = ("Gloo", "oordination service", "heartbeat", "Connection reset 
 # Global state, because signals and the exit code belong to the process too.
 _told_to_stop = threading.Event()  # set by SIGTERM
 _points = itertools.count(1)  # numbers of the safe points
-# Write end of the pipe on which this process tells its supervisor its exit code.
-_word: int | None = None
+_meetings = itertools.count(1)  # numbers of the points at which all wait for each other
+_watchdog: Watchdog | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +99,11 @@ def find(
       f"--process_id={group.process_id} must be from 0 to num_processes - 1 = {given['num_processes'] - 1}"
     )
   host, _, port = given["coordinator"].rpartition(":")
-  if not host or not port.isdecimal() or int(port) >= 2**16:
-    raise UserError(f"--coordinator={group.coordinator} must be HOST:PORT of process 0")
+  is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
+  if not host or not is_port or not group.coordinator.isprintable():
+    raise UserError(
+      f"--coordinator={group.coordinator[:80]!r} must be HOST:PORT of process 0, with a port from 1 to 65535"
+    )
   return group
 
 
@@ -152,57 +152,6 @@ def _is_cluster(environ: Mapping[str, str]) -> bool:
   return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def supervise():
-  """Forks. The child goes on as the run; this process passes signals on to it and reports how it ended.
-
-  The parent never imports JAX, so it is still there when JAX aborts the child, and can print what the abort means. Call
-  it before JAX is imported: JAX has threads, which a fork does not copy. In the parent this function never returns.
-  """
-  global _word
-  sys.stdout.flush()
-  sys.stderr.flush()
-  word, _word = os.pipe()
-  child = os.fork()
-  if not child:
-    os.close(word)
-    os.setpgid(0, 0)  # the terminal's Ctrl-C then reaches the parent only, which passes it on once
-    die_with_parent()
-    return
-  os.close(_word)
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: os.kill(child, number))
-  _, status = os.waitpid(child, 0)
-  code = os.waitstatus_to_exitcode(status)
-  # The child's own children may still hold the pipe's other end, so a read could wait forever.
-  os.set_blocking(word, False)
-  try:
-    last_word = os.read(word, 1)
-  except BlockingIOError:
-    last_word = b""
-  # If the child aborted after it wrote its exit code to the pipe, it was already ending, and the coordinator ended
-  # before it. If it aborted without writing one, JAX has lost another process.
-  if code == -signal.SIGABRT and last_word:
-    code = last_word[0]
-  elif code == -signal.SIGABRT:
-    print(f"error: {lost_message('no sign of life from it, or it never came')}", file=sys.stderr)
-    code = LOST
-  elif code < 0:
-    print(f"error: killed by {signal.Signals(-code).name}", file=sys.stderr)
-    code = 128 - code
-  sys.stderr.flush()
-  os._exit(code)
-
-
-def die_with_parent():
-  """Asks the kernel to kill this process if its parent is killed, since nothing would pass signals on any more.
-
-  Works on Linux only; elsewhere it does nothing.
-  """
-  if sys.platform == "linux":
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
 def join(group: Group | None, *, joining: float = JOINING, silence: float = SILENCE):
   """Joins the processes of `group`, and handles SIGTERM from here on. Call it before any device is used.
 
@@ -211,60 +160,60 @@ def join(group: Group | None, *, joining: float = JOINING, silence: float = SILE
     joining: seconds to wait for the others.
     silence: seconds without a sign of life after which a process counts as dead.
   Raises:
-    NotJoined: process 0 cannot be reached, or JAX cannot join. If process 0 misses others, JAX aborts: see `supervise`.
+    UserError: two processes have one number, or they disagree about how many there are.
+    NotJoined: process 0 cannot be reached or misses others, or JAX cannot join.
   """
   if group is None:
     _keep_sigterm()
     return
-  if group.process_id and group.coordinator:  # process 0 starts the coordinator itself
-    _await_coordinator(group.coordinator, joining)
   import jax
 
+  local_devices = None
   try:
+    if group == Group():
+      group, local_devices = _ask_cluster(joining)
+      if group is None:  # there are TPU chips but no cluster, as in Colab: a single process
+        _keep_sigterm()
+        return
+    address, total, process = group.coordinator, group.num_processes, group.process_id
+    if address is None or total is None or process is None:
+      raise ValueError(f"{group} is known in part only")
+    lobby.gather(address, total, process, joining)
     jax.distributed.initialize(
-      group.coordinator,
-      group.num_processes,
-      group.process_id,
-      cluster_detection_method="deactivate" if group.coordinator else None,
+      address,
+      total,
+      process,
+      local_devices,
+      cluster_detection_method="deactivate",
       initialization_timeout=int(joining),
       heartbeat_timeout_seconds=int(silence),
     )
+  except UserError:
+    raise
   # OSError: no metadata server, for instance.
   except (RuntimeError, ValueError, OSError, ImportError) as error:
-    # There are TPU chips but no cluster, as in Colab: a single process.
-    if group == Group() and _NO_CLUSTER in str(error):
-      _keep_sigterm()
-      return
     raise NotJoined(
       f"cannot join the other processes: {reason(error)}; --num_processes=1 runs alone"
     ) from error
 
 
+def _ask_cluster(joining: float) -> tuple[Group | None, Any]:
+  """The processes of this run as JAX finds them from the cluster, with the devices that it leaves to this one.
+
+  Returns:
+    (group, local device ids or None for all); the group is None where there is no cluster.
+  """
+  from jax._src import clusters  # not public; what `jax.distributed.initialize` itself asks
+
+  address, total, process, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+    None, None, None, None, None, int(joining)
+  )
+  return (Group(address, total, process) if address else None), devices
+
+
 def _keep_sigterm():
   """Remembers SIGTERM until the next safe point. For a single process; after joining, JAX's own handler does this."""
   signal.signal(signal.SIGTERM, lambda *_: _told_to_stop.set())
-
-
-def _await_coordinator(address: str, seconds: float):
-  """Waits until the coordinator accepts connections. JAX itself would abort the process if it never does.
-
-  Raises:
-    NotJoined: it cannot be reached within `seconds`.
-  """
-  host, _, port = address.rpartition(":")
-  deadline = time.monotonic() + seconds
-  while True:
-    try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-      return
-    except OSError as error:
-      why = reason(error)
-    if time.monotonic() > deadline:
-      raise NotJoined(
-        f"--coordinator={address} could not be reached for {seconds:.0f} s ({why}): start process 0 there, with"
-        " the same --coordinator and --num_processes"
-      )
-    time.sleep(0.5)
 
 
 def is_joined() -> bool:
@@ -289,6 +238,8 @@ def is_told_to_stop() -> bool:
   """A safe point like `require_going_on`, for a caller that saves before it ends. The answer is the same everywhere."""
   from jax.experimental import multihost_utils
 
+  if _watchdog:
+    _watchdog.touch()
   # After SIGTERM to one process, JAX tells the others, and they agree on the number of a coming call at which all stop.
   # So only this function may call it: another caller's numbers (Orbax's steps, say) would be mixed up with these. See
   # train/checkpoint.py.
@@ -300,23 +251,84 @@ def is_loss(error: Exception) -> bool:
   return is_joined() and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
 
 
-def lost_message(why: str) -> str:
-  """What to print if another process is gone."""
-  return (
-    f"another process of this run is gone ({why}): its own log says more. The same command goes on from the"
-    " last checkpoint"
-  )
+def is_ending() -> bool:
+  """Whether the watchdog has said why this process ends, and ends it: whatever goes wrong meanwhile is no news."""
+  return _watchdog is not None and _watchdog.verdict is not None
 
 
-def end(code: int):
-  """Ends this process with an exit code. It first waits for the other processes, where that can help."""
+def watch(limits: Limits):
+  """Begins to watch whether this process makes headway. Call it once, from the main thread, after `join`."""
+  global _watchdog
+  ear = supervisor.ear()
+  if ear is None:
+    # Python's own handler runs in the main thread only. The number of a signal is written here at once, even while the
+    # main thread is stuck.
+    ear, mouth = os.pipe()
+    os.set_blocking(mouth, False)
+    signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
+  _watchdog = Watchdog(limits, _leave, (LOST, PREEMPTED, _MISTAKE), team(), ear)
+  _watchdog.start()
+
+
+def at(where: str, *, step: bool = False, first: bool = False, save: bool = False):
+  """Says where this process stands, for the watchdog; arguments as `Watchdog.at`."""
+  if _watchdog:
+    _watchdog.at(where, step=step, first=first, save=save)
+
+
+def forget():
+  """Tells the watchdog that another stage begins, whose steps take another time."""
+  if _watchdog:
+    _watchdog.forget()
+
+
+def team() -> Team | None:
+  """The processes of this run and the store that they share; None for a single process."""
   if not is_joined():
+    return None
+  from jax._src import distributed  # JAX's store has no public name
+
+  state = distributed.global_state
+  return Team(state.client, state.process_id, state.num_processes)
+
+
+def meet(name: str):
+  """Waits until all processes have come to this point. Those who are waited for are named after 10 s.
+
+  All processes must pass the same points in order.
+  """
+  from jax.experimental import multihost_utils
+
+  there = team()
+  if there is None:
+    return
+  folder = f"met/{next(_meetings)}"
+  there.put(folder, name)
+  with _watchdog.meeting(folder, name) if _watchdog else contextlib.nullcontext():
+    multihost_utils.sync_global_devices(name)
+
+
+def end(code: int, mistake: str = ""):
+  """Ends this process with an exit code. It first waits for the other processes, where that can help.
+
+  Args:
+    code: the exit code.
+    mistake: what the user has to mend. The others end with it too, unless they have met it themselves.
+  """
+  if is_ending():
+    time.sleep(SILENCE)  # the watchdog ends the process meanwhile
+  if _watchdog:
+    _watchdog.stop()
+  there = team()
+  if there is None:
     sys.exit(code)
   # From here on JAX may abort at any time, for instance when process 0 ends first. The supervisor then uses this code.
-  if _word is not None:
-    os.write(_word, bytes([code]))
-  if code != LOST:
-    # After SIGTERM all have agreed to stop, so a missing process is only slow. After a mistake the others may not come.
+  supervisor.say_code(code)
+  if mistake:
+    there.put("mistake", mistake)
+    _await_readers(there)
+  elif code != LOST:
+    # After SIGTERM all have agreed to stop, so a missing process is only slow. After a bug the others may not come.
     seconds = SILENCE if code == PREEMPTED else _PARTING
     try:
       from orbax.checkpoint import multihost
@@ -324,6 +336,23 @@ def end(code: int):
       multihost.get_barrier_sync_fn()(key="end", timeout_ms=seconds * 1000)
     except Exception:  # the others go on, or are gone; either way this process ends
       pass
+  _leave(code)
+
+
+def _await_readers(there: Team):
+  """Waits a moment until all others know of the mistake, or have met it too."""
+  deadline = time.monotonic() + _PARTING
+  knowing = set()
+  while len(knowing) < there.num_processes and time.monotonic() < deadline:
+    time.sleep(0.1)
+    knowing = there.said("mistake").keys() | there.said("read").keys()
+  if there.process == 0:  # it holds the store, in which the others look
+    time.sleep(1)
+
+
+def _leave(code: int):
+  """Ends this process at once, from any thread."""
+  supervisor.say_code(code)
   sys.stdout.flush()
   sys.stderr.flush()
   # Not sys.exit: JAX's shutdown would wait for the others again, and abort if they do not come.

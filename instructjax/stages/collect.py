@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from instructjax.core import results
+from instructjax.core.config import Config
 from instructjax.core.errors import UserError, writing
 from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
@@ -66,18 +67,22 @@ def _write(path: pathlib.Path, rankings: list):
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def check(ctx: Context, stage: str):
+def check_settings(config: Config, stage: str):
   """Checks that the prompts are those which the simulated labelers know.
 
   Raises:
     UserError: they are not.
   """
-  prompts = ctx.config.data.prompts
+  prompts = config.data.prompts
   if sources.simulation(prompts) is None:
     raise UserError(
       f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="
       f"{prompts!r}; give comparisons of your own, as jsonl:PATH"
     )
+
+
+def check(ctx: Context, stage: str):
+  """Has nothing to check that needs data or a tokenizer."""
 
 
 def run(ctx: Context, stage: str):

@@ -1,15 +1,16 @@
 """Builds a run, checks beforehand for whatever would stop it later, and runs the unfinished stages. Called by main."""
 
 import collections
+import contextlib
 import importlib
 import pathlib
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from types import ModuleType
 
 import jax
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from instructjax.core import provenance, results, terminal
 from instructjax.core.config import Config
@@ -18,8 +19,8 @@ from instructjax.core.stages import ROLES, STAGES
 from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
-from instructjax.parallel import distributed, memory, sharding
-from instructjax.stages import lineage, policies
+from instructjax.parallel import agreement, constraints, distributed, memory, sharding
+from instructjax.stages import lineage, policies, room
 from instructjax.stages.context import Context, canonical, require_fit
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, metrics, profiling
@@ -34,30 +35,41 @@ def module(stage: str) -> ModuleType:
 def check(ctx: Context, stages: list[str]):
   """Looks for mistakes that would otherwise stop the run hours later.
 
-  Here it checks what every stage needs: the mesh must divide networks and batches, and the records must be readable.
-  For the rest it calls the `check` of each stage that is still to run.
+  Here it checks what every stage needs: the records must be readable. For the rest it calls the `check` of each stage
+  that is still to run. `make_context` has checked what settings alone can break.
 
   Args:
     ctx: the run.
     stages: the plan, finished stages included.
   Raises:
-    UserError: the mesh does not divide a batch or a parameter, a source that a coming stage reads has no usable
-      record, or a stage's `check` fails.
+    UserError: a source that a coming stage reads has no usable record, or a stage's `check` fails.
   """
-  rows = [STAGES[stage] for stage in stages]
-  roles = dict.fromkeys(row.role for row in rows if row.role)
-  batches = dict.fromkeys(name for row in rows for name in row.batches)
-  require_fit(ctx.config, ctx.mesh, ctx.tokenizer.vocab_size, roles, batches)
   coming = _coming(ctx.workdir, stages)
   # Prompts as tokens, because those that are too long drop out: a source may be readable and still leave none.
   for kind in lineage.kinds_read(ctx.config, coming):
     for split in ("train", "validation"):
       ctx.data.prompt_tokens(split) if kind == "prompts" else ctx.data.records(kind, split)
   for stage in coming:
-    try:
+    with _named(stage):
       module(stage).check(ctx, stage)
-    except UserError as error:
-      raise UserError(f"stage {stage}: {error}") from error
+
+
+def require_same_data(ctx: Context, stages: list[str]):
+  """Checks that all processes of the run read the same tokenizer, weights and data, from whatever paths.
+
+  Raises:
+    UserError: in all of them: some differ.
+  """
+  team = distributed.team()
+  if team is None:
+    return
+  distributed.at("comparing the data of all processes")
+  facts = {"tokenizer": ctx.tokenizer.fingerprint}
+  facts |= {f"weights for {stage}": given.fingerprint for stage, given in ctx.given.items()}
+  for kind in lineage.kinds_read(ctx.config, _coming(ctx.workdir, stages)):
+    source = ctx.data.source(kind)
+    facts[f"config.data.{kind}, {source.spec.partition(':')[2] or source.spec}"] = source.checksum
+  agreement.require_same(team, "data", facts)
 
 
 def _coming(workdir: pathlib.Path, stages: list[str]) -> list[str]:
@@ -81,6 +93,48 @@ def _require_sources(config: Config, workdir: pathlib.Path):
     )
 
 
+def _require_room(config: Config, mesh: Mesh, stages: list[str]):
+  """Checks by an estimate that each stage fits in the memory of the devices.
+
+  Raises:
+    UserError: one does not.
+  """
+  shape = dict(mesh.shape)
+  if sharding.platform_of(mesh) == "cpu":
+    share = len(mesh.local_devices)
+    room.require(config, shape, stages, room.host_memory(), "this machine", share)
+    return
+  size = constraints.device_memory(mesh)
+  if size is not None:
+    room.require(config, shape, stages, size, f"a {mesh.devices.flat[0].device_kind}")
+
+
+def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pathlib.Path):
+  """Checks what settings alone can break, before data and tokenizer take their time.
+
+  Raises:
+    UserError: the mesh does not divide a batch or a parameter, or a stage's `check_settings` fails.
+  """
+  rows = [STAGES[stage] for stage in stages]
+  roles = dict.fromkeys(row.role for row in rows if row.role)
+  batches = dict.fromkeys(name for row in rows for name in row.batches)
+  require_fit(config, mesh, config.tokenizer.vocab_size, roles, batches)
+  for stage in _coming(workdir, stages):
+    checked = module(stage)
+    if hasattr(checked, "check_settings"):
+      with _named(stage):
+        checked.check_settings(config, stage)
+
+
+@contextlib.contextmanager
+def _named(stage: str) -> Generator[None, None, None]:
+  """Puts the stage's name before the message of a UserError."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"stage {stage}: {error}") from error
+
+
 def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """Makes the Context of a run, training a tokenizer if it needs one.
 
@@ -90,7 +144,10 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """
   mesh = sharding.make_mesh(config.mesh)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
+  stages = lineage.plan(config)
+  _require_room(config, mesh, _coming(workdir, stages))
   _require_sources(config, workdir)
+  _require_settings(config, mesh, stages, workdir)
   given = policies.given_weights(config)
   tokenizer = _tokenizer(config, workdir / finished.TOKENIZER, given)
   return Context(
@@ -151,7 +208,7 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
       if tokenizer.has_clock:
         chat_files.write_clock(directory, chat.now())
     _write_tokenizer_done(directory, {"tokenizer": tokenizer.fingerprint})
-  multihost_utils.sync_global_devices("tokenizer kept")
+  distributed.meet("tokenizer kept")
   if not tokenizer.has_clock:
     return tokenizer
   kept = tokenizers.load(directory)
@@ -188,7 +245,7 @@ def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
     texts = [document.text for document in documents if isinstance(document, Document)]
     tokenizers.train_tokenizer(texts, cfg.vocab_size, directory / "tokenizer.model", config.seed)
     _write_tokenizer_done(directory, fingerprint)
-  multihost_utils.sync_global_devices("tokenizer trained")
+  distributed.meet("tokenizer trained")
   return tokenizers.load(directory)
 
 
@@ -207,6 +264,7 @@ def run(config: Config, workdir: pathlib.Path):
   """
   ctx = make_context(config, workdir)
   stages = lineage.plan(config)
+  require_same_data(ctx, stages)
   check(ctx, stages)
   ran = []
   tell = terminal.say if jax.process_index() == 0 else lambda line, bold="": None
@@ -215,6 +273,7 @@ def run(config: Config, workdir: pathlib.Path):
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
+      distributed.at(f"the start of {stage}")
       tell(f"[{number}/{len(stages)}] ", bold=stage)
       is_finished = ctx.done(stage) is not None
       start = time.monotonic()
@@ -224,7 +283,7 @@ def run(config: Config, workdir: pathlib.Path):
         ran.append((stage, time.monotonic() - start, ctx.directory(stage)))
         memory.release_freed_memory()
       # One process writes done.json, and all of them read it to go on.
-      multihost_utils.sync_global_devices(f"{stage} finished")
+      distributed.meet(f"{stage} finished")
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
   tell(f"finished: {workdir}")

@@ -45,18 +45,24 @@ def make_nets(
   Raises:
     UserError: the warmup is as long as the stage.
   """
-  # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
-  updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
-  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
+  policy_tx, value_tx = _optimizers(cfg)
   return ppo_step.Nets(
     policy=make_model(config, mesh, "policy", vocab_size),
     scalar=make_model(config, mesh, "reward", vocab_size),
-    policy_tx=unclipped(cfg.policy_optim),
-    value_tx=unclipped(cfg.value_optim),
+    policy_tx=policy_tx,
+    value_tx=value_tx,
     stop_ids=stop_ids,
     max_response_length=config.data.max_response_length,
     slots=config.rollout.slots,
   )
+
+
+def _optimizers(cfg: PPOConfig):
+  """Those of the policy and of the value network."""
+  # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
+  updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
+  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
+  return unclipped(cfg.policy_optim), unclipped(cfg.value_optim)
 
 
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
@@ -218,13 +224,17 @@ def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
   return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
 
 
-def check(ctx: Context, stage: str):
+def check_settings(config: Config, stage: str):
   """Checks the stage's settings.
 
   Raises:
     UserError: a warmup is as long as the stage.
   """
-  _settings(ctx, stage)
+  _optimizers(lineage.variant(config, stage))
+
+
+def check(ctx: Context, stage: str):
+  """Has nothing to check that needs data or a tokenizer."""
 
 
 def run(ctx: Context, stage: str):
@@ -268,7 +278,7 @@ def run(ctx: Context, stage: str):
     constants=(frozen,),
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
     evaluate=_held_out_loss(ctx, nets),
-    evaluate_steps={1, *range(0, cfg.num_iterations + 1, ctx.config.evaluate.pretrain_every)} - {0},
+    evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),
     on_samples=_describe(ctx),

@@ -1,7 +1,7 @@
 """Pretrains a base model on documents. It stands in for GPT-3 when the config gives no weights."""
 
 from instructjax.core import results
-from instructjax.core.config import ModelConfig, PretrainConfig
+from instructjax.core.config import Config, ModelConfig, PretrainConfig
 from instructjax.core.stages import ROLES, STAGES
 from instructjax.models import flops
 from instructjax.parallel import sharding
@@ -11,18 +11,18 @@ from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
 
 
-def _pretrain_config(ctx: Context, stage: str) -> PretrainConfig:
-  return getattr(ctx.config, STAGES[stage].block)
-
-
-def check(ctx: Context, stage: str):
+def check_settings(config: Config, stage: str):
   """Checks the stage's settings.
 
   Raises:
     UserError: the warmup is as long as the stage.
   """
-  cfg = _pretrain_config(ctx, stage)
+  cfg: PretrainConfig = getattr(config, STAGES[stage].block)
   make_optimizer(cfg.optim, cfg.num_steps)
+
+
+def check(ctx: Context, stage: str):
+  """Has nothing to check that needs data or a tokenizer."""
 
 
 def run(ctx: Context, stage: str):
@@ -36,7 +36,8 @@ def run(ctx: Context, stage: str):
     UserError: the stage was made with other settings, or files cannot be read or written.
     Preempted: the run was told to stop.
   """
-  cfg, role = _pretrain_config(ctx, stage), STAGES[stage].require_role()
+  cfg: PretrainConfig = getattr(ctx.config, STAGES[stage].block)
+  role = STAGES[stage].require_role()
   model_cfg: ModelConfig = getattr(ctx.config, ROLES[role].block)
   step_run = stage_run(ctx, stage, cfg, model=model_cfg, documents=ctx.config.data.documents)
   if is_finished(step_run):
@@ -58,7 +59,7 @@ def run(ctx: Context, stage: str):
     num_steps=cfg.num_steps,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
     evaluate=lambda state, step: {"loss": evaluate(state.params, held_out)},
-    evaluate_steps={*range(cfg.evaluate_every, cfg.num_steps, cfg.evaluate_every), cfg.num_steps},
+    evaluate_steps=loop.Steps(every=cfg.evaluate_every, also=(cfg.num_steps,)),
     best_metric="validation/loss",
     flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss"),

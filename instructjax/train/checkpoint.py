@@ -34,10 +34,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
-from jax.experimental import multihost_utils
 
 from instructjax.core.errors import UserError, writing
-from instructjax.parallel import sharding, stacking
+from instructjax.parallel import distributed, sharding, stacking
 from instructjax.train import finished, manifest, reading
 
 _FOLDER = "checkpoints"  # inside the directory of a stage
@@ -382,7 +381,7 @@ def _put_aside_damaged(directory: pathlib.Path):
         if half:
           # Perhaps a user's broken copy, perhaps a renaming that a mount did not finish.
           _put_aside(path, "incomplete", f"{half}")
-  multihost_utils.sync_global_devices("half-written checkpoints cleared")
+  distributed.meet("half-written checkpoints cleared")
   steps = saved_steps(directory)
   while steps:
     damage = manifest.find_damage(folder / str(steps[-1]))
@@ -393,7 +392,7 @@ def _put_aside_damaged(directory: pathlib.Path):
       raise UserError(f"{damage}, and there is no checkpoint before it. {_advice(directory, step)}")
     if first:
       _put_aside(folder / str(step), "damaged", f"{damage}; going on from step {steps[-1]}")
-    multihost_utils.sync_global_devices(f"damaged checkpoint {step} put aside")
+    distributed.meet(f"damaged checkpoint {step} put aside")
 
 
 def _put_aside(path: pathlib.Path, name: str, why: str):

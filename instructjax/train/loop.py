@@ -11,12 +11,11 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any, Self
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from instructjax.core import terminal
 from instructjax.core.blocks import ROUNDING
@@ -24,11 +23,28 @@ from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
 from instructjax.core.provenance import changed_versions
 from instructjax.parallel import distributed, sharding
+from instructjax.train import pace
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
 
 LIBRARIES = "libraries"  # a key of StageRun.changeable
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+  """Steps at regular intervals, and some others. A set of them would take memory for every step of a long run.
+
+  Attributes:
+    every: its multiples are in it, without 0.
+    also: further steps.
+  """
+
+  every: int
+  also: tuple[int, ...] = ()
+
+  def __contains__(self, step: object) -> bool:
+    return isinstance(step, int) and (step in self.also or (step > 0 and step % self.every == 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +88,7 @@ def fit(
   constants: tuple = (),
   place: Callable[[Any], Any] = lambda batch: batch,
   evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
-  evaluate_steps: Collection[int] = (),
+  evaluate_steps: Container[int] = (),
   keep_steps: Collection[int] = (),
   limits: Mapping[str, float] | None = None,
   best_metric: str | None = None,
@@ -115,9 +131,13 @@ def fit(
       written.
     Preempted: the run was told to stop; its state is saved.
   """
-  save_steps = {*keep_steps, num_steps, *range(0, num_steps, run.checkpoint.every_steps)}
-  if best_metric:
-    save_steps |= {*evaluate_steps}
+  distributed.forget()
+  distributed.at(f"the start of {run.name}")
+
+  def is_saved(step: int) -> bool:
+    is_due = step % run.checkpoint.every_steps == 0 or step == num_steps or step in keep_steps
+    return is_due or (best_metric is not None and step in evaluate_steps)
+
   checkpoints = Checkpoints(
     run.directory, keep=run.checkpoint.keep, keep_steps=keep_steps, best_metric=best_metric
   )
@@ -137,7 +157,7 @@ def fit(
     if start == num_steps:  # trained to the end, but stopped before the stage wrote its done.json
       return state
     # Before the first step, which may be hours before the first save.
-    checkpoints.require_space(min(step for step in save_steps if step > start), state)
+    checkpoints.require_space(next(filter(is_saved, range(start + 1, num_steps + 1))), state)
 
     def judge(step: int, metrics: Mapping) -> dict[str, float]:
       """Fetches the numbers of a step; a bad one ends the stage before that step is saved."""
@@ -150,46 +170,61 @@ def fit(
     def validation(step: int) -> dict[str, float]:
       if evaluate is None or step not in evaluate_steps:
         return {}
+      distributed.at(f"{run.name} step {step}, evaluating")
       return judge(
         step, {f"validation/{name}": value for name, value in evaluate(state, step).items()}
       )
+
+    def judge_in_time(step: int, metrics: Mapping) -> dict[str, float]:
+      with speed.waiting():
+        return judge(step, metrics)
 
     on_cpu = sharding.platform_of_arrays(state) == "cpu"
     profile = StepProfile(
       run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
     )
-    with _Log(run, num_steps, start, on_samples, show, progress) as log, profile:
+    speed = pace.Pace()
+    with _Log(run, num_steps, start, on_samples, show, progress, speed) as log, profile:
       if start == 0 and 0 in evaluate_steps:
         log.write(0, validation(0), [])
       late = None  # (step, metrics, samples) of the step before, not yet read from the device
       for step in range(start + 1, num_steps + 1):
         # On a CPU, a step that is dispatched early would hold its temporaries beside those of the step before.
         if on_cpu:
-          jax.block_until_ready(state)
-        state, metrics, *samples = profile(step, state, *constants, place(next(batches)))
+          with speed.waiting():
+            jax.block_until_ready(state)
+        distributed.at(f"{run.name} step {step}, drawing its batch", step=True, first=True)
+        batch = place(next(batches))
+        distributed.at(f"{run.name} step {step}", step=True)
+        state, metrics, *samples = profile(step, state, *constants, batch)
+        speed.step()
         # The numbers are read one step late. Reading waits for the device, which now has the next step to work on.
         if late:
-          log.write(late[0], judge(*late[:2]), late[2])
+          log.write(late[0], judge_in_time(*late[:2]), late[2])
         late = (step, metrics, samples)
         # Asked at every step by every process: they agree on the step after which all of them stop.
         is_stopping = distributed.is_told_to_stop()
-        if not is_stopping and step not in save_steps and step not in evaluate_steps:
+        if not is_stopping and not is_saved(step) and step not in evaluate_steps:
           continue
         # A step that is saved is judged first, without delay: a state that is not finite must not reach the disk.
-        record = judge(step, metrics) | validation(step)
+        record = judge_in_time(step, metrics)
+        with speed.beside():
+          record |= validation(step)
         log.write(step, record, samples)
         late = None
-        if is_stopping or step in save_steps:
-          checkpoints.save(
-            step, state, batches.get_state(), record, run.fingerprint, run.changeable
-          )
+        if is_stopping or is_saved(step):
+          distributed.at(f"{run.name} step {step}, saving", save=True)
+          with speed.beside():
+            checkpoints.save(
+              step, state, batches.get_state(), record, run.fingerprint, run.changeable
+            )
         if is_stopping:
           checkpoints.wait()  # the process ends now, and a half-written checkpoint would be lost
           raise Preempted(
             f"{run.name}: told to stop (SIGTERM), saved at step {step}; the same command goes on from there"
           )
   # Only now may every process read what the first one has written, the metrics for example.
-  multihost_utils.sync_global_devices(f"{run.name} trained")
+  distributed.meet(f"{run.name} trained")
   return state
 
 
@@ -220,9 +255,17 @@ class _Log:
   """Writes the numbers and samples of each step to the files and the terminal; only the first process writes."""
 
   def __init__(
-    self, run: StageRun, num_steps: int, start: int, on_samples, show: Sequence[str], progress: bool
+    self,
+    run: StageRun,
+    num_steps: int,
+    start: int,
+    on_samples,
+    show: Sequence[str],
+    progress: bool,
+    speed: pace.Pace,
   ):
     self._run, self._num_steps, self._on_samples = run, num_steps, on_samples
+    self._speed, self._slowest = speed, None
     self._writer = self._display = None
     if jax.process_index() == 0:
       self._writer = MetricsWriter(run.directory, start_step=start, tensorboard=run.log.tensorboard)
@@ -247,13 +290,19 @@ class _Log:
     due = step % self._run.log.every_steps == 0 or step == self._num_steps
     # Before the other processes leave: the callback gathers arrays, in which all of them take part.
     extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
+    seconds = self._speed.gather() if due and step else []
     if not self._writer or not self._display:
       return
     now = time.monotonic()
+    extra = {**extra, **{f"seconds/process_{i}": value for i, value in enumerate(seconds)}}
     metrics = {**metrics, **{name: value for name, value in extra.items() if math.isfinite(value)}}
     self._writer.write(step, {**metrics, "seconds": round(now - self._last_time, 4)}, board=due)
     self._last_time = now
     self._display.step(step, metrics, log=due)
+    slowest = pace.slowest(seconds)
+    if slowest is not None and slowest != self._slowest:  # once, not with every line
+      self._display.tell(pace.slow_message(self._run.name, seconds, slowest))
+    self._slowest = slowest if seconds else self._slowest
     self._display.samples(step, rows if due else ())
 
 

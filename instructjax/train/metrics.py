@@ -208,6 +208,10 @@ class Display:
     rate = (step - self._start_step) / max(time.monotonic() - self._start_time, 1e-9)
     return "  ".join([*(f"{name} {_cell(metrics[name])}" for name in names), f"{rate:.3g} steps/s"])
 
+  def tell(self, line: str):
+    """Prints a line, above the bar if there is one."""
+    self._print(line)
+
   def _print(self, line: str):
     if self._console:
       terminal.say(line, to=self._console)

@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import pytest
+from jax._src import clusters
 
 from instructjax.parallel import distributed
 from instructjax.parallel.distributed import Group
@@ -57,23 +58,33 @@ def test_a_tpu_vm_is_known_by_its_chips(monkeypatch, has_package, expected):
   assert distributed.find(environ={"TPU_SKIP_MDS_QUERY": "1"}) is None
 
 
-@pytest.mark.parametrize(
-  ("error", "is_alone"),
-  [
-    (ValueError("coordinator_address should be defined."), True),
-    (OSError("metadata.google.internal does not answer"), False),
-  ],
-)
-def test_a_tpu_that_is_no_cloud_vm_runs_alone(monkeypatch, error, is_alone):
-  monkeypatch.setattr(jax.distributed, "initialize", mock.Mock(side_effect=error))
+def ask_cluster(monkeypatch, **answer):
+  detect = mock.Mock(**answer)
+  monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", detect)
+
+
+def test_a_tpu_that_is_no_cloud_vm_runs_alone(monkeypatch):
+  ask_cluster(monkeypatch, return_value=(None, None, None, None))
   set_handler = mock.Mock()
   monkeypatch.setattr(distributed.signal, "signal", set_handler)
-  if is_alone:
+  distributed.join(Group())
+  set_handler.assert_called_once_with(signal.SIGTERM, mock.ANY)
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch):
+  ask_cluster(monkeypatch, side_effect=OSError("metadata.google.internal does not answer"))
+  with pytest.raises(distributed.NotJoined, match="cannot join .*: metadata.* runs alone"):
     distributed.join(Group())
-    set_handler.assert_called_once_with(signal.SIGTERM, mock.ANY)
-  else:
-    with pytest.raises(distributed.NotJoined, match="cannot join .*: metadata.* runs alone"):
-      distributed.join(Group())
+
+
+def test_a_cluster_says_who_they_are_and_which_devices_are_whose(monkeypatch):
+  ask_cluster(monkeypatch, return_value=("10.0.0.1:8476", 4, 2, [2]))
+  gather, initialize = mock.Mock(), mock.Mock()
+  monkeypatch.setattr(distributed.lobby, "gather", gather)
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  distributed.join(Group(), joining=7)
+  gather.assert_called_once_with("10.0.0.1:8476", 4, 2, 7)
+  assert initialize.call_args.args == ("10.0.0.1:8476", 4, 2, [2])
 
 
 @pytest.mark.parametrize(
@@ -84,8 +95,11 @@ def test_a_tpu_that_is_no_cloud_vm_runs_alone(monkeypatch, error, is_alone):
     ((None, None, 0), SLURM, "--coordinator .*, --num_processes .* is missing"),
     (("h:1", 2, 2), {}, "--process_id=2 must be from 0 to num_processes - 1 = 1"),
     (("h:1", 0, 0), {}, "--process_id=0 must be from 0"),
-    (("h", 2, 0), {}, "--coordinator=h must be HOST:PORT"),
-    (("h:70000", 2, 0), {}, "--coordinator=h:70000 must be HOST:PORT"),
+    (("h", 2, 0), {}, "--coordinator='h' must be HOST:PORT"),
+    (("h:70000", 2, 0), {}, "--coordinator='h:70000' must be HOST:PORT"),
+    (("h:0", 2, 0), {}, "with a port from 1 to 65535"),
+    (("h:-1", 2, 0), {}, "with a port from 1 to 65535"),
+    (("h:" + "9" * 5000, 2, 0), {}, "with a port from 1 to 65535"),
     ((None, None, None), {"SLURM_NTASKS": "2(x3)"}, "SLURM_NTASKS=2.x3. must be a whole number"),
     ((None, None, None), JOB | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID=one must be a whole"),
   ],
@@ -116,15 +130,17 @@ def test_sigterm_is_kept_until_a_safe_point(monkeypatch):
 WORKER = """
 import os, signal, sys, time
 from instructjax.commands import cli
-from instructjax.parallel import distributed
+from instructjax.parallel import distributed, supervisor
+from instructjax.parallel.watchdog import Limits
 from instructjax.core.errors import Preempted, UserError
 
 process, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.argv = sys.argv[:1]
 
 def main(_):
-  distributed.supervise()
+  supervisor.supervise()
   distributed.join(distributed.find(f"127.0.0.1:{port}", 2, process), joining=60 if what else 1, silence=20)
+  distributed.watch(Limits(20.0, 60.0, 100.0, 60.0))
   from jax.experimental import multihost_utils
   multihost_utils.sync_global_devices("met")
   if what == "all_mistaken":
@@ -189,11 +205,11 @@ def test_a_mistake_that_all_meet_is_2_everywhere(ended):
   assert {stderr for _, stderr in ended["all_mistaken"]} == {"error: no such file\n"}
 
 
-def test_a_mistake_of_one_ends_the_other(ended):
+def test_a_mistake_of_one_ends_the_other_with_the_same_words_and_code(ended):
   (code, told), (own_code, own) = ended["mistaken"]
-  assert (code, own_code) == (distributed.LOST, 2)
+  assert (code, own_code) == (2, 2)
   assert last_line(own) == "error: the disk is full"
-  assert "another process of this run is gone" in last_line(told)
+  assert last_line(told) == "error: process 1: the disk is full"
 
 
 def test_a_silent_process_ends_the_other_with_a_message(ended):

@@ -1,0 +1,91 @@
+"""Paths that a user gives, on the command line or in a config: `~` is expanded, and what can be no path is refused.
+
+Called by config.py and by the commands. It looks at the file system only for a workdir. Imports errors alone.
+"""
+
+import errno
+import os
+import pathlib
+import re
+
+from instructjax.core.errors import UserError
+
+_LONGEST, _LONGEST_NAME = 4095, 255  # bytes of a path and of one name in it, on Linux
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SHOWN = 80  # letters of a path in a message about its spelling
+
+
+def expand(text: str, where: str, schemes: tuple[str, ...] = ()) -> str:
+  """A path as the user means it: with `~` and `~NAME` replaced by home folders.
+
+  Args:
+    text: the path; '' stays ''.
+    where: what gives it, for messages, as `--workdir`.
+    schemes: what it may begin with instead of being a path, as `hf://`.
+  Raises:
+    UserError: it can be no path on this machine.
+  """
+  if text.startswith(schemes or ("\0",)):
+    return text
+  spelled = f"{where}={_short(text)}"
+  if not text.isprintable():
+    raise UserError(
+      f"{spelled} must be a path of printable characters in UTF-8: it holds a control character or other bytes"
+    )
+  remote = _REMOTE.match(text)
+  if remote:
+    raise UserError(
+      f"{spelled} must be a path on this machine; {remote[0]} is not read or written: mount it as a folder"
+    )
+  result = os.path.expanduser(text)
+  if result.startswith("~"):
+    raise UserError(f"{spelled}: there is no such user; ./{_short(text)} is a file of this name")
+  names = [len(name.encode()) for name in result.split("/")]
+  if max(names) > _LONGEST_NAME or len(result.encode()) > _LONGEST:
+    raise UserError(
+      f"{spelled} is too long: a path has at most {_LONGEST} bytes, and a name in it {_LONGEST_NAME}"
+    )
+  return result
+
+
+def expand_source(text: str, where: str) -> str:
+  """A source of records, SCHEME:REST, with `~` at the start of REST expanded; other texts pass unchanged.
+
+  Raises:
+    UserError: REST can be no path on this machine.
+  """
+  scheme, colon, rest = text.partition(":")
+  if not colon:
+    return text
+  return f"{scheme}:{expand(rest, f'{where}={scheme}:...')}"
+
+
+def require_workdir(text: str | None) -> pathlib.Path:
+  """The folder of a run, absolute. It need not exist, but it must be possible to make it and to write in it.
+
+  Raises:
+    UserError: it is not.
+  """
+  if not text or not text.strip():
+    raise UserError("--workdir must have a value, as runs/demo: the folder of this run")
+  spelled = f"--workdir={_short(text)}"
+  try:
+    path = pathlib.Path(expand(text, "--workdir")).resolve()
+    existing = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    existing.stat()
+  except RuntimeError:  # resolve() in Python 3.11 and 3.12
+    raise UserError(f"{spelled} is a loop of symbolic links") from None
+  except OSError as error:
+    is_loop = error.errno == errno.ELOOP
+    reason = "it is a loop of symbolic links" if is_loop else error.strerror
+    raise UserError(f"{spelled} cannot be a run's folder: {reason}") from None
+  if not existing.is_dir():
+    raise UserError(f"{spelled} must be a folder, and {existing} is a file (Not a directory)")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f"{spelled} cannot be written: you may not write in {existing}")
+  return path
+
+
+def _short(text: str) -> str:
+  shown = "".join(c if c.isprintable() else "?" for c in text[: _SHOWN + 1])
+  return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."

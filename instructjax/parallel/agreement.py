@@ -1,0 +1,218 @@
+"""Whether all processes of a run are the same run: the same config, code, libraries, environment, tokenizer and data.
+
+Processes that differ would not fail. They would train one network on two configs, and finish. So each process writes
+its facts into the coordination service's store, process 0 compares them, and all end with the same line if they differ.
+The facts are a few kilobytes a process, and no device takes part. Called by main and pipeline.py; never imports JAX
+itself.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import instructjax
+from instructjax.core.errors import UserError
+from instructjax.parallel.lobby import Waiting, numbers
+from instructjax.parallel.watchdog import Team
+
+# Distributions whose versions may change numbers or the files that a run leaves.
+LIBRARIES = (
+  *("absl-py", "array-record", "chex", "datasets", "flax", "grain", "jax", "jaxlib", "jinja2"),
+  *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "ml-collections", "ml-dtypes", "numpy"),
+  *("optax", "orbax-checkpoint", "pyarrow", "sentencepiece", "tensorstore", "tokenizers"),
+)
+# Variables that change what is computed, besides the settings of JAX.
+_VARIABLES = (
+  *("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC", "XLA_FLAGS"),
+  *("TF_ENABLE_ONEDNN_OPTS", "CUBLAS_WORKSPACE_CONFIG"),
+)
+# Settings of JAX that change what is computed, whether a variable or a config file has set them.
+_JAX_SETTINGS = (
+  *(
+    "jax_enable_x64",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+  ),
+  *("jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_allow_f16_reductions"),
+  *("jax_softmax_custom_jvp", "jax_high_dynamic_range_gumbel", "jax_disable_jit"),
+  *("jax_disable_most_optimizations", "jax_use_shardy_partitioner", "jax_explicit_x64_dtypes"),
+)
+_HASH_LETTERS = 12  # of a hash in a message
+_LONGEST = 80  # letters of a value in a message
+_SHARED_SECONDS = 20.0  # that a new file in the workdir may take to be seen by another host
+_MARKER = ".together"
+
+
+def settings(config: Any, where: str = "config") -> dict[str, str]:
+  """Facts about a config: dotted name -> value as text, without the fields that name places on a host's own disk."""
+  result = {}
+  for field in dataclasses.fields(config):
+    value, name = getattr(config, field.name), f"{where}.{field.name}"
+    if dataclasses.is_dataclass(value):
+      result |= settings(value, name)
+    elif "path" not in field.metadata:
+      result[name] = repr(value)
+  return result
+
+
+def code() -> dict[str, str]:
+  """Facts about the code: the package's version and a checksum of each of its files."""
+  root = pathlib.Path(instructjax.__file__).parent
+  result = {"version of instructjax": instructjax.__version__}
+  for path in sorted(root.rglob("*.py")):
+    name = path.relative_to(root.parent).as_posix()
+    result[f"code {name}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:_HASH_LETTERS]
+  return result
+
+
+def libraries() -> dict[str, str]:
+  """Facts about the libraries: name -> version, of those that are installed."""
+  result = {"version of python": platform.python_version()}
+  for name in LIBRARIES:
+    try:
+      result[f"version of {name}"] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return result
+
+
+def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+  """Facts about variables and settings that change what is computed."""
+  result = {f"variable {name}": environ[name] for name in _VARIABLES if name in environ}
+  jax = sys.modules.get("jax")
+  known = jax.config.values if jax else {}
+  return result | {name: repr(known[name]) for name in _JAX_SETTINGS if name in known}
+
+
+def require_same(team: Team | None, name: str, facts: Mapping[str, str]):
+  """Compares the facts of all processes. All must call it, in the same order.
+
+  Args:
+    team: the processes; None for a run of one, which agrees with itself.
+    name: what is compared, in words.
+    facts: name -> value as text.
+  Raises:
+    UserError: in all processes: they differ. It names a process, what differs, and both values.
+  """
+  if team is None:
+    return
+  folder = f"facts/{name}"
+  team.put(folder, json.dumps(dict(facts)))
+  if team.process == 0:
+    verdict = difference(_all(team, folder, name))
+    team.put(f"verdict/{name}", json.dumps(verdict))
+  else:
+    verdict = json.loads(_from_first(team, f"verdict/{name}", name))
+  if verdict:
+    raise UserError(verdict)
+
+
+def _all(team: Team, folder: str, name: str) -> dict[int, dict[str, str]]:
+  """Waits until each process has said something in a folder."""
+  waiting = Waiting(time.monotonic())
+  while len(said := team.said(folder)) < team.num_processes:
+    _report(waiting, set(range(team.num_processes)) - said.keys(), team, name)
+    time.sleep(0.05)
+  return {number: json.loads(text) for number, text in said.items()}
+
+
+def _from_first(team: Team, folder: str, name: str) -> str:
+  """Waits for what process 0 says in a folder."""
+  waiting = Waiting(time.monotonic())
+  while 0 not in (said := team.said(folder)):
+    _report(waiting, {0}, team, name)
+    time.sleep(0.05)
+  return said[0]
+
+
+def _report(waiting: Waiting, missing: set[int], team: Team, name: str):
+  now = time.monotonic()
+  if waiting.is_due(now):
+    print(
+      f"process {team.process} waits for {numbers(missing)} of {team.num_processes}: {name}"
+      f" ({now - waiting.started:.0f} s)",
+      file=sys.stderr,
+      flush=True,
+    )
+
+
+def difference(facts: Mapping[int, Mapping[str, str]]) -> str:
+  """A line that names what differs between processes, or '' if nothing does.
+
+  Args:
+    facts: process -> its facts.
+  """
+  names = list(dict.fromkeys(name for own in facts.values() for name in own))
+  values = {name: {i: own.get(name, "none") for i, own in facts.items()} for name in names}
+  differing = [name for name in names if len(set(values[name].values())) > 1]
+  if not differing:
+    return ""
+  name = differing[0]
+  # What most processes have is taken for right, and of two process 0 has it.
+  by_number = [values[name][i] for i in sorted(facts)]
+  usual = max(dict.fromkeys(by_number), key=by_number.count)
+  others = [i for i in sorted(facts) if values[name][i] != usual]
+  model = next(i for i in sorted(facts) if values[name][i] == usual)
+  more = f"; {len(differing) - 1} more differ, as {differing[1]}" if differing[1:] else ""
+  return (
+    f"the processes of this run are not the same: {name} is {_short(values[name][others[0]])} on"
+    f" {numbers(others)} and {_short(usual)} on process {model}{more}. Start all with the same command, code,"
+    " libraries and data"
+  )
+
+
+def _short(value: str) -> str:
+  text = "".join(c if c.isprintable() else "?" for c in value)
+  return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+
+
+def require_one_workdir(team: Team | None, workdir: pathlib.Path):
+  """Checks that all processes see the same folder as workdir, under whatever path. All must call it.
+
+  Raises:
+    UserError: in all processes: some see another folder, or process 0 cannot write there.
+  """
+  if team is None:
+    return
+  marker, word = workdir / _MARKER, secrets.token_hex(8)
+  if team.process == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      marker.write_text(word)
+    except OSError as error:
+      word = f"{workdir} cannot be written: {error.strerror}"
+    team.put("marker", word)
+  else:
+    word = _from_first(team, "marker", "the workdir's owner")
+  seen = word if " " in word or _sees(marker, word) else "another folder"
+  try:
+    what = f"--workdir (as process 0 writes {marker.name} there)"
+    require_same(team, "workdirs", {what: seen})
+  finally:
+    if team.process == 0:
+      marker.unlink(missing_ok=True)
+  if " " in word:
+    raise UserError(word)
+
+
+def _sees(marker: pathlib.Path, word: str) -> bool:
+  deadline = time.monotonic() + _SHARED_SECONDS
+  while True:
+    try:
+      if marker.read_text() == word:
+        return True
+    except (OSError, ValueError):
+      pass
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)

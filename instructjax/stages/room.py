@@ -1,0 +1,142 @@
+"""Whether a run's arrays can fit in the memory that is there: a lower bound by arithmetic, before anything is built.
+
+It counts what each stage holds for certain: weights, gradients and the optimiser's state, the inputs of the layers that
+a backward pass needs, the keys and values of answers that are being sampled. So a run that it refuses cannot fit, and
+one that it passes may still not fit; `launch/plan.py` asks the compiler. Called by pipeline.py and launch/plan.py.
+Imports no JAX.
+"""
+
+import math
+import os
+import pathlib
+from collections.abc import Collection, Mapping
+
+from instructjax.core.config import Config, NetworkConfig
+from instructjax.core.errors import UserError
+from instructjax.core.stages import ROLES, STAGES
+from instructjax.stages import lineage
+
+_GIB = 2**30
+_FLOAT = 4  # bytes of a weight, and of each of the optimiser's two moments of it
+_TRAINED = 4 * _FLOAT  # weight, gradient, two moments
+_FROZEN = 2  # bytes of a weight that only scores, at least
+_LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
+
+
+def host_memory(limit: pathlib.Path = _LIMIT) -> float:
+  """Bytes of memory that this host, or the container around this process, has."""
+  total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  try:
+    return float(min(total, int(limit.read_text())))
+  except (OSError, ValueError):  # no container, or one without a limit ("max")
+    return float(total)
+
+
+def num_params(network: NetworkConfig, vocab_size: int) -> int:
+  """Weights of a network, without those of biases and norms."""
+  attention = 2 * network.d_model * network.head_dim * (network.num_heads + network.num_kv_heads)
+  matrices = 3 if network.mlp == "swiglu" else 2
+  layer = attention + matrices * network.d_model * network.d_mlp
+  rows = vocab_size * (1 if network.tie_embeddings else 2)
+  rows += network.max_length if network.position == "learned" else 0
+  return network.num_layers * layer + rows * network.d_model
+
+
+def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, float]:
+  """What a stage holds on each device for certain: what, with the settings that decide it -> bytes.
+
+  Args:
+    config: the run's config.
+    mesh: mesh axis -> devices.
+    stage: name of the stage.
+  """
+  row = STAGES[stage]
+  if row.role is None:
+    return {}
+  split_weights = mesh["fsdp"] * mesh["tensor"]
+  split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]
+  itemsize = 2 if config.execution.dtype == "bfloat16" else 4
+  cfg = lineage.variant(config, stage) if row.is_rl else getattr(config, row.block)
+  block, vocab = ROLES[row.role].block, config.tokenizer.vocab_size
+  network: NetworkConfig = getattr(config, block)
+  data = config.data
+  total = data.max_prompt_length + data.max_response_length
+  rows_of = lambda rows: math.ceil(rows / split_rows)
+  weights = num_params(network, vocab)
+  state = f"weights and optimiser (config.{block}.num_layers={network.num_layers}, d_model={network.d_model})"
+
+  def inputs(rows: float, length: int) -> float:
+    """Bytes of the inputs of all layers."""
+    per_token = network.num_layers * network.d_model * itemsize / mesh["tensor"]
+    return max(1.0, rows) * length * per_token
+
+  if not row.is_rl:
+    tokens = (cfg.batch_size, total if row.kind == "rm" else cfg.length)
+    names = f"config.{row.block}.batch_size={cfg.batch_size}, {tokens[1]} tokens a row"
+    answers = 1
+    if (
+      row.kind == "rm"
+    ):  # packed into rows, the answers need what they have of tokens: two of some, at least
+      answers, tokens = (
+        (cfg.max_responses, tokens) if not cfg.row_length else (2, (cfg.batch_size, 2))
+      )
+    return {
+      state: weights * _TRAINED / split_weights,
+      f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
+    }
+  reward = config.reward_model
+  others = num_params(reward, vocab) * (_TRAINED + _FROZEN) + weights * _FROZEN
+  decoding = rows_of(config.rollout.slots or cfg.batch_size)
+  keys = (
+    2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]
+  )
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  scored = rows_of(minibatch) if not cfg.packed_rows else 1
+  mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_chunks) if cfg.gamma else 0
+  return {
+    f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
+    f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
+      decoding * (total * keys + vocab * _FLOAT)
+    ),
+    f"a minibatch (config.{row.block}.batch_size={cfg.batch_size}, num_minibatches={cfg.num_minibatches})": max(
+      inputs(scored, total), inputs(mixed, cfg.ptx_length)
+    ),
+  }
+
+
+def require(
+  config: Config,
+  mesh: Mapping[str, int],
+  stages: Collection[str],
+  memory: float,
+  device: str,
+  share: int = 1,
+):
+  """Refuses a run of which a stage cannot fit.
+
+  Args:
+    config: the run's config.
+    mesh: mesh axis -> devices.
+    stages: the stages that are still to run.
+    memory: bytes of a device, or of a host whose devices share its memory.
+    device: what has that memory, for the message.
+    share: devices that share it.
+  Raises:
+    UserError: a stage needs more; it names the estimate, what is there, and the largest part.
+  """
+  if config.guard.memory == "ignore":
+    return
+  for stage in stages:
+    needs = parts(config, mesh, stage)
+    needed = share * sum(needs.values())
+    if needed > memory:
+      largest = max(needs, key=lambda name: needs[name])
+      raise UserError(
+        f"stage {stage} needs at least {_gib(needed)} of memory by estimate, and {device} has {_gib(memory)}; most of"
+        f" it is for {largest}: {_gib(share * needs[largest])}. Lower it, or use more devices;"
+        " --config.guard.memory=ignore tries all the same"
+      )
+
+
+def _gib(size: float) -> str:
+  return f"{size / _GIB:,.1f} GiB" if size < 1e6 * _GIB else f"{size / _GIB:.1e} GiB"

@@ -1,0 +1,63 @@
+"""The parent of a process: how it reports that its child was stopped, killed or told to stop."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from instructjax.parallel import supervisor
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHILD = """
+import os, signal, sys, time
+from instructjax.parallel import supervisor
+supervisor.SILENCE = 1
+supervisor.supervise()
+how = sys.argv[1]
+if how == "code":
+  os._exit(7)
+if how == "word":
+  supervisor.say_code(75)
+  os.abort()
+if how == "told":
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  print("ready", flush=True)
+  os.read(supervisor.ear(), 1) == bytes([signal.SIGTERM]) and os._exit(75)
+if how == "stopped, then told":
+  signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+  print("ready", flush=True)
+if how == "aborted":
+  os.abort()
+os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize(
+  "how, code, line",
+  [
+    ("code", 7, ""),
+    ("word", 75, ""),
+    ("told", 75, ""),
+    ("stopped", supervisor.LOST, "error: stopped by a signal for 1 s"),
+    ("stopped, then told", 75, ""),
+    ("aborted", supervisor.LOST, "error: another process of this run is gone"),
+    ("killed", 128 + signal.SIGKILL, "error: killed by SIGKILL"),
+  ],
+)
+def test_how_a_process_ends(how, code, line):
+  child = subprocess.Popen(
+    [sys.executable, "-c", CHILD, how],
+    cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  try:
+    if "told" in how:
+      assert child.stdout.readline() == "ready\n"
+      child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=30)
+  finally:
+    child.kill()
+  assert child.returncode == code
+  assert said.startswith(line) and len(said.splitlines()) == (1 if line else 0)

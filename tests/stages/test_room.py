@@ -1,0 +1,114 @@
+"""The lower bound of a run's memory: numbers worked out by hand, what is refused, and what is not."""
+
+import dataclasses
+import time
+
+import pytest
+
+from configs import models
+from instructjax.core.config import from_config_dict
+from instructjax.core.errors import UserError
+from instructjax.core.stages import TARGETS
+from instructjax.stages import lineage, room
+from tests.core.plain import changed
+
+ONE = {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
+GIB = 2**30
+
+
+def config(**changes):
+  return from_config_dict(changed(**changes))
+
+
+def small(**changes):
+  """A network of 2 layers: d = 4, 2 heads and 1 of keys of 3, MLP of 8, 10 words, rotary positions."""
+  block = dict(
+    num_layers=2, d_model=4, num_heads=2, num_kv_heads=1, head_dim=3, d_mlp=8, position="rope",
+    mlp="gelu", tie_embeddings=True,
+  )  # fmt: skip
+  return dataclasses.replace(config().model.network, **block | changes)
+
+
+@pytest.mark.parametrize(
+  "changes, expected",
+  [
+    # A layer: q 4*6, k and v 2*4*3, o 6*4, MLP 2*4*8; two of them, and 10 rows of 4.
+    ({}, 2 * (24 + 24 + 24 + 64) + 40),
+    ({"mlp": "swiglu"}, 2 * (24 + 24 + 24 + 96) + 40),
+    ({"tie_embeddings": False}, 2 * 136 + 80),
+    ({"position": "learned", "max_length": 5}, 2 * 136 + 40 + 20),
+  ],
+)
+def test_weights_are_counted(changes, expected):
+  assert room.num_params(small(**changes), 10) == expected
+
+
+def test_weights_are_split_over_fsdp_and_tensor_and_rows_over_data_and_fsdp():
+  cfg = config(execution__dtype="float32")
+  state, batch = room.parts(cfg, ONE, "pretrain").values()
+  assert state == 16 * room.num_params(cfg.model.network, cfg.tokenizer.vocab_size)
+  rows, length = cfg.pretrain.batch_size, cfg.pretrain.length
+  assert batch == rows * length * cfg.model.num_layers * cfg.model.d_model * 4
+  split = ONE | {"data": 2, "fsdp": 2, "tensor": 2}
+  assert list(room.parts(cfg, split, "pretrain").values()) == [state / 4, batch / 8]
+
+
+@pytest.mark.parametrize("stage", TARGETS)
+def test_the_default_preset_needs_little(stage):
+  cfg = config(stage=stage)
+  room.require(cfg, ONE, lineage.plan(cfg), 1 * GIB, "this machine")
+
+
+@pytest.mark.parametrize(
+  "changes, named",
+  [
+    ({"pretrain__batch_size": 10**9}, "pretrain.batch_size=1000000000"),
+    ({"sft__batch_size": 10**9}, "sft.batch_size=1000000000"),
+    ({"rm__batch_size": 10**9}, "rm.batch_size=1000000000"),
+    ({"ppo__batch_size": 10**9, "ppo__num_minibatches": 1000}, "ppo.batch_size=1000000000"),
+    ({"model__num_layers": 10**6, "model__d_model": 4096}, "model.num_layers=1000000"),
+    ({"reward_model__d_mlp": 2**30}, "reward_model"),
+    ({"tokenizer__vocab_size": 2**31 - 1}, "model.num_layers"),
+  ],
+)
+def test_what_cannot_fit_is_refused_at_once(changes, named):
+  cfg = config(stage="ppo_ptx", **changes)
+  began = time.monotonic()
+  with pytest.raises(UserError) as refused:
+    room.require(cfg, ONE, lineage.plan(cfg), 1000 * GIB, "this machine")
+  assert time.monotonic() - began < 1
+  line = str(refused.value)
+  assert (
+    named in line and "this machine has 1,000.0 GiB" in line and "GiB of memory by estimate" in line
+  )
+
+
+def test_it_can_be_tried_all_the_same():
+  cfg = config(stage="pretrain", pretrain__batch_size=10**9, guard__memory="ignore")
+  room.require(cfg, ONE, ["pretrain"], 1.0, "this machine")
+
+
+def test_devices_of_one_host_share_its_memory():
+  cfg = config(stage="pretrain")
+  needed = sum(room.parts(cfg, ONE, "pretrain").values())
+  room.require(cfg, ONE, ["pretrain"], 1.5 * needed, "this machine")
+  with pytest.raises(UserError):
+    room.require(cfg, ONE, ["pretrain"], 1.5 * needed, "this machine", share=2)
+
+
+def test_a_containers_limit_counts(tmp_path):
+  limit = tmp_path / "memory.max"
+  whole = room.host_memory(limit)
+  assert whole > 2**28
+  limit.write_text("1048576\n")
+  assert room.host_memory(limit) == 2**20
+  limit.write_text("max\n")
+  assert room.host_memory(limit) == whole
+
+
+@pytest.mark.parametrize("preset", ["gpt3_175b", "llama3_8b"])
+def test_large_presets_fit_the_pods_that_they_are_made_for(preset):
+  cfg = from_config_dict(models.get("ppo_ptx", preset)) if preset in models.PRESETS else None
+  if cfg is None:
+    pytest.skip(f"there is no preset {preset}")
+  room.require(cfg, ONE | {"fsdp": 1024}, lineage.plan(cfg), 31 * GIB, "a chip")

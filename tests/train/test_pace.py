@@ -1,0 +1,58 @@
+"""Seconds a step of each process: whom the others wait for."""
+
+import time
+
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+
+from instructjax.train import pace
+
+
+def test_the_late_one_is_slow_and_those_who_wait_for_it_are_not():
+  # Steps of 1 s. Process 1 draws its batch for .5 s, in which the devices of 0 and 2 wait for its devices.
+  own, waited = np.array([0.1, 0.5, 0.1]), np.array([0.9, 0.5, 0.9])
+  assert pace.seconds_alone(own, waited) == [0.6, 1.0, 0.6]
+
+
+@pytest.mark.parametrize(
+  "seconds, process",
+  [
+    ([0.6, 1.0, 0.6], 1),
+    ([1.0, 1.2], None),
+    ([1.0, 1.3], 1),
+    ([0.001, 0.003], None),  # the time of a line on the terminal
+    ([], None),
+  ],
+)
+def test_slowest(seconds, process):
+  assert pace.slowest(seconds) == process
+
+
+def test_the_line():
+  line = pace.slow_message("sft", [0.6, 1.0, 0.6], 1)
+  assert line.startswith("sft: process 1 is the slowest: 1 s a step, the median is 0.6 s")
+
+
+def test_own_work_and_waits_are_told_apart(monkeypatch):
+  gathered = []
+  monkeypatch.setattr(pace.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    multihost_utils, "process_allgather", lambda x: gathered.append(x) or np.stack([x, x])
+  )
+  speed = pace.Pace()
+  for _ in range(2):
+    time.sleep(0.05)
+    with speed.waiting():
+      time.sleep(0.1)
+    speed.step()
+  with speed.beside(), speed.waiting():
+    time.sleep(0.2)
+  seconds = speed.gather()
+  own, waited = gathered[0]
+  assert own == pytest.approx(0.05, abs=0.04) and waited == pytest.approx(0.1, abs=0.04)
+  assert seconds == pytest.approx([own + waited] * 2, rel=1e-3)
+
+
+def test_one_process_compares_itself_with_nobody():
+  assert pace.Pace().gather() == []
