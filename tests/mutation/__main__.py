@@ -29,6 +29,7 @@ from tests.mutation.survivors import REASONS
 
 ROOT = pathlib.Path(__file__).parents[2]
 COPIED = ("benchmarks", "configs", "docs", "instructjax", "launch", "tests", "setup.cfg")
+ASLEEP = 20  # a process that still does something takes a second of processor time in so many
 TARGET = 0.95  # share that must be killed
 STATUS = {
   0: "survived",
