@@ -63,7 +63,7 @@ class HuggingFaceTokenizer:
     bos_id, eos_id = (self._find(tokenizer, token) for token in (special.bos, special.eos))
     if eos_id is None:
       raise UserError(f"tokenizer.path={str(path)!r} has no end-of-sequence token")
-    starts = _starts(tokenizer)
+    starts = _starts(tokenizer, path)
     if len(starts) > 1:
       raise UserError(
         f"tokenizer.path={str(path)!r} must begin a text with one token, has {len(starts)}"
@@ -289,7 +289,7 @@ def _add(tokenizer: "tokenizers.Tokenizer", special: SpecialTokens, path: pathli
         continue
       if exists and not is_end and not controls.looks_like_markup(token.content):
         continue  # a word that also serves as the pad token; to mark it would cut the words around it
-      new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+      new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
       if not exists and special.rows is not None and new_id >= special.rows:
         logger.warning(
           "%s: %s is not used: the model has no row for it", path, quote(token.content)
@@ -322,9 +322,15 @@ def _token(tokenizer: "tokenizers.Tokenizer", token_id: int) -> str:
   return text
 
 
-def _starts(tokenizer: "tokenizers.Tokenizer") -> list[int]:
-  """The ids that the post-processor puts before a text."""
+def _starts(tokenizer: "tokenizers.Tokenizer", path: pathlib.Path) -> list[int]:
+  """The ids that the post-processor puts before a text.
+
+  Raises:
+    UserError: it does not keep the text.
+  """
   plain, full = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+  if plain and plain[0] not in full:
+    raise UserError(f"tokenizer.path={str(path)!r}: its post_processor leaves out the text")
   return full[: full.index(plain[0])] if plain else []
 
 
