@@ -63,7 +63,7 @@ class HuggingFaceTokenizer:
     bos_id, eos_id = (self._find(tokenizer, token) for token in (special.bos, special.eos))
     if eos_id is None:
       raise UserError(f"tokenizer.path={str(path)!r} has no end-of-sequence token")
-    starts = _starts(tokenizer, path)
+    starts = _starts(tokenizer)
     if len(starts) > 1:
       raise UserError(
         f"tokenizer.path={str(path)!r} must begin a text with one token, has {len(starts)}"
@@ -322,15 +322,9 @@ def _token(tokenizer: "tokenizers.Tokenizer", token_id: int) -> str:
   return text
 
 
-def _starts(tokenizer: "tokenizers.Tokenizer", path: pathlib.Path) -> list[int]:
-  """The ids that the post-processor puts before a text.
-
-  Raises:
-    UserError: it does not keep the text.
-  """
+def _starts(tokenizer: "tokenizers.Tokenizer") -> list[int]:
+  """The ids that the post-processor puts before a text."""
   plain, full = (tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
-  if plain and plain[0] not in full:
-    raise UserError(f"tokenizer.path={str(path)!r}: its post_processor leaves out the text")
   return full[: full.index(plain[0])] if plain else []
 
 
