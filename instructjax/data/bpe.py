@@ -295,7 +295,7 @@ def _add(tokenizer: "tokenizers.Tokenizer", special: SpecialTokens, path: pathli
         continue
       if exists and not is_end and not controls.looks_like_markup(token.content):
         continue  # a word that also serves as the pad token; to mark it would cut the words around it
-      new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+      new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
       if not exists and special.rows is not None and new_id >= special.rows:
         logger.warning(
           "%s: %s is not used: the model has no row for it", path, quote(token.content)

@@ -213,6 +213,9 @@ class SentencePieceTokenizer:
     self._prompt_pattern = sentencepiece_file.token_pattern(self._special_ids, self.added)
     unmarked = [i for i in found if i < self._num_pieces and kinds[i] != sentencepiece_file.CONTROL]
     if unmarked:
+      # Texts are encoded differently without them.
+      changed = f"{self.fingerprint} {sorted(unmarked)}"
+      self.fingerprint = hashlib.sha256(changed.encode()).hexdigest()
       self._texts = sentencepiece_file.without(self._where, self.model, unmarked)
 
   def encode(self, text: str) -> list[int]:

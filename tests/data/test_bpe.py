@@ -280,6 +280,10 @@ def test_special_tokens_that_do_not_fit_are_refused(raw, folder, tmp_path):
     single=f"{START} {END} $A", pair="$A $B", special_tokens=[(START, 0), (END, 1)]
   )
   refuse(folder(raw), "must begin a text with one token, has 2")
+  raw.post_processor = processors.TemplateProcessing(
+    single=START, pair="$A $B", special_tokens=[(START, 0)]
+  )
+  refuse(folder(raw), "loses capitals, spaces or newlines")  # it leaves out the text
 
 
 def test_a_tokenizer_that_loses_text_is_refused(raw, folder):
