@@ -99,6 +99,12 @@ def test_a_row_that_does_not_hold_together_is_refused(row, reason):
     convert(**row)
 
 
+def test_a_dialogue_that_the_human_ends_is_no_prompt_either():
+  ended = ASKED + " Ho.\n\nHuman: Why?"
+  with pytest.raises(BadRecord, match="'chosen' must end in the assistant's answer"):
+    convert("prompts", chosen=ended, rejected=ended)
+
+
 def test_what_a_dialogue_is():
   assert dialogues.is_dialogue(ASKED) and dialogues.is_dialogue(ASKED.replace("\n", "\r\n"))
   assert not dialogues.is_dialogue("Assistant: a") and not dialogues.is_dialogue(None)

@@ -277,3 +277,89 @@ def test_errors_never_hold_the_text():
     with pytest.raises(BadRecord) as error:
       parse_record("comparisons", obj, HERE)
     assert "SLUR" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("kind", "obj", "expected"),
+  [
+    (
+      "comparisons",
+      {"prompt": "p", "chosen": "a", "rejected": "b", "responses": None, "ranks": None},
+      Ranking("p", ("a", "b"), (1, 2)),
+    ),
+    ("demonstrations", {"prompt": "p", "response": "r", "messages": None}, Demonstration("p", "r")),
+    ("prompts", {"prompt": "p", "messages": None}, Prompt("p")),
+  ],
+)
+def test_a_null_is_an_absent_key(kind, obj, expected):
+  assert parse_record(kind, obj, HERE) == expected
+
+
+@pytest.mark.parametrize(
+  ("ranks", "expected"),
+  [
+    ([1, 10**11], (1, 2)),  # beyond int32: the places
+    ([2**31, 5, 2**31], (2, 1, 2)),
+    ([10**400, 10**399, 1], (3, 2, 1)),
+    ([1, 2**31 - 1], (1, 2**31 - 1)),
+    ([2.0, 1.0], (2, 1)),
+  ],
+)
+def test_ranks_fit_a_batch_and_keep_their_order(ranks, expected):
+  obj = {"prompt": "p", "responses": ["a"] * len(ranks), "ranks": ranks}
+  found = parse_record("comparisons", obj, HERE).ranks
+  assert found == expected and all(type(rank) is int for rank in found)
+
+
+def test_the_number_of_an_annotator_is_a_labeler():
+  obj = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "labeler": 2**70}
+  assert parse_record("comparisons", obj, HERE).labeler == "1180591620717411303424"
+  with pytest.raises(BadRecord, match="'labeler' is a number of too many digits"):
+    parse_record("comparisons", obj | {"labeler": 10**5000}, HERE)
+
+
+@pytest.mark.parametrize(
+  ("prompt", "chosen", "rejected", "expected"),
+  [
+    # Both are whole texts.
+    ("Q: Hi\n", "Q: Hi\nA: Ho", "Q: Hi\nA: No", ("A: Ho", "A: No")),
+    ("Q: Hi\nA:", "Q: Hi\nA: Ho", "Q: Hi\nA: No", (" Ho", " No")),
+    ("Assistant:", "Assistant: Ho", "Assistant: No", (" Ho", " No")),
+    ("Name a colour.", "Name a colour. Blue.", "Name a colour. No.", (" Blue.", " No.")),
+    # Answers that happen to begin with a short prompt, or one of which repeats it.
+    ("Hi", "Hi, you!", "Hi.", ("Hi, you!", "Hi.")),
+    ("xAssistant:", "xAssistant: Ho", "xAssistant: No", ("xAssistant: Ho", "xAssistant: No")),
+    ("How are you", "How are yours?", "How are you?", ("How are yours?", "How are you?")),
+    ("Name a colour.\n", "Name a colour.\nBlue.", "No.", ("Name a colour.\nBlue.", "No.")),
+  ],
+)
+def test_a_prompt_that_is_repeated_in_both_answers_is_not_doubled(
+  prompt, chosen, rejected, expected
+):
+  obj = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+  assert parse_record("comparisons", obj, HERE) == Ranking(prompt, expected, (1, 2))
+
+
+def test_a_prompt_that_is_repeated_in_a_demonstration_is_not_doubled():
+  for prompt, response, expected in (
+    ("Q: Hi\n", "Q: Hi\nHo", "Ho"),
+    ("Hi", "Hi there", "Hi there"),
+  ):
+    obj = {"prompt": prompt, "response": response}
+    assert parse_record("demonstrations", obj, HERE) == Demonstration(prompt, expected)
+  with pytest.raises(BadRecord, match="'response' is empty"):
+    parse_record("demonstrations", {"prompt": "Q: Hi\n", "response": "Q: Hi\n"}, HERE)
+
+
+def test_a_chat_prompt_that_is_repeated_in_its_answers_is_not_doubled():
+  whole = [ASK, ANSWER]
+  (asked,) = [Chat((("user", ASK["content"]),))]
+  text = ANSWER["content"]
+  assert parse_record(
+    "demonstrations", {"prompt": [ASK], "response": whole}, HERE
+  ) == Demonstration(asked, text)
+  obj = {"prompt": [ASK], "chosen": whole, "rejected": "No."}
+  assert parse_record("comparisons", obj, HERE) == Ranking(asked, (text, "No."), (1, 2))
+  other = [{**ASK, "content": "other"}, ANSWER]
+  with pytest.raises(BadRecord, match="'prompt' is not what 'chosen' answers"):
+    parse_record("comparisons", obj | {"chosen": other}, HERE)
