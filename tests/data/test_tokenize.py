@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from instructjax.core.errors import UserError
 from instructjax.data.controls import Rendered
 from instructjax.data.records import Demonstration, Prompt, Ranking
 from instructjax.data.tokenize import (
@@ -88,3 +89,16 @@ def test_only_what_a_template_made_holds_control_tokens(caplog):
 def test_nothing_short_enough_is_an_error():
   with pytest.raises(ValueError, match="prompts: every record is too long .long_prompts=1.; raise"):
     tokenize_prompts([Prompt("abcd")], LetterTokenizer(), max_prompt_length=3)
+
+
+def test_one_kind_of_length_alone_is_told_and_refused_too(caplog):
+  """Long answers under short prompts, and nothing at all where everything fits."""
+  limits = {"max_prompt_length": 2, "max_response_length": 3}
+  short, long = Demonstration("ab", "cd"), Demonstration("ab", "cde")
+  with caplog.at_level(logging.WARNING):
+    tokenize_demonstrations([short, long], LetterTokenizer(), **limits)
+    tokenize_demonstrations([short], LetterTokenizer(), **limits)
+  said = "demonstrations: kept 1; left out for length: long_prompts=0, long_responses=1"
+  assert caplog.messages == [said]
+  with pytest.raises(UserError, match="every record is too long .long_prompts=0, long_responses=1"):
+    tokenize_demonstrations([long], LetterTokenizer(), **limits)

@@ -33,266 +33,12 @@ def weights(nets, random_params):
   return episodes.make_weights(nets, random_params)
 
 
-def pretraining_rows(num_rows):
-  """Rows with weights of 0 among them, and unlike in number, so that mean and sum differ."""
-  rng = np.random.default_rng(2)
-  stop_B1 = rng.integers(3, LENGTH + 1, (num_rows, 1))
-  column_BL = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (num_rows, LENGTH))
-  is_token_BL = column_BL < stop_B1
-  token_BL = np.where(is_token_BL, rng.integers(0, VOCAB, (num_rows, LENGTH)), VOCAB)
-  weight_BL = (is_token_BL & (column_BL > 0)).astype(np.float32)
-  return PackedBatch(token_BL.astype(np.int32), is_token_BL.astype(np.int32), column_BL, weight_BL)
-
-
-def plain_logprob(nets, params, token_BL, is_token_BL, temperature):
-  """log p of each token after the first, without our ops."""
-  position_BL = jnp.cumsum(is_token_BL, axis=1) - is_token_BL
-  logits_BTV = models.apply(
-    nets.policy, params, token_BL, segment_BL=is_token_BL.astype(jnp.int32), position_BL=position_BL
-  )[:, :-1]
-  target_BT = jnp.where(is_token_BL, token_BL, 0)[:, 1:]
-  logprob_BTV = jax.nn.log_softmax(logits_BTV / temperature)
-  return jnp.take_along_axis(logprob_BTV, target_BT[..., None], axis=-1)[..., 0]
-
-
 GAMMA, CLIP_NORM = 0.7, 0.05
-
-
-@pytest.fixture(scope="module")
-def gradients(quick_jit, nets, weights, ppo_config):
-  """Gradients of eq. 2 as the step takes them, and jax.grad of its two terms written out anew."""
-  batch = episodes.make_experience()
-  is_token_BL = batch.segment_BL > 0
-  text = pretraining_rows(4 * ROWS)
-  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4, ptx_chunks=4)
-  clipped = dataclasses.replace(step.policy_optim, clip_norm=CLIP_NORM)
-  cases = {
-    "ppo": (step, None),
-    "mean": (step, text),
-    "one chunk": (dataclasses.replace(step, ptx_chunks=1), text),
-    "sum": (dataclasses.replace(step, ptx_reduction="sum"), text),
-    "gamma 0": (dataclasses.replace(step, gamma=0.0), text),
-    "clipped": (dataclasses.replace(step, policy_optim=clipped), text),
-  }
-
-  def surrogate(params):
-    logprob_BR = plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
-    ratio_BR = jnp.exp(logprob_BR - batch.behaviour_logprob_BR)
-    gain_BR = jnp.minimum(
-      ratio_BR * batch.advantage_BR, jnp.clip(ratio_BR, 0.8, 1.2) * batch.advantage_BR
-    )
-    return -jnp.sum(jnp.where(batch.is_actor_BR, gain_BR, 0)) / batch.is_actor_BR.sum()
-
-  def sum_nll(params):
-    logprob_BT = plain_logprob(nets, params, text.token_BL, text.segment_BL > 0, 1.0)
-    return -jnp.sum(jnp.where(text.weight_BL[:, 1:] > 0, logprob_BT, 0))
-
-  def everything(params):
-    taken = {
-      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), params, batch, ptx)
-      for name, (cfg, ptx) in cases.items()
-    }
-    return taken, jax.grad(surrogate)(params), jax.value_and_grad(sum_nll)(params)
-
-  taken, ppo_grads, (nll, lm_grads) = quick_jit(everything)(weights[0])
-  return taken, ppo_grads, nll, lm_grads, text.weight_BL.sum(), 4 * ROWS
 
 
 def assert_trees_close(got, expected, tolerance=1e-5):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=tolerance), got, expected
-  )
-
-
-def test_details_34_gradient_is_that_of_equation_2(gradients):
-  taken, ppo_grads, nll, lm_grads, weight, _ = gradients
-  assert_trees_close(taken["ppo"][0], ppo_grads)
-  np.testing.assert_allclose(
-    taken["ppo"][1]["update_waste"], 1 - 29 / 48
-  )  # 29 tokens in 6 x 8 cells
-  expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / weight, ppo_grads, lm_grads)
-  assert_trees_close(taken["mean"][0], expected)
-  np.testing.assert_allclose(taken["mean"][1]["ptx_loss"], nll / weight, rtol=1e-5)
-  size = lambda tree: float(optax.tree.norm(tree))
-  assert size(ppo_grads) > 0.1 and GAMMA * size(lm_grads) / weight > 0.1  # neither term is idle
-  np.testing.assert_allclose(
-    taken["mean"][1]["ptx_grad_norm"], GAMMA * size(lm_grads) / weight, rtol=1e-4
-  )
-
-
-def test_sum_reduction_sums_over_tokens_and_averages_over_rows(gradients):
-  taken, ppo_grads, nll, lm_grads, _, num_rows = gradients
-  expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / num_rows, ppo_grads, lm_grads)
-  assert_trees_close(taken["sum"][0], expected)
-  np.testing.assert_allclose(taken["sum"][1]["ptx_loss"], nll / num_rows, rtol=1e-5)
-
-
-def test_accumulated_chunks_are_one_big_batch(gradients):
-  taken = gradients[0]
-  assert_trees_close(taken["mean"], taken["one chunk"], 1e-6)
-
-
-def test_details_34_gamma_0_adds_nothing_to_any_bit(gradients):
-  taken = gradients[0]
-  jax.tree.map(np.testing.assert_array_equal, taken["gamma 0"][0], taken["ppo"][0])
-
-
-def test_each_term_is_clipped_alone_before_gamma(gradients):
-  taken, ppo_grads, _, lm_grads, weight, _ = gradients
-  clip = lambda tree: jax.tree.map(lambda g: g * CLIP_NORM / optax.tree.norm(tree), tree)
-  expected = jax.tree.map(lambda g, lm: g + GAMMA * lm, clip(ppo_grads), clip(lm_grads))
-  assert_trees_close(taken["clipped"][0], expected)
-  for name in ("policy_grad_norm", "ptx_grad_norm"):  # logged as they were
-    np.testing.assert_allclose(taken["clipped"][1][name], taken["mean"][1][name], rtol=1e-5)
-
-
-def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
-  nets, ppo_config, monkeypatch
-):
-  """And beside each minibatch stand the pretraining rows that are its share, all of them used."""
-  cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
-  visits, weights = [], {"w": jnp.zeros(())}
-
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
-    visits.append((batch.token_BL[:, 0].tolist(), ptx.token_BL[:, 0].tolist()))
-    return params, {"ratio_max": jnp.float32(1)}
-
-  def value_loss(nets, cfg, params, batch):
-    return params["w"], {"clip_fraction": 0.0}
-
-  monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
-  monkeypatch.setattr(ppo_step, "value_loss", value_loss)
-  episode_B1 = jnp.arange(8)[:, None]
-  experience = Experience(*[episode_B1] * len(dataclasses.fields(Experience)))
-  ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
-  state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
-  with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
-    ppo_step.update(nets, cfg, rows.padded(), state, experience, ptx, jax.random.key(0))
-  epochs = [sum((index for index, _ in visits[i : i + 2]), []) for i in (0, 2, 4)]
-  assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
-  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-  assert [share for _, share in visits] == [list(range(8)), list(range(8, 16))] * 3
-
-
-# --- one update of both networks ------------------------------------------------------------------
-
-POLICY_RATE, VALUE_RATE = 1.0, 0.5
-
-
-def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
-  """`update` with gradients in place of the policy's and the value's that only report; metrics of all minibatches."""
-  cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
-  script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
-
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
-    ratio = jnp.float32(next(script))
-    return params, {"ratio_max": ratio, "approx_kl": ratio}
-
-  monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
-  monkeypatch.setattr(
-    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
-  )
-  experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
-  state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
-  with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
-    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
-
-
-def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
-  nets, ppo_config, monkeypatch
-):
-  metrics = scripted_update(nets, ppo_config, monkeypatch, [1.5, 3.0, 1.5])
-  assert (metrics["ratio_max"], metrics["approx_kl"], metrics["first_ratio_max"]) == (3, 2, 1.5)
-
-
-@pytest.fixture(scope="module")
-def updates(quick_jit, nets, weights, ppo_config):
-  """Steps of both networks by plain gradient descent on all episodes, and the value's gradient written out anew."""
-  policy_params, value_params, _ = weights
-  batch = jax.tree.map(jnp.asarray, episodes.make_experience())
-  nets = dataclasses.replace(nets, policy_tx=optax.sgd(POLICY_RATE), value_tx=optax.sgd(VALUE_RATE))
-  plain = dataclasses.replace(ppo_config, num_minibatches=1, num_epochs=1, clip=0.2, value_clip=0.7)
-  narrow = dataclasses.replace(plain.value_optim, clip_norm=CLIP_NORM)
-  cases = {
-    "plain": plain,
-    "other clip": dataclasses.replace(plain, clip=0.5),
-    "value unclipped": dataclasses.replace(plain, value_clip=None),
-    "value's norm": dataclasses.replace(plain, value_optim=narrow),
-    "policy's norm": dataclasses.replace(plain, policy_optim=narrow),
-  }
-  is_token_BL = batch.segment_BL > 0
-  position_BL = jnp.cumsum(is_token_BL, axis=1) - is_token_BL
-
-  def value_loss(clip, params):
-    value_BL = models.apply(
-      nets.scalar,
-      params,
-      batch.token_BL,
-      segment_BL=batch.segment_BL,
-      position_BL=position_BL,
-    )
-    value_BR = value_BL[:, PROMPT - 1 : LENGTH - 1]  # before each token
-    near_BR = jnp.clip(value_BR, batch.value_BR - clip, batch.value_BR + clip)
-    loss_BR = jnp.maximum((value_BR - batch.return_BR) ** 2, (near_BR - batch.return_BR) ** 2)
-    return jnp.sum(jnp.where(batch.is_response_BR, loss_BR, 0)) / batch.is_response_BR.sum() / 2
-
-  def everything(policy_params, value_params):
-    moved = {}
-    for name, cfg in cases.items():
-      state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
-      after, metrics = ppo_step.update(
-        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
-      )
-      change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
-      moved[name] = (
-        change(after.params, policy_params),
-        change(after.value_params, value_params),
-        metrics,
-      )
-    grad = lambda clip: jax.value_and_grad(functools.partial(value_loss, clip))(value_params)
-    return moved, grad(0.7), grad(np.inf)
-
-  return quick_jit(everything)(policy_params, value_params)
-
-
-def times(factor, tree):
-  return jax.tree.map(lambda x: factor * x, tree)
-
-
-def test_the_value_network_learns_the_returns_of_all_responses(updates):
-  """Not advantages, not the actor's tokens only, by its own clip and rate."""
-  moved, (loss, grads), (unclipped_loss, unclipped) = updates
-  assert_trees_close(moved["plain"][1], times(VALUE_RATE, grads))
-  assert_trees_close(moved["value unclipped"][1], times(VALUE_RATE, unclipped))
-  np.testing.assert_allclose(moved["plain"][2]["value_loss"], loss, rtol=1e-5)
-  np.testing.assert_allclose(moved["value unclipped"][2]["value_loss"], unclipped_loss, rtol=1e-5)
-  assert loss > 1.01 * unclipped_loss  # the clip is at work
-  size = float(optax.tree.norm(grads))
-  np.testing.assert_allclose(moved["plain"][2]["value_grad_norm"], size, rtol=1e-4)
-  assert 0 < moved["plain"][2]["value_clip_fraction"] < 1
-  assert moved["value unclipped"][2]["value_clip_fraction"] == 0
-
-
-def test_the_policys_clip_and_the_values_change_one_network_each(updates):
-  moved = updates[0]
-  assert_trees_close(moved["other clip"][1], moved["plain"][1], 1e-7)
-  assert_trees_close(moved["value unclipped"][0], moved["plain"][0], 1e-7)
-  with pytest.raises(AssertionError):
-    assert_trees_close(moved["other clip"][0], moved["plain"][0])
-
-
-def test_each_networks_gradient_is_clipped_by_its_own_norm(updates):
-  moved, (_, grads), _ = updates
-  size = optax.tree.norm(grads)
-  assert size > 4 * CLIP_NORM
-  assert_trees_close(moved["value's norm"][1], times(VALUE_RATE * CLIP_NORM / size, grads))
-  assert_trees_close(moved["value's norm"][0], moved["plain"][0], 1e-7)
-  np.testing.assert_allclose(  # logged as it was
-    moved["value's norm"][2]["value_grad_norm"], size, rtol=1e-4
-  )
-  assert_trees_close(moved["policy's norm"][1], moved["plain"][1], 1e-7)
-  np.testing.assert_allclose(
-    optax.tree.norm(moved["policy's norm"][0]), POLICY_RATE * CLIP_NORM, rtol=1e-4
   )
 
 
@@ -408,3 +154,251 @@ def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, p
   assert state is shardings and metrics == whole
   assert samples.score_B == samples.rollout.token_BL == split
   assert samples.rollout.num_steps == samples.rollout.slot_steps == whole
+
+
+def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
+  nets, ppo_config, monkeypatch
+):
+  """And beside each minibatch stand the pretraining rows that are its share, all of them used."""
+  cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
+  visits, weights = [], {"w": jnp.zeros(())}
+
+  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+    visits.append((batch.token_BL[:, 0].tolist(), ptx.token_BL[:, 0].tolist()))
+    return params, {"ratio_max": jnp.float32(1)}
+
+  def value_loss(nets, cfg, params, batch):
+    return params["w"], {"clip_fraction": 0.0}
+
+  monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
+  monkeypatch.setattr(ppo_step, "value_loss", value_loss)
+  episode_B1 = jnp.arange(8)[:, None]
+  experience = Experience(*[episode_B1] * len(dataclasses.fields(Experience)))
+  ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
+  state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
+  with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
+    ppo_step.update(nets, cfg, rows.padded(), state, experience, ptx, jax.random.key(0))
+  epochs = [sum((index for index, _ in visits[i : i + 2]), []) for i in (0, 2, 4)]
+  assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
+  assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+  assert [share for _, share in visits] == [list(range(8)), list(range(8, 16))] * 3
+
+
+# --- one update of both networks ------------------------------------------------------------------
+
+POLICY_RATE, VALUE_RATE = 1.0, 0.5
+
+
+def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
+  """`update` with gradients in place of the policy's and the value's that only report; metrics of all minibatches."""
+  cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
+  script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
+
+  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+    ratio = jnp.float32(next(script))
+    return params, {"ratio_max": ratio, "approx_kl": ratio}
+
+  monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
+  monkeypatch.setattr(
+    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
+  )
+  experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
+  state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
+  with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
+    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
+
+
+def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
+  nets, ppo_config, monkeypatch
+):
+  metrics = scripted_update(nets, ppo_config, monkeypatch, [1.5, 3.0, 1.5])
+  assert (metrics["ratio_max"], metrics["approx_kl"], metrics["first_ratio_max"]) == (3, 2, 1.5)
+
+
+@pytest.fixture(scope="module")
+def updates(quick_jit, nets, weights, ppo_config):
+  """Steps of both networks by plain gradient descent on all episodes, and the value's gradient written out anew."""
+  policy_params, value_params, _ = weights
+  batch = jax.tree.map(jnp.asarray, episodes.make_experience())
+  nets = dataclasses.replace(nets, policy_tx=optax.sgd(POLICY_RATE), value_tx=optax.sgd(VALUE_RATE))
+  plain = dataclasses.replace(ppo_config, num_minibatches=1, num_epochs=1, clip=0.2, value_clip=0.7)
+  narrow = dataclasses.replace(plain.value_optim, clip_norm=CLIP_NORM)
+  cases = {
+    "plain": plain,
+    "policy": dataclasses.replace(plain, clip=0.5, value_optim=narrow),
+    "value": dataclasses.replace(plain, value_clip=None, policy_optim=narrow),
+  }
+  is_token_BL = batch.segment_BL > 0
+  position_BL = jnp.cumsum(is_token_BL, axis=1) - is_token_BL
+
+  def value_loss(clip, params):
+    value_BL = models.apply(
+      nets.scalar,
+      params,
+      batch.token_BL,
+      segment_BL=batch.segment_BL,
+      position_BL=position_BL,
+    )
+    value_BR = value_BL[:, PROMPT - 1 : LENGTH - 1]  # before each token
+    near_BR = jnp.clip(value_BR, batch.value_BR - clip, batch.value_BR + clip)
+    loss_BR = jnp.maximum((value_BR - batch.return_BR) ** 2, (near_BR - batch.return_BR) ** 2)
+    return jnp.sum(jnp.where(batch.is_response_BR, loss_BR, 0)) / batch.is_response_BR.sum() / 2
+
+  def everything(policy_params, value_params):
+    moved = {}
+    for name, cfg in cases.items():
+      state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
+      after, metrics = ppo_step.update(
+        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
+      )
+      change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
+      moved[name] = (
+        change(after.params, policy_params),
+        change(after.value_params, value_params),
+        metrics,
+      )
+    grad = lambda clip: jax.value_and_grad(functools.partial(value_loss, clip))(value_params)
+    return moved, grad(0.7), grad(np.inf)
+
+  return quick_jit(everything)(policy_params, value_params)
+
+
+def times(factor, tree):
+  return jax.tree.map(lambda x: factor * x, tree)
+
+
+def test_the_value_network_learns_the_returns_of_all_responses(updates):
+  """Not advantages, not the actor's tokens only, by its own clip and rate."""
+  moved, (loss, grads), (unclipped_loss, unclipped) = updates
+  assert_trees_close(moved["plain"][1], times(VALUE_RATE, grads))
+  assert_trees_close(moved["value"][1], times(VALUE_RATE, unclipped))
+  np.testing.assert_allclose(moved["plain"][2]["value_loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(moved["value"][2]["value_loss"], unclipped_loss, rtol=1e-5)
+  assert loss > 1.01 * unclipped_loss  # the clip is at work
+  size = float(optax.tree.norm(grads))
+  np.testing.assert_allclose(moved["plain"][2]["value_grad_norm"], size, rtol=1e-4)
+  assert 0 < moved["plain"][2]["value_clip_fraction"] < 1
+  assert moved["value"][2]["value_clip_fraction"] == 0
+
+
+def test_each_networks_gradient_is_clipped_by_its_own_norm(updates):
+  """In one case the value's alone, which the policy's other clip leaves as it is; in the other the policy's alone."""
+  moved, (_, grads), _ = updates
+  size = optax.tree.norm(grads)
+  assert size > 4 * CLIP_NORM
+  assert_trees_close(moved["policy"][1], times(VALUE_RATE * CLIP_NORM / size, grads))
+  np.testing.assert_allclose(moved["policy"][2]["value_grad_norm"], size, rtol=1e-4)  # as it was
+  plain, other, narrow = (moved[name][0] for name in ("plain", "policy", "value"))
+  norm = optax.tree.norm(plain)
+  np.testing.assert_allclose(norm, moved["plain"][2]["policy_grad_norm"], rtol=1e-4)
+  assert norm > 4 * CLIP_NORM and optax.tree.norm(other) > 4 * CLIP_NORM
+  assert_trees_close(narrow, times(POLICY_RATE * CLIP_NORM / norm, plain))
+  with pytest.raises(AssertionError):
+    assert_trees_close(other, plain)  # the policy's own clip
+
+
+# --- the gradient of eq. 2 -------------------------------------------------------------------------
+
+
+def pretraining_rows(num_rows):
+  """Rows with weights of 0 among them, and unlike in number, so that mean and sum differ."""
+  rng = np.random.default_rng(2)
+  stop_B1 = rng.integers(3, LENGTH + 1, (num_rows, 1))
+  column_BL = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (num_rows, LENGTH))
+  is_token_BL = column_BL < stop_B1
+  token_BL = np.where(is_token_BL, rng.integers(0, VOCAB, (num_rows, LENGTH)), VOCAB)
+  weight_BL = (is_token_BL & (column_BL > 0)).astype(np.float32)
+  return PackedBatch(token_BL.astype(np.int32), is_token_BL.astype(np.int32), column_BL, weight_BL)
+
+
+def plain_logprob(nets, params, token_BL, is_token_BL, temperature):
+  """log p of each token after the first, without our ops."""
+  position_BL = jnp.cumsum(is_token_BL, axis=1) - is_token_BL
+  logits_BTV = models.apply(
+    nets.policy, params, token_BL, segment_BL=is_token_BL.astype(jnp.int32), position_BL=position_BL
+  )[:, :-1]
+  target_BT = jnp.where(is_token_BL, token_BL, 0)[:, 1:]
+  logprob_BTV = jax.nn.log_softmax(logits_BTV / temperature)
+  return jnp.take_along_axis(logprob_BTV, target_BT[..., None], axis=-1)[..., 0]
+
+
+@pytest.fixture(scope="module")
+def gradients(quick_jit, nets, weights, ppo_config):
+  """Gradients of eq. 2 as the step takes them, and jax.grad of its two terms written out anew."""
+  batch = episodes.make_experience()
+  is_token_BL = batch.segment_BL > 0
+  text = pretraining_rows(4 * ROWS)
+  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4, ptx_chunks=4)
+  clipped = dataclasses.replace(step.policy_optim, clip_norm=CLIP_NORM)
+  cases = {
+    "ppo": (step, None),
+    "mean": (step, text),
+    "one chunk": (dataclasses.replace(step, ptx_chunks=1), text),
+    "sum": (dataclasses.replace(step, ptx_reduction="sum"), text),
+    "gamma 0": (dataclasses.replace(step, gamma=0.0), text),
+    "clipped": (dataclasses.replace(step, policy_optim=clipped), text),
+  }
+
+  def surrogate(params):
+    logprob_BR = plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
+    ratio_BR = jnp.exp(logprob_BR - batch.behaviour_logprob_BR)
+    gain_BR = jnp.minimum(
+      ratio_BR * batch.advantage_BR, jnp.clip(ratio_BR, 0.8, 1.2) * batch.advantage_BR
+    )
+    return -jnp.sum(jnp.where(batch.is_actor_BR, gain_BR, 0)) / batch.is_actor_BR.sum()
+
+  def sum_nll(params):
+    logprob_BT = plain_logprob(nets, params, text.token_BL, text.segment_BL > 0, 1.0)
+    return -jnp.sum(jnp.where(text.weight_BL[:, 1:] > 0, logprob_BT, 0))
+
+  def everything(params):
+    taken = {
+      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), params, batch, ptx)
+      for name, (cfg, ptx) in cases.items()
+    }
+    return taken, jax.grad(surrogate)(params), jax.value_and_grad(sum_nll)(params)
+
+  taken, ppo_grads, (nll, lm_grads) = quick_jit(everything)(weights[0])
+  return taken, ppo_grads, nll, lm_grads, text.weight_BL.sum(), 4 * ROWS
+
+
+def test_details_34_gradient_is_that_of_equation_2(gradients):
+  taken, ppo_grads, nll, lm_grads, weight, _ = gradients
+  assert_trees_close(taken["ppo"][0], ppo_grads)
+  np.testing.assert_allclose(
+    taken["ppo"][1]["update_waste"], 1 - 29 / 48
+  )  # 29 tokens in 6 x 8 cells
+  expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / weight, ppo_grads, lm_grads)
+  assert_trees_close(taken["mean"][0], expected)
+  np.testing.assert_allclose(taken["mean"][1]["ptx_loss"], nll / weight, rtol=1e-5)
+  size = lambda tree: float(optax.tree.norm(tree))
+  assert size(ppo_grads) > 0.1 and GAMMA * size(lm_grads) / weight > 0.1  # neither term is idle
+  np.testing.assert_allclose(
+    taken["mean"][1]["ptx_grad_norm"], GAMMA * size(lm_grads) / weight, rtol=1e-4
+  )
+
+
+def test_sum_reduction_sums_over_tokens_and_averages_over_rows(gradients):
+  taken, ppo_grads, nll, lm_grads, _, num_rows = gradients
+  expected = jax.tree.map(lambda g, lm: g + GAMMA * lm / num_rows, ppo_grads, lm_grads)
+  assert_trees_close(taken["sum"][0], expected)
+  np.testing.assert_allclose(taken["sum"][1]["ptx_loss"], nll / num_rows, rtol=1e-5)
+
+
+def test_accumulated_chunks_are_one_big_batch(gradients):
+  taken = gradients[0]
+  assert_trees_close(taken["mean"], taken["one chunk"], 1e-6)
+
+
+def test_details_34_gamma_0_adds_nothing_to_any_bit(gradients):
+  taken = gradients[0]
+  jax.tree.map(np.testing.assert_array_equal, taken["gamma 0"][0], taken["ppo"][0])
+
+
+def test_each_term_is_clipped_alone_before_gamma(gradients):
+  taken, ppo_grads, _, lm_grads, weight, _ = gradients
+  clip = lambda tree: jax.tree.map(lambda g: g * CLIP_NORM / optax.tree.norm(tree), tree)
+  expected = jax.tree.map(lambda g, lm: g + GAMMA * lm, clip(ppo_grads), clip(lm_grads))
+  assert_trees_close(taken["clipped"][0], expected)
+  for name in ("policy_grad_norm", "ptx_grad_norm"):  # logged as they were
+    np.testing.assert_allclose(taken["clipped"][1][name], taken["mean"][1][name], rtol=1e-5)

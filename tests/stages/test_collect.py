@@ -17,7 +17,7 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
   ctx = types.SimpleNamespace(
     config=micro.config("rm", {}, data__comparisons="demo:", seed=5),
     data=types.SimpleNamespace(records=lambda kind, split: f"{split} {kind}"),
-    directory=lambda stage: tmp_path / stage,
+    directory=lambda stage: tmp_path / "run" / stage,
   )
   finished = []
 
@@ -42,7 +42,9 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
     mock.patch.object(sources, "require_simulation", {"demo:": Simulation}.__getitem__),
   ):
     collect.run(ctx, "collect")
-  written = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "collect").iterdir()}
+  written = {
+    path.stem: json.loads(path.read_text()) for path in (tmp_path / "run" / "collect").iterdir()
+  }
   found = {split: (row["prompt"], row["labeler"]) for split, row in written.items()}
   held_out = "answers to 8 of validation prompts"
   assert found == {

@@ -118,3 +118,13 @@ def test_answers_of_untuned_policies_end_at_a_newline(monkeypatch, name, cut):
   expected = f"{role} model", f"weights of {name}", [["a", "b"]], f"key of evaluate/{name}"
   assert arguments == expected
   assert kwargs == dict(temperature=0.5, prompt_length=36, to_newline=cut)
+
+
+@pytest.mark.parametrize("names", [["base", "few_shot", "sft"], ["base", "sft"]])
+def test_room_for_worked_examples_is_checked_if_they_are_judged(monkeypatch, names):
+  checked = []
+  monkeypatch.setattr(evaluate, "judged_policies", lambda ctx: names)
+  monkeypatch.setattr(evaluate, "test_prompts", lambda ctx: "prompts")
+  monkeypatch.setattr(evaluate, "few_shot_prompts", lambda ctx, prompts: checked.append(prompts))
+  evaluate.check("ctx", "evaluate")
+  assert checked == (["prompts"] if "few_shot" in names else [])

@@ -182,3 +182,38 @@ def test_the_first_state_holds_copies_of_what_stays_frozen(ppo_config, nets, ran
     for x in jax.tree.leaves((state.params, state.ema_params, state.value_params))
   ]
   assert len({*theirs}) == len(theirs) and not ours & {*theirs}
+
+
+def test_frozen_weights_in_float32_are_taken_as_they_are(nets):
+  given = {"w": 1.0}, {"w": 2.0}
+  shardings = types.SimpleNamespace(params=None, value_params=None)
+  frozen = ppo.freeze(nets, shardings, *given)
+  assert frozen.ref_params is given[0] and frozen.reward_params is given[1]
+
+
+@pytest.mark.parametrize("prompts", ["demo:", "jsonl:a"])
+def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
+  """Of three answers, two are shown; the gold score, where there is one, is of all."""
+  ctx = types.SimpleNamespace(
+    config=micro.config(
+      "ppo", {}, data__prompts=prompts, data__max_prompt_length=2, log__samples=2
+    ),
+    tokenizer=types.SimpleNamespace(pad_id=9),
+  )
+  token_BL = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0]])
+  rollout = types.SimpleNamespace(token_BL=token_BL, is_token_BL=token_BL < 8)
+  samples = types.SimpleNamespace(
+    rollout=rollout, score_B=np.array([0.5, 1.5, 2.5]), kl_B=np.array([3.0, 4.0, 5.0])
+  )
+  gold = lambda prompts, texts: [len(p) + 10 * int(t[0]) for p, t in zip(prompts, texts)]
+  simulation = types.SimpleNamespace(gold_score=gold) if prompts == "demo:" else None
+  monkeypatch.setattr(ppo.sources, "simulation", {prompts: simulation}.__getitem__)
+  decode = lambda tokenizer, rows: ["".join(str(t) for t in row if t != 9) for row in rows]
+  monkeypatch.setattr(ppo.answers, "decode", decode)
+  extra, rows = ppo._describe(ctx)(samples, 1)
+  assert rows == [
+    {"prompt": "12", "answer": "3", "score": 0.5, "kl": 3.0},
+    {"prompt": "45", "answer": "6", "score": 1.5, "kl": 4.0},
+  ]
+  # 2 + 30, 2 + 60, and 1 + 0: the pad is no text.
+  assert extra == ({"gold": 95 / 3} if simulation else {})

@@ -66,5 +66,14 @@ def test_a_base_learns_training_text_and_keeps_its_best_step(stage, role, steps)
   assert fitted["best_metric"] == "validation/loss"
   state = types.SimpleNamespace(params="params")
   assert fitted["evaluate"](state, 2) == {"loss": ("params", f"held-out rows of {length}")}
+  with mock.patch.object(pretrain.flops, "forward", lambda *a: a):
+    assert fitted["flops"]({"tokens": 7}) == (model, 7, length) * 3  # forward and backward
   ((name, _, step, result),) = finished
   assert (name, step, result.validation_loss) == (stage, 4, 1.5)
+
+
+def test_the_schedule_is_checked_over_all_steps():
+  ctx, checked = types.SimpleNamespace(config=micro.config("ppo", {}, pretrain__num_steps=7)), []
+  with mock.patch.object(pretrain, "make_optimizer", lambda *a: checked.append(a)):
+    pretrain.check(ctx, "pretrain")
+  assert checked == [(ctx.config.pretrain.optim, 7)]

@@ -108,6 +108,8 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
   )  # fmt: skip
   expected = dict(dropout_rate=0.1, state_shardings="shardings")
   assert fitted["step"] == (("policy model", "tx of 6"), expected)
+  with mock.patch.object(sft.flops, "forward", lambda *a: a):
+    assert fitted["flops"]({"tokens": 7}) == ("policy model", 7, 3) * 3  # forward and backward
   ((name, _, step, result),) = finished
   assert (name, step) == (stage, kept)
   assert [(e.step, e.validation_loss, e.pretrain_loss) for e in result.epochs] == [
@@ -115,3 +117,11 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
     (4, 1.0, 20.0),
     (6, 2.0, 30.0),
   ]
+
+
+def test_the_schedule_is_checked_over_all_epochs():
+  """Before anything is trained: three epochs of two steps."""
+  ctx, checked = context(sft__num_epochs=3, sft__batch_size=2, sft__pretrain_mix=0.0), []
+  with mock.patch.object(sft, "make_optimizer", lambda *a: checked.append(a)):
+    sft.check(ctx, "sft")
+  assert checked == [(ctx.config.sft.optim, 6)]
