@@ -20,13 +20,10 @@ would cost an accelerator a second state beside the one it trains, and a model o
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pathlib
-import shlex
 import shutil
-import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -36,11 +33,15 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from instructjax.core.errors import UserError, writing
-from instructjax.parallel import distributed, sharding, stacking
-from instructjax.train import finished, manifest, reading
+from instructjax.parallel import sharding, stacking
+from instructjax.train import damaged, finished, manifest, reading
+from instructjax.train.damaged import saved_steps
 
-_FOLDER = "checkpoints"  # inside the directory of a stage
-_META = "meta/metadata"  # inside a checkpoint
+# Where the manifest finds nothing wrong and orbax still cannot read.
+_NOT_DAMAGED = (
+  "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
+  " instructjax: use those, or another --workdir."
+)
 _PARTS = 64  # most parts in which a weight is gathered to be hashed
 
 
@@ -75,14 +76,14 @@ class _SummedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
 class Checkpoints:
   """The checkpoints of one stage; a context manager, which waits for the disk when it is left.
 
+  On entering, checkpoints that are half there are put aside, and so is the newest one if it is damaged: the one before
+  it is then the newest (see damaged.py).
+
   Args:
     directory: the stage's folder; the checkpoints lie in its subfolder `checkpoints`.
     keep: how many of the newest checkpoints stay.
     keep_steps: steps whose checkpoints are never deleted.
     best_metric: name of a saved metric; the checkpoint with the lowest value of it is never deleted.
-  On entering, checkpoints that are half there are put aside, and so is the newest one if it is damaged, each with a
-  line on stderr: the one before it is then the newest. Nothing is deleted but what orbax left half-written.
-
   Raises:
     UserError: on entering, if the folder cannot be made, or if the newest checkpoint is damaged and there is none
       before it; on leaving, if a checkpoint could not be written.
@@ -96,7 +97,7 @@ class Checkpoints:
     keep_steps: Iterable[int] = (),
     best_metric: str | None = None,
   ):
-    self._folder = (pathlib.Path(directory) / _FOLDER).absolute()
+    self._folder = (pathlib.Path(directory) / damaged.FOLDER).absolute()
     self._keep = keep
     self._keep_steps = frozenset(keep_steps)
     self._best_metric = best_metric
@@ -108,7 +109,7 @@ class Checkpoints:
       stack.enter_context(reading.quiet_orbax(absl_logging.WARNING))
       with writing(self._folder):
         self._folder.mkdir(parents=True, exist_ok=True)
-      _put_aside_damaged(self._folder.parent)
+      damaged.put_aside(self._folder.parent)
       options = ocp.CheckpointManagerOptions(
         preservation_policy=self,
         create=False,
@@ -244,29 +245,17 @@ class Checkpoints:
       self._metric[step] = metrics[self._best_metric]
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-  """The steps of a stage's checkpoints of which no part is missing, ascending; their bytes are not read."""
-  folder = pathlib.Path(directory) / _FOLDER
-  if not folder.is_dir():
-    return []
-  return sorted(
-    int(path.name)
-    for path in folder.iterdir()
-    if path.name.isdigit() and not manifest.find_half(path)
-  )
-
-
 def read_meta(directory: pathlib.Path, step: int) -> dict:
   """Reads what was saved beside the state of a step: {'step', 'metrics', 'fingerprint', 'changeable'}.
 
   Raises:
     UserError: the file is damaged or missing.
   """
-  path = pathlib.Path(directory) / _FOLDER / str(step)
-  damage = manifest.find_fault(path, _META)
+  path = pathlib.Path(directory) / damaged.FOLDER / str(step)
+  damage = manifest.find_fault(path, damaged.META)
   if damage:
-    raise UserError(f"{damage}. {_advice(directory, step)}")
-  return json.loads((path / _META).read_text(encoding="utf-8"))
+    raise UserError(f"{damage}. {damaged.advice(directory, step)}")
+  return json.loads((path / damaged.META).read_text(encoding="utf-8"))
 
 
 def best_step(directory: pathlib.Path, metric: str) -> tuple[int, float]:
@@ -303,11 +292,11 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
   if step is None and not steps:
     raise UserError(f"no checkpoint in {directory}")
   step = steps[-1] if step is None else step
-  path = pathlib.Path(directory).absolute() / _FOLDER / str(step)
+  path = pathlib.Path(directory).absolute() / damaged.FOLDER / str(step)
   damage = manifest.find_damage(path)
   if damage:
     missing = "" if path.is_dir() else f"no checkpoint of step {step} in {directory}: "
-    raise UserError(f"{missing}{damage}. {_advice(directory, step)}")
+    raise UserError(f"{missing}{damage}. {damaged.advice(directory, step)}")
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
   saved = _saved_shapes(path)
   abstract = stacking.relay(wanted, stacking.stacked_shapes)
@@ -362,77 +351,6 @@ def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
   edges = np.linspace(0, size, min(size, _PARTS) + 1).astype(int)
   for start, stop in zip(edges, edges[1:]):
     yield sharding.to_host(leaf[start:stop])
-
-
-def _put_aside_damaged(directory: pathlib.Path):
-  """Clears what orbax left half-written, and puts checkpoints aside that a run must not go on from.
-
-  Raises:
-    UserError: the newest checkpoint is damaged, and there is none before it.
-  """
-  folder = directory / _FOLDER
-  first = jax.process_index() == 0
-  if first:
-    for path in folder.iterdir():
-      if ".orbax-checkpoint-tmp" in path.name:
-        shutil.rmtree(path, ignore_errors=True)
-      elif path.name.isdigit():
-        half = manifest.find_half(path) or manifest.find_fault(path, _META)
-        if half:
-          # Perhaps a user's broken copy, perhaps a renaming that a mount did not finish.
-          _put_aside(path, "incomplete", f"{half}")
-  distributed.meet("half-written checkpoints cleared")
-  steps = saved_steps(directory)
-  while steps:
-    damage = manifest.find_damage(folder / str(steps[-1]))
-    if not damage:
-      return
-    step = steps.pop()
-    if not steps:
-      raise UserError(f"{damage}, and there is no checkpoint before it. {_advice(directory, step)}")
-    if first:
-      _put_aside(folder / str(step), "damaged", f"{damage}; going on from step {steps[-1]}")
-    distributed.meet(f"damaged checkpoint {step} put aside")
-
-
-def _put_aside(path: pathlib.Path, name: str, why: str):
-  """Renames a checkpoint so that it no longer counts, and says so."""
-  aside = next(
-    free
-    for number in itertools.count(1)
-    if not (free := path.with_name(f"{path.name}.{name}{number if number > 1 else ''}")).exists()
-  )
-  with writing(path):
-    path.rename(aside)
-  print(f"checkpoint {path.name} is put aside as {aside.name}: {why}", file=sys.stderr, flush=True)
-
-
-# Where the manifest finds nothing wrong and orbax still cannot read.
-_NOT_DAMAGED = (
-  "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
-  " instructjax: use those, or another --workdir."
-)
-
-
-def _advice(directory: pathlib.Path, step: int) -> str:
-  """How to go on without the checkpoint of a step, in words that work when they are followed to the letter.
-
-  Later checkpoints go too: from them a run would not come by the damaged step again, which is perhaps the one that
-  later stages start from. done.json goes, so that the stage is run again.
-  """
-  directory = pathlib.Path(directory)
-  folder = directory / _FOLDER
-  found = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-  paths = [folder / str(other) for other in found if other >= step]
-  if (directory / finished.DONE).exists():
-    paths.insert(0, directory / finished.DONE)
-  earlier = [other for other in saved_steps(directory) if other < step]
-  start = f"goes on from step {earlier[-1]}" if earlier else "starts at its beginning"
-  removal = f"run `rm -r {shlex.join(map(str, paths))}` and" if paths else "run"
-  return (
-    f"If it is a copy, copy it again. Else {removal} the main job again: this stage {start} and comes to the same"
-    " numbers."
-  )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import pathlib
+import typing
 from typing import Literal
 
 import jax
@@ -30,11 +31,7 @@ _NOTHING = 2**31 - 1  # the number of no fault; int32, in which JAX gathers
 _THREADS = 8  # NumPy and files let go of Python's lock, so threads read and sum at the same time
 
 Fault = Literal["is missing", "has another size than was saved", "has other bytes than were saved"]
-_FAULTS: tuple[Fault, ...] = (
-  "is missing",
-  "has another size than was saved",
-  "has other bytes than were saved",
-)
+MISSING, OTHER_SIZE, OTHER_BYTES = _FAULTS = typing.get_args(Fault)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +86,7 @@ def find_fault(folder: pathlib.Path, name: str) -> Damage | None:
   files = _read(folder)
   if isinstance(files, Damage):
     return files
-  fault = _fault(folder / name, *files[name]) if name in files else _FAULTS[0]
+  fault = _fault(folder / name, *files[name]) if name in files else MISSING
   return Damage(folder / name, fault) if fault else None
 
 
@@ -108,7 +105,7 @@ def find_damage(folder: pathlib.Path) -> Damage | None:
   found = 0 if isinstance(files, Damage) else _first_fault(folder, files, listed, share)
   first = int(np.min(multihost_utils.process_allgather(np.int32(found))))
   if first == 0:
-    return files if isinstance(files, Damage) else Damage(folder / NAME, _FAULTS[2])
+    return files if isinstance(files, Damage) else Damage(folder / NAME, OTHER_BYTES)
   if first == _NOTHING:
     return None
   index, fault = divmod(first - 1, len(_FAULTS))
@@ -133,16 +130,16 @@ def _fault(path: pathlib.Path, size: int, checksum: str) -> Fault | None:
   if fault:
     return fault
   try:
-    return None if _sum(path) == (size, checksum) else _FAULTS[2]
+    return None if _sum(path) == (size, checksum) else OTHER_BYTES
   except OSError:  # a disk that cannot read its own sector
-    return _FAULTS[2]
+    return OTHER_BYTES
 
 
 def _fault_of_size(path: pathlib.Path, size: int) -> Fault | None:
   try:
-    return None if path.stat().st_size == size else _FAULTS[1]
+    return None if path.stat().st_size == size else OTHER_SIZE
   except OSError:
-    return _FAULTS[0]
+    return MISSING
 
 
 def _sum(path: pathlib.Path) -> tuple[int, str]:
@@ -182,8 +179,8 @@ def _read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | Damage:
     text = path.read_text(encoding="utf-8")
     files = {name: (row[0], row[1]) for name, row in json.loads(text)["files"].items()}
     # Written again it must be the same to the letter, its own checksum included.
-    return files if _text(files) == text else Damage(path, _FAULTS[2])
+    return files if _text(files) == text else Damage(path, OTHER_BYTES)
   except OSError:
-    return Damage(path, _FAULTS[0])
+    return Damage(path, MISSING)
   except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-    return Damage(path, _FAULTS[2])
+    return Damage(path, OTHER_BYTES)
