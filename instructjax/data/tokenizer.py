@@ -201,7 +201,7 @@ def train_tokenizer(
       unk_surface="\ufffd",
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
-      # sentencepiece silently skips longer lines, and wants 10 bytes at least.
+      # sentencepiece silently skips longer lines, and takes no limit below 10.
       max_sentence_length=max(10, 1 + max(len(line.encode()) for line in lines)),
       num_threads=1,  # keeps the result deterministic
       minloglevel=2,
