@@ -15,7 +15,7 @@ import logging
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from instructjax.core.errors import UserError
@@ -265,7 +265,7 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
 
 
 @contextlib.contextmanager
-def package_errors(failure: str) -> Iterator[None]:
+def package_errors(failure: str) -> Generator[None, None, None]:
   """Turns what the `tokenizers` package raises into a UserError that begins with `failure`.
 
   It raises plain Exception, and where its Rust code panics an exception that is no Exception.

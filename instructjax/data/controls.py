@@ -48,12 +48,13 @@ def is_used(token: str, template: str | None) -> bool:
   if template is None or len(bare) < 3 or (bare.isalnum() and bare == bare.lower()):
     return False
   return token in template or any(
-    _is_around(*token.split(role), template) for role in _ROLES if token.count(role) == 1
+    _is_around(token, role, template) for role in _ROLES if token.count(role) == 1
   )
 
 
-def _is_around(before: str, after: str, template: str) -> bool:
-  """Whether a template may write these before and after the name of a role, which it has from a message."""
+def _is_around(token: str, role: str, template: str) -> bool:
+  """Whether a template may write what stands before and after the name of a role, which it has from a message."""
+  before, after = token.split(role)
   left = not before or re.search(re.escape(before) + r"""(['"]|\s*\{\{)""", template)
   right = not after or re.search(r"""(['"]|\}\}\s*)""" + re.escape(after), template)
   return bool(before or after) and bool(left and right)

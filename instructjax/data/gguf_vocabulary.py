@@ -95,9 +95,9 @@ def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> 
     adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
     chat_template=metadata.get("tokenizer.chat_template"),
     named=tuple(
-      (f"{hf}_token", tokens[ids[name]])
+      (f"{hf}_token", tokens[i])
       for name, hf in _HF_NAMES.items()
-      if ids[name] is not None and ids[name] < len(tokens)
+      if (i := ids[name]) is not None and i < len(tokens)
     ),
     stops=tuple(i for i in (ids["eot"], ids["eom"]) if i is not None),
   )

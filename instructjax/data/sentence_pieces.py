@@ -148,7 +148,7 @@ class SentencePieceTokenizer:
         stops=self.stop_ids if len(self.stop_ids) > 1 else (),
         clock=special.clock,
       )
-      more = [[i, t.content, *t.flags.values()] for i, t in self.added.items()], self.stop_ids
+      more = [[i, token.content, token.flags] for i, token in self.added.items()], self.stop_ids
       parts = [bos, eos, special.adds_bos, template]
       parts += more if self.added or self._special.stops else ()
       parts += [self._special.named] if template is not None else []
@@ -273,17 +273,15 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
-    parts: list[list[int] | str] = [[]]
-    for token in ids:
-      if token == self.newline_id:
-        parts += [_NEWLINE, []]
-      elif token in self._control_texts or token == self.eos_id:
-        continue
-      elif token in self.added:
-        parts += [self.added[token].content, []]
-      elif 0 <= token < self._num_pieces:
-        parts[-1].append(operator.index(token))
-    return "".join(p if isinstance(p, str) else self._processor.decode(p) for p in parts)
+    texts, pieces = [], []
+    for token in map(operator.index, ids):
+      is_silent = token in self._control_texts or token == self.eos_id
+      if token == self.newline_id or (token in self.added and not is_silent):
+        texts += [self._processor.decode(pieces), self._text(token)]
+        pieces = []
+      elif 0 <= token < self._num_pieces and not is_silent:
+        pieces.append(token)
+    return "".join([*texts, self._processor.decode(pieces)])
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat, up to the point where the assistant speaks next.

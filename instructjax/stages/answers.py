@@ -152,7 +152,7 @@ def sample(
     token_NL=token_NL,
     is_token_NL=is_token_NL,
     is_response_NR=is_response_NR,
-    ended_N=np.isin(response_NR, end_ids).any(axis=1),
+    ended_N=np.any(np.isin(response_NR, end_ids), axis=1),
   )
 
 
