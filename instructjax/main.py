@@ -3,11 +3,13 @@
 It runs a stage together with all stages that it starts from.
 """
 
+import pathlib
+
 from absl import flags, logging
 
 from instructjax.commands import cli, config_flag, settings
 from instructjax.core import places
-from instructjax.core.config import from_config_dict
+from instructjax.core.config import Config, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import agreement, distributed, supervisor
 from instructjax.parallel.watchdog import Limits
@@ -31,6 +33,22 @@ for _name in ("config", "settings"):  # defined in other modules, whose flags --
 flags.mark_flags_as_required(["config"])
 
 
+def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group | None]:
+  """What the command line asks for: the config, the workdir, and the processes of the run; None for one process.
+
+  Raises:
+    UserError: a flag or setting is wrong.
+  """
+  if arguments:
+    raise UserError(
+      f"unexpected arguments {ascii(arguments)[:200]}; settings are given as --config.NAME=VALUE"
+    )
+  config = from_config_dict(_CONFIG.value)
+  workdir = places.require_workdir(_WORKDIR.value)
+  group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  return config, workdir, group
+
+
 def main(arguments: list[str]):
   """Runs the command.
 
@@ -38,14 +56,11 @@ def main(arguments: list[str]):
     UserError: a flag or setting is wrong, or a stage reports an error that the user can fix.
     Preempted: the run was told to stop, and has saved its state.
   """
-  if arguments:
-    raise UserError(f"unexpected arguments {arguments}; settings are given as --config.NAME=VALUE")
-  config = from_config_dict(_CONFIG.value)
-  if _SETTINGS.value is not None:
+  if _SETTINGS.value is not None and not arguments:
+    from_config_dict(_CONFIG.value)
     print(settings.show(_CONFIG.value, _SETTINGS.value))
     return
-  workdir = places.require_workdir(_WORKDIR.value)
-  group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  config, workdir, group = read(arguments)
   if group:
     # Starts a child process that does the work. The supervisor must not import JAX, so this comes first.
     supervisor.supervise()

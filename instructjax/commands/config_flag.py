@@ -11,14 +11,17 @@ import re
 import sys
 import traceback
 import types
+import warnings
 from collections.abc import Iterator
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from instructjax.core import places
 from instructjax.core.blocks import nearest
 from instructjax.core.errors import UserError, one_line, raiser
 
+_LONGEST = 300  # letters of an error message that is quoted
 # configs/ is beside the package, both in a checkout and in an installation by pip.
 INSTALLED = pathlib.Path(__file__).parents[2] / "configs"
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<path>[^=]*)(=.*)?", re.DOTALL)
@@ -58,7 +61,8 @@ def locate(name: str) -> pathlib.Path:
   """
   if not name:
     raise UserError("--config= names no file, as configs/ppo_ptx.py")
-  path = pathlib.Path(name)
+  path = pathlib.Path(places.expand(name, "--config"))
+  name = str(path)
   spelled = [path] if path.suffix == ".py" else [path, pathlib.Path(f"{name}.py")]
   # ppo_ptx also means configs/ppo_ptx.py below the working directory, such as an edited copy in a checkout.
   own = [*spelled, *(INSTALLED.name / one for one in spelled)]
@@ -98,7 +102,7 @@ def load(spelling: str) -> ConfigDict:
     module = run_file(path)
     get_config = getattr(module, "get_config", None)
     config = get_config(*([preset] if colon else [])) if callable(get_config) else None
-  except Exception as error:  # a user's file may raise anything
+  except (Exception, SystemExit) as error:  # a user's file may raise anything
     raise UserError(f"{flag}: {_failure(path, error)}") from error
   if not callable(get_config):
     raise UserError(
@@ -120,22 +124,29 @@ def run_file(path: pathlib.Path) -> types.ModuleType:
     raise ValueError(f"Python makes no module of {path}")
   module = importlib.util.module_from_spec(spec)
   sys.modules[loader.name] = module  # a dataclass in the file looks up its module there
-  loader.exec_module(module)
+  with warnings.catch_warnings():
+    # A file that is no Python may have a doubtful escape in each line, and a warning for each would hide the error.
+    warnings.simplefilter("ignore", SyntaxWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    loader.exec_module(module)
   return module
 
 
-def _failure(path: pathlib.Path, error: Exception) -> str:
+def _failure(path: pathlib.Path, error: BaseException) -> str:
   """Describes in one line what a config file raised and where.
 
   Two errors are messages for the user, so their text is returned alone: a UserError, and the ValueError of
   configs/models.py for an unknown preset (configs/ imports nothing of this package).
   """
-  text = one_line(error)
+  text = "".join(c if c.isprintable() else "?" for c in one_line(error))
+  text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
   is_preset = isinstance(error, ValueError) and raiser(error) == "configs.models"
   if isinstance(error, UserError) or is_preset:
     return text
   if isinstance(error, SyntaxError):
-    return f"{error.filename}, line {error.lineno}: {error.msg}"
+    # None for a file that is no text at all.
+    where = f"{error.filename}, line {error.lineno}" if error.lineno else str(path)
+    return f"{where}: {' '.join(str(error.msg).split())[:_LONGEST]}: it is not a Python file"
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from absl import flags
 
 from instructjax.commands import cli
+from instructjax.core import places
 from instructjax.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def main(arguments: list[str]):
   """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
-  out, is_gguf = pathlib.Path(_OUT.value), _FORMAT.value == "gguf"
+  checkpoint = places.require(_CHECKPOINT.value, "--checkpoint", ("hf://",))
+  out, is_gguf = pathlib.Path(places.require(_OUT.value, "--out")), _FORMAT.value == "gguf"
   if is_gguf and out.suffix != ".gguf":
     raise UserError(f"--out={out} must be a file's name that ends in .gguf")
   if _TYPE.value and not is_gguf:
@@ -62,9 +64,9 @@ def main(arguments: list[str]):
   # Both flags are enums of just these values.
   which, kind = cast("Which", _WEIGHTS.value), cast("GgufType", _TYPE.value or "f16")
   if is_gguf:
-    packaging.write_gguf(_CHECKPOINT.value, out, kind, which=which)
+    packaging.write_gguf(checkpoint, out, kind, which=which)
   else:
-    packaging.write_huggingface(_CHECKPOINT.value, out, which=which)
+    packaging.write_huggingface(checkpoint, out, which=which)
   print(f"written: {out}")
 
 

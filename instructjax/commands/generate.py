@@ -9,6 +9,7 @@ import pathlib
 from absl import flags
 
 from instructjax.commands import cli
+from instructjax.core import places
 from instructjax.core.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_multi_string(
@@ -58,7 +59,11 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint must have a value: runs/demo/ppo_ptx, a model folder or a .gguf")
-  texts = [_read(path) for path in _PROMPT_FILE.value]
+  for name, text in [("prompt", text) for text in _PROMPT.value] + [("system", _SYSTEM.value)]:
+    _require_unicode(text, f"--{name}")
+  checkpoints = [places.require(path, "--checkpoint", ("hf://",)) for path in _CHECKPOINT.value]
+  reward_model = places.expand(_REWARD_MODEL.value, "--reward_model", ("hf://",))
+  texts = [_read(places.require(path, "--prompt_file")) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
   if has_prompt == _INTERACTIVE.value:  # neither or both
     raise UserError("one of --prompt, --prompt_file and --interactive must be given")
@@ -80,7 +85,7 @@ def main(arguments: list[str]):
     chat=_CHAT.value,
     system=_SYSTEM.value,
   )
-  panel = dialogue.seat(_CHECKPOINT.value, _REWARD_MODEL.value, settings)
+  panel = dialogue.seat(checkpoints, reward_model, settings)
   if _INTERACTIVE.value:
     dialogue.converse(panel, dialogue.typed_lines(), settings)
   else:

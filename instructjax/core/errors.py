@@ -31,6 +31,9 @@ _REFUSALS = (
 _OS_ERROR = re.compile(r"\bOS error\b", re.IGNORECASE)
 
 
+_LONGEST = 1200  # letters of a message; the longest of ours list all config fields of a block
+
+
 class UserError(ValueError):
   """An error that the user can fix. The message says what failed and how to fix it."""
 
@@ -95,8 +98,12 @@ def raiser(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-  """An error's whole message in one line, or the name of its type if it has no message."""
-  return printable(" ".join(str(error).split())) or type(error).__name__
+  """An error's message in one printable line, or the name of its type if it has no message.
+
+  Messages quote what the user has given, which may be a megabyte: the middle of a very long message is left out.
+  """
+  text = printable(" ".join(str(error).split()) or type(error).__name__)
+  return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
 
 
 def reason(error: Exception) -> str:

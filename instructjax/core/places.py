@@ -48,6 +48,17 @@ def expand(text: str, where: str, schemes: tuple[str, ...] = ()) -> str:
   return result
 
 
+def require(text: str, where: str, schemes: tuple[str, ...] = ()) -> str:
+  """A path that must be given; arguments and errors as `expand`.
+
+  Raises:
+    UserError: it is empty, or can be no path on this machine.
+  """
+  if not text.strip():
+    raise UserError(f"{where} must have a value: it is an empty path")
+  return expand(text, where, schemes)
+
+
 def expand_source(text: str, where: str) -> str:
   """A source of records, SCHEME:REST, with `~` at the start of REST expanded; other texts pass unchanged.
 

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import secrets
 import sys
 import time
@@ -150,10 +151,11 @@ def difference(facts: Mapping[int, Mapping[str, str]]) -> str:
   """A line that names what differs between processes, or '' if nothing does.
 
   Args:
-    facts: process -> its facts.
+    facts: process -> its facts. What follows a tab in a value is shown, but not compared: the path of a file.
   """
   names = list(dict.fromkeys(name for own in facts.values() for name in own))
-  values = {name: {i: own.get(name, "none") for i, own in facts.items()} for name in names}
+  whole = {name: {i: own.get(name, "none") for i, own in facts.items()} for name in names}
+  values = {name: {i: v.partition("\t")[0] for i, v in whole[name].items()} for name in names}
   differing = [name for name in names if len(set(values[name].values())) > 1]
   if not differing:
     return ""
@@ -165,15 +167,19 @@ def difference(facts: Mapping[int, Mapping[str, str]]) -> str:
   model = next(i for i in sorted(facts) if values[name][i] == usual)
   more = f"; {len(differing) - 1} more differ, as {differing[1]}" if differing[1:] else ""
   return (
-    f"the processes of this run are not the same: {name} is {_short(values[name][others[0]])} on"
-    f" {numbers(others)} and {_short(usual)} on process {model}{more}. Start all with the same command, code,"
-    " libraries and data"
+    f"the processes of this run are not the same: {name} is {_short(whole[name][others[0]])} on"
+    f" {numbers(others)} and {_short(whole[name][model])} on process {model}{more}. Start all with the same command,"
+    " code, libraries and data"
   )
 
 
 def _short(value: str) -> str:
-  text = "".join(c if c.isprintable() else "?" for c in value)
-  return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+  """A value as a message shows it: the beginning of a checksum, and the end of its file's path."""
+  value, _, path = value.partition("\t")
+  value = re.sub("[0-9a-f]{32,}", lambda found: found[0][:_HASH_LETTERS], value)
+  value = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+  path = path if len(path) <= _LONGEST else f"...{path[-_LONGEST:]}"
+  return "".join(c if c.isprintable() else "?" for c in (f"{value} ({path})" if path else value))
 
 
 def require_one_workdir(team: Team | None, workdir: pathlib.Path):
@@ -194,10 +200,10 @@ def require_one_workdir(team: Team | None, workdir: pathlib.Path):
     team.put("marker", word)
   else:
     word = _from_first(team, "marker", "the workdir's owner")
-  seen = word if " " in word or _sees(marker, word) else "another folder"
+  is_same = " " in word or _sees(marker, word)
+  seen = f"{'a folder of process 0' if is_same else 'another folder'}\t{workdir}"
   try:
-    what = f"--workdir (as process 0 writes {marker.name} there)"
-    require_same(team, "workdirs", {what: seen})
+    require_same(team, "workdirs", {"the workdir, which all must share,": seen})
   finally:
     if team.process == 0:
       marker.unlink(missing_ok=True)

@@ -68,7 +68,7 @@ def require_same_data(ctx: Context, stages: list[str]):
   facts |= {f"weights for {stage}": given.fingerprint for stage, given in ctx.given.items()}
   for kind in lineage.kinds_read(ctx.config, _coming(ctx.workdir, stages)):
     source = ctx.data.source(kind)
-    facts[f"config.data.{kind}, {source.spec.partition(':')[2] or source.spec}"] = source.checksum
+    facts[f"the content of config.data.{kind}"] = f"{source.checksum}\t{source.spec}"
   agreement.require_same(team, "data", facts)
 
 

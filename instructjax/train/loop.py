@@ -290,7 +290,7 @@ class _Log:
     due = step % self._run.log.every_steps == 0 or step == self._num_steps
     # Before the other processes leave: the callback gathers arrays, in which all of them take part.
     extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
-    seconds = self._speed.gather() if due and step else []
+    seconds = self._speed.gather(distributed.team()) if due and step else []
     if not self._writer or not self._display:
       return
     now = time.monotonic()

@@ -1,17 +1,19 @@
 """How long a step takes each process of a run, and which one the others wait for. Called by the loop."""
 
 import contextlib
+import json
 import statistics
 import time
 from collections.abc import Generator, Sequence
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from instructjax.parallel.watchdog import Team
 
 SLOW = 1.3  # times the median step time from which on the slowest process is named
 # A difference that is smaller is the terminal's or the disk's, and nothing to mend [seconds].
 _WORTH_A_WORD = 0.01
+_ANSWERS = 5.0  # seconds that the others have to come to the same log line
 
 
 class Pace:
@@ -22,7 +24,7 @@ class Pace:
   """
 
   def __init__(self):
-    self._waited, self._others, self._steps = 0.0, 0.0, 0
+    self._waited, self._others, self._steps, self._number = 0.0, 0.0, 0, 0
     self._began = time.monotonic()
 
   @contextlib.contextmanager
@@ -44,16 +46,38 @@ class Pace:
     """Counts a step."""
     self._steps += 1
 
-  def gather(self) -> list[float]:
-    """Seconds a step of each process since the last call; [] in a run of one process. All processes must call it."""
-    if jax.process_count() == 1:
+  def gather(self, team: Team | None) -> list[float]:
+    """Seconds a step of each process since the last call. All processes must call it.
+
+    Args:
+      team: the processes; None for a run of one.
+    Returns:
+      One number a process, for process 0; [] for the others, in a run of one process, or if one does not answer.
+    """
+    if team is None:
       return []
     now = time.monotonic()
     own = now - self._began - self._waited - self._others
-    shares = np.array([own, self._waited], np.float32) / max(self._steps, 1)
-    gathered = np.asarray(multihost_utils.process_allgather(shares))
+    steps = max(self._steps, 1)
+    self._number += 1
+    # By way of the store, since a collective operation would run beside the step that the devices are at.
+    team.put("pace", json.dumps([self._number, own / steps, self._waited / steps]))
+    gathered = self._answers(team) if team.process == 0 else []
     self._waited, self._others, self._steps, self._began = 0.0, 0.0, 0, time.monotonic()
-    return seconds_alone(gathered[:, 0], gathered[:, 1])
+    if not gathered:
+      return []
+    return seconds_alone(np.array(gathered)[:, 1], np.array(gathered)[:, 2])
+
+  def _answers(self, team: Team) -> list[list[float]]:
+    """What all processes have said at this call or later, by number; [] if one says nothing."""
+    deadline = time.monotonic() + _ANSWERS
+    while True:
+      said = {process: json.loads(text) for process, text in team.said("pace").items()}
+      if len(said) == team.num_processes and min(one[0] for one in said.values()) >= self._number:
+        return [said[process] for process in sorted(said)]
+      if time.monotonic() > deadline:
+        return []
+      time.sleep(0.01)
 
 
 def seconds_alone(own: np.ndarray, waited: np.ndarray) -> list[float]:

@@ -154,7 +154,10 @@ def wandering(folder, config_file):
 
 
 def numbers(workdir, stage: str) -> list[dict]:
-  return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(workdir / stage)]
+  return [
+    {k: v for k, v in row.items() if not k.startswith("seconds")}
+    for row in read_metrics(workdir / stage)
+  ]
 
 
 def own_words(lines: list[str], process: int) -> list[str]:
@@ -169,6 +172,12 @@ def test_sigterm_saves_and_ends_all_with_the_code_for_it(wandering):
   (told,) = {line for p in (0, 1) for line in own_words(lines, p) if "told to stop" in line}
   stage, step = re.match(r"(\w+): told to stop .SIGTERM., saved at step (\d+);", told).groups()
   assert f"{stage}: going on after step {step}" in own_words(said["killed"][1], 0)
+
+
+def test_seconds_of_each_process_are_in_the_metrics(wandering):
+  row = read_metrics(wandering[0] / "ppo_ptx")[-1]  # of the last pod, which had two processes
+  assert {"seconds/process_0", "seconds/process_1"} <= row.keys()
+  assert "seconds/process_2" not in row and 0 < row["seconds/process_0"] < 100
 
 
 def test_one_process_speaks(wandering):

@@ -66,6 +66,20 @@ def test_places_on_a_hosts_disk_may_differ():
   assert told(of_config(), of_config(**places)) == ["", ""]
 
 
+def test_of_a_file_the_content_counts_and_the_path_is_shown():
+  assert told({"data": "sha256:" + "a" * 64 + "\t/x"}, {"data": "sha256:" + "a" * 64 + "\t/y"}) == [
+    "",
+    "",
+  ]
+  (line,) = set(
+    told({"data": "sha256:" + "a" * 64 + "\t/x"}, {"data": "sha256:" + "b" * 64 + "\t/x"})
+  )
+  assert (
+    "data is sha256:bbbbbbbbbbbb (/x) on process 1 and sha256:aaaaaaaaaaaa (/x) on process 0"
+    in line
+  )
+
+
 def test_most_are_right():
   (line,) = set(
     told({"seed": "1"}, {"seed": "0"}, {"seed": "0"}, {"seed": "1", "x": "2"}, {"seed": "0"})
@@ -113,7 +127,7 @@ def test_a_workdir_must_be_one_folder(tmp_path, monkeypatch):
       assert ends == expected
     else:
       (line,) = set(ends)
-      assert "is another folder on process 1" in line
+      assert f"is another folder ({tmp_path / 'b'}) on process 1" in line
     assert not list((tmp_path / "a").iterdir())
 
 

@@ -130,7 +130,7 @@ def test_sigterm_is_kept_until_a_safe_point(monkeypatch):
 WORKER = """
 import os, signal, sys, time
 from instructjax.commands import cli
-from instructjax.parallel import distributed, supervisor
+from instructjax.parallel import agreement, distributed, supervisor
 from instructjax.parallel.watchdog import Limits
 from instructjax.core.errors import Preempted, UserError
 
@@ -140,14 +140,17 @@ sys.argv = sys.argv[:1]
 def main(_):
   supervisor.supervise()
   distributed.join(distributed.find(f"127.0.0.1:{port}", 2, process), joining=60 if what else 1, silence=20)
-  distributed.watch(Limits(20.0, 60.0, 100.0, 60.0))
+  distributed.watch(Limits(20.0, 60.0, 15.0 if what == "stuck" else 100.0, 60.0))
   from jax.experimental import multihost_utils
   multihost_utils.sync_global_devices("met")
   if what == "all_mistaken":
-    raise UserError("no such file")
+    agreement.require_same(distributed.team(), "settings", {"config.seed": str(process)})
   if process == 1:
     if what == "mistaken":
       raise UserError("the disk is full")
+    if what == "stuck":
+      while True:
+        pass
     if what == "hung":
       os.kill(os.getpid(), signal.SIGSTOP)
     if what == "late":
@@ -166,7 +169,7 @@ def main(_):
 
 cli.run(main, interrupted="")
 """
-HOW = ("all_mistaken", "mistaken", "hung", "told", "slow", "late")
+HOW = ("all_mistaken", "mistaken", "hung", "told", "slow", "late", "stuck")
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +189,9 @@ def ended():
     result = {}
     for how, pod in pods.items():
       if how == "hung":
-        pod[0].wait(timeout=60)
+        pod[0].wait(timeout=200)
         pod[1].kill()  # stopped processes stay; this one's parent does not
-      result[how] = [(one.communicate(timeout=60)[1], one.returncode)[::-1] for one in pod]
+      result[how] = [(one.communicate(timeout=200)[1], one.returncode)[::-1] for one in pod]
     return result
   finally:
     for one in (one for pod in pods.values() for one in pod):
@@ -200,9 +203,13 @@ def last_line(stderr: str) -> str:
   return stderr.splitlines()[-1]
 
 
-def test_a_mistake_that_all_meet_is_2_everywhere(ended):
+def test_a_mistake_that_all_meet_such_as_that_they_differ_is_2_everywhere(ended):
   assert [code for code, _ in ended["all_mistaken"]] == [2, 2]
-  assert {stderr for _, stderr in ended["all_mistaken"]} == {"error: no such file\n"}
+  (said,) = {stderr for _, stderr in ended["all_mistaken"]}
+  assert len(said.splitlines()) == 1
+  assert said.startswith(
+    "error: the processes of this run are not the same: config.seed is 1 on process 1 and 0 on"
+  )
 
 
 def test_a_mistake_of_one_ends_the_other_with_the_same_words_and_code(ended):
@@ -217,6 +224,15 @@ def test_a_silent_process_ends_the_other_with_a_message(ended):
   assert code == distributed.LOST
   assert last_line(stderr).startswith("error: another process of this run is gone")
   assert "The same command goes on" in last_line(stderr)
+
+
+def test_a_process_that_loops_ends_all_and_is_named(ended):
+  for code, stderr in ended["stuck"]:
+    assert code == distributed.LOST
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: stuck (") and ": process 1 at " in line
+    assert "where the others wait for it" in line
+  assert "in main" in ended["stuck"][1][1]  # the stack
 
 
 @pytest.mark.parametrize("how", ["told", "slow", "late"])

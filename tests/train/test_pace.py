@@ -1,12 +1,13 @@
 """Seconds a step of each process: whom the others wait for."""
 
+import json
 import time
 
 import numpy as np
 import pytest
-from jax.experimental import multihost_utils
 
 from instructjax.train import pace
+from tests.parallel.store import teams
 
 
 def test_the_late_one_is_slow_and_those_who_wait_for_it_are_not():
@@ -34,12 +35,8 @@ def test_the_line():
   assert line.startswith("sft: process 1 is the slowest: 1 s a step, the median is 0.6 s")
 
 
-def test_own_work_and_waits_are_told_apart(monkeypatch):
-  gathered = []
-  monkeypatch.setattr(pace.jax, "process_count", lambda: 2)
-  monkeypatch.setattr(
-    multihost_utils, "process_allgather", lambda x: gathered.append(x) or np.stack([x, x])
-  )
+def test_own_work_and_waits_are_told_apart():
+  first, second = teams(2)
   speed = pace.Pace()
   for _ in range(2):
     time.sleep(0.05)
@@ -48,11 +45,20 @@ def test_own_work_and_waits_are_told_apart(monkeypatch):
     speed.step()
   with speed.beside(), speed.waiting():
     time.sleep(0.2)
-  seconds = speed.gather()
-  own, waited = gathered[0]
+  second.put("pace", json.dumps([1, 0.4, 0.02]))
+  assert speed.gather(first) == pytest.approx([0.05 + 0.02, 0.4 + 0.02], abs=0.04)
+  number, own, waited = json.loads(first.said("pace")[0])
+  assert number == 1
   assert own == pytest.approx(0.05, abs=0.04) and waited == pytest.approx(0.1, abs=0.04)
-  assert seconds == pytest.approx([own + waited] * 2, rel=1e-3)
+
+
+def test_only_process_0_needs_the_numbers_and_one_that_says_nothing_is_not_waited_for(monkeypatch):
+  monkeypatch.setattr(pace, "_ANSWERS", 0.1)
+  first, second = teams(2)
+  assert pace.Pace().gather(first) == []
+  assert pace.Pace().gather(second) == []
+  assert set(first.said("pace")) == {0, 1}
 
 
 def test_one_process_compares_itself_with_nobody():
-  assert pace.Pace().gather() == []
+  assert pace.Pace().gather(None) == []
