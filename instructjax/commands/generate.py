@@ -59,8 +59,6 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint must have a value: runs/demo/ppo_ptx, a model folder or a .gguf")
-  for name, text in [("prompt", text) for text in _PROMPT.value] + [("system", _SYSTEM.value)]:
-    _require_unicode(text, f"--{name}")
   checkpoints = [places.require(path, "--checkpoint", ("hf://",)) for path in _CHECKPOINT.value]
   reward_model = places.expand(_REWARD_MODEL.value, "--reward_model", ("hf://",))
   texts = [_read(places.require(path, "--prompt_file")) for path in _PROMPT_FILE.value]

@@ -15,7 +15,7 @@ import logging
 import operator
 import os
 import pathlib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from instructjax.core.errors import UserError

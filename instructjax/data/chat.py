@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from instructjax.core.errors import UserError
 from instructjax.core.text import printable
@@ -29,6 +30,7 @@ _BATCH_CHARACTERS = 1_000_000  # after so many in its messages, a batch is full 
 # Python keeps half of a UTF-16 pair, as "\ud83d" in JSON, as a character of its own, which cannot be encoded.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_REASON = 200  # characters of a template's own error message
+Text = TypeVar("Text", bound=str)
 
 
 def now() -> str:
@@ -102,7 +104,7 @@ def render(
       yield error or _text(next(results), where)
 
 
-def only(results: Iterator[str | UserError]) -> str:
+def only(results: Iterator[Text | UserError]) -> Text:
   """The text of a single chat that was given to `render`.
 
   Raises:
