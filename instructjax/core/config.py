@@ -15,7 +15,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from instructjax.core.blocks import build, require, require_positive, validate
+from instructjax.core.blocks import SAME_NUMBERS, build, require, require_positive, validate
 from instructjax.core.network import (
   ExecutionConfig,
   ModelConfig,
@@ -70,15 +70,20 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source."""
+  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source.
+
+  What sources hold is in the fingerprints of the stages (stages/contents.py), where they lie is not.
+  """
 
   # source of plain text for pretraining and for the pretraining mix, as SCHEME:PATH (see docs/data.md); '' is no source
-  documents: str
-  demonstrations: str  # source of prompts with answers to imitate; '' is no source
+  documents: str = dataclasses.field(metadata=SAME_NUMBERS)
+  # source of prompts with answers to imitate; '' is no source
+  demonstrations: str = dataclasses.field(metadata=SAME_NUMBERS)
   # source of ranked answers for the reward model; '' is no source, and demo: lets simulated labelers rank answers that
   # the SFT policy samples
-  comparisons: str
-  prompts: str  # source of prompts for RL and evaluation; '' is no source
+  comparisons: str = dataclasses.field(metadata=SAME_NUMBERS)
+  # source of prompts for RL and evaluation; '' is no source
+  prompts: str = dataclasses.field(metadata=SAME_NUMBERS)
   max_prompt_length: int  # prompts longer than this are dropped and counted [tokens]
   # longest response, including its EOS; longer responses in the data are dropped and counted [tokens]
   max_response_length: int

@@ -10,7 +10,7 @@ the spec after `SCHEME:`, kind, split) and returns (rows, decode, has_own_split)
 A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
 raises UserError.
 
-Imports `records` and `checksums`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
+Imports `records`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
 """
 
 import glob
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from instructjax.core.errors import UserError, reason
-from instructjax.data import checksums
 from instructjax.data.records import KEYS, BadRecord
 
 _TURN = "\n\nAssistant:"  # precedes each answer in an Anthropic-HH dialogue
@@ -308,24 +307,26 @@ def _objects(value: Any) -> Any:
   return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
-def _parquet_checksum(path: str) -> str:
-  return checksums.of_files(parquet_files(path))
-
-
-def _datasets_checksum(rest: str) -> str:
+def _datasets_files(rest: str) -> list[str]:
   folder, _ = datasets_folder(rest)
-  return checksums.of_files(sorted(str(path) for path in pathlib.Path(folder).rglob("*.arrow")))
+  return sorted(str(path) for path in pathlib.Path(folder).rglob("*.arrow"))
 
 
-def _tfds_checksum(rest: str) -> str:
-  """The version of the builder, which determines the content."""
+def _tfds_files(rest: str) -> list[str]:
+  """The files of all splits, by name."""
   import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
 
   match = parse_tfds(rest)
   if match is None:
     raise ValueError(f"tfds:{rest} was not read: it is not spelt as `_tfds` wants it")
   where = {"data_dir": match["data_dir"]} if match["data_dir"] else {}
-  return "version:" + str(tfds.builder(match["name"], **where).info.version)
+  folder = pathlib.Path(tfds.builder(match["name"], **where).data_path)
+  return sorted(str(path) for path in folder.iterdir() if ".array_record" in path.name)
+
+
+def _tfds_place(rest: str) -> str:
+  match = parse_tfds(rest)
+  return (match and match["data_dir"]) or ""
 
 
 class Reader(NamedTuple):
@@ -333,18 +334,19 @@ class Reader(NamedTuple):
 
   Attributes:
     read: see the top of this file.
-    checksum: what the content is recognised by. Not computed while reading, because a table's reader skips columns,
-      and each split reads the file again.
+    files: the files that it reads, in order. What they hold is part of the fingerprint of the stages that read them.
+    place: the part of the spec that says where the files are. Everything else says how they are read.
   """
 
   read: Callable[[str, str, str], tuple[Rows, Decode, bool]]
-  checksum: Callable[[str], str]
+  files: Callable[[str], list[str]]
+  place: Callable[[str], str]
 
 
 READERS = {
-  "jsonl": Reader(_jsonl, checksums.of_file),
-  "hh": Reader(_hh, checksums.of_file),
-  "parquet": Reader(_parquet, _parquet_checksum),
-  "datasets": Reader(_datasets, _datasets_checksum),
-  "tfds": Reader(_tfds, _tfds_checksum),
+  "jsonl": Reader(_jsonl, lambda path: [path], str),
+  "hh": Reader(_hh, lambda path: [path], str),
+  "parquet": Reader(_parquet, parquet_files, str),
+  "datasets": Reader(_datasets, _datasets_files, lambda rest: datasets_folder(rest)[0]),
+  "tfds": Reader(_tfds, _tfds_files, _tfds_place),
 }

@@ -103,8 +103,8 @@ def load(
   return chosen
 
 
-def checksum(spec: str) -> str:
-  """What a source's content is recognised by: a checksum or a version.
+def files(spec: str) -> list[str]:
+  """The files that a source reads, in order; none for `demo:`.
 
   Args:
     spec: SCHEME:REST as in the config.
@@ -112,11 +112,18 @@ def checksum(spec: str) -> str:
     Exception: of any type, if the source cannot be read; it comes from the library that reads it.
   """
   scheme, _, rest = spec.partition(":")
+  return [] if scheme == "demo" else READERS[scheme].files(rest)
+
+
+def how(spec: str) -> str:
+  """How a source is read: its spec without the place of its files. For `demo:`, what its records depend on."""
+  scheme, _, rest = spec.partition(":")
   if scheme == "demo":
     from instructjax.data import demo
 
     return demo.checksum()
-  return READERS[scheme].checksum(rest)
+  place = READERS[scheme].place(rest)
+  return f"{scheme}:{rest.replace(place, '', 1) if place else rest}"
 
 
 def render(

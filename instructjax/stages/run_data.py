@@ -1,26 +1,17 @@
 """A run's records and token lists: each is read when a stage first asks for it, and kept for later stages."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from instructjax.core.config import Config
-from instructjax.core.errors import reason
 from instructjax.core.provenance import Source
-from instructjax.core.stages import STAGES, stage_of_kind
+from instructjax.core.stages import stage_of_kind
 from instructjax.data import sources, tokenize
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.stages import lineage
-
-
-def _checksum(spec: str) -> str:
-  try:
-    return sources.checksum(spec)
-  except Exception as error:
-    # Libraries raise many types, and no checksum is worth a stage's result.
-    return f"(no checksum: {reason(error)})"
+from instructjax.stages.contents import Contents, NotThere
 
 
 class RunData:
@@ -30,10 +21,14 @@ class RunData:
     config: names the sources, and the seed that splits and orders them.
     workdir: the run's folder, which holds collected comparisons.
     tokenizer: the run's tokenizer.
+    contents: what the sources hold.
   """
 
-  def __init__(self, config: Config, workdir: pathlib.Path, tokenizer: Tokenizer):
+  def __init__(
+    self, config: Config, workdir: pathlib.Path, tokenizer: Tokenizer, contents: Contents
+  ):
     self._config, self._workdir, self._tokenizer = config, workdir, tokenizer
+    self._contents = contents
     self._kept: dict[tuple[str, ...], Any] = {}
 
   def _once(self, key: tuple[str, ...], read: Callable[[], Any]):
@@ -48,17 +43,23 @@ class RunData:
       kind: 'documents', 'prompts', 'demonstrations' or 'comparisons'.
       split: 'train', 'validation' or 'test'; also 'heldout' for collected comparisons.
     Raises:
-      UserError: the source cannot be read, or a record is bad.
+      UserError: the source cannot be read or is written meanwhile, or a record is bad.
     """
-    if jax.process_index() == 0 and kind in lineage.kinds_read(self._config, STAGES):
-      # Now, so that it is the checksum of what is read, even if the file changes later.
-      self.source(kind)
-    return self._once((kind, split), lambda: self._read(kind, split))
+
+    def read():
+      # Before reading, and again after: fingerprints must tell what was read. Whoever reads has the better words for a
+      # file that is not there.
+      with contextlib.suppress(NotThere):
+        self._contents.of(kind)
+      found = self._read(kind, split)
+      self._contents.require_same(kind)
+      return found
+
+    return self._once((kind, split), read)
 
   def source(self, kind: str) -> Source:
     """The config's source of a kind, with the checksum that it had when it was first asked for."""
-    spec = getattr(self._config.data, kind)
-    return self._once((kind, "source"), lambda: Source(spec, _checksum(spec)))
+    return Source(getattr(self._config.data, kind), self._contents.of(kind).checksum)
 
   def _read(self, kind: str, split: sources.Split) -> Sequence:
     data = self._config.data

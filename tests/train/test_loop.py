@@ -82,6 +82,7 @@ def _run(directory, *, every=3, keep=2, log=4, fingerprint=FINGERPRINT, profile=
     log=LogConfig(every_steps=log, samples=1, tensorboard=False),
     profile=ProfileConfig(profile),
     fingerprint=fingerprint,
+    files={},
     changeable={"rounding": EXECUTION | execution, "same numbers": {"ppo.max_kl": 1.0}},
   )
 
