@@ -97,6 +97,7 @@ def base(stage: str) -> ConfigDict:
         max_prompt_length=1024,  # App. C: longer prompts are filtered out
         max_response_length=1024,  # App. C
         validation_fraction=0.05,  # open
+        token_cache="",
         on_bad_record="raise",
       ),
       mesh=dict(

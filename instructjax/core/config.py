@@ -90,6 +90,8 @@ class DataConfig:
   # share of records held out for validation, chosen by a hash of the prompt or document; used only for sources that
   # have no validation split
   validation_fraction: float
+  # folder of tokenized documents and demonstrations, which several runs may share; '' is WORKDIR/cache/tokens
+  token_cache: str = dataclasses.field(metadata=SAME_NUMBERS)
   # raise stops the run at the first unusable record; skip drops and counts such records
   on_bad_record: Literal["raise", "skip"]
 

@@ -55,10 +55,14 @@ def check(ctx: Context, stages: list[str]):
   for stage in stages:
     require_same_data(ctx, stage)
   coming = _coming(ctx.workdir, stages)
-  # Prompts as tokens, because those that are too long drop out: a source may be readable and still leave none.
+  # As tokens where possible, because records that are too long drop out: a source may be readable and still leave none.
+  read = {
+    "prompts": ctx.data.prompt_tokens,
+    "comparisons": lambda s: ctx.data.records("comparisons", s),
+  }
   for kind in lineage.kinds_read(ctx.config, coming):
     for split in ("train", "validation"):
-      ctx.data.prompt_tokens(split) if kind == "prompts" else ctx.data.records(kind, split)
+      read[kind](split) if kind in read else ctx.data.tokens(kind, split)
   for stage in coming:
     try:
       module(stage).check(ctx, stage)

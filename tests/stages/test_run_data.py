@@ -3,6 +3,7 @@
 import hashlib
 import types
 
+import numpy as np
 import pytest
 
 from instructjax.core.errors import UserError
@@ -17,6 +18,9 @@ from tests.stages import test_contents
 TOKENIZER = types.SimpleNamespace(
   bos_id=7,
   eos_id=1,
+  vocab_size=200,
+  fingerprint="letters",
+  has_chat_template=False,
   encode=lambda text: [ord(c) for c in text],
   encode_prompt=lambda text: [ord(c) for c in text],
   render_chat=None,
@@ -30,19 +34,21 @@ def loaded(monkeypatch):
 
   def load(spec, kind, split, **_):
     calls.append((spec, kind, split))
-    return [types.SimpleNamespace(text=text, prompt=text) for text in ("ab", "c" * 99)]
+    texts = ("ab", "c" * 99)
+    return [types.SimpleNamespace(text=text, prompt=text, response="d") for text in texts]
 
   monkeypatch.setattr(sources, "load", load)
   monkeypatch.setattr(sources, "render", lambda found, *_, **__: found)
   return calls
 
 
-def run_data(tmp_path, **changes) -> RunData:
+def run_data(tmp_path, comparisons="", **changes) -> RunData:
   """Of files that hold nothing."""
   for kind in records.KINDS:
     (tmp_path / kind).touch()
-  specs = {kind: f"jsonl:{tmp_path / kind}" for kind in records.KINDS} | changes
-  return of_config(micro.config("ppo_ptx", specs), tmp_path, TOKENIZER)
+  specs = {kind: f"jsonl:{tmp_path / kind}" for kind in records.KINDS}
+  specs["comparisons"] = comparisons or specs["comparisons"]
+  return of_config(micro.config("ppo_ptx", specs, **changes), tmp_path, TOKENIZER)
 
 
 def of_config(config, workdir, tokenizer) -> RunData:
@@ -61,8 +67,64 @@ def test_what_is_read_is_kept(loaded, tmp_path):
 
 def test_tokens_of_documents_and_prompts(loaded, tmp_path):
   data = run_data(tmp_path)
-  assert data.document_tokens("train")[0] == [7, 97, 98]  # BOS first
+  documents = data.tokens("documents", "train").sequences()
+  assert documents[0].ids == [7, 97, 98, 1]  # BOS first, EOS last
   assert data.prompt_tokens("train") == [[97, 98]]  # the other has 99 tokens, 36 fit
+  assert data.demonstration_tokens("train") == [([97, 98], [100, 1])]
+
+
+def test_a_second_run_reads_no_documents(loaded, tmp_path, caplog):
+  for _ in range(2):
+    data = run_data(tmp_path)
+    rows = data.document_rows("train", 60)
+    assert rows is data.document_rows("train", 60)
+    # 101 tokens in 60 and 41, and 4 beside the latter.
+    assert (rows.gather(np.arange(2)).segment_BL.max(1) == [1, 2]).all()
+    data.demonstration_rows("validation", 60)
+  assert loaded == [
+    (f"jsonl:{tmp_path}/documents", "documents", "train"),
+    (f"jsonl:{tmp_path}/demonstrations", "demonstrations", "validation"),
+  ]
+  told = "demonstrations: kept 1; left out for length: long_prompts=1, long_responses=0"
+  assert caplog.messages == [told] * 2  # in the second run too
+
+
+def test_runs_may_share_a_cache(loaded, tmp_path):
+  (tmp_path / "cache").mkdir()
+  for name in ("one", "other"):
+    data = run_data(tmp_path, data__token_cache=str(tmp_path / "cache"))
+    RunData(data._config, tmp_path / name, TOKENIZER, data._contents).tokens("documents", "train")
+  assert len(loaded) == 1
+
+
+OTHER_TOKENIZER = types.SimpleNamespace(**vars(TOKENIZER) | {"fingerprint": "other"})
+DATED = types.SimpleNamespace(
+  **vars(TOKENIZER) | {"has_chat_template": True, "render_chat": lambda messages: "1 May"}
+)
+
+
+@pytest.mark.parametrize(
+  ("kind", "tokenizer", "changes"),
+  [
+    ("documents", OTHER_TOKENIZER, {}),
+    ("documents", TOKENIZER, {"data__validation_fraction": 0.5}),
+    ("documents", TOKENIZER, {"data__documents": "another content"}),
+    ("demonstrations", DATED, {}),
+    ("demonstrations", TOKENIZER, {"data__max_response_length": 23}),
+    ("demonstrations", TOKENIZER, {"data__max_prompt_length": 35}),
+  ],
+)
+def test_what_tokens_depend_on_has_a_place_of_its_own(loaded, tmp_path, kind, tokenizer, changes):
+  run_data(tmp_path).tokens(kind, "train")
+  for name in records.KINDS:
+    (tmp_path / name).touch()
+  specs = {name: f"jsonl:{tmp_path / name}" for name in records.KINDS}
+  if changes.pop("data__documents", None):
+    (tmp_path / "documents").write_text("more")
+  other = of_config(micro.config("ppo_ptx", specs, **changes), tmp_path, tokenizer)
+  other.tokens(kind, "train")
+  other.tokens(kind, "validation")
+  assert len(loaded) == 3
 
 
 def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
