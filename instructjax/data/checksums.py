@@ -73,7 +73,7 @@ class FileChecksums:
     Raises:
       OSError: a file cannot be read.
     """
-    paths = tuple(map(os.fspath, files))
+    paths = tuple(str(os.fspath(path)) for path in files)
     digests = tuple(self._digest(path) for path in paths)
     if not self._is_saved:
       self._save()

@@ -18,7 +18,7 @@ from instructjax.core.structs import PackedBatch, tree_of
 Read = Callable[[int, int], bytes]
 
 
-def pack(sequence_lengths: Sequence[int], length: int) -> list[list[int]]:
+def pack(sequence_lengths: Sequence[int] | np.ndarray, length: int) -> list[list[int]]:
   """Assigns sequences to rows so that few rows are needed.
 
   The algorithm is best-fit decreasing: it takes the longest sequence first, and puts each into the fullest row that has
@@ -177,9 +177,9 @@ def _read(
   if shape_N2[:, 0].max(initial=0) > rows.length:
     raise Damaged("its index")
   starts, sizes = rows.start_N[piece_N].tolist(), shape_N2[:, 0].tolist()
-  shapes, parts, crcs = memoryview(shape_N2.reshape(-1)), [], []
+  shapes, parts, crcs = shape_N2.tobytes(), [], []
   for stop, count in zip(end_B.tolist(), count_B.tolist()):
-    crc = zlib.crc32(shapes[2 * (stop - count) : 2 * stop])
+    crc = zlib.crc32(shapes[16 * (stop - count) : 16 * stop])
     for piece in range(stop - count, stop):
       part = rows.read(starts[piece], starts[piece] + sizes[piece])
       crc = zlib.crc32(part, crc)
@@ -237,7 +237,7 @@ def pack_rows(
   )
   blocks = np.array_split(np.arange(rows.num_rows), -(-rows.num_rows // _BLOCK) or 1)
   crc_R = np.concatenate([_read(rows, row_B)[-1] for row_B in blocks]).astype("<u4")
-  checksum = zlib.crc32(crc_R, zlib.crc32(f"{length} {vocab_size} {len(crc_R)}".encode()))
+  checksum = zlib.crc32(crc_R.tobytes(), zlib.crc32(f"{length} {vocab_size} {len(crc_R)}".encode()))
   return dataclasses.replace(rows, crc_R=crc_R, checksum=checksum)
 
 

@@ -159,7 +159,9 @@ class Writer:
     arrays = {_ENDS: np.array(self._ends, np.int64)}
     if any(self._unweighted):
       arrays[_UNWEIGHTED] = packing.smallest(np.array(self._unweighted, np.int64))
-    crcs = {name: zlib.crc32(array) for name, array in arrays.items()} | {_TOKENS: self._crc}
+    crcs = {name: zlib.crc32(array.tobytes()) for name, array in arrays.items()} | {
+      _TOKENS: self._crc
+    }
     header = {"dtype": self._dtype.str, "crcs": crcs, "left_out": left_out, "about": about}
     _write_folder(self._folder, arrays, header)
 
@@ -222,8 +224,19 @@ def open_rows(folder: pathlib.Path, store: TokenStore) -> PackedRows | None:
   header = _read_header(folder)
   if header is None:
     return None
-  arrays = dict.fromkeys(_INDEX) | _map_arrays(folder, header)
-  return PackedRows(read=store.read, dtype=store.dtype, **header["rows"], **arrays)
+  arrays, about = _map_arrays(folder, header), header["rows"]
+  return PackedRows(
+    length=about["length"],
+    vocab_size=about["vocab_size"],
+    read=store.read,
+    dtype=store.dtype,
+    start_N=arrays["start_N"],
+    size_N=arrays["size_N"],
+    num_unweighted_N=arrays.get("num_unweighted_N"),
+    first_R=arrays["first_R"],
+    crc_R=arrays["crc_R"],
+    checksum=about["checksum"],
+  )
 
 
 def _reader(path: pathlib.Path, itemsize: int) -> packing.Read:
