@@ -98,6 +98,7 @@ def base(stage: str) -> ConfigDict:
         max_prompt_length=1024,  # App. C: longer prompts are filtered out
         max_response_length=1024,  # App. C
         validation_fraction=0.05,  # Departs from paper: table 6 holds out 11% (SFT) to 35% (RM), split by user
+        token_cache="",
         on_bad_record="raise",
       ),
       mesh=dict(

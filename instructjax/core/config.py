@@ -18,6 +18,7 @@ from typing import Any, Literal
 from instructjax.core import places
 from instructjax.core.blocks import (
   FILE,
+  SAME_NUMBERS,
   SOURCE,
   WIDE,
   build,
@@ -83,23 +84,28 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source."""
+  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source.
+
+  What sources hold is in the fingerprints of the stages (stages/contents.py), where they lie is not.
+  """
 
   # source of plain text for pretraining and for the pretraining mix, as SCHEME:PATH (see docs/data.md); '' is no source
-  documents: str = dataclasses.field(metadata=SOURCE)
+  documents: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
   # source of prompts with answers to imitate; '' is no source
-  demonstrations: str = dataclasses.field(metadata=SOURCE)
+  demonstrations: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
   # source of ranked answers for the reward model; '' is no source, and demo: lets simulated labelers rank answers that
   # the SFT policy samples
-  comparisons: str = dataclasses.field(metadata=SOURCE)
+  comparisons: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
   # source of prompts for RL and evaluation; '' is no source
-  prompts: str = dataclasses.field(metadata=SOURCE)
+  prompts: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
   max_prompt_length: int  # prompts longer than this are dropped and counted [tokens]
   # longest response, including its EOS; longer responses in the data are dropped and counted [tokens]
   max_response_length: int
   # share of records held out for validation, chosen by a hash of the prompt or document; used only for sources that
   # have no validation split
   validation_fraction: float
+  # folder of tokenized documents and demonstrations, which several runs may share; '' is WORKDIR/cache/tokens
+  token_cache: str = dataclasses.field(metadata=FILE | SAME_NUMBERS)
   # raise stops the run at the first unusable record; skip drops and counts such records
   on_bad_record: Literal["raise", "skip"]
 

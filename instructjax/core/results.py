@@ -75,6 +75,7 @@ class Collected:
   """The result of collecting comparisons."""
 
   agreement: LabelerGroups
+  files: dict[str, str]  # split -> SHA-256 of the file with its rankings, in hex
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,18 @@ import functools
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from instructjax.core.errors import UserError
-from instructjax.core.structs import PackedBatch, PromptBatch, RankedBatch, tree_of
+from instructjax.core.structs import PromptBatch, RankedBatch, tree_of
 from instructjax.data import packing
-from instructjax.data.tokenize import DemonstrationTokens, RankingTokens
+from instructjax.data.packing import PackedRows
+from instructjax.data.token_cache import CachedRows
+from instructjax.data.tokenize import RankingTokens
 
 Places = Sequence[int] | np.ndarray  # rows of a global batch
 
@@ -40,7 +41,7 @@ class Batches:
 
   def __init__(
     self,
-    rows: Any,
+    checksum: int,
     gather: Callable[[np.ndarray, np.ndarray], Any],
     *,
     num_rows: int,
@@ -51,7 +52,7 @@ class Batches:
     """Called by the `*_batches` functions only.
 
     Args:
-      rows: all data, as a list or a pytree of arrays. Used only for a checksum, so that `set_state` can recognise it.
+      checksum: of all rows, by which `set_state` recognises the data.
       gather: makes a batch from (row numbers, their places in the global batch).
       num_rows: number of rows in the data.
       batch_size: number of rows in the global batch, over all processes.
@@ -72,7 +73,7 @@ class Batches:
       "batch_size": batch_size,
       "seed": seed,
       "rows": num_rows,
-      "checksum": _checksum(rows),
+      "checksum": checksum,
     }
     place_b = np.asarray(range(batch_size) if places is None else places, np.int32)
     source = _BatchSource(num_rows, batch_size, seed, place_b, gather)
@@ -169,73 +170,22 @@ class ZippedBatches:
       part.set_state(state[name])
 
 
-def lm_batches(
-  documents: Sequence[Sequence[int]],
-  *,
-  length: int,
-  batch_size: int,
-  seed: int,
-  vocab_size: int,
-  eos_id: int,
-  places: Places | None = None,
+def packed_batches(
+  rows: PackedRows | CachedRows, *, batch_size: int, seed: int, places: Places | None = None
 ) -> Batches:
-  """Batches of documents for language modelling, as PackedBatch.
-
-  An EOS is appended to every document. A document longer than a row is split into pieces of `length` tokens; attention
-  does not reach from one piece to another.
+  """Batches of packed rows, as PackedBatch, for language modelling.
 
   Args:
-    documents: token ids.
-    length: tokens per row.
+    rows: all of them; a batch reads its own.
     batch_size, seed, places: see `Batches`.
-    vocab_size: also the id of padding.
-    eos_id: the id to append.
   Raises:
-    UserError: there are no documents.
+    UserError: there are no rows.
     ValueError: batch_size is not positive.
   """
-  pieces = [
-    piece for document in documents for piece in packing.split_long([*document, eos_id], length)
-  ]
-  rows = packing.pack_rows(pieces, [0] * len(pieces), length=length, vocab_size=vocab_size)
-  return _packed_batches(rows, batch_size, seed, places)
-
-
-def sft_batches(
-  demonstrations: Sequence[DemonstrationTokens],
-  *,
-  length: int,
-  batch_size: int,
-  seed: int,
-  vocab_size: int,
-  eos_id: int,
-  places: Places | None = None,
-) -> Batches:
-  """Batches of demonstrations as PackedBatch, with loss on the response and its EOS only.
-
-  Args:
-    demonstrations: token ids; each must fit in one row together with its EOS.
-    length: tokens per row.
-    batch_size, seed, places: see `Batches`.
-    vocab_size: also the id of padding.
-    eos_id: the id to append.
-  Raises:
-    UserError: a demonstration is longer than a row, or there are none.
-    ValueError: batch_size is not positive.
-  """
-  sequences = [[*item.prompt, *item.response, eos_id] for item in demonstrations]
-  num_prompt = [len(item.prompt) for item in demonstrations]
-  rows = packing.pack_rows(sequences, num_prompt, length=length, vocab_size=vocab_size)
-  return _packed_batches(rows, batch_size, seed, places)
-
-
-def _packed_batches(
-  rows: PackedBatch, batch_size: int, seed: int, places: Places | None
-) -> Batches:
   return Batches(
-    rows,
-    lambda row_b, place_b: jax.tree.map(lambda array: array[row_b], rows),
-    num_rows=len(rows.token_BL),
+    rows.checksum,
+    lambda row_b, place_b: rows.gather(row_b),
+    num_rows=rows.num_rows,
     batch_size=batch_size,
     seed=seed,
     places=places,
@@ -298,7 +248,12 @@ def ranking_batches(
     )
 
   return Batches(
-    rankings, gather, num_rows=len(rankings), batch_size=batch_size, seed=seed, places=None
+    _checksum(rankings),
+    gather,
+    num_rows=len(rankings),
+    batch_size=batch_size,
+    seed=seed,
+    places=None,
   )
 
 
@@ -319,9 +274,7 @@ def rows_needed(
   def gather(row_b, place_b):
     return len(packing.pack([n for row in row_b for n in lengths[row]], length))
 
-  needs = Batches(
-    lengths, gather, num_rows=len(lengths), batch_size=batch_size, seed=seed, places=None
-  )
+  needs = Batches(0, gather, num_rows=len(lengths), batch_size=batch_size, seed=seed, places=None)
   return max(next(needs) for _ in range(num_epochs * needs.steps_per_epoch))
 
 
@@ -395,7 +348,7 @@ def prompt_batches(
         f"a prompt of {len(prompt)} tokens does not fit length={length}; see tokenize_prompts"
       )
   return Batches(
-    prompts,
+    _checksum(prompts),
     lambda row_b, place_b: prompt_batch(
       [prompts[row] for row in row_b], place_b, length, vocab_size
     ),
@@ -423,15 +376,10 @@ def prompt_batch(
   )
 
 
-def _checksum(rows: Any) -> int:
+def _checksum(rows: list) -> int:
   """CRC-32 of the data. A saved position in the shuffled order is only valid for the same data."""
-  parts: Iterable[bytes]
-  if isinstance(rows, list):
-    plain = (dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row for row in rows)
-    parts = (json.dumps(row).encode() for row in plain)
-  else:
-    parts = (array.tobytes() for array in jax.tree.leaves(rows))
   checksum = 0
-  for part in parts:
-    checksum = zlib.crc32(part, checksum)
+  for row in rows:
+    plain = dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row
+    checksum = zlib.crc32(json.dumps(plain).encode(), checksum)
   return checksum

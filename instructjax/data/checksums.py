@@ -1,45 +1,148 @@
-"""Checksums of files, for the provenance of the stages that read them.
+"""Checksums of the files that a run reads: whoever resumes or reuses a stage must read what it was made with.
 
-Called by readers.py, whose sources say which of their files hold the records. Within a process every file is hashed
-once, no matter how many stages and kinds of record use it.
+Called by stages/contents.py. A file is hashed once: its checksum is remembered in a file of the workdir for as long as
+the file's size, times and inode stay the same. A file that was only touched is hashed again, and has the same checksum.
+
+The content counts, not the place: files may be moved or renamed, as long as they are read in the same order.
 """
 
-import functools
+import contextlib
+import dataclasses
 import hashlib
+import json
 import os
+import pathlib
+import socket
+import time
 from collections.abc import Iterable
+from typing import Any
+
+_SHOWN = 8  # hex digits of each file's checksum that a fingerprint holds, so that a message can name the file
+_SETTLED = (
+  0.02  # seconds after which a file system's clock has surely moved on, see `_wait_until_settled`
+)
+_SAVE_EVERY = 5.0  # seconds of hashing that a killed process may lose
 
 
-def of_file(path: str) -> str:
-  """The checksum of a file's bytes as they lie on disk, compressed or not.
+@dataclasses.dataclass(frozen=True)
+class Content:
+  """What lies behind one name in a config.
 
-  Raises:
-    OSError: the file cannot be read.
+  Attributes:
+    how: how the files are read: the name without its path. Where there are no files, what stands for them.
+    files: paths, in the order in which they are read.
+    digests: SHA-256 of each file's bytes as they lie on disk, in hex.
   """
-  return "sha256:" + _sha256(path, *_state(path))
+
+  how: str
+  files: tuple[str, ...]
+  digests: tuple[str, ...]
+
+  @property
+  def checksum(self) -> str:
+    """One checksum for all; a single file's is what `sha256sum` prints."""
+    if not self.files:
+      return self.how
+    if len(self.files) == 1:
+      return "sha256:" + self.digests[0]
+    return "sha256:" + hashlib.sha256("\n".join(self.digests).encode()).hexdigest()
+
+  @property
+  def fingerprint(self) -> str:
+    """JSON that is equal for equal contents, wherever they lie; `finished.require_same_run` explains differences."""
+    shown = [digest[:_SHOWN] for digest in self.digests]
+    return json.dumps({"how": self.how, "checksum": self.checksum, "files": shown}, sort_keys=True)
 
 
-def of_files(paths: Iterable[str]) -> str:
-  """One checksum for the names and contents of several files, in order.
+class FileChecksums:
+  """Checksums of files by path, kept in a file.
 
-  Raises:
-    OSError: a file cannot be read.
+  Args:
+    memory: the file; made when there is something to remember. Entries that are damaged are forgotten, and if the file
+      cannot be written, nothing is remembered.
   """
-  digest = hashlib.sha256()
-  # Base names only, so that a folder has the same checksum wherever it is.
-  for path in paths:
-    digest.update(f"{os.path.basename(path)} {_sha256(path, *_state(path))}\n".encode())
-  return "sha256:" + digest.hexdigest()
+
+  def __init__(self, memory: pathlib.Path):
+    self._memory = memory
+    self._known = _read(memory)
+    self._is_saved, self._saved_at = True, time.monotonic()
+
+  def content(self, how: str, files: Iterable[str | os.PathLike]) -> Content:
+    """The content of these files.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    paths = tuple(str(os.fspath(path)) for path in files)
+    digests = tuple(self._digest(path) for path in paths)
+    if not self._is_saved:
+      self._save()
+    return Content(how, paths, digests)
+
+  def _digest(self, path: str) -> str:
+    place = os.path.abspath(path)
+    state = _state(place)
+    known = self._known.get(place)
+    if known and known[:-1] == state:
+      return known[-1]
+    _wait_until_settled(state)
+    with open(place, "rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if (
+      _state(place) == state
+    ):  # else it is being written, and this is the checksum of no state of it
+      self._known[place], self._is_saved = [*state, digest], False
+      if time.monotonic() - self._saved_at > _SAVE_EVERY:
+        self._save()
+    return digest
+
+  def _save(self):
+    """Writes what is known, together with what other processes have written meanwhile."""
+    self._known = _read(self._memory) | self._known
+    entries = {place: [*known, _check(place, known)] for place, known in self._known.items()}
+    self._is_saved, self._saved_at = True, time.monotonic()
+    # Processes of one run may write at the same time, each into a file of its own.
+    scratch = self._memory.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
+    try:
+      self._memory.parent.mkdir(parents=True, exist_ok=True)
+      scratch.write_text(json.dumps(entries, indent=0) + "\n")
+      os.replace(scratch, self._memory)
+    except OSError:  # the disk is full, say; then the files are hashed again next time
+      with contextlib.suppress(OSError):
+        scratch.unlink()
 
 
-def _state(path: str) -> tuple[int, int]:
-  """A file's size and modification time. If either has changed, the file is hashed again."""
+def _state(path: str) -> list[int]:
+  """What changes when a file is written. The inode's own time cannot be set back, as the file's can."""
   found = os.stat(path)
-  return found.st_size, found.st_mtime_ns
+  return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
-@functools.cache
-def _sha256(path: str, size: int, changed: int) -> str:
-  del size, changed  # only part of the cache key
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+def _wait_until_settled(state: list[int]):
+  """Waits until a file that is changed from now on gets another time.
+
+  A clock of file times moves in steps of some milliseconds. Without this, a file that is hashed and changed within one
+  step would keep its old checksum.
+  """
+  age = time.time() - max(state[1], state[2]) / 1e9
+  if age < _SETTLED:
+    time.sleep(min(_SETTLED, max(0.0, _SETTLED - age)))
+
+
+def _read(path: pathlib.Path) -> dict[str, list]:
+  """The undamaged entries of a memory: path -> size, times, inode and checksum."""
+  try:
+    entries = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError):
+    return {}
+  if not isinstance(entries, dict):
+    return {}
+  return {
+    place: entry[:-1]
+    for place, entry in entries.items()
+    if isinstance(entry, list) and entry and entry[-1] == _check(place, entry[:-1])
+  }
+
+
+def _check(place: str, entry: Any) -> str:
+  return hashlib.sha256(json.dumps([place, entry]).encode()).hexdigest()[:16]

@@ -149,7 +149,7 @@ class SentencePieceTokenizer:
         clock=special.clock,
       )
       more = [[i, token.content, token.flags] for i, token in self.added.items()], self.stop_ids
-      parts = [bos, eos, special.adds_bos, template]
+      parts: list = [bos, eos, special.adds_bos, template]
       parts += more if self.added or self._special.stops else ()
       parts += [self._special.named] if template is not None else []
       digest.update(json.dumps(parts).encode())

@@ -123,8 +123,8 @@ def _scheme(spec: str, kind: str) -> tuple[str, str]:
   return scheme, rest
 
 
-def checksum(spec: str) -> str:
-  """What a source's content is recognised by: a checksum or a version.
+def files(spec: str) -> list[str]:
+  """The files that a source reads, in order; none for `demo:`.
 
   Args:
     spec: SCHEME:REST as in the config.
@@ -133,12 +133,25 @@ def checksum(spec: str) -> str:
   """
   scheme, _, rest = spec.partition(":")
   if scheme == "demo":
+    return []
+  reader = READERS[scheme]
+  return reader.files(*formats.split_options(rest, spec, None, reader.options))
+
+
+def how(spec: str) -> str:
+  """How a source is read: its spec without the place of its files. For `demo:`, what its records depend on.
+
+  Raises:
+    UserError: its options are not known.
+  """
+  scheme, _, rest = spec.partition(":")
+  if scheme == "demo":
     from instructjax.data import demo
 
     return demo.checksum()
   reader = READERS[scheme]
-  path, options = formats.split_options(rest, spec, None, reader.options)
-  return reader.checksum(path, options)
+  place = reader.place(*formats.split_options(rest, spec, None, reader.options))
+  return f"{scheme}:{rest.replace(place, '', 1) if place else rest}"
 
 
 def render(

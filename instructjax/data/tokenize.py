@@ -1,26 +1,19 @@
 """Converts records to token ids, and drops those that are too long. Dropped records are counted and logged.
 
-Called by the stages, which make batches of the results with batching.py.
+Called by stages/run_data.py, which puts documents and demonstrations into the token cache, and by stage `rm`.
 """
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from instructjax.core.errors import UserError
 from instructjax.data.controls import Rendered
-from instructjax.data.records import Chat, Demonstration, Prompt, Ranking
+from instructjax.data.records import Chat, Demonstration, Document, Prompt, Ranking
+from instructjax.data.token_store import Encoded
 from instructjax.data.tokenizer import Tokenizer, prompt_ids
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class DemonstrationTokens:
-  """Token ids of a demonstration. The response has no EOS; `sft_batches` appends it."""
-
-  prompt: list[int]
-  response: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,39 +40,53 @@ def tokenize_prompts(
   _note_control_tokens("prompts", records, tokenizer)
   prompts = [prompt_ids(tokenizer, _text(record.prompt)) for record in records]
   kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
-  _report("prompts", len(kept), long_prompts=len(prompts) - len(kept))
+  report("prompts", len(kept), {"long_prompts": len(prompts) - len(kept)})
   return kept
+
+
+def tokenize_documents(records: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Encoded]:
+  """Ids of documents, each with an EOS at its end, and a BOS first if the tokenizer has one."""
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  for record in records:
+    yield Encoded([*bos, *tokenizer.encode(record.text), tokenizer.eos_id])
 
 
 def tokenize_demonstrations(
   records: Sequence[Demonstration],
   tokenizer: Tokenizer,
+  left_out: dict[str, int],
   *,
   max_prompt_length: int,
   max_response_length: int,
-) -> list[DemonstrationTokens]:
-  """Tokenizes demonstrations, and drops those that are too long.
+) -> Iterator[Encoded]:
+  """Ids of demonstrations: prompt, response and EOS. Those that are too long are dropped.
 
   A response that exceeds max_response_length tokens with its EOS is dropped rather than cut, because a cut response
   would teach the policy to stop in the middle.
 
+  Args:
+    records: demonstrations.
+    tokenizer: the run's.
+    left_out: counts what is dropped; to be given to `report` at the end.
+    max_prompt_length, max_response_length: the longest that are kept, in tokens.
   Raises:
     UserError: every demonstration is too long.
   """
   _note_control_tokens("demonstrations", records, tokenizer)
-  kept = []
-  long_prompts = long_responses = 0
+  left_out |= {"long_prompts": 0, "long_responses": 0}
+  kept = 0
   for record in records:
     prompt = prompt_ids(tokenizer, _text(record.prompt))
     response = tokenizer.encode(record.response)
     if len(prompt) > max_prompt_length:
-      long_prompts += 1
+      left_out["long_prompts"] += 1
     elif len(response) + 1 > max_response_length:
-      long_responses += 1
+      left_out["long_responses"] += 1
     else:
-      kept.append(DemonstrationTokens(prompt, response))
-  _report("demonstrations", len(kept), long_prompts=long_prompts, long_responses=long_responses)
-  return kept
+      kept += 1
+      yield Encoded([*prompt, *response, tokenizer.eos_id], len(prompt))
+  if not kept:
+    report("demonstrations", kept, left_out)
 
 
 def tokenize_rankings(
@@ -114,7 +121,8 @@ def tokenize_rankings(
     long_responses += len(record.responses) - len(responses)
     if len(responses) >= 2:
       kept.append(RankingTokens(prompt, responses, ranks, record.labeler))
-  _report("comparisons", len(kept), long_prompts=long_prompts, long_responses=long_responses)
+  left_out = {"long_prompts": long_prompts, "long_responses": long_responses}
+  report("comparisons", len(kept), left_out)
   return kept
 
 
@@ -151,7 +159,7 @@ def _note_control_tokens(kind: str, records: Sequence, tokenizer: Tokenizer):
     )
 
 
-def _report(kind: str, kept: int, **left_out: int):
+def report(kind: str, kept: int, left_out: Mapping[str, int]):
   """Logs how many records were dropped for their length.
 
   Raises:

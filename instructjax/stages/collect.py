@@ -19,7 +19,7 @@ from instructjax.core.config import Config
 from instructjax.core.errors import UserError, writing
 from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
-from instructjax.stages import answers, policies
+from instructjax.stages import answers, contents, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
 
 
@@ -111,5 +111,9 @@ def run(ctx: Context, stage: str):
   # The same answers once more: the two groups' accuracies differ by the labelers alone (sec 4.1).
   _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
   agree = lambda group: results.Agreement(**simulation.labeler_agreement(held_out, group, seed))
-  result = results.Collected(results.LabelerGroups(train=agree("train"), heldout=agree("heldout")))
+  digests = ctx.contents.of_written(stage).digests
+  result = results.Collected(
+    results.LabelerGroups(train=agree("train"), heldout=agree("heldout")),
+    dict(zip(contents.SPLITS, digests, strict=True)),
+  )
   finish(ctx, stage, run_, None, result)

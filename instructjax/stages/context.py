@@ -3,6 +3,7 @@
 One Context is built per run, by pipeline.py. Called by the stages. Imports no stage.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -26,6 +27,7 @@ from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage
+from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, loop
 from instructjax.train.weights import Weights
@@ -39,6 +41,7 @@ class Context:
     config, workdir, mesh, tokenizer: those of the run.
     given: weights that the config names in place of a trained base, by the stage that would train it.
     data: records and token lists.
+    contents: what the files hold that the run reads.
   """
 
   config: Config
@@ -47,6 +50,7 @@ class Context:
   tokenizer: Tokenizer
   given: Mapping[str, Weights]
   data: RunData
+  contents: Contents
 
   def directory(self, stage: str) -> pathlib.Path:
     """Where a stage's files are."""
@@ -147,7 +151,10 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
     others: name -> other config blocks or plain values that the result depends on.
   Returns:
     name -> canonical JSON or hash. Each `parent:NAME` is the hash of that stage's own fingerprint, or of given weights,
-    so a change in any earlier stage shows here too.
+    so a change in any earlier stage shows here too. Each `data:KIND` is what the stage's records of a kind hold. Of a
+    finished stage whose source is gone, it is what the stage read.
+  Raises:
+    UserError: a source or given weights cannot be read, or `collect` did not write the comparisons.
   """
   blocks = {**others, STAGES[stage].block: own, "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
@@ -156,7 +163,57 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
     result["date of chats"] = ctx.tokenizer.clock
   for parent in lineage.parents(ctx.config, stage):
     given = ctx.given.get(parent)
-    result[f"parent:{parent}"] = given.fingerprint if given else ctx.require_done(parent).identity
+    result[f"parent:{parent}"] = (
+      given_fingerprint(ctx, given) if given else ctx.require_done(parent).identity
+    )
+  return result | _data_fingerprints(ctx, stage)
+
+
+def given_fingerprint(ctx: Context, given: Weights) -> str:
+  """What weights that the config names are recognised by."""
+  return ctx.contents.of_weights(given).fingerprint if given.files else given.fingerprint
+
+
+def _data_fingerprints(ctx: Context, stage: str) -> dict[str, str]:
+  done, result = ctx.done(stage), {}
+  for kind in STAGES[stage].reads:
+    name = f"data:{kind}"
+    try:
+      result[name] = ctx.contents.of(kind).fingerprint
+    except NotThere as error:
+      if done is None or name not in done.fingerprint:
+        raise
+      logging.warning("%s is finished, and is not compared with its data: %s", stage, error)
+      result[name] = done.fingerprint[name]
+  return result
+
+
+def require_same_data(ctx: Context, stage: str):
+  """Checks that a finished stage was made with what its sources hold now.
+
+  Sources that are gone are taken for the same, and so is what a stage reads that would do its work anew.
+
+  Raises:
+    UserError: a file has another content, or there is another number of files.
+  """
+  done = ctx.done(stage)
+  if done is None or STAGES[stage].kind in ("select", "evaluate"):
+    return
+  now = _data_fingerprints(ctx, stage)
+  made_with = {part: done.fingerprint.get(part, "none") for part in now}
+  finished.require_same_run(ctx.directory(stage), made_with, now, _files_behind(ctx, now))
+
+
+def _files_behind(ctx: Context, fingerprint: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+  """The paths behind parts of a fingerprint, for messages."""
+  result = {}
+  for part in fingerprint:
+    what, _, name = part.partition(":")
+    with contextlib.suppress(NotThere):
+      if what == "data":
+        result[part] = ctx.contents.of(name).files
+      elif what == "parent" and name in ctx.given and ctx.given[name].files:
+        result[part] = ctx.contents.of_weights(ctx.given[name]).files
   return result
 
 
@@ -177,13 +234,15 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
 
 def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
   """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`."""
+  made_with = fingerprint(ctx, stage, own, others)
   return loop.StageRun(
     name=stage,
     directory=ctx.directory(stage),
     checkpoint=ctx.config.checkpoint,
     log=ctx.config.log,
     profile=ctx.config.profile,
-    fingerprint=fingerprint(ctx, stage, own, others),
+    fingerprint=made_with,
+    files=_files_behind(ctx, made_with),
     changeable=changeable(ctx, {STAGES[stage].block: own, **others}),
     started=time.monotonic(),
   )
@@ -233,11 +292,11 @@ def is_finished(run: loop.StageRun) -> bool:
   """Whether the stage is finished already, with these settings.
 
   Raises:
-    UserError: it is finished, but was made with another config, tokenizer or parent.
+    UserError: it is finished, but was made with another config, tokenizer or parent, or with other data.
   """
   done = finished.read_done(run.directory)
   if done is None:
     return False
-  finished.require_same_run(run.directory, done.fingerprint, run.fingerprint)
+  finished.require_same_run(run.directory, done.fingerprint, run.fingerprint, run.files)
   logging.info("%s is finished already", run.name)
   return True

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import importlib
+import logging
 import pathlib
 import shlex
 import time
@@ -21,7 +22,14 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import agreement, constraints, distributed, memory, sharding
 from instructjax.stages import lineage, policies, room
-from instructjax.stages.context import Context, canonical, require_fit
+from instructjax.stages.contents import Contents, NotThere
+from instructjax.stages.context import (
+  Context,
+  canonical,
+  given_fingerprint,
+  require_fit,
+  require_same_data,
+)
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, metrics, profiling
 from instructjax.train.weights import Weights
@@ -35,26 +43,35 @@ def module(stage: str) -> ModuleType:
 def check(ctx: Context, stages: list[str]):
   """Looks for mistakes that would otherwise stop the run hours later.
 
-  Here it checks what every stage needs: the records must be readable. For the rest it calls the `check` of each stage
-  that is still to run. `make_context` has checked what settings alone can break.
+  Here it checks what every stage needs: the records must be readable, and finished stages must have been made with the
+  data that lie there now. For the rest it calls the `check` of each stage that is still to run. `make_context` has
+  checked what settings alone can break.
 
   Args:
     ctx: the run.
     stages: the plan, finished stages included.
   Raises:
-    UserError: a source that a coming stage reads has no usable record, or a stage's `check` fails.
+    UserError: a source that a coming stage reads has no usable record, a source has changed since a stage was finished,
+      or a stage's `check` fails.
   """
+  # What is finished first: nothing is to be trained beside a stage that will be refused.
+  for stage in stages:
+    require_same_data(ctx, stage)
   coming = _coming(ctx.workdir, stages)
-  # Prompts as tokens, because those that are too long drop out: a source may be readable and still leave none.
+  # As tokens where possible, because records that are too long drop out: a source may be readable and still leave none.
+  read = {
+    "prompts": ctx.data.prompt_tokens,
+    "comparisons": lambda s: ctx.data.records("comparisons", s),
+  }
   for kind in lineage.kinds_read(ctx.config, coming):
     for split in ("train", "validation"):
-      ctx.data.prompt_tokens(split) if kind == "prompts" else ctx.data.records(kind, split)
+      read[kind](split) if kind in read else ctx.data.tokens(kind, split)
   for stage in coming:
     with _named(stage):
       module(stage).check(ctx, stage)
 
 
-def require_same_data(ctx: Context, stages: list[str]):
+def require_same_everywhere(ctx: Context, stages: list[str]):
   """Checks that all processes of the run read the same tokenizer, weights and data, from whatever paths.
 
   Raises:
@@ -65,7 +82,9 @@ def require_same_data(ctx: Context, stages: list[str]):
     return
   distributed.at("comparing the data of all processes")
   facts = {"tokenizer": ctx.tokenizer.fingerprint}
-  facts |= {f"weights for {stage}": given.fingerprint for stage, given in ctx.given.items()}
+  facts |= {
+    f"weights for {stage}": given_fingerprint(ctx, given) for stage, given in ctx.given.items()
+  }
   for kind in lineage.kinds_read(ctx.config, _coming(ctx.workdir, stages)):
     source = ctx.data.source(kind)
     facts[f"the content of config.data.{kind}"] = f"{source.checksum}\t{source.spec}"
@@ -149,19 +168,21 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   _require_sources(config, workdir)
   _require_settings(config, mesh, stages, workdir)
   given = policies.given_weights(config)
-  tokenizer = _tokenizer(config, workdir / finished.TOKENIZER, given)
+  contents = Contents(config, workdir)
+  tokenizer = _tokenizer(config, workdir / finished.TOKENIZER, given, contents)
   return Context(
     config=config,
     workdir=workdir,
     mesh=mesh,
     tokenizer=tokenizer,
     given=given,
-    data=RunData(config, workdir, tokenizer),
+    data=RunData(config, workdir, tokenizer, contents),
+    contents=contents,
   )
 
 
 def _tokenizer(
-  config: Config, directory: pathlib.Path, given: Mapping[str, Weights]
+  config: Config, directory: pathlib.Path, given: Mapping[str, Weights], contents: Contents
 ) -> tokenizers.Tokenizer:
   """The run's tokenizer, which is kept in the workdir.
 
@@ -171,12 +192,13 @@ def _tokenizer(
     config: the run's config.
     directory: where the tokenizer is kept.
     given: weights in place of trained bases; if the config names no tokenizer, the first one's is taken.
+    contents: what the documents hold, on which one is trained.
   Raises:
     UserError: its size is not the config's, it does not fit the given weights, or the workdir holds another one.
   """
   cfg, theirs = config.tokenizer, [weights.tokenizer_path for weights in given.values()]
   source = cfg.path or next(iter(theirs), "")
-  tokenizer = tokenizers.load(source) if source else _train(config, directory)
+  tokenizer = tokenizers.load(source) if source else _train(config, directory, contents)
   policies.require_given_weights(config, given, tokenizer)
   if tokenizer.vocab_size != cfg.vocab_size:
     raise UserError(
@@ -220,20 +242,36 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
   return kept
 
 
-def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
+def _train(config: Config, directory: pathlib.Path, contents: Contents) -> tokenizers.Tokenizer:
   """Trains the tokenizer on the documents, or loads the one that an earlier run trained.
 
   Raises:
-    UserError: that one was trained with other settings, or the documents cannot be read.
+    UserError: that one was trained with other settings or documents or is not the one that was trained, or the
+      documents cannot be read.
   """
   cfg, data = config.tokenizer, config.data
-  source = {"spec": data.documents, "validation_fraction": data.validation_fraction}
-  blocks = {"config.tokenizer": cfg, "config.documents": source, "config.seed": config.seed}
+  blocks = {
+    "config.tokenizer": cfg,
+    "config.documents": {"validation_fraction": data.validation_fraction},
+    "config.seed": config.seed,
+  }
   fingerprint = {name: canonical(value) for name, value in blocks.items()}
   done = finished.read_done(directory)
   if done:
-    finished.require_same_run(directory, done.fingerprint, fingerprint)
+    tokenizer = tokenizers.load(directory)
+    fingerprint["tokenizer"] = tokenizer.fingerprint
+    files: dict[str, tuple[str, ...]] = {}
+    try:
+      content = contents.of("documents")
+      fingerprint["data:documents"] = content.fingerprint
+      files["data:documents"] = content.files
+    except NotThere as error:  # whatever still reads them will say so
+      logging.warning("the tokenizer is not compared with its documents: %s", error)
+      fingerprint["data:documents"] = done.fingerprint.get("data:documents", "none")
+    finished.require_same_run(directory, done.fingerprint, fingerprint, files)
   elif jax.process_index() == 0:
+    with contextlib.suppress(NotThere):  # `load` says it better
+      contents.of("documents")
     documents = sources.load(
       data.documents,
       "documents",
@@ -242,8 +280,12 @@ def _train(config: Config, directory: pathlib.Path) -> tokenizers.Tokenizer:
       validation_fraction=data.validation_fraction,
       on_bad_record=data.on_bad_record,
     )
+    contents.require_same("documents")
     texts = [document.text for document in documents if isinstance(document, Document)]
-    tokenizers.train_tokenizer(texts, cfg.vocab_size, directory / "tokenizer.model", config.seed)
+    path = directory / "tokenizer.model"
+    tokenizer = tokenizers.train_tokenizer(texts, cfg.vocab_size, path, config.seed)
+    fingerprint["data:documents"] = contents.of("documents").fingerprint
+    fingerprint["tokenizer"] = tokenizer.fingerprint
     _write_tokenizer_done(directory, fingerprint)
   distributed.meet("tokenizer trained")
   return tokenizers.load(directory)
@@ -264,7 +306,7 @@ def run(config: Config, workdir: pathlib.Path):
   """
   ctx = make_context(config, workdir)
   stages = lineage.plan(config)
-  require_same_data(ctx, stages)
+  require_same_everywhere(ctx, stages)
   check(ctx, stages)
   ran = []
   tell = terminal.say if jax.process_index() == 0 else lambda line, bold="": None

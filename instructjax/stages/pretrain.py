@@ -39,7 +39,17 @@ def run(ctx: Context, stage: str):
   cfg: PretrainConfig = getattr(ctx.config, STAGES[stage].block)
   role = STAGES[stage].require_role()
   model_cfg: ModelConfig = getattr(ctx.config, ROLES[role].block)
-  step_run = stage_run(ctx, stage, cfg, model=model_cfg, documents=ctx.config.data.documents)
+  data = ctx.config.data
+  step_run = stage_run(
+    ctx,
+    stage,
+    cfg,
+    model=model_cfg,
+    documents={
+      "validation_fraction": data.validation_fraction,
+      "on_bad_record": data.on_bad_record,
+    },
+  )
   if is_finished(step_run):
     return
   model = ctx.model(role)

@@ -242,10 +242,9 @@ def demonstration_mean(ctx: Context, params: Params) -> float:
 
   Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
   """
-  kept = ctx.data.demonstration_tokens("train")
+  prompts, responses = zip(*ctx.data.demonstration_tokens("train"))
   # With EOS, as the reward model sees complete answers.
-  ended = [item.response + [ctx.tokenizer.eos_id] for item in kept]
-  demonstrations = answers.from_tokens(ctx, [item.prompt for item in kept], ended)
+  demonstrations = answers.from_tokens(ctx, list(prompts), list(responses))
   return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
 
 

@@ -1,26 +1,22 @@
-"""A run's records and token lists: each is read when a stage first asks for it, and kept for later stages."""
+"""A run's records and tokens: each is read when a stage first asks for it, and kept for later stages.
 
+Documents and demonstrations are kept as tokens on disk (data/token_cache.py), of which a batch reads its own rows.
+"""
+
+import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from instructjax.core.config import Config
-from instructjax.core.errors import reason
+from instructjax.core.errors import UserError
 from instructjax.core.provenance import Source
-from instructjax.core.stages import STAGES, stage_of_kind
-from instructjax.data import sources, tokenize
+from instructjax.core.stages import stage_of_kind
+from instructjax.data import sources, token_cache, tokenize
+from instructjax.data.token_cache import CachedRows, CachedTokens, Tokenized
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.stages import lineage
-
-
-def _checksum(spec: str) -> str:
-  try:
-    return sources.checksum(spec)
-  except Exception as error:
-    # Libraries raise many types, and no checksum is worth a stage's result.
-    return f"(no checksum: {reason(error)})"
+from instructjax.stages.contents import Contents, NotThere
 
 
 class RunData:
@@ -30,10 +26,14 @@ class RunData:
     config: names the sources, and the seed that splits and orders them.
     workdir: the run's folder, which holds collected comparisons.
     tokenizer: the run's tokenizer.
+    contents: what the sources hold.
   """
 
-  def __init__(self, config: Config, workdir: pathlib.Path, tokenizer: Tokenizer):
+  def __init__(
+    self, config: Config, workdir: pathlib.Path, tokenizer: Tokenizer, contents: Contents
+  ):
     self._config, self._workdir, self._tokenizer = config, workdir, tokenizer
+    self._contents = contents
     self._kept: dict[tuple[str, ...], Any] = {}
 
   def _once(self, key: tuple[str, ...], read: Callable[[], Any]):
@@ -48,17 +48,22 @@ class RunData:
       kind: 'documents', 'prompts', 'demonstrations' or 'comparisons'.
       split: 'train', 'validation' or 'test'; also 'heldout' for collected comparisons.
     Raises:
-      UserError: the source cannot be read, or a record is bad.
+      UserError: the source cannot be read or is written meanwhile, or a record is bad.
     """
-    if jax.process_index() == 0 and kind in lineage.kinds_read(self._config, STAGES):
-      # Now, so that it is the checksum of what is read, even if the file changes later.
-      self.source(kind)
-    return self._once((kind, split), lambda: self._read(kind, split))
+    return self._once((kind, split), lambda: self._read_unchanged(kind, split))
+
+  def _read_unchanged(self, kind: str, split: sources.Split) -> Sequence:
+    # Before reading, and again after: fingerprints must tell what was read. Whoever reads has the better words for a
+    # file that is not there.
+    with contextlib.suppress(NotThere):
+      self._contents.of(kind)
+    found = self._read(kind, split)
+    self._contents.require_same(kind)
+    return found
 
   def source(self, kind: str) -> Source:
     """The config's source of a kind, with the checksum that it had when it was first asked for."""
-    spec = getattr(self._config.data, kind)
-    return self._once((kind, "source"), lambda: Source(spec, _checksum(spec)))
+    return Source(getattr(self._config.data, kind), self._contents.of(kind).checksum)
 
   def _read(self, kind: str, split: sources.Split) -> Sequence:
     data = self._config.data
@@ -77,16 +82,28 @@ class RunData:
     )
     return sources.render(records, self._tokenizer.render_chats, on_bad_record=data.on_bad_record)
 
-  def document_tokens(self, split: sources.Split) -> list[list[int]]:
-    """Token lists of the documents, each begun with BOS if the tokenizer has one.
+  def document_rows(self, split: sources.Split, length: int) -> CachedRows:
+    """Documents packed into rows of `length` tokens. Longer ones are split; each ends in EOS.
 
     Raises:
-      UserError: see `records`.
+      UserError: see `records`; or the token cache cannot be written.
     """
-    tokenizer = self._tokenizer
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    encode = lambda: [bos + tokenizer.encode(r.text) for r in self.records("documents", split)]
-    return self._once(("document tokens", split), encode)
+    return self._once(
+      ("document rows", split, str(length)),
+      lambda: self.tokens("documents", split).rows(length, splits=True),
+    )
+
+  def demonstration_rows(self, split: sources.Split, length: int) -> CachedRows:
+    """Demonstrations packed into rows of `length` tokens, with loss on the response and its EOS only.
+
+    Raises:
+      UserError: see `records`; no demonstration is short enough, one is longer than a row, or the token cache cannot be
+        written.
+    """
+    return self._once(
+      ("demonstration rows", split, str(length)),
+      lambda: self.tokens("demonstrations", split).rows(length, splits=False),
+    )
 
   def prompt_tokens(self, split: sources.Split) -> list[list[int]]:
     """Token lists of the prompts; those longer than max_prompt_length are left out and counted, as in App. C.
@@ -102,20 +119,87 @@ class RunData:
 
     return self._once(("prompt tokens", split), encode)
 
-  def demonstration_tokens(self, split: sources.Split) -> list:
-    """Prompts and responses of the demonstrations as token lists; those that are too long are left out and counted.
+  def tokens(self, kind: str, split: sources.Split) -> CachedTokens:
+    """Documents or demonstrations as token ids, which lie in the token cache.
+
+    Demonstrations that are too long are left out and counted.
 
     Raises:
-      UserError: see `records`; or no demonstration is short enough.
+      UserError: see `records`; no demonstration is short enough, or the cache cannot be written.
     """
 
-    def encode():
-      data = self._config.data
-      return tokenize.tokenize_demonstrations(
-        self.records("demonstrations", split),
-        self._tokenizer,
-        max_prompt_length=data.max_prompt_length,
-        max_response_length=data.max_response_length,
+    def open_():
+      try:
+        self._contents.of(kind)
+      except NotThere:
+        self._read(kind, split)  # which has the better words
+      cached = CachedTokens(
+        self._cache_folder(),
+        f"{kind} ({split})",
+        self._tokenizer.vocab_size,
+        self._about(kind, split),
+        lambda: self._tokenized(kind, split),
       )
+      store = cached.store()
+      tokenize.report(kind, len(store), store.left_out)
+      return cached
 
-    return self._once(("demonstration tokens", split), encode)
+    return self._once(("tokens", kind, split), open_)
+
+  def _cache_folder(self) -> pathlib.Path:
+    named = self._config.data.token_cache
+    return pathlib.Path(named).expanduser() if named else self._workdir / "cache" / "tokens"
+
+  def _about(self, kind: str, split: sources.Split) -> dict[str, Any]:
+    """Everything that the ids depend on."""
+    data, tokenizer = self._config.data, self._tokenizer
+    result = {
+      "kind": kind,
+      "split": split,
+      "content": self._contents.of(kind).fingerprint,
+      "validation_fraction": data.validation_fraction,
+      "on_bad_record": data.on_bad_record,
+      "seed": self._config.seed if sources.simulation(getattr(data, kind)) else None,
+      "tokenizer": tokenizer.fingerprint,
+      "ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size],
+      "code": token_cache.code(),
+    }
+    if kind == "demonstrations":
+      result["limits"] = [data.max_prompt_length, data.max_response_length]
+      result["chat"] = self._example_of_a_chat()
+    return result
+
+  def _example_of_a_chat(self) -> str | None:
+    """A chat as the template writes it, which may depend on the date, say."""
+    if not self._tokenizer.has_chat_template:
+      return None
+    try:
+      return self._tokenizer.render_chat([{"role": "user", "content": "?"}])
+    except UserError:
+      return None
+
+  def _tokenized(self, kind: str, split: sources.Split) -> Tokenized:
+    # Not `records`, which would keep their text.
+    records, data = self._read_unchanged(kind, split), self._config.data
+    left_out: dict[str, int] = {}
+    if kind == "documents":
+      return Tokenized(
+        tokenize.tokenize_documents(records, self._tokenizer), len(records), left_out
+      )
+    sequences = tokenize.tokenize_demonstrations(
+      records,
+      self._tokenizer,
+      left_out,
+      max_prompt_length=data.max_prompt_length,
+      max_response_length=data.max_response_length,
+    )
+    return Tokenized(sequences, len(records), left_out)
+
+  def demonstration_tokens(self, split: sources.Split) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response with EOS) of each demonstration, as token lists.
+
+    Raises:
+      UserError: see `demonstration_rows`.
+    """
+    sequences = self.tokens("demonstrations", split).sequences()
+    return [(one.ids[: one.num_unweighted], one.ids[one.num_unweighted :]) for one in sequences]

@@ -33,21 +33,21 @@ def _batches(ctx: Context, cfg: SFTConfig, stage: str):
   # demonstration. Each process draws only its own places of both; `_join_rows` keeps this order.
   first_mixed = cfg.batch_size - mix_rows
   places = ctx.own_rows(cfg.batch_size)
-  common = dict(length=cfg.length, seed=ctx.data_seed(stage))
-  demonstrations = batching.sft_batches(
-    ctx.data.demonstration_tokens("train"),
+  seed = ctx.data_seed(stage)
+  demonstrations = batching.packed_batches(
+    ctx.data.demonstration_rows("train", cfg.length),
     batch_size=first_mixed,
-    vocab_size=ctx.tokenizer.vocab_size,
-    eos_id=ctx.tokenizer.eos_id,
+    seed=seed,
     places=places[places < first_mixed],
-    **common,
   )
   if not mix_rows:
     return batching.ZippedBatches(
       {"demonstrations": demonstrations}
     ), demonstrations.steps_per_epoch
   mixed = places[places >= first_mixed] - first_mixed
-  text = document_batches(ctx, "train", batch_size=mix_rows, places=mixed, **common)
+  text = document_batches(
+    ctx, "train", length=cfg.length, batch_size=mix_rows, seed=seed, places=mixed
+  )
   zipped = batching.ZippedBatches({"demonstrations": demonstrations, "pretrain": text})
   return zipped, demonstrations.steps_per_epoch
 
@@ -59,13 +59,10 @@ def _join_rows(batch: dict) -> Any:
 
 def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
   """Makes the evaluation (state, step) -> losses on held-out demonstrations and on held-out pretraining text."""
-  batches = batching.sft_batches(
-    ctx.data.demonstration_tokens("validation"),
-    length=cfg.length,
+  batches = batching.packed_batches(
+    ctx.data.demonstration_rows("validation", cfg.length),
     batch_size=cfg.batch_size,
     seed=0,
-    vocab_size=ctx.tokenizer.vocab_size,
-    eos_id=ctx.tokenizer.eos_id,
     places=ctx.own_rows(cfg.batch_size),
   )
   # Drawn once and kept, so that every evaluation sees the same rows.

@@ -29,13 +29,10 @@ def document_batches(
   Raises:
     UserError: the documents cannot be read, or the batch does not divide over the mesh.
   """
-  return batching.lm_batches(
-    ctx.data.document_tokens(split),
-    length=length,
+  return batching.packed_batches(
+    ctx.data.document_rows(split, length),
     batch_size=batch_size,
     seed=seed,
-    vocab_size=ctx.tokenizer.vocab_size,
-    eos_id=ctx.tokenizer.eos_id,
     places=ctx.own_rows(batch_size) if places is None else places,
   )
 

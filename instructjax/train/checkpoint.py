@@ -24,7 +24,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import types
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -209,7 +210,13 @@ class Checkpoints:
     with writing(self._folder / str(self._saving)):
       self._manager.wait_until_finished()
 
-  def restore(self, step: int, state: Any, fingerprint: Mapping[str, str]) -> tuple[Any, Any]:
+  def restore(
+    self,
+    step: int,
+    state: Any,
+    fingerprint: Mapping[str, str],
+    files: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+  ) -> tuple[Any, Any]:
     """Reads the state and the position in the data as they were saved at `step`, bit for bit.
 
     Args:
@@ -217,6 +224,7 @@ class Checkpoints:
       state: a freshly made state, whose structure, shapes and shardings the restored one gets. Its buffers are
         released first, so that a state which barely fits into memory can be resumed.
       fingerprint: this run's; it must equal the saved one.
+      files: see `finished.require_same_run`.
     Returns:
       (state, position in the data).
     Raises:
@@ -224,7 +232,8 @@ class Checkpoints:
     """
     directory = self._folder.parent
     # First of all: a run with other settings is refused before its state is released.
-    finished.require_same_run(directory, read_meta(directory, step)["fingerprint"], fingerprint)
+    saved_with = read_meta(directory, step)["fingerprint"]
+    finished.require_same_run(directory, saved_with, fingerprint, files)
     path = self._folder / str(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     saved = stacking.relay(abstract, stacking.stacked_shapes)

@@ -15,7 +15,7 @@ import socket
 import types
 import typing
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from instructjax.train import reading
 TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too
 DONE = "done.json"  # marks a stage as finished
 _LOCK = ".lock"
+_NAMED = 3  # changed files that a message names
 
 
 _CHECKSUM = "crc32"  # key in done.json, of a checksum of all other keys
@@ -213,22 +214,57 @@ def workdir_lock(workdir: pathlib.Path) -> Generator[None, None, None]:
     yield
 
 
-def require_same_run(directory: pathlib.Path, saved: Mapping[str, str], current: Mapping[str, str]):
-  """Refuses to resume or reuse a stage that was made with other settings.
+def require_same_run(
+  directory: pathlib.Path,
+  saved: Mapping[str, str],
+  current: Mapping[str, str],
+  files: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+):
+  """Refuses to resume or reuse a stage that was made with other settings or other data.
 
   Args:
     directory: the stage's folder, for the message.
-    saved, current: fingerprints: name -> hash, or a config block as JSON.
+    saved, current: fingerprints: name -> hash, a config block as JSON, or the JSON of `checksums.Content`.
+    files: part of `current` -> the files that it stands for, in the order of their checksums.
   Raises:
-    UserError: they differ; it names the first part that does and, in a config block, the fields.
+    UserError: they differ; it names the first part that does and, in a config block, the fields, or else the files.
   """
   for part in sorted(saved.keys() | current.keys()):
     old, new = (parts.get(part, "none") for parts in (saved, current))
-    if old != new:
+    if old == new:
+      continue
+    told = _other_content(old, new, files.get(part, ()))
+    if told:
       raise UserError(
-        f"cannot go on with {directory}: it was made with another {part} ({_difference(old, new)})."
-        f" Use another --workdir, or the {part} it was made with."
+        f"cannot go on with {directory}: {told}. Put back what it was made with, or use another"
+        " --workdir."
       )
+    raise UserError(
+      f"cannot go on with {directory}: it was made with another {part} ({_difference(old, new)})."
+      f" Use another --workdir, or the {part} it was made with."
+    )
+
+
+def _other_content(old: str, new: str, files: Sequence[str]) -> str:
+  """Words for what differs between two JSONs of `checksums.Content`; "" if they are none, or name no files."""
+  try:
+    before, now = json.loads(old), json.loads(new)
+    were, are = before["files"], now["files"]
+  except (ValueError, TypeError, LookupError):
+    return ""
+  if not isinstance(were, list) or not files or len(files) != len(are):
+    return ""
+  if len(were) != len(are):
+    return f"it was made with {len(were)} files, where {files[0]} is now the first of {len(are)}"
+  changed = [
+    f"{file} (sha256 {was} there, {now_is} here)"
+    for file, was, now_is in zip(files, were, are)
+    if was != now_is
+  ]
+  if not changed:  # but read in another way
+    return f"{files[0]} was read as {before['how']} and is now read as {now['how']}"
+  more = f" and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+  return f"it was made with another content of {', '.join(changed[:_NAMED])}{more}"
 
 
 def _difference(old: str, new: str) -> str:

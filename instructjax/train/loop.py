@@ -58,7 +58,9 @@ class StageRun:
     checkpoint, log: how often to save and to log.
     profile: which steps to trace.
     fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
-      the stage's config blocks, the tokenizer, its parents and, for PPO, the frozen reference and reward model.
+      the stage's config blocks, the tokenizer, its parents, what its data hold and, for PPO, the frozen reference and
+      reward model.
+    files: part of the fingerprint -> the files that it stands for, which a message can name.
     changeable: what a resumed run may change, name -> value under three keys. ROUNDING["on_resume"] holds settings that
       change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of `core.blocks`;
       LIBRARIES holds the versions of libraries. All are saved with the state, so that a resumed run can say what has
@@ -73,6 +75,7 @@ class StageRun:
   log: LogConfig
   profile: ProfileConfig
   fingerprint: Mapping[str, str]
+  files: Mapping[str, Sequence[str]]
   changeable: Mapping[str, Mapping[str, Any]]
   started: float
   advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
@@ -149,7 +152,7 @@ def fit(
       )
     if start:
       # The state first: `restore` refuses other settings by name, before the data refuse their own position.
-      state, position = checkpoints.restore(start, state, run.fingerprint)
+      state, position = checkpoints.restore(start, state, run.fingerprint, run.files)
       batches.set_state(position)
       for line in changes(run, read_meta(run.directory, start)["changeable"]):
         if progress and jax.process_index() == 0:

@@ -39,8 +39,9 @@ class Weights:
     network: the architecture.
     head: 'lm', or 'scalar' for a reward or value model.
     vocab_size: rows of the embedding table in the files.
-    fingerprint: identifies the weights. Computing it does not read them, which would take long: for a stage it is a
-      hash of everything that the stage was made with, of the step and of the item.
+    fingerprint: for a stage, a hash of everything that it was made with, of the step and of the item; '' for other
+      kinds, which only their files tell apart.
+    files: the files with the weights of other kinds, config.json included; () for a stage.
     tokenizer_path: argument for `tokenizers.load`.
     step: step of a stage's checkpoint; None for other kinds.
     item: name of the weights inside the checkpoint.
@@ -55,6 +56,7 @@ class Weights:
   head: Head
   vocab_size: int
   fingerprint: str
+  files: tuple[pathlib.Path, ...]
   tokenizer_path: pathlib.Path
   step: int | None
   item: str
@@ -189,7 +191,8 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     network=found.cfg,
     head=found.head,
     vocab_size=found.vocab_size,
-    fingerprint=source.fingerprint,
+    fingerprint="",
+    files=source.files,
     tokenizer_path=path,
     step=None,
     item="params",
@@ -242,6 +245,7 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     head="scalar" if which == "value" else ROLES[stage.role].head,
     vocab_size=tokenizer.vocab_size,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+    files=(),
     tokenizer_path=tokenizer_path,
     step=step,
     item=item,

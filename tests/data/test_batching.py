@@ -5,11 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax.data import batching
-from instructjax.data.tokenize import (
-  DemonstrationTokens,
-  RankingTokens,
-)
+from instructjax.data import batching, token_store
+from instructjax.data.token_store import Encoded
+from instructjax.data.tokenize import RankingTokens
 
 VOCAB, EOS = 90, 1
 
@@ -57,23 +55,27 @@ def test_a_prompt_that_does_not_fit_is_refused(prompt):
     batching.prompt_batches([prompt], length=3, batch_size=1, seed=0, vocab_size=VOCAB)
 
 
+def packed(sequences, *, length, splits=False, batch_size=1, seed=0, **shards):
+  """Batches of rows; a sequence is (prompt, response), or a document."""
+  encoded = [
+    Encoded([*one[0], *one[1], EOS], len(one[0]))
+    if isinstance(one, tuple)
+    else Encoded([*one, EOS])
+    for one in sequences
+  ]
+  rows = token_store.in_memory(encoded, VOCAB).pack(length, VOCAB, splits=splits)
+  return batching.packed_batches(rows, batch_size=batch_size, seed=seed, **shards)
+
+
 def test_details_10_sft_loss_is_on_the_response_and_its_eos_only():
-  demonstrations = [DemonstrationTokens([5, 6, 7], [8, 9])]
-  batch = next(
-    batching.sft_batches(
-      demonstrations, length=8, batch_size=1, seed=0, vocab_size=VOCAB, eos_id=EOS
-    )
-  )
+  batch = next(packed([([5, 6, 7], [8, 9])], length=8))
   np.testing.assert_array_equal(batch.token_BL, [[5, 6, 7, 8, 9, EOS, VOCAB, VOCAB]])
   np.testing.assert_array_equal(batch.weight_BL, [[0, 0, 0, 1, 1, 1, 0, 0]])
   np.testing.assert_array_equal(batch.segment_BL, [[1, 1, 1, 1, 1, 1, 0, 0]])
 
 
 def test_an_epoch_of_sft_holds_every_demonstration_once():
-  demonstrations = [DemonstrationTokens([10 + i], [5] * (i % 4)) for i in range(50)]
-  batches = batching.sft_batches(
-    demonstrations, length=8, batch_size=1, seed=3, vocab_size=VOCAB, eos_id=EOS
-  )
+  batches = packed([([10 + i], [5] * (i % 4)) for i in range(50)], length=8, seed=3)
   seen = []
   for _ in range(batches.steps_per_epoch):
     batch = next(batches)
@@ -83,17 +85,11 @@ def test_an_epoch_of_sft_holds_every_demonstration_once():
 
 def test_sft_rows_must_hold_the_longest_demonstration():
   with pytest.raises(ValueError, match="a sequence of 6 tokens does not fit rows of length=5"):
-    batching.sft_batches(
-      [DemonstrationTokens([5, 6, 7], [8, 9])],
-      length=5, batch_size=1, seed=0, vocab_size=VOCAB, eos_id=EOS,
-    )  # fmt: skip
+    packed([([5, 6, 7], [8, 9])], length=5)
 
 
 def test_lm_documents_end_in_eos_and_are_split_over_rows():
-  documents = [list(range(10, 20)), [40, 41]]
-  batches = batching.lm_batches(
-    documents, length=4, batch_size=1, seed=0, vocab_size=VOCAB, eos_id=EOS
-  )
+  batches = packed([list(range(10, 20)), [40, 41]], length=4, splits=True)
   # 11 tokens in 4 + 4 + 3, and 3 that open a fourth row.
   assert batches.steps_per_epoch == 4
   rows = [next(batches) for _ in range(4)]
@@ -233,9 +229,9 @@ def test_processes_together_draw_what_one_draws(process_count):
 
 def test_packed_rows_are_shared_out_too():
   documents = [[10 + i] * (1 + i % 5) for i in range(30)]
-  kwargs = dict(length=8, batch_size=4, seed=0, vocab_size=VOCAB, eos_id=EOS)
-  alone = batching.lm_batches(documents, **kwargs)
-  shares = [batching.lm_batches(documents, **kwargs, places=own) for own in ([0, 1, 2], [], [3])]
+  kwargs = dict(length=8, batch_size=4, splits=True)
+  alone = packed(documents, **kwargs)
+  shares = [packed(documents, **kwargs, places=own) for own in ([0, 1, 2], [], [3])]
   for _ in range(4):
     joined = jax.tree.map(lambda *rows: np.concatenate(rows), *map(next, shares))
     jax.tree.map(np.testing.assert_array_equal, joined, next(alone))
@@ -298,10 +294,14 @@ def test_a_state_of_other_data_is_refused(other, name):
 
 def test_the_checksum_sees_packed_tokens_and_rankings():
   def state(token):
-    kwargs = dict(batch_size=1, seed=0, vocab_size=VOCAB)
-    lm = batching.lm_batches([[token]], length=4, eos_id=EOS, **kwargs)
+    lm = packed([[token]], length=4)
     ranked = batching.ranking_batches(
-      [ranking(0, [token], [5])], max_responses=2, length=4, **kwargs
+      [ranking(0, [token], [5])],
+      max_responses=2,
+      length=4,
+      batch_size=1,
+      seed=0,
+      vocab_size=VOCAB,
     )
     return lm.get_state()["checksum"], ranked.get_state()["checksum"]
 

@@ -7,11 +7,12 @@ import pytest
 
 from instructjax.core.errors import UserError
 from instructjax.data.controls import Rendered
-from instructjax.data.records import Demonstration, Prompt, Ranking
+from instructjax.data.records import Demonstration, Document, Prompt, Ranking
+from instructjax.data.token_store import Encoded
 from instructjax.data.tokenize import (
-  DemonstrationTokens,
   RankingTokens,
   tokenize_demonstrations,
+  tokenize_documents,
   tokenize_prompts,
   tokenize_rankings,
 )
@@ -43,15 +44,25 @@ def test_details_9_long_prompts_are_left_out_and_counted(caplog):
   assert "prompts: left out because too long: 1 prompt; 2 are kept" in caplog.text
 
 
-def test_details_11_long_demonstrations_are_left_out_whole(caplog):
+def test_documents_end_in_eos():
+  tokenizer = LetterTokenizer()
+  tokenizer.bos_id = None
+  assert [*tokenize_documents([Document("ab")], tokenizer)] == [Encoded([2, 3, EOS])]
+  tokenizer.bos_id = 7
+  assert [*tokenize_documents([Document("ab")], tokenizer)] == [Encoded([7, 2, 3, EOS])]
+
+
+def test_details_11_long_demonstrations_are_left_out_whole():
   records = [Demonstration("ab", "cd"), Demonstration("ab", "cde"), Demonstration("abc", "c")]
   limits = {"max_prompt_length": 2, "max_response_length": 3}
-  with caplog.at_level(logging.WARNING):
-    kept = tokenize_demonstrations(records, LetterTokenizer(), **limits)
+  left_out = {}
+  kept = [*tokenize_demonstrations(records, LetterTokenizer(), left_out, **limits)]
   # "cd" and EOS are 3 tokens; "cde" and EOS would be 4.
-  assert kept == [DemonstrationTokens([2, 3], [4, 5])]
-  said = "demonstrations: left out because too long: 1 prompt and 1 response; 1 are kept"
-  assert caplog.messages == [said]
+  assert kept == [Encoded([2, 3, 4, 5, EOS], num_unweighted=2)]
+  assert left_out == {"long_prompts": 1, "long_responses": 1}
+  told = "demonstrations: every record is too long .long_prompts=1, long_responses=1."
+  with pytest.raises(ValueError, match=told):
+    list(tokenize_demonstrations(records[1:], LetterTokenizer(), {}, **limits))
 
 
 def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos(caplog):
@@ -72,8 +83,8 @@ def test_prompts_begin_as_the_tokenizer_says_and_responses_do_not():
   tokenizer, limits = LetterTokenizer(0), {"max_prompt_length": 2, "max_response_length": 3}
   assert tokenize_prompts([Prompt("a")], tokenizer, max_prompt_length=2) == [[0, 2]]
   records = [Demonstration("a", "b")]
-  demonstrations = tokenize_demonstrations(records, tokenizer, **limits)
-  assert demonstrations == [DemonstrationTokens([0, 2], [3])]
+  demonstrations = [*tokenize_demonstrations(records, tokenizer, {}, **limits)]
+  assert demonstrations == [Encoded([0, 2, 3, EOS], num_unweighted=2)]
   rankings = tokenize_rankings([Ranking("a", ("b", "c"), (1, 2))], tokenizer, **limits)
   assert rankings == [RankingTokens([0, 2], [[3, EOS], [4, EOS]], [1, 2], None)]
 

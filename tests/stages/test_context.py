@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import numpy as np
@@ -78,6 +79,59 @@ def test_another_network_is_refused(specs, tmp_path, monkeypatch):
   interrupted(specs, tmp_path, monkeypatch)
   with pytest.raises(UserError, match="another config.model .d_mlp: 32 there, 48 here."):
     run(specs, tmp_path, model__d_mlp=48)
+
+
+@pytest.fixture
+def documents(specs, tmp_path):
+  """A copy of the documents under a path of its own: (path, specs that name it)."""
+  path = tmp_path / "data" / "documents.jsonl"
+  path.parent.mkdir()
+  shutil.copyfile(specs["documents"].removeprefix("jsonl:"), path)
+  return path, specs | {"documents": f"jsonl:{path}"}
+
+
+def replace_a_word(path):
+  """Another content of the same size."""
+  text = path.read_text()
+  assert "joyful" in text
+  path.write_text(text.replace("joyful", "yjoful", 1))
+
+
+def test_other_documents_under_the_same_path_are_refused(documents, whole, tmp_path, monkeypatch):
+  path, named = documents
+  workdir = tmp_path / "run"
+  interrupted(named, workdir, monkeypatch)
+  kept = path.read_bytes()
+  replace_a_word(path)
+  # An unfinished stage, as its checkpoint says; the tokenizer was trained on these documents too.
+  told = f"^cannot go on with {workdir}/{{}}: it was made with another content of {path} .sha256 "
+  with pytest.raises(UserError, match=told.format("tokenizer")):
+    run(named, workdir)
+  shutil.copytree(whole.parent / "tokenizer", tmp_path / "tokenizer")
+  given = {"tokenizer__path": str(tmp_path / "tokenizer")}
+  with pytest.raises(UserError, match=told.format("pretrain")):
+    run(named, workdir, **given)
+  path.write_bytes(kept)  # and touched
+  run(named, workdir)
+  assert losses(workdir / "pretrain") == losses(whole)
+  replace_a_word(path)  # a finished stage
+  with pytest.raises(UserError, match=told.format("pretrain")):
+    run(named, workdir, **given)
+  assert losses(workdir / "pretrain") == losses(whole)
+
+
+def test_data_may_move(documents, whole, tmp_path, monkeypatch, capsys):
+  path, named = documents
+  workdir = tmp_path / "run"
+  interrupted(named, workdir, monkeypatch)
+  moved = path.rename(tmp_path / "elsewhere.jsonl")
+  named = named | {"documents": f"jsonl:{moved}"}
+  run(named, workdir)
+  assert losses(workdir / "pretrain") == losses(whole)
+  made = [(folder / "done.json").read_text() for folder in (workdir / "pretrain", whole)]
+  assert json.loads(made[0])["fingerprint"] == json.loads(made[1])["fingerprint"]
+  moved.unlink()  # what is finished needs no data any more
+  run(named, workdir)
 
 
 def test_what_may_change_is_in_no_fingerprint():

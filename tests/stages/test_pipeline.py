@@ -480,7 +480,7 @@ def test_a_run_from_given_weights_trains_no_base(whole, specs, tmp_path):
       config(specs, stage="sft", model__weights=given, tokenizer__path=tokenizer), tmp_path
     )
   assert files_of(whole) == before
-  assert {path.name for path in tmp_path.iterdir()} == {"sft", "tokenizer"}
+  assert {path.name for path in tmp_path.iterdir()} == {"cache", "sft", "tokenizer"}
   assert last_checkpoint(tmp_path / "sft")[0] == last_checkpoint(whole / "sft")[0]
 
   again = config(specs, stage="sft", tokenizer__path=tokenizer)
@@ -546,7 +546,7 @@ def refuse(config, workdir, match, *, one_device=True):
 
 
 def assert_untrained(workdir):
-  assert {path.name for path in workdir.iterdir()} <= {"tokenizer"}
+  assert {path.name for path in workdir.iterdir()} <= {"cache", "tokenizer"}
 
 
 @pytest.mark.parametrize("kind", ["documents", "demonstrations", "comparisons", "prompts"])
@@ -627,6 +627,28 @@ def test_finished_stages_of_another_config_are_refused(whole, specs, changes, ma
   before = files_of(whole)
   refuse(config(specs, **changes), whole, match + ".*Use another --workdir")
   assert files_of(whole) == before
+
+
+def test_rankings_edited_under_a_finished_stage_are_refused(whole, specs, tmp_path):
+  path = tmp_path / "comparisons.jsonl"
+  rows = [
+    json.loads(line) for line in pathlib.Path(specs["comparisons"][6:]).read_text().split("\n")[:-1]
+  ]
+  edited = config(specs, data__comparisons=f"jsonl:{path}")
+  micro.write_lines(path, rows)
+  with micro.one_device():
+    pipeline.run(edited, whole)  # a copy of the file does no harm
+  before = files_of(whole)
+  edits = {
+    "ranks reversed": [row | {"ranks": row["ranks"][::-1]} for row in rows],
+    "half of the rows": rows[::2],
+    "one more row": [*rows, rows[0]],
+  }
+  for rankings in edits.values():
+    micro.write_lines(path, rankings)
+    refuse(edited, whole, f"/rm: it was made with another content of {path} .sha256 .*Put back")
+  del before[str(memory := pathlib.Path("cache", "checksums.json"))]
+  assert {name: file for name, file in files_of(whole).items() if name != str(memory)} == before
 
 
 def test_another_tokenizer_is_refused(whole, specs, tmp_path):

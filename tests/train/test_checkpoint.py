@@ -252,3 +252,5 @@ def test_fingerprint_of_a_tree():
   assert (
     checkpoint.tree_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) != digest
   )
+  turned = params | {"w_DF": params["w_DF"].reshape(params["w_DF"].shape[::-1])}  # the same bytes
+  assert checkpoint.tree_fingerprint(turned) != digest

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 from instructjax.core import results
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES
+from instructjax.data import checksums
 from instructjax.train import finished
 
 TUNED = results.Tuned((results.Epoch(step=3, validation_loss=0.5, pretrain_loss=2.0),))
@@ -32,7 +34,7 @@ RECORDS = (
   results.Pretrained(3.5),
   TUNED,
   results.Selected((results.ScoredEpoch(3, 0.5, 2.0, reward=-1.25),)),
-  results.Collected(results.LabelerGroups(train=AGREEMENT, heldout=AGREEMENT)),
+  results.Collected(results.LabelerGroups(train=AGREEMENT, heldout=AGREEMENT), {"train": "12ab"}),
   results.RewardModel(1.5, JUDGED, None, ()),
   results.RewardModel(1.5, JUDGED, JUDGED, (results.Fold(heldout=0.6, train=0.7),)),
   results.Evaluated({"sft": {"reward": 0.5}, "base": {}}),
@@ -251,3 +253,50 @@ def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
       with finished.workdir_lock(tmp_path):
         pass
   assert len(str(error.value)) < 600
+
+
+def content(how, *texts):
+  digests = tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts)
+  return checksums.Content(how, tuple(f"/data/{i}.parquet" for i in range(len(texts))), digests)
+
+
+@pytest.mark.parametrize(
+  ("made", "now", "told"),
+  [
+    (
+      content("parquet:", "a", "b", "c"),
+      content("parquet:", "a", "x", "c"),
+      r"another content of /data/1.parquet \(sha256 3e23e816 there, 2d711642 here\)\. Put back what",
+    ),
+    (
+      content("parquet:", *"abcdef"),
+      content("parquet:", *"uvwxyz"),
+      r"content of /data/0.parquet .*, /data/1.parquet .*, /data/2.parquet .* here\) and 3 more\. Put",
+    ),
+    (
+      content("parquet:", "a", "b", "c"),
+      content("parquet:", "a", "b"),
+      r"with 3 files, where /data/0.parquet is now the first of 2\. Put back",
+    ),
+    (
+      content("jsonl:", "a"),
+      content("hh:", "a"),
+      "0.parquet was read as jsonl: and is now read as",
+    ),
+    (content("demo 1"), content("hh:", "a"), r"with 0 files, where /data/0.parquet is now the fir"),
+    (
+      content("hh:", "a"),
+      content("demo 1"),
+      r"another data:prompts \(.*how: hh: there, demo 1 here",
+    ),
+  ],
+)
+def test_what_differs_between_contents_is_told_by_file(made, now, told):
+  part = "data:prompts"
+  compare = lambda a, b: finished.require_same_run(
+    "run/ppo", {part: a.fingerprint}, {part: b.fingerprint}, {part: b.files}
+  )
+  compare(made, made)
+  with pytest.raises(UserError, match=f"^cannot go on with run/ppo: .*{told}") as error:
+    compare(made, now)
+  assert "\n" not in str(error.value)

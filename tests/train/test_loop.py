@@ -92,6 +92,7 @@ def _run(
     log=LogConfig(every_steps=log, samples=1, tensorboard=False),
     profile=ProfileConfig(profile),
     fingerprint=fingerprint,
+    files={},
     changeable={
       "rounding": EXECUTION | execution,
       "same numbers": {"ppo.max_kl": 1.0},

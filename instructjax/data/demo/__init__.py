@@ -6,9 +6,10 @@ are pure functions of their arguments and the seed. Nothing here imports JAX.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import pathlib
 
-import instructjax
 from instructjax.data.demo import task, text
 from instructjax.data.demo.labelers import agreement as labeler_agreement
 from instructjax.data.demo.labelers import collect_rankings
@@ -53,6 +54,9 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
 
 
 def checksum() -> str:
-  """The versions of the package with the text and of this package, which generates the task from it."""
+  """The version of the package with the text, and a hash of the code that generates the task from it."""
+  code = hashlib.sha256()
+  for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    code.update(path.read_bytes())
   distribution = text.PACKAGE.replace("_", "-")
-  return f"{distribution}:{importlib.metadata.version(distribution)} instructjax:{instructjax.__version__}"
+  return f"{distribution}:{importlib.metadata.version(distribution)} task:{code.hexdigest()[:16]}"

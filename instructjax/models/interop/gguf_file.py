@@ -67,7 +67,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
     config=config,
     shapes={hf_name: one.shape for hf_name, one in stored.items()},
     read=lambda hf_name: stored[hf_name].read(),
-    fingerprint=source.fingerprint([path]),
+    files=(path,),
     notes=(f"metadata not read: {', '.join(map(named, unread[:8]))}",) if unread else (),
   )
 

@@ -25,7 +25,7 @@ from instructjax.core.foreign import named, shown
 from instructjax.core.structs import Params
 from instructjax.models.interop import tensor_table, transfer
 from instructjax.models.interop.hf_config import to_hf_config
-from instructjax.models.interop.source import Source, fingerprint
+from instructjax.models.interop.source import Source
 from instructjax.models.transformer import Model
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -93,7 +93,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
     config=config,
     shapes={name: shape for name, (_, shape) in places.items()},
     read=functools.partial(_read_tensor, places),
-    fingerprint=fingerprint([path / _CONFIG, *index, *files]),
+    files=(path / _CONFIG, *index, *files),
     notes=tuple(notes),
   )
 

@@ -78,7 +78,7 @@ def make_source():
       config=to_hf_config(model.network, model.vocab_size, model.head),
       shapes={name: array.shape for name, array in tensors.items()},
       read=read,
-      fingerprint="",
+      files=(),
       notes=(),
     )
     return source, tensors, names_read

@@ -122,7 +122,10 @@ def test_shards(folder, tmp_path, one_device):
   assert len(files) > 2 and max(sizes) <= 6000
   assert index["metadata"]["total_size"] == sum(sizes)
   first, second = interop.open_weights(folder), interop.open_weights(tmp_path / "out")
-  assert first.shapes == second.shapes and first.fingerprint != second.fingerprint
+  assert first.shapes == second.shapes
+  assert first.files == (folder / "config.json", folder / "model.safetensors")
+  names = ["config.json", "model.safetensors.index.json", *(file.name for file in files)]
+  assert second.files == tuple(tmp_path / "out" / name for name in names)
   for name in first.shapes:
     np.testing.assert_array_equal(first.read(name), second.read(name))
 

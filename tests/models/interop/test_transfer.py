@@ -105,7 +105,7 @@ def test_host_memory_is_the_shards_and_one_tensor(llama, one_device):
   cfg = dataclasses.replace(llama, num_layers=6, d_model=128, d_mlp=256)
   model = tiny.make_model(cfg, 512, "lm")
   tensors = {tensor.name: tensor.shape for tensor in tensor_table.tensors(model)}
-  source = transfer.Source("weights", {}, tensors, lambda name: np.ones(tensors[name], "f"), "", ())
+  source = transfer.Source("weights", {}, tensors, lambda name: np.ones(tensors[name], "f"), (), ())
   places = one_device(model)
   transfer.load_params(source, model, places)  # compiles and imports whatever is done once
   total = sum(4 * leaf.size for leaf in jax.tree.leaves(models.param_shapes(model)))

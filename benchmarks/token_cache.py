@@ -1,0 +1,138 @@
+"""Measures the token cache: memory and seconds until the first batches, in a first and in a second start.
+
+  python -m benchmarks.token_cache --tokens=20_000_000
+
+Prints one JSON line. The text is made of words that are drawn by Zipf's law, in documents of 30 to 800 words, and the
+tokenizer is one that is trained on it, as a run without a given tokenizer trains. Each start is a process of its own
+that does what stage `pretrain` does before its first step: it makes the data of a run, opens batches of 32 rows of
+2,048 tokens and draws 20 of them. No network is built, so that memory is that of the data.
+
+  tokens_per_s: tokens that one core makes of text, in the first start.
+  seconds: from the start of the process's work, after imports, until the first batch is there; CPU seconds beside it.
+  resident: bytes that the process holds beyond those it held before, when the batches are drawn; by token, too.
+  disk: bytes of the cache a token.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+LENGTH, BATCH, DRAWN = 2048, 32, 20
+_WORDS, _TEXTS = 20_000, 2000
+
+
+def write_text(path: pathlib.Path, tokens: int):
+  """Writes documents of about so many tokens as JSON lines."""
+  rng = random.Random(0)
+  letters = "etaoinshrdlucmfwypvbgk"
+  words = ["".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(_WORDS)]
+  weights = [1 / (rank + 10) for rank in range(_WORDS)]
+  cumulative, written = [], 0.0
+  for weight in weights:
+    written += weight
+    cumulative.append(written)
+  # Drawing words takes longer than tokenizing them, so there are a few texts only, each begun with its number.
+  texts = [
+    " ".join(rng.choices(words, cum_weights=cumulative, k=rng.randint(30, 800)))
+    for _ in range(_TEXTS)
+  ]
+  made = number = 0
+  with open(path, "w") as file:
+    while made < tokens:
+      text = f"{number} {texts[number % _TEXTS]}"
+      made += len(text) // 4  # near enough: what is counted is what the tokenizer makes
+      number += 1
+      file.write(json.dumps({"text": text}) + "\n")
+
+
+def resident() -> int:
+  """Bytes of memory that this process holds."""
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def start(folder: pathlib.Path) -> dict:
+  """What one start does; see the top."""
+  from configs import models
+  from instructjax.core.config import from_config_dict
+  from instructjax.data import batching
+  from instructjax.data import tokenizer as tokenizers
+  from instructjax.parallel import memory
+  from instructjax.stages.contents import Contents
+  from instructjax.stages.run_data import RunData
+
+  values = models.get("pretrain", "tiny")
+  values.data.documents = f"jsonl:{folder / 'text.jsonl'}"
+  config = from_config_dict(values)
+  tokenizer = tokenizers.load(folder / "tokenizer.model")
+  memory.release_freed_memory()
+  before, wall, cpu = resident(), time.perf_counter(), time.process_time()
+  data = RunData(config, folder / "run", tokenizer, Contents(config, folder / "run"))
+  store = data.tokens("documents", "train").store()
+  tokenized = time.process_time() - cpu
+  batches = batching.packed_batches(data.document_rows("train", LENGTH), batch_size=BATCH, seed=0)
+  batch = next(batches)
+  found = {
+    "seconds": round(time.perf_counter() - wall, 2),
+    "cpu_seconds": round(time.process_time() - cpu, 2),
+    "tokens": store.num_tokens,
+    "rows": batches.steps_per_epoch * BATCH,
+    "tokens_per_s": round(store.num_tokens / tokenized),
+  }
+  cpu = time.process_time()
+  for _ in range(DRAWN):
+    batch = next(batches)
+  found["ms_per_batch"] = round((time.process_time() - cpu) / DRAWN * 1000, 2)
+  found["filled"] = round(float((batch.segment_BL > 0).mean()), 4)
+  memory.release_freed_memory()
+  found["resident"] = resident() - before
+  found["resident_per_token"] = round(found["resident"] / store.num_tokens, 3)
+  found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+  return found
+
+
+def train_tokenizer(folder: pathlib.Path, vocab_size: int):
+  """Trains a tokenizer on the first documents."""
+  from instructjax.data import tokenizer as tokenizers
+
+  with open(folder / "text.jsonl") as file:
+    texts = [json.loads(line)["text"] for _, line in zip(range(1000), file)]
+  tokenizers.train_tokenizer(texts, vocab_size, folder / "tokenizer.model", 0)
+
+
+def main(arguments: list[str] | None = None):
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--tokens", type=int, default=20_000_000)
+  parser.add_argument("--vocab_size", type=int, default=8000)
+  parser.add_argument("--folder", type=pathlib.Path, help="keep the text and the cache there")
+  parser.add_argument("--start", type=pathlib.Path, help=argparse.SUPPRESS)
+  args = parser.parse_args(arguments)
+  if args.start:
+    print(json.dumps(start(args.start)))
+    return
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = args.folder or pathlib.Path(scratch)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "text.jsonl").exists():
+      write_text(folder / "text.jsonl", args.tokens)
+      train_tokenizer(folder, args.vocab_size)
+    command = [sys.executable, "-m", "benchmarks.token_cache", f"--start={folder}"]
+    first, second = (
+      json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+      for _ in range(2)
+    )
+    second["tokens_per_s"] = None
+    files = [path for path in (folder / "run").rglob("*") if path.is_file()]
+    disk = sum(path.stat().st_size for path in files) / first["tokens"]
+  result = {"benchmark": "token_cache", "disk_per_token": round(disk, 3)}
+  print(json.dumps(result | {"first": first, "second": second}))
+
+
+if __name__ == "__main__":
+  main()

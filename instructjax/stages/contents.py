@@ -1,0 +1,142 @@
+"""What the files that a run reads hold: the checksums in fingerprints, so that no stage goes on with other data.
+
+One `Contents` is made per run, by pipeline.py, before anything is read. Called by context.py and run_data.py, and by
+whoever compares the data of a run's processes (`Contents.checksums`).
+"""
+
+import pathlib
+
+from instructjax.core.config import Config
+from instructjax.core.errors import UserError, one_line, reason
+from instructjax.core.stages import stage_of_kind
+from instructjax.data import sources
+from instructjax.data.checksums import Content, FileChecksums
+from instructjax.stages import lineage
+from instructjax.train import finished
+from instructjax.train.weights import Weights
+
+SPLITS = (
+  "train",
+  "validation",
+  "heldout",
+)  # the files that stage `collect` writes, without `.jsonl`
+
+
+class NotThere(UserError):
+  """A source cannot be read."""
+
+
+class Contents:
+  """What the sources, the given weights and the files between the stages hold.
+
+  Args:
+    config: names the sources.
+    workdir: the run's folder, in which checksums are remembered.
+  """
+
+  def __init__(self, config: Config, workdir: pathlib.Path):
+    self._config, self._workdir = config, workdir
+    self._files = FileChecksums(workdir / "cache" / "checksums.json")
+    self._kept: dict[str, Content] = {}
+
+  def of(self, kind: str) -> Content:
+    """The content of the records of a kind as it was when it was first asked for.
+
+    Raises:
+      NotThere: a file cannot be read.
+      UserError: a file is not what stage `collect` wrote.
+    """
+    if kind not in self._kept:
+      self._kept[kind] = self._now(kind)
+    return self._kept[kind]
+
+  def require_same(self, kind: str):
+    """Checks that files which have just been read hold what they held when they were first asked for.
+
+    Raises:
+      UserError: somebody has written them since.
+    """
+    before, now = self.of(kind), self._now(kind)
+    if before != now:
+      other = [path for path in now.files if path not in before.files] + [
+        path
+        for path, *digests in zip(before.files, before.digests, now.digests)
+        if len({*digests}) > 1
+      ]
+      raise UserError(
+        f"{(other or [self._spec(kind)])[0]} (data.{kind}) was changed while the run was reading it;"
+        " run the same command again when nothing writes it any more"
+      )
+
+  def of_weights(self, given: Weights) -> Content:
+    """The content of the files of weights that the config gives.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    key = str(given.path)
+    if key not in self._kept:
+      try:
+        self._kept[key] = self._files.content(given.kind, given.files)
+      except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    return self._kept[key]
+
+  def checksums(self, stages: list[str]) -> dict[str, str]:
+    """The checksum of every source that these stages read, by config field, as `data.documents`.
+
+    Sources of which no file can be read are left out: whoever reads them says what is wrong.
+    """
+    found = {}
+    for kind in lineage.kinds_read(self._config, stages):
+      try:
+        found[f"data.{kind}"] = self.of(kind).checksum
+      except NotThere:
+        continue
+    return found
+
+  def _spec(self, kind: str) -> str:
+    return getattr(self._config.data, kind)
+
+  def _now(self, kind: str) -> Content:
+    if kind == "comparisons" and lineage.collects(self._config):
+      return self._collected()
+    spec = self._spec(kind)
+    try:
+      return self._files.content(sources.how(spec), sources.files(spec))
+    except Exception as error:  # libraries that open sources raise many types
+      why = one_line(error) if isinstance(error, UserError) else reason(error)
+      raise NotThere(f"data.{kind}={spec!r} cannot be read: {why}") from error
+
+  def _collected(self) -> Content:
+    """The rankings that this run has collected.
+
+    Raises:
+      UserError: a file cannot be read, or is not what the stage wrote.
+    """
+    stage = stage_of_kind("collect").name
+    folder = self._workdir / stage
+    written = finished.require_done(folder).result.files
+    content = self.of_written(stage)
+    for path, digest, name in zip(content.files, content.digests, SPLITS):
+      if digest != written.get(name):
+        raise UserError(
+          f"{path} is not the file that stage {stage} wrote: put that one back, or delete {folder} to collect"
+          " anew; to train on rankings of your own, copy the file elsewhere and give"
+          " --config.data.comparisons=jsonl:PATH in another --workdir"
+        )
+    return content
+
+  def of_written(self, stage: str) -> Content:
+    """The content of the files that stage `collect` has just written.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    paths = [self._workdir / stage / f"{split}.jsonl" for split in SPLITS]
+    try:
+      return self._files.content(stage, paths)
+    except OSError as error:
+      raise UserError(
+        f"cannot read {error.filename}: {error.strerror}. Delete {self._workdir / stage} to collect anew"
+      ) from error
