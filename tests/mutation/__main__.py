@@ -31,11 +31,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 COPIED = ("benchmarks", "configs", "docs", "instructjax", "launch", "tests", "setup.cfg")
 ASLEEP = 20  # a process that still does something takes a second of processor time in so many
 TARGET = 0.95  # share that must be killed
-STATUS = {
-  0: "survived",
-  1: "killed",
-  2: "killed",
-}  # by pytest's exit status: 2 is an error at import
+# By pytest's exit status; all others are failures: of a test, of an import, or of pytest itself by what a test left.
+STATUS = {0: "survived", 4: "error", 5: "error"}
 
 
 def diff(mutant: Mutant, source: str) -> str:
@@ -114,7 +111,7 @@ class Place:
       out_of_time = os.WTERMSIG(code) in (signal.SIGXCPU, signal.SIGKILL)
       status = "timeout" if out_of_time else "killed"
     else:
-      status = STATUS.get(os.WEXITSTATUS(code), "error")
+      status = STATUS.get(os.WEXITSTATUS(code), "killed")
     self.path(mutant).write_text(sources[mutant.module], encoding="utf-8")
     lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
     by = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:]
