@@ -10,6 +10,7 @@ import itertools
 import json
 import pathlib
 import random
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from instructjax.data import tokenizer as tokenizers_lib
 
 Files = dict[str, bytes]
 
+GGUF = "model.gguf"
+_METADATA = "metadata.json"  # becomes a GGUF file
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
   "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -141,6 +144,69 @@ def _sentencepiece() -> Files:
   )
 
 
+@functools.cache
+def _gguf() -> Files:
+  """The metadata of a GGUF file with a byte-level BPE; `_gguf_file` writes it."""
+  files = _byte_level()
+  model = json.loads(files["tokenizer.json"])["model"]
+  tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<|endoftext|>", "<s>", START, END]
+  ids = {"bos": 259, "eos": 261, "eot": 258, "unknown": 258, "padding": 258}
+  content = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": tokens,
+    "tokenizer.ggml.token_type": [1] * 258 + [3, 3, 4, 1],
+    "tokenizer.ggml.merges": ["t h", "th e"],
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.chat_template": TEMPLATE,
+  }
+  content |= {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items()}
+  return _as_bytes({_METADATA: content})
+
+
+@functools.cache
+def _gguf_pieces() -> Files:
+  """The same for a sentencepiece model."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  pb2: Any = sentencepiece_model_pb2
+  pieces = pb2.ModelProto.FromString(_sentencepiece()["tokenizer.model"]).pieces
+  content = {
+    "tokenizer.ggml.model": "t5",
+    "tokenizer.ggml.tokens": [piece.piece for piece in pieces],
+    "tokenizer.ggml.scores": [float(piece.score) for piece in pieces],
+    "tokenizer.ggml.token_type": [piece.type for piece in pieces],
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.eom_token_id": len(pieces) - 1,
+    "tokenizer.ggml.add_space_prefix": True,
+    "tokenizer.chat_template": TEMPLATE,
+  }
+  return _as_bytes({_METADATA: content})
+
+
+def _gguf_file(content: bytes) -> bytes:
+  """A GGUF file of these metadata; values that its types cannot hold are left out."""
+  text = lambda value: _sized(value.encode("utf-8", "surrogatepass"))
+  kinds = {bool: (7, "<?"), int: (11, "<q"), float: (12, "<d"), str: (8, "")}
+  entries = []
+  for key, value in json.loads(content).items() if content.startswith(b"{") else ():
+    parts = value if isinstance(value, list) else [value]
+    kind = type(parts[0]) if parts else str
+    is_plain = kind in kinds and all(type(part) is kind for part in parts)
+    if not is_plain or (kind is int and not all(abs(part) < 2**63 for part in parts)):
+      continue
+    number, form = kinds[kind]
+    packed = b"".join(text(part) if kind is str else struct.pack(form, part) for part in parts)
+    head = struct.pack("<IIQ", 9, number, len(parts)) if isinstance(value, list) else None
+    entries.append(text(key) + (head or struct.pack("<I", number)) + packed)
+  return b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)) + b"".join(entries)
+
+
+def _sized(content: bytes) -> bytes:
+  return struct.pack("<Q", len(content)) + content
+
+
 def _as_bytes(contents: dict[str, Any]) -> Files:
   return {name: json.dumps(content).encode() for name, content in contents.items()}
 
@@ -243,6 +309,8 @@ SEEDS: tuple[tuple[str, Callable[[], Files]], ...] = (
   ("legacy", _legacy),
   ("unigram", _unigram),
   ("sentencepiece", _sentencepiece),
+  ("gguf", _gguf),
+  ("gguf pieces", _gguf_pieces),
 )
 
 
@@ -253,10 +321,13 @@ def cases(rng: random.Random) -> Iterator[tuple[str, Files]]:
     files = dict(make())
     name = rng.choice(list(files))
     if name.endswith(".json"):
-      mutate = _mutate_bytes if rng.random() < 0.15 else _mutate_json
+      is_text = name != _METADATA and rng.random() < 0.15
+      mutate = _mutate_bytes if is_text else _mutate_json
     else:
       mutate = _mutate_bytes if rng.random() < 0.5 else _mutate_model
     files[name] = mutate(files[name], rng)
+    if name == _METADATA:
+      files = {GGUF: _gguf_file(files[name])}
     yield f"{number}: {name} of {seed}", files
 
 
@@ -267,7 +338,8 @@ def target(folder: pathlib.Path):
     UserError: the files or a text are refused.
     AssertionError: a text was encoded to a control token, or to an id outside the vocabulary.
   """
-  tokenizer = tokenizers_lib.load(folder)
+  is_gguf = (folder / GGUF).exists()
+  tokenizer = tokenizers_lib.load(folder / GGUF if is_gguf else folder)
   for text in TEXTS:
     try:
       ids = tokenizer.encode(text)

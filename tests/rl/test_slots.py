@@ -186,7 +186,7 @@ def test_eight_devices_have_a_queue_each(quick_jit, policy, prompts, expected, s
   model, params = policy("rope", "scan")
   mesh = sharding.make_mesh(MeshConfig(1, *shape))
   shardings, _ = models.param_shardings(mesh, model)
-  kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=0.7, slots=16)
+  kwargs = dict(max_new_tokens=RESPONSE, stop_ids=STOPS, temperature=0.7, slots=16)
   with jax.set_mesh(mesh):
     placed = jax.device_put(params, shardings), sharding.place_batch(mesh, prompts)
     run = quick_jit(
