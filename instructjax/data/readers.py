@@ -10,8 +10,8 @@ returns (rows, decode, has_own_split):
 A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
 raises UserError.
 
-Imports `text_files`, `formats`, `paths` and `checksums`. pyarrow, `datasets` and tensorflow_datasets are imported only
-where they are used.
+Imports `text_files`, `formats` and `paths`. pyarrow, `datasets` and tensorflow_datasets are imported only where they
+are used.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from instructjax.core.errors import UserError, reason
-from instructjax.data import checksums, formats, paths, text_files
+from instructjax.data import formats, paths, text_files
 from instructjax.data.records import BadRecord
 
 _TFDS = re.compile(r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?")
@@ -110,7 +110,11 @@ def _parquet_rows(files: list[str], asked: Request) -> Rows:
       with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         columns = formats.columns(file.schema_arrow.names, asked.kind, path, asked.options)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:  # names that are no UTF-8
+    except (
+      OSError,
+      UnicodeDecodeError,
+      pyarrow.ArrowException,
+    ) as error:  # names that are no UTF-8
       why = getattr(error, "strerror", None) or reason(error)
       raise UserError(f"cannot read {path}: {why}") from error
 
@@ -232,7 +236,7 @@ def _tfds(asked: Request) -> tuple[Rows, Decode, bool]:
   return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
 
 
-def _data_dir(options: formats.Options) -> dict[str, str]:
+def _data_dir(options: formats.Options) -> dict[str, Any]:
   return {name: paths.expanded(value) for name, value in options.other.items()}
 
 
@@ -278,35 +282,25 @@ def _objects(value: Any) -> Any:
   return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
 
 
-def _text_checksum(path: str, options: formats.Options) -> str:
-  files = text_file_paths(path)
-  return checksums.of_file(files[0]) if len(files) == 1 else checksums.of_files(files)
-
-
-def _parquet_checksum(path: str, options: formats.Options) -> str:
-  return checksums.of_files(parquet_files(path))
-
-
-def _datasets_checksum(rest: str, options: formats.Options) -> str:
-  """Of the Arrow files, which for a data set of the hub lie in the cache of `datasets`."""
+def _datasets_files(rest: str, options: formats.Options) -> list[str]:
+  """The Arrow files, which for a data set of the hub lie in the cache of `datasets`."""
   folder, _ = datasets_folder(rest)
   if os.path.isdir(folder):
-    found = glob.glob(f"{glob.escape(folder)}/**/*.arrow", recursive=True)
-  else:
-    loaded = _loaded_dataset(rest, f"datasets:{rest}")
-    parts = loaded.values() if isinstance(loaded, dict) else [loaded]
-    found = [file["filename"] for part in parts for file in part.cache_files]
-  return checksums.of_files(sorted(found))
+    return sorted(glob.glob(f"{glob.escape(folder)}/**/*.arrow", recursive=True))
+  loaded = _loaded_dataset(rest, f"datasets:{rest}")
+  parts = loaded.values() if isinstance(loaded, dict) else [loaded]
+  return sorted(file["filename"] for part in parts for file in part.cache_files)
 
 
-def _tfds_checksum(path: str, options: formats.Options) -> str:
-  """The version of the builder, which determines the content."""
+def _tfds_files(path: str, options: formats.Options) -> list[str]:
+  """The files of all splits, by name."""
   import tensorflow_datasets as tfds  # 0.5 s to import, so only when asked for
 
   match = _TFDS.fullmatch(path)
   if match is None:
     raise ValueError(f"tfds:{path} was not read: it is not spelt as `_tfds` wants it")
-  return "version:" + str(tfds.builder(match["name"], **_data_dir(options)).info.version)
+  folder = os.fspath(tfds.builder(match["name"], **_data_dir(options)).data_path)
+  return sorted(glob.glob(f"{glob.escape(folder)}/*.array_record*"))
 
 
 class Reader(NamedTuple):
@@ -314,22 +308,38 @@ class Reader(NamedTuple):
 
   Attributes:
     read: see the top of this file.
-    checksum: what the content is recognised by, from the path and its options. Not computed while reading, because a
-      table's reader skips columns, and each split reads the file again.
+    files: the files that it reads, in order, from the path and its options.
+    place: the part of the path, or of the options, that says where the files are. Everything else says how they are
+      read.
     options: names of its own options, beside those of `formats`.
     format: the format of every row; None if the keys of a row decide.
   """
 
   read: Callable[[Request], tuple[Rows, Decode, bool]]
-  checksum: Callable[[str, formats.Options], str]
+  files: Callable[[str, formats.Options], list[str]]
+  place: Callable[[str, formats.Options], str]
   options: tuple[str, ...] = ()
   format: str | None = None
 
 
 READERS = {
-  "jsonl": Reader(_jsonl, _text_checksum),
-  "hh": Reader(_hh, _text_checksum, format="hh"),
-  "parquet": Reader(_parquet, _parquet_checksum),
-  "datasets": Reader(_datasets, _datasets_checksum),
-  "tfds": Reader(_tfds, _tfds_checksum, options=("data_dir",)),
+  "jsonl": Reader(_jsonl, lambda path, options: text_file_paths(path), lambda path, options: path),
+  "hh": Reader(
+    _hh, lambda path, options: text_file_paths(path), lambda path, options: path, format="hh"
+  ),
+  "parquet": Reader(
+    _parquet, lambda path, options: parquet_files(path), lambda path, options: path
+  ),
+  "datasets": Reader(
+    _datasets,
+    _datasets_files,
+    # As it is spelt in the source.
+    lambda rest, options: rest.removesuffix(":" + datasets_folder(rest)[1]),
+  ),
+  "tfds": Reader(
+    _tfds,
+    _tfds_files,
+    lambda path, options: "".join(f"{name}={value}" for name, value in options.other.items()),
+    options=("data_dir",),
+  ),
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from instructjax.core.errors import UserError
-from instructjax.data import formats
+from instructjax.data import checksums, formats
 from instructjax.data.messages import listed
 from instructjax.data.readers import READERS, Request
 from instructjax.data.records import (
@@ -123,8 +123,8 @@ def _scheme(spec: str, kind: str) -> tuple[str, str]:
   return scheme, rest
 
 
-def checksum(spec: str) -> str:
-  """What a source's content is recognised by: a checksum or a version.
+def files(spec: str) -> list[str]:
+  """The files that a source reads, in order; none for `demo:`.
 
   Args:
     spec: SCHEME:REST as in the config.
@@ -133,12 +133,35 @@ def checksum(spec: str) -> str:
   """
   scheme, _, rest = spec.partition(":")
   if scheme == "demo":
+    return []
+  path, options = formats.split_options(rest, spec, None, READERS[scheme].options)
+  return READERS[scheme].files(path, options)
+
+
+def how(spec: str) -> str:
+  """How a source is read: its spec without the place of its files. For `demo:`, what its records depend on."""
+  scheme, _, rest = spec.partition(":")
+  if scheme == "demo":
     from instructjax.data import demo
 
     return demo.checksum()
-  reader = READERS[scheme]
-  path, options = formats.split_options(rest, spec, None, reader.options)
-  return reader.checksum(path, options)
+  path, options = formats.split_options(rest, spec, None, READERS[scheme].options)
+  place = READERS[scheme].place(path, options)
+  return f"{scheme}:{rest.replace(place, '', 1) if place else rest}"
+
+
+def checksum(spec: str) -> str:
+  """What a source's content is recognised by: the checksum of its files.
+
+  Args:
+    spec: SCHEME:REST as in the config.
+  Raises:
+    Exception: of any type, if the source cannot be read; it comes from the library that reads it.
+  """
+  if spec.startswith("demo:"):
+    return how(spec)
+  found = files(spec)
+  return checksums.of_file(found[0]) if len(found) == 1 else checksums.of_files(found)
 
 
 def render(
@@ -262,9 +285,12 @@ def _parse(
     try:
       obj = decode()
       name, parts = formats.convert(obj, kind, where, asked.options)
-      if name != formats.OWN and name not in seen and asked.split != "validation":
+      is_news = asked.options.format is None and name not in (formats.OWN, *seen)
+      if is_news and asked.split != "validation":  # which is read too, from the same file
         seen.add(name)
-        logger.warning("%s: %s read as format %s (keys: %s)", spec, where, name, listed(obj))
+        logger.warning(
+          "data.%s: %s is read as format %s (keys: %s)", kind, where, name, listed(obj)
+        )
       if kind == "comparisons" and parts and parts[0].keys() >= {"response", "score"}:
         prompt, answer, score = parse_scored(parts[0], where)
         scored.setdefault(prompt, []).append((answer, score, where))
