@@ -41,7 +41,7 @@ def argilla(obj: dict[str, Any], names: Mapping[str, str], where: str) -> list[d
     raise BadRecord(f"{where}: has no submitted ranking")
   if len(found) > 1:
     raise BadRecord(
-      f"{where}: has rankings of several questions ({listed(found)}); choose with &ranks=QUESTION"
+      f"{where}: has rankings of several questions ({listed(found)}); choose one: ?format=argilla&ranks=QUESTION"
     )
   ((_, rankings),) = found.items()
   rows = []
@@ -50,7 +50,7 @@ def argilla(obj: dict[str, Any], names: Mapping[str, str], where: str) -> list[d
       raise BadRecord(f"{where}: ranks {listed(absent[:1])}, which is no field of the record")
     rows.append(
       {
-        "prompt": fields[_prompt_field(fields, order, names, where)],
+        "prompt": fields[_prompt_field(fields, order, names, "argilla", where)],
         "responses": [fields[name] for name in order],
         "ranks": _from_1(order.values(), where),
         "labeler": user,
@@ -124,7 +124,7 @@ def _from_1(ranks: Any, where: str) -> list[Any]:
 
 
 def _prompt_field(
-  fields: Mapping[str, Any], order: Mapping, names: Mapping[str, str], where: str
+  fields: Mapping[str, Any], order: Mapping, names: Mapping[str, str], tool: str, where: str
 ) -> str:
   if "prompt" in names:
     if names["prompt"] not in fields:
@@ -138,7 +138,8 @@ def _prompt_field(
       return name
   if len(others) != 1:
     raise BadRecord(
-      f"{where}: which field is the prompt is not clear ({listed(others) or 'none'}); add &prompt=FIELD"
+      f"{where}: which field is the prompt is not clear ({listed(others) or 'none'});"
+      f" name it: ?format={tool}&prompt=FIELD"
     )
   return others[0]
 
@@ -184,7 +185,9 @@ def label_studio(obj: dict[str, Any], names: Mapping[str, str], where: str) -> l
         continue
       ranked = _label_studio_order(result["value"], data, where)
       if ranked:
-        prompt = data[_prompt_field(data, {"answer1": 1, "answer2": 2, "items": 0}, names, where)]
+        prompt = data[
+          _prompt_field(data, {"answer1": 1, "answer2": 2}, names, "label_studio", where)
+        ]
         rows.append({"prompt": prompt, **ranked, "labeler": _annotator(annotation)})
   if not rows:
     raise BadRecord(f"{where}: has no finished annotation that ranks answers")

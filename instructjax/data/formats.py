@@ -16,7 +16,9 @@ from instructjax.data.messages import BadRecord, kind_of, listed
 from instructjax.data.records import KEYS, is_score
 
 OWN = "own"
-_OPTIONS = re.compile(r"(?P<path>[^?].*?)\?(?P<options>[a-z_]+=[^?]*)", re.DOTALL)
+# What a source may name beside a format that does not say it.
+_NAMED = {"argilla": ("prompt", "ranks"), "label_studio": ("prompt",)}
+_OPTIONS = re.compile(r"(?P<path>.+?)\?(?P<options>[a-z_]+=[^?]*)", re.DOTALL)
 _UNKNOWN_COLUMNS = re.compile(r"\.responses|.+-suggestion")  # of annotation tools
 
 Row = dict[str, Any]
@@ -67,6 +69,9 @@ def split_options(
   if chosen is not None and chosen not in names:
     raise UserError(f"{where}: format={chosen!r} of {kind} must be one of {', '.join(names)}")
   columns = {name: value for name, value in given.items() if name not in own}
+  fixed = [name for name in columns if name not in _NAMED.get(chosen or OWN, ())]
+  if chosen not in (None, OWN) and fixed:
+    raise UserError(f"{where}: format={chosen!r} says itself where {fixed[0]!r} is; leave one out")
   return match["path"], Options(chosen, columns, {n: v for n, v in given.items() if n in own})
 
 

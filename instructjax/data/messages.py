@@ -101,14 +101,17 @@ def last_answer(found: Sequence[Message], name: str, where: str) -> list[Message
   for number, message in enumerate(found):
     if message.trains and message.role != "assistant":
       raise BadRecord(
-        f"{where}: '{name}[{number}]' is marked for training, and only answers of the assistant are trained on"
+        f"{where}: '{name}[{number}]' is marked for training, and only answers of the assistant are"
+        " trained on"
       )
   kept = list(found)
-  if kept[-1].trains is False:
-    while kept and (kept[-1].role != "assistant" or kept[-1].trains is False):
-      kept.pop()
-    if not kept:
-      raise BadRecord(f"{where}: {name!r} marks no answer of the assistant for training")
+  if kept[-1].trains is not False:
+    return kept
+  is_answer = lambda message: message.role == "assistant" and message.trains is not False
+  while kept and not is_answer(kept[-1]):
+    kept.pop()
+  if not kept:
+    raise BadRecord(f"{where}: {name!r} marks no answer of the assistant for training")
   return kept
 
 

@@ -10,8 +10,8 @@ returns (rows, decode, has_own_split):
 A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
 raises UserError.
 
-Imports `text_files`, `formats` and `paths`. pyarrow, `datasets` and tensorflow_datasets are imported only
-where they are used.
+Imports `text_files`, `formats` and `paths`. pyarrow, `datasets` and tensorflow_datasets are imported only where they
+are used.
 """
 
 import dataclasses
@@ -236,7 +236,7 @@ def _tfds(asked: Request) -> tuple[Rows, Decode, bool]:
   return _tfds_rows(source, f"tfds:{name}:{chosen}"), _decode_example, has_own_split
 
 
-def _data_dir(options: formats.Options) -> dict[str, str]:
+def _data_dir(options: formats.Options) -> dict[str, Any]:
   return {name: paths.expanded(value) for name, value in options.other.items()}
 
 

@@ -220,18 +220,16 @@ def _demonstration(obj: dict[str, Any], where: str) -> Demonstration:
 
 def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   labeler = obj.get("labeler")
-  if _is_int(labeler):  # the number of an annotator
+  if isinstance(labeler, int) and not isinstance(labeler, bool):  # the number of an annotator
     labeler = _decimal(labeler, where)
   if labeler is not None and not isinstance(labeler, str):
     raise BadRecord(f"{where}: 'labeler' must be a string, got {kind_of(labeler)}")
-  forms = [
+  forms: list[tuple[str, ...]] = [
     form
     for form in (("ranks",), ("comparisons",), ("chosen", "rejected"))
     if obj.keys() & set(form)
   ]
-  if (
-    not forms and "scores" in obj
-  ):  # beside one of the other forms they say the same in other words
+  if not forms and "scores" in obj:  # beside another form they say the same in other words
     forms = [("scores",)]
   if len(forms) != 1:
     found = " and ".join("/".join(form) for form in forms) or "none"
@@ -246,7 +244,7 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
   if forms[0] == ("comparisons",):
     ranks = ranks_from_pairs(len(responses), obj["comparisons"], where)
   else:
-    (name,) = forms[0]
+    name = forms[0][0]
     ranks = _ranks(obj["ranks"], where) if name == "ranks" else _places(obj["scores"], where)
     if len(ranks) != len(responses):
       raise BadRecord(f"{where}: {len(responses)} responses but {len(ranks)} {name}")
@@ -303,7 +301,7 @@ def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple
       parse_answer(value, key, where, may_be_empty=True)
       for key, value in zip(names, pair, strict=True)
     )
-    if repeats(prompt, (chosen, rejected)):
+    if isinstance(prompt, str) and repeats(prompt, (chosen, rejected)):
       chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
   else:
     parsed = [messages.parse(value, key, where) for key, value in zip(names, pair, strict=True)]
@@ -324,13 +322,13 @@ def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple
   return prompt, (chosen, rejected)
 
 
-def repeats(prompt: str | Chat, answers: Sequence[str]) -> bool:
+def repeats(prompt: str, answers: Sequence[str]) -> bool:
   """Whether two answers are whole texts, which begin with the prompt.
 
   Both must begin with it. A short prompt, as 'Hi', must also end in a blank or a speaker's name: two answers that begin
   with 'Hi' are nothing special.
   """
-  if not isinstance(prompt, str) or not all(answer.startswith(prompt) for answer in answers):
+  if not all(answer.startswith(prompt) for answer in answers):
     return False
   if _ends_in_separator(prompt):
     return True

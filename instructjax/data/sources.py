@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from instructjax.core.errors import UserError
-from instructjax.data import formats
+from instructjax.data import checksums, formats
 from instructjax.data.messages import listed
 from instructjax.data.readers import READERS, Request
 from instructjax.data.records import (
@@ -277,9 +277,12 @@ def _parse(
     try:
       obj = decode()
       name, parts = formats.convert(obj, kind, where, asked.options)
-      if name != formats.OWN and name not in seen and asked.split != "validation":
+      is_news = asked.options.format is None and name not in (formats.OWN, *seen)
+      if is_news and asked.split != "validation":  # which is read too, from the same file
         seen.add(name)
-        logger.warning("%s: %s read as format %s (keys: %s)", spec, where, name, listed(obj))
+        logger.warning(
+          "data.%s: %s is read as format %s (keys: %s)", kind, where, name, listed(obj)
+        )
       if kind == "comparisons" and parts and parts[0].keys() >= {"response", "score"}:
         prompt, answer, score = parse_scored(parts[0], where)
         scored.setdefault(prompt, []).append((answer, score, where))

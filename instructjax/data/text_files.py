@@ -11,7 +11,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from instructjax.core.errors import UserError
@@ -85,6 +85,7 @@ def decode(raw: bytes | Parsed | BadRecord, kind: str, where: str) -> Any:
   if isinstance(raw, Parsed):
     return raw.value
   problems: list[str] = []
+  text = ""
   try:
     # utf-8-sig drops the byte order mark that some editors write at the start of a file.
     text = raw.strip().decode("utf-8-sig")
@@ -100,7 +101,7 @@ def decode(raw: bytes | Parsed | BadRecord, kind: str, where: str) -> Any:
   return value
 
 
-def _hooks(problems: list[str]) -> dict[str, Callable]:
+def _hooks(problems: list[str]) -> dict[str, Any]:
   """Arguments of JSON's decoder with which a decoder notes what it would take in silence, or fail of."""
 
   def unique(pairs):

@@ -73,7 +73,7 @@ def test_each_annotator_of_argilla_gives_a_ranking_and_drafts_none():
     (
       {"fields": FIELDS, "responses": {q: [{"value": ["a", "b"]}] for q in "xy"}},
       {},
-      r"rankings of several questions \('x', 'y'\); choose with &ranks=QUESTION",
+      r"rankings of several questions \('x', 'y'\); choose one: \?format=argilla&ranks=QUESTION",
     ),
     (
       {"fields": FIELDS, "responses": {"x": [{"value": ["a", "c"]}]}},
@@ -86,7 +86,7 @@ def test_each_annotator_of_argilla_gives_a_ranking_and_drafts_none():
         "responses": {"x": [{"value": ["a", "b"]}]},
       },
       {},
-      r"which field is the prompt is not clear \('q1', 'q2'\); add &prompt=FIELD",
+      r"which field is the prompt is not clear \('q1', 'q2'\); name it: \?format=argilla&prompt=FIELD",
     ),
     (
       {"fields": FIELDS, "responses": {"x": [{"value": ["a", "b"]}]}},

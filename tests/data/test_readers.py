@@ -108,6 +108,23 @@ def test_globs_home_and_folders(tmp_path, monkeypatch):
     load("jsonl:", "documents")
 
 
+def test_which_files_a_source_reads_and_how(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("b.jsonl", "a.jsonl", "p/2.parquet", "p/1.parquet", "d/train/x.arrow"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  for spec, files, how in (
+    ("jsonl:a.jsonl", ["a.jsonl"], "jsonl:"),
+    ("jsonl:?.jsonl?format=own", ["a.jsonl", "b.jsonl"], "jsonl:?format=own"),
+    ("hh:b.jsonl", ["b.jsonl"], "hh:"),
+    ("parquet:p?text=t", ["p/1.parquet", "p/2.parquet"], "parquet:?text=t"),
+    ("datasets:d:train", ["d/train/x.arrow"], "datasets::train"),
+  ):
+    assert (sources.files(spec), sources.how(spec)) == (files, how)
+  assert sources.how("tfds:x:train?data_dir=d&text=t") == "tfds:x:train?&text=t"
+  assert sources.files("demo:") == [] and sources.how("demo:") == sources.checksum("demo:")
+
+
 def test_unreadable_files_are_one_clear_line(tmp_path):
   with pytest.raises(ValueError, match="cannot read .*no.jsonl: No such file or directory"):
     load(f"jsonl:{tmp_path / 'no.jsonl'}", "documents")
