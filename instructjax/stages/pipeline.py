@@ -18,7 +18,7 @@ from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import distributed, memory, sharding
-from instructjax.stages import lineage, policies
+from instructjax.stages import lineage, outlook, policies
 from instructjax.stages.context import Context, canonical, require_fit
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, metrics, profiling
@@ -208,11 +208,12 @@ def run(config: Config, workdir: pathlib.Path):
   stages = lineage.plan(config)
   check(ctx, stages)
   ran = []
-  tell = terminal.say if jax.process_index() == 0 else lambda line, bold="": None
+  tell = terminal.say if jax.process_index() == 0 else lambda line, bold="", rest="": None
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
-      tell(f"[{number}/{len(stages)}] ", bold=stage)
+      left = _outlook(ctx, stages[number - 1 :], ran)
+      tell(f"[{number}/{len(stages)}] ", bold=stage, rest=left)
       is_finished = ctx.done(stage) is not None
       start = time.monotonic()
       # Also for a finished stage, which only checks that its settings are the same, or is done anew.
@@ -229,6 +230,17 @@ def run(config: Config, workdir: pathlib.Path):
     tell(line)
 
 
+def _outlook(ctx: Context, coming: list[str], ran: list[tuple[str, float, pathlib.Path]]) -> str:
+  """About how long the coming stages take, in words; '' while that is not known."""
+  if jax.process_index() != 0 or ctx.done(coming[0]):
+    return ""
+  # Of earlier runs only the stages whose work shows in the config alone: the data of others are not read again.
+  plan = lineage.plan(ctx.config)
+  earlier = [name for name in plan if STAGES[name].kind in ("base", "rl") and ctx.done(name)]
+  seconds = outlook.seconds_left(ctx, coming, {*earlier, *(stage for stage, _, _ in ran)})
+  return "" if seconds is None else f"  about {outlook.words(seconds)} left"
+
+
 def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
   """What a user may do with a finished run: commands that can be pasted.
 
@@ -241,7 +253,7 @@ def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
   folder = lambda stage: shlex.quote(str(workdir / stage))
   lines = []
   if any(row.kind == "evaluate" for row in rows):
-    lines.append(f"  the report: open {shlex.quote(str(workdir / 'report' / 'index.html'))}")
+    lines.append(f"  to see the report: open {workdir / 'report' / 'index.html'} in a browser")
   if speakers:
     shown = folder(speakers[-1])
     lines += [
