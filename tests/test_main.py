@@ -139,11 +139,16 @@ def test_a_run_prints_stages_and_progress_only(tmp_path, config_file):
   done = run(f"--config={config_file}:pretrain", f"--workdir={tmp_path}")
   assert done.returncode == 0, done.stderr
   assert done.stderr == ""
-  head, *steps, _, titles, _, times, _, end = done.stdout.splitlines()
+  head, *steps, _, titles, _, times, _, end, talk, export = done.stdout.splitlines()
   assert head == "[1/1] pretrain"
   assert [line.split("  ")[0] for line in steps] == [f"pretrain {i}/4" for i in range(1, 5)]
   assert "seconds a step" in titles and re.match(r"│ pretrain │ +\d+\.\d │ +4 │ ", times)
   assert end.startswith("finished: ")
+  folder = f"--checkpoint={tmp_path / 'pretrain'}"
+  assert talk == f"  to talk to it: instructjax generate {folder} --interactive"
+  assert (
+    export == f"  for transformers: instructjax export {folder} --format=hf --out=export/pretrain"
+  )
 
 
 def test_one_run_a_workdir_and_ctrl_c(tmp_path, config_file):

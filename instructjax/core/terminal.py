@@ -53,11 +53,12 @@ def console(*, stderr: bool = False) -> rich.console.Console:
   return rich.console.Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def say(line: str, *, bold: str = "", to: rich.console.Console | None = None, stderr: bool = False):
-  """Prints one line, of any length, with `bold` at its end."""
+def say(line: str, *, bold: str = "", rest: str = "", to: rich.console.Console | None = None):
+  """Prints one line, of any length: `line`, then `bold` in bold, then `rest`."""
   text = rich.text.Text(printable(line))
   text.append(printable(bold), "bold")
-  (to or console(stderr=stderr)).print(text, soft_wrap=True)
+  text.append(printable(rest))
+  (to or console()).print(text, soft_wrap=True)
 
 
 def rule(title: str):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from instructjax.core.errors import UserError
-from instructjax.data import checksums, formats
+from instructjax.data import formats
 from instructjax.data.messages import listed
 from instructjax.data.readers import READERS, Request
 from instructjax.data.records import (

@@ -308,7 +308,7 @@ def _show(found: list[dict], summary: dict, page: pathlib.Path):
         for finding in found
       ],
       title="the paper's findings",
-      prose=["measured"],
+      prose=["measured", "holds"],
       styles={"yes": "green", "no": "red"},
     )
   )

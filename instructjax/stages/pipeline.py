@@ -21,7 +21,7 @@ from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import agreement, constraints, distributed, memory, sharding
-from instructjax.stages import lineage, policies, room
+from instructjax.stages import lineage, outlook, policies, room
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.context import (
   Context,
@@ -309,14 +309,15 @@ def run(config: Config, workdir: pathlib.Path):
   require_same_everywhere(ctx, stages)
   check(ctx, stages)
   ran = []
-  tell = terminal.say if jax.process_index() == 0 else lambda line, bold="": None
+  tell = terminal.say if jax.process_index() == 0 else lambda line, bold="", rest="": None
   for line in _other_versions(ctx, stages):
     tell(line)
   with jax.set_mesh(ctx.mesh):
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
       distributed.at(f"the start of {stage}")
-      tell(f"[{number}/{len(stages)}] ", bold=stage)
+      left = _outlook(ctx, stages[number - 1 :], ran)
+      tell(f"[{number}/{len(stages)}] ", bold=stage, rest=left)
       is_finished = ctx.done(stage) is not None
       start = time.monotonic()
       # Also for a finished stage, which only checks that its settings are the same, or is done anew.
@@ -333,6 +334,17 @@ def run(config: Config, workdir: pathlib.Path):
     tell(line)
 
 
+def _outlook(ctx: Context, coming: list[str], ran: list[tuple[str, float, pathlib.Path]]) -> str:
+  """About how long the coming stages take, in words; '' while that is not known."""
+  if jax.process_index() != 0 or ctx.done(coming[0]):
+    return ""
+  # Of earlier runs only the stages whose work shows in the config alone: the data of others are not read again.
+  plan = lineage.plan(ctx.config)
+  earlier = [name for name in plan if STAGES[name].kind in ("base", "rl") and ctx.done(name)]
+  seconds = outlook.seconds_left(ctx, coming, {*earlier, *(stage for stage, _, _ in ran)})
+  return "" if seconds is None else f"  about {outlook.words(seconds)} left"
+
+
 def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
   """What a user may do with a finished run: commands that can be pasted.
 
@@ -345,7 +357,7 @@ def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
   folder = lambda stage: shlex.quote(str(workdir / stage))
   lines = []
   if any(row.kind == "evaluate" for row in rows):
-    lines.append(f"  the report: open {shlex.quote(str(workdir / 'report' / 'index.html'))}")
+    lines.append(f"  to see the report: open {workdir / 'report' / 'index.html'} in a browser")
   if speakers:
     shown = folder(speakers[-1])
     lines += [

@@ -1,5 +1,6 @@
 """How commands end: what is the user's to mend is one line, what is a bug keeps its traceback."""
 
+import logging
 import pathlib
 import subprocess
 import sys
@@ -152,3 +153,41 @@ def test_a_value_that_the_config_cannot_hold_is_a_mistake(monkeypatch):
   monkeypatch.setattr(cli.flags, "FLAGS", values)
   with pytest.raises(UserError, match="--config cannot be changed so: .*size"):
     cli._parse(["command", "--field=x"])
+
+
+def test_a_warning_is_a_sentence():
+  record = logging.LogRecord(
+    "a", logging.WARNING, "/x/a.py", 7, "%s: 3 of 9\x1b[2J", ("rows",), None
+  )
+  assert cli._Sentence().format(record) == r"warning: rows: 3 of 9\x1b[2J"
+  try:
+    raise ValueError("why")
+  except ValueError:
+    record.exc_info = sys.exc_info()
+  first, *rest = cli._Sentence().format(record).splitlines()
+  assert first.startswith("warning: rows") and rest[-1] == "ValueError: why"
+
+
+@pytest.mark.parametrize(
+  ("words", "says"),
+  [
+    (["--workdir=a\udcff"], r"^--workdir is not UTF-8 .character 2.$"),
+    (
+      ["--config.data.prompts=jsonl:\udce9.jsonl"],
+      r"^--config.data.prompts is not UTF-8 .character 7",
+    ),
+    (["--workdir", "\udcff"], r"^argument 2 is not UTF-8 .character 1.$"),
+    (["--\udcff=a"], r"^argument 1 is not UTF-8 .character 3.$"),
+  ],
+)
+def test_bytes_that_are_not_utf8_are_refused_by_the_flag(words, says):
+  with pytest.raises(UserError, match=says):
+    cli._require_unicode(["instructjax", *words])
+  cli._require_unicode(["instructjax", "--prompt=é日\u202e"])
+
+
+def test_a_character_that_stdout_lacks_does_not_end_a_command():
+  program = "from instructjax.commands import cli; cli._show_odd_characters(); print('é日')"
+  env = {"PYTHONIOENCODING": "ascii", "PATH": "/bin"}
+  done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True)
+  assert (done.returncode, done.stdout) == (0, rb"\xe9\u65e5" + b"\n"), done.stderr

@@ -92,12 +92,8 @@ def test_globs_home_and_folders(tmp_path, monkeypatch):
   assert (
     load("parquet:~/c.parquet", "documents") == load("parquet:~", "documents") == [Document("c")]
   )
-  both = sources.checksum("jsonl:~/*.jsonl")
-  assert (
-    sources.checksum("jsonl:~/a.jsonl?text=text")
-    == sources.checksum(f"jsonl:{tmp_path}/a.jsonl")
-    != both
-  )
+  assert sources.files("jsonl:~/*.jsonl") == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
+  assert sources.files("jsonl:~/a.jsonl?text=text") == [f"{tmp_path}/a.jsonl"]
   with pytest.raises(UserError, match=f"Is a directory; name its files, as in {tmp_path}/.*jsonl$"):
     load("jsonl:~/", "documents")
   with pytest.raises(UserError, match="data.documents='jsonl:~/no[*]' finds no file"):
@@ -122,7 +118,7 @@ def test_which_files_a_source_reads_and_how(tmp_path, monkeypatch):
   ):
     assert (sources.files(spec), sources.how(spec)) == (files, how)
   assert sources.how("tfds:x:train?data_dir=d&text=t") == "tfds:x:train?&text=t"
-  assert sources.files("demo:") == [] and sources.how("demo:") == sources.checksum("demo:")
+  assert sources.files("demo:") == [] and sources.how("demo:")
 
 
 def test_unreadable_files_are_one_clear_line(tmp_path):
@@ -402,7 +398,7 @@ def test_a_data_set_of_the_hub_is_read_where_there_is_no_such_folder(hub, tmp_pa
   assert load("datasets:org/chats", "demonstrations", "validation") == DEMONSTRATIONS[4:]
   assert load("datasets:org/chats/small:test", "demonstrations") == DEMONSTRATIONS[4:]
   assert hub == [("org/chats", None)] * 2 + [("org/chats", "small")]
-  assert sources.checksum("datasets:org/chats").startswith("sha256:")
+  assert len(sources.files("datasets:org/chats")) > 0
   (tmp_path / "org" / "chats").mkdir(parents=True)
   assert load("datasets:org/chats", "demonstrations") == DEMONSTRATIONS[:1]
   assert hub[-1] == "org/chats"
