@@ -189,6 +189,25 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
 POLICY_RATE, VALUE_RATE = 1.0, 0.5
 
 
+def test_each_networks_loss_is_a_mean_over_its_own_tokens(nets, ppo_config):
+  """What shared rows weigh their chunks by."""
+  asked = []
+
+  def gradient(loss_fn, params, batch, over):
+    asked.append((loss_fn.func, params["w"], over))
+    metrics = {"clip_fraction": 0.0}
+    return rows.Gradient(jnp.zeros(()), metrics, jax.tree.map(jnp.zeros_like, params), 1)
+
+  params, value_params = {"w": jnp.float32(1)}, {"w": jnp.float32(2)}
+  state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
+  fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
+  ppo_step._minibatch_update(nets, ppo_config, fake, state, batch, None)
+  assert asked == [
+    (ppo_step.policy_loss, 1, "is_actor_BR"),
+    (ppo_step.value_loss, 2, "is_response_BR"),
+  ]
+
+
 def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
   """`update` with gradients in place of the policy's and the value's that only report; metrics of all minibatches."""
   cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
