@@ -183,10 +183,10 @@ def wait(child: int, seconds: float) -> int | None:
   return None
 
 
-def end_with(child: int, number: int = signal.SIGKILL):
-  """Ends a child and all that it started."""
+def end_with(child: int):
+  """Kills a child and all that it started."""
   with contextlib.suppress(ProcessLookupError):
-    os.killpg(child, number)
+    os.killpg(child, signal.SIGKILL)
   os.waitpid(child, 0)
 
 

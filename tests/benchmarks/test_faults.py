@@ -1,0 +1,123 @@
+"""The campaign of faults: its flags, its table, and what counts as survived; one kill of a small process."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from benchmarks import faults
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--kinds=kill,fire"], "fire must be one of kill, bits, disk, limit, pair"),
+    (["--kinds="], "must be one of"),
+    (["--tries=0"], "--tries=0 must be > 0"),
+    (["--tries=many"], "invalid int value"),
+  ],
+)
+def test_bad_flags_are_named(capsys, flags, message):
+  with pytest.raises(SystemExit) as ended:
+    faults.main(flags)
+  assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_table_counts_by_kind_and_kills_by_stage():
+  tries = [
+    faults.Try("kill", "sft", ""),
+    faults.Try("kill", "sft", "another end in sft/state"),
+    faults.Try("kill", "ppo (saving)", ""),
+    faults.Try("bits", "rm, manifest.json, bit 7", ""),
+  ]
+  rows = [line.rsplit(None, 2) for line in faults.table(tries).splitlines()]
+  assert rows == [
+    ["kind", "tried", "survived"],
+    ["kill", "3", "2"],
+    ["  sft", "2", "1"],
+    ["  ppo (saving)", "1", "1"],
+    ["bits", "1", "1"],
+  ]
+
+
+@pytest.mark.parametrize("wrong", ["", "another end in sft/state"])
+def test_the_command_ends_with_1_if_one_has_not_survived(monkeypatch, capsys, tmp_path, wrong):
+  found = [faults.Try("bits", "rm", ""), faults.Try("bits", "sft", wrong)]
+  monkeypatch.setattr(faults, "campaign", lambda *_: found)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # main sets both
+  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+  assert faults.main(["--kinds=bits", "--tries=2", f"--folder={tmp_path}"]) == bool(wrong)
+  assert f'"bits": [2, {1 if wrong else 2}]' in capsys.readouterr().out
+
+
+def test_an_end_that_differs_or_cannot_be_read_is_not_the_reference(monkeypatch, tmp_path):
+  bench = faults.Bench(tmp_path, {"sft/state": "a", "rm/state": "b"}, 1.0)
+  ends = iter([{"sft/state": "a", "rm/state": "b"}, {"sft/state": "c"}, {"digest": "run: why"}])
+  monkeypatch.setattr(faults, "read_digest", lambda workdir: next(ends))
+  assert bench.compare(tmp_path) == ""
+  assert bench.compare(tmp_path) == "another end in rm/state, sft/state"
+  assert bench.compare(tmp_path).startswith("another end in digest, ")
+
+
+@pytest.mark.parametrize(
+  "text, code, words",
+  [
+    ("finished: run\n", 0, ""),
+    ("error: cannot write run/sft: No space left on device\n", 2, ""),
+    ("error: cannot read run/sft\n", 2, "it does not say what cannot be written"),
+    ("error: cannot write a\nerror: cannot write b\n", 2, "exit code 2"),
+    ("Traceback (most recent call last):\nfinished: run\n", 0, "exit code 0"),
+    ("Killed\n", 1, "exit code 1"),
+  ],
+)
+def test_a_refusal_is_one_line_and_code_2(tmp_path, text, code, words):
+  workdir = tmp_path / "run"
+  faults.log_of(workdir).write_text(text)
+  child = os.fork()
+  if not child:
+    os._exit(code)
+  assert words in faults._refused(workdir, child) and bool(words) == bool(
+    faults._refused(workdir, _ended(code))
+  )
+
+
+def _ended(code: int) -> int:
+  child = os.fork()
+  if not child:
+    os._exit(code)
+  return child
+
+
+def test_a_child_is_killed_and_its_log_is_kept(tmp_path):
+  def body():
+    os.write(1, b"begun\n")  # pytest has sys.stdout
+    time.sleep(60)
+
+  log = faults.log_of(tmp_path / "run")
+  log.touch()
+  child = faults.fork(body, log)
+  while not log.read_text():
+    assert faults.wait(child, 0.01) is None
+  faults.end_with(child)
+  assert faults.last_line(tmp_path / "run") == "begun"
+  for code in (0, 3):
+    assert faults.wait(faults.fork(lambda code=code: sys.exit(code), log), 60) == code
+
+
+def test_a_stage_is_told_by_its_folder(tmp_path):
+  assert faults.stage_of(tmp_path) == "start"
+  for name in ("tokenizer", "pretrain", "sft"):
+    (tmp_path / name).mkdir()
+  (tmp_path / "pretrain" / "done.json").write_text("{}")
+  assert faults.stage_of(tmp_path) == "sft"
+  (tmp_path / "sft" / "done.json").write_text("{}")
+  assert faults.stage_of(tmp_path) == "after sft"
+
+
+def test_the_runs_config_has_all_stages():
+  from instructjax.core.config import from_config_dict
+  from instructjax.stages import lineage
+
+  stages = lineage.plan(from_config_dict(faults.get_config(faults.STAGE)))
+  assert {"pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate"} <= set(stages)
