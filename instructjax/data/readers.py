@@ -349,7 +349,7 @@ READERS = {
   "tfds": Reader(
     _tfds,
     _tfds_files,
-    lambda path, options: options.other.get("data_dir", ""),
+    lambda path, options: "".join(f"{name}={value}" for name, value in options.other.items()),
     options=("data_dir",),
   ),
 }

@@ -164,8 +164,8 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   mesh = sharding.make_mesh(config.mesh)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   stages = lineage.plan(config)
-  _require_room(config, mesh, _coming(workdir, stages))
   _require_sources(config, workdir)
+  _require_room(config, mesh, _coming(workdir, stages))
   _require_settings(config, mesh, stages, workdir)
   given = policies.given_weights(config)
   contents = Contents(config, workdir)

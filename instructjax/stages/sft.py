@@ -82,7 +82,7 @@ def check(ctx: Context, stage: str):
   """
   cfg = _sft_config(ctx, stage)
   _, steps_per_epoch = _batches(ctx, cfg, stage)
-  ctx.data.demonstration_tokens("validation")
+  ctx.data.demonstration_rows("validation", cfg.length)
   make_optimizer(cfg.optim, cfg.num_epochs * steps_per_epoch)
 
 

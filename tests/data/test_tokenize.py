@@ -11,6 +11,7 @@ from instructjax.data.records import Demonstration, Document, Prompt, Ranking
 from instructjax.data.token_store import Encoded
 from instructjax.data.tokenize import (
   RankingTokens,
+  report,
   tokenize_demonstrations,
   tokenize_documents,
   tokenize_prompts,
@@ -106,10 +107,11 @@ def test_one_kind_of_length_alone_is_told_and_refused_too(caplog):
   """Long answers under short prompts, and nothing at all where everything fits."""
   limits = {"max_prompt_length": 2, "max_response_length": 3}
   short, long = Demonstration("ab", "cd"), Demonstration("ab", "cde")
-  with caplog.at_level(logging.WARNING):
-    tokenize_demonstrations([short, long], LetterTokenizer(), **limits)
-    tokenize_demonstrations([short], LetterTokenizer(), **limits)
-  said = "demonstrations: kept 1; left out for length: long_prompts=0, long_responses=1"
-  assert caplog.messages == [said]
+  for records in ([short, long], [short]):
+    left_out = {}
+    kept = [*tokenize_demonstrations(records, LetterTokenizer(), left_out, **limits)]
+    with caplog.at_level(logging.WARNING):
+      report("demonstrations", len(kept), left_out)
+  assert caplog.messages == ["demonstrations: left out because too long: 1 response; 1 are kept"]
   with pytest.raises(UserError, match="every record is too long .long_prompts=0, long_responses=1"):
-    tokenize_demonstrations([long], LetterTokenizer(), **limits)
+    list(tokenize_demonstrations([long], LetterTokenizer(), {}, **limits))

@@ -94,8 +94,8 @@ WRITTEN = [
   ("stages/rm", "schedule of one epoch", "num_steps = cfg.num_epochs * batches.steps_per_epoch", "num_steps = batches.steps_per_epoch"),
   ("models/heads", "bias added", '["bias"] - jnp.float32(amount)', '["bias"] + jnp.float32(amount)'),
   # --- the other stages
-  ("stages/sft", "trained on validation demonstrations", 'ctx.data.demonstration_tokens("train")', 'ctx.data.demonstration_tokens("validation")'),
-  ("stages/sft", "validation is the training data", 'ctx.data.demonstration_tokens("validation")', 'ctx.data.demonstration_tokens("train")'),
+  ("stages/sft", "trained on validation demonstrations", 'ctx.data.demonstration_rows("train"', 'ctx.data.demonstration_rows("validation"'),
+  ("stages/sft", "validation is the training data", 'ctx.data.demonstration_rows("validation"', 'ctx.data.demonstration_rows("train"'),
   ("stages/sft", "held-out text mixed in", 'document_batches(ctx, "train"', 'document_batches(ctx, "validation"'),
   ("stages/sft", "the epoch with the worst loss", "min(epochs, key=lambda epoch: epoch.validation_loss)", "max(epochs, key=lambda epoch: epoch.validation_loss)"),
   ("stages/sft", "no dropout", "dropout_rate=cfg.dropout", "dropout_rate=0.0"),

@@ -6,16 +6,23 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from instructjax.data.tokenize import DemonstrationTokens
+from instructjax.data import token_store
+from instructjax.data.token_store import Encoded
 from instructjax.stages import policies, sft
-from instructjax.train import loop, metrics, supervised
+from instructjax.train import checkpoint, loop, supervised
 from tests import micro
 
 EOS, PAD = 1, 55
 
 
 def demonstration(number):
-  return DemonstrationTokens([number], [number + 1])
+  return Encoded([number, number + 1, EOS], num_unweighted=1)
+
+
+def rows(splits, *, cuts):
+  """What RunData gives: (split, length) -> the sequences of a split in packed rows."""
+  stores = {name: token_store.in_memory(sequences, PAD) for name, sequences in splits.items()}
+  return lambda split, length: stores[split].pack(length, PAD, splits=cuts)
 
 
 def context(**changes):
@@ -25,14 +32,14 @@ def context(**changes):
     "validation": [demonstration(40)],
   }
   lengths = {f"{block}__length": 3 for block in ("sft", "ppo_init", "pretrain")}
-  documents = {"train": [[5, 5]] * 3, "validation": [[6, 6]]}
+  documents = {"train": [Encoded([5, 5, EOS])] * 3, "validation": [Encoded([6, 6, EOS])]}
   return types.SimpleNamespace(
     config=micro.config(
       "sft", {}, **dict(lengths, data__max_prompt_length=2, data__max_response_length=1), **changes
     ),
     tokenizer=types.SimpleNamespace(eos_id=EOS, vocab_size=PAD),
     data=types.SimpleNamespace(
-      demonstration_tokens=demonstrations.__getitem__, document_tokens=documents.__getitem__
+      demonstration_rows=rows(demonstrations, cuts=False), document_rows=rows(documents, cuts=True)
     ),
     data_seed=lambda stage: 3,
     own_rows=np.arange,
@@ -79,10 +86,10 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
   changes = {f"{stage}__num_epochs": 3, f"{stage}__batch_size": 2, f"{stage}__pretrain_mix": 0.0}
   ctx = context(**changes)
   fitted, finished = {}, []
-  history = [{"step": 1, "loss": 9.0}] + [
-    {"step": 2 * n, "validation/loss": loss, "validation/pretrain_loss": 10.0 * n}
+  history = {
+    2 * n: {"metrics": {"validation/loss": loss, "validation/pretrain_loss": 10.0 * n}}
     for n, loss in ((1, 3.0), (2, 1.0), (3, 2.0))
-  ]
+  }
   fit = lambda run, state, step, batches, **kwargs: fitted.update(kwargs, state=state, step=step)
   patches = (
     mock.patch.object(
@@ -96,7 +103,7 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
     mock.patch.object(supervised, "make_lm_train_step", lambda *a, **k: (a, k)),
     mock.patch.object(supervised, "make_lm_evaluation", lambda *a: a),
     mock.patch.object(loop, "fit", fit),
-    mock.patch.object(metrics, "read_metrics", {"dir": history}.__getitem__),
+    mock.patch.object(checkpoint, "read_meta", lambda directory, step: history[step]),
   )
   with patches[0], patches[1], patches[2], patches[3], patches[4], patches[5], patches[6]:
     with patches[7], patches[8], patches[9]:
