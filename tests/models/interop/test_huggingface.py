@@ -250,8 +250,8 @@ def test_trailing_bytes(folder):
       "invalid shape, data type, or offset for tensor",
     ),
     (
-      b'{"a": {"dtype": "\\u001b[31m", "shape": [4], "data_offsets": [0, 4]}}',
-      "unknown variant `?[31m`",
+      b'{"a": {"dtype": "\\u001b\\n", "shape": [4], "data_offsets": [0, 4]}}',
+      "unknown variant `?",  # a character that a terminal would obey
     ),
     (
       b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}',
