@@ -70,7 +70,7 @@ def read_json(path: pathlib.Path, limit: int = JSON_BYTES) -> dict[str, Any]:
 
   Args:
     path: the file.
-    limit: bytes that it may have. Parsing 16 MB takes up to two seconds and 500 MB, whatever they hold.
+    limit: bytes that it may have. Parsing 16 MB takes up to four seconds and 600 MB, whatever they hold.
   Raises:
     UserError: see `require_file`; or the file is too large, is not UTF-8 or not JSON, is nested too deeply, holds
       something other than an object, or gives one key two values.

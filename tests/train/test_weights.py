@@ -112,3 +112,22 @@ def test_a_tokenizer_put_in_its_place_is_refused(run, tmp_path):
   finished_run.change_done(done.parent, fingerprint, "0" * len(fingerprint))
   with pytest.raises(UserError, match="tokenizer is not the tokenizer that .*sft was trained with"):
     weights.locate(tmp_path / "run" / "sft")
+
+
+def test_folders_of_other_kinds(tmp_path):
+  """What a user may take for weights is answered in words, before anything is opened."""
+  refused = lambda path: str(pytest.raises(UserError, weights.locate, path).value)
+  (tmp_path / "adapter_config.json").write_text("{}")
+  assert "has neither done.json nor config.json; it is an adapter (LoRA): merge it" in refused(
+    tmp_path
+  )
+  (tmp_path / "config.json").write_text("{}")
+  assert "is an adapter (LoRA), not a whole model" in refused(tmp_path)
+  (tmp_path / "adapter_config.json").unlink()
+  (tmp_path / "config.json").unlink()
+  (tmp_path / "model.Q8_0.gguf").touch()
+  assert "it has model.Q8_0.gguf; give the path of that file" in refused(tmp_path)
+  (tmp_path / "model.Q8_0.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid")
+  assert "model.Q8_0.gguf is a Git LFS pointer" in refused(tmp_path / "model.Q8_0.gguf")
+  for name in ("x" * 5000, "a\0b"):
+    assert "and it cannot be read" in refused(tmp_path / name)

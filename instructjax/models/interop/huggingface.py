@@ -49,6 +49,7 @@ _OTHERS = {
   "*-of-*.safetensors": "{} is one of several shards, and " + _INDEX + " is missing",
   "*.safetensors": "{} has another name; rename it if it holds the whole model",
 }
+_CONFIG_BYTES = 1 << 22  # of config.json; one has some thousand
 _SHARD_BYTES = 5_000_000_000  # the limit of transformers 4, too
 _BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed beside the result
 
@@ -64,7 +65,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
   """
   path = pathlib.Path(path)
   _require_weights(path)
-  config = foreign.read_json(path / _CONFIG)
+  config = foreign.read_json(path / _CONFIG, _CONFIG_BYTES)
   notes = []
   if (path / _SINGLE).is_file():
     weight_map, files = None, [path / _SINGLE]

@@ -85,9 +85,10 @@ def is_rotary(name: str) -> bool:
 
 def to_config(rotary: Rotary) -> dict[str, Any]:
   """The keys of config.json, in transformers 4's spelling, which both versions read."""
-  scaling, block = rotary.scaling, None
-  if scaling.kind != "none":
-    block = {"rope_type": scaling.kind, "factor": scaling.factor}
+  scaling = rotary.scaling
+  if scaling.kind == "none":
+    return {"rope_theta": rotary.base, "rope_scaling": None}
+  block = {"rope_type": scaling.kind, "factor": scaling.factor}
   if scaling.kind == "llama3":
     block |= {
       "low_freq_factor": scaling.low_freq_factor,
