@@ -112,11 +112,15 @@ class Contents:
     """The rankings that this run has collected.
 
     Raises:
+      NotThere: they have not been collected yet, or their folder was deleted to collect anew.
       UserError: a file cannot be read, or is not what the stage wrote.
     """
     stage = stage_of_kind("collect").name
     folder = self._workdir / stage
-    written = finished.require_done(folder).result.files
+    done = finished.read_done(folder)
+    if done is None:
+      raise NotThere(f"{folder} is not finished: run this stage first")
+    written = done.result.files
     content = self.of_written(stage)
     for path, digest, name in zip(content.files, content.digests, SPLITS):
       if digest != written.get(name):

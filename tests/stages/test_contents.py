@@ -52,6 +52,12 @@ def test_collected_comparisons_that_somebody_edited_are_refused(tmp_path, edit):
     content_of("comparisons", tmp_path)
 
 
+def test_a_collection_that_was_deleted_is_not_there(tmp_path):
+  """Then stage `collect` runs again: no reason to refuse what was made from it before."""
+  with pytest.raises(contents.NotThere, match="collect is not finished"):
+    content_of("comparisons", tmp_path)
+
+
 def test_a_collected_file_that_is_gone(tmp_path):
   (collected(tmp_path) / "heldout.jsonl").unlink()
   with pytest.raises(UserError, match="cannot read .*heldout.jsonl: No such file.*collect anew"):
