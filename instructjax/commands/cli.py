@@ -160,6 +160,8 @@ def _parse(argv: list[str]) -> list[str]:
     if isinstance(cause, UserError) or (cause is not None and _is_raised_in("instructjax", cause)):
       raise cause from None
     raise UserError(str(error)) from error
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"a --flagfile cannot be read: {reason(error)}") from error
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
     # ml_collections raises these if it cannot set a field of the config, for example to a value of another type. From
     # any other code they are bugs.

@@ -146,7 +146,7 @@ def _failure(path: pathlib.Path, error: BaseException) -> str:
   if isinstance(error, SyntaxError):
     # None for a file that is no text at all.
     where = f"{error.filename}, line {error.lineno}" if error.lineno else str(path)
-    return f"{where}: {' '.join(str(error.msg).split())[:_LONGEST]}: it is not a Python file"
+    return f"{where}: {' '.join(error.msg.split())[:_LONGEST]}: it is not a Python file"
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)

@@ -168,7 +168,8 @@ def _build(cls: type[_Block], values: dict, where: str, known: list[str]) -> _Bl
       raise UserError(f"{where}.{name} is not a config field; {hint}")
   missing = [name for name in hints if name not in values]
   require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
-  metadata = {field.name: field.metadata for field in dataclasses.fields(cls)}
+  fields: Any = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
+  metadata = {field.name: field.metadata for field in fields}
   return cls(
     **{
       name: _convert(hint, values[name], f"{where}.{name}", known, metadata[name])
@@ -234,5 +235,9 @@ def _quoted(value: Any) -> str:
   """A value for a message, as Python writes it, cut to a part of a line."""
   if isinstance(value, int) and abs(value) >= 10**80:  # Python refuses to spell very long ones
     return f"about 2**{value.bit_length() - 1}"
-  text = ascii(value) if not repr(value).isprintable() else repr(value)
+  try:
+    text = repr(value)
+  except ValueError:  # such an int is inside
+    return f"a {type(value).__name__}"
+  text = text if text.isprintable() else ascii(value)
   return text if len(text) <= 80 else text[:80] + "..."

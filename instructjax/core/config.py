@@ -162,7 +162,7 @@ class ProfileConfig:
     match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.steps)
     require(
       not self.steps or (match is not None and 2 <= int(match[1]) < int(match[2])),
-      f"{where}.steps={self.steps!r} must be '' or 'A:B' with 2 <= A < B, as '3:5' for steps 3 and 4:"
+      f"{where}.steps={self.steps[:80]!r} must be '' or 'A:B' with 2 <= A < B, as '3:5' for steps 3 and 4:"
       " a stage's first step compiles",
     )
 
@@ -227,7 +227,8 @@ class Config:
   def validate(self, where: str = "config"):
     require(0 <= self.seed < 2**63, f"{where}.seed={self.seed} must be >= 0 and below 2**63")
     require(
-      self.stage in TARGETS, f"{where}.stage={self.stage!r} must be one of {', '.join(TARGETS)}"
+      self.stage in TARGETS,
+      f"{where}.stage={self.stage[:80]!r} must be one of {', '.join(TARGETS)}",
     )
     # Policy, reward model and value network all read a prompt together with its response.
     total = self.data.max_prompt_length + self.data.max_response_length

@@ -66,6 +66,40 @@ def settings(config: Any, where: str = "config") -> dict[str, str]:
   return result
 
 
+def with_first_places(team: Team | None, config: Any) -> Any:
+  """The config with process 0's places in place of this host's own. All processes must call it.
+
+  What a run leaves names the places of its data, and what goes on with it compares them. So all processes use the same
+  names there, and each reads from its own.
+  """
+  if team is None:
+    return config
+  if team.process == 0:
+    team.put("places", json.dumps(_places(config)))
+    return config
+  return _replace_places(config, json.loads(_from_first(team, "places", "its settings")))
+
+
+def _places(config: Any) -> dict[str, Any]:
+  """The fields that name places, as a nested dict."""
+  result = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      result[field.name] = _places(value)
+    elif "path" in field.metadata:
+      result[field.name] = value
+  return result
+
+
+def _replace_places(config: Any, places: Mapping[str, Any]) -> Any:
+  changed = {
+    name: _replace_places(getattr(config, name), value) if isinstance(value, dict) else value
+    for name, value in places.items()
+  }
+  return dataclasses.replace(config, **changed)
+
+
 def code() -> dict[str, str]:
   """Facts about the code: the package's version and a checksum of each of its files."""
   root = pathlib.Path(instructjax.__file__).parent

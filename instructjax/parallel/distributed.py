@@ -98,11 +98,12 @@ def find(
     raise UserError(
       f"--process_id={group.process_id} must be from 0 to num_processes - 1 = {given['num_processes'] - 1}"
     )
-  host, _, port = given["coordinator"].rpartition(":")
+  address: str = given["coordinator"]
+  host, _, port = address.rpartition(":")
   is_port = port.isascii() and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 2**16
-  if not host or not is_port or not group.coordinator.isprintable():
+  if not host or not is_port or not address.isprintable():
     raise UserError(
-      f"--coordinator={group.coordinator[:80]!r} must be HOST:PORT of process 0, with a port from 1 to 65535"
+      f"--coordinator={address[:80]!r} must be HOST:PORT of process 0, with a port from 1 to 65535"
     )
   return group
 
@@ -289,6 +290,8 @@ def team() -> Team | None:
   from jax._src import distributed  # JAX's store has no public name
 
   state = distributed.global_state
+  if state.client is None:
+    return None
   return Team(state.client, state.process_id, state.num_processes)
 
 

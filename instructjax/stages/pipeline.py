@@ -168,21 +168,27 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   _require_room(config, mesh, _coming(workdir, stages))
   _require_settings(config, mesh, stages, workdir)
   given = policies.given_weights(config)
-  contents = Contents(config, workdir)
-  tokenizer = _tokenizer(config, workdir / finished.TOKENIZER, given, contents)
+  # Fingerprints hold the names of process 0's places, while each process reads from its own.
+  own, config = config, agreement.with_first_places(distributed.team(), config)
+  contents = Contents(own, workdir)
+  tokenizer = _tokenizer(config, workdir / finished.TOKENIZER, given, own.tokenizer.path, contents)
   return Context(
     config=config,
     workdir=workdir,
     mesh=mesh,
     tokenizer=tokenizer,
     given=given,
-    data=RunData(config, workdir, tokenizer, contents),
+    data=RunData(own, workdir, tokenizer, contents),
     contents=contents,
   )
 
 
 def _tokenizer(
-  config: Config, directory: pathlib.Path, given: Mapping[str, Weights], contents: Contents
+  config: Config,
+  directory: pathlib.Path,
+  given: Mapping[str, Weights],
+  path: str,
+  contents: Contents,
 ) -> tokenizers.Tokenizer:
   """The run's tokenizer, which is kept in the workdir.
 
@@ -192,12 +198,13 @@ def _tokenizer(
     config: the run's config.
     directory: where the tokenizer is kept.
     given: weights in place of trained bases; if the config names no tokenizer, the first one's is taken.
+    path: where the config's tokenizer lies on this host; '' if it names none.
     contents: what the documents hold, on which one is trained.
   Raises:
     UserError: its size is not the config's, it does not fit the given weights, or the workdir holds another one.
   """
   cfg, theirs = config.tokenizer, [weights.tokenizer_path for weights in given.values()]
-  source = cfg.path or next(iter(theirs), "")
+  source = path or next(iter(theirs), "")
   tokenizer = tokenizers.load(source) if source else _train(config, directory, contents)
   policies.require_given_weights(config, given, tokenizer)
   if tokenizer.vocab_size != cfg.vocab_size:

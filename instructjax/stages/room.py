@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from instructjax.core.config import Config, NetworkConfig
 from instructjax.core.errors import UserError
@@ -56,7 +57,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   split_weights = mesh["fsdp"] * mesh["tensor"]
   split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]
   itemsize = 2 if config.execution.dtype == "bfloat16" else 4
-  cfg = lineage.variant(config, stage) if row.is_rl else getattr(config, row.block)
+  cfg: Any = lineage.variant(config, stage) if row.is_rl else getattr(config, row.block)
   block, vocab = ROLES[row.role].block, config.tokenizer.vocab_size
   network: NetworkConfig = getattr(config, block)
   data = config.data

@@ -268,7 +268,8 @@ class _Log:
     speed: pace.Pace,
   ):
     self._run, self._num_steps, self._on_samples = run, num_steps, on_samples
-    self._speed, self._slowest = speed, None
+    self._speed = speed
+    self._slowest: int | None = None  # the process that was named last
     self._writer = self._display = None
     if jax.process_index() == 0:
       self._writer = MetricsWriter(run.directory, start_step=start, tensorboard=run.log.tensorboard)

@@ -74,6 +74,11 @@ def test_what_is_not_found_is_said_with_what_there_is(elsewhere):
     "from instructjax.core.errors import UserError\ndef get_config():\n  raise UserError('size must be\\n odd')\n",
     "--config=mine.py: size must be odd",
   ),
+  (b"\x80\x00binary", "mine.py: source code string cannot contain null bytes: it is not a Python file"),
+  (r"\d \s \w".replace(" ", "\n") + "\n", "mine.py, line 1: unexpected character after line continuation"),
+  ("# Title\nSome text, no code.\n", "mine.py, line 2: invalid syntax: it is not a Python file"),
+  ("raise SystemExit(3)\n", "mine.py, line 1: SystemExit: 3"),
+  ("def get_config():\n  raise ValueError('odd' * 10**6)\n", "ValueError: oddodd"),
   ("def get_config():\n  raise ValueError('odd')\n", "mine.py, line 2: ValueError: odd"),
   (
     "from configs import models\ndef get_config():\n  return models.get('rm', 'x')\n",
@@ -94,7 +99,22 @@ def test_a_config_file_that_fails_is_one_line(elsewhere, content, message):
     config_flag.load("mine.py")
   text = str(error.value)
   assert text.startswith("--config=mine.py: ")
-  assert message in text and "\n" not in text
+  assert message in text and "\n" not in text and len(text) < 1000
+
+
+@pytest.mark.parametrize(
+  "name, reason",
+  [("x" * 300, "too long"), ("a\0b", "control character"), ("~nobody-here/x.py", "no such user")],
+)
+def test_what_can_be_no_path_is_one_line(elsewhere, name, reason):
+  with pytest.raises(UserError, match=reason):
+    config_flag.load(name)
+
+
+def test_a_config_in_the_home_folder(elsewhere, monkeypatch):
+  monkeypatch.setenv("HOME", str(elsewhere))
+  (elsewhere / "mine.py").write_text(CONFIG)
+  assert config_flag.load("~/mine.py").stage == "rm"
 
 
 @pytest.mark.parametrize("name", ["", "configs"])

@@ -261,6 +261,54 @@ def test_rule(values, message):
   assert message in str(error.value)
 
 
+def of_type(kind: type) -> list[str]:
+  """Dotted names of all fields whose values are of this type, or are None."""
+
+  def walk(cls, where):
+    for name, hint in typing.get_type_hints(cls).items():
+      if dataclasses.is_dataclass(hint):
+        yield from walk(hint, f"{where}{name}.")
+      elif hint is kind or kind in typing.get_args(hint):
+        yield where + name
+
+  return list(walk(config_lib.Config, ""))
+
+
+def refusal(values: dict) -> str:
+  """What a config with this one change, dotted name -> value, is told; '' if it is taken."""
+  return _message({name.replace(".", "__"): value for name, value in values.items()})
+
+
+def test_every_number_is_finite_and_one_of_float32():
+  floats = of_type(float)
+  assert {"model.rope_base", "model.norm_eps", "ppo.missing_eos_score", "ppo.kl_target"} <= {
+    *floats
+  }
+  for name in floats:
+    for value in (float("inf"), float("-inf"), float("nan")):
+      assert refusal({name: value}) == f"config.{name}={value} must be a finite number"
+    for value in (1e39, -1e39, 1e-40, 10**400):
+      assert f"config.{name}=" in (told := refusal({name: value})) and "of float32" in told
+    for value in (True, "1.0", [1.0]):
+      assert f"config.{name}={value!r} must be of type float" in refusal({name: value})
+
+
+def test_every_whole_number_fits_in_32_bits_and_is_no_bool():
+  for name in of_type(int):
+    if name != "seed":
+      for value in (2**31, -(2**31) - 1, 2**63, 10**5000):
+        told = refusal({name: value})
+        assert "must be a whole number of 32 bits" in told and len(told) < 250
+    for value in (True, 1.0, "1", None):
+      assert f"config.{name}={value!r} must be of type int" in refusal({name: value})
+
+
+def test_a_value_is_quoted_in_part_and_without_control_characters():
+  told = refusal({"stage": "x" * 10_000})
+  assert len(told) < 400
+  assert refusal({"execution.dtype": "a\x1b[31m\n"}).isprintable()
+
+
 def test_every_rule_has_a_case():
   """Each rule is one `require` call in a validate(); none may be added without a case above."""
   trees = [ast.parse((ROOT / "instructjax/core" / name).read_text()) for name in RULES_IN]

@@ -66,6 +66,14 @@ def test_places_on_a_hosts_disk_may_differ():
   assert told(of_config(), of_config(**places)) == ["", ""]
 
 
+def test_all_use_the_names_of_process_0s_places():
+  first, second = teams(2)
+  config = lambda place: from_config_dict(changed(data__prompts=f"jsonl:/{place}/p", seed=3))
+  assert agreement.with_first_places(None, config("a")) == config("a")
+  assert agreement.with_first_places(first, config("a")) == config("a")
+  assert agreement.with_first_places(second, config("b")) == config("a")
+
+
 def test_of_a_file_the_content_counts_and_the_path_is_shown():
   assert told({"data": "sha256:" + "a" * 64 + "\t/x"}, {"data": "sha256:" + "a" * 64 + "\t/y"}) == [
     "",
