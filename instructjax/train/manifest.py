@@ -145,8 +145,8 @@ def _fault_of_size(path: pathlib.Path, size: int) -> Fault | None:
 def _sum(path: pathlib.Path) -> tuple[int, str]:
   """A file's size and checksum."""
   digest, size = hashlib.sha256(), 0
-  chunk = np.empty(_CHUNK, "<u8")
-  view = memoryview(chunk).cast("B")
+  buffer = bytearray(8 * _CHUNK)
+  view, chunk = memoryview(buffer), np.frombuffer(buffer, "<u8")
   with open(path, "rb", buffering=0) as file:
     while count := _fill(file, view):
       size += count

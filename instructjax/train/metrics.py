@@ -4,6 +4,7 @@ Called by `loop`, which writes and shows them, and by the stages and `profiling`
 stages, states or checkpoints.
 """
 
+import importlib
 import io
 import json
 import os
@@ -70,23 +71,22 @@ class _Board:
   """
 
   def __init__(self, directory: pathlib.Path, start_step: int):
-    from tensorboardX.proto import event_pb2  # here: importing it takes most of a second
-
+    # Here, because importing it takes most of a second. By its name, because no type checker sees its classes.
+    self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
     name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
     self._file = open(pathlib.Path(directory) / name, "ab", buffering=0)
-    self._append(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
+    self._append(self._proto.Event(wall_time=time.time(), file_version="brain.Event:2"))
     if start_step:  # TensorBoard hides what earlier files say of the steps from here on
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._append(event_pb2.Event(step=start_step + 1, session_log=start))
+      start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+      self._append(self._proto.Event(step=start_step + 1, session_log=start))
 
   def write(self, step: int, metrics: Mapping[str, float]):
     """Appends an event for each metric."""
     from tensorboardX import summary
-    from tensorboardX.proto import event_pb2
 
     for name, value in metrics.items():
       scalar = summary.scalar(name, value)
-      self._append(event_pb2.Event(wall_time=time.time(), step=step, summary=scalar))
+      self._append(self._proto.Event(wall_time=time.time(), step=step, summary=scalar))
 
   def _append(self, event: Any):
     """Writes in TensorFlow's record format: length, its checksum, the event, its checksum."""

@@ -131,3 +131,22 @@ def test_folders_of_other_kinds(tmp_path):
   assert "model.Q8_0.gguf is a Git LFS pointer" in refused(tmp_path / "model.Q8_0.gguf")
   for name in ("x" * 5000, "a\0b"):
     assert "and it cannot be read" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("how", ["flipped", "missing", "half"])
+def test_damaged_or_half_copied_weights_are_refused_by_name(run, tmp_path, how):
+  """What `generate`, `export` and later stages load."""
+  shutil.copytree(run[0] / "tokenizer", tmp_path / "tokenizer")
+  shutil.copytree(run[0] / "sft", tmp_path / "sft")
+  folder = tmp_path / "sft" / "checkpoints" / str(finished_run.STEP)
+  # The largest file, which holds weights.
+  path = max(folder.rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else -1)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data if how == "flipped" else data[: len(data) // 2])
+  if how == "missing":
+    path.unlink()
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  with pytest.raises(UserError, match=f"^{path} (has|is) .*`rm -r {tmp_path}/sft/done.json "):
+    found = weights.locate(tmp_path / "sft")
+    found.load(mesh, found.model(mesh))
