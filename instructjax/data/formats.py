@@ -141,9 +141,12 @@ def recognise(row: Row, kind: str, where: str) -> str:
   first = _OWN_KEYS[kind][0][0]
   if not row or row.keys() & set(KEYS[kind]):
     return OWN  # with something missing, which `records` names
+  is_list = lambda value: isinstance(value, list) and value and isinstance(value[0], dict)
+  inner = [key for key, value in row.items() if is_list(value)]
+  rows = f"; if the rows are under {listed(inner[:1])}, write that list to a file" if inner else ""
   raise BadRecord(
     f"{where}: {first!r} is missing (keys found: {listed(row)}); formats of {kind}:"
-    f" {known(kind)}; or {_hint(kind)}"
+    f" {known(kind)}; or {_hint(kind)}{rows}"
   )
 
 

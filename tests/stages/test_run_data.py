@@ -9,6 +9,7 @@ import pytest
 from instructjax.core.errors import UserError
 from instructjax.core.provenance import Source
 from instructjax.data import records, sources
+from instructjax.stages import collect
 from instructjax.stages.contents import Contents
 from instructjax.stages.run_data import RunData
 from tests import micro
@@ -135,6 +136,16 @@ def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
     (f"jsonl:{tmp_path}/comparisons", "comparisons", "heldout"),
     (f"jsonl:{tmp_path}/collect/heldout.jsonl", "comparisons", "all"),
   ]
+
+
+def test_collected_rankings_are_read_as_they_were_written(tmp_path):
+  found = [records.Ranking("p\n", ("p\na", "p\nb"), (1, 3), "ann", "elsewhere:7")]
+  collect._write(tmp_path / "train.jsonl", found)
+  line = '{"prompt": "p\\n", "responses": ["p\\na", "p\\nb"], "ranks": [1, 3], "labeler": "ann"}\n'
+  assert (tmp_path / "train.jsonl").read_text() == line
+  spec = f"jsonl:{tmp_path}/train.jsonl"
+  options = dict(seed=0, validation_fraction=0.5, on_bad_record="raise")
+  assert sources.load(spec, "comparisons", "all", **options) == found
 
 
 def prompts(path, *texts):
