@@ -40,6 +40,7 @@ NO_MODULE = {
   "test_mirror": "the tests themselves",
   "test_package": "what pip installs",
   "test_types": "all modules, by a type checker",
+  "fuzz/test_tokenizer_files": "data/tokenizer: some of the damaged files that a fuzz run makes",
   "data/test_docs_data": "docs/data.md: what it says of each source",
   "data/test_real_data": "all sources, on published data",
   "rl/test_step_program": "rl/step as a compiled program: minutes of compilation that test_step does without",

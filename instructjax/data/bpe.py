@@ -15,7 +15,7 @@ import logging
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from instructjax.core.errors import UserError
@@ -135,7 +135,9 @@ class HuggingFaceTokenizer:
         continue
       # Otherwise a document or a response could end itself by spelling out EOS.
       if i == self.eos_id and not controls.looks_like_markup(text):
-        raise UserError(f"tokenizer.path={str(self.path)!r} encodes the text {text!r} to its EOS")
+        raise UserError(
+          f"tokenizer.path={str(self.path)!r} encodes the text {quote(text)} to its EOS"
+        )
       if len(text) == 1:  # a letter that also serves as the pad token or the like
         del self._control_texts[i]
     # The unknown token stands for any rare letter, and no text is encoded to it for spelling its name.
@@ -190,10 +192,10 @@ class HuggingFaceTokenizer:
       return tokenizer.encode(text, add_special_tokens=False)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Special tokens and ids outside the vocabulary (padding) decode to nothing."""
+    """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
     known = [operator.index(token) for token in ids if 0 <= token < self.vocab_size]
     with package_errors(f"tokenizer.path={str(self.path)!r} cannot decode ids"):
-      return self._prompts.decode(known, skip_special_tokens=True)
+      return self._texts.decode(known, skip_special_tokens=True)
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat, up to the point where the assistant speaks next.
@@ -238,7 +240,9 @@ class HuggingFaceTokenizer:
     by_text = isinstance(token, str)
     found = tokenizer.token_to_id(token) if by_text else token
     if found is None or (not by_text and tokenizer.id_to_token(found) is None):
-      raise UserError(f"tokenizer.path={str(self.path)!r} has no token {token!r}, its BOS or EOS")
+      raise UserError(
+        f"tokenizer.path={str(self.path)!r} has no token {quote(token)}, its BOS or EOS"
+      )
     return found
 
 
@@ -261,7 +265,7 @@ def read_file(path: pathlib.Path, special: SpecialTokens) -> HuggingFaceTokenize
 
 
 @contextlib.contextmanager
-def package_errors(failure: str) -> Iterator[None]:
+def package_errors(failure: str) -> Generator[None, None, None]:
   """Turns what the `tokenizers` package raises into a UserError that begins with `failure`.
 
   It raises plain Exception, and where its Rust code panics an exception that is no Exception.
@@ -291,7 +295,7 @@ def _add(tokenizer: "tokenizers.Tokenizer", special: SpecialTokens, path: pathli
         continue
       if exists and not is_end and not controls.looks_like_markup(token.content):
         continue  # a word that also serves as the pad token; to mark it would cut the words around it
-      new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+      new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
       if not exists and special.rows is not None and new_id >= special.rows:
         logger.warning(
           "%s: %s is not used: the model has no row for it", path, quote(token.content)

@@ -19,9 +19,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from instructjax.core.errors import UserError
 from instructjax.core.text import printable
+
+Text = TypeVar("Text", bound=str)
 
 _WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
 _BATCH = 256  # chats of one request to the worker
@@ -102,7 +105,7 @@ def render(
       yield error or _text(next(results), where)
 
 
-def only(results: Iterator[str | UserError]) -> str:
+def only(results: Iterator[Text | UserError]) -> Text:
   """The text of a single chat that was given to `render`.
 
   Raises:

@@ -47,13 +47,17 @@ def is_used(token: str, template: str | None) -> bool:
   bare = token.strip().strip("\u2581")
   if template is None or len(bare) < 3 or (bare.isalnum() and bare == bare.lower()):
     return False
-  if token in template:
-    return True
-  return any(
-    role in token and all(part in template for part in token.split(role) if part)
-    for role in _ROLES
-    if token != role
+  return token in template or any(
+    _is_around(token, role, template) for role in _ROLES if token.count(role) == 1
   )
+
+
+def _is_around(token: str, role: str, template: str) -> bool:
+  """Whether a template may write what stands before and after the name of a role, which it has from a message."""
+  before, after = token.split(role)
+  left = not before or re.search(re.escape(before) + r"""(['"]|\s*\{\{)""", template)
+  right = not after or re.search(r"""(['"]|\}\}\s*)""" + re.escape(after), template)
+  return bool(before or after) and bool(left and right)
 
 
 def texts(special: SpecialTokens, atomic: Iterable[str], ordinary: Iterable[str]) -> set[str]:

@@ -95,9 +95,9 @@ def special_tokens(path: pathlib.Path, metadata: Mapping, *, adds_bos: bool) -> 
     adds_bos=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
     chat_template=metadata.get("tokenizer.chat_template"),
     named=tuple(
-      (f"{hf}_token", tokens[ids[name]])
+      (f"{hf}_token", tokens[i])
       for name, hf in _HF_NAMES.items()
-      if ids[name] is not None and ids[name] < len(tokens)
+      if (i := ids[name]) is not None and i < len(tokens)
     ),
     stops=tuple(i for i in (ids["eot"], ids["eom"]) if i is not None),
   )
@@ -115,7 +115,7 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
   pre = metadata.get("tokenizer.ggml.pre")
   if pre not in PRE_TOKENIZERS:
     raise UserError(
-      f"{path}: tokenizer.ggml.pre={pre!r} must be one of {', '.join(PRE_TOKENIZERS)}; set"
+      f"{path}: tokenizer.ggml.pre={quote(pre)} must be one of {', '.join(PRE_TOKENIZERS)}; set"
       " tokenizer.path to the model's tokenizer.json"
     )
   tokens, kinds = _tokens(path, metadata)
@@ -194,7 +194,9 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
     try:
       model.pieces.add(piece=token, score=score, type=kind)
     except (TypeError, ValueError) as error:
-      raise UserError(f"{path}: token {token!r} of type {kind} cannot be read: {error}") from error
+      raise UserError(
+        f"{path}: token {quote(token)} of type {kind} cannot be read: {explain(error)}"
+      ) from error
   trainer, normalizer = model.trainer_spec, model.normalizer_spec
   is_unigram = metadata["tokenizer.ggml.model"] == "t5"
   trainer.model_type = proto.TrainerSpec.UNIGRAM if is_unigram else proto.TrainerSpec.BPE

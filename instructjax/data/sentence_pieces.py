@@ -67,7 +67,8 @@ class SentencePieceTokenizer:
     by_line = newline_id != self._processor.unk_id() and self._processor.normalize("a") == "▁a"
     self.newline_id = newline_id if by_line else None
     self._read_controls(kinds)
-    if self.decode(self.encode("a\nb")) != "a\nb":
+    # Letters may be unknown to it, and decode to another character then.
+    if self.decode(self.encode("a\nb")).count("\n") != 1:
       raise UserError(f"{self._where} loses newlines: it needs a piece for them, or byte fallback")
     if self.eos_id in self.encode(self._text(self.eos_id)):
       raise UserError(f"{self._where} encodes the text of its EOS to EOS")
@@ -147,11 +148,12 @@ class SentencePieceTokenizer:
         stops=self.stop_ids if len(self.stop_ids) > 1 else (),
         clock=special.clock,
       )
-      more = [[i, t.content, *t.flags.values()] for i, t in self.added.items()], self.stop_ids
-      parts = [bos, eos, special.adds_bos, template]
-      parts += more if self.added or self._special.stops else ()
-      parts += [self._special.named] if template is not None else []
-      digest.update(json.dumps(parts).encode())
+      digest.update(json.dumps([bos, eos, special.adds_bos, template]).encode())
+      if self.added or self._special.stops:
+        added = [[i, token.content, token.flags] for i, token in self.added.items()]
+        digest.update(json.dumps([added, self.stop_ids]).encode())
+      if template is not None and self._special.named:
+        digest.update(json.dumps(self._special.named).encode())
     self.has_chat_template = self._special.chat_template is not None
     self.fingerprint = digest.hexdigest()
 
@@ -183,7 +185,7 @@ class SentencePieceTokenizer:
       # piece_to_id returns the unknown id for a missing piece.
       found = self._processor.piece_to_id(token) if self._has(token) else None
     if found is None:
-      raise UserError(f"{self._where} has no piece {token!r}, its BOS or EOS")
+      raise UserError(f"{self._where} has no piece {quote(token)}, its BOS or EOS")
     return found
 
   def _read_controls(self, kinds: Sequence[int]):
@@ -212,6 +214,9 @@ class SentencePieceTokenizer:
     self._prompt_pattern = sentencepiece_file.token_pattern(self._special_ids, self.added)
     unmarked = [i for i in found if i < self._num_pieces and kinds[i] != sentencepiece_file.CONTROL]
     if unmarked:
+      # Texts are encoded differently without them.
+      changed = f"{self.fingerprint} {sorted(unmarked)}"
+      self.fingerprint = hashlib.sha256(changed.encode()).hexdigest()
       self._texts = sentencepiece_file.without(self._where, self.model, unmarked)
 
   def encode(self, text: str) -> list[int]:
@@ -268,17 +273,16 @@ class SentencePieceTokenizer:
     return ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. EOS and ids outside the vocabulary (padding) decode to nothing."""
-    parts: list[list[int] | str] = [[]]
-    for token in ids:
-      if token == self.newline_id:
-        parts += [_NEWLINE, []]
-      elif token in self.added:
-        if not self.added[token].special:
-          parts += [self.added[token].content, []]
-      elif 0 <= token < self._num_pieces:
-        parts[-1].append(operator.index(token))
-    return "".join(p if isinstance(p, str) else self._processor.decode(p) for p in parts)
+    """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
+    texts, pieces = [], []
+    for token in map(operator.index, ids):
+      is_silent = token in self._control_texts or token == self.eos_id
+      if token == self.newline_id or (token in self.added and not is_silent):
+        texts += [self._processor.decode(pieces), self._text(token)]
+        pieces = []
+      elif 0 <= token < self._num_pieces and not is_silent:
+        pieces.append(token)
+    return "".join([*texts, self._processor.decode(pieces)])
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat, up to the point where the assistant speaks next.

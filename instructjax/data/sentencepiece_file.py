@@ -20,13 +20,12 @@ TokenPattern = Callable[[str], Iterator[tuple[int, int, int]]]
 
 
 def _proto(where: str, model: bytes) -> Any:
-  from google.protobuf import message
   from sentencepiece import sentencepiece_model_pb2
 
   pb2: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
   try:
     return pb2.ModelProto.FromString(model)
-  except message.DecodeError as error:
+  except Exception as error:  # protobuf's own DecodeError, and a package without types
     raise UserError(f"{where} is not a sentencepiece model file") from error
 
 
@@ -42,6 +41,8 @@ def kinds(where: str, model: bytes) -> list[int]:
   pieces = _proto(where, model).pieces
   seen: dict[str, int] = {}
   for i, piece in enumerate(pieces):
+    if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as they are
+      raise UserError(f"{where}: the text {quote(piece.piece)} of piece {i} is not UTF-8")
     if not piece.piece or piece.piece in seen:
       other = f"that of piece {seen[piece.piece]}" if piece.piece else "empty"
       raise UserError(f"{where}: the text {quote(piece.piece)} of piece {i} is {other}")
@@ -100,6 +101,6 @@ def token_pattern(ids: Mapping[str, int], added: Mapping[int, Added]) -> TokenPa
 
   def find(text: str) -> Iterator[tuple[int, int, int]]:
     for match in pattern.finditer(text):
-      yield match.start(), match.end(), ids[texts[match.lastindex - 1]]
+      yield match.start(), match.end(), ids[match[match.lastindex or 0]]
 
   return find

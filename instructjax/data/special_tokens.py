@@ -172,7 +172,9 @@ def _added_tokens(
       options["added_tokens_decoder"], f"{folder / CONFIG}: added_tokens_decoder"
     )
   else:
-    named = {name: of_map.get(name) for name in _NAMES} | named | of_map
+    order = (*_NAMES, *named, *of_map)
+    both = {**named, **of_map}
+    named = {name: both.get(name) for name in order}
     extras += _all_extras(special, folder / MAP)
     are_special = {t.content for t in (*named.values(), *extras) if isinstance(t, Added)}
     listed = _legacy_tokens(folder / ADDED, are_special)

@@ -5,6 +5,7 @@ Called by special_tokens, vocabulary_file and gguf_vocabulary. Imports nothing o
 
 import json
 import pathlib
+import re
 from typing import Any
 
 from instructjax.core.errors import UserError, one_line
@@ -13,6 +14,7 @@ from instructjax.core.errors import UserError, one_line
 _MAX_BYTES = 128 * 2**20
 # One past the largest id. Known vocabularies end at about 1,000,000; memory is taken for every id up to the largest.
 MAX_IDS = 2**21
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _QUOTED = 80  # characters of a value in a message
 
 
@@ -24,7 +26,8 @@ def quote(value: Any) -> str:
 
 def explain(error: BaseException) -> str:
   """A library's message as a part of a line."""
-  text = "".join(letter if letter.isprintable() else " " for letter in one_line(error))
+  letters = (letter if letter.isprintable() else " " for letter in one_line(error))
+  text = " ".join("".join(letters).split())
   return text if len(text) <= 2 * _QUOTED else f"{text[: 2 * _QUOTED]}..."
 
 
@@ -59,7 +62,7 @@ def read(path: pathlib.Path) -> Any:
   """The value that a JSON file holds.
 
   Raises:
-    UserError: it is not JSON, nested too deeply, or has a key twice.
+    UserError: it is not JSON, nested too deeply, has a key twice, or text that is no Unicode.
   """
   return parse(read_text(path), path)
 
@@ -76,11 +79,18 @@ def parse(text: str, path: pathlib.Path) -> Any:
     return entries
 
   try:
-    return json.loads(text, object_pairs_hook=once)
+    value = json.loads(text, object_pairs_hook=once)
+    if _HALF_PAIR.search(text):  # a pair, which is fine, or half of one, which no text can hold
+      json.dumps(value, ensure_ascii=False).encode()
+    return value
   except RecursionError as error:
     raise UserError(f"{path} is nested too deeply") from error
   except UserError:
     raise
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"{path} has text with half of a surrogate pair, which is no character"
+    ) from error
   except ValueError as error:  # also a number of too many digits
     raise UserError(f"{path} is not JSON: {explain(error)}") from error
 

@@ -83,7 +83,7 @@ class Tokenizer(Protocol):
     """
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of ids. Special tokens, EOS and ids outside the vocabulary (padding) decode to nothing."""
+    """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat up to the point where the assistant speaks next, as input for `prompt_ids`.
@@ -174,7 +174,7 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
     model = gguf_vocabulary.sentencepiece_model(path, metadata)
     return SentencePieceTokenizer(path, model, special)
   raise UserError(
-    f"{path}: tokenizer.ggml.model={kind!r} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
+    f"{path}: tokenizer.ggml.model={strict_json.quote(kind)} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
     " the model's tokenizer.json or tokenizer.model"
   )
 
@@ -216,8 +216,8 @@ def train_tokenizer(
       unk_surface="\ufffd",
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
-      # sentencepiece silently skips longer lines.
-      max_sentence_length=1 + max(len(line.encode()) for line in lines),
+      # sentencepiece silently skips longer lines, and takes no limit below 10.
+      max_sentence_length=max(10, 1 + max(len(line.encode()) for line in lines)),
       num_threads=1,  # keeps the result deterministic
       minloglevel=2,
     )

@@ -130,10 +130,10 @@ def _rules(rule: Any) -> Iterator[Mapping]:
 
 def _check_post_processor(rule: Mapping, known: set[int]):
   """Refuses ids that no token has: they would come before or after every text."""
-  ids = rule.get("ids") if isinstance(rule.get("ids"), list) else []
+  ids = rule.get("ids")
   # Bert's and Roberta's rules give a token as its text and its id.
   pairs = [rule[name] for name in ("sep", "cls") if isinstance(rule.get(name), list)]
-  for i in (*ids, *(pair[-1] for pair in pairs if pair)):
+  for i in (*(ids if isinstance(ids, list) else []), *(pair[-1] for pair in pairs if pair)):
     if type(i) is not int or i not in known:
       raise UserError(f"post_processor names the id {quote(i)}, which no token has")
 

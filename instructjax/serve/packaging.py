@@ -106,6 +106,7 @@ def _require_new(*paths: pathlib.Path):
 
 def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
   """Loads the network and its weights into host memory."""
+  opened.require_rows()
   # The smaller of two sizes. Files may have more embeddings than the tokenizer has ids, and in an exported reward model
   # the tokenizer has one id more than the model: the pad.
   vocab_size = min(opened.tokenizer.vocab_size, opened.vocab_size)

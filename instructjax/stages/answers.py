@@ -152,7 +152,7 @@ def sample(
     token_NL=token_NL,
     is_token_NL=is_token_NL,
     is_response_NR=is_response_NR,
-    ended_N=np.isin(response_NR, end_ids).any(axis=1),
+    ended_N=np.any(np.isin(response_NR, end_ids), axis=1),
   )
 
 
@@ -191,9 +191,14 @@ def from_text(ctx: Context, prompts: list[str], text: list[str], ended_N: np.nda
 
 
 def decode(tokenizer: Tokenizer, response_NR: np.ndarray) -> list[str]:
-  """The texts of response rows, without stop tokens, pads and surrounding blanks."""
-  stop = (*tokenizer.stop_ids, tokenizer.pad_id)
-  return [tokenizer.decode([int(t) for t in row if t not in stop]).strip() for row in response_NR]
+  """The texts of rows, without pads, the stop token at the end, and surrounding blanks."""
+  texts = []
+  for row in response_NR:
+    ids = [int(token) for token in row if token != tokenizer.pad_id]
+    if ids and ids[-1] in tokenizer.stop_ids:  # it may be a word elsewhere
+      ids.pop()
+    texts.append(tokenizer.decode(ids).strip())
+  return texts
 
 
 def score(ctx: Context, model: transformer.Model, params: Params, answers: Answers) -> np.ndarray:

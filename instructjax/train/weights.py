@@ -100,9 +100,27 @@ class Weights:
     """The network for inference on a mesh.
 
     Its vocabulary is the tokenizer's. Files may have more rows of embeddings, and no id without a text must be sampled.
+
+    Raises:
+      UserError: the tokenizer has more ids than the files have rows.
     """
+    self.require_rows()
     chosen = execution.for_inference(sharding.platform_of(mesh))
     return execution.model_on(mesh, self.network, chosen, self.tokenizer.vocab_size, self.head)
+
+  def require_rows(self):
+    """Refuses a tokenizer with ids past the embedding table: those of tokens that nothing was trained with.
+
+    Raises:
+      UserError: it has some.
+    """
+    # An exported reward or value model has a row for the pad token, which `vocab_size` does not count.
+    num_rows, num_ids = self.vocab_size + (self.head == "scalar"), self.tokenizer.vocab_size
+    if num_ids > num_rows:
+      raise UserError(
+        f"{self.tokenizer.path} has ids up to {num_ids - 1}, and the embedding table of {self.path} has"
+        f" {self.vocab_size} rows; give the tokenizer and the added tokens that belong to the weights"
+      )
 
   def load(self, mesh: Mesh, model: transformer.Model) -> Params:
     """Loads the weights in float32 onto the mesh; those of a reward model include its bias (C.2).

@@ -15,6 +15,7 @@ from tokenizers import (
 )
 
 from instructjax.data.tokenizer import load
+from tests.data import added_spellings
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices(string.ascii_lowercase, k=RNG.randint(2, 6))) for _ in range(60)]
@@ -279,6 +280,10 @@ def test_special_tokens_that_do_not_fit_are_refused(raw, folder, tmp_path):
     single=f"{START} {END} $A", pair="$A $B", special_tokens=[(START, 0), (END, 1)]
   )
   refuse(folder(raw), "must begin a text with one token, has 2")
+  raw.post_processor = processors.TemplateProcessing(
+    single=START, pair="$A $B", special_tokens=[(START, 0)]
+  )
+  refuse(folder(raw), "loses capitals, spaces or newlines")  # it leaves out the text
 
 
 def test_a_tokenizer_that_loses_text_is_refused(raw, folder):
@@ -296,3 +301,71 @@ def test_files_that_are_no_tokenizer_are_refused(raw, tmp_path):
   for content in ("", "{", "[]", '{"version": "1.0"}', "\udcff"):
     (tmp_path / "tokenizer.json").write_bytes(content.encode(errors="surrogateescape"))
     refuse(tmp_path, r"tokenizer.json' is not a tokenizer.json: ")
+
+
+@pytest.mark.parametrize("name", added_spellings.SPELLINGS)
+def test_tokens_beside_the_file_are_those_of_transformers(name, tmp_path):
+  files, expected = added_spellings.SPELLINGS[name]
+  added_spellings.write(tmp_path, files)
+  tokenizer, text = load(tmp_path), added_spellings.TEXT
+  known = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+  # Ordinary letters stand for their ids; a space has its own letter there.
+  letters = lambda part: [known[letter] for letter in part.replace(" ", "\u0120")]
+  ids = [i for part in expected for i in (letters(part) if isinstance(part, str) else [part])]
+  assert tokenizer.encode_prompt(text) == ids
+  tokenizer.save(tmp_path / "saved")
+  again = load(tmp_path / "saved")
+  assert again.fingerprint == tokenizer.fingerprint
+  assert again.encode_prompt(text) == ids and again.encode(text) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+  ("decoder", "message"),
+  [
+    ({"331": {"content": "<f>"}}, "the added token '<f>' must have the next free id, 330, has 331"),
+    ({"5": {"content": "<f>"}}, "the added token '<f>' must have the next free id, 330, has 5"),
+    (
+      {"330": {"content": END}},
+      r"the added token '<\|im_end\|>' must have the next free id, 1, has",
+    ),
+    ({"330": {"content": "<f>"}, "0330": {"content": "<g>"}}, "two added tokens have the id 330"),
+  ],
+)
+def test_added_tokens_of_other_ids_are_refused(raw, folder, decoder, message):
+  refuse(folder(raw, added_tokens_decoder=decoder), message)
+
+
+def test_a_pad_that_has_only_a_name_is_a_token_if_the_model_has_a_row(raw, folder, caplog):
+  path = folder(raw, pad_token="[PAD]")
+  for rows, size in ((None, 331), (331, 331), (330, 330)):
+    (path / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    assert load(path).vocab_size == size
+  assert "'[PAD]' is not used: the model has no row for it" in caplog.text
+
+
+def test_stop_tokens_are_kept(raw, folder, tmp_path):
+  path = folder(raw)
+  assert load(path).stop_ids == (1,)
+  (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+  tokenizer = load(path)
+  assert (tokenizer.eos_id, tokenizer.stop_ids) == (1, (1, 0))
+  tokenizer.save(tmp_path / "saved")
+  again = load(tmp_path / "saved")
+  assert (again.stop_ids, again.fingerprint) == ((1, 0), tokenizer.fingerprint)
+  (path / "generation_config.json").unlink()
+  (path / "config.json").write_text(json.dumps({"eos_token_id": [0, 7]}))  # 7 is a word
+  assert load(path).stop_ids == (1, 0)
+
+
+def test_a_panic_of_the_package_is_an_error_of_the_file(raw, folder, monkeypatch):
+  class PanicException(BaseException):
+    pass
+
+  class Panics:
+    @staticmethod
+    def from_str(_):
+      raise PanicException("index out of\nbounds")
+
+  path = folder(raw)
+  monkeypatch.setattr(tokenizers, "Tokenizer", Panics)
+  refuse(path, "is not a tokenizer.json: index out of bounds")

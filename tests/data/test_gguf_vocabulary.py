@@ -90,6 +90,19 @@ def test_tokens_kinds_and_specials(raw, file):
   assert load(file(metadata_of(raw, token_type=None, chat_template=None))).vocab_size == 402
 
 
+def test_stop_tokens_and_control_tokens_of_an_ordinary_type(raw, file):
+  tokenizer = load(file(metadata_of(raw, eot_token_id=0, eom_token_id=1)))
+  assert (tokenizer.eos_id, tokenizer.stop_ids) == (1, (1, 0))
+  template = TEMPLATE + TOOL
+  tokenizer = load(file(metadata_of(raw, chat_template=template)))
+  assert tokenizer.encode_prompt(TOOL) == [400]
+  assert 400 not in tokenizer.encode(TOOL)  # of the type user-defined, and used by the template
+  assert 400 not in load(file(metadata_of(raw, padding_token_id=400))).encode(TOOL)
+  kinds = metadata_of(raw)["tokenizer.ggml.token_type"]
+  plain = load(file(metadata_of(raw, token_type=[_NORMAL] * 2 + kinds[2:])))
+  assert not {0, 1} & set(plain.encode(f"{START}{END}"))
+
+
 def test_bos_as_the_flag_says_or_as_llama_3_has_it_without_one(raw, file):
   the = load(file(metadata_of(raw))).encode("the")
   for changes, expected in [
@@ -161,6 +174,17 @@ def refuse(path, message):
     ({"pre": None}, "tokenizer.ggml.pre=None must be one of"),
     ({"model": "bert"}, "tokenizer.ggml.model='bert' must be 'gpt2', 'llama' or 't5'; set"),
     ({"model": None}, "tokenizer.ggml.model=None must be"),
+    ({"eos_token_id": "1"}, "tokenizer.ggml.eos_token_id must be of type int, got '1'"),
+    (
+      {"eot_token_id": 2**31},
+      "tokenizer.ggml.eot_token_id must be a token's id, .* got 2147483648",
+    ),
+    ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be of type bool, got 1"),
+    ({"token_type": ["a"]}, "tokenizer.ggml.token_type must be a list of numbers"),
+    ({"tokens": [1, 2]}, "tokenizer.ggml.tokens must be a list of texts"),
+    ({"tokens": ["a", "a"], "token_type": [1, 1]}, "token 'a' has two ids, 0 and 1"),
+    ({"scores": [float("inf")]}, "tokenizer.ggml.scores must be finite"),
+    ({"chat_template": 5}, "tokenizer.chat_template must be of type str, got 5"),
     ({"tokens": None}, "tokens and token_type must be of one length, are 0 and 402"),
     ({"token_type": [1, 1]}, "must be of one length, are 402 and 2"),
     ({"merges": ["t zzz"]}, "tokenizer.ggml.merges do not fit the tokens: .*zzz"),

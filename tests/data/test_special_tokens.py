@@ -86,6 +86,38 @@ def test_bad_files_are_refused(folder, tmp_path):
       b'{"chat_template": ["a"]}',
       "chat_template: entry 1 must have a name",
     ),
+    *[
+      ("tokenizer_config.json", content, message)
+      for content, message in (
+        (
+          b'{"add_bos_token": "true"}',
+          "config.json: add_bos_token must be true or false, got 'true'",
+        ),
+        (b'{"eos_token": {"content": 5}}', "config.json: eos_token: content must be a text, got 5"),
+        (
+          b'{"eos_token": {"content": "a", "lstrip": 1}}',
+          "eos_token: lstrip must be true or false",
+        ),
+        (b'{"pad_token": ["a"]}', r"config.json: pad_token must be a text or an id, got \['a'\]"),
+        (b'{"pad_token": ""}', "config.json: pad_token must be a text or an id, got ''"),
+        (b'{"unk_token": 3000000}', "unk_token must be a token's id, .* got 3000000"),
+        (
+          b'{"added_tokens_decoder": []}',
+          r"added_tokens_decoder must hold a JSON object, got \[\]",
+        ),
+        (b'{"added_tokens_decoder": {"x": {}}}', r"added_tokens_decoder\['x'\] must have an id as"),
+        (b'{"added_tokens_decoder": {"-1": {}}}', r"\['-1'\] must have an id as its key"),
+        (b'{"added_tokens_decoder": {"1": "a"}}', r"\['1'\] must hold a JSON object, got 'a'"),
+        (b'{"added_tokens_decoder": {"2147483648": {"content": "a"}}}', "got 2147483648"),
+        (b'{"additional_special_tokens": "a"}', "additional_special_tokens must be a list of tok"),
+        (b'{"extra_special_tokens": [null]}', r"extra_special_tokens\[0\] must be a text or an id"),
+      )
+    ],
+    ("added_tokens.json", b'{"a": 1.0}', "added_tokens.json: 'a' must be a token's id"),
+    ("added_tokens.json", b'{"a": 7, "b": 7}', "two added tokens have the id 7"),
+    ("special_tokens_map.json", b'{"eos_token": [1]}', r"map.json: eos_token must be a text or an"),
+    ("generation_config.json", b'{"eos_token_id": [1, "2"]}', "eos_token_id must be .* got '2'"),
+    ("config.json", b'{"eos_token_id": true}', "config.json: eos_token_id must be .* got True"),
     (
       "tokenizer_config.json",
       b'{"bos_token": true}',

@@ -102,6 +102,11 @@ def test_a_line_of_any_length_is_used(tmp_path):
   assert tokenizer.decode(tokenizer.encode("Q")) == "Q"
 
 
+def test_lines_may_be_short(tmp_path):
+  tokenizer = train_tokenizer(["ab", "b c", "a"], 7, tmp_path / "a.model", seed=0)
+  assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
+
+
 def test_a_saved_file_loads_the_same(tokenizer, tmp_path):
   path = tmp_path / "a.model"
   saved = train_tokenizer(TEXTS, SIZE, path, seed=0)

@@ -37,6 +37,12 @@ def test_hand_worked():
   np.testing.assert_allclose(masked_whiten(X, MASK, shift_mean=False), kept_mean, atol=1e-5)
 
 
+def test_any_of_some_ids():
+  token = np.array([[1, 2], [3, 9]])
+  for ids, expected in (((), []), ((2,), [2]), ((3, 1), [1, 3]), ((9, 9, 7), [9])):
+    np.testing.assert_array_equal(masked.is_any(token, ids), np.isin(token, expected))
+
+
 def test_axis():
   np.testing.assert_array_equal(masked_sum(X, MASK, axis=1), [3, 6])
   np.testing.assert_array_equal(masked_mean(X, MASK, axis=1), [1.5, 6])

@@ -8,6 +8,7 @@ from instructjax.rl.experience import Experience, Frozen, Nets
 from tests import tiny
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 6, 3, 5
+STOP = 22  # ends an answer too, that of row 4
 LENGTH = PROMPT + RESPONSE
 RESPONSE_LENGTH_B = np.array([5, 1, 1, 5, 2, 1])
 ENDS_B = np.array([True, True, True, False, True, True])  # row 3 is cut off by the limit
@@ -17,7 +18,7 @@ MASK_BR = np.arange(RESPONSE)[None] < RESPONSE_LENGTH_B[:, None]
 def make_nets(tiny_config) -> Nets:
   policy, scalar = (tiny.make_model(tiny_config, VOCAB, head) for head in ("lm", "scalar"))
   tx = optax.sgd(1.0)
-  return Nets(policy, scalar, tx, tx, stop_ids=(EOS,), max_response_length=RESPONSE)
+  return Nets(policy, scalar, tx, tx, stop_ids=(EOS, STOP), max_response_length=RESPONSE)
 
 
 def make_weights(nets: Nets, random_params):
@@ -31,9 +32,9 @@ def tokens_and_mask():
   rng = np.random.default_rng(0)
   is_prompt_BP = np.arange(PROMPT)[None] >= rng.integers(0, PROMPT, (ROWS, 1))
   is_token_BL = np.hstack([is_prompt_BP, MASK_BR])
-  token_BL = rng.integers(1, VOCAB, (ROWS, LENGTH))
+  token_BL = np.minimum(rng.integers(1, VOCAB, (ROWS, LENGTH)), STOP - 1)
   for row in np.flatnonzero(ENDS_B):
-    token_BL[row, PROMPT + RESPONSE_LENGTH_B[row] - 1] = EOS
+    token_BL[row, PROMPT + RESPONSE_LENGTH_B[row] - 1] = STOP if row == 4 else EOS
   return np.where(is_token_BL, token_BL, VOCAB).astype(np.int32), is_token_BL
 
 

@@ -169,8 +169,8 @@ def generate(quick_jit, policy):
   return _jitted(quick_jit, policy)
 
 
-def _jitted(quick_jit, policy):
-  kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,))
+def _jitted(quick_jit, policy, stop_ids=(EOS,)):
+  kwargs = dict(max_new_tokens=RESPONSE, stop_ids=stop_ids)
   return quick_jit(
     lambda params, prompts, key, temperature: sampling.generate(
       policy, params, prompts, key, temperature=temperature, **kwargs
@@ -214,6 +214,26 @@ def test_details_4_eos_is_kept_and_pads_follow(rollout, prompts):
   np.testing.assert_array_equal(rollout.token_BL[:, :PROMPT], prompts.token_BP)
   np.testing.assert_array_equal(rollout.is_token_BL, np.hstack([prompts.is_prompt_BP, mask_BR]))
   assert np.all(rollout.behaviour_logprob_BR[~mask_BR] == 0)
+
+
+def test_a_row_ends_at_any_stop_token_and_is_the_same_until_then(
+  quick_jit, policy, params, prompts, rollout
+):
+  length_B = rollout.is_response_BR.sum(1)
+  longest = rollout.token_BL[np.argmax(length_B), PROMPT:]
+  other = int(longest[1])  # a second stop token, which at least this row draws early
+  assert other != EOS
+  generate = _jitted(quick_jit, policy, (EOS, other))
+  both = jax.tree.map(np.asarray, generate(params, prompts, KEY, TEMPERATURE))
+  for row, (now_R, before_R) in enumerate(
+    zip(both.token_BL[:, PROMPT:], rollout.token_BL[:, PROMPT:])
+  ):
+    stops = np.flatnonzero(np.isin(before_R, (EOS, other)))
+    length = stops[0] + 1 if len(stops) else RESPONSE
+    np.testing.assert_array_equal(now_R[:length], before_R[:length])
+    assert np.all(now_R[length:] == VOCAB)
+    assert both.is_response_BR[row].sum() == length
+  assert both.is_response_BR.sum() < rollout.is_response_BR.sum()
 
 
 def test_behaviour_logprob_is_what_scoring_says(quick_jit, policy, params, rollout):

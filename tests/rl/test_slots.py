@@ -17,6 +17,7 @@ from instructjax.rl import slots as slots_lib
 from tests import tiny
 
 VOCAB, EOS, ROWS, PROMPT, RESPONSE = 23, 0, 32, 4, 9
+STOPS = (EOS, 5)
 KEY = jax.random.key(0)
 
 
@@ -48,7 +49,7 @@ def generate(quick_jit, policy):
   @functools.cache
   def one(position, layers, slots):
     model, _ = policy(position, layers)
-    kwargs = dict(max_new_tokens=RESPONSE, stop_ids=(EOS,), temperature=0.7, slots=slots)
+    kwargs = dict(max_new_tokens=RESPONSE, stop_ids=STOPS, temperature=0.7, slots=slots)
     return quick_jit(
       lambda params, prompts: sampling.generate(model, params, prompts, KEY, **kwargs)
     )
@@ -64,7 +65,9 @@ def expected(generate, policy, prompts):
   def one(position, layers):
     rollout = generate(position, layers, 0)(policy(position, layers)[1], prompts)
     length_B = np.sum(rollout.is_response_BR, axis=1)
-    is_last_B = rollout.token_BL[np.arange(ROWS), PROMPT + length_B - 1] == EOS
+    last_B = rollout.token_BL[np.arange(ROWS), PROMPT + length_B - 1]
+    assert set(STOPS) <= set(last_B.tolist())  # each of them ends a row
+    is_last_B = np.isin(last_B, STOPS)
     assert np.any(length_B == 1) and np.any(~is_last_B) and len(np.unique(length_B)) > 4
     return jax.tree.map(np.asarray, rollout)
 

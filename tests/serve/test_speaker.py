@@ -4,6 +4,7 @@ Compared with `sampling.generate` and `scoring`, which have tests of their own. 
 nothing is trained here.
 """
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -37,6 +38,17 @@ def test_answers_are_those_of_generate(quick_jit, run, sft, draw):
     assert len(pieces) > len(tokens) // 2  # it comes token by token
     endings.add(given.ended)
   assert endings == {False, True} or draw is GREEDY  # both happened
+
+
+def test_an_answer_ends_at_any_stop_token_which_is_not_shown(sft):
+  whole, _ = answer(sft, draw=GREEDY)
+  word = sft.tokenizer.encode(whole.text)[3]
+  tokenizer = copy.copy(sft.tokenizer)
+  tokenizer.stop_ids = (tokenizer.eos_id, word)
+  given, _ = answer(dataclasses.replace(sft, tokenizer=tokenizer), draw=GREEDY)
+  assert given.ended and given.num_tokens < whole.num_tokens
+  assert whole.text.startswith(given.text)
+  assert word not in tokenizer.encode(given.text)
 
 
 def test_the_key_decides_and_top_p_narrows(sft):

@@ -92,6 +92,18 @@ def test_what_is_not_there(run, path, which, message):
     weights.locate(run[0] / path, which)
 
 
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(run):
+  found = weights.locate(run[0] / "sft")
+  few = dataclasses.replace(found, vocab_size=found.tokenizer.vocab_size - 1)
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  size = found.tokenizer.vocab_size
+  with pytest.raises(
+    UserError, match=rf"has ids up to {size - 1}, and the embedding .* {size - 1} rows"
+  ):
+    few.model(mesh)
+  dataclasses.replace(found, vocab_size=size + 64).require_rows()  # rows of padding
+
+
 def test_a_tokenizer_put_in_its_place_is_refused(run, tmp_path):
   shutil.copytree(run[0], tmp_path / "run")
   done = tmp_path / "run" / "sft" / "done.json"
