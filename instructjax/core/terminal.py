@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import rich.cells
 import rich.console
 import rich.progress
 import rich.table

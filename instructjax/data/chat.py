@@ -24,6 +24,8 @@ from typing import TypeVar
 from instructjax.core.errors import UserError
 from instructjax.core.text import printable
 
+Text = TypeVar("Text", bound=str)
+
 _WORKER = pathlib.Path(__file__).with_name("chat_worker.py")
 _BATCH = 256  # chats of one request to the worker
 _BATCH_CHARACTERS = 1_000_000  # after so many in its messages, a batch is full too

@@ -19,6 +19,7 @@ import pprint  # noqa: F401  (imported by jinja2's filter `pprint` only when a t
 import resource
 import signal
 import sys
+from typing import Any
 
 import jinja2
 import jinja2.debug
@@ -79,9 +80,10 @@ def make_environment() -> jinja2.Environment:
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
   )
   environment.filters["tojson"] = tojson
-  environment.globals |= {"raise_exception": raise_exception, "namespace": Namespace}
+  functions: dict[str, Any] = environment.globals
+  functions |= {"raise_exception": raise_exception, "namespace": Namespace}
   # Both draw random numbers. Training would read other prompts than the evaluation after it.
-  del environment.filters["random"], environment.globals["lipsum"]
+  del environment.filters["random"], functions["lipsum"]
   return environment
 
 

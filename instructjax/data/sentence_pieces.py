@@ -148,11 +148,12 @@ class SentencePieceTokenizer:
         stops=self.stop_ids if len(self.stop_ids) > 1 else (),
         clock=special.clock,
       )
-      more = [[i, token.content, token.flags] for i, token in self.added.items()], self.stop_ids
-      parts: list = [bos, eos, special.adds_bos, template]
-      parts += more if self.added or self._special.stops else ()
-      parts += [self._special.named] if template is not None else []
-      digest.update(json.dumps(parts).encode())
+      digest.update(json.dumps([bos, eos, special.adds_bos, template]).encode())
+      if self.added or self._special.stops:
+        added = [[i, token.content, token.flags] for i, token in self.added.items()]
+        digest.update(json.dumps([added, self.stop_ids]).encode())
+      if template is not None and self._special.named:
+        digest.update(json.dumps(self._special.named).encode())
     self.has_chat_template = self._special.chat_template is not None
     self.fingerprint = digest.hexdigest()
 

@@ -193,13 +193,13 @@ def best_of_n(
     weight[-1] = n / total
     for i in range(total - 1, n - 1, -1):
       weight[i - 1] = weight[i] * (i - n + 1) / i
-    expected = {
-      name: None
-      if values is None
-      else float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
-      for name, values in (("gold", gold_PN), ("reward", reward_PN))
-    }
-    result.append(BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), **expected))
+    scores = [
+      float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
+      for values in (reward_PN, gold_PN)
+      if values is not None
+    ]
+    gold = scores[1] if len(scores) > 1 else None
+    result.append(BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), gold=gold, reward=scores[0]))
   return result
 
 

@@ -29,6 +29,9 @@ def test_best_of_n_is_the_mean_over_all_subsets(has_ties):
       reward.append(reward_PN[p, best])
     assert row.n == n
     np.testing.assert_allclose([row.gold, row.reward], [np.mean(gold), np.mean(reward)])
+  # On own data there is no gold score, and the reward model's is the same.
+  alone = evaluate.best_of_n(None, reward_PN, counts)
+  assert [(row.gold, row.reward) for row in alone] == [(None, row.reward) for row in found]
 
 
 def test_best_of_n_kl_is_the_closed_form():
