@@ -76,6 +76,9 @@ def open_folder(path: str | pathlib.Path) -> Source:
   else:
     weight_map = _weight_map(path / _INDEX)
     files = [path / name for name in sorted(set(weight_map.values()))]
+    others = sorted({file.name for file in path.glob("*.safetensors")} - set(weight_map.values()))
+    if others:
+      notes = [f"{named(others[0])} is not read: {_INDEX} does not name it"]
   places = {}  # name -> (file, shape)
   for file in files:
     if not file.is_file():

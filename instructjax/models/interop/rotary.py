@@ -46,11 +46,12 @@ _USED = {
 # Rotary keys at the top of config.json. All others that look like one are refused: other architectures read them.
 _TOP = {*_BLOCKS, "rope_theta", "partial_rotary_factor", _ORIGINAL}
 _ROTARY = re.compile(
-  r"(^|_)(rope|nope|rotary|yarn|ntk)(_|$)|(low|high)_freq_factor|^(factor|attention_factor|mscale)$"
+  r"(^|_)(rope|mrope|nope|rotary|yarn|ntk)(_|$)|(low|high)_freq_factor|^(factor|attention_factor|mscale)$"
 )
 _NEUTRAL = {
   "rotary_pct": 1.0,
   "use_rope": True,
+  "use_mrope": False,
   "use_dynamic_ntk": False,
   "rope_interleaved": False,
   "rope_traditional": False,

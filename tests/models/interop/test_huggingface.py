@@ -254,7 +254,7 @@ def test_trailing_bytes(folder):
     ),
     (
       b'{"a": {"dtype": "\\u001b\\n", "shape": [4], "data_offsets": [0, 4]}}',
-      "unknown variant `?",  # a character that a terminal would obey
+      "unknown variant `",  # and then characters that a terminal would obey
     ),
     (
       b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}',
@@ -374,6 +374,20 @@ def test_a_single_file_wins_over_an_index(folder, caplog):
       f"{folder}: model.safetensors is read, as in transformers, and model.safetensors.index.json is"
       " not used; delete the stale one"
     ]
+
+
+def test_a_shard_that_the_index_does_not_name_is_said(folder):
+  shapes = interop.open_weights(folder).shapes
+  (folder / "model.safetensors").rename(folder / "a.safetensors")
+  (folder / "old.safetensors").touch()
+  weight_map = dict.fromkeys(shapes, "a.safetensors")
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": weight_map}))
+  found = interop.open_weights(folder)
+  assert found.shapes == shapes
+  assert found.notes == (
+    "old.safetensors is not read: model.safetensors.index.json does not name it",
+  )
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"

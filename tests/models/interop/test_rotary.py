@@ -111,6 +111,15 @@ def test_numbers_of_every_kind(name, value):
     rotary.from_config(Keys({name: value, "max_position_embeddings": 8}, "config.json"))
 
 
+def test_switches_that_are_off_pass():
+  raw = GOLDEN["llama: nothing"]["config"]
+  off = {"rotary_pct": 1.0, "use_mrope": False, "rope_interleaved": False, "rotary_dim": None}
+  np.testing.assert_array_equal(frequencies(raw | off), frequencies(raw))
+  for name, on in (("use_mrope", True), ("rope_interleaved", True), ("use_rope", False)):
+    with pytest.raises(UserError, match=f"config.json: {name}={on} is not read"):
+      frequencies(raw | {name: on})
+
+
 def test_learned_positions_have_no_rotary_keys():
   raw = {"model_type": "gpt2", "vocab_size": 5, "rope_scaling": {"type": "linear", "factor": 2.0}}
   with pytest.raises(UserError, match="rope_scaling=.* this architecture has learned positions"):
