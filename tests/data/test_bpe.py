@@ -335,6 +335,12 @@ def test_added_tokens_of_other_ids_are_refused(raw, folder, decoder, message):
   refuse(folder(raw, added_tokens_decoder=decoder), message)
 
 
+def test_flags_beside_the_file_replace_its_own(raw, folder):
+  decoder = {"0": {"content": START, "rstrip": True, "special": True}}
+  path = folder(raw, added_tokens_decoder=decoder)
+  assert load(path).encode_prompt(f"{START} \n the") == [0, *raw.encode("the").ids]
+
+
 def test_a_pad_that_has_only_a_name_is_a_token_if_the_model_has_a_row(raw, folder, caplog):
   path = folder(raw, pad_token="[PAD]")
   for rows, size in ((None, 331), (331, 331), (330, 330)):

@@ -93,6 +93,7 @@ def test_tokens_kinds_and_specials(raw, file):
 def test_stop_tokens_and_control_tokens_of_an_ordinary_type(raw, file):
   tokenizer = load(file(metadata_of(raw, eot_token_id=0, eom_token_id=1)))
   assert (tokenizer.eos_id, tokenizer.stop_ids) == (1, (1, 0))
+  assert load(file(metadata_of(raw, eom_token_id=0))).stop_ids == (1, 0)
   template = TEMPLATE + TOOL
   tokenizer = load(file(metadata_of(raw, chat_template=template)))
   assert tokenizer.encode_prompt(TOOL) == [400]
