@@ -36,6 +36,7 @@ NO_MODULE = {
   "data/test_docs_data": "docs/data.md: what it says of each source",
   "data/test_real_data": "all sources, on published data",
   "mutation/test_operators": "tests/mutation, the campaign that is no part of the suite",
+  "fuzz/test_command_lines": "the command line: a small budget of hostile ones",
   "rl/test_step_program": "rl/step as a compiled program: minutes of compilation that test_step does without",
   "train/test_other_mesh": "checkpoints and training together, from one mesh to another",
 }

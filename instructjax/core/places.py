@@ -12,7 +12,7 @@ from instructjax.core.errors import UserError
 
 _LONGEST, _LONGEST_NAME = 4095, 255  # bytes of a path and of one name in it, on Linux
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SHOWN = 80  # letters of a path in a message about its spelling
+_SHOWN = 200  # letters of a path in a message about its spelling
 
 
 def expand(text: str, where: str, schemes: tuple[str, ...] = ()) -> str:
