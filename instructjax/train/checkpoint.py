@@ -106,7 +106,8 @@ class Checkpoints:
 
   def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
-      stack.enter_context(reading.quiet_orbax(absl_logging.WARNING))
+      # Its errors too: they are raised by `wait`, and the log would show them a second time, with their tracebacks.
+      stack.enter_context(reading.quiet_orbax(absl_logging.FATAL))
       with writing(self._folder):
         self._folder.mkdir(parents=True, exist_ok=True)
       damaged.put_aside(self._folder.parent)
