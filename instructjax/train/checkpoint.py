@@ -19,6 +19,7 @@ would cost an accelerator a second state beside the one it trains, and a model o
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -125,6 +126,8 @@ class Checkpoints:
 
   def __exit__(self, kind, error, traceback):
     with self._open:
+      if error is not None:
+        gc.collect()  # what a failed save left hanging complains when it is collected: here, where nobody hears it
       try:
         self.wait()
       except UserError:

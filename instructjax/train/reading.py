@@ -5,6 +5,7 @@ Called by checkpoint.py and finished.py.
 
 import contextlib
 import gc
+import logging
 import pathlib
 import sys
 import warnings
@@ -59,8 +60,13 @@ def quiet_orbax(level: int):
   )
   sys.unraisablehook = lambda event: None if _HANGING_READ in repr(event.object) else hook(event)
   absl_logging.set_verbosity(min(level, verbosity))
+  # It reports each write beside the one whose error orbax raises.
+  loop_log = logging.getLogger("asyncio")
+  loop_level = loop_log.level
+  loop_log.setLevel(logging.CRITICAL)
   try:
     yield
   finally:
+    loop_log.setLevel(loop_level)
     sys.unraisablehook, sys.excepthook = hook, shown
     absl_logging.set_verbosity(verbosity)
