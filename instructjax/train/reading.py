@@ -17,7 +17,6 @@ from absl import logging as absl_logging
 from instructjax.core.errors import UserError, reason
 
 _HANGING_READ = "_read_array_index_and_device_put"
-_CLOSED_LOOP = "Event loop is closed"
 
 
 def read(path: pathlib.Path, read_files: Callable[[], Any], *, advice: str) -> Any:
@@ -53,11 +52,6 @@ def quiet_orbax(level: int):
   hanging, and each of them complains at length when it is garbage-collected.
   """
   hook, verbosity = sys.unraisablehook, absl_logging.get_verbosity()
-  # Where one write of many fails, tensorstore's threads still tell the others' results to a loop that orbax has closed.
-  shown = sys.excepthook
-  sys.excepthook = lambda kind, error, trace: (
-    None if str(error) == _CLOSED_LOOP else shown(kind, error, trace)
-  )
   sys.unraisablehook = lambda event: None if _HANGING_READ in repr(event.object) else hook(event)
   absl_logging.set_verbosity(min(level, verbosity))
   # It reports each write beside the one whose error orbax raises.
@@ -68,5 +62,5 @@ def quiet_orbax(level: int):
     yield
   finally:
     loop_log.setLevel(loop_level)
-    sys.unraisablehook, sys.excepthook = hook, shown
+    sys.unraisablehook = hook
     absl_logging.set_verbosity(verbosity)
