@@ -19,6 +19,7 @@ would cost an accelerator a second state beside the one it trains, and a model o
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -107,7 +108,8 @@ class Checkpoints:
 
   def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
-      stack.enter_context(reading.quiet_orbax(absl_logging.WARNING))
+      # Its errors too: they are raised by `wait`, and the log would show them a second time, with their tracebacks.
+      stack.enter_context(reading.quiet_orbax(absl_logging.FATAL))
       with writing(self._folder):
         self._folder.mkdir(parents=True, exist_ok=True)
       damaged.put_aside(self._folder.parent)
@@ -125,6 +127,8 @@ class Checkpoints:
 
   def __exit__(self, kind, error, traceback):
     with self._open:
+      if error is not None:
+        gc.collect()  # what a failed save left hanging complains when it is collected: here, where nobody hears it
       try:
         self.wait()
       except UserError:

@@ -5,6 +5,7 @@ Called by checkpoint.py and finished.py.
 
 import contextlib
 import gc
+import logging
 import pathlib
 import sys
 import warnings
@@ -53,8 +54,13 @@ def quiet_orbax(level: int):
   hook, verbosity = sys.unraisablehook, absl_logging.get_verbosity()
   sys.unraisablehook = lambda event: None if _HANGING_READ in repr(event.object) else hook(event)
   absl_logging.set_verbosity(min(level, verbosity))
+  # It reports each write beside the one whose error orbax raises.
+  loop_log = logging.getLogger("asyncio")
+  loop_level = loop_log.level
+  loop_log.setLevel(logging.CRITICAL)
   try:
     yield
   finally:
+    loop_log.setLevel(loop_level)
     sys.unraisablehook = hook
     absl_logging.set_verbosity(verbosity)

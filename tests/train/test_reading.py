@@ -44,3 +44,10 @@ def test_logging_and_the_hook_are_as_they_were_afterwards():
     assert sys.unraisablehook is not hook
     _ = 1 / 0
   assert (sys.unraisablehook, absl_logging.get_verbosity()) == (hook, verbosity)
+
+
+def test_asyncio_says_nothing_of_further_failed_writes():
+  log = logging.getLogger("asyncio")
+  with reading.quiet_orbax(absl_logging.FATAL):
+    assert not log.isEnabledFor(logging.ERROR)
+  assert log.isEnabledFor(logging.ERROR)
