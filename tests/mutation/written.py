@@ -257,7 +257,7 @@ WRITTEN = [
   ("parallel/agreement", "facts of the first process only", "names = list(dict.fromkeys(name for own in facts.values() for name in own))", "names = list(facts[0])"),
   ("parallel/agreement", "the few are right", "max(dict.fromkeys(by_number), key=by_number.count)", "min(dict.fromkeys(by_number), key=by_number.count)"),
   ("parallel/agreement", "paths of files are compared", 'v.partition("\\t")[0] for i, v in', "v for i, v in"),
-  ("parallel/agreement", "the marker stays in the workdir", "marker.unlink(missing_ok=True)", "pass"),
+  ("parallel/agreement", "the marker stays in the workdir", "marker.unlink()", "pass"),
   ("parallel/agreement", "any folder is the workdir", "if marker.read_text() == word:", "if marker.parent.exists() or marker.read_text() == word:"),
   ("parallel/agreement", "a workdir that cannot be written passes", '  if " " in word:\n    raise UserError(word)\n', ""),
   ("parallel/agreement", "nested settings are no facts", "result |= settings(value, name)", "pass"),
