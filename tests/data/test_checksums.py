@@ -92,6 +92,22 @@ def test_a_file_that_was_just_written_is_hashed_a_moment_later(
   assert sum(slept) == pytest.approx(seconds, abs=1e-6)
 
 
+def test_a_file_that_is_written_while_it_is_hashed_is_not_remembered(tmp_path, memory, monkeypatch):
+  path, digest = tmp_path / "a", hashlib.file_digest
+  path.write_text("old")
+
+  def slow(file, name):
+    found = digest(file, name)
+    path.write_text("longer")
+    return found
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checksums.hashlib, "file_digest", slow)
+    found = FileChecksums(memory)
+    assert found.content("x", [path]).digests == (sha256(b"old"),)
+  assert found.content("x", [path]).digests == (sha256(b"longer"),)
+
+
 @pytest.mark.parametrize(
   "damage",
   [

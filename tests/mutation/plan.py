@@ -82,6 +82,7 @@ ALSO = {
   "stages/rm": ("stages/test_pipeline",),
   "stages/sft": ("stages/test_pipeline",),
   "train/checkpoint": ("train/test_damaged", "train/test_loop"),
+  "train/damaged": ("train/test_checkpoint",),
   "train/finished": ("train/test_checkpoint",),
   "data/packing": ("data/test_batching", "data/test_token_store"),
   "data/sources": ("data/test_checksums",),
