@@ -6,6 +6,7 @@ The facts are a few kilobytes a process, and no device takes part. Called by mai
 itself.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -240,7 +241,8 @@ def require_one_workdir(team: Team | None, workdir: pathlib.Path):
     require_same(team, "workdirs", {"the workdir, which all must share,": seen})
   finally:
     if team.process == 0:
-      marker.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # what could not be written cannot be removed either
+        marker.unlink()
   if " " in word:
     raise UserError(word)
 

@@ -17,6 +17,7 @@ CHANGING = {
   "JAX_NUMPY_RANK_PROMOTION": "raise",
   "JAX_DEBUG_NANS": "1",
   "JAX_SOMETHING_NEW": "1",
+  "JAX_PLATFORMS_OF_LATER": "1",  # begins like one that is kept
 }
 KEPT = {
   "JAX_PLATFORMS": "cpu",

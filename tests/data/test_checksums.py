@@ -92,6 +92,22 @@ def test_a_file_that_was_just_written_is_hashed_a_moment_later(
   assert sum(slept) == pytest.approx(seconds, abs=1e-6)
 
 
+def test_a_file_that_is_written_while_it_is_hashed_is_not_remembered(tmp_path, memory, monkeypatch):
+  path, digest = tmp_path / "a", hashlib.file_digest
+  path.write_text("old")
+
+  def slow(file, name):
+    found = digest(file, name)
+    path.write_text("longer")
+    return found
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checksums.hashlib, "file_digest", slow)
+    found = FileChecksums(memory)
+    assert found.content("x", [path]).digests == (sha256(b"old"),)
+  assert found.content("x", [path]).digests == (sha256(b"longer"),)
+
+
 @pytest.mark.parametrize(
   "damage",
   [
@@ -159,8 +175,9 @@ def test_how_files_are_read_counts(tmp_path, memory):
   path.write_text("text")
   prints = {content(f"{scheme}:{path}", memory).fingerprint for scheme in ("jsonl", "hh")}
   assert len(prints) == 2
-  assert sources.how("datasets:/data/x:train") == "datasets::train"
-  assert sources.how("tfds:name:1.0.0:train?data_dir=/x") == "tfds:name:1.0.0:train?data_dir="
+  assert sources.how(f"datasets:{tmp_path}:train") == "datasets::train"
+  assert sources.how("datasets:org/name:train") == "datasets:org/name:train"  # of the hub
+  assert sources.how("tfds:name:1.0.0:train?data_dir=/x") == "tfds:name:1.0.0:train?"
 
 
 def test_the_default_preset_by_its_text_and_its_code(memory, tmp_path, monkeypatch):

@@ -76,6 +76,24 @@ def test_damage_found_while_training_is_mended_in_one_line(tmp_path, caplog):
   assert tokens(cached(tmp_path, source).rows(8, splits=True)) == expected()
 
 
+def test_damage_of_rows_found_while_training_is_mended(tmp_path):
+  source = Source()
+  rows = cached(tmp_path, source).rows(8, splits=True)
+  (path,) = tmp_path.glob("*-rows-8/size_N")
+  path.write_bytes(bytes(path.stat().st_size))
+  assert tokens(rows) == expected()
+  assert tokens(cached(tmp_path, source).rows(8, splits=True)) == expected()
+
+
+def test_other_code_does_not_find_what_this_one_has_made(tmp_path, monkeypatch):
+  code, seen = token_cache.code.__wrapped__, []
+  monkeypatch.setattr(token_cache, "__file__", str(tmp_path / "token_cache.py"))
+  for text in ("one", "two", "one"):
+    (tmp_path / "bpe.py").write_text(text)
+    seen.append(code())
+  assert seen[0] == seen[2] != seen[1]
+
+
 @pytest.mark.parametrize("name", ["tokens", "ends", "header.json"])
 def test_damage_found_at_the_start_is_mended_in_one_line(tmp_path, name, caplog):
   source = Source()

@@ -4,8 +4,9 @@
   python -m tests.mutation --list            shows them
   python -m tests.mutation --check           says which mutants written by hand no longer apply
 
-Each mutant is written into a temporary copy of the project, and the tests that can see it (plan.py) run there, in a
-process of its own, until the first fails. The process is forked from this one, which has imported JAX already: that
+First all tests that will be used run once on the code as it is: one that fails there would seem to kill every mutant.
+Then each mutant is written into a temporary copy of the project, and the tests that can see it (plan.py) run there, in
+a process of its own, until the first fails. The process is forked from this one, which has imported JAX already: that
 takes half of what a mutant costs. The checkout itself is never changed.
 """
 
@@ -42,8 +43,8 @@ def diff(mutant: Mutant, source: str) -> str:
   return "".join(difflib.unified_diff(*lines, path, path, n=1))
 
 
-def in_child(copy: pathlib.Path, tests: list[str], log: pathlib.Path, timeout: int) -> int:
-  """Runs the tests in the copy and returns pytest's exit status. Called in a forked process only."""
+def in_child(copy: pathlib.Path, arguments: list[str], log: pathlib.Path, timeout: int) -> int:
+  """Runs pytest in the copy and returns its exit status. Called in a forked process only."""
   # Of processor time: a busy machine makes no mutant look as if it never ended.
   resource.setrlimit(resource.RLIMIT_CPU, (timeout, timeout + 1))
   os.setsid()  # what tests start can be ended with them
@@ -58,11 +59,11 @@ def in_child(copy: pathlib.Path, tests: list[str], log: pathlib.Path, timeout: i
     del sys.modules[name]
   import pytest
 
-  return int(pytest.main(["-x", "-n0", "-p", "no:cacheprovider", "--tb=line", *tests]))
+  return int(pytest.main(["-n0", "-p", "no:cacheprovider", "--tb=line", *arguments]))
 
 
-def start(copy: pathlib.Path, tests: list[str], log: pathlib.Path, timeout: int) -> int:
-  """Forks a process for the tests; returns its id."""
+def start(copy: pathlib.Path, arguments: list[str], log: pathlib.Path, timeout: int) -> int:
+  """Forks a process for pytest; returns its id."""
   with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # JAX warns of forks; it has started no threads yet
     child = os.fork()
@@ -70,7 +71,7 @@ def start(copy: pathlib.Path, tests: list[str], log: pathlib.Path, timeout: int)
     return child
   status = 70
   try:
-    status = in_child(copy, tests, log, timeout)
+    status = in_child(copy, arguments, log, timeout)
   finally:
     os._exit(status)
 
@@ -95,7 +96,7 @@ class Place:
   def begin(self, mutant: Mutant, source: str, timeout: int):
     self.path(mutant).write_text(mutant.apply(source), encoding="utf-8")
     self.mutant, self.began = mutant, time.monotonic()
-    self.child = start(self.folder, plan.tests_of(mutant.module), self.log, timeout)
+    self.child = start(self.folder, ["-x", *plan.tests_of(mutant.module)], self.log, timeout)
 
   def poll(self, timeout: int, sources: dict[str, str]) -> dict | None:
     """The result once the tests have ended or their time is up; None before."""
@@ -125,6 +126,17 @@ class Place:
       by=by[0][:160] if by and status != "survived" else "",
       diff=diff(mutant, sources[mutant.module]),
     )
+
+
+def failing(tests: list[str], timeout: int) -> list[str]:
+  """Runs these tests on the code as it is; returns a line for each that fails."""
+  with tempfile.TemporaryDirectory(prefix="instructjax-mutation-") as folder:
+    place = Place(pathlib.Path(folder) / "0")
+    child = start(place.folder, tests, place.log, timeout * len(tests))
+    code = os.waitpid(child, 0)[1]
+    lines = place.log.read_text(encoding="utf-8", errors="replace").splitlines()
+  found = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+  return found or (lines[-1:] if code else [])
 
 
 def run(mutants: list[Mutant], sources: dict[str, str], jobs: int, timeout: int) -> Iterator[dict]:
@@ -207,6 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
   redo = ("survived", "error") if args.again else ()
   waiting = [m for m in mutants if m.id not in known or known[m.id]["status"] in redo]
   _import_what_tests_import()
+  tests = dict.fromkeys(test for mutant in waiting for test in plan.tests_of(mutant.module))
+  if tests and (broken := failing([*tests], args.timeout)):
+    print("fails without a mutant:", *broken, sep="\n")
+    return 1
   with open(args.results, "a", encoding="utf-8", buffering=1) as file:
     for number, result in enumerate(run(waiting, sources, args.jobs, args.timeout), 1):
       known[result["id"]] = result

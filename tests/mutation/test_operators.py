@@ -118,3 +118,15 @@ def test_the_table_and_the_verdict():
   assert "ops            20      19         0         1              0" in text
   assert "a (w): NO REASON\n-x\n+y" in text
   assert command.passes(results[:19]) and not command.passes(results)
+
+
+def test_nothing_is_tried_while_a_test_fails_without_a_mutant(tmp_path, monkeypatch, capsys):
+  asked = []
+  monkeypatch.setattr(command, "failing", lambda tests, _: asked.extend(tests) or ["FAILED a"])
+  monkeypatch.setattr(command, "_import_what_tests_import", lambda: None)
+  monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+  results = tmp_path / "results"
+  assert command.main([f"--results={results}", "--only=stages/rm"]) == 1
+  assert asked == ["tests/stages/test_rm.py", "tests/stages/test_pipeline.py"]
+  assert capsys.readouterr().out == "fails without a mutant:\nFAILED a\n"
+  assert not results.exists()

@@ -115,28 +115,43 @@ def test_libraries_and_environment_are_facts():
   assert agreement.environment({})["jax_enable_x64"] == "False"
 
 
+def workdirs_told(*folders: pathlib.Path) -> list[str]:
+  """What each process is told whose workdir is given; '' if nothing."""
+  ends = [""] * len(folders)
+
+  def one(team, folder):
+    try:
+      agreement.require_one_workdir(team, folder)
+    except UserError as error:
+      ends[team.process] = str(error)
+
+  pairs = zip(teams(len(folders)), folders, strict=True)
+  threads = [threading.Thread(target=one, args=pair) for pair in pairs]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(timeout=20)
+  return ends
+
+
 def test_a_workdir_must_be_one_folder(tmp_path, monkeypatch):
   monkeypatch.setattr(agreement, "_SHARED_SECONDS", 0.2)
-  for folder, expected in ((tmp_path / "a", ["", ""]), (tmp_path / "b", None)):
-    ends = ["", ""]
+  first, other = tmp_path / "a", tmp_path / "b"
+  assert workdirs_told(first, first) == ["", ""]
+  assert not list(first.iterdir())
+  for is_there in (False, True):
+    if is_there:  # perhaps with what a killed run left
+      other.mkdir()
+      (other / ".together").write_text("0123456789abcdef")
+    (line,) = set(workdirs_told(first, other))
+    assert f"is another folder ({other}) on process 1" in line
+    assert not list(first.iterdir())
 
-    def one(team, folder=folder, ends=ends):
-      try:
-        agreement.require_one_workdir(team, tmp_path / "a" if team.process == 0 else folder)
-      except UserError as error:
-        ends[team.process] = str(error)
 
-    threads = [threading.Thread(target=one, args=(team,)) for team in teams(2)]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join(timeout=20)
-    if expected is not None:
-      assert ends == expected
-    else:
-      (line,) = set(ends)
-      assert f"is another folder ({tmp_path / 'b'}) on process 1" in line
-    assert not list((tmp_path / "a").iterdir())
+def test_a_workdir_that_cannot_be_written_is_told_to_all(tmp_path):
+  (tmp_path / "file").touch()
+  workdir = tmp_path / "file" / "run"
+  assert set(workdirs_told(workdir, workdir)) == {f"{workdir} cannot be written: Not a directory"}
 
 
 def test_one_process_agrees_with_itself(tmp_path):

@@ -74,7 +74,30 @@ def test_what_is_no_step_has_more_time_and_is_not_timed():
   assert process.dog.usual() < 0.1 and process.code is None
   process.dog.forget()
   assert process.dog.usual() is None
+  for _ in range(4):  # a step after each evaluation: none of them has a usual time
+    process.steps(1)
+    process.dog.at("sft, evaluating")
+  assert process.dog.usual() is None
   process.dog.stop()
+
+
+def test_a_machine_that_slept_is_not_stuck(monkeypatch):
+  """Meanwhile clocks go on, and no thread runs."""
+  monkeypatch.setattr(watchdog, "_PAUSE", 0.1)
+  process = Process(limits=Limits(10.0, 0.3, 0.4, 0.2))
+  process.dog.at("sft step 1")
+  real = time.monotonic
+  monkeypatch.setattr(watchdog.time, "monotonic", lambda: real() + 100.0)
+  assert not process.ended.wait(0.2) and process.code is None
+  process.dog.stop()
+
+
+def test_a_process_that_comes_to_its_own_end_is_left_alone(capfd):
+  process = Process()
+  process.dog.stop()
+  process.dog._end("error: stuck", STUCK)
+  assert process.code is None and process.dog.verdict is None
+  assert capfd.readouterr().err == ""
 
 
 def test_it_can_be_switched_off():

@@ -90,8 +90,8 @@ def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
   rollout = given["rollout"]
   assert rollout["model"] is nets.policy and rollout["params"] == {"w": 2}
   assert rollout["prompts"] == "prompts" and rollout["temperature"] == 0.7
-  limits = (rollout["max_new_tokens"], rollout["eos_id"], rollout["slots"])
-  assert limits == (episodes.RESPONSE, episodes.EOS, 3)
+  limits = (rollout["max_new_tokens"], rollout["stop_ids"], rollout["slots"])
+  assert limits == (episodes.RESPONSE, nets.stop_ids, 3)
   assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == ("frozen", "rollout")
   assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
   assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}

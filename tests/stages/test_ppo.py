@@ -64,7 +64,7 @@ def test_optimisers_leave_clipping_to_the_step_and_count_updates():
     ),
     mock.patch.object(ppo, "make_model", lambda config, mesh, role, vocab_size: (role, vocab_size)),
   ):
-    nets = ppo.make_nets(config, "mesh", config.ppo, 23, 7)
+    nets = ppo.make_nets(config, "mesh", config.ppo, 23, (7, 9))
   assert (nets.policy, nets.scalar) == (("policy", 23), ("reward", 23))
   assert (nets.policy_tx, nets.value_tx) == (1, 2)
   assert made == [
@@ -72,7 +72,7 @@ def test_optimisers_leave_clipping_to_the_step_and_count_updates():
     for optim in (config.ppo.policy_optim, config.ppo.value_optim)
   ]
   assert made[0] != made[1] and config.ppo.policy_optim.clip_norm == 1.0
-  assert (nets.eos_id, nets.max_response_length, nets.slots) == (7, 24, 4)
+  assert (nets.stop_ids, nets.max_response_length, nets.slots) == ((7, 9), 24, 4)
 
 
 def test_it_reads_training_prompts_and_training_text():

@@ -159,6 +159,16 @@ def test_what_differs_is_said_in_words(tmp_path, old, new, words):
   assert f"({words})" in str(error.value)
 
 
+def test_a_part_that_one_of_them_lacks_is_a_difference(tmp_path):
+  parts = {"config.rm": "12345678", "data:prompts": "abcdefgh"}
+  for saved, current, words in (
+    (parts, {"config.rm": "12345678"}, "abcdefgh, this run has none"),
+    ({"config.rm": "12345678"}, parts, "none, this run has abcdefgh"),
+  ):
+    with pytest.raises(UserError, match=f"another data:prompts .{words}"):
+      finished.require_same_run(tmp_path, saved, current)
+
+
 def test_what_must_have_finished_and_has_not_is_named(tmp_path):
   with pytest.raises(UserError, match="rm is not finished"):
     finished.require_done(tmp_path / "rm")

@@ -87,14 +87,50 @@ def test_another_shape_is_damage(tmp_path, text):
     )
 
 
-def test_the_checksum_is_what_its_docstring_says(tmp_path):
-  words = np.arange(3 * 512 - 100, dtype="<u8") ** 3
+def _checksum(words):
+  """Of a file of less than a chunk, or of what begins with a chunk: pages summed, and the columns of each chunk."""
+  sums = b""
+  for start in range(0, len(words), CHUNK // 8):
+    chunk = words[start : start + CHUNK // 8]
+    pages = [chunk[place : place + 512] for place in range(0, len(chunk), 512)]
+    columns = np.zeros(512, "<u8")
+    for page in pages:
+      columns[: len(page)] += page
+    sums += np.array([sum(map(int, page)) % 2**64 for page in pages], "<u8").tobytes()
+    sums += columns.tobytes()
+  return hashlib.sha256(sums).hexdigest()
+
+
+@pytest.mark.parametrize("size", [3 * 512 - 100, CHUNK // 8 + 700])
+def test_the_checksum_is_what_its_docstring_says(tmp_path, size):
+  words = np.arange(size, dtype="<u8") ** 3
   (tmp_path / "a").write_bytes(words.tobytes())
   manifest.write(tmp_path)
-  pages = [words[:512], words[512:1024], words[1024:]]
-  columns = np.zeros(512, "<u8")
-  for page in pages:
-    columns[: len(page)] += page
-  sums = np.array([sum(map(int, page)) for page in pages], "<u8").tobytes() + columns.tobytes()
-  size, checksum = json.loads((tmp_path / manifest.NAME).read_text())["files"]["a"]
-  assert (size, checksum) == (words.nbytes, hashlib.sha256(sums).hexdigest())
+  found = json.loads((tmp_path / manifest.NAME).read_text())["files"]["a"]
+  assert found == [words.nbytes, _checksum(words)]
+
+
+def test_a_disk_that_cannot_read_its_own_sector_is_damage(tmp_path, monkeypatch):
+  file = _folder(tmp_path, 10)
+
+  def unreadable(path):
+    raise OSError(5, "Input/output error")
+
+  monkeypatch.setattr(manifest, "_sum", unreadable)
+  assert manifest.find_fault(tmp_path, "state/d/a").path == file
+  assert manifest.find_damage(tmp_path).fault == "has other bytes than were saved"
+
+
+def test_damage_that_another_process_finds_is_everybodys(tmp_path, monkeypatch):
+  _folder(tmp_path, 10)
+  said = []
+
+  def gather(found):
+    said.append(int(found))
+    return np.array([found, 2 + 1 * 3])  # "has another size", of the second file
+
+  monkeypatch.setattr(manifest.multihost_utils, "process_allgather", gather)
+  assert str(manifest.find_damage(tmp_path)) == (
+    f"{tmp_path / 'state' / 'd' / 'a'} has another size than was saved"
+  )
+  assert said == [2**31 - 1]  # this process has found nothing
