@@ -79,7 +79,7 @@ def test_compressed_files_whatever_their_names(tmp_path, compress):
     (LINES.encode("utf-16-be"), "it is UTF-16"),
     (LINES.encode("utf-16-le"), "it is UTF-16"),
     (LINES.encode("utf-32"), "it is UTF-32"),
-    (gzip.compress(LINES.encode("utf-16")), "it is UTF-16"),
+    (gzip.compress(LINES.encode("utf-16"), mtime=0), "it is UTF-16"),
     (b"PAR1" + bytes(50), "it is a parquet file; read it as parquet:PATH"),
     (b"ARROW1" + bytes(50), "it is an Arrow file; read its folder as datasets:PATH"),
     (b"PK\x03\x04", "it is a zip file"),
