@@ -116,3 +116,12 @@ def test_any_flipped_bit_is_noticed_when_its_row_is_read(tmp_path):
     everything
   )
   np.testing.assert_array_equal(again.token_BL, expected.token_BL)
+
+
+def test_a_file_that_is_cut_off_while_it_is_open_is_noticed(tmp_path):
+  folder = write(tmp_path / "store")
+  store = token_store.open_store(folder)
+  os.truncate(folder / "tokens", 2 * 6)
+  assert store[1] == SEQUENCES[1]
+  with pytest.raises(Damaged, match="tokens: it ends too early"):
+    store[2]

@@ -2,7 +2,7 @@
 
   python -m tests.mutation --results=FILE    tries all mutants; an existing FILE is gone on with
   python -m tests.mutation --list            shows them
-  python -m tests.mutation --check           says which mutants written by hand no longer apply
+  python -m tests.mutation --check           says which mutants and which reasons, both written by hand, no longer apply
 
 First all tests that will be used run once on the code as it is: one that fails there would seem to kill every mutant.
 Then each mutant is written into a temporary copy of the project, and the tests that can see it (plan.py) run there, in
@@ -204,6 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
   sources = plan.read_sources(ROOT)
   mutants, stale = plan.choose(sources, args.seed, args.share)
   mutants = [mutant for mutant in mutants if mutant.id.startswith(args.only)]
+  if args.check:
+    stale += [
+      f"{name}: a reason without a mutant" for name in plan.without_mutant(REASONS, sources)
+    ]
   for line in stale:
     print(f"does not apply: {line}")
   if args.list:

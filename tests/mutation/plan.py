@@ -5,6 +5,7 @@ Called by `__main__`. Imports nothing of the project.
 
 import hashlib
 import pathlib
+from collections.abc import Iterable
 
 from tests.mutation import operators, written
 from tests.mutation.operators import Mutant
@@ -136,6 +137,13 @@ def choose(sources: dict[str, str], seed: int, share: float) -> tuple[list[Mutan
       chosen += [mutant for mutant in by_hand if mutant.module == module]
       chosen += sorted(drawn, key=lambda mutant: mutant.start)
   return chosen, stale
+
+
+def without_mutant(ids: Iterable[str], sources: dict[str, str]) -> list[str]:
+  """Those ids that no mutant of these sources has, sampled or not."""
+  made = [mutant for module in sources for mutant in operators.generate(module, sources[module])]
+  known = {mutant.id for mutant in made + written.written(sources)[0]}
+  return [name for name in ids if name not in known]
 
 
 def _lot(seed: int, mutant: Mutant) -> str:

@@ -7,8 +7,6 @@ REASONS: dict[str, str] = {
   ),
   "data/batching:Batches.__init__:659752": "a batch is made ahead, in the same order",
   "data/batching:_checksum:556269": "where a checksum starts; it is compared with its like only",
-  "data/batching:lm_batches:556269": "the same: pack_rows never weighs a first token",
-  "data/packing:pack:956fbb": "a full row stays in the list of room, where nothing fits it",
   "data/sources:_is_held_out:46a526": "a digest exactly at the edge, one of 2^64",
   "ops/surrogate:clipped_value_loss:2bad5b": "the maximum of two arguments in the other order",
 }

@@ -103,6 +103,12 @@ def test_a_sample_keeps_what_a_change_leaves():
   assert len(plan.choose(sources, 0, 0.0)[1]) == len(written.WRITTEN)
 
 
+def test_a_reason_whose_mutant_is_gone_is_told():
+  sources = dict.fromkeys(plan.modules(), "def f(x):\n  return x + 1\n")
+  (first, *_) = operators.generate("ops/gae", sources["ops/gae"])
+  assert plan.without_mutant([first.id, "ops/gae:g:000000"], sources) == ["ops/gae:g:000000"]
+
+
 def test_every_module_has_its_area_and_tests_that_are_there():
   for module in plan.modules():
     assert plan.area_of(module) in plan.AREAS

@@ -218,7 +218,7 @@ WRITTEN = [
   ("train/damaged", "half-copied checkpoints are whole", "path.name.isdigit() and not manifest.find_half(path)", "path.name.isdigit()"),
   ("train/damaged", "goes on from a damaged checkpoint", "if not damage:\n      return", "if damage or not damage:\n      return"),
   ("train/damaged", "half a checkpoint is deleted", '_rename(path, "incomplete", f"{half}")', "shutil.rmtree(path)"),
-  ("train/damaged", "only the newest checkpoint is put aside", "    if first:\n      _rename(folder / str(step)", "    if first and earlier < 0:\n      _rename(folder / str(step)"),
+  ("train/damaged", "a second damaged one takes the name of the first", '''if not (free := path.with_name(f"{path.name}.{name}{number if number > 1 else ''}")).exists()''', '''if (free := path.with_name(f"{path.name}.{name}{number if number > 1 else ''}"))'''),
   ("train/damaged", "the damaged one with none before it is put aside", "if earlier < 0:", "if earlier < -1:"),
   ("train/damaged", "the advice keeps later checkpoints", "for other in found if other >= step]", "for other in found if other == step]"),
   ("train/damaged", "the advice keeps done.json", "paths.insert(0, directory / finished.DONE)", "pass"),
