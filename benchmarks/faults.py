@@ -27,6 +27,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -601,18 +602,18 @@ def campaign(
 ) -> list[Try]:
   """All tries of all kinds, told as they end."""
   load_everything()
-  bench = prepare(folder)
-  print(f"an undisturbed run takes {bench.timeline.seconds:.1f} s", flush=True)
-  two = prepare(folder, "pair") if "pair" in kinds else bench
-  makers = {"kill": kill, "bits": bits, "disk": disk, "limit": limit}
+  benches = {}
+  for name in sorted({"pair" if kind == "pair" else "reference" for kind in kinds}):
+    benches[name] = prepare(folder, name)
+    print(f"undisturbed ({name}): {benches[name].timeline.seconds:.1f} s", flush=True)
+  two = functools.partial(pair, patience=patience)
+  makers = {"kill": kill, "bits": bits, "disk": disk, "limit": limit, "pair": two}
   found = []
   for kind in kinds:
     count, number = 0, 0
     while count < tries:
       rng = random.Random(f"{seed}/{kind}/{number}")
-      made = (
-        pair(two, rng, number, patience) if kind == "pair" else makers[kind](bench, rng, number)
-      )
+      made = makers[kind](benches["pair" if kind == "pair" else "reference"], rng, number)
       for one in made:
         found.append(one)
         count += 1
