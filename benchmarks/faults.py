@@ -67,7 +67,8 @@ def get_config(stage: str):
     stage, dict.fromkeys(("documents", "demonstrations", "prompts"), "demo:")
   )
   config.data.comparisons = "demo:"
-  config.evaluate.compare = ("ppo",)
+  if stage == STAGE:
+    config.evaluate.compare = ("ppo",)
   config.log.tensorboard = True
   return config
 
@@ -95,12 +96,14 @@ class Bench:
     folder: holds the reference run in `reference`, and the tries.
     end: the reference's digest.
     timeline: when a run whose programs are compiled already has written what.
+    stage: to which runs go.
     name: of the undisturbed run.
   """
 
   folder: pathlib.Path
   end: dict[str, str]
   timeline: moments.Timeline
+  stage: str
   name: str = "reference"
 
   @property
@@ -166,6 +169,7 @@ def fork(body: Callable[[], None], log: pathlib.Path) -> int:
 
 def start(
   workdir: pathlib.Path,
+  stage: str,
   before: Callable[[], None] = lambda: None,
   flags: Sequence[str] = (),
   log: pathlib.Path | None = None,
@@ -213,9 +217,9 @@ def end_with(child: int):
   os.waitpid(child, 0)
 
 
-def finish(workdir: pathlib.Path, before: Callable[[], None] = lambda: None) -> str:
+def finish(workdir: pathlib.Path, stage: str) -> str:
   """Runs the main job to its end; returns what was wrong with that, or ''."""
-  child = start(workdir, before)
+  child = start(workdir, stage)
   code = wait(child, LONGEST)
   if code is None:
     end_with(child)
@@ -295,7 +299,7 @@ def kill(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   wrong = ""
   for moment in sorted(bench.timeline.draw(rng) for _ in range(CHAIN)):
     before, unfinished = moments.marks(workdir), moments.saving(workdir)
-    child = start(workdir)
+    child = start(workdir, bench.stage)
     code = await_moment(workdir, child, bench.timeline, moment, rng)
     if code is None:
       end_with(child)
@@ -303,7 +307,7 @@ def kill(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     elif code != 0:  # one that has come to its end is started again all the same
       wrong = f"exit code {code}: {last_line(workdir)}"
       break
-  wrong = wrong or finish(workdir) or bench.compare(workdir)
+  wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
   for hit in hits:
     yield Try("kill", hit, wrong)
   if not wrong:
@@ -388,9 +392,9 @@ def disk(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     free = shutil.disk_usage(workdir).free
     with open(filler, "wb") as file:
       os.posix_fallocate(file.fileno(), 0, max(free - 4096 * pages, 1))
-    wrong = _refused(workdir, start(workdir))
+    wrong = _refused(workdir, start(workdir, bench.stage))
     filler.unlink()
-    wrong = wrong or finish(workdir) or bench.compare(workdir)
+    wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
   finally:
     subprocess.run(["umount", "-l", str(workdir)], check=True)
   yield Try("disk", f"{4 * pages} KiB free", wrong)
@@ -448,10 +452,10 @@ def limit(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     os.close(writes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-  child = start(workdir, limits)
+  child = start(workdir, bench.stage, limits)
   os.close(writes)
   wrong = _refused(workdir, child, output)
-  wrong = wrong or finish(workdir) or bench.compare(workdir)
+  wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
   if not wrong:
     shutil.rmtree(workdir)
   yield Try("limit", f"files of at most {size} bytes", wrong)
@@ -464,7 +468,7 @@ def pair(bench: Bench, rng: random.Random, number: int, patience: float) -> Iter
   for moment in sorted(bench.timeline.draw_joined(rng) for _ in range(3)):
     how, victim = WAYS[(number + len(tries)) % 3], rng.randrange(2)
     before = moments.marks(workdir)
-    pod = start_pair(workdir, PAIR_FLAGS)
+    pod = start_pair(workdir, bench.stage, PAIR_FLAGS)
     code = await_moment(workdir, pod[0], bench.timeline, moment, rng)
     if code is not None:  # too late
       tries.append(Try("pair", f"{how}, not tried", "" if code == 0 else f"exit code {code}"))
@@ -480,7 +484,7 @@ def pair(bench: Bench, rng: random.Random, number: int, patience: float) -> Iter
     took = time.monotonic() - began
     wrong = _end_of_pair(workdir, how, victim, codes)
     tries.append(Try("pair", f"{how}, {stage}, process {victim}, {took:.0f} s", wrong))
-  pod = start_pair(workdir)
+  pod = start_pair(workdir, bench.stage)
   codes = wait_for_pair(pod, LONGEST)
   wrong = "" if codes == [0, 0] else f"exit codes {codes} of the last start: {last_line(workdir)}"
   wrong = wrong or bench.compare(workdir)
@@ -508,7 +512,7 @@ def pair_log(workdir: pathlib.Path, process: int) -> pathlib.Path:
   return log_of(workdir).with_name(f"{workdir.name}.{process}.txt")
 
 
-def start_pair(workdir: pathlib.Path, flags: Sequence[str] = ()) -> list[int]:
+def start_pair(workdir: pathlib.Path, stage: str, flags: Sequence[str] = ()) -> list[int]:
   """Starts the main job as two processes, whose logs begin anew."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -524,7 +528,7 @@ def start_pair(workdir: pathlib.Path, flags: Sequence[str] = ()) -> list[int]:
   for log in logs:
     log.unlink(missing_ok=True)
   return [
-    start(workdir, lambda process=process: before(process), flags, log)
+    start(workdir, stage, lambda process=process: before(process), flags, log)
     for process, log in enumerate(logs)
   ]
 
@@ -553,26 +557,27 @@ def _worker(supervisor: int) -> int:
 # --- the campaign ---------------------------------------------------------------------------------
 
 
-def prepare(folder: pathlib.Path, name: str = "reference") -> Bench:
+def prepare(folder: pathlib.Path, stage: str, name: str = "reference") -> Bench:
   """Makes the undisturbed run, and a second one for the times at which it writes what once all programs are compiled.
 
   A folder that an earlier campaign has left holds both already.
 
   Args:
     folder: of the campaign.
+    stage: to which runs go.
     name: `pair` for a run of two processes.
   """
   first, known = folder / name, folder / f"{name}.json"
   if known.is_file():
     values = json.loads(known.read_text())
     rows = tuple((seconds, mark) for seconds, mark in values["timeline"])
-    return Bench(folder, values["end"], moments.Timeline(rows, values["seconds"]), name)
-  watch_run(first, name)
-  bench = Bench(folder, read_digest(first), moments.Timeline((), 0.0), name)
+    return Bench(folder, values["end"], moments.Timeline(rows, values["seconds"]), stage, name)
+  watch_run(first, stage, name)
+  bench = Bench(folder, read_digest(first), moments.Timeline((), 0.0), stage, name)
   if "digest" in bench.end:
     raise SystemExit(f"the undisturbed run's end cannot be read: {bench.end['digest']}")
   again = bench.new_workdir(f"{name}_again")
-  timeline = watch_run(again, name)
+  timeline = watch_run(again, stage, name)
   if wrong := bench.compare(again):
     raise SystemExit(f"two undisturbed runs differ: {wrong}")
   values = {"end": bench.end, "timeline": timeline.rows, "seconds": timeline.seconds}
@@ -580,9 +585,9 @@ def prepare(folder: pathlib.Path, name: str = "reference") -> Bench:
   return dataclasses.replace(bench, timeline=timeline)
 
 
-def watch_run(workdir: pathlib.Path, name: str) -> moments.Timeline:
+def watch_run(workdir: pathlib.Path, stage: str, name: str) -> moments.Timeline:
   """Runs the main job undisturbed, and notes when it has written what."""
-  pod = start_pair(workdir) if name == "pair" else [start(workdir)]
+  pod = start_pair(workdir, stage) if name == "pair" else [start(workdir, stage)]
   began = time.monotonic()
   rows: dict[str, float] = {}
   code = None
@@ -598,13 +603,13 @@ def watch_run(workdir: pathlib.Path, name: str) -> moments.Timeline:
 
 
 def campaign(
-  kinds: list[str], tries: int, seed: int, patience: float, folder: pathlib.Path
+  kinds: list[str], tries: int, seed: int, stage: str, patience: float, folder: pathlib.Path
 ) -> list[Try]:
   """All tries of all kinds, told as they end."""
   load_everything()
   benches = {}
   for name in sorted({"pair" if kind == "pair" else "reference" for kind in kinds}):
-    benches[name] = prepare(folder, name)
+    benches[name] = prepare(folder, stage, name)
     print(f"undisturbed ({name}): {benches[name].timeline.seconds:.1f} s", flush=True)
   two = functools.partial(pair, patience=patience)
   makers = {"kill": kill, "bits": bits, "disk": disk, "limit": limit, "pair": two}
@@ -641,6 +646,9 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--tries", type=int, default=200, help="faults of each kind")
   parser.add_argument("--seed", type=int, default=0, help="decides where and when; times vary")
   parser.add_argument(
+    "--stage", default=STAGE, help="to which runs go; earlier ones take less time"
+  )
+  parser.add_argument(
     "--patience", type=float, default=180.0, help="seconds that a pair has to end"
   )
   parser.add_argument("--folder", help="where the runs go; default: a temporary folder")
@@ -656,7 +664,7 @@ def main(arguments: list[str] | None = None) -> int:
   with contextlib.ExitStack() as stack:
     folder = pathlib.Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
-    found = campaign(kinds, args.tries, args.seed, args.patience, folder.resolve())
+    found = campaign(kinds, args.tries, args.seed, args.stage, args.patience, folder.resolve())
   print(table(found))
   counts = {
     kind: [

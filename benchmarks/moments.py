@@ -76,14 +76,14 @@ class Timeline:
     return Moment(seconds, last, seconds - self.rows[last][0] if last >= 0 else seconds)
 
   def draw(self, rng: random.Random) -> Moment:
-    """A third of all moments fall into the writing of a checkpoint, a sixth behind the last stage that trains, and the
+    """A third of all moments fall into the writing of a checkpoint, a sixth behind the last checkpoint, and the
     others anywhere, all seconds of the run being equally likely.
     """
     kind = rng.random()
     if kind < 1 / 3:
       last = rng.choice([number for number, row in enumerate(self.rows) if "/save " in row[1]])
       return Moment(self.rows[last][0], last, rng.uniform(0, 0.04))
-    begin = next(row[0] for row in self.rows if row[1] == "ppo_ptx/done.json")
+    begin = max(row[0] for row in self.rows if "/save " in row[1])
     return self.at(rng.uniform(begin if kind < 1 / 2 else 0, self.seconds))
 
   def draw_joined(self, rng: random.Random) -> Moment:

@@ -52,7 +52,9 @@ def test_the_command_ends_with_1_if_one_has_not_survived(monkeypatch, capsys, tm
 
 
 def test_an_end_that_differs_or_cannot_be_read_is_not_the_reference(monkeypatch, tmp_path):
-  bench = faults.Bench(tmp_path, {"sft/state": "a", "rm/state": "b"}, moments.Timeline((), 0.0))
+  bench = faults.Bench(
+    tmp_path, {"sft/state": "a", "rm/state": "b"}, moments.Timeline((), 0.0), faults.STAGE
+  )
   ends = iter([{"sft/state": "a", "rm/state": "b"}, {"sft/state": "c"}, {"digest": "run: why"}])
   monkeypatch.setattr(faults, "read_digest", lambda workdir: next(ends))
   assert bench.compare(tmp_path) == ""

@@ -47,10 +47,10 @@ def test_moments_fall_into_saves_the_last_stages_and_anywhere():
   rng = random.Random(0)
   drawn = [TIMELINE.draw(rng) for _ in range(3000)]
   saves = sum(ROWS[moment.last][1] == "sft/save 1" and moment.delay < 0.04 for moment in drawn)
-  late = sum(moment.seconds >= 6 for moment in drawn)
+  late = sum(moment.seconds >= 3.5 and moment.delay > 0.04 for moment in drawn)
   early = sum(moment.seconds < 1 for moment in drawn)
   assert abs(saves / 3000 - 1 / 3) < 0.05
-  assert abs(late / 3000 - (1 / 6 + 0.5 * 0.4)) < 0.05
+  assert abs(late / 3000 - (1 / 6 + 0.5 * 0.65)) < 0.05
   assert abs(early / 3000 - 0.5 * 0.1) < 0.02
   assert all(1 <= TIMELINE.draw_joined(rng).seconds <= 10 for _ in range(100))
 
