@@ -8,28 +8,33 @@ has survived if the run, given again after the fault, ends as the reference does
 checkpoints, metrics, results, answers); and if it said what was wrong in one line with exit code 2, where it could say
 anything.
 
-  kill   SIGKILL at a random moment, half of them while a checkpoint is being written. The run is started again and
-         killed again, until it comes to its end before it is killed.
+  kill   SIGKILL at a random moment: a third of them while a checkpoint is being written, a sixth in evaluate and the
+         report, the others spread evenly over the run. A run is killed CHAIN times, each time further on, then ends.
   bits   One flipped bit in a random file of a random checkpoint. The file must be named, both when weights are loaded
          and when the stage is resumed, which then goes on from the checkpoint before.
   disk   A file system with room for a random part of the run, or with a random number of bytes left. Linux, as root.
   limit  No file may become larger than a random size (RLIMIT_FSIZE).
-  pair   Two processes, of which one is killed, stopped (SIGSTOP) or stuck (its main thread sleeps, the others live) at
-         a random moment. Both must end within --patience seconds, by themselves but for the stopped one.
+  pair   Two processes, of which one is killed, stopped (SIGSTOP) or stuck (its main thread loops, its others live) at
+         a random moment after they have met. Both must end within --patience seconds with the exit codes of
+         docs/pods.md and one line each. The pair is then started again, up to three times with each kind of loss, and
+         must end as an undisturbed pair does.
 
-Every run is a fork of this process, which has imported everything and never touches a device.
+Moments are told by what a run has written, not by the clock: see moments.py. Every run is a fork of this process, which
+has imported everything and never touches a device.
 """
 
 import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -38,16 +43,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from benchmarks import moments
 from tests import micro, quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 KINDS = ("kill", "bits", "disk", "limit", "pair")
 STAGE = "ppo_ptx"
-TEMPORARY = "*/checkpoints/*.orbax-checkpoint-tmp*"
+SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}
+# What no user should see: tracebacks, and lines of the logs of C++.
+ODD = re.compile(r"Traceback |[IWEF]\d{4} \d\d:|terminate called|Exception ignored")
 LONGEST = 600  # seconds after which a run counts as hanging
-KILLS = 40  # most kills of one run, which then goes to its end
+CHAIN = 10  # kills of one run, which then goes to its end
+WAYS = ("killed", "stopped", "stuck")  # how one of two processes is lost
+# So that a stuck process is noticed soon. Not too soon: on a busy machine a step may wait for its turn.
+PAIR_FLAGS = ("--config.guard.stuck_seconds=10", "--config.guard.phase_seconds=40")
 
 
 def get_config(stage: str):
@@ -56,7 +67,8 @@ def get_config(stage: str):
     stage, dict.fromkeys(("documents", "demonstrations", "prompts"), "demo:")
   )
   config.data.comparisons = "demo:"
-  config.evaluate.compare = ("ppo",)
+  if stage == STAGE:
+    config.evaluate.compare = ("ppo",)
   config.log.tensorboard = True
   return config
 
@@ -83,17 +95,21 @@ class Bench:
   Attributes:
     folder: holds the reference run in `reference`, and the tries.
     end: the reference's digest.
-    seconds: wall seconds that a run takes whose programs are compiled already.
+    timeline: when a run whose programs are compiled already has written what.
+    stage: to which runs go.
+    name: of the undisturbed run.
   """
 
   folder: pathlib.Path
   end: dict[str, str]
-  seconds: float
+  timeline: moments.Timeline
+  stage: str
+  name: str = "reference"
 
   @property
   def reference(self) -> pathlib.Path:
     """The undisturbed run's workdir."""
-    return self.folder / "reference"
+    return self.folder / self.name
 
   def new_workdir(self, name: str) -> pathlib.Path:
     """An empty workdir, but for the programs that the reference has compiled."""
@@ -151,7 +167,13 @@ def fork(body: Callable[[], None], log: pathlib.Path) -> int:
     os._exit(code)
 
 
-def start(workdir: pathlib.Path, before: Callable[[], None] = lambda: None) -> int:
+def start(
+  workdir: pathlib.Path,
+  stage: str,
+  before: Callable[[], None] = lambda: None,
+  flags: Sequence[str] = (),
+  log: pathlib.Path | None = None,
+) -> int:
   """Starts the main job; `before` is called first, in the child."""
 
   def body():
@@ -159,10 +181,15 @@ def start(workdir: pathlib.Path, before: Callable[[], None] = lambda: None) -> i
     main, cli = (
       importlib.import_module(f"instructjax.{name}") for name in ("main", "commands.cli")
     )
-    sys.argv = ["faults", f"--config={ROOT}/benchmarks/faults.py:{STAGE}", f"--workdir={workdir}"]
+    sys.argv = [
+      "faults",
+      f"--config={ROOT}/benchmarks/faults.py:{STAGE}",
+      f"--workdir={workdir}",
+      *flags,
+    ]
     cli.run(main.main, interrupted="interrupted")
 
-  return fork(body, log_of(workdir))
+  return fork(body, log or log_of(workdir))
 
 
 def log_of(workdir: pathlib.Path) -> pathlib.Path:
@@ -190,9 +217,9 @@ def end_with(child: int):
   os.waitpid(child, 0)
 
 
-def finish(workdir: pathlib.Path, before: Callable[[], None] = lambda: None) -> str:
+def finish(workdir: pathlib.Path, stage: str) -> str:
   """Runs the main job to its end; returns what was wrong with that, or ''."""
-  child = start(workdir, before)
+  child = start(workdir, stage)
   code = wait(child, LONGEST)
   if code is None:
     end_with(child)
@@ -231,7 +258,10 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     stage = done.parent
     values = finished.require_done(stage)
     found[f"{stage.name}/result"] = repr((values.fingerprint, values.step, values.result))
-    records = [record | {"seconds": 0} for record in metrics.read_metrics(stage)]
+    records = [
+      {key: value for key, value in record.items() if not key.startswith("seconds")}
+      for record in metrics.read_metrics(stage)
+    ]
     found[f"{stage.name}/metrics"] = json.dumps(records)
     for step in checkpoint.saved_steps(stage)[-1:]:
       with ocp.PyTreeCheckpointer() as checkpointer:
@@ -243,59 +273,53 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
   return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}
 
 
-def stage_of(workdir: pathlib.Path) -> str:
-  """Where a run stands: the stage it was last in."""
-  folders = [path for path in workdir.glob("*/") if path.name not in ("compiled", "tokenizer")]
-  running = [
-    path for path in folders if not (path / "done.json").exists() and path.name != "report"
-  ]
-  newest = max(running or folders, key=lambda path: path.stat().st_mtime, default=None)
-  if newest is None:
-    return "start"
-  return newest.name if newest in running else f"after {newest.name}"
-
-
 # --- the kinds of faults --------------------------------------------------------------------------
 
 
+def await_moment(
+  workdir: pathlib.Path, child: int, timeline: moments.Timeline, moment: moments.Moment, rng
+) -> int | None:
+  """Waits until a run has come to a moment; returns its exit code if it ends before, else None."""
+  if timeline.has_come(moment, moments.marks(workdir)):  # while the run starts, then
+    return wait(child, rng.uniform(0, timeline.rows[0][0]))
+  deadline = time.monotonic() + LONGEST
+  while time.monotonic() < deadline:
+    code = wait(child, 0.001)
+    if code is not None:
+      return code
+    if timeline.has_come(moment, moments.marks(workdir)):
+      return wait(child, moment.delay)
+  raise RuntimeError(f"{workdir} makes no headway")
+
+
 def kill(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
-  """One run, killed until it is finished or was killed KILLS times."""
+  """One run, killed CHAIN times."""
   workdir = bench.new_workdir(f"kill{number}")
   hits = []
   wrong = ""
-  while len(hits) < KILLS and not wrong:
-    child = start(workdir)
-    # Early moments are likelier than late ones: each start has the rest of the run before it, not all of it.
-    code = wait(child, 0.8 * bench.seconds * rng.random() ** 3)
-    where = ""
-    if code is None and rng.random() < 0.5:
-      code = await_save(workdir, child, bench.seconds)
-      where = " (saving)"
-      if code is None:
-        time.sleep(rng.uniform(0, 0.04))
+  for moment in sorted(bench.timeline.draw(rng) for _ in range(CHAIN)):
+    before, unfinished = moments.marks(workdir), moments.saving(workdir)
+    child = start(workdir, bench.stage)
+    code = await_moment(workdir, child, bench.timeline, moment, rng)
     if code is None:
-      where = (stage_of(workdir), where if any(workdir.glob(TEMPORARY)) else "")
-      hits.append("".join(where))
       end_with(child)
-    elif code == 0:
-      break
-    else:
+      hits.append(_place(bench.timeline, workdir, before, unfinished))
+    elif code != 0:  # one that has come to its end is started again all the same
       wrong = f"exit code {code}: {last_line(workdir)}"
-  wrong = wrong or finish(workdir) or bench.compare(workdir)
+      break
+  wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
   for hit in hits:
     yield Try("kill", hit, wrong)
   if not wrong:
     shutil.rmtree(workdir)
 
 
-def await_save(workdir: pathlib.Path, child: int, seconds: float) -> int | None:
-  """Waits until a checkpoint is being written; returns the exit code if the run ends before, else None."""
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline and not any(workdir.glob(TEMPORARY)):
-    code = wait(child, 0.001)
-    if code is not None:
-      return code
-  return None
+def _place(timeline: moments.Timeline, workdir: pathlib.Path, before: set, unfinished: set) -> str:
+  """Where a run was when it was killed, in words; `before` and `unfinished` are what lay there when it was started."""
+  present = moments.marks(workdir)
+  if saved := sorted(moments.saving(workdir) - unfinished):
+    return f"{saved[0][0]} (saving)"
+  return timeline.stage(present) + (" (starting)" if present == before else "")
 
 
 def bits(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
@@ -368,9 +392,9 @@ def disk(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     free = shutil.disk_usage(workdir).free
     with open(filler, "wb") as file:
       os.posix_fallocate(file.fileno(), 0, max(free - 4096 * pages, 1))
-    wrong = _refused(workdir, start(workdir))
+    wrong = _refused(workdir, start(workdir, bench.stage))
     filler.unlink()
-    wrong = wrong or finish(workdir) or bench.compare(workdir)
+    wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
   finally:
     subprocess.run(["umount", "-l", str(workdir)], check=True)
   yield Try("disk", f"{4 * pages} KiB free", wrong)
@@ -381,18 +405,34 @@ def _mount(options: str, path: pathlib.Path):
   subprocess.run(command, check=True)
 
 
-def _refused(workdir: pathlib.Path, child: int) -> str:
-  """Waits for a run that must end well, or by a refusal in one line; returns what was wrong with its end, or ''."""
+def _refused(workdir: pathlib.Path, child: int, output: subprocess.Popen | None = None) -> str:
+  """Waits for a run that must end well, or by a refusal in one line; returns what was wrong with its end, or ''.
+
+  Args:
+    output: a program to wait for, which brings the run's output to its log.
+  """
   code = wait(child, LONGEST)
   if code is None:
     end_with(child)
     return f"it hung for {LONGEST} s"
+  if output:
+    output.wait()
   text = log_of(workdir).read_text(encoding="utf-8", errors="replace")
-  lines = [line for line in text.split("\n") if line.startswith("error: ")]
-  if "Traceback" in text or code not in (0, 2) or (code == 2 and len(lines) != 1):
-    return f"exit code {code}: {last_line(workdir)}"
-  if code == 2 and "cannot write " not in lines[0]:
-    return f"it does not say what cannot be written: {lines[0]}"
+  return _end_of_refused(code, text)
+
+
+def _end_of_refused(code: int, text: str) -> str:
+  lines = [line for line in text.split("\n") if line.strip()]
+  odd = [line for line in lines if ODD.match(line)]
+  if odd or code not in (0, 2):
+    return f"exit code {code}: {(odd or lines[-1:] or [''])[0][:200]}"
+  if code == 0:
+    return ""
+  errors = [line for line in lines if line.startswith("error: ")]
+  if errors != lines[-1:]:
+    return f"exit code 2, but not in one last line: {lines[-2:]}"[:300]
+  if "cannot write " not in errors[0]:
+    return f"it does not say what cannot be written: {errors[0]}"
   return ""
 
 
@@ -400,47 +440,80 @@ def limit(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   """No file may become larger than a random size."""
   workdir = bench.new_workdir(f"limit{number}")
   size = int(10 ** rng.uniform(0, 6))
-  limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-  # Its output goes through a pipe, whose file is not the run's.
-  wrong = _refused(workdir, start(workdir, limits))
-  wrong = wrong or finish(workdir) or bench.compare(workdir)
+  # The run's output goes to its log through another program, since it too would become too large.
+  reads, writes = os.pipe()
+  with open(log_of(workdir), "ab") as file:
+    output = subprocess.Popen(["cat"], stdin=reads, stdout=file)
+  os.close(reads)
+
+  def limits():
+    for stream in (1, 2):
+      os.dup2(writes, stream)
+    os.close(writes)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+  child = start(workdir, bench.stage, limits)
+  os.close(writes)
+  wrong = _refused(workdir, child, output)
+  wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
   if not wrong:
     shutil.rmtree(workdir)
   yield Try("limit", f"files of at most {size} bytes", wrong)
 
 
 def pair(bench: Bench, rng: random.Random, number: int, patience: float) -> Iterator[Try]:
-  """Two processes; one is lost, and both must end. Then the same command must go on."""
+  """Two processes; one is lost, and both must end. Then the same command must go on, and come to the same end."""
   workdir = bench.new_workdir(f"pair{number}")
-  how = ("killed", "stopped", "stuck")[number % 3]
-  victim = rng.randrange(2)
-  pod = _start_pair(workdir)
-  time.sleep(rng.uniform(0, 2 * bench.seconds))
-  where = f"process {victim} {how}, {stage_of(workdir)}"
-  # The worker is the supervisor's child.
-  number_of = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}[how]
-  with contextlib.suppress(ProcessLookupError):
-    os.kill(_worker(pod[victim]), number_of)
-  codes: list[int | None] = [None, None]
-  deadline = time.monotonic() + patience
-  for process in (1 - victim, victim):
-    is_last_word = how == "stopped" and process == victim
-    codes[process] = wait(
-      pod[process], 0.1 if is_last_word else max(deadline - time.monotonic(), 0)
-    )
-    if codes[process] is None:
-      end_with(pod[process])
-  ended = [
-    code for process, code in enumerate(codes) if not (how == "stopped" and process == victim)
-  ]
-  wrong = f"still alive after {patience:.0f} s" if None in ended else ""
-  if not wrong and any(code not in (0, 69, 137) for code in ended):
-    wrong = f"exit codes {ended}: {last_line(workdir)}"
-  # A pair's sums may round otherwise than one process's, so only that it ends is asked.
-  yield Try("pair", where, wrong or finish(workdir))
+  tries = []
+  for moment in sorted(bench.timeline.draw_joined(rng) for _ in range(3)):
+    how, victim = WAYS[(number + len(tries)) % 3], rng.randrange(2)
+    before = moments.marks(workdir)
+    pod = start_pair(workdir, bench.stage, PAIR_FLAGS)
+    code = await_moment(workdir, pod[0], bench.timeline, moment, rng)
+    if code is not None:  # too late
+      tries.append(Try("pair", f"{how}, not tried", "" if code == 0 else f"exit code {code}"))
+      end_with(pod[1])
+      continue
+    present = moments.marks(workdir)
+    stage = bench.timeline.stage(present) + (" (starting)" if present == before else "")
+    # The worker is the supervisor's child.
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(_worker(pod[victim]), SIGNALS[how])
+    began = time.monotonic()
+    codes = wait_for_pair(pod, patience)
+    took = time.monotonic() - began
+    wrong = _end_of_pair(workdir, how, victim, codes)
+    tries.append(Try("pair", f"{how}, {stage}, process {victim}, {took:.0f} s", wrong))
+  pod = start_pair(workdir, bench.stage)
+  codes = wait_for_pair(pod, LONGEST)
+  wrong = "" if codes == [0, 0] else f"exit codes {codes} of the last start: {last_line(workdir)}"
+  wrong = wrong or bench.compare(workdir)
+  for one in tries:
+    yield dataclasses.replace(one, wrong=one.wrong or wrong)
 
 
-def _start_pair(workdir: pathlib.Path) -> list[int]:
+def _end_of_pair(workdir: pathlib.Path, how: str, victim: int, codes: list[int | None]) -> str:
+  """What was wrong with the ends of two processes of which one was lost, or ''."""
+  if None in codes:
+    return f"exit codes {codes}: still alive"
+  wanted = [69, 69]
+  if how == "killed":
+    wanted[victim] = 137
+  for process in range(2):
+    text = pair_log(workdir, process).read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.split("\n") if line.startswith("error: ")]
+    if codes[process] != wanted[process] or len(lines) != 1 or "Traceback" in text:
+      return f"exit codes {codes}, process {process}: {lines or text[-200:]}"
+  return ""
+
+
+def pair_log(workdir: pathlib.Path, process: int) -> pathlib.Path:
+  """Where the output of one start of one of two processes goes."""
+  return log_of(workdir).with_name(f"{workdir.name}.{process}.txt")
+
+
+def start_pair(workdir: pathlib.Path, stage: str, flags: Sequence[str] = ()) -> list[int]:
+  """Starts the main job as two processes, whose logs begin anew."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -449,9 +522,31 @@ def _start_pair(workdir: pathlib.Path) -> list[int]:
     os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
     os.environ["JAX_NUM_PROCESSES"] = "2"
     os.environ["JAX_PROCESS_ID"] = str(process)
-    signal.signal(signal.SIGUSR1, lambda *_: time.sleep(LONGEST))
+    signal.signal(signal.SIGUSR1, _loop)
 
-  return [start(workdir, lambda process=process: before(process)) for process in range(2)]
+  logs = [pair_log(workdir, process) for process in range(2)]
+  for log in logs:
+    log.unlink(missing_ok=True)
+  return [
+    start(workdir, stage, lambda process=process: before(process), flags, log)
+    for process, log in enumerate(logs)
+  ]
+
+
+def _loop(*_):
+  while True:
+    time.sleep(0.01)
+
+
+def wait_for_pair(pod: Sequence[int], seconds: float) -> list[int | None]:
+  """The exit codes of two processes; None for one that had to be killed because it still ran."""
+  deadline = time.monotonic() + seconds
+  codes = []
+  for process in pod:
+    codes.append(wait(process, max(deadline - time.monotonic(), 0.01)))
+    if codes[-1] is None:
+      end_with(process)
+  return codes
 
 
 def _worker(supervisor: int) -> int:
@@ -462,47 +557,68 @@ def _worker(supervisor: int) -> int:
 # --- the campaign ---------------------------------------------------------------------------------
 
 
-def prepare(folder: pathlib.Path) -> Bench:
-  """Makes the reference run, and a second one for the time it takes once all programs are compiled.
+def prepare(folder: pathlib.Path, stage: str, name: str = "reference") -> Bench:
+  """Makes the undisturbed run, and a second one for the times at which it writes what once all programs are compiled.
 
   A folder that an earlier campaign has left holds both already.
+
+  Args:
+    folder: of the campaign.
+    stage: to which runs go.
+    name: `pair` for a run of two processes.
   """
-  first, known = folder / "reference", folder / "reference.json"
+  first, known = folder / name, folder / f"{name}.json"
   if known.is_file():
-    return Bench(folder, **json.loads(known.read_text()))
-  wrong = finish(first)
-  if wrong:
-    raise SystemExit(f"the undisturbed run failed: {wrong}")
-  bench = Bench(folder, read_digest(first), 0.0)
+    values = json.loads(known.read_text())
+    rows = tuple((seconds, mark) for seconds, mark in values["timeline"])
+    return Bench(folder, values["end"], moments.Timeline(rows, values["seconds"]), stage, name)
+  watch_run(first, stage, name)
+  bench = Bench(folder, read_digest(first), moments.Timeline((), 0.0), stage, name)
   if "digest" in bench.end:
     raise SystemExit(f"the undisturbed run's end cannot be read: {bench.end['digest']}")
-  again = bench.new_workdir("again")
-  began = time.monotonic()
-  wrong = finish(again)
-  seconds = time.monotonic() - began
-  wrong = wrong or bench.compare(again)
-  if wrong:
+  again = bench.new_workdir(f"{name}_again")
+  timeline = watch_run(again, stage, name)
+  if wrong := bench.compare(again):
     raise SystemExit(f"two undisturbed runs differ: {wrong}")
-  known.write_text(json.dumps({"end": bench.end, "seconds": round(seconds, 1)}))
-  return dataclasses.replace(bench, seconds=seconds)
+  values = {"end": bench.end, "timeline": timeline.rows, "seconds": timeline.seconds}
+  known.write_text(json.dumps(values))
+  return dataclasses.replace(bench, timeline=timeline)
+
+
+def watch_run(workdir: pathlib.Path, stage: str, name: str) -> moments.Timeline:
+  """Runs the main job undisturbed, and notes when it has written what."""
+  pod = start_pair(workdir, stage) if name == "pair" else [start(workdir, stage)]
+  began = time.monotonic()
+  rows: dict[str, float] = {}
+  code = None
+  while code is None and time.monotonic() - began < LONGEST:
+    code = wait(pod[0], 0.001)
+    for mark in sorted(moments.marks(workdir) - rows.keys()):
+      rows[mark] = time.monotonic() - began
+  codes = [code, *wait_for_pair(pod[1:], LONGEST)]
+  if any(codes):
+    raise SystemExit(f"the undisturbed run failed: exit codes {codes}")
+  ordered = tuple((seconds, mark) for mark, seconds in rows.items())
+  return moments.Timeline(ordered, time.monotonic() - began)
 
 
 def campaign(
-  kinds: list[str], tries: int, seed: int, patience: float, folder: pathlib.Path
+  kinds: list[str], tries: int, seed: int, stage: str, patience: float, folder: pathlib.Path
 ) -> list[Try]:
   """All tries of all kinds, told as they end."""
   load_everything()
-  bench = prepare(folder)
-  print(f"an undisturbed run takes {bench.seconds:.1f} s", flush=True)
-  makers = {"kill": kill, "bits": bits, "disk": disk, "limit": limit}
+  benches = {}
+  for name in sorted({"pair" if kind == "pair" else "reference" for kind in kinds}):
+    benches[name] = prepare(folder, stage, name)
+    print(f"undisturbed ({name}): {benches[name].timeline.seconds:.1f} s", flush=True)
+  two = functools.partial(pair, patience=patience)
+  makers = {"kill": kill, "bits": bits, "disk": disk, "limit": limit, "pair": two}
   found = []
   for kind in kinds:
     count, number = 0, 0
     while count < tries:
       rng = random.Random(f"{seed}/{kind}/{number}")
-      made = (
-        pair(bench, rng, number, patience) if kind == "pair" else makers[kind](bench, rng, number)
-      )
+      made = makers[kind](benches["pair" if kind == "pair" else "reference"], rng, number)
       for one in made:
         found.append(one)
         count += 1
@@ -512,13 +628,13 @@ def campaign(
 
 
 def table(tries: list[Try]) -> str:
-  """Rows of kind, tried, survived; of kills also by stage."""
+  """Rows of kind, tried, survived; of kills also by stage, of pairs by the way in which one was lost."""
   rows = [("kind", "tried", "survived")]
   groups = collections.defaultdict(list)
   for one in tries:
     groups[one.kind].append(one)
-    if one.kind == "kill":
-      groups[f"  {one.where}"].append(one)
+    if one.kind in ("kill", "pair"):  # of a pair: how one was lost
+      groups[f"  {one.where.partition(',')[0]}"].append(one)
   for name, group in groups.items():
     rows.append((name, str(len(group)), str(sum(not one.wrong for one in group))))
   return "\n".join(f"{name:36} {tried:>6} {survived:>9}" for name, tried, survived in rows)
@@ -530,7 +646,10 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--tries", type=int, default=200, help="faults of each kind")
   parser.add_argument("--seed", type=int, default=0, help="decides where and when; times vary")
   parser.add_argument(
-    "--patience", type=float, default=120.0, help="seconds that a pair has to end"
+    "--stage", default=STAGE, help="to which runs go; earlier ones take less time"
+  )
+  parser.add_argument(
+    "--patience", type=float, default=180.0, help="seconds that a pair has to end"
   )
   parser.add_argument("--folder", help="where the runs go; default: a temporary folder")
   args = parser.parse_args(arguments)
@@ -545,7 +664,7 @@ def main(arguments: list[str] | None = None) -> int:
   with contextlib.ExitStack() as stack:
     folder = pathlib.Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
     folder.mkdir(parents=True, exist_ok=True)
-    found = campaign(kinds, args.tries, args.seed, args.patience, folder.resolve())
+    found = campaign(kinds, args.tries, args.seed, args.stage, args.patience, folder.resolve())
   print(table(found))
   counts = {
     kind: [

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks import faults
+from benchmarks import faults, moments
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,9 @@ def test_the_command_ends_with_1_if_one_has_not_survived(monkeypatch, capsys, tm
 
 
 def test_an_end_that_differs_or_cannot_be_read_is_not_the_reference(monkeypatch, tmp_path):
-  bench = faults.Bench(tmp_path, {"sft/state": "a", "rm/state": "b"}, 1.0)
+  bench = faults.Bench(
+    tmp_path, {"sft/state": "a", "rm/state": "b"}, moments.Timeline((), 0.0), faults.STAGE
+  )
   ends = iter([{"sft/state": "a", "rm/state": "b"}, {"sft/state": "c"}, {"digest": "run: why"}])
   monkeypatch.setattr(faults, "read_digest", lambda workdir: next(ends))
   assert bench.compare(tmp_path) == ""
@@ -67,6 +69,8 @@ def test_an_end_that_differs_or_cannot_be_read_is_not_the_reference(monkeypatch,
     ("error: cannot write run/sft: No space left on device\n", 2, ""),
     ("error: cannot read run/sft\n", 2, "it does not say what cannot be written"),
     ("error: cannot write a\nerror: cannot write b\n", 2, "exit code 2"),
+    ("error: cannot write a\nloop is closed\n", 2, "not in one last line"),
+    ("E1129 18:00:01.0 1 tasks.cc:1] loop\nerror: cannot write a\n", 2, "exit code 2: E1129"),
     ("Traceback (most recent call last):\nfinished: run\n", 0, "exit code 0"),
     ("Killed\n", 1, "exit code 1"),
   ],
@@ -103,16 +107,6 @@ def test_a_child_is_killed_and_its_log_is_kept(tmp_path):
   assert faults.last_line(tmp_path / "run") == "begun"
   for code in (0, 3):
     assert faults.wait(faults.fork(lambda code=code: sys.exit(code), log), 60) == code
-
-
-def test_a_stage_is_told_by_its_folder(tmp_path):
-  assert faults.stage_of(tmp_path) == "start"
-  for name in ("tokenizer", "pretrain", "sft"):
-    (tmp_path / name).mkdir()
-  (tmp_path / "pretrain" / "done.json").write_text("{}")
-  assert faults.stage_of(tmp_path) == "sft"
-  (tmp_path / "sft" / "done.json").write_text("{}")
-  assert faults.stage_of(tmp_path) == "after sft"
 
 
 def test_the_runs_config_has_all_stages():

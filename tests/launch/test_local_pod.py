@@ -174,8 +174,8 @@ def test_sigterm_saves_and_ends_all_with_the_code_for_it(wandering):
   assert f"{stage}: going on after step {step}" in own_words(said["killed"][1], 0)
 
 
-def test_seconds_of_each_process_are_in_the_metrics(wandering):
-  row = read_metrics(wandering[0] / "ppo_ptx")[-1]  # of the last pod, which had two processes
+def test_seconds_of_each_process_are_in_the_metrics(uninterrupted):
+  row = read_metrics(uninterrupted / "pretrain")[-1]
   assert {"seconds/process_0", "seconds/process_1"} <= row.keys()
   assert "seconds/process_2" not in row and 0 < row["seconds/process_0"] < 100
 
