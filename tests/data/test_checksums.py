@@ -159,7 +159,8 @@ def test_how_files_are_read_counts(tmp_path, memory):
   path.write_text("text")
   prints = {content(f"{scheme}:{path}", memory).fingerprint for scheme in ("jsonl", "hh")}
   assert len(prints) == 2
-  assert sources.how("datasets:/data/x:train") == "datasets::train"
+  assert sources.how(f"datasets:{tmp_path}:train") == "datasets::train"
+  assert sources.how("datasets:org/name:train") == "datasets:org/name:train"  # of the hub
   assert sources.how("tfds:name:1.0.0:train?data_dir=/x") == "tfds:name:1.0.0:train?data_dir="
 
 
