@@ -104,7 +104,7 @@ def require_file(path: pathlib.Path):
   except (OSError, ValueError) as error:
     raise UserError(f"{_short(path)} cannot be read: {_why(error)}") from None
   if not is_file:
-    raise UserError(f"{path} must be a file, and it is a folder or a device")
+    raise UserError(f"{path} must be a file, and it is a folder, a pipe or a device")
   if start == _POINTER:
     raise UserError(
       f"{path} is a Git LFS pointer, a note in the place of the real file; run `git lfs pull` in its"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import time
 
 import pytest
@@ -64,7 +65,7 @@ def test_refused(path, content, message):
 def test_what_is_no_file(path, tmp_path):
   assert refusal(path) == f"{tmp_path} has no config.json"
   path.mkdir()
-  assert "must be a file, and it is a folder or a device" in refusal(path)
+  assert "must be a file, and it is a folder, a pipe or a device" in refusal(path)
   pipe = tmp_path / "pipe"
   os.mkfifo(pipe)  # to open it would wait for a writer
   assert "must be a file" in refusal(pipe)
@@ -72,6 +73,10 @@ def test_what_is_no_file(path, tmp_path):
   loop.symlink_to(loop)
   with pytest.raises(UserError, match="loop cannot be read: Too many levels"):
     foreign.require_file(loop)
+  with pytest.raises(UserError, match="/dev/null must be a file"):
+    foreign.require_file(pathlib.Path("/dev/null"))
+  with pytest.raises(UserError, match="must be a file"):
+    foreign.require_file(pathlib.Path(""))
   for name in ("x" * 5000, "a\0b", "\ud800"):
     with pytest.raises(UserError) as error:
       foreign.require_file(tmp_path / name)
