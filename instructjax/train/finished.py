@@ -151,7 +151,9 @@ def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:
-      raise _BadDone(f"{what} key {', '.join(where + named(name, 60) for name in sorted(names)[:5])}")
+      raise _BadDone(
+        f"{what} key {', '.join(where + named(name, 60) for name in sorted(names)[:5])}"
+      )
   return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
 
 
