@@ -118,11 +118,12 @@ def _parquet_rows(files: list[str], asked: Request) -> Rows:
       with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         columns = formats.columns(file.schema_arrow.names, asked.kind, path, asked.options)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
+    # Names that are no UTF-8.
     except (
       OSError,
       UnicodeDecodeError,
       pyarrow.ArrowException,
-    ) as error:  # names that are no UTF-8
+    ) as error:
       why = getattr(error, "strerror", None) or reason(error)
       raise UserError(f"cannot read {path}: {why}") from error
 
@@ -171,9 +172,8 @@ def _loaded_dataset(rest: str, source: str) -> Any:
     if os.path.exists(path) or not hub:
       return datasets.load_from_disk(path)
     return datasets.load_dataset(hub["name"], hub["config"])
-  except (
-    Exception
-  ) as error:  # `datasets` raises many types, including pyarrow's and those of the network
+  # `datasets` raises many types, including pyarrow's and those of the network.
+  except Exception as error:
     if os.path.exists(path) or not hub:
       raise UserError(f"{source} cannot be read: {reason(error)}") from error
     raise UserError(

@@ -15,11 +15,12 @@ from instructjax.stages import lineage
 from instructjax.train import finished
 from instructjax.train.weights import Weights
 
+# The files that stage `collect` writes, without `.jsonl`.
 SPLITS = (
   "train",
   "validation",
   "heldout",
-)  # the files that stage `collect` writes, without `.jsonl`
+)
 
 
 class NotThere(UserError):
