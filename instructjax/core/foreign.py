@@ -1,6 +1,6 @@
 """Reads small files that other programs wrote, as hostile input: JSON with limits, and typed access to its keys.
 
-Called by models/interop and data/ for whatever lies in a model's folder (config.json, an index, tokenizer_config.json).
+Called by models/interop and data/ for whatever lies in a model's folder (config.json, an index, a tokenizer's files).
 Such a file may be cut off, hold any value in any place, be nested a thousand levels deep, or be no file at all. Every
 function here answers with the value or with a UserError of one line that names the file and the key. Imports nothing
 of the project but the errors.
@@ -10,18 +10,23 @@ import json
 import math
 import os
 import pathlib
+import re
 import reprlib
 import stat
 from collections.abc import Mapping
 from typing import Any
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, one_line
 
-JSON_BYTES = (
-  1 << 24
-)  # the largest JSON file that is read; the index of a model with 90,000 tensors has 9 MB
+# The largest JSON file that is read, but for a vocabulary; the index of a model with 90,000 tensors has 9 MB.
+JSON_BYTES = 1 << 24
+# The same for a tokenizer's file; the largest tokenizer.json of a known model has 35 MB.
+TOKENIZER_BYTES = 1 << 27
 _DEPTH = 32  # levels of nesting; a config has four
 LARGEST = 2**31 - 1  # of a size: whatever counts layers, columns or ids fits into an int32
+# One past the largest id. Known vocabularies end at about 1,000,000; memory is taken for every id up to the largest.
+MAX_IDS = 2**21
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 _REPR = reprlib.Repr()
@@ -38,6 +43,48 @@ def shown(value: Any, limit: int = 80) -> str:
 def named(name: str, limit: int = 100) -> str:
   """A name from a file for a message: as it is, or quoted and cut if it is long or holds control characters."""
   return name if name.isprintable() and 0 < len(name) <= limit else shown(name, limit)
+
+
+def explained(error: BaseException, limit: int = 160) -> str:
+  """A library's message as a part of a line: what it quotes of a file has no control characters, and it is cut."""
+  letters = (letter if letter.isprintable() else " " for letter in one_line(error))
+  text = " ".join("".join(letters).split())
+  return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def mapping(value: Any, where: str) -> dict:
+  """A JSON object.
+
+  Raises:
+    UserError: it is something else.
+  """
+  if not isinstance(value, dict):
+    raise UserError(f"{where} must hold a JSON object, got {shown(value)}")
+  return value
+
+
+def flag(value: Any, where: str) -> bool:
+  """A switch; null is False.
+
+  Raises:
+    UserError: it is neither true, false nor null.
+  """
+  if value is not None and not isinstance(value, bool):
+    raise UserError(f"{where} must be true or false, got {shown(value)}")
+  return bool(value)
+
+
+def token_id(value: Any, where: str) -> int:
+  """The id of a token.
+
+  Raises:
+    UserError: it is not a whole number in the range of ids.
+  """
+  if type(value) is not int or not 0 <= value < MAX_IDS:
+    raise UserError(
+      f"{where} must be a token's id, a whole number from 0 to {MAX_IDS - 1}, got {shown(value)}"
+    )
+  return value
 
 
 def require_file(path: pathlib.Path):
@@ -57,12 +104,45 @@ def require_file(path: pathlib.Path):
   except (OSError, ValueError) as error:
     raise UserError(f"{_short(path)} cannot be read: {_why(error)}") from None
   if not is_file:
-    raise UserError(f"{path} must be a file, and it is a folder or a device")
+    raise UserError(f"{path} must be a file, and it is a folder, a pipe or a device")
   if start == _POINTER:
     raise UserError(
       f"{path} is a Git LFS pointer, a note in the place of the real file; run `git lfs pull` in its"
       " folder, or download the file itself"
     )
+
+
+def read_bytes(path: pathlib.Path, limit: int) -> bytes:
+  """A file's content.
+
+  Args:
+    path: the file.
+    limit: bytes that it may have.
+  Raises:
+    UserError: see `require_file`; or the file is larger.
+  """
+  require_file(path)
+  try:
+    with open(path, "rb") as file:
+      # Room for what is asked for is taken at once, so no more is asked for than is there.
+      raw = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {_why(error)}") from None
+  if len(raw) > limit:
+    raise UserError(f"{path} has more than {limit / 1e6:.0f} MB, too much for such a file")
+  return raw
+
+
+def read_text(path: pathlib.Path, limit: int) -> str:
+  """A text file's content without a byte order mark; see `read_bytes`.
+
+  Raises:
+    UserError: also where it is not UTF-8.
+  """
+  try:
+    return read_bytes(path, limit).decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from None
 
 
 def read_json(path: pathlib.Path, limit: int = JSON_BYTES) -> dict[str, Any]:
@@ -72,27 +152,20 @@ def read_json(path: pathlib.Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     path: the file.
     limit: bytes that it may have. Parsing 16 MB takes up to four seconds and 600 MB, whatever they hold.
   Raises:
-    UserError: see `require_file`; or the file is too large, is not UTF-8 or not JSON, is nested too deeply, holds
-      something other than an object, or gives one key two values.
+    UserError: see `read_bytes`; or the file is not UTF-8 or not JSON, is nested too deeply, holds something other than
+      an object or half of a surrogate pair, or gives one key two values.
   """
-  if not os.path.exists(path):
+  if not os.path.lexists(path):
     raise UserError(f"{path.parent} has no {named(path.name)}")
-  require_file(path)
-  try:
-    with open(path, "rb") as file:
-      raw = file.read(limit + 1)
-  except OSError as error:
-    raise UserError(f"{path} cannot be read: {_why(error)}") from None
-  if len(raw) > limit:
-    raise UserError(f"{path} has more than {limit / 1e6:.0f} MB, too much for such a file")
-  return parse_json(raw, str(path))
+  return parse_json(read_bytes(path, limit), str(path))
 
 
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-  """The JSON object in some bytes; `where` is what they are called in errors. Raises as `read_json` does."""
+def parse_json(raw: bytes | str, where: str) -> dict[str, Any]:
+  """The JSON object in a text or in its UTF-8; `where` is what it is called in errors. Raises as `read_json` does."""
   try:
     # utf-8-sig drops the byte order mark that some editors write at the start of a file.
-    result = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=lambda x: _unique(x, where))
+    text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
+    result = json.loads(text, object_pairs_hook=lambda x: _unique(x, where))
   except UnicodeDecodeError as error:
     raise UserError(f"{where} must be JSON: it is not UTF-8 (byte {error.start + 1})") from None
   except json.JSONDecodeError as error:
@@ -109,6 +182,13 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
   _require_shallow(result, where)
   if not isinstance(result, dict):
     raise UserError(f"{where} must be a JSON object, and it is {shown(result, 40)}")
+  if _HALF_PAIR.search(text):  # of a whole pair, which is fine, or alone, which no text can hold
+    try:
+      json.dumps(result, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+      raise UserError(
+        f"{where} must be JSON: it has half of a surrogate pair, which is no character"
+      ) from None
   return result
 
 

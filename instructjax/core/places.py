@@ -60,15 +60,16 @@ def require(text: str, where: str, schemes: tuple[str, ...] = ()) -> str:
 
 
 def expand_source(text: str, where: str) -> str:
-  """A source of records, SCHEME:REST, with `~` at the start of REST expanded; other texts pass unchanged.
+  """A source of records, SCHEME:PATH[?OPTIONS], with `~` at the start of PATH expanded; other texts pass unchanged.
 
   Raises:
-    UserError: REST can be no path on this machine.
+    UserError: PATH can be no path on this machine.
   """
   scheme, colon, rest = text.partition(":")
   if not colon:
     return text
-  return f"{scheme}:{expand(rest, f'{where}={scheme}:...')}"
+  path, mark, options = rest.partition("?")
+  return f"{scheme}:{expand(path, f'{where}={scheme}:...')}{mark}{options}"
 
 
 def require_workdir(text: str | None) -> pathlib.Path:

@@ -19,10 +19,10 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import explained, shown
 from instructjax.data import chat, controls, special_tokens, vocabulary_file
 from instructjax.data.controls import Rendered
 from instructjax.data.special_tokens import SpecialTokens
-from instructjax.data.strict_json import explain, quote
 
 if TYPE_CHECKING:
   import tokenizers
@@ -136,7 +136,7 @@ class HuggingFaceTokenizer:
       # Otherwise a document or a response could end itself by spelling out EOS.
       if i == self.eos_id and not controls.looks_like_markup(text):
         raise UserError(
-          f"tokenizer.path={str(self.path)!r} encodes the text {quote(text)} to its EOS"
+          f"tokenizer.path={str(self.path)!r} encodes the text {shown(text)} to its EOS"
         )
       if len(text) == 1:  # a letter that also serves as the pad token or the like
         del self._control_texts[i]
@@ -188,7 +188,7 @@ class HuggingFaceTokenizer:
 
   def _encoding(self, tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding":
     controls.require_unicode(text)
-    with package_errors(f"tokenizer.path={str(self.path)!r} cannot encode {quote(text)}"):
+    with package_errors(f"tokenizer.path={str(self.path)!r} cannot encode {shown(text)}"):
       return tokenizer.encode(text, add_special_tokens=False)
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -241,7 +241,7 @@ class HuggingFaceTokenizer:
     found = tokenizer.token_to_id(token) if by_text else token
     if found is None or (not by_text and tokenizer.id_to_token(found) is None):
       raise UserError(
-        f"tokenizer.path={str(self.path)!r} has no token {quote(token)}, its BOS or EOS"
+        f"tokenizer.path={str(self.path)!r} has no token {shown(token)}, its BOS or EOS"
       )
     return found
 
@@ -275,7 +275,7 @@ def package_errors(failure: str) -> Generator[None, None, None]:
   except BaseException as error:
     if type(error) is not Exception and type(error).__name__ != "PanicException":
       raise
-    raise UserError(f"{failure}: {explain(error)}") from error
+    raise UserError(f"{failure}: {explained(error)}") from error
 
 
 def _add(tokenizer: "tokenizers.Tokenizer", special: SpecialTokens, path: pathlib.Path):
@@ -298,7 +298,7 @@ def _add(tokenizer: "tokenizers.Tokenizer", special: SpecialTokens, path: pathli
       new_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
       if not exists and special.rows is not None and new_id >= special.rows:
         logger.warning(
-          "%s: %s is not used: the model has no row for it", path, quote(token.content)
+          "%s: %s is not used: the model has no row for it", path, shown(token.content)
         )
         continue
     if token.content not in known or token.replaces:
@@ -315,7 +315,7 @@ def _require_id(tokenizer: "tokenizers.Tokenizer", token: str, token_id: int, pa
   found = tokenizer.token_to_id(token)
   if found != token_id:
     raise UserError(
-      f"tokenizer.path={str(path)!r}: the added token {quote(token)} must have the next free id,"
+      f"tokenizer.path={str(path)!r}: the added token {shown(token)} must have the next free id,"
       f" {found}, has {token_id}"
     )
 

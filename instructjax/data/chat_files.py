@@ -1,6 +1,6 @@
 """The files of a chat template beside a vocabulary, in every form that transformers writes, and the run's clock.
 
-Called by special_tokens, bpe and tokenizer. Imports strict_json only.
+Called by special_tokens, bpe and tokenizer. Imports core only.
 
 Templates were first an entry of tokenizer_config.json: a text, or several with names, as a list of objects or as an
 object. transformers 5 writes them as files: chat_template.jinja, and others by their names in a folder. Files win over
@@ -12,8 +12,8 @@ import os
 import pathlib
 from typing import Any
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError
-from instructjax.data import strict_json
 
 TEMPLATE = "chat_template.jinja"
 _MORE = "additional_chat_templates"  # folder of NAME.jinja
@@ -35,14 +35,14 @@ def find(folder: pathlib.Path, config: pathlib.Path, entry: Any) -> tuple[pathli
       "default".
   """
   files = {path.stem: path for path in sorted((folder / _MORE).glob("*.jinja")) if path.is_file()}
-  if (folder / TEMPLATE).is_file():
+  if os.path.lexists(folder / TEMPLATE):
     files.setdefault(_DEFAULT, folder / TEMPLATE)
   if files:
     if _DEFAULT not in files:
       raise UserError(
         f"{folder} must have a {TEMPLATE}: it has the chat templates {_names(files)} and no default"
       )
-    return files[_DEFAULT], strict_json.read_text(files[_DEFAULT])
+    return files[_DEFAULT], foreign.read_text(files[_DEFAULT], foreign.JSON_BYTES)
   return config, text(config, entry)
 
 
@@ -86,7 +86,7 @@ def read_clock(folder: pathlib.Path) -> str | None:
   path = folder / _CLOCK
   if not path.is_file():
     return None
-  content = strict_json.read_text(path).strip()
+  content = foreign.read_text(path, foreign.JSON_BYTES).strip()
   try:
     datetime.datetime.fromisoformat(content)
   except ValueError as error:

@@ -14,13 +14,13 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _SHOWN = 8  # hex digits of each file's checksum that a fingerprint holds, so that a message can name the file
-_SETTLED = (
-  0.02  # seconds after which a file system's clock has surely moved on, see `_wait_until_settled`
-)
+# Seconds after which a file system's clock has surely moved on, see `_wait_until_settled`.
+_SETTLED = 0.02
+_BLOCK = 1 << 22  # bytes hashed at a time
 _SAVE_EVERY = 5.0  # seconds of hashing that a killed process may lose
 
 
@@ -60,10 +60,11 @@ class FileChecksums:
   Args:
     memory: the file; made when there is something to remember. Entries that are damaged are forgotten, and if the file
       cannot be written, nothing is remembered.
+    progress: called again and again while files are hashed, which may take hours.
   """
 
-  def __init__(self, memory: pathlib.Path):
-    self._memory = memory
+  def __init__(self, memory: pathlib.Path, progress: Callable[[], None]):
+    self._memory, self._progress = memory, progress
     self._known = _read(memory)
     self._is_saved, self._saved_at = True, time.monotonic()
 
@@ -86,11 +87,9 @@ class FileChecksums:
     if known and known[:-1] == state:
       return known[-1]
     _wait_until_settled(state)
-    with open(place, "rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if (
-      _state(place) == state
-    ):  # else it is being written, and this is the checksum of no state of it
+    digest = _hash(place, self._progress)
+    # Else it is being written, and this is the checksum of no state of it.
+    if _state(place) == state:
       self._known[place], self._is_saved = [*state, digest], False
       if time.monotonic() - self._saved_at > _SAVE_EVERY:
         self._save()
@@ -110,6 +109,15 @@ class FileChecksums:
     except OSError:  # the disk is full, say; then the files are hashed again next time
       with contextlib.suppress(OSError):
         scratch.unlink()
+
+
+def _hash(path: str, progress: Callable[[], None]) -> str:
+  digest = hashlib.sha256()
+  with open(path, "rb") as file:
+    while block := file.read(_BLOCK):
+      digest.update(block)
+      progress()
+  return digest.hexdigest()
 
 
 def _state(path: str) -> list[int]:

@@ -1,6 +1,6 @@
 """Control tokens: those that end a turn, begin one or name a role, which no text of a user may produce.
 
-Called by tokenizer, bpe and sentence_pieces. Imports chat, special_tokens and strict_json.
+Called by tokenizer, bpe and sentence_pieces. Imports chat and special_tokens.
 
 Files mark them badly. A token may be in the middle of a chat template and be called an ordinary one, so that a prompt
 that spells it would speak in another role. Here a token is a control token by what it is used for: as EOS, BOS, pad,
@@ -15,9 +15,9 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import shown
 from instructjax.data import chat
 from instructjax.data.special_tokens import SpecialTokens
-from instructjax.data.strict_json import quote
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,11 @@ def stop_ids(
     elif may_be_control:
       found.append(i)
     elif i in special.stops:
-      logger.warning("%s: answers also end at %s, a stop token of its settings", path, quote(text))
+      logger.warning("%s: answers also end at %s, a stop token of its settings", path, shown(text))
       found.append(i)
     else:
       logger.warning(
-        "%s: config.json's eos_token_id=%d, %s, is a word and is ignored", path, i, quote(text)
+        "%s: config.json's eos_token_id=%d, %s, is a word and is ignored", path, i, shown(text)
       )
   return tuple(found)
 
@@ -128,7 +128,7 @@ def require_unicode(text: str):
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f"a text holds {quote(text[error.start])}, which is no character: the bytes that it was read"
+      f"a text holds {shown(text[error.start])}, which is no character: the bytes that it was read"
       " from are not UTF-8"
     ) from error
 
@@ -152,7 +152,7 @@ def ordinary_pieces(
   if not cuts:
     return ids
   if len(text) < 2:
-    raise UserError(f"the text {quote(text)} is a control token and cannot be written otherwise")
+    raise UserError(f"the text {shown(text)} is a control token and cannot be written otherwise")
   inside = sorted(cut for cut in cuts if cut < len(text))
   bounds = [0, *(inside or [len(text) - 1]), len(text)]
   parts = [text[start:end] for start, end in zip(bounds, bounds[1:])]
@@ -180,7 +180,7 @@ def render(
     for name in ("role", "content"):
       for i in spelled(message[name])[:1]:
         raise UserError(
-          f"message {number} of a chat must not hold the special token {quote(control_texts[i])} in its"
+          f"message {number} of a chat must not hold the special token {shown(control_texts[i])} in its"
           f" {name}, not even in other letters"
         )
   contents = [message[name] for message in messages for name in ("role", "content")]
@@ -193,7 +193,7 @@ def render(
     own = collections.Counter(spelled(template(plain)))
     for i in (collections.Counter(spelled(text)) - own).elements():
       raise UserError(
-        f"the messages of a chat together spell the special token {quote(control_texts[i])}, of which each"
+        f"the messages of a chat together spell the special token {shown(control_texts[i])}, of which each"
         " holds a part"
       )
   return Rendered(text)

@@ -53,7 +53,7 @@ def split_options(
     UserError: an option is not known, or its value is not.
   """
   match = _OPTIONS.fullmatch(rest)
-  if not match or os.path.lexists(os.path.expanduser(rest)):
+  if not match or os.path.lexists(rest):
     return rest, Options(None, {}, {})
   pairs = [part.partition("=") for part in match["options"].split("&")]
   given = {name: value for name, _, value in pairs}

@@ -1,6 +1,6 @@
 """Rebuilds the tokenizer inside a GGUF file, which is byte-level BPE or a sentencepiece model.
 
-Called by tokenizer (`load`). Imports bpe, special_tokens and strict_json only.
+Called by tokenizer (`load`). Imports bpe and special_tokens only.
 
 A GGUF file holds the vocabulary but not all rules. In particular, it only names the rule that splits a text into words
 before merges are applied (`tokenizer.ggml.pre`). This module holds the rules behind the known names, copied from the
@@ -12,10 +12,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError
-from instructjax.data import bpe, strict_json
+from instructjax.core.foreign import explained, shown
+from instructjax.data import bpe
 from instructjax.data.special_tokens import SpecialTokens
-from instructjax.data.strict_json import explain, quote
 
 if TYPE_CHECKING:
   import tokenizers
@@ -64,9 +65,9 @@ def require_types(path: pathlib.Path, metadata: Mapping):
     value = metadata.get(key)
     # bool is a subclass of int.
     if value is not None and type(value) is not kind:
-      raise UserError(f"{path}: {key} must be of type {kind.__name__}, got {quote(value)}")
+      raise UserError(f"{path}: {key} must be of type {kind.__name__}, got {shown(value)}")
     if kind is int and value is not None:
-      strict_json.token_id(value, f"{path}: {key}")
+      foreign.token_id(value, f"{path}: {key}")
   for name, kind in _LISTS.items():
     values = metadata.get(f"tokenizer.ggml.{name}", [])
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
@@ -76,7 +77,7 @@ def require_types(path: pathlib.Path, metadata: Mapping):
   seen: dict[str, int] = {}
   for i, token in enumerate(metadata.get("tokenizer.ggml.tokens", [])):
     if token in seen:
-      raise UserError(f"{path}: token {quote(token)} has two ids, {seen[token]} and {i}")
+      raise UserError(f"{path}: token {shown(token)} has two ids, {seen[token]} and {i}")
     seen[token] = i
 
 
@@ -115,7 +116,7 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
   pre = metadata.get("tokenizer.ggml.pre")
   if pre not in PRE_TOKENIZERS:
     raise UserError(
-      f"{path}: tokenizer.ggml.pre={quote(pre)} must be one of {', '.join(PRE_TOKENIZERS)}; set"
+      f"{path}: tokenizer.ggml.pre={shown(pre)} must be one of {', '.join(PRE_TOKENIZERS)}; set"
       " tokenizer.path to the model's tokenizer.json"
     )
   tokens, kinds = _tokens(path, metadata)
@@ -127,7 +128,7 @@ def byte_level(path: pathlib.Path, metadata: Mapping) -> bpe.HuggingFaceTokenize
     model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
   except Exception as error:  # the package raises plain Exception
     raise UserError(
-      f"{path}: tokenizer.ggml.merges do not fit the tokens: {explain(error)}"
+      f"{path}: tokenizer.ggml.merges do not fit the tokens: {explained(error)}"
     ) from error
   with bpe.package_errors(f"{path}: the tokenizer cannot be rebuilt"):
     return _byte_level(path, metadata, tokenizers.Tokenizer(model))
@@ -195,7 +196,7 @@ def sentencepiece_model(path: pathlib.Path, metadata: Mapping) -> bytes:
       model.pieces.add(piece=token, score=score, type=kind)
     except (TypeError, ValueError) as error:
       raise UserError(
-        f"{path}: token {quote(token)} of type {kind} cannot be read: {explain(error)}"
+        f"{path}: token {shown(token)} of type {kind} cannot be read: {explained(error)}"
       ) from error
   trainer, normalizer = model.trainer_spec, model.normalizer_spec
   is_unigram = metadata["tokenizer.ggml.model"] == "t5"

@@ -18,12 +18,14 @@ import dataclasses
 import glob
 import itertools
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from instructjax.core import foreign, places
 from instructjax.core.errors import UserError, reason
-from instructjax.data import formats, paths, text_files
+from instructjax.data import formats, text_files
 from instructjax.data.records import BadRecord
 
 _TFDS = re.compile(r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?")
@@ -70,13 +72,20 @@ def _hh(asked: Request) -> tuple[Rows, Decode, bool]:
   return _jsonl(asked)
 
 
+def _matches(path: str) -> list[str]:
+  """The files that a path stands for: those that match it if it is a glob, sorted by name; else the path itself."""
+  if glob.has_magic(path) and not os.path.lexists(path):
+    return sorted(glob.glob(path, recursive=True))
+  return [path]
+
+
 def text_file_paths(path: str) -> list[str]:
   """The files that the path of `jsonl:` stands for.
 
   Raises:
     UserError: it is a folder.
   """
-  found = paths.matches(path)
+  found = _matches(path)
   if found and os.path.isdir(found[0]):
     raise UserError(
       f"cannot read {found[0]}: Is a directory; name its files, as in {found[0].rstrip('/')}/*.jsonl"
@@ -94,10 +103,9 @@ def _parquet(asked: Request) -> tuple[Rows, Decode, bool]:
 
 def parquet_files(path: str) -> list[str]:
   """The files that `parquet:PATH` stands for, sorted by name."""
-  folder = paths.expanded(path)
-  if os.path.isdir(folder):
-    return sorted(glob.glob(f"{glob.escape(folder)}/*.parquet"))
-  return paths.matches(path)
+  if os.path.isdir(path):
+    return sorted(glob.glob(f"{glob.escape(path)}/*.parquet"))
+  return _matches(path)
 
 
 def _parquet_rows(files: list[str], asked: Request) -> Rows:
@@ -105,16 +113,17 @@ def _parquet_rows(files: list[str], asked: Request) -> Rows:
   import pyarrow.parquet
 
   for path in files:
-    paths.require_file(path)
+    foreign.require_file(pathlib.Path(path))
     try:
       with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         columns = formats.columns(file.schema_arrow.names, asked.kind, path, asked.options)
         yield from _table_rows(file.iter_batches(_BATCH, columns=columns), path)
+    # Names that are no UTF-8.
     except (
       OSError,
       UnicodeDecodeError,
       pyarrow.ArrowException,
-    ) as error:  # names that are no UTF-8
+    ) as error:
       why = getattr(error, "strerror", None) or reason(error)
       raise UserError(f"cannot read {path}: {why}") from error
 
@@ -163,9 +172,8 @@ def _loaded_dataset(rest: str, source: str) -> Any:
     if os.path.exists(path) or not hub:
       return datasets.load_from_disk(path)
     return datasets.load_dataset(hub["name"], hub["config"])
-  except (
-    Exception
-  ) as error:  # `datasets` raises many types, including pyarrow's and those of the network
+  # `datasets` raises many types, including pyarrow's and those of the network.
+  except Exception as error:
     if os.path.exists(path) or not hub:
       raise UserError(f"{source} cannot be read: {reason(error)}") from error
     raise UserError(
@@ -176,9 +184,9 @@ def _loaded_dataset(rest: str, source: str) -> Any:
 def datasets_folder(rest: str) -> tuple[str, str]:
   """Splits the PATH[:SPLIT] of `datasets:PATH[:SPLIT]` into (folder, split); the split is "" if none is named."""
   path, colon, own_split = rest.rpartition(":")
-  if not colon or os.path.exists(paths.expanded(rest)):
-    return paths.expanded(rest), ""
-  return paths.expanded(path), own_split
+  if not colon or os.path.exists(rest):
+    return rest, ""
+  return path, own_split
 
 
 def _dataset_rows(datasets: dict[str, Any], asked: Request) -> Rows:
@@ -237,7 +245,7 @@ def _tfds(asked: Request) -> tuple[Rows, Decode, bool]:
 
 
 def _data_dir(options: formats.Options) -> dict[str, Any]:
-  return {name: paths.expanded(value) for name, value in options.other.items()}
+  return {name: places.expand(value, name) for name, value in options.other.items()}
 
 
 def _tfds_rows(source: Any, where: str) -> Rows:

@@ -38,13 +38,14 @@ KEYS = {
 }
 KINDS = tuple(KEYS)
 _LARGEST_RANK = 2**31 - 1  # ranks are int32 in batches
+# Keys that may hold a chat as JSON text.
 _CHATS = (
   "prompt",
   "response",
   "chosen",
   "rejected",
   "messages",
-)  # keys that may hold a chat as JSON text
+)
 _SPEAKER = re.compile(r"(\A|\n)(Human|Assistant|User|Q|A):\Z")
 _SPEAKER_LENGTH = len("\nAssistant:")
 

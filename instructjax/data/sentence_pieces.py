@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import sentencepiece
 
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import shown
 from instructjax.data import chat, controls, sentencepiece_file, special_tokens
 from instructjax.data.controls import Rendered
 from instructjax.data.special_tokens import Added, SpecialTokens
-from instructjax.data.strict_json import quote
 
 MODEL_FILE = "tokenizer.model"
 _NEWLINE = "\n"
@@ -96,10 +96,10 @@ class SentencePieceTokenizer:
       if is_piece or at < self._num_pieces or at in found:
         taken = self._processor.id_to_piece(at) if at < self._num_pieces else token.content
         raise UserError(
-          f"{self._where}: the added token {quote(token.content)} has the id {at}, which is that of"
-          f" {quote(taken)}; each token has one id"
+          f"{self._where}: the added token {shown(token.content)} has the id {at}, which is that of"
+          f" {shown(taken)}; each token has one id"
           if not is_piece
-          else f"{self._where}: the added token {quote(token.content)} has the ids {piece} and {at}"
+          else f"{self._where}: the added token {shown(token.content)} has the ids {piece} and {at}"
         )
       found[at] = token
     return found
@@ -185,7 +185,7 @@ class SentencePieceTokenizer:
       # piece_to_id returns the unknown id for a missing piece.
       found = self._processor.piece_to_id(token) if self._has(token) else None
     if found is None:
-      raise UserError(f"{self._where} has no piece {quote(token)}, its BOS or EOS")
+      raise UserError(f"{self._where} has no piece {shown(token)}, its BOS or EOS")
     return found
 
   def _read_controls(self, kinds: Sequence[int]):
@@ -229,7 +229,7 @@ class SentencePieceTokenizer:
     if not self._control_texts.keys().isdisjoint(ids):
       i = next(i for i in ids if i in self._control_texts)
       raise UserError(
-        f"{self._where} cannot write {quote(self._control_texts[i])}, a control token, as a text"
+        f"{self._where} cannot write {shown(self._control_texts[i])}, a control token, as a text"
       )
     return ids
 

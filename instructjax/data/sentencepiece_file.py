@@ -1,6 +1,6 @@
 """Reads a sentencepiece `.model` file: checks it before the package sees it, and changes the types of pieces.
 
-Called by tokenizer. Imports the errors, special_tokens and strict_json.
+Called by tokenizer. Imports special_tokens.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import Any
 import sentencepiece
 
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import explained, shown
 from instructjax.data.special_tokens import Added
-from instructjax.data.strict_json import explain, quote
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(2, 7)
 
@@ -42,10 +42,10 @@ def kinds(where: str, model: bytes) -> list[int]:
   seen: dict[str, int] = {}
   for i, piece in enumerate(pieces):
     if not isinstance(piece.piece, str):  # protobuf gives bytes that are no UTF-8 as they are
-      raise UserError(f"{where}: the text {quote(piece.piece)} of piece {i} is not UTF-8")
+      raise UserError(f"{where}: the text {shown(piece.piece)} of piece {i} is not UTF-8")
     if not piece.piece or piece.piece in seen:
       other = f"that of piece {seen[piece.piece]}" if piece.piece else "empty"
-      raise UserError(f"{where}: the text {quote(piece.piece)} of piece {i} is {other}")
+      raise UserError(f"{where}: the text {shown(piece.piece)} of piece {i} is {other}")
     seen[piece.piece] = i
   found = [piece.type for piece in pieces]
   if found.count(UNKNOWN) != 1:
@@ -67,7 +67,7 @@ def processor(where: str, model: bytes) -> sentencepiece.SentencePieceProcessor:
     made.load_from_serialized_proto(model)
     made.encode("a")
   except (RuntimeError, ValueError) as error:
-    raise UserError(f"{where} is not a sentencepiece model file: {explain(error)}") from error
+    raise UserError(f"{where} is not a sentencepiece model file: {explained(error)}") from error
   return made
 
 

@@ -1,6 +1,6 @@
 """Reads and writes the files beside a vocabulary: added tokens, those that begin and end a text, the chat template.
 
-Called by tokenizer, bpe and gguf_vocabulary. Imports chat_files and strict_json.
+Called by tokenizer, bpe and gguf_vocabulary. Imports chat_files.
 
 Hugging Face spreads this information over several files in a model's folder. The EOS token is taken from the first file
 that names it, in the order tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json. The
@@ -19,9 +19,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError
-from instructjax.data import chat_files, strict_json
-from instructjax.data.strict_json import quote
+from instructjax.core.foreign import shown
+from instructjax.data import chat_files
 
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
@@ -123,7 +124,7 @@ def read_folder(folder: pathlib.Path) -> SpecialTokens:
     where=where,
     bos=content(texts.get("bos_token")),
     eos=content(next((token for token in eos if token is not None), None)),
-    adds_bos=strict_json.flag(options.get("add_bos_token"), f"{folder / CONFIG}: add_bos_token"),
+    adds_bos=foreign.flag(options.get("add_bos_token"), f"{folder / CONFIG}: add_bos_token"),
     chat_template=template,
     added=_added_tokens(folder, (options, of_options), (special, of_map)),
     named=tuple(
@@ -184,7 +185,7 @@ def _added_tokens(
     for value in (getattr(token, key) for token in listed):
       if value in seen:
         raise UserError(
-          f"{folder}: two added tokens have the {key} {quote(value)}; each needs its own"
+          f"{folder}: two added tokens have the {key} {shown(value)}; each needs its own"
         )
       seen.add(value)
   known, unlisted = {token.content for token in listed}, []
@@ -199,12 +200,12 @@ def _added_tokens(
 def _decoder_tokens(decoder: Any, where: str) -> list[Added]:
   """The tokens of an `added_tokens_decoder`, an object from ids to tokens."""
   listed = []
-  for key, token in strict_json.mapping(decoder, where).items():
-    entry = f"{where}[{quote(key)}]"
+  for key, token in foreign.mapping(decoder, where).items():
+    entry = f"{where}[{shown(key)}]"
     if not (key.isascii() and key.isdigit() and len(key) < 20):
       raise UserError(f"{entry} must have an id as its key")
-    i = strict_json.token_id(int(key), entry)
-    token = _added(strict_json.mapping(token, entry), entry, special=False, id=i)
+    i = foreign.token_id(int(key), entry)
+    token = _added(foreign.mapping(token, entry), entry, special=False, id=i)
     listed.append(dataclasses.replace(token, replaces=True))
   return listed
 
@@ -216,7 +217,7 @@ def _legacy_tokens(path: pathlib.Path, are_special: set[str]) -> list[Added]:
     if not content:
       raise UserError(f"{path}: a token must have a text, got ''")
     is_special = content in are_special
-    i = strict_json.token_id(i, f"{path}: {quote(content)}")
+    i = foreign.token_id(i, f"{path}: {shown(content)}")
     listed.append(Added(content, i, normalized=not is_special, special=is_special))
   return listed
 
@@ -234,29 +235,29 @@ def _extras(tokens: Any, where: str) -> list[Added]:
   if isinstance(tokens, dict):
     tokens = list(tokens.values())
   if not isinstance(tokens, list):
-    raise UserError(f"{where} must be a list of tokens, got {quote(tokens)}")
+    raise UserError(f"{where} must be a list of tokens, got {shown(tokens)}")
   return [_token(token, f"{where}[{number}]") for number, token in enumerate(tokens)]
 
 
 def _named(token: Any, where: str) -> Added | int:
   """A token that is given by a text, by an object with its content, or by its id."""
-  return strict_json.token_id(token, where) if type(token) is int else _token(token, where)
+  return foreign.token_id(token, where) if type(token) is int else _token(token, where)
 
 
 def _token(token: Any, where: str) -> Added:
   if isinstance(token, str) and token:
     return Added(token)
   if not isinstance(token, dict):
-    raise UserError(f"{where} must be a text or an id, got {quote(token)}")
+    raise UserError(f"{where} must be a text or an id, got {shown(token)}")
   return _added(token, where, special=True, id=None)
 
 
 def _added(token: Mapping, where: str, *, special: bool, id: int | None) -> Added:
   content = token.get("content")
   if not (isinstance(content, str) and content):
-    raise UserError(f"{where}: content must be a text, got {quote(content)}")
+    raise UserError(f"{where}: content must be a text, got {shown(content)}")
   flags = {
-    name: strict_json.flag(token.get(name), f"{where}: {name}") for name in _FLAGS if name in token
+    name: foreign.flag(token.get(name), f"{where}: {name}") for name in _FLAGS if name in token
   }
   flags["special"] = special or flags.get("special", False)
   # As in tokenizers: a token is compared with normalized text unless it is special.
@@ -269,8 +270,8 @@ def _ids(ids: Any, where: str) -> tuple[int, ...]:
   if ids is None:
     return ()
   if not isinstance(ids, list):
-    return (strict_json.token_id(ids, where),)
-  return tuple(dict.fromkeys(strict_json.token_id(i, where) for i in ids))
+    return (foreign.token_id(ids, where),)
+  return tuple(dict.fromkeys(foreign.token_id(i, where) for i in ids))
 
 
 def write_folder(folder: pathlib.Path, special: SpecialTokens, tokenizer_class: str | None):
@@ -314,4 +315,5 @@ def write_whole(path: pathlib.Path, content: bytes):
 
 
 def _read_json(path: pathlib.Path) -> dict:
-  return strict_json.mapping(strict_json.read(path), f"{path}") if path.is_file() else {}
+  # A link to nothing, a folder or a pipe is there, and is refused.
+  return foreign.read_json(path, foreign.TOKENIZER_BYTES) if os.path.lexists(path) else {}

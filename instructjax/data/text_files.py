@@ -10,12 +10,13 @@ import gzip
 import io
 import json
 import lzma
+import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError
-from instructjax.data import paths
 from instructjax.data.messages import BadRecord
 
 _LONGEST = 2**26  # bytes of a line, or characters of one value in a JSON array
@@ -28,7 +29,6 @@ _OTHERS = {
   b"ARROW1": "it is an Arrow file; read its folder as datasets:PATH",
   b"PK\x03\x04": "it is a zip file; unpack it",
   b"SQLite": "it is a database; export it as JSON lines",
-  b"version https://git-lfs": "it is a pointer of Git LFS; fetch the file with `git lfs pull`",
 }
 _ENCODINGS = {
   codecs.BOM_UTF32_LE: "UTF-32",
@@ -54,7 +54,7 @@ def rows(path: str) -> Iterator[tuple[str, bytes | Parsed | BadRecord]]:
   Raises:
     UserError: the file cannot be read, or is of another kind.
   """
-  paths.require_file(path)
+  foreign.require_file(pathlib.Path(path))
   try:
     with _open(path) as file:
       _require_utf8(path, file)
@@ -133,7 +133,7 @@ def _open(path: str) -> Any:
   with open(path, "rb") as file:
     head = file.read(16)
   for magic, hint in _OTHERS.items():
-    if head.startswith(magic) or (magic[:4] == b"vers" and head and magic.startswith(head)):
+    if head.startswith(magic):
       raise UserError(f"cannot read {path}: {hint}")
   if head.startswith(_ZSTD):
     import pyarrow

@@ -106,6 +106,7 @@ class CachedTokens:
     vocab_size: one past the largest id.
     about: everything that the ids depend on, as JSON values. It decides the name of the folder.
     tokenize: reads and tokenizes the records. It is called only if the folder has to be made.
+    progress: called again and again during work that may take hours: tokenizing, and waiting for a process that does.
   """
 
   def __init__(
@@ -115,8 +116,10 @@ class CachedTokens:
     vocab_size: int,
     about: Mapping[str, Any],
     tokenize: Callable[[], Tokenized],
+    progress: Callable[[], None],
   ):
     self._what, self._vocab_size, self._tokenize = what, vocab_size, tokenize
+    self._progress = progress
     self._about = {"format": _FORMAT, **about}
     key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()
     self.folder = root / f"{what.split()[0]}-{key[:20]}"
@@ -127,7 +130,9 @@ class CachedTokens:
     Raises:
       UserError: the records cannot be read, or the cache cannot be written.
     """
-    return _open_or_make(self.folder, self._what, token_store.open_store, self._write)
+    return _open_or_make(
+      self.folder, self._what, token_store.open_store, self._write, self._progress
+    )
 
   def sequences(self) -> TokenStore:
     """The ids, all of them checked.
@@ -163,9 +168,8 @@ class CachedTokens:
       except OSError as error:
         raise _Full(rows.num_bytes) from error
 
-    return _open_or_make(
-      folder, f"{self._what} in rows", lambda path: token_store.open_rows(path, store), write
-    )
+    open_ = lambda path: token_store.open_rows(path, store)
+    return _open_or_make(folder, f"{self._what} in rows", open_, write, self._progress)
 
   def drop(self, why: str):
     """Takes the folder and its rows out of the cache, because they are damaged."""
@@ -179,6 +183,7 @@ class CachedTokens:
     tokenized = self._tokenize()
     with token_store.Writer(scratch, self._vocab_size) as writer:
       for number, sequence in enumerate(tokenized.sequences, start=1):
+        self._progress()
         try:
           writer.add(sequence)
         except OSError as error:
@@ -204,6 +209,7 @@ def _open_or_make(
   what: str,
   open_: Callable[[pathlib.Path], _T | None],
   make: Callable[[pathlib.Path], None],
+  progress: Callable[[], None],
 ) -> _T:
   """What lies in a folder of the cache, made first if it is not there or is damaged.
 
@@ -212,6 +218,7 @@ def _open_or_make(
     what: words for messages.
     open_: opens it; None if there is none.
     make: makes it under the path that it is given.
+    progress: see `CachedTokens`.
   Raises:
     UserError: it cannot be written.
   """
@@ -220,7 +227,7 @@ def _open_or_make(
       return found
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(folder.with_name(folder.name + ".lock"), what):
+    with _sole_writer(folder.with_name(folder.name + ".lock"), what, progress):
       try:
         if (found := open_(folder)) is not None:  # another process made it meanwhile
           return found
@@ -272,7 +279,9 @@ def _remove(folder: pathlib.Path):
 
 
 @contextlib.contextmanager
-def _sole_writer(path: pathlib.Path, what: str) -> Generator[None, None, None]:
+def _sole_writer(
+  path: pathlib.Path, what: str, progress: Callable[[], None]
+) -> Generator[None, None, None]:
   """Waits until no other process holds the lock; the system frees it when a process ends, however it ends."""
   with open(path, "a") as file:
     started, told = time.monotonic(), False
@@ -284,10 +293,10 @@ def _sole_writer(path: pathlib.Path, what: str) -> Generator[None, None, None]:
         if not told and time.monotonic() - started > 1:
           logger.warning("waiting for another process that tokenizes %s", what)
           told = True
+        progress()  # the other one has a watchdog of its own
         time.sleep(_POLL)
-      except (
-        OSError
-      ):  # a file system without locks; the renaming keeps the cache right without them
+      # A file system without locks; the renaming keeps the cache right without them.
+      except OSError:
         break
     yield
 

@@ -1,7 +1,7 @@
 """Converts text to token ids and back: the interface of all tokenizers, how they are loaded, and training one.
 
 Called by the stages, by train/weights.py and by serve/. Imports its siblings bpe, controls, gguf_header,
-gguf_vocabulary, sentence_pieces, special_tokens and strict_json.
+gguf_vocabulary, sentence_pieces and special_tokens.
 
 A prompt and its response are encoded separately, and a response needs no leading space. The following holds for every
 text whose characters are in the vocabulary, including spaces and newlines:
@@ -25,8 +25,10 @@ from typing import Protocol
 import numpy as np
 import sentencepiece
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError, writing
-from instructjax.data import bpe, gguf_vocabulary, special_tokens, strict_json
+from instructjax.core.foreign import shown
+from instructjax.data import bpe, gguf_vocabulary, special_tokens
 from instructjax.data.controls import Rendered
 from instructjax.data.sentence_pieces import MODEL_FILE, SentencePieceTokenizer
 
@@ -141,23 +143,27 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if file.suffix == ".json":
       return bpe.read_file(file, special_tokens.read_folder(file.parent))
     if file.suffix != ".gguf":
-      has_config = (file.parent / special_tokens.CONFIG).is_file()
+      has_config = os.path.lexists(file.parent / special_tokens.CONFIG)
       special = special_tokens.read_folder(file.parent) if has_config else None
-      return SentencePieceTokenizer(file, strict_json.read_bytes(file), special)
+      return SentencePieceTokenizer(
+        file, foreign.read_bytes(file, foreign.TOKENIZER_BYTES), special
+      )
   except OSError as error:
     raise UserError(f"tokenizer.path={str(path)!r} cannot be read: {error.strerror}") from error
   return _load_gguf(file)
 
 
 def _file_in(folder: pathlib.Path) -> pathlib.Path:
-  files = [folder / name for name in (bpe.FILE, MODEL_FILE) if (folder / name).is_file()]
+  files = [path for path in (folder / bpe.FILE, folder / MODEL_FILE) if os.path.lexists(path)]
   if not files:
     raise UserError(
       f"{folder} has no tokenizer: it must hold one of {bpe.FILE}, {MODEL_FILE}; copy the model's"
       " there, or name it with --config.tokenizer.path when training"
     )
   # Searched as bytes, not parsed: if tokenizer.json is damaged, its reader gives the better message.
-  is_copy = len(files) == 2 and re.search(rb'"type"\s*:\s*"Unigram"', files[0].read_bytes())
+  is_copy = len(files) == 2 and re.search(
+    rb'"type"\s*:\s*"Unigram"', foreign.read_bytes(files[0], foreign.TOKENIZER_BYTES)
+  )
   return files[1] if is_copy else files[0]
 
 
@@ -174,7 +180,7 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
     model = gguf_vocabulary.sentencepiece_model(path, metadata)
     return SentencePieceTokenizer(path, model, special)
   raise UserError(
-    f"{path}: tokenizer.ggml.model={strict_json.quote(kind)} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
+    f"{path}: tokenizer.ggml.model={shown(kind)} must be 'gpt2', 'llama' or 't5'; set tokenizer.path to"
     " the model's tokenizer.json or tokenizer.model"
   )
 

@@ -1,6 +1,6 @@
 """Reads a tokenizer.json, and checks it before the `tokenizers` package sees it.
 
-Called by bpe. Imports the errors and strict_json.
+Called by bpe. Imports core only.
 
 The package trusts its file. It takes memory for every id up to the largest, renumbers ids in silence, panics where a
 number is out of range, and pads or cuts what it encodes. So the ids, and all that can make a short file take long or
@@ -13,9 +13,9 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from instructjax.core import foreign
 from instructjax.core.errors import UserError
-from instructjax.data import strict_json
-from instructjax.data.strict_json import quote
+from instructjax.core.foreign import shown
 
 _MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 # The bytes that a byte of text may become by all replacements together. Known rules write a space as three bytes.
@@ -26,14 +26,13 @@ def read(path: pathlib.Path) -> tuple[str, dict]:
   """The content of a tokenizer.json without its padding and truncation, as JSON and parsed.
 
   Raises:
-    UserError: the file is damaged, or the package would misread it.
-    OSError: it cannot be read.
+    UserError: the file cannot be read or is damaged, or the package would misread it.
   """
   where = f"tokenizer.path={str(path)!r}"
+  raw = foreign.read_bytes(path, foreign.TOKENIZER_BYTES)
   try:
-    text = strict_json.read_text(path)
-    content = strict_json.mapping(strict_json.parse(text, path), str(path))
-    model = strict_json.mapping(content.get("model"), "model")
+    content, text = foreign.parse_json(raw, str(path)), raw.decode("utf-8-sig")
+    model = foreign.mapping(content.get("model"), "model")
     ids = _ids(model)
     _check_added(content.get("added_tokens"), ids)
     for rule in _rules(content.get("post_processor")):
@@ -41,7 +40,7 @@ def read(path: pathlib.Path) -> tuple[str, dict]:
     for name in ("normalizer", "decoder"):
       _check_growth(name, content.get(name))
     if model.get("dropout"):
-      raise UserError(f"model.dropout={quote(model['dropout'])} must be null, or ids are random")
+      raise UserError(f"model.dropout={shown(model['dropout'])} must be null, or ids are random")
   except UserError as error:
     raise UserError(f"{where} is not a tokenizer.json: {error}") from error
   if any(content.get(name) is not None for name in ("padding", "truncation")):
@@ -58,36 +57,36 @@ def _ids(model: Mapping) -> dict[str, int]:
   """
   vocab, kind = model.get("vocab"), model.get("type")
   if kind is not None and kind not in _MODELS:
-    raise UserError(f"model.type={quote(kind)} must be one of {', '.join(_MODELS)}")
+    raise UserError(f"model.type={shown(kind)} must be one of {', '.join(_MODELS)}")
   if isinstance(vocab, list):
     return _unigram_ids(vocab, model.get("unk_id"))
-  ids = strict_json.mapping(vocab, "model.vocab")
+  ids = foreign.mapping(vocab, "model.vocab")
   for token, i in ids.items():
     # Compared at once, as there may be over 100,000: `token_id` makes the message.
-    if type(i) is not int or not 0 <= i < strict_json.MAX_IDS:
-      strict_json.token_id(i, f"model.vocab[{quote(token)}]")
+    if type(i) is not int or not 0 <= i < foreign.MAX_IDS:
+      foreign.token_id(i, f"model.vocab[{shown(token)}]")
   if len(set(ids.values())) < len(ids):
     seen: dict[int, str] = {}
     for token, i in ids.items():
       if i in seen:
-        raise UserError(f"tokens {quote(seen[i])} and {quote(token)} both have the id {i}")
+        raise UserError(f"tokens {shown(seen[i])} and {shown(token)} both have the id {i}")
       seen[i] = token
   return ids
 
 
 def _unigram_ids(vocab: list, unknown: Any) -> dict[str, int]:
   ids = {}
-  if len(vocab) > strict_json.MAX_IDS:
-    raise UserError(f"model.vocab must have at most {strict_json.MAX_IDS} tokens")
+  if len(vocab) > foreign.MAX_IDS:
+    raise UserError(f"model.vocab must have at most {foreign.MAX_IDS} tokens")
   for i, entry in enumerate(vocab):
     is_pair = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
     if not is_pair or type(entry[1]) not in (int, float) or not math.isfinite(entry[1]):
-      raise UserError(f"model.vocab[{i}] must be a text and a number, got {quote(entry)}")
+      raise UserError(f"model.vocab[{i}] must be a text and a number, got {shown(entry)}")
     if entry[0] in ids:
-      raise UserError(f"token {quote(entry[0])} has two ids, {ids[entry[0]]} and {i}")
+      raise UserError(f"token {shown(entry[0])} has two ids, {ids[entry[0]]} and {i}")
     ids[entry[0]] = i
   if unknown is not None and not (type(unknown) is int and 0 <= unknown < len(vocab)):
-    raise UserError(f"model.unk_id={quote(unknown)} must be one of its {len(vocab)} tokens")
+    raise UserError(f"model.unk_id={shown(unknown)} must be one of its {len(vocab)} tokens")
   return ids
 
 
@@ -98,21 +97,21 @@ def _check_added(added: Any, ids: dict[str, int]):
     UserError: an entry has another form, or an id belongs to another token.
   """
   if not isinstance(added, list):
-    raise UserError(f"added_tokens must be a list, got {quote(added)}")
+    raise UserError(f"added_tokens must be a list, got {shown(added)}")
   owners, seen = {i: token for token, i in ids.items()}, set()
   for number, entry in enumerate(added):
     where = f"added_tokens[{number}]"
-    token = strict_json.mapping(entry, where).get("content")
+    token = foreign.mapping(entry, where).get("content")
     if not (isinstance(token, str) and token):
-      raise UserError(f"{where}: content must be a text, got {quote(token)}")
-    i = strict_json.token_id(entry.get("id"), f"{where}: id")
+      raise UserError(f"{where}: content must be a text, got {shown(token)}")
+    i = foreign.token_id(entry.get("id"), f"{where}: id")
     if token in seen:
-      raise UserError(f"the added token {quote(token)} is there twice")
+      raise UserError(f"the added token {shown(token)} is there twice")
     seen.add(token)
     if owners.get(i, token) != token:
-      raise UserError(f"tokens {quote(owners[i])} and {quote(token)} both have the id {i}")
+      raise UserError(f"tokens {shown(owners[i])} and {shown(token)} both have the id {i}")
     if ids.get(token, i) != i:
-      raise UserError(f"token {quote(token)} has two ids, {ids[token]} and {i}")
+      raise UserError(f"token {shown(token)} has two ids, {ids[token]} and {i}")
     ids[token], owners[i] = i, token
 
 
@@ -135,7 +134,7 @@ def _check_post_processor(rule: Mapping, known: set[int]):
   pairs = [rule[name] for name in ("sep", "cls") if isinstance(rule.get(name), list)]
   for i in (*(ids if isinstance(ids, list) else []), *(pair[-1] for pair in pairs if pair)):
     if type(i) is not int or i not in known:
-      raise UserError(f"post_processor names the id {quote(i)}, which no token has")
+      raise UserError(f"post_processor names the id {shown(i)}, which no token has")
 
 
 def _check_growth(name: str, part: Any):

@@ -277,6 +277,12 @@ def at(where: str, *, step: bool = False, first: bool = False, save: bool = Fals
     _watchdog.at(where, step=step, first=first, save=save)
 
 
+def progress():
+  """Says that this process makes headway in work of its own, without safe points; see `Watchdog.progress`."""
+  if _watchdog:
+    _watchdog.progress()
+
+
 def forget():
   """Tells the watchdog that another stage begins, whose steps take another time."""
   if _watchdog:

@@ -146,9 +146,8 @@ def _receive(
           " see their own logs"
         )
       for key, _ in selector.select(timeout=0.2):
-        if (
-          key.fileobj is not server
-        ):  # one who waited is gone, since nobody says more than a greeting
+        # One who waited is gone, since nobody says more than a greeting.
+        if key.fileobj is not server:
           selector.unregister(key.fileobj)
           guests.pop(key.data).close()
           continue

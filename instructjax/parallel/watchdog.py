@@ -29,6 +29,9 @@ from instructjax.parallel.lobby import Waiting, numbers
 _TICK = 1.0  # seconds between two looks
 _PAUSE = 5.0  # a look that comes so much later than planned: the machine slept, or this process was stopped
 _ANSWERS = 3.0  # seconds that the others have to say where they stand
+_SHARE = (
+  10.0  # seconds between two signs of headway that a process with work of its own gives the others
+)
 _TIMED = 50  # steps whose median is the usual time of a step
 _FEWEST = 3  # times of steps from which on there is a usual time
 
@@ -104,6 +107,8 @@ class Watchdog:
     self._times: collections.deque[float] = collections.deque(maxlen=_TIMED)
     self._meeting: tuple[str, str, Waiting] | None = None
     self._told_at: float | None = None
+    self._own_work, self._shared_at = 0, 0.0
+    self._work_of_others: dict[int, str] | None = None
     self._is_over = threading.Event()
     self.verdict: int | None = None
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -144,6 +149,16 @@ class Watchdog:
     """Counts as headway, at the same place."""
     with self._lock:
       self._marks, self._since = self._marks + 1, time.monotonic()
+
+  def progress(self):
+    """Counts as headway of this process and of all who wait for it: it is at work of its own, as tokenizing is.
+
+    Such work has no safe point. So it does not keep a process that was told to stop.
+    """
+    with self._lock:
+      if self._told_at is None:
+        self._own_work += 1
+        self._marks, self._since = self._marks + 1, time.monotonic()
 
   @contextlib.contextmanager
   def meeting(self, folder: str, name: str) -> Generator[None, None, None]:
@@ -189,6 +204,7 @@ class Watchdog:
       if self._team:
         self._report_meeting(self._team, now)
         self._follow(self._team)
+        silent = self._heed_work(self._team, now, silent)
       if self._told_at is not None and now - max(self._told_at, self._since) > self._grace():
         _dump()
         self._end(
@@ -235,6 +251,27 @@ class Watchdog:
       self._end(f"error: process {number}: {mistakes[number]}", self._mistake_code)
     elif team.said("stuck"):
       self._give_up("another process makes no headway")
+
+  def _heed_work(self, team: Team, now: float, silent: float) -> float:
+    """Tells the others of work of one's own, and waits on for those who tell of theirs.
+
+    Returns:
+      Seconds without headway: `silent`, or 0 if another process has had some.
+    """
+    if self._own_work and now - self._shared_at > _SHARE:
+      self._shared_at = now
+      team.put("work", str(self._own_work))
+    # Within a step all are at the same work. And what was said long ago is no news.
+    if self._is_step or silent < self.allowed() / 2:
+      self._work_of_others = None
+      return silent
+    before = self._work_of_others
+    self._work_of_others = {n: said for n, said in team.said("work").items() if n != team.process}
+    if before is None or before == self._work_of_others:
+      return silent
+    with self._lock:
+      self._since = max(self._since, now)
+    return 0.0
 
   def _give_up(self, why: str):
     """Prints where this process stands, and ends it; with others, tells them and names those that they wait for."""

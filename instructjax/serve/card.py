@@ -343,6 +343,5 @@ def _source(spec: str) -> str:
 
 
 def _number(value: float | None) -> str:
-  return (
-    "not finite" if value is None else f"{value:.4g}"
-  )  # findings.json has null for what is not finite
+  # findings.json has null for what is not finite.
+  return "not finite" if value is None else f"{value:.4g}"

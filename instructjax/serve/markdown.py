@@ -13,9 +13,8 @@ from instructjax.core.text import isolated, printable
 # Signs that Markdown reads anywhere, and an underscore at the edge of a word.
 _SIGNS = re.compile(r"[\\`*\[\]<>&~$#]|(?<![^\W_])_|_(?![^\W_])")
 
-_NAME = re.compile(
-  r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*"
-)  # of the hub; not one is a number, a date or a keyword
+# Of the hub; not one is a number, a date or a keyword.
+_NAME = re.compile(r"[A-Za-z][\w.-]*/[A-Za-z][\w.-]*")
 
 
 class Formatted(str):

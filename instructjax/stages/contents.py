@@ -1,7 +1,6 @@
 """What the files that a run reads hold: the checksums in fingerprints, so that no stage goes on with other data.
 
-One `Contents` is made per run, by pipeline.py, before anything is read. Called by context.py and run_data.py, and by
-whoever compares the data of a run's processes (`Contents.checksums`).
+One `Contents` is made per run, by pipeline.py, before anything is read. Called by context.py and run_data.py.
 """
 
 import pathlib
@@ -11,15 +10,17 @@ from instructjax.core.errors import UserError, one_line, reason
 from instructjax.core.stages import stage_of_kind
 from instructjax.data import sources
 from instructjax.data.checksums import Content, FileChecksums
+from instructjax.parallel import distributed
 from instructjax.stages import lineage
 from instructjax.train import finished
 from instructjax.train.weights import Weights
 
+# The files that stage `collect` writes, without `.jsonl`.
 SPLITS = (
   "train",
   "validation",
   "heldout",
-)  # the files that stage `collect` writes, without `.jsonl`
+)
 
 
 class NotThere(UserError):
@@ -36,7 +37,7 @@ class Contents:
 
   def __init__(self, config: Config, workdir: pathlib.Path):
     self._config, self._workdir = config, workdir
-    self._files = FileChecksums(workdir / "cache" / "checksums.json")
+    self._files = FileChecksums(workdir / "cache" / "checksums.json", distributed.progress)
     self._kept: dict[str, Content] = {}
 
   def of(self, kind: str) -> Content:
@@ -81,19 +82,6 @@ class Contents:
       except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     return self._kept[key]
-
-  def checksums(self, stages: list[str]) -> dict[str, str]:
-    """The checksum of every source that these stages read, by config field, as `data.documents`.
-
-    Sources of which no file can be read are left out: whoever reads them says what is wrong.
-    """
-    found = {}
-    for kind in lineage.kinds_read(self._config, stages):
-      try:
-        found[f"data.{kind}"] = self.of(kind).checksum
-      except NotThere:
-        continue
-    return found
 
   def _spec(self, kind: str) -> str:
     return getattr(self._config.data, kind)

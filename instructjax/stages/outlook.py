@@ -23,9 +23,8 @@ def work(ctx: Context, stage: str) -> float:
   """About the FLOPs of a stage."""
   config, row = ctx.config, STAGES[stage]
   data = config.data
-  answer = (
-    data.max_prompt_length + data.max_response_length
-  ) / 2  # tokens of a prompt with its answer
+  # Tokens of a prompt with its answer.
+  answer = (data.max_prompt_length + data.max_response_length) / 2
 
   def read(role: RoleName, tokens: float) -> float:
     return flops.forward(ctx.model(role), tokens, int(answer))

@@ -63,6 +63,7 @@ def check(ctx: Context, stages: list[str]):
     "prompts": ctx.data.prompt_tokens,
     "comparisons": lambda s: ctx.data.records("comparisons", s),
   }
+  distributed.at("reading the data")
   for kind in lineage.kinds_read(ctx.config, coming):
     for split in ("train", "validation"):
       read[kind](split) if kind in read else ctx.data.tokens(kind, split)

@@ -1,9 +1,9 @@
 """Whether a run's arrays can fit in the memory that is there: a lower bound by arithmetic, before anything is built.
 
-It counts what each stage holds for certain: weights, gradients and the optimiser's state, the inputs of the layers that
-a backward pass needs, the keys and values of answers that are being sampled. So a run that it refuses cannot fit, and
-one that it passes may still not fit; `launch/plan.py` asks the compiler. Called by pipeline.py and launch/plan.py.
-Imports no JAX.
+It counts what each stage holds for certain: weights and the optimiser's state, and the largest of what comes and goes
+beside them: gradients, the inputs of the layers that a backward pass needs, the keys and values of answers that are
+being sampled. So a run that it refuses cannot fit, and one that it passes may still not fit; `launch/plan.py` asks the
+compiler. Called by pipeline.py. Imports no JAX.
 """
 
 import math
@@ -19,7 +19,7 @@ from instructjax.stages import lineage
 
 _GIB = 2**30
 _FLOAT = 4  # bytes of a weight, and of each of the optimiser's two moments of it
-_TRAINED = 4 * _FLOAT  # weight, gradient, two moments
+_TRAINED = 3 * _FLOAT  # weight, two moments
 _FROZEN = 2  # bytes of a weight that only scores, at least
 _LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -44,7 +44,9 @@ def num_params(network: NetworkConfig, vocab_size: int) -> int:
 
 
 def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, float]:
-  """What a stage holds on each device for certain: what, with the settings that decide it -> bytes.
+  """What a stage needs on each device for certain: what, with the settings that decide it -> bytes.
+
+  The first is held all the time. Of the others, each is held at some time, and perhaps no two at once.
 
   Args:
     config: the run's config.
@@ -75,14 +77,14 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     tokens = (cfg.batch_size, total if row.kind == "rm" else cfg.length)
     names = f"config.{row.block}.batch_size={cfg.batch_size}, {tokens[1]} tokens a row"
     answers = 1
-    if (
-      row.kind == "rm"
-    ):  # packed into rows, the answers need what they have of tokens: two of some, at least
-      answers, tokens = (
-        (cfg.max_responses, tokens) if not cfg.row_length else (2, (cfg.batch_size, 2))
-      )
+    if row.kind == "rm" and cfg.row_length:
+      # Packed into rows, the answers need what they have of tokens: two of some, at least.
+      answers, tokens = 2, (cfg.batch_size, 2)
+    elif row.kind == "rm":
+      answers = cfg.max_responses
     return {
       state: weights * _TRAINED / split_weights,
+      "gradients": weights * _FLOAT / split_weights,
       f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
     }
   reward = config.reward_model
@@ -96,6 +98,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_chunks) if cfg.gamma else 0
   return {
     f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
+    "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),
@@ -103,6 +106,12 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
       inputs(scored, total), inputs(mixed, cfg.ptx_length)
     ),
   }
+
+
+def peak(needs: Mapping[str, float]) -> float:
+  """The bytes that `parts` add up to, at least."""
+  held, *passing = needs.values() or [0.0]
+  return held + max(passing, default=0.0)
 
 
 def require(
@@ -129,7 +138,7 @@ def require(
     return
   for stage in stages:
     needs = parts(config, mesh, stage)
-    needed = share * sum(needs.values())
+    needed = share * peak(needs)
     if needed > memory:
       largest = max(needs, key=lambda name: needs[name])
       raise UserError(

@@ -15,6 +15,7 @@ from instructjax.core.stages import stage_of_kind
 from instructjax.data import sources, token_cache, tokenize
 from instructjax.data.token_cache import CachedRows, CachedTokens, Tokenized
 from instructjax.data.tokenizer import Tokenizer
+from instructjax.parallel import distributed
 from instructjax.stages import lineage
 from instructjax.stages.contents import Contents, NotThere
 
@@ -139,6 +140,7 @@ class RunData:
         self._tokenizer.vocab_size,
         self._about(kind, split),
         lambda: self._tokenized(kind, split),
+        distributed.progress,
       )
       store = cached.store()
       tokenize.report(kind, len(store), store.left_out)
@@ -148,7 +150,7 @@ class RunData:
 
   def _cache_folder(self) -> pathlib.Path:
     named = self._config.data.token_cache
-    return pathlib.Path(named).expanduser() if named else self._workdir / "cache" / "tokens"
+    return pathlib.Path(named) if named else self._workdir / "cache" / "tokens"
 
   def _about(self, kind: str, split: sources.Split) -> dict[str, Any]:
     """Everything that the ids depend on."""

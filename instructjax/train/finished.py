@@ -22,6 +22,7 @@ import jax
 
 from instructjax.core import results
 from instructjax.core.errors import UserError, writing
+from instructjax.core.foreign import named, shown
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
 from instructjax.train import reading
@@ -30,10 +31,7 @@ TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done
 DONE = "done.json"  # marks a stage as finished
 _LOCK = ".lock"
 _NAMED = 3  # changed files that a message names
-
-
 _CHECKSUM = "crc32"  # key in done.json, of a checksum of all other keys
-_QUOTE = 60  # most characters of a bad value in a message
 
 
 class _BadDone(ValueError):
@@ -116,7 +114,7 @@ def read_done(directory: pathlib.Path) -> Done | None:
     checksum = values.pop(_CHECKSUM, None) if isinstance(values, dict) else None
     stage = values.get("stage") if isinstance(values, dict) else None
     if not isinstance(stage, str) or stage not in [TOKENIZER, *STAGES]:
-      raise _BadDone(f"it names no stage, but {_quote(stage)}")
+      raise _BadDone(f"it names no stage, but {shown(stage)}")
     result = results.Nothing if stage == TOKENIZER else STAGES[stage].result
     hints = typing.get_type_hints(Done) | {"result": result}
     done = Done(**_fields(hints, values, ""))
@@ -132,12 +130,6 @@ def read_done(directory: pathlib.Path) -> Done | None:
 def _checksum(values: Mapping[str, Any]) -> int:
   """CRC-32 of the values, however the file lays them out. Against faults and edits by hand, not against forgery."""
   return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _quote(value: Any) -> str:
-  """A value from the file for a message, cut where it is long."""
-  text = repr(value)
-  return text if len(text) <= _QUOTE else text[:_QUOTE] + "..."
 
 
 def require_done(directory: pathlib.Path) -> Done:
@@ -159,7 +151,9 @@ def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:
-      raise _BadDone(f"{what} key {', '.join(where + name[:_QUOTE] for name in sorted(names)[:5])}")
+      raise _BadDone(
+        f"{what} key {', '.join(where + named(name, 60) for name in sorted(names)[:5])}"
+      )
   return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
 
 
@@ -177,7 +171,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
   if hint is float and type(value) is int and abs(value) < 2**53:  # JSON may spell 1.0 as 1
     return float(value)
   if type(value) is not hint:
-    raise _BadDone(f"{where}={_quote(value)} is not of type {hint}")
+    raise _BadDone(f"{where}={shown(value)} is not of type {hint}")
   return value
 
 

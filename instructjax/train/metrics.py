@@ -121,9 +121,8 @@ def _read(path: pathlib.Path) -> tuple[list[dict[str, float]], list[bytes]]:
     record = _parse(line)
     if record is not None:
       records.append(record)
-    elif line.endswith(
-      b"\n"
-    ):  # a killed run may leave half a line at the end, which is nothing to speak of
+    # A killed run may leave half a line at the end, which is nothing to speak of.
+    elif line.endswith(b"\n"):
       junk.append(line)
   return records, junk
 

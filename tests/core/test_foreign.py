@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import time
 
 import pytest
@@ -34,6 +35,11 @@ def test_read(path):
   assert foreign.read_json(path) == {"a": [1, {"b": None}], "c": "é"}
 
 
+def test_whole_pairs_are_read(path):
+  path.write_text('{"a": "\\ud83d\\ude42"}')
+  assert foreign.read_json(path) == {"a": "\U0001f642"}
+
+
 @pytest.mark.parametrize(
   "content, message",
   [
@@ -48,6 +54,7 @@ def test_read(path):
     (b'{"a": ' + b"9" * 5000 + b"}", "a number of thousands of digits"),
     (b'{"a": 1, "b": 2, "a": 3}', "the key 'a' is there twice, with two values"),
     (b'{"x": {"a": 1, "a": true, "a": 2}}', "the key 'a' is there twice"),
+    (b'{"a": "\\ud800"}', "half of a surrogate pair"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
   ],
 )
@@ -58,7 +65,7 @@ def test_refused(path, content, message):
 def test_what_is_no_file(path, tmp_path):
   assert refusal(path) == f"{tmp_path} has no config.json"
   path.mkdir()
-  assert "must be a file, and it is a folder or a device" in refusal(path)
+  assert "must be a file, and it is a folder, a pipe or a device" in refusal(path)
   pipe = tmp_path / "pipe"
   os.mkfifo(pipe)  # to open it would wait for a writer
   assert "must be a file" in refusal(pipe)
@@ -66,6 +73,10 @@ def test_what_is_no_file(path, tmp_path):
   loop.symlink_to(loop)
   with pytest.raises(UserError, match="loop cannot be read: Too many levels"):
     foreign.require_file(loop)
+  with pytest.raises(UserError, match="/dev/null must be a file"):
+    foreign.require_file(pathlib.Path("/dev/null"))
+  with pytest.raises(UserError, match="must be a file"):
+    foreign.require_file(pathlib.Path(""))
   for name in ("x" * 5000, "a\0b", "\ud800"):
     with pytest.raises(UserError) as error:
       foreign.require_file(tmp_path / name)
@@ -73,6 +84,10 @@ def test_what_is_no_file(path, tmp_path):
 
 
 def test_too_large(path):
+  with open(path, "wb") as file:
+    file.truncate(2**30)  # takes no room
+  with pytest.raises(UserError, match="more than 134 MB, too much for such a file"):
+    foreign.read_text(path, foreign.TOKENIZER_BYTES)
   path.write_bytes(b'{"a": 1}')
   with pytest.raises(UserError, match="more than 0 MB, too much for such a file"):
     foreign.read_json(path, limit=7)
@@ -163,3 +178,13 @@ def test_quotes_are_short_and_printable():
   assert foreign.named("model.norm.weight") == "model.norm.weight"
   assert foreign.named("a\nb") == "'a\\nb'" and foreign.named("") == "''"
   assert len(foreign.named("x" * 1000)) <= 100
+  assert foreign.shown("a\n\x1b") == r"'a\n\x1b'"
+  long = ValueError("a\n\x1bb" + "c" * 500)
+  assert foreign.explained(long) == r"a \x1bb" + "c" * 150 + "..."
+
+
+@pytest.mark.parametrize("value", [True, None, -1, 2**21, 2**31, 1.0, "1", [1]])
+def test_what_is_no_id(value):
+  with pytest.raises(UserError, match="F must be a token's id, a whole number from 0 to 2097151"):
+    foreign.token_id(value, "F")
+  assert foreign.token_id(2**21 - 1, "F") == 2**21 - 1

@@ -296,7 +296,7 @@ def test_a_tokenizer_that_loses_text_is_refused(raw, folder):
 
 
 def test_files_that_are_no_tokenizer_are_refused(raw, tmp_path):
-  refuse(tmp_path / "tokenizer.json", r"tokenizer.json' cannot be read: No such file")
+  refuse(tmp_path / "tokenizer.json", r"tokenizer.json cannot be read: No such file")
   refuse(tmp_path, "must hold one of tokenizer.json, tokenizer.model")
   for content in ("", "{", "[]", '{"version": "1.0"}', "\udcff"):
     (tmp_path / "tokenizer.json").write_bytes(content.encode(errors="surrogateescape"))

@@ -17,18 +17,16 @@ def sha256(content: bytes) -> str:
 
 
 def content(spec, memory) -> Content:
-  return FileChecksums(memory).content(sources.how(spec), sources.files(spec))
+  return FileChecksums(memory, lambda: None).content(sources.how(spec), sources.files(spec))
 
 
 @pytest.fixture
 def reads(monkeypatch):
   """Names of the files that are hashed."""
   names = []
-  digest = hashlib.file_digest
+  hash_ = checksums._hash
   monkeypatch.setattr(
-    checksums.hashlib,
-    "file_digest",
-    lambda file, name: names.append(os.path.basename(file.name)) or digest(file, name),
+    checksums, "_hash", lambda path, tell: names.append(os.path.basename(path)) or hash_(path, tell)
   )
   return names
 
@@ -53,9 +51,9 @@ def test_a_file_by_its_content_as_it_lies_there(tmp_path, memory, scheme):
 def test_a_file_is_hashed_once_in_all_runs(tmp_path, memory, reads):
   path = tmp_path / "a.jsonl"
   path.write_bytes(b"text")
-  found = FileChecksums(memory)
+  found = FileChecksums(memory, lambda: None)
   assert found.content("x", [path, path]).digests == (sha256(b"text"),) * 2
-  assert found.content("x", [path]) == FileChecksums(memory).content("x", [path])
+  assert found.content("x", [path]) == FileChecksums(memory, lambda: None).content("x", [path])
   assert reads == ["a.jsonl"]
 
 
@@ -88,7 +86,7 @@ def test_a_file_that_was_just_written_is_hashed_a_moment_later(
   slept = []
   monkeypatch.setattr(checksums.time, "time", lambda: os.stat(tmp_path / "a").st_ctime + age)
   monkeypatch.setattr(checksums.time, "sleep", slept.append)
-  FileChecksums(memory).content("x", [tmp_path / "a"])
+  FileChecksums(memory, lambda: None).content("x", [tmp_path / "a"])
   assert sum(slept) == pytest.approx(seconds, abs=1e-6)
 
 
@@ -123,18 +121,18 @@ def test_a_damaged_memory_is_dropped(tmp_path, memory, damage, reads):
   files = {name: tmp_path / name for name in ("one", "two")}
   for name, path in files.items():
     path.write_text(name)
-  expected = FileChecksums(memory).content("x", files.values())
+  expected = FileChecksums(memory, lambda: None).content("x", files.values())
   memory.write_bytes(damage(memory.read_text()).encode(errors="surrogateescape"))
-  assert FileChecksums(memory).content("x", files.values()) == expected
+  assert FileChecksums(memory, lambda: None).content("x", files.values()) == expected
   assert reads[:3] == ["one", "two", "one"]
-  assert FileChecksums(memory).content("x", files.values()) == expected
+  assert FileChecksums(memory, lambda: None).content("x", files.values()) == expected
   assert len(reads) <= 4  # and whole again
 
 
 def test_without_a_place_to_remember_everything_is_hashed(tmp_path):
   (tmp_path / "a").write_text("a")
   (tmp_path / "cache").write_text("no folder")
-  found = FileChecksums(tmp_path / "cache" / "checksums.json")
+  found = FileChecksums(tmp_path / "cache" / "checksums.json", lambda: None)
   assert found.content("x", [tmp_path / "a"]).digests == (sha256(b"a"),)
   assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "cache"]
 
@@ -142,10 +140,10 @@ def test_without_a_place_to_remember_everything_is_hashed(tmp_path):
 def test_two_processes_remember_together(tmp_path, memory, reads):
   for name in "ab":
     (tmp_path / name).write_text(name)
-  one, other = FileChecksums(memory), FileChecksums(memory)
+  one, other = FileChecksums(memory, lambda: None), FileChecksums(memory, lambda: None)
   one.content("x", [tmp_path / "a"])
   other.content("x", [tmp_path / "b"])
-  FileChecksums(memory).content("x", [tmp_path / "a", tmp_path / "b"])
+  FileChecksums(memory, lambda: None).content("x", [tmp_path / "a", tmp_path / "b"])
   assert reads == ["a", "b"]
   assert [path.name for path in memory.parent.iterdir()] == [memory.name]
 

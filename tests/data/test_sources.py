@@ -139,9 +139,7 @@ def test_records_know_their_places_which_are_no_part_of_them(tmp_path):
 
 
 def test_a_chat_that_a_template_refuses_is_named_by_its_place(tmp_path):
-  def template(messages):
-    raise UserError("no")
-
+  template = lambda chats: [UserError("no") for _ in chats]
   spec = f"jsonl:{write(tmp_path / 'a.jsonl', {'prompt': ASKED})}"
   with pytest.raises(UserError, match=f"^data.prompts: {tmp_path}/a.jsonl:1: chat prompt 1 cannot"):
     sources.render(load(spec, "prompts"), template, on_bad_record="raise")

@@ -69,7 +69,7 @@ def test_bad_files_are_refused(folder, tmp_path):
   named = [{"name": "tool_use", "template": "x"}]
   with pytest.raises(ValueError, match=r"must have one named 'default', has 'tool_use'"):
     special_tokens.read_folder(folder(tokenizer_config={"chat_template": named}))
-  for content, message in [("{", "config.json is not JSON: "), ("[]", "must hold a JSON object")]:
+  for content, message in [("{", "config.json must be JSON: "), ("[]", "must be a JSON object")]:
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
       special_tokens.read_folder(tmp_path)
@@ -78,7 +78,11 @@ def test_bad_files_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
   ("name", "content", "message"),
   [
-    ("tokenizer_config.json", b'{"a": "\xff"}', r"tokenizer_config.json is not UTF-8 \(byte 8\)"),
+    (
+      "tokenizer_config.json",
+      b'{"a": "\xff"}',
+      r"tokenizer_config.json must be JSON: it is not UTF-8 \(byte 8\)",
+    ),
     ("chat_template.jinja", b"\xff", r"chat_template.jinja is not UTF-8 \(byte 1\)"),
     ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template must be text, got int"),
     (

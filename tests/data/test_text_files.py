@@ -72,6 +72,11 @@ def test_compressed_files_whatever_their_names(tmp_path, compress):
     read(tmp_path / "a.jsonl", long[: len(long) // 2])
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+  with pytest.raises(UserError, match="/a is a Git LFS pointer"):
+    read(tmp_path / "a", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
 @pytest.mark.parametrize(
   ("content", "reason"),
   [
@@ -83,7 +88,6 @@ def test_compressed_files_whatever_their_names(tmp_path, compress):
     (b"PAR1" + bytes(50), "it is a parquet file; read it as parquet:PATH"),
     (b"ARROW1" + bytes(50), "it is an Arrow file; read its folder as datasets:PATH"),
     (b"PK\x03\x04", "it is a zip file"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
     ('[{"a": 1}\n{"a": 2}]', r"not JSON at line 2 \(Expecting ',' delimiter"),
     ('[\n{"a": 1},\n]', "not JSON at line 3"),
     ('[\n{"a": 1},,\n{"a": 1}]', "not JSON at line 2"),
@@ -138,8 +142,8 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
 def test_only_files_that_can_be_read_again(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for name, reason in (
-    ("pipe", "it must be a file, which can be read more than once"),
-    (".", "Is a directory"),
+    ("pipe", "must be a file, and it is a folder, a pipe or a device"),
+    (".", "must be a file, and it is a folder"),
     ("no", "No such file or directory"),
   ):
     with pytest.raises(UserError, match=reason):

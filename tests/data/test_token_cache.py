@@ -34,7 +34,7 @@ class Source:
 
 
 def cached(root, source, about=0) -> CachedTokens:
-  return CachedTokens(root, "documents (train)", VOCAB, {"about": about}, source)
+  return CachedTokens(root, "documents (train)", VOCAB, {"about": about}, source, lambda: None)
 
 
 def tokens(rows):

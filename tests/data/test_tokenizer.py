@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 import string
@@ -136,8 +137,25 @@ def test_no_text_is_refused(tmp_path):
 
 
 def test_bad_files_are_refused(tokenizer, tmp_path):
-  with pytest.raises(ValueError, match=r"no.model' cannot be read: No such file"):
+  with pytest.raises(ValueError, match=r"no.model cannot be read: No such file"):
     load(tmp_path / "no.model")
+  pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+  for name in ("tokenizer.model", "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
+    folder = tmp_path / name.replace(".", "-")
+    folder.mkdir()
+    tokenizer.save(folder)
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / name).write_bytes(pointer)
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer"):
+      load(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)  # to open it would wait for a writer
+    with pytest.raises(
+      ValueError, match=f"{name} must be a file, and it is a folder, a pipe or a device"
+    ):
+      load(folder)
+  with pytest.raises(ValueError, match="/dev/zero must be a file"):
+    load("/dev/zero")
   for content in (b"", b"not a model", b"\x00" * 100):
     (tmp_path / "bad.model").write_bytes(content)
     with pytest.raises(ValueError, match="bad.model' is not a sentencepiece model file"):

@@ -40,7 +40,7 @@ UNIGRAM = {"type": "Unigram", "vocab": [["a", 0.0], ["b", -1]], "unk_id": 0}
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    (5, "must hold a JSON object, got 5"),
+    (5, "must be a JSON object, and it is 5"),
     ({}, "model must hold a JSON object, got None"),
     (model(vocab=None), "model.vocab must hold a JSON object, got None"),
     (model(type="Char"), "model.type='Char' must be one of BPE, Unigram, WordLevel, WordPiece"),

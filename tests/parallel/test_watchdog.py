@@ -155,6 +155,30 @@ def test_a_save_that_is_under_way_may_end():
   process.dog.stop()
 
 
+def test_work_of_its_own_counts_for_those_who_wait_for_it_too(monkeypatch):
+  monkeypatch.setattr(watchdog, "_SHARE", 0.05)
+  limits = Limits(stuck_factor=10.0, stuck_seconds=0.3, phase_seconds=0.4, grace_seconds=0.2)
+  first, second = (Process(team, limits) for team in teams(2))
+  for _ in range(25):
+    first.dog.progress()
+    time.sleep(0.05)
+  assert (first.code, second.code) == (None, None)
+  assert first.ended.wait(5) and second.ended.wait(5)  # once the work makes no headway either
+  assert (first.code, second.code) == (STUCK, STUCK)
+
+
+def test_work_of_its_own_does_not_keep_a_process_that_was_told_to_stop():
+  ear, mouth = os.pipe()
+  process = Process(ear=ear)
+  os.write(mouth, bytes([signal.SIGTERM]))
+  began = time.monotonic()
+  while process.code is None and time.monotonic() - began < 5:
+    process.dog.progress()
+    time.sleep(0.02)
+  assert process.code == TOLD
+  process.dog.stop()
+
+
 def test_headway_after_sigterm_is_waited_for():
   ear, mouth = os.pipe()
   process = Process(ear=ear)

@@ -64,14 +64,6 @@ def test_a_collected_file_that_is_gone(tmp_path):
     content_of("comparisons", tmp_path)
 
 
-def test_the_checksums_of_what_stages_read(tmp_path):
-  path = tmp_path / "prompts.jsonl"
-  path.write_text("a")
-  config = micro.config("ppo_ptx", {"prompts": f"jsonl:{path}", "documents": "jsonl:none"})
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  assert Contents(config, tmp_path).checksums(["ppo"]) == {"data.prompts": f"sha256:{digest}"}
-
-
 def test_weights_by_all_their_files(tmp_path):
   files = tmp_path / "config.json", tmp_path / "model.safetensors"
   for path in files:

@@ -554,7 +554,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
   path = tmp_path / "bad.jsonl"
   bad, workdir = specs | {kind: f"jsonl:{path}"}, tmp_path / "run"
   workdir.mkdir()
-  refuse(config(bad), workdir, rf"cannot read {path}: No such file")
+  refuse(config(bad), workdir, rf"{path} cannot be read: No such file")
   path.write_text("\n")
   refuse(config(bad), workdir, rf"data.{kind}='jsonl:{path}' holds no records")
   lines = pathlib.Path(specs[kind].removeprefix("jsonl:")).read_text().splitlines()

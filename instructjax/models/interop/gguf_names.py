@@ -160,7 +160,6 @@ def decimal(value: float) -> float:
 
   GGUF stores float32, and the decimal is what the original config.json most likely said.
   """
-  with np.errstate(
-    over="ignore"
-  ):  # what a float32 cannot hold becomes infinite, which the config's reader refuses
+  # What a float32 cannot hold becomes infinite, which the config's reader refuses.
+  with np.errstate(over="ignore"):
     return float(str(np.float32(value)))

@@ -21,6 +21,5 @@ class Source:
   shapes: Mapping[str, tuple[int, ...]]  # by Hugging Face's tensor names
   read: Callable[[str], np.ndarray]  # name -> float32 in Hugging Face's layout; a fresh array
   files: tuple[pathlib.Path, ...]  # all that were opened; who compares weights hashes them
-  notes: tuple[
-    str, ...
-  ]  # what the user should know of the files, a line each; `describe` logs them
+  # What the user should know of the files, a line each; `describe` logs them.
+  notes: tuple[str, ...]

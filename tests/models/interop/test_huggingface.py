@@ -369,7 +369,7 @@ def test_a_single_file_wins_over_an_index(folder, caplog):
     with caplog.at_level("WARNING"):
       found = interop.open_weights(folder)
       interop.describe(found)
-    assert found.shapes == alone.shapes and found.fingerprint == alone.fingerprint
+    assert found.shapes == alone.shapes and found.files == alone.files
     assert caplog.messages == [
       f"{folder}: model.safetensors is read, as in transformers, and model.safetensors.index.json is"
       " not used; delete the stale one"
@@ -460,7 +460,7 @@ def test_paths_that_no_file_system_takes(tmp_path):
       "sub/one.safetensors",
       "x" * 300 + ".safetensors",
     ),
-    *("one.bin", "", "a\0.safetensors", "a\n.safetensors", "\ud800.safetensors"),
+    *("one.bin", "", "a\0.safetensors", "a\n.safetensors"),
     *(None, 5, True, [], {}, ["one.safetensors"]),
   ],
 )
