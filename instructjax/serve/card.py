@@ -78,7 +78,7 @@ def text(weights: Weights, export: Export) -> str:
     answer_length=data["max_response_length"] if data else _EXAMPLE_LENGTH,
     data=data,
     **_measured(weights, export),
-    sources=_sources(weights, data),
+    sources=_sources(weights) if weights.done else [],
     settings=_settings(weights) if stage else None,
     made=_made(weights) if weights.done else [],
     is_from_labelers=stage is not None and stage.kind in ("rm", "rl"),
@@ -257,12 +257,11 @@ def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
   return rows
 
 
-def _sources(weights: Weights, data: Mapping[str, Any]) -> list[str]:
-  sources = [f"{kind} {markdown.code(_source(data[kind]))}" for kind in _kinds(data)]
-  documents = weights.settings.get("config.documents")
-  if documents:
-    sources.append(f"documents {markdown.code(_source(json.loads(documents)))}")
-  return sources
+def _sources(weights: Weights) -> list[str]:
+  return [
+    f"{kind} {markdown.code(_source(source.spec))}"
+    for kind, source in _provenance(weights).sources.items()
+  ]
 
 
 def _settings(weights: Weights) -> dict[str, Any]:
@@ -294,14 +293,13 @@ def _flat(block: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
-def _kinds(data: Mapping[str, Any]) -> list[str]:
-  return [
-    kind for kind in ("documents", "demonstrations", "comparisons", "prompts") if kind in data
-  ]
-
-
 def _made(weights: Weights) -> list[tuple[str, str]]:
-  """Where the weights come from, in rows with the sources of all stages that they descend from."""
+  """Where the weights come from, in rows."""
+  return provenance.rows(_without_folders(_provenance(weights)))
+
+
+def _provenance(weights: Weights) -> Provenance:
+  """The stage's own provenance, with the sources of all stages that it descends from."""
   own = weights.require_done()
   ancestors = [done for _, _, done in _ancestors(weights.path.parent, own)]
   sources = {
@@ -309,8 +307,7 @@ def _made(weights: Weights) -> list[tuple[str, str]]:
     for done in [*reversed(ancestors), own]
     for kind, source in done.require_provenance().sources.items()
   }
-  made = dataclasses.replace(own.require_provenance(), sources=sources)
-  return provenance.rows(_without_folders(made))
+  return dataclasses.replace(own.require_provenance(), sources=sources)
 
 
 def _without_folders(made: Provenance) -> Provenance:

@@ -25,7 +25,6 @@ from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import named, shown
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
-from instructjax.core.text import printable
 from instructjax.train import reading
 
 TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too

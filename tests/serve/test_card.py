@@ -148,7 +148,7 @@ def test_folders_of_the_machine_stay_out(run):
   for stage in ("ppo_ptx", "rm", "pretrain"):
     page = text(run / stage)
     assert "secret" not in page
-  assert "prompts `jsonl:prompts.jsonl`" in text(run / "ppo_ptx")
+  assert "Data: documents `jsonl:books.jsonl`. One" in text(run / "ppo_ptx")
 
 
 def test_other_weights_than_those_judged_say_so(run):

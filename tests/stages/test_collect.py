@@ -18,6 +18,9 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
     config=micro.config("rm", {}, data__comparisons="demo:", seed=5),
     data=types.SimpleNamespace(records=lambda kind, split: f"{split} {kind}"),
     directory=lambda stage: tmp_path / "run" / stage,
+    contents=types.SimpleNamespace(
+      of_written=lambda stage: types.SimpleNamespace(digests=("t", "v", "h"))
+    ),
   )
   finished = []
 
@@ -55,6 +58,7 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
   ((stage, _, step, result),) = finished
   assert (stage, step) == ("collect", None)
   assert (result.agreement.train, result.agreement.heldout) == (0.25, 0.5)
+  assert result.files == {"train": "t", "validation": "v", "heldout": "h"}
 
 
 @pytest.mark.parametrize("count", [2, 7])
@@ -63,7 +67,7 @@ def test_every_prompt_gets_its_own_answers(count):
   prompts = [Prompt(text) for text in "abcde"]
   ctx = types.SimpleNamespace(
     config=micro.config("rm", {}),
-    tokenizer=types.SimpleNamespace(encode_prompt=lambda text: [text]),
+    tokenizer=types.SimpleNamespace(encode=lambda text: [text], bos_id=None),
     data_seed=lambda stage: 1,
     key=lambda name: name,
     model=lambda role: role,

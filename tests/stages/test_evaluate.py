@@ -64,7 +64,7 @@ def test_prompts_are_the_first_of_the_test_split_that_fit():
   prompts = [types.SimpleNamespace(prompt=text) for text in ("x" * 37, "x" * 36, "a", "b")]
   ctx = types.SimpleNamespace(
     config=micro.config("ppo", {}, evaluate__num_prompts=2),
-    tokenizer=types.SimpleNamespace(encode_prompt=list),
+    tokenizer=types.SimpleNamespace(encode=list, bos_id=None),
     data=types.SimpleNamespace(
       records=lambda kind, split: {("prompts", "test"): prompts}[kind, split]
     ),
@@ -110,7 +110,7 @@ def test_best_of_n_chooses_by_reward_among_answers_of_the_reference(monkeypatch)
 def test_answers_of_untuned_policies_end_at_a_newline(monkeypatch, name, cut):
   ctx = types.SimpleNamespace(
     config=micro.config("ppo", {}, evaluate__temperature=0.5),
-    tokenizer=types.SimpleNamespace(encode_prompt=list),
+    tokenizer=types.SimpleNamespace(encode=list, bos_id=None),
     model=lambda role: f"{role} model",
     key=lambda name: f"key of {name}",
   )

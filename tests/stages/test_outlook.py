@@ -6,7 +6,7 @@ import types
 import pytest
 
 from instructjax.core.stages import STAGES
-from instructjax.data.records import Demonstration, Ranking
+from instructjax.data.records import Ranking
 from instructjax.models import flops
 from instructjax.stages import context, outlook
 from tests import micro
@@ -16,11 +16,13 @@ from tests import micro
 def ctx(tmp_path):
   """A run of `ppo_ptx` with 10 demonstrations and 6 rankings; answers have half of 36 + 24 tokens with their prompt."""
   config = micro.config("ppo_ptx", {"comparisons": "jsonl:c"})
-  records = {"demonstrations": [Demonstration("p", "r")] * 10}
-  records["comparisons"] = [Ranking("p", ("a", "b"), (1, 2))] * 6
+  records = {"comparisons": [Ranking("p", ("a", "b"), (1, 2))] * 6}
+  stored = types.SimpleNamespace(store=lambda: [None] * 10)
   return types.SimpleNamespace(
     config=config,
-    data=types.SimpleNamespace(records=lambda kind, split: records[kind]),
+    data=types.SimpleNamespace(
+      records=lambda kind, split: records[kind], tokens=lambda kind, split: stored
+    ),
     model=lambda role: context.make_model(config, None, role, micro.VOCAB_SIZE),
     directory=lambda stage: tmp_path / stage,
   )

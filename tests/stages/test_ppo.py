@@ -160,7 +160,8 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
   assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
-  assert fitted["evaluate"] == "held-out loss" and fitted["evaluate_steps"] == {1, 3, 6}
+  assert fitted["evaluate"] == "held-out loss"
+  assert [step for step in range(8) if step in fitted["evaluate_steps"]] == [1, 3, 6]
   hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
   assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
   assert finished == [("ppo", run, 7, ppo.results.Nothing())]

@@ -22,6 +22,7 @@ from instructjax.data.tokenize import RankingTokens
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.stages import answers, rm, run_data
+from instructjax.stages.contents import Contents
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 from tests import micro, tiny
@@ -146,11 +147,10 @@ def test_pair_margins_hand_worked():
 
 def test_the_bias_is_the_mean_score_of_whole_training_demonstrations():
   """They are read as the reward model sees complete answers: prompt, answer and EOS."""
-  item = lambda prompt, response: types.SimpleNamespace(prompt=prompt, response=response)
-  splits = {"train": [item([2, 3], [4]), item([5], [6, 7, 8])], "validation": [item([9], [9])]}
+  splits = {"train": [([2, 3], [4, 1]), ([5], [6, 7, 8, 1])], "validation": [([9], [9, 1])]}
   ctx = types.SimpleNamespace(
     config=micro.config("rm", {}),
-    tokenizer=types.SimpleNamespace(eos_id=1, pad_id=99, decode=str),
+    tokenizer=types.SimpleNamespace(stop_ids=(1,), pad_id=99, decode=str),
     data=types.SimpleNamespace(demonstration_tokens=splits.__getitem__),
     model=lambda role: role,
   )
@@ -277,7 +277,7 @@ def characters(eos_id=1):
   """A tokenizer whose tokens are characters."""
   encode = lambda text: [ord(c) for c in text]
   return types.SimpleNamespace(
-    encode=encode, encode_prompt=encode, eos_id=eos_id, pad_id=99, vocab_size=98
+    encode=encode, bos_id=None, control_pattern=None, eos_id=eos_id, pad_id=99, vocab_size=98
   )
 
 
@@ -303,12 +303,11 @@ def test_batches_of_rankings(row_length, length, rows):
   )
   asked = []
   with (
-    mock.patch.object(rm, "tokenized", lambda ctx, records: ["tokens", *records]),
     mock.patch.object(sharding, "num_row_shards", {"mesh": 4}.__getitem__),
     mock.patch.object(rm.batching, "rows_needed", lambda *a, **k: asked.append((a, k)) or 11),
     mock.patch.object(rm.batching, "ranking_batches", lambda *a, **k: (a, k)),
   ):
-    arguments, kwargs = rm._batches(ctx, ["record"], 5)
+    arguments, kwargs = rm._batches(ctx, ["tokens", "record"], 5)
   shape = dict(length=length, batch_size=8, seed=5)
   assert arguments == (["tokens", "record"],)
   assert asked == ([((["tokens", "record"],), shape | dict(num_epochs=2))] if row_length else [])
@@ -334,6 +333,7 @@ def test_training_takes_every_batch_of_every_epoch():
     return types.SimpleNamespace(params="trained")
 
   with (
+    mock.patch.object(rm, "tokenized", lambda ctx, records: ["tokens", *records]),
     mock.patch.object(rm, "_batches", batches),
     mock.patch.object(rm, "_optimizer_and_step", lambda *a: made.update(tx=a) or ("tx", "step")),
     mock.patch.object(rm, "initial_params", lambda ctx, key: f"fresh by {key}"),
@@ -347,7 +347,7 @@ def test_training_takes_every_batch_of_every_epoch():
     run, state, step, _, kwargs = made["fit"]
     assert kwargs["num_steps"] == 15 and kwargs["place"]("batch") == ("mesh", "batch")
     assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60) * 3  # forward and backward
-  assert made["batches"] == (["record"], "seed of rm/fold_1")
+  assert made["batches"] == (["tokens", "record"], "seed of rm/fold_1")
   assert made["tx"] == ("reward model", ctx.config.rm, 15, "mesh")
   assert (run, step) == (("rm", "rm/fold_1"), "step")
   assert state == ("mesh", "reward model", "tx", "fresh by key", "key")
@@ -494,10 +494,11 @@ def checked(tmp_path, monkeypatch, rows, **changes):
   tokenizer = types.SimpleNamespace(
     eos_id=1,
     encode=lambda text: list(map(ord, text)),
-    encode_prompt=lambda text: list(map(ord, text)),
+    bos_id=None,
+    control_pattern=None,
+    render_chats=None,
   )
-  tokenizer.render_chat = None
-  data = run_data.RunData(config, tmp_path, tokenizer)
+  data = run_data.RunData(config, tmp_path, tokenizer, Contents(config, tmp_path))
   ctx = types.SimpleNamespace(
     config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0
   )
