@@ -182,7 +182,7 @@ def test_seconds_of_each_process_are_in_the_metrics(uninterrupted):
 
 def test_one_process_speaks(wandering):
   _, said = wandering
-  assert any(line.startswith("finished: ") for line in own_words(said["last"][1], 0)[-3:])
+  assert any(line.startswith("finished: ") for line in own_words(said["last"][1], 0)[-4:])
   assert own_words(said["last"][1], 1) == []
 
 
