@@ -16,12 +16,10 @@ from collections.abc import Collection
 from instructjax.core.errors import NotJoined, UserError, reason
 
 FIRST_REPORT, REPORT_EVERY = 10.0, 30.0  # seconds of waiting after which those missing are named
-_STRANGER = (
-  60.0  # seconds that another program may hold the address: an earlier run may still be ending
-)
-_TURNING_AWAY = (
-  15.0  # seconds that process 0 stays to tell those who come late why the run does not start
-)
+# Seconds that another program may hold the address: an earlier run may still be ending.
+_STRANGER = 60.0
+# Seconds that process 0 stays to tell those who come late why the run does not start.
+_TURNING_AWAY = 15.0
 _GREETING = 5.0  # seconds that a connection has to say who it is
 _LONGEST = 1000  # bytes of a greeting or an answer
 

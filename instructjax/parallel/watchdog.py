@@ -29,9 +29,8 @@ from instructjax.parallel.lobby import Waiting, numbers
 _TICK = 1.0  # seconds between two looks
 _PAUSE = 5.0  # a look that comes so much later than planned: the machine slept, or this process was stopped
 _ANSWERS = 3.0  # seconds that the others have to say where they stand
-_SHARE = (
-  10.0  # seconds between two signs of headway that a process with work of its own gives the others
-)
+# Seconds between two signs of headway that a process with work of its own gives the others.
+_SHARE = 10.0
 _TIMED = 50  # steps whose median is the usual time of a step
 _FEWEST = 3  # times of steps from which on there is a usual time
 
@@ -158,7 +157,9 @@ class Watchdog:
     with self._lock:
       if self._told_at is None:
         self._own_work += 1
-        self._marks, self._since = self._marks + 1, time.monotonic()
+        self._since = (
+          time.monotonic()
+        )  # no mark: the others have none for it, and `_blame` compares them
 
   @contextlib.contextmanager
   def meeting(self, folder: str, name: str) -> Generator[None, None, None]:
