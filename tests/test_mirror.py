@@ -32,11 +32,10 @@ NO_MODULE = {
   "test_mirror": "the tests themselves",
   "test_package": "what pip installs",
   "test_types": "all modules, by a type checker",
-  "fuzz/test_tokenizer_files": "data/tokenizer: some of the damaged files that a fuzz run makes",
+  "fuzz/test_targets": "all readers: some of the damaged files that the fuzz command makes; the command itself",
   "data/test_docs_data": "docs/data.md: what it says of each source",
   "data/test_real_data": "all sources, on published data",
   "mutation/test_operators": "tests/mutation, the campaign that is no part of the suite",
-  "fuzz/test_command_lines": "the command line: a small budget of hostile ones",
   "rl/test_step_program": "rl/step as a compiled program: minutes of compilation that test_step does without",
   "train/test_other_mesh": "checkpoints and training together, from one mesh to another",
 }

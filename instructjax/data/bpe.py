@@ -99,6 +99,7 @@ class HuggingFaceTokenizer:
     self._prompts = tokenizer
     self._read_controls()
     self.has_chat_template = special.chat_template is not None
+    controls.require_no_unknown_end(self.encode, self.stop_ids, f"tokenizer.path={str(path)!r}")
     newline = self.encode("\n")
     self.newline_id = newline[0] if len(newline) == 1 else None
     parts = [self._definition, bos, eos, adds_bos, special.chat_template]

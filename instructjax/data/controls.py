@@ -80,6 +80,28 @@ def texts(special: SpecialTokens, atomic: Iterable[str], ordinary: Iterable[str]
   return found
 
 
+# Letters of scripts that hardly any vocabulary has: Old Persian, cuneiform, Linear B.
+_RARE = "\U000103a0\U00012000\U00010000"
+
+
+def require_no_unknown_end(encode: Callable[[str], list[int]], stops: tuple[int, ...], where: str):
+  """Refuses a vocabulary whose token for unknown letters ends a text: any text with such a letter would end there.
+
+  Args:
+    encode: from a text to its ids.
+    stops: the tokens at which sampling ends.
+    where: the vocabulary, for the message.
+  Raises:
+    UserError: it is such a vocabulary.
+  """
+  ends = set(stops) & set(encode(_RARE))
+  if ends:
+    raise UserError(
+      f"{where} encodes letters that it does not know to the token {min(ends)}, at which a text ends; name another"
+      " eos_token in tokenizer_config.json"
+    )
+
+
 def stop_ids(
   eos_id: int,
   special: SpecialTokens,

@@ -12,7 +12,7 @@ from typing import Any
 
 from instructjax.core.errors import UserError
 from instructjax.data import annotations, dialogues
-from instructjax.data.messages import BadRecord, kind_of, listed
+from instructjax.data.messages import BadRecord, kind_of, listed, quoted
 from instructjax.data.records import KEYS, is_score
 
 OWN = "own"
@@ -61,13 +61,17 @@ def split_options(
   known = ("format", *dict.fromkeys(keys), *own)
   for name, value in given.items():
     if name not in known or not value:
-      raise UserError(f"{where}: {name!r} must be one of {', '.join(known)}, and must have a value")
+      raise UserError(
+        f"{where}: {quoted(name, 40)} must be one of {', '.join(known)}, and must have a value"
+      )
   if len(given) < len(pairs):
     raise UserError(f"{where} names an option twice")
   chosen = given.pop("format", None)
   names = [OWN, *(name for name, form in FORMATS.items() if kind in (None, *form.kinds))]
   if chosen is not None and chosen not in names:
-    raise UserError(f"{where}: format={chosen!r} of {kind} must be one of {', '.join(names)}")
+    raise UserError(
+      f"{where}: format={quoted(chosen, 40)} of {kind} must be one of {', '.join(names)}"
+    )
   columns = {name: value for name, value in given.items() if name not in own}
   fixed = [name for name in columns if name not in _NAMED.get(chosen or OWN, ())]
   if chosen not in (None, OWN) and fixed:
@@ -244,7 +248,7 @@ def _at(row: Row, path: str, key: str, where: str) -> Any:
       value = value[int(part)]
     else:
       raise BadRecord(
-        f"{where}: {key!r} is read from {path!r}, which is missing (keys found: {listed(row) or 'none'})"
+        f"{where}: {key!r} is read from {quoted(path, 80)}, which is missing (keys found: {listed(row) or 'none'})"
       )
   return value
 

@@ -131,6 +131,11 @@ def listed(names: Any, limit: int = 12) -> str:
   return ", ".join(shown) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def quoted(text: str, most: int = 300) -> str:
+  """What somebody has typed or written in one line: quoted, and cut where it is long."""
+  return repr(text if len(text) <= most else f"{text[:most]}...")
+
+
 def _message(message: Any, name: str, where: str) -> Message:
   """One message. The content may be empty, because system messages sometimes are."""
   if isinstance(message, dict) and {"role", "content"} <= message.keys():

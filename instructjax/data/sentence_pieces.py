@@ -72,6 +72,9 @@ class SentencePieceTokenizer:
       raise UserError(f"{self._where} loses newlines: it needs a piece for them, or byte fallback")
     if self.eos_id in self.encode(self._text(self.eos_id)):
       raise UserError(f"{self._where} encodes the text of its EOS to EOS")
+    controls.require_no_unknown_end(self.encode, self.stop_ids, self._where)
+    unknown = self._processor.unk_id()
+    self._decoded([unknown] * (0 <= unknown < self._num_pieces))
 
   def _add(self, added: Sequence[Added], special: SpecialTokens | None) -> dict[int, Added]:
     """The tokens that files beside the model add to its pieces, by their ids.
@@ -278,11 +281,19 @@ class SentencePieceTokenizer:
     for token in map(operator.index, ids):
       is_silent = token in self._control_texts or token == self.eos_id
       if token == self.newline_id or (token in self.added and not is_silent):
-        texts += [self._processor.decode(pieces), self._text(token)]
+        texts += [self._decoded(pieces), self._text(token)]
         pieces = []
       elif 0 <= token < self._num_pieces and not is_silent:
         pieces.append(token)
-    return "".join([*texts, self._processor.decode(pieces)])
+    return "".join([*texts, self._decoded(pieces)])
+
+  def _decoded(self, pieces: list[int]) -> str:
+    try:
+      return self._processor.decode(pieces)
+    except UnicodeDecodeError as error:  # its text for unknown letters can be any bytes
+      raise UserError(
+        f"{self._where} decodes tokens to what is not UTF-8: copy it again"
+      ) from error
 
   def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
     """The text of a chat, up to the point where the assistant speaks next.

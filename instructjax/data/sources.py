@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from instructjax.core.errors import UserError
 from instructjax.data import formats
-from instructjax.data.messages import listed
+from instructjax.data.messages import listed, quoted
 from instructjax.data.readers import READERS, Request
 from instructjax.data.records import (
   KINDS,
@@ -87,7 +87,7 @@ def load(
     return demo.load(kind, split, seed)
   if split == "test":  # files have two splits only
     split = "validation"
-  source, reader = f"data.{kind}={spec!r}", READERS[scheme]
+  source, reader = f"data.{kind}={quoted(spec)}", READERS[scheme]
   path, options = formats.split_options(rest, source, kind, reader.options)
   if not path:
     raise UserError(f"{source} must name what to read after {scheme}:")
@@ -118,7 +118,7 @@ def _scheme(spec: str, kind: str) -> tuple[str, str]:
   scheme, colon, rest = spec.partition(":")
   if not colon or scheme not in _SCHEMES:
     raise UserError(
-      f"data.{kind}={spec!r} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
+      f"data.{kind}={quoted(spec)} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
     )
   return scheme, rest
 
@@ -258,7 +258,9 @@ def require_simulation(spec: str):
   """
   found = simulation(spec)
   if found is None:
-    raise UserError(f"simulated labelers know only the records of 'demo:', and these are {spec!r}")
+    raise UserError(
+      f"simulated labelers know only the records of 'demo:', and these are {quoted(spec)}"
+    )
   return found
 
 

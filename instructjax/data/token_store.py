@@ -302,6 +302,13 @@ def _read_header(folder: pathlib.Path) -> dict | None:
     for name, size in header["sizes"].items():
       if (found := (folder / name).stat().st_size) != size:
         raise ValueError(f"{name} has {found} bytes, not {size}")
-  except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+  except (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+  ) as error:
     raise Damaged(f"{folder}: {error}") from error
   return header

@@ -11,6 +11,7 @@ from instructjax.core.errors import UserError, one_line, reason
 from instructjax.core.stages import stage_of_kind
 from instructjax.data import sources
 from instructjax.data.checksums import Content, FileChecksums
+from instructjax.data.messages import quoted
 from instructjax.stages import lineage
 from instructjax.train import finished
 from instructjax.train.weights import Weights
@@ -106,7 +107,7 @@ class Contents:
       return self._files.content(sources.how(spec), sources.files(spec))
     except Exception as error:  # libraries that open sources raise many types
       why = one_line(error) if isinstance(error, UserError) else reason(error)
-      raise NotThere(f"data.{kind}={spec!r} cannot be read: {why}") from error
+      raise NotThere(f"data.{kind}={quoted(spec)} cannot be read: {why}") from error
 
   def _collected(self) -> Content:
     """The rankings that this run has collected.

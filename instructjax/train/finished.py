@@ -24,6 +24,7 @@ from instructjax.core import results
 from instructjax.core.errors import UserError, writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
+from instructjax.core.text import printable
 from instructjax.train import reading
 
 TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too
@@ -159,7 +160,8 @@ def _fields(hints: Mapping[str, Any], values: Any, where: str) -> dict[str, Any]
   unknown, missing = values.keys() - hints.keys(), hints.keys() - values.keys()
   for names, what in ((unknown, "unknown"), (missing, "missing")):
     if names:
-      raise _BadDone(f"{what} key {', '.join(where + name[:_QUOTE] for name in sorted(names)[:5])}")
+      shown = ", ".join(printable(where + name[:_QUOTE]) for name in sorted(names)[:5])
+      raise _BadDone(f"{what} key {shown}")
   return {name: _typed(hint, values[name], where + name) for name, hint in hints.items()}
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models
 
 from instructjax.core.errors import UserError
 from instructjax.data import controls
@@ -170,6 +170,17 @@ def test_a_letter_that_serves_as_the_pad_token_stays_a_letter(tmp_path):
   tokenizer = folder(tmp_path, pad_token="!")
   assert tokenizer.decode(tokenizer.encode("a!")) == "a!"
   assert tokenizer.render_chat([{"role": "user", "content": "a!"}])
+
+
+def test_an_end_that_stands_for_unknown_letters_is_refused(tmp_path):
+  """Otherwise every text with such a letter would end there."""
+  letters = [("<unk>", 0.0), *((letter, -2.0) for letter in map(chr, range(9, 127)))]
+  content = json.loads(Tokenizer(models.Unigram(letters, unk_id=0, byte_fallback=False)).to_str())
+  content["decoder"] = {"type": "Fuse"}
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
+  with pytest.raises(UserError, match="encodes letters that it does not know to the token 0, at"):
+    load(tmp_path)
 
 
 def test_a_token_that_merges_lead_to_is_cut(tmp_path):

@@ -153,3 +153,20 @@ def test_stop_tokens_of_the_settings_for_generation(folder, tmp_path, caplog):
   tokenizer.save(tmp_path / "saved")
   again = load(tmp_path / "saved")
   assert (again.stop_ids, again.fingerprint) == (tokenizer.stop_ids, tokenizer.fingerprint)
+
+
+def test_a_model_that_writes_what_is_no_text_is_refused(folder):
+  """Its text for unknown letters is cut off in the middle of a letter."""
+  path, _ = folder()
+  model = (path / "tokenizer.model").read_bytes()
+  proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+  proto.trainer_spec.unk_surface = "ab\u00e9"
+  damaged = proto.SerializeToString().replace("ab\u00e9".encode(), b"ab\xffx")
+  (path / "tokenizer.model").write_bytes(damaged)
+  with pytest.raises(UserError, match="decodes tokens to what is not UTF-8"):
+    load(path)
+
+
+def test_an_end_that_stands_for_unknown_letters_is_refused(folder):
+  with pytest.raises(UserError, match="encodes letters that it does not know to the token 0, at"):
+    load(folder(generation_config={"eos_token_id": [1, 0]})[0])

@@ -88,6 +88,16 @@ def test_damage_found_at_the_start_is_mended_in_one_line(tmp_path, name, caplog)
   assert len(caplog.messages) == 1 and "is damaged" in caplog.text and source.times == 2
 
 
+@pytest.mark.parametrize("header", ["[" * 100_000, '{"a":' * 100_000, "5", "[]", "{}", "\x00"])
+def test_a_header_of_another_shape_is_mended(tmp_path, header):
+  source = Source()
+  first = cached(tmp_path, source)
+  first.rows(8, splits=True)
+  (first.folder / "header.json").write_text(header)
+  assert tokens(cached(tmp_path, source).rows(8, splits=True)) == expected()
+  assert source.times == 2
+
+
 def test_damage_of_ids_is_found_before_rows_are_packed(tmp_path, caplog):
   source = Source()
   folder = cached(tmp_path, source)

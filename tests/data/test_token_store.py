@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instructjax.data import token_store
 from instructjax.data.packing import Damaged
@@ -116,3 +118,35 @@ def test_any_flipped_bit_is_noticed_when_its_row_is_read(tmp_path):
     everything
   )
   np.testing.assert_array_equal(again.token_BL, expected.token_BL)
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(
+  sequences=st.lists(
+    st.lists(st.integers(0, 69_999), min_size=1, max_size=9).flatmap(
+      lambda ids: st.builds(Encoded, st.just(ids), st.integers(0, len(ids)))
+    ),
+    min_size=1,
+    max_size=12,
+  ),
+  length=st.integers(10, 24),
+)
+def test_any_sequences_are_read_from_the_rows_that_they_were_packed_into(
+  tmp_path_factory, sequences, length
+):
+  folder = tmp_path_factory.mktemp("stores")
+  store = token_store.open_store(write(folder / "store", sequences, vocab_size=70_000))
+  assert [*store] == sequences
+  token_store.write_rows(folder / "rows", store.pack(length, 70_000, splits=False))
+  rows = token_store.open_rows(folder / "rows", store)
+  batch = rows.gather(np.arange(rows.num_rows))
+  found = []
+  for token_L, segment_L, weight_L in zip(
+    batch.token_BL, batch.segment_BL, batch.weight_BL, strict=True
+  ):
+    for segment in range(1, segment_L.max() + 1):
+      is_here_L = segment_L == segment
+      unweighted = int(np.sum(weight_L[is_here_L] == 0))
+      found.append((token_L[is_here_L].tolist(), unweighted))
+  # The first token of a sequence is never predicted.
+  assert sorted(found) == sorted((one.ids, max(1, one.num_unweighted)) for one in sequences)

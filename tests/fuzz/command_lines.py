@@ -1,19 +1,10 @@
-"""Hostile command lines of the main command: fields x nasty values, from a seed. No run is started.
+"""Hostile command lines of the main command: fields x nasty values, and what reading one must do. No run is started."""
 
-  python -m tests.fuzz.command_lines 5000 [SEED]
-
-A command line must be taken, or refused with a UserError of one line, within 5 seconds. Anything else is printed with
-the line that caused it, and the exit code is 1.
-"""
-
-import math
-import os
+import json
+import pathlib
 import random
-import resource
-import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -23,9 +14,9 @@ from instructjax.core import blocks
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError, one_line
 from instructjax.stages import lineage, room
+from tests.fuzz.mutants import Files
 
-SECONDS = 5.0  # that an answer may take
-LONGEST = 1500  # letters of a message: it may list what there is
+ARGUMENTS = "arguments.json"
 _GIB = 2**30
 _ONE = {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
 
@@ -142,58 +133,23 @@ def answer(arguments: Sequence[str]):
     sys.argv = before
 
 
-def fault(arguments: Sequence[str], ask: Callable[[Sequence[str]], None] = answer) -> str:
-  """What is wrong with the answer to a command line; '' if nothing."""
-  began = time.monotonic()
+def cases(rng: random.Random) -> Iterator[tuple[str, Files]]:
+  """Yields (the line, the arguments in a file) without end."""
+  while True:
+    arguments = line(rng)
+    yield ascii(arguments)[:200], {ARGUMENTS: json.dumps(arguments).encode()}
 
-  def interrupt(*_):
-    raise TimeoutError("no answer")
 
-  before = signal.signal(signal.SIGALRM, interrupt)
-  signal.alarm(math.ceil(4 * SECONDS))
+def run(folder: pathlib.Path):
+  """Reads a case as the main command does.
+
+  Raises:
+    UserError: the command line is refused; its message as it is printed.
+    AssertionError: it ends the command with another exit code than 0.
+  """
   try:
-    ask(arguments)
-    found = ""
-  except UserError as error:
-    told = one_line(error)
-    found = "" if told and len(told) <= LONGEST else f"a message of {len(told)} letters"
-    if not told.isprintable():
-      found = f"a message that is not printable: {ascii(told)[:300]}"
-  except SystemExit as error:  # --help, --version
-    found = f"exit code {error.code}" if error.code not in (0, None) else ""
-  except BaseException as error:
-    found = f"{type(error).__name__}: {ascii(str(error))[:300]}"
-  finally:
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-  seconds = time.monotonic() - began
-  return found or (f"{seconds:.1f} s without an answer" if seconds > SECONDS else "")
-
-
-def faults(number: int, seed: int) -> list[tuple[str, list[str]]]:
-  """What was wrong with `number` command lines from a seed, each with its line."""
-  rng = random.Random(seed)
-  lines = [line(rng) for _ in range(number)]
-  return [(found, arguments) for arguments in lines if (found := fault(arguments))]
-
-
-def main():
-  """Runs the number of command lines that the first argument asks for."""
-  number = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-  seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-  began = time.monotonic()
-  stdout = os.dup(1)
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # --help prints
-  found = faults(number, seed)
-  os.dup2(stdout, 1)
-  for what, arguments in found[:50]:
-    print(what, ascii(arguments)[:600], flush=True)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-  print(
-    f"{number} command lines, seed {seed}: {len(found)} faults, {time.monotonic() - began:.0f} s, {peak:.2f} GiB"
-  )
-  sys.exit(1 if found else 0)
-
-
-if __name__ == "__main__":
-  main()
+    answer(json.loads((folder / ARGUMENTS).read_bytes()))
+  except UserError as error:  # quotes what was typed, and is cut where it is printed
+    raise UserError(one_line(error)) from error
+  except SystemExit as error:  # --help
+    assert error.code in (0, None), f"exit code {error.code}"

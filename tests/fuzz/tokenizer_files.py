@@ -1,8 +1,4 @@
-"""Damaged and hostile tokenizer files: what makes them, and what reads them.
-
-`cases` yields folders without end; `target` reads one of them as a run would. It must return, or raise a UserError, in
-a few seconds and with little memory.
-"""
+"""Damaged and hostile tokenizer files: what makes them, and what reads them as a run would."""
 
 import copy
 import functools
@@ -17,8 +13,7 @@ from typing import Any
 
 from instructjax.core.errors import UserError
 from instructjax.data import tokenizer as tokenizers_lib
-
-Files = dict[str, bytes]
+from tests.fuzz.mutants import Files
 
 GGUF = "model.gguf"
 _METADATA = "metadata.json"  # becomes a GGUF file
@@ -331,7 +326,7 @@ def cases(rng: random.Random) -> Iterator[tuple[str, Files]]:
     yield f"{number}: {name} of {seed}", files
 
 
-def target(folder: pathlib.Path):
+def run(folder: pathlib.Path):
   """Loads the tokenizer of a folder and uses it as a run does.
 
   Raises:

@@ -1,9 +1,11 @@
 """The outer loop: exact resume after a kill, cadence, evaluation, what stops it, its refusals."""
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
@@ -136,6 +140,60 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
   assert draws.get_state() == {"drawn": 10}
   assert _records(tmp_path / "killed") == _records(tmp_path / "whole")
   assert [record["step"] for record in _records(tmp_path / "whole")] == list(range(1, 11))
+
+
+class Stopped(Exception):
+  """Stands for whatever ends a run."""
+
+
+class StoppedRows(Rows):
+  """Ends the run while that batch is drawn."""
+
+  def __init__(self, stop_at):
+    super().__init__()
+    self._stop_at = stop_at
+
+  def __next__(self):
+    if self._drawn + 1 == self._stop_at:
+      raise Stopped
+    return super().__next__()
+
+
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("whole")
+  return _bytes(_fit(folder, num_steps=STEPS)), (folder / "metrics.jsonl").read_bytes()
+
+
+@settings(
+  max_examples=8,
+  deadline=None,
+  database=None,
+  derandomize=True,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+  stops=st.lists(st.integers(1, STEPS), max_size=3),
+  every=st.integers(1, 4),
+  keep=st.integers(1, 3),
+)
+def test_any_interruptions_come_to_the_same_bits(
+  tmp_path_factory, uninterrupted, stops, every, keep
+):
+  """A run that is ended at the first of `stops`, gone on with and ended at the second, and so on."""
+  folder = tmp_path_factory.mktemp("split")
+  run = _run(folder, every=every, keep=keep)
+  for stop in stops:  # a stop before the step that the run goes on from does not happen
+    with contextlib.suppress(Stopped):
+      _fit(folder, num_steps=STEPS, batches=StoppedRows(stop), run=run)
+  state = _fit(folder, num_steps=STEPS, run=run)
+  seconds = re.compile(rb'"seconds": [^,}]+')
+  metrics = (folder / "metrics.jsonl").read_bytes()
+  assert _bytes(state) == uninterrupted[0]
+  assert seconds.sub(b"", metrics) == seconds.sub(b"", uninterrupted[1])
 
 
 class ToldToStop(Rows):

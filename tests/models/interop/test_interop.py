@@ -8,26 +8,29 @@ import pytest
 
 from instructjax.core.errors import UserError
 from instructjax.models import interop
-from tests.fuzz import weight_files
+from tests.fuzz import mutants, weight_files
 
 
 @pytest.mark.parametrize("name", weight_files.seeds())
 def test_seeds_open(name, tmp_path):
   """Otherwise mutants of them would be refused for another reason than their damage."""
-  weight_files.write(tmp_path, weight_files.seeds()[name])
-  assert weight_files.target(tmp_path)
+  mutants.write(tmp_path, weight_files.seeds()[name])
+  weight_files.run(tmp_path)
 
 
 def test_mutants(tmp_path):
   opened = 0
   for seed in range(300):
-    what, files = weight_files.case(random.Random(seed))
+    what, files = next(weight_files.cases(random.Random(seed)))
     folder = tmp_path / str(seed)
     folder.mkdir()
-    weight_files.write(folder, files)
+    mutants.write(folder, files)
     start = time.process_time()
     try:
-      opened += weight_files.target(folder)
+      weight_files.run(folder)
+      opened += 1
+    except UserError as error:
+      assert not mutants.bad_message(error, folder), f"mutant {seed} of {what}"
     except Exception as error:
       raise AssertionError(f"mutant {seed} of {what}") from error
     assert time.process_time() - start < 5, f"mutant {seed} of {what}"
@@ -51,7 +54,7 @@ def test_sizes_are_compared_with_the_tensors_before_anything_is_built(
 ):
   files = dict(weight_files.seeds()[family])
   files["config.json"] = json.dumps(json.loads(files["config.json"]) | {name: value}).encode()
-  weight_files.write(tmp_path, files)
+  mutants.write(tmp_path, files)
   source = interop.open_weights(tmp_path)
   start = time.process_time()
   with pytest.raises(UserError, match="the config must fit the weights|and the model needs"):
