@@ -250,6 +250,7 @@ QUICK = settings(
   max_examples=60,
   deadline=None,
   database=None,
+  derandomize=True,
   suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -285,6 +286,26 @@ def test_any_rankings_are_read_as_they_were_written(tmp_path, rows, form, ascii_
     Ranking(row["prompt"], tuple(row["responses"]), tuple(row["ranks"]), row["labeler"])
     for row in rows
   ]
+
+
+@QUICK
+@given(
+  rows=st.lists(st.tuples(FULL, FULL), min_size=1, max_size=5),
+  form=st.sampled_from(["lines", "array", "parquet"]),
+)
+def test_any_demonstrations_and_documents_are_read_as_they_were_written(tmp_path, rows, form):
+  path = tmp_path / "rows"
+  for kind, make, records in (
+    ("demonstrations", Demonstration, [{"prompt": p, "response": r} for p, r in rows]),
+    ("documents", Document, [{"text": text} for text, _ in rows]),
+  ):
+    if form == "parquet":
+      pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+      lines = map(json.dumps, records)
+      path.write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
+    found = load(f"{'parquet' if form == 'parquet' else 'jsonl'}:{path}", kind)
+    assert found == [make(**record) for record in records]
 
 
 @QUICK
