@@ -22,7 +22,7 @@ from tests.fuzz.worker import EXCEPTION, Outcome
 
 _CHUNK = 100  # inputs of one task
 _POLL = 0.5  # seconds between two looks at the workers
-_WAIT = 12  # times the limit: clock time without an answer that counts as over it, since the machine may be busy
+_WAIT = 12  # times the limit: clock time without an answer and without work that counts as over it
 _SHOWN = 3  # inputs that are saved of each finding
 _STARTING = 600  # seconds that a worker's start may take
 SLOW, LARGE, ENDED = "over time", "over memory", "process ended"
@@ -136,13 +136,14 @@ def _start(gigabytes: float) -> _Worker:
   return _Worker(process, ours, since=(time.monotonic(), 0.0))
 
 
-def _processor(pid: int | None) -> float:
-  """Seconds of processor time that a process has had; 0 if it is gone."""
+def _processor(pid: int | None) -> tuple[float, bool]:
+  """Seconds of processor time that a process has had, and whether it works or waits for a processor."""
   try:
     fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
   except OSError:
-    return 0.0
-  return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0, False
+  seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+  return seconds, fields[0] == "R"
 
 
 def _resident(pid: int | None) -> int:
@@ -155,10 +156,11 @@ def _resident(pid: int | None) -> int:
 
 def _excess(one: _Worker, seconds: float, gigabytes: float) -> Outcome | None:
   """Why a worker has to be killed."""
-  used = _processor(one.process.pid) - one.since[1]
+  used, is_working = _processor(one.process.pid)
+  used -= one.since[1]
   waited = time.monotonic() - one.since[0]
   size = _resident(one.process.pid) - one.resident
-  if used > 2 * seconds or waited > _WAIT * seconds:
+  if used > 2 * seconds or (waited > _WAIT * seconds and not is_working):
     return Outcome(SLOW, f"no answer in {used:.0f} s of work and {waited:.0f} s", "", used, size)
   if size > 3 * gigabytes * 1e9:
     return Outcome(LARGE, "still growing", "", used, size)
@@ -184,7 +186,7 @@ def campaign(options: argparse.Namespace, names: list[str]) -> Findings:
           one.process.join()
           del workers[place]
           continue
-        one.task, one.since = todo.popleft(), (time.monotonic(), _processor(one.process.pid))
+        one.task, one.since = todo.popleft(), (time.monotonic(), _processor(one.process.pid)[0])
         one.pipe.send(one.task)
         continue
       if not one.resident:
@@ -194,6 +196,8 @@ def campaign(options: argparse.Namespace, names: list[str]) -> Findings:
       excess = None if ended else _excess(one, options.seconds, options.gigabytes)
       if not (ended or excess) or one.task is None:
         continue
+      if ended:  # the pipe is closed a moment before there is an exit code
+        one.process.join(10)
       one.process.kill()
       one.process.join()
       target, seed, numbers = one.task
@@ -219,7 +223,7 @@ def _take(one: _Worker, found: Findings) -> bool:
       target, seed, numbers = one.task
       found.add(target, seed, numbers[0], Outcome(*got))
       one.task = (target, seed, numbers[1:]) if len(numbers) > 1 else None
-      one.since = (time.monotonic(), _processor(one.process.pid))
+      one.since = (time.monotonic(), _processor(one.process.pid)[0])
   except (EOFError, ConnectionResetError):
     return True
   return False

@@ -3,13 +3,14 @@
 import argparse
 import itertools
 import random
+import subprocess
 import time
 
 import pytest
 
 from instructjax.core.errors import UserError
 from tests.fuzz import mutants, stand_in, targets, worker
-from tests.fuzz.__main__ import COLUMNS, Findings, campaign, tasks
+from tests.fuzz.__main__ import COLUMNS, Findings, _excess, _Worker, campaign, tasks
 from tests.fuzz.worker import ACCEPTED, EXCEPTION, REFUSED, Outcome
 
 # Others run elsewhere: data in data/test_sources.py, weights in models/interop/test_interop.py.
@@ -110,3 +111,18 @@ def test_an_input_that_ends_or_holds_up_its_process_is_a_finding(tmp_path, monke
   assert found.counts["metrics", "process ended"] == found.counts["metrics", "over time"] == 1
   assert found.table(["metrics"]).splitlines()[1].split()[:2] == ["metrics", "6"]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics-0-1", "metrics-0-3"]
+  assert "process ended: exit code 9 at" in capsys.readouterr().out
+
+
+def test_a_process_that_waits_without_end_is_noticed():
+  with subprocess.Popen(["sleep", "100"]) as process:
+    one = _Worker(process, None, resident=1, task=("done", 0, range(1)))
+    one.since = (time.monotonic(), 0.0)
+    assert _excess(one, 5.0, 1.0) is None
+    one.since = (time.monotonic() - 61, 0.0)
+    assert _excess(one, 5.0, 1.0).kind == "over time"
+    one.since = (time.monotonic(), -11.0)
+    assert _excess(one, 5.0, 1.0).kind == "over time"
+    one.since, one.resident = (time.monotonic(), 0.0), -4_000_000_000
+    assert _excess(one, 5.0, 1.0).kind == "over memory"
+    process.kill()

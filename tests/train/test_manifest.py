@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from instructjax.train import manifest
 
@@ -36,6 +38,30 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path, size):
       assert manifest.find_half(tmp_path) is None  # reads no bytes
   file.write_bytes(data)
   assert manifest.find_damage(tmp_path) is None
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("saved")
+  return folder, _folder(folder, 3 * PAGE + 5)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(data=st.data())
+def test_any_other_bytes_at_any_place_are_noticed(saved, data):
+  folder, file = saved
+  path = data.draw(st.sampled_from([file, folder / manifest.NAME]))
+  before = path.read_bytes()
+  start = data.draw(st.integers(0, len(before)))
+  end = data.draw(st.integers(start, min(len(before), start + 20)))
+  after = before[:start] + data.draw(st.binary(max_size=20)) + before[end:]
+  path.write_bytes(after)
+  try:
+    damage = manifest.find_damage(folder)
+    assert (damage is None) == (after == before)
+    assert damage is None or damage.path == path
+  finally:
+    path.write_bytes(before)
 
 
 @pytest.mark.parametrize("step", [8, PAGE, CHUNK])
