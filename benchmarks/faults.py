@@ -115,6 +115,7 @@ class Bench:
     """An empty workdir, but for the programs that the reference has compiled."""
     workdir = self.folder / name
     shutil.rmtree(workdir, ignore_errors=True)
+    log_of(workdir).unlink(missing_ok=True)
     shutil.copytree(self.reference / "compiled", workdir / "compiled")
     return workdir
 
@@ -389,6 +390,7 @@ def disk(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     return
   workdir = bench.folder / f"disk{number}"
   workdir.mkdir()
+  log_of(workdir).unlink(missing_ok=True)
   size = sum(path.stat().st_blocks * 512 for path in bench.reference.rglob("*"))
   pages = rng.choice([0, 1, 2, 4, rng.randrange(size // 4096)])
   _mount(f"size={4096 * (pages + size // 4096 * 4)}", workdir)
