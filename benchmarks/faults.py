@@ -115,6 +115,7 @@ class Bench:
     """An empty workdir, but for the programs that the reference has compiled."""
     workdir = self.folder / name
     shutil.rmtree(workdir, ignore_errors=True)
+    log_of(workdir).unlink(missing_ok=True)
     shutil.copytree(self.reference / "compiled", workdir / "compiled")
     return workdir
 
@@ -183,7 +184,7 @@ def start(
     )
     sys.argv = [
       "faults",
-      f"--config={ROOT}/benchmarks/faults.py:{STAGE}",
+      f"--config={ROOT}/benchmarks/faults.py:{stage}",
       f"--workdir={workdir}",
       *flags,
     ]
@@ -253,6 +254,8 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
 
   from instructjax.train import checkpoint, finished, metrics
 
+  # The devices that a state was saved on are not here, if it was saved by several processes.
+  here = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
   found = {}
   for done in sorted(workdir.glob("*/done.json")):
     stage = done.parent
@@ -264,8 +267,11 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     ]
     found[f"{stage.name}/metrics"] = json.dumps(records)
     for step in checkpoint.saved_steps(stage)[-1:]:
+      path = stage / "checkpoints" / str(step) / "state"
       with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(stage / "checkpoints" / str(step) / "state")
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        args = jax.tree.map(lambda _: here, shapes)
+        tree = checkpointer.restore(path, restore_args=args)
       plain = jax.tree.map(without_keys, tree)
       found[f"{stage.name}/state"] = f"{step} {checkpoint.tree_fingerprint(plain)}"
   for path in sorted([*workdir.glob("collect/*.jsonl"), *workdir.glob("evaluate/answers.jsonl")]):
@@ -384,6 +390,7 @@ def disk(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     return
   workdir = bench.folder / f"disk{number}"
   workdir.mkdir()
+  log_of(workdir).unlink(missing_ok=True)
   size = sum(path.stat().st_blocks * 512 for path in bench.reference.rglob("*"))
   pages = rng.choice([0, 1, 2, 4, rng.randrange(size // 4096)])
   _mount(f"size={4096 * (pages + size // 4096 * 4)}", workdir)
@@ -449,6 +456,10 @@ def limit(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   def limits():
     for stream in (1, 2):
       os.dup2(writes, stream)
+    sys.stdout = open(
+      1, "w", buffering=1, closefd=False
+    )  # that of the campaign may be a file, which can seek
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     os.close(writes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 

@@ -126,15 +126,18 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, traceback):
-    with self._open:
-      if error is not None:
-        gc.collect()  # what a failed save left hanging complains when it is collected: here, where nobody hears it
-      try:
+    try:
+      with writing(self._folder / str(self._saving)), self._open:
+        if error is not None:
+          gc.collect()  # what a failed save left hanging complains when it is collected: here, where nobody hears it
         self.wait()
-      except UserError:
-        # If another error ends the block, that one is raised: it explains more than the failed save.
-        if error is None:
-          raise
+    except UserError:
+      reading.silence_late_writes()
+      # If another error ends the block, that one is raised: it explains more than the failed save.
+      if error is None:
+        raise
+    if error is not None:  # it may be that of a failed save
+      reading.silence_late_writes()
 
   def latest_step(self) -> int | None:
     """The step of the newest checkpoint, which is whole and undamaged; None if there is none."""

@@ -2,7 +2,9 @@
 
 import logging
 import pathlib
+import subprocess
 import sys
+import types
 
 import pytest
 from absl import logging as absl_logging
@@ -51,3 +53,57 @@ def test_asyncio_says_nothing_of_further_failed_writes():
   with reading.quiet_orbax(absl_logging.FATAL):
     assert not log.isEnabledFor(logging.ERROR)
   assert log.isEnabledFor(logging.ERROR)
+
+
+def test_late_writes_are_silenced_once_and_nothing_else(monkeypatch):
+  heard = []
+  monkeypatch.setattr(sys, "unraisablehook", heard.append)
+  log, loop_log = absl_logging.get_absl_logger(), logging.getLogger("asyncio")
+  monkeypatch.setattr(log, "filters", [])
+  monkeypatch.setattr(loop_log, "level", logging.WARNING)
+  reading.silence_late_writes()
+  hook = sys.unraisablehook
+  reading.silence_late_writes()
+  assert sys.unraisablehook is hook and len(log.filters) == 1
+  late, other = (
+    types.SimpleNamespace(object=None, exc_value=RuntimeError(message))
+    for message in ("Event loop is closed", "a bug")
+  )
+  hook(late)
+  hook(other)
+  assert heard == [other]
+  for path, shown in (("/lib/orbax/checkpoint/future.py", False), ("/lib/jax/core.py", True)):
+    record = log.makeRecord("absl", logging.ERROR, path, 1, "failed", (), None)
+    assert bool(log.filter(record)) == shown
+
+
+_FAILING = """
+import pathlib, resource, sys
+from absl import app
+from instructjax.commands import cli
+from instructjax.train import checkpoint
+import jax.numpy as jnp
+
+def main(_):
+  state = {f"w{number}": jnp.arange(30000.0) * number for number in range(12)}
+  with checkpoint.Checkpoints(pathlib.Path(FOLDER), keep=2) as checkpoints:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE, -1))
+    for step in range(1, SAVES + 1):
+      checkpoints.save(step, state, {}, {}, {}, {})
+
+sys.argv = ["failing"]
+cli.run(main, interrupted="")
+"""
+
+
+@pytest.mark.parametrize("size, saves", [(50, 2), (3000, 1)])
+def test_a_save_that_fails_in_the_background_is_one_line(tmp_path, size, saves):
+  values = f"FOLDER, SIZE, SAVES = {str(tmp_path)!r}, {size}, {saves}\n"
+  done = subprocess.run(
+    [sys.executable, "-c", values + _FAILING],
+    cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=200,
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(f"error: cannot write {tmp_path}/checkpoints/1: ")
+  assert "File too large" in line
