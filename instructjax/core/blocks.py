@@ -168,7 +168,7 @@ def _build(cls: type[_Block], values: dict, where: str, known: list[str]) -> _Bl
       raise UserError(f"{where}.{name} is not a config field; {hint}")
   missing = [name for name in hints if name not in values]
   require(not missing, f"{where} lacks {', '.join(missing)}; add them to the config file")
-  fields: Any = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]
+  fields: Any = dataclasses.fields(cls)  # pyrefly: ignore[bad-argument-type]  a block is a dataclass
   metadata = {field.name: field.metadata for field in fields}
   return cls(
     **{

@@ -22,6 +22,7 @@ from instructjax.data.tokenize import RankingTokens
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.stages import answers, rm, run_data
+from instructjax.stages.contents import Contents
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 from tests import micro, tiny
@@ -496,8 +497,8 @@ def checked(tmp_path, monkeypatch, rows, **changes):
     encode=lambda text: list(map(ord, text)),
     encode_prompt=lambda text: list(map(ord, text)),
   )
-  tokenizer.render_chat = None
-  data = run_data.RunData(config, tmp_path, tokenizer)
+  tokenizer.bos_id = tokenizer.control_pattern = tokenizer.render_chats = None
+  data = run_data.RunData(config, tmp_path, tokenizer, Contents(config, tmp_path))
   ctx = types.SimpleNamespace(
     config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0
   )
