@@ -28,7 +28,7 @@ import sentencepiece
 from instructjax.core import foreign
 from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import shown
-from instructjax.data import bpe, gguf_vocabulary, special_tokens
+from instructjax.data import bpe, chat_files, gguf_vocabulary, special_tokens
 from instructjax.data.controls import Rendered
 from instructjax.data.sentence_pieces import MODEL_FILE, SentencePieceTokenizer
 
@@ -143,8 +143,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if file.suffix == ".json":
       return bpe.read_file(file, special_tokens.read_folder(file.parent))
     if file.suffix != ".gguf":
-      has_config = os.path.lexists(file.parent / special_tokens.CONFIG)
-      special = special_tokens.read_folder(file.parent) if has_config else None
+      names = (special_tokens.CONFIG, special_tokens.MAP, special_tokens.ADDED, chat_files.TEMPLATE)
+      has_some = any(os.path.lexists(file.parent / name) for name in names)
+      special = special_tokens.read_folder(file.parent) if has_some else None
       return SentencePieceTokenizer(
         file, foreign.read_bytes(file, foreign.TOKENIZER_BYTES), special
       )

@@ -169,6 +169,7 @@ class RunData:
     if kind == "demonstrations":
       result["limits"] = [data.max_prompt_length, data.max_response_length]
       result["chat"] = self._example_of_a_chat()
+      result["date of chats"] = tokenizer.clock
     return result
 
   def _example_of_a_chat(self) -> str | None:

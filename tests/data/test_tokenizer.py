@@ -267,3 +267,11 @@ def test_a_folder_saves_and_renders_chats(llama_folder, tmp_path):
 def test_special_tokens_that_do_not_fit_are_refused(llama_folder, config, message):
   with pytest.raises(ValueError, match=message):
     load(llama_folder(**config))
+
+
+def test_a_template_beside_a_sentencepiece_model_counts_without_a_config(tmp_path):
+  texts = ["in the beginning was the word, and the word was good.\n" * 3] * 20
+  train_tokenizer(texts, 20, tmp_path / "tokenizer.model", 0)
+  assert not load(tmp_path).has_chat_template
+  (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+  assert load(tmp_path).has_chat_template

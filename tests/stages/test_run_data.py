@@ -22,6 +22,7 @@ TOKENIZER = types.SimpleNamespace(
   vocab_size=200,
   fingerprint="letters",
   has_chat_template=False,
+  clock=None,
   encode=lambda text: [ord(c) for c in text],
   control_pattern=None,
   render_chats=None,
@@ -98,6 +99,8 @@ def test_runs_may_share_a_cache(loaded, tmp_path):
   assert len(loaded) == 1
 
 
+# A template may write the date in some chats only.
+OTHER_DAY = types.SimpleNamespace(**vars(TOKENIZER) | {"clock": "2026-03-01T12:00:00"})
 OTHER_TOKENIZER = types.SimpleNamespace(**vars(TOKENIZER) | {"fingerprint": "other"})
 DATED = types.SimpleNamespace(
   **vars(TOKENIZER) | {"has_chat_template": True, "render_chat": lambda messages: "1 May"}
@@ -111,6 +114,7 @@ DATED = types.SimpleNamespace(
     ("documents", TOKENIZER, {"data__validation_fraction": 0.5}),
     ("documents", TOKENIZER, {"data__documents": "another content"}),
     ("demonstrations", DATED, {}),
+    ("demonstrations", OTHER_DAY, {}),
     ("demonstrations", TOKENIZER, {"data__max_response_length": 23}),
     ("demonstrations", TOKENIZER, {"data__max_prompt_length": 35}),
   ],
