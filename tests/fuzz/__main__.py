@@ -167,13 +167,12 @@ def _excess(one: _Worker, seconds: float, gigabytes: float) -> Outcome | None:
   return None
 
 
-def campaign(options: argparse.Namespace, names: list[str]) -> Findings:
+def campaign(options: argparse.Namespace, names: list[str], found: Findings):
   """Tries all inputs.
 
   Raises:
     RuntimeError: a worker cannot start.
   """
-  found = Findings(pathlib.Path(options.findings), options.seconds, options.gigabytes)
   todo = collections.deque(tasks(options.inputs, options.seed, names))
   workers = [_start(options.gigabytes) for _ in range(options.jobs)]
   while workers:
@@ -208,7 +207,6 @@ def campaign(options: argparse.Namespace, names: list[str]) -> Findings:
       if len(numbers) > 1:
         todo.appendleft((target, seed, numbers[1:]))
       workers[place] = _start(options.gigabytes)
-  return found
 
 
 def _take(one: _Worker, found: Findings) -> bool:
@@ -240,9 +238,13 @@ def main() -> int:
   if unknown := set(names) - {*targets.TARGETS}:
     flags().error(f"--only={','.join(sorted(unknown))} must be of {','.join(targets.TARGETS)}")
   began = time.monotonic()
-  found = campaign(options, names)
+  found = Findings(pathlib.Path(options.findings), options.seconds, options.gigabytes)
+  try:
+    campaign(options, names, found)
+  except KeyboardInterrupt:
+    print("stopped; until then:")
   print(found.table(names))
-  print(f"{options.inputs} inputs, seed {options.seed}, {time.monotonic() - began:.0f} s")
+  print(f"seed {options.seed}, {time.monotonic() - began:.0f} s", flush=True)
   return int(any(found.counts[name, kind] for name in names for kind in COLUMNS[2:]))
 
 

@@ -106,7 +106,8 @@ def test_an_input_that_ends_or_holds_up_its_process_is_a_finding(tmp_path, monke
   options = argparse.Namespace(
     inputs=6, seed=0, jobs=1, seconds=0.3, gigabytes=1.0, findings=str(tmp_path)
   )
-  found = campaign(options, ["metrics"])
+  found = Findings(tmp_path, options.seconds, options.gigabytes)
+  campaign(options, ["metrics"], found)
   assert found.counts["metrics", REFUSED] == 4
   assert found.counts["metrics", "process ended"] == found.counts["metrics", "over time"] == 1
   assert found.table(["metrics"]).splitlines()[1].split()[:2] == ["metrics", "6"]

@@ -10,6 +10,7 @@ import os
 import pathlib
 import resource
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -81,6 +82,7 @@ def _status(name: str) -> int:
 
 def serve(pipe: multiprocessing.connection.Connection, gigabytes: float):
   """Takes (target, seed, numbers) from the pipe and sends an Outcome's values for each number, until it gets None."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command itself
   null = os.open(os.devnull, os.O_RDWR)
   for stream in (0, 1, 2):  # readers of C++ complain there, and --help prints
     os.dup2(null, stream)
