@@ -208,7 +208,10 @@ def test_who_waits_takes_over_from_a_writer_that_is_killed(tmp_path, monkeypatch
     ticks = iter(range(1000))
     monkeypatch.setattr(token_cache.time, "sleep", sleep)
     monkeypatch.setattr(token_cache.time, "monotonic", lambda: float(next(ticks)))
-    store = cached(tmp_path, source).store()
+    try:
+      store = cached(tmp_path, source).store()
+    finally:  # where nobody waits, nobody has killed it
+      writer.kill()
   assert [one.ids for one in store] == DOCUMENTS and source.times == 1 and len(slept) >= 2
   assert caplog.messages == ["waiting for another process that tokenizes documents (train)"]
   assert not [*tmp_path.glob("*.partial")]

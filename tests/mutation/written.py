@@ -192,7 +192,7 @@ WRITTEN = [
   ("data/checksums", "a changed file keeps its checksum", "if known and known[:-1] == state:", "if known:"),
   ("data/checksums", "another process's checksums are lost", "self._known = _read(self._memory) | self._known\n", "self._known = dict(self._known)\n"),
   ("data/checksums", "a damaged memory is believed", "entry[-1] == _check(place, entry[:-1])", "_check(place, entry[:-1])"),
-  ("data/checksums", "remembered while it is written", "      _state(place) == state\n", "      _state(place)\n"),
+  ("data/checksums", "remembered while it is written", "    if _state(place) == state:\n", "    if _state(place):\n"),
   ("data/checksums", "a fingerprint without how the files are read", 'json.dumps({"how": self.how, "checksum"', 'json.dumps({"how": "", "checksum"'),
   ("data/checksums", "no waiting for the clock of file times", "if age < _SETTLED:", "if age < 0:"),
   ("data/controls", "half of the control tokens: templates' own are words", "if text in named or is_used(text, template)", "if text in named"),
@@ -242,7 +242,7 @@ WRITTEN = [
   ("stages/room", "reference and reward model take nothing", "(weights * _TRAINED + others) / split_weights", "weights * _TRAINED / split_weights"),
   ("stages/room", "answers being sampled take nothing", "decoding * (total * keys + vocab * _FLOAT)", "0 * decoding * (total * keys + vocab * _FLOAT)"),
   ("stages/room", "a container's limit does not count", "min(total, int(limit.read_text()))", "max(total, int(limit.read_text()))"),
-  ("stages/room", "a host's devices have its memory each", "needed = share * sum(needs.values())", "needed = sum(needs.values())"),
+  ("stages/room", "a host's devices have its memory each", "needed = share * peak(needs)", "needed = peak(needs)"),
   ("stages/room", "the smallest part named", "max(needs, key=lambda name: needs[name])", "min(needs, key=lambda name: needs[name])"),
   ("stages/room", "the first stage only is looked at", "for stage in stages:", "for stage in list(stages)[:1]:"),
   # --- core
