@@ -28,7 +28,7 @@ def marks(workdir: pathlib.Path) -> set[str]:
       elif path.name == "checkpoints":
         steps = (one.name.partition(".")[0] for one in path.iterdir())
         found.update(f"{stage.name}/save {step}" for step in steps)
-      elif "tfevents" not in path.name:
+      elif "tfevents" not in path.name and path.suffix != ".tmp":
         found.add(f"{stage.name}/{path.name}")
   return found
 
