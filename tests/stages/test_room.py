@@ -62,15 +62,21 @@ def test_what_an_rl_stage_holds_hand_worked():
     for block in (cfg.model.network, cfg.reward_model)
   )
   # Policy and value network are trained; the reference and the reward model stay in two bytes a weight.
-  state, sampled, minibatch = room.parts(cfg, ONE, "ppo").values()
-  assert state == 16 * (policy + reward) + 2 * (policy + reward)
+  state, gradients, sampled, minibatch = room.parts(cfg, ONE, "ppo").values()
+  assert state == 12 * (policy + reward) + 2 * (policy + reward)
+  assert gradients == 4 * max(policy, reward)  # one network is updated at a time
   # Of 10 answers, keys and values of 12 + 20 tokens in 2 layers of 2 heads of 48, and scores of 2000 words.
   assert sampled == 10 * (2 * 32 * 2 * 2 * 48 * 4 + 2000 * 4)
   # Of 16 / 2 episodes, 2 layers' inputs of 96. PPO-ptx reads 8 * 2 rows of 64 tokens of text in 2 parts.
   assert minibatch == 8 * 32 * 2 * 96 * 4
-  assert [*room.parts(cfg, ONE, "ppo_ptx").values()][2] == 8 * 64 * 2 * 96 * 4
+  assert [*room.parts(cfg, ONE, "ppo_ptx").values()][3] == 8 * 64 * 2 * 96 * 4
   split = [*room.parts(cfg, ONE | {"data": 2, "fsdp": 2, "tensor": 2}, "ppo").values()]
-  assert split == [state / 4, 3 * (2 * 32 * 2 * 2 * 24 * 4 + 2000 * 4), minibatch / 8]
+  assert split == [
+    state / 4,
+    gradients / 4,
+    3 * (2 * 32 * 2 * 2 * 24 * 4 + 2000 * 4),
+    minibatch / 8,
+  ]
 
 
 @pytest.mark.parametrize("stage", TARGETS)
