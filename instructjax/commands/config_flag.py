@@ -4,6 +4,7 @@ Used by the commands that take a config. ml_collections parses the flags. This m
 files that fail and for fields that do not exist. It never imports JAX.
 """
 
+import functools
 import importlib.machinery
 import importlib.util
 import pathlib
@@ -27,6 +28,7 @@ INSTALLED = pathlib.Path(__file__).parents[2] / "configs"
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.(?P<path>[^=]*)(=.*)?", re.DOTALL)
 
 
+@functools.cache  # commands that are imported together, by tests, share the flag
 def define() -> flags.FlagHolder:
   """Defines the flags --config and --config.FIELD.
 

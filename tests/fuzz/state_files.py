@@ -184,13 +184,19 @@ def read_metrics(folder: pathlib.Path):
 # --- caches ---------------------------------------------------------------------------------------
 
 
+def _no_progress():
+  """For the watchdog of a run, of which there is none."""
+
+
 @functools.cache
 def checksum_files() -> Files:
   """A file of data and the memory of its checksum."""
 
   def write(folder: pathlib.Path):
     (folder / _DATA).write_bytes(b"Once upon a time\n" * 9)
-    checksums.FileChecksums(folder / "checksums.json").content("jsonl:", [folder / _DATA])
+    checksums.FileChecksums(folder / "checksums.json", _no_progress).content(
+      "jsonl:", [folder / _DATA]
+    )
 
   return _made(write)
 
@@ -206,13 +212,17 @@ def read_checksums(folder: pathlib.Path):
     raise UserError(f"{path} is missing")
   expected.update(path.read_bytes())
   for _ in range(2):
-    found = checksums.FileChecksums(folder / "checksums.json").content("jsonl:", [path])
+    found = checksums.FileChecksums(folder / "checksums.json", _no_progress).content(
+      "jsonl:", [path]
+    )
     assert found.digests == (expected.hexdigest(),)
 
 
 def _cached(root: pathlib.Path) -> token_cache.CachedTokens:
   tokenize = lambda: token_cache.Tokenized(map(Encoded, _DOCUMENTS), len(_DOCUMENTS), {"long": 2})
-  return token_cache.CachedTokens(root, "documents (train)", _VOCAB, {"about": 0}, tokenize)
+  return token_cache.CachedTokens(
+    root, "documents (train)", _VOCAB, {"about": 0}, tokenize, _no_progress
+  )
 
 
 def _rows(root: pathlib.Path) -> list:

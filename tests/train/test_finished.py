@@ -97,7 +97,7 @@ def test_an_empty_bin_stays_not_a_number(tmp_path):
   [
     (lambda done: done.pop("step"), "missing key step"),
     (lambda done: done.update(epochs=[]), "unknown key epochs"),
-    (lambda done: done.update({"a\n\x1b[31m": 1}), r"unknown key a\n\x1b[31m"),
+    (lambda done: done.update({"a\n\x1b[31m": 1}), r"unknown key 'a\n\x1b[31m'."),
     (lambda done: done.update(stage="dpo"), "it names no stage, but 'dpo'"),
     (lambda done: done.pop("stage"), "it names no stage, but None"),
     (lambda done: done.update(stage="ppo"), "unknown key result.epochs"),
