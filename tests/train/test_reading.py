@@ -48,19 +48,28 @@ def test_logging_and_the_hook_are_as_they_were_afterwards():
   assert (sys.unraisablehook, absl_logging.get_verbosity()) == (hook, verbosity)
 
 
-def test_asyncio_says_nothing_of_further_failed_writes():
+@pytest.fixture
+def asyncio_log():
+  """asyncio's logger as a process begins with it: a failed save in an earlier test silences it for good."""
   log = logging.getLogger("asyncio")
+  before = log.level
+  log.setLevel(logging.WARNING)  # setting `level` would leave the answers that the logger remembers
+  yield log
+  log.setLevel(before)
+
+
+def test_asyncio_says_nothing_of_further_failed_writes(asyncio_log):
+  log = asyncio_log
   with reading.quiet_orbax(absl_logging.FATAL):
     assert not log.isEnabledFor(logging.ERROR)
   assert log.isEnabledFor(logging.ERROR)
 
 
-def test_late_writes_are_silenced_once_and_nothing_else(monkeypatch):
+def test_late_writes_are_silenced_once_and_nothing_else(monkeypatch, asyncio_log):
   heard = []
   monkeypatch.setattr(sys, "unraisablehook", heard.append)
-  log, loop_log = absl_logging.get_absl_logger(), logging.getLogger("asyncio")
+  log = absl_logging.get_absl_logger()
   monkeypatch.setattr(log, "filters", [])
-  monkeypatch.setattr(loop_log, "level", logging.WARNING)
   reading.silence_late_writes()
   hook = sys.unraisablehook
   reading.silence_late_writes()
