@@ -338,7 +338,7 @@ def run(config: Config, workdir: pathlib.Path):
   if ran and jax.process_index() == 0:
     _print_times(config, ran)
   tell(f"finished: {workdir}")
-  for line in next_steps(stages, workdir):
+  for line in next_steps(stages, config.stage, workdir):
     tell(line)
 
 
@@ -353,11 +353,12 @@ def _outlook(ctx: Context, coming: list[str], ran: list[tuple[str, float, pathli
   return "" if seconds is None else f"  about {outlook.words(seconds)} left"
 
 
-def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
+def next_steps(stages: list[str], target: str, workdir: pathlib.Path) -> list[str]:
   """What a user may do with a finished run: commands that can be pasted.
 
   Args:
     stages: the run's plan.
+    target: the stage that was asked for. The plan may go on after it, with other policies to compare it with.
     workdir: its folder.
   """
   rows = [STAGES[stage] for stage in stages]
@@ -367,10 +368,11 @@ def next_steps(stages: list[str], workdir: pathlib.Path) -> list[str]:
   if any(row.kind == "evaluate" for row in rows):
     lines.append(f"  to see the report: open {workdir / 'report' / 'index.html'} in a browser")
   if speakers:
-    shown = folder(speakers[-1])
+    speaker = target if target in speakers else speakers[-1]
+    shown = folder(speaker)
     lines += [
       f"  to talk to it: instructjax generate --checkpoint={shown} --interactive",
-      f"  for transformers: instructjax export --checkpoint={shown} --format=hf --out=export/{speakers[-1]}",
+      f"  for transformers: instructjax export --checkpoint={shown} --format=hf --out=export/{speaker}",
     ]
   return lines
 

@@ -742,3 +742,16 @@ def test_from_the_demo_to_the_report(tmp_path):
   assert {"few_shot", "ppo_ptx"} <= summary.keys()
   assert "gold" in summary["ppo_ptx"]
   assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_a_finished_run_names_what_was_asked_for():
+  """Other policies may come after it, only to be compared with it."""
+  stages = ["pretrain", "sft", "rm", "ppo", "ppo_ptx", "ppo_beta0", "evaluate"]
+  talk = lambda *asked: pipeline.next_steps(stages, *asked, pathlib.Path("run"))[1]
+  assert (
+    talk("ppo_ptx")
+    == "  to talk to it: instructjax generate --checkpoint=run/ppo_ptx --interactive"
+  )
+  assert "run/ppo_beta0 " in talk("evaluate")
+  (report,) = pipeline.next_steps(["rm", "evaluate"], "rm", pathlib.Path("run"))
+  assert "run/report/index.html" in report
