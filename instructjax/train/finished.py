@@ -25,6 +25,7 @@ from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import named, shown
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import STAGES
+from instructjax.core.text import printable
 from instructjax.train import reading
 
 TOKENIZER = "tokenizer"  # not a stage, but its folder in the workdir has a done.json too
@@ -120,7 +121,7 @@ def read_done(directory: pathlib.Path) -> Done | None:
     done = Done(**_fields(hints, values, ""))
   except _BadDone as error:
     raise UserError(
-      f"cannot read {path}: {error}. Another version of instructjax wrote it: use another --workdir"
+      f"cannot read {path}: {printable(str(error))}. Another version of instructjax wrote it: use another --workdir"
     ) from error
   if checksum != _checksum(values):
     raise UserError(f"{path} has another content than was saved. {again}")

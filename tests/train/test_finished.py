@@ -105,6 +105,7 @@ def test_an_empty_bin_stays_not_a_number(tmp_path):
     (lambda done: done.update(step=True), "step=True is not of type <class 'int'>"),
     (lambda done: done.update(result=[]), "result is no object"),
     (lambda done: done["fingerprint"].update(seed=0), "fingerprint.seed=0 is not of type"),
+    (lambda done: done["fingerprint"].update({"\x1b[31m": 0}), r"fingerprint.\x1b[31m=0 is not"),
     (lambda done: done["result"]["epochs"][0].pop("step"), r"missing key result.epochs[0].step"),
     (
       lambda done: done["result"]["epochs"][0].update(loss=1.0, reward=1.0),
