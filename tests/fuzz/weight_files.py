@@ -146,7 +146,9 @@ def _header(rng: random.Random, valid: bytes) -> bytes:
   size = int.from_bytes(valid[:8], "little")
   header, data = valid[8 : 8 + size], valid[8 + size :]
   if rng.random() < 0.15:
-    return rng.choice((*NUMBERS, size + 1, size - 1, len(valid))).to_bytes(8, "little") + valid[8:]
+    return (rng.choice((*NUMBERS, size + 1, size - 1, len(valid))) % 2**64).to_bytes(
+      8, "little"
+    ) + valid[8:]
   if rng.random() < 0.5:
     header = _numbers(rng, header)
   else:
