@@ -15,13 +15,12 @@ import logging
 import operator
 import os
 import pathlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING
 
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import explained, shown
-from instructjax.data import chat, controls, special_tokens, vocabulary_file
-from instructjax.data.controls import Rendered
+from instructjax.data import controls, special_tokens, vocabulary_file
 from instructjax.data.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
@@ -98,13 +97,12 @@ class HuggingFaceTokenizer:
     self._definition = tokenizer.to_str()
     self._prompts = tokenizer
     self._read_controls()
-    self.has_chat_template = special.chat_template is not None
     controls.require_no_unknown_end(self.encode, self.stop_ids, f"tokenizer.path={str(path)!r}")
     newline = self.encode("\n")
     self.newline_id = newline[0] if len(newline) == 1 else None
     parts = [self._definition, bos, eos, adds_bos, special.chat_template]
     parts += [self._special.stops] if self._special.stops else []
-    parts += [self._special.named] if self.has_chat_template else []
+    parts += [self._special.named] if self.chats.has_template else []
     self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise UserError(
@@ -146,6 +144,10 @@ class HuggingFaceTokenizer:
     unknown = {vocab.get(model.get("unk_token")), model.get("unk_id")}
     self._control_ids = frozenset(self._control_texts.keys() - unknown)
     self.control_pattern = controls.pattern(self._control_texts.values())
+    spelled = lambda text: [
+      i for i in self._encoding(self._prompts, text).ids if i in self._control_ids
+    ]
+    self.chats = controls.Chats(self._special, spelled, self._control_texts)
 
   def _stop_text(self, tokenizer: "tokenizers.Tokenizer"):
     """Makes the function from an id to (its token, whether it can be a control token)."""
@@ -197,32 +199,6 @@ class HuggingFaceTokenizer:
     known = [operator.index(token) for token in ids if 0 <= token < self.vocab_size]
     with package_errors(f"tokenizer.path={str(self.path)!r} cannot decode ids"):
       return self._texts.decode(known, skip_special_tokens=True)
-
-  def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
-    """The text of a chat, up to the point where the assistant speaks next.
-
-    Raises:
-      UserError: see controls.render.
-    """
-    return chat.only(self.render_chats([messages]))
-
-  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
-    """The text of each chat, or the error; see controls.render_all."""
-
-    def spelled(text: str) -> list[int]:
-      return [i for i in self._encoding(self._prompts, text).ids if i in self._control_ids]
-
-    return controls.render_all(self._special, chats, spelled, self._control_texts)
-
-  @property
-  def has_clock(self) -> bool:
-    """Whether the chat template asks for the date."""
-    return chat.has_clock(self._special.chat_template)
-
-  @property
-  def clock(self) -> str | None:
-    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
-    return self._special.clock if self.has_clock else None
 
   def save(self, directory: str | os.PathLike):
     """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer can read as well."""

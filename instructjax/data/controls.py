@@ -8,6 +8,7 @@ unknown or another named token, as a stop token, or by the chat template; or bec
 """
 
 import collections
+import dataclasses
 import functools
 import logging
 import re
@@ -221,46 +222,74 @@ def render(
   return Rendered(text)
 
 
-def render_all(
-  special: SpecialTokens,
-  chats: Sequence[Sequence[Mapping]],
-  spelled: Callable[[str], list[int]],
-  control_texts: Mapping[int, str],
-) -> Iterator[Rendered | UserError]:
-  """Renders many chats with a tokenizer's template, see `render`; gives an error in place of a chat that is refused.
+@dataclasses.dataclass(frozen=True)
+class Chats:
+  """What a tokenizer makes of chats, with the chat template of its files.
 
-  Args:
+  Attributes:
     special: the template and what it may use.
-    chats: messages of each chat.
-    spelled, control_texts: see `render`.
-  Raises:
-    UserError: see chat.render.
+    spelled: text -> the ids of the control tokens in it, as the tokenizer recognises them in a prompt.
+    control_texts: the texts of all control tokens, by their ids.
   """
 
-  def texts(chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
+  special: SpecialTokens
+  spelled: Callable[[str], list[int]]
+  control_texts: Mapping[int, str]
+
+  @property
+  def has_template(self) -> bool:
+    """Whether chats can be rendered."""
+    return self.special.chat_template is not None
+
+  @property
+  def has_clock(self) -> bool:
+    """Whether the template asks for the date, so that a chat's text depends on it."""
+    return chat.has_clock(self.special.chat_template)
+
+  @property
+  def clock(self) -> str | None:
+    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
+    return self.special.clock if self.has_clock else None
+
+  def render_one(self, messages: Sequence[Mapping]) -> Rendered:
+    """The text of a chat up to the point where the assistant speaks next, as input for `tokenizer.prompt_ids`.
+
+    Raises:
+      UserError: see `render`.
+    """
+    return chat.only(self.render_all([messages]))
+
+  def render_all(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
+    """The text of each chat, or the error; much faster than one `render_one` after the other.
+
+    Raises:
+      UserError: see chat.render.
+    """
+    for messages, text in zip(chats, self._texts(chats)):
+      if isinstance(text, UserError):
+        yield text
+        continue
+      template = functools.partial(self._template, text, messages)
+      try:
+        yield render(template, messages, self.spelled, self.control_texts)
+      except UserError as error:
+        yield error
+
+  def _texts(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[str | UserError]:
     return chat.render(
-      special.chat_template,
+      self.special.chat_template,
       chats,
-      where=special.where,
-      bos=special.bos_text,
-      eos=special.eos_text,
-      special=control_texts.values(),
-      named=special.named,
-      clock=special.clock,
+      where=self.special.where,
+      bos=self.special.bos_text,
+      eos=self.special.eos_text,
+      special=self.control_texts.values(),
+      named=self.special.named,
+      clock=self.special.clock,
     )
 
-  def template(text: str, messages: Sequence[Mapping], asked: Sequence[Mapping]) -> str:
+  def _template(self, text: str, messages: Sequence[Mapping], asked: Sequence[Mapping]) -> str:
     """The text of a chat, rendered already, or that of another one which is compared with it."""
-    return text if asked is messages else chat.only(texts([asked]))
-
-  for messages, text in zip(chats, texts(chats)):
-    if isinstance(text, UserError):
-      yield text
-      continue
-    try:
-      yield render(functools.partial(template, text, messages), messages, spelled, control_texts)
-    except UserError as error:
-      yield error
+    return text if asked is messages else chat.only(self._texts([asked]))
 
 
 def _touches(text: str, control_texts: frozenset[str]) -> bool:

@@ -10,14 +10,13 @@ import json
 import operator
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import shown
-from instructjax.data import chat, controls, sentencepiece_file, special_tokens
-from instructjax.data.controls import Rendered
+from instructjax.data import controls, sentencepiece_file, special_tokens
 from instructjax.data.special_tokens import Added, SpecialTokens
 
 MODEL_FILE = "tokenizer.model"
@@ -157,7 +156,6 @@ class SentencePieceTokenizer:
         digest.update(json.dumps([added, self.stop_ids]).encode())
       if template is not None and self._special.named:
         digest.update(json.dumps(self._special.named).encode())
-    self.has_chat_template = self._special.chat_template is not None
     self.fingerprint = digest.hexdigest()
 
   def _stop_text(self, i: int) -> tuple[str | None, bool]:
@@ -215,6 +213,12 @@ class SentencePieceTokenizer:
     plain = {text: i for text, i in self._ids_of_added.items() if i not in found}
     self._plain_pattern = sentencepiece_file.token_pattern(plain, self.added)
     self._prompt_pattern = sentencepiece_file.token_pattern(self._special_ids, self.added)
+    spelled = lambda text: [
+      i
+      for i in self._encode(text, self._processor, self._prompt_pattern)
+      if i in self._control_texts
+    ]
+    self.chats = controls.Chats(self._special, spelled, self._control_texts)
     unmarked = [i for i in found if i < self._num_pieces and kinds[i] != sentencepiece_file.CONTROL]
     if unmarked:
       # Texts are encoded differently without them.
@@ -294,33 +298,6 @@ class SentencePieceTokenizer:
       raise UserError(
         f"{self._where} decodes tokens to what is not UTF-8: copy it again"
       ) from error
-
-  def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
-    """The text of a chat, up to the point where the assistant speaks next.
-
-    Raises:
-      UserError: see controls.render.
-    """
-    return chat.only(self.render_chats([messages]))
-
-  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
-    """The text of each chat, or the error; see controls.render_all."""
-
-    def spelled(text: str) -> list[int]:
-      ids = self._encode(text, self._processor, self._prompt_pattern)
-      return [i for i in ids if i in self._control_texts]
-
-    return controls.render_all(self._special, chats, spelled, self._control_texts)
-
-  @property
-  def has_clock(self) -> bool:
-    """Whether the chat template asks for the date."""
-    return chat.has_clock(self._special.chat_template)
-
-  @property
-  def clock(self) -> str | None:
-    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
-    return self._special.clock if self.has_clock else None
 
   def save(self, directory: str | os.PathLike):
     """Writes tokenizer.model, and also tokenizer_config.json if there are special tokens."""

@@ -156,7 +156,7 @@ def how(spec: str) -> str:
 
 def render(
   records: Sequence[Record],
-  render_chats: Callable[[Sequence[Sequence[Mapping[str, str]]]], Iterable[str | UserError]],
+  render_all: Callable[[Sequence[Sequence[Mapping[str, str]]]], Iterable[str | UserError]],
   *,
   on_bad_record: Literal["raise", "skip"],
 ) -> Sequence[Record]:
@@ -164,7 +164,7 @@ def render(
 
   Args:
     records: records of one kind.
-    render_chats: converts lists of messages with role and content to text, with the tokenizer's chat template; gives
+    render_all: converts lists of messages with role and content to text, with the tokenizer's chat template; gives
       an error for one that it refuses. It is called for chat prompts only, so plain prompts work with a tokenizer that
       has no template.
     on_bad_record: what to do with a prompt that is refused, as in `load`. A template may require that user and
@@ -184,7 +184,7 @@ def render(
   name = f"data.{_KIND_OF[type(records[0])]}"
   rendered = []
   bad = _Skipped()
-  texts = iter(render_chats(chats))
+  texts = iter(render_all(chats))
   for number, record in enumerate(records, start=1):
     if not isinstance(record, Document) and isinstance(record.prompt, Chat):
       text = next(texts)

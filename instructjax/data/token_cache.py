@@ -59,7 +59,7 @@ def code() -> str:
   digest = hashlib.sha256()
   for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
     digest.update(path.read_bytes())
-  for name in ("sentencepiece", "tokenizers"):
+  for name in ("jinja2", "sentencepiece", "tokenizers"):
     digest.update(f"{name} {importlib.metadata.version(name)}\n".encode())
   return digest.hexdigest()
 

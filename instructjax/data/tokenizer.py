@@ -19,7 +19,7 @@ import io
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ from instructjax.core import foreign
 from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import shown
 from instructjax.data import bpe, chat_files, gguf_vocabulary, special_tokens
-from instructjax.data.controls import Rendered
+from instructjax.data.controls import Chats, Rendered
 from instructjax.data.sentence_pieces import MODEL_FILE, SentencePieceTokenizer
 
 # A random sample of this size is enough to estimate the frequencies of pieces.
@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
     bos_id: the token that begins every prompt; None if the model expects none.
     newline_id: the token of a newline, at which the answer of a base model is cut; None if a newline is not a token of
       its own.
-    has_chat_template: whether `render_chat` can be called.
+    chats: what it makes of chats, with the chat template of its files.
     control_pattern: matches the text of a control token (see controls); None if there are none.
     fingerprint: SHA-256, in hex, of everything that the ids depend on.
   """
@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
   stop_ids: tuple[int, ...]
   bos_id: int | None
   newline_id: int | None
-  has_chat_template: bool
+  chats: Chats
   control_pattern: re.Pattern | None
   fingerprint: str
 
@@ -86,28 +86,6 @@ class Tokenizer(Protocol):
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids. Control tokens and ids outside the vocabulary (padding) decode to nothing."""
-
-  def render_chat(self, messages: Sequence[Mapping]) -> Rendered:
-    """The text of a chat up to the point where the assistant speaks next, as input for `prompt_ids`.
-
-    Raises:
-      UserError: see controls.render.
-    """
-
-  def render_chats(self, chats: Sequence[Sequence[Mapping]]) -> Iterator[Rendered | UserError]:
-    """The text of each chat, or the error; much faster than one `render_chat` after the other.
-
-    Raises:
-      UserError: see chat.render.
-    """
-
-  @property
-  def has_clock(self) -> bool:
-    """Whether the chat template asks for the date, so that a chat's text depends on it."""
-
-  @property
-  def clock(self) -> str | None:
-    """The date and time that a run has fixed for its chats; None if there is none, or the template does not ask."""
 
   def save(self, directory: str | os.PathLike):
     """Writes files from which `load(directory)` restores the same tokenizer, but for its clock."""

@@ -129,9 +129,9 @@ def _own_judge(opened: list[weights.Weights]) -> str:
 
 def _chats(reader: Speaker, chat: bool | None) -> bool:
   """Whether a model reads prompts in its chat template."""
-  if chat and not reader.tokenizer.has_chat_template:
+  if chat and not reader.tokenizer.chats.has_template:
     raise UserError(f"--chat needs a chat template, and the tokenizer of {reader.name} has none")
-  return chat is not False and reader.tokenizer.has_chat_template
+  return chat is not False and reader.tokenizer.chats.has_template
 
 
 def answer_all(panel: Panel, prompts: list[str], settings: Settings):

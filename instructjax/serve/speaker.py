@@ -120,7 +120,7 @@ def prompt_text(tokenizer: Tokenizer, messages: Sequence[Mapping], is_chat: bool
   Raises:
     UserError: the template refuses the messages.
   """
-  return tokenizer.render_chat(messages) if is_chat else messages[-1]["content"]
+  return tokenizer.chats.render_one(messages) if is_chat else messages[-1]["content"]
 
 
 def answer(

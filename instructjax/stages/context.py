@@ -159,8 +159,8 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
   blocks = {**others, STAGES[stage].block: own, "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
   result["tokenizer"] = ctx.tokenizer.fingerprint
-  if ctx.tokenizer.clock is not None:
-    result["date of chats"] = ctx.tokenizer.clock
+  if ctx.tokenizer.chats.clock is not None:
+    result["date of chats"] = ctx.tokenizer.chats.clock
   for parent in lineage.parents(ctx.config, stage):
     given = ctx.given.get(parent)
     result[f"parent:{parent}"] = (

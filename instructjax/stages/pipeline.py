@@ -235,14 +235,14 @@ def _keep(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path) -> tokenizer
   elif jax.process_index() == 0:
     with writing(directory):
       tokenizer.save(directory)
-      if tokenizer.has_clock:
+      if tokenizer.chats.has_clock:
         chat_files.write_clock(directory, chat.now())
     _write_tokenizer_done(directory, {"tokenizer": tokenizer.fingerprint})
   distributed.meet("tokenizer kept")
-  if not tokenizer.has_clock:
+  if not tokenizer.chats.has_clock:
     return tokenizer
   kept = tokenizers.load(directory)
-  if kept.clock is None:
+  if kept.chats.clock is None:
     raise UserError(
       f"cannot go on with {directory.parent}: the date that its chats were made with is missing in {directory}. Use"
       " another --workdir"

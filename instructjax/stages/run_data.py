@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from instructjax.core.config import Config
-from instructjax.core.errors import UserError
 from instructjax.core.provenance import Source
 from instructjax.core.stages import stage_of_kind
 from instructjax.data import sources, token_cache, tokenize
@@ -81,7 +80,9 @@ class RunData:
       validation_fraction=data.validation_fraction,
       on_bad_record=data.on_bad_record,
     )
-    return sources.render(records, self._tokenizer.render_chats, on_bad_record=data.on_bad_record)
+    return sources.render(
+      records, self._tokenizer.chats.render_all, on_bad_record=data.on_bad_record
+    )
 
   def document_rows(self, split: sources.Split, length: int) -> CachedRows:
     """Documents packed into rows of `length` tokens. Longer ones are split; each ends in EOS.
@@ -168,18 +169,8 @@ class RunData:
     }
     if kind == "demonstrations":
       result["limits"] = [data.max_prompt_length, data.max_response_length]
-      result["chat"] = self._example_of_a_chat()
-      result["date of chats"] = tokenizer.clock
+      result["date of chats"] = tokenizer.chats.clock
     return result
-
-  def _example_of_a_chat(self) -> str | None:
-    """A chat as the template writes it, which may depend on the date, say."""
-    if not self._tokenizer.has_chat_template:
-      return None
-    try:
-      return self._tokenizer.render_chat([{"role": "user", "content": "?"}])
-    except UserError:
-      return None
 
   def _tokenized(self, kind: str, split: sources.Split) -> Tokenized:
     # Not `records`, which would keep their text.

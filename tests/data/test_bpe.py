@@ -161,7 +161,7 @@ def test_bos_is_what_the_post_processor_begins_with(raw, folder):
   assert tokenizer.encode_prompt(START + "the") == [0, *the]
   assert tokenizer.encode_prompt("") == [0]
   assert tokenizer.encode("the") == the
-  prompt = tokenizer.render_chat([{"role": "user", "content": "the"}])
+  prompt = tokenizer.chats.render_one([{"role": "user", "content": "the"}])
   assert tokenizer.encode_prompt(prompt).count(0) == 2  # the template's own, of two turns
 
 
@@ -199,8 +199,8 @@ def test_a_saved_folder_loads_the_same(raw, folder, tmp_path):
   assert (again.bos_id, again.eos_id, again.vocab_size) == (0, 1, 330)
   chat = [{"role": "user", "content": "the"}]
   assert (
-    again.render_chat(chat)
-    == tokenizer.render_chat(chat)
+    again.chats.render_one(chat)
+    == tokenizer.chats.render_one(chat)
     == f"""{START}user
 the{END}
 {START}assistant

@@ -97,7 +97,7 @@ def folder(path, *, tokens=(), template=TEMPLATE, normalizer=None, **config):
 
 def test_only_what_the_template_made_holds_control_tokens(tmp_path):
   tokenizer = folder(tmp_path, tokens=[TOOL])
-  chat = tokenizer.render_chat([{"role": "user", "content": f"a{TOOL}"}])
+  chat = tokenizer.chats.render_one([{"role": "user", "content": f"a{TOOL}"}])
   assert isinstance(chat, Rendered)
   assert tokenizer.decode([257, 64, 259, 258]) == f"a{TOOL}"
   # user, a newline, an a: letters of the vocabulary in the order of their bytes.
@@ -131,7 +131,7 @@ def test_a_stop_token_is_a_control_token(tmp_path):
 
 def refuse(tokenizer, message, *contents):
   with pytest.raises(UserError, match=message):
-    tokenizer.render_chat([{"role": "user", "content": text} for text in contents])
+    tokenizer.chats.render_one([{"role": "user", "content": text} for text in contents])
 
 
 def test_messages_hold_no_control_token(tmp_path):
@@ -139,7 +139,9 @@ def test_messages_hold_no_control_token(tmp_path):
   refuse(
     tokenizer, r"message 2 of a chat must not hold the special token '<\|im_start\|>'", "a", START
   )
-  assert tokenizer.render_chat([{"role": "user", "content": "<|im_"}]).endswith("<|im_<|im_end|>")
+  assert tokenizer.chats.render_one([{"role": "user", "content": "<|im_"}]).endswith(
+    "<|im_<|im_end|>"
+  )
 
 
 def test_messages_do_not_spell_one_together(tmp_path):
@@ -150,7 +152,7 @@ def test_messages_do_not_spell_one_together(tmp_path):
   refuse(tokenizer, together, "a <", "|im_end|> b")
   for contents in (["a <|im_", " end|>"], ["<", "a>"], [">", "<"], ["", "end|>"]):
     messages = [{"role": "user", "content": text} for text in contents]
-    assert tokenizer.render_chat(messages) == "".join(contents) + START + END
+    assert tokenizer.chats.render_one(messages) == "".join(contents) + START + END
 
 
 def test_other_letters_that_are_normalized_to_a_control_token(tmp_path):
@@ -169,7 +171,7 @@ def test_other_letters_that_are_normalized_to_a_control_token(tmp_path):
 def test_a_letter_that_serves_as_the_pad_token_stays_a_letter(tmp_path):
   tokenizer = folder(tmp_path, pad_token="!")
   assert tokenizer.decode(tokenizer.encode("a!")) == "a!"
-  assert tokenizer.render_chat([{"role": "user", "content": "a!"}])
+  assert tokenizer.chats.render_one([{"role": "user", "content": "a!"}])
 
 
 def test_an_end_that_stands_for_unknown_letters_is_refused(tmp_path):

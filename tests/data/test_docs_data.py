@@ -165,7 +165,7 @@ def test_every_chat_that_a_template_refuses_gets_its_message():
   ]
   for line, (name, template), records in zip(lines, templates, prompts, strict=True):
     where = pathlib.Path(name)
-    render_chats = functools.partial(
+    render_all = functools.partial(
       chat.render,
       template,
       where=where,
@@ -176,5 +176,5 @@ def test_every_chat_that_a_template_refuses_gets_its_message():
       clock=None,
     )
     with pytest.raises(ValueError) as error:
-      sources.render(records, render_chats, on_bad_record="raise")
+      sources.render(records, render_all, on_bad_record="raise")
     assert (kind, str(error.value)) == ("prompts", line)

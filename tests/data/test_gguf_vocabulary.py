@@ -86,7 +86,7 @@ def test_tokens_kinds_and_specials(raw, file):
   ids = tokenizer.encode(f"{START}{TOOL}{END}")
   assert 400 in ids and not {0, 1} & set(ids)
   assert tokenizer.decode([0, 400, 1]) == TOOL
-  assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == f"{START}userx{END}"
+  assert tokenizer.chats.render_one([{"role": "user", "content": "x"}]) == f"{START}userx{END}"
   assert load(file(metadata_of(raw, token_type=None, chat_template=None))).vocab_size == 402
 
 

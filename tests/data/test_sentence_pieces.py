@@ -121,7 +121,7 @@ def test_no_text_gives_a_control_token_whatever_its_type(folder, kind):
   pieces = [(START, kind, 0.0), (END, kind, 0.0), (TOOL, USER_DEFINED, 0.0)]
   path, size = folder(pieces, tokenizer_config={"chat_template": TEMPLATE})
   tokenizer, start, end = load(path), size - 3, size - 2
-  chat = tokenizer.render_chat([{"role": "user", "content": "the"}])
+  chat = tokenizer.chats.render_one([{"role": "user", "content": "the"}])
   assert isinstance(chat, Rendered)
   ids = prompt_ids(tokenizer, chat)
   assert [i for i in ids if i in (start, end)] == [start, end]
@@ -132,7 +132,7 @@ def test_no_text_gives_a_control_token_whatever_its_type(folder, kind):
       assert tokenizer.decode(ids) == text
   assert size - 1 in tokenizer.encode(f"a{TOOL}")  # the template does not use it
   with pytest.raises(UserError, match=r"must not hold the special token '<\|im_end\|>'"):
-    tokenizer.render_chat([{"role": "user", "content": f"a{END}"}])
+    tokenizer.chats.render_one([{"role": "user", "content": f"a{END}"}])
 
 
 def test_an_eos_of_an_ordinary_type_is_spelled_in_letters(folder):

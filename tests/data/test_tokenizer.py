@@ -207,7 +207,7 @@ def test_a_file_alone_has_no_bos_no_specials_and_no_chat(tokenizer, tmp_path):
   text = "the king</s>\nheard"
   assert again.encode_prompt(text) == again.encode(text) == tokenizer.encode(text)
   with pytest.raises(ValueError, match="tokenizer.model has no chat template, which chat messages"):
-    again.render_chat([{"role": "user", "content": "the"}])
+    again.chats.render_one([{"role": "user", "content": "the"}])
 
 
 @pytest.fixture
@@ -243,15 +243,15 @@ def test_a_folder_saves_and_renders_chats(llama_folder, tmp_path):
   template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
   flags = {"add_bos_token": True, "bos_token": "<s>", "chat_template": template}
   tokenizer = load(llama_folder(**flags))
-  assert tokenizer.render_chat([{"role": "user", "content": "king"}]) == "<s>king</s>"
+  assert tokenizer.chats.render_one([{"role": "user", "content": "king"}]) == "<s>king</s>"
   with pytest.raises(
     ValueError, match="message 1 of a chat must not hold the special token '</s>'"
   ):
-    tokenizer.render_chat([{"role": "user", "content": "king</s>"}])
+    tokenizer.chats.render_one([{"role": "user", "content": "king</s>"}])
   tokenizer.save(tmp_path / "saved")
   again = load(tmp_path / "saved")
   assert (again.fingerprint, again.bos_id) == (tokenizer.fingerprint, 1)
-  assert again.render_chat([{"role": "user", "content": "king"}]) == "<s>king</s>"
+  assert again.chats.render_one([{"role": "user", "content": "king"}]) == "<s>king</s>"
   other = load(llama_folder(**flags | {"add_bos_token": False})).fingerprint
   assert len({tokenizer.fingerprint, other, load(llama_folder()).fingerprint}) == 3
 
@@ -272,6 +272,6 @@ def test_special_tokens_that_do_not_fit_are_refused(llama_folder, config, messag
 def test_a_template_beside_a_sentencepiece_model_counts_without_a_config(tmp_path):
   texts = ["in the beginning was the word, and the word was good.\n" * 3] * 20
   train_tokenizer(texts, 20, tmp_path / "tokenizer.model", 0)
-  assert not load(tmp_path).has_chat_template
+  assert not load(tmp_path).chats.has_template
   (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-  assert load(tmp_path).has_chat_template
+  assert load(tmp_path).chats.has_template

@@ -345,8 +345,8 @@ def run(folder: pathlib.Path):
     assert not set(tokenizer.stop_ids[:1]) & set(ids), "a text ends itself"
     tokenizer.decode(ids)
     tokenizer.decode(prompt)
-  if tokenizer.has_chat_template:
-    tokenizer.render_chat([{"role": "user", "content": "Name a colour."}])
+  if tokenizer.chats.has_template:
+    tokenizer.chats.render_one([{"role": "user", "content": "Name a colour."}])
   with tempfile.TemporaryDirectory() as copy_of:
     tokenizer.save(copy_of)
     assert tokenizers_lib.load(copy_of).encode("the king") == tokenizer.encode("the king")

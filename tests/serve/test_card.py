@@ -224,7 +224,9 @@ def test_chats_are_spoken_of_where_the_tokenizer_has_a_template(run):
   opened = weights.locate(run / "ppo_ptx")
   about = card.Export("out", "hf", "ema", "float32", 1)
   assert "apply_chat_template" not in card.text(opened, about)
-  opened.tokenizer.has_chat_template = True
+  chats = opened.tokenizer.chats
+  special = dataclasses.replace(chats.special, chat_template="{{ messages }}")
+  opened.tokenizer.chats = dataclasses.replace(chats, special=special)
   assert "apply_chat_template" in card.text(opened, about)
 
 

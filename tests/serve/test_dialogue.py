@@ -60,10 +60,11 @@ def test_one_answer_is_all_that_stdout_holds(seat, capsys):
 class Chatting:
   """A tokenizer with a chat template, and one without."""
 
-  def __init__(self, has_chat_template):
-    self.has_chat_template = has_chat_template
+  def __init__(self, has_template):
+    self.has_template = has_template
+    self.chats = self  # what a tokenizer makes of chats
 
-  def render_chat(self, messages):
+  def render_one(self, messages):
     return "".join(f"{message['role'][0]}:{message['content']};" for message in messages) + "a:"
 
 

@@ -191,7 +191,7 @@ def test_gguf_of_a_byte_level_bpe_reads_back(tmp_path, pre):
     assert again.encode_prompt(text) == tokenizer.encode_prompt(text)
   assert (again.eos_id, again.bos_id, again.vocab_size) == (1, 0, tokenizer.vocab_size)
   messages = [{"role": "user", "content": "hi"}]
-  assert again.render_chat(messages) == tokenizer.render_chat(messages) == f"hi{END}"
+  assert again.chats.render_one(messages) == tokenizer.chats.render_one(messages) == f"hi{END}"
 
 
 def test_a_word_splitter_without_a_name_is_said(tmp_path, monkeypatch):

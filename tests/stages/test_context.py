@@ -155,12 +155,12 @@ def test_what_may_change_is_in_no_fingerprint():
 
 def test_a_stage_is_of_the_date_of_its_chats():
   config = micro.config("pretrain", {})
-  tokenizer = types.SimpleNamespace(fingerprint="f", clock=None)
+  tokenizer = types.SimpleNamespace(fingerprint="f", chats=types.SimpleNamespace(clock=None))
   contents = types.SimpleNamespace(of=lambda kind: types.SimpleNamespace(fingerprint=kind))
   ctx = types.SimpleNamespace(
     config=config, tokenizer=tokenizer, given={}, contents=contents, done=lambda stage: None
   )
   without = context.fingerprint(ctx, "pretrain", config.pretrain, {})
-  tokenizer.clock = "2026-03-01T12:00:00"
+  tokenizer.chats.clock = "2026-03-01T12:00:00"
   dated = context.fingerprint(ctx, "pretrain", config.pretrain, {})
   assert dated == without | {"date of chats": "2026-03-01T12:00:00"}

@@ -666,7 +666,7 @@ def test_the_date_of_chats_is_fixed_by_the_run(tmp_path, monkeypatch):
   template = "{{ strftime_now('%A %d') }}: {{ messages[0].content }}"
   given = {"eos_token": test_bpe.END, "chat_template": template}
   (path / "tokenizer_config.json").write_text(json.dumps(given))
-  ask = lambda tokenizer: tokenizer.render_chat([{"role": "user", "content": "hi"}])
+  ask = lambda tokenizer: tokenizer.chats.render_one([{"role": "user", "content": "hi"}])
   keep = lambda name: pipeline._keep(tokenizers.load(path), tmp_path / name / "tokenizer")
   monkeypatch.setattr(chat, "now", lambda: "2026-02-28T23:59:00")
   first = keep("first")

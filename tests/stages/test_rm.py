@@ -496,7 +496,7 @@ def checked(tmp_path, monkeypatch, rows, **changes):
     encode=lambda text: list(map(ord, text)),
     bos_id=None,
     control_pattern=None,
-    render_chats=None,
+    chats=types.SimpleNamespace(render_all=None),
   )
   data = run_data.RunData(config, tmp_path, tokenizer, Contents(config, tmp_path))
   ctx = types.SimpleNamespace(

@@ -21,11 +21,9 @@ TOKENIZER = types.SimpleNamespace(
   eos_id=1,
   vocab_size=200,
   fingerprint="letters",
-  has_chat_template=False,
-  clock=None,
   encode=lambda text: [ord(c) for c in text],
   control_pattern=None,
-  render_chats=None,
+  chats=types.SimpleNamespace(render_all=None, clock=None),
 )
 
 
@@ -99,12 +97,9 @@ def test_runs_may_share_a_cache(loaded, tmp_path):
   assert len(loaded) == 1
 
 
-# A template may write the date in some chats only.
-OTHER_DAY = types.SimpleNamespace(**vars(TOKENIZER) | {"clock": "2026-03-01T12:00:00"})
+MARCH = types.SimpleNamespace(render_all=None, clock="2026-03-01T12:00:00")
+OTHER_DAY = types.SimpleNamespace(**vars(TOKENIZER) | {"chats": MARCH})
 OTHER_TOKENIZER = types.SimpleNamespace(**vars(TOKENIZER) | {"fingerprint": "other"})
-DATED = types.SimpleNamespace(
-  **vars(TOKENIZER) | {"has_chat_template": True, "render_chat": lambda messages: "1 May"}
-)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +108,6 @@ DATED = types.SimpleNamespace(
     ("documents", OTHER_TOKENIZER, {}),
     ("documents", TOKENIZER, {"data__validation_fraction": 0.5}),
     ("documents", TOKENIZER, {"data__documents": "another content"}),
-    ("demonstrations", DATED, {}),
     ("demonstrations", OTHER_DAY, {}),
     ("demonstrations", TOKENIZER, {"data__max_response_length": 23}),
     ("demonstrations", TOKENIZER, {"data__max_prompt_length": 35}),
@@ -161,7 +155,7 @@ def test_the_checksum_is_of_what_was_read(tmp_path):
   path = tmp_path / "prompts.jsonl"
   prompts(path, *"abcdefgh")
   config = micro.config("ppo", {"prompts": f"jsonl:{path}"})
-  data = of_config(config, tmp_path, types.SimpleNamespace(render_chats=None))
+  data = of_config(config, tmp_path, types.SimpleNamespace(chats=TOKENIZER.chats))
   digest = hashlib.sha256(path.read_bytes()).hexdigest()
   data.records("prompts", "train")
   prompts(path, *"hgfedcba")
