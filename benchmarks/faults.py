@@ -63,8 +63,6 @@ ODD = re.compile(r"Traceback |[IWEF]\d{4} \d\d:|terminate called|Exception ignor
 LONGEST = 600  # seconds after which a run counts as hanging
 CHAIN = 10  # kills of one run, which then goes to its end
 WAYS = ("killed", "stopped", "stuck")  # how one of two processes is lost
-# So that a stuck process is noticed soon. Not too soon: on a busy machine a step may wait for its turn.
-PAIR_FLAGS = ("--config.guard.stuck_seconds=10", "--config.guard.phase_seconds=40")
 
 
 def get_config(stage: str):

@@ -8,12 +8,15 @@ import contextlib
 import json
 import pathlib
 import random
+from collections.abc import Iterable
 from unittest import mock
 
 import jax
+import numpy as np
 
 from configs import base, models
 from instructjax.core.config import Config, from_config_dict
+from instructjax.data import token_store
 from instructjax.parallel import sharding
 
 THINGS = ("sea", "hill", "tree", "bird", "road", "wind", "rain", "star", "lamp", "boat", "well")
@@ -128,3 +131,19 @@ def one_device():
   one = lambda cfg: make_mesh(cfg, jax.devices()[:1])
   with mock.patch.object(sharding, "make_mesh", one):
     yield
+
+
+def in_memory(sequences: Iterable[token_store.Encoded], vocab_size: int) -> token_store.TokenStore:
+  """A store of few sequences that is not on disk."""
+  sequences = list(sequences)
+  token_T = np.array(
+    [i for sequence in sequences for i in sequence.ids], token_store.dtype_of(vocab_size)
+  )
+  num_unweighted_S = np.array([sequence.num_unweighted for sequence in sequences], np.int64)
+  return token_store.TokenStore(
+    end_S=np.cumsum([len(sequence.ids) for sequence in sequences], dtype=np.int64),
+    num_unweighted_S=num_unweighted_S if num_unweighted_S.any() else None,
+    read=lambda start, stop: token_T[start:stop].tobytes(),
+    dtype=token_T.dtype,
+    left_out={},
+  )

@@ -4,6 +4,7 @@ A stage collects it when it is finished and saves it in its done.json. The repor
 module does not import JAX; it gets devices as arguments.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,7 +18,12 @@ from collections.abc import Mapping, Sequence
 
 import instructjax
 
-LIBRARIES = ("jax", "jaxlib", "numpy", "flax", "orbax-checkpoint")
+# Distributions that results, or the files that a run leaves, may depend on.
+LIBRARIES = (
+  *("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "numpy", "ml-dtypes"),
+  *("flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "array-record"),
+  *("sentencepiece", "tokenizers", "jinja2", "pyarrow", "datasets"),
+)
 _ROOT = pathlib.Path(__file__).parents[2]
 # Folders whose uncommitted changes are noted beside the commit. Documents and tests do not influence results.
 _CODE = ("instructjax", "configs", "launch")
@@ -114,10 +120,12 @@ def collect(
 
 
 def libraries() -> dict[str, str]:
-  """The versions of Python and of the libraries that results depend on, name -> version."""
-  return {"python": platform.python_version()} | {
-    name: importlib.metadata.version(name) for name in LIBRARIES
-  }
+  """The versions of Python and of the libraries that results depend on, name -> version, of those installed."""
+  result = {"python": platform.python_version()}
+  for name in LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      result[name] = importlib.metadata.version(name)
+  return result
 
 
 def versions() -> dict[str, str]:

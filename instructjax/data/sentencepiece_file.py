@@ -13,7 +13,7 @@ from instructjax.core.errors import UserError
 from instructjax.core.foreign import explained, shown
 from instructjax.data.special_tokens import Added
 
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(2, 7)
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(2, 6)
 
 # From a text to the places of tokens in it, as (start, end, id).
 TokenPattern = Callable[[str], Iterator[tuple[int, int, int]]]

@@ -18,7 +18,7 @@ import os
 import pathlib
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,20 +89,6 @@ class TokenStore:
 def dtype_of(vocab_size: int) -> np.dtype:
   """The type of ids on disk."""
   return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def in_memory(sequences: Iterable[Encoded], vocab_size: int) -> TokenStore:
-  """A store of few sequences that is not on disk."""
-  sequences = list(sequences)
-  token_T = np.array([i for sequence in sequences for i in sequence.ids], dtype_of(vocab_size))
-  num_unweighted_S = np.array([sequence.num_unweighted for sequence in sequences], np.int64)
-  return TokenStore(
-    end_S=np.cumsum([len(sequence.ids) for sequence in sequences], dtype=np.int64),
-    num_unweighted_S=num_unweighted_S if num_unweighted_S.any() else None,
-    read=lambda start, stop: token_T[start:stop].tobytes(),
-    dtype=token_T.dtype,
-    left_out={},
-  )
 
 
 class Writer:

@@ -9,11 +9,9 @@ itself.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
 import secrets
 import sys
@@ -22,16 +20,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import instructjax
+from instructjax.core import provenance
 from instructjax.core.errors import UserError
 from instructjax.parallel.lobby import Waiting, numbers
 from instructjax.parallel.watchdog import Team
 
-# Distributions whose versions may change numbers or the files that a run leaves.
-LIBRARIES = (
-  *("absl-py", "array-record", "chex", "datasets", "flax", "grain", "jax", "jaxlib", "jinja2"),
-  *("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "ml-collections", "ml-dtypes", "numpy"),
-  *("optax", "orbax-checkpoint", "pyarrow", "sentencepiece", "tensorstore", "tokenizers"),
-)
 # Variables that change what is computed, besides the settings of JAX.
 _VARIABLES = (
   *("LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE", "TF_CUDNN_DETERMINISTIC", "XLA_FLAGS"),
@@ -113,13 +106,7 @@ def code() -> dict[str, str]:
 
 def libraries() -> dict[str, str]:
   """Facts about the libraries: name -> version, of those that are installed."""
-  result = {"version of python": platform.python_version()}
-  for name in LIBRARIES:
-    try:
-      result[f"version of {name}"] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return result
+  return {f"version of {name}": version for name, version in provenance.libraries().items()}
 
 
 def environment(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -157,7 +144,7 @@ def _all(team: Team, folder: str, name: str) -> dict[int, dict[str, str]]:
   """Waits until each process has said something in a folder."""
   waiting = Waiting(time.monotonic())
   while len(said := team.said(folder)) < team.num_processes:
-    _report(waiting, set(range(team.num_processes)) - said.keys(), team, name)
+    waiting.say(_waits(team, set(range(team.num_processes)) - said.keys(), name))
     time.sleep(0.05)
   return {number: json.loads(text) for number, text in said.items()}
 
@@ -166,20 +153,13 @@ def _from_first(team: Team, folder: str, name: str) -> str:
   """Waits for what process 0 says in a folder."""
   waiting = Waiting(time.monotonic())
   while 0 not in (said := team.said(folder)):
-    _report(waiting, {0}, team, name)
+    waiting.say(_waits(team, {0}, name))
     time.sleep(0.05)
   return said[0]
 
 
-def _report(waiting: Waiting, missing: set[int], team: Team, name: str):
-  now = time.monotonic()
-  if waiting.is_due(now):
-    print(
-      f"process {team.process} waits for {numbers(missing)} of {team.num_processes}: {name}"
-      f" ({now - waiting.started:.0f} s)",
-      file=sys.stderr,
-      flush=True,
-    )
+def _waits(team: Team, missing: set[int], name: str) -> str:
+  return f"process {team.process} waits for {numbers(missing)} of {team.num_processes}: {name}"
 
 
 def difference(facts: Mapping[int, Mapping[str, str]]) -> str:

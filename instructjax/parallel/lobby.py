@@ -31,6 +31,12 @@ class Waiting:
   started: float
   reported: int = 0
 
+  def say(self, words: str):
+    """Prints who is waited for, in `words`, with the seconds so far; but only if it is time to."""
+    now = time.monotonic()
+    if self.is_due(now):
+      print(f"{words} ({now - self.started:.0f} s)", file=sys.stderr, flush=True)
+
   def is_due(self, now: float) -> bool:
     """Whether they are to be named now. True once for each report."""
     due = now - self.started >= FIRST_REPORT + self.reported * REPORT_EVERY
@@ -132,12 +138,7 @@ def _receive(
     selector.register(server, selectors.EVENT_READ)
     while missing := set(range(1, num_processes)) - guests.keys():
       now = time.monotonic()
-      if waiting.is_due(now):
-        print(
-          f"waiting for {numbers(missing)} of {num_processes} at {address} ({now - started:.0f} s)",
-          file=sys.stderr,
-          flush=True,
-        )
+      waiting.say(f"waiting for {numbers(missing)} of {num_processes} at {address}")
       if now - started > seconds:
         raise NotJoined(
           f"{numbers(missing)} of {num_processes} did not come to --coordinator={address} within {seconds:.0f} s:"
@@ -208,12 +209,7 @@ def _greet(address: str, num_processes: int, process: int, seconds: float):
     if isinstance(said, dict) and "come" in said:
       return
     now = time.monotonic()
-    if waiting.is_due(now):
-      print(
-        f"process {process} waits for process 0 at {address} ({now - started:.0f} s; {why})",
-        file=sys.stderr,
-        flush=True,
-      )
+    waiting.say(f"process {process} waits for process 0 at {address}: {why}")
     if now - started > seconds or (answered and now - answered > _STRANGER):
       raise NotJoined(
         f"--coordinator={address} could not be reached for {now - started:.0f} s ({why}): start process 0 there,"

@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from instructjax.data import batching, token_store
+from instructjax.data import batching
 from instructjax.data.token_store import Encoded
 from instructjax.data.tokenize import RankingTokens
+from tests import micro
 
 VOCAB, EOS = 90, 1
 
@@ -63,7 +64,7 @@ def packed(sequences, *, length, splits=False, batch_size=1, seed=0, **shards):
     else Encoded([*one, EOS])
     for one in sequences
   ]
-  rows = token_store.in_memory(encoded, VOCAB).pack(length, VOCAB, splits=splits)
+  rows = micro.in_memory(encoded, VOCAB).pack(length, VOCAB, splits=splits)
   return batching.packed_batches(rows, batch_size=batch_size, seed=seed, **shards)
 
 

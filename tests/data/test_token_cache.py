@@ -16,6 +16,7 @@ from instructjax.core.errors import UserError
 from instructjax.data import token_cache, token_store
 from instructjax.data.token_cache import CachedTokens, Tokenized
 from instructjax.data.token_store import Encoded
+from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[2]
 VOCAB = 50
@@ -42,7 +43,7 @@ def tokens(rows):
 
 
 def expected(length=8):
-  rows = token_store.in_memory(map(Encoded, DOCUMENTS), VOCAB).pack(length, VOCAB, splits=True)
+  rows = micro.in_memory(map(Encoded, DOCUMENTS), VOCAB).pack(length, VOCAB, splits=True)
   return tokens(rows)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from instructjax.data import token_store
 from instructjax.data.packing import Damaged
 from instructjax.data.token_store import Encoded
+from tests import micro
 
 SEQUENCES = [Encoded([5, 6, 7], 1), Encoded([8]), Encoded([9, 10, 11, 12, 65535], 2)]
 
@@ -31,7 +32,7 @@ def test_what_is_written_is_read(tmp_path, vocab_size, itemsize):
   assert (len(store), store.num_tokens) == (3, 9)
   assert (folder / "tokens").stat().st_size == 9 * itemsize
   token_store.check_store(folder)
-  memory = token_store.in_memory(SEQUENCES, vocab_size)
+  memory = micro.in_memory(SEQUENCES, vocab_size)
   assert [*memory] == SEQUENCES
   assert token_store.open_store(tmp_path / "none") is None
   # Rows of both are the same, and so is what a checkpoint knows them by.

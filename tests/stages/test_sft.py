@@ -6,7 +6,6 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from instructjax.data import token_store
 from instructjax.data.token_store import Encoded
 from instructjax.stages import policies, sft
 from instructjax.train import checkpoint, loop, supervised
@@ -21,7 +20,7 @@ def demonstration(number):
 
 def rows(splits, *, cuts):
   """What RunData gives: (split, length) -> the sequences of a split in packed rows."""
-  stores = {name: token_store.in_memory(sequences, PAD) for name, sequences in splits.items()}
+  stores = {name: micro.in_memory(sequences, PAD) for name, sequences in splits.items()}
   return lambda split, length: stores[split].pack(length, PAD, splits=cuts)
 
 

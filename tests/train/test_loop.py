@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
@@ -175,6 +175,7 @@ def uninterrupted(tmp_path_factory):
   derandomize=True,
   suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+@example(stops=[6], every=3, keep=1)  # the line of step 4, after the checkpoint, is in the file
 @given(
   stops=st.lists(st.integers(1, STEPS), max_size=3),
   every=st.integers(1, 4),
