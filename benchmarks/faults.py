@@ -28,8 +28,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import importlib
 import json
 import os
 import pathlib
@@ -38,43 +36,22 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
+from benchmarks import fault_runs as runs
 from benchmarks import moments
-from tests import micro, quick
+from tests import quick
 
-ROOT = pathlib.Path(__file__).parents[1]
 KINDS = ("kill", "bits", "disk", "limit", "pair")
-STAGE = "ppo_ptx"
 SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}
 # What no user should see: tracebacks, and lines of the logs of C++.
 ODD = re.compile(r"Traceback |[IWEF]\d{4} \d\d:|terminate called|Exception ignored")
-LONGEST = 600  # seconds after which a run counts as hanging
 CHAIN = 10  # kills of one run, which then goes to its end
 WAYS = ("killed", "stopped", "stuck")  # how one of two processes is lost
-SIGNALS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}
-# What no user should see: tracebacks, and lines of the logs of C++.
-ODD = re.compile(r"Traceback |[IWEF]\d{4} \d\d:|terminate called|Exception ignored")
-LONGEST = 600  # seconds after which a run counts as hanging
-CHAIN = 10  # kills of one run, which then goes to its end
-WAYS = ("killed", "stopped", "stuck")  # how one of two processes is lost
-
-
-def get_config(stage: str):
-  """The config of the runs; this file is their --config."""
-  config = micro.config_dict(
-    stage, dict.fromkeys(("documents", "demonstrations", "prompts"), "demo:")
-  )
-  config.data.comparisons = "demo:"
-  if stage == STAGE:
-    config.evaluate.compare = ("ppo",)
-  config.log.tensorboard = True
-  return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,168 +96,15 @@ class Bench:
     """An empty workdir, but for the programs that the reference has compiled."""
     workdir = self.folder / name
     shutil.rmtree(workdir, ignore_errors=True)
-    log_of(workdir).unlink(missing_ok=True)
+    runs.log_of(workdir).unlink(missing_ok=True)
     shutil.copytree(self.reference / "compiled", workdir / "compiled")
     return workdir
 
   def compare(self, workdir: pathlib.Path) -> str:
     """What differs from the reference; '' if nothing does."""
-    end = read_digest(workdir)
+    end = runs.read_digest(workdir)
     names = [name for name in sorted(self.end | end) if self.end.get(name) != end.get(name)]
     return f"another end in {', '.join(names)}" if names else ""
-
-
-# --- one run --------------------------------------------------------------------------------------
-
-
-def load_everything():
-  """Imports what a run imports, so that its fork need not; JAX has no threads until it has devices."""
-  importlib.import_module("instructjax.main")
-  pipeline = importlib.import_module("instructjax.stages.pipeline")
-  for stage in importlib.import_module("instructjax.core.stages").STAGES:
-    pipeline.module(stage)
-  for name in ("tensorboardX", "matplotlib.pyplot", "instructjax.serve.packaging"):
-    importlib.import_module(name)
-  demo = importlib.import_module("instructjax.data.demo")
-  load = demo.load
-  demo.load = lambda kind, split, seed: load(kind, split, seed)[: 40 if split == "train" else 8]
-  importlib.import_module("instructjax.parallel.compiled")._SECONDS = 0.0  # keep all programs
-
-
-def fork(body: Callable[[], None], log: pathlib.Path) -> int:
-  """Runs `body` in a child whose output goes to a file; returns its process id."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  child = os.fork()
-  if child:
-    return child
-  code = 1
-  try:
-    os.setpgid(0, 0)
-    with open(log, "ab", buffering=0) as file:
-      for stream in (1, 2):
-        os.dup2(file.fileno(), stream)
-    body()
-    code = 0
-  except SystemExit as ended:
-    code = 0 if ended.code is None else int(ended.code)
-  except BaseException:  # whatever it is belongs into the log, and the child must end here
-    sys.excepthook(*sys.exc_info())
-  finally:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def start(
-  workdir: pathlib.Path,
-  stage: str,
-  before: Callable[[], None] = lambda: None,
-  flags: Sequence[str] = (),
-  log: pathlib.Path | None = None,
-) -> int:
-  """Starts the main job; `before` is called first, in the child."""
-
-  def body():
-    before()
-    main, cli = (
-      importlib.import_module(f"instructjax.{name}") for name in ("main", "commands.cli")
-    )
-    sys.argv = [
-      "faults",
-      f"--config={ROOT}/benchmarks/faults.py:{stage}",
-      f"--workdir={workdir}",
-      *flags,
-    ]
-    cli.run(main.main, interrupted="interrupted")
-
-  return fork(body, log or log_of(workdir))
-
-
-def log_of(workdir: pathlib.Path) -> pathlib.Path:
-  """Where a run's output goes: beside the workdir, whose disk may be full."""
-  path = workdir.parent / "logs" / f"{workdir.name}.txt"
-  path.parent.mkdir(exist_ok=True)
-  return path
-
-
-def wait(child: int, seconds: float) -> int | None:
-  """The exit code of a child (negative: the signal that ended it), or None if it still runs."""
-  deadline = time.monotonic() + seconds
-  while time.monotonic() < deadline:
-    done, status = os.waitpid(child, os.WNOHANG)
-    if done:
-      return os.waitstatus_to_exitcode(status)
-    time.sleep(0.002)
-  return None
-
-
-def end_with(child: int):
-  """Kills a child and all that it started."""
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(child, signal.SIGKILL)
-  os.waitpid(child, 0)
-
-
-def finish(workdir: pathlib.Path, stage: str) -> str:
-  """Runs the main job to its end; returns what was wrong with that, or ''."""
-  child = start(workdir, stage)
-  code = wait(child, LONGEST)
-  if code is None:
-    end_with(child)
-    return f"it hung for {LONGEST} s"
-  return "" if code == 0 else f"exit code {code}: {last_line(workdir)}"
-
-
-def last_line(workdir: pathlib.Path) -> str:
-  lines = log_of(workdir).read_text(encoding="utf-8", errors="replace").split("\n")
-  return next((line for line in reversed(lines) if line.strip()), "")[:200]
-
-
-def read_digest(workdir: pathlib.Path) -> dict[str, str]:
-  """Name -> hash of everything that two equal runs have in common, read in a child, since it needs a device."""
-  path = workdir.parent / f"{workdir.name}.digest"
-  path.unlink(missing_ok=True)
-  child = fork(lambda: path.write_text(json.dumps(digest(workdir))), log_of(workdir))
-  if wait(child, LONGEST) != 0:
-    return {"digest": f"{workdir}: {last_line(workdir)}"}  # no two of these are the same
-  return json.loads(path.read_text())
-
-
-def digest(workdir: pathlib.Path) -> dict[str, str]:
-  """Name -> hash; without times, hardware and paths."""
-  import jax
-  import orbax.checkpoint as ocp
-
-  def without_keys(leaf):
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.random.key_data(leaf) if is_key else leaf
-
-  from instructjax.train import checkpoint, finished, metrics
-
-  # The devices that a state was saved on are not here, if it was saved by several processes.
-  here = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-  found = {}
-  for done in sorted(workdir.glob("*/done.json")):
-    stage = done.parent
-    values = finished.require_done(stage)
-    found[f"{stage.name}/result"] = repr((values.fingerprint, values.step, values.result))
-    records = [
-      {key: value for key, value in record.items() if not key.startswith("seconds")}
-      for record in metrics.read_metrics(stage)
-    ]
-    found[f"{stage.name}/metrics"] = json.dumps(records)
-    for step in checkpoint.saved_steps(stage)[-1:]:
-      path = stage / "checkpoints" / str(step) / "state"
-      with ocp.PyTreeCheckpointer() as checkpointer:
-        shapes = checkpointer.metadata(path).item_metadata.tree
-        args = jax.tree.map(lambda _: here, shapes)
-        tree = checkpointer.restore(path, restore_args=args)
-      plain = jax.tree.map(without_keys, tree)
-      found[f"{stage.name}/state"] = f"{step} {checkpoint.tree_fingerprint(plain)}"
-  for path in sorted([*workdir.glob("collect/*.jsonl"), *workdir.glob("evaluate/answers.jsonl")]):
-    found[str(path.relative_to(workdir))] = path.read_text(encoding="utf-8")
-  return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}
 
 
 # --- the kinds of faults --------------------------------------------------------------------------
@@ -291,14 +115,14 @@ def await_moment(
 ) -> int | None:
   """Waits until a run has come to a moment; returns its exit code if it ends before, else None."""
   if timeline.has_come(moment, moments.marks(workdir)):  # while the run starts, then
-    return wait(child, rng.uniform(0, timeline.rows[0][0]))
-  deadline = time.monotonic() + LONGEST
+    return runs.wait(child, rng.uniform(0, timeline.rows[0][0]))
+  deadline = time.monotonic() + runs.LONGEST
   while time.monotonic() < deadline:
-    code = wait(child, 0.001)
+    code = runs.wait(child, 0.001)
     if code is not None:
       return code
     if timeline.has_come(moment, moments.marks(workdir)):
-      return wait(child, moment.delay)
+      return runs.wait(child, moment.delay)
   raise RuntimeError(f"{workdir} makes no headway")
 
 
@@ -309,15 +133,15 @@ def kill(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   wrong = ""
   for moment in sorted(bench.timeline.draw(rng) for _ in range(CHAIN)):
     before, unfinished = moments.marks(workdir), moments.saving(workdir)
-    child = start(workdir, bench.stage)
+    child = runs.start(workdir, bench.stage)
     code = await_moment(workdir, child, bench.timeline, moment, rng)
     if code is None:
-      end_with(child)
+      runs.end_with(child)
       hits.append(_place(bench.timeline, workdir, before, unfinished))
     elif code != 0:  # one that has come to its end is started again all the same
-      wrong = f"exit code {code}: {last_line(workdir)}"
+      wrong = f"exit code {code}: {runs.last_line(workdir)}"
       break
-  wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
+  wrong = wrong or runs.finish(workdir, bench.stage) or bench.compare(workdir)
   for hit in hits:
     yield Try("kill", hit, wrong)
   if not wrong:
@@ -356,11 +180,16 @@ def bits(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   data[bit // 8] ^= 1 << bit % 8
   path.write_bytes(data)
   where = f"{stage.name}, {path.relative_to(folder)}, bit {bit}"
-  log_of(workdir).unlink(missing_ok=True)
-  code = wait(fork(lambda: load_both_ways(workdir / stage.name, step), log_of(workdir)), LONGEST)
-  told = log_of(workdir).read_text(encoding="utf-8", errors="replace").count(str(path))
+  runs.log_of(workdir).unlink(missing_ok=True)
+  code = runs.wait(
+    runs.fork(lambda: load_both_ways(workdir / stage.name, step), runs.log_of(workdir)),
+    runs.LONGEST,
+  )
+  told = runs.log_of(workdir).read_text(encoding="utf-8", errors="replace").count(str(path))
   wrong = (
-    "" if (code, told) == (0, 2) else f"exit code {code}, named {told} times: {last_line(workdir)}"
+    ""
+    if (code, told) == (0, 2)
+    else f"exit code {code}, named {told} times: {runs.last_line(workdir)}"
   )
   yield Try("bits", where, wrong)
 
@@ -394,7 +223,7 @@ def disk(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     return
   workdir = bench.folder / f"disk{number}"
   workdir.mkdir()
-  log_of(workdir).unlink(missing_ok=True)
+  runs.log_of(workdir).unlink(missing_ok=True)
   size = sum(path.stat().st_blocks * 512 for path in bench.reference.rglob("*"))
   pages = rng.choice([0, 1, 2, 4, rng.randrange(size // 4096)])
   _mount(f"size={4096 * (pages + size // 4096 * 4)}", workdir)
@@ -403,9 +232,9 @@ def disk(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     free = shutil.disk_usage(workdir).free
     with open(filler, "wb") as file:
       os.posix_fallocate(file.fileno(), 0, max(free - 4096 * pages, 1))
-    wrong = _refused(workdir, start(workdir, bench.stage))
+    wrong = _refused(workdir, runs.start(workdir, bench.stage))
     filler.unlink()
-    wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
+    wrong = wrong or runs.finish(workdir, bench.stage) or bench.compare(workdir)
   finally:
     subprocess.run(["umount", "-l", str(workdir)], check=True)
   yield Try("disk", f"{4 * pages} KiB free", wrong)
@@ -422,13 +251,13 @@ def _refused(workdir: pathlib.Path, child: int, output: subprocess.Popen | None 
   Args:
     output: a program to wait for, which brings the run's output to its log.
   """
-  code = wait(child, LONGEST)
+  code = runs.wait(child, runs.LONGEST)
   if code is None:
-    end_with(child)
-    return f"it hung for {LONGEST} s"
+    runs.end_with(child)
+    return f"it hung for {runs.LONGEST} s"
   if output:
     output.wait()
-  text = log_of(workdir).read_text(encoding="utf-8", errors="replace")
+  text = runs.log_of(workdir).read_text(encoding="utf-8", errors="replace")
   return _end_of_refused(code, text)
 
 
@@ -453,7 +282,7 @@ def limit(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
   size = int(10 ** rng.uniform(0, 6))
   # The run's output goes to its log through another program, since it too would become too large.
   reads, writes = os.pipe()
-  with open(log_of(workdir), "ab") as file:
+  with open(runs.log_of(workdir), "ab") as file:
     output = subprocess.Popen(["cat"], stdin=reads, stdout=file)
   os.close(reads)
 
@@ -467,10 +296,10 @@ def limit(bench: Bench, rng: random.Random, number: int) -> Iterator[Try]:
     os.close(writes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-  child = start(workdir, bench.stage, limits)
+  child = runs.start(workdir, bench.stage, limits)
   os.close(writes)
   wrong = _refused(workdir, child, output)
-  wrong = wrong or finish(workdir, bench.stage) or bench.compare(workdir)
+  wrong = wrong or runs.finish(workdir, bench.stage) or bench.compare(workdir)
   if not wrong:
     shutil.rmtree(workdir)
   yield Try("limit", f"files of at most {size} bytes", wrong)
@@ -486,25 +315,27 @@ def pair(bench: Bench, rng: random.Random, number: int, patience: float) -> Iter
   for moment in sorted(bench.timeline.draw_joined(rng) for _ in range(3)):
     how, victim = WAYS[(number + len(tries)) % 3], rng.randrange(2)
     before = moments.marks(workdir)
-    pod = start_pair(workdir, bench.stage, flags)
+    pod = runs.start_pair(workdir, bench.stage, flags)
     code = await_moment(workdir, pod[0], bench.timeline, moment, rng)
     if code is not None:  # too late
       tries.append(Try("pair", f"{how}, not tried", "" if code == 0 else f"exit code {code}"))
-      end_with(pod[1])
+      runs.end_with(pod[1])
       continue
     present = moments.marks(workdir)
     stage = bench.timeline.stage(present) + (" (starting)" if present == before else "")
     # The worker is the supervisor's child.
     with contextlib.suppress(ProcessLookupError):
-      os.kill(_worker(pod[victim]), SIGNALS[how])
+      os.kill(runs.worker_of(pod[victim]), SIGNALS[how])
     began = time.monotonic()
-    codes = wait_for_pair(pod, soon + patience)
+    codes = runs.wait_for_pair(pod, soon + patience)
     took = time.monotonic() - began
     wrong = _end_of_pair(workdir, how, victim, codes)
     tries.append(Try("pair", f"{how}, {stage}, process {victim}, {took:.0f} s", wrong))
-  pod = start_pair(workdir, bench.stage)
-  codes = wait_for_pair(pod, LONGEST)
-  wrong = "" if codes == [0, 0] else f"exit codes {codes} of the last start: {last_line(workdir)}"
+  pod = runs.start_pair(workdir, bench.stage)
+  codes = runs.wait_for_pair(pod, runs.LONGEST)
+  wrong = (
+    "" if codes == [0, 0] else f"exit codes {codes} of the last start: {runs.last_line(workdir)}"
+  )
   wrong = wrong or bench.compare(workdir)
   for one in tries:
     yield dataclasses.replace(one, wrong=one.wrong or wrong)
@@ -518,58 +349,11 @@ def _end_of_pair(workdir: pathlib.Path, how: str, victim: int, codes: list[int |
   if how == "killed":
     wanted[victim] = 137
   for process in range(2):
-    text = pair_log(workdir, process).read_text(encoding="utf-8", errors="replace")
+    text = runs.pair_log(workdir, process).read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.split("\n") if line.startswith("error: ")]
     if codes[process] != wanted[process] or len(lines) != 1 or "Traceback" in text:
       return f"exit codes {codes}, process {process}: {lines or text[-200:]}"
   return ""
-
-
-def pair_log(workdir: pathlib.Path, process: int) -> pathlib.Path:
-  """Where the output of one start of one of two processes goes."""
-  return log_of(workdir).with_name(f"{workdir.name}.{process}.txt")
-
-
-def start_pair(workdir: pathlib.Path, stage: str, flags: Sequence[str] = ()) -> list[int]:
-  """Starts the main job as two processes, whose logs begin anew."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-
-  def before(process: int):
-    os.environ["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
-    os.environ["JAX_NUM_PROCESSES"] = "2"
-    os.environ["JAX_PROCESS_ID"] = str(process)
-    signal.signal(signal.SIGUSR1, _loop)
-
-  logs = [pair_log(workdir, process) for process in range(2)]
-  for log in logs:
-    log.unlink(missing_ok=True)
-  return [
-    start(workdir, stage, lambda process=process: before(process), flags, log)
-    for process, log in enumerate(logs)
-  ]
-
-
-def _loop(*_):
-  while True:
-    time.sleep(0.01)
-
-
-def wait_for_pair(pod: Sequence[int], seconds: float) -> list[int | None]:
-  """The exit codes of two processes; None for one that had to be killed because it still ran."""
-  deadline = time.monotonic() + seconds
-  codes = []
-  for process in pod:
-    codes.append(wait(process, max(deadline - time.monotonic(), 0.01)))
-    if codes[-1] is None:
-      end_with(process)
-  return codes
-
-
-def _worker(supervisor: int) -> int:
-  children = pathlib.Path(f"/proc/{supervisor}/task/{supervisor}/children")
-  return int((children.read_text().split() or [supervisor])[0])
 
 
 # --- the campaign ---------------------------------------------------------------------------------
@@ -591,7 +375,7 @@ def prepare(folder: pathlib.Path, stage: str, name: str = "reference") -> Bench:
     rows = tuple((seconds, mark) for seconds, mark in values["timeline"])
     return Bench(folder, values["end"], moments.Timeline(rows, values["seconds"]), stage, name)
   watch_run(first, stage, name)
-  bench = Bench(folder, read_digest(first), moments.Timeline((), 0.0), stage, name)
+  bench = Bench(folder, runs.read_digest(first), moments.Timeline((), 0.0), stage, name)
   if "digest" in bench.end:
     raise SystemExit(f"the undisturbed run's end cannot be read: {bench.end['digest']}")
   again = bench.new_workdir(f"{name}_again")
@@ -605,15 +389,15 @@ def prepare(folder: pathlib.Path, stage: str, name: str = "reference") -> Bench:
 
 def watch_run(workdir: pathlib.Path, stage: str, name: str) -> moments.Timeline:
   """Runs the main job undisturbed, and notes when it has written what."""
-  pod = start_pair(workdir, stage) if name == "pair" else [start(workdir, stage)]
+  pod = runs.start_pair(workdir, stage) if name == "pair" else [runs.start(workdir, stage)]
   began = time.monotonic()
   rows: dict[str, float] = {}
   code = None
-  while code is None and time.monotonic() - began < LONGEST:
-    code = wait(pod[0], 0.001)
+  while code is None and time.monotonic() - began < runs.LONGEST:
+    code = runs.wait(pod[0], 0.001)
     for mark in sorted(moments.marks(workdir) - rows.keys()):
       rows[mark] = time.monotonic() - began
-  codes = [code, *wait_for_pair(pod[1:], LONGEST)]
+  codes = [code, *runs.wait_for_pair(pod[1:], runs.LONGEST)]
   if any(codes):
     raise SystemExit(f"the undisturbed run failed: exit codes {codes}")
   ordered = tuple((seconds, mark) for mark, seconds in rows.items())
@@ -624,7 +408,7 @@ def campaign(
   kinds: list[str], tries: int, seed: int, stage: str, patience: float, folder: pathlib.Path
 ) -> list[Try]:
   """All tries of all kinds, told as they end."""
-  load_everything()
+  runs.load_everything()
   benches = {}
   for name in sorted({"pair" if kind == "pair" else "reference" for kind in kinds}):
     benches[name] = prepare(folder, stage, name)
@@ -664,7 +448,7 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument("--tries", type=int, default=200, help="faults of each kind")
   parser.add_argument("--seed", type=int, default=0, help="decides where and when; times vary")
   parser.add_argument(
-    "--stage", default=STAGE, help="to which runs go; earlier ones take less time"
+    "--stage", default=runs.STAGE, help="to which runs go; earlier ones take less time"
   )
   parser.add_argument(
     "--patience",

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks import faults, moments
+from benchmarks import fault_runs, faults, moments
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_the_command_ends_with_1_if_one_has_not_survived(monkeypatch, capsys, tm
 
 def test_an_end_that_differs_or_cannot_be_read_is_not_the_reference(monkeypatch, tmp_path):
   bench = faults.Bench(
-    tmp_path, {"sft/state": "a", "rm/state": "b"}, moments.Timeline((), 0.0), faults.STAGE
+    tmp_path, {"sft/state": "a", "rm/state": "b"}, moments.Timeline((), 0.0), fault_runs.STAGE
   )
   ends = iter([{"sft/state": "a", "rm/state": "b"}, {"sft/state": "c"}, {"digest": "run: why"}])
-  monkeypatch.setattr(faults, "read_digest", lambda workdir: next(ends))
+  monkeypatch.setattr(fault_runs, "read_digest", lambda workdir: next(ends))
   assert bench.compare(tmp_path) == ""
   assert bench.compare(tmp_path) == "another end in rm/state, sft/state"
   assert bench.compare(tmp_path).startswith("another end in digest, ")
@@ -77,7 +77,7 @@ def test_an_end_that_differs_or_cannot_be_read_is_not_the_reference(monkeypatch,
 )
 def test_a_refusal_is_one_line_and_code_2(tmp_path, text, code, words):
   workdir = tmp_path / "run"
-  faults.log_of(workdir).write_text(text)
+  fault_runs.log_of(workdir).write_text(text)
   assert words in faults._refused(workdir, _ended(code)) and bool(words) == bool(
     faults._refused(workdir, _ended(code))
   )
@@ -94,20 +94,20 @@ def test_a_child_is_killed_and_its_log_is_kept(tmp_path):
     os.write(1, b"begun\n")  # pytest has sys.stdout
     time.sleep(60)
 
-  log = faults.log_of(tmp_path / "run")
+  log = fault_runs.log_of(tmp_path / "run")
   log.touch()
-  child = faults.fork(body, log)
+  child = fault_runs.fork(body, log)
   while not log.read_text():
-    assert faults.wait(child, 0.01) is None
-  faults.end_with(child)
-  assert faults.last_line(tmp_path / "run") == "begun"
+    assert fault_runs.wait(child, 0.01) is None
+  fault_runs.end_with(child)
+  assert fault_runs.last_line(tmp_path / "run") == "begun"
   for code in (0, 3):
-    assert faults.wait(faults.fork(lambda code=code: sys.exit(code), log), 60) == code
+    assert fault_runs.wait(fault_runs.fork(lambda code=code: sys.exit(code), log), 60) == code
 
 
 def test_the_runs_config_has_all_stages():
   from instructjax.core.config import from_config_dict
   from instructjax.stages import lineage
 
-  stages = lineage.plan(from_config_dict(faults.get_config(faults.STAGE)))
+  stages = lineage.plan(from_config_dict(fault_runs.get_config(fault_runs.STAGE)))
   assert {"pretrain", "sft", "collect", "rm", "ppo", "ppo_ptx", "evaluate"} <= set(stages)
