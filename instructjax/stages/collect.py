@@ -81,10 +81,6 @@ def check_settings(config: Config, stage: str):
     )
 
 
-def check(ctx: Context, stage: str):
-  """Has nothing to check that needs data or a tokenizer."""
-
-
 def run(ctx: Context, stage: str):
   """Samples answers from the SFT policy, has them ranked, and measures how often labelers agree.
 

@@ -7,7 +7,7 @@ import logging
 import pathlib
 import shlex
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 
 import jax
@@ -68,8 +68,7 @@ def check(ctx: Context, stages: list[str]):
     for split in ("train", "validation"):
       read[kind](split) if kind in read else ctx.data.tokens(kind, split)
   for stage in coming:
-    with _named(stage):
-      module(stage).check(ctx, stage)
+    _call(stage, "check", ctx)
 
 
 def require_same_everywhere(ctx: Context, stages: list[str]):
@@ -140,17 +139,20 @@ def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pa
   batches = dict.fromkeys(name for row in rows for name in row.batches)
   require_fit(config, mesh, config.tokenizer.vocab_size, roles, batches)
   for stage in _coming(workdir, stages):
-    checked = module(stage)
-    if hasattr(checked, "check_settings"):
-      with _named(stage):
-        checked.check_settings(config, stage)
+    _call(stage, "check_settings", config)
 
 
-@contextlib.contextmanager
-def _named(stage: str) -> Generator[None, None, None]:
-  """Puts the stage's name before the message of a UserError."""
+def _call(stage: str, name: str, about: Config | Context):
+  """Calls a check of a stage's module, if it has one of this name.
+
+  Raises:
+    UserError: the check fails; the message begins with the stage's name.
+  """
+  checks = module(stage)
+  if not hasattr(checks, name):
+    return
   try:
-    yield
+    getattr(checks, name)(about, stage)
   except UserError as error:
     raise UserError(f"stage {stage}: {error}") from error
 

@@ -233,10 +233,6 @@ def check_settings(config: Config, stage: str):
   _optimizers(lineage.variant(config, stage))
 
 
-def check(ctx: Context, stage: str):
-  """Has nothing to check that needs data or a tokenizer."""
-
-
 def run(ctx: Context, stage: str):
   """Trains one RL policy. It starts from `ppo_init`, with a frozen `ppo_init` as reference and a frozen `rm` as reward.
 

@@ -21,10 +21,6 @@ def check_settings(config: Config, stage: str):
   make_optimizer(cfg.optim, cfg.num_steps)
 
 
-def check(ctx: Context, stage: str):
-  """Has nothing to check that needs data or a tokenizer."""
-
-
 def run(ctx: Context, stage: str):
   """Trains `pretrain` (the policy's base) or `reward_pretrain` (the reward model's base).
 
