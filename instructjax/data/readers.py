@@ -10,8 +10,7 @@ returns (rows, decode, has_own_split):
 A problem with a single row raises BadRecord in `decode`, so that it can be skipped. A problem with the whole source
 raises UserError.
 
-Imports `text_files`, `formats` and `paths`. pyarrow, `datasets` and tensorflow_datasets are imported only where they
-are used.
+Imports `text_files` and `formats`. pyarrow, `datasets` and tensorflow_datasets are imported only where they are used.
 """
 
 import dataclasses

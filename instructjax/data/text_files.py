@@ -1,6 +1,6 @@
 """Reads JSON from text files: one object a line, or a whole file that is an array or printed over several lines.
 
-Called by `readers`. Imports `messages` and `paths`. A problem with a single row raises BadRecord in `decode`, so that
+Called by `readers`. Imports `messages`. A problem with a single row raises BadRecord in `decode`, so that
 it can be skipped; one with the whole file raises UserError.
 """
 
