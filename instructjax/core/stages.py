@@ -56,7 +56,8 @@ class Stage:
 
   Attributes:
     name: name of the stage and of its folder in the workdir.
-    module: module in `instructjax.stages` that implements it, with `run(ctx, stage)` and `check(ctx, stage)`.
+    module: module in `instructjax.stages` that implements it: `run(ctx, stage)`, and where they are needed
+      `check(ctx, stage)` and `check_settings(config, stage)`.
     kind: what it does. A base starts from nothing, and the config may give its weights instead; `select` chooses the
       step of another stage; `rl` is PPO, which also trains a value network and averages the policy's weights.
     parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
