@@ -1,6 +1,7 @@
 """Measures the token cache: memory and seconds until the first batches, in a first and in a second start.
 
   python -m benchmarks.token_cache --tokens=20_000_000
+  python -m benchmarks.token_cache --tokens=20_000_000 --whole
 
 Prints one JSON line. The text is made of words that are drawn by Zipf's law, in documents of 30 to 800 words, and the
 tokenizer is one that is trained on it, as a run without a given tokenizer trains. Each start is a process of its own
@@ -11,10 +12,18 @@ that does what stage `pretrain` does before its first step: it makes the data of
   seconds: from the start of the process's work, after imports, until the first batch is there; CPU seconds beside it.
   resident: bytes that the process holds beyond those it held before, when the batches are drawn; by token, too.
   disk: bytes of the cache a token.
+
+With --whole the starts are those of the main command, which trains for two steps of the preset tiny with two rows of
+2,048 tokens: process start, imports, tokenizer, compilation and the first step included. The second run has a workdir
+of its own and shares the first one's token cache; it finds no compiled programs.
+
+  first_step_s: seconds from the command's start until it has written the metrics of its first step.
+  peak: most memory that the process held, the network's and its compilation's included.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import random
 import resource
@@ -97,6 +106,43 @@ def start(folder: pathlib.Path) -> dict:
   return found
 
 
+def whole(folder: pathlib.Path, name: str) -> dict:
+  """Runs the main command for two steps; see the top."""
+  workdir = folder / name
+  settings = {
+    "data.documents": f"jsonl:{folder / 'text.jsonl'}",
+    "data.token_cache": folder / "tokens",
+    "tokenizer.path": folder / "tokenizer.model",
+    "tokenizer.vocab_size": json.loads((folder / "about.json").read_text())["vocab_size"],
+    "model.max_length": LENGTH,
+    "pretrain.length": LENGTH,
+    "pretrain.batch_size": 2,
+    "pretrain.num_steps": 2,
+    "pretrain.evaluate_every": 2,
+    "pretrain.optim.warmup_steps": 1,
+    "evaluate.pretrain_batches": 1,
+    "log.every_steps": 1,
+    "log.tensorboard": False,
+  }
+  command = [sys.executable, "-m", "instructjax.main", "--config=configs/pretrain.py"]
+  command += [f"--config.{name}={value}" for name, value in settings.items()]
+  metrics = workdir / "pretrain" / "metrics.jsonl"
+  began, first = time.perf_counter(), None
+  with open(folder / f"{name}.log", "w") as log:
+    child = subprocess.Popen(
+      [*command, f"--workdir={workdir}"], stdout=log, stderr=subprocess.STDOUT
+    )
+    ended = 0
+    while not ended:
+      if first is None and metrics.exists() and metrics.stat().st_size:
+        first = round(time.perf_counter() - began, 1)
+      time.sleep(0.02)
+      ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+  if status or first is None:
+    raise RuntimeError(f"{log.name} says why the run did not end as it should")
+  return {"first_step_s": first, "peak": usage.ru_maxrss * 1024}
+
+
 def train_tokenizer(folder: pathlib.Path, vocab_size: int):
   """Trains a tokenizer on the first documents."""
   from instructjax.data import tokenizer as tokenizers
@@ -110,6 +156,7 @@ def main(arguments: list[str] | None = None):
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--tokens", type=int, default=20_000_000)
   parser.add_argument("--vocab_size", type=int, default=8000)
+  parser.add_argument("--whole", action="store_true", help="the main command's first step")
   parser.add_argument("--folder", type=pathlib.Path, help="keep the text and the cache there")
   parser.add_argument("--start", type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args(arguments)
@@ -122,6 +169,11 @@ def main(arguments: list[str] | None = None):
     if not (folder / "text.jsonl").exists():
       write_text(folder / "text.jsonl", args.tokens)
       train_tokenizer(folder, args.vocab_size)
+      (folder / "about.json").write_text(json.dumps({"vocab_size": args.vocab_size}))
+    if args.whole:
+      runs = {name: whole(folder, name) for name in ("first", "second")}
+      print(json.dumps({"benchmark": "token_cache", "whole": True} | runs))
+      return
     command = [sys.executable, "-m", "benchmarks.token_cache", f"--start={folder}"]
     first, second = (
       json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
