@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.core import rewards
 from instructjax.core.config import Config, PretrainConfig, SFTConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES, Stage
@@ -241,6 +242,8 @@ def _rm(config: Config, mesh: Mesh) -> Program:
 def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   """The step of an RL stage, which is a whole iteration: rollout, scoring and updates."""
   cfg, data = lineage.variant(config, stage), config.data
+  # Rewards of the host take no memory of the devices, and split the program in parts that need no more than the whole.
+  cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
   _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:
     raise UserError(

@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from instructjax.core import rewards
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
 
@@ -195,6 +196,12 @@ class PPOConfig:
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   temperature: float  # temperature at which responses are sampled
+  # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
+  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules
+  rewards: tuple[str, ...]
+  # iterations in a row, from the stage's beginning, in which a reward may give all answers the same score before the
+  # stage stops; 0 never stops it [iterations]
+  constant_iterations: int = dataclasses.field(metadata=SAME_NUMBERS)
   # where the old log-probabilities of the sampled tokens come from: the rollout itself, or the scoring pass (rescore)
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
@@ -276,6 +283,11 @@ class PPOConfig:
       updates < 2**31,
       f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
       " updates in 32 bits",
+    )
+    rewards.parse(self.rewards, f"{where}.rewards")
+    require(
+      self.constant_iterations >= 0,
+      f"{where}.constant_iterations={self.constant_iterations} must be >= 0; 0 never stops",
     )
     require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")

@@ -2,25 +2,28 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from instructjax.core import results
+from instructjax.core import results, terminal
+from instructjax.core import rewards as reward_lists
 from instructjax.core.config import Config, PPOConfig
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
 from instructjax.models import flops, transformer
-from instructjax.parallel import sharding, stacking
+from instructjax.parallel import agreement, distributed, sharding, stacking
+from instructjax.rl import split
 from instructjax.rl import step as ppo_step
-from instructjax.stages import answers, lineage, policies
+from instructjax.stages import answers, host_rewards, lineage, policies, reward_functions
 from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
+from instructjax.train.metrics import read_metrics
 from instructjax.train.optim import make_optimizer
 
 _ADVICE = (
@@ -148,10 +151,14 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
   return batching.ZippedBatches(parts)
 
 
-def _describe(ctx: Context):
+def _describe(ctx: Context, watch: Callable[..., None]):
   """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
   If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
+
+  Args:
+    ctx: the run.
+    watch: stops the stage for a reward that never varies; see `host_rewards.watch_constants`.
   """
   simulation = sources.simulation(ctx.config.data.prompts)
   prompt_length = ctx.config.data.max_prompt_length
@@ -159,21 +166,24 @@ def _describe(ctx: Context):
   def describe(samples: Samples, step: int):
     rollout = samples.rollout
     # On every process, before all but the first leave: gathering takes part of all.
-    token_BL, is_token_BL, score_B, kl_B = sharding.to_host(
-      (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B)
+    token_BL, is_token_BL, score_B, kl_B, rewards = sharding.to_host(
+      (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B, samples.rewards)
     )
+    text = np.where(is_token_BL, token_BL, ctx.tokenizer.pad_id)
+    decode = lambda rows: answers.decode(ctx.tokenizer, rows)
+    texts = lambda end: (decode(text[:end, :prompt_length]), decode(text[:end, prompt_length:]))
+    watch(step, {"rm": score_B, **rewards}, lambda: texts(1))
     if jax.process_index() != 0:
       return {}, ()
-    text = np.where(is_token_BL, token_BL, ctx.tokenizer.pad_id)
-    prompts = answers.decode(ctx.tokenizer, text[:, :prompt_length])
-    responses = answers.decode(ctx.tokenizer, text[:, prompt_length:])
+    prompts, responses = texts(None)
     extra = {}
     if simulation is not None:
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
-    columns = (prompts, responses, score_B, kl_B)
+    columns = {"score": score_B, **rewards, "kl": kl_B}
     rows = [
-      {"prompt": p, "answer": a, "score": float(s), "kl": float(k)}
-      for p, a, s, k in list(zip(*columns))[: ctx.config.log.samples]
+      {"prompt": prompt, "answer": answer, **{key: float(x[i]) for key, x in columns.items()}}
+      for i, (prompt, answer) in enumerate(zip(prompts, responses))
+      if i < ctx.config.log.samples
     ]
     return extra, rows
 
@@ -224,13 +234,71 @@ def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
   return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
 
 
+def _functions(cfg: PPOConfig) -> tuple[reward_functions.Function, ...]:
+  """The rewards that the host computes, imported.
+
+  Raises:
+    UserError: one cannot be imported or called.
+  """
+  listed = reward_lists.parse(cfg.rewards, "config.ppo.rewards")
+  return tuple(map(reward_functions.load, reward_lists.on_host(listed)))
+
+
 def check_settings(config: Config, stage: str):
   """Checks the stage's settings.
 
   Raises:
-    UserError: a warmup is as long as the stage.
+    UserError: a warmup is as long as the stage, or a reward function cannot be imported or called.
   """
-  _optimizers(lineage.variant(config, stage))
+  cfg = lineage.variant(config, stage)
+  _optimizers(cfg)
+  _functions(cfg)
+
+
+def check(ctx: Context, stage: str):
+  """Checks that all processes have the same reward functions, and tries each of them on two rows.
+
+  Raises:
+    UserError: they differ, or a function raises an exception or does not return a finite number for each row.
+  """
+  functions = _functions(lineage.variant(ctx.config, stage))
+  if not functions:
+    return
+  facts = {
+    f"the source of {one.reward.spelling}": f"{one.checksum}\t{', '.join(one.files)}"
+    for one in functions
+  }
+  agreement.require_same(distributed.team(), f"reward functions of {stage}", facts)
+  if jax.process_index() == 0:
+    host_rewards.try_out(functions, ctx.tokenizer, ctx.data.prompt_tokens("train")[:2])
+
+
+def _make_step(
+  ctx: Context,
+  stage: str,
+  nets: ppo_step.Nets,
+  cfg: PPOConfig,
+  shardings: PPOState,
+  functions: Sequence[reward_functions.Function],
+) -> Callable:
+  """The step as one program, or split around the rewards that the host computes; says which."""
+  tell = terminal.say if jax.process_index() == 0 else lambda line: None
+  if not functions:
+    tell(f"{stage}: an iteration is one XLA program; its reward: {', '.join(cfg.rewards)}")
+    return ppo_step.make_train_step(nets, cfg, shardings)
+  names = ", ".join(one.reward.spelling for one in functions)
+  tell(
+    f"{stage}: an iteration is split in two after its rollout, since the host computes {names}; the networks score"
+    " meanwhile"
+  )
+  on_host = host_rewards.make(stage, ctx.tokenizer, functions)
+  return split.make_split_step(nets, cfg, shardings, on_host)
+
+
+def _watch(ctx: Context, stage: str, cfg: PPOConfig):
+  listed = reward_lists.parse(cfg.rewards, "config.ppo.rewards")
+  records = read_metrics(ctx.directory(stage))
+  return host_rewards.watch_constants(stage, listed, cfg.constant_iterations, records)
 
 
 def run(ctx: Context, stage: str):
@@ -251,6 +319,10 @@ def run(ctx: Context, stage: str):
     data=ctx.config.data,
     rollout=ctx.config.rollout,
   )
+  functions = _functions(cfg)
+  made_with = run_.fingerprint
+  # What is finished was made by these functions. What is not may go on with a mended one, and says so.
+  run_ = host_rewards.with_sources(run_, functions)
   if is_finished(run_):
     return
   given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
@@ -266,9 +338,9 @@ def run(ctx: Context, stage: str):
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(
-    dataclasses.replace(run_, fingerprint={**run_.fingerprint, **reference}, advice=_ADVICE),
+    dataclasses.replace(run_, fingerprint={**made_with, **reference}, advice=_ADVICE),
     state,
-    ppo_step.make_train_step(nets, cfg, shardings),
+    _make_step(ctx, stage, nets, cfg, shardings, functions),
     _batches(ctx, cfg, stage),
     num_steps=cfg.num_iterations,
     constants=(frozen,),
@@ -276,8 +348,8 @@ def run(ctx: Context, stage: str):
     evaluate=_held_out_loss(ctx, nets),
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
-    show=("reward", "gold", "kl", "entropy", "ptx_loss"),
-    on_samples=_describe(ctx),
+    show=("reward", "rewards/total", "gold", "kl", "entropy", "ptx_loss"),
+    on_samples=_describe(ctx, _watch(ctx, stage, cfg)),
     flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
   finish(ctx, stage, run_, cfg.num_iterations, results.Nothing())

@@ -227,6 +227,7 @@ _RULES = [
   ),
   (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
   (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
+  (dict(ppo__constant_iterations=-1), "constant_iterations=-1 must be >= 0; 0 never stops"),
   (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
   (dict(rm__cross_validation_folds=-3), "config.rm.cross_validation_folds=-3 must be 0 or >= 2"),
   (dict(rm__cross_validation_prompts=0), "config.rm.cross_validation_prompts=0 must be positive"),
