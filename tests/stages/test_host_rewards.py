@@ -82,8 +82,8 @@ def test_a_changed_function_is_in_the_fingerprint_and_is_told_on_resume():
   at = lambda checksum: Function(LISTED[1], len, files=("checks.py",), checksum=checksum)
   rule = Function(LISTED[2], len)
   plain = stage_run()
-  assert host_rewards.with_sources(plain, [rule]) is plain
-  before, now = (host_rewards.with_sources(plain, [at(c), rule]) for c in ("aa", "bb"))
+  assert host_rewards.with_sources(plain, {"a": "1"}, [rule]).fingerprint == {"a": "1"}
+  before, now = (host_rewards.with_sources(plain, {"a": "1"}, [at(c), rule]) for c in ("aa", "bb"))
   assert before.fingerprint == {"a": "1", "reward python:checks:polite": "aa"}
   assert before.files == {"reward python:checks:polite": ("checks.py",)}
   assert loop.changes(now, before.changeable) == [
