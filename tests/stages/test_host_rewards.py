@@ -1,7 +1,6 @@
 """The rewards of the host in a run: what functions see of a rollout, resuming, and rewards that never vary."""
 
 import dataclasses
-import pathlib
 import types
 
 import numpy as np
@@ -63,19 +62,11 @@ def test_the_trial_has_an_empty_answer():
   )
 
 
-def stage_run(**changes):
-  run = loop.StageRun(
-    name="ppo",
-    directory=pathlib.Path("ppo"),
-    checkpoint=None,
-    log=None,
-    profile=None,
-    fingerprint={"a": "1"},
-    files={},
-    changeable={"rounding": {}, "same numbers": {}, loop.LIBRARIES: {}},
-    started=0.0,
-  )
-  return dataclasses.replace(run, **changes)
+def stage_run():
+  fields = dict.fromkeys(field.name for field in dataclasses.fields(loop.StageRun))
+  own = dict(name="ppo", fingerprint={"a": "1"}, files={})
+  changeable = {"rounding": {}, "same numbers": {}, loop.LIBRARIES: {}}
+  return loop.StageRun(**fields | own | dict(changeable=changeable))
 
 
 def test_a_changed_function_is_in_the_fingerprint_and_is_told_on_resume():
