@@ -197,8 +197,8 @@ class PPOConfig:
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   temperature: float  # temperature at which responses are sampled
   # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
-  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, and ensemble:mean,
-  # ensemble:worst and ensemble:uncertainty join several reward models
+  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, model:PATH is a reward model
+  # with another tokenizer, and ensemble:mean, ensemble:worst and ensemble:uncertainty join several reward models
   rewards: tuple[str, ...]
   # further reward models of the ensemble, beside the run's own: rm stages of other runs, or Hugging Face folders; () is
   # none
