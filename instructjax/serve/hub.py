@@ -82,7 +82,7 @@ def _files(out: pathlib.Path) -> dict[str, pathlib.Path]:
   return {out.name: out, "README.md": out.with_suffix(".md")}
 
 
-def _why(error: BaseException, name: str) -> str:
+def _why(error: Exception, name: str) -> str:
   """What went wrong, in the words of somebody who uses the hub."""
   causes: list[Any] = [error]
   while causes[-1].__cause__ is not None:  # the library wraps what happens during an upload
