@@ -244,8 +244,15 @@ def model_flops(
 
 
 def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
-  cfg = lineage.variant(ctx.config, stage)
-  return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  cfg, given = lineage.variant(ctx.config, stage), ctx.given.get("rm")
+  nets = make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  members = ensembles.open_all(ctx.config, cfg)
+  nets = dataclasses.replace(
+    nets,
+    score_skips=given.score_skips if given else None,
+    ensemble_skips=tuple(one.score_skips for one in members),
+  )
+  return cfg, nets
 
 
 def _functions(cfg: PPOConfig) -> tuple[reward_functions.Function, ...]:

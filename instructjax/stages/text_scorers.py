@@ -87,7 +87,11 @@ def load(ctx: Context, stage: str, found: Found, batch_size: int) -> Function:
   params = given.load(ctx.mesh, model)
   length = _SPELT_LONGER * (data.max_prompt_length + data.max_response_length)
   length = min(length, given.network.max_length)
-  score_BL = jax.jit(lambda params, *rows: scoring.sequence_score(model, params, *rows))
+  score_BL = jax.jit(
+    lambda params, token_BL, is_token_BL: scoring.sequence_score(
+      model, params, token_BL, is_token_BL, given.score_skips
+    )
+  )
 
   def scored(params: Params, sequences: Sequence[list[int]]) -> np.ndarray:
     parts = []

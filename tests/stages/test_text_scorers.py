@@ -66,6 +66,7 @@ def test_scores_are_the_networks_own_with_demonstrations_at_0(
     load=lambda mesh, model: params,
     tokenizer=TOKENIZER,
     network=tiny.NETWORK,
+    score_skips=None,
   )
   # In the run's tokenizer a letter is one more, and 0 ends an answer.
   theirs = types.SimpleNamespace(decode=lambda ids: "".join(chr(96 + i) for i in ids))
