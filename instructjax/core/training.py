@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
+from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
@@ -127,6 +127,9 @@ class SFTConfig:
   length: int  # length of a row [tokens]
   dropout: float  # residual dropout: the probability of dropping an element that a layer adds to the residual stream
   pretrain_mix: float  # share of a batch's rows that are pretraining text
+  # a finished policy to use in place of what the stage trains: a stage's folder, a Hugging Face folder, FILE.gguf or
+  # hf://ORG/NAME; '' trains
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   optim: OptimConfig
 
   def validate(self, where: str):
@@ -175,6 +178,9 @@ class RMConfig:
 
   # base starts from the reward model's own base model; sft starts from the supervised baseline
   start_from: Literal["base", "sft"]
+  # a finished reward model, which the stage then only measures: the rm stage of another run, or a Hugging Face folder
+  # of a sequence classifier with one label; '' trains. reward_model.weights that end in a score are taken for it
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   num_epochs: int  # passes over the comparisons [epochs]
   batch_size: int  # prompts per update, each with all pairs of its answers [prompts]
   # parts of a batch, with all answers of their prompts, that are computed one after the other; more parts take less
