@@ -43,7 +43,9 @@ def judged_policies(ctx: Context) -> list[str]:
   """
   line = lineage.line(ctx.config, "evaluate")
   names = [row.policy.name for row in map(STAGES.__getitem__, line) if row.policy]
-  if sources.simulation(ctx.config.data.prompts) is not None:
+  # Without it where the reward model is given, so that the run has no larger base.
+  has_base = lineage.stage_of(ctx.config, "reward_base") in line
+  if sources.simulation(ctx.config.data.prompts) is not None and has_base:
     # Right after the bases, with which the list begins.
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
