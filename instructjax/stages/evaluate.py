@@ -155,8 +155,10 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
     names: policies that have the policy's network.
   Returns:
     name -> [rows, 2]: for each row of text, the sum of negative log-likelihoods (nats) and the number of tokens. The
-    rows are the same for all policies, so that losses can be compared row by row.
+    rows are the same for all policies, so that losses can be compared row by row. {} without documents.
   """
+  if "documents" not in lineage.reads(ctx.config, "evaluate"):
+    return {}
   model = ctx.model("policy")
   rows = validation_rows(ctx, ctx.config.pretrain.length)
   sums = supervised.jit_sums(functools.partial(supervised.lm_row_sums, model), ctx.mesh, model)
@@ -263,6 +265,11 @@ def run(ctx: Context, stage: str):
   )
   if jax.process_index() != 0:
     return
+  if not results.pretraining:
+    terminal.say(
+      f"{stage} data.documents names none: the loss on pretraining text, and with it what the policies have forgotten,"
+      " is not measured"
+    )
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
   with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:

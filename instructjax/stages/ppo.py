@@ -299,7 +299,7 @@ def run(ctx: Context, stage: str):
     num_steps=cfg.num_iterations,
     constants=(frozen,),
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    evaluate=_held_out_loss(ctx, nets),
+    evaluate=_held_out_loss(ctx, nets) if "documents" in lineage.reads(ctx.config, stage) else None,
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),

@@ -117,8 +117,8 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
   assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
 
 
-@pytest.mark.parametrize("max_kl", [0.0, 30.0])
-def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
+@pytest.mark.parametrize("max_kl, documents", [(0.0, ["documents"]), (30.0, [])])
+def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, documents):
   """Both stay frozen as reference and reward; policy and value network begin as their copies."""
   cfg = micro.config(
     "ppo", {}, ppo__max_kl=max_kl, ppo__num_iterations=7, evaluate__pretrain_every=3
@@ -145,6 +145,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
     patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
     patch(ppo, "_describe", lambda ctx: "describe")
+    patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
     patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
@@ -160,7 +161,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
   assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
-  assert fitted["evaluate"] == "held-out loss"
+  assert fitted["evaluate"] == ("held-out loss" if documents else None)
   assert [step for step in range(8) if step in fitted["evaluate_steps"]] == [1, 3, 6]
   hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
   assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
