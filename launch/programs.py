@@ -264,6 +264,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
     _placed(freeze(nets.scalar, scalar), shardings.value_params),
+    _ensemble(cfg.ensemble, freeze(nets.scalar, scalar), shardings.value_params),
   )
   prompt = data.max_prompt_length
   columns = {
@@ -291,7 +292,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       "policy optimiser": state.opt_state,
       "policy EMA": state.ema_params,
       "reference": frozen.ref_params,
-      "reward": frozen.reward_params,
+      "reward": (frozen.reward_params, frozen.ensemble_params),
       "value": state.value_params,
       "value optimiser": state.value_opt_state,
       "batch": (batch, state.step, state.kl_coef, state.key),
@@ -303,6 +304,14 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
     model_flops=None,
     decode_layout=nets.policy.execution.decode_layout,
   )
+
+
+def _ensemble(members: tuple[str, ...], shapes, shardings):
+  """The shapes of further reward models, stacked; None if there are none."""
+  if not members:
+    return None
+  stack = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
+  return _placed(jax.tree.map(stack, shapes), sharding.stacked(shardings))
 
 
 def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:

@@ -13,15 +13,16 @@ from typing import Literal
 from instructjax.core.errors import UserError
 from instructjax.core.text import printable
 
-Kind = Literal["rm", "length", "format", "python"]
+Kind = Literal["rm", "ensemble", "length", "format", "python"]
+ENSEMBLES = ("mean", "worst", "uncertainty")
 
 _WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)", re.DOTALL)
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _LENGTHS = re.compile(r"([0-9]{0,8})-([0-9]{0,8})")
 _NO_LIMIT = 10**8  # tokens; no answer is as long
 _LARGEST = 1e6  # of a weight, either way
-_RESERVED = ("rm", "length", "format", "total")  # names that no function gets
-_SPELLINGS = "rm, python:MODULE:FUNCTION, length:MIN-MAX or format:REGEX"
+_RESERVED = ("rm", "ensemble", "length", "format", "total")  # names that no function gets
+_SPELLINGS = "rm, ensemble:HOW, python:MODULE:FUNCTION, length:MIN-MAX or format:REGEX"
 _LONGEST = 80  # letters of an entry in a message
 
 
@@ -80,6 +81,11 @@ def parse(spellings: Sequence[str], where: str) -> tuple[Reward, ...]:
   return _with_own_names(found)
 
 
+def has_ensemble(rewards: Sequence[Reward]) -> bool:
+  """Whether further reward models are read."""
+  return any(reward.kind == "ensemble" for reward in rewards)
+
+
 def on_host(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
   """Those of the rewards that the host computes."""
   return tuple(reward for reward in rewards if reward.on_host)
@@ -117,6 +123,9 @@ def _parse_one(text: str, where: str) -> Reward:
           " it, as '0.5*python:checks:is_polite'"
         )
       name = argument.rpartition(":")[2].rpartition(".")[2]
+    case "ensemble":
+      if argument not in ENSEMBLES:
+        raise UserError(f"{spelled} must be ensemble: and one of {', '.join(ENSEMBLES)}")
     case "length":
       _require_lengths(argument, spelled)
     case "format":

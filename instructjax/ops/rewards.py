@@ -1,4 +1,4 @@
-"""Rewards of whole answers: the length rule, and the weighted sum of several rewards.
+"""Rewards of whole answers: the length rule, ensembles of reward models, and the weighted sum of several rewards.
 
 Called by rl/experience.py, inside the compiled step.
 """
@@ -15,6 +15,21 @@ def length_rule(length_B: Array, low: int, high: int) -> Array:
   """Minus the number of tokens by which an answer is too short or too long; 0 from `low` to `high` tokens."""
   missing_B, surplus_B = jnp.maximum(low - length_B, 0), jnp.maximum(length_B - high, 0)
   return -(missing_B + surplus_B).astype(jnp.float32)
+
+
+def ensemble(score_MB: Array, how: str, penalty: float) -> Array:
+  """One score for each answer from those of M reward models (Coste et al. 2023, arXiv:2310.02743, sec 3).
+
+  Args:
+    score_MB: scores whose zero is the same.
+    how: 'mean'; 'worst', the least score (WCO); or 'uncertainty', the mean minus `penalty` times the variance between
+      the models (UWO).
+    penalty: lambda of UWO, in 1 / score.
+  """
+  if how == "worst":
+    return jnp.min(score_MB, axis=0)
+  mean_B = jnp.mean(score_MB, axis=0)
+  return mean_B if how == "mean" else mean_B - penalty * jnp.var(score_MB, axis=0)
 
 
 def weighted_sum(values: Sequence[Array], weights: Sequence[float]) -> Array:

@@ -22,6 +22,8 @@ from instructjax.ops import rewards as rules
 from instructjax.rl import scoring
 from instructjax.rl.rows import Rows
 
+_MEMBER = "member_"  # begins the names of further reward models' scores
+
 
 @dataclasses.dataclass(frozen=True)
 class Nets:
@@ -50,10 +52,15 @@ class Frozen:
   """Weights that PPO reads and never changes: the KL reference (the PPO initialisation, C.3) and the reward model.
 
   Both come from `transformer.frozen_weights`. In bfloat16 they take half of the memory.
+
+  Attributes:
+    ref_params, reward_params: the two networks.
+    ensemble_params: further reward models of the same shape, stacked along a new first axis; None if there are none.
   """
 
   ref_params: Params
   reward_params: Params
+  ensemble_params: Params | None = None
 
 
 @pytree
@@ -118,6 +125,7 @@ class Readings:
     value_BR: the value network's estimate before each response token; 0 at pads.
     score_B: the reward model's score of each response.
     num_cells: columns of all rows that were read, pads included.
+    ensemble_B: the scores of further reward models, one array for each.
   """
 
   behaviour_logprob_BR: Array
@@ -125,6 +133,7 @@ class Readings:
   value_BR: Array
   score_B: Array
   num_cells: Array | int
+  ensemble_B: tuple[Array, ...]
 
 
 def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Array:
@@ -159,6 +168,12 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
     # would not be 1 (details item 8). 'rescore' makes it 1, for one more forward pass.
     if cfg.behaviour_logprob == "rescore":
       result["behaviour_logprob_BR"] = logprob(state.params)
+    if frozen.ensemble_params is not None:
+      # One after the other, so that the temporaries of one are in memory at a time.
+      score_MBL = jax.lax.map(
+        lambda params: scoring.column_score(nets.scalar, params, **rows), frozen.ensemble_params
+      )
+      result |= {f"{_MEMBER}{m}_BL": score_BL for m, score_BL in enumerate(score_MBL)}
     return result
 
   return read
@@ -195,11 +210,20 @@ def read(
       # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
       score_B=scoring.at_last_token(said["score_BL"], rollout.is_token_BL),
       num_cells=num_cells,
+      ensemble_B=tuple(
+        scoring.at_last_token(score_BL, rollout.is_token_BL)
+        for name, score_BL in said.items()
+        if name.startswith(_MEMBER)
+      ),
     )
 
 
 def _reward_values(
-  rewards: Sequence[Reward], rollout: Rollout, rm_score_B: Array, given: Mapping[str, Array]
+  cfg: PPOConfig,
+  rewards: Sequence[Reward],
+  rollout: Rollout,
+  readings: Readings,
+  given: Mapping[str, Array],
 ) -> dict[str, Array]:
   """Each reward of the list without its weight, name -> [B]; `given` holds those that the host has computed."""
 
@@ -207,7 +231,10 @@ def _reward_values(
     if reward.on_host:
       return given[reward.name]
     if reward.kind == "rm":
-      return rm_score_B
+      return readings.score_B
+    if reward.kind == "ensemble":
+      score_MB = jnp.stack([readings.score_B, *readings.ensemble_B])
+      return rules.ensemble(score_MB, reward.argument, cfg.ensemble_penalty)
     length_B = jnp.sum(rollout.is_response_BR, axis=1, dtype=jnp.int32)
     return rules.length_rule(length_B, *reward.lengths)
 
@@ -238,7 +265,7 @@ def from_readings(
     # 2c. The paper's reward is the reward model's score (eq. 2).
     #     Departs from paper: `ppo.rewards` may name others, which are summed. A response that never ends may get a
     #     fixed score instead (details item 22).
-    values = _reward_values(rewards, rollout, rm_score_B, given)
+    values = _reward_values(cfg, rewards, rollout, readings, given)
     total_B = rules.weighted_sum([*values.values()], [reward.weight for reward in rewards])
     response_BR = rollout.token_BL[:, rollout.prompt_length :]
     has_eos_B = jnp.any(masked.is_any(response_BR, nets.stop_ids) & mask_BR, axis=1)
@@ -289,6 +316,9 @@ def from_readings(
   metrics |= {f"kl_{form}": jnp.mean(values_B) for form, values_B in other_kl_B.items()}
   if not reward_lists.is_reward_model_alone(rewards):
     metrics |= _reward_metrics(values | {"total": total_B})
+  if readings.ensemble_B:  # how far the reward models disagree about an answer
+    score_MB = jnp.stack([rm_score_B, *readings.ensemble_B])
+    metrics["ensemble_std"] = jnp.mean(jnp.std(score_MB, axis=0))
   values.pop("rm", None)
   return Scored(
     experience=experience, metrics=metrics, score_B=rm_score_B, kl_B=kl_B, rewards=values

@@ -106,7 +106,10 @@ def make_split_step(
   mesh = sharding.mesh_of(state_shardings)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   options = ppo_step.compiler_options(nets, mesh)
-  answers, frozen = ppo_step.rollout_shardings(mesh), ppo_step.frozen_shardings(state_shardings)
+  answers, frozen = (
+    ppo_step.rollout_shardings(mesh),
+    ppo_step.frozen_shardings(cfg, state_shardings),
+  )
   said = tree_of(
     Readings,
     behaviour_logprob_BR=split,
@@ -114,6 +117,7 @@ def make_split_step(
     value_BR=split,
     score_B=split,
     num_cells=whole,
+    ensemble_B=split,
   )
   results = (state_shardings, whole, ppo_step.samples_shardings(mesh))
   compiled = lambda function, given, made, **kwargs: jax.jit(

@@ -370,15 +370,20 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   return jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(state_shardings, frozen_shardings(state_shardings), split),
+    in_shardings=(state_shardings, frozen_shardings(cfg, state_shardings), split),
     out_shardings=(state_shardings, whole, samples_shardings(mesh)),
     compiler_options=compiler_options(nets, mesh),
   )
 
 
-def frozen_shardings(state_shardings: PPOState) -> Frozen:
-  """Frozen weights are split as those of the network that they share."""
-  return Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
+def frozen_shardings(cfg: PPOConfig, state_shardings: PPOState) -> Frozen:
+  """Frozen weights are split as those of the network that they share; stacked ones are whole along the new axis."""
+  reward = state_shardings.value_params
+  return Frozen(
+    ref_params=state_shardings.params,
+    reward_params=reward,
+    ensemble_params=sharding.stacked(reward) if cfg.ensemble else None,
+  )
 
 
 def rollout_shardings(mesh: Mesh) -> Rollout:

@@ -107,15 +107,21 @@ def try_out(functions: Sequence[Function], tokenizer: Tokenizer, prompts: Sequen
     reward_functions.call(function, episodes)
 
 
-def with_sources(run: loop.StageRun, functions: Sequence[Function]) -> loop.StageRun:
-  """A stage's run with the checksums of its functions: in the fingerprint, and among what a resumed run may change."""
+def with_sources(
+  run: loop.StageRun, made_with: Mapping[str, str], functions: Sequence[Function]
+) -> loop.StageRun:
+  """A stage's run with the checksums of its functions: in the fingerprint, and among what a resumed run may change.
+
+  Args:
+    run: the stage.
+    made_with: its fingerprint without them.
+    functions: of its rewards.
+  """
   sums = {one.reward.spelling: one.checksum for one in functions if one.files}
-  if not sums:
-    return run
   files = {f"reward {one.reward.spelling}": one.files for one in functions if one.files}
   return dataclasses.replace(
     run,
-    fingerprint={**run.fingerprint, **{f"reward {name}": value for name, value in sums.items()}},
+    fingerprint={**made_with, **{f"reward {name}": value for name, value in sums.items()}},
     files={**run.files, **files},
     changeable={**run.changeable, loop.FUNCTIONS: sums},
   )

@@ -19,7 +19,14 @@ from instructjax.models import flops, transformer
 from instructjax.parallel import agreement, distributed, sharding, stacking
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
-from instructjax.stages import answers, host_rewards, lineage, policies, reward_functions
+from instructjax.stages import (
+  answers,
+  ensembles,
+  host_rewards,
+  lineage,
+  policies,
+  reward_functions,
+)
 from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
@@ -111,11 +118,16 @@ def initial_state(
 
 
 def freeze(
-  nets: ppo_step.Nets, shardings: PPOState, ref_params: Params, reward_params: Params
+  nets: ppo_step.Nets,
+  shardings: PPOState,
+  ref_params: Params,
+  reward_params: Params,
+  ensemble_params: Params | None = None,
 ) -> ppo_step.Frozen:
   """The reference and the reward model as the step reads them: cast once to the dtype that they run in.
 
-  In float32 there is nothing to cast, and the weights are taken as they are, without a copy.
+  In float32 there is nothing to cast, and the weights are taken as they are, without a copy. So are those of
+  `ensembles.load`, which come in their dtype.
   """
 
   def frozen(model, params, places):
@@ -127,6 +139,7 @@ def freeze(
   return ppo_step.Frozen(
     ref_params=frozen(nets.policy, ref_params, shardings.params),
     reward_params=frozen(nets.scalar, reward_params, shardings.value_params),
+    ensemble_params=ensemble_params,
   )
 
 
@@ -222,8 +235,8 @@ def model_flops(
   scalar = flops.forward(nets.scalar, read, columns)
   text = cfg.batch_size * cfg.ptx_rows * cfg.ptx_length if cfg.gamma > 0 else 0
   # Policy's shape: the rollout, the reference's log-probabilities and, if rescored, the policy's own. Scalar: values
-  # and rewards.
-  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + 2 * scalar
+  # and rewards, of one reward model or of an ensemble.
+  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + (2 + len(cfg.ensemble)) * scalar
   # A backward pass costs two forward passes, so an update counts three.
   updated = 3 * (policy + scalar + flops.forward(nets.policy, text, cfg.ptx_length))
   return scored + cfg.num_epochs * updated
@@ -248,28 +261,33 @@ def check_settings(config: Config, stage: str):
   """Checks the stage's settings.
 
   Raises:
-    UserError: a warmup is as long as the stage, or a reward function cannot be imported or called.
+    UserError: a warmup is as long as the stage, a reward function cannot be imported or called, or a further reward
+      model is none or has another shape.
   """
   cfg = lineage.variant(config, stage)
   _optimizers(cfg)
   _functions(cfg)
+  ensembles.open_all(config, cfg)
 
 
 def check(ctx: Context, stage: str):
-  """Checks that all processes have the same reward functions, and tries each of them on two rows.
+  """Checks that all processes have the same rewards, and tries each reward function on two rows.
 
   Raises:
-    UserError: they differ, or a function raises an exception or does not return a finite number for each row.
+    UserError: they differ, a function raises an exception or does not return a finite number for each row, or a further
+      reward model has another tokenizer.
   """
-  functions = _functions(lineage.variant(ctx.config, stage))
-  if not functions:
-    return
+  cfg = lineage.variant(ctx.config, stage)
+  functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
+  ensembles.require_tokenizer(members, ctx.tokenizer)
   facts = {
     f"the source of {one.reward.spelling}": f"{one.checksum}\t{', '.join(one.files)}"
     for one in functions
   }
-  agreement.require_same(distributed.team(), f"reward functions of {stage}", facts)
-  if jax.process_index() == 0:
+  facts |= ensembles.fingerprints(ctx, members)
+  if facts:
+    agreement.require_same(distributed.team(), f"rewards of {stage}", facts)
+  if functions and jax.process_index() == 0:
     host_rewards.try_out(functions, ctx.tokenizer, ctx.data.prompt_tokens("train")[:2])
 
 
@@ -319,10 +337,10 @@ def run(ctx: Context, stage: str):
     data=ctx.config.data,
     rollout=ctx.config.rollout,
   )
-  functions = _functions(cfg)
-  made_with = run_.fingerprint
+  functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
+  made_with = {**run_.fingerprint, **ensembles.fingerprints(ctx, members)}
   # What is finished was made by these functions. What is not may go on with a mended one, and says so.
-  run_ = host_rewards.with_sources(run_, functions)
+  run_ = host_rewards.with_sources(run_, made_with, functions)
   if is_finished(run_):
     return
   given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
@@ -334,7 +352,13 @@ def run(ctx: Context, stage: str):
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
   }
-  frozen = freeze(nets, shardings, *given.values())
+  frozen = freeze(
+    nets,
+    shardings,
+    given["reference"],
+    given["reward_model"],
+    ensembles.load(ctx, stage, members),
+  )
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(

@@ -227,6 +227,13 @@ _RULES = [
   ),
   (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
   (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
+  (dict(ppo__ensemble=("a",)), "must come together: name further reward models in ensemble"),
+  (dict(ppo__rewards=("ensemble:mean",)), "must come together: name further reward models"),
+  (
+    dict(ppo__rewards=("ensemble:mean",), ppo__ensemble=("a", "a")),
+    "config.ppo.ensemble=('a', 'a') must not name a reward model twice",
+  ),
+  (dict(ppo__ensemble_penalty=-1), "config.ppo.ensemble_penalty=-1.0 must be >= 0"),
   (dict(ppo__constant_iterations=-1), "constant_iterations=-1 must be >= 0; 0 never stops"),
   (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
   (dict(rm__cross_validation_folds=-3), "config.rm.cross_validation_folds=-3 must be 0 or >= 2"),

@@ -50,8 +50,8 @@ def test_only_the_bare_reward_model_is_the_papers():
 @pytest.mark.parametrize(
   ("spellings", "message"),
   [
-    ((), "config.ppo.rewards=() must name at least one reward: rm, python:MODULE:FUNCTION"),
-    (("reward",), "config.ppo.rewards[0]='reward' must be rm, python:MODULE:FUNCTION"),
+    ((), "config.ppo.rewards=() must name at least one reward: rm, ensemble:HOW, python:MOD"),
+    (("reward",), "config.ppo.rewards[0]='reward' must be rm, ensemble:HOW, python:MODULE"),
     (("rm", "x" * 500), "config.ppo.rewards[1]='" + "x" * 76 + "... must be rm"),
     (("rm\x1b[31m",), r"'rm\x1b[31m' must be rm"),
     (("rm:3",), "'rm:3': 'rm' is the run's reward model, and nothing follows it"),
@@ -59,6 +59,10 @@ def test_only_the_bare_reward_model_is_the_papers():
     (("1e9*rm",), "'1e9*rm' must have a weight of at most 1e+06 in size"),
     (("python:mod",), "'python:mod' must be python:MODULE:FUNCTION, as 'python:checks:is_polite'"),
     (("python:a/b.py:fn",), "must be python:MODULE:FUNCTION"),
+    (
+      ("ensemble:median",),
+      "'ensemble:median' must be ensemble: and one of mean, worst, uncertainty",
+    ),
     (("length:",), "'length:' must be length:MIN-MAX in tokens"),
     (("length:-",), "'length:-' must be length:MIN-MAX in tokens"),
     (("length:9-3",), "'length:9-3' must be length:MIN-MAX in tokens"),

@@ -1,7 +1,6 @@
 """The rewards of the host in a run: what functions see of a rollout, resuming, and rewards that never vary."""
 
 import dataclasses
-import pathlib
 import types
 
 import numpy as np
@@ -63,27 +62,19 @@ def test_the_trial_has_an_empty_answer():
   )
 
 
-def stage_run(**changes):
-  run = loop.StageRun(
-    name="ppo",
-    directory=pathlib.Path("ppo"),
-    checkpoint=None,
-    log=None,
-    profile=None,
-    fingerprint={"a": "1"},
-    files={},
-    changeable={"rounding": {}, "same numbers": {}, loop.LIBRARIES: {}},
-    started=0.0,
-  )
-  return dataclasses.replace(run, **changes)
+def stage_run():
+  fields = dict.fromkeys(field.name for field in dataclasses.fields(loop.StageRun))
+  own = dict(name="ppo", fingerprint={"a": "1"}, files={})
+  changeable = {"rounding": {}, "same numbers": {}, loop.LIBRARIES: {}}
+  return loop.StageRun(**fields | own | dict(changeable=changeable))
 
 
 def test_a_changed_function_is_in_the_fingerprint_and_is_told_on_resume():
   at = lambda checksum: Function(LISTED[1], len, files=("checks.py",), checksum=checksum)
   rule = Function(LISTED[2], len)
   plain = stage_run()
-  assert host_rewards.with_sources(plain, [rule]) is plain
-  before, now = (host_rewards.with_sources(plain, [at(c), rule]) for c in ("aa", "bb"))
+  assert host_rewards.with_sources(plain, {"a": "1"}, [rule]).fingerprint == {"a": "1"}
+  before, now = (host_rewards.with_sources(plain, {"a": "1"}, [at(c), rule]) for c in ("aa", "bb"))
   assert before.fingerprint == {"a": "1", "reward python:checks:polite": "aa"}
   assert before.files == {"reward python:checks:polite": ("checks.py",)}
   assert loop.changes(now, before.changeable) == [

@@ -147,6 +147,8 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     patch(ppo, "_describe", lambda ctx, watch: f"describe, {watch}")
     patch(ppo, "_watch", lambda *a: "watch")
     patch(ppo, "_functions", lambda cfg: ())
+    patch(ppo.host_rewards, "with_sources", lambda run, made_with, functions: run)
+    patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
     patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
@@ -157,7 +159,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     ppo.run(ctx, "ppo")
   given = "weights of ppo_init", "shifted reward model"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
-  assert made["frozen"] == ("nets", "shardings", *given)
+  assert made["frozen"] == ("nets", "shardings", *given, None)
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
