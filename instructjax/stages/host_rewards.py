@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from instructjax.core import foreign
-from instructjax.core.errors import StageStopped
+from instructjax.core.errors import StageStopped, UserError
 from instructjax.core.rewards import Reward
 from instructjax.core.structs import Rollout
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.parallel import agreement, distributed, sharding
+from instructjax.parallel.watchdog import Team
 from instructjax.rl.split import HostRewards
 from instructjax.stages import answers, reward_functions
 from instructjax.stages.reward_functions import Episodes, Function
@@ -64,20 +65,44 @@ def make(stage: str, tokenizer: Tokenizer, functions: Sequence[Function]) -> Hos
   def on_host(rollout: Rollout, iteration: int) -> Mapping[str, np.ndarray]:
     distributed.at(f"{stage} step {iteration}, waiting for its answers", step=True)
     token_BL, is_response_BR = sharding.to_host((rollout.token_BL, rollout.is_response_BR))
+    where = f"{stage} step {iteration}"
     there = distributed.team()
-    if there is None or there.process == 0:
-      found = values(episodes_of(tokenizer, token_BL, is_response_BR, iteration))
-      said = json.dumps({name: value_B.tolist() for name, value_B in found.items()})
+    compute = lambda: values(episodes_of(tokenizer, token_BL, is_response_BR, iteration))
+    if there is None:
+      found = compute()
+    elif there.process == 0:
+      found = _tell(there, stage, iteration, compute)
     else:
-      distributed.at(f"{stage} step {iteration}, waiting for the rewards of process 0", within=True)
-      found, said = {}, ""
-    if there is not None:
-      said = agreement.follow_first(there, f"rewards/{stage}", iteration, said)
-      found = {name: np.array(values, np.float32) for name, values in json.loads(said).items()}
-    distributed.at(f"{stage} step {iteration}, learning", step=True)
+      distributed.at(f"{where}, waiting for the rewards of process 0", within=True)
+      found = _hear(there, stage, iteration)
+    distributed.at(f"{where}, learning", step=True)
     return found
 
   return on_host
+
+
+def _tell(team: Team, stage: str, iteration: int, compute: Callable) -> dict[str, np.ndarray]:
+  """Process 0's part: computes the rewards, and tells the others, or else what is wrong."""
+  tell = lambda said: agreement.follow_first(team, f"rewards/{stage}", iteration, json.dumps(said))
+  try:
+    found = compute()
+  except UserError as error:
+    tell({"error": str(error)})
+    raise
+  tell({"values": {name: value_B.tolist() for name, value_B in found.items()}})
+  return found
+
+
+def _hear(team: Team, stage: str, iteration: int) -> dict[str, np.ndarray]:
+  """The others' part.
+
+  Raises:
+    UserError: what process 0 met.
+  """
+  said = json.loads(agreement.follow_first(team, f"rewards/{stage}", iteration, ""))
+  if "error" in said:
+    raise UserError(said["error"])
+  return {name: np.array(values, np.float32) for name, values in said["values"].items()}
 
 
 def try_out(functions: Sequence[Function], tokenizer: Tokenizer, prompts: Sequence[list[int]]):

@@ -1,6 +1,7 @@
 """The rewards of the host in a run: what functions see of a rollout, resuming, and rewards that never vary."""
 
 import dataclasses
+import threading
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ from instructjax.core.errors import StageStopped, UserError
 from instructjax.stages import host_rewards
 from instructjax.stages.reward_functions import Episodes, Function
 from instructjax.train import loop
+from tests.parallel.store import teams
 
 PAD, EOS = 9, 0
 TOKENIZER = types.SimpleNamespace(
@@ -46,6 +48,33 @@ def test_each_function_is_called_once_with_the_whole_batch():
     "polite": [0.25, 0.5],
     "format": [4.0, 5.0],
   }
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_process_0_computes_and_all_others_learn_of_it_or_of_what_is_wrong(monkeypatch, is_right):
+  calls, ends = [], {}
+  value = 0.1 if is_right else float("nan")
+  function = Function(LISTED[1], lambda *texts: calls.append(texts) or [value, 2.5])
+  rollout = types.SimpleNamespace(token_BL=TOKEN_BL, is_response_BR=IS_RESPONSE_BR)
+  here = threading.local()
+  monkeypatch.setattr(host_rewards.distributed, "team", lambda: here.team)
+
+  def one(team):
+    here.team = team
+    try:
+      found = host_rewards.make("ppo", TOKENIZER, [function])(rollout, 4)
+      ends[team.process] = found["polite"].tolist()
+    except UserError as error:
+      ends[team.process] = str(error)
+
+  threads = [threading.Thread(target=one, args=(team,)) for team in teams(3)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(timeout=20)
+  assert len(calls) == 1 and ends.keys() == {0, 1, 2}
+  (end,) = {str(end) for end in ends.values()}
+  assert end == str([float(np.float32(0.1)), 2.5]) if is_right else "returned nan for" in end
 
 
 def test_the_trial_has_an_empty_answer():
