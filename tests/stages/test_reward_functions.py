@@ -177,7 +177,8 @@ def test_the_checksum_is_that_of_the_file_as_it_was_imported(tmp_path, checks):
 
 def test_the_example_of_the_docs(tmp_path, monkeypatch):
   (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-  (spelled,) = re.findall(r"--config\.ppo\.rewards='\((.*)\)'", PAGE)
+  spelled, of_ensemble = re.findall(r"--config\.ppo\.rewards='\((.*)\)'", PAGE)
+  assert rewards.has_ensemble(rewards.parse(re.findall(r'"(.*?)"', of_ensemble), "rewards"))
   listed = rewards.parse(re.findall(r'"(.*?)"', spelled), "config.ppo.rewards")
   assert [one.kind for one in listed] == ["rm", "python", "length"]
   (tmp_path / "checks.py").write_text(code)
