@@ -142,9 +142,8 @@ class Watchdog:
       now = time.monotonic()
       if first and self._step_began is not None:
         self._times.append(now - self._step_began)
-      if first or not (
-        step or within
-      ):  # a time with an evaluation or a checkpoint in it is no usual one
+      # A time with an evaluation or a checkpoint in it is no usual one.
+      if first or not (step or within):
         self._step_began = now if first else None
       self._where, self._is_step, self._is_save = where, step, save
       self._marks, self._since = self._marks + 1, now
