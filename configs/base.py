@@ -152,6 +152,7 @@ def base(stage: str) -> ConfigDict:
         length=2048,
         dropout=0.2,  # C.1
         pretrain_mix=0.0,
+        weights="",
         optim=adam(9.65e-6),  # C.1
       ),
       ppo_init=dict(
@@ -160,6 +161,7 @@ def base(stage: str) -> ConfigDict:
         length=2048,
         dropout=0.0,  # open
         pretrain_mix=0.1,  # C.3; Departs from paper: a share of the packed rows, not of the loss
+        weights="",
         optim=adam(5e-6),  # C.3, 1.3B
       ),
       collect=dict(
@@ -171,6 +173,7 @@ def base(stage: str) -> ConfigDict:
       ),
       rm=dict(
         start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"
+        weights="",
         num_epochs=1,  # C.2: more epochs overfit
         batch_size=64,  # C.2
         max_responses=9,  # sec 3.5: K in 4..9

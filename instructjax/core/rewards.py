@@ -13,7 +13,7 @@ from typing import Literal
 from instructjax.core.errors import UserError
 from instructjax.core.text import printable
 
-Kind = Literal["rm", "ensemble", "length", "format", "python"]
+Kind = Literal["rm", "ensemble", "model", "length", "format", "python"]
 ENSEMBLES = ("mean", "worst", "uncertainty")
 
 _WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)", re.DOTALL)
@@ -21,8 +21,8 @@ _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _LENGTHS = re.compile(r"([0-9]{0,8})-([0-9]{0,8})")
 _NO_LIMIT = 10**8  # tokens; no answer is as long
 _LARGEST = 1e6  # of a weight, either way
-_RESERVED = ("rm", "ensemble", "length", "format", "total")  # names that no function gets
-_SPELLINGS = "rm, ensemble:HOW, python:MODULE:FUNCTION, length:MIN-MAX or format:REGEX"
+_RESERVED = ("rm", "ensemble", "model", "length", "format", "total")  # names that no function gets
+_SPELLINGS = "rm, ensemble:HOW, model:PATH, python:MODULE:FUNCTION, length:MIN-MAX or format:REGEX"
 _LONGEST = 80  # letters of an entry in a message
 
 
@@ -46,8 +46,8 @@ class Reward:
 
   @property
   def on_host(self) -> bool:
-    """Whether it reads text, and so is computed by the host between two programs."""
-    return self.kind in ("python", "format")
+    """Whether it reads text, and so is computed between two programs."""
+    return self.kind in ("python", "format", "model")
 
   @property
   def lengths(self) -> tuple[int, int]:
@@ -126,6 +126,11 @@ def _parse_one(text: str, where: str) -> Reward:
     case "ensemble":
       if argument not in ENSEMBLES:
         raise UserError(f"{spelled} must be ensemble: and one of {', '.join(ENSEMBLES)}")
+    case "model":
+      if not argument.strip() or not argument.isprintable():
+        raise UserError(
+          f"{spelled} must be model: and the path of a reward model, as model:runs/b/rm"
+        )
     case "length":
       _require_lengths(argument, spelled)
     case "format":

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, Literal
 
 from instructjax.core import rewards
-from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
+from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
@@ -111,6 +111,9 @@ class SFTConfig:
   length: int  # length of a row [tokens]
   dropout: float  # residual dropout: the probability of dropping an element that a layer adds to the residual stream
   pretrain_mix: float  # share of a batch's rows that are pretraining text
+  # a finished policy to use in place of what the stage trains: a stage's folder, a Hugging Face folder, FILE.gguf or
+  # hf://ORG/NAME; '' trains
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   optim: OptimConfig
 
   def validate(self, where: str):
@@ -158,6 +161,9 @@ class RMConfig:
 
   # base starts from the reward model's own base model; sft starts from the supervised baseline
   start_from: Literal["base", "sft"]
+  # a finished reward model, which the stage then only measures: the rm stage of another run, or a Hugging Face folder
+  # of a sequence classifier with one label; '' trains. reward_model.weights that end in a score are taken for it
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   num_epochs: int  # passes over the comparisons [epochs]
   batch_size: int  # prompts per update, each with all pairs of its answers [prompts]
   # number of answers that each prompt is padded to; a prompt with more answers is an error [answers]
@@ -197,8 +203,8 @@ class PPOConfig:
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   temperature: float  # temperature at which responses are sampled
   # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
-  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, and ensemble:mean,
-  # ensemble:worst and ensemble:uncertainty join several reward models
+  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, model:PATH is a reward model
+  # with another tokenizer, and ensemble:mean, ensemble:worst and ensemble:uncertainty join several reward models
   rewards: tuple[str, ...]
   # further reward models of the ensemble, beside the run's own: rm stages of other runs, or Hugging Face folders; () is
   # none

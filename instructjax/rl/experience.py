@@ -36,6 +36,8 @@ class Nets:
     stop_ids: the tokens that end an answer.
     max_response_length: R, the most tokens of an answer, its EOS included.
     slots: rows decoded at once; 0 for the whole batch.
+    score_skips: a token at which the reward model gives no score, as the pad token of one made elsewhere; or None.
+    ensemble_skips: the same for each further reward model; () if none of them has one.
   """
 
   policy: transformer.Model
@@ -45,6 +47,8 @@ class Nets:
   stop_ids: tuple[int, ...]
   max_response_length: int
   slots: int = 0
+  score_skips: int | None = None
+  ensemble_skips: tuple[int | None, ...] = ()
 
 
 @pytree
@@ -203,18 +207,22 @@ def read(
     # 2a. Log-probabilities at the sampling temperature (details item 19), and values before each token (item 21).
     said, num_cells = rows.score(_read(nets, cfg, state, frozen), rollout)
     said = {"behaviour_logprob_BR": rollout.behaviour_logprob_BR} | said
+    # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
+    skips_of_members = nets.ensemble_skips or (None,) * len(cfg.ensemble)
+    members_BL = [x for name, x in said.items() if name.startswith(_MEMBER)]
+    score_B, *ensemble_B = (
+      scoring.at_last_token(score_BL, scoring.is_read(rollout.token_BL, rollout.is_token_BL, skips))
+      for score_BL, skips in zip(
+        [said["score_BL"], *members_BL], [nets.score_skips, *skips_of_members], strict=True
+      )
+    )
     return Readings(
       behaviour_logprob_BR=said["behaviour_logprob_BR"],
       ref_logprob_BR=said["ref_logprob_BR"],
       value_BR=jnp.where(mask_BR, said["value_BR"], 0.0),
-      # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
-      score_B=scoring.at_last_token(said["score_BL"], rollout.is_token_BL),
+      score_B=score_B,
       num_cells=num_cells,
-      ensemble_B=tuple(
-        scoring.at_last_token(score_BL, rollout.is_token_BL)
-        for name, score_BL in said.items()
-        if name.startswith(_MEMBER)
-      ),
+      ensemble_B=tuple(ensemble_B),
     )
 
 

@@ -100,7 +100,7 @@ def load(ctx: Context, stage: str, given: Sequence[Weights]) -> Params | None:
   for one in given:
     params = one.load(ctx.mesh, model)
     if ctx.config.data.demonstrations:
-      mean = answers.demonstration_mean(ctx, model, params)
+      mean = answers.demonstration_mean(_as_reward_model(ctx, one), model, params)
       params = heads.shift_bias(params, mean)
       tell(f"{stage}: ensemble member {one.path}: demonstrations score {mean:.4g}, which becomes 0")
     else:
@@ -114,3 +114,8 @@ def load(ctx: Context, stage: str, given: Sequence[Weights]) -> Params | None:
     out_shardings=sharding.stacked(shardings),
   )
   return stack(*members)
+
+
+def _as_reward_model(ctx: Context, given: Weights) -> Context:
+  """The run as if these weights were its reward model, whose score is read where theirs is."""
+  return dataclasses.replace(ctx, given={**ctx.given, "rm": given})

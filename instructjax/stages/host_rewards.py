@@ -51,30 +51,34 @@ def make(stage: str, tokenizer: Tokenizer, functions: Sequence[Function]) -> Hos
   """Makes what the split step calls between its programs: (rollout, iteration) -> name -> float32 [B].
 
   Process 0 calls the functions, once for the whole batch, and tells the others the values. So a function sees the same
-  batch on any mesh, and need not give the same answer twice.
+  batch on any mesh, and need not give the same answer twice. What runs on the devices is called by all processes.
   """
 
-  def values(episodes: Episodes) -> dict[str, np.ndarray]:
+  everywhere = [one for one in functions if one.everywhere]
+  first = [one for one in functions if not one.everywhere]
+
+  def values(called: Sequence[Function], episodes: Episodes) -> dict[str, np.ndarray]:
     found = {}
-    for function in functions:
+    for function in called:
       spelling = reward_functions.cut(function.reward.spelling)
       distributed.at(f"{stage} step {episodes.iteration}, the reward {spelling}", within=True)
       found[function.reward.name] = reward_functions.call(function, episodes)
     return found
 
   def on_host(rollout: Rollout, iteration: int) -> Mapping[str, np.ndarray]:
-    distributed.at(f"{stage} step {iteration}, waiting for its answers", step=True)
-    token_BL, is_response_BR = sharding.to_host((rollout.token_BL, rollout.is_response_BR))
     where = f"{stage} step {iteration}"
+    distributed.at(f"{where}, waiting for its answers", step=True)
+    token_BL, is_response_BR = sharding.to_host((rollout.token_BL, rollout.is_response_BR))
+    episodes = episodes_of(tokenizer, token_BL, is_response_BR, iteration)
     there = distributed.team()
-    compute = lambda: values(episodes_of(tokenizer, token_BL, is_response_BR, iteration))
-    if there is None:
-      found = compute()
+    if there is None or not first:
+      found = values(first, episodes)
     elif there.process == 0:
-      found = _tell(there, stage, iteration, compute)
+      found = _tell(there, stage, iteration, lambda: values(first, episodes))
     else:
       distributed.at(f"{where}, waiting for the rewards of process 0", within=True)
       found = _hear(there, stage, iteration)
+    found |= values(everywhere, episodes)
     distributed.at(f"{where}, learning", step=True)
     return found
 

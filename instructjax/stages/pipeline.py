@@ -166,6 +166,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """
   tracked = tracking.open_run(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
+  config = policies.settle(config)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   stages = lineage.plan(config)
   _require_sources(config, workdir)
@@ -202,7 +203,7 @@ def _tokenizer(
   Args:
     config: the run's config.
     directory: where the tokenizer is kept.
-    given: weights in place of trained bases; if the config names no tokenizer, the first one's is taken.
+    given: weights in place of trained ones; if the config names no tokenizer, the first one's is taken.
     path: where the config's tokenizer lies on this host; '' if it names none.
     contents: what the documents hold, on which one is trained.
   Raises:
@@ -317,6 +318,7 @@ def run(config: Config, workdir: pathlib.Path):
     Preempted: the run was told to stop.
   """
   ctx = make_context(config, workdir)
+  config = ctx.config
   stages = lineage.plan(config)
   require_same_everywhere(ctx, stages)
   check(ctx, stages)

@@ -26,6 +26,7 @@ from instructjax.stages import (
   lineage,
   policies,
   reward_functions,
+  text_scorers,
 )
 from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
@@ -243,18 +244,26 @@ def model_flops(
 
 
 def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
-  cfg = lineage.variant(ctx.config, stage)
-  return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  cfg, given = lineage.variant(ctx.config, stage), ctx.given.get("rm")
+  nets = make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  members = ensembles.open_all(ctx.config, cfg)
+  nets = dataclasses.replace(
+    nets,
+    score_skips=given.score_skips if given else None,
+    ensemble_skips=tuple(one.score_skips for one in members),
+  )
+  return cfg, nets
 
 
 def _functions(cfg: PPOConfig) -> tuple[reward_functions.Function, ...]:
-  """The rewards that the host computes, imported.
+  """The rewards that are functions of the user's or rules about text, imported.
 
   Raises:
     UserError: one cannot be imported or called.
   """
   listed = reward_lists.parse(cfg.rewards, "config.ppo.rewards")
-  return tuple(map(reward_functions.load, reward_lists.on_host(listed)))
+  own = [reward for reward in reward_lists.on_host(listed) if reward.kind != "model"]
+  return tuple(map(reward_functions.load, own))
 
 
 def check_settings(config: Config, stage: str):
@@ -268,6 +277,7 @@ def check_settings(config: Config, stage: str):
   _optimizers(cfg)
   _functions(cfg)
   ensembles.open_all(config, cfg)
+  text_scorers.open_all(cfg)
 
 
 def check(ctx: Context, stage: str):
@@ -285,6 +295,7 @@ def check(ctx: Context, stage: str):
     for one in functions
   }
   facts |= ensembles.fingerprints(ctx, members)
+  facts |= text_scorers.fingerprints(ctx, text_scorers.open_all(cfg))
   if facts:
     agreement.require_same(distributed.team(), f"rewards of {stage}", facts)
   if functions and jax.process_index() == 0:
@@ -306,8 +317,8 @@ def _make_step(
     return ppo_step.make_train_step(nets, cfg, shardings)
   names = ", ".join(one.reward.spelling for one in functions)
   tell(
-    f"{stage}: an iteration is split in two after its rollout, since the host computes {names}; the networks score"
-    " meanwhile"
+    f"{stage}: an iteration is split in two after its rollout, since {names} needs the answers' text; the networks"
+    " score meanwhile"
   )
   on_host = host_rewards.make(stage, ctx.tokenizer, functions)
   return split.make_split_step(nets, cfg, shardings, on_host)
@@ -338,7 +349,12 @@ def run(ctx: Context, stage: str):
     rollout=ctx.config.rollout,
   )
   functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
-  made_with = {**run_.fingerprint, **ensembles.fingerprints(ctx, members)}
+  scorers = text_scorers.open_all(cfg)
+  made_with = {
+    **run_.fingerprint,
+    **ensembles.fingerprints(ctx, members),
+    **text_scorers.fingerprints(ctx, scorers),
+  }
   # What is finished was made by these functions. What is not may go on with a mended one, and says so.
   run_ = host_rewards.with_sources(run_, made_with, functions)
   if is_finished(run_):
@@ -359,6 +375,7 @@ def run(ctx: Context, stage: str):
     given["reward_model"],
     ensembles.load(ctx, stage, members),
   )
+  functions += tuple(text_scorers.load(ctx, stage, one, cfg.batch_size) for one in scorers)
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(

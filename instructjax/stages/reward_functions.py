@@ -73,6 +73,7 @@ class Function:
     asks: names among ASKED that it takes.
     files: where its source is; () for the format rule, which the config holds whole.
     checksum: of these files when they were imported; '' if there are none.
+    everywhere: whether all processes call it, since it runs on the devices of all; else the first one does.
   """
 
   reward: Reward
@@ -80,6 +81,7 @@ class Function:
   asks: tuple[str, ...] = ()
   files: tuple[str, ...] = ()
   checksum: str = ""
+  everywhere: bool = False
 
 
 @functools.cache  # a module is imported once: the checksum is that of the file as it was then

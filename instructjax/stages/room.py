@@ -54,7 +54,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     stage: name of the stage.
   """
   row = STAGES[stage]
-  if row.role is None:
+  if row.role is None or lineage.given(config, stage):
     return {}
   split_weights = mesh["fsdp"] * mesh["tensor"]
   split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]

@@ -211,6 +211,14 @@ _RULES = [
   (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
   (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
   (
+    dict(reward_model=load().to_dict()["model"], rm__start_from="sft", rm__weights="x"),
+    "config.rm.weights='x' is a finished reward model, so that nothing would start from rm.start_from='sft'",
+  ),
+  (
+    dict(rm__weights="x", reward_model__weights="y"),
+    "config.rm.weights='x' must come without config.reward_model.weights='y', from which nothing would start",
+  ),
+  (
     dict(reward_model=load().to_dict()["model"], rm__start_from="sft", reward_model__weights="x"),
     "config.rm.start_from='sft' must come without config.reward_model.weights='x'",
   ),
@@ -396,6 +404,7 @@ _READ_BY_NAME = {
     for name in (*row.takes.values(), row.asked_by)
     if name
   ),
+  *((cls, "weights") for cls in ("SFTConfig", "RMConfig")),  # by `Stage.given_by`
 }
 
 

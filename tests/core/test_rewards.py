@@ -20,6 +20,8 @@ def test_what_a_list_says():
   assert [one.name for one in found] == ["rm", "fn", "length", "format", "length_2"]
   assert [one.on_host for one in found] == [False, True, False, True, False]
   assert rewards.on_host(found) == (found[1], found[3])
+  (other,) = parse("2*model:runs/b:c/rm")
+  assert (other.name, other.argument, other.on_host) == ("model", "runs/b:c/rm", True)
   assert found[1].spelling == "python:my.mod:fn"
 
 
@@ -50,8 +52,8 @@ def test_only_the_bare_reward_model_is_the_papers():
 @pytest.mark.parametrize(
   ("spellings", "message"),
   [
-    ((), "config.ppo.rewards=() must name at least one reward: rm, ensemble:HOW, python:MOD"),
-    (("reward",), "config.ppo.rewards[0]='reward' must be rm, ensemble:HOW, python:MODULE"),
+    ((), "config.ppo.rewards=() must name at least one reward: rm, ensemble:HOW, model:PATH, py"),
+    (("reward",), "config.ppo.rewards[0]='reward' must be rm, ensemble:HOW, model:PATH, "),
     (("rm", "x" * 500), "config.ppo.rewards[1]='" + "x" * 76 + "... must be rm"),
     (("rm\x1b[31m",), r"'rm\x1b[31m' must be rm"),
     (("rm:3",), "'rm:3': 'rm' is the run's reward model, and nothing follows it"),

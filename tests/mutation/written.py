@@ -112,7 +112,7 @@ WRITTEN = [
   ("stages/collect", "held-out prompts are the training ones", 'ctx.data.records("prompts", "validation")', 'ctx.data.records("prompts", "train")'),
   ("stages/collect", "never the most answers", "cfg.max_responses + 1, num_prompts", "cfg.max_responses, num_prompts"),
   ("stages/policies", "always the raw weights", '"ema_params" if averaged else "params"', '"params"'),
-  ("stages/policies", "bias added", "done.result.demonstration_mean)", "-done.result.demonstration_mean)"),
+  ("stages/policies", "bias added", "done.result.shift)", "-done.result.shift)"),
   ("stages/policies", "SFT by loss", "done = (ctx.done(again) if again else None) or ctx.require_done(row.name)", "done = ctx.require_done(row.name)"),
   ("stages/ppo", "the policy starts from SFT", 'policies.load(ctx, REFERENCE)', 'policies.load(ctx, "sft")'),
   ("stages/ppo", "reward model without its bias", '"reward_model": policies.load_reward(ctx)', '"reward_model": policies.load_step(ctx, "rm", ctx.require_done("rm").require_step())'),

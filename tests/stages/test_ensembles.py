@@ -92,6 +92,7 @@ def test_members_are_stacked_with_demonstrations_at_0(
   )
   means = iter((0.75, -2.0))
   monkeypatch.setattr(ensembles.answers, "demonstration_mean", lambda *a: next(means))
+  monkeypatch.setattr(ensembles, "_as_reward_model", lambda ctx, one: ctx)
   found = [given(path=f"run{i}", load=lambda mesh, model, p=p: p) for i, p in enumerate(members)]
   stacked = ensembles.load(ctx, "ppo", found)
   bias = jnp.stack([member["head"]["bias"] for member in members])

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -22,7 +23,11 @@ import pytest
 from jax._src import compilation_cache
 
 import instructjax
+from configs import base
+from configs import weights as weights_settings
+from instructjax.commands import weights_preset
 from instructjax.core import results
+from instructjax.core.config import from_config_dict
 from instructjax.core.errors import StageStopped, UserError
 from instructjax.core.provenance import Source
 from instructjax.core.stages import STAGES
@@ -31,6 +36,7 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import sharding
 from instructjax.report.results import Measured
 from instructjax.rl import scoring
+from instructjax.serve import packaging
 from instructjax.stages import (
   answers,
   collect,
@@ -545,6 +551,55 @@ def test_given_weights_may_move(whole, specs, tmp_path):
     given.rename(tmp_path / "moved")
     run(tmp_path / "moved")
   assert files_of(tmp_path / "run" / "sft") == made
+
+
+def test_rl_from_a_given_policy_and_a_given_reward_model(whole, specs, tmp_path):
+  """In one command, without comparisons and demonstrations: the same PPO-ptx as where they were trained."""
+  given = {
+    f"{block}__weights": str(whole / stage)
+    for block, stage in (("sft", "sft"), ("ppo_init", "ppo_init"), ("reward_model", "rm"))
+  }
+  bare = specs | {"comparisons": "", "demonstrations": ""}
+  run = lambda **changes: pipeline.run(
+    config(bare, evaluate__compare=(), **given | changes), tmp_path / "run"
+  )
+  printed = io.StringIO()
+  with micro.one_device(), contextlib.redirect_stdout(printed):
+    run()
+  assert "is not measured" in printed.getvalue() and "keep the zero point" in printed.getvalue()
+  made = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+  assert made == {"cache", "evaluate", "ppo_ptx", "report", "rm", "tokenizer"}
+  same = [last_checkpoint(folder / "ppo_ptx")[0] for folder in (tmp_path / "run", whole)]
+  assert same[0] == same[1]
+  policies_judged = finished.read_done(tmp_path / "run" / "evaluate").result.summary
+  assert set(policies_judged) == {"sft", "ppo_init", "ppo_ptx"}
+  # It goes on where it was, and not with another reward model.
+  before = files_of(tmp_path / "run" / "ppo_ptx")
+  with micro.one_device():
+    run()
+    assert files_of(tmp_path / "run" / "ppo_ptx") == before
+    other = copy_without(whole, tmp_path / "other", "ppo", "ppo_ptx", "evaluate", "report")
+    finished_run.change_done(other / "rm", '"config.seed": "0"', '"config.seed": "1"')
+    with pytest.raises(UserError, match="with another weights:rm"):
+      run(reward_model__weights=str(other / "rm"))
+
+
+def test_preset_weights_from_a_folder_of_hugging_face(whole, specs, tmp_path):
+  """The policy's base, exported: no shape is typed, and the trained stages are the same bit for bit."""
+  packaging.write_huggingface(str(whole / "pretrain"), tmp_path / "base")
+  values = micro.config_dict("ppo_ptx", specs)
+  untouched = base.base("ppo_ptx")
+  for block in ("model", "reward_model", "tokenizer"):
+    values[block] = untouched[block]
+  values.model.weights = str(tmp_path / "base")
+  values.evaluate.compare = ()
+  weights_preset.fill_in(values, untouched, {}, weights_settings)
+  assert values.model.d_model == 16 and values.tokenizer.vocab_size == micro.VOCAB_SIZE
+  with micro.one_device():
+    pipeline.run(from_config_dict(values), tmp_path / "run")
+  for stage in ("sft", "rm", "ppo_init", "ppo_ptx"):
+    ours, theirs = (last_checkpoint(folder / stage)[0] for folder in (tmp_path / "run", whole))
+    assert ours == theirs, stage
 
 
 def other_documents(specs, folder):

@@ -148,6 +148,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     patch(ppo, "_watch", lambda *a: "watch")
     patch(ppo, "_functions", lambda cfg: ())
     patch(ppo.host_rewards, "with_sources", lambda run, made_with, functions: run)
+    patch(ppo.text_scorers, "open_all", lambda cfg: [])
     patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")

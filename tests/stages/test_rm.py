@@ -64,6 +64,7 @@ def start(quick_jit, model, adam_config, random_params):
   """start(mesh) -> (train step, fresh state); one compiled step a mesh."""
   cfg = RMConfig(
     start_from="sft",
+    weights="",
     num_epochs=1,
     batch_size=ROWS,
     max_responses=ANSWERS,
@@ -153,6 +154,7 @@ def test_the_bias_is_the_mean_score_of_whole_training_demonstrations():
     tokenizer=types.SimpleNamespace(stop_ids=(1,), pad_id=99, decode=str),
     data=types.SimpleNamespace(demonstration_tokens=splits.__getitem__),
     model=lambda role: role,
+    given={},
   )
 
   def score(ctx, model, params, found):
@@ -174,6 +176,9 @@ def stage_context(records, **changes):
     config=micro.config("rm", {}, **changes),
     data=types.SimpleNamespace(records=lambda kind, split: records[split]),
     key=lambda name: f"key of {name}",
+    given={},
+    mesh="mesh",
+    model=lambda role: role,
   )
 
 
@@ -202,6 +207,43 @@ def test_each_measurement_is_of_its_own_split(collects):
     cross_validation=("folds of", "rm"),
   )
   assert kept == [("rm", "rm", 7, measured)]
+
+
+@pytest.mark.parametrize("comparisons", ["jsonl:a", "demo:", ""])
+@pytest.mark.parametrize("demonstrations", ["jsonl:b", ""])
+def test_a_given_reward_model_is_measured_on_what_there_is(comparisons, demonstrations):
+  """It is not trained, keeps no checkpoint, and what could not be measured is said."""
+  records = {split: [split] for split in SPLITS}
+  named = dict(data__comparisons=comparisons, data__demonstrations=demonstrations)
+  ctx = stage_context(records, rm__weights="there", **named)
+  load = lambda mesh, model: (mesh, model)
+  ctx.given = {"rm": types.SimpleNamespace(path="there", load=load, end_of_score="at the EOS")}
+  kept, said = [], []
+  judged = results.Judgement(0.75, 0.1, 8, 4, 1.0, None)
+  seen = []
+  with (
+    mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: name),
+    mock.patch.object(rm, "is_finished", lambda run: False),
+    mock.patch.object(
+      rm, "judge", lambda ctx, params, rows: seen.append((params, *rows)) or judged
+    ),
+    mock.patch.object(rm, "demonstration_mean", lambda ctx, params: 0.5),
+    mock.patch.object(rm, "finish", lambda ctx, *rest: kept.append(rest)),
+    mock.patch.object(rm.terminal, "say", said.append),
+  ):
+    rm.run(ctx, "rm")
+  validation = judged if comparisons else None
+  heldout = judged if comparisons == "demo:" else None
+  mean = 0.5 if demonstrations else None
+  assert kept == [("rm", "rm", None, results.RewardModel(mean, validation, heldout, ()))]
+  splits = {"jsonl:a": ["validation"], "demo:": ["validation", "heldout"], "": []}[comparisons]
+  assert seen == [(("mesh", "reward"), split) for split in splits]
+  text = "\n".join(said)
+  assert "rm there: a finished reward model, used as it is; at the EOS" in text
+  assert ("accuracy 0.750 on 8 held-out pairs" in text) == bool(comparisons)
+  assert ("is not measured" in text) == (not comparisons)
+  assert ("demonstrations scored 0.5 on average" in text) == bool(demonstrations)
+  assert ("keep the zero point of the file" in text) == (not demonstrations)
 
 
 def test_cross_validation_trains_on_training_rankings_and_judges_on_held_out_ones():
@@ -500,7 +542,7 @@ def checked(tmp_path, monkeypatch, rows, **changes):
   )
   data = run_data.RunData(config, tmp_path, tokenizer, Contents(config, tmp_path))
   ctx = types.SimpleNamespace(
-    config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0
+    config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0, given={}
   )
   made = []
   batches = types.SimpleNamespace(steps_per_epoch=10**6)
