@@ -207,6 +207,7 @@ def read(
     # 2a. Log-probabilities at the sampling temperature (details item 19), and values before each token (item 21).
     said, num_cells = rows.score(_read(nets, cfg, state, frozen), rollout)
     said = {"behaviour_logprob_BR": rollout.behaviour_logprob_BR} | said
+    value_BR = jnp.where(mask_BR, said["value_BR"], 0.0)
     # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
     skips_of_members = nets.ensemble_skips or (None,) * len(cfg.ensemble)
     members_BL = [x for name, x in said.items() if name.startswith(_MEMBER)]
@@ -219,7 +220,7 @@ def read(
     return Readings(
       behaviour_logprob_BR=said["behaviour_logprob_BR"],
       ref_logprob_BR=said["ref_logprob_BR"],
-      value_BR=jnp.where(mask_BR, said["value_BR"], 0.0),
+      value_BR=value_BR,
       score_B=score_B,
       num_cells=num_cells,
       ensemble_B=tuple(ensemble_B),

@@ -22,7 +22,6 @@ from instructjax.parallel import sharding
 from instructjax.rl import experience
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import Frozen, Nets, Readings
-from instructjax.rl.rows import make_rows
 
 # (rollout, iteration) -> name of a reward that the host computes -> float32 [B], the same on every process.
 HostRewards = Callable[[Rollout, int], Mapping[str, np.ndarray]]
@@ -90,7 +89,7 @@ def make_split_step(
   nets: Nets, cfg: PPOConfig, state_shardings: PPOState, on_host: HostRewards
 ) -> SplitStep:
   """Compiles the three programs; arguments as `step.make_train_step`, and `on_host` as in `SplitStep`."""
-  rows = make_rows(cfg.packed_rows, nets.policy.vocab_size)
+  rows = ppo_step.make_rows(cfg, nets.policy.vocab_size)
 
   def rollout(state, prompts):
     return ppo_step.sample_rollout(nets, cfg, state, prompts, ppo_step.iteration_keys(state)[0])

@@ -21,6 +21,7 @@ from instructjax import models
 from instructjax.core import provenance
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
+from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import ROLES, STAGES, RoleName
 from instructjax.data.tokenizer import Tokenizer
@@ -133,6 +134,22 @@ def require_fit(
   sizes = {f"config.{name}": lineage.value(config, name) for name in batches}
   used = {name: size for name, size in sizes.items() if size}
   sharding.require_fit(mesh, axes, shapes, used)
+
+
+def require_microbatches(config: Config, mesh: Mesh, stage: str):
+  """Checks that the mesh divides the microbatches of a stage: otherwise devices would repeat each other's work.
+
+  Raises:
+    UserError: it does not; the message names the settings and the rows of a microbatch.
+  """
+  shards = sharding.num_row_shards(mesh)
+  for what, rows in lineage.microbatch_rows(config, stage).items():
+    block, count = what.partition(".")[0], what.rpartition(" ")[2]
+    if rows % shards:
+      raise UserError(
+        f"config.{what} = {rows} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; set fewer"
+        f" --config.{block}.{count}"
+      )
 
 
 def canonical(value: Any) -> str:

@@ -82,6 +82,27 @@ def stage_of(config: Config, policy: str) -> str:
   return base_stage(config, "reward") if stage == "reward_pretrain" else stage
 
 
+def microbatch_rows(config: Config, stage: str) -> dict[str, int]:
+  """Rows of a microbatch, for each batch of a stage that has more than one: settings that divide the batch -> rows."""
+  found = {}
+  for name in STAGES[stage].batches:
+    block, _, field = name.partition(".")
+    cfg = getattr(config, block)
+    if field != "batch_size":
+      continue
+    parts = {"batch_size / microbatches": (cfg.batch_size, cfg.microbatches)}
+    if STAGES[stage].is_rl and block == STAGES[stage].block:
+      minibatch = cfg.batch_size // cfg.num_minibatches
+      parts = {
+        "batch_size / score_microbatches": (cfg.batch_size, cfg.score_microbatches),
+        "batch_size / num_minibatches / microbatches": (minibatch, cfg.microbatches),
+      }
+    found |= {
+      f"{block}.{what}": rows // count for what, (rows, count) in parts.items() if count > 1
+    }
+  return found
+
+
 def rl_stages(config: Config) -> list[str]:
   """The RL stages that the config asks for. Others that lie in the workdir from earlier runs are not judged."""
   asked = {config.stage, *config.evaluate.compare}

@@ -28,6 +28,7 @@ from instructjax.stages.context import (
   canonical,
   given_fingerprint,
   require_fit,
+  require_microbatches,
   require_same_data,
 )
 from instructjax.stages.run_data import RunData
@@ -138,6 +139,8 @@ def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pa
   roles = dict.fromkeys(row.role for row in rows if row.role)
   batches = dict.fromkeys(name for row in rows for name in row.batches)
   require_fit(config, mesh, config.tokenizer.vocab_size, roles, batches)
+  for stage in stages:
+    require_microbatches(config, mesh, stage)
   for stage in _coming(workdir, stages):
     _call(stage, "check_settings", config)
 

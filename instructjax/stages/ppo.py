@@ -209,7 +209,7 @@ def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
 
   It reads the weights that the stage `evaluate` will judge, the average or the policy itself.
   """
-  loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh)
+  loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh, ctx.config.pretrain.microbatches)
   rows = validation_rows(ctx, ctx.config.pretrain.length)
   averaged = policies.judges_average(ctx)
 

@@ -27,7 +27,7 @@ from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
-from instructjax.train import loop, supervised
+from instructjax.train import accumulation, loop, supervised
 from instructjax.train.optim import make_optimizer
 from instructjax.train.weights import Weights
 
@@ -48,13 +48,24 @@ def make_train_step(
 
   def loss_fn(params, batch):
     score_BC = scores(model, params, batch)
-    return preference.ranked_preference_loss(
+    loss, metrics = preference.ranked_preference_loss(
       score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties
     )
+    return loss, {"accuracy": metrics["accuracy"]}
+
+  def count(batch):
+    is_better_BCC, is_usable_B = preference.usable(batch.rank_BC, batch.is_answer_BC, ties=cfg.ties)
+    return {"loss": jnp.sum(is_usable_B), "accuracy": jnp.sum(is_better_BCC)}
 
   def step(state: TrainState, batch: RankedBatch):
+    if cfg.microbatches > 1:
+      # A microbatch is some prompts with the rows of all their answers, so places count from its own first row.
+      cells = batch.token_SL.size // cfg.microbatches
+      batch = dataclasses.replace(batch, last_BC=batch.last_BC % cells)
     with jax.named_scope("gradient"):
-      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+      (loss, metrics), grads = accumulation.mean_gradient(
+        loss_fn, state.params, batch, cfg.microbatches, count
+      )
     state = supervised.apply_gradients(state, tx, grads)
     return state, {
       "loss": loss,
@@ -91,15 +102,16 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
   """Batches of `rm.batch_size` prompts.
 
   With `rm.row_length`, the answers of a batch share rows: as many as the fullest batch of the whole run needs, so that
-  all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own.
+  all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own. Either way, rows
+  hold answers of one microbatch only, so that each microbatch has all pairs of its prompts.
   """
   cfg, data = ctx.config.rm, ctx.config.data
   length = cfg.row_length or data.max_prompt_length + data.max_response_length
-  kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed)
+  kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed, num_groups=cfg.microbatches)
   num_rows = None
   if cfg.row_length:
     num_rows = batching.rows_needed(rankings, num_epochs=cfg.num_epochs, **kwargs)
-    shards = sharding.num_row_shards(ctx.mesh)
+    shards = sharding.num_row_shards(ctx.mesh) * cfg.microbatches
     num_rows = -(-num_rows // shards) * shards  # rounded up to what the mesh divides
   rows = num_rows or cfg.batch_size * cfg.max_responses
   return batching.ranking_batches(

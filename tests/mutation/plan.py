@@ -32,6 +32,7 @@ AREAS = {
   },
   "rm": {"models/heads": 3, "stages/answers": 0, "stages/rm": 16},
   "train": {
+    "train/accumulation": 4,
     "train/checkpoint": 6,
     "train/damaged": 4,
     "train/finished": 5,

@@ -416,7 +416,7 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
 def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo")
   # Chunks of pretraining rows, which may change as well.
-  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_chunks=2, checkpoint__every_steps=1)
+  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_microbatches=2, checkpoint__every_steps=1)
   message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
   with pytest.raises(StageStopped, match=message):
     run_stage(limited, workdir, "ppo")
@@ -680,6 +680,15 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
       " --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2",
     ),
     ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
+    (
+      {"sft__microbatches": 2},
+      r"config.sft.batch_size / microbatches = 4 must be divisible by mesh slice \* data \* fsdp = 8; set fewer"
+      " --config.sft.microbatches",
+    ),
+    (
+      {"ppo__batch_size": 16, "ppo__microbatches": 2},
+      "config.ppo.batch_size / num_minibatches / microbatches = 4 must be divisible by mesh",
+    ),
     ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "^/no.model cannot be read: No such file"),
     ({"rollout__slots": 4}, r"rollout.slots=4 must be divisible by mesh slice \* data \* fsdp = 8"),

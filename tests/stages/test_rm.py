@@ -1,5 +1,6 @@
 """The reward model's train step: eq. 1 through the model, in one forward, blind to padding."""
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -8,6 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from instructjax import models
@@ -47,10 +49,15 @@ def rankings(seed):
   return result
 
 
-def ranked(seed, shared=False):
-  length, num_rows = (3 * LENGTH, SHARED_ROWS) if shared else (LENGTH, None)
+def ranked(seed, shared=False, num_groups=1):
+  length, num_rows = (3 * LENGTH, SHARED_ROWS * num_groups) if shared else (LENGTH, None)
   return ranked_batch(
-    rankings(seed), max_responses=ANSWERS, length=length, vocab_size=VOCAB, num_rows=num_rows
+    rankings(seed),
+    max_responses=ANSWERS,
+    length=length,
+    vocab_size=VOCAB,
+    num_rows=num_rows,
+    num_groups=num_groups,
   )
 
 
@@ -67,6 +74,7 @@ def start(quick_jit, model, adam_config, random_params):
     weights="",
     num_epochs=1,
     batch_size=ROWS,
+    microbatches=1,
     max_responses=ANSWERS,
     row_length=0,
     ties="drop",
@@ -76,12 +84,14 @@ def start(quick_jit, model, adam_config, random_params):
   )
   tx, steps = make_optimizer(adam_config, 100), {}
 
-  def one(mesh):
+  def one(mesh, microbatches=1):
     placed = jax.device_put(random_params(model, 1), models.param_shardings(mesh, model)[0])
     with mock.patch.object(jax, "jit", quick_jit):
       state, shardings = supervised.create_state(mesh, model, tx, placed, jax.random.key(0))
-      steps.setdefault(mesh, rm.make_train_step(model, tx, cfg, shardings))
-    return steps[mesh], state
+      own = dataclasses.replace(cfg, microbatches=microbatches)
+      kind = (mesh, microbatches)
+      steps.setdefault(kind, rm.make_train_step(model, tx, own, shardings))
+    return steps[kind], state
 
   return one
 
@@ -334,11 +344,15 @@ def test_rankings_with_too_many_answers_are_refused():
   assert rm.tokenized(ctx, []) == []
 
 
-@pytest.mark.parametrize(("row_length", "length", "rows"), [(0, 60, None), (70, 70, 12)])
-def test_batches_of_rankings(row_length, length, rows):
-  """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards."""
+@pytest.mark.parametrize(
+  ("row_length", "microbatches", "length", "rows"),
+  [(0, 1, 60, None), (70, 1, 70, 12), (70, 2, 70, 16)],
+)
+def test_batches_of_rankings(row_length, microbatches, length, rows):
+  """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards of each part."""
+  changes = {"rm__row_length": row_length, "rm__microbatches": microbatches}
   ctx = types.SimpleNamespace(
-    config=micro.config("rm", {}, rm__row_length=row_length, rm__num_epochs=2),
+    config=micro.config("rm", {}, rm__num_epochs=2, **changes),
     tokenizer=characters(),
     mesh="mesh",
     own_rows=lambda count: ("own", count),
@@ -350,7 +364,7 @@ def test_batches_of_rankings(row_length, length, rows):
     mock.patch.object(rm.batching, "ranking_batches", lambda *a, **k: (a, k)),
   ):
     arguments, kwargs = rm._batches(ctx, ["tokens", "record"], 5)
-  shape = dict(length=length, batch_size=8, seed=5)
+  shape = dict(length=length, batch_size=8, seed=5, num_groups=microbatches)
   assert arguments == (["tokens", "record"],)
   assert asked == ([((["tokens", "record"],), shape | dict(num_epochs=2))] if row_length else [])
   places = ("own", rows or 24), ("own", 8)
@@ -481,6 +495,23 @@ def test_answers_that_share_rows_give_the_same_loss_and_gradient(start, one_devi
   for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(results[1][0]["loss"], results[0][0]["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shared, microbatches", [(False, 8), (True, 2)])
+def test_microbatches_are_one_batch(start, one_device, shared, microbatches):
+  """Prompts of different K, among them prompts without a usable pair, with all their answers in one part."""
+  whole, parts = ranked(0, shared), ranked(0, shared, microbatches)
+  for batch in (whole, parts):
+    batch.rank_BC[1] = batch.is_answer_BC[1]  # nothing but ties
+  results = []
+  for batch, number in ((whole, 1), (parts, microbatches)):
+    step, state = start(one_device, number)
+    state, metrics = step(state, batch)
+    results.append((metrics, optax.tree.get(state.opt_state, "mu")))
+  assert 0 < results[0][0]["accuracy"] < 1 and results[0][0]["grad_norm"] > 0.1
+  for got, expected in zip(*map(jax.tree.leaves, results[::-1]), strict=True):
+    size = max(np.abs(expected).max(), 1e-3)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * size)
 
 
 def test_padding_and_missing_answers_change_nothing(start, one_device):
