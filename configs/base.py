@@ -221,6 +221,8 @@ def base(stage: str) -> ConfigDict:
         missing_eos_score=-1.0,
         ema_decay=0.992,  # C.4; open: whether it applies per iteration
         max_kl=0.0,  # open
+        value_init="reward_model",  # C.4
+        value_warmup=0,  # C.4 mentions none
         policy_optim=adam(
           8.05e-6,  # open: the paper does not print its final rates; E.9 sweeps 2.55e-6 to 2.55e-5
           schedule="constant",  # C.4

@@ -278,6 +278,12 @@ class PPOConfig:
   ema_decay: float
   # above this KL from the reference the run stops with an error; 0 is no limit [nats a response]
   max_kl: float = dataclasses.field(metadata=SAME_NUMBERS)
+  # what the value network starts from: reward_model is the reward model (C.4); policy is the trunk of PPO's start under
+  # a head of zeros, for which both networks must be of one shape
+  value_init: Literal["reward_model", "policy"]
+  # iterations at the beginning in which only the value network learns; the policy, its average and beta stay as they
+  # are [iterations]
+  value_warmup: int
   policy_optim: OptimConfig
   value_optim: OptimConfig
 
@@ -357,6 +363,11 @@ class PPOConfig:
     require(
       self.constant_iterations >= 0,
       f"{where}.constant_iterations={self.constant_iterations} must be >= 0; 0 never stops",
+    )
+    require(
+      0 <= self.value_warmup < self.num_iterations,
+      f"{where}.value_warmup={self.value_warmup} must be >= 0 and below num_iterations={self.num_iterations}: after it"
+      " the policy learns too",
     )
     require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")

@@ -154,7 +154,9 @@ def draw_pretraining_over_ppo(ax, results: Results) -> bool:
 def draw_tax(ax, results: Results) -> bool:
   """Draws every policy's held-out pretraining loss as its distance from the base's: the alignment tax."""
   loss = pretraining_loss(results)
-  start = loss.get("base", min(loss.values(), default=0.0))
+  if not loss:
+    return False
+  start = loss.get("base", min(loss.values()))
   ax.axvline(start, color=COLOURS["base"], linewidth=1.2)
   for i, (name, value) in enumerate(loss.items()):
     ax.plot(
@@ -166,7 +168,7 @@ def draw_tax(ax, results: Results) -> bool:
   ax.margins(x=0.14)
   ax.set_title("Loss on pretraining text")
   ax.set_xlabel("nats a token, held out")
-  return bool(loss)
+  return True
 
 
 def draw_trade_off(ax, results: Results) -> bool:

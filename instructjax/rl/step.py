@@ -53,7 +53,8 @@ def create_state(
 
   Args:
     params: the policy's parameters, of the PPO initialisation.
-    value_params: the value network's parameters. It starts as the reward model (C.4, details item 20).
+    value_params: the value network's parameters. It starts as the reward model (C.4, details item 20) or, by
+      `ppo.value_init`, from the policy's trunk.
     nets, cfg: static.
     key: typed key of the whole training; each iteration folds its number into it.
   """
@@ -173,6 +174,14 @@ def _adam(tx: optax.GradientTransformation, grads: Params, params: Params, opt_s
   return optax.apply_updates(params, updates), opt_state
 
 
+def _once_warm(cfg: PPOConfig, state: PPOState, old: Any, new: Any) -> Any:
+  """`new`; or `old`, bit for bit, in the iterations of `value_warmup`, in which only the value network learns."""
+  if not cfg.value_warmup:
+    return new
+  is_warming = state.step < cfg.value_warmup
+  return jax.tree.map(lambda before, after: jnp.where(is_warming, before, after), old, new)
+
+
 def _minibatch_update(
   nets: Nets,
   cfg: PPOConfig,
@@ -185,7 +194,8 @@ def _minibatch_update(
   # 3b. Policy: the gradients of PPO and of pretraining are added up for one step (C.4; details item 34).
   grads, metrics = policy_gradient(nets, cfg, rows, state.params, batch, ptx)
   with jax.named_scope("update/policy"):
-    params, opt_state = _adam(nets.policy_tx, grads, state.params, state.opt_state)
+    learned = _adam(nets.policy_tx, grads, state.params, state.opt_state)
+    params, opt_state = _once_warm(cfg, state, (state.params, state.opt_state), learned)
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(
@@ -329,6 +339,7 @@ def learn(
   ema_params, decay = state.ema_params, cfg.ema_decay
   if decay:
     ema_params = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema_params, state.params)
+    ema_params = _once_warm(cfg, state, state.ema_params, ema_params)
   # 5. Beta is fixed in the paper (C.4).
   #    Departs from paper: 'adaptive' moves it towards a target KL, as lm-human-preferences does (details item 30).
   kl_coef = state.kl_coef
@@ -340,6 +351,7 @@ def learn(
       horizon=cfg.kl_horizon,
       num_episodes=cfg.batch_size,
     )
+    kl_coef = _once_warm(cfg, state, state.kl_coef, kl_coef)
   state = dataclasses.replace(state, step=state.step + 1, ema_params=ema_params, kl_coef=kl_coef)
   samples = Samples(rollout, scored.score_B, scored.kl_B, scored.rewards)
   return state, scored.metrics | update_metrics, samples

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from instructjax.core import results, terminal
 from instructjax.core import rewards as reward_lists
-from instructjax.core.config import Config, PPOConfig
+from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
-from instructjax.models import flops, transformer
+from instructjax.models import flops, heads, transformer
 from instructjax.parallel import agreement, distributed, sharding, stacking
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
@@ -70,10 +70,15 @@ def make_nets(
 
 def _optimizers(cfg: PPOConfig):
   """Those of the policy and of the value network."""
+
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
-  updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
-  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
-  return unclipped(cfg.policy_optim), unclipped(cfg.value_optim)
+  def unclipped(optim: OptimConfig, iterations: int):
+    updates = iterations * cfg.num_epochs * cfg.num_minibatches
+    return make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
+
+  # While only the value network learns, the policy's schedule stands still.
+  policy_tx = unclipped(cfg.policy_optim, cfg.num_iterations - cfg.value_warmup)
+  return policy_tx, unclipped(cfg.value_optim, cfg.num_iterations)
 
 
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
@@ -101,12 +106,12 @@ def initial_state(
   cfg: PPOConfig,
   nets: ppo_step.Nets,
   params: Params,
-  reward_params: Params,
+  value_params: Params,
   key: jax.Array,
 ) -> tuple[PPOState, PPOState]:
   """Makes the PPOState before the first iteration; returns (state, its shardings).
 
-  The policy starts as `params`, and the value network as the reward model (details item 20).
+  The policy starts as `params`, and the value network as `value_params`: see `initial_value`.
   """
   shardings = state_shardings(mesh, nets, cfg)
 
@@ -115,7 +120,21 @@ def initial_state(
     params, value_params = jax.tree.map(jnp.copy, (params, value_params))
     return ppo_step.create_state(params, value_params, nets, cfg, key)
 
-  return jax.jit(create, out_shardings=shardings)(params, reward_params, key), shardings
+  return jax.jit(create, out_shardings=shardings)(params, value_params, key), shardings
+
+
+def initial_value(
+  mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params: Params, reward_params: Params
+) -> Params:
+  """What the value network starts from: the reward model (details item 20), or the policy's trunk under a new head.
+
+  The new head is of zeros, as in N: its first values are 0, the reward model's mean over demonstrations (C.2).
+  """
+  if cfg.value_init == "reward_model":
+    return reward_params
+  shardings, shapes = transformer.param_shardings(mesh, nets.scalar)
+  head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["head"])
+  return jax.device_put(heads.scalar_params_from_lm(params, shapes | {"head": head}), shardings)
 
 
 def freeze(
@@ -360,7 +379,13 @@ def run(ctx: Context, stage: str):
   if is_finished(run_):
     return
   given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
-  state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), key=ctx.key(stage))
+  value_params = initial_value(ctx.mesh, cfg, nets, *given.values())
+  state, shardings = initial_state(
+    ctx.mesh, cfg, nets, given["reference"], value_params, key=ctx.key(stage)
+  )
+  del value_params
+  if cfg.value_warmup and jax.process_index() == 0:
+    terminal.say(f"{stage} iterations 1 to {cfg.value_warmup}: only the value network learns")
   # A fingerprint holds how the frozen networks were made; a checkpoint also holds a hash of the weights themselves, so
   # that a run never resumes against others. Layers are stacked for the hash, so that it is the same on every platform.
   # done.json does not hold it: a finished stage is then recognised without loading any weights.
@@ -386,7 +411,7 @@ def run(ctx: Context, stage: str):
     num_steps=cfg.num_iterations,
     constants=(frozen,),
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    evaluate=_held_out_loss(ctx, nets),
+    evaluate=_held_out_loss(ctx, nets) if "documents" in lineage.reads(ctx.config, stage) else None,
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "rewards/total", "gold", "kl", "entropy", "ptx_loss"),

@@ -231,6 +231,18 @@ _RULES = [
     "config.rm.weights='x' is a finished reward model, so that nothing would start from rm.start_from='sft'",
   ),
   (
+    dict(ppo__value_init="policy"),
+    "config.ppo.value_init='policy' must have reward_model equal to model, and they differ",
+  ),
+  (
+    dict(ppo__value_warmup=500, ppo__num_iterations=500),
+    "config.ppo.value_warmup=500 must be >= 0 and below num_iterations=500",
+  ),
+  (
+    dict(ppo__value_warmup=10, ppo__num_iterations=50, evaluate__overoptimization_iterations=10),
+    "config.ppo.value_warmup=10 must be below evaluate.overoptimization_iterations=10",
+  ),
+  (
     dict(rm__weights="x", reward_model__weights="y"),
     "config.rm.weights='x' must come without config.reward_model.weights='y', from which nothing would start",
   ),

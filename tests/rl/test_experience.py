@@ -152,6 +152,24 @@ def test_rescored_behaviour_is_the_policys_own(scored):
   np.testing.assert_allclose(results["rescore"].kl_B, kl, atol=1e-5)
 
 
+def test_a_reward_model_whose_pad_is_the_eos_is_read_before_it(nets, ppo_config, rollout):
+  """As transformers reads it. Columns are numbered in place of scores; the responses begin in column 3."""
+  rollout = jax.tree.map(jnp.asarray, rollout)
+  zero_BR, column_L = jnp.zeros(MASK_BR.shape), jnp.arange(episodes.LENGTH, dtype=jnp.float32)
+  said = {"ref_logprob_BR": zero_BR, "value_BR": zero_BR}
+  said["score_BL"] = jnp.broadcast_to(column_L, rollout.token_BL.shape)
+  fake = rows.Rows(score=lambda read, rollout: (said, 1), gradient=None)
+  state = ppo_step.create_state({}, {}, nets, ppo_config, jax.random.key(0))
+
+  def columns(**changes):
+    changed = dataclasses.replace(nets, **changes)
+    return from_rollout(changed, ppo_config, fake, state, None, rollout).score_B.tolist()
+
+  # The answers' last columns; all but those of row 3, cut off, and row 4, which ends in another token, hold the EOS.
+  assert columns() == [7, 3, 3, 7, 4, 3]
+  assert columns(score_skips=episodes.EOS) == [6, 2, 2, 7, 4, 2]
+
+
 def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, rollout):
   results, behind = scored
   experience, score_B = results["fixed"].experience, results["fixed"].score_B
