@@ -199,7 +199,7 @@ def base(stage: str) -> ConfigDict:
         temperature=1.0,  # C.4
         rewards=("rm",),  # eq. 2
         ensemble=(),
-        ensemble_penalty=0.1,  # open; of the order that Coste et al. 2023 use for PPO
+        ensemble_penalty=0.1,  # open
         constant_iterations=20,
         behaviour_logprob="rescore",  # open: log-probabilities of decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
