@@ -705,7 +705,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
-    ({"data__max_prompt_length": 2}, "s: every record is too long .*max_prompt_length"),
+    ({"data__max_prompt_length": 2}, "s: every record is too long: .*max_prompt_length"),
     (
       {"mesh__data": 3},
       "mesh: .*mesh.data=3.* must multiply to the number of devices, got 8",
