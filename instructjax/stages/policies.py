@@ -4,17 +4,20 @@ Called by pipeline.py and by the stages, which start from these weights or judge
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+
+import jax
 
 from instructjax.core.config import Config, ModelConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, RoleName, selector, stage_of_policy
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import heads
+from instructjax.models import adapters, heads, transformer
 from instructjax.stages import lineage
-from instructjax.stages.context import Context
-from instructjax.train import weights
+from instructjax.stages.context import Context, bare
+from instructjax.train import supervised, weights
 from instructjax.train.weights import Weights
 
 
@@ -103,10 +106,72 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
     )
 
 
+@functools.lru_cache(maxsize=2)
+def _frozen_base(ctx: Context, stage: str, role: RoleName) -> Params:
+  """The weights of a base as forward passes read them, cast once to the dtype that they run in."""
+  # Kept, so that all networks of a run and all of its stages share one copy: the policy's base, and the reward model's
+  # if that has another.
+  model = bare(ctx.model(role))
+  given = ctx.given.get(stage)
+  if given:
+    params = given.load(ctx.mesh, model)
+  else:
+    step = ctx.require_done(stage).require_step()
+    params = weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, "params")
+  if model.execution.dtype == "float32":
+    return params
+  shardings, _ = transformer.param_shardings(ctx.mesh, model)
+  cast = functools.partial(transformer.frozen_weights, model)
+  return jax.jit(cast, out_shardings=shardings)(params)
+
+
+def base(ctx: Context, role: RoleName) -> tuple[Params, ...]:
+  """The frozen base of an adapted role, as one more argument of a step; () if all weights are trained.
+
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  model = ctx.model(role)
+  if model.adapter is None:
+    return ()
+  stage = lineage.base_stage(ctx.config, "policy" if role == "policy" else "reward")
+  as_base: RoleName = "policy" if stage == "pretrain" else "reward_base"
+  return (adapters.base_of(model, _frozen_base(ctx, stage, as_base)),)
+
+
+def start(ctx: Context, key: jax.Array) -> tuple[tuple[Params, ...], Params]:
+  """What a policy's training starts from: (its base, see `base`; what is trained).
+
+  Args:
+    ctx: the run.
+    key: for a fresh adapter; without adapters the weights of the base themselves are trained.
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  frozen, model = base(ctx, "policy"), ctx.model("policy")
+  if not frozen:
+    return (), load(ctx, "base")
+  return frozen, supervised.init_params(ctx.mesh, model, key)
+
+
 def load_step(
   ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
 ) -> Params:
-  """Loads the weights `item` that a stage saved at a step onto the mesh.
+  """Loads the weights `item` that a stage saved at a step: those of `load_trained_step`, joined with their base.
+
+  Args, raises: as for `load_trained_step`.
+  """
+  role = role or STAGES[stage].require_role()
+  trained = load_trained_step(ctx, stage, step, item, role)
+  if STAGES[stage].is_base:
+    return trained
+  return adapters.joined(ctx.model(role), base(ctx, role), trained)
+
+
+def load_trained_step(
+  ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
+) -> Params:
+  """Loads what a stage trained, as it saved it at a step, onto the mesh: all weights, or an adapter and its head.
 
   Args:
     ctx: the run.
@@ -118,11 +183,12 @@ def load_step(
     UserError: there are no such weights, or they cannot be read.
   """
   model = ctx.model(role or STAGES[stage].require_role())
+  model = bare(model) if STAGES[stage].is_base else model
   return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
-def load_sft_by_loss(ctx: Context) -> Params:
-  """Loads the SFT weights of the epoch with the best validation loss.
+def load_sft_by_loss(ctx: Context, read=load_step) -> Params:
+  """Loads the SFT weights of the epoch with the best validation loss, by `load_step` or `load_trained_step`.
 
   The reward model and its comparisons start from this epoch. They cannot start from the one that `sft_select` chooses,
   because that choice takes a finished reward model.
@@ -130,7 +196,7 @@ def load_sft_by_loss(ctx: Context) -> Params:
   Raises:
     UserError: they cannot be read.
   """
-  return load_step(ctx, "sft", ctx.require_done("sft").require_step())
+  return read(ctx, "sft", ctx.require_done("sft").require_step())
 
 
 def judges_average(ctx: Context) -> bool:
@@ -138,7 +204,7 @@ def judges_average(ctx: Context) -> bool:
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
-def load(ctx: Context, policy: str) -> Params:
+def load(ctx: Context, policy: str, read=load_step) -> Params:
   """Loads the weights of a policy at the step that its stage keeps.
 
   For `sft` that is the epoch which the reward model prefers (C.1), once `sft_select` has chosen it. `evaluate.weights`
@@ -147,26 +213,29 @@ def load(ctx: Context, policy: str) -> Params:
   Args:
     ctx: the run.
     policy: a name in `core.stages.POLICIES`, except `few_shot`, which has no weights of its own.
+    read: `load_step`, or `load_trained_step` for what a stage trained, without its base.
   Raises:
     UserError: the weights cannot be read.
   """
   # If policy and reward model share a base, `reward_base` is trained by `pretrain`, whose own role is the policy's; so
   # the role comes from the policy's name.
   row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).require_role()
+  if row.is_base and lineage.is_adapted(ctx.config):
+    return _frozen_base(ctx, row.name, "policy" if row.name == "pretrain" else "reward_base")
   given = ctx.given.get(row.name)
   if given:
     return given.load(ctx.mesh, ctx.model(role))
   again = selector(row.name)
   done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
   averaged = row.is_rl and judges_average(ctx)
-  return load_step(ctx, row.name, done.require_step(), "ema_params" if averaged else "params", role)
+  return read(ctx, row.name, done.require_step(), "ema_params" if averaged else "params", role)
 
 
-def load_reward(ctx: Context) -> Params:
+def load_reward(ctx: Context, read=load_step) -> Params:
   """Loads the reward model with the bias that makes demonstrations score 0 on average (C.2).
 
   Raises:
     UserError: the weights cannot be read.
   """
   done = ctx.require_done("rm")
-  return heads.shift_bias(load_step(ctx, "rm", done.require_step()), done.result.demonstration_mean)
+  return heads.shift_bias(read(ctx, "rm", done.require_step()), done.result.demonstration_mean)

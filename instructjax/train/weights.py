@@ -20,7 +20,7 @@ from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import execution, heads, interop, transformer
+from instructjax.models import adapters, execution, heads, interop, transformer
 from instructjax.parallel import sharding
 from instructjax.train import checkpoint, finished
 
@@ -147,12 +147,12 @@ class Weights:
 def load_stage(
   directory: pathlib.Path, mesh: Mesh, model: transformer.Model, step: int, item: str
 ) -> Params:
-  """Loads the weights called `item` from a stage's checkpoint onto the mesh.
+  """Loads the weights called `item` from a stage's checkpoint onto the mesh: what was trained of the model.
 
   Raises:
     UserError: the checkpoint has no such weights for this model, or cannot be read.
   """
-  shardings, shapes = transformer.param_shardings(mesh, model)
+  shardings, shapes = adapters.trained_shardings(mesh, model)
   placed = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
