@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax.core.structs import Array, Params
+from instructjax.core.structs import Array, Params, tree_of
 from instructjax.models import layers, transformer
 from instructjax.parallel import sharding
 
@@ -301,4 +301,5 @@ def _axes(leaf, name: str, names: dict):
   # one, so it is what the two have more than the weight and two ranks.
   stack = of_weight[: leaf.w_a.ndim + leaf.w_b.ndim - 2 - len(of_weight)]
   inputs = leaf.w_a.ndim - 1
-  return layers.LowRank((*of_weight[:inputs], "rank"), (*stack, "rank", *of_weight[inputs:]))
+  a, b = (*of_weight[:inputs], "rank"), (*stack, "rank", *of_weight[inputs:])
+  return tree_of(layers.LowRank, w_a=a, w_b=b)

@@ -19,7 +19,7 @@ import optax
 
 from instructjax.core.config import PPOConfig
 from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples, tree_of
-from instructjax.models import transformer
+from instructjax.models import adapters, transformer
 from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
@@ -52,12 +52,12 @@ def create_state(
 
 
 def policy_loss(
-  nets: Nets, cfg: PPOConfig, params: Params, batch: Experience
+  nets: Nets, cfg: PPOConfig, frozen: Frozen, params: Params, batch: Experience
 ) -> tuple[Array, dict[str, Array]]:
   """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics)."""
   logprob_BR = scoring.response_logprob(
     nets.policy,
-    params,
+    frozen.policy(nets, params),
     batch.token_BL,
     batch.segment_BL,
     prompt_length=batch.prompt_length,
@@ -69,12 +69,12 @@ def policy_loss(
 
 
 def value_loss(
-  nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience
+  nets: Nets, cfg: PPOConfig, frozen: Frozen, value_params: Params, batch: Experience
 ) -> tuple[Array, dict[str, Array]]:
   """The value network's loss on one minibatch, clipped around the old values if configured. Returns (loss, metrics)."""
   value_BR = scoring.response_value(
     nets.scalar,
-    value_params,
+    frozen.scalar(nets, value_params),
     batch.token_BL,
     batch.segment_BL,
     prompt_length=batch.prompt_length,
@@ -85,7 +85,7 @@ def value_loss(
 
 
 def ptx_gradient(
-  nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch
+  nets: Nets, cfg: PPOConfig, frozen: Frozen, params: Params, ptx: PackedBatch
 ) -> tuple[Array, Params]:
   """The pretraining term of eq. 2, -E[log pi(x)], on a minibatch's pretraining rows. Returns (loss, gradient).
 
@@ -101,7 +101,7 @@ def ptx_gradient(
   )
 
   def chunk_loss(params, chunk: PackedBatch):
-    sum_nll, _ = supervised.lm_loss_sums(nets.policy, params, chunk)
+    sum_nll, _ = supervised.lm_loss_sums(nets.policy, frozen.policy(nets, params), chunk)
     return sum_nll / denominator
 
   def add_chunk(total, chunk):
@@ -126,6 +126,7 @@ def policy_gradient(
   nets: Nets,
   cfg: PPOConfig,
   rows: Rows,
+  frozen: Frozen,
   params: Params,
   batch: Experience,
   ptx: PackedBatch | None,
@@ -134,6 +135,7 @@ def policy_gradient(
 
   Args:
     nets, cfg, rows: static.
+    frozen: with the base of adapters.
     params: of the policy.
     batch: the minibatch's episodes.
     ptx: the minibatch's pretraining rows; None for PPO without the pretraining term.
@@ -141,7 +143,8 @@ def policy_gradient(
     (grads, metrics)
   """
   with jax.named_scope("update/policy"):
-    ppo = rows.gradient(functools.partial(policy_loss, nets, cfg), params, batch, "is_actor_BR")
+    loss_fn = functools.partial(policy_loss, nets, cfg, frozen)
+    ppo = rows.gradient(loss_fn, params, batch, "is_actor_BR")
     metrics = ppo.metrics | {
       "policy_loss": ppo.loss,
       "policy_grad_norm": optax.tree.norm(ppo.grads),
@@ -151,7 +154,7 @@ def policy_gradient(
   if ptx is None:
     return grads, metrics
   with jax.named_scope("update/ptx"):
-    ptx_loss, ptx_grads = ptx_gradient(nets, cfg, params, ptx)
+    ptx_loss, ptx_grads = ptx_gradient(nets, cfg, frozen, params, ptx)
     metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": cfg.gamma * optax.tree.norm(ptx_grads)}
     # Clipped before it is multiplied with gamma. Afterwards, clipping would bring the product down to the same norm for
     # any large gamma, 27.8 included.
@@ -169,19 +172,20 @@ def _minibatch_update(
   nets: Nets,
   cfg: PPOConfig,
   rows: Rows,
+  frozen: Frozen,
   state: PPOState,
   batch: Experience,
   ptx: PackedBatch | None,
 ):
   """One Adam step of the policy and one of the value network. Returns (state, metrics)."""
   # 3b. Policy: the gradients of PPO and of pretraining are added up for one step (C.4; details item 34).
-  grads, metrics = policy_gradient(nets, cfg, rows, state.params, batch, ptx)
+  grads, metrics = policy_gradient(nets, cfg, rows, frozen, state.params, batch, ptx)
   with jax.named_scope("update/policy"):
     params, opt_state = _adam(nets.policy_tx, grads, state.params, state.opt_state)
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(
-      functools.partial(value_loss, nets, cfg), state.value_params, batch, "is_response_BR"
+      functools.partial(value_loss, nets, cfg, frozen), state.value_params, batch, "is_response_BR"
     )
     metrics |= {
       "value_loss": value.loss,
@@ -206,6 +210,7 @@ def update(
   nets: Nets,
   cfg: PPOConfig,
   rows: Rows,
+  frozen: Frozen,
   state: PPOState,
   episodes: Experience,
   ptx: PackedBatch | None,
@@ -231,7 +236,7 @@ def update(
     # Indexing mixes the rows of all devices, so the sharding by rows is applied again.
     batch = constraints.shard_rows(jax.tree.map(lambda x: x[index], episodes))
     ptx_rows = jax.tree.map(lambda x: x[which], ptx)
-    return _minibatch_update(nets, cfg, rows, state, batch, ptx_rows)
+    return _minibatch_update(nets, cfg, rows, frozen, state, batch, ptx_rows)
 
   state, metrics = jax.lax.scan(one_minibatch, state, (permutation, share))
   first_ratio_max = metrics["ratio_max"][0]
@@ -265,7 +270,7 @@ def train_step(
   with jax.named_scope("rollout"):
     rollout = sampling.generate(
       nets.policy,
-      state.params,
+      frozen.policy(nets, state.params),
       batch["prompts"],
       rollout_key,
       max_new_tokens=nets.max_response_length,
@@ -279,7 +284,7 @@ def train_step(
   # 3. Policy and value network learn from minibatches of the episodes; with gamma > 0 the policy also learns from
   #    pretraining text, which makes it PPO-ptx (sec 3.5, eq. 2; C.4).
   ptx = batch["pretrain"] if cfg.gamma > 0 else None
-  state, update_metrics = update(nets, cfg, rows, state, scored.experience, ptx, update_key)
+  state, update_metrics = update(nets, cfg, rows, frozen, state, scored.experience, ptx, update_key)
   # 4. The weights' exponential moving average is what is evaluated (C.4). The paper does not say whether it decays
   #    per iteration, as here, or per update.
   ema_params, decay = state.ema_params, cfg.ema_decay
@@ -301,13 +306,30 @@ def train_step(
   return state, scored.metrics | update_metrics, samples
 
 
-def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Callable:
+def frozen_shardings(nets: Nets, state_shardings: PPOState, has_scalar_base: bool) -> Frozen:
+  """Where the frozen weights lie: arguments as for `make_train_step`."""
+  mesh = sharding.mesh_of(state_shardings)
+  base = adapters.base_shardings(mesh, nets.policy)
+  scalar = adapters.base_shardings(mesh, nets.scalar) if has_scalar_base else ()
+  return tree_of(
+    Frozen,
+    ref_params=state_shardings.params,
+    reward_params=state_shardings.value_params,
+    base=base[0] if base else None,
+    scalar_base=scalar[0] if scalar else None,
+  )
+
+
+def make_train_step(
+  nets: Nets, cfg: PPOConfig, state_shardings: PPOState, has_scalar_base: bool = False
+) -> Callable:
   """Compiles `train_step` as one program, (state, frozen, batch) -> (state, metrics, samples), that donates the state.
 
   Args:
     nets, cfg: static.
     state_shardings: PPOState of NamedSharding, for the state that goes in and comes out. The frozen weights are split
       as those of the network that they share.
+    has_scalar_base: whether `Frozen` has a base of reward model and value network apart from the policy's.
   Returns:
     The jitted function. Its first call compiles, and raises what `train_step` raises.
   """
@@ -328,7 +350,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     slot_steps=whole,
   )
   samples = tree_of(Samples, rollout=rollout, score_B=split, kl_B=split)
-  frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
+  frozen = frozen_shardings(nets, state_shardings, has_scalar_base)
   # Layouts are fixed on both sides: an argument that lies otherwise is an error, not another compilation. The donated
   # state's memory is used again for the new state.
   return jax.jit(

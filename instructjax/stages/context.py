@@ -262,14 +262,15 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
   )
 
 
-def tell_adapter(ctx: Context, stage: str, model: transformer.Model, optim: OptimConfig):
+def tell_adapter(ctx: Context, stage: str, role: RoleName, optim: OptimConfig):
   """Says what a stage with an adapter trains, and at which rate."""
-  if model.adapter is None or jax.process_index() != 0:
+  if not lineage.is_adapted(ctx.config) or jax.process_index() != 0:
     return
+  model = ctx.model(role)
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   trained = count(adapters.trained_shapes(model))
   everything = count(transformer.param_shapes(model))
-  cfg = model.adapter
+  cfg = model.require_adapter()
   terminal.say(
     f"{stage} trains adapters of rank {cfg.rank} on {', '.join(cfg.targets)}: {trained:,} numbers beside"
     f" {everything:,} frozen ones, at a learning rate of {optim.learning_rate:.3g}"

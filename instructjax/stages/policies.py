@@ -5,7 +5,7 @@ Called by pipeline.py and by the stages, which start from these weights or judge
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -131,12 +131,21 @@ def base(ctx: Context, role: RoleName) -> tuple[Params, ...]:
   Raises:
     UserError: the weights cannot be read.
   """
-  model = ctx.model(role)
-  if model.adapter is None:
+  if not lineage.is_adapted(ctx.config):
     return ()
   stage = lineage.base_stage(ctx.config, "policy" if role == "policy" else "reward")
   as_base: RoleName = "policy" if stage == "pretrain" else "reward_base"
-  return (adapters.base_of(model, _frozen_base(ctx, stage, as_base)),)
+  return (adapters.base_of(ctx.model(role), _frozen_base(ctx, stage, as_base)),)
+
+
+def bases(ctx: Context) -> tuple[tuple[Params, ...], tuple[Params, ...]]:
+  """(the policy's base, that of the reward model if it is another one), each as `base` returns it.
+
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  policy, reward = (lineage.base_stage(ctx.config, role) for role in ("policy", "reward"))
+  return base(ctx, "policy"), () if policy == reward else base(ctx, "reward")
 
 
 def start(ctx: Context, key: jax.Array) -> tuple[tuple[Params, ...], Params]:
@@ -148,10 +157,9 @@ def start(ctx: Context, key: jax.Array) -> tuple[tuple[Params, ...], Params]:
   Raises:
     UserError: the weights cannot be read.
   """
-  frozen, model = base(ctx, "policy"), ctx.model("policy")
-  if not frozen:
+  if not lineage.is_adapted(ctx.config):
     return (), load(ctx, "base")
-  return frozen, supervised.init_params(ctx.mesh, model, key)
+  return base(ctx, "policy"), supervised.init_params(ctx.mesh, ctx.model("policy"), key)
 
 
 def load_step(
@@ -187,8 +195,8 @@ def load_trained_step(
   return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
-def load_sft_by_loss(ctx: Context, read=load_step) -> Params:
-  """Loads the SFT weights of the epoch with the best validation loss, by `load_step` or `load_trained_step`.
+def load_sft_by_loss(ctx: Context, read: Callable | None = None) -> Params:
+  """Loads the SFT weights of the epoch with the best validation loss, by `load_step`, or by another `read`.
 
   The reward model and its comparisons start from this epoch. They cannot start from the one that `sft_select` chooses,
   because that choice takes a finished reward model.
@@ -196,7 +204,7 @@ def load_sft_by_loss(ctx: Context, read=load_step) -> Params:
   Raises:
     UserError: they cannot be read.
   """
-  return read(ctx, "sft", ctx.require_done("sft").require_step())
+  return (read or load_step)(ctx, "sft", ctx.require_done("sft").require_step())
 
 
 def judges_average(ctx: Context) -> bool:
@@ -204,7 +212,7 @@ def judges_average(ctx: Context) -> bool:
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
-def load(ctx: Context, policy: str, read=load_step) -> Params:
+def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   """Loads the weights of a policy at the step that its stage keeps.
 
   For `sft` that is the epoch which the reward model prefers (C.1), once `sft_select` has chosen it. `evaluate.weights`
@@ -213,7 +221,7 @@ def load(ctx: Context, policy: str, read=load_step) -> Params:
   Args:
     ctx: the run.
     policy: a name in `core.stages.POLICIES`, except `few_shot`, which has no weights of its own.
-    read: `load_step`, or `load_trained_step` for what a stage trained, without its base.
+    read: `load_trained_step` for what a stage trained, without its base; None for `load_step`.
   Raises:
     UserError: the weights cannot be read.
   """
@@ -228,14 +236,16 @@ def load(ctx: Context, policy: str, read=load_step) -> Params:
   again = selector(row.name)
   done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
   averaged = row.is_rl and judges_average(ctx)
-  return read(ctx, row.name, done.require_step(), "ema_params" if averaged else "params", role)
+  item = "ema_params" if averaged else "params"
+  return (read or load_step)(ctx, row.name, done.require_step(), item, role)
 
 
-def load_reward(ctx: Context, read=load_step) -> Params:
+def load_reward(ctx: Context, read: Callable | None = None) -> Params:
   """Loads the reward model with the bias that makes demonstrations score 0 on average (C.2).
 
   Raises:
     UserError: the weights cannot be read.
   """
   done = ctx.require_done("rm")
-  return heads.shift_bias(read(ctx, "rm", done.require_step()), done.result.demonstration_mean)
+  params = (read or load_step)(ctx, "rm", done.require_step())
+  return heads.shift_bias(params, done.result.demonstration_mean)

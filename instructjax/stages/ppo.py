@@ -14,11 +14,18 @@ from instructjax.core.config import Config, PPOConfig
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
-from instructjax.models import flops, transformer
+from instructjax.models import adapters, flops, transformer
 from instructjax.parallel import sharding, stacking
 from instructjax.rl import step as ppo_step
 from instructjax.stages import answers, lineage, policies
-from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
+from instructjax.stages.context import (
+  Context,
+  finish,
+  is_finished,
+  make_model,
+  stage_run,
+  tell_adapter,
+)
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
@@ -45,7 +52,7 @@ def make_nets(
   Raises:
     UserError: the warmup is as long as the stage.
   """
-  policy_tx, value_tx = _optimizers(cfg)
+  policy_tx, value_tx = _optimizers(config, cfg)
   return ppo_step.Nets(
     policy=make_model(config, mesh, "policy", vocab_size),
     scalar=make_model(config, mesh, "reward", vocab_size),
@@ -57,19 +64,21 @@ def make_nets(
   )
 
 
-def _optimizers(cfg: PPOConfig):
+def _optimizers(config: Config, cfg: PPOConfig):
   """Those of the policy and of the value network."""
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
   updates = cfg.num_iterations * cfg.num_epochs * cfg.num_minibatches
-  unclipped = lambda optim: make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
+  unclipped = lambda optim: make_optimizer(
+    dataclasses.replace(lineage.optim(config, optim), clip_norm=None), updates
+  )
   return unclipped(cfg.policy_optim), unclipped(cfg.value_optim)
 
 
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
   """The sharding of a PPOState: optimiser states and the average are sharded like the weights that they belong to."""
   replicated = sharding.replicated(mesh)
-  policy_shardings, policy_shapes = transformer.param_shardings(mesh, nets.policy)
-  value_shardings, value_shapes = transformer.param_shardings(mesh, nets.scalar)
+  policy_shardings, policy_shapes = adapters.trained_shardings(mesh, nets.policy)
+  value_shardings, value_shapes = adapters.trained_shardings(mesh, nets.scalar)
   return tree_of(
     PPOState,
     step=replicated,
@@ -108,12 +117,20 @@ def initial_state(
 
 
 def freeze(
-  nets: ppo_step.Nets, shardings: PPOState, ref_params: Params, reward_params: Params
+  nets: ppo_step.Nets,
+  shardings: PPOState,
+  ref_params: Params,
+  reward_params: Params,
+  base: tuple[Params, ...] = (),
+  scalar_base: tuple[Params, ...] = (),
 ) -> ppo_step.Frozen:
   """The reference and the reward model as the step reads them: cast once to the dtype that they run in.
 
-  In float32 there is nothing to cast, and the weights are taken as they are, without a copy.
+  In float32 there is nothing to cast, and the weights are taken as they are, without a copy. Adapters are small and
+  stay float32; their base comes from `policies.base`, and that of the reward model only if it is another one.
   """
+  if base:
+    return ppo_step.Frozen(ref_params, reward_params, base[0], *scalar_base)
 
   def frozen(model, params, places):
     if model.execution.dtype == "float32":
@@ -180,7 +197,7 @@ def _describe(ctx: Context):
   return describe
 
 
-def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
+def _held_out_loss(ctx: Context, nets: ppo_step.Nets, base: tuple[Params, ...]):
   """Makes the evaluation (state, step) -> loss on held-out pretraining text, the alignment tax along the training.
 
   It reads the weights that the stage `evaluate` will judge, the average or the policy itself.
@@ -190,7 +207,8 @@ def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
   averaged = policies.judges_average(ctx)
 
   def evaluate(state: PPOState, step: int) -> dict[str, float]:
-    return {"pretrain_loss": loss(state.ema_params if averaged else state.params, rows)}
+    params = state.ema_params if averaged else state.params
+    return {"pretrain_loss": loss(adapters.joined(nets.policy, base, params), rows)}
 
   return evaluate
 
@@ -214,8 +232,11 @@ def model_flops(
   # Policy's shape: the rollout, the reference's log-probabilities and, if rescored, the policy's own. Scalar: values
   # and rewards.
   scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + 2 * scalar
-  # A backward pass costs two forward passes, so an update counts three.
-  updated = 3 * (policy + scalar + flops.forward(nets.policy, text, cfg.ptx_length))
+  updated = (
+    flops.training(nets.policy, read, columns, sampled)
+    + flops.training(nets.scalar, read, columns)
+    + flops.training(nets.policy, text, cfg.ptx_length)
+  )
   return scored + cfg.num_epochs * updated
 
 
@@ -230,7 +251,7 @@ def check_settings(config: Config, stage: str):
   Raises:
     UserError: a warmup is as long as the stage.
   """
-  _optimizers(lineage.variant(config, stage))
+  _optimizers(config, lineage.variant(config, stage))
 
 
 def run(ctx: Context, stage: str):
@@ -253,7 +274,11 @@ def run(ctx: Context, stage: str):
   )
   if is_finished(run_):
     return
-  given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
+  base, scalar_base = policies.bases(ctx)
+  given = {
+    "reference": policies.load(ctx, REFERENCE, policies.load_trained_step),
+    "reward_model": policies.load_reward(ctx, policies.load_trained_step),
+  }
   state, shardings = initial_state(ctx.mesh, cfg, nets, *given.values(), key=ctx.key(stage))
   # A fingerprint holds how the frozen networks were made; a checkpoint also holds a hash of the weights themselves, so
   # that a run never resumes against others. Layers are stacked for the hash, so that it is the same on every platform.
@@ -262,18 +287,19 @@ def run(ctx: Context, stage: str):
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
   }
-  frozen = freeze(nets, shardings, *given.values())
+  frozen = freeze(nets, shardings, *given.values(), base, scalar_base)
+  tell_adapter(ctx, stage, "policy", lineage.optim(ctx.config, cfg.policy_optim))
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(
     dataclasses.replace(run_, fingerprint={**run_.fingerprint, **reference}, advice=_ADVICE),
     state,
-    ppo_step.make_train_step(nets, cfg, shardings),
+    ppo_step.make_train_step(nets, cfg, shardings, bool(scalar_base)),
     _batches(ctx, cfg, stage),
     num_steps=cfg.num_iterations,
     constants=(frozen,),
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    evaluate=_held_out_loss(ctx, nets),
+    evaluate=_held_out_loss(ctx, nets, base),
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "gold", "kl", "entropy", "ptx_loss"),

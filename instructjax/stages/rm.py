@@ -121,7 +121,7 @@ def initial_params(ctx: Context, key: jax.Array) -> Params:
   from_sft, model = ctx.config.rm.start_from == "sft", ctx.model("reward")
   if from_sft:
     trunk = policies.load_sft_by_loss(ctx, policies.load_trained_step)
-  elif model.adapter is None:
+  elif not lineage.is_adapted(ctx.config):
     trunk = policies.load(ctx, "reward_base")
   else:
     return supervised.init_params(ctx.mesh, model, key)
@@ -169,7 +169,7 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
   base = policies.base(ctx, "reward")
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
-  tell_adapter(ctx, name, model, cfg.optim)
+  tell_adapter(ctx, name, "reward", cfg.optim)
   state = loop.fit(
     _stage_run(ctx, stage, name),
     state,

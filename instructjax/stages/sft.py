@@ -1,5 +1,7 @@
 """Supervised fine-tuning on demonstrations: the SFT baseline (C.1) and, with a pretraining mix, PPO's start (C.3)."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ from instructjax.core import results
 from instructjax.core.config import SFTConfig
 from instructjax.core.stages import STAGES
 from instructjax.data import batching
-from instructjax.models import adapters, flops, transformer
+from instructjax.models import adapters, flops
 from instructjax.parallel import sharding
 from instructjax.stages import lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
@@ -56,7 +58,7 @@ def _join_rows(batch: dict) -> Any:
   return jax.tree.map(lambda *rows: np.concatenate(rows), *batch.values())
 
 
-def _validation_loss(ctx: Context, cfg: SFTConfig, model: transformer.Model, base: tuple):
+def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
   """Makes the evaluation (state, step) -> losses on held-out demonstrations and on held-out pretraining text."""
   batches = batching.packed_batches(
     ctx.data.demonstration_rows("validation", cfg.length),
@@ -67,13 +69,10 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, model: transformer.Model, bas
   # Drawn once and kept, so that every evaluation sees the same rows.
   demonstrations = [next(batches) for _ in range(batches.steps_per_epoch)]
   text = validation_rows(ctx, cfg.length)
-  loss = supervised.make_lm_evaluation(model, ctx.mesh)
-
-  def evaluate(state, step: int) -> dict[str, float]:
-    params = adapters.joined(model, base, state.params)
-    return {"loss": loss(params, demonstrations), "pretrain_loss": loss(params, text)}
-
-  return evaluate
+  return lambda state, step: {
+    "loss": evaluate(state.params, demonstrations),
+    "pretrain_loss": evaluate(state.params, text),
+  }
 
 
 def check(ctx: Context, stage: str):
@@ -110,7 +109,9 @@ def run(ctx: Context, stage: str):
   tx = make_optimizer(optim, num_steps)
   base, params = policies.start(ctx, ctx.key(stage))
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, ctx.key(stage))
-  tell_adapter(ctx, stage, model, optim)
+  tell_adapter(ctx, stage, "policy", optim)
+  loss = supervised.make_lm_evaluation(model, ctx.mesh)
+  joined = functools.partial(adapters.joined, model, base)
   loop.fit(
     step_run,
     state,
@@ -119,7 +120,7 @@ def run(ctx: Context, stage: str):
     num_steps=num_steps,
     constants=base,
     place=lambda batch: sharding.place_batch(ctx.mesh, _join_rows(batch)),
-    evaluate=_validation_loss(ctx, cfg, model, base),
+    evaluate=_validation_loss(ctx, cfg, lambda params, rows: loss(joined(params), rows)),
     evaluate_steps=epoch_ends,
     keep_steps=epoch_ends,
     flops=lambda metrics: flops.training(model, metrics["tokens"], cfg.length),

@@ -17,10 +17,14 @@ from instructjax.core.structs import PackedBatch
 from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
-from instructjax.rl.experience import Experience
+from instructjax.rl.experience import Experience, Frozen
 from instructjax.stages import ppo
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
+
+ALL_TRAINED = Frozen(
+  ref_params=None, reward_params=None
+)  # no adapters, so updates read nothing of it
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +167,11 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
   visits, weights = [], {"w": jnp.zeros(())}
 
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+  def policy_gradient(nets, cfg, rows, frozen, params, batch, ptx):
     visits.append((batch.token_BL[:, 0].tolist(), ptx.token_BL[:, 0].tolist()))
     return params, {"ratio_max": jnp.float32(1)}
 
-  def value_loss(nets, cfg, params, batch):
+  def value_loss(nets, cfg, frozen, params, batch):
     return params["w"], {"clip_fraction": 0.0}
 
   monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
@@ -177,7 +181,9 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
   state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
   with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
-    ppo_step.update(nets, cfg, rows.padded(), state, experience, ptx, jax.random.key(0))
+    ppo_step.update(
+      nets, cfg, rows.padded(), ALL_TRAINED, state, experience, ptx, jax.random.key(0)
+    )
   epochs = [sum((index for index, _ in visits[i : i + 2]), []) for i in (0, 2, 4)]
   assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -201,7 +207,7 @@ def test_each_networks_loss_is_a_mean_over_its_own_tokens(nets, ppo_config):
   params, value_params = {"w": jnp.float32(1)}, {"w": jnp.float32(2)}
   state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
   fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
-  ppo_step._minibatch_update(nets, ppo_config, fake, state, batch, None)
+  ppo_step._minibatch_update(nets, ppo_config, fake, ALL_TRAINED, state, batch, None)
   assert asked == [
     (ppo_step.policy_loss, 1, "is_actor_BR"),
     (ppo_step.value_loss, 2, "is_response_BR"),
@@ -213,18 +219,22 @@ def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
   cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
   script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
 
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+  def policy_gradient(nets, cfg, rows, frozen, params, batch, ptx):
     ratio = jnp.float32(next(script))
     return params, {"ratio_max": ratio, "approx_kl": ratio}
 
   monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
   monkeypatch.setattr(
-    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
+    ppo_step,
+    "value_loss",
+    lambda nets, cfg, frozen, params, batch: (params["w"], {"clip_fraction": 0.0}),
   )
   experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
   state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
   with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
-    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
+    return ppo_step.update(
+      nets, cfg, rows.padded(), ALL_TRAINED, state, experience, None, jax.random.key(0)
+    )[1]
 
 
 def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
@@ -268,7 +278,7 @@ def updates(quick_jit, nets, weights, ppo_config):
     for name, cfg in cases.items():
       state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
       after, metrics = ppo_step.update(
-        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
+        nets, cfg, rows.padded(), ALL_TRAINED, state, batch, None, jax.random.key(1)
       )
       change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
       moved[name] = (
@@ -372,7 +382,7 @@ def gradients(quick_jit, nets, weights, ppo_config):
 
   def everything(params):
     taken = {
-      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), params, batch, ptx)
+      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), ALL_TRAINED, params, batch, ptx)
       for name, (cfg, ptx) in cases.items()
     }
     return taken, jax.grad(surrogate)(params), jax.value_and_grad(sum_nll)(params)

@@ -85,7 +85,7 @@ def factors(model: Model) -> tuple[Factor, ...]:
         shape, unfold = (joined, rank), (*sizes, rank)
         order, mine = (len(sizes), *order), (rank, *kept)
       name = f"{stem}.lora_{letter.upper()}.weight"
-      found.append(Factor(name, shape, path, int(tensor.layer or 0), unfold, order, mine))
+      found.append(Factor(name, shape, path, tensor.layer or 0, unfold, order, mine))
   return tuple(found)
 
 
