@@ -287,7 +287,7 @@ def run(ctx: Context, stage: str):
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
   }
-  frozen = freeze(nets, shardings, *given.values(), base, scalar_base)
+  frozen = freeze(nets, shardings, given["reference"], given["reward_model"], base, scalar_base)
   tell_adapter(ctx, stage, "policy", lineage.optim(ctx.config, cfg.policy_optim))
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
