@@ -57,7 +57,7 @@ def base_of(path: pathlib.Path) -> pathlib.Path:
         return place.absolute()
   except (OSError, ValueError):  # no path of this machine
     pass
-  if not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII):
+  if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII):
     raise UserError(
       f"{path} is an adapter of {named(name)}, which is not there; give its base with --base, or as"
       f" base_model_name_or_path in {CONFIG}"
