@@ -20,6 +20,10 @@ from instructjax.stages import lineage
 _GIB = 2**30
 _FLOAT = 4  # bytes of a weight, and of each of the optimiser's two moments of it
 _TRAINED = 3 * _FLOAT  # weight, two moments
+_READ = {
+  "float32": 4,
+  "bfloat16": 2,
+}  # bytes of a weight of a frozen base, by the dtype that it runs in
 _FROZEN = 2  # bytes of a weight that only scores, at least
 _LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -73,6 +77,14 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     per_token = network.num_layers * network.d_model * itemsize / mesh["tensor"]
     return max(1.0, rows) * length * per_token
 
+  is_adapted = lineage.is_adapted(config) and not row.is_base
+  if is_adapted:
+    base = weights * _READ[config.execution.dtype]
+    if row.is_rl and lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy"):
+      base += num_params(config.reward_model, vocab) * _READ[config.execution.dtype]
+    held = {
+      f"the frozen base (config.{block}.num_layers={network.num_layers})": base / split_weights
+    }
   if not row.is_rl:
     tokens = (cfg.batch_size, total if row.kind == "rm" else cfg.length)
     names = f"config.{row.block}.batch_size={cfg.batch_size}, {tokens[1]} tokens a row"
@@ -82,9 +94,13 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
       answers, tokens = 2, (cfg.batch_size, 2)
     elif row.kind == "rm":
       answers = cfg.max_responses
+    if not is_adapted:
+      held = {
+        state: weights * _TRAINED / split_weights,
+        "gradients": weights * _FLOAT / split_weights,
+      }
     return {
-      state: weights * _TRAINED / split_weights,
-      "gradients": weights * _FLOAT / split_weights,
+      **held,
       f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
     }
   reward = config.reward_model
@@ -96,9 +112,13 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   minibatch = cfg.batch_size // cfg.num_minibatches
   scored = rows_of(minibatch) if not cfg.packed_rows else 1
   mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_chunks) if cfg.gamma else 0
+  if not is_adapted:
+    held = {
+      f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
+      "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
+    }
   return {
-    f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
-    "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
+    **held,
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),

@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from instructjax import models
-from instructjax.core.config import MeshConfig
+from instructjax.core.config import AdapterConfig, MeshConfig
 from instructjax.core.structs import PackedBatch
+from instructjax.models import adapters
 from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
@@ -75,7 +76,7 @@ def iteration(nets, ppo_config, monkeypatch):
         experience="episodes", metrics=metrics, score_B="scores", kl_B="kls"
       )
 
-    def update(nets, cfg, rows, state, episodes, ptx, key):
+    def update(nets, cfg, rows, frozen, state, episodes, ptx, key):
       given["update"] = dict(state=state, episodes=episodes, ptx=ptx, key=key)
       after = dataclasses.replace(state, params={"w": jnp.float32(4)})
       return after, {"approx_kl": jnp.float32(3)}
@@ -84,7 +85,7 @@ def iteration(nets, ppo_config, monkeypatch):
     monkeypatch.setattr(ppo_step.experience, "from_rollout", from_rollout)
     monkeypatch.setattr(ppo_step, "update", update)
     batch = {"prompts": "prompts", "pretrain": "text"}
-    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, "frozen", batch)
+    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, ALL_TRAINED, batch)
 
   return one
 
@@ -96,7 +97,7 @@ def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
   assert rollout["prompts"] == "prompts" and rollout["temperature"] == 0.7
   limits = (rollout["max_new_tokens"], rollout["stop_ids"], rollout["slots"])
   assert limits == (episodes.RESPONSE, nets.stop_ids, 3)
-  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == ("frozen", "rollout")
+  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == (ALL_TRAINED, "rollout")
   assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
   assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
   assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
@@ -158,6 +159,33 @@ def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, p
   assert state is shardings and metrics == whole
   assert samples.score_B == samples.rollout.token_BL == split
   assert samples.rollout.num_steps == samples.rollout.slot_steps == whole
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_adapters_learn_what_whole_weights_would_by_the_chain_rule(
+  quick_jit, nets, ppo_config, random_params, is_apart
+):
+  """Policy and value network on one base, or each on its own."""
+  adapter = AdapterConfig(rank=2, alpha=3.0, targets=("q", "k", "v", "up"), rate_factor=1.0)
+  adapted = dataclasses.replace(
+    nets, policy=nets.policy.clone(adapter=adapter), scalar=nets.scalar.clone(adapter=adapter)
+  )
+  rng = np.random.default_rng(0)
+  noise = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
+  base = random_params(nets.policy, 1)
+  other = adapters.base_of(nets.scalar, random_params(nets.scalar, 2)) if is_apart else None
+  frozen = Frozen(None, None, base, other)
+  batch = episodes.make_experience()
+
+  def compare(loss, model, base):
+    merged = lambda trained: adapters.merge(model, adapters.base_of(model, base), trained)
+    ours = lambda trained: loss(adapted, ppo_config, frozen, trained, batch)[0]
+    whole = lambda trained: loss(nets, ppo_config, ALL_TRAINED, merged(trained), batch)[0]
+    trained = jax.tree.map(noise, adapters.trained_shapes(model))
+    assert_trees_close(*quick_jit(lambda t: (jax.grad(ours)(t), jax.grad(whole)(t)))(trained))
+
+  compare(ppo_step.policy_loss, adapted.policy, base)
+  compare(ppo_step.value_loss, adapted.scalar, other if is_apart else base)
 
 
 def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
