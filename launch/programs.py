@@ -163,7 +163,7 @@ def _base(mesh: Mesh, model) -> tuple:
   shardings = adapters.base_shardings(mesh, model)
   if not shardings:
     return ()
-  freeze = functools.partial(transformer.frozen_weights, model)
+  freeze = functools.partial(adapters.freeze, model)
   shapes = jax.eval_shape(freeze, transformer.param_shapes(model))
   return (_placed(adapters.base_of(model, shapes), shardings[0]),)
 
@@ -327,7 +327,10 @@ def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> di
   """The large arrays of the rollout, with the shardings of the step: the policy's copy and the KV cache."""
   model = nets.policy
   trained, base = adapters.trained_shapes(model), transformer.param_shapes(model)
-  read = lambda base, trained: decoding.decode_weights(model, adapters.join(model, base, trained))
+  freeze = functools.partial(adapters.freeze, model) if model.adapter else lambda base: base
+  read = lambda base, trained: decoding.decode_weights(
+    model, adapters.join(model, freeze(base), trained)
+  )
   copy = jax.eval_shape(read, base, trained)
   gathered = constraints.DECODE_GATHERED[model.execution.decode_layout]
   placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))

@@ -134,10 +134,17 @@ class AdapterConfig:
   targets: tuple[str, ...]
   # what the learning rates of the stages that train adapters are multiplied by
   rate_factor: float
+  # probability of dropping an element of what A is multiplied with, in supervised and reward-model training; RL has no
+  # dropout, because its ratios compare one network with itself
+  dropout: float
+  # numbers of the frozen base: float is the format of the computation; int8 holds the layers' matrices as whole numbers
+  # with a scale for each output, and the rest as float
+  base: Literal["float", "int8"]
 
   def validate(self, where: str):
     require(self.rank >= 0, f"{where}.rank={self.rank} must be >= 0")
     require_positive(self, where, "alpha", "rate_factor")
+    require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
     unknown = [name for name in self.targets if name not in MATRICES]
     require(
       bool(self.targets) and not unknown and len(set(self.targets)) == len(self.targets),

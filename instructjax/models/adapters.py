@@ -177,7 +177,34 @@ def base_shardings(mesh: Mesh, model: transformer.Model) -> tuple[Params, ...]:
   """
   if model.adapter is None:
     return ()
-  return (base_of(model, transformer.param_shardings(mesh, model)[0]),)
+  shapes = jax.eval_shape(functools.partial(freeze, model), transformer.param_shapes(model))
+  axes = base_of(model, base_axes(shapes, transformer.param_axes(model)))
+  return (sharding.param_shardings(mesh, axes, base_of(model, shapes)),)
+
+
+def freeze(model: transformer.Model, params: Params) -> Params:
+  """The base as forward passes read it: cast once to the dtype that they run in, matrices in 8 bits if configured.
+
+  Args:
+    model: with the adapter.
+    params: float32 parameters.
+  """
+  if model.require_adapter().base == "int8":
+    change = lambda layer: {name: _in_8_bits(model, name, block) for name, block in layer.items()}
+    of_layers = params["layers"]
+    is_list = isinstance(of_layers, list)
+    done = [change(layer) for layer in of_layers] if is_list else jax.vmap(change)(of_layers)
+    params = params | {"layers": done}
+  return transformer.frozen_weights(model, params)
+
+
+def _in_8_bits(model: transformer.Model, name: str, block: Params) -> Params:
+  """A block of a layer with its matrices in 8 bits; biases and norms stay as they are."""
+  inputs = {part.weight: part.inputs for part in parts(model.network) if part.block == name}
+  return {
+    key: layers.quantised(leaf, inputs[key]) if key in inputs else leaf
+    for key, leaf in block.items()
+  }
 
 
 def base_and(model: transformer.Model, inputs: tuple) -> tuple:
@@ -185,7 +212,9 @@ def base_and(model: transformer.Model, inputs: tuple) -> tuple:
   return (None, *inputs) if model.adapter is None else inputs
 
 
-def join(model: transformer.Model, base: Params | None, trained: Params) -> Params:
+def join(
+  model: transformer.Model, base: Params | None, trained: Params, key: Array | None = None
+) -> Params:
   """Parameters for a forward pass: the base with the adapters' factors beside its weights. Traceable.
 
   Without an adapter it is the identity, and `base` is not read. Differentiate with respect to `trained`: the base then
@@ -195,15 +224,20 @@ def join(model: transformer.Model, base: Params | None, trained: Params) -> Para
     model: whose `adapter` says what `trained` is.
     base: parameters of a network of this shape, with any head, from `frozen`. A scalar head comes from `trained`.
     trained: from `init`, or what training made of it.
+    key: typed key of the adapter's dropout; None for none.
   """
   if model.adapter is None or base is None:
     return trained
-  of_layers = base["layers"]
+  of_layers, keys_N = base["layers"], None
+  if key is not None and model.adapter.dropout:
+    keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(model.network.num_layers))
   if isinstance(of_layers, list):
-    pairs = [_pairs(model, layer) for layer in trained["layers"]]
+    keys = [None] * len(of_layers) if keys_N is None else keys_N
+    pairs = [_pairs(model, *both) for both in zip(trained["layers"], keys, strict=True)]
     joined = [_beside(layer, pair) for layer, pair in zip(of_layers, pairs, strict=True)]
   else:
-    joined = _beside(of_layers, jax.vmap(functools.partial(_pairs, model))(trained["layers"]))
+    pairs = jax.vmap(functools.partial(_pairs, model))(trained["layers"], keys_N)
+    joined = _beside(of_layers, pairs)
   return base | {"layers": joined} | ({"head": trained["head"]} if "head" in trained else {})
 
 
@@ -221,11 +255,16 @@ def _beside(layer: Params, pairs: Params) -> Params:
   return {name: {**part, **pairs.get(name, {})} for name, part in layer.items()}
 
 
-def _pairs(model: transformer.Model, adapter: Params) -> Params:
+def _pairs(model: transformer.Model, adapter: Params, key: Array | None) -> Params:
   """The low-rank products of one layer, by block and weight: parts of a fused weight are joined to one pair.
 
   The As of q, k and v stand side by side. Their Bs are the blocks of a matrix that is zero elsewhere, so that each part
   gets its own.
+
+  Args:
+    model: with the adapter.
+    adapter: the layer's factors.
+    key: of the layer's dropout, or None. Parts of one weight drop the same elements.
   """
   result, cfg = {}, model.require_adapter()
   network = model.network
@@ -242,9 +281,14 @@ def _pairs(model: transformer.Model, adapter: Params) -> Params:
       fill[dim] = (start, sizes[part.weight] - stop)
       b = jnp.pad(b, fill)
     by_weight.setdefault((part.block, part.weight), []).append((a, b * (cfg.alpha / cfg.rank)))
-  for (block, weight), pairs in by_weight.items():
+  for index, ((block, weight), pairs) in enumerate(by_weight.items()):
     a, b = zip(*pairs)
-    joined = layers.LowRank(jnp.concatenate(a, axis=-1), jnp.concatenate(b, axis=0))
+    joined = layers.LowRank(
+      jnp.concatenate(a, axis=-1),
+      jnp.concatenate(b, axis=0),
+      None if key is None else jax.random.fold_in(key, index),
+      cfg.dropout,
+    )
     result.setdefault(block, {})[layers.low_rank_name(weight)] = joined
   return result
 
@@ -294,6 +338,12 @@ def base_axes(params: Params, axes: Params) -> Params:
 
 
 def _axes(leaf, name: str, names: dict):
+  if isinstance(leaf, layers.Int8):
+    # The scale has the axis of stacked layers, if there is one, and the outputs' dimensions.
+    outputs = leaf.scale.ndim - (is_stack := names[name][:1] == ("layers",))
+    stack = names[name][:is_stack]
+    scale = (*stack, *names[name][len(names[name]) - outputs :])
+    return tree_of(layers.Int8, values=names[name], scale=scale)
   if not isinstance(leaf, layers.LowRank):
     return names[name]
   of_weight = names[layers.weight_name(name)]

@@ -45,16 +45,19 @@ def make_train_step(
 ) -> Callable:
   """Makes the jitted step (TrainState, RankedBatch) -> (TrainState, metrics); with adapters, see `jit_step`."""
 
-  def loss_fn(params, base, batch):
-    score_BC = scores(model, adapters.join(model, base, params), batch)
+  def loss_fn(params, base, batch, key):
+    score_BC = scores(model, adapters.join(model, base, params, key), batch)
     return preference.ranked_preference_loss(
       score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties
     )
 
   def step(state: TrainState, *inputs):
     base, batch = adapters.base_and(model, inputs)
+    key = jax.random.fold_in(state.key, state.step)  # of an adapter's dropout
     with jax.named_scope("gradient"):
-      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, base, batch)
+      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        state.params, base, batch, key
+      )
     state = supervised.apply_gradients(state, tx, grads)
     return state, {
       "loss": loss,

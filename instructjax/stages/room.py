@@ -14,16 +14,13 @@ from typing import Any
 
 from instructjax.core.config import Config, NetworkConfig
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES
+from instructjax.core.stages import ROLES, STAGES, Stage
 from instructjax.stages import lineage
 
 _GIB = 2**30
 _FLOAT = 4  # bytes of a weight, and of each of the optimiser's two moments of it
 _TRAINED = 3 * _FLOAT  # weight, two moments
-_READ = {
-  "float32": 4,
-  "bfloat16": 2,
-}  # bytes of a weight of a frozen base, by the dtype that it runs in
+_READ = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes of a weight of a frozen base, at least
 _FROZEN = 2  # bytes of a weight that only scores, at least
 _LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -69,22 +66,12 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   data = config.data
   total = data.max_prompt_length + data.max_response_length
   rows_of = lambda rows: math.ceil(rows / split_rows)
-  weights = num_params(network, vocab)
-  state = f"weights and optimiser (config.{block}.num_layers={network.num_layers}, d_model={network.d_model})"
 
   def inputs(rows: float, length: int) -> float:
     """Bytes of the inputs of all layers."""
     per_token = network.num_layers * network.d_model * itemsize / mesh["tensor"]
     return max(1.0, rows) * length * per_token
 
-  is_adapted = lineage.is_adapted(config) and not row.is_base
-  if is_adapted:
-    base = weights * _READ[config.execution.dtype]
-    if row.is_rl and lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy"):
-      base += num_params(config.reward_model, vocab) * _READ[config.execution.dtype]
-    held = {
-      f"the frozen base (config.{block}.num_layers={network.num_layers})": base / split_weights
-    }
   if not row.is_rl:
     tokens = (cfg.batch_size, total if row.kind == "rm" else cfg.length)
     names = f"config.{row.block}.batch_size={cfg.batch_size}, {tokens[1]} tokens a row"
@@ -94,17 +81,10 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
       answers, tokens = 2, (cfg.batch_size, 2)
     elif row.kind == "rm":
       answers = cfg.max_responses
-    if not is_adapted:
-      held = {
-        state: weights * _TRAINED / split_weights,
-        "gradients": weights * _FLOAT / split_weights,
-      }
     return {
-      **held,
+      **_weights(config, row, split_weights),
       f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
     }
-  reward = config.reward_model
-  others = num_params(reward, vocab) * (_TRAINED + _FROZEN) + weights * _FROZEN
   decoding = rows_of(config.rollout.slots or cfg.batch_size)
   keys = (
     2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]
@@ -112,19 +92,38 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   minibatch = cfg.batch_size // cfg.num_minibatches
   scored = rows_of(minibatch) if not cfg.packed_rows else 1
   mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_chunks) if cfg.gamma else 0
-  if not is_adapted:
-    held = {
-      f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
-      "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
-    }
   return {
-    **held,
+    **_weights(config, row, split_weights),
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),
     f"a minibatch (config.{row.block}.batch_size={cfg.batch_size}, num_minibatches={cfg.num_minibatches})": max(
       inputs(scored, total), inputs(mixed, cfg.ptx_length)
     ),
+  }
+
+
+def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
+  """What `parts` says of weights, optimisers and gradients, which are split over so many devices."""
+  block, vocab = ROLES[row.require_role()].block, config.tokenizer.vocab_size
+  network: NetworkConfig = getattr(config, block)
+  size, reward = num_params(network, vocab), num_params(config.reward_model, vocab)
+  shape = f"config.{block}.num_layers={network.num_layers}, d_model={network.d_model}"
+  if lineage.is_adapted(config) and not row.is_base:
+    # What is trained is small, and so are its gradients.
+    is_apart = lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy")
+    number = "int8" if config.adapter.base == "int8" else config.execution.dtype
+    held = (size + reward * (row.is_rl and is_apart)) * _READ[number]
+    return {f"the frozen base ({shape})": held / split}
+  if not row.is_rl:
+    return {
+      f"weights and optimiser ({shape})": size * _TRAINED / split,
+      "gradients": size * _FLOAT / split,
+    }
+  held = size * (_TRAINED + _FROZEN) + reward * (_TRAINED + _FROZEN)
+  return {
+    f"weights and optimiser ({shape}), those of reward_model included": held / split,
+    "gradients": max(size, reward) * _FLOAT / split,
   }
 
 

@@ -117,7 +117,9 @@ def make_lm_train_step(
     dropout_key = jax.random.fold_in(state.key, state.step)
 
     def loss_fn(params):
-      params = adapters.join(model, base, params)
+      # Another key than that of the residual dropout, whose keys are folded by the layer's number.
+      key = jax.random.fold_in(dropout_key, 2**31)
+      params = adapters.join(model, base, params, key)
       sum_nll, sum_weight = lm_loss_sums(model, params, batch, dropout_rate, dropout_key)
       return sum_nll / jnp.maximum(sum_weight, 1.0)  # 0, not NaN, without any weighted token
 

@@ -127,6 +127,7 @@ _RULES = [
   ),
   (dict(model__position="rope", model__head_dim=7), "config.model.head_dim=7 must be even"),
   (dict(adapter__rank=-1), "config.adapter.rank=-1 must be >= 0"),
+  (dict(adapter__dropout=1.0), "config.adapter.dropout=1.0 must be in [0, 1)"),
   (dict(adapter__alpha=0.0), "config.adapter.alpha=0.0 must be positive"),
   (
     dict(adapter__targets=("q", "w")),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from instructjax import models
-from instructjax.core.config import AdapterConfig, MeshConfig, NetworkConfig
+from instructjax.core.config import MeshConfig, NetworkConfig
 from instructjax.core.structs import PackedBatch
 from instructjax.models import adapters, decoding, interop, transformer
 from instructjax.models.interop import peft_factors
@@ -37,7 +37,7 @@ def wave(name: str, shape) -> np.ndarray:
 
 def adapted(network: NetworkConfig, head="lm", layers="unroll", **changes):
   """A tiny adapted model, its base and an adapter, all random."""
-  cfg = AdapterConfig(**(dict(rank=2, alpha=3.0, targets=ALL, rate_factor=1.0) | changes))
+  cfg = tiny.adapter(**(dict(rank=2, alpha=3.0) | changes))
   model = tiny.make_model(network, VOCAB, head, layers=layers).clone(adapter=cfg)
   rng = np.random.default_rng(0)
   noise = lambda x: jnp.asarray(rng.normal(0.1, 0.25, x.shape), jnp.float32)
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_pefts(name, layers):
   case = RECORDED["models"][name]
   targets = ALL if "c_attn" in case["targets"] else tuple(MATRICES[t] for t in case["targets"])
   found = interop.hf_config.model_config(case["config"], name)
-  cfg = AdapterConfig(RECORDED["rank"], RECORDED["alpha"], targets, rate_factor=1.0)
+  cfg = tiny.adapter(rank=RECORDED["rank"], alpha=RECORDED["alpha"], targets=targets)
   model = tiny.make_model(found.cfg, found.vocab_size, layers=layers).clone(adapter=cfg)
   shapes = {t.name: t.shape for t in interop.tensor_table.tensors(model)}
   read = lambda tensor: wave(tensor, shapes[tensor])
@@ -197,3 +197,57 @@ def test_without_an_adapter_everything_passes(llama):
   assert adapters.trained_axes(model) == transformer.param_axes(model)
   with pytest.raises(ValueError, match="no adapter"):
     model.require_adapter()
+
+
+@pytest.mark.parametrize("family, layers", [("gpt2", "scan"), ("llama", "unroll")])
+def test_a_base_in_8_bits_is_near_the_base(request, family, layers):
+  cfg = request.getfixturevalue(family)
+  model, base, trained = adapted(cfg, layers=layers, base="int8")
+  rounded = adapters.freeze(model, base)
+  layer = rounded["layers"] if layers == "scan" else rounded["layers"][1]
+  whole = base["layers"] if layers == "scan" else base["layers"][1]
+  for name, weight, outputs in (
+    ("attention", "w_qkv_DGQK", 3), ("attention", "w_out_GRKD", 1), ("mlp", "w_down_FD", 1)
+  ):  # fmt: skip
+    found, wanted = layer[name][weight], whole[name][weight]
+    assert found.values.dtype == jnp.int8 and found.shape == wanted.shape
+    # A scale for each output of each layer; no number is off by more than half of it.
+    stack = cfg.num_layers if layers == "scan" else 1
+    assert found.scale.size == stack * np.prod(wanted.shape[-outputs:])
+    inputs = tuple(range(layers == "scan", wanted.ndim - outputs))
+    scale = np.expand_dims(found.scale, inputs)
+    assert np.all(np.abs(found.values * scale - wanted) <= 0.501 * scale)
+    assert np.all(np.abs(found.values).max(axis=inputs) == 127)
+  token_BL, inputs = tokens()
+  near = apply(model, adapters.join(model, rounded, trained), token_BL, **inputs)
+  exact = apply(model, adapters.join(model, base, trained), token_BL, **inputs)
+  difference = np.abs(near - exact).max()
+  assert 0 < difference < 0.1 * np.abs(exact).max()
+  # The layout on a mesh has the same tree.
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  (places,) = adapters.base_shardings(mesh, model)
+  assert jax.tree.structure(places) == jax.tree.structure(rounded)
+
+
+@pytest.mark.parametrize("layers", ["scan", "unroll"])
+def test_dropout_drops_what_the_factors_read(llama, layers):
+  model, base, trained = adapted(llama, layers=layers, dropout=0.5)
+  token_BL, inputs = tokens()
+  run = jax.jit(
+    lambda key: transformer.apply(
+      model, adapters.join(model, base, trained, key), token_BL, **inputs
+    )
+  )
+  drawn = [run(jax.random.key(seed)) for seed in (0, 0, 1)]
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert not np.allclose(drawn[0], drawn[2])
+  none = jax.tree.map(jnp.zeros_like, trained)
+  joined = adapters.join(model, base, none, jax.random.key(0))
+  plain = apply(
+    model, base, token_BL, **inputs
+  )  # only the adapter's input is dropped, not the base's
+  np.testing.assert_allclose(apply(model, joined, token_BL, **inputs), plain, rtol=1e-5, atol=1e-5)
+  unkeyed = apply(model, adapters.join(model, base, trained), token_BL, **inputs)
+  still = adapted(llama, layers=layers)[0]
+  expected = apply(still, adapters.join(still, base, trained), token_BL, **inputs)
+  np.testing.assert_array_equal(unkeyed, expected)

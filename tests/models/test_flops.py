@@ -2,7 +2,6 @@
 
 import pytest
 
-from instructjax.core.config import AdapterConfig
 from instructjax.models import flops
 from tests import tiny
 
@@ -29,6 +28,6 @@ def test_forward(tiny_config, head, changes, head_weights):
   assert flops.forward(model, tokens, length, 3) == products + 3 * 2 * head_weights
   # Forward, gradient of the inputs, gradient of the weights: a frozen base has no third.
   assert flops.training(model, tokens, length) == 3 * flops.forward(model, tokens, length)
-  adapter = AdapterConfig(rank=2, alpha=1.0, targets=("q",), rate_factor=1.0)
+  adapter = tiny.adapter(rank=2, alpha=1.0, targets=("q",))
   frozen = flops.training(model.clone(adapter=adapter), tokens, length)
   assert frozen == 2 * flops.forward(model, tokens, length)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from instructjax import models
-from instructjax.core.config import AdapterConfig, MeshConfig
+from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PackedBatch
 from instructjax.models import adapters
 from instructjax.parallel import sharding
@@ -20,6 +20,7 @@ from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import Experience, Frozen
 from instructjax.stages import ppo
+from tests import tiny
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
 
@@ -166,7 +167,7 @@ def test_adapters_learn_what_whole_weights_would_by_the_chain_rule(
   quick_jit, nets, ppo_config, random_params, is_apart
 ):
   """Policy and value network on one base, or each on its own."""
-  adapter = AdapterConfig(rank=2, alpha=3.0, targets=("q", "k", "v", "up"), rate_factor=1.0)
+  adapter = tiny.adapter(rank=2, alpha=3.0, targets=("q", "k", "v", "up"))
   adapted = dataclasses.replace(
     nets, policy=nets.policy.clone(adapter=adapter), scalar=nets.scalar.clone(adapter=adapter)
   )

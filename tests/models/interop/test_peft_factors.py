@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instructjax.core.config import AdapterConfig
 from instructjax.models import adapters
 from instructjax.models.interop import peft_factors
 from tests import tiny
@@ -16,7 +15,7 @@ ALL = ("q", "k", "v", "out", "gate", "up", "down")
 @pytest.mark.parametrize("layers", ["scan", "unroll"])
 @pytest.mark.parametrize("network", [tiny.GPT2, tiny.LLAMA])
 def test_what_is_written_is_read(network, layers):
-  cfg = AdapterConfig(rank=3, alpha=1.0, targets=ALL, rate_factor=1.0)
+  cfg = tiny.adapter(rank=3, alpha=1.0, targets=ALL)
   model = tiny.make_model(network, 11, layers=layers).clone(adapter=cfg)
   rng = np.random.default_rng(0)
   noise = lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32)
@@ -28,7 +27,7 @@ def test_what_is_written_is_read(network, layers):
 
 
 def test_names_and_shapes_are_pefts():
-  cfg = AdapterConfig(rank=3, alpha=1.0, targets=("k", "down"), rate_factor=1.0)
+  cfg = tiny.adapter(rank=3, alpha=1.0, targets=("k", "down"))
   model = tiny.make_model(tiny.LLAMA, 11).clone(adapter=cfg)
   found = {factor.name: factor.shape for factor in peft_factors.factors(model)}
   net = tiny.LLAMA

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from instructjax import models
-from instructjax.core.config import AdapterConfig
 from instructjax.core.errors import UserError
 from instructjax.models import adapters, interop
 from instructjax.models.interop import huggingface, peft_folder
@@ -26,7 +25,7 @@ def random(shapes):
 
 
 def adapted(network, head="lm", targets=ALL):
-  cfg = AdapterConfig(rank=2, alpha=3.0, targets=targets, rate_factor=1.0)
+  cfg = tiny.adapter(rank=2, alpha=3.0, targets=targets)
   return tiny.make_model(network, VOCAB, head).clone(adapter=cfg)
 
 
