@@ -10,6 +10,9 @@ A is random and B zero, so an adapter begins as nothing. Where a fused matrix st
 (q_proj, k_proj and v_proj; gate_proj and up_proj), each of them has its own factors, as in `peft`. GPT-2 has one matrix
 for q, k and v in its files too, and so one pair of factors.
 
+An adapter tree has its layers in one stack, even where the base's are a list: a list would make hundreds of small
+arrays of it, each with operations of its own in the optimiser.
+
 Called by the stages, train/, rl/ and serve/. The layers add the product, see `layers.product_with`.
 """
 
@@ -23,7 +26,7 @@ from jax.sharding import Mesh
 
 from instructjax.core.structs import Array, Params, tree_of
 from instructjax.models import layers, transformer
-from instructjax.parallel import sharding
+from instructjax.parallel import sharding, stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ def adapted(model: transformer.Model) -> tuple[Part, ...]:
 
 
 def _leaves(model: transformer.Model, make) -> Params:
-  """A tree like one layer of the adapter tree: make(part, (names and sizes of A's dimensions), (those of B))."""
+  """The layers of an adapter tree: make(name of a leaf, (name, size) of each of a layer's dimensions)."""
   one = model.clone(execution=dataclasses.replace(model.execution, layers="unroll"))
   (layer, *_), (axes, *_) = (
     tree["layers"] for tree in (transformer.param_shapes(one), transformer.param_axes(one))
@@ -100,21 +103,14 @@ def _leaves(model: transformer.Model, make) -> Params:
   return tree
 
 
-def _arranged(model: transformer.Model, layer: Params, stack) -> Params:
-  """The layers of a tree in which all are alike: `stack` adds the dimension of the layers to a leaf."""
-  if model.execution.layers == "scan":
-    return jax.tree.map(stack, layer, is_leaf=lambda node: isinstance(node, tuple))
-  return [layer] * model.network.num_layers
-
-
 def trained_shapes(model: transformer.Model) -> Params:
   """Shapes and dtypes of what a stage trains: the adapter tree with a scalar head, or all parameters."""
   shapes = transformer.param_shapes(model)
   if model.adapter is None:
     return shapes
-  shape_of = lambda name, dims: jax.ShapeDtypeStruct(tuple(d[1] for d in dims), jnp.float32)
-  add = lambda leaf: jax.ShapeDtypeStruct((model.network.num_layers, *leaf.shape), leaf.dtype)
-  return _with_head(model, _arranged(model, _leaves(model, shape_of), add), shapes)
+  stack = (model.network.num_layers,)
+  shape_of = lambda _, dims: jax.ShapeDtypeStruct((*stack, *(d[1] for d in dims)), jnp.float32)
+  return _with_head(model, _leaves(model, shape_of), shapes)
 
 
 def trained_axes(model: transformer.Model) -> Params:
@@ -122,8 +118,7 @@ def trained_axes(model: transformer.Model) -> Params:
   axes = transformer.param_axes(model)
   if model.adapter is None:
     return axes
-  layer = _leaves(model, lambda name, dims: tuple(d[0] for d in dims))
-  return _with_head(model, _arranged(model, layer, lambda names: ("layers", *names)), axes)
+  return _with_head(model, _leaves(model, lambda _, dims: ("layers", *(d[0] for d in dims))), axes)
 
 
 def _with_head(model: transformer.Model, of_layers: Params, params: Params) -> Params:
@@ -157,8 +152,7 @@ def init(model: transformer.Model, key: Array) -> Params:
     return jax.random.uniform(drawn[-1], shape, jnp.float32, -bound, bound)
 
   drawn: list = []
-  stack = _leaves(model, draw)
-  of_layers = transformer.arrange(model, {"layers": stack})["layers"]
+  of_layers = _leaves(model, draw)
   # Only the head of the fresh parameters is used: under jit, XLA drops the rest.
   fresh = transformer.init_params(model, key) if model.head == "scalar" else {}
   return _with_head(model, of_layers, fresh)
@@ -231,12 +225,11 @@ def join(
   of_layers, keys_N = base["layers"], None
   if key is not None and model.adapter.dropout:
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(model.network.num_layers))
+  pairs = jax.vmap(functools.partial(_pairs, model))(trained["layers"], keys_N)
   if isinstance(of_layers, list):
-    keys = [None] * len(of_layers) if keys_N is None else keys_N
-    pairs = [_pairs(model, *both) for both in zip(trained["layers"], keys, strict=True)]
+    pairs = stacking.unstacked(pairs)
     joined = [_beside(layer, pair) for layer, pair in zip(of_layers, pairs, strict=True)]
   else:
-    pairs = jax.vmap(functools.partial(_pairs, model))(trained["layers"], keys_N)
     joined = _beside(of_layers, pairs)
   return base | {"layers": joined} | ({"head": trained["head"]} if "head" in trained else {})
 

@@ -16,7 +16,6 @@ from instructjax.core.structs import Params
 from instructjax.models import adapters
 from instructjax.models.interop import tensor_table
 from instructjax.models.transformer import Model
-from instructjax.parallel import stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _part_of(model: Model, tensor: tensor_table.Tensor) -> adapters.Part | None:
 
 
 def to_params(model: Model, read: Callable[[Factor], np.ndarray]) -> Params:
-  """The layers of an adapter tree, arranged as the model's, from its tensors; float32 on the host.
+  """The layers of an adapter tree from its tensors; float32 on the host.
 
   Args:
     model: with the adapter.
@@ -116,19 +115,16 @@ def to_params(model: Model, read: Callable[[Factor], np.ndarray]) -> Params:
     block, part, leaf = factor.path
     layers = stacks.setdefault(block, {}).setdefault(part, {}).setdefault(leaf, [])
     layers.append(factor.to_ours(np.asarray(read(factor), np.float32)))
-  of_layers = jax.tree.map(np.stack, stacks, is_leaf=lambda node: isinstance(node, list))
-  if model.execution.layers == "scan":
-    return of_layers
-  pick = lambda index: jax.tree.map(lambda stack: stack[index], of_layers)
-  return [pick(index) for index in range(model.network.num_layers)]
+  return jax.tree.map(np.stack, stacks, is_leaf=lambda node: isinstance(node, list))
 
 
 def from_params(model: Model, trained: Params) -> list[tuple[Factor, np.ndarray]]:
   """The tensors of an adapter tree in peft's layout, float32 on the host."""
-  stack = stacking.stacked(trained["layers"])
 
   def one(factor: Factor) -> np.ndarray:
     block, part, leaf = factor.path
-    return factor.to_theirs(np.asarray(stack[block][part][leaf][factor.layer], np.float32))
+    return factor.to_theirs(
+      np.asarray(trained["layers"][block][part][leaf][factor.layer], np.float32)
+    )
 
   return [(factor, one(factor)) for factor in factors(model)]
