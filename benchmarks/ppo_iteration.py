@@ -8,8 +8,8 @@ four networks then share one base. The peer is TRL 1.12's PPO, the last that
 TRL had, or that of tunix 0.1.7. Variants and peer are processes that run in turn on two cores, so that a busy machine
 slows all of them alike; all are in memory at once. The four networks have random weights.
 
-Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory, tokens sampled and decoded, the
-load by other processes during each run, and the bound. The bound is the time for every matrix product that the
+Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory (iteration_rss_gb: without
+compiling, which a warm cache saves), tokens sampled and decoded, the load by other processes during each run, and the bound. The bound is the time for every matrix product that the
 algorithm needs, each once and for real tokens only, at the rate of a 2048 x 2048 product, plus the time for the bytes
 that Adam must read and write, at the rate of a large matrix-vector product. Both rates are measured first. With a peer,
 a last line has our medians over the peer's.
@@ -196,9 +196,13 @@ def serve(load: Workload, changes: dict):
     return {
       "response_tokens": round(response),
       "decoded_tokens": round(response / (1 - float(metrics["slot_waste"]))),
+      "peak_rss_gb": max(compiling, worker.peak_rss_gb()),
+      "iteration_rss_gb": worker.peak_rss_gb(),
     }
 
   metrics, _ = once()
+  compiling = worker.peak_rss_gb()
+  worker.forget_peak()
   first = {name: float(metrics[name]) for name in ("policy_loss", "value_loss", "kl")}
   config = make_config(load, changes)
   counts = parameter_counts(load, config)
