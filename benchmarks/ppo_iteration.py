@@ -4,15 +4,15 @@
   benchmarks/peers/setup.sh trl && python -m benchmarks.ppo_iteration --workload=W2 --peer=trl
 
 Each --set is a variant of ours (fields of the config, separated by commas); adapter.rank=16 trains adapters, and all
-four networks then share one base. The peer is TRL 1.12's PPO, the last that
-TRL had, or that of tunix 0.1.7. Variants and peer are processes that run in turn on two cores, so that a busy machine
-slows all of them alike; all are in memory at once. The four networks have random weights.
+four networks then share one base. The peer is TRL 1.12's PPO, the last that TRL had, or that of tunix 0.1.7. Variants
+and peer are processes that run in turn on two cores, so that a busy machine slows all of them alike; all are in memory
+at once. The four networks have random weights.
 
 Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory (iteration_rss_gb: without
-compiling, which a warm cache saves), tokens sampled and decoded, the load by other processes during each run, and the bound. The bound is the time for every matrix product that the
-algorithm needs, each once and for real tokens only, at the rate of a 2048 x 2048 product, plus the time for the bytes
-that Adam must read and write, at the rate of a large matrix-vector product. Both rates are measured first. With a peer,
-a last line has our medians over the peer's.
+compiling, which a warm cache saves), tokens sampled and decoded, the load by other processes during each run, and the
+bound. The bound is the time for every matrix product that the algorithm needs, each once and for real tokens only, at
+the rate of a 2048 x 2048 product, plus the time for the bytes that Adam must read and write, at the rate of a large
+matrix-vector product. Both rates are measured first. With a peer, a last line has our medians over the peer's.
 
   W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
   W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
