@@ -28,6 +28,9 @@ from instructjax.core.structs import Array, Params, tree_of
 from instructjax.models import layers, transformer
 from instructjax.parallel import sharding, stacking
 
+_FIRST_KEY = 2**20  # more than a network has layers
+_fold_B = jax.vmap(jax.random.fold_in, (0, None))
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -206,8 +209,18 @@ def base_and(model: transformer.Model, inputs: tuple) -> tuple:
   return (None, *inputs) if model.adapter is None else inputs
 
 
+def drops(model: transformer.Model) -> bool:
+  """Whether the model's adapter has dropout."""
+  return model.adapter is not None and model.adapter.dropout > 0
+
+
+def dropout_keys(model: transformer.Model, key: Array, num_rows: int) -> Array | None:
+  """A key for each row, for `join`; None without dropout."""
+  return jax.random.split(key, num_rows) if drops(model) else None
+
+
 def join(
-  model: transformer.Model, base: Params | None, trained: Params, key: Array | None = None
+  model: transformer.Model, base: Params | None, trained: Params, key_B: Array | None = None
 ) -> Params:
   """Parameters for a forward pass: the base with the adapters' factors beside its weights. Traceable.
 
@@ -218,14 +231,16 @@ def join(
     model: whose `adapter` says what `trained` is.
     base: parameters of a network of this shape, with any head, from `frozen`. A scalar head comes from `trained`.
     trained: from `init`, or what training made of it.
-    key: typed key of the adapter's dropout; None for none.
+    key_B: a typed key for each row, of the adapter's dropout; None for none.
   """
   if model.adapter is None or base is None:
     return trained
-  of_layers, keys_N = base["layers"], None
-  if key is not None and model.adapter.dropout:
-    keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(model.network.num_layers))
-  pairs = jax.vmap(functools.partial(_pairs, model))(trained["layers"], keys_N)
+  of_layers, key_NB = base["layers"], None
+  if key_B is not None and model.adapter.dropout:
+    # Others than those of the residual dropout, which are folded by the layer's number.
+    numbers_N = _FIRST_KEY + jnp.arange(model.network.num_layers)
+    key_NB = jax.vmap(_fold_B, (None, 0))(key_B, numbers_N)
+  pairs = jax.vmap(functools.partial(_pairs, model))(trained["layers"], key_NB)
   if isinstance(of_layers, list):
     pairs = stacking.unstacked(pairs)
     joined = [_beside(layer, pair) for layer, pair in zip(of_layers, pairs, strict=True)]
@@ -248,7 +263,7 @@ def _beside(layer: Params, pairs: Params) -> Params:
   return {name: {**part, **pairs.get(name, {})} for name, part in layer.items()}
 
 
-def _pairs(model: transformer.Model, adapter: Params, key: Array | None) -> Params:
+def _pairs(model: transformer.Model, adapter: Params, key_B: Array | None) -> Params:
   """The low-rank products of one layer, by block and weight: parts of a fused weight are joined to one pair.
 
   The As of q, k and v stand side by side. Their Bs are the blocks of a matrix that is zero elsewhere, so that each part
@@ -257,7 +272,7 @@ def _pairs(model: transformer.Model, adapter: Params, key: Array | None) -> Para
   Args:
     model: with the adapter.
     adapter: the layer's factors.
-    key: of the layer's dropout, or None. Parts of one weight drop the same elements.
+    key_B: of the layer's dropout, or None. Parts of one weight drop the same elements.
   """
   result, cfg = {}, model.require_adapter()
   network = model.network
@@ -279,7 +294,7 @@ def _pairs(model: transformer.Model, adapter: Params, key: Array | None) -> Para
     joined = layers.LowRank(
       jnp.concatenate(a, axis=-1),
       jnp.concatenate(b, axis=0),
-      None if key is None else jax.random.fold_in(key, index),
+      None if key_B is None else _fold_B(key_B, index),
       cfg.dropout,
     )
     result.setdefault(block, {})[layers.low_rank_name(weight)] = joined

@@ -34,7 +34,7 @@ MASKED_SCORE = -1e30
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=("w_a", "w_b", "key"),
+  data_fields=("w_a", "w_b", "key_B"),
   meta_fields=("dropout_rate",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class LowRank:
   Attributes:
     w_a: the weight's input dimensions, and the rank E.
     w_b: the rank E, and the weight's output dimensions.
-    key: typed key of the dropout before A; None for none.
+    key_B: a typed key for each row, of the dropout before A; None for none.
     dropout_rate: static.
   """
 
   w_a: Array
   w_b: Array
-  key: Array | None = None
+  key_B: Array | None = None
   dropout_rate: float = 0.0
 
 
@@ -177,7 +177,7 @@ def add_low_rank(y, x_BTD, weights: dict, name: str, place=lambda y: y):
   pair = weights.get(low_rank_name(name))
   if pair is None:
     return y
-  x_BTD = dropout(x_BTD, pair.key, pair.dropout_rate)
+  x_BTD = dropout(x_BTD, pair.key_B, pair.dropout_rate)
   # Narrow, and needed whole by every device that holds a part of B's columns.
   z_BTE = product(x_BTD, pair.w_a.reshape(-1, pair.w_a.shape[-1]))
   if z_BTE.shape[1] > 1:  # a single column belongs to a decode step, which has a layout of its own
@@ -357,22 +357,22 @@ def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
   return _add_bias(y_BTD, weights.get("b_down_D"))
 
 
-def dropout(x_BTD, key, rate: float):
+def dropout(x_BTD, key_B, rate: float):
   """Inverted dropout: sets elements to 0 with probability `rate`, and scales the others to keep the expectation.
 
   The rate is rounded to a multiple of 2 ** -16. The scale uses the rounded rate, so the expectation is exact.
 
   Args:
     x_BTD: any float dtype.
-    key: typed key; None switches dropout off.
+    key_B: a typed key for each row; None switches dropout off.
     rate: static, in [0, 1).
   """
-  if key is None:
+  if key_B is None:
     return x_BTD
   # 16 random bits decide on an element, so one 32-bit word serves two: half of the random bits to generate.
   kept = round((1.0 - rate) * 2**16)
-  shape = (*x_BTD.shape[:2], (x_BTD.shape[2] + 1) // 2)
-  word_BTE = jax.random.bits(key, shape)
+  shape = (x_BTD.shape[1], (x_BTD.shape[2] + 1) // 2)
+  word_BTE = jax.vmap(lambda key: jax.random.bits(key, shape))(key_B)
   keep_BTD = jnp.concatenate([word_BTE & 0xFFFF < kept, word_BTE >> 16 < kept], axis=2)
   scale_BTD = jnp.where(keep_BTD[:, :, : x_BTD.shape[2]], 2**16 / kept, 0.0)
   return x_BTD * scale_BTD.astype(x_BTD.dtype)
@@ -406,7 +406,7 @@ def cast(weights: dict, dtype) -> dict:
   return jax.tree_util.tree_map_with_path(one, weights)
 
 
-def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key):
+def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key_B):
   """One pre-norm decoder layer.
 
   Args:
@@ -417,22 +417,22 @@ def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: f
     mix: attention, (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept). It belongs to the caller, which may have keys and
       values in a cache. `kept` (the cache, or None) is passed through.
     dropout_rate: for both residual branches.
-    key: typed key of this layer's dropout; None for no dropout.
+    key_B: each row's typed key of this layer's dropout; None for no dropout.
   Returns:
     (h_BTD, kept)
   Raises:
     ValueError: see `cast`.
   """
   weights = cast(weights, h_BTD.dtype)
-  keys = (None, None) if key is None else jax.random.split(key)
+  key_2B = (None, None) if key_B is None else jax.vmap(jax.random.split, out_axes=1)(key_B)
   # On a mesh, columns are split over `tensor` between products, and gathered for a product (see constraints.py).
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
   q_BTGRK, k_BTGK, v_BTGK = checkpoint_name(project_qkv(x_BTD, weights["attention"], angles), SAVED)
   mixed_BTGRK, kept = mix(q_BTGRK, k_BTGK, v_BTGK)
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
-  h_BTD = h_BTD + dropout(y_BTD, keys[0], dropout_rate)
+  h_BTD = h_BTD + dropout(y_BTD, key_2B[0], dropout_rate)
   # Kept in place of the product y_BTD: the backward pass of the mlp starts from this sum.
   h_BTD = checkpoint_name(h_BTD, SAVED)
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
   y_BTD = mlp(x_BTD, weights["mlp"], cfg)
-  return h_BTD + dropout(y_BTD, keys[1], dropout_rate), kept
+  return h_BTD + dropout(y_BTD, key_2B[1], dropout_rate), kept

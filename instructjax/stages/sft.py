@@ -1,7 +1,6 @@
 """Supervised fine-tuning on demonstrations: the SFT baseline (C.1) and, with a pretraining mix, PPO's start (C.3)."""
 
-import functools
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from instructjax.core import results
 from instructjax.core.config import SFTConfig
 from instructjax.core.stages import STAGES
 from instructjax.data import batching
-from instructjax.models import adapters, flops
+from instructjax.models import adapters, flops, transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
@@ -58,8 +57,10 @@ def _join_rows(batch: dict) -> Any:
   return jax.tree.map(lambda *rows: np.concatenate(rows), *batch.values())
 
 
-def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
+def _validation_loss(ctx: Context, cfg: SFTConfig, model: transformer.Model):
   """Makes the evaluation (state, step) -> losses on held-out demonstrations and on held-out pretraining text."""
+  evaluate = supervised.make_lm_evaluation(model, ctx.mesh, cfg.microbatches)
+  evaluate_text = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
   batches = batching.packed_batches(
     ctx.data.demonstration_rows("validation", cfg.length),
     batch_size=cfg.batch_size,
@@ -71,7 +72,7 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
   text = validation_rows(ctx, cfg.length)
   return lambda state, step: {
     "loss": evaluate(state.params, demonstrations),
-    "pretrain_loss": evaluate(state.params, text),
+    "pretrain_loss": evaluate_text(state.params, text),
   }
 
 
@@ -110,17 +111,27 @@ def run(ctx: Context, stage: str):
   base, params = policies.start(ctx, ctx.key(stage))
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, ctx.key(stage))
   tell_adapter(ctx, stage, "policy", optim)
-  loss = supervised.make_lm_evaluation(model, ctx.mesh)
-  joined = functools.partial(adapters.joined, model, base)
+  losses = _validation_loss(ctx, cfg, model)
+
+  def evaluate(state, step: int) -> dict[str, float]:
+    params = adapters.joined(model, base, state.params)
+    return losses(dataclasses.replace(state, params=params), step)
+
   loop.fit(
     step_run,
     state,
-    supervised.make_lm_train_step(model, tx, dropout_rate=cfg.dropout, state_shardings=shardings),
+    supervised.make_lm_train_step(
+      model,
+      tx,
+      dropout_rate=cfg.dropout,
+      state_shardings=shardings,
+      microbatches=cfg.microbatches,
+    ),
     batches,
     num_steps=num_steps,
     constants=base,
     place=lambda batch: sharding.place_batch(ctx.mesh, _join_rows(batch)),
-    evaluate=_validation_loss(ctx, cfg, lambda params, rows: loss(joined(params), rows)),
+    evaluate=evaluate,
     evaluate_steps=epoch_ends,
     keep_steps=epoch_ends,
     flops=lambda metrics: flops.training(model, metrics["tokens"], cfg.length),

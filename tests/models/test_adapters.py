@@ -229,11 +229,11 @@ def test_dropout_drops_what_the_factors_read(llama, layers):
       model, adapters.join(model, base, trained, key), token_BL, **inputs
     )
   )
-  drawn = [run(jax.random.key(seed)) for seed in (0, 0, 1)]
+  drawn = [run(jax.random.split(jax.random.key(seed), 2)) for seed in (0, 0, 1)]
   np.testing.assert_array_equal(drawn[0], drawn[1])
   assert not np.allclose(drawn[0], drawn[2])
   none = jax.tree.map(jnp.zeros_like, trained)
-  joined = adapters.join(model, base, none, jax.random.key(0))
+  joined = adapters.join(model, base, none, jax.random.split(jax.random.key(0), 2))
   plain = apply(
     model, base, token_BL, **inputs
   )  # only the adapter's input is dropped, not the base's

@@ -91,7 +91,7 @@ def open_adapter(path: pathlib.Path, base: Source) -> Source:
       )
   if not factors:
     raise UserError(f"{file} has no LoRA factors")
-  flips = base.config.get("model_type") == "gpt2"
+  flips = Keys(base.config, str(base.path)).text("model_type", "") == "gpt2"
   for tensor, pair in factors.items():
     _require_pair(keys, file, base, tensor, {x: found[name] for x, name in pair.items()}, flips)
   places = {name: (file, shape) for name, shape in found.items()}
@@ -171,7 +171,7 @@ def _require_pair(
 
 def _classifier(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
   """The base's config as that of a classifier with one label."""
-  classes = config.get("architectures")
+  classes = Keys(config, keys.where).value("architectures")
   named_class = classes[0] if isinstance(classes, list) and classes else "LlamaForCausalLM"
   if not isinstance(named_class, str):
     raise UserError(f"{keys.where}: the base's architectures={shown(classes)} must be names")
