@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.core import rewards
 from instructjax.core.config import Config, PretrainConfig, SFTConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES, Stage
@@ -259,6 +260,8 @@ def _rm(config: Config, mesh: Mesh) -> Program:
 def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   """The step of an RL stage, which is a whole iteration: rollout, scoring and updates."""
   cfg, data = lineage.variant(config, stage), config.data
+  # Rewards of the host take no memory of the devices, and split the program in parts that need no more than the whole.
+  cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
   _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:
     raise UserError(
@@ -273,9 +276,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
     params, value_params, nets, cfg, key
   )
   state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
-  # Adapters are small and stay float32; their base is one for all four networks if they have one shape and one start.
-  is_apart = lineage.base_stage(config, "policy") != lineage.base_stage(config, "reward")
-  has_scalar_base = lineage.is_adapted(config) and is_apart
+  # Adapters are small and stay float32.
   freeze = lambda model, shapes: (
     shapes
     if model.adapter
@@ -284,8 +285,9 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
     _placed(freeze(nets.scalar, scalar), shardings.value_params),
+    _ensemble(cfg.ensemble, mesh, nets.scalar),
     *_base(mesh, nets.policy),
-    *(_base(mesh, nets.scalar) if has_scalar_base else ()),
+    *(() if nets.shares_base else _base(mesh, nets.scalar)),
   )
   prompt = data.max_prompt_length
   columns = {
@@ -306,7 +308,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
     _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_microbatches")
     batch["pretrain"] = _packed(mesh, rows, cfg.ptx_length)
   return Program(
-    step=ppo_step.make_train_step(nets, cfg, shardings, has_scalar_base),
+    step=ppo_step.make_train_step(nets, cfg, shardings),
     arguments=(state, frozen, batch),
     owners={
       **({"base": (frozen.base, frozen.scalar_base)} if frozen.base else {}),
@@ -314,7 +316,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       "policy optimiser": state.opt_state,
       "policy EMA": state.ema_params,
       "reference": frozen.ref_params,
-      "reward": frozen.reward_params,
+      "reward": (frozen.reward_params, frozen.ensemble_params),
       "value": state.value_params,
       "value optimiser": state.value_opt_state,
       "batch": (batch, state.step, state.kl_coef, state.key),
@@ -326,6 +328,16 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
     model_flops=None,
     decode_layout=nets.policy.execution.decode_layout,
   )
+
+
+def _ensemble(members: tuple[str, ...], mesh: Mesh, model):
+  """The shapes of further reward models, whole and stacked; None if there are none."""
+  if not members:
+    return None
+  stack = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
+  places, shapes = transformer.param_shardings(mesh, model)
+  shapes = jax.eval_shape(functools.partial(transformer.frozen_weights, model), shapes)
+  return _placed(jax.tree.map(stack, shapes), sharding.stacked(places))
 
 
 def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:

@@ -166,7 +166,9 @@ def _same(value: Any, spelled: str) -> bool:
 
 def _words(shape: Mapping[str, Any]) -> str:
   network, num_params = shape["network"], shape["num_params"]
-  unit, name = (1e9, "B") if num_params >= 1e9 else (1e6, "M")
+  unit, name = next(
+    (one for one in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if num_params >= one[0]), (1, "")
+  )
   return (
     f"{num_params / unit:.3g}{name} parameters, {network['num_layers']} layers of width {network['d_model']},"
     f" context {network['max_length']}"

@@ -115,13 +115,15 @@ def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
     is_apart = lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy")
     number = "int8" if config.adapter.base == "int8" else config.execution.dtype
     held = (size + reward * (row.is_rl and is_apart)) * _READ[number]
+    held += reward * len(config.ppo.ensemble) * _FROZEN * row.is_rl  # whole networks
     return {f"the frozen base ({shape})": held / split}
   if not row.is_rl:
     return {
       f"weights and optimiser ({shape})": size * _TRAINED / split,
       "gradients": size * _FLOAT / split,
     }
-  held = size * (_TRAINED + _FROZEN) + reward * (_TRAINED + _FROZEN)
+  frozen = (1 + len(config.ppo.ensemble)) * _FROZEN
+  held = size * (_TRAINED + _FROZEN) + reward * (_TRAINED + frozen)
   return {
     f"weights and optimiser ({shape}), those of reward_model included": held / split,
     "gradients": max(size, reward) * _FLOAT / split,
