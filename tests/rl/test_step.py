@@ -298,7 +298,7 @@ def test_in_the_warm_up_only_the_value_network_learns(nets, ppo_config, step):
   state = ppo_step.create_state(params, value_params, nets, cfg, jax.random.key(0))
   state = dataclasses.replace(state, step=jnp.int32(step))
   fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
-  after, metrics = ppo_step._minibatch_update(nets, cfg, fake, state, batch, None)
+  after, metrics = ppo_step._minibatch_update(nets, cfg, fake, ALL_TRAINED, state, batch, None)
   same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
   stays = step < 3
   assert same(after.params, state.params) == stays

@@ -205,7 +205,7 @@ def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
   )
   lengths = []
   with mock.patch.object(ppo, "make_optimizer", lambda optim, updates: lengths.append(updates)):
-    ppo._optimizers(cfg)
+    ppo._optimizers(tiny.CONFIG, cfg)
   assert lengths == [12, 20]
 
 
