@@ -252,7 +252,7 @@ WRITTEN = [
   ("stages/contents", "the source in place of the run's own rankings", 'if kind == "comparisons" and lineage.collects(self._config):', 'if kind == "comparisons" and not lineage.collects(self._config):'),
   ("stages/room", "weights split over the data axis", 'split_weights = mesh["fsdp"] * mesh["tensor"]', 'split_weights = mesh["data"] * mesh["tensor"]'),
   ("stages/room", "rows whole on each device", 'split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]', 'split_rows = mesh["slice"]'),
-  ("stages/room", "reference and reward model take nothing", "size * (_TRAINED + _FROZEN) + reward * (_TRAINED + _FROZEN)", "size * _TRAINED + reward * _TRAINED"),
+  ("stages/room", "reference and reward model take nothing", "size * (_TRAINED + _FROZEN) + reward * (_TRAINED + frozen)", "size * _TRAINED + reward * _TRAINED"),
   ("stages/room", "answers being sampled take nothing", "decoding * (total * keys + vocab * _FLOAT)", "0 * decoding * (total * keys + vocab * _FLOAT)"),
   ("stages/room", "a container's limit does not count", "min(total, int(limit.read_text()))", "max(total, int(limit.read_text()))"),
   ("stages/room", "a host's devices have its memory each", "needed = share * peak(needs)", "needed = peak(needs)"),
