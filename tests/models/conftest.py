@@ -17,12 +17,13 @@ SWITCHES = {
   "gpt3": dataclasses.replace(tiny.GPT2, attention_window=3),
   "llama": tiny.LLAMA,
   "qwen2": dataclasses.replace(tiny.LLAMA, qkv_bias=True, tie_embeddings=True),
+  **tiny.FAMILIES,
 }
 
 
 @pytest.fixture(params=SWITCHES)
 def cfg(request) -> NetworkConfig:
-  """One of the four families."""
+  """One of the families."""
   return SWITCHES[request.param]
 
 

@@ -1,6 +1,7 @@
 """The forward pass: against plain NumPy, by gradient, and with pads that must not matter."""
 
 import functools
+import math
 import re
 
 import jax
@@ -32,15 +33,17 @@ def reference(cfg, params, tokens, positions):
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def norm(x, weights):
-    if cfg.norm == "rmsnorm":
-      return x / np.sqrt(np.mean(x * x) + cfg.norm_eps) * weights["scale_D"]
+    if cfg.norm != "layernorm":
+      scale = next(iter(weights.values())) + (1 if cfg.norm == "rmsnorm_1p" else 0)
+      return x / np.sqrt(np.mean(x * x) + cfg.norm_eps) * scale
     return (x - x.mean()) / np.sqrt(x.var() + cfg.norm_eps) * weights["scale_D"] + weights["bias_D"]
 
-  def rotate(x, position):
-    half = cfg.head_dim // 2
+  def rotate(x, position, kind):
+    half = (cfg.rotary_dim or cfg.head_dim) // 2
+    base = cfg.rope_local_base if kind == "L" and cfg.rope_local_base else cfg.rope_base
     out = x.copy()
     for i in range(half):
-      angle = position * cfg.rope_base ** (-i / half)
+      angle = position * base ** (-i / half)
       out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
       out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
     return out
@@ -54,34 +57,48 @@ def reference(cfg, params, tokens, positions):
         x @ weights["w_qkv_DGQK"][:, group, i]
         + (weights["b_qkv_GQK"][group, i] if "b_qkv_GQK" in weights else 0)
       )
-      turn = rotate if cfg.position == "rope" else lambda x, _: x
+      kind = cfg.layer_pattern[index % len(cfg.layer_pattern)]
+
+      def turn(x, name, position, kind=kind):
+        x = norm(x, weights[name]) if cfg.qk_norm else x
+        return rotate(x, position, kind) if cfg.position == "rope" and kind != "N" else x
+
       for t, x in enumerate(x_T):
-        query = turn(project(x, which), positions[t])
-        banded = cfg.attention_window and index % 2
+        query = turn(project(x, which), "q_norm", positions[t])
+        banded = cfg.attention_window and kind == "L"
         seen = range(max(0, t - cfg.attention_window + 1) if banded else 0, t + 1)
-        score = [query @ turn(project(x_T[s], queries), positions[s]) for s in seen]
-        prob = np.exp(np.array(score) / np.sqrt(cfg.head_dim))
+        score = [query @ turn(project(x_T[s], queries), "k_norm", positions[s]) for s in seen]
+        prob = np.exp(np.array(score) / np.sqrt(cfg.query_pre_attn_scalar or cfg.head_dim))
         value = sum(p * project(x_T[s], queries + 1) for p, s in zip(prob / prob.sum(), seen))
         out_T[t] += value @ weights["w_out_GRKD"][group, which]
     return [x + weights.get("b_out_D", 0) for x in out_T]
 
   def mlp(x, weights):
-    if cfg.mlp == "swiglu":
+    if cfg.mlp in ("swiglu", "geglu"):
       gate, up = x @ weights["w_gate_up_D2F"][:, 0], x @ weights["w_gate_up_D2F"][:, 1]
-      return (gate / (1 + np.exp(-gate)) * up) @ weights["w_down_FD"]
+      gate = gate / (1 + np.exp(-gate)) if cfg.mlp == "swiglu" else gelu(gate)
+      return (gate * up) @ weights["w_down_FD"]
     x = x @ weights["w_up_DF"] + weights["b_up_F"]
-    x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    exact = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    x = gelu(x) if cfg.mlp == "gelu" else exact(x)
     return x @ weights["w_down_FD"] + weights["b_down_D"]
+
+  gelu = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+  after = lambda y, layer, name: norm(y, layer[name]) if cfg.sandwich_norm else y
 
   embedding = params["embedding"]
   h_T = [embedding["token_VD"][token] for token in tokens]
+  if cfg.scale_embeddings:
+    h_T = [h * np.sqrt(cfg.d_model) for h in h_T]
   if cfg.position == "learned":
     h_T = [h + embedding["position_TD"][p] for h, p in zip(h_T, positions)]
   for index in range(cfg.num_layers):
     layer = params["layers"][index]
     mixed_T = attention([norm(h, layer["attention_norm"]) for h in h_T], layer["attention"], index)
-    h_T = [h + mixed for h, mixed in zip(h_T, mixed_T)]
-    h_T = [h + mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]
+    added_T = [h + after(x, layer, "attention_out_norm") for h, x in zip(h_T, mixed_T)]
+    h_T = h_T if cfg.parallel_residual else added_T
+    y_T = [mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]
+    h_T = [h + after(y, layer, "mlp_out_norm") for h, y in zip(added_T, y_T)]
   table = embedding["token_VD"] if cfg.tie_embeddings else params["head"]["w_VD"]
   return np.array([table @ norm(h, params["final_norm"]) for h in h_T])
 
@@ -295,11 +312,13 @@ def test_what_a_layer_computes_again_for_its_gradient(cfg, make, how):
     model, params = make(cfg, num_layers=2, layers=how, remat=remat)
     return count_in_gradient("dot_general", model, params)
 
-  # A turn of the scan holds two layers where dense and banded ones alternate.
-  bodies = 1 if how == "scan" and not cfg.attention_window else 2
-  # The scores, no product with weights; or also qkv, the values' mean, its projection, the mlp's first.
+  # A turn of the scan holds two layers where two kinds of them alternate.
+  bodies = 1 if how == "scan" and len(layers.layer_kinds(cfg)) == 1 else 2
+  # The scores, no product with weights; or also qkv, the values' mean, its projection, the mlp's first. Parallel
+  # branches do not start from attention's projection; a norm after the mlp starts from its last product.
   assert products("products") == products("none") + bodies
-  assert products("full") == products("none") + 5 * bodies
+  again = 5 - cfg.parallel_residual + cfg.sandwich_norm
+  assert products("full") == products("none") + again * bodies
 
 
 def test_weights_and_gradients_of_unrolled_layers_are_never_stacked(gpt2, make):
