@@ -83,6 +83,11 @@ class NetworkConfig:
   # standard deviation of the initial weights; projections into the residual stream start with a smaller one
   init_std: float
 
+  @property
+  def is_gated(self) -> bool:
+    """Whether the MLP has three matrices, one of them a gate."""
+    return self.mlp in ("swiglu", "geglu")
+
   def validate(self, where: str):
     sizes = (
       "num_layers",
@@ -102,7 +107,8 @@ class NetworkConfig:
       f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
     )
     for name in ("attention_window", "rope_local_base", "query_pre_attn_scalar"):
-      require(getattr(self, name) >= 0, f"{where}.{name}={getattr(self, name)} must be >= 0")
+      value = getattr(self, name)
+      require(value >= 0, f"{where}.{name}={value} must be >= 0")
     require(
       re.fullmatch("[GLN]+", self.layer_pattern) is not None,
       f"{where}.layer_pattern={self.layer_pattern!r} must be letters G, L or N",

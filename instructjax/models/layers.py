@@ -311,13 +311,13 @@ def _gated(x_BT2F, activation):
   return activation(x_BT2F[:, :, 0]) * x_BT2F[:, :, 1]
 
 
-# The activation of each MLP whose hidden units are gated, by NetworkConfig.mlp.
-GATES = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
+# The activation of the gates, by NetworkConfig.mlp.
+_GATES = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
   """The feed-forward part: GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama), and their like."""
-  if cfg.mlp not in GATES:
+  if not cfg.is_gated:
     y_BTF = product(x_BTD, weights["w_up_DF"])
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
@@ -329,7 +329,7 @@ def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
     y_BT2F = constraints.split_products(y_BT2F, tensor_dim=3)
-    y_BTF = _gated(checkpoint_name(y_BT2F, SAVED), GATES[cfg.mlp])
+    y_BTF = _gated(checkpoint_name(y_BT2F, SAVED), _GATES[cfg.mlp])
   y_BTD = product(y_BTF, weights["w_down_FD"])
   return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_down_D"))
 

@@ -84,9 +84,8 @@ class Transformer(nn.Module):
     if cfg.sandwich_norm:
       norm("layers/attention_out_norm", layer)
       norm("layers/mlp_out_norm", layer)
-    is_gated = cfg.mlp in layers.GATES
-    gates = (("gate_up", 2),) if is_gated else ()
-    up, up_dims = ("gate_up", "2F") if is_gated else ("up", "F")
+    gates = (("gate_up", 2),) if cfg.is_gated else ()
+    up, up_dims = ("gate_up", "2F") if cfg.is_gated else ("up", "F")
     param(f"layers/mlp/w_{up}_D{up_dims}", normal, layer, width, *gates, hidden)
     param("layers/mlp/w_down_FD", residual, layer, hidden, width)
     if cfg.use_bias:

@@ -111,8 +111,8 @@ def test_forward_equals_plain_numpy(cfg, make):
     np.testing.assert_allclose(logits_BLV[row, columns], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(cfg, make):
-  model, params = make(cfg)
+def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(few, make):
+  model, params = make(few)
   # Distinct ids, and the logit of an id no column holds: a tied table then counts as input only.
   token_L = jnp.arange(LENGTH)
 
@@ -135,8 +135,8 @@ def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(cfg, make):
   np.testing.assert_array_equal(reaches_LL, real_LL & np.tri(LENGTH, dtype=bool))
 
 
-def test_details_3_padding_on_either_side_changes_nothing(cfg, make):
-  model, params = make(cfg)
+def test_details_3_padding_on_either_side_changes_nothing(few, make):
+  model, params = make(few)
   tokens = TOKEN_BL[0, :7]
   token_BL = np.full((2, LENGTH), VOCAB, np.int32)
   token_BL[0, :7] = token_BL[1, 5:] = tokens
@@ -156,8 +156,8 @@ def _score_and_gradient(model, params, token_BL, segment_BL, position_BL):
   return jax.grad(total, has_aux=True)(params)
 
 
-def test_details_3_garbage_and_nan_at_pads_change_nothing(cfg, make):
-  model, params = make(cfg, "scalar", num_layers=2)
+def test_details_3_garbage_and_nan_at_pads_change_nothing(few, make):
+  model, params = make(few, "scalar", num_layers=2)
   is_token_BL = SEGMENT_BL > 0
   clean = _score_and_gradient(
     model, params, np.where(is_token_BL, TOKEN_BL, VOCAB), SEGMENT_BL, POSITION_BL
@@ -363,8 +363,8 @@ def test_bfloat16_compute_keeps_float32_outputs_and_gradients(llama, make):
 
 @pytest.mark.parametrize("layout", ["unroll", "scan"])
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_frozen_weights_are_half_the_size_and_give_the_same_bits(cfg, make, head, layout):
-  model, params = make(cfg, head, dtype="bfloat16", layers=layout, tie_embeddings=False)
+def test_frozen_weights_are_half_the_size_and_give_the_same_bits(few, make, head, layout):
+  model, params = make(few, head, dtype="bfloat16", layers=layout, tie_embeddings=False)
   frozen = models.frozen_weights(model, params)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["layers"]):
@@ -373,12 +373,12 @@ def test_frozen_weights_are_half_the_size_and_give_the_same_bits(cfg, make, head
   assert size(frozen["layers"]) < 0.6 * size(params["layers"])
   inputs = TOKEN_BL, SEGMENT_BL, POSITION_BL
   np.testing.assert_array_equal(forward(model, frozen, *inputs), forward(model, params, *inputs))
-  wide, _ = make(cfg, head, layers=layout, tie_embeddings=False)
+  wide, _ = make(few, head, layers=layout, tie_embeddings=False)
   jax.tree.map(np.testing.assert_array_equal, models.frozen_weights(wide, params), params)
 
 
-def test_strict_dtypes(cfg, make):
-  model, params = make(cfg, dtype="bfloat16")
+def test_strict_dtypes(few, make):
+  model, params = make(few, dtype="bfloat16")
   with jax.numpy_dtype_promotion("strict"):
     jax.eval_shape(
       lambda p: models.apply(
