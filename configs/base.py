@@ -64,7 +64,7 @@ def _decoder(**changes) -> ConfigDict:
       qkv_bias=False,
       attention_window=256,  # open: GPT-3 prints no band width
       layer_pattern="GL",  # GPT-3: dense and locally banded layers by turns
-      query_pre_attn_scalar=0.0,
+      query_pre_attn_scalar=0,
       scale_embeddings=False,
       tie_embeddings=True,
       init_std=0.02,

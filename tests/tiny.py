@@ -64,7 +64,7 @@ FAMILIES = {
     mlp="geglu",
     attention_window=3,
     layer_pattern="LG",
-    query_pre_attn_scalar=7.0,
+    query_pre_attn_scalar=7,
     scale_embeddings=True,
     tie_embeddings=True,
   ),

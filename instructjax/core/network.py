@@ -75,7 +75,7 @@ class NetworkConfig:
   # attention_window, N to the whole context without positions. GL is GPT-3's, GGGN SmolLM3's, LLLLLG Gemma 3's
   layer_pattern: str
   # attention scores are divided by the square root of this (Gemma); 0 for head_dim
-  query_pre_attn_scalar: float
+  query_pre_attn_scalar: int
   scale_embeddings: (
     bool  # whether token embeddings are multiplied by the square root of d_model (Gemma)
   )
