@@ -1,7 +1,7 @@
 """The config.json that a GGUF file's metadata stands for, for each architecture.
 
 Called by gguf_file.py. Every key is obeyed, or refused, or known to change no logits, or named in one line of the log.
-rotary.py reads what concerns rotary positions. Reads no tensor itself.
+rotary_gguf.py reads what concerns rotary positions. Reads no tensor itself.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import shown
 from instructjax.data import gguf_header
-from instructjax.models.interop import gguf_names, rotary
+from instructjax.models.interop import gguf_names, rotary, rotary_gguf
 
 Tensors = Mapping[str, gguf_header.Tensor]
 
@@ -95,7 +95,7 @@ def _llama(
   # A tensor of another shape is not read, and refused where its numbers are looked at.
   fits = freqs is not None and freqs.shape == (head_dim // 2,)
   read = lambda: read_freqs(freqs) if fits else np.empty(0, np.float32)
-  turning = rotary.from_gguf(
+  turning = rotary_gguf.from_gguf(
     get, keys.values, name, str(keys.path), head_dim, None if freqs is None else read
   )
   # In GGUF Mistral is no architecture of its own, but a `llama` with a sliding window.
@@ -186,7 +186,7 @@ def _gptneox(keys: Keys, tensors: Tensors) -> dict:
       f"{keys.path}: gptneox.rope.dimension_count={turning_dim} must be positive and at most the width"
       f" of a head, {head_dim}"
     )
-  turning = rotary.from_gguf(get, keys.values, "gptneox", str(keys.path), turning_dim, None)
+  turning = rotary_gguf.from_gguf(get, keys.values, "gptneox", str(keys.path), turning_dim, None)
   share = rotary.share_of(turning_dim, head_dim)
   return {
     "model_type": "gpt_neox",
@@ -211,7 +211,7 @@ def _vocab_size(keys: Keys, tensors: Tensors) -> int:
   return tensors["token_embd.weight"].shape[0]
 
 
-# Metadata keys without the architecture, which is their first part. rotary.py judges those of `rope.`.
+# Metadata keys without the architecture, which is their first part. rotary_gguf.py judges those of `rope.`.
 _READ = {
   *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
   *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),

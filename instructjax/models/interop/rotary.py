@@ -1,8 +1,9 @@
-"""Rotary settings, wherever a model file puts them: one reader for config.json, one for GGUF metadata.
+"""Rotary settings, wherever config.json puts them.
 
-Called by hf_config.py and gguf_file.py. Both readers end in a `Rotary`. They take every spelling to the frequencies
-that transformers 5 or llama.cpp computes from it, or refuse it by the name of the key: a model whose positions turn at
-another speed than in training writes fluent nonsense, and nothing else would tell.
+Called by hf_fields.py and hf_keys.py; rotary_gguf.py reads the metadata of GGUF. Both readers end in a `Rotary`. They
+take every spelling to the frequencies that transformers 5 or llama.cpp computes from it, or refuse it by the name of
+the key: a model whose positions turn at another speed than in training writes fluent nonsense, and nothing else would
+tell.
 
 What transformers 5 makes of config.json (modeling_rope_utils.py):
   - A `rope_scaling` that is not empty replaces `rope_parameters` as a whole.
@@ -11,30 +12,22 @@ What transformers 5 makes of config.json (modeling_rope_utils.py):
   - `original_max_position_embeddings` at the top wins over that inside; the default is `max_position_embeddings`.
 Older versions disagree in some of these. So two places that contradict each other are refused, whoever would win.
 GPT-NeoX has names of its own for two of the keys, and Gemma 3 has settings for each of two kinds of layers: `_STYLES`.
-
-What llama.cpp makes of metadata (llama-model.cpp, llama-context.cpp):
-  - Without `rope.scaling.type` the type is linear.
-  - The factor is `rope.scaling.factor`, or else `rope.scale_linear`, or else 1; 0 means 1. Type `none` ignores it.
-  - `rope_freqs.weight` divides each frequency, in addition, for architecture llama only.
-  - `rope.scaling.attn_factor` multiplies cosine and sine, whatever the type.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from absl import logging
 
 from instructjax.core.config import RopeScalingConfig
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys, named, shown
-from instructjax.models.interop import gguf_names
 
 # No field but the first has a meaning here. They are those of configs/base.py, so that descriptions compare equal.
 NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192)
-_BASE = 10_000.0  # in transformers and in llama.cpp
+DEFAULT_BASE = 10_000.0  # in transformers and in llama.cpp
 _SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
 _BLOCKS = ("rope_scaling", "rope_parameters")
@@ -64,7 +57,7 @@ class _Style:
   """
 
   base: str = "rope_theta"
-  default_base: float = _BASE
+  default_base: float = DEFAULT_BASE
   share: str | None = None
   default_share: float = 1.0
   local_base: str | None = None
@@ -81,7 +74,7 @@ _STYLES = {
   "gpt_neox": _Style(base="rotary_emb_base", share="rotary_pct", default_share=0.25),
   "smollm3": _Style(default_base=2e6, others=("no_rope_layers", "no_rope_layer_interval")),
   "gemma3_text": _Style(
-    default_base=1e6, local_base="rope_local_base_freq", default_local_base=_BASE
+    default_base=1e6, local_base="rope_local_base_freq", default_local_base=DEFAULT_BASE
   ),
 }
 _GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # Gemma 3's blocks inside rope_parameters
@@ -97,19 +90,6 @@ _NEUTRAL = {
   "rope_traditional": False,
   "rope_type": "default",
 }
-# Of GGUF, below `ARCHITECTURE.rope.`: what is read, and what only YaRN uses.
-_GGUF_READ = ("freq_base", "dimension_count", "scale_linear", "scaling.type", "scaling.factor")
-_GGUF_LOCAL = "freq_base_swa"  # gemma3 only, and only in newer files
-_GGUF_YARN = (
-  "scaling.original_context_length",
-  "scaling.finetuned",
-  "scaling.yarn_log_multiplier",
-  "scaling.yarn_beta_fast",
-  "scaling.yarn_beta_slow",
-)
-# A GGUF file stores only the result of Llama 3's rotary scaling, one divisor a frequency. The models of Llama 3.x share
-# these parameters and differ in the factor only, so the factor can be recovered: see `_from_divisors`.
-_LLAMA3 = RopeScalingConfig("llama3", 1.0, 1.0, 4.0, 8192)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +240,11 @@ def _from_block(block: Keys, top: Keys, style: _Style) -> Rotary:
     _require_read(top, "rope_theta", style.base, style.default_base)
   if style.share and not block.has(_SHARE):
     _require_read(top, _SHARE, style.share, style.default_share)
+  share = _share(block, top, style)
   found = Rotary(
     _base(block, top, tuple(dict.fromkeys((style.base, "rope_theta"))), style.default_base),
     NO_SCALING,
-    _share(block, top, style),
+    share,
   )
   unused = [
     name
@@ -386,98 +367,3 @@ def _base(block: Keys, top: Keys, names: tuple[str, ...], default: float) -> flo
     if value != found[0][0]:
       raise found[0][1].wrong(found[0][2], f"contradicts {name}={value:g} at the top")
   return found[0][0] if found else default
-
-
-# --- GGUF -----------------------------------------------------------------------------------------
-
-
-def from_gguf(
-  get: Callable[..., Any],
-  metadata: Mapping[str, Any],
-  architecture: str,
-  where: str,
-  head_dim: int,
-  read_freqs: Callable[[], np.ndarray] | None,
-) -> Rotary:
-  """The rotary settings of a GGUF file of an architecture with rotary positions.
-
-  Args:
-    get: get(key, kind, default) -> value of a key, checked; keys are without the architecture.
-    metadata: all keys, to find those that are not known.
-    architecture: the prefix of keys.
-    where: the file, for errors.
-    head_dim: dimensions of a head that turn.
-    read_freqs: reads `rope_freqs.weight`, float32 [head_dim / 2]; None if the file has no such tensor.
-  Raises:
-    UserError: another scaling, two of them, or a key that is not known.
-  """
-  _refuse_keys(get, metadata, f"{architecture}.rope.", where)
-  base = get("rope.freq_base", float, _BASE)
-  if not 0 < base < np.inf:
-    raise UserError(f"{where}: {architecture}.rope.freq_base={base:g} must be a number above 0")
-  local = get(f"rope.{_GGUF_LOCAL}", float, _BASE) if architecture == "gemma3" else 0.0
-  if not 0 <= local < np.inf:
-    raise UserError(
-      f"{where}: {architecture}.rope.{_GGUF_LOCAL}={local:g} must be a number above 0"
-    )
-  plain = Rotary(base, NO_SCALING, local_base=local)
-  kind = get("rope.scaling.type", str, "linear")
-  if kind not in ("none", "linear"):
-    raise UserError(
-      f"{where}: {architecture}.rope.scaling.type={shown(kind)} is not supported; none and linear are"
-    )
-  name = "rope.scaling.factor"
-  if f"{architecture}.{name}" not in metadata:
-    name = "rope.scale_linear"
-  factor = get(name, float, 0.0) or 1.0
-  if not 1 <= factor < np.inf:
-    raise UserError(f"{where}: {architecture}.{name}={factor:g} must be 1 or more")
-  scaled = kind == "linear" and factor != 1
-  if read_freqs is not None:
-    if scaled:
-      raise UserError(
-        f"{where}: {architecture}.{name}={factor:g} and tensor {gguf_names.ROPE_FREQS!r} are two"
-        " rotary scalings; one of them is supported"
-      )
-    return dataclasses.replace(plain, scaling=_from_divisors(read_freqs(), base, head_dim, where))
-  if not scaled:
-    return plain
-  scaling = dataclasses.replace(NO_SCALING, kind="linear", factor=gguf_names.decimal(factor))
-  return dataclasses.replace(plain, scaling=scaling)
-
-
-def _refuse_keys(get, metadata: Mapping[str, Any], prefix: str, where: str):
-  """Raises UserError for a rotary key of an unknown meaning, and for a scaling of cosine and sine."""
-  for key in metadata:
-    if not key.startswith(prefix):
-      continue
-    name = key.removeprefix(prefix)
-    if name in ("scaling.attn_factor", "scaling.yarn_attn_factor"):
-      if get(f"rope.{name}", float) != 1:
-        raise UserError(f"{where}: {key}={metadata[key]:g} is not supported, only 1")
-    elif name == "scaling.yarn_ext_factor":
-      if get(f"rope.{name}", float) > 0:
-        raise UserError(f"{where}: {key}={metadata[key]:g} is not supported, only 0")
-    elif name not in (*_GGUF_READ, *_GGUF_YARN) and (prefix, name) != ("gemma3.rope.", _GGUF_LOCAL):
-      raise UserError(f"{where}: {named(key)}={shown(metadata[key])} is a rotary key not supported")
-
-
-def _from_divisors(freqs: np.ndarray, base: float, head_dim: int, where: str) -> RopeScalingConfig:
-  """Llama 3's scaling from its divisors.
-
-  Raises:
-    UserError: the divisors are those of another scaling.
-  """
-  # Slow frequencies are divided by the whole factor, so it is the greatest divisor. With the factor all divisors can be
-  # computed; if they differ from the file's, this is some other scaling.
-  fits = freqs.shape == (head_dim // 2,) and np.isfinite(freqs).all() and (freqs >= 1).all()
-  factor = float(freqs.max(initial=1.0)) if fits else 1.0
-  scaling = dataclasses.replace(_LLAMA3, factor=factor)
-  if not fits or not np.allclose(
-    freqs, gguf_names.llama3_factors(scaling, base, head_dim), rtol=1e-4, atol=0
-  ):
-    raise UserError(
-      f"{where}: tensor {gguf_names.ROPE_FREQS!r} must be Llama 3's rotary scaling (low 1, high 4,"
-      f" original context 8192) by a factor {factor:g}; another one is not supported"
-    )
-  return NO_SCALING if factor == 1 else scaling
