@@ -116,7 +116,14 @@ def base(stage: str) -> ConfigDict:
         tensor=1,
       ),
       checkpoint=dict(every_steps=100, keep=2),
-      log=dict(every_steps=10, samples=4, tensorboard=True),
+      log=dict(
+        every_steps=10,
+        samples=4,
+        trackers=("tensorboard",),
+        project="",
+        run_name="",
+        offline=False,
+      ),
       profile=dict(steps=""),
       guard=dict(
         memory="refuse",

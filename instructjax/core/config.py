@@ -69,6 +69,8 @@ __all__ = [
   "network_config",
 ]
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
@@ -146,11 +148,33 @@ class LogConfig:
   every_steps: int  # steps between two progress lines, and between two points of a curve [steps]
   # sampled answers that RL stages show with each progress line; 0 shows none [rows]
   samples: int
-  tensorboard: bool  # whether to write the curves for TensorBoard as well
+  # where curves go beside metrics.jsonl: tensorboard, wandb, mlflow, several of them or none; the last two need the
+  # extra of their name
+  trackers: tuple[str, ...]
+  # W&B's project and MLflow's experiment; '' is WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, and instructjax without them
+  project: str
+  run_name: str  # name of the run in W&B and MLflow; '' is the workdir's
+  # whether W&B and MLflow write to the workdir only; otherwise, where they send to is their own configuration
+  offline: bool
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps")
     require(self.samples >= 0, f"{where}.samples={self.samples} must be >= 0")
+    for name in self.trackers:
+      require(
+        name in TRACKERS,
+        f"{where}.trackers={str(self.trackers)[:80]} must be some of {', '.join(TRACKERS)}",
+      )
+    require(
+      len(set(self.trackers)) == len(self.trackers),
+      f"{where}.trackers={self.trackers} must not name one twice",
+    )
+    for field in ("project", "run_name"):
+      value = getattr(self, field)
+      require(
+        value.isprintable() and len(value) <= 128,
+        f"{where}.{field}={ascii(value)[:80]} must be at most 128 printable characters",
+      )
 
 
 @dataclasses.dataclass(frozen=True)

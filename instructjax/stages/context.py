@@ -30,6 +30,7 @@ from instructjax.stages import lineage
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, loop
+from instructjax.train.tracking import Tracking
 from instructjax.train.weights import Weights
 
 
@@ -42,6 +43,7 @@ class Context:
     given: weights that the config names in place of a trained base, by the stage that would train it.
     data: records and token lists.
     contents: what the files hold that the run reads.
+    tracking: where the run can be followed beside its metrics.jsonl.
   """
 
   config: Config
@@ -51,6 +53,7 @@ class Context:
   given: Mapping[str, Weights]
   data: RunData
   contents: Contents
+  tracking: Tracking
 
   def directory(self, stage: str) -> pathlib.Path:
     """Where a stage's files are."""
@@ -241,6 +244,7 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
     checkpoint=ctx.config.checkpoint,
     log=ctx.config.log,
     profile=ctx.config.profile,
+    tracking=ctx.tracking,
     fingerprint=made_with,
     files=_files_behind(ctx, made_with),
     changeable=changeable(ctx, {STAGES[stage].block: own, **others}),
@@ -271,7 +275,7 @@ def finish(
   result: Any,
   made: Provenance | None = None,
 ):
-  """Marks a stage as finished: writes its done.json, provenance included.
+  """Marks a stage as finished: writes its done.json, provenance included, and tells the trackers its result.
 
   Args:
     ctx: the run.
@@ -286,6 +290,7 @@ def finish(
   if jax.process_index() == 0:
     made = made or provenance_of(ctx, stage, run)
     finished.write_done(run.directory, finished.Done(stage, run.fingerprint, step, result, made))
+    ctx.tracking.report(stage, result)
 
 
 def is_finished(run: loop.StageRun) -> bool:

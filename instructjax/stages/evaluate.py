@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -280,7 +281,34 @@ def run(ctx: Context, stage: str):
   made[stage] = provenance_of(ctx, stage, run_)
   report.write(page.parent, ctx.config, prompts, results, found, made)
   finish(ctx, stage, run_, None, Evaluated(summary), made[stage])
+  _track(ctx, stage, found, prompts, measured)
   _show(found, summary, page)
+
+
+def _track(
+  ctx: Context,
+  stage: str,
+  found: list[dict],
+  prompts: list[str],
+  measured: Mapping[str, Measured],
+):
+  """Gives the trackers the findings and all answers."""
+  numbers = {row["id"]: {**row["measured"], "holds": row["holds"]} for row in found}
+  answered = [
+    {"prompt": prompt, **{name: policy.answer[i] for name, policy in measured.items()}}
+    for i, prompt in enumerate(prompts)
+  ]
+  tables = {"findings": [_finding_row(row) for row in found], "answers": answered}
+  ctx.tracking.report(stage, {"findings": numbers}, tables)
+
+
+def _finding_row(finding: Mapping) -> dict[str, str]:
+  measured = ", ".join(f"{key} {_value(value)}" for key, value in finding["measured"].items())
+  return {
+    "finding": finding["id"],
+    "measured": measured,
+    "holds": "yes" if finding["holds"] else "no",
+  }
 
 
 def _show(found: list[dict], summary: dict, page: pathlib.Path):
@@ -299,14 +327,7 @@ def _show(found: list[dict], summary: dict, page: pathlib.Path):
   terminal.show(
     terminal.Table(
       columns=["finding", "measured", "holds"],
-      rows=[
-        [
-          finding["id"],
-          ", ".join(f"{key} {_value(value)}" for key, value in finding["measured"].items()),
-          "yes" if finding["holds"] else "no",
-        ]
-        for finding in found
-      ],
+      rows=[[*_finding_row(finding).values()] for finding in found],
       title="the paper's findings",
       prose=["measured", "holds"],
       styles={"yes": "green", "no": "red"},

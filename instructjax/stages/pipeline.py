@@ -31,7 +31,7 @@ from instructjax.stages.context import (
   require_same_data,
 )
 from instructjax.stages.run_data import RunData
-from instructjax.train import finished, metrics, profiling
+from instructjax.train import finished, metrics, profiling, tracking
 from instructjax.train.weights import Weights
 
 
@@ -161,9 +161,10 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """Makes the Context of a run, training a tokenizer if it needs one.
 
   Raises:
-    UserError: the mesh does not fit the devices, a source of records is not named, or the given weights or the
-      tokenizer do not fit the config or the workdir.
+    UserError: the mesh does not fit the devices, a source of records is not named, the extra of a tracker is missing,
+      or the given weights or the tokenizer do not fit the config or the workdir.
   """
+  tracked = tracking.open_run(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   stages = lineage.plan(config)
@@ -183,6 +184,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
     given=given,
     data=RunData(own, workdir, tokenizer, contents),
     contents=contents,
+    tracking=tracked,
   )
 
 
@@ -322,7 +324,7 @@ def run(config: Config, workdir: pathlib.Path):
   tell = terminal.say if jax.process_index() == 0 else lambda line, bold="", rest="": None
   for line in _other_versions(ctx, stages):
     tell(line)
-  with jax.set_mesh(ctx.mesh):
+  with jax.set_mesh(ctx.mesh), ctx.tracking:
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
       distributed.at(f"the start of {stage}")

@@ -98,8 +98,8 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
     has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
     asked = ", ".join(f"{name}={ours[name]}" for name in wrong)
     raise UserError(
-      f"{where} has {has}, and config.{block} has {asked}; they must be equal: use the preset of these"
-      f" weights, or set --config.{block}.{wrong[0]} and so on"
+      f"{where} has {has}, and config.{block} has {asked}; they must be equal: use preset weights,"
+      f" which takes the shape from the file, or set --config.{block}.{wrong[0]} and so on"
     )
 
 

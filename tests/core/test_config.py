@@ -50,7 +50,7 @@ def test_paper_values_without_a_preset_build(stage):
 
 
 def test_one_config_file_a_stage():
-  others = {"__init__", "base", "gpt3", "models", "released", "tiny"}
+  others = {"__init__", "base", "gpt3", "models", "released", "tiny", "weights"}
   files = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
   assert files == set(TARGETS)
 
@@ -258,6 +258,19 @@ _RULES = [
   (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
   (dict(log__samples=-1), "config.log.samples=-1 must be >= 0"),
+  (
+    dict(log__trackers=("wandb", "comet")),
+    "config.log.trackers=('wandb', 'comet') must be some of tensorboard, wandb, mlflow",
+  ),
+  (
+    dict(log__trackers=("wandb", "wandb")),
+    "config.log.trackers=('wandb', 'wandb') must not name one twice",
+  ),
+  (
+    dict(log__project="two\nlines"),
+    "config.log.project='two\\nlines' must be at most 128 printable characters",
+  ),
+  (dict(log__run_name="x" * 129), "config.log.run_name='xxx"),
   (dict(tokenizer__vocab_size=0), "config.tokenizer.vocab_size=0 must be positive"),
   (dict(sft__num_epochs=10**9), "config.sft.num_epochs=1000000000 must be at most 100000"),
   (dict(collect__num_prompts=10**9), "config.collect.num_prompts=1000000000 times max_responses="),

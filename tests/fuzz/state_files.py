@@ -173,8 +173,8 @@ def read_metrics(folder: pathlib.Path):
   """
   for record in metrics.read_metrics(folder):
     assert all(np.isfinite(float(value)) for value in record.values()), record
-  writer = metrics.MetricsWriter(folder, start_step=3, tensorboard=False)
-  writer.write(4, {"loss": 1.0}, board=False)
+  writer = metrics.MetricsWriter(folder, start_step=3)
+  writer.write(4, {"loss": 1.0})
   writer.close()
   records = metrics.read_metrics(folder)
   assert records[-1] == {"step": 4, "loss": 1.0}

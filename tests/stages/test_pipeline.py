@@ -40,6 +40,7 @@ from instructjax.stages import (
   rm,
 )
 from instructjax.train import checkpoint, finished, metrics, profiling, supervised
+from instructjax.train.tracking import Tracking, Worker
 from tests import finished_run, micro
 from tests.data import test_bpe
 
@@ -75,12 +76,22 @@ def specs(tmp_path_factory):
 def whole(tmp_path_factory, specs):
   """The workdir of a finished run of `ppo_ptx` compared with `ppo`, step 2 of each stage traced.
 
-  What it printed lies beside it, in a file of its name with `.txt`.
+  What it printed lies beside it, in a file of its name with `.txt`, and what its tracker was told with `.json`.
   """
   workdir = tmp_path_factory.mktemp("whole")
+  calls = []
+  sender = types.SimpleNamespace(
+    **{
+      name: lambda *args, name=name: calls.append((name, *args))
+      for name in ("begin", "log", "report", "close")
+    }
+  )
+  tracked = Tracking([Worker("fake", lambda tell: sender, is_final=True)])
   with micro.one_device(), open(workdir.with_suffix(".txt"), "w") as printed:
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(pipeline.tracking, "open_run", lambda config, workdir: tracked)
       pipeline.run(config(specs, profile__steps="2:3"), workdir)
+  workdir.with_suffix(".json").write_text(json.dumps(calls, default=str))
   return workdir
 
 
@@ -152,6 +163,39 @@ def test_from_files_to_the_report(whole):
   for stage in TRAINED:
     done = finished.read_done(whole / stage)
     assert done.step in checkpoint.saved_steps(whole / stage), stage
+
+
+def test_trackers_get_every_step_every_result_and_the_findings(whole):
+  calls = json.loads(whole.with_suffix(".json").read_text())
+  trained = ["pretrain", "sft", "rm", "ppo_init", "ppo", "ppo_ptx"]
+  logged = [call[1:] for call in calls if call[0] == "log"]
+  assert [stage for stage, *_ in logged] == [
+    stage for stage in trained for _ in metrics.read_metrics(whole / stage)
+  ]
+  for stage in trained:
+    lines = [{"step": step, **line} for name, step, line, _ in logged if name == stage]
+    assert lines == metrics.read_metrics(whole / stage)
+  for stage, _, _, rows in logged:
+    assert [set(row) for row in rows] == [
+      {"prompt", "answer", "score", "kl"} for _ in rows
+    ] and bool(rows) == (stage in ("ppo", "ppo_ptx"))
+  numbers, tables = {}, {}
+  for _, some, more in (call for call in calls if call[0] == "report"):
+    numbers |= some
+    tables |= more
+  rm = json.loads((whole / "rm/done.json").read_text())["result"]
+  assert numbers["rm/validation/accuracy"] == rm["validation"]["accuracy"]
+  summary = json.loads((whole / "evaluate/results.json").read_text())["policies"]
+  assert numbers["evaluate/summary/ppo_ptx/reward"] == summary["ppo_ptx"]["reward"]
+  found = json.loads((whole / "report/findings.json").read_text())
+  for finding in found:
+    assert numbers[f"evaluate/findings/{finding['id']}/holds"] == finding["holds"]
+  assert [row["finding"] for row in tables["evaluate/findings"]] == [row["id"] for row in found]
+  answers = [
+    json.loads(line) for line in (whole / "evaluate/answers.jsonl").read_text().splitlines()
+  ]
+  assert tables["evaluate/answers"] == [{"prompt": r["prompt"], **r["answers"]} for r in answers]
+  assert calls[-1] == ["close", "finished"]
 
 
 def test_every_stage_says_where_it_comes_from(whole, specs):
