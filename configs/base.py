@@ -135,6 +135,7 @@ def base(stage: str) -> ConfigDict:
       pretrain=dict(
         num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
         batch_size=512,  # GPT-3 XL: 1M tokens
+        microbatches=1,
         length=2048,  # GPT-3
         evaluate_every=100,
         optim=adam(
@@ -146,6 +147,7 @@ def base(stage: str) -> ConfigDict:
       reward_pretrain=dict(
         num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
         batch_size=512,  # Departs from paper: GPT-3 6.7B has 2M tokens, 1024 rows; gpt3_* use them
+        microbatches=1,
         length=2048,  # GPT-3
         evaluate_every=100,
         optim=adam(
@@ -157,17 +159,21 @@ def base(stage: str) -> ConfigDict:
       sft=dict(
         num_epochs=16,  # C.1
         batch_size=32,  # C.1; Departs from paper: counts packed rows, where the paper counts demonstrations
+        microbatches=1,
         length=2048,
         dropout=0.2,  # C.1
         pretrain_mix=0.0,
+        weights="",
         optim=adam(9.65e-6),  # C.1
       ),
       ppo_init=dict(
         num_epochs=2,  # C.3
         batch_size=32,  # C.3; Departs from paper: counts packed rows, where the paper counts demonstrations
+        microbatches=1,
         length=2048,
         dropout=0.0,  # open
         pretrain_mix=0.1,  # C.3; Departs from paper: a share of the packed rows, not of the loss
+        weights="",
         optim=adam(5e-6),  # C.3, 1.3B
       ),
       collect=dict(
@@ -179,8 +185,10 @@ def base(stage: str) -> ConfigDict:
       ),
       rm=dict(
         start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"
+        weights="",
         num_epochs=1,  # C.2: more epochs overfit
         batch_size=64,  # C.2
+        microbatches=1,
         max_responses=9,  # sec 3.5: K in 4..9
         row_length=0,
         ties="drop",  # C.2; open: whether a dropped tie counts in eq. 1's C(K,2), as it does here
@@ -192,6 +200,8 @@ def base(stage: str) -> ConfigDict:
         num_iterations=500,  # 256k episodes / 512
         batch_size=512,  # C.4
         num_minibatches=8,  # C.4: minibatch 64
+        microbatches=1,
+        score_microbatches=1,
         num_epochs=1,  # C.4: a single inner epoch
         packed_rows=0,  # open: a minibatch of 64 padded episodes has just enough rows for 64 devices
         temperature=1.0,  # C.4
@@ -202,7 +212,7 @@ def base(stage: str) -> ConfigDict:
         kl_horizon=10_000,  # lm-human-preferences
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
-        ptx_chunks=2,  # open: 4 rows per chunk and device, for a minibatch of 64 episodes on fsdp=64
+        ptx_microbatches=2,  # open: 4 rows per microbatch and device, for a minibatch of 64 episodes on fsdp=64
         ptx_length=2048,  # open
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4

@@ -108,7 +108,12 @@ def _devices(num_params: int) -> list[Choice]:
   held_out = {"pretrain.batch_size": 32, "reward_pretrain.batch_size": 32}
   rows = Choice(held_out, "open: held-out text is measured in batches of this size")
   if num_params < _LARGE:
-    values = {"execution.dtype": "float32", "ppo.ptx_chunks": 32}
+    values = {"execution.dtype": "float32", "ppo.ptx_microbatches": 32}
     return [rows, Choice(values, "open: for one device, and for CPUs, where bfloat16 is slow")]
-  values = {"execution.dtype": "bfloat16", "mesh.data": 1, "mesh.fsdp": -1, "ppo.ptx_chunks": 8}
+  values = {
+    "execution.dtype": "bfloat16",
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+    "ppo.ptx_microbatches": 8,
+  }
   return [rows, Choice(values, "open: the training state is too large for a copy on every device")]

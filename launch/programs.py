@@ -24,7 +24,7 @@ from instructjax.models import decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
 from instructjax.stages import lineage, ppo, rm
-from instructjax.stages.context import make_model, require_fit
+from instructjax.stages.context import make_model, require_fit, require_microbatches
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 
@@ -67,6 +67,7 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   # Resolved for a TPU, even if the mesh consists of the CPU devices of a test.
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
+  require_microbatches(config, mesh, stage)
   row = STAGES[stage]
   match row.kind:
     case "base":
@@ -182,7 +183,11 @@ def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: f
   tokens = cfg.batch_size * cfg.length
   return Program(
     step=supervised.make_lm_train_step(
-      model, tx, dropout_rate=dropout_rate, state_shardings=shardings
+      model,
+      tx,
+      dropout_rate=dropout_rate,
+      state_shardings=shardings,
+      microbatches=cfg.microbatches,
     ),
     arguments=(state, batch),
     owners=_supervised_owners(state, batch),
@@ -276,9 +281,9 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   _require_rows(mesh, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
-    chunk = minibatch * cfg.ptx_rows // cfg.ptx_chunks
-    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_chunks = {chunk}"
-    _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_chunks")
+    chunk = minibatch * cfg.ptx_rows // cfg.ptx_microbatches
+    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_microbatches = {chunk}"
+    _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_microbatches")
     batch["pretrain"] = _packed(mesh, rows, cfg.ptx_length)
   return Program(
     step=ppo_step.make_train_step(nets, cfg, shardings),

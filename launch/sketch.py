@@ -65,7 +65,7 @@ def sketch(
   """Estimates a stage's step.
 
   Args:
-    config: the run's config with the `remat` and `ppo.ptx_chunks` to estimate. Its mesh is not read.
+    config: the run's config with the `remat` and `ppo.ptx_microbatches` to estimate. Its mesh is not read.
     stage: name of the stage.
     program: the stage's program on this mesh.
     mesh: axis -> number of devices along it.
@@ -95,27 +95,32 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   prompt, response = config.data.max_prompt_length, config.data.max_response_length
   length = prompt + response
   if row.kind == "rm":
-    return [Pass(model, config.rm.batch_size * config.rm.max_responses, length, length, True)]
+    answers = config.rm.batch_size // config.rm.microbatches * config.rm.max_responses
+    return [Pass(model, answers, length, length, True, config.rm.microbatches)]
   if row.kind in ("base", "sft"):
     cfg = getattr(config, row.block)
-    return [Pass(model, cfg.batch_size, cfg.length, cfg.length, True)]
+    rows = cfg.batch_size // cfg.microbatches
+    return [Pass(model, rows, cfg.length, cfg.length, True, cfg.microbatches)]
   if not row.is_rl:
     raise ValueError(f"stage {stage} of kind {row.kind} has a step of unknown passes")
   policy, scalar = model, make_model(config, None, "reward", vocab_size)
   cfg = lineage.variant(config, stage)
   updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches
-  scorings = 2 if cfg.behaviour_logprob == "rescore" else 1
+  updates, minibatch = updates * cfg.microbatches, minibatch // cfg.microbatches
+  scorings = cfg.score_microbatches * (2 if cfg.behaviour_logprob == "rescore" else 1)
+  scored = cfg.batch_size // cfg.score_microbatches
   passes = [
     Pass(policy, cfg.batch_size, prompt, 1, False),  # the prefill of the rollout
     # The reference, and perhaps the policy.
-    Pass(policy, cfg.batch_size, length, response, False, scorings),
-    Pass(scalar, cfg.batch_size, length, length, False, 2),  # reward model and value network
+    Pass(policy, scored, length, response, False, scorings),
+    # Reward model and value network.
+    Pass(scalar, scored, length, length, False, 2 * cfg.score_microbatches),
     Pass(policy, minibatch, length, response, True, updates),
     Pass(scalar, minibatch, length, response, True, updates),
   ]
   if cfg.gamma > 0:
-    rows = minibatch * cfg.ptx_rows // cfg.ptx_chunks
-    times = updates * cfg.ptx_chunks
+    rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // cfg.ptx_microbatches
+    times = cfg.num_epochs * cfg.num_minibatches * cfg.ptx_microbatches
     passes.append(Pass(policy, rows, cfg.ptx_length, cfg.ptx_length, True, times))
   return passes
 

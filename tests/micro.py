@@ -92,7 +92,7 @@ def config_dict(stage: str, specs: dict[str, str]):
     num_minibatches=2,
     num_epochs=1,
     ptx_rows=1,
-    ptx_chunks=1,
+    ptx_microbatches=1,
     ptx_length=60,
     gamma=0.3,
     max_kl=0.0,

@@ -39,6 +39,12 @@ _WEIGHTS = flags.DEFINE_enum(
   ["ema", "raw", "value"],
   "Of an RL stage: the policy averaged over iterations, the last one, or the value network.",
 )
+_PUSH = flags.DEFINE_string(
+  "push",
+  None,
+  "Push the export to the Hugging Face hub too, as ORG/NAME; a new repository is private.",
+)
+_PUBLIC = flags.DEFINE_bool("public", False, "Whether the repository that --push makes is public.")
 _TYPE = flags.DEFINE_enum("type", None, ["f16", "q8_0"], "Numbers of a GGUF file; f16 by default.")
 
 
@@ -46,7 +52,7 @@ def main(arguments: list[str]):
   """Runs the command.
 
   Raises:
-    UserError: a flag is wrong, the checkpoint cannot be read, or the output cannot be written.
+    UserError: a flag is wrong, the checkpoint cannot be read, the output cannot be written, or it cannot be pushed.
   """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
@@ -58,7 +64,13 @@ def main(arguments: list[str]):
     raise UserError(
       f"--type={_TYPE.value} goes with --format=gguf; a Hugging Face folder is float32"
     )
+  if _PUBLIC.value and _PUSH.value is None:
+    raise UserError("--public goes with --push=ORG/NAME")
   # Imported here so that --help and bad flags are answered at once.
+  from instructjax.serve import hub
+
+  if _PUSH.value is not None:  # before the export, which may take long
+    hub.require(_PUSH.value)
   from instructjax.serve import packaging
 
   # Both flags are enums of just these values.
@@ -67,8 +79,10 @@ def main(arguments: list[str]):
     packaging.write_gguf(checkpoint, out, kind, which=which)
   else:
     packaging.write_huggingface(checkpoint, out, which=which)
-  print(f"written: {out}")
+  print(f"written: {out}", flush=True)
+  if _PUSH.value is not None:
+    print(f"pushed: {hub.push(out, _PUSH.value, private=not _PUBLIC.value)}")
 
 
 if __name__ == "__main__":
-  cli.run(main, interrupted="interrupted: nothing was written")
+  cli.run(main, interrupted="interrupted: no part of an unfinished export is left")

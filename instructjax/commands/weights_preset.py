@@ -21,6 +21,10 @@ from instructjax.core import places
 from instructjax.core.errors import UserError
 
 NAME = "weights"
+# Fields that name the files of a network, the first of them that is set giving its shape and tokenizer. Finished
+# policies come first, as in stages/policies.given_weights.
+_POLICY = ("ppo_init.weights", "sft.weights", "model.weights")
+_REWARD = ("rm.weights", "reward_model.weights")
 _ROOT = pathlib.Path(__file__).parents[2]
 _DESCRIBE = "instructjax.commands.describe"
 
@@ -68,21 +72,27 @@ def fill_in(
   said = lambda name: changes.get(name, _at(config, name))
   paths = {
     field: places.expand(said(field), f"config.{field}", ("hf://",))
-    for field in ("model.weights", "reward_model.weights")
+    for field in (*_POLICY, *_REWARD)
     if said(field)
   }
-  if "model.weights" not in paths:
+  policy = next((field for field in _POLICY if field in paths), None)
+  if policy is None:
     raise UserError(
       "preset weights takes its shapes from a file: name it with --config.model.weights=PATH (a Hugging Face folder, a"
-      " .gguf file, a stage's folder or hf://ORG/NAME)"
+      " .gguf file, a stage's folder or hf://ORG/NAME), or a finished policy with --config.ppo_init.weights=PATH"
     )
   found = _ask(paths, said("tokenizer.path"))
-  files = {
-    block: f"{block}.weights" if f"{block}.weights" in paths else "model.weights"
-    for block in ("model", "reward_model")
-  }
+  reward = next((field for field in _REWARD if field in paths), policy)
+  files = {"model": policy, "reward_model": reward}
   shapes = {block: found["weights"][field] for block, field in files.items()}
   values: dict[str, Any] = {"tokenizer.vocab_size": found["vocab_size"]}
+  finished, notes = ("ppo_init.weights", "sft.weights"), []
+  for field, other in (finished, finished[::-1]):
+    if "model.weights" not in paths and field not in paths:
+      values[field] = paths[other]
+      notes.append(
+        f"  {field}={paths[other]}: no base is named to train it from, so it is {other}'s"
+      )
   for block, shape in shapes.items():
     network = dict(_flat(shape["network"]))
     _require_agreement(block, network, changes, paths[files[block]])
@@ -98,7 +108,7 @@ def fill_in(
   heading = [f"preset weights: {settings.size_used(sizes[0])}"]
   for block, title in (("model", "policy"), ("reward_model", "reward model and value network")):
     heading.append(f"  {title}: {_words(shapes[block])}, from {paths[files[block]]}")
-  return Explanation(tuple(heading), tuple((one.values, one.reason) for one in choices))
+  return Explanation((*heading, *notes), tuple((one.values, one.reason) for one in choices))
 
 
 def _ask(paths: Mapping[str, str], tokenizer_path: str) -> dict[str, Any]:

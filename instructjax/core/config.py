@@ -273,6 +273,16 @@ class Config:
       f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
     )
     require(
+      not self.rm.weights or self.rm.start_from == "base",
+      f"{where}.rm.weights={self.rm.weights!r} is a finished reward model, so that nothing would start from"
+      " rm.start_from='sft'; use 'base'",
+    )
+    require(
+      not self.rm.weights or self.reward_model.weights in ("", self.model.weights),
+      f"{where}.rm.weights={self.rm.weights!r} must come without {where}.reward_model.weights="
+      f"{self.reward_model.weights!r}, from which nothing would start",
+    )
+    require(
       self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
       f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
       f" rm.max_responses={self.rm.max_responses}",
@@ -320,10 +330,26 @@ def from_config_dict(config: Any) -> Config:
   # Validated before the weights are filled in: a rule refuses reward_model.weights beside rm.start_from='sft', and must
   # only see what the user has set.
   validate(result, "config")
-  if result.same_network and not result.reward_model.weights:
-    reward_model = dataclasses.replace(result.reward_model, weights=result.model.weights)
-    result = dataclasses.replace(result, reward_model=reward_model)
-  return result
+  return _with_shared_base(result)
+
+
+def _with_shared_base(config: Config) -> Config:
+  """The config in which a reward model that names no weights has those of the policy, if the networks are the same."""
+  if not config.same_network or config.reward_model.weights:
+    return config
+  reward_model = dataclasses.replace(config.reward_model, weights=config.model.weights)
+  return dataclasses.replace(config, reward_model=reward_model)
+
+
+def with_finished_reward_model(config: Config) -> Config:
+  """The config in which `reward_model.weights`, found to be a finished reward model, are `rm.weights`."""
+  path = config.reward_model.weights
+  changed = dataclasses.replace(
+    config,
+    rm=dataclasses.replace(config.rm, weights=path),
+    reward_model=dataclasses.replace(config.reward_model, weights=""),
+  )
+  return _with_shared_base(changed)
 
 
 def _expand(block: Any, where: str) -> Any:

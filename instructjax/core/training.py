@@ -6,7 +6,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
+from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
@@ -36,6 +36,17 @@ def require_answers(block: Any, where: str, prompts: str, answers: str):
     numbers[prompts] * numbers[answers] <= _MOST_ANSWERS,
     f"{spelled} must be at most 2**24 answers",
   )
+
+
+def require_microbatches(block: Any, where: str):
+  """Checks that the microbatches divide the batch, since compiled steps have fixed shapes.
+
+  Raises:
+    UserError: they do not.
+  """
+  count, rows = block.microbatches, block.batch_size
+  require_positive(block, where, "microbatches")
+  require(rows % count == 0, f"{where}.microbatches={count} must divide batch_size={rows}")
 
 
 def require_epochs(block: Any, where: str):
@@ -92,6 +103,9 @@ class PretrainConfig:
 
   num_steps: int  # number of updates [steps]
   batch_size: int  # rows of packed documents per update [rows]
+  # parts of a batch that are computed one after the other, in training and in measuring the held-out loss; more parts
+  # take less memory
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
   length: int  # length of a row [tokens]
   # steps between two measurements of the held-out loss; the step with the lowest loss becomes the base model [steps]
   evaluate_every: int
@@ -99,6 +113,7 @@ class PretrainConfig:
 
   def validate(self, where: str):
     require_positive(self, where, "num_steps", "batch_size", "length", "evaluate_every")
+    require_microbatches(self, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +122,20 @@ class SFTConfig:
 
   num_epochs: int  # passes over the demonstrations [epochs]
   batch_size: int  # rows per update, each packed with several demonstrations [rows]
+  # parts of a batch that are computed one after the other; more parts take less memory
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
   length: int  # length of a row [tokens]
   dropout: float  # residual dropout: the probability of dropping an element that a layer adds to the residual stream
   pretrain_mix: float  # share of a batch's rows that are pretraining text
+  # a finished policy to use in place of what the stage trains: a stage's folder, a Hugging Face folder, FILE.gguf or
+  # hf://ORG/NAME; '' trains
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   optim: OptimConfig
 
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "length")
     require_epochs(self, where)
+    require_microbatches(self, where)
     require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
     require(
       0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
@@ -157,8 +178,14 @@ class RMConfig:
 
   # base starts from the reward model's own base model; sft starts from the supervised baseline
   start_from: Literal["base", "sft"]
+  # a finished reward model, which the stage then only measures: the rm stage of another run, or a Hugging Face folder
+  # of a sequence classifier with one label; '' trains. reward_model.weights that end in a score are taken for it
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   num_epochs: int  # passes over the comparisons [epochs]
   batch_size: int  # prompts per update, each with all pairs of its answers [prompts]
+  # parts of a batch, with all answers of their prompts, that are computed one after the other; more parts take less
+  # memory
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
   # number of answers that each prompt is padded to; a prompt with more answers is an error [answers]
   max_responses: int
   # length of the rows that answers are packed into, in training and in later scoring; 0 gives each answer a padded row
@@ -175,6 +202,7 @@ class RMConfig:
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
     require_epochs(self, where)
+    require_microbatches(self, where)
     require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
     require(
       self.cross_validation_folds == 0 or self.cross_validation_folds >= 2,
@@ -190,6 +218,12 @@ class PPOConfig:
   # episodes per iteration; an episode is a prompt and a sampled response [episodes]
   batch_size: int
   num_minibatches: int  # minibatches per batch, with one update each [minibatches]
+  # parts of a minibatch whose gradients are computed one after the other, for the policy and the value network; more
+  # parts take less memory; 1 if packed_rows is not 0
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
+  # parts of a batch of episodes that the networks score one after the other; more parts take less memory; 1 if
+  # packed_rows is not 0
+  score_microbatches: int = dataclasses.field(metadata=ROUNDING)
   num_epochs: int  # passes over each batch of episodes [epochs]
   # number of rows, each packed with several episodes, to score or train on at a time; 0 gives each episode a padded row
   # of its own [rows]
@@ -204,9 +238,9 @@ class PPOConfig:
   kl_horizon: int  # adaptive controller: number of episodes over which it corrects beta [episodes]
   gamma: float  # coefficient of the pretraining gradient (eq. 2); 0 is PPO without pretraining mix
   ptx_rows: int  # rows of pretraining text per episode [rows]
-  # number of chunks that a minibatch's pretraining rows are processed in; fewer chunks are faster on a mesh and take
-  # more memory
-  ptx_chunks: int = dataclasses.field(metadata=ROUNDING)
+  # parts of a minibatch's pretraining rows that are computed one after the other; more parts take less memory, and are
+  # slower on a mesh
+  ptx_microbatches: int = dataclasses.field(metadata=ROUNDING)
   ptx_length: int  # length of a row of pretraining text [tokens]
   # mean averages the pretraining loss over all tokens of a minibatch's rows; sum adds up each row's tokens and averages
   # over rows
@@ -239,9 +273,11 @@ class PPOConfig:
       "num_iterations",
       "batch_size",
       "num_minibatches",
+      "microbatches",
+      "score_microbatches",
       "num_epochs",
       "ptx_rows",
-      "ptx_chunks",
+      "ptx_microbatches",
       "ptx_length",
     )
     require_positive(self, where, *sizes)
@@ -254,17 +290,31 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
-    # The compiled step has fixed shapes, so minibatches, chunks and packed rows must divide their batches evenly.
+    # The compiled step has fixed shapes, so minibatches, microbatches and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
     require(
-      rows % self.ptx_chunks == 0,
-      f"{where}.ptx_chunks={self.ptx_chunks} must divide the {rows} pretraining rows of a minibatch",
+      rows % self.ptx_microbatches == 0,
+      f"{where}.ptx_microbatches={self.ptx_microbatches} must divide the {rows} pretraining rows of a minibatch",
     )
     require(
       self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
       f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",
     )
+    require(
+      minibatch % self.microbatches == 0,
+      f"{where}.microbatches={self.microbatches} must divide batch_size / num_minibatches={minibatch}",
+    )
+    require(
+      self.batch_size % self.score_microbatches == 0,
+      f"{where}.score_microbatches={self.score_microbatches} must divide batch_size={self.batch_size}",
+    )
+    for name in ("microbatches", "score_microbatches"):
+      count = getattr(self, name)
+      require(
+        self.packed_rows == 0 or count == 1,
+        f"{where}.{name}={count} must be 1 with packed_rows={self.packed_rows}, which are the rows computed at a time",
+      )
     # lm-human-preferences asserts the same. The statistics of fewer rewards are mostly noise.
     require(
       not self.whiten_rewards or minibatch >= 8,

@@ -334,22 +334,22 @@ def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
   return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_down_D"))
 
 
-def dropout(x_BTD, key, rate: float):
+def dropout(x_BTD, key_B, rate: float):
   """Inverted dropout: sets elements to 0 with probability `rate`, and scales the others to keep the expectation.
 
   The rate is rounded to a multiple of 2 ** -16. The scale uses the rounded rate, so the expectation is exact.
 
   Args:
     x_BTD: any float dtype.
-    key: typed key; None switches dropout off.
+    key_B: a typed key for each row; None switches dropout off.
     rate: static, in [0, 1).
   """
-  if key is None:
+  if key_B is None:
     return x_BTD
   # 16 random bits decide on an element, so one 32-bit word serves two: half of the random bits to generate.
   kept = round((1.0 - rate) * 2**16)
-  shape = (*x_BTD.shape[:2], (x_BTD.shape[2] + 1) // 2)
-  word_BTE = jax.random.bits(key, shape)
+  shape = (x_BTD.shape[1], (x_BTD.shape[2] + 1) // 2)
+  word_BTE = jax.vmap(lambda key: jax.random.bits(key, shape))(key_B)
   keep_BTD = jnp.concatenate([word_BTE & 0xFFFF < kept, word_BTE >> 16 < kept], axis=2)
   scale_BTD = jnp.where(keep_BTD[:, :, : x_BTD.shape[2]], 2**16 / kept, 0.0)
   return x_BTD * scale_BTD.astype(x_BTD.dtype)
@@ -379,7 +379,7 @@ def cast(weights: dict, dtype) -> dict:
   return jax.tree_util.tree_map_with_path(one, weights)
 
 
-def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key):
+def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key_B):
   """One decoder layer: attention, then the MLP, each added to the residual stream whose norm it reads.
 
   With `parallel_residual` both read the stream as it enters the layer.
@@ -392,26 +392,26 @@ def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: f
     mix: attention, (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept). It belongs to the caller, which may have keys and
       values in a cache. `kept` (the cache, or None) is passed through.
     dropout_rate: for both residual branches.
-    key: typed key of this layer's dropout; None for no dropout.
+    key_B: each row's typed key of this layer's dropout; None for no dropout.
   Returns:
     (h_BTD, kept)
   Raises:
     ValueError: see `cast`.
   """
   weights = cast(weights, h_BTD.dtype)
-  keys = (None, None) if key is None else jax.random.split(key)
+  key_2B = (None, None) if key_B is None else jax.vmap(jax.random.split, out_axes=1)(key_B)
   # On a mesh, columns are split over `tensor` between products, and gathered for a product (see constraints.py).
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
   mixed_BTGRK, kept = mix(*project_qkv(x_BTD, weights["attention"], cfg, angles))
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
-  y_BTD = dropout(_branch_norm(y_BTD, weights, "attention_out_norm", cfg), keys[0], dropout_rate)
+  y_BTD = dropout(_branch_norm(y_BTD, weights, "attention_out_norm", cfg), key_2B[0], dropout_rate)
   added_BTD = h_BTD + y_BTD
   # Kept in place of the product y_BTD: the backward pass of the mlp starts from this sum.
   h_BTD = h_BTD if cfg.parallel_residual else checkpoint_name(added_BTD, SAVED)
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
   y_BTD = _branch_norm(mlp(x_BTD, weights["mlp"], cfg), weights, "mlp_out_norm", cfg)
   h_BTD = added_BTD if cfg.parallel_residual else h_BTD
-  return h_BTD + dropout(y_BTD, keys[1], dropout_rate), kept
+  return h_BTD + dropout(y_BTD, key_2B[1], dropout_rate), kept
 
 
 def _branch_norm(y_BTD, weights: dict, name: str, cfg: NetworkConfig):

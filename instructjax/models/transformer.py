@@ -217,7 +217,7 @@ def hidden(
   segment_BL: Array,
   position_BL: Array,
   dropout_rate: float = 0.0,
-  dropout_key: Array | None = None,
+  dropout_key_B: Array | None = None,
   window: tuple[int, int] | None = None,
 ) -> tuple[Array, Params]:
   """The forward pass up to the head's input.
@@ -229,19 +229,22 @@ def hidden(
     segment_BL: int32 segment of each column; 0 is padding.
     position_BL: int32 position inside the segment. A learned position past max_length gives NaN.
     dropout_rate: residual dropout, on the output of each branch and on the sum of the embeddings.
-    dropout_key: typed key; needed if dropout_rate > 0.
+    dropout_key_B: a typed key for each row; needed if dropout_rate > 0. A row's masks depend on its own key alone, so
+      they are the same in whatever batch the row is computed.
     window: (start, stop) of the columns whose outputs are wanted; the head is not computed for others.
   Returns:
     (h_BTD, params). h_BTD is the output of the final norm, in the compute dtype; T counts the columns of the window, or
     all of L. Give these params to the head (`apply_head`, lm_head.py) instead of the ones passed in. The values are the
     same, but a tied embedding table then collects its gradient in one array: see `_look_up_and_pass`.
   Raises:
-    ValueError: dropout_rate > 0 without a key.
+    ValueError: dropout_rate > 0 without keys.
   """
-  if dropout_rate and dropout_key is None:
-    raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
-  key = dropout_key if dropout_rate else None
-  h_BLD, _, params = run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
+  if dropout_rate and dropout_key_B is None:
+    raise ValueError(f"apply: dropout_rate={dropout_rate} must come with dropout_key_B")
+  key_B = dropout_key_B if dropout_rate else None
+  h_BLD, _, params = run_layers(
+    model, params, token_BL, segment_BL, position_BL, dropout_rate, key_B
+  )
   start, stop = window or (0, token_BL.shape[1])
   return final_norm(model, params, h_BLD[:, start:stop]), params
 
@@ -267,13 +270,13 @@ def positions_from_segments(segment_BL: Array) -> Array:
 
 
 def run_layers(
-  model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
+  model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key_B=None, keep=False
 ):
   """Embedding and all layers, before the final norm.
 
   Args:
     model, params, token_BL, segment_BL, position_BL, dropout_rate: as for `hidden`.
-    key: typed key for dropout, or None.
+    key_B: each row's typed key for dropout, or None.
     keep: whether to return keys and values, for a cache.
   Returns:
     (h_BLD, kept, params). kept is the (k_BGLK, v_BGLK) of every layer, stacked or as a tuple like the layers, or Nones.
@@ -287,19 +290,20 @@ def run_layers(
   segment_BL = constraints.shard_rows(segment_BL)
   angles, kinds = layers.rotary_angles(position_BL, cfg), layers.layer_kinds(cfg)
   attend = _attention(model, segment_BL, position_BL)
-  keys_N = None
-  if key is not None:
+  key_NB = None
+  if key_B is not None:
     # Keys 0 .. N - 1 are for the layers, N for the embedding: scan and unrolled layers draw the same noise.
-    h_BLD = layers.dropout(h_BLD, jax.random.fold_in(key, cfg.num_layers), dropout_rate)
-    keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.num_layers))
+    fold_B = jax.vmap(jax.random.fold_in, (0, None))
+    h_BLD = layers.dropout(h_BLD, fold_B(key_B, cfg.num_layers), dropout_rate)
+    key_NB = jax.vmap(fold_B, (None, 0))(key_B, jnp.arange(cfg.num_layers))
 
-  def run_block(h_BLD, layer, index, layer_key):
+  def run_block(h_BLD, layer, index, layer_key_B):
     def mix(q_BTGRK, k_BTGK, v_BTGK):
       pair = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
       return attend(index, q_BTGRK, *pair), pair if keep else None
 
     turn = layer_angles(angles, kinds, index)
-    h_BLD, kept = layers.block(h_BLD, layer, cfg, turn, mix, dropout_rate, layer_key)
+    h_BLD, kept = layers.block(h_BLD, layer, cfg, turn, mix, dropout_rate, layer_key_B)
     return h_BLD, kept
 
   # A scan compiles one layer for all. Unrolled layers take longer to compile, but read their weights where they lie,
@@ -307,12 +311,12 @@ def run_layers(
   if model.execution.layers == "scan":
     # The loop itself keeps XLA from merging recomputation with the forward pass, so no barrier against CSE is needed.
     run = _checkpoint(run_block, model.execution.remat, static_argnums=2, prevent_cse=False)
-    stacked = stacking.stacked(params["layers"]), keys_N
+    stacked = stacking.stacked(params["layers"]), key_NB
     return *_scan_layers(run, h_BLD, stacked, len(kinds)), params
   run = _checkpoint(run_block, model.execution.remat, static_argnums=2)
   kept = []
   for index, layer in enumerate(stacking.unstacked(params["layers"])):
-    h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
+    h_BLD, pair = run(h_BLD, layer, index, None if key_NB is None else key_NB[index])
     kept.append(pair)
   return h_BLD, tuple(kept), params
 

@@ -172,7 +172,7 @@ def _win_cell(rate: float, interval) -> dict:
 
 def _wins(wins: dict) -> dict:
   """The win rates: a row of cells for each policy, with None on the diagonal, and the figure."""
-  opponents = [name for name in ("sft", "reward_base", "base") if name in wins][:2]
+  opponents = [name for name in ("sft", "reward_base", "base", "ppo_init") if name in wins][:2]
   return {
     "rows": {a: [None if a == b else _win_cell(*wins[a][b]) for b in wins] for a in wins}
     if len(wins) > 1
@@ -285,6 +285,7 @@ def page(
   made: Mapping[str, Provenance],
 ) -> str:
   """The whole report as one HTML document."""
+  judgement = results.reward_model.validation
   return _TEMPLATES.get_template("page.html.j2").render(
     preset=printable(config.preset),
     what_ran=_what_ran(config, prompts),
@@ -299,7 +300,7 @@ def page(
     curves=_curves(results),
     tax=_tax(results),
     reward_model=_reward_model(results),
-    num_pairs=results.reward_model.validation.pairs,
+    num_pairs=judgement.pairs if judgement else 0,
     overoptimization=_overoptimization(results),
     made=_made(made),
   )

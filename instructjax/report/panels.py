@@ -223,6 +223,8 @@ def _beside(ax, text: str, x: float, y: float, *, gap: float = 5):
 def draw_accuracy(ax, results: Results) -> bool:
   """Draws the reward model's accuracy and how often labelers agree; diamonds are the paper's numbers."""
   rows = accuracy_rows(results)
+  if not rows:
+    return False
   for i, (label, value, half, (paper, error)) in enumerate(rows):
     colour = "#3b82d6" if not label.startswith("Agreement") else "#e3a008"
     ax.plot(
@@ -246,11 +248,13 @@ def draw_accuracy(ax, results: Results) -> bool:
   ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
   ax.legend(loc="lower right", bbox_to_anchor=(1, 0.985), handletextpad=0.1)
   ax.set_title("Reward model and labelers")
-  return bool(rows)
+  return True
 
 
 def draw_calibration(ax, results: Results) -> bool:
   """Draws how often the reward model is right against the probability that it gives to being right."""
+  if results.reward_model.validation is None:
+    return False
   found = results.reward_model.validation.calibration
   columns = (found.confidence, found.accuracy, found.count)
   confidence, accuracy, count = (np.array(x, float) for x in columns)

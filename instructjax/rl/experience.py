@@ -29,6 +29,7 @@ class Nets:
     stop_ids: the tokens that end an answer.
     max_response_length: R, the most tokens of an answer, its EOS included.
     slots: rows decoded at once; 0 for the whole batch.
+    score_skips: a token at which the reward model gives no score, as the pad token of one made elsewhere; or None.
   """
 
   policy: transformer.Model
@@ -38,6 +39,7 @@ class Nets:
   stop_ids: tuple[int, ...]
   max_response_length: int
   slots: int = 0
+  score_skips: int | None = None
 
 
 @pytree
@@ -157,7 +159,8 @@ def from_rollout(
     behaviour_BR, ref_BR = said["behaviour_logprob_BR"], said["ref_logprob_BR"]
     value_BR = jnp.where(mask_BR, said["value_BR"], 0.0)
     # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
-    rm_score_B = scoring.at_last_token(said["score_BL"], rollout.is_token_BL)
+    read_BL = scoring.is_read(rollout.token_BL, rollout.is_token_BL, nets.score_skips)
+    rm_score_B = scoring.at_last_token(said["score_BL"], read_BL)
   with jax.named_scope("advantages"):
     # 2c. A response that never ends may get a fixed score instead (details item 22).
     response_BR = rollout.token_BL[:, rollout.prompt_length :]

@@ -24,8 +24,15 @@ from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
 from instructjax.rl.experience import Experience, Frozen, Nets
-from instructjax.rl.rows import Rows, make_rows
-from instructjax.train import optim, supervised
+from instructjax.rl.rows import Rows, padded, shared
+from instructjax.train import accumulation, optim, supervised
+
+
+def make_rows(cfg: PPOConfig, pad_id: int) -> Rows:
+  """How episodes lie in rows, and how many rows are scored and trained on at a time."""
+  if cfg.packed_rows:
+    return shared(cfg.packed_rows, pad_id)
+  return padded(cfg.score_microbatches, cfg.microbatches)
 
 
 def create_state(
@@ -94,23 +101,13 @@ def ptx_gradient(
   """
   num_rows = ptx.token_BL.shape[0]
   denominator = jnp.sum(ptx.weight_BL) if cfg.ptx_reduction == "mean" else jnp.float32(num_rows)
-  # In chunks, which bound the memory of activations. On a mesh each chunk gathers the weights again and scatters their
-  # gradient, so few chunks are faster. The denominator above is that of all rows, so the chunks' gradients add up.
-  chunks = jax.tree.map(
-    lambda x: x.reshape(cfg.ptx_chunks, num_rows // cfg.ptx_chunks, *x.shape[1:]), ptx
-  )
 
-  def chunk_loss(params, chunk: PackedBatch):
-    sum_nll, _ = supervised.lm_loss_sums(nets.policy, params, chunk)
-    return sum_nll / denominator
+  # The denominator is that of all rows, so the losses of microbatches add up.
+  def share(params, rows: PackedBatch):
+    sum_nll, _ = supervised.lm_loss_sums(nets.policy, params, rows)
+    return sum_nll / denominator, {}
 
-  def add_chunk(total, chunk):
-    return jax.tree.map(
-      jnp.add, total, jax.value_and_grad(chunk_loss)(params, constraints.shard_rows(chunk))
-    ), None
-
-  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-  (loss, grads), _ = jax.lax.scan(add_chunk, zero, chunks)
+  (loss, _), grads = accumulation.gradient(share, params, ptx, cfg.ptx_microbatches)
   return loss, grads
 
 
@@ -311,7 +308,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   Returns:
     The jitted function. Its first call compiles, and raises what `train_step` raises.
   """
-  rows = make_rows(cfg.packed_rows, nets.policy.vocab_size)
+  rows = make_rows(cfg, nets.policy.vocab_size)
 
   def step(state, frozen, batch):
     return train_step(nets, cfg, rows, state, frozen, batch)

@@ -206,12 +206,9 @@ def _from_training(result: Any) -> list[tuple[str, str]]:
             f" {judged.pairs} pairs of {judged.prompts} prompts)",
           )
         )
-    rows.append(
-      (
-        "mean score of demonstrations before the bias, which makes it 0",
-        _number(result.demonstration_mean),
-      )
-    )
+    if result.demonstration_mean is not None:
+      what = "mean score of demonstrations before the bias, which makes it 0"
+      rows.append((what, _number(result.demonstration_mean)))
   return rows
 
 

@@ -21,6 +21,7 @@ from instructjax import models
 from instructjax.core import provenance
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
+from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import ROLES, STAGES, RoleName
 from instructjax.data.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class Context:
 
   Attributes:
     config, workdir, mesh, tokenizer: those of the run.
-    given: weights that the config names in place of a trained base, by the stage that would train it.
+    given: weights that the config names in place of trained ones, by the stage that would train them.
     data: records and token lists.
     contents: what the files hold that the run reads.
     tracking: where the run can be followed beside its metrics.jsonl.
@@ -135,6 +136,22 @@ def require_fit(
   sharding.require_fit(mesh, axes, shapes, used)
 
 
+def require_microbatches(config: Config, mesh: Mesh, stage: str):
+  """Checks that the mesh divides the microbatches of a stage: otherwise devices would repeat each other's work.
+
+  Raises:
+    UserError: it does not; the message names the settings and the rows of a microbatch.
+  """
+  shards = sharding.num_row_shards(mesh)
+  for what, rows in lineage.microbatch_rows(config, stage).items():
+    block, count = what.partition(".")[0], what.rpartition(" ")[2]
+    if rows % shards:
+      raise UserError(
+        f"config.{what} = {rows} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; set fewer"
+        f" --config.{block}.{count}"
+      )
+
+
 def canonical(value: Any) -> str:
   """The JSON that stands for a value in a fingerprint: of a config block, only the fields that decide its numbers."""
   plain = determining(value) if dataclasses.is_dataclass(value) else value
@@ -164,10 +181,14 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
   result["tokenizer"] = ctx.tokenizer.fingerprint
   if ctx.tokenizer.chats.clock is not None:
     result["date of chats"] = ctx.tokenizer.chats.clock
+  if stage in ctx.given:
+    result[f"weights:{stage}"] = given_fingerprint(ctx, ctx.given[stage])
   for parent in lineage.parents(ctx.config, stage):
-    given = ctx.given.get(parent)
+    is_replaced = lineage.is_replaced(ctx.config, parent)
     result[f"parent:{parent}"] = (
-      given_fingerprint(ctx, given) if given else ctx.require_done(parent).identity
+      given_fingerprint(ctx, ctx.given[parent])
+      if is_replaced
+      else ctx.require_done(parent).identity
     )
   return result | _data_fingerprints(ctx, stage)
 
@@ -179,7 +200,7 @@ def given_fingerprint(ctx: Context, given: Weights) -> str:
 
 def _data_fingerprints(ctx: Context, stage: str) -> dict[str, str]:
   done, result = ctx.done(stage), {}
-  for kind in STAGES[stage].reads:
+  for kind in lineage.reads(ctx.config, stage):
     name = f"data:{kind}"
     try:
       result[name] = ctx.contents.of(kind).fingerprint
@@ -215,13 +236,16 @@ def _files_behind(ctx: Context, fingerprint: Mapping[str, str]) -> dict[str, tup
     with contextlib.suppress(NotThere):
       if what == "data":
         result[part] = ctx.contents.of(name).files
-      elif what == "parent" and name in ctx.given and ctx.given[name].files:
+      elif what in ("parent", "weights") and name in ctx.given and ctx.given[name].files:
         result[part] = ctx.contents.of_weights(ctx.given[name]).files
   return result
 
 
-def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
-  """What fingerprints leave out, in the form of `loop.StageRun`: settings of these blocks and execution, versions."""
+def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str, dict]:
+  """What fingerprints leave out, in the form of `loop.StageRun`: settings of these blocks and execution, versions.
+
+  In place of the paths of bases it has those of the given weights that the stage's networks descend from.
+  """
   named = {"execution": ctx.execution, **blocks}
   settings = {
     metadata["on_resume"]: {
@@ -232,6 +256,11 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
     }
     for metadata in (ROUNDING, SAME_NUMBERS)
   }
+  # Of a stage's own network, which it calls `model`, and of an RL stage's value network.
+  same = settings[SAME_NUMBERS["on_resume"]]
+  for name, of in (("model.weights", stage), ("reward_model.weights", "rm")):
+    if name in same:
+      same[name] = lineage.origin(ctx.config, of)
   return settings | {loop.LIBRARIES: provenance.versions()}
 
 
@@ -247,7 +276,7 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
     tracking=ctx.tracking,
     fingerprint=made_with,
     files=_files_behind(ctx, made_with),
-    changeable=changeable(ctx, {STAGES[stage].block: own, **others}),
+    changeable=changeable(ctx, stage, {STAGES[stage].block: own, **others}),
     started=time.monotonic(),
   )
 

@@ -27,7 +27,7 @@ from instructjax.report.results import BestOfN, Measured, Results
 from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
-from instructjax.train import metrics, supervised
+from instructjax.train import accumulation, metrics, supervised
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
@@ -157,7 +157,13 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
   """
   model = ctx.model("policy")
   rows = validation_rows(ctx, ctx.config.pretrain.length)
-  sums = supervised.jit_sums(functools.partial(supervised.lm_row_sums, model), ctx.mesh, model)
+  num_chunks = ctx.config.pretrain.microbatches
+
+  def row_sums(params, batch):
+    one = functools.partial(supervised.lm_row_sums, model, params)
+    return accumulation.map_rows(one, batch, num_chunks)
+
+  sums = supervised.jit_sums(row_sums, ctx.mesh, model)
   result = {}
   for name in names:
     params = policies.load(ctx, name)

@@ -28,6 +28,7 @@ from instructjax.stages.context import (
   canonical,
   given_fingerprint,
   require_fit,
+  require_microbatches,
   require_same_data,
 )
 from instructjax.stages.run_data import RunData
@@ -138,6 +139,8 @@ def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pa
   roles = dict.fromkeys(row.role for row in rows if row.role)
   batches = dict.fromkeys(name for row in rows for name in row.batches)
   require_fit(config, mesh, config.tokenizer.vocab_size, roles, batches)
+  for stage in stages:
+    require_microbatches(config, mesh, stage)
   for stage in _coming(workdir, stages):
     _call(stage, "check_settings", config)
 
@@ -166,6 +169,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """
   tracked = tracking.open_run(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
+  config = policies.settle(config)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   stages = lineage.plan(config)
   _require_sources(config, workdir)
@@ -202,7 +206,7 @@ def _tokenizer(
   Args:
     config: the run's config.
     directory: where the tokenizer is kept.
-    given: weights in place of trained bases; if the config names no tokenizer, the first one's is taken.
+    given: weights in place of trained ones; if the config names no tokenizer, the first one's is taken.
     path: where the config's tokenizer lies on this host; '' if it names none.
     contents: what the documents hold, on which one is trained.
   Raises:
@@ -317,6 +321,7 @@ def run(config: Config, workdir: pathlib.Path):
     Preempted: the run was told to stop.
   """
   ctx = make_context(config, workdir)
+  config = ctx.config
   stages = lineage.plan(config)
   require_same_everywhere(ctx, stages)
   check(ctx, stages)

@@ -1,4 +1,4 @@
-"""Loads the weights of finished stages by policy name, and checks weights that the config gives in place of a base.
+"""Loads the weights of finished stages by policy name, and checks weights that the config gives in place of these.
 
 Called by pipeline.py and by the stages, which start from these weights or judge them.
 """
@@ -6,9 +6,16 @@ Called by pipeline.py and by the stages, which start from these weights or judge
 import dataclasses
 from collections.abc import Mapping
 
-from instructjax.core.config import Config, ModelConfig
+from instructjax.core.config import Config, ModelConfig, with_finished_reward_model
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES, RoleName, selector, stage_of_policy
+from instructjax.core.stages import (
+  REFERENCE,
+  ROLES,
+  STAGES,
+  RoleName,
+  selector,
+  stage_of_policy,
+)
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
 from instructjax.models import heads
@@ -18,21 +25,48 @@ from instructjax.train import weights
 from instructjax.train.weights import Weights
 
 
+def _locate(path: str, field: str) -> Weights:
+  try:
+    return weights.locate(path)
+  except UserError as error:
+    raise UserError(f"config.{field}: {error}") from error
+
+
+def settle(config: Config) -> Config:
+  """The config in which a finished reward model stands in `rm.weights`, whichever field named it.
+
+  `reward_model.weights` may be a language model for the reward model to start from, or a finished reward model. The
+  file itself tells: one that ends in a single score is finished.
+
+  Raises:
+    UserError: nothing that can be opened lies at the path.
+  """
+  path = config.reward_model.weights
+  if not path or path == config.model.weights:
+    return config
+  is_finished = _locate(path, "reward_model.weights").head == "scalar"
+  return with_finished_reward_model(config) if is_finished else config
+
+
 def given_weights(config: Config) -> dict[str, Weights]:
-  """Opens the weights that the config gives in place of trained bases: stage that would train the base -> weights.
+  """Opens the weights that the config gives in place of trained ones: stage that would train them -> weights.
+
+  Finished policies come first: the run has the tokenizer of the first weights.
 
   Raises:
     UserError: nothing that can be opened lies at a path.
   """
-  result = {}
-  for stage in lineage.bases(config):
-    path = lineage.given(config, stage)
-    try:
-      if path:
-        result[stage] = weights.locate(path)
-    except UserError as error:
-      raise UserError(f"config.{_block(stage)}.weights: {error}") from error
-  return result
+  stages = (REFERENCE, "sft", *lineage.bases(config), "rm")
+  paths = {stage: lineage.given(config, stage) for stage in stages}
+  return {stage: _locate(path, _field(stage)) for stage, path in paths.items() if path}
+
+
+def _field(stage: str) -> str:
+  """The dotted config field that gives weights in place of what a stage trains."""
+  field = STAGES[stage].given_by
+  if field is None:
+    raise ValueError(f"nothing may be given in place of stage {stage}")
+  return field
 
 
 def _block(stage: str) -> str:
@@ -43,24 +77,26 @@ def _block(stage: str) -> str:
 def require_given_weights(
   config: Config, opened: Mapping[str, Weights], tokenizer: tokenizers.Tokenizer
 ):
-  """Checks that the weights named by `model.weights` and `reward_model.weights` fit the run.
+  """Checks that the weights which the config gives fit the run.
 
   Args:
     config: the run's config.
     opened: as `given_weights` returns them.
     tokenizer: the run's tokenizer.
   Raises:
-    UserError: the weights have a scalar head, another tokenizer or another network, or the run is to train the very
-      base that they replace.
+    UserError: the weights have another head, another tokenizer or another network, or the run is to train the very
+      weights that they replace.
   """
   for stage, given in opened.items():
-    block = _block(stage)
+    block, field = _block(stage), _field(stage)
     cfg: ModelConfig = getattr(config, block)
-    where = f"config.{block}.weights={cfg.weights!r}"
-    if config.stage == stage:
+    where = f"config.{field}={lineage.given(config, stage)!r}"
+    if config.stage == stage and lineage.is_replaced(config, stage):
       raise UserError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
-    if given.head != "lm":
-      raise UserError(f"{where} must be a language model, and it has a scalar head")
+    wanted = ROLES[STAGES[stage].require_role()].head
+    if given.head != wanted:
+      one = {"lm": "a language model", "scalar": "a finished reward model, which ends in a score"}
+      raise UserError(f"{where} must be {one[wanted]}, and it is {one[given.head]}")
     _require_tokenizer(config, given, tokenizer, where)
     _require_network(cfg, given, block, where)
 
@@ -76,7 +112,7 @@ def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tok
     raise UserError(
       f"{where} was trained with another tokenizer; set config.tokenizer.path={str(given.tokenizer_path)!r}"
     )
-  if given.kind != "stage" and not named and given.tokenizer.fingerprint != tokenizer.fingerprint:
+  if given.kind != "stage" and not named and not tokenizers.agree(tokenizer, given.tokenizer):
     raise UserError(
       f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one"
     )
@@ -130,6 +166,8 @@ def load_sft_by_loss(ctx: Context) -> Params:
   Raises:
     UserError: they cannot be read.
   """
+  if "sft" in ctx.given:
+    return ctx.given["sft"].load(ctx.mesh, ctx.model("policy"))
   return load_step(ctx, "sft", ctx.require_done("sft").require_step())
 
 
@@ -168,5 +206,9 @@ def load_reward(ctx: Context) -> Params:
   Raises:
     UserError: the weights cannot be read.
   """
-  done = ctx.require_done("rm")
-  return heads.shift_bias(load_step(ctx, "rm", done.require_step()), done.result.demonstration_mean)
+  done, given = ctx.require_done("rm"), ctx.given.get("rm")
+  if given:
+    params = given.load(ctx.mesh, ctx.model("reward"))
+  else:
+    params = load_step(ctx, "rm", done.require_step())
+  return heads.shift_bias(params, done.result.shift)

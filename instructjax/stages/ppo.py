@@ -185,7 +185,7 @@ def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
 
   It reads the weights that the stage `evaluate` will judge, the average or the policy itself.
   """
-  loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh)
+  loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh, ctx.config.pretrain.microbatches)
   rows = validation_rows(ctx, ctx.config.pretrain.length)
   averaged = policies.judges_average(ctx)
 
@@ -220,8 +220,9 @@ def model_flops(
 
 
 def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
-  cfg = lineage.variant(ctx.config, stage)
-  return cfg, make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  cfg, given = lineage.variant(ctx.config, stage), ctx.given.get("rm")
+  nets = make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  return cfg, dataclasses.replace(nets, score_skips=given.score_skips if given else None)
 
 
 def check_settings(config: Config, stage: str):

@@ -53,12 +53,14 @@ def run(ctx: Context, stage: str):
   key = ctx.key(stage)
   params = supervised.init_params(ctx.mesh, model, key)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, key)
-  evaluate = supervised.make_lm_evaluation(model, ctx.mesh)
+  evaluate = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
   held_out = validation_rows(ctx, cfg.length)
   loop.fit(
     step_run,
     state,
-    supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings),
+    supervised.make_lm_train_step(
+      model, tx, dropout_rate=0.0, state_shardings=shardings, microbatches=cfg.microbatches
+    ),
     document_batches(
       ctx, "train", length=cfg.length, batch_size=cfg.batch_size, seed=ctx.data_seed(stage)
     ),

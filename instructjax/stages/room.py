@@ -54,7 +54,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     stage: name of the stage.
   """
   row = STAGES[stage]
-  if row.role is None:
+  if row.role is None or lineage.given(config, stage):
     return {}
   split_weights = mesh["fsdp"] * mesh["tensor"]
   split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]
@@ -74,12 +74,12 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     return max(1.0, rows) * length * per_token
 
   if not row.is_rl:
-    tokens = (cfg.batch_size, total if row.kind == "rm" else cfg.length)
-    names = f"config.{row.block}.batch_size={cfg.batch_size}, {tokens[1]} tokens a row"
+    tokens = (cfg.batch_size // cfg.microbatches, total if row.kind == "rm" else cfg.length)
+    names = f"config.{row.block}.batch_size={cfg.batch_size}, microbatches={cfg.microbatches}, {tokens[1]} tokens a row"
     answers = 1
     if row.kind == "rm" and cfg.row_length:
       # Packed into rows, the answers need what they have of tokens: two of some, at least.
-      answers, tokens = 2, (cfg.batch_size, 2)
+      answers, tokens = 2, (tokens[0], 2)
     elif row.kind == "rm":
       answers = cfg.max_responses
     return {
@@ -94,16 +94,17 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]
   )
   minibatch = cfg.batch_size // cfg.num_minibatches
-  scored = rows_of(minibatch) if not cfg.packed_rows else 1
-  mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_chunks) if cfg.gamma else 0
+  trained = rows_of(minibatch // cfg.microbatches) if not cfg.packed_rows else 1
+  mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_microbatches) if cfg.gamma else 0
   return {
     f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
     "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),
-    f"a minibatch (config.{row.block}.batch_size={cfg.batch_size}, num_minibatches={cfg.num_minibatches})": max(
-      inputs(scored, total), inputs(mixed, cfg.ptx_length)
+    f"a minibatch (config.{row.block}.batch_size={cfg.batch_size}, num_minibatches={cfg.num_minibatches},"
+    f" microbatches={cfg.microbatches})": max(
+      inputs(trained, total), inputs(mixed, cfg.ptx_length)
     ),
   }
 

@@ -175,7 +175,7 @@ class RunData:
   def _tokenized(self, kind: str, split: sources.Split) -> Tokenized:
     # Not `records`, which would keep their text.
     records, data = self._read_unchanged(kind, split), self._config.data
-    left_out: dict[str, int] = {}
+    left_out: tokenize.LeftOut = {}
     if kind == "documents":
       return Tokenized(
         tokenize.tokenize_documents(records, self._tokenizer), len(records), left_out

@@ -1,6 +1,5 @@
 """Supervised fine-tuning on demonstrations: the SFT baseline (C.1) and, with a pretraining mix, PPO's start (C.3)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from instructjax.core import results
 from instructjax.core.config import SFTConfig
 from instructjax.core.stages import STAGES
 from instructjax.data import batching
-from instructjax.models import flops
+from instructjax.models import flops, transformer
 from instructjax.parallel import sharding
 from instructjax.stages import policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
@@ -57,8 +56,10 @@ def _join_rows(batch: dict) -> Any:
   return jax.tree.map(lambda *rows: np.concatenate(rows), *batch.values())
 
 
-def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
+def _validation_loss(ctx: Context, cfg: SFTConfig, model: transformer.Model):
   """Makes the evaluation (state, step) -> losses on held-out demonstrations and on held-out pretraining text."""
+  evaluate = supervised.make_lm_evaluation(model, ctx.mesh, cfg.microbatches)
+  evaluate_text = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
   batches = batching.packed_batches(
     ctx.data.demonstration_rows("validation", cfg.length),
     batch_size=cfg.batch_size,
@@ -70,7 +71,7 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
   text = validation_rows(ctx, cfg.length)
   return lambda state, step: {
     "loss": evaluate(state.params, demonstrations),
-    "pretrain_loss": evaluate(state.params, text),
+    "pretrain_loss": evaluate_text(state.params, text),
   }
 
 
@@ -111,11 +112,17 @@ def run(ctx: Context, stage: str):
   loop.fit(
     step_run,
     state,
-    supervised.make_lm_train_step(model, tx, dropout_rate=cfg.dropout, state_shardings=shardings),
+    supervised.make_lm_train_step(
+      model,
+      tx,
+      dropout_rate=cfg.dropout,
+      state_shardings=shardings,
+      microbatches=cfg.microbatches,
+    ),
     batches,
     num_steps=num_steps,
     place=lambda batch: sharding.place_batch(ctx.mesh, _join_rows(batch)),
-    evaluate=_validation_loss(ctx, cfg, supervised.make_lm_evaluation(model, ctx.mesh)),
+    evaluate=_validation_loss(ctx, cfg, model),
     evaluate_steps=epoch_ends,
     keep_steps=epoch_ends,
     flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),

@@ -1,6 +1,6 @@
 """Opens weights by their path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
 
-Called by stages/ (for bases that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
+Called by stages/ (for weights that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
 """
 
 import dataclasses
@@ -46,8 +46,10 @@ class Weights:
     step: step of a stage's checkpoint; None for other kinds.
     item: name of the weights inside the checkpoint.
     done: the stage's done.json; None for other kinds.
-    base: the value of `model.weights` (or `reward_model.weights`) in the run that trained these weights; '' if that run
-      trained its own base, and for other kinds.
+    score_skips: of a Hugging Face classifier, its pad token, at which no score is read; None for other kinds and for
+      one without a pad token.
+    base: the path of the given weights that these descend from, in the run that trained them; '' if that run trained
+      its own base, and for other kinds.
   """
 
   path: pathlib.Path
@@ -62,6 +64,7 @@ class Weights:
   item: str
   done: finished.Done | None
   base: str
+  score_skips: int | None = None
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -81,6 +84,14 @@ class Weights:
   def stage(self) -> Stage | None:
     """The stage that trained these weights, by its done.json, since the folder may be renamed; None for other kinds."""
     return STAGES[self.done.stage] if self.done else None
+
+  @property
+  def end_of_score(self) -> str:
+    """Where a reward model's score is read, in words."""
+    if self.score_skips in self.tokenizer.stop_ids:
+      pad = f"its pad token too (id {self.score_skips})"
+      return f"its score is read before the EOS, which is {pad}, as transformers does"
+    return "its score is read at the token that ends an answer, the EOS"
 
   def require_done(self) -> finished.Done:
     """`done`, for whoever knows that these are a stage's weights."""
@@ -141,7 +152,7 @@ class Weights:
     if STAGES[done.stage].kind != "rm":
       return params
     # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
-    return heads.shift_bias(params, done.result.demonstration_mean)
+    return heads.shift_bias(params, done.result.shift)
 
 
 def load_stage(
@@ -198,6 +209,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     item="params",
     done=None,
     base="",
+    score_skips=interop.pad_id(source) if found.head == "scalar" else None,
   )
 
 
@@ -220,6 +232,10 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     )
   if which == "value" and not stage.is_rl:
     raise UserError(f"{path} must be an RL stage to have a value network")
+  if done.step is None:
+    raise UserError(
+      f"{path} measured a reward model that was given, and holds none: give the path of those weights"
+    )
   made_with = done.fingerprint
   # In its fingerprint a stage calls its own network `model`, whatever its role. The value network of an RL stage has
   # the reward model's architecture, since it starts as the reward model.

@@ -195,10 +195,26 @@ _RULES = [
     dict(ppo__batch_size=10, ppo__num_minibatches=4),
     "config.ppo.batch_size=10 must be divisible by num_minibatches=4",
   ),
-  (dict(ppo__ptx_chunks=0), "config.ppo.ptx_chunks=0 must be positive"),
+  (dict(pretrain__microbatches=0), "config.pretrain.microbatches=0 must be positive"),
+  (dict(pretrain__microbatches=3), "config.pretrain.microbatches=3 must divide batch_size=16"),
+  (dict(sft__microbatches=5), "config.sft.microbatches=5 must divide batch_size=16"),
+  (dict(rm__microbatches=3), "config.rm.microbatches=3 must divide batch_size=8"),
   (
-    dict(ppo__ptx_chunks=7),
-    "config.ppo.ptx_chunks=7 must divide the 128 pretraining rows of a minibatch",
+    dict(ppo__microbatches=3),
+    "config.ppo.microbatches=3 must divide batch_size / num_minibatches=64",
+  ),
+  (
+    dict(ppo__score_microbatches=3),
+    "config.ppo.score_microbatches=3 must divide batch_size=128",
+  ),
+  (
+    dict(ppo__score_microbatches=2, ppo__packed_rows=4),
+    "config.ppo.score_microbatches=2 must be 1 with packed_rows=4, which are the rows computed at a time",
+  ),
+  (dict(ppo__ptx_microbatches=0), "config.ppo.ptx_microbatches=0 must be positive"),
+  (
+    dict(ppo__ptx_microbatches=7),
+    "config.ppo.ptx_microbatches=7 must divide the 128 pretraining rows of a minibatch",
   ),
   (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be at least 0.001"),
   (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),
@@ -232,6 +248,14 @@ _RULES = [
   (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),
   (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
   (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
+  (
+    dict(reward_model=load().to_dict()["model"], rm__start_from="sft", rm__weights="x"),
+    "config.rm.weights='x' is a finished reward model, so that nothing would start from rm.start_from='sft'",
+  ),
+  (
+    dict(rm__weights="x", reward_model__weights="y"),
+    "config.rm.weights='x' must come without config.reward_model.weights='y', from which nothing would start",
+  ),
   (
     dict(reward_model=load().to_dict()["model"], rm__start_from="sft", reward_model__weights="x"),
     "config.rm.start_from='sft' must come without config.reward_model.weights='x'",
@@ -410,6 +434,7 @@ _READ_BY_NAME = {
     for name in (*row.takes.values(), row.asked_by)
     if name
   ),
+  *((cls, "weights") for cls in ("SFTConfig", "RMConfig")),  # by `Stage.given_by`
 }
 
 

@@ -265,7 +265,7 @@ def loss_gradient(model, params, key=None):
       segment_BL=SEGMENT_BL,
       position_BL=POSITION_BL,
       dropout_rate=0.0 if key is None else 0.2,
-      dropout_key=key,
+      dropout_key_B=None if key is None else jax.random.split(key, len(TOKEN_BL)),
     )
     return jnp.sum(jnp.sin(logits_BLV)), logits_BLV
 
@@ -334,7 +334,11 @@ def test_dropout_follows_its_key_and_keeps_the_mean(llama, make):
   np.testing.assert_array_equal(one, again)
   assert np.abs(one - other).max() > 0.1
   x_BTD = jnp.ones((20, 50, 101))
-  y_BTD = layers.dropout(x_BTD, jax.random.key(0), 0.2)
+  key_B = jax.random.split(jax.random.key(0), 20)
+  y_BTD = layers.dropout(x_BTD, key_B, 0.2)
+  # A row's noise is its own, and that of its key: no matter which rows stand beside it.
+  assert not np.array_equal(y_BTD[3], y_BTD[4])
+  np.testing.assert_array_equal(layers.dropout(x_BTD[:2], key_B[3:5], 0.2), y_BTD[3:5])
   # 52429 of 65536 are kept: the nearest there is to 0.8.
   np.testing.assert_array_equal(np.unique(y_BTD), np.float32([0.0, 65536 / 52429]))
   np.testing.assert_allclose(y_BTD.mean(), 1.0, atol=5e-3)  # 3 standard errors of 1e5 draws
@@ -345,9 +349,10 @@ def test_dropout_is_off_by_default_and_needs_a_key(gpt2, make):
   run = functools.partial(
     models.apply, model, params, TOKEN_BL, segment_BL=SEGMENT_BL, position_BL=POSITION_BL
   )
-  off = jax.make_jaxpr(lambda key: run(dropout_key=key))(jax.random.key(0))
+  key_B = jax.random.split(jax.random.key(0), len(TOKEN_BL))
+  off = jax.make_jaxpr(lambda key_B: run(dropout_key_B=key_B))(key_B)
   assert "random_bits" not in str(off)
-  with pytest.raises(ValueError, match="dropout_rate=0.1 must come with a dropout_key"):
+  with pytest.raises(ValueError, match="dropout_rate=0.1 must come with dropout_key_B"):
     run(dropout_rate=0.1)
 
 

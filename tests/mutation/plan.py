@@ -30,6 +30,7 @@ AREAS = {
   },
   "rm": {"models/heads": 3, "stages/rm": 16},
   "train": {
+    "train/accumulation": 4,
     "train/checkpoint": 6,
     "train/damaged": 4,
     "train/finished": 5,

@@ -347,12 +347,12 @@ def gradients(quick_jit, nets, weights, ppo_config):
   batch = episodes.make_experience()
   is_token_BL = batch.segment_BL > 0
   text = pretraining_rows(4 * ROWS)
-  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4, ptx_chunks=4)
+  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4, ptx_microbatches=4)
   clipped = dataclasses.replace(step.policy_optim, clip_norm=CLIP_NORM)
   cases = {
     "ppo": (step, None),
     "mean": (step, text),
-    "one chunk": (dataclasses.replace(step, ptx_chunks=1), text),
+    "one chunk": (dataclasses.replace(step, ptx_microbatches=1), text),
     "sum": (dataclasses.replace(step, ptx_reduction="sum"), text),
     "gamma 0": (dataclasses.replace(step, gamma=0.0), text),
     "clipped": (dataclasses.replace(step, policy_optim=clipped), text),

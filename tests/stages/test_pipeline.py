@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -22,7 +23,11 @@ import pytest
 from jax._src import compilation_cache
 
 import instructjax
+from configs import base
+from configs import weights as weights_settings
+from instructjax.commands import weights_preset
 from instructjax.core import results
+from instructjax.core.config import from_config_dict
 from instructjax.core.errors import StageStopped, UserError
 from instructjax.core.provenance import Source
 from instructjax.core.stages import STAGES
@@ -31,6 +36,7 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import sharding
 from instructjax.report.results import Measured
 from instructjax.rl import scoring
+from instructjax.serve import packaging
 from instructjax.stages import (
   answers,
   collect,
@@ -410,7 +416,7 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
 def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo")
   # Chunks of pretraining rows, which may change as well.
-  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_chunks=2, checkpoint__every_steps=1)
+  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_microbatches=2, checkpoint__every_steps=1)
   message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
   with pytest.raises(StageStopped, match=message):
     run_stage(limited, workdir, "ppo")
@@ -547,6 +553,55 @@ def test_given_weights_may_move(whole, specs, tmp_path):
   assert files_of(tmp_path / "run" / "sft") == made
 
 
+def test_rl_from_a_given_policy_and_a_given_reward_model(whole, specs, tmp_path):
+  """In one command, without comparisons and demonstrations: the same PPO-ptx as where they were trained."""
+  given = {
+    f"{block}__weights": str(whole / stage)
+    for block, stage in (("sft", "sft"), ("ppo_init", "ppo_init"), ("reward_model", "rm"))
+  }
+  bare = specs | {"comparisons": "", "demonstrations": ""}
+  run = lambda **changes: pipeline.run(
+    config(bare, evaluate__compare=(), **given | changes), tmp_path / "run"
+  )
+  printed = io.StringIO()
+  with micro.one_device(), contextlib.redirect_stdout(printed):
+    run()
+  assert "is not measured" in printed.getvalue() and "keep the zero point" in printed.getvalue()
+  made = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+  assert made == {"cache", "evaluate", "ppo_ptx", "report", "rm", "tokenizer"}
+  same = [last_checkpoint(folder / "ppo_ptx")[0] for folder in (tmp_path / "run", whole)]
+  assert same[0] == same[1]
+  policies_judged = finished.read_done(tmp_path / "run" / "evaluate").result.summary
+  assert set(policies_judged) == {"sft", "ppo_init", "ppo_ptx"}
+  # It goes on where it was, and not with another reward model.
+  before = files_of(tmp_path / "run" / "ppo_ptx")
+  with micro.one_device():
+    run()
+    assert files_of(tmp_path / "run" / "ppo_ptx") == before
+    other = copy_without(whole, tmp_path / "other", "ppo", "ppo_ptx", "evaluate", "report")
+    finished_run.change_done(other / "rm", '"config.seed": "0"', '"config.seed": "1"')
+    with pytest.raises(UserError, match="with another weights:rm"):
+      run(reward_model__weights=str(other / "rm"))
+
+
+def test_preset_weights_from_a_folder_of_hugging_face(whole, specs, tmp_path):
+  """The policy's base, exported: no shape is typed, and the trained stages are the same bit for bit."""
+  packaging.write_huggingface(str(whole / "pretrain"), tmp_path / "base")
+  values = micro.config_dict("ppo_ptx", specs)
+  untouched = base.base("ppo_ptx")
+  for block in ("model", "reward_model", "tokenizer"):
+    values[block] = untouched[block]
+  values.model.weights = str(tmp_path / "base")
+  values.evaluate.compare = ()
+  weights_preset.fill_in(values, untouched, {}, weights_settings)
+  assert values.model.d_model == 16 and values.tokenizer.vocab_size == micro.VOCAB_SIZE
+  with micro.one_device():
+    pipeline.run(from_config_dict(values), tmp_path / "run")
+  for stage in ("sft", "rm", "ppo_init", "ppo_ptx"):
+    ours, theirs = (last_checkpoint(folder / stage)[0] for folder in (tmp_path / "run", whole))
+    assert ours == theirs, stage
+
+
 def other_documents(specs, folder):
   """The documents less the first ten: enough for another tokenizer."""
   lines = pathlib.Path(specs["documents"].removeprefix("jsonl:")).read_text().splitlines()
@@ -625,6 +680,15 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
       " --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2",
     ),
     ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
+    (
+      {"sft__microbatches": 2},
+      r"config.sft.batch_size / microbatches = 4 must be divisible by mesh slice \* data \* fsdp = 8; set fewer"
+      " --config.sft.microbatches",
+    ),
+    (
+      {"ppo__batch_size": 16, "ppo__microbatches": 2},
+      "config.ppo.batch_size / num_minibatches / microbatches = 4 must be divisible by mesh",
+    ),
     ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "^/no.model cannot be read: No such file"),
     ({"rollout__slots": 4}, r"rollout.slots=4 must be divisible by mesh slice \* data \* fsdp = 8"),

@@ -36,7 +36,7 @@ def test_model_flops_of_an_iteration(ppo_config, nets):
   policy = read * (layers + 2 * (PROMPT + RESPONSE) * 16) + 50 * head
   scalar = read * (layers + 2 * (PROMPT + RESPONSE) * 16 + scalar_head)
   text = 16 * 8 * DOCUMENT * (layers + 2 * DOCUMENT * 16 + head)
-  plain = dataclasses.replace(ppo_config, ptx_rows=1, ptx_chunks=1)
+  plain = dataclasses.replace(ppo_config, ptx_rows=1, ptx_microbatches=1)
   ptx = dataclasses.replace(ppo_config, gamma=0.5, behaviour_logprob="rescore")
   count = lambda cfg: ppo.model_flops(nets, cfg, PROMPT, metrics)
   # Sampled, scored by the reference (and anew by the policy), valued, rewarded; then two epochs, three times.
@@ -109,7 +109,7 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
   rows = lambda ctx, length: f"held-out rows of {length}"
   with (
     mock.patch.object(
-      ppo.supervised, "make_lm_evaluation", lambda model, mesh: lambda *a: (model, *a)
+      ppo.supervised, "make_lm_evaluation", lambda model, mesh, microbatches: lambda *a: (model, *a)
     ),
     mock.patch.object(ppo, "validation_rows", rows),
   ):

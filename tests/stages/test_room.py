@@ -53,6 +53,8 @@ def test_weights_are_split_over_fsdp_and_tensor_and_rows_over_data_and_fsdp():
   assert gradients == state / 3 and room.peak(needs) == state + max(gradients, batch)
   rows, length = cfg.pretrain.batch_size, cfg.pretrain.length
   assert batch == rows * length * cfg.model.num_layers * cfg.model.d_model * 4
+  parts = dataclasses.replace(cfg, pretrain=dataclasses.replace(cfg.pretrain, microbatches=4))
+  assert list(room.parts(parts, ONE, "pretrain").values())[2] == batch / 4
   split = ONE | {"data": 2, "fsdp": 2, "tensor": 2}
   assert list(room.parts(cfg, split, "pretrain").values()) == [state / 4, gradients / 4, batch / 8]
 
@@ -72,6 +74,8 @@ def test_what_an_rl_stage_holds_hand_worked():
   # Of 16 / 2 episodes, 2 layers' inputs of 96. PPO-ptx reads 8 * 2 rows of 64 tokens of text in 2 parts.
   assert minibatch == 8 * 32 * 2 * 96 * 4
   assert [*room.parts(cfg, ONE, "ppo_ptx").values()][3] == 8 * 64 * 2 * 96 * 4
+  parts = dataclasses.replace(cfg, ppo=dataclasses.replace(cfg.ppo, microbatches=4))
+  assert [*room.parts(parts, ONE, "ppo").values()][3] == minibatch / 4
   split = [*room.parts(cfg, ONE | {"data": 2, "fsdp": 2, "tensor": 2}, "ppo").values()]
   assert split == [
     state / 4,

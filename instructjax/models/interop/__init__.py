@@ -10,7 +10,7 @@ import pathlib
 from absl import logging
 
 from instructjax.core.errors import UserError, reason
-from instructjax.core.foreign import named
+from instructjax.core.foreign import Keys, named
 from instructjax.models.interop.gguf_export import GgufType, write_file
 from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
@@ -33,6 +33,7 @@ __all__ = [
   "found_instead",
   "load_params",
   "open_weights",
+  "pad_id",
   "write_file",
   "write_folder",
 ]
@@ -60,6 +61,21 @@ def open_weights(path: str | pathlib.Path) -> Source:
     return open_file(path)
   hint = "; give the folder that it is in" if path.suffix == ".safetensors" else ""
   raise UserError(f"{path} must be a Hugging Face folder or a .gguf file, and it is neither{hint}")
+
+
+def pad_id(source: Source) -> int | None:
+  """The id of the pad token, at which transformers' classifiers read no score; None if the config names none.
+
+  Raises:
+    UserError: the value is no id.
+  """
+  keys = Keys(source.config, str(source.path))
+  value = keys.value("pad_token_id", None)
+  if value is None:
+    return None
+  if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    raise keys.wrong("pad_token_id", "must be the id of a token")
+  return value
 
 
 def describe(source: Source) -> Description:

@@ -17,7 +17,9 @@ from instructjax import models
 from instructjax.core.errors import UserError
 from instructjax.models import interop
 from instructjax.models.interop import huggingface
+from instructjax.rl import scoring
 from tests import tiny
+from tests.models.interop.conftest import GOLDEN_FOLDER, write
 
 TOKEN_BL = np.arange(20, dtype=np.int32).reshape(2, 10) * 7 % 17
 RIGHT_BL = np.arange(10)[None] < np.array([[10], [6]])
@@ -102,6 +104,33 @@ def write_raw(folder, header, data, name="model.safetensors"):
 
 
 # --- scalar heads ---------------------------------------------------------------------------------
+
+SCORES = json.loads((GOLDEN_FOLDER / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("name", SCORES["cases"])
+def test_scores_equal_those_of_transformers(name, tmp_path, one_device, quick_jit):
+  """Read at the last token that is not the pad: before the EOS, where the EOS is the pad."""
+  case = SCORES["cases"][name]
+  folder = write(tmp_path / "model", case)
+  model, params = load(folder, one_device)
+  assert model.head == "scalar"
+  skips = interop.pad_id(interop.open_weights(folder))
+  assert skips == case["config"]["pad_token_id"]
+  length = max(map(len, SCORES["sequences"]))
+  rows = [one + [model.vocab_size] * (length - len(one)) for one in SCORES["sequences"]]
+  is_token = np.array(rows) != model.vocab_size
+  score = quick_jit(scoring.sequence_score, static_argnums=(0, 4))
+  found = score(model, params, np.array(rows, np.int32), is_token, skips)
+  np.testing.assert_allclose(found, case["scores"], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("value", [-1, True, "0", [0]])
+def test_a_pad_that_is_no_id_is_refused(value, folder):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": value}))
+  with pytest.raises(UserError, match="pad_token_id=.* must be the id of a token"):
+    interop.pad_id(interop.open_weights(folder))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
