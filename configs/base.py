@@ -205,6 +205,10 @@ def base(stage: str) -> ConfigDict:
         num_epochs=1,  # C.4: a single inner epoch
         packed_rows=0,  # open: a minibatch of 64 padded episodes has just enough rows for 64 devices
         temperature=1.0,  # C.4
+        rewards=("rm",),  # eq. 2
+        ensemble=(),
+        ensemble_penalty=0.1,  # open; of the order that Coste et al. 2023 use for PPO
+        constant_iterations=20,
         behaviour_logprob="rescore",  # open: log-probabilities of decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
         kl_controller="fixed",
@@ -225,6 +229,8 @@ def base(stage: str) -> ConfigDict:
         missing_eos_score=-1.0,
         ema_decay=0.992,  # C.4; open: whether it applies per iteration
         max_kl=0.0,  # open
+        value_init="reward_model",  # C.4
+        value_warmup=0,  # C.4 mentions none
         policy_optim=adam(
           8.05e-6,  # open: the paper does not print its final rates; E.9 sweeps 2.55e-6 to 2.55e-5
           schedule="constant",  # C.4

@@ -75,7 +75,9 @@ def fill_in(
     for field in (*_POLICY, *_REWARD)
     if said(field)
   }
-  policy = next((field for field in _POLICY if field in paths), None)
+  # A run that ends with the reward model has no policy, and may name its weights alone.
+  fields = (*_POLICY, *_REWARD) if config.stage == "rm" else _POLICY
+  policy = next((field for field in fields if field in paths), None)
   if policy is None:
     raise UserError(
       "preset weights takes its shapes from a file: name it with --config.model.weights=PATH (a Hugging Face folder, a"
@@ -88,7 +90,7 @@ def fill_in(
   values: dict[str, Any] = {"tokenizer.vocab_size": found["vocab_size"]}
   finished, notes = ("ppo_init.weights", "sft.weights"), []
   for field, other in (finished, finished[::-1]):
-    if "model.weights" not in paths and field not in paths:
+    if other in paths and not {field, "model.weights"} & set(paths):
       values[field] = paths[other]
       notes.append(
         f"  {field}={paths[other]}: no base is named to train it from, so it is {other}'s"
@@ -166,7 +168,9 @@ def _same(value: Any, spelled: str) -> bool:
 
 def _words(shape: Mapping[str, Any]) -> str:
   network, num_params = shape["network"], shape["num_params"]
-  unit, name = (1e9, "B") if num_params >= 1e9 else (1e6, "M")
+  unit, name = next(
+    (one for one in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if num_params >= one[0]), (1, "")
+  )
   return (
     f"{num_params / unit:.3g}{name} parameters, {network['num_layers']} layers of width {network['d_model']},"
     f" context {network['max_length']}"

@@ -273,6 +273,16 @@ class Config:
       f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
     )
     require(
+      self.ppo.value_init == "reward_model" or self.same_network,
+      f"{where}.ppo.value_init='policy' must have reward_model equal to model, and they differ; use 'reward_model'",
+    )
+    warmup, few = self.ppo.value_warmup, self.evaluate.overoptimization_iterations
+    require(
+      not self.evaluate.overoptimization or warmup < few,
+      f"{where}.ppo.value_warmup={warmup} must be below evaluate.overoptimization_iterations={few}, a stage that has"
+      " the warm-up too",
+    )
+    require(
       not self.rm.weights or self.rm.start_from == "base",
       f"{where}.rm.weights={self.rm.weights!r} is a finished reward model, so that nothing would start from"
       " rm.start_from='sft'; use 'base'",

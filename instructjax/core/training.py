@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from instructjax.core import rewards
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
 
@@ -229,6 +230,18 @@ class PPOConfig:
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   temperature: float  # temperature at which responses are sampled
+  # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
+  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, model:PATH is a reward model
+  # with another tokenizer, and ensemble:mean, ensemble:worst and ensemble:uncertainty join several reward models
+  rewards: tuple[str, ...]
+  # further reward models of the ensemble, beside the run's own: rm stages of other runs, or Hugging Face folders; () is
+  # none
+  ensemble: tuple[str, ...] = dataclasses.field(metadata=SAME_NUMBERS)
+  # ensemble:uncertainty is the mean score minus so many times the variance between the models [per score]
+  ensemble_penalty: float
+  # iterations in a row, from the stage's beginning, in which a reward may give all answers the same score before the
+  # stage stops; 0 never stops it [iterations]
+  constant_iterations: int = dataclasses.field(metadata=SAME_NUMBERS)
   # where the old log-probabilities of the sampled tokens come from: the rollout itself, or the scoring pass (rescore)
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
@@ -265,6 +278,12 @@ class PPOConfig:
   ema_decay: float
   # above this KL from the reference the run stops with an error; 0 is no limit [nats a response]
   max_kl: float = dataclasses.field(metadata=SAME_NUMBERS)
+  # what the value network starts from: reward_model is the reward model (C.4); policy is the trunk of PPO's start under
+  # a head of zeros, for which both networks must be of one shape
+  value_init: Literal["reward_model", "policy"]
+  # iterations at the beginning in which only the value network learns; the policy, its average and beta stay as they
+  # are [iterations]
+  value_warmup: int
   policy_optim: OptimConfig
   value_optim: OptimConfig
 
@@ -326,6 +345,29 @@ class PPOConfig:
       updates < 2**31,
       f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
       " updates in 32 bits",
+    )
+    listed = rewards.parse(self.rewards, f"{where}.rewards")
+    require(
+      rewards.has_ensemble(listed) == bool(self.ensemble),
+      f"{where}.ensemble={self.ensemble} and rewards={self.rewards} must come together: name further reward models in"
+      " ensemble, as '(\"runs/other/rm\",)', and an ensemble:HOW in rewards",
+    )
+    require(
+      len({*self.ensemble}) == len(self.ensemble),
+      f"{where}.ensemble={self.ensemble} must not name a reward model twice",
+    )
+    require(
+      self.ensemble_penalty >= 0,
+      f"{where}.ensemble_penalty={self.ensemble_penalty} must be >= 0",
+    )
+    require(
+      self.constant_iterations >= 0,
+      f"{where}.constant_iterations={self.constant_iterations} must be >= 0; 0 never stops",
+    )
+    require(
+      0 <= self.value_warmup < self.num_iterations,
+      f"{where}.value_warmup={self.value_warmup} must be >= 0 and below num_iterations={self.num_iterations}: after it"
+      " the policy learns too",
     )
     require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")

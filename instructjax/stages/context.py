@@ -23,7 +23,7 @@ from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig
 from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
-from instructjax.core.stages import ROLES, STAGES, RoleName
+from instructjax.core.stages import REFERENCE, ROLES, STAGES, RoleName
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import transformer
 from instructjax.parallel import sharding
@@ -258,7 +258,8 @@ def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str,
   }
   # Of a stage's own network, which it calls `model`, and of an RL stage's value network.
   same = settings[SAME_NUMBERS["on_resume"]]
-  for name, of in (("model.weights", stage), ("reward_model.weights", "rm")):
+  value = "rm" if ctx.config.ppo.value_init == "reward_model" else REFERENCE
+  for name, of in (("model.weights", stage), ("reward_model.weights", value)):
     if name in same:
       same[name] = lineage.origin(ctx.config, of)
   return settings | {loop.LIBRARIES: provenance.versions()}

@@ -44,7 +44,9 @@ def judged_policies(ctx: Context) -> list[str]:
   """
   line = lineage.line(ctx.config, "evaluate")
   names = [row.policy.name for row in map(STAGES.__getitem__, line) if row.policy]
-  if sources.simulation(ctx.config.data.prompts) is not None:
+  # Without it where the reward model is given, so that the run has no larger base.
+  has_base = lineage.stage_of(ctx.config, "reward_base") in line
+  if sources.simulation(ctx.config.data.prompts) is not None and has_base:
     # Right after the bases, with which the list begins.
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
@@ -153,8 +155,10 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
     names: policies that have the policy's network.
   Returns:
     name -> [rows, 2]: for each row of text, the sum of negative log-likelihoods (nats) and the number of tokens. The
-    rows are the same for all policies, so that losses can be compared row by row.
+    rows are the same for all policies, so that losses can be compared row by row. {} without documents.
   """
+  if "documents" not in lineage.reads(ctx.config, "evaluate"):
+    return {}
   model = ctx.model("policy")
   rows = validation_rows(ctx, ctx.config.pretrain.length)
   num_chunks = ctx.config.pretrain.microbatches
@@ -267,6 +271,11 @@ def run(ctx: Context, stage: str):
   )
   if jax.process_index() != 0:
     return
+  if not results.pretraining:
+    terminal.say(
+      f"{stage} data.documents names none: the loss on pretraining text, and with it what the policies have forgotten,"
+      " is not measured"
+    )
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
   with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:

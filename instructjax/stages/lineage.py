@@ -40,12 +40,16 @@ def is_replaced(config: Config, stage: str) -> bool:
 def reads(config: Config, stage: str) -> tuple[str, ...]:
   """The kinds of records that a stage reads in this config.
 
-  A reward model that is given is measured on what there is: it needs neither comparisons nor demonstrations.
+  What would only be measured is done without, if the config names no source of it: a given reward model needs neither
+  comparisons nor demonstrations, and neither PPO without the pretraining term nor evaluation needs documents.
   """
-  kinds = STAGES[stage].reads
-  if STAGES[stage].kind == "rm" and given(config, stage):
-    return tuple(kind for kind in kinds if getattr(config.data, kind))
-  return kinds
+  row = STAGES[stage]
+  optional: tuple[str, ...] = ()
+  if row.kind == "rm" and given(config, stage):
+    optional = ("comparisons", "demonstrations")
+  if row.kind == "evaluate" or (row.is_rl and not variant(config, stage).gamma):
+    optional = ("documents",)
+  return tuple(kind for kind in row.reads if kind not in optional or getattr(config.data, kind))
 
 
 def collects(config: Config) -> bool:

@@ -255,10 +255,7 @@ def demonstration_mean(ctx: Context, params: Params) -> float:
 
   Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
   """
-  prompts, responses = zip(*ctx.data.demonstration_tokens("train"))
-  # With EOS, as the reward model sees complete answers.
-  demonstrations = answers.from_tokens(ctx, list(prompts), list(responses))
-  return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
+  return answers.demonstration_mean(ctx, ctx.model("reward"), params)
 
 
 def fold_labelers(ctx: Context) -> list[set[str]]:
@@ -386,7 +383,7 @@ def measure_given(ctx: Context, stage: str, given: Weights) -> results.RewardMod
   )
 
 
-def told(stage: str, given: Weights, result: results.RewardModel) -> list[str]:
+def told(cfg: RMConfig, stage: str, given: Weights, result: results.RewardModel) -> list[str]:
   """The lines that say what a finished reward model was found to be, and what could not be measured."""
   lines = [f"{stage} {given.path}: a finished reward model, used as it is; {given.end_of_score}"]
   if result.validation is None:
@@ -405,6 +402,10 @@ def told(stage: str, given: Weights, result: results.RewardModel) -> list[str]:
     mean = result.demonstration_mean
     lines.append(
       f"{stage} demonstrations scored {mean:.4g} on average, which the bias makes 0 (C.2)"
+    )
+  if cfg.cross_validation_folds:
+    lines.append(
+      f"{stage} cross_validation_folds={cfg.cross_validation_folds} has no effect: each fold would train a reward model"
     )
   return lines
 
@@ -427,7 +428,7 @@ def run(ctx: Context, stage: str):
   if given:
     found = measure_given(ctx, stage, given)
     if jax.process_index() == 0:
-      for line in told(stage, given, found):
+      for line in told(ctx.config.rm, stage, given, found):
         terminal.say(line)
     finish(ctx, stage, run_, None, found)
     return

@@ -56,7 +56,7 @@ def test_the_preset_through_the_flags(folder, monkeypatch):
   # A bool without a value, a value after a blank, and a field that the preset chooses.
   words = [
     *("main", "--config=ppo_ptx:weights", "--config.model.weights", str(folder)),
-    *("--noconfig.log.tensorboard", "--config.sft.batch_size=5"),
+    *("--noconfig.evaluate.overoptimization", "--config.sft.batch_size=5"),
   ]
   monkeypatch.setattr("sys.argv", words)
   config_flag.define()

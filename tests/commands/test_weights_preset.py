@@ -33,12 +33,12 @@ def asked(monkeypatch):
   return log
 
 
-def fill_in(changes, **own):
+def fill_in(changes, stage="ppo_ptx", **own):
   """(config, explanation) of the preset with changes of the command line, and `own` ones of a config file."""
-  config = models.get("ppo_ptx", "weights")
+  config = models.get(stage, "weights")
   for block, values in own.items():
     config[block].update(values)
-  told = weights_preset.fill_in(config, base.base("ppo_ptx"), changes, weights)
+  told = weights_preset.fill_in(config, base.base(stage), changes, weights)
   return config, told
 
 
@@ -64,6 +64,28 @@ def test_a_reward_model_of_its_own(asked):
   assert config.data.max_prompt_length == 24 and config.ppo.ptx_length == 48
   assert asked[0][1] == "/tokenizer.json"
   assert told.heading[1].endswith("from /there") and told.heading[2].endswith("from /other")
+
+
+def test_a_finished_policy_is_start_and_baseline_where_no_base_is_named(asked):
+  for given, other in (("sft", "ppo_init"), ("ppo_init", "sft")):
+    config, told = fill_in({f"{given}.weights": "/there"})
+    assert config[other].weights == "/there" and config.model.d_model == LLAMA["d_model"]
+    assert any(line.startswith(f"  {other}.weights=/there: no base") for line in told.heading)
+    config, told = fill_in({f"{given}.weights": "/there", "model.weights": "/base"})
+    assert config[other].weights == "" and len(told.heading) == 3
+    # The finished policy's shape and tokenizer come first.
+    assert list(asked[-1][0]) == [f"{given}.weights", "model.weights"]
+  config, _ = fill_in({"sft.weights": "/there", "ppo_init.weights": "/also"})
+  assert (config.sft.weights, config.ppo_init.weights) == ("", "")  # the flags set them later
+
+
+def test_a_run_of_the_reward_model_alone_needs_no_policy(asked):
+  for field in ("rm.weights", "reward_model.weights"):
+    config, told = fill_in({field: "/there"}, "rm")
+    assert config.model.d_model == config.reward_model.d_model == LLAMA["d_model"]
+    assert config.sft.weights == config.ppo_init.weights == "" and len(told.heading) == 3
+    with pytest.raises(UserError, match="name it with --config.model.weights=PATH"):
+      fill_in({field: "/there"})
 
 
 def test_a_shorter_context_is_followed(asked):

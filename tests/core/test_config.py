@@ -253,6 +253,18 @@ _RULES = [
     "config.rm.weights='x' is a finished reward model, so that nothing would start from rm.start_from='sft'",
   ),
   (
+    dict(ppo__value_init="policy"),
+    "config.ppo.value_init='policy' must have reward_model equal to model, and they differ",
+  ),
+  (
+    dict(ppo__value_warmup=500, ppo__num_iterations=500),
+    "config.ppo.value_warmup=500 must be >= 0 and below num_iterations=500",
+  ),
+  (
+    dict(ppo__value_warmup=10, ppo__num_iterations=50, evaluate__overoptimization_iterations=10),
+    "config.ppo.value_warmup=10 must be below evaluate.overoptimization_iterations=10",
+  ),
+  (
     dict(rm__weights="x", reward_model__weights="y"),
     "config.rm.weights='x' must come without config.reward_model.weights='y', from which nothing would start",
   ),
@@ -273,6 +285,14 @@ _RULES = [
   ),
   (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
   (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
+  (dict(ppo__ensemble=("a",)), "must come together: name further reward models in ensemble"),
+  (dict(ppo__rewards=("ensemble:mean",)), "must come together: name further reward models"),
+  (
+    dict(ppo__rewards=("ensemble:mean",), ppo__ensemble=("a", "a")),
+    "config.ppo.ensemble=('a', 'a') must not name a reward model twice",
+  ),
+  (dict(ppo__ensemble_penalty=-1), "config.ppo.ensemble_penalty=-1.0 must be >= 0"),
+  (dict(ppo__constant_iterations=-1), "constant_iterations=-1 must be >= 0; 0 never stops"),
   (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
   (dict(rm__cross_validation_folds=-3), "config.rm.cross_validation_folds=-3 must be 0 or >= 2"),
   (dict(rm__cross_validation_prompts=0), "config.rm.cross_validation_prompts=0 must be positive"),

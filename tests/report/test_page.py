@@ -227,9 +227,12 @@ def _all_given(results):
   """Policy and reward model were given: no base, no baseline, no rankings."""
   results = _without(results, "base", "reward_base", "few_shot", "sft")
   results = dataclasses.replace(
-    results, reward_model=core_results.RewardModel(None, None, None, ()), agreement=None
+    results,
+    reward_model=core_results.RewardModel(None, None, None, ()),
+    agreement=None,
+    pretraining={},
   )
-  return results, [section for section in SECTIONS if section != "reward-model"]
+  return results, [section for section in SECTIONS if section not in ("reward-model", "tax")]
 
 
 @pytest.mark.parametrize("remove", [_without_gold, _one_policy, _no_rl, _all_given])

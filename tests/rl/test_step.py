@@ -68,7 +68,7 @@ def iteration(nets, ppo_config, monkeypatch):
       given["scored"] = (state, frozen, rollout)
       metrics = {"kl": jnp.float32(9), "reward": jnp.float32(1)}
       return types.SimpleNamespace(
-        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls"
+        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls", rewards="rewards"
       )
 
     def update(nets, cfg, rows, state, episodes, ptx, key):
@@ -96,6 +96,7 @@ def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
   assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
   assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
   assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
+  assert samples.rewards == "rewards"
   assert (state.step, state.params) == (1, {"w": 4})
 
 
@@ -115,6 +116,18 @@ def test_beta_moves_only_if_it_is_adaptive_hand_worked(iteration):
   adaptive = dict(kl_controller="adaptive", beta=0.5, kl_target=6.0, kl_horizon=100)
   np.testing.assert_allclose(iteration(**adaptive)[1].kl_coef, 0.5 * 1.032, rtol=1e-6)
   assert iteration(**adaptive | dict(kl_controller="fixed"))[1].kl_coef == 0.5
+
+
+def test_while_only_the_value_network_learns_average_and_beta_stay(iteration):
+  """Bit for bit: .9 * 2 + .1 * 2 need not be 2, and a KL of 0 would lower beta."""
+  changes = dict(
+    value_warmup=2, ema_decay=0.9, kl_controller="adaptive", beta=0.5, kl_target=6.0, kl_horizon=100
+  )
+  for step in (0, 1):
+    after = iteration(step, **changes)[1]
+    assert (after.ema_params["w"], after.kl_coef, after.step) == (2, 0.5, step + 1)
+  after = iteration(2, **changes)[1]
+  np.testing.assert_allclose([after.ema_params["w"], after.kl_coef], [2.2, 0.5 * 1.032], rtol=1e-6)
 
 
 def test_details_7_no_two_iterations_draw_the_same_noise(iteration):
@@ -232,6 +245,28 @@ def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
 ):
   metrics = scripted_update(nets, ppo_config, monkeypatch, [1.5, 3.0, 1.5])
   assert (metrics["ratio_max"], metrics["approx_kl"], metrics["first_ratio_max"]) == (3, 2, 1.5)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_in_the_warm_up_only_the_value_network_learns(nets, ppo_config, step):
+  """Three iterations, counted from 0. Of the policy neither weights nor Adam's state change in any bit."""
+  cfg = dataclasses.replace(ppo_config, value_warmup=3)
+  nets = dataclasses.replace(nets, policy_tx=optax.adam(0.1), value_tx=optax.adam(0.1))
+  gradient = lambda loss_fn, params, batch, over: rows.Gradient(
+    jnp.ones(()), {"clip_fraction": 0.0}, jax.tree.map(jnp.ones_like, params), 1
+  )
+  params, value_params = {"w": jnp.float32(0.1)}, {"w": jnp.float32(2)}
+  state = ppo_step.create_state(params, value_params, nets, cfg, jax.random.key(0))
+  state = dataclasses.replace(state, step=jnp.int32(step))
+  fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
+  after, metrics = ppo_step._minibatch_update(nets, cfg, fake, state, batch, None)
+  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+  stays = step < 3
+  assert same(after.params, state.params) == stays
+  assert same(after.opt_state, state.opt_state) == stays
+  assert not same(after.value_params, state.value_params)
+  assert not same(after.value_opt_state, state.value_opt_state)
+  assert metrics["policy_grad_norm"] == 1  # what it would have learned is shown all the same
 
 
 @pytest.fixture(scope="module")

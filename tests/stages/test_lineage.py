@@ -139,6 +139,16 @@ def test_the_given_are_judged():
   assert "sft" not in lineage.line(config(**GIVEN["init"], **GIVEN["rm"]), "evaluate")
 
 
+def test_documents_are_needed_where_something_is_trained_on_them():
+  bare = dict(data__documents="")
+  assert lineage.reads(config(**bare), "ppo") == lineage.reads(config(**bare), "evaluate")
+  assert lineage.reads(config(**bare), "ppo") == ("prompts",)
+  assert lineage.reads(config(**bare), "ppo_ptx") == ("prompts", "documents")
+  assert lineage.reads(config(ppo__gamma=0.0, **bare), "ppo_ptx") == ("prompts",)
+  assert lineage.reads(config(), "ppo") == ("prompts", "documents")
+  assert "documents" in lineage.reads(config(**bare), "sft")
+
+
 def test_the_given_weights_that_a_network_descends_from():
   cfg = config(model__weights="base", reward_model__weights="other", **BIGGER)
   stages = ("pretrain", "sft", "ppo_init", "ppo_ptx", "rm", "reward_pretrain")

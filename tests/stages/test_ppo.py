@@ -117,8 +117,8 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
   assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
 
 
-@pytest.mark.parametrize("max_kl", [0.0, 30.0])
-def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
+@pytest.mark.parametrize("max_kl, documents", [(0.0, ["documents"]), (30.0, [])])
+def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, documents):
   """Both stay frozen as reference and reward; policy and value network begin as their copies."""
   cfg = micro.config(
     "ppo", {}, ppo__max_kl=max_kl, ppo__num_iterations=7, evaluate__pretrain_every=3
@@ -144,7 +144,13 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     patch(ppo, "freeze", lambda *a: made.update(frozen=a) or "frozen")
     patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
     patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
-    patch(ppo, "_describe", lambda ctx: "describe")
+    patch(ppo, "_describe", lambda ctx, watch: f"describe, {watch}")
+    patch(ppo, "_watch", lambda *a: "watch")
+    patch(ppo, "_functions", lambda cfg: ())
+    patch(ppo.host_rewards, "with_sources", lambda run, made_with, functions: run)
+    patch(ppo.text_scorers, "open_all", lambda cfg: [])
+    patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
+    patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
     patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
@@ -155,16 +161,52 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     ppo.run(ctx, "ppo")
   given = "weights of ppo_init", "shifted reward model"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
-  assert made["frozen"] == ("nets", "shardings", *given)
+  assert made["frozen"] == ("nets", "shardings", *given, None)
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
   assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
-  assert fitted["evaluate"] == "held-out loss"
+  assert fitted["evaluate"] == ("held-out loss" if documents else None)
   assert [step for step in range(8) if step in fitted["evaluate_steps"]] == [1, 3, 6]
   hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
   assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
   assert finished == [("ppo", run, 7, ppo.results.Nothing())]
+
+
+@pytest.mark.parametrize("init", ["reward_model", "policy"])
+def test_what_the_value_network_starts_from(ppo_config, nets, random_params, init):
+  """C.4's reward model as it is, or the policy's trunk under a head that values everything at 0."""
+  mesh = ppo.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  cfg = dataclasses.replace(ppo_config, value_init=init)
+  params, reward_params = random_params(nets.policy, 1), random_params(nets.scalar, 2)
+  made = ppo.initial_value(mesh, cfg, nets, params, reward_params)
+  if init == "reward_model":
+    assert made is reward_params
+    return
+  assert made["head"].keys() == reward_params["head"].keys()
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
+  for name in made.keys() - {"head"}:
+    jax.tree.map(np.testing.assert_array_equal, made[name], params[name])
+
+
+def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
+  """2 of 5 iterations of 4 updates: its cosine ends after 12 of them, the value network's after 20."""
+  optim = dataclasses.replace(
+    ppo_config.policy_optim, schedule="cosine", warmup_steps=0, end_fraction=0.0
+  )
+  cfg = dataclasses.replace(
+    ppo_config,
+    num_iterations=5,
+    value_warmup=2,
+    num_epochs=2,
+    num_minibatches=2,
+    policy_optim=optim,
+    value_optim=optim,
+  )
+  lengths = []
+  with mock.patch.object(ppo, "make_optimizer", lambda optim, updates: lengths.append(updates)):
+    ppo._optimizers(cfg)
+  assert lengths == [12, 20]
 
 
 def test_the_first_state_holds_copies_of_what_stays_frozen(ppo_config, nets, random_params):
@@ -204,17 +246,24 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
   token_BL = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0]])
   rollout = types.SimpleNamespace(token_BL=token_BL, is_token_BL=token_BL < 8)
   samples = types.SimpleNamespace(
-    rollout=rollout, score_B=np.array([0.5, 1.5, 2.5]), kl_B=np.array([3.0, 4.0, 5.0])
+    rollout=rollout,
+    score_B=np.array([0.5, 1.5, 2.5]),
+    kl_B=np.array([3.0, 4.0, 5.0]),
+    rewards={"polite": np.array([1.0, 0.0, 1.0])},
   )
+  watched = []
+  watch = lambda step, values, texts: watched.append((step, values, texts()))
   gold = lambda prompts, texts: [len(p) + 10 * int(t[0]) for p, t in zip(prompts, texts)]
   simulation = types.SimpleNamespace(gold_score=gold) if prompts == "demo:" else None
   monkeypatch.setattr(ppo.sources, "simulation", {prompts: simulation}.__getitem__)
   decode = lambda tokenizer, rows: ["".join(str(t) for t in row if t != 9) for row in rows]
   monkeypatch.setattr(ppo.answers, "decode", decode)
-  extra, rows = ppo._describe(ctx)(samples, 1)
+  extra, rows = ppo._describe(ctx, watch)(samples, 1)
   assert rows == [
-    {"prompt": "12", "answer": "3", "score": 0.5, "kl": 3.0},
-    {"prompt": "45", "answer": "6", "score": 1.5, "kl": 4.0},
+    {"prompt": "12", "answer": "3", "score": 0.5, "polite": 1.0, "kl": 3.0},
+    {"prompt": "45", "answer": "6", "score": 1.5, "polite": 0.0, "kl": 4.0},
   ]
+  expected = {"rm": samples.score_B, **samples.rewards}
+  assert watched == [(1, expected, (["12"], ["3"]))]
   # 2 + 30, 2 + 60, and 1 + 0: the pad is no text.
   assert extra == ({"gold": 95 / 3} if simulation else {})
