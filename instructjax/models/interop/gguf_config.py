@@ -5,6 +5,7 @@ rotary_gguf.py reads what concerns rotary positions. Reads no tensor itself.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,12 +93,12 @@ def _llama(
         f" ({name}.attention.key_length): heads that are rotated in part are not supported"
       )
   freqs = tensors.get(gguf_names.ROPE_FREQS) if name == "llama" else None
-  # A tensor of another shape is not read, and refused where its numbers are looked at.
-  fits = freqs is not None and freqs.shape == (head_dim // 2,)
-  read = lambda: read_freqs(freqs) if fits else np.empty(0, np.float32)
-  turning = rotary_gguf.from_gguf(
-    get, keys.values, name, str(keys.path), head_dim, None if freqs is None else read
-  )
+  read = None
+  if freqs is not None:
+    # A tensor of another shape is not read, and refused where its numbers are looked at.
+    fits = freqs.shape == (head_dim // 2,)
+    read = functools.partial(read_freqs, freqs) if fits else lambda: np.empty(0, np.float32)
+  turning = rotary_gguf.from_gguf(get, keys.values, name, str(keys.path), head_dim, read)
   # In GGUF Mistral is no architecture of its own, but a `llama` with a sliding window.
   window, length = get("attention.sliding_window", int, 0), get("context_length", int)
   if window and name not in ("llama", "gemma3"):

@@ -160,12 +160,12 @@ ARCHITECTURES = {
   "llama": _LLAMA,
   "qwen2": _QWEN2,
   "gpt2": _GPT2,
-  "qwen3": dataclasses.replace(_QWEN2, layer=_QWEN2.layer | _HEAD_NORMS),
+  "qwen3": dataclasses.replace(_QWEN2, layer={**_QWEN2.layer, **_HEAD_NORMS}),
   "gptneox": _GPTNEOX,
   "smollm3": _LLAMA,
   "gemma3": dataclasses.replace(
     _QWEN2,
-    layer=_QWEN2.layer | _HEAD_NORMS | _GEMMA3_NORMS,
+    layer={**_QWEN2.layer, **_HEAD_NORMS, **_GEMMA3_NORMS},
     shifted=frozenset({"output_norm", *_HEAD_NORMS, *_GEMMA3_NORMS}),
   ),
 }
