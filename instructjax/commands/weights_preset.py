@@ -104,6 +104,16 @@ def fill_in(
   choices = settings.choices(*sizes, context)
   for choice in choices:
     values |= choice.values
+
+  def size(name: str) -> int:
+    """A whole number as the run will have it: the flag's, else the config file's, else the preset's."""
+    if changes.get(name, "").isdecimal():
+      return int(changes[name])
+    is_own = _at(config, name) != _at(base, name)
+    return _at(config, name) if is_own else values.get(name, _at(config, name))
+
+  choices = [*choices, settings.microbatches(max(sizes), size)]
+  values |= choices[-1].values
   for name, value in values.items():
     if _at(config, name) == _at(base, name):
       _set(config, name, value)

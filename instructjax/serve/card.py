@@ -38,10 +38,10 @@ class Export:
 
   Attributes:
     name: name of the exported folder or file.
-    format: 'hf' or 'gguf'.
+    format: 'hf', 'gguf' or 'peft'.
     which: which weights of an RL stage: 'ema' (averaged), 'raw' (the last policy) or 'value' (the value network).
     numbers: type of the numbers in the files, as float32, F16 or Q8_0.
-    num_parameters: number of the network's parameters.
+    num_parameters: number of the network's parameters, or of an adapter's.
     score_bias: what a user must add to the score that transformers computes. 0 if the architecture stores the bias
       itself, or if there is none.
   """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
 from instructjax.train.optim import make_optimizer
@@ -113,7 +114,7 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
     ),
     mock.patch.object(ppo, "validation_rows", rows),
   ):
-    found = ppo._held_out_loss(ctx, nets)(state, 3)
+    found = ppo._held_out_loss(ctx, nets, ())(state, 3)
   assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
 
 
@@ -143,7 +144,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo, "initial_state", initial_state)
     patch(ppo, "freeze", lambda *a: made.update(frozen=a) or "frozen")
     patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
-    patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
+    patch(ppo, "_held_out_loss", lambda ctx, nets, base: "held-out loss")
     patch(ppo, "_describe", lambda ctx, watch: f"describe, {watch}")
     patch(ppo, "_watch", lambda *a: "watch")
     patch(ppo, "_functions", lambda cfg: ())
@@ -152,8 +153,8 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
     patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
-    patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
-    patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
+    patch(ppo.policies, "load", lambda ctx, name, read: f"weights of {name}")
+    patch(ppo.policies, "load_reward", lambda ctx, read: "shifted reward model")
     patch(ppo.stacking, "relay", lambda params, how: params)
     patch(ppo.checkpoint, "tree_fingerprint", lambda tree: f"hash of {tree}")
     patch(ppo.dataclasses, "replace", lambda run, **changes: changes)
@@ -161,7 +162,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     ppo.run(ctx, "ppo")
   given = "weights of ppo_init", "shifted reward model"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
-  assert made["frozen"] == ("nets", "shardings", *given, None)
+  assert made["frozen"] == ("nets", "shardings", *given, None, (), ())  # no ensemble, no base
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
@@ -189,6 +190,27 @@ def test_what_the_value_network_starts_from(ppo_config, nets, random_params, ini
     jax.tree.map(np.testing.assert_array_equal, made[name], params[name])
 
 
+def test_a_value_network_that_starts_from_the_policys_adapter(ppo_config, nets, random_params):
+  """The adapter alone is copied: both networks share the base."""
+  adapter = micro.config("ppo", {}, adapter__rank=2).adapter
+  policy, scalar = (model.clone(adapter=adapter) for model in (nets.policy, nets.scalar))
+  nets = dataclasses.replace(nets, policy=policy, scalar=scalar)
+  mesh = ppo.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  params = ppo.adapters.init(policy, jax.random.key(0))
+  cfg = dataclasses.replace(ppo_config, value_init="policy")
+  made = ppo.initial_value(mesh, cfg, nets, params, None)
+  assert jax.tree.structure(made) == jax.tree.structure(ppo.adapters.trained_shapes(scalar))
+  jax.tree.map(np.testing.assert_array_equal, made["layers"], params["layers"])
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
+
+
+def test_the_policys_adapter_has_no_place_on_another_base():
+  changes = dict(model__weights="a", adapter__rank=2, ppo__value_init="policy")
+  ppo.check_settings(micro.config("ppo", {}, **changes), "ppo")
+  with pytest.raises(UserError, match="must come with one base for policy and reward model"):
+    ppo.check_settings(micro.config("ppo", {}, reward_model__weights="b", **changes), "ppo")
+
+
 def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
   """2 of 5 iterations of 4 updates: its cosine ends after 12 of them, the value network's after 20."""
   optim = dataclasses.replace(
@@ -205,7 +227,7 @@ def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
   )
   lengths = []
   with mock.patch.object(ppo, "make_optimizer", lambda optim, updates: lengths.append(updates)):
-    ppo._optimizers(cfg)
+    ppo._optimizers(tiny.CONFIG, cfg)
   assert lengths == [12, 20]
 
 
