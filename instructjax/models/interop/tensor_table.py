@@ -32,11 +32,8 @@ _BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_f
 _LAYER = re.compile(
   r"(?:^|\.)(?:h|layers)\.(\d{1,9})\."
 )  # gpt2's list of layers, and that of all others
-_HEADS = (
-  "lm_head.weight",
-  "embed_out.weight",
-  "score.weight",
-)  # outside of the trunk, so their names have no prefix
+LM_HEADS = ("lm_head.weight", "embed_out.weight")
+_HEADS = (*LM_HEADS, "score.weight")  # outside of the trunk, so their names have no prefix
 
 
 @dataclasses.dataclass(frozen=True)
