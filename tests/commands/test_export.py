@@ -12,7 +12,10 @@ from tests import test_main
 QUICK = """
 import sys
 from instructjax.serve import packaging
-packaging.write_huggingface = lambda checkpoint, out, which: (out.mkdir(), (out / "README.md").write_text("# A\\n"))
+def write(checkpoint, out, which, base):
+  out.mkdir()
+  (out / "README.md").write_text("# A\\n")
+packaging.write_huggingface = write
 from instructjax import __main__
 __main__.main()
 """
@@ -36,7 +39,7 @@ C, HF, GGUF = "--checkpoint=RUN/sft", "--format=hf", "--format=gguf"
     ([HF, "--out=OUT"], "--checkpoint must have a value"),
     ([C, "--out=OUT"], "--format must have a value"),
     ([C, HF], "--out must have a value"),
-    ([C, "--format=onnx", "--out=OUT"], "value should be one of <hf|gguf>"),
+    ([C, "--format=onnx", "--out=OUT"], "value should be one of <hf|gguf|peft>"),
     ([C, GGUF, "--out=OUT"], "must be a file's name that ends in .gguf"),
     ([C, GGUF, "--out=OUT.gguf", "--type=q4_0"], "value should be one of <f16|q8_0>"),
     ([C, HF, "--out=OUT", "--type=f16"], "--type=f16 goes with --format=gguf"),
