@@ -197,6 +197,10 @@ def base(stage: str) -> ConfigDict:
         num_epochs=1,  # C.4: a single inner epoch
         packed_rows=0,  # open: a minibatch of 64 padded episodes has just enough rows for 64 devices
         temperature=1.0,  # C.4
+        rewards=("rm",),  # eq. 2
+        ensemble=(),
+        ensemble_penalty=0.1,  # open; of the order that Coste et al. 2023 use for PPO
+        constant_iterations=20,
         behaviour_logprob="rescore",  # open: log-probabilities of decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
         kl_controller="fixed",

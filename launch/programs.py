@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.core import rewards
 from instructjax.core.config import Config, PretrainConfig, SFTConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES, Stage
@@ -246,6 +247,8 @@ def _rm(config: Config, mesh: Mesh) -> Program:
 def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   """The step of an RL stage, which is a whole iteration: rollout, scoring and updates."""
   cfg, data = lineage.variant(config, stage), config.data
+  # Rewards of the host take no memory of the devices, and split the program in parts that need no more than the whole.
+  cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
   _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:
     raise UserError(
@@ -266,6 +269,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
     _placed(freeze(nets.scalar, scalar), shardings.value_params),
+    _ensemble(cfg.ensemble, freeze(nets.scalar, scalar), shardings.value_params),
   )
   prompt = data.max_prompt_length
   columns = {
@@ -293,7 +297,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       "policy optimiser": state.opt_state,
       "policy EMA": state.ema_params,
       "reference": frozen.ref_params,
-      "reward": frozen.reward_params,
+      "reward": (frozen.reward_params, frozen.ensemble_params),
       "value": state.value_params,
       "value optimiser": state.value_opt_state,
       "batch": (batch, state.step, state.kl_coef, state.key),
@@ -305,6 +309,14 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
     model_flops=None,
     decode_layout=nets.policy.execution.decode_layout,
   )
+
+
+def _ensemble(members: tuple[str, ...], shapes, shardings):
+  """The shapes of further reward models, stacked; None if there are none."""
+  if not members:
+    return None
+  stack = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
+  return _placed(jax.tree.map(stack, shapes), sharding.stacked(shardings))
 
 
 def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:

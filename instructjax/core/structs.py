@@ -138,11 +138,13 @@ class Samples:
     rollout: the sampled answers.
     score_B: float32 reward-model score of each answer, before `ppo.missing_eos` is applied.
     kl_B: float32 log-probability of each answer under the policy minus that under the reference, in nats.
+    rewards: name -> float32 value of each answer, for every reward of `ppo.rewards` beside the reward model.
   """
 
   rollout: Rollout
   score_B: Array
   kl_B: Array
+  rewards: dict[str, Array]
 
 
 @pytree

@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from instructjax.core import rewards
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
 from instructjax.core.stages import RL_STAGES, TARGETS
 
@@ -229,6 +230,18 @@ class PPOConfig:
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   temperature: float  # temperature at which responses are sampled
+  # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
+  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, model:PATH is a reward model
+  # with another tokenizer, and ensemble:mean, ensemble:worst and ensemble:uncertainty join several reward models
+  rewards: tuple[str, ...]
+  # further reward models of the ensemble, beside the run's own: rm stages of other runs, or Hugging Face folders; () is
+  # none
+  ensemble: tuple[str, ...] = dataclasses.field(metadata=SAME_NUMBERS)
+  # ensemble:uncertainty is the mean score minus so many times the variance between the models [per score]
+  ensemble_penalty: float
+  # iterations in a row, from the stage's beginning, in which a reward may give all answers the same score before the
+  # stage stops; 0 never stops it [iterations]
+  constant_iterations: int = dataclasses.field(metadata=SAME_NUMBERS)
   # where the old log-probabilities of the sampled tokens come from: the rollout itself, or the scoring pass (rescore)
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
@@ -332,6 +345,24 @@ class PPOConfig:
       updates < 2**31,
       f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
       " updates in 32 bits",
+    )
+    listed = rewards.parse(self.rewards, f"{where}.rewards")
+    require(
+      rewards.has_ensemble(listed) == bool(self.ensemble),
+      f"{where}.ensemble={self.ensemble} and rewards={self.rewards} must come together: name further reward models in"
+      " ensemble, as '(\"runs/other/rm\",)', and an ensemble:HOW in rewards",
+    )
+    require(
+      len({*self.ensemble}) == len(self.ensemble),
+      f"{where}.ensemble={self.ensemble} must not name a reward model twice",
+    )
+    require(
+      self.ensemble_penalty >= 0,
+      f"{where}.ensemble_penalty={self.ensemble_penalty} must be >= 0",
+    )
+    require(
+      self.constant_iterations >= 0,
+      f"{where}.constant_iterations={self.constant_iterations} must be >= 0; 0 never stops",
     )
     require(
       0 <= self.value_warmup < self.num_iterations,

@@ -249,6 +249,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PS())
 
 
+def stacked(shardings: Any) -> Any:
+  """NamedShardings of arrays with a new first axis, which is whole on every device."""
+  return jax.tree.map(lambda one: NamedSharding(one.mesh, PS(None, *one.spec)), shardings)
+
+
 # Bytes of weights from which on, on a CPU, a step's memory counts more than its concurrency.
 LARGE = 2**28
 

@@ -196,6 +196,10 @@ def _curves(results: Results) -> markupsafe.Markup:
     lambda ax: panels.draw_curve(ax, curves, "entropy", "Entropy, nats a sample"),
     lambda ax: panels.draw_curve(ax, curves, "response_length", "Answer length, tokens"),
   ]
+  draws += [
+    lambda ax, key=key, title=title: panels.draw_curve(ax, curves, key, title)
+    for key, title in panels.reward_curves(curves)
+  ]
   return _drawn(draws, "Curves over PPO", columns=3, height=2.6)
 
 

@@ -98,6 +98,19 @@ def square_root_ticks(top: float) -> list[float]:
   return [0.0, *(tick for tick in rounded if tick <= top)]
 
 
+def reward_curves(curves: Mapping) -> list[tuple[str, str]]:
+  """(metric, title) of each reward of `ppo.rewards`, and of their sum first; [] for the reward model alone."""
+  names = dict.fromkeys(name for rows in curves.values() for row in rows for name in row)
+  single = [name for name in names if name.startswith("rewards/") and not name.endswith("/std")]
+  titles = {name: f"Reward: {name.removeprefix('rewards/')}, unweighted" for name in single}
+  if titles:
+    titles["rewards/total"] = "Sum of rewards (maximised)"
+  titles.pop("rewards/rm", None)  # it has a panel always
+  if "ensemble_std" in names:
+    titles["ensemble_std"] = "Disagreement of the ensemble"
+  return sorted(titles.items(), key=lambda pair: pair[0] != "rewards/total")
+
+
 def draw_score(ax, curves: Mapping) -> bool:
   """Draws the reward-model score (dashed) and the gold score (solid) over iterations, in one panel."""
   drawn = False

@@ -5,7 +5,8 @@
 The stage around it is stages/ppo.py.
 
 Read this file from `train_step` upwards. The numbers of its comments continue in `update`, `_minibatch_update` and
-experience.py. "Details item N" is an entry of docs/details.md.
+experience.py. "Details item N" is an entry of docs/details.md. Where the host computes some of the rewards, split.py
+makes several programs of the same parts.
 """
 
 import dataclasses
@@ -16,14 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from instructjax.core.config import PPOConfig
-from instructjax.core.structs import Array, PackedBatch, Params, PPOState, Rollout, Samples, tree_of
+from instructjax.core.structs import (
+  Array,
+  PackedBatch,
+  Params,
+  PPOState,
+  PromptBatch,
+  Rollout,
+  Samples,
+  tree_of,
+)
 from instructjax.models import transformer
 from instructjax.ops import kl, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
-from instructjax.rl.experience import Experience, Frozen, Nets
+from instructjax.rl.experience import Experience, Frozen, Nets, Scored
 from instructjax.rl.rows import Rows, padded, shared
 from instructjax.train import accumulation, optim, supervised
 
@@ -264,29 +275,65 @@ def train_step(
   Raises:
     UserError: see `sampling.generate`.
   """
-  # No two iterations draw the same noise (details item 7). The key itself stays in the state, and the step's number is
-  # folded into it, so a run that is resumed draws what it would have drawn.
+  # 1. The policy answers a batch of prompts.
+  rollout_key, update_key = iteration_keys(state)
+  rollout = sample_rollout(nets, cfg, state, batch["prompts"], rollout_key)
+  # 2. The reward model scores the answers, the KL to the reference lowers the reward (sec 3.5, eq. 2), and GAE makes
+  #    advantages of it (C.4). The steps of this are numbered in experience.py.
+  scored = experience.from_rollout(nets, cfg, rows, state, frozen, rollout)
+  return learn(nets, cfg, rows, state, batch, rollout, scored, update_key)
+
+
+def iteration_keys(state: PPOState) -> tuple[Array, Array]:
+  """The keys of an iteration's rollout and of its updates.
+
+  No two iterations draw the same noise (details item 7). The key itself stays in the state, and the step's number is
+  folded into it, so a run that is resumed draws what it would have drawn.
+  """
   rollout_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-  # 1. The policy answers a batch of prompts (sec 3.5), at temperature 1 (C.4). An answer ends with its EOS, which it
-  #    keeps (details item 4).
+  return rollout_key, update_key
+
+
+def sample_rollout(
+  nets: Nets, cfg: PPOConfig, state: PPOState, prompts: PromptBatch, key: Array
+) -> Rollout:
+  """The policy's answers to a batch of prompts (sec 3.5), at temperature 1 (C.4). Arguments as `train_step`."""
+  # An answer ends with its EOS, which it keeps (details item 4).
   with jax.named_scope("rollout"):
-    rollout = sampling.generate(
+    return sampling.generate(
       nets.policy,
       state.params,
-      batch["prompts"],
-      rollout_key,
+      prompts,
+      key,
       max_new_tokens=nets.max_response_length,
       stop_ids=nets.stop_ids,
       temperature=cfg.temperature,
       slots=nets.slots,
     )
-  # 2. The reward model scores the answers, the KL to the reference lowers the reward (sec 3.5, eq. 2), and GAE makes
-  #    advantages of it (C.4). The steps of this are numbered in experience.py.
-  scored = experience.from_rollout(nets, cfg, rows, state, frozen, rollout)
+
+
+def learn(
+  nets: Nets,
+  cfg: PPOConfig,
+  rows: Rows,
+  state: PPOState,
+  batch: dict,
+  rollout: Rollout,
+  scored: Scored,
+  key: Array,
+) -> tuple[PPOState, dict[str, Array], Samples]:
+  """The part of an iteration that changes the state; arguments and results as `train_step`.
+
+  Args:
+    nets, cfg, rows, state, batch: see there.
+    rollout: the policy's answers.
+    scored: what `experience` makes of them.
+    key: of the updates.
+  """
   # 3. Policy and value network learn from minibatches of the episodes; with gamma > 0 the policy also learns from
   #    pretraining text, which makes it PPO-ptx (sec 3.5, eq. 2; C.4).
   ptx = batch["pretrain"] if cfg.gamma > 0 else None
-  state, update_metrics = update(nets, cfg, rows, state, scored.experience, ptx, update_key)
+  state, update_metrics = update(nets, cfg, rows, state, scored.experience, ptx, key)
   # 4. The weights' exponential moving average is what is evaluated (C.4). The paper does not say whether it decays
   #    per iteration, as here, or per update.
   ema_params, decay = state.ema_params, cfg.ema_decay
@@ -306,7 +353,7 @@ def train_step(
     )
     kl_coef = _once_warm(cfg, state, state.kl_coef, kl_coef)
   state = dataclasses.replace(state, step=state.step + 1, ema_params=ema_params, kl_coef=kl_coef)
-  samples = Samples(rollout, scored.score_B, scored.kl_B)
+  samples = Samples(rollout, scored.score_B, scored.kl_B, scored.rewards)
   return state, scored.metrics | update_metrics, samples
 
 
@@ -327,7 +374,31 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
 
   mesh = sharding.mesh_of(state_shardings)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  rollout = tree_of(
+  # Layouts are fixed on both sides: an argument that lies otherwise is an error, not another compilation. The donated
+  # state's memory is used again for the new state.
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(state_shardings, frozen_shardings(cfg, state_shardings), split),
+    out_shardings=(state_shardings, whole, samples_shardings(mesh)),
+    compiler_options=compiler_options(nets, mesh),
+  )
+
+
+def frozen_shardings(cfg: PPOConfig, state_shardings: PPOState) -> Frozen:
+  """Frozen weights are split as those of the network that they share; stacked ones are whole along the new axis."""
+  reward = state_shardings.value_params
+  return Frozen(
+    ref_params=state_shardings.params,
+    reward_params=reward,
+    ensemble_params=sharding.stacked(reward) if cfg.ensemble else None,
+  )
+
+
+def rollout_shardings(mesh: Mesh) -> Rollout:
+  """A rollout's rows are split, and its counters are whole on every device."""
+  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  return tree_of(
     Rollout,
     token_BL=split,
     is_token_BL=split,
@@ -336,16 +407,16 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
     num_steps=whole,
     slot_steps=whole,
   )
-  samples = tree_of(Samples, rollout=rollout, score_B=split, kl_B=split)
-  frozen = Frozen(ref_params=state_shardings.params, reward_params=state_shardings.value_params)
-  # Layouts are fixed on both sides: an argument that lies otherwise is an error, not another compilation. The donated
-  # state's memory is used again for the new state.
-  return jax.jit(
-    step,
-    donate_argnums=0,
-    in_shardings=(state_shardings, frozen, split),
-    out_shardings=(state_shardings, whole, samples),
-    compiler_options=sharding.step_options(
-      mesh, transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
-    ),
+
+
+def samples_shardings(mesh: Mesh) -> Samples:
+  """As those of the rollout that the samples hold."""
+  split = sharding.batch_sharding(mesh)
+  return tree_of(Samples, rollout=rollout_shardings(mesh), score_B=split, kl_B=split, rewards=split)
+
+
+def compiler_options(nets: Nets, mesh: Mesh) -> dict[str, str]:
+  """See `sharding.step_options`."""
+  return sharding.step_options(
+    mesh, transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
   )

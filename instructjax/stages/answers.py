@@ -254,6 +254,17 @@ def num_skipped(sequence: Sequence[int], skips: int | None) -> int:
   return sum(1 for _ in trailing)
 
 
+def demonstration_mean(ctx: Context, model: transformer.Model, params: Params) -> float:
+  """The mean score of the labelers' demonstrations, which a reward model's bias takes away (C.2).
+
+  Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
+  """
+  prompts, responses = zip(*ctx.data.demonstration_tokens("train"))
+  # With EOS, as the reward model sees complete answers.
+  demonstrations = from_tokens(ctx, list(prompts), list(responses))
+  return float(np.mean(score(ctx, model, params, demonstrations)))
+
+
 def logprob(
   ctx: Context, model: transformer.Model, params: Params, answers: Answers, temperature: float
 ) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax.core import results, terminal
+from instructjax.core import rewards as reward_lists
 from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
 from instructjax.models import flops, heads, transformer
-from instructjax.parallel import sharding, stacking
+from instructjax.parallel import agreement, distributed, sharding, stacking
+from instructjax.rl import split
 from instructjax.rl import step as ppo_step
-from instructjax.stages import answers, lineage, policies
+from instructjax.stages import (
+  answers,
+  ensembles,
+  host_rewards,
+  lineage,
+  policies,
+  reward_functions,
+  text_scorers,
+)
 from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
+from instructjax.train.metrics import read_metrics
 from instructjax.train.optim import make_optimizer
 
 _ADVICE = (
@@ -127,11 +138,16 @@ def initial_value(
 
 
 def freeze(
-  nets: ppo_step.Nets, shardings: PPOState, ref_params: Params, reward_params: Params
+  nets: ppo_step.Nets,
+  shardings: PPOState,
+  ref_params: Params,
+  reward_params: Params,
+  ensemble_params: Params | None = None,
 ) -> ppo_step.Frozen:
   """The reference and the reward model as the step reads them: cast once to the dtype that they run in.
 
-  In float32 there is nothing to cast, and the weights are taken as they are, without a copy.
+  In float32 there is nothing to cast, and the weights are taken as they are, without a copy. So are those of
+  `ensembles.load`, which come in their dtype.
   """
 
   def frozen(model, params, places):
@@ -143,6 +159,7 @@ def freeze(
   return ppo_step.Frozen(
     ref_params=frozen(nets.policy, ref_params, shardings.params),
     reward_params=frozen(nets.scalar, reward_params, shardings.value_params),
+    ensemble_params=ensemble_params,
   )
 
 
@@ -167,10 +184,14 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
   return batching.ZippedBatches(parts)
 
 
-def _describe(ctx: Context):
+def _describe(ctx: Context, watch: Callable[..., None]):
   """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
   If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
+
+  Args:
+    ctx: the run.
+    watch: stops the stage for a reward that never varies; see `host_rewards.watch_constants`.
   """
   simulation = sources.simulation(ctx.config.data.prompts)
   prompt_length = ctx.config.data.max_prompt_length
@@ -178,21 +199,24 @@ def _describe(ctx: Context):
   def describe(samples: Samples, step: int):
     rollout = samples.rollout
     # On every process, before all but the first leave: gathering takes part of all.
-    token_BL, is_token_BL, score_B, kl_B = sharding.to_host(
-      (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B)
+    token_BL, is_token_BL, score_B, kl_B, rewards = sharding.to_host(
+      (rollout.token_BL, rollout.is_token_BL, samples.score_B, samples.kl_B, samples.rewards)
     )
+    text = np.where(is_token_BL, token_BL, ctx.tokenizer.pad_id)
+    decode = lambda rows: answers.decode(ctx.tokenizer, rows)
+    texts = lambda end: (decode(text[:end, :prompt_length]), decode(text[:end, prompt_length:]))
+    watch(step, {"rm": score_B, **rewards}, lambda: texts(1))
     if jax.process_index() != 0:
       return {}, ()
-    text = np.where(is_token_BL, token_BL, ctx.tokenizer.pad_id)
-    prompts = answers.decode(ctx.tokenizer, text[:, :prompt_length])
-    responses = answers.decode(ctx.tokenizer, text[:, prompt_length:])
+    prompts, responses = texts(None)
     extra = {}
     if simulation is not None:
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
-    columns = (prompts, responses, score_B, kl_B)
+    columns = {"score": score_B, **rewards, "kl": kl_B}
     rows = [
-      {"prompt": p, "answer": a, "score": float(s), "kl": float(k)}
-      for p, a, s, k in list(zip(*columns))[: ctx.config.log.samples]
+      {"prompt": prompt, "answer": answer, **{key: float(x[i]) for key, x in columns.items()}}
+      for i, (prompt, answer) in enumerate(zip(prompts, responses))
+      if i < ctx.config.log.samples
     ]
     return extra, rows
 
@@ -231,8 +255,8 @@ def model_flops(
   scalar = flops.forward(nets.scalar, read, columns)
   text = cfg.batch_size * cfg.ptx_rows * cfg.ptx_length if cfg.gamma > 0 else 0
   # Policy's shape: the rollout, the reference's log-probabilities and, if rescored, the policy's own. Scalar: values
-  # and rewards.
-  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + 2 * scalar
+  # and rewards, of one reward model or of an ensemble.
+  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + (2 + len(cfg.ensemble)) * scalar
   # A backward pass costs two forward passes, so an update counts three.
   updated = 3 * (policy + scalar + flops.forward(nets.policy, text, cfg.ptx_length))
   return scored + cfg.num_epochs * updated
@@ -241,16 +265,88 @@ def model_flops(
 def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
   cfg, given = lineage.variant(ctx.config, stage), ctx.given.get("rm")
   nets = make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
-  return cfg, dataclasses.replace(nets, score_skips=given.score_skips if given else None)
+  members = ensembles.open_all(ctx.config, cfg)
+  nets = dataclasses.replace(
+    nets,
+    score_skips=given.score_skips if given else None,
+    ensemble_skips=tuple(one.score_skips for one in members),
+  )
+  return cfg, nets
+
+
+def _functions(cfg: PPOConfig) -> tuple[reward_functions.Function, ...]:
+  """The rewards that are functions of the user's or rules about text, imported.
+
+  Raises:
+    UserError: one cannot be imported or called.
+  """
+  listed = reward_lists.parse(cfg.rewards, "config.ppo.rewards")
+  own = [reward for reward in reward_lists.on_host(listed) if reward.kind != "model"]
+  return tuple(map(reward_functions.load, own))
 
 
 def check_settings(config: Config, stage: str):
   """Checks the stage's settings.
 
   Raises:
-    UserError: a warmup is as long as the stage.
+    UserError: a warmup is as long as the stage, a reward function cannot be imported or called, or a further reward
+      model is none or has another shape.
   """
-  _optimizers(lineage.variant(config, stage))
+  cfg = lineage.variant(config, stage)
+  _optimizers(cfg)
+  _functions(cfg)
+  ensembles.open_all(config, cfg)
+  text_scorers.open_all(cfg)
+
+
+def check(ctx: Context, stage: str):
+  """Checks that all processes have the same rewards, and tries each reward function on two rows.
+
+  Raises:
+    UserError: they differ, a function raises an exception or does not return a finite number for each row, or a further
+      reward model has another tokenizer.
+  """
+  cfg = lineage.variant(ctx.config, stage)
+  functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
+  ensembles.require_tokenizer(members, ctx.tokenizer)
+  facts = {
+    f"the source of {one.reward.spelling}": f"{one.checksum}\t{', '.join(one.files)}"
+    for one in functions
+  }
+  facts |= ensembles.fingerprints(ctx, members)
+  facts |= text_scorers.fingerprints(ctx, text_scorers.open_all(cfg))
+  if facts:
+    agreement.require_same(distributed.team(), f"rewards of {stage}", facts)
+  if functions and jax.process_index() == 0:
+    host_rewards.try_out(functions, ctx.tokenizer, ctx.data.prompt_tokens("train")[:2])
+
+
+def _make_step(
+  ctx: Context,
+  stage: str,
+  nets: ppo_step.Nets,
+  cfg: PPOConfig,
+  shardings: PPOState,
+  functions: Sequence[reward_functions.Function],
+) -> Callable:
+  """The step as one program, or split around the rewards that the host computes; says which."""
+  tell = terminal.say if jax.process_index() == 0 else lambda line: None
+  if not functions:
+    tell(f"{stage}: an iteration is one XLA program; its reward: {', '.join(cfg.rewards)}")
+    return ppo_step.make_train_step(nets, cfg, shardings)
+  names = ", ".join(one.reward.spelling for one in functions)
+  tell(
+    f"{stage}: an iteration is split in two after its rollout, since {names} needs the answers' text; the networks"
+    " score meanwhile"
+  )
+  on_host = host_rewards.make(stage, ctx.tokenizer, functions)
+  return split.make_split_step(nets, cfg, shardings, on_host)
+
+
+def _watch(ctx: Context, stage: str, cfg: PPOConfig):
+  listed = reward_lists.parse(cfg.rewards, "config.ppo.rewards")
+  records = read_metrics(ctx.directory(stage))
+  return host_rewards.watch_constants(stage, listed, cfg.constant_iterations, records)
 
 
 def run(ctx: Context, stage: str):
@@ -271,6 +367,15 @@ def run(ctx: Context, stage: str):
     data=ctx.config.data,
     rollout=ctx.config.rollout,
   )
+  functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
+  scorers = text_scorers.open_all(cfg)
+  made_with = {
+    **run_.fingerprint,
+    **ensembles.fingerprints(ctx, members),
+    **text_scorers.fingerprints(ctx, scorers),
+  }
+  # What is finished was made by these functions. What is not may go on with a mended one, and says so.
+  run_ = host_rewards.with_sources(run_, made_with, functions)
   if is_finished(run_):
     return
   given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
@@ -288,13 +393,20 @@ def run(ctx: Context, stage: str):
     name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
     for name, params in given.items()
   }
-  frozen = freeze(nets, shardings, *given.values())
+  frozen = freeze(
+    nets,
+    shardings,
+    given["reference"],
+    given["reward_model"],
+    ensembles.load(ctx, stage, members),
+  )
+  functions += tuple(text_scorers.load(ctx, stage, one, cfg.batch_size) for one in scorers)
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(
-    dataclasses.replace(run_, fingerprint={**run_.fingerprint, **reference}, advice=_ADVICE),
+    dataclasses.replace(run_, fingerprint={**made_with, **reference}, advice=_ADVICE),
     state,
-    ppo_step.make_train_step(nets, cfg, shardings),
+    _make_step(ctx, stage, nets, cfg, shardings, functions),
     _batches(ctx, cfg, stage),
     num_steps=cfg.num_iterations,
     constants=(frozen,),
@@ -302,8 +414,8 @@ def run(ctx: Context, stage: str):
     evaluate=_held_out_loss(ctx, nets) if "documents" in lineage.reads(ctx.config, stage) else None,
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
-    show=("reward", "gold", "kl", "entropy", "ptx_loss"),
-    on_samples=_describe(ctx),
+    show=("reward", "rewards/total", "gold", "kl", "entropy", "ptx_loss"),
+    on_samples=_describe(ctx, _watch(ctx, stage, cfg)),
     flops=lambda metrics: model_flops(nets, cfg, ctx.config.data.max_prompt_length, metrics),
   )
   finish(ctx, stage, run_, cfg.num_iterations, results.Nothing())

@@ -255,10 +255,7 @@ def demonstration_mean(ctx: Context, params: Params) -> float:
 
   Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
   """
-  prompts, responses = zip(*ctx.data.demonstration_tokens("train"))
-  # With EOS, as the reward model sees complete answers.
-  demonstrations = answers.from_tokens(ctx, list(prompts), list(responses))
-  return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
+  return answers.demonstration_mean(ctx, ctx.model("reward"), params)
 
 
 def fold_labelers(ctx: Context) -> list[set[str]]:

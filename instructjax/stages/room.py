@@ -88,7 +88,8 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
       f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
     }
   reward = config.reward_model
-  others = num_params(reward, vocab) * (_TRAINED + _FROZEN) + weights * _FROZEN
+  frozen = (1 + len(cfg.ensemble)) * _FROZEN
+  others = num_params(reward, vocab) * (_TRAINED + frozen) + weights * _FROZEN
   decoding = rows_of(config.rollout.slots or cfg.batch_size)
   keys = (
     2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]

@@ -29,7 +29,8 @@ from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
 from instructjax.train.tracking import Tracking
 
-LIBRARIES = "libraries"  # a key of StageRun.changeable
+LIBRARIES = "libraries"  # keys of StageRun.changeable
+FUNCTIONS = "reward functions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,10 @@ class StageRun:
       the stage's config blocks, the tokenizer, its parents, what its data hold and, for PPO, the frozen reference and
       reward model.
     files: part of the fingerprint -> the files that it stands for, which a message can name.
-    changeable: what a resumed run may change, name -> value under three keys. ROUNDING["on_resume"] holds settings that
-      change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of `core.blocks`;
-      LIBRARIES holds the versions of libraries. All are saved with the state, so that a resumed run can say what has
-      changed.
+    changeable: what a resumed run may change, name -> value under several keys. ROUNDING["on_resume"] holds settings
+      that change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of
+      `core.blocks`; LIBRARIES holds the versions of libraries, and FUNCTIONS, where there are some, checksums of the
+      user's reward functions. All are saved with the state, so that a resumed run can say what has changed.
     started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped because of its metrics.
   """
@@ -241,7 +242,7 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
     run: the resumed stage.
     saved: `changeable` of the run that wrote the checkpoint.
   Returns:
-    One line for settings and one for libraries, as far as some have changed.
+    One line for settings, one for reward functions and one for libraries, as far as some have changed.
   """
   kind = ROUNDING["on_resume"]
   before, now = saved[kind], run.changeable[kind]
@@ -250,6 +251,11 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
     parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
     by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
     lines.append(f"{run.name} goes on with {parts}: results may differ {by}")
+  functions = run.changeable.get(FUNCTIONS, {})
+  if changed := [name for name in functions if functions[name] != saved[FUNCTIONS][name]]:
+    lines.append(
+      f"{run.name} goes on with {', '.join(changed)} changed: rewards may differ from those before"
+    )
   if versions := changed_versions(saved[LIBRARIES], run.changeable[LIBRARIES]):
     lines.append(
       f"{run.name} goes on under {versions}: results may differ from those of the old versions"

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import parity, ppo_iteration, rm_rows, slots, startup
+from benchmarks import parity, ppo_iteration, reward_split, rm_rows, slots, startup
 from configs import models
+from instructjax.core import rewards
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 
@@ -164,3 +165,13 @@ def test_random_rankings_are_of_the_length_that_the_benchmark_says():
   assert (min(lengths), max(lengths)) == (5 + 4, 12 + 20)
   assert abs(sum(lengths) / len(lengths) - 20.5) < 0.3
   assert {len(item.ranks) for item in rankings} == {4, 5, 6}
+
+
+def test_both_steps_of_the_split_benchmark_are_given_the_same_reward():
+  one, two = (reward_split.make_config(x) for x in (reward_split.IN_PROGRAM, reward_split.ON_HOST))
+  rule, function = (rewards.parse(c.ppo.rewards, "rewards")[1] for c in (one, two))
+  assert (rule.on_host, function.on_host, rule.weight) == (False, True, function.weight)
+  lengths = [0, 3, 16, 17, 40]
+  found = reward_split.too_long([], [], answer_ids=[[7] * length for length in lengths])
+  low, high = rule.lengths
+  assert found == [-max(low - n, 0) - max(n - high, 0) for n in lengths]

@@ -18,6 +18,7 @@ AREAS = {
     "ops/lm": 18,
     "ops/masked": 8,
     "ops/preference": 12,
+    "ops/rewards": 4,
     "ops/surrogate": 14,
   },
   "rl": {
@@ -26,9 +27,10 @@ AREAS = {
     "rl/sampling": 6,
     "rl/scoring": 5,
     "rl/shared_rows": 5,
+    "rl/split": 3,
     "rl/step": 10,
   },
-  "rm": {"models/heads": 3, "stages/rm": 16},
+  "rm": {"models/heads": 3, "stages/answers": 0, "stages/rm": 16},
   "train": {
     "train/accumulation": 4,
     "train/checkpoint": 6,
@@ -76,6 +78,7 @@ ALSO = {
   "rl/scoring": ("rl/test_experience", "rl/test_step"),
   "rl/shared_rows": ("rl/test_rows",),
   "rl/step": ("rl/test_step_program",),
+  "stages/answers": ("stages/test_rm",),
   "stages/collect": ("stages/test_pipeline",),
   "stages/contents": ("stages/test_run_data",),
   "stages/evaluate": ("stages/test_pipeline",),

@@ -38,12 +38,22 @@ SCORE_CASES = {
   "exclude": dict(missing_eos="exclude"),
   "whitened rewards": dict(whiten_advantages=False, whiten_rewards=True),
   "rescore": dict(whiten_advantages=False, behaviour_logprob="rescore"),
+  "list": dict(
+    whiten_advantages=False,
+    missing_eos="fixed",
+    rewards=("0.5*rm", "-2*length:2-4", "ensemble:uncertainty"),
+    ensemble=("a", "b"),
+    ensemble_penalty=0.25,
+  ),
 }
 
 
 @pytest.fixture(scope="module")
-def scored(quick_jit, nets, weights, rollout, ppo_config):
+def scored(quick_jit, nets, weights, rollout, ppo_config, random_params):
   """name -> Scored, and the log-probs behind them: one program."""
+
+  members = [random_params(nets.scalar, seed) for seed in (5, 6)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
   def everything(params, value_params, frozen, rollout):
     state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
@@ -56,6 +66,7 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
       policy=logprob(params, *args),
       ref=logprob(frozen.ref_params, *args),
       score=scoring.sequence_score(nets.scalar, frozen.reward_params, *args),
+      members=[scoring.sequence_score(nets.scalar, member, *args) for member in members],
       value=scoring.response_value(nets.scalar, value_params, *args, prompt_length=PROMPT),
     )
     results = {
@@ -64,7 +75,7 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
         dataclasses.replace(ppo_config, **changes),
         rows.padded(),
         state,
-        frozen,
+        dataclasses.replace(frozen, ensemble_params=stacked if "ensemble" in changes else None),
         rollout,
       )
       for name, changes in SCORE_CASES.items()
@@ -174,6 +185,30 @@ def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, r
   np.testing.assert_allclose(metrics["objective"], objective, rtol=1e-5)
   np.testing.assert_array_equal(experience.is_actor_BR, MASK_BR)
   assert np.any(experience.advantage_BR[3] != results["plain"].experience.advantage_BR[3])
+
+
+def test_a_list_of_rewards_is_summed_and_the_fixed_score_takes_the_place_of_the_sum(
+  scored, rollout
+):
+  results, behind = scored
+  found, score_MB = results["list"], np.stack([behind["score"], *behind["members"]])
+  rule_B = -np.maximum(2 - RESPONSE_LENGTH_B, 0) - np.maximum(RESPONSE_LENGTH_B - 4, 0)
+  ensemble_B = score_MB.mean(axis=0) - 0.25 * score_MB.var(axis=0)
+  assert found.rewards.keys() == {"length", "ensemble"}
+  np.testing.assert_array_equal(found.rewards["length"], rule_B)
+  np.testing.assert_allclose(found.rewards["ensemble"], ensemble_B, rtol=1e-5)
+  total_B = 0.5 * behind["score"] - 2 * rule_B + ensemble_B
+  reward_BR = expected_reward(
+    np.where(ENDS_B, total_B, -1.5), rollout.behaviour_logprob_BR, behind["ref"]
+  )
+  expected_BR = expected_advantage(reward_BR, behind["value"])
+  np.testing.assert_allclose(found.experience.advantage_BR, expected_BR, atol=1e-5)
+  parts = {"rm": behind["score"], "length": rule_B, "ensemble": ensemble_B, "total": total_B}
+  for name, value_B in parts.items():
+    np.testing.assert_allclose(found.metrics[f"rewards/{name}"], value_B.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.metrics[f"rewards/{name}/std"], value_B.std(), rtol=1e-4)
+  np.testing.assert_allclose(found.metrics["reward"], behind["score"].mean(), rtol=1e-5)
+  np.testing.assert_allclose(found.metrics["ensemble_std"], score_MB.std(axis=0).mean(), rtol=1e-5)
 
 
 def test_or_be_left_out_of_the_actors_loss_and_whitening(scored):

@@ -68,7 +68,7 @@ def iteration(nets, ppo_config, monkeypatch):
       given["scored"] = (state, frozen, rollout)
       metrics = {"kl": jnp.float32(9), "reward": jnp.float32(1)}
       return types.SimpleNamespace(
-        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls"
+        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls", rewards="rewards"
       )
 
     def update(nets, cfg, rows, state, episodes, ptx, key):
@@ -96,6 +96,7 @@ def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
   assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
   assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
   assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
+  assert samples.rewards == "rewards"
   assert (state.step, state.params) == (1, {"w": 4})
 
 

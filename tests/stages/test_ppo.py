@@ -144,7 +144,12 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo, "freeze", lambda *a: made.update(frozen=a) or "frozen")
     patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
     patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
-    patch(ppo, "_describe", lambda ctx: "describe")
+    patch(ppo, "_describe", lambda ctx, watch: f"describe, {watch}")
+    patch(ppo, "_watch", lambda *a: "watch")
+    patch(ppo, "_functions", lambda cfg: ())
+    patch(ppo.host_rewards, "with_sources", lambda run, made_with, functions: run)
+    patch(ppo.text_scorers, "open_all", lambda cfg: [])
+    patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
     patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
@@ -156,7 +161,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     ppo.run(ctx, "ppo")
   given = "weights of ppo_init", "shifted reward model"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
-  assert made["frozen"] == ("nets", "shardings", *given)
+  assert made["frozen"] == ("nets", "shardings", *given, None)
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
@@ -241,17 +246,24 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
   token_BL = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0]])
   rollout = types.SimpleNamespace(token_BL=token_BL, is_token_BL=token_BL < 8)
   samples = types.SimpleNamespace(
-    rollout=rollout, score_B=np.array([0.5, 1.5, 2.5]), kl_B=np.array([3.0, 4.0, 5.0])
+    rollout=rollout,
+    score_B=np.array([0.5, 1.5, 2.5]),
+    kl_B=np.array([3.0, 4.0, 5.0]),
+    rewards={"polite": np.array([1.0, 0.0, 1.0])},
   )
+  watched = []
+  watch = lambda step, values, texts: watched.append((step, values, texts()))
   gold = lambda prompts, texts: [len(p) + 10 * int(t[0]) for p, t in zip(prompts, texts)]
   simulation = types.SimpleNamespace(gold_score=gold) if prompts == "demo:" else None
   monkeypatch.setattr(ppo.sources, "simulation", {prompts: simulation}.__getitem__)
   decode = lambda tokenizer, rows: ["".join(str(t) for t in row if t != 9) for row in rows]
   monkeypatch.setattr(ppo.answers, "decode", decode)
-  extra, rows = ppo._describe(ctx)(samples, 1)
+  extra, rows = ppo._describe(ctx, watch)(samples, 1)
   assert rows == [
-    {"prompt": "12", "answer": "3", "score": 0.5, "kl": 3.0},
-    {"prompt": "45", "answer": "6", "score": 1.5, "kl": 4.0},
+    {"prompt": "12", "answer": "3", "score": 0.5, "polite": 1.0, "kl": 3.0},
+    {"prompt": "45", "answer": "6", "score": 1.5, "polite": 0.0, "kl": 4.0},
   ]
+  expected = {"rm": samples.score_B, **samples.rewards}
+  assert watched == [(1, expected, (["12"], ["3"]))]
   # 2 + 30, 2 + 60, and 1 + 0: the pad is no text.
   assert extra == ({"gold": 95 / 3} if simulation else {})

@@ -27,24 +27,26 @@ def create(run: Run, before: Ledger | None) -> "Mlflow":
   """
   # Unless its user wants it: statistics of MLflow's use go to its makers otherwise.
   os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+  os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # `where` says it
   mlflow = importlib.import_module("mlflow")
   for name in ("mlflow", "alembic"):  # which tell each step of making a database
     logging.getLogger(name).setLevel(logging.WARNING)
-  uri = (
-    f"sqlite:///{run.workdir.absolute()}/mlflow.db" if run.offline else mlflow.get_tracking_uri()
-  )
+  uri = f"sqlite:///{run.workdir}/mlflow.db" if run.offline else mlflow.get_tracking_uri()
+  # Of a local file the whole path: a run that goes on may do so from another folder.
+  uri = re.sub(r"^sqlite:///(.+)", lambda m: f"sqlite:///{os.path.abspath(m[1])}", uri)
   client = mlflow.MlflowClient(tracking_uri=uri)
   name = run.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "instructjax"
   place = f"{_without_password(uri)}, experiment {name}"
   if before and before.place == place:
     client.update_run(before.id, status="RUNNING")
+    info = client.get_run(before.id).info
     # A call returns when its data have arrived.
-    result = Mlflow(mlflow, client, before.id, place, len(before.rows))
+    result = Mlflow(mlflow, client, info, place, len(before.rows))
   else:
     artifacts = (run.workdir.absolute() / "mlartifacts").as_uri() if run.offline else None
     experiment = _experiment(client, name, artifacts)
-    made = client.create_run(experiment, run_name=run.name)
-    result = Mlflow(mlflow, client, made.info.run_id, place, 0)
+    info = client.create_run(experiment, run_name=run.name).info
+    result = Mlflow(mlflow, client, info, place, 0)
     result.log_params(run.config)
   client.log_dict(result.id, dict(run.config), "config.json")  # that of the last process, and whole
   return result
@@ -66,12 +68,16 @@ def _without_password(uri: str) -> str:
 class Mlflow:
   """An MLflow run. Metrics are STAGE/NAME, and each stage counts its own steps."""
 
-  def __init__(self, mlflow, client, run_id: str, place: str, received: int):
+  def __init__(self, mlflow, client, info, place: str, received: int):
     self._entities, self._client = mlflow.entities, client
-    self.id, self.place, self.received = run_id, place, received
+    self.id, self.place, self.received = info.run_id, place, received
+    self._experiment = info.experiment_id
 
   @property
   def where(self) -> str:
+    server = self.place.partition(",")[0]
+    if server.startswith("http"):
+      return f"{server.rstrip('/')}/#/experiments/{self._experiment}/runs/{self.id}"
     return f"{self.place}, run {self.id}"
 
   def log_params(self, config: Mapping[str, Any]):

@@ -27,6 +27,11 @@ def _ledger(workdir, place):
   return ledger
 
 
+def _found(run_id, metrics):
+  info = types.SimpleNamespace(run_id=run_id, experiment_id="7")
+  return types.SimpleNamespace(info=info, data=types.SimpleNamespace(metrics=metrics))
+
+
 class FakeClient:
   """Stands for `MlflowClient`; what was called is in `told`."""
 
@@ -42,13 +47,13 @@ class FakeClient:
 
   def create_run(self, experiment, run_name):
     self.told.append(("run", experiment, run_name))
-    return types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+    return _found("abc", self.metrics)
 
   def update_run(self, run_id, status):
     self.told.append((run_id, status))
 
   def get_run(self, run_id):
-    return types.SimpleNamespace(data=types.SimpleNamespace(metrics=self.metrics))
+    return _found(run_id, self.metrics)
 
   def log_batch(self, run_id, metrics=(), params=()):
     assert len(metrics) <= 1000 and len(params) <= 100
@@ -76,7 +81,11 @@ def fake(monkeypatch):
 
   module.MlflowClient = client
   monkeypatch.setitem(sys.modules, "mlflow", module)
-  for name in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_DISABLE_TELEMETRY"):
+  for name in (
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_DISABLE_TELEMETRY",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT",
+  ):
     monkeypatch.delenv(name, raising=False)
   return module
 
@@ -113,8 +122,8 @@ def test_what_is_sent(tmp_path, fake):
 def test_where_never_shows_a_password(tmp_path, fake):
   opened = tracker.create(_run(tmp_path, offline=False), None)
   assert fake.clients[0].uri == fake.uri
-  assert opened.where == "http://mlflow.example:5000, experiment instructjax, run abc"
-  assert "secret" not in opened.place
+  assert opened.where == "http://mlflow.example:5000/#/experiments/7/runs/abc"
+  assert opened.place == "http://mlflow.example:5000, experiment instructjax"
 
 
 def test_a_resumed_run_goes_on_under_its_id(tmp_path, fake):
@@ -132,6 +141,14 @@ def test_offline_is_the_workdir(tmp_path, fake):
   assert client.uri == f"sqlite:///{tmp_path}/mlflow.db"
   assert client.told[0] == ("experiment", "instructjax", f"file://{tmp_path}/mlartifacts")
   assert opened.where == f"sqlite:///{tmp_path}/mlflow.db, experiment instructjax, run abc"
+
+
+def test_a_local_file_is_the_same_from_another_folder(tmp_path, fake, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  fake.uri = "sqlite:///mlflow.db"
+  opened = tracker.create(_run(tmp_path, offline=False), None)
+  assert opened.place == f"sqlite:///{tmp_path}/mlflow.db, experiment instructjax"
+  assert fake.clients[0].uri == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.mark.parametrize(
