@@ -262,14 +262,16 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   create = lambda params, value_params, key: ppo_step.create_state(
     params, value_params, nets, cfg, key
   )
-  state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
+  value = scalar if cfg.has_value_network else None
+  state: PPOState = _placed(jax.eval_shape(create, policy, value, _key_shape()), shardings)
+  reward, _ = transformer.param_shardings(mesh, nets.scalar)
   freeze = lambda model, shapes: jax.eval_shape(
     functools.partial(transformer.frozen_weights, model), shapes
   )
   frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
-    _placed(freeze(nets.scalar, scalar), shardings.value_params),
-    _ensemble(cfg.ensemble, freeze(nets.scalar, scalar), shardings.value_params),
+    _placed(freeze(nets.scalar, scalar), reward),
+    _ensemble(cfg.ensemble, freeze(nets.scalar, scalar), reward),
   )
   prompt = data.max_prompt_length
   columns = {
@@ -298,8 +300,11 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       "policy EMA": state.ema_params,
       "reference": frozen.ref_params,
       "reward": (frozen.reward_params, frozen.ensemble_params),
-      "value": state.value_params,
-      "value optimiser": state.value_opt_state,
+      **(
+        {"value": state.value_params, "value optimiser": state.value_opt_state}
+        if cfg.has_value_network
+        else {}
+      ),
       "batch": (batch, state.step, state.kl_coef, state.key),
     },
     inside=_decoding(mesh, nets, cfg.batch_size, prompt + data.max_response_length),

@@ -34,6 +34,7 @@ from instructjax.core.network import (
 )
 from instructjax.core.stages import TARGETS
 from instructjax.core.training import (
+  BestOfNConfig,
   CollectConfig,
   EvaluateConfig,
   OptimConfig,
@@ -45,6 +46,7 @@ from instructjax.core.training import (
 )
 
 __all__ = [
+  "BestOfNConfig",
   "CheckpointConfig",
   "CollectConfig",
   "Config",
@@ -241,6 +243,7 @@ class Config:
   rm: RMConfig  # training of the reward model (C.2)
   ppo: PPOConfig  # reinforcement learning, with or without the pretraining gradient (C.4)
   rollout: RolloutConfig
+  best_of_n: BestOfNConfig
   evaluate: EvaluateConfig  # how policies are compared
 
   @property

@@ -107,13 +107,13 @@ def make_split_step(
   options = ppo_step.compiler_options(nets, mesh)
   answers, frozen = (
     ppo_step.rollout_shardings(mesh),
-    ppo_step.frozen_shardings(cfg, state_shardings),
+    ppo_step.frozen_shardings(nets, cfg, state_shardings),
   )
   said = tree_of(
     Readings,
     behaviour_logprob_BR=split,
     ref_logprob_BR=split,
-    value_BR=split,
+    value_BR=split if cfg.has_value_network else None,
     score_B=split,
     num_cells=whole,
     ensemble_B=split,

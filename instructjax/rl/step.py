@@ -31,7 +31,7 @@ from instructjax.core.structs import (
   tree_of,
 )
 from instructjax.models import transformer
-from instructjax.ops import kl, surrogate
+from instructjax.ops import kl, masked, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
 from instructjax.rl.experience import Experience, Frozen, Nets, Scored
@@ -47,7 +47,7 @@ def make_rows(cfg: PPOConfig, pad_id: int) -> Rows:
 
 
 def create_state(
-  params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array
+  params: Params, value_params: Params | None, nets: Nets, cfg: PPOConfig, key: Array
 ) -> PPOState:
   """The state before the first iteration.
 
@@ -63,7 +63,7 @@ def create_state(
     params=params,
     opt_state=nets.policy_tx.init(params),
     value_params=value_params,
-    value_opt_state=nets.value_tx.init(value_params),
+    value_opt_state=None if nets.value_tx is None else nets.value_tx.init(value_params),
     ema_params=jax.tree.map(jnp.copy, params) if cfg.ema_decay else None,
     kl_coef=jnp.float32(cfg.beta),
     key=key,
@@ -73,7 +73,12 @@ def create_state(
 def policy_loss(
   nets: Nets, cfg: PPOConfig, params: Params, batch: Experience
 ) -> tuple[Array, dict[str, Array]]:
-  """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics)."""
+  """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics).
+
+  With `advantage='grpo'`, beta times the KL to the reference is added, by the estimate k3, as in DeepSeekMath
+  (arXiv:2402.03300, eq. 3 and 4). Departs from paper: there it is a mean over the tokens of each answer and then over
+  answers; here it is one over all tokens, as is the surrogate.
+  """
   logprob_BR = scoring.response_logprob(
     nets.policy,
     params,
@@ -82,9 +87,14 @@ def policy_loss(
     prompt_length=batch.prompt_length,
     temperature=cfg.temperature,
   )
-  return surrogate.clipped_surrogate(
+  loss, metrics = surrogate.clipped_surrogate(
     logprob_BR, batch.behaviour_logprob_BR, batch.advantage_BR, batch.is_actor_BR, clip=cfg.clip
   )
+  if batch.ref_logprob_BR is None:
+    return loss, metrics
+  kl_BR = kl.estimate(logprob_BR, batch.ref_logprob_BR, "k3")
+  kl_loss = masked.masked_mean(kl_BR, batch.is_actor_BR)
+  return loss + cfg.beta * kl_loss, metrics | {"kl_loss": kl_loss}
 
 
 def value_loss(
@@ -190,12 +200,15 @@ def _minibatch_update(
   batch: Experience,
   ptx: PackedBatch | None,
 ):
-  """One Adam step of the policy and one of the value network. Returns (state, metrics)."""
+  """One Adam step of the policy and one of the value network, if there is one. Returns (state, metrics)."""
   # 3b. Policy: the gradients of PPO and of pretraining are added up for one step (C.4; details item 34).
   grads, metrics = policy_gradient(nets, cfg, rows, state.params, batch, ptx)
   with jax.named_scope("update/policy"):
     learned = _adam(nets.policy_tx, grads, state.params, state.opt_state)
     params, opt_state = _once_warm(cfg, state, (state.params, state.opt_state), learned)
+  state = dataclasses.replace(state, params=params, opt_state=opt_state)
+  if not cfg.has_value_network:
+    return state, metrics
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(
@@ -210,13 +223,7 @@ def _minibatch_update(
     value_params, value_opt_state = _adam(
       nets.value_tx, grads, state.value_params, state.value_opt_state
     )
-  state = dataclasses.replace(
-    state,
-    params=params,
-    opt_state=opt_state,
-    value_params=value_params,
-    value_opt_state=value_opt_state,
-  )
+  state = dataclasses.replace(state, value_params=value_params, value_opt_state=value_opt_state)
   return state, metrics
 
 
@@ -379,15 +386,15 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   return jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(state_shardings, frozen_shardings(cfg, state_shardings), split),
+    in_shardings=(state_shardings, frozen_shardings(nets, cfg, state_shardings), split),
     out_shardings=(state_shardings, whole, samples_shardings(mesh)),
     compiler_options=compiler_options(nets, mesh),
   )
 
 
-def frozen_shardings(cfg: PPOConfig, state_shardings: PPOState) -> Frozen:
+def frozen_shardings(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Frozen:
   """Frozen weights are split as those of the network that they share; stacked ones are whole along the new axis."""
-  reward = state_shardings.value_params
+  reward, _ = transformer.param_shardings(sharding.mesh_of(state_shardings), nets.scalar)
   return Frozen(
     ref_params=state_shardings.params,
     reward_params=reward,

@@ -89,7 +89,8 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     }
   reward = config.reward_model
   frozen = (1 + len(cfg.ensemble)) * _FROZEN
-  others = num_params(reward, vocab) * (_TRAINED + frozen) + weights * _FROZEN
+  value = num_params(reward, vocab) * cfg.has_value_network
+  others = value * _TRAINED + num_params(reward, vocab) * frozen + weights * _FROZEN
   decoding = rows_of(config.rollout.slots or cfg.batch_size)
   keys = (
     2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]
@@ -99,7 +100,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_microbatches) if cfg.gamma else 0
   return {
     f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
-    "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
+    "gradients": max(weights, value) * _FLOAT / split_weights,
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),

@@ -35,7 +35,9 @@ def runs(quick_jit, tiny_config, adam_config, ppo_config, random_params):
     return {"brevity": -np.maximum(length_B - 5, 0).astype(np.float32)}
 
   def run(rewards):
-    cfg = dataclasses.replace(ppo_config, ptx_rows=1, ptx_chunks=1, rewards=rewards, num_epochs=1)
+    cfg = dataclasses.replace(
+      ppo_config, ptx_rows=1, ptx_microbatches=1, rewards=rewards, num_epochs=1
+    )
     state, shardings = ppo.initial_state(mesh, cfg, nets, *weights, jax.random.key(0))
     is_split = "python" in rewards[1]
     if is_split:
