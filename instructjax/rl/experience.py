@@ -296,7 +296,7 @@ def from_readings(
     score_B = score_with_eos_rule(cfg, total_B, has_eos_B)
     # 2d. The KL to the reference at each token lowers the reward (sec 3.5, eq. 2; details item 23).
     kl_BR = kl.estimate(behaviour_BR, ref_BR, kl.FORM)
-    if cfg.has_value_network:
+    if value_BR is not None:
       reward_BR = kl.penalised_reward(score_B, kl_BR, mask_BR, state.kl_coef)
       # 2e. Rewards may be scaled to variance 1 (details item 25). Their mean is kept: a shift would add a constant to
       #     the reward of every token, and so favour long or short answers.

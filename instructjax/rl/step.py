@@ -58,12 +58,15 @@ def create_state(
     nets, cfg: static.
     key: typed key of the whole training; each iteration folds its number into it.
   """
+  value_opt_state = None
+  if nets.value_tx is not None and value_params is not None:
+    value_opt_state = nets.value_tx.init(value_params)
   return PPOState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=nets.policy_tx.init(params),
     value_params=value_params,
-    value_opt_state=None if nets.value_tx is None else nets.value_tx.init(value_params),
+    value_opt_state=value_opt_state,
     ema_params=jax.tree.map(jnp.copy, params) if cfg.ema_decay else None,
     kl_coef=jnp.float32(cfg.beta),
     key=key,
@@ -108,6 +111,8 @@ def value_loss(
     batch.segment_BL,
     prompt_length=batch.prompt_length,
   )
+  if batch.value_BR is None or batch.return_BR is None:
+    raise ValueError("value_loss: these episodes have no values to learn from")
   return surrogate.clipped_value_loss(
     value_BR, batch.value_BR, batch.return_BR, batch.is_response_BR, clip=cfg.value_clip
   )
@@ -207,7 +212,7 @@ def _minibatch_update(
     learned = _adam(nets.policy_tx, grads, state.params, state.opt_state)
     params, opt_state = _once_warm(cfg, state, (state.params, state.opt_state), learned)
   state = dataclasses.replace(state, params=params, opt_state=opt_state)
-  if not cfg.has_value_network:
+  if nets.value_tx is None:
     return state, metrics
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):

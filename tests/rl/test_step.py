@@ -162,7 +162,7 @@ def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, p
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   state, frozen, batch = kwargs["in_shardings"]
   assert state is shardings and batch == split
-  assert frozen.ref_params is shardings.params and frozen.reward_params is shardings.value_params
+  assert frozen.ref_params is shardings.params and frozen.reward_params == shardings.value_params
   state, metrics, samples = kwargs["out_shardings"]
   assert state is shardings and metrics == whole
   assert samples.score_B == samples.rollout.token_BL == split
