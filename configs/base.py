@@ -82,6 +82,14 @@ def base(stage: str) -> ConfigDict:
         num_kv_heads=32,
         d_mlp=16384,  # GPT-3 6.7B
       ),
+      adapter=dict(
+        rank=0,
+        alpha=32.0,  # open; with rank 16 the factor of 2 that is usual
+        targets=("q", "k", "v", "out", "gate", "up", "down"),  # open: all matrices of the layers
+        rate_factor=10.0,  # open: adapters need about 10 times the rate of all weights (Schulman et al. 2025)
+        dropout=0.0,  # open
+        base="float",
+      ),
       execution=dict(
         dtype="bfloat16",  # Departs from paper: App. C has fp16; the float32 master weights are as there
         layers="auto",
@@ -199,7 +207,7 @@ def base(stage: str) -> ConfigDict:
         temperature=1.0,  # C.4
         rewards=("rm",),  # eq. 2
         ensemble=(),
-        ensemble_penalty=0.1,  # open; of the order that Coste et al. 2023 use for PPO
+        ensemble_penalty=0.1,  # open
         constant_iterations=20,
         samples_per_prompt=1,  # C.4 has 256k episodes for 31k prompts; open: whether a batch repeats one
         advantage="gae",  # C.4

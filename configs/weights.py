@@ -4,12 +4,13 @@
 and calls `choices`; a config file alone cannot, because it runs before the flags are known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 NAME = "weights"
 _CONTEXT = 2048  # App. C: 2k tokens
 _HALF = 1024  # App. C: longest prompt, and longest answer
+_ROWS = 8  # of a microbatch of a small network: up to 8 devices can share it
 _LARGE = 1e9  # parameters from which on a network is split over devices
 
 
@@ -108,12 +109,34 @@ def _devices(num_params: int) -> list[Choice]:
   held_out = {"pretrain.batch_size": 32, "reward_pretrain.batch_size": 32}
   rows = Choice(held_out, "open: held-out text is measured in batches of this size")
   if num_params < _LARGE:
-    values = {"execution.dtype": "float32", "ppo.ptx_microbatches": 32}
+    values = {"execution.dtype": "float32"}
     return [rows, Choice(values, "open: for one device, and for CPUs, where bfloat16 is slow")]
-  values = {
-    "execution.dtype": "bfloat16",
-    "mesh.data": 1,
-    "mesh.fsdp": -1,
-    "ppo.ptx_microbatches": 8,
-  }
+  values = {"execution.dtype": "bfloat16", "mesh.data": 1, "mesh.fsdp": -1}
   return [rows, Choice(values, "open: the training state is too large for a copy on every device")]
+
+
+def microbatches(num_params: int, size: Callable[[str], int]) -> Choice:
+  """Into how many parts batches are cut, which decides what fits in memory and no number that is learned.
+
+  Args:
+    num_params: parameters of the larger network.
+    size: the size of a batch by the dotted name of its field, with the user's changes.
+  """
+  minibatch = max(size("ppo.batch_size") // max(size("ppo.num_minibatches"), 1), 1)
+  text = minibatch * size("ppo.ptx_rows")
+  if num_params >= _LARGE:
+    return Choice({"ppo.ptx_microbatches": _parts(text, 64)}, "open: 64 rows at a time")
+  blocks = ("sft", "ppo_init", "rm", "pretrain", "reward_pretrain")
+  values = {f"{block}.microbatches": _parts(size(f"{block}.batch_size"), _ROWS) for block in blocks}
+  values["ppo.ptx_microbatches"] = _parts(text, _ROWS)
+  if not size("ppo.packed_rows"):  # which says itself how many rows are computed at a time
+    values["ppo.microbatches"] = _parts(minibatch, _ROWS)
+    values["ppo.score_microbatches"] = _parts(size("ppo.batch_size"), _ROWS)
+  return Choice(values, f"open: {_ROWS} rows at a time, so that a batch need not fit in memory")
+
+
+def _parts(rows: int, most: int) -> int:
+  """The fewest equal parts of at most so many rows."""
+  return next(
+    parts for parts in range(1, max(rows, 1) + 1) if rows % parts == 0 and rows // parts <= most
+  )

@@ -17,7 +17,7 @@ from instructjax.core.stages import STAGES
 from instructjax.models import transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage
-from instructjax.stages.context import make_model
+from instructjax.stages.context import bare, make_model
 from launch import programs
 from launch.topology import Chip
 
@@ -92,6 +92,7 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   execution = dataclasses.replace(execution, decode_layout="tensor")
   config = dataclasses.replace(config, execution=execution)
   model = make_model(config, None, row.role, vocab_size)
+  model = bare(model) if row.is_base else model
   prompt, response = config.data.max_prompt_length, config.data.max_response_length
   length = prompt + response
   if row.kind == "rm":
@@ -156,18 +157,20 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   products = in_layers + cfg.num_layers * pass_.length * cfg.num_heads * cfg.head_dim
   head = rows * pass_.outputs * cfg.d_model / tensor
   head *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
-  # A multiplication is two FLOPs. The backward pass takes twice the forward pass, and full remat repeats the forward
-  # pass.
-  flops = (2 + 4 * pass_.is_training + 2 * recomputes) * tokens * products / tensor
-  flops += (2 + 4 * pass_.is_training) * head
+  # A multiplication is two FLOPs. The backward pass takes twice the forward pass, or as much with a frozen base, and
+  # full remat repeats the forward pass.
+  has_gradient = pass_.is_training and pass_.model.adapter is None
+  backward = 2 * pass_.is_training + 2 * has_gradient
+  flops = (2 + backward + 2 * recomputes) * tokens * products / tensor
+  flops += (2 + backward) * head
 
   weights = _HALF * (in_layers / tensor + in_tables)
   # Weights are gathered for the forward pass and again for the backward pass.
   uses = 2 if pass_.is_training else 1
   # Gathers, and scattering the gradient.
-  moved = weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)
+  moved = weights * (fsdp - 1) / fsdp * (uses + has_gradient)
   # Each device's part of the gradient is then summed over `data`, and over the DCN between slices.
-  summed = 2 * weights / fsdp * pass_.is_training
+  summed = 2 * weights / fsdp * has_gradient
   across = {axis: summed * (mesh[axis] - 1) / mesh[axis] for axis in ("data", "slice")}
   moved += across["data"]
   sums = 2 * (1 + pass_.is_training + recomputes)  # after attention and after the mlp
@@ -198,6 +201,9 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
     products = stream + (2 * heads * cfg.head_dim + hidden) / tensor
     kept = {"full": stream, "products": stream + products}
     live += cfg.num_layers * (tokens * _HALF * kept[remat] if remat in kept else layer)
-    live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # the gradient and its running sum
+    if pass_.model.adapter is None:  # an adapter's are small
+      live += (
+        2 * _FULL * (in_layers / tensor + in_tables) / fsdp
+      )  # the gradient and its running sum
   # The gathered weights of one layer.
   return live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor

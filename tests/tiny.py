@@ -7,7 +7,7 @@ import dataclasses
 
 from configs import models as presets
 from instructjax import models
-from instructjax.core.config import NetworkConfig, from_config_dict
+from instructjax.core.config import AdapterConfig, NetworkConfig, from_config_dict
 
 CONFIG = from_config_dict(presets.get("ppo_ptx", "tiny"))
 EXECUTION = dataclasses.replace(
@@ -47,6 +47,11 @@ LLAMA = dataclasses.replace(
 NETWORK = dataclasses.replace(GPT2, num_layers=1, num_kv_heads=2, max_length=20, use_bias=False)
 # GPT-3 175B, for what only counts shapes.
 GPT3 = from_config_dict(presets.get("ppo", "gpt3_175b")).model.network
+
+
+def adapter(**changes) -> AdapterConfig:
+  """Settings of an adapter that learns at the rate of all weights."""
+  return dataclasses.replace(CONFIG.adapter, **dict(rank=2, rate_factor=1.0) | changes)
 
 
 def make_model(

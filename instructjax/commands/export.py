@@ -1,6 +1,7 @@
 """The command `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`.
 
-It writes weights to files for other programs: a Hugging Face folder for transformers, or a GGUF file for llama.cpp.
+It writes weights to files for other programs: a Hugging Face folder for transformers, a GGUF file for llama.cpp, or the
+adapter alone for peft.
 More: docs/generate-and-export.md.
 """
 
@@ -25,7 +26,11 @@ _CHECKPOINT = flags.DEFINE_string(
   required=True,
 )
 _FORMAT = flags.DEFINE_enum(
-  "format", None, ["hf", "gguf"], "Hugging Face folder, or GGUF file.", required=True
+  "format",
+  None,
+  ["hf", "gguf", "peft"],
+  "Hugging Face folder, GGUF file, or an adapter's folder. The first two have adapters merged into their base.",
+  required=True,
 )
 _OUT = flags.DEFINE_string(
   "out",
@@ -38,6 +43,9 @@ _WEIGHTS = flags.DEFINE_enum(
   "ema",
   ["ema", "raw", "value"],
   "Of an RL stage: the policy averaged over iterations, the last one, or the value network.",
+)
+_BASE = flags.DEFINE_string(
+  "base", "", "Of an adapter: where its base lies, if not where it was in training."
 )
 _PUSH = flags.DEFINE_string(
   "push",
@@ -75,10 +83,13 @@ def main(arguments: list[str]):
 
   # Both flags are enums of just these values.
   which, kind = cast("Which", _WEIGHTS.value), cast("GgufType", _TYPE.value or "f16")
+  base = places.expand(_BASE.value, "--base", ("hf://",))
   if is_gguf:
-    packaging.write_gguf(checkpoint, out, kind, which=which)
+    packaging.write_gguf(checkpoint, out, kind, which=which, base=base)
+  elif _FORMAT.value == "peft":
+    packaging.write_peft(checkpoint, out, which=which, base=base)
   else:
-    packaging.write_huggingface(checkpoint, out, which=which)
+    packaging.write_huggingface(checkpoint, out, which=which, base=base)
   print(f"written: {out}", flush=True)
   if _PUSH.value is not None:
     print(f"pushed: {hub.push(out, _PUSH.value, private=not _PUBLIC.value)}")

@@ -75,7 +75,9 @@ def fill_in(
     for field in (*_POLICY, *_REWARD)
     if said(field)
   }
-  policy = next((field for field in _POLICY if field in paths), None)
+  # A run that ends with the reward model has no policy, and may name its weights alone.
+  fields = (*_POLICY, *_REWARD) if config.stage == "rm" else _POLICY
+  policy = next((field for field in fields if field in paths), None)
   if policy is None:
     raise UserError(
       "preset weights takes its shapes from a file: name it with --config.model.weights=PATH (a Hugging Face folder, a"
@@ -88,7 +90,7 @@ def fill_in(
   values: dict[str, Any] = {"tokenizer.vocab_size": found["vocab_size"]}
   finished, notes = ("ppo_init.weights", "sft.weights"), []
   for field, other in (finished, finished[::-1]):
-    if "model.weights" not in paths and field not in paths:
+    if other in paths and not {field, "model.weights"} & set(paths):
       values[field] = paths[other]
       notes.append(
         f"  {field}={paths[other]}: no base is named to train it from, so it is {other}'s"
@@ -102,6 +104,16 @@ def fill_in(
   choices = settings.choices(*sizes, context)
   for choice in choices:
     values |= choice.values
+
+  def size(name: str) -> int:
+    """A whole number as the run will have it: the flag's, else the config file's, else the preset's."""
+    if changes.get(name, "").isdecimal():
+      return int(changes[name])
+    is_own = _at(config, name) != _at(base, name)
+    return _at(config, name) if is_own else values.get(name, _at(config, name))
+
+  choices = [*choices, settings.microbatches(max(sizes), size)]
+  values |= choices[-1].values
   for name, value in values.items():
     if _at(config, name) == _at(base, name):
       _set(config, name, value)

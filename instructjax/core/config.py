@@ -27,6 +27,7 @@ from instructjax.core.blocks import (
   validate,
 )
 from instructjax.core.network import (
+  AdapterConfig,
   ExecutionConfig,
   ModelConfig,
   NetworkConfig,
@@ -46,6 +47,7 @@ from instructjax.core.training import (
 )
 
 __all__ = [
+  "AdapterConfig",
   "BestOfNConfig",
   "CheckpointConfig",
   "CollectConfig",
@@ -227,6 +229,7 @@ class Config:
   model: ModelConfig  # the network of the policy and of the base model that it starts from
   # the network of the reward model, of the value network, and of the larger base model that evaluate compares with
   reward_model: ModelConfig
+  adapter: AdapterConfig
   execution: ExecutionConfig
   tokenizer: TokenizerConfig  # how text becomes tokens
   data: DataConfig
@@ -264,6 +267,19 @@ class Config:
       require(
         total <= limit,
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
+      )
+    asked = {"q", "k", "v"} & set(self.adapter.targets)
+    for name in ("model", "reward_model"):
+      fused = getattr(self, name).network.fused_qkv and self.adapter.rank > 0
+      require(
+        not fused or len(asked) in (0, 3),
+        f"{where}.adapter.targets={self.adapter.targets} must have all of q, k, v or none: files of networks like"
+        f" {where}.{name} hold them as one matrix",
+      )
+      has_gate = getattr(self, name).mlp != "gelu"
+      require(
+        self.adapter.rank == 0 or has_gate or self.adapter.targets != ("gate",),
+        f"{where}.adapter.targets={self.adapter.targets} must name a matrix of {where}.{name}, whose MLP has no gate",
       )
     # The reward model can take over the SFT model's weights only if every tensor fits.
     require(

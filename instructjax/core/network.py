@@ -95,6 +95,11 @@ class NetworkConfig:
       self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0"
     )
 
+  @property
+  def fused_qkv(self) -> bool:
+    """Whether the files of such networks hold q, k and v as one matrix, as those of GPT-2 do; Llama's hold three."""
+    return self.norm == "layernorm"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(NetworkConfig):
@@ -113,6 +118,38 @@ class ModelConfig(NetworkConfig):
     """The architecture alone."""
     names = [field.name for field in dataclasses.fields(NetworkConfig)]
     return NetworkConfig(**{name: getattr(self, name) for name in names})
+
+
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # of a layer, that can be adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """Low-rank adapters (LoRA): what is trained, in every stage after pretraining, in place of all weights."""
+
+  # rank of the update of each adapted matrix; 0 trains all weights, and nothing else of this block is then used
+  rank: int
+  alpha: float  # the update is multiplied by alpha / rank
+  # adapted matrices: q, k, v and out of attention; gate, up and down of the MLP (gate only where it has one)
+  targets: tuple[str, ...]
+  # what the learning rates of the stages that train adapters are multiplied by
+  rate_factor: float
+  # probability of dropping an element of what A is multiplied with, in supervised and reward-model training; RL has no
+  # dropout, because its ratios compare one network with itself
+  dropout: float
+  # numbers of the frozen base: float is the format of the computation; int8 holds the layers' matrices as whole numbers
+  # with a scale for each output, and the rest as float
+  base: Literal["float", "int8"]
+
+  def validate(self, where: str):
+    require(self.rank >= 0, f"{where}.rank={self.rank} must be >= 0")
+    require_positive(self, where, "alpha", "rate_factor")
+    require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
+    unknown = [name for name in self.targets if name not in MATRICES]
+    require(
+      bool(self.targets) and not unknown and len(set(self.targets)) == len(self.targets),
+      f"{where}.targets={self.targets} must hold some of {', '.join(MATRICES)}, each once",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

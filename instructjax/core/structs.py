@@ -5,7 +5,7 @@ The name of an array ends in its dimensions (`logprob_BR`):
   B batch (rows)      L prompt + response      P prompt         R response       T generic time
   C answers of one prompt (comparisons)        V vocabulary     N layers         D model width
   H query heads       G key/value heads        K head width     F mlp width
-  S rows that several sequences share
+  S rows that several sequences share          E rank of an adapter
 
 The pad id is always `vocab_size`, one past the last real token. Pads thus have no embedding and no logit, so a policy
 cannot emit one. Many implementations use EOS as the pad; this one does not, so that a sampled EOS is never mistaken for

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import layers, transformer
+from instructjax.models import adapters, layers, transformer
 from instructjax.models.transformer import Model
 from instructjax.parallel import constraints
 
@@ -32,9 +32,8 @@ def decode_weights(model: Model, params: Params) -> Params:
   # `frozen_weights` keeps the embedding in float32, so that positions are added before the sum is rounded. Decoding
   # accepts the extra rounding: the head reads a tied table whole at every step.
   weights["embedding"] = jax.tree.map(lambda w: w.astype(dtype), weights["embedding"])
-  return constraints.place_for_decoding(
-    weights, transformer.param_axes(model), model.execution.decode_layout
-  )
+  axes = adapters.base_axes(weights, transformer.param_axes(model))
+  return constraints.place_for_decoding(weights, axes, model.execution.decode_layout)
 
 
 def init_cache(model: Model, batch_size: int, length: int):

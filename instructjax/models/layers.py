@@ -11,6 +11,7 @@ Norms and activations are recomputed in the backward pass (`jax.checkpoint`) ins
 a quarter of a step's memory, and on a CPU fresh memory costs more than computing them again.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -19,14 +20,79 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from instructjax.core.config import NetworkConfig
+from instructjax.core.structs import Array, pytree
 from instructjax.parallel import constraints
 
-# The weights of norms stay float32, wherever they are nested: a norm is computed in float32. All others are used in the
+# The weights of norms stay float32, wherever they are nested: a norm is computed in float32. So does the scale of an
+# Int8. All others are used in the
 # compute dtype. Their names start with w_ (a product's weights) or b_ (its biases).
-FLOAT32 = frozenset({"scale_D", "bias_D"})
+FLOAT32 = frozenset({"scale_D", "bias_D", "scale"})
 SAVED = "saved"  # checkpoint_name of the arrays that remat='products' keeps for the backward pass
 # Score of a masked column. It is finite because with -inf a row in which every column is masked would become NaN.
 MASKED_SCORE = -1e30
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("w_a", "w_b", "key_B"),
+  meta_fields=("dropout_rate",),
+)
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """An addition to a weight: the product of two factors, of which the second holds the scale alpha / rank.
+
+  Attributes:
+    w_a: the weight's input dimensions, and the rank E.
+    w_b: the rank E, and the weight's output dimensions.
+    key_B: a typed key for each row, of the dropout before A; None for none.
+    dropout_rate: static.
+  """
+
+  w_a: Array
+  w_b: Array
+  key_B: Array | None = None
+  dropout_rate: float = 0.0
+
+
+@pytree
+class Int8:
+  """A weight in 8 bits: whole numbers from -127 to 127, times a scale for each output.
+
+  Attributes:
+    values: int8, in the weight's shape.
+    scale: float32, in the shape of the weight's output dimensions.
+  """
+
+  values: Array
+  scale: Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The weight's."""
+    return self.values.shape
+
+
+def quantised(w: Array, inputs: int) -> Int8:
+  """A weight rounded to 8 bits, each output by its own largest number.
+
+  Args:
+    w: float weight.
+    inputs: how many of its first dimensions are contracted.
+  """
+  axes = tuple(range(inputs))
+  largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1.0).astype(jnp.float32) / 127
+  return Int8(jnp.round(w / scale).astype(jnp.int8), scale.squeeze(axes))
+
+
+def low_rank_name(weight: str) -> str:
+  """Where a layer's dict has the addition to a weight, if the network is adapted."""
+  return f"low_rank/{weight}"
+
+
+def weight_name(low_rank: str) -> str:
+  """The weight that an addition belongs to."""
+  return low_rank.partition("/")[2]
 
 
 @functools.partial(jax.checkpoint, static_argnums=2)
@@ -86,6 +152,9 @@ def rotate(x_BTGQK, angles):
 
 def product(x_BTD, w):
   """x_BTD times weights of shape [D, ...]."""
+  if isinstance(w, Int8):
+    y = product(x_BTD, w.values.astype(x_BTD.dtype))
+    return (y.astype(jnp.float32) * w.scale[None, None]).astype(x_BTD.dtype)
   # On one device as a product of two matrices: with more dimensions XLA's CPU backend computes the gradients in another
   # order, and copies them and the weights. On a mesh the dimensions stay apart: a joined one (2F, say) could not stay
   # split over `tensor`, and would be gathered.
@@ -95,6 +164,27 @@ def product(x_BTD, w):
   return jnp.tensordot(x_BTD, w, axes=1)
 
 
+def add_low_rank(y, x_BTD, weights: dict, name: str, place=lambda y: y):
+  """Adds an adapter's product x A B, if there is one, to y, the product of x with the weight called `name`.
+
+  Args:
+    y: in the layout that `place` gives it.
+    x_BTD: the product's input.
+    weights: the block's weights.
+    name: of the weight.
+    place: layout of the result on a mesh.
+  """
+  pair = weights.get(low_rank_name(name))
+  if pair is None:
+    return y
+  x_BTD = dropout(x_BTD, pair.key_B, pair.dropout_rate)
+  # Narrow, and needed whole by every device that holds a part of B's columns.
+  z_BTE = product(x_BTD, pair.w_a.reshape(-1, pair.w_a.shape[-1]))
+  if z_BTE.shape[1] > 1:  # a single column belongs to a decode step, which has a layout of its own
+    z_BTE = constraints.shard_rows(z_BTE)
+  return y + place(product(z_BTE, pair.w_b))
+
+
 def project_qkv(x_BTD, weights: dict, angles):
   """Queries, keys and values by one fused projection: (q_BTGRK, k_BTGK, v_BTGK).
 
@@ -102,6 +192,7 @@ def project_qkv(x_BTD, weights: dict, angles):
   one device. Queries and keys are rotated unless `angles` is None.
   """
   y_BTGQK = product(x_BTD, weights["w_qkv_DGQK"])
+  y_BTGQK = add_low_rank(y_BTGQK, x_BTD, weights, "w_qkv_DGQK")
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
   y_BTGQK = constraints.split_products(y_BTGQK, tensor_dim=2)
@@ -214,8 +305,16 @@ def project_out(x_BTGRK, weights: dict):
   # G, R and K become one dimension. XLA would contract the three in another order. On a CPU that copies all weights
   # into this order at each decode step, which doubles its time.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
-  y_BTD = product(x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
-  return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_out_D"))
+  y_BTD = product(x_BTE, _join_inputs(w_GRKD))
+  y_BTD = constraints.scatter_columns(y_BTD)
+  y_BTD = add_low_rank(y_BTD, x_BTE, weights, "w_out_GRKD", constraints.split_columns)
+  return _add_bias(y_BTD, weights.get("b_out_D"))
+
+
+def _join_inputs(w):
+  """A weight of the heads' outputs as a matrix: all dimensions but the last become one."""
+  join = lambda x: x.reshape(-1, x.shape[-1])
+  return Int8(join(w.values), w.scale) if isinstance(w, Int8) else join(w)
 
 
 def _add_bias(y_BTD, bias_D):
@@ -240,6 +339,7 @@ def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
   """The feed-forward part: tanh-GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama)."""
   if cfg.mlp == "gelu":
     y_BTF = product(x_BTD, weights["w_up_DF"])
+    y_BTF = add_low_rank(y_BTF, x_BTD, weights, "w_up_DF")
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
     y_BTF = constraints.split_products(y_BTF, tensor_dim=2)
@@ -247,12 +347,14 @@ def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
     y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
   else:
     y_BT2F = product(x_BTD, weights["w_gate_up_D2F"])
+    y_BT2F = add_low_rank(y_BT2F, x_BTD, weights, "w_gate_up_D2F")
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
     y_BT2F = constraints.split_products(y_BT2F, tensor_dim=3)
     y_BTF = _gated(checkpoint_name(y_BT2F, SAVED))
-  y_BTD = product(y_BTF, weights["w_down_FD"])
-  return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_down_D"))
+  y_BTD = constraints.scatter_columns(product(y_BTF, weights["w_down_FD"]))
+  y_BTD = add_low_rank(y_BTD, y_BTF, weights, "w_down_FD", constraints.split_columns)
+  return _add_bias(y_BTD, weights.get("b_down_D"))
 
 
 def dropout(x_BTD, key_B, rate: float):
@@ -288,8 +390,12 @@ def cast(weights: dict, dtype) -> dict:
   """
 
   def one(path, weight):
-    name = path[-1].key
-    if name in FLOAT32:
+    # Names are keys of dicts, or fields of LowRank and Int8.
+    name = getattr(path[-1], "key", None) or path[-1].name
+    is_float = jnp.issubdtype(
+      weight.dtype, jnp.floating
+    )  # not so a LowRank's key, and Int8's values
+    if name in FLOAT32 or not is_float:
       return weight
     if not name.startswith(("w_", "b_")):
       raise ValueError(

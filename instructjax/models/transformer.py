@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
@@ -37,12 +37,21 @@ class Transformer(nn.Module):
     execution: how the network is run, with no `auto` left (see execution.py).
     vocab_size: token ids are 0 .. vocab_size - 1; any other id is a pad.
     head: 'lm' for next-token logits, 'scalar' for one score a column (reward model and value network).
+    adapter: the low-rank factors that are trained in place of these parameters (see adapters.py); None for none. The
+      functions of this module do not read it.
   """
 
   network: NetworkConfig
   execution: ExecutionConfig
   vocab_size: int
   head: Head
+  adapter: AdapterConfig | None = None
+
+  def require_adapter(self) -> AdapterConfig:
+    """`adapter`, for whoever knows that there is one."""
+    if self.adapter is None:
+      raise ValueError("this model has no adapter")
+    return self.adapter
 
   @nn.compact
   def __call__(self):
@@ -102,6 +111,7 @@ def make_model(
   execution: ExecutionConfig,
   vocab_size: int,
   head: Head,
+  adapter: AdapterConfig | None = None,
 ) -> Model:
   """Describes a model; the result holds no arrays.
 
@@ -117,7 +127,7 @@ def make_model(
     raise ValueError(f"make_model: network must be a NetworkConfig, got {type(network).__name__}")
   if "auto" in dataclasses.astuple(execution):
     raise ValueError(f"make_model: nothing may be left to 'auto', got {execution}")
-  return Transformer(network, execution, vocab_size, head)
+  return Transformer(network, execution, vocab_size, head, adapter)
 
 
 def init_params(model: Model, key: Array) -> Params:

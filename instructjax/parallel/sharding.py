@@ -42,6 +42,7 @@ AXIS_RULES = {
   "head_dim": None,
   "gate_up": None,
   "mlp": "tensor",
+  "rank": None,  # of an adapter; its other dimensions are split as those of the weight that it adapts
 }
 
 

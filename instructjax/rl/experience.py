@@ -16,7 +16,7 @@ from instructjax.core import rewards as reward_lists
 from instructjax.core.config import PPOConfig
 from instructjax.core.rewards import Reward
 from instructjax.core.structs import Array, Params, PPOState, Rollout, pytree
-from instructjax.models import transformer
+from instructjax.models import adapters, transformer
 from instructjax.ops import baselines, gae, kl, masked, surrogate
 from instructjax.ops import rewards as rules
 from instructjax.rl import scoring
@@ -36,6 +36,7 @@ class Nets:
     stop_ids: the tokens that end an answer.
     max_response_length: R, the most tokens of an answer, its EOS included.
     slots: rows decoded at once; 0 for the whole batch.
+    shares_base: with adapters, whether those of all four networks have one base.
     score_skips: a token at which the reward model gives no score, as the pad token of one made elsewhere; or None.
     ensemble_skips: the same for each further reward model; () if none of them has one.
   """
@@ -47,6 +48,7 @@ class Nets:
   stop_ids: tuple[int, ...]
   max_response_length: int
   slots: int = 0
+  shares_base: bool = True
   score_skips: int | None = None
   ensemble_skips: tuple[int | None, ...] = ()
 
@@ -57,14 +59,30 @@ class Frozen:
 
   Both come from `transformer.frozen_weights`. In bfloat16 they take half of the memory.
 
+  With adapters these two, and the policy and the value network in the state, are adapters of a base. `policy` and
+  `scalar` make a network's parameters of either.
+
   Attributes:
-    ref_params, reward_params: the two networks.
-    ensemble_params: further reward models of the same shape, stacked along a new first axis; None if there are none.
+    ref_params, reward_params: the two networks, or their adapters.
+    ensemble_params: further reward models of the same shape, whole, stacked along a new first axis; None for none.
+    base: of the policy and the reference; None without adapters.
+    scalar_base: of reward model and value network; None if it is the same as the policy's, or without adapters.
   """
 
   ref_params: Params
   reward_params: Params
   ensemble_params: Params | None = None
+  base: Params | None = None
+  scalar_base: Params | None = None
+
+  def policy(self, nets: Nets, params: Params) -> Params:
+    """Parameters for the forward pass of a network with the policy's shape, from what is trained of it."""
+    return adapters.join(nets.policy, self.base, params)
+
+  def scalar(self, nets: Nets, params: Params) -> Params:
+    """The same for a network with the reward model's shape."""
+    base = self.base if self.scalar_base is None else self.scalar_base
+    return adapters.join(nets.scalar, base, params)
 
 
 @pytree
@@ -164,14 +182,16 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
     rows = dict(token_BL=token_BL, segment_BL=segment_BL)
     response = rows | dict(prompt_length=prompt_length)
     logprob = lambda params: scoring.response_logprob(
-      nets.policy, params, **response, temperature=cfg.temperature
+      nets.policy, frozen.policy(nets, params), **response, temperature=cfg.temperature
     )
+    reward = frozen.scalar(nets, frozen.reward_params)
     result = {
       "ref_logprob_BR": logprob(frozen.ref_params),
-      "score_BL": scoring.column_score(nets.scalar, frozen.reward_params, **rows),
+      "score_BL": scoring.column_score(nets.scalar, reward, **rows),
     }
     if cfg.has_value_network:
-      result["value_BR"] = scoring.response_value(nets.scalar, state.value_params, **response)
+      value = frozen.scalar(nets, state.value_params)
+      result["value_BR"] = scoring.response_value(nets.scalar, value, **response)
     # Decoding and scoring differ in bfloat16, so with the rollout's log-probabilities the ratio of the first minibatch
     # would not be 1 (details item 8). 'rescore' makes it 1, for one more forward pass.
     if cfg.behaviour_logprob == "rescore":

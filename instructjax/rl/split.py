@@ -32,9 +32,9 @@ class SplitStep:
   """The step (state, frozen, batch) -> (state, metrics, samples), which donates the state as the one program does.
 
   Attributes:
-    sample: (state, prompts) -> rollout.
+    sample: (state, frozen, prompts) -> rollout.
     read: (state, frozen, rollout) -> readings.
-    learn: (state, batch, rollout, readings, values) -> what the step returns; donates the state.
+    learn: (state, frozen, batch, rollout, readings, values) -> what the step returns; donates the state.
     on_host: computes the other rewards.
     names: of these rewards.
     mesh: of all arrays.
@@ -51,15 +51,17 @@ class SplitStep:
     self, state: PPOState, frozen: Frozen, batch: dict
   ) -> tuple[PPOState, dict[str, Array], Samples]:
     """Runs an iteration. Raises what `on_host` raises, before the state is given away."""
-    rollout = self.sample(state, batch["prompts"])
+    rollout = self.sample(state, frozen, batch["prompts"])
     # Dispatched before the host reads the rollout, so that the devices work while the host does.
     readings = self.read(state, frozen, rollout)
     values = dict(self.on_host(rollout, int(state.step) + 1))
-    return self.learn(state, batch, rollout, readings, sharding.place_rows(self.mesh, values))
+    return self.learn(
+      state, frozen, batch, rollout, readings, sharding.place_rows(self.mesh, values)
+    )
 
   def lower(self, state: PPOState, frozen: Frozen, batch: dict) -> "Lowered":
     """As of a jitted function: the programs of an iteration with these arguments."""
-    given = state, batch["prompts"]
+    given = state, frozen, batch["prompts"]
     rollout = jax.eval_shape(self.sample, *given)
     readings = jax.eval_shape(self.read, state, frozen, rollout)
     values = {name: jax.ShapeDtypeStruct(readings.score_B.shape, "float32") for name in self.names}
@@ -67,7 +69,7 @@ class SplitStep:
       (
         self.sample.lower(*given),
         self.read.lower(state, frozen, rollout),
-        self.learn.lower(state, batch, rollout, readings, values),
+        self.learn.lower(state, frozen, batch, rollout, readings, values),
       )
     )
 
@@ -91,16 +93,17 @@ def make_split_step(
   """Compiles the three programs; arguments as `step.make_train_step`, and `on_host` as in `SplitStep`."""
   rows = ppo_step.make_rows(cfg, nets.policy.vocab_size)
 
-  def rollout(state, prompts):
-    return ppo_step.sample_rollout(nets, cfg, state, prompts, ppo_step.iteration_keys(state)[0])
+  def rollout(state, frozen, prompts):
+    key = ppo_step.iteration_keys(state)[0]
+    return ppo_step.sample_rollout(nets, cfg, state, frozen, prompts, key)
 
   def score(state, frozen, rollout):
     return experience.read(nets, cfg, rows, state, frozen, rollout)
 
-  def learn(state, batch, rollout, readings, values):
+  def learn(state, frozen, batch, rollout, readings, values):
     scored = experience.from_readings(nets, cfg, state, rollout, readings, values)
     key = ppo_step.iteration_keys(state)[1]
-    return ppo_step.learn(nets, cfg, rows, state, batch, rollout, scored, key)
+    return ppo_step.learn(nets, cfg, rows, state, frozen, batch, rollout, scored, key)
 
   mesh = sharding.mesh_of(state_shardings)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -123,10 +126,10 @@ def make_split_step(
     function, in_shardings=given, out_shardings=made, compiler_options=options, **kwargs
   )
   return SplitStep(
-    sample=compiled(rollout, (state_shardings, split), answers),
+    sample=compiled(rollout, (state_shardings, frozen, split), answers),
     read=compiled(score, (state_shardings, frozen, answers), said),
     learn=compiled(
-      learn, (state_shardings, split, answers, said, split), results, donate_argnums=0
+      learn, (state_shardings, frozen, split, answers, said, split), results, donate_argnums=0
     ),
     on_host=on_host,
     names=tuple(

@@ -30,7 +30,7 @@ from instructjax.core.structs import (
   Samples,
   tree_of,
 )
-from instructjax.models import transformer
+from instructjax.models import adapters, transformer
 from instructjax.ops import kl, masked, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
@@ -74,7 +74,7 @@ def create_state(
 
 
 def policy_loss(
-  nets: Nets, cfg: PPOConfig, params: Params, batch: Experience
+  nets: Nets, cfg: PPOConfig, frozen: Frozen, params: Params, batch: Experience
 ) -> tuple[Array, dict[str, Array]]:
   """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics).
 
@@ -84,7 +84,7 @@ def policy_loss(
   """
   logprob_BR = scoring.response_logprob(
     nets.policy,
-    params,
+    frozen.policy(nets, params),
     batch.token_BL,
     batch.segment_BL,
     prompt_length=batch.prompt_length,
@@ -101,12 +101,12 @@ def policy_loss(
 
 
 def value_loss(
-  nets: Nets, cfg: PPOConfig, value_params: Params, batch: Experience
+  nets: Nets, cfg: PPOConfig, frozen: Frozen, value_params: Params, batch: Experience
 ) -> tuple[Array, dict[str, Array]]:
   """The value network's loss on one minibatch, clipped around the old values if configured. Returns (loss, metrics)."""
   value_BR = scoring.response_value(
     nets.scalar,
-    value_params,
+    frozen.scalar(nets, value_params),
     batch.token_BL,
     batch.segment_BL,
     prompt_length=batch.prompt_length,
@@ -119,7 +119,7 @@ def value_loss(
 
 
 def ptx_gradient(
-  nets: Nets, cfg: PPOConfig, params: Params, ptx: PackedBatch
+  nets: Nets, cfg: PPOConfig, frozen: Frozen, params: Params, ptx: PackedBatch
 ) -> tuple[Array, Params]:
   """The pretraining term of eq. 2, -E[log pi(x)], on a minibatch's pretraining rows. Returns (loss, gradient).
 
@@ -131,7 +131,7 @@ def ptx_gradient(
 
   # The denominator is that of all rows, so the losses of microbatches add up.
   def share(params, rows: PackedBatch):
-    sum_nll, _ = supervised.lm_loss_sums(nets.policy, params, rows)
+    sum_nll, _ = supervised.lm_loss_sums(nets.policy, frozen.policy(nets, params), rows)
     return sum_nll / denominator, {}
 
   (loss, _), grads = accumulation.gradient(share, params, ptx, cfg.ptx_microbatches)
@@ -150,6 +150,7 @@ def policy_gradient(
   nets: Nets,
   cfg: PPOConfig,
   rows: Rows,
+  frozen: Frozen,
   params: Params,
   batch: Experience,
   ptx: PackedBatch | None,
@@ -158,6 +159,7 @@ def policy_gradient(
 
   Args:
     nets, cfg, rows: static.
+    frozen: with the base of adapters.
     params: of the policy.
     batch: the minibatch's episodes.
     ptx: the minibatch's pretraining rows; None for PPO without the pretraining term.
@@ -165,7 +167,8 @@ def policy_gradient(
     (grads, metrics)
   """
   with jax.named_scope("update/policy"):
-    ppo = rows.gradient(functools.partial(policy_loss, nets, cfg), params, batch, "is_actor_BR")
+    loss_fn = functools.partial(policy_loss, nets, cfg, frozen)
+    ppo = rows.gradient(loss_fn, params, batch, "is_actor_BR")
     metrics = ppo.metrics | {
       "policy_loss": ppo.loss,
       "policy_grad_norm": optax.tree.norm(ppo.grads),
@@ -175,7 +178,7 @@ def policy_gradient(
   if ptx is None:
     return grads, metrics
   with jax.named_scope("update/ptx"):
-    ptx_loss, ptx_grads = ptx_gradient(nets, cfg, params, ptx)
+    ptx_loss, ptx_grads = ptx_gradient(nets, cfg, frozen, params, ptx)
     metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": cfg.gamma * optax.tree.norm(ptx_grads)}
     # Clipped before it is multiplied with gamma. Afterwards, clipping would bring the product down to the same norm for
     # any large gamma, 27.8 included.
@@ -201,13 +204,14 @@ def _minibatch_update(
   nets: Nets,
   cfg: PPOConfig,
   rows: Rows,
+  frozen: Frozen,
   state: PPOState,
   batch: Experience,
   ptx: PackedBatch | None,
 ):
   """One Adam step of the policy and one of the value network, if there is one. Returns (state, metrics)."""
   # 3b. Policy: the gradients of PPO and of pretraining are added up for one step (C.4; details item 34).
-  grads, metrics = policy_gradient(nets, cfg, rows, state.params, batch, ptx)
+  grads, metrics = policy_gradient(nets, cfg, rows, frozen, state.params, batch, ptx)
   with jax.named_scope("update/policy"):
     learned = _adam(nets.policy_tx, grads, state.params, state.opt_state)
     params, opt_state = _once_warm(cfg, state, (state.params, state.opt_state), learned)
@@ -217,7 +221,7 @@ def _minibatch_update(
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(
-      functools.partial(value_loss, nets, cfg), state.value_params, batch, "is_response_BR"
+      functools.partial(value_loss, nets, cfg, frozen), state.value_params, batch, "is_response_BR"
     )
     metrics |= {
       "value_loss": value.loss,
@@ -236,6 +240,7 @@ def update(
   nets: Nets,
   cfg: PPOConfig,
   rows: Rows,
+  frozen: Frozen,
   state: PPOState,
   episodes: Experience,
   ptx: PackedBatch | None,
@@ -261,7 +266,7 @@ def update(
     # Indexing mixes the rows of all devices, so the sharding by rows is applied again.
     batch = constraints.shard_rows(jax.tree.map(lambda x: x[index], episodes))
     ptx_rows = jax.tree.map(lambda x: x[which], ptx)
-    return _minibatch_update(nets, cfg, rows, state, batch, ptx_rows)
+    return _minibatch_update(nets, cfg, rows, frozen, state, batch, ptx_rows)
 
   state, metrics = jax.lax.scan(one_minibatch, state, (permutation, share))
   first_ratio_max = metrics["ratio_max"][0]
@@ -289,11 +294,11 @@ def train_step(
   """
   # 1. The policy answers a batch of prompts.
   rollout_key, update_key = iteration_keys(state)
-  rollout = sample_rollout(nets, cfg, state, batch["prompts"], rollout_key)
+  rollout = sample_rollout(nets, cfg, state, frozen, batch["prompts"], rollout_key)
   # 2. The reward model scores the answers, the KL to the reference lowers the reward (sec 3.5, eq. 2), and GAE makes
   #    advantages of it (C.4). The steps of this are numbered in experience.py.
   scored = experience.from_rollout(nets, cfg, rows, state, frozen, rollout)
-  return learn(nets, cfg, rows, state, batch, rollout, scored, update_key)
+  return learn(nets, cfg, rows, state, frozen, batch, rollout, scored, update_key)
 
 
 def iteration_keys(state: PPOState) -> tuple[Array, Array]:
@@ -307,14 +312,14 @@ def iteration_keys(state: PPOState) -> tuple[Array, Array]:
 
 
 def sample_rollout(
-  nets: Nets, cfg: PPOConfig, state: PPOState, prompts: PromptBatch, key: Array
+  nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen, prompts: PromptBatch, key: Array
 ) -> Rollout:
   """The policy's answers to a batch of prompts (sec 3.5), at temperature 1 (C.4). Arguments as `train_step`."""
   # An answer ends with its EOS, which it keeps (details item 4).
   with jax.named_scope("rollout"):
     return sampling.generate(
       nets.policy,
-      state.params,
+      frozen.policy(nets, state.params),
       prompts,
       key,
       max_new_tokens=nets.max_response_length,
@@ -329,6 +334,7 @@ def learn(
   cfg: PPOConfig,
   rows: Rows,
   state: PPOState,
+  frozen: Frozen,
   batch: dict,
   rollout: Rollout,
   scored: Scored,
@@ -337,7 +343,7 @@ def learn(
   """The part of an iteration that changes the state; arguments and results as `train_step`.
 
   Args:
-    nets, cfg, rows, state, batch: see there.
+    nets, cfg, rows, state, frozen, batch: see there.
     rollout: the policy's answers.
     scored: what `experience` makes of them.
     key: of the updates.
@@ -345,7 +351,7 @@ def learn(
   # 3. Policy and value network learn from minibatches of the episodes; with gamma > 0 the policy also learns from
   #    pretraining text, which makes it PPO-ptx (sec 3.5, eq. 2; C.4).
   ptx = batch["pretrain"] if cfg.gamma > 0 else None
-  state, update_metrics = update(nets, cfg, rows, state, scored.experience, ptx, key)
+  state, update_metrics = update(nets, cfg, rows, frozen, state, scored.experience, ptx, key)
   # 4. The weights' exponential moving average is what is evaluated (C.4). The paper does not say whether it decays
   #    per iteration, as here, or per update.
   ema_params, decay = state.ema_params, cfg.ema_decay
@@ -399,11 +405,18 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
 
 def frozen_shardings(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Frozen:
   """Frozen weights are split as those of the network that they share; stacked ones are whole along the new axis."""
-  reward, _ = transformer.param_shardings(sharding.mesh_of(state_shardings), nets.scalar)
-  return Frozen(
+  mesh = sharding.mesh_of(state_shardings)
+  # Further reward models are whole networks, even beside adapters.
+  whole = transformer.param_shardings(mesh, nets.scalar)[0] if cfg.ensemble else None
+  (base,) = adapters.base_shardings(mesh, nets.policy) or (None,)
+  scalar = () if nets.shares_base else adapters.base_shardings(mesh, nets.scalar)
+  return tree_of(
+    Frozen,
     ref_params=state_shardings.params,
-    reward_params=reward,
-    ensemble_params=sharding.stacked(reward) if cfg.ensemble else None,
+    reward_params=adapters.trained_shardings(mesh, nets.scalar)[0],
+    ensemble_params=sharding.stacked(whole) if cfg.ensemble else None,
+    base=base,
+    scalar_base=scalar[0] if scalar else None,
   )
 
 

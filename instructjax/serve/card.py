@@ -26,6 +26,8 @@ from instructjax.train.weights import HUB, Weights
 
 # The folders of an absolute path, its last name left out.
 _ABSOLUTE = re.compile(r"(?<![\w.~/-])~?/(?:[^/]+/)*")
+# The path in an entry of `ppo.rewards` that names a reward model.
+_MODEL = re.compile(r"(?<=model:).*", re.DOTALL)
 # Tokens of the example's answer by a base, whose training has no limit on answers.
 _EXAMPLE_LENGTH = 128
 
@@ -36,10 +38,10 @@ class Export:
 
   Attributes:
     name: name of the exported folder or file.
-    format: 'hf' or 'gguf'.
+    format: 'hf', 'gguf' or 'peft'.
     which: which weights of an RL stage: 'ema' (averaged), 'raw' (the last policy) or 'value' (the value network).
     numbers: type of the numbers in the files, as float32, F16 or Q8_0.
-    num_parameters: number of the network's parameters.
+    num_parameters: number of the network's parameters, or of an adapter's.
     score_bias: what a user must add to the score that transformers computes. 0 if the architecture stores the bias
       itself, or if there is none.
   """
@@ -290,6 +292,8 @@ def _flat(block: Mapping[str, Any]) -> dict[str, Any]:
   result = {}
   for name, value in block.items():
     inner = {f"{name}.{k}": v for k, v in _flat(value).items()} if isinstance(value, dict) else None
+    if name == "rewards":
+      value = [_MODEL.sub(lambda found: pathlib.PurePath(found[0]).name, entry) for entry in value]
     result |= inner or {name: value}
   return result
 

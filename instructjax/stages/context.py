@@ -18,14 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax import models
-from instructjax.core import provenance
+from instructjax.core import provenance, terminal
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
-from instructjax.core.config import Config, ExecutionConfig
+from instructjax.core.config import Config, ExecutionConfig, OptimConfig
 from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import REFERENCE, ROLES, STAGES, RoleName
 from instructjax.data.tokenizer import Tokenizer
-from instructjax.models import transformer
+from instructjax.models import adapters, transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage
 from instructjax.stages.contents import Contents, NotThere
@@ -108,10 +108,19 @@ class Context:
 def make_model(
   config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
 ) -> transformer.Model:
-  """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device."""
+  """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device.
+
+  Policy and reward model have the config's adapter. A stage that trains a base takes `bare` of them.
+  """
   row = ROLES[role]
   network = getattr(config, row.block).network
-  return models.model_on(mesh, network, config.execution, vocab_size, row.head)
+  adapter = config.adapter if lineage.is_adapted(config) and role != "reward_base" else None
+  return models.model_on(mesh, network, config.execution, vocab_size, row.head, adapter)
+
+
+def bare(model: transformer.Model) -> transformer.Model:
+  """The same network without an adapter: all of its weights are trained."""
+  return model.clone(adapter=None)
 
 
 def require_fit(
@@ -266,7 +275,12 @@ def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str,
 
 
 def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
-  """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`."""
+  """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`.
+
+  The adapter's settings are among the others where the stage trains one.
+  """
+  if lineage.is_adapted(ctx.config) and STAGES[stage].role and not STAGES[stage].is_base:
+    others["adapter"] = ctx.config.adapter
   made_with = fingerprint(ctx, stage, own, others)
   return loop.StageRun(
     name=stage,
@@ -279,6 +293,22 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
     files=_files_behind(ctx, made_with),
     changeable=changeable(ctx, stage, {STAGES[stage].block: own, **others}),
     started=time.monotonic(),
+  )
+
+
+def tell_adapter(ctx: Context, stage: str, role: RoleName, optim: OptimConfig):
+  """Says what a stage with an adapter trains, and at which rate."""
+  if not lineage.is_adapted(ctx.config) or jax.process_index() != 0:
+    return
+  model = ctx.model(role)
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  trained = count(adapters.trained_shapes(model))
+  everything = count(transformer.param_shapes(model))
+  cfg = model.require_adapter()
+  terminal.say(
+    f"{stage} trains adapters of rank {cfg.rank} on {', '.join(cfg.targets)}: {trained:,} numbers beside"
+    f" {everything:,} frozen ones, at a learning rate of {optim.learning_rate:.3g}"
+    f" (adapter.rate_factor={cfg.rate_factor:g} times that of all weights)"
   )
 
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from instructjax.core.config import Config, PPOConfig
+from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.stages import (
   REFERENCE,
   RL_STAGES,
@@ -122,6 +122,19 @@ def variant(config: Config, stage: str) -> PPOConfig:
   row = STAGES[stage]
   taken = {field: value(config, name) for field, name in row.takes.items()}
   return dataclasses.replace(config.ppo, **row.holds, **taken)
+
+
+def is_adapted(config: Config) -> bool:
+  """Whether the stages after pretraining train adapters in place of all weights."""
+  return config.adapter.rank > 0
+
+
+def optim(config: Config, cfg: OptimConfig) -> OptimConfig:
+  """The optimiser of a stage after pretraining: adapters have a higher learning rate."""
+  if not is_adapted(config):
+    return cfg
+  rate = cfg.learning_rate * config.adapter.rate_factor
+  return dataclasses.replace(cfg, learning_rate=rate)
 
 
 def has_baseline(config: Config) -> bool:

@@ -15,7 +15,7 @@ from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
-from instructjax.models import flops, heads, transformer
+from instructjax.models import adapters, flops, heads, transformer
 from instructjax.parallel import agreement, distributed, sharding, stacking
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
@@ -28,7 +28,14 @@ from instructjax.stages import (
   reward_functions,
   text_scorers,
 )
-from instructjax.stages.context import Context, finish, is_finished, make_model, stage_run
+from instructjax.stages.context import (
+  Context,
+  finish,
+  is_finished,
+  make_model,
+  stage_run,
+  tell_adapter,
+)
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.metrics import read_metrics
@@ -56,7 +63,7 @@ def make_nets(
   Raises:
     UserError: the warmup is as long as the stage.
   """
-  policy_tx, value_tx = _optimizers(cfg)
+  policy_tx, value_tx = _optimizers(config, cfg)
   return ppo_step.Nets(
     policy=make_model(config, mesh, "policy", vocab_size),
     scalar=make_model(config, mesh, "reward", vocab_size),
@@ -65,16 +72,19 @@ def make_nets(
     stop_ids=stop_ids,
     max_response_length=config.data.max_response_length,
     slots=config.rollout.slots,
+    shares_base=lineage.base_stage(config, "policy") == lineage.base_stage(config, "reward"),
   )
 
 
-def _optimizers(cfg: PPOConfig):
+def _optimizers(config: Config, cfg: PPOConfig):
   """Those of the policy and of the value network; None where there is no value network."""
 
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
   def unclipped(optim: OptimConfig, iterations: int):
     updates = iterations * cfg.num_epochs * cfg.num_minibatches
-    return make_optimizer(dataclasses.replace(optim, clip_norm=None), updates)
+    return make_optimizer(
+      dataclasses.replace(lineage.optim(config, optim), clip_norm=None), updates
+    )
 
   # While only the value network learns, the policy's schedule stands still.
   policy_tx = unclipped(cfg.policy_optim, cfg.num_iterations - cfg.value_warmup)
@@ -85,10 +95,10 @@ def _optimizers(cfg: PPOConfig):
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
   """The sharding of a PPOState: optimiser states and the average are sharded like the weights that they belong to."""
   replicated = sharding.replicated(mesh)
-  policy_shardings, policy_shapes = transformer.param_shardings(mesh, nets.policy)
+  policy_shardings, policy_shapes = adapters.trained_shardings(mesh, nets.policy)
   value_shardings = value_opt_state = None
   if nets.value_tx is not None:
-    value_shardings, value_shapes = transformer.param_shardings(mesh, nets.scalar)
+    value_shardings, value_shapes = adapters.trained_shardings(mesh, nets.scalar)
     value_opt_state = sharding.opt_state_shardings(
       nets.value_tx, value_shapes, value_shardings, mesh
     )
@@ -150,12 +160,17 @@ def freeze(
   ref_params: Params,
   reward_params: Params,
   ensemble_params: Params | None = None,
+  base: tuple[Params, ...] = (),
+  scalar_base: tuple[Params, ...] = (),
 ) -> ppo_step.Frozen:
   """The reference and the reward model as the step reads them: cast once to the dtype that they run in.
 
   In float32 there is nothing to cast, and the weights are taken as they are, without a copy. So are those of
-  `ensembles.load`, which come in their dtype.
+  `ensembles.load`, which come in their dtype. Adapters are small and stay float32; their base comes from
+  `policies.bases`, and that of the reward model only if it is another one.
   """
+  if base:
+    return ppo_step.Frozen(ref_params, reward_params, ensemble_params, base[0], *scalar_base)
 
   def frozen(model, params):
     if model.execution.dtype == "float32":
@@ -232,7 +247,7 @@ def _describe(ctx: Context, watch: Callable[..., None]):
   return describe
 
 
-def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
+def _held_out_loss(ctx: Context, nets: ppo_step.Nets, base: tuple[Params, ...]):
   """Makes the evaluation (state, step) -> loss on held-out pretraining text, the alignment tax along the training.
 
   It reads the weights that the stage `evaluate` will judge, the average or the policy itself.
@@ -242,7 +257,8 @@ def _held_out_loss(ctx: Context, nets: ppo_step.Nets):
   averaged = policies.judges_average(ctx)
 
   def evaluate(state: PPOState, step: int) -> dict[str, float]:
-    return {"pretrain_loss": loss(state.ema_params if averaged else state.params, rows)}
+    params = state.ema_params if averaged else state.params
+    return {"pretrain_loss": loss(adapters.joined(nets.policy, base, params), rows)}
 
   return evaluate
 
@@ -267,9 +283,10 @@ def model_flops(
   # and rewards, of one reward model or of an ensemble.
   networks = 1 + len(cfg.ensemble) + cfg.has_value_network
   scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + networks * scalar
-  # A backward pass costs two forward passes, so an update counts three.
-  updated = 3 * (
-    policy + cfg.has_value_network * scalar + flops.forward(nets.policy, text, cfg.ptx_length)
+  updated = (
+    flops.training(nets.policy, read, columns, sampled)
+    + cfg.has_value_network * flops.training(nets.scalar, read, columns)
+    + flops.training(nets.policy, text, cfg.ptx_length)
   )
   return scored + cfg.num_epochs * updated
 
@@ -306,7 +323,7 @@ def check_settings(config: Config, stage: str):
   """
   cfg = lineage.variant(config, stage)
   cfg.validate("config.ppo")
-  _optimizers(cfg)
+  _optimizers(config, cfg)
   _functions(cfg)
   ensembles.open_all(config, cfg)
   text_scorers.open_all(cfg)
@@ -391,7 +408,11 @@ def run(ctx: Context, stage: str):
   run_ = host_rewards.with_sources(run_, made_with, functions)
   if is_finished(run_):
     return
-  given = {"reference": policies.load(ctx, REFERENCE), "reward_model": policies.load_reward(ctx)}
+  base, scalar_base = policies.bases(ctx)
+  given = {
+    "reference": policies.load(ctx, REFERENCE, policies.load_trained_step),
+    "reward_model": policies.load_reward(ctx, policies.load_trained_step),
+  }
   value_params = initial_value(ctx.mesh, cfg, nets, *given.values())
   state, shardings = initial_state(
     ctx.mesh, cfg, nets, given["reference"], value_params, key=ctx.key(stage)
@@ -412,8 +433,11 @@ def run(ctx: Context, stage: str):
     given["reference"],
     given["reward_model"],
     ensembles.load(ctx, stage, members),
+    base,
+    scalar_base,
   )
   functions += tuple(text_scorers.load(ctx, stage, one, cfg.batch_size) for one in scorers)
+  tell_adapter(ctx, stage, "policy", lineage.optim(ctx.config, cfg.policy_optim))
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(
@@ -424,7 +448,9 @@ def run(ctx: Context, stage: str):
     num_steps=cfg.num_iterations,
     constants=(frozen,),
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    evaluate=_held_out_loss(ctx, nets) if "documents" in lineage.reads(ctx.config, stage) else None,
+    evaluate=_held_out_loss(ctx, nets, base)
+    if "documents" in lineage.reads(ctx.config, stage)
+    else None,
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "rewards/total", "gold", "kl", "entropy", "ptx_loss"),

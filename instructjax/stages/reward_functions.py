@@ -106,7 +106,10 @@ def load(reward: Reward) -> Function:
       )
     found = getattr(found, part)
   asks = _asks(found, reward.spelling)
-  paths = dict.fromkeys(filter(None, (getattr(module, "__file__", None), _source_of(found))))
+  named = dict.fromkeys(filter(None, (getattr(module, "__file__", None), _source_of(found))))
+  paths = [
+    path for path in named if pathlib.Path(path).is_file()
+  ]  # a module may come from an archive
   digest = hashlib.sha256()
   for path in paths:
     digest.update(pathlib.Path(path).read_bytes())

@@ -21,12 +21,12 @@ from instructjax.core.errors import UserError
 from instructjax.core.structs import Params, RankedBatch, TrainState
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens, tokenize_rankings
-from instructjax.models import flops, heads, transformer
+from instructjax.models import adapters, flops, heads, transformer
 from instructjax.ops import preference
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.stages import answers, lineage, policies
-from instructjax.stages.context import Context, finish, is_finished, stage_run
+from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.train import accumulation, loop, supervised
 from instructjax.train.optim import make_optimizer
 from instructjax.train.weights import Weights
@@ -44,10 +44,11 @@ def make_train_step(
   cfg: RMConfig,
   state_shardings: TrainState,
 ) -> Callable:
-  """Makes the jitted step (TrainState, RankedBatch) -> (TrainState, metrics)."""
+  """Makes the jitted step (TrainState, RankedBatch) -> (TrainState, metrics); with adapters, see `jit_step`."""
 
-  def loss_fn(params, batch):
-    score_BC = scores(model, params, batch)
+  def loss_fn(params, base, rows):
+    batch, key_S = rows
+    score_BC = scores(model, adapters.join(model, base, params, key_S), batch)
     loss, metrics = preference.ranked_preference_loss(
       score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties
     )
@@ -57,14 +58,18 @@ def make_train_step(
     is_better_BCC, is_usable_B = preference.usable(batch.rank_BC, batch.is_answer_BC, ties=cfg.ties)
     return {"loss": jnp.sum(is_usable_B), "accuracy": jnp.sum(is_better_BCC)}
 
-  def step(state: TrainState, batch: RankedBatch):
+  def step(state: TrainState, *inputs):
+    base, batch = adapters.base_and(model, inputs)
     if cfg.microbatches > 1:
       # A microbatch is some prompts with the rows of all their answers, so places count from its own first row.
       cells = batch.token_SL.size // cfg.microbatches
       batch = dataclasses.replace(batch, last_BC=batch.last_BC % cells)
+    key = jax.random.fold_in(state.key, state.step)  # of an adapter's dropout
+    rows = batch, adapters.dropout_keys(model, key, batch.token_SL.shape[0])
+    of_params = lambda params, rows: loss_fn(params, base, rows)
     with jax.named_scope("gradient"):
       (loss, metrics), grads = accumulation.mean_gradient(
-        loss_fn, state.params, batch, cfg.microbatches, count
+        of_params, state.params, rows, cfg.microbatches, lambda rows: count(rows[0])
       )
     state = supervised.apply_gradients(state, tx, grads)
     return state, {
@@ -127,12 +132,17 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
 def initial_params(ctx: Context, key: jax.Array) -> Params:
   """The trunk of a language model under a fresh scalar head.
 
-  By `rm.start_from` the trunk is the SFT model's (sec 3.5) or the larger base's (C.2).
+  By `rm.start_from` the trunk is the SFT model's (sec 3.5) or the larger base's (C.2). With adapters the trunk is the
+  SFT model's adapter or a fresh one.
   """
-  from_sft = ctx.config.rm.start_from == "sft"
-  trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
-  model = ctx.model("reward")
-  shardings, shapes = transformer.param_shardings(ctx.mesh, model)
+  from_sft, model = ctx.config.rm.start_from == "sft", ctx.model("reward")
+  if from_sft:
+    trunk = policies.load_sft_by_loss(ctx, policies.load_trained_step)
+  elif not lineage.is_adapted(ctx.config):
+    trunk = policies.load(ctx, "reward_base")
+  else:
+    return supervised.init_params(ctx.mesh, model, key)
+  shardings, shapes = adapters.trained_shardings(ctx.mesh, model)
   # Only the head is computed: XLA drops the rest of the fresh model, which is not returned.
   head = jax.jit(lambda k: transformer.init_params(model, k)["head"])(key)
   params = heads.scalar_params_from_lm(trunk, shapes | {"head": head})
@@ -172,19 +182,23 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   batches = _batches(ctx, tokenized(ctx, records), ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
+  cfg = dataclasses.replace(cfg, optim=lineage.optim(ctx.config, cfg.optim))
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
+  base = policies.base(ctx, "reward")
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
+  tell_adapter(ctx, name, "reward", cfg.optim)
   state = loop.fit(
     _stage_run(ctx, stage, name),
     state,
     train_step,
     batches,
     num_steps=num_steps,
+    constants=base,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], length),
+    flops=lambda metrics: flops.training(model, metrics["tokens"], length),
     show=("loss", "accuracy", "grad_norm"),
   )
-  return num_steps, state.params
+  return num_steps, adapters.joined(model, base, state.params)
 
 
 def score_rankings(
@@ -359,7 +373,7 @@ def check(ctx: Context, stage: str):
         ctx, found, f"{name} rankings by the {whose} of fold {fold} (rm.cross_validation_folds)"
       )
   batches = _batches(ctx, train_rankings, ctx.data_seed(stage))
-  make_optimizer(cfg.optim, cfg.num_epochs * batches.steps_per_epoch)
+  make_optimizer(lineage.optim(ctx.config, cfg.optim), cfg.num_epochs * batches.steps_per_epoch)
 
 
 def measure_given(ctx: Context, stage: str, given: Weights) -> results.RewardModel:

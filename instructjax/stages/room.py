@@ -14,12 +14,13 @@ from typing import Any
 
 from instructjax.core.config import Config, NetworkConfig
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES
+from instructjax.core.stages import ROLES, STAGES, Stage
 from instructjax.stages import lineage
 
 _GIB = 2**30
 _FLOAT = 4  # bytes of a weight, and of each of the optimiser's two moments of it
 _TRAINED = 3 * _FLOAT  # weight, two moments
+_READ = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes of a weight of a frozen base, at least
 _FROZEN = 2  # bytes of a weight that only scores, at least
 _LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -65,8 +66,6 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   data = config.data
   total = data.max_prompt_length + data.max_response_length
   rows_of = lambda rows: math.ceil(rows / split_rows)
-  weights = num_params(network, vocab)
-  state = f"weights and optimiser (config.{block}.num_layers={network.num_layers}, d_model={network.d_model})"
 
   def inputs(rows: float, length: int) -> float:
     """Bytes of the inputs of all layers."""
@@ -83,14 +82,9 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     elif row.kind == "rm":
       answers = cfg.max_responses
     return {
-      state: weights * _TRAINED / split_weights,
-      "gradients": weights * _FLOAT / split_weights,
+      **_weights(config, row, split_weights),
       f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
     }
-  reward = config.reward_model
-  frozen = (1 + len(cfg.ensemble)) * _FROZEN
-  value = num_params(reward, vocab) * cfg.has_value_network
-  others = value * _TRAINED + num_params(reward, vocab) * frozen + weights * _FROZEN
   decoding = rows_of(config.rollout.slots or cfg.batch_size)
   keys = (
     2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]
@@ -99,8 +93,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   trained = rows_of(minibatch // cfg.microbatches) if not cfg.packed_rows else 1
   mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_microbatches) if cfg.gamma else 0
   return {
-    f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
-    "gradients": max(weights, value) * _FLOAT / split_weights,
+    **_weights(config, row, split_weights),
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),
@@ -108,6 +101,33 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     f" microbatches={cfg.microbatches})": max(
       inputs(trained, total), inputs(mixed, cfg.ptx_length)
     ),
+  }
+
+
+def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
+  """What `parts` says of weights, optimisers and gradients, which are split over so many devices."""
+  block, vocab = ROLES[row.require_role()].block, config.tokenizer.vocab_size
+  network: NetworkConfig = getattr(config, block)
+  size, reward = num_params(network, vocab), num_params(config.reward_model, vocab)
+  shape = f"config.{block}.num_layers={network.num_layers}, d_model={network.d_model}"
+  if lineage.is_adapted(config) and not row.is_base:
+    # What is trained is small, and so are its gradients.
+    is_apart = lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy")
+    number = "int8" if config.adapter.base == "int8" else config.execution.dtype
+    held = (size + reward * (row.is_rl and is_apart)) * _READ[number]
+    held += reward * len(config.ppo.ensemble) * _FROZEN * row.is_rl  # whole networks
+    return {f"the frozen base ({shape})": held / split}
+  if not row.is_rl:
+    return {
+      f"weights and optimiser ({shape})": size * _TRAINED / split,
+      "gradients": size * _FLOAT / split,
+    }
+  frozen = (1 + len(config.ppo.ensemble)) * _FROZEN
+  value = reward * config.ppo.has_value_network
+  held = size * (_TRAINED + _FROZEN) + reward * frozen + value * _TRAINED
+  return {
+    f"weights and optimiser ({shape}), those of reward_model included": held / split,
+    "gradients": max(size, value) * _FLOAT / split,
   }
 
 

@@ -9,22 +9,22 @@ import optax
 from jax.sharding import Mesh
 
 from instructjax.core.structs import PackedBatch, Params, TrainState, tree_of
-from instructjax.models import lm_head, transformer
+from instructjax.models import adapters, lm_head, transformer
 from instructjax.parallel import sharding
 from instructjax.train import accumulation
 
 
 def init_params(mesh: Mesh, model: transformer.Model, key: jax.Array) -> Params:
-  """Fresh random weights. Each device makes its own shards, so that the whole need not fit on one."""
-  shardings, _ = transformer.param_shardings(mesh, model)
-  return jax.jit(lambda k: transformer.init_params(model, k), out_shardings=shardings)(key)
+  """What is trained, fresh and random. Each device makes its own shards, so that the whole need not fit on one."""
+  shardings, _ = adapters.trained_shardings(mesh, model)
+  return jax.jit(lambda k: adapters.init(model, k), out_shardings=shardings)(key)
 
 
 def state_shardings(
   mesh: Mesh, model: transformer.Model, tx: optax.GradientTransformation
 ) -> TrainState:
   """The sharding of a TrainState, in which optimiser state is sharded like the weights that it belongs to."""
-  shardings, shapes = transformer.param_shardings(mesh, model)
+  shardings, shapes = adapters.trained_shardings(mesh, model)
   return tree_of(
     TrainState,
     step=sharding.replicated(mesh),
@@ -111,12 +111,13 @@ def make_lm_train_step(
   """Makes the jitted step (TrainState, PackedBatch) -> (TrainState, metrics).
 
   The loss is a mean per weighted token of the whole batch, of which `microbatches` parts are computed one after the
-  other.
+  other. With adapters the step takes their base as well: (TrainState, base, PackedBatch).
   """
 
-  def step(state: TrainState, batch: PackedBatch):
+  def step(state: TrainState, *inputs):
+    base, batch = adapters.base_and(model, inputs)
     key_B = None
-    if dropout_rate:
+    if dropout_rate or adapters.drops(model):
       # A function of the step's number: a resumed run draws the same masks.
       dropout_key = jax.random.fold_in(state.key, state.step)
       key_B = jax.random.split(dropout_key, batch.token_BL.shape[0])
@@ -124,6 +125,7 @@ def make_lm_train_step(
     denominator = jnp.maximum(jnp.sum(batch.weight_BL[:, 1:]), 1.0)
 
     def share(params, rows):
+      params = adapters.join(model, base, params, rows[1])
       sum_nll, _ = lm_loss_sums(model, params, *rows, dropout_rate=dropout_rate)
       return sum_nll / denominator, {}
 
@@ -137,12 +139,16 @@ def make_lm_train_step(
 
 
 def jit_step(step: Callable, state_shardings: TrainState, model: transformer.Model) -> Callable:
-  """Jits a step (TrainState, batch) -> (TrainState, metrics) with its shardings; the state is donated."""
+  """Jits a step (TrainState, batch) -> (TrainState, metrics) with its shardings; the state is donated.
+
+  With adapters the step takes their base between the two.
+  """
   mesh = sharding.mesh_of(state_shardings)
+  base = adapters.base_shardings(mesh, model)
   return jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+    in_shardings=(state_shardings, *base, sharding.batch_sharding(mesh)),
     out_shardings=(state_shardings, sharding.replicated(mesh)),
     compiler_options=sharding.step_options(mesh, transformer.param_shapes(model)),
   )
@@ -184,8 +190,8 @@ def make_lm_evaluation(model: transformer.Model, mesh: Mesh, microbatches: int =
 
 
 def jit_sums(sums: Callable, mesh: Mesh, model: transformer.Model) -> Callable:
-  """Jits (params, PackedBatch) -> arrays, which every device gets whole."""
-  params_shardings, _ = transformer.param_shardings(mesh, model)
+  """Jits (params, PackedBatch) -> arrays, which every device gets whole; the parameters may be joined ones."""
+  params_shardings = transformer.param_shardings(mesh, model)[0] if model.adapter is None else None
   return jax.jit(
     sums,
     in_shardings=(params_shardings, sharding.batch_sharding(mesh)),

@@ -93,11 +93,15 @@ def test_bytes_that_an_iterations_updates_move_by_hand():
   body = 4 * layer + 2 * 256 + (512 + 2048) * 256  # with last norm, tokens and positions
   parameters = 2 * body + 257  # two networks, one of which has a scalar head
   # 4 epochs of 4 minibatches; a float32 weight and its two moments are read and written.
-  assert ppo_iteration.update_bytes(ppo_iteration.WORKLOADS["W2"]) == 16 * 6 * 4 * parameters
+  assert ppo_iteration.update_bytes(ppo_iteration.WORKLOADS["W2"], {}) == 16 * 6 * 4 * parameters
 
 
 def test_flops_with_shared_keys_and_gates_by_hand():
   flops = ppo_iteration.bound_flops(ppo_iteration.WORKLOADS["135M"], 16 * 32, 16 * 32)
+  adapted = ppo_iteration.bound_flops(
+    ppo_iteration.WORKLOADS["135M"], 16 * 32, 16 * 32, is_adapted=True
+  )
+  assert adapted == flops | {"update": flops["update"] * 2 / 3}
   # 576 to 9 + 2 x 3 heads of 64 and 9 heads back; gate, up and down of 1536.
   layer = 576 * 15 * 64 + 9 * 64 * 576 + 3 * 576 * 1536
   assert flops["rollout"] == 1024 * 2 * 30 * layer + 512 * 2 * 576 * 49152

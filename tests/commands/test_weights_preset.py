@@ -33,12 +33,12 @@ def asked(monkeypatch):
   return log
 
 
-def fill_in(changes, **own):
+def fill_in(changes, stage="ppo_ptx", **own):
   """(config, explanation) of the preset with changes of the command line, and `own` ones of a config file."""
-  config = models.get("ppo_ptx", "weights")
+  config = models.get(stage, "weights")
   for block, values in own.items():
     config[block].update(values)
-  told = weights_preset.fill_in(config, base.base("ppo_ptx"), changes, weights)
+  told = weights_preset.fill_in(config, base.base(stage), changes, weights)
   return config, told
 
 
@@ -66,6 +66,36 @@ def test_a_reward_model_of_its_own(asked):
   assert told.heading[1].endswith("from /there") and told.heading[2].endswith("from /other")
 
 
+def test_a_finished_policy_is_start_and_baseline_where_no_base_is_named(asked):
+  for given, other in (("sft", "ppo_init"), ("ppo_init", "sft")):
+    config, told = fill_in({f"{given}.weights": "/there"})
+    assert config[other].weights == "/there" and config.model.d_model == LLAMA["d_model"]
+    assert any(line.startswith(f"  {other}.weights=/there: no base") for line in told.heading)
+    config, told = fill_in({f"{given}.weights": "/there", "model.weights": "/base"})
+    assert config[other].weights == "" and len(told.heading) == 3
+    # The finished policy's shape and tokenizer come first.
+    assert list(asked[-1][0]) == [f"{given}.weights", "model.weights"]
+  config, _ = fill_in({"sft.weights": "/there", "ppo_init.weights": "/also"})
+  assert (config.sft.weights, config.ppo_init.weights) == ("", "")  # the flags set them later
+
+
+def test_microbatches_follow_batches_of_the_flags_and_of_a_config_file(asked):
+  changes = {"model.weights": "/there", "ppo.batch_size": "24", "ppo.num_minibatches": "2"}
+  config, _ = fill_in(changes, ppo=dict(ptx_rows=2), sft=dict(batch_size=16))
+  assert (config.sft.microbatches, config.ppo.microbatches) == (2, 2)  # 12 episodes in 6 each
+  assert (config.ppo.ptx_microbatches, config.ppo.score_microbatches) == (3, 3)  # of 24 rows
+  fill_in(changes | {"ppo.batch_size": "many"})  # which ml_collections refuses later
+
+
+def test_a_run_of_the_reward_model_alone_needs_no_policy(asked):
+  for field in ("rm.weights", "reward_model.weights"):
+    config, told = fill_in({field: "/there"}, "rm")
+    assert config.model.d_model == config.reward_model.d_model == LLAMA["d_model"]
+    assert config.sft.weights == config.ppo_init.weights == "" and len(told.heading) == 3
+    with pytest.raises(UserError, match="name it with --config.model.weights=PATH"):
+      fill_in({field: "/there"})
+
+
 def test_a_shorter_context_is_followed(asked):
   config, _ = fill_in({"model.weights": "/there", "model.max_length": "32"})
   assert config.data.max_prompt_length == 16 and config.sft.length == 32
@@ -83,7 +113,7 @@ def test_the_lines_name_each_value_with_its_reason_once(asked):
   config, told = fill_in({"model.weights": "/there"})
   config.ppo.batch_size = 64  # as ml_collections does later
   lines = told.lines(config)
-  assert len(lines) < 15 and all("\n" not in line for line in lines)
+  assert len(lines) <= 15 and all("\n" not in line for line in lines)
   text = "\n".join(lines)
   assert "sft.optim.learning_rate=9.65e-06, sft.batch_size=32: C.1, 1.3B" in text
   assert "ppo.num_minibatches=8: C.4" in text and "ppo.batch_size=64: yours" in text

@@ -59,6 +59,43 @@ def test_large_networks_are_split_over_devices():
   assert (large["execution.dtype"], large["mesh.data"], large["mesh.fsdp"]) == ("bfloat16", 1, -1)
 
 
+SIZES_OF_BATCHES = {
+  "sft.batch_size": 12,
+  "ppo_init.batch_size": 32,
+  "rm.batch_size": 64,
+  "pretrain.batch_size": 7,
+  "reward_pretrain.batch_size": 32,
+  "ppo.batch_size": 512,
+  "ppo.num_minibatches": 8,
+  "ppo.ptx_rows": 8,
+  "ppo.packed_rows": 0,
+}
+
+
+def test_microbatches_divide_the_batches_that_the_user_has_chosen():
+  cut = lambda num_params, **changes: (
+    weights.microbatches(
+      num_params, (SIZES_OF_BATCHES | {f"ppo.{k}": v for k, v in changes.items()}).__getitem__
+    ).values
+  )
+  assert cut(10**8) == {
+    "sft.microbatches": 2,  # of 6 rows: 12 has no 8
+    "ppo_init.microbatches": 4,
+    "rm.microbatches": 8,
+    "pretrain.microbatches": 1,
+    "reward_pretrain.microbatches": 4,
+    "ppo.microbatches": 8,  # 64 episodes
+    "ppo.score_microbatches": 64,  # 512
+    "ppo.ptx_microbatches": 64,  # 512 rows of a minibatch
+  }
+  assert cut(10**9) == {"ppo.ptx_microbatches": 8}
+  few = cut(10**8, batch_size=13, num_minibatches=1, ptx_rows=1)
+  assert (few["ppo.microbatches"], few["ppo.score_microbatches"]) == (13, 13)
+  packed = cut(10**8, packed_rows=4)
+  assert "ppo.microbatches" not in packed and "ppo.score_microbatches" not in packed
+  assert cut(10**8, batch_size=0, num_minibatches=0, ptx_rows=0)  # refused later, with the rule
+
+
 def test_every_choice_is_a_setting_with_a_reason():
   config = models.get("ppo_ptx", weights.NAME)
   for choice in weights.choices(10**9, 10**9, 512):

@@ -126,6 +126,22 @@ _RULES = [
     "config.model.num_heads=4 must be a multiple of num_kv_heads=3",
   ),
   (dict(model__position="rope", model__head_dim=7), "config.model.head_dim=7 must be even"),
+  (dict(adapter__rank=-1), "config.adapter.rank=-1 must be >= 0"),
+  (dict(adapter__dropout=1.0), "config.adapter.dropout=1.0 must be in [0, 1)"),
+  (dict(adapter__alpha=0.0), "config.adapter.alpha=0.0 must be positive"),
+  (
+    dict(adapter__targets=("q", "w")),
+    "config.adapter.targets=('q', 'w') must hold some of q, k, v, out, gate, up, down, each once",
+  ),
+  (
+    dict(adapter__rank=2, adapter__targets=("q", "v"), model__norm="layernorm"),
+    "config.adapter.targets=('q', 'v') must have all of q, k, v or none: files of networks like"
+    " config.model hold them as one matrix",
+  ),
+  (
+    dict(adapter__rank=2, adapter__targets=("gate",), model__mlp="gelu"),
+    "config.adapter.targets=('gate',) must name a matrix of config.model, whose MLP has no gate",
+  ),
   (
     dict(model__rope_scaling__factor=0.5),
     "config.model.rope_scaling.factor=0.5 must be >= 1",

@@ -84,7 +84,7 @@ def _safetensors(shapes: dict[str, tuple[int, ...]]) -> bytes:
     zeros = [
       (name, shape, lambda shape=shape: np.ones(shape, "f4")) for name, shape in shapes.items()
     ]
-    huggingface._write_safetensors(path, zeros)
+    huggingface.write_safetensors(path, zeros)
     return path.read_bytes()
 
 

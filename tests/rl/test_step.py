@@ -14,13 +14,19 @@ import pytest
 from instructjax import models
 from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PackedBatch, PromptBatch
+from instructjax.models import adapters
 from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
-from instructjax.rl.experience import Experience
+from instructjax.rl.experience import Experience, Frozen
 from instructjax.stages import ppo
+from tests import tiny
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
+
+ALL_TRAINED = Frozen(
+  ref_params=None, reward_params=None
+)  # no adapters, so updates read nothing of it
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def iteration(nets, ppo_config, monkeypatch):
         experience="episodes", metrics=metrics, score_B="scores", kl_B="kls", rewards="rewards"
       )
 
-    def update(nets, cfg, rows, state, episodes, ptx, key):
+    def update(nets, cfg, rows, frozen, state, episodes, ptx, key):
       given["update"] = dict(state=state, episodes=episodes, ptx=ptx, key=key)
       after = dataclasses.replace(state, params={"w": jnp.float32(4)})
       return after, {"approx_kl": jnp.float32(3)}
@@ -80,7 +86,7 @@ def iteration(nets, ppo_config, monkeypatch):
     monkeypatch.setattr(ppo_step.experience, "from_rollout", from_rollout)
     monkeypatch.setattr(ppo_step, "update", update)
     batch = {"prompts": "prompts", "pretrain": "text"}
-    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, "frozen", batch)
+    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, ALL_TRAINED, batch)
 
   return one
 
@@ -92,7 +98,7 @@ def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
   assert rollout["prompts"] == "prompts" and rollout["temperature"] == 0.7
   limits = (rollout["max_new_tokens"], rollout["stop_ids"], rollout["slots"])
   assert limits == (episodes.RESPONSE, nets.stop_ids, 3)
-  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == ("frozen", "rollout")
+  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == (ALL_TRAINED, "rollout")
   assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
   assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
   assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
@@ -169,6 +175,33 @@ def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, p
   assert samples.rollout.num_steps == samples.rollout.slot_steps == whole
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_adapters_learn_what_whole_weights_would_by_the_chain_rule(
+  quick_jit, nets, ppo_config, random_params, is_apart
+):
+  """Policy and value network on one base, or each on its own."""
+  adapter = tiny.adapter(rank=2, alpha=3.0, targets=("q", "k", "v", "up"))
+  adapted = dataclasses.replace(
+    nets, policy=nets.policy.clone(adapter=adapter), scalar=nets.scalar.clone(adapter=adapter)
+  )
+  rng = np.random.default_rng(0)
+  noise = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
+  base = random_params(nets.policy, 1)
+  other = adapters.base_of(nets.scalar, random_params(nets.scalar, 2)) if is_apart else None
+  frozen = Frozen(None, None, base=base, scalar_base=other)
+  batch = episodes.make_experience()
+
+  def compare(loss, model, base):
+    merged = lambda trained: adapters.merge(model, adapters.base_of(model, base), trained)
+    ours = lambda trained: loss(adapted, ppo_config, frozen, trained, batch)[0]
+    whole = lambda trained: loss(nets, ppo_config, ALL_TRAINED, merged(trained), batch)[0]
+    trained = jax.tree.map(noise, adapters.trained_shapes(model))
+    assert_trees_close(*quick_jit(lambda t: (jax.grad(ours)(t), jax.grad(whole)(t)))(trained))
+
+  compare(ppo_step.policy_loss, adapted.policy, base)
+  compare(ppo_step.value_loss, adapted.scalar, other if is_apart else base)
+
+
 def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   nets, ppo_config, monkeypatch
 ):
@@ -176,11 +209,11 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
   visits, weights = [], {"w": jnp.zeros(())}
 
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+  def policy_gradient(nets, cfg, rows, frozen, params, batch, ptx):
     visits.append((batch.token_BL[:, 0].tolist(), ptx.token_BL[:, 0].tolist()))
     return params, {"ratio_max": jnp.float32(1)}
 
-  def value_loss(nets, cfg, params, batch):
+  def value_loss(nets, cfg, frozen, params, batch):
     return params["w"], {"clip_fraction": 0.0}
 
   monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
@@ -190,7 +223,9 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
   state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
   with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
-    ppo_step.update(nets, cfg, rows.padded(), state, experience, ptx, jax.random.key(0))
+    ppo_step.update(
+      nets, cfg, rows.padded(), ALL_TRAINED, state, experience, ptx, jax.random.key(0)
+    )
   epochs = [sum((index for index, _ in visits[i : i + 2]), []) for i in (0, 2, 4)]
   assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -214,7 +249,7 @@ def test_each_networks_loss_is_a_mean_over_its_own_tokens(nets, ppo_config):
   params, value_params = {"w": jnp.float32(1)}, {"w": jnp.float32(2)}
   state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
   fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
-  ppo_step._minibatch_update(nets, ppo_config, fake, state, batch, None)
+  ppo_step._minibatch_update(nets, ppo_config, fake, ALL_TRAINED, state, batch, None)
   assert asked == [
     (ppo_step.policy_loss, 1, "is_actor_BR"),
     (ppo_step.value_loss, 2, "is_response_BR"),
@@ -226,18 +261,22 @@ def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
   cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
   script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
 
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+  def policy_gradient(nets, cfg, rows, frozen, params, batch, ptx):
     ratio = jnp.float32(next(script))
     return params, {"ratio_max": ratio, "approx_kl": ratio}
 
   monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
   monkeypatch.setattr(
-    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
+    ppo_step,
+    "value_loss",
+    lambda nets, cfg, frozen, params, batch: (params["w"], {"clip_fraction": 0.0}),
   )
   experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
   state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
   with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
-    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
+    return ppo_step.update(
+      nets, cfg, rows.padded(), ALL_TRAINED, state, experience, None, jax.random.key(0)
+    )[1]
 
 
 def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
@@ -259,7 +298,7 @@ def test_in_the_warm_up_only_the_value_network_learns(nets, ppo_config, step):
   state = ppo_step.create_state(params, value_params, nets, cfg, jax.random.key(0))
   state = dataclasses.replace(state, step=jnp.int32(step))
   fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
-  after, metrics = ppo_step._minibatch_update(nets, cfg, fake, state, batch, None)
+  after, metrics = ppo_step._minibatch_update(nets, cfg, fake, ALL_TRAINED, state, batch, None)
   same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
   stays = step < 3
   assert same(after.params, state.params) == stays
@@ -303,7 +342,7 @@ def updates(quick_jit, nets, weights, ppo_config):
     for name, cfg in cases.items():
       state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
       after, metrics = ppo_step.update(
-        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
+        nets, cfg, rows.padded(), ALL_TRAINED, state, batch, None, jax.random.key(1)
       )
       change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
       moved[name] = (
@@ -417,11 +456,13 @@ def gradients(quick_jit, nets, weights, ppo_config):
 
   def everything(params):
     taken = {
-      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), params, batch, ptx)
+      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), ALL_TRAINED, params, batch, ptx)
       for name, (cfg, ptx) in cases.items()
     }
     grpo = dataclasses.replace(ppo_config, advantage="grpo", beta=0.25)
-    taken["grpo"] = ppo_step.policy_gradient(nets, grpo, rows.padded(), params, with_ref, None)
+    taken["grpo"] = ppo_step.policy_gradient(
+      nets, grpo, rows.padded(), ALL_TRAINED, params, with_ref, None
+    )
     taken["kl"] = jax.value_and_grad(kl_loss)(params)
     return taken, jax.grad(surrogate)(params), jax.value_and_grad(sum_nll)(params)
 

@@ -190,6 +190,15 @@ def test_a_row_says_which_setting_asks_for_its_stage(monkeypatch):
   assert lineage.rl_stages(config()) == ["ppo_ptx"]
 
 
+def test_adapters_learn_at_a_higher_rate():
+  cfg = config(adapter__rank=2, adapter__rate_factor=4.0)
+  rate = cfg.sft.optim.learning_rate
+  assert lineage.optim(cfg, cfg.sft.optim) == dataclasses.replace(
+    cfg.sft.optim, learning_rate=4 * rate
+  )
+  assert lineage.optim(config(), cfg.sft.optim) == cfg.sft.optim
+
+
 def test_collected_comparisons_are_read_from_no_source():
   stages = ["rm", "ppo"]
   assert lineage.kinds_read(config(), stages) == [

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -43,6 +44,7 @@ from instructjax.stages import (
   evaluate,
   pipeline,
   policies,
+  reward_functions,
   rm,
 )
 from instructjax.train import checkpoint, finished, metrics, profiling, supervised
@@ -425,6 +427,46 @@ def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   assert_same_stage(workdir / "ppo", whole / "ppo")
 
 
+OWN_REWARD = """
+def brevity(prompts, answers, iteration):
+  return [{value} if iteration == 3 else -len(answer) / 10 for answer in answers]
+"""
+
+
+def test_a_mended_reward_function_goes_on_as_if_it_had_been_right(
+  whole, specs, tmp_path, monkeypatch, capsys
+):
+  """With every kind of reward model beside it: the run's own, given again, is its own equal."""
+  module, rm = tmp_path / "own_reward.py", str(whole / "rm")
+  monkeypatch.syspath_prepend(tmp_path)
+  changes = dict(
+    ppo__rewards=("rm", "0.1*python:own_reward:brevity", "ensemble:worst", f"0*model:{rm}"),
+    ppo__ensemble=(rm,),
+  )
+
+  def run(workdir, value):
+    module.write_text(OWN_REWARD.format(value=value))
+    monkeypatch.delitem(sys.modules, "own_reward", raising=False)
+    reward_functions.load.cache_clear()
+    importlib.invalidate_caches()
+    run_stage(config(specs, **changes), workdir, "ppo")
+    return workdir / "ppo"
+
+  right, mended = (copy_without(whole, tmp_path / name, "ppo") for name in ("right", "mended"))
+  with pytest.raises(UserError, match="python:own_reward:brevity, in iteration 3, returned None"):
+    run(mended, "None")
+  assert checkpoint.saved_steps(mended / "ppo") == [2]
+  assert run(mended, "-1.5000") and "python:own_reward:brevity changed" in capsys.readouterr().out
+  expected = run(right, "-1.5000")
+  assert records(mended / "ppo") == records(expected)
+  assert last_checkpoint(mended / "ppo")[0] == last_checkpoint(expected)[0]
+  for record in records(expected):
+    assert record["rewards/ensemble"] == pytest.approx(record["reward"], abs=1e-6)
+    assert record["rewards/model"] == pytest.approx(record["reward"], abs=0.2)  # spelled anew
+  with pytest.raises(UserError, match="was made with another reward python:own_reward:brevity"):
+    run(mended, "-2")
+
+
 def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "sft")
   usage, calls = shutil.disk_usage, []
@@ -663,7 +705,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
-    ({"data__max_prompt_length": 2}, "s: every record is too long .*max_prompt_length"),
+    ({"data__max_prompt_length": 2}, "s: every record is too long: .*max_prompt_length"),
     (
       {"mesh__data": 3},
       "mesh: .*mesh.data=3.* must multiply to the number of devices, got 8",

@@ -115,7 +115,7 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
     ),
     mock.patch.object(ppo, "validation_rows", rows),
   ):
-    found = ppo._held_out_loss(ctx, nets)(state, 3)
+    found = ppo._held_out_loss(ctx, nets, ())(state, 3)
   assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
 
 
@@ -145,7 +145,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo, "initial_state", initial_state)
     patch(ppo, "freeze", lambda *a: made.update(frozen=a) or "frozen")
     patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
-    patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
+    patch(ppo, "_held_out_loss", lambda ctx, nets, base: "held-out loss")
     patch(ppo, "_describe", lambda ctx, watch: f"describe, {watch}")
     patch(ppo, "_watch", lambda *a: "watch")
     patch(ppo, "_functions", lambda cfg: ())
@@ -154,8 +154,8 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
     patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
-    patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
-    patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
+    patch(ppo.policies, "load", lambda ctx, name, read: f"weights of {name}")
+    patch(ppo.policies, "load_reward", lambda ctx, read: "shifted reward model")
     patch(ppo.stacking, "relay", lambda params, how: params)
     patch(ppo.checkpoint, "tree_fingerprint", lambda tree: f"hash of {tree}")
     patch(ppo.dataclasses, "replace", lambda run, **changes: changes)
@@ -163,7 +163,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     ppo.run(ctx, "ppo")
   given = "weights of ppo_init", "shifted reward model"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
-  assert made["frozen"] == ("nets", "shardings", *given, None)
+  assert made["frozen"] == ("nets", "shardings", *given, None, (), ())  # no ensemble, no base
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
@@ -207,7 +207,7 @@ def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
   )
   lengths = []
   with mock.patch.object(ppo, "make_optimizer", lambda optim, updates: lengths.append(updates)):
-    ppo._optimizers(cfg)
+    ppo._optimizers(tiny.CONFIG, cfg)
   assert lengths == [12, 20]
 
 

@@ -397,12 +397,12 @@ def test_training_takes_every_batch_of_every_epoch():
     mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: (stage, name)),
     mock.patch.object(rm.loop, "fit", fit),
     mock.patch.object(sharding, "place_batch", lambda mesh, batch: (mesh, batch)),
-    mock.patch.object(rm.flops, "forward", lambda model, tokens, length: (model, tokens, length)),
+    mock.patch.object(rm.flops, "training", lambda model, tokens, length: (model, tokens, length)),
   ):
     assert rm.train(ctx, "rm", "rm/fold_1", ["record"], "key") == (15, "trained")
     run, state, step, _, kwargs = made["fit"]
     assert kwargs["num_steps"] == 15 and kwargs["place"]("batch") == ("mesh", "batch")
-    assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60) * 3  # forward and backward
+    assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60)
   assert made["batches"] == (["tokens", "record"], "seed of rm/fold_1")
   assert made["tx"] == ("reward model", ctx.config.rm, 15, "mesh")
   assert (run, step) == (("rm", "rm/fold_1"), "step")

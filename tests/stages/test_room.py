@@ -57,6 +57,24 @@ def test_weights_are_split_over_fsdp_and_tensor_and_rows_over_data_and_fsdp():
   assert list(room.parts(cfg, split, "pretrain").values()) == [state / 4, gradients / 4, batch / 8]
 
 
+@pytest.mark.parametrize("base, size", [("float", 2), ("int8", 1)])
+def test_adapters_leave_the_base_and_nothing_that_grows_with_it(base, size):
+  changes = dict(adapter__rank=2, adapter__base=base, execution__dtype="bfloat16")
+  cfg = config(**changes)
+  policy, reward = (
+    room.num_params(block, cfg.tokenizer.vocab_size)
+    for block in (cfg.model.network, cfg.reward_model)
+  )
+  frozen, _ = room.parts(cfg, ONE, "sft").values()
+  assert frozen == size * policy
+  assert [*room.parts(cfg, ONE, "rm").values()][0] == size * reward
+  frozen, _, _ = room.parts(cfg, ONE | {"fsdp": 2}, "ppo").values()
+  assert frozen == size * (policy + reward) / 2
+  shared = dataclasses.replace(cfg, reward_model=cfg.model)
+  assert [*room.parts(shared, ONE, "ppo").values()][0] == size * policy  # one base for all four
+  assert [*room.parts(cfg, ONE, "pretrain").values()][0] == 12 * policy  # trained whole
+
+
 def test_what_an_rl_stage_holds_hand_worked():
   cfg = config(execution__dtype="float32", rollout__slots=10, ppo__batch_size=16)
   policy, reward = (

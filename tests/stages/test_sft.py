@@ -119,8 +119,8 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
   )  # fmt: skip
   expected = dict(dropout_rate=0.1, state_shardings="shardings", microbatches=1)
   assert fitted["step"] == (("policy model", "tx of 6"), expected)
-  with mock.patch.object(sft.flops, "forward", lambda *a: a):
-    assert fitted["flops"]({"tokens": 7}) == ("policy model", 7, 3) * 3  # forward and backward
+  with mock.patch.object(sft.flops, "training", lambda *a: a):
+    assert fitted["flops"]({"tokens": 7}) == ("policy model", 7, 3)
   ((name, _, step, result),) = finished
   assert (name, step) == (stage, kept)
   assert [(e.step, e.validation_loss, e.pretrain_loss) for e in result.epochs] == [

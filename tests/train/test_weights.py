@@ -136,7 +136,7 @@ def test_folders_of_other_kinds(tmp_path):
   """What a user may take for weights is answered in words, before anything is opened."""
   refused = lambda path: str(pytest.raises(UserError, weights.locate, path).value)
   (tmp_path / "adapter_config.json").write_text("{}")
-  assert "has neither done.json nor config.json; it is an adapter (LoRA): merge it" in refused(
+  assert "has neither done.json nor config.json; it is an adapter (LoRA) without" in refused(
     tmp_path
   )
   (tmp_path / "config.json").write_text("{}")

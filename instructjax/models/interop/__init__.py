@@ -20,12 +20,16 @@ from instructjax.models.interop.huggingface import (
   open_folder,
   write_folder,
 )
+from instructjax.models.interop.peft_folder import base_of, is_adapter, open_adapter, write_adapter
 from instructjax.models.interop.source import Source
 from instructjax.models.interop.transfer import load_params, require_fit
 
 __all__ = [
   "GgufType",
   "SCORE_BIAS",
+  "base_of",
+  "is_adapter",
+  "write_adapter",
   "Description",
   "Source",
   "describe",
@@ -39,11 +43,14 @@ __all__ = [
 ]
 
 
-def open_weights(path: str | pathlib.Path) -> Source:
-  """Opens a Hugging Face folder or a GGUF file; only headers are read.
+def open_weights(path: str | pathlib.Path, base: str | pathlib.Path | None = None) -> Source:
+  """Opens a Hugging Face folder, a GGUF file, or an adapter folder of peft with its base; only headers are read.
 
+  Args:
+    path: the folder or file.
+    base: of an adapter, the folder or file of its base; None for the one that it names itself.
   Raises:
-    UserError: the path is neither, or it is damaged or of an unsupported kind.
+    UserError: the path is none of these, or it is damaged or of an unsupported kind.
   """
   path = pathlib.Path(path)
   try:
@@ -55,12 +62,25 @@ def open_weights(path: str | pathlib.Path) -> Source:
     raise UserError(
       f"{named(str(path), 200)} must be a Hugging Face folder or a .gguf file, and it {what}"
     ) from None
+  if is_adapter(path):
+    return open_adapter(path, _open_base(path, pathlib.Path(base or base_of(path))))
+  if base is not None:
+    raise UserError(f"{path} is no adapter, and needs no base; leave out {base}")
   if path.is_dir():
     return open_folder(path)
   if path.suffix == ".gguf":
     return open_file(path)
   hint = "; give the folder that it is in" if path.suffix == ".safetensors" else ""
   raise UserError(f"{path} must be a Hugging Face folder or a .gguf file, and it is neither{hint}")
+
+
+def _open_base(path: pathlib.Path, base: pathlib.Path) -> Source:
+  """Opens the base of an adapter, which must not be an adapter itself."""
+  if is_adapter(base):
+    raise UserError(
+      f"{path} is an adapter of {base}, which is an adapter too; merge that one first"
+    )
+  return open_weights(base)
 
 
 def pad_id(source: Source) -> int | None:
