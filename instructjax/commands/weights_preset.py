@@ -137,9 +137,10 @@ def _ask(paths: Mapping[str, str], tokenizer_path: str) -> dict[str, Any]:
     text=True,
     env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
   )
-  if done.returncode:
+  said = done.stdout.splitlines()
+  if done.returncode or not said:
     raise ValueError(f"{_DESCRIBE} ended with exit code {done.returncode}")
-  answer = json.loads(done.stdout)
+  answer = json.loads(said[-1])  # a library may have printed before
   if "error" in answer:
     raise UserError(answer["error"])
   return answer

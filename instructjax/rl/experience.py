@@ -198,8 +198,9 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
       result["behaviour_logprob_BR"] = logprob(state.params)
     if frozen.ensemble_params is not None:
       # One after the other, so that the temporaries of one are in memory at a time.
+      whole = nets.scalar.clone(adapter=None)
       score_MBL = jax.lax.map(
-        lambda params: scoring.column_score(nets.scalar, params, **rows), frozen.ensemble_params
+        lambda params: scoring.column_score(whole, params, **rows), frozen.ensemble_params
       )
       result |= {f"{_MEMBER}{m}_BL": score_BL for m, score_BL in enumerate(score_MBL)}
     return result

@@ -17,7 +17,7 @@ from instructjax.data.tokenizer import Tokenizer
 from instructjax.models import heads, transformer
 from instructjax.parallel import sharding
 from instructjax.stages import answers
-from instructjax.stages.context import Context, given_fingerprint
+from instructjax.stages.context import Context, bare, given_fingerprint
 from instructjax.train import weights
 from instructjax.train.weights import Weights
 
@@ -95,7 +95,8 @@ def load(ctx: Context, stage: str, given: Sequence[Weights]) -> Params | None:
   """
   if not given:
     return None
-  model, members = ctx.model("reward"), []
+  # Whole networks, also where the run trains adapters.
+  model, members = bare(ctx.model("reward")), []
   tell = terminal.say if jax.process_index() == 0 else lambda line: None
   for one in given:
     params = one.load(ctx.mesh, model)

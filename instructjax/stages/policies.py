@@ -118,13 +118,15 @@ def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tok
   trusted; it must only have no more ids than the weights have embeddings.
   """
   named = config.tokenizer.path
+  # A reward may be read from text, and then has a tokenizer of its own: see text_scorers.py.
+  as_text = f"""; as one reward among others it may have its own: --config.ppo.rewards='("rm", "model:{given.path}")'"""
+  more = as_text if given.head == "scalar" else ""
   if given.kind == "stage" and given.settings["tokenizer"] != tokenizer.fingerprint:
-    raise UserError(
-      f"{where} was trained with another tokenizer; set config.tokenizer.path={str(given.tokenizer_path)!r}"
-    )
+    mend = more or f"; set config.tokenizer.path={str(given.tokenizer_path)!r}"
+    raise UserError(f"{where} was trained with another tokenizer{mend}")
   if given.kind != "stage" and not named and not tokenizers.agree(tokenizer, given.tokenizer):
     raise UserError(
-      f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one"
+      f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one{more}"
     )
   if given.vocab_size < tokenizer.vocab_size:
     raise UserError(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from instructjax.core import results, terminal
 from instructjax.core import rewards as reward_lists
 from instructjax.core.config import Config, OptimConfig, PPOConfig
+from instructjax.core.errors import UserError
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching, sources
@@ -149,7 +150,7 @@ def initial_value(
     return None
   if cfg.value_init == "reward_model":
     return reward_params
-  shardings, shapes = transformer.param_shardings(mesh, nets.scalar)
+  shardings, shapes = adapters.trained_shardings(mesh, nets.scalar)
   head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["head"])
   return jax.device_put(heads.scalar_params_from_lm(params, shapes | {"head": head}), shardings)
 
@@ -318,11 +319,16 @@ def check_settings(config: Config, stage: str):
   """Checks the stage's settings, which its row of the table may have changed.
 
   Raises:
-    UserError: a rule is broken, a warmup is as long as the stage, a reward function cannot be imported or called, or a
-      further reward model is none or has another shape.
+    UserError: a rule is broken, a warmup is as long as the stage, a reward function cannot be imported or called, a
+      further reward model is none or has another shape, or the policy's adapter has no place in the value network.
   """
   cfg = lineage.variant(config, stage)
   cfg.validate("config.ppo")
+  if cfg.value_init == "policy" and lineage.is_adapted(config) and len(lineage.bases(config)) > 1:
+    raise UserError(
+      "config.ppo.value_init='policy' must come with one base for policy and reward model where adapters are trained:"
+      " the policy's adapter fits its own base only; use 'reward_model'"
+    )
   _optimizers(config, cfg)
   _functions(cfg)
   ensembles.open_all(config, cfg)

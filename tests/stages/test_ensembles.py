@@ -1,6 +1,7 @@
 """Further reward models: which are taken, what is told of the others, and their common zero."""
 
 import dataclasses
+import functools
 import types
 from unittest import mock
 
@@ -87,13 +88,18 @@ def test_members_are_stacked_with_demonstrations_at_0(
   members = [random_params(model, seed) for seed in (1, 2)]
   ctx = types.SimpleNamespace(
     mesh=ensembles.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]),
-    model=lambda role: model,
+    model=lambda role: model.clone(adapter=CONFIG.adapter),
     config=micro.config("ppo", {}, data__demonstrations=demonstrations),
   )
   means = iter((0.75, -2.0))
   monkeypatch.setattr(ensembles.answers, "demonstration_mean", lambda *a: next(means))
   monkeypatch.setattr(ensembles, "_as_reward_model", lambda ctx, one: ctx)
-  found = [given(path=f"run{i}", load=lambda mesh, model, p=p: p) for i, p in enumerate(members)]
+  # Whole networks, also in a run that trains adapters.
+  load = lambda mesh, model, params: params if model.adapter is None else pytest.fail()
+  found = [
+    given(path=f"run{i}", load=functools.partial(load, params=params))
+    for i, params in enumerate(members)
+  ]
   stacked = ensembles.load(ctx, "ppo", found)
   bias = jnp.stack([member["head"]["bias"] for member in members])
   shift = np.array([0.75, -2.0]) if demonstrations else np.zeros(2)

@@ -150,6 +150,30 @@ def test_the_wrong_kind_is_one_line(changes, head, message):
   assert message in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["stage", "hf"])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_another_tokenizer_is_one_line_that_says_how_to_mend_it(kind, head):
+  tokenizer = types.SimpleNamespace(fingerprint="ours", path="/ours", vocab_size=7)
+  other = types.SimpleNamespace(
+    head=head,
+    kind=kind,
+    path="/there",
+    settings={"tokenizer": "theirs"},
+    tokenizer=None,
+    tokenizer_path="/there/tokenizer",
+  )
+  with (
+    mock.patch.object(policies.tokenizers, "agree", lambda ours, theirs: False),
+    pytest.raises(UserError, match="^[^\n]*another tokenizer[^\n]*$") as error,
+  ):
+    policies._require_tokenizer(micro.config("ppo", {}), other, tokenizer, "config.x.weights='y'")
+  text = str(error.value)
+  assert ("model:/there" in text) == (head == "scalar")
+  assert ("set config.tokenizer.path='/there/tokenizer'" in text) == (
+    (head, kind) == ("lm", "stage")
+  )
+
+
 def test_the_reward_model_scores_demonstrations_0():
   result = finished_run.reward_model(mean=0.75)
   assert isinstance(result, results.RewardModel)

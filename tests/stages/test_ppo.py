@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
 from instructjax.train.optim import make_optimizer
@@ -189,6 +190,27 @@ def test_what_the_value_network_starts_from(ppo_config, nets, random_params, ini
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
   for name in made.keys() - {"head"}:
     jax.tree.map(np.testing.assert_array_equal, made[name], params[name])
+
+
+def test_a_value_network_that_starts_from_the_policys_adapter(ppo_config, nets, random_params):
+  """The adapter alone is copied: both networks share the base."""
+  adapter = micro.config("ppo", {}, adapter__rank=2).adapter
+  policy, scalar = (model.clone(adapter=adapter) for model in (nets.policy, nets.scalar))
+  nets = dataclasses.replace(nets, policy=policy, scalar=scalar)
+  mesh = ppo.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  params = ppo.adapters.init(policy, jax.random.key(0))
+  cfg = dataclasses.replace(ppo_config, value_init="policy")
+  made = ppo.initial_value(mesh, cfg, nets, params, None)
+  assert jax.tree.structure(made) == jax.tree.structure(ppo.adapters.trained_shapes(scalar))
+  jax.tree.map(np.testing.assert_array_equal, made["layers"], params["layers"])
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
+
+
+def test_the_policys_adapter_has_no_place_on_another_base():
+  changes = dict(model__weights="a", adapter__rank=2, ppo__value_init="policy")
+  ppo.check_settings(micro.config("ppo", {}, **changes), "ppo")
+  with pytest.raises(UserError, match="must come with one base for policy and reward model"):
+    ppo.check_settings(micro.config("ppo", {}, reward_model__weights="b", **changes), "ppo")
 
 
 def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
