@@ -45,6 +45,8 @@ def _decoder(**changes) -> ConfigDict:
       max_length=2048,  # App. C: 2k tokens
       position="learned",
       rope_base=10_000.0,
+      rope_local_base=0.0,
+      rotary_dim=0,
       rope_scaling=dict(
         kind="none",
         factor=8.0,  # Llama 3.1; used only if kind is not none
@@ -54,10 +56,16 @@ def _decoder(**changes) -> ConfigDict:
       ),
       norm="layernorm",
       norm_eps=1e-5,
+      sandwich_norm=False,
+      qk_norm=False,
       mlp="gelu",
+      parallel_residual=False,
       use_bias=True,
       qkv_bias=False,
       attention_window=256,  # open: GPT-3 prints no band width
+      layer_pattern="GL",  # GPT-3: dense and locally banded layers by turns
+      query_pre_attn_scalar=0,
+      scale_embeddings=False,
       tie_embeddings=True,
       init_std=0.02,
       weights="",

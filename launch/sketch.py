@@ -197,8 +197,10 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
   live = (1 if pass_.is_training else 2) * _FULL * logits + layer
   if pass_.is_training:
     stream = cfg.d_model / tensor  # `tensor` splits its columns
-    heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (1 if cfg.mlp == "gelu" else 2)
-    products = stream + (2 * heads * cfg.head_dim + hidden) / tensor
+    heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (2 if cfg.is_gated else 1)
+    # The sum between the branches, which parallel ones have not, and the outputs of both where they are normalised.
+    sums = 0 if cfg.parallel_residual else 3 if cfg.sandwich_norm else 1
+    products = sums * stream + (2 * heads * cfg.head_dim + hidden) / tensor
     kept = {"full": stream, "products": stream + products}
     live += cfg.num_layers * (tokens * _HALF * kept[remat] if remat in kept else layer)
     if pass_.model.adapter is None:  # an adapter's are small

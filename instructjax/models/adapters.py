@@ -71,7 +71,7 @@ def parts(network) -> tuple[Part, ...]:
   whole = functools.partial(Part, where=None, squeezed=False)
   out = whole("out", ("out",), "attention", "w_out_GRKD", 3, dims=("GRKE", "ED"))
   down = whole("down", ("down",), "mlp", "w_down_FD", 1, dims=("FE", "ED"))
-  if network.mlp == "gelu":
+  if not network.is_gated:
     return (*attention, out, whole("up", ("up",), "mlp", "w_up_DF", 1, dims=("DE", "EF")), down)
   gated = functools.partial(Part, block="mlp", weight="w_gate_up_D2F", inputs=1, dims=("DE", "EF"))
   gate = gated("gate", ("gate",), where=(1, 0, 1), squeezed=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from instructjax.core import terminal
+from instructjax.core import places, terminal
 from instructjax.core.config import Config, PPOConfig
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Params
@@ -32,7 +32,7 @@ def open_all(config: Config, cfg: PPOConfig) -> list[Weights]:
   for number, path in enumerate(cfg.ensemble):
     where = f"config.ppo.ensemble[{number}]={path!r}"
     try:
-      given = weights.locate(path)
+      given = weights.locate(places.expand(path, "its path", (weights.HUB,)))
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
     if given.head != "scalar" or given.item == "value_params":

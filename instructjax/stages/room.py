@@ -37,7 +37,7 @@ def host_memory(limit: pathlib.Path = _LIMIT) -> float:
 def num_params(network: NetworkConfig, vocab_size: int) -> int:
   """Weights of a network, without those of biases and norms."""
   attention = 2 * network.d_model * network.head_dim * (network.num_heads + network.num_kv_heads)
-  matrices = 3 if network.mlp == "swiglu" else 2
+  matrices = 3 if network.is_gated else 2
   layer = attention + matrices * network.d_model * network.d_mlp
   rows = vocab_size * (1 if network.tie_embeddings else 2)
   rows += network.max_length if network.position == "learned" else 0

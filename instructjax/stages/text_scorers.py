@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from instructjax.core import places, terminal
 from instructjax.core import rewards as reward_lists
-from instructjax.core import terminal
 from instructjax.core.config import PPOConfig
 from instructjax.core.errors import UserError
 from instructjax.core.rewards import Reward
@@ -51,7 +51,7 @@ def open_all(cfg: PPOConfig) -> list[Found]:
       continue
     where = f"ppo.rewards: {reward.spelling}"
     try:
-      given = weights.locate(reward.argument)
+      given = weights.locate(places.expand(reward.argument, "its path", (weights.HUB,)))
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
     if given.head != "scalar" or given.item == "value_params":

@@ -159,6 +159,28 @@ _RULES = [
     "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
   ),
   (dict(model__attention_window=-1), "config.model.attention_window=-1 must be >= 0"),
+  (dict(model__rope_local_base=-1.0), "config.model.rope_local_base=-1.0 must be >= 0"),
+  (dict(model__layer_pattern="GX"), "config.model.layer_pattern='GX' must be letters G, L or N"),
+  (
+    dict(model__norm="layernorm", model__qk_norm=True),
+    "config.model.qk_norm=True must come with norm='rmsnorm' or 'rmsnorm_1p', got 'layernorm'",
+  ),
+  (
+    dict(model__parallel_residual=True, model__sandwich_norm=True),
+    "config.model.parallel_residual=True and sandwich_norm=True exclude each other",
+  ),
+  (
+    dict(model__rotary_dim=50),
+    "config.model.rotary_dim=50 must be even and at most head_dim=48",
+  ),
+  (
+    dict(model__position="learned", model__rotary_dim=8),
+    "config.model.rotary_dim=8 must be 0 for learned positions",
+  ),
+  (
+    dict(model__position="learned", model__layer_pattern="GN"),
+    "config.model.layer_pattern='GN' must have no N for learned positions",
+  ),
   (dict(sft__optim__learning_rate=0), "config.sft.optim.learning_rate=0.0 must be > 0"),
   (dict(sft__optim__b1=1), "config.sft.optim.b1=1.0"),
   (dict(sft__optim__b2=-0.1), "b2=-0.1 must be in [0, 1)"),

@@ -47,6 +47,15 @@ def test_reward_models_of_the_runs_shape_are_taken():
   assert ensembles.open_all(CONFIG, dataclasses.replace(CONFIG.ppo, ensemble=())) == []
 
 
+def test_home_folders_are_expanded(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  asked = []
+  monkeypatch.setattr(ensembles.weights, "locate", lambda path: asked.append(path) or given())
+  cfg = dataclasses.replace(CONFIG.ppo, ensemble=("~/b/rm", "hf://org/name"))
+  ensembles.open_all(CONFIG, cfg)
+  assert asked == ["/home/me/b/rm", "hf://org/name"]
+
+
 def test_what_is_no_reward_model_of_this_shape_is_refused():
   where = "config.ppo.ensemble[1]='b' "
   for changes in (dict(head="lm"), dict(item="value_params")):

@@ -35,6 +35,8 @@ def small(**changes):
     # A layer: q 4*6, k and v 2*4*3, o 6*4, MLP 2*4*8; two of them, and 10 rows of 4.
     ({}, 2 * (24 + 24 + 24 + 64) + 40),
     ({"mlp": "swiglu"}, 2 * (24 + 24 + 24 + 96) + 40),
+    ({"mlp": "geglu"}, 2 * (24 + 24 + 24 + 96) + 40),
+    ({"mlp": "gelu_exact"}, 2 * 136 + 40),
     ({"tie_embeddings": False}, 2 * 136 + 80),
     ({"position": "learned", "max_length": 5}, 2 * 136 + 40 + 20),
   ],

@@ -102,8 +102,8 @@ def describe(source: Source) -> Description:
   """The network whose weights were opened. For fields that no file has, see `model_config`.
 
   Raises:
-    UserError: the architecture is not GPT-2, Llama, Mistral or Qwen2, or it has a switch that NetworkConfig lacks; or
-      the tensors are not those of this network.
+    UserError: the architecture is not known, or it has a switch that NetworkConfig lacks; or the tensors are not those
+      of this network.
   """
   where = source.path / "config.json" if source.path.is_dir() else source.path
   for note in source.notes:

@@ -98,7 +98,7 @@ def open_adapter(path: pathlib.Path, base: Source) -> Source:
   config, shapes = dict(base.config), dict(base.shapes)
   if score := next((name for name, plain in theirs.items() if plain == _SCORE), None):
     config |= _classifier(config, keys)
-    shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    shapes = {name: shape for name, shape in shapes.items() if name not in tensor_table.LM_HEADS}
     shapes[_SCORE] = found[score]
   alpha, is_root = keys.number("lora_alpha", 8.0), keys.flag("use_rslora", False)
   read_ours = functools.partial(huggingface.read_tensor, places)

@@ -1,53 +1,6 @@
 """Folders: what `transformers` answered for them, bit-for-bit export, and every damage named.
 
-The golden logits were recorded by this script (torch and transformers are needed for it only):
-
-    import json, zlib
-    import numpy as np, torch, transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
-                  high_freq_factor=4.0, original_max_position_embeddings=8)
-    SIZES = dict(vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
-    CASES = {
-      "gpt2": ("gpt2", dict(vocab_size=17, n_embd=16, n_layer=2, n_head=4, n_positions=12)),
-      "llama_tied": ("llama", SIZES | dict(tie_word_embeddings=True)),
-      "llama3_untied": ("llama", SIZES | dict(head_dim=8, rope_parameters=LLAMA3)),
-      "qwen2": ("qwen2", SIZES | dict(num_key_value_heads=1)),
-    }
-
-    def weight(name, shape):
-      rng = np.random.default_rng(zlib.crc32(name.encode()))
-      is_norm = name.endswith(".weight") and len(shape) == 1
-      return rng.normal(float(is_norm), 0.3, shape).astype(np.float32)
-
-    token_BL = np.arange(20).reshape(2, 10) * 7 % 17
-    right_BL = np.arange(10)[None] < np.array([[10], [6]])
-    cases = {}
-    for name, (kind, sizes) in CASES.items():
-      model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-      state = model.state_dict()
-      if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-      new = {k: torch.tensor(weight(k, tuple(v.shape))) for k, v in state.items()}
-      model.load_state_dict(new, strict=False)
-      case = dict(config=model.config.to_dict(), shapes={k: list(v.shape) for k, v in state.items()})
-      for side, mask_BL in (("right", right_BL), ("left", right_BL[:, ::-1])):
-        position_BL = np.maximum(np.cumsum(mask_BL, 1) - 1, 0)
-        with torch.no_grad():
-          logits_BLV = model(input_ids=torch.tensor(token_BL), position_ids=torch.tensor(position_BL),
-                             attention_mask=torch.tensor(mask_BL.astype(int))).logits.numpy()
-        case[side] = np.round(logits_BLV[mask_BL].astype(float), 5).tolist()
-      cases[name] = case
-    note = dict(
-      source=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, float32 on a CPU,"
-             " by the script in the docstring of tests/models/interop/test_huggingface.py",
-      when_to_update="Never for a change of our code. When the script records other cases.",
-    )
-    with open("tests/golden/huggingface_logits.json", "w") as f:
-      lines = [f'"{k}": {json.dumps(v)}' for k, v in (note | {"cases": cases}).items()]
-      f.write("{\\n" + ",\\n".join(lines) + "\\n}\\n")
+The golden logits were recorded by tests/golden/logits_by_transformers.py.
 """
 
 import json
