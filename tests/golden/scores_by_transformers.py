@@ -25,12 +25,17 @@ SIZES = dict(
   max_position_embeddings=32,
 )
 GPT2 = dict(vocab_size=17, n_embd=16, n_layer=2, n_head=4, n_positions=12)
+NEOX = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"} | dict(
+  num_attention_heads=2
+)
 CASES = {
   "gpt2, the pad is the EOS": ("gpt2", GPT2 | dict(pad_token_id=0)),
   "llama, the pad is the EOS": ("llama", SIZES | dict(pad_token_id=0)),
   "llama, another pad": ("llama", SIZES | dict(pad_token_id=16)),
   "llama, no pad": ("llama", SIZES),
   "mistral, another pad": ("mistral", SIZES | dict(pad_token_id=16, sliding_window=None)),
+  "gpt_neox, the pad is the EOS": ("gpt_neox", NEOX | dict(pad_token_id=0)),
+  "qwen3, the pad is the EOS": ("qwen3", SIZES | dict(pad_token_id=0, head_dim=8)),
   "qwen2, the pad is the EOS": ("qwen2", SIZES | dict(pad_token_id=0)),
 }
 SEQUENCES = [[3, 1, 4, 1, 5, 9], [2, 6, 5], [3, 5, 8, 9, 0]]
