@@ -217,6 +217,8 @@ def base(stage: str) -> ConfigDict:
         ensemble=(),
         ensemble_penalty=0.1,  # open
         constant_iterations=20,
+        samples_per_prompt=1,  # C.4 has 256k episodes for 31k prompts; open: whether a batch repeats one
+        advantage="gae",  # C.4
         behaviour_logprob="rescore",  # open: log-probabilities of decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
         kl_controller="fixed",
@@ -248,6 +250,12 @@ def base(stage: str) -> ConfigDict:
         value_optim=adam(9e-6, schedule="constant"),  # C.4
       ),
       rollout=dict(slots=0),  # open
+      best_of_n=dict(
+        policy="sft",  # open; the paper does not sample by rejection
+        n=64,  # open; WebGPT's largest (arXiv:2112.09332)
+        num_prompts=0,  # open
+        temperature=1.0,  # open
+      ),
       evaluate=dict(
         num_prompts=512,  # Departs from paper: its test set has 3196 prompts
         samples_per_prompt=1,

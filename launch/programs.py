@@ -275,7 +275,8 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   create = lambda params, value_params, key: ppo_step.create_state(
     params, value_params, nets, cfg, key
   )
-  state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
+  value = scalar if cfg.has_value_network else None
+  state: PPOState = _placed(jax.eval_shape(create, policy, value, _key_shape()), shardings)
   # Adapters are small and stay float32.
   freeze = lambda model, shapes: (
     shapes
@@ -284,7 +285,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   )
   frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
-    _placed(freeze(nets.scalar, scalar), shardings.value_params),
+    _placed(freeze(nets.scalar, scalar), adapters.trained_shardings(mesh, nets.scalar)[0]),
     _ensemble(cfg.ensemble, mesh, nets.scalar),
     *_base(mesh, nets.policy),
     *(() if nets.shares_base else _base(mesh, nets.scalar)),
@@ -317,8 +318,11 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       "policy EMA": state.ema_params,
       "reference": frozen.ref_params,
       "reward": (frozen.reward_params, frozen.ensemble_params),
-      "value": state.value_params,
-      "value optimiser": state.value_opt_state,
+      **(
+        {"value": state.value_params, "value optimiser": state.value_opt_state}
+        if cfg.has_value_network
+        else {}
+      ),
       "batch": (batch, state.step, state.kl_coef, state.key),
     },
     inside=_decoding(mesh, nets, cfg.batch_size, prompt + data.max_response_length),

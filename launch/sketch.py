@@ -114,11 +114,14 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
     Pass(policy, cfg.batch_size, prompt, 1, False),  # the prefill of the rollout
     # The reference, and perhaps the policy.
     Pass(policy, scored, length, response, False, scorings),
-    # Reward model and value network.
-    Pass(scalar, scored, length, length, False, 2 * cfg.score_microbatches),
+    # The reward model, and the value network if there is one.
+    Pass(
+      scalar, scored, length, length, False, (1 + cfg.has_value_network) * cfg.score_microbatches
+    ),
     Pass(policy, minibatch, length, response, True, updates),
-    Pass(scalar, minibatch, length, response, True, updates),
   ]
+  if cfg.has_value_network:
+    passes.append(Pass(scalar, minibatch, length, response, True, updates))
   if cfg.gamma > 0:
     rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // cfg.ptx_microbatches
     times = cfg.num_epochs * cfg.num_minibatches * cfg.ptx_microbatches

@@ -107,6 +107,8 @@ def ppo_config(adam_config) -> PPOConfig:
     num_epochs=2,
     packed_rows=0,
     temperature=0.7,
+    samples_per_prompt=1,
+    advantage="gae",
     behaviour_logprob="rollout",
     beta=0.02,
     kl_controller="fixed",

@@ -35,6 +35,7 @@ from instructjax.core.network import (
 )
 from instructjax.core.stages import TARGETS
 from instructjax.core.training import (
+  BestOfNConfig,
   CollectConfig,
   EvaluateConfig,
   OptimConfig,
@@ -47,6 +48,7 @@ from instructjax.core.training import (
 
 __all__ = [
   "AdapterConfig",
+  "BestOfNConfig",
   "CheckpointConfig",
   "CollectConfig",
   "Config",
@@ -244,6 +246,7 @@ class Config:
   rm: RMConfig  # training of the reward model (C.2)
   ppo: PPOConfig  # reinforcement learning, with or without the pretraining gradient (C.4)
   rollout: RolloutConfig
+  best_of_n: BestOfNConfig
   evaluate: EvaluateConfig  # how policies are compared
 
   @property

@@ -125,6 +125,18 @@ class RewardModel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chosen:
+  """The result of choosing the best of n answers to each prompt."""
+
+  prompts: int  # prompts with a chosen answer
+  left_out: int  # prompts of whose answers none ended by itself
+  reward: float  # mean reward-model score of the chosen answers
+  mean_reward: float  # mean score of all answers, chosen or not
+  kl: float  # KL of the best of n from the policy, log n - (n - 1) / n, in nats; a bound if some answers never ended
+  file: str  # SHA-256 of answers.jsonl, in hex
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluated:
   """The result of the evaluation."""
 

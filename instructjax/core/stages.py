@@ -12,7 +12,7 @@ from instructjax.core import results
 
 Head = Literal["lm", "scalar"]  # what a network ends in
 RoleName = Literal["policy", "reward", "reward_base"]
-Kind = Literal["base", "sft", "collect", "rm", "select", "rl", "evaluate"]
+Kind = Literal["base", "sft", "collect", "rm", "select", "rl", "best_of_n", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +267,17 @@ _ROWS = (
     **_RL,
   ),
   Stage(
+    name="best_of_n",
+    module="best_of_n",
+    kind="best_of_n",
+    # The stage of the policy that answers, and the reward model: see `lineage.parents`.
+    parents=("pretrain", "rm", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
+    reads=("prompts",),
+    block="best_of_n",
+    result=results.Chosen,
+    is_target=True,
+  ),
+  Stage(
     name="evaluate",
     module="evaluate",
     kind="evaluate",
@@ -289,6 +300,12 @@ RL_STAGES = tuple(row.name for row in _ROWS if row.is_rl)
 # stage trains it.
 FEW_SHOT = Policy("few_shot", "Larger base, few-shot", "#9a7b6c")
 POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_SHOT.name: FEW_SHOT}
+
+
+# The policies that have the policy's network, and whose answers `best_of_n` can choose from.
+SPEAKERS = tuple(
+  row.policy.name for row in _ROWS if row.policy is not None and row.role == "policy"
+)
 
 
 def selector(stage: str) -> str | None:

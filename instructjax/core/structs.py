@@ -164,7 +164,8 @@ class PPOState:
   Attributes:
     step: int32 number of iterations done.
     params, opt_state: the policy's weights (float32 master copy) and its Adam state.
-    value_params, value_opt_state: weights and Adam state of the value network, which is separate from the policy.
+    value_params, value_opt_state: weights and Adam state of the value network, which is separate from the policy. None
+      without one (`ppo.advantage` is not gae).
     ema_params: exponential moving average of the policy's weights. None if the decay is 0, because the average then
       equals the weights.
     kl_coef: float32 coefficient beta of the KL penalty, constant or adapted.
@@ -174,7 +175,7 @@ class PPOState:
   step: Array
   params: Params
   opt_state: Any
-  value_params: Params
+  value_params: Params | None
   value_opt_state: Any
   ema_params: Params | None
   kl_coef: Array

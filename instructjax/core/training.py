@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from instructjax.core import rewards
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
-from instructjax.core.stages import RL_STAGES, TARGETS
+from instructjax.core.stages import RL_STAGES, SPEAKERS, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
 _MOST_ANSWERS = 2**24  # sampled at one time: they are kept in memory together
@@ -242,6 +242,12 @@ class PPOConfig:
   # iterations in a row, from the stage's beginning, in which a reward may give all answers the same score before the
   # stage stops; 0 never stops it [iterations]
   constant_iterations: int = dataclasses.field(metadata=SAME_NUMBERS)
+  # answers to each prompt of a batch; it divides batch_size, which counts the answers [answers]
+  samples_per_prompt: int
+  # what an answer is compared with: gae with what a value network expects at each token (C.4); rloo with the other
+  # answers to its prompt (Ahmadian et al. 2024); grpo too, in standard deviations of them, with the KL in the loss
+  # (DeepSeekMath). Only gae has a value network
+  advantage: Literal["gae", "rloo", "grpo"]
   # where the old log-probabilities of the sampled tokens come from: the rollout itself, or the scoring pass (rescore)
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
@@ -287,6 +293,38 @@ class PPOConfig:
   policy_optim: OptimConfig
   value_optim: OptimConfig
 
+  @property
+  def has_value_network(self) -> bool:
+    """Whether advantages need what a value network expects."""
+    return self.advantage == "gae"
+
+  def _validate_advantage(self, where: str):
+    """Checks what goes with `advantage`."""
+    require(
+      self.batch_size % self.samples_per_prompt == 0,
+      f"{where}.samples_per_prompt={self.samples_per_prompt} must divide batch_size={self.batch_size}",
+    )
+    if self.has_value_network:
+      return
+    kind = f"advantage={self.advantage!r}"
+    require(
+      self.samples_per_prompt >= 2,
+      f"{where}.samples_per_prompt={self.samples_per_prompt} must be at least 2 with {kind}, which compares the answers"
+      " to a prompt",
+    )
+    # An answer is one action, so there are no tokens to discount between, and no rewards of tokens to scale.
+    require(self.discount == 1, f"{where}.discount={self.discount} must be 1 with {kind}")
+    require(not self.whiten_rewards, f"{where}.whiten_rewards=True must be False with {kind}")
+    require(
+      self.value_warmup == 0 and self.value_init == "reward_model",
+      f"{where}.value_warmup={self.value_warmup} and value_init={self.value_init!r} must be 0 and 'reward_model' with"
+      f" {kind}, which has no value network",
+    )
+    require(
+      self.advantage == "rloo" or self.kl_controller == "fixed",
+      f"{where}.kl_controller={self.kl_controller!r} must be 'fixed' with {kind}, whose loss holds the KL",
+    )
+
   def validate(self, where: str):
     sizes = (
       "num_iterations",
@@ -294,6 +332,7 @@ class PPOConfig:
       "num_minibatches",
       "microbatches",
       "score_microbatches",
+      "samples_per_prompt",
       "num_epochs",
       "ptx_rows",
       "ptx_microbatches",
@@ -309,6 +348,7 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
+    self._validate_advantage(where)
     # The compiled step has fixed shapes, so minibatches, microbatches and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
@@ -380,6 +420,25 @@ class PPOConfig:
       self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
       f"{where}.kl_target={self.kl_target} and kl_horizon={self.kl_horizon} must be > 0 for the adaptive controller",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfNConfig:
+  """Best-of-n (rejection sampling): the reward model chooses one of n answers to each training prompt."""
+
+  policy: str  # whose answers: base, sft, ppo_init or an RL stage
+  n: int  # answers to each prompt [answers]
+  num_prompts: int  # training prompts that are answered; 0 is all [prompts]
+  temperature: float  # temperature at which the answers are sampled
+
+  def validate(self, where: str):
+    require(
+      self.policy in SPEAKERS,
+      f"{where}.policy={self.policy[:80]!r} must be one of {', '.join(SPEAKERS)}",
+    )
+    require(2 <= self.n <= 4096, f"{where}.n={self.n} must be from 2 to 4096")
+    require(self.num_prompts >= 0, f"{where}.num_prompts={self.num_prompts} must be >= 0; 0 is all")
+    require_temperature(self, where)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -350,6 +350,7 @@ def prompt_batches(
   seed: int,
   vocab_size: int,
   places: Places | None = None,
+  repeats: int = 1,
 ) -> Batches:
   """Batches of prompts, left-padded to `length`, as PromptBatch.
 
@@ -358,6 +359,7 @@ def prompt_batches(
     length: P, tokens to which prompts are padded.
     batch_size, seed, places: see `Batches`.
     vocab_size: also the id of padding.
+    repeats: rows in which each prompt of a batch stands, one after the other; divides batch_size.
   Raises:
     UserError: a prompt is empty or longer than `length`, or there are none.
     ValueError: batch_size is not positive.
@@ -368,15 +370,17 @@ def prompt_batches(
       raise UserError(
         f"a prompt of {len(prompt)} tokens does not fit length={length}; see tokenize_prompts"
       )
+  index_B = np.arange(batch_size) if places is None else np.asarray(places)
   return Batches(
     _checksum(prompts),
     lambda row_b, place_b: prompt_batch(
-      [prompts[row] for row in row_b], place_b, length, vocab_size
+      [prompts[row] for row in row_b], index_B, length, vocab_size
     ),
     num_rows=len(prompts),
-    batch_size=batch_size,
+    batch_size=batch_size // repeats,
     seed=seed,
-    places=places,
+    # A row's prompt: a batch has a place for each, and rows that repeat it share this place.
+    places=index_B // repeats,
   )
 
 

@@ -17,7 +17,7 @@ from instructjax.core.config import PPOConfig
 from instructjax.core.rewards import Reward
 from instructjax.core.structs import Array, Params, PPOState, Rollout, pytree
 from instructjax.models import adapters, transformer
-from instructjax.ops import gae, kl, masked, surrogate
+from instructjax.ops import baselines, gae, kl, masked, surrogate
 from instructjax.ops import rewards as rules
 from instructjax.rl import scoring
 from instructjax.rl.rows import Rows
@@ -32,7 +32,7 @@ class Nets:
   Attributes:
     policy: network of the policy and of its frozen reference.
     scalar: network of the reward model and of the value network.
-    policy_tx, value_tx: their optimisers.
+    policy_tx, value_tx: optimisers of the policy and of the value network; None if there is no value network.
     stop_ids: the tokens that end an answer.
     max_response_length: R, the most tokens of an answer, its EOS included.
     slots: rows decoded at once; 0 for the whole batch.
@@ -44,7 +44,7 @@ class Nets:
   policy: transformer.Model
   scalar: transformer.Model
   policy_tx: optax.GradientTransformation
-  value_tx: optax.GradientTransformation
+  value_tx: optax.GradientTransformation | None
   stop_ids: tuple[int, ...]
   max_response_length: int
   slots: int = 0
@@ -98,9 +98,11 @@ class Experience:
     is_actor_BR: True on the tokens over which the policy loss is a mean. These are all response tokens, or with
       `missing_eos='exclude'` only those of answers that ended.
     behaviour_logprob_BR: log-probability of each token under the policy that sampled it, in nats.
-    value_BR: value before each token, by the value network at the time of the rollout, in units of reward.
     advantage_BR: advantage of each token, whitened if configured.
-    return_BR: the value network's target, in units of reward.
+    value_BR: value before each token, by the value network at the time of the rollout, in units of reward. None without
+      a value network.
+    return_BR: the value network's target, in units of reward; None without one.
+    ref_logprob_BR: log-probability of each token under the reference, in nats; None if the loss holds no KL.
   """
 
   token_BL: Array
@@ -108,9 +110,10 @@ class Experience:
   is_response_BR: Array
   is_actor_BR: Array
   behaviour_logprob_BR: Array
-  value_BR: Array
   advantage_BR: Array
-  return_BR: Array
+  value_BR: Array | None
+  return_BR: Array | None
+  ref_logprob_BR: Array | None
 
   @property
   def prompt_length(self) -> int:
@@ -144,7 +147,7 @@ class Readings:
   Attributes:
     behaviour_logprob_BR, ref_logprob_BR: log-probability of each response token under the policy that sampled it and
       under the reference, in nats.
-    value_BR: the value network's estimate before each response token; 0 at pads.
+    value_BR: the value network's estimate before each response token; 0 at pads. None without a value network.
     score_B: the reward model's score of each response.
     num_cells: columns of all rows that were read, pads included.
     ensemble_B: the scores of further reward models, one array for each.
@@ -152,7 +155,7 @@ class Readings:
 
   behaviour_logprob_BR: Array
   ref_logprob_BR: Array
-  value_BR: Array
+  value_BR: Array | None
   score_B: Array
   num_cells: Array | int
   ensemble_B: tuple[Array, ...]
@@ -181,14 +184,14 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
     logprob = lambda params: scoring.response_logprob(
       nets.policy, frozen.policy(nets, params), **response, temperature=cfg.temperature
     )
-    value, reward = (
-      frozen.scalar(nets, params) for params in (state.value_params, frozen.reward_params)
-    )
+    reward = frozen.scalar(nets, frozen.reward_params)
     result = {
       "ref_logprob_BR": logprob(frozen.ref_params),
-      "value_BR": scoring.response_value(nets.scalar, value, **response),
       "score_BL": scoring.column_score(nets.scalar, reward, **rows),
     }
+    if cfg.has_value_network:
+      value = frozen.scalar(nets, state.value_params)
+      result["value_BR"] = scoring.response_value(nets.scalar, value, **response)
     # Decoding and scoring differ in bfloat16, so with the rollout's log-probabilities the ratio of the first minibatch
     # would not be 1 (details item 8). 'rescore' makes it 1, for one more forward pass.
     if cfg.behaviour_logprob == "rescore":
@@ -229,7 +232,7 @@ def read(
     # 2a. Log-probabilities at the sampling temperature (details item 19), and values before each token (item 21).
     said, num_cells = rows.score(_read(nets, cfg, state, frozen), rollout)
     said = {"behaviour_logprob_BR": rollout.behaviour_logprob_BR} | said
-    value_BR = jnp.where(mask_BR, said["value_BR"], 0.0)
+    value_BR = jnp.where(mask_BR, said["value_BR"], 0.0) if cfg.has_value_network else None
     # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
     skips_of_members = nets.ensemble_skips or (None,) * len(cfg.ensemble)
     members_BL = [x for name, x in said.items() if name.startswith(_MEMBER)]
@@ -272,6 +275,17 @@ def _reward_values(
   return {reward.name: value(reward) for reward in rewards}
 
 
+def _answer_advantage(cfg: PPOConfig, score_B: Array, kl_B: Array, state: PPOState) -> Array:
+  """The advantage of whole answers, which all of an answer's tokens share: see `ops.baselines`.
+
+  Departs from paper: C.4 has GAE. With 'rloo' the KL lowers the reward, as there and as in Ahmadian et al. With 'grpo'
+  it is in the loss, as in DeepSeekMath: see `step.policy_loss`.
+  """
+  if cfg.advantage == "rloo":
+    return baselines.leave_one_out(score_B - state.kl_coef * kl_B, cfg.samples_per_prompt)
+  return baselines.group_normalised(score_B, cfg.samples_per_prompt)
+
+
 def from_readings(
   nets: Nets,
   cfg: PPOConfig,
@@ -303,16 +317,20 @@ def from_readings(
     score_B = score_with_eos_rule(cfg, total_B, has_eos_B)
     # 2d. The KL to the reference at each token lowers the reward (sec 3.5, eq. 2; details item 23).
     kl_BR = kl.estimate(behaviour_BR, ref_BR, kl.FORM)
-    reward_BR = kl.penalised_reward(score_B, kl_BR, mask_BR, state.kl_coef)
-    # 2e. Rewards may be scaled to variance 1 (details item 25). Their mean is kept: a shift would add a constant to the
-    #     reward of every token, and so favour long or short answers.
-    if cfg.whiten_rewards:
-      reward_BR = masked.masked_whiten(reward_BR, mask_BR, shift_mean=False)
-    # 2f. Advantages without discount (C.4; details item 28). Returns are computed from them before whitening (details
-    #     item 27), because the value network predicts rewards in their own units.
-    advantage_BR, return_BR = gae.gae(
-      reward_BR, value_BR, mask_BR, discount=cfg.discount, lam=cfg.gae_lambda
-    )
+    if value_BR is not None:
+      reward_BR = kl.penalised_reward(score_B, kl_BR, mask_BR, state.kl_coef)
+      # 2e. Rewards may be scaled to variance 1 (details item 25). Their mean is kept: a shift would add a constant to
+      #     the reward of every token, and so favour long or short answers.
+      if cfg.whiten_rewards:
+        reward_BR = masked.masked_whiten(reward_BR, mask_BR, shift_mean=False)
+      # 2f. Advantages without discount (C.4; details item 28). Returns are computed from them before whitening (details
+      #     item 27), because the value network predicts rewards in their own units.
+      advantage_BR, return_BR = gae.gae(
+        reward_BR, value_BR, mask_BR, discount=cfg.discount, lam=cfg.gae_lambda
+      )
+    else:
+      advantage_B = _answer_advantage(cfg, score_B, masked.masked_sum(kl_BR, mask_BR, 1), state)
+      advantage_BR, return_BR = jnp.where(mask_BR, advantage_B[:, None], 0.0), None
     # 2g. Advantages are whitened over the tokens that the policy learns from (details item 25). This is done for the
     #     whole batch, so an episode's advantage does not depend on the minibatch that it lands in.
     is_actor_BR = mask_BR
@@ -326,9 +344,10 @@ def from_readings(
     is_response_BR=mask_BR,
     is_actor_BR=is_actor_BR,
     behaviour_logprob_BR=behaviour_BR,
-    value_BR=value_BR,
     advantage_BR=advantage_BR,
+    value_BR=value_BR,
     return_BR=return_BR,
+    ref_logprob_BR=ref_BR if cfg.advantage == "grpo" else None,
   )
   # The metrics are about answers, so KL and entropy are sums over an answer's tokens, averaged over answers.
   kl_B = masked.masked_sum(kl_BR, mask_BR, axis=1)
@@ -373,16 +392,18 @@ def _rollout_metrics(
     num_cells: columns of all rows that were scored, pads included.
   """
   mask_BR = rollout.is_response_BR
+  fit = {}
+  if experience.value_BR is not None and experience.return_BR is not None:
+    fit["explained_variance"] = surrogate.explained_variance(
+      experience.value_BR, experience.return_BR, mask_BR
+    )
   entropy_B = -masked.masked_sum(experience.behaviour_logprob_BR, mask_BR, axis=1)
-  return {
+  return fit | {
     "entropy": jnp.mean(entropy_B),
     "tokens": jnp.sum(mask_BR).astype(jnp.float32),
     "prompt_length": jnp.sum(rollout.is_token_BL[:, : rollout.prompt_length]) / mask_BR.shape[0],
     "response_length": jnp.mean(jnp.sum(mask_BR, axis=1).astype(jnp.float32)),
     "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
-    "explained_variance": surrogate.explained_variance(
-      experience.value_BR, experience.return_BR, mask_BR
-    ),
     "decode_steps": rollout.num_steps.astype(jnp.float32),
     "slot_waste": 1 - jnp.sum(mask_BR) / rollout.slot_steps,  # share of the decoded tokens
     "score_waste": 1 - jnp.sum(rollout.is_token_BL) / num_cells,  # share of the scored cells

@@ -146,8 +146,11 @@ def _in_shared_rows(batch: Any, placement: shared_rows.Placement, pad_id: int):
 
 def _map_responses(function: Callable, batch: Any):
   """Applies `function` to each array of a minibatch whose name ends in _BR."""
-  names = [f.name for f in dataclasses.fields(batch) if f.name.endswith("_BR")]
-  return dataclasses.replace(batch, **{name: function(getattr(batch, name)) for name in names})
+  arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+  return dataclasses.replace(
+    batch,
+    **{name: function(x) for name, x in arrays.items() if name.endswith("_BR") and x is not None},
+  )
 
 
 def _widen(x_BR: Array, prompt_length: int) -> Array:

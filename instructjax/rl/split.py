@@ -116,7 +116,7 @@ def make_split_step(
     Readings,
     behaviour_logprob_BR=split,
     ref_logprob_BR=split,
-    value_BR=split,
+    value_BR=split if cfg.has_value_network else None,
     score_B=split,
     num_cells=whole,
     ensemble_B=split,

@@ -31,7 +31,7 @@ from instructjax.core.structs import (
   tree_of,
 )
 from instructjax.models import adapters, transformer
-from instructjax.ops import kl, surrogate
+from instructjax.ops import kl, masked, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
 from instructjax.rl.experience import Experience, Frozen, Nets, Scored
@@ -47,7 +47,7 @@ def make_rows(cfg: PPOConfig, pad_id: int) -> Rows:
 
 
 def create_state(
-  params: Params, value_params: Params, nets: Nets, cfg: PPOConfig, key: Array
+  params: Params, value_params: Params | None, nets: Nets, cfg: PPOConfig, key: Array
 ) -> PPOState:
   """The state before the first iteration.
 
@@ -58,12 +58,15 @@ def create_state(
     nets, cfg: static.
     key: typed key of the whole training; each iteration folds its number into it.
   """
+  value_opt_state = None
+  if nets.value_tx is not None and value_params is not None:
+    value_opt_state = nets.value_tx.init(value_params)
   return PPOState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=nets.policy_tx.init(params),
     value_params=value_params,
-    value_opt_state=nets.value_tx.init(value_params),
+    value_opt_state=value_opt_state,
     ema_params=jax.tree.map(jnp.copy, params) if cfg.ema_decay else None,
     kl_coef=jnp.float32(cfg.beta),
     key=key,
@@ -73,7 +76,12 @@ def create_state(
 def policy_loss(
   nets: Nets, cfg: PPOConfig, frozen: Frozen, params: Params, batch: Experience
 ) -> tuple[Array, dict[str, Array]]:
-  """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics)."""
+  """The policy's loss on one minibatch: the clipped surrogate (clip .2: C.4). Returns (loss, metrics).
+
+  With `advantage='grpo'`, beta times the KL to the reference is added, by the estimate k3, as in DeepSeekMath
+  (arXiv:2402.03300, eq. 3 and 4). Departs from paper: there it is a mean over the tokens of each answer and then over
+  answers; here it is one over all tokens, as is the surrogate.
+  """
   logprob_BR = scoring.response_logprob(
     nets.policy,
     frozen.policy(nets, params),
@@ -82,9 +90,14 @@ def policy_loss(
     prompt_length=batch.prompt_length,
     temperature=cfg.temperature,
   )
-  return surrogate.clipped_surrogate(
+  loss, metrics = surrogate.clipped_surrogate(
     logprob_BR, batch.behaviour_logprob_BR, batch.advantage_BR, batch.is_actor_BR, clip=cfg.clip
   )
+  if batch.ref_logprob_BR is None:
+    return loss, metrics
+  kl_BR = kl.estimate(logprob_BR, batch.ref_logprob_BR, "k3")
+  kl_loss = masked.masked_mean(kl_BR, batch.is_actor_BR)
+  return loss + cfg.beta * kl_loss, metrics | {"kl_loss": kl_loss}
 
 
 def value_loss(
@@ -98,6 +111,8 @@ def value_loss(
     batch.segment_BL,
     prompt_length=batch.prompt_length,
   )
+  if batch.value_BR is None or batch.return_BR is None:
+    raise ValueError("value_loss: these episodes have no values to learn from")
   return surrogate.clipped_value_loss(
     value_BR, batch.value_BR, batch.return_BR, batch.is_response_BR, clip=cfg.value_clip
   )
@@ -194,12 +209,15 @@ def _minibatch_update(
   batch: Experience,
   ptx: PackedBatch | None,
 ):
-  """One Adam step of the policy and one of the value network. Returns (state, metrics)."""
+  """One Adam step of the policy and one of the value network, if there is one. Returns (state, metrics)."""
   # 3b. Policy: the gradients of PPO and of pretraining are added up for one step (C.4; details item 34).
   grads, metrics = policy_gradient(nets, cfg, rows, frozen, state.params, batch, ptx)
   with jax.named_scope("update/policy"):
     learned = _adam(nets.policy_tx, grads, state.params, state.opt_state)
     params, opt_state = _once_warm(cfg, state, (state.params, state.opt_state), learned)
+  state = dataclasses.replace(state, params=params, opt_state=opt_state)
+  if nets.value_tx is None:
+    return state, metrics
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(
@@ -214,13 +232,7 @@ def _minibatch_update(
     value_params, value_opt_state = _adam(
       nets.value_tx, grads, state.value_params, state.value_opt_state
     )
-  state = dataclasses.replace(
-    state,
-    params=params,
-    opt_state=opt_state,
-    value_params=value_params,
-    value_opt_state=value_opt_state,
-  )
+  state = dataclasses.replace(state, value_params=value_params, value_opt_state=value_opt_state)
   return state, metrics
 
 
@@ -401,7 +413,7 @@ def frozen_shardings(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> F
   return tree_of(
     Frozen,
     ref_params=state_shardings.params,
-    reward_params=state_shardings.value_params,
+    reward_params=adapters.trained_shardings(mesh, nets.scalar)[0],
     ensemble_params=sharding.stacked(whole) if cfg.ensemble else None,
     base=base,
     scalar_base=scalar[0] if scalar else None,

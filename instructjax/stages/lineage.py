@@ -153,6 +153,10 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   absent = set(RL_STAGES) - set(rl_stages(config))
   if not collects(config):
     absent.add(stage_of_kind("collect").name)
+  if row.kind == "best_of_n":
+    speaker = stage_of(config, config.best_of_n.policy)
+    chosen_anew = None if given(config, speaker) else selector(speaker)
+    return tuple(dict.fromkeys((chosen_anew or speaker, "rm")))
   # The table allows three networks for it to start from; rm.start_from picks one. A given reward model has no start.
   if row.kind == "rm":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")

@@ -78,7 +78,7 @@ def make_nets(
 
 
 def _optimizers(config: Config, cfg: PPOConfig):
-  """Those of the policy and of the value network."""
+  """Those of the policy and of the value network; None where there is no value network."""
 
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
   def unclipped(optim: OptimConfig, iterations: int):
@@ -89,23 +89,27 @@ def _optimizers(config: Config, cfg: PPOConfig):
 
   # While only the value network learns, the policy's schedule stands still.
   policy_tx = unclipped(cfg.policy_optim, cfg.num_iterations - cfg.value_warmup)
-  return policy_tx, unclipped(cfg.value_optim, cfg.num_iterations)
+  value_tx = unclipped(cfg.value_optim, cfg.num_iterations) if cfg.has_value_network else None
+  return policy_tx, value_tx
 
 
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
   """The sharding of a PPOState: optimiser states and the average are sharded like the weights that they belong to."""
   replicated = sharding.replicated(mesh)
   policy_shardings, policy_shapes = adapters.trained_shardings(mesh, nets.policy)
-  value_shardings, value_shapes = adapters.trained_shardings(mesh, nets.scalar)
+  value_shardings = value_opt_state = None
+  if nets.value_tx is not None:
+    value_shardings, value_shapes = adapters.trained_shardings(mesh, nets.scalar)
+    value_opt_state = sharding.opt_state_shardings(
+      nets.value_tx, value_shapes, value_shardings, mesh
+    )
   return tree_of(
     PPOState,
     step=replicated,
     params=policy_shardings,
     opt_state=sharding.opt_state_shardings(nets.policy_tx, policy_shapes, policy_shardings, mesh),
     value_params=value_shardings,
-    value_opt_state=sharding.opt_state_shardings(
-      nets.value_tx, value_shapes, value_shardings, mesh
-    ),
+    value_opt_state=value_opt_state,
     ema_params=policy_shardings if cfg.ema_decay else None,
     kl_coef=replicated,
     key=replicated,
@@ -117,12 +121,12 @@ def initial_state(
   cfg: PPOConfig,
   nets: ppo_step.Nets,
   params: Params,
-  value_params: Params,
+  value_params: Params | None,
   key: jax.Array,
 ) -> tuple[PPOState, PPOState]:
   """Makes the PPOState before the first iteration; returns (state, its shardings).
 
-  The policy starts as `params`, and the value network as `value_params`: see `initial_value`.
+  The policy starts as `params`, and the value network, if there is one, as `value_params`: see `initial_value`.
   """
   shardings = state_shardings(mesh, nets, cfg)
 
@@ -136,11 +140,14 @@ def initial_state(
 
 def initial_value(
   mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params: Params, reward_params: Params
-) -> Params:
+) -> Params | None:
   """What the value network starts from: the reward model (details item 20), or the policy's trunk under a new head.
 
-  The new head is of zeros, as in N: its first values are 0, the reward model's mean over demonstrations (C.2).
+  The new head is of zeros, as in N: its first values are 0, the reward model's mean over demonstrations (C.2). None if
+  there is no value network.
   """
+  if not cfg.has_value_network:
+    return None
   if cfg.value_init == "reward_model":
     return reward_params
   shardings, shapes = adapters.trained_shardings(mesh, nets.scalar)
@@ -166,15 +173,16 @@ def freeze(
   if base:
     return ppo_step.Frozen(ref_params, reward_params, ensemble_params, base[0], *scalar_base)
 
-  def frozen(model, params, places):
+  def frozen(model, params):
     if model.execution.dtype == "float32":
       return params
+    places, _ = transformer.param_shardings(sharding.mesh_of(shardings), model)
     cast = functools.partial(transformer.frozen_weights, model)
     return jax.jit(cast, out_shardings=places)(params)
 
   return ppo_step.Frozen(
-    ref_params=frozen(nets.policy, ref_params, shardings.params),
-    reward_params=frozen(nets.scalar, reward_params, shardings.value_params),
+    ref_params=frozen(nets.policy, ref_params),
+    reward_params=frozen(nets.scalar, reward_params),
     ensemble_params=ensemble_params,
   )
 
@@ -190,6 +198,7 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
       seed=seed,
       vocab_size=ctx.tokenizer.vocab_size,
       places=ctx.own_rows(cfg.batch_size),
+      repeats=cfg.samples_per_prompt,
     )
   }
   if cfg.gamma > 0:
@@ -273,10 +282,11 @@ def model_flops(
   text = cfg.batch_size * cfg.ptx_rows * cfg.ptx_length if cfg.gamma > 0 else 0
   # Policy's shape: the rollout, the reference's log-probabilities and, if rescored, the policy's own. Scalar: values
   # and rewards, of one reward model or of an ensemble.
-  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + (2 + len(cfg.ensemble)) * scalar
+  networks = 1 + len(cfg.ensemble) + cfg.has_value_network
+  scored = (2 + (cfg.behaviour_logprob == "rescore")) * policy + networks * scalar
   updated = (
     flops.training(nets.policy, read, columns, sampled)
-    + flops.training(nets.scalar, read, columns)
+    + cfg.has_value_network * flops.training(nets.scalar, read, columns)
     + flops.training(nets.policy, text, cfg.ptx_length)
   )
   return scored + cfg.num_epochs * updated
@@ -306,13 +316,14 @@ def _functions(cfg: PPOConfig) -> tuple[reward_functions.Function, ...]:
 
 
 def check_settings(config: Config, stage: str):
-  """Checks the stage's settings.
+  """Checks the stage's settings, which its row of the table may have changed.
 
   Raises:
-    UserError: a warmup is as long as the stage, a reward function cannot be imported or called, a further reward model
-      is none or has another shape, or the policy's adapter has no place in the value network.
+    UserError: a rule is broken, a warmup is as long as the stage, a reward function cannot be imported or called, a
+      further reward model is none or has another shape, or the policy's adapter has no place in the value network.
   """
   cfg = lineage.variant(config, stage)
+  cfg.validate("config.ppo")
   if cfg.value_init == "policy" and lineage.is_adapted(config) and len(lineage.bases(config)) > 1:
     raise UserError(
       "config.ppo.value_init='policy' must come with one base for policy and reward model where adapters are trained:"

@@ -123,10 +123,11 @@ def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
       "gradients": size * _FLOAT / split,
     }
   frozen = (1 + len(config.ppo.ensemble)) * _FROZEN
-  held = size * (_TRAINED + _FROZEN) + reward * (_TRAINED + frozen)
+  value = reward * config.ppo.has_value_network
+  held = size * (_TRAINED + _FROZEN) + reward * frozen + value * _TRAINED
   return {
     f"weights and optimiser ({shape}), those of reward_model included": held / split,
-    "gradients": max(size, reward) * _FLOAT / split,
+    "gradients": max(size, value) * _FLOAT / split,
   }
 
 

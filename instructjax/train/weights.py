@@ -305,6 +305,8 @@ def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
       f"{path} measured a reward model that was given, and holds none: give the path of those weights"
     )
   made_with = done.fingerprint
+  if which == "value" and json.loads(made_with[f"config.{stage.block}"])["advantage"] != "gae":
+    raise UserError(f"{path} was trained without a value network (ppo.advantage is not 'gae')")
   # In its fingerprint a stage calls its own network `model`, whatever its role. The value network of an RL stage has
   # the reward model's architecture, since it starts as the reward model.
   block = "reward_model" if which == "value" else "model"

@@ -211,6 +211,35 @@ _RULES = [
     dict(ppo__batch_size=10, ppo__num_minibatches=4),
     "config.ppo.batch_size=10 must be divisible by num_minibatches=4",
   ),
+  (dict(ppo__samples_per_prompt=3), "config.ppo.samples_per_prompt=3 must divide batch_size=128"),
+  (
+    dict(ppo__advantage="rloo"),
+    "config.ppo.samples_per_prompt=1 must be at least 2 with advantage='rloo', which compares the answers to a prompt",
+  ),
+  (
+    dict(ppo__advantage="grpo", ppo__samples_per_prompt=4, ppo__discount=0.9),
+    "config.ppo.discount=0.9 must be 1 with advantage='grpo'",
+  ),
+  (
+    dict(ppo__advantage="rloo", ppo__samples_per_prompt=4, ppo__whiten_rewards=True),
+    "config.ppo.whiten_rewards=True must be False with advantage='rloo'",
+  ),
+  (
+    dict(ppo__advantage="rloo", ppo__samples_per_prompt=4, ppo__value_warmup=2),
+    "config.ppo.value_warmup=2 and value_init='reward_model' must be 0 and 'reward_model' with advantage='rloo', which"
+    " has no value network",
+  ),
+  (
+    dict(ppo__advantage="grpo", ppo__samples_per_prompt=4, ppo__kl_controller="adaptive"),
+    "config.ppo.kl_controller='adaptive' must be 'fixed' with advantage='grpo', whose loss holds the KL",
+  ),
+  (
+    dict(best_of_n__policy="few_shot"),
+    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, ppo_beta0",
+  ),
+  (dict(best_of_n__n=1), "config.best_of_n.n=1 must be from 2 to 4096"),
+  (dict(best_of_n__num_prompts=-1), "config.best_of_n.num_prompts=-1 must be >= 0; 0 is all"),
+  (dict(best_of_n__temperature=0), "config.best_of_n.temperature=0.0 must be at least 0.001"),
   (dict(pretrain__microbatches=0), "config.pretrain.microbatches=0 must be positive"),
   (dict(pretrain__microbatches=3), "config.pretrain.microbatches=3 must divide batch_size=16"),
   (dict(sft__microbatches=5), "config.sft.microbatches=5 must divide batch_size=16"),

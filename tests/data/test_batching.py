@@ -171,6 +171,22 @@ def test_the_fullest_batch_says_how_many_rows_are_needed():
   assert max(used) == num_rows > min(used)
 
 
+def test_a_prompt_that_several_answers_are_sampled_to_stands_in_consecutive_rows():
+  prompts = [[i] for i in range(6)]
+  kwargs = dict(length=1, batch_size=6, seed=4, vocab_size=VOCAB, repeats=3)
+  batches = batching.prompt_batches(prompts, **kwargs)
+  seen = [next(batches) for _ in range(3)]
+  assert batches.steps_per_epoch == 3
+  for batch in seen:
+    token_NK = batch.token_BP.reshape(2, 3)
+    assert (token_NK == token_NK[:, :1]).all()
+    assert batch.index_B.tolist() == [*range(6)]  # each answer draws noise of its own
+  assert sorted(np.concatenate([batch.token_BP[::3, 0] for batch in seen])) == [*range(6)]
+  mine = next(batching.prompt_batches(prompts, **kwargs, places=[2, 3, 5]))
+  np.testing.assert_array_equal(mine.token_BP, seen[0].token_BP[[2, 3, 5]])
+  assert mine.index_B.tolist() == [2, 3, 5]
+
+
 def test_groups_of_prompts_share_no_rows():
   """Prompts of three, one, one and one answers of 3, 2, 2 and 2 tokens, in rows of 5."""
   rankings = [ranking(0, [5, EOS], [6, EOS], [7, EOS])]

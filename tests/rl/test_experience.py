@@ -38,6 +38,8 @@ SCORE_CASES = {
   "exclude": dict(missing_eos="exclude"),
   "whitened rewards": dict(whiten_advantages=False, whiten_rewards=True),
   "rescore": dict(whiten_advantages=False, behaviour_logprob="rescore"),
+  "rloo": dict(whiten_advantages=False, advantage="rloo", samples_per_prompt=2),
+  "grpo": dict(whiten_advantages=False, advantage="grpo", samples_per_prompt=3),
   "list": dict(
     whiten_advantages=False,
     missing_eos="fixed",
@@ -102,6 +104,31 @@ def expected_advantage(reward_BR, value_BR, lam=0.95):
       following = reward_BR[row, step] + next_value - value_BR[row, step] + lam * following
       advantage_BR[row, step] = following
   return advantage_BR
+
+
+def test_rloo_compares_with_the_other_answers_the_kl_in_the_reward(scored):
+  """Rows 0 and 1 answer one prompt, 2 and 3 the next: each answer's baseline is the other one."""
+  results, behind = scored
+  experience = results["rloo"].experience
+  reward_B = behind["score"] - KL_COEF * results["rloo"].kl_B
+  expected_B = reward_B - reward_B.reshape(3, 2)[:, ::-1].reshape(-1)
+  np.testing.assert_allclose(experience.advantage_BR, expected_B[:, None] * MASK_BR, atol=1e-5)
+  assert experience.value_BR is experience.return_BR is experience.ref_logprob_BR is None
+  assert "explained_variance" not in results["rloo"].metrics
+  assert results["rloo"].metrics["objective"] == results["plain"].metrics["objective"]
+
+
+def test_grpo_normalises_scores_by_group_and_keeps_the_reference_for_the_loss(scored):
+  results, behind = scored
+  experience = results["grpo"].experience
+  score_NK = behind["score"].reshape(2, 3)
+  expected_B = (
+    (score_NK - score_NK.mean(1, keepdims=True)) / score_NK.std(1, keepdims=True)
+  ).ravel()
+  np.testing.assert_allclose(experience.advantage_BR, expected_B[:, None] * MASK_BR, atol=1e-4)
+  np.testing.assert_array_equal(experience.ref_logprob_BR, behind["ref"])
+  assert experience.value_BR is experience.return_BR is None
+  assert results["plain"].experience.ref_logprob_BR is None
 
 
 def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollout):

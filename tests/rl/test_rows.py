@@ -98,9 +98,14 @@ def gradients(quick_jit, nets, weights, ppo_config):
 
   def everything(params, value_params):
     losses = (
-      (functools.partial(ppo_step.policy_loss, nets, ppo_config), params, batch, "is_actor_BR"),
       (
-        functools.partial(ppo_step.value_loss, nets, ppo_config),
+        functools.partial(ppo_step.policy_loss, nets, ppo_config, weights[2]),
+        params,
+        batch,
+        "is_actor_BR",
+      ),
+      (
+        functools.partial(ppo_step.value_loss, nets, ppo_config, weights[2]),
         value_params,
         batch,
         "is_response_BR",

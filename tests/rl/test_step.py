@@ -13,7 +13,7 @@ import pytest
 
 from instructjax import models
 from instructjax.core.config import MeshConfig
-from instructjax.core.structs import PackedBatch
+from instructjax.core.structs import PackedBatch, PromptBatch
 from instructjax.models import adapters
 from instructjax.parallel import sharding
 from instructjax.rl import rows
@@ -168,7 +168,7 @@ def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, p
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   state, frozen, batch = kwargs["in_shardings"]
   assert state is shardings and batch == split
-  assert frozen.ref_params is shardings.params and frozen.reward_params is shardings.value_params
+  assert frozen.ref_params is shardings.params and frozen.reward_params == shardings.value_params
   state, metrics, samples = kwargs["out_shardings"]
   assert state is shardings and metrics == whole
   assert samples.score_B == samples.rollout.token_BL == split
@@ -431,6 +431,16 @@ def gradients(quick_jit, nets, weights, ppo_config):
     "gamma 0": (dataclasses.replace(step, gamma=0.0), text),
     "clipped": (dataclasses.replace(step, policy_optim=clipped), text),
   }
+  ref_BR = np.random.default_rng(5).uniform(-4, -2, episodes.MASK_BR.shape).astype(np.float32)
+  with_ref = dataclasses.replace(batch, ref_logprob_BR=ref_BR)
+
+  def kl_loss(params):
+    """beta times the mean of k3, spelled out: the tokens' ratio to the policy, less its logarithm, less 1."""
+    log_ratio_BR = (
+      ref_BR - plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
+    )
+    k3_BR = jnp.exp(log_ratio_BR) - log_ratio_BR - 1
+    return jnp.sum(jnp.where(batch.is_actor_BR, k3_BR, 0)) / batch.is_actor_BR.sum()
 
   def surrogate(params):
     logprob_BR = plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
@@ -449,6 +459,11 @@ def gradients(quick_jit, nets, weights, ppo_config):
       name: ppo_step.policy_gradient(nets, cfg, rows.padded(), ALL_TRAINED, params, batch, ptx)
       for name, (cfg, ptx) in cases.items()
     }
+    grpo = dataclasses.replace(ppo_config, advantage="grpo", beta=0.25)
+    taken["grpo"] = ppo_step.policy_gradient(
+      nets, grpo, rows.padded(), ALL_TRAINED, params, with_ref, None
+    )
+    taken["kl"] = jax.value_and_grad(kl_loss)(params)
     return taken, jax.grad(surrogate)(params), jax.value_and_grad(sum_nll)(params)
 
   taken, ppo_grads, (nll, lm_grads) = quick_jit(everything)(weights[0])
@@ -469,6 +484,36 @@ def test_details_34_gradient_is_that_of_equation_2(gradients):
   np.testing.assert_allclose(
     taken["mean"][1]["ptx_grad_norm"], GAMMA * size(lm_grads) / weight, rtol=1e-4
   )
+
+
+def test_grpos_loss_holds_the_kl_to_the_reference(gradients):
+  taken, ppo_grads, *_ = gradients
+  kl_loss, kl_grads = taken["kl"]
+  np.testing.assert_allclose(taken["grpo"][1]["kl_loss"], kl_loss, rtol=1e-5)
+  assert kl_loss > 0.1 and optax.tree.norm(kl_grads) > 0.1
+  expected = jax.tree.map(lambda g, kl: g + 0.25 * kl, ppo_grads, kl_grads)
+  assert_trees_close(taken["grpo"][0], expected)
+  loss = taken["ppo"][1]["policy_loss"] + 0.25 * kl_loss
+  np.testing.assert_allclose(taken["grpo"][1]["policy_loss"], loss, rtol=1e-5)
+
+
+def test_without_a_value_network_there_is_none_in_state_and_metrics(nets, weights, ppo_config):
+  """Traced only."""
+  params, _, frozen = weights
+  bare = dataclasses.replace(nets, value_tx=None)
+  cfg = dataclasses.replace(ppo_config, advantage="rloo", samples_per_prompt=2, batch_size=ROWS)
+  prompts = PromptBatch(
+    *(np.zeros((ROWS, PROMPT), kind) for kind in (np.int32, bool)), np.arange(ROWS)
+  )
+
+  def step(params, frozen, prompts):
+    state = ppo_step.create_state(params, None, bare, cfg, jax.random.key(0))
+    return ppo_step.train_step(bare, cfg, rows.padded(), state, frozen, {"prompts": prompts})
+
+  state, metrics, _ = jax.eval_shape(step, params, frozen, prompts)
+  assert state.value_params is state.value_opt_state is None
+  assert not [name for name in metrics if "value" in name or "variance" in name]
+  assert {"policy_loss", "kl", "reward"} <= metrics.keys()
 
 
 def test_sum_reduction_sums_over_tokens_and_averages_over_rows(gradients):

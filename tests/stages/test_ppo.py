@@ -96,7 +96,9 @@ def test_it_reads_training_prompts_and_training_text():
   (prompts,), kwargs = parts["prompts"]
   seed = "seed of ppo_ptx"
   assert prompts == "prompts"
-  assert kwargs == dict(length=36, batch_size=8, seed=seed, vocab_size=23, places=("own", 8))
+  assert kwargs == dict(
+    length=36, batch_size=8, seed=seed, vocab_size=23, places=("own", 8), repeats=1
+  )
   assert parts["pretrain"] == ("train", dict(length=11, batch_size=24, seed=seed))
   assert plain.keys() == {"prompts"}
 
