@@ -31,7 +31,7 @@ def get_config(stage: str):
   config.data.comparisons = "demo:"
   if stage == STAGE:
     config.evaluate.compare = ("ppo",)
-  config.log.tensorboard = True
+  config.log.trackers = ("tensorboard",)
   return config
 
 

@@ -56,6 +56,18 @@ _LLAMA3 = dict(
   original_max_position_embeddings=64,
   rope_theta=5e5,
 )
+_NEOX = dict(
+  vocab_size=256,
+  hidden_size=32,
+  intermediate_size=56,
+  num_hidden_layers=3,
+  num_attention_heads=4,
+  max_position_embeddings=512,
+  rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.25),
+)
+_GEMMA3 = _LLAMA | dict(
+  num_hidden_layers=7, head_dim=16, query_pre_attn_scalar=16, sliding_window=48
+)
 MODELS = {
   "gpt2, tied": ("gpt2", _GPT2),
   "gpt2, untied": ("gpt2", _GPT2 | dict(tie_word_embeddings=False)),
@@ -71,6 +83,36 @@ MODELS = {
   "mistral, tied, no window": ("mistral", _LLAMA | _TIED | dict(sliding_window=None)),
   "qwen2, tied": ("qwen2", _LLAMA | _TIED),
   "qwen2, untied, 5 layers": ("qwen2", _LLAMA | dict(num_hidden_layers=5)),
+  "qwen3, tied": ("qwen3", _LLAMA | _TIED | dict(head_dim=16)),
+  "qwen3, untied, 1 KV head": ("qwen3", _LLAMA | dict(head_dim=8, num_key_value_heads=1)),
+  "gpt_neox": ("gpt_neox", _NEOX),
+  "gpt_neox, in turn, tied, gelu_new": (
+    "gpt_neox",
+    _NEOX | _TIED | dict(use_parallel_residual=False, hidden_act="gelu_new"),
+  ),
+  "gpt_neox, whole heads turn, linear": (
+    "gpt_neox",
+    _NEOX | dict(rope_parameters=_LINEAR | dict(partial_rotary_factor=1.0)),
+  ),
+  "smollm3, tied": ("smollm3", _LLAMA | _TIED | dict(num_hidden_layers=5)),
+  "smollm3, irregular, biases": (
+    "smollm3",
+    _LLAMA | dict(no_rope_layers=[0, 1, 1], attention_bias=True, mlp_bias=True),
+  ),
+  "gemma3, 7 layers, window 48": ("gemma3_text", _GEMMA3),
+  "gemma3, window 5, linear, scalar": (
+    "gemma3_text",
+    _GEMMA3
+    | dict(
+      num_hidden_layers=3,
+      layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+      sliding_window=5,
+      query_pre_attn_scalar=24,
+      rope_parameters=dict(
+        full_attention=_LINEAR, sliding_attention=dict(rope_type="default", rope_theta=700.0)
+      ),
+    ),
+  ),
 }
 
 transformers.logging.set_verbosity_error()

@@ -3,15 +3,16 @@
   python -m benchmarks.ppo_iteration --workload=W3 --set=ppo.packed_rows=0 --set=ppo.packed_rows=1,rollout.slots=16
   benchmarks/peers/setup.sh trl && python -m benchmarks.ppo_iteration --workload=W2 --peer=trl
 
-Each --set is a variant of ours (fields of the config, separated by commas). The peer is TRL 1.12's PPO, the last that
-TRL had, or that of tunix 0.1.7. Variants and peer are processes that run in turn on two cores, so that a busy machine
-slows all of them alike; all are in memory at once. The four networks have random weights.
+Each --set is a variant of ours (fields of the config, separated by commas); adapter.rank=16 trains adapters, and all
+four networks then share one base. The peer is TRL 1.12's PPO, the last that TRL had, or that of tunix 0.1.7. Variants
+and peer are processes that run in turn on two cores, so that a busy machine slows all of them alike; all are in memory
+at once. The four networks have random weights.
 
-Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory, tokens sampled and decoded, the
-load by other processes during each run, and the bound. The bound is the time for every matrix product that the
-algorithm needs, each once and for real tokens only, at the rate of a 2048 x 2048 product, plus the time for the bytes
-that Adam must read and write, at the rate of a large matrix-vector product. Both rates are measured first. With a peer,
-a last line has our medians over the peer's.
+Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory (iteration_rss_gb: without
+compiling, which a warm cache saves), tokens sampled and decoded, the load by other processes during each run, and the
+bound. The bound is the time for every matrix product that the algorithm needs, each once and for real tokens only, at
+the rate of a 2048 x 2048 product, plus the time for the bytes that Adam must read and write, at the rate of a large
+matrix-vector product. Both rates are measured first. With a peer, a last line has our medians over the peer's.
 
   W1: GPT-2 small's shape, 16 prompts of 32 tokens, 32 sampled, 1 epoch of 2 minibatches
   W2: 4 layers of width 256, vocabulary 512, 64 prompts of 16 tokens, 32 sampled, 4 epochs of 4 minibatches
@@ -35,10 +36,11 @@ from configs import base
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch
-from instructjax.models import model_on, transformer
+from instructjax.models import adapters, model_on
 from instructjax.parallel import memory, sharding
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
+from instructjax.stages.context import bare
 from instructjax.train import supervised
 
 PEERS = pathlib.Path(__file__).parent / "peers"
@@ -93,12 +95,15 @@ def make_config(load: Workload, changes: dict):
   return from_config_dict(config)
 
 
-def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dict[str, float]:
+def bound_flops(
+  load: Workload, prompt_tokens: int, response_tokens: int, is_adapted: bool = False
+) -> dict[str, float]:
   """FLOPs of the matrix products that an iteration needs, each counted once; those of attention are left out.
 
   Args:
     load: the workload.
     prompt_tokens, response_tokens: real tokens of all episodes.
+    is_adapted: whether the weights are frozen, so that they have no gradients; adapters' own products are left out.
   Returns:
     FLOPs by part of the iteration.
   """
@@ -108,10 +113,11 @@ def bound_flops(load: Workload, prompt_tokens: int, response_tokens: int) -> dic
   layer = d * (2 * heads * model["head_dim"] + mlp)
   body = 2 * model["num_layers"] * layer * (prompt_tokens + response_tokens)
   head = 2 * d * load.vocab_size * response_tokens
+  passes = 2 if is_adapted else 3  # forward, gradient of the inputs, gradient of the weights
   return {
     "rollout": body + head,
     "scoring": 3 * body + head,  # reference, reward, value; the policy's come with the rollout
-    "update": 3 * load.epochs * (2 * body + head),  # forward and twice that backward, two networks
+    "update": passes * load.epochs * (2 * body + head),  # two networks
   }
 
 
@@ -120,15 +126,16 @@ def parameter_counts(load: Workload, config) -> dict[str, int]:
   networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
   counts = {}
   for name, (cfg, head) in networks.items():
-    model = model_on(None, cfg.network, config.execution, load.vocab_size, head)
-    shapes = transformer.param_shapes(model)
+    adapter = config.adapter if config.adapter.rank else None
+    model = model_on(None, cfg.network, config.execution, load.vocab_size, head, adapter)
+    shapes = adapters.trained_shapes(model)
     counts[name] = sum(x.size for x in jax.tree.leaves(shapes))
   return counts
 
 
-def update_bytes(load: Workload) -> int:
-  """The bytes that Adam moves in all updates of an iteration."""
-  parameters = sum(parameter_counts(load, make_config(load, {})).values())
+def update_bytes(load: Workload, changes: dict) -> int:
+  """The bytes that Adam moves in all updates of an iteration, with `changes` to the config."""
+  parameters = sum(parameter_counts(load, make_config(load, changes)).values())
   return load.epochs * load.minibatches * machine.UPDATE_BYTES * parameters
 
 
@@ -152,6 +159,9 @@ def prepare(load: Workload, changes: dict):
     supervised.init_params(mesh, nets.policy, keys[0]),
     supervised.init_params(mesh, nets.scalar, keys[1]),
   )
+  if nets.policy.adapter:
+    base = supervised.init_params(mesh, bare(nets.policy), keys[2])
+    frozen = dataclasses.replace(frozen, base=base)
   state, shardings = ppo.initial_state(
     mesh, cfg, nets, frozen.ref_params, frozen.reward_params, keys[2]
   )
@@ -186,9 +196,13 @@ def serve(load: Workload, changes: dict):
     return {
       "response_tokens": round(response),
       "decoded_tokens": round(response / (1 - float(metrics["slot_waste"]))),
+      "peak_rss_gb": max(compiling, worker.peak_rss_gb()),
+      "iteration_rss_gb": worker.peak_rss_gb(),
     }
 
   metrics, _ = once()
+  compiling = worker.peak_rss_gb()
+  worker.forget_peak()
   first = {name: float(metrics[name]) for name in ("policy_loss", "value_loss", "kl")}
   config = make_config(load, changes)
   counts = parameter_counts(load, config)
@@ -238,6 +252,12 @@ def ratios(found: dict[str, dict], peer: str) -> dict[str, dict]:
   }
 
 
+def changes_of(variant: str) -> dict:
+  """Dotted config field -> value, of FIELD=VALUE,..."""
+  pairs = (pair.split("=") for pair in variant.split(","))
+  return {name: json.loads(value) for name, value in pairs}
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--workload", choices=WORKLOADS, required=True)
@@ -248,8 +268,7 @@ def main():
   args = parser.parse_args()
   load = WORKLOADS[args.workload]
   if args.worker:
-    pairs = (pair.split("=") for pair in args.worker.split(","))
-    serve(load, {name: json.loads(value) for name, value in pairs})
+    serve(load, changes_of(args.worker))
     return
   if sys.platform == "linux":  # the workers inherit these cores
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
@@ -264,9 +283,12 @@ def main():
   except UserError as error:
     sys.exit(f"error: {error}")
   for name, result in found.items():
-    flops = bound_flops(load, load.batch * load.prompt, result["response_tokens"])
+    changes = {} if name == args.peer else changes_of(name)
+    is_adapted = make_config(load, changes).adapter.rank > 0
+    tokens = load.batch * load.prompt, result["response_tokens"]
+    flops = bound_flops(load, *tokens, is_adapted)
     products = sum(flops.values()) / flops_rate
-    bound = products + update_bytes(load) / byte_rate
+    bound = products + update_bytes(load, changes) / byte_rate
     line = {
       "workload": args.workload,
       "variant": name,

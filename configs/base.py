@@ -45,6 +45,8 @@ def _decoder(**changes) -> ConfigDict:
       max_length=2048,  # App. C: 2k tokens
       position="learned",
       rope_base=10_000.0,
+      rope_local_base=0.0,
+      rotary_dim=0,
       rope_scaling=dict(
         kind="none",
         factor=8.0,  # Llama 3.1; used only if kind is not none
@@ -54,10 +56,16 @@ def _decoder(**changes) -> ConfigDict:
       ),
       norm="layernorm",
       norm_eps=1e-5,
+      sandwich_norm=False,
+      qk_norm=False,
       mlp="gelu",
+      parallel_residual=False,
       use_bias=True,
       qkv_bias=False,
       attention_window=256,  # open: GPT-3 prints no band width
+      layer_pattern="GL",  # GPT-3: dense and locally banded layers by turns
+      query_pre_attn_scalar=0,
+      scale_embeddings=False,
       tie_embeddings=True,
       init_std=0.02,
       weights="",
@@ -81,6 +89,14 @@ def base(stage: str) -> ConfigDict:
         num_heads=32,
         num_kv_heads=32,
         d_mlp=16384,  # GPT-3 6.7B
+      ),
+      adapter=dict(
+        rank=0,
+        alpha=32.0,  # open; with rank 16 the factor of 2 that is usual
+        targets=("q", "k", "v", "out", "gate", "up", "down"),  # open: all matrices of the layers
+        rate_factor=10.0,  # open: adapters need about 10 times the rate of all weights (Schulman et al. 2025)
+        dropout=0.0,  # open
+        base="float",
       ),
       execution=dict(
         dtype="bfloat16",  # Departs from paper: App. C has fp16; the float32 master weights are as there
@@ -108,7 +124,14 @@ def base(stage: str) -> ConfigDict:
         tensor=1,
       ),
       checkpoint=dict(every_steps=100, keep=2),
-      log=dict(every_steps=10, samples=4, tensorboard=True),
+      log=dict(
+        every_steps=10,
+        samples=4,
+        trackers=("tensorboard",),
+        project="",
+        run_name="",
+        offline=False,
+      ),
       profile=dict(steps=""),
       guard=dict(
         memory="refuse",
@@ -120,6 +143,7 @@ def base(stage: str) -> ConfigDict:
       pretrain=dict(
         num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
         batch_size=512,  # GPT-3 XL: 1M tokens
+        microbatches=1,
         length=2048,  # GPT-3
         evaluate_every=100,
         optim=adam(
@@ -131,6 +155,7 @@ def base(stage: str) -> ConfigDict:
       reward_pretrain=dict(
         num_steps=1000,  # Departs from paper: GPT-3 has 300B tokens, as gpt3_* do
         batch_size=512,  # Departs from paper: GPT-3 6.7B has 2M tokens, 1024 rows; gpt3_* use them
+        microbatches=1,
         length=2048,  # GPT-3
         evaluate_every=100,
         optim=adam(
@@ -142,17 +167,21 @@ def base(stage: str) -> ConfigDict:
       sft=dict(
         num_epochs=16,  # C.1
         batch_size=32,  # C.1; Departs from paper: counts packed rows, where the paper counts demonstrations
+        microbatches=1,
         length=2048,
         dropout=0.2,  # C.1
         pretrain_mix=0.0,
+        weights="",
         optim=adam(9.65e-6),  # C.1
       ),
       ppo_init=dict(
         num_epochs=2,  # C.3
         batch_size=32,  # C.3; Departs from paper: counts packed rows, where the paper counts demonstrations
+        microbatches=1,
         length=2048,
         dropout=0.0,  # open
         pretrain_mix=0.1,  # C.3; Departs from paper: a share of the packed rows, not of the loss
+        weights="",
         optim=adam(5e-6),  # C.3, 1.3B
       ),
       collect=dict(
@@ -164,8 +193,10 @@ def base(stage: str) -> ConfigDict:
       ),
       rm=dict(
         start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"
+        weights="",
         num_epochs=1,  # C.2: more epochs overfit
         batch_size=64,  # C.2
+        microbatches=1,
         max_responses=9,  # sec 3.5: K in 4..9
         row_length=0,
         ties="drop",  # C.2; open: whether a dropped tie counts in eq. 1's C(K,2), as it does here
@@ -177,9 +208,17 @@ def base(stage: str) -> ConfigDict:
         num_iterations=500,  # 256k episodes / 512
         batch_size=512,  # C.4
         num_minibatches=8,  # C.4: minibatch 64
+        microbatches=1,
+        score_microbatches=1,
         num_epochs=1,  # C.4: a single inner epoch
         packed_rows=0,  # open: a minibatch of 64 padded episodes has just enough rows for 64 devices
         temperature=1.0,  # C.4
+        rewards=("rm",),  # eq. 2
+        ensemble=(),
+        ensemble_penalty=0.1,  # open
+        constant_iterations=20,
+        samples_per_prompt=1,  # C.4 has 256k episodes for 31k prompts; open: whether a batch repeats one
+        advantage="gae",  # C.4
         behaviour_logprob="rescore",  # open: log-probabilities of decoding and scoring differ in bfloat16
         beta=0.02,  # C.4
         kl_controller="fixed",
@@ -187,7 +226,7 @@ def base(stage: str) -> ConfigDict:
         kl_horizon=10_000,  # lm-human-preferences
         gamma=27.8,  # C.4
         ptx_rows=8,  # C.4: 8x more pretraining examples than episodes
-        ptx_chunks=2,  # open: 4 rows per chunk and device, for a minibatch of 64 episodes on fsdp=64
+        ptx_microbatches=2,  # open: 4 rows per microbatch and device, for a minibatch of 64 episodes on fsdp=64
         ptx_length=2048,  # open
         ptx_reduction="mean",  # open: the paper does not say
         discount=1.0,  # C.4
@@ -200,6 +239,8 @@ def base(stage: str) -> ConfigDict:
         missing_eos_score=-1.0,
         ema_decay=0.992,  # C.4; open: whether it applies per iteration
         max_kl=0.0,  # open
+        value_init="reward_model",  # C.4
+        value_warmup=0,  # C.4 mentions none
         policy_optim=adam(
           8.05e-6,  # open: the paper does not print its final rates; E.9 sweeps 2.55e-6 to 2.55e-5
           schedule="constant",  # C.4
@@ -209,6 +250,12 @@ def base(stage: str) -> ConfigDict:
         value_optim=adam(9e-6, schedule="constant"),  # C.4
       ),
       rollout=dict(slots=0),  # open
+      best_of_n=dict(
+        policy="sft",  # open; the paper does not sample by rejection
+        n=64,  # open; WebGPT's largest (arXiv:2112.09332)
+        num_prompts=0,  # open
+        temperature=1.0,  # open
+      ),
       evaluate=dict(
         num_prompts=512,  # Departs from paper: its test set has 3196 prompts
         samples_per_prompt=1,

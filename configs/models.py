@@ -3,6 +3,8 @@
   tiny          the default: a simulated task on real text, for a laptop (tiny.py)
   gpt2, smollm2_135m, llama3_8b
                 shapes of released models, for weights that you have (released.py)
+  weights       the shape of the file that --config.model.weights names, with the paper's settings for that size
+                (weights.py)
   gpt3_125m, gpt3_350m, gpt3_760m, gpt3_1p3b, gpt3_2p7b, gpt3_6p7b, gpt3_13b, gpt3_175b
                 the paper's models and settings (gpt3.py)
 
@@ -11,7 +13,7 @@ are trained from scratch like all others. Every preset except `tiny` needs your 
 `--config.data.documents=jsonl:PATH` and so on.
 """
 
-from configs import base, gpt3, released, tiny
+from configs import base, gpt3, released, tiny, weights
 
 PRESETS = {"tiny": tiny.change, **released.PRESETS, **gpt3.PRESETS}
 
@@ -23,9 +25,10 @@ def get(stage: str, preset: str | None):
     ValueError: there is no such preset. The --config flag shows the message to the user.
   """
   name = preset or "tiny"
-  if name not in PRESETS:
-    raise ValueError(f"preset {name!r} must be one of {', '.join(PRESETS)}")
+  if name not in PRESETS and name != weights.NAME:
+    raise ValueError(f"preset {name!r} must be one of {', '.join([*PRESETS, weights.NAME])}")
   config = base.base(stage)
   config.preset = name
-  PRESETS[name](config)
+  if name != weights.NAME:  # which is filled in when the flags are known
+    PRESETS[name](config)
   return config

@@ -8,10 +8,10 @@ Cost at `tiny`: the README has the times.
 
   python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo
 
-To start from weights that you have, on your own data (models.py lists the presets). The reward model starts from the
-same weights unless `reward_model.weights` names others.
+To start from weights that you have, on your own data. Preset `weights` takes the shape from the file (models.py lists
+the others). The reward model starts from the same weights unless `reward_model.weights` names others.
 
-  python -m instructjax.main --config=configs/ppo_ptx.py:smollm2_135m --workdir=runs/smollm2 \
+  python -m instructjax.main --config=configs/ppo_ptx.py:weights --workdir=runs/mine \
     --config.model.weights=PATH --config.data.documents=jsonl:documents.jsonl.gz \
     --config.data.demonstrations=jsonl:demonstrations.jsonl \
     --config.data.comparisons=jsonl:rankings.jsonl --config.data.prompts=jsonl:prompts.jsonl

@@ -39,7 +39,7 @@ def _gpt2(config):
     behaviour_logprob="rollout",
     beta=0.05,  # open; Stiennon et al. 2020
     ptx_length=512,  # open
-    ptx_chunks=8,  # 16 rows at a time
+    ptx_microbatches=8,  # 16 rows at a time
     policy_optim=base.adam(1e-5, schedule="constant", warmup_steps=40, warmup_start=0.1),
     value_optim=base.adam(1e-5, schedule="constant"),
   )
@@ -85,7 +85,7 @@ def _smollm2_135m(config):
     beta=0.05,
     gamma=0.3,
     ptx_rows=1,
-    ptx_chunks=1,
+    ptx_microbatches=1,
     ptx_length=128,
     missing_eos="fixed",
     ema_decay=0.8,  # averages over a few iterations, because the run has only 20

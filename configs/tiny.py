@@ -77,7 +77,7 @@ def change(config):
     beta=0.2,
     gamma=0.3,
     ptx_rows=2,
-    ptx_chunks=2,
+    ptx_microbatches=2,
     ptx_length=64,
     missing_eos="fixed",
     missing_eos_score=-1.0,

@@ -8,7 +8,7 @@ import pathlib
 from absl import flags, logging
 
 from instructjax.commands import cli, config_flag, settings
-from instructjax.core import places
+from instructjax.core import places, terminal
 from instructjax.core.config import Config, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import agreement, distributed, supervisor
@@ -88,6 +88,9 @@ def main(arguments: list[str]):
     facts = agreement.settings(config) | agreement.environment() | agreement.libraries()
     agreement.require_same(team, "settings and code", facts | agreement.code())
     agreement.require_one_workdir(team, workdir)
+  if jax.process_index() == 0:
+    for line in config_flag.explain(_CONFIG.value):
+      terminal.say(line)
   with finished.workdir_lock(workdir):
     pipeline.run(config, workdir)
 

@@ -238,6 +238,8 @@ def main(arguments: list[str]):
     values.mesh.update(dataclasses.asdict(mesh))
   config = from_config_dict(values)
   stage = _STAGE.value or config.stage
+  if not _JSON.value:
+    print(*(f"{line}\n" for line in config_flag.explain(values)), sep="", end="")
   if _SEARCH.value:
     _search(config, stage)
     return

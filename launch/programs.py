@@ -16,15 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
+from instructjax.core import rewards
 from instructjax.core.config import Config, PretrainConfig, SFTConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES, Stage
 from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
-from instructjax.models import decoding, flops, resolve_execution, transformer
+from instructjax.models import adapters, decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
 from instructjax.stages import lineage, ppo, rm
-from instructjax.stages.context import make_model, require_fit
+from instructjax.stages.context import bare, make_model, require_fit, require_microbatches
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 
@@ -67,6 +68,7 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   # Resolved for a TPU, even if the mesh consists of the CPU devices of a test.
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
+  require_microbatches(config, mesh, stage)
   row = STAGES[stage]
   match row.kind:
     case "base":
@@ -152,10 +154,20 @@ def _key_shape():
 def _train_state(mesh: Mesh, model, tx):
   """The shapes of a supervised stage's state, and its shardings."""
   shardings = supervised.state_shardings(mesh, model, tx)
-  params = transformer.param_shapes(model)
+  params = adapters.trained_shapes(model)
   step = jax.ShapeDtypeStruct((), jnp.int32)
   shapes = TrainState(step, params, jax.eval_shape(tx.init, params), _key_shape())
   return _placed(shapes, shardings), shardings
+
+
+def _base(mesh: Mesh, model) -> tuple:
+  """The shapes of an adapted model's base, as one more argument of its step; () without an adapter."""
+  shardings = adapters.base_shardings(mesh, model)
+  if not shardings:
+    return ()
+  freeze = functools.partial(adapters.freeze, model)
+  shapes = jax.eval_shape(freeze, transformer.param_shapes(model))
+  return (_placed(adapters.base_of(model, shapes), shardings[0]),)
 
 
 def _num_steps(optim) -> int:
@@ -163,9 +175,10 @@ def _num_steps(optim) -> int:
   return optim.warmup_steps + 1000
 
 
-def _supervised_owners(state: TrainState, batch) -> dict:
+def _supervised_owners(state: TrainState, batch, base: tuple) -> dict:
   return {
-    "policy master": state.params,
+    **({"base": base} if base else {}),
+    "adapter" if base else "policy master": state.params,
     "optimiser": state.opt_state,
     "batch": (batch, state.step, state.key),
   }
@@ -176,22 +189,27 @@ def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: f
   cfg: PretrainConfig | SFTConfig = getattr(config, stage.block)
   _require_fit(config, mesh, [stage.role], f"{stage.block}.batch_size")
   model = make_model(config, mesh, stage.role, config.tokenizer.vocab_size)
+  model = bare(model) if stage.is_base else model
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(mesh, model, tx)
+  base = _base(mesh, model)
   batch = _packed(mesh, cfg.batch_size, cfg.length)
   tokens = cfg.batch_size * cfg.length
   return Program(
     step=supervised.make_lm_train_step(
-      model, tx, dropout_rate=dropout_rate, state_shardings=shardings
+      model,
+      tx,
+      dropout_rate=dropout_rate,
+      state_shardings=shardings,
+      microbatches=cfg.microbatches,
     ),
-    arguments=(state, batch),
-    owners=_supervised_owners(state, batch),
+    arguments=(state, *base, batch),
+    owners=_supervised_owners(state, batch, base),
     inside={},
     rows=cfg.batch_size,
     tokens=tokens,
     token_kind="tokens",
-    model_flops=3
-    * flops.forward(model, tokens, cfg.length),  # the backward pass takes twice the forward pass
+    model_flops=flops.training(model, tokens, cfg.length),
   )
 
 
@@ -207,6 +225,7 @@ def _rm(config: Config, mesh: Mesh) -> Program:
   model = make_model(config, mesh, "reward", config.tokenizer.vocab_size)
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(mesh, model, tx)
+  base = _base(mesh, model)
   answers, length = cfg.max_responses, data.max_prompt_length + data.max_response_length
   rows = _batch(
     mesh,
@@ -228,19 +247,21 @@ def _rm(config: Config, mesh: Mesh) -> Program:
   tokens = cfg.batch_size * answers * length
   return Program(
     step=rm.make_train_step(model, tx, cfg, shardings),
-    arguments=(state, batch),
-    owners=_supervised_owners(state, batch),
+    arguments=(state, *base, batch),
+    owners=_supervised_owners(state, batch, base),
     inside={},
     rows=cfg.batch_size,
     tokens=tokens,
     token_kind="tokens",
-    model_flops=3 * flops.forward(model, tokens, length),
+    model_flops=flops.training(model, tokens, length),
   )
 
 
 def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   """The step of an RL stage, which is a whole iteration: rollout, scoring and updates."""
   cfg, data = lineage.variant(config, stage), config.data
+  # Rewards of the host take no memory of the devices, and split the program in parts that need no more than the whole.
+  cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
   _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:
     raise UserError(
@@ -250,17 +271,24 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   vocab_size = config.tokenizer.vocab_size
   nets = ppo.make_nets(config, mesh, cfg, vocab_size, stop_ids=(vocab_size - 1,))
   shardings = ppo.state_shardings(mesh, nets, cfg)
-  policy, scalar = transformer.param_shapes(nets.policy), transformer.param_shapes(nets.scalar)
+  policy, scalar = (adapters.trained_shapes(model) for model in (nets.policy, nets.scalar))
   create = lambda params, value_params, key: ppo_step.create_state(
     params, value_params, nets, cfg, key
   )
-  state: PPOState = _placed(jax.eval_shape(create, policy, scalar, _key_shape()), shardings)
-  freeze = lambda model, shapes: jax.eval_shape(
-    functools.partial(transformer.frozen_weights, model), shapes
+  value = scalar if cfg.has_value_network else None
+  state: PPOState = _placed(jax.eval_shape(create, policy, value, _key_shape()), shardings)
+  # Adapters are small and stay float32.
+  freeze = lambda model, shapes: (
+    shapes
+    if model.adapter
+    else jax.eval_shape(functools.partial(transformer.frozen_weights, model), shapes)
   )
   frozen = ppo_step.Frozen(
     _placed(freeze(nets.policy, policy), shardings.params),
-    _placed(freeze(nets.scalar, scalar), shardings.value_params),
+    _placed(freeze(nets.scalar, scalar), adapters.trained_shardings(mesh, nets.scalar)[0]),
+    _ensemble(cfg.ensemble, mesh, nets.scalar),
+    *_base(mesh, nets.policy),
+    *(() if nets.shares_base else _base(mesh, nets.scalar)),
   )
   prompt = data.max_prompt_length
   columns = {
@@ -276,21 +304,25 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   _require_rows(mesh, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
-    chunk = minibatch * cfg.ptx_rows // cfg.ptx_chunks
-    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_chunks = {chunk}"
-    _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_chunks")
+    chunk = minibatch * cfg.ptx_rows // cfg.ptx_microbatches
+    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_microbatches = {chunk}"
+    _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_microbatches")
     batch["pretrain"] = _packed(mesh, rows, cfg.ptx_length)
   return Program(
     step=ppo_step.make_train_step(nets, cfg, shardings),
     arguments=(state, frozen, batch),
     owners={
+      **({"base": (frozen.base, frozen.scalar_base)} if frozen.base else {}),
       "policy master": state.params,
       "policy optimiser": state.opt_state,
       "policy EMA": state.ema_params,
       "reference": frozen.ref_params,
-      "reward": frozen.reward_params,
-      "value": state.value_params,
-      "value optimiser": state.value_opt_state,
+      "reward": (frozen.reward_params, frozen.ensemble_params),
+      **(
+        {"value": state.value_params, "value optimiser": state.value_opt_state}
+        if cfg.has_value_network
+        else {}
+      ),
       "batch": (batch, state.step, state.kl_coef, state.key),
     },
     inside=_decoding(mesh, nets, cfg.batch_size, prompt + data.max_response_length),
@@ -302,14 +334,31 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   )
 
 
+def _ensemble(members: tuple[str, ...], mesh: Mesh, model):
+  """The shapes of further reward models, whole and stacked; None if there are none."""
+  if not members:
+    return None
+  stack = lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype)
+  places, shapes = transformer.param_shardings(mesh, model)
+  shapes = jax.eval_shape(functools.partial(transformer.frozen_weights, model), shapes)
+  return _placed(jax.tree.map(stack, shapes), sharding.stacked(places))
+
+
 def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:
   """The large arrays of the rollout, with the shardings of the step: the policy's copy and the KV cache."""
-  model, shapes = nets.policy, transformer.param_shapes(nets.policy)
-  copy = jax.eval_shape(lambda weights: decoding.decode_weights(model, weights), shapes)
+  model = nets.policy
+  trained, base = adapters.trained_shapes(model), transformer.param_shapes(model)
+  freeze = functools.partial(adapters.freeze, model) if model.adapter else lambda base: base
+  read = lambda base, trained: decoding.decode_weights(
+    model, adapters.join(model, freeze(base), trained)
+  )
+  copy = jax.eval_shape(read, base, trained)
   gathered = constraints.DECODE_GATHERED[model.execution.decode_layout]
   placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
   copy_shardings = jax.tree.map(
-    placed, transformer.param_axes(model), is_leaf=lambda node: isinstance(node, tuple)
+    placed,
+    adapters.base_axes(copy, transformer.param_axes(model)),
+    is_leaf=lambda node: isinstance(node, tuple),
   )
   cache = jax.eval_shape(lambda: decoding.init_cache(model, num_rows, length))
   heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))

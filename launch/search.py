@@ -33,13 +33,13 @@ class Choice:
   Attributes:
     mesh: (axis, size) pairs in the order of the mesh.
     remat: value of `execution.remat`.
-    ptx_chunks: value of `ppo.ptx_chunks`; None if the stage has no pretraining rows.
+    ptx_microbatches: value of `ppo.ptx_microbatches`; None if the stage has no pretraining rows.
     seconds, bytes, least_bytes: estimates, see `sketch.Sketch`.
   """
 
   mesh: tuple[tuple[str, int], ...]
   remat: str
-  ptx_chunks: int | None
+  ptx_microbatches: int | None
   seconds: float
   bytes: float
   least_bytes: float
@@ -49,8 +49,8 @@ class Choice:
     flags = [f"--config.mesh.{axis}={size}" for axis, size in self.mesh]
     if config.execution.remat != self.remat:
       flags.append(f"--config.execution.remat={self.remat}")
-    if self.ptx_chunks not in (None, config.ppo.ptx_chunks):
-      flags.append(f"--config.ppo.ptx_chunks={self.ptx_chunks}")
+    if self.ptx_microbatches not in (None, config.ppo.ptx_microbatches):
+      flags.append(f"--config.ppo.ptx_microbatches={self.ptx_microbatches}")
     return flags
 
 
@@ -143,8 +143,8 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
     spelling = estimate.spell_mesh(mesh.shape)
     shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     try:
-      # remat and ptx_chunks do not change a program's arguments, so one program per mesh is enough for all options. A
-      # single chunk always has a number of rows that can be divided if any number of chunks does.
+      # remat and ptx_microbatches do not change a program's arguments, so one program per mesh is enough for all of
+      # them. A single chunk always has a number of rows that can be divided if any number of chunks does.
       program = programs.make(_with(config, "full", 1), mesh, stage)
     except UserError as error:
       reasons[str(error)].append(spelling)
@@ -189,7 +189,7 @@ def meshes(configured: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
 
 
 def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int | None]]:
-  """Yields every (remat, ptx_chunks) for which the rows of a chunk can be divided over the shards."""
+  """Yields every (remat, ptx_microbatches) for which the rows of a chunk can be divided over the shards."""
   counts = [None]
   cfg = lineage.variant(config, stage)
   if STAGES[stage].is_rl and cfg.gamma > 0:
@@ -200,10 +200,12 @@ def _options(config: Config, stage: str, shards: int) -> Iterator[tuple[str, int
       yield remat, chunks
 
 
-def _with(config: Config, remat: str, ptx_chunks: int | None) -> Config:
-  """The config with these values of remat and ptx_chunks, and its mesh unchanged."""
+def _with(config: Config, remat: str, ptx_microbatches: int | None) -> Config:
+  """The config with these values of remat and ptx_microbatches, and its mesh unchanged."""
   execution = dataclasses.replace(config.execution, remat=remat)
-  ppo = dataclasses.replace(config.ppo, ptx_chunks=ptx_chunks or config.ppo.ptx_chunks)
+  ppo = dataclasses.replace(
+    config.ppo, ptx_microbatches=ptx_microbatches or config.ppo.ptx_microbatches
+  )
   return dataclasses.replace(config, ppo=ppo, execution=execution)
 
 
@@ -262,7 +264,7 @@ def _row(config: Config, choice: Choice, report: dict) -> dict:
   row = {
     "mesh": estimate.spell_mesh(dict(choice.mesh)),
     "remat": choice.remat,
-    "ptx_chunks": choice.ptx_chunks,
+    "ptx_microbatches": choice.ptx_microbatches,
     "flags": choice.flags(config),
     "other_batches": _other_batches(config, choice),
     "sketch": {"seconds": choice.seconds, "bytes": choice.bytes},
@@ -343,7 +345,7 @@ def text(report: dict) -> str:
 
 
 def _line(row: dict) -> str:
-  chunks = row["ptx_chunks"] or ""
+  chunks = row["ptx_microbatches"] or ""
   start = f"{row['mesh']:32}{row['remat']:>10}{chunks:>7}"
   if "failure" in row:
     return f"{start}  failed: {row['failure']}"

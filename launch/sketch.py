@@ -17,7 +17,7 @@ from instructjax.core.stages import STAGES
 from instructjax.models import transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage
-from instructjax.stages.context import make_model
+from instructjax.stages.context import bare, make_model
 from launch import programs
 from launch.topology import Chip
 
@@ -65,7 +65,7 @@ def sketch(
   """Estimates a stage's step.
 
   Args:
-    config: the run's config with the `remat` and `ppo.ptx_chunks` to estimate. Its mesh is not read.
+    config: the run's config with the `remat` and `ppo.ptx_microbatches` to estimate. Its mesh is not read.
     stage: name of the stage.
     program: the stage's program on this mesh.
     mesh: axis -> number of devices along it.
@@ -92,30 +92,39 @@ def make_passes(config: Config, stage: str) -> list[Pass]:
   execution = dataclasses.replace(execution, decode_layout="tensor")
   config = dataclasses.replace(config, execution=execution)
   model = make_model(config, None, row.role, vocab_size)
+  model = bare(model) if row.is_base else model
   prompt, response = config.data.max_prompt_length, config.data.max_response_length
   length = prompt + response
   if row.kind == "rm":
-    return [Pass(model, config.rm.batch_size * config.rm.max_responses, length, length, True)]
+    answers = config.rm.batch_size // config.rm.microbatches * config.rm.max_responses
+    return [Pass(model, answers, length, length, True, config.rm.microbatches)]
   if row.kind in ("base", "sft"):
     cfg = getattr(config, row.block)
-    return [Pass(model, cfg.batch_size, cfg.length, cfg.length, True)]
+    rows = cfg.batch_size // cfg.microbatches
+    return [Pass(model, rows, cfg.length, cfg.length, True, cfg.microbatches)]
   if not row.is_rl:
     raise ValueError(f"stage {stage} of kind {row.kind} has a step of unknown passes")
   policy, scalar = model, make_model(config, None, "reward", vocab_size)
   cfg = lineage.variant(config, stage)
   updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches
-  scorings = 2 if cfg.behaviour_logprob == "rescore" else 1
+  updates, minibatch = updates * cfg.microbatches, minibatch // cfg.microbatches
+  scorings = cfg.score_microbatches * (2 if cfg.behaviour_logprob == "rescore" else 1)
+  scored = cfg.batch_size // cfg.score_microbatches
   passes = [
     Pass(policy, cfg.batch_size, prompt, 1, False),  # the prefill of the rollout
     # The reference, and perhaps the policy.
-    Pass(policy, cfg.batch_size, length, response, False, scorings),
-    Pass(scalar, cfg.batch_size, length, length, False, 2),  # reward model and value network
+    Pass(policy, scored, length, response, False, scorings),
+    # The reward model, and the value network if there is one.
+    Pass(
+      scalar, scored, length, length, False, (1 + cfg.has_value_network) * cfg.score_microbatches
+    ),
     Pass(policy, minibatch, length, response, True, updates),
-    Pass(scalar, minibatch, length, response, True, updates),
   ]
+  if cfg.has_value_network:
+    passes.append(Pass(scalar, minibatch, length, response, True, updates))
   if cfg.gamma > 0:
-    rows = minibatch * cfg.ptx_rows // cfg.ptx_chunks
-    times = updates * cfg.ptx_chunks
+    rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // cfg.ptx_microbatches
+    times = cfg.num_epochs * cfg.num_minibatches * cfg.ptx_microbatches
     passes.append(Pass(policy, rows, cfg.ptx_length, cfg.ptx_length, True, times))
   return passes
 
@@ -148,18 +157,20 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   products = in_layers + cfg.num_layers * pass_.length * cfg.num_heads * cfg.head_dim
   head = rows * pass_.outputs * cfg.d_model / tensor
   head *= pass_.model.vocab_size if pass_.model.head == "lm" else 1
-  # A multiplication is two FLOPs. The backward pass takes twice the forward pass, and full remat repeats the forward
-  # pass.
-  flops = (2 + 4 * pass_.is_training + 2 * recomputes) * tokens * products / tensor
-  flops += (2 + 4 * pass_.is_training) * head
+  # A multiplication is two FLOPs. The backward pass takes twice the forward pass, or as much with a frozen base, and
+  # full remat repeats the forward pass.
+  has_gradient = pass_.is_training and pass_.model.adapter is None
+  backward = 2 * pass_.is_training + 2 * has_gradient
+  flops = (2 + backward + 2 * recomputes) * tokens * products / tensor
+  flops += (2 + backward) * head
 
   weights = _HALF * (in_layers / tensor + in_tables)
   # Weights are gathered for the forward pass and again for the backward pass.
   uses = 2 if pass_.is_training else 1
   # Gathers, and scattering the gradient.
-  moved = weights * (fsdp - 1) / fsdp * (uses + pass_.is_training)
+  moved = weights * (fsdp - 1) / fsdp * (uses + has_gradient)
   # Each device's part of the gradient is then summed over `data`, and over the DCN between slices.
-  summed = 2 * weights / fsdp * pass_.is_training
+  summed = 2 * weights / fsdp * has_gradient
   across = {axis: summed * (mesh[axis] - 1) / mesh[axis] for axis in ("data", "slice")}
   moved += across["data"]
   sums = 2 * (1 + pass_.is_training + recomputes)  # after attention and after the mlp
@@ -186,10 +197,15 @@ def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
   live = (1 if pass_.is_training else 2) * _FULL * logits + layer
   if pass_.is_training:
     stream = cfg.d_model / tensor  # `tensor` splits its columns
-    heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (1 if cfg.mlp == "gelu" else 2)
-    products = stream + (2 * heads * cfg.head_dim + hidden) / tensor
+    heads, hidden = cfg.num_heads + cfg.num_kv_heads, cfg.d_mlp * (2 if cfg.is_gated else 1)
+    # The sum between the branches, which parallel ones have not, and the outputs of both where they are normalised.
+    sums = 0 if cfg.parallel_residual else 3 if cfg.sandwich_norm else 1
+    products = sums * stream + (2 * heads * cfg.head_dim + hidden) / tensor
     kept = {"full": stream, "products": stream + products}
     live += cfg.num_layers * (tokens * _HALF * kept[remat] if remat in kept else layer)
-    live += 2 * _FULL * (in_layers / tensor + in_tables) / fsdp  # the gradient and its running sum
+    if pass_.model.adapter is None:  # an adapter's are small
+      live += (
+        2 * _FULL * (in_layers / tensor + in_tables) / fsdp
+      )  # the gradient and its running sum
   # The gathered weights of one layer.
   return live + _HALF * (in_layers / cfg.num_layers + in_tables) / tensor

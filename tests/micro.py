@@ -75,7 +75,7 @@ def config_dict(stage: str, specs: dict[str, str]):
   config.tokenizer.vocab_size = VOCAB_SIZE
   config.data.update(specs, max_prompt_length=36, max_response_length=24, validation_fraction=0.25)
   config.checkpoint.update(every_steps=2, keep=2)
-  config.log.update(every_steps=1, samples=1, tensorboard=False)
+  config.log.update(every_steps=1, samples=1, trackers=())
   for name in ("pretrain", "reward_pretrain"):
     config[name].update(
       num_steps=4, batch_size=8, length=60, evaluate_every=2, optim=base.adam(1e-2)
@@ -92,7 +92,7 @@ def config_dict(stage: str, specs: dict[str, str]):
     num_minibatches=2,
     num_epochs=1,
     ptx_rows=1,
-    ptx_chunks=1,
+    ptx_microbatches=1,
     ptx_length=60,
     gamma=0.3,
     max_kl=0.0,

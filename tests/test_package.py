@@ -14,6 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import instructjax
+from instructjax.core import config
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What setuptools would copy into the wheel, without building one.
@@ -56,6 +57,24 @@ def test_the_wheel_holds_every_file_of_its_packages(wheel):
 def test_there_is_one_version(wheel):
   assert wheel[0] == instructjax.__version__
   assert re.fullmatch(r"\d+\.\d+\.\d+", instructjax.__version__)
+
+
+def test_every_extra_that_a_message_names_is_there_with_a_lower_bound():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  extras = setup["options.extras_require"]
+  named = {
+    name
+    for path in (ROOT / "instructjax").rglob("*.py")
+    for name in re.findall(r"pip install 'instructjax\[(\w+)\]'", path.read_text(encoding="utf-8"))
+  }
+  services = set(config.TRACKERS) - {"tensorboard"}
+  assert services | named <= set(extras) and "hub" in named
+  for name in services:  # tracking.py takes the extra's name for the package's
+    packages = [Requirement(line) for line in extras[name].splitlines() if line and line[0] != "#"]
+    assert [package.name for package in packages] == [name]
+    assert all(bound.operator == ">=" for package in packages for bound in package.specifier)
+    assert all(package.specifier for package in packages)
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])

@@ -7,7 +7,7 @@ import dataclasses
 
 from configs import models as presets
 from instructjax import models
-from instructjax.core.config import NetworkConfig, from_config_dict
+from instructjax.core.config import AdapterConfig, NetworkConfig, from_config_dict
 
 CONFIG = from_config_dict(presets.get("ppo_ptx", "tiny"))
 EXECUTION = dataclasses.replace(
@@ -43,10 +43,41 @@ LLAMA = dataclasses.replace(
   use_bias=False,
   tie_embeddings=False,
 )
+# The families with switches of their own. Two kinds of layers take turns, so that two layers show both.
+FAMILIES = {
+  "qwen3": dataclasses.replace(LLAMA, head_dim=6, qk_norm=True, tie_embeddings=True),
+  "gpt_neox": dataclasses.replace(
+    GPT2,
+    position="rope",
+    rotary_dim=2,
+    mlp="gelu_exact",
+    parallel_residual=True,
+    tie_embeddings=False,
+  ),
+  "smollm3": dataclasses.replace(LLAMA, layer_pattern="GN", tie_embeddings=True),
+  "gemma3": dataclasses.replace(
+    LLAMA,
+    rope_local_base=10.0,
+    norm="rmsnorm_1p",
+    sandwich_norm=True,
+    qk_norm=True,
+    mlp="geglu",
+    attention_window=3,
+    layer_pattern="LG",
+    query_pre_attn_scalar=7,
+    scale_embeddings=True,
+    tie_embeddings=True,
+  ),
+}
 # One layer, grouped heads and no biases: what the tests of stages and steps train.
 NETWORK = dataclasses.replace(GPT2, num_layers=1, num_kv_heads=2, max_length=20, use_bias=False)
 # GPT-3 175B, for what only counts shapes.
 GPT3 = from_config_dict(presets.get("ppo", "gpt3_175b")).model.network
+
+
+def adapter(**changes) -> AdapterConfig:
+  """Settings of an adapter that learns at the rate of all weights."""
+  return dataclasses.replace(CONFIG.adapter, **dict(rank=2, rate_factor=1.0) | changes)
 
 
 def make_model(

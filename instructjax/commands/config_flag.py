@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from instructjax.commands import weights_preset
 from instructjax.core import places
 from instructjax.core.blocks import nearest
 from instructjax.core.errors import UserError, one_line, raiser
@@ -164,12 +165,28 @@ def _failure(path: pathlib.Path, error: BaseException) -> str:
   return f"{where}: {type(error).__name__}: {text}{hint}"
 
 
+def explain(config: ConfigDict) -> list[str]:
+  """The lines with which preset `weights` tells what it has chosen; none for other presets.
+
+  Args:
+    config: the flag's value.
+  """
+  parser = flags.FLAGS["config"].parser
+  told = parser.explanation if isinstance(parser, _Parser) else None
+  return told.lines(config) if told else []
+
+
 class _Parser(flags.ArgumentParser):
-  """Loads the config file, and refuses changes to fields that do not exist."""
+  """Loads the config file, and refuses changes to fields that do not exist.
+
+  Attributes:
+    explanation: what preset `weights` has chosen; None for other presets.
+  """
 
   def __init__(self, argv: list[str]):
     """Takes the list in which ml_collections looks for --config.FIELD."""
     self._argv = argv
+    self.explanation: weights_preset.Explanation | None = None
 
   def parse(self, argument: str) -> ConfigDict:
     """Loads the config.
@@ -184,7 +201,26 @@ class _Parser(flags.ArgumentParser):
     config.lock()
     for override in filter(None, map(_OVERRIDE.fullmatch, self._argv[1:])):
       _require_field(override["path"], config, argument)
+    is_from_file = "preset" in config and config.preset == weights_preset.NAME
+    self.explanation = _fill_in(config, self._argv[1:]) if is_from_file else None
     return config
+
+
+def _fill_in(config: ConfigDict, words: list[str]) -> weights_preset.Explanation:
+  """Fills in a config of preset `weights`; `words` are those of the command line.
+
+  Raises:
+    UserError: see `weights_preset.fill_in`.
+  """
+  changes = {}
+  for word, following in zip(words, [*words[1:], ""]):
+    found = _OVERRIDE.fullmatch(word)
+    if found and not found["no"]:
+      # absl takes both --config.x=1 and --config.x 1.
+      changes[found["path"]] = following if found[3] is None else found[3][1:]
+  base = run_file(INSTALLED / "base.py").base(config.stage)
+  with config.unlocked():
+    return weights_preset.fill_in(config, base, changes, run_file(INSTALLED / "weights.py"))
 
 
 class _OptionalFloat(flags.FloatParser):

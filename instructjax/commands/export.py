@@ -1,6 +1,7 @@
 """The command `python -m instructjax export --checkpoint=RUN/ppo_ptx --format=hf --out=DIR`.
 
-It writes weights to files for other programs: a Hugging Face folder for transformers, or a GGUF file for llama.cpp.
+It writes weights to files for other programs: a Hugging Face folder for transformers, a GGUF file for llama.cpp, or the
+adapter alone for peft.
 More: docs/generate-and-export.md.
 """
 
@@ -25,7 +26,11 @@ _CHECKPOINT = flags.DEFINE_string(
   required=True,
 )
 _FORMAT = flags.DEFINE_enum(
-  "format", None, ["hf", "gguf"], "Hugging Face folder, or GGUF file.", required=True
+  "format",
+  None,
+  ["hf", "gguf", "peft"],
+  "Hugging Face folder, GGUF file, or an adapter's folder. The first two have adapters merged into their base.",
+  required=True,
 )
 _OUT = flags.DEFINE_string(
   "out",
@@ -39,6 +44,15 @@ _WEIGHTS = flags.DEFINE_enum(
   ["ema", "raw", "value"],
   "Of an RL stage: the policy averaged over iterations, the last one, or the value network.",
 )
+_BASE = flags.DEFINE_string(
+  "base", "", "Of an adapter: where its base lies, if not where it was in training."
+)
+_PUSH = flags.DEFINE_string(
+  "push",
+  None,
+  "Push the export to the Hugging Face hub too, as ORG/NAME; a new repository is private.",
+)
+_PUBLIC = flags.DEFINE_bool("public", False, "Whether the repository that --push makes is public.")
 _TYPE = flags.DEFINE_enum("type", None, ["f16", "q8_0"], "Numbers of a GGUF file; f16 by default.")
 
 
@@ -46,7 +60,7 @@ def main(arguments: list[str]):
   """Runs the command.
 
   Raises:
-    UserError: a flag is wrong, the checkpoint cannot be read, or the output cannot be written.
+    UserError: a flag is wrong, the checkpoint cannot be read, the output cannot be written, or it cannot be pushed.
   """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
@@ -58,17 +72,28 @@ def main(arguments: list[str]):
     raise UserError(
       f"--type={_TYPE.value} goes with --format=gguf; a Hugging Face folder is float32"
     )
+  if _PUBLIC.value and _PUSH.value is None:
+    raise UserError("--public goes with --push=ORG/NAME")
   # Imported here so that --help and bad flags are answered at once.
+  from instructjax.serve import hub
+
+  if _PUSH.value is not None:  # before the export, which may take long
+    hub.require(_PUSH.value)
   from instructjax.serve import packaging
 
   # Both flags are enums of just these values.
   which, kind = cast("Which", _WEIGHTS.value), cast("GgufType", _TYPE.value or "f16")
+  base = places.expand(_BASE.value, "--base", ("hf://",))
   if is_gguf:
-    packaging.write_gguf(checkpoint, out, kind, which=which)
+    packaging.write_gguf(checkpoint, out, kind, which=which, base=base)
+  elif _FORMAT.value == "peft":
+    packaging.write_peft(checkpoint, out, which=which, base=base)
   else:
-    packaging.write_huggingface(checkpoint, out, which=which)
-  print(f"written: {out}")
+    packaging.write_huggingface(checkpoint, out, which=which, base=base)
+  print(f"written: {out}", flush=True)
+  if _PUSH.value is not None:
+    print(f"pushed: {hub.push(out, _PUSH.value, private=not _PUBLIC.value)}")
 
 
 if __name__ == "__main__":
-  cli.run(main, interrupted="interrupted: nothing was written")
+  cli.run(main, interrupted="interrupted: no part of an unfinished export is left")

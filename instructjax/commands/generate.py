@@ -32,6 +32,11 @@ _REWARD_MODEL = flags.DEFINE_string(
   "",
   "Scores each answer. If none is given, two or more stages of one run are judged by the run's own `rm`.",
 )
+_BASE = flags.DEFINE_string(
+  "base",
+  "",
+  "Of a checkpoint that is an adapter: where its base lies, if not where it was in training.",
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens with this probability.")
 _GREEDY = flags.DEFINE_bool("greedy", False, "The likeliest token each time: --temperature=0.")
@@ -83,7 +88,10 @@ def main(arguments: list[str]):
     chat=_CHAT.value,
     system=_SYSTEM.value,
   )
-  panel = dialogue.seat(checkpoints, reward_model, settings)
+  base = places.expand(_BASE.value, "--base", ("hf://",))
+  if base and len(checkpoints) > 1:
+    raise UserError(f"--base={base} goes with one --checkpoint, got {len(checkpoints)}")
+  panel = dialogue.seat(checkpoints, reward_model, settings, base)
   if _INTERACTIVE.value:
     dialogue.converse(panel, dialogue.typed_lines(), settings)
   else:

@@ -27,6 +27,7 @@ from instructjax.core.blocks import (
   validate,
 )
 from instructjax.core.network import (
+  AdapterConfig,
   ExecutionConfig,
   ModelConfig,
   NetworkConfig,
@@ -34,6 +35,7 @@ from instructjax.core.network import (
 )
 from instructjax.core.stages import TARGETS
 from instructjax.core.training import (
+  BestOfNConfig,
   CollectConfig,
   EvaluateConfig,
   OptimConfig,
@@ -45,6 +47,8 @@ from instructjax.core.training import (
 )
 
 __all__ = [
+  "AdapterConfig",
+  "BestOfNConfig",
   "CheckpointConfig",
   "CollectConfig",
   "Config",
@@ -68,6 +72,8 @@ __all__ = [
   "from_config_dict",
   "network_config",
 ]
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +152,33 @@ class LogConfig:
   every_steps: int  # steps between two progress lines, and between two points of a curve [steps]
   # sampled answers that RL stages show with each progress line; 0 shows none [rows]
   samples: int
-  tensorboard: bool  # whether to write the curves for TensorBoard as well
+  # where curves go beside metrics.jsonl: tensorboard, wandb, mlflow, several of them or none; the last two need the
+  # extra of their name
+  trackers: tuple[str, ...]
+  # W&B's project and MLflow's experiment; '' is WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, and instructjax without them
+  project: str
+  run_name: str  # name of the run in W&B and MLflow; '' is the workdir's
+  # whether W&B and MLflow write to the workdir only; otherwise, where they send to is their own configuration
+  offline: bool
 
   def validate(self, where: str):
     require_positive(self, where, "every_steps")
     require(self.samples >= 0, f"{where}.samples={self.samples} must be >= 0")
+    for name in self.trackers:
+      require(
+        name in TRACKERS,
+        f"{where}.trackers={str(self.trackers)[:80]} must be some of {', '.join(TRACKERS)}",
+      )
+    require(
+      len(set(self.trackers)) == len(self.trackers),
+      f"{where}.trackers={self.trackers} must not name one twice",
+    )
+    for field in ("project", "run_name"):
+      value = getattr(self, field)
+      require(
+        value.isprintable() and len(value) <= 128,
+        f"{where}.{field}={ascii(value)[:80]} must be at most 128 printable characters",
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +229,7 @@ class Config:
   model: ModelConfig  # the network of the policy and of the base model that it starts from
   # the network of the reward model, of the value network, and of the larger base model that evaluate compares with
   reward_model: ModelConfig
+  adapter: AdapterConfig
   execution: ExecutionConfig
   tokenizer: TokenizerConfig  # how text becomes tokens
   data: DataConfig
@@ -217,6 +246,7 @@ class Config:
   rm: RMConfig  # training of the reward model (C.2)
   ppo: PPOConfig  # reinforcement learning, with or without the pretraining gradient (C.4)
   rollout: RolloutConfig
+  best_of_n: BestOfNConfig
   evaluate: EvaluateConfig  # how policies are compared
 
   @property
@@ -238,6 +268,19 @@ class Config:
         total <= limit,
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
+    asked = {"q", "k", "v"} & set(self.adapter.targets)
+    for name in ("model", "reward_model"):
+      fused = getattr(self, name).network.fused_qkv and self.adapter.rank > 0
+      require(
+        not fused or len(asked) in (0, 3),
+        f"{where}.adapter.targets={self.adapter.targets} must have all of q, k, v or none: files of networks like"
+        f" {where}.{name} hold them as one matrix",
+      )
+      has_gate = getattr(self, name).mlp != "gelu"
+      require(
+        self.adapter.rank == 0 or has_gate or self.adapter.targets != ("gate",),
+        f"{where}.adapter.targets={self.adapter.targets} must name a matrix of {where}.{name}, whose MLP has no gate",
+      )
     # The reward model can take over the SFT model's weights only if every tensor fits.
     require(
       self.rm.start_from == "base" or self.same_network,
@@ -247,6 +290,26 @@ class Config:
       self.rm.start_from == "base" or self.reward_model.weights in ("", self.model.weights),
       f"{where}.rm.start_from='sft' must come without {where}.reward_model.weights="
       f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
+    )
+    require(
+      self.ppo.value_init == "reward_model" or self.same_network,
+      f"{where}.ppo.value_init='policy' must have reward_model equal to model, and they differ; use 'reward_model'",
+    )
+    warmup, few = self.ppo.value_warmup, self.evaluate.overoptimization_iterations
+    require(
+      not self.evaluate.overoptimization or warmup < few,
+      f"{where}.ppo.value_warmup={warmup} must be below evaluate.overoptimization_iterations={few}, a stage that has"
+      " the warm-up too",
+    )
+    require(
+      not self.rm.weights or self.rm.start_from == "base",
+      f"{where}.rm.weights={self.rm.weights!r} is a finished reward model, so that nothing would start from"
+      " rm.start_from='sft'; use 'base'",
+    )
+    require(
+      not self.rm.weights or self.reward_model.weights in ("", self.model.weights),
+      f"{where}.rm.weights={self.rm.weights!r} must come without {where}.reward_model.weights="
+      f"{self.reward_model.weights!r}, from which nothing would start",
     )
     require(
       self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
@@ -296,10 +359,26 @@ def from_config_dict(config: Any) -> Config:
   # Validated before the weights are filled in: a rule refuses reward_model.weights beside rm.start_from='sft', and must
   # only see what the user has set.
   validate(result, "config")
-  if result.same_network and not result.reward_model.weights:
-    reward_model = dataclasses.replace(result.reward_model, weights=result.model.weights)
-    result = dataclasses.replace(result, reward_model=reward_model)
-  return result
+  return _with_shared_base(result)
+
+
+def _with_shared_base(config: Config) -> Config:
+  """The config in which a reward model that names no weights has those of the policy, if the networks are the same."""
+  if not config.same_network or config.reward_model.weights:
+    return config
+  reward_model = dataclasses.replace(config.reward_model, weights=config.model.weights)
+  return dataclasses.replace(config, reward_model=reward_model)
+
+
+def with_finished_reward_model(config: Config) -> Config:
+  """The config in which `reward_model.weights`, found to be a finished reward model, are `rm.weights`."""
+  path = config.reward_model.weights
+  changed = dataclasses.replace(
+    config,
+    rm=dataclasses.replace(config.rm, weights=path),
+    reward_model=dataclasses.replace(config.reward_model, weights=""),
+  )
+  return _with_shared_base(changed)
 
 
 def _expand(block: Any, where: str) -> Any:

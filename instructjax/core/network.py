@@ -7,6 +7,7 @@ NetworkConfig. An ExecutionConfig changes results by rounding error only, and ma
 """
 
 import dataclasses
+import re
 from typing import Literal
 
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
@@ -37,7 +38,7 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-  """The architecture: a decoder whose switches cover the GPT-2/GPT-3 and Llama families."""
+  """The architecture: a decoder whose switches cover the families of docs/generate-and-export.md, GPT-2 to Gemma 3."""
 
   num_layers: int  # transformer layers, each with attention and an MLP
   d_model: int  # width of the residual stream
@@ -50,20 +51,42 @@ class NetworkConfig:
   # learned is a table of position embeddings (GPT); rope is rotary embeddings (Llama)
   position: Literal["learned", "rope"]
   rope_base: float  # rotary embeddings: base of the geometric series of wavelengths
+  # rotary embeddings: base in the L layers of layer_pattern, unscaled (Gemma 3); 0 for that of the other layers
+  rope_local_base: float
+  # rotary embeddings: how many dimensions of a head turn, the first ones (GPT-NeoX, Pythia); 0 for all
+  rotary_dim: int
   rope_scaling: RopeScalingConfig
-  # layernorm (GPT) or rmsnorm (Llama), applied before attention, before the MLP and after the last layer
-  norm: Literal["layernorm", "rmsnorm"]
+  # layernorm (GPT) or rmsnorm (Llama), applied before attention, before the MLP and after the last layer; rmsnorm_1p is
+  # rmsnorm with weights of 1 + w (Gemma)
+  norm: Literal["layernorm", "rmsnorm", "rmsnorm_1p"]
   norm_eps: float  # added to the variance before the norm divides by its square root
-  # gelu has two matrices (GPT); swiglu has three, one of them a gate (Llama)
-  mlp: Literal["gelu", "swiglu"]
+  sandwich_norm: bool  # whether the outputs of attention and MLP are normalised too, before they are added (Gemma)
+  qk_norm: bool  # whether each head's query and key are normalised, by rmsnorm, before they turn (Qwen3, Gemma 3)
+  # gelu (GPT-2, its tanh approximation) and gelu_exact (GPT-NeoX) have two matrices; swiglu (Llama) and geglu (Gemma)
+  # have three, one of them a gate
+  mlp: Literal["gelu", "gelu_exact", "swiglu", "geglu"]
+  # whether attention and MLP read the same residual stream and are added together (GPT-NeoX), instead of in turn
+  parallel_residual: bool
   use_bias: bool  # whether every projection has a bias
   qkv_bias: bool  # whether the projections to q, k and v have a bias (Qwen2); implied by use_bias
-  # how many tokens back every second layer attends (GPT-3's alternating pattern); 0 is the whole context in all layers
-  # [tokens]
+  # how many tokens back the L layers of layer_pattern attend; 0 is the whole context [tokens]
   attention_window: int
+  # the kinds of layers, a letter each, repeated to the last layer: G attends to the whole context, L (local) to
+  # attention_window, N to the whole context without positions. GL is GPT-3's, GGGN SmolLM3's, LLLLLG Gemma 3's
+  layer_pattern: str
+  # attention scores are divided by the square root of this (Gemma); 0 for head_dim
+  query_pre_attn_scalar: int
+  scale_embeddings: (
+    bool  # whether token embeddings are multiplied by the square root of d_model (Gemma)
+  )
   tie_embeddings: bool  # whether the output projection shares its weights with the embedding table
   # standard deviation of the initial weights; projections into the residual stream start with a smaller one
   init_std: float
+
+  @property
+  def is_gated(self) -> bool:
+    """Whether the MLP has three matrices, one of them a gate."""
+    return self.mlp in ("swiglu", "geglu")
 
   def validate(self, where: str):
     sizes = (
@@ -83,17 +106,50 @@ class NetworkConfig:
       self.num_heads % self.num_kv_heads == 0,
       f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
     )
+    for name in ("attention_window", "rope_local_base", "query_pre_attn_scalar"):
+      value = getattr(self, name)
+      require(value >= 0, f"{where}.{name}={value} must be >= 0")
     require(
-      self.position != "rope" or self.head_dim % 2 == 0,
-      f"{where}.head_dim={self.head_dim} must be even for rotary positions",
+      re.fullmatch("[GLN]+", self.layer_pattern) is not None,
+      f"{where}.layer_pattern={self.layer_pattern!r} must be letters G, L or N",
     )
     require(
-      self.position == "rope" or self.rope_scaling.kind == "none",
+      not self.qk_norm or self.norm != "layernorm",
+      f"{where}.qk_norm=True must come with norm='rmsnorm' or 'rmsnorm_1p', got {self.norm!r}",
+    )
+    require(
+      not (self.parallel_residual and self.sandwich_norm),
+      f"{where}.parallel_residual=True and sandwich_norm=True exclude each other",
+    )
+    self._validate_positions(where)
+
+  def _validate_positions(self, where: str):
+    if self.position == "rope":
+      require(
+        self.head_dim % 2 == 0,
+        f"{where}.head_dim={self.head_dim} must be even for rotary positions",
+      )
+      require(
+        0 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
+        f"{where}.rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}",
+      )
+      return
+    for name in ("rotary_dim", "rope_local_base"):
+      value = getattr(self, name)
+      require(value == 0, f"{where}.{name}={value} must be 0 for learned positions")
+    require(
+      self.rope_scaling.kind == "none",
       f"{where}.rope_scaling.kind={self.rope_scaling.kind!r} must be 'none' for learned positions",
     )
     require(
-      self.attention_window >= 0, f"{where}.attention_window={self.attention_window} must be >= 0"
+      "N" not in self.layer_pattern,
+      f"{where}.layer_pattern={self.layer_pattern!r} must have no N for learned positions",
     )
+
+  @property
+  def fused_qkv(self) -> bool:
+    """Whether the files of such networks hold q, k and v as one matrix, as those of GPT-2 do; Llama's hold three."""
+    return self.norm == "layernorm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +169,38 @@ class ModelConfig(NetworkConfig):
     """The architecture alone."""
     names = [field.name for field in dataclasses.fields(NetworkConfig)]
     return NetworkConfig(**{name: getattr(self, name) for name in names})
+
+
+MATRICES = ("q", "k", "v", "out", "gate", "up", "down")  # of a layer, that can be adapted
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+  """Low-rank adapters (LoRA): what is trained, in every stage after pretraining, in place of all weights."""
+
+  # rank of the update of each adapted matrix; 0 trains all weights, and nothing else of this block is then used
+  rank: int
+  alpha: float  # the update is multiplied by alpha / rank
+  # adapted matrices: q, k, v and out of attention; gate, up and down of the MLP (gate only where it has one)
+  targets: tuple[str, ...]
+  # what the learning rates of the stages that train adapters are multiplied by
+  rate_factor: float
+  # probability of dropping an element of what A is multiplied with, in supervised and reward-model training; RL has no
+  # dropout, because its ratios compare one network with itself
+  dropout: float
+  # numbers of the frozen base: float is the format of the computation; int8 holds the layers' matrices as whole numbers
+  # with a scale for each output, and the rest as float
+  base: Literal["float", "int8"]
+
+  def validate(self, where: str):
+    require(self.rank >= 0, f"{where}.rank={self.rank} must be >= 0")
+    require_positive(self, where, "alpha", "rate_factor")
+    require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
+    unknown = [name for name in self.targets if name not in MATRICES]
+    require(
+      bool(self.targets) and not unknown and len(set(self.targets)) == len(self.targets),
+      f"{where}.targets={self.targets} must hold some of {', '.join(MATRICES)}, each once",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,12 +110,30 @@ class Fold:
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-  """The result of training a reward model."""
+  """The result of training a reward model, or of measuring one that was given."""
 
-  demonstration_mean: float  # mean score of demonstrations before the bias subtracts it (C.2)
-  validation: Judgement  # on held-out prompts
+  # mean score of demonstrations before the bias subtracts it (C.2); None if there are none, and nothing is subtracted
+  demonstration_mean: float | None
+  validation: Judgement | None  # on held-out prompts; None if there are no rankings
   heldout_labelers: Judgement | None  # None if no labelers were held out
   cross_validation: tuple[Fold, ...]  # empty if cross-validation is off
+
+  @property
+  def shift(self) -> float:
+    """What the bias takes away from every score."""
+    return 0.0 if self.demonstration_mean is None else self.demonstration_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """The result of choosing the best of n answers to each prompt."""
+
+  prompts: int  # prompts with a chosen answer
+  left_out: int  # prompts of whose answers none ended by itself
+  reward: float  # mean reward-model score of the chosen answers
+  mean_reward: float  # mean score of all answers, chosen or not
+  kl: float  # KL of the best of n from the policy, log n - (n - 1) / n, in nats; a bound if some answers never ended
+  file: str  # SHA-256 of answers.jsonl, in hex
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from instructjax.core import results
 
 Head = Literal["lm", "scalar"]  # what a network ends in
 RoleName = Literal["policy", "reward", "reward_base"]
-Kind = Literal["base", "sft", "collect", "rm", "select", "rl", "evaluate"]
+Kind = Literal["base", "sft", "collect", "rm", "select", "rl", "best_of_n", "evaluate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,15 @@ class Stage:
     name: name of the stage and of its folder in the workdir.
     module: module in `instructjax.stages` that implements it: `run(ctx, stage)`, and where they are needed
       `check(ctx, stage)` and `check_settings(config, stage)`.
-    kind: what it does. A base starts from nothing, and the config may give its weights instead; `select` chooses the
+    kind: what it does. A base starts from nothing; `select` chooses the
       step of another stage; `rl` is PPO, which also trains a value network and averages the policy's weights.
     parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
       may decide which of them it does start from: see `lineage.parents`.
     reads: kinds of records that it reads.
     block: config block with its settings.
     result: type of its measurements, from core/results.py.
+    given_by: dotted config field that may name weights in place of what the stage trains; None if there is none. A base
+      or an `sft` stage is then left out, and `rm` only measures the given reward model.
     batches: dotted config fields whose number of rows must be divisible over the mesh. A field that is 0 is unused.
     role: role of the network that it trains, a key of ROLES; None if it trains none.
     is_target: whether `config.stage` may name it. An RL stage that is no target runs for comparison only.
@@ -85,6 +87,7 @@ class Stage:
   reads: tuple[str, ...]
   block: str
   result: type
+  given_by: str | None = None
   batches: tuple[str, ...] = ()
   role: RoleName | None = None
   is_target: bool = False
@@ -99,7 +102,7 @@ class Stage:
 
   @property
   def is_base(self) -> bool:
-    """Whether it trains a base, whose weights the config may give instead."""
+    """Whether it trains a base."""
     return self.kind == "base"
 
   @property
@@ -144,6 +147,7 @@ _ROWS = (
     reads=("documents",),
     block="pretrain",
     result=results.Pretrained,
+    given_by="model.weights",
     batches=("pretrain.batch_size",),
     role="policy",
     is_target=True,
@@ -159,6 +163,7 @@ _ROWS = (
     reads=("documents",),
     block="reward_pretrain",
     result=results.Pretrained,
+    given_by="reward_model.weights",
     batches=("reward_pretrain.batch_size", "pretrain.batch_size"),
     role="reward_base",
     policy=Policy("reward_base", "Larger base", "#737d8a"),
@@ -173,6 +178,7 @@ _ROWS = (
     reads=("demonstrations", "documents"),
     block="sft",
     result=results.Tuned,
+    given_by="sft.weights",
     batches=("sft.batch_size", "pretrain.batch_size"),
     role="policy",
     is_target=True,
@@ -198,6 +204,7 @@ _ROWS = (
     reads=("comparisons", "demonstrations"),
     block="rm",
     result=results.RewardModel,
+    given_by="rm.weights",
     batches=("rm.batch_size",),
     role="reward",
     is_target=True,
@@ -222,6 +229,7 @@ _ROWS = (
     reads=("demonstrations", "documents"),
     block="ppo_init",
     result=results.Tuned,
+    given_by="ppo_init.weights",
     batches=("ppo_init.batch_size", "pretrain.batch_size"),
     role="policy",
     is_target=True,
@@ -259,11 +267,23 @@ _ROWS = (
     **_RL,
   ),
   Stage(
+    name="best_of_n",
+    module="best_of_n",
+    kind="best_of_n",
+    # The stage of the policy that answers, and the reward model: see `lineage.parents`.
+    parents=("pretrain", "rm", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
+    reads=("prompts",),
+    block="best_of_n",
+    result=results.Chosen,
+    is_target=True,
+  ),
+  Stage(
     name="evaluate",
     module="evaluate",
     kind="evaluate",
-    # Among the RL stages, only those that the config asks for count: see `lineage.parents`.
-    parents=("sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
+    # Among the RL stages, only those that the config asks for count, and a given `sft` in place of `sft_select`: see
+    # `lineage.parents`.
+    parents=("sft", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
     reads=("prompts", "documents"),
     block="evaluate",
     result=results.Evaluated,
@@ -280,6 +300,12 @@ RL_STAGES = tuple(row.name for row in _ROWS if row.is_rl)
 # stage trains it.
 FEW_SHOT = Policy("few_shot", "Larger base, few-shot", "#9a7b6c")
 POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_SHOT.name: FEW_SHOT}
+
+
+# The policies that have the policy's network, and whose answers `best_of_n` can choose from.
+SPEAKERS = tuple(
+  row.policy.name for row in _ROWS if row.policy is not None and row.role == "policy"
+)
 
 
 def selector(stage: str) -> str | None:

@@ -5,7 +5,7 @@ The name of an array ends in its dimensions (`logprob_BR`):
   B batch (rows)      L prompt + response      P prompt         R response       T generic time
   C answers of one prompt (comparisons)        V vocabulary     N layers         D model width
   H query heads       G key/value heads        K head width     F mlp width
-  S rows that several sequences share
+  S rows that several sequences share          E rank of an adapter
 
 The pad id is always `vocab_size`, one past the last real token. Pads thus have no embedding and no logit, so a policy
 cannot emit one. Many implementations use EOS as the pad; this one does not, so that a sampled EOS is never mistaken for
@@ -138,11 +138,13 @@ class Samples:
     rollout: the sampled answers.
     score_B: float32 reward-model score of each answer, before `ppo.missing_eos` is applied.
     kl_B: float32 log-probability of each answer under the policy minus that under the reference, in nats.
+    rewards: name -> float32 value of each answer, for every reward of `ppo.rewards` beside the reward model.
   """
 
   rollout: Rollout
   score_B: Array
   kl_B: Array
+  rewards: dict[str, Array]
 
 
 @pytree
@@ -162,7 +164,8 @@ class PPOState:
   Attributes:
     step: int32 number of iterations done.
     params, opt_state: the policy's weights (float32 master copy) and its Adam state.
-    value_params, value_opt_state: weights and Adam state of the value network, which is separate from the policy.
+    value_params, value_opt_state: weights and Adam state of the value network, which is separate from the policy. None
+      without one (`ppo.advantage` is not gae).
     ema_params: exponential moving average of the policy's weights. None if the decay is 0, because the average then
       equals the weights.
     kl_coef: float32 coefficient beta of the KL penalty, constant or adapted.
@@ -172,7 +175,7 @@ class PPOState:
   step: Array
   params: Params
   opt_state: Any
-  value_params: Params
+  value_params: Params | None
   value_opt_state: Any
   ema_params: Params | None
   kl_coef: Array

@@ -6,8 +6,9 @@
 import dataclasses
 from typing import Any, Literal
 
-from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, require, require_positive
-from instructjax.core.stages import RL_STAGES, TARGETS
+from instructjax.core import rewards
+from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
+from instructjax.core.stages import RL_STAGES, SPEAKERS, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
 _MOST_ANSWERS = 2**24  # sampled at one time: they are kept in memory together
@@ -36,6 +37,17 @@ def require_answers(block: Any, where: str, prompts: str, answers: str):
     numbers[prompts] * numbers[answers] <= _MOST_ANSWERS,
     f"{spelled} must be at most 2**24 answers",
   )
+
+
+def require_microbatches(block: Any, where: str):
+  """Checks that the microbatches divide the batch, since compiled steps have fixed shapes.
+
+  Raises:
+    UserError: they do not.
+  """
+  count, rows = block.microbatches, block.batch_size
+  require_positive(block, where, "microbatches")
+  require(rows % count == 0, f"{where}.microbatches={count} must divide batch_size={rows}")
 
 
 def require_epochs(block: Any, where: str):
@@ -92,6 +104,9 @@ class PretrainConfig:
 
   num_steps: int  # number of updates [steps]
   batch_size: int  # rows of packed documents per update [rows]
+  # parts of a batch that are computed one after the other, in training and in measuring the held-out loss; more parts
+  # take less memory
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
   length: int  # length of a row [tokens]
   # steps between two measurements of the held-out loss; the step with the lowest loss becomes the base model [steps]
   evaluate_every: int
@@ -99,6 +114,7 @@ class PretrainConfig:
 
   def validate(self, where: str):
     require_positive(self, where, "num_steps", "batch_size", "length", "evaluate_every")
+    require_microbatches(self, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +123,20 @@ class SFTConfig:
 
   num_epochs: int  # passes over the demonstrations [epochs]
   batch_size: int  # rows per update, each packed with several demonstrations [rows]
+  # parts of a batch that are computed one after the other; more parts take less memory
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
   length: int  # length of a row [tokens]
   dropout: float  # residual dropout: the probability of dropping an element that a layer adds to the residual stream
   pretrain_mix: float  # share of a batch's rows that are pretraining text
+  # a finished policy to use in place of what the stage trains: a stage's folder, a Hugging Face folder, FILE.gguf or
+  # hf://ORG/NAME; '' trains
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   optim: OptimConfig
 
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "length")
     require_epochs(self, where)
+    require_microbatches(self, where)
     require(0 <= self.dropout < 1, f"{where}.dropout={self.dropout} must be in [0, 1)")
     require(
       0 <= self.pretrain_mix < 1, f"{where}.pretrain_mix={self.pretrain_mix} must be in [0, 1)"
@@ -157,8 +179,14 @@ class RMConfig:
 
   # base starts from the reward model's own base model; sft starts from the supervised baseline
   start_from: Literal["base", "sft"]
+  # a finished reward model, which the stage then only measures: the rm stage of another run, or a Hugging Face folder
+  # of a sequence classifier with one label; '' trains. reward_model.weights that end in a score are taken for it
+  weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
   num_epochs: int  # passes over the comparisons [epochs]
   batch_size: int  # prompts per update, each with all pairs of its answers [prompts]
+  # parts of a batch, with all answers of their prompts, that are computed one after the other; more parts take less
+  # memory
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
   # number of answers that each prompt is padded to; a prompt with more answers is an error [answers]
   max_responses: int
   # length of the rows that answers are packed into, in training and in later scoring; 0 gives each answer a padded row
@@ -175,6 +203,7 @@ class RMConfig:
   def validate(self, where: str):
     require_positive(self, where, "num_epochs", "batch_size", "cross_validation_prompts")
     require_epochs(self, where)
+    require_microbatches(self, where)
     require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
     require(
       self.cross_validation_folds == 0 or self.cross_validation_folds >= 2,
@@ -190,11 +219,35 @@ class PPOConfig:
   # episodes per iteration; an episode is a prompt and a sampled response [episodes]
   batch_size: int
   num_minibatches: int  # minibatches per batch, with one update each [minibatches]
+  # parts of a minibatch whose gradients are computed one after the other, for the policy and the value network; more
+  # parts take less memory; 1 if packed_rows is not 0
+  microbatches: int = dataclasses.field(metadata=ROUNDING)
+  # parts of a batch of episodes that the networks score one after the other; more parts take less memory; 1 if
+  # packed_rows is not 0
+  score_microbatches: int = dataclasses.field(metadata=ROUNDING)
   num_epochs: int  # passes over each batch of episodes [epochs]
   # number of rows, each packed with several episodes, to score or train on at a time; 0 gives each episode a padded row
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   temperature: float  # temperature at which responses are sampled
+  # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
+  # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, model:PATH is a reward model
+  # with another tokenizer, and ensemble:mean, ensemble:worst and ensemble:uncertainty join several reward models
+  rewards: tuple[str, ...]
+  # further reward models of the ensemble, beside the run's own: rm stages of other runs, or Hugging Face folders; () is
+  # none
+  ensemble: tuple[str, ...] = dataclasses.field(metadata=SAME_NUMBERS)
+  # ensemble:uncertainty is the mean score minus so many times the variance between the models [per score]
+  ensemble_penalty: float
+  # iterations in a row, from the stage's beginning, in which a reward may give all answers the same score before the
+  # stage stops; 0 never stops it [iterations]
+  constant_iterations: int = dataclasses.field(metadata=SAME_NUMBERS)
+  # answers to each prompt of a batch; it divides batch_size, which counts the answers [answers]
+  samples_per_prompt: int
+  # what an answer is compared with: gae with what a value network expects at each token (C.4); rloo with the other
+  # answers to its prompt (Ahmadian et al. 2024); grpo too, in standard deviations of them, with the KL in the loss
+  # (DeepSeekMath). Only gae has a value network
+  advantage: Literal["gae", "rloo", "grpo"]
   # where the old log-probabilities of the sampled tokens come from: the rollout itself, or the scoring pass (rescore)
   behaviour_logprob: Literal["rollout", "rescore"]
   beta: float  # coefficient of the KL penalty in the reward (eq. 2) [score per nat]
@@ -204,9 +257,9 @@ class PPOConfig:
   kl_horizon: int  # adaptive controller: number of episodes over which it corrects beta [episodes]
   gamma: float  # coefficient of the pretraining gradient (eq. 2); 0 is PPO without pretraining mix
   ptx_rows: int  # rows of pretraining text per episode [rows]
-  # number of chunks that a minibatch's pretraining rows are processed in; fewer chunks are faster on a mesh and take
-  # more memory
-  ptx_chunks: int = dataclasses.field(metadata=ROUNDING)
+  # parts of a minibatch's pretraining rows that are computed one after the other; more parts take less memory, and are
+  # slower on a mesh
+  ptx_microbatches: int = dataclasses.field(metadata=ROUNDING)
   ptx_length: int  # length of a row of pretraining text [tokens]
   # mean averages the pretraining loss over all tokens of a minibatch's rows; sum adds up each row's tokens and averages
   # over rows
@@ -231,17 +284,58 @@ class PPOConfig:
   ema_decay: float
   # above this KL from the reference the run stops with an error; 0 is no limit [nats a response]
   max_kl: float = dataclasses.field(metadata=SAME_NUMBERS)
+  # what the value network starts from: reward_model is the reward model (C.4); policy is the trunk of PPO's start under
+  # a head of zeros, for which both networks must be of one shape
+  value_init: Literal["reward_model", "policy"]
+  # iterations at the beginning in which only the value network learns; the policy, its average and beta stay as they
+  # are [iterations]
+  value_warmup: int
   policy_optim: OptimConfig
   value_optim: OptimConfig
+
+  @property
+  def has_value_network(self) -> bool:
+    """Whether advantages need what a value network expects."""
+    return self.advantage == "gae"
+
+  def _validate_advantage(self, where: str):
+    """Checks what goes with `advantage`."""
+    require(
+      self.batch_size % self.samples_per_prompt == 0,
+      f"{where}.samples_per_prompt={self.samples_per_prompt} must divide batch_size={self.batch_size}",
+    )
+    if self.has_value_network:
+      return
+    kind = f"advantage={self.advantage!r}"
+    require(
+      self.samples_per_prompt >= 2,
+      f"{where}.samples_per_prompt={self.samples_per_prompt} must be at least 2 with {kind}, which compares the answers"
+      " to a prompt",
+    )
+    # An answer is one action, so there are no tokens to discount between, and no rewards of tokens to scale.
+    require(self.discount == 1, f"{where}.discount={self.discount} must be 1 with {kind}")
+    require(not self.whiten_rewards, f"{where}.whiten_rewards=True must be False with {kind}")
+    require(
+      self.value_warmup == 0 and self.value_init == "reward_model",
+      f"{where}.value_warmup={self.value_warmup} and value_init={self.value_init!r} must be 0 and 'reward_model' with"
+      f" {kind}, which has no value network",
+    )
+    require(
+      self.advantage == "rloo" or self.kl_controller == "fixed",
+      f"{where}.kl_controller={self.kl_controller!r} must be 'fixed' with {kind}, whose loss holds the KL",
+    )
 
   def validate(self, where: str):
     sizes = (
       "num_iterations",
       "batch_size",
       "num_minibatches",
+      "microbatches",
+      "score_microbatches",
+      "samples_per_prompt",
       "num_epochs",
       "ptx_rows",
-      "ptx_chunks",
+      "ptx_microbatches",
       "ptx_length",
     )
     require_positive(self, where, *sizes)
@@ -254,17 +348,32 @@ class PPOConfig:
       self.batch_size % self.num_minibatches == 0,
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
-    # The compiled step has fixed shapes, so minibatches, chunks and packed rows must divide their batches evenly.
+    self._validate_advantage(where)
+    # The compiled step has fixed shapes, so minibatches, microbatches and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
     require(
-      rows % self.ptx_chunks == 0,
-      f"{where}.ptx_chunks={self.ptx_chunks} must divide the {rows} pretraining rows of a minibatch",
+      rows % self.ptx_microbatches == 0,
+      f"{where}.ptx_microbatches={self.ptx_microbatches} must divide the {rows} pretraining rows of a minibatch",
     )
     require(
       self.packed_rows == 0 or (self.packed_rows > 0 and minibatch % self.packed_rows == 0),
       f"{where}.packed_rows={self.packed_rows} must be 0 or divide batch_size / num_minibatches={minibatch}",
     )
+    require(
+      minibatch % self.microbatches == 0,
+      f"{where}.microbatches={self.microbatches} must divide batch_size / num_minibatches={minibatch}",
+    )
+    require(
+      self.batch_size % self.score_microbatches == 0,
+      f"{where}.score_microbatches={self.score_microbatches} must divide batch_size={self.batch_size}",
+    )
+    for name in ("microbatches", "score_microbatches"):
+      count = getattr(self, name)
+      require(
+        self.packed_rows == 0 or count == 1,
+        f"{where}.{name}={count} must be 1 with packed_rows={self.packed_rows}, which are the rows computed at a time",
+      )
     # lm-human-preferences asserts the same. The statistics of fewer rewards are mostly noise.
     require(
       not self.whiten_rewards or minibatch >= 8,
@@ -277,6 +386,29 @@ class PPOConfig:
       f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
       " updates in 32 bits",
     )
+    listed = rewards.parse(self.rewards, f"{where}.rewards")
+    require(
+      rewards.has_ensemble(listed) == bool(self.ensemble),
+      f"{where}.ensemble={self.ensemble} and rewards={self.rewards} must come together: name further reward models in"
+      " ensemble, as '(\"runs/other/rm\",)', and an ensemble:HOW in rewards",
+    )
+    require(
+      len({*self.ensemble}) == len(self.ensemble),
+      f"{where}.ensemble={self.ensemble} must not name a reward model twice",
+    )
+    require(
+      self.ensemble_penalty >= 0,
+      f"{where}.ensemble_penalty={self.ensemble_penalty} must be >= 0",
+    )
+    require(
+      self.constant_iterations >= 0,
+      f"{where}.constant_iterations={self.constant_iterations} must be >= 0; 0 never stops",
+    )
+    require(
+      0 <= self.value_warmup < self.num_iterations,
+      f"{where}.value_warmup={self.value_warmup} must be >= 0 and below num_iterations={self.num_iterations}: after it"
+      " the policy learns too",
+    )
     require(self.beta >= 0, f"{where}.beta={self.beta} must be >= 0")
     require(self.gamma >= 0, f"{where}.gamma={self.gamma} must be >= 0")
     for name in ("discount", "gae_lambda"):
@@ -288,6 +420,25 @@ class PPOConfig:
       self.kl_controller == "fixed" or (self.kl_target > 0 and self.kl_horizon > 0),
       f"{where}.kl_target={self.kl_target} and kl_horizon={self.kl_horizon} must be > 0 for the adaptive controller",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfNConfig:
+  """Best-of-n (rejection sampling): the reward model chooses one of n answers to each training prompt."""
+
+  policy: str  # whose answers: base, sft, ppo_init or an RL stage
+  n: int  # answers to each prompt [answers]
+  num_prompts: int  # training prompts that are answered; 0 is all [prompts]
+  temperature: float  # temperature at which the answers are sampled
+
+  def validate(self, where: str):
+    require(
+      self.policy in SPEAKERS,
+      f"{where}.policy={self.policy[:80]!r} must be one of {', '.join(SPEAKERS)}",
+    )
+    require(2 <= self.n <= 4096, f"{where}.n={self.n} must be from 2 to 4096")
+    require(self.num_prompts >= 0, f"{where}.num_prompts={self.num_prompts} must be >= 0; 0 is all")
+    require_temperature(self, where)
 
 
 @dataclasses.dataclass(frozen=True)

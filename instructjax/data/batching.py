@@ -201,6 +201,7 @@ def ranking_batches(
   seed: int,
   vocab_size: int,
   num_rows: int | None = None,
+  num_groups: int = 1,
   places: tuple[Places, Places] | None = None,
 ) -> Batches:
   """Batches of ranked answers as RankedBatch. batch_size counts prompts, as in C.2.
@@ -213,6 +214,8 @@ def ranking_batches(
     vocab_size: also the id of padding.
     num_rows: number of rows into which the answers of a batch are packed, see `rows_needed`; None gives each answer a
       row of its own.
+    num_groups: groups of consecutive prompts, equally many in each, that share no rows: the first group has the first
+      rows, and so on, equally many each. Divides batch_size and num_rows.
     places: the rows and the prompts of the global batch that belong to this process; None for all of them.
   Raises:
     UserError: a prompt has more than max_responses answers, or there are no rankings.
@@ -234,6 +237,7 @@ def ranking_batches(
       length=length,
       vocab_size=vocab_size,
       num_rows=num_rows,
+      num_groups=num_groups,
     )
     if places is None:
       return batch
@@ -258,7 +262,13 @@ def ranking_batches(
 
 
 def rows_needed(
-  rankings: Sequence[RankingTokens], *, length: int, batch_size: int, seed: int, num_epochs: int
+  rankings: Sequence[RankingTokens],
+  *,
+  length: int,
+  batch_size: int,
+  seed: int,
+  num_epochs: int,
+  num_groups: int = 1,
 ) -> int:
   """The number of rows of `length` tokens that suffices for the packed answers of every batch.
 
@@ -272,7 +282,10 @@ def rows_needed(
   lengths = [[len(item.prompt) + len(response) for response in item.responses] for item in rankings]
 
   def gather(row_b, place_b):
-    return len(packing.pack([n for row in row_b for n in lengths[row]], length))
+    groups = np.split(row_b, num_groups)
+    return num_groups * max(
+      len(packing.pack([n for row in group for n in lengths[row]], length)) for group in groups
+    )
 
   needs = Batches(0, gather, num_rows=len(lengths), batch_size=batch_size, seed=seed, places=None)
   return max(next(needs) for _ in range(num_epochs * needs.steps_per_epoch))
@@ -285,6 +298,7 @@ def ranked_batch(
   length: int,
   vocab_size: int,
   num_rows: int | None = None,
+  num_groups: int = 1,
 ) -> RankedBatch:
   """Makes one RankedBatch of the rankings, in order. Arguments as in `ranking_batches`.
 
@@ -304,10 +318,17 @@ def ranked_batch(
     for index, row in enumerate(np.flatnonzero(is_answer_BC)):
       rows[row] = [index]
   else:
-    rows = packing.pack([len(sequence) for sequence in sequences], length)
-    if len(rows) > num_rows:
-      raise ValueError(f"a batch of rankings needs {len(rows)} rows, and num_rows={num_rows}")
-    rows += [[]] * (num_rows - len(rows))
+    rows, first = [], 0
+    for group in np.split(np.sum(is_answer_BC, axis=1), num_groups):
+      lengths = [len(sequence) for sequence in sequences[first : first + sum(group)]]
+      own = [[first + index for index in row] for row in packing.pack(lengths, length)]
+      room = num_rows // num_groups
+      if len(own) > room:
+        raise ValueError(
+          f"a batch of rankings needs {len(own) * num_groups} rows, and num_rows={num_rows}"
+        )
+      rows += own + [[]] * (room - len(own))
+      first += sum(group)
   scored = packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size)
   last_BC = np.zeros(shape, np.int32)
   last_BC[is_answer_BC] = scored.last_N
@@ -329,6 +350,7 @@ def prompt_batches(
   seed: int,
   vocab_size: int,
   places: Places | None = None,
+  repeats: int = 1,
 ) -> Batches:
   """Batches of prompts, left-padded to `length`, as PromptBatch.
 
@@ -337,6 +359,7 @@ def prompt_batches(
     length: P, tokens to which prompts are padded.
     batch_size, seed, places: see `Batches`.
     vocab_size: also the id of padding.
+    repeats: rows in which each prompt of a batch stands, one after the other; divides batch_size.
   Raises:
     UserError: a prompt is empty or longer than `length`, or there are none.
     ValueError: batch_size is not positive.
@@ -347,15 +370,17 @@ def prompt_batches(
       raise UserError(
         f"a prompt of {len(prompt)} tokens does not fit length={length}; see tokenize_prompts"
       )
+  index_B = np.arange(batch_size) if places is None else np.asarray(places)
   return Batches(
     _checksum(prompts),
     lambda row_b, place_b: prompt_batch(
-      [prompts[row] for row in row_b], place_b, length, vocab_size
+      [prompts[row] for row in row_b], index_B, length, vocab_size
     ),
     num_rows=len(prompts),
-    batch_size=batch_size,
+    batch_size=batch_size // repeats,
     seed=seed,
-    places=places,
+    # A row's prompt: a batch has a place for each, and rows that repeat it share this place.
+    places=index_B // repeats,
   )
 
 

@@ -3,6 +3,9 @@
 Called by stages/run_data.py. A folder of the cache is made under another name and renamed when it is whole, so that a
 killed run leaves nothing that could be taken for it. One process makes it; the others wait, and find it. If that one
 dies, the next takes over. What is damaged is made anew.
+
+What nobody has opened for 30 days is removed when something new is made: other settings, data or versions have other
+places, and would fill the disk. A run that still read it would tokenize again.
 """
 
 import contextlib
@@ -15,10 +18,11 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _TELL_AFTER, _TELL_EVERY = 10.0, 60.0  # seconds of tokenizing or waiting before a line says so
+_KEPT = 30 * 24 * 3600.0  # seconds for which something stays that nobody opens
+# Folders that may be removed, with rows and what killed processes left; the cache may lie among others.
+_OURS = re.compile(r"(documents|demonstrations)-[0-9a-f]{20}(-rows-\d+)?(\..+\.partial)?")
 _POLL = 0.2  # seconds between two looks whether another process is done
 
 _T = TypeVar("_T")
@@ -45,12 +52,12 @@ class Tokenized:
   Attributes:
     sequences: an iterable of ids, each time it is asked for.
     count: number of records, to say how far it is.
-    left_out: reason -> number of records that are left out, known when `sequences` is exhausted.
+    left_out: what is left out, as `tokenize.LeftOut`; known when `sequences` is exhausted.
   """
 
   sequences: Iterable[Encoded]
   count: int
-  left_out: Mapping[str, int]
+  left_out: Mapping[str, Sequence]
 
 
 @functools.cache
@@ -224,6 +231,7 @@ def _open_or_make(
   """
   with contextlib.suppress(Damaged):
     if (found := open_(folder)) is not None:
+      _mark_used(folder)
       return found
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -234,6 +242,7 @@ def _open_or_make(
       except Damaged as error:
         logger.warning("the token cache of %s is damaged (%s): it is made anew", what, error)
         _remove(folder)
+      _remove_old(folder.parent)
       scratch = _scratch(folder)
       try:
         make(scratch)
@@ -258,6 +267,25 @@ def _open_or_make(
   if found is None:
     raise UserError(f"{folder} was removed while it was written; run the same command again")
   return found
+
+
+def _mark_used(folder: pathlib.Path):
+  """Sets the folder's time to now, where it may be written."""
+  with contextlib.suppress(OSError):
+    os.utime(folder)
+
+
+def _remove_old(root: pathlib.Path):
+  """Removes what nobody has opened for `_KEPT`."""
+  before, removed = time.time() - _KEPT, 0
+  for path in root.iterdir():
+    with contextlib.suppress(OSError):  # another process removes it too, or it may not be removed
+      if _OURS.fullmatch(path.name) and path.is_dir() and path.stat().st_mtime < before:
+        _remove(path)
+        removed += 1
+  if removed:
+    what = "entry that was" if removed == 1 else "entries that were"
+    logger.warning("%s: removed %d %s not used for %d days", root, removed, what, _KEPT // 86400)
 
 
 def _scratch(folder: pathlib.Path) -> pathlib.Path:

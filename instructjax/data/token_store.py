@@ -18,7 +18,7 @@ import os
 import pathlib
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,14 +48,14 @@ class TokenStore:
     num_unweighted_S: number of leading tokens of each sequence that carry no loss; None for 0.
     read: (start, stop) -> the bytes of those ids.
     dtype: type of the ids there.
-    left_out: reason -> number of records that were left out.
+    left_out: reason -> how many records were left out, and where the first one stood.
   """
 
   end_S: np.ndarray
   num_unweighted_S: np.ndarray | None
   read: packing.Read
   dtype: np.dtype
-  left_out: Mapping[str, int]
+  left_out: Mapping[str, Sequence]
 
   @property
   def num_tokens(self) -> int:
@@ -131,7 +131,7 @@ class Writer:
     self._ends.append(self.num_bytes // self._dtype.itemsize)
     self._unweighted.append(sequence.num_unweighted)
 
-  def finish(self, left_out: Mapping[str, int], about: Mapping[str, Any]):
+  def finish(self, left_out: Mapping[str, Sequence], about: Mapping[str, Any]):
     """Completes the store.
 
     Args:

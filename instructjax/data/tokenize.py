@@ -1,4 +1,4 @@
-"""Converts records to token ids, and drops those that are too long. Dropped records are counted and logged.
+"""Converts records to token ids, and drops those that are too long. How many, and the first one's place, is logged.
 
 Called by stages/run_data.py, which puts documents and demonstrations into the token cache, and by stage `rm`.
 """
@@ -16,6 +16,9 @@ from instructjax.data.tokenizer import Tokenizer, prompt_ids
 logger = logging.getLogger(__name__)
 
 
+LeftOut = dict[str, tuple[int, str]]  # reason -> (how many, `file:line` of the first one or '')
+
+
 @dataclasses.dataclass(frozen=True)
 class RankingTokens:
   """Token ids of a ranking. A response ends in EOS unless it was cut off at the length limit."""
@@ -31,16 +34,22 @@ def tokenize_prompts(
 ) -> list[list[int]]:
   """Tokenizes prompts, and drops those longer than max_prompt_length tokens (App. C).
 
-  This and the following functions log how much they drop: long_prompts counts dropped records and, where there are
-  responses, long_responses counts dropped responses.
+  This and the following functions log how much they drop: long_prompts are dropped records and, where there are
+  responses, long_responses are dropped responses.
 
   Raises:
     UserError: every prompt is too long.
   """
   _note_control_tokens("prompts", records, tokenizer)
   prompts = [prompt_ids(tokenizer, _text(record.prompt)) for record in records]
-  kept = [prompt for prompt in prompts if len(prompt) <= max_prompt_length]
-  report("prompts", len(kept), {"long_prompts": len(prompts) - len(kept)})
+  left_out: LeftOut = {}
+  kept = []
+  for record, prompt in zip(records, prompts, strict=True):
+    if len(prompt) <= max_prompt_length:
+      kept.append(prompt)
+    else:
+      _leave_out(left_out, "long_prompts", record.where)
+  report("prompts", len(kept), left_out)
   return kept
 
 
@@ -54,7 +63,7 @@ def tokenize_documents(records: Sequence[Document], tokenizer: Tokenizer) -> Ite
 def tokenize_demonstrations(
   records: Sequence[Demonstration],
   tokenizer: Tokenizer,
-  left_out: dict[str, int],
+  left_out: LeftOut,
   *,
   max_prompt_length: int,
   max_response_length: int,
@@ -67,21 +76,20 @@ def tokenize_demonstrations(
   Args:
     records: demonstrations.
     tokenizer: the run's.
-    left_out: counts what is dropped; to be given to `report` at the end.
+    left_out: takes what is dropped; to be given to `report` at the end.
     max_prompt_length, max_response_length: the longest that are kept, in tokens.
   Raises:
     UserError: every demonstration is too long.
   """
   _note_control_tokens("demonstrations", records, tokenizer)
-  left_out |= {"long_prompts": 0, "long_responses": 0}
   kept = 0
   for record in records:
     prompt = prompt_ids(tokenizer, _text(record.prompt))
     response = tokenizer.encode(record.response)
     if len(prompt) > max_prompt_length:
-      left_out["long_prompts"] += 1
+      _leave_out(left_out, "long_prompts", record.where)
     elif len(response) + 1 > max_response_length:
-      left_out["long_responses"] += 1
+      _leave_out(left_out, "long_responses", record.where)
     else:
       kept += 1
       yield Encoded([*prompt, *response, tokenizer.eos_id], len(prompt))
@@ -106,11 +114,11 @@ def tokenize_rankings(
   """
   _note_control_tokens("comparisons", records, tokenizer)
   kept = []
-  long_prompts = long_responses = 0
+  left_out: LeftOut = {}
   for record in records:
     prompt = prompt_ids(tokenizer, _text(record.prompt))
     if len(prompt) > max_prompt_length:
-      long_prompts += 1
+      _leave_out(left_out, "long_prompts", record.where)
       continue
     responses, ranks = [], []
     for text, rank in zip(record.responses, record.ranks, strict=True):
@@ -118,10 +126,9 @@ def tokenize_rankings(
       if len(response) <= max_response_length:
         responses.append(response + [tokenizer.eos_id] * (len(response) < max_response_length))
         ranks.append(rank)
-    long_responses += len(record.responses) - len(responses)
+    _leave_out(left_out, "long_responses", record.where, len(record.responses) - len(responses))
     if len(responses) >= 2:
       kept.append(RankingTokens(prompt, responses, ranks, record.labeler))
-  left_out = {"long_prompts": long_prompts, "long_responses": long_responses}
   report("comparisons", len(kept), left_out)
   return kept
 
@@ -159,21 +166,33 @@ def _note_control_tokens(kind: str, records: Sequence, tokenizer: Tokenizer):
     )
 
 
-def report(kind: str, kept: int, left_out: Mapping[str, int]):
-  """Logs how many records were dropped for their length.
+def _leave_out(left_out: LeftOut, why: str, where: str, count: int = 1):
+  """Notes what is dropped of the record at `where`; 0 notes nothing."""
+  if count:
+    before, first = left_out.get(why, (0, where))
+    left_out[why] = (before + count, first)
 
+
+def report(kind: str, kept: int, left_out: Mapping[str, Sequence]):
+  """Logs how many records were dropped for their length, and where the first one stands.
+
+  Args:
+    kind: kind of the records.
+    kept: number of those that are left.
+    left_out: see `LeftOut`; lists as read from a file will do.
   Raises:
     UserError: no record is left.
   """
-  reasons = ", ".join(f"{name}={count}" for name, count in left_out.items())
-  if any(left_out.values()):
-    counts = {name.removeprefix("long_"): count for name, count in left_out.items() if count}
-    what = " and ".join(
-      f"{count} {name if count > 1 else name.removesuffix('s')}" for name, count in counts.items()
-    )
-    logger.warning("%s: left out because too long: %s; %d are kept", kind, what, kept)
-  if not kept and any(left_out.values()):
+  if not left_out:
+    return
+  parts = []
+  for why, (count, first) in sorted(left_out.items()):
+    name = why.removeprefix("long_")
+    place = f" (first at {first})" if first and count > 1 else f" ({first})" if first else ""
+    parts.append(f"{count} {name if count > 1 else name.removesuffix('s')}{place}")
+  what = " and ".join(parts)
+  if not kept:
     raise UserError(
-      f"{kind}: every record is too long ({reasons});"
-      " raise data.max_prompt_length or data.max_response_length"
+      f"{kind}: every record is too long: {what}; raise data.max_prompt_length or data.max_response_length"
     )
+  logger.warning("%s: left out because too long: %s; %d are kept", kind, what, kept)

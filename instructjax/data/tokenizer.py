@@ -35,6 +35,8 @@ from instructjax.data.sentence_pieces import MODEL_FILE, SentencePieceTokenizer
 # A random sample of this size is enough to estimate the frequencies of pieces.
 _MAX_TRAINING_CHARACTERS = 10_000_000
 _NEWLINE = "\n"
+# Words, numbers, blanks and bytes, which tokenizers cut in different ways.
+_PROBE = "The café's 1,024 ducks\t(or 2048?) swim;\n\n  don't THEY \u6f22\u5b57 \U0001f986!"
 
 
 class Tokenizer(Protocol):
@@ -103,6 +105,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode_prompt(prompt)
   bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   return bos + tokenizer.encode(prompt)
+
+
+def agree(ours: Tokenizer, theirs: Tokenizer) -> bool:
+  """Whether ids of the first tokenizer mean the same to a model that was trained with the second.
+
+  They may differ in what changes no id of a text: the chat template, and tokens that the second has added.
+  """
+  if ours.fingerprint == theirs.fingerprint:
+    return True
+  if theirs.vocab_size < ours.vocab_size or ours.encode(_PROBE) != theirs.encode(_PROBE):
+    return False
+  return all(ours.decode([i]) == theirs.decode([i]) for i in range(ours.vocab_size))
 
 
 def load(path: str | os.PathLike) -> Tokenizer:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import layers, transformer
+from instructjax.models import adapters, layers, transformer
 from instructjax.models.transformer import Model
 from instructjax.parallel import constraints
 
@@ -32,9 +32,8 @@ def decode_weights(model: Model, params: Params) -> Params:
   # `frozen_weights` keeps the embedding in float32, so that positions are added before the sum is rounded. Decoding
   # accepts the extra rounding: the head reads a tied table whole at every step.
   weights["embedding"] = jax.tree.map(lambda w: w.astype(dtype), weights["embedding"])
-  return constraints.place_for_decoding(
-    weights, transformer.param_axes(model), model.execution.decode_layout
-  )
+  axes = adapters.base_axes(weights, transformer.param_axes(model))
+  return constraints.place_for_decoding(weights, axes, model.execution.decode_layout)
 
 
 def init_cache(model: Model, batch_size: int, length: int):
@@ -121,7 +120,7 @@ def decode_step(
   place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
   h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
-  angles = layers.rotary_angles(position_B1, cfg)
+  angles, kinds = layers.rotary_angles(position_B1, cfg), layers.layer_kinds(cfg)
   # The cache holds no later token than the new one, so no causal mask is needed.
   dense = is_slot_BT[:, None, :]
   if slot_position_BT is None:
@@ -136,7 +135,9 @@ def decode_step(
     # The cache may have a row more than the batch: see `init_cache`.
     num_rows, cache_rows = len(q_BTGRK), len(pair[0])
     q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
-    mixed_BTGRK = layers.attend(q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, index))
+    mixed_BTGRK = layers.attend(
+      q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, kinds, index)
+    )
     return mixed_BTGRK[:num_rows], pair
 
   def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
@@ -146,13 +147,16 @@ def decode_step(
       for old, new in zip(stacks, new_BTGK)
     )
     pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
-    return layers.attend(q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, index)), stacks
+    return layers.attend(
+      q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, kinds, index)
+    ), stacks
 
-  def run_block(h_B1D, layer, mix):
+  def run_block(h_B1D, layer, index, mix):
     # The cache is split by rows in either layout, so attention must see a device's own rows again.
     if is_2d:
       mix = _mix_own_rows(mix)
-    h_B1D, kept = layers.block(h_B1D, layer, cfg, angles, mix, 0.0, None)  # no dropout
+    turn = transformer.layer_angles(angles, kinds, index)
+    h_B1D, kept = layers.block(h_B1D, layer, cfg, turn, mix, 0.0, None)  # no dropout
     return place(h_B1D), kept
 
   if model.execution.layers == "scan":
@@ -161,14 +165,15 @@ def decode_step(
       # The cache is carried, not scanned over: an output of scan would be a new array of the cache's size.
       h_B1D, stacks = carry
       index, layer = xs
-      return run_block(h_B1D, layer, functools.partial(mix_stacked, index, stacks)), None
+      return run_block(h_B1D, layer, index, functools.partial(mix_stacked, index, stacks)), None
 
     xs = jnp.arange(cfg.num_layers), weights["layers"]
     (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)
   else:
     pairs = []
     for index, layer in enumerate(weights["layers"]):
-      h_B1D, pair = run_block(h_B1D, layer, functools.partial(mix_unrolled, index, cache[index]))
+      mix = functools.partial(mix_unrolled, index, cache[index])
+      h_B1D, pair = run_block(h_B1D, layer, index, mix)
       pairs.append(pair)
     cache = tuple(pairs)
   return constraints.shard_rows(_logits(model, weights, h_B1D)), cache

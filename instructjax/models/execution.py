@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.models import transformer
 from instructjax.parallel import constraints, sharding
@@ -54,12 +54,13 @@ def model_on(
   execution: ExecutionConfig,
   vocab_size: int,
   head: Head,
+  adapter: AdapterConfig | None = None,
 ) -> transformer.Model:
   """Describes a network as it runs on `mesh`, with every `auto` resolved.
 
   Args:
     mesh: the devices; None for one device, the process's default.
-    network, vocab_size, head: as for `make_model`.
+    network, vocab_size, head, adapter: as for `make_model`.
     execution: with or without `auto`.
   Raises:
     UserError: `decode_layout='auto'`, but the memory of such devices is not known.
@@ -67,11 +68,11 @@ def model_on(
   """
   execution = resolve_execution(execution, sharding.platform_of(mesh))
   if execution.decode_layout != "auto":
-    return transformer.make_model(network, execution, vocab_size, head)
+    return transformer.make_model(network, execution, vocab_size, head, adapter)
   # 'tensor' sends least in each decode step, so it is preferred. '2d' is for copies of the weights that would fill too
   # much of a device's memory. On CPUs and without a mesh there is no bound to keep.
   execution = dataclasses.replace(execution, decode_layout="tensor")
-  model = transformer.make_model(network, execution, vocab_size, head)
+  model = transformer.make_model(network, execution, vocab_size, head, adapter)
   memory = None if mesh is None else constraints.device_memory(mesh)
   if mesh is None or memory is None:
     return model

@@ -10,6 +10,17 @@ import jax
 from instructjax.models import transformer
 
 
+def training(
+  model: transformer.Model, tokens: float, length: int, outputs: float | None = None
+) -> float:
+  """FLOPs of a forward and a backward pass, arguments as for `forward`.
+
+  The backward pass takes twice the forward pass: the gradient of a product's input, and that of its weights. A frozen
+  base has the first only. An adapter's own products are narrow, and are not counted.
+  """
+  return (3 if model.adapter is None else 2) * forward(model, tokens, length, outputs)
+
+
 def forward(
   model: transformer.Model, tokens: float, length: int, outputs: float | None = None
 ) -> float:

@@ -11,6 +11,7 @@ Norms and activations are recomputed in the backward pass (`jax.checkpoint`) ins
 a quarter of a step's memory, and on a CPU fresh memory costs more than computing them again.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -19,14 +20,79 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from instructjax.core.config import NetworkConfig
+from instructjax.core.structs import Array, pytree
 from instructjax.parallel import constraints
 
-# The weights of norms stay float32, wherever they are nested: a norm is computed in float32. All others are used in the
+# The weights of norms stay float32, wherever they are nested: a norm is computed in float32. So does the scale of an
+# Int8. All others are used in the
 # compute dtype. Their names start with w_ (a product's weights) or b_ (its biases).
-FLOAT32 = frozenset({"scale_D", "bias_D"})
+FLOAT32 = frozenset({"scale_D", "bias_D", "scale_K", "scale"})
 SAVED = "saved"  # checkpoint_name of the arrays that remat='products' keeps for the backward pass
 # Score of a masked column. It is finite because with -inf a row in which every column is masked would become NaN.
 MASKED_SCORE = -1e30
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("w_a", "w_b", "key_B"),
+  meta_fields=("dropout_rate",),
+)
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+  """An addition to a weight: the product of two factors, of which the second holds the scale alpha / rank.
+
+  Attributes:
+    w_a: the weight's input dimensions, and the rank E.
+    w_b: the rank E, and the weight's output dimensions.
+    key_B: a typed key for each row, of the dropout before A; None for none.
+    dropout_rate: static.
+  """
+
+  w_a: Array
+  w_b: Array
+  key_B: Array | None = None
+  dropout_rate: float = 0.0
+
+
+@pytree
+class Int8:
+  """A weight in 8 bits: whole numbers from -127 to 127, times a scale for each output.
+
+  Attributes:
+    values: int8, in the weight's shape.
+    scale: float32, in the shape of the weight's output dimensions.
+  """
+
+  values: Array
+  scale: Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """The weight's."""
+    return self.values.shape
+
+
+def quantised(w: Array, inputs: int) -> Int8:
+  """A weight rounded to 8 bits, each output by its own largest number.
+
+  Args:
+    w: float weight.
+    inputs: how many of its first dimensions are contracted.
+  """
+  axes = tuple(range(inputs))
+  largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1.0).astype(jnp.float32) / 127
+  return Int8(jnp.round(w / scale).astype(jnp.int8), scale.squeeze(axes))
+
+
+def low_rank_name(weight: str) -> str:
+  """Where a layer's dict has the addition to a weight, if the network is adapted."""
+  return f"low_rank/{weight}"
+
+
+def weight_name(low_rank: str) -> str:
+  """The weight that an addition belongs to."""
+  return low_rank.partition("/")[2]
 
 
 @functools.partial(jax.checkpoint, static_argnums=2)
@@ -37,33 +103,87 @@ def norm(x_BTD, weights: dict, cfg: NetworkConfig):
   if cfg.norm == "layernorm":
     x32_BTD = x32_BTD - x32_BTD.mean(axis=-1, keepdims=True)
   square_BT1 = jnp.square(x32_BTD).mean(axis=-1, keepdims=True)
-  y_BTD = x32_BTD * jax.lax.rsqrt(square_BT1 + cfg.norm_eps) * weights["scale_D"][None, None, :]
+  scale_D = _scale(weights["scale_D"], cfg)
+  y_BTD = x32_BTD * jax.lax.rsqrt(square_BT1 + cfg.norm_eps) * scale_D[None, None, :]
   if cfg.norm == "layernorm":
     y_BTD = y_BTD + weights["bias_D"][None, None, :]
   return y_BTD.astype(x_BTD.dtype)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _head_norm(x_BTGQK, weights: dict, cfg: NetworkConfig):
+  """RMSNorm of each head by itself (`qk_norm`); its weights are shared by all heads."""
+  x32_BTGQK = x_BTGQK.astype(jnp.float32)
+  square_BTGQ1 = jnp.square(x32_BTGQK).mean(axis=-1, keepdims=True)
+  y_BTGQK = x32_BTGQK * jax.lax.rsqrt(square_BTGQ1 + cfg.norm_eps)
+  return (y_BTGQK * _scale(weights["scale_K"], cfg)[None, None, None, None]).astype(x_BTGQK.dtype)
+
+
+def _scale(weight, cfg: NetworkConfig):
+  """What a norm multiplies by: its weights, or 1 + w for Gemma, which stores them around 0."""
+  return 1.0 + weight if cfg.norm == "rmsnorm_1p" else weight
+
+
+# --- positions --------------------------------------------------------------------------------------
+
+
+def layer_kinds(cfg: NetworkConfig) -> str:
+  """The kinds of a network's layers, one period of them: layer n is of kind `kinds[n % len(kinds)]`.
+
+  Letters as for `layer_pattern`, without those that make no difference: local layers of an unlimited window are global
+  ones, unless their positions turn at another speed.
+  """
+  kinds = cfg.layer_pattern
+  if not cfg.attention_window and not cfg.rope_local_base:
+    kinds = kinds.replace("L", "G")
+  return shortest_pattern(kinds * cfg.num_layers, cfg.num_layers)
+
+
+def shortest_pattern(kinds: str, num_layers: int) -> str:
+  """The shortest pattern whose repetition gives the first `num_layers` letters of `kinds`."""
+  kinds = kinds[:num_layers]
+  lengths = range(1, num_layers + 1)
+  return next(kinds[:n] for n in lengths if (kinds[:n] * num_layers)[:num_layers] == kinds)
+
+
 def rotary_angles(position_BT, cfg: NetworkConfig):
-  """Cosine and sine of the rotary angles, float32 [B, T, K / 2]; None for learned positions."""
+  """Cosine and sine of the rotary angles of each kind of layer: kind -> (cos, sin), float32 [B, T, K / 2], or None.
+
+  None stands for a kind without rotary positions: all, if positions are learned. K counts the dimensions that turn.
+  """
+  angles = dict.fromkeys(layer_kinds(cfg))
   if cfg.position != "rope":
-    return None
+    return angles
+  is_local = {kind: kind == "L" and cfg.rope_local_base > 0 for kind in angles if kind != "N"}
+  pairs = {
+    own: _angles(position_BT, rotary_frequencies(cfg, own)) for own in sorted({*is_local.values()})
+  }
+  return angles | {kind: pairs[own] for kind, own in is_local.items()}
+
+
+def _angles(position_BT, frequency_K):
   # In float32: bfloat16 has 8 significant bits, so it could not even tell positions 256 and 257 apart.
-  frequency_K = rotary_frequencies(cfg)
   angle_BTK = position_BT.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
   return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
 
 
-def rotary_frequencies(cfg: NetworkConfig):
+def rotary_frequencies(cfg: NetworkConfig, is_local: bool = False):
   """Angle by which each pair of dimensions turns from one position to the next, in radians, float32 [K / 2].
 
-  Scaling 'linear' (Chen et al. 2023, arXiv:2306.15595) divides every frequency by `factor`. 'llama3' (Llama 3.1,
-  arXiv:2407.21783) looks at the number of turns that a pair makes within the original context. Above `high_freq_factor`
-  turns it keeps the frequency, below `low_freq_factor` it divides it, and in between it interpolates.
+  K counts the dimensions that turn. Scaling 'linear' (Chen et al. 2023, arXiv:2306.15595) divides every frequency by
+  `factor`. 'llama3' (Llama 3.1, arXiv:2407.21783) looks at the number of turns that a pair makes within the original
+  context. Above `high_freq_factor` turns it keeps the frequency, below `low_freq_factor` it divides it, and in between
+  it interpolates.
+
+  Args:
+    cfg: the network.
+    is_local: whether for local layers with a base of their own, `rope_local_base`, which are not scaled.
   """
-  half = cfg.head_dim // 2
-  frequency_K = cfg.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  half = (cfg.rotary_dim or cfg.head_dim) // 2
+  base = cfg.rope_local_base if is_local else cfg.rope_base
+  frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
   scaling = cfg.rope_scaling
-  if scaling.kind == "none":
+  if scaling.kind == "none" or is_local:
     return frequency_K
   if scaling.kind == "linear":
     return frequency_K / scaling.factor
@@ -76,16 +196,27 @@ def rotary_frequencies(cfg: NetworkConfig):
 def rotate(x_BTGQK, angles):
   """Applies rotary positions: dimension i turns together with dimension i + K / 2, as in Llama and GPT-NeoX.
 
-  llama.cpp stores its `llama` weights for the other convention, neighbouring dimensions: gguf_names.py permutes them.
+  K counts the dimensions that turn, which the angles tell; those after them stay as they are. llama.cpp stores its
+  `llama` weights for the other convention, neighbouring dimensions: gguf_names.py permutes them.
   """
   cos, sin = (angle[:, :, None, None, :] for angle in angles)
+  rotary_dim = 2 * cos.shape[-1]
+  if rotary_dim < x_BTGQK.shape[-1]:
+    rest_BTGQK = x_BTGQK[..., rotary_dim:]
+    return jnp.concatenate([rotate(x_BTGQK[..., :rotary_dim], angles), rest_BTGQK], axis=-1)
   low, high = jnp.split(x_BTGQK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
   return turned.astype(x_BTGQK.dtype)
 
 
+# --- attention --------------------------------------------------------------------------------------
+
+
 def product(x_BTD, w):
   """x_BTD times weights of shape [D, ...]."""
+  if isinstance(w, Int8):
+    y = product(x_BTD, w.values.astype(x_BTD.dtype))
+    return (y.astype(jnp.float32) * w.scale[None, None]).astype(x_BTD.dtype)
   # On one device as a product of two matrices: with more dimensions XLA's CPU backend computes the gradients in another
   # order, and copies them and the weights. On a mesh the dimensions stay apart: a joined one (2F, say) could not stay
   # split over `tensor`, and would be gathered.
@@ -95,29 +226,64 @@ def product(x_BTD, w):
   return jnp.tensordot(x_BTD, w, axes=1)
 
 
-def project_qkv(x_BTD, weights: dict, angles):
+def add_low_rank(y, x_BTD, weights: dict, name: str, place=lambda y: y):
+  """Adds an adapter's product x A B, if there is one, to y, the product of x with the weight called `name`.
+
+  Args:
+    y: in the layout that `place` gives it.
+    x_BTD: the product's input.
+    weights: the block's weights.
+    name: of the weight.
+    place: layout of the result on a mesh.
+  """
+  pair = weights.get(low_rank_name(name))
+  if pair is None:
+    return y
+  x_BTD = dropout(x_BTD, pair.key_B, pair.dropout_rate)
+  # Narrow, and needed whole by every device that holds a part of B's columns.
+  z_BTE = product(x_BTD, pair.w_a.reshape(-1, pair.w_a.shape[-1]))
+  if z_BTE.shape[1] > 1:  # a single column belongs to a decode step, which has a layout of its own
+    z_BTE = constraints.shard_rows(z_BTE)
+  return y + place(product(z_BTE, pair.w_b))
+
+
+def project_qkv(x_BTD, weights: dict, cfg: NetworkConfig, angles):
   """Queries, keys and values by one fused projection: (q_BTGRK, k_BTGK, v_BTGK).
 
   The projection is fused per key/value head, so splitting G over `tensor` keeps each head's queries, key and value on
-  one device. Queries and keys are rotated unless `angles` is None.
+  one device. Queries and keys are normalised if the network says so, and rotated unless `angles` is None.
   """
   y_BTGQK = product(x_BTD, weights["w_qkv_DGQK"])
+  y_BTGQK = add_low_rank(y_BTGQK, x_BTD, weights, "w_qkv_DGQK")
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
   y_BTGQK = constraints.split_products(y_BTGQK, tensor_dim=2)
   # Split, not sliced: the gradient of a split is one concatenation, that of three slices a sum of three padded arrays.
-  q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, (y_BTGQK.shape[3] - 2, 1, 1), axis=3)
+  sizes = y_BTGQK.shape[3] - 2, 1, 1
+  if cfg.qk_norm:
+    # remat='products' keeps the product, which the norms' gradient needs too; norms and rotation are computed again.
+    y_BTGQK = checkpoint_name(y_BTGQK, SAVED)
+    q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, sizes, axis=3)
+    q_BTGRK = _head_norm(q_BTGRK, weights["q_norm"], cfg)
+    k_BTG1K = _head_norm(k_BTG1K, weights["k_norm"], cfg)
+  else:
+    q_BTGRK, k_BTG1K, v_BTG1K = jax.lax.split(y_BTGQK, sizes, axis=3)
+  if cfg.query_pre_attn_scalar:
+    # `attend` divides scores by sqrt(head_dim).
+    factor = (cfg.head_dim / cfg.query_pre_attn_scalar) ** 0.5
+    q_BTGRK = (q_BTGRK.astype(jnp.float32) * factor).astype(q_BTGRK.dtype)
   if angles is not None:
     q_BTGRK, k_BTG1K = rotate(q_BTGRK, angles), rotate(k_BTG1K, angles)
-  return q_BTGRK, k_BTG1K.squeeze(3), v_BTG1K.squeeze(3)
+  qkv = q_BTGRK, k_BTG1K.squeeze(3), v_BTG1K.squeeze(3)
+  return qkv if cfg.qk_norm else checkpoint_name(qkv, SAVED)
 
 
 def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
   """Attention masks of dense and of banded layers: True where column t (first) may attend to column s (second).
 
   A column attends to columns of its own segment that are not pads and not later. GPT-3 alternates dense and locally
-  banded layers (Brown et al. 2020, sec 2.1). In a banded layer a token sees only the `attention_window` newest
-  positions, its own included.
+  banded layers (Brown et al. 2020, sec 2.1), and Gemma 3 has five banded ones before each dense one. In a banded layer
+  a token sees only the `attention_window` newest positions, its own included.
 
   Returns:
     (dense_BLL, banded_BLL); banded_BLL is None if the network has no banded layers.
@@ -131,7 +297,7 @@ def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
 
 def band(mask_BTS, query_position_BT, key_position_BS, cfg: NetworkConfig):
   """The mask of the banded layers, from that of the dense ones; None if the network has no banded layers."""
-  if not cfg.attention_window:
+  if not cfg.attention_window or "L" not in cfg.layer_pattern:
     return None
   distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
   return mask_BTS & (distance_BTS < cfg.attention_window)
@@ -214,8 +380,16 @@ def project_out(x_BTGRK, weights: dict):
   # G, R and K become one dimension. XLA would contract the three in another order. On a CPU that copies all weights
   # into this order at each decode step, which doubles its time.
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
-  y_BTD = product(x_BTE, w_GRKD.reshape(-1, w_GRKD.shape[-1]))
-  return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_out_D"))
+  y_BTD = product(x_BTE, _join_inputs(w_GRKD))
+  y_BTD = constraints.scatter_columns(y_BTD)
+  y_BTD = add_low_rank(y_BTD, x_BTE, weights, "w_out_GRKD", constraints.split_columns)
+  return _add_bias(y_BTD, weights.get("b_out_D"))
+
+
+def _join_inputs(w):
+  """A weight of the heads' outputs as a matrix: all dimensions but the last become one."""
+  join = lambda x: x.reshape(-1, x.shape[-1])
+  return Int8(join(w.values), w.scale) if isinstance(w, Int8) else join(w)
 
 
 def _add_bias(y_BTD, bias_D):
@@ -226,51 +400,58 @@ def _add_bias(y_BTD, bias_D):
   return y_BTD if bias_D is None else constraints.split_columns(y_BTD + bias_D[None, None])
 
 
-@jax.checkpoint
-def _gelu(x_BTF):
-  return jax.nn.gelu(x_BTF, approximate=True)
+@functools.partial(jax.checkpoint, static_argnums=1)
+def _gelu(x_BTF, approximate: bool):
+  return jax.nn.gelu(x_BTF, approximate=approximate)
 
 
-@jax.checkpoint
-def _gated(x_BT2F):
-  return jax.nn.silu(x_BT2F[:, :, 0]) * x_BT2F[:, :, 1]
+@functools.partial(jax.checkpoint, static_argnums=1)
+def _gated(x_BT2F, activation):
+  return activation(x_BT2F[:, :, 0]) * x_BT2F[:, :, 1]
+
+
+# The activation of the gates, by NetworkConfig.mlp.
+_GATES = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
-  """The feed-forward part: tanh-GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama)."""
-  if cfg.mlp == "gelu":
+  """The feed-forward part: GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama), and their like."""
+  if not cfg.is_gated:
     y_BTF = product(x_BTD, weights["w_up_DF"])
+    y_BTF = add_low_rank(y_BTF, x_BTD, weights, "w_up_DF")
     if "b_up_F" in weights:
       y_BTF = y_BTF + weights["b_up_F"][None, None]
     y_BTF = constraints.split_products(y_BTF, tensor_dim=2)
     # The name is on the product, before the activation: remat='products' keeps products, and recomputes what is cheap.
-    y_BTF = _gelu(checkpoint_name(y_BTF, SAVED))
+    y_BTF = _gelu(checkpoint_name(y_BTF, SAVED), cfg.mlp == "gelu")
   else:
     y_BT2F = product(x_BTD, weights["w_gate_up_D2F"])
+    y_BT2F = add_low_rank(y_BT2F, x_BTD, weights, "w_gate_up_D2F")
     if "b_gate_up_2F" in weights:
       y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
     y_BT2F = constraints.split_products(y_BT2F, tensor_dim=3)
-    y_BTF = _gated(checkpoint_name(y_BT2F, SAVED))
-  y_BTD = product(y_BTF, weights["w_down_FD"])
-  return _add_bias(constraints.scatter_columns(y_BTD), weights.get("b_down_D"))
+    y_BTF = _gated(checkpoint_name(y_BT2F, SAVED), _GATES[cfg.mlp])
+  y_BTD = constraints.scatter_columns(product(y_BTF, weights["w_down_FD"]))
+  y_BTD = add_low_rank(y_BTD, y_BTF, weights, "w_down_FD", constraints.split_columns)
+  return _add_bias(y_BTD, weights.get("b_down_D"))
 
 
-def dropout(x_BTD, key, rate: float):
+def dropout(x_BTD, key_B, rate: float):
   """Inverted dropout: sets elements to 0 with probability `rate`, and scales the others to keep the expectation.
 
   The rate is rounded to a multiple of 2 ** -16. The scale uses the rounded rate, so the expectation is exact.
 
   Args:
     x_BTD: any float dtype.
-    key: typed key; None switches dropout off.
+    key_B: a typed key for each row; None switches dropout off.
     rate: static, in [0, 1).
   """
-  if key is None:
+  if key_B is None:
     return x_BTD
   # 16 random bits decide on an element, so one 32-bit word serves two: half of the random bits to generate.
   kept = round((1.0 - rate) * 2**16)
-  shape = (*x_BTD.shape[:2], (x_BTD.shape[2] + 1) // 2)
-  word_BTE = jax.random.bits(key, shape)
+  shape = (x_BTD.shape[1], (x_BTD.shape[2] + 1) // 2)
+  word_BTE = jax.vmap(lambda key: jax.random.bits(key, shape))(key_B)
   keep_BTD = jnp.concatenate([word_BTE & 0xFFFF < kept, word_BTE >> 16 < kept], axis=2)
   scale_BTD = jnp.where(keep_BTD[:, :, : x_BTD.shape[2]], 2**16 / kept, 0.0)
   return x_BTD * scale_BTD.astype(x_BTD.dtype)
@@ -288,8 +469,12 @@ def cast(weights: dict, dtype) -> dict:
   """
 
   def one(path, weight):
-    name = path[-1].key
-    if name in FLOAT32:
+    # Names are keys of dicts, or fields of LowRank and Int8.
+    name = getattr(path[-1], "key", None) or path[-1].name
+    is_float = jnp.issubdtype(
+      weight.dtype, jnp.floating
+    )  # not so a LowRank's key, and Int8's values
+    if name in FLOAT32 or not is_float:
       return weight
     if not name.startswith(("w_", "b_")):
       raise ValueError(
@@ -300,33 +485,44 @@ def cast(weights: dict, dtype) -> dict:
   return jax.tree_util.tree_map_with_path(one, weights)
 
 
-def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key):
-  """One pre-norm decoder layer.
+def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: float, key_B):
+  """One decoder layer: attention, then the MLP, each added to the residual stream whose norm it reads.
+
+  With `parallel_residual` both read the stream as it enters the layer.
 
   Args:
     h_BTD: residual stream, in the compute dtype.
     weights: this layer's weights, float32 or already cast.
     cfg: the network.
-    angles: from `rotary_angles`.
+    angles: cosine and sine for this kind of layer, from `rotary_angles`; None for no rotation.
     mix: attention, (q_BTGRK, k_BTGK, v_BTGK) -> (x_BTGRK, kept). It belongs to the caller, which may have keys and
       values in a cache. `kept` (the cache, or None) is passed through.
     dropout_rate: for both residual branches.
-    key: typed key of this layer's dropout; None for no dropout.
+    key_B: each row's typed key of this layer's dropout; None for no dropout.
   Returns:
     (h_BTD, kept)
   Raises:
     ValueError: see `cast`.
   """
   weights = cast(weights, h_BTD.dtype)
-  keys = (None, None) if key is None else jax.random.split(key)
+  key_2B = (None, None) if key_B is None else jax.vmap(jax.random.split, out_axes=1)(key_B)
   # On a mesh, columns are split over `tensor` between products, and gathered for a product (see constraints.py).
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
-  q_BTGRK, k_BTGK, v_BTGK = checkpoint_name(project_qkv(x_BTD, weights["attention"], angles), SAVED)
-  mixed_BTGRK, kept = mix(q_BTGRK, k_BTGK, v_BTGK)
+  mixed_BTGRK, kept = mix(*project_qkv(x_BTD, weights["attention"], cfg, angles))
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
-  h_BTD = h_BTD + dropout(y_BTD, keys[0], dropout_rate)
+  y_BTD = dropout(_branch_norm(y_BTD, weights, "attention_out_norm", cfg), key_2B[0], dropout_rate)
+  added_BTD = h_BTD + y_BTD
   # Kept in place of the product y_BTD: the backward pass of the mlp starts from this sum.
-  h_BTD = checkpoint_name(h_BTD, SAVED)
+  h_BTD = h_BTD if cfg.parallel_residual else checkpoint_name(added_BTD, SAVED)
   x_BTD = constraints.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
-  y_BTD = mlp(x_BTD, weights["mlp"], cfg)
-  return h_BTD + dropout(y_BTD, keys[1], dropout_rate), kept
+  y_BTD = _branch_norm(mlp(x_BTD, weights["mlp"], cfg), weights, "mlp_out_norm", cfg)
+  h_BTD = added_BTD if cfg.parallel_residual else h_BTD
+  return h_BTD + dropout(y_BTD, key_2B[1], dropout_rate), kept
+
+
+def _branch_norm(y_BTD, weights: dict, name: str, cfg: NetworkConfig):
+  """The output of a branch, normalised where the network has sandwich norms."""
+  if not cfg.sandwich_norm:
+    return y_BTD
+  # The product is kept: the norm's gradient needs it.
+  return norm(checkpoint_name(y_BTD, SAVED), weights[name], cfg)

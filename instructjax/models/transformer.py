@@ -1,4 +1,4 @@
-"""The decoder that every stage uses: GPT-2, GPT-3 or Llama, by the switches of NetworkConfig.
+"""The decoder that every stage uses: GPT-2, Llama, Gemma 3 and so on, by the switches of NetworkConfig.
 
 Stages, sampling and scoring call the functions here with plain nested dicts of arrays; the flax module only declares
 the parameters. If the layers are scanned, their weights are stacked on a leading axis N; if they are unrolled, the
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax.core.config import ExecutionConfig, NetworkConfig
+from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
 from instructjax.models import layers, splash
@@ -37,12 +37,21 @@ class Transformer(nn.Module):
     execution: how the network is run, with no `auto` left (see execution.py).
     vocab_size: token ids are 0 .. vocab_size - 1; any other id is a pad.
     head: 'lm' for next-token logits, 'scalar' for one score a column (reward model and value network).
+    adapter: the low-rank factors that are trained in place of these parameters (see adapters.py); None for none. The
+      functions of this module do not read it.
   """
 
   network: NetworkConfig
   execution: ExecutionConfig
   vocab_size: int
   head: Head
+  adapter: AdapterConfig | None = None
+
+  def require_adapter(self) -> AdapterConfig:
+    """`adapter`, for whoever knows that there is one."""
+    if self.adapter is None:
+      raise ValueError("this model has no adapter")
+    return self.adapter
 
   @nn.compact
   def __call__(self):
@@ -61,8 +70,10 @@ class Transformer(nn.Module):
       axes, shape = tuple(d[0] for d in dims), tuple(d[1] for d in dims)
       self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
+    scale = zeros if cfg.norm == "rmsnorm_1p" else ones
+
     def norm(name, *stack):
-      param(f"{name}/scale_D", ones, *stack, vector)
+      param(f"{name}/scale_D", scale, *stack, vector)
       if cfg.norm == "layernorm":
         param(f"{name}/bias_D", zeros, *stack, vector)
 
@@ -75,9 +86,15 @@ class Transformer(nn.Module):
     param("layers/attention/w_out_GRKD", residual, layer, group, queries, head_dim, width)
     if cfg.use_bias or cfg.qkv_bias:
       param("layers/attention/b_qkv_GQK", zeros, layer, group, fused, head_dim)
+    if cfg.qk_norm:
+      param("layers/attention/q_norm/scale_K", scale, layer, head_dim)
+      param("layers/attention/k_norm/scale_K", scale, layer, head_dim)
     norm("layers/mlp_norm", layer)
-    gates = () if cfg.mlp == "gelu" else (("gate_up", 2),)
-    up, up_dims = ("up", "F") if cfg.mlp == "gelu" else ("gate_up", "2F")
+    if cfg.sandwich_norm:
+      norm("layers/attention_out_norm", layer)
+      norm("layers/mlp_out_norm", layer)
+    gates = (("gate_up", 2),) if cfg.is_gated else ()
+    up, up_dims = ("gate_up", "2F") if cfg.is_gated else ("up", "F")
     param(f"layers/mlp/w_{up}_D{up_dims}", normal, layer, width, *gates, hidden)
     param("layers/mlp/w_down_FD", residual, layer, hidden, width)
     if cfg.use_bias:
@@ -102,6 +119,7 @@ def make_model(
   execution: ExecutionConfig,
   vocab_size: int,
   head: Head,
+  adapter: AdapterConfig | None = None,
 ) -> Model:
   """Describes a model; the result holds no arrays.
 
@@ -117,7 +135,7 @@ def make_model(
     raise ValueError(f"make_model: network must be a NetworkConfig, got {type(network).__name__}")
   if "auto" in dataclasses.astuple(execution):
     raise ValueError(f"make_model: nothing may be left to 'auto', got {execution}")
-  return Transformer(network, execution, vocab_size, head)
+  return Transformer(network, execution, vocab_size, head, adapter)
 
 
 def init_params(model: Model, key: Array) -> Params:
@@ -209,7 +227,7 @@ def hidden(
   segment_BL: Array,
   position_BL: Array,
   dropout_rate: float = 0.0,
-  dropout_key: Array | None = None,
+  dropout_key_B: Array | None = None,
   window: tuple[int, int] | None = None,
 ) -> tuple[Array, Params]:
   """The forward pass up to the head's input.
@@ -221,19 +239,22 @@ def hidden(
     segment_BL: int32 segment of each column; 0 is padding.
     position_BL: int32 position inside the segment. A learned position past max_length gives NaN.
     dropout_rate: residual dropout, on the output of each branch and on the sum of the embeddings.
-    dropout_key: typed key; needed if dropout_rate > 0.
+    dropout_key_B: a typed key for each row; needed if dropout_rate > 0. A row's masks depend on its own key alone, so
+      they are the same in whatever batch the row is computed.
     window: (start, stop) of the columns whose outputs are wanted; the head is not computed for others.
   Returns:
     (h_BTD, params). h_BTD is the output of the final norm, in the compute dtype; T counts the columns of the window, or
     all of L. Give these params to the head (`apply_head`, lm_head.py) instead of the ones passed in. The values are the
     same, but a tied embedding table then collects its gradient in one array: see `_look_up_and_pass`.
   Raises:
-    ValueError: dropout_rate > 0 without a key.
+    ValueError: dropout_rate > 0 without keys.
   """
-  if dropout_rate and dropout_key is None:
-    raise ValueError(f"apply: dropout_rate={dropout_rate} must come with a dropout_key")
-  key = dropout_key if dropout_rate else None
-  h_BLD, _, params = run_layers(model, params, token_BL, segment_BL, position_BL, dropout_rate, key)
+  if dropout_rate and dropout_key_B is None:
+    raise ValueError(f"apply: dropout_rate={dropout_rate} must come with dropout_key_B")
+  key_B = dropout_key_B if dropout_rate else None
+  h_BLD, _, params = run_layers(
+    model, params, token_BL, segment_BL, position_BL, dropout_rate, key_B
+  )
   start, stop = window or (0, token_BL.shape[1])
   return final_norm(model, params, h_BLD[:, start:stop]), params
 
@@ -259,13 +280,13 @@ def positions_from_segments(segment_BL: Array) -> Array:
 
 
 def run_layers(
-  model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key=None, keep=False
+  model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key_B=None, keep=False
 ):
   """Embedding and all layers, before the final norm.
 
   Args:
     model, params, token_BL, segment_BL, position_BL, dropout_rate: as for `hidden`.
-    key: typed key for dropout, or None.
+    key_B: each row's typed key for dropout, or None.
     keep: whether to return keys and values, for a cache.
   Returns:
     (h_BLD, kept, params). kept is the (k_BGLK, v_BGLK) of every layer, stacked or as a tuple like the layers, or Nones.
@@ -277,20 +298,22 @@ def run_layers(
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
   segment_BL = constraints.shard_rows(segment_BL)
-  angles = layers.rotary_angles(position_BL, cfg)
+  angles, kinds = layers.rotary_angles(position_BL, cfg), layers.layer_kinds(cfg)
   attend = _attention(model, segment_BL, position_BL)
-  keys_N = None
-  if key is not None:
+  key_NB = None
+  if key_B is not None:
     # Keys 0 .. N - 1 are for the layers, N for the embedding: scan and unrolled layers draw the same noise.
-    h_BLD = layers.dropout(h_BLD, jax.random.fold_in(key, cfg.num_layers), dropout_rate)
-    keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(cfg.num_layers))
+    fold_B = jax.vmap(jax.random.fold_in, (0, None))
+    h_BLD = layers.dropout(h_BLD, fold_B(key_B, cfg.num_layers), dropout_rate)
+    key_NB = jax.vmap(fold_B, (None, 0))(key_B, jnp.arange(cfg.num_layers))
 
-  def run_block(h_BLD, layer, index, layer_key):
+  def run_block(h_BLD, layer, index, layer_key_B):
     def mix(q_BTGRK, k_BTGK, v_BTGK):
       pair = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
       return attend(index, q_BTGRK, *pair), pair if keep else None
 
-    h_BLD, kept = layers.block(h_BLD, layer, cfg, angles, mix, dropout_rate, layer_key)
+    turn = layer_angles(angles, kinds, index)
+    h_BLD, kept = layers.block(h_BLD, layer, cfg, turn, mix, dropout_rate, layer_key_B)
     return h_BLD, kept
 
   # A scan compiles one layer for all. Unrolled layers take longer to compile, but read their weights where they lie,
@@ -298,12 +321,12 @@ def run_layers(
   if model.execution.layers == "scan":
     # The loop itself keeps XLA from merging recomputation with the forward pass, so no barrier against CSE is needed.
     run = _checkpoint(run_block, model.execution.remat, static_argnums=2, prevent_cse=False)
-    stacked = stacking.stacked(params["layers"]), keys_N
-    return *_scan_layers(run, h_BLD, stacked, 2 if cfg.attention_window else 1), params
+    stacked = stacking.stacked(params["layers"]), key_NB
+    return *_scan_layers(run, h_BLD, stacked, len(kinds)), params
   run = _checkpoint(run_block, model.execution.remat, static_argnums=2)
   kept = []
   for index, layer in enumerate(stacking.unstacked(params["layers"])):
-    h_BLD, pair = run(h_BLD, layer, index, None if keys_N is None else keys_N[index])
+    h_BLD, pair = run(h_BLD, layer, index, None if key_NB is None else key_NB[index])
     kept.append(pair)
   return h_BLD, tuple(kept), params
 
@@ -325,7 +348,8 @@ def _scan_layers(run, h_BLD, stacked, period: int):
   """Scans over the layers, `period` of them a turn.
 
   GPT-3 alternates dense and banded layers. With two layers a turn, each has a static index, so its attention mask (or
-  splash kernel) is chosen at compile time. A conditional inside the scan was slower by the compiler's estimate.
+  splash kernel) and its positions are chosen at compile time. A conditional inside the scan was slower by the
+  compiler's estimate.
 
   Args:
     run: (h_BLD, layer, index, key) -> (h_BLD, kept). It may use the index modulo `period` only.
@@ -357,29 +381,58 @@ def _scan_layers(run, h_BLD, stacked, period: int):
 
 def _attention(model, segment_BL, position_BL):
   """Makes the attention of layer `index` over whole sequences: (index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK."""
-  cfg = model.network
+  cfg, kinds = model.network, layers.layer_kinds(model.network)
   if model.execution.attention == "splash":
-    windows = 0, cfg.attention_window
-    return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=windows[index % 2])
+    window = lambda index: cfg.attention_window if kinds[index % len(kinds)] == "L" else 0
+    return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=window(index))
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
   return lambda index, q_BTGRK, *pair: layers.attend(
-    q_BTGRK, *pair, mask_BTS=layer_mask(masks, index)
+    q_BTGRK, *pair, mask_BTS=layer_mask(masks, kinds, index)
   )
 
 
-def layer_mask(masks, index):
-  """Mask of a layer: every second layer is banded, beginning with the second.
+def layer_mask(masks, kinds: str, index):
+  """Mask of a layer.
 
   Args:
     masks: (dense_BTS, banded_BTS or None).
+    kinds: from `layers.layer_kinds`.
     index: number of the layer, from 0; an int, or traced in decoding's scan.
   """
   dense_BTS, banded_BTS = masks
   if banded_BTS is None:
     return dense_BTS
   if isinstance(index, int):
-    return banded_BTS if index % 2 else dense_BTS
-  return jnp.where(index % 2 == 1, banded_BTS, dense_BTS)
+    return banded_BTS if kinds[index % len(kinds)] == "L" else dense_BTS
+  return jnp.where(_is_kind("L", kinds, index), banded_BTS, dense_BTS)
+
+
+def layer_angles(angles, kinds: str, index):
+  """Cosine and sine of a layer's positions; None if no layer has rotary positions.
+
+  Args:
+    angles: from `layers.rotary_angles`.
+    kinds, index: as for `layer_mask`.
+  """
+  if isinstance(index, int):
+    return angles[kinds[index % len(kinds)]]
+  first = next((pair for pair in angles.values() if pair is not None), None)
+  if first is None:
+    return None
+  still = jnp.ones_like(first[0]), jnp.zeros_like(first[1])  # an angle of 0 changes no bit
+  chosen = first
+  for kind, pair in angles.items():
+    if pair is not first:
+      is_kind = _is_kind(kind, kinds, index)
+      pair = still if pair is None else pair
+      chosen = tuple(jnp.where(is_kind, one, other) for one, other in zip(pair, chosen))
+  return chosen
+
+
+def _is_kind(kind: str, kinds: str, index):
+  """Whether a layer of a traced index is of this kind."""
+  turn = index % len(kinds)
+  return functools.reduce(jnp.logical_or, [turn == n for n, one in enumerate(kinds) if one == kind])
 
 
 def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.split_columns):
@@ -397,6 +450,9 @@ def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.sp
   row_BL = jnp.where(is_token_BL, token_BL, 0)
   look_up = _look_up_and_pass if constraints.on_one_device() else _look_up
   h_BLD, table_VD = look_up(params["embedding"]["token_VD"], row_BL)
+  if model.network.scale_embeddings:
+    # In float32: in bfloat16 the factor itself would be rounded, in decoding (whose table is bfloat16) only.
+    h_BLD = h_BLD.astype(jnp.float32) * model.network.d_model**0.5
   params = params | {"embedding": params["embedding"] | {"token_VD": table_VD}}
   if model.network.position == "learned":
     row_BL = jnp.where(is_token_BL, position_BL, 0)

@@ -35,6 +35,26 @@ def preference_pairs(rank_BC: jax.Array, is_valid_BC: jax.Array) -> tuple[jax.Ar
   return is_better_BCC, is_tie_BCC
 
 
+def _targets(is_better_BCC: jax.Array, is_tie_BCC: jax.Array, ties: str) -> jax.Array:
+  """The weight in the loss of i being preferred to j, at [b, i, j]."""
+  target_BCC = is_better_BCC.astype(jnp.float32)
+  if ties == "half":
+    # A tie appears at [i, j] and at [j, i], which gives the two halves of its cross-entropy.
+    target_BCC += 0.5 * is_tie_BCC.astype(jnp.float32)
+  return target_BCC
+
+
+def usable(rank_BC: jax.Array, is_valid_BC: jax.Array, *, ties: str) -> tuple[jax.Array, jax.Array]:
+  """What `ranked_preference_loss` takes its means over; arguments as there.
+
+  Returns:
+    (is_better_BCC, has_pair_B). The accuracy is a mean over the pairs (i, j) in which i was preferred to j; the loss is
+    a mean over the prompts with a usable pair.
+  """
+  is_better_BCC, is_tie_BCC = preference_pairs(rank_BC, is_valid_BC)
+  return is_better_BCC, jnp.any(_targets(is_better_BCC, is_tie_BCC, ties) > 0, axis=(1, 2))
+
+
 def ranked_preference_loss(
   score_BC: jax.Array, rank_BC: jax.Array, is_valid_BC: jax.Array, *, ties: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -72,10 +92,7 @@ def ranked_preference_loss(
   score_BC = jnp.where(is_valid_BC, score_BC, 0).astype(jnp.float32)
   margin_BCC = score_BC[:, :, None] - score_BC[:, None, :]
   is_better_BCC, is_tie_BCC = preference_pairs(rank_BC, is_valid_BC)
-  target_BCC = is_better_BCC.astype(jnp.float32)
-  if ties == "half":
-    # A tie appears at [i, j] and at [j, i], which gives the two halves of its cross-entropy.
-    target_BCC += 0.5 * is_tie_BCC.astype(jnp.float32)
+  target_BCC = _targets(is_better_BCC, is_tie_BCC, ties)
 
   num_answers_B = jnp.sum(is_valid_BC, axis=1, dtype=jnp.float32)
   num_comparisons_B = num_answers_B * (num_answers_B - 1) / 2

@@ -158,6 +158,32 @@ def _from_first(team: Team, folder: str, name: str) -> str:
   return said[0]
 
 
+def follow_first(team: Team, folder: str, number: int, said: str) -> str:
+  """What process 0 says under a number, in all processes. All must call it, with numbers that grow.
+
+  Process 0 may say the next only when all have heard the last, since it overwrites it: where each waits for the others'
+  devices in between, as in a step, that holds.
+
+  Args:
+    team: the processes.
+    folder: where it is said.
+    number: of what is said.
+    said: what process 0 says; unused on the others.
+  """
+  if team.process == 0:
+    team.put(folder, json.dumps([number, said]))
+    return said
+  waiting, pause = Waiting(time.monotonic()), 0.002
+  while True:
+    first = team.said(folder).get(0)
+    found = json.loads(first) if first else [None, ""]
+    if found[0] == number:
+      return found[1]
+    waiting.say(_waits(team, {0}, folder))
+    time.sleep(pause)
+    pause = min(0.05, 1.5 * pause)
+
+
 def _waits(team: Team, missing: set[int], name: str) -> str:
   return f"process {team.process} waits for {numbers(missing)} of {team.num_processes}: {name}"
 

@@ -271,10 +271,12 @@ def watch(limits: Limits):
   _watchdog.start()
 
 
-def at(where: str, *, step: bool = False, first: bool = False, save: bool = False):
+def at(
+  where: str, *, step: bool = False, first: bool = False, save: bool = False, within: bool = False
+):
   """Says where this process stands, for the watchdog; arguments as `Watchdog.at`."""
   if _watchdog:
-    _watchdog.at(where, step=step, first=first, save=save)
+    _watchdog.at(where, step=step, first=first, save=save, within=within)
 
 
 def progress():

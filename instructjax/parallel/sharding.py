@@ -42,6 +42,7 @@ AXIS_RULES = {
   "head_dim": None,
   "gate_up": None,
   "mlp": "tensor",
+  "rank": None,  # of an adapter; its other dimensions are split as those of the weight that it adapts
 }
 
 
@@ -247,6 +248,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PS())
+
+
+def stacked(shardings: Any) -> Any:
+  """NamedShardings of arrays with a new first axis, which is whole on every device."""
+  return jax.tree.map(lambda one: NamedSharding(one.mesh, PS(None, *one.spec)), shardings)
 
 
 # Bytes of weights from which on, on a CPU, a step's memory counts more than its concurrency.

@@ -120,7 +120,15 @@ class Watchdog:
     """Stops watching, for instance because the process ends."""
     self._is_over.set()
 
-  def at(self, where: str, *, step: bool = False, first: bool = False, save: bool = False):
+  def at(
+    self,
+    where: str,
+    *,
+    step: bool = False,
+    first: bool = False,
+    save: bool = False,
+    within: bool = False,
+  ):
     """Says where the main thread stands from now on. Each call counts as headway.
 
     Args:
@@ -128,12 +136,14 @@ class Watchdog:
       step: it is an ordinary step of training, so that the usual time of a step is a measure for it.
       first: the beginning of such a step.
       save: a checkpoint is being saved, for which even a process that was told to stop has time.
+      within: work of the user's own inside of such a step, which counts in its time, and may take as long as a phase.
     """
     with self._lock:
       now = time.monotonic()
       if first and self._step_began is not None:
         self._times.append(now - self._step_began)
-      if first or not step:  # a time with an evaluation or a checkpoint in it is no usual one
+      # A time with an evaluation or a checkpoint in it is no usual one.
+      if first or not (step or within):
         self._step_began = now if first else None
       self._where, self._is_step, self._is_save = where, step, save
       self._marks, self._since = self._marks + 1, now

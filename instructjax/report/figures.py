@@ -100,7 +100,8 @@ def svg(draws: list, label: str, *, columns: int, height: float = 2.9) -> str:
 def overview(results: Results, wins: dict, path):
   """Writes report.png, which shows a run in six panels and is meant for a README."""
   curves = results.curves
-  opponents = ["sft", "reward_base" if "reward_base" in wins else "base"]
+  # A run from given weights may have no baseline and no base.
+  opponents = [name for name in ("sft", "reward_base", "base", "ppo_init") if name in wins][:2]
   pushed = "rl" if "rl" in overoptimization.scores(results) else "best_of_n"
   title = "KL from the PPO initialisation, nats"
   draws = [

@@ -120,7 +120,8 @@ def _preferred_over_base(wins):
 
 def _rl_over_sft(wins):
   names = [name for name in ("ppo", "ppo_ptx") if name in wins]
-  if not names:
+  # A run from a given start of PPO may have no baseline.
+  if not names or "sft" not in wins:
     return None
   rates = {name: wins[name]["sft"] for name in names}
   return _finding(
@@ -134,15 +135,16 @@ def _rl_over_sft(wins):
 
 
 def _alignment_tax(results, bootstrap, rng):
-  rows, measured = results.pretraining, results.measured
-  if "ppo" not in rows or "ppo_ptx" not in rows:
+  rows, measured, judgement = results.pretraining, results.measured, results.reward_model.validation
+  # Where weights or a reward model were given, the run may have no base or baseline, or no rankings.
+  if not {"ppo", "ppo_ptx", "sft", "base"} <= set(rows) or judgement is None:
     return None
   ppo = loss_difference(rows["ppo"], rows["sft"], bootstrap, rng)
   ptx = loss_difference(rows["ppo_ptx"], rows["sft"], bootstrap, rng)
   base = loss_difference(rows["ppo_ptx"], rows["base"], bootstrap, rng)
-  spread = results.reward_model.validation.score_std
   # In standard deviations, because a reward model's scores have no scale of their own.
-  gap = float(np.mean(measured["ppo"].reward) - np.mean(measured["ppo_ptx"].reward)) / spread
+  gap = float(np.mean(measured["ppo"].reward) - np.mean(measured["ppo_ptx"].reward))
+  gap /= judgement.score_std
   return _finding(
     "alignment_tax",
     "PPO raises the loss on pretraining text above SFT's; the pretraining mix undoes it at about the same reward.",
@@ -161,6 +163,8 @@ def _alignment_tax(results, bootstrap, rng):
 
 def _reward_model(results):
   rm, agreement = results.reward_model, results.agreement
+  if rm.validation is None:
+    return None
   accuracy, stderr = rm.validation.accuracy, rm.validation.accuracy_stderr
   measured = {"accuracy": accuracy}
   holds = accuracy - 1.96 * stderr > 0.5  # the lower end of the interval is above chance
@@ -239,7 +243,7 @@ def _overoptimization(results, bootstrap, rng):
 
 def _topic_following(results, bootstrap, rng):
   measured, samples = results.measured, results.samples_per_prompt
-  if "ppo_ptx" not in measured or measured["ppo_ptx"].names_topic is None:
+  if not {"ppo_ptx", "sft"} <= set(measured) or measured["ppo_ptx"].names_topic is None:
     return None
   shares = {
     name: float(np.mean(measured[name].names_topic))

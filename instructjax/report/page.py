@@ -172,7 +172,7 @@ def _win_cell(rate: float, interval) -> dict:
 
 def _wins(wins: dict) -> dict:
   """The win rates: a row of cells for each policy, with None on the diagonal, and the figure."""
-  opponents = [name for name in ("sft", "reward_base", "base") if name in wins][:2]
+  opponents = [name for name in ("sft", "reward_base", "base", "ppo_init") if name in wins][:2]
   return {
     "rows": {a: [None if a == b else _win_cell(*wins[a][b]) for b in wins] for a in wins}
     if len(wins) > 1
@@ -195,6 +195,10 @@ def _curves(results: Results) -> markupsafe.Markup:
     lambda ax: panels.draw_pretraining_over_ppo(ax, results),
     lambda ax: panels.draw_curve(ax, curves, "entropy", "Entropy, nats a sample"),
     lambda ax: panels.draw_curve(ax, curves, "response_length", "Answer length, tokens"),
+  ]
+  draws += [
+    lambda ax, key=key, title=title: panels.draw_curve(ax, curves, key, title)
+    for key, title in panels.reward_curves(curves)
   ]
   return _drawn(draws, "Curves over PPO", columns=3, height=2.6)
 
@@ -285,6 +289,7 @@ def page(
   made: Mapping[str, Provenance],
 ) -> str:
   """The whole report as one HTML document."""
+  judgement = results.reward_model.validation
   return _TEMPLATES.get_template("page.html.j2").render(
     preset=printable(config.preset),
     what_ran=_what_ran(config, prompts),
@@ -299,7 +304,7 @@ def page(
     curves=_curves(results),
     tax=_tax(results),
     reward_model=_reward_model(results),
-    num_pairs=results.reward_model.validation.pairs,
+    num_pairs=judgement.pairs if judgement else 0,
     overoptimization=_overoptimization(results),
     made=_made(made),
   )

@@ -98,6 +98,19 @@ def square_root_ticks(top: float) -> list[float]:
   return [0.0, *(tick for tick in rounded if tick <= top)]
 
 
+def reward_curves(curves: Mapping) -> list[tuple[str, str]]:
+  """(metric, title) of each reward of `ppo.rewards`, and of their sum first; [] for the reward model alone."""
+  names = dict.fromkeys(name for rows in curves.values() for row in rows for name in row)
+  single = [name for name in names if name.startswith("rewards/") and not name.endswith("/std")]
+  titles = {name: f"Reward: {name.removeprefix('rewards/')}, unweighted" for name in single}
+  if titles:
+    titles["rewards/total"] = "Sum of rewards (maximised)"
+  titles.pop("rewards/rm", None)  # it has a panel always
+  if "ensemble_std" in names:
+    titles["ensemble_std"] = "Disagreement of the ensemble"
+  return sorted(titles.items(), key=lambda pair: pair[0] != "rewards/total")
+
+
 def draw_score(ax, curves: Mapping) -> bool:
   """Draws the reward-model score (dashed) and the gold score (solid) over iterations, in one panel."""
   drawn = False
@@ -141,7 +154,9 @@ def draw_pretraining_over_ppo(ax, results: Results) -> bool:
 def draw_tax(ax, results: Results) -> bool:
   """Draws every policy's held-out pretraining loss as its distance from the base's: the alignment tax."""
   loss = pretraining_loss(results)
-  start = loss.get("base", min(loss.values(), default=0.0))
+  if not loss:
+    return False
+  start = loss.get("base", min(loss.values()))
   ax.axvline(start, color=COLOURS["base"], linewidth=1.2)
   for i, (name, value) in enumerate(loss.items()):
     ax.plot(
@@ -153,7 +168,7 @@ def draw_tax(ax, results: Results) -> bool:
   ax.margins(x=0.14)
   ax.set_title("Loss on pretraining text")
   ax.set_xlabel("nats a token, held out")
-  return bool(loss)
+  return True
 
 
 def draw_trade_off(ax, results: Results) -> bool:
@@ -223,6 +238,8 @@ def _beside(ax, text: str, x: float, y: float, *, gap: float = 5):
 def draw_accuracy(ax, results: Results) -> bool:
   """Draws the reward model's accuracy and how often labelers agree; diamonds are the paper's numbers."""
   rows = accuracy_rows(results)
+  if not rows:
+    return False
   for i, (label, value, half, (paper, error)) in enumerate(rows):
     colour = "#3b82d6" if not label.startswith("Agreement") else "#e3a008"
     ax.plot(
@@ -246,11 +263,13 @@ def draw_accuracy(ax, results: Results) -> bool:
   ax.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
   ax.legend(loc="lower right", bbox_to_anchor=(1, 0.985), handletextpad=0.1)
   ax.set_title("Reward model and labelers")
-  return bool(rows)
+  return True
 
 
 def draw_calibration(ax, results: Results) -> bool:
   """Draws how often the reward model is right against the probability that it gives to being right."""
+  if results.reward_model.validation is None:
+    return False
   found = results.reward_model.validation.calibration
   columns = (found.confidence, found.accuracy, found.count)
   confidence, accuracy, count = (np.array(x, float) for x in columns)

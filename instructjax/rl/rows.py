@@ -19,11 +19,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params, Rollout
 from instructjax.rl import shared_rows
+from instructjax.train import accumulation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +59,17 @@ class Rows:
   gradient: Callable[[Callable, Params, Any, str], Gradient]
 
 
-def make_rows(packed_rows: int, pad_id: int) -> Rows:
-  """`shared` rows, computed `packed_rows` at a time, or `padded` rows if `packed_rows` is 0."""
-  return shared(packed_rows, pad_id) if packed_rows else padded()
+def padded(score_chunks: int = 1, chunks: int = 1) -> Rows:
+  """One episode a row, as in the rollout.
 
-
-def padded() -> Rows:
-  """One episode a row, as in the rollout."""
-  return Rows(score=_score_padded, gradient=_gradient_padded)
+  Args:
+    score_chunks: parts of a rollout that are scored one after the other; divides its rows.
+    chunks: parts of a minibatch whose gradients are taken one after the other; divides its rows.
+  """
+  return Rows(
+    score=functools.partial(_score_padded, score_chunks),
+    gradient=functools.partial(_gradient_padded, chunks),
+  )
 
 
 def shared(num_rows: int, pad_id: int) -> Rows:
@@ -82,16 +85,17 @@ def shared(num_rows: int, pad_id: int) -> Rows:
   )
 
 
-def _score_padded(read, rollout: Rollout):
+def _score_padded(num_chunks: int, read, rollout: Rollout):
   """`Rows.score` of padded rows."""
-  arrays = read(rollout.token_BL, rollout.is_token_BL, prompt_length=rollout.prompt_length)
-  return arrays, rollout.token_BL.size
+  read_rows = lambda tokens: read(*tokens, prompt_length=rollout.prompt_length)
+  tokens = (rollout.token_BL, rollout.is_token_BL)
+  return accumulation.map_rows(read_rows, tokens, num_chunks), rollout.token_BL.size
 
 
-def _gradient_padded(loss_fn, params: Params, batch: Any, over: str) -> Gradient:
+def _gradient_padded(num_chunks: int, loss_fn, params: Params, batch: Any, over: str) -> Gradient:
   """`Rows.gradient` of padded rows."""
-  del over  # loss_fn sees all rows at once, so its mean needs no weights
-  (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+  count = lambda rows: {"loss": jnp.sum(getattr(rows, over))}
+  (loss, metrics), grads = accumulation.mean_gradient(loss_fn, params, batch, num_chunks, count)
   return Gradient(loss, metrics, grads, batch.token_BL.size)
 
 
@@ -142,8 +146,11 @@ def _in_shared_rows(batch: Any, placement: shared_rows.Placement, pad_id: int):
 
 def _map_responses(function: Callable, batch: Any):
   """Applies `function` to each array of a minibatch whose name ends in _BR."""
-  names = [f.name for f in dataclasses.fields(batch) if f.name.endswith("_BR")]
-  return dataclasses.replace(batch, **{name: function(getattr(batch, name)) for name in names})
+  arrays = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+  return dataclasses.replace(
+    batch,
+    **{name: function(x) for name, x in arrays.items() if name.endswith("_BR") and x is not None},
+  )
 
 
 def _widen(x_BR: Array, prompt_length: int) -> Array:

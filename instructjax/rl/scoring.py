@@ -70,7 +70,11 @@ def column_score(
 
 
 def sequence_score(
-  model: transformer.Model, params: Params, token_BL: Array, is_token_BL: Array
+  model: transformer.Model,
+  params: Params,
+  token_BL: Array,
+  is_token_BL: Array,
+  skips: int | None = None,
 ) -> Array:
   """Reward-model score of each row, read at its last real token, which is the EOS if there is one (details item 13).
 
@@ -78,10 +82,21 @@ def sequence_score(
     model, params: with a 'scalar' head.
     token_BL: int32 ids.
     is_token_BL: True on real tokens. Rows may be padded on the left, on the right or on both sides.
+    skips: see `is_read`.
   Returns:
     float32 [B].
   """
-  return at_last_token(column_score(model, params, token_BL, is_token_BL), is_token_BL)
+  score_BL = column_score(model, params, token_BL, is_token_BL)
+  return at_last_token(score_BL, is_read(token_BL, is_token_BL, skips))
+
+
+def is_read(token_BL: Array, is_token_BL: Array, skips: int | None) -> Array:
+  """Where the score of a row may be read: at its tokens, without those of the id `skips`.
+
+  Hugging Face's classifiers read it at the last token that is not their pad token. If that is the EOS, as it often is,
+  they read it just before the end.
+  """
+  return is_token_BL if skips is None else is_token_BL & (token_BL != skips)
 
 
 def at_last_token(score_BL: Array, is_token_BL: Array) -> Array:

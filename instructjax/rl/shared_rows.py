@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params, pytree
 from instructjax.parallel import constraints
+from instructjax.train import accumulation
 
 # Columns of the narrowest rows. In still narrower ones attention would save little, and episodes would leave more gaps.
 NARROWEST = 128
@@ -175,14 +176,9 @@ def mean_gradient(
   Returns:
     ((loss, metrics), gradient)
   """
-  total = jnp.maximum(jnp.sum(getattr(tree, over)), 1)
-
-  def chunk_loss(params, chunk):
-    loss, metrics = loss_fn(params, chunk)
-    # Chunks have different numbers of tokens. Weighted by its share of them, each chunk's mean adds up to the mean over
-    # the minibatch; a plain average over chunks would not be the loss of padded rows.
-    share = jnp.sum(getattr(chunk, over)) / total
-    return share * loss, {n: x if n.endswith("_max") else share * x for n, x in metrics.items()}
+  chunk_loss = accumulation.share(
+    loss_fn, tree, lambda rows: {"loss": jnp.sum(getattr(rows, over))}
+  )
 
   def gradient(index, level):
     chunk = _chunk(tree, index, rows, level)
@@ -194,12 +190,7 @@ def mean_gradient(
   for level, (start, end) in enumerate(_spans(placement)):
 
     def add(index, so_far, level=level):
-      new = gradient(index, level)
-      # Everything adds up but the maxima, which are set right afterwards.
-      result = jax.tree.map(jnp.add, so_far, new)
-      (_, old), (_, metrics), (_, latest) = so_far[0], result[0], new[0]
-      metrics.update({n: jnp.maximum(old[n], latest[n]) for n in metrics if n.endswith("_max")})
-      return result
+      return accumulation.add(so_far, gradient(index, level))
 
     result = jax.lax.fori_loop(start, end, add, result)
   return result

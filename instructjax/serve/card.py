@@ -18,7 +18,7 @@ import jinja2
 
 from instructjax.core import provenance, results
 from instructjax.core.provenance import Provenance
-from instructjax.core.stages import STAGES, Stage, stage_of_kind
+from instructjax.core.stages import STAGES, stage_of_kind
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.serve import markdown
 from instructjax.train import finished
@@ -26,6 +26,8 @@ from instructjax.train.weights import HUB, Weights
 
 # The folders of an absolute path, its last name left out.
 _ABSOLUTE = re.compile(r"(?<![\w.~/-])~?/(?:[^/]+/)*")
+# The path in an entry of `ppo.rewards` that names a reward model.
+_MODEL = re.compile(r"(?<=model:).*", re.DOTALL)
 # Tokens of the example's answer by a base, whose training has no limit on answers.
 _EXAMPLE_LENGTH = 128
 
@@ -36,10 +38,10 @@ class Export:
 
   Attributes:
     name: name of the exported folder or file.
-    format: 'hf' or 'gguf'.
+    format: 'hf', 'gguf' or 'peft'.
     which: which weights of an RL stage: 'ema' (averaged), 'raw' (the last policy) or 'value' (the value network).
     numbers: type of the numbers in the files, as float32, F16 or Q8_0.
-    num_parameters: number of the network's parameters.
+    num_parameters: number of the network's parameters, or of an adapter's.
     score_bias: what a user must add to the score that transformers computes. 0 if the architecture stores the bias
       itself, or if there is none.
   """
@@ -59,7 +61,7 @@ def text(weights: Weights, export: Export) -> str:
     UserError: a file of the run is damaged.
   """
   stage, data, base = weights.stage, _block(weights, "data"), weights.base
-  what, where = _what(stage, export.which) if stage else ("", "")
+  what, where = _what(weights, export.which) if stage else ("", "")
   # For every model of Qwen2's architecture, AutoTokenizer of transformers 5 returns Qwen2's own tokenizer, whatever the
   # folder holds. So the card of such a model names the class that does read the folder.
   is_qwen2 = weights.network.qkv_bias and not weights.network.use_bias
@@ -117,11 +119,15 @@ def _block(weights: Weights, name: str) -> dict[str, Any]:
   return json.loads(weights.settings.get(f"config.{name}", "{}"))
 
 
-def _what(stage: Stage, which: str) -> tuple[str, str]:
-  """What the weights are, in words, and the section of the paper that describes them."""
+def _what(weights: Weights, which: str) -> tuple[str, str]:
+  """What a stage's weights are, in words, and the section of the paper that describes them."""
+  stage = weights.require_stage()
   what, where = stage.what, stage.paper
   if which == "value":
-    what, where = "a value network, trained with PPO from a reward model", "sec 3.5, C.4"
+    start = {"reward_model": "a reward model", "policy": "a policy"}[
+      _block(weights, "ppo")["value_init"]
+    ]
+    what, where = f"a value network, trained with PPO from {start}", "sec 3.5, C.4"
   averaged = {"ema": ", averaged over iterations (EMA)", "raw": ", of the last iteration"}
   return what + (averaged.get(which, "") if stage.is_rl else ""), where
 
@@ -206,12 +212,9 @@ def _from_training(result: Any) -> list[tuple[str, str]]:
             f" {judged.pairs} pairs of {judged.prompts} prompts)",
           )
         )
-    rows.append(
-      (
-        "mean score of demonstrations before the bias, which makes it 0",
-        _number(result.demonstration_mean),
-      )
-    )
+    if result.demonstration_mean is not None:
+      what = "mean score of demonstrations before the bias, which makes it 0"
+      rows.append((what, _number(result.demonstration_mean)))
   return rows
 
 
@@ -289,6 +292,8 @@ def _flat(block: Mapping[str, Any]) -> dict[str, Any]:
   result = {}
   for name, value in block.items():
     inner = {f"{name}.{k}": v for k, v in _flat(value).items()} if isinstance(value, dict) else None
+    if name == "rewards":
+      value = [_MODEL.sub(lambda found: pathlib.PurePath(found[0]).name, entry) for entry in value]
     result |= inner or {name: value}
   return result
 

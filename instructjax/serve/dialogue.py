@@ -87,7 +87,7 @@ def unescape(text: str) -> str:
   return re.sub(r"\\([nt\\])", lambda match: _ESCAPES[match[1]], text)
 
 
-def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel:
+def seat(checkpoints: list[str], reward_model: str, settings: Settings, base: str = "") -> Panel:
   """Loads the checkpoints and the reward model.
 
   Args:
@@ -95,12 +95,13 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings) -> Panel
     reward_model: another such path, or ''. With '', several stages of one run are scored by the run's own reward model,
       if it is finished.
     settings: the settings of all answers.
+    base: of an adapter, where its base lies; '' for the place that is known.
   Raises:
     UserError: a setting is out of its range, a model cannot be opened or loaded, or a chat is asked of a tokenizer
       without a chat template.
   """
   settings.validate()
-  opened = [weights.locate(path) for path in checkpoints]
+  opened = [weights.locate(path, base=base) for path in checkpoints]
   reward_model = reward_model or _own_judge(opened)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1), jax.devices()[:1])
   with terminal.loading():

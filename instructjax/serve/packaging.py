@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Generator
 
 import jax
+from jax.sharding import Mesh
 
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
@@ -21,7 +22,9 @@ from instructjax.serve import card, tokenizer_export
 from instructjax.train import weights
 
 
-def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema"):
+def write_huggingface(
+  checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema", base: str = ""
+):
   """Writes a folder that `transformers` loads. If anything fails, no folder is left.
 
   A language model loads with AutoModelForCausalLM, a reward or value model with AutoModelForSequenceClassification.
@@ -30,12 +33,13 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
     checkpoint: path for `weights.locate`.
     out: the new folder.
     which: which weights of an RL stage: the averaged policy, the last one, or the value network.
+    base: of an adapter, where its base lies now; it is merged into it. '' for the place that is known.
   Raises:
     UserError: `out` exists, the checkpoint cannot be opened or read, Hugging Face has no architecture for its network,
       or `out` cannot be written.
   """
   _require_new(out)
-  opened = weights.locate(checkpoint, which)
+  opened = weights.locate(checkpoint, which, base)
   model, params = _load(opened)
   is_scalar = opened.head == "scalar"
   # A classifier in transformers finds the last token of a text by its pad token; ours has none, so it gets a new id.
@@ -61,12 +65,49 @@ def write_huggingface(checkpoint: str, out: pathlib.Path, *, which: weights.Whic
       os.replace(scratch, out)
 
 
+def write_peft(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema", base: str = ""):
+  """Writes a folder that `peft` loads onto the base: a stage's adapter alone.
+
+  Args:
+    checkpoint: path for `weights.locate`, of a stage that trained an adapter.
+    out: the new folder.
+    which: as for `write_huggingface`.
+    base: the base's Hugging Face folder or hf://ORG/NAME; '' for the one that the run was given.
+  Raises:
+    UserError: as for `write_huggingface`; or the stage trained all weights, or its base is nothing that peft loads.
+  """
+  _require_new(out)
+  opened = weights.locate(checkpoint, which, base)
+  if opened.adapter is None:
+    raise UserError(f"{checkpoint} is no adapter: it has all weights; use --format=hf")
+  name, found = opened.adapter.base, opened.require_base()
+  if found.kind != "hf":
+    raise UserError(
+      f"{checkpoint} is an adapter of {found.path}, and peft loads Hugging Face folders only; export"
+      " that one with --format=hf, and name the folder with --base"
+    )
+  name = name.removeprefix(weights.HUB) if name.startswith(weights.HUB) else str(found.path)
+  mesh, model = _network(opened)
+  adapted, trained = opened.load_trained(mesh, model)
+  with _whole(out) as scratch:
+    tokenizer_export.write_files(
+      opened.tokenizer, scratch, max_length=opened.network.max_length, pad_id=None
+    )
+    interop.write_adapter(scratch, adapted, trained, name)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    about = card.Export(out.name, "peft", which, "float32", numbers)
+    _write(scratch / "README.md", card.text(opened, about))
+    with writing(out):
+      os.replace(scratch, out)
+
+
 def write_gguf(
   checkpoint: str,
   out: pathlib.Path,
   kind: interop.GgufType,
   *,
   which: weights.Which = "ema",
+  base: str = "",
 ):
   """Writes FILE.gguf, which llama.cpp loads, and its card FILE.md.
 
@@ -75,13 +116,14 @@ def write_gguf(
     out: the new file.
     kind: type of the numbers in matrices.
     which: which weights of an RL stage: the averaged policy or the last one.
+    base: as for `write_huggingface`.
   Raises:
     UserError: a file exists, the checkpoint cannot be opened or read, it is a reward or value model, llama.cpp cannot
       express its network or tokenizer, or the files cannot be written.
   """
   beside = out.with_suffix(".md")
   _require_new(out, beside)
-  opened = weights.locate(checkpoint, which)
+  opened = weights.locate(checkpoint, which, base)
   if opened.head == "scalar":
     raise UserError(
       f"{checkpoint} is a reward or value model, and GGUF has no place for its head; use --format=hf"
@@ -106,6 +148,12 @@ def _require_new(*paths: pathlib.Path):
 
 def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
   """Loads the network and its weights into host memory."""
+  mesh, model = _network(opened)
+  return model, opened.load(mesh, model)
+
+
+def _network(opened: weights.Weights) -> tuple[Mesh, transformer.Model]:
+  """A mesh in host memory, and the network on it."""
   opened.require_rows()
   # The smaller of two sizes. Files may have more embeddings than the tokenizer has ids, and in an exported reward model
   # the tokenizer has one id more than the model: the pad.
@@ -115,7 +163,7 @@ def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
   model = execution.model_on(
     mesh, opened.network, execution.for_inference("cpu"), vocab_size, opened.head
   )
-  return model, opened.load(mesh, model)
+  return mesh, model
 
 
 def _num_parameters(model: transformer.Model) -> int:

@@ -66,12 +66,14 @@ class Speaker:
     tokenizer: the tokenizer that belongs to the weights.
     model: the network.
     weights: the weights in the layout of `decoding.decode_weights`.
+    score_skips: see `scoring.is_read`.
   """
 
   name: str
   tokenizer: Tokenizer
   model: transformer.Model
   weights: Params
+  score_skips: int | None = None
   # Compiled programs by (prompt_length, draw). They are kept here, so that they and the weights go with the speaker.
   _programs: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -111,7 +113,7 @@ def make(name: str, opened: Weights, head: Head, mesh: Mesh) -> Speaker:
   model = opened.model(mesh)
   params = opened.load(mesh, model)
   weights = jax.jit(functools.partial(decoding.decode_weights, model))(params)
-  return Speaker(name, opened.tokenizer, model, weights)
+  return Speaker(name, opened.tokenizer, model, weights, opened.score_skips)
 
 
 def prompt_text(tokenizer: Tokenizer, messages: Sequence[Mapping], is_chat: bool) -> str:
@@ -211,7 +213,8 @@ def score(speaker: Speaker, prompt: str, answer: Answer) -> float:
       f"{speaker.name}: prompt and answer of {len(ids)} tokens must not exceed the context of {limit}"
     )
   token_BL, is_token_BL = _pad_left(ids, tokenizer.pad_id)
-  return float(_score(speaker.model, speaker.weights, token_BL, is_token_BL)[0])
+  weights, skips = speaker.weights, speaker.score_skips
+  return float(_score(speaker.model, weights, token_BL, is_token_BL, skips)[0])
 
 
 def _padded_length(num_tokens: int) -> int:
@@ -281,6 +284,8 @@ def _next(
   return _State(_draw(logits_BV, uniform_B, draw), step, state.position_B + 1, is_slot_BT, cache)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _score(model: transformer.Model, params: Params, token_BL: Array, is_token_BL: Array):
-  return scoring.sequence_score(model, params, token_BL, is_token_BL)
+@functools.partial(jax.jit, static_argnames=("model", "skips"))
+def _score(
+  model: transformer.Model, params: Params, token_BL: Array, is_token_BL: Array, skips: int | None
+):
+  return scoring.sequence_score(model, params, token_BL, is_token_BL, skips)

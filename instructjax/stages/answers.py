@@ -6,6 +6,7 @@ it.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -218,6 +219,8 @@ def score_tokens(
 ) -> np.ndarray:
   """The reward model's score of each sequence (a prompt with its answer), read at the last token, float32 [N].
 
+  A given reward model may skip a token there: see `scoring.is_read`.
+
   Sequences share rows if `rm.row_length` says so, as they do in the reward model's training. With a row for each
   answer, 47% of a training batch was padding in the default preset.
 
@@ -238,7 +241,28 @@ def score_tokens(
     return _score(model, params, *sharding.place_rows(ctx.mesh, (token_SL, segment_SL)))
 
   score_SL = _in_chunks(one, len(rows), scored.token_SL, scored.segment_SL, rows=chunk)
-  return score_SL.reshape(-1)[scored.last_N]
+  given = ctx.given.get("rm")
+  skipped_N = [
+    num_skipped(sequence, given.score_skips if given else None) for sequence in sequences
+  ]
+  return score_SL.reshape(-1)[scored.last_N - np.array(skipped_N, np.int32)]
+
+
+def num_skipped(sequence: Sequence[int], skips: int | None) -> int:
+  """The number of tokens at the end of a sequence at which no score is read; the first token is never among them."""
+  trailing = itertools.takewhile(lambda token: token == skips, reversed(sequence[1:]))
+  return sum(1 for _ in trailing)
+
+
+def demonstration_mean(ctx: Context, model: transformer.Model, params: Params) -> float:
+  """The mean score of the labelers' demonstrations, which a reward model's bias takes away (C.2).
+
+  Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
+  """
+  prompts, responses = zip(*ctx.data.demonstration_tokens("train"))
+  # With EOS, as the reward model sees complete answers.
+  demonstrations = from_tokens(ctx, list(prompts), list(responses))
+  return float(np.mean(score(ctx, model, params, demonstrations)))
 
 
 def logprob(

@@ -18,18 +18,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from instructjax import models
-from instructjax.core import provenance
+from instructjax.core import provenance, terminal
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
-from instructjax.core.config import Config, ExecutionConfig
+from instructjax.core.config import Config, ExecutionConfig, OptimConfig
+from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
-from instructjax.core.stages import ROLES, STAGES, RoleName
+from instructjax.core.stages import REFERENCE, ROLES, STAGES, RoleName
 from instructjax.data.tokenizer import Tokenizer
-from instructjax.models import transformer
+from instructjax.models import adapters, transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, loop
+from instructjax.train.tracking import Tracking
 from instructjax.train.weights import Weights
 
 
@@ -39,9 +41,10 @@ class Context:
 
   Attributes:
     config, workdir, mesh, tokenizer: those of the run.
-    given: weights that the config names in place of a trained base, by the stage that would train it.
+    given: weights that the config names in place of trained ones, by the stage that would train them.
     data: records and token lists.
     contents: what the files hold that the run reads.
+    tracking: where the run can be followed beside its metrics.jsonl.
   """
 
   config: Config
@@ -51,6 +54,7 @@ class Context:
   given: Mapping[str, Weights]
   data: RunData
   contents: Contents
+  tracking: Tracking
 
   def directory(self, stage: str) -> pathlib.Path:
     """Where a stage's files are."""
@@ -104,10 +108,19 @@ class Context:
 def make_model(
   config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
 ) -> transformer.Model:
-  """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device."""
+  """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device.
+
+  Policy and reward model have the config's adapter. A stage that trains a base takes `bare` of them.
+  """
   row = ROLES[role]
   network = getattr(config, row.block).network
-  return models.model_on(mesh, network, config.execution, vocab_size, row.head)
+  adapter = config.adapter if lineage.is_adapted(config) and role != "reward_base" else None
+  return models.model_on(mesh, network, config.execution, vocab_size, row.head, adapter)
+
+
+def bare(model: transformer.Model) -> transformer.Model:
+  """The same network without an adapter: all of its weights are trained."""
+  return model.clone(adapter=None)
 
 
 def require_fit(
@@ -130,6 +143,22 @@ def require_fit(
   sizes = {f"config.{name}": lineage.value(config, name) for name in batches}
   used = {name: size for name, size in sizes.items() if size}
   sharding.require_fit(mesh, axes, shapes, used)
+
+
+def require_microbatches(config: Config, mesh: Mesh, stage: str):
+  """Checks that the mesh divides the microbatches of a stage: otherwise devices would repeat each other's work.
+
+  Raises:
+    UserError: it does not; the message names the settings and the rows of a microbatch.
+  """
+  shards = sharding.num_row_shards(mesh)
+  for what, rows in lineage.microbatch_rows(config, stage).items():
+    block, count = what.partition(".")[0], what.rpartition(" ")[2]
+    if rows % shards:
+      raise UserError(
+        f"config.{what} = {rows} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; set fewer"
+        f" --config.{block}.{count}"
+      )
 
 
 def canonical(value: Any) -> str:
@@ -161,10 +190,14 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
   result["tokenizer"] = ctx.tokenizer.fingerprint
   if ctx.tokenizer.chats.clock is not None:
     result["date of chats"] = ctx.tokenizer.chats.clock
+  if stage in ctx.given:
+    result[f"weights:{stage}"] = given_fingerprint(ctx, ctx.given[stage])
   for parent in lineage.parents(ctx.config, stage):
-    given = ctx.given.get(parent)
+    is_replaced = lineage.is_replaced(ctx.config, parent)
     result[f"parent:{parent}"] = (
-      given_fingerprint(ctx, given) if given else ctx.require_done(parent).identity
+      given_fingerprint(ctx, ctx.given[parent])
+      if is_replaced
+      else ctx.require_done(parent).identity
     )
   return result | _data_fingerprints(ctx, stage)
 
@@ -176,7 +209,7 @@ def given_fingerprint(ctx: Context, given: Weights) -> str:
 
 def _data_fingerprints(ctx: Context, stage: str) -> dict[str, str]:
   done, result = ctx.done(stage), {}
-  for kind in STAGES[stage].reads:
+  for kind in lineage.reads(ctx.config, stage):
     name = f"data:{kind}"
     try:
       result[name] = ctx.contents.of(kind).fingerprint
@@ -212,13 +245,16 @@ def _files_behind(ctx: Context, fingerprint: Mapping[str, str]) -> dict[str, tup
     with contextlib.suppress(NotThere):
       if what == "data":
         result[part] = ctx.contents.of(name).files
-      elif what == "parent" and name in ctx.given and ctx.given[name].files:
+      elif what in ("parent", "weights") and name in ctx.given and ctx.given[name].files:
         result[part] = ctx.contents.of_weights(ctx.given[name]).files
   return result
 
 
-def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
-  """What fingerprints leave out, in the form of `loop.StageRun`: settings of these blocks and execution, versions."""
+def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str, dict]:
+  """What fingerprints leave out, in the form of `loop.StageRun`: settings of these blocks and execution, versions.
+
+  In place of the paths of bases it has those of the given weights that the stage's networks descend from.
+  """
   named = {"execution": ctx.execution, **blocks}
   settings = {
     metadata["on_resume"]: {
@@ -229,11 +265,22 @@ def changeable(ctx: Context, blocks: Mapping[str, Any]) -> dict[str, dict]:
     }
     for metadata in (ROUNDING, SAME_NUMBERS)
   }
+  # Of a stage's own network, which it calls `model`, and of an RL stage's value network.
+  same = settings[SAME_NUMBERS["on_resume"]]
+  value = "rm" if ctx.config.ppo.value_init == "reward_model" else REFERENCE
+  for name, of in (("model.weights", stage), ("reward_model.weights", value)):
+    if name in same:
+      same[name] = lineage.origin(ctx.config, of)
   return settings | {loop.LIBRARIES: provenance.versions()}
 
 
 def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
-  """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`."""
+  """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`.
+
+  The adapter's settings are among the others where the stage trains one.
+  """
+  if lineage.is_adapted(ctx.config) and STAGES[stage].role and not STAGES[stage].is_base:
+    others["adapter"] = ctx.config.adapter
   made_with = fingerprint(ctx, stage, own, others)
   return loop.StageRun(
     name=stage,
@@ -241,10 +288,27 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
     checkpoint=ctx.config.checkpoint,
     log=ctx.config.log,
     profile=ctx.config.profile,
+    tracking=ctx.tracking,
     fingerprint=made_with,
     files=_files_behind(ctx, made_with),
-    changeable=changeable(ctx, {STAGES[stage].block: own, **others}),
+    changeable=changeable(ctx, stage, {STAGES[stage].block: own, **others}),
     started=time.monotonic(),
+  )
+
+
+def tell_adapter(ctx: Context, stage: str, role: RoleName, optim: OptimConfig):
+  """Says what a stage with an adapter trains, and at which rate."""
+  if not lineage.is_adapted(ctx.config) or jax.process_index() != 0:
+    return
+  model = ctx.model(role)
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  trained = count(adapters.trained_shapes(model))
+  everything = count(transformer.param_shapes(model))
+  cfg = model.require_adapter()
+  terminal.say(
+    f"{stage} trains adapters of rank {cfg.rank} on {', '.join(cfg.targets)}: {trained:,} numbers beside"
+    f" {everything:,} frozen ones, at a learning rate of {optim.learning_rate:.3g}"
+    f" (adapter.rate_factor={cfg.rate_factor:g} times that of all weights)"
   )
 
 
@@ -271,7 +335,7 @@ def finish(
   result: Any,
   made: Provenance | None = None,
 ):
-  """Marks a stage as finished: writes its done.json, provenance included.
+  """Marks a stage as finished: writes its done.json, provenance included, and tells the trackers its result.
 
   Args:
     ctx: the run.
@@ -286,6 +350,7 @@ def finish(
   if jax.process_index() == 0:
     made = made or provenance_of(ctx, stage, run)
     finished.write_done(run.directory, finished.Done(stage, run.fingerprint, step, result, made))
+    ctx.tracking.report(stage, result)
 
 
 def is_finished(run: loop.StageRun) -> bool:

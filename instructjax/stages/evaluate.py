@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from instructjax.report.results import BestOfN, Measured, Results
 from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
-from instructjax.train import metrics, supervised
+from instructjax.train import accumulation, metrics, supervised
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
@@ -43,7 +44,9 @@ def judged_policies(ctx: Context) -> list[str]:
   """
   line = lineage.line(ctx.config, "evaluate")
   names = [row.policy.name for row in map(STAGES.__getitem__, line) if row.policy]
-  if sources.simulation(ctx.config.data.prompts) is not None:
+  # Without it where the reward model is given, so that the run has no larger base.
+  has_base = lineage.stage_of(ctx.config, "reward_base") in line
+  if sources.simulation(ctx.config.data.prompts) is not None and has_base:
     # Right after the bases, with which the list begins.
     names.insert(sum(name in _UNTUNED for name in names), FEW_SHOT.name)
   return names
@@ -152,11 +155,19 @@ def pretraining_losses(ctx: Context, names: list[str]) -> dict[str, np.ndarray]:
     names: policies that have the policy's network.
   Returns:
     name -> [rows, 2]: for each row of text, the sum of negative log-likelihoods (nats) and the number of tokens. The
-    rows are the same for all policies, so that losses can be compared row by row.
+    rows are the same for all policies, so that losses can be compared row by row. {} without documents.
   """
+  if "documents" not in lineage.reads(ctx.config, "evaluate"):
+    return {}
   model = ctx.model("policy")
   rows = validation_rows(ctx, ctx.config.pretrain.length)
-  sums = supervised.jit_sums(functools.partial(supervised.lm_row_sums, model), ctx.mesh, model)
+  num_chunks = ctx.config.pretrain.microbatches
+
+  def row_sums(params, batch):
+    one = functools.partial(supervised.lm_row_sums, model, params)
+    return accumulation.map_rows(one, batch, num_chunks)
+
+  sums = supervised.jit_sums(row_sums, ctx.mesh, model)
   result = {}
   for name in names:
     params = policies.load(ctx, name)
@@ -260,6 +271,11 @@ def run(ctx: Context, stage: str):
   )
   if jax.process_index() != 0:
     return
+  if not results.pretraining:
+    terminal.say(
+      f"{stage} data.documents names none: the loss on pretraining text, and with it what the policies have forgotten,"
+      " is not measured"
+    )
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
   with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
@@ -280,7 +296,34 @@ def run(ctx: Context, stage: str):
   made[stage] = provenance_of(ctx, stage, run_)
   report.write(page.parent, ctx.config, prompts, results, found, made)
   finish(ctx, stage, run_, None, Evaluated(summary), made[stage])
+  _track(ctx, stage, found, prompts, measured)
   _show(found, summary, page)
+
+
+def _track(
+  ctx: Context,
+  stage: str,
+  found: list[dict],
+  prompts: list[str],
+  measured: Mapping[str, Measured],
+):
+  """Gives the trackers the findings and all answers."""
+  numbers = {row["id"]: {**row["measured"], "holds": row["holds"]} for row in found}
+  answered = [
+    {"prompt": prompt, **{name: policy.answer[i] for name, policy in measured.items()}}
+    for i, prompt in enumerate(prompts)
+  ]
+  tables = {"findings": [_finding_row(row) for row in found], "answers": answered}
+  ctx.tracking.report(stage, {"findings": numbers}, tables)
+
+
+def _finding_row(finding: Mapping) -> dict[str, str]:
+  measured = ", ".join(f"{key} {_value(value)}" for key, value in finding["measured"].items())
+  return {
+    "finding": finding["id"],
+    "measured": measured,
+    "holds": "yes" if finding["holds"] else "no",
+  }
 
 
 def _show(found: list[dict], summary: dict, page: pathlib.Path):
@@ -299,14 +342,7 @@ def _show(found: list[dict], summary: dict, page: pathlib.Path):
   terminal.show(
     terminal.Table(
       columns=["finding", "measured", "holds"],
-      rows=[
-        [
-          finding["id"],
-          ", ".join(f"{key} {_value(value)}" for key, value in finding["measured"].items()),
-          "yes" if finding["holds"] else "no",
-        ]
-        for finding in found
-      ],
+      rows=[[*_finding_row(finding).values()] for finding in found],
       title="the paper's findings",
       prose=["measured", "holds"],
       styles={"yes": "green", "no": "red"},

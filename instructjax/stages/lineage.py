@@ -7,8 +7,15 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from instructjax.core.config import Config, PPOConfig
-from instructjax.core.stages import RL_STAGES, ROLES, STAGES, stage_of_kind, stage_of_policy
+from instructjax.core.config import Config, OptimConfig, PPOConfig
+from instructjax.core.stages import (
+  REFERENCE,
+  RL_STAGES,
+  STAGES,
+  selector,
+  stage_of_kind,
+  stage_of_policy,
+)
 
 
 def value(config: Config, name: str) -> Any:
@@ -20,10 +27,29 @@ def value(config: Config, name: str) -> Any:
 
 
 def given(config: Config, stage: str) -> str:
-  """The path of the weights that the config gives in place of a base which `stage` would train; '' if it gives none."""
+  """The path of the weights that the config gives in place of what `stage` would train; '' if it gives none."""
+  field = STAGES[stage].given_by
+  return value(config, field) if field else ""
+
+
+def is_replaced(config: Config, stage: str) -> bool:
+  """Whether given weights stand for a stage, which then does not run. `rm` runs all the same, to measure them."""
+  return bool(given(config, stage)) and STAGES[stage].kind != "rm"
+
+
+def reads(config: Config, stage: str) -> tuple[str, ...]:
+  """The kinds of records that a stage reads in this config.
+
+  What would only be measured is done without, if the config names no source of it: a given reward model needs neither
+  comparisons nor demonstrations, and neither PPO without the pretraining term nor evaluation needs documents.
+  """
   row = STAGES[stage]
-  # Any other stage's weights are this run's own.
-  return getattr(config, ROLES[row.require_role()].block).weights if row.is_base else ""
+  optional: tuple[str, ...] = ()
+  if row.kind == "rm" and given(config, stage):
+    optional = ("comparisons", "demonstrations")
+  if row.kind == "evaluate" or (row.is_rl and not variant(config, stage).gamma):
+    optional = ("documents",)
+  return tuple(kind for kind in row.reads if kind not in optional or getattr(config.data, kind))
 
 
 def collects(config: Config) -> bool:
@@ -36,7 +62,7 @@ def kinds_read(config: Config, stages: Collection[str]) -> list[str]:
 
   Comparisons that the run collects itself have no such source.
   """
-  kinds = {kind for stage in stages for kind in STAGES[stage].reads}
+  kinds = {kind for stage in stages for kind in reads(config, stage)}
   return sorted(kinds - ({"comparisons"} if collects(config) else set()))
 
 
@@ -60,6 +86,27 @@ def stage_of(config: Config, policy: str) -> str:
   return base_stage(config, "reward") if stage == "reward_pretrain" else stage
 
 
+def microbatch_rows(config: Config, stage: str) -> dict[str, int]:
+  """Rows of a microbatch, for each batch of a stage that has more than one: settings that divide the batch -> rows."""
+  found = {}
+  for name in STAGES[stage].batches:
+    block, _, field = name.partition(".")
+    cfg = getattr(config, block)
+    if field != "batch_size":
+      continue
+    parts = {"batch_size / microbatches": (cfg.batch_size, cfg.microbatches)}
+    if STAGES[stage].is_rl and block == STAGES[stage].block:
+      minibatch = cfg.batch_size // cfg.num_minibatches
+      parts = {
+        "batch_size / score_microbatches": (cfg.batch_size, cfg.score_microbatches),
+        "batch_size / num_minibatches / microbatches": (minibatch, cfg.microbatches),
+      }
+    found |= {
+      f"{block}.{what}": rows // count for what, (rows, count) in parts.items() if count > 1
+    }
+  return found
+
+
 def rl_stages(config: Config) -> list[str]:
   """The RL stages that the config asks for. Others that lie in the workdir from earlier runs are not judged."""
   asked = {config.stage, *config.evaluate.compare}
@@ -77,21 +124,64 @@ def variant(config: Config, stage: str) -> PPOConfig:
   return dataclasses.replace(config.ppo, **row.holds, **taken)
 
 
+def is_adapted(config: Config) -> bool:
+  """Whether the stages after pretraining train adapters in place of all weights."""
+  return config.adapter.rank > 0
+
+
+def optim(config: Config, cfg: OptimConfig) -> OptimConfig:
+  """The optimiser of a stage after pretraining: adapters have a higher learning rate."""
+  if not is_adapted(config):
+    return cfg
+  rate = cfg.learning_rate * config.adapter.rate_factor
+  return dataclasses.replace(cfg, learning_rate=rate)
+
+
+def has_baseline(config: Config) -> bool:
+  """Whether evaluation judges an SFT baseline.
+
+  Where PPO's start is given, a baseline is not trained for the comparison alone: then there is one if it is given too.
+  """
+  return bool(given(config, "sft")) or not given(config, REFERENCE)
+
+
 def parents(config: Config, stage: str) -> tuple[str, ...]:
   """The stages that `stage` starts from in this config, out of those that the table allows."""
   row = STAGES[stage]
+  if is_replaced(config, stage):
+    return ()
   absent = set(RL_STAGES) - set(rl_stages(config))
   if not collects(config):
     absent.add(stage_of_kind("collect").name)
-  # The table allows three networks for it to start from; rm.start_from picks one.
+  if row.kind == "best_of_n":
+    speaker = stage_of(config, config.best_of_n.policy)
+    chosen_anew = None if given(config, speaker) else selector(speaker)
+    return tuple(dict.fromkeys((chosen_anew or speaker, "rm")))
+  # The table allows three networks for it to start from; rm.start_from picks one. A given reward model has no start.
   if row.kind == "rm":
     start = "sft" if config.rm.start_from == "sft" else base_stage(config, "reward")
-    absent |= {"pretrain", "reward_pretrain", "sft"} - {start}
+    absent |= {"pretrain", "reward_pretrain", "sft"} - (
+      {start} if not given(config, stage) else set()
+    )
+  # The baseline is the epoch that is selected. A given one has no epochs, and is judged as it is.
+  if row.kind == "evaluate":
+    judged = ("sft" if given(config, "sft") else selector("sft")) if has_baseline(config) else None
+    absent |= {"sft", selector("sft")} - {judged}
   return tuple(parent for parent in row.parents if parent not in absent)
 
 
+def origin(config: Config, stage: str) -> str:
+  """The path of the given weights that a stage's network descends from; '' if the run has trained it from scratch."""
+  path = given(config, stage)
+  if path:
+    return path
+  # The first parent with a network is the one whose weights the stage goes on with.
+  trained = [parent for parent in parents(config, stage) if STAGES[parent].role]
+  return origin(config, trained[0]) if trained else ""
+
+
 def line(config: Config, stage: str) -> list[str]:
-  """A stage and all stages that it comes from, in the order they run; also bases whose weights the config gives."""
+  """A stage and all stages that it comes from, in the order they run; also those for which given weights stand."""
   needed = [stage]
   for name in needed:  # the list grows meanwhile, until it holds all ancestors
     needed += [parent for parent in parents(config, name) if parent not in needed]
@@ -101,7 +191,7 @@ def line(config: Config, stage: str) -> list[str]:
 def plan(config: Config) -> list[str]:
   """The stages to run for `config.stage`, in order: itself and all that it starts from.
 
-  A base is left out if the config gives its weights. For an RL stage the plan goes on to `evaluate`.
+  Stages for which given weights stand are left out. For an RL stage the plan goes on to `evaluate`.
   """
   last = "evaluate" if STAGES[config.stage].is_rl else config.stage
-  return [stage for stage in line(config, last) if not given(config, stage)]
+  return [stage for stage in line(config, last) if not is_replaced(config, stage)]

@@ -22,6 +22,8 @@ _SAMPLE = 3
 def work(ctx: Context, stage: str) -> float:
   """About the FLOPs of a stage."""
   config, row = ctx.config, STAGES[stage]
+  if lineage.given(config, stage):  # it only reads some answers
+    return 0.0
   data = config.data
   # Tokens of a prompt with its answer.
   answer = (data.max_prompt_length + data.max_response_length) / 2
@@ -54,8 +56,9 @@ def work(ctx: Context, stage: str) -> float:
     tokens = cfg.num_iterations * cfg.batch_size * answer
     text = cfg.num_iterations * cfg.batch_size * cfg.ptx_rows * cfg.ptx_length * (cfg.gamma > 0)
     policy, scalar = read("policy", tokens), read("reward", tokens)
-    updates = cfg.num_epochs * _TRAIN * (policy + scalar + read("policy", text))
-    return (_SAMPLE + 1) * policy + 2 * scalar + updates
+    value = scalar * cfg.has_value_network
+    updates = cfg.num_epochs * _TRAIN * (policy + value + read("policy", text))
+    return (_SAMPLE + 1) * policy + scalar + value + updates
   if row.kind == "evaluate":
     cfg = config.evaluate
     judged = sum(STAGES[name].policy is not None for name in lineage.line(config, stage))

@@ -28,10 +28,11 @@ from instructjax.stages.context import (
   canonical,
   given_fingerprint,
   require_fit,
+  require_microbatches,
   require_same_data,
 )
 from instructjax.stages.run_data import RunData
-from instructjax.train import finished, metrics, profiling
+from instructjax.train import finished, metrics, profiling, tracking
 from instructjax.train.weights import Weights
 
 
@@ -138,6 +139,8 @@ def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pa
   roles = dict.fromkeys(row.role for row in rows if row.role)
   batches = dict.fromkeys(name for row in rows for name in row.batches)
   require_fit(config, mesh, config.tokenizer.vocab_size, roles, batches)
+  for stage in stages:
+    require_microbatches(config, mesh, stage)
   for stage in _coming(workdir, stages):
     _call(stage, "check_settings", config)
 
@@ -161,10 +164,12 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """Makes the Context of a run, training a tokenizer if it needs one.
 
   Raises:
-    UserError: the mesh does not fit the devices, a source of records is not named, or the given weights or the
-      tokenizer do not fit the config or the workdir.
+    UserError: the mesh does not fit the devices, a source of records is not named, the extra of a tracker is missing,
+      or the given weights or the tokenizer do not fit the config or the workdir.
   """
+  tracked = tracking.open_run(config, workdir)
   mesh = sharding.make_mesh(config.mesh)
+  config = policies.settle(config)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   stages = lineage.plan(config)
   _require_sources(config, workdir)
@@ -183,6 +188,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
     given=given,
     data=RunData(own, workdir, tokenizer, contents),
     contents=contents,
+    tracking=tracked,
   )
 
 
@@ -200,7 +206,7 @@ def _tokenizer(
   Args:
     config: the run's config.
     directory: where the tokenizer is kept.
-    given: weights in place of trained bases; if the config names no tokenizer, the first one's is taken.
+    given: weights in place of trained ones; if the config names no tokenizer, the first one's is taken.
     path: where the config's tokenizer lies on this host; '' if it names none.
     contents: what the documents hold, on which one is trained.
   Raises:
@@ -315,6 +321,7 @@ def run(config: Config, workdir: pathlib.Path):
     Preempted: the run was told to stop.
   """
   ctx = make_context(config, workdir)
+  config = ctx.config
   stages = lineage.plan(config)
   require_same_everywhere(ctx, stages)
   check(ctx, stages)
@@ -322,7 +329,7 @@ def run(config: Config, workdir: pathlib.Path):
   tell = terminal.say if jax.process_index() == 0 else lambda line, bold="", rest="": None
   for line in _other_versions(ctx, stages):
     tell(line)
-  with jax.set_mesh(ctx.mesh):
+  with jax.set_mesh(ctx.mesh), ctx.tracking:
     for number, stage in enumerate(stages, start=1):
       distributed.require_going_on()
       distributed.at(f"the start of {stage}")

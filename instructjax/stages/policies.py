@@ -1,38 +1,77 @@
-"""Loads the weights of finished stages by policy name, and checks weights that the config gives in place of a base.
+"""Loads the weights of finished stages by policy name, and checks weights that the config gives in place of these.
 
 Called by pipeline.py and by the stages, which start from these weights or judge them.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
-from instructjax.core.config import Config, ModelConfig
+import jax
+
+from instructjax.core import terminal
+from instructjax.core.config import Config, ModelConfig, with_finished_reward_model
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES, RoleName, selector, stage_of_policy
+from instructjax.core.stages import (
+  REFERENCE,
+  ROLES,
+  STAGES,
+  RoleName,
+  selector,
+  stage_of_policy,
+)
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import heads
+from instructjax.models import adapters, heads, transformer
 from instructjax.stages import lineage
-from instructjax.stages.context import Context
-from instructjax.train import weights
+from instructjax.stages.context import Context, bare
+from instructjax.stages.text_rows import validation_rows
+from instructjax.train import supervised, weights
 from instructjax.train.weights import Weights
 
 
+def _locate(path: str, field: str) -> Weights:
+  try:
+    return weights.locate(path)
+  except UserError as error:
+    raise UserError(f"config.{field}: {error}") from error
+
+
+def settle(config: Config) -> Config:
+  """The config in which a finished reward model stands in `rm.weights`, whichever field named it.
+
+  `reward_model.weights` may be a language model for the reward model to start from, or a finished reward model. The
+  file itself tells: one that ends in a single score is finished.
+
+  Raises:
+    UserError: nothing that can be opened lies at the path.
+  """
+  path = config.reward_model.weights
+  if not path or path == config.model.weights:
+    return config
+  is_finished = _locate(path, "reward_model.weights").head == "scalar"
+  return with_finished_reward_model(config) if is_finished else config
+
+
 def given_weights(config: Config) -> dict[str, Weights]:
-  """Opens the weights that the config gives in place of trained bases: stage that would train the base -> weights.
+  """Opens the weights that the config gives in place of trained ones: stage that would train them -> weights.
+
+  Finished policies come first: the run has the tokenizer of the first weights.
 
   Raises:
     UserError: nothing that can be opened lies at a path.
   """
-  result = {}
-  for stage in lineage.bases(config):
-    path = lineage.given(config, stage)
-    try:
-      if path:
-        result[stage] = weights.locate(path)
-    except UserError as error:
-      raise UserError(f"config.{_block(stage)}.weights: {error}") from error
-  return result
+  stages = (REFERENCE, "sft", *lineage.bases(config), "rm")
+  paths = {stage: lineage.given(config, stage) for stage in stages}
+  return {stage: _locate(path, _field(stage)) for stage, path in paths.items() if path}
+
+
+def _field(stage: str) -> str:
+  """The dotted config field that gives weights in place of what a stage trains."""
+  field = STAGES[stage].given_by
+  if field is None:
+    raise ValueError(f"nothing may be given in place of stage {stage}")
+  return field
 
 
 def _block(stage: str) -> str:
@@ -43,24 +82,31 @@ def _block(stage: str) -> str:
 def require_given_weights(
   config: Config, opened: Mapping[str, Weights], tokenizer: tokenizers.Tokenizer
 ):
-  """Checks that the weights named by `model.weights` and `reward_model.weights` fit the run.
+  """Checks that the weights which the config gives fit the run.
 
   Args:
     config: the run's config.
     opened: as `given_weights` returns them.
     tokenizer: the run's tokenizer.
   Raises:
-    UserError: the weights have a scalar head, another tokenizer or another network, or the run is to train the very
-      base that they replace.
+    UserError: the weights have another head, another tokenizer or another network, or the run is to train the very
+      weights that they replace.
   """
   for stage, given in opened.items():
-    block = _block(stage)
+    block, field = _block(stage), _field(stage)
     cfg: ModelConfig = getattr(config, block)
-    where = f"config.{block}.weights={cfg.weights!r}"
-    if config.stage == stage:
+    where = f"config.{field}={lineage.given(config, stage)!r}"
+    if config.stage == stage and lineage.is_replaced(config, stage):
       raise UserError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
-    if given.head != "lm":
-      raise UserError(f"{where} must be a language model, and it has a scalar head")
+    if lineage.is_adapted(config) and not STAGES[stage].is_base:
+      raise UserError(
+        f"config.adapter.rank={config.adapter.rank} must be 0 beside {where}: adapters are trained on the base that"
+        " config.model.weights names, and a finished network has one of its own; name it there, or train all weights"
+      )
+    wanted = ROLES[STAGES[stage].require_role()].head
+    if given.head != wanted:
+      one = {"lm": "a language model", "scalar": "a finished reward model, which ends in a score"}
+      raise UserError(f"{where} must be {one[wanted]}, and it is {one[given.head]}")
     _require_tokenizer(config, given, tokenizer, where)
     _require_network(cfg, given, block, where)
 
@@ -72,13 +118,15 @@ def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tok
   trusted; it must only have no more ids than the weights have embeddings.
   """
   named = config.tokenizer.path
+  # A reward may be read from text, and then has a tokenizer of its own: see text_scorers.py.
+  as_text = f"""; as one reward among others it may have its own: --config.ppo.rewards='("rm", "model:{given.path}")'"""
+  more = as_text if given.head == "scalar" else ""
   if given.kind == "stage" and given.settings["tokenizer"] != tokenizer.fingerprint:
+    mend = more or f"; set config.tokenizer.path={str(given.tokenizer_path)!r}"
+    raise UserError(f"{where} was trained with another tokenizer{mend}")
+  if given.kind != "stage" and not named and not tokenizers.agree(tokenizer, given.tokenizer):
     raise UserError(
-      f"{where} was trained with another tokenizer; set config.tokenizer.path={str(given.tokenizer_path)!r}"
-    )
-  if given.kind != "stage" and not named and given.tokenizer.fingerprint != tokenizer.fingerprint:
-    raise UserError(
-      f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one"
+      f"{where} has another tokenizer than the policy's weights, {tokenizer.path}; both must share one{more}"
     )
   if given.vocab_size < tokenizer.vocab_size:
     raise UserError(
@@ -98,15 +146,100 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
     has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
     asked = ", ".join(f"{name}={ours[name]}" for name in wrong)
     raise UserError(
-      f"{where} has {has}, and config.{block} has {asked}; they must be equal: use the preset of these"
-      f" weights, or set --config.{block}.{wrong[0]} and so on"
+      f"{where} has {has}, and config.{block} has {asked}; they must be equal: use preset weights,"
+      f" which takes the shape from the file, or set --config.{block}.{wrong[0]} and so on"
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _frozen_base(ctx: Context, stage: str, role: RoleName) -> Params:
+  """The weights of a base as forward passes read them, cast once to the dtype that they run in."""
+  # Kept, so that all networks of a run and all of its stages share one copy: the policy's base, and the reward model's
+  # if that has another.
+  model = bare(ctx.model(role))
+  given = ctx.given.get(stage)
+  if given:
+    params = given.load(ctx.mesh, model)
+  else:
+    step = ctx.require_done(stage).require_step()
+    params = weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, "params")
+  adapter = ctx.config.adapter
+  if model.execution.dtype == "float32" and adapter.base == "float":
+    return params
+  adapted = model.clone(adapter=adapter)
+  (places,) = adapters.base_shardings(ctx.mesh, adapted)
+  frozen = jax.jit(functools.partial(adapters.freeze, adapted), out_shardings=places)(params)
+  if adapter.base == "int8":
+    _tell_rounding(ctx, adapted, params, frozen)
+  return frozen
+
+
+def _tell_rounding(ctx: Context, model: transformer.Model, params: Params, frozen: Params):
+  """Says what a base in 8 bits costs: its loss on held-out text, before and after."""
+  loss = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
+  rows = validation_rows(ctx, ctx.config.pretrain.length)
+  before, after = loss(params, rows), loss(frozen, rows)
+  if jax.process_index() == 0:
+    terminal.say(
+      f"the frozen base in int8: loss on held-out text {after:.4f}, {after - before:+.4f} by rounding"
+    )
+
+
+def base(ctx: Context, role: RoleName) -> tuple[Params, ...]:
+  """The frozen base of an adapted role, as one more argument of a step; () if all weights are trained.
+
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  if not lineage.is_adapted(ctx.config):
+    return ()
+  stage = lineage.base_stage(ctx.config, "policy" if role == "policy" else "reward")
+  as_base: RoleName = "policy" if stage == "pretrain" else "reward_base"
+  return (adapters.base_of(ctx.model(role), _frozen_base(ctx, stage, as_base)),)
+
+
+def bases(ctx: Context) -> tuple[tuple[Params, ...], tuple[Params, ...]]:
+  """(the policy's base, that of the reward model if it is another one), each as `base` returns it.
+
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  policy, reward = (lineage.base_stage(ctx.config, role) for role in ("policy", "reward"))
+  return base(ctx, "policy"), () if policy == reward else base(ctx, "reward")
+
+
+def start(ctx: Context, key: jax.Array) -> tuple[tuple[Params, ...], Params]:
+  """What a policy's training starts from: (its base, see `base`; what is trained).
+
+  Args:
+    ctx: the run.
+    key: for a fresh adapter; without adapters the weights of the base themselves are trained.
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  if not lineage.is_adapted(ctx.config):
+    return (), load(ctx, "base")
+  return base(ctx, "policy"), supervised.init_params(ctx.mesh, ctx.model("policy"), key)
 
 
 def load_step(
   ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
 ) -> Params:
-  """Loads the weights `item` that a stage saved at a step onto the mesh.
+  """Loads the weights `item` that a stage saved at a step: those of `load_trained_step`, joined with their base.
+
+  Args, raises: as for `load_trained_step`.
+  """
+  role = role or STAGES[stage].require_role()
+  trained = load_trained_step(ctx, stage, step, item, role)
+  if STAGES[stage].is_base:
+    return trained
+  return adapters.joined(ctx.model(role), base(ctx, role), trained)
+
+
+def load_trained_step(
+  ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
+) -> Params:
+  """Loads what a stage trained, as it saved it at a step, onto the mesh: all weights, or an adapter and its head.
 
   Args:
     ctx: the run.
@@ -118,11 +251,12 @@ def load_step(
     UserError: there are no such weights, or they cannot be read.
   """
   model = ctx.model(role or STAGES[stage].require_role())
+  model = bare(model) if STAGES[stage].is_base else model
   return weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, item)
 
 
-def load_sft_by_loss(ctx: Context) -> Params:
-  """Loads the SFT weights of the epoch with the best validation loss.
+def load_sft_by_loss(ctx: Context, read: Callable | None = None) -> Params:
+  """Loads the SFT weights of the epoch with the best validation loss, by `load_step`, or by another `read`.
 
   The reward model and its comparisons start from this epoch. They cannot start from the one that `sft_select` chooses,
   because that choice takes a finished reward model.
@@ -130,7 +264,9 @@ def load_sft_by_loss(ctx: Context) -> Params:
   Raises:
     UserError: they cannot be read.
   """
-  return load_step(ctx, "sft", ctx.require_done("sft").require_step())
+  if "sft" in ctx.given:
+    return ctx.given["sft"].load(ctx.mesh, ctx.model("policy"))
+  return (read or load_step)(ctx, "sft", ctx.require_done("sft").require_step())
 
 
 def judges_average(ctx: Context) -> bool:
@@ -138,7 +274,7 @@ def judges_average(ctx: Context) -> bool:
   return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
 
 
-def load(ctx: Context, policy: str) -> Params:
+def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   """Loads the weights of a policy at the step that its stage keeps.
 
   For `sft` that is the epoch which the reward model prefers (C.1), once `sft_select` has chosen it. `evaluate.weights`
@@ -147,26 +283,34 @@ def load(ctx: Context, policy: str) -> Params:
   Args:
     ctx: the run.
     policy: a name in `core.stages.POLICIES`, except `few_shot`, which has no weights of its own.
+    read: `load_trained_step` for what a stage trained, without its base; None for `load_step`.
   Raises:
     UserError: the weights cannot be read.
   """
   # If policy and reward model share a base, `reward_base` is trained by `pretrain`, whose own role is the policy's; so
   # the role comes from the policy's name.
   row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).require_role()
+  if row.is_base and lineage.is_adapted(ctx.config):
+    return _frozen_base(ctx, row.name, "policy" if row.name == "pretrain" else "reward_base")
   given = ctx.given.get(row.name)
   if given:
     return given.load(ctx.mesh, ctx.model(role))
   again = selector(row.name)
   done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
   averaged = row.is_rl and judges_average(ctx)
-  return load_step(ctx, row.name, done.require_step(), "ema_params" if averaged else "params", role)
+  item = "ema_params" if averaged else "params"
+  return (read or load_step)(ctx, row.name, done.require_step(), item, role)
 
 
-def load_reward(ctx: Context) -> Params:
+def load_reward(ctx: Context, read: Callable | None = None) -> Params:
   """Loads the reward model with the bias that makes demonstrations score 0 on average (C.2).
 
   Raises:
     UserError: the weights cannot be read.
   """
-  done = ctx.require_done("rm")
-  return heads.shift_bias(load_step(ctx, "rm", done.require_step()), done.result.demonstration_mean)
+  done, given = ctx.require_done("rm"), ctx.given.get("rm")
+  if given:
+    params = given.load(ctx.mesh, ctx.model("reward"))
+  else:
+    params = (read or load_step)(ctx, "rm", done.require_step())
+  return heads.shift_bias(params, done.result.shift)

@@ -5,7 +5,7 @@ from instructjax.core.config import Config, ModelConfig, PretrainConfig
 from instructjax.core.stages import ROLES, STAGES
 from instructjax.models import flops
 from instructjax.parallel import sharding
-from instructjax.stages.context import Context, finish, is_finished, stage_run
+from instructjax.stages.context import Context, bare, finish, is_finished, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
@@ -48,17 +48,19 @@ def run(ctx: Context, stage: str):
   )
   if is_finished(step_run):
     return
-  model = ctx.model(role)
+  model = bare(ctx.model(role))
   tx = make_optimizer(cfg.optim, cfg.num_steps)
   key = ctx.key(stage)
   params = supervised.init_params(ctx.mesh, model, key)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, key)
-  evaluate = supervised.make_lm_evaluation(model, ctx.mesh)
+  evaluate = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
   held_out = validation_rows(ctx, cfg.length)
   loop.fit(
     step_run,
     state,
-    supervised.make_lm_train_step(model, tx, dropout_rate=0.0, state_shardings=shardings),
+    supervised.make_lm_train_step(
+      model, tx, dropout_rate=0.0, state_shardings=shardings, microbatches=cfg.microbatches
+    ),
     document_batches(
       ctx, "train", length=cfg.length, batch_size=cfg.batch_size, seed=ctx.data_seed(stage)
     ),

@@ -1,4 +1,4 @@
-"""Trains and measures the reward model (sec 3.5, C.2).
+"""Trains and measures the reward model (sec 3.5, C.2), or only measures one that is given.
 
 The loss is eq. 1 over all pairs of a prompt's ranked answers, for one epoch. A bias then makes the demonstrations score
 0 on average. Accuracy is measured on held-out prompts, on held-out labelers, and by cross-validation over labelers.
@@ -15,20 +15,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from instructjax.core import results
+from instructjax.core import results, terminal
 from instructjax.core.config import RMConfig
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Params, RankedBatch, TrainState
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens, tokenize_rankings
-from instructjax.models import flops, heads, transformer
+from instructjax.models import adapters, flops, heads, transformer
 from instructjax.ops import preference
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.stages import answers, lineage, policies
-from instructjax.stages.context import Context, finish, is_finished, stage_run
-from instructjax.train import loop, supervised
+from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
+from instructjax.train import accumulation, loop, supervised
 from instructjax.train.optim import make_optimizer
+from instructjax.train.weights import Weights
 
 
 def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
@@ -43,17 +44,33 @@ def make_train_step(
   cfg: RMConfig,
   state_shardings: TrainState,
 ) -> Callable:
-  """Makes the jitted step (TrainState, RankedBatch) -> (TrainState, metrics)."""
+  """Makes the jitted step (TrainState, RankedBatch) -> (TrainState, metrics); with adapters, see `jit_step`."""
 
-  def loss_fn(params, batch):
-    score_BC = scores(model, params, batch)
-    return preference.ranked_preference_loss(
+  def loss_fn(params, base, rows):
+    batch, key_S = rows
+    score_BC = scores(model, adapters.join(model, base, params, key_S), batch)
+    loss, metrics = preference.ranked_preference_loss(
       score_BC, batch.rank_BC, batch.is_answer_BC, ties=cfg.ties
     )
+    return loss, {"accuracy": metrics["accuracy"]}
 
-  def step(state: TrainState, batch: RankedBatch):
+  def count(batch):
+    is_better_BCC, is_usable_B = preference.usable(batch.rank_BC, batch.is_answer_BC, ties=cfg.ties)
+    return {"loss": jnp.sum(is_usable_B), "accuracy": jnp.sum(is_better_BCC)}
+
+  def step(state: TrainState, *inputs):
+    base, batch = adapters.base_and(model, inputs)
+    if cfg.microbatches > 1:
+      # A microbatch is some prompts with the rows of all their answers, so places count from its own first row.
+      cells = batch.token_SL.size // cfg.microbatches
+      batch = dataclasses.replace(batch, last_BC=batch.last_BC % cells)
+    key = jax.random.fold_in(state.key, state.step)  # of an adapter's dropout
+    rows = batch, adapters.dropout_keys(model, key, batch.token_SL.shape[0])
+    of_params = lambda params, rows: loss_fn(params, base, rows)
     with jax.named_scope("gradient"):
-      (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+      (loss, metrics), grads = accumulation.mean_gradient(
+        of_params, state.params, rows, cfg.microbatches, lambda rows: count(rows[0])
+      )
     state = supervised.apply_gradients(state, tx, grads)
     return state, {
       "loss": loss,
@@ -90,15 +107,16 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
   """Batches of `rm.batch_size` prompts.
 
   With `rm.row_length`, the answers of a batch share rows: as many as the fullest batch of the whole run needs, so that
-  all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own.
+  all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own. Either way, rows
+  hold answers of one microbatch only, so that each microbatch has all pairs of its prompts.
   """
   cfg, data = ctx.config.rm, ctx.config.data
   length = cfg.row_length or data.max_prompt_length + data.max_response_length
-  kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed)
+  kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed, num_groups=cfg.microbatches)
   num_rows = None
   if cfg.row_length:
     num_rows = batching.rows_needed(rankings, num_epochs=cfg.num_epochs, **kwargs)
-    shards = sharding.num_row_shards(ctx.mesh)
+    shards = sharding.num_row_shards(ctx.mesh) * cfg.microbatches
     num_rows = -(-num_rows // shards) * shards  # rounded up to what the mesh divides
   rows = num_rows or cfg.batch_size * cfg.max_responses
   return batching.ranking_batches(
@@ -114,12 +132,17 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
 def initial_params(ctx: Context, key: jax.Array) -> Params:
   """The trunk of a language model under a fresh scalar head.
 
-  By `rm.start_from` the trunk is the SFT model's (sec 3.5) or the larger base's (C.2).
+  By `rm.start_from` the trunk is the SFT model's (sec 3.5) or the larger base's (C.2). With adapters the trunk is the
+  SFT model's adapter or a fresh one.
   """
-  from_sft = ctx.config.rm.start_from == "sft"
-  trunk = policies.load_sft_by_loss(ctx) if from_sft else policies.load(ctx, "reward_base")
-  model = ctx.model("reward")
-  shardings, shapes = transformer.param_shardings(ctx.mesh, model)
+  from_sft, model = ctx.config.rm.start_from == "sft", ctx.model("reward")
+  if from_sft:
+    trunk = policies.load_sft_by_loss(ctx, policies.load_trained_step)
+  elif not lineage.is_adapted(ctx.config):
+    trunk = policies.load(ctx, "reward_base")
+  else:
+    return supervised.init_params(ctx.mesh, model, key)
+  shardings, shapes = adapters.trained_shardings(ctx.mesh, model)
   # Only the head is computed: XLA drops the rest of the fresh model, which is not returned.
   head = jax.jit(lambda k: transformer.init_params(model, k)["head"])(key)
   params = heads.scalar_params_from_lm(trunk, shapes | {"head": head})
@@ -159,19 +182,23 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   batches = _batches(ctx, tokenized(ctx, records), ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
+  cfg = dataclasses.replace(cfg, optim=lineage.optim(ctx.config, cfg.optim))
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
+  base = policies.base(ctx, "reward")
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
+  tell_adapter(ctx, name, "reward", cfg.optim)
   state = loop.fit(
     _stage_run(ctx, stage, name),
     state,
     train_step,
     batches,
     num_steps=num_steps,
+    constants=base,
     place=lambda batch: sharding.place_batch(ctx.mesh, batch),
-    flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], length),
+    flops=lambda metrics: flops.training(model, metrics["tokens"], length),
     show=("loss", "accuracy", "grad_norm"),
   )
-  return num_steps, state.params
+  return num_steps, adapters.joined(model, base, state.params)
 
 
 def score_rankings(
@@ -242,10 +269,7 @@ def demonstration_mean(ctx: Context, params: Params) -> float:
 
   Eq. 1 fixes scores only up to a constant. With this bias, 0 means as good as an average demonstration.
   """
-  prompts, responses = zip(*ctx.data.demonstration_tokens("train"))
-  # With EOS, as the reward model sees complete answers.
-  demonstrations = answers.from_tokens(ctx, list(prompts), list(responses))
-  return float(np.mean(answers.score(ctx, ctx.model("reward"), params, demonstrations)))
+  return answers.demonstration_mean(ctx, ctx.model("reward"), params)
 
 
 def fold_labelers(ctx: Context) -> list[set[str]]:
@@ -326,6 +350,11 @@ def check(ctx: Context, stage: str):
   if lineage.collects(ctx.config):
     return  # the comparisons of simulated labelers are collected only later in the run
   cfg = ctx.config.rm
+  if stage in ctx.given:
+    if "comparisons" in lineage.reads(ctx.config, stage):
+      held_out = tokenized(ctx, ctx.data.records("comparisons", "validation"))
+      _require_decided(ctx, held_out, "held-out rankings")
+    return
   train_rankings, held_out = (
     tokenized(ctx, ctx.data.records("comparisons", split)) for split in ("train", "validation")
   )
@@ -344,11 +373,61 @@ def check(ctx: Context, stage: str):
         ctx, found, f"{name} rankings by the {whose} of fold {fold} (rm.cross_validation_folds)"
       )
   batches = _batches(ctx, train_rankings, ctx.data_seed(stage))
-  make_optimizer(cfg.optim, cfg.num_epochs * batches.steps_per_epoch)
+  make_optimizer(lineage.optim(ctx.config, cfg.optim), cfg.num_epochs * batches.steps_per_epoch)
+
+
+def measure_given(ctx: Context, stage: str, given: Weights) -> results.RewardModel:
+  """Finds the bias of a finished reward model, and measures it on the rankings that there are.
+
+  It is judged on the same held-out prompts as a trained one: it may come from a run that was trained on the others.
+
+  Raises:
+    UserError: the files cannot be read, or the held-out rankings are all ties.
+    Preempted: the run was told to stop.
+  """
+  reads = lineage.reads(ctx.config, stage)
+  params = given.load(ctx.mesh, ctx.model("reward"))
+  judged = lambda split: judge(ctx, params, ctx.data.records("comparisons", split))
+  has_heldout = lineage.collects(ctx.config)
+  return results.RewardModel(
+    demonstration_mean=demonstration_mean(ctx, params) if "demonstrations" in reads else None,
+    validation=judged("validation") if "comparisons" in reads else None,
+    heldout_labelers=judged("heldout") if has_heldout else None,
+    cross_validation=(),
+  )
+
+
+def told(cfg: RMConfig, stage: str, given: Weights, result: results.RewardModel) -> list[str]:
+  """The lines that say what a finished reward model was found to be, and what could not be measured."""
+  lines = [f"{stage} {given.path}: a finished reward model, used as it is; {given.end_of_score}"]
+  if result.validation is None:
+    lines.append(
+      f"{stage} data.comparisons names no rankings: how often it agrees with people is not measured"
+    )
+  else:
+    accuracy, pairs = result.validation.accuracy, result.validation.pairs
+    lines.append(f"{stage} accuracy {accuracy:.3f} on {pairs} held-out pairs")
+  if result.demonstration_mean is None:
+    lines.append(
+      f"{stage} data.demonstrations names none: scores keep the zero point of the file, where C.2 makes 0 that"
+      " of an average demonstration"
+    )
+  else:
+    mean = result.demonstration_mean
+    lines.append(
+      f"{stage} demonstrations scored {mean:.4g} on average, which the bias makes 0 (C.2)"
+    )
+  if cfg.cross_validation_folds:
+    lines.append(
+      f"{stage} cross_validation_folds={cfg.cross_validation_folds} has no effect: each fold would train a reward model"
+    )
+  return lines
 
 
 def run(ctx: Context, stage: str):
   """Trains `rm`, finds its bias, and measures it on held-out prompts and held-out labelers.
+
+  A reward model that the config gives is measured only.
 
   Raises:
     StageStopped: a metric is not finite.
@@ -358,6 +437,14 @@ def run(ctx: Context, stage: str):
   """
   run_ = _stage_run(ctx, stage, stage)
   if is_finished(run_):
+    return
+  given = ctx.given.get(stage)
+  if given:
+    found = measure_given(ctx, stage, given)
+    if jax.process_index() == 0:
+      for line in told(ctx.config.rm, stage, given, found):
+        terminal.say(line)
+    finish(ctx, stage, run_, None, found)
     return
   records = lambda split: ctx.data.records("comparisons", split)
   num_steps, params = train(ctx, stage, stage, records("train"), ctx.key(stage))

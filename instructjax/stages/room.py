@@ -14,12 +14,13 @@ from typing import Any
 
 from instructjax.core.config import Config, NetworkConfig
 from instructjax.core.errors import UserError
-from instructjax.core.stages import ROLES, STAGES
+from instructjax.core.stages import ROLES, STAGES, Stage
 from instructjax.stages import lineage
 
 _GIB = 2**30
 _FLOAT = 4  # bytes of a weight, and of each of the optimiser's two moments of it
 _TRAINED = 3 * _FLOAT  # weight, two moments
+_READ = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes of a weight of a frozen base, at least
 _FROZEN = 2  # bytes of a weight that only scores, at least
 _LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")
 
@@ -36,7 +37,7 @@ def host_memory(limit: pathlib.Path = _LIMIT) -> float:
 def num_params(network: NetworkConfig, vocab_size: int) -> int:
   """Weights of a network, without those of biases and norms."""
   attention = 2 * network.d_model * network.head_dim * (network.num_heads + network.num_kv_heads)
-  matrices = 3 if network.mlp == "swiglu" else 2
+  matrices = 3 if network.is_gated else 2
   layer = attention + matrices * network.d_model * network.d_mlp
   rows = vocab_size * (1 if network.tie_embeddings else 2)
   rows += network.max_length if network.position == "learned" else 0
@@ -54,7 +55,7 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     stage: name of the stage.
   """
   row = STAGES[stage]
-  if row.role is None:
+  if row.role is None or lineage.given(config, stage):
     return {}
   split_weights = mesh["fsdp"] * mesh["tensor"]
   split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]
@@ -65,8 +66,6 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
   data = config.data
   total = data.max_prompt_length + data.max_response_length
   rows_of = lambda rows: math.ceil(rows / split_rows)
-  weights = num_params(network, vocab)
-  state = f"weights and optimiser (config.{block}.num_layers={network.num_layers}, d_model={network.d_model})"
 
   def inputs(rows: float, length: int) -> float:
     """Bytes of the inputs of all layers."""
@@ -74,37 +73,61 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     return max(1.0, rows) * length * per_token
 
   if not row.is_rl:
-    tokens = (cfg.batch_size, total if row.kind == "rm" else cfg.length)
-    names = f"config.{row.block}.batch_size={cfg.batch_size}, {tokens[1]} tokens a row"
+    tokens = (cfg.batch_size // cfg.microbatches, total if row.kind == "rm" else cfg.length)
+    names = f"config.{row.block}.batch_size={cfg.batch_size}, microbatches={cfg.microbatches}, {tokens[1]} tokens a row"
     answers = 1
     if row.kind == "rm" and cfg.row_length:
       # Packed into rows, the answers need what they have of tokens: two of some, at least.
-      answers, tokens = 2, (cfg.batch_size, 2)
+      answers, tokens = 2, (tokens[0], 2)
     elif row.kind == "rm":
       answers = cfg.max_responses
     return {
-      state: weights * _TRAINED / split_weights,
-      "gradients": weights * _FLOAT / split_weights,
+      **_weights(config, row, split_weights),
       f"a batch ({names})": inputs(rows_of(tokens[0] * answers), tokens[1]),
     }
-  reward = config.reward_model
-  others = num_params(reward, vocab) * (_TRAINED + _FROZEN) + weights * _FROZEN
   decoding = rows_of(config.rollout.slots or cfg.batch_size)
   keys = (
     2 * network.num_layers * network.num_kv_heads * network.head_dim * itemsize / mesh["tensor"]
   )
   minibatch = cfg.batch_size // cfg.num_minibatches
-  scored = rows_of(minibatch) if not cfg.packed_rows else 1
-  mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_chunks) if cfg.gamma else 0
+  trained = rows_of(minibatch // cfg.microbatches) if not cfg.packed_rows else 1
+  mixed = rows_of(minibatch * cfg.ptx_rows // cfg.ptx_microbatches) if cfg.gamma else 0
   return {
-    f"{state}, those of reward_model included": (weights * _TRAINED + others) / split_weights,
-    "gradients": max(weights, num_params(reward, vocab)) * _FLOAT / split_weights,
+    **_weights(config, row, split_weights),
     f"answers being sampled (config.{row.block}.batch_size={cfg.batch_size}, rollout.slots={config.rollout.slots})": (
       decoding * (total * keys + vocab * _FLOAT)
     ),
-    f"a minibatch (config.{row.block}.batch_size={cfg.batch_size}, num_minibatches={cfg.num_minibatches})": max(
-      inputs(scored, total), inputs(mixed, cfg.ptx_length)
+    f"a minibatch (config.{row.block}.batch_size={cfg.batch_size}, num_minibatches={cfg.num_minibatches},"
+    f" microbatches={cfg.microbatches})": max(
+      inputs(trained, total), inputs(mixed, cfg.ptx_length)
     ),
+  }
+
+
+def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
+  """What `parts` says of weights, optimisers and gradients, which are split over so many devices."""
+  block, vocab = ROLES[row.require_role()].block, config.tokenizer.vocab_size
+  network: NetworkConfig = getattr(config, block)
+  size, reward = num_params(network, vocab), num_params(config.reward_model, vocab)
+  shape = f"config.{block}.num_layers={network.num_layers}, d_model={network.d_model}"
+  if lineage.is_adapted(config) and not row.is_base:
+    # What is trained is small, and so are its gradients.
+    is_apart = lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy")
+    number = "int8" if config.adapter.base == "int8" else config.execution.dtype
+    held = (size + reward * (row.is_rl and is_apart)) * _READ[number]
+    held += reward * len(config.ppo.ensemble) * _FROZEN * row.is_rl  # whole networks
+    return {f"the frozen base ({shape})": held / split}
+  if not row.is_rl:
+    return {
+      f"weights and optimiser ({shape})": size * _TRAINED / split,
+      "gradients": size * _FLOAT / split,
+    }
+  frozen = (1 + len(config.ppo.ensemble)) * _FROZEN
+  value = reward * config.ppo.has_value_network
+  held = size * (_TRAINED + _FROZEN) + reward * frozen + value * _TRAINED
+  return {
+    f"weights and optimiser ({shape}), those of reward_model included": held / split,
+    "gradients": max(size, value) * _FLOAT / split,
   }
 
 

@@ -65,14 +65,18 @@ class RunData:
     """The config's source of a kind, with the checksum that it had when it was first asked for."""
     return Source(getattr(self._config.data, kind), self._contents.of(kind).checksum)
 
-  def _read(self, kind: str, split: sources.Split) -> Sequence:
+  def raw_records(self, kind: str, split: sources.Split) -> Sequence:
+    """Records as they are read, in which a chat is still a list of messages; arguments and errors as `records`."""
+    return self._once(("raw", kind, split), lambda: self._load(kind, split))
+
+  def _load(self, kind: str, split: sources.Split) -> Sequence:
     data = self._config.data
     spec = getattr(data, kind)
     if kind == "comparisons" and lineage.collects(self._config):
       # The stage `collect` wrote one file for each split, so that nothing is left to split here.
       folder = self._workdir / stage_of_kind("collect").name
       spec, split = f"jsonl:{folder / split}.jsonl", "all"
-    records = sources.load(
+    return sources.load(
       spec,
       kind,
       split,
@@ -80,8 +84,12 @@ class RunData:
       validation_fraction=data.validation_fraction,
       on_bad_record=data.on_bad_record,
     )
+
+  def _read(self, kind: str, split: sources.Split) -> Sequence:
     return sources.render(
-      records, self._tokenizer.chats.render_all, on_bad_record=data.on_bad_record
+      self._load(kind, split),
+      self._tokenizer.chats.render_all,
+      on_bad_record=self._config.data.on_bad_record,
     )
 
   def document_rows(self, split: sources.Split, length: int) -> CachedRows:
@@ -175,7 +183,7 @@ class RunData:
   def _tokenized(self, kind: str, split: sources.Split) -> Tokenized:
     # Not `records`, which would keep their text.
     records, data = self._read_unchanged(kind, split), self._config.data
-    left_out: dict[str, int] = {}
+    left_out: tokenize.LeftOut = {}
     if kind == "documents":
       return Tokenized(
         tokenize.tokenize_documents(records, self._tokenizer), len(records), left_out

@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations: the SFT baseline (C.1) and, with a pretraining mix, PPO's start (C.3)."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,10 +10,10 @@ from instructjax.core import results
 from instructjax.core.config import SFTConfig
 from instructjax.core.stages import STAGES
 from instructjax.data import batching
-from instructjax.models import flops
+from instructjax.models import adapters, flops, transformer
 from instructjax.parallel import sharding
-from instructjax.stages import policies
-from instructjax.stages.context import Context, finish, is_finished, stage_run
+from instructjax.stages import lineage, policies
+from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.optim import make_optimizer
@@ -57,8 +57,10 @@ def _join_rows(batch: dict) -> Any:
   return jax.tree.map(lambda *rows: np.concatenate(rows), *batch.values())
 
 
-def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
+def _validation_loss(ctx: Context, cfg: SFTConfig, model: transformer.Model):
   """Makes the evaluation (state, step) -> losses on held-out demonstrations and on held-out pretraining text."""
+  evaluate = supervised.make_lm_evaluation(model, ctx.mesh, cfg.microbatches)
+  evaluate_text = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
   batches = batching.packed_batches(
     ctx.data.demonstration_rows("validation", cfg.length),
     batch_size=cfg.batch_size,
@@ -70,7 +72,7 @@ def _validation_loss(ctx: Context, cfg: SFTConfig, evaluate: Callable):
   text = validation_rows(ctx, cfg.length)
   return lambda state, step: {
     "loss": evaluate(state.params, demonstrations),
-    "pretrain_loss": evaluate(state.params, text),
+    "pretrain_loss": evaluate_text(state.params, text),
   }
 
 
@@ -83,7 +85,7 @@ def check(ctx: Context, stage: str):
   cfg = _sft_config(ctx, stage)
   _, steps_per_epoch = _batches(ctx, cfg, stage)
   ctx.data.demonstration_rows("validation", cfg.length)
-  make_optimizer(cfg.optim, cfg.num_epochs * steps_per_epoch)
+  make_optimizer(lineage.optim(ctx.config, cfg.optim), cfg.num_epochs * steps_per_epoch)
 
 
 def run(ctx: Context, stage: str):
@@ -104,21 +106,35 @@ def run(ctx: Context, stage: str):
   batches, steps_per_epoch = _batches(ctx, cfg, stage)
   num_steps = cfg.num_epochs * steps_per_epoch
   epoch_ends = tuple(steps_per_epoch * (i + 1) for i in range(cfg.num_epochs))
-  tx = make_optimizer(cfg.optim, num_steps)
-  state, shardings = supervised.create_state(
-    ctx.mesh, model, tx, policies.load(ctx, "base"), ctx.key(stage)
-  )
+  optim = lineage.optim(ctx.config, cfg.optim)
+  tx = make_optimizer(optim, num_steps)
+  base, params = policies.start(ctx, ctx.key(stage))
+  state, shardings = supervised.create_state(ctx.mesh, model, tx, params, ctx.key(stage))
+  tell_adapter(ctx, stage, "policy", optim)
+  losses = _validation_loss(ctx, cfg, model)
+
+  def evaluate(state, step: int) -> dict[str, float]:
+    params = adapters.joined(model, base, state.params)
+    return losses(dataclasses.replace(state, params=params), step)
+
   loop.fit(
     step_run,
     state,
-    supervised.make_lm_train_step(model, tx, dropout_rate=cfg.dropout, state_shardings=shardings),
+    supervised.make_lm_train_step(
+      model,
+      tx,
+      dropout_rate=cfg.dropout,
+      state_shardings=shardings,
+      microbatches=cfg.microbatches,
+    ),
     batches,
     num_steps=num_steps,
+    constants=base,
     place=lambda batch: sharding.place_batch(ctx.mesh, _join_rows(batch)),
-    evaluate=_validation_loss(ctx, cfg, supervised.make_lm_evaluation(model, ctx.mesh)),
+    evaluate=evaluate,
     evaluate_steps=epoch_ends,
     keep_steps=epoch_ends,
-    flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
+    flops=lambda metrics: flops.training(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss", "validation/pretrain_loss"),
   )
   # From the checkpoints, which also know the epochs that ended before this run was resumed.

@@ -27,8 +27,10 @@ from instructjax.train import pace
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
+from instructjax.train.tracking import Tracking
 
-LIBRARIES = "libraries"  # a key of StageRun.changeable
+LIBRARIES = "libraries"  # keys of StageRun.changeable
+FUNCTIONS = "reward functions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +59,15 @@ class StageRun:
       traced.
     checkpoint, log: how often to save and to log.
     profile: which steps to trace.
+    tracking: where the numbers go beside metrics.jsonl.
     fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
       the stage's config blocks, the tokenizer, its parents, what its data hold and, for PPO, the frozen reference and
       reward model.
     files: part of the fingerprint -> the files that it stands for, which a message can name.
-    changeable: what a resumed run may change, name -> value under three keys. ROUNDING["on_resume"] holds settings that
-      change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of `core.blocks`;
-      LIBRARIES holds the versions of libraries. All are saved with the state, so that a resumed run can say what has
-      changed.
+    changeable: what a resumed run may change, name -> value under several keys. ROUNDING["on_resume"] holds settings
+      that change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of
+      `core.blocks`; LIBRARIES holds the versions of libraries, and FUNCTIONS, where there are some, checksums of the
+      user's reward functions. All are saved with the state, so that a resumed run can say what has changed.
     started: `time.monotonic()` when this process began the stage.
     advice: what to change when the stage is stopped because of its metrics.
   """
@@ -74,6 +77,7 @@ class StageRun:
   checkpoint: CheckpointConfig
   log: LogConfig
   profile: ProfileConfig
+  tracking: Tracking
   fingerprint: Mapping[str, str]
   files: Mapping[str, Sequence[str]]
   changeable: Mapping[str, Mapping[str, Any]]
@@ -238,7 +242,7 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
     run: the resumed stage.
     saved: `changeable` of the run that wrote the checkpoint.
   Returns:
-    One line for settings and one for libraries, as far as some have changed.
+    One line for settings, one for reward functions and one for libraries, as far as some have changed.
   """
   kind = ROUNDING["on_resume"]
   before, now = saved[kind], run.changeable[kind]
@@ -247,6 +251,11 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
     parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
     by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
     lines.append(f"{run.name} goes on with {parts}: results may differ {by}")
+  functions = run.changeable.get(FUNCTIONS, {})
+  if changed := [name for name in functions if functions[name] != saved[FUNCTIONS][name]]:
+    lines.append(
+      f"{run.name} goes on with {', '.join(changed)} changed: rewards may differ from those before"
+    )
   if versions := changed_versions(saved[LIBRARIES], run.changeable[LIBRARIES]):
     lines.append(
       f"{run.name} goes on under {versions}: results may differ from those of the old versions"
@@ -272,7 +281,8 @@ class _Log:
     self._slowest: int | None = None  # the process that was named last
     self._writer = self._display = None
     if jax.process_index() == 0:
-      self._writer = MetricsWriter(run.directory, start_step=start, tensorboard=run.log.tensorboard)
+      run.tracking.begin(run.name, run.directory, start, self._is_due)
+      self._writer = MetricsWriter(run.directory, start_step=start)
       console = terminal.console() if progress else None
       self._display = Display(
         run.name, num_steps=num_steps, start_step=start, show=show, console=console
@@ -290,8 +300,11 @@ class _Log:
     if self._writer:
       self._writer.close()
 
+  def _is_due(self, step: int) -> bool:
+    return step % self._run.log.every_steps == 0 or step == self._num_steps
+
   def write(self, step: int, metrics: Mapping[str, float], samples: Sequence):
-    due = step % self._run.log.every_steps == 0 or step == self._num_steps
+    due = self._is_due(step)
     # Before the other processes leave: the callback gathers arrays, in which all of them take part.
     extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
     seconds = self._speed.gather(distributed.team()) if due and step else []
@@ -300,7 +313,9 @@ class _Log:
     now = time.monotonic()
     extra = {**extra, **{f"seconds/process_{i}": value for i, value in enumerate(seconds)}}
     metrics = {**metrics, **{name: value for name, value in extra.items() if math.isfinite(value)}}
-    self._writer.write(step, {**metrics, "seconds": round(now - self._last_time, 4)}, board=due)
+    line = {**metrics, "seconds": round(now - self._last_time, 4)}
+    self._writer.write(step, line)
+    self._run.tracking.log(self._run.name, step, line, rows if due else ())
     self._last_time = now
     self._display.step(step, metrics, log=due)
     slowest = pace.slowest(seconds)

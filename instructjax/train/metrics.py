@@ -1,16 +1,12 @@
-"""Metrics: written to metrics.jsonl and TensorBoard, shown in the terminal, and read back.
+"""Metrics: written to metrics.jsonl, shown in the terminal, and read back. Trackers are in `tracking`.
 
 Called by `loop`, which writes and shows them, and by the stages and `profiling`, which read them. Knows nothing of
 stages, states or checkpoints.
 """
 
-import importlib
-import io
 import json
 import os
 import pathlib
-import socket
-import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,86 +20,37 @@ _MOST = sys.float_info.max
 
 
 class MetricsWriter:
-  """Appends one JSON object per step to metrics.jsonl and, if asked, writes scalars for TensorBoard.
+  """Appends one JSON object per step to metrics.jsonl.
 
   Args:
     directory: the stage's folder.
     start_step: step of the checkpoint that the run goes on from. Lines of later steps are dropped, because those steps
       are done again.
-    tensorboard: also write TensorBoard event files.
   Raises:
     UserError: the file cannot be written.
   """
 
-  def __init__(self, directory: pathlib.Path, *, start_step: int, tensorboard: bool):
+  def __init__(self, directory: pathlib.Path, *, start_step: int):
     self._path = pathlib.Path(directory) / "metrics.jsonl"
     with writing(self._path):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       _drop_lines_after(self._path, start_step)
       # Without a buffer: a killed run loses no finished line, and closing the file on a full disk does not fail again.
       self._file = open(self._path, "ab", buffering=0)
-      self._board = _Board(directory, start_step) if tensorboard else None
 
-  def write(self, step: int, metrics: Mapping[str, float], *, board: bool):
-    """Appends a line to the file and, if `board`, the scalars to TensorBoard.
+  def write(self, step: int, metrics: Mapping[str, float]):
+    """Appends a line to the file.
 
     Raises:
       UserError: the file cannot be written.
     """
     line = (json.dumps({"step": step, **metrics}, allow_nan=False) + "\n").encode()
     with writing(self._path):
-      _append(self._file, line)
-    if self._board and board:
-      with writing(self._path.parent):
-        self._board.write(step, metrics)
+      while line:  # a disk that is nearly full takes a part first, and refuses the rest
+        line = line[self._file.write(line) :]
 
   def close(self):
     self._file.close()
-    if self._board:
-      self._board.close()
-
-
-class _Board:
-  """Writes scalars for TensorBoard.
-
-  Not with tensorboardX's own writers: one writes in a thread, which prints a traceback on a full disk, and the other
-  waits for the disk at every flush.
-  """
-
-  def __init__(self, directory: pathlib.Path, start_step: int):
-    # Here, because importing it takes most of a second. By its name, because no type checker sees its classes.
-    self._proto = importlib.import_module("tensorboardX.proto.event_pb2")
-    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-    self._file = open(pathlib.Path(directory) / name, "ab", buffering=0)
-    self._append(self._proto.Event(wall_time=time.time(), file_version="brain.Event:2"))
-    if start_step:  # TensorBoard hides what earlier files say of the steps from here on
-      start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-      self._append(self._proto.Event(step=start_step + 1, session_log=start))
-
-  def write(self, step: int, metrics: Mapping[str, float]):
-    """Appends an event for each metric."""
-    from tensorboardX import summary
-
-    for name, value in metrics.items():
-      scalar = summary.scalar(name, value)
-      self._append(self._proto.Event(wall_time=time.time(), step=step, summary=scalar))
-
-  def _append(self, event: Any):
-    """Writes in TensorFlow's record format: length, its checksum, the event, its checksum."""
-    from tensorboardX.record_writer import masked_crc32c
-
-    data = event.SerializeToString()
-    length = struct.pack("<Q", len(data))
-    sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-    _append(self._file, length + sums[0] + data + sums[1])
-
-  def close(self):
-    self._file.close()
-
-
-def _append(file: io.FileIO, data: bytes):
-  while data:  # a disk that is nearly full takes a part first, and refuses the rest
-    data = data[file.write(data) :]
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:

@@ -39,7 +39,7 @@ OTHER = "other"  # operations outside these scopes, or without a name
 IDLE = "idle"  # time in which no operation of the step ran
 UNKNOWN = "unknown"  # the whole step, if the trace names none of its operations
 
-_MODULE = re.compile(r"HloModule ([\w.\-]+)")
+_MODULE = re.compile(r"^HloModule ([\w.\-]+)", re.MULTILINE)
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
 # These last as long as the operations inside them, which have events of their own.
 _NESTING = re.compile(r" (while|conditional|call)\(")
@@ -184,12 +184,13 @@ def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float
 
   Args:
     trace: has an event for each operation, in the planes of the devices or, on a CPU, of the host's threads.
-    text: text of the compiled program, which says which phase an operation belongs to.
+    text: text of the compiled program, or of several, which says which phase an operation belongs to.
   """
-  head, phases = _MODULE.match(text), operation_phases(text)
-  if head is None:
+  if not _MODULE.match(text):
     raise ValueError(f"not the text of a compiled program: {text[:80]!r}")
-  module = head[1]
+  _, *parts = _MODULE.split(text)  # name, text, name, text ...
+  phases = {name: operation_phases(body) for name, body in zip(parts[::2], parts[1::2])}
+  only = parts[0] if len(phases) == 1 else ""  # where the trace does not name an event's program
   planes = [*trace.planes]
   # With an accelerator, the host's events with the same names only launch the operations.
   planes = [plane for plane in planes if plane.name.startswith("/device:")] or planes
@@ -201,9 +202,10 @@ def phase_seconds(trace: jax.profiler.ProfileData, text: str) -> dict[str, float
         # On a TPU, an event's name is the whole text of the operation.
         name = stats.get("hlo_op") or event.name.partition(" = ")[0].lstrip("%")
         is_operation = "hlo_op" in stats or line.name == "XLA Ops"
-        if not is_operation or stats.get("hlo_module", module) != module:
+        module = stats.get("hlo_module", only)
+        if not is_operation or module not in phases:
           continue
-        if phase := phases.get(name, OTHER):
+        if phase := phases[module].get(name, OTHER):
           device = (plane.name, stats.get("device_ordinal"))
           spans[device].append((event.start_ns, event.start_ns + event.duration_ns, phase))
   totals = collections.Counter()

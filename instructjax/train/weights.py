@@ -1,6 +1,6 @@
 """Opens weights by their path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
 
-Called by stages/ (for bases that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
+Called by stages/ (for weights that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from typing import Literal
 import jax
 from jax.sharding import Mesh
 
-from instructjax.core.blocks import SAME_NUMBERS
-from instructjax.core.config import NetworkConfig, network_config
+from instructjax.core.blocks import SAME_NUMBERS, build, validate
+from instructjax.core.config import AdapterConfig, NetworkConfig, network_config
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import execution, heads, interop, transformer
+from instructjax.models import adapters, execution, heads, interop, transformer
 from instructjax.parallel import sharding
 from instructjax.train import checkpoint, finished
 
@@ -46,8 +46,12 @@ class Weights:
     step: step of a stage's checkpoint; None for other kinds.
     item: name of the weights inside the checkpoint.
     done: the stage's done.json; None for other kinds.
-    base: the value of `model.weights` (or `reward_model.weights`) in the run that trained these weights; '' if that run
-      trained its own base, and for other kinds.
+    score_skips: of a Hugging Face classifier, its pad token, at which no score is read; None for other kinds and for
+      one without a pad token.
+    base: the path of the given weights that these descend from, in the run that trained them; '' if that run trained
+      its own base, and for other kinds.
+    adapter: of a stage that trained an adapter, its settings and its base; None for whole weights. A folder of peft is
+      opened as whole weights.
   """
 
   path: pathlib.Path
@@ -62,6 +66,8 @@ class Weights:
   item: str
   done: finished.Done | None
   base: str
+  score_skips: int | None = None
+  adapter: "Adapter | None" = None
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -81,6 +87,14 @@ class Weights:
   def stage(self) -> Stage | None:
     """The stage that trained these weights, by its done.json, since the folder may be renamed; None for other kinds."""
     return STAGES[self.done.stage] if self.done else None
+
+  @property
+  def end_of_score(self) -> str:
+    """Where a reward model's score is read, in words."""
+    if self.score_skips in self.tokenizer.stop_ids:
+      pad = f"its pad token too (id {self.score_skips})"
+      return f"its score is read before the EOS, which is {pad}, as transformers does"
+    return "its score is read at the token that ends an answer, the EOS"
 
   def require_done(self) -> finished.Done:
     """`done`, for whoever knows that these are a stage's weights."""
@@ -136,30 +150,80 @@ class Weights:
     if self.kind != "stage":
       shardings, _ = transformer.param_shardings(mesh, model)
       return interop.load_params(interop.open_weights(self.path), model, shardings)
+    adapted, params = self.load_trained(mesh, model)
+    if self.adapter is None:
+      return params
+    base = self.require_base().load(mesh, model.clone(head="lm"))
+    return adapters.merge(adapted, adapters.base_of(adapted, base), params)
+
+  def load_trained(self, mesh: Mesh, model: transformer.Model) -> tuple[transformer.Model, Params]:
+    """Loads what a stage trained: (the model, with its adapter if there is one; all weights, or the adapter's).
+
+    Args, raises: as for `load`.
+    """
     done = self.require_done()
+    model = model.clone(adapter=self.adapter.cfg) if self.adapter else model
     params = load_stage(self.path, mesh, model, self.require_step(), self.item)
     if STAGES[done.stage].kind != "rm":
-      return params
+      return model, params
     # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
-    return heads.shift_bias(params, done.result.demonstration_mean)
+    return model, heads.shift_bias(params, done.result.shift)
+
+  def require_base(self) -> "Weights":
+    """Opens the base of an adapter.
+
+    Raises:
+      UserError: it cannot be opened, or is another one than the adapter was trained on.
+    """
+    if self.adapter is None:
+      raise ValueError(f"{self.path} is no adapter")
+    base = locate(self.adapter.base)
+    # Neither plays a part: nothing is initialised, and files of rotary networks may say a longer context.
+    theirs, ours = (
+      dataclasses.replace(cfg, init_std=0.0, max_length=0) for cfg in (base.network, self.network)
+    )
+    if theirs != ours or base.head != "lm":
+      raise UserError(
+        f"{self.path} is an adapter of another base than {base.path}: their networks differ"
+      )
+    if self.adapter.identity and base.require_done().identity != self.adapter.identity:
+      raise UserError(
+        f"{self.path} is an adapter of another base than {base.path}, which was trained anew since"
+      )
+    return base
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """What a stage trained in place of all weights.
+
+  Attributes:
+    cfg: its settings.
+    base: where its base lies, for `locate`.
+    identity: of the run's own stage that trained the base; "" for given weights and where it is not known.
+  """
+
+  cfg: AdapterConfig
+  base: str
+  identity: str
 
 
 def load_stage(
   directory: pathlib.Path, mesh: Mesh, model: transformer.Model, step: int, item: str
 ) -> Params:
-  """Loads the weights called `item` from a stage's checkpoint onto the mesh.
+  """Loads the weights called `item` from a stage's checkpoint onto the mesh: what was trained of the model.
 
   Raises:
     UserError: the checkpoint has no such weights for this model, or cannot be read.
   """
-  shardings, shapes = transformer.param_shardings(mesh, model)
+  shardings, shapes = adapters.trained_shardings(mesh, model)
   placed = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
   return checkpoint.load_params(directory, placed, step, item)
 
 
-def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
+def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> Weights:
   """Finds the weights at a path without loading them.
 
   Args:
@@ -167,15 +231,14 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
       hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache.
     which: of an RL stage, the policy averaged over iterations ('ema'), the last policy ('raw'), or the value network.
       Other stages ignore the first two.
+    base: of an adapter, where its base lies now; '' for the place that it names itself.
   Raises:
     UserError: nothing that can be opened lies there, a file is damaged, or the stage has no such weights.
   """
-  if str(path).startswith(HUB):
-    path = interop.download(str(path).removeprefix(HUB))
-  path = pathlib.Path(path).absolute()
+  path = _on_disk(path)
   kind = _kind(path)
   if kind == "stage":
-    return _open_stage(path, which)
+    return _open_stage(path, which, base)
   if kind == "neither":
     raise UserError(
       f"{path} must be the folder of a finished stage, as runs/demo/ppo_ptx, or a Hugging Face folder, and"
@@ -183,7 +246,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     )
   if which == "value":
     raise UserError(f"{path} must be a finished RL stage to have a value network")
-  source = interop.open_weights(path)
+  source = interop.open_weights(path, _on_disk(base) if base else None)
   found = interop.describe(source)
   return Weights(
     path=path,
@@ -193,12 +256,28 @@ def locate(path: str | pathlib.Path, which: Which = "ema") -> Weights:
     vocab_size=found.vocab_size,
     fingerprint="",
     files=source.files,
-    tokenizer_path=path,
+    tokenizer_path=_tokenizer_place(path, base),
     step=None,
     item="params",
     done=None,
     base="",
+    score_skips=interop.pad_id(source) if found.head == "scalar" else None,
   )
+
+
+def _on_disk(path: str | pathlib.Path) -> pathlib.Path:
+  """The path, or where the hub's files for it are."""
+  if str(path).startswith(HUB):
+    return interop.download(str(path).removeprefix(HUB))
+  return pathlib.Path(path).absolute()
+
+
+def _tokenizer_place(path: pathlib.Path, base: str) -> pathlib.Path:
+  """Where the tokenizer of opened files is: an adapter's folder often has none, and its base's then counts."""
+  files = ("tokenizer.json", "tokenizer.model")
+  if not path.is_dir() or not interop.is_adapter(path) or any((path / f).exists() for f in files):
+    return path
+  return _on_disk(base) if base else interop.base_of(path)
 
 
 def _kind(path: pathlib.Path) -> Literal["stage", "neither", "weights"]:
@@ -206,12 +285,13 @@ def _kind(path: pathlib.Path) -> Literal["stage", "neither", "weights"]:
   try:
     if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
       return "stage"
-    return "neither" if path.is_dir() and not (path / "config.json").exists() else "weights"
+    is_model = (path / "config.json").exists() or interop.is_adapter(path)
+    return "neither" if path.is_dir() and not is_model else "weights"
   except OSError:  # a name that is too long, or a folder that may not be read: who opens it says so
     return "weights"
 
 
-def _open_stage(path: pathlib.Path, which: Which) -> Weights:
+def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
   done = finished.read_done(path)
   stage = STAGES.get(done.stage) if done else None
   if done is None or stage is None or stage.role is None:
@@ -220,7 +300,13 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     )
   if which == "value" and not stage.is_rl:
     raise UserError(f"{path} must be an RL stage to have a value network")
+  if done.step is None:
+    raise UserError(
+      f"{path} measured a reward model that was given, and holds none: give the path of those weights"
+    )
   made_with = done.fingerprint
+  if which == "value" and json.loads(made_with[f"config.{stage.block}"])["advantage"] != "gae":
+    raise UserError(f"{path} was trained without a value network (ppo.advantage is not 'gae')")
   # In its fingerprint a stage calls its own network `model`, whatever its role. The value network of an RL stage has
   # the reward model's architecture, since it starts as the reward model.
   block = "reward_model" if which == "value" else "model"
@@ -238,11 +324,16 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
   identity = json.dumps([made_with, step, item], sort_keys=True)
   changeable = checkpoint.read_meta(path, step)["changeable"]
+  head: Head = "scalar" if which == "value" else ROLES[stage.require_role()].head
+  given = changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"]
+  adapter = _adapter(path, made_with, head, base or given)
+  if base and adapter is None:
+    raise UserError(f"{path} is no adapter, and needs no base; leave out {base}")
   return Weights(
     path=path,
     kind="stage",
     network=network,
-    head="scalar" if which == "value" else ROLES[stage.role].head,
+    head=head,
     vocab_size=tokenizer.vocab_size,
     fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
     files=(),
@@ -250,5 +341,30 @@ def _open_stage(path: pathlib.Path, which: Which) -> Weights:
     step=step,
     item=item,
     done=done,
-    base=changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"],
+    base=given,
+    adapter=adapter,
   )
+
+
+def _adapter(
+  path: pathlib.Path, made_with: Mapping[str, str], head: Head, base: str
+) -> Adapter | None:
+  """The adapter that a stage trained, by its fingerprint; None if it trained all weights.
+
+  Args:
+    path: the stage's folder.
+    made_with: its fingerprint.
+    head: of the network that is wanted.
+    base: where the base lies; '' for a stage of the same run.
+  """
+  if "config.adapter" not in made_with:
+    return None
+  where = f"{path}/done.json"
+  cfg = build(AdapterConfig, json.loads(made_with["config.adapter"]), where)
+  validate(cfg, where)
+  if base:
+    return Adapter(cfg, base, "")
+  # The reward model and the value network have a base of their own where the run trained one.
+  names = ("reward_pretrain", "pretrain") if head == "scalar" else ("pretrain",)
+  stage = next((name for name in names if (path.parent / name / "done.json").is_file()), "pretrain")
+  return Adapter(cfg, str(path.parent / stage), made_with.get(f"parent:{stage}", ""))

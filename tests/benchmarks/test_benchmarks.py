@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from benchmarks import parity, ppo_iteration, rm_rows, slots, startup
+from benchmarks import parity, ppo_iteration, reward_split, rm_rows, slots, startup
 from configs import models
+from instructjax.core import rewards
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 
@@ -92,11 +93,15 @@ def test_bytes_that_an_iterations_updates_move_by_hand():
   body = 4 * layer + 2 * 256 + (512 + 2048) * 256  # with last norm, tokens and positions
   parameters = 2 * body + 257  # two networks, one of which has a scalar head
   # 4 epochs of 4 minibatches; a float32 weight and its two moments are read and written.
-  assert ppo_iteration.update_bytes(ppo_iteration.WORKLOADS["W2"]) == 16 * 6 * 4 * parameters
+  assert ppo_iteration.update_bytes(ppo_iteration.WORKLOADS["W2"], {}) == 16 * 6 * 4 * parameters
 
 
 def test_flops_with_shared_keys_and_gates_by_hand():
   flops = ppo_iteration.bound_flops(ppo_iteration.WORKLOADS["135M"], 16 * 32, 16 * 32)
+  adapted = ppo_iteration.bound_flops(
+    ppo_iteration.WORKLOADS["135M"], 16 * 32, 16 * 32, is_adapted=True
+  )
+  assert adapted == flops | {"update": flops["update"] * 2 / 3}
   # 576 to 9 + 2 x 3 heads of 64 and 9 heads back; gate, up and down of 1536.
   layer = 576 * 15 * 64 + 9 * 64 * 576 + 3 * 576 * 1536
   assert flops["rollout"] == 1024 * 2 * 30 * layer + 512 * 2 * 576 * 49152
@@ -164,3 +169,13 @@ def test_random_rankings_are_of_the_length_that_the_benchmark_says():
   assert (min(lengths), max(lengths)) == (5 + 4, 12 + 20)
   assert abs(sum(lengths) / len(lengths) - 20.5) < 0.3
   assert {len(item.ranks) for item in rankings} == {4, 5, 6}
+
+
+def test_both_steps_of_the_split_benchmark_are_given_the_same_reward():
+  one, two = (reward_split.make_config(x) for x in (reward_split.IN_PROGRAM, reward_split.ON_HOST))
+  rule, function = (rewards.parse(c.ppo.rewards, "rewards")[1] for c in (one, two))
+  assert (rule.on_host, function.on_host, rule.weight) == (False, True, function.weight)
+  lengths = [0, 3, 16, 17, 40]
+  found = reward_split.too_long([], [], answer_ids=[[7] * length for length in lengths])
+  low, high = rule.lengths
+  assert found == [-max(low - n, 0) - max(n - high, 0) for n in lengths]

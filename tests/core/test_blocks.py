@@ -39,7 +39,7 @@ def test_missing_field():
     (dict(ppo__whiten_rewards=1), "config.ppo.whiten_rewards=1 must be of type bool, got int"),
     (
       dict(model__norm="batchnorm"),
-      "config.model.norm='batchnorm' must be one of 'layernorm', 'rmsnorm'",
+      "config.model.norm='batchnorm' must be one of 'layernorm', 'rmsnorm', 'rmsnorm_1p'",
     ),
     (
       dict(execution__attention="flash"),

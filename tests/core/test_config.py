@@ -50,7 +50,7 @@ def test_paper_values_without_a_preset_build(stage):
 
 
 def test_one_config_file_a_stage():
-  others = {"__init__", "base", "gpt3", "models", "released", "tiny"}
+  others = {"__init__", "base", "gpt3", "models", "released", "tiny", "weights"}
   files = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
   assert files == set(TARGETS)
 
@@ -126,6 +126,22 @@ _RULES = [
     "config.model.num_heads=4 must be a multiple of num_kv_heads=3",
   ),
   (dict(model__position="rope", model__head_dim=7), "config.model.head_dim=7 must be even"),
+  (dict(adapter__rank=-1), "config.adapter.rank=-1 must be >= 0"),
+  (dict(adapter__dropout=1.0), "config.adapter.dropout=1.0 must be in [0, 1)"),
+  (dict(adapter__alpha=0.0), "config.adapter.alpha=0.0 must be positive"),
+  (
+    dict(adapter__targets=("q", "w")),
+    "config.adapter.targets=('q', 'w') must hold some of q, k, v, out, gate, up, down, each once",
+  ),
+  (
+    dict(adapter__rank=2, adapter__targets=("q", "v"), model__norm="layernorm"),
+    "config.adapter.targets=('q', 'v') must have all of q, k, v or none: files of networks like"
+    " config.model hold them as one matrix",
+  ),
+  (
+    dict(adapter__rank=2, adapter__targets=("gate",), model__mlp="gelu"),
+    "config.adapter.targets=('gate',) must name a matrix of config.model, whose MLP has no gate",
+  ),
   (
     dict(model__rope_scaling__factor=0.5),
     "config.model.rope_scaling.factor=0.5 must be >= 1",
@@ -143,6 +159,28 @@ _RULES = [
     "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
   ),
   (dict(model__attention_window=-1), "config.model.attention_window=-1 must be >= 0"),
+  (dict(model__rope_local_base=-1.0), "config.model.rope_local_base=-1.0 must be >= 0"),
+  (dict(model__layer_pattern="GX"), "config.model.layer_pattern='GX' must be letters G, L or N"),
+  (
+    dict(model__norm="layernorm", model__qk_norm=True),
+    "config.model.qk_norm=True must come with norm='rmsnorm' or 'rmsnorm_1p', got 'layernorm'",
+  ),
+  (
+    dict(model__parallel_residual=True, model__sandwich_norm=True),
+    "config.model.parallel_residual=True and sandwich_norm=True exclude each other",
+  ),
+  (
+    dict(model__rotary_dim=50),
+    "config.model.rotary_dim=50 must be even and at most head_dim=48",
+  ),
+  (
+    dict(model__position="learned", model__rotary_dim=8),
+    "config.model.rotary_dim=8 must be 0 for learned positions",
+  ),
+  (
+    dict(model__position="learned", model__layer_pattern="GN"),
+    "config.model.layer_pattern='GN' must have no N for learned positions",
+  ),
   (dict(sft__optim__learning_rate=0), "config.sft.optim.learning_rate=0.0 must be > 0"),
   (dict(sft__optim__b1=1), "config.sft.optim.b1=1.0"),
   (dict(sft__optim__b2=-0.1), "b2=-0.1 must be in [0, 1)"),
@@ -173,10 +211,55 @@ _RULES = [
     dict(ppo__batch_size=10, ppo__num_minibatches=4),
     "config.ppo.batch_size=10 must be divisible by num_minibatches=4",
   ),
-  (dict(ppo__ptx_chunks=0), "config.ppo.ptx_chunks=0 must be positive"),
+  (dict(ppo__samples_per_prompt=3), "config.ppo.samples_per_prompt=3 must divide batch_size=128"),
   (
-    dict(ppo__ptx_chunks=7),
-    "config.ppo.ptx_chunks=7 must divide the 128 pretraining rows of a minibatch",
+    dict(ppo__advantage="rloo"),
+    "config.ppo.samples_per_prompt=1 must be at least 2 with advantage='rloo', which compares the answers to a prompt",
+  ),
+  (
+    dict(ppo__advantage="grpo", ppo__samples_per_prompt=4, ppo__discount=0.9),
+    "config.ppo.discount=0.9 must be 1 with advantage='grpo'",
+  ),
+  (
+    dict(ppo__advantage="rloo", ppo__samples_per_prompt=4, ppo__whiten_rewards=True),
+    "config.ppo.whiten_rewards=True must be False with advantage='rloo'",
+  ),
+  (
+    dict(ppo__advantage="rloo", ppo__samples_per_prompt=4, ppo__value_warmup=2),
+    "config.ppo.value_warmup=2 and value_init='reward_model' must be 0 and 'reward_model' with advantage='rloo', which"
+    " has no value network",
+  ),
+  (
+    dict(ppo__advantage="grpo", ppo__samples_per_prompt=4, ppo__kl_controller="adaptive"),
+    "config.ppo.kl_controller='adaptive' must be 'fixed' with advantage='grpo', whose loss holds the KL",
+  ),
+  (
+    dict(best_of_n__policy="few_shot"),
+    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, ppo_beta0",
+  ),
+  (dict(best_of_n__n=1), "config.best_of_n.n=1 must be from 2 to 4096"),
+  (dict(best_of_n__num_prompts=-1), "config.best_of_n.num_prompts=-1 must be >= 0; 0 is all"),
+  (dict(best_of_n__temperature=0), "config.best_of_n.temperature=0.0 must be at least 0.001"),
+  (dict(pretrain__microbatches=0), "config.pretrain.microbatches=0 must be positive"),
+  (dict(pretrain__microbatches=3), "config.pretrain.microbatches=3 must divide batch_size=16"),
+  (dict(sft__microbatches=5), "config.sft.microbatches=5 must divide batch_size=16"),
+  (dict(rm__microbatches=3), "config.rm.microbatches=3 must divide batch_size=8"),
+  (
+    dict(ppo__microbatches=3),
+    "config.ppo.microbatches=3 must divide batch_size / num_minibatches=64",
+  ),
+  (
+    dict(ppo__score_microbatches=3),
+    "config.ppo.score_microbatches=3 must divide batch_size=128",
+  ),
+  (
+    dict(ppo__score_microbatches=2, ppo__packed_rows=4),
+    "config.ppo.score_microbatches=2 must be 1 with packed_rows=4, which are the rows computed at a time",
+  ),
+  (dict(ppo__ptx_microbatches=0), "config.ppo.ptx_microbatches=0 must be positive"),
+  (
+    dict(ppo__ptx_microbatches=7),
+    "config.ppo.ptx_microbatches=7 must divide the 128 pretraining rows of a minibatch",
   ),
   (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be at least 0.001"),
   (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),
@@ -211,6 +294,26 @@ _RULES = [
   (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
   (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
   (
+    dict(reward_model=load().to_dict()["model"], rm__start_from="sft", rm__weights="x"),
+    "config.rm.weights='x' is a finished reward model, so that nothing would start from rm.start_from='sft'",
+  ),
+  (
+    dict(ppo__value_init="policy"),
+    "config.ppo.value_init='policy' must have reward_model equal to model, and they differ",
+  ),
+  (
+    dict(ppo__value_warmup=500, ppo__num_iterations=500),
+    "config.ppo.value_warmup=500 must be >= 0 and below num_iterations=500",
+  ),
+  (
+    dict(ppo__value_warmup=10, ppo__num_iterations=50, evaluate__overoptimization_iterations=10),
+    "config.ppo.value_warmup=10 must be below evaluate.overoptimization_iterations=10",
+  ),
+  (
+    dict(rm__weights="x", reward_model__weights="y"),
+    "config.rm.weights='x' must come without config.reward_model.weights='y', from which nothing would start",
+  ),
+  (
     dict(reward_model=load().to_dict()["model"], rm__start_from="sft", reward_model__weights="x"),
     "config.rm.start_from='sft' must come without config.reward_model.weights='x'",
   ),
@@ -227,6 +330,14 @@ _RULES = [
   ),
   (dict(ppo__gae_lambda=7), "config.ppo.gae_lambda=7.0 must be in [0, 1]"),
   (dict(ppo__discount=-1), "config.ppo.discount=-1.0 must be in [0, 1]"),
+  (dict(ppo__ensemble=("a",)), "must come together: name further reward models in ensemble"),
+  (dict(ppo__rewards=("ensemble:mean",)), "must come together: name further reward models"),
+  (
+    dict(ppo__rewards=("ensemble:mean",), ppo__ensemble=("a", "a")),
+    "config.ppo.ensemble=('a', 'a') must not name a reward model twice",
+  ),
+  (dict(ppo__ensemble_penalty=-1), "config.ppo.ensemble_penalty=-1.0 must be >= 0"),
+  (dict(ppo__constant_iterations=-1), "constant_iterations=-1 must be >= 0; 0 never stops"),
   (dict(ppo__max_kl=-1), "config.ppo.max_kl=-1.0 must be >= 0"),
   (dict(rm__cross_validation_folds=-3), "config.rm.cross_validation_folds=-3 must be 0 or >= 2"),
   (dict(rm__cross_validation_prompts=0), "config.rm.cross_validation_prompts=0 must be positive"),
@@ -236,6 +347,19 @@ _RULES = [
   (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
   (dict(log__samples=-1), "config.log.samples=-1 must be >= 0"),
+  (
+    dict(log__trackers=("wandb", "comet")),
+    "config.log.trackers=('wandb', 'comet') must be some of tensorboard, wandb, mlflow",
+  ),
+  (
+    dict(log__trackers=("wandb", "wandb")),
+    "config.log.trackers=('wandb', 'wandb') must not name one twice",
+  ),
+  (
+    dict(log__project="two\nlines"),
+    "config.log.project='two\\nlines' must be at most 128 printable characters",
+  ),
+  (dict(log__run_name="x" * 129), "config.log.run_name='xxx"),
   (dict(tokenizer__vocab_size=0), "config.tokenizer.vocab_size=0 must be positive"),
   (dict(sft__num_epochs=10**9), "config.sft.num_epochs=1000000000 must be at most 100000"),
   (dict(collect__num_prompts=10**9), "config.collect.num_prompts=1000000000 times max_responses="),
@@ -375,6 +499,7 @@ _READ_BY_NAME = {
     for name in (*row.takes.values(), row.asked_by)
     if name
   ),
+  *((cls, "weights") for cls in ("SFTConfig", "RMConfig")),  # by `Stage.given_by`
 }
 
 

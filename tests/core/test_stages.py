@@ -29,7 +29,11 @@ def field(name: str):
 def test_a_stages_module_has_the_functions_that_the_pipeline_calls(row):
   module = importlib.import_module(f"instructjax.stages.{row.module}")
   functions = dict(inspect.getmembers(module, inspect.isfunction))
-  parameters = {"run": ["ctx", "stage"], "check": ["ctx", "stage"], "check_settings": ["config", "stage"]}
+  parameters = {
+    "run": ["ctx", "stage"],
+    "check": ["ctx", "stage"],
+    "check_settings": ["config", "stage"],
+  }
   assert "run" in functions
   for name in parameters.keys() & functions.keys():
     assert list(inspect.signature(functions[name]).parameters) == parameters[name]

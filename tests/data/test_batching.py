@@ -171,6 +171,41 @@ def test_the_fullest_batch_says_how_many_rows_are_needed():
   assert max(used) == num_rows > min(used)
 
 
+def test_a_prompt_that_several_answers_are_sampled_to_stands_in_consecutive_rows():
+  prompts = [[i] for i in range(6)]
+  kwargs = dict(length=1, batch_size=6, seed=4, vocab_size=VOCAB, repeats=3)
+  batches = batching.prompt_batches(prompts, **kwargs)
+  seen = [next(batches) for _ in range(3)]
+  assert batches.steps_per_epoch == 3
+  for batch in seen:
+    token_NK = batch.token_BP.reshape(2, 3)
+    assert (token_NK == token_NK[:, :1]).all()
+    assert batch.index_B.tolist() == [*range(6)]  # each answer draws noise of its own
+  assert sorted(np.concatenate([batch.token_BP[::3, 0] for batch in seen])) == [*range(6)]
+  mine = next(batching.prompt_batches(prompts, **kwargs, places=[2, 3, 5]))
+  np.testing.assert_array_equal(mine.token_BP, seen[0].token_BP[[2, 3, 5]])
+  assert mine.index_B.tolist() == [2, 3, 5]
+
+
+def test_groups_of_prompts_share_no_rows():
+  """Prompts of three, one, one and one answers of 3, 2, 2 and 2 tokens, in rows of 5."""
+  rankings = [ranking(0, [5, EOS], [6, EOS], [7, EOS])]
+  rankings += [ranking(i, [EOS]) for i in (1, 2, 3)]
+  kwargs = dict(max_responses=3, length=5, vocab_size=VOCAB)
+  together = batching.ranked_batch(rankings, num_rows=3, **kwargs)
+  assert (together.segment_SL.max(axis=1) > 1).all()  # 3 + 2 three times
+  apart = batching.ranked_batch(rankings, num_rows=6, num_groups=2, **kwargs)
+  # The first group has 3, 3 and 3 + 2; the second 2 + 2 and rows that stay empty.
+  assert np.sum(apart.segment_SL > 0, axis=1).tolist() == [5, 3, 3, 4, 0, 0]
+  read = apart.token_SL.reshape(-1)[apart.last_BC]
+  assert set(read[apart.is_answer_BC]) == {EOS}
+  np.testing.assert_array_equal((apart.last_BC // (3 * 5))[apart.is_answer_BC], [0, 0, 0, 0, 1, 1])
+  needs = functools.partial(batching.rows_needed, rankings, length=5, batch_size=4, seed=0)
+  assert (needs(num_epochs=1), needs(num_epochs=1, num_groups=4)) == (3, 12)
+  with pytest.raises(ValueError, match="needs 6 rows, and num_rows=4"):
+    batching.ranked_batch(rankings, num_rows=4, num_groups=2, **kwargs)
+
+
 def test_a_process_takes_its_own_rows_and_prompts():
   rankings = [ranking(i, [5, EOS], [6, 7, EOS]) for i in range(4)]
   kwargs = dict(max_responses=2, length=8, batch_size=4, num_rows=6, seed=0, vocab_size=VOCAB)

@@ -31,7 +31,9 @@ class Source:
 
   def __call__(self) -> Tokenized:
     self.times += 1
-    return Tokenized((Encoded(ids) for ids in self.documents), len(self.documents), {"long": 2})
+    return Tokenized(
+      (Encoded(ids) for ids in self.documents), len(self.documents), {"long": [2, "a.jsonl:3"]}
+    )
 
 
 def cached(root, source, about=0) -> CachedTokens:
@@ -53,11 +55,42 @@ def test_records_are_tokenized_once(tmp_path):
     rows = cached(tmp_path, source).rows(length, splits=True)
     assert tokens(rows) == expected(length)
   assert [one.ids for one in cached(tmp_path, source).sequences()] == DOCUMENTS
-  assert cached(tmp_path, source).store().left_out == {"long": 2}
+  assert cached(tmp_path, source).store().left_out == {"long": [2, "a.jsonl:3"]}
   assert source.times == 1
   cached(tmp_path, source, about=1).store()  # of other data, say
   assert source.times == 2
   assert sum(path.is_dir() for path in tmp_path.iterdir()) == 4
+
+
+DAY = 24 * 3600
+
+
+def _age(folder, days):
+  then = time.time() - days * DAY
+  os.utime(folder, (then, then))
+
+
+def test_what_nobody_opened_for_a_month_is_removed_when_something_is_made(tmp_path, caplog):
+  for about in range(3):
+    cached(tmp_path, Source(), about).rows(8, splits=True)
+  old, used, recent = (
+    [*tmp_path.glob(cached(tmp_path, None, i).folder.name + "*")] for i in range(3)
+  )
+  left = tmp_path / f"documents-{'0' * 20}-rows-8.host.1.partial"
+  others = [tmp_path / "documents-mine", tmp_path / f"documents-{'0' * 20}.txt"]
+  for folder in (left, *others):
+    folder.mkdir()
+  for folder in (*old, *used, left, *others):
+    _age(folder, 31)
+  for folder in recent:
+    _age(folder, 29)
+  cached(tmp_path, Source(), 1).rows(8, splits=True)  # opened: it is in use, and nothing is made
+  assert all(path.exists() for path in (*old, left))
+  with caplog.at_level(logging.WARNING):
+    cached(tmp_path, Source(), about=3).store()
+  assert caplog.messages == [f"{tmp_path}: removed 3 entries that were not used for 30 days"]
+  assert not any(path.exists() for path in (*old, left) if path.suffix != ".lock")
+  assert all(path.exists() for path in (*used, *recent, *others))
 
 
 def test_damage_found_while_training_is_mended_in_one_line(tmp_path, caplog):

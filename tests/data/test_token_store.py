@@ -20,7 +20,7 @@ def write(folder, sequences=SEQUENCES, vocab_size=1 << 16):
   with token_store.Writer(folder, vocab_size) as writer:
     for sequence in sequences:
       writer.add(sequence)
-    writer.finish({"long": 3}, {"of": "a test"})
+    writer.finish({"long": [3, ""]}, {"of": "a test"})
   return folder
 
 
@@ -28,7 +28,7 @@ def write(folder, sequences=SEQUENCES, vocab_size=1 << 16):
 def test_what_is_written_is_read(tmp_path, vocab_size, itemsize):
   folder = write(tmp_path / "store", vocab_size=vocab_size)
   store = token_store.open_store(folder)
-  assert [*store] == SEQUENCES and store.left_out == {"long": 3}
+  assert [*store] == SEQUENCES and store.left_out == {"long": [3, ""]}
   assert (len(store), store.num_tokens) == (3, 9)
   assert (folder / "tokens").stat().st_size == 9 * itemsize
   token_store.check_store(folder)

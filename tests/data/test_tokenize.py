@@ -38,11 +38,13 @@ class LetterTokenizer:
 
 
 def test_details_9_long_prompts_are_left_out_and_counted(caplog):
-  records = [Prompt("abc"), Prompt("abcd"), Prompt("a")]
+  records = [Prompt("abc"), Prompt("abcd", "p.jsonl:7"), Prompt("a"), Prompt("abcde", "p.jsonl:9")]
   with caplog.at_level(logging.WARNING):
     kept = tokenize_prompts(records, LetterTokenizer(), max_prompt_length=3)
   assert kept == [[2, 3, 4], [2]]
-  assert "prompts: left out because too long: 1 prompt; 2 are kept" in caplog.text
+  assert (
+    "prompts: left out because too long: 2 prompts (first at p.jsonl:7); 2 are kept" in caplog.text
+  )
 
 
 def test_documents_end_in_eos():
@@ -60,23 +62,23 @@ def test_details_11_long_demonstrations_are_left_out_whole():
   kept = [*tokenize_demonstrations(records, LetterTokenizer(), left_out, **limits)]
   # "cd" and EOS are 3 tokens; "cde" and EOS would be 4.
   assert kept == [Encoded([2, 3, 4, 5, EOS], num_unweighted=2)]
-  assert left_out == {"long_prompts": 1, "long_responses": 1}
-  told = "demonstrations: every record is too long .long_prompts=1, long_responses=1."
+  assert left_out == {"long_prompts": (1, ""), "long_responses": (1, "")}
+  told = "demonstrations: every record is too long: 1 prompt and 1 response; raise data.max_prompt_length or"
   with pytest.raises(ValueError, match=told):
     list(tokenize_demonstrations(records[1:], LetterTokenizer(), {}, **limits))
 
 
 def test_rankings_lose_long_answers_and_those_at_the_limit_have_no_eos(caplog):
   records = [
-    Ranking("a", ("b", "bcd", "bcde"), (3, 2, 1), "ann"),
-    Ranking("a", ("b", "bcde"), (1, 2)),
-    Ranking("abc", ("b", "c"), (1, 2)),
+    Ranking("a", ("b", "bcd", "bcde"), (3, 2, 1), "ann", where="c.jsonl:4"),
+    Ranking("a", ("b", "bcde"), (1, 2), where="c.jsonl:5"),
+    Ranking("abc", ("b", "c"), (1, 2), where="c.jsonl:6"),
   ]
   limits = {"max_prompt_length": 2, "max_response_length": 3}
   with caplog.at_level(logging.WARNING):
     kept = tokenize_rankings(records, LetterTokenizer(), **limits)
   assert kept == [RankingTokens([2], [[3, EOS], [3, 4, 5]], [3, 2], "ann")]
-  said = "comparisons: left out because too long: 1 prompt and 2 responses; 1 are kept"
+  said = "comparisons: left out because too long: 1 prompt (c.jsonl:6) and 2 responses (first at c.jsonl:4); 1 are kept"
   assert caplog.messages == [said]
 
 
@@ -99,7 +101,7 @@ def test_only_what_a_template_made_holds_control_tokens(caplog):
 
 
 def test_nothing_short_enough_is_an_error():
-  with pytest.raises(ValueError, match="prompts: every record is too long .long_prompts=1.; raise"):
+  with pytest.raises(ValueError, match="prompts: every record is too long: 1 prompt; raise"):
     tokenize_prompts([Prompt("abcd")], LetterTokenizer(), max_prompt_length=3)
 
 
@@ -113,5 +115,5 @@ def test_one_kind_of_length_alone_is_told_and_refused_too(caplog):
     with caplog.at_level(logging.WARNING):
       report("demonstrations", len(kept), left_out)
   assert caplog.messages == ["demonstrations: left out because too long: 1 response; 1 are kept"]
-  with pytest.raises(UserError, match="every record is too long .long_prompts=0, long_responses=1"):
+  with pytest.raises(UserError, match="every record is too long: 1 response; raise"):
     list(tokenize_demonstrations([long], LetterTokenizer(), {}, **limits))

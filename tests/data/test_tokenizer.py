@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from instructjax.data import tokenizer as tokenizer_lib
-from instructjax.data.tokenizer import load, train_tokenizer
+from instructjax.data.tokenizer import agree, load, train_tokenizer
 
 RNG = random.Random(0)
 WORDS = ["".join(RNG.choices(string.ascii_lowercase, k=RNG.randint(2, 8))) for _ in range(150)]
@@ -114,6 +114,21 @@ def test_a_line_of_any_length_is_used(tmp_path):
 def test_lines_may_be_short(tmp_path):
   tokenizer = train_tokenizer(["ab", "b c", "a"], 7, tmp_path / "a.model", seed=0)
   assert tokenizer.decode(tokenizer.encode("cab")) == "cab"
+
+
+def test_tokenizers_agree_if_ids_mean_the_same(tokenizer, tmp_path):
+  tokenizer.save(tmp_path / "same")
+  same = load(tmp_path / "same")
+  assert agree(tokenizer, same)
+  same.fingerprint = "another chat template"
+  assert agree(tokenizer, same)
+  decode = same.decode
+  same.decode = lambda ids: decode(ids) if ids != [9] else "another piece"
+  assert not agree(tokenizer, same)
+  same.decode, same.vocab_size = decode, tokenizer.vocab_size + 1  # a token was added
+  assert agree(tokenizer, same) and not agree(same, tokenizer)
+  same.encode = lambda text: [4]
+  assert not agree(tokenizer, same)
 
 
 def test_a_saved_file_loads_the_same(tokenizer, tmp_path):

@@ -173,8 +173,8 @@ def read_metrics(folder: pathlib.Path):
   """
   for record in metrics.read_metrics(folder):
     assert all(np.isfinite(float(value)) for value in record.values()), record
-  writer = metrics.MetricsWriter(folder, start_step=3, tensorboard=False)
-  writer.write(4, {"loss": 1.0}, board=False)
+  writer = metrics.MetricsWriter(folder, start_step=3)
+  writer.write(4, {"loss": 1.0})
   writer.close()
   records = metrics.read_metrics(folder)
   assert records[-1] == {"step": 4, "loss": 1.0}
@@ -219,7 +219,9 @@ def read_checksums(folder: pathlib.Path):
 
 
 def _cached(root: pathlib.Path) -> token_cache.CachedTokens:
-  tokenize = lambda: token_cache.Tokenized(map(Encoded, _DOCUMENTS), len(_DOCUMENTS), {"long": 2})
+  tokenize = lambda: token_cache.Tokenized(
+    map(Encoded, _DOCUMENTS), len(_DOCUMENTS), {"long": [2, "a.jsonl:3"]}
+  )
   return token_cache.CachedTokens(
     root, "documents (train)", _VOCAB, {"about": 0}, tokenize, _no_progress
   )
@@ -250,7 +252,7 @@ def read_tokens(folder: pathlib.Path):
   """
   assert _rows(folder) == _expected_rows()
   assert [one.ids for one in _cached(folder).sequences()] == _DOCUMENTS
-  assert _cached(folder).store().left_out == {"long": 2}
+  assert _cached(folder).store().left_out == {"long": [2, "a.jsonl:3"]}
 
 
 @functools.cache

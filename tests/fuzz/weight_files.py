@@ -24,6 +24,18 @@ CONFIGS = {
   "llama": _SIZES | {"rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 8}},
   "mistral": _SIZES | {"sliding_window": 8, "rope_theta": 1e4},
   "qwen2": _SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+  "gpt_neox": _SIZES | {"rotary_pct": 0.5, "rotary_emb_base": 1e4, "use_parallel_residual": True},
+  "smollm3": _SIZES | {"no_rope_layers": [1, 0]},
+  "gemma3_text": _SIZES
+  | {
+    "head_dim": 4,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+      "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+      "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+  },
 }
 # Keys that some file has and these do not.
 KEYS = (
@@ -35,6 +47,8 @@ KEYS = (
     "partial_rotary_factor",
     "factor",
   ),
+  *("rotary_pct", "rotary_emb_base", "rope_local_base_freq", "no_rope_layers", "hidden_activation"),
+  *("no_rope_layer_interval", "sliding_window_pattern", "query_pre_attn_scalar"),
   *("original_max_position_embeddings", "layer_types", "head_dim", "architectures", "id2label"),
   *("num_labels", "quantization_config", "use_sliding_window", "sliding_window", "torch_dtype"),
   *("tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "rms_norm_eps", "n_inner"),
@@ -84,7 +98,7 @@ def _safetensors(shapes: dict[str, tuple[int, ...]]) -> bytes:
     zeros = [
       (name, shape, lambda shape=shape: np.ones(shape, "f4")) for name, shape in shapes.items()
     ]
-    huggingface._write_safetensors(path, zeros)
+    huggingface.write_safetensors(path, zeros)
     return path.read_bytes()
 
 

@@ -10,10 +10,14 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
-from configs import models
+from configs import base, models
+from instructjax.core.config import from_config_dict
+from instructjax.parallel import sharding
 from instructjax.train import finished
+from launch import programs, sketch, topology
 from tests import micro, quick
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,6 +45,41 @@ def test_it_is_a_notebook_without_outputs(cells):
     assert cell.keys() == fields and cell["cell_type"] in ("code", "markdown")
     assert isinstance(cell["source"], list) and isinstance(cell["metadata"], dict)
     assert all(line.endswith("\n") for line in cell["source"][:-1])
+
+
+# Llama 3.2 1B's shape, by its config.json.
+_1B = dict(
+  num_layers=16, d_model=2048, num_heads=32, num_kv_heads=8, head_dim=64, d_mlp=8192,
+  max_length=131072, position="rope", norm="rmsnorm", mlp="swiglu", use_bias=False,
+  attention_window=0, tie_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo_init", "ppo_ptx"])
+def test_a_1b_model_with_adapters_fits_one_v5e_chip_by_the_planner(cells, stage):
+  """With the notebook's own flags, by the planner's estimate; without adapters it does not."""
+  (cell,) = (cell for cell in cells if cell["id"] == "adapters")
+  flags = re.findall(
+    r"--config\.([\w.]+)=(\S+)", re.search(r'"""(.*?)"""', "".join(cell["source"]), re.S)[1]
+  )
+  values = models.get(stage, "tiny")
+  values.update(base.base(stage))
+  for network in (values.model, values.reward_model):
+    network.update(_1B)
+  values.tokenizer.vocab_size = 128256
+  values.update_from_flattened_dict(
+    {name: text if name.endswith("remat") else json.loads(text) for name, text in flags}
+  )
+
+  def needed(rank: int) -> float:
+    values.adapter.rank = rank
+    config = from_config_dict(values)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    program, chip = programs.make(config, mesh, stage), topology.CHIPS["v5e"]
+    return sketch.sketch(config, stage, program, dict(mesh.shape), chip).bytes / chip.hbm_bytes
+
+  assert needed(16) < 0.9
+  assert needed(0) > 1
 
 
 def as_python(source: str, fields: dict) -> str:
@@ -86,7 +125,7 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch):
   flags = differences(config, models.get("ppo_ptx", "tiny"))
   first, second = tmp_path / "demo", tmp_path / "changed"
   fields = {
-    "WORKDIR": str(first), "CHANGED_WORKDIR": str(second), "OVERRIDES": shlex.join(flags),
+    "WORKDIR": str(first), "CHANGED_WORKDIR": str(second), "OVERRIDES": shlex.join(flags), "WEIGHTS": "",
   }  # fmt: skip
   namespace = {"shell": shell, "magic": magics.append}
   for cell in cells:

@@ -458,7 +458,11 @@ def test_model_flops(stage, head, mesh):
     ("sft", {"sft": {"batch_size": 6}}, "config.sft.batch_size=6 must be divisible by mesh"),
     ("rm", {"rm": {"batch_size": 2}}, "config.rm.batch_size=2 must be divisible"),
     ("ppo", {"ppo": {"num_minibatches": 8}}, "num_minibatches = 2 must be divisible by mesh"),
-    ("ppo_ptx", {"ppo": {"ptx_chunks": 32}}, "ptx_rows / ptx_chunks = 2 must be divisible"),
+    (
+      "ppo_ptx",
+      {"ppo": {"ptx_microbatches": 32}},
+      "ptx_rows / ptx_microbatches = 2 must be divisible",
+    ),
     ("sft", {"model": {"d_model": 510}}, "embed=510 must be divisible by mesh axis fsdp=4"),
   ],
 )

@@ -132,7 +132,7 @@ def test_what_is_sketched_to_fit_comes_first():
   # 64 / 4 * 8 pretraining rows of a minibatch, split over 4, 2 or 1: in as many chunks as divide what is left.
   counts = {choice.mesh: set() for choice in ranking.choices}
   for choice in ranking.choices:
-    counts[choice.mesh].add(choice.ptx_chunks)
+    counts[choice.mesh].add(choice.ptx_microbatches)
   assert counts[("slice", 1), ("data", 1), ("fsdp", 4), ("tensor", 1)] == {1, 2, 4, 8, 16, 32}
   assert counts[("slice", 1), ("data", 1), ("fsdp", 1), ("tensor", 4)] == {
     1,
@@ -201,10 +201,10 @@ def test_flags_set_what_differs():
   config = from_config_dict(small())
   mesh = "data:1,fsdp:2,tensor:2"
   flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-  as_configured = choice(mesh, 1.0, 1.0, chunks=config.ppo.ptx_chunks)
+  as_configured = choice(mesh, 1.0, 1.0, chunks=config.ppo.ptx_microbatches)
   assert as_configured.flags(config) == flags
   changed = choice(mesh, 1.0, 1.0, remat="none", chunks=4)
-  remat, chunks = "--config.execution.remat=none", "--config.ppo.ptx_chunks=4"
+  remat, chunks = "--config.execution.remat=none", "--config.ppo.ptx_microbatches=4"
   assert changed.flags(config) == flags + [remat, chunks]
   assert choice(mesh, 1.0, 1.0, remat="none").flags(config) == flags + [remat]
 

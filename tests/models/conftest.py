@@ -17,12 +17,21 @@ SWITCHES = {
   "gpt3": dataclasses.replace(tiny.GPT2, attention_window=3),
   "llama": tiny.LLAMA,
   "qwen2": dataclasses.replace(tiny.LLAMA, qkv_bias=True, tie_embeddings=True),
+  **{
+    name: tiny.FAMILIES[name] for name in ("gpt_neox", "smollm3", "gemma3")
+  },  # of it qwen3 is a part
 }
 
 
 @pytest.fixture(params=SWITCHES)
 def cfg(request) -> NetworkConfig:
-  """One of the four families."""
+  """One of the families."""
+  return SWITCHES[request.param]
+
+
+@pytest.fixture(params=["gpt3", "qwen2", "gemma3"])
+def few(request) -> NetworkConfig:
+  """One of three that have most switches between them, for tests that take their time."""
   return SWITCHES[request.param]
 
 

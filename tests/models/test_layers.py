@@ -50,6 +50,38 @@ def test_rotary_frequencies_of_llama_3_1(llama):
   assert regimes == {"kept", "slowed", "between"}
 
 
+def test_rotary_frequencies_of_local_layers_and_of_a_part_of_a_head(llama):
+  # 4 of 8 dimensions turn, base 100: 100 ** (-i / 2). The local base 16 is not scaled: 16 ** (-i / 2).
+  sizes = dict(head_dim=8, rope_base=100.0, rotary_dim=4, rope_local_base=16.0)
+  scaling = RopeScalingConfig("linear", 4.0, 1.0, 4.0, 8192)
+  cfg = dataclasses.replace(llama, rope_scaling=scaling, **sizes)
+  np.testing.assert_allclose(layers.rotary_frequencies(cfg), [0.25, 0.025], rtol=1e-6)
+  np.testing.assert_allclose(layers.rotary_frequencies(cfg, True), [1, 0.25], rtol=1e-6)
+  x_BTGQK = np.arange(8, dtype=np.float32).reshape(1, 1, 1, 1, 8)
+  angle_BTK = np.array([[[np.pi / 2, np.pi]]], np.float32)
+  turned = layers.rotate(x_BTGQK, (np.cos(angle_BTK), np.sin(angle_BTK)))
+  # Dimension 0 turns with 2 by a quarter, 1 with 3 by a half; 4 to 7 stay.
+  np.testing.assert_allclose(turned.ravel(), [-2, -1, 0, -3, 4, 5, 6, 7], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "pattern, num_layers, changes, kinds",
+  [
+    ("GL", 4, {}, "G"),  # without a window all are alike
+    ("GL", 4, dict(attention_window=2), "GL"),
+    ("GL", 1, dict(attention_window=2), "G"),
+    ("LLLLLG", 26, dict(attention_window=2), "LLLLLG"),
+    ("LLLLLG", 5, dict(attention_window=2), "L"),
+    ("LG", 4, dict(rope_local_base=9.0), "LG"),  # no window, but other positions
+    ("GGGN", 36, {}, "GGGN"),
+    ("GNGN", 6, {}, "GN"),
+  ],
+)
+def test_kinds_of_layers(pattern, num_layers, changes, kinds, llama):
+  cfg = dataclasses.replace(llama, layer_pattern=pattern, num_layers=num_layers, **changes)
+  assert layers.layer_kinds(cfg) == kinds
+
+
 def test_a_layers_norms_stay_float32_wherever_they_are_nested():
   ones = np.ones(4, np.float32)
   layer = {

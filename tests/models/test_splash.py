@@ -66,8 +66,8 @@ def _score_and_gradient(model, params, token_BL, segment_BL, position_BL):
 
 
 def test_details_3_garbage_and_nan_at_pads_leave_a_model_equal_to_the_plain_one(gpt2, make):
-  """Dense and banded layers by turns, in a scan with remat, one layer left over."""
-  changes = dict(num_kv_heads=2, attention_window=3)
+  """Banded and dense layers by turns, in a scan with remat, one layer left over."""
+  changes = dict(num_kv_heads=2, attention_window=3, layer_pattern="LG")
   plain, params = make(gpt2, "scalar", **changes)
   model, _ = make(gpt2, "scalar", **changes, attention="splash", layers="scan", remat="full")
   segment_BL = np.array([[1] * 5 + [2] * 4 + [0] * 3, [0] * 2 + [1] * 10], np.int32)

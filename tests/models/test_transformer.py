@@ -1,6 +1,7 @@
 """The forward pass: against plain NumPy, by gradient, and with pads that must not matter."""
 
 import functools
+import math
 import re
 
 import jax
@@ -32,15 +33,17 @@ def reference(cfg, params, tokens, positions):
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
   def norm(x, weights):
-    if cfg.norm == "rmsnorm":
-      return x / np.sqrt(np.mean(x * x) + cfg.norm_eps) * weights["scale_D"]
+    if cfg.norm != "layernorm":
+      scale = next(iter(weights.values())) + (1 if cfg.norm == "rmsnorm_1p" else 0)
+      return x / np.sqrt(np.mean(x * x) + cfg.norm_eps) * scale
     return (x - x.mean()) / np.sqrt(x.var() + cfg.norm_eps) * weights["scale_D"] + weights["bias_D"]
 
-  def rotate(x, position):
-    half = cfg.head_dim // 2
+  def rotate(x, position, kind):
+    half = (cfg.rotary_dim or cfg.head_dim) // 2
+    base = cfg.rope_local_base if kind == "L" and cfg.rope_local_base else cfg.rope_base
     out = x.copy()
     for i in range(half):
-      angle = position * cfg.rope_base ** (-i / half)
+      angle = position * base ** (-i / half)
       out[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
       out[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
     return out
@@ -54,34 +57,48 @@ def reference(cfg, params, tokens, positions):
         x @ weights["w_qkv_DGQK"][:, group, i]
         + (weights["b_qkv_GQK"][group, i] if "b_qkv_GQK" in weights else 0)
       )
-      turn = rotate if cfg.position == "rope" else lambda x, _: x
+      kind = cfg.layer_pattern[index % len(cfg.layer_pattern)]
+
+      def turn(x, name, position, kind=kind):
+        x = norm(x, weights[name]) if cfg.qk_norm else x
+        return rotate(x, position, kind) if cfg.position == "rope" and kind != "N" else x
+
       for t, x in enumerate(x_T):
-        query = turn(project(x, which), positions[t])
-        banded = cfg.attention_window and index % 2
+        query = turn(project(x, which), "q_norm", positions[t])
+        banded = cfg.attention_window and kind == "L"
         seen = range(max(0, t - cfg.attention_window + 1) if banded else 0, t + 1)
-        score = [query @ turn(project(x_T[s], queries), positions[s]) for s in seen]
-        prob = np.exp(np.array(score) / np.sqrt(cfg.head_dim))
+        score = [query @ turn(project(x_T[s], queries), "k_norm", positions[s]) for s in seen]
+        prob = np.exp(np.array(score) / np.sqrt(cfg.query_pre_attn_scalar or cfg.head_dim))
         value = sum(p * project(x_T[s], queries + 1) for p, s in zip(prob / prob.sum(), seen))
         out_T[t] += value @ weights["w_out_GRKD"][group, which]
     return [x + weights.get("b_out_D", 0) for x in out_T]
 
   def mlp(x, weights):
-    if cfg.mlp == "swiglu":
+    if cfg.mlp in ("swiglu", "geglu"):
       gate, up = x @ weights["w_gate_up_D2F"][:, 0], x @ weights["w_gate_up_D2F"][:, 1]
-      return (gate / (1 + np.exp(-gate)) * up) @ weights["w_down_FD"]
+      gate = gate / (1 + np.exp(-gate)) if cfg.mlp == "swiglu" else gelu(gate)
+      return (gate * up) @ weights["w_down_FD"]
     x = x @ weights["w_up_DF"] + weights["b_up_F"]
-    x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    exact = lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    x = gelu(x) if cfg.mlp == "gelu" else exact(x)
     return x @ weights["w_down_FD"] + weights["b_down_D"]
+
+  gelu = lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+  after = lambda y, layer, name: norm(y, layer[name]) if cfg.sandwich_norm else y
 
   embedding = params["embedding"]
   h_T = [embedding["token_VD"][token] for token in tokens]
+  if cfg.scale_embeddings:
+    h_T = [h * np.sqrt(cfg.d_model) for h in h_T]
   if cfg.position == "learned":
     h_T = [h + embedding["position_TD"][p] for h, p in zip(h_T, positions)]
   for index in range(cfg.num_layers):
     layer = params["layers"][index]
     mixed_T = attention([norm(h, layer["attention_norm"]) for h in h_T], layer["attention"], index)
-    h_T = [h + mixed for h, mixed in zip(h_T, mixed_T)]
-    h_T = [h + mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]
+    added_T = [h + after(x, layer, "attention_out_norm") for h, x in zip(h_T, mixed_T)]
+    h_T = h_T if cfg.parallel_residual else added_T
+    y_T = [mlp(norm(h, layer["mlp_norm"]), layer["mlp"]) for h in h_T]
+    h_T = [h + after(y, layer, "mlp_out_norm") for h, y in zip(added_T, y_T)]
   table = embedding["token_VD"] if cfg.tie_embeddings else params["head"]["w_VD"]
   return np.array([table @ norm(h, params["final_norm"]) for h in h_T])
 
@@ -94,8 +111,8 @@ def test_forward_equals_plain_numpy(cfg, make):
     np.testing.assert_allclose(logits_BLV[row, columns], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(cfg, make):
-  model, params = make(cfg)
+def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(few, make):
+  model, params = make(few)
   # Distinct ids, and the logit of an id no column holds: a tied table then counts as input only.
   token_L = jnp.arange(LENGTH)
 
@@ -118,8 +135,8 @@ def test_gradient_reaches_only_earlier_tokens_of_the_same_segment(cfg, make):
   np.testing.assert_array_equal(reaches_LL, real_LL & np.tri(LENGTH, dtype=bool))
 
 
-def test_details_3_padding_on_either_side_changes_nothing(cfg, make):
-  model, params = make(cfg)
+def test_details_3_padding_on_either_side_changes_nothing(few, make):
+  model, params = make(few)
   tokens = TOKEN_BL[0, :7]
   token_BL = np.full((2, LENGTH), VOCAB, np.int32)
   token_BL[0, :7] = token_BL[1, 5:] = tokens
@@ -139,8 +156,8 @@ def _score_and_gradient(model, params, token_BL, segment_BL, position_BL):
   return jax.grad(total, has_aux=True)(params)
 
 
-def test_details_3_garbage_and_nan_at_pads_change_nothing(cfg, make):
-  model, params = make(cfg, "scalar", num_layers=2)
+def test_details_3_garbage_and_nan_at_pads_change_nothing(few, make):
+  model, params = make(few, "scalar", num_layers=2)
   is_token_BL = SEGMENT_BL > 0
   clean = _score_and_gradient(
     model, params, np.where(is_token_BL, TOKEN_BL, VOCAB), SEGMENT_BL, POSITION_BL
@@ -248,7 +265,7 @@ def loss_gradient(model, params, key=None):
       segment_BL=SEGMENT_BL,
       position_BL=POSITION_BL,
       dropout_rate=0.0 if key is None else 0.2,
-      dropout_key=key,
+      dropout_key_B=None if key is None else jax.random.split(key, len(TOKEN_BL)),
     )
     return jnp.sum(jnp.sin(logits_BLV)), logits_BLV
 
@@ -295,11 +312,13 @@ def test_what_a_layer_computes_again_for_its_gradient(cfg, make, how):
     model, params = make(cfg, num_layers=2, layers=how, remat=remat)
     return count_in_gradient("dot_general", model, params)
 
-  # A turn of the scan holds two layers where dense and banded ones alternate.
-  bodies = 1 if how == "scan" and not cfg.attention_window else 2
-  # The scores, no product with weights; or also qkv, the values' mean, its projection, the mlp's first.
+  # A turn of the scan holds two layers where two kinds of them alternate.
+  bodies = 1 if how == "scan" and len(layers.layer_kinds(cfg)) == 1 else 2
+  # The scores, no product with weights; or also qkv, the values' mean, its projection, the mlp's first. Parallel
+  # branches do not start from attention's projection; a norm after the mlp starts from its last product.
   assert products("products") == products("none") + bodies
-  assert products("full") == products("none") + 5 * bodies
+  again = 5 - cfg.parallel_residual + cfg.sandwich_norm
+  assert products("full") == products("none") + again * bodies
 
 
 def test_weights_and_gradients_of_unrolled_layers_are_never_stacked(gpt2, make):
@@ -315,7 +334,11 @@ def test_dropout_follows_its_key_and_keeps_the_mean(llama, make):
   np.testing.assert_array_equal(one, again)
   assert np.abs(one - other).max() > 0.1
   x_BTD = jnp.ones((20, 50, 101))
-  y_BTD = layers.dropout(x_BTD, jax.random.key(0), 0.2)
+  key_B = jax.random.split(jax.random.key(0), 20)
+  y_BTD = layers.dropout(x_BTD, key_B, 0.2)
+  # A row's noise is its own, and that of its key: no matter which rows stand beside it.
+  assert not np.array_equal(y_BTD[3], y_BTD[4])
+  np.testing.assert_array_equal(layers.dropout(x_BTD[:2], key_B[3:5], 0.2), y_BTD[3:5])
   # 52429 of 65536 are kept: the nearest there is to 0.8.
   np.testing.assert_array_equal(np.unique(y_BTD), np.float32([0.0, 65536 / 52429]))
   np.testing.assert_allclose(y_BTD.mean(), 1.0, atol=5e-3)  # 3 standard errors of 1e5 draws
@@ -326,9 +349,10 @@ def test_dropout_is_off_by_default_and_needs_a_key(gpt2, make):
   run = functools.partial(
     models.apply, model, params, TOKEN_BL, segment_BL=SEGMENT_BL, position_BL=POSITION_BL
   )
-  off = jax.make_jaxpr(lambda key: run(dropout_key=key))(jax.random.key(0))
+  key_B = jax.random.split(jax.random.key(0), len(TOKEN_BL))
+  off = jax.make_jaxpr(lambda key_B: run(dropout_key_B=key_B))(key_B)
   assert "random_bits" not in str(off)
-  with pytest.raises(ValueError, match="dropout_rate=0.1 must come with a dropout_key"):
+  with pytest.raises(ValueError, match="dropout_rate=0.1 must come with dropout_key_B"):
     run(dropout_rate=0.1)
 
 
@@ -344,8 +368,8 @@ def test_bfloat16_compute_keeps_float32_outputs_and_gradients(llama, make):
 
 @pytest.mark.parametrize("layout", ["unroll", "scan"])
 @pytest.mark.parametrize("head", ["lm", "scalar"])
-def test_frozen_weights_are_half_the_size_and_give_the_same_bits(cfg, make, head, layout):
-  model, params = make(cfg, head, dtype="bfloat16", layers=layout, tie_embeddings=False)
+def test_frozen_weights_are_half_the_size_and_give_the_same_bits(few, make, head, layout):
+  model, params = make(few, head, dtype="bfloat16", layers=layout, tie_embeddings=False)
   frozen = models.frozen_weights(model, params)
   size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
   for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["layers"]):
@@ -354,12 +378,12 @@ def test_frozen_weights_are_half_the_size_and_give_the_same_bits(cfg, make, head
   assert size(frozen["layers"]) < 0.6 * size(params["layers"])
   inputs = TOKEN_BL, SEGMENT_BL, POSITION_BL
   np.testing.assert_array_equal(forward(model, frozen, *inputs), forward(model, params, *inputs))
-  wide, _ = make(cfg, head, layers=layout, tie_embeddings=False)
+  wide, _ = make(few, head, layers=layout, tie_embeddings=False)
   jax.tree.map(np.testing.assert_array_equal, models.frozen_weights(wide, params), params)
 
 
-def test_strict_dtypes(cfg, make):
-  model, params = make(cfg, dtype="bfloat16")
+def test_strict_dtypes(few, make):
+  model, params = make(few, dtype="bfloat16")
   with jax.numpy_dtype_promotion("strict"):
     jax.eval_shape(
       lambda p: models.apply(

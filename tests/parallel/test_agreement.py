@@ -170,3 +170,21 @@ def test_every_field_but_places_is_a_fact():
   } <= facts.keys()
   assert not any(field.name in {"documents", "prompts"} for field in dataclasses.fields(config))
   assert "config.data.documents" not in facts and "config.model.weights" not in facts
+
+
+def test_all_processes_follow_what_the_first_says_under_each_number():
+  """Slow followers too: the first may be a number ahead only after all have asked for the last."""
+  heard, barrier = {0: [], 1: [], 2: []}, threading.Barrier(3)
+
+  def one(team):
+    for number in (4, 5, 6):
+      said = f"said {number}" if team.process == 0 else ""
+      heard[team.process].append(agreement.follow_first(team, "rewards", number, said))
+      barrier.wait(10)
+
+  threads = [threading.Thread(target=one, args=(team,)) for team in teams(3)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(timeout=20)
+  assert set(map(tuple, heard.values())) == {("said 4", "said 5", "said 6")}

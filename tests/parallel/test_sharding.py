@@ -494,7 +494,7 @@ def split_step():
       segment_BL=jnp.ones_like(token_BL),
       position_BL=column_BL,
       dropout_rate=0.5,
-      dropout_key=jax.random.key(0),
+      dropout_key_B=jax.random.split(jax.random.key(0), 4),
       window=(0, 7),
     )
     return jnp.sum(jnp.sin(logits_BTV))
@@ -514,7 +514,7 @@ def test_norms_are_computed_once_for_each_column(split_step):
 
 
 def test_dropout_is_drawn_once_for_each_column(split_step):
-  words = {dims for dims in re.findall(r"u32\[([\d,]+)\]", split_step) if dims.endswith(",8")}
+  words = set(re.findall(r"u32\[(\d+,\d+,8)\]", split_step))
   assert words == {"2,2,8"}
 
 

@@ -81,6 +81,19 @@ def test_what_is_no_step_has_more_time_and_is_not_timed():
   process.dog.stop()
 
 
+def test_work_within_a_step_has_a_phases_time_and_counts_in_that_of_the_step():
+  process = Process()
+  for number in range(6):
+    process.dog.at(f"ppo step {number}", step=True, first=True)
+    process.dog.at(f"ppo step {number}, a reward", within=True)
+    assert process.dog.allowed() == QUICK.phase_seconds
+    time.sleep(0.02)
+    process.dog.at(f"ppo step {number}, learning", step=True)
+  assert 0.02 <= process.dog.usual() < 0.1
+  assert process.dog.allowed() == QUICK.stuck_seconds
+  process.dog.stop()
+
+
 def test_a_machine_that_slept_is_not_stuck(monkeypatch):
   """Meanwhile clocks go on, and no thread runs."""
   monkeypatch.setattr(watchdog, "_PAUSE", 0.1)

@@ -221,6 +221,19 @@ def test_findings_about_what_was_not_measured_are_left_out(results):
   assert set(_find(dataclasses.replace(bare, measured=rest))) == {"reward_model"}
 
 
+def test_a_run_from_a_given_policy_and_reward_model_has_fewer_findings(results):
+  """No base, no baseline and no rankings: what compares with them is left out."""
+  kept = ("ppo_init", "ppo", "ppo_ptx")
+  bare = dataclasses.replace(
+    results,
+    measured={name: results.measured[name] for name in kept},
+    pretraining={name: results.pretraining[name] for name in kept},
+    reward_model=core_results.RewardModel(None, None, None, ()),
+    agreement=None,
+  )
+  assert set(_find(bare)) == {"kl_bounded"}
+
+
 def _scored(gold, reward=()) -> Measured:
   gold = None if gold is None else np.array(gold, float)
   return Measured(

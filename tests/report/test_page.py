@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from instructjax import report
+from instructjax.core import results as core_results
 from instructjax.report import figures, findings, page, panels
 from tests import finished_run
 from tests.report import example
@@ -222,7 +223,19 @@ def _no_rl(results):
   return results, [section for section in SECTIONS if section not in ("curves", "overoptimization")]
 
 
-@pytest.mark.parametrize("remove", [_without_gold, _one_policy, _no_rl])
+def _all_given(results):
+  """Policy and reward model were given: no base, no baseline, no rankings."""
+  results = _without(results, "base", "reward_base", "few_shot", "sft")
+  results = dataclasses.replace(
+    results,
+    reward_model=core_results.RewardModel(None, None, None, ()),
+    agreement=None,
+    pretraining={},
+  )
+  return results, [section for section in SECTIONS if section not in ("reward-model", "tax")]
+
+
+@pytest.mark.parametrize("remove", [_without_gold, _one_policy, _no_rl, _all_given])
 def test_what_was_not_measured_is_left_out(remove):
   results, expected = remove(example.results())
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)

@@ -40,3 +40,20 @@ def test_accuracy_rows():
 def test_ticks_of_an_axis_of_square_roots():
   assert panels.square_root_ticks(16.0) == [0, 1, 4, 9]  # 16 is two digits, 20 above the axis
   assert panels.square_root_ticks(0.64) == [0, 0.04, 0.2, 0.4, 0.6]
+
+
+def test_each_reward_of_a_list_has_a_panel_and_the_reward_model_no_second_one():
+  curves = {
+    "ppo": [{"step": 1, "reward": 0.1, "reward_std": 1.0}],
+    "ppo_ptx": [
+      {"step": 1, "rewards/polite": 1.0, "rewards/polite/std": 0.5, "rewards/rm": 0.1},
+      {"step": 2, "rewards/length": -3.0, "rewards/total": 0.4, "ensemble_std": 0.2},
+    ],
+  }
+  assert panels.reward_curves(curves) == [
+    ("rewards/total", "Sum of rewards (maximised)"),
+    ("rewards/polite", "Reward: polite, unweighted"),
+    ("rewards/length", "Reward: length, unweighted"),
+    ("ensemble_std", "Disagreement of the ensemble"),
+  ]
+  assert panels.reward_curves({"ppo": curves["ppo"]}) == []

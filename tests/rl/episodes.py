@@ -65,4 +65,5 @@ def make_experience() -> Experience:
     value_BR=float_BR(-1, 1),
     advantage_BR=float_BR(-2, 2),
     return_BR=float_BR(-2, 2),
+    ref_logprob_BR=None,
   )

@@ -38,12 +38,24 @@ SCORE_CASES = {
   "exclude": dict(missing_eos="exclude"),
   "whitened rewards": dict(whiten_advantages=False, whiten_rewards=True),
   "rescore": dict(whiten_advantages=False, behaviour_logprob="rescore"),
+  "rloo": dict(whiten_advantages=False, advantage="rloo", samples_per_prompt=2),
+  "grpo": dict(whiten_advantages=False, advantage="grpo", samples_per_prompt=3),
+  "list": dict(
+    whiten_advantages=False,
+    missing_eos="fixed",
+    rewards=("0.5*rm", "-2*length:2-4", "ensemble:uncertainty"),
+    ensemble=("a", "b"),
+    ensemble_penalty=0.25,
+  ),
 }
 
 
 @pytest.fixture(scope="module")
-def scored(quick_jit, nets, weights, rollout, ppo_config):
+def scored(quick_jit, nets, weights, rollout, ppo_config, random_params):
   """name -> Scored, and the log-probs behind them: one program."""
+
+  members = [random_params(nets.scalar, seed) for seed in (5, 6)]
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
   def everything(params, value_params, frozen, rollout):
     state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
@@ -56,6 +68,7 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
       policy=logprob(params, *args),
       ref=logprob(frozen.ref_params, *args),
       score=scoring.sequence_score(nets.scalar, frozen.reward_params, *args),
+      members=[scoring.sequence_score(nets.scalar, member, *args) for member in members],
       value=scoring.response_value(nets.scalar, value_params, *args, prompt_length=PROMPT),
     )
     results = {
@@ -64,7 +77,7 @@ def scored(quick_jit, nets, weights, rollout, ppo_config):
         dataclasses.replace(ppo_config, **changes),
         rows.padded(),
         state,
-        frozen,
+        dataclasses.replace(frozen, ensemble_params=stacked if "ensemble" in changes else None),
         rollout,
       )
       for name, changes in SCORE_CASES.items()
@@ -91,6 +104,31 @@ def expected_advantage(reward_BR, value_BR, lam=0.95):
       following = reward_BR[row, step] + next_value - value_BR[row, step] + lam * following
       advantage_BR[row, step] = following
   return advantage_BR
+
+
+def test_rloo_compares_with_the_other_answers_the_kl_in_the_reward(scored):
+  """Rows 0 and 1 answer one prompt, 2 and 3 the next: each answer's baseline is the other one."""
+  results, behind = scored
+  experience = results["rloo"].experience
+  reward_B = behind["score"] - KL_COEF * results["rloo"].kl_B
+  expected_B = reward_B - reward_B.reshape(3, 2)[:, ::-1].reshape(-1)
+  np.testing.assert_allclose(experience.advantage_BR, expected_B[:, None] * MASK_BR, atol=1e-5)
+  assert experience.value_BR is experience.return_BR is experience.ref_logprob_BR is None
+  assert "explained_variance" not in results["rloo"].metrics
+  assert results["rloo"].metrics["objective"] == results["plain"].metrics["objective"]
+
+
+def test_grpo_normalises_scores_by_group_and_keeps_the_reference_for_the_loss(scored):
+  results, behind = scored
+  experience = results["grpo"].experience
+  score_NK = behind["score"].reshape(2, 3)
+  expected_B = (
+    (score_NK - score_NK.mean(1, keepdims=True)) / score_NK.std(1, keepdims=True)
+  ).ravel()
+  np.testing.assert_allclose(experience.advantage_BR, expected_B[:, None] * MASK_BR, atol=1e-4)
+  np.testing.assert_array_equal(experience.ref_logprob_BR, behind["ref"])
+  assert experience.value_BR is experience.return_BR is None
+  assert results["plain"].experience.ref_logprob_BR is None
 
 
 def test_details_23_reward_is_the_kl_at_each_token_and_the_score_at_the_last(scored, rollout):
@@ -141,6 +179,24 @@ def test_rescored_behaviour_is_the_policys_own(scored):
   np.testing.assert_allclose(results["rescore"].kl_B, kl, atol=1e-5)
 
 
+def test_a_reward_model_whose_pad_is_the_eos_is_read_before_it(nets, ppo_config, rollout):
+  """As transformers reads it. Columns are numbered in place of scores; the responses begin in column 3."""
+  rollout = jax.tree.map(jnp.asarray, rollout)
+  zero_BR, column_L = jnp.zeros(MASK_BR.shape), jnp.arange(episodes.LENGTH, dtype=jnp.float32)
+  said = {"ref_logprob_BR": zero_BR, "value_BR": zero_BR}
+  said["score_BL"] = jnp.broadcast_to(column_L, rollout.token_BL.shape)
+  fake = rows.Rows(score=lambda read, rollout: (said, 1), gradient=None)
+  state = ppo_step.create_state({}, {}, nets, ppo_config, jax.random.key(0))
+
+  def columns(**changes):
+    changed = dataclasses.replace(nets, **changes)
+    return from_rollout(changed, ppo_config, fake, state, None, rollout).score_B.tolist()
+
+  # The answers' last columns; all but those of row 3, cut off, and row 4, which ends in another token, hold the EOS.
+  assert columns() == [7, 3, 3, 7, 4, 3]
+  assert columns(score_skips=episodes.EOS) == [6, 2, 2, 7, 4, 2]
+
+
 def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, rollout):
   results, behind = scored
   experience, score_B = results["fixed"].experience, results["fixed"].score_B
@@ -156,6 +212,30 @@ def test_details_22_an_answer_that_never_ends_may_score_a_fixed_number(scored, r
   np.testing.assert_allclose(metrics["objective"], objective, rtol=1e-5)
   np.testing.assert_array_equal(experience.is_actor_BR, MASK_BR)
   assert np.any(experience.advantage_BR[3] != results["plain"].experience.advantage_BR[3])
+
+
+def test_a_list_of_rewards_is_summed_and_the_fixed_score_takes_the_place_of_the_sum(
+  scored, rollout
+):
+  results, behind = scored
+  found, score_MB = results["list"], np.stack([behind["score"], *behind["members"]])
+  rule_B = -np.maximum(2 - RESPONSE_LENGTH_B, 0) - np.maximum(RESPONSE_LENGTH_B - 4, 0)
+  ensemble_B = score_MB.mean(axis=0) - 0.25 * score_MB.var(axis=0)
+  assert found.rewards.keys() == {"length", "ensemble"}
+  np.testing.assert_array_equal(found.rewards["length"], rule_B)
+  np.testing.assert_allclose(found.rewards["ensemble"], ensemble_B, rtol=1e-5)
+  total_B = 0.5 * behind["score"] - 2 * rule_B + ensemble_B
+  reward_BR = expected_reward(
+    np.where(ENDS_B, total_B, -1.5), rollout.behaviour_logprob_BR, behind["ref"]
+  )
+  expected_BR = expected_advantage(reward_BR, behind["value"])
+  np.testing.assert_allclose(found.experience.advantage_BR, expected_BR, atol=1e-5)
+  parts = {"rm": behind["score"], "length": rule_B, "ensemble": ensemble_B, "total": total_B}
+  for name, value_B in parts.items():
+    np.testing.assert_allclose(found.metrics[f"rewards/{name}"], value_B.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.metrics[f"rewards/{name}/std"], value_B.std(), rtol=1e-4)
+  np.testing.assert_allclose(found.metrics["reward"], behind["score"].mean(), rtol=1e-5)
+  np.testing.assert_allclose(found.metrics["ensemble_std"], score_MB.std(axis=0).mean(), rtol=1e-5)
 
 
 def test_or_be_left_out_of_the_actors_loss_and_whitening(scored):

@@ -15,7 +15,9 @@ from instructjax.rl.experience import from_rollout
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, MASK_BR, PROMPT, RESPONSE, ROWS, VOCAB
 
-KINDS = {"padded": rows.padded()} | {f"shared by {n}": rows.shared(n, VOCAB) for n in (1, 2, 3)}
+KINDS = {"padded": rows.padded(), "in parts": rows.padded(3, 2)} | {
+  f"shared by {n}": rows.shared(n, VOCAB) for n in (1, 2, 3)
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,6 +46,7 @@ def scored(quick_jit, nets, weights, ppo_config):
     ("padded", "rescore"),
     ("shared by 2", "rollout"),
     ("shared by 1", "rescore"),
+    ("in parts", "rescore"),
   ]
 
   def everything(params, value_params, frozen, rollout):
@@ -67,7 +70,9 @@ def assert_trees_close(got, expected, rtol=1e-4):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-6), got, expected)
 
 
-@pytest.mark.parametrize("kind, whose", [("shared by 2", "rollout"), ("shared by 1", "rescore")])
+@pytest.mark.parametrize(
+  "kind, whose", [("shared by 2", "rollout"), ("shared by 1", "rescore"), ("in parts", "rescore")]
+)
 def test_shared_rows_are_scored_as_padded_ones(scored, kind, whose):
   without_waste = lambda scored: dataclasses.replace(
     scored, metrics={n: x for n, x in scored.metrics.items() if n != "score_waste"}
@@ -93,9 +98,14 @@ def gradients(quick_jit, nets, weights, ppo_config):
 
   def everything(params, value_params):
     losses = (
-      (functools.partial(ppo_step.policy_loss, nets, ppo_config), params, batch, "is_actor_BR"),
       (
-        functools.partial(ppo_step.value_loss, nets, ppo_config),
+        functools.partial(ppo_step.policy_loss, nets, ppo_config, weights[2]),
+        params,
+        batch,
+        "is_actor_BR",
+      ),
+      (
+        functools.partial(ppo_step.value_loss, nets, ppo_config, weights[2]),
         value_params,
         batch,
         "is_response_BR",
@@ -110,7 +120,10 @@ def gradients(quick_jit, nets, weights, ppo_config):
 
 
 # 29 tokens: in three rows of 8 and two of 4, of which two or six fill a chunk.
-@pytest.mark.parametrize("kind, cells", [("shared by 1", 4 * LENGTH), ("shared by 3", 6 * LENGTH)])
+@pytest.mark.parametrize(
+  "kind, cells",
+  [("shared by 1", 4 * LENGTH), ("shared by 3", 6 * LENGTH), ("in parts", ROWS * LENGTH)],
+)
 @pytest.mark.parametrize("whose", ["policy", "value"])
 def test_shared_rows_train_as_padded_ones(gradients, whose, kind, cells):
   which = ("policy", "value").index(whose)
@@ -144,6 +157,8 @@ def test_what_is_read_comes_back_in_the_rollouts_columns(kind):
   np.testing.assert_array_equal(arrays["token_BR"], response_BR)
   if kind == "padded":
     assert seen == [((ROWS, LENGTH), PROMPT)]
+  elif kind == "in parts":
+    assert {*seen} == {((ROWS // 3, LENGTH), PROMPT)}
   else:
     num_rows = int(kind.split()[-1])
     assert {*seen} == {((num_rows, 8), 1), ((2 * num_rows, 4), 1)}
@@ -156,7 +171,7 @@ def test_a_loss_sees_only_the_last_columns_of_its_rows(kind):
 
   def loss(scale, batch):
     assert batch.return_BR.shape[1] == batch.token_BL.shape[1] - batch.prompt_length
-    assert batch.prompt_length == (PROMPT if kind == "padded" else 1)
+    assert batch.prompt_length == (1 if kind.startswith("shared") else PROMPT)
     sum_ = jnp.sum(jnp.where(batch.is_actor_BR, scale * batch.return_BR, 0))
     mean = sum_ / jnp.maximum(jnp.sum(batch.is_actor_BR), 1)
     return mean, {"same": mean}
@@ -167,9 +182,12 @@ def test_a_loss_sees_only_the_last_columns_of_its_rows(kind):
   np.testing.assert_allclose(got.grads, mean, rtol=1e-5)
 
 
-def test_the_choice_between_the_two_kinds():
-  assert rows.make_rows(0, VOCAB) == rows.padded()
-  chosen = rows.make_rows(2, VOCAB)
+def test_the_choice_between_the_two_kinds(ppo_config):
+  chosen = ppo_step.make_rows(dataclasses.replace(ppo_config, packed_rows=2), VOCAB)
   rollout = jax.tree.map(jnp.asarray, episodes.make_rollout())
   read = lambda token_BL, segment_BL, prompt_length: {"token_BL": token_BL}
   assert chosen.score(read, rollout)[1] == 4 * LENGTH != ROWS * (PROMPT + RESPONSE)
+  parts = ppo_step.make_rows(
+    dataclasses.replace(ppo_config, microbatches=2, score_microbatches=3), VOCAB
+  )
+  assert (parts.score.args, parts.gradient.args) == ((3,), (2,))

@@ -32,10 +32,15 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def policy(tiny_config, random_params):
-  """policy(position, layers) -> (model, params): GQA, every second layer banded, a tenth of the tokens EOS."""
+  """policy(position, layers) -> (model, params): GQA, every second layer banded, a tenth of the tokens EOS.
+
+  With rotary positions the banded layer has a base of its own, and the other has no positions.
+  """
 
   def one(position, layers):
     switches = dict(position=position, layers=layers, num_layers=2, attention_window=3)
+    if position == "rope":
+      switches |= dict(layer_pattern="NL", rope_local_base=50.0)
     model = tiny.make_model(tiny_config, VOCAB, **switches)
     return model, random_params(model, 5)
 

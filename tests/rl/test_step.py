@@ -13,14 +13,20 @@ import pytest
 
 from instructjax import models
 from instructjax.core.config import MeshConfig
-from instructjax.core.structs import PackedBatch
+from instructjax.core.structs import PackedBatch, PromptBatch
+from instructjax.models import adapters
 from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
-from instructjax.rl.experience import Experience
+from instructjax.rl.experience import Experience, Frozen
 from instructjax.stages import ppo
+from tests import tiny
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
+
+ALL_TRAINED = Frozen(
+  ref_params=None, reward_params=None
+)  # no adapters, so updates read nothing of it
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +74,10 @@ def iteration(nets, ppo_config, monkeypatch):
       given["scored"] = (state, frozen, rollout)
       metrics = {"kl": jnp.float32(9), "reward": jnp.float32(1)}
       return types.SimpleNamespace(
-        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls"
+        experience="episodes", metrics=metrics, score_B="scores", kl_B="kls", rewards="rewards"
       )
 
-    def update(nets, cfg, rows, state, episodes, ptx, key):
+    def update(nets, cfg, rows, frozen, state, episodes, ptx, key):
       given["update"] = dict(state=state, episodes=episodes, ptx=ptx, key=key)
       after = dataclasses.replace(state, params={"w": jnp.float32(4)})
       return after, {"approx_kl": jnp.float32(3)}
@@ -80,7 +86,7 @@ def iteration(nets, ppo_config, monkeypatch):
     monkeypatch.setattr(ppo_step.experience, "from_rollout", from_rollout)
     monkeypatch.setattr(ppo_step, "update", update)
     batch = {"prompts": "prompts", "pretrain": "text"}
-    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, "frozen", batch)
+    return given, *ppo_step.train_step(nets, cfg, rows.padded(), state, ALL_TRAINED, batch)
 
   return one
 
@@ -92,10 +98,11 @@ def test_an_iteration_samples_then_scores_then_learns(iteration, nets):
   assert rollout["prompts"] == "prompts" and rollout["temperature"] == 0.7
   limits = (rollout["max_new_tokens"], rollout["stop_ids"], rollout["slots"])
   assert limits == (episodes.RESPONSE, nets.stop_ids, 3)
-  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == ("frozen", "rollout")
+  assert given["scored"][0].params == {"w": 2} and given["scored"][1:] == (ALL_TRAINED, "rollout")
   assert (given["update"]["episodes"], given["update"]["ptx"]) == ("episodes", "text")
   assert metrics == {"kl": 9, "reward": 1, "approx_kl": 3}
   assert (samples.rollout, samples.score_B, samples.kl_B) == ("rollout", "scores", "kls")
+  assert samples.rewards == "rewards"
   assert (state.step, state.params) == (1, {"w": 4})
 
 
@@ -115,6 +122,18 @@ def test_beta_moves_only_if_it_is_adaptive_hand_worked(iteration):
   adaptive = dict(kl_controller="adaptive", beta=0.5, kl_target=6.0, kl_horizon=100)
   np.testing.assert_allclose(iteration(**adaptive)[1].kl_coef, 0.5 * 1.032, rtol=1e-6)
   assert iteration(**adaptive | dict(kl_controller="fixed"))[1].kl_coef == 0.5
+
+
+def test_while_only_the_value_network_learns_average_and_beta_stay(iteration):
+  """Bit for bit: .9 * 2 + .1 * 2 need not be 2, and a KL of 0 would lower beta."""
+  changes = dict(
+    value_warmup=2, ema_decay=0.9, kl_controller="adaptive", beta=0.5, kl_target=6.0, kl_horizon=100
+  )
+  for step in (0, 1):
+    after = iteration(step, **changes)[1]
+    assert (after.ema_params["w"], after.kl_coef, after.step) == (2, 0.5, step + 1)
+  after = iteration(2, **changes)[1]
+  np.testing.assert_allclose([after.ema_params["w"], after.kl_coef], [2.2, 0.5 * 1.032], rtol=1e-6)
 
 
 def test_details_7_no_two_iterations_draw_the_same_noise(iteration):
@@ -149,11 +168,38 @@ def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, p
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   state, frozen, batch = kwargs["in_shardings"]
   assert state is shardings and batch == split
-  assert frozen.ref_params is shardings.params and frozen.reward_params is shardings.value_params
+  assert frozen.ref_params is shardings.params and frozen.reward_params == shardings.value_params
   state, metrics, samples = kwargs["out_shardings"]
   assert state is shardings and metrics == whole
   assert samples.score_B == samples.rollout.token_BL == split
   assert samples.rollout.num_steps == samples.rollout.slot_steps == whole
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_adapters_learn_what_whole_weights_would_by_the_chain_rule(
+  quick_jit, nets, ppo_config, random_params, is_apart
+):
+  """Policy and value network on one base, or each on its own."""
+  adapter = tiny.adapter(rank=2, alpha=3.0, targets=("q", "k", "v", "up"))
+  adapted = dataclasses.replace(
+    nets, policy=nets.policy.clone(adapter=adapter), scalar=nets.scalar.clone(adapter=adapter)
+  )
+  rng = np.random.default_rng(0)
+  noise = lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32)
+  base = random_params(nets.policy, 1)
+  other = adapters.base_of(nets.scalar, random_params(nets.scalar, 2)) if is_apart else None
+  frozen = Frozen(None, None, base=base, scalar_base=other)
+  batch = episodes.make_experience()
+
+  def compare(loss, model, base):
+    merged = lambda trained: adapters.merge(model, adapters.base_of(model, base), trained)
+    ours = lambda trained: loss(adapted, ppo_config, frozen, trained, batch)[0]
+    whole = lambda trained: loss(nets, ppo_config, ALL_TRAINED, merged(trained), batch)[0]
+    trained = jax.tree.map(noise, adapters.trained_shapes(model))
+    assert_trees_close(*quick_jit(lambda t: (jax.grad(ours)(t), jax.grad(whole)(t)))(trained))
+
+  compare(ppo_step.policy_loss, adapted.policy, base)
+  compare(ppo_step.value_loss, adapted.scalar, other if is_apart else base)
 
 
 def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
@@ -163,11 +209,11 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   cfg = dataclasses.replace(ppo_config, num_epochs=3, num_minibatches=2, gamma=1.0)
   visits, weights = [], {"w": jnp.zeros(())}
 
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+  def policy_gradient(nets, cfg, rows, frozen, params, batch, ptx):
     visits.append((batch.token_BL[:, 0].tolist(), ptx.token_BL[:, 0].tolist()))
     return params, {"ratio_max": jnp.float32(1)}
 
-  def value_loss(nets, cfg, params, batch):
+  def value_loss(nets, cfg, frozen, params, batch):
     return params["w"], {"clip_fraction": 0.0}
 
   monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
@@ -177,7 +223,9 @@ def test_details_29_each_epoch_visits_every_episode_once_in_a_new_order(
   ptx = PackedBatch(*[jnp.arange(16)[:, None]] * 4)
   state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
   with jax.disable_jit():  # the scan over updates is then a Python loop, which shows its rows
-    ppo_step.update(nets, cfg, rows.padded(), state, experience, ptx, jax.random.key(0))
+    ppo_step.update(
+      nets, cfg, rows.padded(), ALL_TRAINED, state, experience, ptx, jax.random.key(0)
+    )
   epochs = [sum((index for index, _ in visits[i : i + 2]), []) for i in (0, 2, 4)]
   assert len(visits) == 6 and all(sorted(epoch) == list(range(8)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -201,7 +249,7 @@ def test_each_networks_loss_is_a_mean_over_its_own_tokens(nets, ppo_config):
   params, value_params = {"w": jnp.float32(1)}, {"w": jnp.float32(2)}
   state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
   fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
-  ppo_step._minibatch_update(nets, ppo_config, fake, state, batch, None)
+  ppo_step._minibatch_update(nets, ppo_config, fake, ALL_TRAINED, state, batch, None)
   assert asked == [
     (ppo_step.policy_loss, 1, "is_actor_BR"),
     (ppo_step.value_loss, 2, "is_response_BR"),
@@ -213,18 +261,22 @@ def scripted_update(nets, ppo_config, monkeypatch, ratios, num_epochs=1):
   cfg = dataclasses.replace(ppo_config, num_epochs=num_epochs, num_minibatches=len(ratios))
   script, weights = iter(ratios * num_epochs), {"w": jnp.zeros(())}
 
-  def policy_gradient(nets, cfg, rows, params, batch, ptx):
+  def policy_gradient(nets, cfg, rows, frozen, params, batch, ptx):
     ratio = jnp.float32(next(script))
     return params, {"ratio_max": ratio, "approx_kl": ratio}
 
   monkeypatch.setattr(ppo_step, "policy_gradient", policy_gradient)
   monkeypatch.setattr(
-    ppo_step, "value_loss", lambda nets, cfg, params, batch: (params["w"], {"clip_fraction": 0.0})
+    ppo_step,
+    "value_loss",
+    lambda nets, cfg, frozen, params, batch: (params["w"], {"clip_fraction": 0.0}),
   )
   experience = Experience(*[jnp.arange(6)[:, None]] * len(dataclasses.fields(Experience)))
   state = ppo_step.create_state(weights, weights, nets, cfg, jax.random.key(0))
   with jax.disable_jit():  # the scan over updates is then a Python loop, which follows the script
-    return ppo_step.update(nets, cfg, rows.padded(), state, experience, None, jax.random.key(0))[1]
+    return ppo_step.update(
+      nets, cfg, rows.padded(), ALL_TRAINED, state, experience, None, jax.random.key(0)
+    )[1]
 
 
 def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
@@ -232,6 +284,28 @@ def test_ratio_max_is_the_greatest_of_all_minibatches_and_the_rest_are_means(
 ):
   metrics = scripted_update(nets, ppo_config, monkeypatch, [1.5, 3.0, 1.5])
   assert (metrics["ratio_max"], metrics["approx_kl"], metrics["first_ratio_max"]) == (3, 2, 1.5)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_in_the_warm_up_only_the_value_network_learns(nets, ppo_config, step):
+  """Three iterations, counted from 0. Of the policy neither weights nor Adam's state change in any bit."""
+  cfg = dataclasses.replace(ppo_config, value_warmup=3)
+  nets = dataclasses.replace(nets, policy_tx=optax.adam(0.1), value_tx=optax.adam(0.1))
+  gradient = lambda loss_fn, params, batch, over: rows.Gradient(
+    jnp.ones(()), {"clip_fraction": 0.0}, jax.tree.map(jnp.ones_like, params), 1
+  )
+  params, value_params = {"w": jnp.float32(0.1)}, {"w": jnp.float32(2)}
+  state = ppo_step.create_state(params, value_params, nets, cfg, jax.random.key(0))
+  state = dataclasses.replace(state, step=jnp.int32(step))
+  fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
+  after, metrics = ppo_step._minibatch_update(nets, cfg, fake, ALL_TRAINED, state, batch, None)
+  same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+  stays = step < 3
+  assert same(after.params, state.params) == stays
+  assert same(after.opt_state, state.opt_state) == stays
+  assert not same(after.value_params, state.value_params)
+  assert not same(after.value_opt_state, state.value_opt_state)
+  assert metrics["policy_grad_norm"] == 1  # what it would have learned is shown all the same
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +342,7 @@ def updates(quick_jit, nets, weights, ppo_config):
     for name, cfg in cases.items():
       state = ppo_step.create_state(policy_params, value_params, nets, cfg, jax.random.key(0))
       after, metrics = ppo_step.update(
-        nets, cfg, rows.padded(), state, batch, None, jax.random.key(1)
+        nets, cfg, rows.padded(), ALL_TRAINED, state, batch, None, jax.random.key(1)
       )
       change = lambda new, old: jax.tree.map(jnp.subtract, old, new)
       moved[name] = (
@@ -347,16 +421,26 @@ def gradients(quick_jit, nets, weights, ppo_config):
   batch = episodes.make_experience()
   is_token_BL = batch.segment_BL > 0
   text = pretraining_rows(4 * ROWS)
-  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4, ptx_chunks=4)
+  step = dataclasses.replace(ppo_config, gamma=GAMMA, ptx_rows=4, ptx_microbatches=4)
   clipped = dataclasses.replace(step.policy_optim, clip_norm=CLIP_NORM)
   cases = {
     "ppo": (step, None),
     "mean": (step, text),
-    "one chunk": (dataclasses.replace(step, ptx_chunks=1), text),
+    "one chunk": (dataclasses.replace(step, ptx_microbatches=1), text),
     "sum": (dataclasses.replace(step, ptx_reduction="sum"), text),
     "gamma 0": (dataclasses.replace(step, gamma=0.0), text),
     "clipped": (dataclasses.replace(step, policy_optim=clipped), text),
   }
+  ref_BR = np.random.default_rng(5).uniform(-4, -2, episodes.MASK_BR.shape).astype(np.float32)
+  with_ref = dataclasses.replace(batch, ref_logprob_BR=ref_BR)
+
+  def kl_loss(params):
+    """beta times the mean of k3, spelled out: the tokens' ratio to the policy, less its logarithm, less 1."""
+    log_ratio_BR = (
+      ref_BR - plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
+    )
+    k3_BR = jnp.exp(log_ratio_BR) - log_ratio_BR - 1
+    return jnp.sum(jnp.where(batch.is_actor_BR, k3_BR, 0)) / batch.is_actor_BR.sum()
 
   def surrogate(params):
     logprob_BR = plain_logprob(nets, params, batch.token_BL, is_token_BL, 0.7)[:, PROMPT - 1 :]
@@ -372,9 +456,14 @@ def gradients(quick_jit, nets, weights, ppo_config):
 
   def everything(params):
     taken = {
-      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), params, batch, ptx)
+      name: ppo_step.policy_gradient(nets, cfg, rows.padded(), ALL_TRAINED, params, batch, ptx)
       for name, (cfg, ptx) in cases.items()
     }
+    grpo = dataclasses.replace(ppo_config, advantage="grpo", beta=0.25)
+    taken["grpo"] = ppo_step.policy_gradient(
+      nets, grpo, rows.padded(), ALL_TRAINED, params, with_ref, None
+    )
+    taken["kl"] = jax.value_and_grad(kl_loss)(params)
     return taken, jax.grad(surrogate)(params), jax.value_and_grad(sum_nll)(params)
 
   taken, ppo_grads, (nll, lm_grads) = quick_jit(everything)(weights[0])
@@ -395,6 +484,36 @@ def test_details_34_gradient_is_that_of_equation_2(gradients):
   np.testing.assert_allclose(
     taken["mean"][1]["ptx_grad_norm"], GAMMA * size(lm_grads) / weight, rtol=1e-4
   )
+
+
+def test_grpos_loss_holds_the_kl_to_the_reference(gradients):
+  taken, ppo_grads, *_ = gradients
+  kl_loss, kl_grads = taken["kl"]
+  np.testing.assert_allclose(taken["grpo"][1]["kl_loss"], kl_loss, rtol=1e-5)
+  assert kl_loss > 0.1 and optax.tree.norm(kl_grads) > 0.1
+  expected = jax.tree.map(lambda g, kl: g + 0.25 * kl, ppo_grads, kl_grads)
+  assert_trees_close(taken["grpo"][0], expected)
+  loss = taken["ppo"][1]["policy_loss"] + 0.25 * kl_loss
+  np.testing.assert_allclose(taken["grpo"][1]["policy_loss"], loss, rtol=1e-5)
+
+
+def test_without_a_value_network_there_is_none_in_state_and_metrics(nets, weights, ppo_config):
+  """Traced only."""
+  params, _, frozen = weights
+  bare = dataclasses.replace(nets, value_tx=None)
+  cfg = dataclasses.replace(ppo_config, advantage="rloo", samples_per_prompt=2, batch_size=ROWS)
+  prompts = PromptBatch(
+    *(np.zeros((ROWS, PROMPT), kind) for kind in (np.int32, bool)), np.arange(ROWS)
+  )
+
+  def step(params, frozen, prompts):
+    state = ppo_step.create_state(params, None, bare, cfg, jax.random.key(0))
+    return ppo_step.train_step(bare, cfg, rows.padded(), state, frozen, {"prompts": prompts})
+
+  state, metrics, _ = jax.eval_shape(step, params, frozen, prompts)
+  assert state.value_params is state.value_opt_state is None
+  assert not [name for name in metrics if "value" in name or "variance" in name]
+  assert {"policy_loss", "kl", "reward"} <= metrics.keys()
 
 
 def test_sum_reduction_sums_over_tokens_and_averages_over_rows(gradients):

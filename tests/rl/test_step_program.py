@@ -41,7 +41,7 @@ def configs(ppo_config):
   """Plain PPO on the rollout's own log-probs, and PPO-ptx with everything else switched on."""
   ptx = dict(gamma=0.5, behaviour_logprob="rescore", kl_controller="adaptive", missing_eos="fixed")
   return {
-    "ppo": dataclasses.replace(ppo_config, ptx_rows=1, ptx_chunks=1),
+    "ppo": dataclasses.replace(ppo_config, ptx_rows=1, ptx_microbatches=1),
     "ppo_ptx": dataclasses.replace(ppo_config, **ptx),
     "packed": dataclasses.replace(ppo_config, ptx_rows=1, packed_rows=4),
     "no_average": dataclasses.replace(ppo_config, ptx_rows=1, ema_decay=0.0),

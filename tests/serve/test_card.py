@@ -77,7 +77,8 @@ def run(tmp_path_factory):
     parents=["pretrain"],
     result=results.Tuned((results.Epoch(7, 3.2398, 4.125),)),
   )
-  ppo = dataclasses.replace(config.ppo, beta=0.0375)
+  rewards = ("rm", "0.5*python:checks:polite", f"model:{folder}/other/rm")
+  ppo = dataclasses.replace(config.ppo, beta=0.0375, rewards=rewards)
   write(
     "ppo_ptx",
     {"ema_params": lm, "params": lm, "value_params": scalar},
@@ -127,6 +128,7 @@ def test_a_policys_card_holds_the_runs_numbers(run):
   settings = section(page, "Settings")
   assert row(settings, "setting") == ["setting", "ppo_ptx", "ppo_init", "rm", "pretrain"]
   assert row(settings, "`beta`") == ["`beta`", "0.0375", "", "", ""]
+  assert row(settings, "`rewards`")[1] == r"\['rm', '0.5\*python:checks:polite', 'model:rm'\]"
   assert row(settings, "`batch_size`")[1:] == ["8", "8", "8", "8"]
   assert row(settings, "`policy_optim.learning_rate`")[1] == "0.05"
   assert row(settings, "`optim.learning_rate`")[1:] == ["", "0.01", "0.001", "0.01"]

@@ -23,6 +23,13 @@ class LetterTokenizer:
     return "".join(" " if i == 9 else "$" if i == EOS else chr(ord("a") + i - 10) for i in ids)
 
 
+def test_tokens_without_a_score_are_counted_from_the_end():
+  count = lambda *ids, skips=0: answers.num_skipped(ids, skips)
+  assert [count(3, 1, 0), count(3, 0, 0), count(0, 3, 4), count(3, 0, 4)] == [1, 2, 0, 0]
+  assert count(0, 0) == 1  # the score of something is always read
+  assert count(3, 0, skips=None) == 0
+
+
 CONTEXT = types.SimpleNamespace(
   config=types.SimpleNamespace(data=LIMITS), tokenizer=LetterTokenizer()
 )

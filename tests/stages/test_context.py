@@ -139,7 +139,7 @@ def test_what_may_change_is_in_no_fingerprint():
   other = dataclasses.replace(
     plain,
     model=dataclasses.replace(plain.model, weights="elsewhere"),
-    ppo=dataclasses.replace(plain.ppo, max_kl=7.0, packed_rows=4, ptx_chunks=2),
+    ppo=dataclasses.replace(plain.ppo, max_kl=7.0, packed_rows=4, ptx_microbatches=2),
     rm=dataclasses.replace(plain.rm, row_length=60),
     rollout=dataclasses.replace(plain.rollout, slots=4),
     execution=dataclasses.replace(plain.execution, remat="full", dtype="bfloat16"),

@@ -123,6 +123,18 @@ def test_answers_of_untuned_policies_end_at_a_newline(monkeypatch, name, cut):
   assert kwargs == dict(temperature=0.5, prompt_length=36, to_newline=cut)
 
 
+def test_there_are_no_examples_for_a_larger_base_that_there_is_not():
+  """Where policy and reward model are given, no base is judged, with examples or without."""
+  judged = lambda **changes: evaluate.judged_policies(
+    types.SimpleNamespace(config=micro.config("ppo_ptx", {"prompts": "demo:"}, **changes))
+  )
+  assert judged() == ["base", "few_shot", "sft", "ppo_init", "ppo_ptx"]
+  assert judged(model__weights="a")[:2] == ["base", "few_shot"]
+  given = dict(sft__weights="a", ppo_init__weights="b", rm__weights="c")
+  assert judged(**given) == ["sft", "ppo_init", "ppo_ptx"]
+  assert judged(rm__weights="c", reward_model__d_mlp=48) == ["base", "sft", "ppo_init", "ppo_ptx"]
+
+
 @pytest.mark.parametrize("names", [["base", "few_shot", "sft"], ["base", "sft"]])
 def test_room_for_worked_examples_is_checked_if_they_are_judged(monkeypatch, names):
   checked = []

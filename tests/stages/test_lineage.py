@@ -91,10 +91,80 @@ def test_equal_networks_share_their_base():
   assert stages == ["pretrain", "reward_pretrain"]
 
 
-def test_only_bases_are_given():
-  cfg = config(model__weights="there", reward_model__weights="elsewhere")
-  given = [lineage.given(cfg, stage) for stage in ("pretrain", "reward_pretrain", "sft", "rm")]
-  assert given == ["there", "elsewhere", "", ""]
+def test_each_stage_that_trains_before_rl_may_be_given():
+  paths = dict(model="a", reward_model="b", sft="c", ppo_init="d")
+  cfg = config(**{f"{block}__weights": path for block, path in paths.items()})
+  stages = ("pretrain", "reward_pretrain", "sft", "ppo_init", "rm", "ppo", "evaluate")
+  given = [lineage.given(cfg, stage) for stage in stages]
+  assert given == ["a", "b", "c", "d", "", "", ""]
+  assert lineage.given(config(rm__weights="e"), "rm") == "e"
+
+
+GIVEN = {
+  "sft": {"sft__weights": "a"},
+  "init": {"ppo_init__weights": "b"},
+  "rm": {"rm__weights": "c"},
+}
+
+
+@pytest.mark.parametrize(
+  ("given", "changes", "expected"),
+  [
+    # The rm stage stays, to measure.
+    (("sft", "init", "rm"), {}, ["rm", "ppo_ptx", "evaluate"]),
+    # No baseline is trained for the comparison alone.
+    (("init", "rm"), {}, ["rm", "ppo_ptx", "evaluate"]),
+    (("init",), {}, ["pretrain", "rm", "ppo_ptx", "evaluate"]),
+    (("init",), {"rm__start_from": "sft"}, ["pretrain", "sft", "rm", "ppo_ptx", "evaluate"]),
+    # Of a given baseline no epoch is selected.
+    (("sft",), {}, ["pretrain", "rm", "ppo_init", "ppo_ptx", "evaluate"]),
+    (("sft",), {"rm__start_from": "sft"}, ["pretrain", "rm", "ppo_init", "ppo_ptx", "evaluate"]),
+    (("rm",), {}, ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "evaluate"]),
+    (("rm",), BIGGER, ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "evaluate"]),
+    (
+      ("init", "rm"),
+      {"data__comparisons": "demo:"},
+      ["pretrain", "sft", "collect", "rm", "ppo_ptx", "evaluate"],
+    ),
+  ],
+)
+def test_what_is_given_is_left_out_with_all_that_only_it_needs(given, changes, expected):
+  changes = changes | {name: path for one in given for name, path in GIVEN[one].items()}
+  assert lineage.plan(config(**changes)) == expected
+
+
+def test_the_given_are_judged():
+  cfg = config(**GIVEN["sft"], **GIVEN["init"], **GIVEN["rm"])
+  assert lineage.line(cfg, "evaluate") == ["sft", "rm", "ppo_init", "ppo_ptx", "evaluate"]
+  assert "sft" not in lineage.line(config(**GIVEN["init"], **GIVEN["rm"]), "evaluate")
+
+
+def test_documents_are_needed_where_something_is_trained_on_them():
+  bare = dict(data__documents="")
+  assert lineage.reads(config(**bare), "ppo") == lineage.reads(config(**bare), "evaluate")
+  assert lineage.reads(config(**bare), "ppo") == ("prompts",)
+  assert lineage.reads(config(**bare), "ppo_ptx") == ("prompts", "documents")
+  assert lineage.reads(config(ppo__gamma=0.0, **bare), "ppo_ptx") == ("prompts",)
+  assert lineage.reads(config(), "ppo") == ("prompts", "documents")
+  assert "documents" in lineage.reads(config(**bare), "sft")
+
+
+def test_the_given_weights_that_a_network_descends_from():
+  cfg = config(model__weights="base", reward_model__weights="other", **BIGGER)
+  stages = ("pretrain", "sft", "ppo_init", "ppo_ptx", "rm", "reward_pretrain")
+  assert [lineage.origin(cfg, stage) for stage in stages] == ["base"] * 4 + ["other"] * 2
+  cfg = config(model__weights="base", **GIVEN["sft"], **GIVEN["init"], **GIVEN["rm"])
+  assert [lineage.origin(cfg, stage) for stage in stages[:5]] == ["base", "a", "b", "b", "c"]
+  assert lineage.origin(config(**GIVEN["sft"], rm__start_from="sft"), "rm") == "a"
+  assert [lineage.origin(config(), stage) for stage in stages] == [""] * 6
+
+
+def test_a_given_reward_model_reads_what_there_is():
+  bare = dict(data__comparisons="", data__demonstrations="")
+  assert lineage.reads(config(**GIVEN["rm"]), "rm") == ("comparisons", "demonstrations")
+  assert lineage.reads(config(**GIVEN["rm"], data__comparisons=""), "rm") == ("demonstrations",)
+  assert lineage.reads(config(**GIVEN["rm"], **bare), "rm") == ()
+  assert lineage.reads(config(**bare), "rm") == ("comparisons", "demonstrations")
 
 
 def test_a_stage_without_parents_is_no_base_for_that(monkeypatch):
@@ -118,6 +188,15 @@ def test_a_row_says_which_setting_asks_for_its_stage(monkeypatch):
   monkeypatch.setitem(lineage.STAGES, "ppo", row)
   assert lineage.rl_stages(cfg) == ["ppo", "ppo_ptx", "ppo_beta0"]
   assert lineage.rl_stages(config()) == ["ppo_ptx"]
+
+
+def test_adapters_learn_at_a_higher_rate():
+  cfg = config(adapter__rank=2, adapter__rate_factor=4.0)
+  rate = cfg.sft.optim.learning_rate
+  assert lineage.optim(cfg, cfg.sft.optim) == dataclasses.replace(
+    cfg.sft.optim, learning_rate=4 * rate
+  )
+  assert lineage.optim(config(), cfg.sft.optim) == cfg.sft.optim
 
 
 def test_collected_comparisons_are_read_from_no_source():

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib
+import io
 import json
 import os
 import pathlib
@@ -22,7 +24,11 @@ import pytest
 from jax._src import compilation_cache
 
 import instructjax
+from configs import base
+from configs import weights as weights_settings
+from instructjax.commands import weights_preset
 from instructjax.core import results
+from instructjax.core.config import from_config_dict
 from instructjax.core.errors import StageStopped, UserError
 from instructjax.core.provenance import Source
 from instructjax.core.stages import STAGES
@@ -31,15 +37,18 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import sharding
 from instructjax.report.results import Measured
 from instructjax.rl import scoring
+from instructjax.serve import packaging
 from instructjax.stages import (
   answers,
   collect,
   evaluate,
   pipeline,
   policies,
+  reward_functions,
   rm,
 )
 from instructjax.train import checkpoint, finished, metrics, profiling, supervised
+from instructjax.train.tracking import Tracking, Worker
 from tests import finished_run, micro
 from tests.data import test_bpe
 
@@ -75,12 +84,22 @@ def specs(tmp_path_factory):
 def whole(tmp_path_factory, specs):
   """The workdir of a finished run of `ppo_ptx` compared with `ppo`, step 2 of each stage traced.
 
-  What it printed lies beside it, in a file of its name with `.txt`.
+  What it printed lies beside it, in a file of its name with `.txt`, and what its tracker was told with `.json`.
   """
   workdir = tmp_path_factory.mktemp("whole")
+  calls = []
+  sender = types.SimpleNamespace(
+    **{
+      name: lambda *args, name=name: calls.append((name, *args))
+      for name in ("begin", "log", "report", "close")
+    }
+  )
+  tracked = Tracking([Worker("fake", lambda tell: sender, is_final=True)])
   with micro.one_device(), open(workdir.with_suffix(".txt"), "w") as printed:
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(pipeline.tracking, "open_run", lambda config, workdir: tracked)
       pipeline.run(config(specs, profile__steps="2:3"), workdir)
+  workdir.with_suffix(".json").write_text(json.dumps(calls, default=str))
   return workdir
 
 
@@ -152,6 +171,39 @@ def test_from_files_to_the_report(whole):
   for stage in TRAINED:
     done = finished.read_done(whole / stage)
     assert done.step in checkpoint.saved_steps(whole / stage), stage
+
+
+def test_trackers_get_every_step_every_result_and_the_findings(whole):
+  calls = json.loads(whole.with_suffix(".json").read_text())
+  trained = ["pretrain", "sft", "rm", "ppo_init", "ppo", "ppo_ptx"]
+  logged = [call[1:] for call in calls if call[0] == "log"]
+  assert [stage for stage, *_ in logged] == [
+    stage for stage in trained for _ in metrics.read_metrics(whole / stage)
+  ]
+  for stage in trained:
+    lines = [{"step": step, **line} for name, step, line, _ in logged if name == stage]
+    assert lines == metrics.read_metrics(whole / stage)
+  for stage, _, _, rows in logged:
+    assert [set(row) for row in rows] == [
+      {"prompt", "answer", "score", "kl"} for _ in rows
+    ] and bool(rows) == (stage in ("ppo", "ppo_ptx"))
+  numbers, tables = {}, {}
+  for _, some, more in (call for call in calls if call[0] == "report"):
+    numbers |= some
+    tables |= more
+  rm = json.loads((whole / "rm/done.json").read_text())["result"]
+  assert numbers["rm/validation/accuracy"] == rm["validation"]["accuracy"]
+  summary = json.loads((whole / "evaluate/results.json").read_text())["policies"]
+  assert numbers["evaluate/summary/ppo_ptx/reward"] == summary["ppo_ptx"]["reward"]
+  found = json.loads((whole / "report/findings.json").read_text())
+  for finding in found:
+    assert numbers[f"evaluate/findings/{finding['id']}/holds"] == finding["holds"]
+  assert [row["finding"] for row in tables["evaluate/findings"]] == [row["id"] for row in found]
+  answers = [
+    json.loads(line) for line in (whole / "evaluate/answers.jsonl").read_text().splitlines()
+  ]
+  assert tables["evaluate/answers"] == [{"prompt": r["prompt"], **r["answers"]} for r in answers]
+  assert calls[-1] == ["close", "finished"]
 
 
 def test_every_stage_says_where_it_comes_from(whole, specs):
@@ -366,13 +418,53 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
 def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo")
   # Chunks of pretraining rows, which may change as well.
-  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_chunks=2, checkpoint__every_steps=1)
+  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_microbatches=2, checkpoint__every_steps=1)
   message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
   with pytest.raises(StageStopped, match=message):
     run_stage(limited, workdir, "ppo")
   assert checkpoint.saved_steps(workdir / "ppo") == [1]
   run_stage(config(specs), workdir, "ppo")
   assert_same_stage(workdir / "ppo", whole / "ppo")
+
+
+OWN_REWARD = """
+def brevity(prompts, answers, iteration):
+  return [{value} if iteration == 3 else -len(answer) / 10 for answer in answers]
+"""
+
+
+def test_a_mended_reward_function_goes_on_as_if_it_had_been_right(
+  whole, specs, tmp_path, monkeypatch, capsys
+):
+  """With every kind of reward model beside it: the run's own, given again, is its own equal."""
+  module, rm = tmp_path / "own_reward.py", str(whole / "rm")
+  monkeypatch.syspath_prepend(tmp_path)
+  changes = dict(
+    ppo__rewards=("rm", "0.1*python:own_reward:brevity", "ensemble:worst", f"0*model:{rm}"),
+    ppo__ensemble=(rm,),
+  )
+
+  def run(workdir, value):
+    module.write_text(OWN_REWARD.format(value=value))
+    monkeypatch.delitem(sys.modules, "own_reward", raising=False)
+    reward_functions.load.cache_clear()
+    importlib.invalidate_caches()
+    run_stage(config(specs, **changes), workdir, "ppo")
+    return workdir / "ppo"
+
+  right, mended = (copy_without(whole, tmp_path / name, "ppo") for name in ("right", "mended"))
+  with pytest.raises(UserError, match="python:own_reward:brevity, in iteration 3, returned None"):
+    run(mended, "None")
+  assert checkpoint.saved_steps(mended / "ppo") == [2]
+  assert run(mended, "-1.5000") and "python:own_reward:brevity changed" in capsys.readouterr().out
+  expected = run(right, "-1.5000")
+  assert records(mended / "ppo") == records(expected)
+  assert last_checkpoint(mended / "ppo")[0] == last_checkpoint(expected)[0]
+  for record in records(expected):
+    assert record["rewards/ensemble"] == pytest.approx(record["reward"], abs=1e-6)
+    assert record["rewards/model"] == pytest.approx(record["reward"], abs=0.2)  # spelled anew
+  with pytest.raises(UserError, match="was made with another reward python:own_reward:brevity"):
+    run(mended, "-2")
 
 
 def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
@@ -503,6 +595,55 @@ def test_given_weights_may_move(whole, specs, tmp_path):
   assert files_of(tmp_path / "run" / "sft") == made
 
 
+def test_rl_from_a_given_policy_and_a_given_reward_model(whole, specs, tmp_path):
+  """In one command, without comparisons and demonstrations: the same PPO-ptx as where they were trained."""
+  given = {
+    f"{block}__weights": str(whole / stage)
+    for block, stage in (("sft", "sft"), ("ppo_init", "ppo_init"), ("reward_model", "rm"))
+  }
+  bare = specs | {"comparisons": "", "demonstrations": ""}
+  run = lambda **changes: pipeline.run(
+    config(bare, evaluate__compare=(), **given | changes), tmp_path / "run"
+  )
+  printed = io.StringIO()
+  with micro.one_device(), contextlib.redirect_stdout(printed):
+    run()
+  assert "is not measured" in printed.getvalue() and "keep the zero point" in printed.getvalue()
+  made = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+  assert made == {"cache", "evaluate", "ppo_ptx", "report", "rm", "tokenizer"}
+  same = [last_checkpoint(folder / "ppo_ptx")[0] for folder in (tmp_path / "run", whole)]
+  assert same[0] == same[1]
+  policies_judged = finished.read_done(tmp_path / "run" / "evaluate").result.summary
+  assert set(policies_judged) == {"sft", "ppo_init", "ppo_ptx"}
+  # It goes on where it was, and not with another reward model.
+  before = files_of(tmp_path / "run" / "ppo_ptx")
+  with micro.one_device():
+    run()
+    assert files_of(tmp_path / "run" / "ppo_ptx") == before
+    other = copy_without(whole, tmp_path / "other", "ppo", "ppo_ptx", "evaluate", "report")
+    finished_run.change_done(other / "rm", '"config.seed": "0"', '"config.seed": "1"')
+    with pytest.raises(UserError, match="with another weights:rm"):
+      run(reward_model__weights=str(other / "rm"))
+
+
+def test_preset_weights_from_a_folder_of_hugging_face(whole, specs, tmp_path):
+  """The policy's base, exported: no shape is typed, and the trained stages are the same bit for bit."""
+  packaging.write_huggingface(str(whole / "pretrain"), tmp_path / "base")
+  values = micro.config_dict("ppo_ptx", specs)
+  untouched = base.base("ppo_ptx")
+  for block in ("model", "reward_model", "tokenizer"):
+    values[block] = untouched[block]
+  values.model.weights = str(tmp_path / "base")
+  values.evaluate.compare = ()
+  weights_preset.fill_in(values, untouched, {}, weights_settings)
+  assert values.model.d_model == 16 and values.tokenizer.vocab_size == micro.VOCAB_SIZE
+  with micro.one_device():
+    pipeline.run(from_config_dict(values), tmp_path / "run")
+  for stage in ("sft", "rm", "ppo_init", "ppo_ptx"):
+    ours, theirs = (last_checkpoint(folder / stage)[0] for folder in (tmp_path / "run", whole))
+    assert ours == theirs, stage
+
+
 def other_documents(specs, folder):
   """The documents less the first ten: enough for another tokenizer."""
   lines = pathlib.Path(specs["documents"].removeprefix("jsonl:")).read_text().splitlines()
@@ -564,7 +705,7 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
 @pytest.mark.parametrize(
   ("changes", "match"),
   [
-    ({"data__max_prompt_length": 2}, "s: every record is too long .*max_prompt_length"),
+    ({"data__max_prompt_length": 2}, "s: every record is too long: .*max_prompt_length"),
     (
       {"mesh__data": 3},
       "mesh: .*mesh.data=3.* must multiply to the number of devices, got 8",
@@ -581,6 +722,15 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
       " --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=2",
     ),
     ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
+    (
+      {"sft__microbatches": 2},
+      r"config.sft.batch_size / microbatches = 4 must be divisible by mesh slice \* data \* fsdp = 8; set fewer"
+      " --config.sft.microbatches",
+    ),
+    (
+      {"ppo__batch_size": 16, "ppo__microbatches": 2},
+      "config.ppo.batch_size / num_minibatches / microbatches = 4 must be divisible by mesh",
+    ),
     ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "^/no.model cannot be read: No such file"),
     ({"rollout__slots": 4}, r"rollout.slots=4 must be divisible by mesh slice \* data \* fsdp = 8"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
 from instructjax.train.optim import make_optimizer
@@ -36,7 +37,7 @@ def test_model_flops_of_an_iteration(ppo_config, nets):
   policy = read * (layers + 2 * (PROMPT + RESPONSE) * 16) + 50 * head
   scalar = read * (layers + 2 * (PROMPT + RESPONSE) * 16 + scalar_head)
   text = 16 * 8 * DOCUMENT * (layers + 2 * DOCUMENT * 16 + head)
-  plain = dataclasses.replace(ppo_config, ptx_rows=1, ptx_chunks=1)
+  plain = dataclasses.replace(ppo_config, ptx_rows=1, ptx_microbatches=1)
   ptx = dataclasses.replace(ppo_config, gamma=0.5, behaviour_logprob="rescore")
   count = lambda cfg: ppo.model_flops(nets, cfg, PROMPT, metrics)
   # Sampled, scored by the reference (and anew by the policy), valued, rewarded; then two epochs, three times.
@@ -95,7 +96,9 @@ def test_it_reads_training_prompts_and_training_text():
   (prompts,), kwargs = parts["prompts"]
   seed = "seed of ppo_ptx"
   assert prompts == "prompts"
-  assert kwargs == dict(length=36, batch_size=8, seed=seed, vocab_size=23, places=("own", 8))
+  assert kwargs == dict(
+    length=36, batch_size=8, seed=seed, vocab_size=23, places=("own", 8), repeats=1
+  )
   assert parts["pretrain"] == ("train", dict(length=11, batch_size=24, seed=seed))
   assert plain.keys() == {"prompts"}
 
@@ -109,16 +112,16 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
   rows = lambda ctx, length: f"held-out rows of {length}"
   with (
     mock.patch.object(
-      ppo.supervised, "make_lm_evaluation", lambda model, mesh: lambda *a: (model, *a)
+      ppo.supervised, "make_lm_evaluation", lambda model, mesh, microbatches: lambda *a: (model, *a)
     ),
     mock.patch.object(ppo, "validation_rows", rows),
   ):
-    found = ppo._held_out_loss(ctx, nets)(state, 3)
+    found = ppo._held_out_loss(ctx, nets, ())(state, 3)
   assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
 
 
-@pytest.mark.parametrize("max_kl", [0.0, 30.0])
-def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
+@pytest.mark.parametrize("max_kl, documents", [(0.0, ["documents"]), (30.0, [])])
+def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, documents):
   """Both stay frozen as reference and reward; policy and value network begin as their copies."""
   cfg = micro.config(
     "ppo", {}, ppo__max_kl=max_kl, ppo__num_iterations=7, evaluate__pretrain_every=3
@@ -143,11 +146,17 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     patch(ppo, "initial_state", initial_state)
     patch(ppo, "freeze", lambda *a: made.update(frozen=a) or "frozen")
     patch(ppo, "_batches", lambda ctx, cfg, stage: f"batches of {stage}")
-    patch(ppo, "_held_out_loss", lambda ctx, nets: "held-out loss")
-    patch(ppo, "_describe", lambda ctx: "describe")
+    patch(ppo, "_held_out_loss", lambda ctx, nets, base: "held-out loss")
+    patch(ppo, "_describe", lambda ctx, watch: f"describe, {watch}")
+    patch(ppo, "_watch", lambda *a: "watch")
+    patch(ppo, "_functions", lambda cfg: ())
+    patch(ppo.host_rewards, "with_sources", lambda run, made_with, functions: run)
+    patch(ppo.text_scorers, "open_all", lambda cfg: [])
+    patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
+    patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
-    patch(ppo.policies, "load", lambda ctx, name: f"weights of {name}")
-    patch(ppo.policies, "load_reward", lambda ctx: "shifted reward model")
+    patch(ppo.policies, "load", lambda ctx, name, read: f"weights of {name}")
+    patch(ppo.policies, "load_reward", lambda ctx, read: "shifted reward model")
     patch(ppo.stacking, "relay", lambda params, how: params)
     patch(ppo.checkpoint, "tree_fingerprint", lambda tree: f"hash of {tree}")
     patch(ppo.dataclasses, "replace", lambda run, **changes: changes)
@@ -155,16 +164,73 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl):
     ppo.run(ctx, "ppo")
   given = "weights of ppo_init", "shifted reward model"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
-  assert made["frozen"] == ("nets", "shardings", *given)
+  assert made["frozen"] == ("nets", "shardings", *given, None, (), ())  # no ensemble, no base
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
   assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
   assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
-  assert fitted["evaluate"] == "held-out loss"
+  assert fitted["evaluate"] == ("held-out loss" if documents else None)
   assert [step for step in range(8) if step in fitted["evaluate_steps"]] == [1, 3, 6]
   hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
   assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
   assert finished == [("ppo", run, 7, ppo.results.Nothing())]
+
+
+@pytest.mark.parametrize("init", ["reward_model", "policy"])
+def test_what_the_value_network_starts_from(ppo_config, nets, random_params, init):
+  """C.4's reward model as it is, or the policy's trunk under a head that values everything at 0."""
+  mesh = ppo.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  cfg = dataclasses.replace(ppo_config, value_init=init)
+  params, reward_params = random_params(nets.policy, 1), random_params(nets.scalar, 2)
+  made = ppo.initial_value(mesh, cfg, nets, params, reward_params)
+  if init == "reward_model":
+    assert made is reward_params
+    return
+  assert made["head"].keys() == reward_params["head"].keys()
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
+  for name in made.keys() - {"head"}:
+    jax.tree.map(np.testing.assert_array_equal, made[name], params[name])
+
+
+def test_a_value_network_that_starts_from_the_policys_adapter(ppo_config, nets, random_params):
+  """The adapter alone is copied: both networks share the base."""
+  adapter = micro.config("ppo", {}, adapter__rank=2).adapter
+  policy, scalar = (model.clone(adapter=adapter) for model in (nets.policy, nets.scalar))
+  nets = dataclasses.replace(nets, policy=policy, scalar=scalar)
+  mesh = ppo.sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  params = ppo.adapters.init(policy, jax.random.key(0))
+  cfg = dataclasses.replace(ppo_config, value_init="policy")
+  made = ppo.initial_value(mesh, cfg, nets, params, None)
+  assert jax.tree.structure(made) == jax.tree.structure(ppo.adapters.trained_shapes(scalar))
+  jax.tree.map(np.testing.assert_array_equal, made["layers"], params["layers"])
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
+
+
+def test_the_policys_adapter_has_no_place_on_another_base():
+  changes = dict(model__weights="a", adapter__rank=2, ppo__value_init="policy")
+  ppo.check_settings(micro.config("ppo", {}, **changes), "ppo")
+  with pytest.raises(UserError, match="must come with one base for policy and reward model"):
+    ppo.check_settings(micro.config("ppo", {}, reward_model__weights="b", **changes), "ppo")
+
+
+def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
+  """2 of 5 iterations of 4 updates: its cosine ends after 12 of them, the value network's after 20."""
+  optim = dataclasses.replace(
+    ppo_config.policy_optim, schedule="cosine", warmup_steps=0, end_fraction=0.0
+  )
+  cfg = dataclasses.replace(
+    ppo_config,
+    num_iterations=5,
+    value_warmup=2,
+    num_epochs=2,
+    num_minibatches=2,
+    policy_optim=optim,
+    value_optim=optim,
+  )
+  lengths = []
+  with mock.patch.object(ppo, "make_optimizer", lambda optim, updates: lengths.append(updates)):
+    ppo._optimizers(tiny.CONFIG, cfg)
+  assert lengths == [12, 20]
 
 
 def test_the_first_state_holds_copies_of_what_stays_frozen(ppo_config, nets, random_params):
@@ -204,17 +270,24 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
   token_BL = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 0]])
   rollout = types.SimpleNamespace(token_BL=token_BL, is_token_BL=token_BL < 8)
   samples = types.SimpleNamespace(
-    rollout=rollout, score_B=np.array([0.5, 1.5, 2.5]), kl_B=np.array([3.0, 4.0, 5.0])
+    rollout=rollout,
+    score_B=np.array([0.5, 1.5, 2.5]),
+    kl_B=np.array([3.0, 4.0, 5.0]),
+    rewards={"polite": np.array([1.0, 0.0, 1.0])},
   )
+  watched = []
+  watch = lambda step, values, texts: watched.append((step, values, texts()))
   gold = lambda prompts, texts: [len(p) + 10 * int(t[0]) for p, t in zip(prompts, texts)]
   simulation = types.SimpleNamespace(gold_score=gold) if prompts == "demo:" else None
   monkeypatch.setattr(ppo.sources, "simulation", {prompts: simulation}.__getitem__)
   decode = lambda tokenizer, rows: ["".join(str(t) for t in row if t != 9) for row in rows]
   monkeypatch.setattr(ppo.answers, "decode", decode)
-  extra, rows = ppo._describe(ctx)(samples, 1)
+  extra, rows = ppo._describe(ctx, watch)(samples, 1)
   assert rows == [
-    {"prompt": "12", "answer": "3", "score": 0.5, "kl": 3.0},
-    {"prompt": "45", "answer": "6", "score": 1.5, "kl": 4.0},
+    {"prompt": "12", "answer": "3", "score": 0.5, "polite": 1.0, "kl": 3.0},
+    {"prompt": "45", "answer": "6", "score": 1.5, "polite": 0.0, "kl": 4.0},
   ]
+  expected = {"rm": samples.score_B, **samples.rewards}
+  assert watched == [(1, expected, (["12"], ["3"]))]
   # 2 + 30, 2 + 60, and 1 + 0: the pad is no text.
   assert extra == ({"gold": 95 / 3} if simulation else {})

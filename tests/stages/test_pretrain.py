@@ -58,7 +58,7 @@ def test_a_base_learns_training_text_and_keeps_its_best_step(stage, role, steps)
   assert fitted["state"] == ("mesh", model, f"tx of {steps}", f"fresh {model} by {key}", key)
   assert fitted["step"] == (
     (model, f"tx of {steps}"),
-    dict(dropout_rate=0.0, state_shardings="shardings"),
+    dict(dropout_rate=0.0, state_shardings="shardings", microbatches=1),
   )
   assert (fitted["batches"], fitted["num_steps"]) == ("batches", steps)
   # Every second step, and the last.

@@ -1,5 +1,6 @@
 """The reward model's train step: eq. 1 through the model, in one forward, blind to padding."""
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -8,6 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from instructjax import models
@@ -47,10 +49,15 @@ def rankings(seed):
   return result
 
 
-def ranked(seed, shared=False):
-  length, num_rows = (3 * LENGTH, SHARED_ROWS) if shared else (LENGTH, None)
+def ranked(seed, shared=False, num_groups=1):
+  length, num_rows = (3 * LENGTH, SHARED_ROWS * num_groups) if shared else (LENGTH, None)
   return ranked_batch(
-    rankings(seed), max_responses=ANSWERS, length=length, vocab_size=VOCAB, num_rows=num_rows
+    rankings(seed),
+    max_responses=ANSWERS,
+    length=length,
+    vocab_size=VOCAB,
+    num_rows=num_rows,
+    num_groups=num_groups,
   )
 
 
@@ -64,8 +71,10 @@ def start(quick_jit, model, adam_config, random_params):
   """start(mesh) -> (train step, fresh state); one compiled step a mesh."""
   cfg = RMConfig(
     start_from="sft",
+    weights="",
     num_epochs=1,
     batch_size=ROWS,
+    microbatches=1,
     max_responses=ANSWERS,
     row_length=0,
     ties="drop",
@@ -75,12 +84,14 @@ def start(quick_jit, model, adam_config, random_params):
   )
   tx, steps = make_optimizer(adam_config, 100), {}
 
-  def one(mesh):
+  def one(mesh, microbatches=1):
     placed = jax.device_put(random_params(model, 1), models.param_shardings(mesh, model)[0])
     with mock.patch.object(jax, "jit", quick_jit):
       state, shardings = supervised.create_state(mesh, model, tx, placed, jax.random.key(0))
-      steps.setdefault(mesh, rm.make_train_step(model, tx, cfg, shardings))
-    return steps[mesh], state
+      own = dataclasses.replace(cfg, microbatches=microbatches)
+      kind = (mesh, microbatches)
+      steps.setdefault(kind, rm.make_train_step(model, tx, own, shardings))
+    return steps[kind], state
 
   return one
 
@@ -153,6 +164,7 @@ def test_the_bias_is_the_mean_score_of_whole_training_demonstrations():
     tokenizer=types.SimpleNamespace(stop_ids=(1,), pad_id=99, decode=str),
     data=types.SimpleNamespace(demonstration_tokens=splits.__getitem__),
     model=lambda role: role,
+    given={},
   )
 
   def score(ctx, model, params, found):
@@ -174,6 +186,9 @@ def stage_context(records, **changes):
     config=micro.config("rm", {}, **changes),
     data=types.SimpleNamespace(records=lambda kind, split: records[split]),
     key=lambda name: f"key of {name}",
+    given={},
+    mesh="mesh",
+    model=lambda role: role,
   )
 
 
@@ -202,6 +217,43 @@ def test_each_measurement_is_of_its_own_split(collects):
     cross_validation=("folds of", "rm"),
   )
   assert kept == [("rm", "rm", 7, measured)]
+
+
+@pytest.mark.parametrize("comparisons", ["jsonl:a", "demo:", ""])
+@pytest.mark.parametrize("demonstrations", ["jsonl:b", ""])
+def test_a_given_reward_model_is_measured_on_what_there_is(comparisons, demonstrations):
+  """It is not trained, keeps no checkpoint, and what could not be measured is said."""
+  records = {split: [split] for split in SPLITS}
+  named = dict(data__comparisons=comparisons, data__demonstrations=demonstrations)
+  ctx = stage_context(records, rm__weights="there", **named)
+  load = lambda mesh, model: (mesh, model)
+  ctx.given = {"rm": types.SimpleNamespace(path="there", load=load, end_of_score="at the EOS")}
+  kept, said = [], []
+  judged = results.Judgement(0.75, 0.1, 8, 4, 1.0, None)
+  seen = []
+  with (
+    mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: name),
+    mock.patch.object(rm, "is_finished", lambda run: False),
+    mock.patch.object(
+      rm, "judge", lambda ctx, params, rows: seen.append((params, *rows)) or judged
+    ),
+    mock.patch.object(rm, "demonstration_mean", lambda ctx, params: 0.5),
+    mock.patch.object(rm, "finish", lambda ctx, *rest: kept.append(rest)),
+    mock.patch.object(rm.terminal, "say", said.append),
+  ):
+    rm.run(ctx, "rm")
+  validation = judged if comparisons else None
+  heldout = judged if comparisons == "demo:" else None
+  mean = 0.5 if demonstrations else None
+  assert kept == [("rm", "rm", None, results.RewardModel(mean, validation, heldout, ()))]
+  splits = {"jsonl:a": ["validation"], "demo:": ["validation", "heldout"], "": []}[comparisons]
+  assert seen == [(("mesh", "reward"), split) for split in splits]
+  text = "\n".join(said)
+  assert "rm there: a finished reward model, used as it is; at the EOS" in text
+  assert ("accuracy 0.750 on 8 held-out pairs" in text) == bool(comparisons)
+  assert ("is not measured" in text) == (not comparisons)
+  assert ("demonstrations scored 0.5 on average" in text) == bool(demonstrations)
+  assert ("keep the zero point of the file" in text) == (not demonstrations)
 
 
 def test_cross_validation_trains_on_training_rankings_and_judges_on_held_out_ones():
@@ -292,11 +344,15 @@ def test_rankings_with_too_many_answers_are_refused():
   assert rm.tokenized(ctx, []) == []
 
 
-@pytest.mark.parametrize(("row_length", "length", "rows"), [(0, 60, None), (70, 70, 12)])
-def test_batches_of_rankings(row_length, length, rows):
-  """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards."""
+@pytest.mark.parametrize(
+  ("row_length", "microbatches", "length", "rows"),
+  [(0, 1, 60, None), (70, 1, 70, 12), (70, 2, 70, 16)],
+)
+def test_batches_of_rankings(row_length, microbatches, length, rows):
+  """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards of each part."""
+  changes = {"rm__row_length": row_length, "rm__microbatches": microbatches}
   ctx = types.SimpleNamespace(
-    config=micro.config("rm", {}, rm__row_length=row_length, rm__num_epochs=2),
+    config=micro.config("rm", {}, rm__num_epochs=2, **changes),
     tokenizer=characters(),
     mesh="mesh",
     own_rows=lambda count: ("own", count),
@@ -308,7 +364,7 @@ def test_batches_of_rankings(row_length, length, rows):
     mock.patch.object(rm.batching, "ranking_batches", lambda *a, **k: (a, k)),
   ):
     arguments, kwargs = rm._batches(ctx, ["tokens", "record"], 5)
-  shape = dict(length=length, batch_size=8, seed=5)
+  shape = dict(length=length, batch_size=8, seed=5, num_groups=microbatches)
   assert arguments == (["tokens", "record"],)
   assert asked == ([((["tokens", "record"],), shape | dict(num_epochs=2))] if row_length else [])
   places = ("own", rows or 24), ("own", 8)
@@ -341,12 +397,12 @@ def test_training_takes_every_batch_of_every_epoch():
     mock.patch.object(rm, "_stage_run", lambda ctx, stage, name: (stage, name)),
     mock.patch.object(rm.loop, "fit", fit),
     mock.patch.object(sharding, "place_batch", lambda mesh, batch: (mesh, batch)),
-    mock.patch.object(rm.flops, "forward", lambda model, tokens, length: (model, tokens, length)),
+    mock.patch.object(rm.flops, "training", lambda model, tokens, length: (model, tokens, length)),
   ):
     assert rm.train(ctx, "rm", "rm/fold_1", ["record"], "key") == (15, "trained")
     run, state, step, _, kwargs = made["fit"]
     assert kwargs["num_steps"] == 15 and kwargs["place"]("batch") == ("mesh", "batch")
-    assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60) * 3  # forward and backward
+    assert kwargs["flops"]({"tokens": 7}) == ("reward model", 7, 60)
   assert made["batches"] == (["tokens", "record"], "seed of rm/fold_1")
   assert made["tx"] == ("reward model", ctx.config.rm, 15, "mesh")
   assert (run, step) == (("rm", "rm/fold_1"), "step")
@@ -441,6 +497,23 @@ def test_answers_that_share_rows_give_the_same_loss_and_gradient(start, one_devi
   np.testing.assert_allclose(results[1][0]["loss"], results[0][0]["loss"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("shared, microbatches", [(False, 8), (True, 2)])
+def test_microbatches_are_one_batch(start, one_device, shared, microbatches):
+  """Prompts of different K, among them prompts without a usable pair, with all their answers in one part."""
+  whole, parts = ranked(0, shared), ranked(0, shared, microbatches)
+  for batch in (whole, parts):
+    batch.rank_BC[1] = batch.is_answer_BC[1]  # nothing but ties
+  results = []
+  for batch, number in ((whole, 1), (parts, microbatches)):
+    step, state = start(one_device, number)
+    state, metrics = step(state, batch)
+    results.append((metrics, optax.tree.get(state.opt_state, "mu")))
+  assert 0 < results[0][0]["accuracy"] < 1 and results[0][0]["grad_norm"] > 0.1
+  for got, expected in zip(*map(jax.tree.leaves, results[::-1]), strict=True):
+    size = max(np.abs(expected).max(), 1e-3)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6 * size)
+
+
 def test_padding_and_missing_answers_change_nothing(start, one_device):
   batch, rng = ranked(0), np.random.default_rng(9)
   filled = lambda mask, x: np.where(mask, x, rng.integers(0, VOCAB, x.shape, np.int32))
@@ -500,7 +573,7 @@ def checked(tmp_path, monkeypatch, rows, **changes):
   )
   data = run_data.RunData(config, tmp_path, tokenizer, Contents(config, tmp_path))
   ctx = types.SimpleNamespace(
-    config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0
+    config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0, given={}
   )
   made = []
   batches = types.SimpleNamespace(steps_per_epoch=10**6)

@@ -35,6 +35,8 @@ def small(**changes):
     # A layer: q 4*6, k and v 2*4*3, o 6*4, MLP 2*4*8; two of them, and 10 rows of 4.
     ({}, 2 * (24 + 24 + 24 + 64) + 40),
     ({"mlp": "swiglu"}, 2 * (24 + 24 + 24 + 96) + 40),
+    ({"mlp": "geglu"}, 2 * (24 + 24 + 24 + 96) + 40),
+    ({"mlp": "gelu_exact"}, 2 * 136 + 40),
     ({"tie_embeddings": False}, 2 * 136 + 80),
     ({"position": "learned", "max_length": 5}, 2 * 136 + 40 + 20),
   ],
@@ -51,8 +53,28 @@ def test_weights_are_split_over_fsdp_and_tensor_and_rows_over_data_and_fsdp():
   assert gradients == state / 3 and room.peak(needs) == state + max(gradients, batch)
   rows, length = cfg.pretrain.batch_size, cfg.pretrain.length
   assert batch == rows * length * cfg.model.num_layers * cfg.model.d_model * 4
+  parts = dataclasses.replace(cfg, pretrain=dataclasses.replace(cfg.pretrain, microbatches=4))
+  assert list(room.parts(parts, ONE, "pretrain").values())[2] == batch / 4
   split = ONE | {"data": 2, "fsdp": 2, "tensor": 2}
   assert list(room.parts(cfg, split, "pretrain").values()) == [state / 4, gradients / 4, batch / 8]
+
+
+@pytest.mark.parametrize("base, size", [("float", 2), ("int8", 1)])
+def test_adapters_leave_the_base_and_nothing_that_grows_with_it(base, size):
+  changes = dict(adapter__rank=2, adapter__base=base, execution__dtype="bfloat16")
+  cfg = config(**changes)
+  policy, reward = (
+    room.num_params(block, cfg.tokenizer.vocab_size)
+    for block in (cfg.model.network, cfg.reward_model)
+  )
+  frozen, _ = room.parts(cfg, ONE, "sft").values()
+  assert frozen == size * policy
+  assert [*room.parts(cfg, ONE, "rm").values()][0] == size * reward
+  frozen, _, _ = room.parts(cfg, ONE | {"fsdp": 2}, "ppo").values()
+  assert frozen == size * (policy + reward) / 2
+  shared = dataclasses.replace(cfg, reward_model=cfg.model)
+  assert [*room.parts(shared, ONE, "ppo").values()][0] == size * policy  # one base for all four
+  assert [*room.parts(cfg, ONE, "pretrain").values()][0] == 12 * policy  # trained whole
 
 
 def test_what_an_rl_stage_holds_hand_worked():
@@ -70,6 +92,11 @@ def test_what_an_rl_stage_holds_hand_worked():
   # Of 16 / 2 episodes, 2 layers' inputs of 96. PPO-ptx reads 8 * 2 rows of 64 tokens of text in 2 parts.
   assert minibatch == 8 * 32 * 2 * 96 * 4
   assert [*room.parts(cfg, ONE, "ppo_ptx").values()][3] == 8 * 64 * 2 * 96 * 4
+  bare = dataclasses.replace(cfg.ppo, advantage="rloo", samples_per_prompt=2)
+  found = [*room.parts(dataclasses.replace(cfg, ppo=bare), ONE, "ppo").values()]
+  assert found[:2] == [12 * policy + 2 * (policy + reward), 4 * policy]  # no value network
+  parts = dataclasses.replace(cfg, ppo=dataclasses.replace(cfg.ppo, microbatches=4))
+  assert [*room.parts(parts, ONE, "ppo").values()][3] == minibatch / 4
   split = [*room.parts(cfg, ONE | {"data": 2, "fsdp": 2, "tensor": 2}, "ppo").values()]
   assert split == [
     state / 4,

@@ -1,6 +1,7 @@
 """A run's records and token lists: read once, and collected comparisons in place of the demo's."""
 
 import hashlib
+import json
 import types
 
 import numpy as np
@@ -35,7 +36,10 @@ def loaded(monkeypatch):
   def load(spec, kind, split, **_):
     calls.append((spec, kind, split))
     texts = ("ab", "c" * 99)
-    return [types.SimpleNamespace(text=text, prompt=text, response="d") for text in texts]
+    return [
+      types.SimpleNamespace(text=text, prompt=text, response="d", where=f"{kind}:{line}")
+      for line, text in enumerate(texts, start=1)
+    ]
 
   monkeypatch.setattr(sources, "load", load)
   monkeypatch.setattr(sources, "render", lambda found, *_, **__: found)
@@ -85,8 +89,21 @@ def test_a_second_run_reads_no_documents(loaded, tmp_path, caplog):
     (f"jsonl:{tmp_path}/documents", "documents", "train"),
     (f"jsonl:{tmp_path}/demonstrations", "demonstrations", "validation"),
   ]
-  told = "demonstrations: left out because too long: 1 prompt; 1 are kept"
+  told = "demonstrations: left out because too long: 1 prompt (demonstrations:2); 1 are kept"
   assert caplog.messages == [told] * 2  # in the second run too
+
+
+def test_the_first_record_that_is_too_long_is_named_by_file_and_line(tmp_path, caplog):
+  """Through the readers, where a record's place is known."""
+  data = run_data(tmp_path)
+  path = tmp_path / "demonstrations"
+  lines = [{"prompt": p, "response": "d"} for p in ("ab", "c" * 99, "e" * 99)] * 20
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  data = of_config(data._config, tmp_path, TOKENIZER)
+  data.tokens("demonstrations", "train")
+  (told,) = caplog.messages  # all three prompts are in this split
+  what = f"40 prompts (first at {path}:2)"
+  assert told == f"demonstrations: left out because too long: {what}; 20 are kept"
 
 
 def test_runs_may_share_a_cache(loaded, tmp_path):

@@ -69,14 +69,19 @@ def test_a_batch_is_of_training_demonstrations_and_a_share_of_training_text():
 
 
 def test_it_is_measured_on_held_out_demonstrations_and_text():
-  ctx = context()
+  ctx = context(sft__microbatches=2, pretrain__microbatches=4)
   said = lambda params, batches: (
     params,
     {token for batch in batches for token in first_tokens(batch)},
   )
-  evaluate = sft._validation_loss(ctx, ctx.config.sft, said)
+  made = lambda model, mesh, microbatches: lambda *a: (model, microbatches, *said(*a))
+  with mock.patch.object(supervised, "make_lm_evaluation", made):
+    evaluate = sft._validation_loss(ctx, ctx.config.sft, "model")
   losses = evaluate(types.SimpleNamespace(params="params"), 7)
-  assert losses == {"loss": ("params", {40}), "pretrain_loss": ("params", {6})}
+  assert losses == {
+    "loss": ("model", 2, "params", {40}),
+    "pretrain_loss": ("model", 4, "params", {6}),
+  }
 
 
 @pytest.mark.parametrize(("stage", "kept"), [("sft", 4), ("ppo_init", 6)])
@@ -112,10 +117,10 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
   assert fitted["state"] == (
     "mesh", "policy model", "tx of 6", "weights of base", f"key of {stage}"
   )  # fmt: skip
-  expected = dict(dropout_rate=0.1, state_shardings="shardings")
+  expected = dict(dropout_rate=0.1, state_shardings="shardings", microbatches=1)
   assert fitted["step"] == (("policy model", "tx of 6"), expected)
-  with mock.patch.object(sft.flops, "forward", lambda *a: a):
-    assert fitted["flops"]({"tokens": 7}) == ("policy model", 7, 3) * 3  # forward and backward
+  with mock.patch.object(sft.flops, "training", lambda *a: a):
+    assert fitted["flops"]({"tokens": 7}) == ("policy model", 7, 3)
   ((name, _, step, result),) = finished
   assert (name, step) == (stage, kept)
   assert [(e.step, e.validation_loss, e.pretrain_loss) for e in result.epochs] == [

@@ -28,6 +28,7 @@ from instructjax.parallel import distributed
 from instructjax.train.checkpoint import read_meta, saved_steps
 from instructjax.train.loop import StageRun, fit
 from instructjax.train.metrics import read_metrics
+from instructjax.train.tracking import Tracking
 
 TX = optax.adam(1e-2)
 FINGERPRINT = {"config": "c" * 64, "reference": "r" * 64}
@@ -86,6 +87,7 @@ def _run(
   fingerprint=FINGERPRINT,
   profile="",
   libraries=(),
+  tracking=None,
   **execution,
 ):
   return StageRun(
@@ -93,8 +95,9 @@ def _run(
     name="toy",
     directory=pathlib.Path(directory),
     checkpoint=CheckpointConfig(every_steps=every, keep=keep),
-    log=LogConfig(every_steps=log, samples=1, tensorboard=False),
+    log=LogConfig(every_steps=log, samples=1, trackers=(), project="", run_name="", offline=True),
     profile=ProfileConfig(profile),
+    tracking=Tracking(()) if tracking is None else tracking,
     fingerprint=fingerprint,
     files={},
     changeable={

@@ -1,4 +1,4 @@
-"""metrics.jsonl across resumes, TensorBoard, what the terminal shows."""
+"""metrics.jsonl across resumes, what the terminal shows."""
 
 import io
 import json
@@ -6,17 +6,16 @@ import resource
 
 import pytest
 import rich.console
-from tensorboardX.proto import event_pb2
 
 from instructjax.core.errors import UserError
 from instructjax.train import metrics
 from instructjax.train.metrics import Display, MetricsWriter, read_metrics, sample_table
 
 
-def _write(directory, steps, *, start_step=0, tensorboard=False):
-  writer = MetricsWriter(directory, start_step=start_step, tensorboard=tensorboard)
+def _write(directory, steps, *, start_step=0):
+  writer = MetricsWriter(directory, start_step=start_step)
   for step in steps:
-    writer.write(step, {"loss": step / 10}, board=True)
+    writer.write(step, {"loss": step / 10})
   writer.close()
 
 
@@ -86,17 +85,16 @@ def test_lines_that_are_no_records_never_block_a_resume(tmp_path, capsys, junk):
   assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("tensorboard", [False, True])
-def test_a_full_disk_is_one_line(tmp_path, capfd, tensorboard):
-  writer = MetricsWriter(tmp_path, start_step=0, tensorboard=tensorboard)
-  writer.write(1, {"loss": 0.5}, board=True)
+def test_a_full_disk_is_one_line(tmp_path, capfd):
+  writer = MetricsWriter(tmp_path, start_step=0)
+  writer.write(1, {"loss": 0.5})
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   size = (tmp_path / "metrics.jsonl").stat().st_size
   # No file may grow by more than a few bytes, the smallest of all being the one that is asked first.
   resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limit[1]))
   try:
     with pytest.raises(UserError, match=f"cannot write {tmp_path}/metrics.jsonl: .*File too large"):
-      writer.write(2, {"loss": 0.5}, board=True)
+      writer.write(2, {"loss": 0.5})
     writer.close()  # does not fail again
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -107,56 +105,13 @@ def test_a_full_disk_is_one_line(tmp_path, capfd, tensorboard):
   assert capfd.readouterr().err == ""
 
 
-def test_a_disk_that_takes_the_lines_but_not_the_events(tmp_path, capfd):
-  writer = MetricsWriter(tmp_path, start_step=3, tensorboard=True)
-  (events,) = tmp_path.glob("events*")
-  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit[1]))
-  try:
-    with pytest.raises(UserError, match=f"cannot write {tmp_path}: .*File too large"):
-      for step in range(4, 9):
-        writer.write(step, {}, board=False)
-        writer.write(step, {"a_long_name_of_a_metric": 0.5}, board=True)
-    writer.close()
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-  assert capfd.readouterr().err == "" and events.stat().st_size <= 200
-
-
 def test_step_comes_first_and_files_are_strict_json(tmp_path):
   _write(tmp_path, [1])
   assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.1}\n'
-  writer = MetricsWriter(tmp_path, start_step=0, tensorboard=False)
+  writer = MetricsWriter(tmp_path, start_step=0)
   with pytest.raises(ValueError, match="not JSON compliant"):
-    writer.write(1, {"loss": float("nan")}, board=False)
+    writer.write(1, {"loss": float("nan")})
   writer.close()
-
-
-def test_tensorboard_files_only_when_asked(tmp_path):
-  _write(tmp_path / "without", [1])
-  _write(tmp_path / "with", [1], tensorboard=True)
-  assert not list((tmp_path / "without").glob("events*"))
-  (events,) = (tmp_path / "with").glob("events*")
-  assert b"loss" in events.read_bytes()
-
-
-def test_tensorboard_hides_the_steps_that_are_done_again(tmp_path):
-  _write(tmp_path, [3], start_step=2, tensorboard=True)
-  (events,) = tmp_path.glob("events*")
-  records = list(_events(events.read_bytes()))
-  assert records[0].file_version == "brain.Event:2"
-  assert (records[1].step, records[1].session_log.status) == (3, event_pb2.SessionLog.START)
-  (value,) = records[2].summary.value
-  assert (records[2].step, value.tag) == (3, "loss") and value.simple_value == pytest.approx(0.3)
-  assert len(records) == 3 and records[2].wall_time > 1e9
-
-
-def _events(data):
-  """TensorFlow's record format: 8 bytes of length, 4 of checksum, the event, 4 of checksum."""
-  while data:
-    length = int.from_bytes(data[:8], "little")
-    yield event_pb2.Event.FromString(data[12 : 12 + length])
-    data = data[16 + length :]
 
 
 def test_plain_lines_at_log_steps():

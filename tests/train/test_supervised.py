@@ -68,17 +68,21 @@ def start(quick_jit, model, tx, params):
   """start(mesh, dropout_rate) -> (train step, fresh state) on that mesh."""
 
   @functools.cache
-  def compiled_step(mesh, dropout_rate):
+  def compiled_step(mesh, dropout_rate, microbatches):
     with mock.patch.object(jax, "jit", quick_jit):
       shardings = supervised.create_state(mesh, model, tx, params, KEY)[1]
       return supervised.make_lm_train_step(
-        model, tx, dropout_rate=dropout_rate, state_shardings=shardings
+        model,
+        tx,
+        dropout_rate=dropout_rate,
+        state_shardings=shardings,
+        microbatches=microbatches,
       )
 
-  def one(mesh, dropout_rate=0.0):
+  def one(mesh, dropout_rate=0.0, microbatches=1):
     placed = jax.device_put(jax.tree.map(jnp.copy, params), models.param_shardings(mesh, model)[0])
     state, _ = supervised.create_state(mesh, model, tx, placed, jax.random.clone(KEY))
-    return compiled_step(mesh, dropout_rate), state
+    return compiled_step(mesh, dropout_rate, microbatches), state
 
   return one
 
@@ -179,6 +183,52 @@ def test_dropout_differs_by_step_and_repeats_by_seed(start, one_device):
     return float(step(state, packed(0))[1]["loss"])
 
   assert losses(0) == losses(0) != losses(1)
+
+
+def ragged(seed):
+  """As `packed`, but rows differ in how much they weigh, from nothing at all."""
+  batch = packed(seed)
+  keep_BL = np.arange(LENGTH)[None] < np.array([0, 9, 4, 2, 9, 0, 7, 3])[:, None]
+  return dataclasses.replace(batch, weight_BL=batch.weight_BL * keep_BL.astype(np.float32))
+
+
+def assert_one_batch(got, expected):
+  """The gradient (Adam's first moment) to 1e-6 of its size, as are the metrics."""
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * max(np.abs(b).max(), 1e-3))
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_microbatches_are_one_batch_and_draw_its_dropout(start, one_device, microbatches):
+  def run(microbatches):
+    step, state = start(one_device, 0.3, microbatches)
+    state, metrics = step(state, ragged(0))
+    return metrics, optax.tree.get(state.opt_state, "mu")
+
+  whole = run(1)
+  assert whole[0]["loss"] > 0 and whole[0]["grad_norm"] > 0.1
+  assert_one_batch(run(microbatches), whole)
+
+
+def test_a_held_out_loss_in_microbatches(quick_jit, model, params, one_device):
+  with mock.patch.object(jax, "jit", quick_jit):
+    whole, parts = (
+      supervised.make_lm_evaluation(model, one_device, count)(params, [packed(0), ragged(1)])
+      for count in (1, 4)
+    )
+  np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
+def test_microbatches_on_several_devices(start, one_device):
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 4, 2))
+  with jax.set_mesh(mesh):
+    step, state = start(mesh, 0.3, 2)
+    got = step(state, sharding.place_batch(mesh, ragged(0)))
+  step, state = start(one_device, 0.3)
+  expected = step(state, ragged(0))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_eight_devices_equal_one(start, one_device, mesh):

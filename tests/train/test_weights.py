@@ -92,6 +92,24 @@ def test_what_is_not_there(run, path, which, message):
     weights.locate(run[0] / path, which)
 
 
+def test_a_stage_that_measured_a_given_reward_model_holds_no_weights(tmp_path):
+  found = results.RewardModel(0.5, None, None, ())
+  finished.write_done(tmp_path / "rm", finished.Done("rm", {}, None, found))
+  assert finished.read_done(tmp_path / "rm").result == found
+  with pytest.raises(UserError, match="rm measured a reward model that was given, and holds none"):
+    weights.locate(tmp_path / "rm")
+
+
+@pytest.mark.parametrize(
+  "skips, words",
+  [(None, "at the token that ends"), (1, "before the EOS"), (9, "at the token that")],
+)
+def test_where_a_score_is_read_is_said(run, skips, words):
+  found = dataclasses.replace(weights.locate(run[0] / "sft"), score_skips=skips)
+  assert found.tokenizer.stop_ids == (1,)
+  assert words in found.end_of_score
+
+
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(run):
   found = weights.locate(run[0] / "sft")
   few = dataclasses.replace(found, vocab_size=found.tokenizer.vocab_size - 1)
@@ -118,7 +136,7 @@ def test_folders_of_other_kinds(tmp_path):
   """What a user may take for weights is answered in words, before anything is opened."""
   refused = lambda path: str(pytest.raises(UserError, weights.locate, path).value)
   (tmp_path / "adapter_config.json").write_text("{}")
-  assert "has neither done.json nor config.json; it is an adapter (LoRA): merge it" in refused(
+  assert "has neither done.json nor config.json; it is an adapter (LoRA) without" in refused(
     tmp_path
   )
   (tmp_path / "config.json").write_text("{}")

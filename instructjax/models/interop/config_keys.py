@@ -1,7 +1,7 @@
 """Which keys of config.json change a model's logits, and which do not. Called by hf_config.py.
 
 A key that no reader knows is how a file is read wrong without a word: the weights fit, and the model computes something
-else. So the keys are sorted: those that hf_config.py and rotary.py read; those that change no logits; those that would,
+else. So the keys are sorted: those that hf_fields.py and rotary.py read; those that change no logits; those that would,
 and must have the value that changes nothing; and the rest, which transformers' class for the architecture ignores as
 well. The rest is named in one line of the log.
 """
@@ -25,6 +25,19 @@ _READ = {
   "mistral": (*_LLAMA, "sliding_window"),
   # Without use_sliding_window, which is refused, the other two are not read by transformers either.
   "qwen2": (*_LLAMA, "use_sliding_window", "sliding_window", "max_window_layers"),
+  "qwen3": (*_LLAMA, "use_sliding_window", "sliding_window", "max_window_layers"),
+  "smollm3": (
+    *(*_LLAMA, "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window"),
+    *("no_rope_layers", "no_rope_layer_interval", "max_window_layers"),
+  ),
+  "gpt_neox": (
+    *("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "use_parallel_residual"),
+  ),
+  "gemma3_text": (
+    *(*_LLAMA, "hidden_activation", "query_pre_attn_scalar", "sliding_window"),
+    "sliding_window_pattern",
+  ),
 }
 _READ_BY_ALL = (
   *("model_type", "architectures", "vocab_size", "tie_word_embeddings", "initializer_range"),
@@ -53,6 +66,7 @@ _HARMLESS = {
   *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "tie_encoder_decoder"),
   *("exponential_decay_length_penalty", "tf_legacy_loss", "unsloth_version", "unsloth_fixed"),
   "original_max_position_embeddings",  # read by rotary.py where it matters
+  "_sliding_window_pattern",  # what layer_types were made of
 }
 
 # Keys that change the logits in some architecture or some version -> the values with which they change nothing.
@@ -89,6 +103,12 @@ _MUST_BE = {
   "num_experts": (0, 1),
   "n_routed_experts": (0,),
 }
+# The same for one architecture only: others do not read the key, or read it in hf_fields.py.
+_MUST_BE_IN = {
+  "gpt_neox": {"attention_bias": (True,)},
+  "qwen3": {"attention_bias": (False,)},
+  "gemma3_text": {"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+}
 
 
 def check(keys: Keys, family: str):
@@ -97,9 +117,11 @@ def check(keys: Keys, family: str):
   Raises:
     UserError: a key of `_MUST_BE` has another value.
   """
-  for name, values in _MUST_BE.items():
-    keys.refuse(name, *values)
-  known = {*_READ[family], *_READ_BY_ALL, *_HARMLESS, *_MUST_BE}
+  must_be = _MUST_BE | _MUST_BE_IN.get(family, {})
+  for name, values in must_be.items():
+    if name not in _READ[family]:
+      keys.refuse(name, *values)
+  known = {*_READ[family], *_READ_BY_ALL, *_HARMLESS, *must_be}
   unread = [
     name
     for name in keys.raw

@@ -1,4 +1,4 @@
-"""Writes GGUF files that llama.cpp loads: Llama-family, Qwen2 and GPT-2 language models.
+"""Writes GGUF files that llama.cpp loads: language models of the architectures in gguf_names.py.
 
 Called through the package. Never imports data or stages: the caller gives the tokenizer as metadata.
 """
@@ -17,6 +17,7 @@ import numpy as np
 
 from instructjax.core import errors
 from instructjax.core.errors import UserError
+from instructjax.core.network import NetworkConfig
 from instructjax.core.structs import Params
 from instructjax.models import transformer
 from instructjax.models.interop import gguf_names, hf_config, transfer
@@ -65,14 +66,16 @@ def write_file(
   """
   path = pathlib.Path(path)
   _require_writable(path, model, tokenizer_metadata, kind)
-  arch = hf_config.to_hf_config(model.network, model.vocab_size, model.head)["model_type"]
+  family = hf_config.to_hf_config(model.network, model.vocab_size, model.head)["model_type"]
+  arch = gguf_names.OF_FAMILY.get(family, family)
+  _require_built_in(path, model.network, arch)
   # The file's header lists every tensor's shape and size, so all entries are known before the first tensor is made.
   entries = list(_entries(model, params, arch, kind))
   with errors.writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
   scratch = path.with_name(path.name + ".tmp")
   writer = gguf.GGUFWriter(scratch, arch)
-  _add_metadata(writer, model, kind, name, tokenizer_metadata)
+  _add_metadata(writer, model, arch, kind, name, tokenizer_metadata)
   for entry in entries:
     writer.add_tensor_info(entry.name, entry.shape, np.dtype("f4"), entry.num_bytes, entry.type)
   try:
@@ -108,12 +111,6 @@ def _require_writable(
       f"{path}: a reward or value model cannot be written as GGUF, llama.cpp has no place for its"
       " head; write a Hugging Face folder"
     )
-  cfg = model.network
-  if cfg.qkv_bias and not cfg.use_bias and cfg.rope_scaling.kind == "llama3":
-    raise UserError(
-      f"{path}: rope_scaling.kind='llama3' together with qkv_bias cannot be written as GGUF: llama.cpp"
-      " reads no divisors of frequencies for qwen2; write a Hugging Face folder"
-    )
   if path.exists():
     raise UserError(f"{path} exists and is never overwritten; give another path or move it away")
   num_tokens = len(tokenizer_metadata["tokenizer.ggml.tokens"])
@@ -121,6 +118,47 @@ def _require_writable(
     raise UserError(
       f"{path}: the tokenizer's {num_tokens} tokens must be the model's vocab_size={model.vocab_size}"
     )
+
+
+def _require_built_in(path: pathlib.Path, cfg: NetworkConfig, arch: str):
+  """Compares a network with what llama.cpp has built in for its architecture: no key of the file could tell it.
+
+  Raises:
+    UserError: they differ; the message names the switch.
+  """
+
+  def require(is_so: bool, switch: str, rule: str):
+    if not is_so:
+      raise UserError(
+        f"{path}: {switch} cannot be written as GGUF: llama.cpp {rule}; write a Hugging Face folder"
+      )
+
+  every = lambda pattern: (pattern * cfg.num_layers)[: cfg.num_layers]
+  pattern = f"layer_pattern={cfg.layer_pattern!r}"
+  if cfg.rope_scaling.kind == "llama3":
+    require(
+      arch == "llama",
+      "rope_scaling.kind='llama3'",
+      f"reads divisors of frequencies for llama only, and this is {arch}",
+    )
+  if arch == "gptneox":
+    require(cfg.mlp == "gelu_exact", f"mlp={cfg.mlp!r}", "knows one gelu of gptneox, gelu_exact")
+  if arch == "smollm3":
+    wanted = gguf_names.SMOLLM3_PATTERN
+    require(
+      every(cfg.layer_pattern).replace("L", "G") == every(wanted),
+      pattern,
+      f"has {wanted} for smollm3",
+    )
+    require(not cfg.use_bias, "use_bias=True", "has no biases for smollm3")
+  if arch == "gemma3":
+    wanted, base = gguf_names.GEMMA3_PATTERN, gguf_names.GEMMA3_LOCAL_BASE
+    scalar = gguf_names.gemma3_scalar(cfg.num_layers, cfg.d_model, cfg.num_heads, cfg.head_dim)
+    found = cfg.query_pre_attn_scalar or cfg.head_dim
+    require(every(cfg.layer_pattern) == every(wanted), pattern, f"has {wanted} for gemma3")
+    local = f"rope_local_base={cfg.rope_local_base:g}"
+    require(cfg.rope_local_base == base, local, f"has {base:g} for gemma3")
+    require(found == scalar, f"query_pre_attn_scalar={found}", f"has {scalar} for this gemma3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +190,10 @@ def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> 
       shape, make = shape[::-1], functools.partial(_transposed, make)
     if architecture.is_permuted(name):
       make = functools.partial(_interleaved, make, cfg.head_dim)
+    if architecture.is_fused(name):
+      make = functools.partial(_fused, make, cfg.num_heads)
+    if architecture.is_shifted(name):
+      make = functools.partial(_shifted, make)
     # A quantised block lies within a row, so Q8_0 needs rows of whole blocks.
     stored = _KINDS[kind][0]
     if len(shape) == 1 or gguf_names.part_of(name) == "position_embd":
@@ -159,13 +201,22 @@ def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> 
     elif shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
       stored = _Type.F16
     yield _Entry(name, tuple(shape), stored, make)
-    if arch == "gpt2" and name == "token_embd.weight" and cfg.tie_embeddings:
-      # For GPT-2, llama.cpp before 2025 does not tie the head: it expects the table a second time.
+    if arch in gguf_names.WITH_COPY and name == "token_embd.weight" and cfg.tie_embeddings:
+      # For GPT-2, llama.cpp before 2025 does not tie the head: it expects the table a second time. Of GPT-NeoX it
+      # never does.
       yield _Entry("output.weight", tuple(shape), stored, make)
 
 
 def _transposed(make) -> np.ndarray:
   return np.asarray(make()).T
+
+
+def _fused(make, num_heads: int) -> np.ndarray:
+  return gguf_names.fuse(np.asarray(make()), num_heads)
+
+
+def _shifted(make) -> np.ndarray:
+  return np.asarray(make()) + np.float32(1)
 
 
 def _interleaved(make, head_dim: int) -> np.ndarray:
@@ -192,6 +243,7 @@ def _encode(path: pathlib.Path, entry: _Entry) -> np.ndarray:
 def _add_metadata(
   writer: gguf.GGUFWriter,
   model: transformer.Model,
+  arch: str,
   kind: str,
   name: str,
   tokenizer_metadata: Mapping[str, Any],
@@ -212,12 +264,16 @@ def _add_metadata(
     writer.add_layer_norm_eps(cfg.norm_eps)
   else:
     writer.add_layer_norm_rms_eps(cfg.norm_eps)
+  if arch == "gptneox":
+    writer.add_parallel_residual(cfg.parallel_residual)
+  if arch == "gemma3":
+    writer.add_sliding_window(cfg.attention_window)
   if cfg.position == "rope":
     writer.add_head_count_kv(cfg.num_kv_heads)
     writer.add_key_length(cfg.head_dim)
     writer.add_value_length(cfg.head_dim)
     writer.add_rope_freq_base(cfg.rope_base)
-    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_dimension_count(cfg.rotary_dim or cfg.head_dim)
     if cfg.rope_scaling.kind == "linear":
       writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
       writer.add_rope_scaling_factor(cfg.rope_scaling.factor)

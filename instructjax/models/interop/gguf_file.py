@@ -1,7 +1,8 @@
-"""Reads GGUF files: Llama-family, Qwen2 and GPT-2 weights as llama.cpp stores them.
+"""Reads GGUF files: weights as llama.cpp stores them, of the architectures in gguf_names.py.
 
-Called through the package. Names, layout, quantisation and config are translated here, so that other modules see the
-file as if it were a Hugging Face folder. Of data it imports the reader of headers only; never stages.
+Called through the package. Names, layout and quantisation are translated here, and the config in gguf_config.py, so
+that other modules see the file as if it were a Hugging Face folder. Of data it imports the reader of headers only;
+never stages.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import numpy as np
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import named, shown
 from instructjax.data import gguf_header
-from instructjax.models.interop import gguf_names, rotary, source
+from instructjax.models.interop import gguf_config, gguf_names, source
 
 _Type = gguf.GGMLQuantizationType
 _READABLE = (
@@ -35,7 +36,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
   """
   path = pathlib.Path(path)
   header = gguf_header.read(path)
-  keys = _Keys(path, header.metadata)
+  keys = gguf_config.Keys(path, header.metadata)
   if keys.get("split.count", int, 1) > 1:
     raise UserError(
       f"{path} is one of {keys.get('split.count', int)} parts of a model; merge them with"
@@ -50,13 +51,13 @@ def open_file(path: str | os.PathLike) -> source.Source:
   if name not in gguf_names.ARCHITECTURES:
     known = ", ".join(gguf_names.ARCHITECTURES)
     raise UserError(f"{path}: general.architecture={shown(name)} must be one of {known}")
-  unread = _unread_keys(keys, name, header.metadata)
+  unread = gguf_config.unread_keys(keys, name)
   tensors = dict(header.tensors)
   _require_readable(path, tensors)
-  # Some files hold GPT-2's tied head a second time (so do ours). Without the copy the config below says "tied".
-  if name == "gpt2" and _is_tied_copy(path, tensors):
+  # Some files hold a tied head a second time (so do ours). Without the copy the config below says "tied".
+  if name in gguf_names.WITH_COPY and _is_tied_copy(path, tensors):
     del tensors["output.weight"]
-  config = (_gpt2_config if name == "gpt2" else _llama_config)(keys, name, tensors)
+  config = gguf_config.config(keys, name, tensors, lambda freqs: _read_freqs(path, freqs))
   # The config now says what the rotary tensor said. llama.cpp reads it for llama only: elsewhere it stays, and is
   # refused as unknown.
   if name == "llama":
@@ -103,12 +104,26 @@ def _stored(
         f" {architecture_name!r}"
       )
     rotary_dim = config["head_dim"] if architecture.is_permuted(name) else 0
+    heads = config["num_attention_heads"] if architecture.is_fused(name) else 0
+    if heads and tensor.shape[0] % (3 * heads):
+      raise UserError(
+        f"{path}: tensor {shown(name)} of shape {tensor.shape} must have rows of {heads} queries, keys and"
+        " values"
+      )
     if rotary_dim and tensor.shape[0] % rotary_dim:
       raise UserError(
         f"{path}: tensor {shown(name)} of shape {tensor.shape} must have rows of whole heads of"
         f" {rotary_dim}"
       )
-    result[hf_name] = _Stored(path, name, tensor, rotary_dim, architecture.is_transposed(name))
+    result[hf_name] = _Stored(
+      path,
+      name,
+      tensor,
+      rotary_dim,
+      architecture.is_transposed(name),
+      heads,
+      architecture.is_shifted(name),
+    )
   return result
 
 
@@ -121,6 +136,8 @@ class _Stored:
   tensor: gguf_header.Tensor
   rotary_dim: int  # the head size if the rows are permuted for llama.cpp's rotary pairs, else 0
   transposed: bool
+  fused_heads: int = 0  # number of heads if their queries, keys and values are apart, else 0
+  is_shifted: bool = False  # whether 1 is added to what Hugging Face stores
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -146,7 +163,16 @@ class _Stored:
       value[start : start + len(raw)] = rows
       start += len(raw)
     value = value.reshape(tensor.shape)
+    if self.fused_heads:
+      value = gguf_names.split_fused(value, self.fused_heads)
+    if self.is_shifted:
+      value -= 1
     return value.T if self.transposed else value
+
+
+def _read_freqs(path: pathlib.Path, tensor: gguf_header.Tensor) -> np.ndarray:
+  """rope_freqs.weight, as float32."""
+  return _Stored(path, gguf_names.ROPE_FREQS, tensor, 0, False).read()
 
 
 def _raw_rows(
@@ -177,160 +203,3 @@ def _is_tied_copy(path: pathlib.Path, tensors: Mapping[str, gguf_header.Tensor])
     _raw_rows(path, "output.weight", head, step), _raw_rows(path, "token_embd.weight", table, step)
   )
   return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
-
-
-class _Keys:
-  """Typed access to a file's metadata; every error names the file and the key."""
-
-  def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
-    self.path, self.values = path, values
-
-  def get(self, key: str, kind: type, default: Any = None):
-    """The value of a key, or `default` if the file does not have it.
-
-    Raises:
-      UserError: the value has another type, or it is missing and there is no default.
-    """
-    value = self.values.get(key, default)
-    if value is None:
-      raise UserError(f"{self.path}: metadata key {key!r} is missing")
-    # `type`, not isinstance, below: a bool is an int to isinstance.
-    if kind is float and type(value) is int:
-      value = float(value)
-    if type(value) is not kind:
-      raise UserError(
-        f"{self.path}: metadata key {key!r} must be one value of type {kind.__name__},"
-        f" got {shown(value)}"
-      )
-    return value
-
-
-def _llama_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
-  """The config.json of architecture `llama` (Llama and Mistral) or `qwen2`.
-
-  Raises:
-    UserError: a key is missing or has another type, or the network is not supported.
-  """
-  get = lambda key, kind, default=None: keys.get(f"{name}.{key}", kind, default)
-  num_heads, width = get("attention.head_count", int), get("embedding_length", int)
-  if not 0 < num_heads <= width:
-    raise UserError(
-      f"{keys.path}: {name}.attention.head_count={num_heads} must be positive and at most"
-      f" {name}.embedding_length={width}"
-    )
-  head_dim = get("attention.key_length", int, width // num_heads)
-  for key in ("attention.value_length", "rope.dimension_count"):
-    if get(key, int, head_dim) != head_dim:
-      raise UserError(
-        f"{keys.path}: {name}.{key}={get(key, int)} must equal the width of a head, {head_dim}"
-        f" ({name}.attention.key_length): heads that are rotated in part are not supported"
-      )
-  freqs = tensors.get(gguf_names.ROPE_FREQS) if name == "llama" else None
-  read_freqs = None if freqs is None else lambda: _read_freqs(keys.path, freqs, head_dim)
-  turning = rotary.from_gguf(get, keys.values, name, str(keys.path), head_dim, read_freqs)
-  # In GGUF Mistral is no architecture of its own, but a `llama` with a sliding window.
-  window, length = get("attention.sliding_window", int, 0), get("context_length", int)
-  if window and name != "llama":
-    if window < length:
-      raise UserError(
-        f"{keys.path}: {name}.attention.sliding_window={window} must reach over"
-        f" {name}.context_length={length}"
-      )
-    window = 0
-  config = {
-    "model_type": "mistral" if window else name,
-    "vocab_size": get("vocab_size", int, _vocab_size(keys, tensors)),
-    "hidden_size": width,
-    "intermediate_size": get("feed_forward_length", int),
-    "num_hidden_layers": get("block_count", int),
-    "num_attention_heads": num_heads,
-    "num_key_value_heads": get("attention.head_count_kv", int, num_heads),
-    "head_dim": head_dim,
-    "hidden_act": "silu",
-    "max_position_embeddings": length,
-    "rms_norm_eps": gguf_names.decimal(get("attention.layer_norm_rms_epsilon", float)),
-    **rotary.to_config(turning),
-    "tie_word_embeddings": "output.weight" not in tensors,
-  }
-  if window:
-    config["sliding_window"] = window
-  # GGUF has no key for biases: they are there or not. Qwen2 has them on queries, keys and values by definition.
-  if name == "llama":
-    config["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-  return config
-
-
-def _read_freqs(path: pathlib.Path, tensor: gguf_header.Tensor, head_dim: int) -> np.ndarray:
-  """rope_freqs.weight; of another shape than [head_dim / 2] it is not read, and an empty array stands for it."""
-  if tensor.shape != (head_dim // 2,):
-    return np.empty(0, np.float32)
-  return _Stored(path, gguf_names.ROPE_FREQS, tensor, 0, False).read()
-
-
-def _gpt2_config(keys: _Keys, name: str, tensors: Mapping[str, gguf_header.Tensor]) -> dict:
-  """The config.json of architecture `gpt2`; raises UserError for a missing key or one of another type."""
-  get = lambda key, kind: keys.get(f"{name}.{key}", kind)
-  return {
-    "model_type": "gpt2",
-    "vocab_size": _vocab_size(keys, tensors),
-    "n_positions": get("context_length", int),
-    "n_embd": get("embedding_length", int),
-    "n_layer": get("block_count", int),
-    "n_head": get("attention.head_count", int),
-    "n_inner": get("feed_forward_length", int),
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": gguf_names.decimal(get("attention.layer_norm_epsilon", float)),
-    "tie_word_embeddings": "output.weight" not in tensors,
-  }
-
-
-def _vocab_size(keys: _Keys, tensors: Mapping[str, gguf_header.Tensor]) -> int:
-  """Rows of the embedding table; raises UserError if there is none."""
-  if "token_embd.weight" not in tensors:
-    raise UserError(f"{keys.path}: tensor 'token_embd.weight' is missing")
-  return tensors["token_embd.weight"].shape[0]
-
-
-# Metadata keys without the architecture, which is their first part. rotary.py judges those of `rope.`.
-_READ = {
-  *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
-  *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
-  *("attention.layer_norm_epsilon", "attention.key_length", "attention.value_length"),
-  *("attention.sliding_window", "expert_count"),
-}
-# Keys by which llama.cpp computes something else -> the values with which they change nothing.
-_MUST_BE = {
-  "expert_count": (0,),
-  "expert_used_count": (0,),
-  "use_parallel_residual": (False,),
-  "attention.causal": (True,),
-  "attention.clamp_kqv": (0,),
-  "attention.max_alibi_bias": (0,),
-  "attention.scale": (0,),
-  "attn_logit_softcapping": (0,),
-  "final_logit_softcapping": (0,),
-  "logit_scale": (0, 1),
-  "embedding_scale": (0, 1),
-  "residual_scale": (0, 1),
-}
-_HARMLESS = {"tensor_data_layout"}  # a note of the converter's
-
-
-def _unread_keys(keys: _Keys, name: str, metadata: Mapping[str, Any]) -> list[str]:
-  """The architecture's keys that nothing reads; those that would change the logits are refused.
-
-  Raises:
-    UserError: a key of `_MUST_BE` has another value.
-  """
-  unread = []
-  for key, value in metadata.items():
-    part = key.removeprefix(f"{name}.")
-    if part == key or part.startswith("rope."):
-      continue
-    if part in _MUST_BE and not any(value == allowed for allowed in _MUST_BE[part]):
-      only = " or ".join(map(repr, _MUST_BE[part]))
-      raise UserError(f"{keys.path}: {key}={shown(value)} is not supported, only {only}")
-    if part not in (*_READ, *_MUST_BE, *_HARMLESS):
-      unread.append(key)
-  return unread

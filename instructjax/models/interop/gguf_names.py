@@ -6,8 +6,12 @@ The differences:
   - Names of tensors.
   - Rotary pairs of architecture `llama`. Hugging Face turns dimension i of a head together with i + K / 2, llama.cpp
     turns neighbours. So llama.cpp's rows of the query and key projections are interleaved: row i is followed by row
-    i + K / 2. The architecture qwen2 turns halves in both, and gpt2 has no rotary positions: their rows stay in order.
+    i + K / 2. The same for smollm3. The other architectures turn halves in both, and gpt2 has no rotary positions:
+    their rows stay in order.
   - gpt2's matrices are [out, in]; Hugging Face's Conv1D has [in, out].
+  - gptneox's fused projection has all queries first, then all keys, then all values. Hugging Face's has the query, key
+    and value of one head, then those of the next.
+  - gemma3's norms are stored as what they multiply by, 1 + w. Hugging Face stores w.
   - Llama 3's rotary scaling is stored as its result, a divisor for each frequency.
 """
 
@@ -32,6 +36,10 @@ class Architecture:
   # Both by GGUF's names: tensors whose rows are interleaved, and matrices that Hugging Face stores as [in, out].
   permuted: frozenset[str] = frozenset()
   transposed: frozenset[str] = frozenset()
+  fused: frozenset[str] = (
+    frozenset()
+  )  # all queries, all keys, all values, where Hugging Face has a head at a time
+  shifted: frozenset[str] = frozenset()  # norms stored as 1 + w
 
   def hf_name(self, name: str) -> str | None:
     """Hugging Face's name of a tensor; None if the architecture does not have it."""
@@ -73,6 +81,12 @@ class Architecture:
 
   def is_transposed(self, name: str) -> bool:
     return part_of(name) in self.transposed  # biases included: they stay as they are
+
+  def is_fused(self, name: str) -> bool:
+    return part_of(name) in self.fused
+
+  def is_shifted(self, name: str) -> bool:
+    return part_of(name) in self.shifted
 
 
 def part_of(name: str) -> str:
@@ -117,11 +131,57 @@ _GPT2 = Architecture(
   },
   transposed=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
 )
+_GPTNEOX = Architecture(
+  layers="gpt_neox.layers",
+  outer={
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+  },
+  layer={
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+  },
+  fused=frozenset({"attn_qkv"}),
+)
+_LLAMA = dataclasses.replace(_QWEN2, permuted=frozenset({"attn_q", "attn_k"}))
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA3_NORMS = {
+  "attn_norm": "input_layernorm",
+  "post_attention_norm": "post_attention_layernorm",
+  "ffn_norm": "pre_feedforward_layernorm",
+  "post_ffw_norm": "post_feedforward_layernorm",
+}
 ARCHITECTURES = {
-  "llama": dataclasses.replace(_QWEN2, permuted=frozenset({"attn_q", "attn_k"})),
+  "llama": _LLAMA,
   "qwen2": _QWEN2,
   "gpt2": _GPT2,
+  "qwen3": dataclasses.replace(_QWEN2, layer={**_QWEN2.layer, **_HEAD_NORMS}),
+  "gptneox": _GPTNEOX,
+  "smollm3": _LLAMA,
+  "gemma3": dataclasses.replace(
+    _QWEN2,
+    layer={**_QWEN2.layer, **_HEAD_NORMS, **_GEMMA3_NORMS},
+    shifted=frozenset({"output_norm", *_HEAD_NORMS, *_GEMMA3_NORMS}),
+  ),
 }
+# Hugging Face's model_type, where it is another name.
+OF_FAMILY = {"gpt_neox": "gptneox", "gemma3_text": "gemma3"}
+# Architectures whose tied head must stand in the file a second time for some versions of llama.cpp.
+WITH_COPY = ("gpt2", "gptneox")
+# What llama.cpp has built in for an architecture and no key tells (or only newer versions read it).
+SMOLLM3_PATTERN = "GGGN"
+GEMMA3_PATTERN = "LLLLLG"
+GEMMA3_LOCAL_BASE = 10_000.0
+
+
+def gemma3_scalar(num_layers: int, d_model: int, num_heads: int, head_dim: int) -> int:
+  """What llama.cpp divides Gemma 3's scores by the square root of: it knows the largest model by its 62 layers."""
+  return d_model // num_heads if num_layers == 62 else head_dim
 
 
 def split_halves(value: np.ndarray, head_dim: int, rank: int) -> np.ndarray:
@@ -141,6 +201,21 @@ def interleave_halves(value: np.ndarray, head_dim: int) -> np.ndarray:
   """The inverse of `split_halves`: the permutation of llama.cpp's converter."""
   width = value.shape[-1] if value.ndim == 2 else 1
   return value.reshape(-1, 2, head_dim // 2, width).swapaxes(1, 2).reshape(value.shape)
+
+
+def split_fused(value: np.ndarray, num_heads: int) -> np.ndarray:
+  """From all queries, all keys, all values (gptneox) to the query, key and value of one head after another.
+
+  Args:
+    value: matrix of rows of heads, or their bias with an element a row.
+    num_heads: heads of the queries, and as many of keys and of values.
+  """
+  return value.reshape(3, num_heads, -1).swapaxes(0, 1).reshape(value.shape)
+
+
+def fuse(value: np.ndarray, num_heads: int) -> np.ndarray:
+  """The inverse of `split_fused`: the order that llama.cpp's converter writes."""
+  return value.reshape(num_heads, 3, -1).swapaxes(0, 1).reshape(value.shape)
 
 
 def llama3_factors(scaling: RopeScalingConfig, base: float, head_dim: int) -> np.ndarray:

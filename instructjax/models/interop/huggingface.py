@@ -1,7 +1,7 @@
 """Reads and writes Hugging Face folders, config.json and safetensors, one tensor at a time.
 
 Called by the package's own `__init__`. The `safetensors` library reads the files, in slices. Writing is done here; for
-the reason see `_write_safetensors`. The format is eight bytes with the header's length, a JSON header, and the raw
+the reason see `write_safetensors`. The format is eight bytes with the header's length, a JSON header, and the raw
 tensors.
 """
 
@@ -35,7 +35,7 @@ _SHARD = re.compile(r"[\w.+-]{1,200}\.safetensors", re.ASCII)
 # Weights of other kinds, by the names of their files -> what to do about them.
 _CONVERT = "convert {} with save_pretrained(..., safe_serialization=True)"
 _OTHERS = {
-  _ADAPTER: "it is an adapter (LoRA): merge it into its base with peft's merge_and_unload()",
+  _ADAPTER: "it is an adapter (LoRA) without adapter_model.safetensors, its weights",
   "*.gguf": "it has {}; give the path of that file",
   "pytorch_model*": _CONVERT,
   "*.bin": _CONVERT,
@@ -83,7 +83,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
   for file in files:
     if not file.is_file():
       raise UserError(f"{path / _INDEX} names the shard {file.name}, which is not there")
-    for name, shape in _read_shapes(file).items():
+    for name, shape in read_shapes(file).items():
       if weight_map is not None and weight_map.get(name) != file.name:
         raise UserError(f"{file} holds tensor {named(name)}, which {_INDEX} does not place there")
       places[name] = file, shape
@@ -96,7 +96,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
     path=path,
     config=config,
     shapes={name: shape for name, (_, shape) in places.items()},
-    read=functools.partial(_read_tensor, places),
+    read=functools.partial(read_tensor, places),
     files=(path / _CONFIG, *index, *files),
     notes=tuple(notes),
   )
@@ -122,9 +122,8 @@ def _require_weights(folder: pathlib.Path):
   """Raises UserError for an adapter, and for a folder without the files that are read."""
   if (folder / _ADAPTER).exists():
     raise UserError(
-      f"{folder} is an adapter (LoRA), not a whole model: it has {_ADAPTER}; merge it into its base"
-      " with peft's merge_and_unload() and save_pretrained(), or delete that file if the weights"
-      " beside it are merged already"
+      f"{folder} is an adapter (LoRA), not a whole model: it has {_ADAPTER}, and no"
+      " adapter_model.safetensors; delete that file if the weights beside it are merged already"
     )
   for name in (_CONFIG, _SINGLE):
     if not (folder / name).exists() and (name == _CONFIG or not (folder / _INDEX).exists()):
@@ -198,7 +197,7 @@ def _require_small_header(path: pathlib.Path):
     )
 
 
-def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor.
 
   Raises:
@@ -224,7 +223,7 @@ def _read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str):
+def read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str):
   """A tensor as float32. It is converted a few rows at a time, so no second copy of it is ever in memory.
 
   Raises:
@@ -297,11 +296,11 @@ def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int):
   """Writes one file, or shards with an index, named as `save_pretrained` names them."""
   shards = list(_split(tensors, shard_bytes))
   if len(shards) == 1:
-    return _write_safetensors(folder / _SINGLE, tensors)
+    return write_safetensors(folder / _SINGLE, tensors)
   weight_map = {}
   for number, shard in enumerate(shards, 1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    _write_safetensors(folder / file, shard)
+    write_safetensors(folder / file, shard)
     weight_map |= {name: file for name, _, _ in shard}
   total = sum(4 * math.prod(shape) for _, shape, _ in tensors)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -320,7 +319,7 @@ def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
   yield shard
 
 
-def _write_safetensors(path: pathlib.Path, tensors: list):
+def write_safetensors(path: pathlib.Path, tensors: list):
   """Writes a safetensors file with one tensor at a time in memory.
 
   The library's writer takes all arrays of a file at once. For 1 GiB in tensors of 16 MiB it held 1,024 MiB (safetensors

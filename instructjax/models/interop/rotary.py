@@ -1,8 +1,9 @@
-"""Rotary settings, wherever a model file puts them: one reader for config.json, one for GGUF metadata.
+"""Rotary settings, wherever config.json puts them.
 
-Called by hf_config.py and gguf_file.py. Both readers end in a `Rotary`. They take every spelling to the frequencies
-that transformers 5 or llama.cpp computes from it, or refuse it by the name of the key: a model whose positions turn at
-another speed than in training writes fluent nonsense, and nothing else would tell.
+Called by hf_fields.py and hf_keys.py; rotary_gguf.py reads the metadata of GGUF. Both readers end in a `Rotary`. They
+take every spelling to the frequencies that transformers 5 or llama.cpp computes from it, or refuse it by the name of
+the key: a model whose positions turn at another speed than in training writes fluent nonsense, and nothing else would
+tell.
 
 What transformers 5 makes of config.json (modeling_rope_utils.py):
   - A `rope_scaling` that is not empty replaces `rope_parameters` as a whole.
@@ -10,30 +11,24 @@ What transformers 5 makes of config.json (modeling_rope_utils.py):
   - `rope_type` wins over the old name `type`; the default is `default`.
   - `original_max_position_embeddings` at the top wins over that inside; the default is `max_position_embeddings`.
 Older versions disagree in some of these. So two places that contradict each other are refused, whoever would win.
-
-What llama.cpp makes of metadata (llama-model.cpp, llama-context.cpp):
-  - Without `rope.scaling.type` the type is linear.
-  - The factor is `rope.scaling.factor`, or else `rope.scale_linear`, or else 1; 0 means 1. Type `none` ignores it.
-  - `rope_freqs.weight` divides each frequency, in addition, for architecture llama only.
-  - `rope.scaling.attn_factor` multiplies cosine and sine, whatever the type.
+GPT-NeoX has names of its own for two of the keys, and Gemma 3 has settings for each of two kinds of layers: `_STYLES`.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from absl import logging
 
 from instructjax.core.config import RopeScalingConfig
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys, named, shown
-from instructjax.models.interop import gguf_names
 
 # No field but the first has a meaning here. They are those of configs/base.py, so that descriptions compare equal.
 NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192)
-_BASE = 10_000.0  # in transformers and in llama.cpp
+DEFAULT_BASE = 10_000.0  # in transformers and in llama.cpp
+_SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
 _BLOCKS = ("rope_scaling", "rope_parameters")
 # Keys of a block besides its type, base and `partial_rotary_factor`, by type.
@@ -44,7 +39,45 @@ _USED = {
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
 }
 # Rotary keys at the top of config.json. All others that look like one are refused: other architectures read them.
-_TOP = {*_BLOCKS, "rope_theta", "partial_rotary_factor", _ORIGINAL}
+_TOP = {*_BLOCKS, "rope_theta", _SHARE, _ORIGINAL}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Style:
+  """What an architecture's rotary settings have of their own.
+
+  Attributes:
+    base: its first name of `rope_theta` at the top.
+    default_base: where no place has the base.
+    share: its first name of `partial_rotary_factor` at the top; None if heads turn as a whole.
+    default_share: where no place has the share.
+    local_base: the name of the local layers' base at the top; None if all layers turn at one speed.
+    default_local_base: where no place has it.
+    others: keys that hf_fields.py reads.
+  """
+
+  base: str = "rope_theta"
+  default_base: float = DEFAULT_BASE
+  share: str | None = None
+  default_share: float = 1.0
+  local_base: str | None = None
+  default_local_base: float = 0.0
+  others: tuple[str, ...] = ()
+
+  @property
+  def names(self) -> set[str]:
+    """Keys at the top that this architecture has besides `_TOP`."""
+    return {name for name in (self.base, self.share, self.local_base, *self.others) if name}
+
+
+_STYLES = {
+  "gpt_neox": _Style(base="rotary_emb_base", share="rotary_pct", default_share=0.25),
+  "smollm3": _Style(default_base=2e6, others=("no_rope_layers", "no_rope_layer_interval")),
+  "gemma3_text": _Style(
+    default_base=1e6, local_base="rope_local_base_freq", default_local_base=DEFAULT_BASE
+  ),
+}
+_GLOBAL, _LOCAL = "full_attention", "sliding_attention"  # Gemma 3's blocks inside rope_parameters
 _ROTARY = re.compile(
   r"(^|_)(rope|mrope|nope|rotary|yarn|ntk)(_|$)|(low|high)_freq_factor|^(factor|attention_factor|mscale)$"
 )
@@ -57,26 +90,23 @@ _NEUTRAL = {
   "rope_traditional": False,
   "rope_type": "default",
 }
-# Of GGUF, below `ARCHITECTURE.rope.`: what is read, and what only YaRN uses.
-_GGUF_READ = ("freq_base", "dimension_count", "scale_linear", "scaling.type", "scaling.factor")
-_GGUF_YARN = (
-  "scaling.original_context_length",
-  "scaling.finetuned",
-  "scaling.yarn_log_multiplier",
-  "scaling.yarn_beta_fast",
-  "scaling.yarn_beta_slow",
-)
-# A GGUF file stores only the result of Llama 3's rotary scaling, one divisor a frequency. The models of Llama 3.x share
-# these parameters and differ in the factor only, so the factor can be recovered: see `_from_divisors`.
-_LLAMA3 = RopeScalingConfig("llama3", 1.0, 1.0, 4.0, 8192)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-  """How fast rotary positions turn."""
+  """How fast rotary positions turn, and how many dimensions.
+
+  Attributes:
+    base: of the geometric series of wavelengths.
+    scaling: what is changed of it.
+    share: part of a head's dimensions that turn.
+    local_base: the base in local layers, which are not scaled; 0 for that of the other layers.
+  """
 
   base: float
   scaling: RopeScalingConfig
+  share: float = 1.0
+  local_base: float = 0.0
 
 
 def is_rotary(name: str) -> bool:
@@ -84,19 +114,30 @@ def is_rotary(name: str) -> bool:
   return name in _TOP or _ROTARY.search(name) is not None
 
 
-def to_config(rotary: Rotary) -> dict[str, Any]:
+def to_config(rotary: Rotary, family: str) -> dict[str, Any]:
   """The keys of config.json, in transformers 4's spelling, which both versions read."""
-  scaling = rotary.scaling
-  if scaling.kind == "none":
-    return {"rope_theta": rotary.base, "rope_scaling": None}
-  block = {"rope_type": scaling.kind, "factor": scaling.factor}
-  if scaling.kind == "llama3":
-    block |= {
-      "low_freq_factor": scaling.low_freq_factor,
-      "high_freq_factor": scaling.high_freq_factor,
-      _ORIGINAL: scaling.original_length,
-    }
-  return {"rope_theta": rotary.base, "rope_scaling": block}
+  style, scaling = _STYLES.get(family, _Style()), rotary.scaling
+  result: dict[str, Any] = {style.base: rotary.base, "rope_scaling": None}
+  if style.share:
+    result[style.share] = rotary.share
+  if style.local_base:
+    result[style.local_base] = rotary.local_base
+  if scaling.kind != "none":
+    block = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+      block |= {
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        _ORIGINAL: scaling.original_length,
+      }
+    result["rope_scaling"] = block
+  return result
+
+
+def share_of(rotary_dim: int, head_dim: int) -> float:
+  """The share of a head's dimensions whose product with them has this integer part, which transformers takes."""
+  share = rotary_dim / head_dim
+  return share if int(head_dim * share) == rotary_dim else share + 1e-9
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -113,22 +154,49 @@ def refuse_any(keys: Keys):
       raise keys.wrong(name, "is not supported: this architecture has learned positions")
 
 
-def from_config(keys: Keys) -> Rotary:
+def from_config(keys: Keys, family: str) -> Rotary:
   """The rotary settings of a config.json.
 
+  Args:
+    keys: the file's.
+    family: its model_type.
   Raises:
     UserError: a kind of scaling is not supported, a value has the wrong type, two places contradict each other, or a
       key asks for something that the architecture does not do in transformers.
   """
-  _refuse_strangers(keys)
-  found = {name: _from_block(block, keys) for name in _BLOCKS if (block := _block(keys, name))}
+  style = _STYLES.get(family, _Style())
+  _refuse_strangers(keys, style)
+  blocks = {name: block for name in _BLOCKS if (block := _block(keys, name, style))}
+  if style.local_base is None:
+    return _agreed(blocks, keys, style)
+  parameters = blocks.get("rope_parameters", Keys({}, keys.where))
+  unknown = sorted(parameters.raw.keys() - {_GLOBAL, _LOCAL})
+  if unknown:
+    raise parameters.wrong(unknown[0], f"is not supported: it must hold {_GLOBAL} and {_LOCAL}")
+  by_kind = {"rope_scaling": blocks.get("rope_scaling"), _GLOBAL: parameters.block(_GLOBAL)}
+  found = _agreed({name: block for name, block in by_kind.items() if block}, keys, style)
+  local = parameters.block(_LOCAL) or Keys({}, keys.where)
+  if local.where != keys.where:
+    for name in ("rope_type", "type"):
+      local.refuse(name, "default")
+  base = _base(local, keys, (style.local_base,), style.default_local_base)
+  return dataclasses.replace(found, local_base=base)
+
+
+def _agreed(blocks: Mapping[str, Keys], keys: Keys, style: _Style) -> Rotary:
+  """What all of the blocks say; without any, what the top says.
+
+  Raises:
+    UserError: they contradict each other.
+  """
+  found = {name: _from_block(block, keys, style) for name, block in blocks.items()}
   if not found:
-    return _from_block(Keys({}, keys.where), keys)
+    return _from_block(Keys({}, keys.where), keys, style)
   chosen = next(iter(found.values()))
   for name, other in found.items():
     # A `rope_parameters` that only says `default` is what transformers 5 writes of itself: the other may say more.
     same = other.scaling in (chosen.scaling, NO_SCALING)
-    if not same or other.base != chosen.base:
+    if not same or (other.base, other.share) != (chosen.base, chosen.share):
       raise UserError(
         f"{keys.where}: rope_scaling and {name} contradict each other"
         f" ({_words(chosen)}, {_words(other)}); remove the one that the model was not trained with"
@@ -141,10 +209,10 @@ def _words(rotary: Rotary) -> str:
   return f"rope_theta {rotary.base:g} and scaling {rotary.scaling.kind}{scaled}"
 
 
-def _refuse_strangers(keys: Keys):
-  """Raises UserError for a rotary key at the top that the supported architectures do not read."""
+def _refuse_strangers(keys: Keys, style: _Style):
+  """Raises UserError for a rotary key at the top that the architecture does not read."""
   for name in keys.raw:
-    if name not in _TOP and is_rotary(name) and keys.has(name):
+    if name not in _TOP | style.names and is_rotary(name) and keys.has(name):
       if name in _NEUTRAL and keys.raw[name] == _NEUTRAL[name]:
         continue
       raise keys.wrong(
@@ -154,28 +222,34 @@ def _refuse_strangers(keys: Keys):
       )
 
 
-def _block(keys: Keys, name: str) -> Keys | None:
+def _block(keys: Keys, name: str, style: _Style) -> Keys | None:
   """The keys of a block; None if it is absent, null or empty, which transformers takes for absent."""
   block = keys.block(name)
   if block is None or not block.raw:
     return None
+  has_kinds = style.local_base is not None and name == "rope_parameters"
   for inner, value in block.raw.items():
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and not has_kinds:
       raise block.wrong(inner, "is not supported: one setting must hold for all layers")
   return block
 
 
-def _from_block(block: Keys, top: Keys) -> Rotary:
-  for part in (block, top):
-    if part.number("partial_rotary_factor", 1.0) != 1:
-      raise part.wrong("partial_rotary_factor", "is not supported, only 1.0")
+def _from_block(block: Keys, top: Keys, style: _Style) -> Rotary:
   kind = _kind(block)
-  base = _base(block, top)
+  if not block.has("rope_theta"):
+    _require_read(top, "rope_theta", style.base, style.default_base)
+  if style.share and not block.has(_SHARE):
+    _require_read(top, _SHARE, style.share, style.default_share)
+  share = _share(block, top, style)
+  found = Rotary(
+    _base(block, top, tuple(dict.fromkeys((style.base, "rope_theta"))), style.default_base),
+    NO_SCALING,
+    share,
+  )
   unused = [
     name
     for name in block.raw
-    if block.has(name)
-    and name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_USED[kind])
+    if block.has(name) and name not in ("rope_type", "type", "rope_theta", _SHARE, *_USED[kind])
   ]
   if unused:
     logging.warning(
@@ -185,10 +259,11 @@ def _from_block(block: Keys, top: Keys) -> Rotary:
       ", ".join(map(named, sorted(unused)[:8])),
     )
   if kind == "default":
-    return Rotary(base, NO_SCALING)
+    return found
   factor = block.number("factor", None)
   if kind == "linear":
-    return Rotary(base, dataclasses.replace(NO_SCALING, kind="linear", factor=factor))
+    scaling = dataclasses.replace(NO_SCALING, kind="linear", factor=factor)
+    return dataclasses.replace(found, scaling=scaling)
   if kind == "dynamic":
     # It changes nothing up to max_position_embeddings, and that is the longest context here.
     if block.value(_ORIGINAL) not in (None, top.value("max_position_embeddings")):
@@ -197,24 +272,52 @@ def _from_block(block: Keys, top: Keys) -> Rotary:
       "%s: dynamic scaling begins beyond max_position_embeddings, which is the longest context here",
       block.where,
     )
-    return Rotary(base, NO_SCALING)
+    return found
   length = top.size("max_position_embeddings", None)
   if _ORIGINAL in block.raw and not block.has(_ORIGINAL):
     raise block.wrong(_ORIGINAL, "must be a positive whole number")
   inner = block.size(_ORIGINAL, top.size(_ORIGINAL, length))
   if top.size(_ORIGINAL, inner) != inner:
     raise block.wrong(_ORIGINAL, f"contradicts {_ORIGINAL}={top.raw[_ORIGINAL]} at the top")
-  return Rotary(
-    base,
-    dataclasses.replace(
-      NO_SCALING,
-      kind="llama3",
-      factor=factor,
-      low_freq_factor=block.number("low_freq_factor", None),
-      high_freq_factor=block.number("high_freq_factor", None),
-      original_length=inner,
-    ),
+  scaling = dataclasses.replace(
+    NO_SCALING,
+    kind="llama3",
+    factor=factor,
+    low_freq_factor=block.number("low_freq_factor", None),
+    high_freq_factor=block.number("high_freq_factor", None),
+    original_length=inner,
   )
+  return dataclasses.replace(found, scaling=scaling)
+
+
+def _require_read(top: Keys, name: str, known: str, default: float):
+  """Refuses the common name of a key without the architecture's own, which alone transformers 5 reads.
+
+  Raises:
+    UserError: the key has another value than the default, which transformers 5 would take.
+  """
+  if name != known and top.has(name) and not top.has(known) and top.number(name, None) != default:
+    raise top.wrong(name, f"is not read by transformers 5, which takes {default:g}: write {known}")
+
+
+def _share(block: Keys, top: Keys, style: _Style) -> float:
+  """The part of a head's dimensions that turn.
+
+  Raises:
+    UserError: it is out of its range, two places differ, or the architecture turns whole heads only.
+  """
+  names = tuple(dict.fromkeys((style.share or _SHARE, _SHARE)))
+  places = [(part, name) for part, names in ((block, (_SHARE,)), (top, names)) for name in names]
+  found = {(part, name): part.number(name, None) for part, name in places if part.has(name)}
+  for (part, name), value in found.items():
+    if style.share is None and value != 1:
+      raise part.wrong(name, "is not supported, only 1.0")
+    if not 0 < value <= 1:
+      raise part.wrong(name, "must be above 0 and at most 1")
+    if value != next(iter(found.values())):
+      (first, first_name), first_value = next(iter(found.items()))
+      raise part.wrong(name, f"contradicts {first_name}={first_value:g} in {first.where}")
+  return next(iter(found.values()), style.default_share)
 
 
 def _kind(block: Keys) -> str:
@@ -225,7 +328,7 @@ def _kind(block: Keys) -> str:
   """
   names = [name for name in ("rope_type", "type") if name in block.raw]
   if not names:
-    needing = [name for name in block.raw if name not in ("rope_theta", "partial_rotary_factor")]
+    needing = [name for name in block.raw if name not in ("rope_theta", _SHARE)]
     needing = [name for name in needing if block.has(name)]
     if needing:
       raise UserError(
@@ -242,109 +345,25 @@ def _kind(block: Keys) -> str:
   return block.raw[names[0]]
 
 
-def _base(block: Keys, top: Keys) -> float:
+def _base(block: Keys, top: Keys, names: tuple[str, ...], default: float) -> float:
   """The base of the frequencies, from inside the block, the top, or the default.
 
-  Raises:
-    UserError: it is null or not positive, or the two places differ.
-  """
-  places = [part for part in (block, top) if "rope_theta" in part.raw]
-  if len(places) == 2 and not top.has("rope_theta"):
-    places = [block]
-  for part in places:
-    if not part.has("rope_theta") or part.number("rope_theta", None) <= 0:
-      raise part.wrong("rope_theta", "must be a number above 0")
-  values = [part.number("rope_theta", None) for part in places]
-  if len(set(values)) > 1:
-    raise block.wrong("rope_theta", f"contradicts rope_theta={values[1]:g} at the top")
-  return values[0] if values else _BASE
-
-
-# --- GGUF -----------------------------------------------------------------------------------------
-
-
-def from_gguf(
-  get: Callable[..., Any],
-  metadata: Mapping[str, Any],
-  architecture: str,
-  where: str,
-  head_dim: int,
-  read_freqs: Callable[[], np.ndarray] | None,
-) -> Rotary:
-  """The rotary settings of a GGUF file of architecture `llama` or `qwen2`.
-
   Args:
-    get: get(key, kind, default) -> value of a key, checked; keys are without the architecture.
-    metadata: all keys, to find those that are not known.
-    architecture: the prefix of keys.
-    where: the file, for errors.
-    head_dim: width of a head.
-    read_freqs: reads `rope_freqs.weight`, float32 [head_dim / 2]; None if the file has no such tensor.
+    block, top: the keys of both places.
+    names: of the base at the top; inside the block it is `rope_theta`.
+    default: where it has none.
   Raises:
-    UserError: another scaling, two of them, or a key that is not known.
+    UserError: it is null or not positive, or two places differ.
   """
-  _refuse_keys(get, metadata, f"{architecture}.rope.", where)
-  base = get("rope.freq_base", float, _BASE)
-  if not 0 < base < np.inf:
-    raise UserError(f"{where}: {architecture}.rope.freq_base={base:g} must be a number above 0")
-  kind = get("rope.scaling.type", str, "linear")
-  if kind not in ("none", "linear"):
-    raise UserError(
-      f"{where}: {architecture}.rope.scaling.type={shown(kind)} is not supported; none and linear are"
-    )
-  name = "rope.scaling.factor"
-  if f"{architecture}.{name}" not in metadata:
-    name = "rope.scale_linear"
-  factor = get(name, float, 0.0) or 1.0
-  if not 1 <= factor < np.inf:
-    raise UserError(f"{where}: {architecture}.{name}={factor:g} must be 1 or more")
-  scaled = kind == "linear" and factor != 1
-  if read_freqs is not None:
-    if scaled:
-      raise UserError(
-        f"{where}: {architecture}.{name}={factor:g} and tensor {gguf_names.ROPE_FREQS!r} are two"
-        " rotary scalings; one of them is supported"
-      )
-    return Rotary(base, _from_divisors(read_freqs(), base, head_dim, where))
-  if not scaled:
-    return Rotary(base, NO_SCALING)
-  return Rotary(
-    base, dataclasses.replace(NO_SCALING, kind="linear", factor=gguf_names.decimal(factor))
-  )
-
-
-def _refuse_keys(get, metadata: Mapping[str, Any], prefix: str, where: str):
-  """Raises UserError for a rotary key of an unknown meaning, and for a scaling of cosine and sine."""
-  for key in metadata:
-    if not key.startswith(prefix):
-      continue
-    name = key.removeprefix(prefix)
-    if name in ("scaling.attn_factor", "scaling.yarn_attn_factor"):
-      if get(f"rope.{name}", float) != 1:
-        raise UserError(f"{where}: {key}={metadata[key]:g} is not supported, only 1")
-    elif name == "scaling.yarn_ext_factor":
-      if get(f"rope.{name}", float) > 0:
-        raise UserError(f"{where}: {key}={metadata[key]:g} is not supported, only 0")
-    elif name not in (*_GGUF_READ, *_GGUF_YARN):
-      raise UserError(f"{where}: {named(key)}={shown(metadata[key])} is a rotary key not supported")
-
-
-def _from_divisors(freqs: np.ndarray, base: float, head_dim: int, where: str) -> RopeScalingConfig:
-  """Llama 3's scaling from its divisors.
-
-  Raises:
-    UserError: the divisors are those of another scaling.
-  """
-  # Slow frequencies are divided by the whole factor, so it is the greatest divisor. With the factor all divisors can be
-  # computed; if they differ from the file's, this is some other scaling.
-  fits = freqs.shape == (head_dim // 2,) and np.isfinite(freqs).all() and (freqs >= 1).all()
-  factor = float(freqs.max(initial=1.0)) if fits else 1.0
-  scaling = dataclasses.replace(_LLAMA3, factor=factor)
-  if not fits or not np.allclose(
-    freqs, gguf_names.llama3_factors(scaling, base, head_dim), rtol=1e-4, atol=0
-  ):
-    raise UserError(
-      f"{where}: tensor {gguf_names.ROPE_FREQS!r} must be Llama 3's rotary scaling (low 1, high 4,"
-      f" original context 8192) by a factor {factor:g}; another one is not supported"
-    )
-  return NO_SCALING if factor == 1 else scaling
+  places = [(block, "rope_theta")] if "rope_theta" in block.raw else []
+  at_top = [(top, name) for name in names if name in top.raw]
+  if places:
+    at_top = [(part, name) for part, name in at_top if part.has(name)]
+  for part, name in (*places, *at_top):
+    if not part.has(name) or part.number(name, None) <= 0:
+      raise part.wrong(name, "must be a number above 0")
+  found = [(part.number(name, None), part, name) for part, name in (*places, *at_top)]
+  for value, _, name in found[1:]:
+    if value != found[0][0]:
+      raise found[0][1].wrong(found[0][2], f"contradicts {name}={value:g} at the top")
+  return found[0][0] if found else default

@@ -28,9 +28,12 @@ from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
 # Attention masks and rotary tables, which old checkpoints hold beside the weights. The model computes them itself.
-_BUFFER = re.compile(r"(^|\.)(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
-_LAYER = re.compile(r"(?:^|\.)(?:h|layers)\.(\d{1,9})\.")  # gpt2's list of layers, and Llama's
-_HEADS = ("lm_head.weight", "score.weight")  # outside of the trunk, so their names have no prefix
+_BUFFER = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)$")
+_LAYER = re.compile(
+  r"(?:^|\.)(?:h|layers)\.(\d{1,9})\."
+)  # gpt2's list of layers, and that of all others
+LM_HEADS = ("lm_head.weight", "embed_out.weight")
+_HEADS = (*LM_HEADS, "score.weight")  # outside of the trunk, so their names have no prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +79,33 @@ def _gpt2() -> tuple[Row, ...]:
   )
 
 
-def _llama(use_bias: bool, qkv_bias: bool, queries: int) -> tuple[Row, ...]:
-  """The rows of Llama, Mistral or Qwen2. Matrices are stored as [out, in], the transpose of ours.
+def _gpt_neox() -> tuple[Row, ...]:
+  """The rows of GPT-NeoX. Matrices are [out, in]; one holds each head's query, then its key, then its value."""
+  attention, mlp = "layers.{}.attention", "layers.{}.mlp"
+  return (
+    Row("embedding/token_VD", "embed_in.weight", "V D", "VD"),
+    Row("layers/attention_norm/scale_D", "layers.{}.input_layernorm.weight", "D", "D"),
+    Row("layers/attention_norm/bias_D", "layers.{}.input_layernorm.bias", "D", "D"),
+    Row("layers/mlp_norm/scale_D", "layers.{}.post_attention_layernorm.weight", "D", "D"),
+    Row("layers/mlp_norm/bias_D", "layers.{}.post_attention_layernorm.bias", "D", "D"),
+    Row("layers/attention/w_qkv_DGQK", f"{attention}.query_key_value.weight", "G3K D", "DG3K"),
+    Row("layers/attention/b_qkv_GQK", f"{attention}.query_key_value.bias", "G3K", "G3K"),
+    Row("layers/attention/w_out_GRKD", f"{attention}.dense.weight", "D GRK", "GRKD"),
+    Row("layers/attention/b_out_D", f"{attention}.dense.bias", "D", "D"),
+    Row("layers/mlp/w_up_DF", f"{mlp}.dense_h_to_4h.weight", "F D", "DF"),
+    Row("layers/mlp/b_up_F", f"{mlp}.dense_h_to_4h.bias", "F", "F"),
+    Row("layers/mlp/w_down_FD", f"{mlp}.dense_4h_to_h.weight", "D F", "FD"),
+    Row("layers/mlp/b_down_D", f"{mlp}.dense_4h_to_h.bias", "D", "D"),
+    Row("final_norm/scale_D", "final_layer_norm.weight", "D", "D"),
+    Row("final_norm/bias_D", "final_layer_norm.bias", "D", "D"),
+  )
+
+
+def _llama(cfg: NetworkConfig, queries: int) -> tuple[Row, ...]:
+  """The rows of Llama, Mistral, Qwen2, Qwen3, SmolLM3 and Gemma 3. Matrices are stored as [out, in].
 
   Args:
-    use_bias: whether every projection has a bias.
-    qkv_bias: whether at least queries, keys and values have one (Qwen2).
+    cfg: its switches decide on biases (all, or those of queries, keys and values only) and norms.
     queries: number of query heads that share a key/value head; in our fused dimension Q the key comes after them, then
       the value.
   """
@@ -97,26 +121,43 @@ def _llama(use_bias: bool, qkv_bias: bool, queries: int) -> tuple[Row, ...]:
     Row("layers/mlp/b_gate_up_2F", f"{mlp}.up_proj.bias", "1F", "1F", 1),
   )
   down_bias = Row("layers/mlp/b_down_D", f"{mlp}.down_proj.bias", "D", "D")
+  head_norms = (
+    Row("layers/attention/q_norm/scale_K", f"{attention}.q_norm.weight", "K", "K"),
+    Row("layers/attention/k_norm/scale_K", f"{attention}.k_norm.weight", "K", "K"),
+  )
+  norm = lambda ours, theirs: Row(
+    f"layers/{ours}/scale_D", f"layers.{{}}.{theirs}.weight", "D", "D"
+  )
+  # Llama calls the norm before the MLP by its place after attention. Gemma has a norm there, too.
+  norms = (
+    (
+      norm("attention_out_norm", "post_attention_layernorm"),
+      norm("mlp_norm", "pre_feedforward_layernorm"),
+      norm("mlp_out_norm", "post_feedforward_layernorm"),
+    )
+    if cfg.sandwich_norm
+    else (norm("mlp_norm", "post_attention_layernorm"),)
+  )
   return (
     Row("embedding/token_VD", "embed_tokens.weight", "V D", "VD"),
-    Row("layers/attention_norm/scale_D", "layers.{}.input_layernorm.weight", "D", "D"),
+    norm("attention_norm", "input_layernorm"),
     Row("layers/attention/w_qkv_DGQK", f"{attention}.q_proj.weight", "GRK D", "DGRK"),
     Row("layers/attention/w_qkv_DGQK", f"{attention}.k_proj.weight", "G1K D", "DG1K", queries),
     Row("layers/attention/w_qkv_DGQK", f"{attention}.v_proj.weight", "G1K D", "DG1K", queries + 1),
-    *(qkv_biases if use_bias or qkv_bias else ()),
+    *(qkv_biases if cfg.use_bias or cfg.qkv_bias else ()),
+    *(head_norms if cfg.qk_norm else ()),
     Row("layers/attention/w_out_GRKD", f"{attention}.o_proj.weight", "D GRK", "GRKD"),
-    *((out_bias,) if use_bias else ()),
-    Row("layers/mlp_norm/scale_D", "layers.{}.post_attention_layernorm.weight", "D", "D"),
+    *((out_bias,) if cfg.use_bias else ()),
+    *norms,
     Row("layers/mlp/w_gate_up_D2F", f"{mlp}.gate_proj.weight", "1F D", "D1F", 0),
     Row("layers/mlp/w_gate_up_D2F", f"{mlp}.up_proj.weight", "1F D", "D1F", 1),
-    *(gate_up_biases if use_bias else ()),
+    *(gate_up_biases if cfg.use_bias else ()),
     Row("layers/mlp/w_down_FD", f"{mlp}.down_proj.weight", "D F", "FD"),
-    *((down_bias,) if use_bias else ()),
+    *((down_bias,) if cfg.use_bias else ()),
     Row("final_norm/scale_D", "norm.weight", "D", "D"),
   )
 
 
-_LM_HEAD = Row("head/w_VD", "lm_head.weight", "V D", "VD")
 _SCORE_HEAD = Row("head/w_D", "score.weight", "1 D", "D")
 # This parameter has no row, because their score heads have no bias. It goes into LayerNorm's bias or into the config
 # (see `transfer.named_tensors`).
@@ -180,9 +221,11 @@ def listed(cfg: NetworkConfig, vocab_size: int, head: Head) -> tuple[Tensor, ...
   queries = cfg.num_heads // cfg.num_kv_heads
   if cfg.position == "learned":
     prefix, trunk = "transformer.", _gpt2()
+  elif cfg.norm == "layernorm":
+    prefix, trunk = "gpt_neox.", _gpt_neox()
   else:
-    prefix, trunk = "model.", _llama(cfg.use_bias, cfg.qkv_bias, queries)
-  last = _SCORE_HEAD if head == "scalar" else _LM_HEAD
+    prefix, trunk = "model.", _llama(cfg, queries)
+  last = _SCORE_HEAD if head == "scalar" else Row("head/w_VD", lm_head(cfg), "V D", "VD")
   rows = trunk if head == "lm" and cfg.tie_embeddings else (*trunk, last)
   sizes = dict(V=vocab_size, T=cfg.max_length, D=cfg.d_model, F=cfg.d_mlp, K=cfg.head_dim)
   sizes |= {"G": cfg.num_kv_heads, "R": queries, "1": 1, "3": 3}
@@ -257,6 +300,12 @@ def is_buffer(name: str) -> bool:
 def layers_in(names: Iterable[str]) -> set[int]:
   """The numbers of the layers that tensors of these names belong to."""
   return {int(match[1]) for name in names if (match := _LAYER.search(name))}
+
+
+def lm_head(cfg: NetworkConfig) -> str:
+  """The name of the tensor that the head of a language model has, if it is not tied to the embedding."""
+  is_neox = cfg.position == "rope" and cfg.norm == "layernorm"
+  return "embed_out.weight" if is_neox else "lm_head.weight"
 
 
 def is_tied(model: Model) -> bool:

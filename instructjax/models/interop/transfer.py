@@ -44,7 +44,8 @@ def load_params(source: Source, model: Model, shardings: Params) -> Params:
       head differs from the embedding, or a file is cut off.
     ValueError: the table does not know this network; see `tensor_table.tensors`.
   """
-  wanted = _match(source, tensor_table.tensors(model), tensor_table.is_tied(model))
+  copy = tensor_table.lm_head(model.network) if tensor_table.is_tied(model) else None
+  wanted = _match(source, tensor_table.tensors(model), copy)
   _warn_of_dropped_rows(source, wanted)
   _require_tied_copy_equal(source, model, wanted)
   by_param: dict[str, list] = {}
@@ -79,14 +80,19 @@ def require_fit(source: Source, found: Description):
       " config must fit the weights"
     )
   wanted = tensor_table.listed(found.cfg, found.vocab_size, found.head)
-  _match(source, wanted, found.head == "lm" and found.cfg.tie_embeddings)
+  is_tied = found.head == "lm" and found.cfg.tie_embeddings
+  _match(source, wanted, tensor_table.lm_head(found.cfg) if is_tied else None)
 
 
 def _match(
-  source: Source, wanted: Sequence[tensor_table.Tensor], is_tied: bool
+  source: Source, wanted: Sequence[tensor_table.Tensor], copy: str | None
 ) -> list[tensor_table.Tensor]:
   """The model's tensors, under the names that the source has for them.
 
+  Args:
+    source: opened weights.
+    wanted: the model's tensors.
+    copy: a tensor that may be there besides: a tied head's. None if the head is not tied.
   Raises:
     UserError: a tensor is missing, left over, or of another shape.
   """
@@ -97,7 +103,7 @@ def _match(
     wanted = tuple(dataclasses.replace(t, name=t.name.removeprefix(prefix)) for t in wanted)
   by_name = {tensor.name: tensor for tensor in wanted}
   missing = [name for name in by_name if name not in source.shapes]
-  known = by_name.keys() | ({"lm_head.weight"} if is_tied else set())
+  known = by_name.keys() | {copy}
   extra = [name for name in source.shapes if name not in known and not tensor_table.is_buffer(name)]
   for names, what in ((missing, "lacks"), (extra, "has, and this model has no place for,")):
     if names:
@@ -133,13 +139,14 @@ def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_t
   Raises:
     UserError: it differs.
   """
-  if not tensor_table.is_tied(model) or "lm_head.weight" not in source.shapes:
+  head = tensor_table.lm_head(model.network)
+  if not tensor_table.is_tied(model) or head not in source.shapes:
     return
   embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
-  same_shape = source.shapes[embedding] == source.shapes["lm_head.weight"]
-  if not same_shape or not np.array_equal(source.read(embedding), source.read("lm_head.weight")):
+  same_shape = source.shapes[embedding] == source.shapes[head]
+  if not same_shape or not np.array_equal(source.read(embedding), source.read(head)):
     raise UserError(
-      f"{source.path}: tensor lm_head.weight differs from {embedding}, and the config ties them; set"
+      f"{source.path}: tensor {head} differs from {embedding}, and the config ties them; set"
       " tie_word_embeddings to false in config.json if the head is meant to differ"
     )
 

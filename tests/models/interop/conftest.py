@@ -16,9 +16,8 @@ from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source
 from instructjax.parallel import sharding
 
-GOLDEN = json.loads(
-  (pathlib.Path(__file__).parents[2] / "golden/huggingface_logits.json").read_text()
-)
+GOLDEN_FOLDER = pathlib.Path(__file__).parents[2] / "golden"
+GOLDEN = json.loads((GOLDEN_FOLDER / "huggingface_logits.json").read_text())
 
 
 def golden_weight(name: str, shape) -> np.ndarray:

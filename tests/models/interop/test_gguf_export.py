@@ -33,6 +33,32 @@ LLAMA = dict(
   mlp="swiglu",
 )
 LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192)
+NEOX = dict(
+  d_model=32,
+  num_heads=4,
+  num_kv_heads=4,
+  head_dim=8,
+  position="rope",
+  rope_base=700.0,
+  rotary_dim=2,
+  norm="layernorm",
+  mlp="gelu_exact",
+  parallel_residual=True,
+  use_bias=True,
+  tie_embeddings=False,
+)
+GEMMA3 = LLAMA | dict(
+  num_layers=7,
+  rope_local_base=10_000.0,
+  rope_scaling=RopeScalingConfig("linear", 8.0, 1.0, 4.0, 8192),
+  norm="rmsnorm_1p",
+  sandwich_norm=True,
+  qk_norm=True,
+  mlp="geglu",
+  attention_window=5,
+  layer_pattern="LLLLLG",
+  scale_embeddings=True,
+)
 FAMILIES = {
   "llama": LLAMA,
   "untied": LLAMA | dict(tie_embeddings=False),
@@ -40,6 +66,11 @@ FAMILIES = {
   "linear": LLAMA | dict(rope_scaling=dataclasses.replace(LLAMA3, kind="linear", factor=2.0)),
   "llama3": LLAMA | dict(rope_base=500_000.0, rope_scaling=LLAMA3),
   "qwen2": LLAMA | dict(qkv_bias=True),
+  "qwen3": LLAMA | dict(qk_norm=True, head_dim=6),
+  "gptneox": NEOX,
+  "gptneox tied": NEOX | dict(parallel_residual=False, rotary_dim=0, tie_embeddings=True),
+  "smollm3": LLAMA | dict(num_layers=5, layer_pattern="GGGN"),
+  "gemma3": GEMMA3,
   "gpt2": dict(d_model=32, num_heads=2, num_kv_heads=2, head_dim=16, use_bias=True),
   "gpt2 untied": dict(
     **dict(d_model=32, num_heads=2, num_kv_heads=2, head_dim=16),
@@ -94,6 +125,8 @@ def test_f16_round_trip(family, make, tmp_path):
     # Vectors and positions are kept as they are.
     exact = old.ndim == 1 or at[-1].key in ("position_TD", *BIASES)
     wanted = np.asarray(old) if exact else np.float16(old).astype(np.float32)
+    if family == "gemma3" and "norm" in jax.tree_util.keystr(at):  # 1 is added, and taken away
+      wanted = (wanted + np.float32(1)) - np.float32(1)
     np.testing.assert_array_equal(np.asarray(new), wanted, err_msg=jax.tree_util.keystr(at))
 
   assert jax.tree.structure(params) == jax.tree.structure(got)
@@ -181,13 +214,85 @@ def test_gpt2_as_llama_cpp_wants_it(make, tmp_path):
   np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"].data, up_DF.T.astype(np.float16))
 
 
-def test_qwen2_has_no_place_for_divisors(make, tmp_path):
-  """llama.cpp reads rope_freqs.weight for llama only; elsewhere it would compute other positions."""
-  model, params = make("llama3", qkv_bias=True)
-  with pytest.raises(
-    errors.UserError, match="rope_scaling.kind='llama3' together with qkv_bias cannot"
+def test_gptneox_as_llama_cpp_wants_it(make, tmp_path):
+  """All queries, then all keys, then all values, each of 4 heads of 8; the head, though it is tied."""
+  model, params = make("gptneox tied")
+  interop.write_file(tmp_path / "model.gguf", model, params, TOKENIZER)
+  reader = gguf.GGUFReader(tmp_path / "model.gguf")
+  tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+  layer = params["layers"][0]["attention"]
+  for part in range(3):
+    for head in range(4):
+      rows = slice(32 * part + 8 * head, 32 * part + 8 * head + 8)
+      w_KD = np.asarray(layer["w_qkv_DGQK"])[:, head, part].T.astype(np.float16)
+      np.testing.assert_array_equal(tensors["blk.0.attn_qkv.weight"][rows], w_KD)
+      b_K = np.asarray(layer["b_qkv_GQK"])[head, part]
+      np.testing.assert_array_equal(tensors["blk.0.attn_qkv.bias"][rows], b_K)
+  np.testing.assert_array_equal(tensors["output.weight"], tensors["token_embd.weight"])
+  assert reader.fields["gptneox.use_parallel_residual"].contents() is False
+  assert reader.fields["gptneox.rope.dimension_count"].contents() == 8
+
+
+def test_gemma3_as_llama_cpp_wants_it(make, tmp_path):
+  model, params = make("gemma3")
+  interop.write_file(tmp_path / "model.gguf", model, params, TOKENIZER)
+  reader = gguf.GGUFReader(tmp_path / "model.gguf")
+  tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+  layer = params["layers"][6]
+  for name, norm in (
+    ("attn_norm", layer["attention_norm"]["scale_D"]),
+    ("attn_q_norm", layer["attention"]["q_norm"]["scale_K"]),
+    ("post_attention_norm", layer["attention_out_norm"]["scale_D"]),
+    ("ffn_norm", layer["mlp_norm"]["scale_D"]),
+    ("post_ffw_norm", layer["mlp_out_norm"]["scale_D"]),
   ):
+    np.testing.assert_array_equal(tensors[f"blk.6.{name}.weight"], np.asarray(norm) + 1)
+  np.testing.assert_array_equal(
+    tensors["output_norm.weight"], np.asarray(params["final_norm"]["scale_D"]) + 1
+  )
+  assert reader.fields["gemma3.attention.sliding_window"].contents() == 5
+
+
+@pytest.mark.parametrize(
+  "family, changes, message",
+  [
+    (
+      "llama3",
+      dict(qkv_bias=True),
+      "rope_scaling.kind='llama3' .* for llama only, and this is qwen2",
+    ),
+    (
+      "llama3",
+      dict(qk_norm=True),
+      "rope_scaling.kind='llama3' .* for llama only, and this is qwen3",
+    ),
+    ("gptneox", dict(mlp="gelu"), "mlp='gelu' cannot be .* one gelu of gptneox, gelu_exact"),
+    ("smollm3", dict(layer_pattern="GGN"), "layer_pattern='GGN' cannot be .* has GGGN for smollm3"),
+    ("smollm3", dict(use_bias=True), "use_bias=True cannot be .* has no biases for smollm3"),
+    ("gemma3", dict(layer_pattern="LG"), "layer_pattern='LG' cannot be .* has LLLLLG for gemma3"),
+    ("gemma3", dict(rope_local_base=9.0), "rope_local_base=9 cannot be .* has 10000 for gemma3"),
+    (
+      "gemma3",
+      dict(query_pre_attn_scalar=9),
+      "query_pre_attn_scalar=9 cannot be .* has 8 for this",
+    ),
+  ],
+)
+def test_what_llama_cpp_has_built_in(family, changes, message, make, tmp_path):
+  """No key of the file could tell it: llama.cpp would compute something else without a word."""
+  model, params = make(family, **changes)
+  with pytest.raises(errors.UserError, match=message):
     gguf_export.write_file(tmp_path / "x.gguf", model, params, TOKENIZER)
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_scores_of_the_largest_gemma3_are_scaled_by_its_width(make, tmp_path):
+  """62 layers: 32 / 4 = 8 here, as 5376 / 32 = 168 of the 27B model, whose heads have 128."""
+  sizes = dict(num_layers=62, head_dim=4, query_pre_attn_scalar=8, d_mlp=8)
+  model, params = make("gemma3", **sizes)
+  interop.write_file(tmp_path / "x.gguf", model, params, TOKENIZER)
+  found = interop.describe(interop.open_weights(tmp_path / "x.gguf"))
+  assert found.cfg.query_pre_attn_scalar == 8
 
 
 def test_llama3_divisors_are_written(make, tmp_path):
@@ -230,7 +335,7 @@ def test_refused_before_anything_is_written(make, tmp_path):
   assert "kind='q4_0' of a GGUF file must be one of f16, q8_0" in refusal(
     path, model, params, TOKENIZER, "q4_0"
   )
-  banded, banded_params = make("gpt2", attention_window=4)
+  banded, banded_params = make("gpt2", attention_window=4, num_layers=2)
   assert "attention_window=4" in refusal(path, banded, banded_params, TOKENIZER)
   assert not list(tmp_path.iterdir())
 

@@ -38,3 +38,13 @@ def test_llama3_divisors_by_hand():
   )
   np.testing.assert_allclose(divisors(1.0, 3.0), [1, 8])
   np.testing.assert_allclose(divisors(2.0, 4.0), [1 / (0.408 / 8 + 0.592), 8], rtol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 2)], ids=["bias", "rows"])
+def test_queries_keys_and_values_are_parted_and_put_together_again(shape):
+  """Two heads of two: query 0 1, key 2 3, value 4 5 of the first, then those of the second."""
+  rows = np.broadcast_to(np.arange(12).reshape(12, *[1] * (len(shape) - 1)), shape)
+  order = np.array([0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11])
+  apart = gguf_names.fuse(rows, num_heads=2)
+  np.testing.assert_array_equal(apart, rows[order])
+  np.testing.assert_array_equal(gguf_names.split_fused(apart, 2), rows)

@@ -1,53 +1,6 @@
 """Folders: what `transformers` answered for them, bit-for-bit export, and every damage named.
 
-The golden logits were recorded by this script (torch and transformers are needed for it only):
-
-    import json, zlib
-    import numpy as np, torch, transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0,
-                  high_freq_factor=4.0, original_max_position_embeddings=8)
-    SIZES = dict(vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
-    CASES = {
-      "gpt2": ("gpt2", dict(vocab_size=17, n_embd=16, n_layer=2, n_head=4, n_positions=12)),
-      "llama_tied": ("llama", SIZES | dict(tie_word_embeddings=True)),
-      "llama3_untied": ("llama", SIZES | dict(head_dim=8, rope_parameters=LLAMA3)),
-      "qwen2": ("qwen2", SIZES | dict(num_key_value_heads=1)),
-    }
-
-    def weight(name, shape):
-      rng = np.random.default_rng(zlib.crc32(name.encode()))
-      is_norm = name.endswith(".weight") and len(shape) == 1
-      return rng.normal(float(is_norm), 0.3, shape).astype(np.float32)
-
-    token_BL = np.arange(20).reshape(2, 10) * 7 % 17
-    right_BL = np.arange(10)[None] < np.array([[10], [6]])
-    cases = {}
-    for name, (kind, sizes) in CASES.items():
-      model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
-      state = model.state_dict()
-      if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-      new = {k: torch.tensor(weight(k, tuple(v.shape))) for k, v in state.items()}
-      model.load_state_dict(new, strict=False)
-      case = dict(config=model.config.to_dict(), shapes={k: list(v.shape) for k, v in state.items()})
-      for side, mask_BL in (("right", right_BL), ("left", right_BL[:, ::-1])):
-        position_BL = np.maximum(np.cumsum(mask_BL, 1) - 1, 0)
-        with torch.no_grad():
-          logits_BLV = model(input_ids=torch.tensor(token_BL), position_ids=torch.tensor(position_BL),
-                             attention_mask=torch.tensor(mask_BL.astype(int))).logits.numpy()
-        case[side] = np.round(logits_BLV[mask_BL].astype(float), 5).tolist()
-      cases[name] = case
-    note = dict(
-      source=f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, float32 on a CPU,"
-             " by the script in the docstring of tests/models/interop/test_huggingface.py",
-      when_to_update="Never for a change of our code. When the script records other cases.",
-    )
-    with open("tests/golden/huggingface_logits.json", "w") as f:
-      lines = [f'"{k}": {json.dumps(v)}' for k, v in (note | {"cases": cases}).items()]
-      f.write("{\\n" + ",\\n".join(lines) + "\\n}\\n")
+The golden logits were recorded by tests/golden/logits_by_transformers.py.
 """
 
 import json
@@ -64,7 +17,9 @@ from instructjax import models
 from instructjax.core.errors import UserError
 from instructjax.models import interop
 from instructjax.models.interop import huggingface
+from instructjax.rl import scoring
 from tests import tiny
+from tests.models.interop.conftest import GOLDEN_FOLDER, write
 
 TOKEN_BL = np.arange(20, dtype=np.int32).reshape(2, 10) * 7 % 17
 RIGHT_BL = np.arange(10)[None] < np.array([[10], [6]])
@@ -150,6 +105,33 @@ def write_raw(folder, header, data, name="model.safetensors"):
 
 # --- scalar heads ---------------------------------------------------------------------------------
 
+SCORES = json.loads((GOLDEN_FOLDER / "scores.json").read_text())
+
+
+@pytest.mark.parametrize("name", SCORES["cases"])
+def test_scores_equal_those_of_transformers(name, tmp_path, one_device, quick_jit):
+  """Read at the last token that is not the pad: before the EOS, where the EOS is the pad."""
+  case = SCORES["cases"][name]
+  folder = write(tmp_path / "model", case)
+  model, params = load(folder, one_device)
+  assert model.head == "scalar"
+  skips = interop.pad_id(interop.open_weights(folder))
+  assert skips == case["config"]["pad_token_id"]
+  length = max(map(len, SCORES["sequences"]))
+  rows = [one + [model.vocab_size] * (length - len(one)) for one in SCORES["sequences"]]
+  is_token = np.array(rows) != model.vocab_size
+  score = quick_jit(scoring.sequence_score, static_argnums=(0, 4))
+  found = score(model, params, np.array(rows, np.int32), is_token, skips)
+  np.testing.assert_allclose(found, case["scores"], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("value", [-1, True, "0", [0]])
+def test_a_pad_that_is_no_id_is_refused(value, folder):
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": value}))
+  with pytest.raises(UserError, match="pad_token_id=.* must be the id of a token"):
+    interop.pad_id(interop.open_weights(folder))
+
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_scalar_head_comes_back(family, request, make, tmp_path, one_device, quick_jit):
@@ -183,7 +165,7 @@ def test_nothing_is_overwritten(folder, tmp_path, one_device, monkeypatch):
   def disk_full(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(huggingface, "_write_safetensors", disk_full)
+  monkeypatch.setattr(huggingface, "write_safetensors", disk_full)
   with pytest.raises(UserError, match="cannot write .*/full: .*No space left"):
     interop.write_folder(tmp_path / "full", model, params, {})
   assert {path.name for path in tmp_path.iterdir()} == {"model", "empty"}
@@ -411,8 +393,9 @@ def test_git_lfs_pointers(name, folder):
 
 def test_an_adapter_is_no_model(folder):
   (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-  assert f"{folder} is an adapter (LoRA), not a whole model: it has adapter_config.json; merge" in (
-    refusal(folder)
+  assert (
+    f"{folder} is an adapter (LoRA), not a whole model: it has adapter_config.json, and no"
+    in (refusal(folder))
   )
 
 

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from instructjax.core.errors import UserError
 from instructjax.models import interop, transformer
-from instructjax.models.interop import gguf_names, tensor_table
+from instructjax.models.interop import gguf_names, tensor_table, transfer
 from tests import tiny
 
 VOCAB = 19
@@ -210,3 +210,24 @@ def test_rows_follow_the_switches(head, names, llama):
   assert count(qkv_bias=True) == names + 2 * 3
   assert count(use_bias=True) == count(use_bias=True, qkv_bias=True) == names + 2 * 7
   assert count(tie_embeddings=True) == names - (head == "lm")
+  # Two norms of heads, and two after the branches, in each layer.
+  assert count(qk_norm=True) == count(norm="rmsnorm_1p", sandwich_norm=True) == names + 2 * 2
+  # Two norms, qkv, the output and the MLP's two matrices, each with a bias: 12 a layer.
+  neox = dict(norm="layernorm", mlp="gelu_exact", use_bias=True, num_kv_heads=4)
+  assert count(**neox) == 1 + 2 * 12 + 3
+
+
+def test_gpt_neox_has_a_head_s_query_key_and_value_together(make):
+  """Rows of query_key_value are, for each of 4 heads of 4: its query, its key, its value."""
+  model, params = make(tiny.FAMILIES["gpt_neox"])
+  exported = {name: made() for name, _, made in transfer.named_tensors(model, params)}
+  layer = params["layers"][2]["attention"]
+  w = exported["gpt_neox.layers.2.attention.query_key_value.weight"]
+  b = exported["gpt_neox.layers.2.attention.query_key_value.bias"]
+  assert (w.shape, b.shape) == ((48, 16), (48,))
+  for head in range(4):
+    for part in range(3):
+      rows = slice(12 * head + 4 * part, 12 * head + 4 * part + 4)
+      np.testing.assert_array_equal(w[rows].T, layer["w_qkv_DGQK"][:, head, part])
+      np.testing.assert_array_equal(b[rows], layer["b_qkv_GQK"][head, part])
+  np.testing.assert_array_equal(exported["embed_out.weight"], params["head"]["w_VD"])

@@ -23,7 +23,7 @@ def assert_trees_equal(found, expected):
   jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.fixture(params=["gpt2", "gpt2_untied", "llama", "llama_biases", "qwen2"])
+@pytest.fixture(params=["gpt2", "gpt2_untied", "llama", "llama_biases", "qwen2", *tiny.FAMILIES])
 def cfg(request, gpt2, llama):
   change = dataclasses.replace
   return {
@@ -32,6 +32,7 @@ def cfg(request, gpt2, llama):
     "llama": llama,
     "llama_biases": change(llama, use_bias=True, head_dim=6),
     "qwen2": change(llama, qkv_bias=True, tie_embeddings=True),
+    **tiny.FAMILIES,
   }[request.param]
 
 
