@@ -8,7 +8,7 @@ import pathlib
 from absl import flags, logging
 
 from instructjax.commands import cli, config_flag, settings
-from instructjax.core import places, terminal
+from instructjax.core import places
 from instructjax.core.config import Config, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import agreement, distributed, supervisor
@@ -73,6 +73,7 @@ def main(arguments: list[str]):
   # Imported here so that --help and bad flags are answered at once.
   import jax
 
+  from instructjax.core import terminal
   from instructjax.parallel import compiled, memory
   from instructjax.stages import pipeline
   from instructjax.train import finished

@@ -59,6 +59,11 @@ def work(ctx: Context, stage: str) -> float:
     value = scalar * cfg.has_value_network
     updates = cfg.num_epochs * _TRAIN * (policy + value + read("policy", text))
     return (_SAMPLE + 1) * policy + scalar + value + updates
+  if row.kind == "best_of_n":
+    cfg = config.best_of_n
+    prompts = cfg.num_prompts or len(ctx.data.prompt_tokens("train"))
+    tokens = prompts * cfg.n * answer
+    return _SAMPLE * read("policy", tokens) + read("reward", tokens)
   if row.kind == "evaluate":
     cfg = config.evaluate
     judged = sum(STAGES[name].policy is not None for name in lineage.line(config, stage))

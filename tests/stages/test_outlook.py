@@ -21,7 +21,9 @@ def ctx(tmp_path):
   return types.SimpleNamespace(
     config=config,
     data=types.SimpleNamespace(
-      records=lambda kind, split: records[kind], tokens=lambda kind, split: stored
+      records=lambda kind, split: records[kind],
+      tokens=lambda kind, split: stored,
+      prompt_tokens=lambda split: [[1]] * 5,
     ),
     model=lambda role: context.make_model(config, None, role, micro.VOCAB_SIZE),
     directory=lambda stage: tmp_path / stage,
@@ -37,6 +39,7 @@ def log(ctx, stage, *seconds):
 def test_work_by_hand(ctx):
   policy = lambda tokens, length=30: flops.forward(ctx.model("policy"), tokens, length)
   reward = lambda tokens: flops.forward(ctx.model("reward"), tokens, 30)
+  n = ctx.config.best_of_n.n
   expected = {
     "pretrain": 3 * policy(4 * 8 * 60, 60),
     "sft": 3 * 2 * policy(10 * 1.25 * 30),
@@ -46,6 +49,7 @@ def test_work_by_hand(ctx):
     + 2 * reward(960)
     + 3 * (policy(960) + reward(960) + policy(32 * 60)),
     "evaluate": 4 * policy(4 * 8 * 30) + reward(4 * 8 * 30),
+    "best_of_n": 3 * policy(5 * n * 30) + reward(5 * n * 30),  # to all of 5 prompts
     "sft_select": 0,
   }
   assert {stage: outlook.work(ctx, stage) for stage in expected} == pytest.approx(expected)

@@ -41,6 +41,7 @@ def test_a_base_learns_training_text_and_keeps_its_best_step(stage, role, steps)
   with contextlib.ExitStack() as stack:
     patch = lambda *args: stack.enter_context(mock.patch.object(*args))
     patch(pretrain, "stage_run", run)
+    patch(pretrain, "bare", lambda model: model)
     patch(pretrain, "is_finished", lambda run: False)
     patch(pretrain, "make_optimizer", lambda optim, num_steps: f"tx of {num_steps}")
     patch(pretrain, "finish", lambda ctx, *rest: finished.append(rest))

@@ -37,6 +37,7 @@ RECORDS = (
   results.Collected(results.LabelerGroups(train=AGREEMENT, heldout=AGREEMENT), {"train": "12ab"}),
   results.RewardModel(1.5, JUDGED, None, ()),
   results.RewardModel(1.5, JUDGED, JUDGED, (results.Fold(heldout=0.6, train=0.7),)),
+  results.Chosen(10, 2, reward=0.5, mean_reward=-0.5, kl=1.3, file="34cd"),
   results.Evaluated({"sft": {"reward": 0.5}, "base": {}}),
 )
 
