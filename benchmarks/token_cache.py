@@ -122,7 +122,7 @@ def whole(folder: pathlib.Path, name: str) -> dict:
     "pretrain.optim.warmup_steps": 1,
     "evaluate.pretrain_batches": 1,
     "log.every_steps": 1,
-    "log.tensorboard": False,
+    "log.trackers": (),
   }
   command = [sys.executable, "-m", "instructjax.main", "--config=configs/pretrain.py"]
   command += [f"--config.{name}={value}" for name, value in settings.items()]
