@@ -125,7 +125,9 @@ def _own_judge(opened: list[weights.Weights]) -> str:
   if len(opened) < 2 or runs or run is None:
     return ""
   judge = run / stage_of_kind("rm").name
-  return str(judge) if finished.read_done(judge) else ""
+  done = finished.read_done(judge)
+  # The stage of a reward model that was given has no weights.
+  return str(judge) if done and done.step is not None else ""
 
 
 def _chats(reader: Speaker, chat: bool | None) -> bool:

@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 import sys
+import types
 
 import jax
 import pytest
@@ -24,6 +25,15 @@ def test_stages_of_one_run_are_judged_by_its_own(run, seat, tmp_path):
   shutil.copytree(run[0], tmp_path / "other")
   panel = dialogue.seat([str(run[0] / "sft"), str(tmp_path / "other" / "sft")], "", SETTINGS)
   assert panel.judge is None
+
+
+def test_a_run_whose_reward_model_was_given_has_no_judge_of_its_own(run, monkeypatch):
+  """Its rm stage has only measured the given one."""
+  opened = [dialogue.weights.locate(run[0] / stage) for stage in ("sft", "ppo_ptx")]
+  assert dialogue._own_judge(opened) == str(run[0] / "rm")
+  measured = types.SimpleNamespace(step=None)
+  monkeypatch.setattr(dialogue.finished, "read_done", lambda folder: measured)
+  assert dialogue._own_judge(opened) == ""
 
 
 # --- several, and conversations -------------------------------------------------------------------
