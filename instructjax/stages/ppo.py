@@ -237,7 +237,9 @@ def _describe(ctx: Context, watch: Callable[..., None]):
     extra = {}
     if simulation is not None:
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
-    columns = {"score": score_B, **rewards, "kl": kl_B}
+    # Named as in the metrics: a function of the user's may be called `score` or `answer`.
+    named = {f"rewards/{name}": value_B for name, value_B in rewards.items()}
+    columns = {"score": score_B, **named, "kl": kl_B}
     rows = [
       {"prompt": prompt, "answer": answer, **{key: float(x[i]) for key, x in columns.items()}}
       for i, (prompt, answer) in enumerate(zip(prompts, responses))
