@@ -444,7 +444,7 @@ def run(ctx: Context, stage: str):
     base,
     scalar_base,
   )
-  functions += tuple(text_scorers.load(ctx, stage, one, cfg.batch_size) for one in scorers)
+  functions += tuple(text_scorers.load(ctx, stage, one, cfg) for one in scorers)
   tell_adapter(ctx, stage, "policy", lineage.optim(ctx.config, cfg.policy_optim))
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
