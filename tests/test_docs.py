@@ -47,6 +47,12 @@ def test_what_is_missing_is_found(tmp_path):
   assert missing(page) == ["gone.md", "configs/gone.py", "tests/gone", "launch.gone"]
 
 
+def test_a_backslash_ends_its_line():
+  """Else the shell takes the blank for an argument, and ends the command where the line ends."""
+  inside = {name: re.findall(r"\\ +-.*", path.read_text("utf-8")) for name, path in PAGES.items()}
+  assert {name: found for name, found in inside.items() if found} == {}
+
+
 def test_the_two_commands_that_ci_runs_word_for_word():
   """.ci/run takes the README's two lines that start so: first the main job, then the tests."""
   lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

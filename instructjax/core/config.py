@@ -276,7 +276,7 @@ class Config:
         f"{where}.adapter.targets={self.adapter.targets} must have all of q, k, v or none: files of networks like"
         f" {where}.{name} hold them as one matrix",
       )
-      has_gate = getattr(self, name).mlp != "gelu"
+      has_gate = getattr(self, name).is_gated
       require(
         self.adapter.rank == 0 or has_gate or self.adapter.targets != ("gate",),
         f"{where}.adapter.targets={self.adapter.targets} must name a matrix of {where}.{name}, whose MLP has no gate",

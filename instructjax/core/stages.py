@@ -283,7 +283,7 @@ _ROWS = (
     kind="evaluate",
     # Among the RL stages, only those that the config asks for count, and a given `sft` in place of `sft_select`: see
     # `lineage.parents`.
-    parents=("sft", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
+    parents=("sft", "rm", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
     reads=("prompts", "documents"),
     block="evaluate",
     result=results.Evaluated,

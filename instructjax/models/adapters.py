@@ -229,7 +229,7 @@ def join(
 
   Args:
     model: whose `adapter` says what `trained` is.
-    base: parameters of a network of this shape, with any head, from `frozen`. A scalar head comes from `trained`.
+    base: parameters of a network of this shape, with any head, from `freeze`. A scalar head comes from `trained`.
     trained: from `init`, or what training made of it.
     key_B: a typed key for each row, of the adapter's dropout; None for none.
   """

@@ -16,9 +16,11 @@ def training(
   """FLOPs of a forward and a backward pass, arguments as for `forward`.
 
   The backward pass takes twice the forward pass: the gradient of a product's input, and that of its weights. A frozen
-  base has the first only. An adapter's own products are narrow, and are not counted.
+  base has the first only, but attention has both: it multiplies inputs with inputs. An adapter's own products are
+  narrow, and are not counted.
   """
-  return (3 if model.adapter is None else 2) * forward(model, tokens, length, outputs)
+  whole = forward(model, tokens, length, outputs)
+  return 3 * whole if model.adapter is None else 2 * whole + tokens * _attention(model, length)
 
 
 def forward(
@@ -41,6 +43,11 @@ def forward(
   layers = count(shapes) - count(shapes["embedding"]) - head
   if model.head == "lm" and cfg.tie_embeddings:
     head = count(shapes["embedding"]["token_VD"])
-  attention = 2 * cfg.num_layers * length * cfg.num_heads * cfg.head_dim
   outputs = tokens if outputs is None else outputs
-  return tokens * (2.0 * layers + attention) + outputs * 2.0 * head
+  return tokens * (2.0 * layers + _attention(model, length)) + outputs * 2.0 * head
+
+
+def _attention(model: transformer.Model, length: int) -> int:
+  """FLOPs of a token in the attention of all layers, forward."""
+  cfg = model.network
+  return 2 * cfg.num_layers * length * cfg.num_heads * cfg.head_dim

@@ -24,8 +24,7 @@ from instructjax.core.structs import Array, pytree
 from instructjax.parallel import constraints
 
 # The weights of norms stay float32, wherever they are nested: a norm is computed in float32. So does the scale of an
-# Int8. All others are used in the
-# compute dtype. Their names start with w_ (a product's weights) or b_ (its biases).
+# Int8. All others are used in the compute dtype. Their names start with w_ (a product's weights) or b_ (its biases).
 FLOAT32 = frozenset({"scale_D", "bias_D", "scale_K", "scale"})
 SAVED = "saved"  # checkpoint_name of the arrays that remat='products' keeps for the backward pass
 # Score of a masked column. It is finite because with -inf a row in which every column is masked would become NaN.
@@ -297,7 +296,7 @@ def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
 
 def band(mask_BTS, query_position_BT, key_position_BS, cfg: NetworkConfig):
   """The mask of the banded layers, from that of the dense ones; None if the network has no banded layers."""
-  if not cfg.attention_window or "L" not in cfg.layer_pattern:
+  if not cfg.attention_window or "L" not in layer_kinds(cfg):
     return None
   distance_BTS = query_position_BT[:, :, None] - key_position_BS[:, None, :]
   return mask_BTS & (distance_BTS < cfg.attention_window)

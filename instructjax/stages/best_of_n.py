@@ -1,13 +1,14 @@
 """Best-of-n (rejection sampling): writes, for each prompt, the answer of n that the reward model scores highest.
 
 The file, `best_of_n/answers.jsonl`, has the form of a user's own demonstrations, so that `sft` can read it. Prompts are
-answered in parts. Each part is a file of its own until the last one is done, so a run that was stopped goes on.
+answered in parts. Each part is a file of its own until the stage is finished, so a run that was stopped goes on.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,7 +154,11 @@ def run(ctx: Context, stage: str):
     Preempted: the run was told to stop.
   """
   cfg = ctx.config.best_of_n
-  run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
+  # Of an RL policy, `policies.load` takes the averaged weights or the last ones.
+  is_rl = STAGES[lineage.stage_of(ctx.config, cfg.policy)].is_rl
+  which = "ema" if policies.judges_average(ctx) else "raw"
+  others = {"evaluate": {"weights": which}} if is_rl else {}
+  run_ = stage_run(ctx, stage, cfg, data=ctx.config.data, **others)
   if is_finished(run_):
     return
   directory = ctx.directory(stage)
@@ -194,3 +199,5 @@ def run(ctx: Context, stage: str):
     file=hashlib.sha256(text.encode()).hexdigest(),
   )
   finish(ctx, stage, run_, None, result)
+  with writing(parts_folder):
+    shutil.rmtree(parts_folder)

@@ -376,6 +376,12 @@ def next_steps(stages: list[str], target: str, workdir: pathlib.Path) -> list[st
   lines = []
   if any(row.kind == "evaluate" for row in rows):
     lines.append(f"  to see the report: open {workdir / 'report' / 'index.html'} in a browser")
+  if STAGES[target].kind == "best_of_n":
+    chosen = folder(f"{target}/{module(target).FILE}")
+    lines.append(
+      f"  the chosen answers: {chosen}; sft learns from them in another --workdir, with"
+      f" --config.data.demonstrations=jsonl:{chosen}"
+    )
   if speakers:
     speaker = target if target in speakers else speakers[-1]
     shown = folder(speaker)

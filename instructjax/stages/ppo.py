@@ -40,7 +40,7 @@ from instructjax.stages.context import (
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
 from instructjax.train.metrics import read_metrics
-from instructjax.train.optim import make_optimizer
+from instructjax.train.optim import make_optimizer, require_steps
 
 _ADVICE = (
   "if only ppo.max_kl is too low, raise it and run again: the run goes on. Else lower"
@@ -81,16 +81,18 @@ def _optimizers(config: Config, cfg: PPOConfig):
   """Those of the policy and of the value network; None where there is no value network."""
 
   # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
-  def unclipped(optim: OptimConfig, iterations: int):
+  def unclipped(optim: OptimConfig, name: str, iterations: int):
     updates = iterations * cfg.num_epochs * cfg.num_minibatches
+    require_steps(optim, updates, f"config.ppo.{name}")
     return make_optimizer(
       dataclasses.replace(lineage.optim(config, optim), clip_norm=None), updates
     )
 
   # While only the value network learns, the policy's schedule stands still.
-  policy_tx = unclipped(cfg.policy_optim, cfg.num_iterations - cfg.value_warmup)
-  value_tx = unclipped(cfg.value_optim, cfg.num_iterations) if cfg.has_value_network else None
-  return policy_tx, value_tx
+  policy_tx = unclipped(cfg.policy_optim, "policy_optim", cfg.num_iterations - cfg.value_warmup)
+  if not cfg.has_value_network:
+    return policy_tx, None
+  return policy_tx, unclipped(cfg.value_optim, "value_optim", cfg.num_iterations)
 
 
 def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:

@@ -8,7 +8,7 @@ from instructjax.parallel import sharding
 from instructjax.stages.context import Context, bare, finish, is_finished, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
-from instructjax.train.optim import make_optimizer
+from instructjax.train.optim import make_optimizer, require_steps
 
 
 def check_settings(config: Config, stage: str):
@@ -17,8 +17,9 @@ def check_settings(config: Config, stage: str):
   Raises:
     UserError: the warmup is as long as the stage.
   """
-  cfg: PretrainConfig = getattr(config, STAGES[stage].block)
-  make_optimizer(cfg.optim, cfg.num_steps)
+  block = STAGES[stage].block
+  cfg: PretrainConfig = getattr(config, block)
+  require_steps(cfg.optim, cfg.num_steps, f"config.{block}.optim")
 
 
 def run(ctx: Context, stage: str):

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from instructjax.core import results, terminal
-from instructjax.core.config import RMConfig
+from instructjax.core.config import Config, RMConfig
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Params, RankedBatch, TrainState
 from instructjax.data import batching
@@ -28,8 +28,10 @@ from instructjax.rl import scoring
 from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.train import accumulation, loop, supervised
-from instructjax.train.optim import make_optimizer
+from instructjax.train.optim import make_optimizer, require_steps
 from instructjax.train.weights import Weights
+
+_FOLD = "a fold (rm.cross_validation_folds)"  # in messages
 
 
 def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
@@ -181,6 +183,7 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   cfg, model = ctx.config.rm, ctx.model("reward")
   batches = _batches(ctx, tokenized(ctx, records), ctx.data_seed(name))
   num_steps = cfg.num_epochs * batches.steps_per_epoch
+  require_steps(cfg.optim, num_steps, "config.rm.optim", name)
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
   cfg = dataclasses.replace(cfg, optim=lineage.optim(ctx.config, cfg.optim))
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
@@ -340,12 +343,36 @@ def _require_decided(ctx: Context, rankings: Sequence[RankingTokens], what: str)
     )
 
 
+def _require_steps(cfg: RMConfig, num_rankings: int, what: str):
+  """Checks that a training on so many rankings is longer than its warmup; `what` names it.
+
+  Raises:
+    UserError: it is not.
+  """
+  num_steps = cfg.num_epochs * -(-num_rankings // cfg.batch_size)
+  require_steps(cfg.optim, num_steps, "config.rm.optim", what)
+
+
+def check_settings(config: Config, stage: str):
+  """Checks the warmup, where the config says how many rankings are collected at most.
+
+  Raises:
+    UserError: the warmup is as long as the stage, or as a fold of it.
+  """
+  cfg, most = config.rm, config.collect.num_prompts
+  if lineage.given(config, stage) or not lineage.collects(config):
+    return
+  _require_steps(cfg, most, "the stage")
+  if cfg.cross_validation_folds:
+    _require_steps(cfg, min(most, cfg.cross_validation_prompts), _FOLD)
+
+
 def check(ctx: Context, stage: str):
   """Checks that there is something to learn and to measure, and that the labelers can be split into folds.
 
   Raises:
     UserError: every ranking of a split or of a fold is too long or a tie, a prompt has too many answers, the warmup is
-      as long as the stage, or the labelers cannot be split.
+      as long as the stage or a fold of it, or the labelers cannot be split.
   """
   if lineage.collects(ctx.config):
     return  # the comparisons of simulated labelers are collected only later in the run
@@ -372,8 +399,9 @@ def check(ctx: Context, stage: str):
       _require_decided(
         ctx, found, f"{name} rankings by the {whose} of fold {fold} (rm.cross_validation_folds)"
       )
-  batches = _batches(ctx, train_rankings, ctx.data_seed(stage))
-  make_optimizer(lineage.optim(ctx.config, cfg.optim), cfg.num_epochs * batches.steps_per_epoch)
+    inside = sum(item.labeler not in outside for item in train_rankings)
+    _require_steps(cfg, min(inside, cfg.cross_validation_prompts), _FOLD)
+  _require_steps(cfg, len(train_rankings), "the stage")
 
 
 def measure_given(ctx: Context, stage: str, given: Weights) -> results.RewardModel:

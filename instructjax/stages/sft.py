@@ -16,7 +16,7 @@ from instructjax.stages import lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
-from instructjax.train.optim import make_optimizer
+from instructjax.train.optim import make_optimizer, require_steps
 
 
 def _sft_config(ctx: Context, stage: str) -> SFTConfig:
@@ -85,7 +85,7 @@ def check(ctx: Context, stage: str):
   cfg = _sft_config(ctx, stage)
   _, steps_per_epoch = _batches(ctx, cfg, stage)
   ctx.data.demonstration_rows("validation", cfg.length)
-  make_optimizer(lineage.optim(ctx.config, cfg.optim), cfg.num_epochs * steps_per_epoch)
+  require_steps(cfg.optim, cfg.num_epochs * steps_per_epoch, f"config.{STAGES[stage].block}.optim")
 
 
 def run(ctx: Context, stage: str):

@@ -31,8 +31,7 @@ def make_schedule(
     warmup_start: rate at update 0 as a fraction of the peak; unused without a warmup.
     end_fraction: last rate as a fraction of the peak; unused by 'constant'.
   Raises:
-    UserError: the warmup is as long as the training.
-    ValueError: another argument is out of its range, or the kind is unknown.
+    ValueError: an argument is out of its range, or the kind is unknown. `require_steps` says it to the user.
   """
   if learning_rate <= 0:
     raise ValueError(f"learning_rate={learning_rate} must be > 0.")
@@ -42,9 +41,8 @@ def make_schedule(
   if warmup_steps < 0:
     raise ValueError(f"warmup_steps={warmup_steps} must be >= 0.")
   if kind != "constant" and warmup_steps >= num_steps:
-    raise UserError(
-      f"schedule={kind!r} must have steps left after its warmup: warmup_steps={warmup_steps},"
-      f" got num_steps={num_steps}. Lower warmup_steps."
+    raise ValueError(
+      f"schedule={kind!r}: warmup_steps={warmup_steps} must be below num_steps={num_steps}."
     )
 
   decay_steps = num_steps - warmup_steps
@@ -62,6 +60,24 @@ def make_schedule(
   return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
+def require_steps(cfg: OptimConfig, num_steps: int, where: str, what: str = "the stage"):
+  """Checks that the learning rate has updates left to fall in when its warmup is over.
+
+  Args:
+    cfg: the optimiser's settings.
+    num_steps: updates in all.
+    where: dotted name of the settings, as `config.sft.optim`.
+    what: what makes these updates, in words.
+  Raises:
+    UserError: the warmup is as long as the training.
+  """
+  if cfg.schedule != "constant" and cfg.warmup_steps >= num_steps:
+    raise UserError(
+      f"{where}.warmup_steps={cfg.warmup_steps} must be below the {num_steps} updates of {what}, since"
+      f" schedule={cfg.schedule!r} falls after the warmup; lower it"
+    )
+
+
 def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransformation:
   """Adam with the configured schedule, gradient clipping and decoupled weight decay.
 
@@ -69,7 +85,8 @@ def make_optimizer(cfg: OptimConfig, num_steps: int) -> optax.GradientTransforma
   minus the learning rate.
 
   Raises:
-    UserError: a setting is out of its range, or the warmup is as long as the training.
+    UserError: a setting is out of its range.
+    ValueError: the warmup is as long as the training, see `require_steps`.
   """
   cfg.validate("optim")
   schedule = make_schedule(

@@ -139,7 +139,7 @@ _RULES = [
     " config.model hold them as one matrix",
   ),
   (
-    dict(adapter__rank=2, adapter__targets=("gate",), model__mlp="gelu"),
+    dict(adapter__rank=2, adapter__targets=("gate",), model__mlp="gelu_exact"),
     "config.adapter.targets=('gate',) must name a matrix of config.model, whose MLP has no gate",
   ),
   (

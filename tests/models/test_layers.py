@@ -80,6 +80,11 @@ def test_rotary_frequencies_of_local_layers_and_of_a_part_of_a_head(llama):
 def test_kinds_of_layers(pattern, num_layers, changes, kinds, llama):
   cfg = dataclasses.replace(llama, layer_pattern=pattern, num_layers=num_layers, **changes)
   assert layers.layer_kinds(cfg) == kinds
+  # The banded layers' mask is made where there are such layers: one layer of "GL" is none.
+  has_band = bool(cfg.attention_window) and "L" in kinds
+  assert (
+    layers.band(np.ones((1, 1, 1), bool), *np.zeros((2, 1, 1), int), cfg) is not None
+  ) == has_band
 
 
 def test_a_layers_norms_stay_float32_wherever_they_are_nested():

@@ -133,7 +133,7 @@ WRITTEN = [
   ("stages/ppo", "no limit on the KL", 'limits={"kl": cfg.max_kl} if cfg.max_kl else {}', "limits={}"),
   ("stages/ppo", "optimisers clip too", "dataclasses.replace(lineage.optim(config, optim), clip_norm=None)", "lineage.optim(config, optim)"),
   ("stages/ppo", "schedule in iterations", "updates = iterations * cfg.num_epochs * cfg.num_minibatches", "updates = iterations"),
-  ("stages/ppo", "value network on the policy's rate", "unclipped(cfg.value_optim, cfg.num_iterations)", "unclipped(cfg.policy_optim, cfg.num_iterations)"),
+  ("stages/ppo", "value network on the policy's rate", "unclipped(cfg.value_optim, ", "unclipped(cfg.policy_optim, "),
   ("stages/ppo", "optimisers exchanged", "policy_tx, value_tx = _optimizers(config, cfg)", "value_tx, policy_tx = _optimizers(config, cfg)"),
   ("stages/ppo", "raw weights measured along the training", "state.ema_params if averaged else state.params", "state.params"),
   ("stages/evaluate", "judged on validation prompts", 'ctx.data.records("prompts", "test")', 'ctx.data.records("prompts", "validation")'),

@@ -47,10 +47,17 @@ def stage(tmp_path, monkeypatch):
   monkeypatch.setattr(answers, "from_text", lambda ctx, prompts, text, ended_N: text)
   monkeypatch.setattr(answers, "score", lambda ctx, model, params, found: scored(found))
 
+  made_with = {}
+
   def make(prompts, **changes):
     config = micro.config("best_of_n", {}, data__prompts="jsonl:p", **changes)
     run_ = types.SimpleNamespace(fingerprint={"config.best_of_n": str(changes)}, files={})
-    monkeypatch.setattr(best_of_n, "stage_run", lambda ctx, *a, **k: run_)
+
+    def stage_run(ctx, stage, own, *, data, **others):
+      made_with.update(others)
+      return run_
+
+    monkeypatch.setattr(best_of_n, "stage_run", stage_run)
     ctx = types.SimpleNamespace(
       config=config,
       tokenizer=types.SimpleNamespace(
@@ -65,6 +72,7 @@ def stage(tmp_path, monkeypatch):
     )  # fmt: skip
     return lambda: best_of_n.run(ctx, "best_of_n"), sampled, finished
 
+  make.made_with = made_with
   return make
 
 
@@ -86,6 +94,7 @@ def test_chosen_answers_are_demonstrations_with_their_scores(stage, tmp_path):
   assert (result.prompts, result.left_out) == (5, 0)
   assert result.reward == np.mean([row["score"] for row in rows]) > result.mean_reward
   assert result.kl == pytest.approx(np.log(4) - 3 / 4)
+  assert [one.name for one in (tmp_path / "best_of_n").iterdir()] == ["answers.jsonl"]
   assert sampled == [(number, "weights of ppo_init", False, 1.0) for number in range(3)]
   # `sft` reads the file as a user's own.
   found = sources.load(
@@ -94,18 +103,25 @@ def test_chosen_answers_are_demonstrations_with_their_scores(stage, tmp_path):
   assert [(r.prompt, r.response) for r in found] == [(r["prompt"], r["response"]) for r in rows]
 
 
-def test_a_stopped_run_goes_on_and_writes_the_same(stage, tmp_path):
+def test_a_stopped_run_goes_on_and_writes_the_same(stage, tmp_path, monkeypatch):
   prompts = [f"p{i}" for i in range(6)]
   run, sampled, finished = stage(prompts, best_of_n__n=3)
-  run()
+  finish = best_of_n.finish
+
+  def stop(*_):
+    raise RuntimeError("stopped")
+
+  monkeypatch.setattr(best_of_n, "finish", stop)
+  with pytest.raises(RuntimeError, match="stopped"):
+    run()
   path = tmp_path / "best_of_n" / "answers.jsonl"
-  whole, finished[:], sampled[:] = path.read_text(), [], []
+  whole, sampled[:] = path.read_text(), []
   path.unlink()
   (tmp_path / "best_of_n" / "parts" / "000001.jsonl").unlink()
   (tmp_path / "best_of_n" / "parts" / "000002.jsonl.tmp").write_text("half a l")
-  run()
+  with pytest.raises(RuntimeError, match="stopped"):
+    run()
   assert [number for number, *_ in sampled] == [1] and path.read_text() == whole
-  finished[:] = []
   run, *_ = stage(prompts, best_of_n__n=5)
   with pytest.raises(UserError, match="best_of_n"):
     run()
@@ -115,6 +131,10 @@ def test_a_stopped_run_goes_on_and_writes_the_same(stage, tmp_path):
     UserError, match="000001.jsonl is damaged; delete it, and the run makes it again"
   ):
     run()
+  (tmp_path / "best_of_n" / "parts" / "000001.jsonl").unlink()
+  monkeypatch.setattr(best_of_n, "finish", finish)
+  run()
+  assert finished and path.read_text() == whole and not (tmp_path / "best_of_n" / "parts").exists()
 
 
 def test_a_prompt_without_an_ended_answer_is_left_out(stage, tmp_path, monkeypatch):
@@ -127,8 +147,6 @@ def test_a_prompt_without_an_ended_answer_is_left_out(stage, tmp_path, monkeypat
   assert (row["response"], row["score"], row["scores"]) == ("a", 0, [0, 2])
   assert (finished[0].prompts, finished[0].left_out) == (1, 1)
   finished[:], ended[:] = [], False
-  for path in (tmp_path / "best_of_n" / "parts").glob("0*"):
-    path.unlink()
   with pytest.raises(UserError, match="none of the 2 answers to each of 2 prompts ended by itself"):
     run()
 
@@ -143,6 +161,19 @@ def test_chats_stay_messages_and_too_many_prompts_are_refused(stage):
     UserError, match=r"num_prompts=3 must not exceed the 2 training prompts of .*; 0 is all"
   ):
     run()
+
+
+@pytest.mark.parametrize("which", ["ema", "raw"])
+def test_which_weights_of_an_rl_policy_answered_is_part_of_the_stage(stage, which):
+  run, *_ = stage(["p"], best_of_n__n=2)
+  run()
+  assert stage.made_with == {}
+  run, _, finished = stage(
+    ["p"], best_of_n__n=8, best_of_n__policy="ppo", evaluate__weights=which, ppo__ema_decay=0.5
+  )
+  finished.clear()
+  run()
+  assert stage.made_with == {"evaluate": {"weights": which}}
 
 
 @pytest.mark.parametrize(

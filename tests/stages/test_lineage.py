@@ -59,11 +59,11 @@ def test_plan(stage, changes, expected):
     ("rm", BIGGER | {"data__comparisons": "demo:"}, ("reward_pretrain", "collect")),
     ("collect", {}, ("sft",)),
     ("ppo", {}, ("ppo_init", "rm")),
-    ("evaluate", {}, ("sft_select", "ppo_init", "ppo_ptx")),
+    ("evaluate", {}, ("rm", "sft_select", "ppo_init", "ppo_ptx")),
     (
       "evaluate",
       {"evaluate__compare": ("ppo",), "evaluate__overoptimization": True},
-      ("sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
+      ("rm", "sft_select", "ppo_init", "ppo", "ppo_ptx", "ppo_beta0"),
     ),
   ],
 )
@@ -121,6 +121,8 @@ GIVEN = {
     (("sft",), {"rm__start_from": "sft"}, ["pretrain", "rm", "ppo_init", "ppo_ptx", "evaluate"]),
     (("rm",), {}, ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "evaluate"]),
     (("rm",), BIGGER, ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "evaluate"]),
+    # Without RL, nothing but the evaluation itself needs the reward model.
+    (("sft", "init", "rm"), {"stage": "evaluate"}, ["rm", "evaluate"]),
     (
       ("init", "rm"),
       {"data__comparisons": "demo:"},
@@ -130,7 +132,7 @@ GIVEN = {
 )
 def test_what_is_given_is_left_out_with_all_that_only_it_needs(given, changes, expected):
   changes = changes | {name: path for one in given for name, path in GIVEN[one].items()}
-  assert lineage.plan(config(**changes)) == expected
+  assert lineage.plan(config(changes.pop("stage", "ppo_ptx"), **changes)) == expected
 
 
 def test_the_given_are_judged():

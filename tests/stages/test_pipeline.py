@@ -738,19 +738,19 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
     ({"rm__cross_validation_folds": 5}, "folds=5 must leave each fold a labeler .*name 4 labelers"),
     (
       {"pretrain__optim__warmup_steps": 4},
-      "stage pretrain: .*after its warmup: warmup_steps=4, got num_steps=4",
+      "stage pretrain: config.pretrain.optim.warmup_steps=4 must be below the 4 updates of the stage",
     ),
     (
       {"sft__optim__warmup_steps": 99},
-      r"stage sft: .*after its warmup: warmup_steps=99, got num_steps=\d+",
+      r"stage sft: config.sft.optim.warmup_steps=99 must be below the \d+ updates of the stage",
     ),
     (
       {"ppo__value_optim__warmup_steps": 8},
-      "stage ppo: .*after its warmup: warmup_steps=8, got num_steps=8",
+      "stage ppo: config.ppo.value_optim.warmup_steps=8 must be below the 8 updates of the stage",
     ),
     (
       {"ppo__value_optim__warmup_steps": 4, "evaluate__overoptimization": True},
-      "stage ppo_beta0: .*after its warmup: warmup_steps=4, got num_steps=4",
+      "stage ppo_beta0: config.ppo.value_optim.warmup_steps=4 must be below the 4 updates",
     ),
   ],
 )
@@ -905,3 +905,5 @@ def test_a_finished_run_names_what_was_asked_for():
   assert "run/ppo_beta0 " in talk("evaluate")
   (report,) = pipeline.next_steps(["rm", "evaluate"], "rm", pathlib.Path("run"))
   assert "run/report/index.html" in report
+  chosen, *_ = pipeline.next_steps(["sft", "rm", "best_of_n"], "best_of_n", pathlib.Path("run"))
+  assert chosen.endswith(" --config.data.demonstrations=jsonl:run/best_of_n/answers.jsonl")

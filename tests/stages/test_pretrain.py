@@ -76,6 +76,6 @@ def test_a_base_learns_training_text_and_keeps_its_best_step(stage, role, steps)
 
 def test_the_schedule_is_checked_over_all_steps():
   config, checked = micro.config("ppo", {}, pretrain__num_steps=7), []
-  with mock.patch.object(pretrain, "make_optimizer", lambda *a: checked.append(a)):
+  with mock.patch.object(pretrain, "require_steps", lambda *a: checked.append(a)):
     pretrain.check_settings(config, "pretrain")
-  assert checked == [(config.pretrain.optim, 7)]
+  assert checked == [(config.pretrain.optim, 7, "config.pretrain.optim")]

@@ -561,7 +561,7 @@ def test_eight_devices_equal_one(start, one_device, mesh, shared):
 
 
 def checked(tmp_path, monkeypatch, rows, **changes):
-  """Runs `rm.check` on comparisons, with a character for a token; returns how many rankings it made batches of."""
+  """Runs `rm.check`, with a character for a token; returns the numbers of rankings that it took for trainings."""
   micro.write_lines(tmp_path / "rows.jsonl", rows)
   config = micro.config("rm", {"comparisons": f"jsonl:{tmp_path}/rows.jsonl"}, **changes)
   tokenizer = types.SimpleNamespace(
@@ -575,13 +575,10 @@ def checked(tmp_path, monkeypatch, rows, **changes):
   ctx = types.SimpleNamespace(
     config=config, data=data, tokenizer=tokenizer, data_seed=lambda name: 0, given={}
   )
-  made = []
-  batches = types.SimpleNamespace(steps_per_epoch=10**6)
-  monkeypatch.setattr(
-    rm, "_batches", lambda ctx, rankings, seed: made.append(len(rankings)) or batches
-  )
+  trained = []
+  monkeypatch.setattr(rm, "_require_steps", lambda cfg, number, what: trained.append(number))
   rm.check(ctx, "rm")
-  return made
+  return trained
 
 
 def row(number, ranks=(1, 2), labeler="ann", response="a"):
@@ -614,9 +611,33 @@ def test_what_has_nothing_to_learn_or_to_measure_is_found_before_training(tmp_pa
 def test_every_fold_of_labelers_needs_an_order(tmp_path, monkeypatch):
   check = functools.partial(checked, tmp_path, monkeypatch, rm__cross_validation_folds=2)
   rows = [row(i, labeler=name) for i in range(40) for name in ("ann", "bob")]
-  assert check(rows)
+  *folds, everything = check(rows)
+  assert folds == [everything // 2] * 2
+  assert check(rows, rm__cross_validation_prompts=3) == [3, 3, everything]
   tied = [r | {"ranks": [1, 1]} if r["labeler"] == "bob" else r for r in rows]
   with pytest.raises(
     UserError, match=r"rankings by the (other )?labelers of fold \d \(rm.cross_valid"
   ):
     check(tied)
+
+
+@pytest.mark.parametrize(
+  ("warmup", "folds", "what"),
+  [
+    (5, 0, "the 5 updates of the stage"),
+    (3, 2, r"the 3 updates of a fold \(rm.cross_validation_f"),
+  ],
+)
+def test_a_warmup_as_long_as_the_training_on_collected_rankings(warmup, folds, what):
+  """Of the config alone, before the stages that the reward model needs: 9 rankings, of which a fold has 6."""
+  make = functools.partial(
+    micro.config, "rm", {}, collect__num_prompts=9, rm__batch_size=2, rm__num_epochs=1,
+    rm__cross_validation_folds=folds, rm__cross_validation_prompts=6,
+  )  # fmt: skip
+  collected = functools.partial(make, data__comparisons="demo:", data__prompts="demo:")
+  rm.check_settings(collected(rm__optim__warmup_steps=warmup - 1), "rm")
+  message = f"config.rm.optim.warmup_steps={warmup} must be below {what}"
+  with pytest.raises(UserError, match=message):
+    rm.check_settings(collected(rm__optim__warmup_steps=warmup), "rm")
+  # Of one's own rankings the config does not say how many there are.
+  rm.check_settings(make(rm__optim__warmup_steps=warmup, data__comparisons="jsonl:x"), "rm")

@@ -133,6 +133,6 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
 def test_the_schedule_is_checked_over_all_epochs():
   """Before anything is trained: three epochs of two steps."""
   ctx, checked = context(sft__num_epochs=3, sft__batch_size=2, sft__pretrain_mix=0.0), []
-  with mock.patch.object(sft, "make_optimizer", lambda *a: checked.append(a)):
+  with mock.patch.object(sft, "require_steps", lambda *a: checked.append(a)):
     sft.check(ctx, "sft")
-  assert checked == [(ctx.config.sft.optim, 6)]
+  assert checked == [(ctx.config.sft.optim, 6, "config.sft.optim")]

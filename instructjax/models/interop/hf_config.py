@@ -69,7 +69,8 @@ _BARE = {
 }
 _LM = {family: f"{name.removesuffix('Model')}ForCausalLM" for family, name in _BARE.items()}
 _LM |= {"gpt2": "GPT2LMHeadModel", "gemma3_text": "Gemma3ForCausalLM"}
-_SCALAR = {
+# Of a classifier; not always the language model's name with another end: Gemma 3's has "Text" in it.
+CLASSIFIERS = {
   family: f"{name.removesuffix('Model')}ForSequenceClassification" for family, name in _BARE.items()
 }
 
@@ -125,9 +126,9 @@ def _head(keys: Keys, family: str) -> Head:
   classes = keys.texts("architectures") or [_LM[family]]
   if classes[0] in (_LM[family], _BARE[family]):
     return "lm"
-  if classes[0] != _SCALAR[family]:
+  if classes[0] != CLASSIFIERS[family]:
     raise UserError(
-      f"{keys.where}: architectures={shown(classes)} must be {_LM[family]} or {_SCALAR[family]}"
+      f"{keys.where}: architectures={shown(classes)} must be {_LM[family]} or {CLASSIFIERS[family]}"
     )
   labels = keys.block("id2label")
   # transformers does not write its default, which is two labels. So a missing count is two, and is refused.
@@ -156,7 +157,7 @@ def to_hf_config(
   family = hf_keys.family_of(cfg)
   result = {
     "model_type": family,
-    "architectures": [(_LM if head == "lm" else _SCALAR)[family]],
+    "architectures": [(_LM if head == "lm" else CLASSIFIERS)[family]],
     "vocab_size": vocab_size + (head == "scalar"),
     "tie_word_embeddings": cfg.tie_embeddings,
     "initializer_range": cfg.init_std,

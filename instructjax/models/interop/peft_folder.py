@@ -18,10 +18,10 @@ import numpy as np
 
 from instructjax.core import foreign
 from instructjax.core.errors import UserError, writing
-from instructjax.core.foreign import Keys, named, shown
+from instructjax.core.foreign import Keys, named
 from instructjax.core.structs import Params
 from instructjax.models.interop import huggingface, peft_factors, tensor_table
-from instructjax.models.interop.hf_config import SCORE_BIAS
+from instructjax.models.interop.hf_config import CLASSIFIERS, SCORE_BIAS
 from instructjax.models.interop.source import Source
 from instructjax.models.transformer import Model
 
@@ -29,9 +29,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _SCORE = "score.weight"
-_CLASS = re.compile(
-  r"(ForCausalLM|LMHeadModel|Model)$"
-)  # of a language model, at the end of its name
 # Initialisations that change the base as well, so that the adapter does not belong to the base that is named.
 _MOVED = ("pissa", "olora", "loftq", "corda")
 
@@ -171,12 +168,9 @@ def _require_pair(
 
 def _classifier(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
   """The base's config as that of a classifier with one label."""
-  classes = Keys(config, keys.where).value("architectures")
-  named_class = classes[0] if isinstance(classes, list) and classes else "LlamaForCausalLM"
-  if not isinstance(named_class, str):
-    raise UserError(f"{keys.where}: the base's architectures={shown(classes)} must be names")
+  family = Keys(config, keys.where).text("model_type", "")
   return {
-    "architectures": [_CLASS.sub("ForSequenceClassification", named_class)],
+    "architectures": [CLASSIFIERS.get(family, family)],  # an unknown family is refused later
     "id2label": {"0": "LABEL_0"},
     SCORE_BIAS: keys.number(SCORE_BIAS, 0.0),
   }

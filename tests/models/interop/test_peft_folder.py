@@ -54,7 +54,13 @@ def load(path, model, base=None):
 
 
 @pytest.mark.parametrize(
-  ("network", "head"), [(tiny.GPT2, "lm"), (tiny.LLAMA, "lm"), (tiny.LLAMA, "scalar")]
+  ("network", "head"),
+  [
+    (tiny.GPT2, "lm"),
+    (tiny.LLAMA, "lm"),
+    (tiny.LLAMA, "scalar"),
+    (tiny.FAMILIES["gemma3"], "scalar"),  # whose classifier is not the language model's name
+  ],
 )
 def test_an_adapter_is_read_merged_into_its_base(tmp_path, network, head):
   path, model, merged = write(tmp_path, network, head)
