@@ -92,10 +92,10 @@ def on_host(rewards: Sequence[Reward]) -> tuple[Reward, ...]:
 
 
 def on_devices(spellings: Sequence[str]) -> tuple[str, ...]:
-  """The list without what the host computes; the reward model where nothing is left."""
-  found = zip(spellings, parse(spellings, "ppo.rewards"))
-  left = [spelling for spelling, reward in found if not reward.on_host]
-  return tuple(left) or ("rm",)
+  """The list without weights and without what the host computes; the reward model where nothing is left."""
+  # Without weights, since those that are left may all be 0.
+  found = parse(spellings, "ppo.rewards")
+  return tuple(reward.spelling for reward in found if not reward.on_host) or ("rm",)
 
 
 def is_reward_model_alone(rewards: Sequence[Reward]) -> bool:

@@ -47,15 +47,9 @@ def open_all(config: Config, cfg: PPOConfig) -> list[Weights]:
 
 def _require_shape(config: Config, given: Weights, where: str):
   """Refuses a network of another shape: members are stacked, and read by one program."""
-  ours, theirs = (dataclasses.asdict(one) for one in (config.reward_model.network, given.network))
-  for either in (ours, theirs):
-    either.pop("init_std")  # plays no part, since nothing is initialised
-  if ours["position"] == "rope" and ours["max_length"] <= theirs["max_length"]:
-    theirs["max_length"] = ours["max_length"]  # rotary positions have no table
-  wrong = [name for name in ours if theirs[name] != ours[name]]
-  if wrong:
-    has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
-    asked = ", ".join(f"{name}={ours[name]}" for name in wrong)
+  theirs, ours = weights.differences(given.network, config.reward_model.network)
+  if theirs:
+    has, asked = (", ".join(f"{n}={v}" for n, v in side.items()) for side in (theirs, ours))
     raise UserError(
       f"{where} has {has}, and config.reward_model has {asked}: all reward models of an ensemble must have one shape"
     )

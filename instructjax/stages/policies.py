@@ -3,7 +3,6 @@
 Called by pipeline.py and by the stages, which start from these weights or judge them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -136,18 +135,12 @@ def _require_tokenizer(config: Config, given: Weights, tokenizer: tokenizers.Tok
 
 
 def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
-  theirs, ours = dataclasses.asdict(given.network), dataclasses.asdict(cfg.network)
-  theirs["init_std"] = cfg.init_std  # plays no part, since nothing is initialised
-  if cfg.position == "rope" and cfg.max_length <= given.network.max_length:
-    # Rotary positions have no table, so a shorter context fits too.
-    theirs["max_length"] = cfg.max_length
-  wrong = [name for name in ours if theirs[name] != ours[name]]
-  if wrong:
-    has = ", ".join(f"{name}={theirs[name]}" for name in wrong)
-    asked = ", ".join(f"{name}={ours[name]}" for name in wrong)
+  theirs, ours = weights.differences(given.network, cfg.network)
+  if theirs:
+    has, asked = (", ".join(f"{n}={v}" for n, v in side.items()) for side in (theirs, ours))
     raise UserError(
       f"{where} has {has}, and config.{block} has {asked}; they must be equal: use preset weights,"
-      f" which takes the shape from the file, or set --config.{block}.{wrong[0]} and so on"
+      f" which takes the shape from the file, or set --config.{block}.{next(iter(ours))} and so on"
     )
 
 

@@ -208,6 +208,22 @@ class Adapter:
   identity: str
 
 
+def differences(theirs: NetworkConfig, ours: NetworkConfig) -> tuple[dict, dict]:
+  """Where the network of opened files cannot stand for the one that a run asks for: field -> value, of both.
+
+  Args:
+    theirs: the network of the files.
+    ours: the network that is asked for.
+  """
+  has, asked = dataclasses.asdict(theirs), dataclasses.asdict(ours)
+  has["init_std"] = asked["init_std"]  # plays no part, since nothing is initialised
+  if ours.position == "rope" and ours.max_length <= theirs.max_length:
+    # Rotary positions have no table, so a shorter context fits too.
+    has["max_length"] = ours.max_length
+  wrong = [name for name in asked if has[name] != asked[name]]
+  return {name: has[name] for name in wrong}, {name: asked[name] for name in wrong}
+
+
 def load_stage(
   directory: pathlib.Path, mesh: Mesh, model: transformer.Model, step: int, item: str
 ) -> Params:

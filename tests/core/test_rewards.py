@@ -26,8 +26,10 @@ def test_what_a_list_says():
 
 
 def test_what_is_left_for_the_devices():
-  assert rewards.on_devices(("rm", "2*python:a:b", "-1*length:-3")) == ("rm", "-1*length:-3")
+  assert rewards.on_devices(("rm", "2*python:a:b", "-1*length:-3")) == ("rm", "length:-3")
   assert rewards.on_devices(("python:a:b",)) == ("rm",)
+  # A list of its own, which has some weight that is not 0.
+  assert parse(*rewards.on_devices(("0*rm", "python:a:b")))
 
 
 @pytest.mark.parametrize(
