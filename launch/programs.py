@@ -260,7 +260,8 @@ def _rm(config: Config, mesh: Mesh) -> Program:
 def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   """The step of an RL stage, which is a whole iteration: rollout, scoring and updates."""
   cfg, data = lineage.variant(config, stage), config.data
-  # Rewards of the host take no memory of the devices, and split the program in parts that need no more than the whole.
+  # Functions and rules take no memory of the devices, and split the program in parts that need no more than the whole.
+  # The network of a `model:` is not counted, as docs/rewards.md says.
   cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
   _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:

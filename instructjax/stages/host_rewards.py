@@ -161,7 +161,8 @@ def watch_constants(
 ) -> Callable[[int, Mapping[str, np.ndarray], Callable[[], tuple[list[str], list[str]]]], None]:
   """Makes (iteration, name -> [B], texts) -> None, which stops the stage for a reward that has never varied.
 
-  A reward that once told answers apart and no longer does may have been learned, and is let be.
+  A reward that once told answers apart and no longer does may have been learned, and is let be. So is one of weight 0,
+  which is only logged.
 
   Args:
     stage: its name.
@@ -176,7 +177,7 @@ def watch_constants(
       value_B = values[reward.name]
       if len(value_B) < 2 or np.ptp(value_B):
         varied.add(reward.name)
-      elif limit and iteration >= limit and reward.name not in varied:
+      elif reward.weight and limit and iteration >= limit and reward.name not in varied:
         (prompt, *_), (answer, *_) = texts()
         shown = lambda text: foreign.shown(text, 60)
         raise StageStopped(

@@ -239,7 +239,9 @@ def _describe(ctx: Context, watch: Callable[..., None]):
     extra = {}
     if simulation is not None:
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
-    columns = {"score": score_B, **rewards, "kl": kl_B}
+    # Named as in the metrics: a function of the user's may be called `score` or `answer`.
+    named = {f"rewards/{name}": value_B for name, value_B in rewards.items()}
+    columns = {"score": score_B, **named, "kl": kl_B}
     rows = [
       {"prompt": prompt, "answer": answer, **{key: float(x[i]) for key, x in columns.items()}}
       for i, (prompt, answer) in enumerate(zip(prompts, responses))
@@ -444,7 +446,7 @@ def run(ctx: Context, stage: str):
     base,
     scalar_base,
   )
-  functions += tuple(text_scorers.load(ctx, stage, one, cfg.batch_size) for one in scorers)
+  functions += tuple(text_scorers.load(ctx, stage, one, cfg) for one in scorers)
   tell_adapter(ctx, stage, "policy", lineage.optim(ctx.config, cfg.policy_optim))
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given

@@ -26,9 +26,8 @@ from instructjax.stages.reward_functions import Function
 from instructjax.train import weights
 from instructjax.train.weights import Weights
 
-_SPELT_LONGER = (
-  2  # a row has room for so many times the tokens that the policy's tokenizer may need
-)
+# A row has room for so many times the tokens that the policy's tokenizer may need.
+_SPELT_LONGER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def fingerprints(ctx: Context, found: Sequence[Found]) -> dict[str, str]:
   return {f"reward {one.reward.spelling}": given_fingerprint(ctx, one.given) for one in found}
 
 
-def load(ctx: Context, stage: str, found: Found, batch_size: int) -> Function:
+def load(ctx: Context, stage: str, found: Found, cfg: PPOConfig) -> Function:
   """Loads a reward model, and makes the function that scores a batch of answers.
 
   Its bias is set so that the run's demonstrations score 0 on average, where it has some.
@@ -78,11 +77,12 @@ def load(ctx: Context, stage: str, found: Found, batch_size: int) -> Function:
     ctx: the run.
     stage: its name, for the line that says so.
     found: the reward model.
-    batch_size: answers that are scored at a time.
+    cfg: the stage's settings, which say how many answers are scored at a time.
   Raises:
     UserError: the weights or the demonstrations cannot be read.
   """
   given, data = found.given, ctx.config.data
+  num_rows = cfg.batch_size // cfg.score_microbatches
   model, tokenizer = given.model(ctx.mesh), given.tokenizer
   params = given.load(ctx.mesh, model)
   length = _SPELT_LONGER * (data.max_prompt_length + data.max_response_length)
@@ -95,9 +95,9 @@ def load(ctx: Context, stage: str, found: Found, batch_size: int) -> Function:
 
   def scored(params: Params, sequences: Sequence[list[int]]) -> np.ndarray:
     parts = []
-    for start in range(0, len(sequences), batch_size):
+    for start in range(0, len(sequences), num_rows):
       # The last batch is filled up with repeats, so that one program does for all.
-      chosen = [sequences[min(start + i, len(sequences) - 1)] for i in range(batch_size)]
+      chosen = [sequences[min(start + i, len(sequences) - 1)] for i in range(num_rows)]
       rows = answers.pad_left(chosen, length, tokenizer.pad_id)
       parts.append(sharding.to_host(score_BL(params, *sharding.place_rows(ctx.mesh, rows))))
     return np.concatenate(parts)[: len(sequences)]

@@ -263,11 +263,15 @@ def _other_content(old: str, new: str, files: Sequence[str]) -> str:
 
 
 def _difference(old: str, new: str) -> str:
-  """Words for what differs: `field: old there, new here` for config blocks, the first digits for hashes."""
+  """Words for what differs: `field: old there, new here` for config blocks, the first digits for hashes.
+
+  Of a block that only one of the two has, as that of adapters, it says just that.
+  """
   try:
     before, after = json.loads(old), json.loads(new)
   except ValueError:
-    return f"{old[:8]}, this run has {new[:8]}"
+    before, after = ("settings" if text.startswith("{") else text[:8] for text in (old, new))
+    return f"{before}, this run has {after}"
   if not (isinstance(before, dict) and isinstance(after, dict)):
     return f"{before} there, {after} here"
   fields = sorted(before.keys() | after.keys())

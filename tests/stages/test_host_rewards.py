@@ -147,6 +147,12 @@ def test_a_reward_that_varied_once_may_be_constant():
     watch(2, [rounding])(7, [1.0, 1.0], [1.0, 1.0])
 
 
+def test_a_reward_that_is_only_logged_stops_nothing():
+  listed = rewards.parse(("rm", "0*python:checks:polite"), "config.ppo.rewards")
+  watched = host_rewards.watch_constants("ppo", listed, 2, ())
+  watched(7, {"rm": np.array([0.0, 1.0]), "polite": np.array([1.0, 1.0])}, list)
+
+
 def test_no_limit_and_batches_of_one_answer_never_stop():
   watch(0)(99, [1.0, 1.0], [1.0, 1.0])
   watch(2)(99, [1.0], [1.0])

@@ -273,7 +273,7 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
     rollout=rollout,
     score_B=np.array([0.5, 1.5, 2.5]),
     kl_B=np.array([3.0, 4.0, 5.0]),
-    rewards={"polite": np.array([1.0, 0.0, 1.0])},
+    rewards={"answer": np.array([1.0, 0.0, 1.0])},  # a function of that name
   )
   watched = []
   watch = lambda step, values, texts: watched.append((step, values, texts()))
@@ -284,8 +284,8 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
   monkeypatch.setattr(ppo.answers, "decode", decode)
   extra, rows = ppo._describe(ctx, watch)(samples, 1)
   assert rows == [
-    {"prompt": "12", "answer": "3", "score": 0.5, "polite": 1.0, "kl": 3.0},
-    {"prompt": "45", "answer": "6", "score": 1.5, "polite": 0.0, "kl": 4.0},
+    {"prompt": "12", "answer": "3", "score": 0.5, "rewards/answer": 1.0, "kl": 3.0},
+    {"prompt": "45", "answer": "6", "score": 1.5, "rewards/answer": 0.0, "kl": 4.0},
   ]
   expected = {"rm": samples.score_B, **samples.rewards}
   assert watched == [(1, expected, (["12"], ["3"]))]

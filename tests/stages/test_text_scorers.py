@@ -81,13 +81,19 @@ def test_scores_are_the_networks_own_with_demonstrations_at_0(
       data__demonstrations=demonstrations,
       data__max_prompt_length=3,
       data__max_response_length=3,
+      ppo__batch_size=4,
+      ppo__score_microbatches=2,
     ),
   )
   monkeypatch.setattr(jax, "jit", quick_jit)
-  function = text_scorers.load(ctx, "ppo", found, batch_size=2)
+  sizes, place = set(), text_scorers.sharding.place_rows
+  placed = lambda mesh, rows: sizes.update(len(x) for x in rows) or place(mesh, rows)
+  monkeypatch.setattr(text_scorers.sharding, "place_rows", placed)
+  function = text_scorers.load(ctx, "ppo", found, ctx.config.ppo)
   assert function.everywhere and "in rows of 12 of its own tokens" in capsys.readouterr().out
   episodes = Episodes(["ab", "c"], ["cdd", ""], [False, True], [], [], 1)
   got = reward_functions.call(function, episodes)
+  assert sizes == {2}  # answers at a time
 
   def score(*ids):
     row = jnp.array([ids], jnp.int32)

@@ -166,9 +166,11 @@ def test_a_part_that_one_of_them_lacks_is_a_difference(tmp_path):
   parts = {"config.rm": "12345678", "data:prompts": "abcdefgh"}
   for saved, current, words in (
     (parts, {"config.rm": "12345678"}, "abcdefgh, this run has none"),
+    ({"config.adapter": '{"rank": 2}'}, {}, "settings, this run has none"),
+    ({}, {"config.adapter": '{"rank": 2}'}, "none, this run has settings"),
     ({"config.rm": "12345678"}, parts, "none, this run has abcdefgh"),
   ):
-    with pytest.raises(UserError, match=f"another data:prompts .{words}"):
+    with pytest.raises(UserError, match=rf"another \S+ .{words}"):
       finished.require_same_run(tmp_path, saved, current)
 
 

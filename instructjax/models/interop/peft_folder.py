@@ -30,7 +30,12 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _SCORE = "score.weight"
 # Initialisations that change the base as well, so that the adapter does not belong to the base that is named.
-_MOVED = ("pissa", "olora", "loftq", "corda")
+_MOVED = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# Kinds of LoRA that compute something else with tensors of the same names: on some tokens only, on copied layers, ...
+_OTHERS = (
+  *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "kasa_config", "arrow_config"),
+  *("alora_invocation_tokens", "layer_replication"),
+)
 
 
 def is_adapter(path: pathlib.Path) -> bool:
@@ -123,8 +128,8 @@ def open_adapter(path: pathlib.Path, base: Source) -> Source:
 def _require_plain(keys: Keys):
   """Refuses adapters that compute something else than W + scale * B A."""
   keys.one_of("peft_type", ("LORA",))
-  keys.refuse("use_dora", False)
-  keys.refuse("lora_bias", False)
+  for name in _OTHERS:
+    keys.refuse(name, False)
   keys.refuse("bias", "none")
   keys.refuse("alpha_pattern", {})
   keys.refuse("fan_in_fan_out", False, True)

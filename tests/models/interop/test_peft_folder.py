@@ -101,6 +101,7 @@ def test_the_base_is_the_one_that_is_given(tmp_path):
   [
     (dict(peft_type="IA3"), "peft_type='IA3' is not supported; known: LORA"),
     (dict(use_dora=True), "use_dora=True is not supported"),
+    (dict(alora_invocation_tokens=[3]), "alora_invocation_tokens=[3] is not supported"),
     (dict(bias="all"), "bias='all' is not supported"),
     (dict(init_lora_weights="pissa"), "must not be one that changes the base as well"),
     (dict(r=4), "have rank 2, and adapter_config.json has r=4"),
