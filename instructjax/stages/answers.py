@@ -1,7 +1,7 @@
 """Samples and scores a policy's answers to a list of prompts, with results on the host.
 
-Called by the stages that need answers outside of PPO: `collect`, `rm`, `sft_select` and `evaluate`; `ppo` decodes with
-it.
+Called by the stages that need answers outside of PPO: `collect`, `rm`, `sft_select`, `best_of_n` and `evaluate`; `ppo`
+decodes with it.
 """
 
 import dataclasses
