@@ -264,6 +264,7 @@ def base(stage: str) -> ConfigDict:
         compare=("ppo",),  # fig. 1 shows PPO beside PPO-ptx
         overoptimization=False,
         overoptimization_iterations=500,
+        group_size=4,  # open; Ahmadian et al. 2024 have 2 and 4
         best_of_n=0,
         best_of_n_prompts=64,
         bootstrap=1000,

@@ -235,7 +235,7 @@ _RULES = [
   ),
   (
     dict(best_of_n__policy="few_shot"),
-    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, ppo_beta0",
+    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, rloo, grpo, ppo_beta0",
   ),
   (dict(best_of_n__n=1), "config.best_of_n.n=1 must be from 2 to 4096"),
   (dict(best_of_n__num_prompts=-1), "config.best_of_n.num_prompts=-1 must be >= 0; 0 is all"),
@@ -345,7 +345,13 @@ _RULES = [
   (dict(evaluate__temperature=0), "config.evaluate.temperature=0.0 must be at least"),
   (dict(seed=-1), "config.seed=-1 must be >= 0"),
   (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
-  (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
+  (dict(evaluate__group_size=1), "config.evaluate.group_size=1 must be at least 2"),
+  (
+    dict(evaluate__compare=("rloo",), evaluate__group_size=3),
+    "config.evaluate.group_size=3 must divide ppo.batch_size=",
+  ),
+  (dict(stage="grpo", evaluate__group_size=3), "the answers of an iteration of grpo"),
+  (dict(evaluate__compare=("sft",)), "must hold only 'ppo', 'ppo_ptx', 'rloo', 'grpo'"),
   (dict(log__samples=-1), "config.log.samples=-1 must be >= 0"),
   (
     dict(log__trackers=("wandb", "comet")),
