@@ -67,7 +67,7 @@ def _over_untrained(results, bootstrap, seed):
 
 
 def _over_best_of_n(results, bootstrap, rng):
-  best = results.equal_kl.get("ppo_ptx")
+  best = results.best_at_kl.get("ppo_ptx")
   if best is None:
     return None
   rate, interval = mean_interval(best.wins_P, bootstrap, rng)

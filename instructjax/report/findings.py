@@ -307,7 +307,7 @@ def summary(results: Results) -> dict[str, dict[str, float]]:
   for name in set(rows) & set(results.pretraining):
     rows[name]["pretrain_loss"] = loss_per_token(results.pretraining[name])
   rows |= {name: _means(measured) for name, measured in results.untrained.items()}
-  for name, best in results.equal_kl.items():
+  for name, best in results.best_at_kl.items():
     row = {"gold": best.gold, "reward": best.reward, "kl": best.kl, "n": float(best.n)}
     rows[f"best_of_n/{name}"] = {key: value for key, value in row.items() if value is not None}
   return rows

@@ -58,16 +58,18 @@ class BestOfN:
     n: number of answers to choose from.
     kl: KL of the distribution of the chosen answer from the policy, in nats.
     gold, reward: expected scores of the chosen answer; gold is None if the answers have no gold score.
+    by_prompt: the gold score, or without one the reward, of each prompt; the means above are over prompts.
   """
 
   n: int
   kl: float
   gold: float | None
   reward: float
+  by_prompt: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class EqualKL:
+class BestAtKL:
   """A policy beside best-of-n of the PPO initialisation at the policy's own KL.
 
   Attributes:
@@ -98,7 +100,7 @@ class Results:
     reward_model: what the stage `rm` measured.
     agreement: how often simulated labelers agree; None if the labelers are not simulated.
     best_of_n: best-of-n of the PPO initialisation, by growing n; empty if it was not asked for.
-    equal_kl: RL policy -> best-of-n at its KL; empty if best-of-n was not asked for.
+    best_at_kl: RL policy -> best-of-n at its KL; empty if best-of-n was not asked for.
     untrained: answers that need no training of their own (`core.stages.UNTRAINED`), measured as the policies' are.
     new_topics: policy -> its answers to prompts on topics that no training prompt is about; empty for other prompts
       than the demo's. `measured` does not hold them.
@@ -114,7 +116,7 @@ class Results:
   reward_model: RewardModel
   agreement: LabelerGroups | None
   best_of_n: Sequence[BestOfN]
-  equal_kl: Mapping[str, EqualKL]
+  best_at_kl: Mapping[str, BestAtKL]
   untrained: Mapping[str, Measured]
   new_topics: Mapping[str, Measured]
   gold_words: str

@@ -68,7 +68,7 @@ def untrained(results: Results, config) -> dict:
   rows = {name: row for name, row in rows.items() if name not in results.measured}
   seed, bootstrap = config.seed, config.evaluate.bootstrap
   wins = doubts.untrained_wins(results, bootstrap=bootstrap, seed=seed)
-  for name, best in results.equal_kl.items():
+  for name, best in results.best_at_kl.items():
     rng = np.random.default_rng(seed)
     wins[f"best_of_n/{name}"] = intervals.mean_interval(best.wins_P, bootstrap, rng)
   beaten_by = {name: panels.NAMES[name.partition("/")[2] or "ppo_ptx"] for name in wins}

@@ -16,13 +16,13 @@ from instructjax import report
 from instructjax.core import terminal
 from instructjax.core.errors import writing
 from instructjax.core.results import Evaluated
-from instructjax.core.stages import FEW_SHOT, STAGES, RoleName, stage_of_policy
+from instructjax.core.stages import FEW_SHOT, RL_STAGES, STAGES, RoleName, stage_of_policy
 from instructjax.core.text import json_line
 from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import sharding
-from instructjax.report import findings, intervals
-from instructjax.report.results import EqualKL, Measured, Results
+from instructjax.report import equal_kl, findings, intervals
+from instructjax.report.results import BestAtKL, Measured, Results
 from instructjax.stages import lineage, measuring, policies, sampled_best
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
@@ -167,7 +167,7 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
     reward_model=ctx.require_done("rm").result,
     agreement=collected.result.agreement if collected else None,
     best_of_n=sampled_best.curve(pool, sampled_best.powers_of_two(cfg.best_of_n)) if pool else [],
-    equal_kl=_equal_kl(pool, measured, cfg.samples_per_prompt) if pool else {},
+    best_at_kl=_best_at_kl(pool, measured, cfg.samples_per_prompt) if pool else {},
     untrained=measuring.measure_untrained(ctx, [asked.every[i] for i in asked.seen]),
     new_topics={name: found.take(asked.new) for name, found in every.items()}
     if len(asked.new)
@@ -182,16 +182,16 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
   return results, every
 
 
-def _equal_kl(
+def _best_at_kl(
   pool: sampled_best.Pool, measured: Mapping[str, Measured], samples: int
-) -> dict[str, EqualKL]:
-  """Best-of-n at the KL of each policy that `rl_over_sft` and `alignment_tax` are about."""
+) -> dict[str, BestAtKL]:
+  """Best-of-n at the KL of each RL policy that has a KL penalty."""
   found = {}
-  for name in ("ppo", "ppo_ptx"):
-    if name in measured:
+  for name in RL_STAGES:
+    if name in measured and name != "ppo_beta0":
       judged_PS = intervals.judged(measured[name]).reshape(-1, samples)
       mean_kl = float(np.mean(measured[name].kl))
-      found[name] = sampled_best.equal_kl(pool, mean_kl, judged_PS[: len(pool.reward_PN)])
+      found[name] = sampled_best.at_kl(pool, mean_kl, judged_PS[: len(pool.reward_PN)])
   return found
 
 
@@ -224,7 +224,8 @@ def run(ctx: Context, stage: str):
       " is not measured"
     )
   summary = findings.summary(results)
-  _write(directory, results, summary, asked.every, every)
+  equal = equal_kl.table(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
+  _write(directory, results, summary, asked.every, every, equal)
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   before = [name for name in lineage.line(ctx.config, stage) if name != stage]
   made = {name: done.require_provenance() for name in before if (done := ctx.done(name))}
@@ -241,6 +242,7 @@ def _write(
   summary: dict,
   prompts: list[str],
   every: Mapping[str, Measured],
+  equal: dict,
 ):
   """Writes answers.jsonl and results.json.
 
@@ -255,7 +257,11 @@ def _write(
       file.write(json_line({"prompt": prompt, "answers": row}) + "\n")
   plain = {
     "policies": summary,
-    "best_of_n": [dataclasses.asdict(row) for row in results.best_of_n],
+    "best_of_n": [
+      {"n": row.n, "kl": row.kl, "gold": row.gold, "reward": row.reward}
+      for row in results.best_of_n
+    ],
+    "equal_kl": equal,
     "shots": {str(number): score for number, score in results.shots.items()},
     "agreement": results.agreement and dataclasses.asdict(results.agreement),
   }

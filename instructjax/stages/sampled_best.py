@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from instructjax.core.stages import REFERENCE
-from instructjax.report.results import BestOfN, EqualKL
+from instructjax.report.results import BestAtKL, BestOfN
 from instructjax.stages import answers, policies
 from instructjax.stages.context import Context
 
@@ -46,24 +46,28 @@ def weights(n: int, total: int) -> np.ndarray:
   return weight
 
 
-def _means(pool: Pool, n: int) -> tuple[float | None, float]:
-  """Expected (gold, reward) of the best of n."""
+def _best(pool: Pool, n: int) -> BestOfN:
+  """Expected scores of the best of n."""
   order = np.argsort(pool.reward_PN, axis=1, kind="stable")
   weight = weights(n, pool.reward_PN.shape[1])
-  mean = lambda values: float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
-  return None if pool.gold_PN is None else mean(pool.gold_PN), mean(pool.reward_PN)
+  chosen = lambda values: np.take_along_axis(values, order, axis=1) @ weight
+  reward_P = chosen(pool.reward_PN)
+  gold_P = None if pool.gold_PN is None else chosen(pool.gold_PN)
+  return BestOfN(
+    n=n,
+    kl=divergence(n),
+    gold=None if gold_P is None else float(np.mean(gold_P)),
+    reward=float(np.mean(reward_P)),
+    by_prompt=reward_P if gold_P is None else gold_P,
+  )
 
 
 def curve(pool: Pool, counts: list[int]) -> list[BestOfN]:
   """Expected scores of the best of n answers, chosen by reward, for each n in `counts`."""
-  result = []
-  for n in counts:
-    gold, reward = _means(pool, n)
-    result.append(BestOfN(n=n, kl=divergence(n), gold=gold, reward=reward))
-  return result
+  return [_best(pool, n) for n in counts]
 
 
-def equal_kl(pool: Pool, kl: float, judged_PS: np.ndarray) -> EqualKL:
+def at_kl(pool: Pool, kl: float, judged_PS: np.ndarray) -> BestAtKL:
   """Best-of-n at a policy's KL, beside the policy's own answers.
 
   Args:
@@ -74,19 +78,19 @@ def equal_kl(pool: Pool, kl: float, judged_PS: np.ndarray) -> EqualKL:
   """
   total = pool.reward_PN.shape[1]
   n = count_at(kl, total)
-  gold, reward = _means(pool, n)
+  best = _best(pool, n)
   judged_PN = pool.reward_PN if pool.gold_PN is None else pool.gold_PN
   order = np.argsort(pool.reward_PN, axis=1, kind="stable")
   sorted_PN = np.take_along_axis(judged_PN, order, axis=1)
   difference_PSN = judged_PS[:, :, None] - sorted_PN[:, None, :]
   wins_PSN = (difference_PSN > 0) + 0.5 * (difference_PSN == 0)
-  return EqualKL(
+  return BestAtKL(
     n=n,
-    kl=divergence(n),
+    kl=best.kl,
     # The nearest n at the end of what was sampled may be far.
     reaches=n < total or divergence(total) >= kl,
-    gold=gold,
-    reward=reward,
+    gold=best.gold,
+    reward=best.reward,
     wins_P=wins_PSN.mean(axis=1) @ weights(n, total),
   )
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from instructjax.core import results as core_results
 from instructjax.ops import preference
-from instructjax.report.results import BestOfN, EqualKL, Measured, Results
+from instructjax.report.results import BestAtKL, BestOfN, Measured, Results
 
 PROMPTS = [f"say <b>{i // 2}</b> & more\n" for i in range(24)]  # two samples a prompt
 NASTY = '<script>alert("x")</script>'
@@ -66,11 +66,17 @@ def results() -> Results:
     reward_model=reward_model(),
     agreement=core_results.LabelerGroups(train=agreement, heldout=agreement),
     best_of_n=[
-      BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), gold=1 + np.log(n), reward=np.log(n))
+      BestOfN(
+        n=n,
+        kl=float(np.log(n) - (n - 1) / n),
+        gold=1 + np.log(n),
+        reward=np.log(n),
+        by_prompt=1 + np.log(n) * np.array([0.5, 1.5]),
+      )
       for n in (1, 2, 4, 8)
     ],
-    equal_kl={
-      name: EqualKL(6, 0.96, True, 1.9, 1.0, rng.random(12)) for name in ("ppo", "ppo_ptx")
+    best_at_kl={
+      name: BestAtKL(6, 0.96, True, 1.9, 1.0, rng.random(12)) for name in ("ppo", "ppo_ptx")
     },
     untrained={
       name: measured_policy(rng, 0, has_kl=False)

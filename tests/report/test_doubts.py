@@ -43,15 +43,15 @@ def test_win_rates_over_what_needs_no_training():
 
 def test_it_is_said_if_best_of_n_does_not_reach_the_policys_kl():
   results = example.results()
-  best = results.equal_kl["ppo_ptx"]
+  best = results.best_at_kl["ppo_ptx"]
   assert "n = 6 answers of PPO init." in _find(results)["over_best_of_n"]["claim"]
   short = {"ppo_ptx": dataclasses.replace(best, reaches=False)}
-  claim = _find(dataclasses.replace(results, equal_kl=short))["over_best_of_n"]["claim"]
+  claim = _find(dataclasses.replace(results, best_at_kl=short))["over_best_of_n"]["claim"]
   assert "which is less KL than the policy's" in claim
 
 
 def test_without_a_policy_there_is_nothing_to_doubt():
-  results = dataclasses.replace(example.results(), measured={}, new_topics={}, equal_kl={})
+  results = dataclasses.replace(example.results(), measured={}, new_topics={}, best_at_kl={})
   assert _find(results) == {}
 
 

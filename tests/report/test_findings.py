@@ -7,7 +7,7 @@ import pytest
 
 from instructjax.core import results as core_results
 from instructjax.report import findings
-from instructjax.report.results import EqualKL, Measured, Results
+from instructjax.report.results import BestAtKL, Measured, Results
 
 NUM_PROMPTS = 20
 
@@ -80,7 +80,7 @@ def results() -> Results:
       train=core_results.Agreement(0.73, 0.01, 0.1), heldout=core_results.Agreement(0.71, 0.01, 0.1)
     ),
     best_of_n=(),
-    equal_kl={"ppo_ptx": EqualKL(8, 1.2, True, 1.5, 0.5, 0.75 * np.ones(NUM_PROMPTS))},
+    best_at_kl={"ppo_ptx": BestAtKL(8, 1.2, True, 1.5, 0.5, 0.75 * np.ones(NUM_PROMPTS))},
     untrained={
       "echo": _policy(-1.0, -1.0, None, 20),
       "demonstrations": _policy(3.0, 1.0, None, 20),
@@ -201,8 +201,8 @@ def _new(name, gold):
 
 
 def _best_of_n(rate):
-  best = EqualKL(8, 1.2, True, 1.5, 0.5, rate * np.ones(NUM_PROMPTS))
-  return lambda r: dataclasses.replace(r, equal_kl={"ppo_ptx": best})
+  best = BestAtKL(8, 1.2, True, 1.5, 0.5, rate * np.ones(NUM_PROMPTS))
+  return lambda r: dataclasses.replace(r, best_at_kl={"ppo_ptx": best})
 
 
 def _alone(**values):
@@ -273,7 +273,7 @@ def test_findings_about_what_was_not_measured_are_left_out(results):
   }
   pretraining = {name: rows for name, rows in results.pretraining.items() if name != "ppo"}
   bare = dataclasses.replace(
-    results, measured=measured, pretraining=pretraining, equal_kl={}, untrained={}, new_topics={}
+    results, measured=measured, pretraining=pretraining, best_at_kl={}, untrained={}, new_topics={}
   )
   assert set(_find(bare)) == {"rl_over_sft", "reward_model", "kl_bounded", "own_words"}
   rest = {name: found for name, found in measured.items() if name not in ("ppo_ptx", "ppo_beta0")}
@@ -289,7 +289,7 @@ def test_a_run_from_a_given_policy_and_reward_model_has_fewer_findings(results):
     pretraining={name: results.pretraining[name] for name in kept},
     reward_model=core_results.RewardModel(None, None, None, ()),
     agreement=None,
-    equal_kl={},
+    best_at_kl={},
     untrained={},
     new_topics={},
   )

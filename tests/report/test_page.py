@@ -17,8 +17,8 @@ from tests.report import example
 
 BOOTSTRAP = 20
 SECTIONS = [
-  "samples", "findings", "policies", "untrained", "habits", "new-topics", "wins", "curves", "tax", "reward-model",
-  "overoptimization", "made",
+  "samples", "findings", "policies", "untrained", "habits", "new-topics", "wins", "curves", "equal-kl", "tax",
+  "reward-model", "overoptimization", "made",
 ]  # fmt: skip
 NAMESPACE = types.SimpleNamespace
 MADE = {
@@ -195,7 +195,7 @@ def test_samples_put_the_answers_to_one_prompt_side_by_side(written):
 def _without(results, *names):
   """The results without some policies."""
   kept = lambda part: {name: found for name, found in part.items() if name not in names}
-  parts = ("measured", "pretraining", "curves", "new_topics", "equal_kl")
+  parts = ("measured", "pretraining", "curves", "new_topics", "best_at_kl")
   parts = {part: kept(getattr(results, part)) for part in parts}
   return dataclasses.replace(results, **parts)
 
@@ -212,7 +212,7 @@ def _without_gold(results):
     reward_model=dataclasses.replace(results.reward_model, heldout_labelers=None),
     agreement=None,
     best_of_n=[dataclasses.replace(row, gold=None) for row in results.best_of_n],
-    equal_kl={n: dataclasses.replace(best, gold=None) for n, best in results.equal_kl.items()},
+    best_at_kl={n: dataclasses.replace(best, gold=None) for n, best in results.best_at_kl.items()},
     untrained={"echo": bare(results.untrained["echo"])},
     new_topics={},
     gold_words="",
@@ -230,9 +230,10 @@ def _one_policy(results):
 
 def _no_rl(results):
   """Nothing but the supervised policies."""
+  gone = ("curves", "equal-kl", "overoptimization")
   results = _without(results, "ppo", "ppo_ptx", "ppo_beta0")
   results = dataclasses.replace(results, best_of_n=())
-  return results, [section for section in SECTIONS if section not in ("curves", "overoptimization")]
+  return results, [section for section in SECTIONS if section not in gone]
 
 
 def _all_given(results):

@@ -19,7 +19,7 @@ def test_what_needs_no_training_stands_beside_the_win_rates_that_the_findings_ha
   assert table["rows"]["Echo of the prompt"][0] == f"PPO-ptx: {rate:.0%} [{low:.0%}, {high:.0%}]"
   best = table["rows"]["Best of 6 of PPO init, beside PPO-ptx"]
   assert best[1:4] == ["1.90", "1.00", "0.96"]
-  assert best[0].startswith(f"PPO-ptx: {np.mean(results.equal_kl['ppo_ptx'].wins_P):.0%}")
+  assert best[0].startswith(f"PPO-ptx: {np.mean(results.best_at_kl['ppo_ptx'].wins_P):.0%}")
 
 
 def test_habits_are_of_policies_and_of_what_needs_no_training():

@@ -82,14 +82,14 @@ def test_a_policy_beside_best_of_n_at_its_kl():
   gold_PN = np.array([[5.0, 1.0, 3.0], [4.0, 2.0, 6.0]])
   # Best of each pair by reward has gold 1, 3, 3 and 4, 4, 2.
   judged_PS = np.array([[2.0, 3.0], [4.0, 1.0]])
-  found = sampled_best.equal_kl(Pool(reward_PN, gold_PN), 0.2, judged_PS)
+  found = sampled_best.at_kl(Pool(reward_PN, gold_PN), 0.2, judged_PS)
   assert (found.n, found.reaches) == (2, True)
   assert found.gold == pytest.approx((7 / 3 + 10 / 3) / 2)
   # 2 beats 1 alone: 1/3; 3 beats 1 and ties twice: 2/3. 4 ties twice and beats 2: 2/3; 1 beats none.
   np.testing.assert_allclose(found.wins_P, [(1 / 3 + 2 / 3) / 2, (2 / 3 + 0) / 2])
-  far = sampled_best.equal_kl(Pool(reward_PN, gold_PN), 3.0, judged_PS)
+  far = sampled_best.at_kl(Pool(reward_PN, gold_PN), 3.0, judged_PS)
   assert (far.n, far.reaches) == (3, False)
-  by_reward = sampled_best.equal_kl(Pool(reward_PN, None), 0.2, judged_PS)
+  by_reward = sampled_best.at_kl(Pool(reward_PN, None), 0.2, judged_PS)
   assert by_reward.gold is None
   # The best of each pair has reward 1, 2, 2. 2 beats 1 and ties twice: 2/3; 3 beats all.
   assert by_reward.wins_P[0] == pytest.approx((2 / 3 + 1) / 2)
