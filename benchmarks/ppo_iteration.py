@@ -4,9 +4,10 @@
   benchmarks/peers/setup.sh trl && python -m benchmarks.ppo_iteration --workload=W2 --peer=trl
 
 Each --set is a variant of ours (fields of the config, separated by commas); adapter.rank=16 trains adapters, and all
-four networks then share one base. The peer is TRL 1.12's PPO, the last that TRL had, or that of tunix 0.1.7. Variants
-and peer are processes that run in turn on two cores, so that a busy machine slows all of them alike; all are in memory
-at once. The four networks have random weights.
+four networks then share one base. ppo.advantage=rloo or grpo needs no value network; there are four answers to a prompt
+then, unless ppo.samples_per_prompt says otherwise. The peer is TRL 1.12's PPO, the last that TRL had, or that of tunix
+0.1.7. Variants and peer are processes that run in turn on two cores, so that a busy machine slows all of them alike;
+all are in memory at once. The four networks have random weights.
 
 Prints one JSON line for each: medians and ranges of wall and CPU seconds, peak memory (iteration_rss_gb: without
 compiling, which a warm cache saves), tokens sampled and decoded, the load by other processes during each run, and the
@@ -92,11 +93,17 @@ def make_config(load: Workload, changes: dict):
     gamma=0.0,  # no pretraining mix
   )
   config.update_from_flattened_dict(changes)
+  if config.ppo.advantage != "gae" and "ppo.samples_per_prompt" not in changes:
+    config.ppo.samples_per_prompt = config.evaluate.group_size
   return from_config_dict(config)
 
 
 def bound_flops(
-  load: Workload, prompt_tokens: int, response_tokens: int, is_adapted: bool = False
+  load: Workload,
+  prompt_tokens: int,
+  response_tokens: int,
+  is_adapted: bool = False,
+  has_value_network: bool = True,
 ) -> dict[str, float]:
   """FLOPs of the matrix products that an iteration needs, each counted once; those of attention are left out.
 
@@ -104,6 +111,7 @@ def bound_flops(
     load: the workload.
     prompt_tokens, response_tokens: real tokens of all episodes.
     is_adapted: whether the weights are frozen, so that they have no gradients; adapters' own products are left out.
+    has_value_network: whether there is one.
   Returns:
     FLOPs by part of the iteration.
   """
@@ -116,14 +124,17 @@ def bound_flops(
   passes = 2 if is_adapted else 3  # forward, gradient of the inputs, gradient of the weights
   return {
     "rollout": body + head,
-    "scoring": 3 * body + head,  # reference, reward, value; the policy's come with the rollout
-    "update": passes * load.epochs * (2 * body + head),  # two networks
+    # reference, reward, value; the policy's come with the rollout
+    "scoring": (2 + has_value_network) * body + head,
+    "update": passes * load.epochs * ((1 + has_value_network) * body + head),
   }
 
 
 def parameter_counts(load: Workload, config) -> dict[str, int]:
-  """Numbers of parameters of the two networks that learn, policy and value network."""
-  networks = {"policy": (config.model, "lm"), "value": (config.reward_model, "scalar")}
+  """Numbers of parameters of the networks that learn: the policy and, if there is one, the value network."""
+  networks = {"policy": (config.model, "lm")}
+  if config.ppo.has_value_network:
+    networks["value"] = (config.reward_model, "scalar")
   counts = {}
   for name, (cfg, head) in networks.items():
     adapter = config.adapter if config.adapter.rank else None
@@ -163,14 +174,21 @@ def prepare(load: Workload, changes: dict):
     base = supervised.init_params(mesh, bare(nets.policy), keys[2])
     frozen = dataclasses.replace(frozen, base=base)
   state, shardings = ppo.initial_state(
-    mesh, cfg, nets, frozen.ref_params, frozen.reward_params, keys[2]
+    mesh,
+    cfg,
+    nets,
+    frozen.ref_params,
+    frozen.reward_params if cfg.has_value_network else None,
+    keys[2],
   )
   step = ppo_step.make_train_step(nets, cfg, shardings)
   rng = np.random.default_rng(0)
-  shape = (load.batch, load.prompt)
+  # Answers to a prompt stand in a row.
+  shape = (load.batch // cfg.samples_per_prompt, load.prompt)
+  token_BP = rng.integers(1, load.vocab_size, shape).repeat(cfg.samples_per_prompt, axis=0)
   prompts = PromptBatch(
-    rng.integers(1, load.vocab_size, shape).astype(np.int32),
-    np.ones(shape, bool),
+    token_BP.astype(np.int32),
+    np.ones(token_BP.shape, bool),
     np.arange(load.batch, dtype=np.int32),
   )
   batch = sharding.place_batch(mesh, {"prompts": prompts})
@@ -203,7 +221,9 @@ def serve(load: Workload, changes: dict):
   metrics, _ = once()
   compiling = worker.peak_rss_gb()
   worker.forget_peak()
-  first = {name: float(metrics[name]) for name in ("policy_loss", "value_loss", "kl")}
+  first = {
+    name: float(metrics[name]) for name in ("policy_loss", "value_loss", "kl") if name in metrics
+  }
   config = make_config(load, changes)
   counts = parameter_counts(load, config)
   description = {f"{name}_parameters": count for name, count in counts.items()}
@@ -243,19 +263,26 @@ def check_same_work(load: Workload, found: dict[str, dict]):
 
 
 def ratios(found: dict[str, dict], peer: str) -> dict[str, dict]:
-  """Our medians divided by the peer's, by variant."""
+  """Our medians divided by the peer's, by variant; without those that have no value network, which the peer has."""
   over = lambda ours, key: round(ours[key]["median"] / found[peer][key]["median"], 3)
   return {
     name: {key: over(ours, key) for key in ("wall_s", "cpu_s")}
     for name, ours in found.items()
-    if name != peer
+    if name != peer and changes_of(name).get("ppo.advantage", "gae") == "gae"
   }
 
 
 def changes_of(variant: str) -> dict:
-  """Dotted config field -> value, of FIELD=VALUE,..."""
+  """Dotted config field -> value, of FIELD=VALUE,...; a value that is no JSON is a word."""
+
+  def value(text: str):
+    try:
+      return json.loads(text)
+    except ValueError:
+      return text
+
   pairs = (pair.split("=") for pair in variant.split(","))
-  return {name: json.loads(value) for name, value in pairs}
+  return {name: value(text) for name, text in pairs}
 
 
 def main():
@@ -284,9 +311,9 @@ def main():
     sys.exit(f"error: {error}")
   for name, result in found.items():
     changes = {} if name == args.peer else changes_of(name)
-    is_adapted = make_config(load, changes).adapter.rank > 0
+    config = make_config(load, changes)
     tokens = load.batch * load.prompt, result["response_tokens"]
-    flops = bound_flops(load, *tokens, is_adapted)
+    flops = bound_flops(load, *tokens, config.adapter.rank > 0, config.ppo.has_value_network)
     products = sum(flops.values()) / flops_rate
     bound = products + update_bytes(load, changes) / byte_rate
     line = {

@@ -53,6 +53,7 @@ def _decoder(**changes) -> ConfigDict:
         low_freq_factor=1.0,  # Llama 3.1
         high_freq_factor=4.0,  # Llama 3.1
         original_length=8192,  # Llama 3.1
+        attention_factor=0.0,  # arXiv:2309.00071, eq. 22
       ),
       norm="layernorm",
       norm_eps=1e-5,
@@ -264,6 +265,7 @@ def base(stage: str) -> ConfigDict:
         compare=("ppo",),  # fig. 1 shows PPO beside PPO-ptx
         overoptimization=False,
         overoptimization_iterations=500,
+        group_size=4,  # open; Ahmadian et al. 2024 have 2 and 4
         best_of_n=0,
         best_of_n_prompts=64,
         bootstrap=1000,

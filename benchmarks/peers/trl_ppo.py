@@ -2,9 +2,10 @@
 
   .venv-trl/bin/python trl_ppo.py '{"model": {...}, ...}'     a Workload of benchmarks.ppo_iteration
 
-A repetition is one call of its PPOTrainer.train() for as many episodes as one iteration has: its own code, from prompts
-to optimiser steps. Random weights, float32, two threads; nothing is fetched. Where answers end, transformers' generate
-stops with the longest one, and TRL scores and trains every row at that length: `decoded_tokens` says it.
+One call of its PPOTrainer.train() makes all iterations, and a repetition is one of them: its own code, from prompts to
+optimiser steps. Its gradients are clipped as instructjax's are, which TRL's PPO does not do itself. Random weights,
+float32, two threads; nothing is fetched. Where answers end, transformers' generate stops with the longest one, and TRL
+scores and trains every row at that length: `decoded_tokens` says it.
 """
 
 import json
@@ -13,6 +14,7 @@ import tempfile
 import time
 import types
 
+import gate
 import numpy as np
 import torch
 import transformers
@@ -21,9 +23,11 @@ from datasets import Dataset
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 THREADS = 2
+ITERATIONS = 10**6  # more than will ever be asked for
+CLIP_NORM = 1.0  # of each network's gradient, as in instructjax
 
 
-def make_trainer(load: dict, folder: str) -> PPOTrainer:
+def make_trainer(load: dict, folder: str, callback: gate.Gate) -> PPOTrainer:
   """TRL's trainer with the workload's shapes, and instructjax's rates where TRL has them."""
   shape, vocab_size = load["model"], load["vocab_size"]
   config = transformers.GPT2Config(
@@ -46,7 +50,7 @@ def make_trainer(load: dict, folder: str) -> PPOTrainer:
   prompts = np.random.default_rng(0).integers(1, vocab_size, (load["batch"], load["prompt"]))
   args = PPOConfig(
     output_dir=folder,
-    total_episodes=load["batch"],
+    total_episodes=ITERATIONS * load["batch"],
     per_device_train_batch_size=load["batch"],  # with gradient_accumulation_steps=1, each
     gradient_accumulation_steps=1,  # minibatch is one optimiser step
     num_mini_batches=load["minibatches"],
@@ -78,11 +82,15 @@ def make_trainer(load: dict, folder: str) -> PPOTrainer:
     value_model=value,
     train_dataset=Dataset.from_dict({"input_ids": prompts.tolist()}),
     data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+    callbacks=[callback],
   )
 
 
 def watch(trainer: PPOTrainer) -> dict:
-  """A dict that each train() fills anew: when each phase ended, tokens, optimiser steps, metrics."""
+  """A dict that each iteration fills anew: when each phase ended, tokens, optimiser steps, metrics.
+
+  Also makes the optimiser clip gradients.
+  """
   seen = {}
   generation, forward, log = ppo_trainer.batch_generation, ppo_trainer.forward, trainer.log
 
@@ -96,10 +104,15 @@ def watch(trainer: PPOTrainer) -> dict:
       seen.setdefault("scoring", time.perf_counter())
     return forward(*args)
 
+  def clip(*_):
+    for network in (trainer.policy_model, trainer.value_model):
+      torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
+
   def count(*_):
     seen["updates"] += 1
 
   ppo_trainer.batch_generation, ppo_trainer.forward = watched_generation, watched_forward
+  trainer.optimizer.optimizer.register_step_pre_hook(clip)
   trainer.optimizer.optimizer.register_step_post_hook(count)
   trainer.log = lambda metrics: seen.update(metrics=metrics) or log(metrics)
   return seen
@@ -109,14 +122,14 @@ def main():
   worker.claim_stdout()
   torch.set_num_threads(THREADS)
   load = json.loads(sys.argv[1])
-  folder = tempfile.TemporaryDirectory()
-  trainer = make_trainer(load, folder.name)
+  folder, steps = tempfile.TemporaryDirectory(), gate.Gate()
+  trainer = make_trainer(load, folder.name, steps)
   seen = watch(trainer)
 
   def once() -> dict:
     seen.clear()
     start = time.perf_counter()
-    trainer.train()
+    steps.step()
     ends = [start, seen["rollout"], seen["scoring"], time.perf_counter()]
     answers = seen["answers"]
     is_end = answers == 0 if load["ends"] else torch.zeros_like(answers)
@@ -131,25 +144,28 @@ def main():
       "updates": seen["updates"],
     }
 
-  once()
-  metrics = seen["metrics"]
-  count = lambda model: sum(weight.numel() for weight in model.parameters())
-  worker.serve(
-    once,
-    {
-      "program": "TRL 1.12's PPO",
-      "torch": torch.__version__,
-      "transformers": transformers.__version__,
-      "policy_parameters": count(trainer.policy_model),
-      "value_parameters": count(trainer.value_model),
-      "first": {
-        "policy_loss": metrics["loss/policy_avg"],
-        "value_loss": metrics["loss/value_avg"],
-        "ratio": metrics["val/ratio"],
-        "kl": metrics["objective/kl"],
+  def serve():
+    once()
+    metrics = seen["metrics"]
+    count = lambda model: sum(weight.numel() for weight in model.parameters())
+    worker.serve(
+      once,
+      {
+        "program": "TRL 1.12's PPO",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "policy_parameters": count(trainer.policy_model),
+        "value_parameters": count(trainer.value_model),
+        "first": {
+          "policy_loss": metrics["loss/policy_avg"],
+          "value_loss": metrics["loss/value_avg"],
+          "ratio": metrics["val/ratio"],
+          "kl": metrics["objective/kl"],
+        },
       },
-    },
-  )
+    )
+
+  steps.hold(trainer.train, serve)
 
 
 if __name__ == "__main__":

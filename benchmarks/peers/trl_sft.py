@@ -1,42 +1,22 @@
 """TRL's SFTTrainer as a worker of benchmarks.sft_step: its own training loop, held between two steps.
 
-The trainer runs in the main thread; a callback at the end of each step says that it is done and waits for the next
-`go`. The loss that it reports is the sum over the predicted tokens divided by all tokens, so 2040 / 2048 of the mean.
+The loss that it reports is the sum over the predicted tokens divided by all tokens, so 2040 / 2048 of the mean.
 Runs in `.venv-trl` of setup.sh; imports nothing of instructjax.
 """
 
 import argparse
-import queue
 import tempfile
-import threading
 
 import worker
 
 worker.claim_stdout()  # before libraries that print
 
 import datasets  # noqa: E402
+import gate  # noqa: E402
 import numpy as np  # noqa: E402
 import torch_sft  # noqa: E402
 import transformers  # noqa: E402
 import trl  # noqa: E402
-
-
-class Gate(transformers.TrainerCallback):
-  """Lets one step through for each `go`; None ends the training."""
-
-  def __init__(self):
-    self.go, self.done = queue.Queue(), queue.Queue()
-
-  def on_train_begin(self, args, state, control, **kwargs):
-    self._wait(control)
-
-  def on_step_end(self, args, state, control, **kwargs):
-    self.done.put(None)
-    self._wait(control)
-
-  def _wait(self, control):
-    if self.go.get() is None:
-      control.should_training_stop = True
 
 
 class FirstLoss(trl.SFTTrainer):
@@ -61,7 +41,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerBase:
   )
 
 
-def make_trainer(token_BL: np.ndarray, gate: Gate, folder: str) -> FirstLoss:
+def make_trainer(token_BL: np.ndarray, callback: gate.Gate, folder: str) -> FirstLoss:
   """A trainer that takes all rows in each step."""
   # Float32 and no recomputation, which are not its defaults: the others do the same work.
   args = trl.SFTConfig(
@@ -86,18 +66,17 @@ def make_trainer(token_BL: np.ndarray, gate: Gate, folder: str) -> FirstLoss:
     args=args,
     train_dataset=datasets.Dataset.from_dict({"input_ids": token_BL.tolist()}),
     processing_class=tokenizer(),
-    callbacks=[gate],
+    callbacks=[callback],
   )
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--tokens", required=True, help="int32 [rows, length] in an .npy file")
-  token_BL, gate = np.load(parser.parse_args().tokens), Gate()
+  token_BL, steps = np.load(parser.parse_args().tokens), gate.Gate()
 
   def once() -> dict:
-    gate.go.put("step")
-    gate.done.get()
+    steps.step()
     return {}
 
   def serve():
@@ -112,12 +91,10 @@ def main():
         "libraries": f"trl {trl.__version__}, transformers {transformers.__version__}",
       },
     )
-    gate.go.put(None)
 
   with tempfile.TemporaryDirectory() as folder:
-    trainer = make_trainer(token_BL, gate, folder)
-    threading.Thread(target=serve).start()
-    trainer.train()
+    trainer = make_trainer(token_BL, steps, folder)
+    steps.hold(trainer.train, serve)
 
 
 if __name__ == "__main__":

@@ -301,6 +301,13 @@ class Config:
       f"{where}.ppo.value_warmup={warmup} must be below evaluate.overoptimization_iterations={few}, a stage that has"
       " the warm-up too",
     )
+    grouped = [name for name in ("rloo", "grpo") if name in (self.stage, *self.evaluate.compare)]
+    size, answers = self.evaluate.group_size, self.ppo.batch_size
+    require(
+      not grouped or answers % size == 0,
+      f"{where}.evaluate.group_size={size} must divide ppo.batch_size={answers}, the answers of an iteration of"
+      f" {' and '.join(grouped)}",
+    )
     require(
       not self.rm.weights or self.rm.start_from == "base",
       f"{where}.rm.weights={self.rm.weights!r} is a finished reward model, so that nothing would start from"

@@ -59,7 +59,8 @@ class Stage:
     module: module in `instructjax.stages` that implements it: `run(ctx, stage)`, and where they are needed
       `check(ctx, stage)` and `check_settings(config, stage)`.
     kind: what it does. A base starts from nothing; `select` chooses the
-      step of another stage; `rl` is PPO, which also trains a value network and averages the policy's weights.
+      step of another stage; `rl` is PPO or one of its kin, which averages the policy's weights and, if it is PPO, also
+      trains a value network.
     parents: stages whose weights or files this one may start from; all of them are above it in the table. The config
       may decide which of them it does start from: see `lineage.parents`.
     reads: kinds of records that it reads.
@@ -107,7 +108,7 @@ class Stage:
 
   @property
   def is_rl(self) -> bool:
-    """Whether it is PPO."""
+    """Whether it is PPO or one of its kin."""
     return self.kind == "rl"
 
   def require_role(self) -> RoleName:
@@ -126,6 +127,7 @@ class Stage:
 # The policy that PPO starts from, and from which its KL is measured (C.3). Also the name of the stage that trains it.
 REFERENCE = "ppo_init"
 
+_RL_NAMES = ("ppo", "ppo_ptx", "rloo", "grpo", "ppo_beta0")
 _RL: dict[str, Any] = dict(
   module="ppo",
   kind="rl",
@@ -137,6 +139,14 @@ _RL: dict[str, Any] = dict(
   batches=("ppo.batch_size", "ppo.packed_rows", "rollout.slots", "pretrain.batch_size"),
   role="policy",
 )
+
+# RL without a value network: settings of one mean nothing. Answers to the same prompt are compared with each other.
+_GROUPED: dict[str, Any] = dict(
+  is_target=True,
+  takes={"samples_per_prompt": "evaluate.group_size"},
+  **_RL,
+)
+_NO_VALUES = {"gamma": 0.0, "value_init": "reward_model", "value_warmup": 0}
 
 _ROWS = (
   Stage(
@@ -256,6 +266,22 @@ _ROWS = (
     **_RL,
   ),
   Stage(
+    name="rloo",
+    holds={"advantage": "rloo"} | _NO_VALUES,
+    policy=Policy("rloo", "RLOO", "#c2702e"),
+    what="a policy trained with RLOO against a reward model",
+    paper="not in the paper: Ahmadian et al. 2024",
+    **_GROUPED,
+  ),
+  Stage(
+    name="grpo",
+    holds={"advantage": "grpo"} | _NO_VALUES,
+    policy=Policy("grpo", "GRPO", "#2b9eb3"),
+    what="a policy trained with GRPO against a reward model",
+    paper="not in the paper: DeepSeekMath, Shao et al. 2024",
+    **_GROUPED,
+  ),
+  Stage(
     name="ppo_beta0",
     asked_by="evaluate.overoptimization",
     # max_kl=0 is no limit. This stage exists to show over-optimisation, which a limit on the KL would stop.
@@ -271,7 +297,7 @@ _ROWS = (
     module="best_of_n",
     kind="best_of_n",
     # The stage of the policy that answers, and the reward model: see `lineage.parents`.
-    parents=("pretrain", "rm", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
+    parents=("pretrain", "rm", "sft_select", REFERENCE, *_RL_NAMES),
     reads=("prompts",),
     block="best_of_n",
     result=results.Chosen,
@@ -283,7 +309,7 @@ _ROWS = (
     kind="evaluate",
     # Among the RL stages, only those that the config asks for count, and a given `sft` in place of `sft_select`: see
     # `lineage.parents`.
-    parents=("sft", "rm", "sft_select", REFERENCE, "ppo", "ppo_ptx", "ppo_beta0"),
+    parents=("sft", "rm", "sft_select", REFERENCE, *_RL_NAMES),
     reads=("prompts", "documents"),
     block="evaluate",
     result=results.Evaluated,

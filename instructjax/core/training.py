@@ -466,6 +466,9 @@ class EvaluateConfig:
   # whether to also run PPO without KL penalty and best-of-n, for the plot of over-optimisation
   overoptimization: bool
   overoptimization_iterations: int  # iterations of the PPO run without KL penalty [iterations]
+  # answers to each prompt of a batch in the stages rloo and grpo, in place of ppo.samples_per_prompt; at least 2, and a
+  # divisor of ppo.batch_size, which counts the answers [answers]
+  group_size: int
   # largest n of best-of-n, where the reward model chooses the best of n sampled answers; less than 2 is off [answers]
   best_of_n: int
   best_of_n_prompts: int  # prompts on which best-of-n is measured [prompts]
@@ -494,9 +497,13 @@ class EvaluateConfig:
       f"{where}.bootstrap={self.bootstrap} times num_prompts={self.num_prompts} must be at most 2**28: all resamples"
       " are in memory at once",
     )
+    require(
+      self.group_size >= 2,
+      f"{where}.group_size={self.group_size} must be at least 2: the answers to a prompt are compared",
+    )
     # The run without KL penalty is no target. `overoptimization` switches it on.
     known = [name for name in RL_STAGES if name in TARGETS]
     require(
       set(self.compare) <= set(known),
-      f"{where}.compare={self.compare} must hold only {' and '.join(map(repr, known))}",
+      f"{where}.compare={self.compare} must hold only {', '.join(map(repr, known))}",
     )

@@ -18,6 +18,25 @@ def column(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
   return [np.array([row[key] for row in kept], float) for key in keys]
 
 
+def running_mean(values, window: int) -> np.ndarray:
+  """The mean over a centred window of odd width. At the ends it is narrower, so that it stays centred there too.
+
+  Args:
+    values: [..., T]; the mean is along the last axis.
+    window: its width; an even one counts as one more.
+  """
+  values = np.asarray(values, float)
+  index, wide = np.arange(values.shape[-1]), reach(values.shape[-1], window)
+  sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), values.cumsum(axis=-1)], axis=-1)
+  return (sums[..., index + wide + 1] - sums[..., index - wide]) / (2 * wide + 1)
+
+
+def reach(count: int, window: int) -> np.ndarray:
+  """How many values to each side the running mean takes, at each of `count` places."""
+  index = np.arange(count)
+  return np.minimum(np.minimum(index, index[::-1]), window // 2)
+
+
 def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
   """Both scores at growing distance sqrt(KL), for `best_of_n` and for `rl` (PPO with beta = 0), if they were measured.
 

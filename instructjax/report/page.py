@@ -19,7 +19,7 @@ from instructjax.core import provenance
 from instructjax.core.errors import writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.text import printable, printable_lines
-from instructjax.report import figures, findings, overoptimization, panels
+from instructjax.report import equal_kl, figures, findings, overoptimization, panels
 from instructjax.report.results import Measured, Results
 
 NUM_SAMPLES = 6
@@ -255,6 +255,37 @@ def _overoptimization(results: Results) -> dict:
   }
 
 
+def _equal_kl(results: Results, table: Mapping) -> dict:
+  """The figure of gain against KL, and the table that reads it at the same KL of all methods."""
+  if not table:
+    return {}
+  between = lambda bounds: f"[{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
+  colours = panels.COLOURS | {equal_kl.BEST_OF_N: panels.BEST_OF_N_COLOUR}
+
+  def cell(gain: Mapping | None) -> tuple[str, str]:
+    return (number(gain["gain"]), between(gain["interval"])) if gain else ("not reached", "")
+
+  def row(name: str, method: Mapping) -> dict:
+    end = method["end"]
+    return {
+      "title": panels.NAMES.get(name, "Best of n"),
+      "colour": colours[name],
+      "cells": [cell(gain) for gain in method["at"]],
+      "end": [(number(end["kl"]), between(end["kl_interval"])), cell(end)]
+      if end
+      else [("", "")] * 2,
+    }
+
+  draw = lambda ax: panels.draw_equal_kl(ax, results, table)
+  return {
+    "svg": _drawn([draw], "Score gained against KL", columns=1, height=4.2),
+    "levels": [f"{level:g}" for level in table["kl"]],
+    "rows": [row(name, method) for name, method in table["methods"].items()],
+    "score": "gold score" if table["score"] == "gold" else "reward-model score",
+    "has_best_of_n": equal_kl.BEST_OF_N in table["methods"],
+  }
+
+
 def _what_ran(config, prompts: list[str]) -> str:
   """The line of facts about the run; non-breaking spaces let it break only between two facts."""
   model, reward, ppo = config.model, config.reward_model, config.ppo
@@ -290,6 +321,8 @@ def page(
 ) -> str:
   """The whole report as one HTML document."""
   judgement = results.reward_model.validation
+  cfg = config.evaluate
+  equal = equal_kl.table(results, bootstrap=cfg.bootstrap, seed=config.seed)
   return _TEMPLATES.get_template("page.html.j2").render(
     preset=printable(config.preset),
     what_ran=_what_ran(config, prompts),
@@ -305,6 +338,7 @@ def page(
     tax=_tax(results),
     reward_model=_reward_model(results),
     num_pairs=judgement.pairs if judgement else 0,
+    equal_kl=_equal_kl(results, equal),
     overoptimization=_overoptimization(results),
     made=_made(made),
   )

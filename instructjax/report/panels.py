@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from instructjax.core.stages import POLICIES
-from instructjax.report import findings, overoptimization
-from instructjax.report.overoptimization import column
+from instructjax.report import equal_kl, findings, overoptimization
+from instructjax.report.overoptimization import column, running_mean
 from instructjax.report.results import Measured, Results
 
 NAMES = {name: policy.title for name, policy in POLICIES.items()}
@@ -20,14 +20,6 @@ INK = "#1c2127"
 # The paper's numbers with their +-: 5-fold cross-validation (sec 4.1), agreement between labelers (sec 3.4).
 _PAPER_ACCURACY = {"train": (0.724, 0.004), "heldout": (0.696, 0.009)}
 _PAPER_AGREEMENT = {"train": (0.726, 0.015), "heldout": (0.773, 0.013)}
-
-
-def running_mean(values, window: int) -> np.ndarray:
-  """The mean over a centred window of odd width. At the ends it is narrower, so that it stays centred there too."""
-  values = np.asarray(values, float)
-  reach = np.minimum(np.arange(len(values)), np.arange(len(values))[::-1])
-  reach = np.minimum(reach, window // 2)
-  return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
 def pretraining_loss(results: Results) -> dict[str, float]:
@@ -330,6 +322,38 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
   else:
     _mark_penalised(ax, results.measured)
   ax.axhline(0, color=INK, linewidth=0.7)
+  return True
+
+
+def draw_equal_kl(ax, results: Results, table: Mapping) -> bool:
+  """Draws what each method gains against its KL: RL runs by iteration, best-of-n by n; squares are finished policies.
+
+  `table` is that of `equal_kl.table`.
+  """
+  if not table:
+    return False
+  for name, curve in equal_kl.curves(results).items():
+    colour, style = COLOURS.get(name, BEST_OF_N_COLOUR), "-"
+    if name == equal_kl.BEST_OF_N:
+      style = "o--"
+    kl = np.maximum(curve.kl, 0)
+    label = NAMES.get(name, "Best of n")
+    ax.plot(kl, curve.gain, style, color=colour, label=label, markersize=3.5)
+    end = table["methods"][name]["end"]
+    if end:
+      (left, right), (low, high) = end["kl_interval"], end["interval"]
+      ax.plot([max(left, 0), right], [end["gain"]] * 2, color=colour, linewidth=1)
+      ax.plot([max(end["kl"], 0)] * 2, [low, high], color=colour, linewidth=1)
+      ax.plot(max(end["kl"], 0), end["gain"], "s", color=colour, markersize=6)
+  ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+  ax.set_xlim(left=0)
+  ticks = square_root_ticks(ax.get_xlim()[1])
+  ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+  ax.axhline(0, color=INK, linewidth=0.7)
+  ax.set_xlabel("KL from the PPO initialisation, nats (√ scale)")
+  ax.set_ylabel("gold score gained" if results.has_gold else "reward-model score gained")
+  ax.set_title("Gain against KL")
+  ax.legend()
   return True
 
 

@@ -43,12 +43,14 @@ class BestOfN:
     n: number of answers to choose from.
     kl: KL of the distribution of the chosen answer from the policy, in nats.
     gold, reward: expected scores of the chosen answer; gold is None if the answers have no gold score.
+    by_prompt: the gold score, or without one the reward, of each prompt; the means above are over prompts.
   """
 
   n: int
   kl: float
   gold: float | None
   reward: float
+  by_prompt: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

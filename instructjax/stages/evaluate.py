@@ -22,7 +22,7 @@ from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
 from instructjax.parallel import sharding
-from instructjax.report import findings
+from instructjax.report import equal_kl, findings
 from instructjax.report.results import BestOfN, Measured, Results
 from instructjax.stages import answers, lineage, policies
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
@@ -204,13 +204,15 @@ def best_of_n(
     weight[-1] = n / total
     for i in range(total - 1, n - 1, -1):
       weight[i - 1] = weight[i] * (i - n + 1) / i
-    scores = [
-      float(np.mean(np.take_along_axis(values, order, axis=1) @ weight))
+    by_prompt = [
+      np.take_along_axis(values, order, axis=1) @ weight
       for values in (reward_PN, gold_PN)
       if values is not None
     ]
+    scores = [float(np.mean(score_P)) for score_P in by_prompt]
     gold = scores[1] if len(scores) > 1 else None
-    result.append(BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), gold=gold, reward=scores[0]))
+    kl_n = float(np.log(n) - (n - 1) / n)
+    result.append(BestOfN(n=n, kl=kl_n, gold=gold, reward=scores[0], by_prompt=by_prompt[-1]))
   return result
 
 
@@ -285,7 +287,11 @@ def run(ctx: Context, stage: str):
   summary = findings.summary(results)
   plain = {
     "policies": summary,
-    "best_of_n": [dataclasses.asdict(row) for row in results.best_of_n],
+    "best_of_n": [
+      {"n": row.n, "kl": row.kl, "gold": row.gold, "reward": row.reward}
+      for row in results.best_of_n
+    ],
+    "equal_kl": equal_kl.table(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed),
     "agreement": results.agreement and dataclasses.asdict(results.agreement),
   }
   with writing(directory):

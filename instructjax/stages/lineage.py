@@ -138,7 +138,8 @@ def rl_stages(config: Config) -> list[str]:
 def variant(config: Config, stage: str) -> PPOConfig:
   """The PPO settings of an RL stage, which its row in the table changes.
 
-  In the paper's terms, `ppo` is gamma = 0 (sec 3.5); `ppo_beta0` has no KL penalty either (E.7).
+  In the paper's terms, `ppo` is gamma = 0 (sec 3.5); `ppo_beta0` has no KL penalty either (E.7). `rloo` and `grpo` are
+  gamma = 0 too, without a value network.
   """
   row = STAGES[stage]
   taken = {field: value(config, name) for field, name in row.takes.items()}

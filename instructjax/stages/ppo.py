@@ -1,4 +1,4 @@
-"""The RL stages `ppo`, `ppo_ptx` and `ppo_beta0`: weights, data, shardings and the outer loop around rl/step.py."""
+"""The RL stages (`ppo`, `ppo_ptx` and others): weights, data, shardings and the outer loop around rl/step.py."""
 
 import dataclasses
 import functools

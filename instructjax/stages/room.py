@@ -123,7 +123,7 @@ def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
       "gradients": size * _FLOAT / split,
     }
   frozen = (1 + len(config.ppo.ensemble)) * _FROZEN
-  value = reward * config.ppo.has_value_network
+  value = reward * lineage.variant(config, row.name).has_value_network
   held = size * (_TRAINED + _FROZEN) + reward * frozen + value * _TRAINED
   return {
     f"weights and optimiser ({shape}), those of reward_model included": held / split,

@@ -107,6 +107,27 @@ def test_flops_with_shared_keys_and_gates_by_hand():
   assert flops["rollout"] == 1024 * 2 * 30 * layer + 512 * 2 * 576 * 49152
 
 
+def test_a_baseline_is_without_the_value_networks_work_by_hand():
+  load = ppo_iteration.WORKLOADS["W2"]
+  changes = ppo_iteration.changes_of("ppo.advantage=rloo,ppo.packed_rows=1")
+  assert changes == {"ppo.advantage": "rloo", "ppo.packed_rows": 1}
+  config = ppo_iteration.make_config(load, changes)
+  assert (config.ppo.advantage, config.ppo.samples_per_prompt) == ("rloo", 4)
+  pairs = ppo_iteration.make_config(load, changes | {"ppo.samples_per_prompt": 2})
+  assert pairs.ppo.samples_per_prompt == 2
+  counts = ppo_iteration.parameter_counts(load, config)
+  assert set(counts) == {"policy"}
+  assert ppo_iteration.update_bytes(load, changes) == 16 * 6 * 4 * counts["policy"]
+  flops = ppo_iteration.bound_flops(load, 64 * 16, 64 * 32, has_value_network=False)
+  body = 64 * 48 * 2 * 4 * 12 * 256**2  # tokens, a product and a sum, layers of 12 d^2 weights
+  head = 64 * 32 * 2 * 256 * 512
+  assert flops == {
+    "rollout": body + head,
+    "scoring": 2 * body + head,
+    "update": 3 * 4 * (body + head),  # one network, in 4 epochs
+  }
+
+
 def test_a_peer_has_no_network_of_smollm2():
   with pytest.raises(UserError, match="--peer=trl has no network of this workload's shape"):
     ppo_iteration.peer_command("trl", ppo_iteration.WORKLOADS["135M"])
@@ -148,6 +169,7 @@ def test_other_work_is_not_compared(workload, said, error):
 def test_ratios_are_of_medians_ours_over_the_peers():
   spread = lambda wall, cpu: {"wall_s": {"median": wall}, "cpu_s": {"median": cpu}}
   found = {"a=0": spread(3.0, 1.0), "a=1": spread(1.0, 5.0), "trl": spread(4.0, 2.0)}
+  found["ppo.advantage=grpo"] = spread(1.0, 1.0)  # other work than the peer's
   assert ppo_iteration.ratios(found, "trl") == {
     "a=0": {"wall_s": 0.75, "cpu_s": 0.5},
     "a=1": {"wall_s": 0.25, "cpu_s": 2.5},

@@ -155,6 +155,14 @@ _RULES = [
     "config.model.rope_scaling.original_length=0 must be positive",
   ),
   (
+    dict(model__rope_scaling__attention_factor=-1.0),
+    "config.model.rope_scaling.attention_factor=-1.0 must be >= 0",
+  ),
+  (
+    dict(model__rope_scaling__kind="yarn", model__position="rope", model__rope_base=1.0),
+    "config.model.rope_base=1.0 must be above 1 for rope_scaling.kind='yarn'",
+  ),
+  (
     dict(model__position="learned", model__rope_scaling__kind="linear"),
     "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
   ),
@@ -235,7 +243,7 @@ _RULES = [
   ),
   (
     dict(best_of_n__policy="few_shot"),
-    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, ppo_beta0",
+    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, rloo, grpo, ppo_beta0",
   ),
   (dict(best_of_n__n=1), "config.best_of_n.n=1 must be from 2 to 4096"),
   (dict(best_of_n__num_prompts=-1), "config.best_of_n.num_prompts=-1 must be >= 0; 0 is all"),
@@ -345,7 +353,13 @@ _RULES = [
   (dict(evaluate__temperature=0), "config.evaluate.temperature=0.0 must be at least"),
   (dict(seed=-1), "config.seed=-1 must be >= 0"),
   (dict(seed=2**63), "config.seed=9223372036854775808 must be >= 0 and below 2**63"),
-  (dict(evaluate__compare=("sft",)), "must hold only 'ppo' and 'ppo_ptx'"),
+  (dict(evaluate__group_size=1), "config.evaluate.group_size=1 must be at least 2"),
+  (
+    dict(evaluate__compare=("rloo",), evaluate__group_size=3),
+    "config.evaluate.group_size=3 must divide ppo.batch_size=",
+  ),
+  (dict(stage="grpo", evaluate__group_size=3), "the answers of an iteration of grpo"),
+  (dict(evaluate__compare=("sft",)), "must hold only 'ppo', 'ppo_ptx', 'rloo', 'grpo'"),
   (dict(log__samples=-1), "config.log.samples=-1 must be >= 0"),
   (
     dict(log__trackers=("wandb", "comet")),

@@ -63,7 +63,13 @@ def results() -> Results:
     reward_model=reward_model(),
     agreement=core_results.LabelerGroups(train=agreement, heldout=agreement),
     best_of_n=[
-      BestOfN(n=n, kl=float(np.log(n) - (n - 1) / n), gold=1 + np.log(n), reward=np.log(n))
+      BestOfN(
+        n=n,
+        kl=float(np.log(n) - (n - 1) / n),
+        gold=1 + np.log(n),
+        reward=np.log(n),
+        by_prompt=1 + np.log(n) * np.array([0.5, 1.5]),
+      )
       for n in (1, 2, 4, 8)
     ],
     curves=curves,

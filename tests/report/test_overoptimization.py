@@ -26,8 +26,8 @@ def test_overoptimization_scores_start_at_zero_in_standard_deviations():
     example.results(),
     measured={"ppo_init": init},
     best_of_n=[
-      BestOfN(n=1, kl=0.0, gold=2.0, reward=1.5),
-      BestOfN(n=2, kl=0.25, gold=3.0, reward=2.0),
+      BestOfN(n=1, kl=0.0, gold=2.0, reward=1.5, by_prompt=np.array([2.0])),
+      BestOfN(n=2, kl=0.25, gold=3.0, reward=2.0, by_prompt=np.array([3.0])),
     ],
     curves={
       "ppo": [{"kl": 0.0, "gold": 1.0, "reward": 1.2}],
@@ -73,3 +73,13 @@ def test_no_fit_where_points_do_not_determine_one():
   assert overoptimization.fit("rl", [0.0, 2.0], [0.0, 1.0]) is None
   assert overoptimization.fit("best_of_n", [0.0, 0.0, 2.0], [0.0, 0.0, 1.0]) is None
   assert overoptimization.peak("best_of_n", -1.0, 0.3) is None
+
+
+def test_running_mean():
+  np.testing.assert_allclose(overoptimization.running_mean([1, 2, 3, 10], 3), [1, 2, 5, 10])
+  np.testing.assert_allclose(overoptimization.running_mean([1, 2, 3, 10], 1), [1, 2, 3, 10])
+  # Window 5: at its full reach in the middle, 3 wide next to the ends, 1 at them.
+  np.testing.assert_allclose(overoptimization.running_mean([1, 2, 6, 1, 0], 5), [1, 3, 2, 7 / 3, 0])
+  assert overoptimization.running_mean([], 3).shape == (0,)
+  # Along the last axis, so that resampled curves are smoothed at once.
+  np.testing.assert_allclose(overoptimization.running_mean([[0, 3, 6, 0]] * 2, 3)[1], [0, 3, 3, 0])

@@ -17,7 +17,7 @@ from tests.report import example
 
 BOOTSTRAP = 20
 SECTIONS = [
-  "findings", "samples", "policies", "wins", "curves", "tax", "reward-model", "overoptimization", "made",
+  "findings", "samples", "policies", "wins", "curves", "equal-kl", "tax", "reward-model", "overoptimization", "made",
 ]  # fmt: skip
 NAMESPACE = types.SimpleNamespace
 MADE = {
@@ -219,8 +219,9 @@ def _one_policy(results):
 
 def _no_rl(results):
   """Nothing but the supervised policies."""
+  gone = ("curves", "equal-kl", "overoptimization")
   results = dataclasses.replace(_without(results, "ppo", "ppo_ptx", "ppo_beta0"), best_of_n=())
-  return results, [section for section in SECTIONS if section not in ("curves", "overoptimization")]
+  return results, [section for section in SECTIONS if section not in gone]
 
 
 def _all_given(results):

@@ -10,14 +10,6 @@ from instructjax.report import panels
 from tests.report import example
 
 
-def test_running_mean():
-  np.testing.assert_allclose(panels.running_mean([1, 2, 3, 10], 3), [1, 2, 5, 10])
-  np.testing.assert_allclose(panels.running_mean([1, 2, 3, 10], 1), [1, 2, 3, 10])
-  # Window 5: at its full reach in the middle, 3 wide next to the ends, 1 at them.
-  np.testing.assert_allclose(panels.running_mean([1, 2, 6, 1, 0], 5), [1, 3, 2, 7 / 3, 0])
-  assert panels.running_mean([], 3).shape == (0,)
-
-
 def test_pretraining_loss_is_a_mean_over_tokens():
   # 11 nats over 10 tokens, not the mean of the rows' 2 and 1.
   results = dataclasses.replace(example.results(), pretraining={"sft": np.array([[2, 1], [9, 9]])})

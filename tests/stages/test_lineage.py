@@ -82,6 +82,21 @@ def test_variants_of_ppo():
   assert lineage.variant(cfg, "ppo_beta0") == expected
 
 
+def test_baselines_have_no_settings_of_a_value_network_and_answers_in_groups():
+  cfg = config(
+    ppo__value_init="policy",
+    ppo__value_warmup=1,
+    evaluate__group_size=2,
+    evaluate__compare=("grpo",),
+  )
+  assert cfg.ppo.samples_per_prompt == 1 and lineage.rl_stages(cfg) == ["ppo_ptx", "grpo"]
+  for name in ("rloo", "grpo"):
+    held = dict(advantage=name, gamma=0.0, value_init="reward_model", value_warmup=0)
+    expected = dataclasses.replace(cfg.ppo, samples_per_prompt=2, **held)
+    assert lineage.variant(cfg, name) == expected
+    expected.validate("config.ppo")  # as the stage does; without what is held it would be refused
+
+
 def test_equal_networks_share_their_base():
   shared, apart = config(), config(**BIGGER)
   assert shared.model == shared.reward_model

@@ -94,7 +94,8 @@ def test_what_an_rl_stage_holds_hand_worked():
   assert [*room.parts(cfg, ONE, "ppo_ptx").values()][3] == 8 * 64 * 2 * 96 * 4
   bare = dataclasses.replace(cfg.ppo, advantage="rloo", samples_per_prompt=2)
   found = [*room.parts(dataclasses.replace(cfg, ppo=bare), ONE, "ppo").values()]
-  assert found[:2] == [12 * policy + 2 * (policy + reward), 4 * policy]  # no value network
+  no_values = [12 * policy + 2 * (policy + reward), 4 * policy]
+  assert found[:2] == no_values == [*room.parts(cfg, ONE, "grpo").values()][:2]
   parts = dataclasses.replace(cfg, ppo=dataclasses.replace(cfg.ppo, microbatches=4))
   assert [*room.parts(parts, ONE, "ppo").values()][3] == minibatch / 4
   split = [*room.parts(cfg, ONE | {"data": 2, "fsdp": 2, "tensor": 2}, "ppo").values()]

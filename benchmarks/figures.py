@@ -1,0 +1,296 @@
+"""Measures the tables and the picture of README and docs, and writes them into the pages.
+
+  python -m benchmarks.figures                      what there is, of which code, and what is stale
+  python -m benchmarks.figures measure decode       runs the commands behind a table; an idle machine is needed
+  python -m benchmarks.figures take findings RUN... reads finished runs of the default preset instead
+  python -m benchmarks.figures write                writes the pages anew from what was measured
+
+What was measured lies in docs/figures/NAME.json, a record for each command and processor: the lines that the command
+printed, and the version, commit, date and processor that they came from. `measure` replaces the record of the same
+command and processor and keeps the others, so ratios of two processors can stand side by side.
+
+A record also holds a hash of the code that it measured, without its comments and docstrings. A test fails where that
+code has changed since, or where a page shows something else than its records.
+"""
+
+import argparse
+import ast
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import instructjax
+from benchmarks import tables
+from instructjax.core import provenance
+from instructjax.core.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "figures"
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A table of a page.
+
+  Attributes:
+    page: where it stands, between `<!-- NAME -->` and `<!-- end of NAME -->`.
+    commands: what `measure` runs after `python -m`; each prints JSON lines. Empty if finished runs are read.
+    code: files whose change may change the numbers, as patterns below the root.
+    table: records -> Markdown.
+  """
+
+  page: str
+  commands: tuple[str, ...]
+  code: tuple[str, ...]
+  table: Callable[[Sequence[dict]], str]
+
+
+_NETWORKS = ("instructjax/models/layers.py", "instructjax/models/transformer.py")
+_OURS = "--set=ppo.packed_rows=0,ppo.ema_decay=0"
+_PACKED = "--set=ppo.packed_rows=1,rollout.slots=16,ppo.ema_decay=0"
+
+FIGURES = {
+  "findings": Figure(
+    "docs/results.md",
+    (),
+    (
+      *("configs/base.py", "configs/tiny.py", "instructjax/data/demo/*.py", "instructjax/ops/*.py"),
+      "instructjax/report/findings.py",
+    ),
+    tables.findings,
+  ),
+  "ppo_iteration": Figure(
+    "docs/performance.md",
+    (
+      f"benchmarks.ppo_iteration --workload=W1 --peer=trl --repeats=3 {_OURS}",
+      f"benchmarks.ppo_iteration --workload=W2 --peer=trl --repeats=5 {_OURS}",
+      f"benchmarks.ppo_iteration --workload=W3 --peer=trl --repeats=3 {_PACKED}",
+    ),
+    (
+      *("benchmarks/ppo_iteration.py", "benchmarks/peers/trl_ppo.py", "instructjax/rl/step.py"),
+      *("instructjax/rl/sampling.py", "instructjax/rl/slots.py", *_NETWORKS),
+    ),
+    tables.iterations,
+  ),
+  "sft_step": Figure(
+    "docs/performance.md",
+    tuple(f"benchmarks.sft_step --peer={peer} --repeats=3" for peer in ("trl", "torch", "flax")),
+    ("benchmarks/sft_step.py", "benchmarks/peers/*_sft.py", *_NETWORKS),
+    tables.training_steps,
+  ),
+  "decode": Figure(
+    "docs/performance.md",
+    ("benchmarks.decode --peer=transformers --repeats=3",),
+    (
+      *("benchmarks/decode.py", "benchmarks/peers/decode_transformers.py"),
+      *("instructjax/rl/sampling.py", "instructjax/models/decoding.py", *_NETWORKS),
+    ),
+    tables.decode_steps,
+  ),
+}
+PICTURE, PICTURE_OF = "docs/report.png", "findings"  # the first run's
+
+
+def code_hash(patterns: Sequence[str], root: pathlib.Path = ROOT) -> str:
+  """A hash of what the files that match the patterns compute.
+
+  Raises:
+    ValueError: a pattern matches no file.
+  """
+  digest = hashlib.sha256()
+  for pattern in patterns:
+    paths = sorted(root.glob(pattern))
+    if not paths:
+      raise ValueError(f"no file matches {pattern!r}")
+    for path in paths:
+      tree = ast.parse(path.read_text(encoding="utf-8"))
+      for node in ast.walk(tree):
+        # A docstring changes no number.
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(
+          node
+        ):
+          node.body = node.body[1:]
+      digest.update(f"{path.relative_to(root)}\n{ast.dump(tree)}\n".encode())
+  return digest.hexdigest()[:16]
+
+
+def read(name: str, folder: pathlib.Path = FOLDER) -> list[dict]:
+  """The records of a figure, in the order in which they are shown; none if it was never measured."""
+  path = folder / f"{name}.json"
+  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def save(name: str, records: Sequence[dict], folder: pathlib.Path = FOLDER):
+  """Writes a figure's records."""
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(list(records), indent=1, ensure_ascii=False)
+  (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def merge(records: Sequence[dict], new: dict) -> list[dict]:
+  """The records with the new one, in place of the one of the same command and processor."""
+  key = lambda record: (record["command"], record["processor"])
+  kept = [record for record in records if key(record) != key(new)]
+  return [*kept, new]
+
+
+def stale(figure: Figure, records: Sequence[dict]) -> list[str]:
+  """The commands of records whose code has changed since they were made."""
+  now = code_hash(figure.code)
+  return [record["command"] for record in records if record["code"] != now]
+
+
+def block(name: str, records: Sequence[dict]) -> str:
+  """The part of a page that a figure fills, markers included."""
+  body = FIGURES[name].table(records)
+  return f"<!-- {name} -->\n\n{body}\n\n{tables.origin(records)}\n\n<!-- end of {name} -->"
+
+
+def fill(page: str, name: str, text: str) -> str:
+  """The page with `text` in place of the figure.
+
+  Raises:
+    UserError: the page does not have the figure's two markers, each once.
+  """
+  start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+  if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+    raise UserError(f"the page must have {start} and then {end}, each once")
+  before, rest = page.split(start)
+  return before + text + rest.split(end)[1]
+
+
+def _record(name: str, command: str, lines: Sequence[dict], **made: str) -> dict:
+  return {"command": command, **made, "code": code_hash(FIGURES[name].code), "lines": list(lines)}
+
+
+def _processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+  """The processor's name, with what decides the speed of its products."""
+  flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else []
+  vectors = [title for flag, title in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags]
+  return f"{provenance.cpu_model()}{', ' + vectors[0] if vectors else ''}"
+
+
+def measure(name: str):
+  """Runs a figure's commands, one after another, and saves what they print.
+
+  Raises:
+    UserError: nothing is to be run for this figure, or a command fails.
+  """
+  if not FIGURES[name].commands:
+    raise UserError(f"{name} is read from finished runs: take {name} RUN...")
+  for command in FIGURES[name].commands:
+    print(f"python -m {command}", file=sys.stderr, flush=True)
+    words = [sys.executable, "-m", *command.split()]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+      raise UserError(f"python -m {command} ended with {done.returncode}")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    record = _record(
+      name,
+      f"python -m {command}",
+      lines,
+      version=instructjax.__version__,
+      commit=provenance.commit(ROOT),
+      date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+      processor=_processor(),
+    )
+    save(name, merge(read(name), record))
+
+
+def _require_same_code(run: pathlib.Path, commit: str, patterns: Sequence[str]):
+  """Checks that a run is of the code as it is now.
+
+  Raises:
+    UserError: it is not, or it cannot be told.
+  """
+  same = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *patterns]
+  if not commit or commit.endswith("+changes") or subprocess.run(same).returncode:
+    raise UserError(f"{run} is of other code (commit {commit or 'unknown'}): run it anew")
+
+
+def take(name: str, runs: Sequence[pathlib.Path]):
+  """Saves what finished runs of this machine and this code measured, and the first one's picture.
+
+  Raises:
+    UserError: a run is not finished, or of other code, or the figure does not come from runs.
+  """
+  if FIGURES[name].commands:
+    raise UserError(f"{name} is not read from runs: measure {name}")
+  records = []
+  for run in runs:
+    try:
+      found = json.loads((run / "report" / "findings.json").read_text(encoding="utf-8"))
+      done = json.loads((run / "evaluate" / "done.json").read_text(encoding="utf-8"))
+    except OSError as error:
+      raise UserError(f"{error.filename}: {error.strerror}; is {run} a finished run?") from error
+    made, seed = done["provenance"], done["fingerprint"]["config.seed"]
+    _require_same_code(run, made["commit"], FIGURES[name].code)
+    folder = f"runs/seed{seed}"
+    command = f"python -m instructjax.main --config=configs/ppo_ptx.py --workdir={folder}"
+    made = {
+      key: made[key][:10] if key == "date" else made[key] for key in ("version", "commit", "date")
+    }
+    line = {"seed": seed, "findings": found}
+    records.append(
+      _record(name, f"{command} --config.seed={seed}", [line], **made, processor=_processor())
+    )
+  save(name, records)
+  if name == PICTURE_OF:
+    shutil.copy(runs[0] / "report" / "report.png", ROOT / PICTURE)
+
+
+def write():
+  """Writes every figure that was measured into its page."""
+  for name, figure in FIGURES.items():
+    if records := read(name):
+      path = ROOT / figure.page
+      text = fill(path.read_text(encoding="utf-8"), name, block(name, records))
+      path.write_text(text, encoding="utf-8")
+
+
+def show():
+  """Prints what there is."""
+  for name, figure in FIGURES.items():
+    records = read(name)
+    old = stale(figure, records)
+    for record in records:
+      said = "STALE" if record["command"] in old else "current"
+      print(f"{name:14} {said:8} {record['date']} {record['commit'][:10]} {record['command']}")
+    if not records:
+      print(f"{name:14} never measured")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  kinds = parser.add_subparsers(dest="what")
+  kinds.add_parser("measure").add_argument("names", nargs="+", choices=FIGURES)
+  from_runs = kinds.add_parser("take")
+  from_runs.add_argument("name", choices=FIGURES)
+  from_runs.add_argument("runs", nargs="+", type=pathlib.Path)
+  kinds.add_parser("write")
+  args = parser.parse_args(arguments)
+  try:
+    if args.what == "measure":
+      for name in args.names:
+        measure(name)
+    elif args.what == "take":
+      take(args.name, args.runs)
+    if args.what:
+      write()
+    else:
+      show()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,132 @@
+"""Renders what benchmarks measured as Markdown. Pure functions of the records that figures.py keeps.
+
+A record has what `figures` says: command, version, commit, date, processor, and `lines`, which its command printed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def _row(cells: Sequence[str]) -> str:
+  return "| " + " | ".join(cells) + " |"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  return "\n".join([_row(head), "|---" * len(head) + "|", *map(_row, rows)])
+
+
+def number(value: float) -> str:
+  """Three digits behind the point, or three in all, without the zero before the point: .934, -3.29, 41.2."""
+  digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
+  return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+
+
+def span(found: dict[str, float]) -> str:
+  """A median with the least and the greatest value."""
+  low, high = number(found["min"]), number(found["max"])
+  return f"{number(found['median'])} ({low} to {high})"
+
+
+def _gb(value: float) -> str:
+  return f"{value:.1f} GB"
+
+
+def machine(record: dict) -> str:
+  """The processor, with the rate of its products if the benchmark measured it."""
+  rates = [line["product_gflops"] for line in record["lines"] if "product_gflops" in line]
+  return record["processor"] + (f", {rates[0]} GFLOP/s" if rates else "")
+
+
+def origin(records: Sequence[dict]) -> str:
+  """What the numbers come from: code, day, processor and commands, one line for each that differ."""
+  made: dict[str, list[str]] = {}
+  for record in records:
+    code = f"instructjax {record['version']}, commit {record['commit'][:10]}"
+    key = f"{code}, {record['date']}, {record['processor']}"
+    made.setdefault(key, []).append(f"`{record['command']}`")
+  return "\n".join(f"- {key}: {', '.join(commands)}" for key, commands in made.items())
+
+
+def _intervals(finding: dict) -> list[list[float]]:
+  """The intervals of a finding's first values."""
+  found = finding["interval"] or []
+  return found if not found or isinstance(found[0], list) else [found]
+
+
+def findings(records: Sequence[dict]) -> str:
+  """What each finding measured, by seed, with 95% intervals; with several seeds their least and greatest."""
+  runs = [line for record in records for line in record["lines"]]
+  rows = []
+  for finding in runs[0]["findings"]:
+    for index, name in enumerate(finding["measured"]):
+      cells, values = [], []
+      for run in runs:
+        same = [one for one in run["findings"] if one["id"] == finding["id"]]
+        if not same or name not in same[0]["measured"]:
+          cells.append("")
+          continue
+        values.append(same[0]["measured"][name])
+        interval = _intervals(same[0])[index : index + 1]
+        about = f" ({number(interval[0][0])} to {number(interval[0][1])})" if interval else ""
+        cells.append(number(values[-1]) + about)
+      spread = [f"{number(min(values))} to {number(max(values))}"] if len(runs) > 1 else []
+      title = f"`{finding['id']}`" if index == 0 else ""
+      rows.append([title, name.replace("_", " "), *cells, *spread])
+  rows.append(["findings that hold", "", *(_held(run) for run in runs), *([""] * (len(runs) > 1))])
+  seeds = [f"seed {run['seed']}" for run in runs]
+  return _table(["finding", "measured", *seeds, *(["of all"] * (len(runs) > 1))], rows)
+
+
+def _held(run: dict) -> str:
+  found: list[Any] = [finding["holds"] for finding in run["findings"]]
+  return f"{sum(value is True for value in found)} of {len(found)}"
+
+
+def _pair(lines: Sequence[dict], key: str) -> tuple[dict, dict, str, dict]:
+  """(our line, the peer's line, the peer's name, our medians over the peer's) of a call with one peer."""
+  (ratios,) = (line for line in lines if any(name.startswith("over_") for name in line))
+  (peer,) = (name.removeprefix("over_") for name in ratios if name.startswith("over_"))
+  programs = [line for line in lines if key in line]
+  (theirs,) = (line for line in programs if line[key] == peer)
+  ours = next(line for line in programs if line[key] != peer)
+  return ours, theirs, peer, ratios[f"over_{peer}"]
+
+
+def iterations(records: Sequence[dict]) -> str:
+  """PPO iterations beside a peer."""
+  rows = []
+  for record in records:
+    ours, theirs, peer, ratios = _pair(record["lines"], "variant")
+    mine, others = (f"{span(one['wall_s'])} s, {_gb(one['peak_rss_gb'])}" for one in (ours, theirs))
+    ratio = f"**{number(ratios[ours['variant']]['wall_s'])}**"
+    bound = f"{number(ours['bound_s'])} s"
+    rows.append([ours["workload"], machine(record), bound, mine, f"{peer}: {others}", ratio])
+  return _table(["workload", "processor", "bound", "instructjax", "peer", "ours over theirs"], rows)
+
+
+def training_steps(records: Sequence[dict]) -> str:
+  """Training steps beside peers."""
+  rows = []
+  for record in records:
+    ours, theirs, peer, ratios = _pair(record["lines"], "variant")
+    mine, others = (
+      f"{one['tokens_per_s']:.0f} tokens/s, {span(one['wall_s'])} s, {_gb(one['peak_rss_gb'])}"
+      for one in (ours, theirs)
+    )
+    ratio = f"**{number(ratios[ours['variant']]['wall_s'])}**"
+    rows.append([peer, machine(record), f"{number(ours['bound_s'])} s", mine, others, ratio])
+  return _table(["peer", "processor", "bound", "instructjax", "theirs", "ours over theirs"], rows)
+
+
+def decode_steps(records: Sequence[dict]) -> str:
+  """Decode steps beside a peer, by number of rows."""
+  rows = []
+  for record in records:
+    ours, theirs, peer, ratios = _pair(record["lines"], "program")
+    for batch in (1, 16):
+      key = f"batch_{batch}_step_ms"
+      mine, others = (f"{number(one[key])} ms" for one in (ours, theirs))
+      floor, ratio = f"{number(ours['floor_ms'])} ms", f"**{number(ratios[key])}**"
+      rows.append([str(batch), machine(record), floor, mine, f"{peer}: {others}", ratio])
+  head = ["rows", "processor", "reading the weights", "instructjax", "peer", "ours over theirs"]
+  return _table(head, rows)

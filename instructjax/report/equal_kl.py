@@ -1,0 +1,195 @@
+"""What each way of optimising gains at the same KL from the PPO initialisation: PPO, RLOO, GRPO and best-of-n.
+
+A policy that may move further gains more, so methods are compared at equal KL. Called by panels.py, page.py and
+stages/evaluate.py. Pure functions of what evaluation measured; draws nothing.
+
+The curve of an RL run comes from its log: the KL and the score of each iteration's batch of training prompts, both as
+running means. Best-of-n is measured on the test prompts; its KL has a closed form.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from instructjax.report import findings
+from instructjax.report.overoptimization import column, reach, running_mean
+from instructjax.report.results import Results
+
+BEST_OF_N = "best_of_n"  # its name among the curves, beside those of RL policies
+_LEVELS = 5  # KLs in the table
+# An interval is shown if so many of the resampled curves reach the level at all.
+_REACHED = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """One method's gain against KL, by iteration or by n.
+
+  Attributes:
+    kl: nats from the PPO initialisation; smoothed if it comes from a log.
+    gain: score above the PPO initialisation's mean, at the same place; smoothed too.
+    noise: [2, N]: deviations of single iterations from the smoothed (KL, gain), as large as a single iteration's noise.
+      Empty if there are too few iterations.
+    by_prompt: [P, T]: the gain of each prompt, of best-of-n; None for RL runs.
+  """
+
+  kl: np.ndarray
+  gain: np.ndarray
+  noise: np.ndarray
+  by_prompt: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """A method's gain at a KL: a value, and its 95% interval if one can be told."""
+
+  gain: float
+  interval: tuple[float, float] | None
+
+
+def _window(count: int) -> int:
+  return max(1, count // 8)
+
+
+def _smoothed(kl, score) -> Curve:
+  """The curve of single iterations; `score` is counted from the PPO initialisation."""
+  single = np.stack([kl, score])
+  window = _window(len(kl))
+  smooth = running_mean(single, window)
+  width = 2 * reach(len(kl), window) + 1
+  inner = width > 1
+  # A value is part of its own mean, so its distance from that is smaller than its noise, by sqrt(1 - 1 / width).
+  scale = np.sqrt(width[inner] / (width[inner] - 1.0))
+  return Curve(smooth[0], smooth[1], (single - smooth)[:, inner] * scale)
+
+
+def judge(results: Results) -> str:
+  """The score that gains are counted in: `gold`, or `reward` if there are no gold scores."""
+  return "gold" if results.has_gold else "reward"
+
+
+def curves(results: Results) -> dict[str, Curve]:
+  """The curve of each RL run with a log, and of best-of-n if it was measured.
+
+  All RL runs begin with samples of the PPO initialisation, before any update. Gains are counted from their mean over
+  runs; those of best-of-n from n = 1.
+  """
+  key = judge(results)
+  runs = {name: column(rows, "kl", key) for name, rows in results.curves.items()}
+  runs = {name: run for name, run in runs.items() if len(run[0]) > 1}
+  if not runs:
+    return {}
+  origin = np.mean([score[0] for _, score in runs.values()])
+  found = {name: _smoothed(kl, score - origin) for name, (kl, score) in runs.items()}
+  if len(results.best_of_n) > 1:
+    kl, score = column(map(vars, results.best_of_n), "kl", key)
+    by_prompt = np.stack([row.by_prompt for row in results.best_of_n], axis=1)
+    gain_PN = by_prompt - by_prompt[:, :1]
+    found[BEST_OF_N] = Curve(kl, score - score[0], np.zeros((2, 0)), gain_PN)
+  return found
+
+
+def crossing(kl: np.ndarray, gain: np.ndarray, at: float) -> np.ndarray:
+  """The gain where a curve first reaches a KL, interpolated between its neighbours; NaN if it never does.
+
+  Args:
+    kl, gain: [..., T] curves of T points.
+    at: the KL, in nats.
+  Returns:
+    [...]
+  """
+  is_above = kl >= at
+  after = is_above.argmax(axis=-1)[..., None]
+  before = np.maximum(after - 1, 0)
+  take = lambda x, place: np.take_along_axis(x, place, axis=-1)[..., 0]
+  low, high = take(kl, before), take(kl, after)
+  # A curve that begins above the level has its first point taken.
+  rise = np.where(high > low, high - low, 1.0)
+  share = np.where(high > low, (at - low) / rise, 1.0)
+  value = take(gain, before) + share * (take(gain, after) - take(gain, before))
+  return np.where(is_above.any(axis=-1), value, np.nan)
+
+
+def read(curve: Curve, at: float, *, bootstrap: int, seed: int) -> Reading | None:
+  """The gain of a curve at a KL; None if it cannot be told, because the run never went so far.
+
+  The interval of best-of-n resamples prompts. That of an RL run resamples the noise of iterations, whose batches are of
+  different prompts, and smooths again; it does not say how another seed of the training would differ.
+  """
+  value = float(crossing(curve.kl, curve.gain, at))
+  if np.isnan(value):
+    return None
+  rng = np.random.default_rng(seed)
+  if curve.by_prompt is not None:
+    count = len(curve.by_prompt)
+    gain = curve.by_prompt[rng.integers(count, size=(bootstrap, count))].mean(axis=1)
+    kl = np.broadcast_to(curve.kl, gain.shape)
+  elif curve.noise.size:
+    count = len(curve.kl)
+    index = rng.integers(curve.noise.shape[1], size=(bootstrap, count))
+    noise = running_mean(curve.noise[:, index], _window(count))
+    kl, gain = curve.kl + noise[0], curve.gain + noise[1]
+  else:
+    return Reading(value, None)
+  again = crossing(kl, gain, at)
+  again = again[~np.isnan(again)]
+  if len(again) < _REACHED * bootstrap:
+    return Reading(value, None)
+  low, high = np.percentile(again, [2.5, 97.5])
+  return Reading(value, (float(low), float(high)))
+
+
+def levels(found: Mapping[str, Curve]) -> list[float]:
+  """The KLs at which to compare: a few round numbers (1, 2, 5, 10 ..), the lowest of which all RL runs reached.
+
+  [] if some run never left its start.
+  """
+  tops = [float(curve.kl.max()) for name, curve in found.items() if name != BEST_OF_N]
+  if not tops or min(tops) <= 0:
+    return []
+  low, high = min(tops) / 5, max(tops)
+  powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+  steps = [float(f"{digit}e{power}") for power in powers for digit in (1, 2, 5)]
+  steps = [step for step in steps if low <= step <= high]
+  chosen = np.linspace(0, len(steps) - 1, min(len(steps), _LEVELS)).round().astype(int)
+  return [steps[i] for i in chosen]
+
+
+def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
+  """Each method's gain at each level of KL, and where its policy ended on the test prompts, in types that JSON has.
+
+  Returns:
+    {} if there is nothing to compare; else {'score': gold or reward, 'kl': levels, 'methods': name -> {'at': one entry
+    a level, None where the run never went so far, 'end': KL and gain of the finished policy, None for best-of-n}}.
+  """
+  found = curves(results)
+  at = levels(found)
+  if not at:
+    return {}
+  rows = {}
+  for name, curve in found.items():
+    readings = [read(curve, level, bootstrap=bootstrap, seed=seed) for level in at]
+    rows[name] = {
+      "at": [reading and dataclasses.asdict(reading) for reading in readings],
+      "end": _end(results, name, bootstrap, seed),
+    }
+  return {"score": judge(results), "kl": at, "methods": rows}
+
+
+def _end(results: Results, name: str, bootstrap: int, seed: int) -> dict[str, Any] | None:
+  """Where a policy ended: (KL, gain over the PPO initialisation) on the test prompts, with intervals over prompts."""
+  policy, init = results.measured.get(name), results.measured.get("ppo_init")
+  if policy is None or init is None or policy.kl is None:
+    return None
+  rng, samples = np.random.default_rng(seed), results.samples_per_prompt
+
+  def mean(values):
+    per_prompt = np.asarray(values, float).reshape(-1, samples).mean(axis=1)
+    return findings._interval(per_prompt, bootstrap, rng)
+
+  gain, gain_interval = mean(findings.judged(policy) - findings.judged(init))
+  kl, kl_interval = mean(policy.kl)
+  return {"kl": kl, "kl_interval": kl_interval, "gain": gain, "interval": gain_interval}

@@ -1,0 +1,162 @@
+"""Tables of README and docs: what they show is what was measured, of the code as it is."""
+
+import json
+import subprocess
+
+import pytest
+
+from benchmarks import figures, tables
+from instructjax.core.errors import UserError
+
+MADE = dict(version="0.1.0", commit="a" * 40, date="2026-11-30", processor="AMD EPYC, AVX2")
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_page_shows_what_was_measured(name):
+  records, page = figures.read(name), figures.ROOT / figures.FIGURES[name].page
+  if records:
+    text = page.read_text(encoding="utf-8")
+    assert figures.fill(text, name, figures.block(name, records)) == text, (
+      "python -m benchmarks.figures write"
+    )
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_what_was_measured_is_of_the_code_as_it_is(name):
+  old = figures.stale(figures.FIGURES[name], figures.read(name))
+  assert not old, f"changed since it was measured; python -m benchmarks.figures measure {name}"
+
+
+def test_every_measured_file_belongs_to_a_figure():
+  assert {path.stem for path in figures.FOLDER.glob("*.json")} <= set(figures.FIGURES)
+
+
+def test_a_change_of_code_changes_its_hash_and_words_do_not(tmp_path):
+  def hash_of(text):
+    (tmp_path / "a.py").write_text(text)
+    return figures.code_hash(["*.py"], tmp_path)
+
+  first = hash_of('"""Says."""\ndef f(x):\n  """More."""\n  return x + 1\n')
+  assert hash_of("# Another word.\ndef f(x):\n  return x + 1  # so\n") == first
+  assert hash_of("def f(x):\n  return x + 2\n") != first
+  (tmp_path / "b.py").write_text("")
+  assert figures.code_hash(["*.py"], tmp_path) != first
+  with pytest.raises(ValueError, match="matches"):
+    figures.code_hash(["*.c"], tmp_path)
+
+
+def test_a_record_of_changed_code_is_stale():
+  figure = figures.FIGURES["findings"]
+  now = figures.code_hash(figure.code)
+  records = [{"command": "a", "code": now}, {"command": "b", "code": "0" * 16}]
+  assert figures.stale(figure, records) == ["b"]
+
+
+def test_a_new_record_takes_the_place_of_its_own_command_and_processor_only():
+  old = [
+    {"command": "a", "processor": "x", "lines": [1]},
+    {"command": "a", "processor": "y", "lines": [2]},
+    {"command": "b", "processor": "x", "lines": [3]},
+  ]
+  new = {"command": "a", "processor": "x", "lines": [4]}
+  assert figures.merge(old, new) == [old[1], old[2], new]
+
+
+def test_a_figure_fills_the_place_between_its_markers():
+  page = "before\n<!-- f -->\nold\n<!-- end of f -->\nafter\n"
+  assert figures.fill(page, "f", "<!-- f -->new<!-- end of f -->") == (
+    "before\n<!-- f -->new<!-- end of f -->\nafter\n"
+  )
+  for bad in ("", "<!-- end of f --><!-- f -->", page + page):
+    with pytest.raises(UserError, match="each once"):
+      figures.fill(bad, "f", "")
+
+
+def finished_run(folder, seed, value):
+  finding = dict(id="f", measured={"win_rate": value}, interval=[[0.5, 0.7]], holds=True)
+  (folder / "report").mkdir(parents=True)
+  (folder / "report" / "findings.json").write_text(json.dumps([finding]))
+  (folder / "report" / "report.png").write_bytes(b"picture")
+  (folder / "evaluate").mkdir()
+  made = dict(version="0.1.0", commit="c" * 40, date="2026-11-30T10:00:00Z")
+  done = {"provenance": made, "fingerprint": {"config.seed": str(seed)}}
+  (folder / "evaluate" / "done.json").write_text(json.dumps(done))
+  return folder
+
+
+def test_finished_runs_become_a_table_and_the_picture(tmp_path, monkeypatch, capsys):
+  root = tmp_path / "root"
+  (root / "docs").mkdir(parents=True)
+  (root / "docs" / "results.md").write_text("<!-- findings -->\n<!-- end of findings -->\n")
+  hash_ = figures.code_hash(figures.FIGURES["findings"].code)
+  monkeypatch.setattr(figures, "ROOT", root)
+  monkeypatch.setattr(figures, "code_hash", lambda patterns: hash_)
+  monkeypatch.setattr(
+    figures.subprocess, "run", lambda words: subprocess.CompletedProcess(words, 0)
+  )
+  for name, default in (("read", figures.read), ("save", figures.save)):
+    monkeypatch.setattr(
+      figures, name, lambda *args, default=default: default(*args, folder=root / "docs" / "figures")
+    )
+  runs = [finished_run(tmp_path / f"run{seed}", seed, 0.6 + seed / 10) for seed in (0, 1)]
+  assert figures.main(["take", "findings", *map(str, runs)]) == 0
+  page = (root / "docs" / "results.md").read_text()
+  assert "| `f` | win rate | .600 (.500 to .700) | .700 (.500 to .700) | .600 to .700 |" in page
+  assert "commit cccccccccc, 2026-11-30" in page and "--config.seed=1" in page
+  assert (root / "docs" / "report.png").read_bytes() == b"picture"
+  assert figures.main(["take", "findings", str(tmp_path)]) == 2
+  assert "is it a finished run" not in capsys.readouterr().out
+  assert figures.main(["measure", "findings"]) == 2
+  assert figures.main(["take", "decode", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("commit", ["", "a" * 40 + "+changes", "0" * 40])
+def test_a_run_of_other_code_is_refused(commit, tmp_path, capfd):
+  with pytest.raises(UserError, match="other code"):
+    figures._require_same_code(tmp_path, commit, ["configs/base.py"])
+
+
+@pytest.mark.parametrize(
+  ("value", "said"),
+  [(0.934, ".934"), (-0.05, "-.050"), (-3.294, "-3.29"), (41.25, "41.2"), (0, ".000")],
+)
+def test_numbers(value, said):
+  assert tables.number(value) == said
+
+
+SPREAD = {"median": 2.0, "min": 1.0, "max": 3.0}
+LINES = [
+  dict(workload="W1", variant="x=1", product_gflops=180, bound_s=1.5, wall_s=SPREAD, peak_rss_gb=1),
+  dict(workload="W1", variant="trl", product_gflops=180, bound_s=1.5, wall_s=SPREAD, peak_rss_gb=2),
+  dict(workload="W1", over_trl={"x=1": {"wall_s": 0.5, "cpu_s": 0.4}}),
+]
+
+
+def test_an_iteration_beside_its_peer():
+  table = tables.iterations([{**MADE, "command": "c", "lines": LINES}])
+  assert table.splitlines()[2] == (
+    "| W1 | AMD EPYC, AVX2, 180 GFLOP/s | 1.50 s | 2.00 (1.00 to 3.00) s, 1.0 GB"
+    " | trl: 2.00 (1.00 to 3.00) s, 2.0 GB | **.500** |"
+  )
+
+
+def test_a_training_step_beside_its_peer():
+  lines = [line | {"tokens_per_s": 400.4} for line in LINES[:2]] + LINES[2:]
+  table = tables.training_steps([{**MADE, "command": "c", "lines": lines}])
+  assert table.splitlines()[2].startswith(
+    "| trl | AMD EPYC, AVX2, 180 GFLOP/s | 1.50 s | 400 tokens/s"
+  )
+
+
+def test_a_decode_step_beside_its_peer():
+  times = {"batch_1_step_ms": 16.0, "batch_16_step_ms": 37.1}
+  lines = [
+    {"program": "instructjax", "floor_ms": 16.3, **times},
+    {"program": "transformers", "floor_ms": 16.3, **times},
+    {"over_transformers": {"batch_1_step_ms": 1.0, "batch_16_step_ms": 1.0}},
+  ]
+  table = tables.decode_steps([{**MADE, "command": "c", "lines": lines}])
+  assert table.splitlines()[2:] == [
+    "| 1 | AMD EPYC, AVX2 | 16.3 ms | 16.0 ms | transformers: 16.0 ms | **1.00** |",
+    "| 16 | AMD EPYC, AVX2 | 16.3 ms | 37.1 ms | transformers: 37.1 ms | **1.00** |",
+  ]
