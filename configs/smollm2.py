@@ -54,7 +54,7 @@ def change(config):
   )
   config.rm.update(
     start_from="sft",  # sec 3.5
-    num_epochs=1,
+    num_epochs=2,
     batch_size=8,
     max_responses=5,
     microbatches=2,
@@ -82,7 +82,7 @@ def change(config):
     missing_eos_score=-1.0,
     ema_decay=0.7,  # averages over a few iterations, because the run has only 12
     max_kl=50.0,
-    policy_optim=base.adam(3e-5, schedule="constant", warmup_steps=4, warmup_start=0.1),
+    policy_optim=base.adam(4e-5, schedule="constant", warmup_steps=4, warmup_start=0.1),
   )
   config.evaluate.update(
     num_prompts=32,

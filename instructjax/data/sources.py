@@ -239,7 +239,7 @@ class _Skipped:
     )
 
 
-def simulation(spec: str):
+def simulation(spec: str) -> Any:
   """The module with the labelers and the gold score of a simulated task; None if `spec` is no such task.
 
   Where the gold score needs the run's base (`READS_BASE`), stages/judging.py makes it.
@@ -248,7 +248,7 @@ def simulation(spec: str):
   return _task(scheme) if colon and scheme in _SIMULATED else None
 
 
-def _task(scheme: str):
+def _task(scheme: str) -> Any:
   # Imported here because runs on own data do not need them.
   if scheme == "demo":
     from instructjax.data import demo
