@@ -14,7 +14,7 @@ import pathlib
 import re
 from typing import Any
 
-import yaml
+import yaml  # pyrefly: ignore[untyped-import]
 
 from instructjax.core import places
 from instructjax.core.errors import UserError
