@@ -14,7 +14,7 @@ import pathlib
 import re
 from typing import Any
 
-import yaml  # pyrefly: ignore[untyped-import]
+import yaml  # pyrefly: ignore[untyped-import]  no stubs come with it
 
 from instructjax.core import places
 from instructjax.core.errors import UserError
