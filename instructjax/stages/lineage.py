@@ -54,7 +54,7 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
 
 def collects(config: Config) -> bool:
   """Whether the run collects comparisons from simulated labelers (stage `collect`) instead of reading a user's."""
-  return config.data.comparisons == "demo:"
+  return config.data.are_collected
 
 
 def kinds_read(config: Config, stages: Collection[str]) -> list[str]:

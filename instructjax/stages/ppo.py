@@ -14,7 +14,7 @@ from instructjax.core import rewards as reward_lists
 from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
-from instructjax.data import batching, sources
+from instructjax.data import batching
 from instructjax.models import adapters, flops, heads, transformer
 from instructjax.parallel import agreement, distributed, sharding, stacking
 from instructjax.rl import split
@@ -24,6 +24,7 @@ from instructjax.stages import (
   bases,
   ensembles,
   host_rewards,
+  judging,
   lineage,
   policies,
   reward_functions,
@@ -215,13 +216,13 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
 def _describe(ctx: Context, watch: Callable[..., None]):
   """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
-  If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
+  If the prompts are a simulated task's, the gold score is among the metrics. It is only logged; training never sees it.
 
   Args:
     ctx: the run.
     watch: stops the stage for a reward that never varies; see `host_rewards.watch_constants`.
   """
-  simulation = sources.simulation(ctx.config.data.prompts)
+  simulation = judging.simulation(ctx)
   prompt_length = ctx.config.data.max_prompt_length
 
   def describe(samples: Samples, step: int):
@@ -234,12 +235,14 @@ def _describe(ctx: Context, watch: Callable[..., None]):
     decode = lambda rows: answers.decode(ctx.tokenizer, rows)
     texts = lambda end: (decode(text[:end, :prompt_length]), decode(text[:end, prompt_length:]))
     watch(step, {"rm": score_B, **rewards}, lambda: texts(1))
-    if jax.process_index() != 0:
-      return {}, ()
     prompts, responses = texts(None)
     extra = {}
-    if simulation is not None:
+    if (
+      simulation is not None
+    ):  # on every process: a gold score may ask the base, which is on all devices
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
+    if jax.process_index() != 0:
+      return {}, ()
     # Named as in the metrics: a function of the user's may be called `score` or `answer`.
     named = {f"rewards/{name}": value_B for name, value_B in rewards.items()}
     columns = {"score": score_B, **named, "kl": kl_B}

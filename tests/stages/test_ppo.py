@@ -288,7 +288,7 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
   watch = lambda step, values, texts: watched.append((step, values, texts()))
   gold = lambda prompts, texts: [len(p) + 10 * int(t[0]) for p, t in zip(prompts, texts)]
   simulation = types.SimpleNamespace(gold_score=gold) if prompts == "demo:" else None
-  monkeypatch.setattr(ppo.sources, "simulation", {prompts: simulation}.__getitem__)
+  monkeypatch.setattr(ppo.judging, "simulation", lambda ctx: simulation)
   decode = lambda tokenizer, rows: ["".join(str(t) for t in row if t != 9) for row in rows]
   monkeypatch.setattr(ppo.answers, "decode", decode)
   extra, rows = ppo._describe(ctx, watch)(samples, 1)
