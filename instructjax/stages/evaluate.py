@@ -1,6 +1,6 @@
 """Measures every policy of a run on test prompts and held-out text (sec 4), and writes the report.
 
-The judge of answers is the gold score if the prompts are the demo's, and the reward model otherwise.
+The judge of answers is the gold score if the prompts are a simulated task's, and the reward model otherwise.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from instructjax.ops import kl
 from instructjax.parallel import sharding
 from instructjax.report import equal_kl, findings
 from instructjax.report.results import BestOfN, Measured, Results
-from instructjax.stages import answers, lineage, policies
+from instructjax.stages import answers, judging, lineage, policies
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
 from instructjax.train import accumulation, metrics, supervised
@@ -131,7 +131,7 @@ def _measure(ctx: Context, name: str, prompts: list[str], stage: str) -> Measure
       for source in (name, REFERENCE)
     )
     kl_N = kl.estimate(logprob_N, ref_logprob_N, kl.FORM)
-  simulation = sources.simulation(ctx.config.data.prompts)
+  simulation = judging.simulation(ctx)
   if simulation is not None:
     gold = np.asarray(simulation.gold_score(prompts, sampled.text))
     named = [simulation.names_topic(p, a) for p, a in zip(prompts, sampled.text)]
@@ -221,7 +221,7 @@ def _best_of_n(ctx: Context, prompts: list[str], stage: str) -> list[BestOfN]:
 
   [] if that is off. On other prompts than the demo's there is no gold score, and the reward model's stands alone.
   """
-  total, simulation = ctx.config.evaluate.best_of_n, sources.simulation(ctx.config.data.prompts)
+  total, simulation = ctx.config.evaluate.best_of_n, judging.simulation(ctx)
   if total < 2:
     return []
   repeated = [prompt for prompt in prompts for _ in range(total)]

@@ -95,7 +95,7 @@ def test_best_of_n_chooses_by_reward_among_answers_of_the_reference(monkeypatch)
   monkeypatch.setattr(answers, "score", score)
   monkeypatch.setattr(policies, "load_reward", lambda ctx: "reward model")
   monkeypatch.setattr(
-    evaluate.sources, "simulation", lambda spec: types.SimpleNamespace(gold_score=gold)
+    evaluate.judging, "simulation", lambda ctx: types.SimpleNamespace(gold_score=gold)
   )
   rows = evaluate._best_of_n(ctx, ["p", "q"], "evaluate")
   assert [row.n for row in rows] == [1, 2, 4]
