@@ -1,6 +1,6 @@
 """Measures every policy of a run on test prompts and held-out text (sec 4), and writes the report.
 
-The judge of answers is the gold score if the prompts are the demo's, and the reward model otherwise.
+The judge of answers is the gold score if the prompts are a simulated task's, and the reward model otherwise.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import sharding
 from instructjax.report import equal_kl, findings, intervals
 from instructjax.report.results import BestAtKL, Measured, Results
-from instructjax.stages import lineage, measuring, policies, sampled_best
+from instructjax.stages import judging, lineage, measuring, policies, sampled_best
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
 from instructjax.train import accumulation, metrics, supervised
@@ -126,7 +126,7 @@ class _Prompts:
 
 
 def _prompts(ctx: Context) -> _Prompts:
-  cfg, simulation = ctx.config.evaluate, sources.simulation(ctx.config.data.prompts)
+  cfg, simulation = ctx.config.evaluate, judging.simulation(ctx)
   every = [prompt for prompt in test_prompts(ctx) for _ in range(cfg.samples_per_prompt)]
   is_new = np.array(
     [simulation is not None and simulation.is_new_topic(prompt) for prompt in every], bool
@@ -136,7 +136,7 @@ def _prompts(ctx: Context) -> _Prompts:
 
 def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
   """Samples and measures everything: (results, policy -> its answers to all prompts)."""
-  cfg, simulation = ctx.config.evaluate, sources.simulation(ctx.config.data.prompts)
+  cfg, simulation = ctx.config.evaluate, judging.simulation(ctx)
   every = {n: measuring.measure(ctx, n, asked.every, stage) for n in names if n != FEW_SHOT.name}
   shots: dict[int, float] = {}
   if FEW_SHOT.name in names:

@@ -13,7 +13,7 @@ from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
 from instructjax.report import intervals, wording
 from instructjax.report.results import Measured
-from instructjax.stages import answers, policies, untrained
+from instructjax.stages import answers, judging, policies, untrained
 from instructjax.stages.context import Context
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
@@ -95,7 +95,7 @@ def _judge(
   """Measures answers, whoever they are by."""
   reward = answers.score(ctx, ctx.model("reward"), policies.load_reward(ctx), scored)
   gold = names_topic = topic_again = None
-  simulation = sources.simulation(ctx.config.data.prompts)
+  simulation = judging.simulation(ctx)
   if simulation is not None:
     gold = np.asarray(simulation.gold_score(prompts, texts))
     times = np.array([simulation.topic_count(p, a) for p, a in zip(prompts, texts)])

@@ -6,8 +6,7 @@ Called by evaluate.py. No answer here is chosen by test prompts.
 import numpy as np
 
 from instructjax.core.stages import UNTRAINED
-from instructjax.data import sources
-from instructjax.stages import lineage
+from instructjax.stages import judging, lineage
 from instructjax.stages.context import Context
 
 _FIRST = 8  # training prompts on which all lines are tried
@@ -23,14 +22,15 @@ def answers_without_training(ctx: Context, prompts: list[str]) -> dict[str, list
   Returns:
     echo: the prompt itself.
     best_line: of all training demonstrations the answer with the best mean gold score on the training prompts, given to
-      every prompt; only where there is a gold score.
+      every prompt; only where there is a gold score that needs no network.
     random_line: the answer of a training demonstration drawn at random.
     demonstrations: the demonstrations of the test prompts themselves, in turn; only if each prompt has one.
   """
   found = {"echo": [prompt.strip() for prompt in prompts]}
   if "demonstrations" in lineage.reads(ctx.config, "evaluate"):
-    simulation = sources.simulation(ctx.config.data.prompts)
-    if simulation is not None:
+    simulation = judging.simulation(ctx)
+    # Where a gold score takes a pass of the base, all lines with several prompts would take hours.
+    if simulation is not None and not simulation.READS_BASE:
       lines = sorted({one.response for one in ctx.data.records("demonstrations", "train")})
       asked = [one.prompt for one in ctx.data.records("prompts", "train")]
       found["best_line"] = [best_line(simulation.gold_score, lines, asked)] * len(prompts)

@@ -23,7 +23,7 @@ def test_prompts_are_the_first_of_the_test_split_that_fit():
 
 def test_prompts_on_new_topics_are_judged_apart(monkeypatch):
   simulation = types.SimpleNamespace(is_new_topic=lambda prompt: prompt == "b")
-  monkeypatch.setattr(evaluate.sources, "simulation", lambda spec: simulation)
+  monkeypatch.setattr(evaluate.judging, "simulation", lambda ctx: simulation)
   monkeypatch.setattr(evaluate, "test_prompts", lambda ctx: ["a", "b", "c"])
   ctx = types.SimpleNamespace(config=micro.config("ppo", {}, evaluate__samples_per_prompt=2))
   asked = evaluate._prompts(ctx)

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import pathlib
 
+from instructjax.data import bible
 from instructjax.data.demo import task, text
 from instructjax.data.demo.labelers import agreement as labeler_agreement
 from instructjax.data.demo.labelers import collect_rankings
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 KINDS = ("documents", "prompts", "demonstrations")
+READS_BASE = False  # the gold score needs no network
 
 
 def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | list[Demonstration]:
@@ -71,5 +73,5 @@ def checksum() -> str:
   code = hashlib.sha256()
   for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
     code.update(path.read_bytes())
-  distribution = text.PACKAGE.replace("_", "-")
+  distribution = bible.PACKAGE.replace("_", "-")
   return f"{distribution}:{importlib.metadata.version(distribution)} task:{code.hexdigest()[:16]}"
