@@ -32,6 +32,12 @@ def _interval(values_P: np.ndarray, bootstrap: int, rng) -> tuple[float, list[fl
   return float(values_P.mean()), [float(low), float(high)]
 
 
+def mean_of(values, samples_per_prompt: int, bootstrap: int, rng) -> tuple[float, list[float]]:
+  """(mean, 95% interval) of a measurement of all answers, those to a prompt in a row, by bootstrap over prompts."""
+  per_prompt = np.asarray(values, float).reshape(-1, samples_per_prompt).mean(axis=1)
+  return _interval(per_prompt, bootstrap, rng)
+
+
 def judged(measured: Measured) -> np.ndarray:
   """The scores that decide between two answers: the gold score if there is one, else the reward model's."""
   return measured.reward if measured.gold is None else measured.gold

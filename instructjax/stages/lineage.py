@@ -80,6 +80,27 @@ def bases(config: Config) -> tuple[str, ...]:
   return tuple(dict.fromkeys(base_stage(config, role) for role in ("policy", "reward")))
 
 
+def frozen_stage(config: Config, stage: str) -> str:
+  """The stage whose weights are the frozen base where adapters are trained: that of what `stage` trains.
+
+  A finished network that is given in place of a stage is a base itself.
+  """
+  row = STAGES[stage]
+  if row.is_base or given(config, stage):
+    return stage
+  if row.is_rl:
+    return frozen_stage(config, REFERENCE)
+  if row.kind == "rm":
+    is_from_sft = config.rm.start_from == "sft"
+    return frozen_stage(config, "sft") if is_from_sft else base_stage(config, "reward")
+  return base_stage(config, "policy")
+
+
+def frozen_stages(config: Config) -> tuple[str, str]:
+  """The stages whose weights are the frozen bases of policy and reward model; the same twice if they share one."""
+  return frozen_stage(config, REFERENCE), frozen_stage(config, stage_of_kind("rm").name)
+
+
 def stage_of(config: Config, policy: str) -> str:
   """The stage that trains a policy; for the larger base, `pretrain` if policy and reward model share a base."""
   stage = stage_of_policy(policy).name

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from instructjax.core import results, terminal
 from instructjax.core import rewards as reward_lists
 from instructjax.core.config import Config, OptimConfig, PPOConfig
-from instructjax.core.errors import UserError
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching
@@ -22,6 +21,7 @@ from instructjax.rl import split
 from instructjax.rl import step as ppo_step
 from instructjax.stages import (
   answers,
+  bases,
   ensembles,
   host_rewards,
   judging,
@@ -74,7 +74,8 @@ def make_nets(
     stop_ids=stop_ids,
     max_response_length=config.data.max_response_length,
     slots=config.rollout.slots,
-    shares_base=lineage.base_stage(config, "policy") == lineage.base_stage(config, "reward"),
+    shares_base=len(set(lineage.frozen_stages(config))) == 1,
+    value_on_policy=cfg.value_init == "policy",
   )
 
 
@@ -171,7 +172,7 @@ def freeze(
 
   In float32 there is nothing to cast, and the weights are taken as they are, without a copy. So are those of
   `ensembles.load`, which come in their dtype. Adapters are small and stay float32; their base comes from
-  `policies.bases`, and that of the reward model only if it is another one.
+  `bases.of_networks`, and that of the reward model only if it is another one.
   """
   if base:
     return ppo_step.Frozen(ref_params, reward_params, ensemble_params, base[0], *scalar_base)
@@ -327,15 +328,10 @@ def check_settings(config: Config, stage: str):
 
   Raises:
     UserError: a rule is broken, a warmup is as long as the stage, a reward function cannot be imported or called, a
-      further reward model is none or has another shape, or the policy's adapter has no place in the value network.
+      further reward model is none or has another shape.
   """
   cfg = lineage.variant(config, stage)
   cfg.validate("config.ppo")
-  if cfg.value_init == "policy" and lineage.is_adapted(config) and len(lineage.bases(config)) > 1:
-    raise UserError(
-      "config.ppo.value_init='policy' must come with one base for policy and reward model where adapters are trained:"
-      " the policy's adapter fits its own base only; use 'reward_model'"
-    )
   _optimizers(config, cfg)
   _functions(cfg)
   ensembles.open_all(config, cfg)
@@ -421,7 +417,7 @@ def run(ctx: Context, stage: str):
   run_ = host_rewards.with_sources(run_, made_with, functions)
   if is_finished(run_):
     return
-  base, scalar_base = policies.bases(ctx)
+  base, scalar_base = bases.of_networks(ctx, stage)
   given = {
     "reference": policies.load(ctx, REFERENCE, policies.load_trained_step),
     "reward_model": policies.load_reward(ctx, policies.load_trained_step),
