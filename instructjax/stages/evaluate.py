@@ -131,6 +131,8 @@ def _prompts(ctx: Context) -> _Prompts:
   is_new = np.array(
     [simulation is not None and simulation.is_new_topic(prompt) for prompt in every], bool
   )
+  if is_new.all():  # with nothing beside them, they are what is judged
+    is_new[:] = False
   return _Prompts(every, np.flatnonzero(~is_new), np.flatnonzero(is_new))
 
 
@@ -159,6 +161,7 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
       lambda name, prompts: measuring.sample(ctx, name, prompts, f"{stage}/best_of_n"),
       simulation,
     )
+  task = sources.simulation(ctx.config.data.prompts)
   collected = ctx.done("collect") if lineage.collects(ctx.config) else None
   results = Results(
     samples_per_prompt=cfg.samples_per_prompt,
@@ -172,7 +175,7 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
     new_topics={name: found.take(asked.new) for name, found in every.items()}
     if len(asked.new)
     else {},
-    gold_words="" if simulation is None else simulation.GOLD_WORDS,
+    gold_words="" if task is None else task.GOLD_WORDS,
     shots=shots,
     curves={
       STAGES[name].require_policy().name: metrics.read_metrics(ctx.directory(name))

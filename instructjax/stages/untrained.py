@@ -6,7 +6,8 @@ Called by evaluate.py. No answer here is chosen by test prompts.
 import numpy as np
 
 from instructjax.core.stages import UNTRAINED
-from instructjax.stages import judging, lineage
+from instructjax.data import sources
+from instructjax.stages import lineage
 from instructjax.stages.context import Context
 
 _FIRST = 8  # training prompts on which all lines are tried
@@ -28,7 +29,7 @@ def answers_without_training(ctx: Context, prompts: list[str]) -> dict[str, list
   """
   found = {"echo": [prompt.strip() for prompt in prompts]}
   if "demonstrations" in lineage.reads(ctx.config, "evaluate"):
-    simulation = judging.simulation(ctx)
+    simulation = sources.simulation(ctx.config.data.prompts)
     # Where a gold score takes a pass of the base, all lines with several prompts would take hours.
     if simulation is not None and not simulation.READS_BASE:
       lines = sorted({one.response for one in ctx.data.records("demonstrations", "train")})

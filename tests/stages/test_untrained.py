@@ -57,7 +57,7 @@ def test_the_best_line_is_chosen_on_training_prompts(monkeypatch):
   }
   ctx = _context(records, [Encoded([104, 0], 0)])
   task = types.SimpleNamespace(gold_score=gold_score, READS_BASE=False)
-  monkeypatch.setattr(untrained.judging, "simulation", lambda ctx: task)
+  monkeypatch.setattr(untrained.sources, "simulation", lambda spec: task)
   found = untrained.answers_without_training(ctx, ["a test prompt\n"] * 2)
   assert found["best_line"] == ["line 98"] * 2
   assert "a test prompt\n" not in asked

@@ -18,10 +18,26 @@ import numpy as np
 from instructjax.core.errors import UserError
 from instructjax.data.conversation import labelers, task, text
 from instructjax.data.conversation.labelers import Logprob
-from instructjax.data.conversation.task import GOLD_WORDS, few_shot_prompt, names_topic, topic_count
+from instructjax.data.conversation.task import (
+  GOLD_WORDS,
+  few_shot_prompt,
+  is_new_topic,
+  names_topic,
+  topic_count,
+)
 from instructjax.data.records import Demonstration, Document, Prompt, Ranking
 
-__all__ = ["Judged", "checksum", "few_shot_prompt", "judged_by", "load", "names_topic"]
+__all__ = [
+  "GOLD_WORDS",
+  "Judged",
+  "checksum",
+  "few_shot_prompt",
+  "is_new_topic",
+  "judged_by",
+  "load",
+  "names_topic",
+  "topic_count",
+]
 
 KINDS = ("documents", "prompts", "demonstrations")
 READS_BASE = True  # the gold score is made by `judged_by`, with a function of the run's base
@@ -76,7 +92,6 @@ class Judged:
   """What `instructjax.data.demo` has as functions of a module, for a task that needs the run's base."""
 
   logprob: Logprob
-  GOLD_WORDS = GOLD_WORDS
 
   def gold_score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """See `task.gold_score`."""
@@ -91,9 +106,8 @@ class Judged:
     return topic_count(prompt, response)
 
   def is_new_topic(self, prompt: str) -> bool:
-    """False: conversations are split by exchange, not by topic."""
-    del prompt
-    return False
+    """See `task.is_new_topic`."""
+    return is_new_topic(prompt)
 
   def collect_rankings(
     self,
