@@ -43,11 +43,11 @@ class Measured:
   def take(self, index: np.ndarray) -> "Measured":
     """The answers at these places."""
     arrays = {
-      field.name: None if (found := getattr(self, field.name)) is None else np.asarray(found)[index]
+      field.name: np.asarray(found)[index]
       for field in dataclasses.fields(self)
-      if field.name != "answer"
+      if field.name != "answer" and (found := getattr(self, field.name)) is not None
     }
-    return Measured(answer=[self.answer[i] for i in index], **arrays)
+    return dataclasses.replace(self, answer=[self.answer[i] for i in index], **arrays)
 
 
 @dataclasses.dataclass(frozen=True)

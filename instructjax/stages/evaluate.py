@@ -191,9 +191,10 @@ def _best_at_kl(
   """Best-of-n at the KL of each RL policy that has a KL penalty."""
   found = {}
   for name in RL_STAGES:
-    if name in measured and name != "ppo_beta0":
+    kl_N = measured[name].kl if name in measured else None
+    if kl_N is not None and name != "ppo_beta0":
       judged_PS = intervals.judged(measured[name]).reshape(-1, samples)
-      mean_kl = float(np.mean(measured[name].kl))
+      mean_kl = float(np.mean(kl_N))
       found[name] = sampled_best.at_kl(pool, mean_kl, judged_PS[: len(pool.reward_PN)])
   return found
 

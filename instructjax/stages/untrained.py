@@ -70,7 +70,7 @@ def _random_lines(ctx: Context, count: int) -> list[str]:
   lines = []
   for i in rng.integers(len(store), size=count).tolist():
     one = store[i]
-    response = [int(token) for token in one.ids[one.num_unweighted :]]
+    response = one.ids[one.num_unweighted :]
     if response and response[-1] in tokenizer.stop_ids:
       response.pop()
     lines.append(tokenizer.decode(response).strip())
