@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from instructjax.report import findings
+from instructjax.report import intervals
 from instructjax.report.overoptimization import column, running_mean
 from instructjax.report.results import Results
 
@@ -187,7 +187,7 @@ def _end(results: Results, name: str, bootstrap: int, seed: int) -> dict[str, An
   if policy is None or init is None or policy.kl is None:
     return None
   rng, samples = np.random.default_rng(seed), results.samples_per_prompt
-  mean = lambda values: findings.mean_of(values, samples, bootstrap, rng)
-  gain, gain_interval = mean(findings.judged(policy) - findings.judged(init))
+  mean = lambda values: intervals.mean_of(values, samples, bootstrap, rng)
+  gain, gain_interval = mean(intervals.judged(policy) - intervals.judged(init))
   kl, kl_interval = mean(policy.kl)
   return {"kl": kl, "kl_interval": kl_interval, "gain": gain, "interval": gain_interval}
