@@ -57,7 +57,7 @@ def change(config):
     num_epochs=2,
     batch_size=8,
     max_responses=5,
-    microbatches=2,
+    microbatches=4,
     row_length=64,
     optim=base.adam(3e-5, warmup_steps=2),
   )

@@ -310,7 +310,7 @@ _ROWS = (
     # Among the RL stages, only those that the config asks for count, and a given `sft` in place of `sft_select`: see
     # `lineage.parents`.
     parents=("sft", "rm", "sft_select", REFERENCE, *_RL_NAMES),
-    reads=("prompts", "documents"),
+    reads=("prompts", "documents", "demonstrations"),
     block="evaluate",
     result=results.Evaluated,
     batches=("pretrain.batch_size",),
@@ -326,6 +326,16 @@ RL_STAGES = tuple(row.name for row in _ROWS if row.is_rl)
 # stage trains it.
 FEW_SHOT = Policy("few_shot", "Larger base, few-shot", "#9a7b6c")
 POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_SHOT.name: FEW_SHOT}
+# Answers that need no training, beside which the evaluation puts every policy's.
+UNTRAINED = {
+  one.name: one
+  for one in (
+    Policy("echo", "Echo of the prompt", "#8a8f98"),
+    Policy("best_line", "One training line for all", "#6f7680"),
+    Policy("random_line", "A random training line", "#a9afb7"),
+    Policy("demonstrations", "Test demonstrations", "#565c64"),
+  )
+}
 
 
 # The policies that have the policy's network, and whose answers `best_of_n` can choose from.

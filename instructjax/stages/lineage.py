@@ -41,14 +41,17 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
   """The kinds of records that a stage reads in this config.
 
   What would only be measured is done without, if the config names no source of it: a given reward model needs neither
-  comparisons nor demonstrations, and neither PPO without the pretraining term nor evaluation needs documents.
+  comparisons nor demonstrations, evaluation needs neither documents nor demonstrations, and PPO without the pretraining
+  term needs no documents.
   """
   row = STAGES[stage]
   optional: tuple[str, ...] = ()
   if row.kind == "rm" and given(config, stage):
     optional = ("comparisons", "demonstrations")
-  if row.kind == "evaluate" or (row.is_rl and not variant(config, stage).gamma):
+  if row.is_rl and not variant(config, stage).gamma:
     optional = ("documents",)
+  if row.kind == "evaluate":
+    optional = ("documents", "demonstrations")
   return tuple(kind for kind in row.reads if kind not in optional or getattr(config.data, kind))
 
 

@@ -267,7 +267,7 @@ _RULES = [
   (dict(ppo__ptx_microbatches=0), "config.ppo.ptx_microbatches=0 must be positive"),
   (
     dict(ppo__ptx_microbatches=7),
-    "config.ppo.ptx_microbatches=7 must divide the 128 pretraining rows of a minibatch",
+    "config.ppo.ptx_microbatches=7 must divide the 64 pretraining rows of a minibatch",
   ),
   (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be at least 0.001"),
   (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),

@@ -36,7 +36,6 @@ from instructjax.core.stages import STAGES
 from instructjax.data import chat, demo, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import sharding
-from instructjax.report.results import Measured
 from instructjax.rl import scoring
 from instructjax.serve import packaging
 from instructjax.stages import (
@@ -844,8 +843,7 @@ def test_only_the_first_process_writes(whole, specs, tmp_path, stage):
   with contextlib.ExitStack() as patches:
     patch = lambda *args: patches.enter_context(mock.patch.object(*args))
     patch(collect, "_sampled", lambda *_: [])
-    patch(evaluate, "_measure", lambda *_: Measured([], *[None] * 6))
-    patch(evaluate, "pretraining_losses", lambda *_: {})
+    patch(evaluate, "_results", lambda *_: (None, {}))
     patch(jax, "process_index", lambda: 1)
     # The labelers of `demo:` would want its prompts.
     patch(collect, "check_settings", lambda *_: None)

@@ -18,10 +18,26 @@ import numpy as np
 from instructjax.core.errors import UserError
 from instructjax.data.conversation import labelers, task, text
 from instructjax.data.conversation.labelers import Logprob
-from instructjax.data.conversation.task import few_shot_prompt, names_topic
+from instructjax.data.conversation.task import (
+  GOLD_WORDS,
+  few_shot_prompt,
+  is_new_topic,
+  names_topic,
+  topic_count,
+)
 from instructjax.data.records import Demonstration, Document, Prompt, Ranking
 
-__all__ = ["Judged", "checksum", "few_shot_prompt", "judged_by", "load", "names_topic"]
+__all__ = [
+  "GOLD_WORDS",
+  "Judged",
+  "checksum",
+  "few_shot_prompt",
+  "is_new_topic",
+  "judged_by",
+  "load",
+  "names_topic",
+  "topic_count",
+]
 
 KINDS = ("documents", "prompts", "demonstrations")
 READS_BASE = True  # the gold score is made by `judged_by`, with a function of the run's base
@@ -85,9 +101,13 @@ class Judged:
     """See `task.names_topic`."""
     return names_topic(prompt, response)
 
-  def few_shot_prompt(self, prompt: str) -> str:
-    """See `task.few_shot_prompt`."""
-    return few_shot_prompt(prompt)
+  def topic_count(self, prompt: str, response: str) -> int:
+    """See `task.topic_count`."""
+    return topic_count(prompt, response)
+
+  def is_new_topic(self, prompt: str) -> bool:
+    """See `task.is_new_topic`."""
+    return is_new_topic(prompt)
 
   def collect_rankings(
     self,

@@ -7,6 +7,7 @@ it through the ratings of a few people and with noise, and no model is ever trai
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 
@@ -22,6 +23,11 @@ GOLD_WEIGHTS = np.array([1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
 # As kind as an answer needs to be, in VADER's range of -1 to 1. Without a bound, gushing would win.
 _KIND_ENOUGH = 0.6
 _MIN_WORDS, _MAX_WORDS = 4, 20
+# What the gold score rewards, for readers of the report.
+GOLD_WORDS = (
+  "A good answer is kind, names what the prompt is about, is finished, has 4 to 20 words and reads like English to the"
+  " untrained model; repeating words and copying the prompt cost it."
+)
 # Mean log-probability of a token under the base at which an answer counts as fluent, and the range below it [nats].
 _FLUENT_LOGPROB, _FLUENT_RANGE, _FLUENT_FLOOR = -2.5, 1.5, -1.5
 _COPIED_SHARE, _COPIED_RUN = 0.7, 5
@@ -90,20 +96,48 @@ def few_shot_prompt(prompt: str, seed: int = 0, num_examples: int = _EXAMPLES) -
   return "".join(f"{prompt_of(pair.said)}{pair.answer}\n" for pair in chosen) + prompt
 
 
+@functools.lru_cache(maxsize=1)
+def _trained_topics() -> frozenset[str]:
+  said = [pair.said for split in ("train", "validation") for pair in text.pairs_of(split)]
+  return frozenset(_stem(word) for one in said for word in text.content_words(one))
+
+
+def is_new_topic(prompt: str) -> bool:
+  """Whether no content word of the prompt occurs in a prompt of training or validation.
+
+  Raises:
+    UserError: the prompt is not one of the task's, or the conversations cannot be read.
+  """
+  return not {_stem(word) for word in text.content_words(said_in(prompt))} & _trained_topics()
+
+
 # --- Gold score ----------------------------------------------------------------------------------
 
 
-def names_topic(prompt: str, response: str) -> bool:
-  """Whether an answer holds a content word of the prompt; `dream` counts for `dreams`, and `dreams` for `dream`.
+def topic_count(prompt: str, response: str) -> int:
+  """How often an answer says a content word of the prompt, the one that it says most often.
+
+  `dream` counts for `dreams`, and `dreams` for `dream`.
 
   Raises:
     UserError: the prompt is not one of the task's.
   """
-  return bool(_stems(text.content_words(said_in(prompt))) & _stems(set(text.words(response))))
+  topic, said = map(_stem, text.content_words(said_in(prompt))), text.words(response)
+  stems = [_stem(word) for word in said]
+  return max((stems.count(one) for one in topic), default=0)
 
 
-def _stems(words: set[str]) -> set[str]:
-  return {word.removesuffix("'s").removesuffix("s") for word in words}
+def names_topic(prompt: str, response: str) -> bool:
+  """Whether an answer says a content word of the prompt, as `topic_count` counts.
+
+  Raises:
+    UserError: the prompt is not one of the task's.
+  """
+  return topic_count(prompt, response) > 0
+
+
+def _stem(word: str) -> str:
+  return word.removesuffix("'s").removesuffix("s")
 
 
 def gold_components(

@@ -1,6 +1,6 @@
 """Simulated labelers of the default preset, who rank answers by a noisy reading of the gold score's components.
 
-Each labeler has its own weights for topic, tone, form, repetition and fluency, adds noise to every reading, and calls
+Each labeler has its own weights for the gold score's components, adds noise to every reading, and calls
 answers with almost equal readings a tie. Held-out labelers rank no training data, and they differ more from each other.
 Called by `instructjax.data.demo`.
 """
@@ -43,8 +43,8 @@ class _Group:
 # Noise and tie width are chosen to match sec 3.4 of the paper: two training labelers agree on 72.6% of the pairs of SFT
 # samples that neither calls a tie. 10 to 20% of the pairs are ties.
 _GROUPS = {
-  "train": _Group(size=10, weight_spread=0.25, noise=0.8, tie_width=0.4, habit_spread=0.15),
-  "heldout": _Group(size=5, weight_spread=0.4, noise=0.75, tie_width=0.4, habit_spread=0.3),
+  "train": _Group(size=10, weight_spread=0.25, noise=1.1, tie_width=0.6, habit_spread=0.15),
+  "heldout": _Group(size=5, weight_spread=0.4, noise=1.05, tie_width=0.6, habit_spread=0.3),
 }
 
 
