@@ -295,15 +295,19 @@ def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   return (read or load_step)(ctx, row.name, done.require_step(), item, role)
 
 
-def load_reward(ctx: Context, read: Callable | None = None) -> Params:
+def load_reward(ctx: Context, read: Callable | None = None, stage: str = "rm") -> Params:
   """Loads the reward model with the bias that makes demonstrations score 0 on average (C.2).
 
+  Args:
+    ctx: the run.
+    read: `load_trained_step` for what the stage trained, without its base; None for `load_step`.
+    stage: its stage, that of round 1 if a run has several.
   Raises:
     UserError: the weights cannot be read.
   """
-  done, given = ctx.require_done("rm"), ctx.given.get("rm")
+  done, given = ctx.require_done(stage), ctx.given.get(stage)
   if given:
     params = given.load(ctx.mesh, ctx.model("reward"))
   else:
-    params = (read or load_step)(ctx, "rm", done.require_step())
+    params = (read or load_step)(ctx, stage, done.require_step())
   return heads.shift_bias(params, done.result.shift)

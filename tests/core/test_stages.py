@@ -70,7 +70,7 @@ def test_every_target_has_a_config_file():
 
 def test_policies_can_be_told_apart():
   for attribute in ("title", "colour"):
-    assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 10
+    assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 12
 
 
 def test_kinds():

@@ -144,9 +144,9 @@ def test_what_tokens_depend_on_has_a_place_of_its_own(loaded, tmp_path, kind, to
 
 
 def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
-  run_data(tmp_path).records("comparisons", "heldout")
+  run_data(tmp_path).rankings("rm", "heldout")
   test_contents.collected(tmp_path)
-  run_data(tmp_path, comparisons="demo:").records("comparisons", "heldout")
+  run_data(tmp_path, comparisons="demo:").rankings("rm", "heldout")
   assert loaded == [
     (f"jsonl:{tmp_path}/comparisons", "comparisons", "heldout"),
     (f"jsonl:{tmp_path}/collect/heldout.jsonl", "comparisons", "all"),
