@@ -53,6 +53,7 @@ def _decoder(**changes) -> ConfigDict:
         low_freq_factor=1.0,  # Llama 3.1
         high_freq_factor=4.0,  # Llama 3.1
         original_length=8192,  # Llama 3.1
+        attention_factor=0.0,  # arXiv:2309.00071, eq. 22
       ),
       norm="layernorm",
       norm_eps=1e-5,

@@ -17,14 +17,21 @@ from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, re
 class RopeScalingConfig:
   """How rotary positions are stretched beyond the context length that a model was first trained with."""
 
-  # none keeps the rotations as trained; linear divides all rotation speeds by factor; llama3 divides only the slow ones
-  kind: Literal["none", "linear", "llama3"]
+  # none keeps the rotations as trained; linear divides all rotation speeds by factor; llama3 and yarn divide only the
+  # slow ones
+  kind: Literal["none", "linear", "llama3", "yarn"]
   factor: float  # what the rotation speeds are divided by
-  # llama3: rotations with fewer turns than this within original_length count as slow and are scaled by factor
+  # llama3, yarn: rotations with fewer turns than this within original_length count as slow and are scaled by factor;
+  # yarn's beta_slow
   low_freq_factor: float
-  # llama3: rotations with more turns than this are not scaled; those in between are interpolated
+  # llama3, yarn: rotations with more turns than this are not scaled, and those in between are interpolated; yarn's
+  # beta_fast
   high_freq_factor: float
-  original_length: int  # llama3: context length that the model was first trained with [tokens]
+  original_length: (
+    int  # llama3, yarn: context length that the model was first trained with [tokens]
+  )
+  # yarn: what cosine and sine are multiplied by, so that attention is sharper; 0 is the paper's 0.1 ln(factor) + 1
+  attention_factor: float
 
   def validate(self, where: str):
     require(self.factor >= 1, f"{where}.factor={self.factor} must be >= 1")
@@ -34,6 +41,10 @@ class RopeScalingConfig:
       f" high_freq_factor={self.high_freq_factor}",
     )
     require_positive(self, where, "original_length")
+    require(
+      self.attention_factor >= 0,
+      f"{where}.attention_factor={self.attention_factor} must be >= 0; 0 is 0.1 ln(factor) + 1",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,10 @@ class NetworkConfig:
     require(
       self.num_heads % self.num_kv_heads == 0,
       f"{where}.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}",
+    )
+    require(
+      self.rope_scaling.kind != "yarn" or self.rope_base > 1,
+      f"{where}.rope_base={self.rope_base} must be above 1 for rope_scaling.kind='yarn'",
     )
     for name in ("attention_window", "rope_local_base", "query_pre_attn_scalar"):
       value = getattr(self, name)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from instructjax.core.config import NetworkConfig
+from instructjax.core.config import NetworkConfig, RopeScalingConfig
 from instructjax.core.structs import Array, pytree
 from instructjax.parallel import constraints
 
@@ -155,15 +155,29 @@ def rotary_angles(position_BT, cfg: NetworkConfig):
     return angles
   is_local = {kind: kind == "L" and cfg.rope_local_base > 0 for kind in angles if kind != "N"}
   pairs = {
-    own: _angles(position_BT, rotary_frequencies(cfg, own)) for own in sorted({*is_local.values()})
+    own: _angles(position_BT, rotary_frequencies(cfg, own), attention_factor(cfg, own))
+    for own in sorted({*is_local.values()})
   }
   return angles | {kind: pairs[own] for kind, own in is_local.items()}
 
 
-def _angles(position_BT, frequency_K):
+def _angles(position_BT, frequency_K, factor: float):
   # In float32: bfloat16 has 8 significant bits, so it could not even tell positions 256 and 257 apart.
   angle_BTK = position_BT.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
-  return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
+  if factor == 1:
+    return jnp.cos(angle_BTK), jnp.sin(angle_BTK)
+  return jnp.cos(angle_BTK) * factor, jnp.sin(angle_BTK) * factor
+
+
+def attention_factor(cfg: NetworkConfig, is_local: bool = False) -> float:
+  """What cosine and sine are multiplied by: 1, but for YaRN, eq. 22 of Peng et al. 2023, arXiv:2309.00071.
+
+  Queries and keys both turn, so that attention's logits are multiplied by its square.
+  """
+  scaling = cfg.rope_scaling
+  if scaling.kind != "yarn" or is_local:
+    return 1.0
+  return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
 
 
 def rotary_frequencies(cfg: NetworkConfig, is_local: bool = False):
@@ -172,7 +186,8 @@ def rotary_frequencies(cfg: NetworkConfig, is_local: bool = False):
   K counts the dimensions that turn. Scaling 'linear' (Chen et al. 2023, arXiv:2306.15595) divides every frequency by
   `factor`. 'llama3' (Llama 3.1, arXiv:2407.21783) looks at the number of turns that a pair makes within the original
   context. Above `high_freq_factor` turns it keeps the frequency, below `low_freq_factor` it divides it, and in between
-  it interpolates.
+  it interpolates. 'yarn' (Peng et al. 2023, arXiv:2309.00071) does the same but for what lies between: there it
+  interpolates by the number of the pair, from a whole number to a whole number, as its authors' code does.
 
   Args:
     cfg: the network.
@@ -186,10 +201,27 @@ def rotary_frequencies(cfg: NetworkConfig, is_local: bool = False):
     return frequency_K
   if scaling.kind == "linear":
     return frequency_K / scaling.factor
-  turns_K = scaling.original_length * frequency_K / (2 * math.pi)
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  kept_K = jnp.clip((turns_K - low) / (high - low), 0.0, 1.0)
+  if scaling.kind == "yarn":
+    kept_K = _kept_by_yarn(scaling, base, half)
+  else:
+    turns_K = scaling.original_length * frequency_K / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_K = jnp.clip((turns_K - low) / (high - low), 0.0, 1.0)
   return frequency_K * (kept_K + (1.0 - kept_K) / scaling.factor)
+
+
+def _kept_by_yarn(scaling: RopeScalingConfig, base: float, half: int):
+  """The share of each pair's frequency that YaRN keeps, float32 [half]: 1 up to a pair, 0 from a slower one on."""
+
+  def pair_of(turns: float) -> float:
+    """The pair that makes so many turns within the original context."""
+    return half * math.log(scaling.original_length / (turns * 2 * math.pi)) / math.log(base)
+
+  # The last bound is the dimension before the last, not the pair before: so in the authors' code.
+  first = max(math.floor(pair_of(scaling.high_freq_factor)), 0)
+  last = min(math.ceil(pair_of(scaling.low_freq_factor)), 2 * half - 1)
+  width = last - first or 1e-3
+  return 1.0 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - first) / width, 0.0, 1.0)
 
 
 def rotate(x_BTGQK, angles):

@@ -155,6 +155,14 @@ _RULES = [
     "config.model.rope_scaling.original_length=0 must be positive",
   ),
   (
+    dict(model__rope_scaling__attention_factor=-1.0),
+    "config.model.rope_scaling.attention_factor=-1.0 must be >= 0",
+  ),
+  (
+    dict(model__rope_scaling__kind="yarn", model__position="rope", model__rope_base=1.0),
+    "config.model.rope_base=1.0 must be above 1 for rope_scaling.kind='yarn'",
+  ),
+  (
     dict(model__position="learned", model__rope_scaling__kind="linear"),
     "config.model.rope_scaling.kind='linear' must be 'none' for learned positions",
   ),

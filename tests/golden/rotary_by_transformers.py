@@ -138,6 +138,29 @@ CASES = {
   "yarn, old type": {"rope_scaling": old(YARN)},
   "yarn, factor 1": {"rope_scaling": YARN | {"factor": 1.0}},
   "yarn, attention_factor": {"rope_scaling": YARN | {"attention_factor": 2.0}},
+  "yarn, attention_factor 0": {"rope_scaling": YARN | {"attention_factor": 0.0}},
+  "yarn, version 5": {"rope_parameters": YARN | {"rope_theta": 500.0}},
+  "yarn, longer": {"rope_scaling": YARN | {TOP: 4096, "factor": 40.0}, "rope_theta": 500.0},
+  "yarn, betas": {"rope_scaling": YARN | {TOP: 64, "beta_fast": 8, "beta_slow": 0.5}},
+  "yarn, betas 0": {"rope_scaling": YARN | {TOP: 64, "beta_fast": 0, "beta_slow": None}},
+  "yarn, betas reversed": {"rope_scaling": YARN | {TOP: 64, "beta_fast": 1, "beta_slow": 8}},
+  "yarn, one pair between": {"rope_scaling": YARN | {TOP: 7, "beta_fast": 1.0, "beta_slow": 0.99}},
+  "yarn, shorter than a turn": {"rope_scaling": YARN | {TOP: 4}},
+  "yarn, both mscales": {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 1.2}},
+  "yarn, equal mscales": {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+  "yarn, mscale alone": {"rope_scaling": YARN | {"mscale": 0.5}},
+  "yarn, mscales beside attention_factor": {
+    "rope_scaling": YARN | {"mscale": 0.5, "mscale_all_dim": 2.0, "attention_factor": 1.5}
+  },
+  "yarn, factor 1, mscales": {
+    "rope_scaling": YARN | {"factor": 1.0, "mscale": 0.5, "mscale_all_dim": 2.0}
+  },
+  "yarn, truncate": {"rope_scaling": YARN | {"truncate": True}},
+  "yarn, not truncated": {"rope_scaling": YARN | {TOP: 64, "truncate": False}},
+  "yarn without a factor": {"rope_scaling": less(YARN, "factor")},
+  "yarn, original length missing": {"rope_scaling": less(YARN, TOP)},
+  "yarn, original length at the top": {"rope_scaling": less(YARN, TOP), TOP: 32},
+  "yarn, original lengths differ": {"rope_scaling": YARN, TOP: 16},
   "longrope": {"rope_scaling": LONG, TOP: 32},
   "proportional": {"rope_parameters": DEFAULT5 | {"rope_type": "proportional"}},
   # Rotated in part.
@@ -183,6 +206,7 @@ FEW = (
   "linear, version 5",
   "llama3",
   "dynamic",
+  "yarn",
   "both equal",
 )
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from instructjax.core import errors
 from instructjax.core.errors import UserError
-from instructjax.core.network import NetworkConfig
+from instructjax.core.network import NetworkConfig, RopeScalingConfig
 from instructjax.core.structs import Params
 from instructjax.models import transformer
-from instructjax.models.interop import gguf_names, hf_config, transfer
+from instructjax.models.interop import gguf_names, hf_config, rotary, transfer
 
 GgufType = Literal["f16", "q8_0"]  # of a file's matrices
 
@@ -141,6 +141,18 @@ def _require_built_in(path: pathlib.Path, cfg: NetworkConfig, arch: str):
       "rope_scaling.kind='llama3'",
       f"reads divisors of frequencies for llama only, and this is {arch}",
     )
+  if cfg.rope_scaling.kind == "yarn":
+    scaling, fits = cfg.rope_scaling, arch != "gemma3" or not cfg.rope_scaling.attention_factor
+    require(
+      (scaling.low_freq_factor, scaling.high_freq_factor) == rotary.YARN_BETAS,
+      f"rope_scaling.low_freq_factor={scaling.low_freq_factor:g}, high_freq_factor={scaling.high_freq_factor:g}",
+      "has 1 and 32 built in for yarn",
+    )
+    require(
+      fits,
+      f"rope_scaling.attention_factor={scaling.attention_factor:g}",
+      "multiplies local layers by it too",
+    )
   if arch == "gptneox":
     require(cfg.mlp == "gelu_exact", f"mlp={cfg.mlp!r}", "knows one gelu of gptneox, gelu_exact")
   if arch == "smollm3":
@@ -240,6 +252,16 @@ def _encode(path: pathlib.Path, entry: _Entry) -> np.ndarray:
   return gguf.quantize(value, entry.type)
 
 
+def _add_yarn(writer: gguf.GGUFWriter, scaling: RopeScalingConfig):
+  writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+  writer.add_rope_scaling_factor(scaling.factor)
+  writer.add_rope_scaling_orig_ctx_len(scaling.original_length)
+  if scaling.attention_factor:
+    # llama.cpp multiplies by the default as well.
+    default = 0.1 * math.log(scaling.factor) + 1.0
+    writer.add_rope_scaling_attn_factors(scaling.attention_factor / default)
+
+
 def _add_metadata(
   writer: gguf.GGUFWriter,
   model: transformer.Model,
@@ -277,6 +299,8 @@ def _add_metadata(
     if cfg.rope_scaling.kind == "linear":
       writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
       writer.add_rope_scaling_factor(cfg.rope_scaling.factor)
+    if cfg.rope_scaling.kind == "yarn":
+      _add_yarn(writer, cfg.rope_scaling)
   for key, value in tokenizer_metadata.items():
     if value not in ("", []):  # GGUF has no empty arrays
       writer.add_key_value(key, value, _VALUE_TYPES[type(value)])

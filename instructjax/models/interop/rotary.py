@@ -15,6 +15,7 @@ GPT-NeoX has names of its own for two of the keys, and Gemma 3 has settings for 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,8 @@ from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys, named, shown
 
 # No field but the first has a meaning here. They are those of configs/base.py, so that descriptions compare equal.
-NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192)
+NO_SCALING = RopeScalingConfig("none", 8.0, 1.0, 4.0, 8192, 0.0)
+YARN_BETAS = 1.0, 32.0  # slow and fast, where nothing else is said
 DEFAULT_BASE = 10_000.0  # in transformers and in llama.cpp
 _SHARE = "partial_rotary_factor"
 _ORIGINAL = "original_max_position_embeddings"
@@ -37,6 +39,10 @@ _USED = {
   "linear": ("factor",),
   "dynamic": ("factor",),
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+  "yarn": (
+    *("factor", "beta_slow", "beta_fast", _ORIGINAL, "attention_factor", "mscale"),
+    *("mscale_all_dim", "truncate"),
+  ),
 }
 # Rotary keys at the top of config.json. All others that look like one are refused: other architectures read them.
 _TOP = {*_BLOCKS, "rope_theta", _SHARE, _ORIGINAL}
@@ -130,6 +136,14 @@ def to_config(rotary: Rotary, family: str) -> dict[str, Any]:
         "high_freq_factor": scaling.high_freq_factor,
         _ORIGINAL: scaling.original_length,
       }
+    if scaling.kind == "yarn":
+      block |= {
+        "beta_slow": scaling.low_freq_factor,
+        "beta_fast": scaling.high_freq_factor,
+        _ORIGINAL: scaling.original_length,
+      }
+      if scaling.attention_factor:
+        block["attention_factor"] = scaling.attention_factor
     result["rope_scaling"] = block
   return result
 
@@ -273,12 +287,9 @@ def _from_block(block: Keys, top: Keys, style: _Style) -> Rotary:
       block.where,
     )
     return found
-  length = top.size("max_position_embeddings", None)
-  if _ORIGINAL in block.raw and not block.has(_ORIGINAL):
-    raise block.wrong(_ORIGINAL, "must be a positive whole number")
-  inner = block.size(_ORIGINAL, top.size(_ORIGINAL, length))
-  if top.size(_ORIGINAL, inner) != inner:
-    raise block.wrong(_ORIGINAL, f"contradicts {_ORIGINAL}={top.raw[_ORIGINAL]} at the top")
+  inner = _original_length(block, top)
+  if kind == "yarn":
+    return dataclasses.replace(found, scaling=_yarn(block, factor, inner))
   scaling = dataclasses.replace(
     NO_SCALING,
     kind="llama3",
@@ -288,6 +299,40 @@ def _from_block(block: Keys, top: Keys, style: _Style) -> Rotary:
     original_length=inner,
   )
   return dataclasses.replace(found, scaling=scaling)
+
+
+def _original_length(block: Keys, top: Keys) -> int:
+  """The context length before scaling; raises UserError if it is no length, or the two places contradict each other."""
+  length = top.size("max_position_embeddings", None)
+  if _ORIGINAL in block.raw and not block.has(_ORIGINAL):
+    raise block.wrong(_ORIGINAL, "must be a positive whole number")
+  inner = block.size(_ORIGINAL, top.size(_ORIGINAL, length))
+  if top.size(_ORIGINAL, inner) != inner:
+    raise block.wrong(_ORIGINAL, f"contradicts {_ORIGINAL}={top.raw[_ORIGINAL]} at the top")
+  return inner
+
+
+def _yarn(block: Keys, factor: float, original_length: int) -> RopeScalingConfig:
+  """YaRN's settings; raises UserError for one that is not supported, or that is out of its range."""
+  block.refuse("truncate", True)
+  sharper = 0.0  # the default, 0.1 ln(factor) + 1
+  if block.has("attention_factor"):
+    sharper = block.number("attention_factor", None)
+    if sharper <= 0:
+      raise block.wrong("attention_factor", "must be above 0")
+  else:
+    scales = [block.number(name, 0.0) for name in ("mscale", "mscale_all_dim")]
+    if all(scales) and factor > 1:  # transformers takes the first alone for none
+      top, below = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
+      if below == 0 or top / below <= 0:
+        raise block.wrong("mscale_all_dim", "must leave attention a factor above 0")
+      sharper = top / below
+  # A 0 stands for the default in transformers.
+  slow, fast = (
+    block.number(name, 0.0) or default
+    for name, default in zip(("beta_slow", "beta_fast"), YARN_BETAS)
+  )
+  return RopeScalingConfig("yarn", factor, slow, fast, original_length, sharper)
 
 
 def _require_read(top: Keys, name: str, known: str, default: float):

@@ -32,7 +32,8 @@ LLAMA = dict(
   norm="rmsnorm",
   mlp="swiglu",
 )
-LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192)
+LLAMA3 = RopeScalingConfig("llama3", 8.0, 1.0, 4.0, 8192, 0.0)
+YARN = RopeScalingConfig("yarn", 4.0, 1.0, 32.0, 512, 0.0)
 NEOX = dict(
   d_model=32,
   num_heads=4,
@@ -50,7 +51,7 @@ NEOX = dict(
 GEMMA3 = LLAMA | dict(
   num_layers=7,
   rope_local_base=10_000.0,
-  rope_scaling=RopeScalingConfig("linear", 8.0, 1.0, 4.0, 8192),
+  rope_scaling=RopeScalingConfig("linear", 8.0, 1.0, 4.0, 8192, 0.0),
   norm="rmsnorm_1p",
   sandwich_norm=True,
   qk_norm=True,
@@ -64,6 +65,8 @@ FAMILIES = {
   "untied": LLAMA | dict(tie_embeddings=False),
   "biases": LLAMA | dict(use_bias=True),
   "linear": LLAMA | dict(rope_scaling=dataclasses.replace(LLAMA3, kind="linear", factor=2.0)),
+  "yarn": LLAMA | dict(rope_scaling=YARN),
+  "yarn, attention": LLAMA | dict(rope_scaling=dataclasses.replace(YARN, attention_factor=1.5)),
   "llama3": LLAMA | dict(rope_base=500_000.0, rope_scaling=LLAMA3),
   "qwen2": LLAMA | dict(qkv_bias=True),
   "qwen3": LLAMA | dict(qk_norm=True, head_dim=6),
@@ -265,6 +268,16 @@ def test_gemma3_as_llama_cpp_wants_it(make, tmp_path):
       "llama3",
       dict(qk_norm=True),
       "rope_scaling.kind='llama3' .* for llama only, and this is qwen3",
+    ),
+    (
+      "yarn",
+      dict(rope_scaling=dataclasses.replace(YARN, high_freq_factor=16.0)),
+      "high_freq_factor=16 cannot be .* has 1 and 32 built in for yarn",
+    ),
+    (
+      "gemma3",
+      dict(rope_scaling=dataclasses.replace(YARN, attention_factor=1.5)),
+      "attention_factor=1.5 cannot be .* multiplies local layers by it too",
     ),
     ("gptneox", dict(mlp="gelu"), "mlp='gelu' cannot be .* one gelu of gptneox, gelu_exact"),
     ("smollm3", dict(layer_pattern="GGN"), "layer_pattern='GGN' cannot be .* has GGGN for smollm3"),

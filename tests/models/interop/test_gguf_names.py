@@ -31,7 +31,12 @@ def test_llama3_divisors_by_hand():
   """
   divisors = lambda low, high: gguf_names.llama3_factors(
     RopeScalingConfig(
-      kind="llama3", factor=8.0, low_freq_factor=low, high_freq_factor=high, original_length=20
+      kind="llama3",
+      factor=8.0,
+      low_freq_factor=low,
+      high_freq_factor=high,
+      original_length=20,
+      attention_factor=0.0,
     ),
     100.0,
     4,

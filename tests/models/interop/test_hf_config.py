@@ -157,7 +157,7 @@ def test_qwen2():
 def test_rope_scaling_in_both_spellings(scaling, expected):
   four = model_config(SMOLLM2 | {"rope_scaling": scaling, "rope_theta": 5e5}, WHERE).cfg
   assert four.rope_base == 5e5
-  assert four.rope_scaling == RopeScalingConfig(*expected)
+  assert four.rope_scaling == RopeScalingConfig(*expected, 0.0)
   parameters = (scaling or {"rope_type": "default"}) | {"rope_theta": 5e5}
   five = without(SMOLLM2, "rope_theta", "rope_scaling") | {"rope_parameters": parameters}
   assert model_config(five, WHERE).cfg == four
@@ -227,12 +227,8 @@ def test_head(architectures, labels, head):
       ": rope_parameters: partial_rotary_factor=0.25 is not supported, only 1.0",
     ),
     (
-      SMOLLM2 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-      ": rope_scaling: rope_type='yarn' is not supported; known: default, linear, dynamic, llama3",
-    ),
-    (
       SMOLLM2 | {"rope_scaling": {"type": "longrope", "factor": 4.0}},
-      ": rope_scaling: type='longrope' is not supported",
+      ": rope_scaling: type='longrope' is not supported; known: default, linear, dynamic, llama3, yarn",
     ),
     (SMOLLM2 | {"rope_scaling": {"type": "linear"}}, ": rope_scaling lacks 'factor'"),
     (SMOLLM2 | {"rope_scaling": LLAMA3 | {"factor": 0.5}}, "rope_scaling.factor=0.5 must be >= 1"),
@@ -277,6 +273,17 @@ def test_what_we_lack_is_refused(raw, message):
     SMOLLM2 | {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
     SMOLLM2 | {"rope_scaling": LLAMA3},
     SMOLLM2 | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    SMOLLM2
+    | {
+      "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "beta_slow": 1.0,
+        "beta_fast": 32.0,
+        "original_max_position_embeddings": 77,
+        "attention_factor": 1.5,
+      }
+    },
     MISTRAL | {"sliding_window": None},
     QWEN2,
   ],

@@ -169,7 +169,7 @@ def test_qwen3():
 def test_llama_3_2():
   cfg = network(LLAMA32)
   assert cfg.tie_embeddings and cfg.rope_scaling == rotary.RopeScalingConfig(
-    "llama3", 32.0, 1.0, 4.0, 8192
+    "llama3", 32.0, 1.0, 4.0, 8192, 0.0
   )
 
 

@@ -29,10 +29,10 @@ REFUSED = {
   "llama3, original lengths differ": "original_max_position_embeddings=32 contradicts",
   "llama3, low above high": "low_freq_factor=8.0 must be > 0 and below",
   "dynamic, original length": "original_max_position_embeddings=32 must be",
-  "yarn": "rope_type='yarn' is not supported",
-  "yarn, old type": "type='yarn' is not supported",
-  "yarn, factor 1": "rope_type='yarn' is not supported",
-  "yarn, attention_factor": "rope_type='yarn' is not supported",
+  "yarn, attention_factor 0": "attention_factor=0.0 must be above 0",
+  "yarn, betas reversed": "low_freq_factor=8.0 must be > 0 and below high_freq_factor=1.0",
+  "yarn, not truncated": "truncate=False is not supported, only True",
+  "yarn, original lengths differ": "original_max_position_embeddings=32 contradicts",
   "longrope": "rope_type='longrope' is not supported",
   "proportional": "rope_type='proportional' is not supported",
   "partial at the top": "partial_rotary_factor=0.5 is not supported",
@@ -50,8 +50,12 @@ REFUSED = {
 }
 
 
+def network(raw: dict):
+  return hf_config.model_config(raw, "config.json").cfg
+
+
 def frequencies(raw: dict) -> np.ndarray:
-  return np.asarray(layers.rotary_frequencies(hf_config.model_config(raw, "config.json").cfg))
+  return np.asarray(layers.rotary_frequencies(network(raw)))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -64,7 +68,11 @@ def test_frequencies_are_those_of_transformers(name):
     assert "\n" not in str(error.value)
     return
   np.testing.assert_allclose(frequencies(case["config"]), case["inv_freq"], rtol=2e-6)
-  assert case["factor"] == 1, "cosine and sine are multiplied by nothing else here"
+  cfg = network(case["config"])
+  assert layers.attention_factor(cfg) == pytest.approx(case["factor"], rel=1e-6)
+  assert case["factor"] == 1 or cfg.rope_scaling.kind == "yarn"
+  written = hf_config.to_hf_config(cfg, 17, "lm")
+  assert network(written).rope_scaling == cfg.rope_scaling
 
 
 def test_what_is_refused_is_computed_by_transformers():
@@ -80,7 +88,7 @@ def test_live():
   pytest.importorskip("transformers")
   from tests.golden import rotary_by_transformers
 
-  for name in ("llama: llama3", "qwen2: both equal"):
+  for name in ("llama: llama3", "llama: yarn, betas", "qwen2: both equal"):
     now = rotary_by_transformers.computed(GOLDEN[name]["config"])
     np.testing.assert_allclose(now["inv_freq"], GOLDEN[name]["inv_freq"], rtol=1e-6)
 

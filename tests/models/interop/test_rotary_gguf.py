@@ -16,6 +16,7 @@ BASE, HEAD_DIM = 500.0, 4
 # p * scale * base^(-2i / head_dim) / freqs[i], and cosine and sine are multiplied by attn_factor. scale is 1 / factor
 # for type linear, which is the default, and 1 for type none. With base 500 and heads of four: 1 and 500^-0.5.
 PLAIN = np.array([1.0, 500**-0.5])
+YARN = {"scaling.type": "yarn", "scaling.factor": 4.0}
 GGUF = {
   "nothing": ({}, PLAIN),
   "type none": ({"scaling.type": "none"}, PLAIN),
@@ -43,7 +44,40 @@ GGUF = {
     },
     PLAIN,
   ),
-  "yarn": ({"scaling.type": "yarn", "scaling.factor": 4.0}, "rope.scaling.type='yarn'"),
+  # Of two pairs within 64 or 1000 tokens: the second makes 64 / 140 and 7.1 turns, and the first 10.2 and 159. A pair's
+  # number is ln(tokens / (turns 2 pi)) / ln(500) * 2, so 32 turns in 64 tokens are pair -.37 and one turn is pair .75.
+  "yarn": (YARN, PLAIN * [1, 0.25], 0.1 * math.log(4) + 1),
+  "yarn, original length": (
+    YARN | {"scaling.original_context_length": 1000},
+    # 32 turns are pair .52, so 0; one turn is pair 1.63, so 2: the second pair keeps half.
+    PLAIN * [1, 0.5 + 0.5 / 4],
+    0.1 * math.log(4) + 1,
+  ),
+  "yarn, attn_factor": (
+    YARN | {"scaling.attn_factor": 1.2},
+    PLAIN * [1, 0.25],
+    1.2 * (0.1 * math.log(4) + 1),
+  ),
+  "yarn, as it is built in": (
+    YARN
+    | {
+      "scaling.yarn_ext_factor": 1.0,
+      "scaling.yarn_beta_fast": 32.0,
+      "scaling.yarn_beta_slow": 1.0,
+      "scaling.yarn_log_multiplier": 0.0,
+      "scaling.finetuned": 1,
+    },
+    PLAIN * [1, 0.25],
+    0.1 * math.log(4) + 1,
+  ),
+  "yarn without a factor": ({"scaling.type": "yarn"}, PLAIN, 1.0),
+  "yarn, no ext_factor": (YARN | {"scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor=0 is not"),
+  "yarn, attn_factor 0": (YARN | {"scaling.attn_factor": 0.0}, "attn_factor=0 must be"),
+  "yarn, beta_fast": (YARN | {"scaling.yarn_beta_fast": 16.0}, "beta_fast=16 is not read for this"),
+  "yarn, log_multiplier": (
+    YARN | {"scaling.yarn_log_multiplier": 0.1},
+    "log_multiplier=0.1 is not",
+  ),
   "longrope": ({"scaling.type": "longrope"}, "rope.scaling.type='longrope'"),
   "type of no kind": ({"scaling.type": ""}, "rope.scaling.type=''"),
   "attn_factor": ({"scaling.attn_factor": 1.2}, "rope.scaling.attn_factor=1.2"),
@@ -105,7 +139,7 @@ def write(path, arch, keys, freqs=None, head_dim=HEAD_DIM) -> pathlib.Path:
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", GGUF)
 def test_frequencies_are_those_of_llama_cpp(name, arch, tmp_path):
-  keys, expected = GGUF[name]
+  keys, expected, *factor = GGUF[name]
   path = write(tmp_path / "model.gguf", arch, keys)
   if isinstance(expected, str):
     with pytest.raises(UserError, match=expected):
@@ -113,6 +147,7 @@ def test_frequencies_are_those_of_llama_cpp(name, arch, tmp_path):
     return
   found = describe(gguf_file.open_file(path)).cfg
   np.testing.assert_allclose(layers.rotary_frequencies(found), expected, rtol=1e-6)
+  assert layers.attention_factor(found) == pytest.approx(*factor or [1.0])
 
 
 def test_divisors(tmp_path):
