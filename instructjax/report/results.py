@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from instructjax.core.results import LabelerGroups, RewardModel
+from instructjax.core.results import Judgement, LabelerGroups, RewardModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,21 @@ class BestOfN:
 
 
 @dataclasses.dataclass(frozen=True)
+class Round:
+  """The reward model of one round of comparisons, in a run that has several.
+
+  Attributes:
+    number: of the round, from 1.
+    judgements: how it does on the held-out rankings of each round.
+    reward: policy of a round -> its score of each of that policy's answers.
+  """
+
+  number: int
+  judgements: tuple[Judgement, ...]
+  reward: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
   """Everything that was measured in a run.
 
@@ -66,6 +81,7 @@ class Results:
     agreement: how often simulated labelers agree; None if the labelers are not simulated.
     best_of_n: best-of-n of the PPO initialisation, by growing n; empty if it was not asked for.
     curves: RL policy -> its log, one row per iteration.
+    rounds: the reward models of all rounds of comparisons; empty if there was one round.
   """
 
   samples_per_prompt: int
@@ -75,6 +91,7 @@ class Results:
   agreement: LabelerGroups | None
   best_of_n: Sequence[BestOfN]
   curves: Mapping[str, Sequence[Mapping[str, Any]]]
+  rounds: Sequence[Round]
 
   @property
   def has_gold(self) -> bool:

@@ -23,8 +23,9 @@ from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
 from instructjax.parallel import sharding
 from instructjax.report import equal_kl, findings
+from instructjax.report import rounds as report_rounds
 from instructjax.report.results import BestOfN, Measured, Results
-from instructjax.stages import answers, lineage, policies
+from instructjax.stages import answers, lineage, policies, rounds
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
 from instructjax.train import accumulation, metrics, supervised
@@ -270,6 +271,7 @@ def run(ctx: Context, stage: str):
       STAGES[stage].require_policy().name: metrics.read_metrics(ctx.directory(stage))
       for stage in lineage.rl_stages(ctx.config)
     },
+    rounds=rounds.measure(ctx, prompts, measured),
   )
   if jax.process_index() != 0:
     return
@@ -292,6 +294,7 @@ def run(ctx: Context, stage: str):
       for row in results.best_of_n
     ],
     "equal_kl": equal_kl.table(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed),
+    "rounds": report_rounds.table(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed),
     "agreement": results.agreement and dataclasses.asdict(results.agreement),
   }
   with writing(directory):

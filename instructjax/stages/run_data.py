@@ -69,11 +69,14 @@ class RunData:
     collected = lineage.collected(self._config, stage)
     if not collected:
       return self.records("comparisons", split)
-    rounds = [
-      self._once((name, split), lambda name=name: self._read_unchanged(name, split))
-      for name in collected
-    ]
-    return [record for records in rounds for record in records]
+    return [record for name in collected for record in self.collected(name, split)]
+
+  def collected(self, stage: str, split: sources.Split) -> list:
+    """The rankings that a stage of this run has collected.
+
+    Args, raises: as for `records`; 'heldout' is a split too.
+    """
+    return self._once((stage, split), lambda: self._read_unchanged(stage, split))
 
   def source(self, kind: str) -> Source:
     """The config's source of a kind, with the checksum that it had when it was first asked for."""

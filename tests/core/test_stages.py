@@ -75,7 +75,9 @@ def test_policies_can_be_told_apart():
 
 def test_kinds():
   assert [name for name, row in STAGES.items() if row.is_base] == ["pretrain", "reward_pretrain"]
-  assert stages.RL_STAGES == ("ppo", "ppo_ptx", "rloo", "grpo", "ppo_beta0")
+  assert stages.RL_STAGES == (
+    *("ppo", "ppo_ptx", "ppo_ptx_2", "ppo_ptx_3", "rloo", "grpo", "ppo_beta0"),
+  )
   assert [name for name, row in STAGES.items() if row.kind == "sft"] == ["sft", "ppo_init"]
 
 

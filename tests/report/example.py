@@ -73,4 +73,5 @@ def results() -> Results:
       for n in (1, 2, 4, 8)
     ],
     curves=curves,
+    rounds=(),
   )

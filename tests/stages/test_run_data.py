@@ -153,6 +153,16 @@ def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
   ]
 
 
+def test_a_later_round_reads_all_rounds_so_far(loaded, tmp_path):
+  test_contents.collected(tmp_path)
+  test_contents.collected(tmp_path, "collect_2")
+  data = run_data(tmp_path, comparisons="demo:", collect__rounds=2)
+  data.rankings("rm_2", "train")
+  assert [spec for spec, *_ in loaded] == [
+    f"jsonl:{tmp_path}/{stage}/train.jsonl" for stage in ("collect", "collect_2")
+  ]
+
+
 def test_collected_rankings_are_read_as_they_were_written(tmp_path):
   found = [records.Ranking("p\n", ("p\na", "p\nb"), (1, 3), "ann", "elsewhere:7")]
   collect._write(tmp_path / "train.jsonl", found)
