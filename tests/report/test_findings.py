@@ -79,6 +79,7 @@ def results() -> Results:
     ),
     best_of_n=(),
     curves={},
+    rounds=(),
   )
 
 
