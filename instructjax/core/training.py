@@ -164,7 +164,7 @@ class CollectConfig:
   temperature: float  # temperature at which the answers to rank are sampled
   # rounds of comparisons: in each after the first, answers of the newest PPO-ptx policy are ranked, a reward model is
   # trained on all rounds, and a new policy against it (sec 3.1) [rounds]
-  rounds: int
+  rounds: int = dataclasses.field(metadata=SAME_NUMBERS)  # the stages of other rounds stay the same
 
   def validate(self, where: str):
     require_positive(self, where, "num_prompts", "num_heldout_prompts")

@@ -10,7 +10,7 @@ import pytest
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Prompt, Ranking
-from instructjax.stages import answers, collect, policies
+from instructjax.stages import answers, collect, context, policies
 from tests import micro
 
 
@@ -113,3 +113,11 @@ def test_a_given_reward_model_learns_from_no_further_round():
     UserError, match="collect.rounds=2 must be 1 beside the finished reward model"
   ):
     collect.check_settings(cfg, "collect_2")
+
+
+def test_a_finished_round_is_still_the_same_when_another_is_asked_for():
+  one, two = (
+    micro.config("ppo_ptx", {}, data__comparisons="demo:", collect__rounds=rounds).collect
+    for rounds in (1, 2)
+  )
+  assert context.canonical(one) == context.canonical(two)
