@@ -4,7 +4,8 @@
   python -m benchmarks.parity [--gguf=SmolLM2-135M-Instruct.Q4_1.gguf] [--text FILE ...]
 
 It always compares small models with random weights: transformers saves them, instructjax imports and exports them, and
-transformers loads the export. With --gguf it does the same for a real model, which transformers reads from the file by
+transformers loads the export. Small models that instructjax writes as GGUF are compared too, if transformers reads
+their architecture from there. With --gguf it does the same for a real model, which transformers reads from the file by
 itself, and also measures what the import costs, in a process of its own. With --text as well, it encodes 5,000 lines of
 these files and compares the ids with those of a tokenizer that is built by hand from the file's vocabulary.
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
   for path in (args.gguf, *args.text):
     if path and not path.is_file():
       parser.error(f"{path} is not a file")
-  needed = ("torch", "transformers", *(["accelerate"] if args.gguf else []))
+  needed = ("torch", "transformers", "accelerate")
   missing = [name for name in needed if importlib.util.find_spec(name) is None]
   if missing:
     print(
@@ -129,6 +130,11 @@ def cases(gguf: pathlib.Path | None, texts: list) -> Iterator[tuple[str, dict[st
   from benchmarks import parity_gguf, parity_models  # late: they import torch
 
   yield from parity_models.random_models()
+  for name, values in parity_gguf.written_models():
+    if values is None:
+      print(f"{name}: left out, transformers reads no such file")
+    else:
+      yield name, values
   if gguf:
     yield gguf.name, parity_gguf.compare_model(gguf)
   if texts:

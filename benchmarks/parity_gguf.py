@@ -1,4 +1,4 @@
-"""Compares a real model from a GGUF file, and its tokenizer, with what other libraries make of the same file.
+"""Compares models from GGUF files, and a real one's tokenizer, with what other libraries make of the same file.
 
 Called by parity; imports torch and transformers. The other side never goes through instructjax's reader of GGUF files,
 so that a mistake in it cannot cancel out: transformers has a reader of its own, and the tokenizer is built by hand.
@@ -8,19 +8,67 @@ import itertools
 import pathlib
 import random
 import tempfile
+from collections.abc import Iterator
 
 import gguf
 import tokenizers
 import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from benchmarks import parity_models
 from instructjax.core.errors import UserError
 from instructjax.data import tokenizer as our_tokenizers
+from instructjax.models import interop
 from instructjax.serve import packaging
 
 NUM_LINES = 5000
+# What a file must have of a tokenizer; nothing is encoded with it.
+_TOKENIZER = {
+  "tokenizer.ggml.model": "llama",
+  "tokenizer.ggml.tokens": [f"<{i}>" for i in range(256)],
+  "tokenizer.ggml.scores": [0.0] * 256,
+  "tokenizer.ggml.token_type": [1] * 256,
+}
+_SIZES = parity_models.MODELS["llama, tied"][1]
+# llama.cpp's architecture -> the family and the sizes of a small model. Of Gemma 3, transformers' reader leaves
+# query_pre_attn_scalar at its default of 256, so that heads must have as many dimensions.
+WRITTEN = {
+  "llama": ("llama", _SIZES | dict(num_key_value_heads=2)),
+  "qwen2": parity_models.MODELS["qwen2, untied, 5 layers"],
+  "qwen3": parity_models.MODELS["qwen3, tied"],
+  "gemma3": (
+    "gemma3_text",
+    _SIZES | dict(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=256, sliding_window=48),
+  ),
+  "gptneox": parity_models.MODELS["gpt_neox"],
+  "smollm3": parity_models.MODELS["smollm3, tied"],
+}
+
+
+def written_models() -> Iterator[tuple[str, dict[str, float] | None]]:
+  """Compares small random models that instructjax writes as GGUF; yields (name, columns `right` to `greedy`).
+
+  None stands for an architecture that transformers does not read from GGUF. Both sides read the rounded weights.
+  """
+  ids = list(parity_models.PARAGRAPH.encode())
+  for arch, (family, sizes) in WRITTEN.items():
+    name = f"gguf, {arch}"
+    if arch not in GGUF_SUPPORTED_ARCHITECTURES:
+      yield name, None
+      continue
+    ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = transformers.AutoConfig.for_model(family, **sizes, **ends)
+    with tempfile.TemporaryDirectory() as folder:
+      folder = pathlib.Path(folder)
+      parity_models.random_model(transformers.AutoModelForCausalLM, config, folder / "lm")
+      path = folder / "model.gguf"
+      interop.write_file(path, *parity_models.load_ours(folder / "lm"), _TOKENIZER, name=arch)
+      theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=path.name, dtype=torch.float32
+      ).eval()
+      yield name, parity_models.compare_lm(path, theirs, ids)
 
 
 def compare_model(path: pathlib.Path) -> dict[str, float]:

@@ -56,6 +56,7 @@ _LLAMA3 = dict(
   original_max_position_embeddings=64,
   rope_theta=5e5,
 )
+_YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=128, rope_theta=1e4)
 _NEOX = dict(
   vocab_size=256,
   hidden_size=32,
@@ -83,6 +84,21 @@ MODELS = {
   "mistral, tied, no window": ("mistral", _LLAMA | _TIED | dict(sliding_window=None)),
   "qwen2, tied": ("qwen2", _LLAMA | _TIED),
   "qwen2, untied, 5 layers": ("qwen2", _LLAMA | dict(num_hidden_layers=5)),
+  "qwen2, window 48 from layer 1": (
+    "qwen2",
+    _LLAMA | dict(use_sliding_window=True, sliding_window=48, max_window_layers=1),
+  ),
+  "qwen3, window 5, yarn": (
+    "qwen3",
+    _LLAMA
+    | dict(
+      use_sliding_window=True,
+      sliding_window=5,
+      layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+      head_dim=16,
+      rope_parameters=_YARN,
+    ),
+  ),
   "qwen3, tied": ("qwen3", _LLAMA | _TIED | dict(head_dim=16)),
   "qwen3, untied, 1 KV head": ("qwen3", _LLAMA | dict(head_dim=8, num_key_value_heads=1)),
   "gpt_neox": ("gpt_neox", _NEOX),
@@ -128,15 +144,15 @@ def random_models() -> Iterator[tuple[str, dict[str, float]]]:
     config = transformers.AutoConfig.for_model(family, **sizes, **ends, num_labels=1)
     with tempfile.TemporaryDirectory() as folder:
       folder = pathlib.Path(folder)
-      theirs = _random(transformers.AutoModelForCausalLM, config, folder / "lm")
+      theirs = random_model(transformers.AutoModelForCausalLM, config, folder / "lm")
       values = compare_lm(folder / "lm", theirs, ids)
       interop.write_folder(folder / "lm_out", *load_ours(folder / "lm"), {})
       values["export"] = export_difference(folder / "lm_out", theirs, ids)
-      theirs = _random(transformers.AutoModelForSequenceClassification, config, folder / "rm")
+      theirs = random_model(transformers.AutoModelForSequenceClassification, config, folder / "rm")
       yield name, values | _compare_scores(folder, theirs, ids)
 
 
-def _random(kind, config, folder: pathlib.Path):
+def random_model(kind, config, folder: pathlib.Path):
   """Makes a model with random weights, norms and biases included, and saves it with transformers.
 
   Fresh norms are 1 and fresh biases 0; with these, a mistake in loading them would not show.

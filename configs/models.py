@@ -1,6 +1,7 @@
 """Size presets, chosen as in `--config=configs/ppo_ptx.py:tiny`. A preset lists only what differs from base.py.
 
   tiny          the default: a simulated task on real text, for a laptop (tiny.py)
+  smollm2       the whole recipe with a real model, SmolLM2-135M-Instruct, on two CPU cores (smollm2.py)
   gpt2, smollm2_135m, llama3_8b
                 shapes of released models, for weights that you have (released.py)
   weights       the shape of the file that --config.model.weights names, with the paper's settings for that size
@@ -9,13 +10,13 @@
                 the paper's models and settings (gpt3.py)
 
 No preset downloads anything. The released shapes start from the weights in `--config.model.weights`; without it, they
-are trained from scratch like all others. Every preset except `tiny` needs your own data, named by
+are trained from scratch like all others. Every preset except `tiny` and `smollm2` needs your own data, named by
 `--config.data.documents=jsonl:PATH` and so on.
 """
 
-from configs import base, gpt3, released, tiny, weights
+from configs import base, gpt3, released, smollm2, tiny, weights
 
-PRESETS = {"tiny": tiny.change, **released.PRESETS, **gpt3.PRESETS}
+PRESETS = {"tiny": tiny.change, "smollm2": smollm2.change, **released.PRESETS, **gpt3.PRESETS}
 
 
 def get(stage: str, preset: str | None):

@@ -45,9 +45,9 @@ def change(config):
     optim=base.adam(6e-3, warmup_steps=30),
   )
   config.reward_pretrain.update(
-    num_steps=1200,
-    batch_size=16,
-    length=64,
+    num_steps=1800,
+    batch_size=8,
+    length=128,  # long enough for three worked examples, a prompt and its answer (few-shot)
     evaluate_every=300,
     optim=base.adam(4e-3, warmup_steps=30),
   )
@@ -66,7 +66,7 @@ def change(config):
     row_length=64,  # a prompt and its answer have 20 tokens on average, so several share a row
     optim=base.adam(1e-3, warmup_steps=10),
     cross_validation_folds=5,
-    cross_validation_prompts=800,
+    cross_validation_prompts=600,
   )
   config.ppo.update(
     num_iterations=40,
@@ -76,8 +76,8 @@ def change(config):
     behaviour_logprob="rollout",
     beta=0.2,
     gamma=0.3,
-    ptx_rows=2,
-    ptx_microbatches=2,
+    ptx_rows=1,
+    ptx_microbatches=1,
     ptx_length=64,
     missing_eos="fixed",
     missing_eos_score=-1.0,
@@ -87,11 +87,11 @@ def change(config):
     value_optim=base.adam(1e-3, schedule="constant"),
   )
   config.evaluate.update(
-    num_prompts=32,
+    num_prompts=64,
     samples_per_prompt=8,
     compare=("ppo", "ppo_ptx"),
     overoptimization=True,
-    overoptimization_iterations=60,
+    overoptimization_iterations=50,
     best_of_n=64,
     best_of_n_prompts=32,
     pretrain_batches=16,

@@ -28,6 +28,9 @@ LAYERS = (
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
+# Data with labelers and a gold score of its own, which only the registry of sources looks up.
+SIMULATED = ("instructjax.data.demo", "instructjax.data.conversation")
+
 # Narrower than the rows: what a part may not import although it is lower, or not the project's.
 FORBIDDEN = {
   "core.structs": {"flax", "optax"},
@@ -42,6 +45,7 @@ FORBIDDEN = {
   "parallel.chips": {"jax"},
   "ops": {"flax", "instructjax.core.config"},
   "data": {"flax", "instructjax.core.config"},
+  "data.conversation": {"jax"},
   "data.demo": {"jax"},
   "report": {"jax"},
   "rl": {"instructjax.data"},  # inside the compiled step there is no host
@@ -88,8 +92,8 @@ def within(module: str, parent: str) -> bool:
 
 
 def is_demo_lookup(module: str, imported: str) -> bool:
-  """The one arrow that points up: the registry of sources finds the default preset."""
-  return module == "instructjax.data.sources" and imported == "instructjax.data.demo"
+  """The one arrow that points up: the registry of sources finds the simulated tasks."""
+  return module == "instructjax.data.sources" and imported in SIMULATED
 
 
 def test_every_part_has_a_layer():
@@ -145,12 +149,12 @@ def test_only_models_import_flax_linen():
   assert users == {"models"}
 
 
-def test_only_the_source_registry_imports_demo():
+@pytest.mark.parametrize("task", SIMULATED)
+def test_only_the_source_registry_imports_a_simulated_task(task):
   users = {
     module
     for module, tree in PACKAGE.items()
-    if not within(module, "instructjax.data.demo")
-    and any(within(name, "instructjax.data.demo") for name in imports(tree))
+    if not within(module, task) and any(within(name, task) for name in imports(tree))
   }
   assert users == {"instructjax.data.sources"}
   at_top = [
@@ -158,9 +162,9 @@ def test_only_the_source_registry_imports_demo():
     for node in PACKAGE["instructjax.data.sources"].body
     if isinstance(node, ast.ImportFrom | ast.Import)
   ]
-  assert not any(
-    within(name, "instructjax.data.demo") for node in at_top for name in imports(node)
-  ), "import it lazily"
+  assert not any(within(name, task) for node in at_top for name in imports(node)), (
+    "import it lazily"
+  )
 
 
 def test_configs_import_configs_only():

@@ -64,7 +64,7 @@ def main(arguments: list[str]):
   """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
-  checkpoint = places.require(_CHECKPOINT.value, "--checkpoint", ("hf://",))
+  checkpoint = places.require(_CHECKPOINT.value, "--checkpoint", places.WEIGHTS)
   out, is_gguf = pathlib.Path(places.require(_OUT.value, "--out")), _FORMAT.value == "gguf"
   if is_gguf and out.suffix != ".gguf":
     raise UserError(f"--out={out} must be a file's name that ends in .gguf")
@@ -83,7 +83,7 @@ def main(arguments: list[str]):
 
   # Both flags are enums of just these values.
   which, kind = cast("Which", _WEIGHTS.value), cast("GgufType", _TYPE.value or "f16")
-  base = places.expand(_BASE.value, "--base", ("hf://",))
+  base = places.expand(_BASE.value, "--base", places.WEIGHTS)
   if is_gguf:
     packaging.write_gguf(checkpoint, out, kind, which=which, base=base)
   elif _FORMAT.value == "peft":

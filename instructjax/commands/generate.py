@@ -64,8 +64,8 @@ def main(arguments: list[str]):
     raise UserError(f"unexpected arguments {arguments}; a prompt is given as --prompt='...'")
   if not _CHECKPOINT.value:
     raise UserError("--checkpoint must have a value: runs/demo/ppo_ptx, a model folder or a .gguf")
-  checkpoints = [places.require(path, "--checkpoint", ("hf://",)) for path in _CHECKPOINT.value]
-  reward_model = places.expand(_REWARD_MODEL.value, "--reward_model", ("hf://",))
+  checkpoints = [places.require(path, "--checkpoint", places.WEIGHTS) for path in _CHECKPOINT.value]
+  reward_model = places.expand(_REWARD_MODEL.value, "--reward_model", places.WEIGHTS)
   texts = [_read(places.require(path, "--prompt_file")) for path in _PROMPT_FILE.value]
   has_prompt = bool(_PROMPT.value or texts)
   if has_prompt == _INTERACTIVE.value:  # neither or both
@@ -88,7 +88,7 @@ def main(arguments: list[str]):
     chat=_CHAT.value,
     system=_SYSTEM.value,
   )
-  base = places.expand(_BASE.value, "--base", ("hf://",))
+  base = places.expand(_BASE.value, "--base", places.WEIGHTS)
   if base and len(checkpoints) > 1:
     raise UserError(f"--base={base} goes with one --checkpoint, got {len(checkpoints)}")
   panel = dialogue.seat(checkpoints, reward_model, settings, base)

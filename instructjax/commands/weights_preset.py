@@ -71,7 +71,7 @@ def fill_in(
   """
   said = lambda name: changes.get(name, _at(config, name))
   paths = {
-    field: places.expand(said(field), f"config.{field}", ("hf://",))
+    field: places.expand(said(field), f"config.{field}", places.WEIGHTS)
     for field in (*_POLICY, *_REWARD)
     if said(field)
   }

@@ -90,17 +90,17 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where records come from: `demo:`, `jsonl:PATH[.gz]` or another source of data/sources.py; '' is no source.
+  """Where records come from: a simulated task (`demo:`), `jsonl:PATH[.gz]` or another source of data/sources.py.
 
-  What sources hold is in the fingerprints of the stages (stages/contents.py), where they lie is not.
+  '' is no source. What sources hold is in the fingerprints of the stages (stages/contents.py), where they lie is not.
   """
 
   # source of plain text for pretraining and for the pretraining mix, as SCHEME:PATH (see docs/data.md); '' is no source
   documents: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
   # source of prompts with answers to imitate; '' is no source
   demonstrations: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
-  # source of ranked answers for the reward model; '' is no source, and demo: lets simulated labelers rank answers that
-  # the SFT policy samples
+  # source of ranked answers for the reward model; '' is no source, and demo: or conversation: lets simulated labelers
+  # rank answers that the SFT policy samples
   comparisons: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
   # source of prompts for RL and evaluation; '' is no source
   prompts: str = dataclasses.field(metadata=SOURCE | SAME_NUMBERS)
@@ -114,6 +114,11 @@ class DataConfig:
   token_cache: str = dataclasses.field(metadata=FILE | SAME_NUMBERS)
   # raise stops the run at the first unusable record; skip drops and counts such records
   on_bad_record: Literal["raise", "skip"]
+
+  @property
+  def are_collected(self) -> bool:
+    """Whether comparisons come from simulated labelers, who rank answers that the run samples."""
+    return self.comparisons in places.SIMULATED
 
   def validate(self, where: str):
     require(
@@ -319,14 +324,14 @@ class Config:
       f"{self.reward_model.weights!r}, from which nothing would start",
     )
     require(
-      self.data.comparisons != "demo:" or self.collect.max_responses <= self.rm.max_responses,
+      not self.data.are_collected or self.collect.max_responses <= self.rm.max_responses,
       f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
       f" rm.max_responses={self.rm.max_responses}",
     )
     require(
-      self.collect.rounds == 1 or self.data.comparisons == "demo:",
+      self.collect.rounds == 1 or self.data.are_collected,
       f"{where}.collect.rounds={self.collect.rounds} must be 1 beside data.comparisons={self.data.comparisons!r}: only"
-      " simulated labelers, demo:, can rank more answers during a run",
+      " simulated labelers, as of demo:, can rank more answers during a run",
     )
     require(
       self.rm.row_length == 0 or self.rm.row_length >= total,
@@ -407,7 +412,7 @@ def _expand(block: Any, where: str) -> Any:
     elif field.metadata.get("path") == "source":
       changed[field.name] = places.expand_source(value, name)
     elif "path" in field.metadata:
-      schemes = ("hf://",) if field.metadata["path"] == "weights" else ()
+      schemes = places.WEIGHTS if field.metadata["path"] == "weights" else ()
       changed[field.name] = places.expand(value, name, schemes)
   return dataclasses.replace(block, **changed)
 

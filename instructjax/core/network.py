@@ -176,7 +176,8 @@ class ModelConfig(NetworkConfig):
   the weights.
   """
 
-  # weights to start from: a stage's folder, a Hugging Face folder, FILE.gguf or hf://ORG/NAME; '' trains from scratch
+  # weights to start from: a stage's folder, a Hugging Face folder, FILE.gguf, hf://ORG/NAME or package:PACKAGE/FILE;
+  # '' trains from scratch
   weights: str = dataclasses.field(metadata={**SAME_NUMBERS, **WEIGHTS})
 
   @property

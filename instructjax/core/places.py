@@ -1,14 +1,21 @@
 """Paths that a user gives, on the command line or in a config: `~` is expanded, and what can be no path is refused.
 
-Called by config.py and by the commands. It looks at the file system only for a workdir. Imports errors alone.
+Called by config.py, by the commands, and by what reads files of installed packages. It looks at the file system only
+for a workdir and for packages. Imports errors alone.
 """
 
 import errno
+import importlib.util
 import os
 import pathlib
 import re
 
 from instructjax.core.errors import UserError
+
+# Sources of records that are no files: simulated tasks, which have labelers and a gold score.
+SIMULATED = ("demo:", "conversation:")
+# What weights may be named by instead of a path: a name on the hub, or a file inside an installed package.
+WEIGHTS = ("hf://", "package:")
 
 _LONGEST, _LONGEST_NAME = 4095, 255  # bytes of a path and of one name in it, on Linux
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -96,6 +103,14 @@ def require_workdir(text: str | None) -> pathlib.Path:
   if not os.access(existing, os.W_OK | os.X_OK):
     raise UserError(f"{spelled} cannot be written: you may not write in {existing}")
   return path
+
+
+def package_folder(name: str) -> pathlib.Path | None:
+  """Where an installed Python package lies; nothing of it is run. None if there is none of this name."""
+  spec = importlib.util.find_spec(name)
+  if spec is None or not spec.submodule_search_locations:
+    return None
+  return pathlib.Path(spec.submodule_search_locations[0]).absolute()
 
 
 def _short(text: str) -> str:

@@ -357,7 +357,7 @@ _ROWS = (
       *("sft", "rm", *(of_round("rm", number) for number in _LATER), "sft_select", REFERENCE),
       *_RL_NAMES,
     ),
-    reads=("prompts", "documents"),
+    reads=("prompts", "documents", "demonstrations"),
     block="evaluate",
     result=results.Evaluated,
     batches=("pretrain.batch_size",),
@@ -373,6 +373,16 @@ RL_STAGES = tuple(row.name for row in _ROWS if row.is_rl)
 # stage trains it.
 FEW_SHOT = Policy("few_shot", "Larger base, few-shot", "#9a7b6c")
 POLICIES = {row.policy.name: row.policy for row in _ROWS if row.policy} | {FEW_SHOT.name: FEW_SHOT}
+# Answers that need no training, beside which the evaluation puts every policy's.
+UNTRAINED = {
+  one.name: one
+  for one in (
+    Policy("echo", "Echo of the prompt", "#8a8f98"),
+    Policy("best_line", "One training line for all", "#6f7680"),
+    Policy("random_line", "A random training line", "#a9afb7"),
+    Policy("demonstrations", "Test demonstrations", "#565c64"),
+  )
+}
 
 
 # The policies that have the policy's network, and whose answers `best_of_n` can choose from.

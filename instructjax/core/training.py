@@ -152,7 +152,7 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CollectConfig:
-  """Collecting comparisons from simulated labelers (only for `data.comparisons='demo:'`)."""
+  """Collecting comparisons from simulated labelers (only for `data.comparisons` of `demo:` or `conversation:`)."""
 
   # training prompts whose answers the training labelers rank [prompts]
   num_prompts: int

@@ -1,7 +1,7 @@
-"""Loads records from a source: the default preset (`demo:`), or the file formats of `readers`.
+"""Loads records from a source: a simulated task (`demo:`, `conversation:`), or the file formats of `readers`.
 
 stages/run_data.py calls `load` and `render`, and stages/pipeline.py calls `load`. Imports `records`, `formats` and
-`readers`, and `demo` only if it is used.
+`readers`, and a simulated task only if it is used.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from instructjax.core import places
 from instructjax.core.errors import UserError
 from instructjax.data import formats
 from instructjax.data.messages import listed, quoted
@@ -33,7 +34,8 @@ from instructjax.data.records import (
 logger = logging.getLogger(__name__)
 
 _LISTED = 5  # reasons named in the log
-_SCHEMES = ("demo", *READERS)
+_SIMULATED = tuple(spec.removesuffix(":") for spec in places.SIMULATED)
+_SCHEMES = (*_SIMULATED, *READERS)
 _KIND_OF: dict[type, str] = {
   Prompt: "prompts",
   Demonstration: "demonstrations",
@@ -60,12 +62,12 @@ def load(
   depend on the chat template.
 
   Args:
-    spec: `demo:` for the default preset, or `SCHEME:REST` with a scheme of `readers.READERS`. The readers' docstrings
-      describe REST and the splits; `formats` describes the options that may end it.
+    spec: `demo:` or `conversation:` for a simulated task, or `SCHEME:REST` with a scheme of `readers.READERS`.
+      The readers' docstrings describe REST and the splits; `formats` describes the options that may end it.
     kind: one of records.KINDS.
-    split: train, validation, test or all. Only `demo:` has a test split; elsewhere test means validation. all means
-      every record of the source.
-    seed: used by `demo:` only.
+    split: train, validation, test or all. Only simulated tasks have a test split; elsewhere test means validation. all
+      means every record of the source.
+    seed: used by simulated tasks only.
     validation_fraction: share of records to hold out, in (0, 1).
     on_bad_record: raise stops at the first bad record. skip drops bad records, and logs how many there were of each
       reason, and where the first one is.
@@ -81,10 +83,8 @@ def load(
     raise ValueError(f"split={split!r} must be train, validation, test or all")
   if on_bad_record not in ("raise", "skip"):
     raise ValueError(f"on_bad_record={on_bad_record!r} must be raise or skip")
-  if scheme == "demo":
-    from instructjax.data import demo  # imported here because runs on own data do not need it
-
-    return demo.load(kind, split, seed)
+  if scheme in _SIMULATED:
+    return _task(scheme).load(kind, split, seed)
   if split == "test":  # files have two splits only
     split = "validation"
   source, reader = f"data.{kind}={quoted(spec)}", READERS[scheme]
@@ -124,7 +124,7 @@ def _scheme(spec: str, kind: str) -> tuple[str, str]:
 
 
 def files(spec: str) -> list[str]:
-  """The files that a source reads, in order; none for `demo:`.
+  """The files that a source reads, in order; none for a simulated task.
 
   Args:
     spec: SCHEME:REST as in the config.
@@ -132,23 +132,21 @@ def files(spec: str) -> list[str]:
     Exception: of any type, if the source cannot be read; it comes from the library that reads it.
   """
   scheme, _, rest = spec.partition(":")
-  if scheme == "demo":
+  if scheme in _SIMULATED:
     return []
   reader = READERS[scheme]
   return reader.files(*formats.split_options(rest, spec, None, reader.options))
 
 
 def how(spec: str) -> str:
-  """How a source is read: its spec without the place of its files. For `demo:`, what its records depend on.
+  """How a source is read: its spec without the place of its files. For a simulated task, what its records depend on.
 
   Raises:
     UserError: its options are not known.
   """
   scheme, _, rest = spec.partition(":")
-  if scheme == "demo":
-    from instructjax.data import demo
-
-    return demo.checksum()
+  if scheme in _SIMULATED:
+    return _task(scheme).checksum()
   reader = READERS[scheme]
   place = reader.place(*formats.split_options(rest, spec, None, reader.options))
   return f"{scheme}:{rest.replace(place, '', 1) if place else rest}"
@@ -241,25 +239,36 @@ class _Skipped:
     )
 
 
-def simulation(spec: str):
-  """The module with the default preset's labelers and gold score if `spec` is `demo:`, else None."""
-  if not spec.startswith("demo:"):
-    return None
-  from instructjax.data import demo
+def simulation(spec: str) -> Any:
+  """The module with the labelers and the gold score of a simulated task; None if `spec` is no such task.
 
-  return demo
+  Where the gold score needs the run's base (`READS_BASE`), stages/judging.py makes it.
+  """
+  scheme, colon, _ = spec.partition(":")
+  return _task(scheme) if colon and scheme in _SIMULATED else None
+
+
+def _task(scheme: str) -> Any:
+  # Imported here because runs on own data do not need them.
+  if scheme == "demo":
+    from instructjax.data import demo
+
+    return demo
+  from instructjax.data import conversation
+
+  return conversation
 
 
 def require_simulation(spec: str):
-  """The default preset's labelers and gold score.
+  """The labelers and the gold score of a simulated task.
 
   Raises:
-    UserError: the records are not its own.
+    UserError: the records are not those of one.
   """
   found = simulation(spec)
   if found is None:
     raise UserError(
-      f"simulated labelers know only the records of 'demo:', and these are {quoted(spec)}"
+      f"simulated labelers know only the records of 'demo:' and 'conversation:', and these are {quoted(spec)}"
     )
   return found
 

@@ -94,8 +94,7 @@ def weight_name(low_rank: str) -> str:
   return low_rank.partition("/")[2]
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
-def norm(x_BTD, weights: dict, cfg: NetworkConfig):
+def _norm(x_BTD, weights: dict, cfg: NetworkConfig):
   """LayerNorm (with bias) or RMSNorm, computed in float32 and returned in x's dtype."""
   # A mean of many squares would be too coarse in bfloat16, which has 8 significant bits.
   x32_BTD = x_BTD.astype(jnp.float32)
@@ -107,6 +106,9 @@ def norm(x_BTD, weights: dict, cfg: NetworkConfig):
   if cfg.norm == "layernorm":
     y_BTD = y_BTD + weights["bias_D"][None, None, :]
   return y_BTD.astype(x_BTD.dtype)
+
+
+norm = jax.checkpoint(_norm, static_argnums=2)
 
 
 @functools.partial(jax.checkpoint, static_argnums=2)
@@ -257,35 +259,102 @@ def product(x_BTD, w):
   return jnp.tensordot(x_BTD, w, axes=1)
 
 
-def add_low_rank(y, x_BTD, weights: dict, name: str, place=lambda y: y):
-  """Adds an adapter's product x A B, if there is one, to y, the product of x with the weight called `name`.
+@jax.custom_vjp
+def _factor_product(x_BTD, w):
+  """`product` with a factor of an adapter, whose gradient is computed before that of x.
+
+  XLA puts off the gradients of all layers' factors to the end, and keeps what they are made of until then: for a
+  network of 30 layers more than a half of the memory of a step.
+  """
+  return product(x_BTD, w)
+
+
+def _factor_gradient(kept, dy):
+  dx_BTD, dw = jax.vjp(product, *kept)[1](dy)
+  if constraints.on_one_device():
+    dx_BTD = dx_BTD + _zero(dw).astype(dx_BTD.dtype)
+  return dx_BTD, dw
+
+
+_factor_product.defvjp(lambda x_BTD, w: (product(x_BTD, w), (x_BTD, w)), _factor_gradient)
+
+
+def narrow(x_BTD, pair: LowRank | None):
+  """x A, the narrow half of an adapter's product with x; None without an adapter."""
+  if pair is None:
+    return None
+  x_BTD = dropout(x_BTD, pair.key_B, pair.dropout_rate)
+  # Needed whole by every device that holds a part of B's columns.
+  z_BTE = _factor_product(x_BTD, pair.w_a.reshape(-1, pair.w_a.shape[-1]))
+  # A single column belongs to a decode step, which has a layout of its own.
+  return z_BTE if z_BTE.shape[1] == 1 else constraints.shard_rows(z_BTE)
+
+
+def widen(y, z_BTE, pair: LowRank | None, place=lambda y: y):
+  """y, the product of x with a weight, and to it z B, with z from `narrow`; y itself without an adapter.
 
   Args:
     y: in the layout that `place` gives it.
-    x_BTD: the product's input.
-    weights: the block's weights.
-    name: of the weight.
+    z_BTE, pair: of the weight.
     place: layout of the result on a mesh.
   """
-  pair = weights.get(low_rank_name(name))
-  if pair is None:
-    return y
-  x_BTD = dropout(x_BTD, pair.key_B, pair.dropout_rate)
-  # Narrow, and needed whole by every device that holds a part of B's columns.
-  z_BTE = product(x_BTD, pair.w_a.reshape(-1, pair.w_a.shape[-1]))
-  if z_BTE.shape[1] > 1:  # a single column belongs to a decode step, which has a layout of its own
-    z_BTE = constraints.shard_rows(z_BTE)
-  return y + place(product(z_BTE, pair.w_b))
+  return y if pair is None else y + place(_factor_product(z_BTE, pair.w_b))
 
 
-def project_qkv(x_BTD, weights: dict, cfg: NetworkConfig, angles):
-  """Queries, keys and values by one fused projection: (q_BTGRK, k_BTGK, v_BTGK).
+def _low_rank(weights: dict, name: str) -> LowRank | None:
+  """The addition to a weight of a block, if the network is adapted."""
+  return weights.get(low_rank_name(name))
+
+
+def _recomputed(function, *args):
+  """Calls a function of which the backward pass keeps the arguments only, and calls it again.
+
+  On one device that happens no sooner than the gradient of its result is there. `jax.checkpoint` alone does not see to
+  it: XLA's CPU backend then computes it early for many layers, and keeps the results. On a mesh it is `jax.checkpoint`.
+  """
+  if not constraints.on_one_device():
+    return jax.checkpoint(function)(*args)
+
+  def gradient(kept, d_result):
+    zero = _zero(jax.tree.leaves(d_result)[-1])  # z, which A's gradient needs anyway
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    late = jax.tree.map(lambda x: x + zero.astype(x.dtype) if is_float(x) else x, kept)
+    return jax.vjp(function, *late)[1](d_result)
+
+  run = jax.custom_vjp(function)
+  run.defvjp(lambda *args: (function(*args), args), gradient)
+  return run(*args)
+
+
+def _zero(x):
+  """0 times a number of x, for which XLA must have computed x, since it could be NaN."""
+  return 0 * x[(0,) * x.ndim]
+
+
+def _read(h_BTD, norm_weights: dict, pair: LowRank | None, cfg: NetworkConfig):
+  """What a branch reads of the residual stream: (its norm, with all columns; that times A, or None)."""
+  # A frozen weight has no gradient, so nothing but A's gradient needs the norm again, and that computes it anew. Not so
+  # on a mesh, where its columns would have to be gathered again.
+  if pair is not None and constraints.on_one_device():
+
+    def norm_and_narrow(h_BTD, norm_weights, pair):
+      x_BTD = _norm(h_BTD, norm_weights, cfg)
+      return x_BTD, narrow(x_BTD, pair)
+
+    return _recomputed(norm_and_narrow, h_BTD, norm_weights, pair)
+  # On a mesh, columns are split over `tensor` between products, and gathered for a product (see constraints.py).
+  x_BTD = constraints.gather_columns(norm(h_BTD, norm_weights, cfg))
+  return x_BTD, narrow(x_BTD, pair)
+
+
+def project_qkv(x_BTD, z_BTE, weights: dict, cfg: NetworkConfig, angles):
+  """Queries, keys and values by one fused projection of what `_read` returns: (q_BTGRK, k_BTGK, v_BTGK).
 
   The projection is fused per key/value head, so splitting G over `tensor` keeps each head's queries, key and value on
   one device. Queries and keys are normalised if the network says so, and rotated unless `angles` is None.
   """
   y_BTGQK = product(x_BTD, weights["w_qkv_DGQK"])
-  y_BTGQK = add_low_rank(y_BTGQK, x_BTD, weights, "w_qkv_DGQK")
+  y_BTGQK = widen(y_BTGQK, z_BTE, _low_rank(weights, "w_qkv_DGQK"))
   if "b_qkv_GQK" in weights:
     y_BTGQK = y_BTGQK + weights["b_qkv_GQK"][None, None]
   y_BTGQK = constraints.split_products(y_BTGQK, tensor_dim=2)
@@ -413,7 +482,8 @@ def project_out(x_BTGRK, weights: dict):
   x_BTE = x_BTGRK.reshape(*x_BTGRK.shape[:2], -1)
   y_BTD = product(x_BTE, _join_inputs(w_GRKD))
   y_BTD = constraints.scatter_columns(y_BTD)
-  y_BTD = add_low_rank(y_BTD, x_BTE, weights, "w_out_GRKD", constraints.split_columns)
+  pair = _low_rank(weights, "w_out_GRKD")
+  y_BTD = widen(y_BTD, narrow(x_BTE, pair), pair, constraints.split_columns)
   return _add_bias(y_BTD, weights.get("b_out_D"))
 
 
@@ -431,39 +501,65 @@ def _add_bias(y_BTD, bias_D):
   return y_BTD if bias_D is None else constraints.split_columns(y_BTD + bias_D[None, None])
 
 
-@functools.partial(jax.checkpoint, static_argnums=1)
 def _gelu(x_BTF, approximate: bool):
   return jax.nn.gelu(x_BTF, approximate=approximate)
 
 
-@functools.partial(jax.checkpoint, static_argnums=1)
 def _gated(x_BT2F, activation):
   return activation(x_BT2F[:, :, 0]) * x_BT2F[:, :, 1]
 
 
-# The activation of the gates, by NetworkConfig.mlp.
-_GATES = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
+# The hidden units of the MLP, by NetworkConfig.mlp, from the product with `up`, or with gate and up.
+_ACTIVATIONS = {
+  "gelu": functools.partial(_gelu, approximate=True),
+  "gelu_exact": functools.partial(_gelu, approximate=False),
+  "swiglu": functools.partial(_gated, activation=jax.nn.silu),
+  "geglu": functools.partial(_gated, activation=functools.partial(jax.nn.gelu, approximate=True)),
+}
 
 
-def mlp(x_BTD, weights: dict, cfg: NetworkConfig):
-  """The feed-forward part: GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama), and their like."""
-  if not cfg.is_gated:
-    y_BTF = product(x_BTD, weights["w_up_DF"])
-    y_BTF = add_low_rank(y_BTF, x_BTD, weights, "w_up_DF")
-    if "b_up_F" in weights:
-      y_BTF = y_BTF + weights["b_up_F"][None, None]
-    y_BTF = constraints.split_products(y_BTF, tensor_dim=2)
-    # The name is on the product, before the activation: remat='products' keeps products, and recomputes what is cheap.
-    y_BTF = _gelu(checkpoint_name(y_BTF, SAVED), cfg.mlp == "gelu")
-  else:
-    y_BT2F = product(x_BTD, weights["w_gate_up_D2F"])
-    y_BT2F = add_low_rank(y_BT2F, x_BTD, weights, "w_gate_up_D2F")
-    if "b_gate_up_2F" in weights:
-      y_BT2F = y_BT2F + weights["b_gate_up_2F"][None, None]
-    y_BT2F = constraints.split_products(y_BT2F, tensor_dim=3)
-    y_BTF = _gated(checkpoint_name(y_BT2F, SAVED), _GATES[cfg.mlp])
+def _hidden_units(y, z_BTE, up: LowRank | None, down: LowRank | None, kind: str):
+  """The MLP's hidden units, and their product with A of `down`: (y_BTF, z_BTE or None).
+
+  The backward pass computes both low-rank products again. So one array of the hidden width is kept for it, y, and not
+  the two parts of the sum y + z B, and the hidden units as well.
+
+  Args:
+    y: product with the frozen weight, bias included.
+    z_BTE: from `narrow`, for `up`.
+    up, down: additions to the weights before and after the hidden units.
+    kind: static; NetworkConfig.mlp.
+  """
+  if up is None and down is None:
+    return jax.checkpoint(_ACTIVATIONS[kind])(y), None
+  place = functools.partial(constraints.split_products, tensor_dim=y.ndim - 1)
+
+  def compute(y, z_BTE, up, down):
+    y_BTF = _ACTIVATIONS[kind](widen(y, z_BTE, up, place))
+    return y_BTF, narrow(y_BTF, down)
+
+  return _recomputed(compute, y, z_BTE, up, down)
+
+
+def mlp(x_BTD, z_BTE, weights: dict, cfg: NetworkConfig):
+  """The feed-forward part: GELU (GPT-2), or SwiGLU with its gate and up projections fused (Llama), and their like.
+
+  Args:
+    x_BTD, z_BTE: as `_read` returns them.
+    weights: the block's.
+    cfg: the network.
+  """
+  up, bias = ("w_gate_up_D2F", "b_gate_up_2F") if cfg.is_gated else ("w_up_DF", "b_up_F")
+  y = product(x_BTD, weights[up])
+  if bias in weights:
+    y = y + weights[bias][None, None]
+  y = constraints.split_products(y, tensor_dim=y.ndim - 1)
+  pair = _low_rank(weights, "w_down_FD")
+  # The name is on the product, before the activation: remat='products' keeps products, and recomputes what is cheap.
+  y = checkpoint_name(y, SAVED)
+  y_BTF, z_BTE = _hidden_units(y, z_BTE, _low_rank(weights, up), pair, cfg.mlp)
   y_BTD = constraints.scatter_columns(product(y_BTF, weights["w_down_FD"]))
-  y_BTD = add_low_rank(y_BTD, y_BTF, weights, "w_down_FD", constraints.split_columns)
+  y_BTD = widen(y_BTD, z_BTE, pair, constraints.split_columns)
   return _add_bias(y_BTD, weights.get("b_down_D"))
 
 
@@ -537,16 +633,17 @@ def block(h_BTD, weights: dict, cfg: NetworkConfig, angles, mix, dropout_rate: f
   """
   weights = cast(weights, h_BTD.dtype)
   key_2B = (None, None) if key_B is None else jax.vmap(jax.random.split, out_axes=1)(key_B)
-  # On a mesh, columns are split over `tensor` between products, and gathered for a product (see constraints.py).
-  x_BTD = constraints.gather_columns(norm(h_BTD, weights["attention_norm"], cfg))
-  mixed_BTGRK, kept = mix(*project_qkv(x_BTD, weights["attention"], cfg, angles))
+  pair = _low_rank(weights["attention"], "w_qkv_DGQK")
+  x_BTD, z_BTE = _read(h_BTD, weights["attention_norm"], pair, cfg)
+  mixed_BTGRK, kept = mix(*project_qkv(x_BTD, z_BTE, weights["attention"], cfg, angles))
   y_BTD = project_out(mixed_BTGRK, weights["attention"])
   y_BTD = dropout(_branch_norm(y_BTD, weights, "attention_out_norm", cfg), key_2B[0], dropout_rate)
   added_BTD = h_BTD + y_BTD
   # Kept in place of the product y_BTD: the backward pass of the mlp starts from this sum.
   h_BTD = h_BTD if cfg.parallel_residual else checkpoint_name(added_BTD, SAVED)
-  x_BTD = constraints.gather_columns(norm(h_BTD, weights["mlp_norm"], cfg))
-  y_BTD = _branch_norm(mlp(x_BTD, weights["mlp"], cfg), weights, "mlp_out_norm", cfg)
+  pair = _low_rank(weights["mlp"], "w_gate_up_D2F" if cfg.is_gated else "w_up_DF")
+  x_BTD, z_BTE = _read(h_BTD, weights["mlp_norm"], pair, cfg)
+  y_BTD = _branch_norm(mlp(x_BTD, z_BTE, weights["mlp"], cfg), weights, "mlp_out_norm", cfg)
   h_BTD = added_BTD if cfg.parallel_residual else h_BTD
   return h_BTD + dropout(y_BTD, key_2B[1], dropout_rate), kept
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from instructjax.report import findings
-from instructjax.report.overoptimization import column, reach, running_mean
+from instructjax.report import intervals
+from instructjax.report.overoptimization import column, running_mean
 from instructjax.report.results import Results
 
 BEST_OF_N = "best_of_n"  # its name among the curves, beside those of RL policies
@@ -33,12 +33,14 @@ class Curve:
     gain: score above the PPO initialisation's mean, at the same place; smoothed too.
     noise: [2, N]: deviations of single iterations from the smoothed (KL, gain), as large as a single iteration's noise.
       Empty if there are too few iterations.
+    window: iterations in a mean.
     by_prompt: [P, T]: the gain of each prompt, of best-of-n; None for RL runs.
   """
 
   kl: np.ndarray
   gain: np.ndarray
   noise: np.ndarray
+  window: int
   by_prompt: np.ndarray | None = None
 
 
@@ -50,20 +52,20 @@ class Reading:
   interval: tuple[float, float] | None
 
 
-def _window(count: int) -> int:
-  return max(1, count // 8)
-
-
 def _smoothed(kl, score) -> Curve:
-  """The curve of single iterations; `score` is counted from the PPO initialisation."""
-  single = np.stack([kl, score])
-  window = _window(len(kl))
+  """The curve of single iterations; `score` is counted from the PPO initialisation.
+
+  At a run's ends fewer iterations are at hand for a mean. Those noisy points are left out, all but the first.
+  """
+  single, reach = np.stack([kl, score]), len(kl) // 16
+  if not reach:
+    return Curve(single[0], single[1], np.zeros((2, 0)), 1)
+  window = 2 * reach + 1
   smooth = running_mean(single, window)
-  width = 2 * reach(len(kl), window) + 1
-  inner = width > 1
-  # A value is part of its own mean, so its distance from that is smaller than its noise, by sqrt(1 - 1 / width).
-  scale = np.sqrt(width[inner] / (width[inner] - 1.0))
-  return Curve(smooth[0], smooth[1], (single - smooth)[:, inner] * scale)
+  # A value is part of its own mean, so its distance from that is smaller than its noise.
+  noise = (single - smooth)[:, reach:-reach] * np.sqrt(window / (window - 1))
+  kept = np.concatenate([smooth[:, :1], smooth[:, reach:-reach]], axis=1)
+  return Curve(kept[0], kept[1], noise, window)
 
 
 def judge(results: Results) -> str:
@@ -88,7 +90,7 @@ def curves(results: Results) -> dict[str, Curve]:
     kl, score = column(map(vars, results.best_of_n), "kl", key)
     by_prompt = np.stack([row.by_prompt for row in results.best_of_n], axis=1)
     gain_PN = by_prompt - by_prompt[:, :1]
-    found[BEST_OF_N] = Curve(kl, score - score[0], np.zeros((2, 0)), gain_PN)
+    found[BEST_OF_N] = Curve(kl, score - score[0], np.zeros((2, 0)), 1, gain_PN)
   return found
 
 
@@ -128,9 +130,9 @@ def read(curve: Curve, at: float, *, bootstrap: int, seed: int) -> Reading | Non
     gain = curve.by_prompt[rng.integers(count, size=(bootstrap, count))].mean(axis=1)
     kl = np.broadcast_to(curve.kl, gain.shape)
   elif curve.noise.size:
-    count = len(curve.kl)
-    index = rng.integers(curve.noise.shape[1], size=(bootstrap, count))
-    noise = running_mean(curve.noise[:, index], _window(count))
+    reach, count = curve.window // 2, len(curve.kl)
+    index = rng.integers(curve.noise.shape[1], size=(bootstrap, count + 2 * reach))
+    noise = running_mean(curve.noise[:, index], curve.window)[..., reach : reach + count]
     kl, gain = curve.kl + noise[0], curve.gain + noise[1]
   else:
     return Reading(value, None)
@@ -185,11 +187,7 @@ def _end(results: Results, name: str, bootstrap: int, seed: int) -> dict[str, An
   if policy is None or init is None or policy.kl is None:
     return None
   rng, samples = np.random.default_rng(seed), results.samples_per_prompt
-
-  def mean(values):
-    per_prompt = np.asarray(values, float).reshape(-1, samples).mean(axis=1)
-    return findings._interval(per_prompt, bootstrap, rng)
-
-  gain, gain_interval = mean(findings.judged(policy) - findings.judged(init))
+  mean = lambda values: intervals.mean_of(values, samples, bootstrap, rng)
+  gain, gain_interval = mean(intervals.judged(policy) - intervals.judged(init))
   kl, kl_interval = mean(policy.kl)
   return {"kl": kl, "kl_interval": kl_interval, "gain": gain, "interval": gain_interval}

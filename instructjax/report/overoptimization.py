@@ -26,15 +26,10 @@ def running_mean(values, window: int) -> np.ndarray:
     window: its width; an even one counts as one more.
   """
   values = np.asarray(values, float)
-  index, wide = np.arange(values.shape[-1]), reach(values.shape[-1], window)
+  index = np.arange(values.shape[-1])
+  wide = np.minimum(np.minimum(index, index[::-1]), window // 2)
   sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), values.cumsum(axis=-1)], axis=-1)
   return (sums[..., index + wide + 1] - sums[..., index - wide]) / (2 * wide + 1)
-
-
-def reach(count: int, window: int) -> np.ndarray:
-  """How many values to each side the running mean takes, at each of `count` places."""
-  index = np.arange(count)
-  return np.minimum(np.minimum(index, index[::-1]), window // 2)
 
 
 def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:

@@ -19,7 +19,16 @@ from instructjax.core import provenance
 from instructjax.core.errors import writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.text import printable, printable_lines
-from instructjax.report import equal_kl, figures, findings, overoptimization, panels, rounds
+from instructjax.report import (
+  doubts,
+  equal_kl,
+  figures,
+  findings,
+  overoptimization,
+  panels,
+  rounds,
+  tables,
+)
 from instructjax.report.results import Measured, Results
 
 NUM_SAMPLES = 6
@@ -34,7 +43,14 @@ _TEMPLATES = jinja2.Environment(
 # A sample shows the answers of these policies first, and then those of the others.
 _MAIN = ("base", "sft", "ppo", "ppo_ptx")
 # Findings whose values are shares.
-_PERCENT = {"preferred_over_base", "rl_over_sft", "reward_model", "topic_following"}
+_PERCENT = {"reward_model", "topic_following", "own_words", *doubts.JUDGED}
+# Their values that are no shares.
+_NUMBERS = {"base_loss", "larger_base_loss", "kl", "best_of_n_kl"}
+_VERDICTS = {
+  True: ("yes", "holds"),
+  False: ("no", "does not hold"),
+  None: ("open", "cannot be told"),
+}
 _LABELS = panels.NAMES | {
   "zero_shot": "over Larger base",
   "few_shot": "over Larger base, few-shot",
@@ -47,6 +63,18 @@ _LABELS = panels.NAMES | {
   "cross_validation_train": "folds trained on",
   "cross_validation_heldout": "fold left out",
   "kl": "KL, nats",
+  "larger_base_loss": "loss of Larger base, nats",
+  "base_loss": "loss of Base, nats",
+  "best_of_n_kl": "KL of best of n, nats",
+  "more_repeats": "repeats, PPO-ptx − PPO init",
+  "repeats_ppo_init": "repeats, PPO init",
+  "repeats_ppo_ptx": "repeats, PPO-ptx",
+  "copied": "words copied",
+  "distinct": "different answers",
+  "topic_again": "topic named again",
+  "ppo_ptx_over_sft": "PPO-ptx over SFT",
+  "names_topic_sft": "SFT names the topic",
+  "names_topic_ppo_ptx": "PPO-ptx names the topic",
 }
 
 
@@ -63,18 +91,6 @@ def plain(value):
   return value
 
 
-def number(value: float) -> str:
-  """The number with two decimals (none from 100 on) and a real minus sign; a dash for a missing value."""
-  if value is None or not math.isfinite(value):
-    return "–"
-  text = f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}"
-  return text.replace("-", "−")
-
-
-def _percent(value: float) -> str:
-  return f"{100 * value:.0f}%" if math.isfinite(value) else "–"
-
-
 def _drawn(*args, **kwargs) -> markupsafe.Markup:
   """A figure as HTML that must not be escaped; empty if no panel has anything to show."""
   return markupsafe.Markup(figures.svg(*args, **kwargs))
@@ -82,19 +98,18 @@ def _drawn(*args, **kwargs) -> markupsafe.Markup:
 
 def _measured(finding: dict) -> list[tuple[str, str, str]]:
   """Rows of (label, value, interval), the interval empty for a value that has none."""
-  show = _percent if finding["id"] in _PERCENT else number
-  between = lambda bounds: f"[{show(bounds[0])}, {show(bounds[1])}]"
-  values, intervals = finding["measured"], finding["interval"]
-  if intervals and not isinstance(intervals[0], (list, tuple)):
-    intervals = [intervals]
-  return [
-    (
-      _LABELS.get(name, name.replace("_", " ")),
-      show(value),
-      between(intervals[i]) if i < len(intervals) else "",
-    )
-    for i, (name, value) in enumerate(values.items())
-  ]
+  bounds, rows = finding["interval"], []
+  for i, (name, value) in enumerate(finding["measured"].items()):
+    show = tables.percent if finding["id"] in _PERCENT and name not in _NUMBERS else tables.number
+    between = f"[{show(bounds[i][0])}, {show(bounds[i][1])}]" if i < len(bounds) else ""
+    rows.append((_LABELS.get(name, name.replace("_", " ")), show(value), between))
+  return rows
+
+
+def _in_brief(finding: dict) -> str:
+  """The values that have an interval, on a line."""
+  rows = [row for row in _measured(finding) if row[2]]
+  return ", ".join(f"{label} {value} {between}" for label, value, between in rows)
 
 
 def _findings(found: list[dict]) -> list[dict]:
@@ -102,8 +117,10 @@ def _findings(found: list[dict]) -> list[dict]:
     {
       "claim": finding["claim"],
       "paper": finding["paper"].replace("+-", "±"),
+      "rule": finding["rule"].replace("+-", "±").replace(" - ", " − "),
       "measured": _measured(finding),
-      "holds": finding["holds"],
+      "brief": _in_brief(finding),
+      "verdict": _VERDICTS[finding["holds"]],
     }
     for finding in found
   ]
@@ -116,14 +133,17 @@ def chosen_samples(prompts: list[str], count: int) -> list[int]:
   return [first[i * len(first) // count] for i in range(count)] if len(first) > count else first
 
 
-def _samples(prompts: list[str], measured: Mapping[str, Measured]) -> list[tuple[str, list[dict]]]:
-  """The samples to show: (prompt, one answer of each policy)."""
-  names = [*(n for n in _MAIN if n in measured), *(n for n in measured if n not in _MAIN)]
+def _samples(
+  prompts: list[str], measured: Mapping[str, Measured]
+) -> list[tuple[str, list[dict], list[dict]]]:
+  """The samples to show: (prompt, one answer of each main policy, one of each other policy)."""
+  main = [name for name in _MAIN if name in measured]
+  others = [name for name in measured if name not in _MAIN]
 
   def answer(name: str, i: int) -> dict:
     found = measured[name]
-    scores = [f"gold {number(float(found.gold[i]))}"] if found.gold is not None else []
-    scores.append(f"reward {number(float(found.reward[i]))}")
+    scores = [f"gold {tables.number(float(found.gold[i]))}"] if found.gold is not None else []
+    scores.append(f"reward {tables.number(float(found.reward[i]))}")
     return {
       "policy": name,
       "text": printable_lines(found.answer[i].strip()),
@@ -131,40 +151,20 @@ def _samples(prompts: list[str], measured: Mapping[str, Measured]) -> list[tuple
     }
 
   return [
-    (printable_lines(prompts[i].strip()), [answer(name, i) for name in names])
+    (
+      printable_lines(prompts[i].strip()),
+      [answer(name, i) for name in main],
+      [answer(name, i) for name in others],
+    )
     for i in chosen_samples(prompts, NUM_SAMPLES)
   ]
-
-
-def _policies(results: Results) -> dict:
-  """The table of policies: the titles of those columns that some policy has a value for, and the cells by policy."""
-  rows = findings.summary(results)
-  columns = {
-    "gold": ("Gold score", number),
-    "reward": ("RM score", number),
-    "kl": ("KL, nats", number),
-    "pretrain_loss": ("Pretraining loss", number),
-    "names_topic": ("Names the topic", _percent),
-    "length": ("Tokens", number),
-    "ended": ("Ended", _percent),
-  }
-  columns = {
-    key: value for key, value in columns.items() if any(key in row for row in rows.values())
-  }
-  return {
-    "columns": [title for title, _ in columns.values()],
-    "rows": {
-      name: [show(row[key]) if key in row else "" for key, (_, show) in columns.items()]
-      for name, row in rows.items()
-    },
-  }
 
 
 def _win_cell(rate: float, interval) -> dict:
   colour = "31,157,107" if rate > 0.5 else "217,72,95"
   strength = min(0.6, 1.3 * abs(rate - 0.5))
   return {
-    "rate": _percent(rate),
+    "rate": tables.percent(rate),
     "interval": f"{100 * interval[0]:.0f}–{100 * interval[1]:.0f}",
     "background": f"rgba({colour},{strength:.2f})",
   }
@@ -230,10 +230,10 @@ def _fit_words(which: str, scores: dict) -> str:
     "−+"[beta < 0],
     *(("Best of n", "d") if which == "best_of_n" else ("PPO", "log d")),
   )
-  words = f"{label}: gold ≈ d ({number(alpha)} {sign} {number(abs(beta))} {term})"
+  words = f"{label}: gold ≈ d ({tables.number(alpha)} {sign} {tables.number(abs(beta))} {term})"
   top = overoptimization.peak(which, alpha, beta)
   if top is not None and top <= scores["distance"].max():
-    words += f", highest at d = {number(top)}"
+    words += f", highest at d = {tables.number(top)}"
   return words + ". "
 
 
@@ -259,11 +259,13 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
   """The figure of gain against KL, and the table that reads it at the same KL of all methods."""
   if not table:
     return {}
-  between = lambda bounds: f"[{number(bounds[0])}, {number(bounds[1])}]" if bounds else ""
+  between = lambda bounds: (
+    f"[{tables.number(bounds[0])}, {tables.number(bounds[1])}]" if bounds else ""
+  )
   colours = panels.COLOURS | {equal_kl.BEST_OF_N: panels.BEST_OF_N_COLOUR}
 
   def cell(gain: Mapping | None) -> tuple[str, str]:
-    return (number(gain["gain"]), between(gain["interval"])) if gain else ("not reached", "")
+    return (tables.number(gain["gain"]), between(gain["interval"])) if gain else ("not reached", "")
 
   def row(name: str, method: Mapping) -> dict:
     end = method["end"]
@@ -271,7 +273,7 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
       "title": panels.NAMES.get(name, "Best of n"),
       "colour": colours[name],
       "cells": [cell(gain) for gain in method["at"]],
-      "end": [(number(end["kl"]), between(end["kl_interval"])), cell(end)]
+      "end": [(tables.number(end["kl"]), between(end["kl_interval"])), cell(end)]
       if end
       else [("", "")] * 2,
     }
@@ -306,7 +308,7 @@ def _rounds(results: Results, table: Mapping) -> dict:
     "policies": [
       {
         "name": row["policy"],
-        "cells": [(number(row["score"]), ""), cell(row["over_previous"])],
+        "cells": [(tables.number(row["score"]), ""), cell(row["over_previous"])],
       }
       for row in table["policies"]
     ],
@@ -358,7 +360,13 @@ def page(
     colours=panels.COLOURS,
     findings=_findings(found),
     samples=_samples(prompts, results.measured),
-    policies=_policies(results),
+    policies=tables.policies(results),
+    gold_words=results.gold_words,
+    shots=tables.shots(results.shots),
+    best_shots=max((n for n in results.shots if n), key=results.shots.__getitem__, default=0),
+    untrained=tables.untrained(results, config),
+    habits=tables.habits(results),
+    new_topics=tables.new_topics(results),
     judge="the gold score" if results.has_gold else "the reward model",
     wins=_wins(wins),
     trained=[name for name, rows in results.curves.items() if rows],

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instructjax.core.stages import POLICIES
-from instructjax.report import equal_kl, findings, overoptimization
+from instructjax.core.stages import POLICIES, UNTRAINED
+from instructjax.report import equal_kl, findings, intervals, overoptimization
 from instructjax.report.overoptimization import column, running_mean
 from instructjax.report.results import Measured, Results
 
-NAMES = {name: policy.title for name, policy in POLICIES.items()}
-COLOURS = {name: policy.colour for name, policy in POLICIES.items()}
+NAMES = {name: policy.title for name, policy in (POLICIES | UNTRAINED).items()}
+COLOURS = {name: policy.colour for name, policy in (POLICIES | UNTRAINED).items()}
 BEST_OF_N_COLOUR = "#8b5cc7"
 # In the page currentColor takes the place of this colour, so that figures follow the light or dark scheme.
 INK = "#1c2127"
@@ -23,9 +23,13 @@ _PAPER_AGREEMENT = {"train": (0.726, 0.015), "heldout": (0.773, 0.013)}
 
 
 def pretraining_loss(results: Results) -> dict[str, float]:
-  """Each policy's mean loss per token of held-out pretraining text, in nats."""
-  sums = {name: np.asarray(rows, float).sum(axis=0) for name, rows in results.pretraining.items()}
-  return {name: float(nll / tokens) for name, (nll, tokens) in sums.items()}
+  """The mean loss per token of held-out pretraining text, in nats, of each policy of the policy's network."""
+  # Not the larger base's: the alignment tax is about what one network loses.
+  return {
+    name: findings.loss_per_token(rows)
+    for name, rows in results.pretraining.items()
+    if name != "reward_base"
+  }
 
 
 def accuracy_rows(results: Results) -> list[tuple[str, float, float, tuple[float, float]]]:
@@ -168,7 +172,7 @@ def draw_trade_off(ax, results: Results) -> bool:
   loss, measured = pretraining_loss(results), results.measured
   names = [name for name in loss if name in measured]
   for name in names:
-    score = float(np.mean(findings.judged(measured[name])))
+    score = float(np.mean(intervals.judged(measured[name])))
     ax.plot(loss[name], score, "o", color=COLOURS[name], markersize=8)
     ax.annotate(
       NAMES[name],

@@ -23,7 +23,10 @@ class Measured:
     length: number of tokens.
     kl: log-probability under the policy minus that under the PPO initialisation, in nats; None for bases.
     gold: the demo's gold score; None for other prompts than the demo's.
+    repeats: whether the answer repeats a pair of words.
+    copied: share of the answer's words that are copied from the prompt, see `wording.copied`.
     names_topic: whether the answer names the prompt's topic; None for other prompts than the demo's.
+    topic_again: whether it names the topic more than once; None where `names_topic` is.
   """
 
   answer: Sequence[str]
@@ -32,7 +35,19 @@ class Measured:
   length: np.ndarray
   kl: np.ndarray | None
   gold: np.ndarray | None
+  repeats: np.ndarray
+  copied: np.ndarray
   names_topic: np.ndarray | None
+  topic_again: np.ndarray | None
+
+  def take(self, index: np.ndarray) -> "Measured":
+    """The answers at these places."""
+    arrays = {
+      field.name: np.asarray(found)[index]
+      for field in dataclasses.fields(self)
+      if field.name != "answer" and (found := getattr(self, field.name)) is not None
+    }
+    return dataclasses.replace(self, answer=[self.answer[i] for i in index], **arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +84,26 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
+class BestAtKL:
+  """A policy beside best-of-n of the PPO initialisation at the policy's own KL.
+
+  Attributes:
+    n: number of answers to choose from.
+    kl: KL of best-of-n from the PPO initialisation, in nats: the policy's, or less if `most` samples do not reach it.
+    reaches: whether best-of-n comes as far as the policy.
+    gold, reward: expected scores of the chosen answer; gold is None if the answers have no gold score.
+    wins_P: for each prompt, how often the policy's answer is judged better than the chosen one (a tie is half a win).
+  """
+
+  n: int
+  kl: float
+  reaches: bool
+  gold: float | None
+  reward: float
+  wins_P: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
   """Everything that was measured in a run.
 
@@ -80,6 +115,13 @@ class Results:
     reward_model: what the stage `rm` measured.
     agreement: how often simulated labelers agree; None if the labelers are not simulated.
     best_of_n: best-of-n of the PPO initialisation, by growing n; empty if it was not asked for.
+    best_at_kl: RL policy -> best-of-n at its KL; empty if best-of-n was not asked for.
+    untrained: answers that need no training of their own (`core.stages.UNTRAINED`), measured as the policies' are.
+    new_topics: policy -> its answers to prompts on topics that no training prompt is about; empty for other prompts
+      than the demo's. `measured` does not hold them.
+    gold_words: what the gold score rewards, in a sentence; '' if there is none.
+    shots: number of worked examples -> mean score of the larger base's answers with so many, by what judges; the best
+      of them is the policy `few_shot`.
     curves: RL policy -> its log, one row per iteration.
     rounds: the reward models of all rounds of comparisons; empty if there was one round.
   """
@@ -90,6 +132,11 @@ class Results:
   reward_model: RewardModel
   agreement: LabelerGroups | None
   best_of_n: Sequence[BestOfN]
+  best_at_kl: Mapping[str, BestAtKL]
+  untrained: Mapping[str, Measured]
+  new_topics: Mapping[str, Measured]
+  gold_words: str
+  shots: Mapping[int, float]
   curves: Mapping[str, Sequence[Mapping[str, Any]]]
   rounds: Sequence[Round]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from instructjax.core.stages import RANKED, of_round
-from instructjax.report import findings
+from instructjax.report import intervals
 from instructjax.report.results import Results, Round
 
 
@@ -68,7 +68,7 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
     if not place:
       return None
     new, old = (results.measured[names[at]] for at in (place, place - 1))
-    return findings.win_rate(new, old, samples, bootstrap, rng)
+    return intervals.win_rate(new, old, samples, bootstrap, rng)
 
   return {
     "reward_models": [
@@ -83,7 +83,7 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
       {
         "round": row.number,
         "policy": name,
-        "score": float(np.mean(findings.judged(results.measured[name]))),
+        "score": float(np.mean(intervals.judged(results.measured[name]))),
         "over_previous": over_previous(place),
       }
       for place, (row, name) in enumerate(zip(results.rounds, names, strict=True))

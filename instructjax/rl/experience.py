@@ -37,6 +37,7 @@ class Nets:
     max_response_length: R, the most tokens of an answer, its EOS included.
     slots: rows decoded at once; 0 for the whole batch.
     shares_base: with adapters, whether those of all four networks have one base.
+    value_on_policy: with adapters, whether that of the value network has the policy's base, not the reward model's.
     score_skips: a token at which the reward model gives no score, as the pad token of one made elsewhere; or None.
     ensemble_skips: the same for each further reward model; () if none of them has one.
   """
@@ -49,6 +50,7 @@ class Nets:
   max_response_length: int
   slots: int = 0
   shares_base: bool = True
+  value_on_policy: bool = False
   score_skips: int | None = None
   ensemble_skips: tuple[int | None, ...] = ()
 
@@ -59,14 +61,15 @@ class Frozen:
 
   Both come from `transformer.frozen_weights`. In bfloat16 they take half of the memory.
 
-  With adapters these two, and the policy and the value network in the state, are adapters of a base. `policy` and
-  `scalar` make a network's parameters of either.
+  With adapters these two, and the policy and the value network in the state, are adapters of a base. `policy`,
+  `reward` and `value` make a network's parameters of either.
 
   Attributes:
     ref_params, reward_params: the two networks, or their adapters.
     ensemble_params: further reward models of the same shape, whole, stacked along a new first axis; None for none.
     base: of the policy and the reference; None without adapters.
-    scalar_base: of reward model and value network; None if it is the same as the policy's, or without adapters.
+    scalar_base: of the reward model and, by `Nets.value_on_policy`, of the value network; None if it is the same as the
+      policy's, or without adapters.
   """
 
   ref_params: Params
@@ -79,10 +82,16 @@ class Frozen:
     """Parameters for the forward pass of a network with the policy's shape, from what is trained of it."""
     return adapters.join(nets.policy, self.base, params)
 
-  def scalar(self, nets: Nets, params: Params) -> Params:
-    """The same for a network with the reward model's shape."""
+  def reward(self, nets: Nets, params: Params) -> Params:
+    """The same for the reward model."""
     base = self.base if self.scalar_base is None else self.scalar_base
     return adapters.join(nets.scalar, base, params)
+
+  def value(self, nets: Nets, params: Params) -> Params:
+    """The same for the value network."""
+    if nets.value_on_policy:
+      return adapters.join(nets.scalar, self.base, params)
+    return self.reward(nets, params)
 
 
 @pytree
@@ -184,13 +193,13 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
     logprob = lambda params: scoring.response_logprob(
       nets.policy, frozen.policy(nets, params), **response, temperature=cfg.temperature
     )
-    reward = frozen.scalar(nets, frozen.reward_params)
+    reward = frozen.reward(nets, frozen.reward_params)
     result = {
       "ref_logprob_BR": logprob(frozen.ref_params),
       "score_BL": scoring.column_score(nets.scalar, reward, **rows),
     }
     if cfg.has_value_network:
-      value = frozen.scalar(nets, state.value_params)
+      value = frozen.value(nets, state.value_params)
       result["value_BR"] = scoring.response_value(nets.scalar, value, **response)
     # Decoding and scoring differ in bfloat16, so with the rollout's log-probabilities the ratio of the first minibatch
     # would not be 1 (details item 8). 'rescore' makes it 1, for one more forward pass.

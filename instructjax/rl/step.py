@@ -106,7 +106,7 @@ def value_loss(
   """The value network's loss on one minibatch, clipped around the old values if configured. Returns (loss, metrics)."""
   value_BR = scoring.response_value(
     nets.scalar,
-    frozen.scalar(nets, value_params),
+    frozen.value(nets, value_params),
     batch.token_BL,
     batch.segment_BL,
     prompt_length=batch.prompt_length,

@@ -248,6 +248,7 @@ def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
     if head == "scalar" and finding["id"] != "reward_model":
       continue
     interval = finding["interval"]
+    # Runs of older versions have a single one without a list around it.
     intervals = [interval] if not isinstance(interval[0], list) else interval
     measured = [f"{name} {_number(value)}" for name, value in finding["measured"].items()]
     for i, ((low, high), value) in enumerate(zip(intervals, finding["measured"].values())):
@@ -256,7 +257,8 @@ def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
         measured[i] += f" ({shown})"
       else:  # the interval of something else, such as of the difference of two of the values
         measured.append(f"95% interval {shown}")
-    rows.append((finding["claim"], ", ".join(measured), "yes" if finding["holds"] else "no"))
+    holds = {True: "yes", False: "no", None: "cannot be told"}[finding["holds"]]
+    rows.append((finding["claim"], ", ".join(measured), holds))
   return rows
 
 

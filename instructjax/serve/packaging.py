@@ -68,25 +68,29 @@ def write_huggingface(
 def write_peft(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema", base: str = ""):
   """Writes a folder that `peft` loads onto the base: a stage's adapter alone.
 
+  `peft` takes Hugging Face folders only. Another base, a GGUF file or a stage of a run, is exported with it, as the
+  folder `base` inside the new one.
+
   Args:
     checkpoint: path for `weights.locate`, of a stage that trained an adapter.
     out: the new folder.
     which: as for `write_huggingface`.
-    base: the base's Hugging Face folder or hf://ORG/NAME; '' for the one that the run was given.
+    base: where the base lies now; '' for the place that is known.
   Raises:
-    UserError: as for `write_huggingface`; or the stage trained all weights, or its base is nothing that peft loads.
+    UserError: as for `write_huggingface`; or the stage trained all weights.
   """
   _require_new(out)
   opened = weights.locate(checkpoint, which, base)
   if opened.adapter is None:
     raise UserError(f"{checkpoint} is no adapter: it has all weights; use --format=hf")
   name, found = opened.adapter.base, opened.require_base()
-  if found.kind != "hf":
-    raise UserError(
-      f"{checkpoint} is an adapter of {found.path}, and peft loads Hugging Face folders only; export"
-      " that one with --format=hf, and name the folder with --base"
-    )
-  name = name.removeprefix(weights.HUB) if name.startswith(weights.HUB) else str(found.path)
+  is_whole = found.kind == "hf" and not found.is_adapter
+  if not is_whole:
+    name = str(out.absolute() / "base")
+  elif name.startswith(weights.HUB) and found.path == weights.locate(name).path:
+    name = name.removeprefix(weights.HUB)
+  else:
+    name = str(found.path)
   mesh, model = _network(opened)
   adapted, trained = opened.load_trained(mesh, model)
   with _whole(out) as scratch:
@@ -94,6 +98,8 @@ def write_peft(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "em
       opened.tokenizer, scratch, max_length=opened.network.max_length, pad_id=None
     )
     interop.write_adapter(scratch, adapted, trained, name)
+    if not is_whole:
+      write_huggingface(str(found.path), scratch / "base")
     numbers = sum(leaf.size for leaf in jax.tree.leaves(trained))
     about = card.Export(out.name, "peft", which, "float32", numbers)
     _write(scratch / "README.md", card.text(opened, about))

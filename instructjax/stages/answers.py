@@ -265,6 +265,44 @@ def demonstration_mean(ctx: Context, model: transformer.Model, params: Params) -
   return float(np.mean(score(ctx, model, params, demonstrations)))
 
 
+def mean_logprob(
+  ctx: Context,
+  model: transformer.Model,
+  params: Params,
+  prompts: Sequence[str],
+  texts: Sequence[str],
+) -> np.ndarray:
+  """The mean log-probability of a text's tokens after its prompt, without the end of the text, float32 [N], in nats.
+
+  A text of no token has the log-probability of a guess among all tokens. One longer than an answer is cut.
+
+  Raises:
+    Preempted: the run was told to stop.
+  """
+  data, tokenizer = ctx.config.data, ctx.tokenizer
+  tokens = [tokenizer.encode(text)[: data.max_response_length] for text in texts]
+  prompt_NP, is_prompt_NP = pad_left(
+    [prompt_ids(tokenizer, prompt) for prompt in prompts],
+    data.max_prompt_length,
+    tokenizer.pad_id,
+  )
+  shape = (len(tokens), data.max_response_length)
+  response_NR, is_response_NR = np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, bool)
+  for row, is_response_R, ids in zip(response_NR, is_response_NR, tokens):
+    row[: len(ids)], is_response_R[: len(ids)] = ids, True
+  read = Answers(
+    text=list(texts),
+    token_NL=np.concatenate([prompt_NP, response_NR], axis=1),
+    is_token_NL=np.concatenate([is_prompt_NP, is_response_NR], axis=1),
+    is_response_NR=is_response_NR,
+    ended_N=np.zeros(len(tokens), bool),
+  )
+  count_N = is_response_NR.sum(axis=1)
+  total_N = logprob(ctx, model, params, read, 1.0)
+  guess = -np.log(tokenizer.vocab_size)
+  return np.where(count_N > 0, total_N / np.maximum(count_N, 1), guess)
+
+
 def logprob(
   ctx: Context, model: transformer.Model, params: Params, answers: Answers, temperature: float
 ) -> np.ndarray:

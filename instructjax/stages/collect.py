@@ -1,8 +1,9 @@
 """Collects comparisons: samples K answers to each prompt from a policy, and has simulated labelers rank them.
 
 The answers of the first round are the SFT policy's. In later rounds (`collect.rounds`) they are those of the newest
-PPO-ptx policy, as a few of the paper's were (sec 3.1). The stage runs only for `data.comparisons='demo:'`. It writes
-ranking files in the format of a user's own comparisons, which the reward model then reads:
+PPO-ptx policy, as a few of the paper's were (sec 3.1). The stage runs only for a simulated task, as
+`data.comparisons='demo:'`. It writes ranking files in the format of a user's own comparisons, which the reward model
+then reads:
   - `collect/train.jsonl`: training prompts, ranked by the training labelers;
   - `collect/validation.jsonl`: held-out prompts, ranked by the same labelers;
   - `collect/heldout.jsonl`: the same answers as in validation.jsonl, ranked by held-out labelers.
@@ -20,9 +21,8 @@ from instructjax.core.config import Config
 from instructjax.core.errors import UserError, writing
 from instructjax.core.stages import STAGES
 from instructjax.core.structs import Params
-from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
-from instructjax.stages import answers, contents, lineage, policies
+from instructjax.stages import answers, contents, judging, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
 
 # A labeler's noise goes by the number of the ranking; those of a later round begin so much further on.
@@ -93,10 +93,10 @@ def check_settings(config: Config, stage: str):
       f"config.collect.rounds={config.collect.rounds} must be 1 beside the finished reward model {given!r}, which no"
       " further comparisons would change"
     )
-  prompts = config.data.prompts
-  if sources.simulation(prompts) is None:
+  prompts, comparisons = config.data.prompts, config.data.comparisons
+  if prompts != comparisons:
     raise UserError(
-      f"config.data.comparisons='demo:' are collected on the demo's prompts, and config.data.prompts="
+      f"config.data.comparisons={comparisons!r} are collected on that task's own prompts, and config.data.prompts="
       f"{prompts!r}; give comparisons of your own, as jsonl:PATH"
     )
 
@@ -112,7 +112,7 @@ def run(ctx: Context, stage: str):
   run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
   if is_finished(run_):
     return
-  simulation = sources.require_simulation(ctx.config.data.comparisons)
+  simulation = judging.require_simulation(ctx)
   train = _sampled(ctx, stage, "train", ctx.data.records("prompts", "train"), cfg.num_prompts)
   held_out = _sampled(
     ctx, stage, "validation", ctx.data.records("prompts", "validation"), cfg.num_heldout_prompts

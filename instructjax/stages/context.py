@@ -32,7 +32,7 @@ from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, loop
 from instructjax.train.tracking import Tracking
-from instructjax.train.weights import Weights
+from instructjax.train.weights import BASE, VALUE_BASE, BaseRecord, Weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -279,9 +279,14 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
 
   The adapter's settings are among the others where the stage trains one.
   """
-  if lineage.is_adapted(ctx.config) and STAGES[stage].role and not STAGES[stage].is_base:
+  trains_adapter = (
+    lineage.is_adapted(ctx.config) and STAGES[stage].role and not STAGES[stage].is_base
+  )
+  if trains_adapter:
     others["adapter"] = ctx.config.adapter
   made_with = fingerprint(ctx, stage, own, others)
+  if trains_adapter:
+    made_with |= _base_records(ctx, stage)
   return loop.StageRun(
     name=stage,
     directory=ctx.directory(stage),
@@ -294,6 +299,38 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
     changeable=changeable(ctx, stage, {STAGES[stage].block: own, **others}),
     started=time.monotonic(),
   )
+
+
+def goes_on(ctx: Context, stage: str) -> bool:
+  """Whether what is given in place of a stage is an adapter that fits the run's, which is trained on.
+
+  Raises:
+    UserError: the adapter cannot be read.
+  """
+  given = ctx.given.get(stage)
+  if given is None or not given.is_adapter or not lineage.is_adapted(ctx.config):
+    return False
+  return not given.misfit(ctx.model(STAGES[stage].require_role()).clone(adapter=ctx.config.adapter))
+
+
+def _base_records(ctx: Context, stage: str) -> dict[str, str]:
+  """What a stage's fingerprint says of the base of the adapter that it trains."""
+
+  def record(frozen: str) -> str:
+    given, inside = ctx.given.get(frozen), goes_on(ctx, frozen)
+    if given is None:
+      found = BaseRecord(frozen, "own", ctx.require_done(frozen).identity, inside)
+    else:
+      base = given.require_base() if inside else given
+      found = BaseRecord(frozen, base.kind, given_fingerprint(ctx, base), inside)
+    return json.dumps(dataclasses.asdict(found), sort_keys=True)
+
+  config = ctx.config
+  if not STAGES[stage].is_rl or not lineage.variant(config, stage).has_value_network:
+    return {BASE: record(lineage.frozen_stage(config, stage))}
+  policy, reward = lineage.frozen_stages(config)
+  value = policy if config.ppo.value_init == "policy" else reward
+  return {BASE: record(policy), VALUE_BASE: record(value)}
 
 
 def tell_adapter(ctx: Context, stage: str, role: RoleName, optim: OptimConfig):

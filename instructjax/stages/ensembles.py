@@ -32,7 +32,7 @@ def open_all(config: Config, cfg: PPOConfig) -> list[Weights]:
   for number, path in enumerate(cfg.ensemble):
     where = f"config.ppo.ensemble[{number}]={path!r}"
     try:
-      given = weights.locate(places.expand(path, "its path", (weights.HUB,)))
+      given = weights.locate(places.expand(path, "its path", places.WEIGHTS))
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
     if given.head != "scalar" or given.item == "value_params":

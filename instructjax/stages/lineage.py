@@ -42,20 +42,23 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
   """The kinds of records that a stage reads in this config.
 
   What would only be measured is done without, if the config names no source of it: a given reward model needs neither
-  comparisons nor demonstrations, and neither PPO without the pretraining term nor evaluation needs documents.
+  comparisons nor demonstrations, evaluation needs neither documents nor demonstrations, and PPO without the pretraining
+  term needs no documents.
   """
   row = STAGES[stage]
   optional: tuple[str, ...] = ()
   if row.kind == "rm" and given(config, stage):
     optional = ("comparisons", "demonstrations")
-  if row.kind == "evaluate" or (row.is_rl and not variant(config, stage).gamma):
+  if row.is_rl and not variant(config, stage).gamma:
     optional = ("documents",)
+  if row.kind == "evaluate":
+    optional = ("documents", "demonstrations")
   return tuple(kind for kind in row.reads if kind not in optional or getattr(config.data, kind))
 
 
 def collects(config: Config) -> bool:
   """Whether the run collects comparisons from simulated labelers (stage `collect`) instead of reading a user's."""
-  return config.data.comparisons == "demo:"
+  return config.data.are_collected
 
 
 def collected(config: Config, stage: str) -> tuple[str, ...]:
@@ -91,6 +94,27 @@ def base_stage(config: Config, role: str) -> str:
 def bases(config: Config) -> tuple[str, ...]:
   """The stages that train the bases of policy and reward model; one stage if they share a base."""
   return tuple(dict.fromkeys(base_stage(config, role) for role in ("policy", "reward")))
+
+
+def frozen_stage(config: Config, stage: str) -> str:
+  """The stage whose weights are the frozen base where adapters are trained: that of what `stage` trains.
+
+  A finished network that is given in place of a stage is a base itself.
+  """
+  row = STAGES[stage]
+  if row.is_base or given(config, stage):
+    return stage
+  if row.is_rl:
+    return frozen_stage(config, REFERENCE)
+  if row.kind == "rm":
+    is_from_sft = config.rm.start_from == "sft"
+    return frozen_stage(config, "sft") if is_from_sft else base_stage(config, "reward")
+  return base_stage(config, "policy")
+
+
+def frozen_stages(config: Config) -> tuple[str, str]:
+  """The stages whose weights are the frozen bases of policy and reward model; the same twice if they share one."""
+  return frozen_stage(config, REFERENCE), frozen_stage(config, stage_of_kind("rm").name)
 
 
 def stage_of(config: Config, policy: str) -> str:

@@ -3,12 +3,8 @@
 Called by pipeline.py and by the stages, which start from these weights or judge them.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 
-import jax
-
-from instructjax.core import terminal
 from instructjax.core.config import Config, ModelConfig, with_finished_reward_model
 from instructjax.core.errors import UserError
 from instructjax.core.stages import (
@@ -21,11 +17,10 @@ from instructjax.core.stages import (
 )
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
-from instructjax.models import adapters, heads, transformer
-from instructjax.stages import lineage
+from instructjax.models import adapters, heads
+from instructjax.stages import bases, lineage
 from instructjax.stages.context import Context, bare
-from instructjax.stages.text_rows import validation_rows
-from instructjax.train import supervised, weights
+from instructjax.train import weights
 from instructjax.train.weights import Weights
 
 
@@ -97,11 +92,6 @@ def require_given_weights(
     where = f"config.{field}={lineage.given(config, stage)!r}"
     if config.stage == stage and lineage.is_replaced(config, stage):
       raise UserError(f"config.stage={stage!r} trains what {where} gives; leave one of them out")
-    if lineage.is_adapted(config) and not STAGES[stage].is_base:
-      raise UserError(
-        f"config.adapter.rank={config.adapter.rank} must be 0 beside {where}: adapters are trained on the base that"
-        " config.model.weights names, and a finished network has one of its own; name it there, or train all weights"
-      )
     wanted = ROLES[STAGES[stage].require_role()].head
     if given.head != wanted:
       one = {"lm": "a language model", "scalar": "a finished reward model, which ends in a score"}
@@ -144,77 +134,6 @@ def _require_network(cfg: ModelConfig, given: Weights, block: str, where: str):
     )
 
 
-@functools.lru_cache(maxsize=2)
-def _frozen_base(ctx: Context, stage: str, role: RoleName) -> Params:
-  """The weights of a base as forward passes read them, cast once to the dtype that they run in."""
-  # Kept, so that all networks of a run and all of its stages share one copy: the policy's base, and the reward model's
-  # if that has another.
-  model = bare(ctx.model(role))
-  given = ctx.given.get(stage)
-  if given:
-    params = given.load(ctx.mesh, model)
-  else:
-    step = ctx.require_done(stage).require_step()
-    params = weights.load_stage(ctx.directory(stage), ctx.mesh, model, step, "params")
-  adapter = ctx.config.adapter
-  if model.execution.dtype == "float32" and adapter.base == "float":
-    return params
-  adapted = model.clone(adapter=adapter)
-  (places,) = adapters.base_shardings(ctx.mesh, adapted)
-  frozen = jax.jit(functools.partial(adapters.freeze, adapted), out_shardings=places)(params)
-  if adapter.base == "int8":
-    _tell_rounding(ctx, adapted, params, frozen)
-  return frozen
-
-
-def _tell_rounding(ctx: Context, model: transformer.Model, params: Params, frozen: Params):
-  """Says what a base in 8 bits costs: its loss on held-out text, before and after."""
-  loss = supervised.make_lm_evaluation(model, ctx.mesh, ctx.config.pretrain.microbatches)
-  rows = validation_rows(ctx, ctx.config.pretrain.length)
-  before, after = loss(params, rows), loss(frozen, rows)
-  if jax.process_index() == 0:
-    terminal.say(
-      f"the frozen base in int8: loss on held-out text {after:.4f}, {after - before:+.4f} by rounding"
-    )
-
-
-def base(ctx: Context, role: RoleName) -> tuple[Params, ...]:
-  """The frozen base of an adapted role, as one more argument of a step; () if all weights are trained.
-
-  Raises:
-    UserError: the weights cannot be read.
-  """
-  if not lineage.is_adapted(ctx.config):
-    return ()
-  stage = lineage.base_stage(ctx.config, "policy" if role == "policy" else "reward")
-  as_base: RoleName = "policy" if stage == "pretrain" else "reward_base"
-  return (adapters.base_of(ctx.model(role), _frozen_base(ctx, stage, as_base)),)
-
-
-def bases(ctx: Context) -> tuple[tuple[Params, ...], tuple[Params, ...]]:
-  """(the policy's base, that of the reward model if it is another one), each as `base` returns it.
-
-  Raises:
-    UserError: the weights cannot be read.
-  """
-  policy, reward = (lineage.base_stage(ctx.config, role) for role in ("policy", "reward"))
-  return base(ctx, "policy"), () if policy == reward else base(ctx, "reward")
-
-
-def start(ctx: Context, key: jax.Array) -> tuple[tuple[Params, ...], Params]:
-  """What a policy's training starts from: (its base, see `base`; what is trained).
-
-  Args:
-    ctx: the run.
-    key: for a fresh adapter; without adapters the weights of the base themselves are trained.
-  Raises:
-    UserError: the weights cannot be read.
-  """
-  if not lineage.is_adapted(ctx.config):
-    return (), load(ctx, "base")
-  return base(ctx, "policy"), supervised.init_params(ctx.mesh, ctx.model("policy"), key)
-
-
 def load_step(
   ctx: Context, stage: str, step: int, item: str = "params", role: RoleName | None = None
 ) -> Params:
@@ -226,7 +145,7 @@ def load_step(
   trained = load_trained_step(ctx, stage, step, item, role)
   if STAGES[stage].is_base:
     return trained
-  return adapters.joined(ctx.model(role), base(ctx, role), trained)
+  return adapters.joined(ctx.model(role), bases.base(ctx, stage), trained)
 
 
 def load_trained_step(
@@ -258,7 +177,7 @@ def load_sft_by_loss(ctx: Context, read: Callable | None = None) -> Params:
     UserError: they cannot be read.
   """
   if "sft" in ctx.given:
-    return ctx.given["sft"].load(ctx.mesh, ctx.model("policy"))
+    return bases.given(ctx, "sft", is_trained=read is not None)
   return (read or load_step)(ctx, "sft", ctx.require_done("sft").require_step())
 
 
@@ -284,10 +203,9 @@ def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   # the role comes from the policy's name.
   row, role = STAGES[lineage.stage_of(ctx.config, policy)], stage_of_policy(policy).require_role()
   if row.is_base and lineage.is_adapted(ctx.config):
-    return _frozen_base(ctx, row.name, "policy" if row.name == "pretrain" else "reward_base")
-  given = ctx.given.get(row.name)
-  if given:
-    return given.load(ctx.mesh, ctx.model(role))
+    return bases.as_policy(ctx, row.name)
+  if row.name in ctx.given:
+    return bases.given(ctx, row.name, is_trained=read is not None)
   again = selector(row.name)
   done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
   averaged = row.is_rl and judges_average(ctx)
@@ -305,9 +223,9 @@ def load_reward(ctx: Context, read: Callable | None = None, stage: str = "rm") -
   Raises:
     UserError: the weights cannot be read.
   """
-  done, given = ctx.require_done(stage), ctx.given.get(stage)
-  if given:
-    params = given.load(ctx.mesh, ctx.model("reward"))
+  done = ctx.require_done(stage)
+  if stage in ctx.given:
+    params = bases.given(ctx, stage, is_trained=read is not None)
   else:
     params = (read or load_step)(ctx, stage, done.require_step())
   return heads.shift_bias(params, done.result.shift)

@@ -12,18 +12,19 @@ from jax.sharding import Mesh
 from instructjax.core import results, terminal
 from instructjax.core import rewards as reward_lists
 from instructjax.core.config import Config, OptimConfig, PPOConfig
-from instructjax.core.errors import UserError
 from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
-from instructjax.data import batching, sources
+from instructjax.data import batching
 from instructjax.models import adapters, flops, heads, transformer
 from instructjax.parallel import agreement, distributed, sharding, stacking
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
 from instructjax.stages import (
   answers,
+  bases,
   ensembles,
   host_rewards,
+  judging,
   lineage,
   policies,
   reward_functions,
@@ -73,7 +74,8 @@ def make_nets(
     stop_ids=stop_ids,
     max_response_length=config.data.max_response_length,
     slots=config.rollout.slots,
-    shares_base=lineage.base_stage(config, "policy") == lineage.base_stage(config, "reward"),
+    shares_base=len(set(lineage.frozen_stages(config))) == 1,
+    value_on_policy=cfg.value_init == "policy",
   )
 
 
@@ -170,7 +172,7 @@ def freeze(
 
   In float32 there is nothing to cast, and the weights are taken as they are, without a copy. So are those of
   `ensembles.load`, which come in their dtype. Adapters are small and stay float32; their base comes from
-  `policies.bases`, and that of the reward model only if it is another one.
+  `bases.of_networks`, and that of the reward model only if it is another one.
   """
   if base:
     return ppo_step.Frozen(ref_params, reward_params, ensemble_params, base[0], *scalar_base)
@@ -214,13 +216,13 @@ def _batches(ctx: Context, cfg: PPOConfig, stage: str):
 def _describe(ctx: Context, watch: Callable[..., None]):
   """Makes the callback on an iteration's samples, which returns (extra metrics, rows of the sample table).
 
-  If the prompts are the demo's, the gold score is among the metrics. It is only logged; training never sees it.
+  If the prompts are a simulated task's, the gold score is among the metrics. It is only logged; training never sees it.
 
   Args:
     ctx: the run.
     watch: stops the stage for a reward that never varies; see `host_rewards.watch_constants`.
   """
-  simulation = sources.simulation(ctx.config.data.prompts)
+  simulation = judging.simulation(ctx)
   prompt_length = ctx.config.data.max_prompt_length
 
   def describe(samples: Samples, step: int):
@@ -233,12 +235,14 @@ def _describe(ctx: Context, watch: Callable[..., None]):
     decode = lambda rows: answers.decode(ctx.tokenizer, rows)
     texts = lambda end: (decode(text[:end, :prompt_length]), decode(text[:end, prompt_length:]))
     watch(step, {"rm": score_B, **rewards}, lambda: texts(1))
-    if jax.process_index() != 0:
-      return {}, ()
     prompts, responses = texts(None)
     extra = {}
-    if simulation is not None:
+    if (
+      simulation is not None
+    ):  # on every process: a gold score may ask the base, which is on all devices
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
+    if jax.process_index() != 0:
+      return {}, ()
     # Named as in the metrics: a function of the user's may be called `score` or `answer`.
     named = {f"rewards/{name}": value_B for name, value_B in rewards.items()}
     columns = {"score": score_B, **named, "kl": kl_B}
@@ -324,15 +328,10 @@ def check_settings(config: Config, stage: str):
 
   Raises:
     UserError: a rule is broken, a warmup is as long as the stage, a reward function cannot be imported or called, a
-      further reward model is none or has another shape, or the policy's adapter has no place in the value network.
+      further reward model is none or has another shape.
   """
   cfg = lineage.variant(config, stage)
   cfg.validate("config.ppo")
-  if cfg.value_init == "policy" and lineage.is_adapted(config) and len(lineage.bases(config)) > 1:
-    raise UserError(
-      "config.ppo.value_init='policy' must come with one base for policy and reward model where adapters are trained:"
-      " the policy's adapter fits its own base only; use 'reward_model'"
-    )
   _optimizers(config, cfg)
   _functions(cfg)
   ensembles.open_all(config, cfg)
@@ -418,7 +417,7 @@ def run(ctx: Context, stage: str):
   run_ = host_rewards.with_sources(run_, made_with, functions)
   if is_finished(run_):
     return
-  base, scalar_base = policies.bases(ctx)
+  base, scalar_base = bases.of_networks(ctx, stage)
   given = {
     "reference": policies.load(ctx, REFERENCE, policies.load_trained_step),
     "reward_model": policies.load_reward(

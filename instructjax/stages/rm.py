@@ -26,7 +26,7 @@ from instructjax.models import adapters, flops, heads, transformer
 from instructjax.ops import preference
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
-from instructjax.stages import answers, lineage, policies
+from instructjax.stages import answers, bases, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.train import accumulation, loop, supervised
 from instructjax.train.optim import make_optimizer, require_steps
@@ -144,7 +144,7 @@ def initial_params(ctx: Context, key: jax.Array) -> Params:
   elif not lineage.is_adapted(ctx.config):
     trunk = policies.load(ctx, "reward_base")
   else:
-    return supervised.init_params(ctx.mesh, model, key)
+    return bases.first(ctx, lineage.frozen_stage(ctx.config, "rm"), "reward", key)
   shardings, shapes = adapters.trained_shardings(ctx.mesh, model)
   # Only the head is computed: XLA drops the rest of the fresh model, which is not returned.
   head = jax.jit(lambda k: transformer.init_params(model, k)["head"])(key)
@@ -188,7 +188,7 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   length = ctx.config.data.max_prompt_length + ctx.config.data.max_response_length
   cfg = dataclasses.replace(cfg, optim=lineage.optim(ctx.config, cfg.optim))
   tx, train_step = _optimizer_and_step(model, cfg, num_steps, ctx.mesh)  # pyrefly: ignore[bad-argument-type]  flax gives Modules a hash
-  base = policies.base(ctx, "reward")
+  base = bases.base(ctx, stage)
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   tell_adapter(ctx, name, "reward", cfg.optim)
   state = loop.fit(
@@ -409,7 +409,7 @@ def measure_given(ctx: Context, stage: str, given: Weights) -> results.RewardMod
     Preempted: the run was told to stop.
   """
   reads = lineage.reads(ctx.config, stage)
-  params = given.load(ctx.mesh, ctx.model("reward"))
+  params = bases.given(ctx, stage, is_trained=False)
   judged = lambda split: judge(ctx, params, ctx.data.rankings(stage, split))
   has_heldout = lineage.collects(ctx.config)
   return results.RewardModel(

@@ -112,7 +112,7 @@ def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
   shape = f"config.{block}.num_layers={network.num_layers}, d_model={network.d_model}"
   if lineage.is_adapted(config) and not row.is_base:
     # What is trained is small, and so are its gradients.
-    is_apart = lineage.base_stage(config, "reward") != lineage.base_stage(config, "policy")
+    is_apart = len(set(lineage.frozen_stages(config))) > 1
     number = "int8" if config.adapter.base == "int8" else config.execution.dtype
     held = (size + reward * (row.is_rl and is_apart)) * _READ[number]
     held += reward * len(config.ppo.ensemble) * _FROZEN * row.is_rl  # whole networks

@@ -9,10 +9,11 @@ import numpy as np
 from instructjax.core import results
 from instructjax.core.config import SFTConfig
 from instructjax.core.stages import STAGES
+from instructjax.core.structs import Params
 from instructjax.data import batching
 from instructjax.models import adapters, flops, transformer
 from instructjax.parallel import sharding
-from instructjax.stages import lineage, policies
+from instructjax.stages import bases, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import checkpoint, loop, supervised
@@ -88,6 +89,18 @@ def check(ctx: Context, stage: str):
   require_steps(cfg.optim, cfg.num_epochs * steps_per_epoch, f"config.{STAGES[stage].block}.optim")
 
 
+def start(ctx: Context, stage: str) -> tuple[tuple[Params, ...], Params]:
+  """What a stage starts from: (its frozen base, see `bases.base`; what it trains).
+
+  Raises:
+    UserError: the weights cannot be read.
+  """
+  if not lineage.is_adapted(ctx.config):
+    return (), policies.load(ctx, "base")
+  frozen = lineage.frozen_stage(ctx.config, stage)
+  return bases.base(ctx, stage), bases.first(ctx, frozen, "policy", ctx.key(stage))
+
+
 def run(ctx: Context, stage: str):
   """Trains `sft` or `ppo_init` from the base, and keeps one checkpoint per epoch.
 
@@ -108,7 +121,7 @@ def run(ctx: Context, stage: str):
   epoch_ends = tuple(steps_per_epoch * (i + 1) for i in range(cfg.num_epochs))
   optim = lineage.optim(ctx.config, cfg.optim)
   tx = make_optimizer(optim, num_steps)
-  base, params = policies.start(ctx, ctx.key(stage))
+  base, params = start(ctx, stage)
   state, shardings = supervised.create_state(ctx.mesh, model, tx, params, ctx.key(stage))
   tell_adapter(ctx, stage, "policy", optim)
   losses = _validation_loss(ctx, cfg, model)

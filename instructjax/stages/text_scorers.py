@@ -50,7 +50,7 @@ def open_all(cfg: PPOConfig) -> list[Found]:
       continue
     where = f"ppo.rewards: {reward.spelling}"
     try:
-      given = weights.locate(places.expand(reward.argument, "its path", (weights.HUB,)))
+      given = weights.locate(places.expand(reward.argument, "its path", places.WEIGHTS))
     except UserError as error:
       raise UserError(f"{where}: {error}") from error
     if given.head != "scalar" or given.item == "value_params":

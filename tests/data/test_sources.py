@@ -68,7 +68,7 @@ def test_a_file_without_records_is_refused(tmp_path):
   [
     (
       dict(spec="csv:a"),
-      "data.prompts='csv:a' must start with one of demo:, jsonl:, hh:, parquet:, datas",
+      "data.prompts='csv:a' must start with one of demo:, conversation:, jsonl:, hh:, parquet:, datas",
     ),
     (dict(spec="a.jsonl"), "data.prompts='a.jsonl' must start with one of demo:"),
     (dict(kind="ranks"), "kind='ranks' must be one of documents, prompts"),
@@ -234,9 +234,12 @@ def test_a_chat_is_held_out_by_its_messages_whatever_the_kind(tmp_path):
 
 
 def test_simulated_labelers_are_refused_for_other_records():
-  with pytest.raises(UserError, match="only the records of 'demo:', and these are 'jsonl:mine'"):
+  with pytest.raises(UserError, match="only the records of 'demo:' and 'conv.* are 'jsonl:mine'"):
     sources.require_simulation("jsonl:mine")
   assert sources.require_simulation("demo:") is sources.simulation("demo:")
+  assert not sources.simulation("demo:").READS_BASE
+  assert sources.simulation("conversation:").READS_BASE
+  assert sources.simulation("") is sources.simulation("jsonl:demo:") is None
 
 
 # Properties: what is written is what is read.

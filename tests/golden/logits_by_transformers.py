@@ -38,13 +38,19 @@ GEMMA3 = SIZES | dict(
   sliding_window=3,
   layer_types=["sliding_attention", "full_attention"],
 )
+WINDOW = dict(use_sliding_window=True, sliding_window=3)
 PARTIAL = dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5)
 CASES = {
   "gpt2": ("gpt2", dict(vocab_size=17, n_embd=16, n_layer=2, n_head=4, n_positions=12)),
   "llama_tied": ("llama", SIZES | dict(tie_word_embeddings=True)),
   "llama3_untied": ("llama", SIZES | dict(head_dim=8, rope_parameters=LLAMA3)),
   "qwen2": ("qwen2", SIZES | dict(num_key_value_heads=1)),
+  "qwen2_window": ("qwen2", SIZES | WINDOW | dict(num_hidden_layers=3, max_window_layers=1)),
   "qwen3": ("qwen3", SIZES | dict(head_dim=6, tie_word_embeddings=True)),
+  "qwen3_window": (
+    "qwen3",
+    SIZES | WINDOW | dict(layer_types=["sliding_attention", "full_attention"], head_dim=6),
+  ),
   "gpt_neox": ("gpt_neox", NEOX | dict(rope_parameters=PARTIAL)),
   "smollm3": ("smollm3", SIZES | dict(no_rope_layers=[1, 0], pad_token_id=None)),
   "gemma3": ("gemma3_text", GEMMA3),

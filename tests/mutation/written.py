@@ -137,9 +137,9 @@ WRITTEN = [
   ("stages/ppo", "optimisers exchanged", "policy_tx, value_tx = _optimizers(config, cfg)", "value_tx, policy_tx = _optimizers(config, cfg)"),
   ("stages/ppo", "raw weights measured along the training", "state.ema_params if averaged else state.params", "state.params"),
   ("stages/evaluate", "judged on validation prompts", 'ctx.data.records("prompts", "test")', 'ctx.data.records("prompts", "validation")'),
-  ("stages/evaluate", "KL from itself", "for source in (name, REFERENCE)", "for source in (name, name)"),
-  ("stages/evaluate", "best of n by gold", "order = np.argsort(reward_PN", "order = np.argsort(gold_PN"),
-  ("stages/evaluate", "all policies draw the same noise", 'ctx.key(f"{stage}/{name}")', "ctx.key(stage)"),
+  ("stages/measuring", "KL from itself", "for source in (name, REFERENCE)", "for source in (name, name)"),
+  ("stages/sampled_best", "best of n by gold", "order = np.argsort(pool.reward_PN, axis=1, kind=\"stable\")\n  weight", "order = np.argsort(pool.gold_PN, axis=1, kind=\"stable\")\n  weight"),
+  ("stages/measuring", "all policies draw the same noise", 'ctx.key(f"{stage}/{name}")', "ctx.key(stage)"),
   # --- train
   ("train/optim", "small gradients scaled up", "jnp.where(norm > max_norm, max_norm / norm, 1.0)", "max_norm / norm"),
   ("train/optim", "clipped after Adam", "parts.insert(0, optax.stateless(clip))", "parts.append(optax.stateless(clip))"),

@@ -4,7 +4,7 @@ import numpy as np
 
 from instructjax.core import results as core_results
 from instructjax.ops import preference
-from instructjax.report.results import BestOfN, Measured, Results
+from instructjax.report.results import BestAtKL, BestOfN, Measured, Results
 
 PROMPTS = [f"say <b>{i // 2}</b> & more\n" for i in range(24)]  # two samples a prompt
 NASTY = '<script>alert("x")</script>'
@@ -17,7 +17,10 @@ def measured_policy(rng, gold: float, has_kl: bool) -> Measured:
     gold=rng.normal(gold, 1, 24),
     ended=rng.random(24) < 0.8,
     length=rng.integers(3, 9, 24),
+    repeats=rng.random(24) < 0.2,
+    copied=0.1 * rng.random(24),
     names_topic=rng.random(24) < 0.5,
+    topic_again=rng.random(24) < 0.2,
     kl=rng.normal(4, 1, 24) if has_kl else None,
   )
 
@@ -72,6 +75,16 @@ def results() -> Results:
       )
       for n in (1, 2, 4, 8)
     ],
+    best_at_kl={
+      name: BestAtKL(6, 0.96, True, 1.9, 1.0, rng.random(12)) for name in ("ppo", "ppo_ptx")
+    },
+    untrained={
+      name: measured_policy(rng, 0, has_kl=False)
+      for name in ("echo", "best_line", "random_line", "demonstrations")
+    },
+    new_topics={name: found.take(np.arange(8)) for name, found in measured.items()},
+    gold_words="A good answer is good.",
+    shots={0: 0.1, 1: 0.5, 2: 0.4, 3: 0.3},
     curves=curves,
     rounds=(),
   )

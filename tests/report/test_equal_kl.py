@@ -11,7 +11,7 @@ from tests.report import example
 
 def curve(kl, gain, noise=()):
   return equal_kl.Curve(
-    np.array(kl, float), np.array(gain, float), np.array(noise, float).reshape(2, -1)
+    np.array(kl, float), np.array(gain, float), np.array(noise, float).reshape(2, -1), window=1
   )
 
 
@@ -55,6 +55,19 @@ def test_levels_are_round_and_all_runs_reached_the_lowest():
   assert levels(0.0, 3.0) == levels() == []
   far = equal_kl.levels({"ppo": curve([0, 2], [0, 1]), "best_of_n": curve([0, 99], [0, 1])})
   assert far == [0.5, 1, 2]
+
+
+def test_a_curve_is_of_whole_means_and_of_the_start():
+  """16 iterations: means of three. The last iteration has none around it."""
+  kl = np.arange(16.0)
+  score = np.array([3.0, *[0.0] * 13, 3, 9])
+  found = equal_kl._smoothed(kl, score)
+  np.testing.assert_allclose(found.kl, [0, *range(1, 15)])
+  np.testing.assert_allclose(found.gain, [3, 1, *[0] * 11, 1, 4])
+  np.testing.assert_allclose(found.noise[1, -1], (3 - 4) * np.sqrt(3 / 2))
+  assert (found.window, found.noise.shape) == (3, (2, 14))
+  short = equal_kl._smoothed(kl[:15], score[:15])
+  assert (short.window, short.noise.size, len(short.kl)) == (1, 0, 15)
 
 
 def test_noise_of_a_run_is_that_of_single_iterations():

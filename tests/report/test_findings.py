@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from instructjax.core import results as core_results
 from instructjax.report import findings
-from instructjax.report.results import Measured, Results
+from instructjax.report.results import BestAtKL, Measured, Results
 
 NUM_PROMPTS = 20
 
@@ -22,12 +21,15 @@ def _rows(loss: float) -> np.ndarray:
 def _policy(gold: float, reward: float, kl: float | None, topics: int) -> Measured:
   full = np.ones(NUM_PROMPTS)
   return Measured(
-    answer=["an answer"] * NUM_PROMPTS,
+    answer=[f"answer {i}" for i in range(NUM_PROMPTS)],
     reward=reward * full,
     gold=gold * full,
     ended=np.arange(NUM_PROMPTS) < 15,
     length=7 * full,
+    repeats=np.zeros(NUM_PROMPTS, bool),
+    copied=np.zeros(NUM_PROMPTS),
     names_topic=np.arange(NUM_PROMPTS) < topics,
+    topic_again=np.arange(NUM_PROMPTS) < topics // 2,
     kl=None if kl is None else kl * full,
   )
 
@@ -55,7 +57,7 @@ def results() -> Results:
       "sft": _policy(1.0, 0.0, 1.0, 10),
       "ppo_init": _policy(1.0, 0.0, 0.0, 10),
       "ppo": _policy(2.0, 1.0, 5.0, 15),
-      "ppo_ptx": _policy(2.1, 0.9, 6.0, 13),
+      "ppo_ptx": _policy(2.1, 0.9, 6.0, 18),
       "ppo_beta0": _policy(0.3, 3.0, 60.0, 1),
     },
     pretraining={
@@ -68,7 +70,7 @@ def results() -> Results:
     reward_model=core_results.RewardModel(
       demonstration_mean=0.0,
       validation=_judgement(0.70),
-      heldout_labelers=_judgement(0.68),
+      heldout_labelers=_judgement(0.69),
       cross_validation=(
         core_results.Fold(heldout=0.6, train=0.7),
         core_results.Fold(heldout=0.7, train=0.74),
@@ -78,6 +80,14 @@ def results() -> Results:
       train=core_results.Agreement(0.73, 0.01, 0.1), heldout=core_results.Agreement(0.71, 0.01, 0.1)
     ),
     best_of_n=(),
+    best_at_kl={"ppo_ptx": BestAtKL(8, 1.2, True, 1.5, 0.5, 0.75 * np.ones(NUM_PROMPTS))},
+    untrained={
+      "echo": _policy(-1.0, -1.0, None, 20),
+      "demonstrations": _policy(3.0, 1.0, None, 20),
+    },
+    new_topics={"sft": _policy(1.0, 0.0, 1.0, 1), "ppo_ptx": _policy(1.5, 1.0, 6.0, 2)},
+    gold_words="Good answers are good.",
+    shots={},
     curves={},
     rounds=(),
   )
@@ -106,20 +116,20 @@ def test_every_finding_holds_and_measures_what_it_says(results):
     {
       "accuracy": 0.70,
       "labeler_agreement": 0.73,
-      "heldout_labelers": 0.68,
+      "heldout_labelers": 0.69,
       "cross_validation_train": 0.72,
       "cross_validation_heldout": 0.65,
     }
   )
-  np.testing.assert_allclose(found["reward_model"]["interval"], [0.6804, 0.7196])
+  np.testing.assert_allclose(found["reward_model"]["interval"][0], [0.6804, 0.7196])
   assert found["kl_bounded"]["measured"] == {"ppo": 5.0, "ppo_ptx": 6.0}
   change = found["overoptimization"]["measured"]
   assert change == pytest.approx({"reward_change": 3.0, "gold_change": -0.7, "kl": 60.0})
   gain = found["topic_following"]["measured"]["ppo_ptx_minus_sft"]
-  low, high = found["topic_following"]["interval"]
-  assert gain == pytest.approx(0.15) and low <= gain <= high
+  ((low, high),) = found["topic_following"]["interval"]
+  assert gain == pytest.approx(0.4) and low <= gain <= high
   shares = {k: found["topic_following"]["measured"][k] for k in ("sft", "ppo", "ppo_ptx")}
-  assert shares == pytest.approx({"sft": 0.5, "ppo": 0.75, "ppo_ptx": 0.65})
+  assert shares == pytest.approx({"sft": 0.5, "ppo": 0.75, "ppo_ptx": 0.9})
 
 
 def _measured(name, **values):
@@ -168,6 +178,34 @@ def _topics(count):
   return _measured("ppo_ptx", names_topic=np.arange(NUM_PROMPTS) < count)
 
 
+def _repeats(count):
+  return _measured("ppo_ptx", repeats=np.arange(NUM_PROMPTS) < count)
+
+
+def _other(part, name, gold):
+  """The results with another gold score of answers that are not in `measured`."""
+
+  def change(r):
+    found = dict(getattr(r, part))
+    found[name] = dataclasses.replace(found[name], gold=gold * np.ones(NUM_PROMPTS))
+    return dataclasses.replace(r, **{part: found})
+
+  return change
+
+
+def _untrained(name, gold):
+  return _other("untrained", name, gold)
+
+
+def _new(name, gold):
+  return _other("new_topics", name, gold)
+
+
+def _best_of_n(rate):
+  best = BestAtKL(8, 1.2, True, 1.5, 0.5, rate * np.ones(NUM_PROMPTS))
+  return lambda r: dataclasses.replace(r, best_at_kl={"ppo_ptx": best})
+
+
 def _alone(**values):
   """No labelers to compare with: the reward model need only beat chance."""
   return lambda r: dataclasses.replace(_validation(**values)(r), agreement=None)
@@ -189,20 +227,39 @@ def _alone(**values):
     ("alignment_tax", _reward("ppo_ptx", 1 - 2 * 0.36), False),
     ("alignment_tax", _reward("ppo_ptx", 1 + 2 * 0.36), False),
     ("alignment_tax", _reward("ppo_ptx", 1 - 2 * 0.34), True),
-    ("reward_model", _validation(accuracy=0.669), False),
-    ("reward_model", _validation(accuracy=0.671), True),
-    ("reward_model", _heldout(0.659), False),
-    ("reward_model", _heldout(0.661), True),
-    ("reward_model", _alone(accuracy=0.55, accuracy_stderr=0.03), False),
+    # The difference to .73 is known within 1.96 * sqrt(2) * .01 = .028: .67 is the threshold.
+    ("reward_model", _validation(accuracy=0.64), False),
+    ("reward_model", _validation(accuracy=0.67), None),
+    ("reward_model", _validation(accuracy=0.70), True),
+    # And .66 the threshold for those on held-out labelers.
+    ("reward_model", _heldout(0.63), False),
+    ("reward_model", _heldout(0.66), None),
+    ("reward_model", _heldout(0.69), True),
+    ("reward_model", _alone(accuracy=0.55, accuracy_stderr=0.03), None),
+    ("reward_model", _alone(accuracy=0.40, accuracy_stderr=0.03), False),
     ("reward_model", _alone(accuracy=0.55, accuracy_stderr=0.02), True),
     ("kl_bounded", _kl([12.1]), False),
     ("kl_bounded", _kl([11.9]), True),
-    ("kl_bounded", _kl([0.0, 20.0]), False),  # mean 10, but the interval reaches over 12
+    ("kl_bounded", _kl([0.0, 20.0]), None),  # mean 10, but the interval reaches over 12
     ("overoptimization", _gold("ppo_beta0", 1.1), False),
     ("overoptimization", _reward("ppo_beta0", -0.1), False),
     ("overoptimization", _gold("ppo_beta0", 0.9), True),
-    ("topic_following", _topics(12), False),
-    ("topic_following", _topics(14), True),
+    ("topic_following", _topics(10), False),
+    ("topic_following", _topics(14), None),
+    ("topic_following", _topics(18), True),
+    ("own_words", _repeats(0), True),
+    ("own_words", _repeats(2), None),
+    ("own_words", _repeats(8), False),
+    ("own_words", _measured("ppo_ptx", copied=0.11 * np.ones(NUM_PROMPTS)), False),
+    ("own_words", _measured("ppo_ptx", copied=0.09 * np.ones(NUM_PROMPTS)), True),
+    ("own_words", _measured("ppo_ptx", answer=["one"] * NUM_PROMPTS), False),
+    ("over_untrained", _untrained("echo", 3.0), False),
+    ("over_untrained", _untrained("echo", 2.1), False),  # one half
+    ("over_untrained", _untrained("demonstrations", 1.0), True),
+    ("over_best_of_n", _best_of_n(0.4), False),
+    ("over_best_of_n", _best_of_n(0.6), True),
+    ("new_topics", _new("ppo_ptx", 0.9), False),
+    ("new_topics", _new("ppo_ptx", 1.1), True),
   ],
 )
 def test_holds_both_ways(results, id_, change, holds):
@@ -211,13 +268,15 @@ def test_holds_both_ways(results, id_, change, holds):
 
 def test_findings_about_what_was_not_measured_are_left_out(results):
   measured = {
-    name: dataclasses.replace(found, gold=None, names_topic=None)
+    name: dataclasses.replace(found, gold=None, names_topic=None, topic_again=None)
     for name, found in results.measured.items()
     if name not in ("reward_base", "few_shot", "ppo")
   }
   pretraining = {name: rows for name, rows in results.pretraining.items() if name != "ppo"}
-  bare = dataclasses.replace(results, measured=measured, pretraining=pretraining)
-  assert set(_find(bare)) == {"rl_over_sft", "reward_model", "kl_bounded"}
+  bare = dataclasses.replace(
+    results, measured=measured, pretraining=pretraining, best_at_kl={}, untrained={}, new_topics={}
+  )
+  assert set(_find(bare)) == {"rl_over_sft", "reward_model", "kl_bounded", "own_words"}
   rest = {name: found for name, found in measured.items() if name not in ("ppo_ptx", "ppo_beta0")}
   assert set(_find(dataclasses.replace(bare, measured=rest))) == {"reward_model"}
 
@@ -231,76 +290,16 @@ def test_a_run_from_a_given_policy_and_reward_model_has_fewer_findings(results):
     pretraining={name: results.pretraining[name] for name in kept},
     reward_model=core_results.RewardModel(None, None, None, ()),
     agreement=None,
+    best_at_kl={},
+    untrained={},
+    new_topics={},
   )
-  assert set(_find(bare)) == {"kl_bounded"}
+  assert set(_find(bare)) == {"kl_bounded", "own_words"}
 
 
 def _scored(gold, reward=()) -> Measured:
   gold = None if gold is None else np.array(gold, float)
-  return Measured(
-    [], np.array(reward), ended=None, length=None, kl=None, gold=gold, names_topic=None
-  )
-
-
-def test_reward_model_judges_where_there_is_no_gold_score():
-  np.testing.assert_array_equal(findings.judged(_scored(None, [1.0, 0.0])), [1, 0])
-  np.testing.assert_array_equal(findings.judged(_scored([5, 6], [0.0, 1.0])), [5, 6])
-
-
-def test_win_rate_counts_ties_half_and_resamples_prompts():
-  # Two samples a prompt. Prompts 1 and 2 are won twice, 3 lost twice, 4 is one win and one loss
-  # in the first case, two ties in the second: rate (2 + 2 + 0 + 1) / 8.
-  rng = np.random.default_rng(0)
-  b = _scored(np.zeros(8))
-  for last in ([1, -1], [0, 0]):
-    a = _scored([1, 1, 1, 1, -1, -1, *last])
-    assert findings.win_rate(a, b, 2, 100, rng)[0] == 5 / 8
-  # Prompts won, won, lost, lost: a resample of 4 prompts holds no won one with probability 1/16,
-  # which is over 2.5%, so the interval is all of [0, 1]. Resampling the 8 answers would give less.
-  a = _scored([1, 1, 1, 1, -1, -1, -1, -1])
-  rate, interval = findings.win_rate(a, b, 2, 4000, rng)
-  assert (rate, interval) == (0.5, [0.0, 1.0])
-
-
-def test_interval_is_the_normal_one_for_many_prompts():
-  values = np.random.default_rng(1).normal(3, 2, 400)
-  mean, (low, high) = findings._interval(values, 4000, np.random.default_rng(0))
-  assert mean == values.mean()
-  half = 1.96 * values.std() / np.sqrt(400)
-  np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.1 * half)
-
-
-@pytest.mark.parametrize("num_prompts", [2, 37, 300])
-def test_interval_is_scipys(num_prompts):
-  values = np.random.default_rng(1).normal(0.4, 1, num_prompts)
-  theirs = scipy.stats.bootstrap(
-    (values,), np.mean, n_resamples=500, method="percentile", rng=np.random.default_rng(2)
-  )
-  _, interval = findings._interval(values, 500, np.random.default_rng(2))
-  np.testing.assert_allclose(interval, theirs.confidence_interval, rtol=1e-12)
-
-
-def test_loss_differences_interval_is_scipys():
-  rng = np.random.default_rng(3)
-  a, b = np.abs(rng.normal(30, 3, (2, 40, 2)))  # nats and tokens of a row
-  # Paired: both policies' rows are drawn together.
-  theirs = scipy.stats.bootstrap(
-    (*a.T, *b.T),
-    lambda nll_a, n_a, nll_b, n_b, axis: (
-      nll_a.sum(axis) / n_a.sum(axis) - nll_b.sum(axis) / n_b.sum(axis)
-    ),
-    paired=True,
-    vectorized=True,
-    n_resamples=500,
-    method="percentile",
-    rng=np.random.default_rng(2),
-  )
-  _, interval = findings.loss_difference(a, b, 500, np.random.default_rng(2))
-  np.testing.assert_allclose(interval, theirs.confidence_interval, rtol=1e-9)
-
-
-def test_one_prompt_has_an_interval_of_no_width():
-  assert findings._interval(np.array([0.5]), 50, np.random.default_rng(0)) == (0.5, [0.5, 0.5])
+  return Measured([], np.array(reward), *[None] * 3, gold, *[None] * 4)
 
 
 def test_win_matrix_has_every_pair_twice_and_sums_to_one(results):
@@ -314,22 +313,6 @@ def test_win_matrix_has_every_pair_twice_and_sums_to_one(results):
   assert wins == findings.win_matrix(results, bootstrap=50, seed=0)
 
 
-def test_loss_difference_weighs_tokens_and_pairs_rows():
-  rng = np.random.default_rng(0)
-  # a: 11 nats over 10 tokens (the mean of the two rows' rates would be 1.5); b: 1 a token.
-  a, b = [[2, 1], [9, 9]], [[1, 1], [9, 9]]
-  difference, interval = findings.loss_difference(a, b, 2000, rng)
-  assert difference == pytest.approx(0.1)
-  # Resamples: first row twice 1, second twice 0 (a quarter of them each), one of each 0.1.
-  np.testing.assert_allclose(interval, [0, 1], atol=1e-12)
-  # The same rows are drawn for both, so a constant difference per token is known exactly.
-  tokens = np.array([3.0, 50.0, 7.0])
-  a = np.stack([np.array([9.0, 20.0, 70.0]), tokens], axis=1)
-  b = a - np.stack([0.25 * tokens, 0 * tokens], axis=1)
-  difference, interval = findings.loss_difference(a, b, 200, rng)
-  np.testing.assert_allclose([difference, *interval], 0.25)
-
-
 def test_summary_has_means_and_pretraining_loss(results):
   rows = findings.summary(results)
   assert rows["sft"] == pytest.approx(
@@ -338,9 +321,15 @@ def test_summary_has_means_and_pretraining_loss(results):
       "reward": 0.0,
       "kl": 1.0,
       "names_topic": 0.5,
+      "topic_again": 0.25,
+      "repeats": 0.0,
+      "copied": 0.0,
+      "distinct": 1.0,
       "length": 7.0,
       "ended": 0.75,
       "pretrain_loss": 4.0,
     }
   )
   assert "kl" not in rows["base"] and "pretrain_loss" not in rows["few_shot"]
+  assert rows["echo"]["gold"] == -1.0
+  assert rows["best_of_n/ppo_ptx"] == {"gold": 1.5, "reward": 0.5, "kl": 1.2, "n": 8.0}

@@ -11,13 +11,14 @@ import pytest
 
 from instructjax import report
 from instructjax.core import results as core_results
-from instructjax.report import figures, findings, page, panels
+from instructjax.report import figures, findings, page, panels, tables
 from tests import finished_run
 from tests.report import example
 
 BOOTSTRAP = 20
 SECTIONS = [
-  "findings", "samples", "policies", "wins", "curves", "equal-kl", "tax", "reward-model", "overoptimization", "made",
+  "samples", "findings", "policies", "untrained", "habits", "new-topics", "wins", "curves", "equal-kl", "tax",
+  "reward-model", "overoptimization", "made",
 ]  # fmt: skip
 NAMESPACE = types.SimpleNamespace
 MADE = {
@@ -104,14 +105,15 @@ def test_nothing_from_data_becomes_markup():
   base = dataclasses.replace(results.measured["base"], answer=[hostile] * 24)
   results = dataclasses.replace(results, measured=results.measured | {"base": base})
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
-  found[0] |= {"claim": hostile, "paper": hostile, "measured": {hostile: 1.0}}
+  found[0] |= {"claim": hostile, "paper": hostile, "rule": hostile, "measured": {hostile: 1.0}}
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
   config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
   made = {"evaluate": dataclasses.replace(finished_run.MADE, command=hostile)}
   text = page.page(config, [hostile] * 24, results, found, wins, made)
   document = _Document(text)
   assert "img" not in document.tags and "<img" not in text
-  assert document.text["findings"].count(hostile) == 3
+  # The claim twice; the measured name in brief too, since it has an interval.
+  assert document.text["findings"].count(hostile) == 6
   assert document.text["samples"].count(hostile) == 2  # one prompt, and base's answer to it
   assert document.text["made"].count(hostile) == 1
   assert document.text[None].count("onerror") == 2  # the title, and what ran
@@ -137,7 +139,7 @@ def test_an_interval_stands_beside_its_own_value():
   finding = {
     "id": "topic_following",
     "measured": {"ppo_ptx_minus_sft": 0.15, "sft": 0.5},
-    "interval": [0.1, 0.2],
+    "interval": [[0.1, 0.2]],
   }
   assert page._measured(finding) == [("PPO-ptx − SFT", "15%", "[10%, 20%]"), ("SFT", "50%", "")]
 
@@ -154,10 +156,13 @@ def test_where_the_run_comes_from(written):
 def test_findings_are_shown_as_judged(written):
   directory, document, found, _ = written
   text = document.text["findings"]
-  holding = sum(finding["holds"] for finding in found)
-  assert 0 < holding < len(found) == 7
-  assert text.count("does not hold") == len(found) - holding
-  assert f"{holding} of {len(found)} hold" in text
+  verdicts = [finding["holds"] for finding in found]
+  assert len(found) == 11 and {True, False, None} == set(verdicts)
+  assert text.count("does not hold") == verdicts.count(False)
+  assert text.count("cannot be told") == verdicts.count(None) + 1  # once in the words above
+  assert f"{verdicts.count(True)} of 11 hold" in text
+  for finding in found:
+    assert f"Holds if {finding['rule']}.".replace("+-", "±").replace(" - ", " − ") in text
   stored = json.loads((directory / "findings.json").read_text())
   assert [finding["id"] for finding in stored] == [finding["id"] for finding in found]
   assert stored[0]["measured"] == {"zero_shot": None} and stored[0]["holds"] is False
@@ -190,14 +195,15 @@ def test_samples_put_the_answers_to_one_prompt_side_by_side(written):
 def _without(results, *names):
   """The results without some policies."""
   kept = lambda part: {name: found for name, found in part.items() if name not in names}
-  parts = {part: kept(getattr(results, part)) for part in ("measured", "pretraining", "curves")}
+  parts = ("measured", "pretraining", "curves", "new_topics", "best_at_kl")
+  parts = {part: kept(getattr(results, part)) for part in parts}
   return dataclasses.replace(results, **parts)
 
 
 def _without_gold(results):
   """A user's own data: no simulation, so no gold score, agreement or few-shot prompt."""
   results = _without(results, "few_shot")
-  bare = lambda found: dataclasses.replace(found, gold=None, names_topic=None)
+  bare = lambda found: dataclasses.replace(found, gold=None, names_topic=None, topic_again=None)
   logged = lambda row: {name: value for name, value in row.items() if name != "gold"}
   results = dataclasses.replace(
     results,
@@ -206,8 +212,13 @@ def _without_gold(results):
     reward_model=dataclasses.replace(results.reward_model, heldout_labelers=None),
     agreement=None,
     best_of_n=[dataclasses.replace(row, gold=None) for row in results.best_of_n],
+    best_at_kl={n: dataclasses.replace(best, gold=None) for n, best in results.best_at_kl.items()},
+    untrained={"echo": bare(results.untrained["echo"])},
+    new_topics={},
+    gold_words="",
+    shots={},
   )
-  return results, SECTIONS
+  return results, [section for section in SECTIONS if section != "new-topics"]
 
 
 def _one_policy(results):
@@ -220,7 +231,8 @@ def _one_policy(results):
 def _no_rl(results):
   """Nothing but the supervised policies."""
   gone = ("curves", "equal-kl", "overoptimization")
-  results = dataclasses.replace(_without(results, "ppo", "ppo_ptx", "ppo_beta0"), best_of_n=())
+  results = _without(results, "ppo", "ppo_ptx", "ppo_beta0")
+  results = dataclasses.replace(results, best_of_n=())
   return results, [section for section in SECTIONS if section not in gone]
 
 
@@ -274,4 +286,4 @@ def test_plain_json():
   "value, text", [(-1.234, "−1.23"), (0.5, "0.50"), (123.4, "123"), (np.nan, "–"), (None, "–")]
 )
 def test_number(value, text):
-  assert page.number(value) == text
+  assert tables.number(value) == text

@@ -1,5 +1,6 @@
 """Six small episodes of several lengths, and networks to read them. Used by the tests of experience, rows and step."""
 
+import jax
 import numpy as np
 import optax
 
@@ -67,3 +68,16 @@ def make_experience() -> Experience:
     return_BR=float_BR(-2, 2),
     ref_logprob_BR=None,
   )
+
+
+def assert_same_gradient(got, expected):
+  """Equal in float32, to 1e-6 of the gradient's norm.
+
+  Not to 1e-6 of each number: a number in which positive and negative shares nearly cancel is rounded as they are, so
+  that its own size says nothing of its error.
+  """
+  got, expected = (
+    np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]).astype(np.float64)
+    for tree in (got, expected)
+  )
+  assert np.linalg.norm(got - expected) <= 1e-6 * np.linalg.norm(expected)

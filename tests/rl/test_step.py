@@ -525,7 +525,10 @@ def test_sum_reduction_sums_over_tokens_and_averages_over_rows(gradients):
 
 def test_accumulated_chunks_are_one_big_batch(gradients):
   taken = gradients[0]
-  assert_trees_close(taken["mean"], taken["one chunk"], 1e-6)
+  (grads, metrics), (expected, expected_metrics) = taken["mean"], taken["one chunk"]
+  episodes.assert_same_gradient(grads, expected)
+  for name, value in expected_metrics.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
 
 
 def test_details_34_gamma_0_adds_nothing_to_any_bit(gradients):

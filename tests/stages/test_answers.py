@@ -87,3 +87,26 @@ def test_chunks_are_equal_and_what_fills_the_last_is_dropped():
   got = answers._in_chunks(one, 5, np.arange(5), rows=2)
   assert seen == [(0, [0, 1]), (2, [2, 3]), (4, [4, 4])]
   np.testing.assert_array_equal(got, [0, 10, 20, 30, 40])
+
+
+def test_mean_logprob_counts_the_texts_own_tokens(monkeypatch):
+  """No EOS, a text cut at four tokens, and for one without tokens a guess among all."""
+  tokenizer = LetterTokenizer()
+  tokenizer.vocab_size = 50
+  ctx = types.SimpleNamespace(config=CONTEXT.config, tokenizer=tokenizer)
+  read = []
+
+  def logprob(ctx, model, params, found, temperature):
+    assert (model, params, temperature) == ("base", "weights", 1.0)
+    read.append(found)
+    return np.array([-6.0, -8.0, 0.0])
+
+  monkeypatch.setattr(answers, "logprob", logprob)
+  mean = answers.mean_logprob(ctx, "base", "weights", ["ab", "c", "c"], ["def", "ghijk", ""])
+  np.testing.assert_allclose(mean, [-2.0, -2.0, -np.log(50)])
+  assert read[0].token_NL.tolist() == [
+    [PAD, 10, 11, 13, 14, 15, PAD],
+    [PAD, PAD, 12, 16, 17, 18, 19],
+    [PAD, PAD, 12, PAD, PAD, PAD, PAD],
+  ]
+  assert (read[0].is_token_NL == (read[0].token_NL != PAD)).all()

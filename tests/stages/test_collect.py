@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.data import sources
 from instructjax.data.records import Prompt, Ranking
-from instructjax.stages import answers, collect, context, policies
+from instructjax.stages import answers, collect, context, judging, policies
 from tests import micro
 
 
@@ -43,7 +42,7 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
     mock.patch.object(collect, "_sampled", sampled),
     mock.patch.object(collect, "finish", lambda ctx, *rest: finished.append(rest)),
     mock.patch.object(collect.results, "Agreement", lambda agreement, pairs: agreement),
-    mock.patch.object(sources, "require_simulation", {"demo:": Simulation}.__getitem__),
+    mock.patch.object(judging, "require_simulation", lambda ctx: Simulation),
   ):
     collect.run(ctx, "collect")
   written = {

@@ -171,8 +171,8 @@ def test_the_given_are_judged():
 
 def test_documents_are_needed_where_something_is_trained_on_them():
   bare = dict(data__documents="")
-  assert lineage.reads(config(**bare), "ppo") == lineage.reads(config(**bare), "evaluate")
   assert lineage.reads(config(**bare), "ppo") == ("prompts",)
+  assert lineage.reads(config(**bare), "evaluate") == ("prompts", "demonstrations")
   assert lineage.reads(config(**bare), "ppo_ptx") == ("prompts", "documents")
   assert lineage.reads(config(ppo__gamma=0.0, **bare), "ppo_ptx") == ("prompts",)
   assert lineage.reads(config(), "ppo") == ("prompts", "documents")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import io
@@ -35,11 +36,11 @@ from instructjax.core.stages import STAGES
 from instructjax.data import chat, demo, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import sharding
-from instructjax.report.results import Measured
 from instructjax.rl import scoring
 from instructjax.serve import packaging
 from instructjax.stages import (
   answers,
+  best_of_n,
   collect,
   evaluate,
   pipeline,
@@ -842,8 +843,7 @@ def test_only_the_first_process_writes(whole, specs, tmp_path, stage):
   with contextlib.ExitStack() as patches:
     patch = lambda *args: patches.enter_context(mock.patch.object(*args))
     patch(collect, "_sampled", lambda *_: [])
-    patch(evaluate, "_measure", lambda *_: Measured([], *[None] * 6))
-    patch(evaluate, "pretraining_losses", lambda *_: {})
+    patch(evaluate, "_results", lambda *_: (None, {}))
     patch(jax, "process_index", lambda: 1)
     # The labelers of `demo:` would want its prompts.
     patch(collect, "check_settings", lambda *_: None)
@@ -907,3 +907,57 @@ def test_a_finished_run_names_what_was_asked_for():
   assert "run/report/index.html" in report
   chosen, *_ = pipeline.next_steps(["sft", "rm", "best_of_n"], "best_of_n", pathlib.Path("run"))
   assert chosen.endswith(" --config.data.demonstrations=jsonl:run/best_of_n/answers.jsonl")
+
+
+def test_the_best_of_n_answers_is_the_one_that_the_reward_model_scores_highest(
+  whole, specs, tmp_path, monkeypatch
+):
+  """With real networks: what `ppo` sampled is scored one answer at a time, and the best picked by hand."""
+  cfg = config(
+    specs, "best_of_n", best_of_n__policy="ppo", best_of_n__n=4, best_of_n__num_prompts=6
+  )
+  monkeypatch.setattr(best_of_n, "_PROMPTS", 4)  # two parts
+  sampled, sample = [], answers.sample
+
+  def spy(*args, **kwargs):
+    found = sample(*args, **kwargs)
+    sampled.extend(zip(found.text, found.ended_N.tolist()))
+    return found
+
+  monkeypatch.setattr(answers, "sample", spy)
+  workdir = copy_without(whole, tmp_path / "run", "evaluate", "report")
+  run_stage(cfg, workdir, "best_of_n")
+  ctx = context(cfg, workdir)
+  with jax.set_mesh(ctx.mesh):
+    params = policies.load_reward(ctx)
+    scores = jax.jit(functools.partial(scoring.sequence_score, ctx.model("reward"), params))
+
+    def score(prompt: str, answer: str, ended: bool) -> float:
+      # Spelt anew, a cut-off answer may need more pieces than it was sampled in; the stage cuts it again.
+      ids = (ctx.tokenizer.encode(answer) + [ctx.tokenizer.eos_id] * ended)[:24]
+      ids = ctx.tokenizer.encode(prompt) + ids
+      token_BL = np.full((1, 60), ctx.tokenizer.pad_id, np.int32)
+      token_BL[0, : len(ids)] = ids
+      return float(scores(token_BL, np.arange(60)[None] < len(ids))[0])
+
+    prompts = [prompt for _, prompt in best_of_n._prompts(ctx, "best_of_n")]
+    assert len(sampled) == 4 * len(prompts) == 24
+    expected = []
+    for i, prompt in enumerate(prompts):
+      group = sampled[4 * i : 4 * i + 4]
+      found = [score(prompt, *one) for one in group]
+      usable = [j for j, (text, ended) in enumerate(group) if text and ended]
+      if usable:
+        best = max(usable, key=lambda j: found[j])
+        expected.append((prompt, group[best][0], found[best], found))
+  rows = [
+    json.loads(line)
+    for line in (workdir / "best_of_n/answers.jsonl").read_text().split("\n")
+    if line
+  ]
+  assert len(rows) == len(expected) > 2
+  # There is a choice, and it is not always the first answer that may be chosen.
+  assert any(row["score"] > min(row["scores"]) for row in rows)
+  for row, (prompt, answer, best, found) in zip(rows, expected):
+    assert (row["prompt"], row["response"]) == (prompt, answer)
+    np.testing.assert_allclose([row["score"], *row["scores"]], [best, *found], rtol=1e-4, atol=1e-5)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
-from instructjax.core.errors import UserError
 from instructjax.rl import step as ppo_step
 from instructjax.stages import ppo
 from instructjax.train.optim import make_optimizer
@@ -206,11 +205,21 @@ def test_a_value_network_that_starts_from_the_policys_adapter(ppo_config, nets, 
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(made["head"]))
 
 
-def test_the_policys_adapter_has_no_place_on_another_base():
-  changes = dict(model__weights="a", adapter__rank=2, ppo__value_init="policy")
-  ppo.check_settings(micro.config("ppo", {}, **changes), "ppo")
-  with pytest.raises(UserError, match="must come with one base for policy and reward model"):
-    ppo.check_settings(micro.config("ppo", {}, reward_model__weights="b", **changes), "ppo")
+@pytest.mark.parametrize("init", ["policy", "reward_model"])
+def test_the_value_network_has_the_base_of_what_it_starts_from(init):
+  """With a base for the policy and another for the reward model."""
+  changes = dict(model__weights="a", reward_model__weights="b", adapter__rank=2)
+  config = micro.config("ppo", {}, ppo__value_init=init, **changes)
+  ppo.check_settings(config, "ppo")
+  nets = ppo.make_nets(config, None, config.ppo, 23, (7,))
+  frozen = ppo_step.Frozen("ref", "reward", base="policy's", scalar_base="reward model's")
+  join = lambda model, base, params: (model.head, base, params)
+  with mock.patch.object(ppo.adapters, "join", join):
+    assert frozen.reward(nets, "reward") == ("scalar", "reward model's", "reward")
+    expected = {"policy": "policy's", "reward_model": "reward model's"}[init]
+    assert frozen.value(nets, "value") == ("scalar", expected, "value")
+    shared = dataclasses.replace(frozen, scalar_base=None)
+    assert shared.reward(nets, "r") == ("scalar", "policy's", "r") == shared.value(nets, "r")
 
 
 def test_the_policys_schedule_begins_after_the_warm_up(ppo_config):
@@ -279,7 +288,7 @@ def test_samples_are_told_with_their_own_numbers(monkeypatch, prompts):
   watch = lambda step, values, texts: watched.append((step, values, texts()))
   gold = lambda prompts, texts: [len(p) + 10 * int(t[0]) for p, t in zip(prompts, texts)]
   simulation = types.SimpleNamespace(gold_score=gold) if prompts == "demo:" else None
-  monkeypatch.setattr(ppo.sources, "simulation", {prompts: simulation}.__getitem__)
+  monkeypatch.setattr(ppo.judging, "simulation", lambda ctx: simulation)
   decode = lambda tokenizer, rows: ["".join(str(t) for t in row if t != 9) for row in rows]
   monkeypatch.setattr(ppo.answers, "decode", decode)
   extra, rows = ppo._describe(ctx, watch)(samples, 1)

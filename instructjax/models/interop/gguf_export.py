@@ -20,7 +20,7 @@ from instructjax.core.errors import UserError
 from instructjax.core.network import NetworkConfig, RopeScalingConfig
 from instructjax.core.structs import Params
 from instructjax.models import transformer
-from instructjax.models.interop import gguf_names, hf_config, rotary, transfer
+from instructjax.models.interop import gguf_names, hf_config, hf_keys, rotary, transfer
 
 GgufType = Literal["f16", "q8_0"]  # of a file's matrices
 
@@ -153,6 +153,9 @@ def _require_built_in(path: pathlib.Path, cfg: NetworkConfig, arch: str):
       f"rope_scaling.attention_factor={scaling.attention_factor:g}",
       "multiplies local layers by it too",
     )
+  if arch != "gemma3":
+    window = cfg.attention_window
+    require(not hf_keys.slides(cfg), f"attention_window={window}", f"has no windows for {arch}")
   if arch == "gptneox":
     require(cfg.mlp == "gelu_exact", f"mlp={cfg.mlp!r}", "knows one gelu of gptneox, gelu_exact")
   if arch == "smollm3":

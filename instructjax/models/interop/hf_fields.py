@@ -171,16 +171,38 @@ def _llama(keys: Keys, family: str) -> dict:
 
 
 def _qwen2(keys: Keys, found: dict) -> dict:
-  keys.refuse("use_sliding_window", False)
-  return dict(qkv_bias=True)
+  return dict(qkv_bias=True) | _windows(keys, found["num_layers"])
 
 
 def _qwen3(keys: Keys, found: dict) -> dict:
-  keys.refuse("use_sliding_window", False)
-  return dict(qk_norm=True, head_dim=keys.size("head_dim", 128))
+  own = dict(qk_norm=True, head_dim=keys.size("head_dim", 128))
+  return own | _windows(keys, found["num_layers"])
+
+
+def _slides(keys: Keys) -> bool:
+  """Whether some layers of a Qwen2 or Qwen3 may have a window: both keys must ask for it, as in transformers."""
+  is_off = "sliding_window" in keys.raw and keys.raw["sliding_window"] is None
+  return keys.flag("use_sliding_window", False) and not is_off
+
+
+def _windows(keys: Keys, num_layers: int) -> dict:
+  """The window of Qwen2 and Qwen3 and the layers that have it: those that `layer_types` names, or the upper ones."""
+  if not _slides(keys):
+    return {}
+  window, kinds = keys.size("sliding_window", 4096), keys.texts("layer_types")
+  first = keys.value("max_window_layers", 28)
+  if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+    raise keys.wrong("max_window_layers", "must be a whole number of at least 0")
+  letters = "".join("G" if index < first else "L" for index in range(num_layers))
+  if kinds:
+    letters = "".join("G" if kind == "full_attention" else "L" for kind in kinds)
+  if "L" not in letters:
+    return {}
+  return dict(attention_window=window, layer_pattern=shortest_pattern(letters, num_layers))
 
 
 def _smollm3(keys: Keys, found: dict) -> dict:
+  # There the layers without positions would have the window, and no other network has such layers.
   keys.refuse("use_sliding_window", False)
   num_layers = found["num_layers"]
   turns = keys.value("no_rope_layers", None)
@@ -222,13 +244,15 @@ def _max_length(keys: Keys, family: str) -> int:
   """The longest context; of Mistral, the longest in which every layer attends to all tokens.
 
   Raises:
-    UserError: some layers have a window and others have none, but for Gemma 3.
+    UserError: some layers have a window and others have none, but for Gemma 3, and for Qwen2 and Qwen3 that say so.
   """
   length = keys.size("max_position_embeddings", None)
   kinds = keys.texts("layer_types")
   unlike = set(kinds) - {"full_attention"}
-  known = {"mistral": [{"sliding_attention"}], "gemma3_text": [{"sliding_attention"}]}
-  if unlike and unlike not in known.get(family, []):
+  may_slide = family in ("mistral", "gemma3_text") or (
+    family in ("qwen2", "qwen3") and _slides(keys)
+  )
+  if unlike and not (may_slide and unlike == {"sliding_attention"}):
     raise UserError(
       f"{keys.where}: layer_types={shown(sorted(unlike))} must be full_attention only"
     )

@@ -45,6 +45,7 @@ _SWITCHES = {
   "smollm3": _LLAMA,
   "gemma3_text": _GEMMA3,
 }
+_KINDS = {"G": "full_attention", "L": "sliding_attention"}  # of layers, in layer_types
 _NAMES = {
   "gpt2": "GPT-2",
   "gpt_neox": "GPT-NeoX",
@@ -75,7 +76,7 @@ def family_of(cfg: NetworkConfig) -> str:
         f" layer_pattern must be of G and L, got attention_window={cfg.attention_window},"
         f" rope_local_base={cfg.rope_local_base:g}, layer_pattern={cfg.layer_pattern!r}"
       )
-  elif "L" in kinds and cfg.attention_window and cfg.max_length > cfg.attention_window:
+  elif slides(cfg) and family not in ("qwen2", "qwen3"):
     _refuse(
       f"attention_window={cfg.attention_window} (GPT-3's banded layers) must be 0 or reach over"
       f" max_length={cfg.max_length}"
@@ -88,6 +89,11 @@ def family_of(cfg: NetworkConfig) -> str:
       )
   _require_heads(cfg, family)
   return family
+
+
+def slides(cfg: NetworkConfig) -> bool:
+  """Whether some layer has a window shorter than the context."""
+  return "L" in layer_kinds(cfg) and 0 < cfg.attention_window < cfg.max_length
 
 
 def _nearest(cfg: NetworkConfig) -> tuple[str, str]:
@@ -165,9 +171,26 @@ def keys_of(cfg: NetworkConfig, family: str) -> dict[str, Any]:
   # The configs of Qwen2 and Qwen3 have no keys for biases: the architecture has them on queries, keys and values.
   if family in ("llama", "smollm3"):
     result |= {"attention_bias": cfg.use_bias, "mlp_bias": cfg.use_bias}
-  if family in ("qwen3", "smollm3"):
+  if family in ("qwen2", "qwen3"):
+    return result | _windows(cfg)
+  if family == "smollm3":
     result["use_sliding_window"] = False
   return result
+
+
+def _windows(cfg: NetworkConfig) -> dict[str, Any]:
+  """The keys of Qwen2's and Qwen3's windows."""
+  if "L" not in layer_kinds(cfg):
+    return {"use_sliding_window": False}
+  letters = _every_layer(cfg)
+  result = {
+    "use_sliding_window": True,
+    "sliding_window": cfg.attention_window,
+    "layer_types": [_KINDS[letter] for letter in letters],
+  }
+  # What transformers before 4.53 reads instead of layer_types: from which layer on there is a window.
+  first = letters.index("L")
+  return result if "G" in letters[first:] else result | {"max_window_layers": first}
 
 
 def _rotary(cfg: NetworkConfig) -> rotary.Rotary:
@@ -181,12 +204,11 @@ def _every_layer(cfg: NetworkConfig) -> str:
 
 
 def _gemma3(cfg: NetworkConfig) -> dict[str, Any]:
-  names = {"G": "full_attention", "L": "sliding_attention"}
   result = {
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": cfg.query_pre_attn_scalar or cfg.head_dim,
     "sliding_window": cfg.attention_window,
-    "layer_types": [names[kind] for kind in _every_layer(cfg)],
+    "layer_types": [_KINDS[kind] for kind in _every_layer(cfg)],
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "attention_bias": False,

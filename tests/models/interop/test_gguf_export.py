@@ -279,6 +279,11 @@ def test_gemma3_as_llama_cpp_wants_it(make, tmp_path):
       dict(rope_scaling=dataclasses.replace(YARN, attention_factor=1.5)),
       "attention_factor=1.5 cannot be .* multiplies local layers by it too",
     ),
+    (
+      "qwen2",
+      dict(attention_window=5, layer_pattern="GL"),
+      "attention_window=5 cannot be .* has no windows for qwen2",
+    ),
     ("gptneox", dict(mlp="gelu"), "mlp='gelu' cannot be .* one gelu of gptneox, gelu_exact"),
     ("smollm3", dict(layer_pattern="GGN"), "layer_pattern='GGN' cannot be .* has GGGN for smollm3"),
     ("smollm3", dict(use_bias=True), "use_bias=True cannot be .* has no biases for smollm3"),

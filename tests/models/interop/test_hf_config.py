@@ -233,7 +233,6 @@ def test_head(architectures, labels, head):
     (SMOLLM2 | {"rope_scaling": {"type": "linear"}}, ": rope_scaling lacks 'factor'"),
     (SMOLLM2 | {"rope_scaling": LLAMA3 | {"factor": 0.5}}, "rope_scaling.factor=0.5 must be >= 1"),
     (SMOLLM2 | {"rope_scaling": "llama3"}, ": rope_scaling: 'llama3' must be a JSON object"),
-    (QWEN2 | {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
     (
       QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]},
       "layer_types=['sliding_attention'] must be full_attention only",
@@ -286,6 +285,7 @@ def test_what_we_lack_is_refused(raw, message):
     },
     MISTRAL | {"sliding_window": None},
     QWEN2,
+    QWEN2 | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 21},
   ],
   ids=str,
 )

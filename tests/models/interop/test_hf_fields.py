@@ -166,6 +166,32 @@ def test_qwen3():
   assert not network(without(QWEN3, "tie_word_embeddings")).tie_embeddings
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 512}
+
+
+def test_windows_of_qwen():
+  """As in transformers: the layers from max_window_layers on, or those that layer_types names."""
+  letters = lambda cfg: (cfg.layer_pattern * cfg.num_layers)[: cfg.num_layers]
+  cfg = network(QWEN3 | WINDOW | {"max_window_layers": 25})
+  assert (cfg.attention_window, letters(cfg)) == (512, "G" * 25 + "L" * 3)
+  cfg = network(QWEN3 | WINDOW | {"max_window_layers": 0})
+  assert (cfg.attention_window, cfg.layer_pattern) == (512, "L")
+  kinds = ["sliding_attention", "full_attention"] * 14
+  cfg = network(QWEN3 | WINDOW | {"max_window_layers": 0, "layer_types": kinds})
+  assert (cfg.attention_window, cfg.layer_pattern) == (512, "LG")
+  written = to_hf_config(cfg, 7, "lm")
+  assert written["layer_types"] == kinds and "max_window_layers" not in written
+  assert network(written | {"vocab_size": 7}) == cfg
+  # None of these has a window.
+  plain = network(QWEN3)
+  for changes in (
+    {"max_window_layers": 28},
+    {"sliding_window": None},
+    {"use_sliding_window": False},
+  ):
+    assert network(QWEN3 | WINDOW | changes) == plain
+
+
 def test_llama_3_2():
   cfg = network(LLAMA32)
   assert cfg.tie_embeddings and cfg.rope_scaling == rotary.RopeScalingConfig(
@@ -223,7 +249,13 @@ def test_gemma_3():
 @pytest.mark.parametrize(
   "raw, message",
   [
-    (QWEN3 | {"use_sliding_window": True}, "use_sliding_window=True is not supported, only False"),
+    (QWEN3 | WINDOW | {"max_window_layers": -1}, "max_window_layers=-1 must be a whole number"),
+    (QWEN3 | WINDOW | {"layer_types": ["full_attention"] * 3}, "layer_types has 3 entries, and"),
+    (QWEN3 | WINDOW | {"layer_types": ["chunked_attention"] * 28}, "must be full_attention only"),
+    (
+      QWEN3 | WINDOW | {"sliding_window": None, "layer_types": ["sliding_attention"] * 28},
+      "must be full_attention only",
+    ),
     (QWEN3 | {"attention_bias": True}, "attention_bias=True is not supported, only False"),
     (without(QWEN3, "num_key_value_heads"), "lacks 'num_key_value_heads'"),
     (QWEN3 | {"layer_types": ["sliding_attention"] * 28}, "must be full_attention only"),

@@ -1,0 +1,143 @@
+"""Samples a policy's answers and measures each of them; measures answers that no policy gave in the same way.
+
+Called by evaluate.py. The judge of answers is the gold score if the prompts are the demo's, and the reward model
+otherwise.
+"""
+
+import numpy as np
+
+from instructjax.core.errors import UserError
+from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
+from instructjax.data import sources
+from instructjax.data.tokenizer import prompt_ids
+from instructjax.ops import kl
+from instructjax.report import intervals, wording
+from instructjax.report.results import Measured
+from instructjax.stages import answers, judging, policies, untrained
+from instructjax.stages.context import Context
+
+# Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
+# cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
+UNTUNED = {
+  FEW_SHOT.name,
+  *(row.policy.name for row in STAGES.values() if row.policy and row.is_base),
+}
+SHOTS = (1, 2, 3)  # numbers of worked examples that the larger base is tried with
+
+
+def few_shot_prompts(
+  ctx: Context, prompts: list[str], shots: int = SHOTS[-1]
+) -> tuple[list[str], int]:
+  """Puts worked examples before the demo's prompts: (texts, tokens of a prompt that the larger base has room for).
+
+  Raises:
+    UserError: one of them is longer.
+  """
+  simulation = sources.require_simulation(ctx.config.data.prompts)
+  texts = [simulation.few_shot_prompt(prompt, num_examples=shots) for prompt in prompts]
+  context, answer = ctx.config.reward_model.max_length, ctx.config.data.max_response_length
+  longest = max((len(prompt_ids(ctx.tokenizer, text)) for text in texts), default=0)
+  if longest + answer > context:
+    raise UserError(
+      f"config.reward_model.max_length={context} must hold the few-shot prompt of {longest} tokens and"
+      f" max_response_length={answer}; raise it to {longest + answer}"
+    )
+  return texts, context - answer
+
+
+def sample(
+  ctx: Context, name: str, prompts: list[str], stage: str, shots: int = SHOTS[-1]
+) -> answers.Answers:
+  """Samples a policy's answers, one to each prompt; a base model's ends at the first newline, as in App. D."""
+  cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
+  source = "reward_base" if name == FEW_SHOT.name else name
+  model = ctx.model(stage_of_policy(source).require_role())
+  if name == FEW_SHOT.name:
+    prompts, length = few_shot_prompts(ctx, prompts, shots)
+  return answers.sample(
+    ctx,
+    model,
+    policies.load(ctx, source),
+    [prompt_ids(ctx.tokenizer, text) for text in prompts],
+    ctx.key(f"{stage}/{name}"),
+    temperature=cfg.temperature,
+    prompt_length=length,
+    to_newline=name in UNTUNED,
+  )
+
+
+def measure(
+  ctx: Context, name: str, prompts: list[str], stage: str, shots: int = SHOTS[-1]
+) -> Measured:
+  """Samples one policy's answers and measures each of them."""
+  sampled = sample(ctx, name, prompts, stage, shots)
+  kl_N = None
+  if name not in UNTUNED:
+    # Of the very tokens that were sampled, while the reward model reads them as its tokenizer spells the text.
+    policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
+    logprob_N, ref_logprob_N = (
+      answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
+      for source in (name, REFERENCE)
+    )
+    kl_N = kl.estimate(logprob_N, ref_logprob_N, kl.FORM)
+  scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
+  return _judge(ctx, prompts, scored, sampled.text, sampled.is_response_NR.sum(1), kl_N)
+
+
+def _judge(
+  ctx: Context,
+  prompts: list[str],
+  scored: answers.Answers,
+  texts: list[str],
+  length: np.ndarray,
+  kl_N: np.ndarray | None = None,
+) -> Measured:
+  """Measures answers, whoever they are by."""
+  reward = answers.score(ctx, ctx.model("reward"), policies.load_reward(ctx), scored)
+  gold = names_topic = topic_again = None
+  simulation = judging.simulation(ctx)
+  if simulation is not None:
+    gold = np.asarray(simulation.gold_score(prompts, texts))
+    times = np.array([simulation.topic_count(p, a) for p, a in zip(prompts, texts)])
+    names_topic, topic_again = times > 0, times > 1
+  return Measured(
+    answer=texts,
+    reward=reward,
+    ended=scored.ended_N,
+    length=length,
+    kl=kl_N,
+    gold=gold,
+    repeats=np.array([wording.repeats_pair(text) for text in texts]),
+    copied=np.array([wording.copied(p, a) for p, a in zip(prompts, texts)]),
+    names_topic=names_topic,
+    topic_again=topic_again,
+  )
+
+
+def measure_untrained(ctx: Context, prompts: list[str]) -> dict[str, Measured]:
+  """Measures answers that need no training."""
+  found = {}
+  for name, texts in untrained.answers_without_training(ctx, prompts).items():
+    scored = answers.from_text(ctx, prompts, texts, np.ones(len(texts), bool))
+    found[name] = _judge(ctx, prompts, scored, texts, scored.is_response_NR.sum(1))
+  return found
+
+
+def best_few_shot(
+  ctx: Context, prompts: list[str], stage: str, counted: np.ndarray
+) -> tuple[Measured, dict[int, float]]:
+  """The larger base's answers with the number of worked examples whose answers score best, and all numbers' scores.
+
+  Chosen by what judges, on the prompts that it judges on: the choice favours the baseline.
+
+  Args:
+    ctx: the run.
+    prompts: the prompts of the evaluation.
+    stage: the stage that asks.
+    counted: places of the prompts whose scores choose.
+  """
+  tried = {shots: measure(ctx, FEW_SHOT.name, prompts, stage, shots) for shots in SHOTS}
+  scores = {
+    shots: float(np.mean(intervals.judged(found.take(counted)))) for shots, found in tried.items()
+  }
+  return tried[max(scores, key=scores.__getitem__)], scores

@@ -1,0 +1,67 @@
+"""Tests of instructjax.stages.measuring: how a policy's answers are sampled and measured."""
+
+import types
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from instructjax.core.stages import REFERENCE
+from instructjax.ops import kl
+from instructjax.report.results import Measured
+from instructjax.stages import answers, measuring, policies
+from tests import micro
+
+
+def test_the_kl_is_from_the_reference_and_in_the_form_that_ppo_uses(monkeypatch):
+  logprobs = {"ppo": np.array([-3.0, -1.0]), REFERENCE: np.array([-5.0, -1.5])}
+  sampled = types.SimpleNamespace(
+    text=["a", "b"], ended_N=np.ones(2, bool), is_response_NR=np.ones((2, 4), bool)
+  )
+  monkeypatch.setattr(measuring, "sample", lambda ctx, *rest: sampled)
+  monkeypatch.setattr(policies, "load", lambda ctx, policy: policy)
+  monkeypatch.setattr(policies, "load_reward", mock.Mock())
+  monkeypatch.setattr(answers, "from_text", mock.Mock())
+  monkeypatch.setattr(answers, "score", mock.Mock())
+  monkeypatch.setattr(answers, "logprob", lambda ctx, model, params, *rest: logprobs[params])
+  ctx = mock.Mock()
+  ctx.config.data.prompts = "jsonl:prompts"
+  measure = lambda: measuring.measure(ctx, "ppo", ["x", "y"], "evaluate")
+  np.testing.assert_array_equal(measure().kl, [2.0, 0.5])
+  monkeypatch.setitem(kl.FORMS, "k2", lambda logprob, ref_logprob: (logprob - ref_logprob) ** 2 / 2)
+  monkeypatch.setattr(kl, "FORM", "k2")
+  np.testing.assert_array_equal(measure().kl, [2.0, 0.125])
+
+
+@pytest.mark.parametrize(("name", "cut"), [("ppo", False), ("base", True), ("reward_base", True)])
+def test_answers_of_untuned_policies_end_at_a_newline(monkeypatch, name, cut):
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}, evaluate__temperature=0.5),
+    tokenizer=types.SimpleNamespace(encode=list, bos_id=None),
+    model=lambda role: f"{role} model",
+    key=lambda name: f"key of {name}",
+  )
+  monkeypatch.setattr(policies, "load", lambda ctx, name: f"weights of {name}")
+  monkeypatch.setattr(answers, "sample", lambda ctx, *a, **k: (a, k))
+  arguments, kwargs = measuring.sample(ctx, name, ["ab"], "evaluate")
+  role = {"reward_base": "reward_base"}.get(name, "policy")
+  expected = f"{role} model", f"weights of {name}", [["a", "b"]], f"key of evaluate/{name}"
+  assert arguments == expected
+  assert kwargs == dict(temperature=0.5, prompt_length=36, to_newline=cut)
+
+
+def test_the_number_of_examples_is_the_one_that_scores_best(monkeypatch):
+  """By the score on the counted prompts alone: the first two of four answers."""
+  golds = {1: [1.0, 1.0, 9.0, 9.0], 2: [2.0, 3.0, 0.0, 0.0], 3: [2.0, 2.0, 5.0, 5.0]}
+
+  def measure(ctx, name, prompts, stage, shots):
+    assert (name, prompts, stage) == ("few_shot", ["p"] * 4, "evaluate")
+    some = np.zeros(4)
+    return Measured(
+      list("abcd"), some, some, some, None, np.array(golds[shots]), some, some, None, None
+    )
+
+  monkeypatch.setattr(measuring, "measure", measure)
+  best, scores = measuring.best_few_shot(None, ["p"] * 4, "evaluate", np.array([0, 1]))
+  assert scores == {1: 1.0, 2: 2.5, 3: 2.0}
+  np.testing.assert_array_equal(best.gold, golds[2])
