@@ -61,7 +61,7 @@ FIGURES = {
     (),
     (
       *("configs/base.py", "configs/tiny.py", "instructjax/data/demo/*.py", "instructjax/ops/*.py"),
-      "instructjax/report/findings.py",
+      *(f"instructjax/report/{name}.py" for name in ("findings", "doubts", "intervals", "wording")),
     ),
     tables.findings,
   ),

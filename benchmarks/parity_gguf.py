@@ -32,12 +32,12 @@ _TOKENIZER = {
   "tokenizer.ggml.token_type": [1] * 256,
 }
 _SIZES = parity_models.MODELS["llama, tied"][1]
-# llama.cpp's architecture -> the family and the sizes of a small model. Of Gemma 3, transformers' reader leaves
-# query_pre_attn_scalar at its default of 256, so that heads must have as many dimensions.
+# llama.cpp's architecture -> the family and the sizes of a small model. transformers' reader leaves head_dim of Qwen3
+# and query_pre_attn_scalar of Gemma 3 at their defaults, 128 and 256, so that heads must have as many dimensions.
 WRITTEN = {
   "llama": ("llama", _SIZES | dict(num_key_value_heads=2)),
   "qwen2": parity_models.MODELS["qwen2, untied, 5 layers"],
-  "qwen3": parity_models.MODELS["qwen3, tied"],
+  "qwen3": ("qwen3", _SIZES | dict(head_dim=128)),
   "gemma3": (
     "gemma3_text",
     _SIZES | dict(num_hidden_layers=7, head_dim=256, query_pre_attn_scalar=256, sliding_window=48),

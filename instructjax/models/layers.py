@@ -217,12 +217,13 @@ def _kept_by_yarn(scaling: RopeScalingConfig, base: float, half: int):
 
   def pair_of(turns: float) -> float:
     """The pair that makes so many turns within the original context."""
-    return half * math.log(scaling.original_length / (turns * 2 * math.pi)) / math.log(base)
+    tokens_a_radian = math.log(scaling.original_length) - math.log(2 * math.pi) - math.log(turns)
+    return half * tokens_a_radian / math.log(base)
 
   # The last bound is the dimension before the last, not the pair before: so in the authors' code.
-  first = max(math.floor(pair_of(scaling.high_freq_factor)), 0)
+  first = min(max(math.floor(pair_of(scaling.high_freq_factor)), 0), 2 * half)
   last = min(math.ceil(pair_of(scaling.low_freq_factor)), 2 * half - 1)
-  width = last - first or 1e-3
+  width = float(last - first) or 1e-3
   return 1.0 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - first) / width, 0.0, 1.0)
 
 

@@ -21,7 +21,7 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-  return f"{100 * value:.0f}%" if math.isfinite(value) else "–"
+  return f"{100 * value:.0f}%".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def policies(results: Results) -> dict:

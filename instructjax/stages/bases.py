@@ -9,6 +9,7 @@ Called by policies.py and by the stages. Without adapters nothing here is asked,
 """
 
 import functools
+import pathlib
 
 import jax
 
@@ -79,8 +80,31 @@ def base(ctx: Context, stage: str) -> tuple[Params, ...]:
   """
   if not lineage.is_adapted(ctx.config):
     return ()
-  model = ctx.model(STAGES[stage].require_role())
-  return (adapters.base_of(model, _frozen(ctx, lineage.frozen_stage(ctx.config, stage))),)
+  model, frozen = ctx.model(STAGES[stage].require_role()), lineage.frozen_stage(ctx.config, stage)
+  policy, reward = lineage.frozen_stages(ctx.config)
+  if frozen == reward and is_shared(ctx):
+    frozen = policy
+  return (adapters.base_of(model, _frozen(ctx, frozen)),)
+
+
+def _place(ctx: Context, stage: str) -> pathlib.Path:
+  """Where the weights of a base lie."""
+  given = ctx.given.get(stage)
+  if given is None:
+    return ctx.directory(stage)
+  return given.require_base().path if goes_on(ctx, stage) else given.path
+
+
+def is_shared(ctx: Context) -> bool:
+  """Whether policy and reward model have one base: by the config, or since adapters that are given have the same.
+
+  Raises:
+    UserError: such an adapter cannot be read.
+  """
+  policy, reward = lineage.frozen_stages(ctx.config)
+  if policy == reward or not ctx.config.same_network:
+    return policy == reward
+  return _place(ctx, policy) == _place(ctx, reward)
 
 
 def of_networks(ctx: Context, stage: str) -> tuple[tuple[Params, ...], tuple[Params, ...]]:
@@ -89,8 +113,7 @@ def of_networks(ctx: Context, stage: str) -> tuple[tuple[Params, ...], tuple[Par
   Raises:
     UserError: the weights cannot be read.
   """
-  policy, reward = lineage.frozen_stages(ctx.config)
-  return base(ctx, stage), () if policy == reward else base(ctx, "rm")
+  return base(ctx, stage), () if is_shared(ctx) else base(ctx, "rm")
 
 
 def first(ctx: Context, stage: str, role: RoleName, key: jax.Array) -> Params:

@@ -22,13 +22,14 @@ UNTUNED = {
   FEW_SHOT.name,
   *(row.policy.name for row in STAGES.values() if row.policy and row.is_base),
 }
+_COLUMNS = 128  # columns of a few-shot prompt are a multiple of this many [tokens]
 SHOTS = (1, 2, 3)  # numbers of worked examples that the larger base is tried with
 
 
 def few_shot_prompts(
   ctx: Context, prompts: list[str], shots: int = SHOTS[-1]
 ) -> tuple[list[str], int]:
-  """Puts worked examples before the demo's prompts: (texts, tokens of a prompt that the larger base has room for).
+  """Puts worked examples before the demo's prompts: (texts, columns of a prompt).
 
   Raises:
     UserError: one of them is longer.
@@ -42,7 +43,9 @@ def few_shot_prompts(
       f"config.reward_model.max_length={context} must hold the few-shot prompt of {longest} tokens and"
       f" max_response_length={answer}; raise it to {longest + answer}"
     )
-  return texts, context - answer
+  # Rounded up, so that the numbers of examples share compiled programs; but not to a long context of which most columns
+  # would be pads.
+  return texts, min(context - answer, -(-longest // _COLUMNS) * _COLUMNS)
 
 
 def sample(

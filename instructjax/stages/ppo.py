@@ -308,6 +308,7 @@ def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
     nets,
     score_skips=given.score_skips if given else None,
     ensemble_skips=tuple(one.score_skips for one in members),
+    shares_base=nets.shares_base or (lineage.is_adapted(ctx.config) and bases.is_shared(ctx)),
   )
   return cfg, nets
 

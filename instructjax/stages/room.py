@@ -112,7 +112,10 @@ def _weights(config: Config, row: Stage, split: int) -> dict[str, float]:
   shape = f"config.{block}.num_layers={network.num_layers}, d_model={network.d_model}"
   if lineage.is_adapted(config) and not row.is_base:
     # What is trained is small, and so are its gradients.
-    is_apart = len(set(lineage.frozen_stages(config))) > 1
+    frozen = lineage.frozen_stages(config)
+    # Two that are given may be adapters of one base, which only their files tell.
+    may_be_one = config.same_network and all(lineage.given(config, stage) for stage in frozen)
+    is_apart = len(set(frozen)) > 1 and not may_be_one
     number = "int8" if config.adapter.base == "int8" else config.execution.dtype
     held = (size + reward * (row.is_rl and is_apart)) * _READ[number]
     held += reward * len(config.ppo.ensemble) * _FROZEN * row.is_rl  # whole networks

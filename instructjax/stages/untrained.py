@@ -23,18 +23,19 @@ def answers_without_training(ctx: Context, prompts: list[str]) -> dict[str, list
   Returns:
     echo: the prompt itself.
     best_line: of all training demonstrations the answer with the best mean gold score on the training prompts, given to
-      every prompt; only where there is a gold score that needs no network.
+      every prompt; only where there is a gold score. A part of it that is a pass of the base is left out of the choice:
+      all lines with several prompts would take hours.
     random_line: the answer of a training demonstration drawn at random.
     demonstrations: the demonstrations of the test prompts themselves, in turn; only if each prompt has one.
   """
-  found = {"echo": [prompt.strip() for prompt in prompts]}
+  simulation = sources.simulation(ctx.config.data.prompts)
+  echo = simulation.echo if simulation is not None else str.strip
+  found = {"echo": [echo(prompt) for prompt in prompts]}
   if "demonstrations" in lineage.reads(ctx.config, "evaluate"):
-    simulation = sources.simulation(ctx.config.data.prompts)
-    # Where a gold score takes a pass of the base, all lines with several prompts would take hours.
-    if simulation is not None and not simulation.READS_BASE:
+    if simulation is not None:
       lines = sorted({one.response for one in ctx.data.records("demonstrations", "train")})
       asked = [one.prompt for one in ctx.data.records("prompts", "train")]
-      found["best_line"] = [best_line(simulation.gold_score, lines, asked)] * len(prompts)
+      found["best_line"] = [best_line(simulation.score_without_base, lines, asked)] * len(prompts)
     found["random_line"] = _random_lines(ctx, len(prompts))
     own = _demonstrations(ctx, prompts)
     if own is not None:

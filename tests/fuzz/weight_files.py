@@ -19,11 +19,26 @@ from tests.fuzz.mutants import Files
 _SIZES = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2, "vocab_size": 5}
 _SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {
+  "rope_type": "yarn",
+  "factor": 4.0,
+  "beta_slow": 1.0,
+  "beta_fast": 32.0,
+  "mscale": 1.0,
+  "mscale_all_dim": 0.5,
+  "original_max_position_embeddings": 8,
+}
 CONFIGS = {
   "gpt2": {"vocab_size": 5, "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 16},
   "llama": _SIZES | {"rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 8}},
   "mistral": _SIZES | {"sliding_window": 8, "rope_theta": 1e4},
-  "qwen2": _SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+  "qwen2": _SIZES
+  | {
+    "rope_parameters": _YARN | {"rope_theta": 1e6},
+    "use_sliding_window": True,
+    "sliding_window": 4,
+    "max_window_layers": 1,
+  },
   "gpt_neox": _SIZES | {"rotary_pct": 0.5, "rotary_emb_base": 1e4, "use_parallel_residual": True},
   "smollm3": _SIZES | {"no_rope_layers": [1, 0]},
   "gemma3_text": _SIZES

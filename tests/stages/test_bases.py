@@ -94,6 +94,18 @@ def test_finished_networks_are_the_bases_of_what_is_trained_from_them(made, done
     np.testing.assert_allclose(part(merged), part(base) + product, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_judged_is_the_base_with_what_was_trained_on_it(made, done):
+  ctx = runs.context(given(made[0]), done[0])
+  plain = bases.bare(ctx.model("policy"))
+  wanted = {"ppo": weights.locate(done[0] / "ppo"), "ppo_init": ctx.given["ppo_init"]}
+  for name, opened in wanted.items():
+    found = logits(ctx, policies.load(ctx, name))
+    np.testing.assert_allclose(found, logits(ctx, opened.load(ctx.mesh, plain)), atol=1e-4)
+  head = policies.load_reward(ctx)["head"]
+  expected = ctx.given["rm"].load(ctx.mesh, bases.bare(ctx.model("reward")))["head"]
+  jax.tree.map(np.testing.assert_array_equal, head, expected)
+
+
 @pytest.mark.parametrize("which", ["ema", "value"])
 def test_a_folder_of_peft_comes_with_a_base_that_peft_cannot_load(done, tmp_path, which):
   packaging.write_peft(str(done[0] / "ppo"), tmp_path / "out", which=which)
@@ -151,13 +163,11 @@ def peft(made, tmp_path_factory):
   return folder
 
 
-def context(made, peft, tmp_path, **changes):
+def context(made, peft, tmp_path, stage="ppo_init", **changes):
   changes = ADAPTED | dict(model__weights=str(peft / "adapter")) | changes
   data = {kind: f"jsonl:{made[0]}/data/{kind}.jsonl" for kind in specs(made[0])}
   path = str(made[0] / "tokenizer" / "tokenizer.model")
-  return runs.context(
-    micro.config("ppo_init", data, tokenizer__path=path, **changes), tmp_path / "run"
-  )
+  return runs.context(micro.config(stage, data, tokenizer__path=path, **changes), tmp_path / stage)
 
 
 def logits(ctx, params):
@@ -196,6 +206,26 @@ def test_a_folder_of_peft_is_trained_on_if_it_fits_and_merged_if_not(
     "",
   )
   assert (record.stage, record.kind, record.inside) == ("pretrain", "hf", not why)
+
+
+def test_adapters_of_one_base_share_it(made, peft, tmp_path):
+  """A policy and a reward model that are two folders of peft on one base, which is in memory once."""
+  ctx = context(made, peft, tmp_path)
+  model = ctx.model("reward")
+  trained = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), adapters.trained_shapes(model))
+  (tmp_path / "reward").mkdir()
+  interop.write_adapter(tmp_path / "reward", model, trained, str(peft / "base"))
+  paths = dict(ppo_init__weights=str(peft / "adapter"), rm__weights=str(tmp_path / "reward"))
+  ctx = context(made, peft, tmp_path, "ppo", model__weights="", **paths)
+  assert lineage.frozen_stages(ctx.config) == ("ppo_init", "rm")
+  _, nets = pipeline.module("ppo")._settings(ctx, "ppo")
+  assert nets.shares_base and bases.of_networks(ctx, "ppo")[1] == ()
+  assert jax.tree.leaves(bases.base(ctx, "rm"))[0] is jax.tree.leaves(bases.base(ctx, "ppo"))[0]
+  found = bases.given(ctx, "rm", is_trained=True)
+  for part in ("w_a_FE", "w_b_ED"):
+    factor = found["layers"]["mlp"]["down"][part]
+    np.testing.assert_array_equal(factor, trained["layers"]["mlp"]["down"][part])
+  np.testing.assert_array_equal(found["head"]["w_D"], trained["head"]["w_D"])
 
 
 def test_a_reward_model_may_start_from_a_given_adapter_under_a_fresh_head(made, peft, tmp_path):

@@ -65,3 +65,16 @@ def test_the_number_of_examples_is_the_one_that_scores_best(monkeypatch):
   best, scores = measuring.best_few_shot(None, ["p"] * 4, "evaluate", np.array([0, 1]))
   assert scores == {1: 1.0, 2: 2.5, 3: 2.0}
   np.testing.assert_array_equal(best.gold, golds[2])
+
+
+@pytest.mark.parametrize(("context", "columns"), [(150, 140), (8192, 256)])
+def test_a_few_shot_prompt_does_not_fill_a_long_context(monkeypatch, context, columns):
+  """130 tokens with 10 to answer: what the context has room for, but at most the next multiple of 128 columns."""
+  ctx = types.SimpleNamespace(
+    config=micro.config("ppo", {}, reward_model__max_length=context, data__max_response_length=10),
+    tokenizer=types.SimpleNamespace(encode=list, bos_id=None),
+  )
+  task = types.SimpleNamespace(few_shot_prompt=lambda prompt, num_examples: prompt + "x" * 129)
+  monkeypatch.setattr(measuring.sources, "require_simulation", lambda spec: task)
+  texts, length = measuring.few_shot_prompts(ctx, ["p"])
+  assert (len(texts[0]), length) == (130, columns)

@@ -56,8 +56,12 @@ def test_the_best_line_is_chosen_on_training_prompts(monkeypatch):
     ("demonstrations", "test"): [],
   }
   ctx = _context(records, [Encoded([104, 0], 0)])
-  task = types.SimpleNamespace(gold_score=gold_score, READS_BASE=False)
+  echo = lambda prompt: prompt[2:6]
+  task = types.SimpleNamespace(score_without_base=gold_score, echo=echo)
   monkeypatch.setattr(untrained.sources, "simulation", lambda spec: task)
   found = untrained.answers_without_training(ctx, ["a test prompt\n"] * 2)
   assert found["best_line"] == ["line 98"] * 2
+  assert (
+    found["echo"] == ["test"] * 2
+  )  # as the task says, where it has a frame around what was asked
   assert "a test prompt\n" not in asked

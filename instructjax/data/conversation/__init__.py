@@ -23,19 +23,23 @@ from instructjax.data.conversation.task import (
   few_shot_prompt,
   is_new_topic,
   names_topic,
+  score_without_base,
   topic_count,
 )
+from instructjax.data.conversation.task import said_in as echo
 from instructjax.data.records import Demonstration, Document, Prompt, Ranking
 
 __all__ = [
   "GOLD_WORDS",
   "Judged",
   "checksum",
+  "echo",
   "few_shot_prompt",
   "is_new_topic",
   "judged_by",
   "load",
   "names_topic",
+  "score_without_base",
   "topic_count",
 ]
 

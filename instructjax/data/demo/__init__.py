@@ -29,6 +29,7 @@ __all__ = [
   "GOLD_WORDS",
   "checksum",
   "collect_rankings",
+  "echo",
   "few_shot_prompt",
   "gold_components",
   "gold_score",
@@ -36,11 +37,13 @@ __all__ = [
   "labeler_agreement",
   "load",
   "names_topic",
+  "score_without_base",
   "topic_count",
 ]
 
 KINDS = ("documents", "prompts", "demonstrations")
 READS_BASE = False  # the gold score needs no network
+score_without_base = gold_score
 
 
 def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | list[Demonstration]:
@@ -66,6 +69,11 @@ def load(kind: str, split: str, seed: int) -> list[Document] | list[Prompt] | li
   if kind == "demonstrations":
     return task.demonstrations(split, seed)
   raise ValueError(f"kind={kind!r} of the default preset's data must be one of {list(KINDS)}")
+
+
+def echo(prompt: str) -> str:
+  """The prompt as an answer to itself."""
+  return prompt.strip()
 
 
 def checksum() -> str:

@@ -121,7 +121,7 @@ def open_adapter(path: pathlib.Path, base: Source) -> Source:
     shapes=shapes,
     read=read,
     files=(path / CONFIG, file, *base.files),
-    notes=(*base.notes, f"an adapter, merged into its base {base.path}"),
+    notes=(*base.notes, f"an adapter, read with its base {base.path}"),
   )
 
 

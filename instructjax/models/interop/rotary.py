@@ -324,7 +324,7 @@ def _yarn(block: Keys, factor: float, original_length: int) -> RopeScalingConfig
     scales = [block.number(name, 0.0) for name in ("mscale", "mscale_all_dim")]
     if all(scales) and factor > 1:  # transformers takes the first alone for none
       top, below = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
-      if below == 0 or top / below <= 0:
+      if not (below and 0 < top / below < math.inf):
         raise block.wrong("mscale_all_dim", "must leave attention a factor above 0")
       sharper = top / below
   # A 0 stands for the default in transformers.

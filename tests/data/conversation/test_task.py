@@ -38,11 +38,10 @@ def test_the_topic_is_counted_by_the_word_that_is_said_most():
   assert task.topic_count(ASKED, "I read a lot.") == 0
 
 
-def test_some_test_prompts_are_on_topics_of_no_training_prompt(packages):
-  assert not task.is_new_topic(ASKED) and task.is_new_topic(task.prompt_of("I like zebras."))
-  new = [task.is_new_topic(one.prompt) for one in task.prompts("test")]
-  assert 0.2 < sum(new) / len(new) < 0.8
-  assert not any(task.is_new_topic(one.prompt) for one in task.prompts("train"))
+def test_no_topic_is_held_out_as_a_whole():
+  assert not task.is_new_topic(ASKED)
+  with pytest.raises(UserError, match="is not one of the conversations'"):
+    task.is_new_topic("another")
 
 
 def test_the_parts_of_a_good_answer(packages):

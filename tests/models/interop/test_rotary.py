@@ -131,3 +131,36 @@ def test_learned_positions_have_no_rotary_keys():
   raw = {"model_type": "gpt2", "vocab_size": 5, "rope_scaling": {"type": "linear", "factor": 2.0}}
   with pytest.raises(UserError, match="rope_scaling=.* this architecture has learned positions"):
     hf_config.model_config(raw, "config.json")
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"beta_slow": 1e-320, "beta_fast": 1e308},
+    {"beta_slow": 1e300, "beta_fast": 1e308},
+    {"beta_slow": 1e-320, "beta_fast": 1e-310, "rope_theta": 1 + 1e-15},
+    {"factor": 1e308},
+  ],
+)
+def test_yarn_of_any_size_has_frequencies(changes):
+  block = GOLDEN["llama: yarn"]["config"]["rope_scaling"] | changes
+  found = frequencies(GOLDEN["llama: nothing"]["config"] | {"rope_scaling": block})
+  assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"factor": 1e300, "mscale": 1.7e308, "mscale_all_dim": 1.0},
+      "mscale_all_dim=1.0 must leave attention a factor",
+    ),
+    ({"mscale": -99.0, "mscale_all_dim": 1.0}, "mscale_all_dim=1.0 must leave attention a factor"),
+    ({"beta_fast": -1}, "must be > 0 and below high_freq_factor=-1"),
+    ({"rope_theta": 0.5}, "rope_base=0.5 must be above 1"),
+  ],
+)
+def test_yarn_out_of_range(changes, message):
+  block = GOLDEN["llama: yarn"]["config"]["rope_scaling"] | changes
+  with pytest.raises(UserError, match=message):
+    frequencies(GOLDEN["llama: nothing"]["config"] | {"rope_scaling": block})
