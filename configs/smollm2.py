@@ -29,7 +29,7 @@ def change(config):
     max_prompt_length=20,
     max_response_length=24,
   )
-  config.log.update(every_steps=2)
+  config.log.update(every_steps=4)
   config.checkpoint.update(every_steps=8, keep=1)
   # The base is given; these are the batches in which held-out text is measured.
   for name in ("pretrain", "reward_pretrain"):
@@ -86,13 +86,13 @@ def change(config):
   )
   config.evaluate.update(
     num_prompts=32,
-    samples_per_prompt=4,
+    samples_per_prompt=2,
     temperature=_TEMPERATURE,
     compare=("ppo", "ppo_ptx"),
     overoptimization=True,
     overoptimization_iterations=12,
-    best_of_n=16,
+    best_of_n=8,
     best_of_n_prompts=16,
     pretrain_batches=4,
-    pretrain_every=4,
+    pretrain_every=12,
   )

@@ -95,7 +95,9 @@ def curves(results: Results) -> dict[str, Curve]:
 
 
 def crossing(kl: np.ndarray, gain: np.ndarray, at: float) -> np.ndarray:
-  """The gain where a curve first reaches a KL, interpolated between its neighbours; NaN if it never does.
+  """The gain where a curve last passes a KL, interpolated between its neighbours; NaN if it never does.
+
+  A run may stay about one KL, held there by its penalty, and go on learning. So of several passes the last one counts.
 
   Args:
     kl, gain: [..., T] curves of T points.
@@ -103,16 +105,14 @@ def crossing(kl: np.ndarray, gain: np.ndarray, at: float) -> np.ndarray:
   Returns:
     [...]
   """
-  is_above = kl >= at
-  after = is_above.argmax(axis=-1)[..., None]
-  before = np.maximum(after - 1, 0)
+  distance = kl - at
+  passes = distance[..., :-1] * distance[..., 1:] <= 0
+  before = passes.shape[-1] - 1 - passes[..., ::-1].argmax(axis=-1)[..., None]
   take = lambda x, place: np.take_along_axis(x, place, axis=-1)[..., 0]
-  low, high = take(kl, before), take(kl, after)
-  # A curve that begins above the level has its first point taken.
-  rise = np.where(high > low, high - low, 1.0)
-  share = np.where(high > low, (at - low) / rise, 1.0)
-  value = take(gain, before) + share * (take(gain, after) - take(gain, before))
-  return np.where(is_above.any(axis=-1), value, np.nan)
+  low, high = take(kl, before), take(kl, before + 1)
+  share = np.where(high == low, 1.0, (at - low) / np.where(high == low, 1.0, high - low))
+  value = take(gain, before) + share * (take(gain, before + 1) - take(gain, before))
+  return np.where(passes.any(axis=-1), value, np.nan)
 
 
 def read(curve: Curve, at: float, *, bootstrap: int, seed: int) -> Reading | None:

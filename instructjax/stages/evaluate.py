@@ -302,22 +302,17 @@ def _finding_row(finding: Mapping) -> dict[str, str]:
 
 
 # The columns of the two tables at the end of a run.
-_SCORES = ("gold", "reward", "kl", "n", "pretrain_loss", "names_topic", "length", "ended")
+_SCORES = ("gold", "reward", "kl", "pretrain_loss", "names_topic", "length", "ended")
 _HABITS = ("repeats", "topic_again", "copied", "distinct")
 
 
 def _table(summary: Mapping[str, Mapping[str, float]], columns: tuple[str, ...], title: str):
   kept = [key for key in columns if any(key in row for row in summary.values())]
+  shown = lambda row, key: f"{row[key]:.3f}" if key in row else ""
   return terminal.Table(
     columns=["answers of", *(key.replace("_", " ") for key in kept)],
     rows=[
-      [
-        name,
-        *(
-          f"{row[key]:.3g}" if key == "n" else f"{row[key]:.3f}" if key in row else ""
-          for key in kept
-        ),
-      ]
+      [name, *(shown(row, key) for key in kept)]
       for name, row in summary.items()
       if any(key in row for key in kept)
     ],

@@ -19,12 +19,14 @@ def log(kls, golds, **others):
   return [{"step": i, "kl": k, "gold": g} | others for i, (k, g) in enumerate(zip(kls, golds))]
 
 
-def test_a_curve_is_read_between_its_points_where_it_first_reaches_the_kl():
+def test_a_curve_is_read_between_its_points_where_it_last_passes_the_kl():
   kl, gain = np.array([0, 1, 3, 2, 5.0]), np.array([0, 2, 3, 9, 4.0])
   read = lambda at: float(equal_kl.crossing(kl, gain, at))
   assert read(0.0) == 0.0
   assert read(0.25) == 0.5  # a quarter of the way to (1, 2)
-  assert read(2.0) == 2.5  # half the way from (1, 2) to (3, 3), not the later (2, 9)
+  assert read(1.5) == 2.25  # a quarter of the way from (1, 2) to (3, 3)
+  assert read(2.0) == 9.0  # not the earlier 2.5, half the way from (1, 2) to (3, 3)
+  assert read(2.6) == pytest.approx(9 - 5 * 0.2)  # nor those on the way up to 3 and down to 2
   assert read(3.5) == pytest.approx(9 - 5 * 0.5)
   assert read(5.0) == 4.0 and np.isnan(read(5.1))
   both = equal_kl.crossing(np.stack([kl, kl / 2]), np.stack([gain, gain]), 4.0)
@@ -83,7 +85,7 @@ def test_noise_of_a_run_is_that_of_single_iterations():
 
 
 def test_what_cannot_be_told_is_not_told():
-  noise = [[1.0, -1.0], [0.0, 0.0]]
+  noise = [[0.1, -0.1], [0.0, 0.0]]
   run = curve(np.arange(8) / 2, np.arange(8), noise)
   read = lambda curve, at: equal_kl.read(curve, at, bootstrap=50, seed=0)
   assert read(run, 3.6) is None

@@ -53,3 +53,14 @@ def test_room_for_worked_examples_is_checked_if_they_are_judged(monkeypatch, nam
   monkeypatch.setattr(measuring, "few_shot_prompts", lambda ctx, prompts: checked.append(prompts))
   evaluate.check("ctx", "evaluate")
   assert checked == (["prompts"] if "few_shot" in names else [])
+
+
+def test_the_tables_at_the_end_have_a_cell_for_each_value():
+  summary = {
+    "base": {"gold": 1.0, "repeats": 0.5},
+    "best_of_n/ppo": {"gold": 2.0, "kl": 1.0, "n": 6.0},
+  }
+  scores = evaluate._table(summary, evaluate._SCORES, "scores")
+  assert scores.columns == ["answers of", "gold", "kl"]
+  assert scores.rows == [["base", "1.000", ""], ["best_of_n/ppo", "2.000", "1.000"]]
+  assert evaluate._table(summary, evaluate._HABITS, "habits").rows == [["base", "0.500"]]
