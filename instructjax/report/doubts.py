@@ -126,9 +126,18 @@ def _new_topics(results, bootstrap, rng):
   measured |= {
     f"names_topic_{name}": float(np.mean(found[name].names_topic)) for name in ("sft", "ppo_ptx")
   }
+  claim = (
+    "On topics that no training prompt is about, PPO-ptx's answers are still preferred to SFT's."
+  )
+  # A win need not mean that it has learned to take the topic from the prompt.
+  claim += f" (It names {measured['names_topic_ppo_ptx']:.0%} of these topics"
+  seen = results.measured.get("ppo_ptx")
+  if seen is not None and seen.names_topic is not None:
+    claim += f", and {np.mean(seen.names_topic):.0%} of those seen in training"
+  claim += ".)"
   return finding(
     "new_topics",
-    "On topics that no training prompt is about, PPO-ptx's answers are still preferred to SFT's.",
+    claim,
     "the paper holds out prompts and users, not topics",
     "the interval of the win rate lies above 50%",
     measured,

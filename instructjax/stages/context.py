@@ -285,7 +285,7 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
   if trains_adapter:
     others["adapter"] = ctx.config.adapter
   made_with = fingerprint(ctx, stage, own, others)
-  if trains_adapter:
+  if trains_adapter and stage not in ctx.given:  # a given reward model is only measured
     made_with |= _base_records(ctx, stage)
   return loop.StageRun(
     name=stage,

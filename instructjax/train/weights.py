@@ -66,8 +66,9 @@ class BaseRecord:
       ) from error
 
 
-# Where a fingerprint has the record of the base of what a stage trains, and of an RL stage's value network.
-BASE, VALUE_BASE = "adapter's base", "value adapter's base"
+# Where a fingerprint has the record of the base of what a stage trains, and of an RL stage's value network. They come
+# after `parent:...` in the order of names, so that a file that has changed is named by that.
+BASE, VALUE_BASE = "the adapter's base", "the value adapter's base"
 
 
 @dataclasses.dataclass(frozen=True)

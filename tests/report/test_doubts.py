@@ -50,6 +50,14 @@ def test_it_is_said_if_best_of_n_does_not_reach_the_policys_kl():
   assert "which is less KL than the policy's" in claim
 
 
+def test_how_often_new_topics_are_named_stands_in_the_claim():
+  results = example.results()
+  share = lambda found: f"{found['ppo_ptx'].names_topic.mean():.0%}"
+  claim = _find(results)["new_topics"]["claim"]
+  assert f"names {share(results.new_topics)} of these" in claim
+  assert f"and {share(results.measured)} of those seen" in claim
+
+
 def test_without_a_policy_there_is_nothing_to_doubt():
   results = dataclasses.replace(example.results(), measured={}, new_topics={}, best_at_kl={})
   assert _find(results) == {}
