@@ -191,6 +191,7 @@ def base(stage: str) -> ConfigDict:
         min_responses=4,  # sec 3.5: K in 4..9
         max_responses=9,  # sec 3.5
         temperature=1.0,  # open
+        rounds=1,  # sec 3.1: most comparisons are of SFT policies' answers
       ),
       rm=dict(
         start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"

@@ -329,6 +329,11 @@ class Config:
       f" rm.max_responses={self.rm.max_responses}",
     )
     require(
+      self.collect.rounds == 1 or self.data.are_collected,
+      f"{where}.collect.rounds={self.collect.rounds} must be 1 beside data.comparisons={self.data.comparisons!r}: only"
+      " simulated labelers, as of demo:, can rank more answers during a run",
+    )
+    require(
       self.rm.row_length == 0 or self.rm.row_length >= total,
       f"{where}.rm.row_length={self.rm.row_length} must be 0 or at least data.max_prompt_length"
       f" + max_response_length = {total}: an answer fits in one row",

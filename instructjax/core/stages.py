@@ -78,6 +78,7 @@ class Stage:
     holds: field of its block -> value that the stage always uses, whatever the config says.
     takes: field of its block -> dotted config field that supplies its value instead.
     policy: name and style of the policy that it trains; None if it trains no policy that is evaluated.
+    round: round of comparisons that it belongs to. Those after the first run if `collect.rounds` asks for them.
     what, paper: what its weights are, and where the paper describes them. Used in a sentence of the model card.
   """
 
@@ -98,6 +99,7 @@ class Stage:
   holds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   takes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   policy: Policy | None = None
+  round: int = 1
   what: str = ""
   paper: str = ""
 
@@ -127,7 +129,18 @@ class Stage:
 # The policy that PPO starts from, and from which its KL is measured (C.3). Also the name of the stage that trains it.
 REFERENCE = "ppo_init"
 
-_RL_NAMES = ("ppo", "ppo_ptx", "rloo", "grpo", "ppo_beta0")
+# The policy whose answers are ranked in later rounds (sec 3.1), and most rounds that a run may have.
+RANKED, MAX_ROUNDS = "ppo_ptx", 3
+
+
+def of_round(stage: str, number: int) -> str:
+  """The name of a stage of round 1 in another round: rm_2 is that of the second."""
+  return stage if number == 1 else f"{stage}_{number}"
+
+
+_LATER = range(2, MAX_ROUNDS + 1)
+_RL_NAMES = ("ppo", "ppo_ptx", *(of_round(RANKED, number) for number in _LATER))
+_RL_NAMES += ("rloo", "grpo", "ppo_beta0")
 _RL: dict[str, Any] = dict(
   module="ppo",
   kind="rl",
@@ -147,6 +160,50 @@ _GROUPED: dict[str, Any] = dict(
   **_RL,
 )
 _NO_VALUES = {"gamma": 0.0, "value_init": "reward_model", "value_warmup": 0}
+
+_COLLECT: dict[str, Any] = dict(
+  module="collect",
+  kind="collect",
+  reads=("prompts",),
+  block="collect",
+  result=results.Collected,
+)
+_RM: dict[str, Any] = dict(
+  module="rm",
+  kind="rm",
+  reads=("comparisons", "demonstrations"),
+  block="rm",
+  result=results.RewardModel,
+  batches=("rm.batch_size",),
+  role="reward",
+)
+_RM_STARTS = ("pretrain", "reward_pretrain", "sft")
+
+
+def _round(number: int) -> tuple[Stage, ...]:
+  """The stages of a later round: comparisons, a reward model trained on all so far, and a new policy (sec 3.1)."""
+  collected = tuple(of_round("collect", earlier) for earlier in range(1, number + 1))
+  policy = of_round(RANKED, number)
+  return (
+    Stage(name=collected[-1], parents=(of_round(RANKED, number - 1),), round=number, **_COLLECT),
+    Stage(
+      name=of_round("rm", number),
+      parents=(*_RM_STARTS, *collected),
+      round=number,
+      what=f"a reward model, trained on the ranked answers of {number} rounds",
+      paper="sec 3.1, 3.5, C.2",
+      **_RM,
+    ),
+    Stage(
+      name=policy,
+      policy=Policy(policy, f"PPO-ptx, round {number}", ("#0e6b47", "#084a31")[number - 2]),
+      round=number,
+      what=f"a policy trained with PPO-ptx against the reward model of round {number}",
+      paper="sec 3.1, eq. 2",
+      **_RL | {"parents": (REFERENCE, of_round("rm", number))},
+    ),
+  )
+
 
 _ROWS = (
   Stage(
@@ -197,29 +254,15 @@ _ROWS = (
     what="a supervised baseline, trained on demonstrations",
     paper="sec 3.5, C.1",
   ),
-  Stage(
-    name="collect",
-    module="collect",
-    kind="collect",
-    parents=("sft",),
-    reads=("prompts",),
-    block="collect",
-    result=results.Collected,
-  ),
+  Stage(name="collect", parents=("sft",), **_COLLECT),
   Stage(
     name="rm",
-    module="rm",
-    kind="rm",
-    parents=("pretrain", "reward_pretrain", "sft", "collect"),
-    reads=("comparisons", "demonstrations"),
-    block="rm",
-    result=results.RewardModel,
+    parents=(*_RM_STARTS, "collect"),
     given_by="rm.weights",
-    batches=("rm.batch_size",),
-    role="reward",
     is_target=True,
     what="a reward model, trained on ranked answers",
     paper="eq. 1, sec 3.5, C.2",
+    **_RM,
   ),
   Stage(
     name="sft_select",
@@ -265,6 +308,7 @@ _ROWS = (
     paper="eq. 2, sec 3.5, C.4",
     **_RL,
   ),
+  *(row for number in _LATER for row in _round(number)),
   Stage(
     name="rloo",
     holds={"advantage": "rloo"} | _NO_VALUES,
@@ -309,7 +353,10 @@ _ROWS = (
     kind="evaluate",
     # Among the RL stages, only those that the config asks for count, and a given `sft` in place of `sft_select`: see
     # `lineage.parents`.
-    parents=("sft", "rm", "sft_select", REFERENCE, *_RL_NAMES),
+    parents=(
+      *("sft", "rm", *(of_round("rm", number) for number in _LATER), "sft_select", REFERENCE),
+      *_RL_NAMES,
+    ),
     reads=("prompts", "documents", "demonstrations"),
     block="evaluate",
     result=results.Evaluated,
@@ -350,8 +397,8 @@ def selector(stage: str) -> str | None:
 
 
 def stage_of_kind(kind: Kind) -> Stage:
-  """The stage of a kind that the table has once."""
-  (row,) = (row for row in _ROWS if row.kind == kind)
+  """The stage of a kind that the table has once in a round: that of the first."""
+  (row,) = (row for row in _ROWS if row.kind == kind and row.round == 1)
   return row
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from instructjax.core import rewards
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, WEIGHTS, require, require_positive
-from instructjax.core.stages import RL_STAGES, SPEAKERS, TARGETS
+from instructjax.core.stages import MAX_ROUNDS, RL_STAGES, SPEAKERS, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
 _MOST_ANSWERS = 2**24  # sampled at one time: they are kept in memory together
@@ -162,9 +162,16 @@ class CollectConfig:
   min_responses: int
   max_responses: int  # most answers per prompt [answers]
   temperature: float  # temperature at which the answers to rank are sampled
+  # rounds of comparisons: in each after the first, answers of the newest PPO-ptx policy are ranked, a reward model is
+  # trained on all rounds, and a new policy against it (sec 3.1) [rounds]
+  rounds: int = dataclasses.field(metadata=SAME_NUMBERS)  # the stages of other rounds stay the same
 
   def validate(self, where: str):
     require_positive(self, where, "num_prompts", "num_heldout_prompts")
+    require(
+      1 <= self.rounds <= MAX_ROUNDS,
+      f"{where}.rounds={self.rounds} must be from 1 to {MAX_ROUNDS}",
+    )
     require_temperature(self, where)
     require_answers(self, where, "num_prompts", "max_responses")
     require(

@@ -19,7 +19,16 @@ from instructjax.core import provenance
 from instructjax.core.errors import writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.text import printable, printable_lines
-from instructjax.report import doubts, equal_kl, figures, findings, overoptimization, panels, tables
+from instructjax.report import (
+  doubts,
+  equal_kl,
+  figures,
+  findings,
+  overoptimization,
+  panels,
+  rounds,
+  tables,
+)
 from instructjax.report.results import Measured, Results
 
 NUM_SAMPLES = 6
@@ -279,6 +288,34 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
   }
 
 
+def _rounds(results: Results, table: Mapping) -> dict:
+  """Both tables of the rounds, with their cells in words."""
+
+  def cell(found) -> tuple[str, str]:
+    return (f"{found[0]:.2f}", f"[{found[1][0]:.2f}, {found[1][1]:.2f}]") if found else ("", "")
+
+  if not table:
+    return {}
+  return {
+    "reward_models": [
+      {
+        "title": f"Reward model, round {row['round']}",
+        "cells": [*map(cell, row["accuracy"]), *map(cell, row["correlation"].values())],
+      }
+      for row in table["reward_models"]
+    ],
+    "titles": [panels.NAMES[row["policy"]] for row in table["policies"]],
+    "policies": [
+      {
+        "name": row["policy"],
+        "cells": [(tables.number(row["score"]), ""), cell(row["over_previous"])],
+      }
+      for row in table["policies"]
+    ],
+    "score": "gold score" if results.has_gold else "reward-model score",
+  }
+
+
 def _what_ran(config, prompts: list[str]) -> str:
   """The line of facts about the run; non-breaking spaces let it break only between two facts."""
   model, reward, ppo = config.model, config.reward_model, config.ppo
@@ -338,6 +375,7 @@ def page(
     reward_model=_reward_model(results),
     num_pairs=judgement.pairs if judgement else 0,
     equal_kl=_equal_kl(results, equal),
+    rounds=_rounds(results, rounds.table(results, bootstrap=cfg.bootstrap, seed=config.seed)),
     overoptimization=_overoptimization(results),
     made=_made(made),
   )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from instructjax.core.results import LabelerGroups, RewardModel
+from instructjax.core.results import Judgement, LabelerGroups, RewardModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,21 @@ class BestOfN:
 
 
 @dataclasses.dataclass(frozen=True)
+class Round:
+  """The reward model of one round of comparisons, in a run that has several.
+
+  Attributes:
+    number: of the round, from 1.
+    judgements: how it does on the held-out rankings of each round.
+    reward: policy of a round -> its score of each of that policy's answers.
+  """
+
+  number: int
+  judgements: tuple[Judgement, ...]
+  reward: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class BestAtKL:
   """A policy beside best-of-n of the PPO initialisation at the policy's own KL.
 
@@ -108,6 +123,7 @@ class Results:
     shots: number of worked examples -> mean score of the larger base's answers with so many, by what judges; the best
       of them is the policy `few_shot`.
     curves: RL policy -> its log, one row per iteration.
+    rounds: the reward models of all rounds of comparisons; empty if there was one round.
   """
 
   samples_per_prompt: int
@@ -122,6 +138,7 @@ class Results:
   gold_words: str
   shots: Mapping[int, float]
   curves: Mapping[str, Sequence[Mapping[str, Any]]]
+  rounds: Sequence[Round]
 
   @property
   def has_gold(self) -> bool:

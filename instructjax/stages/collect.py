@@ -1,7 +1,9 @@
-"""Collects comparisons: samples K answers to each prompt from the SFT policy, and has simulated labelers rank them.
+"""Collects comparisons: samples K answers to each prompt from a policy, and has simulated labelers rank them.
 
-The stage runs only for a simulated task, as `data.comparisons='demo:'`. It writes ranking files in the format of a
-user's own comparisons, which the reward model then reads:
+The answers of the first round are the SFT policy's. In later rounds (`collect.rounds`) they are those of the newest
+PPO-ptx policy, as a few of the paper's were (sec 3.1). The stage runs only for a simulated task, as
+`data.comparisons='demo:'`. It writes ranking files in the format of a user's own comparisons, which the reward model
+then reads:
   - `collect/train.jsonl`: training prompts, ranked by the training labelers;
   - `collect/validation.jsonl`: held-out prompts, ranked by the same labelers;
   - `collect/heldout.jsonl`: the same answers as in validation.jsonl, ranked by held-out labelers.
@@ -17,9 +19,22 @@ import numpy as np
 from instructjax.core import results
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError, writing
+from instructjax.core.stages import STAGES
+from instructjax.core.structs import Params
 from instructjax.data.tokenizer import prompt_ids
-from instructjax.stages import answers, contents, judging, policies
+from instructjax.stages import answers, contents, judging, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
+
+# A labeler's noise goes by the number of the ranking; those of a later round begin so much further on.
+_ROUND = 10**6
+
+
+def _speaker(ctx: Context, stage: str) -> Params:
+  """The weights of the policy that answers."""
+  (parent,) = STAGES[stage].parents
+  if STAGES[parent].is_rl:
+    return policies.load(ctx, STAGES[parent].require_policy().name)
+  return policies.load_sft_by_loss(ctx)
 
 
 def _sampled(
@@ -42,7 +57,7 @@ def _sampled(
   sampled = answers.sample(
     ctx,
     ctx.model("policy"),
-    policies.load_sft_by_loss(ctx),
+    _speaker(ctx, stage),
     tokens,
     key,
     temperature=cfg.temperature,
@@ -67,11 +82,17 @@ def _write(path: pathlib.Path, rankings: list):
 
 
 def check_settings(config: Config, stage: str):
-  """Checks that the prompts are those which the simulated labelers know.
+  """Checks that the prompts are those which the simulated labelers know, and that a reward model is trained on them.
 
   Raises:
-    UserError: they are not.
+    UserError: they are not, or the reward model is given although more rounds are to be collected for it.
   """
+  given = lineage.given(config, "rm")
+  if given and STAGES[stage].round > 1:
+    raise UserError(
+      f"config.collect.rounds={config.collect.rounds} must be 1 beside the finished reward model {given!r}, which no"
+      " further comparisons would change"
+    )
   prompts, comparisons = config.data.prompts, config.data.comparisons
   if prompts != comparisons:
     raise UserError(
@@ -81,7 +102,7 @@ def check_settings(config: Config, stage: str):
 
 
 def run(ctx: Context, stage: str):
-  """Samples answers from the SFT policy, has them ranked, and measures how often labelers agree.
+  """Samples answers, has them ranked, and measures how often labelers agree.
 
   Raises:
     UserError: the stage is finished already, but was made with other settings; or the rankings cannot be written.
@@ -101,10 +122,12 @@ def run(ctx: Context, stage: str):
   directory = ctx.directory(stage)
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
-  _write(directory / "train.jsonl", simulation.collect_rankings(train, "train", seed))
-  _write(directory / "validation.jsonl", simulation.collect_rankings(held_out, "train", seed))
+  first = _ROUND * (STAGES[stage].round - 1)
+  ranked = lambda answered, group: simulation.collect_rankings(answered, group, seed, first)
+  _write(directory / "train.jsonl", ranked(train, "train"))
+  _write(directory / "validation.jsonl", ranked(held_out, "train"))
   # The same answers once more: the two groups' accuracies differ by the labelers alone (sec 4.1).
-  _write(directory / "heldout.jsonl", simulation.collect_rankings(held_out, "heldout", seed))
+  _write(directory / "heldout.jsonl", ranked(held_out, "heldout"))
   agree = lambda group: results.Agreement(**simulation.labeler_agreement(held_out, group, seed))
   digests = ctx.contents.of_written(stage).digests
   result = results.Collected(

@@ -7,7 +7,7 @@ import pathlib
 
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError, one_line, reason
-from instructjax.core.stages import stage_of_kind
+from instructjax.core.stages import STAGES, stage_of_kind
 from instructjax.data import sources
 from instructjax.data.checksums import Content, FileChecksums
 from instructjax.data.messages import quoted
@@ -16,7 +16,7 @@ from instructjax.stages import lineage
 from instructjax.train import finished
 from instructjax.train.weights import Weights
 
-# The files that stage `collect` writes, without `.jsonl`.
+# The files that a stage which collects writes, without `.jsonl`.
 SPLITS = (
   "train",
   "validation",
@@ -44,9 +44,11 @@ class Contents:
   def of(self, kind: str) -> Content:
     """The content of the records of a kind as it was when it was first asked for.
 
+    Args:
+      kind: kind of the records; or a stage that collects comparisons in a later round, see `lineage.contents`.
     Raises:
       NotThere: a file cannot be read.
-      UserError: a file is not what stage `collect` wrote.
+      UserError: a file is not what the stage wrote that collected it.
     """
     if kind not in self._kept:
       self._kept[kind] = self._now(kind)
@@ -60,13 +62,14 @@ class Contents:
     """
     before, now = self.of(kind), self._now(kind)
     if before != now:
+      of = f" (data.{kind})" if kind not in STAGES else ""
       other = [path for path in now.files if path not in before.files] + [
         path
         for path, *digests in zip(before.files, before.digests, now.digests)
         if len({*digests}) > 1
       ]
       raise UserError(
-        f"{(other or [self._spec(kind)])[0]} (data.{kind}) was changed while the run was reading it;"
+        f"{(other or [self._spec(kind)])[0]}{of} was changed while the run was reading it;"
         " run the same command again when nothing writes it any more"
       )
 
@@ -88,8 +91,10 @@ class Contents:
     return getattr(self._config.data, kind)
 
   def _now(self, kind: str) -> Content:
+    if kind in STAGES:
+      return self._collected(kind)
     if kind == "comparisons" and lineage.collects(self._config):
-      return self._collected()
+      return self._collected(stage_of_kind("collect").name)
     spec = self._spec(kind)
     try:
       return self._files.content(sources.how(spec), sources.files(spec))
@@ -97,14 +102,13 @@ class Contents:
       why = one_line(error) if isinstance(error, UserError) else reason(error)
       raise NotThere(f"data.{kind}={quoted(spec)} cannot be read: {why}") from error
 
-  def _collected(self) -> Content:
-    """The rankings that this run has collected.
+  def _collected(self, stage: str) -> Content:
+    """The rankings that a stage of this run has collected.
 
     Raises:
       NotThere: they have not been collected yet, or their folder was deleted to collect anew.
       UserError: a file cannot be read, or is not what the stage wrote.
     """
-    stage = stage_of_kind("collect").name
     folder = self._workdir / stage
     done = finished.read_done(folder)
     if done is None:
@@ -121,7 +125,7 @@ class Contents:
     return content
 
   def of_written(self, stage: str) -> Content:
-    """The content of the files that stage `collect` has just written.
+    """The content of the files that a stage has just written which collects.
 
     Raises:
       UserError: a file cannot be read.

@@ -209,7 +209,7 @@ def given_fingerprint(ctx: Context, given: Weights) -> str:
 
 def _data_fingerprints(ctx: Context, stage: str) -> dict[str, str]:
   done, result = ctx.done(stage), {}
-  for kind in lineage.reads(ctx.config, stage):
+  for kind in lineage.contents(ctx.config, stage):
     name = f"data:{kind}"
     try:
       result[name] = ctx.contents.of(kind).fingerprint

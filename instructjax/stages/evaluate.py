@@ -22,8 +22,9 @@ from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import sharding
 from instructjax.report import equal_kl, findings, intervals
+from instructjax.report import rounds as report_rounds
 from instructjax.report.results import BestAtKL, Measured, Results
-from instructjax.stages import judging, lineage, measuring, policies, sampled_best
+from instructjax.stages import judging, lineage, measuring, policies, rounds, sampled_best
 from instructjax.stages.context import Context, finish, provenance_of, stage_run
 from instructjax.stages.text_rows import validation_rows
 from instructjax.train import accumulation, metrics, supervised
@@ -181,6 +182,7 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
       STAGES[name].require_policy().name: metrics.read_metrics(ctx.directory(name))
       for name in lineage.rl_stages(ctx.config)
     },
+    rounds=rounds.measure(ctx, [asked.every[i] for i in asked.seen], measured),
   )
   return results, every
 
@@ -228,8 +230,11 @@ def run(ctx: Context, stage: str):
       " is not measured"
     )
   summary = findings.summary(results)
-  equal = equal_kl.table(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
-  _write(directory, results, summary, asked.every, every, equal)
+  more = {
+    name: module.table(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
+    for name, module in (("equal_kl", equal_kl), ("rounds", report_rounds))
+  }
+  _write(directory, results, summary, asked.every, every, more)
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   before = [name for name in lineage.line(ctx.config, stage) if name != stage]
   made = {name: done.require_provenance() for name in before if (done := ctx.done(name))}
@@ -246,9 +251,9 @@ def _write(
   summary: dict,
   prompts: list[str],
   every: Mapping[str, Measured],
-  equal: dict,
+  more: dict[str, dict],
 ):
-  """Writes answers.jsonl and results.json.
+  """Writes answers.jsonl, and results.json with `more` in it.
 
   Raises:
     UserError: they cannot be written.
@@ -265,7 +270,7 @@ def _write(
       {"n": row.n, "kl": row.kl, "gold": row.gold, "reward": row.reward}
       for row in results.best_of_n
     ],
-    "equal_kl": equal,
+    **more,
     "shots": {str(number): score for number, score in results.shots.items()},
     "agreement": results.agreement and dataclasses.asdict(results.agreement),
   }

@@ -9,6 +9,7 @@ from typing import Any
 
 from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.stages import (
+  RANKED,
   REFERENCE,
   RL_STAGES,
   STAGES,
@@ -58,6 +59,18 @@ def reads(config: Config, stage: str) -> tuple[str, ...]:
 def collects(config: Config) -> bool:
   """Whether the run collects comparisons from simulated labelers (stage `collect`) instead of reading a user's."""
   return config.data.are_collected
+
+
+def collected(config: Config, stage: str) -> tuple[str, ...]:
+  """The stages whose rankings a reward model's stage reads, by round; () if the config names a source of its own."""
+  return tuple(name for name in parents(config, stage) if STAGES[name].kind == "collect")
+
+
+def contents(config: Config, stage: str) -> tuple[str, ...]:
+  """What a stage reads, by the names under which `Contents` knows it: kinds, and collecting stages of later rounds."""
+  kinds = reads(config, stage)
+  later = collected(config, stage)[1:] if "comparisons" in kinds else ()
+  return (*kinds, *later)
 
 
 def kinds_read(config: Config, stages: Collection[str]) -> list[str]:
@@ -134,8 +147,21 @@ def microbatch_rows(config: Config, stage: str) -> dict[str, int]:
 def rl_stages(config: Config) -> list[str]:
   """The RL stages that the config asks for. Others that lie in the workdir from earlier runs are not judged."""
   asked = {config.stage, *config.evaluate.compare}
+  if config.collect.rounds > 1:
+    asked.add(RANKED)
   asks = lambda field: field is not None and value(config, field)
-  return [name for name in RL_STAGES if name in asked or asks(STAGES[name].asked_by)]
+  return [
+    name
+    for name in RL_STAGES
+    if name in asked
+    or asks(STAGES[name].asked_by)
+    or 1 < STAGES[name].round <= config.collect.rounds
+  ]
+
+
+def reward_model(stage: str) -> str:
+  """The stage of the reward model that an RL stage is trained against."""
+  return next(parent for parent in STAGES[stage].parents if STAGES[parent].kind == "rm")
 
 
 def variant(config: Config, stage: str) -> PPOConfig:
@@ -176,6 +202,7 @@ def parents(config: Config, stage: str) -> tuple[str, ...]:
   if is_replaced(config, stage):
     return ()
   absent = set(RL_STAGES) - set(rl_stages(config))
+  absent |= {name for name, other in STAGES.items() if other.round > config.collect.rounds}
   if not collects(config):
     absent.add(stage_of_kind("collect").name)
   if row.kind == "best_of_n":

@@ -47,9 +47,12 @@ def work(ctx: Context, stage: str) -> float:
     cfg = config.rm
     collects = lineage.collects(config)
     prompts = (
-      config.collect.num_prompts if collects else len(ctx.data.records("comparisons", "train"))
+      config.collect.num_prompts * row.round
+      if collects
+      else len(ctx.data.records("comparisons", "train"))
     )
-    prompts += cfg.cross_validation_folds * min(prompts, cfg.cross_validation_prompts)
+    if row.round == 1:
+      prompts += cfg.cross_validation_folds * min(prompts, cfg.cross_validation_prompts)
     return _TRAIN * cfg.num_epochs * read("reward", prompts * cfg.max_responses * answer)
   if row.kind == "rl":
     cfg = lineage.variant(config, stage)

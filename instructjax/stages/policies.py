@@ -213,15 +213,19 @@ def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   return (read or load_step)(ctx, row.name, done.require_step(), item, role)
 
 
-def load_reward(ctx: Context, read: Callable | None = None) -> Params:
+def load_reward(ctx: Context, read: Callable | None = None, stage: str = "rm") -> Params:
   """Loads the reward model with the bias that makes demonstrations score 0 on average (C.2).
 
+  Args:
+    ctx: the run.
+    read: `load_trained_step` for what the stage trained, without its base; None for `load_step`.
+    stage: its stage, that of round 1 if a run has several.
   Raises:
     UserError: the weights cannot be read.
   """
-  done = ctx.require_done("rm")
-  if "rm" in ctx.given:
-    params = bases.given(ctx, "rm", is_trained=read is not None)
+  done = ctx.require_done(stage)
+  if stage in ctx.given:
+    params = bases.given(ctx, stage, is_trained=read is not None)
   else:
-    params = (read or load_step)(ctx, "rm", done.require_step())
+    params = (read or load_step)(ctx, stage, done.require_step())
   return heads.shift_bias(params, done.result.shift)

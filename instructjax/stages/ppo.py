@@ -390,7 +390,7 @@ def _watch(ctx: Context, stage: str, cfg: PPOConfig):
 
 
 def run(ctx: Context, stage: str):
-  """Trains one RL policy. It starts from `ppo_init`, with a frozen `ppo_init` as reference and a frozen `rm` as reward.
+  """Trains one RL policy. It starts from `ppo_init`, its frozen reference; the frozen `rm` of its round is the reward.
 
   Raises:
     StageStopped: a metric is not finite, or the KL is above `ppo.max_kl`.
@@ -421,7 +421,9 @@ def run(ctx: Context, stage: str):
   base, scalar_base = bases.of_networks(ctx, stage)
   given = {
     "reference": policies.load(ctx, REFERENCE, policies.load_trained_step),
-    "reward_model": policies.load_reward(ctx, policies.load_trained_step),
+    "reward_model": policies.load_reward(
+      ctx, policies.load_trained_step, lineage.reward_model(stage)
+    ),
   }
   value_params = initial_value(ctx.mesh, cfg, nets, *given.values())
   state, shardings = initial_state(

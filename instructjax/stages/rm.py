@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from instructjax.core import results, terminal
 from instructjax.core.config import Config, RMConfig
 from instructjax.core.errors import UserError
+from instructjax.core.stages import STAGES
 from instructjax.core.structs import Params, RankedBatch, TrainState
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens, tokenize_rankings
@@ -275,21 +276,17 @@ def demonstration_mean(ctx: Context, params: Params) -> float:
   return answers.demonstration_mean(ctx, ctx.model("reward"), params)
 
 
-def fold_labelers(ctx: Context) -> list[set[str]]:
-  """Splits the labelers into the folds of the cross-validation; [] if it is off.
+def fold_labelers(ctx: Context, stage: str) -> list[set[str]]:
+  """Splits the labelers into the folds of the cross-validation; [] if it is off, as in all rounds after the first.
 
   Raises:
     UserError: the comparisons name too few labelers, or no labeler of a fold ranked a held-out prompt.
   """
   folds = ctx.config.rm.cross_validation_folds
-  if not folds:
+  if not folds or STAGES[stage].round > 1:
     return []
   named = [
-    {
-      record.labeler
-      for record in ctx.data.records("comparisons", split)
-      if record.labeler is not None
-    }
+    {record.labeler for record in ctx.data.rankings(stage, split) if record.labeler is not None}
     for split in ("train", "validation")
   ]
   labelers = sorted(named[0])  # sets have no order, and a resumed run must find the same folds
@@ -313,11 +310,9 @@ def cross_validate(ctx: Context, stage: str) -> tuple[results.Fold, ...]:
     Preempted: the run was told to stop.
   """
   cfg = ctx.config.rm
-  train_records, held_out = (
-    ctx.data.records("comparisons", split) for split in ("train", "validation")
-  )
+  train_records, held_out = (ctx.data.rankings(stage, split) for split in ("train", "validation"))
   found = []
-  for fold, outside in enumerate(fold_labelers(ctx)):
+  for fold, outside in enumerate(fold_labelers(ctx, stage)):
     inside = [r for r in train_records if r.labeler not in outside][: cfg.cross_validation_prompts]
     name = f"{stage}/fold_{fold}"
     _, params = train(ctx, stage, name, inside, ctx.key(name))
@@ -359,11 +354,11 @@ def check_settings(config: Config, stage: str):
   Raises:
     UserError: the warmup is as long as the stage, or as a fold of it.
   """
-  cfg, most = config.rm, config.collect.num_prompts
+  cfg, most = config.rm, config.collect.num_prompts * STAGES[stage].round
   if lineage.given(config, stage) or not lineage.collects(config):
     return
   _require_steps(cfg, most, "the stage")
-  if cfg.cross_validation_folds:
+  if cfg.cross_validation_folds and STAGES[stage].round == 1:
     _require_steps(cfg, min(most, cfg.cross_validation_prompts), _FOLD)
 
 
@@ -379,15 +374,15 @@ def check(ctx: Context, stage: str):
   cfg = ctx.config.rm
   if stage in ctx.given:
     if "comparisons" in lineage.reads(ctx.config, stage):
-      held_out = tokenized(ctx, ctx.data.records("comparisons", "validation"))
+      held_out = tokenized(ctx, ctx.data.rankings(stage, "validation"))
       _require_decided(ctx, held_out, "held-out rankings")
     return
   train_rankings, held_out = (
-    tokenized(ctx, ctx.data.records("comparisons", split)) for split in ("train", "validation")
+    tokenized(ctx, ctx.data.rankings(stage, split)) for split in ("train", "validation")
   )
   _require_decided(ctx, train_rankings, "training rankings")
   _require_decided(ctx, held_out, "held-out rankings")
-  for fold, outside in enumerate(fold_labelers(ctx)):
+  for fold, outside in enumerate(fold_labelers(ctx, stage)):
     parts = (
       ("training", train_rankings, False),
       ("held-out", held_out, True),
@@ -415,7 +410,7 @@ def measure_given(ctx: Context, stage: str, given: Weights) -> results.RewardMod
   """
   reads = lineage.reads(ctx.config, stage)
   params = bases.given(ctx, stage, is_trained=False)
-  judged = lambda split: judge(ctx, params, ctx.data.records("comparisons", split))
+  judged = lambda split: judge(ctx, params, ctx.data.rankings(stage, split))
   has_heldout = lineage.collects(ctx.config)
   return results.RewardModel(
     demonstration_mean=demonstration_mean(ctx, params) if "demonstrations" in reads else None,
@@ -474,7 +469,7 @@ def run(ctx: Context, stage: str):
         terminal.say(line)
     finish(ctx, stage, run_, None, found)
     return
-  records = lambda split: ctx.data.records("comparisons", split)
+  records = lambda split: ctx.data.rankings(stage, split)
   num_steps, params = train(ctx, stage, stage, records("train"), ctx.key(stage))
   has_heldout = lineage.collects(ctx.config)
   result = results.RewardModel(

@@ -10,7 +10,7 @@ from typing import Any
 
 from instructjax.core.config import Config
 from instructjax.core.provenance import Source
-from instructjax.core.stages import stage_of_kind
+from instructjax.core.stages import STAGES
 from instructjax.data import sources, token_cache, tokenize
 from instructjax.data.token_cache import CachedRows, CachedTokens, Tokenized
 from instructjax.data.tokenizer import Tokenizer
@@ -42,11 +42,11 @@ class RunData:
     return self._kept[key]
 
   def records(self, kind: str, split: sources.Split) -> list:
-    """The records of a kind from the config's source, or the comparisons that this run has collected.
+    """The records of a kind from the config's source. What a run has collected itself is in `rankings`.
 
     Args:
       kind: 'documents', 'prompts', 'demonstrations' or 'comparisons'.
-      split: 'train', 'validation' or 'test'; also 'heldout' for collected comparisons.
+      split: 'train', 'validation' or 'test'.
     Raises:
       UserError: the source cannot be read or is written meanwhile, or a record is bad.
     """
@@ -61,6 +61,23 @@ class RunData:
     self._contents.require_same(kind)
     return found
 
+  def rankings(self, stage: str, split: sources.Split) -> list:
+    """The rankings that a reward model's stage reads: those of the config's source, or of all rounds up to its own.
+
+    Args, raises: as for `records`; `stage` is the reward model's.
+    """
+    collected = lineage.collected(self._config, stage)
+    if not collected:
+      return self.records("comparisons", split)
+    return [record for name in collected for record in self.collected(name, split)]
+
+  def collected(self, stage: str, split: sources.Split) -> list:
+    """The rankings that a stage of this run has collected.
+
+    Args, raises: as for `records`; 'heldout' is a split too.
+    """
+    return self._once((stage, split), lambda: self._read_unchanged(stage, split))
+
   def source(self, kind: str) -> Source:
     """The config's source of a kind, with the checksum that it had when it was first asked for."""
     return Source(getattr(self._config.data, kind), self._contents.of(kind).checksum)
@@ -71,11 +88,11 @@ class RunData:
 
   def _load(self, kind: str, split: sources.Split) -> Sequence:
     data = self._config.data
-    spec = getattr(data, kind)
-    if kind == "comparisons" and lineage.collects(self._config):
-      # The stage `collect` wrote one file for each split, so that nothing is left to split here.
-      folder = self._workdir / stage_of_kind("collect").name
-      spec, split = f"jsonl:{folder / split}.jsonl", "all"
+    if kind in STAGES:
+      # A stage that collects wrote one file for each split, so that nothing is left to split here.
+      spec, kind, split = f"jsonl:{self._workdir / kind / split}.jsonl", "comparisons", "all"
+    else:
+      spec = getattr(data, kind)
     return sources.load(
       spec,
       kind,

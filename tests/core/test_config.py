@@ -243,7 +243,8 @@ _RULES = [
   ),
   (
     dict(best_of_n__policy="few_shot"),
-    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, rloo, grpo, ppo_beta0",
+    "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, ppo_ptx_2, ppo_ptx_3,"
+    " rloo, grpo, ppo_beta0",
   ),
   (dict(best_of_n__n=1), "config.best_of_n.n=1 must be from 2 to 4096"),
   (dict(best_of_n__num_prompts=-1), "config.best_of_n.num_prompts=-1 must be >= 0; 0 is all"),
@@ -296,6 +297,11 @@ _RULES = [
   ),
   (dict(sft__num_epochs=0), "config.sft.num_epochs=0 must be positive"),
   (dict(collect__num_prompts=0), "config.collect.num_prompts=0 must be positive"),
+  (dict(collect__rounds=0), "config.collect.rounds=0 must be from 1 to 3"),
+  (
+    dict(collect__rounds=2, data__comparisons="jsonl:a"),
+    "config.collect.rounds=2 must be 1 beside data.comparisons='jsonl:a': only simulated labelers, as of demo:",
+  ),
   (dict(collect__min_responses=1), "config.collect.min_responses=1 must be from 2 to max"),
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
   (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),

@@ -70,12 +70,14 @@ def test_every_target_has_a_config_file():
 
 def test_policies_can_be_told_apart():
   for attribute in ("title", "colour"):
-    assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 10
+    assert len({getattr(policy, attribute) for policy in POLICIES.values()}) == len(POLICIES) == 12
 
 
 def test_kinds():
   assert [name for name, row in STAGES.items() if row.is_base] == ["pretrain", "reward_pretrain"]
-  assert stages.RL_STAGES == ("ppo", "ppo_ptx", "rloo", "grpo", "ppo_beta0")
+  assert stages.RL_STAGES == (
+    *("ppo", "ppo_ptx", "ppo_ptx_2", "ppo_ptx_3", "rloo", "grpo", "ppo_beta0"),
+  )
   assert [name for name, row in STAGES.items() if row.kind == "sft"] == ["sft", "ppo_init"]
 
 

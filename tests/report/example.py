@@ -86,4 +86,5 @@ def results() -> Results:
     gold_words="A good answer is good.",
     shots={0: 0.1, 1: 0.5, 2: 0.4, 3: 0.3},
     curves=curves,
+    rounds=(),
   )

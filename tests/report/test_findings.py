@@ -89,6 +89,7 @@ def results() -> Results:
     gold_words="Good answers are good.",
     shots={},
     curves={},
+    rounds=(),
   )
 
 

@@ -38,7 +38,9 @@ SCORE_CASES = {
   "exclude": dict(missing_eos="exclude"),
   "whitened rewards": dict(whiten_advantages=False, whiten_rewards=True),
   "rescore": dict(whiten_advantages=False, behaviour_logprob="rescore"),
-  "rloo": dict(whiten_advantages=False, advantage="rloo", samples_per_prompt=2),
+  "rloo": dict(
+    whiten_advantages=False, advantage="rloo", samples_per_prompt=2, missing_eos="fixed"
+  ),
   "grpo": dict(whiten_advantages=False, advantage="grpo", samples_per_prompt=3),
   "list": dict(
     whiten_advantages=False,
@@ -110,12 +112,13 @@ def test_rloo_compares_with_the_other_answers_the_kl_in_the_reward(scored):
   """Rows 0 and 1 answer one prompt, 2 and 3 the next: each answer's baseline is the other one."""
   results, behind = scored
   experience = results["rloo"].experience
-  reward_B = behind["score"] - KL_COEF * results["rloo"].kl_B
+  # An answer that never ends has the fixed score, as with a value network.
+  reward_B = np.where(ENDS_B, behind["score"], -1.5) - KL_COEF * results["rloo"].kl_B
   expected_B = reward_B - reward_B.reshape(3, 2)[:, ::-1].reshape(-1)
   np.testing.assert_allclose(experience.advantage_BR, expected_B[:, None] * MASK_BR, atol=1e-5)
   assert experience.value_BR is experience.return_BR is experience.ref_logprob_BR is None
   assert "explained_variance" not in results["rloo"].metrics
-  assert results["rloo"].metrics["objective"] == results["plain"].metrics["objective"]
+  assert results["rloo"].metrics["objective"] == results["fixed"].metrics["objective"]
 
 
 def test_grpo_normalises_scores_by_group_and_keeps_the_reference_for_the_loss(scored):

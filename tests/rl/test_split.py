@@ -47,7 +47,8 @@ def runs(quick_jit, tiny_config, adam_config, ppo_config, random_params):
     token_BP = np.random.default_rng(0).integers(1, VOCAB, (cfg.batch_size, PROMPT))
     index_B = np.arange(cfg.batch_size, dtype=np.int32)
     batch = PromptBatch(token_BP.astype(np.int32), np.ones(token_BP.shape, bool), index_B)
-    arguments = ppo_step.Frozen(*weights), sharding.place_batch(mesh, {"prompts": batch})
+    frozen = jax.device_put(ppo_step.Frozen(*weights), sharding.replicated(mesh))
+    arguments = frozen, sharding.place_batch(mesh, {"prompts": batch})
     text = ""
     if is_split:  # compiled ahead: the text can be read
       compiled = step.lower(state, *arguments).compile()
@@ -55,7 +56,11 @@ def runs(quick_jit, tiny_config, adam_config, ppo_config, random_params):
       step = dataclasses.replace(step, **dict(zip(("sample", "read", "learn"), compiled.programs)))
     history = []
     for _ in range(3):
+      before = state
       state, metrics, samples = step(state, *arguments)
+      # The state's memory is used again, and what is frozen stays.
+      assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+      assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(arguments))
       history.append(jax.tree.map(np.asarray, (metrics, samples)))
     return jax.tree.map(np.asarray, state.params), history, text
 

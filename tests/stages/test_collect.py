@@ -7,8 +7,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from instructjax.core.errors import UserError
 from instructjax.data.records import Prompt, Ranking
-from instructjax.stages import answers, collect, judging, policies
+from instructjax.stages import answers, collect, context, judging, policies
 from tests import micro
 
 
@@ -25,8 +26,8 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
 
   class Simulation:
     @staticmethod
-    def collect_rankings(sampled, group, seed):
-      assert seed == 5
+    def collect_rankings(sampled, group, seed, first):
+      assert (seed, first) == (5, 0)
       return [Ranking(sampled, ("a", "b"), (1, 2), group)]
 
     @staticmethod
@@ -91,3 +92,31 @@ def test_every_prompt_gets_its_own_answers(count):
   ]
   counts = {len(texts) for _, texts in found}
   assert counts <= {2, 3} and (count < 7 or len(counts) == 2)
+
+
+def test_in_later_rounds_the_newest_policy_answers():
+  load = lambda ctx, policy: f"weights of {policy}"
+  with (
+    mock.patch.object(policies, "load", load),
+    mock.patch.object(policies, "load_sft_by_loss", lambda ctx: "sft by loss"),
+  ):
+    found = [collect._speaker(None, stage) for stage in ("collect", "collect_2", "collect_3")]
+  assert found == ["sft by loss", "weights of ppo_ptx", "weights of ppo_ptx_2"]
+
+
+def test_a_given_reward_model_learns_from_no_further_round():
+  demo = dict(data__comparisons="demo:", data__prompts="demo:")
+  cfg = micro.config("ppo_ptx", {}, rm__weights="there", collect__rounds=2, **demo)
+  collect.check_settings(cfg, "collect")
+  with pytest.raises(
+    UserError, match="collect.rounds=2 must be 1 beside the finished reward model"
+  ):
+    collect.check_settings(cfg, "collect_2")
+
+
+def test_a_finished_round_is_still_the_same_when_another_is_asked_for():
+  one, two = (
+    micro.config("ppo_ptx", {}, data__comparisons="demo:", collect__rounds=rounds).collect
+    for rounds in (1, 2)
+  )
+  assert context.canonical(one) == context.canonical(two)

@@ -20,16 +20,16 @@ def content_of(kind, workdir):
   return Contents(config, workdir).of(kind)
 
 
-def collected(workdir):
-  """Puts down the files of a finished `collect`."""
-  folder = workdir / "collect"
+def collected(workdir, stage="collect"):
+  """Puts down the files of a finished stage that collects."""
+  folder = workdir / stage
   folder.mkdir()
   for split in contents.SPLITS:
     (folder / f"{split}.jsonl").write_text(split)
   digests = {split: hashlib.sha256(split.encode()).hexdigest() for split in contents.SPLITS}
   agreement = results.Agreement(1.0, 0.0, 0.0)
   result = results.Collected(results.LabelerGroups(agreement, agreement), digests)
-  finished.write_done(folder, finished.Done("collect", {}, None, result, finished_run.MADE))
+  finished.write_done(folder, finished.Done(stage, {}, None, result, finished_run.MADE))
   return folder
 
 
@@ -50,6 +50,15 @@ def test_collected_comparisons_that_somebody_edited_are_refused(tmp_path, edit):
   told = f"^{path} is not the file that stage collect wrote: put .* delete {tmp_path}/collect to"
   with pytest.raises(UserError, match=told):
     content_of("comparisons", tmp_path)
+
+
+def test_each_round_of_comparisons_is_known_by_its_stage(tmp_path):
+  for stage in ("collect", "collect_2"):
+    collected(tmp_path, stage)
+  (tmp_path / "collect_2" / "train.jsonl").write_text("niart")
+  content_of("comparisons", tmp_path)
+  with pytest.raises(UserError, match="collect_2/train.jsonl is not the file that stage collect_2"):
+    content_of("collect_2", tmp_path)
 
 
 def test_a_collection_that_was_deleted_is_not_there(tmp_path):

@@ -37,6 +37,19 @@ def config(stage="ppo_ptx", **changes):
       {"evaluate__compare": ("ppo_ptx",), "evaluate__overoptimization": True},
       ["pretrain", "sft", "rm", *LAST, "ppo_ptx", "ppo_beta0", "evaluate"],
     ),
+    (
+      "evaluate",
+      {"data__comparisons": "demo:", "collect__rounds": 2, "evaluate__compare": ()},
+      [
+        *("pretrain", "sft", "collect", "rm", *LAST, "ppo_ptx"),
+        *("collect_2", "rm_2", "ppo_ptx_2", "evaluate"),
+      ],
+    ),
+    (
+      "rm",
+      {"data__comparisons": "demo:", "collect__rounds": 2},
+      ["pretrain", "sft", "collect", "rm"],
+    ),
     ("rm", {"model__weights": "other/pretrain"}, ["rm"]),  # one network: both start from them
     ("rm", {"model__weights": "other/pretrain"} | BIGGER, ["reward_pretrain", "rm"]),
     (
@@ -227,3 +240,19 @@ def test_collected_comparisons_are_read_from_no_source():
   collected = config(data__comparisons="demo:")
   assert lineage.kinds_read(collected, stages) == ["demonstrations", "documents", "prompts"]
   assert lineage.kinds_read(collected, ["rm"]) == ["demonstrations"]
+
+
+def test_a_later_rounds_reward_model_reads_the_rankings_of_all_rounds_so_far():
+  cfg = config(data__comparisons="demo:", collect__rounds=3)
+  assert lineage.collected(cfg, "rm") == ("collect",)
+  assert lineage.collected(cfg, "rm_3") == ("collect", "collect_2", "collect_3")
+  assert lineage.contents(cfg, "rm") == ("comparisons", "demonstrations")
+  assert lineage.contents(cfg, "rm_2") == ("comparisons", "demonstrations", "collect_2")
+  assert lineage.parents(cfg, "rm_2") == ("pretrain", "collect", "collect_2")
+  assert lineage.parents(cfg, "collect_3") == ("ppo_ptx_2",)
+  assert lineage.parents(cfg, "ppo_ptx_3") == ("ppo_init", "rm_3")
+  assert lineage.reward_model("ppo_beta0") == "rm" and lineage.reward_model("ppo_ptx_2") == "rm_2"
+  assert {"rm_2", "rm_3", "ppo_ptx_3"} <= set(lineage.parents(cfg, "evaluate"))
+  one = config(data__comparisons="demo:")
+  assert not {"rm_2", "ppo_ptx_2"} & set(lineage.parents(one, "evaluate"))
+  assert lineage.collected(config(), "rm") == ()  # of one's own

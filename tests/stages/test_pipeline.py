@@ -881,7 +881,8 @@ def test_from_the_demo_to_the_report(tmp_path):
   with few_records(), micro.one_device():
     pipeline.run(micro.config("ppo_ptx", DEMO, evaluate__best_of_n=2), tmp_path)
   agreement = finished.read_done(tmp_path / "collect").result.agreement
-  assert 0 < agreement.train.agreement <= 1 and 0 < agreement.heldout.agreement <= 1
+  # Of eight prompts with answers of an untrained model, so that labelers mostly read noise.
+  assert 0 <= agreement.train.agreement <= 1 and 0 <= agreement.heldout.agreement <= 1
   for split, count in (("train", 16), ("validation", 8), ("heldout", 8)):
     spec = f"jsonl:{tmp_path}/collect/{split}.jsonl"
     rankings = sources.load(

@@ -184,7 +184,7 @@ def stage_context(records, **changes):
   """A context whose records are given by split."""
   return types.SimpleNamespace(
     config=micro.config("rm", {}, **changes),
-    data=types.SimpleNamespace(records=lambda kind, split: records[split]),
+    data=types.SimpleNamespace(rankings=lambda stage, split: records[split]),
     key=lambda name: f"key of {name}",
     given={},
     mesh="mesh",
@@ -277,7 +277,7 @@ def test_cross_validation_trains_on_training_rankings_and_judges_on_held_out_one
 
   with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
     found = rm.cross_validate(ctx, "rm")
-  assert rm.fold_labelers(ctx) == [{"a", "c"}, {"b", "d"}]
+  assert rm.fold_labelers(ctx, "rm") == [{"a", "c"}, {"b", "d"}]
   first = [("train 0", "b"), ("train 0", "d"), ("train 1", "b")]
   second = [("train 0", "a"), ("train 0", "c"), ("train 1", "a")]
   assert trained == [
@@ -301,8 +301,10 @@ def test_folds_need_named_labelers_with_held_out_rankings():
   for train, validation, count in ((everybody, one, 3), (one, everybody, 1)):
     ctx = stage_context(dict(train=train, validation=validation), rm__cross_validation_folds=2)
     with pytest.raises(UserError, match=rf"{refused}, and the comparisons name {count} labelers"):
-      rm.fold_labelers(ctx)
-  assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=0)) == []
+      rm.fold_labelers(ctx, "rm")
+  assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=0), "rm") == []
+  # Folds are for the reward model of the first round.
+  assert rm.fold_labelers(stage_context({}, rm__cross_validation_folds=2), "rm_2") == []
 
 
 # --- what training and scoring are given ----------------------------------------------------------

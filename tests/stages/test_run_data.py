@@ -144,12 +144,22 @@ def test_what_tokens_depend_on_has_a_place_of_its_own(loaded, tmp_path, kind, to
 
 
 def test_comparisons_are_those_that_were_collected(loaded, tmp_path):
-  run_data(tmp_path).records("comparisons", "heldout")
+  run_data(tmp_path).rankings("rm", "heldout")
   test_contents.collected(tmp_path)
-  run_data(tmp_path, comparisons="demo:").records("comparisons", "heldout")
+  run_data(tmp_path, comparisons="demo:").rankings("rm", "heldout")
   assert loaded == [
     (f"jsonl:{tmp_path}/comparisons", "comparisons", "heldout"),
     (f"jsonl:{tmp_path}/collect/heldout.jsonl", "comparisons", "all"),
+  ]
+
+
+def test_a_later_round_reads_all_rounds_so_far(loaded, tmp_path):
+  test_contents.collected(tmp_path)
+  test_contents.collected(tmp_path, "collect_2")
+  data = run_data(tmp_path, comparisons="demo:", collect__rounds=2)
+  data.rankings("rm_2", "train")
+  assert [spec for spec, *_ in loaded] == [
+    f"jsonl:{tmp_path}/{stage}/train.jsonl" for stage in ("collect", "collect_2")
   ]
 
 

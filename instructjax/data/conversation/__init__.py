@@ -118,9 +118,10 @@ class Judged:
     prompts_and_responses: Sequence[tuple[str, Sequence[str]]],
     group: str = "train",
     seed: int = 0,
+    first: int = 0,
   ) -> list[Ranking]:
     """See `labelers.collect_rankings`."""
-    return labelers.collect_rankings(prompts_and_responses, self.logprob, group, seed)
+    return labelers.collect_rankings(prompts_and_responses, self.logprob, group, seed, first)
 
   def labeler_agreement(
     self,

@@ -78,6 +78,7 @@ def collect_rankings(
   logprob: Logprob,
   group: str = "train",
   seed: int = 0,
+  first: int = 0,
 ) -> list[Ranking]:
   """Lets one labeler of the group rank each prompt's responses.
 
@@ -86,11 +87,13 @@ def collect_rankings(
     logprob: the base's judgement of the answers.
     group: 'train' or 'heldout'.
     seed: determines the labelers, who ranks which prompt, and the noise.
+    first: number of the first ranking; by a ranking's number it is drawn who makes it, and the noise.
   Raises:
     UserError: there is no such group, a prompt is not one of the task's, or it has too few or too many answers.
   """
   group_labelers, rankings = labelers(group, seed), []
-  for i, (prompt, answers, logprob_N) in enumerate(_with_logprob(prompts_and_responses, logprob)):
+  judged = _with_logprob(prompts_and_responses, logprob)
+  for i, (prompt, answers, logprob_N) in enumerate(judged, first):
     # One generator per prompt, so that a ranking does not depend on the rankings before it.
     rng = task.keyed_rng(seed, "ranking", group, i)
     labeler = group_labelers[rng.integers(len(group_labelers))]

@@ -98,7 +98,10 @@ def rank_components(
 
 
 def collect_rankings(
-  prompts_and_responses: Sequence[tuple[str, Sequence[str]]], group: str = "train", seed: int = 0
+  prompts_and_responses: Sequence[tuple[str, Sequence[str]]],
+  group: str = "train",
+  seed: int = 0,
+  first: int = 0,
 ) -> list[Ranking]:
   """Lets one labeler of the group rank each prompt's responses.
 
@@ -106,13 +109,14 @@ def collect_rankings(
     prompts_and_responses: prompts of the default task, each with 2 to 9 answers.
     group: 'train' or 'heldout'.
     seed: determines the labelers, who ranks which prompt, and the noise.
+    first: number of the first ranking; by a ranking's number it is drawn who makes it, and the noise.
   Raises:
     UserError: there is no such group, a prompt is not one of the task's, or it has too few or too many answers.
   """
   group_labelers = labelers(group, seed)
   rankings = []
   for i, ((prompt, responses), components) in enumerate(
-    zip(prompts_and_responses, _components_by_prompt(prompts_and_responses), strict=True)
+    zip(prompts_and_responses, _components_by_prompt(prompts_and_responses), strict=True), first
   ):
     # One generator per prompt, so that a ranking does not depend on the rankings before it.
     rng = task.keyed_rng(seed, "ranking", group, i)

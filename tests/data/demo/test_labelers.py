@@ -86,6 +86,11 @@ def test_collect_rankings_is_seeded_and_mostly_follows_gold(bible):
   assert rankings == labelers.collect_rankings(samples, "train", seed=5)
   assert rankings != labelers.collect_rankings(samples, "train", seed=6)
   assert len({ranking.labeler for ranking in rankings}) == 10
+  # By number, as in a later round: the same labelers, who rank other prompts.
+  later = labelers.collect_rankings(samples, "train", seed=5, first=1000)
+  assert [one.labeler for one in later] != [one.labeler for one in rankings]
+  assert {one.labeler for one in later} == {one.labeler for one in rankings}
+  assert labelers.collect_rankings(samples[3:], "train", seed=5, first=3) == rankings[3:]
   right = total = 0
   for ranking, (prompt, responses) in zip(rankings, samples, strict=True):
     assert (ranking.prompt, ranking.responses) == (prompt, tuple(responses))

@@ -1,0 +1,46 @@
+"""Measures what further rounds of comparisons bought: each round's reward model on all rounds' rankings and policies.
+
+Called by evaluate.py in runs with `collect.rounds` above 1.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from instructjax.core.stages import RANKED, of_round
+from instructjax.report.results import Measured, Round
+from instructjax.stages import answers, policies, rm
+from instructjax.stages.context import Context
+
+
+def measure(
+  ctx: Context, prompts: Sequence[str], measured: Mapping[str, Measured]
+) -> tuple[Round, ...]:
+  """Has every round's reward model judge the rankings and the policies of all rounds; () if there is one round.
+
+  Args:
+    ctx: the run.
+    prompts: the test prompts, one for each answer.
+    measured: policy -> its answers to them.
+  Raises:
+    UserError: weights or rankings cannot be read.
+    Preempted: the run was told to stop.
+  """
+  numbers = range(1, ctx.config.collect.rounds + 1)
+  if len(numbers) == 1:
+    return ()
+  return tuple(_round(ctx, number, numbers, prompts, measured) for number in numbers)
+
+
+def _round(ctx: Context, number: int, numbers: range, prompts, measured) -> Round:
+  params = policies.load_reward(ctx, stage=of_round("rm", number))
+
+  def score(policy: str):
+    found = measured[policy]
+    scored = answers.from_text(ctx, list(prompts), found.answer, found.ended)
+    return answers.score(ctx, ctx.model("reward"), params, scored)
+
+  rankings = [ctx.data.collected(of_round("collect", other), "validation") for other in numbers]
+  return Round(
+    number=number,
+    judgements=tuple(rm.judge(ctx, params, records) for records in rankings),
+    reward={name: score(name) for name in (of_round(RANKED, other) for other in numbers)},
+  )
