@@ -51,7 +51,9 @@ class Figure:
   table: Callable[[Sequence[dict]], str]
 
 
-_NETWORKS = ("instructjax/models/layers.py", "instructjax/models/transformer.py")
+_NETWORKS = tuple(
+  f"instructjax/models/{name}.py" for name in ("layers", "positions", "products", "transformer")
+)
 _OURS = "--set=ppo.packed_rows=0,ppo.ema_decay=0"
 _PACKED = "--set=ppo.packed_rows=1,rollout.slots=16,ppo.ema_decay=0"
 

@@ -13,7 +13,7 @@ for q, k and v in its files too, and so one pair of factors.
 An adapter tree has its layers in one stack, even where the base's are a list: a list would make hundreds of small
 arrays of it, each with operations of its own in the optimiser.
 
-Called by the stages, train/, rl/ and serve/. The layers add the product, see `layers.product_with`.
+Called by the stages, train/, rl/ and serve/. The layers add the product, see `products.widen`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructjax.core.structs import Array, Params, tree_of
-from instructjax.models import layers, transformer
+from instructjax.models import products, transformer
 from instructjax.parallel import sharding, stacking
 
 _FIRST_KEY = 2**20  # more than a network has layers
@@ -199,7 +199,7 @@ def _in_8_bits(model: transformer.Model, name: str, block: Params) -> Params:
   """A block of a layer with its matrices in 8 bits; biases and norms stay as they are."""
   inputs = {part.weight: part.inputs for part in parts(model.network) if part.block == name}
   return {
-    key: layers.quantised(leaf, inputs[key]) if key in inputs else leaf
+    key: products.quantised(leaf, inputs[key]) if key in inputs else leaf
     for key, leaf in block.items()
   }
 
@@ -291,13 +291,13 @@ def _pairs(model: transformer.Model, adapter: Params, key_B: Array | None) -> Pa
     by_weight.setdefault((part.block, part.weight), []).append((a, b * (cfg.alpha / cfg.rank)))
   for index, ((block, weight), pairs) in enumerate(by_weight.items()):
     a, b = zip(*pairs)
-    joined = layers.LowRank(
+    joined = products.LowRank(
       jnp.concatenate(a, axis=-1),
       jnp.concatenate(b, axis=0),
       None if key_B is None else _fold_B(key_B, index),
       cfg.dropout,
     )
-    result.setdefault(block, {})[layers.low_rank_name(weight)] = joined
+    result.setdefault(block, {})[products.low_rank_name(weight)] = joined
   return result
 
 
@@ -318,10 +318,10 @@ def merge(model: transformer.Model, base: Params, trained: Params) -> Params:
 
 def _merged(block: Params) -> Params:
   """A block's weights with its low-rank products added in."""
-  names = [name for name in block if not isinstance(block[name], layers.LowRank)]
+  names = [name for name in block if not isinstance(block[name], products.LowRank)]
   result = {name: block[name] for name in names}
   for name in names:
-    pair = block.get(layers.low_rank_name(name))
+    pair = block.get(products.low_rank_name(name))
     if pair is not None:
       product = jnp.tensordot(pair.w_a, pair.w_b, axes=1)
       result[name] = (block[name] + product).astype(block[name].dtype)
@@ -346,18 +346,18 @@ def base_axes(params: Params, axes: Params) -> Params:
 
 
 def _axes(leaf, name: str, names: dict):
-  if isinstance(leaf, layers.Int8):
+  if isinstance(leaf, products.Int8):
     # The scale has the axis of stacked layers, if there is one, and the outputs' dimensions.
     outputs = leaf.scale.ndim - (is_stack := names[name][:1] == ("layers",))
     stack = names[name][:is_stack]
     scale = (*stack, *names[name][len(names[name]) - outputs :])
-    return tree_of(layers.Int8, values=names[name], scale=scale)
-  if not isinstance(leaf, layers.LowRank):
+    return tree_of(products.Int8, values=names[name], scale=scale)
+  if not isinstance(leaf, products.LowRank):
     return names[name]
-  of_weight = names[layers.weight_name(name)]
+  of_weight = names[products.weight_name(name)]
   # The rank is A's last dimension and takes the inputs' place in B. Both have the axis of stacked layers, if there is
   # one, so it is what the two have more than the weight and two ranks.
   stack = of_weight[: leaf.w_a.ndim + leaf.w_b.ndim - 2 - len(of_weight)]
   inputs = leaf.w_a.ndim - 1
   a, b = (*of_weight[:inputs], "rank"), (*stack, "rank", *of_weight[inputs:])
-  return tree_of(layers.LowRank, w_a=a, w_b=b)
+  return tree_of(products.LowRank, w_a=a, w_b=b)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import adapters, layers, transformer
+from instructjax.models import adapters, layers, positions, transformer
 from instructjax.models.transformer import Model
 from instructjax.parallel import constraints
 
@@ -120,7 +120,7 @@ def decode_step(
   place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
   h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
-  angles, kinds = layers.rotary_angles(position_B1, cfg), layers.layer_kinds(cfg)
+  angles, kinds = positions.rotary_angles(position_B1, cfg), positions.layer_kinds(cfg)
   # The cache holds no later token than the new one, so no causal mask is needed.
   dense = is_slot_BT[:, None, :]
   if slot_position_BT is None:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
-from instructjax.models import layers, splash
+from instructjax.models import layers, positions, products, splash
 from instructjax.parallel import constraints, sharding, stacking
 
 POSITION_STD = 0.01  # of GPT-2's position table (wpe); its other weights have 0.02
@@ -298,13 +298,13 @@ def run_layers(
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
   segment_BL = constraints.shard_rows(segment_BL)
-  angles, kinds = layers.rotary_angles(position_BL, cfg), layers.layer_kinds(cfg)
+  angles, kinds = positions.rotary_angles(position_BL, cfg), positions.layer_kinds(cfg)
   attend = _attention(model, segment_BL, position_BL)
   key_NB = None
   if key_B is not None:
     # Keys 0 .. N - 1 are for the layers, N for the embedding: scan and unrolled layers draw the same noise.
     fold_B = jax.vmap(jax.random.fold_in, (0, None))
-    h_BLD = layers.dropout(h_BLD, fold_B(key_B, cfg.num_layers), dropout_rate)
+    h_BLD = products.dropout(h_BLD, fold_B(key_B, cfg.num_layers), dropout_rate)
     key_NB = jax.vmap(fold_B, (None, 0))(key_B, jnp.arange(cfg.num_layers))
 
   def run_block(h_BLD, layer, index, layer_key_B):
@@ -381,7 +381,7 @@ def _scan_layers(run, h_BLD, stacked, period: int):
 
 def _attention(model, segment_BL, position_BL):
   """Makes the attention of layer `index` over whole sequences: (index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK."""
-  cfg, kinds = model.network, layers.layer_kinds(model.network)
+  cfg, kinds = model.network, positions.layer_kinds(model.network)
   if model.execution.attention == "splash":
     window = lambda index: cfg.attention_window if kinds[index % len(kinds)] == "L" else 0
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=window(index))
@@ -396,7 +396,7 @@ def layer_mask(masks, kinds: str, index):
 
   Args:
     masks: (dense_BTS, banded_BTS or None).
-    kinds: from `layers.layer_kinds`.
+    kinds: from `positions.layer_kinds`.
     index: number of the layer, from 0; an int, or traced in decoding's scan.
   """
   dense_BTS, banded_BTS = masks
@@ -411,7 +411,7 @@ def layer_angles(angles, kinds: str, index):
   """Cosine and sine of a layer's positions; None if no layer has rotary positions.
 
   Args:
-    angles: from `layers.rotary_angles`.
+    angles: from `positions.rotary_angles`.
     kinds, index: as for `layer_mask`.
   """
   if isinstance(index, int):

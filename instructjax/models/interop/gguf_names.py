@@ -221,7 +221,7 @@ def fuse(value: np.ndarray, num_heads: int) -> np.ndarray:
 def llama3_factors(scaling: RopeScalingConfig, base: float, head_dim: int) -> np.ndarray:
   """Divisor of each rotary frequency, float32 [K / 2]: 1 for fast frequencies, the factor for slow ones.
 
-  The rule is that of `layers.rotary_frequencies`, computed in float64.
+  The rule is that of `positions.rotary_frequencies`, computed in float64.
   """
   wavelength = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
   turns = scaling.original_length / wavelength

@@ -11,7 +11,7 @@ from absl import logging
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys, shown
 from instructjax.models.interop import rotary
-from instructjax.models.layers import shortest_pattern
+from instructjax.models.positions import shortest_pattern
 
 # Fields that an architecture does not use have the values of configs/base.py, so that one network has one description.
 _NEUTRAL = dict(

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from instructjax.core.errors import UserError
 from instructjax.core.network import NetworkConfig
 from instructjax.models.interop import rotary
-from instructjax.models.layers import layer_kinds
+from instructjax.models.positions import layer_kinds
 
 # The switches that only some architectures have, and the values that each can hold. What is not listed may be anything.
 _LLAMA: dict[str, tuple] = dict(

@@ -9,7 +9,7 @@ import pytest
 
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys
-from instructjax.models import layers
+from instructjax.models import positions
 from instructjax.models.interop import hf_config, rotary
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[2] / "golden/rotary.json").read_text())["cases"]
@@ -55,7 +55,7 @@ def network(raw: dict):
 
 
 def frequencies(raw: dict) -> np.ndarray:
-  return np.asarray(layers.rotary_frequencies(network(raw)))
+  return np.asarray(positions.rotary_frequencies(network(raw)))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -69,7 +69,7 @@ def test_frequencies_are_those_of_transformers(name):
     return
   np.testing.assert_allclose(frequencies(case["config"]), case["inv_freq"], rtol=2e-6)
   cfg = network(case["config"])
-  assert layers.attention_factor(cfg) == pytest.approx(case["factor"], rel=1e-6)
+  assert positions.attention_factor(cfg) == pytest.approx(case["factor"], rel=1e-6)
   assert case["factor"] == 1 or cfg.rope_scaling.kind == "yarn"
   written = hf_config.to_hf_config(cfg, 17, "lm")
   assert network(written).rope_scaling == cfg.rope_scaling

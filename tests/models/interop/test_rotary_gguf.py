@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.models import layers
+from instructjax.models import positions
 from instructjax.models.interop import describe, gguf_file
 
 BASE, HEAD_DIM = 500.0, 4
@@ -146,8 +146,8 @@ def test_frequencies_are_those_of_llama_cpp(name, arch, tmp_path):
       gguf_file.open_file(path)
     return
   found = describe(gguf_file.open_file(path)).cfg
-  np.testing.assert_allclose(layers.rotary_frequencies(found), expected, rtol=1e-6)
-  assert layers.attention_factor(found) == pytest.approx(*factor or [1.0])
+  np.testing.assert_allclose(positions.rotary_frequencies(found), expected, rtol=1e-6)
+  assert positions.attention_factor(found) == pytest.approx(*factor or [1.0])
 
 
 def test_divisors(tmp_path):
@@ -160,7 +160,7 @@ def test_divisors(tmp_path):
   freqs[2] = exact
   path = write(tmp_path / "a.gguf", "llama", keys, freqs, 8)
   expected = 500000.0 ** -(np.arange(4) / 4) / freqs
-  found = layers.rotary_frequencies(describe(gguf_file.open_file(path)).cfg)
+  found = positions.rotary_frequencies(describe(gguf_file.open_file(path)).cfg)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
   # llama.cpp multiplies by both, and it reads the tensor for llama only.
   for arch, more, message in (
