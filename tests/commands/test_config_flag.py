@@ -53,7 +53,7 @@ def test_other_folders_are_not_looked_up(elsewhere):
 
 
 def test_what_is_not_found_is_said_with_what_there_is(elsewhere):
-  every = "best_of_n, evaluate, ppo, ppo_init, ppo_ptx, pretrain, rm, sft"
+  every = "best_of_n, evaluate, grpo, ppo, ppo_init, ppo_ptx, pretrain, rloo, rm, sft"
   with pytest.raises(UserError, match=f"--config=ppo_pxt: .*come with instructjax: {every}$"):
     config_flag.locate("ppo_pxt")
 

@@ -276,7 +276,8 @@ def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
   with micro.one_device():
     pipeline.run(config(specs, evaluate__compare=(), evaluate__num_prompts=4), workdir)
   summary = finished.read_done(workdir / "evaluate").result.summary
-  assert summary.keys() == {"base", "sft", "ppo_init", "ppo_ptx"}
+  needs_no_training = {"echo", "random_line", "demonstrations"}
+  assert summary.keys() == {"base", "sft", "ppo_init", "ppo_ptx"} | needs_no_training
   assert len((workdir / "evaluate" / "answers.jsonl").read_text().splitlines()) == 4
   assert (workdir / "report" / "index.html").is_file()
 
@@ -518,7 +519,7 @@ def test_the_reward_model_starts_from_what_the_config_says(whole, specs, tmp_pat
 
 def test_cross_validation_leaves_out_whole_labelers(whole, specs):
   ctx = context(config(specs, rm__cross_validation_folds=3), whole)
-  folds = rm.fold_labelers(ctx)
+  folds = rm.fold_labelers(ctx, "rm")
   assert sorted(name for fold in folds for name in fold) == sorted(micro.LABELERS)
   trained, judged = [], []
   names = lambda rows: {row.labeler for row in rows}
@@ -527,9 +528,9 @@ def test_cross_validation_leaves_out_whole_labelers(whole, specs):
     judged.append(names(rows)) or types.SimpleNamespace(accuracy=len(judged))
   )
   with mock.patch.object(rm, "train", train), mock.patch.object(rm, "judge", judge):
-    found = rm.cross_validate(ctx, "judge")
+    found = rm.cross_validate(ctx, "rm")
   assert trained == [
-    ("judge", f"judge/fold_{i}", set(micro.LABELERS) - fold) for i, fold in enumerate(folds)
+    ("rm", f"rm/fold_{i}", set(micro.LABELERS) - fold) for i, fold in enumerate(folds)
   ]
   assert judged == [part for fold in folds for part in (fold, set(micro.LABELERS) - fold)]
   assert found == tuple(results.Fold(heldout=2 * i + 1, train=2 * i + 2) for i in range(3))
@@ -616,7 +617,7 @@ def test_rl_from_a_given_policy_and_a_given_reward_model(whole, specs, tmp_path)
   same = [last_checkpoint(folder / "ppo_ptx")[0] for folder in (tmp_path / "run", whole)]
   assert same[0] == same[1]
   policies_judged = finished.read_done(tmp_path / "run" / "evaluate").result.summary
-  assert set(policies_judged) == {"sft", "ppo_init", "ppo_ptx"}
+  assert set(policies_judged) == {"sft", "ppo_init", "ppo_ptx", "echo"}
   # It goes on where it was, and not with another reward model.
   before = files_of(tmp_path / "run" / "ppo_ptx")
   with micro.one_device():

@@ -155,13 +155,13 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name, read: f"weights of {name}")
-    patch(ppo.policies, "load_reward", lambda ctx, read: "shifted reward model")
+    patch(ppo.policies, "load_reward", lambda ctx, read, stage: f"shifted {stage}")
     patch(ppo.stacking, "relay", lambda params, how: params)
     patch(ppo.checkpoint, "tree_fingerprint", lambda tree: f"hash of {tree}")
     patch(ppo.dataclasses, "replace", lambda run, **changes: changes)
     patch(ppo.loop, "fit", fit)
     ppo.run(ctx, "ppo")
-  given = "weights of ppo_init", "shifted reward model"
+  given = "weights of ppo_init", "shifted rm"
   assert made["state"] == ("mesh", "nets", *given, "key of ppo")
   assert made["frozen"] == ("nets", "shardings", *given, None, (), ())  # no ensemble, no base
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"

@@ -466,7 +466,10 @@ REFUSED = {
     *("llama", LLAMA | {"llama.attention.key_length": 8}, TABLE),
     "dimension_count=4 must equal the width of a head, 8",
   ),
-  "yarn": ("llama", LLAMA | {"llama.rope.scaling.type": "yarn"}, TABLE, "type='yarn' is not supp"),
+  "longrope": (
+    *("llama", LLAMA | {"llama.rope.scaling.type": "longrope"}, TABLE),
+    "type='longrope' is not supp",
+  ),
   "no table": (
     "llama",
     LLAMA,
@@ -502,7 +505,7 @@ REFUSED = {
   "two scalings": (
     *("llama", LLAMA3 | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}),
     {**TABLE, "rope_freqs.weight": np.ones(16, np.float32)},
-    "factor=4 and tensor 'rope_freqs.weight' are two rotary scalings",
+    r"factor=4 .linear. and tensor 'rope_freqs.weight' are two rotary scalings",
   ),
   "rope_freqs of GPT-2": (
     *("gpt2", GPT2, {**TABLE, "rope_freqs.weight": np.ones(2, np.float32)}),
