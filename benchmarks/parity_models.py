@@ -3,6 +3,7 @@
 Called by parity; imports torch and transformers.
 """
 
+import copy
 import functools
 import json
 import pathlib
@@ -192,18 +193,19 @@ def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
   """
   model, params = load_ours(path)
   apply = jax.jit(transformer.apply, static_argnums=0)
+  # In float64, so that the difference is our rounding and not also theirs, which is as large where attention is sharp.
+  exact = copy.deepcopy(theirs).double()
   values = {}
   for side in ("right", "left"):
     token_BL, is_token_BL = pad(cut(ids), side, model.vocab_size)
     position_BL = transformer.positions_from_mask(is_token_BL)
     segment_BL = is_token_BL.astype(np.int32)
     logits_BLV = apply(model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL)
-    values[side] = _largest((logits_BLV - their_logits(theirs, token_BL, is_token_BL))[is_token_BL])
+    values[side] = _largest((logits_BLV - their_logits(exact, token_BL, is_token_BL))[is_token_BL])
     if side == "right":  # its first row is the whole paragraph, from the first column on
       nll = -jnp.mean(lm.token_logprob(logits_BLV[:1, :-1], jnp.asarray([ids[1:]])))
-  # Computed from their logits in float64. Their own loss sums in float32, which at SmolLM2's vocabulary is off by 8e-6,
-  # nearly the bound of 1e-5.
-  their_LV = theirs(torch.tensor([ids])).logits[0].double()
+  # Not their own loss, which sums in float32: at SmolLM2's vocabulary it is off by 8e-6, nearly the bound of 1e-5.
+  their_LV = exact(torch.tensor([ids])).logits[0]
   their_nll = torch.nn.functional.cross_entropy(their_LV[:-1], torch.tensor(ids[1:]))
   values["nll"] = abs(float(nll) - their_nll.item())
   prompts = [row[: len(row) // 2] + row[:1] for row in cut(ids)]

@@ -142,7 +142,9 @@ HOSTILE = {
   "{{ [0] * 10 ** 9 }}": "256 MB",
   "{{ 'a' | center(10 ** 9) }}": "256 MB",
   "{{ messages | tojson(indent=10 ** 9) }}": "256 MB",
-  "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}": "256 MB",
+  "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}": (
+    "(half a second|256 MB)"  # whichever limit a machine meets first
+  ),
 }
 
 
