@@ -63,6 +63,7 @@ FIGURES = {
     (),
     (
       *("configs/base.py", "configs/tiny.py", "instructjax/data/demo/*.py", "instructjax/ops/*.py"),
+      *("instructjax/data/bible.py", "instructjax/data/labeling.py"),
       *(f"instructjax/report/{name}.py" for name in ("findings", "doubts", "intervals", "wording")),
     ),
     tables.findings,

@@ -47,12 +47,6 @@ def origin(records: Sequence[dict]) -> str:
   return "\n".join(f"- {key}: {', '.join(commands)}" for key, commands in made.items())
 
 
-def _intervals(finding: dict) -> list[list[float]]:
-  """The intervals of a finding's first values."""
-  found = finding["interval"] or []
-  return found if not found or isinstance(found[0], list) else [found]
-
-
 def findings(records: Sequence[dict]) -> str:
   """What each finding measured, by seed, with 95% intervals; with several seeds their least and greatest."""
   runs = [line for record in records for line in record["lines"]]
@@ -66,7 +60,7 @@ def findings(records: Sequence[dict]) -> str:
           cells.append("")
           continue
         values.append(same[0]["measured"][name])
-        interval = _intervals(same[0])[index : index + 1]
+        interval = same[0]["interval"][index : index + 1]
         about = f" ({number(interval[0][0])} to {number(interval[0][1])})" if interval else ""
         cells.append(number(values[-1]) + about)
       spread = [f"{number(min(values))} to {number(max(values))}"] if len(runs) > 1 else []

@@ -27,9 +27,8 @@ class RopeScalingConfig:
   # llama3, yarn: rotations with more turns than this are not scaled, and those in between are interpolated; yarn's
   # beta_fast
   high_freq_factor: float
-  original_length: (
-    int  # llama3, yarn: context length that the model was first trained with [tokens]
-  )
+  # llama3, yarn: context length that the model was first trained with [tokens]
+  original_length: int
   # yarn: what cosine and sine are multiplied by, so that attention is sharper; 0 is the paper's 0.1 ln(factor) + 1
   attention_factor: float
 

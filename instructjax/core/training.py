@@ -469,9 +469,8 @@ class EvaluateConfig:
   temperature: float  # temperature at which the answers are sampled
   # which weights of an RL stage to evaluate: the average over iterations (ema), or those after the last update (raw)
   weights: Literal["ema", "raw"]
-  compare: tuple[
-    str, ...
-  ]  # further RL stages to run for comparison, of ppo, ppo_ptx, rloo and grpo
+  # further RL stages to run for comparison, of ppo, ppo_ptx, rloo and grpo
+  compare: tuple[str, ...]
   # whether to also run PPO without KL penalty and best-of-n, for the plot of over-optimisation
   overoptimization: bool
   overoptimization_iterations: int  # iterations of the PPO run without KL penalty [iterations]

@@ -7,7 +7,7 @@ work on topics that no training prompt is about? Called by findings.py. Pure fun
 import numpy as np
 
 from instructjax.report import wording
-from instructjax.report.intervals import above, all_of, at_most, mean_interval, win_rate
+from instructjax.report.intervals import above, all_of, at_most, mean_interval, mean_of, win_rate
 from instructjax.report.results import Results
 
 # Findings that rest on win rates.
@@ -92,9 +92,7 @@ def _own_words(results, bootstrap, rng):
   if after is None or before is None:
     return None
   samples = results.samples_per_prompt
-  mean = lambda values_N: mean_interval(
-    np.asarray(values_N, float).reshape(-1, samples).mean(axis=1), bootstrap, rng
-  )
+  mean = lambda values_N: mean_of(values_N, samples, bootstrap, rng)
   more = mean(np.asarray(after.repeats, float) - before.repeats)
   copied = mean(after.copied)
   distinct = wording.distinct(after.answer)

@@ -15,7 +15,7 @@ from instructjax.report.intervals import (
   at_most,
   below,
   loss_difference,
-  mean_interval,
+  mean_of,
   win_rate,
 )
 from instructjax.report.results import Measured, Results
@@ -99,8 +99,7 @@ def _alignment_tax(results, bootstrap, rng):
   base = loss_difference(rows["ppo_ptx"], rows["base"], bootstrap, rng)
   # In standard deviations, because a reward model's scores have no scale of their own.
   gap_N = (np.asarray(measured["ppo"].reward) - measured["ppo_ptx"].reward) / judgement.score_std
-  per_prompt = gap_N.reshape(-1, results.samples_per_prompt).mean(axis=1)
-  gap = mean_interval(per_prompt.astype(float), bootstrap, rng)
+  gap = mean_of(gap_N, results.samples_per_prompt, bootstrap, rng)
   return doubts.finding(
     "alignment_tax",
     "PPO raises the loss on pretraining text above SFT's; the pretraining mix undoes it at about the same reward.",
@@ -177,7 +176,7 @@ def _reward_model(results):
 def _kl_bounded(results, bootstrap, rng):
   samples = results.samples_per_prompt
   kls = {
-    name: mean_interval(m.kl.reshape(-1, samples).mean(axis=1), bootstrap, rng)
+    name: mean_of(m.kl, samples, bootstrap, rng)
     for name, m in results.measured.items()
     if name in ("ppo", "ppo_ptx")
   }
@@ -200,11 +199,7 @@ def _overoptimization(results, bootstrap, rng):
   if pushed is None or pushed.gold is None:
     return None
   init = measured["ppo_init"]
-
-  def change(after, before):
-    difference = after - before
-    return mean_interval(difference.reshape(-1, samples).mean(axis=1), bootstrap, rng)
-
+  change = lambda after, before: mean_of(after - before, samples, bootstrap, rng)
   reward, gold = change(pushed.reward, init.reward), change(pushed.gold, init.gold)
   return doubts.finding(
     "overoptimization",
@@ -231,8 +226,7 @@ def _topic_following(results, bootstrap, rng):
     if name in measured
   }
   named, before = (np.asarray(measured[name].names_topic, float) for name in ("ppo_ptx", "sft"))
-  gain = named - before
-  gained, interval = mean_interval(gain.reshape(-1, samples).mean(axis=1), bootstrap, rng)
+  gained, interval = mean_of(named - before, samples, bootstrap, rng)
   return doubts.finding(
     "topic_following",
     "More answers do what the prompt asks (name its topic) after PPO-ptx than after SFT.",

@@ -1,6 +1,7 @@
 """Means and differences with 95% intervals, and what an interval says about a threshold.
 
-Called by findings.py, doubts.py and panels.py. Pure functions of what evaluation measured.
+Called by the other modules of the report, and by stages/evaluate.py and measuring.py. Pure functions of what evaluation
+measured.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ def win_rate(
   difference = judged(a) - judged(b)
   # A tie is half a win for each: the rates of a over b and of b over a add up to 1, and equal policies get 0.5.
   wins = (difference > 0) + 0.5 * (difference == 0)
-  return mean_interval(wins.reshape(-1, samples_per_prompt).mean(axis=1), bootstrap, rng)
+  return mean_of(wins, samples_per_prompt, bootstrap, rng)
 
 
 def loss_difference(rows_a, rows_b, bootstrap: int, rng) -> tuple[float, list[float]]:

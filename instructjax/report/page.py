@@ -288,7 +288,7 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
   }
 
 
-def _rounds(results: Results, table: Mapping) -> dict:
+def _rounds(table: Mapping) -> dict:
   """Both tables of the rounds, with their cells in words."""
 
   def cell(found) -> tuple[str, str]:
@@ -308,11 +308,10 @@ def _rounds(results: Results, table: Mapping) -> dict:
     "policies": [
       {
         "name": row["policy"],
-        "cells": [(tables.number(row["score"]), ""), cell(row["over_previous"])],
+        "cells": [(tables.number(row["gold"]), ""), cell(row["over_previous"])],
       }
       for row in table["policies"]
     ],
-    "score": "gold score" if results.has_gold else "reward-model score",
   }
 
 
@@ -375,7 +374,7 @@ def page(
     reward_model=_reward_model(results),
     num_pairs=judgement.pairs if judgement else 0,
     equal_kl=_equal_kl(results, equal),
-    rounds=_rounds(results, rounds.table(results, bootstrap=cfg.bootstrap, seed=config.seed)),
+    rounds=_rounds(rounds.table(results, bootstrap=cfg.bootstrap, seed=config.seed)),
     overoptimization=_overoptimization(results),
     made=_made(made),
   )

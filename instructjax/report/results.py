@@ -22,10 +22,10 @@ class Measured:
     ended: whether the answer ended by itself, not at the length limit.
     length: number of tokens.
     kl: log-probability under the policy minus that under the PPO initialisation, in nats; None for bases.
-    gold: the demo's gold score; None for other prompts than the demo's.
+    gold: the gold score; None for prompts that are no simulated task's.
     repeats: whether the answer repeats a pair of words.
     copied: share of the answer's words that are copied from the prompt, see `wording.copied`.
-    names_topic: whether the answer names the prompt's topic; None for other prompts than the demo's.
+    names_topic: whether the answer names the prompt's topic; None where `gold` is.
     topic_again: whether it names the topic more than once; None where `names_topic` is.
   """
 
@@ -89,7 +89,7 @@ class BestAtKL:
 
   Attributes:
     n: number of answers to choose from.
-    kl: KL of best-of-n from the PPO initialisation, in nats: the policy's, or less if `most` samples do not reach it.
+    kl: KL of best-of-n from the PPO initialisation, in nats: near the policy's, or less if all samples do not reach it.
     reaches: whether best-of-n comes as far as the policy.
     gold, reward: expected scores of the chosen answer; gold is None if the answers have no gold score.
     wins_P: for each prompt, how often the policy's answer is judged better than the chosen one (a tie is half a win).
@@ -118,7 +118,7 @@ class Results:
     best_at_kl: RL policy -> best-of-n at its KL; empty if best-of-n was not asked for.
     untrained: answers that need no training of their own (`core.stages.UNTRAINED`), measured as the policies' are.
     new_topics: policy -> its answers to prompts on topics that no training prompt is about; empty for other prompts
-      than the demo's. `measured` does not hold them.
+      than a simulated task's. `measured` does not hold them.
     gold_words: what the gold score rewards, in a sentence; '' if there is none.
     shots: number of worked examples -> mean score of the larger base's answers with so many, by what judges; the best
       of them is the policy `few_shot`.

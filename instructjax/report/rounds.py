@@ -57,8 +57,9 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
   names = [of_round(RANKED, row.number) for row in results.rounds]
 
   def agreement(row: Round, name: str):
-    gold = results.measured[name].gold
-    return None if gold is None else correlation(row.reward[name], gold, samples, bootstrap, rng)
+    # There is a gold score: only simulated labelers rank in several rounds.
+    gold = np.asarray(results.measured[name].gold)
+    return correlation(row.reward[name], gold, samples, bootstrap, rng)
 
   def accuracy(judgement):
     value, reach = judgement.accuracy, 1.96 * judgement.accuracy_stderr
@@ -83,7 +84,7 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
       {
         "round": row.number,
         "policy": name,
-        "score": float(np.mean(intervals.judged(results.measured[name]))),
+        "gold": float(np.mean(np.asarray(results.measured[name].gold))),
         "over_previous": over_previous(place),
       }
       for place, (row, name) in enumerate(zip(results.rounds, names, strict=True))

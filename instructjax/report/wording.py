@@ -1,7 +1,7 @@
 """What a reader notices in answers before any score does: repetition, copying and sameness.
 
-Called by `stages/evaluate.py` and findings.py. Pure functions of texts. A word is a run of letters and digits in any
-script, in lower case; an apostrophe inside belongs to it.
+Called by stages/measuring.py and by the findings. Pure functions of texts. A word is a run of letters and digits in
+any script, in lower case; an apostrophe inside belongs to it.
 """
 
 import itertools

@@ -247,11 +247,10 @@ def _findings(path: pathlib.Path, head: str) -> list[tuple[str, str, str]]:
   for finding in json.loads(path.read_text(encoding="utf-8")):
     if head == "scalar" and finding["id"] != "reward_model":
       continue
-    interval = finding["interval"]
-    # Runs of older versions have a single one without a list around it.
-    intervals = [interval] if not isinstance(interval[0], list) else interval
     measured = [f"{name} {_number(value)}" for name, value in finding["measured"].items()]
-    for i, ((low, high), value) in enumerate(zip(intervals, finding["measured"].values())):
+    for i, ((low, high), value) in enumerate(
+      zip(finding["interval"], finding["measured"].values())
+    ):
       shown = f"{_number(low)} to {_number(high)}"
       if None in (low, value, high) or low <= value <= high:
         measured[i] += f" ({shown})"

@@ -112,7 +112,7 @@ class _Prompts:
   Attributes:
     every: each `evaluate.samples_per_prompt` times in a row, because findings average the answers to one before they
       resample prompts.
-    seen: places in `every` on topics of training prompts; all, for prompts that are not the demo's.
+    seen: places in `every` on topics of training prompts; all, for prompts that are no simulated task's.
     new: places of the others.
   """
 

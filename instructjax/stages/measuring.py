@@ -1,7 +1,7 @@
 """Samples a policy's answers and measures each of them; measures answers that no policy gave in the same way.
 
-Called by evaluate.py. The judge of answers is the gold score if the prompts are the demo's, and the reward model
-otherwise.
+Called by evaluate.py. The judge of answers is the gold score if the prompts are a simulated task's, and the
+reward model otherwise.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ SHOTS = (1, 2, 3)  # numbers of worked examples that the larger base is tried wi
 def few_shot_prompts(
   ctx: Context, prompts: list[str], shots: int = SHOTS[-1]
 ) -> tuple[list[str], int]:
-  """Puts worked examples before the demo's prompts: (texts, columns of a prompt).
+  """Puts worked examples before a simulated task's prompts: (texts, columns of a prompt).
 
   Raises:
     UserError: one of them is longer.

@@ -235,11 +235,12 @@ def _describe(ctx: Context, watch: Callable[..., None]):
     decode = lambda rows: answers.decode(ctx.tokenizer, rows)
     texts = lambda end: (decode(text[:end, :prompt_length]), decode(text[:end, prompt_length:]))
     watch(step, {"rm": score_B, **rewards}, lambda: texts(1))
+    if simulation is None and jax.process_index() != 0:
+      return {}, ()
     prompts, responses = texts(None)
     extra = {}
-    if (
-      simulation is not None
-    ):  # on every process: a gold score may ask the base, which is on all devices
+    # On every process: a gold score may ask the base, which is on all devices.
+    if simulation is not None:
       extra["gold"] = float(np.mean(simulation.gold_score(prompts, responses)))
     if jax.process_index() != 0:
       return {}, ()

@@ -58,5 +58,5 @@ def test_each_reward_model_is_judged_on_each_round():
   assert second["correlation"]["ppo_ptx_2"][0] == pytest.approx(1)
   old, new = found["policies"]
   assert (old["over_previous"], new["over_previous"]) == (None, (1.0, [1.0, 1.0]))
-  assert new["score"] == pytest.approx(old["score"] + 1)
+  assert new["gold"] == pytest.approx(old["gold"] + 1)
   assert rounds.table(example.results(), bootstrap=50, seed=0) == {}

@@ -22,7 +22,6 @@ from instructjax.data.conversation.task import (
   GOLD_WORDS,
   few_shot_prompt,
   is_new_topic,
-  names_topic,
   score_without_base,
   topic_count,
 )
@@ -38,7 +37,6 @@ __all__ = [
   "is_new_topic",
   "judged_by",
   "load",
-  "names_topic",
   "score_without_base",
   "topic_count",
 ]
@@ -100,10 +98,6 @@ class Judged:
   def gold_score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
     """See `task.gold_score`."""
     return task.gold_score(prompts, responses, self.logprob(prompts, responses))
-
-  def names_topic(self, prompt: str, response: str) -> bool:
-    """See `task.names_topic`."""
-    return names_topic(prompt, response)
 
   def topic_count(self, prompt: str, response: str) -> int:
     """See `task.topic_count`."""
