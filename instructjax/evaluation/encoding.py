@@ -40,9 +40,10 @@ def pair_ids(
   if not context:
     ids = tokenizer.encode(continuation)
     return ([first_id], ids) if ids[:1] != [first_id] else (ids[:1], ids[1:])
-  made = Rendered if isinstance(context, Rendered) else str
-  whole = prompt_ids(tokenizer, made(context + continuation))
-  before = prompt_ids(tokenizer, made(context.rstrip()))
+  whole_text, bare = context + continuation, context.rstrip()
+  if isinstance(context, Rendered):  # which methods of `str` do not keep
+    whole_text, bare = Rendered(whole_text), Rendered(bare)
+  whole, before = prompt_ids(tokenizer, whole_text), prompt_ids(tokenizer, bare)
   after = whole[len(before) :]
   if not after:
     raise UserError(

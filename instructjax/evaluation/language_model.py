@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from instructjax.core.errors import UserError
 from instructjax.core.stages import Head
-from instructjax.core.structs import Params, PromptBatch
+from instructjax.core.structs import Params, PromptBatch, tree_of
 from instructjax.data.tokenizer import Tokenizer, prompt_ids
 from instructjax.evaluation import encoding
 from instructjax.models import execution, transformer
@@ -315,8 +315,11 @@ def _answer(model: LanguageModel, request: Request) -> str:
   ids = prompt_ids(model.tokenizer, request.prompt)[-room:] or [model.first_id]
   length = _bucket(len(ids))
   token_P = np.asarray([model.tokenizer.pad_id] * (length - len(ids)) + ids, np.int32)
-  batch = PromptBatch(
-    token_P[None], token_P[None] != model.tokenizer.pad_id, np.asarray([row_number(request)])
+  batch = tree_of(
+    PromptBatch,
+    token_BP=token_P[None],
+    is_prompt_BP=token_P[None] != model.tokenizer.pad_id,
+    index_B=np.asarray([row_number(request)], np.int32),
   )
   with jax.set_mesh(model.mesh):
     rollout = _generate(
