@@ -6,7 +6,6 @@ trained. More: docs/evaluation.md.
 
 import pathlib
 import re
-from typing import cast
 
 from absl import flags
 
@@ -72,7 +71,7 @@ def main(arguments: list[str]):
     seed=_SEED.value,
     redo=_REDO.value,
   )
-  command.run(models, data, settings, out, cast("command.Dtype", _DTYPE.value))
+  command.run(models, data, settings, out, command.DTYPES[_DTYPE.value])
 
 
 def parse_models(values: list[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ Beside runner.py this is the module that knows models; what it does with their a
 report/evaluation.py.
 """
 
+import functools
 import hashlib
 import pathlib
 import time
@@ -12,14 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from instructjax.core import terminal
-from instructjax.core.training import MeshConfig
-from instructjax.evaluation import language_model, rows, runner, summary, tasks
+from instructjax.core.config import MeshConfig
+from instructjax.data.tokenizer import prompt_ids
+from instructjax.evaluation import encoding, language_model, rows, runner, summary, tasks
 from instructjax.evaluation.language_model import Dtype
+from instructjax.evaluation.task import Ask, Question
 from instructjax.parallel import sharding
 from instructjax.report import evaluation as report
 from instructjax.train import finished, weights
 
-__all__ = ["Dtype", "run"]
+DTYPES: Mapping[str, Dtype] = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16"}
 _SECONDS = 20.0  # between two lines of progress
 
 
@@ -44,14 +47,15 @@ def run(
   with finished.workdir_lock(out):
     planned, skipped = runner.plan(tasks.found(), data, settings, out)
     for one in skipped:
-      terminal.say(f"skipped: {one.name}: {one.reason}")
+      to = terminal.console(stderr=True)
+      terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
     opened = [_model(name, path, out, dtype) for name, path in models.items()]
     runner.answer_all(opened, planned, settings, out, _progress())
     parts = []
     for part in planned:
       scores = runner.scores(list(models), part, out)
-      cut = runner.cut(list(models), part, out)
-      parts.append(summary.part(part, scores, cut, settings.seed))
+      fits = runner.fits(list(models), part, out)
+      parts.append(summary.part(part, scores, fits, settings.seed))
     shown = {"limit": settings.limit, "seed": settings.seed}
     whole = summary.whole(models, parts, skipped, shown)
     summary.write(out / "summary.json", whole)
@@ -80,12 +84,36 @@ def _engine(path: str, dtype: Dtype) -> runner.Engine:
 
   def generate(questions: Sequence, told: Callable):
     requests = [
-      language_model.Request(question.prompt, question.stops, question.max_new_tokens)
+      language_model.Request(question.prompt, question.stops, _room(model, question))
       for question in questions
     ]
     return language_model.generate(model, requests, told)
 
-  return runner.Engine(lambda pairs, told: language_model.log_probs(model, pairs, told), generate)
+  return runner.Engine(
+    lambda pairs, told: language_model.log_probs(model, pairs, told),
+    generate,
+    functools.partial(fit, model),
+  )
+
+
+def _room(model: language_model.LanguageModel, question: Question) -> int:
+  """Tokens of an answer: half of what the model reads at once is left to the prompt."""
+  return min(question.max_new_tokens, max(1, model.max_length // 2))
+
+
+def fit(model: language_model.LanguageModel, ask: Ask) -> runner.Fit:
+  """See `runner.Engine`. A text is encoded only if its bytes do not settle it: a token has one or more."""
+  if isinstance(ask, Question):
+    room = model.max_length - _room(model, ask)
+    is_short = len(ask.prompt.encode()) < room
+    is_whole = is_short or len(prompt_ids(model.tokenizer, ask.prompt)) <= room
+    return "whole" if is_whole else "cut"
+  for context, continuation in ask.pairs:
+    if len(continuation.encode()) + 2 > model.max_length:
+      _, after = encoding.pair_ids(model.tokenizer, context, continuation, model.first_id)
+      if len(after) > model.max_length:
+        return "too long"
+  return "whole"
 
 
 def _progress() -> Callable[[str, str, int, int], None]:
@@ -101,7 +129,7 @@ def _progress() -> Callable[[str, str, int, int], None]:
       return
     last, said = (model, title), now
     rate = (done - first) / max(now - began, 1e-9)
-    left = f", about {_spoken((total - done) / rate)} left" if rate > 0 and done < total else ""
+    left = f", about {spoken((total - done) / rate)} left" if rate > 0 and done < total else ""
     terminal.say(
       f"{model}: {title}: {done} of {total} requests{left}", to=terminal.console(stderr=True)
     )
@@ -109,7 +137,7 @@ def _progress() -> Callable[[str, str, int, int], None]:
   return told
 
 
-def _spoken(seconds: float) -> str:
+def spoken(seconds: float) -> str:
   if seconds < 90:
     return f"{seconds:.0f} s"
   return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -84,12 +84,14 @@ class Journal:
   """The results of a part so far: those of an interrupted run at first, and then each one that is added.
 
   Attributes:
-    found: (item, choice) -> result. Choice is 0 for an answer in words.
+    choices: (item, choice) -> result.
+    texts: item -> its answer in words.
   """
 
   def __init__(self, path: pathlib.Path):
     self._path = path
-    self.found: dict[tuple[int, int], Choice | str] = {}
+    self.choices: dict[tuple[int, int], Choice] = {}
+    self.texts: dict[int, str] = {}
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     whole = b"".join(line + b"\n" for line in lines[:-1] if self._take(line))
     with writing(path):
@@ -101,14 +103,20 @@ class Journal:
   def _take(self, line: bytes) -> bool:
     try:
       item, choice, result = json.loads(line)
-      self.found[item, choice] = result if isinstance(result, str) else choice_of(result)
+      self._keep(item, choice, result if isinstance(result, str) else choice_of(result))
     except (ValueError, TypeError, KeyError):
       return False
     return True
 
+  def _keep(self, item: int, choice: int, result: Choice | str):
+    if isinstance(result, str):
+      self.texts[item] = result
+    else:
+      self.choices[item, choice] = result
+
   def add(self, item: int, choice: int, result: Choice | str):
-    """Keeps a result."""
-    self.found[item, choice] = result
+    """Keeps a result; `choice` is 0 for an answer in words."""
+    self._keep(item, choice, result)
     row = [item, choice, result if isinstance(result, str) else plain(result)]
     with writing(self._path):
       self._file.write(json.dumps(row).encode() + b"\n")
@@ -116,16 +124,19 @@ class Journal:
 
   def missing(self, asks: Sequence[Ask]) -> list[tuple[int, int]]:
     """What is not known yet, as (item, choice)."""
-    keys = ((i, j) for i, asked in enumerate(asks) for j in range(count(asked)))
-    return [key for key in keys if key not in self.found]
+    missing = []
+    for i, asked in enumerate(asks):
+      if isinstance(asked, Choices):
+        missing += [(i, j) for j in range(len(asked.pairs)) if (i, j) not in self.choices]
+      elif i not in self.texts:
+        missing.append((i, 0))
+    return missing
 
   def answer(self, item: int, asked: Ask) -> Answer:
     """The answer to an item of which everything is known."""
     if isinstance(asked, Choices):
-      return [self.found[item, j] for j in range(len(asked.pairs))]  # pyrefly: ignore
-    found = self.found[item, 0]
-    assert isinstance(found, str)
-    return found
+      return [self.choices[item, j] for j in range(len(asked.pairs))]
+    return self.texts[item]
 
   def close(self):
     self._file.close()

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from instructjax.evaluation import items, journal, rows
 from instructjax.evaluation.task import Answer, Ask, Choice, Choices, Question, Task
 
 Told = Callable[[int, Any], None]
+Fit = Literal["whole", "cut", "too long"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,13 @@ class Engine:
   Attributes:
     log_probs: of (context, continuation) pairs.
     generate: the greedy answers to questions.
+    fit: whether the model reads all of what is asked, loses its beginning, or cannot be asked because a continuation is
+      longer than what it reads at once.
   """
 
   log_probs: Callable[[Sequence[tuple[str, str]], Told], Any]
   generate: Callable[[Sequence[Question], Told], Any]
+  fit: Callable[[Ask], Fit]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +91,11 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-  """A task that is not asked, and why not."""
+  """A task that is not asked, why not, and how to mend it."""
 
   name: str
   reason: str
+  mend: str
 
 
 def plan(
@@ -114,7 +119,10 @@ def plan(
     needs_shots = any(task.prompts[prompt].shots for prompt in prompts)
     loaded = items.load(name, task, data, needs_shots=needs_shots)
     if loaded is None:
-      skipped.append(Skipped(name, f"no data: no {' or '.join(task.files)} below --data"))
+      mend = (
+        f"put a file {' or '.join(task.files)} below --data, or name one with --data={name}=FILE"
+      )
+      skipped.append(Skipped(name, "no data", mend))
       continue
     content = checksums.content(loaded.spec, rows.files(loaded.spec)).checksum
     for prompt in prompts:
@@ -173,8 +181,9 @@ def answer_all(
           told(name, title, start + count, total)
 
         try:
-          _ask(engine, part.asked.asks, found, kept)
-          samples = [_sample(part, i, found) for i in range(len(part.asked.asks))]
+          fits = [engine.fit(ask) for ask in part.asked.asks]
+          _ask(engine, part.asked.asks, fits, found, kept)
+          samples = [_sample(part, i, fit, found) for i, fit in enumerate(fits)]
         finally:
           found.close()
         journal.write_samples(files, samples)
@@ -186,9 +195,16 @@ def _files(out: pathlib.Path, model: Model, part: Planned) -> journal.Part:
   return journal.part(out, model.name, part.name, part.prompt)
 
 
-def _ask(engine: Engine, asks: Sequence[Ask], found: journal.Journal, kept: Callable[[int], None]):
+def _ask(
+  engine: Engine,
+  asks: Sequence[Ask],
+  fits: Sequence[Fit],
+  found: journal.Journal,
+  kept: Callable[[int], None],
+):
   """Gets what is missing from the model, and keeps each result as it comes."""
-  missing = found.missing(asks)
+  can_be_asked = lambda keys: [key for key in keys if fits[key[0]] != "too long"]
+  missing = can_be_asked(found.missing(asks))
   scored, written = [], []
   for key in missing:
     (scored if isinstance(asks[key[0]], Choices) else written).append(key)
@@ -206,7 +222,7 @@ def _ask(engine: Engine, asks: Sequence[Ask], found: journal.Journal, kept: Call
   if written:
     questions = [ask for i, _ in written if isinstance(ask := asks[i], Question)]
     engine.generate(questions, lambda number, text: keep(written[number], text))
-  left = found.missing(asks)
+  left = can_be_asked(found.missing(asks))
   if left:
     raise ValueError(f"the model left {len(left)} of {len(missing)} requests without a result")
 
@@ -228,13 +244,16 @@ def _choice(result: Any) -> Choice:
   )
 
 
-def _sample(part: Planned, number: int, found: journal.Journal) -> dict[str, Any]:
-  """A finished sample: what was asked, what was answered, and the scores."""
+def _sample(part: Planned, number: int, fit: Fit, found: journal.Journal) -> dict[str, Any]:
+  """A finished sample: what was asked, what was answered, and the scores; none if it could not be asked."""
   ask, item = part.asked.asks[number], part.asked.items[number]
+  sample: dict[str, Any] = {"number": part.asked.numbers[number], "item": dataclasses.asdict(item)}
+  if fit == "too long":
+    return sample | {"fit": fit, "scores": {}}
   answer = found.answer(number, ask)
-  sample: dict[str, Any] = {"number": part.asked.numbers[number], "item": _plain(item)}
-  sample |= _told(ask, answer)
-  return sample | {"scores": dict(part.task.score(item, answer))}
+  if not isinstance(answer, str) and any(choice.is_cut for choice in answer):
+    fit = "cut"
+  return sample | {"fit": fit, **_told(ask, answer), "scores": dict(part.task.score(item, answer))}
 
 
 def _told(ask: Ask, answer: Answer) -> dict[str, Any]:
@@ -251,10 +270,6 @@ def _told(ask: Ask, answer: Answer) -> dict[str, Any]:
   if isinstance(ask, Choices):
     raise ValueError("choices are answered with probabilities")
   return {"prompt": ask.prompt, "answer": answer}
-
-
-def _plain(item: Any) -> dict[str, Any]:
-  return dataclasses.asdict(item)
 
 
 def scores(
@@ -283,13 +298,12 @@ def scores(
   return result
 
 
-def cut(models: Sequence[str], part: Planned, out: pathlib.Path) -> dict[str, int]:
-  """Model -> the number of items whose prompt was too long for it, and lost its beginning."""
+def fits(models: Sequence[str], part: Planned, out: pathlib.Path) -> dict[str, dict[str, int]]:
+  """Model -> how many items were "cut", so that the prompt lost its beginning, and how many were "too long"."""
   result = {}
   for model in models:
     files = journal.part(out, model, part.name, part.prompt)
     samples = journal.read_samples(files, len(part.asked.items), model)
-    result[model] = sum(
-      any(choice["is_cut"] for choice in sample.get("choices", ())) for sample in samples
-    )
+    found = [sample["fit"] for sample in samples]
+    result[model] = {fit: found.count(fit) for fit in ("cut", "too long")}
   return result

@@ -14,7 +14,7 @@ import numpy as np
 from instructjax.core.errors import writing
 from instructjax.evaluation.runner import Planned, Skipped
 from instructjax.evaluation.task import Metric
-from instructjax.report import intervals
+from instructjax.report import intervals, table14
 
 BOOTSTRAP = 2000  # resamples of the items
 FEWEST = 10  # items from which on a difference is told; with fewer, resampling them shows too little of the spread
@@ -24,7 +24,7 @@ CANNOT_BE_TOLD = "cannot be told"
 def part(
   planned: Planned,
   scores: Mapping[str, Mapping[str, np.ndarray]],
-  cut: Mapping[str, int],
+  fits: Mapping[str, Mapping[str, int]],
   seed: int,
 ) -> dict[str, Any]:
   """The results of one prompt of a task.
@@ -32,7 +32,7 @@ def part(
   Args:
     planned: what was asked.
     scores: model -> metric -> score of each item; NaN where an item is no part of the metric.
-    cut: model -> number of items whose prompt was too long for it.
+    fits: model -> the number of items whose prompt was "cut", and of those that were "too long".
     seed: of the resampling.
   Returns:
     A JSON object; docs/evaluation.md describes it.
@@ -49,7 +49,7 @@ def part(
           "show": metric.show,
           "better": metric.better,
           "is_shown": metric.key in how.metrics,
-          "paper": how.paper.get(metric.key),
+          "paper": table14.cells(planned.name, planned.prompt, metric.key),
           "models": {name: measured(metric, values, seed) for name, values in found.items()},
           "differences": [
             difference(metric, a, b, found[a], found[b], seed)
@@ -65,7 +65,7 @@ def part(
     "data": planned.spec,
     "num_items": len(planned.asked.items),
     "shots": planned.asked.shots_from,
-    "cut": dict(cut),
+    "fits": {name: dict(counts) for name, counts in fits.items()},
     "missing": [key for key in how.metrics if not any(row["key"] == key for row in metrics)],
     "metrics": metrics,
   }
@@ -123,7 +123,7 @@ def verdict(interval: Sequence[float], num_items: int) -> str:
 
 
 def _is_part(values: np.ndarray) -> np.ndarray:
-  return ~np.isnan(values).reshape(len(values), -1).any(axis=1)
+  return np.isfinite(values).reshape(len(values), -1).min(axis=1)
 
 
 def _percentiles(values) -> list[float]:

@@ -157,9 +157,6 @@ class Metric:
   corpus: Callable[[Sequence[float]], float] | None = None
 
 
-Sizes = tuple[float, float, float]  # of 1.3B, 6B and 175B
-
-
 @dataclasses.dataclass(frozen=True)
 class Prompt:
   """One way of asking a task's items.
@@ -169,14 +166,12 @@ class Prompt:
     ask: an item and the worked examples -> what is asked.
     metrics: keys of the metrics that the table shows; all others are in summary.json.
     shots: number of worked examples that `ask` wants.
-    paper: metric -> the paper's Table 14: GPT, SFT, PPO, PPO-ptx, each at 1.3B, 6B and 175B.
   """
 
   title: str
   ask: Callable[[Any, Sequence[Any]], Ask]
   metrics: tuple[str, ...]
   shots: int = 0
-  paper: Mapping[str, tuple[Sizes, Sizes, Sizes, Sizes]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

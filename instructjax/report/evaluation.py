@@ -13,9 +13,8 @@ import markupsafe
 from instructjax.core import terminal
 from instructjax.core.errors import writing
 from instructjax.core.text import printable
+from instructjax.report import table14
 
-PAPER = ("GPT", "SFT", "PPO", "PPO-ptx")
-SIZES = ("1.3B", "6B", "175B")
 _DASH = "–"
 _DECIMALS = {"share": 3, "bits": 3, "percent": 1, "score": 3}
 _UNITS = {"share": "", "bits": " [bits]", "percent": " [%]", "score": ""}
@@ -46,6 +45,11 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[s
   ]
 
 
+def _name(part: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+  """What a row is, in words that stay together when a narrow terminal shows a table in parts."""
+  return f"{part['title']}, {part['prompt_title']}: {_title(metric)}"
+
+
 def _title(metric: Mapping[str, Any]) -> str:
   return metric["title"] + _UNITS[metric["show"]]
 
@@ -59,8 +63,7 @@ def results_table(summary: Mapping[str, Any]) -> terminal.Table:
     of_items = {cell["num_items"] for cell in cells if cell}
     rows.append(
       [
-        f"{part['title']}, {part['prompt_title']}",
-        _title(metric),
+        _name(part, metric),
         "/".join(map(str, sorted(of_items))),
         *(
           f"{shown(cell['value'], metric['show'])} {between(cell['interval'], metric['show'])}"
@@ -71,12 +74,11 @@ def results_table(summary: Mapping[str, Any]) -> terminal.Table:
       ]
     )
   for name, reason in missing(summary):
-    rows.append([name, f"skipped: {reason}", "", *(_DASH for _ in models)])
+    rows.append([f"{name} (skipped: {reason})", "", *(_DASH for _ in models)])
   return terminal.Table(
-    columns=["Task", "Metric", "Items", *models],
+    columns=["Task", "Items", *models],
     rows=rows,
     title="Results, with 95% intervals",
-    prose=["Metric"],
   )
 
 
@@ -94,8 +96,7 @@ def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
   """The differences between models, a row for each pair and metric."""
   rows = [
     [
-      f"{part['title']}, {part['prompt_title']}",
-      _title(metric),
+      _name(part, metric),
       f"{found['b']} − {found['a']}",
       shown(found["difference"], metric["show"]),
       between(found["interval"], metric["show"]),
@@ -105,10 +106,10 @@ def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
     for found in metric["differences"]
   ]
   return terminal.Table(
-    columns=["Task", "Metric", "Models", "Difference", "95% interval", "Verdict"],
+    columns=["Task", "Models", "Difference", "95% interval", "Verdict"],
     rows=rows,
     title="Differences, paired over items",
-    prose=["Metric", "Models", "Verdict"],
+    prose=["Models", "Verdict"],
     styles={"higher": "green", "lower": "red", "cannot be told": "dim"},
   )
 
@@ -131,7 +132,7 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       "cells": [_cell(metric["models"].get(name), metric["show"]) for name in models],
       "paper": [
         [shown(value, metric["show"]) for value in sizes] if metric["paper"] else [_DASH] * 3
-        for sizes in (metric["paper"] or [()] * len(PAPER))
+        for sizes in (metric["paper"] or [()] * len(table14.MODELS))
       ],
       "notes": _notes(part),
     }
@@ -144,8 +145,8 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
     template.render(
       models=[(printable(name), printable(spec)) for name, spec in summary["models"].items()],
       rows=rows,
-      paper=PAPER,
-      sizes=SIZES,
+      paper=table14.MODELS,
+      sizes=table14.SIZES,
       tests=tests.rows,
       told=told,
       missing=missing(summary),
@@ -157,9 +158,11 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
 def _notes(part: Mapping[str, Any]) -> list[str]:
   """What a reader must know of a row."""
   notes = [part["shots"]] if part["shots"] else []
-  for name, count in part["cut"].items():
-    if count:
-      notes.append(f"{count} prompts were too long for {name} and lost their beginning")
+  for name, counts in part["fits"].items():
+    if counts["cut"]:
+      notes.append(f"{name} read {counts['cut']} prompts without their beginning, too long for it")
+    if counts["too long"]:
+      notes.append(f"{name} could not be asked {counts['too long']} items, too long for it")
   return notes
 
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 
 from instructjax.evaluation.task import Task
 
+# What --scorers may give: scorers of text that tasks are judged by.
+JUDGES = ("toxicity", "truth", "info")
+
 
 @functools.cache
 def found() -> Mapping[str, Task]:

@@ -56,33 +56,8 @@ TASK = Task(
   read=each(parse),
   group=lambda item: item.context,
   prompts={
-    "zero_shot": Prompt(
-      "0-shot",
-      ask,
-      ("accuracy",),
-      paper={
-        "accuracy": (
-          (0.549, 0.673, 0.781),
-          (0.528, 0.672, 0.753),
-          (0.507, 0.646, 0.743),
-          (0.552, 0.690, 0.807),
-        )
-      },
-    ),
-    "few_shot": Prompt(
-      "few-shot",
-      ask,
-      ("accuracy",),
-      shots=15,
-      paper={
-        "accuracy": (
-          (0.550, 0.677, 0.791),
-          (0.516, 0.657, 0.741),
-          (0.530, 0.671, 0.759),
-          (0.559, 0.694, 0.820),
-        )
-      },
-    ),
+    "zero_shot": Prompt("0-shot", ask, ("accuracy",)),
+    "few_shot": Prompt("few-shot", ask, ("accuracy",), shots=15),
     "harness": Prompt("as lm-eval", ask_harness, ("acc", "acc_norm")),
   },
   metrics=choosing.METRICS,
