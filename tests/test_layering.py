@@ -22,7 +22,7 @@ LAYERS = (
   ("models", "report"),
   ("train",),
   ("rl",),
-  ("serve", "stages"),
+  ("serve", "stages", "evaluation"),
   ("commands",),
   ("main", "__main__"),
 )

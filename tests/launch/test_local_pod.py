@@ -121,7 +121,7 @@ def uninterrupted(folder, config_file):
   """The first stage by two processes, at once."""
   with Pod(f"{config_file}:pretrain", folder / "uninterrupted", TWO) as pod:
     code, lines = pod.end()
-  assert code == 0, lines
+  assert code == 0, "\n".join(lines)
   return folder / "uninterrupted"
 
 
@@ -198,10 +198,10 @@ def test_when_one_is_killed_the_others_end_and_say_why(wandering):
 def test_sigterm_to_one_process_ends_all(wandering):
   _, said = wandering
   code, lines = said["one told"]
-  assert code == distributed.PREEMPTED, lines
+  assert code == distributed.PREEMPTED, "\n".join(lines)
   assert lines[-1].count(f" {distributed.PREEMPTED}") == 4
-  assert said["told late"][0] == distributed.PREEMPTED, said["told late"][1]
-  assert said["last"][0] == 0, said["last"][1]
+  assert said["told late"][0] == distributed.PREEMPTED, "\n".join(said["told late"][1])
+  assert said["last"][0] == 0, "\n".join(said["last"][1])
 
 
 def test_resumed_on_the_same_layout_it_is_the_same_bit_for_bit(wandering, uninterrupted):
