@@ -183,7 +183,7 @@ def blocks(config: Config, stage: str) -> dict[str, Any]:
     name -> config block, or a part of one. The stage's own stands under `block` of its row.
   """
   row, data = STAGES[stage], config.data
-  own = variant(config, stage) if row.is_rl else getattr(config, row.block)
+  own: Any = variant(config, stage) if row.is_rl else getattr(config, row.block)
   result: dict[str, Any] = {}
   if row.is_base:
     read = {"validation_fraction": data.validation_fraction, "on_bad_record": data.on_bad_record}

@@ -64,7 +64,8 @@ def tokenizer_key(config: Config) -> str:
 
 
 def _plain(block: Any) -> Any:
-  return dataclasses.asdict(block) if dataclasses.is_dataclass(block) else block  # pyrefly: ignore
+  as_dict: Any = dataclasses.asdict  # the type checker does not know that a block is a dataclass
+  return as_dict(block) if dataclasses.is_dataclass(block) else block
 
 
 def _hash(*parts: Any) -> str:
