@@ -377,6 +377,7 @@ def page(
     curves=_curves(results),
     tax=_tax(results),
     reward_model=_reward_model(results),
+    within_policies=tables.within_policies(results, config),
     num_pairs=judgement.pairs if judgement else 0,
     equal_kl=_equal_kl(results, equal),
     rounds=_rounds(rounds.table(results, bootstrap=cfg.bootstrap, seed=config.seed)),
