@@ -1,4 +1,4 @@
-"""Writes the report: the tables, samples and figures of index.html, and findings.json and report.png beside it.
+"""Writes the report: index.html with its tables and figures; findings.json, costs.json and report.png beside it.
 
 One function for each section of the page turns results into the values that templates/page.html.j2 shows. Numbers are
 formatted here, and a section without anything to show gets an empty value or None. The wording and the tags are in the
@@ -20,6 +20,7 @@ from instructjax.core.errors import writing
 from instructjax.core.provenance import Provenance
 from instructjax.core.text import printable, printable_lines
 from instructjax.report import (
+  costs,
   doubts,
   equal_kl,
   figures,
@@ -333,11 +334,14 @@ def _made(made: Mapping[str, Provenance]) -> dict:
   last = list(made.values())[-1]
   every = {kind: source for row in made.values() for kind, source in row.sources.items()}
   rows = provenance.rows(dataclasses.replace(last, sources=every))
-  lines = [
-    (stage, row.date, f"{row.seconds:.0f}", provenance.code(row)) for stage, row in made.items()
-  ]
+  lines = [(stage, row.date, provenance.code(row)) for stage, row in made.items()]
   # Printable, because a path may hold bytes that are not UTF-8, which the page could not be written with.
   return {"rows": [(name, printable(value)) for name, value in rows], "stages": lines}
+
+
+def _costs(took: Mapping[str, costs.StageCost], made: Mapping[str, Provenance]) -> dict:
+  """What the run took, in a sentence and by stage."""
+  return {"words": printable(costs.in_words(took, made)), "rows": costs.table(took)}
 
 
 def page(
@@ -347,6 +351,7 @@ def page(
   found: list[dict],
   wins: dict,
   made: Mapping[str, Provenance],
+  took: Mapping[str, costs.StageCost],
 ) -> str:
   """The whole report as one HTML document."""
   judgement = results.reward_model.validation
@@ -372,10 +377,12 @@ def page(
     curves=_curves(results),
     tax=_tax(results),
     reward_model=_reward_model(results),
+    within_policies=tables.within_policies(results, config),
     num_pairs=judgement.pairs if judgement else 0,
     equal_kl=_equal_kl(results, equal),
     rounds=_rounds(rounds.table(results, bootstrap=cfg.bootstrap, seed=config.seed)),
     overoptimization=_overoptimization(results),
+    costs=_costs(took, made),
     made=_made(made),
   )
 
@@ -387,8 +394,9 @@ def write(
   results: Results,
   found: list[dict],
   made: Mapping[str, Provenance],
+  took: Mapping[str, costs.StageCost],
 ):
-  """Writes findings.json, report.png and index.html.
+  """Writes findings.json, costs.json, report.png and index.html.
 
   Args:
     directory: folder of the report; made if missing.
@@ -397,17 +405,22 @@ def write(
     results: what evaluation measured.
     found: the result of findings.find.
     made: stage -> provenance, in the order in which the stages ran; evaluation is the last.
+    took: what each of these stages took.
   Raises:
     UserError: the files cannot be written.
   """
   directory = pathlib.Path(directory)
   # Computed again rather than passed on; the same seed gives the digits that the findings have.
   wins = findings.win_matrix(results, bootstrap=config.evaluate.bootstrap, seed=config.seed)
-  text = page(config, prompts, results, found, wins, made)
+  text = page(config, prompts, results, found, wins, made, took)
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "findings.json").write_text(
       json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
+    )
+    by_stage = {stage: dataclasses.asdict(cost) for stage, cost in took.items()}
+    (directory / "costs.json").write_text(
+      json.dumps(plain(by_stage), indent=1, allow_nan=False) + "\n"
     )
     figures.overview(results, wins, directory / "report.png")
     (directory / "index.html").write_text(text, encoding="utf-8")

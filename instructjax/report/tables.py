@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from instructjax.report import doubts, findings, intervals, panels
+from instructjax.report import doubts, findings, intervals, panels, rounds
 from instructjax.report.results import Results
 
 
@@ -101,6 +101,26 @@ def habits(results: Results) -> dict:
     "distinct": ("Different answers", percent),
   }
   return _table(rows, columns)
+
+
+def within_policies(results: Results, config) -> dict:
+  """The table of how far reward and gold score agree within each policy's answers; no rows without a gold score.
+
+  A reward model can order the policies rightly and still not tell one policy's answers apart.
+  """
+  rng = np.random.default_rng(config.seed)
+  found = {
+    panels.NAMES[name]: rounds.correlation(
+      row.reward, row.gold, results.samples_per_prompt, config.evaluate.bootstrap, rng
+    )
+    for name, row in results.measured.items()
+    if row.gold is not None
+  }
+  cells = {
+    name: {"r": f"{number(value)} [{number(low)}, {number(high)}]"}
+    for name, (value, (low, high)) in found.items()
+  }
+  return _table(cells, {"r": ("Correlation of reward and gold score", str)})
 
 
 def new_topics(results: Results) -> dict:

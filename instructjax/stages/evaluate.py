@@ -21,7 +21,7 @@ from instructjax.core.text import json_line
 from instructjax.data import sources
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import sharding
-from instructjax.report import equal_kl, findings, intervals
+from instructjax.report import costs, equal_kl, findings, intervals
 from instructjax.report import rounds as report_rounds
 from instructjax.report.results import BestAtKL, Measured, Results
 from instructjax.stages import judging, lineage, measuring, policies, rounds, sampled_best
@@ -210,7 +210,7 @@ def run(ctx: Context, stage: str):
   """
   cfg, directory = ctx.config.evaluate, ctx.directory(stage)
   names = judged_policies(ctx)
-  run_ = stage_run(ctx, stage, cfg)
+  run_ = stage_run(ctx, stage)
   page = ctx.workdir / "report" / "index.html"
   # No stage starts from this one. So if the settings or the policies have changed, it is done anew, not refused.
   done = ctx.done(stage)
@@ -239,7 +239,9 @@ def run(ctx: Context, stage: str):
   before = [name for name in lineage.line(ctx.config, stage) if name != stage]
   made = {name: done.require_provenance() for name in before if (done := ctx.done(name))}
   made[stage] = provenance_of(ctx, stage, run_)
-  report.write(page.parent, ctx.config, [asked.every[i] for i in asked.seen], results, found, made)
+  took = costs.by_stage({name: metrics.read_metrics(ctx.directory(name)) for name in made}, made)
+  prompts = [asked.every[i] for i in asked.seen]
+  report.write(page.parent, ctx.config, prompts, results, found, made, took)
   finish(ctx, stage, run_, None, Evaluated(summary), made[stage])
   _track(ctx, stage, found, asked.every, every)
   _show(found, summary, page)

@@ -11,20 +11,23 @@ import pytest
 
 from instructjax import report
 from instructjax.core import results as core_results
-from instructjax.report import figures, findings, page, panels, tables
+from instructjax.report import costs, figures, findings, page, panels, tables
 from tests import finished_run
 from tests.report import example
 
 BOOTSTRAP = 20
 SECTIONS = [
   "samples", "findings", "policies", "untrained", "habits", "new-topics", "wins", "curves", "equal-kl", "tax",
-  "reward-model", "overoptimization", "made",
+  "reward-model", "overoptimization", "costs", "made",
 ]  # fmt: skip
 NAMESPACE = types.SimpleNamespace
 MADE = {
   "ppo_ptx": finished_run.MADE,
   "evaluate": dataclasses.replace(finished_run.MADE, seconds=7.0),
 }
+TOOK = costs.by_stage(
+  {"ppo_ptx": [{"step": step, "seconds": 20.0 / step, "tokens": 150.0} for step in (1, 2, 4)]}, MADE
+)
 CONFIG = NAMESPACE(
   preset="tiny",
   seed=3,
@@ -78,7 +81,7 @@ def written(tmp_path_factory):
     "holds": False,
     "measured": {"zero_shot": np.nan},
   }
-  report.write(directory, CONFIG, example.PROMPTS, results, found, MADE)
+  report.write(directory, CONFIG, example.PROMPTS, results, found, MADE, TOOK)
   text = (directory / "index.html").read_text(encoding="utf-8")
   return directory, _Document(text), found, results
 
@@ -109,7 +112,7 @@ def test_nothing_from_data_becomes_markup():
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
   config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
   made = {"evaluate": dataclasses.replace(finished_run.MADE, command=hostile)}
-  text = page.page(config, [hostile] * 24, results, found, wins, made)
+  text = page.page(config, [hostile] * 24, results, found, wins, made, costs.by_stage({}, made))
   document = _Document(text)
   assert "img" not in document.tags and "<img" not in text
   # The claim twice; the measured name in brief too, since it has an interval.
@@ -125,7 +128,7 @@ def test_text_of_other_scripts_and_control_characters_stay_in_their_place():
   results = dataclasses.replace(results, measured=results.measured | {"base": base})
   made = {"evaluate": dataclasses.replace(finished_run.MADE, command=hostile)}
   config = NAMESPACE(**vars(CONFIG) | {"preset": hostile})
-  text = page.page(config, [hostile] * 24, results, [], {}, made)
+  text = page.page(config, [hostile] * 24, results, [], {}, made, costs.by_stage({}, made))
   shown = r"\u202eאב\x1b[2J\x00\udcff[/b]"
   assert f'<div class="prompt" dir="auto">{shown}</div>' in text
   assert f'<p dir="auto">{shown}</p>' in text
@@ -150,7 +153,7 @@ def test_where_the_run_comes_from(written):
   for what in ("commit abc123+changes", "--config=ppo_ptx", "books.jsonl sha256:9", "TPU v5 lite"):
     assert what in text
   assert "after 7 s" in text, "the facts are of the last stage, which wrote the report"
-  assert "ppo_ptx2026-03-01T12:00:00Z61instructjax 1.2.3" in text.replace("\n", "")
+  assert "ppo_ptx2026-03-01T12:00:00Zinstructjax 1.2.3" in text.replace("\n", "")
 
 
 def test_findings_are_shown_as_judged(written):
@@ -253,7 +256,7 @@ def test_what_was_not_measured_is_left_out(remove):
   results, expected = remove(example.results())
   found = findings.find(results, bootstrap=BOOTSTRAP, seed=0)
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
-  document = _Document(page.page(CONFIG, example.PROMPTS, results, found, wins, MADE))
+  document = _Document(page.page(CONFIG, example.PROMPTS, results, found, wins, MADE, TOOK))
   assert document.ids == expected
   assert ("gold score" in document.text["wins"]) == (remove is not _without_gold)
   assert document.references.count("#overoptimization") == ("overoptimization" in expected)

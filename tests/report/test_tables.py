@@ -1,5 +1,7 @@
 """The report's tables: which rows and cells they have."""
 
+import dataclasses
+
 import numpy as np
 
 from instructjax.report import findings, tables
@@ -27,6 +29,23 @@ def test_habits_are_of_policies_and_of_what_needs_no_training():
   table = tables.habits(results)
   assert len(table["rows"]) == len(results.measured) + len(results.untrained)
   assert len(table["columns"]) == 4
+
+
+def test_agreement_within_a_policy_is_over_its_own_answers():
+  results = example.results()
+  table = tables.within_policies(results, CONFIG)
+  found = results.measured["ppo_ptx"]
+  expected = np.corrcoef(found.reward, found.gold)[0, 1]
+  (cell,) = table["rows"]["PPO-ptx"]
+  assert cell.startswith(f"{tables.number(expected)} [")
+  assert len(table["rows"]) == len(results.measured)
+
+
+def test_without_a_gold_score_there_is_no_agreement_to_show():
+  results = example.results()
+  measured = {name: dataclasses.replace(row, gold=None) for name, row in results.measured.items()}
+  table = tables.within_policies(dataclasses.replace(results, measured=measured), CONFIG)
+  assert not table["rows"]
 
 
 def test_new_topics_stand_beside_seen_ones():
