@@ -4,9 +4,6 @@ import re
 import string
 from collections.abc import Sequence
 
-import numpy as np
-import scipy.optimize
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -54,9 +51,24 @@ def scores(answer: Sequence[str], gold: Sequence[str]) -> tuple[float, float]:
   """
   said, right = [normalized(span) for span in answer], [normalized(span) for span in gold]
   exact = float(set(said) == set(right) and len(said) == len(right))
-  table = np.array([[_overlap(set(a.split()), set(g.split())) for a in said] for g in right])
-  rows, columns = scipy.optimize.linear_sum_assignment(-table)
-  return exact, round(float(table[rows, columns].sum()) / max(len(said), len(right)), 2)
+  table = [[_overlap(set(a.split()), set(g.split())) for a in said] for g in right]
+  return exact, round(_aligned(table) / max(len(said), len(right)), 2)
+
+
+def _aligned(table: Sequence[Sequence[float]]) -> float:
+  """The largest sum of entries of which no two are in one row or column."""
+  if len(table[0]) > len(table):
+    table = list(zip(*table))
+  best = {0: 0.0}  # columns that are taken, as bits -> the largest sum
+  for row in table:
+    following = dict(best)
+    for taken, total in best.items():
+      for column, value in enumerate(row):
+        bits = taken | 1 << column
+        if bits != taken and total + value > following.get(bits, -1.0):
+          following[bits] = total + value
+    best = following
+  return max(best.values())
 
 
 def best(answer: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:

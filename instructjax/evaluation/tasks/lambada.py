@@ -35,6 +35,10 @@ def score(item: Item, answer: Sequence[Choice]) -> dict[str, float | list[float]
   return {"acc": float(choice.is_greedy), "perplexity": [choice.log_prob, 1.0]}
 
 
+def _perplexity(sums: Sequence[float]) -> float:
+  return math.exp(min(-sums[0] / sums[1], 700.0))  # what a float can hold
+
+
 TASK = Task(
   title="LAMBADA",
   files=("lambada_openai*.jsonl", "lambada_test*.jsonl", "lambada*/*test*"),
@@ -43,7 +47,7 @@ TASK = Task(
   prompts={"harness": Prompt("as lm-eval", ask, ("acc", "perplexity"))},
   metrics=(
     ACC,
-    Metric("perplexity", "Perplexity", "score", -1, lambda sums: math.exp(-sums[0] / sums[1])),
+    Metric("perplexity", "Perplexity", "score", -1, _perplexity),
   ),
   score=score,
 )
