@@ -223,6 +223,7 @@ def student(freedom: int) -> float:
     (z**3 + z) / 4,
     (5 * z**5 + 16 * z**3 + 3 * z) / 96,
     (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
   )
   return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
@@ -248,8 +249,8 @@ def finding_rows(found: Sequence[Group]) -> list[dict[str, Any]]:
     result.append(
       {
         "id": name,
-        # What it says of one run in brackets is not said of all.
-        "claim": re.sub(r" \([^()]*\d[^()]*\)", "", first["claim"]),
+        # What it says of one run, in brackets or as the n of best of n, is not said of all.
+        "claim": re.sub(r" \([^()]*\d[^()]*\)|(?<=\bn) = \d+", "", first["claim"]),
         "rule": first["rule"],
         "measured": {
           key: [spread([row["measured"].get(key) for row in rows]) for rows in by_group]

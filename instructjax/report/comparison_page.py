@@ -197,6 +197,7 @@ def page(groups: Sequence[Group]) -> str:
     differences=_differences(groups),
     times=_times(groups),
     figures=_figures(groups),
+    colours=[(panels.COLOURS[name], panels.NAMES[name]) for name in policies],
     marks=[(panels.NAMES[name], _MARK_WORDS.get(name, "diamond")) for name in policies],
   )
 

@@ -1,6 +1,7 @@
 """The panels of a comparison of runs, drawn into axes, and the same values in words. Called by comparison_page.py.
 
-A group of runs has a colour, and a policy has a mark and a line.
+A group of runs has a colour, and a policy has a mark and a line. Where there is one group, policies have the colours
+that they have in a run's report.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,11 @@ def colour(number: int) -> str:
   return COLOURS[number % len(COLOURS)]
 
 
+def shade(groups: Sequence[Group], number: int, policy: str) -> str:
+  """The colour of a policy of a group."""
+  return panels.COLOURS[policy] if len(groups) == 1 else colour(number)
+
+
 def draw_win_rates(
   ax, rates: Mapping[str, Sequence[Spread | None]], groups: Sequence[Group]
 ) -> bool:
@@ -34,12 +40,12 @@ def draw_win_rates(
       if found is None:
         continue
       place = row + 0.7 * (number - (len(groups) - 1) / 2) / max(len(groups), 2)
-      shade = colour(number)
+      own = colour(number)
       if found.interval:
         low, high = np.clip(found.interval, 0, 1)
-        ax.plot([low, high], [place] * 2, color=shade, linewidth=2.2, solid_capstyle="round")
-      ax.plot(found.values, [place] * len(found.values), "|", color=shade, markersize=7)
-      ax.plot(found.mean, place, "o", color=shade, markersize=6)
+        ax.plot([low, high], [place] * 2, color=own, linewidth=2.2, solid_capstyle="round")
+      ax.plot(found.values, [place] * len(found.values), "|", color=own, markersize=7)
+      ax.plot(found.mean, place, "o", color=own, markersize=6)
   ax.set_yticks(range(len(rates)), list(rates))
   ax.set_ylim(len(rates) - 0.5, -0.5)
   ax.grid(axis="y", visible=False)
@@ -57,19 +63,19 @@ def draw_frontier(ax, groups: Sequence[Group], key: str) -> bool:
     for policy in comparison.rl_policies(groups):
       ways = [comparison.gains(run, policy) for run in group.runs]
       kept = [way for way in ways if way and key in way]
-      style = LINES.get(policy, "-")
+      style, own = LINES.get(policy, "-"), shade(groups, number, policy)
       for way in kept:
-        ax.plot(way["kl"], way[key], style, color=colour(number), linewidth=0.8, alpha=0.45)
+        ax.plot(way["kl"], way[key], style, color=own, linewidth=0.8, alpha=0.45)
         drawn = True
       steps = min((len(way["kl"]) for way in kept), default=0)
       if len(kept) > 1:
         mean = lambda name, kept=kept, steps=steps: np.mean(
           [way[name][:steps] for way in kept], axis=0
         )
-        ax.plot(mean("kl"), mean(key), style, color=colour(number), linewidth=2)
+        ax.plot(mean("kl"), mean(key), style, color=own, linewidth=2)
       end = comparison.ends(group, policy)
       if end and "kl" in end and key in end:
-        _cross(ax, end["kl"], end[key], colour(number), MARKS.get(policy, "D"))
+        _cross(ax, end["kl"], end[key], own, MARKS.get(policy, "D"))
         drawn = True
   ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
   ax.set_xlim(left=0)
@@ -92,7 +98,8 @@ def draw_tax(ax, groups: Sequence[Group], key: str) -> bool:
     for number, group in enumerate(groups):
       end = comparison.ends(group, policy)
       if end and "tax" in end and key in end:
-        _cross(ax, end["tax"], end[key], colour(number), MARKS.get(policy, "D"))
+        own = shade(groups, number, policy)
+        _cross(ax, end["tax"], end[key], own, MARKS.get(policy, "D"))
         places.append((end["tax"].mean, end[key].mean))
         drawn = True
     if len(places) > 1:
@@ -104,13 +111,13 @@ def draw_tax(ax, groups: Sequence[Group], key: str) -> bool:
   return drawn
 
 
-def _cross(ax, x: Spread, y: Spread, shade: str, mark: str):
+def _cross(ax, x: Spread, y: Spread, own: str, mark: str):
   """A mark at the means, with bars of one standard deviation over seeds both ways."""
   if len(x.values) > 1:
-    ax.plot([x.mean - x.std, x.mean + x.std], [y.mean] * 2, color=shade, linewidth=1.2)
+    ax.plot([x.mean - x.std, x.mean + x.std], [y.mean] * 2, color=own, linewidth=1.2)
   if len(y.values) > 1:
-    ax.plot([x.mean] * 2, [y.mean - y.std, y.mean + y.std], color=shade, linewidth=1.2)
-  ax.plot(x.mean, y.mean, mark, color=shade, markersize=7, markeredgecolor=INK, markeredgewidth=0.6)
+    ax.plot([x.mean] * 2, [y.mean - y.std, y.mean + y.std], color=own, linewidth=1.2)
+  ax.plot(x.mean, y.mean, mark, color=own, markersize=7, markeredgecolor=INK, markeredgewidth=0.6)
 
 
 def in_words(found: Spread | None, show: Callable[[float], str] = tables.number) -> str:

@@ -1,5 +1,6 @@
 """Reads what finished runs have left in their folders, for a comparison of several. Called by compare.py and sweeps."""
 
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from instructjax.core.errors import UserError
 from instructjax.core.foreign import JSON_BYTES, parse_json, read_text
 from instructjax.core.stages import RL_STAGES, STAGES, stage_of_kind
 from instructjax.report.comparison import Run, settings_of
+from instructjax.stages.sweep_points import RECORD
 from instructjax.train import finished
 from instructjax.train.metrics import read_metrics
 
@@ -68,7 +70,7 @@ def read(folder: pathlib.Path, name: str) -> Run:
     return Run(
       name=name,
       seed=int(seed),
-      settings=settings_of({stage: done.fingerprint for stage, done in dones.items()}),
+      settings=_swept(folder, settings_of({stage: d.fingerprint for stage, d in dones.items()})),
       findings=_findings(listed["findings"]),
       policies={policy: dict(row) for policy, row in results["policies"].items()},
       best_of_n=[dict(row) for row in results["best_of_n"]],
@@ -95,6 +97,21 @@ def _line(dones: dict[str, finished.Done], last: str) -> list[str]:
       if parent != part and parent not in needed and parent in STAGES:
         needed.append(parent)
   return needed
+
+
+def _swept(folder: pathlib.Path, settings: dict[tuple[str, str], str]) -> dict:
+  """The settings of a run, and those values of a point of a sweep that change its numbers by rounding only."""
+  path = folder / RECORD
+  if not path.is_file():
+    return settings
+  values = parse_json(read_text(path, JSON_BYTES), str(path)).get("values")
+  known = {field for _, field in settings} | {"seed"}
+  swept = values if isinstance(values, dict) else {}
+  return settings | {
+    (stage_of_kind("evaluate").name, field): json.dumps(value)
+    for field, value in swept.items()
+    if field not in known
+  }
 
 
 def _findings(rows: Any) -> list[dict]:

@@ -97,7 +97,9 @@ def test_quantiles_of_student_are_those_of_scipy():
 def test_findings_over_seeds():
   found = comparison.groups([runs.run(seed) for seed in range(3)])
   (row,) = comparison.finding_rows(found)
-  assert row["claim"] == "Answers after PPO are preferred."  # the number is one run's
+  assert (
+    row["claim"] == "Answers after PPO are preferred to the best of n."
+  )  # numbers are one run's
   assert row["holds"] == [(1, 1, 1)]
   assert row["measured"]["ppo_ptx"][0].mean == pytest.approx(0.7)
   rates = comparison.win_rates(found)

@@ -60,6 +60,15 @@ def test_names_tell_runs_apart(tmp_path):
   assert [group.label for group in comparison.groups(listed)] == ["ppo.beta=0.1", "ppo.beta=0.2"]
 
 
+def test_what_a_sweep_changes_by_rounding_only_tells_its_points_apart(tmp_path):
+  folders = [write(tmp_path / remat) for remat in ("none", "full")]
+  for folder in folders:
+    values = {"seed": 0, "execution.remat": folder.name, "ppo.beta": 0.02}
+    (folder / "point.json").write_text(json.dumps({"values": values, "keys": {}}))
+  found = comparison.groups(finished_runs.read_all(folders))
+  assert [group.label for group in found] == ["execution.remat=none", "execution.remat=full"]
+
+
 def test_what_is_no_finished_run_is_refused(tmp_path):
   with pytest.raises(UserError, match="is no folder: give the --workdir of a finished run"):
     finished_runs.read_all([tmp_path / "none"])
