@@ -17,6 +17,7 @@ COMMANDS = {
   "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
   "evaluate": ("instructjax.evaluate", "ask finished models the tasks of the paper's Table 14"),
   "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
+  "lm_eval": ("instructjax.commands.lm_eval", "run tasks of lm-evaluation-harness on a model"),
   "plan": ("launch.plan", "ask the TPU's compiler whether a stage fits a slice, without a TPU"),
 }
 _EXAMPLE = "instructjax run --config=ppo_ptx --workdir=runs/demo"
