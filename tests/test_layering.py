@@ -24,7 +24,7 @@ LAYERS = (
   ("rl",),
   ("serve", "stages", "evaluation"),
   ("commands",),
-  ("main", "evaluate", "__main__"),
+  ("main", "evaluate", "compare", "__main__"),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
