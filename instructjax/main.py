@@ -1,6 +1,7 @@
 """The command `python -m instructjax.main --config=configs/ppo_ptx.py --workdir=runs/demo`.
 
-It runs a stage together with all stages that it starts from.
+It runs a stage together with all stages that it starts from; with `--sweep` or `--seeds`, once for each of their
+combinations.
 """
 
 import pathlib
@@ -13,10 +14,23 @@ from instructjax.core.config import Config, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import agreement, distributed, supervisor
 from instructjax.parallel.watchdog import Limits
+from instructjax.stages import sweep_points
+from instructjax.stages.sweep_points import Point
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
+)
+_SWEEP = flags.DEFINE_multi_string(
+  "sweep",
+  [],
+  "FIELD=VALUE,VALUE: runs the config at each of these values, as ppo.beta=0,.05,.2, in a folder of its own in the"
+  " workdir. Stages that the field does not touch are trained once. Several flags make a grid.",
+)
+_SEEDS = flags.DEFINE_string(
+  "seeds",
+  None,
+  "Seeds to run the config with, as 0,1,2; with --sweep, each point with each of them.",
 )
 _SETTINGS = settings.define()
 _COORDINATOR = flags.DEFINE_string(
@@ -36,6 +50,8 @@ flags.mark_flags_as_required(["config"])
 def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group | None]:
   """What the command line asks for: the config, the workdir, and the processes of the run; None for one process.
 
+  Of a sweep, the config is that of its first point: all points run on the same devices.
+
   Raises:
     UserError: a flag or setting is wrong.
   """
@@ -43,10 +59,22 @@ def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group 
     raise UserError(
       f"unexpected arguments {ascii(arguments)[:200]}; settings are given as --config.NAME=VALUE"
     )
-  config = from_config_dict(_CONFIG.value)
+  points = read_points()
+  config = points[0].config if points else from_config_dict(_CONFIG.value)
   workdir = places.require_workdir(_WORKDIR.value)
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   return config, workdir, group
+
+
+def read_points() -> list[Point]:
+  """The points of the sweep that the command line asks for; [] for one run.
+
+  Raises:
+    UserError: a field or value is wrong.
+  """
+  if not _SWEEP.value and _SEEDS.value is None:
+    return []
+  return sweep_points.points(_SWEEP.value, _SEEDS.value, _CONFIG.value.to_dict())
 
 
 def main(arguments: list[str]):
@@ -75,7 +103,7 @@ def main(arguments: list[str]):
 
   from instructjax.core import terminal
   from instructjax.parallel import compiled, memory
-  from instructjax.stages import pipeline
+  from instructjax.stages import pipeline, sweep
   from instructjax.train import finished
 
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
@@ -92,8 +120,12 @@ def main(arguments: list[str]):
   if jax.process_index() == 0:
     for line in config_flag.explain(_CONFIG.value):
       terminal.say(line)
+  points = read_points()
   with finished.workdir_lock(workdir):
-    pipeline.run(config, workdir)
+    if points:
+      sweep.run(points, workdir)
+    else:
+      pipeline.run(config, workdir)
 
 
 if __name__ == "__main__":

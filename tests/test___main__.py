@@ -25,7 +25,7 @@ def test_every_command_of_the_table_is_a_module_that_runs():
       ["x"],
       2,
       "err",
-      "error: x is not a command of instructjax; there are run, generate, export, ",
+      "error: x is not a command of instructjax; there are run, generate, evaluate, ",
     ),
   ],
 )

@@ -24,7 +24,7 @@ LAYERS = (
   ("rl",),
   ("serve", "stages", "evaluation"),
   ("commands",),
-  ("main", "__main__"),
+  ("main", "evaluate", "__main__"),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

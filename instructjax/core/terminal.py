@@ -77,7 +77,7 @@ def show(table: Table, to: rich.console.Console | None = None):
   to = to or console()
   title = table.title
   for part in _parts(table, to.width):
-    to.print(_drawn(table, part, title))
+    to.print(_drawn(table, part, title, to.width))
     title = ""
 
 
@@ -107,12 +107,15 @@ def _least(table: Table, i: int) -> int:
   return max(map(rich.cells.cell_len, [*words, *cells]))
 
 
-def _drawn(table: Table, part: Sequence[int], title: str) -> rich.table.Table:
+def _drawn(table: Table, part: Sequence[int], title: str, width: int) -> rich.table.Table:
   drawn = rich.table.Table(
     title=rich.text.Text(printable(title)) if title else None,
     title_justify="left",
     show_footer=bool(table.footer),
   )
+  # What the other columns leave to the first one. Left to itself, rich narrows all columns alike, finds that some
+  # cannot be, and cuts the table off at the terminal's edge.
+  most = width - 4 - sum(_least(table, i) + _GAP for i in part if i != 0)
   for i in part:
     is_text = i == 0 or table.columns[i] in table.prose
     drawn.add_column(
@@ -121,6 +124,7 @@ def _drawn(table: Table, part: Sequence[int], title: str) -> rich.table.Table:
       justify="left" if is_text else "right",
       overflow="fold",
       min_width=_least(table, i),
+      max_width=max(_least(table, 0), most) if i == 0 else None,
     )
   for row in table.rows:
     # The style of a cell is found by its text.

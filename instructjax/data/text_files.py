@@ -56,7 +56,7 @@ def rows(path: str) -> Iterator[tuple[str, bytes | Parsed | BadRecord]]:
   """
   foreign.require_file(pathlib.Path(path))
   try:
-    with _open(path) as file:
+    with opened(path) as file:
       _require_utf8(path, file)
       is_whole = None
       start = 0
@@ -128,7 +128,7 @@ def _why(error: json.JSONDecodeError, text: str) -> str:
   return f"{error.msg}, column {error.colno}"
 
 
-def _open(path: str) -> Any:
+def opened(path: str) -> Any:
   """The file's content, decompressed, as a buffered reader."""
   with open(path, "rb") as file:
     head = file.read(16)

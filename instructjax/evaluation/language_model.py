@@ -13,18 +13,18 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from instructjax.core.errors import UserError
 from instructjax.core.stages import Head
-from instructjax.core.structs import Params, PromptBatch, tree_of
+from instructjax.core.structs import Params
 from instructjax.data.tokenizer import Tokenizer, prompt_ids
-from instructjax.evaluation import encoding
+from instructjax.evaluation import encoding, generation, scoring
+from instructjax.evaluation.generation import Draw, Prompt
+from instructjax.evaluation.planning import Text
 from instructjax.models import execution, transformer
 from instructjax.parallel import sharding
-from instructjax.rl import sampling, scoring
 from instructjax.train import weights
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,10 @@ class LanguageModel:
   max_length: int
   first_id: int
   score_skips: int | None = None
+
+  @property
+  def network(self) -> scoring.Network:
+    return scoring.Network(self.model, self.params, self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Request:
     stops: the answer ends before the first of these texts.
     max_new_tokens: the most tokens of the answer.
     temperature: 0 takes the likeliest token each time.
+    top_p: tokens are drawn from the likeliest ones with this probability; 1 for all.
     seed: answers to one prompt with different seeds are different samples.
   """
 
@@ -91,6 +96,7 @@ class Request:
   max_new_tokens: int
   temperature: float = 0.0
   seed: int = 0
+  top_p: float = 1.0
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -221,56 +227,53 @@ def _joined(parts: Sequence[Scored]) -> Scored:
   )
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _log_probs(model, params, token_BL, is_token_BL):
-  segment_BL = is_token_BL.astype(jnp.int32)
-  position_BL = transformer.positions_from_segments(segment_BL)
-  logits_BLV = transformer.apply(
-    model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL
-  )[:, :-1]
-  next_BL = jnp.where(is_token_BL, token_BL, 0)[:, 1:]
-  logprob_BLV = jax.nn.log_softmax(logits_BLV)
-  logprob_BL = jnp.take_along_axis(logprob_BLV, next_BL[..., None], axis=-1)[..., 0]
-  return logprob_BL, jnp.argmax(logits_BLV, axis=-1) == next_BL
-
-
-def _scored(model: LanguageModel, ids, told) -> list[Scored]:
-  results = {}
-  for index, (before, after) in enumerate(ids):
+def _scored(
+  model: LanguageModel,
+  pairs: Sequence[tuple[list[int], list[int]]],
+  told: Callable[[int, Scored], None],
+) -> list[Scored]:
+  """Scores what comes after, given what comes before, both as ids."""
+  texts = []
+  for before, after in pairs:
     if len(after) > model.max_length:
       raise UserError(
         f"{model.name}: a continuation of {len(after)} tokens must not exceed the context of {model.max_length}"
       )
-    tokens = (before + after)[-(model.max_length + 1) :]
-    length = _bucket(len(tokens))
-    token_L = np.asarray(tokens + [model.tokenizer.pad_id] * (length - len(tokens)), np.int32)
-    with jax.set_mesh(model.mesh):
-      rows = sharding.place_rows(
-        model.mesh, (token_L[None], (np.arange(length) < len(tokens))[None])
-      )
-      logprob_L, greedy_L = (
-        x[0] for x in sharding.to_host(_log_probs(model.model, model.params, *rows))
-      )
-    span = slice(len(tokens) - len(after) - 1, len(tokens) - 1)
+    # The last token is not read: nothing after it is asked for.
+    ids = (before + after)[-(model.max_length + 1) : -1]
+    texts.append(Text(tuple(ids), len(ids) - len(after), tuple(after)))
+  is_cut = [
+    len(text.ids) + 1 < len(before) + len(after) for text, (before, after) in zip(texts, pairs)
+  ]
+  _say_cut(model, sum(is_cut), len(texts))
+  results: dict[int, Scored] = {}
+  for index, (logprob_T, likeliest_T) in scoring.read(model.network, texts):
     results[index] = Scored(
-      log_prob=float(np.sum(logprob_L[span], dtype=np.float64)),
-      log_probs=tuple(map(float, logprob_L[span])),
-      tokens=pieces(model.tokenizer, after),
-      is_greedy=bool(greedy_L[span].all()),
-      is_cut=len(tokens) < len(before) + len(after),
+      log_prob=float(np.sum(logprob_T, dtype=np.float64)),
+      log_probs=tuple(map(float, logprob_T)),
+      tokens=pieces(model.tokenizer, texts[index].targets),
+      is_greedy=bool(likeliest_T.all()),
+      is_cut=is_cut[index],
     )
     told(index, results[index])
-  return [results[index] for index in range(len(ids))]
+  return [results[index] for index in range(len(texts))]
+
+
+def _say_cut(model: LanguageModel, count: int, total: int):
+  if count:
+    logger.warning(
+      "%s: %d of %d texts are longer than the %d tokens that it reads at once, and lost their beginning",
+      model.name,
+      count,
+      total,
+      model.max_length,
+    )
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
   """The text of each token alone; a control token has its name."""
   controls = tokenizer.chats.control_texts
   return tuple(controls[i] if i in controls else tokenizer.decode([i]) for i in ids)
-
-
-def _bucket(length: int) -> int:
-  return max(32, 1 << (length - 1).bit_length())
 
 
 def generate(
@@ -288,70 +291,36 @@ def generate(
     requests: what to answer.
     told: called with the number of a request and its answer, as soon as it is known.
   Raises:
-    UserError: a prompt is empty, or max_new_tokens leaves no room for it.
+    UserError: max_new_tokens leaves no room for a prompt.
   """
-  results = []
+  results: dict[int, str] = {}
+  alike: dict[Draw, list[int]] = {}
+  prompts, num_cut = [], 0
   for index, request in enumerate(requests):
-    results.append(_answer(model, request))
-    told(index, results[index])
-  return results
+    room = model.max_length - request.max_new_tokens
+    if not 1 <= request.max_new_tokens <= model.max_length - 1:
+      raise UserError(
+        f"{model.name}: max_new_tokens={request.max_new_tokens} must leave room for a prompt in the context of"
+        f" {model.max_length} tokens, and be at least 1"
+      )
+    ids = prompt_ids(model.tokenizer, request.prompt) or [model.first_id]
+    num_cut += len(ids) > room
+    prompts.append(Prompt(tuple(ids[-room:]), request.stops, _row_number(request)))
+    draw = Draw(request.max_new_tokens, float(request.temperature), float(request.top_p))
+    alike.setdefault(draw, []).append(index)
+  _say_cut(model, num_cut, len(prompts))
+  for draw, own in alike.items():
+    chosen = [prompts[index] for index in own]
+    for number, answer in generation.answers(model.network, model.tokenizer, chosen, draw):
+      results[own[number]] = answer
+      told(own[number], answer)
+  return [results[index] for index in range(len(requests))]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "temperature"))
-def _generate(model, params, prompts, stop_ids, max_new_tokens, temperature):
-  return sampling.generate(
-    model,
-    params,
-    prompts,
-    jax.random.key(0),
-    max_new_tokens=max_new_tokens,
-    stop_ids=stop_ids,
-    temperature=temperature,
-  )
-
-
-def _answer(model: LanguageModel, request: Request) -> str:
-  room = model.max_length - request.max_new_tokens
-  ids = prompt_ids(model.tokenizer, request.prompt)[-room:] or [model.first_id]
-  length = _bucket(len(ids))
-  token_P = np.asarray([model.tokenizer.pad_id] * (length - len(ids)) + ids, np.int32)
-  batch = tree_of(
-    PromptBatch,
-    token_BP=token_P[None],
-    is_prompt_BP=token_P[None] != model.tokenizer.pad_id,
-    index_B=np.asarray([row_number(request)], np.int32),
-  )
-  with jax.set_mesh(model.mesh):
-    rollout = _generate(
-      model.model,
-      model.params,
-      sharding.place_rows(model.mesh, batch),
-      tuple(map(np.int32, model.tokenizer.stop_ids)),
-      request.max_new_tokens,
-      request.temperature,
-    )
-    tokens = sharding.to_host(rollout.token_BL)[0, length:].tolist()
-  found = [i for i in tokens if i != model.tokenizer.pad_id]
-  if found and found[-1] in model.tokenizer.stop_ids:
-    found.pop()
-  return cut(model.tokenizer.decode(found), request.stops)
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-  """The text before the first of the stop texts."""
-  places = [text.find(stop) for stop in stops if stop]
-  return text[: min([place for place in places if place >= 0], default=len(text))]
-
-
-def row_number(request: Request) -> int:
+def _row_number(request: Request) -> int:
   """The number that a sampled answer's random numbers are drawn with, made of the prompt and the seed."""
   digest = hashlib.sha256(f"{request.seed}\n{request.prompt}".encode()).digest()
   return int.from_bytes(digest[:4], "big") >> 1
-
-
-@functools.partial(jax.jit, static_argnames=("model", "skips"))
-def _rewards(model, params, token_BL, is_token_BL, skips):
-  return scoring.sequence_score(model, params, token_BL, is_token_BL, skips)
 
 
 def rewards(
@@ -370,15 +339,26 @@ def rewards(
   Raises:
     UserError: an answer is longer than what the model reads at once.
   """
-  results = []
-  for index, (prompt, answer) in enumerate(pairs):
-    ids = prompt_ids(model.tokenizer, prompt) + model.tokenizer.encode(answer)
-    ids = [*ids, model.tokenizer.eos_id][-model.max_length :]
-    length = _bucket(len(ids))
-    token_L = np.asarray(ids + [model.tokenizer.pad_id] * (length - len(ids)), np.int32)
-    with jax.set_mesh(model.mesh):
-      rows = sharding.place_rows(model.mesh, (token_L[None], (np.arange(length) < len(ids))[None]))
-      score = _rewards(model.model, model.params, *rows, model.score_skips)
-      results.append(float(sharding.to_host(score)[0]))
+  texts, num_cut = [], 0
+  for prompt, answer in pairs:
+    after = [*model.tokenizer.encode(answer), model.tokenizer.eos_id]
+    if len(after) > model.max_length:
+      raise UserError(
+        f"{model.name}: an answer of {len(after)} tokens must not exceed the context of {model.max_length}"
+      )
+    ids = prompt_ids(model.tokenizer, prompt) + after
+    num_cut += len(ids) > model.max_length
+    ids = ids[-model.max_length :]
+    texts.append(Text(tuple(ids), _last_read(ids, model.score_skips), (0,)))
+  _say_cut(model, num_cut, len(texts))
+  results: dict[int, float] = {}
+  for index, (score_T, _) in scoring.read(model.network, texts):
+    results[index] = float(score_T[0])
     told(index, results[index])
-  return results
+  return [results[index] for index in range(len(texts))]
+
+
+def _last_read(ids: Sequence[int], skips: int | None) -> int:
+  """The column that the score is read at: the last one, or the last without a token that it skips."""
+  read = [column for column, token in enumerate(ids) if token != skips]
+  return read[-1] if read else 0

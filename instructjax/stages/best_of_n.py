@@ -154,11 +154,7 @@ def run(ctx: Context, stage: str):
     Preempted: the run was told to stop.
   """
   cfg = ctx.config.best_of_n
-  # Of an RL policy, `policies.load` takes the averaged weights or the last ones.
-  is_rl = STAGES[lineage.stage_of(ctx.config, cfg.policy)].is_rl
-  which = "ema" if policies.judges_average(ctx) else "raw"
-  others = {"evaluate": {"weights": which}} if is_rl else {}
-  run_ = stage_run(ctx, stage, cfg, data=ctx.config.data, **others)
+  run_ = stage_run(ctx, stage)
   if is_finished(run_):
     return
   directory = ctx.directory(stage)

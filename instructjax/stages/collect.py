@@ -109,7 +109,7 @@ def run(ctx: Context, stage: str):
     Preempted: the run was told to stop.
   """
   cfg, seed = ctx.config.collect, ctx.config.seed
-  run_ = stage_run(ctx, stage, cfg, data=ctx.config.data)
+  run_ = stage_run(ctx, stage)
   if is_finished(run_):
     return
   simulation = judging.require_simulation(ctx)

@@ -167,7 +167,7 @@ def canonical(value: Any) -> str:
   return json.dumps(plain, sort_keys=True)
 
 
-def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -> dict[str, str]:
+def fingerprint(ctx: Context, stage: str) -> dict[str, str]:
   """Everything that decides a stage's result: a stage is resumed or reused only if all of it is the same.
 
   It holds config blocks as JSON, so that a message can name the fields that differ. Settings that move numbers by
@@ -176,16 +176,14 @@ def fingerprint(ctx: Context, stage: str, own: Any, others: Mapping[str, Any]) -
   Args:
     ctx: the run.
     stage: name of the stage.
-    own: its own config block, or the part of it that the result depends on.
-    others: name -> other config blocks or plain values that the result depends on.
   Returns:
-    name -> canonical JSON or hash. Each `parent:NAME` is the hash of that stage's own fingerprint, or of given weights,
-    so a change in any earlier stage shows here too. Each `data:KIND` is what the stage's records of a kind hold. Of a
-    finished stage whose source is gone, it is what the stage read.
+    name -> canonical JSON or hash. The settings are those of `lineage.blocks`. Each `parent:NAME` is the hash of that
+    stage's own fingerprint, or of given weights, so a change in any earlier stage shows here too. Each `data:KIND` is
+    what the stage's records of a kind hold. Of a finished stage whose source is gone, it is what the stage read.
   Raises:
     UserError: a source or given weights cannot be read, or `collect` did not write the comparisons.
   """
-  blocks = {**others, STAGES[stage].block: own, "seed": ctx.config.seed}
+  blocks = {**lineage.blocks(ctx.config, stage), "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
   result["tokenizer"] = ctx.tokenizer.fingerprint
   if ctx.tokenizer.chats.clock is not None:
@@ -274,18 +272,12 @@ def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str,
   return settings | {loop.LIBRARIES: provenance.versions()}
 
 
-def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRun:
-  """How the outer loop is to name, save and log a stage; arguments as in `fingerprint`.
-
-  The adapter's settings are among the others where the stage trains one.
-  """
-  trains_adapter = (
-    lineage.is_adapted(ctx.config) and STAGES[stage].role and not STAGES[stage].is_base
-  )
-  if trains_adapter:
-    others["adapter"] = ctx.config.adapter
-  made_with = fingerprint(ctx, stage, own, others)
-  if trains_adapter and stage not in ctx.given:  # a given reward model is only measured
+def stage_run(ctx: Context, stage: str) -> loop.StageRun:
+  """How the outer loop is to name, save and log a stage."""
+  made_with = fingerprint(ctx, stage)
+  if (
+    lineage.trains_adapter(ctx.config, stage) and stage not in ctx.given
+  ):  # a given reward model is only measured
     made_with |= _base_records(ctx, stage)
   return loop.StageRun(
     name=stage,
@@ -296,7 +288,7 @@ def stage_run(ctx: Context, stage: str, own: Any, **others: Any) -> loop.StageRu
     tracking=ctx.tracking,
     fingerprint=made_with,
     files=_files_behind(ctx, made_with),
-    changeable=changeable(ctx, stage, {STAGES[stage].block: own, **others}),
+    changeable=changeable(ctx, stage, lineage.blocks(ctx.config, stage)),
     started=time.monotonic(),
   )
 

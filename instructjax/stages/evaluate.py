@@ -210,7 +210,7 @@ def run(ctx: Context, stage: str):
   """
   cfg, directory = ctx.config.evaluate, ctx.directory(stage)
   names = judged_policies(ctx)
-  run_ = stage_run(ctx, stage, cfg)
+  run_ = stage_run(ctx, stage)
   page = ctx.workdir / "report" / "index.html"
   # No stage starts from this one. So if the settings or the policies have changed, it is done anew, not refused.
   done = ctx.done(stage)

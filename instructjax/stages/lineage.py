@@ -12,6 +12,7 @@ from instructjax.core.stages import (
   RANKED,
   REFERENCE,
   RL_STAGES,
+  ROLES,
   STAGES,
   selector,
   stage_of_kind,
@@ -173,6 +174,50 @@ def variant(config: Config, stage: str) -> PPOConfig:
   row = STAGES[stage]
   taken = {field: value(config, name) for field, name in row.takes.items()}
   return dataclasses.replace(config.ppo, **row.holds, **taken)
+
+
+def blocks(config: Config, stage: str) -> dict[str, Any]:
+  """The settings that a stage's result depends on, besides the seed, the data and the stages that it starts from.
+
+  Returns:
+    name -> config block, or a part of one. The stage's own stands under `block` of its row.
+  """
+  row, data = STAGES[stage], config.data
+  own: Any = variant(config, stage) if row.is_rl else getattr(config, row.block)
+  result: dict[str, Any] = {}
+  if row.is_base:
+    read = {"validation_fraction": data.validation_fraction, "on_bad_record": data.on_bad_record}
+    result = {"model": getattr(config, ROLES[row.require_role()].block), "documents": read}
+  elif row.kind == "sft":
+    result = {"model": config.model, "data": data}
+  elif row.kind == "collect":
+    result = {"data": data}
+  elif row.kind == "rm":
+    result = {"model": config.reward_model, "data": data}
+  elif row.kind == "select":
+    own = [own.num_prompts, own.temperature]
+  elif row.is_rl:
+    networks = {"model": config.model, "reward_model": config.reward_model}
+    result = {**networks, "data": data, "rollout": config.rollout}
+  elif row.kind == "best_of_n":
+    result = {"data": data}
+    # Of an RL policy, `policies.load` takes the averaged weights or the last ones.
+    if STAGES[stage_of(config, own.policy)].is_rl:
+      result["evaluate"] = {"weights": "ema" if judges_average(config) else "raw"}
+  if trains_adapter(config, stage):
+    result["adapter"] = config.adapter
+  return {row.block: own, **result}
+
+
+def judges_average(config: Config) -> bool:
+  """Whether evaluation judges the running average of an RL policy's weights; with a decay of 0 no average is kept."""
+  return config.evaluate.weights == "ema" and config.ppo.ema_decay > 0
+
+
+def trains_adapter(config: Config, stage: str) -> bool:
+  """Whether a stage trains an adapter in place of all weights."""
+  row = STAGES[stage]
+  return is_adapted(config) and row.role is not None and not row.is_base
 
 
 def is_adapted(config: Config) -> bool:

@@ -160,6 +160,24 @@ def _call(stage: str, name: str, about: Config | Context):
     raise UserError(f"stage {stage}: {error}") from error
 
 
+def require_possible(config: Config, workdir: pathlib.Path) -> tuple[Config, Mesh, list[str]]:
+  """Checks what can be known of a run before any data are read.
+
+  Returns:
+    The config with what given weights decide, the mesh, and the plan.
+  Raises:
+    UserError: the mesh does not fit the devices, a source of records is not named, a stage does not fit in memory, or
+      its settings do not go together.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  config = policies.settle(config)
+  stages = lineage.plan(config)
+  _require_sources(config, workdir)
+  _require_room(config, mesh, _coming(workdir, stages))
+  _require_settings(config, mesh, stages, workdir)
+  return config, mesh, stages
+
+
 def make_context(config: Config, workdir: pathlib.Path) -> Context:
   """Makes the Context of a run, training a tokenizer if it needs one.
 
@@ -168,13 +186,8 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
       or the given weights or the tokenizer do not fit the config or the workdir.
   """
   tracked = tracking.open_run(config, workdir)
-  mesh = sharding.make_mesh(config.mesh)
-  config = policies.settle(config)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
-  stages = lineage.plan(config)
-  _require_sources(config, workdir)
-  _require_room(config, mesh, _coming(workdir, stages))
-  _require_settings(config, mesh, stages, workdir)
+  config, mesh, _ = require_possible(config, workdir)
   given = policies.given_weights(config)
   # Fingerprints hold the names of process 0's places, while each process reads from its own.
   own, config = config, agreement.with_first_places(distributed.team(), config)

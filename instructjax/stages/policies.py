@@ -181,11 +181,6 @@ def load_sft_by_loss(ctx: Context, read: Callable | None = None) -> Params:
   return (read or load_step)(ctx, "sft", ctx.require_done("sft").require_step())
 
 
-def judges_average(ctx: Context) -> bool:
-  """Whether evaluation judges the running average of an RL policy's weights; with a decay of 0 no average is kept."""
-  return ctx.config.evaluate.weights == "ema" and ctx.config.ppo.ema_decay > 0
-
-
 def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   """Loads the weights of a policy at the step that its stage keeps.
 
@@ -208,7 +203,7 @@ def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
     return bases.given(ctx, row.name, is_trained=read is not None)
   again = selector(row.name)
   done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
-  averaged = row.is_rl and judges_average(ctx)
+  averaged = row.is_rl and lineage.judges_average(ctx.config)
   item = "ema_params" if averaged else "params"
   return (read or load_step)(ctx, row.name, done.require_step(), item, role)
 

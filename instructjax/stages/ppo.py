@@ -264,7 +264,7 @@ def _held_out_loss(ctx: Context, nets: ppo_step.Nets, base: tuple[Params, ...]):
   """
   loss = supervised.make_lm_evaluation(nets.policy, ctx.mesh, ctx.config.pretrain.microbatches)
   rows = validation_rows(ctx, ctx.config.pretrain.length)
-  averaged = policies.judges_average(ctx)
+  averaged = lineage.judges_average(ctx.config)
 
   def evaluate(state: PPOState, step: int) -> dict[str, float]:
     params = state.ema_params if averaged else state.params
@@ -399,15 +399,7 @@ def run(ctx: Context, stage: str):
     Preempted: the run was told to stop.
   """
   cfg, nets = _settings(ctx, stage)
-  run_ = stage_run(
-    ctx,
-    stage,
-    cfg,
-    model=ctx.config.model,
-    reward_model=ctx.config.reward_model,
-    data=ctx.config.data,
-    rollout=ctx.config.rollout,
-  )
+  run_ = stage_run(ctx, stage)
   functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
   scorers = text_scorers.open_all(cfg)
   made_with = {

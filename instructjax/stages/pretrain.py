@@ -1,8 +1,8 @@
 """Pretrains a base model on documents. It stands in for GPT-3 when the config gives no weights."""
 
 from instructjax.core import results
-from instructjax.core.config import Config, ModelConfig, PretrainConfig
-from instructjax.core.stages import ROLES, STAGES
+from instructjax.core.config import Config, PretrainConfig
+from instructjax.core.stages import STAGES
 from instructjax.models import flops
 from instructjax.parallel import sharding
 from instructjax.stages.context import Context, bare, finish, is_finished, stage_run
@@ -35,18 +35,7 @@ def run(ctx: Context, stage: str):
   """
   cfg: PretrainConfig = getattr(ctx.config, STAGES[stage].block)
   role = STAGES[stage].require_role()
-  model_cfg: ModelConfig = getattr(ctx.config, ROLES[role].block)
-  data = ctx.config.data
-  step_run = stage_run(
-    ctx,
-    stage,
-    cfg,
-    model=model_cfg,
-    documents={
-      "validation_fraction": data.validation_fraction,
-      "on_bad_record": data.on_bad_record,
-    },
-  )
+  step_run = stage_run(ctx, stage)
   if is_finished(step_run):
     return
   model = bare(ctx.model(role))

@@ -154,7 +154,7 @@ def initial_params(ctx: Context, key: jax.Array) -> Params:
 
 def _stage_run(ctx: Context, stage: str, name: str) -> loop.StageRun:
   """`stage_run` for the stage or for one cross-validation fold of it. A fold has its own name and folder."""
-  run_ = stage_run(ctx, stage, ctx.config.rm, model=ctx.config.reward_model, data=ctx.config.data)
+  run_ = stage_run(ctx, stage)
   return dataclasses.replace(run_, name=name, directory=ctx.directory(name))
 
 

@@ -112,7 +112,7 @@ def run(ctx: Context, stage: str):
     Preempted: the run was told to stop.
   """
   cfg = _sft_config(ctx, stage)
-  step_run = stage_run(ctx, stage, cfg, model=ctx.config.model, data=ctx.config.data)
+  step_run = stage_run(ctx, stage)
   if is_finished(step_run):
     return
   model = ctx.model("policy")

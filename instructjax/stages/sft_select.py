@@ -28,7 +28,7 @@ def run(ctx: Context, stage: str):
     Preempted: the run was told to stop.
   """
   cfg = ctx.config.evaluate
-  run_ = stage_run(ctx, stage, [cfg.num_prompts, cfg.temperature])
+  run_ = stage_run(ctx, stage)
   done = ctx.done(stage)
   # No training starts from this choice. So if the settings have changed, it is made anew, not refused.
   if done and done.fingerprint == run_.fingerprint:

@@ -8,8 +8,8 @@ import pytest
 from tests import test_main
 
 
-def command(*arguments, **kwargs):
-  command = [sys.executable, "-m", "instructjax", "generate", *arguments]
+def command(*arguments, of="generate", **kwargs):
+  command = [sys.executable, "-m", "instructjax", of, *arguments]
   return subprocess.run(
     command, cwd=test_main.ROOT, env=test_main.ENV, capture_output=True, text=True, **kwargs
   )

@@ -1,13 +1,16 @@
 """Log-probabilities, answers and rewards, beside a forward pass over each text by itself."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from instructjax import models
 from instructjax.core.errors import UserError
-from instructjax.evaluation import encoding, language_model
+from instructjax.evaluation import encoding, generation, language_model
 from instructjax.evaluation.language_model import Request
+from tests import quick
 from tests.evaluation import small_models
 
 PAIRS = [
@@ -29,15 +32,19 @@ def small(folder):
   return small_models.language_model(folder)
 
 
+@functools.partial(jax.jit, static_argnames="model", compiler_options=quick.OPTIONS)
+def forward(model, params, row, segment, position):
+  return models.apply(model, params, row, segment_BL=segment, position_BL=position)
+
+
 def logits_of(one, ids):
-  """Logits of one row without pads, in float64 from here on."""
-  row = np.asarray([ids], np.int32)
-  position = np.arange(len(ids), dtype=np.int32)[None]
-  with jax.disable_jit():
-    out = models.apply(
-      one.model, one.params, row, segment_BL=np.ones_like(row), position_BL=position
-    )
-  return np.asarray(out[0], np.float64)
+  """Logits of one text in a row of its own, in float64 from here on."""
+  column = np.arange(64, dtype=np.int32)[None]
+  row = np.full_like(column, one.model.vocab_size)
+  row[0, : len(ids)] = ids
+  with jax.set_mesh(one.mesh):
+    out = forward(one.model, one.params, row, np.int32(column < len(ids)), column)
+  return np.asarray(out[0], np.float64)[: len(ids)]
 
 
 def straight(one, before, after):
@@ -108,8 +115,8 @@ def test_an_answer_ends_before_a_stop_text(small):
   assert language_model.generate(small, [Request("the cat", (stop, "@"), 8)]) == [
     whole[: whole.find(stop)]
   ]
-  assert language_model.cut("ab\n\ncd", ("\n\n", "c", "")) == "ab"
-  assert language_model.cut("ab", ("\n",)) == "ab"
+  assert generation.cut("ab\n\ncd", ("\n\n", "c", "")) == "ab"
+  assert generation.cut("ab", ("\n",)) == "ab"
 
 
 def test_a_sampled_answer_depends_on_its_own_request_alone(small):

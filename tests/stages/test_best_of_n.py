@@ -47,17 +47,11 @@ def stage(tmp_path, monkeypatch):
   monkeypatch.setattr(answers, "from_text", lambda ctx, prompts, text, ended_N: text)
   monkeypatch.setattr(answers, "score", lambda ctx, model, params, found: scored(found))
 
-  made_with = {}
-
   def make(prompts, **changes):
     config = micro.config("best_of_n", {}, data__prompts="jsonl:p", **changes)
     run_ = types.SimpleNamespace(fingerprint={"config.best_of_n": str(changes)}, files={})
 
-    def stage_run(ctx, stage, own, *, data, **others):
-      made_with.update(others)
-      return run_
-
-    monkeypatch.setattr(best_of_n, "stage_run", stage_run)
+    monkeypatch.setattr(best_of_n, "stage_run", lambda ctx, stage: run_)
     ctx = types.SimpleNamespace(
       config=config,
       tokenizer=types.SimpleNamespace(
@@ -72,7 +66,6 @@ def stage(tmp_path, monkeypatch):
     )  # fmt: skip
     return lambda: best_of_n.run(ctx, "best_of_n"), sampled, finished
 
-  make.made_with = made_with
   return make
 
 
@@ -164,16 +157,16 @@ def test_chats_stay_messages_and_too_many_prompts_are_refused(stage):
 
 
 @pytest.mark.parametrize("which", ["ema", "raw"])
-def test_which_weights_of_an_rl_policy_answered_is_part_of_the_stage(stage, which):
-  run, *_ = stage(["p"], best_of_n__n=2)
-  run()
-  assert stage.made_with == {}
-  run, _, finished = stage(
-    ["p"], best_of_n__n=8, best_of_n__policy="ppo", evaluate__weights=which, ppo__ema_decay=0.5
+def test_which_weights_of_an_rl_policy_answered_is_part_of_the_stage(which):
+  assert "evaluate" not in lineage.blocks(micro.config("best_of_n", {}), "best_of_n")
+  config = micro.config(
+    "best_of_n",
+    {},
+    best_of_n__policy="ppo",
+    evaluate__weights=which,
+    ppo__ema_decay=0.5,
   )
-  finished.clear()
-  run()
-  assert stage.made_with == {"evaluate": {"weights": which}}
+  assert lineage.blocks(config, "best_of_n")["evaluate"] == {"weights": which}
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_a_stage_is_of_the_date_of_its_chats():
   ctx = types.SimpleNamespace(
     config=config, tokenizer=tokenizer, given={}, contents=contents, done=lambda stage: None
   )
-  without = context.fingerprint(ctx, "pretrain", config.pretrain, {})
+  without = context.fingerprint(ctx, "pretrain")
   tokenizer.chats.clock = "2026-03-01T12:00:00"
-  dated = context.fingerprint(ctx, "pretrain", config.pretrain, {})
+  dated = context.fingerprint(ctx, "pretrain")
   assert dated == without | {"date of chats": "2026-03-01T12:00:00"}

@@ -34,7 +34,7 @@ def test_a_base_learns_training_text_and_keeps_its_best_step(stage, role, steps)
   fit = lambda run, state, step, batches, **kwargs: fitted.update(
     kwargs, state=state, step=step, batches=batches
   )
-  run = lambda ctx, stage, own, **others: types.SimpleNamespace(directory=f"folder of {stage}")
+  run = lambda ctx, stage: types.SimpleNamespace(directory=f"folder of {stage}")
   best = lambda directory, metric: {(f"folder of {stage}", "validation/loss"): (4, 1.5)}[
     directory, metric
   ]

@@ -38,7 +38,7 @@ def test_the_epoch_with_the_highest_mean_score_is_chosen(settings):
     return np.array(SCORES[found])
 
   with (
-    mock.patch.object(sft_select, "stage_run", lambda ctx, stage, own: run),
+    mock.patch.object(sft_select, "stage_run", lambda ctx, stage: run),
     mock.patch.object(sft_select, "finish", lambda ctx, *rest: finished.append(rest)),
     mock.patch.object(policies, "load_reward", lambda ctx: "reward weights"),
     mock.patch.object(policies, "load_step", lambda ctx, stage, step: {"sft": step}[stage]),

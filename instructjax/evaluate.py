@@ -1,0 +1,126 @@
+"""The command `python -m instructjax.evaluate --models=sft=RUN/sft,ppo=RUN/ppo --data=DIR --out=DIR`.
+
+It asks finished models the tasks of the paper's Table 14, and shows what can be told of their differences. Nothing is
+trained. More: docs/evaluation.md.
+"""
+
+import pathlib
+import re
+
+from absl import flags
+
+from instructjax.commands import cli
+from instructjax.core import places
+from instructjax.core.errors import UserError
+from instructjax.core.foreign import named
+
+_MODELS = flags.DEFINE_list(
+  "models",
+  [],
+  "Who is asked, as NAME=PATH,...: finished stages (ppo=runs/demo/ppo), Hugging Face folders, .gguf files or"
+  " hf://ORG/NAME.",
+)
+_TASKS = flags.DEFINE_list(
+  "tasks",
+  ["all"],
+  "Tasks, or TASK/PROMPT for one prompt of a task; 'all' is every task that --data has rows of.",
+)
+_DATA = flags.DEFINE_list(
+  "data",
+  [],
+  "Where rows are: folders that are searched for the tasks' files, TASK=FILE, TASK=tfds:NAME:SPLIT, the same with"
+  " TASK.train= for worked examples, and tfds: for what TensorFlow Datasets holds.",
+)
+_OUT = flags.DEFINE_string("out", "", "Folder of the results; the same command goes on there.")
+_LIMIT = flags.DEFINE_integer(
+  "limit", 0, "At most so many items of a task, drawn by --seed; 0 for all."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Chooses the items of --limit and the worked examples.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "auto", ["auto", "float32", "bfloat16"], "Numbers that models compute with."
+)
+_REDO = flags.DEFINE_bool(
+  "redo", False, "Replace results in --out that other models, data or prompts have given."
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+def main(arguments: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: a flag is wrong, a model or a file cannot be read, or --out holds other results.
+  """
+  if arguments:
+    raise UserError(f"unexpected arguments {arguments}; see --help")
+  models = parse_models(_MODELS.value)
+  if not _DATA.value:
+    raise UserError("--data must name a folder with the tasks' files, TASK=FILE or tfds:")
+  out = pathlib.Path(places.require(_OUT.value, "--out"))
+  if _LIMIT.value < 0:
+    raise UserError(f"--limit={_LIMIT.value} must be 0 for all items, or a number of items")
+  # Imported here so that --help and bad flags are answered at once.
+  from instructjax.evaluation import command, rows, runner, tasks
+
+  found = tasks.found()
+  data = rows.parse_data([places.expand(value, "--data") for value in _DATA.value], list(found))
+  settings = runner.Settings(
+    tasks=parse_tasks(_TASKS.value, {name: tuple(task.prompts) for name, task in found.items()}),
+    limit=_LIMIT.value or None,
+    seed=_SEED.value,
+    redo=_REDO.value,
+  )
+  command.run(models, data, settings, out, command.DTYPES[_DTYPE.value])
+
+
+def parse_models(values: list[str]) -> dict[str, str]:
+  """Name -> path of the models that --models names.
+
+  Raises:
+    UserError: there is none, one has no name or path, or a name is there twice.
+  """
+  result: dict[str, str] = {}
+  for value in values:
+    name, _, path = value.partition("=")
+    if not path or not _NAME.fullmatch(name):
+      raise UserError(
+        f"--models={named(value)} must be NAME=PATH, as in sft=runs/demo/sft; a name is of letters, digits, _, . and -"
+      )
+    if name in result:
+      raise UserError(f"--models names {name} twice; give each model a name of its own")
+    result[name] = places.require(path, "--models", places.WEIGHTS)
+  if not result:
+    raise UserError("--models must name whom to ask, as in sft=runs/demo/sft,ppo=runs/demo/ppo")
+  return result
+
+
+def parse_tasks(
+  values: list[str], prompts: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+  """Task -> its prompts that are asked.
+
+  Args:
+    values: of --tasks.
+    prompts: task -> all of its prompts.
+  Raises:
+    UserError: a task or prompt is not known.
+  """
+  result: dict[str, list[str]] = {}
+  for value in values:
+    name, _, prompt = value.strip().partition("/")
+    if name not in (*prompts, "all"):
+      raise UserError(f"--tasks={named(value)} must be one of all, {', '.join(prompts)}")
+    if prompt and prompt not in prompts.get(name, ()):
+      known = ", ".join(f"{name}/{known}" for known in prompts.get(name, ())) or "all"
+      raise UserError(f"--tasks={named(value)} must be {known}")
+    for task in prompts if name == "all" else (name,):
+      asked = (prompt,) if prompt else prompts[task]
+      result.setdefault(task, []).extend(p for p in asked if p not in result.get(task, []))
+  if not result:
+    raise UserError("--tasks must name a task, or all")
+  return {task: tuple(chosen) for task, chosen in result.items()}
+
+
+if __name__ == "__main__":
+  cli.run(main, interrupted="interrupted; the same command goes on where this one was stopped")

@@ -1,0 +1,143 @@
+"""What the command `evaluate` does: asks the models, and writes and shows the results. Called by evaluate.py.
+
+Beside runner.py this is the module that knows models; what it does with their answers is in summary.py and
+report/evaluation.py.
+"""
+
+import functools
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from instructjax.core import terminal
+from instructjax.core.config import MeshConfig
+from instructjax.data.tokenizer import prompt_ids
+from instructjax.evaluation import encoding, language_model, rows, runner, summary, tasks
+from instructjax.evaluation.language_model import Dtype
+from instructjax.evaluation.task import Ask, Question
+from instructjax.parallel import sharding
+from instructjax.report import evaluation as report
+from instructjax.train import finished, weights
+
+DTYPES: Mapping[str, Dtype] = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16"}
+_SECONDS = 20.0  # between two lines of progress
+
+
+def run(
+  models: Mapping[str, str],
+  data: rows.Data,
+  settings: runner.Settings,
+  out: pathlib.Path,
+  dtype: Dtype,
+):
+  """Asks all models all tasks, and writes samples, summary.json and index.html below `out`.
+
+  Args:
+    models: name -> path.
+    data: what --data says.
+    settings: what is asked.
+    out: folder of the results.
+    dtype: numbers that the models compute with.
+  Raises:
+    UserError: see `runner.answer_all`.
+  """
+  with finished.workdir_lock(out):
+    planned, skipped = runner.plan(tasks.found(), data, settings, out)
+    for one in skipped:
+      to = terminal.console(stderr=True)
+      terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
+    opened = [_model(name, path, out, dtype) for name, path in models.items()]
+    runner.answer_all(opened, planned, settings, out, _progress())
+    parts = []
+    for part in planned:
+      scores = runner.scores(list(models), part, out)
+      fits = runner.fits(list(models), part, out)
+      parts.append(summary.part(part, scores, fits, settings.seed))
+    shown = {"limit": settings.limit, "seed": settings.seed}
+    whole = summary.whole(models, parts, skipped, shown)
+    summary.write(out / "summary.json", whole)
+    report.write(out / "index.html", whole)
+  terminal.show(report.results_table(whole))
+  if len(models) > 1:
+    terminal.show(report.differences_table(whole))
+  terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
+
+
+def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype) -> runner.Model:
+  found = weights.locate(path)
+  known = found.checksum(out / "checksums.json")
+  if (
+    found.done is not None
+  ):  # its settings are in the fingerprint, and its results tell two runs of them apart
+    known += repr(found.done.result)
+  checksum = hashlib.sha256(f"{known} {dtype}".encode()).hexdigest()
+  return runner.Model(name, checksum, lambda: _engine(path, dtype))
+
+
+def _engine(path: str, dtype: Dtype) -> runner.Engine:
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
+  with terminal.loading():
+    model = language_model.open_model(path, mesh, dtype=dtype)
+
+  def generate(questions: Sequence, told: Callable):
+    requests = [
+      language_model.Request(question.prompt, question.stops, _room(model, question))
+      for question in questions
+    ]
+    return language_model.generate(model, requests, told)
+
+  return runner.Engine(
+    lambda pairs, told: language_model.log_probs(model, pairs, told),
+    generate,
+    functools.partial(fit, model),
+  )
+
+
+def _room(model: language_model.LanguageModel, question: Question) -> int:
+  """Tokens of an answer: half of what the model reads at once is left to the prompt."""
+  return min(question.max_new_tokens, max(1, model.max_length // 2))
+
+
+def fit(model: language_model.LanguageModel, ask: Ask) -> runner.Fit:
+  """See `runner.Engine`. A text is encoded only if its bytes do not settle it: a token has one or more."""
+  if isinstance(ask, Question):
+    room = model.max_length - _room(model, ask)
+    is_short = len(ask.prompt.encode()) < room
+    is_whole = is_short or len(prompt_ids(model.tokenizer, ask.prompt)) <= room
+    return "whole" if is_whole else "cut"
+  for context, continuation in ask.pairs:
+    if len(continuation.encode()) + 2 > model.max_length:
+      _, after = encoding.pair_ids(model.tokenizer, context, continuation, model.first_id)
+      if len(after) > model.max_length:
+        return "too long"
+  return "whole"
+
+
+def _progress() -> Callable[[str, str, int, int], None]:
+  """A function that shows how far an evaluation is: a line whenever some seconds have passed or a prompt is done."""
+  began = said = time.monotonic()
+  first = last = None
+
+  def told(model: str, title: str, done: int, total: int):
+    nonlocal said, first, last
+    first = done if first is None else first
+    now = time.monotonic()
+    if now - said < _SECONDS and (model, title) == last:
+      return
+    last, said = (model, title), now
+    rate = (done - first) / max(now - began, 1e-9)
+    left = f", about {spoken((total - done) / rate)} left" if rate > 0 and done < total else ""
+    terminal.say(
+      f"{model}: {title}: {done} of {total} requests{left}", to=terminal.console(stderr=True)
+    )
+
+  return told
+
+
+def spoken(seconds: float) -> str:
+  if seconds < 90:
+    return f"{seconds:.0f} s"
+  return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,177 @@
+"""The results of an evaluation laid out as the paper's Table 14: for the terminal, and as a section of an HTML page.
+
+Called by the command `evaluate`. Pure functions of the content of its summary.json, but for `write`.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from instructjax.core import terminal
+from instructjax.core.errors import writing
+from instructjax.core.text import printable
+from instructjax.report import table14
+
+_DASH = "–"
+_DECIMALS = {"share": 3, "bits": 3, "percent": 1, "score": 3}
+_UNITS = {"share": "", "bits": " [bits]", "percent": " [%]", "score": ""}
+_TEMPLATES = jinja2.Environment(
+  loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
+  autoescape=True,
+  undefined=jinja2.StrictUndefined,
+  trim_blocks=True,
+  lstrip_blocks=True,
+  keep_trailing_newline=True,
+)
+
+
+def shown(value: float, show: str) -> str:
+  """A value of a metric, with the decimals of the paper's table and a real minus sign."""
+  return f"{value:.{_DECIMALS[show]}f}".replace("-", "−")
+
+
+def between(interval: Sequence[float], show: str) -> str:
+  """An interval."""
+  return f"[{shown(interval[0], show)}, {shown(interval[1], show)}]"
+
+
+def _rows(summary: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+  """(part, metric) of each row of the table."""
+  return [
+    (part, metric) for part in summary["parts"] for metric in part["metrics"] if metric["is_shown"]
+  ]
+
+
+def _name(part: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+  """What a row is, in words that stay together when a narrow terminal shows a table in parts."""
+  return f"{part['title']}, {part['prompt_title']}: {_title(metric)}"
+
+
+def _title(metric: Mapping[str, Any]) -> str:
+  return metric["title"] + _UNITS[metric["show"]]
+
+
+def results_table(summary: Mapping[str, Any]) -> terminal.Table:
+  """The results, a row for each metric of each prompt; what is missing has a row that says why."""
+  models = list(summary["models"])
+  rows = []
+  for part, metric in _rows(summary):
+    cells = [metric["models"].get(name) for name in models]
+    of_items = {cell["num_items"] for cell in cells if cell}
+    rows.append(
+      [
+        _name(part, metric),
+        "/".join(map(str, sorted(of_items))),
+        *(
+          f"{shown(cell['value'], metric['show'])} {between(cell['interval'], metric['show'])}"
+          if cell
+          else _DASH
+          for cell in cells
+        ),
+      ]
+    )
+  for name, reason in missing(summary):
+    rows.append([f"{name} (skipped: {reason})", "", *(_DASH for _ in models)])
+  return terminal.Table(
+    columns=["Task", "Items", *models],
+    rows=rows,
+    title="Results, with 95% intervals",
+  )
+
+
+def missing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """What is not in the table, as (task, why)."""
+  found = [(one["task"], one["reason"]) for one in summary["skipped"]]
+  for part in summary["parts"]:
+    if part["missing"]:
+      keys = ", ".join(part["missing"])
+      found.append((f"{part['title']}, {part['prompt_title']}", f"{keys}: no scorer (--scorers)"))
+  return found
+
+
+def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
+  """The differences between models, a row for each pair and metric."""
+  rows = [
+    [
+      _name(part, metric),
+      f"{found['b']} − {found['a']}",
+      shown(found["difference"], metric["show"]),
+      between(found["interval"], metric["show"]),
+      found["verdict"],
+    ]
+    for part, metric in _rows(summary)
+    for found in metric["differences"]
+  ]
+  return terminal.Table(
+    columns=["Task", "Models", "Difference", "95% interval", "Verdict"],
+    rows=rows,
+    title="Differences, paired over items",
+    prose=["Models", "Verdict"],
+    styles={"higher": "green", "lower": "red", "cannot be told": "dim"},
+  )
+
+
+def _cell(found: Mapping[str, Any] | None, show: str) -> dict[str, str]:
+  if found is None:
+    return {"value": _DASH, "interval": ""}
+  return {"value": shown(found["value"], show), "interval": between(found["interval"], show)}
+
+
+def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
+  """The section of a report: Table 14 with the models' columns first and the paper's beside them."""
+  models = list(summary["models"])
+  rows = [
+    {
+      "task": part["title"],
+      "prompt": part["prompt_title"],
+      "metric": _title(metric),
+      "items": max(found["num_items"] for found in metric["models"].values()),
+      "cells": [_cell(metric["models"].get(name), metric["show"]) for name in models],
+      "paper": [
+        [shown(value, metric["show"]) for value in sizes] if metric["paper"] else [_DASH] * 3
+        for sizes in (metric["paper"] or [()] * len(table14.MODELS))
+      ],
+      "notes": _notes(part),
+    }
+    for part, metric in _rows(summary)
+  ]
+  tests = differences_table(summary)
+  told = sum(row[-1] != "cannot be told" for row in tests.rows)
+  template = _TEMPLATES.get_template("evaluation.html.j2")
+  return markupsafe.Markup(
+    template.render(
+      models=[(printable(name), printable(spec)) for name, spec in summary["models"].items()],
+      rows=rows,
+      paper=table14.MODELS,
+      sizes=table14.SIZES,
+      tests=tests.rows,
+      told=told,
+      missing=missing(summary),
+      settings=summary["settings"],
+    )
+  )
+
+
+def _notes(part: Mapping[str, Any]) -> list[str]:
+  """What a reader must know of a row."""
+  notes = [part["shots"]] if part["shots"] else []
+  for name, counts in part["fits"].items():
+    if counts["cut"]:
+      notes.append(f"{name} read {counts['cut']} prompts without their beginning, too long for it")
+    if counts["too long"]:
+      notes.append(f"{name} could not be asked {counts['too long']} items, too long for it")
+  return notes
+
+
+def write(path: pathlib.Path, summary: Mapping[str, Any]):
+  """Writes the section as a page of its own.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  page = _TEMPLATES.get_template("evaluation_page.html.j2").render(section=section(summary))
+  with writing(path):
+    path.write_text(page, encoding="utf-8")

@@ -1,0 +1,56 @@
+"""The command from its settings to its files, on a model that is a table; and what asks a real one."""
+
+import json
+
+import pytest
+
+from instructjax.evaluation import command, rows, runner
+from instructjax.evaluation.task import Choices, Question
+from tests.evaluation import small_models
+from tests.evaluation.fake import Fake
+
+
+@pytest.fixture
+def data(tmp_path):
+  folder = tmp_path / "data" / "hellaswag"
+  folder.mkdir(parents=True)
+  lines = [{"ctx": f"row {i}", "endings": ["long one", "b"], "label": i % 2} for i in range(12)]
+  (folder / "val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return rows.Data((str(tmp_path / "data"),), {}, False)
+
+
+def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, capsys):
+  fakes = {"sft": Fake(), "ppo": Fake(log_prob_of=lambda text: (1.0 * len(text),))}
+  monkeypatch.setattr(command, "_model", lambda name, path, out, dtype: fakes[name].model(name))
+  settings = runner.Settings({"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False)
+  out = tmp_path / "out"
+  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, "auto")
+  printed = capsys.readouterr().out
+  assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
+  assert "cannot be told" in printed
+  summary = json.loads((out / "summary.json").read_text())
+  (row,) = (row for row in summary["parts"][0]["metrics"] if row["is_shown"])
+  assert {name: found["value"] for name, found in row["models"].items()} == {"sft": 0.5, "ppo": 0.5}
+  assert summary["models"] == {"sft": "runs/sft", "ppo": "runs/ppo"}
+  page = (out / "index.html").read_text()
+  assert "HellaSwag" in page and ".781" in page and "piqa" in page
+  assert len((out / "samples" / "ppo" / "hellaswag.zero_shot.jsonl").read_text().splitlines()) == 12
+
+
+def test_what_fits_a_model(tmp_path):
+  model = small_models.language_model(tmp_path)  # reads 48 tokens at once
+  long = "xyz jkq bvw " * 20
+  assert command.fit(model, Choices((("the cat", " sat"),))) == "whole"
+  assert command.fit(model, Choices(((long, " sat"),))) == "whole"  # a choice says so itself
+  assert command.fit(model, Choices((("the cat", " sat"), ("the cat", long)))) == "too long"
+  assert command.fit(model, Question("the cat", 8)) == "whole"
+  assert command.fit(model, Question(long, 8)) == "cut"
+  # No answer may take all the room that the prompt needs.
+  assert command.fit(model, Question("the cat", 10**6)) == "whole"
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"), [(5.2, "5 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_time_left_in_words(seconds, text):
+  assert command.spoken(seconds) == text

@@ -1,0 +1,108 @@
+"""Where the rows of a task are found, and how files are read."""
+
+import dataclasses
+import gzip
+import json
+
+import pytest
+
+from instructjax.core.errors import UserError
+from instructjax.data.messages import BadRecord
+from instructjax.evaluation import rows
+from instructjax.evaluation.tasks import hellaswag
+
+TASK = dataclasses.replace(hellaswag.TASK, files=("toy*/val*.jsonl", "toy.csv"), tfds=("", ""))
+
+
+def data(*values):
+  return rows.parse_data([str(value) for value in values], ["toy", "other"])
+
+
+def write(path, text="{}\n"):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  return path
+
+
+def found(given, *, train=False):
+  return rows.find(given, "toy", TASK, train=train)
+
+
+def test_a_file_is_found_by_the_end_of_its_path(tmp_path):
+  path = tmp_path / "sets" / "Toy_v1" / "val.dev.jsonl.gz"
+  path.parent.mkdir(parents=True)
+  path.write_bytes(gzip.compress(b'{"a": 1}\n'))
+  assert found(data(tmp_path)) == found(data(path.parent)) == str(path)
+  assert [row.value for row in rows.read(str(path))] == [{"a": 1}]
+
+
+def test_the_first_pattern_that_fits_wins_and_two_files_are_one_too_many(tmp_path):
+  write(tmp_path / "toy.csv")
+  first = write(tmp_path / "toy" / "val.jsonl")
+  assert found(data(tmp_path)) == str(first)
+  write(tmp_path / "toy2" / "val.jsonl")
+  with pytest.raises(UserError, match="toy: 2 files below .* may be its data .* --data=toy=FILE"):
+    found(data(tmp_path))
+  assert found(data(tmp_path, f"toy={first}")) == str(first)
+
+
+def test_no_file_is_none_and_the_training_split_has_a_name_of_its_own(tmp_path):
+  assert found(data(tmp_path)) is None
+  assert found(data(tmp_path, "toy.train=tfds:a:train"), train=True) == "tfds:a:train"
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    ("nowhere", "--data=nowhere must be a folder, tfds:, or TASK=FILE with one of the tasks toy"),
+    ("toy=", "--data=toy= must name a file, or a spec such as tfds:NAME:SPLIT"),
+    ("thing=a.jsonl", "must be a folder, tfds:, or TASK=FILE"),
+  ],
+)
+def test_what_data_cannot_be(value, message):
+  with pytest.raises(UserError, match=message):
+    data(value)
+  with pytest.raises(UserError, match="--data names toy twice"):
+    data("toy=a", "toy=b")
+
+
+def test_tables_have_columns_by_name(tmp_path):
+  path = write(tmp_path / "a.csv", 'q,a\n"one, two","line\nbreak"\nthree,four\n')
+  read = list(rows.read(str(path)))
+  assert [row.value for row in read] == [
+    {"q": "one, two", "a": "line\nbreak"},
+    {"q": "three", "a": "four"},
+  ]
+  assert read[1].where == f"{path}:4"
+  # In a TSV file a quote is a letter.
+  path = write(tmp_path / "a.tsv", 'text\tlabel\n"quoted\t1\n')
+  assert next(rows.read(str(path))).value == {"text": '"quoted', "label": "1"}
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "message"),
+  [
+    ("a.tsv", "x\ty\n1\n", r"a\.tsv:2: 1 columns, and the first line names 2"),
+    ("a.csv", 'x,y\n"1"2,3\n', r"a\.csv:2: not CSV"),
+    ("a.jsonl", '{"a": 1}\n{"a"\n', r"a\.jsonl:2: not JSON"),
+  ],
+)
+def test_a_damaged_row_is_named(tmp_path, name, text, message):
+  path = write(tmp_path / name, text)
+  with pytest.raises(BadRecord, match=message):
+    list(rows.read(str(path)))
+
+
+def test_parquet_has_all_its_columns(tmp_path):
+  import pyarrow
+  import pyarrow.parquet
+
+  path = tmp_path / "val.parquet"
+  pyarrow.parquet.write_table(pyarrow.table({"odd": ["a"], "n": [3]}), path)
+  assert [row.value for row in rows.read(str(path))] == [{"odd": "a", "n": 3}]
+  assert rows.files(str(path)) == [str(path)]
+
+
+def test_json_over_several_lines_is_one_row(tmp_path):
+  path = write(tmp_path / "a.json", json.dumps({"data": [1, 2]}, indent=1))
+  assert [row.value for row in rows.read(str(path))] == [{"data": [1, 2]}]

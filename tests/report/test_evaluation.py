@@ -1,0 +1,109 @@
+"""Table 14 of an evaluation: no name is cut, what is missing is there, and the paper's numbers stand beside."""
+
+import html
+import io
+import re
+
+from instructjax.core import terminal
+from instructjax.report import evaluation, table14
+
+
+def cell(value):
+  return {"value": value, "interval": [value - 0.1, value + 0.1], "num_items": 50}
+
+
+def summary(models=("sft", "ppo"), spec="runs/<b>"):
+  metric = {
+    "key": "accuracy",
+    "title": "Accuracy",
+    "show": "share",
+    "better": 1,
+    "is_shown": True,
+    "paper": table14.cells("hellaswag", "zero_shot", "accuracy"),
+    "models": {name: cell(0.5) for name in models},
+    "differences": [
+      {
+        "a": "sft",
+        "b": "ppo",
+        "difference": -0.25,
+        "interval": [-0.3, -0.2],
+        "verdict": "lower",
+      },
+      {"a": "sft", "b": "x", "difference": 0.0, "interval": [-1, 1], "verdict": "cannot be told"},
+    ],
+  }
+  part = {
+    "task": "hellaswag",
+    "title": "HellaSwag",
+    "prompt": "zero_shot",
+    "prompt_title": "0-shot",
+    "data": "val.jsonl",
+    "num_items": 50,
+    "shots": "15 worked examples, the training split",
+    "fits": {name: {"cut": 3, "too long": 2} for name in models[:1]},
+    "missing": ["true_info"],
+    "metrics": [
+      metric,
+      metric | {"key": "acc", "title": "hidden", "is_shown": False},
+      metric | {"key": "f1", "title": "F1", "show": "percent", "paper": None},
+    ],
+  }
+  return {
+    "models": dict.fromkeys(models, spec),
+    "settings": {"bootstrap": 2000, "fewest_items": 10, "limit": None, "seed": 0},
+    "skipped": [{"task": "rte", "reason": "no data"}],
+    "parts": [part],
+  }
+
+
+def test_values_have_the_decimals_of_the_paper():
+  assert evaluation.shown(-0.12345, "share") == "−0.123"
+  assert evaluation.shown(51.966, "percent") == "52.0"
+  assert evaluation.between([0, 1], "bits") == "[0.000, 1.000]"
+
+
+def test_no_name_is_cut_in_a_narrow_terminal():
+  models = ("a_model_with_a_very_long_name_indeed", "another_of_these_long_names_of_models")
+  out = io.StringIO()
+  to = terminal.Console(file=out, width=60)
+  terminal.show(evaluation.results_table(summary(models)), to=to)
+  text = out.getvalue()
+  for name in (*models, "HellaSwag"):
+    assert name in text
+  assert "…" not in text and "..." not in text
+
+
+def test_what_is_missing_is_in_the_table():
+  rows = evaluation.results_table(summary()).rows
+  assert rows[0] == ["HellaSwag, 0-shot: Accuracy", "50", *["0.500 [0.400, 0.600]"] * 2]
+  assert [row[0] for row in rows[2:]] == [
+    "rte (skipped: no data)",
+    "HellaSwag, 0-shot (skipped: true_info: no scorer (--scorers))",
+  ]
+
+
+def test_differences_are_told_in_a_word():
+  rows = evaluation.differences_table(summary()).rows
+  assert rows[0] == [
+    "HellaSwag, 0-shot: Accuracy",
+    "ppo − sft",
+    "−0.250",
+    "[−0.300, −0.200]",
+    "lower",
+  ]
+  assert rows[1][-1] == "cannot be told"
+
+
+def test_the_section_has_the_papers_numbers_and_escapes_names(tmp_path):
+  text = evaluation.section(summary())
+  assert "runs/&lt;b&gt;" in text and "<b>lower</b>" in text and "hidden" not in text
+  # The first row's: models, then the paper's twelve.
+  (row,) = re.findall(r"<tr><td>HellaSwag.*?</tr>", text, re.S)[:1]
+  cells = re.findall(r'<td class="soft">(.*?)</td>', row)
+  assert cells[:3] == ["0.549", "0.673", "0.781"] and len(cells) == 12
+  assert "sft read 3 prompts without their beginning" in html.unescape(row)
+  assert "sft could not be asked 2 items" in row and "15 worked examples" in row
+  assert "Of 4\ndifferences 2 can" in text and "rte: no data" in text
+  evaluation.write(tmp_path / "index.html", summary())
+  page = (tmp_path / "index.html").read_text()
+  assert page.lstrip().startswith("<!doctype html>") and "--ink" in page and text in page

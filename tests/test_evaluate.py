@@ -1,0 +1,65 @@
+"""The command `evaluate`: each mistake is one line, before any model is read. What it does is in tests/evaluation."""
+
+import pytest
+
+from instructjax import evaluate
+from instructjax.core.errors import UserError
+from tests.commands import test_generate
+
+PROMPTS = {"hellaswag": ("zero_shot", "few_shot"), "piqa": ("harness",)}
+
+
+def test_models_have_names():
+  assert evaluate.parse_models(["a=runs/x", "b-1.5=hf://O/N"]) == {
+    "a": "runs/x",
+    "b-1.5": "hf://O/N",
+  }
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ([], "--models must name whom to ask"),
+    (["runs/x"], "--models=runs/x must be NAME=PATH"),
+    (["a="], "--models=a= must be NAME=PATH"),
+    (["../a=x"], "--models=../a=x must be NAME=PATH"),  # it becomes a folder's name
+    (["a=x", "a=y"], "--models names a twice"),
+  ],
+)
+def test_models_that_are_none(values, message):
+  with pytest.raises(UserError) as error:
+    evaluate.parse_models(values)
+  assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("values", "tasks"),
+  [
+    (["all"], PROMPTS),
+    (["piqa", "hellaswag/few_shot"], {"piqa": ("harness",), "hellaswag": ("few_shot",)}),
+    (["hellaswag/few_shot", "hellaswag"], {"hellaswag": ("few_shot", "zero_shot")}),
+  ],
+)
+def test_tasks(values, tasks):
+  assert evaluate.parse_tasks(values, PROMPTS) == tasks
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    ("x", "--tasks=x must be one of all, hellaswag, piqa"),
+    ("piqa/few_shot", "--tasks=piqa/few_shot must be piqa/harness"),
+    ("all/few_shot", "--tasks=all/few_shot must be all"),
+  ],
+)
+def test_tasks_that_are_none(value, message):
+  with pytest.raises(UserError, match=message):
+    evaluate.parse_tasks([value], PROMPTS)
+
+
+def test_a_mistake_is_one_line(tmp_path):
+  done = test_generate.command("--models=a=x", of="evaluate")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert (
+    done.stderr == "error: --data must name a folder with the tasks' files, TASK=FILE or tfds:\n"
+  )
