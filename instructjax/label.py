@@ -11,7 +11,9 @@ from instructjax.commands import cli
 from instructjax.core import places
 from instructjax.core.errors import UserError
 
-_PROJECT = flags.DEFINE_string("project", "", "The project's folder, or the postgresql:// URL of its database.")
+_PROJECT = flags.DEFINE_string(
+  "project", "", "The project's folder, or the postgresql:// URL of its database."
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at.")
 _PORT = flags.DEFINE_integer("port", 8000, "serve: the port; 0 for any that is free.")
 _PUBLIC = flags.DEFINE_string(
@@ -19,30 +21,44 @@ _PUBLIC = flags.DEFINE_string(
   "",
   "serve: the name by which browsers reach it over https, through a proxy of yours; cookies are then marked secure.",
 )
-_PROMPTS = flags.DEFINE_string("prompts", "", "add, sample: a source of prompts, as jsonl:prompts.jsonl.")
+_PROMPTS = flags.DEFINE_string(
+  "prompts", "", "add, sample: a source of prompts, as jsonl:prompts.jsonl."
+)
 _KIND = flags.DEFINE_string(
   "kind", "", "add: demonstration; export: comparisons, demonstrations or prompts."
 )
 _CHECKPOINT = flags.DEFINE_multi_string(
-  "checkpoint", [], "sample: a finished stage, a Hugging Face folder, a .gguf file or hf://ORG/NAME. Several share k."
+  "checkpoint",
+  [],
+  "sample: a finished stage, a Hugging Face folder, a .gguf file or hf://ORG/NAME. Several share k.",
 )
 _K = flags.DEFINE_integer("k", 4, "sample: answers to each prompt, 2 to 9.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "sample: divides the logits.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: longest answer, in tokens.")
-_SEED = flags.DEFINE_integer("seed", 0, "sample: the same command with the same seed gives the same text.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "sample: the same command with the same seed gives the same text."
+)
 _LIMIT = flags.DEFINE_integer("limit", 0, "add, sample: the first so many prompts; 0 for all.")
 _WANTED = flags.DEFINE_integer("wanted", 1, "add, sample: people who are to work on each item.")
-_SCREENING = flags.DEFINE_bool("screening", False, "add, sample: items by which labelers are compared with researchers.")
-_SOURCE = flags.DEFINE_enum("source", "labeler", ["labeler", "customer"], "add, sample: who wrote the prompts.")
+_SCREENING = flags.DEFINE_bool(
+  "screening", False, "add, sample: items by which labelers are compared with researchers."
+)
+_SOURCE = flags.DEFINE_enum(
+  "source", "labeler", ["labeler", "customer"], "add, sample: who wrote the prompts."
+)
 _TO = flags.DEFINE_string("to", "", "export: the folder to write to.")
 _ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher or admin.")
 _COHORT = flags.DEFINE_string(
   "cohort", "training", "users add: training, or heldout for labelers who are kept from training."
 )
 _TITLE = flags.DEFINE_string("title", None, "add: the project's title.")
-_INSTRUCTIONS = flags.DEFINE_string("instructions", None, "add: file with instructions to labelers.")
+_INSTRUCTIONS = flags.DEFINE_string(
+  "instructions", None, "add: file with instructions to labelers."
+)
 _WARNING = flags.DEFINE_string("warning", None, "add: a content warning that labelers see.")
-_HELD_OUT = flags.DEFINE_string("held_out", None, "add, sample: share of prompts held out, before there are items.")
+_HELD_OUT = flags.DEFINE_string(
+  "held_out", None, "add, sample: share of prompts held out, before there are items."
+)
 
 
 def main(arguments: list[str]):
@@ -52,7 +68,9 @@ def main(arguments: list[str]):
     UserError: a flag is wrong, or something cannot be read or written.
   """
   if not arguments or arguments[0] not in _COMMANDS:
-    raise UserError(f"the first argument must be one of {', '.join(_COMMANDS)}, as in `label serve --project=DIR`")
+    raise UserError(
+      f"the first argument must be one of {', '.join(_COMMANDS)}, as in `label serve --project=DIR`"
+    )
   if not _PROJECT.value:
     raise UserError("--project must have a value: the project's folder, or a postgresql:// URL")
   try:
@@ -66,14 +84,14 @@ def main(arguments: list[str]):
     raise UserError(
       f"the labeling application needs {error.name}: pip install 'instructjax[label]'"
     ) from error
-  place = places.expand(_PROJECT.value, "--project", ("postgresql://", "postgresql+"))
+  place = places.expand(_PROJECT.value, "--project", places.DATABASES)
   word, *rest = arguments
   if rest and word != "users":
     raise UserError(f"unexpected arguments {ascii(rest)[:200]} after {word}")
-  _COMMANDS[word](place, rest) if word == "users" else _COMMANDS[word](place)
+  _COMMANDS[word](place, rest)
 
 
-def _serve(place: str):
+def _serve(place: str, _: list[str]):
   from instructjax.labels import accounts, schema, serving
 
   host = _HOST.value
@@ -86,7 +104,9 @@ def _serve(place: str):
   if not any(person.role == "admin" for person in accounts.everybody(database)):
     password = accounts.new_password()
     accounts.add(database, "admin", "admin", password, time.time())
-    print(f"A new project: sign in as admin with the password {password}, which is shown this once.")
+    print(
+      f"A new project: sign in as admin with the password {password}, which is shown this once."
+    )
   hosts = [host, "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
   app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value))
   serving.run(app, host, _PORT.value, lambda address: print(f"Labeling at {address}", flush=True))
@@ -121,7 +141,7 @@ def _settings(database):
   projects.change(database, {name: value for name, value in values.items() if value is not None})
 
 
-def _add(place: str):
+def _add(place: str, _: list[str]):
   from instructjax.labels import projects, schema
 
   database = schema.create(place)
@@ -141,7 +161,7 @@ def _add(place: str):
   print(f"{len(projects.add(database, new, time.time()))} items added")
 
 
-def _sample(place: str):
+def _sample(place: str, _: list[str]):
   from instructjax.labels import projects, schema
 
   if not _CHECKPOINT.value:
@@ -153,12 +173,13 @@ def _sample(place: str):
   # Imported here, because JAX takes seconds, and because no other word needs it.
   import jax
 
+  from instructjax.core.config import MeshConfig
   from instructjax.evaluation import language_model
   from instructjax.parallel import sharding
 
   database = schema.create(place)
   _settings(database)
-  mesh = sharding.make_mesh(sharding.one_device())
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
   answers: list[list[tuple[str, str]]] = [[] for _ in prompts]
   names = _CHECKPOINT.value
   for number, name in enumerate(names):
@@ -186,10 +207,18 @@ def _sample(place: str):
     for record, own in zip(prompts, answers, strict=True)
   ]
   print(f"{len(projects.add(database, new, time.time(), _SEED.value))} items added")
-  del jax
 
 
-def _export(place: str):
+def _text(tokenizer, prompt) -> str:
+  """What the model reads: a chat in the tokenizer's template."""
+  if isinstance(prompt, str):
+    return prompt
+  return tokenizer.chats.render_one(
+    [{"role": role, "content": content} for role, content in prompt.messages]
+  )
+
+
+def _export(place: str, _: list[str]):
   from instructjax.labels import exchange, schema
 
   schema.open_(place)
@@ -204,7 +233,9 @@ def _users(place: str, rest: list[str]):
 
   if not rest:
     for person in accounts.everybody(schema.open_(place)):
-      print(f"{person.name}\t{person.role}\t{person.cohort}\t{'active' if person.is_active else 'shut out'}")
+      print(
+        f"{person.name}\t{person.role}\t{person.cohort}\t{'active' if person.is_active else 'shut out'}"
+      )
     return
   if len(rest) != 2 or rest[0] not in ("add", "reset"):
     raise UserError("users takes nothing, `add NAME` or `reset NAME`")

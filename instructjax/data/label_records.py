@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from instructjax.core import places
 from instructjax.core.errors import UserError, reason
 from instructjax.core.text import printable
 
 FILE = "labels.sqlite"  # of a project's folder
 EXTRA = "pip install 'instructjax[label]'"
-_DATABASE = re.compile(r"postgresql(\+\w+)?://")
 
 # The newest submission of each person to each item; what a person has revised counts once.
 _NEWEST = """
@@ -38,7 +38,7 @@ _ALL = 2**62
 
 def is_url(place: str) -> bool:
   """Whether a project is named by the URL of a PostgreSQL database rather than by its folder."""
-  return _DATABASE.match(place) is not None
+  return place.startswith(places.DATABASES)
 
 
 def url_of(place: str) -> str:
@@ -64,7 +64,9 @@ def rows(place: str, kind: str, split: str, until: int = 0) -> list[tuple[str, d
     UserError: the database cannot be read, or holds no records of this kind.
   """
   return [
-    (where, row) for where, row, found, _ in cohort_rows(place, kind, until) if split in ("all", found)
+    (where, row)
+    for where, row, found, _ in cohort_rows(place, kind, until)
+    if split in ("all", found)
   ]
 
 

@@ -1,5 +1,6 @@
 """Pages of accounts: signing in and out, one's own password, and the admin's list of people."""
 
+import dataclasses
 import secrets
 
 from starlette.responses import Response
@@ -10,7 +11,7 @@ from instructjax.labels.web import EVERYBODY, Asked, Page, go, page
 
 
 def front(asked: Asked) -> Response:
-  return go("/work" if asked.me.role == "labeler" else "/overview")
+  return go("/people" if asked.me.role == "admin" else "/work")
 
 
 def sign_in_form(asked: Asked) -> Response:
@@ -20,8 +21,6 @@ def sign_in_form(asked: Asked) -> Response:
 
 
 def _sign_in_page(asked: Asked, message: str, status: int = 200) -> Response:
-  import dataclasses
-
   # A form before there is a session is bound to the browser by a cookie of its own.
   token = asked.token or secrets.token_urlsafe(16)
   response = page(dataclasses.replace(asked, token=token), "sign_in.html", status, message=message)

@@ -25,7 +25,11 @@ _LONGEST = 1000
 _NAME = re.compile(r"[\w][\w.@+-]{0,79}")
 SESSION_SECONDS = 12 * 3600.0  # without a click
 _WINDOW = 15 * 60.0  # seconds over which failed sign-ins are counted
-_MOST = {"pair": 5, "address": 30, "name": 100}  # failures of a name from an address; of either alone
+_MOST = {
+  "pair": 5,
+  "address": 30,
+  "name": 100,
+}  # failures of a name from an address; of either alone
 
 _hasher = argon2.PasswordHasher()
 # Verified where there is no such account, so that the time of an answer does not tell which names exist.
@@ -46,7 +50,12 @@ class User:
 
 
 def add(
-  database: Database, name: str, role: str, password: str | None, now: float, cohort: str = "training"
+  database: Database,
+  name: str,
+  role: str,
+  password: str | None,
+  now: float,
+  cohort: str = "training",
 ) -> int:
   """Makes an account, and returns its number.
 
@@ -70,12 +79,16 @@ def add(
   with database.write() as connection:
     if connection.execute(sa.select(users.c.id).where(users.c.name == name)).first():
       raise UserError(f"there is a person named {quoted(name, 90)} already")
-    made = connection.execute(
-      users.insert().values(
-        name=name, password=hashed, role=role, cohort=cohort, is_active=True, created=now
-      )
+    number = schema.insert(
+      connection,
+      users,
+      name=name,
+      password=hashed,
+      role=role,
+      cohort=cohort,
+      is_active=True,
+      created=now,
     )
-    number = made.inserted_primary_key[0]
     schema.log(connection, number, "account made", role, now)
   return number
 
@@ -182,7 +195,9 @@ def change_password(database: Database, user: User, old: str, new: str, token: s
     UserError: the old password is wrong, or the new one too short.
   """
   with database.read() as connection:
-    found = connection.execute(sa.select(users.c.password).where(users.c.id == user.id)).scalar_one()
+    found = connection.execute(
+      sa.select(users.c.password).where(users.c.id == user.id)
+    ).scalar_one()
   if not _verify(found, old[:_LONGEST]):
     raise UserError("the old password is not right")
   _set_password(database, user.id, hash_password(new), now, keep=_hash(token))

@@ -44,7 +44,11 @@ def shown_prompt(text: str) -> list[tuple[str, str]]:
 
 
 def _item_page(
-  asked: Asked, found: work.Task, values: dict[str, str], problems: dict[str, str], status: int = 200
+  asked: Asked,
+  found: work.Task,
+  values: dict[str, str],
+  problems: dict[str, str],
+  status: int = 200,
 ) -> Response:
   form = forms.FORMS[found.item.kind]
   return page(
@@ -55,9 +59,7 @@ def _item_page(
     item_id=found.item.id,
     kind=found.item.kind,
     prompt=shown_prompt(found.item.prompt),
-    answers=[
-      (letter, answer.id, answer.text) for letter, answer in zip(_LETTERS, found.answers)
-    ],
+    answers=[(letter, answer.id, answer.text) for letter, answer in zip(_LETTERS, found.answers)],
     token=found.assignment.token,
     state=found.assignment.state,
     saved=found.saved,

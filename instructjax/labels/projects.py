@@ -120,22 +120,22 @@ def add(database: Database, new: Sequence[Item], now: float, seed: int = 0) -> l
   numbers = []
   with database.write() as connection:
     for item in new:
-      made = connection.execute(
-        items.insert().values(
-          kind=item.kind,
-          prompt=as_json(item.prompt),
-          source=item.source,
-          author=item.author,
-          split=split_of(item, held_out),
-          is_screening=item.is_screening,
-          wanted=item.wanted,
-          created=now,
-        )
+      number = schema.insert(
+        connection,
+        items,
+        kind=item.kind,
+        prompt=as_json(item.prompt),
+        source=item.source,
+        author=item.author,
+        split=split_of(item, held_out),
+        is_screening=item.is_screening,
+        wanted=item.wanted,
+        created=now,
       )
-      numbers.append(made.inserted_primary_key[0])
+      numbers.append(number)
       shuffled = rng.sample(item.answers, len(item.answers))
       rows = [
-        {"item_id": numbers[-1], "position": i, "text": text, "origin": origin[:400]}
+        {"item_id": number, "position": i, "text": text, "origin": origin[:400]}
         for i, (text, origin) in enumerate(shuffled)
       ]
       if rows:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import sqlalchemy as sa
 from sqlalchemy import Boolean, Column, Double, ForeignKey, Integer, String, Text
@@ -35,7 +35,9 @@ def _of(table: str) -> Column:
 
 
 # Times are seconds since 1970, UTC.
-settings = sa.Table("settings", metadata, Column("name", String(80), primary_key=True), Column("value", Text))
+settings = sa.Table(
+  "settings", metadata, Column("name", String(80), primary_key=True), Column("value", Text)
+)
 users = sa.Table(
   "users",
   metadata,
@@ -158,13 +160,13 @@ class Database:
   reading: sa.Engine
 
   @contextlib.contextmanager
-  def write(self) -> Iterator[sa.Connection]:
+  def write(self) -> Generator[sa.Connection]:
     """A transaction, which is on disk when the block has ended."""
     with self.engine.begin() as connection:
       yield connection
 
   @contextlib.contextmanager
-  def read(self) -> Iterator[sa.Connection]:
+  def read(self) -> Generator[sa.Connection]:
     """A transaction that only reads."""
     with self.reading.connect() as connection:
       yield connection
@@ -240,7 +242,9 @@ def _connect(place: str) -> Database:
 
 def _set_up(connection, _):
   """A new connection to SQLite: what is committed is on disk, and readers do not wait for the writer."""
-  connection.isolation_level = None  # transactions begin as `_begin` says, not as the driver guesses
+  connection.isolation_level = (
+    None  # transactions begin as `_begin` says, not as the driver guesses
+  )
   for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
     connection.execute(f"PRAGMA {pragma}")
 
@@ -272,7 +276,7 @@ def _triggers(dialect: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def without_triggers(connection: sa.Connection) -> Iterator[None]:
+def without_triggers(connection: sa.Connection) -> Generator[None]:
   """Inside of it, rows of append-only tables may be deleted; only this transaction sees the triggers gone."""
   dialect = connection.dialect.name
   for table in APPEND_ONLY:
@@ -282,6 +286,14 @@ def without_triggers(connection: sa.Connection) -> Iterator[None]:
   yield
   for statement in _triggers(dialect):
     connection.exec_driver_sql(statement)
+
+
+def insert(connection: sa.Connection, table: sa.Table, **values) -> int:
+  """Adds a row, and returns its number."""
+  key = connection.execute(table.insert().values(**values)).inserted_primary_key
+  if key is None:
+    raise ValueError(f"{table.name} numbers its rows")
+  return key[0]
 
 
 def log(connection: sa.Connection, user_id: int | None, action: str, about: str, now: float):

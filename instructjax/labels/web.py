@@ -6,8 +6,10 @@ Called by serving.py and the tests. Pages are functions of an `Asked` in the mod
 
 import dataclasses
 import functools
+import hmac
 import pathlib
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -141,19 +143,38 @@ def _templates() -> jinja2.Environment:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  found.filters["visible"] = printable_lines
-  found.filters["day"] = lambda at: time.strftime("%Y-%m-%d", time.gmtime(at))
-  found.filters["minute"] = lambda at: time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))
-  found.filters["percent"] = lambda share: "–" if share is None else f"{100 * share:.0f}%"
-  found.filters["duration"] = lambda s: f"{s / 3600:.1f} h" if s >= 3600 else f"{s / 60:.0f} min"
+  found.filters |= {
+    "visible": printable_lines,
+    "day": _day,
+    "minute": _minute,
+    "percent": _percent,
+    "duration": _duration,
+  }
   return found
 
 
+def _day(at: float) -> str:
+  return time.strftime("%Y-%m-%d", time.gmtime(at))
+
+
+def _minute(at: float) -> str:
+  return time.strftime("%Y-%m-%d %H:%M", time.gmtime(at))
+
+
+def _percent(share: float | None) -> str:
+  return "–" if share is None else f"{100 * share:.0f}%"
+
+
+def _duration(seconds: float) -> str:
+  return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
 def page(asked: Asked, name: str, status: int = 200, **values) -> HTMLResponse:
-  """A page made of a template. Texts are escaped, and characters that would reorder or hide others are shown as codes."""
+  """A page made of a template, which escapes texts and shows characters that would reorder others as codes."""
+  project = projects.settings(asked.database)
   given = {
     "user": asked.user,
-    "project": projects.settings(asked.database),
+    "project": {name: printable_lines(value) for name, value in project.items()},
     "csrf": accounts.csrf(asked.token),
   }
   html = _templates().get_template(name).render(given | values)
@@ -181,7 +202,10 @@ def application(site: Site, tables: Iterable[Iterable[Page]], hosts: list[str]) 
   return Starlette(
     routes=[*routes, Mount("/static", static)],
     middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_with_headers)],
-    exception_handlers={404: functools.partial(_missing, site), 405: functools.partial(_missing, site)},
+    exception_handlers={
+      404: functools.partial(_missing, site),
+      405: functools.partial(_missing, site),
+    },
   )
 
 
@@ -227,8 +251,6 @@ async def _form(request: Request) -> dict[str, str]:
   kind = request.headers.get("content-type", "").partition(";")[0].strip()
   if kind != "application/x-www-form-urlencoded":
     raise Refused(415, "A form must be sent as application/x-www-form-urlencoded.")
-  import urllib.parse
-
   try:
     pairs = urllib.parse.parse_qsl(
       body.decode("ascii"),
@@ -276,13 +298,13 @@ def _let_in(site: Site, row: Page, request: Request, form: dict[str, str]) -> Re
 
 def _require_own_form(asked: Asked, request: Request, form: dict[str, str]):
   """The form came from a page of ours, not from another site that uses the browser's cookie."""
-  import hmac
-
   origin = request.headers.get("origin")
   is_own = origin is None or origin.partition("://")[2] == request.headers.get("host")
   expected = accounts.csrf(asked.token)
-  if not asked.token or not is_own or not hmac.compare_digest(
-    form.get("csrf", "").encode(), expected.encode()
+  if (
+    not asked.token
+    or not is_own
+    or not hmac.compare_digest(form.get("csrf", "").encode(), expected.encode())
   ):
     raise Refused(403, "This form is too old, or came from another site. Open the page again.")
 

@@ -15,7 +15,9 @@ from instructjax.labels import forms, projects, schema
 from instructjax.labels.accounts import User
 from instructjax.labels.schema import Database, assignments, drafts, items, submissions
 
-_ABANDONED = 24 * 3600.0  # seconds after which an item that somebody has only opened is given to another
+_ABANDONED = (
+  24 * 3600.0
+)  # seconds after which an item that somebody has only opened is given to another
 _LONGEST_WORK = 3600.0  # seconds that count where the browser has measured none
 REASONS = (
   "The prompt makes no sense",
@@ -136,9 +138,7 @@ def task(database: Database, user: User, item_id: int) -> Task | None:
 
 def _assignment(connection: sa.Connection, user: User, item_id: int) -> Any:
   return connection.execute(
-    sa.select(assignments).where(
-      assignments.c.item_id == item_id, assignments.c.user_id == user.id
-    )
+    sa.select(assignments).where(assignments.c.item_id == item_id, assignments.c.user_id == user.id)
   ).first()
 
 
@@ -181,9 +181,7 @@ def submit(
   """
   text = json.dumps(payload, sort_keys=True)
   with database.write() as connection:
-    before = connection.execute(
-      sa.select(submissions).where(submissions.c.token == token)
-    ).first()
+    before = connection.execute(sa.select(submissions).where(submissions.c.token == token)).first()
     if before is not None:
       is_same = (before.user_id, before.item_id, before.payload) == (user.id, found.item.id, text)
       return "again" if is_same else "stale"
@@ -233,19 +231,14 @@ class Progress(NamedTuple):
 def progress(database: Database, user: User, now: float) -> Progress:
   """How far a person has come."""
   with database.read() as connection:
-    states = dict(
-      connection.execute(
-        sa.select(assignments.c.state, sa.func.count())
-        .where(assignments.c.user_id == user.id)
-        .group_by(assignments.c.state)
-      )
-      .tuples()
-      .all()
+    counted = connection.execute(
+      sa.select(assignments.c.state, sa.func.count())
+      .where(assignments.c.user_id == user.id)
+      .group_by(assignments.c.state)
     )
+    states: dict[str, int] = {state: count for state, count in counted}
     left = connection.execute(
-      sa.select(sa.func.count()).select_from(
-        _free(user, now).subquery()
-      )
+      sa.select(sa.func.count()).select_from(_free(user, now).subquery())
     ).scalar_one()
     seconds = connection.execute(
       sa.select(sa.func.sum(submissions.c.seconds)).where(submissions.c.user_id == user.id)
