@@ -16,6 +16,10 @@ COMMANDS = {
   "run": ("instructjax.main", "train a stage and all that it starts from, evaluate, and report"),
   "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
   "evaluate": ("instructjax.evaluate", "ask finished models the tasks of the paper's Table 14"),
+  "compare": (
+    "instructjax.compare",
+    "make one report of several finished runs, seeds as error bars",
+  ),
   "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
   "plan": ("launch.plan", "ask the TPU's compiler whether a stage fits a slice, without a TPU"),
 }

@@ -31,6 +31,11 @@ _DATA = flags.DEFINE_list(
   "Where rows are: folders that are searched for the tasks' files, TASK=FILE, TASK=tfds:NAME:SPLIT, the same with"
   " TASK.train= for worked examples, and tfds: for what TensorFlow Datasets holds.",
 )
+_SCORERS = flags.DEFINE_list(
+  "scorers",
+  [],
+  "Who judges answers in words: toxicity=SPEC for RealToxicity, truth=SPEC and info=SPEC for TruthfulQA.",
+)
 _OUT = flags.DEFINE_string("out", "", "Folder of the results; the same command goes on there.")
 _LIMIT = flags.DEFINE_integer(
   "limit", 0, "At most so many items of a task, drawn by --seed; 0 for all."
@@ -71,7 +76,8 @@ def main(arguments: list[str]):
     seed=_SEED.value,
     redo=_REDO.value,
   )
-  command.run(models, data, settings, out, command.DTYPES[_DTYPE.value])
+  scorers = parse_scorers(_SCORERS.value, tasks.JUDGES)
+  command.run(models, data, settings, out, command.DTYPES[_DTYPE.value], scorers)
 
 
 def parse_models(values: list[str]) -> dict[str, str]:
@@ -92,6 +98,26 @@ def parse_models(values: list[str]) -> dict[str, str]:
     result[name] = places.require(path, "--models", places.WEIGHTS)
   if not result:
     raise UserError("--models must name whom to ask, as in sft=runs/demo/sft,ppo=runs/demo/ppo")
+  return result
+
+
+def parse_scorers(values: list[str], names: tuple[str, ...]) -> dict[str, str]:
+  """Name -> spec of the scorers that --scorers names.
+
+  Args:
+    values: of --scorers.
+    names: that there are.
+  Raises:
+    UserError: a name is not known or there twice, or has no spec.
+  """
+  result: dict[str, str] = {}
+  for value in values:
+    name, _, spec = value.partition("=")
+    if name not in names or not spec or name in result:
+      raise UserError(
+        f"--scorers={named(value)} must be NAME=SPEC, each name once, of {', '.join(names)}"
+      )
+    result[name] = spec
   return result
 
 

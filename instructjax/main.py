@@ -102,8 +102,10 @@ def main(arguments: list[str]):
   import jax
 
   from instructjax.core import terminal
+  from instructjax.core.stages import STAGES
   from instructjax.parallel import compiled, memory
-  from instructjax.stages import pipeline, sweep
+  from instructjax.report import comparison, comparison_page
+  from instructjax.stages import finished_runs, lineage, pipeline, sweep
   from instructjax.train import finished
 
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
@@ -122,10 +124,15 @@ def main(arguments: list[str]):
       terminal.say(line)
   points = read_points()
   with finished.workdir_lock(workdir):
-    if points:
-      sweep.run(points, workdir)
-    else:
+    if not points:
       pipeline.run(config, workdir)
+      return
+    folders = sweep.run(points, workdir)
+    if jax.process_index() == 0 and STAGES[lineage.plan(config)[-1]].kind == "evaluate":
+      groups = comparison.groups(finished_runs.read_all(folders))
+      page = comparison_page.write(workdir / "comparison", groups)
+      comparison_page.show(groups)
+      terminal.say(f"comparison: {page}")
 
 
 if __name__ == "__main__":

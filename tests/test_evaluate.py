@@ -57,6 +57,16 @@ def test_tasks_that_are_none(value, message):
     evaluate.parse_tasks([value], PROMPTS)
 
 
+def test_scorers():
+  names = ("toxicity", "truth")
+  assert evaluate.parse_scorers(["truth=python:a:b=c"], names) == {"truth": "python:a:b=c"}
+  for value in ("humour=x", "truth=", "truth"):
+    with pytest.raises(UserError, match=f"--scorers={value} must be NAME=SPEC, .* toxicity, truth"):
+      evaluate.parse_scorers([value], names)
+  with pytest.raises(UserError, match="each name once"):
+    evaluate.parse_scorers(["truth=a", "truth=b"], names)
+
+
 def test_a_mistake_is_one_line(tmp_path):
   done = test_generate.command("--models=a=x", of="evaluate")
   assert (done.returncode, done.stdout) == (2, "")

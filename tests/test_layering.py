@@ -24,7 +24,7 @@ LAYERS = (
   ("rl",),
   ("serve", "stages", "evaluation", "labels"),
   ("commands",),
-  ("main", "evaluate", "label", "__main__"),
+  ("main", "evaluate", "compare", "label", "__main__"),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

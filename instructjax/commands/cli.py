@@ -36,8 +36,14 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
     interrupted: the message after Ctrl-C.
   """
   environment.fix()
+
+  def whole(argv: list[str]):
+    main(_ready(argv))
+    # From here on only JAX's own shutdown is left, which may abort a process whose coordinator has ended before it.
+    supervisor.say_code(0)
+
   try:
-    app.run(lambda argv: main(_ready(argv)), flags_parser=_parse)
+    app.run(whole, flags_parser=_parse)
   except Preempted as told:
     print(told, file=sys.stderr)
     distributed.end(distributed.PREEMPTED)

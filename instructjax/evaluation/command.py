@@ -15,7 +15,16 @@ import jax
 from instructjax.core import terminal
 from instructjax.core.config import MeshConfig
 from instructjax.data.tokenizer import prompt_ids
-from instructjax.evaluation import encoding, language_model, rows, runner, summary, tasks
+from instructjax.evaluation import (
+  encoding,
+  judging,
+  language_model,
+  rows,
+  runner,
+  scorers,
+  summary,
+  tasks,
+)
 from instructjax.evaluation.language_model import Dtype
 from instructjax.evaluation.task import Ask, Question
 from instructjax.parallel import sharding
@@ -32,6 +41,7 @@ def run(
   settings: runner.Settings,
   out: pathlib.Path,
   dtype: Dtype,
+  scorer_specs: Mapping[str, str],
 ):
   """Asks all models all tasks, and writes samples, summary.json and index.html below `out`.
 
@@ -41,6 +51,7 @@ def run(
     settings: what is asked.
     out: folder of the results.
     dtype: numbers that the models compute with.
+    scorer_specs: name -> scorer of answers, of `tasks.JUDGES`.
   Raises:
     UserError: see `runner.answer_all`.
   """
@@ -51,18 +62,23 @@ def run(
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
     opened = [_model(name, path, out, dtype) for name, path in models.items()]
     runner.answer_all(opened, planned, settings, out, _progress())
+    judges = {name: judging.Judge(spec, scorers.load) for name, spec in scorer_specs.items()}
+    say = lambda line: terminal.say(f"scoring {line}", to=terminal.console(stderr=True))
+    used = judging.judge_all(list(models), planned, judges, out, say)
     parts = []
     for part in planned:
-      scores = runner.scores(list(models), part, out)
+      found = runner.scores(list(models), part, out)
       fits = runner.fits(list(models), part, out)
-      parts.append(summary.part(part, scores, fits, settings.seed))
-    shown = {"limit": settings.limit, "seed": settings.seed}
+      parts.append(summary.part(part, found, fits, settings.seed))
+    shown = {"limit": settings.limit, "seed": settings.seed, "scorers": used}
     whole = summary.whole(models, parts, skipped, shown)
     summary.write(out / "summary.json", whole)
     report.write(out / "index.html", whole)
   terminal.show(report.results_table(whole))
   if len(models) > 1:
     terminal.show(report.differences_table(whole))
+  for line in report.scorer_lines(whole):
+    terminal.say(line)
   terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
 
 

@@ -69,7 +69,12 @@ def require_same(files: Part, made_with: Mapping[str, str], *, redo: bool, title
       )
     for path in (files.samples, files.journal, files.made_with):
       path.unlink(missing_ok=True)
-  _write(files.made_with, json.dumps(dict(made_with), indent=1) + "\n")
+  write_json(files.made_with, made_with)
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]):
+  """Writes an object, so that the file is either whole or as it was."""
+  _write(path, json.dumps(dict(value), indent=1) + "\n")
 
 
 def _write(path: pathlib.Path, text: str):

@@ -124,6 +124,7 @@ def plan(
       )
       skipped.append(Skipped(name, "no data", mend))
       continue
+    task.require()
     content = checksums.content(loaded.spec, rows.files(loaded.spec)).checksum
     for prompt in prompts:
       asked = items.ask(task, prompt, loaded, limit=settings.limit, seed=settings.seed)

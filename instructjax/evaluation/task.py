@@ -80,6 +80,17 @@ class Row:
         return self.value[name]
     raise BadRecord(f"{self.where}: lacks {' or '.join(map(repr, names))}")
 
+  def inners(self, name: str) -> list["Row"]:
+    """The parts in the list under a name.
+
+    Raises:
+      BadRecord: it is absent or no list.
+    """
+    found = self.any(name)
+    if not isinstance(found, list):
+      raise BadRecord(f"{self.where}: {name!r} must be a list, got {kind_of(found)}")
+    return [self.inner(value, f"{name}[{i}]") for i, value in enumerate(found)]
+
   def has(self, name: str) -> bool:
     return isinstance(self.value, Mapping) and self.value.get(name) is not None
 
@@ -190,9 +201,10 @@ class Task:
     metrics: all metrics.
     score: item and answer -> scores. It may leave a metric out, of which the item is then no part.
     is_shot: whether an item may be a worked example.
-    judged: metric -> the scorer (--scorers) that gives it, for answers that are judged by another model.
-    judge_text: item and answer -> what such a scorer reads, as (prompt, answer).
-    from_judges: the scorers' numbers of an answer -> further scores.
+    judges: scorers (--scorers) of answers that another model judges.
+    judge_text: item and answer -> what such a scorer reads: a text, or (prompt, answer).
+    from_judges: the scorers' numbers of an answer, in [0, 1] -> further scores.
+    require: raises UserError if a library that `score` needs is not installed.
   """
 
   title: str
@@ -206,8 +218,9 @@ class Task:
   tfds: tuple[str, str] = ("", "")
   is_shot: Callable[[Any], bool] = lambda item: True
   judges: tuple[str, ...] = ()
-  judge_text: Callable[[Any, str], tuple[str, str]] | None = None
+  judge_text: Callable[[Any, str], str | tuple[str, str]] = lambda item, answer: answer
   from_judges: Callable[[Mapping[str, float]], Scores] = dict
+  require: Callable[[], None] = lambda: None
 
 
 def each(parse: Callable[[Row], Any]) -> Callable[[Iterable[Row]], Iterator[Any]]:

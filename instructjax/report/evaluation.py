@@ -30,7 +30,10 @@ _TEMPLATES = jinja2.Environment(
 
 def shown(value: float, show: str) -> str:
   """A value of a metric, with the decimals of the paper's table and a real minus sign."""
-  return f"{value:.{_DECIMALS[show]}f}".replace("-", "−")
+  if abs(value) >= 1000:
+    return f"{value:.4g}".replace("-", "−")
+  decimals = _DECIMALS[show]
+  return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")  # no minus zero
 
 
 def between(interval: Sequence[float], show: str) -> str:
@@ -92,21 +95,29 @@ def missing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
   return found
 
 
+def scorer_lines(summary: Mapping[str, Any]) -> list[str]:
+  """A line about each scorer whose numbers are in the table: how far it can be trusted."""
+  lines = []
+  for name, scorer in summary["settings"]["scorers"].items():
+    auc = "was not measured" if scorer["auc"] is None else f"is {scorer['auc']:.3f}"
+    lines.append(f"{name} is scored by {scorer['name']}, whose AUC on held-out texts {auc}")
+  return lines
+
+
 def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
   """The differences between models, a row for each pair and metric."""
   rows = [
     [
       _name(part, metric),
       f"{found['b']} − {found['a']}",
-      shown(found["difference"], metric["show"]),
-      between(found["interval"], metric["show"]),
+      f"{shown(found['difference'], metric['show'])} {between(found['interval'], metric['show'])}",
       found["verdict"],
     ]
     for part, metric in _rows(summary)
     for found in metric["differences"]
   ]
   return terminal.Table(
-    columns=["Task", "Models", "Difference", "95% interval", "Verdict"],
+    columns=["Task", "Models", "Difference", "Verdict"],
     rows=rows,
     title="Differences, paired over items",
     prose=["Models", "Verdict"],
@@ -150,6 +161,7 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       tests=tests.rows,
       told=told,
       missing=missing(summary),
+      scorers=scorer_lines(summary),
       settings=summary["settings"],
     )
   )

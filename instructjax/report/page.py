@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jinja2
 import markupsafe
@@ -33,7 +33,7 @@ from instructjax.report import (
 from instructjax.report.results import Measured, Results
 
 NUM_SAMPLES = 6
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
   loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
   autoescape=True,
   undefined=jinja2.StrictUndefined,
@@ -97,13 +97,19 @@ def _drawn(*args, **kwargs) -> markupsafe.Markup:
   return markupsafe.Markup(figures.svg(*args, **kwargs))
 
 
+def shown_as(finding: str, name: str) -> tuple[str, Callable[[float], str]]:
+  """How a measured value of a finding is called, and the function that shows it."""
+  is_share = finding in _PERCENT and name not in _NUMBERS
+  return _LABELS.get(name, name.replace("_", " ")), tables.percent if is_share else tables.number
+
+
 def _measured(finding: dict) -> list[tuple[str, str, str]]:
   """Rows of (label, value, interval), the interval empty for a value that has none."""
   bounds, rows = finding["interval"], []
   for i, (name, value) in enumerate(finding["measured"].items()):
-    show = tables.percent if finding["id"] in _PERCENT and name not in _NUMBERS else tables.number
+    label, show = shown_as(finding["id"], name)
     between = f"[{show(bounds[i][0])}, {show(bounds[i][1])}]" if i < len(bounds) else ""
-    rows.append((_LABELS.get(name, name.replace("_", " ")), show(value), between))
+    rows.append((label, show(value), between))
   return rows
 
 
@@ -357,7 +363,7 @@ def page(
   judgement = results.reward_model.validation
   cfg = config.evaluate
   equal = equal_kl.table(results, bootstrap=cfg.bootstrap, seed=config.seed)
-  return _TEMPLATES.get_template("page.html.j2").render(
+  return TEMPLATES.get_template("page.html.j2").render(
     preset=printable(config.preset),
     what_ran=_what_ran(config, prompts),
     names=panels.NAMES,

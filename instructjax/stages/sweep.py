@@ -24,10 +24,9 @@ from instructjax.core.stages import STAGES
 from instructjax.parallel import distributed, memory
 from instructjax.stages import lineage, pipeline
 from instructjax.stages.context import canonical
-from instructjax.stages.sweep_points import Point
+from instructjax.stages.sweep_points import RECORD, Point
 from instructjax.train import finished
 
-_RECORD = "point.json"  # in a point's folder: which settings each of its stages was made with
 _SCRATCH = ".linking"
 
 
@@ -209,9 +208,10 @@ def _prepare(point: Point, workdir: pathlib.Path) -> list[str]:
           _link(donor / name, workdir / name)
       # A stage that is finished keeps the key that it was made with: the pipeline says whether it may be gone on with.
       known = {n: k for n, k in _recorded(workdir).items() if finished.read_done(workdir / n)}
-      scratch = workdir / f"{_RECORD}.tmp"
-      scratch.write_text(json.dumps(wanted | known, indent=1) + "\n", encoding="utf-8")
-      os.replace(scratch, workdir / _RECORD)
+      made = {"values": dict(point.values), "keys": wanted | known}
+      scratch = workdir / f"{RECORD}.tmp"
+      scratch.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+      os.replace(scratch, workdir / RECORD)
   distributed.meet(f"settings of {point.name} recorded")
   stages = lineage.plan(point.config)
   return [name for name in stages if finished.read_done(workdir / name)]
@@ -220,15 +220,14 @@ def _prepare(point: Point, workdir: pathlib.Path) -> list[str]:
 def _recorded(workdir: pathlib.Path) -> dict[str, str]:
   """What `record` said when the point was last run; {} if it was not, or the file is damaged."""
   try:
-    values = json.loads((workdir / _RECORD).read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+    return dict(json.loads((workdir / RECORD).read_text(encoding="utf-8"))["keys"])
+  except (OSError, ValueError, TypeError, LookupError):
     return {}
-  return values if isinstance(values, dict) else {}
 
 
 def _donor(workdir: pathlib.Path, name: str, of: str) -> pathlib.Path | None:
   """Another point of the sweep, also of an earlier call, that has finished a folder with this key."""
-  for path in sorted(workdir.parent.glob(f"*/{_RECORD}")):
+  for path in sorted(workdir.parent.glob(f"*/{RECORD}")):
     is_other = path.parent != workdir
     if (
       is_other and _recorded(path.parent).get(name) == of and finished.read_done(path.parent / name)

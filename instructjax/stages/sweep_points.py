@@ -17,6 +17,7 @@ from instructjax.core.config import Config, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import named
 
+RECORD = "point.json"  # in a point's folder: its values, and which settings each of its stages was made with
 _MOST = 1000  # points of a sweep
 _LONGEST = 40  # letters of a value in a folder's name
 _BRACKETS = {"(": ")", "[": "]"}

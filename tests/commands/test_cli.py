@@ -60,13 +60,14 @@ def test_help_and_a_bad_flag_come_at_once(module, arguments, code, says):
 
 
 def ending(monkeypatch, capsys, error):
-  """(exit code, stderr) of a command that raises the error."""
+  """(exit code, stderr) of a command that raises the error; None for one that ends well."""
   monkeypatch.setattr("sys.argv", ["command"])
   monkeypatch.setattr(cli.memory, "keep_freed_memory", lambda: True)  # not in the tests' process
   flags.FLAGS.mark_as_parsed()  # not parsed: other tests' imports may have defined required ones
 
   def main(argv):
-    raise error
+    if error:
+      raise error
 
   monkeypatch.setattr(cli, "_parse", lambda argv: argv)
   with pytest.raises(SystemExit) as end:
@@ -127,6 +128,16 @@ def test_out_of_the_hosts_memory_is_out_of_memory(monkeypatch, capsys):
   code, stderr = ending(monkeypatch, capsys, MemoryError("Unable to allocate 9 TiB"))
   assert (code, stderr.count("\n")) == (2, 1)
   assert stderr.startswith("error: out of memory: Unable to allocate 9 TiB. Use smaller")
+
+
+@pytest.mark.parametrize(("error", "words"), [(None, [0]), (UserError("a mistake"), [])])
+def test_the_supervisor_hears_that_all_is_done_before_jax_shuts_down(
+  monkeypatch, capsys, error, words
+):
+  said = []
+  monkeypatch.setattr(cli.supervisor, "say_code", said.append)
+  ending(monkeypatch, capsys, error)
+  assert said == words
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), ValueError("a bug"), UserError("a mistake")])

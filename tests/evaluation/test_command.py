@@ -24,7 +24,7 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
   monkeypatch.setattr(command, "_model", lambda name, path, out, dtype: fakes[name].model(name))
   settings = runner.Settings({"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False)
   out = tmp_path / "out"
-  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, "auto")
+  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, "auto", {})
   printed = capsys.readouterr().out
   assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
   assert "cannot be told" in printed

@@ -7,6 +7,11 @@ import re
 from instructjax.core import terminal
 from instructjax.report import evaluation, table14
 
+SCORERS = {
+  "truth": {"name": "runs/<judge>", "auc": 0.8766},
+  "info": {"name": "python:a:b", "auc": None},
+}
+
 
 def cell(value):
   return {"value": value, "interval": [value - 0.1, value + 0.1], "num_items": 50}
@@ -50,7 +55,13 @@ def summary(models=("sft", "ppo"), spec="runs/<b>"):
   }
   return {
     "models": dict.fromkeys(models, spec),
-    "settings": {"bootstrap": 2000, "fewest_items": 10, "limit": None, "seed": 0},
+    "settings": {
+      "bootstrap": 2000,
+      "fewest_items": 10,
+      "limit": None,
+      "seed": 0,
+      "scorers": SCORERS,
+    },
     "skipped": [{"task": "rte", "reason": "no data"}],
     "parts": [part],
   }
@@ -58,6 +69,8 @@ def summary(models=("sft", "ppo"), spec="runs/<b>"):
 
 def test_values_have_the_decimals_of_the_paper():
   assert evaluation.shown(-0.12345, "share") == "−0.123"
+  assert evaluation.shown(-0.0001, "share") == "0.000"
+  assert evaluation.shown(1234567.0, "score") == "1.235e+06"
   assert evaluation.shown(51.966, "percent") == "52.0"
   assert evaluation.between([0, 1], "bits") == "[0.000, 1.000]"
 
@@ -82,13 +95,20 @@ def test_what_is_missing_is_in_the_table():
   ]
 
 
+def test_a_scorer_is_named_with_what_it_is_worth():
+  assert evaluation.scorer_lines(summary()) == [
+    "truth is scored by runs/<judge>, whose AUC on held-out texts is 0.877",
+    "info is scored by python:a:b, whose AUC on held-out texts was not measured",
+  ]
+  assert "runs/&lt;judge&gt;, whose AUC" in evaluation.section(summary())
+
+
 def test_differences_are_told_in_a_word():
   rows = evaluation.differences_table(summary()).rows
   assert rows[0] == [
     "HellaSwag, 0-shot: Accuracy",
     "ppo − sft",
-    "−0.250",
-    "[−0.300, −0.200]",
+    "−0.250 [−0.300, −0.200]",
     "lower",
   ]
   assert rows[1][-1] == "cannot be told"

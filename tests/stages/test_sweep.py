@@ -124,9 +124,11 @@ def test_a_finished_sweep_runs_nothing_and_a_longer_one_only_what_is_new(fake, t
 
 def test_a_stage_of_other_settings_is_not_linked(fake, tmp_path):
   first, _ = sweep.run(points(*BETAS), tmp_path)
-  record = first / sweep._RECORD
-  values = json.loads(record.read_text())
-  record.write_text(json.dumps(values | {"sft": "other"}))
+  record = first / sweep_points.RECORD
+  made = json.loads(record.read_text())
+  assert made["values"] == {"ppo.beta": 0}
+  made["keys"]["sft"] = "other"
+  record.write_text(json.dumps(made))
   other = tmp_path / "ppo.beta_0.05"
   shutil.rmtree(other)
   fake.trained.clear()

@@ -1,0 +1,364 @@
+"""Several finished runs beside each other: runs that differ in their seed only are a group, and seeds are error bars.
+
+Called by comparison_page.py and instructjax/compare.py. Pure functions of what the runs have written; draws nothing.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from instructjax.core.errors import UserError
+from instructjax.core.provenance import Provenance
+from instructjax.core.stages import RL_STAGES, STAGES
+from instructjax.report.overoptimization import column, running_mean
+
+# Findings whose measured values are win rates, and of what over what.
+WIN_RATES = {
+  ("rl_over_sft", "ppo"): "PPO over SFT",
+  ("rl_over_sft", "ppo_ptx"): "PPO-ptx over SFT",
+  ("preferred_over_base", "zero_shot"): "PPO-ptx over the larger base",
+  ("preferred_over_base", "few_shot"): "PPO-ptx over the larger base, few-shot",
+  ("over_untrained", "best_line"): "PPO-ptx over one training line for all",
+  ("over_untrained", "demonstrations"): "PPO-ptx over test demonstrations",
+  ("over_best_of_n", "ppo_ptx"): "PPO-ptx over best of n at its KL",
+  ("new_topics", "ppo_ptx_over_sft"): "PPO-ptx over SFT, new topics",
+}
+_FEWEST = 3  # seeds of an interval: with two, Student's t is twelve times the standard error and tells nothing
+# 97.5% quantiles of Student's t with 1 to 9 degrees of freedom, as in every table.
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+_IN_LABEL = 3  # fields in a group's name
+# Parts of a fingerprint that follow from others, or differ between seeds by nature.
+_DERIVED = re.compile(r"config\.seed|tokenizer|date of chats|parent:.*|base:.*|.*base")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a finished run has left.
+
+  Attributes:
+    name: how the page calls it: the end of its path.
+    seed: its seed.
+    settings: (stage, field) -> value as JSON, for all settings that decide the run's numbers; see `settings_of`.
+    findings: as in findings.json.
+    policies: policy -> name of a measurement -> mean, as in results.json.
+    best_of_n: rows of n, kl, gold and reward, as in results.json.
+    reward_std: standard deviation of the reward model's scores of held-out answers; None if it was not measured.
+    curves: RL policy -> its log, one row per iteration.
+    logs: stage -> its log.
+    made: stage -> its provenance.
+  """
+
+  name: str
+  seed: int
+  settings: Mapping[tuple[str, str], str]
+  findings: Sequence[Mapping[str, Any]]
+  policies: Mapping[str, Mapping[str, float]]
+  best_of_n: Sequence[Mapping[str, float]]
+  reward_std: float | None
+  curves: Mapping[str, Sequence[Mapping[str, float]]]
+  logs: Mapping[str, Sequence[Mapping[str, float]]]
+  made: Mapping[str, Provenance]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs that differ in their seed only.
+
+  Attributes:
+    label: the fields in which it differs from the other groups, such as `ppo.beta=0.05`.
+    values: field -> value, of all fields in which groups differ.
+    runs: its runs, by growing seed.
+  """
+
+  label: str
+  values: Mapping[str, str]
+  runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """A number over the seeds of a group.
+
+  Attributes:
+    values: that of each seed.
+    mean: their mean.
+    std: their standard deviation, with n - 1; NaN for a single seed.
+    interval: 95% interval of the mean by Student's t, which takes seeds for independent draws; None for fewer
+      than three seeds.
+  """
+
+  values: tuple[float, ...]
+  mean: float
+  std: float
+  interval: tuple[float, float] | None
+
+
+def settings_of(fingerprints: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str], str]:
+  """The settings in the fingerprints of stages, field by field.
+
+  Args:
+    fingerprints: stage -> its fingerprint, as in done.json.
+  Returns:
+    (stage, dotted field) -> JSON of its value. Of sources and given weights, what they are recognised by.
+  """
+  found: dict[tuple[str, str], str] = {}
+  for stage, parts in fingerprints.items():
+    for part, text in parts.items():
+      own_rankings = part.startswith("data:comparisons") and "collect" in fingerprints
+      if _DERIVED.fullmatch(part) or own_rankings or part.startswith("data:collect"):
+        continue
+      block = part.removeprefix("config.")
+      if block == "model" and STAGES[stage].role in ("reward", "reward_base"):
+        block = "reward_model"
+      found |= {(stage, name): value for name, value in _leaves(block, _parsed(text))}
+  return found
+
+
+def _parsed(text: str) -> Any:
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
+
+
+def _leaves(name: str, value: Any) -> list[tuple[str, str]]:
+  if isinstance(value, dict):
+    return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
+  return [(name, json.dumps(value, sort_keys=True))]
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+  """The runs by what they differ in besides their seed.
+
+  A field counts as different if two runs have other values of it in the same stage. Runs with other stages differ in
+  `stages`.
+
+  Raises:
+    UserError: the same seed of the same settings is there twice: two copies are no two samples.
+  """
+  common = set.intersection(*(set(run.settings) for run in runs))
+  different = [key for key in common if len({run.settings[key] for run in runs}) > 1]
+  fields: dict[str, list[tuple[str, str]]] = {}
+  for key in sorted(different):
+    fields.setdefault(key[1], []).append(key)
+  rows = []
+  for run in runs:
+    values = {name: _shown({run.settings[key] for key in keys}) for name, keys in fields.items()}
+    rows.append(values)
+  stages = [", ".join(run.made) for run in runs]
+  if len(set(stages)) > 1:
+    everywhere = set.intersection(*(set(run.made) for run in runs))
+    for run, values in zip(runs, rows, strict=True):
+      more = [stage for stage in run.made if stage not in everywhere]
+      values["stages besides"] = ", ".join(more) or "none"
+  found: dict[tuple, list[Run]] = {}
+  for run, values in zip(runs, rows, strict=True):
+    found.setdefault(tuple(values.items()), []).append(run)
+  result = []
+  for number, (values, members) in enumerate(sorted(found.items(), key=_order), start=1):
+    by_seed = sorted(members, key=lambda run: run.seed)
+    for one, other in zip(by_seed, by_seed[1:]):
+      if one.seed == other.seed:
+        raise UserError(
+          f"{one.name} and {other.name} have the same settings and seed {one.seed}: copies of a run are no error bars;"
+          " leave one out"
+        )
+    result.append(Group(_label(values, number), dict(values), tuple(by_seed)))
+  return result
+
+
+def _shown(texts: set[str]) -> str:
+  """Values as a name shows them; a stage may hold its own, such as gamma = 0 of PPO."""
+  return "/".join(sorted(text.strip('"') if len(text) < 24 else f"{text[:20]}…" for text in texts))
+
+
+def _order(item: tuple[tuple, list[Run]]) -> list:
+  """Numbers in the order of their size, other values in that of the command line."""
+  key: list = []
+  for _, value in item[0]:
+    try:
+      key.append((0, float(value)))
+    except ValueError:
+      key.append((1, 0.0))
+  return key
+
+
+def _label(values: tuple[tuple[str, str], ...], number: int) -> str:
+  if not values:
+    return "all runs"
+  if len(values) > _IN_LABEL:
+    return f"settings {number}"
+  return ", ".join(f"{name}={value}" for name, value in values)
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+  """The spread of a number over seeds; None if no run has it."""
+  kept = [float(value) for value in values if value is not None and math.isfinite(value)]
+  if not kept:
+    return None
+  count, mean = len(kept), float(np.mean(kept))
+  if count == 1:
+    return Spread(tuple(kept), mean, math.nan, None)
+  std = float(np.std(kept, ddof=1))
+  if count < _FEWEST:
+    return Spread(tuple(kept), mean, std, None)
+  half = student(count - 1) * std / math.sqrt(count)
+  return Spread(tuple(kept), mean, std, (mean - half, mean + half))
+
+
+def student(freedom: int) -> float:
+  """The 97.5% quantile of Student's t with so many degrees of freedom, to four digits.
+
+  From ten on by the expansion about the normal quantile (Abramowitz and Stegun 1964, 26.7.5).
+  """
+  if freedom <= len(_STUDENT):
+    return _STUDENT[freedom - 1]
+  z = 1.959964
+  terms = (
+    (z**3 + z) / 4,
+    (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+    (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+  )
+  return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+
+
+def finding_rows(found: Sequence[Group]) -> list[dict[str, Any]]:
+  """Each finding over the groups.
+
+  Returns:
+    One for each finding, in the order of the first run that has it: {'id', 'claim', 'rule', 'measured': name -> a
+    Spread or None for each group, 'holds': for each group how many of its runs say (yes, no, cannot be told)}.
+  """
+  firsts: dict[str, Mapping] = {}
+  for group in found:
+    for run in group.runs:
+      for finding in run.findings:
+        firsts.setdefault(finding["id"], finding)
+  result = []
+  for name, first in firsts.items():
+    by_group = [
+      [f for run in group.runs for f in run.findings if f["id"] == name] for group in found
+    ]
+    keys = dict.fromkeys(key for rows in by_group for row in rows for key in row["measured"])
+    result.append(
+      {
+        "id": name,
+        # What it says of one run, in brackets or as the n of best of n, is not said of all.
+        "claim": re.sub(r" \([^()]*\d[^()]*\)|(?<=\bn) = \d+", "", first["claim"]),
+        "rule": first["rule"],
+        "measured": {
+          key: [spread([row["measured"].get(key) for row in rows]) for rows in by_group]
+          for key in keys
+        },
+        "holds": [
+          tuple(sum(row["holds"] is answer for row in rows) for answer in (True, False, None))
+          for rows in by_group
+        ],
+      }
+    )
+  return result
+
+
+def win_rates(found: Sequence[Group]) -> dict[str, list[Spread | None]]:
+  """What is preferred to what -> the rate over the seeds of each group; only rates that some run has."""
+  rows = {row["id"]: row for row in finding_rows(found)}
+  result = {}
+  for (name, key), title in WIN_RATES.items():
+    if name in rows and key in rows[name]["measured"]:
+      result[title] = rows[name]["measured"][key]
+  return result
+
+
+def policy_rows(found: Sequence[Group]) -> dict[str, dict[str, list[Spread | None]]]:
+  """Policy -> name of a measurement -> its spread in each group."""
+  every = [run.policies for group in found for run in group.runs]
+  result: dict[str, dict[str, list[Spread | None]]] = {}
+  for policy in dict.fromkeys(name for row in every for name in row):
+    keys = dict.fromkeys(key for row in every for key in row.get(policy, {}))
+    value = lambda run, key, policy=policy: run.policies.get(policy, {}).get(key)
+    result[policy] = {
+      key: [spread([value(run, key) for run in group.runs]) for group in found] for key in keys
+    }
+  return result
+
+
+def gains(run: Run, policy: str) -> dict[str, np.ndarray] | None:
+  """One RL policy's way through a run: the KL of each iteration and what it has gained by then, as running means.
+
+  Gains are counted from the mean of the first iterations of all RL policies, which sample before any update; those of
+  the reward model in standard deviations of its scores, because each run's reward model has a scale of its own.
+
+  Returns:
+    {'kl', 'reward', and 'gold' if there are gold scores}; None without a log.
+  """
+  keys = [
+    key for key in ("gold", "reward") if column(run.curves.get(policy, ()), "kl", key)[0].size > 1
+  ]
+  if "reward" not in keys:
+    return None
+  kl, *rows = column(run.curves[policy], "kl", *keys)
+  window = max(1, len(kl) // 12)
+  result = {"kl": np.maximum(running_mean(kl, window), 0)}
+  for key, row in zip(keys, rows):
+    starts = [column(log, "kl", key)[1] for log in run.curves.values()]
+    origin = np.mean([values[0] for values in starts if len(values)])
+    scale = (run.reward_std or 1.0) if key == "reward" else 1.0
+    result[key] = (running_mean(row, window) - origin) / scale
+  return result
+
+
+def ends(group: Group, policy: str) -> dict[str, Spread] | None:
+  """Where a policy of a group ended on the test prompts: gold and reward gained over the PPO initialisation, KL, and
+  the loss on pretraining text above SFT's (in nats a token); None if the policy is not there.
+  """
+  rows: dict[str, list[float]] = {}
+  for run in group.runs:
+    mine, init, sft = (run.policies.get(name, {}) for name in (policy, "ppo_init", "sft"))
+    parts = {
+      "kl": (mine.get("kl"), 0.0, 1.0),
+      "gold": (mine.get("gold"), init.get("gold"), 1.0),
+      "reward": (mine.get("reward"), init.get("reward"), run.reward_std or 1.0),
+      "tax": (mine.get("pretrain_loss"), sft.get("pretrain_loss"), 1.0),
+    }
+    for key, (value, start, scale) in parts.items():
+      if value is not None and start is not None:
+        rows.setdefault(key, []).append((value - start) / scale)
+  found = {key: spread(values) for key, values in rows.items()}
+  return {key: value for key, value in found.items() if value} or None
+
+
+def rl_policies(found: Sequence[Group]) -> list[str]:
+  """The RL policies that some run has trained, in the order of the table of stages."""
+  names = {name for group in found for run in group.runs for name in run.curves}
+  return [name for name in RL_STAGES if name in names]
+
+
+def differences(found: Sequence[Group], keys: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+  """Each later group minus the first, seed by seed: what is common to a seed drops out.
+
+  Args:
+    found: the groups.
+    keys: (policy, measurement).
+  Returns:
+    Rows {'group', 'seeds', 'spreads': a Spread of the differences, or None, for each key}, of groups that share two
+    seeds or more with the first.
+  """
+  first = {run.seed: run for run in found[0].runs}
+  rows = []
+  for group in found[1:]:
+    pairs = [(run, first[run.seed]) for run in group.runs if run.seed in first]
+    if len(pairs) < 2:
+      continue
+    spreads = []
+    for policy, key in keys:
+      value = lambda run, policy=policy, key=key: run.policies.get(policy, {}).get(key)
+      both = [(value(a), value(b)) for a, b in pairs]
+      spreads.append(spread([a - b for a, b in both if a is not None and b is not None]))
+    rows.append({"group": group.label, "seeds": len(pairs), "spreads": spreads})
+  return rows

@@ -1,0 +1,81 @@
+"""Answers are scored by other models, and again only by other scorers."""
+
+import json
+
+import pytest
+
+from instructjax.core.errors import UserError
+from instructjax.evaluation import journal, judging, rows, runner, tasks
+from instructjax.evaluation.scorers import Scorer
+from tests.evaluation.fake import Fake
+
+SETTINGS = runner.Settings({"truthful_qa": ("qa",)}, None, 0, False)
+
+
+@pytest.fixture
+def planned(tmp_path):
+  folder = tmp_path / "data" / "truthful_qa"
+  folder.mkdir(parents=True)
+  lines = [
+    {"question": f"why {i}?", "correct_answers": ["a"], "incorrect_answers": ["b"]}
+    for i in range(2)
+  ]
+  (folder / "TruthfulQA.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  found, _ = runner.plan(
+    tasks.found(), rows.Data((str(tmp_path / "data"),), {}, False), SETTINGS, tmp_path / "out"
+  )
+  runner.answer_all([Fake().model("sft")], found, SETTINGS, tmp_path / "out", lambda *args: None)
+  return found
+
+
+def judge(planned, out, specs, calls, value=0.75):
+  def load(spec):
+    calls.append(spec)
+    return Scorer(spec, 0.9, lambda items: [value if "0" in asked else 0.25 for asked, _ in items])
+
+  judges = {name: judging.Judge(spec, load) for name, spec in specs.items()}
+  return judging.judge_all(["sft"], planned, judges, out, lambda line: None)
+
+
+def samples(planned, out):
+  files = journal.part(out, "sft", "truthful_qa", "qa")
+  return journal.read_samples(files, 2, "sft")
+
+
+def test_answers_are_judged_once(planned, tmp_path):
+  out, calls = tmp_path / "out", []
+  assert judge(planned, out, {"truth": "a"}, calls) == {}  # the task needs both
+  used = judge(planned, out, {"truth": "a", "info": "b"}, calls)
+  assert used == {"truth": {"name": "a", "auc": 0.9}, "info": {"name": "b", "auc": 0.9}}
+  assert calls == ["a", "b"]
+  first, second = samples(planned, out)
+  assert first["answer"] == "nothing" and first["judged"] == {"truth": 0.75, "info": 0.75}
+  assert first["scores"] == {"true": 1, "info": 1, "true_info": 1}
+  assert second["scores"] == {"true": 0, "info": 0, "true_info": 0}
+  assert judge(planned, out, {"truth": "a", "info": "b"}, calls) == used
+  assert calls == ["a", "b"]
+  # The models' answers stay what they were made with, and another scorer reads them again.
+  journal.require_same(
+    journal.part(out, "sft", "truthful_qa", "qa"),
+    {"model": "1", **planned[0].made_with},
+    redo=False,
+    title="sft",
+  )
+  judge(planned, out, {"truth": "c", "info": "b"}, calls, value=0.25)
+  assert calls == ["a", "b", "c", "b"] and samples(planned, out)[0]["scores"]["true"] == 0
+
+
+def test_a_scorer_that_was_trained_anew_is_another(tmp_path):
+  path = tmp_path / "judge"
+  path.mkdir()
+  (path / "weights").write_text("1")
+  judge = judging.Judge(str(path), Scorer)
+  before = judge.identity
+  assert judging.Judge(str(path), Scorer).identity == before
+  (path / "weights").write_text("12")
+  assert judge.identity != before
+
+
+def test_numbers_that_are_no_probabilities_are_refused(planned, tmp_path):
+  with pytest.raises(UserError, match="scorer a must give probabilities from 0 to 1 .* as truth"):
+    judge(planned, tmp_path / "out", {"truth": "a", "info": "a"}, [], value=7.5)
