@@ -119,6 +119,7 @@ def digest(place: str, kind: str | None, until: int = 0) -> str:
 def _select(place: str, query: str, **values) -> list[Any]:
   try:
     import sqlalchemy
+    import sqlalchemy.exc
   except ImportError as error:
     raise UserError(f"labels:{printable(place)} needs SQLAlchemy: {EXTRA}") from error
   if not is_url(place) and not (pathlib.Path(place) / FILE).is_file():

@@ -14,6 +14,8 @@ import pathlib
 from collections.abc import Generator
 
 import sqlalchemy as sa
+import sqlalchemy.event
+import sqlalchemy.exc
 from sqlalchemy import Boolean, Column, Double, ForeignKey, Integer, String, Text
 
 from instructjax.core.errors import UserError, reason, writing
@@ -220,7 +222,7 @@ def open_(place: str) -> Database:
 def _errors(place: str):
   try:
     yield
-  except sa.exc.SQLAlchemyError as error:
+  except sqlalchemy.exc.SQLAlchemyError as error:
     shown = sa.engine.make_url(label_records.url_of(place)).render_as_string(hide_password=True)
     raise UserError(f"the database {shown} cannot be opened: {reason(error)}") from error
 
@@ -235,8 +237,8 @@ def _connect(place: str) -> Database:
       raise UserError(f"a postgresql:// project needs psycopg: {label_records.EXTRA}") from error
     return Database(engine, engine)
   engine = sa.create_engine(url, pool_size=20, connect_args={"timeout": _WAIT})
-  sa.event.listen(engine, "connect", _set_up)
-  sa.event.listen(engine, "begin", _begin)
+  sqlalchemy.event.listen(engine, "connect", _set_up)
+  sqlalchemy.event.listen(engine, "begin", _begin)
   return Database(engine, engine.execution_options(only_reads=True))
 
 
