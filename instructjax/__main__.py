@@ -21,6 +21,7 @@ COMMANDS = {
     "make one report of several finished runs, seeds as error bars",
   ),
   "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
+  "lm_eval": ("instructjax.commands.lm_eval", "run tasks of lm-evaluation-harness on a model"),
   "plan": ("launch.plan", "ask the TPU's compiler whether a stage fits a slice, without a TPU"),
 }
 _EXAMPLE = "instructjax run --config=ppo_ptx --workdir=runs/demo"

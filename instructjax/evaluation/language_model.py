@@ -159,6 +159,17 @@ def _open(
   )
 
 
+def with_first_id(model: LanguageModel, first_id: int) -> LanguageModel:
+  """The model with another token before a text that has nothing before it.
+
+  Raises:
+    UserError: the vocabulary has no such token.
+  """
+  if not 0 <= first_id < model.tokenizer.vocab_size:
+    raise UserError(f"{model.name}: there is no token {first_id} to stand before a text")
+  return dataclasses.replace(model, first_id=first_id)
+
+
 def log_probs(
   model: LanguageModel,
   pairs: Sequence[tuple[str, str]],
@@ -175,8 +186,22 @@ def log_probs(
   Raises:
     UserError: a continuation is empty, or longer than what the model reads at once.
   """
-  ids = [encoding.pair_ids(model.tokenizer, *pair, model.first_id) for pair in pairs]
-  return _scored(model, ids, told)
+  return _scored(model, _pair_ids(model, pairs), told)
+
+
+def texts_of(model: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[Text]:
+  """What `log_probs` reads for pairs, for whoever plans or counts.
+
+  Raises:
+    UserError: as `log_probs`.
+  """
+  return [_text(model, *ids) for ids in _pair_ids(model, pairs)]
+
+
+def _pair_ids(
+  model: LanguageModel, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+  return [encoding.pair_ids(model.tokenizer, *pair, model.first_id) for pair in pairs]
 
 
 def rolling(
@@ -193,25 +218,25 @@ def rolling(
   Raises:
     UserError: a text is empty.
   """
-  parts, owner = [], []
+  parts, owner, starts = [], [], []
   for number, text in enumerate(texts):
     ids = model.tokenizer.encode(text)
     if not ids:
       raise UserError(f"text {number + 1} of {len(texts)} to be scored is empty")
-    cut = encoding.windows(ids, model.first_id, model.max_length)
-    parts += cut
-    owner += [number] * len(cut)
+    starts.append(len(parts))
+    parts += encoding.windows(ids, model.first_id, model.max_length)
+    owner += [number] * (len(parts) - starts[-1])
   left = np.bincount(owner, minlength=len(texts))
   found: dict[int, Scored] = {}
   results: dict[int, Scored] = {}
 
-  def part_told(index, result):
+  def part_told(index: int, result: Scored):
     found[index] = result
     number = owner[index]
     left[number] -= 1
     if left[number] == 0:
-      own = [found.pop(i) for i in range(owner.index(number), len(owner)) if owner[i] == number]
-      results[number] = _joined(own)
+      stop = starts[number + 1] if number + 1 < len(starts) else len(parts)
+      results[number] = _joined([found.pop(part) for part in range(starts[number], stop)])
       told(number, results[number])
 
   _scored(model, parts, part_told)
@@ -233,15 +258,7 @@ def _scored(
   told: Callable[[int, Scored], None],
 ) -> list[Scored]:
   """Scores what comes after, given what comes before, both as ids."""
-  texts = []
-  for before, after in pairs:
-    if len(after) > model.max_length:
-      raise UserError(
-        f"{model.name}: a continuation of {len(after)} tokens must not exceed the context of {model.max_length}"
-      )
-    # The last token is not read: nothing after it is asked for.
-    ids = (before + after)[-(model.max_length + 1) : -1]
-    texts.append(Text(tuple(ids), len(ids) - len(after), tuple(after)))
+  texts = [_text(model, *pair) for pair in pairs]
   is_cut = [
     len(text.ids) + 1 < len(before) + len(after) for text, (before, after) in zip(texts, pairs)
   ]
@@ -257,6 +274,16 @@ def _scored(
     )
     told(index, results[index])
   return [results[index] for index in range(len(texts))]
+
+
+def _text(model: LanguageModel, before: list[int], after: list[int]) -> Text:
+  if len(after) > model.max_length:
+    raise UserError(
+      f"{model.name}: a continuation of {len(after)} tokens must not exceed the context of {model.max_length}"
+    )
+  # The last token is not read: nothing after it is asked for.
+  ids = (before + after)[-(model.max_length + 1) : -1]
+  return Text(tuple(ids), len(ids) - len(after), tuple(after))
 
 
 def _say_cut(model: LanguageModel, count: int, total: int):
