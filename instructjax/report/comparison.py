@@ -16,6 +16,7 @@ from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import RL_STAGES, STAGES
 from instructjax.report.overoptimization import column, running_mean
+from instructjax.report.overoptimization_fits import Fit, fit_runs
 
 # Findings whose measured values are win rates, and of what over what.
 WIN_RATES = {
@@ -306,10 +307,38 @@ def gains(run: Run, policy: str) -> dict[str, np.ndarray] | None:
   window = max(1, len(kl) // 12)
   result = {"kl": np.maximum(running_mean(kl, window), 0)}
   for key, row in zip(keys, rows):
-    starts = [column(log, "kl", key)[1] for log in run.curves.values()]
-    origin = np.mean([values[0] for values in starts if len(values)])
     scale = (run.reward_std or 1.0) if key == "reward" else 1.0
-    result[key] = (running_mean(row, window) - origin) / scale
+    result[key] = (running_mean(row, window) - _origin(run, key)) / scale
+  return result
+
+
+def _origin(run: Run, key: str) -> float:
+  """The mean score of the first iterations of all RL policies, which sample before any update."""
+  starts = [column(log, "kl", key)[1] for log in run.curves.values()]
+  return float(np.mean([values[0] for values in starts if len(values)]))
+
+
+def fits(group: Group, *, bootstrap: int = 1000) -> dict[tuple[str, str], Fit]:
+  """Gao et al.'s forms fitted to the runs of a group, in the units of `gains`.
+
+  Returns:
+    (`best_of_n` or `rl`, `gold` or `reward`) -> fit. `rl` is PPO with beta = 0, the least bounded.
+  """
+  result = {}
+  for key in ("gold", "reward"):
+    scale = lambda run, key=key: (run.reward_std or 1.0) if key == "reward" else 1.0
+    points = {"best_of_n": [], "rl": []}
+    for run in group.runs:
+      kl, score = column(run.best_of_n, "kl", key)
+      if len(kl):
+        points["best_of_n"].append((np.sqrt(kl), (score - score[0]) / scale(run)))
+      kl, score = column(run.curves.get("ppo_beta0", ()), "kl", key)
+      if len(kl):
+        points["rl"].append((np.sqrt(np.maximum(kl, 0)), (score - _origin(run, key)) / scale(run)))
+    for which, rows in points.items():
+      fit = fit_runs(which, rows, bootstrap=bootstrap, seed=0)
+      if fit:
+        result[which, key] = fit
   return result
 
 

@@ -16,7 +16,15 @@ import markupsafe
 from instructjax.core import terminal
 from instructjax.core.errors import writing
 from instructjax.core.text import printable
-from instructjax.report import comparison, comparison_panels, costs, figures, panels, tables
+from instructjax.report import (
+  comparison,
+  comparison_panels,
+  costs,
+  figures,
+  overoptimization_fits,
+  panels,
+  tables,
+)
 from instructjax.report.comparison import Group, Spread
 from instructjax.report.page import TEMPLATES, plain, shown_as
 
@@ -195,6 +203,11 @@ def page(groups: Sequence[Group]) -> str:
     findings=_findings(groups),
     policies=_policies(groups),
     differences=_differences(groups),
+    fits=[
+      (group.label, [overoptimization_fits.in_words(*key, fit) for key, fit in found.items()])
+      for group in groups
+      if (found := comparison.fits(group))
+    ],
     times=_times(groups),
     figures=_figures(groups),
     colours=[(panels.COLOURS[name], panels.NAMES[name]) for name in policies],

@@ -26,6 +26,7 @@ from instructjax.report import (
   figures,
   findings,
   overoptimization,
+  overoptimization_fits,
   panels,
   rounds,
   tables,
@@ -227,25 +228,9 @@ def _reward_model(results: Results) -> markupsafe.Markup:
   return _drawn(draws, "Reward-model accuracy and calibration", columns=2, height=3.4)
 
 
-def _fit_words(which: str, scores: dict) -> str:
-  """The curve fitted to the gold score, in words; its peak only if it lies within what was measured."""
-  fitted = "gold" in scores and overoptimization.fit(which, scores["distance"], scores["gold"])
-  if not fitted:
-    return ""
-  alpha, beta = fitted
-  sign, label, term = (
-    "−+"[beta < 0],
-    *(("Best of n", "d") if which == "best_of_n" else ("PPO", "log d")),
-  )
-  words = f"{label}: gold ≈ d ({tables.number(alpha)} {sign} {tables.number(abs(beta))} {term})"
-  top = overoptimization.peak(which, alpha, beta)
-  if top is not None and top <= scores["distance"].max():
-    words += f", highest at d = {tables.number(top)}"
-  return words + ". "
-
-
-def _overoptimization(results: Results) -> dict:
+def _overoptimization(results: Results, *, bootstrap: int, seed: int) -> dict:
   """The figure of over-optimisation, the fitted curves in words, and whether PPO is among them."""
+  fits = overoptimization_fits.of_results(results, bootstrap=bootstrap, seed=seed)
   scores = overoptimization.scores(results)
   draws = [
     lambda ax, which=which: panels.draw_overoptimization(ax, results, which)
@@ -256,7 +241,12 @@ def _overoptimization(results: Results) -> dict:
   return {
     "title": "Over-optimisation" if has_gold else "Best of n and reward",
     "svg": _drawn(draws, label, columns=2, height=3.6),
-    "fits": "".join(_fit_words(which, found) for which, found in scores.items()),
+    "fits": "".join(
+      overoptimization_fits.in_words(which, key, fit)
+      for which, found in fits.items()
+      for key, fit in found.items()
+      if has_gold
+    ),
     "has_gold": has_gold,
     "has_rl": "rl" in scores,
   }
@@ -387,7 +377,7 @@ def page(
     num_pairs=judgement.pairs if judgement else 0,
     equal_kl=_equal_kl(results, equal),
     rounds=_rounds(rounds.table(results, bootstrap=cfg.bootstrap, seed=config.seed)),
-    overoptimization=_overoptimization(results),
+    overoptimization=_overoptimization(results, bootstrap=cfg.bootstrap, seed=config.seed),
     costs=_costs(took, made),
     made=_made(made),
   )
