@@ -1,4 +1,4 @@
-"""The application in a browser with scripts: Debian's chromium, driven by Playwright. Skipped where either is absent."""
+"""The application in a browser with scripts: chromium, driven by Playwright. Skipped where either is absent."""
 
 import contextlib
 import os
