@@ -22,9 +22,9 @@ LAYERS = (
   ("models", "report"),
   ("train",),
   ("rl",),
-  ("serve", "stages", "evaluation"),
+  ("serve", "stages", "evaluation", "labels"),
   ("commands",),
-  ("main", "evaluate", "compare", "__main__"),
+  ("main", "evaluate", "compare", "label", "__main__"),
 )
 LAYER_OF = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 
@@ -43,6 +43,7 @@ FORBIDDEN = {
   "stages.lineage": {"jax"},  # launch/ plans before JAX is set up
   "parallel.memory": {"jax"},  # must run before jax is imported
   "parallel.chips": {"jax"},
+  "labels": {"jax", "instructjax.core.config"},
   "ops": {"flax", "instructjax.core.config"},
   "data": {"flax", "instructjax.core.config"},
   "data.conversation": {"jax"},

@@ -17,6 +17,9 @@ SIMULATED = ("demo:", "conversation:")
 # What weights may be named by instead of a path: a name on the hub, or a file inside an installed package.
 WEIGHTS = ("hf://", "package:")
 
+# What a labeling project may be named by instead of a folder.
+DATABASES = ("postgresql://", "postgresql+psycopg://")
+
 _LONGEST, _LONGEST_NAME = 4095, 255  # bytes of a path and of one name in it, on Linux
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SHOWN = 200  # letters of a path in a message about its spelling
@@ -76,7 +79,8 @@ def expand_source(text: str, where: str) -> str:
   if not colon:
     return text
   path, mark, options = rest.partition("?")
-  return f"{scheme}:{expand(path, f'{where}={scheme}:...')}{mark}{options}"
+  urls = DATABASES if scheme == "labels" else ()
+  return f"{scheme}:{expand(path, f'{where}={scheme}:...', urls)}{mark}{options}"
 
 
 def require_workdir(text: str | None) -> pathlib.Path:

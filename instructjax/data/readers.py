@@ -1,4 +1,4 @@
-"""Readers of common data formats: JSON lines, Anthropic-HH, parquet, Hugging Face `datasets`, and tfds.
+"""Readers of common data formats: JSON lines, Anthropic-HH, parquet, Hugging Face `datasets`, tfds, and labeling.
 
 Called by `sources`. A new format is a row of READERS and the functions that the row names. `read` takes a Request and
 returns (rows, decode, has_own_split):
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from instructjax.core import foreign, places
 from instructjax.core.errors import UserError, reason
-from instructjax.data import formats, text_files
+from instructjax.data import formats, label_records, text_files
 from instructjax.data.records import BadRecord
 
 _TFDS = re.compile(r"(?P<name>[^:?]+(:\d+\.[\d*]+\.[\d*]+)?)(:(?P<split>[^?]+))?")
@@ -69,6 +69,23 @@ def _hh(asked: Request) -> tuple[Rows, Decode, bool]:
   if asked.kind == "documents":
     raise UserError(f"{asked.source} must be another source: hh: holds dialogues only")
   return _jsonl(asked)
+
+
+def _labels(asked: Request) -> tuple[Rows, Decode, bool]:
+  """`labels:DIR_OR_URL[?until=N]` reads the database of a labeling project, see label_records.py.
+
+  Each record is on the side of the split where its item is. With `until`, submissions after the N-th do not count, so
+  that a run can be resumed while people go on.
+  """
+  rows = label_records.rows(asked.path, asked.kind, asked.split, _until(asked.options))
+  return rows, lambda row, kind, where: row, True
+
+
+def _until(options: formats.Options) -> int:
+  text = options.other.get("until", "0")
+  if not text.isdecimal() or len(text) > 18:
+    raise UserError(f"until={text[:40]!r} of labels: must be the number of a submission")
+  return int(text)
 
 
 def _matches(path: str) -> list[str]:
@@ -335,6 +352,7 @@ class Reader(NamedTuple):
     place: the part of the spec that says where the files are. Everything else says how they are read.
     options: names of its own options, beside those of `formats`.
     format: the format of every row; None if the keys of a row decide.
+    checksum: of what is read, where files do not tell it; from the path and its options.
   """
 
   read: Callable[[Request], tuple[Rows, Decode, bool]]
@@ -342,6 +360,7 @@ class Reader(NamedTuple):
   place: Callable[[str, formats.Options], str]
   options: tuple[str, ...] = ()
   format: str | None = None
+  checksum: Callable[[str, formats.Options], str] | None = None
 
 
 def _whole(path: str, options: formats.Options) -> str:
@@ -358,5 +377,14 @@ READERS = {
     _tfds_files,
     lambda path, options: "".join(f"{name}={value}" for name, value in options.other.items()),
     options=("data_dir",),
+  ),
+  # Its file changes with every click; what is read changes with what labelers send.
+  "labels": Reader(
+    _labels,
+    lambda path, options: [],
+    _whole,
+    options=("until",),
+    format=formats.OWN,
+    checksum=lambda path, options: label_records.digest(path, None, _until(options)),
   ),
 }

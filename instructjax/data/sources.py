@@ -148,6 +148,8 @@ def how(spec: str) -> str:
   if scheme in _SIMULATED:
     return _task(scheme).checksum()
   reader = READERS[scheme]
+  if reader.checksum is not None:
+    return f"{scheme}:{reader.checksum(*formats.split_options(rest, spec, None, reader.options))}"
   place = reader.place(*formats.split_options(rest, spec, None, reader.options))
   return f"{scheme}:{rest.replace(place, '', 1) if place else rest}"
 

@@ -1,0 +1,146 @@
+"""Records from the database of the labeling application: what `labels:DIR_OR_URL` reads.
+
+Called by `readers`, and by instructjax/labels for its export. It reads four of the tables that labels/schema.py
+describes, and writes nothing. SQLAlchemy is imported only where it is used.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from instructjax.core import places
+from instructjax.core.errors import UserError, reason
+from instructjax.core.text import printable
+
+FILE = "labels.sqlite"  # of a project's folder
+EXTRA = "pip install 'instructjax[label]'"
+
+# The newest submission of each person to each item; what a person has revised counts once.
+_NEWEST = """
+SELECT i.id AS item, i.kind AS kind, i.prompt AS prompt, i.split AS split, u.name AS labeler,
+  u.cohort AS cohort, s.id AS submission, s.payload AS payload
+FROM submissions s JOIN items i ON i.id = s.item_id JOIN users u ON u.id = s.user_id
+WHERE i.kind = :kind AND i.is_screening = :screening AND s.id IN (
+  SELECT MAX(id) FROM submissions WHERE id <= :until GROUP BY item_id, user_id)
+ORDER BY s.id
+"""
+_ANSWERS = """
+SELECT a.item_id AS item, a.id AS id, a.text AS text FROM answers a JOIN items i ON i.id = a.item_id
+WHERE i.kind = 'ranking' ORDER BY a.item_id, a.position
+"""
+_PROMPTS = "SELECT id AS item, prompt, split FROM items WHERE is_screening = :screening ORDER BY id"
+_KIND = {"comparisons": "ranking", "demonstrations": "demonstration"}
+_ALL = 2**62
+
+
+def is_url(place: str) -> bool:
+  """Whether a project is named by the URL of a PostgreSQL database rather than by its folder."""
+  return place.startswith(places.DATABASES)
+
+
+def url_of(place: str) -> str:
+  """The database of a project, as SQLAlchemy names it.
+
+  Args:
+    place: the project's folder, or a URL of PostgreSQL.
+  """
+  if not is_url(place):
+    return f"sqlite:///{pathlib.Path(place).absolute() / FILE}"
+  return re.sub(r"^postgresql://", "postgresql+psycopg://", place)
+
+
+def rows(place: str, kind: str, split: str, until: int = 0) -> list[tuple[str, dict[str, Any]]]:
+  """(where, row) of each record, with the keys that `records.parse_record` expects, in the order of submission.
+
+  Args:
+    place: the project's folder, or a URL of PostgreSQL.
+    kind: comparisons, demonstrations or prompts. Items of the screening are left out.
+    split: train, validation or all. An item's split was settled when it was made.
+    until: number of the last submission that counts; 0 for all.
+  Raises:
+    UserError: the database cannot be read, or holds no records of this kind.
+  """
+  return [
+    (where, row)
+    for where, row, found, _ in cohort_rows(place, kind, until)
+    if split in ("all", found)
+  ]
+
+
+def cohort_rows(
+  place: str, kind: str, until: int = 0
+) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+  """(where, row, split, cohort of the labeler) of each record; arguments and errors as `rows`."""
+  if kind == "prompts":
+    seen = set()
+    for found in _select(place, _PROMPTS, screening=False):
+      if found.prompt not in seen:
+        seen.add(found.prompt)
+        yield f"labels:item {found.item}", {"prompt": json.loads(found.prompt)}, found.split, ""
+    return
+  if kind not in _KIND:
+    raise UserError(
+      f"data.{kind} must be another source: labels: holds prompts, demonstrations and comparisons"
+    )
+  answers: dict[int, list[Any]] = {}
+  if kind == "comparisons":
+    for found in _select(place, _ANSWERS):
+      answers.setdefault(found.item, []).append(found)
+  for found in _select(place, _NEWEST, kind=_KIND[kind], screening=False, until=until or _ALL):
+    payload = json.loads(found.payload)
+    row = {"prompt": json.loads(found.prompt)}
+    if kind == "comparisons":
+      ranked = answers[found.item]
+      row["responses"] = [answer.text for answer in ranked]
+      row["ranks"] = [payload["answers"][str(answer.id)]["rank"] for answer in ranked]
+    else:
+      row["response"] = payload["text"]
+    row["labeler"] = found.labeler
+    yield f"labels:submission {found.submission}", row, found.split, found.cohort
+
+
+def digest(place: str, kind: str | None, until: int = 0) -> str:
+  """A checksum of the records, which stays the same whatever else changes in the database.
+
+  Args:
+    place, until: as in `rows`.
+    kind: as in `rows`; None for all three.
+  """
+  found = hashlib.sha256()
+  for one in ("comparisons", "demonstrations", "prompts") if kind is None else (kind,):
+    for _, row, split, _ in cohort_rows(place, one, until):
+      found.update(json.dumps([row, split], sort_keys=True).encode() + b"\n")
+  return "sha256:" + found.hexdigest()
+
+
+def _select(place: str, query: str, **values) -> list[Any]:
+  try:
+    import sqlalchemy
+    import sqlalchemy.exc
+  except ImportError as error:
+    raise UserError(f"labels:{printable(place)} needs SQLAlchemy: {EXTRA}") from error
+  if not is_url(place) and not (pathlib.Path(place) / FILE).is_file():
+    raise UserError(
+      f"labels:{printable(place)} is no labeling project: it holds no {FILE}; name the folder that"
+      " `python -m instructjax.label ... --project=DIR` was given, or a postgresql:// URL"
+    )
+  try:
+    url = sqlalchemy.engine.make_url(url_of(place))
+    if url.password is not None:
+      raise UserError(
+        "a source labels:postgresql://... must not hold a password, which would be written into the run's files:"
+        " leave it to ~/.pgpass or PGPASSWORD"
+      )
+    engine = sqlalchemy.create_engine(url)
+    try:
+      with engine.connect() as connection:
+        return list(connection.execute(sqlalchemy.text(query), values))
+    finally:
+      engine.dispose()
+  except ImportError as error:
+    raise UserError(f"labels:postgresql:// needs psycopg: {EXTRA}") from error
+  except sqlalchemy.exc.SQLAlchemyError as error:
+    raise UserError(f"labels:{printable(place)} cannot be read: {reason(error)}") from error

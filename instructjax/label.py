@@ -1,0 +1,322 @@
+"""The command `python -m instructjax.label serve --project=DIR`: people label in a browser. More: docs/labeling.md.
+
+Other words than `serve` make a project, fill it, and take records out of it.
+"""
+
+import pathlib
+import time
+
+from absl import flags
+
+from instructjax.commands import cli
+from instructjax.core import places
+from instructjax.core.errors import UserError
+
+_PROJECT = flags.DEFINE_string(
+  "project", "", "The project's folder, or the postgresql:// URL of its database."
+)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at.")
+_PORT = flags.DEFINE_integer("port", 8000, "serve: the port; 0 for any that is free.")
+_PUBLIC = flags.DEFINE_string(
+  "public",
+  "",
+  "serve: the name by which browsers reach it over https, through a proxy of yours; cookies are then marked secure.",
+)
+_PROMPTS = flags.DEFINE_string(
+  "prompts", "", "add, sample: a source of prompts, as jsonl:prompts.jsonl."
+)
+_KIND = flags.DEFINE_string(
+  "kind", "", "add: demonstration; export: comparisons, demonstrations or prompts."
+)
+_CHECKPOINT = flags.DEFINE_multi_string(
+  "checkpoint",
+  [],
+  "sample: a finished stage, a Hugging Face folder, a .gguf file or hf://ORG/NAME. Several share k.",
+)
+_K = flags.DEFINE_integer("k", 4, "sample: answers to each prompt, 2 to 9.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "sample: divides the logits.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: longest answer, in tokens.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "sample: the same command with the same seed gives the same text."
+)
+_LIMIT = flags.DEFINE_integer("limit", 0, "add, sample: the first so many prompts; 0 for all.")
+_WANTED = flags.DEFINE_integer("wanted", 1, "add, sample: people who are to work on each item.")
+_SCREENING = flags.DEFINE_bool(
+  "screening", False, "add, sample: items by which labelers are compared with researchers."
+)
+_SOURCE = flags.DEFINE_enum(
+  "source", "labeler", ["labeler", "customer"], "add, sample: who wrote the prompts."
+)
+_FROM = flags.DEFINE_string(
+  "from",
+  "",
+  "import: a source of comparisons or demonstrations, as jsonl:rankings.jsonl or hh:pairs.jsonl.",
+)
+_FORMAT = flags.DEFINE_string("format", "own", "export: own, hh, label_studio or argilla.")
+_SIMULATION = flags.DEFINE_string("simulation", "demo:", "simulate: whose labelers rank.")
+_GROUP = flags.DEFINE_enum("group", "train", ["train", "heldout"], "simulate: which of them.")
+_TO = flags.DEFINE_string("to", "", "export: the folder to write to; users data: the file.")
+_ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher or admin.")
+_COHORT = flags.DEFINE_string(
+  "cohort", "training", "users add: training, or heldout for labelers who are kept from training."
+)
+_TITLE = flags.DEFINE_string("title", None, "add: the project's title.")
+_INSTRUCTIONS = flags.DEFINE_string(
+  "instructions", None, "add: file with instructions to labelers."
+)
+_WARNING = flags.DEFINE_string("warning", None, "add: a content warning that labelers see.")
+_HELD_OUT = flags.DEFINE_string(
+  "held_out", None, "add, sample: share of prompts held out, before there are items."
+)
+
+
+def main(arguments: list[str]):
+  """Runs the command.
+
+  Raises:
+    UserError: a flag is wrong, or something cannot be read or written.
+  """
+  if not arguments or arguments[0] not in _COMMANDS:
+    raise UserError(
+      f"the first argument must be one of {', '.join(_COMMANDS)}, as in `label serve --project=DIR`"
+    )
+  if not _PROJECT.value:
+    raise UserError("--project must have a value: the project's folder, or a postgresql:// URL")
+  try:
+    import argon2
+    import sqlalchemy
+    import starlette
+    import uvicorn
+
+    del argon2, sqlalchemy, starlette, uvicorn
+  except ImportError as error:
+    raise UserError(
+      f"the labeling application needs {error.name}: pip install 'instructjax[label]'"
+    ) from error
+  place = places.expand(_PROJECT.value, "--project", places.DATABASES)
+  word, *rest = arguments
+  if rest and word not in ("users", "delete"):
+    raise UserError(f"unexpected arguments {ascii(rest)[:200]} after {word}")
+  _COMMANDS[word](place, rest)
+
+
+def _serve(place: str, _: list[str]):
+  from instructjax.labels import accounts, schema, serving
+
+  host = _HOST.value
+  if host not in ("127.0.0.1", "::1", "localhost") and not _PUBLIC.value:
+    raise UserError(
+      f"--host={host} would send passwords readable over the network: put a proxy with https before it and give its"
+      " name as --public=NAME"
+    )
+  database = schema.create(place)
+  if not any(person.role == "admin" for person in accounts.everybody(database)):
+    password = accounts.new_password()
+    accounts.add(database, "admin", "admin", password, time.time())
+    print(
+      f"A new project: sign in as admin with the password {password}, which is shown this once."
+    )
+  hosts = [host, "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
+  app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value))
+  serving.run(app, host, _PORT.value, lambda address: print(f"Labeling at {address}", flush=True))
+
+
+def _prompts() -> list:
+  """The records of --prompts."""
+  from instructjax.data import sources
+
+  if not _PROMPTS.value:
+    raise UserError("--prompts must have a value, as jsonl:prompts.jsonl")
+  spec = places.expand_source(_PROMPTS.value, "--prompts")
+  found = sources.load(
+    spec, "prompts", "all", seed=_SEED.value, validation_fraction=0.5, on_bad_record="raise"
+  )
+  if _LIMIT.value < 0:
+    raise UserError(f"--limit={_LIMIT.value} must be 0 or more")
+  return list(found[: _LIMIT.value or None])
+
+
+def _settings(database):
+  from instructjax.labels import projects
+
+  values = {"title": _TITLE.value, "warning": _WARNING.value, "held_out": _HELD_OUT.value}
+  if _INSTRUCTIONS.value is not None:
+    path = places.require(_INSTRUCTIONS.value, "--instructions")
+    try:
+      with open(path, encoding="utf-8") as file:
+        values["instructions"] = file.read()
+    except (OSError, ValueError) as error:
+      raise UserError(f"--instructions={path} cannot be read: {error}") from error
+  projects.change(database, {name: value for name, value in values.items() if value is not None})
+
+
+def _add(place: str, _: list[str]):
+  from instructjax.labels import projects, schema
+
+  database = schema.create(place)
+  _settings(database)
+  if not _PROMPTS.value:
+    return
+  new = [
+    projects.Item(
+      _KIND.value or "demonstration",
+      record.prompt,
+      source=_SOURCE.value,
+      is_screening=_SCREENING.value,
+      wanted=_WANTED.value,
+    )
+    for record in _prompts()
+  ]
+  print(f"{len(projects.add(database, new, time.time()))} items added")
+
+
+def _sample(place: str, _: list[str]):
+  from instructjax.labels import projects, schema
+
+  if not _CHECKPOINT.value:
+    raise UserError("--checkpoint must have a value: runs/demo/sft, a model folder or a .gguf")
+  if not 2 <= _K.value <= projects.MOST_ANSWERS:
+    raise UserError(f"--k={_K.value} must be 2 to {projects.MOST_ANSWERS}")
+  kind = _KIND.value or "ranking"
+  prompts = _prompts()
+  # Imported here, because JAX takes seconds, and because no other word needs it.
+  import jax
+
+  from instructjax.core.config import MeshConfig
+  from instructjax.evaluation import language_model
+  from instructjax.parallel import sharding
+
+  database = schema.create(place)
+  _settings(database)
+  mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
+  answers: list[list[tuple[str, str]]] = [[] for _ in prompts]
+  names = _CHECKPOINT.value
+  for number, name in enumerate(names):
+    model = language_model.open_model(places.require(name, "--checkpoint", places.WEIGHTS), mesh)
+    texts = [_text(model.tokenizer, record.prompt) for record in prompts]
+    # Each model gives its part of the k; the first ones give one more where it does not divide.
+    samples = range(number, _K.value, len(names))
+    requests = [
+      language_model.Request(text, (), _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value + i)
+      for text in texts
+      for i in samples
+    ]
+    found = language_model.generate(model, requests)
+    for i, answer in enumerate(found):
+      answers[i // len(samples)].append((answer.strip(), name))
+  new = [
+    projects.Item(
+      kind,
+      record.prompt,
+      tuple(own),
+      source=_SOURCE.value,
+      is_screening=_SCREENING.value,
+      wanted=_WANTED.value,
+    )
+    for record, own in zip(prompts, answers, strict=True)
+  ]
+  print(f"{len(projects.add(database, new, time.time(), _SEED.value))} items added")
+
+
+def _text(tokenizer, prompt) -> str:
+  """What the model reads: a chat in the tokenizer's template."""
+  if isinstance(prompt, str):
+    return prompt
+  return tokenizer.chats.render_one(
+    [{"role": role, "content": content} for role, content in prompt.messages]
+  )
+
+
+def _export(place: str, _: list[str]):
+  from instructjax.labels import exchange, schema
+
+  schema.open_(place)
+  folder = places.require(_TO.value, "--to")
+  kind = _KIND.value or "comparisons"
+  counts, left_out = exchange.export(place, kind, folder, _FORMAT.value)
+  for name, count in counts.items():
+    print(f"{folder}/{name}: {count} records")
+  if left_out:
+    print(
+      f"{left_out} rankings left out: format {_FORMAT.value} has no place for their ties or roles"
+    )
+
+
+def _import(place: str, _: list[str]):
+  from instructjax.labels import filling, schema
+
+  spec = places.expand_source(_given(_FROM.value), "--from")
+  database = schema.create(place)
+  _settings(database)
+  counts = filling.bring_in(database, spec, _KIND.value or "comparisons", time.time())
+  print(f"{counts[0]} items with {counts[1]} submissions added")
+
+
+def _given(value: str) -> str:
+  """The value of --from.
+
+  Raises:
+    UserError: it is missing.
+  """
+  if not value:
+    raise UserError("--from must have a value, as jsonl:rankings.jsonl")
+  return value
+
+
+def _simulate(place: str, _: list[str]):
+  from instructjax.labels import filling, schema
+
+  now = time.time()
+  count = filling.simulate(schema.open_(place), _SIMULATION.value, _GROUP.value, _SEED.value, now)
+  print(f"{count} rankings added")
+
+
+def _delete(place: str, rest: list[str]):
+  from instructjax.labels import privacy, schema
+
+  if len(rest) != 1:
+    raise UserError("delete takes the name of one person, as in `label delete ann --project=DIR`")
+  counts = privacy.delete(schema.open_(place), rest[0], time.time())
+  print(f"{rest[0]} is deleted, with {', '.join(f'{n} {table}' for table, n in counts.items())}")
+
+
+def _users(place: str, rest: list[str]):
+  """`users`, `users add NAME`, `users reset NAME`, `users data NAME`."""
+  from instructjax.labels import accounts, exchange, privacy, schema
+
+  if not rest:
+    for person in accounts.everybody(schema.open_(place)):
+      print(
+        f"{person.name}\t{person.role}\t{person.cohort}\t{'active' if person.is_active else 'shut out'}"
+      )
+    return
+  if len(rest) != 2 or rest[0] not in ("add", "reset", "data"):
+    raise UserError("users takes nothing, `add NAME`, `reset NAME` or `data NAME`")
+  word, name = rest
+  if word == "data":
+    path = pathlib.Path(places.require(_TO.value, "--to"))
+    exchange.write_lines(path, [privacy.data_of(schema.open_(place), name)])
+    print(f"everything of {name} is in {path}")
+    return
+  database = schema.create(place)
+  if word == "add":
+    password = accounts.new_password()
+    accounts.add(database, name, _ROLE.value, password, time.time(), _COHORT.value)
+  else:
+    password = accounts.reset_password(database, name, time.time())
+  print(f"{name} can sign in with the password {password}, which is shown this once.")
+
+
+_COMMANDS = {
+  "serve": _serve,
+  "add": _add,
+  "sample": _sample,
+  "export": _export,
+  "import": _import,
+  "simulate": _simulate,
+  "delete": _delete,
+  "users": _users,
+}
+
+if __name__ == "__main__":
+  cli.run(main, interrupted="stopped; everything that was sent is in the database")

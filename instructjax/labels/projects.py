@@ -1,0 +1,168 @@
+"""A project's settings and items: what people are asked to do.
+
+Called by the command and by what fills a project from elsewhere.
+"""
+
+import dataclasses
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from instructjax.core.errors import UserError
+from instructjax.data.messages import quoted
+from instructjax.data.records import Chat
+from instructjax.labels import schema
+from instructjax.labels.forms import FORMS
+from instructjax.labels.schema import Database, answers, items
+
+SOURCES = ("labeler", "customer")
+MOST_ANSWERS = 9  # of the paper
+# Share of prompts that are held out, as data.validation_fraction has it.
+HELD_OUT = 0.05
+DEFAULTS = {
+  "title": "Labeling",
+  "instructions": "",
+  "warning": "",
+  "held_out": str(HELD_OUT),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """Something to label.
+
+  Attributes:
+    kind: one of FORMS.
+    prompt: a text, or messages.
+    answers: (text, origin) of each output; none for a demonstration.
+    source: one of SOURCES, who wrote the prompt.
+    author: the customer, by whom prompts are split; '' to split by the prompt.
+    is_screening: whether it is there to compare labelers with researchers.
+    wanted: number of people who are to work on it.
+  """
+
+  kind: str
+  prompt: str | Chat
+  answers: tuple[tuple[str, str], ...] = ()
+  source: str = "labeler"
+  author: str = ""
+  is_screening: bool = False
+  wanted: int = 1
+
+
+def settings(database: Database) -> dict[str, str]:
+  """The project's settings, with defaults for those that nobody has set."""
+  with database.read() as connection:
+    found = connection.execute(sa.select(schema.settings)).all()
+  return DEFAULTS | {row.name: row.value for row in found}
+
+
+def change(database: Database, values: dict[str, str]):
+  """Sets some of the project's settings.
+
+  Raises:
+    UserError: held_out is no fraction, or there are items already, whose splits are settled.
+  """
+  if "held_out" in values:
+    try:
+      is_fraction = 0 < float(values["held_out"]) < 1
+    except ValueError:
+      is_fraction = False
+    if not is_fraction:
+      raise UserError(f"held_out={quoted(values['held_out'], 40)} must be between 0 and 1")
+  with database.write() as connection:
+    if "held_out" in values and connection.execute(sa.select(items.c.id).limit(1)).first():
+      raise UserError("held_out must be set before there are items: their splits are settled")
+    for name, value in values.items():
+      connection.execute(schema.settings.delete().where(schema.settings.c.name == name))
+      connection.execute(schema.settings.insert().values(name=name, value=value))
+
+
+def as_json(prompt: str | Chat) -> str:
+  """A prompt as the database holds it."""
+  if isinstance(prompt, str):
+    return json.dumps(prompt, ensure_ascii=False)
+  messages = [{"role": role, "content": content} for role, content in prompt.messages]
+  return json.dumps(messages, ensure_ascii=False)
+
+
+def split_of(item: Item, held_out: float) -> str:
+  """The side on which an item falls: all of a customer's prompts on one, and equal prompts on one.
+
+  Without an author it is the side that data/sources.py gives a record with this prompt.
+  """
+  key = item.author
+  if not key:
+    messages = item.prompt.messages if isinstance(item.prompt, Chat) else None
+    key = (
+      item.prompt
+      if isinstance(item.prompt, str)
+      else json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
+    )
+  drawn = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+  return "validation" if drawn < held_out * 2**64 else "train"
+
+
+def add(database: Database, new: Sequence[Item], now: float, seed: int = 0) -> list[int]:
+  """Adds items, and returns their numbers. Answers are shuffled, so that their order tells nothing of their origin.
+
+  Raises:
+    UserError: an item has the wrong number of answers for its kind.
+  """
+  for item in new:
+    _require_whole(item)
+  held_out = float(settings(database)["held_out"])
+  rng = random.Random(seed)
+  numbers = []
+  with database.write() as connection:
+    for item in new:
+      number = schema.insert(
+        connection,
+        items,
+        kind=item.kind,
+        prompt=as_json(item.prompt),
+        source=item.source,
+        author=item.author,
+        split=split_of(item, held_out),
+        is_screening=item.is_screening,
+        wanted=item.wanted,
+        created=now,
+      )
+      numbers.append(number)
+      shuffled = rng.sample(item.answers, len(item.answers))
+      rows = [
+        {"item_id": number, "position": i, "text": text, "origin": origin[:400]}
+        for i, (text, origin) in enumerate(shuffled)
+      ]
+      if rows:
+        connection.execute(answers.insert(), rows)
+  return numbers
+
+
+def _require_whole(item: Item):
+  if item.kind not in FORMS:
+    raise UserError(f"kind {quoted(item.kind, 40)} must be one of {', '.join(FORMS)}")
+  if item.source not in SOURCES:
+    raise UserError(f"source {quoted(item.source, 40)} must be one of {', '.join(SOURCES)}")
+  if item.wanted < 1:
+    raise UserError(f"wanted={item.wanted} must be at least 1: the people who work on an item")
+  count, ranks = len(item.answers), FORMS[item.kind].ranks
+  if ranks and not 2 <= count <= MOST_ANSWERS:
+    raise UserError(f"an item of kind {item.kind} needs 2 to {MOST_ANSWERS} answers, got {count}")
+  if not ranks and count:
+    raise UserError(f"an item of kind {item.kind} has no answers, got {count}")
+
+
+def get(connection: sa.Connection, number: int) -> tuple[Any, list[Any]] | None:
+  """(item, its answers in order); None if there is no such item."""
+  item = connection.execute(sa.select(items).where(items.c.id == number)).first()
+  if item is None:
+    return None
+  rows = connection.execute(
+    sa.select(answers).where(answers.c.item_id == number).order_by(answers.c.position)
+  )
+  return item, list(rows)

@@ -1,0 +1,32 @@
+"""Runs the web application until it is told to stop. Called by the command."""
+
+import uvicorn
+from starlette.applications import Starlette
+
+from instructjax.labels import account_pages, labeler_pages, web
+from instructjax.labels.schema import Database
+
+TABLES = (account_pages.ROUTES, labeler_pages.ROUTES)
+
+
+def make(database: Database, hosts: list[str], is_secure: bool = False) -> Starlette:
+  """The application with all of its pages; arguments as of `web.Site` and `web.application`."""
+  return web.application(web.Site(database, is_secure), TABLES, hosts)
+
+
+def run(app: Starlette, host: str, port: int, tell):
+  """Answers requests until the process is interrupted.
+
+  Args:
+    app: the application.
+    host, port: where to listen; port 0 for any that is free.
+    tell: called with the address, when it is ready.
+  Raises:
+    OSError: the address cannot be used.
+  """
+  config = uvicorn.Config(
+    app, host=host, port=port, log_level="warning", proxy_headers=False, server_header=False
+  )
+  socket = config.bind_socket()
+  tell(f"http://{host}:{socket.getsockname()[1]}/")
+  uvicorn.Server(config).run(sockets=[socket])

@@ -1,0 +1,33 @@
+"""Where a project's database is; what is read from it is tested in tests/labels/test_exchange.py."""
+
+import pytest
+
+from instructjax.core import places
+from instructjax.core.errors import UserError
+from instructjax.data import label_records
+
+
+@pytest.mark.parametrize(
+  ("place", "url"),
+  [
+    ("/labels/one", "sqlite:////labels/one/labels.sqlite"),
+    ("postgresql://ann@host/db", "postgresql+psycopg://ann@host/db"),
+    ("postgresql+psycopg://host/db", "postgresql+psycopg://host/db"),
+  ],
+)
+def test_the_database_of_a_project(place, url):
+  assert label_records.url_of(place) == url
+  assert places.expand_source(f"labels:{place}?until=3", "--x") == f"labels:{place}?until=3"
+
+
+def test_other_sources_are_no_urls():
+  with pytest.raises(UserError, match="is not read or written"):
+    places.expand_source("jsonl:postgresql://host/db", "--x")
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "demonstrations", "prompts"])
+def test_an_empty_folder_is_no_project(tmp_path, kind):
+  with pytest.raises(UserError, match="it holds no labels.sqlite"):
+    label_records.rows(str(tmp_path), kind, "all")
+  with pytest.raises(UserError, match="holds prompts, demonstrations and comparisons"):
+    label_records.rows(str(tmp_path), "documents", "all")

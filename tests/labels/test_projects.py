@@ -1,0 +1,68 @@
+"""A project's items: what is allowed, on which side of the split they fall, and in which order answers are kept."""
+
+import pytest
+
+from instructjax.core.errors import UserError
+from instructjax.data import sources
+from instructjax.data.records import Chat, Prompt
+from instructjax.labels import projects, schema
+from tests.labels import app
+
+CHAT = Chat((("system", "Be brief."), ("user", "Hi.")))
+
+
+@pytest.mark.parametrize("prompt", ["a", "b", "c", "d", CHAT])
+def test_the_split_is_that_of_the_same_prompt_in_a_file(prompt):
+  is_held_out = sources._is_held_out(Prompt(prompt), 0.5)
+  item = projects.Item("demonstration", prompt)
+  assert projects.split_of(item, 0.5) == ("validation" if is_held_out else "train")
+
+
+def test_a_customers_prompts_are_on_one_side():
+  sides = [
+    {
+      projects.split_of(projects.Item("demonstration", f"{i}", author=f"user {user}"), 0.5)
+      for i in range(20)
+    }
+    for user in range(10)
+  ]
+  assert all(len(side) == 1 for side in sides) and len(set.union(*sides)) == 2
+
+
+def test_the_order_of_answers_tells_nothing_of_their_origin(tmp_path):
+  """Over many items, the first place belongs to the first model about half of the time."""
+  answers = (("a", "one"), ("b", "two"))
+  database = app.make_project(tmp_path, [app.item(f"{i}", answers) for i in range(200)])
+  with database.read() as connection:
+    rows = connection.execute(schema.answers.select().order_by(schema.answers.c.id)).all()
+  first = [row.origin for row in rows if row.position == 0]
+  assert 70 < first.count("one") < 130
+  assert [row.id for row in rows if row.position == 0] == list(range(1, 400, 2))
+
+
+@pytest.mark.parametrize(
+  ("item", "message"),
+  [
+    (app.item(answers=(("a", "m"),)), "needs 2 to 9 answers, got 1"),
+    (app.item(answers=(("a", "m"),) * 10), "needs 2 to 9 answers, got 10"),
+    (app.item(kind="demonstration"), "has no answers, got 3"),
+    (app.item(kind="poem"), "kind 'poem' must be one of"),
+    (app.item(source="dream"), "source 'dream' must be one of"),
+    (app.item(wanted=0), "wanted=0 must be at least 1"),
+  ],
+)
+def test_bad_items_are_refused_and_nothing_is_added(tmp_path, item, message):
+  database = app.make_project(tmp_path)
+  with pytest.raises(UserError, match=message):
+    projects.add(database, [app.item(), item], 0.0)
+  with database.read() as connection:
+    assert not connection.execute(schema.items.select()).all()
+
+
+def test_the_share_held_out_is_settled_with_the_first_item(tmp_path):
+  database = app.make_project(tmp_path)
+  projects.change(database, {"held_out": "0.25", "title": "T"})
+  assert projects.settings(database) == projects.DEFAULTS | {"held_out": "0.25", "title": "T"}
+  projects.add(database, [app.item()], 0.0)
+  with pytest.raises(UserError, match="before there are items"):
+    projects.change(database, {"held_out": "0.5"})

@@ -1,0 +1,68 @@
+"""The database: rows that may not change, what is on disk, and who may read the file."""
+
+import os
+import stat
+
+import pytest
+import sqlalchemy as sa
+
+from instructjax.core.errors import UserError
+from instructjax.labels import schema
+from tests.labels import app
+
+
+@pytest.fixture
+def database(tmp_path):
+  found = app.make_project(tmp_path, [app.item()])
+  ann = app.user(found, "ann")
+  from instructjax.labels import work
+
+  app.submit(found, ann, work.next_item(found, ann, 1.0))
+  return found
+
+
+@pytest.mark.parametrize("table", schema.APPEND_ONLY)
+@pytest.mark.parametrize("verb", ["update", "delete"])
+def test_append_only_tables_refuse_changes(database, table, verb):
+  found = schema.metadata.tables[table]
+  statement = found.delete() if verb == "delete" else found.update().values(at=0.0)
+  with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
+    connection.execute(statement)
+  with database.read() as connection:
+    assert connection.execute(sa.select(found.c.at)).scalars().all().count(0.0) == 0
+    assert connection.execute(sa.select(sa.func.count()).select_from(found)).scalar_one() >= 1
+
+
+def test_triggers_are_back_after_a_deletion(database):
+  with database.write() as connection, schema.without_triggers(connection):
+    connection.execute(schema.submissions.delete())
+  with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
+    connection.execute(schema.audit.delete())
+
+
+def test_what_is_committed_is_on_disk(database):
+  """Write-ahead log, and a wait for the disk with every transaction."""
+  with database.write() as connection:
+    pragma = lambda name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+    assert (pragma("journal_mode"), pragma("synchronous"), pragma("foreign_keys")) == ("wal", 2, 1)
+
+
+def test_only_the_owner_may_read_the_file(database, tmp_path):
+  for name in os.listdir(tmp_path):
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
+
+
+def test_readers_do_not_wait_for_a_writer(database):
+  with database.write() as writing, database.read() as reading:
+    writing.execute(schema.users.update().values(role="admin"))
+    assert reading.execute(sa.select(schema.users.c.role)).scalar_one() == "labeler"
+
+
+def test_what_is_no_project_is_refused(tmp_path):
+  with pytest.raises(UserError, match="is no labeling project yet"):
+    schema.open_(str(tmp_path))
+  (tmp_path / "labels.sqlite").write_bytes(b"no database at all, but long enough to be looked at")
+  with pytest.raises(UserError, match="cannot be opened: .*not a database"):
+    schema.open_(str(tmp_path))
+  with pytest.raises(UserError, match="cannot write"):
+    schema.create(str(tmp_path / "labels.sqlite" / "p"))

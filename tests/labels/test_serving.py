@@ -1,0 +1,178 @@
+"""The application in a browser with scripts: chromium, driven by Playwright. Skipped where either is absent."""
+
+import contextlib
+import os
+import threading
+
+import pytest
+import uvicorn
+
+from instructjax.labels import schema, serving
+from tests.labels import app
+
+CHROMIUM = "/usr/bin/chromium"
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is in the test extra")
+if not os.access(CHROMIUM, os.X_OK):
+  pytest.skip(f"no {CHROMIUM}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+  """(address, database) of a running server."""
+  items = [
+    app.item(),
+    app.item("Write a line.", (), "demonstration"),
+    app.item("t", (("word " * 60, "m"), ("x" * 200, "m")), kind="toxicity"),
+  ]
+  database = app.make_project(tmp_path_factory.mktemp("project"), items)
+  config = uvicorn.Config(serving.make(database, ["127.0.0.1"]), port=0, log_level="error")
+  server, socket = uvicorn.Server(config), None
+  socket = config.bind_socket()
+  thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+  thread.start()
+  yield f"http://127.0.0.1:{socket.getsockname()[1]}", database
+  server.should_exit = True
+  thread.join()
+  socket.close()
+
+
+@pytest.fixture(scope="module")
+def page(site):
+  with playwright.sync_playwright() as started:
+    chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    found = context.new_page()
+    found.set_default_timeout(10_000)
+    wrong = []
+    found.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    yield found
+    chromium.close()
+  expected = ("Failed to load resource: net::ERR_INTERNET_DISCONNECTED",)
+  assert [
+    text for text in wrong if not text.startswith(expected)
+  ] == []  # no breach of the CSP either
+
+
+def ranks(page) -> dict[str, str]:
+  """Beginning of an answer's text -> its rank in the form."""
+  return page.evaluate(
+    "Object.fromEntries([...document.querySelectorAll('#ranks select')].map(s => [s.dataset.text, s.value]))"
+  )
+
+
+def card(page, text):
+  return page.locator(".one", has_text=text)
+
+
+def drag(page, text, rank):
+  """Moves a card into a rank with the mouse."""
+  zone = page.locator(f'.zone[data-rank="{rank}"]')
+  zone.scroll_into_view_if_needed()
+  start, end = card(page, text).bounding_box(), zone.bounding_box()
+  page.mouse.move(start["x"] + 20, start["y"] + 15)
+  page.mouse.down()
+  page.mouse.move(end["x"] + end["width"] - 30, end["y"] + end["height"] / 2, steps=4)
+  page.mouse.up()
+
+
+def _says(page, text):
+  playwright.expect(page.locator("#saved")).to_have_text(text)
+
+
+def test_a_labelers_day(site, page):
+  """One story, in order: each step begins where the last one ended."""
+  address, database = site
+  page.goto(address)
+  page.get_by_label("Name").fill("ann")
+  page.get_by_label("Password").fill(app.PASSWORD)
+  page.keyboard.press("Enter")
+  page.get_by_role("link", name="Begin").click()
+  _rank_by_mouse_and_keyboard(page)
+  _lose_the_network(page)
+  _send_by_keyboard_alone(page)
+  _demonstrate(page)
+  with database.read() as connection:
+    payloads = connection.execute(schema.submissions.select()).all()
+  assert len(payloads) == 2 and '"text": "A line."' in payloads[1].payload
+  assert all(row.seconds > 0 for row in payloads)
+  _fits_a_telephone(page)
+  page.get_by_role("button", name="Sign out").click()
+  assert page.url.endswith("/sign-in")
+  assert page.evaluate("Object.keys(localStorage).length") == 0
+
+
+def _rank_by_mouse_and_keyboard(page):
+  assert page.get_by_role("group", name="Rank 1 (best)").count() == 1
+  drag(page, "Blue.", 1)
+  assert ranks(page) == {"Blue.": "1", "Green, or so.": "", "No.": ""}
+  card(page, "Green").focus()
+  page.keyboard.press("1")  # a tie
+  assert page.locator("#told").inner_text().endswith("tied with " + _letter(page, "Blue."))
+  card(page, "No.").focus()
+  page.keyboard.press("ArrowUp")  # from below: to the last rank
+  assert ranks(page) == {"Blue.": "1", "Green, or so.": "1", "No.": "3"}
+  page.keyboard.press("ArrowUp")
+  page.keyboard.press("u")
+  assert ranks(page)["No."] == "3"
+  drag(page, "Blue.", 2)
+  page.get_by_role("button", name="Undo").click()
+  assert ranks(page) == {"Blue.": "1", "Green, or so.": "1", "No.": "3"}
+  assert card(page, "No.").get_attribute("aria-label").endswith("Rank 3")
+
+
+def _letter(page, text) -> str:
+  return card(page, text).locator("b").inner_text().removeprefix("Output ")
+
+
+def _lose_the_network(page):
+  """What is filled in without a network is there again after the page is loaded anew, and gets to the server."""
+  _says(page, "Draft saved")
+  page.context.set_offline(True)
+  page.locator("textarea").first.fill("typed in a tunnel")
+  _says(page, "No network: kept in this browser")
+  page.get_by_role("button", name="Send").click()
+  assert page.url.endswith("/items/1")
+  page.context.set_offline(False)
+  with contextlib.suppress(playwright.Error):
+    page.reload()
+  assert page.locator("textarea").first.input_value() == "typed in a tunnel"
+  assert ranks(page) == {"Blue.": "1", "Green, or so.": "1", "No.": "3"}
+  _says(page, "Draft saved")
+  page.evaluate("localStorage.clear()")
+  page.reload()  # now from the server's draft
+  assert page.locator("textarea").first.input_value() == "typed in a tunnel"
+
+
+def _send_by_keyboard_alone(page):
+  """Rates each output and sends the form without a mouse."""
+  for output in page.locator(".output").all():
+    output.locator("input[type=radio]").first.focus()
+    for _ in range(4):
+      page.keyboard.press("ArrowRight")
+    assert output.locator(".scale :checked").get_attribute("value") == "5"
+    output.get_by_role("button", name="No to all that is left").focus()
+    page.keyboard.press("Enter")
+    assert output.locator(".field :checked").count() == 11
+  page.get_by_role("button", name="Send").focus()
+  page.keyboard.press("Enter")
+  page.wait_for_url("**/items/2")
+
+
+def _demonstrate(page):
+  page.get_by_label("Your answer").fill("A line.")
+  page.get_by_role("button", name="Send").click()
+  page.wait_for_url("**/items/3")
+
+
+def _fits_a_telephone(page):
+  """At 390 pixels nothing is wider than the page; labelers at work see the same form."""
+  page.set_viewport_size({"width": 390, "height": 844})
+  for path in ("/work", "/items/3", "/items/1", "/history", "/account"):
+    page.goto(page.url.partition("/items")[0].partition("/history")[0].partition("/work")[0] + path)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
+  page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def test_a_drag_on_a_touch_screen_does_not_scroll(page, site):
+  assert "touch-action: none" in page.request.get(f"{site[0]}/static/label.css").text()

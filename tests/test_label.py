@@ -1,0 +1,114 @@
+"""The command of the labeling application: its words, and what it says where something is wrong."""
+
+import json
+import re
+import sys
+
+import pytest
+from absl.testing import flagsaver
+
+from instructjax import label
+from instructjax.core.errors import UserError
+from instructjax.labels import accounts, projects, schema
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+  """run(words, flag=value, ...) -> what the command prints; the project is in tmp_path/p."""
+
+  def one(words: str, **flags):
+    label.flags.FLAGS(["label"]) if not label.flags.FLAGS.is_parsed() else None
+    with flagsaver.flagsaver(**{"project": str(tmp_path / "p")} | flags):
+      label.main(words.split())
+    return capsys.readouterr().out
+
+  return one
+
+
+def prompts(tmp_path, count=3) -> str:
+  path = tmp_path / "prompts.jsonl"
+  path.write_text("".join(json.dumps({"prompt": f"Prompt {i}"}) + "\n" for i in range(count)))
+  return f"jsonl:{path}"
+
+
+def test_a_project_from_a_prompt_file(run, tmp_path):
+  (tmp_path / "say.txt").write_text("Be kind.")
+  flags = {"title": "Colours", "instructions": str(tmp_path / "say.txt"), "wanted": 2}
+  assert run("add", prompts=prompts(tmp_path), limit=2, **flags) == "2 items added\n"
+  database = schema.open_(str(tmp_path / "p"))
+  assert projects.settings(database)["instructions"] == "Be kind."
+  with database.read() as connection:
+    items = connection.execute(schema.items.select()).all()
+  assert [(item.kind, item.wanted, item.prompt) for item in items] == [
+    ("demonstration", 2, '"Prompt 0"'),
+    ("demonstration", 2, '"Prompt 1"'),
+  ]
+
+
+def test_accounts_are_made_and_reset(run, tmp_path):
+  said = run("users add ann", role="researcher")
+  password = re.search("password (\\S+),", said)[1]
+  database = schema.open_(str(tmp_path / "p"))
+  assert accounts.sign_in(database, "ann", password, "here", 0.0)
+  again = re.search("password (\\S+),", run("users reset ann"))[1]
+  assert accounts.sign_in(database, "ann", password, "here", 0.0) is None
+  assert accounts.sign_in(database, "ann", again, "here", 0.0)
+  assert run("users") == "ann\tresearcher\ttraining\tactive\n"
+
+
+@pytest.mark.parametrize(
+  ("words", "flags", "message"),
+  [
+    ("", {}, "the first argument must be one of serve, add"),
+    ("paint", {}, "the first argument must be one of"),
+    ("serve again", {}, "unexpected arguments"),
+    ("serve", {"project": ""}, "--project must have a value"),
+    ("serve", {"host": "0.0.0.0"}, "give its name as --public=NAME"),
+    ("export", {"to": "x"}, "is no labeling project yet"),
+    ("sample", {}, "--checkpoint must have a value"),
+    ("sample", {"checkpoint": ["x"], "k": 10}, "--k=10 must be 2 to 9"),
+    ("users add", {}, "users takes nothing"),
+    ("users add a/b", {}, "name 'a/b' must be up to 80 letters"),
+    ("users add ann", {"role": "king"}, "role 'king' must be one of"),
+    ("users reset ann", {}, "there is no person named 'ann'"),
+    ("import", {}, "--from must have a value"),
+    ("delete", {}, "delete takes the name of one person"),
+    ("users data ann", {"to": "x"}, "is no labeling project yet"),
+    ("add", {"held_out": "2"}, "held_out='2' must be between 0 and 1"),
+    ("add", {"instructions": "/absent"}, "--instructions=/absent cannot be read"),
+  ],
+)
+def test_mistakes(run, tmp_path, words, flags, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    run(words, **flags)
+
+
+def test_without_the_extra_the_command_names_it(run, monkeypatch):
+  monkeypatch.setitem(sys.modules, "argon2", None)
+  with pytest.raises(UserError, match=r"needs argon2.*: pip install 'instructjax\[label\]'"):
+    run("users")
+
+
+def test_export_writes_the_files(run, tmp_path):
+  run("add", prompts=prompts(tmp_path))
+  with pytest.raises(UserError, match="holds no comparisons yet"):
+    run("export", to=str(tmp_path / "out"))
+  said = run("export", kind="prompts", to=str(tmp_path / "out"))
+  assert "records" in said and (tmp_path / "out" / "train.jsonl").exists()
+
+
+def test_in_by_import_and_out_by_export_and_away_by_deletion(run, tmp_path):
+  row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1], "labeler": "ann"}
+  (tmp_path / "r.jsonl").write_text(
+    json.dumps(row) + "\n" + json.dumps(row | {"prompt": "q", "ranks": [2, 1]})
+  )
+  assert (
+    run("import", **{"from": f"jsonl:{tmp_path}/r.jsonl"}) == "2 items with 2 submissions added\n"
+  )
+  said = run("export", to=str(tmp_path / "out"), format="label_studio")
+  assert "1 rankings left out: format label_studio has no place for their ties" in said
+  run("users data ann", to=str(tmp_path / "ann.json"))
+  assert len(json.loads((tmp_path / "ann.json").read_text())["submissions"]) == 2
+  assert "ann is deleted, with 0 drafts" in run("delete ann")
+  with pytest.raises(UserError, match="holds no comparisons yet"):
+    run("export", to=str(tmp_path / "out"))
