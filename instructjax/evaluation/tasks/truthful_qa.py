@@ -57,7 +57,7 @@ TASK = Task(
     "truthfulqa*.csv",
     "truthful*/truthfulqa*.csv",
     "truthful*/truthfulqa*",
-    "truthful*qa*/generation*",
+    "generation/*val*",
   ),
   read=each(parse),
   group=lambda item: item.question,

@@ -70,7 +70,7 @@ def score(item: Item, answer: Sequence[Choice]) -> dict[str, float]:
 
 TASK = Task(
   title="TruthfulQA, multiple choice",
-  files=("mc_task*.json*", "truthful*/multiple_choice*", "truthful*mc*.json*"),
+  files=("mc_task*.json*", "multiple_choice/*val*"),
   read=each(parse),
   group=lambda item: item.question,
   prompts={
