@@ -16,6 +16,7 @@ COMMANDS = {
   "run": ("instructjax.main", "train a stage and all that it starts from, evaluate, and report"),
   "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
   "evaluate": ("instructjax.evaluate", "ask finished models the tasks of the paper's Table 14"),
+  "rewards": ("instructjax.commands.rewards", "measure reward models on ranked answers"),
   "compare": (
     "instructjax.compare",
     "make one report of several finished runs, seeds as error bars",

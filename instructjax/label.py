@@ -3,6 +3,7 @@
 Other words than `serve` make a project, fill it, and take records out of it.
 """
 
+import pathlib
 import time
 
 from absl import flags
@@ -46,7 +47,15 @@ _SCREENING = flags.DEFINE_bool(
 _SOURCE = flags.DEFINE_enum(
   "source", "labeler", ["labeler", "customer"], "add, sample: who wrote the prompts."
 )
-_TO = flags.DEFINE_string("to", "", "export: the folder to write to.")
+_FROM = flags.DEFINE_string(
+  "from",
+  "",
+  "import: a source of comparisons or demonstrations, as jsonl:rankings.jsonl or hh:pairs.jsonl.",
+)
+_FORMAT = flags.DEFINE_string("format", "own", "export: own, hh, label_studio or argilla.")
+_SIMULATION = flags.DEFINE_string("simulation", "demo:", "simulate: whose labelers rank.")
+_GROUP = flags.DEFINE_enum("group", "train", ["train", "heldout"], "simulate: which of them.")
+_TO = flags.DEFINE_string("to", "", "export: the folder to write to; users data: the file.")
 _ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher or admin.")
 _COHORT = flags.DEFINE_string(
   "cohort", "training", "users add: training, or heldout for labelers who are kept from training."
@@ -86,7 +95,7 @@ def main(arguments: list[str]):
     ) from error
   place = places.expand(_PROJECT.value, "--project", places.DATABASES)
   word, *rest = arguments
-  if rest and word != "users":
+  if rest and word not in ("users", "delete"):
     raise UserError(f"unexpected arguments {ascii(rest)[:200]} after {word}")
   _COMMANDS[word](place, rest)
 
@@ -223,13 +232,57 @@ def _export(place: str, _: list[str]):
 
   schema.open_(place)
   folder = places.require(_TO.value, "--to")
-  for name, count in exchange.export(place, _KIND.value or "comparisons", folder).items():
+  kind = _KIND.value or "comparisons"
+  counts, left_out = exchange.export(place, kind, folder, _FORMAT.value)
+  for name, count in counts.items():
     print(f"{folder}/{name}: {count} records")
+  if left_out:
+    print(
+      f"{left_out} rankings left out: format {_FORMAT.value} has no place for their ties or roles"
+    )
+
+
+def _import(place: str, _: list[str]):
+  from instructjax.labels import filling, schema
+
+  spec = places.expand_source(_given(_FROM.value), "--from")
+  database = schema.create(place)
+  _settings(database)
+  counts = filling.bring_in(database, spec, _KIND.value or "comparisons", time.time())
+  print(f"{counts[0]} items with {counts[1]} submissions added")
+
+
+def _given(value: str) -> str:
+  """The value of --from.
+
+  Raises:
+    UserError: it is missing.
+  """
+  if not value:
+    raise UserError("--from must have a value, as jsonl:rankings.jsonl")
+  return value
+
+
+def _simulate(place: str, _: list[str]):
+  from instructjax.labels import filling, schema
+
+  now = time.time()
+  count = filling.simulate(schema.open_(place), _SIMULATION.value, _GROUP.value, _SEED.value, now)
+  print(f"{count} rankings added")
+
+
+def _delete(place: str, rest: list[str]):
+  from instructjax.labels import privacy, schema
+
+  if len(rest) != 1:
+    raise UserError("delete takes the name of one person, as in `label delete ann --project=DIR`")
+  counts = privacy.delete(schema.open_(place), rest[0], time.time())
+  print(f"{rest[0]} is deleted, with {', '.join(f'{n} {table}' for table, n in counts.items())}")
 
 
 def _users(place: str, rest: list[str]):
-  """`users`, `users add NAME`, `users reset NAME`."""
-  from instructjax.labels import accounts, schema
+  """`users`, `users add NAME`, `users reset NAME`, `users data NAME`."""
+  from instructjax.labels import accounts, exchange, privacy, schema
 
   if not rest:
     for person in accounts.everybody(schema.open_(place)):
@@ -237,9 +290,14 @@ def _users(place: str, rest: list[str]):
         f"{person.name}\t{person.role}\t{person.cohort}\t{'active' if person.is_active else 'shut out'}"
       )
     return
-  if len(rest) != 2 or rest[0] not in ("add", "reset"):
-    raise UserError("users takes nothing, `add NAME` or `reset NAME`")
+  if len(rest) != 2 or rest[0] not in ("add", "reset", "data"):
+    raise UserError("users takes nothing, `add NAME`, `reset NAME` or `data NAME`")
   word, name = rest
+  if word == "data":
+    path = pathlib.Path(places.require(_TO.value, "--to"))
+    exchange.write_lines(path, [privacy.data_of(schema.open_(place), name)])
+    print(f"everything of {name} is in {path}")
+    return
   database = schema.create(place)
   if word == "add":
     password = accounts.new_password()
@@ -254,6 +312,9 @@ _COMMANDS = {
   "add": _add,
   "sample": _sample,
   "export": _export,
+  "import": _import,
+  "simulate": _simulate,
+  "delete": _delete,
   "users": _users,
 }
 

@@ -71,6 +71,9 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("users add a/b", {}, "name 'a/b' must be up to 80 letters"),
     ("users add ann", {"role": "king"}, "role 'king' must be one of"),
     ("users reset ann", {}, "there is no person named 'ann'"),
+    ("import", {}, "--from must have a value"),
+    ("delete", {}, "delete takes the name of one person"),
+    ("users data ann", {"to": "x"}, "is no labeling project yet"),
     ("add", {"held_out": "2"}, "held_out='2' must be between 0 and 1"),
     ("add", {"instructions": "/absent"}, "--instructions=/absent cannot be read"),
   ],
@@ -92,3 +95,20 @@ def test_export_writes_the_files(run, tmp_path):
     run("export", to=str(tmp_path / "out"))
   said = run("export", kind="prompts", to=str(tmp_path / "out"))
   assert "records" in said and (tmp_path / "out" / "train.jsonl").exists()
+
+
+def test_in_by_import_and_out_by_export_and_away_by_deletion(run, tmp_path):
+  row = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1], "labeler": "ann"}
+  (tmp_path / "r.jsonl").write_text(
+    json.dumps(row) + "\n" + json.dumps(row | {"prompt": "q", "ranks": [2, 1]})
+  )
+  assert (
+    run("import", **{"from": f"jsonl:{tmp_path}/r.jsonl"}) == "2 items with 2 submissions added\n"
+  )
+  said = run("export", to=str(tmp_path / "out"), format="label_studio")
+  assert "1 rankings left out: format label_studio has no place for their ties" in said
+  run("users data ann", to=str(tmp_path / "ann.json"))
+  assert len(json.loads((tmp_path / "ann.json").read_text())["submissions"]) == 2
+  assert "ann is deleted, with 0 drafts" in run("delete ann")
+  with pytest.raises(UserError, match="holds no comparisons yet"):
+    run("export", to=str(tmp_path / "out"))

@@ -290,6 +290,17 @@ def without_triggers(connection: sa.Connection) -> Generator[None]:
     connection.exec_driver_sql(statement)
 
 
+def forget_pages(database: Database):
+  """Makes SQLite overwrite what deleted rows have left in the file and in its log."""
+  if database.engine.dialect.name == "sqlite":
+    with database.engine.connect() as connection:
+      raw = connection.connection.driver_connection
+      if raw is None:
+        raise ValueError("a connection to SQLite has a driver's connection")
+      raw.execute("VACUUM")
+      raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
 def insert(connection: sa.Connection, table: sa.Table, **values) -> int:
   """Adds a row, and returns its number."""
   key = connection.execute(table.insert().values(**values)).inserted_primary_key

@@ -42,10 +42,10 @@ def between(interval: Sequence[float], show: str) -> str:
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-  """(part, metric) of each row of the table."""
-  return [
-    (part, metric) for part in summary["parts"] for metric in part["metrics"] if metric["is_shown"]
-  ]
+  """(part, metric) of each row of the table, in the order of the paper's; what it does not have comes last."""
+  order = {name: place for place, name in enumerate(table14.TASKS)}
+  parts = sorted(summary["parts"], key=lambda part: order.get(part["task"], len(order)))
+  return [(part, metric) for part in parts for metric in part["metrics"] if metric["is_shown"]]
 
 
 def _name(part: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
@@ -142,7 +142,7 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       "items": max(found["num_items"] for found in metric["models"].values()),
       "cells": [_cell(metric["models"].get(name), metric["show"]) for name in models],
       "paper": [
-        [shown(value, metric["show"]) for value in sizes] if metric["paper"] else [_DASH] * 3
+        "/".join(shown(value, metric["show"]) for value in sizes) if sizes else _DASH
         for sizes in (metric["paper"] or [()] * len(table14.MODELS))
       ],
       "notes": _notes(part),
@@ -170,11 +170,11 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
 def _notes(part: Mapping[str, Any]) -> list[str]:
   """What a reader must know of a row."""
   notes = [part["shots"]] if part["shots"] else []
-  for name, counts in part["fits"].items():
-    if counts["cut"]:
-      notes.append(f"{name} read {counts['cut']} prompts without their beginning, too long for it")
-    if counts["too long"]:
-      notes.append(f"{name} could not be asked {counts['too long']} items, too long for it")
+  words = {"cut": "too long, read without their beginning", "too long": "too long to be asked"}
+  for fit, says in words.items():
+    found = {name: counts[fit] for name, counts in part["fits"].items() if counts[fit]}
+    if found:
+      notes.append(f"{says}: {', '.join(f'{name} {count}' for name, count in found.items())}")
   return notes
 
 

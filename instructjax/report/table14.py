@@ -73,6 +73,8 @@ TABLE = {
   for name, cells in (line.split(maxsplit=1) for line in _PRINTED.strip().splitlines())
 }
 
+TASKS = tuple(dict.fromkeys(name.partition("/")[0] for name in TABLE))  # in the table's order
+
 
 def cells(task: str, prompt: str, metric: str) -> Cells | None:
   """The paper's numbers for a metric of a prompt of a task; None for what is not in the table."""

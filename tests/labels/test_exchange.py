@@ -39,7 +39,7 @@ def ranked(tmp_path):
 
 
 def test_what_a_labeler_ranks_is_what_the_reward_model_reads(ranked, tmp_path):
-  counts = exchange.export(str(ranked), "comparisons", str(tmp_path / "out"))
+  counts, _ = exchange.export(str(ranked), "comparisons", str(tmp_path / "out"))
   assert list(counts.values()) == [1]
   (name,) = counts
   (from_file,) = load(f"jsonl:{tmp_path}/out/{name}")
@@ -110,7 +110,7 @@ def test_what_heldout_labelers_rank_is_kept_from_training(tmp_path):
   for user in (accounts.User(number, "zoe", "labeler"), app.user(database, "ann")):
     while (item := work.next_item(database, user, 0.0)) is not None:
       app.submit(database, user, item)
-  counts = exchange.export(str(tmp_path / "p"), "comparisons", str(tmp_path / "out"))
+  counts, _ = exchange.export(str(tmp_path / "p"), "comparisons", str(tmp_path / "out"))
   rows = {
     name: [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
     for name in counts
@@ -123,3 +123,41 @@ def test_what_heldout_labelers_rank_is_kept_from_training(tmp_path):
   assert prompts_of("validation.jsonl") == prompts_of("heldout.jsonl") == held_out
   labelers = {name: {row["labeler"] for row in rows[name]} for name in rows}
   assert labelers == {"train.jsonl": {"ann"}, "validation.jsonl": {"ann"}, "heldout.jsonl": {"zoe"}}
+
+
+def ranking(ranks, prompt="Name a colour.", labeler="ann"):
+  responses = ["Blue.", "Green.", "No."][: len(ranks)]
+  return {"prompt": prompt, "responses": responses, "ranks": ranks, "labeler": labeler}
+
+
+@pytest.mark.parametrize("form", ["own", "argilla", "label_studio"])
+def test_other_tools_formats_come_back_as_they_were(tmp_path, form):
+  rows, left_out = exchange.rows_in(form, [ranking([2, 3, 1])])
+  assert not left_out
+  exchange.write_lines(tmp_path / "rows.jsonl", rows)
+  (found,) = load(f"jsonl:{tmp_path}/rows.jsonl")
+  assert dict(zip(found.responses, found.ranks)) == {"Blue.": 2, "Green.": 3, "No.": 1}
+  assert (found.prompt, found.labeler) == ("Name a colour.", "ann")
+
+
+def test_ties_in_other_tools_formats(tmp_path):
+  """Argilla's rankings have ties; Label Studio's have none, and say so; pairs leave a tied pair out."""
+  tied = ranking([1, 2, 1])
+  (row,) = exchange.rows_in("argilla", [tied])[0]
+  exchange.write_lines(tmp_path / "rows.jsonl", [row])
+  assert load(f"jsonl:{tmp_path}/rows.jsonl")[0].ranks == (1, 2, 1)
+  assert exchange.rows_in("label_studio", [tied, ranking([1, 2])]) == (
+    [{**exchange.rows_in("label_studio", [ranking([1, 2])])[0][0], "id": 2}],
+    1,
+  )
+  pairs, left_out = exchange.rows_in("hh", [tied, ranking([1, 1])])
+  assert (len(pairs), left_out) == (2, 1)
+  exchange.write_lines(tmp_path / "pairs.jsonl", pairs)
+  found = load(f"hh:{tmp_path}/pairs.jsonl")
+  assert {one.responses for one in found} == {(" Blue.", " Green."), (" No.", " Green.")}
+  assert {one.labeler for one in found} == {"ann"}
+
+
+def test_an_unknown_format_is_refused():
+  with pytest.raises(UserError, match="--format='x' must be one of own, hh"):
+    exchange.rows_in("x", [])

@@ -22,7 +22,7 @@ def site(tmp_path_factory):
   items = [
     app.item(),
     app.item("Write a line.", (), "demonstration"),
-    app.item("t", kind="toxicity"),
+    app.item("t", (("word " * 60, "m"), ("x" * 200, "m")), kind="toxicity"),
   ]
   database = app.make_project(tmp_path_factory.mktemp("project"), items)
   config = uvicorn.Config(serving.make(database, ["127.0.0.1"]), port=0, log_level="error")

@@ -1,0 +1,214 @@
+"""Fills a project with what was ranked and written elsewhere: by other tools' annotators, or by simulated labelers.
+
+Called by the command. Whoever is named becomes a person of the project, who cannot sign in.
+"""
+
+import dataclasses
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from instructjax.core.errors import UserError
+from instructjax.data import sources
+from instructjax.data.records import Demonstration, Ranking
+from instructjax.labels import accounts, forms, projects
+from instructjax.labels.schema import Database, answers, assignments, items, submissions
+
+NOBODY = "imported"  # ranks what has no labeler
+_ROUND = (
+  10**6
+)  # a simulated labeler's noise goes by the number of the ranking, see stages/collect.py
+_MOST_ROUNDS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """Finished work to put into the database."""
+
+  item_id: int
+  person: str
+  payload: dict[str, Any]
+
+
+def record(database: Database, work: Iterable[Done], now: float, cohort: str = "training"):
+  """Adds finished work, in one transaction.
+
+  Args:
+    database: the project's.
+    work: no person has done the item before.
+    now: the time.
+    cohort: of people who are not in the project yet.
+  """
+  work = list(work)
+  numbers = {person.name: person.id for person in accounts.everybody(database)}
+  for name in sorted({done.person for done in work} - numbers.keys()):
+    numbers[name] = accounts.add(database, name, "labeler", None, now, cohort)
+  tokens = [secrets.token_urlsafe(16) for _ in work]
+  with database.write() as connection:
+    for part in (slice(i, i + 500) for i in range(0, len(work), 500)):
+      rows = list(zip(work[part], tokens[part], strict=True))
+      connection.execute(
+        assignments.insert(),
+        [
+          {
+            "item_id": done.item_id,
+            "user_id": numbers[done.person],
+            "state": "done",
+            "token": secrets.token_urlsafe(16),
+            "opened": now,
+            "touched": now,
+            "reason": "",
+          }
+          for done, _ in rows
+        ],
+      )
+      connection.execute(
+        submissions.insert(),
+        [
+          {
+            "item_id": done.item_id,
+            "user_id": numbers[done.person],
+            "token": token,
+            "payload": json.dumps(done.payload, sort_keys=True),
+            "seconds": 0.0,
+            "at": now,
+          }
+          for done, token in rows
+        ],
+      )
+
+
+def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int, int]:
+  """Adds the comparisons or demonstrations of a source, and returns the numbers of items and of submissions.
+
+  Rankings of the same answers to the same prompt are one item.
+
+  Args:
+    database: the project's.
+    spec: as data.comparisons takes it: `jsonl:` also reads Label Studio's and Argilla's exports, `hh:` pairs.
+    kind: comparisons or demonstrations.
+    now: the time.
+  Raises:
+    UserError: the source cannot be read, or a labeler has ranked the same answers twice.
+  """
+  if kind not in ("comparisons", "demonstrations"):
+    raise UserError("--kind must be comparisons or demonstrations")
+  loaded = sources.load(spec, kind, "all", seed=0, validation_fraction=0.5, on_bad_record="raise")
+  found = [one for one in loaded if isinstance(one, Ranking | Demonstration)]
+  together: dict[Any, list[Any]] = {}
+  for number, one in enumerate(found):
+    same = number if isinstance(one, Demonstration) else tuple(sorted(one.responses))
+    together.setdefault((projects.as_json(one.prompt), same), []).append(one)
+  groups = list(together.values())
+  for group in groups:
+    names = [_name(one) for one in group]
+    if twice := {name for name in names if names.count(name) > 1}:
+      raise UserError(f"{group[0].where}: {min(twice)} has ranked the same answers twice")
+  new = [
+    projects.Item(
+      "ranking" if isinstance(group[0], Ranking) else "demonstration",
+      group[0].prompt,
+      tuple((text, "imported") for text in getattr(group[0], "responses", ())),
+      wanted=len(group),
+    )
+    for group in groups
+  ]
+  numbers = projects.add(database, new, now)
+  order = _answers(database)
+  done = [
+    Done(number, _name(one), _payload(one, order.get(number, [])))
+    for number, group in zip(numbers, groups, strict=True)
+    for one in group
+  ]
+  record(database, done, now)
+  return len(new), len(done)
+
+
+def _name(one: Ranking | Demonstration) -> str:
+  labeler = one.labeler if isinstance(one, Ranking) else None
+  return re.sub(r"[^\w.@+-]", "_", labeler or NOBODY)[:80]
+
+
+def _answers(database: Database) -> dict[int, list[sa.Row]]:
+  """Number of an item -> its answers in order."""
+  with database.read() as connection:
+    rows = connection.execute(sa.select(answers).order_by(answers.c.item_id, answers.c.position))
+    result: dict[int, list[sa.Row]] = {}
+    for row in rows:
+      result.setdefault(row.item_id, []).append(row)
+  return result
+
+
+def _payload(one: Ranking | Demonstration, order: Sequence[sa.Row]) -> dict[str, Any]:
+  if isinstance(one, Demonstration):
+    return {"text": one.response}
+  left = list(zip(one.responses, one.ranks, strict=True))
+  found = {}
+  for answer in order:
+    place = next(i for i, (text, _) in enumerate(left) if text == answer.text)
+    found[str(answer.id)] = {"rank": left.pop(place)[1], "note": ""}
+  return {"answers": found}
+
+
+def simulate(database: Database, spec: str, group: str, seed: int, now: float) -> int:
+  """Lets the labelers of a simulated task rank what is still wanted, and returns the number of rankings.
+
+  They rank as in the stage `collect`. Overall quality goes by the rank, and every yes/no field is no.
+
+  Args:
+    database: a project whose prompts are the task's.
+    spec: demo: or conversation:.
+    group: train; or heldout for other labelers, who rank the held-out items once more.
+    seed: determines the labelers, who ranks what, and their noise.
+    now: the time.
+  Raises:
+    UserError: the source is no simulated task, or a prompt is not one of the task's.
+  """
+  simulation = sources.require_simulation(spec)
+  order, is_extra = _answers(database), group == "heldout"
+  people = {person.id: person.name for person in accounts.everybody(database)}
+  with database.read() as connection:
+    query = sa.select(items).where(items.c.kind == "ranking").order_by(items.c.id)
+    found = connection.execute(query).all()
+    taken: dict[int, set[str]] = {item.id: set() for item in found}
+    for row in connection.execute(sa.select(assignments.c.item_id, assignments.c.user_id)):
+      taken.setdefault(row.item_id, set()).add(people[row.user_id])
+  if is_extra:
+    found = [item for item in found if item.split == "validation"]
+  wanted = {item.id: 1 if is_extra else max(0, item.wanted - len(taken[item.id])) for item in found}
+  done: list[Done] = []
+  for round_ in range(_MOST_ROUNDS):
+    open_ = [item for item in found if wanted[item.id] > 0]
+    if not open_:
+      break
+    asked = [
+      (json.loads(item.prompt), [answer.text for answer in order[item.id]]) for item in open_
+    ]
+    ranked = simulation.collect_rankings(asked, group, seed, _ROUND * round_)
+    for item, ranking in zip(open_, ranked, strict=True):
+      if ranking.labeler not in taken[item.id]:
+        taken[item.id].add(ranking.labeler)
+        wanted[item.id] -= 1
+        done.append(Done(item.id, ranking.labeler, _rated(order[item.id], ranking.ranks)))
+  record(database, done, now, "heldout" if is_extra else "training")
+  return len(done)
+
+
+def _rated(order: Sequence[sa.Row], ranks: Sequence[int]) -> dict[str, Any]:
+  fields = {name: False for name, _ in forms.FIELDS}
+  last = max(max(ranks) - 1, 1)
+  return {
+    "answers": {
+      str(answer.id): {
+        "overall": 7 - round(6 * (rank - 1) / last),
+        **fields,
+        "note": "",
+        "rank": rank,
+      }
+      for answer, rank in zip(order, ranks, strict=True)
+    }
+  }

@@ -1,0 +1,69 @@
+"""One person's data: all of it as JSON, and its deletion. Called by the command."""
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from instructjax.labels import accounts, schema
+from instructjax.labels.schema import Database
+
+# Tables with a column user_id, in an order in which rows may be deleted.
+_OWN = ("sessions", "survey", "grades", "submissions", "assignments", "audit")
+
+
+def data_of(database: Database, name: str) -> dict[str, Any]:
+  """Everything that the database holds of a person, but for the hashes of password and sessions.
+
+  Raises:
+    UserError: there is no such person.
+  """
+  number = accounts.number_of(database, name)
+  hidden = ("password", "token")
+  with database.read() as connection:
+    rows = lambda query: [
+      {key: value for key, value in row.items() if key not in hidden}
+      for row in connection.execute(query).mappings()
+    ]
+    found = {"person": rows(sa.select(schema.users).where(schema.users.c.id == number))}
+    for table in (schema.metadata.tables[own] for own in _OWN):
+      found[table.name] = rows(sa.select(table).where(table.c.user_id == number))
+    found["drafts"] = rows(sa.select(schema.drafts).where(_own_drafts(number)))
+    found["attempts"] = rows(sa.select(schema.attempts).where(schema.attempts.c.name == name))
+    found["prompts"] = rows(sa.select(schema.items).where(schema.items.c.author == name))
+  return found
+
+
+def _own_drafts(number: int):
+  own = sa.select(schema.assignments.c.id).where(schema.assignments.c.user_id == number)
+  return schema.drafts.c.assignment_id.in_(own)
+
+
+def delete(database: Database, name: str, now: float) -> dict[str, int]:
+  """Deletes a person with everything that the person has made, and returns the number of rows by table.
+
+  What others have made of the person's prompts stays; the prompts lose the author's name. Copies (exports, backups,
+  models trained on them) are not reached.
+
+  Raises:
+    UserError: there is no such person.
+  """
+  number = accounts.number_of(database, name)
+  counts = {}
+  with database.write() as connection, schema.without_triggers(connection):
+    grades, submissions = schema.grades, schema.submissions
+    own = sa.select(submissions.c.id).where(submissions.c.user_id == number)
+    connection.execute(grades.delete().where(grades.c.submission_id.in_(own)))
+    counts["drafts"] = connection.execute(
+      schema.drafts.delete().where(_own_drafts(number))
+    ).rowcount
+    for table in (schema.metadata.tables[own] for own in _OWN):
+      counts[table.name] = connection.execute(
+        table.delete().where(table.c.user_id == number)
+      ).rowcount
+    attempts, items = schema.attempts, schema.items
+    connection.execute(attempts.delete().where(attempts.c.name == name))
+    connection.execute(items.update().where(items.c.author == name).values(author=""))
+    connection.execute(schema.users.delete().where(schema.users.c.id == number))
+    schema.log(connection, None, "person deleted", f"person {number}", now)
+  schema.forget_pages(database)
+  return counts

@@ -1,0 +1,106 @@
+"""Rankings from elsewhere and simulated labelers' become a project's, and training reads them from there."""
+
+import collections
+import json
+
+import pytest
+
+from instructjax.core.errors import UserError
+from instructjax.data import sources
+from instructjax.labels import accounts, exchange, filling, projects
+from tests.labels import app
+
+
+def load(spec, kind="comparisons", split="all"):
+  return sources.load(spec, kind, split, seed=0, validation_fraction=0.05, on_bad_record="raise")
+
+
+def write(path, *rows) -> str:
+  exchange.write_lines(path, rows)
+  return f"jsonl:{path}"
+
+
+def test_rankings_of_several_annotators_become_one_item(tmp_path):
+  row = {"prompt": "p", "responses": ["a", "b", "b"], "ranks": [1, 2, 3], "labeler": "ann lee"}
+  spec = write(
+    tmp_path / "rows.jsonl",
+    row,
+    row | {"ranks": [1, 1, 2], "labeler": "bea"},
+    row | {"prompt": "q", "labeler": None},
+  )
+  database = app.make_project(tmp_path / "p", people=())
+  assert filling.bring_in(database, spec, "comparisons", 0.0) == (2, 3)
+  found = load(f"labels:{tmp_path}/p")
+  as_pairs = lambda one: (one.prompt, one.labeler, sorted(zip(one.responses, one.ranks)))
+  assert [as_pairs(one) for one in found] == [
+    ("p", "ann_lee", [("a", 1), ("b", 2), ("b", 3)]),
+    ("p", "bea", [("a", 1), ("b", 1), ("b", 2)]),
+    ("q", "imported", [("a", 1), ("b", 2), ("b", 3)]),
+  ]
+  assert accounts.sign_in(database, "bea", "", "here", 0.0) is None
+  with pytest.raises(UserError, match="ann_lee has ranked the same answers twice"):
+    filling.bring_in(database, write(tmp_path / "twice.jsonl", row, row), "comparisons", 0.0)
+  with pytest.raises(UserError, match="--kind must be comparisons or demonstrations"):
+    filling.bring_in(database, spec, "prompts", 0.0)
+
+
+def test_demonstrations_are_brought_in(tmp_path):
+  spec = write(tmp_path / "d.jsonl", *[{"prompt": "p", "response": text} for text in "ab"])
+  database = app.make_project(tmp_path / "p", people=())
+  assert filling.bring_in(database, spec, "demonstrations", 0.0) == (2, 2)
+  found = load(f"labels:{tmp_path}/p", "demonstrations")
+  assert [one.response for one in found] == ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  return [
+    one.prompt
+    for one in sources.load(
+      "demo:", "prompts", "train", seed=0, validation_fraction=0.05, on_bad_record="raise"
+    )
+  ][:30]
+
+
+@pytest.fixture
+def simulated(tmp_path, prompts):
+  """Thirty prompts of the default task, with three answers each, that two labelers are to rank."""
+  texts = ("praise the lord for he is good.", "the the the", "i will sing of his mercy forever.")
+  answers = tuple((text, "m") for text in texts)
+  database = app.make_project(tmp_path / "p", people=())
+  projects.change(database, {"held_out": "0.3"})
+  projects.add(database, [app.item(prompt, answers, wanted=2) for prompt in prompts], 0.0)
+  return database
+
+
+def test_simulated_labelers_fill_a_project(simulated, tmp_path, prompts):
+  """The first ranking of each prompt is the one that the stage `collect` would get."""
+  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == 60
+  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == 0  # nothing is wanted any more
+  found = load(f"labels:{tmp_path}/p")
+  counts = collections.Counter(one.prompt for one in found)
+  assert set(counts.values()) == {2} and set(counts) == set(prompts)
+  assert len({(one.prompt, one.labeler) for one in found}) == 60
+  asked = [(one.prompt, one.responses) for one in found[:30]]
+  own = sources.require_simulation("demo:").collect_rankings(asked, "train", 0)
+  assert [(one.ranks, one.labeler) for one in found[:30]] == [
+    (one.ranks, one.labeler) for one in own
+  ]
+  sides = {
+    split: len(load(f"labels:{tmp_path}/p", split=split)) for split in ("train", "validation")
+  }
+  assert sum(sides.values()) == 60 and all(sides.values())
+
+
+def test_heldout_labelers_rank_the_heldout_prompts_once_more(simulated, tmp_path):
+  filling.simulate(simulated, "demo:", "train", 0, 0.0)
+  count = filling.simulate(simulated, "demo:", "heldout", 0, 0.0)
+  counts, _ = exchange.export(str(tmp_path / "p"), "comparisons", str(tmp_path / "out"))
+  assert counts["heldout.jsonl"] == count == counts["validation.jsonl"] / 2
+  rows = [json.loads(line) for line in (tmp_path / "out/heldout.jsonl").read_text().splitlines()]
+  assert {row["labeler"].partition("_")[0] for row in rows} == {"heldout"}
+
+
+def test_only_a_simulated_tasks_labelers_can_be_simulated(simulated):
+  with pytest.raises(UserError, match="simulated labelers know only"):
+    filling.simulate(simulated, "jsonl:x", "train", 0, 0.0)

@@ -1,0 +1,55 @@
+"""One person's data, and that nothing of it is left after a deletion."""
+
+import pytest
+import sqlalchemy as sa
+
+from instructjax.core.errors import UserError
+from instructjax.labels import accounts, privacy, schema, work
+from tests.labels import app
+
+
+@pytest.fixture
+def database(tmp_path):
+  people = (("ann", "labeler"), ("bea", "labeler"))
+  found = app.make_project(tmp_path, [app.item("secret of ann", author="ann", wanted=2)], people)
+  for name in ("ann", "bea"):
+    person = app.user(found, name)
+    number = work.next_item(found, person, 0.0)
+    ids = app.answers_of(found, number)
+    app.submit(found, person, number, **{f"{min(ids.values())}.note": f"a note of {name}"})
+    accounts.sign_in(found, name, app.PASSWORD, "here", 0.0)
+    accounts.sign_in(found, name, "wrong", "here", 0.0)
+  return found
+
+
+def test_everything_of_a_person(database):
+  found = privacy.data_of(database, "ann")
+  assert [row["name"] for row in found["person"]] == ["ann"]
+  counts = {name: len(rows) for name, rows in found.items()}
+  assert (
+    counts["submissions"] == counts["assignments"] == counts["attempts"] == counts["prompts"] == 1
+  )
+  assert "a note of ann" in found["submissions"][0]["payload"]
+  text = repr(found)
+  assert "a note of bea" not in text and "$argon2" not in text and "'token'" not in text
+  with pytest.raises(UserError, match="no person named 'zoe'"):
+    privacy.data_of(database, "zoe")
+
+
+def test_nothing_is_left_of_a_deleted_person(database, tmp_path):
+  number = app.user(database, "ann").id
+  counts = privacy.delete(database, "ann", 9.0)
+  assert counts["submissions"] == 1
+  with database.read() as connection:
+    for table in schema.metadata.tables.values():
+      if "user_id" in table.c:
+        rows = connection.execute(sa.select(table).where(table.c.user_id == number)).all()
+        assert not rows, table.name
+    assert connection.execute(sa.select(schema.items.c.author)).scalar_one() == ""
+    notes = connection.execute(sa.select(schema.submissions.c.payload)).scalars().all()
+    last = connection.execute(sa.select(schema.audit.c.action)).scalars().all()[-1]
+  assert len(notes) == 1 and "a note of bea" in notes[0] and last == "person deleted"
+  data = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+  assert b"a note of ann" not in data and b"a note of bea" in data
+  with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
+    connection.execute(schema.submissions.delete())
