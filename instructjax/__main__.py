@@ -16,12 +16,17 @@ COMMANDS = {
   "run": ("instructjax.main", "train a stage and all that it starts from, evaluate, and report"),
   "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
   "evaluate": ("instructjax.evaluate", "ask finished models the tasks of the paper's Table 14"),
+  "rewards": ("instructjax.commands.rewards", "measure reward models on ranked answers"),
   "compare": (
     "instructjax.compare",
     "make one report of several finished runs, seeds as error bars",
   ),
   "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
   "lm_eval": ("instructjax.commands.lm_eval", "run tasks of lm-evaluation-harness on a model"),
+  "train_scorer": (
+    "instructjax.commands.train_scorer",
+    "train a scorer of texts, as toxicity, from labelled ones",
+  ),
   "plan": ("launch.plan", "ask the TPU's compiler whether a stage fits a slice, without a TPU"),
 }
 _EXAMPLE = "instructjax run --config=ppo_ptx --workdir=runs/demo"

@@ -27,8 +27,13 @@ def parse(row: Row) -> Item:
     question = inner.text("stem")
     found = [(one.text("text"), one.text("label")) for one in inner.inners("choices")]
   else:
-    question, columns = row.text("question"), row.inner(row.any("choices"), "choices")
-    found = list(zip(columns.texts("text"), columns.texts("label")))
+    question = row.text("question")
+    texts, marks = (
+      row.all_texts(row.column("choices", key), "choices") for key in ("text", "label")
+    )
+    if len(texts) != len(marks):
+      raise BadRecord(f"{row.where}: 'choices' must have as many labels as texts")
+    found = list(zip(texts, marks, strict=True))
   labels, key = [label for _, label in found], row.text("answerKey")
   if key not in labels:
     raise BadRecord(f"{row.where}: 'answerKey' must be one of {', '.join(labels)}")

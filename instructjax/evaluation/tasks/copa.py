@@ -31,7 +31,8 @@ def parse(row: Row) -> Item:
 
 
 def ask(item: Item, shots: Sequence[Item]) -> Choices:
-  return Choices(tuple((item.start, f" {choice}") for choice in item.choices))
+  # Two spaces: the harness's task gives its choices one, and the harness sets another before them.
+  return Choices(tuple((item.start, f"  {choice}") for choice in item.choices))
 
 
 def score(item: Item, answer: Sequence[Choice]) -> dict[str, float]:

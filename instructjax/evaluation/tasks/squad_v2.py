@@ -61,10 +61,7 @@ def _items(title: str, background: str, questions: Sequence[Row]) -> Iterator[It
 
 
 def _golds(row: Row) -> tuple[str, ...]:
-  found = row.any("answers")
-  if isinstance(found, dict):  # columns, as the hub has them
-    return tuple(row.inner(found, "answers").texts("text", at_least=0))
-  return tuple(answer.text("text") for answer in row.inners("answers"))
+  return tuple(row.all_texts(row.column("answers", "text"), "answers", at_least=0))
 
 
 def text(item: Item) -> str:
