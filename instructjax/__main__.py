@@ -27,6 +27,10 @@ COMMANDS = {
   ),
   "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
   "lm_eval": ("instructjax.commands.lm_eval", "run tasks of lm-evaluation-harness on a model"),
+  "train_scorer": (
+    "instructjax.commands.train_scorer",
+    "train a scorer of texts, as toxicity, from labelled ones",
+  ),
   "plan": ("launch.plan", "ask the TPU's compiler whether a stage fits a slice, without a TPU"),
 }
 _EXAMPLE = "instructjax run --config=ppo_ptx --workdir=runs/demo"

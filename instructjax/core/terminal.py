@@ -123,6 +123,8 @@ def _drawn(table: Table, part: Sequence[int], title: str, width: int) -> rich.ta
       rich.text.Text(printable(table.footer[i]) if table.footer else ""),
       justify="left" if is_text else "right",
       overflow="fold",
+      # Fixed for numbers: rich would otherwise narrow the widest columns first, find that they cannot be, and cut.
+      width=None if is_text else _least(table, i),
       min_width=_least(table, i),
       max_width=max(_least(table, 0), most) if i == 0 else None,
     )

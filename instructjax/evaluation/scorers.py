@@ -2,18 +2,37 @@
 
 Called by the evaluation's tasks. A scorer is named by a spec:
 
-  python:MODULE:FUNCTION   a function from a list of texts, or of (prompt, answer) pairs, to a list of numbers
+  FOLDER                          what `train_scorer` wrote: probabilities, with the AUC on held-out texts
+  FOLDER[?label=NAME]             a sequence classifier of Hugging Face; the probability of a label
+  judge:MODEL?ask=TEXT[&yes=..&no=..]  a language model that is asked, and answers yes or no
+  python:MODULE:FUNCTION          a function from a list of texts, or of (prompt, answer) pairs, to a list of numbers
+
+The last is how a service such as Perspective is given, see docs/evaluation.md.
 """
 
 import dataclasses
+import functools
 import importlib
 import math
+import os
+import pathlib
+import sys
+import urllib.parse
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+
+from instructjax.core import foreign
+from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError
+from instructjax.core.foreign import explained
+from instructjax.evaluation import language_model, trained_scorer
+from instructjax.parallel import sharding
 
 Item = str | tuple[str, str]  # a text, or a prompt and its answer
-PYTHON = "python:"
+PYTHON, JUDGE = "python:", "judge:"
+_BATCH = 16  # texts that a classifier of transformers reads at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,12 +71,120 @@ def load(spec: str) -> Scorer:
   """
   if spec.startswith(PYTHON):
     return Scorer(spec, None, _function(spec))
-  raise UserError(f"scorer {spec} must be {PYTHON}MODULE:FUNCTION")
+  if spec.startswith(JUDGE):
+    return Scorer(spec, None, _judge(spec))
+  place, _, options = spec.partition("?")
+  folder = pathlib.Path(os.path.expanduser(place))
+  if (folder / trained_scorer.FILE).is_file():
+    return _trained(spec, folder)
+  if (folder / "config.json").is_file():
+    return Scorer(spec, None, _classifier(spec, folder, _options(spec, options, ("label",))))
+  raise UserError(
+    f"scorer {spec} must be a folder that train_scorer wrote, the folder of a sequence classifier,"
+    f" {JUDGE}MODEL?ask=TEXT or {PYTHON}MODULE:FUNCTION"
+  )
+
+
+def _mesh():
+  return sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1))
+
+
+def _options(spec: str, text: str, known: tuple[str, ...]) -> dict[str, str]:
+  found = dict(urllib.parse.parse_qsl(text.replace("+", "%2B"), keep_blank_values=True))
+  unknown = found.keys() - {*known}
+  if unknown:
+    raise UserError(
+      f"scorer {spec} has no option {sorted(unknown)[0]}; there are {', '.join(known)}"
+    )
+  return found
+
+
+def _trained(spec: str, folder: pathlib.Path) -> Scorer:
+  card = trained_scorer.read(folder)
+  model = language_model.open_reward_model(str(folder / trained_scorer.RUN / "rm"), _mesh())
+  return Scorer(spec, card.auc, functools.partial(trained_scorer.probabilities, card, model))
+
+
+def _judge(spec: str) -> Callable[[Sequence[Item]], list[float]]:
+  """The probability of yes against no after a text and what is asked.
+
+  A pair is written as the judges of TruthfulQA read it: `Q: ...`, `A: ...`, and what is asked on a line of its own.
+  """
+  place, _, text = spec.removeprefix(JUDGE).partition("?")
+  options = {"yes": " yes", "no": " no"} | _options(spec, text, ("ask", "yes", "no"))
+  if not options.get("ask"):
+    raise UserError(f"scorer {spec} must say what is asked, as {JUDGE}{place}?ask=True:")
+  model = language_model.open_model(place, _mesh())
+
+  def context(item: Item) -> str:
+    shown = item if isinstance(item, str) else f"Q: {item[0]}\nA: {item[1]}"
+    return f"{shown}\n{options['ask']}"
+
+  def call(items: Sequence[Item]) -> list[float]:
+    pairs = [(context(item), options[word]) for item in items for word in ("yes", "no")]
+    found = [one.log_prob for one in language_model.log_probs(model, pairs)]
+    odds = np.array(found[0::2]) - np.array(found[1::2])
+    return (1 / (1 + np.exp(-np.clip(odds, -500, 500)))).tolist()
+
+  return call
+
+
+def _classifier(
+  spec: str, folder: pathlib.Path, options: dict[str, str]
+) -> Callable[[Sequence[Item]], list[float]]:
+  """The probability of a label by a classifier that transformers runs."""
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise UserError(
+      f"scorer {spec} is run by transformers, which is not installed; run `pip install torch transformers`"
+    ) from error
+  try:
+    words: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    network: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
+      folder, local_files_only=True
+    )
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"scorer {spec} cannot be opened: {explained(error)}") from error
+  network.eval()
+  names = [str(network.config.id2label[index]) for index in range(network.config.num_labels)]
+  column = _column(spec, names, options.get("label"))
+  is_several = network.config.problem_type == "multi_label_classification" or len(names) == 1
+
+  def call(items: Sequence[Item]) -> list[float]:
+    found = []
+    for start in range(0, len(items), _BATCH):
+      some = [
+        item if isinstance(item, str) else list(item) for item in items[start : start + _BATCH]
+      ]
+      read = words(some, return_tensors="pt", padding=True, truncation=True)
+      with torch.no_grad():
+        logits = network(**read).logits.float()
+      share = torch.sigmoid(logits) if is_several else torch.softmax(logits, dim=-1)
+      found += share[:, column].tolist()
+    return found
+
+  return call
+
+
+def _column(spec: str, names: list[str], label: str | None) -> int:
+  """The number of the label whose probability is meant."""
+  if label is None and len(names) <= 2:
+    return len(names) - 1  # the second of two, which is the positive one
+  if label not in names:
+    raise UserError(
+      f"scorer {spec} must name one of its labels with ?label=NAME; there are"
+      f" {', '.join(foreign.named(name) for name in names[:20])}"
+    )
+  return names.index(label)
 
 
 def _function(spec: str) -> Callable[[Sequence[Item]], Sequence[float]]:
   module, _, name = spec.removeprefix(PYTHON).partition(":")
+  if "" not in sys.path and os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
   try:
     return getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(f"scorer {spec} cannot be imported: {error}") from error
+    raise UserError(f"scorer {spec} cannot be imported: {explained(error)}") from error

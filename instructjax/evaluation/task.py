@@ -42,11 +42,25 @@ class Row:
     Raises:
       BadRecord: it is absent, something else, or shorter than `at_least`.
     """
-    found = self.any(*names)
+    return self.all_texts(self.any(*names), names[0], at_least)
+
+  def choices(self, *names: str) -> tuple[str, ...]:
+    """Two or more texts, none of them blank, under the first of the names that the row has.
+
+    Raises:
+      BadRecord: it is something else.
+    """
+    found = self.texts(*names, at_least=2)
+    if not all(text.strip() for text in found):
+      raise BadRecord(f"{self.where}: {names[0]!r} holds an empty text")
+    return tuple(found)
+
+  def all_texts(self, found: Any, name: str, at_least: int = 1) -> list[str]:
+    """`found`, if it is a list of texts; arguments and errors as `texts`."""
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-      raise BadRecord(f"{self.where}: {names[0]!r} must be a list of texts, got {kind_of(found)}")
+      raise BadRecord(f"{self.where}: {name!r} must be a list of texts, got {kind_of(found)}")
     if len(found) < at_least:
-      raise BadRecord(f"{self.where}: {names[0]!r} must hold at least {at_least} texts")
+      raise BadRecord(f"{self.where}: {name!r} must hold at least {at_least} texts")
     return found
 
   def label(self, count: int, *names: str) -> int:
@@ -90,6 +104,20 @@ class Row:
     if not isinstance(found, list):
       raise BadRecord(f"{self.where}: {name!r} must be a list, got {kind_of(found)}")
     return [self.inner(value, f"{name}[{i}]") for i, value in enumerate(found)]
+
+  def column(self, name: str, key: str) -> list[Any]:
+    """The values of a key: of an object of lists, as the hub's JSON has them, or of a list of objects, as tables have.
+
+    Raises:
+      BadRecord: there is neither under `name`, or an object lacks the key.
+    """
+    found = self.any(name)
+    if isinstance(found, Mapping):
+      values = self.inner(found, name).any(key)
+      if not isinstance(values, list):
+        raise BadRecord(f"{self.where}: {name}: {key!r} must be a list, got {kind_of(values)}")
+      return values
+    return [one.any(key) for one in self.inners(name)]
 
   def has(self, name: str) -> bool:
     return isinstance(self.value, Mapping) and self.value.get(name) is not None

@@ -11,7 +11,7 @@ from instructjax.labels.web import EVERYBODY, Asked, Page, go, page
 
 
 def front(asked: Asked) -> Response:
-  return go("/people" if asked.me.role == "admin" else "/work")
+  return go("/work" if asked.me.role == "labeler" else "/overview")
 
 
 def sign_in_form(asked: Asked) -> Response:

@@ -3,10 +3,10 @@
 import uvicorn
 from starlette.applications import Starlette
 
-from instructjax.labels import account_pages, labeler_pages, web
+from instructjax.labels import account_pages, labeler_pages, researcher_pages, web
 from instructjax.labels.schema import Database
 
-TABLES = (account_pages.ROUTES, labeler_pages.ROUTES)
+TABLES = (account_pages.ROUTES, labeler_pages.ROUTES, researcher_pages.ROUTES)
 
 
 def make(database: Database, hosts: list[str], is_secure: bool = False) -> Starlette:

@@ -189,7 +189,8 @@ def submit(
     if assignment is None or assignment.token != token:
       return "stale"
     # No longer than the item was open: the browser's clock is not ours. Without scripts there is no other measure.
-    since = now - (assignment.opened if assignment.state == "open" else assignment.touched)
+    begun = assignment.opened if assignment.state == "open" else assignment.touched
+    since = max(now - begun, 0.0)  # a clock may be set back
     spent = min(seconds, since) if seconds > 0 else min(since, _LONGEST_WORK)
     connection.execute(
       submissions.insert().values(

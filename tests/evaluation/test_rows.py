@@ -7,9 +7,18 @@ import json
 import pytest
 
 from instructjax.core.errors import UserError
+from instructjax.data import readers
 from instructjax.data.messages import BadRecord
-from instructjax.evaluation import rows
+from instructjax.evaluation import rows, tasks
+from instructjax.evaluation.task import Row
 from instructjax.evaluation.tasks import hellaswag
+from tests.evaluation.tasks import (
+  test_arc_easy,
+  test_drop,
+  test_quac,
+  test_squad_v2,
+  test_truthful_qa_mc,
+)
 
 TASK = dataclasses.replace(hellaswag.TASK, files=("toy*/val*.jsonl", "toy.csv"), tfds=("", ""))
 
@@ -106,3 +115,26 @@ def test_parquet_has_all_its_columns(tmp_path):
 def test_json_over_several_lines_is_one_row(tmp_path):
   path = write(tmp_path / "a.json", json.dumps({"data": [1, 2]}, indent=1))
   assert [row.value for row in rows.read(str(path))] == [{"data": [1, 2]}]
+
+
+def tables(value):
+  """What a parquet file makes of a value: lists in an object become objects in a list."""
+  return readers._objects(value)
+
+
+@pytest.mark.parametrize(
+  ("task", "row", "column"),
+  [
+    ("squad_v2", test_squad_v2.HUB[0], "answers"),
+    ("squad_v2", test_squad_v2.HUB[1], "answers"),  # both lists are empty
+    ("quac", test_quac.HUB, "answers"),
+    ("arc_easy", test_arc_easy.HUB, "choices"),
+    ("truthful_qa_mc", test_truthful_qa_mc.HUB, "mc1_targets"),
+    ("drop", test_drop.HUB, "answers_spans"),
+  ],
+)
+def test_tables_and_json_lines_of_the_hub_are_the_same_items(task, row, column):
+  read = tasks.found()[task].read
+  turned = row | {column: tables(row[column])}
+  assert turned != row
+  assert list(read([Row("a:1", turned)])) == list(read([Row("a:1", row)]))

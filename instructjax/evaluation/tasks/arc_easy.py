@@ -19,7 +19,7 @@ def parse(row: Row) -> Item:
   """An item of the published file, of the hub's columns, or of one with `query`, `choices` and `gold`."""
   if row.has("query"):
     question = row.text("query").strip().removeprefix("Question:").strip()
-    choices = tuple(row.texts("choices", at_least=2))
+    choices = row.choices("choices")
     return Item(question, choices, row.label(len(choices), "gold"))
   of_question = row.any("question")
   if isinstance(of_question, dict):
@@ -27,8 +27,13 @@ def parse(row: Row) -> Item:
     question = inner.text("stem")
     found = [(one.text("text"), one.text("label")) for one in inner.inners("choices")]
   else:
-    question, columns = row.text("question"), row.inner(row.any("choices"), "choices")
-    found = list(zip(columns.texts("text"), columns.texts("label")))
+    question = row.text("question")
+    texts, marks = (
+      row.all_texts(row.column("choices", key), "choices") for key in ("text", "label")
+    )
+    if len(texts) != len(marks):
+      raise BadRecord(f"{row.where}: 'choices' must have as many labels as texts")
+    found = list(zip(texts, marks, strict=True))
   labels, key = [label for _, label in found], row.text("answerKey")
   if key not in labels:
     raise BadRecord(f"{row.where}: 'answerKey' must be one of {', '.join(labels)}")

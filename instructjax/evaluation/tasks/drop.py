@@ -37,7 +37,7 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
 
 def _golds(row: Row) -> tuple[Spans, ...]:
   if row.has("answers_spans"):  # the hub's columns
-    return (tuple(row.inner(row.any("answers_spans"), "answers_spans").texts("spans")),)
+    return (tuple(row.all_texts(row.column("answers_spans", "spans"), "answers_spans")),)
   first = row.any("answer")
   others = row.any("validated_answers") if row.has("validated_answers") else []
   found = [_spans(one) for one in [first, *(others if isinstance(others, list) else [])]]

@@ -45,13 +45,12 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
 
 
 def _columns(row: Row) -> Iterator[Item]:
-  answers, first = row.inner(row.any("answers"), "answers"), row.any("orig_answers")
-  all_golds, questions = answers.any("texts"), row.texts("questions")
-  firsts = row.inner(first, "orig_answers").texts("texts")
-  if not isinstance(all_golds, list) or not len(all_golds) == len(questions) == len(firsts):
+  all_golds, firsts = row.column("answers", "texts"), row.column("orig_answers", "texts")
+  questions, firsts = row.texts("questions"), row.all_texts(firsts, "orig_answers")
+  if not len(all_golds) == len(questions) == len(firsts):
     raise BadRecord(f"{row.where}: 'answers' and 'orig_answers' must be as many as 'questions'")
   asked = [
-    (question, answers.inner({"texts": golds}, f"texts[{i}]").texts("texts"), firsts[i])
+    (question, row.all_texts(golds, f"answers[{i}]"), firsts[i])
     for i, (question, golds) in enumerate(zip(questions, all_golds, strict=True))
   ]
   yield from _items(row.text("wikipedia_page_title"), row.text("context"), asked)

@@ -53,7 +53,12 @@ def judged(scores) -> dict[str, float]:
 
 TASK = Task(
   title="TruthfulQA",
-  files=("truthful*/truthfulqa*.csv", "truthful*/truthfulqa*", "truthful*qa*/generation*"),
+  files=(
+    "truthfulqa*.csv",
+    "truthful*/truthfulqa*.csv",
+    "truthful*/truthfulqa*",
+    "generation/*val*",
+  ),
   read=each(parse),
   group=lambda item: item.question,
   prompts={

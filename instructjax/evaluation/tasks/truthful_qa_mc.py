@@ -35,8 +35,12 @@ def parse(row: Row) -> Item:
 def _targets(row: Row, name: str) -> list[tuple[str, int]]:
   """Answers with 1 or 0, of an object as it is published or of the hub's two lists."""
   inner = row.inner(row.any(name), name)
-  if inner.has("choices") and inner.has("labels"):
-    pairs = list(zip(inner.texts("choices"), inner.any("labels")))
+  if isinstance(inner.value, list) or inner.has("choices"):
+    texts, labels = (
+      row.all_texts(row.column(name, "choices"), name, at_least=2),
+      row.column(name, "labels"),
+    )
+    pairs = list(zip(texts, labels)) if len(texts) == len(labels) else []
   else:
     pairs = list(inner.value.items()) if isinstance(inner.value, Mapping) else []
   if len(pairs) < 2 or not all(label in (0, 1) for _, label in pairs):
@@ -66,7 +70,7 @@ def score(item: Item, answer: Sequence[Choice]) -> dict[str, float]:
 
 TASK = Task(
   title="TruthfulQA, multiple choice",
-  files=("truthful*/mc_task*", "truthful*/multiple_choice*", "truthful*mc*.json*"),
+  files=("mc_task*.json*", "multiple_choice/*val*"),
   read=each(parse),
   group=lambda item: item.question,
   prompts={

@@ -49,7 +49,7 @@ def score(item: Item, answer: Sequence[Choice]) -> dict[str, float]:
 
 TASK = Task(
   title="Winogender",
-  files=("winogender*/all_sentences*", "winogender*.tsv", "winogender*.jsonl"),
+  files=("winogender*/all_sentences*", "all_sentences.tsv", "winogender*.jsonl"),
   read=read,
   group=lambda item: item.name,
   prompts=bias.prompts(lambda item: (item.male, item.female)),

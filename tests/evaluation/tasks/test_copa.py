@@ -19,8 +19,8 @@ ROW = {
 def test_rows_prompts_and_scores():
   item = copa.parse(Row("a:1", ROW))
   assert copa.ask(item, []).pairs == (
-    ("The man broke his toe because", " he dropped a hammer."),
-    ("The man broke his toe because", " he slept."),
+    ("The man broke his toe because", "  he dropped a hammer."),
+    ("The man broke his toe because", "  he slept."),
   )
   other = {"query": "x, therefore", "choices": ["a", "b"], "gold": 1}
   assert copa.parse(Row("a:1", other)) == copa.Item("x, therefore", ("a", "b"), 1)

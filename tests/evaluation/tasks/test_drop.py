@@ -13,12 +13,16 @@ PAIRS = [
   {"question": "When?", "answer": EMPTY | {"date": {"day": "17", "month": "August", "year": ""}}},
 ]
 ITEMS = list(drop.read([Row("dev.json:1", {"p1": {"passage": "P.", "qa_pairs": PAIRS}})]))
+HUB = {
+  "passage": "P.",
+  "question": "Who?",
+  "answers_spans": {"spans": ["Jo", "Al"], "types": ["span", "span"]},
+}
 
 
 def test_answers():
   assert [item.golds for item in ITEMS] == [(("3",),), (("Jo", "Al"),), (("17 August",),)]
-  row = {"passage": "P.", "question": "Who?", "answers_spans": {"spans": ["Jo", "Al"], "types": []}}
-  assert list(drop.read([Row("a:1", row)])) == [ITEMS[1]]
+  assert list(drop.read([Row("a:1", HUB)])) == [ITEMS[1]]
   row = {"passage": "P.", "question": "How many?", "answer": "3", "validated_answers": ["4", ""]}
   (item,) = drop.read([Row("a:1", row)])
   assert item.golds == (("3",), ("4",))
