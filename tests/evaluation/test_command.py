@@ -22,9 +22,11 @@ def data(tmp_path):
 def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, capsys):
   fakes = {"sft": Fake(), "ppo": Fake(log_prob_of=lambda text: (1.0 * len(text),))}
   monkeypatch.setattr(command, "_model", lambda name, path, out, dtype: fakes[name].model(name))
-  settings = runner.Settings({"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False)
+  settings = runner.Settings(
+    {"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False, "float32"
+  )
   out = tmp_path / "out"
-  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, "auto", {})
+  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, {})
   printed = capsys.readouterr().out
   assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
   assert "cannot be told" in printed
@@ -35,6 +37,11 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
   page = (out / "index.html").read_text()
   assert "HellaSwag" in page and ".781" in page and "piqa" in page
   assert len((out / "samples" / "ppo" / "hellaswag.zero_shot.jsonl").read_text().splitlines()) == 12
+
+
+def test_numbers_that_the_devices_choose():
+  assert command.dtype("auto") == "float32" and command.dtype("bfloat16") == "bfloat16"
+  assert set(command.DTYPES) == {"float32", "bfloat16"}
 
 
 def test_what_fits_a_model(tmp_path):
