@@ -60,7 +60,7 @@ def run(
       to = terminal.console(stderr=True)
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
     opened = [_model(name, path, out, DTYPES[settings.dtype]) for name, path in models.items()]
-    runner.answer_all(opened, planned, settings, out, _progress())
+    runner.answer_all(opened, planned, settings, out, progress())
     judges = {name: judging.Judge(spec, scorers.load) for name, spec in scorer_specs.items()}
     say = lambda line: terminal.say(f"scoring {line}", to=terminal.console(stderr=True))
     used = judging.judge_all(list(models), planned, judges, out, say)
@@ -81,7 +81,7 @@ def run(
   terminal.show(report.results_table(whole))
   if len(models) > 1:
     terminal.show(report.differences_table(whole))
-  for line in report.scorer_lines(whole):
+  for line in (*report.note_lines(whole), *report.scorer_lines(whole)):
     terminal.say(line)
   terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
 
@@ -143,18 +143,20 @@ def fit(model: language_model.LanguageModel, ask: Ask) -> runner.Fit:
   return "whole"
 
 
-def _progress() -> Callable[[str, str, int, int], None]:
+def progress() -> Callable[[str, str, int, int], None]:
   """A function that shows how far an evaluation is: a line whenever some seconds have passed or a prompt is done."""
   began = said = time.monotonic()
   first = last = None
+  at = -1  # results at the last line
 
   def told(model: str, title: str, done: int, total: int):
-    nonlocal said, first, last
+    nonlocal said, first, last, at
     first = done if first is None else first
     now = time.monotonic()
-    if now - said < _SECONDS and (model, title) == last:
+    is_due = now - said >= _SECONDS or (model, title) != last or done == total
+    if not is_due or done == at:
       return
-    last, said = (model, title), now
+    last, said, at = (model, title), now, done
     rate = (done - first) / max(now - began, 1e-9)
     left = f", about {spoken((total - done) / rate)} left" if rate > 0 and done < total else ""
     terminal.say(

@@ -56,6 +56,21 @@ def test_what_fits_a_model(tmp_path):
   assert command.fit(model, Question("the cat", 10**6)) == "whole"
 
 
+def test_progress_has_a_line_for_each_prompt_one_in_a_while_and_the_last(monkeypatch, capsys):
+  clock = iter([0.0, 1.0, 2.0, 30.0, 31.0, 40.0, 40.0])
+  monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+  told = command.progress()
+  for done in (1, 2, 30, 31):
+    told("sft", "piqa/harness", done, 40)
+  told("sft", "piqa/harness", 40, 40)
+  told("sft", "piqa/harness", 40, 40)
+  assert capsys.readouterr().err.splitlines() == [
+    "sft: piqa/harness: 1 of 40 requests",
+    "sft: piqa/harness: 30 of 40 requests, about 10 s left",
+    "sft: piqa/harness: 40 of 40 requests",
+  ]
+
+
 @pytest.mark.parametrize(
   ("seconds", "text"), [(5.2, "5 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
 )
