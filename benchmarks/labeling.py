@@ -71,13 +71,11 @@ def main(words: list[str] | None = None) -> int:
     gate.wait()
     if not args.no_kill:
       time.sleep(args.seconds / 2)
-      server.send_signal(signal.SIGKILL)
-      server.wait()
+      stop(server, signal.SIGKILL)
       server, _ = start(folder, port)
     for thread in threads:
       thread.join()
-    server.terminate()
-    server.wait()
+    stop(server, signal.SIGTERM)
     return report(folder, list(seen.values()), args)
 
 
@@ -108,6 +106,14 @@ def start(folder: str, port: int) -> tuple[subprocess.Popen, str]:
     if match := re.search(r"Labeling at (\S+)", line):
       return server, match[1]
   raise SystemExit("the server did not start")
+
+
+def stop(server: subprocess.Popen, number: signal.Signals):
+  """Ends a server process by a signal."""
+  server.send_signal(number)
+  server.wait()
+  if server.stdout is not None:
+    server.stdout.close()
 
 
 def work(httpx, address: str, name: str, password: str, seen: Seen, gate, args):
