@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
   if not data:
     parser.error("INSTRUCTJAX_DATA_DIR must name the folder that holds hellaswag/")
   os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+  # Otherwise torch's threads wait for each other in loops: on a busy machine that takes most of its time.
+  os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
   from lm_eval.api.instance import Instance
   from lm_eval.models.huggingface import HFLM
 

@@ -75,9 +75,10 @@ def main(arguments: list[str]):
     limit=_LIMIT.value or None,
     seed=_SEED.value,
     redo=_REDO.value,
+    dtype=command.dtype(_DTYPE.value),
   )
   scorers = parse_scorers(_SCORERS.value, tasks.JUDGES)
-  command.run(models, data, settings, out, command.DTYPES[_DTYPE.value], scorers)
+  command.run(models, data, settings, out, scorers)
 
 
 def parse_models(values: list[str]) -> dict[str, str]:

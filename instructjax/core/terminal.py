@@ -107,6 +107,12 @@ def _least(table: Table, i: int) -> int:
   return max(map(rich.cells.cell_len, [*words, *cells]))
 
 
+def _whole(table: Table, i: int) -> int:
+  """The characters that a column takes if nothing in it is wrapped."""
+  texts = [table.columns[i], *(row[i] for row in (*table.rows, table.footer) if row)]
+  return max(rich.cells.cell_len(printable(text)) for text in texts)
+
+
 def _drawn(table: Table, part: Sequence[int], title: str, width: int) -> rich.table.Table:
   drawn = rich.table.Table(
     title=rich.text.Text(printable(title)) if title else None,
@@ -116,6 +122,7 @@ def _drawn(table: Table, part: Sequence[int], title: str, width: int) -> rich.ta
   # What the other columns leave to the first one. Left to itself, rich narrows all columns alike, finds that some
   # cannot be, and cuts the table off at the terminal's edge.
   most = width - 4 - sum(_least(table, i) + _GAP for i in part if i != 0)
+  is_tight = 1 + sum(_whole(table, i) + _GAP for i in part) > width
   for i in part:
     is_text = i == 0 or table.columns[i] in table.prose
     drawn.add_column(
@@ -123,6 +130,8 @@ def _drawn(table: Table, part: Sequence[int], title: str, width: int) -> rich.ta
       rich.text.Text(printable(table.footer[i]) if table.footer else ""),
       justify="left" if is_text else "right",
       overflow="fold",
+      # Fixed for numbers: rich would otherwise narrow the widest columns first, find that they cannot be, and cut.
+      width=_least(table, i) if is_tight and not is_text else None,
       min_width=_least(table, i),
       max_width=max(_least(table, 0), most) if i == 0 else None,
     )

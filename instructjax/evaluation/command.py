@@ -27,11 +27,12 @@ from instructjax.evaluation import (
 )
 from instructjax.evaluation.language_model import Dtype
 from instructjax.evaluation.task import Ask, Question
+from instructjax.models import execution
 from instructjax.parallel import sharding
 from instructjax.report import evaluation as report
 from instructjax.train import finished, weights
 
-DTYPES: Mapping[str, Dtype] = {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16"}
+DTYPES: Mapping[str, Dtype] = {"float32": "float32", "bfloat16": "bfloat16"}
 _SECONDS = 20.0  # between two lines of progress
 
 
@@ -40,7 +41,6 @@ def run(
   data: rows.Data,
   settings: runner.Settings,
   out: pathlib.Path,
-  dtype: Dtype,
   scorer_specs: Mapping[str, str],
 ):
   """Asks all models all tasks, and writes samples, summary.json and index.html below `out`.
@@ -50,7 +50,6 @@ def run(
     data: what --data says.
     settings: what is asked.
     out: folder of the results.
-    dtype: numbers that the models compute with.
     scorer_specs: name -> scorer of answers, of `tasks.JUDGES`.
   Raises:
     UserError: see `runner.answer_all`.
@@ -60,8 +59,8 @@ def run(
     for one in skipped:
       to = terminal.console(stderr=True)
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
-    opened = [_model(name, path, out, dtype) for name, path in models.items()]
-    runner.answer_all(opened, planned, settings, out, _progress())
+    opened = [_model(name, path, out, DTYPES[settings.dtype]) for name, path in models.items()]
+    runner.answer_all(opened, planned, settings, out, progress())
     judges = {name: judging.Judge(spec, scorers.load) for name, spec in scorer_specs.items()}
     say = lambda line: terminal.say(f"scoring {line}", to=terminal.console(stderr=True))
     used = judging.judge_all(list(models), planned, judges, out, say)
@@ -70,16 +69,28 @@ def run(
       found = runner.scores(list(models), part, out)
       fits = runner.fits(list(models), part, out)
       parts.append(summary.part(part, found, fits, settings.seed))
-    shown = {"limit": settings.limit, "seed": settings.seed, "scorers": used}
+    shown = {
+      "limit": settings.limit,
+      "seed": settings.seed,
+      "dtype": settings.dtype,
+      "scorers": used,
+    }
     whole = summary.whole(models, parts, skipped, shown)
     summary.write(out / "summary.json", whole)
     report.write(out / "index.html", whole)
   terminal.show(report.results_table(whole))
   if len(models) > 1:
     terminal.show(report.differences_table(whole))
-  for line in report.scorer_lines(whole):
+  for line in (*report.note_lines(whole), *report.scorer_lines(whole)):
     terminal.say(line)
   terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
+
+
+def dtype(asked: str) -> str:
+  """The numbers that are computed with, which 'auto' leaves to the devices."""
+  if asked != "auto":
+    return asked
+  return execution.for_inference(jax.default_backend()).dtype
 
 
 def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype) -> runner.Model:
@@ -89,7 +100,7 @@ def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype) -> runner.Mode
     found.done is not None
   ):  # its settings are in the fingerprint, and its results tell two runs of them apart
     known += repr(found.done.result)
-  checksum = hashlib.sha256(f"{known} {dtype}".encode()).hexdigest()
+  checksum = hashlib.sha256(known.encode()).hexdigest()
   return runner.Model(name, checksum, lambda: _engine(path, dtype))
 
 
@@ -132,18 +143,20 @@ def fit(model: language_model.LanguageModel, ask: Ask) -> runner.Fit:
   return "whole"
 
 
-def _progress() -> Callable[[str, str, int, int], None]:
+def progress() -> Callable[[str, str, int, int], None]:
   """A function that shows how far an evaluation is: a line whenever some seconds have passed or a prompt is done."""
   began = said = time.monotonic()
   first = last = None
+  at = -1  # results at the last line
 
   def told(model: str, title: str, done: int, total: int):
-    nonlocal said, first, last
+    nonlocal said, first, last, at
     first = done if first is None else first
     now = time.monotonic()
-    if now - said < _SECONDS and (model, title) == last:
+    is_due = now - said >= _SECONDS or (model, title) != last or done == total
+    if not is_due or done == at:
       return
-    last, said = (model, title), now
+    last, said, at = (model, title), now, done
     rate = (done - first) / max(now - began, 1e-9)
     left = f", about {spoken((total - done) / rate)} left" if rate > 0 and done < total else ""
     terminal.say(

@@ -34,11 +34,11 @@ class Judge:
   @property
   def identity(self) -> str:
     """What tells this scorer from another, or from one of the same place that was trained anew."""
-    files = []
-    if os.path.exists(self.spec):
-      root = pathlib.Path(self.spec)
-      found = sorted(path for path in [root, *root.rglob("*")] if path.is_file())
-      files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+    # SCHEME:PLACE?OPTIONS or a path. A place that is none has no files.
+    place = self.spec.removeprefix("judge:").partition("?")[0]
+    root = pathlib.Path(os.path.expanduser(place))
+    found = sorted(path for path in [root, *root.rglob("*")] if path.is_file())
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
     return hashlib.sha256(repr((self.spec, files)).encode()).hexdigest()
 
 

@@ -61,12 +61,14 @@ class Settings:
     limit: at most so many items of a task; None for all.
     seed: chooses items and worked examples.
     redo: whether results that were made with something else are replaced.
+    dtype: numbers that models compute with, which results depend on.
   """
 
   tasks: Mapping[str, tuple[str, ...]]
   limit: int | None
   seed: int
   redo: bool
+  dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +134,7 @@ def plan(
         "data": content,
         "limit": str(settings.limit),
         "seed": str(settings.seed),
+        "dtype": settings.dtype,
         "prompt": _checksum(asked.asks),
         "set of answers": _checksum(asked.items),
       }

@@ -44,6 +44,17 @@ class Row:
     """
     return self.all_texts(self.any(*names), names[0], at_least)
 
+  def choices(self, *names: str) -> tuple[str, ...]:
+    """Two or more texts, none of them blank, under the first of the names that the row has.
+
+    Raises:
+      BadRecord: it is something else.
+    """
+    found = self.texts(*names, at_least=2)
+    if not all(text.strip() for text in found):
+      raise BadRecord(f"{self.where}: {names[0]!r} holds an empty text")
+    return tuple(found)
+
   def all_texts(self, found: Any, name: str, at_least: int = 1) -> list[str]:
     """`found`, if it is a list of texts; arguments and errors as `texts`."""
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):

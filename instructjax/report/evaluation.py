@@ -95,6 +95,15 @@ def missing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
   return found
 
 
+def note_lines(summary: Mapping[str, Any]) -> list[str]:
+  """A line for whatever else a reader of the results must know."""
+  return [
+    f"{part['title']}, {part['prompt_title']}: {note}"
+    for part in summary["parts"]
+    for note in _notes(part)
+  ]
+
+
 def scorer_lines(summary: Mapping[str, Any]) -> list[str]:
   """A line about each scorer whose numbers are in the table: how far it can be trusted."""
   lines = []

@@ -63,6 +63,17 @@ def test_prose_is_wrapped(width):
   assert any("yes" in row for row in found)
 
 
+def test_prose_beside_a_wide_number_is_wrapped_and_the_number_is_not_cut():
+  row = ["a task of some words", "ppo_ptx - sft", "-0.127 [-0.195, -0.051]", "cannot be told"]
+  to = screen(80)
+  columns = ["Task", "Models", "Difference", "Verdict"]
+  terminal.show(terminal.Table(columns, [row], prose=["Models", "Verdict"]), to)
+  lines = to.file.getvalue().splitlines()
+  assert {line[-1] for line in lines} == set("┓┩┃│┘")  # the right edge of every line is there
+  columns = list(zip(*cells(to.file.getvalue())[1:], strict=True))
+  assert [" ".join(part for part in column if part) for column in columns] == row
+
+
 def test_a_wide_terminal_has_one_table():
   to = screen(120)
   terminal.show(terminal.Table(COLUMNS, [["sft", *["1.000"] * 7]]), to)

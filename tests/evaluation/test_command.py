@@ -22,9 +22,11 @@ def data(tmp_path):
 def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, capsys):
   fakes = {"sft": Fake(), "ppo": Fake(log_prob_of=lambda text: (1.0 * len(text),))}
   monkeypatch.setattr(command, "_model", lambda name, path, out, dtype: fakes[name].model(name))
-  settings = runner.Settings({"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False)
+  settings = runner.Settings(
+    {"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False, "float32"
+  )
   out = tmp_path / "out"
-  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, "auto", {})
+  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, {})
   printed = capsys.readouterr().out
   assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
   assert "cannot be told" in printed
@@ -37,6 +39,11 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
   assert len((out / "samples" / "ppo" / "hellaswag.zero_shot.jsonl").read_text().splitlines()) == 12
 
 
+def test_numbers_that_the_devices_choose():
+  assert command.dtype("auto") == "float32" and command.dtype("bfloat16") == "bfloat16"
+  assert set(command.DTYPES) == {"float32", "bfloat16"}
+
+
 def test_what_fits_a_model(tmp_path):
   model = small_models.language_model(tmp_path)  # reads 48 tokens at once
   long = "xyz jkq bvw " * 20
@@ -47,6 +54,21 @@ def test_what_fits_a_model(tmp_path):
   assert command.fit(model, Question(long, 8)) == "cut"
   # No answer may take all the room that the prompt needs.
   assert command.fit(model, Question("the cat", 10**6)) == "whole"
+
+
+def test_progress_has_a_line_for_each_prompt_one_in_a_while_and_the_last(monkeypatch, capsys):
+  clock = iter([0.0, 1.0, 2.0, 30.0, 31.0, 40.0, 40.0])
+  monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+  told = command.progress()
+  for done in (1, 2, 30, 31):
+    told("sft", "piqa/harness", done, 40)
+  told("sft", "piqa/harness", 40, 40)
+  told("sft", "piqa/harness", 40, 40)
+  assert capsys.readouterr().err.splitlines() == [
+    "sft: piqa/harness: 1 of 40 requests",
+    "sft: piqa/harness: 30 of 40 requests, about 10 s left",
+    "sft: piqa/harness: 40 of 40 requests",
+  ]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from instructjax.evaluation import journal, judging, rows, runner, tasks
 from instructjax.evaluation.scorers import Scorer
 from tests.evaluation.fake import Fake
 
-SETTINGS = runner.Settings({"truthful_qa": ("qa",)}, None, 0, False)
+SETTINGS = runner.Settings({"truthful_qa": ("qa",)}, None, 0, False, "float32")
 
 
 @pytest.fixture
@@ -65,13 +65,14 @@ def test_answers_are_judged_once(planned, tmp_path):
   assert calls == ["a", "b", "c", "b"] and samples(planned, out)[0]["scores"]["true"] == 0
 
 
-def test_a_scorer_that_was_trained_anew_is_another(tmp_path):
+@pytest.mark.parametrize("spec", ["{}", "{}?label=toxic", "judge:{}?ask=True:"])
+def test_a_scorer_that_was_trained_anew_is_another(tmp_path, spec):
   path = tmp_path / "judge"
   path.mkdir()
   (path / "weights").write_text("1")
-  judge = judging.Judge(str(path), Scorer)
+  judge = judging.Judge(spec.format(path), Scorer)
   before = judge.identity
-  assert judging.Judge(str(path), Scorer).identity == before
+  assert judging.Judge(spec.format(path), Scorer).identity == before
   (path / "weights").write_text("12")
   assert judge.identity != before
 

@@ -10,7 +10,7 @@ from instructjax.data.messages import BadRecord
 from instructjax.evaluation import rows, runner, tasks
 from tests.evaluation.fake import Fake
 
-SETTINGS = runner.Settings({"hellaswag": ("zero_shot", "harness")}, None, 0, False)
+SETTINGS = runner.Settings({"hellaswag": ("zero_shot", "harness")}, None, 0, False, "float32")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_another_model_or_other_data_is_noticed(data, tmp_path):
   ask(data, tmp_path / "out", Fake())
   with pytest.raises(UserError, match="fake on hellaswag/zero_shot: .* made with another model;"):
     ask(data, tmp_path / "out", Fake(), checksum="2")
-  limited = runner.Settings(SETTINGS.tasks, 3, 0, False)
+  limited = runner.Settings(SETTINGS.tasks, 3, 0, False, "float32")
   with pytest.raises(UserError, match="another limit and another prompt and another set"):
     ask(data, tmp_path / "out", Fake(), limited)
   path = tmp_path / "data" / "hellaswag" / "val.jsonl"
@@ -91,7 +91,7 @@ def test_another_model_or_other_data_is_noticed(data, tmp_path):
   with pytest.raises(UserError, match="another data and another set of answers"):
     ask(data, tmp_path / "out", Fake())
   fake = Fake()
-  ask(data, tmp_path / "out", fake, runner.Settings(SETTINGS.tasks, None, 0, True))
+  ask(data, tmp_path / "out", fake, runner.Settings(SETTINGS.tasks, None, 0, True, "float32"))
   assert fake.asked == 24
 
 
@@ -104,7 +104,7 @@ def test_what_a_model_cannot_read_is_left_out_and_said(data, tmp_path):
 
 
 def test_missing_data_is_named_and_a_bad_row_stops_before_any_model(data, tmp_path):
-  settings = runner.Settings({"piqa": ("harness",)}, None, 0, False)
+  settings = runner.Settings({"piqa": ("harness",)}, None, 0, False, "float32")
   planned, skipped = ask(data, tmp_path / "out", Fake(), settings)
   assert planned == [] and skipped[0].name == "piqa" and "below --data" in skipped[0].mend
   path = tmp_path / "data" / "hellaswag" / "val.jsonl"

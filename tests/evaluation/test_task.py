@@ -15,7 +15,7 @@ def test_values_are_found_under_any_of_their_names():
   assert found.text("question", "query") == "q"
   assert found.label(3, "label") == 2  # HellaSwag's test split of the hub writes it as text
   assert found.label(2, "answer") == 1  # BoolQ's is a truth value
-  assert found.texts("endings") == ["a", "b"]
+  assert found.texts("endings") == ["a", "b"] and found.choices("endings") == ("a", "b")
   assert list(each(lambda r: r.text("query"))([found])) == ["q"]
 
 
@@ -32,7 +32,11 @@ def test_values_are_found_under_any_of_their_names():
     ({"a": 0.5}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1"),
     ({"a": "x"}, lambda r: r.texts("a"), "'a' must be a list of texts"),
     ({"a": ["x", 1]}, lambda r: r.texts("a"), "'a' must be a list of texts"),
-    ({"a": ["x"]}, lambda r: r.texts("a", at_least=2), "'a' must hold at least 2 texts"),
+    ({"a": ["x"]}, lambda r: r.choices("a"), "'a' must hold at least 2 texts"),
+    ({"a": ["x", " "]}, lambda r: r.choices("a"), "'a' holds an empty text"),
+    ({"a": 1}, lambda r: r.inners("a"), "'a' must be a list"),
+    ({"a": {"b": 1}}, lambda r: r.column("a", "b"), "a: 'b' must be a list"),
+    ({"a": [{"c": 1}]}, lambda r: r.column("a", "b"), "a[0]: lacks 'b'"),
   ],
 )
 def test_a_mistake_names_the_line_and_the_key(value, read, message):

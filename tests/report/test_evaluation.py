@@ -112,6 +112,14 @@ def test_a_scorer_is_named_with_what_it_is_worth():
   assert "runs/&lt;judge&gt;, whose AUC" in evaluation.section(summary())
 
 
+def test_what_a_reader_must_know_of_a_row_is_said_in_the_terminal_too():
+  assert evaluation.note_lines(summary()) == [
+    "HellaSwag, 0-shot: 15 worked examples, the training split",
+    "HellaSwag, 0-shot: too long, read without their beginning: sft 3",
+    "HellaSwag, 0-shot: too long to be asked: sft 2",
+  ]
+
+
 def test_differences_are_told_in_a_word():
   rows = evaluation.differences_table(summary()).rows
   assert rows[0] == [

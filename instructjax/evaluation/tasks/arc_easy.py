@@ -19,7 +19,7 @@ def parse(row: Row) -> Item:
   """An item of the published file, of the hub's columns, or of one with `query`, `choices` and `gold`."""
   if row.has("query"):
     question = row.text("query").strip().removeprefix("Question:").strip()
-    choices = tuple(row.texts("choices", at_least=2))
+    choices = row.choices("choices")
     return Item(question, choices, row.label(len(choices), "gold"))
   of_question = row.any("question")
   if isinstance(of_question, dict):

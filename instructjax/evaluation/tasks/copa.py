@@ -20,7 +20,7 @@ class Item:
 def parse(row: Row) -> Item:
   """An item of the published file, or of one with `query`, `choices` and `gold`."""
   if row.has("query"):
-    choices = tuple(row.texts("choices", at_least=2))
+    choices = row.choices("choices")
     return Item(row.text("query").strip(), choices, row.label(len(choices), "gold"))
   question = row.text("question")
   if question not in _WORDS:

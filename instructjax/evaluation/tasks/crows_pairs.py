@@ -11,11 +11,11 @@ from instructjax.evaluation.task import Choice, Metric, Row, Task, each
 class Item:
   more: str
   less: str
-  kind: str
+  kind: str  # of bias; its number in tfds
 
 
 def parse(row: Row) -> Item:
-  return Item(row.text("sent_more"), row.text("sent_less"), row.text("bias_type"))
+  return Item(row.text("sent_more"), row.text("sent_less"), str(row.any("bias_type")))
 
 
 def score(item: Item, answer: Sequence[Choice]) -> dict[str, float]:

@@ -24,13 +24,15 @@ def clean(text: str) -> str:
 
 
 def parse(row: Row) -> Item:
-  """An item of the published file, or of one whose `ctx` holds the activity already."""
-  if row.has("activity_label"):
-    first, second = row.text("ctx_a"), row.text("ctx_b", may_be_empty=True)
-    context = clean(f"{row.text('activity_label')}: {first} {second.capitalize()}")
+  """An item of the published file, of tfds' rows, or of one whose `ctx` holds the activity already."""
+  if row.has("ctx_a"):
+    start, end = row.text("ctx_a"), row.text("ctx_b", may_be_empty=True)
+    context = clean(f"{row.text('activity_label')}: {start} {end.capitalize()}")
+  elif row.has("activity_label"):
+    context = clean(f"{row.text('activity_label')}: {row.text('context', 'ctx')}")
   else:
     context = row.text("ctx", "context")
-  endings = tuple(map(clean, row.texts("endings", at_least=2)))
+  endings = tuple(map(clean, row.choices("endings")))
   return Item(context, endings, row.label(len(endings), "label"))
 
 

@@ -18,7 +18,7 @@ def parse(row: Row) -> Item:
   """An item of the published file, or of one with `query`, `choices` and `gold`."""
   if row.has("query"):
     goal = row.text("query").strip().removeprefix("Question:").strip()
-    ways = tuple(row.texts("choices", at_least=2))
+    ways = row.choices("choices")
   else:
     goal, ways = row.text("goal"), (row.text("sol1"), row.text("sol2"))
   return Item(goal, ways, row.label(len(ways), "label", "gold"))

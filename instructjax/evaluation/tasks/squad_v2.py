@@ -29,20 +29,17 @@ class Item:
 
 
 def read(rows: Iterable[Row]) -> Iterator[Item]:
-  """Items of the published file, or of rows with one question each, of which those of a paragraph follow each other."""
-  paragraph: list[tuple[Row, str, str]] = []
+  """Items of the published file, or of rows with one question each, which may stand in any order, as tfds' do."""
+  paragraphs: dict[tuple[str, str], list[Row]] = {}
   for row in rows:
     if row.has("data"):
       for title, background, questions in _published(row):
         yield from _items(title, background, questions)
-      continue
-    found = (row, row.text("title", may_be_empty=True), row.text("context"))
-    if paragraph and found[1:] != paragraph[0][1:]:
-      yield from _items(paragraph[0][1], paragraph[0][2], [one[0] for one in paragraph])
-      paragraph = []
-    paragraph.append(found)
-  if paragraph:
-    yield from _items(paragraph[0][1], paragraph[0][2], [one[0] for one in paragraph])
+    else:
+      key = (row.text("title", may_be_empty=True), row.text("context"))
+      paragraphs.setdefault(key, []).append(row)
+  for (title, background), questions in paragraphs.items():
+    yield from _items(title, background, questions)
 
 
 def _published(file: Row) -> Iterator[tuple[str, str, list[Row]]]:

@@ -21,14 +21,17 @@ class Item:
 def parse(row: Row) -> Item:
   """An item of the published file, or of one with `context_options`, `continuation` and `gold`."""
   if row.has("context_options"):
-    starts = tuple(row.texts("context_options", at_least=2))
+    starts = row.choices("context_options")
     return Item(starts, row.text("continuation").strip(), row.label(len(starts), "gold"))
   before, gap, after = row.text("sentence").partition("_")
-  answer = row.text("answer")
-  if not gap or not after.strip() or answer not in ("1", "2"):
-    raise BadRecord(f"{row.where}: 'sentence' must have a _ and text after it, 'answer' be 1 or 2")
+  if not gap or not after.strip():
+    raise BadRecord(f"{row.where}: 'sentence' must have a _ and text after it")
+  # Published answers are "1" and "2", and tfds' labels 0 and 1.
+  gold = row.label(2, "label") if row.has("label") else row.label(3, "answer") - 1
+  if gold < 0:
+    raise BadRecord(f"{row.where}: 'answer' must be 1 or 2")
   starts = tuple(before + row.text(name) for name in ("option1", "option2"))
-  return Item(starts, after.strip(), int(answer) - 1)
+  return Item(starts, after.strip(), gold)
 
 
 def ask(item: Item, shots: Sequence[Item]) -> Choices:

@@ -20,6 +20,13 @@ def test_rows_of_both_forms():
   assert ITEM.endings == ("is using wrap.", " starts pulling. Up.") and ITEM.gold == 1
   row = Row("a:1", {"ctx": "Polo: A horse", "endings": ["runs.", "sings."], "label": 0})
   assert hellaswag.parse(row) == OTHER
+  tfds = {
+    "activity_label": "Polo",
+    "context": "A horse",
+    "endings": ["runs.", "sings."],
+    "label": 0,
+  }
+  assert hellaswag.parse(Row("a:1", tfds)) == OTHER
 
 
 def test_prompts():

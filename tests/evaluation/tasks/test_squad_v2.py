@@ -46,6 +46,8 @@ ITEMS = list(squad_v2.read([Row("dev.json:1", FILE)]))
 
 def test_both_forms_are_the_same_items():
   assert ITEMS == list(squad_v2.read(Row(f"a:{i}", row) for i, row in enumerate(HUB)))
+  shuffled = [HUB[i] for i in (0, 3, 1, 2)]
+  assert ITEMS == list(squad_v2.read(Row(f"a:{i}", row) for i, row in enumerate(shuffled)))
   assert [item.is_last for item in ITEMS] == [False, False, True, True]
 
 

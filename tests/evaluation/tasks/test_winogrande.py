@@ -24,6 +24,19 @@ def test_rows_prompts_and_scores():
     ("Sarah met Maria so Maria", " won."),
   )
   assert winogrande.score(item, [choice(-2), choice(-1)])["acc"] == 1
-  for changes in ({"sentence": "no gap"}, {"answer": "3"}, {"sentence": "at the end _"}):
-    with pytest.raises(BadRecord, match="must have a _ and text after it"):
-      winogrande.parse(Row("a:1", ROW | changes))
+  tfds = {key: value for key, value in ROW.items() if key != "answer"} | {"label": 1}
+  assert winogrande.parse(Row("a:1", tfds)) == item
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"sentence": "no gap"}, "must have a _ and text after it"),
+    ({"sentence": "at the end _"}, "must have a _ and text after it"),
+    ({"answer": "3"}, "'answer' must be"),
+    ({"answer": "0"}, "'answer' must be 1 or 2"),
+  ],
+)
+def test_bad_rows(changes, message):
+  with pytest.raises(BadRecord, match=message):
+    winogrande.parse(Row("a:1", ROW | changes))
