@@ -25,6 +25,7 @@ COMMANDS = {
     "instructjax.compare",
     "make one report of several finished runs, seeds as error bars",
   ),
+  "label": ("instructjax.label", "let people write, rate and rank answers in a browser"),
   "export": ("instructjax.commands.export", "write weights as a Hugging Face folder or GGUF file"),
   "lm_eval": ("instructjax.commands.lm_eval", "run tasks of lm-evaluation-harness on a model"),
   "train_scorer": (

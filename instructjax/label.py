@@ -34,6 +34,9 @@ _CHECKPOINT = flags.DEFINE_multi_string(
   "sample: a finished stage, a Hugging Face folder, a .gguf file or hf://ORG/NAME. Several share k.",
 )
 _K = flags.DEFINE_integer("k", 4, "sample: answers to each prompt, 2 to 9.")
+_ITEMS = flags.DEFINE_integer(
+  "items", 1, "sample: items made of each prompt, each with answers of its own."
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "sample: divides the logits.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: longest answer, in tokens.")
 _SEED = flags.DEFINE_integer(
@@ -128,8 +131,10 @@ def _prompts() -> list:
   if not _PROMPTS.value:
     raise UserError("--prompts must have a value, as jsonl:prompts.jsonl")
   spec = places.expand_source(_PROMPTS.value, "--prompts")
+  # A simulated task has a split of its own for each purpose.
+  split = "train" if sources.simulation(spec) else "all"
   found = sources.load(
-    spec, "prompts", "all", seed=_SEED.value, validation_fraction=0.5, on_bad_record="raise"
+    spec, "prompts", split, seed=_SEED.value, validation_fraction=0.5, on_bad_record="raise"
   )
   if _LIMIT.value < 0:
     raise UserError(f"--limit={_LIMIT.value} must be 0 or more")
@@ -178,7 +183,10 @@ def _sample(place: str, _: list[str]):
   if not 2 <= _K.value <= projects.MOST_ANSWERS:
     raise UserError(f"--k={_K.value} must be 2 to {projects.MOST_ANSWERS}")
   kind = _KIND.value or "ranking"
-  prompts = _prompts()
+  if _ITEMS.value < 1:
+    raise UserError(f"--items={_ITEMS.value} must be at least 1")
+  once = _prompts()
+  prompts = once * _ITEMS.value
   # Imported here, because JAX takes seconds, and because no other word needs it.
   import jax
 
@@ -193,13 +201,19 @@ def _sample(place: str, _: list[str]):
   names = _CHECKPOINT.value
   for number, name in enumerate(names):
     model = language_model.open_model(places.require(name, "--checkpoint", places.WEIGHTS), mesh)
-    texts = [_text(model.tokenizer, record.prompt) for record in prompts]
     # Each model gives its part of the k; the first ones give one more where it does not divide.
     samples = range(number, _K.value, len(names))
     requests = [
-      language_model.Request(text, (), _MAX_NEW_TOKENS.value, _TEMPERATURE.value, _SEED.value + i)
-      for text in texts
-      for i in samples
+      language_model.Request(
+        _text(model.tokenizer, record.prompt),
+        (),
+        _MAX_NEW_TOKENS.value,
+        _TEMPERATURE.value,
+        # No two answers to a prompt have the same, in whichever of its items.
+        _SEED.value + i // len(once) * projects.MOST_ANSWERS + sample,
+      )
+      for i, record in enumerate(prompts)
+      for sample in samples
     ]
     found = language_model.generate(model, requests)
     for i, answer in enumerate(found):

@@ -267,7 +267,7 @@ def _triggers(dialect: str) -> list[str]:
     ]
   function = (
     "CREATE OR REPLACE FUNCTION append_only() RETURNS trigger AS $$"
-    " BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME; END $$ LANGUAGE plpgsql"
+    " BEGIN RAISE EXCEPTION USING MESSAGE = TG_TABLE_NAME || ' is append-only'; END $$ LANGUAGE plpgsql"
   )
   return [function] + [
     f"CREATE OR REPLACE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table}"
@@ -288,6 +288,15 @@ def without_triggers(connection: sa.Connection) -> Generator[None]:
   yield
   for statement in _triggers(dialect):
     connection.exec_driver_sql(statement)
+
+
+def one_at_a_time(connection: sa.Connection):
+  """Until this transaction ends, no other passes here: what it reads stays true until it has written.
+
+  In SQLite every transaction that writes is like that.
+  """
+  if connection.dialect.name == "postgresql":
+    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(17)")
 
 
 def forget_pages(database: Database):

@@ -53,6 +53,7 @@ def next_item(database: Database, user: User, now: float) -> int | None:
   items of the screening only: labelers are compared with their answers.
   """
   with database.write() as connection:
+    schema.one_at_a_time(connection)
     opened = connection.execute(
       sa.select(assignments.c.item_id)
       .where(assignments.c.user_id == user.id, assignments.c.state == "open")
@@ -61,9 +62,8 @@ def next_item(database: Database, user: User, now: float) -> int | None:
     ).scalar()
     if opened is not None:
       return opened
-    # PostgreSQL locks the row until the assignment is there; in SQLite one transaction writes at a time.
     query = _free(user, now).order_by(items.c.is_screening.desc(), items.c.id).limit(1)
-    found = connection.execute(query.with_for_update(skip_locked=True)).scalar()
+    found = connection.execute(query).scalar()
     if found is not None:
       _assign(connection, found, user, now)
     return found
@@ -107,6 +107,7 @@ def take(database: Database, user: User, item_id: int, now: float) -> bool:
   with database.write() as connection:
     if projects.get(connection, item_id) is None:
       return False
+    schema.one_at_a_time(connection)
     if _assignment(connection, user, item_id) is None:
       _assign(connection, item_id, user, now)
     return True
@@ -148,6 +149,7 @@ def save_draft(
   """Keeps what a labeler has filled in so far; False if this form has been sent meanwhile."""
   values = forms.kept(found.item.kind, [answer.id for answer in found.answers], sent)
   with database.write() as connection:
+    schema.one_at_a_time(connection)
     assignment = _assignment(connection, user, found.item.id)
     if assignment is None or assignment.token != token:
       return False
@@ -181,6 +183,7 @@ def submit(
   """
   text = json.dumps(payload, sort_keys=True)
   with database.write() as connection:
+    schema.one_at_a_time(connection)
     before = connection.execute(sa.select(submissions).where(submissions.c.token == token)).first()
     if before is not None:
       is_same = (before.user_id, before.item_id, before.payload) == (user.id, found.item.id, text)

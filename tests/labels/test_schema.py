@@ -2,12 +2,14 @@
 
 import os
 import stat
+import threading
 
 import pytest
 import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
-from instructjax.labels import schema
+from instructjax.data import label_records
+from instructjax.labels import privacy, schema, work
 from tests.labels import app
 
 
@@ -15,8 +17,6 @@ from tests.labels import app
 def database(tmp_path):
   found = app.make_project(tmp_path, [app.item()])
   ann = app.user(found, "ann")
-  from instructjax.labels import work
-
   app.submit(found, ann, work.next_item(found, ann, 1.0))
   return found
 
@@ -66,3 +66,34 @@ def test_what_is_no_project_is_refused(tmp_path):
     schema.open_(str(tmp_path))
   with pytest.raises(UserError, match="cannot write"):
     schema.create(str(tmp_path / "labels.sqlite" / "p"))
+
+
+def test_the_same_in_postgresql():
+  """Twenty people at once, append-only tables, the source `labels:`, and a deletion, in an empty database."""
+  url = os.environ.get("INSTRUCTJAX_POSTGRES")
+  if not url:
+    pytest.skip("INSTRUCTJAX_POSTGRES must be the postgresql:// URL of an empty database")
+  pytest.importorskip("psycopg")
+  names = [(f"p{i}", "labeler") for i in range(20)]
+  database = app.make_project(url, [app.item(f"{i}") for i in range(20)], names)
+  people, got = [app.user(database, name) for name, _ in names], []
+  threads = [
+    threading.Thread(target=lambda one=one: got.append(work.next_item(database, one, 0.0)))
+    for one in people * 2
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(got) == sorted([*range(1, 21)] * 2)
+  for one in people:
+    app.submit(database, one, work.next_item(database, one, 0.0))
+  assert len(label_records.rows(url, "comparisons", "all")) == 20
+  for table in schema.APPEND_ONLY:
+    with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
+      connection.execute(schema.metadata.tables[table].delete())
+  assert privacy.delete(database, "p1", 1.0)["submissions"] == 1
+  assert len(label_records.rows(url, "comparisons", "all")) == 19
+  with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
+    connection.execute(schema.audit.update().values(at=0.0))
+  database.close()
