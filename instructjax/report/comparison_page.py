@@ -192,7 +192,6 @@ def _figures(groups: Sequence[Group]) -> dict[str, markupsafe.Markup]:
 def page(groups: Sequence[Group]) -> str:
   """The whole comparison as one HTML document."""
   runs = [run for group in groups for run in group.runs]
-  policies = comparison.rl_policies(groups)
   return TEMPLATES.get_template("compare.html.j2").render(
     count=len(runs),
     groups=_runs(groups),
@@ -210,8 +209,11 @@ def page(groups: Sequence[Group]) -> str:
     ],
     times=_times(groups),
     figures=_figures(groups),
-    colours=[(panels.COLOURS[name], panels.NAMES[name]) for name in policies],
-    marks=[(panels.NAMES[name], _MARK_WORDS.get(name, "diamond")) for name in policies],
+    colours=[(panels.COLOURS[name], panels.NAMES[name]) for name in comparison.rl_policies(groups)],
+    marks=[
+      (panels.NAMES[name], _MARK_WORDS.get(name, "diamond"))
+      for name in comparison_panels.on_frontier(groups)
+    ],
   )
 
 

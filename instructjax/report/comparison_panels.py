@@ -56,11 +56,18 @@ def draw_win_rates(
   return True
 
 
+def on_frontier(groups: Sequence[Group]) -> list[str]:
+  """The policies of `draw_frontier`. With several groups, PPO with beta = 0 is left out: it takes all the room."""
+  policies = comparison.rl_policies(groups)
+  bounded = [name for name in policies if name != "ppo_beta0"]
+  return bounded if bounded and len(groups) > 1 else policies
+
+
 def draw_frontier(ax, groups: Sequence[Group], key: str) -> bool:
   """Draws what was gained (`gold` or `reward`) against KL: a thin line a seed, and where each policy ended."""
   drawn = False
   for number, group in enumerate(groups):
-    for policy in comparison.rl_policies(groups):
+    for policy in on_frontier(groups):
       ways = [comparison.gains(run, policy) for run in group.runs]
       kept = [way for way in ways if way and key in way]
       style, own = LINES.get(policy, "-"), shade(groups, number, policy)

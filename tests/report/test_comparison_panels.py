@@ -57,3 +57,13 @@ def test_the_tax_joins_the_groups_of_a_policy():
   assert comparison_panels.draw_tax(ax, found, "gold")
   joined = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
   np.testing.assert_allclose(joined[0].get_ydata(), [1.0, 0.5])
+
+
+def test_unbounded_ppo_takes_no_room_from_several_groups():
+  def with_beta0(beta):
+    plain = runs.run(0, beta)
+    return dataclasses.replace(plain, curves=dict(plain.curves, ppo_beta0=plain.curves["ppo_ptx"]))
+
+  one, two = ([with_beta0(beta) for beta in betas] for betas in ((0.1,), (0.1, 0.2)))
+  assert comparison_panels.on_frontier(comparison.groups(one)) == ["ppo_ptx", "ppo_beta0"]
+  assert comparison_panels.on_frontier(comparison.groups(two)) == ["ppo_ptx"]
