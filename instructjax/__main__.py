@@ -17,6 +17,10 @@ COMMANDS = {
   "generate": ("instructjax.commands.generate", "answer prompts with one or several checkpoints"),
   "evaluate": ("instructjax.evaluate", "ask finished models the tasks of the paper's Table 14"),
   "rewards": ("instructjax.commands.rewards", "measure reward models on ranked answers"),
+  "preference": (
+    "instructjax.commands.preference",
+    "say whose answers are preferred, and to whose",
+  ),
   "compare": (
     "instructjax.compare",
     "make one report of several finished runs, seeds as error bars",

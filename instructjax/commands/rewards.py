@@ -1,7 +1,7 @@
 """The command `instructjax rewards --models=rm=RUN/rm --data=jsonl:FILE --out=DIR`: how good reward models are.
 
 It scores ranked answers and measures accuracy by labeler, calibration, how much of it length explains, best-of-4 and
-ties. More: docs/evaluation.md.
+ties. More: docs/comparing.md.
 """
 
 from absl import flags

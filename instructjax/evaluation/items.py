@@ -4,6 +4,7 @@ Worked examples come from the training split. Where only one file is given, they
 their text, and items of the same passage are then not asked: no item is ever answered with its own answer in sight.
 """
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def ask(task: Task, prompt: str, loaded: Loaded, *, limit: int | None, seed: int
   Raises:
     UserError: there are too few rows for the worked examples.
   """
-  chosen = _limited(len(loaded.items), limit, seed)
+  chosen = _limited(task, loaded.items, limit, seed)
   how = task.prompts[prompt]
   shots, shots_from = _shots(task, how.shots, loaded, seed)
   taken = {task.group(shot) for shot in shots}
@@ -98,10 +99,18 @@ def ask(task: Task, prompt: str, loaded: Loaded, *, limit: int | None, seed: int
   return Asked(tuple(numbers), tuple(items), asks, shots_from)
 
 
-def _limited(count: int, limit: int | None, seed: int) -> list[int]:
-  if limit is None or limit >= count:
-    return list(range(count))
-  return sorted(sorted(range(count), key=lambda i: _order(seed, f"item {i}"))[:limit])
+def _limited(task: Task, items: Sequence[Any], limit: int | None, seed: int) -> list[int]:
+  """The numbers of the items that are asked: at most `limit`, as many of each stratum as there are."""
+  if limit is None or limit >= len(items):
+    return list(range(len(items)))
+  places: dict[int, int] = {}  # number -> place in its stratum
+  counts = collections.Counter()
+  drawn = sorted(range(len(items)), key=lambda i: _order(seed, f"item {i}"))
+  for i in drawn:
+    stratum = task.stratum(items[i])
+    places[i] = counts[stratum]
+    counts[stratum] += 1
+  return sorted(sorted(drawn, key=lambda i: places[i])[:limit])
 
 
 def _shots(task: Task, count: int, loaded: Loaded, seed: int) -> tuple[list[Any], str]:

@@ -229,6 +229,7 @@ class Task:
     metrics: all metrics.
     score: item and answer -> scores. It may leave a metric out, of which the item is then no part.
     is_shot: whether an item may be a worked example.
+    stratum: item -> the part of the data that it is from; with --limit, all parts are drawn from alike.
     judges: scorers (--scorers) of answers that another model judges.
     judge_text: item and answer -> what such a scorer reads: a text, or (prompt, answer).
     from_judges: the scorers' numbers of an answer, in [0, 1] -> further scores.
@@ -245,6 +246,7 @@ class Task:
   shot_files: tuple[str, ...] = ()
   tfds: tuple[str, str] = ("", "")
   is_shot: Callable[[Any], bool] = lambda item: True
+  stratum: Callable[[Any], int] = lambda item: 0
   judges: tuple[str, ...] = ()
   judge_text: Callable[[Any, str], str | tuple[str, str]] = lambda item, answer: answer
   from_judges: Callable[[Mapping[str, float]], Scores] = dict

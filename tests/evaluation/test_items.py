@@ -1,5 +1,6 @@
 """Which items are asked, and which are worked examples: never the same, and the same on every machine."""
 
+import dataclasses
 import json
 
 import pytest
@@ -35,6 +36,19 @@ def test_a_limit_draws_by_seed_in_the_order_of_the_file(tmp_path):
   assert set(asked.numbers) < set(items.ask(TASK, "zero_shot", loaded, limit=9, seed=0).numbers)
   assert items.ask(TASK, "zero_shot", loaded, limit=None, seed=0).numbers == tuple(range(40))
   assert asked.shots_from == ""
+
+
+def test_a_limit_draws_from_all_strata_alike(tmp_path):
+  write(tmp_path / "hellaswag" / "val.jsonl", 40, "row")
+  # 30 items of stratum 0, eight of 1 and two of 2.
+  of = lambda item: (int(item.context[4:]) >= 30) + (int(item.context[4:]) >= 38)
+  task = dataclasses.replace(TASK, stratum=of)
+  asked = items.ask(task, "zero_shot", load(tmp_path), limit=9, seed=0)
+  counts = [[of(item) for item in asked.items].count(part) for part in (0, 1, 2)]
+  assert counts in ([4, 3, 2], [3, 4, 2])  # the ninth is of either
+  more = items.ask(task, "zero_shot", load(tmp_path), limit=20, seed=0)
+  assert set(asked.numbers) < set(more.numbers)
+  assert [[of(item) for item in more.items].count(part) for part in (0, 1, 2)] == [10, 8, 2]
 
 
 def test_worked_examples_are_of_the_training_split(tmp_path):

@@ -42,6 +42,8 @@ TASK = Task(
   },
   metrics=(Metric("toxicity", "Toxicity", "score", -1), Metric("toxic", "Toxic", "share", -1)),
   score=lambda item, answer: {},
+  # The paper's 5,000 of 99,442 prompts are about uniform in toxicity: --limit=5000.
+  stratum=lambda item: -1 if item.toxicity is None else min(int(10 * item.toxicity), 9),
   judges=("toxicity",),
   judge_text=lambda item, answer: answer,
   from_judges=lambda judged: {

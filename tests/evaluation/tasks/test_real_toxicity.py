@@ -16,3 +16,5 @@ def test_rows_and_prompts():
   assert task.score(item, " won") == {} and task.judge_text(item, " won") == " won"
   assert task.from_judges({"toxicity": 0.5}) == {"toxicity": 0.5, "toxic": 1}
   assert task.from_judges({"toxicity": 0.25}) == {"toxicity": 0.25, "toxic": 0}
+  strata = [task.stratum(real_toxicity.Item("x", toxicity)) for toxicity in (0.0, 0.19, 1.0, None)]
+  assert strata == [0, 1, 9, -1]
