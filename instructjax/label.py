@@ -121,7 +121,8 @@ def _serve(place: str, _: list[str]):
     )
   hosts = [host, "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
   app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value))
-  serving.run(app, host, _PORT.value, lambda address: print(f"Labeling at {address}", flush=True))
+  tell = lambda address: print(f"Labeling at {address}", flush=True)
+  serving.run(app, host, _PORT.value, tell, has_proxy=bool(_PUBLIC.value))
 
 
 def _prompts() -> list:

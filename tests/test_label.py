@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 
 import pytest
 from absl.testing import flagsaver
@@ -112,3 +113,32 @@ def test_in_by_import_and_out_by_export_and_away_by_deletion(run, tmp_path):
   assert "ann is deleted, with 0 drafts" in run("delete ann")
   with pytest.raises(UserError, match="holds no comparisons yet"):
     run("export", to=str(tmp_path / "out"))
+
+
+def test_answers_of_two_checkpoints_share_k_and_hide_where_they_come_from(
+  run, tmp_path, monkeypatch
+):
+  """Of three answers the first model gives two; no two answers to a prompt are drawn with the same seed."""
+  from instructjax.evaluation import language_model
+
+  asked = []
+
+  def generate(model, requests):
+    asked.extend((model.name, one.prompt, one.seed, one.max_new_tokens) for one in requests)
+    return [f" {model.name} {one.seed} " for one in requests]
+
+  fake = lambda name, mesh: types.SimpleNamespace(name=name, tokenizer=None)
+  monkeypatch.setattr(language_model, "open_model", fake)
+  monkeypatch.setattr(language_model, "generate", generate)
+  flags = {"checkpoint": ["m1", "m2"], "k": 3, "items": 2, "max_new_tokens": 7}
+  assert run("sample", prompts=prompts(tmp_path, 2), **flags) == "4 items added\n"
+  assert len(asked) == len(set(asked)) == 12 and {row[3] for row in asked} == {7}
+  first = [(name, seed) for name, prompt, seed, _ in asked if prompt == "Prompt 0"]
+  assert first == [("m1", 0), ("m1", 2), ("m1", 9), ("m1", 11), ("m2", 1), ("m2", 10)]
+  with schema.open_(str(tmp_path / "p")).read() as connection:
+    rows = connection.execute(schema.answers.select()).all()
+  assert {(row.origin, row.text) for row in rows if row.item_id in (1, 3)} == {
+    (name, f"{name} {seed}") for name, seed in first
+  }
+  with pytest.raises(UserError, match="--items=0 must be at least 1"):
+    run("sample", prompts=prompts(tmp_path, 2), **flags | {"items": 0})

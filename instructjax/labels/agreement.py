@@ -45,7 +45,7 @@ def alike(a: Ranks, b: Ranks) -> tuple[int, int]:
   return same, decided
 
 
-def share(counted: Iterable[tuple[int, int]]) -> Share:
+def share(counted: Iterable[tuple[float, int]]) -> Share:
   """The share of (hits, tries) by item: sums over items, which are resampled as wholes, being independent."""
   rows = np.array([row for row in counted if row[1]], float).reshape(-1, 2)
   if not len(rows):
@@ -103,6 +103,29 @@ def disagreement(ranked: Mapping[str, Ranks]) -> float | None:
   """The share of decided pairs of an item that two people order in opposite ways; None if there is none."""
   same, decided = _within(ranked, lambda a, b: True)
   return 1 - same / decided if decided else None
+
+
+def win_rates(
+  rankings: Iterable[Ranks], origins: Mapping[int, str]
+) -> dict[tuple[str, str], Share]:
+  """How often people rank an answer of one model above an answer of another to the same prompt; a tie is half a win.
+
+  Args:
+    rankings: each person's ranks of an item's answers.
+    origins: number of an answer -> the model that gave it.
+  Returns:
+    For each two models, in order of their names, the first one's share; intervals are over rankings.
+  """
+  counted = collections.defaultdict(list)
+  for ranks in rankings:
+    row = collections.defaultdict(lambda: [0.0, 0])
+    for x, y in itertools.permutations(ranks, 2):
+      if origins[x] < origins[y]:
+        row[origins[x], origins[y]][0] += (ranks[x] < ranks[y]) + 0.5 * (ranks[x] == ranks[y])
+        row[origins[x], origins[y]][1] += 1
+    for pair, (wins, pairs) in row.items():
+      counted[pair].append((wins, pairs))
+  return {pair: share(rows) for pair, rows in sorted(counted.items())}
 
 
 def bias(ratings: Iterable[Mapping[str, float]], name: str) -> Share:

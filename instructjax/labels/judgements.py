@@ -12,7 +12,15 @@ import sqlalchemy as sa
 
 from instructjax.labels import forms, schema
 from instructjax.labels.agreement import Ranks
-from instructjax.labels.schema import assignments, grades, items, submissions, survey, users
+from instructjax.labels.schema import (
+  answers,
+  assignments,
+  grades,
+  items,
+  submissions,
+  survey,
+  users,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +143,12 @@ def split_sizes(found: Sequence[Judgement]) -> dict[str, dict[tuple[str, str], i
     }
     for row, kind in rows.items()
   }
+
+
+def origins(connection: sa.Connection) -> dict[int, str]:
+  """Number of an answer -> the model that gave it."""
+  rows = connection.execute(sa.select(answers.c.id, answers.c.origin))
+  return {number: origin for number, origin in rows}
 
 
 @dataclasses.dataclass(frozen=True)

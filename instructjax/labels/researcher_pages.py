@@ -29,6 +29,7 @@ def overview(asked: Asked) -> Response:
   with asked.database.read() as connection:
     found = judgements.read(connection)
     paces = judgements.paces(connection)
+    origins = judgements.origins(connection)
     counts = connection.execute(
       sa.select(items.c.kind, items.c.is_screening, sa.func.count(), sa.func.sum(items.c.wanted))
       .group_by(items.c.kind, items.c.is_screening)
@@ -43,6 +44,7 @@ def overview(asked: Asked) -> Response:
     kinds=[(kind, is_, number, wanted, done[kind, is_]) for kind, is_, number, wanted in counts],
     paces=paces,
     sizes=judgements.split_sizes(found),
+    wins=agreement.win_rates([one.ranks for one in found], origins),
     bars=_bars([(day, days[day]) for day in sorted(days)[-_DAYS:]]),
   )
 

@@ -1,5 +1,7 @@
 """Runs the web application until it is told to stop. Called by the command."""
 
+from collections.abc import Callable
+
 import uvicorn
 from starlette.applications import Starlette
 
@@ -14,18 +16,19 @@ def make(database: Database, hosts: list[str], is_secure: bool = False) -> Starl
   return web.application(web.Site(database, is_secure), TABLES, hosts)
 
 
-def run(app: Starlette, host: str, port: int, tell):
+def run(app: Starlette, host: str, port: int, tell: Callable[[str], None], has_proxy: bool):
   """Answers requests until the process is interrupted.
 
   Args:
     app: the application.
     host, port: where to listen; port 0 for any that is free.
     tell: called with the address, when it is ready.
+    has_proxy: whether a proxy on this machine names each browser's address, by which wrong passwords are counted.
   Raises:
     OSError: the address cannot be used.
   """
   config = uvicorn.Config(
-    app, host=host, port=port, log_level="warning", proxy_headers=False, server_header=False
+    app, host=host, port=port, log_level="warning", proxy_headers=has_proxy, server_header=False
   )
   socket = config.bind_socket()
   tell(f"http://{host}:{socket.getsockname()[1]}/")

@@ -69,6 +69,14 @@ def test_agreement_of_pairs_people_and_all():
   assert agreement.disagreement(ITEMS[2]) is None
 
 
+def test_win_rates_of_models():
+  """Ranks 1, 2, 2 of a1, b1, b2: a beats b twice; then b1 = a1 and b2 above a1: half a win of two. 2.5 of 4."""
+  origins = {1: "a", 2: "b", 3: "b", 4: "a"}
+  found = agreement.win_rates([{1: 1, 2: 2, 3: 2}, {1: 2, 2: 2, 3: 1}, {1: 1, 4: 2}, {}], origins)
+  ((pair, one),) = found.items()
+  assert (pair, one.mean, one.count, one.items) == (("a", "b"), 0.625, 4, 2)
+
+
 def test_intervals_are_over_items():
   """With one try an item they are those of the report's bootstrap of a mean."""
   hits = [1, 0, 1, 1, 1, 0, 1]

@@ -62,6 +62,9 @@ def test_overview(rob):
     "2",
   ] in rows
   assert ["RM", "1", "1", "0", "0"] in rows and ["SFT", "0", "0", "0", "0"] in rows
+  # "good" of model-one is first in ann's three, bea's one of three and rob's one: 5 of 7.
+  (wins,) = [row for row in rows if row[0] == "model-one"]
+  assert wins[1] == "model-two" and wins[2].startswith("71% ") and wins[3] == "7"
   (ann,) = [row for row in rows if row[0] == "ann"]
   assert ann[1:3] == ["4", "0"]
 
