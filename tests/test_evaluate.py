@@ -2,14 +2,20 @@
 
 import pytest
 
-from instructjax import evaluate
 from instructjax.core.errors import UserError
+from tests import own_flags
 from tests.commands import test_generate
 
 PROMPTS = {"hellaswag": ("zero_shot", "few_shot"), "piqa": ("harness",)}
 
 
-def test_models_have_names():
+@pytest.fixture(scope="module")
+def evaluate():
+  with own_flags.command("instructjax.evaluate") as module:
+    yield module
+
+
+def test_models_have_names(evaluate):
   assert evaluate.parse_models(["a=runs/x", "b-1.5=hf://O/N"]) == {
     "a": "runs/x",
     "b-1.5": "hf://O/N",
@@ -26,7 +32,7 @@ def test_models_have_names():
     (["a=x", "a=y"], "--models names a twice"),
   ],
 )
-def test_models_that_are_none(values, message):
+def test_models_that_are_none(evaluate, values, message):
   with pytest.raises(UserError) as error:
     evaluate.parse_models(values)
   assert message in str(error.value)
@@ -40,7 +46,7 @@ def test_models_that_are_none(values, message):
     (["hellaswag/few_shot", "hellaswag"], {"hellaswag": ("few_shot", "zero_shot")}),
   ],
 )
-def test_tasks(values, tasks):
+def test_tasks(evaluate, values, tasks):
   assert evaluate.parse_tasks(values, PROMPTS) == tasks
 
 
@@ -52,12 +58,12 @@ def test_tasks(values, tasks):
     ("all/few_shot", "--tasks=all/few_shot must be all"),
   ],
 )
-def test_tasks_that_are_none(value, message):
+def test_tasks_that_are_none(evaluate, value, message):
   with pytest.raises(UserError, match=message):
     evaluate.parse_tasks([value], PROMPTS)
 
 
-def test_scorers():
+def test_scorers(evaluate):
   names = ("toxicity", "truth")
   assert evaluate.parse_scorers(["truth=python:a:b=c"], names) == {"truth": "python:a:b=c"}
   for value in ("humour=x", "truth=", "truth"):

@@ -8,17 +8,22 @@ import types
 import pytest
 from absl.testing import flagsaver
 
-from instructjax import label
 from instructjax.core.errors import UserError
 from instructjax.labels import accounts, projects, schema
+from tests import own_flags
+
+
+@pytest.fixture(scope="module")
+def label():
+  with own_flags.command("instructjax.label") as module:
+    yield module
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
+def run(label, tmp_path, capsys):
   """run(words, flag=value, ...) -> what the command prints; the project is in tmp_path/p."""
 
   def one(words: str, **flags):
-    label.flags.FLAGS(["label"]) if not label.flags.FLAGS.is_parsed() else None
     with flagsaver.flagsaver(**{"project": str(tmp_path / "p")} | flags):
       label.main(words.split())
     return capsys.readouterr().out

@@ -63,7 +63,7 @@ def in_words(which: str, score: str, fit: Fit) -> str:
   )
   if fit.peak is not None and fit.peak <= fit.reach:
     words += f"; the form is highest at d = {number(fit.peak)}{between(fit.peak_interval)}"
-  return f"{words}; the measured {score} at d = {number(fit.top)}. "
+  return f"{words}; the measured {score} is highest at d = {number(fit.top)}. "
 
 
 def _design(which: str, distance: np.ndarray) -> np.ndarray:

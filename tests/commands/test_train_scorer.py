@@ -6,13 +6,19 @@ import types
 import pytest
 from absl import flags
 
-from instructjax.commands import train_scorer
 from instructjax.core.errors import UserError
+from tests import own_flags
 from tests.micro import write_lines
 
 
+@pytest.fixture(scope="module")
+def train_scorer():
+  with own_flags.command("instructjax.commands.train_scorer") as module:
+    yield module
+
+
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(train_scorer, tmp_path, monkeypatch):
   """Runs the command with flags; the run itself is replaced, and its command line returned."""
   asked = []
 

@@ -201,7 +201,7 @@ def test_a_folder_of_peft_is_trained_on_if_it_fits_and_merged_if_not(
   for params in (adapters.joined(ctx.model("policy"), base, trained), judged):
     np.testing.assert_allclose(logits(ctx, params), expected, rtol=2e-4, atol=2e-4)
   record = weights.BaseRecord.of(
-    pipeline.module("sft").stage_run(ctx, "ppo_init", ctx.config.ppo_init).fingerprint,
+    pipeline.module("sft").stage_run(ctx, "ppo_init").fingerprint,
     weights.BASE,
     "",
   )
