@@ -29,10 +29,10 @@ def main(arguments: list[str]):
   out = pathlib.Path(places.require(_OUT.value, "--out"))
   # Imported here so that --help and bad flags are answered at once.
   from instructjax.core import terminal
-  from instructjax.report import comparison, comparison_page
+  from instructjax.report import comparison_groups, comparison_page
   from instructjax.stages import finished_runs
 
-  groups = comparison.groups(finished_runs.read_all(arguments))
+  groups = comparison_groups.groups(finished_runs.read_all(arguments))
   path = comparison_page.write(out, groups)
   comparison_page.show(groups)
   terminal.say(f"comparison: {path}")

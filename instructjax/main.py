@@ -104,7 +104,7 @@ def main(arguments: list[str]):
   from instructjax.core import terminal
   from instructjax.core.stages import STAGES
   from instructjax.parallel import compiled, memory
-  from instructjax.report import comparison, comparison_page
+  from instructjax.report import comparison_groups, comparison_page
   from instructjax.stages import finished_runs, lineage, pipeline, sweep
   from instructjax.train import finished
 
@@ -129,7 +129,7 @@ def main(arguments: list[str]):
       return
     folders = sweep.run(points, workdir)
     if jax.process_index() == 0 and STAGES[lineage.plan(config)[-1]].kind == "evaluate":
-      groups = comparison.groups(finished_runs.read_all(folders))
+      groups = comparison_groups.groups(finished_runs.read_all(folders))
       page = comparison_page.write(workdir / "comparison", groups)
       comparison_page.show(groups)
       terminal.say(f"comparison: {page}")

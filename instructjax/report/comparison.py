@@ -1,10 +1,9 @@
-"""Several finished runs beside each other: runs that differ in their seed only are a group, and seeds are error bars.
+"""The numbers of several finished runs beside each other, by groups, with seeds as error bars.
 
 Called by comparison_page.py and instructjax/compare.py. Pure functions of what the runs have written; draws nothing.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from instructjax.core.errors import UserError
-from instructjax.core.provenance import Provenance
-from instructjax.core.stages import RL_STAGES, STAGES
+from instructjax.core.stages import RL_STAGES
+from instructjax.report.comparison_groups import Group, Run
 from instructjax.report.overoptimization import column, running_mean
 from instructjax.report.overoptimization_fits import Fit, fit_runs
 
@@ -32,53 +30,6 @@ WIN_RATES = {
 _FEWEST = 3  # seeds of an interval: with two, Student's t is twelve times the standard error and tells nothing
 # 97.5% quantiles of Student's t with 1 to 9 degrees of freedom, as in every table.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-_IN_LABEL = 3  # fields in a group's name
-# Parts of a fingerprint that follow from others, or differ between seeds by nature.
-_DERIVED = re.compile(r"config\.seed|tokenizer|date of chats|parent:.*|base:.*|.*base")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What a finished run has left.
-
-  Attributes:
-    name: how the page calls it: the end of its path.
-    seed: its seed.
-    settings: (stage, field) -> value as JSON, for all settings that decide the run's numbers; see `settings_of`.
-    findings: as in findings.json.
-    policies: policy -> name of a measurement -> mean, as in results.json.
-    best_of_n: rows of n, kl, gold and reward, as in results.json.
-    reward_std: standard deviation of the reward model's scores of held-out answers; None if it was not measured.
-    curves: RL policy -> its log, one row per iteration.
-    logs: stage -> its log.
-    made: stage -> its provenance.
-  """
-
-  name: str
-  seed: int
-  settings: Mapping[tuple[str, str], str]
-  findings: Sequence[Mapping[str, Any]]
-  policies: Mapping[str, Mapping[str, float]]
-  best_of_n: Sequence[Mapping[str, float]]
-  reward_std: float | None
-  curves: Mapping[str, Sequence[Mapping[str, float]]]
-  logs: Mapping[str, Sequence[Mapping[str, float]]]
-  made: Mapping[str, Provenance]
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """Runs that differ in their seed only.
-
-  Attributes:
-    label: the fields in which it differs from the other groups, such as `ppo.beta=0.05`.
-    values: field -> value, of all fields in which groups differ.
-    runs: its runs, by growing seed.
-  """
-
-  label: str
-  values: Mapping[str, str]
-  runs: tuple[Run, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,104 +48,6 @@ class Spread:
   mean: float
   std: float
   interval: tuple[float, float] | None
-
-
-def settings_of(fingerprints: Mapping[str, Mapping[str, str]]) -> dict[tuple[str, str], str]:
-  """The settings in the fingerprints of stages, field by field.
-
-  Args:
-    fingerprints: stage -> its fingerprint, as in done.json.
-  Returns:
-    (stage, dotted field) -> JSON of its value. Of sources and given weights, what they are recognised by.
-  """
-  found: dict[tuple[str, str], str] = {}
-  for stage, parts in fingerprints.items():
-    for part, text in parts.items():
-      own_rankings = part.startswith("data:comparisons") and "collect" in fingerprints
-      if _DERIVED.fullmatch(part) or own_rankings or part.startswith("data:collect"):
-        continue
-      block = part.removeprefix("config.")
-      if block == "model" and STAGES[stage].role in ("reward", "reward_base"):
-        block = "reward_model"
-      found |= {(stage, name): value for name, value in _leaves(block, _parsed(text))}
-  return found
-
-
-def _parsed(text: str) -> Any:
-  try:
-    return json.loads(text)
-  except ValueError:
-    return text
-
-
-def _leaves(name: str, value: Any) -> list[tuple[str, str]]:
-  if isinstance(value, dict):
-    return [leaf for key, inner in value.items() for leaf in _leaves(f"{name}.{key}", inner)]
-  return [(name, json.dumps(value, sort_keys=True))]
-
-
-def groups(runs: Sequence[Run]) -> list[Group]:
-  """The runs by what they differ in besides their seed.
-
-  A field counts as different if two runs have other values of it in the same stage. Runs with other stages differ in
-  `stages`.
-
-  Raises:
-    UserError: the same seed of the same settings is there twice: two copies are no two samples.
-  """
-  common = set.intersection(*(set(run.settings) for run in runs))
-  different = [key for key in common if len({run.settings[key] for run in runs}) > 1]
-  fields: dict[str, list[tuple[str, str]]] = {}
-  for key in sorted(different):
-    fields.setdefault(key[1], []).append(key)
-  rows = []
-  for run in runs:
-    values = {name: _shown({run.settings[key] for key in keys}) for name, keys in fields.items()}
-    rows.append(values)
-  stages = [", ".join(run.made) for run in runs]
-  if len(set(stages)) > 1:
-    everywhere = set.intersection(*(set(run.made) for run in runs))
-    for run, values in zip(runs, rows, strict=True):
-      more = [stage for stage in run.made if stage not in everywhere]
-      values["stages besides"] = ", ".join(more) or "none"
-  found: dict[tuple, list[Run]] = {}
-  for run, values in zip(runs, rows, strict=True):
-    found.setdefault(tuple(values.items()), []).append(run)
-  result = []
-  for number, (values, members) in enumerate(sorted(found.items(), key=_order), start=1):
-    by_seed = sorted(members, key=lambda run: run.seed)
-    for one, other in zip(by_seed, by_seed[1:]):
-      if one.seed == other.seed:
-        raise UserError(
-          f"{one.name} and {other.name} have the same settings and seed {one.seed}: copies of a run are no error bars;"
-          " leave one out"
-        )
-    result.append(Group(_label(values, number), dict(values), tuple(by_seed)))
-  return result
-
-
-def _shown(texts: set[str]) -> str:
-  """Values as a name shows them; a stage may hold its own, such as gamma = 0 of PPO."""
-  return "/".join(sorted(text.strip('"') if len(text) < 24 else f"{text[:20]}…" for text in texts))
-
-
-def _order(item: tuple[tuple, list[Run]]) -> list:
-  """Numbers in the order of their size, other values in that of the command line."""
-  key: list = []
-  for _, value in item[0]:
-    try:
-      key.append((0, float(value)))
-    except ValueError:
-      key.append((1, 0.0))
-  return key
-
-
-def _label(values: tuple[tuple[str, str], ...], number: int) -> str:
-  if not values:
-    return "all runs"
-  if len(values) > _IN_LABEL:
-    return f"settings {number}"
-  return ", ".join(f"{name}={value}" for name, value in values)
 
 
 def spread(values: Sequence[float]) -> Spread | None:

@@ -25,7 +25,8 @@ from instructjax.report import (
   panels,
   tables,
 )
-from instructjax.report.comparison import Group, Spread
+from instructjax.report.comparison import Spread
+from instructjax.report.comparison_groups import Group
 from instructjax.report.page import TEMPLATES, plain, shown_as
 
 # Measurements of a policy: (title, how it is shown).

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from instructjax.report import comparison, panels, tables
-from instructjax.report.comparison import Group, Spread
+from instructjax.report.comparison import Spread
+from instructjax.report.comparison_groups import Group
 from instructjax.report.panels import INK
 
 # Each has a contrast of 3:1 or more with white and with the dark page.

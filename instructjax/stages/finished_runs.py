@@ -9,7 +9,7 @@ from instructjax.core import places
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import JSON_BYTES, parse_json, read_text
 from instructjax.core.stages import RL_STAGES, STAGES, stage_of_kind
-from instructjax.report.comparison import Run, settings_of
+from instructjax.report.comparison_groups import Run, settings_of
 from instructjax.stages.sweep_points import RECORD
 from instructjax.train import finished
 from instructjax.train.metrics import read_metrics
@@ -57,6 +57,9 @@ def read(folder: pathlib.Path, name: str) -> Run:
   # Stages of earlier commands may lie there too, which were not judged.
   parents = _line(dones, evaluate)
   dones = {stage: done for stage, done in dones.items() if stage in parents}
+  fingerprints = {stage: done.fingerprint for stage, done in dones.items()}
+  if tokenizer := finished.read_done(folder / finished.TOKENIZER):
+    fingerprints[finished.TOKENIZER] = tokenizer.fingerprint
   seed = dones[evaluate].fingerprint.get("config.seed", "0")
   path = folder / evaluate / "results.json"
   results = parse_json(read_text(path, JSON_BYTES), str(path))
@@ -70,7 +73,7 @@ def read(folder: pathlib.Path, name: str) -> Run:
     return Run(
       name=name,
       seed=int(seed),
-      settings=_swept(folder, settings_of({stage: d.fingerprint for stage, d in dones.items()})),
+      settings=_swept(folder, settings_of(fingerprints)),
       findings=_findings(listed["findings"]),
       policies={policy: dict(row) for policy, row in results["policies"].items()},
       best_of_n=[dict(row) for row in results["best_of_n"]],

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from instructjax.core import provenance
-from instructjax.report.comparison import Run
+from instructjax.report.comparison_groups import Run
 
 MADE = provenance.Provenance(
   version="1.2.3",

@@ -1,4 +1,4 @@
-"""Groups of runs, and numbers over their seeds, against numbers worked out by hand."""
+"""Numbers over seeds, against numbers worked out by hand."""
 
 import dataclasses
 import json
@@ -7,73 +7,8 @@ import math
 import pytest
 from scipy import special
 
-from instructjax.core.errors import UserError
-from instructjax.report import comparison
+from instructjax.report import comparison, comparison_groups
 from tests.report import runs
-
-
-def test_runs_that_differ_in_their_seed_only_are_a_group():
-  found = comparison.groups([runs.run(1), runs.run(0), runs.run(0, 0.2), runs.run(2)])
-  assert [group.label for group in found] == ["ppo.beta=0.02", "ppo.beta=0.2"]
-  assert [[run.seed for run in group.runs] for group in found] == [[0, 1, 2], [0]]
-  (alone,) = comparison.groups([runs.run(0), runs.run(1)])
-  assert (alone.label, alone.values) == ("all runs", {})
-
-
-def test_groups_come_in_the_order_of_their_numbers():
-  found = comparison.groups([runs.run(0, beta) for beta in (10.0, 2.0, 0.5)])
-  assert [group.label for group in found] == ["ppo.beta=0.5", "ppo.beta=2.0", "ppo.beta=10.0"]
-
-
-def test_copies_of_a_run_are_refused():
-  with pytest.raises(
-    UserError, match="same settings and seed 0: copies of a run are no error bars"
-  ):
-    comparison.groups([runs.run(0), runs.run(0)])
-
-
-def test_other_stages_make_another_group():
-  more = runs.run(1)
-  more = dataclasses.replace(more, made={**more.made, "ppo": runs.MADE})
-  found = comparison.groups([runs.run(0), more])
-  assert [group.label for group in found] == ["stages besides=none", "stages besides=ppo"]
-
-
-def test_many_differing_settings_are_not_in_the_label():
-  fields = {("sft", f"sft.field{i}"): "1" for i in range(4)}
-  runs_ = [
-    runs.run(0, settings=fields),
-    runs.run(0, settings=dict.fromkeys(fields, "2")),
-  ]
-  found = comparison.groups(runs_)
-  assert [group.label for group in found] == ["settings 1", "settings 2"]
-  assert found[1].values == {f"sft.field{i}": "2" for i in range(4)}
-
-
-def test_settings_are_the_fields_that_a_run_can_differ_in_by_intent():
-  fingerprints = {
-    "collect": {"config.collect": '{"num_prompts": 4}'},
-    "rm": {
-      "config.model": '{"d_model": 8, "rope_scaling": {"kind": "none"}}',
-      "config.rm": '{"num_epochs": 1}',
-      "config.seed": "3",
-      "tokenizer": "abc",
-      "parent:collect": "def",
-      "data:comparisons": '{"checksum": "of what this seed collected"}',
-      "data:prompts": '{"checksum": "x"}',
-      "weights:rm": "w",
-    },
-  }
-  assert comparison.settings_of(fingerprints) == {
-    ("collect", "collect.num_prompts"): "4",
-    ("rm", "reward_model.d_model"): "8",
-    ("rm", "reward_model.rope_scaling.kind"): '"none"',
-    ("rm", "rm.num_epochs"): "1",
-    ("rm", "data:prompts.checksum"): '"x"',
-    ("rm", "weights:rm"): '"w"',
-  }
-  own = {"rm": {"data:comparisons": '{"checksum": "a user\'s"}'}}
-  assert ("rm", "data:comparisons.checksum") in comparison.settings_of(own)
 
 
 def test_spread_by_hand():
@@ -95,7 +30,7 @@ def test_quantiles_of_student_are_those_of_scipy():
 
 
 def test_findings_over_seeds():
-  found = comparison.groups([runs.run(seed) for seed in range(3)])
+  found = comparison_groups.groups([runs.run(seed) for seed in range(3)])
   (row,) = comparison.finding_rows(found)
   assert (
     row["claim"] == "Answers after PPO are preferred to the best of n."
@@ -110,7 +45,7 @@ def test_findings_over_seeds():
 def test_a_policy_that_one_group_lacks_is_empty_there():
   lacks = runs.run(0, 0.2)
   lacks = dataclasses.replace(lacks, policies={"sft": lacks.policies["sft"]})
-  found = comparison.groups([runs.run(0), lacks])
+  found = comparison_groups.groups([runs.run(0), lacks])
   assert [spread and spread.mean for spread in comparison.policy_rows(found)["ppo_ptx"]["kl"]] == [
     4.0,
     None,
@@ -128,7 +63,7 @@ def test_gains_count_from_the_first_iteration_and_rewards_in_their_deviations():
 
 
 def test_where_a_policy_ended():
-  (group,) = comparison.groups([runs.run(0, 0.0), runs.run(1, 0.0)])
+  (group,) = comparison_groups.groups([runs.run(0, 0.0), runs.run(1, 0.0)])
   end = comparison.ends(group, "ppo_ptx")
   assert {key: found.mean for key, found in end.items()} == {
     "kl": 4.0,
@@ -141,10 +76,12 @@ def test_where_a_policy_ended():
 
 def test_differences_are_paired_by_seed():
   listed = [runs.run(seed, beta) for beta in (0.0, 0.5) for seed in (0, 1, 2)]
-  (row,) = comparison.differences(comparison.groups(listed), [("ppo_ptx", "gold"), ("ppo", "gold")])
+  (row,) = comparison.differences(
+    comparison_groups.groups(listed), [("ppo_ptx", "gold"), ("ppo", "gold")]
+  )
   assert (row["group"], row["seeds"]) == ("ppo.beta=0.5", 3)
   # The seeds differ by 1 each, and no difference does.
   assert row["spreads"][0].mean == -0.5 and row["spreads"][0].std == pytest.approx(0)
   assert row["spreads"][1] is None
-  assert comparison.differences(comparison.groups(listed[:3]), []) == []
+  assert comparison.differences(comparison_groups.groups(listed[:3]), []) == []
   assert json.dumps(row["spreads"][0].values)

@@ -3,12 +3,14 @@
 import json
 import re
 
-from instructjax.report import comparison, comparison_page
+from instructjax.report import comparison_groups, comparison_page
 from tests.report import runs
 
 
 def groups():
-  return comparison.groups([runs.run(seed, beta) for beta in (0.0, 0.5) for seed in (0, 1, 2)])
+  return comparison_groups.groups(
+    [runs.run(seed, beta) for beta in (0.0, 0.5) for seed in (0, 1, 2)]
+  )
 
 
 def test_the_page_has_all_groups_and_numbers(tmp_path):
@@ -37,14 +39,14 @@ def test_figures_say_their_values_in_words():
 
 
 def test_one_run_alone_has_no_error_bars():
-  text = comparison_page.page(comparison.groups([runs.run(0)]))
+  text = comparison_page.page(comparison_groups.groups([runs.run(0)]))
   assert "1 run compared" in text and "no error bars" in text
   assert "±" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
 
 
 def test_names_of_folders_are_text():
   odd = [runs.run(seed, name=f"<script>{seed}\x1b[31m") for seed in (0, 1)]
-  text = comparison_page.page(comparison.groups(odd))
+  text = comparison_page.page(comparison_groups.groups(odd))
   assert "<script>" not in text and "&lt;script&gt;0" in text and "\x1b" not in text
 
 

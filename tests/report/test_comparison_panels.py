@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from matplotlib.figure import Figure
 
-from instructjax.report import comparison, comparison_panels
+from instructjax.report import comparison, comparison_groups, comparison_panels
 from tests.report import runs
 
 
@@ -14,7 +14,7 @@ def axes():
 
 
 def test_win_rates_have_means_seeds_and_intervals_inside_the_axis():
-  found = comparison.groups([runs.run(seed) for seed in (0, 1, 2)])
+  found = comparison_groups.groups([runs.run(seed) for seed in (0, 1, 2)])
   ax = axes()
   assert comparison_panels.draw_win_rates(ax, comparison.win_rates(found), found)
   bar, seeds, mean, _ = ax.lines
@@ -25,7 +25,7 @@ def test_win_rates_have_means_seeds_and_intervals_inside_the_axis():
 
 
 def test_the_frontier_has_a_line_for_each_seed_and_their_mean():
-  found = comparison.groups([runs.run(seed) for seed in (0, 1)])
+  found = comparison_groups.groups([runs.run(seed) for seed in (0, 1)])
   ax = axes()
   assert comparison_panels.draw_frontier(ax, found, "gold")
   ways = [line for line in ax.lines if len(line.get_xdata()) == 20]
@@ -42,7 +42,7 @@ def test_a_run_without_gold_scores_has_no_panel_of_them():
   policies = {
     name: {k: v for k, v in row.items() if k != "gold"} for name, row in plain.policies.items()
   }
-  found = comparison.groups(
+  found = comparison_groups.groups(
     [dataclasses.replace(plain, curves={"ppo_ptx": log}, policies=policies)]
   )
   assert not comparison_panels.draw_frontier(axes(), found, "gold")
@@ -52,7 +52,7 @@ def test_a_run_without_gold_scores_has_no_panel_of_them():
 
 
 def test_the_tax_joins_the_groups_of_a_policy():
-  found = comparison.groups([runs.run(0, beta) for beta in (0.0, 0.5)])
+  found = comparison_groups.groups([runs.run(0, beta) for beta in (0.0, 0.5)])
   ax = axes()
   assert comparison_panels.draw_tax(ax, found, "gold")
   joined = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
@@ -65,5 +65,5 @@ def test_unbounded_ppo_takes_no_room_from_several_groups():
     return dataclasses.replace(plain, curves=dict(plain.curves, ppo_beta0=plain.curves["ppo_ptx"]))
 
   one, two = ([with_beta0(beta) for beta in betas] for betas in ((0.1,), (0.1, 0.2)))
-  assert comparison_panels.on_frontier(comparison.groups(one)) == ["ppo_ptx", "ppo_beta0"]
-  assert comparison_panels.on_frontier(comparison.groups(two)) == ["ppo_ptx"]
+  assert comparison_panels.on_frontier(comparison_groups.groups(one)) == ["ppo_ptx", "ppo_beta0"]
+  assert comparison_panels.on_frontier(comparison_groups.groups(two)) == ["ppo_ptx"]

@@ -6,7 +6,7 @@ import pytest
 
 from instructjax.core import results
 from instructjax.core.errors import UserError
-from instructjax.report import comparison
+from instructjax.report import comparison_groups
 from instructjax.stages import finished_runs
 from instructjax.train import finished
 from tests import finished_run
@@ -57,7 +57,10 @@ def test_names_tell_runs_apart(tmp_path):
   folders = [write(tmp_path / beta / "demo", beta=float(beta)) for beta in ("0.1", "0.2")]
   listed = finished_runs.read_all(folders)
   assert [run.name for run in listed] == ["0.1/demo", "0.2/demo"]
-  assert [group.label for group in comparison.groups(listed)] == ["ppo.beta=0.1", "ppo.beta=0.2"]
+  assert [group.label for group in comparison_groups.groups(listed)] == [
+    "ppo.beta=0.1",
+    "ppo.beta=0.2",
+  ]
 
 
 def test_what_a_sweep_changes_by_rounding_only_tells_its_points_apart(tmp_path):
@@ -65,7 +68,7 @@ def test_what_a_sweep_changes_by_rounding_only_tells_its_points_apart(tmp_path):
   for folder in folders:
     values = {"seed": 0, "execution.remat": folder.name, "ppo.beta": 0.02}
     (folder / "point.json").write_text(json.dumps({"values": values, "keys": {}}))
-  found = comparison.groups(finished_runs.read_all(folders))
+  found = comparison_groups.groups(finished_runs.read_all(folders))
   assert [group.label for group in found] == ["execution.remat=none", "execution.remat=full"]
 
 
