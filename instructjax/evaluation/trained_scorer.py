@@ -13,7 +13,7 @@ import numpy as np
 
 from instructjax.core import foreign
 from instructjax.core.errors import UserError, writing
-from instructjax.evaluation import calibration, labelled, language_model
+from instructjax.evaluation import labelled, language_model, platt
 from instructjax.evaluation.labelled import Labelled
 from instructjax.evaluation.language_model import LanguageModel
 
@@ -95,9 +95,9 @@ def measure(
   fit, test = parts["calibration"], parts["test"]
   score_N = scores(model, [one.text for one in fit + test])
   positive_N = np.array([one.value >= threshold for one in fit + test])
-  slope, offset = calibration.platt(score_N[: len(fit)], positive_N[: len(fit)])
+  slope, offset = platt.fit(score_N[: len(fit)], positive_N[: len(fit)])
   score_N, positive_N = score_N[len(fit) :], positive_N[len(fit) :]
-  right_N = (calibration.probability(score_N, slope, offset) >= 0.5) == positive_N
+  right_N = (platt.probability(score_N, slope, offset) >= 0.5) == positive_N
   share = float(positive_N.mean())
   return Card(
     what=what,
@@ -105,7 +105,7 @@ def measure(
     slope=slope,
     offset=offset,
     threshold=threshold,
-    auc=calibration.auc(score_N, positive_N),
+    auc=platt.auc(score_N, positive_N),
     accuracy=float(right_N.mean()),
     majority=max(share, 1 - share),
     num_train=len(parts["train"]),
@@ -130,7 +130,7 @@ def read(folder: pathlib.Path) -> Card:
   try:
     card = Card(**found)
     card.pair.format(prompt="", answer="")
-    calibration.probability(np.zeros(1), card.slope, card.offset)
+    platt.probability(np.zeros(1), card.slope, card.offset)
     return card
   except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
     raise UserError(
@@ -151,4 +151,4 @@ def probabilities(
 ) -> list[float]:
   """The probability of each item to be positive."""
   score_N = scores(model, [text_of(card, item) for item in items])
-  return calibration.probability(score_N, card.slope, card.offset).tolist()
+  return platt.probability(score_N, card.slope, card.offset).tolist()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.evaluation import calibration, labelled, language_model, scorers, trained_scorer
+from instructjax.evaluation import labelled, language_model, platt, scorers, trained_scorer
 from instructjax.evaluation.labelled import Labelled
 from tests.evaluation import small_models
 
@@ -63,5 +63,5 @@ def test_a_scorer_of_a_folder_gives_probabilities(tmp_path, monkeypatch):
   texts = ["the cat", "Q: who?\nA: the cat"]
   rewards = language_model.rewards(judge, [(labelled.PROMPTS[0], text) for text in texts])
   found = scorer.score(items)
-  assert found[:2] == pytest.approx(calibration.probability(rewards, 2.0, -1.0))
+  assert found[:2] == pytest.approx(platt.probability(rewards, 2.0, -1.0))
   assert 0 <= found[2] <= 1  # the end of a long text

@@ -1,4 +1,4 @@
-"""How good scores are, and what probabilities they stand for. Pure functions on NumPy arrays.
+"""Binary scores: how well they tell two classes apart (AUC), and the probabilities that Platt scaling gives them.
 
 Called by trained_scorer.py.
 """
@@ -26,7 +26,7 @@ def auc(score_N: np.ndarray, is_positive_N: np.ndarray) -> float:
   return float(above / (positives * negatives))
 
 
-def platt(score_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[float, float]:
+def fit(score_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[float, float]:
   """Slope and offset of the probability sigmoid(slope * score + offset), by maximum likelihood.
 
   Targets are drawn in a little, as Platt (1999) does, so that separable scores have a finite slope.
@@ -38,7 +38,7 @@ def platt(score_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[float, float]
   positives = int(is_positive_N.sum())
   negatives = len(is_positive_N) - positives
   if not positives or not negatives:
-    raise ValueError("platt: both classes must be there")
+    raise ValueError("fit: both classes must be there")
   target_N = np.where(is_positive_N, (positives + 1) / (positives + 2), 1 / (negatives + 2))
   mean, scale = score_N.mean(), score_N.std() or 1.0
   x_N2 = np.stack([(score_N - mean) / scale, np.ones_like(score_N)], axis=1)
@@ -56,5 +56,5 @@ def platt(score_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[float, float]
 
 
 def probability(score_N: np.ndarray, slope: float, offset: float) -> np.ndarray:
-  """What `platt` makes of scores."""
+  """What `fit` makes of scores."""
   return 1 / (1 + np.exp(-np.clip(slope * np.asarray(score_N, np.float64) + offset, -500, 500)))

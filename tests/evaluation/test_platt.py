@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from instructjax.evaluation import calibration
+from instructjax.evaluation import platt
 
 
 def test_an_area_by_hand():
   """Of the four pairs, 3 > 1, 3 > 2, 2 > 1 and a tie at 2: (3 + .5) / 4."""
-  assert calibration.auc([3, 2, 1, 2], [True, True, False, False]) == pytest.approx(3.5 / 4)
+  assert platt.auc([3, 2, 1, 2], [True, True, False, False]) == pytest.approx(3.5 / 4)
 
 
 def test_an_area_counts_pairs():
@@ -17,25 +17,25 @@ def test_an_area_counts_pairs():
   pairs = [
     (a > b) + 0.5 * (a == b) for a in score[positive].tolist() for b in score[~positive].tolist()
   ]
-  assert calibration.auc(score, positive) == pytest.approx(np.mean(pairs))
+  assert platt.auc(score, positive) == pytest.approx(np.mean(pairs))
   with pytest.raises(ValueError, match="both classes"):
-    calibration.auc([1, 2], [True, True])
+    platt.auc([1, 2], [True, True])
 
 
 def test_probabilities_find_the_curve_that_the_labels_are_drawn_from():
   rng = np.random.default_rng(1)
   score = rng.normal(40.0, 3.0, 20_000)
-  positive = rng.random(20_000) < calibration.probability(score, 0.5, -21.0)
-  slope, offset = calibration.platt(score, positive)
+  positive = rng.random(20_000) < platt.probability(score, 0.5, -21.0)
+  slope, offset = platt.fit(score, positive)
   assert (slope, offset) == (pytest.approx(0.5, abs=0.03), pytest.approx(-21.0, abs=1.2))
   # At the maximum, probabilities sum to the number of positives.
-  total = calibration.probability(score, slope, offset).sum()
+  total = platt.probability(score, slope, offset).sum()
   assert total == pytest.approx(positive.sum(), rel=1e-3)
 
 
 def test_scores_that_are_all_equal_or_separable_have_finite_curves():
-  slope, offset = calibration.platt([1.0, 1.0, 1.0, 1.0], [True, False, False, False])
-  assert calibration.probability([1.0], slope, offset)[0] == pytest.approx(1 / 3, abs=0.05)
-  slope, offset = calibration.platt([0.0, 1.0], [False, True])
-  low, high = calibration.probability([0.0, 1.0], slope, offset)
+  slope, offset = platt.fit([1.0, 1.0, 1.0, 1.0], [True, False, False, False])
+  assert platt.probability([1.0], slope, offset)[0] == pytest.approx(1 / 3, abs=0.05)
+  slope, offset = platt.fit([0.0, 1.0], [False, True])
+  low, high = platt.probability([0.0, 1.0], slope, offset)
   assert 0.3 < low < 0.4 and 0.6 < high < 0.7
