@@ -5,7 +5,6 @@ trained. More: docs/evaluation.md.
 """
 
 import pathlib
-import re
 
 from absl import flags
 
@@ -13,6 +12,7 @@ from instructjax.commands import cli
 from instructjax.core import places
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import named
+from instructjax.evaluation import model_flag
 
 _MODELS = flags.DEFINE_list(
   "models",
@@ -48,8 +48,6 @@ _REDO = flags.DEFINE_bool(
   "redo", False, "Replace results in --out that other models, data or prompts have given."
 )
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-
 
 def main(arguments: list[str]):
   """Runs the command.
@@ -59,7 +57,7 @@ def main(arguments: list[str]):
   """
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
-  models = parse_models(_MODELS.value)
+  models = model_flag.parse(_MODELS.value, "sft=runs/demo/sft,ppo=runs/demo/ppo")
   if not _DATA.value:
     raise UserError("--data must name a folder with the tasks' files, TASK=FILE or tfds:")
   out = pathlib.Path(places.require(_OUT.value, "--out"))
@@ -79,27 +77,6 @@ def main(arguments: list[str]):
   )
   scorers = parse_scorers(_SCORERS.value, tasks.JUDGES)
   command.run(models, data, settings, out, scorers)
-
-
-def parse_models(values: list[str]) -> dict[str, str]:
-  """Name -> path of the models that --models names.
-
-  Raises:
-    UserError: there is none, one has no name or path, or a name is there twice.
-  """
-  result: dict[str, str] = {}
-  for value in values:
-    name, _, path = value.partition("=")
-    if not path or not _NAME.fullmatch(name):
-      raise UserError(
-        f"--models={named(value)} must be NAME=PATH, as in sft=runs/demo/sft; a name is of letters, digits, _, . and -"
-      )
-    if name in result:
-      raise UserError(f"--models names {name} twice; give each model a name of its own")
-    result[name] = places.require(path, "--models", places.WEIGHTS)
-  if not result:
-    raise UserError("--models must name whom to ask, as in sft=runs/demo/sft,ppo=runs/demo/ppo")
-  return result
 
 
 def parse_scorers(values: list[str], names: tuple[str, ...]) -> dict[str, str]:

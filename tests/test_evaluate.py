@@ -15,29 +15,6 @@ def evaluate():
     yield module
 
 
-def test_models_have_names(evaluate):
-  assert evaluate.parse_models(["a=runs/x", "b-1.5=hf://O/N"]) == {
-    "a": "runs/x",
-    "b-1.5": "hf://O/N",
-  }
-
-
-@pytest.mark.parametrize(
-  ("values", "message"),
-  [
-    ([], "--models must name whom to ask"),
-    (["runs/x"], "--models=runs/x must be NAME=PATH"),
-    (["a="], "--models=a= must be NAME=PATH"),
-    (["../a=x"], "--models=../a=x must be NAME=PATH"),  # it becomes a folder's name
-    (["a=x", "a=y"], "--models names a twice"),
-  ],
-)
-def test_models_that_are_none(evaluate, values, message):
-  with pytest.raises(UserError) as error:
-    evaluate.parse_models(values)
-  assert message in str(error.value)
-
-
 @pytest.mark.parametrize(
   ("values", "tasks"),
   [

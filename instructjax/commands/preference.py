@@ -5,8 +5,7 @@ Nothing is trained or sampled: it judges answers that lie in a file. More: docs/
 
 from absl import flags
 
-from instructjax.commands import cli
-from instructjax.core.errors import UserError
+from instructjax.commands import cli, judging
 
 _ANSWERS = flags.DEFINE_string(
   "answers",
@@ -23,9 +22,10 @@ _JUDGES = flags.DEFINE_list(
 _BASELINE = flags.DEFINE_string(
   "baseline", "", "The policy beside which tables show the others; by default sft."
 )
-_OUT = flags.DEFINE_string("out", "", "Folder of preference.json; made if missing.")
-_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "Resamples of the prompts for intervals.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the resampling and of simulated labelers.")
+_SHARED = judging.define(
+  out="Folder of preference.json; made if missing.",
+  seed="Of the resampling and of simulated labelers.",
+)
 
 
 def main(arguments: list[str]):
@@ -34,19 +34,11 @@ def main(arguments: list[str]):
   Raises:
     UserError: see `preference_command.run`.
   """
-  if arguments:
-    raise UserError(f"unexpected arguments {ascii(arguments)[:200]}; see --help")
+  judging.refuse(arguments)
   # Imported here so that --help and bad flags are answered at once.
   from instructjax.evaluation import preference_command
 
-  preference_command.run(
-    _ANSWERS.value,
-    _JUDGES.value,
-    _BASELINE.value,
-    _OUT.value,
-    bootstrap=_BOOTSTRAP.value,
-    seed=_SEED.value,
-  )
+  preference_command.run(_ANSWERS.value, _JUDGES.value, _BASELINE.value, **_SHARED.values())
 
 
 if __name__ == "__main__":

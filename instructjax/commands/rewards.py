@@ -6,8 +6,7 @@ ties. More: docs/comparing.md.
 
 from absl import flags
 
-from instructjax.commands import cli
-from instructjax.core.errors import UserError
+from instructjax.commands import cli, judging
 
 _MODELS = flags.DEFINE_list(
   "models",
@@ -20,9 +19,9 @@ _DATA = flags.DEFINE_list(
   [],
   "Rankings, as data.comparisons names them (jsonl:FILE, hf:NAME, ...), a .jsonl file, or rewardbench2:FILE.",
 )
-_OUT = flags.DEFINE_string("out", "", "Folder of rewards.json and the scores; made if missing.")
-_BOOTSTRAP = flags.DEFINE_integer("bootstrap", 1000, "Resamples of the prompts for intervals.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the resampling.")
+_SHARED = judging.define(
+  out="Folder of rewards.json and the scores; made if missing.", seed="Of the resampling."
+)
 
 
 def main(arguments: list[str]):
@@ -31,14 +30,11 @@ def main(arguments: list[str]):
   Raises:
     UserError: see `rewards_command.run`.
   """
-  if arguments:
-    raise UserError(f"unexpected arguments {ascii(arguments)[:200]}; see --help")
+  judging.refuse(arguments)
   # Imported here so that --help and bad flags are answered at once.
   from instructjax.evaluation import rewards_command
 
-  rewards_command.run(
-    _MODELS.value, _DATA.value, _OUT.value, bootstrap=_BOOTSTRAP.value, seed=_SEED.value
-  )
+  rewards_command.run(_MODELS.value, _DATA.value, **_SHARED.values())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def load(
   seed: int,
   validation_fraction: float,
   on_bad_record: Literal["raise", "skip"],
+  setting: str = "",
 ) -> Sequence[Record]:
   """Loads all records of one kind and split.
 
@@ -71,12 +72,14 @@ def load(
     validation_fraction: share of records to hold out, in (0, 1).
     on_bad_record: raise stops at the first bad record. skip drops bad records, and logs how many there were of each
       reason, and where the first one is.
+    setting: what gave the spec, for messages, as `--data`; '' for the field data.KIND of the config.
   Raises:
     BadRecord: a record is bad, and on_bad_record is raise.
     UserError: the spec names no known scheme, the source cannot be read, or no records are left.
     ValueError: kind, split or on_bad_record is not one of those above.
   """
-  scheme, rest = _scheme(spec, kind)
+  setting = setting or f"data.{kind}"
+  scheme, rest = _scheme(spec, setting)
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
   if split not in ("train", "validation", "test", "all"):
@@ -84,10 +87,10 @@ def load(
   if on_bad_record not in ("raise", "skip"):
     raise ValueError(f"on_bad_record={on_bad_record!r} must be raise or skip")
   if scheme in _SIMULATED:
-    return _task(scheme).load(kind, split, seed)
+    return _simulated(spec, kind, split, seed, setting)
   if split == "test":  # files have two splits only
     split = "validation"
-  source, reader = f"data.{kind}={quoted(spec)}", READERS[scheme]
+  source, reader = f"{setting}={quoted(spec)}", READERS[scheme]
   path, options = formats.split_options(rest, source, kind, reader.options)
   if not path:
     raise UserError(f"{source} must name what to read after {scheme}:")
@@ -114,11 +117,24 @@ def load(
   return chosen
 
 
-def _scheme(spec: str, kind: str) -> tuple[str, str]:
+def _simulated(spec: str, kind: str, split: Split, seed: int, setting: str) -> Sequence[Record]:
+  if kind == "comparisons":
+    raise UserError(
+      f"{setting}={quoted(spec)} must name rankings that lie somewhere, as jsonl:FILE: those of a simulated task are"
+      " made by a run's stage collect, in its folder"
+    )
+  if split == "all":
+    raise UserError(
+      f"{setting}={quoted(spec)} must name records of people, as jsonl:FILE: those of a simulated task are drawn"
+    )
+  return _task(_scheme(spec, setting)[0]).load(kind, split, seed)
+
+
+def _scheme(spec: str, setting: str) -> tuple[str, str]:
   scheme, colon, rest = spec.partition(":")
   if not colon or scheme not in _SCHEMES:
     raise UserError(
-      f"data.{kind}={quoted(spec)} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
+      f"{setting}={quoted(spec)} must start with one of {', '.join(name + ':' for name in _SCHEMES)}"
     )
   return scheme, rest
 
@@ -294,7 +310,11 @@ def _parse(
       if is_news and asked.split != "validation":  # which is read too, from the same file
         seen.add(name)
         logger.warning(
-          "data.%s: %s is read as format %s (keys: %s)", kind, where, name, listed(obj)
+          "%s: %s is read as format %s (keys: %s)",
+          asked.source.partition("=")[0],
+          where,
+          name,
+          listed(obj),
         )
       if kind == "comparisons" and parts and parts[0].keys() >= {"response", "score"}:
         prompt, answer, score = parse_scored(parts[0], where)

@@ -6,7 +6,6 @@ Called by preference_command.py. Pure functions of verdicts and answers; judges 
 import collections
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -216,8 +215,8 @@ def habits(found: Answers, baseline: str) -> dict[str, dict[str, Any]]:
   Returns:
     policy -> repeats: share of answers that have a pair of words twice; copied: mean share of words that stand in a run
     of three or more of the prompt; distinct: different answers over all; words: mean number; frequent: share of all
-    words that the ten most frequent are; spam: (word, share of answers that have it, the same share of the baseline's
-    answers), for the word whose share has grown most beyond its share of the prompts.
+    words that the ten most frequent are, None where there are no words; spam: (word, share of answers that have it, the
+    same share of the baseline's answers), for the word whose share has grown most beyond its share of the prompts.
   """
   base = _shares(found.answers[baseline])
   asked = _shares(found.prompt_N)
@@ -234,7 +233,7 @@ def habits(found: Answers, baseline: str) -> dict[str, dict[str, Any]]:
       "copied": float(np.mean([wording.copied(*pair) for pair in zip(found.prompt_N, answers)])),
       "distinct": wording.distinct(answers),
       "words": total / len(answers),
-      "frequent": frequent / total if total else math.nan,
+      "frequent": frequent / total if total else None,
       "spam": (word, shares.get(word, 0.0), base.get(word, 0.0)),
     }
   return result

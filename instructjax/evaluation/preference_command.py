@@ -4,6 +4,7 @@ Called by commands/preference.py. What is measured is in preference.py.
 """
 
 import collections
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import JSON_BYTES, named, parse_json, read_text
 from instructjax.data import sources
+from instructjax.data.records import is_score
 from instructjax.evaluation import language_model, preference, ranked_files, scorers
 from instructjax.evaluation.preference import Answers
 from instructjax.parallel import sharding
@@ -27,7 +29,7 @@ _RANKED = 9  # answers that a simulated labeler can rank at once
 Verdicts = Mapping[tuple[str, str], np.ndarray]
 
 
-def run(answers: str, judges: Sequence[str], baseline: str, out: str, *, bootstrap: int, seed: int):
+def run(answers: str, judges: Sequence[str], baseline: str, *, out: str, bootstrap: int, seed: int):
   """Has the answers judged by all judges; writes preference.json and prints tables.
 
   Args:
@@ -40,8 +42,6 @@ def run(answers: str, judges: Sequence[str], baseline: str, out: str, *, bootstr
     UserError: a value is wrong, a file or model cannot be read, or the results cannot be written.
   """
   named_judges = parse_judges(judges)
-  if bootstrap < 2:
-    raise UserError(f"--bootstrap={bootstrap} must be at least 2")
   folder = pathlib.Path(places.require(out, "--out"))
   found, notes = read_answers(pathlib.Path(places.require(answers, "--answers")))
   baseline = baseline or ("sft" if "sft" in found.answers else next(iter(found.answers)))
@@ -145,9 +145,9 @@ def _aligned(by_prompt: Mapping[str, Mapping[str, list[str]]], path: pathlib.Pat
 
 def _notes(values: Any, where: str) -> dict[str, float]:
   if not isinstance(values, dict) or not all(
-    isinstance(v, bool | int | float) for v in values.values()
+    isinstance(value, bool) or is_score(value) for value in values.values()
   ):
-    raise UserError(f"{where}: metadata must be an object of numbers and of true or false")
+    raise UserError(f"{where}: metadata must be an object of finite numbers and of true or false")
   return {name: float(value) for name, value in values.items()}
 
 
@@ -158,7 +158,9 @@ def judge(kind: str, what: str, found: Answers, seed: int) -> Verdicts:
     UserError: it cannot be opened, or cannot judge these answers.
   """
   if kind == "people":
-    rows = [(str(r.prompt), r.responses, r.ranks) for r in ranked_files.rankings(what)]
+    rows = [
+      (str(r.prompt), r.responses, r.ranks) for r in ranked_files.rankings(what, "--judges=people")
+    ]
     verdicts, unused = preference.from_rankings(found, rows)
     if unused == len(rows):
       raise UserError(f"--judges=people={named(what)}: no ranking is of two of the answers")
@@ -210,7 +212,7 @@ def _simulation(kind: str, what: str) -> Any:
 def _labelers(task: Any, found: Answers, seed: int) -> Verdicts:
   """Simulated labelers rank each prompt's answers of all policies, a pair at a time if there are too many."""
   names = list(found.answers)
-  whole = [names] if len(names) <= _RANKED else [list(pair) for pair in _pairs(names)]
+  whole = [names] if len(names) <= _RANKED else list(map(list, itertools.combinations(names, 2)))
   verdicts: dict[tuple[str, str], np.ndarray] = {}
   for number, group in enumerate(whole):
     rows = [
@@ -219,13 +221,9 @@ def _labelers(task: Any, found: Answers, seed: int) -> Verdicts:
     ]
     ranked = task.collect_rankings(rows, "heldout", seed, number * len(rows))
     places_ = np.array([ranking.ranks for ranking in ranked])
-    for i, j in _pairs(range(len(group))):
+    for i, j in itertools.combinations(range(len(group)), 2):
       verdicts[group[i], group[j]] = preference.outcomes(-places_[:, i], -places_[:, j])
   return verdicts
-
-
-def _pairs(things: Sequence) -> list[tuple]:
-  return [(things[i], things[j]) for i in range(len(things)) for j in range(i + 1, len(things))]
 
 
 def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
@@ -269,7 +267,7 @@ def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
       name,
       *(f"{row[key]:.3f}" for key in ("repeats", "copied", "distinct")),
       f"{row['words']:.1f}",
-      f"{row['frequent']:.3f}",
+      "" if row["frequent"] is None else f"{row['frequent']:.3f}",
       row["spam"][0],
       *(f"{value:.3f}" for value in row["spam"][1:]),
     ]

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from instructjax.core import places
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import JSON_BYTES, named, parse_json, read_text
 from instructjax.core.text import json_line
@@ -17,15 +18,24 @@ REWARDBENCH = "rewardbench2:"
 Score = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
 
 
-def rankings(spec: str) -> list[Ranking]:
+def rankings(spec: str, flag: str) -> list[Ranking]:
   """All rankings of a source, as `data.comparisons` names one; a bare path of a .jsonl file will do too.
 
+  Args:
+    spec: the source.
+    flag: what gave it, for messages, as `--data`.
   Raises:
     UserError: the source cannot be read, or a row is no ranking.
   """
   source = f"jsonl:{spec}" if spec.endswith(".jsonl") and ":" not in spec else spec
   found = sources.load(
-    source, "comparisons", "all", seed=0, validation_fraction=0.5, on_bad_record="raise"
+    places.expand_source(source, flag),
+    "comparisons",
+    "all",
+    seed=0,
+    validation_fraction=0.5,
+    on_bad_record="raise",
+    setting=flag,
   )
   return [record for record in found if isinstance(record, Ranking)]
 

@@ -13,9 +13,8 @@ import jax
 from instructjax.core import places, terminal
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
-from instructjax.core.foreign import named
 from instructjax.data.tokenizer import Tokenizer
-from instructjax.evaluation import language_model, ranked_files, reward_models
+from instructjax.evaluation import language_model, model_flag, ranked_files, reward_models
 from instructjax.parallel import sharding
 
 _SHARES = {
@@ -27,7 +26,7 @@ _SHARES = {
 }
 
 
-def run(models: Sequence[str], data: Sequence[str], out: str, *, bootstrap: int, seed: int):
+def run(models: Sequence[str], data: Sequence[str], *, out: str, bootstrap: int, seed: int):
   """Measures all models on all data; writes rewards.json and the scores, and prints tables.
 
   Args:
@@ -38,11 +37,11 @@ def run(models: Sequence[str], data: Sequence[str], out: str, *, bootstrap: int,
   Raises:
     UserError: a value is wrong, a model or file cannot be read, or the results cannot be written.
   """
-  paths = parse_models(models)
+  paths = model_flag.parse(models, "rm=runs/demo/rm")
   if not data:
     raise UserError("--data must name rankings, as jsonl:FILE")
-  if bootstrap < 1:
-    raise UserError(f"--bootstrap={bootstrap} must be at least 1")
+  if len(set(data)) < len(data):
+    raise UserError("--data names a source twice")
   folder = pathlib.Path(places.require(out, "--out"))
   sources = [(spec, _read(spec)) for spec in data]
   with writing(folder):
@@ -68,7 +67,7 @@ def run(models: Sequence[str], data: Sequence[str], out: str, *, bootstrap: int,
 
 def _read(spec: str) -> Sequence:
   if not spec.startswith(ranked_files.REWARDBENCH):
-    return ranked_files.rankings(places.expand_source(spec, "--data"))
+    return ranked_files.rankings(spec, "--data")
   path = places.require(spec.removeprefix(ranked_files.REWARDBENCH), "--data")
   return ranked_files.rewardbench_rows(pathlib.Path(path))
 
@@ -100,25 +99,6 @@ def evaluate(
   with writing(path):
     ranked_files.write_scores(path, items)
   return reward_models.table(items, bootstrap=bootstrap, seed=seed)
-
-
-def parse_models(values: Sequence[str]) -> dict[str, str]:
-  """Name -> path of the models that --models names; a path alone is named by its last part.
-
-  Raises:
-    UserError: there is none, or a name is there twice.
-  """
-  result: dict[str, str] = {}
-  for value in values:
-    name, equals, path = value.partition("=")
-    if not equals:
-      name, path = pathlib.Path(value).name, value
-    if not name or "/" in name or name in result:
-      raise UserError(f"--models={named(value)} must be NAME=PATH, with a name of its own")
-    result[name] = places.require(path, "--models", places.WEIGHTS)
-  if not result:
-    raise UserError("--models must name reward models, as rm=runs/demo/rm")
-  return result
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> list:

@@ -20,7 +20,7 @@ def write(path, rows):
 
 def run(answers, judges, out, **changes):
   settings = {"baseline": "", "bootstrap": 20, "seed": 0} | changes
-  preference_command.run(answers, judges, settings.pop("baseline"), str(out), **settings)
+  preference_command.run(answers, judges, settings.pop("baseline"), out=str(out), **settings)
   return json.loads((out / "preference.json").read_text())
 
 
@@ -93,7 +93,17 @@ def test_a_file_of_single_answers_with_what_labelers_noted(tmp_path):
     (
       [{"prompt": "p", "model": "a", "answer": "x", "metadata": {"likert": "good"}}],
       ["gold=demo:"],
-      "metadata must be an object of numbers",
+      "metadata must be an object of finite numbers",
+    ),
+    (
+      [{"prompt": "p", "model": "a", "answer": "x", "metadata": {"likert": float("nan")}}],
+      ["gold=demo:"],
+      "metadata must be an object of finite numbers",
+    ),
+    (
+      [{"prompt": "p", "answers": {"a": "x", "b": "y"}}],
+      ["people=demo:"],
+      "--judges=people='demo:' must name rankings that lie somewhere",
     ),
     ([{"prompt": "p", "answers": {"a": "x", "b": "y"}}], ["gold=conversation:"], "must be demo:"),
     ([{"prompt": "p", "answers": {"a": "x", "b": "y"}}], ["gold=jsonl:x"], "must be demo:"),
@@ -115,3 +125,9 @@ def test_people_who_ranked_other_answers_and_an_unknown_baseline_are_refused(tmp
     run(path, [f"people={people}"], tmp_path / "out")
   with pytest.raises(UserError, match="--baseline=c must be one of a, b"):
     run(path, [f"people={people}"], tmp_path / "out", baseline="c")
+
+
+def test_a_policy_that_says_nothing_is_compared_too(tmp_path):
+  path = write(tmp_path / "answers.jsonl", [{"prompt": "p", "answers": {"a": "x y", "b": ""}}])
+  found = run(path, [f"judge=python:{__name__}:longest"], tmp_path / "out")
+  assert found["habits"]["b"]["frequent"] is None and found["habits"]["a"]["frequent"] == 1.0

@@ -27,7 +27,7 @@ def test_rankings_get_the_scores_of_their_own_answers(tmp_path):
     {"prompt": "a", "responses": ["x", "xx", "xxx"], "ranks": [2, 1, 2]},
   ]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  items = ranked_files.scored(ranked_files.rankings(str(path)), tokenizer(), score)
+  items = ranked_files.scored(ranked_files.rankings(str(path), "--data"), tokenizer(), score)
   assert [list(item.scores) for item in items] == [[5, 3], [2, 3, 4]]
   assert [list(item.ranks) for item in items] == [[1, 2], [2, 1, 2]]
   assert [item.labeler for item in items] == ["ann", None]

@@ -16,11 +16,23 @@ def run(**values):
 
 def test_mistakes_are_named_before_anything_is_opened(tmp_path):
   for values, message in (
-    ({}, "--models must name reward models"),
-    ({"models": ["a=x", "a=y"]}, "a name of its own"),
+    ({}, "--models must have a value, as in rm=runs/demo/rm"),
+    ({"models": ["a=x", "a=y"]}, "names a twice"),
     ({"models": ["rm=x"]}, "--data must name rankings"),
+    ({"models": ["rm=x"], "data": ["f.jsonl", "f.jsonl"]}, "--data names a source twice"),
     ({"models": ["rm=x"], "data": ["f.jsonl"]}, "--out must have a value"),
-    ({"models": ["rm=x"], "data": ["none.jsonl"], "out": str(tmp_path)}, "none.jsonl"),
+    (
+      {"models": ["rm=x"], "data": ["none.jsonl"], "out": str(tmp_path)},
+      "none.jsonl cannot be read",
+    ),
+    (
+      {"models": ["rm=x"], "data": ["demo:"], "out": str(tmp_path)},
+      "--data='demo:' must name rankings that lie somewhere",
+    ),
+    (
+      {"models": ["rm=x"], "data": ["x"], "out": str(tmp_path)},
+      "--data='x' must start with one of demo:",
+    ),
   ):
     with pytest.raises(UserError, match=message):
       run(**values)
@@ -64,11 +76,3 @@ def test_a_model_is_measured_on_rankings_and_on_rewardbench(tmp_path, monkeypatc
   assert set(bench["rewardbench2"]) == {"Math", "mean"}
   printed = capsys.readouterr().out
   assert "labeler ann" in printed and "RewardBench 2" in printed
-
-
-def test_a_path_alone_is_named_by_its_last_part():
-  assert rewards_command.parse_models(["runs/demo/rm", "b=hf://a/b"]) == {
-    "rm": "runs/demo/rm",
-    "b": "hf://a/b",
-  }
-  assert isinstance(rewards_command.tables({}), list)
