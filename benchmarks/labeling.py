@@ -157,7 +157,7 @@ def work(httpx, address: str, name: str, password: str, seen: Seen, gate, args):
 
 
 def filled(html: str, rng: random.Random) -> dict[str, str]:
-  """A whole form: the first choice of each question, and ranks at random."""
+  """A whole form: no to each question, quality and ranks at random."""
   fields = {}
   for number, name in _FIELD.findall(html):
     value = {"overall": str(rng.randint(1, 7)), "rank": str(rng.randint(1, 4)), "note": ""}
@@ -171,8 +171,9 @@ def report(folder: str, seen: list[Seen], args: argparse.Namespace) -> int:
 
   database = schema.open_(folder)
   with database.read() as connection:
-    tokens = [row.token for row in connection.execute(schema.submissions.select())]
-    pairs = [(row.item_id, row.user_id) for row in connection.execute(schema.submissions.select())]
+    rows = connection.execute(schema.submissions.select()).all()
+  tokens = [row.token for row in rows]
+  pairs = [(row.item_id, row.user_id) for row in rows]
   acknowledged = {token for one in seen for token in one.acknowledged}
   lost = acknowledged - set(tokens)
   doubled = len(pairs) - len(set(pairs))

@@ -16,17 +16,22 @@ _PROJECT = flags.DEFINE_string(
   "project", "", "The project's folder, or the postgresql:// URL of its database."
 )
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "serve: the address to listen at.")
-_PORT = flags.DEFINE_integer("port", 8000, "serve: the port; 0 for any that is free.")
+_PORT = flags.DEFINE_integer(
+  "port", 8000, "serve: the port; 0 for any that is free.", lower_bound=0, upper_bound=65535
+)
 _PUBLIC = flags.DEFINE_string(
   "public",
   "",
   "serve: the name by which browsers reach it over https, through a proxy of yours; cookies are then marked secure.",
 )
 _PROMPTS = flags.DEFINE_string(
-  "prompts", "", "add, sample: a source of prompts, as jsonl:prompts.jsonl."
+  "prompts", "", "add, sample: a source of prompts, as jsonl:prompts.jsonl, with user where known."
 )
 _KIND = flags.DEFINE_string(
-  "kind", "", "add: demonstration; export: comparisons, demonstrations or prompts."
+  "kind",
+  "",
+  "sample: ranking or toxicity; export: comparisons, demonstrations or prompts; import: comparisons or demonstrations."
+  " By default the first of these.",
 )
 _CHECKPOINT = flags.DEFINE_multi_string(
   "checkpoint",
@@ -37,12 +42,22 @@ _K = flags.DEFINE_integer("k", 4, "sample: answers to each prompt, 2 to 9.")
 _ITEMS = flags.DEFINE_integer(
   "items", 1, "sample: items made of each prompt, each with answers of its own."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "sample: divides the logits.")
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature",
+  1.0,
+  "sample: divides the logits; 0 takes the likeliest token.",
+  lower_bound=0,
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: longest answer, in tokens.")
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "sample: the same command with the same seed gives the same text."
+  "seed",
+  0,
+  "sample, simulate: the same command with the same seed gives the same answers and rankings.",
+  lower_bound=0,
 )
-_LIMIT = flags.DEFINE_integer("limit", 0, "add, sample: the first so many prompts; 0 for all.")
+_LIMIT = flags.DEFINE_integer(
+  "limit", 0, "add, sample: the first so many prompts; 0 for all.", lower_bound=0
+)
 _WANTED = flags.DEFINE_integer("wanted", 1, "add, sample: people who are to work on each item.")
 _SCREENING = flags.DEFINE_bool(
   "screening", False, "add, sample: items by which labelers are compared with researchers."
@@ -63,13 +78,15 @@ _ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher o
 _COHORT = flags.DEFINE_string(
   "cohort", "training", "users add: training, or heldout for labelers who are kept from training."
 )
-_TITLE = flags.DEFINE_string("title", None, "add: the project's title.")
+_TITLE = flags.DEFINE_string("title", None, "add, sample, import: the project's title.")
 _INSTRUCTIONS = flags.DEFINE_string(
-  "instructions", None, "add: file with instructions to labelers."
+  "instructions", None, "add, sample, import: file with instructions to labelers."
 )
-_WARNING = flags.DEFINE_string("warning", None, "add: a content warning that labelers see.")
+_WARNING = flags.DEFINE_string(
+  "warning", None, "add, sample, import: a content warning that labelers see."
+)
 _HELD_OUT = flags.DEFINE_string(
-  "held_out", None, "add, sample: share of prompts held out, before there are items."
+  "held_out", None, "add, sample, import: share of prompts held out, before there are items."
 )
 
 
@@ -119,7 +136,7 @@ def _serve(place: str, _: list[str]):
     print(
       f"A new project: sign in as admin with the password {password}, which is shown this once."
     )
-  hosts = [host, "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
+  hosts = [serving.shown(host), "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
   app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value))
   tell = lambda address: print(f"Labeling at {address}", flush=True)
   serving.run(app, host, _PORT.value, tell, has_proxy=bool(_PUBLIC.value))
@@ -135,10 +152,14 @@ def _prompts() -> list:
   # A simulated task has a split of its own for each purpose.
   split = "train" if sources.simulation(spec) else "all"
   found = sources.load(
-    spec, "prompts", split, seed=_SEED.value, validation_fraction=0.5, on_bad_record="raise"
+    spec,
+    "prompts",
+    split,
+    seed=_SEED.value,
+    validation_fraction=0.5,
+    on_bad_record="raise",
+    setting="--prompts",
   )
-  if _LIMIT.value < 0:
-    raise UserError(f"--limit={_LIMIT.value} must be 0 or more")
   return list(found[: _LIMIT.value or None])
 
 
@@ -156,6 +177,21 @@ def _settings(database):
   projects.change(database, {name: value for name, value in values.items() if value is not None})
 
 
+def _item(kind: str, record, answers: tuple[tuple[str, str], ...] = ()):
+  """An item as the flags want it, of a record of --prompts."""
+  from instructjax.labels import projects
+
+  return projects.Item(
+    kind,
+    record.prompt,
+    answers,
+    source=_SOURCE.value,
+    author=record.user or "",
+    is_screening=_SCREENING.value,
+    wanted=_WANTED.value,
+  )
+
+
 def _add(place: str, _: list[str]):
   from instructjax.labels import projects, schema
 
@@ -163,16 +199,7 @@ def _add(place: str, _: list[str]):
   _settings(database)
   if not _PROMPTS.value:
     return
-  new = [
-    projects.Item(
-      _KIND.value or "demonstration",
-      record.prompt,
-      source=_SOURCE.value,
-      is_screening=_SCREENING.value,
-      wanted=_WANTED.value,
-    )
-    for record in _prompts()
-  ]
+  new = [_item(_KIND.value or "demonstration", record) for record in _prompts()]
   print(f"{len(projects.add(database, new, time.time()))} items added")
 
 
@@ -183,54 +210,57 @@ def _sample(place: str, _: list[str]):
     raise UserError("--checkpoint must have a value: runs/demo/sft, a model folder or a .gguf")
   if not 2 <= _K.value <= projects.MOST_ANSWERS:
     raise UserError(f"--k={_K.value} must be 2 to {projects.MOST_ANSWERS}")
-  kind = _KIND.value or "ranking"
+  if len(_CHECKPOINT.value) > _K.value:
+    raise UserError(
+      f"--k={_K.value} must be at least the number of --checkpoint, {len(_CHECKPOINT.value)}"
+    )
   if _ITEMS.value < 1:
     raise UserError(f"--items={_ITEMS.value} must be at least 1")
-  once = _prompts()
-  prompts = once * _ITEMS.value
+  kind, prompts = _KIND.value or "ranking", _prompts()
+  for record in prompts:  # what is wrong with an item is said before hours of sampling
+    projects.require_whole(_item(kind, record, (("", ""),) * _K.value))
+  database = schema.create(place)
+  _settings(database)
+  answers = _answers(prompts)
+  new = [
+    _item(kind, record, own) for record, own in zip(prompts * _ITEMS.value, answers, strict=True)
+  ]
+  print(f"{len(projects.add(database, new, time.time(), _SEED.value))} items added")
+
+
+def _answers(prompts: list) -> list[tuple[tuple[str, str], ...]]:
+  """(text, checkpoint) of the answers of each item: --items for each prompt, all prompts once and then again."""
   # Imported here, because JAX takes seconds, and because no other word needs it.
   import jax
 
   from instructjax.core.config import MeshConfig
   from instructjax.evaluation import language_model
+  from instructjax.labels import projects
   from instructjax.parallel import sharding
 
-  database = schema.create(place)
-  _settings(database)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
-  answers: list[list[tuple[str, str]]] = [[] for _ in prompts]
+  found: list[list[tuple[str, str]]] = [[] for _ in range(len(prompts) * _ITEMS.value)]
   names = _CHECKPOINT.value
   for number, name in enumerate(names):
-    model = language_model.open_model(places.require(name, "--checkpoint", places.WEIGHTS), mesh)
     # Each model gives its part of the k; the first ones give one more where it does not divide.
     samples = range(number, _K.value, len(names))
+    model = language_model.open_model(places.require(name, "--checkpoint", places.WEIGHTS), mesh)
+    texts = [_text(model.tokenizer, record.prompt) for record in prompts]
     requests = [
       language_model.Request(
-        _text(model.tokenizer, record.prompt),
+        texts[i % len(prompts)],
         (),
         _MAX_NEW_TOKENS.value,
         _TEMPERATURE.value,
         # No two answers to a prompt have the same, in whichever of its items.
-        _SEED.value + i // len(once) * projects.MOST_ANSWERS + sample,
+        seed=_SEED.value + i // len(prompts) * projects.MOST_ANSWERS + sample,
       )
-      for i, record in enumerate(prompts)
+      for i in range(len(found))
       for sample in samples
     ]
-    found = language_model.generate(model, requests)
-    for i, answer in enumerate(found):
-      answers[i // len(samples)].append((answer.strip(), name))
-  new = [
-    projects.Item(
-      kind,
-      record.prompt,
-      tuple(own),
-      source=_SOURCE.value,
-      is_screening=_SCREENING.value,
-      wanted=_WANTED.value,
-    )
-    for record, own in zip(prompts, answers, strict=True)
-  ]
-  print(f"{len(projects.add(database, new, time.time(), _SEED.value))} items added")
+    for i, answer in enumerate(language_model.generate(model, requests)):
+      found[i // len(samples)].append((answer.strip(), name))
+  return [tuple(own) for own in found]
 
 
 def _text(tokenizer, prompt) -> str:
@@ -260,30 +290,24 @@ def _export(place: str, _: list[str]):
 def _import(place: str, _: list[str]):
   from instructjax.labels import filling, schema
 
-  spec = places.expand_source(_given(_FROM.value), "--from")
+  if not _FROM.value:
+    raise UserError("--from must have a value, as jsonl:rankings.jsonl")
+  spec = places.expand_source(_FROM.value, "--from")
   database = schema.create(place)
   _settings(database)
   counts = filling.bring_in(database, spec, _KIND.value or "comparisons", time.time())
   print(f"{counts[0]} items with {counts[1]} submissions added")
 
 
-def _given(value: str) -> str:
-  """The value of --from.
-
-  Raises:
-    UserError: it is missing.
-  """
-  if not value:
-    raise UserError("--from must have a value, as jsonl:rankings.jsonl")
-  return value
-
-
 def _simulate(place: str, _: list[str]):
   from instructjax.labels import filling, schema
 
   now = time.time()
-  count = filling.simulate(schema.open_(place), _SIMULATION.value, _GROUP.value, _SEED.value, now)
-  print(f"{count} rankings added")
+  database = schema.open_(place)
+  count, left = filling.simulate(database, _SIMULATION.value, _GROUP.value, _SEED.value, now)
+  print(f"{count} rankings added, with overall quality by rank and no yes/no question answered")
+  if left:
+    print(f"{left} more are wanted: there are not as many simulated labelers as --wanted asks for")
 
 
 def _delete(place: str, rest: list[str]):

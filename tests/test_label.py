@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 import types
 
@@ -51,6 +52,31 @@ def test_a_project_from_a_prompt_file(run, tmp_path):
   ]
 
 
+def test_a_users_prompts_stay_together(run, tmp_path):
+  rows = [{"prompt": f"Prompt {i}", "user": [7, "bob"][i % 2]} for i in range(8)]
+  (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  run("add", prompts=f"jsonl:{tmp_path}/prompts.jsonl", held_out="0.5")
+  with schema.open_(str(tmp_path / "p")).read() as connection:
+    found = {(row.author, row.split) for row in connection.execute(schema.items.select())}
+  assert sorted(author for author, _ in found) == ["7", "bob"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [({"kind": "demonstration"}, "has no answers, got 4"), ({"wanted": 0}, "wanted=0 must be")],
+)
+def test_what_no_item_may_be_is_said_before_sampling(run, tmp_path, flags, message):
+  with pytest.raises(UserError, match=message):
+    run("sample", prompts=prompts(tmp_path), checkpoint=["/absent"], **flags)
+
+
+def test_an_address_that_is_taken_is_a_mistake_in_a_line(run):
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    with pytest.raises(UserError, match=f"--host=127.0.0.1 --port={port} cannot be used: .*in use"):
+      run("serve", port=port)
+
+
 def test_accounts_are_made_and_reset(run, tmp_path):
   said = run("users add ann", role="researcher")
   password = re.search("password (\\S+),", said)[1]
@@ -73,6 +99,9 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("export", {"to": "x"}, "is no labeling project yet"),
     ("sample", {}, "--checkpoint must have a value"),
     ("sample", {"checkpoint": ["x"], "k": 10}, "--k=10 must be 2 to 9"),
+    ("sample", {"checkpoint": ["x"] * 3, "k": 2}, "--k=2 must be at least the number of"),
+    ("add", {"prompts": "x"}, "--prompts='x' must start with one of demo:"),
+    ("serve", {"project": "postgresql://h:p/d"}, "--project must be a folder, or the URL"),
     ("users add", {}, "users takes nothing"),
     ("users add a/b", {}, "name 'a/b' must be up to 80 letters"),
     ("users add ann", {"role": "king"}, "role 'king' must be one of"),

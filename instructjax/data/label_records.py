@@ -31,6 +31,7 @@ _ANSWERS = """
 SELECT a.item_id AS item, a.id AS id, a.text AS text FROM answers a JOIN items i ON i.id = a.item_id
 WHERE i.kind = 'ranking' ORDER BY a.item_id, a.position
 """
+COHORTS = ("training", "heldout")
 _PROMPTS = "SELECT id AS item, prompt, split FROM items WHERE is_screening = :screening ORDER BY id"
 _KIND = {"comparisons": "ranking", "demonstrations": "demonstration"}
 _ALL = 2**62
@@ -41,18 +42,31 @@ def is_url(place: str) -> bool:
   return place.startswith(places.DATABASES)
 
 
-def url_of(place: str) -> str:
-  """The database of a project, as SQLAlchemy names it.
+def url_of(place: str, where: str) -> Any:
+  """The database of a project as SQLAlchemy's URL.
 
   Args:
     place: the project's folder, or a URL of PostgreSQL.
+    where: what named it, for messages, which do not show the place: it may hold a password.
+  Raises:
+    UserError: it cannot be read as a URL.
   """
+  import sqlalchemy
+  import sqlalchemy.exc
+
   if not is_url(place):
-    return f"sqlite:///{pathlib.Path(place).absolute() / FILE}"
-  return re.sub(r"^postgresql://", "postgresql+psycopg://", place)
+    return sqlalchemy.URL.create("sqlite", database=str(pathlib.Path(place).absolute() / FILE))
+  try:
+    return sqlalchemy.make_url(re.sub(r"^postgresql://", "postgresql+psycopg://", place))
+  except (ValueError, sqlalchemy.exc.ArgumentError) as error:
+    raise UserError(
+      f"{where} must be a folder, or the URL of a database, as postgresql://USER@HOST:5432/NAME"
+    ) from error
 
 
-def rows(place: str, kind: str, split: str, until: int = 0) -> list[tuple[str, dict[str, Any]]]:
+def rows(
+  place: str, kind: str, split: str, until: int = 0, cohort: str = "training"
+) -> list[tuple[str, dict[str, Any]]]:
   """(where, row) of each record, with the keys that `records.parse_record` expects, in the order of submission.
 
   Args:
@@ -60,26 +74,31 @@ def rows(place: str, kind: str, split: str, until: int = 0) -> list[tuple[str, d
     kind: comparisons, demonstrations or prompts. Items of the screening are left out.
     split: train, validation or all. An item's split was settled when it was made.
     until: number of the last submission that counts; 0 for all.
+    cohort: training for what is trained and validated on; heldout for the part of this name, see `parts`, which is
+      all for validation.
   Raises:
-    UserError: the database cannot be read, or holds no records of this kind.
+    UserError: the database cannot be read, or cannot hold records of this kind.
   """
-  return [
-    (where, row)
-    for where, row, found, _ in cohort_rows(place, kind, until)
-    if split in ("all", found)
-  ]
+  if cohort == "heldout":
+    wanted = () if split == "train" else ("heldout",)
+  else:
+    wanted = ("train", "validation") if split == "all" else (split,)
+  return [(where, row) for where, row, part in parts(place, kind, until) if part in wanted]
 
 
-def cohort_rows(
-  place: str, kind: str, until: int = 0
-) -> Iterator[tuple[str, dict[str, Any], str, str]]:
-  """(where, row, split, cohort of the labeler) of each record; arguments and errors as `rows`."""
+def parts(place: str, kind: str, until: int = 0) -> Iterator[tuple[str, dict[str, Any], str]]:
+  """(where, row, part) of each record; arguments and errors as `rows`.
+
+  The parts are those of the stage `collect`: train and validation by the item's split, and heldout, which is what
+  labelers of the cohort heldout have made of the held-out prompts. What they have made of training prompts is left
+  out: their taste is kept from training, and a part of its own tells how a model does on people who had no say in it.
+  """
   if kind == "prompts":
     seen = set()
     for found in _select(place, _PROMPTS, screening=False):
       if found.prompt not in seen:
         seen.add(found.prompt)
-        yield f"labels:item {found.item}", {"prompt": json.loads(found.prompt)}, found.split, ""
+        yield f"labels:item {found.item}", {"prompt": json.loads(found.prompt)}, found.split
     return
   if kind not in _KIND:
     raise UserError(
@@ -90,6 +109,9 @@ def cohort_rows(
     for found in _select(place, _ANSWERS):
       answers.setdefault(found.item, []).append(found)
   for found in _select(place, _NEWEST, kind=_KIND[kind], screening=False, until=until or _ALL):
+    is_heldout = found.cohort == "heldout"
+    if is_heldout and found.split == "train":
+      continue
     payload = json.loads(found.payload)
     row = {"prompt": json.loads(found.prompt)}
     if kind == "comparisons":
@@ -99,20 +121,20 @@ def cohort_rows(
     else:
       row["response"] = payload["text"]
     row["labeler"] = found.labeler
-    yield f"labels:submission {found.submission}", row, found.split, found.cohort
+    yield f"labels:submission {found.submission}", row, "heldout" if is_heldout else found.split
 
 
-def digest(place: str, kind: str | None, until: int = 0) -> str:
-  """A checksum of the records, which stays the same whatever else changes in the database.
+def digest(place: str, until: int = 0, cohort: str = "training") -> str:
+  """A checksum of the records of all kinds, which stays the same whatever else changes in the database.
 
   Args:
-    place, until: as in `rows`.
-    kind: as in `rows`; None for all three.
+    place, until, cohort: as in `rows`.
   """
   found = hashlib.sha256()
-  for one in ("comparisons", "demonstrations", "prompts") if kind is None else (kind,):
-    for _, row, split, _ in cohort_rows(place, one, until):
-      found.update(json.dumps([row, split], sort_keys=True).encode() + b"\n")
+  for kind in ("comparisons", "demonstrations", "prompts"):
+    for _, row, part in parts(place, kind, until):
+      if (part == "heldout") == (cohort == "heldout"):
+        found.update(json.dumps([row, part], sort_keys=True).encode() + b"\n")
   return "sha256:" + found.hexdigest()
 
 
@@ -127,13 +149,13 @@ def _select(place: str, query: str, **values) -> list[Any]:
       f"labels:{printable(place)} is no labeling project: it holds no {FILE}; name the folder that"
       " `python -m instructjax.label ... --project=DIR` was given, or a postgresql:// URL"
     )
+  url = url_of(place, "a source labels:...")
+  if url.password is not None:
+    raise UserError(
+      "a source labels:postgresql://... must not hold a password, which would be written into the run's files:"
+      " leave it to ~/.pgpass or PGPASSWORD"
+    )
   try:
-    url = sqlalchemy.engine.make_url(url_of(place))
-    if url.password is not None:
-      raise UserError(
-        "a source labels:postgresql://... must not hold a password, which would be written into the run's files:"
-        " leave it to ~/.pgpass or PGPASSWORD"
-      )
     engine = sqlalchemy.create_engine(url)
     try:
       with engine.connect() as connection:

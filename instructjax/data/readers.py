@@ -72,12 +72,14 @@ def _hh(asked: Request) -> tuple[Rows, Decode, bool]:
 
 
 def _labels(asked: Request) -> tuple[Rows, Decode, bool]:
-  """`labels:DIR_OR_URL[?until=N]` reads the database of a labeling project, see label_records.py.
+  """`labels:DIR_OR_URL[?until=N][&cohort=heldout]` reads the database of a labeling project, see label_records.py.
 
   Each record is on the side of the split where its item is. With `until`, submissions after the N-th do not count, so
-  that a run can be resumed while people go on.
+  that a run can be resumed while people go on. With `cohort=heldout` it gives what held-out labelers have made of the
+  held-out prompts, which is left out otherwise.
   """
-  rows = label_records.rows(asked.path, asked.kind, asked.split, _until(asked.options))
+  until, cohort = _until(asked.options), _cohort(asked.options)
+  rows = label_records.rows(asked.path, asked.kind, asked.split, until, cohort)
   return rows, lambda row, kind, where: row, True
 
 
@@ -86,6 +88,15 @@ def _until(options: formats.Options) -> int:
   if not text.isdecimal() or len(text) > 18:
     raise UserError(f"until={text[:40]!r} of labels: must be the number of a submission")
   return int(text)
+
+
+def _cohort(options: formats.Options) -> str:
+  name = options.other.get("cohort", "training")
+  if name not in label_records.COHORTS:
+    raise UserError(
+      f"cohort={name[:40]!r} of labels: must be one of {', '.join(label_records.COHORTS)}"
+    )
+  return name
 
 
 def _matches(path: str) -> list[str]:
@@ -383,8 +394,8 @@ READERS = {
     _labels,
     lambda path, options: [],
     _whole,
-    options=("until",),
+    options=("until", "cohort"),
     format=formats.OWN,
-    checksum=lambda path, options: label_records.digest(path, None, _until(options)),
+    checksum=lambda path, options: label_records.digest(path, _until(options), _cohort(options)),
   ),
 }

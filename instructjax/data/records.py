@@ -21,7 +21,7 @@ from instructjax.data.messages import BadRecord, checked_text, kind_of, listed, 
 # Kind -> all keys that its accepted forms use. Readers of tables skip the other columns.
 KEYS = {
   "documents": ("text",),
-  "prompts": ("prompt", "messages"),
+  "prompts": ("prompt", "messages", "user"),
   "demonstrations": ("prompt", "response", "messages"),
   "comparisons": (
     "prompt",
@@ -77,10 +77,16 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt without an answer."""
+  """A prompt without an answer.
+
+  Attributes:
+    prompt: the prompt.
+    user: who wrote it; None if unknown.
+  """
 
   prompt: str | Chat
   where: str = _place()
+  user: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +128,8 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
   Args:
     kind: one of KINDS. The accepted keys are:
       documents: text.
-      prompts: prompt, or messages. Messages after the user's last one are dropped.
+      prompts: prompt, or messages. Messages after the user's last one are dropped. A user, a string or a whole number,
+        is optional.
       demonstrations: prompt and response, or messages, of which the last is the response.
       comparisons: one of
         prompt, responses and ranks;
@@ -152,7 +159,8 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
   if kind == "documents":
     return Document(checked_text(_value(obj, "text", where), "text", where), where)
   if kind == "prompts":
-    return Prompt(_last_user_turn(obj, where) if "messages" in obj else _prompt(obj, where), where)
+    prompt = _last_user_turn(obj, where) if "messages" in obj else _prompt(obj, where)
+    return Prompt(prompt, where, _who(obj, "user", where))
   if kind == "demonstrations":
     return _demonstration(obj, where)
   if kind == "comparisons":
@@ -220,11 +228,7 @@ def _demonstration(obj: dict[str, Any], where: str) -> Demonstration:
 
 
 def _ranking(obj: dict[str, Any], where: str) -> Ranking:
-  labeler = obj.get("labeler")
-  if isinstance(labeler, int) and not isinstance(labeler, bool):  # the number of an annotator
-    labeler = _decimal(labeler, where)
-  if labeler is not None and not isinstance(labeler, str):
-    raise BadRecord(f"{where}: 'labeler' must be a string, got {kind_of(labeler)}")
+  labeler = _who(obj, "labeler", where)
   forms: list[tuple[str, ...]] = [
     form
     for form in (("ranks",), ("comparisons",), ("chosen", "rejected"))
@@ -250,6 +254,16 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
     if len(ranks) != len(responses):
       raise BadRecord(f"{where}: {len(responses)} responses but {len(ranks)} {name}")
   return Ranking(prompt, responses, ranks, labeler, where)
+
+
+def _who(obj: dict[str, Any], key: str, where: str) -> str | None:
+  """The name of a person; None if there is none."""
+  found = obj.get(key)
+  if isinstance(found, int) and not isinstance(found, bool):  # a person's number
+    found = _decimal(found, key, where)
+  if found is not None and not isinstance(found, str):
+    raise BadRecord(f"{where}: {key!r} must be a string, got {kind_of(found)}")
+  return found
 
 
 def _ranks(ranks: Any, where: str) -> tuple[int, ...]:
@@ -411,11 +425,11 @@ def _value(obj: dict[str, Any], key: str, where: str) -> Any:
   return obj[key]
 
 
-def _decimal(number: int, where: str) -> str:
+def _decimal(number: int, key: str, where: str) -> str:
   try:
     return str(number)
   except ValueError as error:  # Python's limit on the digits of an integer
-    raise BadRecord(f"{where}: 'labeler' is a number of too many digits") from error
+    raise BadRecord(f"{where}: {key!r} is a number of too many digits") from error
 
 
 def is_score(value: Any) -> bool:

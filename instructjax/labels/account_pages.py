@@ -6,6 +6,7 @@ import secrets
 from starlette.responses import Response
 
 from instructjax.core.errors import UserError
+from instructjax.data import label_records
 from instructjax.labels import accounts
 from instructjax.labels.web import EVERYBODY, Asked, Page, go, page
 
@@ -86,7 +87,7 @@ def _people_page(asked: Asked, message: str = "", problem: str = "", status: int
     status,
     people=accounts.everybody(asked.database),
     roles=accounts.ROLES,
-    cohorts=accounts.COHORTS,
+    cohorts=label_records.COHORTS,
     message=message,
     problem=problem,
   )

@@ -14,12 +14,12 @@ import argon2
 import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
+from instructjax.data.label_records import COHORTS
 from instructjax.data.messages import quoted
 from instructjax.labels import schema
 from instructjax.labels.schema import Database, attempts, sessions, users
 
 ROLES = ("labeler", "researcher", "admin")
-COHORTS = ("training", "heldout")
 SHORTEST = 10  # letters of a password
 _LONGEST = 1000
 _NAME = re.compile(r"[\w][\w.@+-]{0,79}")

@@ -14,13 +14,13 @@ from instructjax.data import label_records
 from instructjax.data.messages import quoted
 
 KINDS = ("comparisons", "demonstrations", "prompts")
+PARTS = ("heldout", "train", "validation")
 
 
 def export(place: str, kind: str, folder: str, form: str = "own") -> tuple[dict[str, int], int]:
   """Writes a project's records as the files that the stage `collect` would write: train, validation and heldout.
 
-  heldout.jsonl has what labelers of the cohort heldout have made of the held-out prompts; what they have made of
-  training prompts is left out. A file that would be empty is not written.
+  What is in which is said by `label_records.parts`. A file that would be empty is not there, not even from before.
 
   Args:
     place: the project's folder or URL.
@@ -35,22 +35,23 @@ def export(place: str, kind: str, folder: str, form: str = "own") -> tuple[dict[
   if kind not in KINDS:
     raise UserError(f"--kind must be one of {', '.join(KINDS)}")
   parts: dict[str, list[dict[str, Any]]] = {}
-  for _, row, split, cohort in label_records.cohort_rows(place, kind):
-    if cohort != "heldout":
-      parts.setdefault(split, []).append(row)
-    elif split == "validation":
-      parts.setdefault("heldout", []).append(row)
+  for _, row, part in label_records.parts(place, kind):
+    parts.setdefault(part, []).append(row)
   if not parts:
     raise UserError(f"{place} holds no {kind} yet")
   if form != "own" and kind != "comparisons":
     raise UserError(f"--format={quoted(form, 40)} is for --kind=comparisons")
   counts, left_out = {}, 0
-  for name, rows in sorted(parts.items()):
-    made, lost = rows_in(form, rows)
+  for name in PARTS:
+    made, lost = rows_in(form, parts.get(name, ()))
     left_out += lost
+    path = pathlib.Path(folder) / f"{name}.jsonl"
     if made:
-      write_lines(pathlib.Path(folder) / f"{name}.jsonl", made)
-      counts[f"{name}.jsonl"] = len(made)
+      write_lines(path, made)
+      counts[path.name] = len(made)
+    else:
+      with writing(path):
+        path.unlink(missing_ok=True)
   return counts, left_out
 
 

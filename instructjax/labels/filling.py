@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Demonstration, Ranking
-from instructjax.labels import accounts, forms, projects
+from instructjax.labels import accounts, projects
 from instructjax.labels.schema import Database, answers, assignments, items, submissions
 
 NOBODY = "imported"  # ranks what has no labeler
@@ -97,7 +97,15 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
   """
   if kind not in ("comparisons", "demonstrations"):
     raise UserError("--kind must be comparisons or demonstrations")
-  loaded = sources.load(spec, kind, "all", seed=0, validation_fraction=0.5, on_bad_record="raise")
+  loaded = sources.load(
+    spec,
+    kind,
+    "all",
+    seed=0,
+    validation_fraction=0.5,
+    on_bad_record="raise",
+    setting="--from",
+  )
   found = [one for one in loaded if isinstance(one, Ranking | Demonstration)]
   together: dict[Any, list[Any]] = {}
   for number, one in enumerate(found):
@@ -129,8 +137,9 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
 
 
 def _name(one: Ranking | Demonstration) -> str:
+  """A name that an account can have."""
   labeler = one.labeler if isinstance(one, Ranking) else None
-  return re.sub(r"[^\w.@+-]", "_", labeler or NOBODY)[:80]
+  return re.sub(r"^\W|[^\w.@+-]", "_", labeler or NOBODY)[:80]
 
 
 def _answers(database: Database) -> dict[int, list[sa.Row]]:
@@ -154,10 +163,10 @@ def _payload(one: Ranking | Demonstration, order: Sequence[sa.Row]) -> dict[str,
   return {"answers": found}
 
 
-def simulate(database: Database, spec: str, group: str, seed: int, now: float) -> int:
-  """Lets the labelers of a simulated task rank what is still wanted, and returns the number of rankings.
+def simulate(database: Database, spec: str, group: str, seed: int, now: float) -> tuple[int, int]:
+  """Lets the labelers of a simulated task rank what is still wanted.
 
-  They rank as in the stage `collect`. Overall quality goes by the rank, and every yes/no field is no.
+  They rank as in the stage `collect`. Overall quality goes by the rank, and no yes/no question is answered.
 
   Args:
     database: a project whose prompts are the task's.
@@ -165,6 +174,8 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
     group: train; or heldout for other labelers, who rank the held-out items once more.
     seed: determines the labelers, who ranks what, and their noise.
     now: the time.
+  Returns:
+    Numbers of rankings added, and of those that are wanted by more people than there are.
   Raises:
     UserError: the source is no simulated task, or a prompt is not one of the task's.
   """
@@ -195,20 +206,14 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
         wanted[item.id] -= 1
         done.append(Done(item.id, ranking.labeler, _rated(order[item.id], ranking.ranks)))
   record(database, done, now, "heldout" if is_extra else "training")
-  return len(done)
+  return len(done), sum(wanted.values())
 
 
 def _rated(order: Sequence[sa.Row], ranks: Sequence[int]) -> dict[str, Any]:
-  fields = {name: False for name, _ in forms.FIELDS}
   last = max(max(ranks) - 1, 1)
   return {
     "answers": {
-      str(answer.id): {
-        "overall": 7 - round(6 * (rank - 1) / last),
-        **fields,
-        "note": "",
-        "rank": rank,
-      }
+      str(answer.id): {"overall": 7 - round(6 * (rank - 1) / last), "note": "", "rank": rank}
       for answer, rank in zip(order, ranks, strict=True)
     }
   }

@@ -27,6 +27,9 @@ def data_of(database: Database, name: str) -> dict[str, Any]:
     found = {"person": rows(sa.select(schema.users).where(schema.users.c.id == number))}
     for table in (schema.metadata.tables[own] for own in _OWN):
       found[table.name] = rows(sa.select(table).where(table.c.user_id == number))
+    own = sa.select(schema.submissions.c.id).where(schema.submissions.c.user_id == number)
+    graded = schema.grades.c.submission_id.in_(own)
+    found["graded"] = rows(sa.select(schema.grades).where(graded))  # by others
     found["drafts"] = rows(sa.select(schema.drafts).where(_own_drafts(number)))
     found["attempts"] = rows(sa.select(schema.attempts).where(schema.attempts.c.name == name))
     found["prompts"] = rows(sa.select(schema.items).where(schema.items.c.author == name))

@@ -21,6 +21,7 @@ from instructjax.labels.schema import Database, answers, items
 
 SOURCES = ("labeler", "customer")
 MOST_ANSWERS = 9  # of the paper
+LONGEST_AUTHOR = 80  # letters, see schema.items
 # Share of prompts that are held out, as data.validation_fraction has it.
 HELD_OUT = 0.05
 DEFAULTS = {
@@ -40,7 +41,7 @@ class Item:
     prompt: a text, or messages.
     answers: (text, origin) of each output; none for a demonstration.
     source: one of SOURCES, who wrote the prompt.
-    author: the customer, by whom prompts are split; '' to split by the prompt.
+    author: who wrote the prompt, by whom prompts are split; '' to split by the prompt.
     is_screening: whether it is there to compare labelers with researchers.
     wanted: number of people who are to work on it.
   """
@@ -91,7 +92,7 @@ def as_json(prompt: str | Chat) -> str:
 
 
 def split_of(item: Item, held_out: float) -> str:
-  """The side on which an item falls: all of a customer's prompts on one, and equal prompts on one.
+  """The side on which an item falls, if its prompt is new: all of an author's prompts are on one.
 
   Without an author it is the side that data/sources.py gives a record with this prompt.
   """
@@ -110,24 +111,30 @@ def split_of(item: Item, held_out: float) -> str:
 def add(database: Database, new: Sequence[Item], now: float, seed: int = 0) -> list[int]:
   """Adds items, and returns their numbers. Answers are shuffled, so that their order tells nothing of their origin.
 
+  An item with the prompt of another is on the same side of the split, whoever its author is.
+
   Raises:
-    UserError: an item has the wrong number of answers for its kind.
+    UserError: see `require_whole`.
   """
   for item in new:
-    _require_whole(item)
+    require_whole(item)
   held_out = float(settings(database)["held_out"])
   rng = random.Random(seed)
   numbers = []
   with database.write() as connection:
+    sides: dict[str, str] = {
+      row.prompt: row.split for row in connection.execute(sa.select(items.c.prompt, items.c.split))
+    }
     for item in new:
+      prompt = as_json(item.prompt)
       number = schema.insert(
         connection,
         items,
         kind=item.kind,
-        prompt=as_json(item.prompt),
+        prompt=prompt,
         source=item.source,
         author=item.author,
-        split=split_of(item, held_out),
+        split=sides.setdefault(prompt, split_of(item, held_out)),
         is_screening=item.is_screening,
         wanted=item.wanted,
         created=now,
@@ -143,13 +150,22 @@ def add(database: Database, new: Sequence[Item], now: float, seed: int = 0) -> l
   return numbers
 
 
-def _require_whole(item: Item):
+def require_whole(item: Item):
+  """Checks an item.
+
+  Raises:
+    UserError: a value is not allowed, or it has the wrong number of answers for its kind.
+  """
   if item.kind not in FORMS:
     raise UserError(f"kind {quoted(item.kind, 40)} must be one of {', '.join(FORMS)}")
   if item.source not in SOURCES:
     raise UserError(f"source {quoted(item.source, 40)} must be one of {', '.join(SOURCES)}")
   if item.wanted < 1:
     raise UserError(f"wanted={item.wanted} must be at least 1: the people who work on an item")
+  if len(item.author) > LONGEST_AUTHOR:
+    raise UserError(
+      f"user {quoted(item.author, 40)} must have at most {LONGEST_AUTHOR} letters: it is a name or a number"
+    )
   count, ranks = len(item.answers), FORMS[item.kind].ranks
   if ranks and not 2 <= count <= MOST_ANSWERS:
     raise UserError(f"an item of kind {item.kind} needs 2 to {MOST_ANSWERS} answers, got {count}")

@@ -5,7 +5,6 @@ Only here are the models named that gave the answers.
 
 import collections
 import json
-import time
 from collections.abc import Sequence
 
 import sqlalchemy as sa
@@ -15,14 +14,10 @@ from instructjax.labels import agreement, judgements, projects, screening, work
 from instructjax.labels.judgements import Judgement
 from instructjax.labels.labeler_pages import shown_prompt
 from instructjax.labels.schema import items
-from instructjax.labels.web import NOT_THERE, RESEARCHERS, Asked, Page, Refused, go, page
+from instructjax.labels.web import NOT_THERE, RESEARCHERS, Asked, Page, Refused, day, go, page
 
 _DAYS = 28  # of the plots
 _LISTED = 200  # items of the queue
-
-
-def _day(at: float) -> str:
-  return time.strftime("%Y-%m-%d", time.gmtime(at))
 
 
 def overview(asked: Asked) -> Response:
@@ -37,7 +32,7 @@ def overview(asked: Asked) -> Response:
     ).all()
   labelers = [one for one in found if one.role == "labeler"]
   done = collections.Counter((one.kind, one.is_screening) for one in labelers)
-  days = collections.Counter(_day(one.at) for one in found)
+  days = collections.Counter(day(one.at) for one in found)
   return page(
     asked,
     "overview.html",
@@ -45,7 +40,7 @@ def overview(asked: Asked) -> Response:
     paces=paces,
     sizes=judgements.split_sizes(found),
     wins=agreement.win_rates([one.ranks for one in found], origins),
-    bars=_bars([(day, days[day]) for day in sorted(days)[-_DAYS:]]),
+    bars=_bars([(date, days[date]) for date in sorted(days)[-_DAYS:]]),
   )
 
 
@@ -61,10 +56,10 @@ def agreement_page(asked: Asked) -> Response:
   ranked, rated = judgements.ranked(found), judgements.rated(found)
   names = sorted({name for one in ranked.values() for name in one})
   by_day: dict[str, list] = {}
-  last = {one.item_id: _day(one.at) for one in found}
+  last = {one.item_id: day(one.at) for one in found}
   for item_id, one in ranked.items():
     by_day.setdefault(last[item_id], []).append(one)
-  days = [(day, agreement.overall(by_day[day])) for day in sorted(by_day)[-_DAYS:]]
+  days = [(date, agreement.overall(by_day[date])) for date in sorted(by_day)[-_DAYS:]]
   return page(
     asked,
     "agreement.html",
@@ -75,7 +70,7 @@ def agreement_page(asked: Asked) -> Response:
       for name in names
     ],
     pairs=agreement.of_pairs(ranked.values()),
-    days=[(day, one) for day, one in days if one.mean is not None],
+    days=[(date, one) for date, one in days if one.mean is not None],
   )
 
 

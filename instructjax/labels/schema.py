@@ -73,7 +73,7 @@ items = sa.Table(
   Column("kind", String(20), nullable=False, index=True),  # one of forms.FORMS
   Column("prompt", Text, nullable=False),  # JSON: a text, or a list of messages
   Column("source", String(20), nullable=False),  # labeler or customer: who wrote the prompt
-  Column("author", String(80), nullable=False),  # of a customer's prompt; '' if unknown
+  Column("author", String(80), nullable=False),  # who wrote the prompt; '' if unknown
   Column("split", String(20), nullable=False),  # train or validation
   Column("is_screening", Boolean, nullable=False),
   Column("wanted", Integer, nullable=False),  # number of people who are to work on it
@@ -223,12 +223,12 @@ def _errors(place: str):
   try:
     yield
   except sqlalchemy.exc.SQLAlchemyError as error:
-    shown = sa.engine.make_url(label_records.url_of(place)).render_as_string(hide_password=True)
+    shown = label_records.url_of(place, "--project").render_as_string(hide_password=True)
     raise UserError(f"the database {shown} cannot be opened: {reason(error)}") from error
 
 
 def _connect(place: str) -> Database:
-  url = label_records.url_of(place)
+  url = label_records.url_of(place, "--project")
   if label_records.is_url(place):
     try:
       # Transactions see what was committed before each statement; rows that are changed are locked.

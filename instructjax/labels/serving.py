@@ -1,10 +1,12 @@
 """Runs the web application until it is told to stop. Called by the command."""
 
+import socket
 from collections.abc import Callable
 
 import uvicorn
 from starlette.applications import Starlette
 
+from instructjax.core.errors import UserError, reason
 from instructjax.labels import account_pages, labeler_pages, researcher_pages, web
 from instructjax.labels.schema import Database
 
@@ -16,6 +18,11 @@ def make(database: Database, hosts: list[str], is_secure: bool = False) -> Starl
   return web.application(web.Site(database, is_secure), TABLES, hosts)
 
 
+def shown(host: str) -> str:
+  """An address as it stands in a URL."""
+  return f"[{host}]" if ":" in host else host
+
+
 def run(app: Starlette, host: str, port: int, tell: Callable[[str], None], has_proxy: bool):
   """Answers requests until the process is interrupted.
 
@@ -25,11 +32,15 @@ def run(app: Starlette, host: str, port: int, tell: Callable[[str], None], has_p
     tell: called with the address, when it is ready.
     has_proxy: whether a proxy on this machine names each browser's address, by which wrong passwords are counted.
   Raises:
-    OSError: the address cannot be used.
+    UserError: the address cannot be used.
   """
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  try:
+    listening = socket.create_server((host, port), family=family)
+  except OSError as error:
+    raise UserError(f"--host={host} --port={port} cannot be used: {reason(error)}") from error
   config = uvicorn.Config(
     app, host=host, port=port, log_level="warning", proxy_headers=has_proxy, server_header=False
   )
-  socket = config.bind_socket()
-  tell(f"http://{host}:{socket.getsockname()[1]}/")
-  uvicorn.Server(config).run(sockets=[socket])
+  tell(f"http://{shown(host)}:{listening.getsockname()[1]}/")
+  uvicorn.Server(config).run(sockets=[listening])

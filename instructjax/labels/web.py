@@ -145,7 +145,7 @@ def _templates() -> jinja2.Environment:
   )
   found.filters |= {
     "visible": printable_lines,
-    "day": _day,
+    "day": day,
     "minute": _minute,
     "percent": _percent,
     "duration": _duration,
@@ -153,7 +153,8 @@ def _templates() -> jinja2.Environment:
   return found
 
 
-def _day(at: float) -> str:
+def day(at: float) -> str:
+  """The day of a time, UTC."""
   return time.strftime("%Y-%m-%d", time.gmtime(at))
 
 

@@ -16,8 +16,19 @@ from instructjax.data import label_records
   ],
 )
 def test_the_database_of_a_project(place, url):
-  assert label_records.url_of(place) == url
+  assert str(label_records.url_of(place, "--project")) == url
   assert places.expand_source(f"labels:{place}?until=3", "--x") == f"labels:{place}?until=3"
+
+
+def test_a_folders_name_is_no_query():
+  found = label_records.url_of("/why?not=1", "--project")
+  assert (found.database, dict(found.query)) == ("/why?not=1/labels.sqlite", {})
+
+
+def test_a_url_that_is_none_is_refused_without_its_password():
+  with pytest.raises(UserError, match="^--project must be a folder, or the URL") as error:
+    label_records.url_of("postgresql://ann:secret@host:port/db", "--project")
+  assert "secret" not in str(error.value)
 
 
 def test_other_sources_are_no_urls():

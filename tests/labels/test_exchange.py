@@ -80,6 +80,8 @@ def test_until_and_the_checksum_follow_submissions_only(ranked):
   ("spec", "message"),
   [
     ("labels:{}?until=x", "until='x' of labels: must be the number of a submission"),
+    ("labels:{}?cohort=x", "cohort='x' of labels: must be one of training, heldout"),
+    ("labels:postgresql://ann:secret@host:port/db", "a source labels:... must be a folder"),
     ("labels:{}/absent", "is no labeling project: it holds no labels.sqlite"),
     ("labels:postgresql://ann:secret@host/db", "must not hold a password"),
   ],
@@ -123,6 +125,21 @@ def test_what_heldout_labelers_rank_is_kept_from_training(tmp_path):
   assert prompts_of("validation.jsonl") == prompts_of("heldout.jsonl") == held_out
   labelers = {name: {row["labeler"] for row in rows[name]} for name in rows}
   assert labelers == {"train.jsonl": {"ann"}, "validation.jsonl": {"ann"}, "heldout.jsonl": {"zoe"}}
+  # The same from the database: training never sees what zoe ranks, and ?cohort=heldout is heldout.jsonl.
+  spec, heldout = f"labels:{tmp_path}/p", f"labels:{tmp_path}/p?cohort=heldout"
+  for split in ("train", "validation"):
+    assert load(spec, split=split) == load(f"jsonl:{tmp_path}/out/{split}.jsonl")
+  assert {one.labeler for one in load(spec)} == {"ann"} and len(load(spec)) == len(prompts)
+  assert load(heldout) == load(f"jsonl:{tmp_path}/out/heldout.jsonl")
+  with pytest.raises(UserError, match="holds no records"):
+    load(heldout, split="train")
+  assert sources.how(spec) != sources.how(heldout)
+
+
+def test_an_export_leaves_no_file_of_an_earlier_one(ranked, tmp_path):
+  (tmp_path / "heldout.jsonl").write_text("{}")
+  exchange.export(str(ranked), "comparisons", str(tmp_path))
+  assert not (tmp_path / "heldout.jsonl").exists()
 
 
 def ranking(ranks, prompt="Name a colour.", labeler="ann"):

@@ -7,7 +7,7 @@ import pytest
 
 from instructjax.core.errors import UserError
 from instructjax.data import sources
-from instructjax.labels import accounts, exchange, filling, projects
+from instructjax.labels import accounts, exchange, filling, judgements, projects
 from tests.labels import app
 
 
@@ -27,19 +27,25 @@ def test_rankings_of_several_annotators_become_one_item(tmp_path):
     row,
     row | {"ranks": [1, 1, 2], "labeler": "bea"},
     row | {"prompt": "q", "labeler": None},
+    row | {"prompt": "r", "labeler": "@cy"},
   )
   database = app.make_project(tmp_path / "p", people=())
-  assert filling.bring_in(database, spec, "comparisons", 0.0) == (2, 3)
+  assert filling.bring_in(database, spec, "comparisons", 0.0) == (3, 4)
   found = load(f"labels:{tmp_path}/p")
   as_pairs = lambda one: (one.prompt, one.labeler, sorted(zip(one.responses, one.ranks)))
   assert [as_pairs(one) for one in found] == [
     ("p", "ann_lee", [("a", 1), ("b", 2), ("b", 3)]),
     ("p", "bea", [("a", 1), ("b", 1), ("b", 2)]),
     ("q", "imported", [("a", 1), ("b", 2), ("b", 3)]),
+    ("r", "_cy", [("a", 1), ("b", 2), ("b", 3)]),
   ]
   assert accounts.sign_in(database, "bea", "", "here", 0.0) is None
   with pytest.raises(UserError, match="ann_lee has ranked the same answers twice"):
     filling.bring_in(database, write(tmp_path / "twice.jsonl", row, row), "comparisons", 0.0)
+  with pytest.raises(UserError, match="--from='demo:' must name rankings that lie somewhere"):
+    filling.bring_in(database, "demo:", "comparisons", 0.0)
+  with pytest.raises(UserError, match="--from='demo:' must name records of people"):
+    filling.bring_in(database, "demo:", "demonstrations", 0.0)
   with pytest.raises(UserError, match="--kind must be comparisons or demonstrations"):
     filling.bring_in(database, spec, "prompts", 0.0)
 
@@ -75,8 +81,11 @@ def simulated(tmp_path, prompts):
 
 def test_simulated_labelers_fill_a_project(simulated, tmp_path, prompts):
   """The first ranking of each prompt is the one that the stage `collect` would get."""
-  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == 60
-  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == 0  # nothing is wanted any more
+  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == (60, 0)
+  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == (
+    0,
+    0,
+  )  # nothing is wanted any more
   found = load(f"labels:{tmp_path}/p")
   counts = collections.Counter(one.prompt for one in found)
   assert set(counts.values()) == {2} and set(counts) == set(prompts)
@@ -94,11 +103,21 @@ def test_simulated_labelers_fill_a_project(simulated, tmp_path, prompts):
 
 def test_heldout_labelers_rank_the_heldout_prompts_once_more(simulated, tmp_path):
   filling.simulate(simulated, "demo:", "train", 0, 0.0)
-  count = filling.simulate(simulated, "demo:", "heldout", 0, 0.0)
+  count, _ = filling.simulate(simulated, "demo:", "heldout", 0, 0.0)
   counts, _ = exchange.export(str(tmp_path / "p"), "comparisons", str(tmp_path / "out"))
   assert counts["heldout.jsonl"] == count == counts["validation.jsonl"] / 2
   rows = [json.loads(line) for line in (tmp_path / "out/heldout.jsonl").read_text().splitlines()]
   assert {row["labeler"].partition("_")[0] for row in rows} == {"heldout"}
+
+
+def test_what_simulated_labelers_leave_open(simulated, prompts):
+  """No yes/no question is answered, so that none counts as a no; and more than there are of them cannot rank."""
+  projects.add(simulated, [app.item(prompts[0], wanted=1000)], 0.0)
+  _, left = filling.simulate(simulated, "demo:", "train", 0, 0.0)
+  with simulated.read() as connection:
+    found = judgements.read(connection)
+  assert all(one.ratings.keys() == one.ranks.keys() and not one.sensitive for one in found)
+  assert left == 1000 - sum(one.item_id == 31 for one in found) > 900
 
 
 def test_only_a_simulated_tasks_labelers_can_be_simulated(simulated):

@@ -4,7 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
-from instructjax.labels import accounts, privacy, schema, work
+from instructjax.labels import accounts, judgements, privacy, schema, work
 from tests.labels import app
 
 
@@ -23,12 +23,14 @@ def database(tmp_path):
 
 
 def test_everything_of_a_person(database):
+  judgements.grade(database, 1, app.user(database, "bea").id, 6, 0.0)  # ann's
   found = privacy.data_of(database, "ann")
   assert [row["name"] for row in found["person"]] == ["ann"]
   counts = {name: len(rows) for name, rows in found.items()}
   assert (
     counts["submissions"] == counts["assignments"] == counts["attempts"] == counts["prompts"] == 1
   )
+  assert [row["grade"] for row in found["graded"]] == [6] and not found["grades"]
   assert "a note of ann" in found["submissions"][0]["payload"]
   text = repr(found)
   assert "a note of bea" not in text and "$argon2" not in text and "'token'" not in text

@@ -29,6 +29,17 @@ def test_a_customers_prompts_are_on_one_side():
   assert all(len(side) == 1 for side in sides) and len(set.union(*sides)) == 2
 
 
+def test_equal_prompts_are_on_one_side_whoever_wrote_them(tmp_path):
+  database = app.make_project(tmp_path)
+  projects.change(database, {"held_out": "0.5"})
+  for author in "abcdefgh":
+    projects.add(database, [app.item("Hi.", author=author), app.item(author, author=author)], 0.0)
+  with database.read() as connection:
+    rows = connection.execute(schema.items.select()).all()
+  assert len({row.split for row in rows if row.prompt == '"Hi."'}) == 1
+  assert len({row.split for row in rows if row.prompt != '"Hi."'}) == 2
+
+
 def test_the_order_of_answers_tells_nothing_of_their_origin(tmp_path):
   """Over many items, the first place belongs to the first model about half of the time."""
   answers = (("a", "one"), ("b", "two"))
@@ -49,6 +60,7 @@ def test_the_order_of_answers_tells_nothing_of_their_origin(tmp_path):
     (app.item(kind="poem"), "kind 'poem' must be one of"),
     (app.item(source="dream"), "source 'dream' must be one of"),
     (app.item(wanted=0), "wanted=0 must be at least 1"),
+    (app.item(author="x" * 81), "must have at most 80 letters"),
   ],
 )
 def test_bad_items_are_refused_and_nothing_is_added(tmp_path, item, message):
