@@ -27,7 +27,9 @@ def test_the_top_is_that_of_the_measured_scores_and_not_of_the_form():
   fit = overoptimization_fits.fit_runs("rl", [(D, score)], bootstrap=20, seed=0)
   assert fit.top == pytest.approx(1.5, abs=0.15)
   assert abs(fit.peak - 1.5) > 0.2
-  assert "the measured gold is highest at d = 1.5" in overoptimization_fits.in_words("rl", "gold", fit)
+  assert "the measured gold is highest at d = 1.5" in overoptimization_fits.in_words(
+    "rl", "gold", fit
+  )
 
 
 def test_weights_give_what_repeated_points_give():
