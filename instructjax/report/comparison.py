@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import special  # pyrefly: ignore[untyped-import]
+from scipy import special  # pyrefly: ignore[untyped-import]  it has no types
 
 from instructjax.core.stages import RL_STAGES
 from instructjax.report.comparison_groups import Group, Run

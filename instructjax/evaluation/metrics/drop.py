@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize  # pyrefly: ignore[untyped-import]
+from scipy import optimize  # pyrefly: ignore[untyped-import]  it has no types
 
 from instructjax.evaluation.metrics.words import ARTICLES, PUNCTUATION
 
