@@ -14,6 +14,7 @@ import jax
 
 from instructjax.core import terminal
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.evaluation import (
   encoding,
@@ -29,6 +30,7 @@ from instructjax.evaluation.language_model import Dtype
 from instructjax.evaluation.task import Ask, Question
 from instructjax.models import execution
 from instructjax.parallel import sharding
+from instructjax.report import costs
 from instructjax.report import evaluation as report
 from instructjax.train import finished, weights
 
@@ -52,13 +54,15 @@ def run(
     out: folder of the results.
     scorer_specs: name -> scorer of answers, of `tasks.JUDGES`.
   Raises:
-    UserError: see `runner.answer_all`.
+    UserError: no task has data; or see `runner.answer_all`.
   """
   with finished.workdir_lock(out):
     planned, skipped = runner.plan(tasks.found(), data, settings, out)
     for one in skipped:
       to = terminal.console(stderr=True)
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
+    if not planned:
+      raise UserError("none of the tasks that were asked has data: see above, and --data")
     opened = [_model(name, path, out, DTYPES[settings.dtype]) for name, path in models.items()]
     runner.answer_all(opened, planned, settings, out, progress())
     judges = {name: judging.Judge(spec, scorers.load) for name, spec in scorer_specs.items()}
@@ -95,7 +99,8 @@ def dtype(asked: str) -> str:
 
 def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype) -> runner.Model:
   found = weights.locate(path)
-  known = found.checksum(out / "checksums.json")
+  tokenizer = found.tokenizer
+  known = found.checksum(out / "checksums.json") + repr((tokenizer.fingerprint, tokenizer.stop_ids))
   if (
     found.done is not None
   ):  # its settings are in the fingerprint, and its results tell two runs of them apart
@@ -158,15 +163,11 @@ def progress() -> Callable[[str, str, int, int], None]:
       return
     last, said, at = (model, title), now, done
     rate = (done - first) / max(now - began, 1e-9)
-    left = f", about {spoken((total - done) / rate)} left" if rate > 0 and done < total else ""
+    left = (
+      f", about {costs.duration((total - done) / rate)} left" if rate > 0 and done < total else ""
+    )
     terminal.say(
       f"{model}: {title}: {done} of {total} requests{left}", to=terminal.console(stderr=True)
     )
 
   return told
-
-
-def spoken(seconds: float) -> str:
-  if seconds < 90:
-    return f"{seconds:.0f} s"
-  return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -58,6 +58,8 @@ def require_same(files: Part, made_with: Mapping[str, str], *, redo: bool, title
     try:
       found = json.loads(files.made_with.read_text(encoding="utf-8"))
     except ValueError:
+      found = None
+    if not isinstance(found, dict):
       found = {}
     changed = [name for name in made_with if found.get(name) != made_with[name]]
     if not changed:
@@ -121,7 +123,8 @@ class Journal:
 
   def add(self, item: int, choice: int, result: Choice | str):
     """Keeps a result; `choice` is 0 for an answer in words."""
-    self._keep(item, choice, result)
+    # As it will be read again, so that a run that goes on has the numbers of one that was not stopped.
+    self._keep(item, choice, result if isinstance(result, str) else choice_of(plain(result)))
     row = [item, choice, result if isinstance(result, str) else plain(result)]
     with writing(self._path):
       self._file.write(json.dumps(row).encode() + b"\n")

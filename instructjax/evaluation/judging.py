@@ -51,6 +51,8 @@ def judge_all(
 ) -> dict[str, dict[str, Any]]:
   """Scores the answers of all tasks that ask for it, with the scorers that are given.
 
+  Where they are not, what an earlier run of the command has scored is used.
+
   Args:
     models: names of the models.
     planned: what they were asked; all is answered.
@@ -65,14 +67,16 @@ def judge_all(
   used: dict[str, dict[str, Any]] = {}
   opened: dict[str, Scorer] = {}
   for part in planned:
-    if not part.task.judges or not set(part.task.judges) <= judges.keys():
+    if not part.task.judges:
       continue
-    wanted = {name: judges[name].identity for name in part.task.judges}
+    are_given = set(part.task.judges) <= judges.keys()
+    wanted = {name: judges[name].identity for name in part.task.judges} if are_given else {}
     for model in models:
       files = journal.part(out, model, part.name, part.prompt)
       made_with = json.loads(files.made_with.read_text(encoding="utf-8"))
       known = made_with.get(_KEY, {})
-      if {name: one["identity"] for name, one in known.items()} != wanted:
+      # Without scorers, the numbers of an earlier run of the command stay, and their scorers are named.
+      if are_given and {name: one["identity"] for name, one in known.items()} != wanted:
         told(f"{model}: {part.name}/{part.prompt}: {', '.join(wanted)}")
         for name in wanted:
           opened[name] = opened.get(name) or judges[name].load(judges[name].spec)

@@ -7,6 +7,7 @@ score is just what the area under the ROC curve measures. So every ranking holds
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import random
 import re
@@ -47,7 +48,7 @@ class Labelled:
 
 
 def read(spec: str, fields: Sequence[tuple[str, str]], group: str) -> list[Labelled]:
-  """Reads labelled texts; rows with a null label are left out.
+  """Reads labelled texts; rows with a null or empty label are left out.
 
   Args:
     spec: a file, or SCHEME:REST as --data of `evaluate`.
@@ -64,7 +65,7 @@ def read(spec: str, fields: Sequence[tuple[str, str]], group: str) -> list[Label
   for row in rows.read(spec):
     for text_key, label_key in fields:
       text, label = _value(row, text_key), _value(row, label_key)
-      if label is None:
+      if label is None or label == "":
         continue
       if not isinstance(text, str) or not text.strip():
         raise UserError(f"{row.where}: {text_key} must be text, got {shown(text)}")
@@ -86,8 +87,12 @@ def _value(row: rows.Row, key: str) -> Any:
 def _number(label: Any, where: str) -> float:
   if isinstance(label, str) and label.strip().lower() in _WORDS:
     return _WORDS[label.strip().lower()]
-  if isinstance(label, int | float):
-    return float(label)
+  try:
+    found = float(label)  # of a table, a number is text
+    if math.isfinite(found):
+      return found
+  except (TypeError, ValueError):
+    pass
   raise UserError(f"{where} must be a number, true, false, 'yes' or 'no', got {shown(label)}")
 
 

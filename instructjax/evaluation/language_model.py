@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -114,7 +114,8 @@ def open_model(
     max_length: most tokens read at once; 0 for the network's own limit.
     base: of an adapter, where its base lies; '' for the place that it names itself.
   Raises:
-    UserError: it cannot be opened, is a reward model, or max_length is more than the network has.
+    UserError: it cannot be opened, is a reward model, dtype is none of these, or max_length is more than the network
+      has.
   """
   return _open(spec, mesh, "lm", dtype, max_length, base)
 
@@ -132,6 +133,8 @@ def open_reward_model(
 def _open(
   spec: str, mesh: Mesh, head: Head, dtype: Dtype, max_length: int, base: str
 ) -> LanguageModel:
+  if dtype not in get_args(Dtype):
+    raise UserError(f"dtype={dtype} must be one of {', '.join(get_args(Dtype))}")
   found = weights.locate(spec, base=base)
   if found.head != head or found.item == "value_params":
     is_wanted = {"lm": "a language model", "scalar": "a reward model"}

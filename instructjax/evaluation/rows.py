@@ -211,6 +211,11 @@ def _raw(path: pathlib.Path) -> bytes:
   foreign.require_file(path)
   try:
     with text_files.opened(str(path)) as file:
-      return file.read(_TABLE_BYTES)
+      data = file.read(_TABLE_BYTES + 1)
   except (OSError, EOFError) as error:
     raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+  if len(data) > _TABLE_BYTES:
+    raise UserError(
+      f"{path} holds more than the {_TABLE_BYTES >> 20} MiB that a table may have; give it as JSON lines or parquet"
+    )
+  return data

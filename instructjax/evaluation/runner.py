@@ -1,7 +1,6 @@
 """Asks models the questions of tasks: opens what is needed, goes on where it was stopped, and scores the answers.
 
-Called by results.py's callers, the command and tests, who give the functions of a model in `Engine`. This is the only
-module of the evaluation that runs a model.
+Called by the command and tests, who give the functions of a model in `Engine`.
 """
 
 import dataclasses

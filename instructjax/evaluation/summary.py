@@ -66,9 +66,28 @@ def part(
     "num_items": len(planned.asked.items),
     "shots": planned.asked.shots_from,
     "fits": {name: dict(counts) for name, counts in fits.items()},
-    "missing": [key for key in how.metrics if not any(row["key"] == key for row in metrics)],
+    "missing": _missing(planned, scores, fits),
     "metrics": metrics,
   }
+
+
+def _missing(
+  planned: Planned,
+  scores: Mapping[str, Mapping[str, np.ndarray]],
+  fits: Mapping[str, Mapping[str, int]],
+) -> dict[str, str]:
+  """Metric of the prompt -> which models have no number for it, and why; arguments as for `part`."""
+  result = {}
+  for key in planned.task.prompts[planned.prompt].metrics:
+    without = [name for name, of in scores.items() if key not in of]
+    if not without:
+      continue
+    whose = "" if len(without) == len(scores) else f"{', '.join(without)}: "
+    if all(fits[name]["too long"] == len(planned.asked.items) for name in without):
+      result[key] = f"{whose}every item is too long to be asked"
+    else:
+      result[key] = whose + ("no scorer (--scorers)" if planned.task.judges else "no item has it")
+  return result
 
 
 def measured(metric: Metric, values: np.ndarray, seed: int) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Row:
         kept secret, which cannot be scored.
     """
     found = self.any(*names)
-    if isinstance(found, str) and found.strip().lstrip("-").isdigit():
+    if isinstance(found, str) and found.strip().lstrip("-").isdecimal():
       found = int(found)
     if isinstance(found, bool):
       found = int(found)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special  # pyrefly: ignore[untyped-import]  it has no types
 
 from instructjax.core.stages import RL_STAGES
 from instructjax.report.comparison_groups import Group, Run
@@ -28,8 +29,6 @@ WIN_RATES = {
   ("new_topics", "ppo_ptx_over_sft"): "PPO-ptx over SFT, new topics",
 }
 _FEWEST = 3  # seeds of an interval: with two, Student's t is twelve times the standard error and tells nothing
-# 97.5% quantiles of Student's t with 1 to 9 degrees of freedom, as in every table.
-_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +60,8 @@ def spread(values: Sequence[float]) -> Spread | None:
   std = float(np.std(kept, ddof=1))
   if count < _FEWEST:
     return Spread(tuple(kept), mean, std, None)
-  half = student(count - 1) * std / math.sqrt(count)
+  half = float(special.stdtrit(count - 1, 0.975)) * std / math.sqrt(count)
   return Spread(tuple(kept), mean, std, (mean - half, mean + half))
-
-
-def student(freedom: int) -> float:
-  """The 97.5% quantile of Student's t with so many degrees of freedom, to four digits.
-
-  From ten on by the expansion about the normal quantile (Abramowitz and Stegun 1964, 26.7.5).
-  """
-  if freedom <= len(_STUDENT):
-    return _STUDENT[freedom - 1]
-  z = 1.959964
-  terms = (
-    (z**3 + z) / 4,
-    (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-    (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-  )
-  return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def finding_rows(found: Sequence[Group]) -> list[dict[str, Any]]:

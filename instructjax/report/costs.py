@@ -5,6 +5,7 @@ Called by page.py and stages/evaluate.py. Pure functions.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from instructjax.core.provenance import Provenance
@@ -48,7 +49,7 @@ def of_stage(log: Sequence[Mapping[str, float]], made: Provenance) -> StageCost:
     steps=len(steps),
     tokens=sum(row.get("tokens", 0.0) for row in steps),
     first_step=took[0] if took else math.nan,
-    step=sorted(took[1:])[len(took[1:]) // 2] if len(took) > 1 else math.nan,
+    step=statistics.median(took[1:]) if len(took) > 1 else math.nan,
   )
 
 

@@ -7,25 +7,17 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import markupsafe
 
 from instructjax.core import terminal
 from instructjax.core.errors import writing
 from instructjax.core.text import printable
 from instructjax.report import table14
+from instructjax.report.page import TEMPLATES
 
 _DASH = "–"
 _DECIMALS = {"share": 3, "bits": 3, "percent": 1, "score": 3}
 _UNITS = {"share": "", "bits": " [bits]", "percent": " [%]", "score": ""}
-_TEMPLATES = jinja2.Environment(
-  loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
-  autoescape=True,
-  undefined=jinja2.StrictUndefined,
-  trim_blocks=True,
-  lstrip_blocks=True,
-  keep_trailing_newline=True,
-)
 
 
 def shown(value: float, show: str) -> str:
@@ -53,6 +45,11 @@ def _name(part: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
   return f"{part['title']}, {part['prompt_title']}: {_title(metric)}"
 
 
+def _items(metric: Mapping[str, Any]) -> str:
+  """The number of items, or the numbers if models have different ones."""
+  return "/".join(map(str, sorted({found["num_items"] for found in metric["models"].values()})))
+
+
 def _title(metric: Mapping[str, Any]) -> str:
   return metric["title"] + _UNITS[metric["show"]]
 
@@ -63,11 +60,10 @@ def results_table(summary: Mapping[str, Any]) -> terminal.Table:
   rows = []
   for part, metric in _rows(summary):
     cells = [metric["models"].get(name) for name in models]
-    of_items = {cell["num_items"] for cell in cells if cell}
     rows.append(
       [
         _name(part, metric),
-        "/".join(map(str, sorted(of_items))),
+        _items(metric),
         *(
           f"{shown(cell['value'], metric['show'])} {between(cell['interval'], metric['show'])}"
           if cell
@@ -89,9 +85,8 @@ def missing(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
   """What is not in the table, as (task, why)."""
   found = [(one["task"], one["reason"]) for one in summary["skipped"]]
   for part in summary["parts"]:
-    if part["missing"]:
-      keys = ", ".join(part["missing"])
-      found.append((f"{part['title']}, {part['prompt_title']}", f"{keys}: no scorer (--scorers)"))
+    for key, why in part["missing"].items():
+      found.append((f"{part['title']}, {part['prompt_title']}", f"{key}: {why}"))
   return found
 
 
@@ -148,19 +143,19 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       "task": part["title"],
       "prompt": part["prompt_title"],
       "metric": _title(metric),
-      "items": max(found["num_items"] for found in metric["models"].values()),
+      "items": _items(metric),
       "cells": [_cell(metric["models"].get(name), metric["show"]) for name in models],
       "paper": [
         "/".join(shown(value, metric["show"]) for value in sizes) if sizes else _DASH
         for sizes in (metric["paper"] or [()] * len(table14.MODELS))
       ],
-      "notes": _notes(part),
+      "notes": [*_notes(part), *table14.notes(part["task"], part["prompt"], metric["key"])],
     }
     for part, metric in _rows(summary)
   ]
   tests = differences_table(summary)
   told = sum(row[-1] != "cannot be told" for row in tests.rows)
-  template = _TEMPLATES.get_template("evaluation.html.j2")
+  template = TEMPLATES.get_template("evaluation.html.j2")
   return markupsafe.Markup(
     template.render(
       models=[(printable(name), printable(spec)) for name, spec in summary["models"].items()],
@@ -193,6 +188,6 @@ def write(path: pathlib.Path, summary: Mapping[str, Any]):
   Raises:
     UserError: it cannot be written.
   """
-  page = _TEMPLATES.get_template("evaluation_page.html.j2").render(section=section(summary))
+  page = TEMPLATES.get_template("evaluation_page.html.j2").render(section=section(summary))
   with writing(path):
     path.write_text(page, encoding="utf-8")

@@ -68,6 +68,11 @@ wmt15_fr_en/few_shot/bleu  31.37/35.49/39.93 24.73/31.76/35.07 21.65/29.96/26.58
 cnn_dm/zero_shot/rouge_l .182/.197/.196 .198/.235/.225 .218/.231/.227 .214/.231/.220
 tldr/zero_shot/rouge_l   .182/.197/.196 .198/.235/.225 .218/.231/.227 .214/.231/.220
 """
+# What is hard to read in the paper's table.
+_UNCERTAIN = {
+  "hellaswag/few_shot/accuracy": "the paper's GPT 1.3B reads .550 or .591",
+  "wsc/few_shot/accuracy": "the paper's PPO 1.3B reads .625 or .630",
+}
 TABLE = {
   name: _cells(cells)
   for name, cells in (line.split(maxsplit=1) for line in _PRINTED.strip().splitlines())
@@ -79,3 +84,9 @@ TASKS = tuple(dict.fromkeys(name.partition("/")[0] for name in TABLE))  # in the
 def cells(task: str, prompt: str, metric: str) -> Cells | None:
   """The paper's numbers for a metric of a prompt of a task; None for what is not in the table."""
   return TABLE.get(f"{task}/{prompt}/{metric}")
+
+
+def notes(task: str, prompt: str, metric: str) -> list[str]:
+  """What a reader must know of the paper's numbers for a metric."""
+  name = f"{task}/{prompt}/{metric}"
+  return [_UNCERTAIN[name]] if name in _UNCERTAIN else []

@@ -1,9 +1,11 @@
 """The command from its settings to its files, on a model that is a table; and what asks a real one."""
 
 import json
+import types
 
 import pytest
 
+from instructjax.core.errors import UserError
 from instructjax.evaluation import command, rows, runner
 from instructjax.evaluation.task import Choices, Question
 from tests.evaluation import small_models
@@ -39,6 +41,24 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
   assert len((out / "samples" / "ppo" / "hellaswag.zero_shot.jsonl").read_text().splitlines()) == 12
 
 
+def test_without_any_data_nothing_is_written(tmp_path):
+  settings = runner.Settings({"piqa": ("harness",)}, None, 0, False, "float32")
+  with pytest.raises(UserError, match="none of the tasks that were asked has data"):
+    command.run({"sft": "runs/sft"}, rows.Data((), {}, False), settings, tmp_path / "out", {})
+  assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_another_tokenizer_is_another_model(tmp_path, monkeypatch):
+  def checksum(fingerprint, stop_ids):
+    tokenizer = types.SimpleNamespace(fingerprint=fingerprint, stop_ids=stop_ids)
+    found = types.SimpleNamespace(tokenizer=tokenizer, done=None, checksum=lambda memory: "weights")
+    monkeypatch.setattr(command.weights, "locate", lambda path: found)
+    return command._model("sft", "folder", tmp_path, "float32").checksum
+
+  assert checksum("a", (1,)) == checksum("a", (1,))
+  assert len({checksum("a", (1,)), checksum("b", (1,)), checksum("a", (1, 2))}) == 3
+
+
 def test_numbers_that_the_devices_choose():
   assert command.dtype("auto") == "float32" and command.dtype("bfloat16") == "bfloat16"
   assert set(command.DTYPES) == {"float32", "bfloat16"}
@@ -69,10 +89,3 @@ def test_progress_has_a_line_for_each_prompt_one_in_a_while_and_the_last(monkeyp
     "sft: piqa/harness: 30 of 40 requests, about 10 s left",
     "sft: piqa/harness: 40 of 40 requests",
   ]
-
-
-@pytest.mark.parametrize(
-  ("seconds", "text"), [(5.2, "5 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
-)
-def test_time_left_in_words(seconds, text):
-  assert command.spoken(seconds) == text

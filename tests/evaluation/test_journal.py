@@ -42,6 +42,22 @@ def test_a_result_is_kept_as_soon_as_it_is_added(files):
     assert whole.missing(ASKS) == []
 
 
+def test_a_run_that_goes_on_has_the_numbers_of_one_that_was_not_stopped(files):
+  with opened(files) as first:
+    first.add(0, 0, choice(-1 / 3, -2 / 3))
+    unstopped = first.choices
+  with opened(files) as again:
+    assert again.choices == unstopped
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", "{"])
+def test_a_damaged_file_of_settings_is_another(files, text):
+  journal.write_json(files.made_with, {"model": "1"})
+  files.made_with.write_text(text)
+  with pytest.raises(UserError, match="made with another model"):
+    journal.require_same(files, {"model": "1"}, redo=False, title="sft")
+
+
 @pytest.mark.parametrize("line", [b"\xff", b"[0, 0]", b"[0, 0, {}]", b'{"a": 1}', b"7"])
 def test_a_damaged_line_is_asked_again(files, line):
   files.journal.parent.mkdir(parents=True)

@@ -61,6 +61,8 @@ def test_answers_are_judged_once(planned, tmp_path):
     redo=False,
     title="sft",
   )
+  # Without scorers the numbers stay, and it is said whose they are.
+  assert judge(planned, out, {}, calls) == used and calls == ["a", "b"]
   judge(planned, out, {"truth": "c", "info": "b"}, calls, value=0.25)
   assert calls == ["a", "b", "c", "b"] and samples(planned, out)[0]["scores"]["true"] == 0
 

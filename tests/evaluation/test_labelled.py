@@ -30,12 +30,20 @@ def test_several_texts_of_a_row_are_read_by_their_keys(write):
   assert [(one.text, one.value) for one in found] == [("a", 0.25), ("b", 1.0), ("d", 0.0)]
 
 
+def test_labels_of_a_table_are_numbers_too(tmp_path):
+  (tmp_path / "rows.csv").write_text("text,label\na,1\nb,0.25\nc,\n")
+  found = labelled.read(str(tmp_path / "rows.csv"), [("text", "label")], "")
+  assert [(one.text, one.value) for one in found] == [("a", 1.0), ("b", 0.25)]
+
+
 @pytest.mark.parametrize(
   ("row", "says"),
   [
     ({"text": "a"}, "rows.jsonl:1: there is no 'label'"),
     ({"text": " ", "label": 1}, "rows.jsonl:1: text must be text"),
     ({"text": "a", "label": "maybe"}, "rows.jsonl:1: label must be a number"),
+    ({"text": "a", "label": "nan"}, "rows.jsonl:1: label must be a number"),
+    ({"text": "a", "label": [1]}, "rows.jsonl:1: label must be a number"),
   ],
 )
 def test_a_bad_row_is_named(write, row, says):

@@ -102,6 +102,11 @@ def greedy(one, prompt, count):
   return found
 
 
+def test_numbers_that_there_are_not_are_refused():
+  with pytest.raises(UserError, match="dtype=float16 must be one of auto, float32, bfloat16"):
+    language_model.open_model("nowhere", small_models.one_device(), dtype="float16")
+
+
 def test_greedy_answers_take_the_likeliest_token(small):
   prompts = ["the cat", "a hill by the sea"]
   requests = [Request(prompt, (), 8) for prompt in prompts]

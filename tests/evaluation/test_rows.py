@@ -75,6 +75,16 @@ def test_what_data_cannot_be(value, message):
     data("toy=a", "toy=b")
 
 
+def test_a_table_is_never_cut(tmp_path, monkeypatch):
+  path = tmp_path / "a.csv"
+  path.write_text("text,label\n" + "x,1\n" * 9)
+  monkeypatch.setattr(rows, "_TABLE_BYTES", len(path.read_bytes()))
+  assert len(list(rows.read(str(path)))) == 9
+  monkeypatch.setattr(rows, "_TABLE_BYTES", len(path.read_bytes()) - 1)
+  with pytest.raises(UserError, match="a.csv holds more than the"):
+    list(rows.read(str(path)))
+
+
 def test_tables_have_columns_by_name(tmp_path):
   path = write(tmp_path / "a.csv", 'q,a\n"one, two","line\nbreak"\nthree,four\n')
   read = list(rows.read(str(path)))

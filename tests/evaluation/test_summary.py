@@ -80,13 +80,20 @@ def test_a_part_says_what_is_shown_and_what_is_missing(tmp_path):
   fits = {name: {"cut": 0, "too long": 0} for name in scores}
   found = summary.part(planned(2), scores, fits, 0)
   shown = {row["key"]: row["is_shown"] for row in found["metrics"]}
-  assert shown == {"accuracy": True, "acc": False} and found["missing"] == []
+  assert shown == {"accuracy": True, "acc": False} and found["missing"] == {}
   (row,) = (row for row in found["metrics"] if row["is_shown"])
   assert row["paper"].gpt == (0.549, 0.673, 0.781)
   assert [(one["a"], one["b"], one["difference"]) for one in row["differences"]] == [
     ("sft", "ppo", 0.5)
   ]
-  assert summary.part(planned(2, "harness"), scores, fits, 0)["missing"] == ["acc_norm"]
+  assert summary.part(planned(2, "harness"), scores, fits, 0)["missing"] == {
+    "acc_norm": "no item has it"
+  }
+  del scores["ppo"]["accuracy"]
+  fits["ppo"]["too long"] = 2
+  assert summary.part(planned(2), scores, fits, 0)["missing"] == {
+    "accuracy": "ppo: every item is too long to be asked"
+  }
   whole = summary.whole(
     {"sft": "a", "ppo": "b"}, [found], [runner.Skipped("piqa", "no", "mend")], {}
   )

@@ -45,7 +45,7 @@ def summary(models=("sft", "ppo"), spec="runs/<b>"):
     "num_items": 50,
     "shots": "15 worked examples, the training split",
     "fits": {name: {"cut": 3, "too long": 2} for name in models[:1]},
-    "missing": ["true_info"],
+    "missing": {"true_info": "no scorer (--scorers)"},
     "metrics": [
       metric,
       metric | {"key": "acc", "title": "hidden", "is_shown": False},
@@ -102,6 +102,15 @@ def test_what_is_missing_is_in_the_table():
     "rte (skipped: no data)",
     "HellaSwag, 0-shot (skipped: true_info: no scorer (--scorers))",
   ]
+
+
+def test_models_of_other_items_do_not_look_alike():
+  found = summary()
+  metric = found["parts"][0]["metrics"][0]
+  first = next(iter(metric["models"]))
+  metric["models"][first] = metric["models"][first] | {"num_items": 9}
+  assert evaluation.results_table(found).rows[0][1] == "9/50"
+  assert ">9/50<" in evaluation.section(found)
 
 
 def test_a_scorer_is_named_with_what_it_is_worth():

@@ -24,6 +24,12 @@ def test_what_is_not_in_the_table():
   assert table14.cells("hellaswag", "harness", "acc") is None
 
 
+def test_what_is_hard_to_read_is_said():
+  assert table14._UNCERTAIN.keys() <= table14.TABLE.keys()
+  assert table14.notes("wsc", "few_shot", "accuracy") == ["the paper's PPO 1.3B reads .625 or .630"]
+  assert table14.notes("wsc", "zero_shot", "accuracy") == []
+
+
 def test_every_row_is_shown_by_a_task():
   found = tasks.found()
   for name in table14.TABLE:

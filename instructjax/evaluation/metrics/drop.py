@@ -1,11 +1,12 @@
 """F1 and exact match of DROP's official script (Dua et al. 2019): sets of words, numbers that must be right."""
 
 import re
-import string
 from collections.abc import Sequence
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+import numpy as np
+from scipy import optimize  # pyrefly: ignore[untyped-import]  it has no types
+
+from instructjax.evaluation.metrics.words import ARTICLES, PUNCTUATION
 
 
 def _is_number(text: str) -> bool:
@@ -19,10 +20,10 @@ def _is_number(text: str) -> bool:
 def _word(token: str) -> str:
   token = token.lower()
   if not _is_number(token):
-    token = token.translate(_PUNCTUATION)
+    token = token.translate(PUNCTUATION)
   if _is_number(token):
     token = str(float(token))
-  return " ".join(_ARTICLES.sub(" ", token).split())
+  return " ".join(ARTICLES.sub(" ", token).split())
 
 
 def normalized(text: str) -> str:
@@ -52,23 +53,9 @@ def scores(answer: Sequence[str], gold: Sequence[str]) -> tuple[float, float]:
   said, right = [normalized(span) for span in answer], [normalized(span) for span in gold]
   exact = float(set(said) == set(right) and len(said) == len(right))
   table = [[_overlap(set(a.split()), set(g.split())) for a in said] for g in right]
-  return exact, round(_aligned(table) / max(len(said), len(right)), 2)
-
-
-def _aligned(table: Sequence[Sequence[float]]) -> float:
-  """The largest sum of entries of which no two are in one row or column."""
-  if len(table[0]) > len(table):
-    table = list(zip(*table))
-  best = {0: 0.0}  # columns that are taken, as bits -> the largest sum
-  for row in table:
-    following = dict(best)
-    for taken, total in best.items():
-      for column, value in enumerate(row):
-        bits = taken | 1 << column
-        if bits != taken and total + value > following.get(bits, -1.0):
-          following[bits] = total + value
-    best = following
-  return max(best.values())
+  overlap = np.array(table)
+  aligned = overlap[optimize.linear_sum_assignment(overlap, maximize=True)].sum()
+  return exact, round(float(aligned) / max(len(said), len(right)), 2)
 
 
 def best(answer: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:

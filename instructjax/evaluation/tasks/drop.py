@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from instructjax.data.messages import BadRecord
+from instructjax.data.messages import BadRecord, kind_of
 from instructjax.evaluation.metrics import drop
 from instructjax.evaluation.reading import joined
 from instructjax.evaluation.task import Metric, Prompt, Question, Row, Task
@@ -38,27 +38,33 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
 def _golds(row: Row) -> tuple[Spans, ...]:
   if row.has("answers_spans"):  # the hub's columns
     return (tuple(row.all_texts(row.column("answers_spans", "spans"), "answers_spans")),)
-  first = row.any("answer")
-  others = row.any("validated_answers") if row.has("validated_answers") else []
-  found = [_spans(one) for one in [first, *(others if isinstance(others, list) else [])]]
+  others = row.inners("validated_answers") if row.has("validated_answers") else []
+  found = [_spans(one) for one in [row.inner(row.any("answer"), "answer"), *others]]
   golds = tuple(spans for spans in found if spans)
   if not golds:
     raise BadRecord(f"{row.where}: 'answer' must hold a number, spans or a date")
   return golds
 
 
-def _spans(answer) -> Spans:
-  """The spans of an answer as it is published; () for one that says nothing."""
-  if isinstance(answer, str):
-    return (answer,) if answer.strip() else ()
-  if not isinstance(answer, Mapping):
+def _spans(answer: Row) -> Spans:
+  """The spans of an answer as it is published; () for one that says nothing.
+
+  Raises:
+    BadRecord: it is neither text nor an object, its spans are no list of texts, or its date is no object.
+  """
+  if isinstance(answer.value, str):
+    return (answer.value,) if answer.value.strip() else ()
+  if answer.has("number") and answer.any("number") != "":
+    return (str(answer.any("number")),)
+  if answer.has("spans") and (spans := answer.texts("spans", at_least=0)):
+    return tuple(spans)
+  if not answer.has("date"):
     return ()
-  if answer.get("number") not in (None, ""):
-    return (str(answer["number"]),)
-  if answer.get("spans"):
-    return tuple(map(str, answer["spans"]))
-  date = answer.get("date") or {}
-  text = " ".join(str(date[key]) for key in ("day", "month", "year") if date.get(key))
+  date = answer.inner(answer.any("date"), "date")
+  if not isinstance(date.value, Mapping):
+    raise BadRecord(f"{date.where}: must be an object, got {kind_of(date.value)}")
+  parts = [date.value.get(key) for key in ("day", "month", "year")]
+  text = " ".join(str(part) for part in parts if part)
   return (text,) if text else ()
 
 
@@ -72,7 +78,10 @@ def ask(item: Item, shots: Sequence[Item]) -> Question:
 
 
 def score(item: Item, answer: str) -> dict[str, float]:
-  """The better of the answer as one span and as several, which worked examples join with "and"."""
+  """The better of the answer as one span and as several, which worked examples join with "and".
+
+  Departs from paper: it does not say how a list is read from text. Taking the better reading knows the right answer.
+  """
   several = [part for part in re.split(r", and |, | and ", answer.strip()) if part] or [""]
   as_one, as_several = drop.best([answer.strip()], item.golds), drop.best(several, item.golds)
   is_list = any(len(gold) > 1 for gold in item.golds)

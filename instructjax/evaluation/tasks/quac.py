@@ -36,7 +36,7 @@ def read(rows: Iterable[Row]) -> Iterator[Item]:
         asked = [
           (
             one.text("question"),
-            [answer.text("text") for answer in one.inners("answers")],
+            one.all_texts([answer.text("text") for answer in one.inners("answers")], "answers"),
             one.inner(one.any("orig_answer"), "orig_answer").text("text"),
           )
           for one in section.inners("qas")

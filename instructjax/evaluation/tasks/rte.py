@@ -21,7 +21,7 @@ class Item:
 
 def parse(row: Row) -> Item:
   label = row.any("label")
-  if isinstance(label, str) and not label.isdigit():
+  if isinstance(label, str) and not label.isdecimal():
     if label not in _LABELS:
       raise BadRecord(f"{row.where}: 'label' must be {' or '.join(_LABELS)}")
     gold = _LABELS.index(label)

@@ -51,6 +51,15 @@ def test_scores():
       r"p1: qa_pairs\[0\]",
     ),
     ({"p1": {"passage": "P."}}, "lacks 'qa_pairs'"),
+    (
+      HUB | {"answers_spans": None, "answer": {"spans": 5}},
+      "answer: 'spans' must be a list of texts",
+    ),
+    (
+      HUB | {"answers_spans": None, "answer": {"spans": "Jo"}},
+      "answer: 'spans' must be a list of texts",
+    ),
+    (HUB | {"answers_spans": None, "answer": {"date": 5}}, "answer: date: must be an object"),
     ({}, "lacks 'question'"),
   ],
 )

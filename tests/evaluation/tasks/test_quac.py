@@ -44,6 +44,14 @@ def test_both_forms_are_the_same_items():
     list(quac.read([Row("a:1", HUB | {"questions": ["Who?"]})]))
 
 
+def test_a_question_without_an_answer_is_refused():
+  paragraph = FILE["data"][0]["paragraphs"][0]
+  questions = [one | {"answers": []} for one in paragraph["qas"]]
+  article = {"title": "Anna Vissi", "paragraphs": [paragraph | {"qas": questions}]}
+  with pytest.raises(BadRecord, match="'answers' must hold at least 1 texts"):
+    list(quac.read([Row("val.json:1", {"data": [article]})]))
+
+
 def test_prompts():
   instruction = (
     "Answer each question using information in the preceding background paragraph. If there is not enough information"
