@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from instructjax.evaluation.resampling import Share, numbers_of, share
 from instructjax.report import wording
 
 _RIDGE = 1e-2  # of the length-controlled model, so that judges who always prefer the longer answer have a fit
@@ -30,12 +31,6 @@ class Answers:
 
   prompt_N: Sequence[str]
   answers: Mapping[str, Sequence[str]]
-
-
-def numbers_of(prompts: Sequence[str]) -> np.ndarray:
-  """The number of each prompt among the different ones."""
-  known: dict[str, int] = {}
-  return np.array([known.setdefault(prompt, len(known)) for prompt in prompts], int)
 
 
 def outcomes(score_a_N: np.ndarray, score_b_N: np.ndarray) -> np.ndarray:
@@ -129,7 +124,7 @@ def compare(
   }
 
 
-def _with_interval(values_B: np.ndarray) -> tuple[float, list[float]]:
+def _with_interval(values_B: np.ndarray) -> Share:
   """The value of all prompts, which comes first, and the 95% interval of the resamples after it."""
   low, high = np.percentile(values_B[1:], [2.5, 97.5])
   return float(values_B[0]), [float(low), float(high)]
@@ -247,7 +242,7 @@ def _shares(texts: Sequence[str]) -> dict[str, float]:
 
 def metadata(
   rows: Sequence[tuple[str, str, Mapping[str, float]]], *, bootstrap: int, seed: int
-) -> dict[str, dict[str, tuple[float, list[float]]]]:
+) -> dict[str, dict[str, Share]]:
   """Means of what labelers noted of answers: Likert scores, and the rates of the paper's table 3.
 
   Args:
@@ -260,13 +255,11 @@ def metadata(
   for prompt, policy, notes in rows:
     for name, value in notes.items():
       columns[policy, name].append((prompt, float(value)))
-  result: dict[str, dict[str, tuple[float, list[float]]]] = collections.defaultdict(dict)
+  result: dict[str, dict[str, Share]] = collections.defaultdict(dict)
   for (policy, name), values in columns.items():
     rng = np.random.default_rng(seed)
-    prompt_N = numbers_of([prompt for prompt, _ in values])
-    value_N = np.array([value for _, value in values])
-    count_P, sum_P = np.bincount(prompt_N), np.bincount(prompt_N, value_N)
-    index = rng.integers(len(count_P), size=(bootstrap, len(count_P)))
-    low, high = np.percentile(sum_P[index].sum(axis=1) / count_P[index].sum(axis=1), [2.5, 97.5])
-    result[policy][name] = (float(value_N.mean()), [float(low), float(high)])
+    prompt_N = numbers_of(prompt for prompt, _ in values)
+    found = share(np.array([value for _, value in values]), prompt_N, bootstrap, rng)
+    if found:
+      result[policy][name] = found
   return dict(result)

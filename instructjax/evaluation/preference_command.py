@@ -7,7 +7,7 @@ import collections
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from instructjax.data import sources
 from instructjax.data.records import is_score
 from instructjax.evaluation import language_model, preference, ranked_files, scorers
 from instructjax.evaluation.preference import Answers
+from instructjax.evaluation.resampling import shown
 from instructjax.parallel import sharding
 
 KINDS = ("rm", "judge", "gold", "labelers", "people")
@@ -179,9 +180,9 @@ def _scores(score: ranked_files.Score, found: Answers) -> dict[str, list[float]]
   pairs = list(
     dict.fromkeys(pair for texts in found.answers.values() for pair in zip(found.prompt_N, texts))
   )
-  known = dict(zip(pairs, score(pairs), strict=True))
+  known = dict(zip(pairs, ranked_files.finite(score, pairs), strict=True))
   return {
-    name: [float(known[pair]) for pair in zip(found.prompt_N, texts)]
+    name: [known[pair] for pair in zip(found.prompt_N, texts)]
     for name, texts in found.answers.items()
   }
 
@@ -228,21 +229,18 @@ def _labelers(task: Any, found: Answers, seed: int) -> Verdicts:
 
 def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
   """The tables to show: win rates over the baseline by each judge, habits, and what labelers noted."""
-  share: Callable[[Any], str] = lambda found: (
-    f"{found[0]:.3f} [{found[1][0]:.3f}, {found[1][1]:.3f}]"
-  )
   baseline = results["baseline"]
-  shown = []
+  result = []
   for judge_, wins in results["wins"].items():
     rows = [
       [
         name,
         str(row["judged"]),
-        share(row["win_rate"]),
+        shown(row["win_rate"]),
         f"{row['ties']:.3f}",
-        share(row["length_controlled"]),
-        share(row["longer"]),
-        share(row["length_alone"]),
+        shown(row["length_controlled"]),
+        shown(row["longer"]),
+        shown(row["length_alone"]),
         "" if row["explained"] is None else f"{row['explained']:.2f}",
       ]
       for name, over in wins.items()
@@ -252,7 +250,7 @@ def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
       *("answers of", "judged", f"preferred to {baseline}", "ties", "at equal length"),
       *("is longer", "by length alone", "share explained by length"),
     ]
-    shown.append(terminal.Table(columns=columns, rows=rows, title=f"judged by {judge_}"))
+    result.append(terminal.Table(columns=columns, rows=rows, title=f"judged by {judge_}"))
   columns = [
     *("answers of", "repeat a word pair", "words copied", "different", "words"),
     *(
@@ -273,13 +271,13 @@ def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
     ]
     for name, row in results["habits"].items()
   ]
-  shown.append(terminal.Table(columns=columns, rows=rows, title="habits"))
+  result.append(terminal.Table(columns=columns, rows=rows, title="habits"))
   notes = results["metadata"]
   if notes:
     keys = list(dict.fromkeys(key for row in notes.values() for key in row))
-    cell = lambda row, key: share(row[key]) if key in row else ""
+    cell = lambda row, key: shown(row.get(key))
     rows = [[name, *(cell(row, key) for key in keys)] for name, row in notes.items()]
-    shown.append(
+    result.append(
       terminal.Table(columns=["answers of", *keys], rows=rows, title="noted by labelers")
     )
-  return shown
+  return result

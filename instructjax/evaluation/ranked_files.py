@@ -1,5 +1,6 @@
 """Reads ranked answers and has reward models score them. Called by rewards_command.py."""
 
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,18 +41,34 @@ def rankings(spec: str, flag: str) -> list[Ranking]:
   return [record for record in found if isinstance(record, Ranking)]
 
 
+def finite(score: Score, pairs: Sequence[tuple[str, str]]) -> list[float]:
+  """A score of each pair.
+
+  Raises:
+    UserError: one is not a finite number; or as `score`.
+  """
+  scores = [float(value) for value in score(pairs)]
+  for (prompt, answer), value in zip(pairs, scores, strict=True):
+    if not math.isfinite(value):
+      raise UserError(
+        f"the score of answer {named(answer, 60)} to {named(prompt, 60)} is {value}, and must be a finite number:"
+        " the model's weights may be damaged"
+      )
+  return scores
+
+
 def scored(found: Sequence[Ranking], tokenizer: Tokenizer, score: Score) -> list[Item]:
   """The rankings with a reward model's scores.
 
   Raises:
-    UserError: a chat cannot be rendered with the model's template, or an answer is too long for it.
+    UserError: a chat cannot be rendered with the model's template, an answer is too long, or a score is not finite.
   """
   rendered = sources.render(found, tokenizer.chats.render_all, on_bad_record="raise")
   rows = [row for row in rendered if isinstance(row, Ranking)]
   # Not `str(...)`: a rendered chat is a text whose control tokens count.
   prompts = [row.prompt for row in rows if isinstance(row.prompt, str)]
   pairs = [(prompt, answer) for prompt, row in zip(prompts, rows) for answer in row.responses]
-  scores = iter(score(pairs))
+  scores = iter(finite(score, pairs))
   return [
     Item(prompt, row.responses, row.ranks, [next(scores) for _ in row.responses], row.labeler)
     for prompt, row in zip(prompts, rows, strict=True)
@@ -123,6 +140,6 @@ def write_scores(path: pathlib.Path, items: Sequence[Item]):
         "responses": list(item.answers),
         "ranks": list(item.ranks),
         "labeler": item.labeler,
-        "scores": [float(score) for score in item.scores],
+        "scores": list(item.scores),
       }
       file.write(json_line(row) + "\n")

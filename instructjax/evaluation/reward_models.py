@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from instructjax.evaluation.resampling import numbers_of, share
 from instructjax.ops import preference
 
 _BINS = 10
@@ -59,10 +60,8 @@ class Pairs:
 
 def pairs_of(items: Sequence[Item]) -> Pairs:
   """The untied pairs of all items."""
-  numbers: dict[str, int] = {}
   rows = []
-  for item in items:
-    prompt = numbers.setdefault(item.prompt, len(numbers))
+  for prompt, item in zip(numbers_of(item.prompt for item in items), items, strict=True):
     words = [len(answer.split()) for answer in item.answers]
     for i, j in itertools.permutations(range(len(item.ranks)), 2):
       if item.ranks[i] < item.ranks[j]:
@@ -82,20 +81,6 @@ def pairs_of(items: Sequence[Item]) -> Pairs:
 def right(difference_N: np.ndarray) -> np.ndarray:
   """1 where a difference is in favour of the labeler's choice, 0 where not, and a half for none at all."""
   return 0.5 * (1 + np.sign(difference_N))
-
-
-def share(
-  value_N: np.ndarray, prompt_N: np.ndarray, bootstrap: int, rng
-) -> tuple[float, list[float]] | None:
-  """(mean over pairs, 95% interval by resampling prompts with all their pairs); None without pairs."""
-  if not len(value_N):
-    return None
-  _, place_N = np.unique(prompt_N, return_inverse=True)
-  sum_P, count_P = np.bincount(place_N, value_N), np.bincount(place_N)
-  index = rng.integers(len(sum_P), size=(bootstrap, len(sum_P)))
-  means = sum_P[index].sum(axis=1) / count_P[index].sum(axis=1)
-  low, high = np.percentile(means, [2.5, 97.5])
-  return float(value_N.mean()), [float(low), float(high)]
 
 
 def row(items: Sequence[Item], *, bootstrap: int, seed: int) -> dict[str, Any]:
@@ -159,24 +144,25 @@ def table(items: Sequence[Item], *, bootstrap: int, seed: int) -> dict[str, Any]
 
 
 def labeler_agreement(items: Sequence[Item], *, bootstrap: int, seed: int) -> Any:
-  """How often two labelers of the same answers order a pair alike that neither ties: the share, or None."""
-  same: dict[tuple, list[Item]] = collections.defaultdict(list)
-  for item in items:
-    same[item.prompt, tuple(item.answers)].append(item)
-  alike, prompts, numbers = [], [], {}
-  for one, other in itertools.chain.from_iterable(
-    itertools.combinations(rows, 2) for rows in same.values()
-  ):
-    if one.labeler == other.labeler:
-      continue
-    prompt = numbers.setdefault(one.prompt, len(numbers))
-    for i, j in itertools.combinations(range(len(one.ranks)), 2):
-      orders = [np.sign(rows.ranks[i] - rows.ranks[j]) for rows in (one, other)]
-      if all(orders):
-        alike.append(float(orders[0] == orders[1]))
-        prompts.append(prompt)
-  rng = np.random.default_rng(seed)
-  return share(np.array(alike), np.array(prompts, int), bootstrap, rng)
+  """How often two labelers of the same answers order a pair alike that neither ties: the share, or None.
+
+  Two equal answers are no pair: which is which is not known.
+  """
+  same: dict[tuple, list[tuple[str | None, list[int]]]] = collections.defaultdict(list)
+  for item in items:  # each may have the answers in an order of its own
+    order = sorted(range(len(item.answers)), key=lambda i, item=item: item.answers[i])
+    texts = tuple(item.answers[i] for i in order)
+    same[item.prompt, texts].append((item.labeler, [item.ranks[i] for i in order]))
+  alike = []
+  for (prompt, texts), rows in same.items():
+    for (one, ranks), (other, others) in itertools.combinations(rows, 2):
+      if one == other:
+        continue
+      for i, j in itertools.combinations(range(len(texts)), 2):
+        orders = np.sign(ranks[i] - ranks[j]), np.sign(others[i] - others[j])
+        if texts[i] != texts[j] and all(orders):
+          alike.append((prompt, float(orders[0] == orders[1])))
+  return _by_prompt(alike, bootstrap, np.random.default_rng(seed))
 
 
 def credit(scores: Sequence[float]) -> float:
@@ -233,9 +219,8 @@ def tied_best(items: Sequence[Item], *, bootstrap: int, seed: int) -> dict[str, 
 
 
 def _by_prompt(rows: Sequence[tuple[str, float]], bootstrap: int, rng):
-  numbers: dict[str, int] = {}
-  prompts = [numbers.setdefault(prompt, len(numbers)) for prompt, _ in rows]
-  return share(np.array([value for _, value in rows]), np.array(prompts, int), bootstrap, rng)
+  value_N = np.array([value for _, value in rows])
+  return share(value_N, numbers_of(prompt for prompt, _ in rows), bootstrap, rng)
 
 
 @dataclasses.dataclass(frozen=True)

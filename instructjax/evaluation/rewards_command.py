@@ -15,6 +15,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.evaluation import language_model, model_flag, ranked_files, reward_models
+from instructjax.evaluation.resampling import shown
 from instructjax.parallel import sharding
 
 _SHARES = {
@@ -103,7 +104,6 @@ def evaluate(
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> list:
   """The tables to show: one of all sources and labelers, one of best-of-n and ties."""
-  share = lambda found: f"{found[0]:.3f} [{found[1][0]:.3f}, {found[1][1]:.3f}]" if found else ""
   rows, tests, benches = [], [], []
   for name, by_source in results.items():
     for spec, found in by_source.items():
@@ -118,28 +118,28 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> list:
           [
             f"{name}: {who}",
             str(row["pairs"]),
-            *(share(row[key]) for key in _SHARES),
+            *(shown(row[key]) for key in _SHARES),
             f"{row['expected_error']:.3f}" if "expected_error" in row else "",
           ]
         )
       for count, best in found["best"].items():
         tests.append(
-          [f"{name}: best of {count}", share(best["share"]), f"chance {best['chance']:.2f}"]
+          [f"{name}: best of {count}", shown(best["share"]), f"chance {best['chance']:.2f}"]
         )
       if found["ties"]:
         tests.append(
-          [f"{name}: equally best answers above all others", share(found["ties"]["above"]), ""]
+          [f"{name}: equally best answers above all others", shown(found["ties"]["above"]), ""]
         )
-        tests.append([f"{name}: and by more than they differ", share(found["ties"]["clear"]), ""])
+        tests.append([f"{name}: and by more than they differ", shown(found["ties"]["clear"]), ""])
       if found["agreement"]:
-        tests.append(["labelers agree with each other", share(found["agreement"]), ""])
-  shown = []
+        tests.append(["labelers agree with each other", shown(found["agreement"]), ""])
+  result = []
   if rows:
     columns = ["reward model", "pairs", *_SHARES.values(), "calibration error"]
     title = "shares of pairs [95% interval over prompts]"
-    shown.append(terminal.Table(columns=columns, rows=rows, title=title))
+    result.append(terminal.Table(columns=columns, rows=rows, title=title))
   if tests:
-    shown.append(terminal.Table(columns=["test", "share", "beside"], rows=tests))
+    result.append(terminal.Table(columns=["test", "share", "beside"], rows=tests))
   if benches:
-    shown.append(terminal.Table(columns=["RewardBench 2", "score"], rows=benches))
-  return shown
+    result.append(terminal.Table(columns=["RewardBench 2", "score"], rows=benches))
+  return result

@@ -170,7 +170,7 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
 
   Args:
     database: a project whose prompts are the task's.
-    spec: demo: or conversation:.
+    spec: demo:, as yet the only task whose labelers need no model.
     group: train; or heldout for other labelers, who rank the held-out items once more.
     seed: determines the labelers, who ranks what, and their noise.
     now: the time.
@@ -180,6 +180,10 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
     UserError: the source is no simulated task, or a prompt is not one of the task's.
   """
   simulation = sources.require_simulation(spec)
+  if simulation.READS_BASE:
+    raise UserError(
+      f"--simulation={spec} must be demo:, whose labelers need no model to judge answers"
+    )
   order, is_extra = _answers(database), group == "heldout"
   people = {person.id: person.name for person in accounts.everybody(database)}
   with database.read() as connection:
@@ -188,6 +192,9 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
     taken: dict[int, set[str]] = {item.id: set() for item in found}
     for row in connection.execute(sa.select(assignments.c.item_id, assignments.c.user_id)):
       taken.setdefault(row.item_id, set()).add(people[row.user_id])
+  for item in found:
+    if not isinstance(json.loads(item.prompt), str):
+      raise UserError(f"item {item.id} is of a chat, and simulated labelers know texts only")
   if is_extra:
     found = [item for item in found if item.split == "validation"]
   wanted = {item.id: 1 if is_extra else max(0, item.wanted - len(taken[item.id])) for item in found}

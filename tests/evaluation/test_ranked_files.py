@@ -6,6 +6,7 @@ import types
 import pytest
 
 from instructjax.core.errors import UserError
+from instructjax.data.records import Ranking
 from instructjax.evaluation import ranked_files
 
 
@@ -40,6 +41,11 @@ def test_rankings_get_the_scores_of_their_own_answers(tmp_path):
     "labeler": "ann",
     "scores": [5, 3],
   }
+
+
+def test_a_score_that_is_no_number_is_refused():
+  with pytest.raises(UserError, match="the score of answer x to p is nan, and must be a finite"):
+    ranked_files.scored([Ranking("p", ("x",), (1,))], tokenizer(), lambda pairs: [float("nan")])
 
 
 def test_rows_of_rewardbench_go_through_the_chat_template_if_there_is_one(tmp_path):

@@ -55,14 +55,6 @@ def test_a_model_that_counts_words_is_found_out():
   assert row["shorter_wins"][0] == 0.0
 
 
-def test_intervals_resample_prompts_and_not_pairs():
-  one = np.zeros(40)
-  one[:20] = 1.0
-  prompt = np.repeat([0, 1], 20)  # two prompts, one all right and one all wrong
-  assert reward_models.share(one, prompt, 500, np.random.default_rng(0)) == (0.5, [0.0, 1.0])
-  assert reward_models.share(np.zeros(0), np.zeros(0, int), 10, None) is None
-
-
 def test_labelers_are_compared_with_the_model_and_with_each_other():
   items = [
     Item("p", ["a", "b"], [1, 2], [1.0, 0.0], "ann"),
@@ -77,6 +69,16 @@ def test_labelers_are_compared_with_the_model_and_with_each_other():
   }
   assert found["agreement"][0] == 0.5
   assert reward_models.table(items[:1], **SETTINGS)["agreement"] is None
+
+
+def test_labelers_agree_on_the_same_answers_in_any_order():
+  items = [
+    Item("p", ["a", "b", "c"], [1, 2, 3], [0.0] * 3, "ann"),
+    Item("p", ["c", "a", "b"], [2, 1, 3], [0.0] * 3, "bob"),  # a before c before b: bc is turned
+    Item("q", ["a", "a"], [1, 2], [0.0] * 2, "ann"),  # which a is which is not known
+    Item("q", ["a", "a"], [2, 1], [0.0] * 2, "bob"),
+  ]
+  assert reward_models.labeler_agreement(items, **SETTINGS)[0] == pytest.approx(2 / 3)
 
 
 def test_best_of_four_and_ties_by_hand():

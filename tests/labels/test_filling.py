@@ -7,6 +7,7 @@ import pytest
 
 from instructjax.core.errors import UserError
 from instructjax.data import sources
+from instructjax.data.records import Chat
 from instructjax.labels import accounts, exchange, filling, judgements, projects
 from tests.labels import app
 
@@ -123,3 +124,8 @@ def test_what_simulated_labelers_leave_open(simulated, prompts):
 def test_only_a_simulated_tasks_labelers_can_be_simulated(simulated):
   with pytest.raises(UserError, match="simulated labelers know only"):
     filling.simulate(simulated, "jsonl:x", "train", 0, 0.0)
+  with pytest.raises(UserError, match="--simulation=conversation: must be demo:"):
+    filling.simulate(simulated, "conversation:", "train", 0, 0.0)
+  (chat,) = projects.add(simulated, [app.item(Chat((("user", "Hi."),)))], 0.0)
+  with pytest.raises(UserError, match=f"item {chat} is of a chat"):
+    filling.simulate(simulated, "demo:", "train", 0, 0.0)
