@@ -24,7 +24,8 @@ from instructjax.evaluation.preference import Answers
 from instructjax.evaluation.resampling import shown
 from instructjax.parallel import sharding
 
-KINDS = ("rm", "judge", "gold", "labelers", "people")
+# Quickest first: so they judge, and a mistake in a quick one is told before a model has worked for an hour.
+KINDS = ("people", "gold", "labelers", "judge", "rm")
 _BYTES = 64 * JSON_BYTES
 _RANKED = 9  # answers that a simulated labeler can rank at once
 Verdicts = Mapping[tuple[str, str], np.ndarray]
@@ -49,9 +50,12 @@ def run(answers: str, judges: Sequence[str], baseline: str, *, out: str, bootstr
   if baseline not in found.answers:
     raise UserError(f"--baseline={named(baseline)} must be one of {', '.join(found.answers)}")
   settings = {"bootstrap": bootstrap, "seed": seed}
+  verdicts = {
+    spelled: judge(*named_judges[spelled], found, seed)
+    for spelled in sorted(named_judges, key=lambda spelled: KINDS.index(named_judges[spelled][0]))
+  }
   wins = {
-    spelled: preference.every_pair(found, judge(kind, what, found, seed), **settings)
-    for spelled, (kind, what) in named_judges.items()
+    spelled: preference.every_pair(found, verdicts[spelled], **settings) for spelled in named_judges
   }
   results = {
     "prompts": len(set(found.prompt_N)),

@@ -116,6 +116,12 @@ def test_what_cannot_be_judged_is_refused_in_a_line(tmp_path, rows, judges, mess
   assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_mistake_in_a_quick_judge_is_told_before_a_slow_one_works(tmp_path):
+  path = write(tmp_path / "answers.jsonl", [{"prompt": "p", "answers": {"a": "x", "b": "y"}}])
+  with pytest.raises(UserError, match="absent.jsonl cannot be read"):
+    run(path, ["rm=/no/model", "people=absent.jsonl"], tmp_path / "out")
+
+
 def test_people_who_ranked_other_answers_and_an_unknown_baseline_are_refused(tmp_path):
   path = write(tmp_path / "answers.jsonl", [{"prompt": "p", "answers": {"a": "x", "b": "y"}}])
   people = write(
