@@ -16,7 +16,7 @@ import numpy as np
 from instructjax.core import places, terminal
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
-from instructjax.core.foreign import JSON_BYTES, named, parse_json, read_text
+from instructjax.core.foreign import named
 from instructjax.data import sources
 from instructjax.data.records import is_score
 from instructjax.evaluation import language_model, preference, ranked_files, scorers
@@ -26,7 +26,6 @@ from instructjax.parallel import sharding
 
 # Quickest first: so they judge, and a mistake in a quick one is told before a model has worked for an hour.
 KINDS = ("people", "gold", "labelers", "judge", "rm")
-_BYTES = 64 * JSON_BYTES
 _RANKED = 9  # answers that a simulated labeler can rank at once
 Verdicts = Mapping[tuple[str, str], np.ndarray]
 
@@ -108,11 +107,7 @@ def read_answers(path: pathlib.Path) -> tuple[Answers, list[tuple[str, str, dict
     lambda: collections.defaultdict(list)
   )
   notes = []
-  for number, line in enumerate(read_text(path, _BYTES).splitlines(), start=1):
-    if not line.strip():
-      continue
-    where = f"{path}:{number}"
-    row = parse_json(line, where)
+  for where, row in ranked_files.json_rows(path):
     prompt: Any = row.get("prompt")
     answers: Any = row.get("answers")
     if answers is None and isinstance(row.get("model"), str):
@@ -234,35 +229,43 @@ def _labelers(task: Any, found: Answers, seed: int) -> Verdicts:
 def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
   """The tables to show: win rates over the baseline by each judge, habits, and what labelers noted."""
   baseline = results["baseline"]
-  result = []
-  for judge_, wins in results["wins"].items():
-    rows = [
-      [
-        name,
-        str(row["judged"]),
-        shown(row["win_rate"]),
-        f"{row['ties']:.3f}",
-        shown(row["length_controlled"]),
-        shown(row["longer"]),
-        shown(row["length_alone"]),
-        "" if row["explained"] is None else f"{row['explained']:.2f}",
-      ]
-      for name, over in wins.items()
-      if (row := over.get(baseline))
+  result = [_wins(wins, by, baseline) for by, wins in results["wins"].items()]
+  result.append(_habits(results["habits"], baseline))
+  if notes := results["metadata"]:
+    keys = list(dict.fromkeys(key for row in notes.values() for key in row))
+    rows = [[name, *(shown(row.get(key)) for key in keys)] for name, row in notes.items()]
+    columns = ["answers of", *keys]
+    result.append(terminal.Table(columns=columns, rows=rows, title="noted by labelers"))
+  return result
+
+
+def _wins(wins: Mapping[str, Mapping[str, Any]], by: str, baseline: str) -> terminal.Table:
+  columns = [
+    *("answers of", "judged", f"preferred to {baseline}", "ties", "at equal length"),
+    *("is longer", "by length alone", "share explained by length"),
+  ]
+  rows = [
+    [
+      name,
+      str(row["judged"]),
+      shown(row["win_rate"]),
+      f"{row['ties']:.3f}",
+      shown(row["length_controlled"]),
+      shown(row["longer"]),
+      shown(row["length_alone"]),
+      "" if row["explained"] is None else f"{row['explained']:.2f}",
     ]
-    columns = [
-      *("answers of", "judged", f"preferred to {baseline}", "ties", "at equal length"),
-      *("is longer", "by length alone", "share explained by length"),
-    ]
-    result.append(terminal.Table(columns=columns, rows=rows, title=f"judged by {judge_}"))
+    for name, over in wins.items()
+    if (row := over.get(baseline))
+  ]
+  return terminal.Table(columns=columns, rows=rows, title=f"judged by {by}")
+
+
+def _habits(found: Mapping[str, Mapping[str, Any]], baseline: str) -> terminal.Table:
   columns = [
     *("answers of", "repeat a word pair", "words copied", "different", "words"),
-    *(
-      "in the 10 most frequent words",
-      "favourite word",
-      "in its answers",
-      f"in those of {baseline}",
-    ),
+    *("in the 10 most frequent words", "favourite word", "in its answers"),
+    f"in those of {baseline}",
   ]
   rows = [
     [
@@ -273,15 +276,6 @@ def tables(results: Mapping[str, Any]) -> list[terminal.Table]:
       row["spam"][0],
       *(f"{value:.3f}" for value in row["spam"][1:]),
     ]
-    for name, row in results["habits"].items()
+    for name, row in found.items()
   ]
-  result.append(terminal.Table(columns=columns, rows=rows, title="habits"))
-  notes = results["metadata"]
-  if notes:
-    keys = list(dict.fromkeys(key for row in notes.values() for key in row))
-    cell = lambda row, key: shown(row.get(key))
-    rows = [[name, *(cell(row, key) for key in keys)] for name, row in notes.items()]
-    result.append(
-      terminal.Table(columns=["answers of", *keys], rows=rows, title="noted by labelers")
-    )
-  return result
+  return terminal.Table(columns=columns, rows=rows, title="habits")

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from instructjax.core import places
@@ -15,6 +15,7 @@ from instructjax.data.tokenizer import Tokenizer
 from instructjax.evaluation.reward_models import TIES, Entry, Item
 
 REWARDBENCH = "rewardbench2:"
+_BYTES = 64 * JSON_BYTES  # of a file that is read as a whole
 # (prompt, answer) pairs -> a score of each.
 Score = Callable[[Sequence[tuple[str, str]]], Sequence[float]]
 
@@ -75,6 +76,19 @@ def scored(found: Sequence[Ranking], tokenizer: Tokenizer, score: Score) -> list
   ]
 
 
+def json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(FILE:LINE, row) of each row of a jsonl file.
+
+  Raises:
+    UserError: the file cannot be read, or a row is no JSON object.
+  """
+  # Not splitlines(): a text in JSON may hold other characters that end lines, as U+2028.
+  for number, line in enumerate(read_text(path, _BYTES).split("\n"), start=1):
+    if line.strip():
+      where = f"{path}:{number}"
+      yield where, parse_json(line, where)
+
+
 def rewardbench_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of RewardBench 2 in a jsonl file, as `to_json` of its data set writes them.
 
@@ -82,11 +96,7 @@ def rewardbench_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     UserError: the file cannot be read, or a row is not as the data set's; it names file and line.
   """
   rows = []
-  for number, line in enumerate(read_text(path, 64 * JSON_BYTES).splitlines(), start=1):
-    if not line.strip():
-      continue
-    where = f"{path}:{number}"
-    row = parse_json(line, where)
+  for where, row in json_rows(path):
     texts = lambda key, row=row: (
       isinstance(row.get(key), list)
       and bool(row[key])

@@ -133,6 +133,14 @@ def test_people_who_ranked_other_answers_and_an_unknown_baseline_are_refused(tmp
     run(path, [f"people={people}"], tmp_path / "out", baseline="c")
 
 
+def test_an_answer_may_hold_what_ends_lines_elsewhere(tmp_path):
+  rows = [{"prompt": "p", "answers": {"a": "x\u2028y", "b": "x\x85"}}]
+  path = tmp_path / "answers.jsonl"
+  path.write_text(json.dumps(rows[0], ensure_ascii=False) + "\r\n", encoding="utf-8")
+  found, _ = preference_command.read_answers(path)
+  assert found.answers == {"a": ["x\u2028y"], "b": ["x\x85"]}
+
+
 def test_a_policy_that_says_nothing_is_compared_too(tmp_path):
   path = write(tmp_path / "answers.jsonl", [{"prompt": "p", "answers": {"a": "x y", "b": ""}}])
   found = run(path, [f"judge=python:{__name__}:longest"], tmp_path / "out")
