@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 
 import pytest
 import uvicorn
@@ -90,6 +91,7 @@ def test_a_labelers_day(site, page):
   page.get_by_role("link", name="Begin").click()
   _rank_by_mouse_and_keyboard(page)
   _lose_the_network(page)
+  _reload_while_a_draft_is_on_its_way(page)
   _send_by_keyboard_alone(page)
   _demonstrate(page)
   with database.read() as connection:
@@ -103,7 +105,7 @@ def test_a_labelers_day(site, page):
 
 
 def _rank_by_mouse_and_keyboard(page):
-  assert page.get_by_role("group", name="Rank 1 (best)").count() == 1
+  playwright.expect(page.get_by_role("group", name="Rank 1 (best)")).to_have_count(1)
   drag(page, "Blue.", 1)
   assert ranks(page) == {"Blue.": "1", "Green, or so.": "", "No.": ""}
   card(page, "Green").focus()
@@ -136,12 +138,29 @@ def _lose_the_network(page):
   page.context.set_offline(False)
   with contextlib.suppress(playwright.Error):
     page.reload()
-  assert page.locator("textarea").first.input_value() == "typed in a tunnel"
+  playwright.expect(page.locator("textarea").first).to_have_value("typed in a tunnel")
   assert ranks(page) == {"Blue.": "1", "Green, or so.": "1", "No.": "3"}
   _says(page, "Draft saved")
   page.evaluate("localStorage.clear()")
   page.reload()  # now from the server's draft
   assert page.locator("textarea").first.input_value() == "typed in a tunnel"
+
+
+def _reload_while_a_draft_is_on_its_way(page):
+  """The server makes the page before it has the draft, and the browser hears of the draft before it has the page."""
+
+  def late(route):
+    if route.request.method != "GET":
+      return route.fallback()
+    made = route.fetch()
+    time.sleep(1.5)  # the draft is sent after .8 s
+    return route.fulfill(response=made)
+
+  page.route("**/items/1", late)
+  page.locator("textarea").first.fill("typed at the last moment")
+  page.reload()
+  page.unroute("**/items/1")
+  playwright.expect(page.locator("textarea").first).to_have_value("typed at the last moment")
 
 
 def _send_by_keyboard_alone(page):

@@ -60,7 +60,11 @@ function startForm() {
     try {
       const answer = await fetch(`/items/${item}/draft`, { method: "POST", body, redirect: "error" });
       if (answer.ok) {
-        if (pending === sending) { pending = null; localStorage.removeItem(key); }
+        if (pending === sending) {
+          pending = null;
+          // Not at once: a page that is on its way may have been made before the server had this draft.
+          setTimeout(() => { if (!pending) localStorage.removeItem(key); }, 5000);
+        }
         saved.textContent = "Draft saved";
       } else saved.textContent = answer.status === 409 ? "This form was sent already: open it again" : "Not saved: sign in again in another tab";
     } catch {
