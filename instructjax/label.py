@@ -58,7 +58,9 @@ _SEED = flags.DEFINE_integer(
 _LIMIT = flags.DEFINE_integer(
   "limit", 0, "add, sample: the first so many prompts; 0 for all.", lower_bound=0
 )
-_WANTED = flags.DEFINE_integer("wanted", 1, "add, sample: people who are to work on each item.")
+_WANTED = flags.DEFINE_integer(
+  "wanted", 1, "add, sample: people of a cohort who are to work on each item."
+)
 _SCREENING = flags.DEFINE_bool(
   "screening", False, "add, sample: items by which labelers are compared with researchers."
 )

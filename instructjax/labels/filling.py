@@ -3,6 +3,7 @@
 Called by the command. Whoever is named becomes a person of the project, who cannot sign in.
 """
 
+import collections
 import dataclasses
 import json
 import re
@@ -185,19 +186,21 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
       f"--simulation={spec} must be demo:, whose labelers need no model to judge answers"
     )
   order, is_extra = _answers(database), group == "heldout"
-  people = {person.id: person.name for person in accounts.everybody(database)}
+  people = {person.id: person for person in accounts.everybody(database)}
   with database.read() as connection:
     query = sa.select(items).where(items.c.kind == "ranking").order_by(items.c.id)
     found = connection.execute(query).all()
     taken: dict[int, set[str]] = {item.id: set() for item in found}
+    counted = collections.Counter()  # item -> people who train
     for row in connection.execute(sa.select(assignments.c.item_id, assignments.c.user_id)):
-      taken.setdefault(row.item_id, set()).add(people[row.user_id])
+      taken.setdefault(row.item_id, set()).add(people[row.user_id].name)
+      counted[row.item_id] += people[row.user_id].cohort == "training"
   for item in found:
     if not isinstance(json.loads(item.prompt), str):
       raise UserError(f"item {item.id} is of a chat, and simulated labelers know texts only")
   if is_extra:
     found = [item for item in found if item.split == "validation"]
-  wanted = {item.id: 1 if is_extra else max(0, item.wanted - len(taken[item.id])) for item in found}
+  wanted = {item.id: 1 if is_extra else max(0, item.wanted - counted[item.id]) for item in found}
   done: list[Done] = []
   for round_ in range(_MOST_ROUNDS):
     open_ = [item for item in found if wanted[item.id] > 0]

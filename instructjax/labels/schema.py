@@ -76,7 +76,7 @@ items = sa.Table(
   Column("author", String(80), nullable=False),  # who wrote the prompt; '' if unknown
   Column("split", String(20), nullable=False),  # train or validation
   Column("is_screening", Boolean, nullable=False),
-  Column("wanted", Integer, nullable=False),  # number of people who are to work on it
+  Column("wanted", Integer, nullable=False),  # number of people of a cohort who are to work on it
   Column("created", Double, nullable=False),
 )
 answers = sa.Table(

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from instructjax.labels import forms, projects, schema
 from instructjax.labels.accounts import User
-from instructjax.labels.schema import Database, assignments, drafts, items, submissions
+from instructjax.labels.schema import Database, assignments, drafts, items, submissions, users
 
 _ABANDONED = (
   24 * 3600.0
@@ -70,21 +70,28 @@ def next_item(database: Database, user: User, now: float) -> int | None:
 
 
 def _free(user: User, now: float) -> sa.Select:
-  """The items that a person may be given."""
+  """The items that a person may be given.
+
+  Labelers of the cohort heldout get held-out items only, since nothing else of theirs is used, and take none from those
+  of the cohort training: an item is wanted of so many people of each.
+  """
   own = sa.select(assignments.c.id).where(
     assignments.c.item_id == items.c.id, assignments.c.user_id == user.id
   )
   is_taken = (assignments.c.state == "done") | (
     (assignments.c.state == "open") & (assignments.c.touched > now - _ABANDONED)
   )
+  cohort = sa.select(users.c.cohort).where(users.c.id == user.id).scalar_subquery()
+  others = users.alias()
   taken = (
     sa.select(sa.func.count())
-    .where(assignments.c.item_id == items.c.id, is_taken)
+    .select_from(assignments.join(others, others.c.id == assignments.c.user_id))
+    .where(assignments.c.item_id == items.c.id, is_taken, others.c.cohort == cohort)
     .scalar_subquery()
   )
   is_free = items.c.is_screening.is_(True)  # everybody works on these
   if user.role == "labeler":
-    is_free |= taken < items.c.wanted
+    is_free |= (taken < items.c.wanted) & ((cohort != "heldout") | (items.c.split == "validation"))
   return sa.select(items.c.id).where(~sa.exists(own), is_free)
 
 

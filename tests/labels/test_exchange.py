@@ -107,9 +107,12 @@ def test_what_heldout_labelers_rank_is_kept_from_training(tmp_path):
   prompts = [f"Prompt {i}" for i in range(8)]
   database = app.make_project(tmp_path / "p")
   projects.change(database, {"held_out": "0.5"})
-  projects.add(database, [app.item(prompt, wanted=2) for prompt in prompts], 0.0)
+  projects.add(database, [app.item(prompt) for prompt in prompts], 0.0)
   number = accounts.add(database, "zoe", "labeler", None, 0.0, cohort="heldout")
-  for user in (accounts.User(number, "zoe", "labeler"), app.user(database, "ann")):
+  zoe = accounts.User(number, "zoe", "labeler")
+  for item in range(1, len(prompts) + 1):  # also those that she would not be given
+    work.take(database, zoe, item, 0.0)
+  for user in (zoe, app.user(database, "ann")):
     while (item := work.next_item(database, user, 0.0)) is not None:
       app.submit(database, user, item)
   counts, _ = exchange.export(str(tmp_path / "p"), "comparisons", str(tmp_path / "out"))

@@ -103,8 +103,8 @@ def test_simulated_labelers_fill_a_project(simulated, tmp_path, prompts):
 
 
 def test_heldout_labelers_rank_the_heldout_prompts_once_more(simulated, tmp_path):
-  filling.simulate(simulated, "demo:", "train", 0, 0.0)
   count, _ = filling.simulate(simulated, "demo:", "heldout", 0, 0.0)
+  assert filling.simulate(simulated, "demo:", "train", 0, 0.0) == (60, 0)  # as many as without
   counts, _ = exchange.export(str(tmp_path / "p"), "comparisons", str(tmp_path / "out"))
   assert counts["heldout.jsonl"] == count == counts["validation.jsonl"] / 2
   rows = [json.loads(line) for line in (tmp_path / "out/heldout.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ import threading
 import pytest
 import sqlalchemy as sa
 
-from instructjax.labels import schema, work
+from instructjax.labels import accounts, projects, schema, work
 from tests.labels import app
 
 DAY = 24 * 3600.0
@@ -31,6 +31,19 @@ def test_each_item_goes_to_as_many_people_as_are_wanted(database):
   assert work_off(database, "ann") == [3, 1, 2]  # the screening first
   assert work_off(database, "bea") == [3, 2]
   assert work_off(database, "rob") == [3]  # researchers get the screening only
+
+
+def test_heldout_labelers_get_heldout_items_beside_those_who_train(tmp_path):
+  database = app.make_project(tmp_path, [app.item("test", is_screening=True)], PEOPLE)
+  numbers = projects.add(database, [app.item(f"{i}") for i in range(60)], 0.0)
+  with database.read() as connection:
+    rows = connection.execute(schema.items.select()).all()
+  held_out = [row.id for row in rows if row.split == "validation"]
+  assert 0 < len(held_out) < 20
+  accounts.add(database, "zoe", "labeler", None, 0.0, cohort="heldout")
+  assert work_off(database, "zoe") == sorted({1, *held_out})
+  assert work_off(database, "ann") == [1, *numbers]  # nothing of it was taken from training
+  assert work_off(database, "bea") == [1]
 
 
 def test_an_open_item_is_kept_for_its_labeler_and_given_away_after_a_day(database):
