@@ -202,7 +202,7 @@ def _best_at_kl(
 
 
 def run(ctx: Context, stage: str):
-  """Judges all policies of the run; writes answers.jsonl, results.json, findings.json and the report.
+  """Judges all policies of the run; writes answers.jsonl, scores.jsonl, results.json, findings.json and the report.
 
   Raises:
     UserError: files cannot be written.
@@ -255,7 +255,7 @@ def _write(
   every: Mapping[str, Measured],
   more: dict[str, dict],
 ):
-  """Writes answers.jsonl, and results.json with `more` in it.
+  """Writes answers.jsonl, scores.jsonl with the scores of each answer, and results.json with `more` in it.
 
   Raises:
     UserError: they cannot be written.
@@ -266,6 +266,10 @@ def _write(
     for i, prompt in enumerate(prompts):
       row = {name: measured.answer[i] for name, measured in every.items()}
       file.write(json_line({"prompt": prompt, "answers": row}) + "\n")
+  with writing(directory), open(directory / "scores.jsonl", "w", encoding="utf-8") as file:
+    for i, prompt in enumerate(prompts):
+      row = {name: _scores(measured, i) for name, measured in every.items()}
+      file.write(json_line({"prompt": prompt, "scores": row}) + "\n")
   plain = {
     "policies": summary,
     "best_of_n": [
@@ -278,6 +282,12 @@ def _write(
   }
   with writing(directory):
     (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def _scores(measured: Measured, i: int) -> dict[str, float]:
+  """What was measured of one answer: its scores, its KL in nats and its tokens, as far as the policy has them."""
+  columns = {name: getattr(measured, name) for name in ("reward", "gold", "kl", "length")}
+  return {name: float(values[i]) for name, values in columns.items() if values is not None}
 
 
 def _track(

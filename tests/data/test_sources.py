@@ -8,7 +8,7 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from instructjax.core.errors import UserError
@@ -317,6 +317,7 @@ def test_a_demonstration_is_a_users_turn_and_the_answer_to_it(turns, texts):
 @QUICK
 @given(human=FULL, answer=FULL, after=FULL)
 def test_no_dialogue_teaches_to_speak_as_the_human(human, answer, after):
+  assume("Human:" not in answer)  # which is refused too, and has a test of its own
   asked = f"\n\nHuman: {human}\n\nAssistant:"
   row = {"chosen": f"{asked} {answer}\n\nHuman: {after}", "rejected": f"{asked} b"}
   with pytest.raises(BadRecord):

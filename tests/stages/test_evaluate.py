@@ -1,5 +1,6 @@
-"""Tests of instructjax.evaluate: which policies and prompts it judges."""
+"""Tests of instructjax.stages.evaluate: which policies and prompts it judges, and what it leaves."""
 
+import json
 import types
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from instructjax.stages import evaluate, measuring
 from tests import micro
+from tests.report import example
 
 
 def test_prompts_are_the_first_of_the_test_split_that_fit():
@@ -64,3 +66,17 @@ def test_the_tables_at_the_end_have_a_cell_for_each_value():
   assert scores.columns == ["answers of", "gold", "kl"]
   assert scores.rows == [["base", "1.000", ""], ["best_of_n/ppo", "2.000", "1.000"]]
   assert evaluate._table(summary, evaluate._HABITS, "habits").rows == [["base", "0.500"]]
+
+
+def test_the_scores_of_each_answer_are_saved_beside_it(tmp_path):
+  results = example.results()
+  evaluate._write(tmp_path, results, {}, example.PROMPTS, results.measured, {})
+  answers, scores = (
+    [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+    for name in ("answers.jsonl", "scores.jsonl")
+  )
+  assert [row["prompt"] for row in scores] == [row["prompt"] for row in answers]
+  for i, row in enumerate(scores):
+    assert row["scores"].keys() == answers[i]["answers"].keys()
+    assert row["scores"]["ppo"]["gold"] == float(results.measured["ppo"].gold[i])
+    assert ("kl" in row["scores"]["base"]) == (results.measured["base"].kl is not None)
