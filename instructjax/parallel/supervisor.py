@@ -34,12 +34,16 @@ def supervise():
   sys.stderr.flush()
   word, _word = os.pipe()
   _ear, tell = os.pipe()
+  # Until this process can pass a signal on, it waits: it would end this process, and the child with it.
+  passed_on = (signal.SIGINT, signal.SIGTERM)
+  mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
   child = os.fork()
   if not child:
     os.close(word)
     os.close(tell)
     os.setpgid(0, 0)  # the terminal's Ctrl-C then reaches the parent only, which passes it on once
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return
   os.close(_word)
   os.close(_ear)
@@ -52,8 +56,9 @@ def supervise():
       os.write(tell, bytes([number]))
       os.kill(child, signal.SIGCONT)  # a process that is stopped cannot save
 
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in passed_on:
     signal.signal(number, pass_on)
+  signal.pthread_sigmask(signal.SIG_SETMASK, mask)
   code = _end_of(child)
   # The child's own children may still hold the pipe's other end, so a read could wait forever.
   os.set_blocking(word, False)

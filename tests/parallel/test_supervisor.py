@@ -61,3 +61,23 @@ def test_how_a_process_ends(how, code, line):
     child.kill()
   assert child.returncode == code
   assert said.startswith(line) and len(said.splitlines()) == (1 if line else 0)
+
+
+def test_a_signal_that_comes_before_it_can_be_passed_on_waits():
+  early = """
+import os, signal, sys, time
+from instructjax.parallel import supervisor
+fork = os.fork
+def fork_and_be_told():
+  child = fork()
+  if child:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(2)  # until the child is ready for it
+  else:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+  return child
+os.fork = fork_and_be_told
+supervisor.supervise()
+time.sleep(20)
+"""
+  assert subprocess.run([sys.executable, "-c", early], cwd=ROOT, timeout=60).returncode == 75
