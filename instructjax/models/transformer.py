@@ -387,7 +387,9 @@ def _attention(model, segment_BL, position_BL):
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=window(index))
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
   attend = cudnn.attend if model.execution.attention == "cudnn" else layers.attend
-  return lambda index, *qkv: attend(*qkv, layer_mask(masks, kinds, index))
+  return lambda index, q_BTGRK, k_BGTK, v_BGTK: attend(
+    q_BTGRK, k_BGTK, v_BGTK, layer_mask(masks, kinds, index)
+  )
 
 
 def layer_mask(masks, kinds: str, index):
