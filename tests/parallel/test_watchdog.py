@@ -8,24 +8,12 @@ import pytest
 
 from instructjax.parallel import watchdog
 from instructjax.parallel.watchdog import Limits, Watchdog
+from tests.parallel.clock import Clock
 from tests.parallel.store import teams
 
 STUCK, TOLD, MISTAKE = 69, 75, 2
 QUICK = Limits(stuck_factor=10.0, stuck_seconds=0.3, phase_seconds=5.0, grace_seconds=0.2)
 LOOK = 0.02  # seconds between two looks
-
-
-class Clock:
-  """Time that goes on only when a test says so: a busy machine changes nothing."""
-
-  def __init__(self):
-    self.now = 1000.0
-
-  def monotonic(self) -> float:
-    return self.now
-
-  def sleep(self, seconds: float):
-    self.now += seconds
 
 
 @pytest.fixture
