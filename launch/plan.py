@@ -167,7 +167,7 @@ def plan(
 def _with_mesh(config: Config, stage: str, devices: list) -> tuple[Config, str]:
   """The config with the sizes of its mesh, and why a whole run would refuse them; '' if it would not.
 
-  An axis that the config leaves open is what a run of all its stages takes, or if no mesh fits these, what `stage` does.
+  An axis that the config leaves open is what a run of all its stages takes, or what `stage` does if none fits them.
 
   Raises:
     UserError: the mesh is not one of so many devices.
