@@ -136,7 +136,8 @@ def _generate_all_rows(
     )
     return t + 1, cache, append(rows, t, logits_BV)
 
-  num_steps, _, rows = jax.lax.while_loop(goes_on, step, (jnp.int32(1), cache, rows))
+  with jax.named_scope("decode"):
+    num_steps, _, rows = jax.lax.while_loop(goes_on, step, (jnp.int32(1), cache, rows))
   return Rollout(
     token_BL=rows.token_BL,
     is_token_BL=rows.is_token_BL,
