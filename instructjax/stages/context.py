@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructjax import models
 from instructjax.core import provenance, terminal
@@ -106,7 +106,7 @@ class Context:
 
 
 def make_model(
-  config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
+  config: Config, mesh: Mesh | AbstractMesh | None, role: RoleName, vocab_size: int
 ) -> transformer.Model:
   """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device.
 
@@ -124,7 +124,11 @@ def bare(model: transformer.Model) -> transformer.Model:
 
 
 def require_fit(
-  config: Config, mesh: Mesh, vocab_size: int, roles: Iterable[RoleName], batches: Iterable[str]
+  config: Config,
+  mesh: Mesh | AbstractMesh,
+  vocab_size: int,
+  roles: Iterable[RoleName],
+  batches: Iterable[str],
 ):
   """Checks that the mesh divides the parameters of all `roles` and all `batches`.
 
@@ -145,7 +149,7 @@ def require_fit(
   sharding.require_fit(mesh, axes, shapes, used)
 
 
-def require_microbatches(config: Config, mesh: Mesh, stage: str):
+def require_microbatches(config: Config, mesh: Mesh | AbstractMesh, stage: str):
   """Checks that the mesh divides the microbatches of a stage: otherwise devices would repeat each other's work.
 
   Raises:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core import provenance, results, terminal
 from instructjax.core.config import Config
@@ -113,23 +113,25 @@ def _require_sources(config: Config, workdir: pathlib.Path):
     )
 
 
-def _require_room(config: Config, mesh: Mesh, stages: list[str]):
+def _require_room(config: Config, mesh: Mesh | AbstractMesh, stages: list[str]):
   """Checks by an estimate that each stage fits in the memory of the devices.
 
   Raises:
     UserError: one does not.
   """
   shape = dict(mesh.shape)
-  if sharding.platform_of(mesh) == "cpu":
+  if isinstance(mesh, Mesh) and sharding.platform_of(mesh) == "cpu":
     share = len(mesh.local_devices)
     room.require(config, shape, stages, room.host_memory(), "this machine", share)
     return
   size = constraints.device_memory(mesh)
   if size is not None:
-    room.require(config, shape, stages, size, f"a {mesh.devices.flat[0].device_kind}")
+    room.require(config, shape, stages, size, f"a {mesh.abstract_mesh.abstract_device.device_kind}")
 
 
-def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pathlib.Path):
+def _require_settings(
+  config: Config, mesh: Mesh | AbstractMesh, stages: list[str], workdir: pathlib.Path
+):
   """Checks what settings alone can break, before data and tokenizer take their time.
 
   Raises:
@@ -166,16 +168,29 @@ def require_possible(config: Config, workdir: pathlib.Path) -> tuple[Config, Mes
   Returns:
     The config with what given weights decide, the mesh, and the plan.
   Raises:
-    UserError: the mesh does not fit the devices, a source of records is not named, a stage does not fit in memory, or
-      its settings do not go together.
+    UserError: the mesh does not fit the devices; see `require_possible_on` too.
   """
   mesh = sharding.make_mesh(config.mesh)
+  config, stages = require_possible_on(mesh, config, workdir)
+  return config, mesh, stages
+
+
+def require_possible_on(
+  mesh: Mesh | AbstractMesh, config: Config, workdir: pathlib.Path
+) -> tuple[Config, list[str]]:
+  """`require_possible` for a mesh whose devices need not be attached to this machine.
+
+  Returns:
+    The config with what given weights decide, and the plan.
+  Raises:
+    UserError: a source of records is not named, a stage does not fit in memory, or its settings do not go together.
+  """
   config = policies.settle(config)
   stages = lineage.plan(config)
   _require_sources(config, workdir)
   _require_room(config, mesh, _coming(workdir, stages))
   _require_settings(config, mesh, stages, workdir)
-  return config, mesh, stages
+  return config, stages
 
 
 def make_context(config: Config, workdir: pathlib.Path) -> Context:
