@@ -48,8 +48,7 @@ def bring(
   targets = [
     (buffer[inner], outer[len(stack) :])
     for key, buffer in buffers.items()
-    for inner, outer in [_overlap(key, covered)]
-    if inner is not None
+    for inner, outer in _overlap(key, covered)
   ]
   if not targets:  # the tensor belongs to other processes
     return
@@ -129,20 +128,21 @@ def _arrange(rows: int, unfold: tuple[int, ...], order: tuple[int, ...], place: 
   return jax.jit(change, out_shardings=place)
 
 
-def bounds(index: Sequence[slice], shape: Sequence[int]) -> Bounds:
+def bounds(index: Sequence[slice] | None, shape: Sequence[int]) -> Bounds:
   """An index of slices as ((start, stop), ...), which is hashable."""
-  return tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
+  whole = index or (slice(None),) * len(shape)
+  return tuple(piece.indices(size)[:2] for piece, size in zip(whole, shape, strict=True))
 
 
-def _overlap(shard: Bounds, part: Bounds):
-  """The numbers that a shard and a part have in common, as (index into the shard, index into the part).
+def _overlap(shard: Bounds, part: Bounds) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+  """The numbers that a shard and a part have in common, as [(index into the shard, index into the part)].
 
-  Both arguments are `bounds` in the whole parameter. (None, None) if they have nothing in common.
+  Both arguments are `bounds` in the whole parameter. [] if they have nothing in common.
   """
   both = [(max(s[0], p[0]), min(s[1], p[1])) for s, p in zip(shard, part)]
   if any(start >= stop for start, stop in both):
-    return None, None
+    return []
   within = lambda outer: tuple(
     slice(start - o[0], stop - o[0]) for (start, stop), o in zip(both, outer)
   )
-  return within(shard), within(part)
+  return [(within(shard), within(part))]
