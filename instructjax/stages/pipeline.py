@@ -21,14 +21,12 @@ from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import agreement, constraints, distributed, memory, sharding
-from instructjax.stages import lineage, outlook, policies, room
+from instructjax.stages import lineage, meshes, outlook, policies, room
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.context import (
   Context,
   canonical,
   given_fingerprint,
-  require_fit,
-  require_microbatches,
   require_same_data,
 )
 from instructjax.stages.run_data import RunData
@@ -133,14 +131,9 @@ def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pa
   """Checks what settings alone can break, before data and tokenizer take their time.
 
   Raises:
-    UserError: the mesh does not divide a batch or a parameter, or a stage's `check_settings` fails.
+    UserError: the mesh does not divide a batch, a part of one or a parameter, or a stage's `check_settings` fails.
   """
-  rows = [STAGES[stage] for stage in stages]
-  roles = dict.fromkeys(row.role for row in rows if row.role)
-  batches = dict.fromkeys(name for row in rows for name in row.batches)
-  require_fit(config, mesh, config.tokenizer.vocab_size, roles, batches)
-  for stage in stages:
-    require_microbatches(config, mesh, stage)
+  meshes.require_fit(config, mesh, stages)
   for stage in _coming(workdir, stages):
     _call(stage, "check_settings", config)
 
@@ -169,9 +162,10 @@ def require_possible(config: Config, workdir: pathlib.Path) -> tuple[Config, Mes
     UserError: the mesh does not fit the devices, a source of records is not named, a stage does not fit in memory, or
       its settings do not go together.
   """
-  mesh = sharding.make_mesh(config.mesh)
+  sharding.make_mesh(config.mesh)  # before any file is opened, whether its axes fit the devices
   config = policies.settle(config)
   stages = lineage.plan(config)
+  mesh = sharding.make_mesh(meshes.settle(config, stages))
   _require_sources(config, workdir)
   _require_room(config, mesh, _coming(workdir, stages))
   _require_settings(config, mesh, stages, workdir)
@@ -340,7 +334,8 @@ def run(config: Config, workdir: pathlib.Path):
   check(ctx, stages)
   ran = []
   tell = terminal.say if jax.process_index() == 0 else lambda line, bold="", rest="": None
-  for line in _other_versions(ctx, stages):
+  chosen = meshes.choice(config, ctx.mesh)
+  for line in (*([chosen] if chosen else []), *_other_versions(ctx, stages)):
     tell(line)
   with jax.set_mesh(ctx.mesh), ctx.tracking:
     for number, stage in enumerate(stages, start=1):
