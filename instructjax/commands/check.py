@@ -44,12 +44,14 @@ def check(points: Sequence[tuple[str, Config]], name: str) -> list[str]:
   from instructjax.parallel import sharding
   from instructjax.stages import pipeline
 
+  describe = lambda asked: sharding.describe_mesh(
+    asked, slices.kind, slices.num_devices, slices.num_slices
+  )
   lines = []
   for point, config in points:
     where = f"point {point}: " if point else ""
     try:
-      mesh = sharding.describe_mesh(config.mesh, slices.kind, slices.num_devices, slices.num_slices)
-      _, stages = pipeline.require_possible_on(mesh, config, _NO_WORKDIR)
+      _, mesh, stages = pipeline.require_possible_on(describe, config, _NO_WORKDIR)
     except UserError as error:
       raise UserError(f"{where}{error}") from error
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

@@ -27,7 +27,8 @@ def config(preset="gpt3_1p3b", stage="ppo_ptx", **changes):
 
 
 def test_a_run_that_would_start():
-  line, rest = check.check([("", config(**{"mesh.tensor": 8}))], "v5litepod-256")
+  """The open axis of the mesh is settled as on the slice."""
+  line, rest = check.check([("", config())], "v5litepod-256")
   assert line.startswith("would start on 256 x TPU v5 lite (slice 1, data 1, fsdp 32, tensor 8): ")
   assert line.endswith("ppo_ptx, evaluate") and "pretrain, " in line
   assert rest == "not checked: data, weights, workdir"
@@ -36,7 +37,11 @@ def test_a_run_that_would_start():
 @pytest.mark.parametrize(
   "changes, slices, words",
   [
-    ({}, "v5litepod-256", "sft.batch_size=32 must be divisible by mesh slice * data * fsdp = 256"),
+    (
+      {"mesh.fsdp": 256},
+      "v5litepod-256",
+      "sft.batch_size=32 must be divisible by mesh slice * data * fsdp = 256",
+    ),
     ({"mesh.fsdp": 8, "mesh.tensor": 8}, "v5litepod-256", "multiply to the number of devices"),
     ({"mesh.tensor": 8}, "2xv5litepod-256", "have as many slices as the devices lie in, got 2"),
     ({"mesh.tensor": 8}, "v5litepod-16", "needs at least"),
@@ -55,7 +60,7 @@ def test_what_would_end_it_is_said(changes, slices, words):
 
 
 def test_every_point_of_a_sweep_is_checked():
-  good, bad = config(**{"mesh.tensor": 8}), config()
+  good, bad = config(), config(**{"mesh.fsdp": 256})
   with pytest.raises(UserError, match="^point seed_1: sharding: "):
     check.check([("seed_0", good), ("seed_1", bad)], "v5litepod-256")
   lines = check.check([("seed_0", good), ("seed_1", good)], "v5litepod-256")

@@ -96,7 +96,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
     path=path,
     config=config,
     shapes={name: shape for name, (_, shape) in places.items()},
-    read=functools.partial(read_tensor, places),
+    read_rows=functools.partial(read_rows, places),
     files=(path / _CONFIG, *index, *files),
     notes=tuple(notes),
   )
@@ -224,13 +224,24 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str):
-  """A tensor as float32. It is converted a few rows at a time, so no second copy of it is ever in memory.
+  """A whole tensor, as `read_rows`."""
+  return read_rows(places, name, 0, places[name][1][0])
 
+
+def read_rows(
+  places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str, start: int, stop: int
+) -> np.ndarray:
+  """Rows of a tensor as float32, converted a few at a time, so that no second copy of them is ever in memory.
+
+  Args:
+    places: tensor -> its file and shape.
+    name: the tensor.
+    start, stop: the first row and the one after the last.
   Raises:
     UserError: the file was cut off or replaced since it was opened.
   """
   path, shape = places[name]
-  result = np.empty(shape, np.float32)
+  result = np.empty((stop - start, *shape[1:]), np.float32)
   step = max(_BLOCK // math.prod(shape[1:]), 1)
   # Opened again for each tensor, which takes less than a millisecond. If the file was cut off meanwhile, opening it
   # fails; reading past its end through an old memory map would kill the process (SIGBUS).
@@ -238,9 +249,9 @@ def read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name
     if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != shape:
       raise UserError(f"{path} was replaced while it was read; run again")
     tensor = file.get_slice(name)
-    for first in range(0, shape[0], step):
-      block = slice(first, min(first + step, shape[0]))
-      result[block] = tensor[block]
+    for first in range(start, stop, step):
+      last = min(first + step, stop)
+      result[first - start : last - start] = tensor[first:last]
   return result
 
 

@@ -17,11 +17,13 @@ from absl import logging
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys, named, shown
 from instructjax.core.structs import Params
-from instructjax.models.interop import tensor_table
+from instructjax.models.interop import shares, tensor_table
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS, Description
 from instructjax.models.interop.source import Source
 from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
+
+_COMPARED = 1 << 24  # numbers compared at a time
 
 # --- in -------------------------------------------------------------------------------------------
 
@@ -29,8 +31,8 @@ from instructjax.parallel import stacking
 def load_params(source: Source, model: Model, shardings: Params) -> Params:
   """Loads a model's parameters onto its devices.
 
-  Each tensor is read once and copied straight into this process's shards. Beside the shards, one tensor at a time is in
-  host memory.
+  Each process reads the rows that its shards hold, or an equal share where these are no rows (see shares.py). They are
+  copied straight into its shards: beside these, one tensor at a time is in host memory. All processes must call it.
 
   Args:
     source: opened weights.
@@ -143,8 +145,16 @@ def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_t
   if not tensor_table.is_tied(model) or head not in source.shapes:
     return
   embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
-  same_shape = source.shapes[embedding] == source.shapes[head]
-  if not same_shape or not np.array_equal(source.read(embedding), source.read(head)):
+  shape = source.shapes[embedding]
+  is_equal = shape == source.shapes[head]
+  # A few rows at a time, and of several processes each its share: who finds a difference ends all of them.
+  step = max(_COMPARED // math.prod(shape[1:]), 1)
+  for first in range(step * jax.process_index(), shape[0], step * jax.process_count()):
+    last = min(first + step, shape[0])
+    is_equal = is_equal and np.array_equal(
+      source.read_rows(embedding, first, last), source.read_rows(head, first, last)
+    )
+  if not is_equal:
     raise UserError(
       f"{source.path}: tensor {head} differs from {embedding}, and the config ties them; set"
       " tie_word_embeddings to false in config.json if the head is meant to differ"
@@ -165,26 +175,14 @@ def _assemble(
   # Devices that hold the same shard share a buffer, so a replicated parameter is in host memory once.
   buffers = {}
   for index in place.addressable_devices_indices_map(shape).values():
-    key = _bounds(index, shape)
+    key = shares.bounds(index, shape)
     if key not in buffers:
       buffers[key] = _empty([stop - start for start, stop in key])
   for part in parts:
-    stack = () if part.layer is None else (slice(part.layer, part.layer + 1),)
-    covered = _bounds((*stack, *part.part), shape)
-    targets = [
-      (buffer[inner], outer)
-      for key, buffer in buffers.items()
-      for inner, outer in [_overlap(key, covered)]
-      if inner is not None
-    ]
-    if not targets:  # the tensor belongs to other processes: it is not even read
-      continue
-    ours = part.to_ours(source.read(part.name))
-    ours = ours if part.layer is None else ours[None]
-    for target, outer in targets:
-      target[...] = ours[outer]
-    del ours  # else this tensor would stay in memory while the next is read
-  return jax.make_array_from_callback(shape, place, lambda index: buffers[_bounds(index, shape)])
+    shares.bring(source.read_rows, part, buffers, shape, place)
+  return jax.make_array_from_callback(
+    shape, place, lambda index: buffers[shares.bounds(index, shape)]
+  )
 
 
 def _empty(shape: list[int]) -> np.ndarray:
@@ -196,25 +194,6 @@ def _empty(shape: list[int]) -> np.ndarray:
   raw = np.empty(size + 16, np.float32)
   skip = -raw.ctypes.data % 64 // 4
   return raw[skip : skip + size].reshape(shape)
-
-
-def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
-  """An index of slices as ((start, stop), ...), which is hashable."""
-  return tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
-
-
-def _overlap(shard, part):
-  """The numbers that a shard and a part have in common, as (index into the shard, index into the part).
-
-  Both arguments are `_bounds` in the whole parameter. (None, None) if they have nothing in common.
-  """
-  both = [(max(s[0], p[0]), min(s[1], p[1])) for s, p in zip(shard, part)]
-  if any(start >= stop for start, stop in both):
-    return None, None
-  within = lambda outer: tuple(
-    slice(start - o[0], stop - o[0]) for (start, stop), o in zip(both, outer)
-  )
-  return within(shard), within(part)
 
 
 # --- out ------------------------------------------------------------------------------------------

@@ -68,15 +68,15 @@ def make_source():
     tensors = {name: make() for name, _, make in transfer.named_tensors(model, params)}
     names_read = []
 
-    def read(name):
+    def read_rows(name, start, stop):
       names_read.append(name)
-      return tensors[name].copy()
+      return tensors[name][start:stop].copy()
 
     source = Source(
       path=pathlib.Path("weights"),
       config=to_hf_config(model.network, model.vocab_size, model.head),
       shapes={name: array.shape for name, array in tensors.items()},
-      read=read,
+      read_rows=read_rows,
       files=(),
       notes=(),
     )
