@@ -14,8 +14,9 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -26,6 +27,7 @@ from instructjax.core.structs import Params
 from instructjax.models.interop import tensor_table, transfer
 from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source
+from instructjax.models.interop.stored import Stored
 from instructjax.models.transformer import Model
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -51,6 +53,12 @@ _OTHERS = {
 }
 _CONFIG_BYTES = 1 << 22  # of config.json; one has some thousand
 _SHARD_BYTES = 5_000_000_000  # the limit of transformers 4, too
+Dtype = Literal["float32", "bfloat16"]  # of an export
+# How safetensors spells it, and the type itself.
+_WRITTEN: Mapping[Dtype, tuple[str, np.dtype]] = {
+  "float32": ("F32", np.dtype("<f4")),
+  "bfloat16": ("BF16", np.dtype(jnp.bfloat16)),
+}
 _BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed beside the result
 
 
@@ -261,11 +269,12 @@ def read_rows(
 def write_folder(
   path: str | pathlib.Path,
   model: Model,
-  params: Params,
+  params: Params | Stored,
   extra_config: Mapping[str, Any],
   shard_bytes: int = _SHARD_BYTES,
+  dtype: Dtype = "float32",
 ):
-  """Writes config.json and float32 safetensors that `transformers` loads.
+  """Writes config.json and safetensors that `transformers` loads, with one tensor at a time in memory.
 
   The folder is complete or absent: everything is written beside `path` and renamed at the end.
 
@@ -274,9 +283,10 @@ def write_folder(
     model: one with an 'lm' head loads with AutoModelForCausalLM, one with a 'scalar' head with
       AutoModelForSequenceClassification. A Llama-like reward model loses its bias, for which its architecture has no
       place: add the config's instructjax_score_bias to the scores.
-    params: of the model.
+    params: of the model, or where they are stored.
     extra_config: more keys of config.json (ids of special tokens).
     shard_bytes: size limit of a safetensors file. A tensor is never split, so a larger one gets a file of its own.
+    dtype: of the numbers in the files; bfloat16 is rounded to nearest.
   Raises:
     UserError: the folder is not empty, no architecture of Hugging Face matches the model, or writing fails.
     ValueError: tensor_table.py does not know this network, or `params` are those of another.
@@ -285,11 +295,12 @@ def write_folder(
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} is there already; nothing is overwritten, give another folder")
   # transformers' score heads have no bias. LayerNorm's own bias takes it up (`transfer.folded_bias`); RMSNorm has none.
-  bias, folds = 0.0, model.network.norm == "layernorm"
-  if model.head == "scalar" and not folds:
-    bias = float(params["head"]["bias"])
-  config = to_hf_config(model.network, model.vocab_size, model.head, bias) | dict(extra_config)
   tensors = transfer.named_tensors(model, params)
+  bias = 0.0
+  if model.head == "scalar" and model.network.norm != "layernorm":
+    bias = params.score_bias if isinstance(params, Stored) else float(params["head"]["bias"])
+  config = to_hf_config(model.network, model.vocab_size, model.head, bias)
+  config |= {"torch_dtype": dtype, **extra_config}
   scratch = path.with_name(f".{path.name}.writing")
   with writing(path):
     shutil.rmtree(scratch, ignore_errors=True)
@@ -297,32 +308,32 @@ def write_folder(
   try:
     with writing(path):
       (scratch / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-      _write_tensors(scratch, tensors, shard_bytes)
+      _write_tensors(scratch, tensors, shard_bytes, dtype)
       os.replace(scratch, path)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int):
+def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int, dtype: Dtype):
   """Writes one file, or shards with an index, named as `save_pretrained` names them."""
-  shards = list(_split(tensors, shard_bytes))
+  shards = list(_split(tensors, shard_bytes, _WRITTEN[dtype][1].itemsize))
   if len(shards) == 1:
-    return write_safetensors(folder / _SINGLE, tensors)
+    return write_safetensors(folder / _SINGLE, tensors, dtype)
   weight_map = {}
   for number, shard in enumerate(shards, 1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    write_safetensors(folder / file, shard)
+    write_safetensors(folder / file, shard, dtype)
     weight_map |= {name: file for name, _, _ in shard}
-  total = sum(4 * math.prod(shape) for _, shape, _ in tensors)
+  total = sum(_WRITTEN[dtype][1].itemsize * math.prod(shape) for _, shape, _ in tensors)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
+def _split(tensors: list, shard_bytes: int, itemsize: int) -> Iterator[list]:
   """The tensors in order, in lists of at most `shard_bytes` each, or of one larger tensor."""
   shard, size = [], 0
   for tensor in tensors:
-    more = 4 * math.prod(tensor[1])
+    more = itemsize * math.prod(tensor[1])
     if shard and size + more > shard_bytes:
       yield shard
       shard, size = [], 0
@@ -330,20 +341,31 @@ def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
   yield shard
 
 
-def write_safetensors(path: pathlib.Path, tensors: list):
-  """Writes a safetensors file with one tensor at a time in memory.
+def write_safetensors(path: pathlib.Path, tensors: list, dtype: Dtype = "float32"):
+  """Writes a safetensors file with one tensor at a time in memory, and a few converted numbers of it.
 
   The library's writer takes all arrays of a file at once. For 1 GiB in tensors of 16 MiB it held 1,024 MiB (safetensors
   0.8), this function 16 MiB, in the same time.
+
+  Args:
+    path: the file.
+    tensors: (name, shape, make) of each, as of `transfer.named_tensors`. Rows that `make()` leaves out are zeros.
+    dtype: of the numbers in the file.
   """
+  spelled, kind = _WRITTEN[dtype]
   header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, shape, _ in tensors:
-    start, end = end, end + 4 * math.prod(shape)
-    header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    start, end = end, end + kind.itemsize * math.prod(shape)
+    header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
-    for _, _, make in tensors:
-      file.write(np.ascontiguousarray(make(), "<f4").data)
+    for _, shape, make in tensors:
+      flat = np.ascontiguousarray(make()).reshape(-1)
+      for first in range(0, flat.size, _BLOCK):
+        block = flat[first : first + _BLOCK].astype(kind)
+        file.write(block.view(np.uint8).data)
+      file.write(bytes(kind.itemsize * (math.prod(shape) - flat.size)))
+      del flat  # before the next one is read

@@ -20,6 +20,7 @@ from instructjax.core.structs import Params
 from instructjax.models.interop import shares, tensor_table
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS, Description
 from instructjax.models.interop.source import Source
+from instructjax.models.interop.stored import Stored, of_params
 from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
 
@@ -200,39 +201,61 @@ def _empty(shape: list[int]) -> np.ndarray:
 
 
 def named_tensors(
-  model: Model, params: Params
+  model: Model, params: Params | Stored
 ) -> list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-  """Every tensor of an export as (name, shape, make), where `make()` brings one layer's tensor to the host.
+  """Every tensor of an export as (name, shape, make), where `make()` brings it to the host.
 
   A model with a scalar head is exported so that `transformers` computes the same scores. The embedding gets one more
-  row, for the pad token that `transformers` looks for. The head's bias goes into LayerNorm's bias (see `folded_bias`).
-  RMSNorm has no bias; there the caller puts it into the config.
+  row, for the pad token that `transformers` looks for: `make()` leaves it out, and it is zero. The head's bias goes
+  into LayerNorm's bias (see `folded_bias`). RMSNorm has no bias; there the caller puts it into the config.
 
+  Args:
+    model: the network.
+    params: its parameters, or where they are stored.
   Raises:
     ValueError: the table does not know this network (see `tensor_table.tensors`), or `params` are those of another.
   """
-  _require_params_of(model, params)
-  flat, is_scalar = tensor_table.leaves(params), model.head == "scalar"
-  is_list = isinstance(params["layers"], list)
+  tensors, is_scalar = tensor_table.tensors(model), model.head == "scalar"
+  stored = params if isinstance(params, Stored) else _in_memory(model, params)
+  head = next((tensor for tensor in tensors if tensor.param == "head/w_D"), None)
 
   def make(tensor: tensor_table.Tensor) -> np.ndarray:
-    tensor = tensor.alone() if is_list else tensor
-    array = flat[tensor.param]
-    if tensor.layer is not None:
-      # The index is an array, not a Python number, so one compiled program serves all layers.
-      array = jax.lax.dynamic_index_in_dim(array, np.int32(tensor.layer), keepdims=False)
-    array = np.asarray(array, np.float32)
-    if is_scalar and tensor.param == "embedding/token_VD":
-      return np.pad(array, ((0, 1), (0, 0)))
-    if is_scalar and tensor.param == "final_norm/bias_D":
-      return array + folded_bias(flat["head/w_D"], flat[tensor_table.SCORE_BIAS_PATH])
-    return tensor.to_theirs(array)
+    array = stored.read(tensor)
+    if is_scalar and head and tensor.param == "final_norm/bias_D":
+      return array + folded_bias(stored.read(head)[0], stored.score_bias)
+    return array
 
   def entry(tensor: tensor_table.Tensor):
     rows = tensor.shape[0] + (is_scalar and tensor.param == "embedding/token_VD")
     return tensor.name, (rows, *tensor.shape[1:]), functools.partial(make, tensor)
 
-  return [entry(tensor) for tensor in tensor_table.tensors(model)]
+  return [entry(tensor) for tensor in tensors]
+
+
+def _in_memory(model: Model, params: Params) -> Stored:
+  """Parameters as `Stored`; ValueError if they are those of another network."""
+  _require_params_of(model, params)
+  return of_params(model, params)
+
+
+def stored_in(source: Source, model: Model) -> Stored:
+  """The tensors of opened weights, as they lie in the file.
+
+  Args:
+    source: opened weights.
+    model: of the network that `describe(source)` returns; as for `load_params`, its vocabulary may be smaller.
+  Raises:
+    UserError: as `load_params`.
+  """
+  copy = tensor_table.lm_head(model.network) if tensor_table.is_tied(model) else None
+  listed = tensor_table.tensors(model)
+  wanted = _match(source, listed, copy)
+  _warn_of_dropped_rows(source, wanted)
+  _require_tied_copy_equal(source, model, wanted)
+  names = {tensor.name: found.name for tensor, found in zip(listed, wanted, strict=True)}
+  bias = Keys(source.config, str(source.path)).number(SCORE_BIAS, 0.0)
+  read = lambda tensor: source.read_rows(names[tensor.name], 0, tensor.shape[0])
+  return Stored(read, bias if model.head == "scalar" else 0.0)
 
 
 def _require_params_of(model: Model, params: Params):
