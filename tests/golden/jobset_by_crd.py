@@ -2,7 +2,7 @@
 
   python tests/golden/jobset_by_crd.py jobset.x-k8s.io_jobsets.yaml
 
-The argument is config/components/crd/bases/jobset.x-k8s.io_jobsets.yaml of https://github.com/kubernetes-sigs/jobset. Of
+The argument is the CRD of https://github.com/kubernetes-sigs/jobset, from config/components/crd/bases. Of
 an object that the manifest has, all fields are kept with their types, so that a misspelt one is found; of other
 objects, only that they are objects.
 """

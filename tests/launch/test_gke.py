@@ -139,6 +139,14 @@ def test_the_bucket_is_mounted_as_on_a_tpu_vm(pod):
   assert flags == list(names.values())
 
 
+def test_gcluster_mounts_the_bucket_in_the_same_way(pod):
+  """docs/launching.md's command for gcluster."""
+  page = (ROOT / "docs" / "launching.md").read_text()
+  (mount,) = re.findall(r"--mount='(\S+)'", page)
+  options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"]
+  assert mount == f"gs://my-bucket;/mnt/my-bucket;rw;options={options}"
+
+
 def test_the_command_is_the_usual_one(pod):
   (container,) = pod["containers"]
   program, *flags = container["command"][2:]
