@@ -75,6 +75,9 @@ _FROM = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string("format", "own", "export: own, hh, label_studio or argilla.")
 _SIMULATION = flags.DEFINE_string("simulation", "demo:", "simulate: whose labelers rank.")
 _GROUP = flags.DEFINE_enum("group", "train", ["train", "heldout"], "simulate: which of them.")
+_BATCH = flags.DEFINE_string(
+  "batch", "", "close: the name that a waiting run gives to the items of its round."
+)
 _TO = flags.DEFINE_string("to", "", "export: the folder to write to; users data: the file.")
 _ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher or admin.")
 _COHORT = flags.DEFINE_string(
@@ -312,6 +315,13 @@ def _simulate(place: str, _: list[str]):
     print(f"{left} more are wanted: there are not as many simulated labelers as --wanted asks for")
 
 
+def _close(place: str, _: list[str]):
+  from instructjax.labels import rounds, schema
+
+  left = rounds.close(schema.open_(place), _BATCH.value, time.time())
+  print(f"batch {_BATCH.value} is closed; nobody has ranked {left} of its items")
+
+
 def _delete(place: str, rest: list[str]):
   from instructjax.labels import privacy, schema
 
@@ -355,6 +365,7 @@ _COMMANDS = {
   "export": _export,
   "import": _import,
   "simulate": _simulate,
+  "close": _close,
   "delete": _delete,
   "users": _users,
 }
