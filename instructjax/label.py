@@ -78,6 +78,9 @@ _GROUP = flags.DEFINE_enum("group", "train", ["train", "heldout"], "simulate: wh
 _BATCH = flags.DEFINE_string(
   "batch", "", "close: the name that a waiting run gives to the items of its round."
 )
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "training: the folder of a run whose reward models learned from the project."
+)
 _TO = flags.DEFINE_string("to", "", "export: the folder to write to; users data: the file.")
 _ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher or admin.")
 _COHORT = flags.DEFINE_string(
@@ -322,6 +325,14 @@ def _close(place: str, _: list[str]):
   print(f"batch {_BATCH.value} is closed; nobody has ranked {left} of its items")
 
 
+def _training(place: str, _: list[str]):
+  from instructjax.commands import label_training
+
+  workdir = places.require(_WORKDIR.value, "--workdir")
+  for line in label_training.register(place, workdir, time.time()):
+    print(line)
+
+
 def _delete(place: str, rest: list[str]):
   from instructjax.labels import privacy, schema
 
@@ -365,6 +376,7 @@ _COMMANDS = {
   "export": _export,
   "import": _import,
   "simulate": _simulate,
+  "training": _training,
   "close": _close,
   "delete": _delete,
   "users": _users,

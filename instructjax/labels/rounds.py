@@ -66,22 +66,31 @@ def state(database: Database, batch: str) -> State:
   would wait for it forever. Labelers of the cohort heldout are not waited for.
   """
   with database.read() as connection:
-    labelers = connection.execute(
-      sa.select(sa.func.count()).where(
-        users.c.role == "labeler", users.c.cohort == "training", users.c.is_active.is_(True)
-      )
-    ).scalar_one()
-    count = lambda state: sa.func.count().filter(assignments.c.state == state)
-    own = assignments.join(
-      users, (users.c.id == assignments.c.user_id) & (users.c.cohort == "training")
+    return _state(connection, batch)
+
+
+def states(connection: sa.Connection) -> dict[str, State]:
+  """Name of each batch -> how far people are with it."""
+  return {name: _state(connection, name) for name in _names(connection)}
+
+
+def _state(connection: sa.Connection, batch: str) -> State:
+  labelers = connection.execute(
+    sa.select(sa.func.count()).where(
+      users.c.role == "labeler", users.c.cohort == "training", users.c.is_active.is_(True)
     )
-    query = (
-      sa.select(items.c.id, items.c.wanted, count("done").label("done"), _passed().label("passed"))
-      .select_from(items.outerjoin(own, assignments.c.item_id == items.c.id))
-      .where(items.c.batch == batch)
-      .group_by(items.c.id, items.c.wanted)
-    )
-    rows = connection.execute(query).all()
+  ).scalar_one()
+  count = lambda state: sa.func.count().filter(assignments.c.state == state)
+  own = assignments.join(
+    users, (users.c.id == assignments.c.user_id) & (users.c.cohort == "training")
+  )
+  query = (
+    sa.select(items.c.id, items.c.wanted, count("done").label("done"), _passed().label("passed"))
+    .select_from(items.outerjoin(own, assignments.c.item_id == items.c.id))
+    .where(items.c.batch == batch)
+    .group_by(items.c.id, items.c.wanted)
+  )
+  rows = connection.execute(query).all()
   missing = given_up = 0
   for row in rows:
     left = max(0, row.wanted - row.done)

@@ -140,6 +140,24 @@ survey = sa.Table(  # self-assessed ability to identify sensitive speech
   Column("level", Integer, nullable=False),  # 0 to 2
   sa.UniqueConstraint("user_id", "subject"),
 )
+trainings = sa.Table(  # of reward models on what was ranked here, see trainings.py
+  "trainings",
+  metadata,
+  _id(),
+  Column("identity", String(64), unique=True, nullable=False),
+  Column("name", String(400), nullable=False),
+  Column("accuracy", Double, nullable=False),
+  Column("low", Double, nullable=False),
+  Column("high", Double, nullable=False),
+  Column("pairs", Integer, nullable=False),
+  Column("at", Double, nullable=False),
+  # Of labelers, when the reward model was trained; NULL where no item was ranked by two.
+  Column("agreement", Double, nullable=True),
+  Column("agreement_low", Double, nullable=False),
+  Column("agreement_high", Double, nullable=False),
+  Column("agreement_pairs", Integer, nullable=False),
+  Column("agreement_items", Integer, nullable=False),
+)
 audit = sa.Table(
   "audit",
   metadata,
