@@ -140,6 +140,15 @@ survey = sa.Table(  # self-assessed ability to identify sensitive speech
   Column("level", Integer, nullable=False),  # 0 to 2
   sa.UniqueConstraint("user_id", "subject"),
 )
+prompts = sa.Table(  # that users have written in the playground, with consent, see prompts.py
+  "prompts",
+  metadata,
+  _id(),
+  Column("user_id", ForeignKey("users.id"), nullable=False, index=True),
+  Column("text", Text, nullable=False),  # without what looks like personal data
+  Column("prefix", String(80), unique=True, nullable=False),
+  Column("at", Double, nullable=False),
+)
 trainings = sa.Table(  # of reward models on what was ranked here, see trainings.py
   "trainings",
   metadata,

@@ -204,9 +204,10 @@ def _waiting(ctx: Context, stage: str, place: str, asked: dict[str, Any], state)
   of = shlex.quote(place)
   held_out = sum(row["split"] == "validation" for row in asked["rows"])
   each = ctx.config.collect.wanted
+  many = state.missing > 1
   return (
-    f"{stage} waits for people: {state.missing} rankings are missing of the {state.items} items (batch"
-    f" {asked['batch']}, {held_out} of them held out) that are to be ranked by {each}"
+    f"{stage} waits for people: {state.missing} ranking{'s are' if many else ' is'} missing of the {state.items} items"
+    f" (batch {asked['batch']}, {held_out} of them held out) that are to be ranked by {each}"
     f" labeler{'s' * (each > 1)} each in the project {place}. Labelers find them where `python -m instructjax.label"
     f" serve --project={of}` runs. When all are ranked, the same command goes on; to go on with those that are ranked,"
     f" give `python -m instructjax.label close --project={of} --batch={shlex.quote(asked['batch'])}` before"

@@ -101,7 +101,7 @@ def test_a_run_asks_once_waits_and_goes_on(tmp_path):
     origins = {row.origin for row in connection.execute(schema.answers.select())}
   assert f"{tmp_path}/run/ppo_ptx" in origins
   run.rank([items[0].id, items[1].id])
-  with pytest.raises(Waiting, match=f"1 rankings are missing.*--project={run.place} --batch=run/"):
+  with pytest.raises(Waiting, match=f"1 ranking is missing.*--project={run.place} --batch=run/"):
     run.again()
   run.rank([items[2].id])
   run.again()
