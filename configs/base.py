@@ -120,8 +120,8 @@ def base(stage: str) -> ConfigDict:
       ),
       mesh=dict(
         slice=1,
-        data=-1,  # our choice; gpt3_* and llama3_8b use data=1, fsdp=-1
-        fsdp=1,  # our choice; gpt3_* and llama3_8b use data=1, fsdp=-1
+        data=-1,  # our choice; gpt3_* and llama3_* use data=1, fsdp=-1
+        fsdp=1,  # our choice; gpt3_* and llama3_* use data=1, fsdp=-1
         tensor=1,
       ),
       checkpoint=dict(every_steps=100, keep=2),

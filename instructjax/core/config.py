@@ -141,7 +141,8 @@ class MeshConfig:
   slice: int
   # devices that split the batch and each hold all weights; -1 is all remaining devices [devices]
   data: int
-  # devices that split both the batch and the weights; -1 is all remaining devices [devices]
+  # devices that split both the batch and the weights; -1 is all remaining devices, or, if tensor is 1, as many of them
+  # as the rows of all batches divide by, and tensor takes the rest [devices]
   fsdp: int
   # devices that split each layer's matrix products; -1 is all remaining devices [devices]
   tensor: int
