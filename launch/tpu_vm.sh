@@ -312,12 +312,13 @@ run_state() {
 }
 
 # Whether the run ended because of a mistake in flags or data, which starting again would not fix: at least one worker
-# has ended with 2, and all others with 2 or 69.
-is_mistake() { grep -q ' ended 2$' <<<"$1" && ! grep -qvE ' ended (2|69)$' <<<"$1"; }
+# has ended with 2, and all others with 2 or 69. The same for 3, waiting for people.
+is_mistake() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
 
 # Explains an exit code of instructjax.main.
 meaning() {
   case $1 in
+    3) echo " (waits for people, who have to rank answers)" ;;
     69) echo " (a worker is gone)" ;;
     75) echo " (told to stop, and saved)" ;;
   esac
