@@ -120,8 +120,8 @@ def base(stage: str) -> ConfigDict:
       ),
       mesh=dict(
         slice=1,
-        data=-1,  # our choice; gpt3_* and llama3_8b use data=1, fsdp=-1
-        fsdp=1,  # our choice; gpt3_* and llama3_8b use data=1, fsdp=-1
+        data=-1,  # our choice; gpt3_* and llama3_* use data=1, fsdp=-1
+        fsdp=1,  # our choice; gpt3_* and llama3_* use data=1, fsdp=-1
         tensor=1,
       ),
       checkpoint=dict(every_steps=100, keep=2),
@@ -192,6 +192,7 @@ def base(stage: str) -> ConfigDict:
         max_responses=9,  # sec 3.5
         temperature=1.0,  # open
         rounds=1,  # sec 3.1: most comparisons are of SFT policies' answers
+        wanted=1,  # sec 3.4: one labeler each; agreement was measured apart
       ),
       rm=dict(
         start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"

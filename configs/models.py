@@ -2,7 +2,7 @@
 
   tiny          the default: a simulated task on real text, for a laptop (tiny.py)
   smollm2       the whole recipe with a real model, SmolLM2-135M-Instruct, on two CPU cores (smollm2.py)
-  gpt2, smollm2_135m, llama3_8b
+  gpt2, smollm2_135m, llama3_8b, llama3_70b
                 shapes of released models, for weights that you have (released.py)
   weights       the shape of the file that --config.model.weights names, with the paper's settings for that size
                 (weights.py)

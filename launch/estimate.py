@@ -150,6 +150,7 @@ def refusal(report: dict) -> str:
   if found["largest"]:
     lines.append("The compiler's largest allocations:")
     lines += [f"  {item['gib']:8.2f} GiB  {_short(item['op_name'])}" for item in found["largest"]]
+  lines += run_refuses(report)
   return "\n".join(lines)
 
 
@@ -164,6 +165,12 @@ def spell_mesh(sizes: Mapping[str, int]) -> str:
   """A mesh in the form that --mesh accepts, such as `fsdp:64,tensor:4`. Axes of size 1 are left out."""
   parts = [f"{axis}:{size}" for axis, size in sizes.items() if size != 1]
   return ",".join(parts) or ",".join(f"{axis}:1" for axis in list(sizes)[:1])
+
+
+def run_refuses(report: dict) -> list[str]:
+  """The line that says why a run of all stages would refuse the mesh of this one; none if it would not."""
+  refused = report["a_run_refuses"]
+  return [f"On this mesh a run of all its stages would be refused. {refused}"] if refused else []
 
 
 def _gib(size: float) -> str:
@@ -254,6 +261,7 @@ def text(report: dict) -> str:
   )
   if report["unknown_trips"]:
     lines.append(f"Counted once, of unknown length: {', '.join(report['unknown_trips'])}.")
+  lines += run_refuses(report)
   spent = report["compilation"]
   lines.append(
     f"Compiled in {spent['seconds']:.0f} s ({spent['cpu_seconds']:.0f} CPU-seconds,"

@@ -28,7 +28,9 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "CHIP:AxB or CHIP:AxBxC, as v5e:16x16; two such slices are 2xv5e:16x16."
 )
 _MESH = flags.DEFINE_string(
-  "mesh", None, "AXIS:SIZE,... as fsdp:32,tensor:8; axes left out are 1. The config's by default."
+  "mesh",
+  None,
+  "AXIS:SIZE,... as fsdp:32,tensor:8; axes left out are 1. By default the one that a run of the config would take.",
 )
 _STAGE = flags.DEFINE_string("stage", None, "Which stage's step. The config's by default.")
 _SEARCH = flags.DEFINE_boolean(
@@ -92,6 +94,8 @@ def plan(
   from instructjax.parallel import sharding
   from launch import programs
 
+  programs.require_trained(stage)
+  config, refused = _with_mesh(config, stage, devices)
   mesh = sharding.make_mesh(config.mesh, devices)
   program = programs.make(config, mesh, stage)
   sizes = lambda trees: {name: programs.shard_bytes(tree) for name, tree in trees.items()}
@@ -104,6 +108,7 @@ def plan(
     "chip": chip.name,
     "devices": len(devices),
     "mesh": dict(mesh.shape),
+    "a_run_refuses": refused,
   }
   start, start_cpu = time.perf_counter(), time.process_time()
   try:
@@ -157,6 +162,31 @@ def plan(
     "unknown_trips": summary.unknown_trips,
     "compilation": spent,
   }
+
+
+def _with_mesh(config: Config, stage: str, devices: list) -> tuple[Config, str]:
+  """The config with the sizes of its mesh, and why a whole run would refuse them; '' if it would not.
+
+  An axis that the config leaves open is what a run of all its stages takes, or what `stage` does if none fits them.
+
+  Raises:
+    UserError: the mesh is not one of so many devices.
+  """
+  from instructjax.parallel import sharding  # JAX, after the environment is set
+  from instructjax.stages import lineage, meshes
+
+  stages = [name for name in lineage.plan(config) if name != stage]
+  refused = ""
+  for divided in ([*stages, stage], [stage]):
+    sizes = meshes.settle(config, divided, functools.partial(sharding.make_mesh, devices=devices))
+    try:
+      meshes.require_fit(config, sharding.make_mesh(sizes, devices), [*stages, stage])
+    except UserError as error:
+      refused = str(error)
+    else:
+      refused = ""
+      break
+  return dataclasses.replace(config, mesh=sizes), refused
 
 
 def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict | None:

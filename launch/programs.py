@@ -24,8 +24,8 @@ from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedB
 from instructjax.models import adapters, decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
-from instructjax.stages import lineage, ppo, rm
-from instructjax.stages.context import bare, make_model, require_fit, require_microbatches
+from instructjax.stages import lineage, meshes, ppo, rm
+from instructjax.stages.context import bare, make_model
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
 
@@ -68,7 +68,7 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
   # Resolved for a TPU, even if the mesh consists of the CPU devices of a test.
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
-  require_microbatches(config, mesh, stage)
+  meshes.require_fit(config, mesh, [stage])
   row = STAGES[stage]
   match row.kind:
     case "base":
@@ -124,24 +124,6 @@ def _batch(mesh: Mesh, rows: int, columns: dict[str, tuple], make_tree):
   )
 
 
-def _require_rows(mesh: Mesh, what: str, rows: int, mend: str):
-  """Checks that a number of rows can be divided over the mesh.
-
-  Raises:
-    UserError: it cannot; `what` names the number, and `mend` says how to change it.
-  """
-  shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-  if rows % shards:
-    raise UserError(
-      f"{what} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; {mend}, or take a --mesh"
-      f" where it is a divisor of {rows}, which --search looks for"
-    )
-
-
-def _require_fit(config: Config, mesh: Mesh, roles: list[str], batch: str):
-  require_fit(config, mesh, config.tokenizer.vocab_size, roles, [batch])
-
-
 def _packed(mesh: Mesh, rows: int, length: int) -> PackedBatch:
   ids = dict.fromkeys(("token_BL", "segment_BL", "position_BL"), (np.int32, length))
   return _batch(mesh, rows, ids | {"weight_BL": (np.float32, length)}, PackedBatch)
@@ -187,7 +169,6 @@ def _supervised_owners(state: TrainState, batch, base: tuple) -> dict:
 def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: float) -> Program:
   """The step of pretraining or supervised fine-tuning."""
   cfg: PretrainConfig | SFTConfig = getattr(config, stage.block)
-  _require_fit(config, mesh, [stage.role], f"{stage.block}.batch_size")
   model = make_model(config, mesh, stage.role, config.tokenizer.vocab_size)
   model = bare(model) if stage.is_base else model
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
@@ -216,7 +197,6 @@ def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: f
 def _rm(config: Config, mesh: Mesh) -> Program:
   """The step of the reward model."""
   cfg, data = config.rm, config.data
-  _require_fit(config, mesh, ["reward"], "rm.batch_size")
   if cfg.row_length:
     raise UserError(
       f"config.rm.row_length={cfg.row_length} must be 0 to plan: with it the work depends on the answers' lengths,"
@@ -263,7 +243,6 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   # Functions and rules take no memory of the devices, and split the program in parts that need no more than the whole.
   # The network of a `model:` is not counted, as docs/rewards.md says.
   cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
-  _require_fit(config, mesh, ["policy", "reward"], "ppo.batch_size")
   if config.rollout.slots or cfg.packed_rows:
     raise UserError(
       f"config.rollout.slots={config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
@@ -298,16 +277,8 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
     "index_B": (np.int32,),
   }
   batch = {"prompts": _batch(mesh, cfg.batch_size, columns, PromptBatch)}
-  minibatch = cfg.batch_size // cfg.num_minibatches
-  # A run does not refuse rows that cannot be divided over the mesh. Its devices would then repeat each other's work, so
-  # a plan for it would be of no use.
-  what = f"config.ppo.batch_size / num_minibatches = {minibatch}"
-  _require_rows(mesh, what, minibatch, "set fewer --config.ppo.num_minibatches, another recipe")
   if cfg.gamma > 0:
     rows = cfg.batch_size * cfg.ptx_rows
-    chunk = minibatch * cfg.ptx_rows // cfg.ptx_microbatches
-    what = f"config.ppo.batch_size / num_minibatches * ptx_rows / ptx_microbatches = {chunk}"
-    _require_rows(mesh, what, chunk, "set fewer --config.ppo.ptx_microbatches")
     batch["pretrain"] = _packed(mesh, rows, cfg.ptx_length)
   return Program(
     step=ppo_step.make_train_step(nets, cfg, shardings),

@@ -128,7 +128,7 @@ def config(stage: str, specs: dict[str, str], **changes) -> Config:
 def one_device():
   """Runs on one of the fake devices: several of them only take longer to compile for."""
   make_mesh = sharding.make_mesh
-  one = lambda cfg: make_mesh(cfg, jax.devices()[:1])
+  one = lambda cfg, devices=None: make_mesh(cfg, jax.devices()[:1])
   with mock.patch.object(sharding, "make_mesh", one):
     yield
 

@@ -229,8 +229,9 @@ class ExecutionConfig:
   dtype: Literal["float32", "bfloat16"] = dataclasses.field(metadata=ROUNDING)
   # scan runs the layers in one loop; unroll compiles each layer separately; auto unrolls on CPUs only
   layers: Literal["auto", "scan", "unroll"] = dataclasses.field(metadata=ROUNDING)
-  # attention kernel: splash is a fused kernel for TPUs; auto uses it on TPUs, and plain elsewhere
-  attention: Literal["auto", "plain", "splash"] = dataclasses.field(metadata=ROUNDING)
+  # attention kernel: splash is a fused kernel for TPUs, cudnn one for NVIDIA GPUs; auto uses splash on TPUs, and plain
+  # elsewhere
+  attention: Literal["auto", "plain", "splash", "cudnn"] = dataclasses.field(metadata=ROUNDING)
   # what each layer stores for the backward pass: everything (none), its products with weights (products), or only its
   # input (full); storing less saves memory and costs time
   remat: Literal["none", "products", "full"] = dataclasses.field(metadata=ROUNDING)

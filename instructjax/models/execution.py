@@ -6,12 +6,14 @@ other module chooses by the platform how layers are computed, or which attention
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
+from instructjax.core.errors import UserError
 from instructjax.core.stages import Head
-from instructjax.models import transformer
+from instructjax.models import cudnn, transformer
 from instructjax.parallel import constraints, sharding
 
 
@@ -63,10 +65,14 @@ def model_on(
     network, vocab_size, head, adapter: as for `make_model`.
     execution: with or without `auto`.
   Raises:
-    UserError: `decode_layout='auto'`, but the memory of such devices is not known.
+    UserError: `decode_layout='auto'`, but the memory of such devices is not known; or `attention='cudnn'`, which the
+      devices or the network do not allow.
     ValueError: see `make_model`.
   """
   execution = resolve_execution(execution, sharding.platform_of(mesh))
+  if execution.attention == "cudnn":
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
+    _require_cudnn(sharding.platform_of(mesh), device, network, execution.dtype)
   if execution.decode_layout != "auto":
     return transformer.make_model(network, execution, vocab_size, head, adapter)
   # 'tensor' sends least in each decode step, so it is preferred. '2d' is for copies of the weights that would fill too
@@ -80,3 +86,29 @@ def model_on(
   itemsize = jnp.dtype(execution.dtype).itemsize
   layout = constraints.decode_layout(axes, shapes, itemsize, mesh, memory)
   return dataclasses.replace(model, execution=dataclasses.replace(execution, decode_layout=layout))
+
+
+def _require_cudnn(platform: str, device, network: NetworkConfig, dtype: str):
+  """Checks that cuDNN's attention takes this network on these devices.
+
+  Source of the limits: `check_is_flash_attention` in JAX's cudnn/fused_attention_stablehlo.py.
+
+  Raises:
+    UserError: it does not.
+  """
+  where = "config.execution.attention='cudnn'"
+  mend = "use 'auto' or 'plain'"
+  # Of an AMD GPU, the capability is a name such as gfx942.
+  capability = getattr(device, "compute_capability", "") if platform == "gpu" else ""
+  numbers = capability.split(".")
+  if not all(number.isdecimal() for number in numbers) or int(numbers[0]) < 8:
+    kind = f"{platform} ({device.device_kind})" if platform == "gpu" else platform
+    raise UserError(f"{where} needs NVIDIA GPUs of Ampere or later, not {kind}; {mend}")
+  if dtype != "bfloat16":
+    raise UserError(f"{where} needs config.execution.dtype='bfloat16', not {dtype!r}; or {mend}")
+  most = cudnn.MAX_HEAD_DIM if int(numbers[0]) >= 9 else cudnn.MAX_HEAD_DIM // 2
+  if network.head_dim > most or network.head_dim % cudnn.HEAD_DIM_STEP:
+    raise UserError(
+      f"{where} needs a head_dim that is a multiple of {cudnn.HEAD_DIM_STEP} and at most {most} on"
+      f" {device.device_kind}, not {network.head_dim}; {mend}"
+    )

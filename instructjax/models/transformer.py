@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
-from instructjax.models import layers, positions, products, splash
+from instructjax.models import cudnn, layers, positions, products, splash
 from instructjax.parallel import constraints, sharding, stacking
 
 POSITION_STD = 0.01  # of GPT-2's position table (wpe); its other weights have 0.02
@@ -386,8 +386,9 @@ def _attention(model, segment_BL, position_BL):
     window = lambda index: cfg.attention_window if kinds[index % len(kinds)] == "L" else 0
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=window(index))
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
-  return lambda index, q_BTGRK, *pair: layers.attend(
-    q_BTGRK, *pair, mask_BTS=layer_mask(masks, kinds, index)
+  attend = cudnn.attend if model.execution.attention == "cudnn" else layers.attend
+  return lambda index, q_BTGRK, k_BGTK, v_BGTK: attend(
+    q_BTGRK, k_BGTK, v_BGTK, layer_mask(masks, kinds, index)
   )
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.config import MeshConfig
@@ -59,21 +59,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence | None = None) -> Mesh:
       names the nearest mesh that fits.
   """
   devices = jax.devices() if devices is None else list(devices)
-  asked = [getattr(cfg, axis) for axis in MESH_AXES]
-  free = asked.count(-1)
-  if free > 1 or any(size < 1 and size != -1 for size in asked):
-    raise UserError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
   slices = _num_slices(devices)
-  fixed = math.prod(size for size in asked if size != -1)
-  shape = tuple(len(devices) // fixed if size == -1 else size for size in asked)
-  rule = None
-  if math.prod(shape) != len(devices):
-    rule = f"multiply to the number of devices, got {len(devices)}"
-  elif slices > 1 and shape[0] != slices:
-    rule = f"have as many slices as the devices lie in, got {slices}"
-  if rule:
-    nearest = _nearest(asked, len(devices), num_slices=slices if slices > 1 else None)
-    raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
+  shape = _mesh_shape(cfg, len(devices), slices)
   # Sizes inside a slice first, then over slices: only the axis `slice` may cross DCN.
   if slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
@@ -82,6 +69,47 @@ def make_mesh(cfg: MeshConfig, devices: Sequence | None = None) -> Mesh:
   else:
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def describe_mesh(cfg: MeshConfig, kind: str, num_devices: int, num_slices: int) -> AbstractMesh:
+  """The mesh over the devices of TPU slices that are not attached to this machine.
+
+  Args:
+    cfg: as for `make_mesh`.
+    kind: `jax.Device.device_kind`.
+    num_devices: devices of all slices together.
+    num_slices: number of slices.
+  Raises:
+    UserError: as for `make_mesh`.
+  """
+  device = AbstractDevice(kind, None, platform="tpu")
+  shape = _mesh_shape(cfg, num_devices, num_slices)
+  return AbstractMesh(
+    shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device
+  )
+
+
+def _mesh_shape(cfg: MeshConfig, num_devices: int, num_slices: int) -> tuple[int, ...]:
+  """Sizes in the order of MESH_AXES, with the devices that are left in place of -1.
+
+  Raises:
+    UserError: as for `make_mesh`.
+  """
+  asked = [getattr(cfg, axis) for axis in MESH_AXES]
+  free = asked.count(-1)
+  if free > 1 or any(size < 1 and size != -1 for size in asked):
+    raise UserError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
+  fixed = math.prod(size for size in asked if size != -1)
+  shape = tuple(num_devices // fixed if size == -1 else size for size in asked)
+  rule = None
+  if math.prod(shape) != num_devices:
+    rule = f"multiply to the number of devices, got {num_devices}"
+  elif num_slices > 1 and shape[0] != num_slices:
+    rule = f"have as many slices as the devices lie in, got {num_slices}"
+  if rule:
+    nearest = _nearest(asked, num_devices, num_slices=num_slices if num_slices > 1 else None)
+    raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
+  return shape
 
 
 def _num_slices(devices: Sequence) -> int:
@@ -160,44 +188,97 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
   return PS(*(None if AXIS_RULES[axis] in gathered else AXIS_RULES[axis] for axis in axes))
 
 
-def require_fit(mesh: Mesh, axes_tree: Any, shapes_tree: Any, rows: Mapping[str, int]):
-  """Refuses a mesh that does not divide a parameter or a batch.
+def require_fit(
+  mesh: Mesh | AbstractMesh,
+  axes_tree: Any,
+  shapes_tree: Any,
+  rows: Mapping[str, int],
+  parts: Mapping[str, tuple[int, str]] | None = None,
+):
+  """Refuses a mesh that does not divide a parameter, a batch or a part of one.
 
   Args:
     mesh: a Mesh or an AbstractMesh.
     axes_tree: tuples of logical axis names, as from `models.param_axes`.
     shapes_tree: arrays, or anything with shapes, in the same tree.
     rows: flag that sets a batch size -> rows of that batch.
+    parts: settings that a batch is divided by -> (rows of a part, how to mend it).
   Raises:
-    UserError: names the first parameter or batch that is not divisible, and the nearest mesh of as many devices that
-      divides everything. If there is none, it names the nearest that divides the parameters.
+    UserError: names the first parameter, batch or part that is not divisible, and the nearest mesh of as many devices
+      that divides everything. If there is none, it names one with the batches that must then change; for a parameter,
+      the nearest that divides the parameters.
     ValueError: a logical axis has no rule, or a parameter has another number of axes than dimensions.
   """
-  params = list(_split_dimensions(axes_tree, shapes_tree))
+  params, parts = list(_split_dimensions(axes_tree, shapes_tree)), parts or {}
   batches = [(name, size, ROWS) for name, size in rows.items()]
-  for name, size, axes in params + batches:
+  pieces = [(name, size, ROWS) for name, (size, _) in parts.items()]
+  for name, size, axes in params + batches + pieces:
     shards = _num_shards(mesh.shape, axes)
     if size % shards == 0:
       continue
-    fitting = _nearest_to(mesh, params + batches)
-    if axes == ROWS:
-      place = f"{' * '.join(ROWS)} = {shards}"
-      mend = f"Set --{name} to a multiple" + (f", or the mesh to {fitting}" if fitting else "")
-    else:
+    fitting = _nearest_to(mesh, params + batches + pieces)
+    if axes != ROWS:
       place = f"axis {axes[0]}={shards}"
       mend = f"Nearest mesh that fits: {fitting or _nearest_to(mesh, params)}"
-    raise UserError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}")
+      raise UserError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}")
+    place = f"{' * '.join(ROWS)} = {shards}"
+    mesh_of = fitting or _with_batches(mesh, params, rows, pieces)
+    if name in rows:
+      mend = f"Set --{name} to a multiple" + (f", or the mesh to {mesh_of}" if mesh_of else "")
+      raise UserError(f"sharding: {name}={size} must be divisible by mesh {place}. {mend}")
+    mend = (f"Set the mesh to {mesh_of}, or " if mesh_of else "") + parts[name][1]
+    raise UserError(
+      f"sharding: {name} = {size} rows must be divisible by mesh {place}, else each device computes all of them."
+      f" {mend[0].upper()}{mend[1:]}"
+    )
 
 
-def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
+def _with_batches(
+  mesh: Mesh | AbstractMesh, params: list[tuple], rows: Mapping[str, int], pieces: list[tuple]
+) -> str:
+  """A mesh with the batches that have to grow for it, as flags; the smallest ones. '' if there is none."""
+  sizes = sorted(set(rows.values()))
+  for least in sizes[1:]:
+    kept = [(name, size, ROWS) for name, size in rows.items() if size >= least]
+    shape = _shape_nearest_to(mesh, params + kept + pieces)
+    if shape is not None:
+      shards = math.prod(shape[MESH_AXES.index(axis)] for axis in ROWS)
+      grown = {name: -(-size // shards) * shards for name, size in rows.items() if size % shards}
+      return " ".join([_spell(shape), *(f"--{name}={size}" for name, size in grown.items())])
+  return ""
+
+
+def _nearest_to(mesh: Mesh | AbstractMesh, dimensions: list[tuple[str, int, tuple]]) -> str:
   """The nearest mesh of as many devices and slices that divides the dimensions, as flags; '' if there is none."""
-  shape = _nearest(
+  shape = _shape_nearest_to(mesh, dimensions)
+  return _spell(shape) if shape else ""
+
+
+def _shape_nearest_to(
+  mesh: Mesh | AbstractMesh, dimensions: list[tuple[str, int, tuple]]
+) -> tuple | None:
+  return _nearest(
     [mesh.shape[axis] for axis in MESH_AXES],
     mesh.size,
     num_slices=mesh.shape["slice"],
     splits=[(axes, size) for _, size, axes in dimensions],
   )
-  return _spell(shape) if shape else ""
+
+
+def nearest_mesh(
+  mesh: Mesh | AbstractMesh, axes_tree: Any, shapes_tree: Any, sizes: Iterable[int]
+) -> MeshConfig | None:
+  """The mesh of as many devices and slices nearest to `mesh` that divides all parameters and these numbers of rows.
+
+  Args:
+    mesh, axes_tree, shapes_tree: as for `require_fit`.
+    sizes: rows of batches and of their parts.
+  Returns:
+    The sizes of its axes; None if there is no such mesh.
+  """
+  params = list(_split_dimensions(axes_tree, shapes_tree))
+  shape = _shape_nearest_to(mesh, params + [("", size, ROWS) for size in sizes])
+  return None if shape is None else MeshConfig(**dict(zip(MESH_AXES, shape)))
 
 
 def _split_dimensions(axes_tree: Any, shapes_tree: Any):

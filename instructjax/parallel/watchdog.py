@@ -102,6 +102,7 @@ class Watchdog:
     self._lock = threading.Lock()
     self._where, self._is_step, self._is_save = "the start", False, False
     self._marks, self._since = 0, time.monotonic()
+    self._looked_at = self._since
     self._step_began: float | None = None
     self._times: collections.deque[float] = collections.deque(maxlen=_TIMED)
     self._meeting: tuple[str, str, Waiting] | None = None
@@ -201,30 +202,33 @@ class Watchdog:
     return max(self._limits.grace_seconds, 3 * (self.usual() or 0.0))
 
   def _watch(self):
-    before = time.monotonic()
     while not self._is_over.is_set():
       self._listen()
-      now = time.monotonic()
-      with self._lock:
-        if now - before > _TICK + _PAUSE:
-          self._since += now - before
-        before = now
-        silent = now - self._since
-      if self._is_over.is_set():
-        return
-      if self._team:
-        self._report_meeting(self._team, now)
-        self._follow(self._team)
-        silent = self._heed_work(self._team, now, silent)
-      if self._told_at is not None and now - max(self._told_at, self._since) > self._grace():
-        _dump()
-        self._end(
-          f"told to stop (SIGTERM), but stuck at {self._where} for {silent:.0f} s: ends without saving; the same"
-          " command goes on from the last checkpoint",
-          self._told_code,
-        )
-      elif self._limits.stuck_factor and silent > self.allowed():
-        self._give_up(f"no headway for {silent:.0f} s")
+      self._look()
+
+  def _look(self):
+    """Ends the process if it is time for it."""
+    now = time.monotonic()
+    with self._lock:
+      if now - self._looked_at > _TICK + _PAUSE:
+        self._since = min(now, self._since + now - self._looked_at)
+      self._looked_at = now
+      silent = now - self._since
+    if self._is_over.is_set():
+      return
+    if self._team:
+      self._report_meeting(self._team, now)
+      self._follow(self._team)
+      silent = self._heed_work(self._team, now, silent)
+    if self._told_at is not None and now - max(self._told_at, self._since) > self._grace():
+      _dump()
+      self._end(
+        f"told to stop (SIGTERM), but stuck at {self._where} for {silent:.0f} s: ends without saving; the same"
+        " command goes on from the last checkpoint",
+        self._told_code,
+      )
+    elif self._limits.stuck_factor and silent > self.allowed():
+      self._give_up(f"no headway for {silent:.0f} s")
 
   def _listen(self):
     """Waits for a tick, and meanwhile for the word to stop."""

@@ -10,18 +10,17 @@ import logging
 import pathlib
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructjax import models
 from instructjax.core import provenance, terminal
 from instructjax.core.blocks import ROUNDING, SAME_NUMBERS, determining, marked
 from instructjax.core.config import Config, ExecutionConfig, OptimConfig
-from instructjax.core.errors import UserError
 from instructjax.core.provenance import Provenance
 from instructjax.core.stages import REFERENCE, ROLES, STAGES, RoleName
 from instructjax.data.tokenizer import Tokenizer
@@ -106,7 +105,7 @@ class Context:
 
 
 def make_model(
-  config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
+  config: Config, mesh: Mesh | AbstractMesh | None, role: RoleName, vocab_size: int
 ) -> transformer.Model:
   """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device.
 
@@ -121,44 +120,6 @@ def make_model(
 def bare(model: transformer.Model) -> transformer.Model:
   """The same network without an adapter: all of its weights are trained."""
   return model.clone(adapter=None)
-
-
-def require_fit(
-  config: Config, mesh: Mesh, vocab_size: int, roles: Iterable[RoleName], batches: Iterable[str]
-):
-  """Checks that the mesh divides the parameters of all `roles` and all `batches`.
-
-  Args:
-    config: the run's config.
-    mesh: its devices.
-    vocab_size: rows of the embedding tables.
-    roles: keys of `core.stages.ROLES`.
-    batches: dotted config fields that hold sizes of batches; a size of 0 means that the batch is not used.
-  Raises:
-    UserError: the mesh does not divide one of them; see `sharding.require_fit`.
-  """
-  networks = {role: make_model(config, mesh, role, vocab_size) for role in roles}
-  axes = {role: transformer.param_axes(model) for role, model in networks.items()}
-  shapes = {role: transformer.param_shapes(model) for role, model in networks.items()}
-  sizes = {f"config.{name}": lineage.value(config, name) for name in batches}
-  used = {name: size for name, size in sizes.items() if size}
-  sharding.require_fit(mesh, axes, shapes, used)
-
-
-def require_microbatches(config: Config, mesh: Mesh, stage: str):
-  """Checks that the mesh divides the microbatches of a stage: otherwise devices would repeat each other's work.
-
-  Raises:
-    UserError: it does not; the message names the settings and the rows of a microbatch.
-  """
-  shards = sharding.num_row_shards(mesh)
-  for what, rows in lineage.microbatch_rows(config, stage).items():
-    block, count = what.partition(".")[0], what.rpartition(" ")[2]
-    if rows % shards:
-      raise UserError(
-        f"config.{what} = {rows} must be divisible by mesh {' * '.join(sharding.ROWS)} = {shards}; set fewer"
-        f" --config.{block}.{count}"
-      )
 
 
 def canonical(value: Any) -> str:

@@ -63,15 +63,15 @@ def collects(config: Config) -> bool:
 
 
 def collected(config: Config, stage: str) -> tuple[str, ...]:
-  """The stages whose rankings a reward model's stage reads, by round; () if the config names a source of its own."""
+  """The stages whose rankings a reward model's stage reads, by round; the config's source is beside them, if any."""
   return tuple(name for name in parents(config, stage) if STAGES[name].kind == "collect")
 
 
 def contents(config: Config, stage: str) -> tuple[str, ...]:
   """What a stage reads, by the names under which `Contents` knows it: kinds, and collecting stages of later rounds."""
   kinds = reads(config, stage)
-  later = collected(config, stage)[1:] if "comparisons" in kinds else ()
-  return (*kinds, *later)
+  later = [name for name in collected(config, stage) if STAGES[name].round > 1]
+  return (*kinds, *(later if "comparisons" in kinds else ()))
 
 
 def kinds_read(config: Config, stages: Collection[str]) -> list[str]:
@@ -124,24 +124,45 @@ def stage_of(config: Config, policy: str) -> str:
   return base_stage(config, "reward") if stage == "reward_pretrain" else stage
 
 
-def microbatch_rows(config: Config, stage: str) -> dict[str, int]:
-  """Rows of a microbatch, for each batch of a stage that has more than one: settings that divide the batch -> rows."""
-  found = {}
-  for name in STAGES[stage].batches:
+def part_rows(config: Config, stage: str) -> dict[str, tuple[int, str]]:
+  """Rows of the parts that a stage's batches are computed in: settings that divide the batch -> (rows, how to mend).
+
+  The mesh must divide them like the batch. Where it does not, the rows of a part are whole on every device, and all
+  devices compute the same.
+  """
+  row, found = STAGES[stage], {}
+  for name in row.batches:
     block, _, field = name.partition(".")
     cfg = getattr(config, block)
-    if field != "batch_size":
-      continue
-    parts = {"batch_size / microbatches": (cfg.batch_size, cfg.microbatches)}
-    if STAGES[stage].is_rl and block == STAGES[stage].block:
-      minibatch = cfg.batch_size // cfg.num_minibatches
-      parts = {
-        "batch_size / score_microbatches": (cfg.batch_size, cfg.score_microbatches),
-        "batch_size / num_minibatches / microbatches": (minibatch, cfg.microbatches),
-      }
-    found |= {
-      f"{block}.{what}": rows // count for what, (rows, count) in parts.items() if count > 1
-    }
+    if field == "batch_size" and not (row.is_rl and block == row.block) and cfg.microbatches > 1:
+      rows = cfg.batch_size // cfg.microbatches
+      found[f"{block}.batch_size / microbatches"] = (
+        rows,
+        f"set fewer --config.{block}.microbatches",
+      )
+  return found | (_rl_rows(variant(config, stage), row.block) if row.is_rl else {})
+
+
+def _rl_rows(cfg: PPOConfig, block: str) -> dict[str, tuple[int, str]]:
+  """`part_rows` of an RL stage's own batch."""
+  found, flag = {}, f"--config.{block}"
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  what, recipe = f"{block}.batch_size / num_minibatches", "which changes the recipe"
+  if not cfg.packed_rows:  # which divide the minibatch, and are among the stage's batches
+    if cfg.score_microbatches > 1:
+      rows = cfg.batch_size // cfg.score_microbatches
+      mend = f"set fewer {flag}.score_microbatches"
+      found[f"{block}.batch_size / score_microbatches"] = (rows, mend)
+    found[what] = (minibatch, f"set fewer {flag}.num_minibatches, {recipe}")
+    if cfg.microbatches > 1:
+      mend = f"set fewer {flag}.microbatches"
+      found[f"{what} / microbatches"] = (minibatch // cfg.microbatches, mend)
+  if cfg.gamma:
+    rows = minibatch * cfg.ptx_rows // cfg.ptx_microbatches
+    mend = f"set fewer {flag}.ptx_microbatches"
+    if cfg.ptx_microbatches == 1:
+      mend = f"set more {flag}.ptx_rows, {recipe}"
+    found[f"{what} * ptx_rows / ptx_microbatches"] = (rows, mend)
   return found
 
 

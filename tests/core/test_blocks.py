@@ -43,7 +43,7 @@ def test_missing_field():
     ),
     (
       dict(execution__attention="flash"),
-      "config.execution.attention='flash' must be one of 'auto', 'plain', 'splash'",
+      "config.execution.attention='flash' must be one of 'auto', 'plain', 'splash', 'cudnn'",
     ),
     (dict(ppo__policy_optim=1e-3), "config.ppo.policy_optim=0.001 must be a block of fields"),
     (dict(evaluate__compare="ppo"), "config.evaluate.compare='ppo' must be a tuple of str"),

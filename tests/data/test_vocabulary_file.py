@@ -87,4 +87,4 @@ def test_an_id_of_2_to_the_31_takes_neither_time_nor_memory(tmp_path):
     read(tmp_path, content)
   assert tracemalloc.get_traced_memory()[1] < 2**20
   tracemalloc.stop()
-  assert time.perf_counter() - start < 1
+  assert time.perf_counter() - start < 5

@@ -240,6 +240,7 @@ def test_out_of_memory_in_words(message, needed, words):
     "chip": "TPU v5e",
     "devices": 4,
     "mesh": {"fsdp": 4},
+    "a_run_refuses": "",
     "out_of_memory": found,
     "memory": {"arguments": {"policy master": 2**30, "optimiser": 2**31}, "inside": {}},
   }
@@ -293,6 +294,7 @@ def test_a_report_in_words():
     "token_kind": "tokens",
     "decode": {"layout": "2d", "steps": 6, "step": {"wire_bytes": 2e6}},
     "at_mean_response": None,
+    "a_run_refuses": "sft.batch_size=32 must be",
     "collectives": found.by_kind,
     "largest_collectives": estimate.largest(found, 5),
     "host_transfers": [],
@@ -315,6 +317,7 @@ def test_a_report_in_words():
   assert "Decode, layout 2d: 6 steps at most, each sends 2.00 MB a device." in lines
   assert any(line.endswith(" GB  rollout/add") for line in lines)
   assert "Host transfers: none." in lines
+  assert lines[-2].endswith("would be refused. sft.batch_size=32 must be")
   assert not any("Between slices" in line for line in lines)
   assert all(
     "estimate" in line for line in lines if " a second" in line and "s an iteration" in line
@@ -457,11 +460,11 @@ def test_model_flops(stage, head, mesh):
     ("evaluate", {}, "--stage=evaluate must be one of pretrain, "),
     ("sft", {"sft": {"batch_size": 6}}, "config.sft.batch_size=6 must be divisible by mesh"),
     ("rm", {"rm": {"batch_size": 2}}, "config.rm.batch_size=2 must be divisible"),
-    ("ppo", {"ppo": {"num_minibatches": 8}}, "num_minibatches = 2 must be divisible by mesh"),
+    ("ppo", {"ppo": {"num_minibatches": 8}}, "num_minibatches = 2 rows must be divisible by mesh"),
     (
       "ppo_ptx",
       {"ppo": {"ptx_microbatches": 32}},
-      "ptx_rows / ptx_microbatches = 2 must be divisible",
+      "ptx_rows / ptx_microbatches = 2 rows must be divisible",
     ),
     ("sft", {"model": {"d_model": 510}}, "embed=510 must be divisible by mesh axis fsdp=4"),
   ],

@@ -81,7 +81,7 @@ def test_every_mesh_is_a_candidate_or_told_why_not():
     model.update(num_heads=2, num_kv_heads=2)
   found = run(config, lambda flags: report())
   rows, heads = found["do_not_divide"]
-  assert "num_minibatches = 2 must be divisible by mesh slice * data * fsdp = 4" in rows
+  assert "num_minibatches = 2 rows must be divisible by mesh slice * data * fsdp = 4" in rows
   assert "kv_heads=2 must be divisible by mesh axis tensor=4" in heads
   assert found["do_not_divide"] == {
     rows: ["data:4", "data:2,fsdp:2", "fsdp:4"],

@@ -1,6 +1,7 @@
 """What stands for `auto` on each kind of device."""
 
 import dataclasses
+import types
 
 import jax
 import pytest
@@ -8,6 +9,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from instructjax import models
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
+from instructjax.models import execution
 from instructjax.parallel import sharding
 from tests import tiny
 
@@ -50,3 +53,42 @@ def test_the_mesh_decides_not_the_machine():
   assert dataclasses.astuple(describe(here))[1:3] == ("unroll", "plain")
   assert describe(None) == describe(here)
   assert "auto" not in dataclasses.astuple(describe(there)) + dataclasses.astuple(describe(here))
+
+
+def gpu(capability: str, kind="NVIDIA H100"):
+  return types.SimpleNamespace(compute_capability=capability, device_kind=kind)
+
+
+@pytest.mark.parametrize(
+  "capability, head_dim, dtype, message",
+  [
+    ("9.0", 256, "bfloat16", ""),
+    ("12.0", 64, "bfloat16", ""),
+    ("8.0", 128, "bfloat16", ""),
+    ("8.0", 136, "bfloat16", "a multiple of 8 and at most 128 on NVIDIA H100, not 136"),
+    ("9.0", 264, "bfloat16", "at most 256"),
+    ("9.0", 20, "bfloat16", "a multiple of 8"),
+    ("9.0", 64, "float32", "needs config.execution.dtype='bfloat16', not 'float32'"),
+    ("7.5", 64, "bfloat16", "of Ampere or later, not gpu (NVIDIA H100)"),
+    ("gfx942", 64, "bfloat16", "of Ampere or later, not gpu (NVIDIA H100)"),
+  ],
+)
+def test_what_cudnn_takes(capability, head_dim, dtype, message):
+  network = dataclasses.replace(tiny.GPT2, head_dim=head_dim)
+  check = lambda: execution._require_cudnn("gpu", gpu(capability), network, dtype)
+  if not message:
+    return check()
+  with pytest.raises(UserError) as told:
+    check()
+  assert message in str(told.value) and "'plain'" in str(told.value)
+
+
+def test_cudnn_is_refused_on_other_devices():
+  device = AbstractDevice("TPU v5", None, platform="tpu")
+  there = AbstractMesh((1, 1, 2, 1), sharding.MESH_AXES, abstract_device=device)
+  asked = dataclasses.replace(AUTO, attention="cudnn")
+  for mesh, platform in ((there, "tpu"), (None, "cpu")):
+    with pytest.raises(
+      UserError, match=f"needs NVIDIA GPUs of Ampere or later, not {platform}; use"
+    ):
+      models.model_on(mesh, tiny.GPT2, asked, 19, "lm")

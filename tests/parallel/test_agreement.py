@@ -33,7 +33,7 @@ def told(*facts: dict) -> list[str]:
   for thread in threads:
     thread.start()
   for thread in threads:
-    thread.join(timeout=20)
+    thread.join(timeout=60)
   return ends
 
 
@@ -130,7 +130,7 @@ def workdirs_told(*folders: pathlib.Path) -> list[str]:
   for thread in threads:
     thread.start()
   for thread in threads:
-    thread.join(timeout=20)
+    thread.join(timeout=60)
   return ends
 
 
@@ -180,11 +180,11 @@ def test_all_processes_follow_what_the_first_says_under_each_number():
     for number in (4, 5, 6):
       said = f"said {number}" if team.process == 0 else ""
       heard[team.process].append(agreement.follow_first(team, "rewards", number, said))
-      barrier.wait(10)
+      barrier.wait(60)
 
   threads = [threading.Thread(target=one, args=(team,)) for team in teams(3)]
   for thread in threads:
     thread.start()
   for thread in threads:
-    thread.join(timeout=20)
+    thread.join(timeout=60)
   assert set(map(tuple, heard.values())) == {("said 4", "said 5", "said 6")}

@@ -7,7 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src import compilation_cache
+from jax._src import compilation_cache, compiler
 
 from instructjax.parallel import compiled
 
@@ -90,3 +90,12 @@ def test_half_written_programs_are_made_again_in_silence(tmp_path, capfd, left):
     assert make()(jnp.float32(2.0)) == expected
   assert set((tmp_path / "compiled").glob("*-cache")) >= set(whole)
   assert capfd.readouterr().err == ""
+
+
+def test_what_a_gpus_autotuning_found_is_kept_too(tmp_path):
+  """XLA is told where by JAX's compile options; on a CPU they have no effect."""
+  compiled.keep_programs(tmp_path)
+  options = compiler.get_compile_options(num_replicas=1, num_partitions=1)
+  flags = options.executable_build_options.debug_options
+  folder = tmp_path / "compiled" / "xla_gpu_per_fusion_autotune_cache_dir"
+  assert flags.xla_gpu_per_fusion_autotune_cache_dir == str(folder)

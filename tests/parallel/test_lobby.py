@@ -81,9 +81,9 @@ def test_what_is_no_process_of_a_run_is_ignored():
 
   scanner = threading.Thread(target=scan)
   scanner.start()
-  late = threading.Timer(1.0, lambda: lobby.gather(f"127.0.0.1:{port}", 2, 1, 20.0))
+  late = threading.Timer(1.0, lambda: lobby.gather(f"127.0.0.1:{port}", 2, 1, 60.0))
   late.start()
-  lobby.gather(f"127.0.0.1:{port}", 2, 0, 20.0)
+  lobby.gather(f"127.0.0.1:{port}", 2, 0, 60.0)
   scanner.join()
   late.join()
 
@@ -98,7 +98,7 @@ def test_a_stranger_at_the_address_is_not_taken_for_process_0():
     threading.Thread(target=answer, daemon=True).start()
     with mock.patch.object(lobby, "_STRANGER", 0.0):
       with pytest.raises(NotJoined, match="what answers there is not process 0 of a run"):
-        lobby.gather(address, 2, 1, 20.0)
+        lobby.gather(address, 2, 1, 60.0)
 
 
 @pytest.mark.parametrize(

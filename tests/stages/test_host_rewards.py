@@ -71,7 +71,7 @@ def test_process_0_computes_and_all_others_learn_of_it_or_of_what_is_wrong(monke
   for thread in threads:
     thread.start()
   for thread in threads:
-    thread.join(timeout=20)
+    thread.join(timeout=60)
   assert len(calls) == 1 and ends.keys() == {0, 1, 2}
   (end,) = {str(end) for end in ends.values()}
   assert end == str([float(np.float32(0.1)), 2.5]) if is_right else "returned nan for" in end

@@ -727,12 +727,18 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
     ({"ppo__batch_size": 4}, r"config.ppo.batch_size=4 must be divisible by mesh"),
     (
       {"sft__microbatches": 2},
-      r"config.sft.batch_size / microbatches = 4 must be divisible by mesh slice \* data \* fsdp = 8; set fewer"
-      " --config.sft.microbatches",
+      r"config.sft.batch_size / microbatches = 4 rows must be divisible by mesh slice \* data \* fsdp = 8, else each"
+      " device computes all of them. Set the mesh to --config.mesh.slice=1 --config.mesh.data=4 --config.mesh.fsdp=1"
+      " --config.mesh.tensor=2, or set fewer --config.sft.microbatches",
     ),
     (
       {"ppo__batch_size": 16, "ppo__microbatches": 2},
-      "config.ppo.batch_size / num_minibatches / microbatches = 4 must be divisible by mesh",
+      "config.ppo.batch_size / num_minibatches / microbatches = 4 rows must be divisible by mesh",
+    ),
+    (
+      {"ppo__batch_size": 8, "ppo__num_minibatches": 2},
+      "config.ppo.batch_size / num_minibatches = 4 rows must be divisible by mesh .* or set fewer"
+      " --config.ppo.num_minibatches, which changes the recipe",
     ),
     ({"ppo__packed_rows": 4}, r"packed_rows=4 must be divisible by mesh slice \* data \* fsdp = 8"),
     ({"tokenizer__path": "/no.model"}, "^/no.model cannot be read: No such file"),
@@ -758,7 +764,8 @@ def test_bad_data_is_refused_before_training(specs, tmp_path, kind):
   ],
 )
 def test_what_would_fail_later_is_refused_at_once(specs, tmp_path, changes, match):
-  refuse(config(specs, **changes), tmp_path, match, one_device=False)
+  about_devices = "must be divisible" in match or "number of devices" in match
+  refuse(config(specs, **changes), tmp_path, match, one_device=not about_devices)
   assert_untrained(tmp_path)
 
 

@@ -130,7 +130,7 @@ def test_what_cannot_fit_is_refused_at_once(changes, named):
   began = time.monotonic()
   with pytest.raises(UserError) as refused:
     room.require(cfg, ONE, lineage.plan(cfg), 1000 * GIB, "this machine")
-  assert time.monotonic() - began < 1
+  assert time.monotonic() - began < 5
   line = str(refused.value)
   assert (
     named in line and "this machine has 1,000.0 GiB" in line and "GiB of memory by estimate" in line
