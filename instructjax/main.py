@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags, logging
 
-from instructjax.commands import cli, config_flag, settings
+from instructjax.commands import check, cli, config_flag, settings
 from instructjax.core import places
 from instructjax.core.config import Config, from_config_dict
 from instructjax.core.errors import UserError
@@ -33,6 +33,7 @@ _SEEDS = flags.DEFINE_string(
   "Seeds to run the config with, as 0,1,2; with --sweep, each point with each of them.",
 )
 _SETTINGS = settings.define()
+_CHECK = check.define()
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
@@ -42,7 +43,11 @@ _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes", None, "Number of processes of the run; 1 is a run of one process."
 )
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-for _name in ("config", "settings"):  # defined in other modules, whose flags --help would leave out
+for _name in (
+  "config",
+  "settings",
+  "check",
+):  # defined in other modules, whose flags --help would leave out
   flags.declare_key_flag(_name)
 flags.mark_flags_as_required(["config"])
 
@@ -55,15 +60,19 @@ def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group 
   Raises:
     UserError: a flag or setting is wrong.
   """
-  if arguments:
-    raise UserError(
-      f"unexpected arguments {ascii(arguments)[:200]}; settings are given as --config.NAME=VALUE"
-    )
+  _refuse(arguments)
   points = read_points()
   config = points[0].config if points else from_config_dict(_CONFIG.value)
   workdir = places.require_workdir(_WORKDIR.value)
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   return config, workdir, group
+
+
+def _refuse(arguments: list[str]):
+  if arguments:
+    raise UserError(
+      f"unexpected arguments {ascii(arguments)[:200]}; settings are given as --config.NAME=VALUE"
+    )
 
 
 def read_points() -> list[Point]:
@@ -87,6 +96,11 @@ def main(arguments: list[str]):
   if _SETTINGS.value is not None and not arguments:
     from_config_dict(_CONFIG.value)
     print(settings.show(_CONFIG.value, _SETTINGS.value))
+    return
+  if _CHECK.value is not None:
+    _refuse(arguments)
+    points = [(point.name, point.config) for point in read_points()]
+    print(*check.check(points or [("", from_config_dict(_CONFIG.value))], _CHECK.value), sep="\n")
     return
   config, workdir, group = read(arguments)
   if group:

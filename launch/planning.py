@@ -4,6 +4,7 @@ Called by plan.py, which is the command. JAX is imported inside functions only, 
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import resource
 import time
@@ -250,7 +251,7 @@ def _with_mesh(config: Config, stage: str, devices: list) -> tuple[Config, str]:
   stages = [name for name in lineage.plan(config) if name != stage]
   refused = ""
   for divided in ([*stages, stage], [stage]):
-    sizes = meshes.settle(config, divided, devices)
+    sizes = meshes.settle(config, divided, functools.partial(sharding.make_mesh, devices=devices))
     try:
       meshes.require_fit(config, sharding.make_mesh(sizes, devices), [*stages, stage])
     except UserError as error:

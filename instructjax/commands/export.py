@@ -15,7 +15,7 @@ from instructjax.core import places
 from instructjax.core.errors import UserError
 
 if TYPE_CHECKING:
-  from instructjax.models.interop import GgufType
+  from instructjax.models.interop import Dtype, GgufType
   from instructjax.train.weights import Which
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -53,6 +53,12 @@ _PUSH = flags.DEFINE_string(
   "Push the export to the Hugging Face hub too, as ORG/NAME; a new repository is private.",
 )
 _PUBLIC = flags.DEFINE_bool("public", False, "Whether the repository that --push makes is public.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["float32", "bfloat16"],
+  "Numbers of a Hugging Face folder; float32 by default. bfloat16 halves it, rounded to nearest.",
+)
 _TYPE = flags.DEFINE_enum("type", None, ["f16", "q8_0"], "Numbers of a GGUF file; f16 by default.")
 
 
@@ -70,7 +76,11 @@ def main(arguments: list[str]):
     raise UserError(f"--out={out} must be a file's name that ends in .gguf")
   if _TYPE.value and not is_gguf:
     raise UserError(
-      f"--type={_TYPE.value} goes with --format=gguf; a Hugging Face folder is float32"
+      f"--type={_TYPE.value} goes with --format=gguf; a Hugging Face folder has --dtype"
+    )
+  if _DTYPE.value and _FORMAT.value != "hf":
+    raise UserError(
+      f"--dtype={_DTYPE.value} goes with --format=hf; a GGUF file has --type, and an adapter is float32"
     )
   if _PUBLIC.value and _PUSH.value is None:
     raise UserError("--public goes with --push=ORG/NAME")
@@ -89,7 +99,8 @@ def main(arguments: list[str]):
   elif _FORMAT.value == "peft":
     packaging.write_peft(checkpoint, out, which=which, base=base)
   else:
-    packaging.write_huggingface(checkpoint, out, which=which, base=base)
+    dtype = cast("Dtype", _DTYPE.value or "float32")
+    packaging.write_huggingface(checkpoint, out, which=which, base=base, dtype=dtype)
   print(f"written: {out}", flush=True)
   if _PUSH.value is not None:
     print(f"pushed: {hub.push(out, _PUSH.value, private=not _PUBLIC.value)}")

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.config import MeshConfig
@@ -59,21 +59,8 @@ def make_mesh(cfg: MeshConfig, devices: Sequence | None = None) -> Mesh:
       names the nearest mesh that fits.
   """
   devices = jax.devices() if devices is None else list(devices)
-  asked = [getattr(cfg, axis) for axis in MESH_AXES]
-  free = asked.count(-1)
-  if free > 1 or any(size < 1 and size != -1 for size in asked):
-    raise UserError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
   slices = _num_slices(devices)
-  fixed = math.prod(size for size in asked if size != -1)
-  shape = tuple(len(devices) // fixed if size == -1 else size for size in asked)
-  rule = None
-  if math.prod(shape) != len(devices):
-    rule = f"multiply to the number of devices, got {len(devices)}"
-  elif slices > 1 and shape[0] != slices:
-    rule = f"have as many slices as the devices lie in, got {slices}"
-  if rule:
-    nearest = _nearest(asked, len(devices), num_slices=slices if slices > 1 else None)
-    raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
+  shape = _mesh_shape(cfg, len(devices), slices)
   # Sizes inside a slice first, then over slices: only the axis `slice` may cross DCN.
   if slices > 1:
     grid = mesh_utils.create_hybrid_device_mesh(
@@ -82,6 +69,47 @@ def make_mesh(cfg: MeshConfig, devices: Sequence | None = None) -> Mesh:
   else:
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def describe_mesh(cfg: MeshConfig, kind: str, num_devices: int, num_slices: int) -> AbstractMesh:
+  """The mesh over the devices of TPU slices that are not attached to this machine.
+
+  Args:
+    cfg: as for `make_mesh`.
+    kind: `jax.Device.device_kind`.
+    num_devices: devices of all slices together.
+    num_slices: number of slices.
+  Raises:
+    UserError: as for `make_mesh`.
+  """
+  device = AbstractDevice(kind, None, platform="tpu")
+  shape = _mesh_shape(cfg, num_devices, num_slices)
+  return AbstractMesh(
+    shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device
+  )
+
+
+def _mesh_shape(cfg: MeshConfig, num_devices: int, num_slices: int) -> tuple[int, ...]:
+  """Sizes in the order of MESH_AXES, with the devices that are left in place of -1.
+
+  Raises:
+    UserError: as for `make_mesh`.
+  """
+  asked = [getattr(cfg, axis) for axis in MESH_AXES]
+  free = asked.count(-1)
+  if free > 1 or any(size < 1 and size != -1 for size in asked):
+    raise UserError(f"mesh: {_spell(asked)} must be positive sizes, with -1 at most once")
+  fixed = math.prod(size for size in asked if size != -1)
+  shape = tuple(num_devices // fixed if size == -1 else size for size in asked)
+  rule = None
+  if math.prod(shape) != num_devices:
+    rule = f"multiply to the number of devices, got {num_devices}"
+  elif num_slices > 1 and shape[0] != num_slices:
+    rule = f"have as many slices as the devices lie in, got {num_slices}"
+  if rule:
+    nearest = _nearest(asked, num_devices, num_slices=num_slices if num_slices > 1 else None)
+    raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
+  return shape
 
 
 def _num_slices(devices: Sequence) -> int:
@@ -161,7 +189,7 @@ def spec_of(axes: tuple[str, ...], *, gathered: tuple[str, ...] = ()) -> PS:
 
 
 def require_fit(
-  mesh: Mesh,
+  mesh: Mesh | AbstractMesh,
   axes_tree: Any,
   shapes_tree: Any,
   rows: Mapping[str, int],
@@ -206,7 +234,7 @@ def require_fit(
 
 
 def _with_batches(
-  mesh: Mesh, params: list[tuple], rows: Mapping[str, int], pieces: list[tuple]
+  mesh: Mesh | AbstractMesh, params: list[tuple], rows: Mapping[str, int], pieces: list[tuple]
 ) -> str:
   """A mesh with the batches that have to grow for it, as flags; the smallest ones. '' if there is none."""
   sizes = sorted(set(rows.values()))
@@ -220,13 +248,15 @@ def _with_batches(
   return ""
 
 
-def _nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> str:
+def _nearest_to(mesh: Mesh | AbstractMesh, dimensions: list[tuple[str, int, tuple]]) -> str:
   """The nearest mesh of as many devices and slices that divides the dimensions, as flags; '' if there is none."""
   shape = _shape_nearest_to(mesh, dimensions)
   return _spell(shape) if shape else ""
 
 
-def _shape_nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> tuple | None:
+def _shape_nearest_to(
+  mesh: Mesh | AbstractMesh, dimensions: list[tuple[str, int, tuple]]
+) -> tuple | None:
   return _nearest(
     [mesh.shape[axis] for axis in MESH_AXES],
     mesh.size,
@@ -236,7 +266,7 @@ def _shape_nearest_to(mesh: Mesh, dimensions: list[tuple[str, int, tuple]]) -> t
 
 
 def nearest_mesh(
-  mesh: Mesh, axes_tree: Any, shapes_tree: Any, sizes: Iterable[int]
+  mesh: Mesh | AbstractMesh, axes_tree: Any, shapes_tree: Any, sizes: Iterable[int]
 ) -> MeshConfig | None:
   """The mesh of as many devices and slices nearest to `mesh` that divides all parameters and these numbers of rows.
 

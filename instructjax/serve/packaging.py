@@ -15,17 +15,21 @@ from jax.sharding import Mesh
 
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
-from instructjax.core.structs import Params
 from instructjax.models import execution, interop, transformer
 from instructjax.parallel import sharding
 from instructjax.serve import card, tokenizer_export
-from instructjax.train import weights
+from instructjax.train import streams, weights
 
 
 def write_huggingface(
-  checkpoint: str, out: pathlib.Path, *, which: weights.Which = "ema", base: str = ""
+  checkpoint: str,
+  out: pathlib.Path,
+  *,
+  which: weights.Which = "ema",
+  base: str = "",
+  dtype: interop.Dtype = "float32",
 ):
-  """Writes a folder that `transformers` loads. If anything fails, no folder is left.
+  """Writes a folder that `transformers` loads, with one tensor at a time in memory. If anything fails, none is left.
 
   A language model loads with AutoModelForCausalLM, a reward or value model with AutoModelForSequenceClassification.
 
@@ -34,13 +38,15 @@ def write_huggingface(
     out: the new folder.
     which: which weights of an RL stage: the averaged policy, the last one, or the value network.
     base: of an adapter, where its base lies now; it is merged into it. '' for the place that is known.
+    dtype: of the numbers in the files.
   Raises:
     UserError: `out` exists, the checkpoint cannot be opened or read, Hugging Face has no architecture for its network,
       or `out` cannot be written.
   """
   _require_new(out)
   opened = weights.locate(checkpoint, which, base)
-  model, params = _load(opened)
+  mesh, model = _network(opened)
+  stored = streams.stored(opened, mesh, model)
   is_scalar = opened.head == "scalar"
   # A classifier in transformers finds the last token of a text by its pad token; ours has none, so it gets a new id.
   pad_id = model.vocab_size if is_scalar else None
@@ -49,7 +55,7 @@ def write_huggingface(
       opened.tokenizer, scratch, max_length=opened.network.max_length, pad_id=pad_id
     )
     # Into a folder of its own, because `write_folder` takes only an empty one and the tokenizer lies here already.
-    interop.write_folder(scratch / "weights", model, params, ids)
+    interop.write_folder(scratch / "weights", model, stored, ids, dtype=dtype)
     for path in (scratch / "weights").iterdir():
       path.rename(scratch / path.name)
     (scratch / "weights").rmdir()
@@ -59,7 +65,7 @@ def write_huggingface(
       given |= {"eos_token_id": list(stops)} if len(stops) > 1 else {}
       _write(scratch / "generation_config.json", json.dumps(given, indent=2) + "\n")
     score_bias = json.loads((scratch / "config.json").read_text()).get(interop.SCORE_BIAS, 0.0)
-    about = card.Export(out.name, "hf", which, "float32", _num_parameters(model), score_bias)
+    about = card.Export(out.name, "hf", which, dtype, _num_parameters(model), score_bias)
     _write(scratch / "README.md", card.text(opened, about))
     with writing(out):
       os.replace(scratch, out)
@@ -135,10 +141,11 @@ def write_gguf(
       f"{checkpoint} is a reward or value model, and GGUF has no place for its head; use --format=hf"
     )
   metadata = tokenizer_export.gguf_metadata(opened.tokenizer)
-  model, params = _load(opened)
+  mesh, model = _network(opened)
+  stored = streams.stored(opened, mesh, model)
   about = card.Export(out.name, "gguf", which, kind.upper(), _num_parameters(model))
   with _whole(out) as scratch:
-    interop.write_file(scratch / out.name, model, params, metadata, kind, name=out.stem)
+    interop.write_file(scratch / out.name, model, stored, metadata, kind, name=out.stem)
     _write(scratch / beside.name, card.text(opened, about))
     with writing(out):
       # The weights last, so that no weights lie there without their card.
@@ -150,12 +157,6 @@ def _require_new(*paths: pathlib.Path):
   for path in paths:
     if path.exists():
       raise UserError(f"{path} is there already, and nothing is overwritten; give another --out")
-
-
-def _load(opened: weights.Weights) -> tuple[transformer.Model, Params]:
-  """Loads the network and its weights into host memory."""
-  mesh, model = _network(opened)
-  return model, opened.load(mesh, model)
 
 
 def _network(opened: weights.Weights) -> tuple[Mesh, transformer.Model]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructjax import models
 from instructjax.core import provenance, terminal
@@ -105,7 +105,7 @@ class Context:
 
 
 def make_model(
-  config: Config, mesh: Mesh | None, role: RoleName, vocab_size: int
+  config: Config, mesh: Mesh | AbstractMesh | None, role: RoleName, vocab_size: int
 ) -> transformer.Model:
   """The network of a role (a key of `core.stages.ROLES`) as it runs on a mesh; None stands for one device.
 

@@ -5,9 +5,9 @@ Called by pipeline.py and by launch's planner.
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core.config import Config, MeshConfig
 from instructjax.core.stages import STAGES, RoleName
@@ -17,7 +17,11 @@ from instructjax.stages import lineage
 from instructjax.stages.context import make_model
 
 
-def settle(config: Config, stages: Collection[str], devices: Sequence | None = None) -> MeshConfig:
+def settle(
+  config: Config,
+  stages: Collection[str],
+  make_mesh: Callable[[MeshConfig], Mesh | AbstractMesh] | None = None,
+) -> MeshConfig:
   """The sizes of the mesh's axes: those of the config, or the nearest that fit where the config leaves one open.
 
   An axis of -1 takes all devices that are left. If that is `fsdp`, `tensor` is 1, and so many devices do not divide
@@ -26,11 +30,11 @@ def settle(config: Config, stages: Collection[str], devices: Sequence | None = N
   Args:
     config: the run's config.
     stages: whose batches and networks are to be divided.
-    devices: as for `sharding.make_mesh`.
+    make_mesh: the mesh of the devices; None for `sharding.make_mesh` of those that are attached.
   Raises:
     UserError: see `sharding.make_mesh`.
   """
-  mesh = sharding.make_mesh(config.mesh, devices)
+  mesh = (make_mesh or sharding.make_mesh)(config.mesh)
   filled = MeshConfig(**mesh.shape)
   if config.mesh.fsdp != -1 or config.mesh.tensor != 1:
     return filled
@@ -39,7 +43,7 @@ def settle(config: Config, stages: Collection[str], devices: Sequence | None = N
   return sharding.nearest_mesh(mesh, *_params(config, mesh, stages), sizes) or filled
 
 
-def require_fit(config: Config, mesh: Mesh, stages: Collection[str]):
+def require_fit(config: Config, mesh: Mesh | AbstractMesh, stages: Collection[str]):
   """Checks that the mesh divides the parameters, batches and parts of batches of these stages.
 
   Raises:
@@ -49,7 +53,7 @@ def require_fit(config: Config, mesh: Mesh, stages: Collection[str]):
   sharding.require_fit(mesh, axes, shapes, _batches(config, stages), _parts(config, stages))
 
 
-def choice(config: Config, mesh: Mesh) -> str:
+def choice(config: Config, mesh: Mesh | AbstractMesh) -> str:
   """What `settle` has made of an open axis, in words; '' if that axis took all devices."""
   asked = dataclasses.asdict(config.mesh)
   fixed = math.prod(size for size in asked.values() if size != -1)
@@ -60,7 +64,9 @@ def choice(config: Config, mesh: Mesh) -> str:
   return f"mesh: {sizes}; mesh.fsdp=-1 would be {filled['fsdp']}, which does not divide every batch and part of one"
 
 
-def _params(config: Config, mesh: Mesh, stages: Collection[str]) -> tuple[dict, dict]:
+def _params(
+  config: Config, mesh: Mesh | AbstractMesh, stages: Collection[str]
+) -> tuple[dict, dict]:
   """The logical axes and the shapes of the parameters of all networks, by role."""
   rows = [STAGES[stage] for stage in stages]
   roles: dict[RoleName, None] = dict.fromkeys(row.role for row in rows if row.role)

@@ -7,21 +7,22 @@ import logging
 import pathlib
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import TypeVar
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from instructjax.core import provenance, results, terminal
-from instructjax.core.config import Config
+from instructjax.core.config import Config, MeshConfig
 from instructjax.core.errors import UserError, writing
 from instructjax.core.stages import ROLES, STAGES
 from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import agreement, constraints, distributed, memory, sharding
-from instructjax.stages import lineage, meshes, outlook, policies, room
+from instructjax.stages import lineage, meshes, outlook, pinned, policies, room
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.context import (
   Context,
@@ -32,6 +33,8 @@ from instructjax.stages.context import (
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, metrics, profiling, tracking
 from instructjax.train.weights import Weights
+
+_AnyMesh = TypeVar("_AnyMesh", Mesh, AbstractMesh)
 
 
 def module(stage: str) -> ModuleType:
@@ -111,23 +114,25 @@ def _require_sources(config: Config, workdir: pathlib.Path):
     )
 
 
-def _require_room(config: Config, mesh: Mesh, stages: list[str]):
+def _require_room(config: Config, mesh: Mesh | AbstractMesh, stages: list[str]):
   """Checks by an estimate that each stage fits in the memory of the devices.
 
   Raises:
     UserError: one does not.
   """
   shape = dict(mesh.shape)
-  if sharding.platform_of(mesh) == "cpu":
+  if isinstance(mesh, Mesh) and sharding.platform_of(mesh) == "cpu":
     share = len(mesh.local_devices)
     room.require(config, shape, stages, room.host_memory(), "this machine", share)
     return
   size = constraints.device_memory(mesh)
   if size is not None:
-    room.require(config, shape, stages, size, f"a {mesh.devices.flat[0].device_kind}")
+    room.require(config, shape, stages, size, f"a {mesh.abstract_mesh.abstract_device.device_kind}")
 
 
-def _require_settings(config: Config, mesh: Mesh, stages: list[str], workdir: pathlib.Path):
+def _require_settings(
+  config: Config, mesh: Mesh | AbstractMesh, stages: list[str], workdir: pathlib.Path
+):
   """Checks what settings alone can break, before data and tokenizer take their time.
 
   Raises:
@@ -159,13 +164,29 @@ def require_possible(config: Config, workdir: pathlib.Path) -> tuple[Config, Mes
   Returns:
     The config with what given weights decide, the mesh, and the plan.
   Raises:
+    UserError: the mesh does not fit the devices; see `require_possible_on` too.
+  """
+  return require_possible_on(sharding.make_mesh, config, workdir)
+
+
+def require_possible_on(
+  make_mesh: Callable[[MeshConfig], _AnyMesh], config: Config, workdir: pathlib.Path
+) -> tuple[Config, _AnyMesh, list[str]]:
+  """`require_possible` for devices that need not be attached to this machine.
+
+  Args:
+    make_mesh: the mesh of these devices.
+    config, workdir: the run's.
+  Returns:
+    As for `require_possible`.
+  Raises:
     UserError: the mesh does not fit the devices, a source of records is not named, a stage does not fit in memory, or
       its settings do not go together.
   """
-  sharding.make_mesh(config.mesh)  # before any file is opened, whether its axes fit the devices
+  make_mesh(config.mesh)  # before any file is opened, whether its axes fit the devices
   config = policies.settle(config)
   stages = lineage.plan(config)
-  mesh = sharding.make_mesh(meshes.settle(config, stages))
+  mesh = make_mesh(meshes.settle(config, stages, make_mesh))
   _require_sources(config, workdir)
   _require_room(config, mesh, _coming(workdir, stages))
   _require_settings(config, mesh, stages, workdir)
@@ -182,6 +203,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   tracked = tracking.open_run(config, workdir)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   config, mesh, _ = require_possible(config, workdir)
+  pinned.pin(config, workdir)
   given = policies.given_weights(config)
   # Fingerprints hold the names of process 0's places, while each process reads from its own.
   own, config = config, agreement.with_first_places(distributed.team(), config)

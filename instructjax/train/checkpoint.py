@@ -40,11 +40,14 @@ from instructjax.train import damaged, finished, manifest, reading
 from instructjax.train.damaged import saved_steps
 
 # Where the manifest finds nothing wrong and orbax still cannot read.
-_NOT_DAMAGED = (
+NOT_DAMAGED = (
   "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
   " instructjax: use those, or another --workdir."
 )
 _PARTS = 64  # most parts in which a weight is gathered to be hashed
+# Arrays of more bytes are cut into chunks, those of layers into one or more a layer: a tensor can be read without
+# the rest (streams.py).
+_CUT, _CHUNK = 1 << 20, 1 << 25
 
 
 class _Manager(ocp.CheckpointManager):
@@ -199,10 +202,11 @@ class Checkpoints:
     }
     with writing(self._folder / str(step)):
       self._saving = step
+      saved = stacking.relay(state, stacking.stack_each)
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(stacking.relay(state, stacking.stack_each)),
+          state=ocp.args.StandardSave(saved, save_args=_chunks(saved)),
           data=ocp.args.JsonSave({"position": data}),
           meta=ocp.args.JsonSave(meta),
         ),
@@ -253,7 +257,7 @@ class Checkpoints:
       restored = self._manager.restore(step, args=args)
       return restored["state"], restored["data"]["position"]
 
-    restored, position = reading.read(path, read_files, advice=_NOT_DAMAGED)
+    restored, position = reading.read(path, read_files, advice=NOT_DAMAGED)
     return _laid_as(abstract, restored), position
 
   def _note_metric(self, step: int, metrics: Mapping):
@@ -308,19 +312,10 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
   if step is None and not steps:
     raise UserError(f"no checkpoint in {directory}")
   step = steps[-1] if step is None else step
-  path = pathlib.Path(directory).absolute() / damaged.FOLDER / str(step)
-  damage = manifest.find_damage(path)
-  if damage:
-    missing = "" if path.is_dir() else f"no checkpoint of step {step} in {directory}: "
-    raise UserError(f"{missing}{damage}. {damaged.advice(directory, step)}")
+  path = require_whole(directory, step)
   wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
-  saved = _saved_shapes(path)
+  require_shapes(path, wanted)
   abstract = stacking.relay(wanted, stacking.stacked_shapes)
-  # Orbax's partial restore reports neither a missing name nor a wrong shape.
-  for name, shape in _shapes(abstract).items():
-    if saved.get(name) != shape:
-      found = f"has shape {saved[name]}" if name in saved else "is missing"
-      raise UserError(f"{path} does not fit this model: {name} must have shape {shape} and {found}")
   args = ocp.args.PyTreeRestore(
     item=abstract,
     restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -328,9 +323,40 @@ def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = N
   )
   with _checkpointer() as checkpointer:
     restored = reading.read(
-      path, lambda: checkpointer.restore(path / "state", args=args), advice=_NOT_DAMAGED
+      path, lambda: checkpointer.restore(path / "state", args=args), advice=NOT_DAMAGED
     )
   return _laid_as(wanted, restored)
+
+
+def require_whole(directory: pathlib.Path, step: int) -> pathlib.Path:
+  """The folder of a checkpoint, all of whose bytes are as they were saved. All processes must call it.
+
+  Raises:
+    UserError: there is no such checkpoint, or it is damaged.
+  """
+  path = pathlib.Path(directory).absolute() / damaged.FOLDER / str(step)
+  damage = manifest.find_damage(path)
+  if damage:
+    missing = "" if path.is_dir() else f"no checkpoint of step {step} in {directory}: "
+    raise UserError(f"{missing}{damage}. {damaged.advice(directory, step)}")
+  return path
+
+
+def require_shapes(path: pathlib.Path, abstract: Any):
+  """Compares a part of a state with what a checkpoint holds.
+
+  Args:
+    path: folder of the checkpoint.
+    abstract: as for `load_state_item`, the layers in either form.
+  Raises:
+    UserError: the checkpoint holds other names or shapes, or cannot be read.
+  """
+  # Orbax's partial restore reports neither a missing name nor a wrong shape.
+  saved = _saved_shapes(path)
+  for name, shape in _shapes(stacking.relay(abstract, stacking.stacked_shapes)).items():
+    if saved.get(name) != shape:
+      found = f"has shape {saved[name]}" if name in saved else "is missing"
+      raise UserError(f"{path} does not fit this model: {name} must have shape {shape} and {found}")
 
 
 def load_params(
@@ -369,6 +395,18 @@ def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
     yield sharding.to_host(leaf[start:stop])
 
 
+def _chunks(state: Any) -> Any:
+  """How orbax cuts the arrays of a state into chunks. Layers are stacked."""
+
+  def one(path, leaf) -> ocp.SaveArgs:
+    if leaf.nbytes <= _CUT:
+      return ocp.SaveArgs()
+    of_layers = any(getattr(key, "key", None) == stacking.KEY for key in path)
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if of_layers else ())
+
+  return jax.tree_util.tree_map_with_path(one, state)
+
+
 @contextlib.contextmanager
 def _checkpointer() -> Generator[ocp.Checkpointer, None, None]:
   with (
@@ -388,7 +426,7 @@ def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         raise ValueError("it does not say what it holds")
       return metadata.tree
 
-    return _shapes(reading.read(path, tree, advice=_NOT_DAMAGED))
+    return _shapes(reading.read(path, tree, advice=NOT_DAMAGED))
 
 
 def _laid_as(wanted: Any, restored: Any) -> Any:

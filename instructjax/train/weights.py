@@ -204,13 +204,16 @@ class Weights:
 
     Args, raises: as for `load`.
     """
-    done = self.require_done()
     model = model.clone(adapter=self.adapter.cfg) if self.adapter else model
     params = load_stage(self.path, mesh, model, self.require_step(), self.item)
-    if STAGES[done.stage].kind != "rm":
-      return model, params
+    return model, heads.shift_bias(params, self.shift) if self.shift else params
+
+  @property
+  def shift(self) -> float:
+    """What the bias in a reward model's checkpoint is to be lowered by; 0 for other weights."""
     # A checkpoint of `rm` is saved before the bias is known: the mean that it takes away is in done.json.
-    return model, heads.shift_bias(params, done.result.shift)
+    done = self.done
+    return done.result.shift if done and STAGES[done.stage].kind == "rm" else 0.0
 
   @property
   def is_adapter(self) -> bool:

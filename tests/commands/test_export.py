@@ -12,7 +12,7 @@ from tests import test_main
 QUICK = """
 import sys
 from instructjax.serve import packaging
-def write(checkpoint, out, which, base):
+def write(checkpoint, out, which, base, dtype):
   out.mkdir()
   (out / "README.md").write_text("# A\\n")
 packaging.write_huggingface = write
@@ -43,6 +43,8 @@ C, HF, GGUF = "--checkpoint=RUN/sft", "--format=hf", "--format=gguf"
     ([C, GGUF, "--out=OUT"], "must be a file's name that ends in .gguf"),
     ([C, GGUF, "--out=OUT.gguf", "--type=q4_0"], "value should be one of <f16|q8_0>"),
     ([C, HF, "--out=OUT", "--type=f16"], "--type=f16 goes with --format=gguf"),
+    ([C, GGUF, "--out=OUT.gguf", "--dtype=bfloat16"], "--dtype=bfloat16 goes with --format=hf"),
+    ([C, HF, "--out=OUT", "--dtype=f16"], "value should be one of <float32|bfloat16>"),
     ([C, HF, "--out=OUT", "--weights=best"], "value should be one of <ema|raw|value>"),
     ([C, HF, "--out=OUT", "--wieghts=raw"], "Unknown command line flag 'wieghts'"),
     ([C, HF, "--out=OUT", "--push=name"], "--push=name must be ORG/NAME"),

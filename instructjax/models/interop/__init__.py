@@ -2,7 +2,7 @@
 
 Called by train/weights.py, serve/packaging.py, serve/card.py and the benchmarks. To read: `open_weights` gives a
 `Source`, `describe` says which network it holds, and `load_params` brings its tensors onto a mesh. To write:
-`write_folder` and `write_file` take parameters.
+`write_folder` and `write_file` take parameters, or a `Stored`, which brings one tensor at a time.
 """
 
 import pathlib
@@ -15,6 +15,7 @@ from instructjax.models.interop.gguf_export import GgufType, write_file
 from instructjax.models.interop.gguf_file import open_file
 from instructjax.models.interop.hf_config import SCORE_BIAS, Description, model_config
 from instructjax.models.interop.huggingface import (
+  Dtype,
   download,
   found_instead,
   open_folder,
@@ -29,7 +30,9 @@ from instructjax.models.interop.peft_folder import (
   write_adapter,
 )
 from instructjax.models.interop.source import Source
-from instructjax.models.interop.transfer import load_params, require_fit
+from instructjax.models.interop.stored import Stored, with_adapter
+from instructjax.models.interop.tensor_table import SCORE_BIAS_PATH, Tensor
+from instructjax.models.interop.transfer import load_params, require_fit, stored_in
 
 __all__ = [
   "GgufType",
@@ -41,6 +44,12 @@ __all__ = [
   "write_adapter",
   "Description",
   "Source",
+  "Stored",
+  "stored_in",
+  "with_adapter",
+  "SCORE_BIAS_PATH",
+  "Tensor",
+  "Dtype",
   "describe",
   "download",
   "found_instead",

@@ -21,6 +21,7 @@ from instructjax.core.network import NetworkConfig, RopeScalingConfig
 from instructjax.core.structs import Params
 from instructjax.models import transformer
 from instructjax.models.interop import gguf_names, hf_config, hf_keys, rotary, transfer
+from instructjax.models.interop.stored import Stored
 
 GgufType = Literal["f16", "q8_0"]  # of a file's matrices
 
@@ -41,7 +42,7 @@ _VALUE_TYPES = {
 def write_file(
   path: str | os.PathLike,
   model: transformer.Model,
-  params: Params,
+  params: Params | Stored,
   tokenizer_metadata: Mapping[str, Any],
   kind: GgufType = "f16",
   *,
@@ -52,7 +53,7 @@ def write_file(
   Args:
     path: the new file; it appears when it is complete.
     model: with an 'lm' head.
-    params: its parameters, on any devices.
+    params: its parameters, on any devices, or where they are stored.
     tokenizer_metadata: by GGUF's own keys (`tokenizer.ggml.tokens`, `tokenizer.chat_template` ...). Python's int,
       float, bool, str and list become UINT32, FLOAT32, BOOL, STRING and ARRAY.
     kind: how matrices are stored. As in llama.cpp itself, vectors and positions stay float32, and a matrix whose rows
@@ -191,7 +192,9 @@ class _Entry:
     return math.prod(self.shape) // block * block_bytes
 
 
-def _entries(model: transformer.Model, params: Params, arch: str, kind: str) -> Iterator[_Entry]:
+def _entries(
+  model: transformer.Model, params: Params | Stored, arch: str, kind: str
+) -> Iterator[_Entry]:
   """All tensors in the file's order; nothing is computed yet."""
   architecture, cfg = gguf_names.ARCHITECTURES[arch], model.network
   # Llama 3's scaling is stored as its result: llama.cpp divides each rotary frequency by its factor in this tensor.

@@ -67,7 +67,7 @@ def open_file(path: str | os.PathLike) -> source.Source:
     path=path,
     config=config,
     shapes={hf_name: one.shape for hf_name, one in stored.items()},
-    read=lambda hf_name: stored[hf_name].read(),
+    read_rows=lambda hf_name, start, stop: stored[hf_name].read_rows(start, stop),
     files=(path,),
     notes=(f"metadata not read: {', '.join(map(named, unread[:8]))}",) if unread else (),
   )
@@ -143,26 +143,38 @@ class _Stored:
   def shape(self) -> tuple[int, ...]:
     return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
 
-  def read(self) -> np.ndarray:
-    """The tensor as float32. Little memory is needed beside the result.
+  def read_rows(self, start: int, stop: int) -> np.ndarray:
+    """Rows of the tensor as float32. Little memory is needed beside the result.
 
+    A vector, and a matrix whose rows the file does not hold one after the other, is read whole.
+
+    Args:
+      start, stop: the first row in Hugging Face's layout, and the one after the last.
     Raises:
       UserError: the file was cut off since it was opened.
     """
+    if self.transposed or self.fused_heads or len(self.tensor.shape) == 1:
+      return self._read(0, self.tensor.num_rows)[start:stop]
+    # The rotary permutation moves rows within a head, so whole heads are read.
+    heads = self.rotary_dim or 1
+    first = start // heads * heads
+    return self._read(first, -(-stop // heads) * heads)[start - first : stop - first]
+
+  def _read(self, first: int, last: int) -> np.ndarray:
+    """The rows `first` to `last` as they lie in the file, brought into Hugging Face's layout."""
     tensor = self.tensor
-    value = np.empty((tensor.num_rows, tensor.shape[-1]), np.float32)
-    # Quantised blocks lie within rows, so any number of rows can be dequantised. The rotary permutation moves rows
-    # within a head, so a chunk holds whole heads.
+    value = np.empty((last - first, tensor.shape[-1]), np.float32)
+    # Quantised blocks lie within rows, so any number of rows can be dequantised, as long as they are whole heads.
     heads = self.rotary_dim or 1
     step = max(_CHUNK // tensor.shape[-1] // heads, 1) * heads
     start = 0
-    for raw in _raw_rows(self.path, self.name, tensor, step):
+    for raw in _raw_rows(self.path, self.name, tensor, step, first, last):
       rows = gguf.dequantize(raw, tensor.type)
       if self.rotary_dim:
         rows = gguf_names.split_halves(rows, self.rotary_dim, len(tensor.shape))
       value[start : start + len(raw)] = rows
       start += len(raw)
-    value = value.reshape(tensor.shape)
+    value = value.reshape(-1, *tensor.shape[1:])
     if self.fused_heads:
       value = gguf_names.split_fused(value, self.fused_heads)
     if self.is_shifted:
@@ -172,21 +184,27 @@ class _Stored:
 
 def _read_freqs(path: pathlib.Path, tensor: gguf_header.Tensor) -> np.ndarray:
   """rope_freqs.weight, as float32."""
-  return _Stored(path, gguf_names.ROPE_FREQS, tensor, 0, False).read()
+  return _Stored(path, gguf_names.ROPE_FREQS, tensor, 0, False).read_rows(0, tensor.shape[0])
 
 
 def _raw_rows(
-  path: pathlib.Path, name: str, tensor: gguf_header.Tensor, step: int
+  path: pathlib.Path,
+  name: str,
+  tensor: gguf_header.Tensor,
+  step: int,
+  first: int = 0,
+  last: int | None = None,
 ) -> Iterator[np.ndarray]:
-  """The tensor's bytes, uint8 [rows, bytes of a row], at most `step` rows at a time.
+  """The bytes of rows `first` to `last`, uint8 [rows, bytes of a row], at most `step` rows at a time.
 
   Raises:
     UserError: the file ends before the tensor does.
   """
   with path.open("rb") as file:
-    file.seek(tensor.offset)
-    for start in range(0, tensor.num_rows, step):
-      count = min(step, tensor.num_rows - start)
+    file.seek(tensor.offset + first * tensor.row_bytes)
+    end = tensor.num_rows if last is None else last
+    for start in range(first, end, step):
+      count = min(step, end - start)
       raw = np.fromfile(file, np.uint8, count * tensor.row_bytes)
       if raw.size != count * tensor.row_bytes:
         raise UserError(f"{path} was cut off while tensor {name!r} was read")

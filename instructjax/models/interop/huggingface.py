@@ -14,8 +14,9 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -26,6 +27,7 @@ from instructjax.core.structs import Params
 from instructjax.models.interop import tensor_table, transfer
 from instructjax.models.interop.hf_config import to_hf_config
 from instructjax.models.interop.source import Source
+from instructjax.models.interop.stored import Stored
 from instructjax.models.transformer import Model
 
 _DTYPES = ("F32", "F16", "BF16")
@@ -51,6 +53,12 @@ _OTHERS = {
 }
 _CONFIG_BYTES = 1 << 22  # of config.json; one has some thousand
 _SHARD_BYTES = 5_000_000_000  # the limit of transformers 4, too
+Dtype = Literal["float32", "bfloat16"]  # of an export
+# How safetensors spells it, and the type itself.
+_WRITTEN: Mapping[Dtype, tuple[str, np.dtype]] = {
+  "float32": ("F32", np.dtype("<f4")),
+  "bfloat16": ("BF16", np.dtype(jnp.bfloat16)),
+}
 _BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed beside the result
 
 
@@ -96,7 +104,7 @@ def open_folder(path: str | pathlib.Path) -> Source:
     path=path,
     config=config,
     shapes={name: shape for name, (_, shape) in places.items()},
-    read=functools.partial(read_tensor, places),
+    read_rows=functools.partial(read_rows, places),
     files=(path / _CONFIG, *index, *files),
     notes=tuple(notes),
   )
@@ -224,13 +232,24 @@ def read_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str):
-  """A tensor as float32. It is converted a few rows at a time, so no second copy of it is ever in memory.
+  """A whole tensor, as `read_rows`."""
+  return read_rows(places, name, 0, places[name][1][0])
 
+
+def read_rows(
+  places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name: str, start: int, stop: int
+) -> np.ndarray:
+  """Rows of a tensor as float32, converted a few at a time, so that no second copy of them is ever in memory.
+
+  Args:
+    places: tensor -> its file and shape.
+    name: the tensor.
+    start, stop: the first row and the one after the last.
   Raises:
     UserError: the file was cut off or replaced since it was opened.
   """
   path, shape = places[name]
-  result = np.empty(shape, np.float32)
+  result = np.empty((stop - start, *shape[1:]), np.float32)
   step = max(_BLOCK // math.prod(shape[1:]), 1)
   # Opened again for each tensor, which takes less than a millisecond. If the file was cut off meanwhile, opening it
   # fails; reading past its end through an old memory map would kill the process (SIGBUS).
@@ -238,9 +257,9 @@ def read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name
     if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != shape:
       raise UserError(f"{path} was replaced while it was read; run again")
     tensor = file.get_slice(name)
-    for first in range(0, shape[0], step):
-      block = slice(first, min(first + step, shape[0]))
-      result[block] = tensor[block]
+    for first in range(start, stop, step):
+      last = min(first + step, stop)
+      result[first - start : last - start] = tensor[first:last]
   return result
 
 
@@ -250,11 +269,12 @@ def read_tensor(places: Mapping[str, tuple[pathlib.Path, tuple[int, ...]]], name
 def write_folder(
   path: str | pathlib.Path,
   model: Model,
-  params: Params,
+  params: Params | Stored,
   extra_config: Mapping[str, Any],
   shard_bytes: int = _SHARD_BYTES,
+  dtype: Dtype = "float32",
 ):
-  """Writes config.json and float32 safetensors that `transformers` loads.
+  """Writes config.json and safetensors that `transformers` loads, with one tensor at a time in memory.
 
   The folder is complete or absent: everything is written beside `path` and renamed at the end.
 
@@ -263,9 +283,10 @@ def write_folder(
     model: one with an 'lm' head loads with AutoModelForCausalLM, one with a 'scalar' head with
       AutoModelForSequenceClassification. A Llama-like reward model loses its bias, for which its architecture has no
       place: add the config's instructjax_score_bias to the scores.
-    params: of the model.
+    params: of the model, or where they are stored.
     extra_config: more keys of config.json (ids of special tokens).
     shard_bytes: size limit of a safetensors file. A tensor is never split, so a larger one gets a file of its own.
+    dtype: of the numbers in the files; bfloat16 is rounded to nearest.
   Raises:
     UserError: the folder is not empty, no architecture of Hugging Face matches the model, or writing fails.
     ValueError: tensor_table.py does not know this network, or `params` are those of another.
@@ -274,11 +295,12 @@ def write_folder(
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise UserError(f"{path} is there already; nothing is overwritten, give another folder")
   # transformers' score heads have no bias. LayerNorm's own bias takes it up (`transfer.folded_bias`); RMSNorm has none.
-  bias, folds = 0.0, model.network.norm == "layernorm"
-  if model.head == "scalar" and not folds:
-    bias = float(params["head"]["bias"])
-  config = to_hf_config(model.network, model.vocab_size, model.head, bias) | dict(extra_config)
   tensors = transfer.named_tensors(model, params)
+  bias = 0.0
+  if model.head == "scalar" and model.network.norm != "layernorm":
+    bias = params.score_bias if isinstance(params, Stored) else float(params["head"]["bias"])
+  config = to_hf_config(model.network, model.vocab_size, model.head, bias)
+  config |= {"torch_dtype": dtype, **extra_config}
   scratch = path.with_name(f".{path.name}.writing")
   with writing(path):
     shutil.rmtree(scratch, ignore_errors=True)
@@ -286,32 +308,32 @@ def write_folder(
   try:
     with writing(path):
       (scratch / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-      _write_tensors(scratch, tensors, shard_bytes)
+      _write_tensors(scratch, tensors, shard_bytes, dtype)
       os.replace(scratch, path)
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int):
+def _write_tensors(folder: pathlib.Path, tensors: list, shard_bytes: int, dtype: Dtype):
   """Writes one file, or shards with an index, named as `save_pretrained` names them."""
-  shards = list(_split(tensors, shard_bytes))
+  shards = list(_split(tensors, shard_bytes, _WRITTEN[dtype][1].itemsize))
   if len(shards) == 1:
-    return write_safetensors(folder / _SINGLE, tensors)
+    return write_safetensors(folder / _SINGLE, tensors, dtype)
   weight_map = {}
   for number, shard in enumerate(shards, 1):
     file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    write_safetensors(folder / file, shard)
+    write_safetensors(folder / file, shard, dtype)
     weight_map |= {name: file for name, _, _ in shard}
-  total = sum(4 * math.prod(shape) for _, shape, _ in tensors)
+  total = sum(_WRITTEN[dtype][1].itemsize * math.prod(shape) for _, shape, _ in tensors)
   index = {"metadata": {"total_size": total}, "weight_map": weight_map}
   (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
+def _split(tensors: list, shard_bytes: int, itemsize: int) -> Iterator[list]:
   """The tensors in order, in lists of at most `shard_bytes` each, or of one larger tensor."""
   shard, size = [], 0
   for tensor in tensors:
-    more = 4 * math.prod(tensor[1])
+    more = itemsize * math.prod(tensor[1])
     if shard and size + more > shard_bytes:
       yield shard
       shard, size = [], 0
@@ -319,20 +341,31 @@ def _split(tensors: list, shard_bytes: int) -> Iterator[list]:
   yield shard
 
 
-def write_safetensors(path: pathlib.Path, tensors: list):
-  """Writes a safetensors file with one tensor at a time in memory.
+def write_safetensors(path: pathlib.Path, tensors: list, dtype: Dtype = "float32"):
+  """Writes a safetensors file with one tensor at a time in memory, and a few converted numbers of it.
 
   The library's writer takes all arrays of a file at once. For 1 GiB in tensors of 16 MiB it held 1,024 MiB (safetensors
   0.8), this function 16 MiB, in the same time.
+
+  Args:
+    path: the file.
+    tensors: (name, shape, make) of each, as of `transfer.named_tensors`. Rows that `make()` leaves out are zeros.
+    dtype: of the numbers in the file.
   """
+  spelled, kind = _WRITTEN[dtype]
   header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, shape, _ in tensors:
-    start, end = end, end + 4 * math.prod(shape)
-    header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    start, end = end, end + kind.itemsize * math.prod(shape)
+    header[name] = {"dtype": spelled, "shape": list(shape), "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8 bytes
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
-    for _, _, make in tensors:
-      file.write(np.ascontiguousarray(make(), "<f4").data)
+    for _, shape, make in tensors:
+      flat = np.ascontiguousarray(make()).reshape(-1)
+      for first in range(0, flat.size, _BLOCK):
+        block = flat[first : first + _BLOCK].astype(kind)
+        file.write(block.view(np.uint8).data)
+      file.write(bytes(kind.itemsize * (math.prod(shape) - flat.size)))
+      del flat  # before the next one is read

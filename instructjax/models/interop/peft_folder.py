@@ -105,21 +105,22 @@ def open_adapter(path: pathlib.Path, base: Source) -> Source:
   alpha, is_root = keys.number("lora_alpha", 8.0), keys.flag("use_rslora", False)
   read_ours = functools.partial(huggingface.read_tensor, places)
 
-  def read(name: str) -> np.ndarray:
+  def read_rows(name: str, start: int, stop: int) -> np.ndarray:
     if name == _SCORE and score:
-      return read_ours(score)
-    weight, pair = base.read(name), factors.get(name)
+      return read_ours(score)[start:stop]
+    weight, pair = base.read_rows(name, start, stop), factors.get(name)
     if pair is None:
       return weight
     a, b = read_ours(pair["A"]), read_ours(pair["B"])
     product = b @ a * np.float32(alpha / (len(a) ** 0.5 if is_root else len(a)))
-    return weight + (product.T if flips else product)
+    # The whole product, so that a row has the same bits whichever others are asked for.
+    return weight + (product.T if flips else product)[start:stop]
 
   return Source(
     path=path,
     config=config,
     shapes=shapes,
-    read=read,
+    read_rows=read_rows,
     files=(path / CONFIG, file, *base.files),
     notes=(*base.notes, f"an adapter, read with its base {base.path}"),
   )

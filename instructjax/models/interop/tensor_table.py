@@ -193,10 +193,24 @@ class Tensor:
     path = self.param.replace("layers/", f"layers/{self.layer}/", 1)
     return dataclasses.replace(self, param=path, layer=None)
 
+  @property
+  def row_axis(self) -> int | None:
+    """The unfolded dimension whose indices are runs of rows of theirs; None if rows have no such dimension."""
+    # The slowest one of the first word that is no 1.
+    axis = next((axis for axis, size in enumerate(self.unfold) if size > 1), None)
+    return None if axis is None or self.shape[0] == 1 else axis
+
+  @property
+  def rows_apart(self) -> int:
+    """Rows of theirs that belong to one index of `row_axis`; for a tensor that has one."""
+    axis = self.row_axis
+    return 1 if axis is None else self.shape[0] // self.unfold[axis]
+
   def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-    """Their array in our order of dimensions, as a view."""
-    # An embedding table may have more rows than the vocabulary; whoever copies the view leaves them out.
-    unfold = (-1, *self.unfold[1:]) if len(tensor) > self.shape[0] else self.unfold
+    """Their array in our order of dimensions, as a view; or some of its rows, whole indices of `row_axis`."""
+    unfold = list(self.unfold)
+    if self.row_axis is not None:
+      unfold[self.row_axis] = len(tensor) // self.rows_apart
     return tensor.reshape(unfold).transpose(self.order)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:

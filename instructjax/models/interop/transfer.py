@@ -17,11 +17,14 @@ from absl import logging
 from instructjax.core.errors import UserError
 from instructjax.core.foreign import Keys, named, shown
 from instructjax.core.structs import Params
-from instructjax.models.interop import tensor_table
+from instructjax.models.interop import shares, tensor_table
 from instructjax.models.interop.hf_config import PAD_ROW, SCORE_BIAS, Description
 from instructjax.models.interop.source import Source
+from instructjax.models.interop.stored import Stored, of_params
 from instructjax.models.transformer import Model, param_shapes
 from instructjax.parallel import stacking
+
+_COMPARED = 1 << 24  # numbers compared at a time
 
 # --- in -------------------------------------------------------------------------------------------
 
@@ -29,8 +32,8 @@ from instructjax.parallel import stacking
 def load_params(source: Source, model: Model, shardings: Params) -> Params:
   """Loads a model's parameters onto its devices.
 
-  Each tensor is read once and copied straight into this process's shards. Beside the shards, one tensor at a time is in
-  host memory.
+  Each process reads the rows that its shards hold, or an equal share where these are no rows (see shares.py). They are
+  copied straight into its shards: beside these, one tensor at a time is in host memory. All processes must call it.
 
   Args:
     source: opened weights.
@@ -143,8 +146,16 @@ def _require_tied_copy_equal(source: Source, model: Model, wanted: list[tensor_t
   if not tensor_table.is_tied(model) or head not in source.shapes:
     return
   embedding = next(tensor.name for tensor in wanted if tensor.param == "embedding/token_VD")
-  same_shape = source.shapes[embedding] == source.shapes[head]
-  if not same_shape or not np.array_equal(source.read(embedding), source.read(head)):
+  shape = source.shapes[embedding]
+  is_equal = shape == source.shapes[head]
+  # A few rows at a time, and of several processes each its share: who finds a difference ends all of them.
+  step = max(_COMPARED // math.prod(shape[1:]), 1)
+  for first in range(step * jax.process_index(), shape[0], step * jax.process_count()):
+    last = min(first + step, shape[0])
+    is_equal = is_equal and np.array_equal(
+      source.read_rows(embedding, first, last), source.read_rows(head, first, last)
+    )
+  if not is_equal:
     raise UserError(
       f"{source.path}: tensor {head} differs from {embedding}, and the config ties them; set"
       " tie_word_embeddings to false in config.json if the head is meant to differ"
@@ -165,26 +176,14 @@ def _assemble(
   # Devices that hold the same shard share a buffer, so a replicated parameter is in host memory once.
   buffers = {}
   for index in place.addressable_devices_indices_map(shape).values():
-    key = _bounds(index, shape)
+    key = shares.bounds(index, shape)
     if key not in buffers:
       buffers[key] = _empty([stop - start for start, stop in key])
   for part in parts:
-    stack = () if part.layer is None else (slice(part.layer, part.layer + 1),)
-    covered = _bounds((*stack, *part.part), shape)
-    targets = [
-      (buffer[inner], outer)
-      for key, buffer in buffers.items()
-      for inner, outer in [_overlap(key, covered)]
-      if inner is not None
-    ]
-    if not targets:  # the tensor belongs to other processes: it is not even read
-      continue
-    ours = part.to_ours(source.read(part.name))
-    ours = ours if part.layer is None else ours[None]
-    for target, outer in targets:
-      target[...] = ours[outer]
-    del ours  # else this tensor would stay in memory while the next is read
-  return jax.make_array_from_callback(shape, place, lambda index: buffers[_bounds(index, shape)])
+    shares.bring(source.read_rows, part, buffers, shape, place)
+  return jax.make_array_from_callback(
+    shape, place, lambda index: buffers[shares.bounds(index, shape)]
+  )
 
 
 def _empty(shape: list[int]) -> np.ndarray:
@@ -198,62 +197,65 @@ def _empty(shape: list[int]) -> np.ndarray:
   return raw[skip : skip + size].reshape(shape)
 
 
-def _bounds(index, shape) -> tuple[tuple[int, int], ...]:
-  """An index of slices as ((start, stop), ...), which is hashable."""
-  return tuple(piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True))
-
-
-def _overlap(shard, part):
-  """The numbers that a shard and a part have in common, as (index into the shard, index into the part).
-
-  Both arguments are `_bounds` in the whole parameter. (None, None) if they have nothing in common.
-  """
-  both = [(max(s[0], p[0]), min(s[1], p[1])) for s, p in zip(shard, part)]
-  if any(start >= stop for start, stop in both):
-    return None, None
-  within = lambda outer: tuple(
-    slice(start - o[0], stop - o[0]) for (start, stop), o in zip(both, outer)
-  )
-  return within(shard), within(part)
-
-
 # --- out ------------------------------------------------------------------------------------------
 
 
 def named_tensors(
-  model: Model, params: Params
+  model: Model, params: Params | Stored
 ) -> list[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-  """Every tensor of an export as (name, shape, make), where `make()` brings one layer's tensor to the host.
+  """Every tensor of an export as (name, shape, make), where `make()` brings it to the host.
 
   A model with a scalar head is exported so that `transformers` computes the same scores. The embedding gets one more
-  row, for the pad token that `transformers` looks for. The head's bias goes into LayerNorm's bias (see `folded_bias`).
-  RMSNorm has no bias; there the caller puts it into the config.
+  row, for the pad token that `transformers` looks for: `make()` leaves it out, and it is zero. The head's bias goes
+  into LayerNorm's bias (see `folded_bias`). RMSNorm has no bias; there the caller puts it into the config.
 
+  Args:
+    model: the network.
+    params: its parameters, or where they are stored.
   Raises:
     ValueError: the table does not know this network (see `tensor_table.tensors`), or `params` are those of another.
   """
-  _require_params_of(model, params)
-  flat, is_scalar = tensor_table.leaves(params), model.head == "scalar"
-  is_list = isinstance(params["layers"], list)
+  tensors, is_scalar = tensor_table.tensors(model), model.head == "scalar"
+  stored = params if isinstance(params, Stored) else _in_memory(model, params)
+  head = next((tensor for tensor in tensors if tensor.param == "head/w_D"), None)
 
   def make(tensor: tensor_table.Tensor) -> np.ndarray:
-    tensor = tensor.alone() if is_list else tensor
-    array = flat[tensor.param]
-    if tensor.layer is not None:
-      # The index is an array, not a Python number, so one compiled program serves all layers.
-      array = jax.lax.dynamic_index_in_dim(array, np.int32(tensor.layer), keepdims=False)
-    array = np.asarray(array, np.float32)
-    if is_scalar and tensor.param == "embedding/token_VD":
-      return np.pad(array, ((0, 1), (0, 0)))
-    if is_scalar and tensor.param == "final_norm/bias_D":
-      return array + folded_bias(flat["head/w_D"], flat[tensor_table.SCORE_BIAS_PATH])
-    return tensor.to_theirs(array)
+    array = stored.read(tensor)
+    if is_scalar and head and tensor.param == "final_norm/bias_D":
+      return array + folded_bias(stored.read(head)[0], stored.score_bias)
+    return array
 
   def entry(tensor: tensor_table.Tensor):
     rows = tensor.shape[0] + (is_scalar and tensor.param == "embedding/token_VD")
     return tensor.name, (rows, *tensor.shape[1:]), functools.partial(make, tensor)
 
-  return [entry(tensor) for tensor in tensor_table.tensors(model)]
+  return [entry(tensor) for tensor in tensors]
+
+
+def _in_memory(model: Model, params: Params) -> Stored:
+  """Parameters as `Stored`; ValueError if they are those of another network."""
+  _require_params_of(model, params)
+  return of_params(model, params)
+
+
+def stored_in(source: Source, model: Model) -> Stored:
+  """The tensors of opened weights, as they lie in the file.
+
+  Args:
+    source: opened weights.
+    model: of the network that `describe(source)` returns; as for `load_params`, its vocabulary may be smaller.
+  Raises:
+    UserError: as `load_params`.
+  """
+  copy = tensor_table.lm_head(model.network) if tensor_table.is_tied(model) else None
+  listed = tensor_table.tensors(model)
+  wanted = _match(source, listed, copy)
+  _warn_of_dropped_rows(source, wanted)
+  _require_tied_copy_equal(source, model, wanted)
+  names = {tensor.name: found.name for tensor, found in zip(listed, wanted, strict=True)}
+  bias = Keys(source.config, str(source.path)).number(SCORE_BIAS, 0.0)
+  read = lambda tensor: source.read_rows(names[tensor.name], 0, tensor.shape[0])
+  return Stored(read, bias if model.head == "scalar" else 0.0)
 
 
 def _require_params_of(model: Model, params: Params):

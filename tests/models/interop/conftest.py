@@ -45,6 +45,11 @@ def folder(tmp_path) -> pathlib.Path:
   return write(tmp_path / "model", GOLDEN["cases"]["llama3_untied"])
 
 
+def made(shape, array) -> np.ndarray:
+  """A tensor with the rows that its writer fills up with zeros."""
+  return np.pad(array, ((0, shape[0] - len(array)), *((0, 0),) * (array.ndim - 1)))
+
+
 def write(path: pathlib.Path, case: dict) -> pathlib.Path:
   path.mkdir()
   (path / "config.json").write_text(json.dumps(case["config"]))
@@ -65,18 +70,19 @@ def make_source():
   """make_source(model, params) -> (Source, its tensors, names read so far)."""
 
   def one(model, params):
-    tensors = {name: make() for name, _, make in transfer.named_tensors(model, params)}
+    named = transfer.named_tensors(model, params)
+    tensors = {name: made(shape, make()) for name, shape, make in named}
     names_read = []
 
-    def read(name):
+    def read_rows(name, start, stop):
       names_read.append(name)
-      return tensors[name].copy()
+      return tensors[name][start:stop].copy()
 
     source = Source(
       path=pathlib.Path("weights"),
       config=to_hf_config(model.network, model.vocab_size, model.head),
       shapes={name: array.shape for name, array in tensors.items()},
-      read=read,
+      read_rows=read_rows,
       files=(),
       notes=(),
     )

@@ -65,6 +65,24 @@ def test_export_is_bit_for_bit(golden, golden_folder, tmp_path, one_device):
   assert interop.describe(interop.open_weights(tmp_path / "out")).cfg == model.network
 
 
+def test_bfloat16_is_rounded_to_nearest(folder, tmp_path, one_device):
+  model, params = load(folder, one_device)
+  huggingface.write_folder(tmp_path / "out", model, params, {}, 3000, "bfloat16")
+  read = lambda path: {
+    name: array
+    for file in path.glob("*.safetensors")
+    for name, array in safetensors.numpy.load_file(file).items()
+  }
+  exact, rounded = read(folder), read(tmp_path / "out")
+  assert exact.keys() == rounded.keys() and len(list((tmp_path / "out").iterdir())) > 4
+  for name, array in rounded.items():
+    np.testing.assert_array_equal(array, exact[name].astype(jnp.bfloat16), strict=True)
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["torch_dtype"] == "bfloat16"
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(array.nbytes for array in rounded.values())
+
+
 def test_shards(folder, tmp_path, one_device):
   model, params = load(folder, one_device)
   huggingface.write_folder(tmp_path / "out", model, params, {}, shard_bytes=6000)

@@ -94,6 +94,8 @@ def test_a_process_reads_only_what_its_shards_hold(llama, make, make_source):
   parts = [t for t in tensor_table.tensors(model) if t.param == "layers/mlp/w_down_FD"]
 
   class SecondLayerOnly:
+    is_fully_addressable = True
+
     def addressable_devices_indices_map(self, shape):
       return {"device": (slice(1, 2), slice(0, shape[1]), slice(4, 8))}
 
@@ -106,7 +108,8 @@ def test_host_memory_is_the_shards_and_one_tensor(llama, one_device):
   cfg = dataclasses.replace(llama, num_layers=6, d_model=128, d_mlp=256)
   model = tiny.make_model(cfg, 512, "lm")
   tensors = {tensor.name: tensor.shape for tensor in tensor_table.tensors(model)}
-  source = transfer.Source("weights", {}, tensors, lambda name: np.ones(tensors[name], "f"), (), ())
+  read_rows = lambda name, start, stop: np.ones((stop - start, *tensors[name][1:]), "f")
+  source = transfer.Source("weights", {}, tensors, read_rows, (), ())
   places = one_device(model)
   transfer.load_params(source, model, places)  # compiles and imports whatever is done once
   total = sum(4 * leaf.size for leaf in jax.tree.leaves(models.param_shapes(model)))
@@ -132,8 +135,11 @@ def edited(source, **changes):
     shapes.pop(name, None)
     if value is not None:
       shapes[name], extra[name] = value.shape, value
-  read = lambda name: extra[name].copy() if name in extra else source.read(name)
-  return dataclasses.replace(source, shapes=shapes, read=read)
+
+  def read_rows(name, start, stop):
+    return extra[name][start:stop].copy() if name in extra else source.read_rows(name, start, stop)
+
+  return dataclasses.replace(source, shapes=shapes, read_rows=read_rows)
 
 
 def renamed(source, old, new):
@@ -141,7 +147,7 @@ def renamed(source, old, new):
   return dataclasses.replace(
     source,
     shapes={name: source.shapes[was] for name, was in there.items()},
-    read=lambda name: source.read(there[name]),
+    read_rows=lambda name, start, stop: source.read_rows(there[name], start, stop),
   )
 
 
