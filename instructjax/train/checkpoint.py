@@ -47,7 +47,7 @@ NOT_DAMAGED = (
 _PARTS = 64  # most parts in which a weight is gathered to be hashed
 # Arrays of more bytes are cut into chunks, those of layers into one or more a layer: a tensor can be read without
 # the rest (streams.py).
-_CUT, _CHUNK = 1 << 20, 1 << 25
+_CUT, _CHUNK = 1 << 20, 1 << 24
 
 
 class _Manager(ocp.CheckpointManager):
