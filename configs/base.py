@@ -192,6 +192,7 @@ def base(stage: str) -> ConfigDict:
         max_responses=9,  # sec 3.5
         temperature=1.0,  # open
         rounds=1,  # sec 3.1: most comparisons are of SFT policies' answers
+        wanted=1,  # sec 3.4: one labeler each; agreement was measured apart
       ),
       rm=dict(
         start_from="base",  # Departs from paper: C.2 tunes it on public NLP sets first, with "similar results"

@@ -24,6 +24,11 @@ _PUBLIC = flags.DEFINE_string(
   "",
   "serve: the name by which browsers reach it over https, through a proxy of yours; cookies are then marked secure.",
 )
+_PLAYGROUND = flags.DEFINE_bool(
+  "playground",
+  False,
+  "serve: also a page on which users write prompts to the model of --checkpoint, and may let them be kept.",
+)
 _PROMPTS = flags.DEFINE_string(
   "prompts", "", "add, sample: a source of prompts, as jsonl:prompts.jsonl, with user where known."
 )
@@ -36,7 +41,7 @@ _KIND = flags.DEFINE_string(
 _CHECKPOINT = flags.DEFINE_multi_string(
   "checkpoint",
   [],
-  "sample: a finished stage, a Hugging Face folder, a .gguf file or hf://ORG/NAME. Several share k.",
+  "sample, serve --playground: a stage, a Hugging Face folder, a .gguf file or hf://ORG/NAME. Several share k.",
 )
 _K = flags.DEFINE_integer("k", 4, "sample: answers to each prompt, 2 to 9.")
 _ITEMS = flags.DEFINE_integer(
@@ -45,10 +50,12 @@ _ITEMS = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float(
   "temperature",
   1.0,
-  "sample: divides the logits; 0 takes the likeliest token.",
+  "sample, serve --playground: divides the logits; 0 takes the likeliest token.",
   lower_bound=0,
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "sample: longest answer, in tokens.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "sample, serve --playground: longest answer, in tokens."
+)
 _SEED = flags.DEFINE_integer(
   "seed",
   0,
@@ -75,8 +82,18 @@ _FROM = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string("format", "own", "export: own, hh, label_studio or argilla.")
 _SIMULATION = flags.DEFINE_string("simulation", "demo:", "simulate: whose labelers rank.")
 _GROUP = flags.DEFINE_enum("group", "train", ["train", "heldout"], "simulate: which of them.")
-_TO = flags.DEFINE_string("to", "", "export: the folder to write to; users data: the file.")
-_ROLE = flags.DEFINE_string("role", "labeler", "users add: labeler, researcher or admin.")
+_BATCH = flags.DEFINE_string(
+  "batch", "", "close: the name that a waiting run gives to the items of its round."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", "", "training: the folder of a run whose reward models learned from the project."
+)
+_TO = flags.DEFINE_string(
+  "to", "", "export: the folder to write to; prompts, users data: the file."
+)
+_ROLE = flags.DEFINE_string(
+  "role", "labeler", "users add: labeler, researcher, admin or user (of the playground)."
+)
 _COHORT = flags.DEFINE_string(
   "cohort", "training", "users add: training, or heldout for labelers who are kept from training."
 )
@@ -138,10 +155,21 @@ def _serve(place: str, _: list[str]):
     print(
       f"A new project: sign in as admin with the password {password}, which is shown this once."
     )
+  play = _playground() if _PLAYGROUND.value else None
   hosts = [serving.shown(host), "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
-  app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value))
+  app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value), play=play)
   tell = lambda address: print(f"Labeling at {address}", flush=True)
   serving.run(app, host, _PORT.value, tell, has_proxy=bool(_PUBLIC.value))
+
+
+def _playground():
+  from instructjax.labels import personal, playground
+
+  personal.require()
+  from instructjax.commands import label_models  # after the check: JAX takes seconds
+
+  answer = label_models.answerer(_CHECKPOINT.value, _sampling(label_models))
+  return playground.Playground(playground.Model(answer), personal.strip)
 
 
 def _prompts() -> list:
@@ -223,55 +251,19 @@ def _sample(place: str, _: list[str]):
     projects.require_whole(_item(kind, record, (("", ""),) * _K.value))
   database = schema.create(place)
   _settings(database)
-  answers = _answers(prompts)
+  from instructjax.commands import label_models
+
+  answers = label_models.answers(
+    prompts, _ITEMS.value, _CHECKPOINT.value, _K.value, _sampling(label_models)
+  )
   new = [
     _item(kind, record, own) for record, own in zip(prompts * _ITEMS.value, answers, strict=True)
   ]
   print(f"{len(projects.add(database, new, time.time(), _SEED.value))} items added")
 
 
-def _answers(prompts: list) -> list[tuple[tuple[str, str], ...]]:
-  """(text, checkpoint) of the answers of each item: --items for each prompt, all prompts once and then again."""
-  # Imported here, because JAX takes seconds, and because no other word needs it.
-  import jax
-
-  from instructjax.core.config import MeshConfig
-  from instructjax.evaluation import language_model
-  from instructjax.labels import projects
-  from instructjax.parallel import sharding
-
-  mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
-  found: list[list[tuple[str, str]]] = [[] for _ in range(len(prompts) * _ITEMS.value)]
-  names = _CHECKPOINT.value
-  for number, name in enumerate(names):
-    # Each model gives its part of the k; the first ones give one more where it does not divide.
-    samples = range(number, _K.value, len(names))
-    model = language_model.open_model(places.require(name, "--checkpoint", places.WEIGHTS), mesh)
-    texts = [_text(model.tokenizer, record.prompt) for record in prompts]
-    requests = [
-      language_model.Request(
-        texts[i % len(prompts)],
-        (),
-        _MAX_NEW_TOKENS.value,
-        _TEMPERATURE.value,
-        # No two answers to a prompt have the same, in whichever of its items.
-        seed=_SEED.value + i // len(prompts) * projects.MOST_ANSWERS + sample,
-      )
-      for i in range(len(found))
-      for sample in samples
-    ]
-    for i, answer in enumerate(language_model.generate(model, requests)):
-      found[i // len(samples)].append((answer.strip(), name))
-  return [tuple(own) for own in found]
-
-
-def _text(tokenizer, prompt) -> str:
-  """What the model reads: a chat in the tokenizer's template."""
-  if isinstance(prompt, str):
-    return prompt
-  return tokenizer.chats.render_one(
-    [{"role": role, "content": content} for role, content in prompt.messages]
-  )
+def _sampling(label_models):
+  return label_models.Sampling(_TEMPERATURE.value, _MAX_NEW_TOKENS.value, _SEED.value)
 
 
 def _export(place: str, _: list[str]):
@@ -301,6 +293,21 @@ def _import(place: str, _: list[str]):
   print(f"{counts[0]} items with {counts[1]} submissions added")
 
 
+def _pool(place: str, _: list[str]):
+  """`prompts`: what users have let the project keep of the playground."""
+  from instructjax.labels import exchange, prompts, schema
+
+  rows = prompts.records(schema.open_(place))
+  if not rows:
+    raise UserError(f"{place} holds no prompts of users yet: they write them in serve --playground")
+  path = pathlib.Path(places.require(_TO.value, "--to"))
+  exchange.write_lines(path, rows)
+  users = len({row["user"] for row in rows})
+  print(
+    f"{path}: {len(rows)} prompts of {users} users; add them with --prompts=jsonl:{path} --source=customer"
+  )
+
+
 def _simulate(place: str, _: list[str]):
   from instructjax.labels import filling, schema
 
@@ -310,6 +317,21 @@ def _simulate(place: str, _: list[str]):
   print(f"{count} rankings added, with overall quality by rank and no yes/no question answered")
   if left:
     print(f"{left} more are wanted: there are not as many simulated labelers as --wanted asks for")
+
+
+def _close(place: str, _: list[str]):
+  from instructjax.labels import rounds, schema
+
+  left = rounds.close(schema.open_(place), _BATCH.value, time.time())
+  print(f"batch {_BATCH.value} is closed; nobody has ranked {left} of its items")
+
+
+def _training(place: str, _: list[str]):
+  from instructjax.commands import label_training
+
+  workdir = places.require(_WORKDIR.value, "--workdir")
+  for line in label_training.register(place, workdir, time.time()):
+    print(line)
 
 
 def _delete(place: str, rest: list[str]):
@@ -354,7 +376,10 @@ _COMMANDS = {
   "sample": _sample,
   "export": _export,
   "import": _import,
+  "prompts": _pool,
   "simulate": _simulate,
+  "training": _training,
+  "close": _close,
   "delete": _delete,
   "users": _users,
 }

@@ -324,9 +324,10 @@ def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> di
   read = lambda base, trained: decoding.decode_weights(
     model, adapters.join(model, freeze(base), trained)
   )
-  copy = jax.eval_shape(read, base, trained)
-  gathered = constraints.DECODE_GATHERED[model.execution.decode_layout]
-  placed = lambda axes: NamedSharding(mesh, sharding.spec_of(axes, gathered=gathered))
+  with jax.set_mesh(mesh):  # which decides how far the tables are lengthened
+    copy = jax.eval_shape(read, base, trained)
+  layout = model.execution.decode_layout
+  placed = lambda axes: NamedSharding(mesh, constraints.decode_spec(axes, layout))
   copy_shardings = jax.tree.map(
     placed,
     adapters.base_axes(copy, transformer.param_axes(model)),

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs instructjax.main on a TPU VM slice and keeps it running through preemptions. See --help and docs/pods.md.
+# Runs instructjax.main on Cloud TPU VMs and keeps it running through preemptions. See --help, docs/launching.md (which
+# also says what else there is) and docs/pods.md.
 #
-# On this machine it needs only bash and gcloud. On the workers the run is a systemd service, for three reasons: it
-# outlives the ssh connection, systemd keeps its exit code, and it gets SIGTERM when the machine is taken away, while
-# the bucket is still mounted.
+# On this machine it needs bash, gcloud and a Python with instructjax, which checks the run before anything is requested.
+# On the workers the run is a systemd service, for three reasons: it outlives the ssh connection, systemd keeps its exit
+# code, and it gets SIGTERM when the machine is taken away, while the bucket is still mounted.
 set -euo pipefail
 
 usage() {
@@ -11,33 +12,45 @@ usage() {
 usage: launch/tpu_vm.sh COMMAND [FLAGS] [-- FLAGS OF instructjax.main]
 
 commands
-  create   ask for the slice and wait until it is READY
+  check    say whether the run would start on such slices; asks nobody but Python on this machine
+  create   ask for the slices and wait until they are READY
   install  copy the source to all workers, install it in a venv, mount the bucket
   run      start the run on all workers and return; it goes on by itself
-  status   state of the slice and of the run, with its exit code once it has ended
+  status   state of the slices and of the run, with its exit code once it has ended
   logs     copy every worker's log here, those of slices that were preempted too
-  delete   give the slice back (the workdir stays in its bucket)
-  up       create, install, run and watch; when the slice is preempted or a worker dies, delete, create,
-           install and run again: the run goes on from its workdir. Ends with logs and delete. If the slice is
-           there and runs already, up only watches.
+  delete   give the slices back (the workdir stays in its bucket)
+  up       check, create, install, run and watch; when a slice is preempted or a worker dies, delete, create,
+           install and run again: the run goes on from its workdir. Ends with logs and delete. If the slices are
+           there and run already, up only watches.
 
 flags
-  --name=NAME               of the slice                                                        (all commands)
+  --name=NAME               of the slice or slices                                              (all commands)
   --zone=ZONE               such as us-west4-a                                                  (all commands)
   --project=PROJECT         default: gcloud's own                                               (all commands)
-  --accelerator-type=TYPE   such as v5litepod-256, v5p-512, v6e-64                                (create, up)
+  --slices=N                slices of one run, as config.mesh.slice=N; default: 1               (all commands)
+  --accelerator-type=TYPE   of a slice, such as v5litepod-256, v5p-512, v6e-64             (check, create, up)
   --version=RUNTIME         default: the one for the accelerator type                             (create, up)
   --spot                    cheaper; may be preempted at any time                                 (create, up)
+  --reserved                from your project's reservation                                       (create, up)
+  --flex-start=DURATION     such as 24h: waits for room, and is taken back after this time        (create, up)
+  --network=NAME            of the workers; default: default                                      (create, up)
+  --subnetwork=NAME         default: that of the network in the zone's region                     (create, up)
+  --service-account=EMAIL   of the workers; default: Compute Engine's                             (create, up)
   --source=DIR_OR_GIT_URL   default: this checkout; URL#TAG for a tag or branch                  (install, up)
+  --extras=NAMES            to install beside tpu, such as hub,wandb                             (install, up)
   --workdir=gs://BUCKET/DIR where the run lives, checkpoints and all; mounted at /mnt/BUCKET/DIR
-                                                                                    (install, run, logs, up)
-  --config=FILE.py:PRESET   such as configs/ppo_ptx.py:gpt3_1p3b                                     (run, up)
+                                                                             (check, install, run, logs, up)
+  --config=FILE.py:PRESET   such as configs/ppo_ptx.py:gpt3_1p3b                              (check, run, up)
+  --no-check                do not check: for a config that reads weights from the bucket                 (up)
   --logs=DIR                where logs go on this machine; default: runs/NAME-logs                  (logs, up)
   --retries=N               how often to start again; default: 10                                         (up)
-  --keep                    leave the slice when the run has ended                                        (up)
-  --poll=SECONDS            between two looks at the slice; default: 30                           (create, up)
+  --keep                    leave the slices when the run has ended                                       (up)
+  --poll=SECONDS            between two looks at the slices; default: 30                          (create, up)
   --dry-run                 print every command, one a line, and run none
   --help                    this text
+
+environment
+  PYTHON                    the Python that checks; default: python3
 
 example
   launch/tpu_vm.sh up --name=gpt3 --zone=us-west4-a --project=my-project --accelerator-type=v5litepod-256 --spot \
@@ -79,12 +92,39 @@ note() { if $dry_run; then echo "# $*"; fi; }
 # in the state SUSPENDED, and must be deleted before its name can be used again.
 queue() { perform gcloud compute tpus queued-resources "$@" "${place[@]}"; }
 
-on_all_workers() { perform gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$1"; }
+# Calls a function with the name of each slice, at once for all, and fails if one call does.
+on_each_slice() {
+  local node pid pids=() failed=0
+  if $dry_run || ((slices == 1)); then
+    for node in "${nodes[@]}"; do "$1" "$node" "${@:2}" || return; done
+    return
+  fi
+  for node in "${nodes[@]}"; do "$1" "$node" "${@:2}" & pids+=("$!"); done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  return $failed
+}
 
+ssh_all() { perform gcloud compute tpus tpu-vm ssh "$1" "${place[@]}" --worker=all "--command=$2"; }
+
+copy_all() { perform gcloud compute tpus tpu-vm scp "$archive" "$1:instructjax.tar.gz" "${place[@]}" --worker=all; }
+
+on_all_workers() { on_each_slice ssh_all "$1"; }
+
+# Only the alpha track knows flex-start.
 request_slice() {
-  local flags=("--node-id=$name" "--accelerator-type=$accelerator_type" "--runtime-version=$version")
+  local track=() flags=("--accelerator-type=$accelerator_type" "--runtime-version=$version")
+  if ((slices == 1)); then flags=("--node-id=$name" "${flags[@]}"); else
+    flags=("--node-count=$slices" "--node-prefix=$name" "${flags[@]}")
+  fi
   if $spot; then flags+=(--spot); fi
-  queue create "$name" "${flags[@]}"
+  if $reserved; then flags+=(--reserved); fi
+  if [[ -n $flex_start ]]; then
+    track=(alpha) flags+=(--provisioning-model=flex-start "--max-run-duration=$flex_start")
+  fi
+  if [[ -n $network ]]; then flags+=("--network=$network"); fi
+  if [[ -n $subnetwork ]]; then flags+=("--subnetwork=$subnetwork"); fi
+  if [[ -n $service_account ]]; then flags+=("--service-account=$service_account"); fi
+  perform gcloud ${track[@]+"${track[@]}"} compute tpus queued-resources create "$name" "${flags[@]}" "${place[@]}"
 }
 
 delete_slice() { queue delete "$name" --force --quiet; }
@@ -108,20 +148,31 @@ ask() {
   rm -f "$complaint"
 }
 
-# Prints the state of the slice, which is READY if it can be used. Before the node exists, this is the state of the
-# request.
+# Prints the state of the slices: READY if all can be used, else that of the first that cannot. Before they exist, this
+# is the state of the request.
 slice_state() {
-  local state
+  local state node
   state=$(ask "${slice_query[@]}" "$name" "${place[@]}")
-  if [[ $state == ACTIVE ]]; then ask "${node_query[@]}" "$name" "${place[@]}"; else echo "$state"; fi
+  if [[ $state == ACTIVE ]]; then
+    for node in "${nodes[@]}"; do
+      state=$(ask "${node_query[@]}" "$node" "${place[@]}")
+      if [[ $state != READY ]]; then break; fi
+    done
+  fi
+  echo "$state"
+}
+
+show_queries() {
+  local node
+  perform "${slice_query[@]}" "$name" "${place[@]}"
+  for node in "${nodes[@]}"; do perform "${node_query[@]}" "$node" "${place[@]}"; done
 }
 
 # Waits until the slice is READY. Fails if it can no longer become READY, and sets the reason.
 wait_until_ready() {
   if $dry_run; then
     note "every $poll s until ACTIVE and READY:"
-    perform "${slice_query[@]}" "$name" "${place[@]}"
-    perform "${node_query[@]}" "$name" "${place[@]}"
+    show_queries
     return
   fi
   local state before=
@@ -146,7 +197,7 @@ wait_until_ready() {
 {
   # The images come with Python 3.10, which is too old. uv installs a newer one on any image. The lock file keeps a run
   # that was preempted from going on with other versions of its libraries.
-  readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" --constraints="$HOME/instructjax/constraints/lock.txt" "$HOME/instructjax[tpu]"'
+  readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" --constraints="$HOME/instructjax/constraints/lock.txt" "$HOME/instructjax[EXTRAS]"'
 
   # A new machine updates itself for some minutes, during which apt is locked. Hence the timeout and the attempts.
   readonly INSTALL_GCSFUSE='for attempt in 1 2 3 4 5 6; do command -v gcsfuse >/dev/null && break; curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse || sleep 20; done; command -v gcsfuse'
@@ -199,19 +250,29 @@ install_everything() {
     if [[ $source == *#* ]]; then clone+=("--branch=${source##*#}"); fi
     on_all_workers "rm -rf \"\$HOME/instructjax\" && $(quoted "${clone[@]}" "${source%%#*}") \"\$HOME/instructjax\""
   else
-    perform gcloud compute tpus tpu-vm scp "$archive" "$name:instructjax.tar.gz" "${place[@]}" --worker=all &&
+    on_each_slice copy_all &&
       on_all_workers "rm -rf \"\$HOME/instructjax\" && mkdir \"\$HOME/instructjax\" && tar -xzf \"\$HOME/instructjax.tar.gz\" -C \"\$HOME/instructjax\""
-  fi && on_all_workers "$INSTALL_PACKAGE" && on_all_workers "$INSTALL_GCSFUSE" && on_all_workers "$(mount_command)"
+  fi && on_all_workers "${INSTALL_PACKAGE/EXTRAS/$extras}" && on_all_workers "$INSTALL_GCSFUSE" && on_all_workers "$(mount_command)"
 }
 
 start_run() { on_all_workers "$(start_command)"; }
 
+# Whether the run would start on such slices. The devices of this machine are not used, and no data are read.
+check_run() {
+  if ! $dry_run && ! "$python" -c 'import absl, jax' 2>/dev/null; then
+    fail "PYTHON=$python cannot import JAX, to check the run with: activate this checkout's environment, or give --no-check"
+  fi
+  (cd "$checkout" && perform "$python" -m instructjax.main "${main_flags[@]}" "--check=$slice_names")
+}
+
 # Prints one line per worker: NAME running, NAME ended CODE, or NAME absent. Prints nothing if the workers cannot be
 # reached.
 worker_states() {
-  local line worker state
+  local line worker state node
   # ssh must not read this script's stdin.
-  { gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker=all "--command=$RUN_STATE" </dev/null 2>/dev/null || true; } |
+  for node in "${nodes[@]}"; do
+    gcloud compute tpus tpu-vm ssh "$node" "${place[@]}" --worker=all "--command=$RUN_STATE" </dev/null 2>/dev/null || true
+  done |
     while read -r line; do
       [[ $line =~ worker=([^ ]+) ]] || continue
       worker=${BASH_REMATCH[1]}
@@ -251,12 +312,13 @@ run_state() {
 }
 
 # Whether the run ended because of a mistake in flags or data, which starting again would not fix: at least one worker
-# has ended with 2, and all others with 2 or 69.
-is_mistake() { grep -q ' ended 2$' <<<"$1" && ! grep -qvE ' ended (2|69)$' <<<"$1"; }
+# has ended with 2, and all others with 2 or 69. The same for 3, waiting for people.
+is_mistake() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
 
 # Explains an exit code of instructjax.main.
 meaning() {
   case $1 in
+    3) echo " (waits for people, who have to rank answers)" ;;
     69) echo " (a worker is gone)" ;;
     75) echo " (told to stop, and saved)" ;;
   esac
@@ -315,14 +377,14 @@ attempt() {
 }
 
 show_up() {
+  if $check; then check_run; fi
   pack
   request_slice
   wait_until_ready
   install_everything
   start_run
   note "every $poll s until it has ended:"
-  perform "${slice_query[@]}" "$name" "${place[@]}"
-  perform "${node_query[@]}" "$name" "${place[@]}"
+  show_queries
   on_all_workers "$RUN_STATE"
   note "if the slice is preempted, up to $retries times, and then again from the request on:"
   delete_slice
@@ -333,6 +395,7 @@ show_up() {
 
 up() {
   trap 'echo; say "no longer watched: the slice and the run go on. up watches again, delete gives the slice back"; exit 130' INT
+  if $check; then check_run || exit; fi
   [[ $(slice_state) != UNKNOWN ]] || { say "gcloud cannot be asked about the slice" && exit 1; }
   pack
   local tries=0
@@ -355,8 +418,7 @@ up() {
 
 show_status() {
   if $dry_run; then
-    perform "${slice_query[@]}" "$name" "${place[@]}"
-    perform "${node_query[@]}" "$name" "${place[@]}"
+    show_queries
     on_all_workers "$RUN_STATE"
     return
   fi
@@ -395,19 +457,26 @@ default_version() {
 command=${1-}
 case $command in
   -h | --help | help) usage && exit ;;
-  create | install | run | status | logs | delete | up) shift ;;
-  '') fail "which command? One of create, install, run, status, logs, delete, up; see --help" ;;
-  *) fail "no command '$command': one of create, install, run, status, logs, delete, up; see --help" ;;
+  check | create | install | run | status | logs | delete | up) shift ;;
+  '') fail "which command? One of check, create, install, run, status, logs, delete, up; see --help" ;;
+  *) fail "no command '$command': one of check, create, install, run, status, logs, delete, up; see --help" ;;
 esac
 
 name='' zone='' project='' accelerator_type='' version='' source='' workdir='' config='' logs=''
-spot=false keep=false dry_run=false retries=10 poll=30 extra=()
+slices=1 flex_start='' network='' subnetwork='' service_account='' extras=tpu
+spot=false reserved=false keep=false check=true dry_run=false retries=10 poll=30 extra=()
 while (($#)); do
   case $1 in
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --project=*) project=${1#*=} ;;
     --accelerator-type=*) accelerator_type=${1#*=} ;;
+    --slices=*) slices=${1#*=} ;;
+    --flex-start=*) flex_start=${1#*=} ;;
+    --network=*) network=${1#*=} ;;
+    --subnetwork=*) subnetwork=${1#*=} ;;
+    --service-account=*) service_account=${1#*=} ;;
+    --extras=*) extras=tpu,${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --source=*) source=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
@@ -416,6 +485,8 @@ while (($#)); do
     --retries=*) retries=${1#*=} ;;
     --poll=*) poll=${1#*=} ;;
     --spot) spot=true ;;
+    --reserved) reserved=true ;;
+    --no-check) check=false ;;
     --keep) keep=true ;;
     --dry-run) dry_run=true ;;
     -h | --help) usage && exit ;;
@@ -432,6 +503,12 @@ need zone "$zone" ZONE
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name=$name must be lower-case letters, digits and hyphens"
 is_count retries "$retries"
 is_count poll "$poll"
+[[ $slices =~ ^[1-9][0-9]{0,2}$ ]] || fail "--slices=$slices must be a whole number from 1 to 999"
+[[ $extras =~ ^[a-z0-9]+(,[a-z0-9]+)*$ ]] || fail "--extras=${extras#tpu,} must be names of extras, as hub,wandb"
+[[ -z $flex_start || $flex_start =~ ^[1-9][0-9]*[smhd]$ ]] || fail "--flex-start=$flex_start must be a time, as 24h"
+[[ $spot$reserved$flex_start =~ ^(truefalse|falsetrue|falsefalse.*)$ ]] ||
+  fail "of --spot, --reserved and --flex-start only one can be given"
+if [[ $command == check ]]; then need accelerator-type "$accelerator_type" v5litepod-256; fi
 case $command in
   create | up)
     need accelerator-type "$accelerator_type" v5litepod-256
@@ -440,7 +517,7 @@ case $command in
     ;;
 esac
 case $command in
-  install | run | logs | up)
+  check | install | run | logs | up)
     need workdir "$workdir" gs://BUCKET/DIR
     [[ $workdir =~ ^gs://([a-z0-9][a-z0-9._-]+)/([A-Za-z0-9._/=-]*[A-Za-z0-9._=-])/*$ ]] ||
       fail "--workdir=$workdir must be gs://BUCKET/DIR without spaces: what is on a worker's disk is lost with it"
@@ -448,25 +525,38 @@ case $command in
     workdir=gs://$bucket/${BASH_REMATCH[2]}
     ;;
 esac
-case $command in run | up) need config "$config" FILE.py:PRESET ;; esac
-source=${source:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+case $command in check | run | up) need config "$config" FILE.py:PRESET ;; esac
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source=${source:-$checkout}
+if [[ -f $source/setup.cfg ]]; then checkout=$source; fi
 case $command in
   install | up)
     [[ $source == *://* || $source == git@* || -f $source/setup.cfg ]] ||
       fail "--source=$source is neither a git URL nor a checkout: there is no setup.cfg in it"
     ;;
 esac
-$dry_run || type -P gcloud >/dev/null ||
+$dry_run || [[ $command == check ]] || type -P gcloud >/dev/null ||
   fail "gcloud is not on PATH: install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install"
 
 place=("--zone=$zone")
 if [[ -n $project ]]; then place+=("--project=$project"); fi
 logs=${logs:-runs/$name-logs}
 archive=${TMPDIR:-/tmp}/instructjax-$name.tar.gz
-main_flags=("--config=$config" "--workdir=${mounted-}" ${extra[@]+"${extra[@]}"})
+main_flags=("--config=$config" "--workdir=${mounted-}")
+nodes=("$name") slice_names=$accelerator_type
+if ((slices > 1)); then
+  slice_names=${slices}x$accelerator_type
+  main_flags+=("--config.mesh.slice=$slices")
+  # As queued-resources names them, from --node-prefix.
+  for ((i = 0; i < slices; i++)); do nodes[i]=$name-$i; done
+fi
+main_flags+=(${extra[@]+"${extra[@]}"})
+python=${PYTHON:-python3}
 readonly name zone project accelerator_type version source workdir config logs spot keep dry_run retries poll
+readonly slices nodes flex_start reserved network subnetwork service_account extras check checkout python main_flags
 
 case $command in
+  check) check_run ;;
   create)
     request_slice
     wait_until_ready || { say "$reason" && exit 1; }

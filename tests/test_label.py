@@ -10,7 +10,8 @@ import pytest
 from absl.testing import flagsaver
 
 from instructjax.core.errors import UserError
-from instructjax.labels import accounts, projects, schema
+from instructjax.labels import accounts, personal, projects, schema
+from instructjax.labels import prompts as prompts_
 from tests import own_flags
 
 
@@ -109,6 +110,9 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("import", {}, "--from must have a value"),
     ("delete", {}, "delete takes the name of one person"),
     ("users data ann", {"to": "x"}, "is no labeling project yet"),
+    ("prompts", {}, "is no labeling project yet"),
+    ("close", {"batch": "b"}, "is no labeling project yet"),
+    ("training", {}, "--workdir must have a value"),
     ("add", {"held_out": "2"}, "held_out='2' must be between 0 and 1"),
     ("add", {"instructions": "/absent"}, "--instructions=/absent cannot be read"),
   ],
@@ -176,3 +180,27 @@ def test_answers_of_two_checkpoints_share_k_and_hide_where_they_come_from(
   }
   with pytest.raises(UserError, match="--items=0 must be at least 1"):
     run("sample", prompts=prompts(tmp_path, 2), **flags | {"items": 0})
+
+
+def test_users_prompts_come_out_by_user(run, tmp_path):
+  run("users add una", role="user")
+  database = schema.open_(str(tmp_path / "p"))
+  out = str(tmp_path / "pool.jsonl")
+  with pytest.raises(UserError, match="holds no prompts of users yet"):
+    run("prompts", to=out)
+  prompts_.keep(database, accounts.User(1, "una", "user"), "one", 1.0)
+  assert f"{out}: 1 prompts of 1 users; add them with --prompts=jsonl:{out}" in run(
+    "prompts", to=out
+  )
+  assert json.loads((tmp_path / "pool.jsonl").read_text()) == {"prompt": "one", "user": "u1"}
+  run("add", prompts=f"jsonl:{out}", source="customer")
+  with database.read() as connection:
+    (item,) = connection.execute(schema.items.select()).all()
+  assert (item.author, item.source) == ("u1", "customer")
+
+
+def test_the_playground_needs_the_extra(run, monkeypatch):
+  personal._recognizers.cache_clear()
+  monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+  with pytest.raises(UserError, match=r"pip install 'instructjax\[privacy\]'"):
+    run("serve", playground=True, checkpoint=["m"])

@@ -20,9 +20,9 @@ LAYERS = (
   ("core",),
   ("ops", "parallel", "data"),
   ("models", "report"),
-  ("train",),
+  ("train", "labels"),
   ("rl",),
-  ("serve", "stages", "evaluation", "labels"),
+  ("serve", "stages", "evaluation"),
   ("commands",),
   ("main", "evaluate", "compare", "label", "__main__"),
 )

@@ -15,7 +15,15 @@ from absl import app, flags, logging
 
 import instructjax
 from instructjax.core import environment
-from instructjax.core.errors import NotJoined, Preempted, UserError, one_line, raiser, reason
+from instructjax.core.errors import (
+  NotJoined,
+  Preempted,
+  UserError,
+  Waiting,
+  one_line,
+  raiser,
+  reason,
+)
 from instructjax.core.text import printable, printable_lines
 from instructjax.parallel import distributed, memory, supervisor
 
@@ -29,7 +37,8 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
   """The entry point of every command. It ends the process if anything is raised.
 
   After a user's mistake it prints one line to stderr and exits with 2. After a bug it prints the traceback and exits
-  with 1. `parallel.distributed` has two more codes, for a run that was told to stop and for a lost process.
+  with 1. `parallel.distributed` has more codes, for a run that was told to stop or waits for people, and for a lost
+  process.
 
   Args:
     main: called with the command line's arguments that are no flags.
@@ -47,6 +56,9 @@ def run(main: Callable[[list[str]], None], *, interrupted: str):
   except Preempted as told:
     print(told, file=sys.stderr)
     distributed.end(distributed.PREEMPTED)
+  except Waiting as told:
+    print(printable(str(told)), file=sys.stderr)
+    distributed.end(distributed.WAITING)
   except Exception as error:
     _end_with(error)
   except KeyboardInterrupt:

@@ -120,6 +120,11 @@ class DataConfig:
     """Whether comparisons come from simulated labelers, who rank answers that the run samples."""
     return self.comparisons in places.SIMULATED
 
+  @property
+  def are_by_people(self) -> bool:
+    """Whether comparisons come from a labeling project, in which people can rank answers that the run samples."""
+    return self.comparisons.startswith("labels:")
+
   def validate(self, where: str):
     require(
       0 < self.validation_fraction < 1,
@@ -325,14 +330,15 @@ class Config:
       f"{self.reward_model.weights!r}, from which nothing would start",
     )
     require(
-      not self.data.are_collected or self.collect.max_responses <= self.rm.max_responses,
+      not (self.data.are_collected or self.collect.rounds > 1)
+      or self.collect.max_responses <= self.rm.max_responses,
       f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
       f" rm.max_responses={self.rm.max_responses}",
     )
     require(
-      self.collect.rounds == 1 or self.data.are_collected,
+      self.collect.rounds == 1 or self.data.are_collected or self.data.are_by_people,
       f"{where}.collect.rounds={self.collect.rounds} must be 1 beside data.comparisons={self.data.comparisons!r}: only"
-      " simulated labelers, as of demo:, can rank more answers during a run",
+      " simulated labelers, as of demo:, and people in a project, labels:DIR, can rank more answers during a run",
     )
     require(
       self.rm.row_length == 0 or self.rm.row_length >= total,

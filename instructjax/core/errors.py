@@ -53,6 +53,13 @@ class Preempted(Exception):
   """
 
 
+class Waiting(Exception):
+  """The run has saved its state and stopped until people have done their part; the same command continues it.
+
+  It is not a UserError, because nobody made a mistake, and starting it again at once does not help.
+  """
+
+
 @contextlib.contextmanager
 def writing(path: pathlib.Path):
   """Turns a failed write, most often because of a full disk, into a UserError that names `path`.

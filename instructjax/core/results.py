@@ -74,7 +74,7 @@ class LabelerGroups:
 class Collected:
   """The result of collecting comparisons."""
 
-  agreement: LabelerGroups
+  agreement: LabelerGroups | None  # None if people ranked
   files: dict[str, str]  # split -> SHA-256 of the file with its rankings, in hex
 
 

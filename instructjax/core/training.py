@@ -152,11 +152,11 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CollectConfig:
-  """Collecting comparisons from simulated labelers (only for `data.comparisons` of `demo:` or `conversation:`)."""
+  """Collecting comparisons: from simulated labelers, and in later rounds also from the people of `labels:`."""
 
-  # training prompts whose answers the training labelers rank [prompts]
+  # training prompts whose answers are ranked in a round; of people's at most those that there are [prompts]
   num_prompts: int
-  # prompts whose answers the held-out labelers rank, used for evaluation only [prompts]
+  # held-out prompts whose answers are ranked in a round, used for evaluation only [prompts]
   num_heldout_prompts: int
   # fewest answers per prompt; the number K of answers is drawn uniformly from min_responses to max_responses [answers]
   min_responses: int
@@ -165,9 +165,12 @@ class CollectConfig:
   # rounds of comparisons: in each after the first, answers of the newest PPO-ptx policy are ranked, a reward model is
   # trained on all rounds, and a new policy against it (sec 3.1) [rounds]
   rounds: int = dataclasses.field(metadata=SAME_NUMBERS)  # the stages of other rounds stay the same
+  # people who are to rank the answers to each prompt of a later round, where data.comparisons is labels:PROJECT; a run
+  # that waits for them takes a new value over [people]
+  wanted: int = dataclasses.field(metadata=SAME_NUMBERS)
 
   def validate(self, where: str):
-    require_positive(self, where, "num_prompts", "num_heldout_prompts")
+    require_positive(self, where, "num_prompts", "num_heldout_prompts", "wanted")
     require(
       1 <= self.rounds <= MAX_ROUNDS,
       f"{where}.rounds={self.rounds} must be from 1 to {MAX_ROUNDS}",

@@ -23,7 +23,7 @@ _NEWEST = """
 SELECT i.id AS item, i.kind AS kind, i.prompt AS prompt, i.split AS split, u.name AS labeler,
   u.cohort AS cohort, s.id AS submission, s.payload AS payload
 FROM submissions s JOIN items i ON i.id = s.item_id JOIN users u ON u.id = s.user_id
-WHERE i.kind = :kind AND i.is_screening = :screening AND s.id IN (
+WHERE i.kind = :kind AND i.is_screening = :screening AND i.id <= :last_item AND s.id IN (
   SELECT MAX(id) FROM submissions WHERE id <= :until GROUP BY item_id, user_id)
 ORDER BY s.id
 """
@@ -32,7 +32,13 @@ SELECT a.item_id AS item, a.id AS id, a.text AS text FROM answers a JOIN items i
 WHERE i.kind = 'ranking' ORDER BY a.item_id, a.position
 """
 COHORTS = ("training", "heldout")
-_PROMPTS = "SELECT id AS item, prompt, split FROM items WHERE is_screening = :screening ORDER BY id"
+_PROMPTS = """
+SELECT id AS item, prompt, split, author FROM items WHERE is_screening = :screening AND id <= :last_item ORDER BY id
+"""
+_OF_BATCH = "SELECT id AS item FROM items WHERE batch = :batch"
+_NEWEST_OF_ALL = """
+SELECT (SELECT MAX(id) FROM submissions) AS submission, (SELECT MAX(id) FROM items) AS item
+"""
 _KIND = {"comparisons": "ranking", "demonstrations": "demonstration"}
 _ALL = 2**62
 
@@ -65,7 +71,7 @@ def url_of(place: str, where: str) -> Any:
 
 
 def rows(
-  place: str, kind: str, split: str, until: int = 0, cohort: str = "training"
+  place: str, kind: str, split: str, until: int = 0, cohort: str = "training", last_item: int = 0
 ) -> list[tuple[str, dict[str, Any]]]:
   """(where, row) of each record, with the keys that `records.parse_record` expects, in the order of submission.
 
@@ -74,6 +80,7 @@ def rows(
     kind: comparisons, demonstrations or prompts. Items of the screening are left out.
     split: train, validation or all. An item's split was settled when it was made.
     until: number of the last submission that counts; 0 for all.
+    last_item: number of the last item that counts; 0 for all.
     cohort: training for what is trained and validated on; heldout for the part of this name, see `parts`, which is
       all for validation.
   Raises:
@@ -83,10 +90,14 @@ def rows(
     wanted = () if split == "train" else ("heldout",)
   else:
     wanted = ("train", "validation") if split == "all" else (split,)
-  return [(where, row) for where, row, part in parts(place, kind, until) if part in wanted]
+  return [
+    (where, row) for where, row, part in parts(place, kind, until, last_item) if part in wanted
+  ]
 
 
-def parts(place: str, kind: str, until: int = 0) -> Iterator[tuple[str, dict[str, Any], str]]:
+def parts(
+  place: str, kind: str, until: int = 0, last_item: int = 0
+) -> Iterator[tuple[str, dict[str, Any], str]]:
   """(where, row, part) of each record; arguments and errors as `rows`.
 
   The parts are those of the stage `collect`: train and validation by the item's split, and heldout, which is what
@@ -95,20 +106,31 @@ def parts(place: str, kind: str, until: int = 0) -> Iterator[tuple[str, dict[str
   """
   if kind == "prompts":
     seen = set()
-    for found in _select(place, _PROMPTS, screening=False):
+    for found in _select(place, _PROMPTS, screening=False, last_item=last_item or _ALL):
       if found.prompt not in seen:
         seen.add(found.prompt)
-        yield f"labels:item {found.item}", {"prompt": json.loads(found.prompt)}, found.split
+        user = {"user": found.author} if found.author else {}
+        row = {"prompt": json.loads(found.prompt)} | user
+        yield f"labels:item {found.item}", row, found.split
     return
   if kind not in _KIND:
     raise UserError(
       f"data.{kind} must be another source: labels: holds prompts, demonstrations and comparisons"
     )
+  for _, where, row, part in _submitted(place, kind, until, last_item):
+    yield where, row, part
+
+
+def _submitted(
+  place: str, kind: str, until: int, last_item: int
+) -> Iterator[tuple[int, str, dict[str, Any], str]]:
+  """(number of the item, where, row, part) of what people have submitted; arguments as `rows`."""
   answers: dict[int, list[Any]] = {}
   if kind == "comparisons":
     for found in _select(place, _ANSWERS):
       answers.setdefault(found.item, []).append(found)
-  for found in _select(place, _NEWEST, kind=_KIND[kind], screening=False, until=until or _ALL):
+  limits = {"until": until or _ALL, "last_item": last_item or _ALL}
+  for found in _select(place, _NEWEST, kind=_KIND[kind], screening=False, **limits):
     is_heldout = found.cohort == "heldout"
     if is_heldout and found.split == "train":
       continue
@@ -121,19 +143,43 @@ def parts(place: str, kind: str, until: int = 0) -> Iterator[tuple[str, dict[str
     else:
       row["response"] = payload["text"]
     row["labeler"] = found.labeler
-    yield f"labels:submission {found.submission}", row, "heldout" if is_heldout else found.split
+    where = f"labels:submission {found.submission}"
+    yield found.item, where, row, "heldout" if is_heldout else found.split
 
 
-def digest(place: str, until: int = 0, cohort: str = "training") -> str:
+def of_batch(place: str, batch: str) -> Iterator[tuple[dict[str, Any], str]]:
+  """(row, part) of each ranking of the answers that a run has put into the project in one go, as `parts` has them.
+
+  Raises:
+    UserError: the database cannot be read.
+  """
+  own = {found.item for found in _select(place, _OF_BATCH, batch=batch)}
+  for item, _, row, part in _submitted(place, "comparisons", 0, 0):
+    if item in own:
+      yield row, part
+
+
+def newest(place: str) -> tuple[int, int]:
+  """Numbers of the last submission and of the last item; 0 where there is none.
+
+  Raises:
+    UserError: the database cannot be read.
+  """
+  (found,) = _select(place, _NEWEST_OF_ALL)
+  return found.submission or 0, found.item or 0
+
+
+def digest(place: str, until: int = 0, cohort: str = "training", last_item: int = 0) -> str:
   """A checksum of the records of all kinds, which stays the same whatever else changes in the database.
 
   Args:
-    place, until, cohort: as in `rows`.
+    place, until, cohort, last_item: as in `rows`.
   """
   found = hashlib.sha256()
   for kind in ("comparisons", "demonstrations", "prompts"):
-    for _, row, part in parts(place, kind, until):
+    for _, row, part in parts(place, kind, until, last_item):
       if (part == "heldout") == (cohort == "heldout"):
+        row.pop("user", None)  # whose prompt it is decides on its part only, which is there
         found.update(json.dumps([row, part], sort_keys=True).encode() + b"\n")
   return "sha256:" + found.hexdigest()
 

@@ -72,21 +72,36 @@ def _hh(asked: Request) -> tuple[Rows, Decode, bool]:
 
 
 def _labels(asked: Request) -> tuple[Rows, Decode, bool]:
-  """`labels:DIR_OR_URL[?until=N][&cohort=heldout]` reads the database of a labeling project, see label_records.py.
+  """`labels:DIR_OR_URL[?until=N][&items=M][&cohort=heldout]` reads the database of a labeling project.
 
-  Each record is on the side of the split where its item is. With `until`, submissions after the N-th do not count, so
-  that a run can be resumed while people go on. With `cohort=heldout` it gives what held-out labelers have made of the
-  held-out prompts, which is left out otherwise.
+  See label_records.py. Each record is on the side of the split where its item is. With `until`, submissions after the
+  N-th do not count, and with `items`, items after the M-th, so that a run can be resumed while people go on. With
+  `cohort=heldout` it gives what held-out labelers have made of the held-out prompts, which is left out otherwise.
   """
-  until, cohort = _until(asked.options), _cohort(asked.options)
-  rows = label_records.rows(asked.path, asked.kind, asked.split, until, cohort)
+  until, last = _number(asked.options, "until"), _number(asked.options, "items")
+  cohort = _cohort(asked.options)
+  rows = label_records.rows(asked.path, asked.kind, asked.split, until, cohort, last)
   return rows, lambda row, kind, where: row, True
 
 
-def _until(options: formats.Options) -> int:
-  text = options.other.get("until", "0")
+def labeling_project(spec: str) -> tuple[str, dict[str, str]] | None:
+  """(folder or URL, options) of the project that a source `labels:` reads; None for another source.
+
+  Raises:
+    UserError: its options are not known.
+  """
+  scheme, _, rest = spec.partition(":")
+  if scheme != "labels":
+    return None
+  path, options = formats.split_options(rest, spec, None, READERS[scheme].options)
+  return path, dict(options.other)
+
+
+def _number(options: formats.Options, name: str) -> int:
+  text = options.other.get(name, "0")
   if not text.isdecimal() or len(text) > 18:
-    raise UserError(f"until={text[:40]!r} of labels: must be the number of a submission")
+    what = {"until": "a submission", "items": "an item"}[name]
+    raise UserError(f"{name}={text[:40]!r} of labels: must be the number of {what}")
   return int(text)
 
 
@@ -394,8 +409,10 @@ READERS = {
     _labels,
     lambda path, options: [],
     _whole,
-    options=("until", "cohort"),
+    options=("until", "items", "cohort"),
     format=formats.OWN,
-    checksum=lambda path, options: label_records.digest(path, _until(options), _cohort(options)),
+    checksum=lambda path, options: label_records.digest(
+      path, _number(options, "until"), _cohort(options), _number(options, "items")
+    ),
   ),
 }

@@ -12,7 +12,10 @@ from instructjax.labels.web import EVERYBODY, Asked, Page, go, page
 
 
 def front(asked: Asked) -> Response:
-  return go("/work" if asked.me.role == "labeler" else "/overview")
+  role = asked.me.role
+  if role == "user":  # who has nothing else here
+    return go("/playground" if asked.site.playground else "/account")
+  return go("/work" if role == "labeler" else "/overview")
 
 
 def sign_in_form(asked: Asked) -> Response:

@@ -19,7 +19,7 @@ from instructjax.data.messages import quoted
 from instructjax.labels import schema
 from instructjax.labels.schema import Database, attempts, sessions, users
 
-ROLES = ("labeler", "researcher", "admin")
+ROLES = ("labeler", "researcher", "admin", "user")  # a user has the playground only
 SHORTEST = 10  # letters of a password
 _LONGEST = 1000
 _NAME = re.compile(r"[\w][\w.@+-]{0,79}")

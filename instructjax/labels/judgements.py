@@ -66,10 +66,21 @@ class Judgement:
     return self.payload.get("answers", {}).items()
 
 
-def read(connection: sa.Connection) -> list[Judgement]:
-  """All judgements, in the order in which they were sent."""
-  newest = sa.select(sa.func.max(submissions.c.id)).group_by(
-    submissions.c.item_id, submissions.c.user_id
+def read(connection: sa.Connection, until: int = 0, before: float | None = None) -> list[Judgement]:
+  """All judgements, in the order in which they were sent.
+
+  Args:
+    connection: to the database.
+    until: number of the last submission that counts; 0 for all.
+    before: time from which on submissions do not count; None for all.
+  """
+  counts = sa.true() if not until else submissions.c.id <= until
+  if before is not None:
+    counts &= submissions.c.at < before
+  newest = (
+    sa.select(sa.func.max(submissions.c.id))
+    .where(counts)
+    .group_by(submissions.c.item_id, submissions.c.user_id)
   )
   rows = connection.execute(
     sa.select(

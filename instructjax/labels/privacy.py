@@ -4,11 +4,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from instructjax.labels import accounts, schema
+from instructjax.labels import accounts, prompts, schema
 from instructjax.labels.schema import Database
 
 # Tables with a column user_id, in an order in which rows may be deleted.
-_OWN = ("sessions", "survey", "grades", "submissions", "assignments", "audit")
+_OWN = ("sessions", "survey", "grades", "submissions", "assignments", "prompts", "audit")
 
 
 def data_of(database: Database, name: str) -> dict[str, Any]:
@@ -32,8 +32,13 @@ def data_of(database: Database, name: str) -> dict[str, Any]:
     found["graded"] = rows(sa.select(schema.grades).where(graded))  # by others
     found["drafts"] = rows(sa.select(schema.drafts).where(_own_drafts(number)))
     found["attempts"] = rows(sa.select(schema.attempts).where(schema.attempts.c.name == name))
-    found["prompts"] = rows(sa.select(schema.items).where(schema.items.c.author == name))
+    found["items"] = rows(sa.select(schema.items).where(_wrote(name, number)))
   return found
+
+
+def _wrote(name: str, number: int):
+  """Items whose prompt is a person's, by name or from the playground."""
+  return schema.items.c.author.in_((name, prompts.author(number)))
 
 
 def _own_drafts(number: int):
@@ -65,7 +70,7 @@ def delete(database: Database, name: str, now: float) -> dict[str, int]:
       ).rowcount
     attempts, items = schema.attempts, schema.items
     connection.execute(attempts.delete().where(attempts.c.name == name))
-    connection.execute(items.update().where(items.c.author == name).values(author=""))
+    connection.execute(items.update().where(_wrote(name, number)).values(author=""))
     connection.execute(schema.users.delete().where(schema.users.c.id == number))
     schema.log(connection, None, "person deleted", f"person {number}", now)
   schema.forget_pages(database)

@@ -44,6 +44,8 @@ class Item:
     author: who wrote the prompt, by whom prompts are split; '' to split by the prompt.
     is_screening: whether it is there to compare labelers with researchers.
     wanted: number of people who are to work on it.
+    split: the side of the split, if the prompt is new; '' for that of `split_of`.
+    batch: what a run has put here in one go, see rounds.py.
   """
 
   kind: str
@@ -53,12 +55,18 @@ class Item:
   author: str = ""
   is_screening: bool = False
   wanted: int = 1
+  split: str = ""
+  batch: str = ""
 
 
 def settings(database: Database) -> dict[str, str]:
   """The project's settings, with defaults for those that nobody has set."""
   with database.read() as connection:
-    found = connection.execute(sa.select(schema.settings)).all()
+    return _settings(connection)
+
+
+def _settings(connection: sa.Connection) -> dict[str, str]:
+  found = connection.execute(sa.select(schema.settings)).all()
   return DEFAULTS | {row.name: row.value for row in found}
 
 
@@ -109,6 +117,12 @@ def split_of(item: Item, held_out: float) -> str:
 
 
 def add(database: Database, new: Sequence[Item], now: float, seed: int = 0) -> list[int]:
+  """Adds items in a transaction of their own, see `add_to`."""
+  with database.write() as connection:
+    return add_to(connection, new, now, seed)
+
+
+def add_to(connection: sa.Connection, new: Sequence[Item], now: float, seed: int = 0) -> list[int]:
   """Adds items, and returns their numbers. Answers are shuffled, so that their order tells nothing of their origin.
 
   An item with the prompt of another is on the same side of the split, whoever its author is.
@@ -118,35 +132,35 @@ def add(database: Database, new: Sequence[Item], now: float, seed: int = 0) -> l
   """
   for item in new:
     require_whole(item)
-  held_out = float(settings(database)["held_out"])
+  held_out = float(_settings(connection)["held_out"])
   rng = random.Random(seed)
   numbers = []
-  with database.write() as connection:
-    sides: dict[str, str] = {
-      row.prompt: row.split for row in connection.execute(sa.select(items.c.prompt, items.c.split))
-    }
-    for item in new:
-      prompt = as_json(item.prompt)
-      number = schema.insert(
-        connection,
-        items,
-        kind=item.kind,
-        prompt=prompt,
-        source=item.source,
-        author=item.author,
-        split=sides.setdefault(prompt, split_of(item, held_out)),
-        is_screening=item.is_screening,
-        wanted=item.wanted,
-        created=now,
-      )
-      numbers.append(number)
-      shuffled = rng.sample(item.answers, len(item.answers))
-      rows = [
-        {"item_id": number, "position": i, "text": text, "origin": origin[:400]}
-        for i, (text, origin) in enumerate(shuffled)
-      ]
-      if rows:
-        connection.execute(answers.insert(), rows)
+  sides: dict[str, str] = {
+    row.prompt: row.split for row in connection.execute(sa.select(items.c.prompt, items.c.split))
+  }
+  for item in new:
+    prompt = as_json(item.prompt)
+    number = schema.insert(
+      connection,
+      items,
+      kind=item.kind,
+      prompt=prompt,
+      source=item.source,
+      author=item.author,
+      split=sides.setdefault(prompt, item.split or split_of(item, held_out)),
+      is_screening=item.is_screening,
+      wanted=item.wanted,
+      created=now,
+      batch=item.batch,
+    )
+    numbers.append(number)
+    shuffled = rng.sample(item.answers, len(item.answers))
+    rows = [
+      {"item_id": number, "position": i, "text": text, "origin": origin[:400]}
+      for i, (text, origin) in enumerate(shuffled)
+    ]
+    if rows:
+      connection.execute(answers.insert(), rows)
   return numbers
 
 

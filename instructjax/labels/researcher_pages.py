@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 from starlette.responses import Response
 
-from instructjax.labels import agreement, judgements, projects, screening, work
+from instructjax.labels import agreement, judgements, projects, rounds, screening, trainings, work
 from instructjax.labels.judgements import Judgement
 from instructjax.labels.labeler_pages import shown_prompt
 from instructjax.labels.schema import items
 from instructjax.labels.web import NOT_THERE, RESEARCHERS, Asked, Page, Refused, day, go, page
 
-_DAYS = 28  # of the plots
+_DAYS = 28  # of the plots, and trainings
 _LISTED = 200  # items of the queue
 
 
@@ -71,6 +71,23 @@ def agreement_page(asked: Asked) -> Response:
     ],
     pairs=agreement.of_pairs(ranked.values()),
     days=[(date, one) for date, one in days if one.mean is not None],
+  )
+
+
+def trainings_page(asked: Asked) -> Response:
+  with asked.database.read() as connection:
+    found = trainings.read(connection)
+    batches = rounds.states(connection)
+  accuracy, agree = trainings.marks(found[-_DAYS:])
+  return page(
+    asked,
+    "trainings.html",
+    found=found,
+    shown=found[-_DAYS:],
+    accuracy=accuracy,
+    agree=agree,
+    grid=[(share, trainings.height(share)) for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)],
+    batches=batches,
   )
 
 
@@ -171,6 +188,7 @@ def answer_survey(asked: Asked) -> Response:
 ROUTES = (
   Page("GET", "/overview", overview, RESEARCHERS),
   Page("GET", "/agreement", agreement_page, RESEARCHERS),
+  Page("GET", "/trainings", trainings_page, RESEARCHERS),
   Page("GET", "/screening", screening_page, RESEARCHERS),
   Page("POST", "/screening", grade, RESEARCHERS),
   Page("GET", "/disagreements", disagreements, RESEARCHERS),

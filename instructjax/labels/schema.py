@@ -78,6 +78,8 @@ items = sa.Table(
   Column("is_screening", Boolean, nullable=False),
   Column("wanted", Integer, nullable=False),  # number of people of a cohort who are to work on it
   Column("created", Double, nullable=False),
+  # what a run has put here in one go, for a later round of comparisons (see rounds.py); '' for other items
+  Column("batch", String(200), nullable=False, server_default="", index=True),
 )
 answers = sa.Table(
   "answers",
@@ -138,6 +140,33 @@ survey = sa.Table(  # self-assessed ability to identify sensitive speech
   Column("level", Integer, nullable=False),  # 0 to 2
   sa.UniqueConstraint("user_id", "subject"),
 )
+prompts = sa.Table(  # that users have written in the playground, with consent, see prompts.py
+  "prompts",
+  metadata,
+  _id(),
+  Column("user_id", ForeignKey("users.id"), nullable=False, index=True),
+  Column("text", Text, nullable=False),  # without what looks like personal data
+  Column("prefix", String(80), unique=True, nullable=False),
+  Column("at", Double, nullable=False),
+)
+trainings = sa.Table(  # of reward models on what was ranked here, see trainings.py
+  "trainings",
+  metadata,
+  _id(),
+  Column("identity", String(64), unique=True, nullable=False),
+  Column("name", String(400), nullable=False),
+  Column("accuracy", Double, nullable=False),
+  Column("low", Double, nullable=False),
+  Column("high", Double, nullable=False),
+  Column("pairs", Integer, nullable=False),
+  Column("at", Double, nullable=False),
+  # Of labelers, when the reward model was trained; NULL where no item was ranked by two.
+  Column("agreement", Double, nullable=True),
+  Column("agreement_low", Double, nullable=False),
+  Column("agreement_high", Double, nullable=False),
+  Column("agreement_pairs", Integer, nullable=False),
+  Column("agreement_items", Integer, nullable=False),
+)
 audit = sa.Table(
   "audit",
   metadata,
@@ -193,11 +222,17 @@ def create(place: str) -> Database:
       # It holds hashes of passwords: others on this machine may not read it, nor the files that SQLite puts beside it.
       os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
   database = _connect(place)
+  _complete(place, database)
+  return database
+
+
+def _complete(place: str, database: Database):
+  """Makes what the database lacks: all of it, or what an earlier version did not have."""
   with _errors(place), database.write() as connection:
     metadata.create_all(connection)
+    _add_new_columns(connection)
     for statement in _triggers(connection.dialect.name):
       connection.exec_driver_sql(statement)
-  return database
 
 
 def open_(place: str) -> Database:
@@ -215,7 +250,17 @@ def open_(place: str) -> Database:
   with _errors(place), database.read() as connection:
     if not sa.inspect(connection).has_table("submissions"):
       raise UserError(f"--project={printable(place)} holds no labeling project")
+  _complete(place, database)
   return database
+
+
+def _add_new_columns(connection: sa.Connection):
+  """Gives the table of items the column that a project of an earlier version lacks."""
+  if "batch" not in {column["name"] for column in sa.inspect(connection).get_columns("items")}:
+    connection.exec_driver_sql(
+      "ALTER TABLE items ADD COLUMN batch VARCHAR(200) DEFAULT '' NOT NULL"
+    )
+    connection.exec_driver_sql("CREATE INDEX ix_items_batch ON items (batch)")
 
 
 @contextlib.contextmanager

@@ -7,15 +7,20 @@ import uvicorn
 from starlette.applications import Starlette
 
 from instructjax.core.errors import UserError, reason
-from instructjax.labels import account_pages, labeler_pages, researcher_pages, web
+from instructjax.labels import account_pages, labeler_pages, playground, researcher_pages, web
 from instructjax.labels.schema import Database
 
-TABLES = (account_pages.ROUTES, labeler_pages.ROUTES, researcher_pages.ROUTES)
+TABLES = (account_pages.ROUTES, labeler_pages.ROUTES, researcher_pages.ROUTES, playground.ROUTES)
 
 
-def make(database: Database, hosts: list[str], is_secure: bool = False) -> Starlette:
+def make(
+  database: Database,
+  hosts: list[str],
+  is_secure: bool = False,
+  play: playground.Playground | None = None,
+) -> Starlette:
   """The application with all of its pages; arguments as of `web.Site` and `web.application`."""
-  return web.application(web.Site(database, is_secure), TABLES, hosts)
+  return web.application(web.Site(database, is_secure, play), TABLES, hosts)
 
 
 def shown(host: str) -> str:

@@ -31,7 +31,7 @@ from instructjax.labels.schema import Database
 HERE = pathlib.Path(__file__).parent
 _LARGEST = 4 << 20  # bytes of a form
 _MOST_FIELDS = 2000
-EVERYBODY: tuple[str, ...] = ("labeler", "researcher", "admin")
+EVERYBODY: tuple[str, ...] = ("labeler", "researcher", "admin", "user")
 RESEARCHERS = ("researcher", "admin")
 HEADERS = {
   "Content-Security-Policy": (
@@ -52,11 +52,13 @@ class Site:
   Attributes:
     database: the project's.
     is_secure: whether browsers reach it by https only, so that cookies may be marked for it.
+    playground: a `playground.Playground`; None if there is none on this site.
     now: the clock.
   """
 
   database: Database
   is_secure: bool
+  playground: Any = None
   now: Callable[[], float] = time.time
 
   @property
@@ -177,6 +179,7 @@ def page(asked: Asked, name: str, status: int = 200, **values) -> HTMLResponse:
     "user": asked.user,
     "project": {name: printable_lines(value) for name, value in project.items()},
     "csrf": accounts.csrf(asked.token),
+    "has_playground": asked.site.playground is not None,
   }
   html = _templates().get_template(name).render(given | values)
   return HTMLResponse(html, status)

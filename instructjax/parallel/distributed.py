@@ -8,6 +8,7 @@ How one of several processes ends, with its exit code:
   - 2, a mistake, or 1, a bug: ends the process that meets it. It waits a moment for the others, which most often meet
     the same. Those that do not meet it find that this process is gone.
   - PREEMPTED: one process or all of them got SIGTERM. All save at the same step and wait for the slowest.
+  - WAITING: people have to rank answers first. All processes find this at the same point.
   - LOST: another process is gone, or never came. On a CPU its connections break, which raises an exception here.
     Elsewhere a collective operation would wait forever. After SILENCE seconds without a sign of life JAX aborts the
     process from C++, without calling any handler in Python. So each process is the child of one that never imports JAX,
@@ -31,6 +32,7 @@ from typing import Any
 from instructjax.core.errors import NotJoined, Preempted, UserError, reason
 from instructjax.parallel import lobby, supervisor
 from instructjax.parallel.supervisor import LOST, PREEMPTED, SILENCE
+from instructjax.parallel.supervisor import WAITING as WAITING
 from instructjax.parallel.watchdog import Limits, Team, Watchdog
 
 JOINING = 300  # seconds to wait for the others at the start: hosts are not ready at once

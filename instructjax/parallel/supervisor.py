@@ -13,6 +13,7 @@ import time
 # Exit codes, as in sysexits.h.
 LOST = 69  # EX_UNAVAILABLE
 PREEMPTED = 75  # EX_TEMPFAIL
+WAITING = 3  # for people, who rank what the run has sampled
 
 SILENCE = 40  # seconds without a sign of life after which a process counts as dead
 

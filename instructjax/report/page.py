@@ -305,7 +305,10 @@ def _rounds(table: Mapping) -> dict:
     "policies": [
       {
         "name": row["policy"],
-        "cells": [(tables.number(row["gold"]), ""), cell(row["over_previous"])],
+        "cells": [
+          ("" if row["gold"] is None else tables.number(row["gold"]), ""),
+          cell(row["over_previous"]),
+        ],
       }
       for row in table["policies"]
     ],

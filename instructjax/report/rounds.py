@@ -47,9 +47,10 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
 
   Returns:
     {'reward_models': one for each round: {'round', 'accuracy': (value, interval) on the held-out rankings of each
-    round, 'correlation': policy -> (value, interval), by its scores and the gold scores of that policy's answers},
-    'policies': one for each round: {'round', 'policy', 'gold': mean, 'over_previous': win rate over the policy of the
-    round before, as (value, interval); None for the first}}.
+    round, 'correlation': policy -> (value, interval), by its scores and the gold scores of that policy's answers;
+    None without gold scores},
+    'policies': one for each round: {'round', 'policy', 'gold': mean or None, 'over_previous': win rate over the policy
+    of the round before, as (value, interval); None for the first}}.
   """
   if not results.rounds:
     return {}
@@ -57,13 +58,18 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
   names = [of_round(RANKED, row.number) for row in results.rounds]
 
   def agreement(row: Round, name: str):
-    # There is a gold score: only simulated labelers rank in several rounds.
-    gold = np.asarray(results.measured[name].gold)
+    gold = results.measured[name].gold
+    if gold is None:
+      return None
     return correlation(row.reward[name], gold, samples, bootstrap, rng)
 
   def accuracy(judgement):
     value, reach = judgement.accuracy, 1.96 * judgement.accuracy_stderr
     return value, [value - reach, value + reach]
+
+  def mean_gold(name: str) -> float | None:
+    gold = results.measured[name].gold
+    return None if gold is None else float(np.mean(gold))
 
   def over_previous(place: int):
     if not place:
@@ -84,7 +90,7 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
       {
         "round": row.number,
         "policy": name,
-        "gold": float(np.mean(np.asarray(results.measured[name].gold))),
+        "gold": mean_gold(name),
         "over_previous": over_previous(place),
       }
       for place, (row, name) in enumerate(zip(results.rounds, names, strict=True))

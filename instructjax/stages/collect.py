@@ -1,15 +1,17 @@
-"""Collects comparisons: samples K answers to each prompt from a policy, and has simulated labelers rank them.
+"""Collects comparisons: samples K answers to each prompt from a policy, and has labelers rank them.
 
 The answers of the first round are the SFT policy's. In later rounds (`collect.rounds`) they are those of the newest
-PPO-ptx policy, as a few of the paper's were (sec 3.1). The stage runs only for a simulated task, as
-`data.comparisons='demo:'`. It writes ranking files in the format of a user's own comparisons, which the reward model
-then reads:
+PPO-ptx policy, as a few of the paper's were (sec 3.1). Simulated labelers rank them if `data.comparisons` is a
+simulated task, as `demo:`. If it is a labeling project, `labels:DIR`, its rankings are the first round, and its people
+rank the answers of later ones, see people.py. The stage writes ranking files in the format of a user's own comparisons,
+which the reward model then reads:
   - `collect/train.jsonl`: training prompts, ranked by the training labelers;
   - `collect/validation.jsonl`: held-out prompts, ranked by the same labelers;
   - `collect/heldout.jsonl`: the same answers as in validation.jsonl, ranked by held-out labelers.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -22,7 +24,7 @@ from instructjax.core.errors import UserError, writing
 from instructjax.core.stages import STAGES
 from instructjax.core.structs import Params
 from instructjax.data.tokenizer import prompt_ids
-from instructjax.stages import answers, contents, judging, lineage, policies
+from instructjax.stages import answers, contents, judging, lineage, people, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run
 
 # A labeler's noise goes by the number of the ranking; those of a later round begin so much further on.
@@ -82,7 +84,7 @@ def _write(path: pathlib.Path, rankings: list):
 
 
 def check_settings(config: Config, stage: str):
-  """Checks that the prompts are those which the simulated labelers know, and that a reward model is trained on them.
+  """Checks that simulated labelers know the prompts, and that a reward model is trained on what is ranked.
 
   Raises:
     UserError: they are not, or the reward model is given although more rounds are to be collected for it.
@@ -93,24 +95,40 @@ def check_settings(config: Config, stage: str):
       f"config.collect.rounds={config.collect.rounds} must be 1 beside the finished reward model {given!r}, which no"
       " further comparisons would change"
     )
+  if not lineage.collects(config):
+    people.check_settings(config)
   prompts, comparisons = config.data.prompts, config.data.comparisons
-  if prompts != comparisons:
+  if lineage.collects(config) and prompts != comparisons:
     raise UserError(
       f"config.data.comparisons={comparisons!r} are collected on that task's own prompts, and config.data.prompts="
       f"{prompts!r}; give comparisons of your own, as jsonl:PATH"
     )
 
 
-def run(ctx: Context, stage: str):
-  """Samples answers, has them ranked, and measures how often labelers agree.
+def check(ctx: Context, stage: str):
+  """Checks that people can be asked, where they are to rank.
 
   Raises:
+    UserError: the project cannot be opened.
+  """
+  if not lineage.collects(ctx.config):
+    people.check(ctx)
+
+
+def run(ctx: Context, stage: str):
+  """Samples answers, has them ranked, and measures how often simulated labelers agree.
+
+  Raises:
+    Waiting: people have to rank them first.
     UserError: the stage is finished already, but was made with other settings; or the rankings cannot be written.
     Preempted: the run was told to stop.
   """
   cfg, seed = ctx.config.collect, ctx.config.seed
   run_ = stage_run(ctx, stage)
   if is_finished(run_):
+    return
+  if not lineage.collects(ctx.config):
+    people.collect(ctx, stage, run_, functools.partial(_sampled, ctx, stage))
     return
   simulation = judging.require_simulation(ctx)
   train = _sampled(ctx, stage, "train", ctx.data.records("prompts", "train"), cfg.num_prompts)

@@ -12,7 +12,7 @@ from instructjax.data import sources
 from instructjax.data.checksums import Content, FileChecksums
 from instructjax.data.messages import quoted
 from instructjax.parallel import distributed
-from instructjax.stages import lineage
+from instructjax.stages import lineage, pinned
 from instructjax.train import finished
 from instructjax.train.weights import Weights
 
@@ -88,7 +88,7 @@ class Contents:
     return self._kept[key]
 
   def _spec(self, kind: str) -> str:
-    return getattr(self._config.data, kind)
+    return pinned.spec(self._config, self._workdir, kind)
 
   def _now(self, kind: str) -> Content:
     if kind in STAGES:

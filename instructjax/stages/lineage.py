@@ -63,15 +63,15 @@ def collects(config: Config) -> bool:
 
 
 def collected(config: Config, stage: str) -> tuple[str, ...]:
-  """The stages whose rankings a reward model's stage reads, by round; () if the config names a source of its own."""
+  """The stages whose rankings a reward model's stage reads, by round; the config's source is beside them, if any."""
   return tuple(name for name in parents(config, stage) if STAGES[name].kind == "collect")
 
 
 def contents(config: Config, stage: str) -> tuple[str, ...]:
   """What a stage reads, by the names under which `Contents` knows it: kinds, and collecting stages of later rounds."""
   kinds = reads(config, stage)
-  later = collected(config, stage)[1:] if "comparisons" in kinds else ()
-  return (*kinds, *later)
+  later = [name for name in collected(config, stage) if STAGES[name].round > 1]
+  return (*kinds, *(later if "comparisons" in kinds else ()))
 
 
 def kinds_read(config: Config, stages: Collection[str]) -> list[str]:

@@ -50,6 +50,7 @@ def work(ctx: Context, stage: str) -> float:
       config.collect.num_prompts * row.round
       if collects
       else len(ctx.data.records("comparisons", "train"))
+      + config.collect.num_prompts * (row.round - 1)
     )
     if row.round == 1:
       prompts += cfg.cross_validation_folds * min(prompts, cfg.cross_validation_prompts)

@@ -22,7 +22,7 @@ from instructjax.data import chat, chat_files, sources
 from instructjax.data import tokenizer as tokenizers
 from instructjax.data.records import Document
 from instructjax.parallel import agreement, constraints, distributed, memory, sharding
-from instructjax.stages import lineage, meshes, outlook, policies, room
+from instructjax.stages import lineage, meshes, outlook, pinned, policies, room
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.context import (
   Context,
@@ -203,6 +203,7 @@ def make_context(config: Config, workdir: pathlib.Path) -> Context:
   tracked = tracking.open_run(config, workdir)
   # Before `_tokenizer`, which may read documents and train on them for minutes.
   config, mesh, _ = require_possible(config, workdir)
+  pinned.pin(config, workdir)
   given = policies.given_weights(config)
   # Fingerprints hold the names of process 0's places, while each process reads from its own.
   own, config = config, agreement.with_first_places(distributed.team(), config)

@@ -369,8 +369,8 @@ def check(ctx: Context, stage: str):
     UserError: every ranking of a split or of a fold is too long or a tie, a prompt has too many answers, the warmup is
       as long as the stage or a fold of it, or the labelers cannot be split.
   """
-  if lineage.collects(ctx.config):
-    return  # the comparisons of simulated labelers are collected only later in the run
+  if lineage.collects(ctx.config) or STAGES[stage].round > 1:
+    return  # these comparisons are collected only later in the run
   cfg = ctx.config.rm
   if stage in ctx.given:
     if "comparisons" in lineage.reads(ctx.config, stage):

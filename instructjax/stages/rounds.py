@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from instructjax.core.stages import RANKED, of_round
 from instructjax.report.results import Measured, Round
-from instructjax.stages import answers, policies, rm
+from instructjax.stages import answers, lineage, policies, rm
 from instructjax.stages.context import Context
 
 
@@ -38,9 +38,16 @@ def _round(ctx: Context, number: int, numbers: range, prompts, measured) -> Roun
     scored = answers.from_text(ctx, list(prompts), found.answer, found.ended)
     return answers.score(ctx, ctx.model("reward"), params, scored)
 
-  rankings = [ctx.data.collected(of_round("collect", other), "validation") for other in numbers]
+  rankings = [_rankings(ctx, other) for other in numbers]
   return Round(
     number=number,
     judgements=tuple(rm.judge(ctx, params, records) for records in rankings),
     reward={name: score(name) for name in (of_round(RANKED, other) for other in numbers)},
   )
+
+
+def _rankings(ctx: Context, number: int) -> list:
+  """The held-out rankings of a round. Where people rank, those of the first are the config's source."""
+  if number == 1 and not lineage.collects(ctx.config):
+    return ctx.data.records("comparisons", "validation")
+  return ctx.data.collected(of_round("collect", number), "validation")

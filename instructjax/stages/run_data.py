@@ -15,7 +15,7 @@ from instructjax.data import sources, token_cache, tokenize
 from instructjax.data.token_cache import CachedRows, CachedTokens, Tokenized
 from instructjax.data.tokenizer import Tokenizer
 from instructjax.parallel import distributed
-from instructjax.stages import lineage
+from instructjax.stages import lineage, pinned
 from instructjax.stages.contents import Contents, NotThere
 
 
@@ -62,14 +62,14 @@ class RunData:
     return found
 
   def rankings(self, stage: str, split: sources.Split) -> list:
-    """The rankings that a reward model's stage reads: those of the config's source, or of all rounds up to its own.
+    """The rankings that a reward model's stage reads: those of the config's source, and of the rounds up to its own.
 
     Args, raises: as for `records`; `stage` is the reward model's.
     """
-    collected = lineage.collected(self._config, stage)
-    if not collected:
-      return self.records("comparisons", split)
-    return [record for name in collected for record in self.collected(name, split)]
+    collected = [self.collected(name, split) for name in lineage.collected(self._config, stage)]
+    if not lineage.collects(self._config):
+      collected.insert(0, self.records("comparisons", split))
+    return [record for records in collected for record in records]
 
   def collected(self, stage: str, split: sources.Split) -> list:
     """The rankings that a stage of this run has collected.
@@ -80,7 +80,7 @@ class RunData:
 
   def source(self, kind: str) -> Source:
     """The config's source of a kind, with the checksum that it had when it was first asked for."""
-    return Source(getattr(self._config.data, kind), self._contents.of(kind).checksum)
+    return Source(pinned.spec(self._config, self._workdir, kind), self._contents.of(kind).checksum)
 
   def raw_records(self, kind: str, split: sources.Split) -> Sequence:
     """Records as they are read, in which a chat is still a list of messages; arguments and errors as `records`."""
@@ -92,7 +92,7 @@ class RunData:
       # A stage that collects wrote one file for each split, so that nothing is left to split here.
       spec, kind, split = f"jsonl:{self._workdir / kind / split}.jsonl", "comparisons", "all"
     else:
-      spec = getattr(data, kind)
+      spec = pinned.spec(self._config, self._workdir, kind)
     return sources.load(
       spec,
       kind,

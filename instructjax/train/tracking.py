@@ -22,7 +22,7 @@ import jax
 
 from instructjax.core import terminal
 from instructjax.core.config import Config
-from instructjax.core.errors import Preempted, UserError, reason
+from instructjax.core.errors import Preempted, UserError, Waiting, reason
 from instructjax.train.metrics import read_metrics
 from instructjax.train.trackers import (
   Ledger,
@@ -217,7 +217,7 @@ class Tracking:
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any):
     status: Status = "finished"
     if error is not None:
-      status = "stopped" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
+      status = "stopped" if isinstance(error, Preempted | Waiting | KeyboardInterrupt) else "failed"
     for worker in self._workers:
       worker.close(status, _PATIENCE[status])
 

@@ -60,9 +60,9 @@ class Browser:
     return self.post("/sign-in", "/sign-in", name=name, password=password)
 
 
-def browser(database: schema.Database, name: str = "") -> Browser:
+def browser(database: schema.Database, name: str = "", play=None) -> Browser:
   """A browser, in which `name` is signed in."""
-  app = serving.make(database, ["testserver"])
+  app = serving.make(database, ["testserver"], play=play)
   found = Browser(TestClient(app, raise_server_exceptions=True))
   if name:
     assert found.sign_in(name).status_code == 200

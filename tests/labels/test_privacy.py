@@ -4,7 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
-from instructjax.labels import accounts, judgements, privacy, schema, work
+from instructjax.labels import accounts, judgements, privacy, projects, prompts, schema, work
 from tests.labels import app
 
 
@@ -14,6 +14,7 @@ def database(tmp_path):
   found = app.make_project(tmp_path, [app.item("secret of ann", author="ann", wanted=2)], people)
   for name in ("ann", "bea"):
     person = app.user(found, name)
+    prompts.keep(found, person, f"written by {name}", 0.0)
     number = work.next_item(found, person, 0.0)
     ids = app.answers_of(found, number)
     app.submit(found, person, number, **{f"{min(ids.values())}.note": f"a note of {name}"})
@@ -28,8 +29,9 @@ def test_everything_of_a_person(database):
   assert [row["name"] for row in found["person"]] == ["ann"]
   counts = {name: len(rows) for name, rows in found.items()}
   assert (
-    counts["submissions"] == counts["assignments"] == counts["attempts"] == counts["prompts"] == 1
+    counts["submissions"] == counts["assignments"] == counts["attempts"] == counts["items"] == 1
   )
+  assert [row["text"] for row in found["prompts"]] == ["written by ann"]
   assert [row["grade"] for row in found["graded"]] == [6] and not found["grades"]
   assert "a note of ann" in found["submissions"][0]["payload"]
   text = repr(found)
@@ -40,6 +42,7 @@ def test_everything_of_a_person(database):
 
 def test_nothing_is_left_of_a_deleted_person(database, tmp_path):
   number = app.user(database, "ann").id
+  projects.add(database, [app.item("of the playground", author=prompts.author(number))], 1.0)
   counts = privacy.delete(database, "ann", 9.0)
   assert counts["submissions"] == 1
   with database.read() as connection:
@@ -47,7 +50,7 @@ def test_nothing_is_left_of_a_deleted_person(database, tmp_path):
       if "user_id" in table.c:
         rows = connection.execute(sa.select(table).where(table.c.user_id == number)).all()
         assert not rows, table.name
-    assert connection.execute(sa.select(schema.items.c.author)).scalar_one() == ""
+    assert connection.execute(sa.select(schema.items.c.author)).scalars().all() == ["", ""]
     notes = connection.execute(sa.select(schema.submissions.c.payload)).scalars().all()
     last = connection.execute(sa.select(schema.audit.c.action)).scalars().all()[-1]
   assert len(notes) == 1 and "a note of bea" in notes[0] and last == "person deleted"

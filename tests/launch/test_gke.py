@@ -1,5 +1,7 @@
-"""launch/gke.yaml: well formed, and its numbers agree with each other and with tpu_vm.sh."""
+"""launch/gke.yaml: as JobSet's schema wants it, and its numbers agree with each other and with tpu_vm.sh."""
 
+import copy
+import json
 import math
 import pathlib
 import re
@@ -9,7 +11,9 @@ import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "launch" / "gke.yaml").read_text()
-PLACEHOLDERS = {"IMAGE", "BUCKET", "RUN", "SERVICE_ACCOUNT"}
+PLACEHOLDERS = {"IMAGE", "BUCKET", "QUEUE", "RUN", "SERVICE_ACCOUNT"}
+SCHEMA = json.loads((ROOT / "tests" / "golden" / "jobset.json").read_text())["spec"]
+TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,60 @@ def pod(job):
 
 def test_it_is_a_jobset(manifest):
   assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-  assert manifest["metadata"].keys() == {"name", "annotations"}
+  assert manifest["metadata"].keys() == {"name", "labels", "annotations"}
+  assert all(isinstance(value, str) for value in manifest["metadata"]["annotations"].values())
+
+
+def complaints(schema: dict, value, where="spec") -> list[str]:
+  """Where a value departs from an OpenAPI schema, as far as Kubernetes' CRDs use it."""
+  if schema.get("x-kubernetes-int-or-string"):
+    return [] if type(value) in (int, str) else [f"{where} must be a number or a string"]
+  if type(value) is not TYPES[schema["type"]]:
+    return [f"{where} must be of type {schema['type']}"]
+  if value not in schema.get("enum", [value]):
+    return [f"{where} must be one of {schema['enum']}"]
+  if isinstance(value, list):
+    pairs = [(schema["items"], item, f"{where}[{i}]") for i, item in enumerate(value)]
+  elif isinstance(value, dict):
+    missing = set(schema.get("required", ())) - value.keys()
+    known, rest = schema.get("properties", {}), schema.get("additionalProperties")
+    unknown = set() if rest else value.keys() - known.keys()
+    if missing or unknown:
+      return [f"{where} misses {missing}, does not know {unknown}"]
+    pairs = [(known.get(name, rest), inner, f"{where}.{name}") for name, inner in value.items()]
+  else:
+    pairs = []
+  return [text for pair in pairs for text in complaints(*pair)]
+
+
+def test_it_follows_jobsets_schema(manifest):
+  assert complaints(SCHEMA, manifest["spec"]) == []
+
+
+@pytest.mark.parametrize(
+  "path, value, words",
+  [
+    ("failurePolicy.rules.0.action", "FailJob", "must be one of"),
+    ("failurePolicy.rules.0.name", None, "misses {'name'}"),
+    ("failurePolicy.maxRestart", 3, "does not know {'maxRestart'}"),
+    ("replicatedJobs.0.replicas", "2", "must be of type integer"),
+    ("replicatedJobs.0.template.spec.template.spec.containers.0.comand", [], "does not know"),
+    ("replicatedJobs.0.template.spec.template.spec.nodeSelector.spot", True, "type string"),
+  ],
+)
+def test_the_schema_is_checked(manifest, path, value, words):
+  """A misspelt, missing or wrong field anywhere is found."""
+  spec = copy.deepcopy(manifest["spec"])
+  *names, last = path.split(".")
+  node = spec
+  for name in names:
+    node = node[int(name) if name.isdecimal() else name]
+  if value is None:
+    del node[last]
+  else:
+    node[last] = value
+  (found,) = complaints(SCHEMA, spec)
+  assert words in found
 
 
 def test_a_pod_for_every_host(job, pod):
@@ -53,7 +110,8 @@ def test_a_lost_pod_starts_all_again_and_a_mistake_does_not(manifest, job, pod):
   codes = rule["onExitCodes"]
   assert codes == {"containerName": "main", "operator": "In", "values": [2]}
   assert codes["containerName"] == pod["containers"][0]["name"]
-  assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+  (rule,) = policy["rules"]
+  assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
   assert pod["terminationGracePeriodSeconds"] >= 30
 
 
@@ -79,6 +137,14 @@ def test_the_bucket_is_mounted_as_on_a_tpu_vm(pod):
   script = (ROOT / "launch" / "tpu_vm.sh").read_text()
   flags = re.findall(r"--(?:implicit-dirs|metadata-cache-\S+=\d+|rename-dir-limit=\d+)", script)
   assert flags == list(names.values())
+
+
+def test_gcluster_mounts_the_bucket_in_the_same_way(pod):
+  """docs/launching.md's command for gcluster."""
+  page = (ROOT / "docs" / "launching.md").read_text()
+  (mount,) = re.findall(r"--mount='(\S+)'", page)
+  options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"]
+  assert mount == f"gs://my-bucket;/mnt/my-bucket;rw;options={options}"
 
 
 def test_the_command_is_the_usual_one(pod):

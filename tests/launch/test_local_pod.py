@@ -78,7 +78,7 @@ class Pod:
 
   def end(self) -> tuple[int, list[str]]:
     """(exit code, all lines)."""
-    rest, _ = self.process.communicate(timeout=200)
+    rest, _ = self.process.communicate(timeout=600)
     return self.process.returncode, [line.rstrip() for line in self._read] + rest.splitlines()
 
 

@@ -33,6 +33,7 @@ next() {
   echo "$answer"
 }
 case "$*" in *--zone=zone-a*--project=mine* | *storage*) ;; *) echo "bad place: $*" >>calls ;; esac
+case "$*" in *tpu-vm*-1\ *) echo "second slice" >>calls ;; esac
 for word in "$@"; do
   if [[ $word == --command=* ]]; then bash -n -c "${word#--command=}" || exit 9; fi
 done
@@ -52,6 +53,13 @@ case "$*" in
   *storage\ rsync*) echo "fetch logs" >>calls ;;
   *) echo "unexpected: $*" >>calls ;;
 esac
+"""
+
+# The Python that checks a run: it can import everything, and answers with the exit code in the file `verdict`.
+PYTHON = r"""#!/usr/bin/env bash
+if [[ $1 == -c ]]; then exit 0; fi
+echo "check ${!#}" >>"$(dirname "$0")/calls"
+exit "$(cat "$(dirname "$0")/verdict")"
 """
 
 PLACE = ["--name=gpt3", "--zone=zone-a", "--project=mine"]
@@ -93,10 +101,18 @@ def cloud(tmp_path):
       for name, states in {"queue": queue, "node": node, "run": run}.items():
         (self.folder / name).write_text("\n".join(states) + "\n")
       executable(self.folder / "gcloud", GCLOUD)
+      executable(self.folder / "python3", PYTHON)
+      (self.folder / "verdict").write_text("0")
 
     def calls(self) -> list[str]:
+      """What was asked of gcloud, after the check of the run, which is the first of all."""
       path = self.folder / "calls"
-      return path.read_text().splitlines() if path.exists() else []
+      calls = path.read_text().splitlines() if path.exists() else []
+      if calls and calls[0].startswith("check"):
+        assert calls.pop(0) == f"check --check={self.checked}"
+      return calls
+
+    checked = "v5litepod-256"
 
     def up(self, *arguments):
       flags = [*PLACE, *WHAT, "--accelerator-type=v5litepod-256", "--spot", *arguments]
@@ -133,12 +149,13 @@ def test_help_tells_all():
     flag = line.strip().partition(")")[0].rstrip("*=")
     if flag.startswith("--") and len(flag) > 2 and not flag.startswith("--config."):
       assert f"  {flag}" in done.stdout, flag
-  for command in ("create", "install", "run", "status", "logs", "delete", "up"):
+  for command in ("check", "create", "install", "run", "status", "logs", "delete", "up"):
     assert f"\n  {command} " in done.stdout
 
 
 @pytest.mark.parametrize(
-  "name", ["create_spot_v5e", "up", "run_extra_flags", "delete", "install_git"]
+  "name",
+  ["create_spot_v5e", "create_two_v5p", "up", "run_extra_flags", "delete", "install_git"],
 )
 def test_dry_run(name, tmp_path):
   """A transcript is a command after `$ ` and all that it prints; to record it anew, run the command."""
@@ -168,7 +185,7 @@ def test_a_dry_run_needs_no_gcloud_and_its_lines_are_commands(tmp_path):
   assert (done.returncode, done.stderr) == (0, "")
   for line in done.stdout.splitlines():
     words = shlex.split(line, comments=True)
-    assert not words or words[0] in ("gcloud", "tar", "mkdir"), line
+    assert not words or words[0] in ("gcloud", "tar", "mkdir", "python3"), line
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -193,6 +210,16 @@ def test_a_dry_run_needs_no_gcloud_and_its_lines_are_commands(tmp_path):
     (["delete", *PLACE, "now"], "'now' is not --FLAG=VALUE"),
     (["delete", "--name=Big One", "--zone=z"], "must be lower-case"),
     (["delete", *PLACE, "--retries=many"], "--retries=many must be a whole number"),
+    (["create", *PLACE, "--accelerator-type=v6e-8", "--spot", "--reserved"], "only one"),
+    (["create", *PLACE, "--accelerator-type=v6e-8", "--spot", "--flex-start=1h"], "only one"),
+    (["create", *PLACE, "--accelerator-type=v6e-8", "--flex-start=long"], "must be a time, as 24h"),
+    (["create", *PLACE, "--accelerator-type=v6e-8", "--slices=0"], "a whole number from 1 to 999"),
+    (
+      ["install", *PLACE, *WHAT, "--extras=hub wandb"],
+      "--extras=hub wandb must be names of extras",
+    ),
+    (["check", *PLACE, *WHAT], "check needs --accelerator-type="),
+    (["check", *PLACE, "--workdir=gs://bucket/a", "--accelerator-type=v6e-8"], "needs --config="),
     (["install", *PLACE, *WHAT, "--source=/nowhere"], "neither a git URL nor a checkout"),
   ],
 )
@@ -310,6 +337,50 @@ def test_no_answer_at_all_costs_nothing(cloud):
   done = there.up()
   assert done.returncode == 1 and there.calls() == []
   assert "ERROR: no network" in done.stderr and "gcloud cannot be asked" in done.stderr
+
+
+def test_nothing_is_requested_for_a_run_that_would_not_start(cloud):
+  there = cloud(queue=["ABSENT"])
+  (there.folder / "verdict").write_text("2")
+  done = there.up()
+  assert done.returncode == 2 and there.calls() == []
+  assert there.up("--no-check").returncode == 1  # an ABSENT slice that never comes
+  assert "create" in there.calls()
+
+
+def test_a_check_wants_a_python_that_can_check(cloud):
+  there = cloud(queue=["ABSENT"])
+  executable(there.folder / "python3", "#!/bin/sh\nexit 1\n")
+  done = there.up()
+  assert done.returncode == 2 and there.calls() == []
+  assert "PYTHON=python3 cannot import JAX" in done.stderr and "--no-check" in done.stderr
+
+
+def test_check_asks_what_a_run_on_such_slices_would_say():
+  """The real command: 256 devices are no 2 x 64."""
+  flags = [*PLACE, *WHAT, "--accelerator-type=v5litepod-128", "--slices=2"]
+  done = run("check", *flags, "--", "--config.mesh.fsdp=64", PYTHON=sys.executable)
+  assert done.returncode == 2
+  last = done.stderr.splitlines()[-1]
+  assert "--config.mesh.slice=2" in last and "number of devices, got 256" in last
+
+
+def test_two_slices_are_one_run(cloud):
+  """Both are waited for, installed and watched; the run is told how many there are."""
+  there = cloud(
+    queue=["ABSENT", "ABSENT", "ACTIVE"],
+    node=["READY", "CREATING", "READY"],
+    run=[NONE, NONE, RUNNING, RUNNING, DONE, RUNNING, DONE],
+  )
+  there.checked = "2xv5litepod-256"
+  done = there.up("--slices=2")
+  assert done.returncode == 0, done.stderr
+  calls = there.calls()
+  for word in (*INSTALL, "run", "copy logs"):
+    assert calls.count(word) == 2, word
+  assert calls.count("create") == calls.count("delete") == 1
+  assert "second slice" in calls
+  assert "--config.mesh.slice=2" in done.stderr and "gpt3-1" in done.stderr
 
 
 # --- the other commands -----------------------------------------------------------------------------------------------

@@ -189,9 +189,9 @@ def ended():
     result = {}
     for how, pod in pods.items():
       if how == "hung":
-        pod[0].wait(timeout=200)
+        pod[0].wait(timeout=600)
         pod[1].kill()  # stopped processes stay; this one's parent does not
-      result[how] = [(one.communicate(timeout=200)[1], one.returncode)[::-1] for one in pod]
+      result[how] = [(one.communicate(timeout=600)[1], one.returncode)[::-1] for one in pod]
     return result
   finally:
     for one in (one for pod in pods.values() for one in pod):

@@ -110,7 +110,7 @@ def test_a_save_that_fails_in_the_background_is_one_line(tmp_path, size, saves):
   values = f"FOLDER, SIZE, SAVES = {str(tmp_path)!r}, {size}, {saves}\n"
   done = subprocess.run(
     [sys.executable, "-c", values + _FAILING],
-    cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=200,
+    cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 2, done.stderr
   (line,) = done.stderr.splitlines()

@@ -1,0 +1,90 @@
+"""launch/skypilot.yaml: fields of SkyPilot's task file, and the same installation and mount as tpu_vm.sh.
+
+SkyPilot's own schema (`sky.utils.schemas`, 0.14.1) was asked by hand; it is not a dependency.
+"""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[2]
+TASK = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+SCRIPT = (ROOT / "launch" / "tpu_vm.sh").read_text()
+
+
+def test_its_fields_are_skypilots():
+  assert TASK.keys() <= {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"}
+  resources = TASK["resources"]
+  assert resources.keys() <= {
+    "infra",
+    "accelerators",
+    "accelerator_args",
+    "use_spot",
+    "job_recovery",
+  }
+  assert resources["accelerator_args"].keys() <= {
+    "runtime_version",
+    "tpu_name",
+    "gcp_queued_resource",
+  }
+  assert resources["job_recovery"].keys() <= {
+    "strategy",
+    "max_restarts_on_errors",
+    "recover_on_exit_codes",
+  }
+  # What is told to stop, or alone, starts again; a mistake (2) and a fault (1) would only come back.
+  assert resources["job_recovery"]["recover_on_exit_codes"] == [69, 75]
+
+
+def test_the_image_is_that_of_the_accelerator():
+  kind = re.fullmatch(r"tpu-(v\w+?)-\d+:1", TASK["resources"]["accelerators"])[1]
+  version = TASK["resources"]["accelerator_args"]["runtime_version"]
+  assert f"{kind}-*) echo {version} ;;" in SCRIPT
+
+
+def test_it_installs_and_mounts_as_tpu_vm_does():
+  flags = r"--(?:implicit-dirs|metadata-cache-\S+=\d+|rename-dir-limit=\d+)"
+  assert re.findall(flags, TASK["run"]) == re.findall(flags, SCRIPT)
+  for part in ("constraints/lock.txt", "--python=3.12", "https://astral.sh/uv/install.sh"):
+    assert part in TASK["setup"] and part in SCRIPT
+
+
+def test_variables_without_a_value_are_those_of_the_example():
+  example = (ROOT / "launch" / "skypilot.yaml").read_text().partition("name:")[0]
+  wanted = {name for name, value in TASK["envs"].items() if value is None}
+  assert set(re.findall(r"--env (\w+)=", example)) == wanted == {"BUCKET", "RUN"}
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
+def test_the_command_is_the_usual_one(tmp_path):
+  """`run` as a worker's shell runs it, with Python's and the mount's parts played by stubs."""
+  for name, text in {
+    "bin/mountpoint": "exit 1",
+    "bin/sudo": "exit 0",
+    "bin/gcsfuse": 'echo "$@" >&2',
+    "home/venv/bin/python": 'echo "$JAX_PLATFORMS" && printf "%s\\n" "$@"',
+  }.items():
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+  values = TASK["envs"] | {"BUCKET": "my-bucket", "RUN": "gpt3"}
+  environ = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
+  subprocess.run(["bash", "-n", "-c", TASK["setup"]], check=True)
+  done = subprocess.run(
+    ["bash", "-c", TASK["run"]], env=environ | values, capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 0, done.stderr
+  platforms, *words = done.stdout.splitlines()
+  assert platforms == "tpu,cpu"
+  expected = (
+    "-u -m instructjax.main --config=configs/ppo_ptx.py:gpt3_1p3b --workdir=/mnt/my-bucket/gpt3"
+  )
+  assert words == [*shlex.split(expected), values["FLAGS"]]
+  assert done.stderr.endswith("my-bucket /mnt/my-bucket\n")

@@ -1,0 +1,188 @@
+"""Later rounds of comparisons go to people: asked once, waited for, taken when they have ranked, and never changed."""
+
+import json
+import types
+from unittest import mock
+
+import pytest
+
+from instructjax.core.errors import UserError, Waiting
+from instructjax.data.records import Chat, Prompt
+from instructjax.labels import filling, rounds, schema, work
+from instructjax.stages import collect, lineage, people
+from tests import micro
+from tests.labels import app
+
+STAGE = "collect_2"
+
+
+class Run:
+  """A run that stands before its second round, on a project with one item that people have ranked."""
+
+  def __init__(self, tmp_path, **changes):
+    self.place = str(tmp_path / "p")
+    self.folder = tmp_path / "run" / STAGE
+    self.database = app.make_project(self.place, [app.item("old")])
+    self.done, self.sampled = [], 0
+    specs = dict(data__comparisons=f"labels:{self.place}", collect__rounds=2)
+    self.config = micro.config("ppo_ptx", {}, **specs | changes)
+    records = {
+      "train": [
+        Prompt("a", "f:1"),
+        Prompt("b", "f:2"),
+        Prompt("a", "f:3"),
+        Prompt("long" * 99, "f:4"),
+      ],
+      "validation": [Prompt("<chat>", "g:1")],
+    }
+    raw = records | {"validation": [Prompt(Chat((("user", "c"),)), "g:1")]}
+    self.ctx = types.SimpleNamespace(
+      config=self.config,
+      workdir=tmp_path / "run",
+      tokenizer=types.SimpleNamespace(encode=list, bos_id=None),
+      data=types.SimpleNamespace(
+        records=lambda kind, split: records[split], raw_records=lambda kind, split: raw[split]
+      ),
+      data_seed=lambda stage: 3,
+      directory=lambda stage: tmp_path / "run" / stage,
+      done=lambda stage: self.done[-1] if self.done else None,
+      contents=types.SimpleNamespace(
+        of_written=lambda stage: types.SimpleNamespace(digests=("t", "v", "h"))
+      ),
+    )
+
+  def sample(self, split, prompts, count):
+    self.sampled += 1
+    assert count == min(16 if split == "train" else 8, len(prompts))
+    return [(one.prompt, [f"{one.prompt}{i}" for i in range(3)]) for one in prompts[:count]]
+
+  def again(self, fingerprint="same"):
+    run = types.SimpleNamespace(
+      name=STAGE, directory=self.folder, fingerprint={"all": fingerprint}, files={}
+    )
+    finish = lambda ctx, stage, run, step, result: self.done.append(result)
+    with mock.patch.object(people, "finish", finish):
+      people.collect(self.ctx, STAGE, run, self.sample)
+
+  def items(self):
+    query = schema.items.select().where(schema.items.c.batch != "").order_by(schema.items.c.id)
+    with self.database.read() as connection:
+      return connection.execute(query).all()
+
+  def rank(self, numbers, name="ann"):
+    order = filling._answers(self.database)
+    done = [
+      filling.Done(
+        n, name, {"answers": {str(a.id): {"rank": int(a.text[-1]) + 1} for a in order[n]}}
+      )
+      for n in numbers
+    ]
+    filling.record(self.database, done, 5000.0)
+
+  def rows(self, name):
+    return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_a_run_asks_once_waits_and_goes_on(tmp_path):
+  run = Run(tmp_path)
+  ann = app.user(run.database, "ann")
+  app.submit(run.database, ann, work.next_item(run.database, ann, 1.0))  # which is of no round
+  people.check(run.ctx)
+  with pytest.raises(Waiting, match="3 rankings are missing of the 3 items .* 1 of them held out"):
+    run.again()
+  items = run.items()
+  assert [(json.loads(item.prompt), item.split, item.wanted) for item in items] == [
+    ("a", "train", 1),  # asked once, though it is there twice; what is too long is not asked
+    ("b", "train", 1),
+    ([{"role": "user", "content": "c"}], "validation", 1),
+  ]
+  assert json.loads((run.folder / "asked.json").read_text())["batch"] == items[0].batch
+  with run.database.read() as connection:
+    origins = {row.origin for row in connection.execute(schema.answers.select())}
+  assert f"{tmp_path}/run/ppo_ptx" in origins
+  run.rank([items[0].id, items[1].id])
+  with pytest.raises(Waiting, match=f"1 ranking is missing.*--project={run.place} --batch=run/"):
+    run.again()
+  run.rank([items[2].id])
+  run.again()
+  assert run.sampled == 2 and len(run.items()) == 3  # sampled for two splits, once
+  (found,) = run.done
+  assert found.agreement is None and found.files == {
+    "train": "t",
+    "validation": "v",
+    "heldout": "h",
+  }
+  assert [(row["prompt"], row["labeler"]) for row in run.rows("train")] == [
+    ("a", "ann"),
+    ("b", "ann"),
+  ]
+  (row,) = run.rows("validation")
+  assert row["prompt"] == [{"role": "user", "content": "c"}]
+  assert dict(zip(row["responses"], row["ranks"])) == {f"<chat>{i}": i + 1 for i in range(3)}
+  assert run.rows("heldout") == []
+
+
+def test_a_run_that_dies_before_it_tells_the_project_asks_the_same(tmp_path):
+  run = Run(tmp_path)
+  with (
+    mock.patch.object(people, "_put", side_effect=KeyboardInterrupt),
+    pytest.raises(KeyboardInterrupt),
+  ):
+    run.again()
+  before = (run.folder / "asked.json").read_text()
+  with pytest.raises(Waiting):
+    run.again()
+  assert (run.folder / "asked.json").read_text() == before and run.sampled == 2
+  texts = {
+    answer.text for item in run.items() for answer in filling._answers(run.database)[item.id]
+  }
+  assert {text for row in json.loads(before)["rows"] for text in row["answers"]} == texts
+
+
+def test_other_settings_do_not_take_what_was_asked_with_these(tmp_path):
+  run = Run(tmp_path)
+  with pytest.raises(Waiting):
+    run.again()
+  with pytest.raises(UserError, match="it was made with another all"):
+    run.again("other")
+  (run.folder / "asked.json").write_text("{}")
+  with pytest.raises(UserError, match="was not written by a run. Delete"):
+    run.again()
+
+
+def test_more_people_may_be_wanted_while_it_waits(tmp_path):
+  run = Run(tmp_path)
+  with pytest.raises(Waiting):
+    run.again()
+  run.rank([item.id for item in run.items()])
+  run.ctx.config = micro.config(
+    "ppo_ptx", {}, data__comparisons=f"labels:{run.place}", collect__rounds=2, collect__wanted=2
+  )
+  with pytest.raises(Waiting, match="3 rankings are missing of the 3 items .* by 2 labelers each"):
+    run.again()
+
+
+def test_a_batch_that_is_closed_goes_on_with_what_there_is(tmp_path):
+  run = Run(tmp_path)
+  with pytest.raises(Waiting):
+    run.again()
+  first, _, last = run.items()
+  rounds.close(run.database, first.batch, 1.0)
+  with pytest.raises(UserError, match="people have ranked no training item of batch run/collect_2"):
+    run.again()
+  run.rank([first.id, last.id])
+  run.again()
+  assert [row["prompt"] for row in run.rows("train")] == ["a"]
+
+
+def test_only_the_later_rounds_are_asked_of_people():
+  specs = dict(data__comparisons="labels:p", collect__rounds=3)
+  cfg = micro.config("ppo_ptx", {}, **specs)
+  assert "collect" not in lineage.plan(cfg) and "collect_3" in lineage.plan(cfg)
+  assert lineage.collected(cfg, "rm_3") == ("collect_2", "collect_3")
+  assert lineage.contents(cfg, "rm_3")[-2:] == ("collect_2", "collect_3")
+  assert "collect_2" not in lineage.contents(cfg, "rm")
+  collect.check_settings(cfg, "collect_2")
+  with pytest.raises(UserError, match="max_responses=10 must be at most 9"):
+    many = micro.config("ppo_ptx", {}, collect__max_responses=10, rm__max_responses=10, **specs)
+    collect.check_settings(many, "collect_2")

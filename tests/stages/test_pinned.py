@@ -1,0 +1,79 @@
+"""What a run with later rounds reads of a project: what was there when it began."""
+
+import json
+
+import pytest
+
+from instructjax.core.errors import UserError
+from instructjax.data import label_records, readers, sources
+from instructjax.labels import projects, work
+from instructjax.stages import pinned
+from tests import micro
+from tests.labels import app
+
+PEOPLE = (("ann", "labeler"), ("bea", "labeler"))
+
+
+def config(source, rounds=2, **more):
+  return micro.config("ppo_ptx", {}, data__comparisons=source, collect__rounds=rounds, **more)
+
+
+@pytest.fixture
+def project(tmp_path):
+  """(place, database) of a project in which ann has ranked the only item."""
+  place = str(tmp_path / "p")
+  database = app.make_project(place, [app.item("one", wanted=2)], PEOPLE)
+  rank(database, "ann")
+  return place, database
+
+
+def rank(database, name):
+  person = app.user(database, name)
+  app.submit(database, person, work.next_item(database, person, 1.0))
+
+
+def test_what_comes_later_does_not_count(tmp_path, project):
+  place, database = project
+  cfg, run = config(f"labels:{place}", data__prompts=f"labels:{place}"), tmp_path / "run"
+  pinned.pin(cfg, run)
+  spec = pinned.spec(cfg, run, "comparisons")
+  assert spec == f"labels:{place}?until=1&items=1"
+  before = sources.how(spec)
+  rank(database, "bea")
+  projects.add(database, [app.item("two")], 5.0)
+  pinned.pin(cfg, run)  # a run that goes on
+  assert pinned.spec(cfg, run, "comparisons") == spec and sources.how(spec) == before
+  assert sources.how(f"labels:{place}") != before
+  kept = label_records.rows(place, "prompts", "all", 1, last_item=1)
+  assert [row["prompt"] for _, row in kept] == ["one"]
+  assert pinned.spec(cfg, run, "prompts") == spec
+  # Also where the same workdir is asked for one round again.
+  assert pinned.spec(config(f"labels:{place}", 1), run, "comparisons") == spec
+
+
+def test_what_the_user_says_counts(tmp_path, project):
+  place, _ = project
+  cfg = config(f"labels:{place}?until=7&cohort=heldout")
+  pinned.pin(cfg, tmp_path / "run")
+  found = pinned.spec(cfg, tmp_path / "run", "comparisons")
+  assert readers.labeling_project(found) == (
+    place,
+    {"until": "7", "items": "1", "cohort": "heldout"},
+  )
+
+
+def test_other_runs_read_as_before(tmp_path, project):
+  place, _ = project
+  for cfg in (config(f"labels:{place}", 1), config("demo:", 2, data__prompts="demo:")):
+    pinned.pin(cfg, tmp_path / "run")
+    assert pinned.spec(cfg, tmp_path / "run", "comparisons") == cfg.data.comparisons
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"p": 3}', '{"p": ["1", 2]}', '{"p": [1]}'])
+def test_a_damaged_file_is_no_reason_to_read_everything(tmp_path, content):
+  (tmp_path / pinned.FILE).write_text(content)
+  with pytest.raises(UserError, match=r"cannot read .*labels.json: .* Delete"):
+    pinned.spec(config("labels:p"), tmp_path, "comparisons")
+  (tmp_path / pinned.FILE).write_text(json.dumps({"q": [1, 2]}))
+  assert pinned.spec(config("labels:p"), tmp_path, "comparisons") == "labels:p"
