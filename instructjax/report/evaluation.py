@@ -108,6 +108,13 @@ def scorer_lines(summary: Mapping[str, Any]) -> list[str]:
   return lines
 
 
+def peak_memory(summary: Mapping[str, Any]) -> str:
+  """What the process that wrote the results has held at most. One that found most answers there holds less."""
+  machine, device = summary["memory"]["machine_bytes"], summary["memory"]["device_bytes"]
+  of_device = f", {device / 1e9:.2f} GB of a device" if device is not None else ""
+  return f"{machine / 1e9:.2f} GB of the machine{of_device}"
+
+
 def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
   """The differences between models, a row for each pair and metric."""
   rows = [
@@ -166,6 +173,7 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       told=told,
       missing=missing(summary),
       scorers=scorer_lines(summary),
+      memory=peak_memory(summary),
       settings=summary["settings"],
     )
   )

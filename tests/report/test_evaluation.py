@@ -54,6 +54,7 @@ def summary(models=("sft", "ppo"), spec="runs/<b>"):
   }
   return {
     "models": dict.fromkeys(models, spec),
+    "memory": {"machine_bytes": 1_234_000_000, "device_bytes": None},
     "settings": {
       "bootstrap": 2000,
       "fewest_items": 10,
@@ -153,3 +154,11 @@ def test_the_section_has_the_papers_numbers_and_escapes_names(tmp_path):
   evaluation.write(tmp_path / "index.html", summary())
   page = (tmp_path / "index.html").read_text()
   assert page.lstrip().startswith("<!doctype html>") and "--ink" in page and text in page
+
+
+def test_memory_is_told():
+  found = summary()
+  assert evaluation.peak_memory(found) == "1.23 GB of the machine"
+  assert "<p>Peak memory: 1.23 GB of the machine.</p>" in evaluation.section(found)
+  found["memory"]["device_bytes"] = 9_876_000_000
+  assert evaluation.peak_memory(found) == "1.23 GB of the machine, 9.88 GB of a device"
