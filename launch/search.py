@@ -19,7 +19,7 @@ from instructjax.core.config import Config, ExecutionConfig, MeshConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES
 from instructjax.stages import lineage
-from launch import estimate
+from launch import estimate, progress
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # the axes to choose; any other axis stays as configured
@@ -136,7 +136,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
   from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs, sketch
 
-  programs.require_trained(stage)
+  programs.require_trained(stage, config)
   ranking, reasons = Ranking([], {}, {}), collections.defaultdict(list)
   for cfg in meshes(config.mesh, len(devices)):
     mesh = sharding.make_mesh(cfg, devices)
@@ -151,7 +151,9 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
       continue
     for remat, chunks in _options(config, stage, shards):
       sizes = sketch.sketch(_with(config, remat, chunks), stage, program, mesh.shape, chip)
-      choice = Choice(tuple(mesh.shape.items()), remat, chunks, *dataclasses.astuple(sizes))
+      choice = Choice(
+        tuple(mesh.shape.items()), remat, chunks, sizes.seconds, sizes.bytes, sizes.least_bytes
+      )
       if sizes.least_bytes > chip.hbm_bytes:
         ranking.too_large[spelling] = sizes.least_bytes
       else:
@@ -249,9 +251,9 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
   Returns:
     The report, or {'failure': reason}.
   """
-  print("compiling", *flags, file=sys.stderr, flush=True)
-  words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", *flags]
-  done = subprocess.run(words, capture_output=True, text=True)
+  words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", "--try_changes=0"]
+  with progress.telling(f"compiling with {' '.join(flags)}"):
+    done = subprocess.run([*words, *flags], capture_output=True, text=True)
   if done.returncode in (0, 1) and done.stdout.startswith("{"):
     return json.loads(done.stdout)
   said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]

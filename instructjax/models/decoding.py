@@ -22,7 +22,8 @@ def decode_weights(model: Model, params: Params) -> Params:
 
   `prefill`, `decode_step` and `apply` take the copy in place of the parameters. Call this once, before the decode loop,
   so that no step casts or slices weights again. On a mesh, `execution.decode_layout` decides how the copy is split. In
-  neither layout does a decode step gather weights.
+  neither layout does a decode step gather weights. The tables are split by vocabulary over `tensor`, and lengthened for
+  it by rows of zeros.
 
   Raises:
     ValueError: a layer's weight has a name that `layers.cast` does not know.
@@ -72,7 +73,8 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
     is_prompt_BP: True on real tokens.
     cache: from `init_cache`, with at least P columns.
   Returns:
-    (logits_BV of the token after the prompt, the filled cache)
+    (logits_BV of the token after the prompt, the filled cache). Where the vocabulary is split, the logits are split and
+    lengthened as it is; those past the vocabulary are -inf.
   """
   segment_BP, position_BP = (
     is_prompt_BP.astype(jnp.int32),
@@ -110,7 +112,7 @@ def decode_step(
     slot_position_BT: int32 positions of the tokens in the cache columns. None if a row's tokens lie in the order of
       their positions.
   Returns:
-    (logits_BV, cache)
+    (logits_BV, cache), as from `prefill`.
   """
   cfg = model.network
   position_B1 = position_B[:, None]
@@ -121,7 +123,9 @@ def decode_step(
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
   h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
   angles, kinds = positions.rotary_angles(position_B1, cfg), positions.layer_kinds(cfg)
-  # The cache holds no later token than the new one, so no causal mask is needed.
+  # The cache holds no later token than the new one, so no causal mask is needed. Whole columns are asked for, because
+  # what reads the tokens after the loop may split them, and the compiler would gather the mask in every layer.
+  is_slot_BT = constraints.shard_rows(is_slot_BT)
   dense = is_slot_BT[:, None, :]
   if slot_position_BT is None:
     slot_position_BT = transformer.positions_from_mask(is_slot_BT)
@@ -176,7 +180,7 @@ def decode_step(
       h_B1D, pair = run_block(h_B1D, layer, index, mix)
       pairs.append(pair)
     cache = tuple(pairs)
-  return constraints.shard_rows(_logits(model, weights, h_B1D)), cache
+  return _logits(model, weights, h_B1D), cache
 
 
 def _mix_own_rows(mix):
@@ -196,4 +200,9 @@ def _mix_own_rows(mix):
 def _logits(model, weights, h_B1D):
   """logits_BV of the only column."""
   h_B1D = transformer.final_norm(model, weights, h_B1D)
-  return transformer.apply_head(model, weights, h_B1D, decoding=True)[:, 0]
+  logits_BV = transformer.apply_head(model, weights, h_B1D, decoding=True)[:, 0]
+  if not constraints.splits_vocab():
+    return constraints.shard_rows(logits_BV)
+  is_token_V = jnp.arange(logits_BV.shape[1]) < model.vocab_size
+  logits_BV = constraints.shard_rows(logits_BV, tensor_dim=1)
+  return jnp.where(is_token_V[None], logits_BV, -jnp.inf)

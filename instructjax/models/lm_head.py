@@ -1,23 +1,19 @@
 """Log-probabilities and losses of given tokens, from the hidden states that `transformer.hidden` returns.
 
-Called by train/supervised.py and rl/scoring.py. On one device a large batch is taken in blocks of tokens, so that the
-logits of the whole batch never exist.
+Called by train/supervised.py and rl/scoring.py. A large batch is taken in blocks of tokens, so that the logits of the
+whole batch never exist. On a mesh the vocabulary is split as well: see split_head.py.
 """
 
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import transformer
+from instructjax.models import split_head, transformer
 from instructjax.ops import lm
 from instructjax.parallel import constraints
 
 
 def _num_blocks(model: transformer.Model, token_BT: Array) -> int:
-  """Number of blocks of tokens in which the head's product is computed."""
-  # On several devices each holds only a part of the logits, split by rows and vocabulary. More than one block would sum
-  # the table's gradient over the devices once for every block.
-  if not constraints.on_one_device():
-    return 1
+  """Number of blocks of tokens in which one device computes the head's product."""
   return lm.num_blocks(token_BT.size, model.vocab_size, model.network.d_model)
 
 
@@ -40,9 +36,12 @@ def token_logprob(
   Returns:
     float32 [B, T], in nats; 0 where `is_token_BT` is False.
   """
+  table_VD = transformer.lm_table(model, params)
+  if not constraints.on_one_device():
+    table_VD = table_VD.astype(h_BTD.dtype)
+    return split_head.token_logprob(h_BTD, table_VD, token_BT, is_token_BT, temperature)
   blocks = _num_blocks(model, token_BT)
   if blocks > 1:
-    table_VD = transformer.lm_table(model, params)
     return lm.blocked_logprob(h_BTD, table_VD, token_BT, is_token_BT, blocks, temperature)
   logits_BTV = transformer.apply_head(model, params, h_BTD) / temperature
   return jnp.where(is_token_BT, lm.token_logprob(logits_BTV, token_BT), 0.0)
@@ -59,8 +58,10 @@ def loss_sums(
   Returns:
     (sum_nll, sum_weight), float32 scalars. Their quotient is the mean.
   """
+  table_VD = transformer.lm_table(model, params)
+  if not constraints.on_one_device():
+    return split_head.loss_sums(h_BTD, table_VD.astype(h_BTD.dtype), token_BT, weight_BT)
   blocks = _num_blocks(model, token_BT)
   if blocks == 1:
     return lm.lm_loss(transformer.apply_head(model, params, h_BTD), token_BT, weight_BT)
-  table_VD = transformer.lm_table(model, params)
   return lm.blocked_lm_loss(h_BTD, table_VD, token_BT, weight_BT, blocks)

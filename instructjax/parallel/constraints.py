@@ -5,11 +5,11 @@ The compiler plans its communication by them. Called by the models, rl/slots.py,
 unchanged. Imports no model.
 """
 
-import functools
 import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as PS
 
@@ -25,6 +25,9 @@ _ROWS_BESIDES_FSDP = tuple(axis for axis in ROWS if axis != "fsdp")
 #   own rows over `tensor`), but each device holds and reads a large part of the weights.
 # 2d: the copy is split over `fsdp` too, as in training. A step reads less, but moves the activations of all rows.
 DECODE_GATHERED = {"tensor": ("fsdp",), "2d": ()}
+# Where the vocabulary is split for decoding, each device has whole blocks of so many tokens. They are the blocks that a
+# token is drawn in, so a draw needs no logits of another device but those of one block (rl/sampling.py).
+VOCAB_BLOCK = 256
 # Share of a device's memory that the copy may take. The KV cache and the training state need the rest.
 DECODE_SHARE = 0.4
 
@@ -152,8 +155,35 @@ def split_logits(logits_BTV: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(logits_BTV, PS(rows, None, "tensor"))
 
 
+def splits_vocab() -> bool:
+  """Whether decoding splits the vocabulary: over `tensor`, if it has several devices."""
+  return not on_one_device() and jax.sharding.get_abstract_mesh().shape["tensor"] > 1
+
+
+def pad_vocab(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:
+  """Lengthens the vocabulary to whole blocks on every device of `tensor`, where decoding splits it."""
+  if not splits_vocab():
+    return x
+  multiple = VOCAB_BLOCK * jax.sharding.get_abstract_mesh().shape["tensor"]
+  widths = [(0, -x.shape[axis] % multiple if dim == axis else 0) for dim in range(x.ndim)]
+  return jnp.pad(x, widths, constant_values=value)
+
+
+def decode_spec(axes: tuple[str, ...], layout: str) -> PS:
+  """The PartitionSpec of decoding's copy of a parameter. Unlike the parameter's own, it splits the vocabulary.
+
+  Args:
+    axes: logical axis name of each dimension.
+    layout: a key of DECODE_GATHERED.
+  Raises:
+    ValueError: a name has no rule.
+  """
+  spec = spec_of(axes, gathered=DECODE_GATHERED[layout])
+  return PS(*("tensor" if axis == "vocab" else part for axis, part in zip(axes, spec)))
+
+
 def place_for_decoding(params: Params, axes_tree: Any, layout: str) -> Any:
-  """Splits decoding's copy of the parameters.
+  """Splits decoding's copy of the parameters. Dimensions of the vocabulary are lengthened, see `pad_vocab`.
 
   Args:
     params, axes_tree: parameters and their logical axis names, in the same tree.
@@ -163,13 +193,15 @@ def place_for_decoding(params: Params, axes_tree: Any, layout: str) -> Any:
   """
   if on_one_device():
     return params
-  spec = functools.partial(spec_of, gathered=DECODE_GATHERED[layout])
-  return jax.tree.map(
-    lambda axes, x: jax.lax.with_sharding_constraint(x, spec(axes)),
-    axes_tree,
-    params,
-    is_leaf=lambda node: isinstance(node, tuple),
-  )
+
+  def place(axes, x):
+    if "vocab" in axes:
+      # First split both ways: see `split_vocab`.
+      x = pad_vocab(x, axes.index("vocab"))
+      x = jax.lax.with_sharding_constraint(x, decode_spec(axes, "2d"))
+    return jax.lax.with_sharding_constraint(x, decode_spec(axes, layout))
+
+  return jax.tree.map(place, axes_tree, params, is_leaf=lambda node: isinstance(node, tuple))
 
 
 def decode_layout(
@@ -190,7 +222,7 @@ def decode_layout(
   """
 
   def local_bytes(axes, leaf):
-    split = [axis for axis in spec_of(axes, gathered=DECODE_GATHERED["tensor"]) if axis]
+    split = [axis for axis in decode_spec(axes, "tensor") if axis]
     return math.prod(leaf.shape) * itemsize / math.prod(mesh.shape[axis] for axis in split)
 
   is_axes = lambda node: isinstance(node, tuple)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
 from instructjax.models import decoding, transformer
 from instructjax.ops import masked
+from instructjax.parallel import constraints
 from instructjax.rl.slots import generate as generate_in_slots
 
-_BLOCK = 256  # tokens of a block in `sample_token`: about the square root of a vocabulary of 50k
+_BLOCK = constraints.VOCAB_BLOCK  # in `sample_token`: about the square root of a vocabulary of 50k
 
 
 def generate(
@@ -108,12 +109,13 @@ def _generate_all_rows(
     # Shapes are static, so rows that have ended are decoded too; what they draw is replaced by pads.
     new_token_B = jnp.where(rows.ended_B, pad_id, token_B)
     new_logprob_B = jnp.where(rows.ended_B, 0.0, logprob_B)
-    return _Rows(
+    rows = _Rows(
       token_BL=set_column(rows.token_BL, new_token_B, prompt_length + t),
       is_token_BL=set_column(rows.is_token_BL, ~rows.ended_B, prompt_length + t),
       logprob_BR=set_column(rows.logprob_BR, new_logprob_B, t),
       ended_B=rows.ended_B | masked.is_any(token_B, stop_ids),
     )
+    return constraints.shard_rows(rows)
 
   # 1. Read the prompts, which fills the cache and predicts every row's first token.
   cache = decoding.init_cache(model, num_rows, prompt_length + max_new_tokens)
@@ -136,7 +138,8 @@ def _generate_all_rows(
     )
     return t + 1, cache, append(rows, t, logits_BV)
 
-  num_steps, _, rows = jax.lax.while_loop(goes_on, step, (jnp.int32(1), cache, rows))
+  with jax.named_scope("decode"):
+    num_steps, _, rows = jax.lax.while_loop(goes_on, step, (jnp.int32(1), cache, rows))
   return Rollout(
     token_BL=rows.token_BL,
     is_token_BL=rows.is_token_BL,
@@ -173,6 +176,8 @@ def sample_token(
   logits_BV = logits_BV.astype(jnp.float32)
   if temperature > 0:
     logits_BV = logits_BV / temperature
+    if top_p == 1 and constraints.splits_vocab():
+      return _sample_split(logits_BV, uniform_B)
   max_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
   mass_BV = jnp.exp(logits_BV - max_B1)
   if temperature > 0 and top_p < 1:
@@ -194,6 +199,29 @@ def sample_token(
     token_B = block_B * _BLOCK + column_B
   logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
   return token_B, logit_B - log_total_B
+
+
+def _sample_split(logits_BV: Array, uniform_B: Array) -> tuple[Array, Array]:
+  """`sample_token` at temperature 1, of logits that are split by vocabulary.
+
+  The devices send each other two numbers for each block, and the logits of the blocks that were drawn.
+  """
+  logits_BV = constraints.pad_vocab(logits_BV, 1, -jnp.inf)
+  blocks = constraints.shard_rows(logits_BV.reshape(len(logits_BV), -1, _BLOCK), tensor_dim=1)
+  # Each block's maximum is subtracted in it, so that nothing need be known of other blocks. It is finite, because in a
+  # block past the vocabulary -inf less -inf would be NaN.
+  top_BT = jnp.maximum(jnp.max(blocks, axis=-1), jnp.finfo(jnp.float32).min)
+  sum_BT = jnp.sum(jnp.exp(blocks - top_BT[:, :, None]), axis=-1)
+  top_BT, sum_BT = jnp.unstack(constraints.shard_rows(jnp.stack([top_BT, sum_BT], -1)), axis=-1)
+  max_B1 = jnp.max(top_BT, axis=-1, keepdims=True)
+  mass_BT = sum_BT * jnp.exp(top_BT - max_B1)
+  total_B = jnp.sum(mass_BT, axis=-1)
+  block_B, left_B = _pick(mass_BT, uniform_B * total_B)
+  inside_BT = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
+  inside_BT = constraints.shard_rows(inside_BT)
+  column_B, _ = _pick(jnp.exp(inside_BT - max_B1), left_B)
+  logit_B = jnp.take_along_axis(inside_BT, column_B[:, None], axis=-1)[:, 0]
+  return block_B * _BLOCK + column_B, logit_B - max_B1[:, 0] - jnp.log(total_B)
 
 
 def _pick(mass_BT: Array, target_B: Array) -> tuple[Array, Array]:

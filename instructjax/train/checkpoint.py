@@ -1,7 +1,7 @@
 """Saves, finds and restores training state.
 
-Called by `loop` (save and resume), by `weights` (weights of a finished stage), and by the stages `pretrain` (the best
-step) and `ppo` (the hash of its frozen networks). Knows nothing of models or stages.
+Called by `loop` (save and resume), by `weights` (weights of a finished stage), and by the stage `pretrain` (the best
+step). Knows nothing of models or stages.
 
 A checkpoint holds the whole state, the position in the data, and what the run was made with. Orbax writes it in the
 background. When all processes have written their parts, the manifest is written (see manifest.py), and orbax renames
@@ -20,22 +20,20 @@ would cost an accelerator a second state beside the one it trains, and a model o
 import asyncio
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import pathlib
 import shutil
 import types
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from instructjax.core.errors import UserError, writing
-from instructjax.parallel import sharding, stacking
+from instructjax.parallel import stacking
 from instructjax.train import damaged, finished, manifest, reading
 from instructjax.train.damaged import saved_steps
 
@@ -44,10 +42,9 @@ NOT_DAMAGED = (
   "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
   " instructjax: use those, or another --workdir."
 )
-_PARTS = 64  # most parts in which a weight is gathered to be hashed
 # Arrays of more bytes are cut into chunks, those of layers into one or more a layer: a tensor can be read without
 # the rest (streams.py).
-_CUT, _CHUNK = 1 << 20, 1 << 25
+_CUT, _CHUNK = 1 << 20, 1 << 24
 
 
 class _Manager(ocp.CheckpointManager):
@@ -368,31 +365,6 @@ def load_params(
     UserError: see `load_state_item`.
   """
   return load_state_item(directory, {name: abstract_params}, step)[name]
-
-
-def tree_fingerprint(tree: Any) -> str:
-  """sha256 of a pytree's names, shapes, dtypes and bytes; it does not depend on the sharding."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
-    digest.update(f"{jax.tree_util.keystr(path)} {dtype} {np.shape(leaf)}\n".encode())
-    for part in _host_parts(leaf):
-      digest.update(np.ascontiguousarray(part).tobytes())
-  return digest.hexdigest()
-
-
-def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
-  """A leaf's values on the host. An array that is spread over processes comes in parts along its first dimension.
-
-  Gathering goes through the devices, and a large model's stacked layers do not fit into one whole.
-  """
-  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.ndim < 2:
-    yield sharding.to_host(leaf)
-    return
-  size = len(leaf)
-  edges = np.linspace(0, size, min(size, _PARTS) + 1).astype(int)
-  for start, stop in zip(edges, edges[1:]):
-    yield sharding.to_host(leaf[start:stop])
 
 
 def _chunks(state: Any) -> Any:

@@ -1,8 +1,8 @@
 """The Colab notebook: well formed, without outputs, and its cells run from the first to the last."""
 
+import configparser
 import html
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -47,6 +47,35 @@ def test_it_is_a_notebook_without_outputs(cells):
     assert all(line.endswith("\n") for line in cell["source"][:-1])
 
 
+def test_it_opens_on_a_tpu_and_knows_where_the_code_is(cells):
+  """The metadata are what Colab itself writes for a v5e-1 runtime. The badges lead to this notebook."""
+  notebook = json.loads(NOTEBOOK.read_text())
+  assert notebook["metadata"]["accelerator"] == "TPU"
+  assert notebook["metadata"]["colab"]["gpuType"] == "V5E1"
+  settings = configparser.ConfigParser()
+  settings.read(ROOT / "setup.cfg")
+  url = settings["metadata"]["url"]
+  (repository,) = re.findall(r'^REPOSITORY = "(.*)"  #', text_of(cells, "settings"), re.MULTILINE)
+  assert repository == url
+  target = url.replace("https://github.com/", "https://colab.research.google.com/github/")
+  for text in (
+    text_of(cells, "what-this-is"),
+    *map(read, ("docs/launching.md", "docs/running.md")),
+  ):
+    assert re.findall(r"colab-badge.svg\)\]\((\S+)\)", text) == [
+      f"{target}/blob/main/launch/colab.ipynb"
+    ]
+
+
+def text_of(cells, id: str) -> str:
+  (cell,) = (cell for cell in cells if cell["id"] == id)
+  return "".join(cell["source"])
+
+
+def read(page: str) -> str:
+  return (ROOT / page).read_text()
+
+
 # Llama 3.2 1B's shape, by its config.json.
 _1B = dict(
   num_layers=16, d_model=2048, num_heads=32, num_kv_heads=8, head_dim=64, d_mlp=8192,
@@ -58,10 +87,8 @@ _1B = dict(
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo_init", "ppo_ptx"])
 def test_a_1b_model_with_adapters_fits_one_v5e_chip_by_the_planner(cells, stage):
   """With the notebook's own flags, by the planner's estimate; without adapters it does not."""
-  (cell,) = (cell for cell in cells if cell["id"] == "adapters")
-  flags = re.findall(
-    r"--config\.([\w.]+)=(\S+)", re.search(r'"""(.*?)"""', "".join(cell["source"]), re.S)[1]
-  )
+  text = text_of(cells, "adapters")
+  flags = re.findall(r"--config\.([\w.]+)=(\S+)", re.search(r'"""(.*?)"""', text, re.S)[1])
   values = models.get(stage, "tiny")
   values.update(base.base(stage))
   for network in (values.model, values.reward_model):
@@ -83,12 +110,12 @@ def test_a_1b_model_with_adapters_fits_one_v5e_chip_by_the_planner(cells, stage)
 
 
 def as_python(source: str, fields: dict) -> str:
-  """A cell as IPython reads it: `!` and `%` lines become calls; the form's fields get these values."""
+  """A cell as IPython reads it: `!` lines become calls; the form's fields get these values."""
   lines = []
   for line in source.splitlines():
-    indent, mark, command = re.fullmatch(r"(\s*)([!%]?)(.*)", line).groups()
+    indent, mark, command = re.fullmatch(r"(\s*)(!?)(.*)", line).groups()
     if mark:
-      line = f"{indent}{'shell' if mark == '!' else 'magic'}(f{command!r})"
+      line = f"{indent}shell(f{command!r})"
     name = re.match(r"(\w+) = .*# @param", line)
     if name and name[1] in fields:
       line = f"{name[1]} = {fields.pop(name[1])!r}"
@@ -106,34 +133,48 @@ def differences(config, default, prefix="--config"):
 
 
 def test_every_cell_runs(cells, tmp_path, monkeypatch):
-  """All but the installation, at the smallest size, from the notebook's own folder."""
-  shown, commands, magics = [], [], []
+  """From an empty folder, at the smallest size; this checkout is cloned, and installed already."""
+  shown, commands, setup = [], [], []
 
   def shell(command):
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    commands.append((command, done.stdout))
+    program, *words = shlex.split(command)
+    if (program, *words[:2]) in (("git", "clone", "--depth"), (sys.executable, "-m", "pip")):
+      setup.append(command)
+    elif words[:2] == ["-m", "uv"]:
+      setup.append(command)
+    else:
+      command = command.replace(namespace["PYTHON"], sys.executable)
+      done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300)
+      assert done.returncode == 0, done.stderr
+      commands.append((command, done.stdout))
+    if program == "git":
+      pathlib.Path(words[-1]).symlink_to(ROOT)
+    namespace["_exit_code"] = 0
 
   display = types.SimpleNamespace(HTML=str, display=shown.append)
   monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
   monkeypatch.setitem(sys.modules, "IPython.display", display)
-  monkeypatch.chdir(NOTEBOOK.parent)
+  (tmp_path / "content").mkdir()
+  monkeypatch.chdir(tmp_path / "content")
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as a kernel's
   monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
-  python = pathlib.Path(sys.executable).parent
-  monkeypatch.setenv("PATH", os.pathsep.join([str(python), os.environ["PATH"]]))
   config = micro.config_dict("ppo_ptx", micro.write_data(tmp_path / "data"))
   flags = differences(config, models.get("ppo_ptx", "tiny"))
   first, second = tmp_path / "demo", tmp_path / "changed"
   fields = {
     "WORKDIR": str(first), "CHANGED_WORKDIR": str(second), "OVERRIDES": shlex.join(flags), "WEIGHTS": "",
   }  # fmt: skip
-  namespace = {"shell": shell, "magic": magics.append}
+  namespace = {"shell": shell}
   for cell in cells:
     if cell["cell_type"] == "code":
       code = as_python("".join(cell["source"]), fields)
       exec(compile(code, cell["id"], "exec"), namespace)
   assert not fields  # each is a field of the form
-  assert magics == ['pip install -q "."']
+  clone, _, environment, install = setup
+  assert clone == "git clone --depth 1 https://github.com/instructjax/instructjax instructjax"
+  assert environment.endswith(" .colab") and install.endswith(' constraints/lock.txt ".[hub]"')
+  assert namespace["PYTHON"] in install
   (_, devices), (_, whole), (_, changed) = commands
   assert "CpuDevice" in devices
   assert f"finished: {first}" in whole and f"finished: {second}" in changed

@@ -236,23 +236,3 @@ def test_misfits_are_refused_by_name(tmp_path):
     checkpoint.load_params(tmp_path, _state().params, step=2)
   with pytest.raises(UserError, match="no checkpoint in .*nowhere"):
     checkpoint.load_params(tmp_path / "nowhere", _state().params)
-
-
-def test_fingerprint_of_a_tree():
-  params = _state().params
-  mesh = Mesh(np.array(jax.devices()), ("fsdp",))
-  sharded = params | {"w_DF": jax.device_put(params["w_DF"], NamedSharding(mesh, PS("fsdp")))}
-  digest = checkpoint.tree_fingerprint(params)
-  assert len(digest) == 64
-  assert checkpoint.tree_fingerprint(sharded) == digest
-  changed = params | {"bias": params["bias"].at[2].set(1e-30)}
-  assert checkpoint.tree_fingerprint(changed) != digest
-  reshaped = params | {"w_DF": params["w_DF"].reshape(-1)}  # the same bytes
-  assert checkpoint.tree_fingerprint(reshaped) != digest
-  renamed = {"w_DF": params["w_DF"], "bias2": params["bias"]}
-  assert checkpoint.tree_fingerprint(renamed) != digest
-  assert (
-    checkpoint.tree_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) != digest
-  )
-  turned = params | {"w_DF": params["w_DF"].reshape(params["w_DF"].shape[::-1])}  # the same bytes
-  assert checkpoint.tree_fingerprint(turned) != digest

@@ -259,17 +259,21 @@ def products(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_is_in_blocks_on_one_device_only(tied, model, random_params, one_device, mesh):
+def test_the_loss_is_in_blocks_and_a_device_has_its_own_rows(
+  tied, model, random_params, one_device, mesh
+):
   model = dataclasses.replace(
     model, network=dataclasses.replace(model.network, tie_embeddings=tied)
   )
   params, batch = random_params(model), packed(0)
   whole, block = f"f32[{ROWS},{LENGTH - 1},{VOCAB}]", f"f32[22,{VOCAB}]"
-  for where, shape in ((one_device, block), (mesh, whole)):
+  tokens = ROWS // sharding.num_row_shards(mesh) * (LENGTH - 1)
+  own = f"f32[{tokens},{-(-VOCAB // mesh.shape['tensor'])}]"
+  for where, shape in ((one_device, block), (mesh, own)):
     with jax.set_mesh(where):
       for sums in (supervised.lm_loss_sums, supervised.lm_row_sums):
         text = str(jax.make_jaxpr(functools.partial(sums, model))(params, batch))
-        assert {block, whole} & {name.split(":")[1] for name in products(text)} == {shape}
+        assert {block, whole, own} & {name.split(":")[1] for name in products(text)} == {shape}
 
 
 def test_a_step_at_a_real_vocabulary_holds_no_logits(tiny_config, tx, one_device):

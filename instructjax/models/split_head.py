@@ -1,0 +1,223 @@
+"""The 'lm' head on a mesh: losses and log-probabilities of given tokens, with the vocabulary split over `tensor`.
+
+Called by lm_head.py only. A device computes the logits of its own rows and of its own part of the vocabulary, a block
+of tokens at a time, and keeps neither logits nor their gradients. Of a token's logits the devices send each other three
+numbers: the maximum, the sum of the exponentials, and the logit of the token itself.
+
+The compiler would not find this by itself. No usual mesh divides GPT-3's 50257 rows, and to look up a logit in an array
+that is split unevenly it gathers the array. So the table is padded here, and `jax.shard_map` says what each device
+does. The gradients are written by hand, so none has to be found through the map. They are summed over devices once for
+all blocks: over `tensor` for the hidden states, over the rows' axes for the table, each into the parts that the devices
+keep.
+
+Dimension letters beside those of structs.py: a lower-case letter is a device's part of a dimension.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as PS
+
+from instructjax.core.structs import Array
+from instructjax.ops import lm
+from instructjax.parallel.sharding import ROWS, num_row_shards
+
+_HIDDEN, _TABLE, _TOKENS = PS(ROWS, "tensor"), PS("tensor", "fsdp"), PS(ROWS)
+
+
+def token_logprob(
+  h_BTD: Array, table_VD: Array, token_BT: Array, is_token_BT: Array, temperature: float
+) -> Array:
+  """`lm_head.token_logprob`; the table in the dtype of h."""
+  vocab_size, (rows, columns) = len(table_VD), token_BT.shape
+  args = _padded(h_BTD, table_VD, token_BT, is_token_BT)
+  return _logprob(vocab_size, temperature, *args)[:rows, :columns]
+
+
+def loss_sums(
+  h_BTD: Array, table_VD: Array, token_BT: Array, weight_BT: Array
+) -> tuple[Array, Array]:
+  """`lm_head.loss_sums`; the table in the dtype of h."""
+  args = _padded(h_BTD, table_VD, token_BT, weight_BT)
+  return _sum_nll(len(table_VD), *args), jnp.sum(weight_BT.astype(jnp.float32))
+
+
+def _padded(h_BTD, table_VD, token_BT, weight_BT):
+  """The same arrays with rows, columns and vocabulary that the mesh divides. What is added weighs 0."""
+  mesh = jax.sharding.get_abstract_mesh()
+  tensor = mesh.shape["tensor"]
+  lengthen = lambda x, *multiples: jnp.pad(x, [(0, -n % m) for n, m in zip(x.shape, multiples)])
+  sizes = num_row_shards(mesh), tensor
+  weight_BT = weight_BT.astype(jnp.float32)
+  return (
+    lengthen(h_BTD, *sizes, 1),
+    lengthen(table_VD, tensor, 1),
+    lengthen(token_BT, *sizes),
+    lengthen(weight_BT, *sizes),
+  )
+
+
+def _on_each_device(run: Callable, in_specs: tuple, out_specs) -> Callable:
+  """Maps `run` over the mesh. No gradient is taken through the map."""
+  return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class _Shard:
+  """What one device reads: its rows with all of their columns, and its part of the vocabulary.
+
+  Attributes:
+    table_vD: its rows of the table.
+    id_v: their token ids.
+    is_id_v: False where the table was padded.
+    blocks: number of blocks of tokens.
+    h_NTD: its tokens' hidden states, in blocks; 0 where the weight is 0, which keeps NaN out of the products.
+  """
+
+  def __init__(self, vocab_size: int, h_BtD, table_vd, weight_BT):
+    self.dtype = h_BtD.dtype
+    self.shape = (*weight_BT.shape, h_BtD.shape[-1])
+    h_BTD = jax.lax.all_gather(h_BtD, "tensor", axis=1, tiled=True)
+    self.table_vD = jax.lax.all_gather(table_vd, "fsdp", axis=1, tiled=True)
+    size = len(self.table_vD)
+    self.id_v = jax.lax.axis_index("tensor") * size + jnp.arange(size, dtype=jnp.int32)
+    self.is_id_v = self.id_v < vocab_size
+    self.blocks = lm.num_blocks(weight_BT.size, size, h_BTD.shape[-1])
+    self.h_NTD = self.split(jnp.where(weight_BT[..., None] != 0, h_BTD, 0))
+
+  def split(self, x_BT: Array) -> Array:
+    """An array of the device's tokens in blocks: [blocks, tokens of a block]. Tokens that fill the last one are 0."""
+    x = x_BT.reshape(-1, *x_BT.shape[2:])
+    fill = -len(x) % self.blocks
+    return jnp.pad(x, [(0, fill), *[(0, 0)] * (x.ndim - 1)]).reshape(self.blocks, -1, *x.shape[1:])
+
+  def join(self, x_NT: Array) -> Array:
+    """The opposite of `split`."""
+    rows, columns, _ = self.shape
+    x = x_NT.reshape(-1, *x_NT.shape[2:])
+    return x[: rows * columns].reshape(rows, columns, *x.shape[1:])
+
+  def logits(self, h_TD: Array, temperature: float) -> Array:
+    """The device's part of a block's logits, float32; -inf where the table was padded."""
+    logits_Tv = jnp.einsum("TD,vD->Tv", h_TD, self.table_vD, preferred_element_type=jnp.float32)
+    return jnp.where(self.is_id_v[None], logits_Tv / temperature, -jnp.inf)
+
+  def is_token(self, token_T: Array) -> Array:
+    """Where a block's logits are those of the given tokens."""
+    return token_T[:, None] == self.id_v[None]
+
+  def logprob(self, h_TD: Array, token_T: Array, temperature: float):
+    """A block's (logits_Tv, logprob_T of the given tokens, the log_T of the sum of all exponentials)."""
+    logits_Tv = self.logits(h_TD, temperature)
+    max_T = jax.lax.pmax(jnp.max(logits_Tv, axis=-1), "tensor")
+    sum_T = jnp.sum(jnp.exp(logits_Tv - max_T[:, None]), axis=-1)
+    picked_T = jnp.sum(jnp.where(self.is_token(token_T), logits_Tv, 0), axis=-1)
+    sum_T, picked_T = jax.lax.psum((sum_T, picked_T), "tensor")
+    log_T = jnp.log(sum_T) + max_T
+    return logits_Tv, picked_T - log_T, log_T
+
+  def gradients(self, d_logits: Callable, *blocks: Array):
+    """Sums what flows back from the logits, block by block.
+
+    Args:
+      d_logits: (h_TD, *block) -> (gradient of a block's logits_Tv, other results of the block).
+      blocks: arrays of `split`.
+    Returns:
+      (the gradients of h_BtD and of table_vd, the other results of all blocks)
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def one(d_table_vD, block):
+      d_logits_Tv, rest = d_logits(*block)
+      d_table_vD += product("Tv,TD->vD", d_logits_Tv, block[0])
+      return d_table_vD, (product("Tv,vD->TD", d_logits_Tv, self.table_vD).astype(self.dtype), rest)
+
+    zeros_vD = jnp.zeros(self.table_vD.shape, jnp.float32)
+    d_table_vD, (d_h_NTD, rest) = jax.lax.scan(one, zeros_vD, (self.h_NTD, *blocks))
+    # Summed over devices in the dtype of the weights' copy, as all gradients are (see `layers.cast`).
+    scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True)
+    d_table_vd = scatter(d_table_vD.astype(self.dtype), "fsdp")
+    beside = tuple(axis for axis in ROWS if axis != "fsdp")
+    d_table_vd = jax.lax.psum(d_table_vd, beside)
+    return scatter(self.join(d_h_NTD), "tensor"), d_table_vd, rest
+
+
+# --- log-probabilities --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _logprob(vocab_size, temperature, h_BTD, table_VD, token_BT, weight_BT):
+  return _logprob_fwd(vocab_size, temperature, h_BTD, table_VD, token_BT, weight_BT)[0]
+
+
+def _logprob_fwd(vocab_size, temperature, h_BTD, table_VD, token_BT, weight_BT):
+  def run(h_BtD, table_vd, token_BT, weight_BT):
+    shard = _Shard(vocab_size, h_BtD, table_vd, weight_BT)
+    one = lambda block: shard.logprob(block[0], block[1], temperature)[1:]
+    logprob_NT, log_NT = jax.lax.map(one, (shard.h_NTD, shard.split(token_BT)))
+    return jnp.where(weight_BT != 0, shard.join(logprob_NT), 0), shard.join(log_NT)
+
+  in_specs = (_HIDDEN, _TABLE, _TOKENS, _TOKENS)
+  mapped = _on_each_device(run, in_specs, (_TOKENS, _TOKENS))
+  logprob_BT, log_BT = mapped(h_BTD, table_VD, token_BT, weight_BT)
+  return logprob_BT, (h_BTD, table_VD, token_BT, weight_BT, log_BT)
+
+
+def _logprob_bwd(vocab_size, temperature, residuals, g_BT):
+  """The logits are computed again: the cotangents were not known in the forward pass."""
+
+  def run(h_BtD, table_vd, token_BT, weight_BT, log_BT, g_BT):
+    shard = _Shard(vocab_size, h_BtD, table_vd, weight_BT)
+
+    def d_logits(h_TD, token_T, log_T, g_T):
+      prob_Tv = jnp.exp(shard.logits(h_TD, temperature) - log_T[:, None])
+      return g_T[:, None] / temperature * (shard.is_token(token_T) - prob_Tv), None
+
+    g_BT = jnp.where(weight_BT != 0, g_BT, 0)
+    return shard.gradients(d_logits, *map(shard.split, (token_BT, log_BT, g_BT)))[:2]
+
+  in_specs = (_HIDDEN, _TABLE, *(_TOKENS,) * 4)
+  mapped = _on_each_device(run, in_specs, (_HIDDEN, _TABLE))
+  return *mapped(*residuals, g_BT), None, None
+
+
+_logprob.defvjp(_logprob_fwd, _logprob_bwd)
+
+
+# --- the loss -----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_nll(vocab_size, h_BTD, table_VD, token_BT, weight_BT):
+  # Used where no gradient is asked for; with one, JAX calls `_sum_nll_fwd` in its place.
+  return -jnp.sum(weight_BT * _logprob(vocab_size, 1.0, h_BTD, table_VD, token_BT, weight_BT))
+
+
+def _sum_nll_fwd(vocab_size, h_BTD, table_VD, token_BT, weight_BT):
+  """As in `lm.blocked_lm_loss`, the weights are known, so each block's logits become gradients at once."""
+
+  def run(h_BtD, table_vd, token_BT, weight_BT):
+    shard = _Shard(vocab_size, h_BtD, table_vd, weight_BT)
+
+    def d_logits(h_TD, token_T, weight_T):
+      logits_Tv, logprob_T, log_T = shard.logprob(h_TD, token_T, 1.0)
+      prob_Tv = jnp.exp(logits_Tv - log_T[:, None])
+      nll_T = jnp.where(weight_T != 0, -weight_T * logprob_T, 0)
+      return weight_T[:, None] * (prob_Tv - shard.is_token(token_T)), nll_T
+
+    *gradients, nll_NT = shard.gradients(d_logits, *map(shard.split, (token_BT, weight_BT)))
+    return jax.lax.psum(jnp.sum(nll_NT), ROWS), *gradients
+
+  in_specs = (_HIDDEN, _TABLE, _TOKENS, _TOKENS)
+  mapped = _on_each_device(run, in_specs, (PS(), _HIDDEN, _TABLE))
+  sum_nll, d_h_BTD, d_table_VD = mapped(h_BTD, table_VD, token_BT, weight_BT)
+  return sum_nll, (d_h_BTD, d_table_VD)
+
+
+def _sum_nll_bwd(vocab_size, residuals, g):
+  scale = lambda x: (g * x.astype(jnp.float32)).astype(x.dtype)
+  return *map(scale, residuals), None, None
+
+
+_sum_nll.defvjp(_sum_nll_fwd, _sum_nll_bwd)
