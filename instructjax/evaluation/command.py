@@ -84,12 +84,16 @@ def run(
     whole = summary.whole(models, parts, skipped, shown, peak_memory())
     summary.write(out / "summary.json", whole)
     report.write(out / "index.html", whole)
+    of_run = out.resolve().parent / "report" / "index.html"
+    is_shown_there = of_run.is_file() and report.put_into(of_run, whole)
   terminal.show(report.results_table(whole))
   if len(models) > 1:
     terminal.show(report.differences_table(whole))
   for line in (*report.note_lines(whole), *report.scorer_lines(whole)):
     terminal.say(line)
   terminal.say(f"peak memory: {report.peak_memory(whole)}")
+  if is_shown_there:
+    terminal.say(f"shown in the run's report too: {of_run}")
   terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
 
 

@@ -1,6 +1,6 @@
 """The results of an evaluation laid out as the paper's Table 14: for the terminal, and as a section of an HTML page.
 
-Called by the command `evaluate`. Pure functions of the content of its summary.json, but for `write`.
+Called by the command `evaluate`. Pure functions of the content of its summary.json, but for `write` and `put_into`.
 """
 
 import pathlib
@@ -199,3 +199,27 @@ def write(path: pathlib.Path, summary: Mapping[str, Any]):
   page = TEMPLATES.get_template("evaluation_page.html.j2").render(section=section(summary))
   with writing(path):
     path.write_text(page, encoding="utf-8")
+
+
+def put_into(page: pathlib.Path, summary: Mapping[str, Any]) -> bool:
+  """Shows the section in a run's report too, in the place of an earlier one.
+
+  Args:
+    page: the report's index.html.
+    summary: as for `section`.
+  Returns:
+    Whether the page has a place for it; reports of earlier versions have none.
+  Raises:
+    UserError: it cannot be read or written.
+  """
+  parts = {"link": '<a href="#evaluation">Public sets</a>', "section": str(section(summary))}
+  with writing(page):
+    text = page.read_text(encoding="utf-8")
+    for name, content in parts.items():
+      head, begin, rest = text.partition(f"<!-- public sets: {name} -->")
+      _, end, tail = rest.partition("<!-- end -->")
+      if not end:
+        return False
+      text = head + begin + content + end + tail
+    page.write_text(text, encoding="utf-8")
+  return True

@@ -27,8 +27,11 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
   settings = runner.Settings(
     {"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False, "float32"
   )
-  out = tmp_path / "out"
+  out, of_run = tmp_path / "out", tmp_path / "report" / "index.html"
+  of_run.parent.mkdir()
+  of_run.write_text(2 * "<!-- public sets: link --><!-- public sets: section --><!-- end -->\n")
   command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, {})
+  assert "HellaSwag" in of_run.read_text()
   printed = capsys.readouterr().out
   assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
   assert "cannot be told" in printed
