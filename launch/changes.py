@@ -4,6 +4,7 @@ Called by plan.py. Only settings are tried that change results by rounding at mo
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -176,7 +177,10 @@ def promising(found: list[Change], seconds: float, fits: bool) -> list[Change]:
     fits: whether the plan itself fits.
   """
   if not fits:
-    return sorted(found, key=lambda one: (not one.fits, one.seconds if one.fits else one.bytes))
+    # Times within 1% are equal, and of these the smallest is the safest.
+    coarse = lambda seconds: round(math.log(max(seconds, 1e-9)) * 100)
+    key = lambda one: (not one.fits, coarse(one.seconds) if one.fits else 0, one.bytes)
+    return sorted(found, key=key)
   saving = [one for one in found if one.fits and one.seconds < (1 - _WORTH) * seconds]
   return sorted(saving, key=lambda one: one.seconds)
 
@@ -234,6 +238,7 @@ def text(found: list[Change], seconds: float, size: float, fits: bool, most: int
     names = " ".join(flag.removeprefix("--config.").removeprefix("--") for flag in one.flags)
     saved = seconds - one.seconds
     what = f"saves {saved:.3g} s of {seconds:.3g}" if saved > 0 else f"costs {-saved:.3g} s"
+    what = "takes as long" if abs(saved) < 0.005 * seconds else what
     held = f"{one.bytes / GIB:.2f} GiB ({(one.bytes - size) / GIB:+.2f})"
     end = "" if one.fits else ", does not fit"
     source = "compiled" if one.is_compiled else "sketched"
