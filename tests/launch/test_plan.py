@@ -558,6 +558,13 @@ def test_what_does_not_divide(stage, changes, words, mesh):
     programs.make(small("ppo_ptx", **changes), mesh, stage)
 
 
+def test_a_hint_has_the_planner_s_own_flag():
+  run = "or the mesh to --config.mesh.slice=1 --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=8"
+  more = " --config.sft.batch_size=64"
+  assert planning.with_mesh_flag(run + more) == f"or the mesh to --mesh=fsdp:32,tensor:8{more}"
+  assert planning.with_mesh_flag("nothing") == "nothing"
+
+
 def jaxpr_flops(jaxpr) -> float:
   """FLOPs of all matrix products, scans, kernels and devices multiplied: an independent count."""
   total = 0.0
