@@ -185,6 +185,7 @@ def whole(
   parts: Sequence[Mapping[str, Any]],
   skipped: Sequence[Skipped],
   settings: Mapping[str, Any],
+  memory: Mapping[str, int | None],
 ) -> dict[str, Any]:
   """The summary of an evaluation.
 
@@ -193,10 +194,12 @@ def whole(
     parts: of `part`.
     skipped: tasks that were not asked.
     settings: how it was asked, to be shown.
+    memory: the most that the process has had.
   """
   return {
     "models": dict(models),
     "settings": dict(settings) | {"bootstrap": BOOTSTRAP, "fewest_items": FEWEST},
+    "memory": dict(memory),
     "skipped": [{"task": one.name, "reason": one.reason} for one in skipped],
     "parts": list(parts),
   }

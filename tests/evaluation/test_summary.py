@@ -136,7 +136,7 @@ def test_a_part_says_what_is_shown_and_what_is_missing(tmp_path):
     "accuracy": "ppo: every item is too long to be asked"
   }
   whole = summary.whole(
-    {"sft": "a", "ppo": "b"}, [found], [runner.Skipped("piqa", "no", "mend")], {}
+    {"sft": "a", "ppo": "b"}, [found], [runner.Skipped("piqa", "no", "mend")], {}, {}
   )
   summary.write(tmp_path / "summary.json", whole)
   read = json.loads((tmp_path / "summary.json").read_text())

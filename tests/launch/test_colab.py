@@ -181,7 +181,7 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch):
   table, report, *again = shown
   for finding in json.loads((first / "report" / "findings.json").read_text()):
     assert html.escape(finding["claim"]) in table
-  assert report.startswith("<iframe") and "PPO-ptx" in report and len(again) == 2
+  assert report.startswith("<div><iframe") and "PPO-ptx" in report and len(again) == 2
   # The second run trained the RL stage anew, with the change, and nothing before it.
   for stage in ("pretrain", "rm", "ppo_init"):
     files = [next((run / stage / "checkpoints").rglob("_METADATA")) for run in (first, second)]
