@@ -306,8 +306,10 @@ def _pool(place: str, _: list[str]):
   path = pathlib.Path(places.require(_TO.value, "--to"))
   exchange.write_lines(path, rows)
   users = len({row["user"] for row in rows})
+  many = lambda count, what: f"{count} {what}{'s' * (count != 1)}"
   print(
-    f"{path}: {len(rows)} prompt{'s' * (len(rows) > 1)} of {users} user{'s' * (users > 1)}; add them with --prompts=jsonl:{path} --source=customer"
+    f"{path}: {many(len(rows), 'prompt')} of {many(users, 'user')}; add them with --prompts=jsonl:{path}"
+    " --source=customer"
   )
 
 
