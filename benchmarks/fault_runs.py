@@ -168,7 +168,7 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     values = finished.require_done(stage)
     found[f"{stage.name}/result"] = repr((values.fingerprint, values.step, values.result))
     records = [
-      {key: value for key, value in record.items() if not key.startswith("seconds")}
+      {key: value for key, value in record.items() if not key.startswith(metrics.MEASURED)}
       for record in metrics.read_metrics(stage)
     ]
     found[f"{stage.name}/metrics"] = json.dumps(records)

@@ -1,9 +1,11 @@
 """What to change in a plan that does not fit or wastes time: settings to try, by a sketch and then by the compiler.
 
-Called by plan.py. Only settings are tried that change results by rounding at most, and the mesh.
+Called by planning.py. Settings are tried that change results by rounding at most, and the mesh; and adapters, which
+are another recipe, where nothing else fits.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from launch.topology import GIB, Chip
 
 # A change that saves a smaller share of the time is not worth a line.
 _WORTH = 0.03
+_ADAPTERS = {"adapter.rank": 16}
 # Of a device's memory, what a change may fill by estimate: sketches are rough.
 _FULL = 0.95
 
@@ -58,6 +61,8 @@ def candidates(config: Config, stage: str, mesh, means: Means) -> list[dict[str,
   ]
   row, shards = STAGES[stage], sharding.num_row_shards(mesh)
   found += [{"mesh": sizes} for sizes in _meshes(mesh)]
+  if not (row.is_base or lineage.is_adapted(config)):
+    found.append(_ADAPTERS)
   if not row.is_rl:
     cfg = getattr(config, row.block)
     rows = cfg.batch_size // shards
@@ -176,8 +181,14 @@ def promising(found: list[Change], seconds: float, fits: bool) -> list[Change]:
     fits: whether the plan itself fits.
   """
   if not fits:
-    return sorted(found, key=lambda one: (not one.fits, one.seconds if one.fits else one.bytes))
-  saving = [one for one in found if one.fits and one.seconds < (1 - _WORTH) * seconds]
+    if any(one.fits and one.values != _ADAPTERS for one in found):
+      found = [one for one in found if one.values != _ADAPTERS]
+    # Times within 1% are equal, and of these the smallest is the safest.
+    coarse = lambda seconds: round(math.log(max(seconds, 1e-9)) * 100)
+    key = lambda one: (not one.fits, coarse(one.seconds) if one.fits else 0, one.bytes)
+    return sorted(found, key=key)
+  found = [one for one in found if one.fits and one.values != _ADAPTERS]
+  saving = [one for one in found if one.seconds < (1 - _WORTH) * seconds]
   return sorted(saving, key=lambda one: one.seconds)
 
 
@@ -234,8 +245,10 @@ def text(found: list[Change], seconds: float, size: float, fits: bool, most: int
     names = " ".join(flag.removeprefix("--config.").removeprefix("--") for flag in one.flags)
     saved = seconds - one.seconds
     what = f"saves {saved:.3g} s of {seconds:.3g}" if saved > 0 else f"costs {-saved:.3g} s"
+    what = "takes as long" if abs(saved) < 0.005 * seconds else what
     held = f"{one.bytes / GIB:.2f} GiB ({(one.bytes - size) / GIB:+.2f})"
     end = "" if one.fits else ", does not fit"
     source = "compiled" if one.is_compiled else "sketched"
+    source += ", another recipe" if one.values == _ADAPTERS else ""
     lines.append(f"  {names}: {what}, {held}{end}, {source}")
   return lines

@@ -16,7 +16,6 @@ import numpy as np
 
 from instructjax.core.config import Config, PPOConfig
 from instructjax.core.errors import UserError
-from instructjax.core.stages import RL_STAGES
 
 _DRAWS = 32  # simulations of a rollout over which turns are averaged
 
@@ -55,22 +54,17 @@ class Work:
     return next((n for pattern, n in self.loops.items() if re.search(pattern, op_name)), None)
 
 
-def require_mean(name: str, mean: float | None, limit: int, stage: str):
-  """Checks that a mean length is possible, and that the stage samples answers.
+def require_mean(name: str, mean: float | None, limit: int):
+  """Checks that a mean length is possible.
 
   Args:
     name: `prompt` or `response`.
     mean: mean length [tokens]; None is not checked.
     limit: the greatest length [tokens].
-    stage: name of the stage.
   Raises:
-    UserError: the mean is not between 1 and the limit, or the stage samples no answers.
+    UserError: the mean is not between 1 and the limit.
   """
-  if mean is None:
-    return
-  if stage not in RL_STAGES:
-    raise UserError(f"--mean_{name} is of the prompts and answers of an RL stage, not of {stage}")
-  if not 1 <= mean <= limit:
+  if mean is not None and not 1 <= mean <= limit:
     raise UserError(
       f"--mean_{name}={mean:g} must be from 1 to config.data.max_{name}_length={limit}"
     )

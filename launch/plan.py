@@ -45,7 +45,7 @@ _MEAN_RESPONSE = flags.DEFINE_float(
 _MEAN_PROMPT = flags.DEFINE_float(
   "mean_prompt",
   None,
-  "Tokens of a prompt on average, for ppo.packed_rows and sft; as --mean_response.",
+  "Tokens of a prompt on average; as --mean_response.",
 )
 _PRICE = flags.DEFINE_float(
   "price_per_chip_hour",

@@ -124,9 +124,8 @@ def _prepare(config: Config, topology_name: str, stage: str, means: lengths.Mean
   Raises:
     UserError: see `plan`.
   """
-  if stage != "rm":
-    lengths.require_mean("response", means.response, config.data.max_response_length, stage)
-    lengths.require_mean("prompt", means.prompt, config.data.max_prompt_length, stage)
+  lengths.require_mean("response", means.response, config.data.max_response_length)
+  lengths.require_mean("prompt", means.prompt, config.data.max_prompt_length)
   chip, devices = topology.chip(topology_name), topology.devices(topology_name)
   from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs

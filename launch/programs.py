@@ -365,7 +365,8 @@ def _decoding(
   read = lambda base, trained: decoding.decode_weights(
     model, adapters.join(model, freeze(base), trained)
   )
-  with jax.set_mesh(mesh):  # which decides how far the tables are lengthened
+  # The mesh decides how far the tables are lengthened.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     copy = jax.eval_shape(read, base, trained)
   layout = model.execution.decode_layout
   placed = lambda axes: NamedSharding(mesh, constraints.decode_spec(axes, layout))

@@ -278,6 +278,7 @@ def _row(config: Config, choice: Choice, report: dict) -> dict:
     return row | {"out_of_memory": report["out_of_memory"]}
   return row | {
     "allocated": report["memory"]["allocated"],
+    "expected": report["expected"]["seconds"],
     "estimates": report["timing"]["estimates"],
     "token_kind": report["token_kind"],
     "compilation": report["compilation"],
@@ -333,8 +334,8 @@ def text(report: dict) -> str:
   lines.append(f"  {report['candidates']} are left; of these compiled, the most promising first:")
   if report["trials"]:
     lines.append(
-      f"{'mesh':32}{'remat':>10}{'chunks':>7}{'GiB':>8}{'roofline s':>12}{'hidden s':>10}{'none s':>8}"
-      f"{'tokens/s':>11}{'MFU':>6}{'compiled s (CPU)':>18}"
+      f"{'mesh':32}{'remat':>10}{'chunks':>7}{'GiB':>8}{'expected s':>12}{'roofline s':>12}{'hidden s':>10}"
+      f"{'none s':>8}{'tokens/s':>11}{'MFU':>6}{'compiled s (CPU)':>18}"
     )
   lines += [_line(row) for row in report["trials"]]
   if report["trials"]:
@@ -361,7 +362,7 @@ def _line(row: dict) -> str:
   mfu = f"{estimates['overlapped']['mfu']:.2f}" if "mfu" in estimates["overlapped"] else ""
   compiled = f"{spent['seconds']:.0f} ({spent['cpu_seconds']:.0f})"
   return (
-    f"{start}{row['allocated'] / GIB:8.2f}{roofline:12.2f}{hidden:10.2f}{none:8.2f}"
+    f"{start}{row['allocated'] / GIB:8.2f}{row['expected']:12.2f}{roofline:12.2f}{hidden:10.2f}{none:8.2f}"
     f"{estimates['overlapped']['tokens']:11,.0f}{mfu:>6}{compiled:>18}"
   )
 

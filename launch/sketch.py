@@ -68,6 +68,7 @@ class Sketch:
     seconds: time by a roofline model.
     decode: of it, decoding.
     decode_bytes: bytes of HBM that all decode steps read.
+    decode_links: seconds that all decode steps would send, with nothing else to do.
     links: part -> seconds that its passes would send, with nothing else to do.
     bytes: HBM at the peak.
     least_bytes: HBM that it needs in any case: its arguments and the arrays of the rollout.
@@ -78,6 +79,7 @@ class Sketch:
   least_bytes: float
   decode: float
   decode_bytes: float
+  decode_links: float
   links: dict[str, float]
 
 
@@ -110,7 +112,11 @@ def sketch(
     most = max(work.steps)
     copy, cache = inside["bf16 rollout copy"], inside["KV cache"]
     read = sum(steps * (copy + cache * rows / most) for rows, steps in work.steps.items())
-  decode = read / chip.hbm_rate
+  sent = 0.0
+  if work is not None:
+    of_layout = functools.partial(_decode_sends, passes[0].model, program.decode_layout, mesh)
+    sent = sum(steps * of_layout(rows) for rows, steps in work.steps.items()) / chip.link_rate
+  decode = max(read / chip.hbm_rate, sent)
   links = dict.fromkeys((one.part for one in passes), 0.0)
   for one in passes:
     links[one.part] += one.times * _terms(one, mesh, chip)["links"]
@@ -120,8 +126,26 @@ def sketch(
     least_bytes=arguments + sum(inside.values()),
     decode=decode,
     decode_bytes=read,
+    decode_links=sent,
     links=links,
   )
+
+
+def _decode_sends(
+  model: transformer.Model, layout: str | None, mesh: Mapping[str, int], rows: int
+) -> float:
+  """The bytes that a device sends in a decode step with so many rows, in all layers."""
+  cfg = model.network
+  fsdp, tensor = mesh["fsdp"], mesh["tensor"]
+  own = rows / math.prod(mesh[axis] for axis in sharding.ROWS)
+  # After attention and after the mlp, the activations of a device's rows are summed over `tensor`.
+  sent = 2 * 2 * (tensor - 1) / tensor * own * cfg.d_model
+  if layout == "2d":
+    # What is multiplied with weights that `fsdp` splits is summed over it, for the rows of all of its devices.
+    heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    hidden = cfg.d_mlp * (2 if cfg.is_gated else 1)
+    sent += 2 * (fsdp - 1) / fsdp * own * fsdp * (heads + hidden) / tensor
+  return _HALF * cfg.num_layers * sent
 
 
 @functools.lru_cache(maxsize=64)

@@ -48,7 +48,7 @@ def sketched(
   work = sketch.work_of(config, stage, shards, means)
   if work is not None:
     steps = sum(work.steps.values())
-    parts.insert(0, expect.decoding(steps, sizes.decode_bytes, 0.0, chip))
+    parts.insert(0, expect.decoding(steps, sizes.decode_bytes, sizes.decode_links, chip))
   return expect.iteration(parts), sizes
 
 

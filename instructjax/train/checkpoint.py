@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 import types
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -105,6 +106,9 @@ class Checkpoints:
     self._best_metric = best_metric
     self._metric = {}  # step -> value of best_metric
     self._saving = None  # step being written
+    self._began: float | None = (
+      None  # when its save began, by the files' clock; None once `written` has told of it
+    )
 
   def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
@@ -198,7 +202,7 @@ class Checkpoints:
       "changeable": dict(changeable),
     }
     with writing(self._folder / str(step)):
-      self._saving = step
+      self._saving, self._began = step, time.time()
       saved = stacking.relay(state, stacking.stack_each)
       self._manager.save(
         step,
@@ -208,6 +212,21 @@ class Checkpoints:
           meta=ocp.args.JsonSave(meta),
         ),
       )
+
+  def written(self) -> dict[str, float]:
+    """What the last checkpoint took, once after it has reached the disk.
+
+    Returns:
+      checkpoint/seconds, from the call of `save` until it was whole, and checkpoint/bytes; {} while there is no news.
+    """
+    path = self._folder / str(self._saving)
+    if self._began is None or not (path / manifest.NAME).is_file():
+      return {}
+    seconds, self._began = (path / manifest.NAME).stat().st_mtime - self._began, None
+    return {
+      "checkpoint/seconds": round(max(seconds, 0.0), 4),
+      "checkpoint/bytes": manifest.size(path),
+    }
 
   def wait(self):
     """Waits until the last checkpoint is on disk.

@@ -82,6 +82,13 @@ def test_what_fits_comes_first_where_the_plan_does_not():
   ]
   order = changes.promising(found, 6.0, fits=False)
   assert [one.seconds for one in order] == [7.0, 9.0, 1.0, 5.0]
+  # Adapters are another recipe: only where nothing else fits.
+  adapters = change(2.0, 1.0, **{"adapter.rank": 16})
+  assert adapters not in changes.promising([*found, adapters], 6.0, fits=False)
+  assert adapters not in changes.promising([*found, adapters], 6.0, fits=True)
+  assert changes.promising([found[0], adapters], 6.0, fits=False)[0] == adapters
+  (_, line) = changes.text([adapters], 6.0, 20 * GIB, fits=False)
+  assert line == "  adapter.rank=16: saves 4 s of 6, 1.00 GiB (-19.00), sketched, another recipe"
 
 
 def test_the_compiler_is_asked_until_one_fits():

@@ -52,6 +52,7 @@ def report(seconds: float = 1.0, gib: float = 3.0) -> dict:
   return {
     "fits": True,
     "memory": {"allocated": int(gib * GIB)},
+    "expected": {"seconds": seconds + 0.5},
     "timing": {"estimates": {n: {"seconds": s, "tokens": 100 / s} for n, s in ways.items()}},
     "token_kind": "tokens",
     "compilation": {"seconds": 60.0, "cpu_seconds": 30.0},

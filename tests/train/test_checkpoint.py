@@ -53,6 +53,20 @@ def _assert_same(left, right):
   jax.tree.map(np.testing.assert_array_equal, _host(left), _host(right))
 
 
+def test_what_a_checkpoint_took_is_told_once(tmp_path):
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.written() == {}
+    checkpoints.save(3, _state(), {}, {}, FINGERPRINT, {})
+    checkpoints.wait()
+    told = checkpoints.written()
+    assert checkpoints.written() == {}
+  folder = tmp_path / "checkpoints" / "3"
+  files = [path for path in folder.rglob("*") if path.is_file() and path.name != manifest.NAME]
+  assert told.keys() == {"checkpoint/seconds", "checkpoint/bytes"}
+  assert told["checkpoint/bytes"] == sum(path.stat().st_size for path in files)
+  assert 0 <= told["checkpoint/seconds"] < 60
+
+
 def test_everything_comes_back(tmp_path):
   state = _state(seed=3)
   expected = _host(state)
