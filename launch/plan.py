@@ -190,7 +190,7 @@ def _with_mesh(config: Config, stage: str, devices: list) -> tuple[Config, str]:
 
 
 def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict | None:
-  """The costs of the decode loop, which is the rollout's longest loop; None if there is no rollout.
+  """The costs of the decode loops, which are the rollout's longest; None if there is no rollout.
 
   Args:
     summary: costs of the program.
@@ -200,12 +200,17 @@ def _decode(summary: costs.Summary, rows: int, inside: dict[str, int]) -> dict |
   loops = [loop for loop in summary.loops.values() if loop.phase == "rollout" and loop.trips]
   if not loops:
     return None
-  loop = max(loops, key=lambda loop: loop.trips)
+  # Long answers have several, of almost equal length: see `sampling._stops`.
+  longest = max(loop.trips for loop in loops)
+  loops = [loop for loop in loops if loop.trips > longest / 2]
+  steps, total = sum(loop.trips for loop in loops), costs.Cost()
+  for loop in loops:
+    total += loop.cost
   return {
-    "steps": loop.trips,
+    "steps": steps,
     "rows": rows,
     "weight_bytes": inside["bf16 rollout copy"],
-    "step": {name: amount / loop.trips for name, amount in vars(loop.cost).items()},
+    "step": {name: amount / steps for name, amount in vars(total).items()},
   }
 
 
