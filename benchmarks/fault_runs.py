@@ -158,7 +158,7 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
 
-  from instructjax.train import checkpoint, finished, metrics
+  from instructjax.train import checkpoint, finished, metrics, weight_hash
 
   # The devices that a state was saved on are not here, if it was saved by several processes.
   here = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
@@ -168,7 +168,7 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     values = finished.require_done(stage)
     found[f"{stage.name}/result"] = repr((values.fingerprint, values.step, values.result))
     records = [
-      {key: value for key, value in record.items() if not key.startswith("seconds")}
+      {key: value for key, value in record.items() if not key.startswith(metrics.MEASURED)}
       for record in metrics.read_metrics(stage)
     ]
     found[f"{stage.name}/metrics"] = json.dumps(records)
@@ -179,7 +179,7 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
         args = jax.tree.map(lambda _: here, shapes)
         tree = checkpointer.restore(path, restore_args=args)
       plain = jax.tree.map(without_keys, tree)
-      found[f"{stage.name}/state"] = f"{step} {checkpoint.tree_fingerprint(plain)}"
+      found[f"{stage.name}/state"] = f"{step} {weight_hash.tree_fingerprint(plain)}"
   for path in sorted([*workdir.glob("collect/*.jsonl"), *workdir.glob("evaluate/answers.jsonl")]):
     found[str(path.relative_to(workdir))] = path.read_text(encoding="utf-8")
   return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in found.items()}

@@ -2,6 +2,7 @@
 
   python -m benchmarks.figures                      what there is, of which code, and what is stale
   python -m benchmarks.figures measure decode       runs the commands behind a table; an idle machine is needed
+  python -m benchmarks.figures measure pods --matching=sft     of its commands only those with this text
   python -m benchmarks.figures take findings RUN... reads finished runs of the default preset instead
   python -m benchmarks.figures write                writes the pages anew from what was measured
 
@@ -43,16 +44,36 @@ class Figure:
     commands: what `measure` runs after `python -m`; each prints JSON lines. Empty if finished runs are read.
     code: files whose change may change the numbers, as patterns below the root.
     table: records -> Markdown.
+    is_dated: whether records may be of older code. They take hours to make, and the table says which commit each is of.
   """
 
   page: str
   commands: tuple[str, ...]
   code: tuple[str, ...]
   table: Callable[[Sequence[dict]], str]
+  is_dated: bool = False
 
 
 _NETWORKS = tuple(
   f"instructjax/models/{name}.py" for name in ("layers", "positions", "products", "transformer")
+)
+_PLAN = "launch.plan --json --try_changes=0 --config=configs"
+_POD = "--topology=v5e:16x16"
+_SFT = f"{_POD} --mesh=fsdp:64,tensor:4 --config.sft.batch_size=256"
+# The cheapest first: a machine may have no time for all.
+_PLANS = (
+  f"{_PLAN}/sft.py:gpt3_1p3b {_SFT}",
+  f"{_PLAN}/sft.py:gpt3_6p7b {_SFT}",
+  f"{_PLAN}/sft.py:gpt3_1p3b --topology=2xv5e:16x16 --mesh=slice:2,fsdp:64,tensor:4 --config.sft.batch_size=512",
+  f"{_PLAN}/ppo_ptx.py:llama3_8b {_POD}",
+  f"{_PLAN}/ppo_ptx.py:gpt3_1p3b {_POD}",
+  f"{_PLAN}/ppo_ptx.py:gpt3_1p3b {_POD} --config.rollout.slots=128",
+  f"{_PLAN}/ppo_ptx.py:llama3_8b {_POD} --config.rollout.slots=128",
+  f"{_PLAN}/ppo_ptx.py:llama3_70b {_POD}",
+  f"{_PLAN}/ppo_ptx.py:llama3_70b {_POD} --config.rollout.slots=128",
+  f"{_PLAN}/ppo_ptx.py:gpt3_6p7b {_POD}",
+  f"{_PLAN}/ppo_ptx.py:gpt3_175b --topology=v5p:8x8x16",
+  f"{_PLAN}/sft.py:gpt3_175b --topology=v5p:8x8x16 --mesh=fsdp:128,tensor:8 --config.sft.batch_size=1024",
 )
 _OURS = "--set=ppo.packed_rows=0,ppo.ema_decay=0"
 _PACKED = "--set=ppo.packed_rows=1,rollout.slots=16,ppo.ema_decay=0"
@@ -95,6 +116,13 @@ FIGURES = {
       *("instructjax/rl/sampling.py", "instructjax/models/decoding.py", *_NETWORKS),
     ),
     tables.decode_steps,
+  ),
+  "pods": Figure(
+    "docs/pods.md",
+    _PLANS,
+    ("instructjax/models/*.py", "instructjax/rl/*.py", "instructjax/ops/*.py", "launch/*.py"),
+    tables.pods,
+    is_dated=True,
   ),
 }
 PICTURE, PICTURE_OF = "docs/report.png", "findings"  # the first run's
@@ -179,19 +207,26 @@ def _processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
   return f"{provenance.cpu_model()}{', ' + vectors[0] if vectors else ''}"
 
 
-def measure(name: str):
+def measure(name: str, matching: str = ""):
   """Runs a figure's commands, one after another, and saves what they print.
 
+  Args:
+    name: of the figure.
+    matching: only commands with this text in them.
   Raises:
     UserError: nothing is to be run for this figure, or a command fails.
   """
   if not FIGURES[name].commands:
     raise UserError(f"{name} is read from finished runs: take {name} RUN...")
-  for command in FIGURES[name].commands:
+  commands = [command for command in FIGURES[name].commands if matching in command]
+  if not commands:
+    raise UserError(f"--matching={matching!r} is in no command of {name}")
+  for command in commands:
     print(f"python -m {command}", file=sys.stderr, flush=True)
     words = [sys.executable, "-m", *command.split()]
     done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
+    # The planner ends with 1 where a program does not fit, and that is a result too.
+    if done.returncode and not (done.returncode == 1 and done.stdout.startswith("{")):
       raise UserError(f"python -m {command} ended with {done.returncode}")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     record = _record(
@@ -273,7 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.figures", description=__doc__)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   kinds = parser.add_subparsers(dest="what")
-  kinds.add_parser("measure").add_argument("names", nargs="+", choices=FIGURES)
+  measured = kinds.add_parser("measure")
+  measured.add_argument("names", nargs="+", choices=FIGURES)
+  measured.add_argument("--matching", default="")
   from_runs = kinds.add_parser("take")
   from_runs.add_argument("name", choices=FIGURES)
   from_runs.add_argument("runs", nargs="+", type=pathlib.Path)
@@ -282,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     if args.what == "measure":
       for name in args.names:
-        measure(name)
+        measure(name, args.matching)
     elif args.what == "take":
       take(args.name, args.runs)
     if args.what:

@@ -124,3 +124,41 @@ def decode_steps(records: Sequence[dict]) -> str:
       rows.append([str(batch), machine(record), floor, mine, f"{peer}: {others}", ratio])
   head = ["rows", "processor", "reading the weights", "instructjax", "peer", "ours over theirs"]
   return _table(head, rows)
+
+
+def pods(records: Sequence[dict]) -> str:
+  """What the planner says of each program: memory, expected and other times, what is sent, and the code's commit."""
+  head = [
+    *("program", "GiB a device: allocated, in use", "expected s an iteration", "tokens a second"),
+    *("roofline, cost model with communication hidden, none hidden", "sent a device"),
+    *("a decode step reads, sends", "compiled in CPU-s", "commit, libtpu"),
+  ]
+  return _table(head, [_plan(record) for record in records])
+
+
+def _plan(record: dict) -> list[str]:
+  """The row of a program."""
+  (found,) = record["lines"]
+  mesh = ",".join(f"{axis}:{size}" for axis, size in found["mesh"].items() if size != 1)
+  settings = [word for word in record["command"].split() if word.startswith("--config.")]
+  named = "".join(f", {word.removeprefix('--config.')}" for word in settings)
+  name = f"{found['stage']} {found['preset']}, {found['topology']}, `{mesh}`{named}"
+  made = f"{record['commit'][:10]}, {found['compiler']['libtpu']}"
+  if not found["fits"]:
+    needed = found["out_of_memory"]["needed"]
+    return [name, f"does not fit: {needed:.1f} GiB", *[""] * 6, made]
+  gib = 2**30
+  memory, expected, estimates = found["memory"], found["expected"], found["timing"]["estimates"]
+  sent = sum(size for _, size in found["collectives"].values()) / 1e9
+  step = found["decode"] and found["decode"]["step"]
+  return [
+    name,
+    f"{memory['allocated'] / gib:.2f}, {memory['peak'] / gib:.2f}",
+    f"**{expected['seconds']:.3g}** ({expected['least']:.3g} to {expected['most']:.3g})",
+    f"{found['tokens'] / expected['seconds']:,.0f}",
+    ", ".join(f"{estimates[way]['seconds']:.2f}" for way in ("roofline", "overlapped", "serial")),
+    f"{sent:,.0f} GB",
+    f"{step['hbm_bytes'] / 1e9:.2f} GB, {step['wire_bytes'] / 1e6:.2f} MB" if step else "",
+    f"{found['compilation']['cpu_seconds']:.0f}",
+    made,
+  ]

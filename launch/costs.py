@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 
 from launch import hlo
 from launch.flops import attention_flops, convolution_flops, dot_flops, is_kernel
@@ -20,6 +21,8 @@ _PHASES = (
   (re.compile(r"/(score|advantages)(/|$)"), "scoring"),
 )
 PHASES = ("rollout", "scoring", "update")
+# The loops of decode steps, of which there are several if slots become fewer.
+DECODE = re.compile(r"/decode(_\d+)?/while$")
 
 _COLLECTIVES = {
   "all-gather": "all-gather",
@@ -83,17 +86,19 @@ class Cost:
 
 @dataclasses.dataclass
 class Loop:
-  """An outermost loop.
+  """An outermost loop, or a loop of decode steps, whose costs are then not those of the loops around it.
 
   Attributes:
     phase: phase of the iteration that it belongs to.
     trips: number of times that it runs; None if this is not known.
     cost: cost of all trips, including inner loops.
+    op_name: JAX's name of it; '' if there is none.
   """
 
   phase: str
-  trips: int | None
+  trips: float | None
   cost: Cost
+  op_name: str = ""
 
 
 @dataclasses.dataclass
@@ -103,7 +108,7 @@ class Summary:
   Attributes:
     phases: phase -> Cost.
     collectives: (kind, op_name) -> (number of times that it runs, bytes sent).
-    loops: instruction name -> outermost loop.
+    loops: instruction name -> outermost loop, or loop of decode steps.
     unknown_trips: op_names of loops that are counted once, because their length cannot be read.
     host_transfers: names of instructions that communicate with the host.
   """
@@ -123,17 +128,24 @@ class Summary:
     return dict(result)
 
 
-def summarise(text: str, num_devices: int, num_slices: int = 1) -> Summary:
+def summarise(
+  text: str,
+  num_devices: int,
+  num_slices: int = 1,
+  turns: Callable[[str], float | None] = lambda op_name: None,
+) -> Summary:
   """Computes the costs of a compiled program.
 
   Args:
     text: the program, from `compiled.as_text()`.
     num_devices: number of devices of the mesh.
     num_slices: number of slices that the devices form.
+    turns: op_name of a loop -> how often it runs each time that it is entered, if its own condition does not say so;
+      None for all others.
   Raises:
     ValueError: the text is not a compiled program.
   """
-  counter = _Counter(hlo.parse(text), num_devices, num_slices)
+  counter = _Counter(hlo.parse(text), num_devices, num_slices, turns)
   counter.visit(counter.module.entry, 1.0, "update", None)
   return Summary(
     phases=counter.phases,
@@ -162,8 +174,15 @@ def host_transfers(module: Module) -> list[str]:
 class _Counter:
   """Adds up costs in one walk over a module, from its entry into loops, branches and fusions."""
 
-  def __init__(self, module: Module, num_devices: int, num_slices: int):
+  def __init__(
+    self,
+    module: Module,
+    num_devices: int,
+    num_slices: int,
+    turns: Callable[[str], float | None],
+  ):
     self.module, self.num_devices, self.num_slices = module, num_devices, num_slices
+    self.turns = turns
     self.phases = {phase: Cost() for phase in PHASES}
     self.collectives = collections.defaultdict(lambda: (0.0, 0.0))
     self.loops: dict[str, Loop] = {}
@@ -218,12 +237,15 @@ class _Counter:
         loop.cost += cost
 
   def _visit_loop(self, computation, item: Instruction, times, phase: str, loop: Loop | None):
-    trips = hlo.trip_count(self.module, computation, item)
+    trips = self.turns(item.op_name)
+    if trips is None:
+      trips = hlo.trip_count(self.module, computation, item)
     if trips is None:
       self.unknown_trips.append(item.op_name or item.name)
-    if loop is None:
-      loop = self.loops[item.name] = Loop(phase, trips, Cost())
     inner_times = times * (1 if trips is None else trips)
+    if loop is None or DECODE.search(item.op_name):
+      all_trips = None if trips is None else inner_times
+      loop = self.loops[item.name] = Loop(phase, all_trips, Cost(), item.op_name)
     for attribute in ("body", "condition"):
       self.visit(self.module.computations[item.called[attribute]], inner_times, phase, loop)
 

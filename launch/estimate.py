@@ -6,7 +6,7 @@ Called by plan.py. Pure arithmetic and text, without JAX. All times are estimate
 import re
 from collections.abc import Mapping
 
-from launch import lengths
+from launch import expect
 from launch.costs import PHASES, Cost, Summary
 from launch.topology import GIB, Chip
 
@@ -151,6 +151,26 @@ def refusal(report: dict) -> str:
     lines.append("The compiler's largest allocations:")
     lines += [f"  {item['gib']:8.2f} GiB  {_short(item['op_name'])}" for item in found["largest"]]
   lines += run_refuses(report)
+  lines += report.get("changes_text", [])
+  return "\n".join(lines)
+
+
+def outline(report: dict) -> str:
+  """The report on a program that was not compiled, as text."""
+  held, hbm = report["sketched_bytes"], report["hbm"]
+  verdict = "May fit" if report["fits"] else "Does not fit"
+  lines = [
+    _title(report),
+    f"A sketch from sizes: nothing was compiled, nothing has run on a TPU. {_lengths(report)}",
+    f"{verdict}: at least about {_gib(held)} of a device's {_gib(hbm)}. The compiler has said up to twice as much.",
+    "HBM a device:",
+    *_memory_lines(report["memory"]["arguments"]),
+    *_memory_lines({f"{k} (rollout only)": v for k, v in report["memory"]["inside"].items()}),
+    *expect.text(report["expected"], report["tokens"], report["token_kind"]),
+    *expect.run_text(report["run"]),
+    *run_refuses(report),
+    *report.get("changes_text", []),
+  ]
   return "\n".join(lines)
 
 
@@ -165,6 +185,15 @@ def spell_mesh(sizes: Mapping[str, int]) -> str:
   """A mesh in the form that --mesh accepts, such as `fsdp:64,tensor:4`. Axes of size 1 are left out."""
   parts = [f"{axis}:{size}" for axis, size in sizes.items() if size != 1]
   return ",".join(parts) or ",".join(f"{axis}:1" for axis in list(sizes)[:1])
+
+
+def _lengths(report: dict) -> str:
+  """What the lengths of prompts and answers are taken to be."""
+  means = {name: value for name, value in report["means"].items() if value is not None}
+  if not means:
+    return "Prompts and answers are taken to be as long as they may be."
+  said = " and ".join(f"{name}s of {value:g} tokens on average" for name, value in means.items())
+  return f"Taken: {said}, lengths geometric and cut at the limit."
 
 
 def run_refuses(report: dict) -> list[str]:
@@ -191,6 +220,7 @@ def text(report: dict) -> str:
   sizes, times = report["memory"], report["timing"]
   lines = [
     _title(report),
+    f"Estimates by the compiler, libtpu {report['compiler']['libtpu']}: nothing has run on a TPU. {_lengths(report)}",
     f"Fits: takes {_gib(sizes['allocated'])} of a device's {_gib(sizes['hbm'])},"
     f" {_gib(sizes['free'])} are free; {_gib(sizes['peak'])} are in use at the peak.",
     "HBM a device:",
@@ -217,10 +247,12 @@ def text(report: dict) -> str:
       f"  {kernels:.3f} of the cost model's s are attention kernels, of which it knows nothing: by formula, at"
       f" {KERNEL_RATE:.0%} of the peak rate"
     )
+  lines += expect.text(report["expected"], report["tokens"], report["token_kind"])
+  lines.append("Other ways to estimate it:")
   described = {
-    "roofline": "estimate, roofline",
-    "overlapped": "estimate, compiler's cost model, communication hidden",
-    "serial": "estimate, compiler's cost model, none hidden",
+    "roofline": "  estimate, roofline",
+    "overlapped": "  estimate, compiler's cost model, communication hidden",
+    "serial": "  estimate, compiler's cost model, none hidden",
   }
   for way, words in described.items():
     total = times["estimates"][way]
@@ -238,11 +270,9 @@ def text(report: dict) -> str:
   if report["decode"]:
     decode = report["decode"]
     lines.append(
-      f"Decode, layout {decode['layout']}: {decode['steps']} steps at most, each sends"
-      f" {decode['step']['wire_bytes'] / 1e6:.2f} MB a device."
+      f"Decode, layout {decode['layout']}: {decode['steps']:,.0f} steps, each reads and writes"
+      f" {decode['step']['hbm_bytes'] / 1e9:.2f} GB and sends {decode['step']['wire_bytes'] / 1e6:.2f} MB a device."
     )
-  if report["at_mean_response"]:
-    lines += lengths.text(report["at_mean_response"])
   lines.append("Collectives an iteration, a device:")
   lines += [
     f"  {kind:20}{count:9,.0f} times{size / 1e9:9.2f} GB sent"
@@ -261,7 +291,9 @@ def text(report: dict) -> str:
   )
   if report["unknown_trips"]:
     lines.append(f"Counted once, of unknown length: {', '.join(report['unknown_trips'])}.")
+  lines += expect.run_text(report["run"])
   lines += run_refuses(report)
+  lines += report.get("changes_text", [])
   spent = report["compilation"]
   lines.append(
     f"Compiled in {spent['seconds']:.0f} s ({spent['cpu_seconds']:.0f} CPU-seconds,"

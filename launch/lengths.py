@@ -1,33 +1,72 @@
-"""Estimates how long a rollout takes if answers end before the length limit. Called by plan.py.
+"""How often the loops run whose length depends on the answers: decoding, refilling of slots, rows of several episodes.
 
-The compiled program gives the time of the longest possible rollout only. Here, lengths are assumed to be geometric and
-cut at the limit, which means that an answer ends with the same probability at every token. No JAX.
+The compiled program gives the cost of one turn of such a loop. How many there are follows from the lengths of prompts
+and answers. Without a mean, all are as long as they may be, which is the bound. With a mean, lengths are drawn: they
+are assumed to be geometric and cut at the limit, which means that an answer ends with the same probability at every
+token. Called by plan.py and sketch.py. Draws are the same at every call.
 """
 
-import heapq
+import dataclasses
+import functools
 import math
-import random
+import re
+from collections.abc import Mapping
 
+import numpy as np
+
+from instructjax.core.config import Config, PPOConfig
 from instructjax.core.errors import UserError
-from instructjax.core.stages import RL_STAGES
-from launch.topology import Chip
+
+_DRAWS = 32  # simulations of a rollout over which turns are averaged
 
 
-def require_mean(mean: float, limit: int, stage: str):
-  """Checks that a mean length is possible, and that the stage samples answers.
+@dataclasses.dataclass(frozen=True)
+class Means:
+  """Mean lengths of prompts and answers [tokens]; None is as long as they may be."""
+
+  prompt: float | None = None
+  response: float | None = None
+
+
+BOUND = Means()
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a rollout and the episodes' rows come to.
+
+  Attributes:
+    steps: rows decoded at once, in all data shards together -> expected decode steps with so many.
+    prefills: rows read by one prefill, and how often it runs.
+    scored, trained: width of rows -> expected number of chunks of it, for the scoring of a batch and for a minibatch;
+      None where every episode has a padded row of its own.
+    loops: pattern of a loop's op_name -> turns of the loop each time that it is entered.
+  """
+
+  steps: Mapping[int, float]
+  prefills: tuple[int, float]
+  scored: Mapping[int, float] | None
+  trained: Mapping[int, float] | None
+  loops: Mapping[str, float]
+
+  def turns(self, op_name: str) -> float | None:
+    """The expected turns of a loop each time that it is entered; None if the lengths do not decide them."""
+    return next((n for pattern, n in self.loops.items() if re.search(pattern, op_name)), None)
+
+
+def require_mean(name: str, mean: float | None, limit: int):
+  """Checks that a mean length is possible.
 
   Args:
-    mean: mean length of an answer [tokens].
-    limit: longest answer [tokens].
-    stage: name of the stage.
+    name: `prompt` or `response`.
+    mean: mean length [tokens]; None is not checked.
+    limit: the greatest length [tokens].
   Raises:
-    UserError: the mean is not between 1 and the limit, or the stage samples no answers.
+    UserError: the mean is not between 1 and the limit.
   """
-  if stage not in RL_STAGES:
-    raise UserError(f"--mean_response is of the answers that an RL stage samples, not of {stage}")
-  if not 1 <= mean <= limit:
+  if mean is not None and not 1 <= mean <= limit:
     raise UserError(
-      f"--mean_response={mean:g} must be from 1 to config.data.max_response_length={limit}"
+      f"--mean_{name}={mean:g} must be from 1 to config.data.max_{name}_length={limit}"
     )
 
 
@@ -45,103 +84,161 @@ def go_on_probability(mean: float, limit: int) -> float:
   return low
 
 
-def expected_steps(
-  num_rows: int, num_slots: int, mean: float, limit: int, draws: int = 50
-) -> float:
-  """The expected number of decode steps for `num_rows` answers if `num_slots` of them are decoded at a time.
+def draw(mean: float | None, limit: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
+  """Random lengths with this mean, cut at the limit; all as long as the limit if there is no mean."""
+  if mean is None or mean >= limit:
+    return np.full(shape, limit)
+  go_on = go_on_probability(mean, limit)
+  if go_on == 0:
+    return np.ones(shape, int)
+  # Inverse sampling: the largest length that is reached with a probability above a uniform random number.
+  uniform = 1 - np.random.default_rng(seed).random(shape)
+  return np.minimum(1 + np.floor(np.log(uniform) / math.log(go_on)).astype(int), limit)
 
-  When an answer ends, its slot takes the next prompt. The prefill of a prompt gives the first token of its answer, so
-  this token takes no decode step. With as many slots as rows, the longest answer decides.
 
-  The result is the mean over `draws` simulations, which are the same at every call.
+@dataclasses.dataclass(frozen=True)
+class Turns:
+  """What a rollout in slots does.
+
+  Attributes:
+    rounds: turns of the loop that refills and decodes.
+    refills: times that each shard gives a free slot a row.
+    stages: prefills of rows that wait.
+    steps: decode steps by the slots of a shard; those of the first loop come first.
   """
-  random_, go_on = random.Random(0), go_on_probability(mean, limit)
-  total = 0
-  for _ in range(draws):
-    ends = [0] * num_slots
-    for _ in range(num_rows):
-      # Inverse sampling: the largest length that is reached with a probability above a uniform random number.
-      length = 1 + int(math.log(1 - random_.random()) / math.log(go_on)) if go_on else 1
-      # The slot that is free first takes the next row.
-      heapq.heapreplace(ends, ends[0] + min(length, limit) - 1)
-    total += max(ends)
-  return total / draws
+
+  rounds: int
+  refills: int
+  stages: int
+  steps: Mapping[int, int]
 
 
-def step_seconds(
-  step: dict[str, float], weight_bytes: float, share: float, chip: Chip
-) -> dict[str, float]:
-  """Estimates the seconds of a decode step with fewer rows, in the three ways of `estimate.timing`.
+def in_slots(length_XQ: np.ndarray, slots: int) -> Turns:
+  """Plays a rollout of rl/slots.py: shards that refill and decode in step with each other.
 
   Args:
-    step: flops, hbm_bytes, wire_bytes and cycles of the compiled step with all rows.
-    weight_bytes: the part of hbm_bytes that does not depend on the number of rows.
-    share: number of rows as a fraction of those compiled.
-    chip: rates of the device.
+    length_XQ: length of each answer, by shard and place in its queue.
+    slots: slots of a shard.
   """
-  fixed = min(weight_bytes, step["hbm_bytes"])
-  hbm_bytes = fixed + share * (step["hbm_bytes"] - fixed)
-  compute, links = share * step["flops"] / chip.flops, share * step["wire_bytes"] / chip.link_rate
-  # The cost model's cycles are scaled like the HBM traffic, which dominates a decode step. A step that fits in the
-  # chip's fast memory reads nothing from HBM, and is scaled like the rows.
-  part = hbm_bytes / step["hbm_bytes"] if step["hbm_bytes"] else share
-  cycles = step["cycles"] / chip.clock * part
-  return {
-    "roofline": max(compute, hbm_bytes / chip.hbm_rate, links),
-    "overlapped": max(cycles, links),
-    "serial": cycles + links,
-  }
+  shards, queue = length_XQ.shape
+  widths = [slots]
+  while widths[-1] >= 4:
+    widths.append(widths[-1] // 2)
+  floors = [*widths[1:], 0]
+  # The prefill gives an answer's first token, so that many steps are left.
+  left_XS = np.zeros((shards, slots), int)
+  taken_X, staged_X = np.zeros(shards, int), np.zeros(shards, int)
+  rounds = refills = stages = 0
+  steps = dict.fromkeys(widths, 0)
+  while np.any(taken_X < queue):
+    rounds += 1
+    while True:
+      free_XS, waits_X = left_XS == 0, taken_X < queue
+      can_take_X = free_XS.any(axis=1) & waits_X
+      if not can_take_X.any():
+        break
+      if np.any(can_take_X & (staged_X <= taken_X)):
+        stages += 1
+        staged_X = np.minimum(taken_X + slots, queue)
+      refills += 1
+      for x in np.flatnonzero(can_take_X & (staged_X > taken_X)):
+        left_XS[x, np.argmax(free_XS[x])] = length_XQ[x, taken_X[x]] - 1
+        taken_X[x] += 1
+    waits_X = taken_X < queue
+    if waits_X.any():
+      ahead = int(left_XS[waits_X].min())
+      steps[slots] += ahead
+      left_XS = np.maximum(left_XS - ahead, 0)
+  for width, floor in zip(widths, floors):
+    # Until no shard has more than `floor` busy slots.
+    ahead = int(np.sort(left_XS, axis=1)[:, slots - floor - 1].max())
+    steps[width] += ahead
+    left_XS = np.maximum(left_XS - ahead, 0)
+  return Turns(rounds, refills, stages, steps)
 
 
-def at_mean(
-  mean: float,
-  limit: int,
-  num_rows: int,
-  num_shards: int,
-  decode: dict,
-  estimates: dict[str, dict],
-  chip: Chip,
-) -> dict:
-  """Estimates an iteration at a mean answer length, with all rows decoded at once and then with fewer and fewer slots.
+def work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> Work:
+  """What an iteration of RL comes to.
 
   Args:
-    mean: mean length of an answer [tokens].
-    limit: longest answer, for which the program is compiled [tokens].
-    num_rows: answers per iteration.
-    num_shards: number of shards over which the slots are split.
-    decode: the compiled decode loop: its `steps`, the `rows` decoded at once, `weight_bytes`, and the cost of a `step`.
-    estimates: way -> estimate of an iteration at the compiled length, as in `estimate.timing`.
-    chip: rates of the devices.
+    config: the run's config.
+    cfg: the PPO settings of the stage.
+    shards: parts that rows are split into.
+    means: lengths of prompts and answers.
   """
-  whole = step_seconds(decode["step"], decode["weight_bytes"], 1.0, chip)
-  cases, slots = [], num_rows
-  while slots and slots % num_shards == 0:
-    steps = expected_steps(num_rows, slots, mean, limit)
-    one = step_seconds(decode["step"], decode["weight_bytes"], slots / decode["rows"], chip)
-    # Everything but the decode loop takes as long as in the compiled program.
-    seconds = {
-      way: total["seconds"] - decode["steps"] * whole[way] + steps * one[way]
-      for way, total in estimates.items()
-    }
-    tokens = {way: num_rows * mean / value for way, value in seconds.items()}
-    cases.append({"slots": slots, "steps": steps, "seconds": seconds, "tokens": tokens})
-    slots = slots // 2 if slots % 2 == 0 else 0
-  return {"mean": mean, "limit": limit, "lengths": "geometric, cut at the limit", "cases": cases}
+  rows, slots = cfg.batch_size, config.rollout.slots
+  data = config.data
+  lengths = functools.partial(draw, means.response, data.max_response_length)
+  scored, trained, loops = _shared(config, cfg, means)
+  if slots in (0, rows):
+    longest = [lengths((rows,), seed).max() - 1 for seed in range(_DRAWS)]
+    steps = float(np.mean(longest))
+    from instructjax.rl.sampling import decode_loops  # only now, because it imports JAX
 
-
-def text(found: dict) -> list[str]:
-  """The lines of the report about `at_mean`'s result."""
-  lines = [
-    f"At {found['mean']:g} tokens an answer on average (lengths assumed geometric, {found['limit']} at most) instead of"
-    " the compiled bound, estimates of an iteration: roofline / cost model, communication hidden / none hidden:"
+    start = 1
+    for name, stop in decode_loops(config.execution.layers, data.max_response_length):
+      loops[rf"/rollout/{name}/while$"] = min(max(1 + steps - start, 0), stop - start)
+      start = stop
+    return Work({rows: steps}, (rows, 1.0), scored, trained, loops)
+  played = [
+    in_slots(lengths((shards, rows // shards), seed), slots // shards) for seed in range(_DRAWS)
   ]
-  for case in found["cases"]:
-    first = case is found["cases"][0]
-    how = "until the longest ends" if first else "each refilled when its answer ends"
-    seconds = " / ".join(f"{value:.2f}" for value in case["seconds"].values())
-    tokens = " / ".join(f"{value:,.0f}" for value in case["tokens"].values())
-    lines.append(
-      f"  {case['slots']:5} at a time, {how:35}{case['steps']:6.0f} steps  {seconds} s,"
-      f" {tokens} tokens a second"
-    )
-  return lines
+  mean = lambda of: float(np.mean([of(one) for one in played]))
+  rounds, refills, stages = (mean(lambda one, name=name: getattr(one, name)) for name in _COUNTS)
+  steps = {width: mean(lambda one, width=width: one.steps[width]) for width in played[0].steps}
+  first, *narrower = steps
+  loops |= {
+    r"/slots/while$": rounds,
+    r"/refill/while$": refills / rounds,
+    r"/stage/while$": stages / refills,
+    r"/decode/while$": steps[first] / rounds,
+    **{rf"/decode_{width}/while$": steps[width] for width in narrower},
+  }
+  of_all = {width * shards: number for width, number in steps.items()}
+  return Work(of_all, (slots, stages), scored, trained, loops)
+
+
+_COUNTS = ("rounds", "refills", "stages")
+
+
+def _shared(config: Config, cfg: PPOConfig, means: Means):
+  """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
+  if not cfg.packed_rows:
+    return None, None, {}
+  data, minibatch = config.data, cfg.batch_size // cfg.num_minibatches
+  loops: dict[str, float] = {}
+
+  def chunks(episodes: int, where: str) -> dict[int, float]:
+    length = data.max_prompt_length + data.max_response_length
+    found = [
+      _chunks(
+        draw(means.prompt, data.max_prompt_length, (episodes,), seed)
+        + draw(means.response, data.max_response_length, (episodes,), seed + 1000),
+        length,
+        cfg.packed_rows,
+      )
+      for seed in range(_DRAWS)
+    ]
+    mean = {width: float(np.mean([one[width] for one in found])) for width in found[0]}
+    loops.update({rf"/{where}(/.*)?/rows_of_{width}/while$": n for width, n in mean.items()})
+    return mean
+
+  return chunks(cfg.batch_size, "score"), chunks(minibatch, "update"), loops
+
+
+def _chunks(length_B: np.ndarray, longest: int, rows: int) -> dict[int, int]:
+  """Width of rows -> chunks of `rows` rows of it, where shared_rows.py places episodes of these lengths."""
+  from instructjax.rl import shared_rows  # JAX, after the environment is set, see topology.py
+
+  is_token_BL = np.arange(longest)[None] < length_B[:, None]
+  ends = np.asarray(_first_fit(rows)(is_token_BL))
+  return dict(zip(shared_rows.row_widths(longest), np.diff(ends, prepend=0).tolist()))
+
+
+@functools.cache
+def _first_fit(rows: int):
+  import jax
+
+  from instructjax.rl import shared_rows
+
+  return jax.jit(lambda is_token_BL: shared_rows.first_fit(is_token_BL, rows=rows).end_K)

@@ -24,10 +24,11 @@ from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedB
 from instructjax.models import adapters, decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
-from instructjax.stages import lineage, meshes, ppo, rm
+from instructjax.stages import lineage, meshes, policies, ppo, rm
 from instructjax.stages.context import bare, make_model
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
+from launch.lengths import BOUND, Means
 
 TRAINED = tuple(row.name for row in STAGES.values() if row.role)  # the stages with a train step
 
@@ -57,14 +58,18 @@ class Program:
   decode_layout: str | None = None
 
 
-def make(config: Config, mesh: Mesh, stage: str) -> Program:
+def make(config: Config, mesh: Mesh, stage: str, means: Means = BOUND) -> Program:
   """Builds the step of a stage, jitted in the same way as the stage does it.
 
+  Args:
+    config: the run's config.
+    mesh: its devices.
+    stage: a stage that trains.
+    means: lengths of prompts and answers, which decide how many packed rows a batch of rankings has.
   Raises:
-    UserError: a parameter or the batch cannot be divided over the mesh, the stage has no train step, or a setting makes
-      its work depend on the answers.
+    UserError: a parameter, the batch or a part of it cannot be divided over the mesh, or the stage has no train step.
   """
-  require_trained(stage)
+  require_trained(stage, config)
   # Resolved for a TPU, even if the mesh consists of the CPU devices of a test.
   execution = resolve_execution(config.execution, "tpu")
   config = dataclasses.replace(config, execution=execution)
@@ -76,20 +81,24 @@ def make(config: Config, mesh: Mesh, stage: str) -> Program:
     case "sft":
       return _language_model(config, mesh, row, dropout_rate=getattr(config, row.block).dropout)
     case "rm":
-      return _rm(config, mesh)
+      return _rm(config, mesh, means)
     case "rl":
       return _ppo(config, mesh, stage)
   raise ValueError(f"stage {stage} of kind {row.kind} trains a network by an unknown step")
 
 
-def require_trained(stage: str):
-  """Checks that a stage has a train step.
+def require_trained(stage: str, config: Config):
+  """Checks that a stage has a train step, and that the config gives no weights in place of what it trains.
 
   Raises:
-    UserError: it has none, or there is no such stage.
+    UserError: it has none, there is no such stage, or it trains nothing.
   """
   if stage not in TRAINED:
     raise UserError(f"--stage={stage} must be one of {', '.join(TRAINED)}: stages that train")
+  if given := lineage.given(config, stage):
+    raise UserError(
+      f"--stage={stage} trains nothing: config.{STAGES[stage].given_by}={given!r} stands in place of what it trains"
+    )
 
 
 def shard_bytes(tree) -> int:
@@ -194,22 +203,33 @@ def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: f
   )
 
 
-def _rm(config: Config, mesh: Mesh) -> Program:
-  """The step of the reward model."""
+def ranked_rows(config: Config, shards: int, means: Means) -> tuple[int, int]:
+  """Rows of a batch of rankings, and their length: an answer a row, or answers packed into rows."""
   cfg, data = config.rm, config.data
-  if cfg.row_length:
-    raise UserError(
-      f"config.rm.row_length={cfg.row_length} must be 0 to plan: with it the work depends on the answers' lengths,"
-      " and what is planned is the bound"
-    )
+  answers, length = (
+    cfg.batch_size * cfg.max_responses,
+    data.max_prompt_length + data.max_response_length,
+  )
+  if not cfg.row_length:
+    return answers, length
+  prompt = means.prompt or data.max_prompt_length
+  tokens = prompt + (means.response or data.max_response_length)
+  parts = shards * cfg.microbatches
+  return math.ceil(answers * tokens / cfg.row_length / parts) * parts, cfg.row_length
+
+
+def _rm(config: Config, mesh: Mesh, means: Means) -> Program:
+  """The step of the reward model."""
+  cfg = config.rm
   model = make_model(config, mesh, "reward", config.tokenizer.vocab_size)
   tx = make_optimizer(cfg.optim, _num_steps(cfg.optim))
   state, shardings = _train_state(mesh, model, tx)
   base = _base(mesh, model)
-  answers, length = cfg.max_responses, data.max_prompt_length + data.max_response_length
+  answers = cfg.max_responses
+  number, length = ranked_rows(config, sharding.num_row_shards(mesh), means)
   rows = _batch(
     mesh,
-    cfg.batch_size * answers,
+    number,
     {"token_SL": (np.int32, length), "segment_SL": (np.int32, length)},
     dict,
   )
@@ -224,7 +244,7 @@ def _rm(config: Config, mesh: Mesh) -> Program:
     dict,
   )
   batch = RankedBatch(**rows, **prompts)
-  tokens = cfg.batch_size * answers * length
+  tokens = number * length
   return Program(
     step=rm.make_train_step(model, tx, cfg, shardings),
     arguments=(state, *base, batch),
@@ -243,13 +263,9 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   # Functions and rules take no memory of the devices, and split the program in parts that need no more than the whole.
   # The network of a `model:` is not counted, as docs/rewards.md says.
   cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
-  if config.rollout.slots or cfg.packed_rows:
-    raise UserError(
-      f"config.rollout.slots={config.rollout.slots} and config.ppo.packed_rows={cfg.packed_rows} must be 0 to"
-      " plan: with them the work depends on the answers' lengths, and what is planned is the bound"
-    )
   vocab_size = config.tokenizer.vocab_size
   nets = ppo.make_nets(config, mesh, cfg, vocab_size, stop_ids=(vocab_size - 1,))
+  nets = dataclasses.replace(nets, shares_base=nets.shares_base or _are_of_one_base(config, mesh))
   shardings = ppo.state_shardings(mesh, nets, cfg)
   policy, scalar = (adapters.trained_shapes(model) for model in (nets.policy, nets.scalar))
   create = lambda params, value_params, key: ppo_step.create_state(
@@ -297,7 +313,7 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
       ),
       "batch": (batch, state.step, state.kl_coef, state.key),
     },
-    inside=_decoding(mesh, nets, cfg.batch_size, prompt + data.max_response_length),
+    inside=_decoding(mesh, nets, cfg.batch_size, prompt, data.max_response_length),
     rows=cfg.batch_size,
     tokens=cfg.batch_size * data.max_response_length,
     token_kind="sampled tokens",
@@ -316,7 +332,32 @@ def _ensemble(members: tuple[str, ...], mesh: Mesh, model):
   return _placed(jax.tree.map(stack, shapes), sharding.stacked(places))
 
 
-def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> dict:
+def _are_of_one_base(config: Config, mesh: Mesh) -> bool:
+  """Whether policy and reward model are given as adapters of one base. What cannot be read here is taken for two.
+
+  As `bases.is_shared`, which a run asks.
+  """
+  stages = lineage.frozen_stages(config)
+  if not (lineage.is_adapted(config) and config.same_network):
+    return False
+  try:
+    opened = policies.given_weights(config)
+  except UserError:  # a plan needs no weights
+    return False
+  places = set()
+  for stage in stages:
+    given = opened.get(stage)
+    if given is None or not given.is_adapter:
+      return False
+    role = STAGES[stage].require_role()
+    model = make_model(config, mesh, role, config.tokenizer.vocab_size)
+    places.add(given.path if given.misfit(model) else given.require_base().path)
+  return len(places) == 1
+
+
+def _decoding(
+  mesh: Mesh, nets: ppo_step.Nets, num_rows: int, prompt_length: int, response_length: int
+) -> dict:
   """The large arrays of the rollout, with the shardings of the step: the policy's copy and the KV cache."""
   model = nets.policy
   trained, base = adapters.trained_shapes(model), transformer.param_shapes(model)
@@ -324,7 +365,8 @@ def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> di
   read = lambda base, trained: decoding.decode_weights(
     model, adapters.join(model, freeze(base), trained)
   )
-  with jax.set_mesh(mesh):  # which decides how far the tables are lengthened
+  # The mesh decides how far the tables are lengthened.
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     copy = jax.eval_shape(read, base, trained)
   layout = model.execution.decode_layout
   placed = lambda axes: NamedSharding(mesh, constraints.decode_spec(axes, layout))
@@ -333,9 +375,16 @@ def _decoding(mesh: Mesh, nets: ppo_step.Nets, num_rows: int, length: int) -> di
     adapters.base_axes(copy, transformer.param_axes(model)),
     is_leaf=lambda node: isinstance(node, tuple),
   )
-  cache = jax.eval_shape(lambda: decoding.init_cache(model, num_rows, length))
   heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))
+
+  def cache(rows: int, length: int):
+    shapes = jax.eval_shape(lambda: decoding.init_cache(model, rows, length))
+    return _placed(shapes, jax.tree.map(lambda _: heads_and_rows, shapes))
+
+  slots = nets.slots or num_rows
   return {
     "bf16 rollout copy": _placed(copy, copy_shardings),
-    "KV cache": _placed(cache, jax.tree.map(lambda _: heads_and_rows, cache)),
+    "KV cache": cache(slots, prompt_length + response_length),
+    # The prompts that wait for a slot.
+    **({"KV cache of waiting prompts": cache(slots, prompt_length)} if slots < num_rows else {}),
   }

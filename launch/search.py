@@ -19,7 +19,7 @@ from instructjax.core.config import Config, ExecutionConfig, MeshConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES
 from instructjax.stages import lineage
-from launch import estimate
+from launch import estimate, progress
 from launch.topology import GIB, Chip
 
 _AXES = ("data", "fsdp", "tensor")  # the axes to choose; any other axis stays as configured
@@ -136,7 +136,7 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
   from instructjax.parallel import sharding  # JAX, after the environment is set
   from launch import programs, sketch
 
-  programs.require_trained(stage)
+  programs.require_trained(stage, config)
   ranking, reasons = Ranking([], {}, {}), collections.defaultdict(list)
   for cfg in meshes(config.mesh, len(devices)):
     mesh = sharding.make_mesh(cfg, devices)
@@ -151,7 +151,9 @@ def rank(config: Config, stage: str, devices: list, chip: Chip) -> Ranking:
       continue
     for remat, chunks in _options(config, stage, shards):
       sizes = sketch.sketch(_with(config, remat, chunks), stage, program, mesh.shape, chip)
-      choice = Choice(tuple(mesh.shape.items()), remat, chunks, *dataclasses.astuple(sizes))
+      choice = Choice(
+        tuple(mesh.shape.items()), remat, chunks, sizes.seconds, sizes.bytes, sizes.least_bytes
+      )
       if sizes.least_bytes > chip.hbm_bytes:
         ranking.too_large[spelling] = sizes.least_bytes
       else:
@@ -249,9 +251,9 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
   Returns:
     The report, or {'failure': reason}.
   """
-  print("compiling", *flags, file=sys.stderr, flush=True)
-  words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", *flags]
-  done = subprocess.run(words, capture_output=True, text=True)
+  words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", "--try_changes=0"]
+  with progress.telling(f"compiling with {' '.join(flags)}"):
+    done = subprocess.run([*words, *flags], capture_output=True, text=True)
   if done.returncode in (0, 1) and done.stdout.startswith("{"):
     return json.loads(done.stdout)
   said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
@@ -276,6 +278,7 @@ def _row(config: Config, choice: Choice, report: dict) -> dict:
     return row | {"out_of_memory": report["out_of_memory"]}
   return row | {
     "allocated": report["memory"]["allocated"],
+    "expected": report["expected"]["seconds"],
     "estimates": report["timing"]["estimates"],
     "token_kind": report["token_kind"],
     "compilation": report["compilation"],
@@ -331,8 +334,8 @@ def text(report: dict) -> str:
   lines.append(f"  {report['candidates']} are left; of these compiled, the most promising first:")
   if report["trials"]:
     lines.append(
-      f"{'mesh':32}{'remat':>10}{'chunks':>7}{'GiB':>8}{'roofline s':>12}{'hidden s':>10}{'none s':>8}"
-      f"{'tokens/s':>11}{'MFU':>6}{'compiled s (CPU)':>18}"
+      f"{'mesh':32}{'remat':>10}{'chunks':>7}{'GiB':>8}{'expected s':>12}{'roofline s':>12}{'hidden s':>10}"
+      f"{'none s':>8}{'tokens/s':>11}{'MFU':>6}{'compiled s (CPU)':>18}"
     )
   lines += [_line(row) for row in report["trials"]]
   if report["trials"]:
@@ -359,7 +362,7 @@ def _line(row: dict) -> str:
   mfu = f"{estimates['overlapped']['mfu']:.2f}" if "mfu" in estimates["overlapped"] else ""
   compiled = f"{spent['seconds']:.0f} ({spent['cpu_seconds']:.0f})"
   return (
-    f"{start}{row['allocated'] / GIB:8.2f}{roofline:12.2f}{hidden:10.2f}{none:8.2f}"
+    f"{start}{row['allocated'] / GIB:8.2f}{row['expected']:12.2f}{roofline:12.2f}{hidden:10.2f}{none:8.2f}"
     f"{estimates['overlapped']['tokens']:11,.0f}{mfu:>6}{compiled:>18}"
   )
 

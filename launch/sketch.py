@@ -8,17 +8,19 @@ step reads. It ignores latency, layouts and overlap. Called by search.py.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 
 from instructjax import models
-from instructjax.core.config import Config
+from instructjax.core.config import Config, PPOConfig
 from instructjax.core.stages import STAGES
-from instructjax.models import transformer
+from instructjax.models import flops, transformer
 from instructjax.parallel import sharding
 from instructjax.stages import lineage
 from instructjax.stages.context import bare, make_model
-from launch import programs
+from launch import lengths, programs
+from launch.lengths import BOUND, Means
 from launch.topology import Chip
 
 _HALF, _FULL = 2, 4  # bytes of a bfloat16 and of a float32
@@ -29,6 +31,7 @@ class Pass:
   """A forward pass in a step, with or without a backward pass.
 
   Attributes:
+    part: the part of an iteration that it belongs to: prefill, scoring or update.
     model: the network.
     rows, length: shape of its tokens, for all devices together.
     outputs: number of columns for which the head is computed.
@@ -36,12 +39,25 @@ class Pass:
     times: number of times per step.
   """
 
+  part: str
   model: transformer.Model
   rows: int
   length: int
   outputs: int
   is_training: bool
-  times: int = 1
+  times: float = 1
+
+  @property
+  def flops(self) -> float:
+    """FLOPs of its products, for all devices and all times together; with full remat the forward pass counts twice."""
+    tokens, outputs = self.rows * self.length, self.rows * self.outputs
+    recomputes = self.is_training and self.model.execution.remat == "full"
+    total = 0.0
+    if self.is_training:
+      total = flops.training(self.model, tokens, self.length, outputs)
+    if recomputes or not self.is_training:
+      total += flops.forward(self.model, tokens, self.length, outputs)
+    return self.times * total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +66,10 @@ class Sketch:
 
   Attributes:
     seconds: time by a roofline model.
+    decode: of it, decoding.
+    decode_bytes: bytes of HBM that all decode steps read.
+    decode_links: seconds that all decode steps would send, with nothing else to do.
+    links: part -> seconds that its passes would send, with nothing else to do.
     bytes: HBM at the peak.
     least_bytes: HBM that it needs in any case: its arguments and the arrays of the rollout.
   """
@@ -57,10 +77,19 @@ class Sketch:
   seconds: float
   bytes: float
   least_bytes: float
+  decode: float
+  decode_bytes: float
+  decode_links: float
+  links: dict[str, float]
 
 
 def sketch(
-  config: Config, stage: str, program: programs.Program, mesh: dict[str, int], chip: Chip
+  config: Config,
+  stage: str,
+  program: programs.Program,
+  mesh: Mapping[str, int],
+  chip: Chip,
+  means: Means = BOUND,
 ) -> Sketch:
   """Estimates a stage's step.
 
@@ -70,63 +99,124 @@ def sketch(
     program: the stage's program on this mesh.
     mesh: axis -> number of devices along it.
     chip: rates of the devices.
+    means: lengths of prompts and answers.
   """
-  passes = make_passes(config, stage)
+  shards = math.prod(mesh[axis] for axis in sharding.ROWS)
+  work = work_of(config, stage, shards, means)
+  passes = make_passes(config, stage, shards, means)
   inside = {name: programs.shard_bytes(tree) for name, tree in program.inside.items()}
   arguments = programs.shard_bytes(program.arguments)
-  decode_steps = config.data.max_response_length - 1 if inside else 0
-  # Decoding is limited by memory: every step reads all weights and the whole cache.
-  decode = decode_steps * sum(inside.values()) / chip.hbm_rate
+  # Decoding is limited by memory: every step reads all weights and the whole cache of the rows in it.
+  read = 0.0
+  if work is not None:
+    most = max(work.steps)
+    copy, cache = inside["bf16 rollout copy"], inside["KV cache"]
+    read = sum(steps * (copy + cache * rows / most) for rows, steps in work.steps.items())
+  sent = 0.0
+  if work is not None:
+    of_layout = functools.partial(_decode_sends, passes[0].model, program.decode_layout, mesh)
+    sent = sum(steps * of_layout(rows) for rows, steps in work.steps.items()) / chip.link_rate
+  decode = max(read / chip.hbm_rate, sent)
+  links = dict.fromkeys((one.part for one in passes), 0.0)
+  for one in passes:
+    links[one.part] += one.times * _terms(one, mesh, chip)["links"]
   return Sketch(
-    seconds=decode + sum(pass_.times * _seconds(pass_, mesh, chip) for pass_ in passes),
+    seconds=decode + sum(one.times * _seconds(one, mesh, chip) for one in passes),
     bytes=arguments + max(sum(inside.values()), *(_live_bytes(pass_, mesh) for pass_ in passes)),
     least_bytes=arguments + sum(inside.values()),
+    decode=decode,
+    decode_bytes=read,
+    decode_links=sent,
+    links=links,
   )
 
 
-def make_passes(config: Config, stage: str) -> list[Pass]:
+def _decode_sends(
+  model: transformer.Model, layout: str | None, mesh: Mapping[str, int], rows: int
+) -> float:
+  """The bytes that a device sends in a decode step with so many rows, in all layers."""
+  cfg = model.network
+  fsdp, tensor = mesh["fsdp"], mesh["tensor"]
+  own = rows / math.prod(mesh[axis] for axis in sharding.ROWS)
+  # After attention and after the mlp, the activations of a device's rows are summed over `tensor`.
+  sent = 2 * 2 * (tensor - 1) / tensor * own * cfg.d_model
+  if layout == "2d":
+    # What is multiplied with weights that `fsdp` splits is summed over it, for the rows of all of its devices.
+    heads = (cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    hidden = cfg.d_mlp * (2 if cfg.is_gated else 1)
+    sent += 2 * (fsdp - 1) / fsdp * own * fsdp * (heads + hidden) / tensor
+  return _HALF * cfg.num_layers * sent
+
+
+@functools.lru_cache(maxsize=64)
+def _work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> lengths.Work:
+  return lengths.work(config, cfg, shards, means)
+
+
+def work_of(config: Config, stage: str, shards: int, means: Means) -> lengths.Work | None:
+  """What the lengths of prompts and answers make of an iteration of RL; None for other stages."""
+  if not STAGES[stage].is_rl:
+    return None
+  cfg = lineage.variant(config, stage)
+  # Only what it reads, so that other settings share the answer.
+  plain = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
+  parts = dataclasses.replace(cfg, ptx_microbatches=1, microbatches=1, score_microbatches=1)
+  return _work(plain, parts, shards, means)
+
+
+def make_passes(config: Config, stage: str, shards: int, means: Means = BOUND) -> list[Pass]:
   """The passes of a stage's step. The decode steps of a rollout are not included."""
   vocab_size, row = config.tokenizer.vocab_size, STAGES[stage]
   # The estimate only depends on `remat`. The layout, for which the mesh would have to be known, is set arbitrarily.
   execution = models.resolve_execution(config.execution, "tpu")
   execution = dataclasses.replace(execution, decode_layout="tensor")
   config = dataclasses.replace(config, execution=execution)
-  model = make_model(config, None, row.role, vocab_size)
+  model = make_model(config, None, row.require_role(), vocab_size)
   model = bare(model) if row.is_base else model
-  prompt, response = config.data.max_prompt_length, config.data.max_response_length
-  length = prompt + response
   if row.kind == "rm":
-    answers = config.rm.batch_size // config.rm.microbatches * config.rm.max_responses
-    return [Pass(model, answers, length, length, True, config.rm.microbatches)]
+    rows, length = programs.ranked_rows(config, shards, means)
+    parts = config.rm.microbatches
+    return [Pass("update", model, rows // parts, length, length, True, parts)]
   if row.kind in ("base", "sft"):
     cfg = getattr(config, row.block)
     rows = cfg.batch_size // cfg.microbatches
-    return [Pass(model, rows, cfg.length, cfg.length, True, cfg.microbatches)]
+    return [Pass("update", model, rows, cfg.length, cfg.length, True, cfg.microbatches)]
   if not row.is_rl:
     raise ValueError(f"stage {stage} of kind {row.kind} has a step of unknown passes")
-  policy, scalar = model, make_model(config, None, "reward", vocab_size)
-  cfg = lineage.variant(config, stage)
-  updates, minibatch = cfg.num_epochs * cfg.num_minibatches, cfg.batch_size // cfg.num_minibatches
-  updates, minibatch = updates * cfg.microbatches, minibatch // cfg.microbatches
-  scorings = cfg.score_microbatches * (2 if cfg.behaviour_logprob == "rescore" else 1)
-  scored = cfg.batch_size // cfg.score_microbatches
-  passes = [
-    Pass(policy, cfg.batch_size, prompt, 1, False),  # the prefill of the rollout
-    # The reference, and perhaps the policy.
-    Pass(policy, scored, length, response, False, scorings),
-    # The reward model, and the value network if there is one.
-    Pass(
-      scalar, scored, length, length, False, (1 + cfg.has_value_network) * cfg.score_microbatches
-    ),
-    Pass(policy, minibatch, length, response, True, updates),
-  ]
-  if cfg.has_value_network:
-    passes.append(Pass(scalar, minibatch, length, response, True, updates))
+  work = work_of(config, stage, shards, means)
+  scalar = make_model(config, None, "reward", vocab_size)
+  return _rl_passes(config, lineage.variant(config, stage), model, scalar, work)
+
+
+def _rl_passes(config: Config, cfg: PPOConfig, policy, scalar, work: lengths.Work) -> list[Pass]:
+  """The passes of an iteration of RL, with episodes in rows of their own or several in a row."""
+  prompt, response = config.data.max_prompt_length, config.data.max_response_length
+  length, updates = prompt + response, cfg.num_epochs * cfg.num_minibatches
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  # (rows, columns, columns with an output, times)
+  scored = [(cfg.batch_size // cfg.score_microbatches, length, response, cfg.score_microbatches)]
+  trained = [(minibatch // cfg.microbatches, length, response, updates * cfg.microbatches)]
+  if work.scored is not None and work.trained is not None:
+    chunk = lambda width: (cfg.packed_rows * length // width, width, width - 1)
+    scored = [(*chunk(width), number) for width, number in work.scored.items()]
+    trained = [(*chunk(width), updates * number) for width, number in work.trained.items()]
+  rows, prefills = work.prefills
+  passes = [Pass("prefill", policy, rows, prompt, 1, False, prefills)]
+  # The reference, and perhaps the policy. The reward models, and the value network if there is one.
+  policies = 2 if cfg.behaviour_logprob == "rescore" else 1
+  scalars = 1 + len(cfg.ensemble) + cfg.has_value_network
+  for rows, width, outputs, times in scored:
+    passes.append(Pass("scoring", policy, rows, width, outputs, False, policies * times))
+    passes.append(Pass("scoring", scalar, rows, width, width, False, scalars * times))
+  for rows, width, outputs, times in trained:
+    passes.append(Pass("update", policy, rows, width, outputs, True, times))
+    if cfg.has_value_network:
+      passes.append(Pass("update", scalar, rows, width, outputs, True, times))
   if cfg.gamma > 0:
-    rows = cfg.batch_size // cfg.num_minibatches * cfg.ptx_rows // cfg.ptx_microbatches
-    times = cfg.num_epochs * cfg.num_minibatches * cfg.ptx_microbatches
-    passes.append(Pass(policy, rows, cfg.ptx_length, cfg.ptx_length, True, times))
-  return passes
+    rows = minibatch * cfg.ptx_rows // cfg.ptx_microbatches
+    times = updates * cfg.ptx_microbatches
+    passes.append(Pass("update", policy, rows, cfg.ptx_length, cfg.ptx_length, True, times))
+  return [one for one in passes if one.times]
 
 
 @functools.cache
@@ -138,14 +228,19 @@ def _sizes(model: transformer.Model) -> tuple[int, int]:
   return in_layers, count(shapes) - in_layers
 
 
-def _split(pass_: Pass, mesh: dict[str, int]) -> tuple[int, int, int]:
+def _split(pass_: Pass, mesh: Mapping[str, int]) -> tuple[int, int, int]:
   """(rows per device, devices along fsdp, devices along tensor)."""
   shards = math.prod(mesh[axis] for axis in sharding.ROWS)
   return -(-pass_.rows // shards), mesh["fsdp"], mesh["tensor"]
 
 
-def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
+def _seconds(pass_: Pass, mesh: Mapping[str, int], chip: Chip) -> float:
   """The time of a pass by its roofline, which is the largest of the terms for compute, HBM, links and DCN."""
+  return max(_terms(pass_, mesh, chip).values())
+
+
+def _terms(pass_: Pass, mesh: Mapping[str, int], chip: Chip) -> dict[str, float]:
+  """The seconds that each term of a pass's roofline would take alone."""
   cfg = pass_.model.network
   rows, fsdp, tensor = _split(pass_, mesh)
   in_layers, in_tables = _sizes(pass_.model)
@@ -161,8 +256,8 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   # full remat repeats the forward pass.
   has_gradient = pass_.is_training and pass_.model.adapter is None
   backward = 2 * pass_.is_training + 2 * has_gradient
-  flops = (2 + backward + 2 * recomputes) * tokens * products / tensor
-  flops += (2 + backward) * head
+  count = (2 + backward + 2 * recomputes) * tokens * products / tensor
+  count += (2 + backward) * head
 
   weights = _HALF * (in_layers / tensor + in_tables)
   # Weights are gathered for the forward pass and again for the backward pass.
@@ -176,11 +271,15 @@ def _seconds(pass_: Pass, mesh: dict[str, int], chip: Chip) -> float:
   sums = 2 * (1 + pass_.is_training + recomputes)  # after attention and after the mlp
   moved += sums * cfg.num_layers * tokens * cfg.d_model * _HALF * 2 * share
   read = uses * weights
-  compute, links, hbm = flops / chip.flops, moved / chip.link_rate, read / chip.hbm_rate
-  return max(compute, links, hbm, across["slice"] / chip.dcn_rate)
+  return {
+    "compute": count / chip.flops,
+    "links": moved / chip.link_rate,
+    "HBM": read / chip.hbm_rate,
+    "DCN": across["slice"] / chip.dcn_rate,
+  }
 
 
-def _live_bytes(pass_: Pass, mesh: dict[str, int]) -> float:
+def _live_bytes(pass_: Pass, mesh: Mapping[str, int]) -> float:
   """The bytes in HBM at the peak of a pass, besides the step's arguments."""
   cfg, remat = pass_.model.network, pass_.model.execution.remat
   rows, fsdp, tensor = _split(pass_, mesh)

@@ -31,6 +31,7 @@ class Chip:
     link_rate: rate at which a ring along one axis of the torus sends, both directions together [bytes per second].
     dcn_rate: a device's share of its host's bandwidth to the data centre's network [bytes per second].
     clock: clock rate [cycles per second].
+    devices: devices of a chip.
   """
 
   name: str
@@ -40,11 +41,13 @@ class Chip:
   link_rate: float
   dcn_rate: float
   clock: float
+  devices: int = 1
 
 
-def _chip(name: str, kind: str, **rates: float) -> Chip:
+def _chip(name: str, kind: str, devices: int = 1, **rates: float) -> Chip:
   """The figures of a `jax.Device.device_kind`: those of parallel/chips.py, and the rates that only a plan needs."""
-  return Chip(name, hbm_bytes=TPU_GIB[kind] * GIB, flops=PEAK_FLOPS[kind], **rates)
+  rates |= {"hbm_bytes": TPU_GIB[kind] * GIB, "flops": PEAK_FLOPS[kind]}
+  return Chip(name, devices=devices, **rates)
 
 
 CHIPS = {
@@ -59,7 +62,9 @@ CHIPS = {
     "TPU v6e", "TPU v6 lite", hbm_rate=1638e9, link_rate=180e9, dcn_rate=12.5e9, clock=1.75e9
   ),
   # A chip has two devices, which share its links.
-  "tpu7x": _chip("TPU7x", "TPU7x", hbm_rate=3690e9, link_rate=90e9, dcn_rate=6.25e9, clock=2.2e9),
+  "tpu7x": _chip(
+    "TPU7x", "TPU7x", 2, hbm_rate=3690e9, link_rate=90e9, dcn_rate=6.25e9, clock=2.2e9
+  ),
 }
 # A v4 chip is one device on Google Cloud, but libtpu's default is two.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}

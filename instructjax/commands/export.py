@@ -89,8 +89,10 @@ def main(arguments: list[str]):
 
   if _PUSH.value is not None:  # before the export, which may take long
     hub.require(_PUSH.value)
+  from instructjax.parallel import memory
   from instructjax.serve import packaging
 
+  memory.return_freed_memory()
   # Both flags are enums of just these values.
   which, kind = cast("Which", _WEIGHTS.value), cast("GgufType", _TYPE.value or "f16")
   base = places.expand(_BASE.value, "--base", places.WEIGHTS)

@@ -1,6 +1,6 @@
-"""Keeps variables of the shell from changing the numbers of a run.
+"""Keeps variables of the shell from changing the numbers of a run, or from ending it.
 
-Called by commands/cli.py before JAX is imported. JAX takes each of its settings from a variable: with
+Called by commands/cli.py before JAX and matplotlib are imported. JAX takes each of its settings from a variable: with
 JAX_DEFAULT_PRNG_IMPL, JAX_ENABLE_X64 or JAX_THREEFRY_PARTITIONABLE a run would draw other numbers, or find that its own
 checkpoint does not fit. Only variables that say where and how a run computes, and what JAX logs of it, are kept.
 XLA_FLAGS are not JAX's and are the user's own.
@@ -31,7 +31,12 @@ _KEPT = re.compile(
 
 
 def fix(environ: MutableMapping[str, str] = os.environ):
-  """Removes JAX's variables that could change a run's numbers, and names them in a line on stderr."""
+  """Removes JAX's variables that could change a run's numbers, and names them in a line on stderr.
+
+  Reports draw into files, so that matplotlib is not asked for a window. In a notebook it would be asked for one of
+  Jupyter's, which another environment need not have.
+  """
+  environ["MPLBACKEND"] = "agg"
   ignored = sorted(
     name for name in environ if name.startswith("JAX_") and not _KEPT.fullmatch(name)
   )

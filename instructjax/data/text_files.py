@@ -19,7 +19,9 @@ from instructjax.core import foreign
 from instructjax.core.errors import UserError
 from instructjax.data.messages import BadRecord
 
-_LONGEST = 2**26  # bytes of a line, or characters of one value in a JSON array
+# Bytes of a line, or characters of one value in a JSON array. Published files that are one line have more than 64 MiB
+# (QuAC's training file); what is read of them takes several times as much memory.
+_LONGEST = 2**28
 _CHUNK = 2**20
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _OPENERS = {_GZIP: gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}

@@ -7,6 +7,8 @@ report/evaluation.py.
 import functools
 import hashlib
 import pathlib
+import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -79,15 +81,29 @@ def run(
       "dtype": settings.dtype,
       "scorers": used,
     }
-    whole = summary.whole(models, parts, skipped, shown)
+    whole = summary.whole(models, parts, skipped, shown, peak_memory())
     summary.write(out / "summary.json", whole)
     report.write(out / "index.html", whole)
+    of_run = out.resolve().parent / "report" / "index.html"
+    is_shown_there = of_run.is_file() and report.put_into(of_run, whole)
   terminal.show(report.results_table(whole))
   if len(models) > 1:
     terminal.show(report.differences_table(whole))
   for line in (*report.note_lines(whole), *report.scorer_lines(whole)):
     terminal.say(line)
+  terminal.say(f"peak memory: {report.peak_memory(whole)}")
+  if is_shown_there:
+    terminal.say(f"shown in the run's report too: {of_run}")
   terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
+
+
+def peak_memory() -> dict[str, int | None]:
+  """The most memory that this process has had, of the machine and of a device; None if that has none of its own."""
+  unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+  return {"machine_bytes": host, "device_bytes": max(peaks, default=None)}
 
 
 def dtype(asked: str) -> str:

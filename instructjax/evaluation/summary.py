@@ -1,6 +1,7 @@
 """Means, 95% intervals and paired differences of what models scored. Called by the command; pure but for `write`.
 
 All models answer the same items, so that a difference is tested item by item: whether an item is hard drops out of it.
+Items of one group (questions about one passage) are alike and are resampled together, as `resampling` does for prompts.
 """
 
 import itertools
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from instructjax.core.errors import writing
+from instructjax.evaluation import resampling
 from instructjax.evaluation.runner import Planned, Skipped
 from instructjax.evaluation.task import Metric
 from instructjax.report import intervals, table14
 
-BOOTSTRAP = 2000  # resamples of the items
-FEWEST = 10  # items from which on a difference is told; with fewer, resampling them shows too little of the spread
+BOOTSTRAP = 2000  # resamples of the groups of items
+FEWEST = 10  # groups from which on a difference is told; with fewer, resampling them shows too little of the spread
 CANNOT_BE_TOLD = "cannot be told"
 
 
@@ -38,6 +40,7 @@ def part(
     A JSON object; docs/evaluation.md describes it.
   """
   how = planned.task.prompts[planned.prompt]
+  group_N = resampling.numbers_of(map(planned.task.group, planned.asked.items))
   metrics = []
   for metric in planned.task.metrics:
     found = {name: of[metric.key] for name, of in scores.items() if metric.key in of}
@@ -50,9 +53,11 @@ def part(
           "better": metric.better,
           "is_shown": metric.key in how.metrics,
           "paper": table14.cells(planned.name, planned.prompt, metric.key),
-          "models": {name: measured(metric, values, seed) for name, values in found.items()},
+          "models": {
+            name: measured(metric, values, group_N, seed) for name, values in found.items()
+          },
           "differences": [
-            difference(metric, a, b, found[a], found[b], seed)
+            difference(metric, a, b, found[a], found[b], group_N, seed)
             for a, b in itertools.combinations(found, 2)
           ],
         }
@@ -90,20 +95,27 @@ def _missing(
   return result
 
 
-def measured(metric: Metric, values: np.ndarray, seed: int) -> dict[str, Any]:
-  """The value of a metric, its 95% interval, and the number of items that it is of."""
-  values = values[_is_part(values)]
-  rng = np.random.default_rng(seed)
-  if metric.corpus is None:
-    value, interval = intervals.mean_interval(values, BOOTSTRAP, rng)
-  else:
-    sums = values[rng.integers(len(values), size=(BOOTSTRAP, len(values)))].sum(axis=1)
-    value, interval = metric.corpus(values.sum(axis=0)), _percentiles(map(metric.corpus, sums))
-  return {"value": float(value), "interval": interval, "num_items": len(values)}
+def measured(metric: Metric, values: np.ndarray, group_N: np.ndarray, seed: int) -> dict[str, Any]:
+  """The value of a metric, its 95% interval, and the number of items and of groups that it is of."""
+  is_part_N = _is_part(values)
+  values, group_N = values[is_part_N], group_N[is_part_N]
+  value, interval = _resampled(metric, (values,), group_N, seed)
+  return {
+    "value": value,
+    "interval": interval,
+    "num_items": len(values),
+    "num_groups": len(np.unique(group_N)),
+  }
 
 
 def difference(
-  metric: Metric, a: str, b: str, values_a: np.ndarray, values_b: np.ndarray, seed: int
+  metric: Metric,
+  a: str,
+  b: str,
+  values_a: np.ndarray,
+  values_b: np.ndarray,
+  group_N: np.ndarray,
+  seed: int,
 ) -> dict[str, Any]:
   """The difference of b minus a over the items that both have, and what can be told of it.
 
@@ -111,30 +123,53 @@ def difference(
     metric: the metric.
     a, b: names of the models.
     values_a, values_b: their scores of the same items.
+    group_N: number of each item's group.
     seed: of the resampling.
   """
   both = _is_part(values_a) & _is_part(values_b)
-  values_a, values_b = values_a[both], values_b[both]
-  rng = np.random.default_rng(seed)
-  if metric.corpus is None:
-    value, interval = intervals.mean_interval(values_b - values_a, BOOTSTRAP, rng)
-  else:
-    index = rng.integers(len(values_a), size=(BOOTSTRAP, len(values_a)))
-    pairs = zip(values_a[index].sum(axis=1), values_b[index].sum(axis=1))
-    value = metric.corpus(values_b.sum(axis=0)) - metric.corpus(values_a.sum(axis=0))
-    interval = _percentiles(metric.corpus(of_b) - metric.corpus(of_a) for of_a, of_b in pairs)
+  values_a, values_b, group_N = values_a[both], values_b[both], group_N[both]
+  value, interval = _resampled(metric, (values_a, values_b), group_N, seed)
   return {
     "a": a,
     "b": b,
-    "difference": float(value),
+    "difference": value,
     "interval": interval,
-    "verdict": verdict(interval, len(values_a)),
+    "verdict": verdict(interval, len(np.unique(group_N))),
   }
 
 
-def verdict(interval: Sequence[float], num_items: int) -> str:
+def _resampled(
+  metric: Metric, values: tuple[np.ndarray, ...], group_N: np.ndarray, seed: int
+) -> tuple[float, list[float]]:
+  """A metric of a model's scores, or its difference of two (the second minus the first): (value, 95% interval)."""
+  rng = np.random.default_rng(seed)
+  groups, place_N = np.unique(group_N, return_inverse=True)
+  corpus = metric.corpus
+  if corpus is None:
+    if len(groups) == len(group_N):
+      of_items = values[0] if len(values) == 1 else values[1] - values[0]
+      return intervals.mean_interval(of_items, BOOTSTRAP, rng)
+    # Groups have different numbers of items, so that a mean over items is a quotient of two sums.
+    values = tuple(np.stack([of_items, np.ones(len(of_items))], axis=1) for of_items in values)
+    corpus = _quotient
+  index = rng.integers(len(groups), size=(BOOTSTRAP, len(groups)))
+  value, resampled = 0.0, np.zeros(BOOTSTRAP)
+  for sign, of_items in zip((1,) if len(values) == 1 else (-1, 1), values):
+    sums = np.zeros((len(groups), of_items.shape[1]))
+    np.add.at(sums, place_N, of_items)
+    value += sign * corpus(of_items.sum(axis=0))
+    resampled += [sign * corpus(total) for total in sums[index].sum(axis=1)]
+  low, high = np.percentile(resampled, [2.5, 97.5])
+  return float(value), [float(low), float(high)]
+
+
+def _quotient(sums: Sequence[float]) -> float:
+  return sums[0] / sums[1]
+
+
+def verdict(interval: Sequence[float], num_groups: int) -> str:
   """ "higher" or "lower" if the interval leaves out 0, else "cannot be told"."""
-  if num_items < FEWEST:
+  if num_groups < FEWEST:
     return CANNOT_BE_TOLD
   if intervals.above(interval, 0.0):
     return "higher"
@@ -145,16 +180,12 @@ def _is_part(values: np.ndarray) -> np.ndarray:
   return np.isfinite(values).reshape(len(values), -1).min(axis=1)
 
 
-def _percentiles(values) -> list[float]:
-  low, high = np.percentile(list(values), [2.5, 97.5])
-  return [float(low), float(high)]
-
-
 def whole(
   models: Mapping[str, str],
   parts: Sequence[Mapping[str, Any]],
   skipped: Sequence[Skipped],
   settings: Mapping[str, Any],
+  memory: Mapping[str, int | None],
 ) -> dict[str, Any]:
   """The summary of an evaluation.
 
@@ -163,10 +194,12 @@ def whole(
     parts: of `part`.
     skipped: tasks that were not asked.
     settings: how it was asked, to be shown.
+    memory: the most that the process has had.
   """
   return {
     "models": dict(models),
     "settings": dict(settings) | {"bootstrap": BOOTSTRAP, "fewest_items": FEWEST},
+    "memory": dict(memory),
     "skipped": [{"task": one.name, "reason": one.reason} for one in skipped],
     "parts": list(parts),
   }

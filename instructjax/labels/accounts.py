@@ -58,7 +58,7 @@ def add(
   now: float,
   cohort: str = "training",
 ) -> int:
-  """Makes an account, and returns its number.
+  """Makes an account in a transaction of its own, and returns its number.
 
   Args:
     database: the project's.
@@ -70,28 +70,49 @@ def add(
   Raises:
     UserError: the name is taken, or one of the values is not allowed.
   """
-  if not _NAME.fullmatch(name):
-    raise UserError(f"name {quoted(name, 90)} must be up to 80 letters, digits or . _ @ + -")
+  _require_name(name)
   if role not in ROLES:
     raise UserError(f"role {quoted(role, 40)} must be one of {', '.join(ROLES)}")
   if cohort not in COHORTS:
     raise UserError(f"cohort {quoted(cohort, 40)} must be one of {', '.join(COHORTS)}")
+  # Before the transaction: a hash takes long, on purpose.
   hashed = "" if password is None else hash_password(password)
   with database.write() as connection:
-    if connection.execute(sa.select(users.c.id).where(users.c.name == name)).first():
-      raise UserError(f"there is a person named {quoted(name, 90)} already")
-    number = schema.insert(
-      connection,
-      users,
-      name=name,
-      password=hashed,
-      role=role,
-      cohort=cohort,
-      is_active=True,
-      created=now,
-    )
-    schema.log(connection, number, "account made", role, now)
+    return add_to(connection, name, role, hashed, now, cohort)
+
+
+def add_to(
+  connection: sa.Connection, name: str, role: str, hashed: str, now: float, cohort: str
+) -> int:
+  """Makes an account, and returns its number.
+
+  Args:
+    connection: a transaction that writes.
+    name, role, now, cohort: as in `add`.
+    hashed: the password's hash; '' for an account that cannot sign in.
+  Raises:
+    UserError: the name is taken or not allowed.
+  """
+  _require_name(name)
+  if connection.execute(sa.select(users.c.id).where(users.c.name == name)).first():
+    raise UserError(f"there is a person named {quoted(name, 90)} already")
+  number = schema.insert(
+    connection,
+    users,
+    name=name,
+    password=hashed,
+    role=role,
+    cohort=cohort,
+    is_active=True,
+    created=now,
+  )
+  schema.log(connection, number, "account made", role, now)
   return number
+
+
+def _require_name(name: str):
+  if not _NAME.fullmatch(name):
+    raise UserError(f"name {quoted(name, 90)} must be up to 80 letters, digits or . _ @ + -")
 
 
 def new_password() -> str:

@@ -17,7 +17,7 @@ from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Demonstration, Ranking
 from instructjax.labels import accounts, projects
-from instructjax.labels.schema import Database, answers, assignments, items, submissions
+from instructjax.labels.schema import Database, answers, assignments, items, submissions, users
 
 NOBODY = "imported"  # ranks what has no labeler
 _ROUND = (
@@ -36,57 +36,63 @@ class Done:
 
 
 def record(database: Database, work: Iterable[Done], now: float, cohort: str = "training"):
-  """Adds finished work, in one transaction.
+  """Adds finished work in a transaction of its own; arguments as of `record_to`."""
+  with database.write() as connection:
+    record_to(connection, work, now, cohort)
+
+
+def record_to(
+  connection: sa.Connection, work: Iterable[Done], now: float, cohort: str = "training"
+):
+  """Adds finished work.
 
   Args:
-    database: the project's.
+    connection: a transaction that writes.
     work: no person has done the item before.
     now: the time.
     cohort: of people who are not in the project yet.
   """
   work = list(work)
-  numbers = {person.name: person.id for person in accounts.everybody(database)}
+  people = connection.execute(sa.select(users.c.name, users.c.id))
+  numbers: dict[str, int] = {name: number for name, number in people}
   for name in sorted({done.person for done in work} - numbers.keys()):
-    numbers[name] = accounts.add(database, name, "labeler", None, now, cohort)
-  tokens = [secrets.token_urlsafe(16) for _ in work]
-  with database.write() as connection:
-    for part in (slice(i, i + 500) for i in range(0, len(work), 500)):
-      rows = list(zip(work[part], tokens[part], strict=True))
-      connection.execute(
-        assignments.insert(),
-        [
-          {
-            "item_id": done.item_id,
-            "user_id": numbers[done.person],
-            "state": "done",
-            "token": secrets.token_urlsafe(16),
-            "opened": now,
-            "touched": now,
-            "reason": "",
-          }
-          for done, _ in rows
-        ],
-      )
-      connection.execute(
-        submissions.insert(),
-        [
-          {
-            "item_id": done.item_id,
-            "user_id": numbers[done.person],
-            "token": token,
-            "payload": json.dumps(done.payload, sort_keys=True),
-            "seconds": 0.0,
-            "at": now,
-          }
-          for done, token in rows
-        ],
-      )
+    numbers[name] = accounts.add_to(connection, name, "labeler", "", now, cohort)
+  for part in (work[i : i + 500] for i in range(0, len(work), 500)):
+    connection.execute(
+      assignments.insert(),
+      [
+        {
+          "item_id": done.item_id,
+          "user_id": numbers[done.person],
+          "state": "done",
+          "token": secrets.token_urlsafe(16),
+          "opened": now,
+          "touched": now,
+          "reason": "",
+        }
+        for done in part
+      ],
+    )
+    connection.execute(
+      submissions.insert(),
+      [
+        {
+          "item_id": done.item_id,
+          "user_id": numbers[done.person],
+          "token": secrets.token_urlsafe(16),
+          "payload": json.dumps(done.payload, sort_keys=True),
+          "seconds": 0.0,
+          "at": now,
+        }
+        for done in part
+      ],
+    )
 
 
 def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int, int]:
   """Adds the comparisons or demonstrations of a source, and returns the numbers of items and of submissions.
 
-  Rankings of the same answers to the same prompt are one item.
+  All come in or, if anything goes wrong, none. Rankings of the same answers to the same prompt are one item.
 
   Args:
     database: the project's.
@@ -126,14 +132,15 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
     )
     for group in groups
   ]
-  numbers = projects.add(database, new, now)
-  order = _answers(database)
-  done = [
-    Done(number, _name(one), _payload(one, order.get(number, [])))
-    for number, group in zip(numbers, groups, strict=True)
-    for one in group
-  ]
-  record(database, done, now)
+  with database.write() as connection:
+    numbers = projects.add_to(connection, new, now)
+    order = _answers_in(connection)
+    done = [
+      Done(number, _name(one), _payload(one, order.get(number, [])))
+      for number, group in zip(numbers, groups, strict=True)
+      for one in group
+    ]
+    record_to(connection, done, now)
   return len(new), len(done)
 
 
@@ -146,10 +153,14 @@ def _name(one: Ranking | Demonstration) -> str:
 def _answers(database: Database) -> dict[int, list[sa.Row]]:
   """Number of an item -> its answers in order."""
   with database.read() as connection:
-    rows = connection.execute(sa.select(answers).order_by(answers.c.item_id, answers.c.position))
-    result: dict[int, list[sa.Row]] = {}
-    for row in rows:
-      result.setdefault(row.item_id, []).append(row)
+    return _answers_in(connection)
+
+
+def _answers_in(connection: sa.Connection) -> dict[int, list[sa.Row]]:
+  rows = connection.execute(sa.select(answers).order_by(answers.c.item_id, answers.c.position))
+  result: dict[int, list[sa.Row]] = {}
+  for row in rows:
+    result.setdefault(row.item_id, []).append(row)
   return result
 
 

@@ -1,7 +1,7 @@
 """Sets up glibc's allocator for XLA on CPU.
 
-commands/cli.py calls `keep_freed_memory` before jax is imported. Between stages, the pipeline gives back to the kernel
-what was kept inside them. Imports nothing of the project.
+commands/cli.py calls `keep_freed_memory` before jax is imported, and export takes it back. Between stages, the
+pipeline gives back to the kernel what was kept inside them. Imports nothing of the project.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import gc
 import sys
 
 # Numbers of the parameters of mallopt(3), from glibc's malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # name of the event in jax.monitoring
 LARGE_COMPILATION = 1.0  # seconds from which on a compilation is worth giving its memory back
@@ -25,14 +25,32 @@ def keep_freed_memory() -> bool:
   Returns:
     Whether glibc accepted the settings.
   """
+  # No mmap, so that large buffers come from the heap, which is kept. One arena, so that all threads reuse one heap. The
+  # heap is never trimmed (-1), since a step may free more than any threshold that fits an int. It grows by 256 MiB.
+  return _set({_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28})
+
+
+def return_freed_memory() -> bool:
+  """Makes malloc give large freed buffers back to the kernel at once, the opposite of `keep_freed_memory`.
+
+  For an export, which takes one large buffer after another, each of another size: those that are kept would be in the
+  way of the next.
+
+  Returns:
+    Whether glibc accepted the settings.
+  """
+  size = 2**20
+  sizes = {_MMAP_THRESHOLD: size, _TRIM_THRESHOLD: size, _TOP_PAD: 0}
+  return _set({_MMAP_MAX: 2**16, _ARENA_MAX: 1, **sizes})
+
+
+def _set(settings: dict[int, int]) -> bool:
+  """Whether glibc accepted settings of mallopt; False if the C library is another."""
   if sys.platform != "linux":
     return False
   libc = ctypes.CDLL(None)
   if not hasattr(libc, "mallopt"):
     return False
-  # No mmap, so that large buffers come from the heap, which is kept. One arena, so that all threads reuse one heap. The
-  # heap is never trimmed (-1), since a step may free more than any threshold that fits an int. It grows by 256 MiB.
-  settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**28}
   return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
 
 

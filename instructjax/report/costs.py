@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from instructjax.core.provenance import Provenance
 
+KINDS = ("compile", "input", "save", "evaluate", "restore", "redone")
+_BEFORE = ("restore", "redone")
+_SHOWN = 0.01  # share of a stage's time from which on a kind is shown
+
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
@@ -17,12 +21,14 @@ class StageCost:
 
   Attributes:
     seconds: wall-clock time over all starts, as far as it is known: that since the last start, or the log's own sum if
-      that is more. Work that was lost to a stop, and done again, is not counted.
+      that is more. Work that was lost to a stop, and done again, is not counted; it is `beside["redone"]`.
     device_seconds: `seconds` times the devices of the mesh.
     steps: steps in the log; 0 for a stage without any.
     tokens: tokens trained on or sampled, over all steps.
     first_step: seconds of the first step, most of which is compiling; NaN without steps.
     step: median seconds of the others; NaN with fewer than two steps.
+    beside: seconds that went into something else than steps, by kind (see train/spent.py).
+    goodput: share of the time, what was done again included, that went into steps themselves; NaN without steps.
   """
 
   seconds: float
@@ -31,6 +37,8 @@ class StageCost:
   tokens: float
   first_step: float
   step: float
+  beside: Mapping[str, float]
+  goodput: float
 
 
 def of_stage(log: Sequence[Mapping[str, float]], made: Provenance) -> StageCost:
@@ -42,7 +50,12 @@ def of_stage(log: Sequence[Mapping[str, float]], made: Provenance) -> StageCost:
   """
   steps = [row for row in log if row.get("step", 0) > 0]
   took = [row["seconds"] for row in steps if "seconds" in row]
-  seconds = max(made.seconds, sum(row.get("seconds", 0.0) for row in log))
+  logged = sum(row.get("seconds", 0.0) for row in log)
+  seconds = max(made.seconds, logged)
+  beside = {kind: sum(row.get(f"seconds/{kind}", 0.0) for row in log) for kind in KINDS}
+  # A line's seconds count from the line before: what was done before the first is not in them.
+  inside = sum(value for kind, value in beside.items() if kind not in _BEFORE)
+  total = seconds + beside["redone"]
   return StageCost(
     seconds=seconds,
     device_seconds=seconds * made.hardware.num_devices,
@@ -50,6 +63,8 @@ def of_stage(log: Sequence[Mapping[str, float]], made: Provenance) -> StageCost:
     tokens=sum(row.get("tokens", 0.0) for row in steps),
     first_step=took[0] if took else math.nan,
     step=statistics.median(took[1:]) if len(took) > 1 else math.nan,
+    beside={kind: value for kind, value in beside.items() if value},
+    goodput=max(logged - inside, 0.0) / total if steps and total else math.nan,
   )
 
 
@@ -95,8 +110,8 @@ def in_words(costs: Mapping[str, StageCost], made: Mapping[str, Provenance]) -> 
 def table(costs: Mapping[str, StageCost]) -> list[dict]:
   """Rows for the page: name, cells as text, and the share of the whole time in percent for the bar.
 
-  Cells: time, steps, seconds of the first step, of a later one (median), tokens, tokens a second. A value that a stage
-  does not have is empty.
+  Cells: time, steps, seconds of the first step, of a later one (median), tokens, tokens a second, the share of the time
+  that went into steps, and what went into the rest. A value that a stage does not have is empty.
   """
   total = sum(cost.seconds for cost in costs.values())
   rows = []
@@ -110,6 +125,12 @@ def table(costs: Mapping[str, StageCost]) -> list[dict]:
       step(cost.step),
       f"{cost.tokens:,.0f}" if cost.tokens else "",
       f"{speed:,.0f}" if cost.tokens else "",
+      f"{100 * cost.goodput:.0f}%" if math.isfinite(cost.goodput) else "",
+      ", ".join(
+        f"{kind} {duration(value)}"
+        for kind, value in cost.beside.items()
+        if value >= _SHOWN * cost.seconds
+      ),
     )
     rows.append(
       {"name": stage, "share": 100 * cost.seconds / total if total else 0.0, "cells": cells}

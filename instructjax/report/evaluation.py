@@ -1,6 +1,6 @@
 """The results of an evaluation laid out as the paper's Table 14: for the terminal, and as a section of an HTML page.
 
-Called by the command `evaluate`. Pure functions of the content of its summary.json, but for `write`.
+Called by the command `evaluate`. Pure functions of the content of its summary.json, but for `write` and `put_into`.
 """
 
 import pathlib
@@ -108,6 +108,13 @@ def scorer_lines(summary: Mapping[str, Any]) -> list[str]:
   return lines
 
 
+def peak_memory(summary: Mapping[str, Any]) -> str:
+  """What the process that wrote the results has held at most. One that found most answers there holds less."""
+  machine, device = summary["memory"]["machine_bytes"], summary["memory"]["device_bytes"]
+  of_device = f", {device / 1e9:.2f} GB of a device" if device is not None else ""
+  return f"{machine / 1e9:.2f} GB of the machine{of_device}"
+
+
 def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
   """The differences between models, a row for each pair and metric."""
   rows = [
@@ -166,6 +173,7 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       told=told,
       missing=missing(summary),
       scorers=scorer_lines(summary),
+      memory=peak_memory(summary),
       settings=summary["settings"],
     )
   )
@@ -191,3 +199,27 @@ def write(path: pathlib.Path, summary: Mapping[str, Any]):
   page = TEMPLATES.get_template("evaluation_page.html.j2").render(section=section(summary))
   with writing(path):
     path.write_text(page, encoding="utf-8")
+
+
+def put_into(page: pathlib.Path, summary: Mapping[str, Any]) -> bool:
+  """Shows the section in a run's report too, in the place of an earlier one.
+
+  Args:
+    page: the report's index.html.
+    summary: as for `section`.
+  Returns:
+    Whether the page has a place for it; reports of earlier versions have none.
+  Raises:
+    UserError: it cannot be read or written.
+  """
+  parts = {"link": '<a href="#evaluation">Public sets</a>', "section": str(section(summary))}
+  with writing(page):
+    text = page.read_text(encoding="utf-8")
+    for name, content in parts.items():
+      head, begin, rest = text.partition(f"<!-- public sets: {name} -->")
+      _, end, tail = rest.partition("<!-- end -->")
+      if not end:
+        return False
+      text = head + begin + content + end + tail
+    page.write_text(text, encoding="utf-8")
+  return True

@@ -17,7 +17,7 @@ from instructjax.ops import masked
 from instructjax.parallel import constraints
 from instructjax.rl.slots import generate as generate_in_slots
 
-_LOOPS, _LEAST_STEPS = 4, 128  # decode loops of a rollout, and steps of a loop: see `_stops`
+_LOOPS, _LEAST_STEPS = 4, 128  # decode loops of a rollout, and steps of a loop: see `decode_loops`
 _BLOCK = constraints.VOCAB_BLOCK  # in `sample_token`: about the square root of a vocabulary of 50k
 
 
@@ -146,12 +146,13 @@ def _generate_all_rows(
     return t + 1, cache, append(rows, t, logits_BV)
 
   start, num_steps = 1, jnp.int32(1)
-  for stop in _stops(model, max_new_tokens):
+  for name, stop in decode_loops(model.execution.layers, max_new_tokens):
     # If all rows have ended before `start`, the loop does not run.
     carry = jnp.int32(start), cache, rows
-    t, cache, rows = jax.lax.while_loop(
-      functools.partial(goes_on, stop), functools.partial(step, stop), carry
-    )
+    with jax.named_scope(name):
+      t, cache, rows = jax.lax.while_loop(
+        functools.partial(goes_on, stop), functools.partial(step, stop), carry
+      )
     start, num_steps = stop, t if start == 1 else num_steps + t - start
   return Rollout(
     token_BL=rows.token_BL,
@@ -163,15 +164,21 @@ def _generate_all_rows(
   )
 
 
-def _stops(model: transformer.Model, max_new_tokens: int) -> list[int]:
-  """The numbers of tokens at which one decode loop ends and the next begins.
+def decode_loops(layers: str, max_new_tokens: int) -> list[tuple[str, int]]:
+  """The decode loops of a rollout without slots: the name of each, and the number of tokens at which it ends.
 
   A loop's shapes are static, so it reads the columns of its last step at every step. Four loops read a quarter of the
   answer's columns too many at most, and each is compiled. Unrolled layers, which take longer to compile, have one loop.
+
+  Args:
+    layers: ExecutionConfig.layers.
+    max_new_tokens: the most tokens of a response.
   """
-  loops = max(1, min(_LOOPS, max_new_tokens // _LEAST_STEPS))
-  loops = loops if model.execution.layers == "scan" else 1
-  return [max_new_tokens * (n + 1) // loops for n in range(loops)]
+  loops = 1 if layers == "unroll" else max(1, min(_LOOPS, max_new_tokens // _LEAST_STEPS))
+  if loops == 1:
+    return [("decode", max_new_tokens)]
+  stops = [max_new_tokens * (n + 1) // loops for n in range(loops)]
+  return [(f"decode_{stop}", stop) for stop in stops]
 
 
 def row_uniforms(key: Array, index_B: Array, num_steps: int) -> Array:

@@ -158,7 +158,8 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
       write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index * rows, 0)
       return jax.tree.map(write, out, new)
 
-    out = jax.lax.fori_loop(start, end, one, out)
+    with jax.named_scope(_loop(placement, level)):
+      out = jax.lax.fori_loop(start, end, one, out)
   return out
 
 
@@ -192,7 +193,8 @@ def mean_gradient(
     def add(index, so_far, level=level):
       return accumulation.add(so_far, gradient(index, level))
 
-    result = jax.lax.fori_loop(start, end, add, result)
+    with jax.named_scope(_loop(placement, level)):
+      result = jax.lax.fori_loop(start, end, add, result)
   return result
 
 
@@ -205,6 +207,11 @@ def _spans(placement: Placement) -> list[tuple[Array, Array]]:
   """The chunks of each width as (start, end)."""
   ends = list(placement.end_K)
   return list(zip([jnp.int32(0), *ends[:-1]], ends, strict=True))
+
+
+def _loop(placement: Placement, level: int) -> str:
+  """The name of the loop over the chunks of a width, by which launch's planner knows it."""
+  return f"rows_of_{row_widths(placement.cell_BL.shape[1])[level]}"
 
 
 def _chunk(tree: Any, index, rows: int, level: int) -> Any:

@@ -142,18 +142,20 @@ def generate(
   widths = _widths(slots // shards)
   floors = [*widths[1:], 0]
   # 1. As long as rows wait, or more rows are busy than the next narrower loop has slots.
-  run, _ = jax.lax.while_loop(
-    lambda carry: jnp.any(_is_waiting(task, carry[1])) | _is_busy(carry[0], floors[0]),
-    lambda carry: _refill_and_decode(task, floors[0], carry),
-    _start(task, widths[0]),
-  )
+  with jax.named_scope("slots"):  # the names of the loops tell launch's planner which is which
+    run, _ = jax.lax.while_loop(
+      lambda carry: jnp.any(_is_waiting(task, carry[1])) | _is_busy(carry[0], floors[0]),
+      lambda carry: _refill_and_decode(task, floors[0], carry),
+      _start(task, widths[0]),
+    )
   # 2. No row waits. The busy rows go on in ever narrower loops; the last one ends when every row has ended.
   for width, floor in zip(widths[1:], floors[1:]):
-    run = jax.lax.while_loop(
-      lambda run, floor=floor: _is_busy(run, floor),
-      lambda run: _decode(task, run),
-      _narrow(run, width),
-    )
+    with jax.named_scope(f"decode_{width}"):
+      run = jax.lax.while_loop(
+        lambda run, floor=floor: _is_busy(run, floor),
+        lambda run: _decode(task, run),
+        _narrow(run, width),
+      )
   output = jax.tree.map(_flat, run.output)
   is_response_BR = jnp.arange(uniform_BR.shape[1])[None] < output.length_Q[:, None]
   return Rollout(
@@ -237,17 +239,19 @@ def _refill_and_decode(task: Task, floor: int, carry: tuple[Run, Queue]) -> tupl
   """Fills all free slots as long as rows wait, then decodes until a slot becomes free for a row that waits."""
   # Two loops instead of one that does both: on a TPU the cache has another layout inside the loop that decodes, and is
   # copied on the way in and out. So the loop is entered only after every free slot is filled.
-  run, queue = jax.lax.while_loop(
-    lambda carry: _can_take(carry[0], _is_waiting(task, carry[1])),
-    lambda carry: _refill(task, *carry),
-    carry,
-  )
+  with jax.named_scope("refill"):
+    run, queue = jax.lax.while_loop(
+      lambda carry: _can_take(carry[0], _is_waiting(task, carry[1])),
+      lambda carry: _refill(task, *carry),
+      carry,
+    )
   waiting_X = _is_waiting(task, queue)
 
   def goes_on(run):
     return ~_can_take(run, waiting_X) & (jnp.any(waiting_X) | _is_busy(run, floor))
 
-  return jax.lax.while_loop(goes_on, lambda run: _decode(task, run), run), queue
+  with jax.named_scope("decode"):
+    return jax.lax.while_loop(goes_on, lambda run: _decode(task, run), run), queue
 
 
 def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
@@ -260,7 +264,8 @@ def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
     return jnp.any(is_free_X & is_used_up_X & _is_unstaged(task, queue))
 
   stage = lambda inner: _stage(task, *inner)
-  output, queue = jax.lax.while_loop(must_stage, stage, (run.output, queue))
+  with jax.named_scope("stage"):
+    output, queue = jax.lax.while_loop(must_stage, stage, (run.output, queue))
   return _take(task, dataclasses.replace(run, output=output), queue)
 
 

@@ -16,7 +16,7 @@ from instructjax.core.stages import REFERENCE
 from instructjax.core.structs import Params, PPOState, Samples, tree_of
 from instructjax.data import batching
 from instructjax.models import adapters, flops, heads, transformer
-from instructjax.parallel import agreement, distributed, sharding, stacking
+from instructjax.parallel import agreement, distributed, sharding
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
 from instructjax.stages import (
@@ -39,7 +39,7 @@ from instructjax.stages.context import (
   tell_adapter,
 )
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import checkpoint, loop, supervised
+from instructjax.train import loop, supervised, weight_hash
 from instructjax.train.metrics import read_metrics
 from instructjax.train.optim import make_optimizer, require_steps
 
@@ -426,12 +426,9 @@ def run(ctx: Context, stage: str):
   if cfg.value_warmup and jax.process_index() == 0:
     terminal.say(f"{stage} iterations 1 to {cfg.value_warmup}: only the value network learns")
   # A fingerprint holds how the frozen networks were made; a checkpoint also holds a hash of the weights themselves, so
-  # that a run never resumes against others. Layers are stacked for the hash, so that it is the same on every platform.
-  # done.json does not hold it: a finished stage is then recognised without loading any weights.
-  reference = {
-    name: checkpoint.tree_fingerprint(stacking.relay(params, stacking.stacked))
-    for name, params in given.items()
-  }
+  # that a run never resumes against others. done.json does not hold it: a finished stage is then recognised without
+  # loading any weights.
+  reference = {name: weight_hash.tree_fingerprint(params) for name, params in given.items()}
   frozen = freeze(
     nets,
     shardings,

@@ -1,7 +1,7 @@
 """Saves, finds and restores training state.
 
-Called by `loop` (save and resume), by `weights` (weights of a finished stage), and by the stages `pretrain` (the best
-step) and `ppo` (the hash of its frozen networks). Knows nothing of models or stages.
+Called by `loop` (save and resume), by `weights` (weights of a finished stage), and by the stage `pretrain` (the best
+step). Knows nothing of models or stages.
 
 A checkpoint holds the whole state, the position in the data, and what the run was made with. Orbax writes it in the
 background. When all processes have written their parts, the manifest is written (see manifest.py), and orbax renames
@@ -20,22 +20,21 @@ would cost an accelerator a second state beside the one it trains, and a model o
 import asyncio
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import pathlib
 import shutil
+import time
 import types
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from instructjax.core.errors import UserError, writing
-from instructjax.parallel import sharding, stacking
+from instructjax.parallel import stacking
 from instructjax.train import damaged, finished, manifest, reading
 from instructjax.train.damaged import saved_steps
 
@@ -44,10 +43,9 @@ NOT_DAMAGED = (
   "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
   " instructjax: use those, or another --workdir."
 )
-_PARTS = 64  # most parts in which a weight is gathered to be hashed
 # Arrays of more bytes are cut into chunks, those of layers into one or more a layer: a tensor can be read without
 # the rest (streams.py).
-_CUT, _CHUNK = 1 << 20, 1 << 25
+_CUT, _CHUNK = 1 << 20, 1 << 24
 
 
 class _Manager(ocp.CheckpointManager):
@@ -108,6 +106,9 @@ class Checkpoints:
     self._best_metric = best_metric
     self._metric = {}  # step -> value of best_metric
     self._saving = None  # step being written
+    self._began: float | None = (
+      None  # when its save began, by the files' clock; None once `written` has told of it
+    )
 
   def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
@@ -201,7 +202,7 @@ class Checkpoints:
       "changeable": dict(changeable),
     }
     with writing(self._folder / str(step)):
-      self._saving = step
+      self._saving, self._began = step, time.time()
       saved = stacking.relay(state, stacking.stack_each)
       self._manager.save(
         step,
@@ -211,6 +212,21 @@ class Checkpoints:
           meta=ocp.args.JsonSave(meta),
         ),
       )
+
+  def written(self) -> dict[str, float]:
+    """What the last checkpoint took, once after it has reached the disk.
+
+    Returns:
+      checkpoint/seconds, from the call of `save` until it was whole, and checkpoint/bytes; {} while there is no news.
+    """
+    path = self._folder / str(self._saving)
+    if self._began is None or not (path / manifest.NAME).is_file():
+      return {}
+    seconds, self._began = (path / manifest.NAME).stat().st_mtime - self._began, None
+    return {
+      "checkpoint/seconds": round(max(seconds, 0.0), 4),
+      "checkpoint/bytes": manifest.size(path),
+    }
 
   def wait(self):
     """Waits until the last checkpoint is on disk.
@@ -368,31 +384,6 @@ def load_params(
     UserError: see `load_state_item`.
   """
   return load_state_item(directory, {name: abstract_params}, step)[name]
-
-
-def tree_fingerprint(tree: Any) -> str:
-  """sha256 of a pytree's names, shapes, dtypes and bytes; it does not depend on the sharding."""
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
-    digest.update(f"{jax.tree_util.keystr(path)} {dtype} {np.shape(leaf)}\n".encode())
-    for part in _host_parts(leaf):
-      digest.update(np.ascontiguousarray(part).tobytes())
-  return digest.hexdigest()
-
-
-def _host_parts(leaf: Any) -> Iterator[np.ndarray]:
-  """A leaf's values on the host. An array that is spread over processes comes in parts along its first dimension.
-
-  Gathering goes through the devices, and a large model's stacked layers do not fit into one whole.
-  """
-  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.ndim < 2:
-    yield sharding.to_host(leaf)
-    return
-  size = len(leaf)
-  edges = np.linspace(0, size, min(size, _PARTS) + 1).astype(int)
-  for start, stop in zip(edges, edges[1:]):
-    yield sharding.to_host(leaf[start:stop])
 
 
 def _chunks(state: Any) -> Any:

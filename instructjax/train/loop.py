@@ -11,6 +11,7 @@ import dataclasses
 import math
 import pathlib
 import time
+import types
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from instructjax.train import pace
 from instructjax.train.checkpoint import Checkpoints, read_meta
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
+from instructjax.train.spent import Spent
 from instructjax.train.tracking import Tracking
 
 LIBRARIES = "libraries"  # keys of StageRun.changeable
@@ -148,7 +150,7 @@ def fit(
   checkpoints = Checkpoints(
     run.directory, keep=run.checkpoint.keep, keep_steps=keep_steps, best_metric=best_metric
   )
-  with checkpoints:
+  with checkpoints, Spent() as spent:
     start = checkpoints.latest_step() or 0
     if start > num_steps:
       raise UserError(
@@ -156,8 +158,9 @@ def fit(
       )
     if start:
       # The state first: `restore` refuses other settings by name, before the data refuse their own position.
-      state, position = checkpoints.restore(start, state, run.fingerprint, run.files)
-      batches.set_state(position)
+      with spent.on("restore"):
+        state, position = checkpoints.restore(start, state, run.fingerprint, run.files)
+        batches.set_state(position)
       for line in changes(run, read_meta(run.directory, start)["changeable"]):
         if progress and jax.process_index() == 0:
           terminal.say(line)
@@ -191,9 +194,12 @@ def fit(
       run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
     )
     speed = pace.Pace()
-    with _Log(run, num_steps, start, on_samples, show, progress, speed) as log, profile:
+    log = _Log(run, num_steps, start, on_samples, show, progress, speed, spent)
+    with log, profile:
       if start == 0 and 0 in evaluate_steps:
-        log.write(0, validation(0), [])
+        with spent.on("evaluate"):
+          first = validation(0)
+        log.write(0, first, [])
       late = None  # (step, metrics, samples) of the step before, not yet read from the device
       for step in range(start + 1, num_steps + 1):
         # On a CPU, a step that is dispatched early would hold its temporaries beside those of the step before.
@@ -201,13 +207,14 @@ def fit(
           with speed.waiting():
             jax.block_until_ready(state)
         distributed.at(f"{run.name} step {step}, drawing its batch", step=True, first=True)
-        batch = place(next(batches))
+        with spent.on("input"):
+          batch = place(next(batches))
         distributed.at(f"{run.name} step {step}", step=True)
         state, metrics, *samples = profile(step, state, *constants, batch)
         speed.step()
         # The numbers are read one step late. Reading waits for the device, which now has the next step to work on.
         if late:
-          log.write(late[0], judge_in_time(*late[:2]), late[2])
+          log.write(late[0], judge_in_time(*late[:2]), late[2], checkpoints.written())
         late = (step, metrics, samples)
         # Asked at every step by every process: they agree on the step after which all of them stop.
         is_stopping = distributed.is_told_to_stop()
@@ -215,13 +222,13 @@ def fit(
           continue
         # A step that is saved is judged first, without delay: a state that is not finite must not reach the disk.
         record = judge_in_time(step, metrics)
-        with speed.beside():
+        with speed.beside(), spent.on("evaluate"):
           record |= validation(step)
-        log.write(step, record, samples)
+        log.write(step, record, samples, checkpoints.written())
         late = None
         if is_stopping or is_saved(step):
           distributed.at(f"{run.name} step {step}, saving", save=True)
-          with speed.beside():
+          with speed.beside(), spent.on("save"):
             checkpoints.save(
               step, state, batches.get_state(), record, run.fingerprint, run.changeable
             )
@@ -275,14 +282,16 @@ class _Log:
     show: Sequence[str],
     progress: bool,
     speed: pace.Pace,
+    spent: Spent,
   ):
     self._run, self._num_steps, self._on_samples = run, num_steps, on_samples
-    self._speed = speed
+    self._speed, self._spent = speed, spent
     self._slowest: int | None = None  # the process that was named last
     self._writer = self._display = None
     if jax.process_index() == 0:
       run.tracking.begin(run.name, run.directory, start, self._is_due)
       self._writer = MetricsWriter(run.directory, start_step=start)
+      spent.add("redone", self._writer.dropped_seconds)
       console = terminal.console() if progress else None
       self._display = Display(
         run.name, num_steps=num_steps, start_step=start, show=show, console=console
@@ -303,7 +312,21 @@ class _Log:
   def _is_due(self, step: int) -> bool:
     return step % self._run.log.every_steps == 0 or step == self._num_steps
 
-  def write(self, step: int, metrics: Mapping[str, float], samples: Sequence):
+  def write(
+    self,
+    step: int,
+    metrics: Mapping[str, float],
+    samples: Sequence,
+    saved: Mapping[str, float] = types.MappingProxyType({}),
+  ):
+    """Writes a step's line.
+
+    Args:
+      step: its number.
+      metrics: its metrics.
+      samples: what it has sampled, or none.
+      saved: what the checkpoint took that has reached the disk since the last line.
+    """
     due = self._is_due(step)
     # Before the other processes leave: the callback gathers arrays, in which all of them take part.
     extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
@@ -313,7 +336,8 @@ class _Log:
     now = time.monotonic()
     extra = {**extra, **{f"seconds/process_{i}": value for i, value in enumerate(seconds)}}
     metrics = {**metrics, **{name: value for name, value in extra.items() if math.isfinite(value)}}
-    line = {**metrics, "seconds": round(now - self._last_time, 4)}
+    seconds_of_it = round(now - self._last_time, 4)
+    line = {**metrics, "seconds": seconds_of_it, **self._spent.take(), **saved}
     self._writer.write(step, line)
     self._run.tracking.log(self._run.name, step, line, rows if due else ())
     self._last_time = now

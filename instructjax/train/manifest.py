@@ -69,6 +69,12 @@ def write(folder: pathlib.Path):
   os.replace(scratch, folder / NAME)
 
 
+def size(folder: pathlib.Path) -> int:
+  """Bytes of a checkpoint's files, by its manifest; 0 if that cannot be read."""
+  files = _read(folder)
+  return 0 if isinstance(files, Damage) else sum(size for size, _ in files.values())
+
+
 def find_half(folder: pathlib.Path) -> Damage | None:
   """Whether parts are missing: looks at names and sizes only, so it costs nothing."""
   files = _read(folder)

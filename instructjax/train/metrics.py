@@ -19,13 +19,17 @@ from instructjax.core.text import printable
 _MOST = sys.float_info.max
 
 
+# What begins so is measured by a clock, or by what lies on the disk, and differs between two runs that are else equal.
+MEASURED = ("seconds", "checkpoint/")
+
+
 class MetricsWriter:
   """Appends one JSON object per step to metrics.jsonl.
 
   Args:
     directory: the stage's folder.
     start_step: step of the checkpoint that the run goes on from. Lines of later steps are dropped, because those steps
-      are done again.
+      are done again; `dropped_seconds` is what they took.
   Raises:
     UserError: the file cannot be written.
   """
@@ -34,7 +38,7 @@ class MetricsWriter:
     self._path = pathlib.Path(directory) / "metrics.jsonl"
     with writing(self._path):
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      _drop_lines_after(self._path, start_step)
+      self.dropped_seconds = _drop_lines_after(self._path, start_step)
       # Without a buffer: a killed run loses no finished line, and closing the file on a full disk does not fail again.
       self._file = open(self._path, "ab", buffering=0)
 
@@ -179,18 +183,24 @@ def _cell(value: Any) -> str:
   return f"{value:.4g}"
 
 
-def _drop_lines_after(path: pathlib.Path, step: int):
-  """Keeps the lines of the first `step` steps; at step 0, where everything is done again, not even that of step 0."""
+def _drop_lines_after(path: pathlib.Path, step: int) -> float:
+  """Keeps the lines of the first `step` steps; at step 0, where everything is done again, not even that of step 0.
+
+  Returns:
+    The seconds of the lines that were dropped.
+  """
   if not path.is_file():
-    return
-  records, junk = _read(path) if step else ([], [])
-  if junk:
+    return 0.0
+  records, junk = _read(path)
+  if junk and step:
     aside = path.with_suffix(".junk")
     with open(aside, "ab") as file:
       file.writelines(junk)
     lines = "1 line is" if len(junk) == 1 else f"{len(junk)} lines are"
     print(f"{path}: {lines} no record of a step and moved to {aside.name}", file=sys.stderr)
-  kept = [record for record in records if record["step"] <= step]
+  kept = [record for record in records if step and record["step"] <= step]
   scratch = path.with_suffix(".tmp")  # renamed into place: a run killed here keeps the old file
   scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
   os.replace(scratch, path)
+  took = lambda rows: sum(row.get("seconds", 0.0) for row in rows)
+  return max(took(records) - took(kept), 0.0)

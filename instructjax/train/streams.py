@@ -5,6 +5,7 @@ arrays only. Imports no stage.
 """
 
 import functools
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,6 @@ from jax.sharding import Mesh
 from instructjax.models import interop, transformer
 from instructjax.train import checkpoint, reading
 from instructjax.train.weights import Weights
-
-# A chunk is decoded whole, so what is decoded at a time is in memory beside the result.
-_LIMITS = {"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 2}}
 
 
 class SavedArrays:
@@ -58,19 +56,41 @@ class SavedArrays:
           self._whole[name] = np.asarray(array.read().result(), np.float32)
         found = self._whole[name][index]
         return found if order is None else np.ascontiguousarray(found.transpose(order))
-      view = array[index]
-      if order is not None:
-        view = view[ts.d[tuple(order)].transpose[:]]
-      return np.asarray(view.read(order="C").result(), np.float32)
+      return _by_chunks(array, index, order)
 
     return reading.read(self.path, slice_of_it, advice=checkpoint.NOT_DAMAGED)
 
   def _array(self, name: str) -> Any:
     if name not in self._open:
       base = {"driver": "ocdbt", "base": f"file://{self.path}/state/", "path": f"{name}/"}
-      spec = {"driver": "zarr", "kvstore": base, "context": _LIMITS}
-      self._open[name] = ts.open(spec, open=True).result()
+      self._open[name] = ts.open({"driver": "zarr", "kvstore": base}, open=True).result()
     return self._open[name]
+
+
+def _by_chunks(array: Any, index: tuple, order: Sequence[int] | None) -> np.ndarray:
+  """`array[index]`, one chunk after the other: tensorstore would have all of them in memory, encoded and decoded."""
+  bounds = [
+    (at, at + 1) if isinstance(at, int) else at.indices(size)[:2]
+    for at, size in zip(index, array.shape, strict=True)
+  ]
+  cells = [
+    [
+      (max(start, cell), min(stop, cell + chunk))
+      for cell in range(start // chunk * chunk, stop, chunk)
+    ]
+    for (start, stop), chunk in zip(bounds, array.chunk_layout.read_chunk.shape, strict=True)
+  ]
+  kept = [axis for axis, at in enumerate(index) if not isinstance(at, int)]
+  order = range(len(kept)) if order is None else order
+  result = np.empty([bounds[kept[axis]][1] - bounds[kept[axis]][0] for axis in order], np.float32)
+  ours = result.transpose(np.argsort(order))
+  for cell in itertools.product(*cells):
+    found = array[tuple(slice(*one) for one in cell)].read().result()
+    place = tuple(
+      slice(cell[axis][0] - bounds[axis][0], cell[axis][1] - bounds[axis][0]) for axis in kept
+    )
+    ours[place] = found.reshape(ours[place].shape)
+  return result
 
 
 def stored(opened: Weights, mesh: Mesh, model: transformer.Model) -> interop.Stored:

@@ -47,7 +47,7 @@ cli.run(main, interrupted="")
 def test_only_variables_that_change_numbers_are_removed(capsys):
   environ = CHANGING | KEPT
   environment.fix(environ)
-  assert environ == KEPT
+  assert environ == KEPT | {"MPLBACKEND": "agg"}
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("JAX_DEBUG_NANS, JAX_DEFAULT_MATMUL_PRECISION, ")
   assert line.endswith(
@@ -55,6 +55,17 @@ def test_only_variables_that_change_numbers_are_removed(capsys):
   )
   environment.fix(environ)
   assert capsys.readouterr().err == ""
+
+
+def test_a_notebooks_variable_for_matplotlib_does_not_reach_the_report():
+  """A kernel's names a module that another environment lacks; matplotlib then fails where it is imported."""
+  program = "import matplotlib; print(matplotlib.get_backend())"
+  command = f"from instructjax.core import environment; environment.fix(); {program}"
+  environ = os.environ | {"MPLBACKEND": "module://a_module_that_is_not_there"}
+  done = subprocess.run(
+    [sys.executable, "-c", command], env=environ, capture_output=True, text=True, timeout=60
+  )
+  assert (done.returncode, done.stdout.strip()) == (0, "agg"), done.stderr
 
 
 def test_a_shell_with_other_settings_gives_the_same_numbers():

@@ -27,14 +27,22 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
   settings = runner.Settings(
     {"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False, "float32"
   )
-  out = tmp_path / "out"
+  out, of_run = tmp_path / "out", tmp_path / "report" / "index.html"
+  of_run.parent.mkdir()
+  of_run.write_text(2 * "<!-- public sets: link --><!-- public sets: section --><!-- end -->\n")
   command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, {})
+  assert "HellaSwag" in of_run.read_text()
   printed = capsys.readouterr().out
   assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
   assert "cannot be told" in printed
   summary = json.loads((out / "summary.json").read_text())
   (row,) = (row for row in summary["parts"][0]["metrics"] if row["is_shown"])
   assert {name: found["value"] for name, found in row["models"].items()} == {"sft": 0.5, "ppo": 0.5}
+  # Python with JAX takes some 200 MB; CPU devices have no memory of their own.
+  assert (
+    1e8 < summary["memory"]["machine_bytes"] < 1e11 and summary["memory"]["device_bytes"] is None
+  )
+  assert "peak memory: " in printed and " GB of the machine\n" in printed
   assert summary["models"] == {"sft": "runs/sft", "ppo": "runs/ppo"}
   page = (out / "index.html").read_text()
   assert "HellaSwag" in page and ".781" in page and "piqa" in page
@@ -57,6 +65,12 @@ def test_another_tokenizer_is_another_model(tmp_path, monkeypatch):
 
   assert checksum("a", (1,)) == checksum("a", (1,))
   assert len({checksum("a", (1,)), checksum("b", (1,)), checksum("a", (1, 2))}) == 3
+
+
+def test_memory_is_that_of_the_fullest_device(monkeypatch):
+  device = lambda peak: types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": peak})
+  monkeypatch.setattr(command.jax, "local_devices", lambda: [device(3), device(7)])
+  assert command.peak_memory()["device_bytes"] == 7
 
 
 def test_numbers_that_the_devices_choose():

@@ -8,7 +8,7 @@ import pytest
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Chat
-from instructjax.labels import accounts, exchange, filling, judgements, projects
+from instructjax.labels import accounts, exchange, filling, judgements, projects, schema
 from tests.labels import app
 
 
@@ -129,3 +129,25 @@ def test_only_a_simulated_tasks_labelers_can_be_simulated(simulated):
   (chat,) = projects.add(simulated, [app.item(Chat((("user", "Hi."),)))], 0.0)
   with pytest.raises(UserError, match=f"item {chat} is of a chat"):
     filling.simulate(simulated, "demo:", "train", 0, 0.0)
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path, monkeypatch):
+  """Also not the accounts of its labelers, nor the items."""
+  rows = [{"prompt": p, "responses": ["a", "b"], "ranks": [1, 2], "labeler": p} for p in "xy"]
+  (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  database = schema.create(str(tmp_path / "p"))
+  dumped = filling.json.dumps
+
+  def fail(value, **more):
+    if "answers" in value:
+      raise RuntimeError("the power is gone")
+    return dumped(value, **more)
+
+  monkeypatch.setattr(filling.json, "dumps", fail)
+  with pytest.raises(RuntimeError, match="power"):
+    filling.bring_in(database, f"jsonl:{tmp_path}/r.jsonl", "comparisons", 1.0)
+  monkeypatch.undo()
+  with database.read() as connection:
+    for table in ("items", "answers", "users", "assignments", "submissions", "audit"):
+      assert not connection.execute(schema.metadata.tables[table].select()).all(), table
+  assert filling.bring_in(database, f"jsonl:{tmp_path}/r.jsonl", "comparisons", 1.0) == (2, 2)

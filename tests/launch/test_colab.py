@@ -157,6 +157,7 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch):
   (tmp_path / "content").mkdir()
   monkeypatch.chdir(tmp_path / "content")
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as a kernel's
   monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
   config = micro.config_dict("ppo_ptx", micro.write_data(tmp_path / "data"))
   flags = differences(config, models.get("ppo_ptx", "tiny"))
@@ -180,7 +181,7 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch):
   table, report, *again = shown
   for finding in json.loads((first / "report" / "findings.json").read_text()):
     assert html.escape(finding["claim"]) in table
-  assert report.startswith("<iframe") and "PPO-ptx" in report and len(again) == 2
+  assert report.startswith("<div><iframe") and "PPO-ptx" in report and len(again) == 2
   # The second run trained the RL stage anew, with the change, and nothing before it.
   for stage in ("pretrain", "rm", "ppo_init"):
     files = [next((run / stage / "checkpoints").rglob("_METADATA")) for run in (first, second)]

@@ -101,14 +101,14 @@ def test_a_pod_for_every_host(job, pod):
   assert f"is {chips} chips, at {chips // hosts} a host {hosts} hosts" in TEXT
 
 
-def test_a_lost_pod_starts_all_again_and_a_mistake_does_not(manifest, job, pod):
+def test_a_lost_pod_starts_all_again_and_a_mistake_or_waiting_does_not(manifest, job, pod):
   policy = manifest["spec"]["failurePolicy"]
   assert policy["maxRestarts"] > 0
   assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
   (rule,) = job["podFailurePolicy"]["rules"]
   assert rule["action"] == "FailJob"
   codes = rule["onExitCodes"]
-  assert codes == {"containerName": "main", "operator": "In", "values": [2]}
+  assert codes == {"containerName": "main", "operator": "In", "values": [2, 3]}
   assert codes["containerName"] == pod["containers"][0]["name"]
   (rule,) = policy["rules"]
   assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])

@@ -18,7 +18,7 @@ import pytest
 
 from instructjax.parallel import distributed
 from instructjax.stages import pipeline
-from instructjax.train.metrics import read_metrics
+from instructjax.train.metrics import MEASURED, read_metrics
 from launch import local_pod
 from tests import micro, quick
 
@@ -155,7 +155,7 @@ def wandering(folder, config_file):
 
 def numbers(workdir, stage: str) -> list[dict]:
   return [
-    {k: v for k, v in row.items() if not k.startswith("seconds")}
+    {k: v for k, v in row.items() if not k.startswith(MEASURED)}
     for row in read_metrics(workdir / stage)
   ]
 

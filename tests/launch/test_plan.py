@@ -19,7 +19,7 @@ from configs import models
 from instructjax.core.config import MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import sharding
-from launch import costs, estimate, hlo, plan, programs, topology
+from launch import costs, estimate, expect, hlo, lengths, plan, planning, programs, topology
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -275,6 +275,7 @@ def test_timing_takes_the_largest_term_of_each_phase():
 def test_a_report_in_words():
   chip = topology.CHIPS["v5e"]
   found = costs.summarise(LOOPS, num_devices=8)
+  expected = expect.iteration([expect.Part("update", 10.0, 5.0, 20.0, "of nothing")])
   report = {
     "stage": "sft",
     "preset": "p",
@@ -292,8 +293,13 @@ def test_a_report_in_words():
     ),
     "timing": estimate.timing(found, chip, 8, 64, None),
     "token_kind": "tokens",
-    "decode": {"layout": "2d", "steps": 6, "step": {"wire_bytes": 2e6}},
-    "at_mean_response": None,
+    "compiler": {"libtpu": "0.0.52"},
+    "means": {"prompt": None, "response": 100.0},
+    "tokens": 64,
+    "expected": expect.as_dict(expected),
+    "run": expect.cost([expect.StageTime("sft", 720, expected, "compiled")], 8, 2.0)
+    | {"left_out": ["rm (trains nothing)"], "for": "  for all"},
+    "decode": {"layout": "2d", "steps": 6, "step": {"hbm_bytes": 3e9, "wire_bytes": 2e6}},
     "a_run_refuses": "sft.batch_size=32 must be",
     "collectives": found.by_kind,
     "largest_collectives": estimate.largest(found, 5),
@@ -308,13 +314,23 @@ def test_a_report_in_words():
     "Between slices, over the data centre's network: 3.000 GB sent a device, estimate 0.750 s; not in"
     " the table's links."
   ) in estimate.text(report).splitlines()
-  assert lines[1] == (
+  assert "libtpu 0.0.52" in lines[1] and "responses of 100 tokens on average" in lines[1]
+  assert lines[2] == (
     "Fits: takes 3.00 GiB of a device's 15.75 GiB, 12.75 GiB are free; 2.00 GiB are in use at the peak."
   )
   # 3 GiB less 1 + 1/2 and a MiB.
   assert "     1.499 GiB  activations and other temporaries" in lines
   assert "     0.500 GiB  KV cache (rollout only)" in lines
-  assert "Decode, layout 2d: 6 steps at most, each sends 2.00 MB a device." in lines
+  assert (
+    "Decode, layout 2d: 6 steps, each reads and writes 3.00 GB and sends 2.00 MB a device." in lines
+  )
+  assert (
+    "Expected: 10 s an iteration (5 to 20), 6 tokens a second: an estimate, built from" in lines
+  )
+  # 720 steps of 10 s are two hours, on 8 chips 16, at 2 each.
+  assert "  all: 2.0 h (1.0 to 4.0) on 8 chips: 16 chip-hours (8 to 32)" in lines
+  assert "  at 2 a chip-hour: 32 (16 to 64)" in lines
+  assert "  not counted: rm (trains nothing)" in lines
   assert any(line.endswith(" GB  rollout/add") for line in lines)
   assert "Host transfers: none." in lines
   assert lines[-2].endswith("would be refused. sft.batch_size=32 must be")
@@ -361,7 +377,7 @@ def test_a_program_that_cannot_be_read_still_fits():
     setattr(compiled.memory_analysis(), f"{name}_size_in_bytes", gib * topology.GIB)
   words = r"it fits, 6.00 of 15.75 GiB a device, but .* \(INTERNAL: async-update\)"
   with pytest.raises(UserError, match=words):
-    plan._text(compiled, topology.CHIPS["v5e"])
+    planning._text(compiled, topology.CHIPS["v5e"])
 
 
 def test_without_libtpu(monkeypatch):
@@ -407,16 +423,56 @@ def test_every_stage_has_a_program(stage, mesh):
 
 
 @pytest.mark.parametrize(
-  "stage, change",
+  "change",
   [
-    ("ppo", dict(rollout={"slots": 8})),
-    ("ppo", dict(ppo={"packed_rows": 4})),
-    ("rm", dict(rm={"row_length": 256})),
+    dict(rollout={"slots": 8}),
+    dict(ppo={"packed_rows": 4}),
+    dict(ppo={"microbatches": 2, "score_microbatches": 2}),
+    dict(adapter={"rank": 4}, ppo_init={"weights": "/given"}, rm={"weights": "/given-too"}),
   ],
 )
-def test_work_that_depends_on_lengths_is_not_planned(mesh, stage, change):
-  with pytest.raises(ValueError, match="must be 0 to plan"):
-    programs.make(small(stage, **change), mesh, stage)
+def test_what_depends_on_lengths_or_is_given_has_a_program(change, mesh):
+  program = programs.make(small("ppo_ptx", **change), mesh, "ppo_ptx")
+  with jax.set_mesh(mesh):
+    out = jax.eval_shape(program.step, *program.arguments)
+  assert jax.tree.map(lambda x: x.shape, out[0]) == jax.tree.map(
+    lambda x: x.shape, program.arguments[0]
+  )
+
+
+def test_bytes_of_slots(mesh):
+  whole = programs.make(small("ppo"), mesh, "ppo").inside
+  found = programs.make(small("ppo", rollout={"slots": 8}), mesh, "ppo").inside
+  # Half of the rows, and as many prompts that wait, which are half of the columns.
+  cache = programs.shard_bytes(whole["KV cache"])
+  assert programs.shard_bytes(found["KV cache"]) == cache // 2
+  assert programs.shard_bytes(found["KV cache of waiting prompts"]) == cache // 4
+  assert "KV cache of waiting prompts" not in whole
+
+
+def test_rows_of_packed_rankings(mesh):
+  config = small("rm", rm={"row_length": 256})
+  # 72 answers: a row each if all are as long as they may be; a quarter if all texts are, rounded to four devices.
+  assert programs.ranked_rows(config, 4, lengths.BOUND) == (72, 256)
+  assert programs.ranked_rows(config, 4, lengths.Means(32.0, 30.0)) == (20, 256)
+  assert programs.make(config, mesh, "rm", lengths.Means(32.0, 30.0)).tokens == 20 * 256
+  assert programs.ranked_rows(small("rm"), 4, lengths.Means(1.0, 1.0)) == (72, 256)
+
+
+def test_networks_that_are_given(mesh, monkeypatch):
+  """Two adapters of one base share it; what cannot be opened here is taken for two."""
+  given = {name: mock.Mock(is_adapter=True, misfit=lambda model: "") for name in ("ppo_init", "rm")}
+  for one in given.values():
+    one.require_base.return_value = mock.Mock(path="/base")
+  config = small("ppo_ptx", adapter={"rank": 4}, ppo_init={"weights": "/a"}, rm={"weights": "/b"})
+  base = lambda: programs.shard_bytes(programs.make(config, mesh, "ppo_ptx").owners["base"])
+  apart = base()
+  monkeypatch.setattr(programs.policies, "given_weights", lambda config: given)
+  assert base() < 0.6 * apart
+  given["rm"].require_base.return_value = mock.Mock(path="/other")
+  assert base() == apart
+  with pytest.raises(UserError, match="--stage=rm trains nothing: config.rm.weights='/b' stands"):
+    programs.make(config, mesh, "rm")
 
 
 def test_bytes_by_owner(mesh):
@@ -505,7 +561,7 @@ def test_a_compiled_step(fsdp, tensor, remat, passes):
     mesh={"fsdp": fsdp, "tensor": tensor},
   )
   with mock.patch.dict(os.environ):  # which planning changes
-    report = plan.plan(config, "v5e:2x2", "pretrain")
+    report = planning.plan(config, "v5e:2x2", "pretrain", planning.Assumed(1, 1))
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
   program = programs.make(config, mesh, "pretrain")
   with jax.set_mesh(mesh):

@@ -52,6 +52,7 @@ def report(seconds: float = 1.0, gib: float = 3.0) -> dict:
   return {
     "fits": True,
     "memory": {"allocated": int(gib * GIB)},
+    "expected": {"seconds": seconds + 0.5},
     "timing": {"estimates": {n: {"seconds": s, "tokens": 100 / s} for n, s in ways.items()}},
     "token_kind": "tokens",
     "compilation": {"seconds": 60.0, "cpu_seconds": 30.0},
@@ -224,6 +225,7 @@ def test_a_crash_and_a_mistake_are_answers(monkeypatch):
   assert command[1:] == ["-m", "launch.plan", "--config=c.py", "--search"] + [
     "--nosearch",
     "--json",
+    "--try_changes=0",
     "--config.mesh.fsdp=4",
   ]
   assert run_as(-9, "", "") == {"failure": "killed by signal 9: nothing said"}
@@ -259,7 +261,7 @@ def test_a_sketch_is_near_the_compiler(preset, stage, seconds, gib):
 def test_sketch_of_one_pass_by_hand():
   config = from_config_dict(small())
   V, D, L, F, N = 1024, 512, 256, 1024, 2
-  (one,) = sketch.make_passes(config, "pretrain")
+  (one,) = sketch.make_passes(config, "pretrain", 1)
   assert (one.rows, one.length, one.outputs, one.is_training, one.times) == (8, L, L, True, 1)
   chip = topology.Chip("x", 1.0, flops=1.0, hbm_rate=1e30, link_rate=1e30, dcn_rate=1e30, clock=1.0)
   layer = 4 * D * D + 2 * D * F + 3 * D + D + F + D + 4 * D  # products, biases, norms
@@ -292,7 +294,7 @@ def test_a_stage_with_an_unknown_kind_of_step_is_not_taken_for_another(monkeypat
   with pytest.raises(ValueError, match="distil of kind select"):
     programs.make(config, mesh, "distil")
   with pytest.raises(ValueError, match="distil of kind select"):
-    sketch.make_passes(config, "distil")
+    sketch.make_passes(config, "distil", 1)
 
 
 # --- with the compiler ----------------------------------------------------------------------------

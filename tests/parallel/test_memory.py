@@ -55,3 +55,14 @@ def test_freed_memory_is_kept_until_it_is_released():
   kept, left = map(float, output.split())
   assert kept > 256
   assert kept - left > 224
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is Linux's")
+def test_an_export_gives_large_buffers_back_at_once():
+  """The same blocks, and what an export sets before it takes its own."""
+  program = _PROGRAM.replace("libc = ", "assert memory.return_freed_memory()\nlibc = ", 1)
+  output = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  )
+  kept, _ = map(float, output.stdout.split())
+  assert kept < 128

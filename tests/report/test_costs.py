@@ -23,7 +23,7 @@ def made(seconds: float, hardware=finished_run.MADE.hardware):
 
 def test_a_stage_in_one_go():
   cost = costs.of_stage(LOG, made(10.0))
-  assert cost == costs.StageCost(10.0, 40.0, 4, 300.0, 5.0, 0.3)
+  assert cost == costs.StageCost(10.0, 40.0, 4, 300.0, 5.0, 0.3, {}, 0.8)
 
 
 def test_a_resumed_stage_counts_what_earlier_starts_took():
@@ -35,7 +35,7 @@ def test_a_stage_without_steps_has_its_time_only():
   assert (cost.seconds, cost.device_seconds, cost.steps, cost.tokens) == (3.0, 3.0, 0, 0)
   assert math.isnan(cost.first_step) and math.isnan(cost.step)
   (row,) = costs.table({"collect": cost})
-  assert row == {"name": "collect", "share": 100.0, "cells": ("3 s", "", "", "", "", "")}
+  assert row == {"name": "collect", "share": 100.0, "cells": ("3 s", *[""] * 7)}
 
 
 def test_table_has_shares_of_the_whole_and_tokens_a_second():
@@ -43,7 +43,37 @@ def test_table_has_shares_of_the_whole_and_tokens_a_second():
     costs.by_stage({"rm": LOG}, {"rm": made(30.0, CPU), "evaluate": made(10.0, CPU)})
   )
   assert [(row["name"], row["share"]) for row in rows] == [("rm", 75.0), ("evaluate", 25.0)]
-  assert rows[0]["cells"] == ("30 s", "4", "5", "0.3", "300", "10")
+  assert rows[0]["cells"] == ("30 s", "4", "5", "0.3", "300", "10", "27%", "")
+
+
+def test_what_went_beside_the_steps():
+  log = [
+    {
+      "step": 0,
+      "seconds": 3.0,
+      "seconds/compile": 1.0,
+      "seconds/evaluate": 2.0,
+      "seconds/restore": 4.0,
+    },
+    {"step": 1, "seconds": 6.0, "seconds/compile": 5.0},
+    {"step": 2, "seconds": 1.0, "seconds/input": 0.1, "seconds/save": 0.2, "seconds/redone": 5.0},
+  ]
+  cost = costs.of_stage(
+    log, made(15.0, CPU)
+  )  # the last start: 4 s of restoring, 10 of the log and 1 of neither
+  kinds = {
+    "compile": 6.0,
+    "input": 0.1,
+    "save": 0.2,
+    "evaluate": 2.0,
+    "restore": 4.0,
+    "redone": 5.0,
+  }
+  assert cost.beside == pytest.approx(kinds)
+  # Of the log's 10 s, 8.3 were none of a step's. 15 s and 5 s done again are the whole.
+  assert cost.goodput == pytest.approx(1.7 / 20)
+  (row,) = costs.table({"ppo": cost})
+  assert row["cells"][-2:] == ("8%", "compile 6 s, save 0 s, evaluate 2 s, restore 4 s, redone 5 s")
 
 
 @pytest.mark.parametrize(

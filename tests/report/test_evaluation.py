@@ -54,6 +54,7 @@ def summary(models=("sft", "ppo"), spec="runs/<b>"):
   }
   return {
     "models": dict.fromkeys(models, spec),
+    "memory": {"machine_bytes": 1_234_000_000, "device_bytes": None},
     "settings": {
       "bootstrap": 2000,
       "fewest_items": 10,
@@ -153,3 +154,32 @@ def test_the_section_has_the_papers_numbers_and_escapes_names(tmp_path):
   evaluation.write(tmp_path / "index.html", summary())
   page = (tmp_path / "index.html").read_text()
   assert page.lstrip().startswith("<!doctype html>") and "--ink" in page and text in page
+
+
+def test_memory_is_told():
+  found = summary()
+  assert evaluation.peak_memory(found) == "1.23 GB of the machine"
+  assert "<p>Peak memory: 1.23 GB of the machine.</p>" in evaluation.section(found)
+  found["memory"]["device_bytes"] = 9_876_000_000
+  assert evaluation.peak_memory(found) == "1.23 GB of the machine, 9.88 GB of a device"
+
+
+def test_a_runs_report_shows_the_last_evaluation(tmp_path):
+  page = tmp_path / "index.html"
+  template = evaluation.TEMPLATES.loader.get_source(evaluation.TEMPLATES, "page.html.j2")[0]
+  places = re.findall(r"<!-- public sets: \w+ --><!-- end -->", template)
+  page.write_text("<nav>{}</nav><p>a</p>{}<p>b</p>".format(*places))
+  first = summary()
+  assert evaluation.put_into(page, first)
+  text = page.read_text()
+  assert text.count('<a href="#evaluation">') == text.count('<section id="evaluation">') == 1
+  assert (
+    text.index("</nav>") < text.index("<p>a</p>") < text.index("HellaSwag") < text.index("<p>b")
+  )
+  second = summary()
+  second["memory"]["machine_bytes"] = 5_550_000_000
+  assert evaluation.put_into(page, second)
+  again = page.read_text()
+  assert again == text.replace("1.23 GB", "5.55 GB")
+  page.write_text("<nav></nav>")
+  assert not evaluation.put_into(page, first) and page.read_text() == "<nav></nav>"

@@ -146,7 +146,10 @@ def last_checkpoint(directory):
 
 def records(directory):
   """metrics.jsonl without what a clock says."""
-  return [{k: v for k, v in r.items() if k != "seconds"} for r in metrics.read_metrics(directory)]
+  return [
+    {k: v for k, v in r.items() if not k.startswith(metrics.MEASURED)}
+    for r in metrics.read_metrics(directory)
+  ]
 
 
 def files_of(folder):

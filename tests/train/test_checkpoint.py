@@ -53,6 +53,20 @@ def _assert_same(left, right):
   jax.tree.map(np.testing.assert_array_equal, _host(left), _host(right))
 
 
+def test_what_a_checkpoint_took_is_told_once(tmp_path):
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.written() == {}
+    checkpoints.save(3, _state(), {}, {}, FINGERPRINT, {})
+    checkpoints.wait()
+    told = checkpoints.written()
+    assert checkpoints.written() == {}
+  folder = tmp_path / "checkpoints" / "3"
+  files = [path for path in folder.rglob("*") if path.is_file() and path.name != manifest.NAME]
+  assert told.keys() == {"checkpoint/seconds", "checkpoint/bytes"}
+  assert told["checkpoint/bytes"] == sum(path.stat().st_size for path in files)
+  assert 0 <= told["checkpoint/seconds"] < 60
+
+
 def test_everything_comes_back(tmp_path):
   state = _state(seed=3)
   expected = _host(state)
@@ -236,23 +250,3 @@ def test_misfits_are_refused_by_name(tmp_path):
     checkpoint.load_params(tmp_path, _state().params, step=2)
   with pytest.raises(UserError, match="no checkpoint in .*nowhere"):
     checkpoint.load_params(tmp_path / "nowhere", _state().params)
-
-
-def test_fingerprint_of_a_tree():
-  params = _state().params
-  mesh = Mesh(np.array(jax.devices()), ("fsdp",))
-  sharded = params | {"w_DF": jax.device_put(params["w_DF"], NamedSharding(mesh, PS("fsdp")))}
-  digest = checkpoint.tree_fingerprint(params)
-  assert len(digest) == 64
-  assert checkpoint.tree_fingerprint(sharded) == digest
-  changed = params | {"bias": params["bias"].at[2].set(1e-30)}
-  assert checkpoint.tree_fingerprint(changed) != digest
-  reshaped = params | {"w_DF": params["w_DF"].reshape(-1)}  # the same bytes
-  assert checkpoint.tree_fingerprint(reshaped) != digest
-  renamed = {"w_DF": params["w_DF"], "bias2": params["bias"]}
-  assert checkpoint.tree_fingerprint(renamed) != digest
-  assert (
-    checkpoint.tree_fingerprint(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)) != digest
-  )
-  turned = params | {"w_DF": params["w_DF"].reshape(params["w_DF"].shape[::-1])}  # the same bytes
-  assert checkpoint.tree_fingerprint(turned) != digest

@@ -59,7 +59,7 @@ _WRITTEN: Mapping[Dtype, tuple[str, np.dtype]] = {
   "float32": ("F32", np.dtype("<f4")),
   "bfloat16": ("BF16", np.dtype(jnp.bfloat16)),
 }
-_BLOCK = 1 << 22  # numbers converted at a time, which bounds the memory needed beside the result
+_BLOCK = 1 << 20  # numbers converted at a time, which bounds the memory needed beside the result
 
 
 def open_folder(path: str | pathlib.Path) -> Source:
