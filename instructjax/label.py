@@ -1,6 +1,7 @@
 """The command `python -m instructjax.label serve --project=DIR`: people label in a browser. More: docs/labeling.md.
 
-Other words than `serve` make a project, fill it, and take records out of it.
+Words: serve; add, sample, import and simulate fill a project; export and prompts take records out; training shows
+reward models beside labelers; close ends a round that a run waits for; users and delete are about people.
 """
 
 import pathlib
@@ -148,6 +149,9 @@ def _serve(place: str, _: list[str]):
       f"--host={host} would send passwords readable over the network: put a proxy with https before it and give its"
       " name as --public=NAME"
     )
+  if _CHECKPOINT.value and not _PLAYGROUND.value:
+    raise UserError("--checkpoint is for --playground, which must then be given too")
+  play = _playground() if _PLAYGROUND.value else None  # before a password is shown once
   database = schema.create(place)
   if not any(person.role == "admin" for person in accounts.everybody(database)):
     password = accounts.new_password()
@@ -155,7 +159,6 @@ def _serve(place: str, _: list[str]):
     print(
       f"A new project: sign in as admin with the password {password}, which is shown this once."
     )
-  play = _playground() if _PLAYGROUND.value else None
   hosts = [serving.shown(host), "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
   app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value), play=play)
   tell = lambda address: print(f"Labeling at {address}", flush=True)
@@ -303,8 +306,10 @@ def _pool(place: str, _: list[str]):
   path = pathlib.Path(places.require(_TO.value, "--to"))
   exchange.write_lines(path, rows)
   users = len({row["user"] for row in rows})
+  many = lambda count, what: f"{count} {what}{'s' * (count != 1)}"
   print(
-    f"{path}: {len(rows)} prompts of {users} users; add them with --prompts=jsonl:{path} --source=customer"
+    f"{path}: {many(len(rows), 'prompt')} of {many(users, 'user')}; add them with --prompts=jsonl:{path}"
+    " --source=customer"
   )
 
 

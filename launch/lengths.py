@@ -173,7 +173,12 @@ def work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> Work:
   if slots in (0, rows):
     longest = [lengths((rows,), seed).max() - 1 for seed in range(_DRAWS)]
     steps = float(np.mean(longest))
-    loops[r"/rollout/decode/while$"] = steps
+    from instructjax.rl.sampling import decode_loops  # only now, because it imports JAX
+
+    start = 1
+    for name, stop in decode_loops(config.execution.layers, data.max_response_length):
+      loops[rf"/rollout/{name}/while$"] = min(max(1 + steps - start, 0), stop - start)
+      start = stop
     return Work({rows: steps}, (rows, 1.0), scored, trained, loops)
   played = [
     in_slots(lengths((shards, rows // shards), seed), slots // shards) for seed in range(_DRAWS)

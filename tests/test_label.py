@@ -95,6 +95,7 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("", {}, "the first argument must be one of serve, add"),
     ("paint", {}, "the first argument must be one of"),
     ("serve again", {}, "unexpected arguments"),
+    ("serve", {"checkpoint": ["m"]}, "--checkpoint is for --playground"),
     ("serve", {"project": ""}, "--project must have a value"),
     ("serve", {"host": "0.0.0.0"}, "give its name as --public=NAME"),
     ("export", {"to": "x"}, "is no labeling project yet"),
@@ -189,9 +190,7 @@ def test_users_prompts_come_out_by_user(run, tmp_path):
   with pytest.raises(UserError, match="holds no prompts of users yet"):
     run("prompts", to=out)
   prompts_.keep(database, accounts.User(1, "una", "user"), "one", 1.0)
-  assert f"{out}: 1 prompts of 1 users; add them with --prompts=jsonl:{out}" in run(
-    "prompts", to=out
-  )
+  assert f"{out}: 1 prompt of 1 user; add them with --prompts=jsonl:{out}" in run("prompts", to=out)
   assert json.loads((tmp_path / "pool.jsonl").read_text()) == {"prompt": "one", "user": "u1"}
   run("add", prompts=f"jsonl:{out}", source="customer")
   with database.read() as connection:
@@ -199,8 +198,9 @@ def test_users_prompts_come_out_by_user(run, tmp_path):
   assert (item.author, item.source) == ("u1", "customer")
 
 
-def test_the_playground_needs_the_extra(run, monkeypatch):
+def test_the_playground_needs_the_extra(run, tmp_path, monkeypatch):
   personal._recognizers.cache_clear()
   monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
   with pytest.raises(UserError, match=r"pip install 'instructjax\[privacy\]'"):
     run("serve", playground=True, checkpoint=["m"])
+  assert not (tmp_path / "p").exists()  # no admin's password was shown and lost

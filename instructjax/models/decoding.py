@@ -37,30 +37,75 @@ def decode_weights(model: Model, params: Params) -> Params:
   return constraints.place_for_decoding(weights, axes, model.execution.decode_layout)
 
 
-def init_cache(model: Model, batch_size: int, length: int):
+def uses_rings(model: Model, length: int) -> bool:
+  """Whether `init_cache` can give banded layers rings: their window is shorter than the row."""
+  cfg = model.network
+  is_banded = "L" in positions.layer_kinds(cfg) and 0 < cfg.attention_window < length
+  return model.execution.layers == "scan" and is_banded
+
+
+def init_cache(model: Model, batch_size: int, length: int, band_length: int | None = None):
   """An empty key/value cache.
 
   Args:
     model: any head.
     batch_size: rows.
     length: columns, for the prompt and the response together.
+    band_length: columns of the banded layers, for a model that `uses_rings`. If they are the window's, as few as they
+      ever read, each new token takes the place of the one that has left the window. None: all layers have `length`.
   Returns:
     A pair (keys, values) of [N, B, G, S, K] if the layers are scanned, else a tuple with one pair of [B, G, S, K] for
-    each layer. In the second case there are at least two rows.
+    each layer. In the second case there are at least two rows. With `band_length` there is a tuple with a pair for each
+    layer of a period of the pattern; N counts the periods that have the layer.
   """
   cfg = model.network
+  if band_length is not None:
+    kinds = positions.layer_kinds(cfg)
+    return tuple(
+      _empty(
+        model,
+        (len(range(index, cfg.num_layers, len(kinds))),),
+        batch_size,
+        band_length if kind == "L" else length,
+      )
+      for index, kind in enumerate(kinds)
+    )
   stack = (cfg.num_layers,) if model.execution.layers == "scan" else ()
   if not stack:
     # XLA drops a dimension of size 1 from attention's products, and its CPU backend then copies the cache several times
     # a step. With a second row SmolLM2 takes half of the time for a step at 1,024 columns.
     batch_size = max(batch_size, 2)
-  shape = (*stack, batch_size, cfg.num_kv_heads, length, cfg.head_dim)
-
-  def pair():
-    empty = tuple(jnp.zeros(shape, model.execution.dtype) for _ in range(2))
-    return constraints.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
-
+  pair = functools.partial(_empty, model, stack, batch_size, length)
   return pair() if stack else tuple(pair() for _ in range(cfg.num_layers))
+
+
+def _empty(model: Model, stack: tuple, batch_size: int, length: int) -> tuple:
+  """(keys, values) of a layer, or of a stack of layers."""
+  cfg = model.network
+  shape = (*stack, batch_size, cfg.num_kv_heads, length, cfg.head_dim)
+  empty = tuple(jnp.zeros(shape, model.execution.dtype) for _ in range(2))
+  return constraints.shard_rows(empty, row_dim=len(stack), tensor_dim=len(stack) + 1)
+
+
+def _by_kind(model: Model, kept):
+  """Stacks of all layers, [N, ...], as a cache with `band_length` has them."""
+  period = len(positions.layer_kinds(model.network))
+  return tuple(jax.tree.map(lambda x, n=n: x[n::period], kept) for n in range(period))
+
+
+def in_ring(prompt, length: int, end):
+  """The newest columns of a prompt in the places of a ring in which column c is in place c modulo `length`.
+
+  Args:
+    prompt: keys or values, [..., P, K].
+    length: places of the ring.
+    end: number of the column after the prompt; an int or int32 scalar.
+  Returns:
+    [..., length, K]; places without a column are 0.
+  """
+  newest = prompt[..., -length:, :]
+  fill = [(0, 0)] * (prompt.ndim - 2) + [(length - newest.shape[-2], 0), (0, 0)]
+  return jnp.roll(jnp.pad(newest, fill), end % length, axis=-2)
 
 
 def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array, cache):
@@ -71,7 +116,7 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
     weights: from `decode_weights`.
     token_BP: int32 prompts, padded on the left, so that every row's last column is a real token.
     is_prompt_BP: True on real tokens.
-    cache: from `init_cache`, with at least P columns.
+    cache: from `init_cache`, with at least P columns, rings excepted.
   Returns:
     (logits_BV of the token after the prompt, the filled cache). Where the vocabulary is split, the logits are split and
     lengthened as it is; those past the vocabulary are -inf.
@@ -83,9 +128,15 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
   h_BPD, kept, _ = transformer.run_layers(
     model, weights, token_BP, segment_BP, position_BP, keep=True
   )
+
   # `kept` has the cache's structure but only P columns (and the true number of rows), so it is written at the origin.
-  write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
-  cache = jax.tree.map(write, cache, kept)
+  def write(old, new):
+    if old.shape[-2] < new.shape[-2]:
+      new = in_ring(new, old.shape[-2], new.shape[-2])
+    return jax.lax.dynamic_update_slice(old, new, (0,) * old.ndim)
+
+  is_by_kind = model.execution.layers == "scan" and isinstance(cache[0], tuple)
+  cache = jax.tree.map(write, cache, _by_kind(model, kept) if is_by_kind else kept)
   return _logits(model, weights, h_BPD[:, -1:]), cache
 
 
@@ -98,6 +149,9 @@ def decode_step(
   is_slot_BT: Array,
   cache,
   slot_position_BT: Array | None = None,
+  *,
+  num_columns: int | None = None,
+  ring_step: Array | None = None,
 ):
   """Feeds one token of each row and returns the logits of the next.
 
@@ -111,6 +165,9 @@ def decode_step(
     cache: from `prefill` or from the step before. It is updated in place if it is donated or carried by a loop.
     slot_position_BT: int32 positions of the tokens in the cache columns. None if a row's tokens lie in the order of
       their positions.
+    num_columns: the first columns of a stacked cache, all that can hold a token yet: attention reads no others.
+    ring_step: int32 scalar, a number that counts the steps, for a cache with rings: the tokens are written to place
+      `ring_step` modulo the ring's length. A row's earlier tokens must be in the places before it, without a gap.
   Returns:
     (logits_BV, cache), as from `prefill`.
   """
@@ -126,10 +183,16 @@ def decode_step(
   # The cache holds no later token than the new one, so no causal mask is needed. Whole columns are asked for, because
   # what reads the tokens after the loop may split them, and the compiler would gather the mask in every layer.
   is_slot_BT = constraints.shard_rows(is_slot_BT)
-  dense = is_slot_BT[:, None, :]
-  if slot_position_BT is None:
-    slot_position_BT = transformer.positions_from_mask(is_slot_BT)
-  masks = dense, layers.band(dense, position_B1, slot_position_BT, cfg)
+  dense = is_slot_BT[:, None, :num_columns]
+  if ring_step is not None:
+    # A place's age: steps since its token was written. The row has no token older than its first.
+    places = jnp.arange(cfg.attention_window)
+    age_1W = ((ring_step - places) % cfg.attention_window)[None]
+    masks = dense, (age_1W <= position_B1)[:, None, :]
+  else:
+    if slot_position_BT is None:
+      slot_position_BT = transformer.positions_from_mask(is_slot_BT)
+    masks = dense, layers.band(dense, position_B1, slot_position_BT[:, :num_columns], cfg)
 
   def mix_unrolled(index, pair, q_BTGRK, *new_BTGK):
     pair = tuple(
@@ -144,16 +207,15 @@ def decode_step(
     )
     return mixed_BTGRK[:num_rows], pair
 
-  def mix_stacked(index, stacks, q_BTGRK, *new_BTGK):
+  def mix_stacked(index, stacks, slot, mask_BTS, q_BTGRK, *new_BTGK):
     # XLA updates the whole stack in place. Taking a layer's cache out of the stack and putting it back would copy it.
     stacks = tuple(
       jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
       for old, new in zip(stacks, new_BTGK)
     )
     pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
-    return layers.attend(
-      q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, kinds, index)
-    ), stacks
+    read = (x[:, :, : mask_BTS.shape[-1]] for x in pair)
+    return layers.attend(q_BTGRK, *read, mask_BTS=mask_BTS), stacks
 
   def run_block(h_B1D, layer, index, mix):
     # The cache is split by rows in either layout, so attention must see a device's own rows again.
@@ -163,13 +225,37 @@ def decode_step(
     h_B1D, kept = layers.block(h_B1D, layer, cfg, turn, mix, 0.0, None)  # no dropout
     return place(h_B1D), kept
 
-  if model.execution.layers == "scan":
+  if ring_step is not None:
+
+    def turn(h_B1D, stacks, number, length):
+      """The first `length` layers of a period."""
+      stacks = list(stacks)
+      for index in range(length):
+        place = ring_step % cfg.attention_window if kinds[index] == "L" else slot
+        mask_BTS = transformer.layer_mask(masks, kinds, index)
+        # Each layer's weights are taken from the stack by themselves: those of a period at once would be copied.
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=number * len(kinds) + index)
+        layer = jax.tree.map(lambda x: take(x, keepdims=False), weights["layers"])  # noqa: B023
+        mix = functools.partial(mix_stacked, number, stacks[index], place, mask_BTS)
+        h_B1D, stacks[index] = run_block(h_B1D, layer, index, mix)
+      return h_B1D, tuple(stacks)
+
+    periods, rest = divmod(cfg.num_layers, len(kinds))
+
+    def body(carry, number):
+      return turn(carry[0], carry[1], number, len(kinds)), None
+
+    (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), jnp.arange(periods))
+    h_B1D, cache = turn(h_B1D, cache, periods, rest)
+  elif model.execution.layers == "scan":
 
     def body(carry, xs):
       # The cache is carried, not scanned over: an output of scan would be a new array of the cache's size.
       h_B1D, stacks = carry
       index, layer = xs
-      return run_block(h_B1D, layer, index, functools.partial(mix_stacked, index, stacks)), None
+      mask_BTS = transformer.layer_mask(masks, kinds, index)
+      mix = functools.partial(mix_stacked, index, stacks, slot, mask_BTS)
+      return run_block(h_B1D, layer, index, mix), None
 
     xs = jnp.arange(cfg.num_layers), weights["layers"]
     (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)

@@ -88,6 +88,15 @@ def _split(tree: Any, wanted: dict):
   return jax.tree.map(one, tree)
 
 
+def after(first: Any, then: Any) -> tuple[Any, Any]:
+  """Both unchanged, on a mesh with an order: what is made of `then` waits until `first` is computed.
+
+  The compiler may otherwise run a network's forward pass inside another's gradient, if neither needs the other, and
+  keep the activations of both.
+  """
+  return (first, then) if on_one_device() else jax.lax.optimization_barrier((first, then))
+
+
 def whole(x: jax.Array) -> jax.Array:
   """Replicates an array on every device."""
   return x if on_one_device() else jax.lax.with_sharding_constraint(x, PS())

@@ -17,6 +17,7 @@ from instructjax.ops import masked
 from instructjax.parallel import constraints
 from instructjax.rl.slots import generate as generate_in_slots
 
+_LOOPS, _LEAST_STEPS = 4, 128  # decode loops of a rollout, and steps of a loop: see `decode_loops`
 _BLOCK = constraints.VOCAB_BLOCK  # in `sample_token`: about the square root of a vocabulary of 50k
 
 
@@ -118,28 +119,41 @@ def _generate_all_rows(
     return constraints.shard_rows(rows)
 
   # 1. Read the prompts, which fills the cache and predicts every row's first token.
-  cache = decoding.init_cache(model, num_rows, prompt_length + max_new_tokens)
+  length = prompt_length + max_new_tokens
+  has_rings = decoding.uses_rings(model, length)
+  window = model.network.attention_window if has_rings else None
+  cache = decoding.init_cache(model, num_rows, length, window)
   logits_BV, cache = decoding.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
   prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
   rows = append(_only_prompts(prompts, max_new_tokens, pad_id), jnp.int32(0), logits_BV)
 
-  # 2. Token after token, until every row has ended or is full.
-  def goes_on(carry):
+  # 2. Token after token, until every row has ended or is full. Each loop's attention reads the columns that its last
+  #    step can see.
+  def goes_on(stop: int, carry):
     t, _, rows = carry
-    return (t < max_new_tokens) & ~jnp.all(rows.ended_B)
+    return (t < stop) & ~jnp.all(rows.ended_B)
 
-  def step(carry):
+  def step(stop: int, carry):
     t, cache, rows = carry
     # Token t - 1 is drawn but not in the cache yet: feeding it fills its column and predicts token t.
     newest = prompt_length + t - 1
     token_B = jax.lax.dynamic_index_in_dim(rows.token_BL, newest, axis=1, keepdims=False)
     logits_BV, cache = decoding.decode_step(
-      model, weights, token_B, prompt_tokens_B + t - 1, newest, rows.is_token_BL, cache
+      *(model, weights, token_B, prompt_tokens_B + t - 1, newest, rows.is_token_BL, cache),
+      num_columns=None if stop == max_new_tokens else prompt_length + stop,
+      ring_step=newest if has_rings else None,
     )
     return t + 1, cache, append(rows, t, logits_BV)
 
-  with jax.named_scope("decode"):
-    num_steps, _, rows = jax.lax.while_loop(goes_on, step, (jnp.int32(1), cache, rows))
+  start, num_steps = 1, jnp.int32(1)
+  for name, stop in decode_loops(model.execution.layers, max_new_tokens):
+    # If all rows have ended before `start`, the loop does not run.
+    carry = jnp.int32(start), cache, rows
+    with jax.named_scope(name):
+      t, cache, rows = jax.lax.while_loop(
+        functools.partial(goes_on, stop), functools.partial(step, stop), carry
+      )
+    start, num_steps = stop, t if start == 1 else num_steps + t - start
   return Rollout(
     token_BL=rows.token_BL,
     is_token_BL=rows.is_token_BL,
@@ -148,6 +162,23 @@ def _generate_all_rows(
     num_steps=num_steps,
     slot_steps=num_rows * num_steps,
   )
+
+
+def decode_loops(layers: str, max_new_tokens: int) -> list[tuple[str, int]]:
+  """The decode loops of a rollout without slots: the name of each, and the number of tokens at which it ends.
+
+  A loop's shapes are static, so it reads the columns of its last step at every step. Four loops read a quarter of the
+  answer's columns too many at most, and each is compiled. Unrolled layers, which take longer to compile, have one loop.
+
+  Args:
+    layers: ExecutionConfig.layers.
+    max_new_tokens: the most tokens of a response.
+  """
+  loops = 1 if layers == "unroll" else max(1, min(_LOOPS, max_new_tokens // _LEAST_STEPS))
+  if loops == 1:
+    return [("decode", max_new_tokens)]
+  stops = [max_new_tokens * (n + 1) // loops for n in range(loops)]
+  return [(f"decode_{stop}", stop) for stop in stops]
 
 
 def row_uniforms(key: Array, index_B: Array, num_steps: int) -> Array:

@@ -194,13 +194,25 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
     jnp.zeros(task.uniform_XQR.shape, jnp.float32),
     jnp.zeros(task.uniform_XQR.shape[:2], jnp.int32),
   )
-  cache, staged_cache = (
-    decoding.init_cache(task.model, shards * width, length)
-    for length in (prompt_length + task.uniform_XQR.shape[2], prompt_length)
-  )
+  window = task.model.network.attention_window if _has_rings(task) else None
+  length = prompt_length + task.uniform_XQR.shape[2]
+  cache = decoding.init_cache(task.model, shards * width, length, window)
+  staged_cache = _prompt_cache(task, shards * width)
   zero = jnp.int32(0)
   run = Run(zero, zero, rows, cache, constraints.shard_rows(output))
   return run, Queue(none_XS[:, 0], rows, staged_cache)
+
+
+def _has_rings(task: Task) -> bool:
+  """Whether the cache of the slots has rings for banded layers (see `decoding.init_cache`)."""
+  return decoding.uses_rings(task.model, task.token_XQP.shape[2] + task.uniform_XQR.shape[2])
+
+
+def _prompt_cache(task: Task, num_rows: int):
+  """An empty cache for prompts: as that of the slots, but all layers have the prompts' columns."""
+  prompt_length = task.token_XQP.shape[2]
+  band_length = prompt_length if _has_rings(task) else None
+  return decoding.init_cache(task.model, num_rows, prompt_length, band_length)
 
 
 def _is_busy(run: Run, floor: int) -> Array:
@@ -254,7 +266,7 @@ def _refill(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
   stage = lambda inner: _stage(task, *inner)
   with jax.named_scope("stage"):
     output, queue = jax.lax.while_loop(must_stage, stage, (run.output, queue))
-  return _take(dataclasses.replace(run, output=output), queue)
+  return _take(task, dataclasses.replace(run, output=output), queue)
 
 
 def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
@@ -275,7 +287,7 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
   token_BP, is_prompt_BP = constraints.shard_rows(
     (_flat(take(task.token_XQP, row_XS)), _flat(is_prompt_XSP))
   )
-  cache = decoding.init_cache(task.model, *token_BP.shape)
+  cache = _prompt_cache(task, len(token_BP))
   logits_BV, cache = decoding.prefill(task.model, task.weights, token_BP, is_prompt_BP, cache)
   drawn = task.draw(logits_BV, _flat(take(task.uniform_XQR[:, :, 0], row_XS)))
   rows = Rows(
@@ -315,7 +327,7 @@ def _append(
   return constraints.shard_rows((output, rows))
 
 
-def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
+def _take(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
   """Moves one staged row of each shard to a free slot, if the shard has both."""
   _, width, prompt_length = run.rows.is_prompt_SP.shape
 
@@ -330,9 +342,16 @@ def _take(run: Run, queue: Queue) -> tuple[Run, Queue]:
 
   rows, staged, slot_X, which_X = jax.vmap(move)(run.rows, queue.staged)
 
+  window = task.model.network.attention_window if _has_rings(task) else 0
+
   def move_cache(old, new, slot, which):
-    # Only prompt columns are written. What the slot's last row left in the ring stays, and `_decode` masks it by age.
     prompt = new[..., which, :, :, :]
+    if (
+      old.shape[-2] == window
+    ):  # a banded layer's ring: as if the prompt's tokens had been fed in the steps before
+      prompt = decoding.in_ring(prompt, window, run.step)
+      return old.at[..., slot, :, :, :].set(prompt, mode="drop")
+    # Only prompt columns are written. What the slot's last row left in the ring stays, and `_decode` masks it by age.
     return old.at[..., slot, :, :prompt_length, :].set(prompt, mode="drop")
 
   cache = _map_cache(move_cache, (run.cache, queue.cache), slot_X, which_X)
@@ -380,6 +399,7 @@ def _decode(task: Task, run: Run) -> Run:
     is_column_BT,
     run.cache,
     column_position_BT,
+    ring_step=run.step if _has_rings(task) else None,
   )
   # The row's own noise for its next token: 'clip' is for rows that have ended at the limit, whose draw is dropped.
   noise = jax.vmap(lambda uniform_QR, row_S, t_S: uniform_QR.at[row_S, t_S].get(mode="clip"))

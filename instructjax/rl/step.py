@@ -177,6 +177,8 @@ def policy_gradient(
     grads = _clip(ppo.grads, cfg.policy_optim.clip_norm)
   if ptx is None:
     return grads, metrics
+  # PPO's gradients first: their norm is among the metrics.
+  metrics, ptx = constraints.after(metrics, ptx)
   with jax.named_scope("update/ptx"):
     ptx_loss, ptx_grads = ptx_gradient(nets, cfg, frozen, params, ptx)
     metrics |= {"ptx_loss": ptx_loss, "ptx_grad_norm": cfg.gamma * optax.tree.norm(ptx_grads)}
@@ -218,6 +220,8 @@ def _minibatch_update(
   state = dataclasses.replace(state, params=params, opt_state=opt_state)
   if nets.value_tx is None:
     return state, metrics
+  # The policy's step first: its metrics include the gradients' norms.
+  metrics, batch = constraints.after(metrics, batch)
   # 3c. Value: a network of its own with its own learning rate (C.4), so its loss needs no coefficient.
   with jax.named_scope("update/value"):
     value = rows.gradient(

@@ -44,7 +44,7 @@ def test_the_page(database):
   html = app.browser(database, "rob").get("/trainings").text
   assert "run/rm</td>" in html and "70% <span" in html and "64% to 76%" in html
   # 40% is at the bottom, 190 below 100%: .7 is half way up, 100% of the labelers' pairs at the top.
-  assert 'cx="316.0" cy="105' in html and '<rect class="people" x="325.0" y="5.0"' in html
+  assert 'cx="320.0" cy="105' in html and '<rect class="people" x="329.0" y="5.0"' in html
   assert app.browser(database, "ann").get("/trainings").status_code == 404
 
 

@@ -157,6 +157,10 @@ def test_every_cell_runs(cells, tmp_path, monkeypatch):
   (tmp_path / "content").mkdir()
   monkeypatch.chdir(tmp_path / "content")
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv(
+    "TTY_COMPATIBLE", ""
+  )  # and this, which the notebook sets, are as before afterwards
+  monkeypatch.setenv("COLUMNS", "80")
   monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as a kernel's
   monkeypatch.setenv("XLA_FLAGS", quick.FLAGS)
   config = micro.config_dict("ppo_ptx", micro.write_data(tmp_path / "data"))

@@ -41,7 +41,9 @@ def test_all_at_once_take_the_longest(mean):
   longest = sum(1 - (1 - go_on**k) ** 512 for k in range(1024))
   found = work(load(), 4, None, mean)
   assert found.steps == {512: pytest.approx(longest - 1, rel=0.1, abs=1e-6)}
-  assert found.turns("jit(step)/rollout/decode/while") == found.steps[512]
+  # Loops of 256 tokens; the first has a step less, and the last ones may not be reached.
+  turns = [found.turns(f"jit(step)/rollout/decode_{stop}/while") for stop in (256, 512, 768, 1024)]
+  assert sum(turns) == pytest.approx(found.steps[512]) and turns[0] == min(255, found.steps[512])
   assert found.turns("jit(step)/while") is None and found.scored is found.trained is None
 
 

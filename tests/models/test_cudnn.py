@@ -1,12 +1,18 @@
-"""The call that cuDNN serves, by XLA on this machine, against plain attention: outputs, gradients, all masks."""
+"""The call that cuDNN serves, by XLA on this machine, against plain attention: outputs, gradients, all masks.
+
+And a network's gradient, lowered for a GPU that is not there: JAX's checks of shapes and types are made on the way.
+"""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
+from jax._src.cudnn import fused_attention_stablehlo
 
 from instructjax.models import cudnn, layers, transformer
 from tests import tiny
@@ -61,3 +67,35 @@ def test_the_setting_reaches_every_layer(gpt2, make, monkeypatch):
   np.testing.assert_array_equal(got, transformer.apply(plain, params, token_BL, **inputs))
   banded, dense = masks[:2]
   assert int(banded.sum()) < int(dense.sum()) and len(masks) == gpt2.num_layers
+
+
+@pytest.mark.parametrize(
+  "layers, remat, calls", [("unroll", "none", (2, 2)), ("scan", "products", (2, 1))]
+)
+def test_a_network_is_lowered_to_cudnns_calls(gpt2, make, monkeypatch, layers, remat, calls):
+  """Forward and backward kernels, two query heads for each key; with remat, the forward one in both passes."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91100)
+  monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda at_least: True)
+  monkeypatch.setattr(
+    fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda which: False
+  )
+  changes = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+  execution = dict(attention="cudnn", dtype="bfloat16", layers=layers, remat=remat)
+  model, params = make(gpt2, "scalar", **changes, **execution)
+
+  def total(params):
+    score_BL = transformer.apply(
+      model,
+      params,
+      jnp.ones((2, 12), jnp.int32),
+      segment_BL=jnp.asarray(SEGMENT_BL),
+      position_BL=jnp.asarray(POSITION_BL),
+    )
+    return score_BL.sum()
+
+  names = "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"
+  allowed = [export.DisabledSafetyCheck.custom_call(name) for name in names]
+  lowered = export.export(jax.jit(jax.grad(total)), platforms=["cuda"], disabled_checks=allowed)
+  text = lowered(params).mlir_module()
+  assert tuple(len(re.findall(rf"@{re.escape(name)}\(", text)) for name in names) == calls
+  assert "2x4x12x12" not in text and "2x2x24x12" not in text  # no scores of all heads

@@ -1,5 +1,6 @@
 """Prefill and cached decoding give the logits of the whole forward pass and copy no cache."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from instructjax import models
+from instructjax.models import decoding, positions
 from instructjax.parallel import stacking
+from tests.models.conftest import SWITCHES
 
 VOCAB, PROMPT, LENGTH = 19, 5, 11
 QUICK = {"xla_backend_optimization_level": 0}  # halves the compile time of tiny programs
@@ -20,11 +23,12 @@ IS_TOKEN_BL = (COLUMN_L >= NUM_PAD_B) & (COLUMN_L < STOP_B)
 TOKEN_BL = np.where(IS_TOKEN_BL, np.random.default_rng(2).integers(0, VOCAB, (3, LENGTH)), VOCAB)
 
 
-def decode_all(model, weights, cache_length, num_rows=3):
+def decode_all(model, weights, cache_length, num_rows=3, has_rings=False):
   """Logits of the first rows after columns PROMPT - 1 .. LENGTH - 1, one column at a time; jittable."""
   token_BL = jnp.asarray(TOKEN_BL[:num_rows], jnp.int32)
   is_token_BL = jnp.asarray(IS_TOKEN_BL[:num_rows])
-  cache = models.init_cache(model, num_rows, cache_length)
+  band_length = model.network.attention_window if has_rings else None
+  cache = models.init_cache(model, num_rows, cache_length, band_length)
   first_BV, cache = models.prefill(
     model, weights, token_BL[:, :PROMPT], is_token_BL[:, :PROMPT], cache
   )
@@ -34,7 +38,9 @@ def decode_all(model, weights, cache_length, num_rows=3):
   def step(cache, slot):
     known_BT = is_slot_BT & (jnp.arange(cache_length) <= slot)[None]
     logits_BV, cache = models.decode_step(
-      model, weights, token_BL[:, slot], position_BL[:, slot], slot, known_BT, cache
+      *(model, weights, token_BL[:, slot], position_BL[:, slot], slot, known_BT, cache),
+      num_columns=LENGTH if has_rings else None,
+      ring_step=slot if has_rings else None,
     )
     return cache, logits_BV
 
@@ -69,6 +75,29 @@ def test_cached_decode_equals_the_whole_forward(cfg, make, how):
   np.testing.assert_allclose(decoded_BTV[real_BT], expected_BTV[real_BT], rtol=1e-4, atol=1e-4)
   np.testing.assert_allclose(first_row_BTV, expected_BTV[:1], rtol=1e-4, atol=1e-4)
   assert np.all(np.isfinite(decoded_BTV))
+
+
+@pytest.mark.parametrize("window", [3, 7])  # shorter and longer than the prompt
+@pytest.mark.parametrize("name", ["gpt3", "gemma3"])
+def test_rings_hold_what_banded_layers_read(make, name, window):
+  # Five layers: some are left over, whether the period is 2 or 3.
+  cfg = dataclasses.replace(SWITCHES[name], num_layers=5, attention_window=window)
+  model, params = make(cfg, layers="scan")
+  assert decoding.uses_rings(model, LENGTH) and not decoding.uses_rings(model, window)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def both(params):
+    weights = models.decode_weights(model, params)
+    return decode_all(model, weights, LENGTH + 2, has_rings=True), full_forward(model, params)
+
+  decoded_BTV, expected_BTV = both(params)
+  real_BT = IS_TOKEN_BL[:, PROMPT - 1 :]
+  np.testing.assert_allclose(decoded_BTV[real_BT], expected_BTV[real_BT], rtol=1e-4, atol=1e-4)
+  cache = jax.eval_shape(lambda: models.init_cache(model, 3, LENGTH, window))
+  kinds = positions.layer_kinds(cfg)
+  assert len(cache) == len(kinds) and sum(len(keys) for keys, _ in cache) == 5
+  for kind, (keys, _) in zip(kinds, cache):
+    assert keys.shape[3] == (window if kind == "L" else LENGTH)
 
 
 @pytest.mark.parametrize("how", ["unroll", "scan"])
