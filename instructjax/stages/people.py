@@ -54,7 +54,8 @@ def check(ctx: Context):
   Raises:
     UserError: it cannot, or the extra `label` is not installed.
   """
-  _open(_project(ctx)).close()
+  if jax.process_index() == 0:  # which alone writes there
+    _open(_project(ctx)).close()
 
 
 def _open(place: str) -> Any:
