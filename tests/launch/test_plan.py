@@ -592,7 +592,8 @@ def test_a_compiled_step(fsdp, tensor, remat, passes):
   config = small(
     "pretrain",
     pretrain={"optim": {"clip_norm": None}},
-    model={"attention_window": 0, "remat": remat},
+    model={"attention_window": 0},
+    execution={"remat": remat},
     mesh={"fsdp": fsdp, "tensor": tensor},
   )
   with mock.patch.dict(os.environ):  # which planning changes
