@@ -254,7 +254,7 @@ WRITTEN = [
   ("stages/contents", "weights by their first file", "self._files.content(given.kind, given.files)", "self._files.content(given.kind, given.files[:1])"),
   ("stages/pinned", "labels that came after the run's start", "  if ends is None:", "  if True:"),
   ("stages/people", "the run goes on while one ranking is missing", "    if state.missing:", "    if state.missing > 1:"),
-  ("stages/people", "a chat is shown as the template's text", "setdefault(record.prompt, messages or record.prompt)", "setdefault(record.prompt, record.prompt)"),
+  ("stages/people", "a chat is shown as the template's text", "(messages or record.prompt, record.user", "(record.prompt, record.user"),
   ("stages/contents", "the source in place of the run's own rankings", 'if kind == "comparisons" and lineage.collects(self._config):', 'if kind == "comparisons" and not lineage.collects(self._config):'),
   ("stages/room", "weights split over the data axis", 'split_weights = mesh["fsdp"] * mesh["tensor"]', 'split_weights = mesh["data"] * mesh["tensor"]'),
   ("stages/room", "rows whole on each device", 'split_rows = mesh["slice"] * mesh["data"] * mesh["fsdp"]', 'split_rows = mesh["slice"]'),
