@@ -167,8 +167,9 @@ class Mirror:
     self._remove([name for name in gone if name.rpartition("/")[2] == finished.DONE])
     lost = []
     for name in [*(name for name in here if not _is_marker(name)), *markers]:
-      if any(other.startswith(name.rpartition("/")[0] + "/") for other in lost):
-        continue  # the marker of a checkpoint that was deleted meanwhile
+      folder, _, last = name.rpartition("/")
+      if last == manifest.NAME and any(other.startswith(f"{folder}/") for other in lost):
+        continue  # the checkpoint was deleted meanwhile
       try:
         self._copy(name)
       except FileNotFoundError:  # deleted or renamed since it was listed

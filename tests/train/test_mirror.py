@@ -2,13 +2,20 @@
 
 import itertools
 import json
+import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import fsspec
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.train import mirror
+from instructjax.train import metrics, mirror
+from tests import micro, quick
 
 _NUMBER = itertools.count()
 
@@ -126,6 +133,34 @@ def test_whenever_a_machine_is_lost_the_bucket_can_be_gone_on_from(
     assert steps == {*whole}
 
 
+def test_a_checkpoint_that_is_deleted_meanwhile_holds_up_nothing_else(
+  tmp_path, bucket, monkeypatch
+):
+  make, objects, fs = bucket
+  with make(tmp_path / "a") as one:
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 10)
+    write(tmp_path / "a", sft__metrics="10\n")
+    put_file = fs.put_file
+
+    def put(local, remote):
+      if "/5/state/" in local:  # the run deletes its oldest checkpoint just now, files first
+        (tmp_path / "a" / "sft" / "checkpoints" / "5" / "state" / "d").unlink()
+      put_file(local, remote)
+
+    monkeypatch.setattr(fs, "put_file", put)
+    one.push()
+    found = objects()
+    assert found.keys() == {
+      "sft/metrics",
+      "sft/checkpoints/10/state/d",
+      "sft/checkpoints/10/manifest.json",
+    }
+    shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
+    monkeypatch.undo()
+    monkeypatch.setattr(mirror.terminal, "say", lambda line: None)
+
+
 def test_a_machine_keeps_what_it_had_not_copied(tmp_path, bucket):
   make, objects, _ = bucket
   with make(tmp_path / "a"):
@@ -181,3 +216,86 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, bucket):
   with pytest.raises(UserError, match="holds other files than a copy of gs://b/run"):
     make(tmp_path / "a").__enter__()
   assert files(tmp_path / "a") == {"thesis": "years of work"}
+
+
+RUN = """
+import sys
+from instructjax.train import mirror
+mirror.PERIOD = 0.5
+from instructjax import main
+from instructjax.commands import cli
+cli.run(main.main, interrupted="")
+"""
+
+
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
+  """Killed by SIGKILL, its disk gone; the same command on another machine comes to the same numbers.
+
+  Against a server of Cloud Storage's own protocol on this machine, through gcsfs.
+  """
+  pytest.importorskip("gcsfs")
+  server_module = pytest.importorskip("gcp_storage_emulator.server")
+  specs = micro.write_data(tmp_path / "data")
+  config = tmp_path / "mine.py"
+  config.write_text(
+    "from tests import micro\ndef get_config(stage):\n"
+    f"  config = micro.config_dict(stage, {specs!r})\n"
+    "  config.pretrain.num_steps = 60\n  return config\n"
+  )
+  logging.disable(logging.CRITICAL)  # the server's own lines
+  server = server_module.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+  server.start()
+  port = server._api._httpd.socket.getsockname()[1]
+  env = (
+    os.environ
+    | {
+      "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask by gRPC what kind of bucket this is, for a minute
+      "XLA_FLAGS": quick.FLAGS,
+      "PYTHONWARNINGS": "",
+    }
+  )
+
+  def start(workdir, *flags):
+    command = [sys.executable, "-c", RUN, f"--config={config}:sft", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+  def end(run):
+    said = run.communicate(timeout=300)[0].decode()
+    assert run.returncode == 0, said
+    return said
+
+  def numbers(workdir):
+    return {
+      stage: [
+        {name: value for name, value in row.items() if not name.startswith(metrics.MEASURED)}
+        for row in metrics.read_metrics(workdir / stage)
+      ]
+      for stage in ("pretrain", "sft")
+    }
+
+  try:
+    end(start(tmp_path / "alone"))
+    url = "gs://bucket/runs/demo"
+    run = start(url, f"--scratch={tmp_path / 'lost'}")
+    mirrored = tmp_path / "lost" / ".mirrored.json"
+    while not (
+      mirrored.is_file() and "checkpoints/1" in mirrored.read_text()
+    ):  # of step 10 or later
+      assert run.poll() is None, run.communicate()[0].decode()
+      time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    shutil.rmtree(tmp_path / "lost")
+    said = end(start(url, f"--scratch={tmp_path / 'elsewhere'}"))
+    assert "going on after step" in said and f"workdir {url}: this machine works in" in said
+  finally:
+    server.stop()
+    logging.disable(logging.NOTSET)
+  found, expected = numbers(tmp_path / "elsewhere"), numbers(tmp_path / "alone")
+  for stage, rows in expected.items():
+    assert [row["step"] for row in found[stage]] == [row["step"] for row in rows]
+    other = [pair for pair in zip(found[stage], rows) if pair[0] != pair[1]]
+    assert not other, (stage, other)
+  rows = metrics.read_metrics(tmp_path / "elsewhere" / "pretrain")
+  assert any("seconds/redone" in row or "seconds/restore" in row for row in rows)
