@@ -31,14 +31,18 @@ def pin(config: Config, workdir: pathlib.Path):
     return
   place, _ = project
   if jax.process_index() == 0 and place not in (known := _known(workdir)):
-    path = workdir / FILE
-    with writing(path):
-      workdir.mkdir(parents=True, exist_ok=True)
-      scratch = path.with_suffix(".tmp")
-      found = known | {place: list(label_records.newest(place))}
-      scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-      os.replace(scratch, path)
+    _write(workdir, known | {place: list(label_records.newest(place))})
   distributed.meet("the end of the labels kept")
+
+
+def share(folder: pathlib.Path, workdir: pathlib.Path):
+  """Gives a point of a sweep the ends that were kept in the sweep's folder, so that all points read the same.
+
+  Raises:
+    UserError: the file cannot be read or written.
+  """
+  if jax.process_index() == 0 and (known := _known(folder)):
+    _write(workdir, known | _known(workdir))
 
 
 def spec(config: Config, workdir: pathlib.Path, kind: str) -> str:
@@ -57,6 +61,15 @@ def spec(config: Config, workdir: pathlib.Path, kind: str) -> str:
     return source
   more = {name: str(end) for name, end in zip(("until", "items"), ends) if end} | options
   return f"labels:{place}?" + "&".join(f"{name}={value}" for name, value in more.items())
+
+
+def _write(workdir: pathlib.Path, ends: dict[str, list[int]]):
+  path = workdir / FILE
+  with writing(path):
+    workdir.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(ends, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def _known(workdir: pathlib.Path) -> dict[str, list[int]]:

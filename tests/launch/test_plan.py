@@ -19,7 +19,18 @@ from configs import models
 from instructjax.core.config import MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import sharding
-from launch import costs, estimate, expect, hlo, lengths, plan, planning, programs, topology
+from launch import (
+  costs,
+  estimate,
+  expect,
+  hlo,
+  lengths,
+  plan,
+  planning,
+  programs,
+  topology,
+  whole_run,
+)
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -67,6 +78,23 @@ def test_costs_are_multiplied_by_nested_loops():
   assert found.loops["loop"].trips == 6
   assert found.loops["loop"].cost.wire_bytes == found.phases["rollout"].wire_bytes
   assert found.unknown_trips == []
+
+
+def test_turns_that_the_lengths_decide():
+  text = LOOPS.replace("direction=LT", "direction=NE")
+  turns = {"jit(step)/rollout/while": 2.5, "jit(step)/rollout/while/body/while": 4.0}
+  found = costs.summarise(text, num_devices=8, turns=turns.get)
+  assert found.unknown_trips == []
+  assert found.phases["rollout"].flops == 2.5 * 4 * 2 * 8 * 16 * 16
+  # Decode steps inside another loop are counted by themselves.
+  text = text.replace("rollout/while/body/while", "rollout/slots/while/body/decode/while")
+  name = "jit(step)/rollout/slots/while/body/decode/while"
+  found = costs.summarise(text, num_devices=8, turns={**turns, name: 4.0}.get)
+  decoding = whole_run.total_decoding(found)
+  assert decoding.trips == 2.5 * 4
+  assert decoding.cost.flops == found.phases["rollout"].flops == 10 * 2 * 8 * 16 * 16
+  assert found.loops["loop"].trips == 2.5 and found.loops["loop"].cost.flops == 0
+  assert whole_run.total_decoding(costs.summarise(LOOPS, num_devices=8)) is None
 
 
 def test_a_loop_of_unknown_length_is_named():
@@ -528,6 +556,13 @@ def test_model_flops(stage, head, mesh):
 def test_what_does_not_divide(stage, changes, words, mesh):
   with pytest.raises(ValueError, match=words):
     programs.make(small("ppo_ptx", **changes), mesh, stage)
+
+
+def test_a_hint_has_the_planner_s_own_flag():
+  run = "or the mesh to --config.mesh.slice=1 --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=8"
+  more = " --config.sft.batch_size=64"
+  assert planning.with_mesh_flag(run + more) == f"or the mesh to --mesh=fsdp:32,tensor:8{more}"
+  assert planning.with_mesh_flag("nothing") == "nothing"
 
 
 def jaxpr_flops(jaxpr) -> float:

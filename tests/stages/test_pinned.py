@@ -62,6 +62,20 @@ def test_what_the_user_says_counts(tmp_path, project):
   )
 
 
+def test_all_points_of_a_sweep_read_the_same(tmp_path, project):
+  place, database = project
+  cfg = config(f"labels:{place}")
+  pinned.pin(cfg, tmp_path)
+  projects.add(database, [app.item("of the first point's round")], 5.0)
+  pinned.share(tmp_path, tmp_path / "point")
+  pinned.pin(cfg, tmp_path / "point")
+  assert pinned.spec(cfg, tmp_path / "point", "comparisons").endswith("?until=1&items=1")
+  # What a point has kept itself stays.
+  (tmp_path / "point" / pinned.FILE).write_text(json.dumps({place: [3, 4]}))
+  pinned.share(tmp_path, tmp_path / "point")
+  assert pinned.spec(cfg, tmp_path / "point", "comparisons").endswith("?until=3&items=4")
+
+
 def test_other_runs_read_as_before(tmp_path, project):
   place, _ = project
   for cfg in (config(f"labels:{place}", 1), config("demo:", 2, data__prompts="demo:")):
