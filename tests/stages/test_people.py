@@ -29,10 +29,10 @@ class Run:
     self.done, self.sampled = [], 0
     specs = dict(data__comparisons=f"labels:{self.place}", collect__rounds=2)
     self.config = micro.config("ppo_ptx", {}, **specs | changes)
-    records = {
+    self.records = records = {
       "train": [
         Prompt("a", "f:1"),
-        Prompt("b", "f:2"),
+        Prompt("b", "f:2", "u7"),
         Prompt("a", "f:3"),
         Prompt("long" * 99, "f:4"),
       ],
@@ -94,11 +94,12 @@ def test_a_run_asks_once_waits_and_goes_on(tmp_path):
   with pytest.raises(Waiting, match="3 rankings are missing of the 3 items .* 1 of them held out"):
     run.again()
   items = run.items()
-  assert [(json.loads(item.prompt), item.split, item.wanted) for item in items] == [
-    ("a", "train", 1),  # asked once, though it is there twice; what is too long is not asked
-    ("b", "train", 1),
-    ([{"role": "user", "content": "c"}], "validation", 1),
+  assert [(json.loads(item.prompt), item.split, item.author) for item in items] == [
+    ("a", "train", ""),  # asked once, though it is there twice; what is too long is not asked
+    ("b", "train", "u7"),
+    ([{"role": "user", "content": "c"}], "validation", ""),
   ]
+  assert {item.wanted for item in items} == {1}
   assert json.loads((run.folder / "asked.json").read_text())["batch"] == items[0].batch
   with run.database.read() as connection:
     origins = {row.origin for row in connection.execute(schema.answers.select())}
@@ -176,6 +177,20 @@ def test_a_batch_that_is_closed_goes_on_with_what_there_is(tmp_path):
   run.rank([first.id, last.id])
   run.again()
   assert [row["prompt"] for row in run.rows("train")] == ["a"]
+
+
+def test_what_the_project_cannot_hold_is_said_before_anything_is_trained(tmp_path):
+  assert (people.MOST_ANSWERS, people.LONGEST_USER) == (
+    projects.MOST_ANSWERS,
+    projects.LONGEST_AUTHOR,
+  )
+  run = Run(tmp_path)
+  run.records["train"][0] = Prompt("a", "f:1", "u" * 81)
+  with pytest.raises(UserError, match="f:1: user 'uuu.* must have at most 80 letters"):
+    people.check(run.ctx)
+  run.records["train"] = [Prompt("long" * 99, "f:1")]
+  with pytest.raises(UserError, match="no train prompt has at most data.max_prompt_length tokens"):
+    people.check(run.ctx)
 
 
 def test_only_the_later_rounds_are_asked_of_people():
