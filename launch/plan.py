@@ -71,6 +71,11 @@ _TRY_CHANGES = flags.DEFINE_integer(
   "How many changes of settings to compile, the most promising first. By default 2 if the plan does not fit, else none:"
   " changes are then only sketched.",
 )
+_COMPILER_OPTIONS = flags.DEFINE_list(
+  "compiler_options",
+  [],
+  "Options of the TPU's compiler to try: NAME=VALUE,..., as LIBTPU_INIT_ARGS has them in a run.",
+)
 _JSON = flags.DEFINE_boolean("json", False, "Print one line of JSON.")
 flags.declare_key_flag("config")  # defined in another module, whose flags --help would leave out
 flags.mark_flags_as_required(["config", "topology"])
@@ -137,9 +142,8 @@ def main(arguments: list[str]):
     _search(config, stage)
     return
   assumed = _assumed()
-  report = (planning.plan if _COMPILE.value else planning.outline)(
-    config, _TOPOLOGY.value, stage, assumed
-  )
+  what = config, _TOPOLOGY.value, stage, assumed
+  report = planning.plan(*what, _options()) if _COMPILE.value else planning.outline(*what)
   if _TRY_CHANGES.value != 0 or not _JSON.value:
     report = planning.what_to_change(config, report, assumed, _TRY_CHANGES.value, sys.argv[1:])
   if _JSON.value:
@@ -148,6 +152,19 @@ def main(arguments: list[str]):
     print(_in_words(report))
   if not report["fits"]:
     sys.exit(1)
+
+
+def _options() -> dict[str, str]:
+  """The compiler's options.
+
+  Raises:
+    UserError: one has another form than NAME=VALUE.
+  """
+  pairs = [option.removeprefix("--").partition("=") for option in _COMPILER_OPTIONS.value]
+  for name, sign, value in pairs:
+    if not (name and sign and value):
+      raise UserError(f"--compiler_options={name}{sign}{value} must be NAME=VALUE,...")
+  return {name: value for name, _, value in pairs}
 
 
 def _in_words(report: dict) -> str:

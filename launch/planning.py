@@ -9,6 +9,7 @@ import importlib.metadata
 import re
 import resource
 import time
+from collections.abc import Mapping
 
 from instructjax.core.config import Config, MeshConfig
 from instructjax.core.errors import UserError, reason
@@ -32,7 +33,13 @@ class Assumed:
   price: float | None = None
 
 
-def plan(config: Config, topology_name: str, stage: str, assumed: Assumed) -> dict:
+def plan(
+  config: Config,
+  topology_name: str,
+  stage: str,
+  assumed: Assumed,
+  options: Mapping[str, str] | None = None,
+) -> dict:
   """Compiles a stage's step for a TPU slice and analyses the result.
 
   Args:
@@ -40,11 +47,12 @@ def plan(config: Config, topology_name: str, stage: str, assumed: Assumed) -> di
     topology_name: a slice as --topology names it.
     stage: a stage that trains.
     assumed: what a plan cannot know.
+    options: options of the compiler, name -> value.
   Returns:
     A report of JSON values. `fits` says whether the program fits in memory; if not, the costs are missing.
   Raises:
-    UserError: libtpu is not installed; the mesh, batch, stage and topology do not fit together; or a mean length is not
-      possible.
+    UserError: libtpu is not installed; the mesh, batch, stage and topology do not fit together; a mean length is not
+      possible; or the compiler has no such option.
   """
   chip = topology.chip(topology_name)
   config, program, mesh, report = _prepare(config, topology_name, stage, assumed.means)
@@ -56,7 +64,7 @@ def plan(config: Config, topology_name: str, stage: str, assumed: Assumed) -> di
   start, start_cpu = time.perf_counter(), time.process_time()
   what = f"compiling {stage} {config.preset} for {topology_name}, {estimate.spell_mesh(mesh.shape)}"
   with progress.telling(what):
-    compiled, found = _compile(program, mesh, topology_name)
+    compiled, found = _compile(program, mesh, topology_name, options or {})
   if found is not None:
     return report | {"fits": False, "out_of_memory": found}
   spent = {
@@ -186,18 +194,20 @@ def _share_sampled(config: Config, stage: str, means: lengths.Means) -> float:
   return means.response / config.data.max_response_length
 
 
-def _compile(program, mesh, topology_name: str):
+def _compile(program, mesh, topology_name: str, more: Mapping[str, str]):
   """Compiles a program: (compiled program, None), or (None, the compiler's figures) where it does not fit."""
   import jax  # only after the environment is set, see `plan`
 
   try:
     with jax.set_mesh(mesh):
       lowered = program.step.trace(*program.arguments).lower()
-      options = topology.compiler_options(topology_name)
+      options = topology.compiler_options(topology_name) | dict(more)
       return lowered.compile(compiler_options=options), None
   except jax.errors.JaxRuntimeError as error:
     # The compiler reports a program that is too large as an error. Its message has the only figures there are.
     found = estimate.out_of_memory(str(error))
+    if found is None and more and "INVALID_ARGUMENT" in str(error):
+      raise UserError(f"--compiler_options: {reason(error)}") from error
     if found is None:
       raise
     return None, found
