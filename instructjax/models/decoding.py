@@ -178,7 +178,8 @@ def decode_step(
   is_2d = model.execution.decode_layout == "2d"
   place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
-  h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
+  fed = token_B[:, None], is_token_B1, position_B1
+  h_B1D, _, _ = transformer.embed(model, weights, *fed, place, decoding=True)
   angles, kinds = positions.rotary_angles(position_B1, cfg), positions.layer_kinds(cfg)
   # The cache holds no later token than the new one, so no causal mask is needed. Whole columns are asked for, because
   # what reads the tokens after the loop may split them, and the compiler would gather the mask in every layer.
