@@ -116,7 +116,9 @@ def run(points: Sequence[Point], folder: pathlib.Path) -> list[pathlib.Path]:
       pipeline.require_possible(point.config, folder / point.name)
     except UserError as error:
       raise UserError(f"point {point.name}: {error}") from error
-    pinned.pin(point.config, folder)
+  is_begun = any((folder / point.name).exists() for point in points)
+  for point in points:
+    pinned.pin(point.config, folder, is_begun)
   if jax.process_index() == 0:
     terminal.show(_overview(points))
   stopped, waiting = [], []

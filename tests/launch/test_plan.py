@@ -592,7 +592,8 @@ def test_a_compiled_step(fsdp, tensor, remat, passes):
   config = small(
     "pretrain",
     pretrain={"optim": {"clip_norm": None}},
-    model={"attention_window": 0, "remat": remat},
+    model={"attention_window": 0},
+    execution={"remat": remat},
     mesh={"fsdp": fsdp, "tensor": tensor},
   )
   with mock.patch.dict(os.environ):  # which planning changes
@@ -636,3 +637,33 @@ def test_two_slices():
       "DCN all-reduce": (1, 256 * 512 * 4 / 4)
     }
     assert found.host_transfers == []
+
+
+@needs_libtpu
+def test_a_sketch_and_what_to_change_without_a_compiler(monkeypatch):
+  config = small("ppo_ptx", mesh={"fsdp": -1}, rollout={"slots": 8})
+  assumed = planning.Assumed(100, 20, price=2.0)
+  with mock.patch.dict(os.environ):  # which planning changes
+    report = planning.outline(config, "v5e:2x2", "ppo_ptx", assumed)
+    assert report["fits"] and report["mesh"]["fsdp"] == 4 and report["run"]["chips"] == 4
+    report = planning.what_to_change(config, report, assumed, None, [])
+    words = estimate.outline(report)
+    # A plan that the compiler refuses: two changes are tried, and the first that fits ends it.
+    refused = {name: value for name, value in report.items() if name != "sketched_bytes"}
+    refused |= {"fits": False, "out_of_memory": estimate.out_of_memory(NEAR_MISS)}
+    asked = []
+
+    def compile_apart(command, flags):
+      asked.append([*command, *flags])
+      held = {"fits": True, "expected": {"seconds": 1.0}, "memory": {"allocated": 2**30}}
+      return held if len(asked) == 2 else {"fits": False, "out_of_memory": {"needed": 16.0}}
+
+    monkeypatch.setattr(planning.search, "compile_apart", compile_apart)
+    changed = planning.what_to_change(config, refused, assumed, None, ["--topology=v5e:2x2"])
+  assert "nothing was compiled" in words and "What to change" in words
+  assert "May fit: at least about" in words and "at 2 a chip-hour" in words
+  # All answers as long as they may be: slots only cost time.
+  assert any(row["flags"] == ["--config.rollout.slots=0"] for row in report["changes"])
+  assert len(asked) == 2 and all(words[0] == "--topology=v5e:2x2" for words in asked)
+  assert [row["is_compiled"] for row in changed["changes"]][:3] == [True, True, False]
+  assert "compiled" in estimate.refusal(changed)
