@@ -43,6 +43,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
   parser.add_argument("--seconds", type=float, default=120.0, help="how long labelers work")
   parser.add_argument("--labelers", type=int, default=20, help="labelers at once")
   parser.add_argument("--pause", type=float, default=0.5, help="mean pause before a request [s]")
+  parser.add_argument(
+    "--project", default="", help="postgresql:// URL of an empty database, in place of SQLite"
+  )
   parser.add_argument("--no-kill", action="store_true", help="do not kill the server")
   return parser.parse_args(words)
 
@@ -51,7 +54,8 @@ def main(words: list[str] | None = None) -> int:
   import httpx  # of the test extra
 
   args = parse(words)
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = args.project or scratch
     names = [f"labeler{i}" for i in range(args.labelers)]
     passwords = make_project(folder, names, args)
     server, address = start(folder, 0)
@@ -181,7 +185,10 @@ def report(folder: str, seen: list[Seen], args: argparse.Namespace) -> int:
   everything = sorted(t for one in seen for kind in one.times for t in one.times[kind])
   killed = "" if args.no_kill else ", killed in the middle"
   cpu = f"{len(os.sched_getaffinity(0))} cores of {provenance.cpu_model()}"
-  print(f"{len(seen)} labelers, {args.seconds:.0f} s, pauses of {args.pause} s{killed}; {cpu}")
+  place = "PostgreSQL" if args.project else "SQLite"
+  print(
+    f"{len(seen)} labelers, {args.seconds:.0f} s, pauses of {args.pause} s{killed}; {place}; {cpu}"
+  )
   print(f"{'request':14}{'count':>8}{'median ms':>11}{'95% ms':>9}{'most ms':>9}")
   for kind in ("sign-in", "next", "item", "draft", "submit"):
     times = sorted(t for one in seen for t in one.times[kind])

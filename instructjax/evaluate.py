@@ -36,6 +36,9 @@ _SCORERS = flags.DEFINE_list(
   [],
   "Who judges answers in words: toxicity=SPEC for RealToxicity, truth=SPEC and info=SPEC for TruthfulQA.",
 )
+_CHAT = flags.DEFINE_list(
+  "chat", [], "Models of --models that are asked through their chat templates, or 'all'."
+)
 _OUT = flags.DEFINE_string("out", "", "Folder of the results; the same command goes on there.")
 _LIMIT = flags.DEFINE_integer(
   "limit", 0, "At most so many items of a task, drawn by --seed; 0 for all."
@@ -58,6 +61,7 @@ def main(arguments: list[str]):
   if arguments:
     raise UserError(f"unexpected arguments {arguments}; see --help")
   models = model_flag.parse(_MODELS.value, "sft=runs/demo/sft,ppo=runs/demo/ppo")
+  chats = parse_chat(_CHAT.value, tuple(models))
   if not _DATA.value:
     raise UserError("--data must name a folder with the tasks' files, TASK=FILE or tfds:")
   out = pathlib.Path(places.require(_OUT.value, "--out"))
@@ -76,7 +80,24 @@ def main(arguments: list[str]):
     dtype=command.dtype(_DTYPE.value),
   )
   scorers = parse_scorers(_SCORERS.value, tasks.JUDGES)
-  command.run(models, data, settings, out, scorers)
+  command.run(models, data, settings, out, scorers, chats)
+
+
+def parse_chat(values: list[str], names: tuple[str, ...]) -> frozenset[str]:
+  """The models that --chat names.
+
+  Args:
+    values: of --chat.
+    names: of all models.
+  Raises:
+    UserError: one is no model's name.
+  """
+  for value in values:
+    if value not in (*names, "all"):
+      raise UserError(
+        f"--chat={named(value)} must be all, or some of {', '.join(map(named, names))}"
+      )
+  return frozenset(names if "all" in values else values)
 
 
 def parse_scorers(values: list[str], names: tuple[str, ...]) -> dict[str, str]:

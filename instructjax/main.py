@@ -4,6 +4,7 @@ It runs a stage together with all stages that it starts from; with `--sweep` or 
 combinations.
 """
 
+import contextlib
 import pathlib
 
 from absl import flags, logging
@@ -19,7 +20,15 @@ from instructjax.stages.sweep_points import Point
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of checkpoints, metrics and the report; made if missing."
+  "workdir",
+  None,
+  "Folder of checkpoints, metrics and the report; made if missing. gs://BUCKET/FOLDER is a copy of --scratch.",
+)
+_SCRATCH = flags.DEFINE_string(
+  "scratch",
+  None,
+  "Of --workdir=gs://BUCKET/FOLDER: the folder that the run works in; by default one in ~/.cache. Several processes"
+  " need one that all of them share.",
 )
 _SWEEP = flags.DEFINE_multi_string(
   "sweep",
@@ -63,9 +72,20 @@ def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group 
   _refuse(arguments)
   points = read_points()
   config = points[0].config if points else from_config_dict(_CONFIG.value)
-  workdir = places.require_workdir(_WORKDIR.value)
+  bucket = _bucket()
+  workdir = places.require_workdir(bucket[1] if bucket else _WORKDIR.value)
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if bucket and group and _SCRATCH.value is None:
+    raise UserError(
+      f"--workdir={bucket[0]} needs --scratch for several processes, which write each checkpoint together: a folder"
+      " that all hosts share; without one, mount the bucket (docs/launching.md) and give the mounted folder"
+    )
   return config, workdir, group
+
+
+def _bucket() -> tuple[str, str] | None:
+  """The URL and the local folder of a workdir in a bucket; None for an ordinary one."""
+  return places.bucket_of(_WORKDIR.value, _SCRATCH.value)
 
 
 def _refuse(arguments: list[str]):
@@ -120,7 +140,7 @@ def main(arguments: list[str]):
   from instructjax.parallel import compiled, memory
   from instructjax.report import comparison_groups, comparison_page
   from instructjax.stages import finished_runs, lineage, pipeline, sweep
-  from instructjax.train import finished
+  from instructjax.train import finished, mirror
 
   jax.monitoring.register_event_duration_secs_listener(memory.release_after_compiling)
   compiled.keep_programs(workdir)
@@ -137,7 +157,11 @@ def main(arguments: list[str]):
     for line in config_flag.explain(_CONFIG.value):
       terminal.say(line)
   points = read_points()
-  with finished.workdir_lock(workdir):
+  bucket = _bucket()
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(finished.workdir_lock(workdir))
+    if bucket:
+      stack.enter_context(mirror.mirrored(bucket[0], workdir))
     if not points:
       pipeline.run(config, workdir)
       return

@@ -85,8 +85,10 @@ def candidates(config: Config, stage: str, mesh, means: Means) -> list[dict[str,
       ]
   slots = [cfg.batch_size // n for n in (2, 4, 8)]
   found += [
-    {"rollout.slots": n} for n in slots if n % shards == 0 and n not in (0, config.rollout.slots)
+    {"rollout.slots": n} for n in (0, *slots) if n % shards == 0 and n != config.rollout.slots
   ]
+  if cfg.packed_rows:
+    found.append({"ppo.packed_rows": 0})
   # What saves most memory, all at once, and what saves most time.
   small = {
     "execution.remat": "full",

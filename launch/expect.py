@@ -59,26 +59,30 @@ def decoding(steps: float, num_bytes: float, links: float, chip: Chip) -> Part:
   what = f"{steps:,.0f} steps of {num_bytes / max(steps, 1e-9) / 1e9:.2f} GB"
   built = f"{what} at {DECODING.expected:.0%} of the memory's rate ({_ends(DECODING)})"
   if links > num_bytes / (DECODING.expected * chip.hbm_rate):
-    built = f"{what}, bound by the links at their public rate"
+    built = f"{what}, bound by the links at the public rate"
   return Part("decoding", at(DECODING.expected), at(DECODING.most), at(DECODING.least), built)
 
 
-def passes(name: str, flops: float, links: float, slowest: float, chip: Chip) -> Part:
+def passes(
+  name: str, flops: float, floors: Mapping[str, float], slowest: float, chip: Chip
+) -> Part:
   """Passes over whole rows, on one device.
 
   Args:
     name: of the part.
     flops: FLOPs of their products.
-    links: seconds that they send, at the links' public rate.
+    floors: `links`, `memory` -> seconds that they take at the public rate, with nothing else to do.
     slowest: another upper end of the range [seconds]; 0 for none.
     chip: rates of the device.
   """
-  at = lambda share: max(flops / (share * chip.flops), links)
+  floor = max(floors.values(), default=0.0)
+  at = lambda share: max(flops / (share * chip.flops), floor)
   built = (
     f"{flops / 1e12:.1f} TFLOP at {TRAINING.expected:.0%} of the peak rate ({_ends(TRAINING)})"
   )
-  if links > flops / (TRAINING.expected * chip.flops):
-    built = f"{flops / 1e12:.1f} TFLOP, bound by the links at their public rate"
+  if floor > flops / (TRAINING.expected * chip.flops):
+    binds = max(floors, key=lambda what: floors[what])
+    built = f"{flops / 1e12:.1f} TFLOP, bound by the {binds} at the public rate"
   return Part(
     name, at(TRAINING.expected), at(TRAINING.most), max(at(TRAINING.least), slowest), built
   )

@@ -6,6 +6,7 @@ Called by plan.py, which is the command. JAX is imported inside functions only, 
 import dataclasses
 import functools
 import importlib.metadata
+import re
 import resource
 import time
 
@@ -133,7 +134,10 @@ def _prepare(config: Config, topology_name: str, stage: str, means: lengths.Mean
   programs.require_trained(stage, config)
   config, refused = _with_mesh(config, stage, devices)
   mesh = sharding.make_mesh(config.mesh, devices)
-  program = programs.make(config, mesh, stage, means)
+  try:
+    program = programs.make(config, mesh, stage, means)
+  except UserError as error:
+    raise UserError(with_mesh_flag(str(error))) from error
   sizes = lambda trees: {name: programs.shard_bytes(tree) for name, tree in trees.items()}
   report = {
     "note": "estimates: nothing has run on a TPU",
@@ -236,6 +240,16 @@ def what_to_change(
   return report | {"changes": rows, "changes_text": lines}
 
 
+def with_mesh_flag(message: str) -> str:
+  """A message in which a mesh is spelled as --mesh, which takes precedence over the flags that a run has for it."""
+
+  def spelled(match: re.Match) -> str:
+    sizes = re.findall(r"--config\.mesh\.(\w+)=(\d+)", match[0])
+    return f"--mesh={estimate.spell_mesh({axis: int(size) for axis, size in sizes})}"
+
+  return re.sub(r"--config\.mesh\.\w+=\d+( --config\.mesh\.\w+=\d+)*", spelled, message)
+
+
 def _with_mesh(config: Config, stage: str, devices: list) -> tuple[Config, str]:
   """The config with the sizes of its mesh, and why a whole run would refuse them; '' if it would not.
 
@@ -254,7 +268,7 @@ def _with_mesh(config: Config, stage: str, devices: list) -> tuple[Config, str]:
     try:
       meshes.require_fit(config, sharding.make_mesh(sizes, devices), [*stages, stage])
     except UserError as error:
-      refused = str(error)
+      refused = with_mesh_flag(str(error))
     else:
       refused = ""
       break

@@ -192,32 +192,12 @@ wait_until_ready() {
 }
 
 # --- on the workers ---------------------------------------------------------------------------------------------------
-# Single quotes on purpose: $HOME and other variables must be expanded on the worker.
+# Single quotes on purpose: $HOME and other variables must be expanded on the worker. What a worker installs and mounts is
+# in tpu_worker.sh.
 # shellcheck disable=SC2016
-{
-  # The images come with Python 3.10, which is too old. uv installs a newer one on any image. The lock file keeps a run
-  # that was preempted from going on with other versions of its libraries.
-  readonly INSTALL_PACKAGE='curl -LsSf https://astral.sh/uv/install.sh | sh -s -- --quiet && rm -rf "$HOME/venv" && "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$HOME/venv" && "$HOME/.local/bin/uv" pip install --quiet --python="$HOME/venv/bin/python" --constraints="$HOME/instructjax/constraints/lock.txt" "$HOME/instructjax[EXTRAS]"'
-
-  # A new machine updates itself for some minutes, during which apt is locked. Hence the timeout and the attempts.
-  readonly INSTALL_GCSFUSE='for attempt in 1 2 3 4 5 6; do command -v gcsfuse >/dev/null && break; curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee /usr/share/keyrings/cloud.google.asc >/dev/null && echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse || sleep 20; done; command -v gcsfuse'
-
-  readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --property=SubState,ExecMainCode,ExecMainStatus)'
-}
-
-# Metadata caches are off, because a worker must see at once what another worker has written. The limit on renaming is
-# raised, because a checkpoint is completed by renaming its folder.
-mount_command() {
-  local folder=/mnt/$bucket
-  local gcsfuse="gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
-  gcsfuse+=" --rename-dir-limit=100000 $bucket $folder"
-  # The mount is a service of its own. The run's service requires it, so systemd stops it only after the run, which can
-  # still save a checkpoint.
-  echo "mountpoint -q $folder || { sudo mkdir -p $folder && sudo chown \"\$(id -un)\" $folder &&" \
-    "{ sudo systemctl reset-failed instructjax-bucket 2>/dev/null; sudo systemd-run --quiet" \
-    "--unit=instructjax-bucket --uid=\"\$(id -un)\" --property=Type=forking" \
-    "--property=After=network-online.target $gcsfuse; }; } && mkdir -p $mounted/logs"
-}
+readonly WORKER='bash "$HOME/instructjax/launch/tpu_worker.sh"'
+# shellcheck disable=SC2016
+readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --property=SubState,ExecMainCode,ExecMainStatus)'
 
 # The run's command is written to a file, because systemd would expand % and $ in a command line.
 start_command() {
@@ -252,7 +232,7 @@ install_everything() {
   else
     on_each_slice copy_all &&
       on_all_workers "rm -rf \"\$HOME/instructjax\" && mkdir \"\$HOME/instructjax\" && tar -xzf \"\$HOME/instructjax.tar.gz\" -C \"\$HOME/instructjax\""
-  fi && on_all_workers "${INSTALL_PACKAGE/EXTRAS/$extras}" && on_all_workers "$INSTALL_GCSFUSE" && on_all_workers "$(mount_command)"
+  fi && on_all_workers "$WORKER install $extras && $WORKER mount $bucket && mkdir -p $mounted/logs"
 }
 
 start_run() { on_all_workers "$(start_command)"; }

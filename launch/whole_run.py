@@ -44,7 +44,8 @@ def sketched(
   program = program or programs.make(config, mesh, stage, means)
   sizes = sketch.sketch(config, stage, program, mesh.shape, chip, means)
   shards = sharding.num_row_shards(mesh)
-  parts = _passes(config, stage, mesh, chip, means, sizes.links, {})
+  floors = {name: {"links": seconds} for name, seconds in sizes.links.items()}
+  parts = _passes(config, stage, mesh, chip, means, floors, {})
   work = sketch.work_of(config, stage, shards, means)
   if work is not None:
     steps = sum(work.steps.values())
@@ -69,13 +70,16 @@ def compiled(
     timing: as from `estimate.timing`.
   """
   phases = timing["phases"]
-  links = {name: phases[name]["seconds"]["links"] for name in ("scoring", "update")}
+  floor = lambda phase: {"links": phase["seconds"]["links"], "memory": phase["seconds"]["HBM"]}
+  floors = {name: floor(phases[name]) for name in ("scoring", "update")}
   slowest = {name: phases[name]["serial"] for name in ("scoring", "update")}
   sent = 0.0
   if decoding is not None:
     sent = decoding.cost.wire_bytes / chip.link_rate
-    links["prefill"] = max(0.0, phases["rollout"]["seconds"]["links"] - sent)
-  parts = _passes(config, stage, mesh, chip, means, links, slowest)
+    rest = {"links": sent, "memory": decoding.cost.hbm_bytes / chip.hbm_rate}
+    of_rollout = floor(phases["rollout"])
+    floors["prefill"] = {name: max(0.0, of_rollout[name] - spent) for name, spent in rest.items()}
+  parts = _passes(config, stage, mesh, chip, means, floors, slowest)
   if decoding is not None:
     parts.insert(0, expect.decoding(decoding.trips or 0, decoding.cost.hbm_bytes, sent, chip))
   return expect.iteration(parts)
@@ -87,14 +91,14 @@ def _passes(
   mesh,
   chip: Chip,
   means: Means,
-  links: Mapping[str, float],
+  floors: Mapping[str, Mapping[str, float]],
   slowest: Mapping[str, float],
 ) -> list[expect.Part]:
   flops: dict[str, float] = {}
   for one in sketch.make_passes(config, stage, sharding.num_row_shards(mesh), means):
     flops[one.part] = flops.get(one.part, 0.0) + one.flops / mesh.size
   return [
-    expect.passes(name, count, links.get(name, 0.0), slowest.get(name, 0.0), chip)
+    expect.passes(name, count, floors.get(name, {}), slowest.get(name, 0.0), chip)
     for name, count in flops.items()
   ]
 

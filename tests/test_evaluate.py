@@ -50,6 +50,15 @@ def test_scorers(evaluate):
     evaluate.parse_scorers(["truth=a", "truth=b"], names)
 
 
+def test_who_is_asked_as_a_chat(evaluate):
+  names = ("sft", "ppo")
+  assert evaluate.parse_chat([], names) == frozenset()
+  assert evaluate.parse_chat(["ppo"], names) == {"ppo"}
+  assert evaluate.parse_chat(["all"], names) == {"sft", "ppo"}
+  with pytest.raises(UserError, match="--chat=rm must be all, or some of sft, ppo"):
+    evaluate.parse_chat(["sft", "rm"], names)
+
+
 def test_a_mistake_is_one_line(tmp_path):
   done = test_generate.command("--models=a=x", of="evaluate")
   assert (done.returncode, done.stdout) == (2, "")

@@ -11,7 +11,7 @@ import jax
 from instructjax.core import places
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError
-from instructjax.data.records import Prompt
+from instructjax.data.records import Chat, Prompt
 from instructjax.evaluation import language_model
 from instructjax.evaluation.language_model import LanguageModel, Request
 from instructjax.labels import projects
@@ -101,7 +101,10 @@ def answerer(names: Sequence[str], how: Sampling) -> Callable[[str], str]:
 
   def answer(prompt: str) -> str:
     nonlocal seed
-    request = Request(prompt, (), how.max_new_tokens, how.temperature, seed=seed)
+    # As `generate` does: a message where the tokenizer has a template, else text to go on from.
+    is_chat = model.tokenizer.chats.has_template
+    read = _text(model.tokenizer, Chat((("user", prompt),)) if is_chat else prompt)
+    request = Request(read, (), how.max_new_tokens, how.temperature, seed=seed)
     seed += 1
     return language_model.generate(model, [request])[0].strip()
 

@@ -22,6 +22,7 @@ DATABASES = ("postgresql://", "postgresql+psycopg://")
 
 _LONGEST, _LONGEST_NAME = 4095, 255  # bytes of a path and of one name in it, on Linux
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}(/[A-Za-z0-9._=-]+)+")
 _SHOWN = 200  # letters of a path in a message about its spelling
 
 
@@ -81,6 +82,30 @@ def expand_source(text: str, where: str) -> str:
   path, mark, options = rest.partition("?")
   urls = DATABASES if scheme == "labels" else ()
   return f"{scheme}:{expand(path, f'{where}={scheme}:...', urls)}{mark}{options}"
+
+
+def bucket_of(text: str | None, scratch: str | None) -> tuple[str, str] | None:
+  """A workdir in a bucket, as (its URL, the folder of this machine that stands for it); None for an ordinary path.
+
+  Args:
+    text: what --workdir says.
+    scratch: the folder to use; None for one in the user's cache, which belongs to this workdir alone.
+  Raises:
+    UserError: it is no gs://BUCKET/FOLDER; or a scratch folder is given for an ordinary path.
+  """
+  if not text or not text.startswith("gs://"):
+    if scratch is not None:
+      raise UserError(
+        "--scratch goes with --workdir=gs://BUCKET/FOLDER; an ordinary folder needs none"
+      )
+    return None
+  url = text.rstrip("/")
+  if not _BUCKET.fullmatch(url) or ".." in url:
+    raise UserError(
+      f"--workdir={_short(text)} must be gs://BUCKET/FOLDER, in letters, digits and ._=/-"
+    )
+  home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return url, scratch or os.path.join(home, "instructjax", *url.split("/")[2:])
 
 
 def require_workdir(text: str | None) -> pathlib.Path:

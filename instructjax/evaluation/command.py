@@ -4,13 +4,14 @@ Beside runner.py this is the module that knows models; what it does with their a
 report/evaluation.py.
 """
 
+import dataclasses
 import functools
 import hashlib
 import pathlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 
@@ -19,6 +20,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.evaluation import (
+  chatting,
   encoding,
   judging,
   language_model,
@@ -46,6 +48,7 @@ def run(
   settings: runner.Settings,
   out: pathlib.Path,
   scorer_specs: Mapping[str, str],
+  chats: Collection[str] = (),
 ):
   """Asks all models all tasks, and writes samples, summary.json and index.html below `out`.
 
@@ -55,6 +58,7 @@ def run(
     settings: what is asked.
     out: folder of the results.
     scorer_specs: name -> scorer of answers, of `tasks.JUDGES`.
+    chats: names of the models that are asked through their chat templates.
   Raises:
     UserError: no task has data; or see `runner.answer_all`.
   """
@@ -65,7 +69,10 @@ def run(
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
     if not planned:
       raise UserError("none of the tasks that were asked has data: see above, and --data")
-    opened = [_model(name, path, out, DTYPES[settings.dtype]) for name, path in models.items()]
+    opened = [
+      _model(name, path, out, DTYPES[settings.dtype], name in chats)
+      for name, path in models.items()
+    ]
     runner.answer_all(opened, planned, settings, out, progress())
     judges = {name: judging.Judge(spec, scorers.load) for name, spec in scorer_specs.items()}
     say = lambda line: terminal.say(f"scoring {line}", to=terminal.console(stderr=True))
@@ -81,7 +88,11 @@ def run(
       "dtype": settings.dtype,
       "scorers": used,
     }
-    whole = summary.whole(models, parts, skipped, shown, peak_memory())
+    asked_as = {
+      name: f"{path}, asked through its chat template" if name in chats else path
+      for name, path in models.items()
+    }
+    whole = summary.whole(asked_as, parts, skipped, shown, peak_memory())
     summary.write(out / "summary.json", whole)
     report.write(out / "index.html", whole)
     of_run = out.resolve().parent / "report" / "index.html"
@@ -113,19 +124,27 @@ def dtype(asked: str) -> str:
   return execution.for_inference(jax.default_backend()).dtype
 
 
-def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype) -> runner.Model:
+def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype, is_chat: bool) -> runner.Model:
+  """The model of a name.
+
+  Raises:
+    UserError: it cannot be opened, or has no chat template to be asked through.
+  """
   found = weights.locate(path)
   tokenizer = found.tokenizer
+  if is_chat and not tokenizer.chats.has_template:
+    raise UserError(f"--chat={name}: {path} has no chat template; leave {name} out of --chat")
   known = found.checksum(out / "checksums.json") + repr((tokenizer.fingerprint, tokenizer.stop_ids))
   if (
     found.done is not None
   ):  # its settings are in the fingerprint, and its results tell two runs of them apart
     known += repr(found.done.result)
+  known += "chat" * is_chat
   checksum = hashlib.sha256(known.encode()).hexdigest()
-  return runner.Model(name, checksum, lambda: _engine(path, dtype))
+  return runner.Model(name, checksum, lambda: _engine(path, dtype, is_chat))
 
 
-def _engine(path: str, dtype: Dtype) -> runner.Engine:
+def _engine(path: str, dtype: Dtype, is_chat: bool) -> runner.Engine:
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
   with terminal.loading():
     model = language_model.open_model(path, mesh, dtype=dtype)
@@ -137,11 +156,15 @@ def _engine(path: str, dtype: Dtype) -> runner.Engine:
     ]
     return language_model.generate(model, requests, told)
 
-  return runner.Engine(
+  engine = runner.Engine(
     lambda pairs, told: language_model.log_probs(model, pairs, told),
     generate,
     functools.partial(fit, model),
   )
+  if not is_chat:
+    return engine
+  put = functools.partial(chatting.as_chats, model.tokenizer.chats.render_all)
+  return dataclasses.replace(engine, put=put)
 
 
 def _room(model: language_model.LanguageModel, question: Question) -> int:

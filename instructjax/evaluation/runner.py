@@ -29,11 +29,13 @@ class Engine:
     generate: the greedy answers to questions.
     fit: whether the model reads all of what is asked, loses its beginning, or cannot be asked because a continuation is
       longer than what it reads at once.
+    put: how this model is asked: all questions of a prompt at once -> what it reads in their places.
   """
 
   log_probs: Callable[[Sequence[tuple[str, str]], Told], Any]
   generate: Callable[[Sequence[Question], Told], Any]
   fit: Callable[[Ask], Fit]
+  put: Callable[[Sequence[Ask]], Sequence[Ask]] = lambda asks: asks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +186,9 @@ def answer_all(
           told(name, title, start + count, total)
 
         try:
-          fits = [engine.fit(ask) for ask in part.asked.asks]
-          _ask(engine, part.asked.asks, fits, found, kept)
+          asks = engine.put(part.asked.asks)
+          fits = [engine.fit(ask) for ask in asks]
+          _ask(engine, asks, fits, found, kept)
           samples = [_sample(part, i, fit, found) for i, fit in enumerate(fits)]
         finally:
           found.close()

@@ -155,8 +155,14 @@ def add_to(connection: sa.Connection, new: Sequence[Item], now: float, seed: int
     )
     numbers.append(number)
     shuffled = rng.sample(item.answers, len(item.answers))
+    # A model may say NUL, which neither PostgreSQL nor a record of training holds.
     rows = [
-      {"item_id": number, "position": i, "text": text, "origin": origin[:400]}
+      {
+        "item_id": number,
+        "position": i,
+        "text": text.replace("\0", "\ufffd"),
+        "origin": origin[:400],
+      }
       for i, (text, origin) in enumerate(shuffled)
     ]
     if rows:

@@ -248,10 +248,19 @@ def open_(place: str) -> Database:
     )
   database = _connect(place)
   with _errors(place), database.read() as connection:
-    if not sa.inspect(connection).has_table("submissions"):
+    found = sa.inspect(connection)
+    if not found.has_table("submissions"):
       raise UserError(f"--project={printable(place)} holds no labeling project")
-  _complete(place, database)
+    is_whole = _has_all(found)
+  if not is_whole:
+    _complete(place, database)
   return database
+
+
+def _has_all(found: sa.Inspector) -> bool:
+  """Whether there are all tables and columns, some of which a project of an earlier version lacks."""
+  columns = {column["name"] for column in found.get_columns("items")}
+  return metadata.tables.keys() <= set(found.get_table_names()) and "batch" in columns
 
 
 def _add_new_columns(connection: sa.Connection):

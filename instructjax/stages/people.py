@@ -22,6 +22,7 @@ from instructjax.core.config import Config
 from instructjax.core.errors import UserError, Waiting, writing
 from instructjax.core.stages import STAGES
 from instructjax.data import label_records, readers
+from instructjax.data.messages import quoted
 from instructjax.data.records import Chat, Prompt
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import distributed
@@ -31,6 +32,7 @@ from instructjax.train import finished, loop, reading
 
 FILE = "asked.json"
 MOST_ANSWERS = 9  # of a labeler's page, see labels/projects.py
+LONGEST_USER = 80  # letters, see labels/projects.py
 
 # (split, prompts, number of prompts) -> (text of a prompt, its answers) of each that was drawn.
 Sample = Callable[[str, list[Any], int], list[tuple[str, list[str]]]]
@@ -49,12 +51,15 @@ def check_settings(config: Config):
 
 
 def check(ctx: Context):
-  """Checks that the project can be opened.
+  """Checks that the project can be opened, and can hold the prompts.
 
   Raises:
     UserError: it cannot, or the extra `label` is not installed.
   """
-  _open(_project(ctx)).close()
+  for split in ("train", "validation"):
+    _originals(ctx, split)
+  if jax.process_index() == 0:  # which alone writes there
+    _open(_project(ctx)).close()
 
 
 def _open(place: str) -> Any:
@@ -130,16 +135,17 @@ def _draw(ctx: Context, run: loop.StageRun, sample: Sample) -> dict[str, Any]:
     originals = _originals(ctx, split)
     prompts = [Prompt(text) for text in originals]
     for text, answers in sample(split, prompts, min(most, len(prompts))):
-      rows.append({"prompt": originals[text], "split": split, "answers": answers})
+      prompt, user = originals[text]
+      rows.append({"prompt": prompt, "user": user, "split": split, "answers": answers})
   name = f"{ctx.workdir.name}/{run.name}/{secrets.token_hex(4)}"
   return {"batch": name, "fingerprint": dict(run.fingerprint), "rows": rows}
 
 
-def _originals(ctx: Context, split: Any) -> dict[str, Any]:
-  """Text of each prompt that fits -> the prompt as people are to see it: a text, or a chat's messages.
+def _originals(ctx: Context, split: Any) -> dict[str, tuple[Any, str]]:
+  """Text of each prompt that fits -> the prompt as people are to see it (a text, or messages), and who wrote it or ''.
 
   Raises:
-    UserError: no prompt is short enough.
+    UserError: no prompt is short enough, or the name of a user is too long.
   """
   raw: dict[str, Any] = {}
   for record in ctx.data.raw_records("prompts", split):
@@ -153,7 +159,12 @@ def _originals(ctx: Context, split: Any) -> dict[str, Any]:
       seen = raw.get(record.where)
       is_chat = isinstance(seen, Chat)
       messages = [{"role": role, "content": text} for role, text in seen.messages] if is_chat else 0
-      result.setdefault(record.prompt, messages or record.prompt)
+      if len(record.user or "") > LONGEST_USER:
+        raise UserError(
+          f"{record.where or 'data.prompts'}: user {quoted(record.user, 40)} must have at most {LONGEST_USER} letters"
+          " where people rank"
+        )
+      result.setdefault(record.prompt, (messages or record.prompt, record.user or ""))
   if not result:
     raise UserError(f"data.prompts: no {split} prompt has at most data.max_prompt_length tokens")
   return result
@@ -184,6 +195,7 @@ def _put(ctx: Context, stage: str, place: str, asked: dict[str, Any]):
       "ranking",
       prompt(row["prompt"]),
       tuple((text, str(ctx.workdir / parent)) for text in row["answers"]),
+      author=row["user"],
       wanted=cfg.wanted,
       split=row["split"],
       batch=batch,

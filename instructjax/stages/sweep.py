@@ -19,10 +19,10 @@ import jax
 
 from instructjax.core import terminal
 from instructjax.core.config import Config
-from instructjax.core.errors import StageStopped, UserError, one_line, writing
+from instructjax.core.errors import StageStopped, UserError, Waiting, one_line, writing
 from instructjax.core.stages import STAGES
 from instructjax.parallel import distributed, memory
-from instructjax.stages import lineage, pipeline
+from instructjax.stages import lineage, pinned, pipeline
 from instructjax.stages.context import canonical
 from instructjax.stages.sweep_points import RECORD, Point
 from instructjax.train import finished
@@ -102,6 +102,7 @@ def run(points: Sequence[Point], folder: pathlib.Path) -> list[pathlib.Path]:
   Raises:
     UserError: a point's settings cannot run, which is said before anything is trained; files cannot be written; or
       some points were stopped because of their metrics. The others are run all the same.
+    Waiting: some points wait for people. The others are run all the same.
     Preempted: the run was told to stop.
   """
   if (folder / finished.TOKENIZER).exists():
@@ -115,15 +116,19 @@ def run(points: Sequence[Point], folder: pathlib.Path) -> list[pathlib.Path]:
       pipeline.require_possible(point.config, folder / point.name)
     except UserError as error:
       raise UserError(f"point {point.name}: {error}") from error
+  is_begun = any((folder / point.name).exists() for point in points)
+  for point in points:
+    pinned.pin(point.config, folder, is_begun)
   if jax.process_index() == 0:
     terminal.show(_overview(points))
-  stopped = []
+  stopped, waiting = [], []
   for number, point in enumerate(points, start=1):
     workdir = folder / point.name
     head = f"point {number}/{len(points)} {point.name}: "
     if is_finished(point, workdir):
       tell(f"{head}finished already")
       continue
+    pinned.share(folder, workdir)
     reused = _prepare(point, workdir)
     distributed.meet(f"stages of {point.name} linked")
     coming = [name for name in lineage.plan(point.config) if name not in reused]
@@ -134,12 +139,19 @@ def run(points: Sequence[Point], folder: pathlib.Path) -> list[pathlib.Path]:
     except StageStopped as error:
       tell(f"{head}{one_line(error)}")
       stopped.append(point.name)
+    except Waiting as told:  # the other points ask people meanwhile
+      tell(f"{head}{told}")
+      waiting.append(point.name)
     # The next point compiles its own programs, most of which the sweep's folder has already.
     jax.clear_caches()
     memory.release_freed_memory()
   if stopped:
     raise UserError(
       f"{len(stopped)} of {len(points)} points were stopped because of their metrics, see above: {', '.join(stopped)}"
+    )
+  if waiting:
+    raise Waiting(
+      f"{len(waiting)} of {len(points)} points wait for people, see above: {', '.join(waiting)}"
     )
   return [folder / point.name for point in points]
 

@@ -13,7 +13,7 @@ from absl import flags
 
 import instructjax
 from instructjax.commands import cli
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, Waiting
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What takes long to import, in the order in which it would be.
@@ -122,6 +122,10 @@ def test_whatever_else_is_raised_is_a_bug_and_keeps_its_traceback(monkeypatch, c
 )
 def test_what_can_be_mended_is_one_line(monkeypatch, capsys, error, line):
   assert ending(monkeypatch, capsys, error) == (2, f"error: {line}\n")
+
+
+def test_a_run_that_waits_for_people_has_a_code_of_its_own(monkeypatch, capsys):
+  assert ending(monkeypatch, capsys, Waiting("rank 3 items")) == (3, "rank 3 items\n")
 
 
 def test_out_of_the_hosts_memory_is_out_of_memory(monkeypatch, capsys):

@@ -22,8 +22,13 @@ def asked(monkeypatch):
     return [f" {model.name} " for _ in requests]
 
   render = lambda messages: "|".join(f"{one['role']}:{one['content']}" for one in messages)
-  tokenizer = types.SimpleNamespace(chats=types.SimpleNamespace(render_one=render))
-  fake = lambda name, mesh: types.SimpleNamespace(name=name, tokenizer=tokenizer)
+  tokenizer = types.SimpleNamespace(
+    chats=types.SimpleNamespace(render_one=render, has_template=False)
+  )
+  chat = types.SimpleNamespace(chats=types.SimpleNamespace(render_one=render, has_template=True))
+  fake = lambda name, mesh: types.SimpleNamespace(
+    name=name, tokenizer=chat if name == "chat" else tokenizer
+  )
   monkeypatch.setattr(language_model, "open_model", fake)
   monkeypatch.setattr(language_model, "generate", generate)
   return found
@@ -43,6 +48,8 @@ def test_the_playgrounds_model_answers_anew_each_time(asked):
   assert len(asked) == 1  # its first programs are compiled before anybody waits
   assert answer("p") == "m" and answer("p") == "m"
   assert [(one.prompt, one.seed) for one in asked[1:]] == [("p", 5), ("p", 6)]
+  label_models.answerer(["chat"], HOW)("hi")
+  assert asked[-1].prompt == "user:hi"
   for names in ([], ["m", "n"]):
     with pytest.raises(UserError, match=f"needs one --checkpoint.*got {len(names)}"):
       label_models.answerer(names, HOW)

@@ -297,6 +297,7 @@ _RULES = [
   ),
   (dict(sft__num_epochs=0), "config.sft.num_epochs=0 must be positive"),
   (dict(collect__num_prompts=0), "config.collect.num_prompts=0 must be positive"),
+  (dict(collect__wanted=0), "config.collect.wanted=0 must be positive"),
   (dict(collect__rounds=0), "config.collect.rounds=0 must be from 1 to 3"),
   (
     dict(collect__rounds=2, data__comparisons="jsonl:a"),

@@ -106,3 +106,29 @@ def test_a_folder_without_permission_is_refused(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(UserError, match="you may not write in"):
     places.require_workdir(str(tmp_path / "run"))
+
+
+def test_a_workdir_in_a_bucket(monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+  assert places.bucket_of("runs/demo", None) is None and places.bucket_of(None, None) is None
+  assert places.bucket_of("gs://my-bucket/a/b/", None) == (
+    "gs://my-bucket/a/b",
+    "/c/instructjax/my-bucket/a/b",
+  )
+  assert places.bucket_of("gs://b12/a", "/s") == ("gs://b12/a", "/s")
+
+
+@pytest.mark.parametrize(
+  "text, scratch, message",
+  [
+    ("gs://bucket", None, "must be gs://BUCKET/FOLDER"),
+    ("gs://bucket/a b", None, "must be gs://BUCKET/FOLDER"),
+    ("gs://bucket/../a", None, "must be gs://BUCKET/FOLDER"),
+    ("gs://B/\x1b[2J", None, "must be gs://BUCKET/FOLDER"),
+    ("runs/demo", "/s", "--scratch goes with --workdir=gs://"),
+  ],
+)
+def test_no_workdir_in_a_bucket(text, scratch, message):
+  with pytest.raises(UserError, match=message) as refused:
+    places.bucket_of(text, scratch)
+  assert str(refused.value).isprintable()

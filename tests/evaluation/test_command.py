@@ -23,14 +23,14 @@ def data(tmp_path):
 
 def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, capsys):
   fakes = {"sft": Fake(), "ppo": Fake(log_prob_of=lambda text: (1.0 * len(text),))}
-  monkeypatch.setattr(command, "_model", lambda name, path, out, dtype: fakes[name].model(name))
+  monkeypatch.setattr(command, "_model", lambda name, *_: fakes[name].model(name))
   settings = runner.Settings(
     {"hellaswag": ("zero_shot",), "piqa": ("harness",)}, None, 0, False, "float32"
   )
   out, of_run = tmp_path / "out", tmp_path / "report" / "index.html"
   of_run.parent.mkdir()
   of_run.write_text(2 * "<!-- public sets: link --><!-- public sets: section --><!-- end -->\n")
-  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, {})
+  command.run({"sft": "runs/sft", "ppo": "runs/ppo"}, data, settings, out, {}, {"ppo"})
   assert "HellaSwag" in of_run.read_text()
   printed = capsys.readouterr().out
   assert "HellaSwag, 0-shot:" in printed and "piqa (skipped: no" in printed
@@ -43,7 +43,10 @@ def test_it_writes_samples_a_summary_and_a_page(data, tmp_path, monkeypatch, cap
     1e8 < summary["memory"]["machine_bytes"] < 1e11 and summary["memory"]["device_bytes"] is None
   )
   assert "peak memory: " in printed and " GB of the machine\n" in printed
-  assert summary["models"] == {"sft": "runs/sft", "ppo": "runs/ppo"}
+  assert summary["models"] == {
+    "sft": "runs/sft",
+    "ppo": "runs/ppo, asked through its chat template",
+  }
   page = (out / "index.html").read_text()
   assert "HellaSwag" in page and ".781" in page and "piqa" in page
   assert len((out / "samples" / "ppo" / "hellaswag.zero_shot.jsonl").read_text().splitlines()) == 12
@@ -57,14 +60,19 @@ def test_without_any_data_nothing_is_written(tmp_path):
 
 
 def test_another_tokenizer_is_another_model(tmp_path, monkeypatch):
-  def checksum(fingerprint, stop_ids):
-    tokenizer = types.SimpleNamespace(fingerprint=fingerprint, stop_ids=stop_ids)
+  def checksum(fingerprint, stop_ids, is_chat=False, has_template=True):
+    chats = types.SimpleNamespace(has_template=has_template)
+    tokenizer = types.SimpleNamespace(fingerprint=fingerprint, stop_ids=stop_ids, chats=chats)
     found = types.SimpleNamespace(tokenizer=tokenizer, done=None, checksum=lambda memory: "weights")
     monkeypatch.setattr(command.weights, "locate", lambda path: found)
-    return command._model("sft", "folder", tmp_path, "float32").checksum
+    return command._model("sft", "folder", tmp_path, "float32", is_chat).checksum
 
   assert checksum("a", (1,)) == checksum("a", (1,))
   assert len({checksum("a", (1,)), checksum("b", (1,)), checksum("a", (1, 2))}) == 3
+  # Asked as a chat, it gives other answers too.
+  assert checksum("a", (1,), is_chat=True) != checksum("a", (1,))
+  with pytest.raises(UserError, match="--chat=sft: folder has no chat template; leave sft out"):
+    checksum("a", (1,), is_chat=True, has_template=False)
 
 
 def test_memory_is_that_of_the_fullest_device(monkeypatch):

@@ -1,5 +1,6 @@
 """Models are asked what they were not asked yet, and an interrupted evaluation ends like another."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from instructjax.core.errors import UserError
 from instructjax.data.messages import BadRecord
 from instructjax.evaluation import rows, runner, tasks
+from instructjax.evaluation.task import Choices
 from tests.evaluation.fake import Fake
 
 SETTINGS = runner.Settings({"hellaswag": ("zero_shot", "harness")}, None, 0, False, "float32")
@@ -49,6 +51,22 @@ def test_samples_hold_what_decided_them(data, tmp_path):
   assert sample["scores"] == {"accuracy": 1.0, "acc": 1.0, "acc_norm": 0.0}
   found = runner.scores(["fake"], planned[0], tmp_path / "out")
   np.testing.assert_array_equal(found["fake"]["accuracy"], [0, 1, 0, 1, 0, 1])
+
+
+def test_a_model_may_be_asked_in_other_words(data, tmp_path):
+  """`put` gets all questions of a prompt; what is kept is the task's own question."""
+  fake = Fake()
+  model = fake.model()
+  put = lambda asks: [Choices(tuple((f"<{a}>", b.strip()) for a, b in ask.pairs)) for ask in asks]
+  fitted = []
+  engine = dataclasses.replace(model.open(), put=put, fit=lambda ask: fitted.append(ask) or "whole")
+  planned, _ = runner.plan(tasks.found(), data, SETTINGS, tmp_path)
+  model = dataclasses.replace(model, open=lambda: engine)
+  runner.answer_all([model], planned, SETTINGS, tmp_path, lambda *args: None)
+  assert all(context[0] == "<" for ask in fitted for context, _ in ask.pairs) and len(fitted) == 12
+  sample = json.loads(samples(tmp_path)["hellaswag.zero_shot.jsonl"].splitlines()[1])
+  assert sample["prompt"].endswith("row 1") and sample["choices"][1]["continuation"] == " b"
+  assert sample["choices"][1]["log_prob"] == -1.0  # of "b", without its space
 
 
 def test_a_stopped_evaluation_goes_on_and_ends_the_same(data, tmp_path):

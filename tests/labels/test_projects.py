@@ -5,7 +5,7 @@ import pytest
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Chat, Prompt
-from instructjax.labels import projects, schema
+from instructjax.labels import projects, schema, work
 from tests.labels import app
 
 CHAT = Chat((("system", "Be brief."), ("user", "Hi.")))
@@ -78,3 +78,18 @@ def test_the_share_held_out_is_settled_with_the_first_item(tmp_path):
   projects.add(database, [app.item()], 0.0)
   with pytest.raises(UserError, match="before there are items"):
     projects.change(database, {"held_out": "0.5"})
+
+
+def test_an_answer_with_a_nul_can_be_trained_on(tmp_path):
+  database = app.make_project(tmp_path, [app.item(answers=(("a\0b", "m"), ("c", "m")))])
+  ann = app.user(database, "ann")
+  app.submit(database, ann, work.next_item(database, ann, 1.0))
+  (one,) = sources.load(
+    f"labels:{tmp_path}",
+    "comparisons",
+    "all",
+    seed=0,
+    validation_fraction=0.5,
+    on_bad_record="raise",
+  )
+  assert sorted(one.responses) == ["a\ufffdb", "c"]

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
 from instructjax.data import label_records
-from instructjax.labels import privacy, schema, work
+from instructjax.labels import privacy, rounds, schema, work
 from tests.labels import app
 
 
@@ -97,3 +97,21 @@ def test_the_same_in_postgresql():
   with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
     connection.execute(schema.audit.update().values(at=0.0))
   database.close()
+
+
+def test_a_project_of_an_earlier_version_gets_what_it_lacks(database, tmp_path):
+  """It has rows, and neither the column `batch` nor the tables of trainings and of users' prompts."""
+  with database.write() as connection:
+    connection.exec_driver_sql("DROP INDEX ix_items_batch")
+    connection.exec_driver_sql("ALTER TABLE items DROP COLUMN batch")
+    for table in ("trainings", "prompts"):
+      connection.exec_driver_sql(f"DROP TABLE {table}")
+  database.close()
+  # What only reads it needs none of this.
+  assert label_records.rows(str(tmp_path), "comparisons", "all")
+  again = schema.open_(str(tmp_path))
+  with again.read() as connection:
+    assert connection.execute(sa.select(schema.items.c.batch)).scalars().all() == [""]
+    assert not connection.execute(schema.trainings.select()).all()
+    assert len(connection.execute(schema.submissions.select()).all()) == 1
+  assert rounds.put(again, [app.item("new", batch="b")], 1.0, 0)

@@ -8,7 +8,7 @@ import time
 import pytest
 import uvicorn
 
-from instructjax.labels import schema, serving
+from instructjax.labels import playground, schema, serving, trainings
 from tests.labels import app
 
 CHROMIUM = "/usr/bin/chromium"
@@ -25,8 +25,14 @@ def site(tmp_path_factory):
     app.item("Write a line.", (), "demonstration"),
     app.item("t", (("word " * 60, "m"), ("x" * 200, "m")), kind="toxicity"),
   ]
-  database = app.make_project(tmp_path_factory.mktemp("project"), items)
-  config = uvicorn.Config(serving.make(database, ["127.0.0.1"]), port=0, log_level="error")
+  people = (("ann", "labeler"), ("una", "user"), ("rob", "researcher"))
+  database = app.make_project(tmp_path_factory.mktemp("project"), items, people)
+  play = playground.Playground(playground.Model(str.upper), lambda text: text.replace("7", "[N]"))
+  trainings.register(
+    database, trainings.Training("a", "run/rm", 0.7, 0.6, 0.8, 9, 1.0), 0, 9.0, 9.0
+  )
+  application = serving.make(database, ["127.0.0.1"], play=play)
+  config = uvicorn.Config(application, port=0, log_level="error")
   server, socket = uvicorn.Server(config), None
   socket = config.bind_socket()
   thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
@@ -191,6 +197,47 @@ def _fits_a_telephone(page):
     page.goto(page.url.partition("/items")[0].partition("/history")[0].partition("/work")[0] + path)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
   page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def _sign_in(page, address, name):
+  page.goto(f"{address}/sign-in")
+  page.get_by_label("Name").fill(name)
+  page.get_by_label("Password").fill(app.PASSWORD)
+  page.keyboard.press("Enter")
+  page.get_by_role("button", name="Sign out").wait_for()
+
+
+def _fits(page) -> bool:
+  page.set_viewport_size({"width": 390, "height": 844})
+  found = page.evaluate("document.documentElement.scrollWidth") <= 390
+  page.set_viewport_size({"width": 1280, "height": 900})
+  return found
+
+
+def test_a_user_in_the_playground(site, page):
+  address, database = site
+  _sign_in(page, address, "una")
+  page.get_by_label("Your prompt").fill("say 7 </textarea><script>x</script>")
+  page.get_by_role("button", name="Ask").click()
+  playwright.expect(page.get_by_text("Nothing was kept.")).to_be_visible()
+  assert page.get_by_label("Your prompt").input_value() == "say 7 </textarea><script>x</script>"
+  page.get_by_label("Keep this prompt for training models").check()
+  page.get_by_role("button", name="Ask").click()
+  playwright.expect(page.get_by_text("This was kept of your prompt:")).to_be_visible()
+  assert _fits(page)
+  page.get_by_role("button", name="Take back: say [N]").click()
+  playwright.expect(page.get_by_text("No prompt.")).to_be_visible()
+  with database.read() as connection:
+    assert not connection.execute(schema.prompts.select()).all()
+  page.get_by_role("button", name="Sign out").click()
+
+
+def test_the_plot_of_trainings(site, page):
+  _sign_in(page, site[0], "rob")
+  page.get_by_role("link", name="Trainings").click()
+  playwright.expect(page.get_by_role("img", name="run/rm 70%")).to_be_visible()
+  assert page.locator(".plot circle").count() == 1 and _fits(page)
+  page.get_by_role("button", name="Sign out").click()
 
 
 def test_a_drag_on_a_touch_screen_does_not_scroll(page, site):

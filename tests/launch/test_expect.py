@@ -14,18 +14,18 @@ def test_decoding_reads_at_a_share_of_the_memory_s_rate():
   assert found.built.startswith("4 steps of 0.00 GB at 50% of the memory's rate (25% to 80%)")
   bound = expect.decoding(steps=4, num_bytes=40.0, links=9.0, chip=CHIP)
   assert (bound.seconds, bound.most, bound.least) == (9.0, 16.0, 9.0)
-  assert bound.built.endswith("bound by the links at their public rate")
+  assert bound.built.endswith("bound by the links at the public rate")
 
 
 def test_passes_multiply_at_the_published_share_of_the_peak():
-  found = expect.passes("update", flops=47.0, links=0.0, slowest=0.0, chip=CHIP)
+  found = expect.passes("update", flops=47.0, floors={}, slowest=0.0, chip=CHIP)
   assert found.seconds == pytest.approx(1.0)
   assert (found.least, found.most) == pytest.approx((47 / 50, 47 / 44))
   # A slower estimate widens the range, and sending bounds it from below.
-  assert expect.passes("update", 47.0, 0.0, 3.0, CHIP).most == 3.0
-  found = expect.passes("update", 47.0, 2.0, 0.0, CHIP)
+  assert expect.passes("update", 47.0, {"links": 0.1}, 3.0, CHIP).most == 3.0
+  found = expect.passes("update", 47.0, {"links": 1.5, "memory": 2.0}, 0.0, CHIP)
   assert (found.seconds, found.least, found.most) == (2.0, 2.0, 2.0)
-  assert "bound by the links" in found.built
+  assert found.built.endswith("bound by the memory at the public rate")
 
 
 def test_a_run_adds_up_its_stages():

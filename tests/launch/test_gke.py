@@ -134,7 +134,7 @@ def test_the_bucket_is_mounted_as_on_a_tpu_vm(pod):
     "file-system:rename-dir-limit:100000": "--rename-dir-limit=100000",
   }
   assert options == list(names)
-  script = (ROOT / "launch" / "tpu_vm.sh").read_text()
+  script = (ROOT / "launch" / "tpu_worker.sh").read_text()
   flags = re.findall(r"--(?:implicit-dirs|metadata-cache-\S+=\d+|rename-dir-limit=\d+)", script)
   assert flags == list(names.values())
 

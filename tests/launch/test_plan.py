@@ -19,7 +19,18 @@ from configs import models
 from instructjax.core.config import MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import sharding
-from launch import costs, estimate, expect, hlo, lengths, plan, planning, programs, topology
+from launch import (
+  costs,
+  estimate,
+  expect,
+  hlo,
+  lengths,
+  plan,
+  planning,
+  programs,
+  topology,
+  whole_run,
+)
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -67,6 +78,23 @@ def test_costs_are_multiplied_by_nested_loops():
   assert found.loops["loop"].trips == 6
   assert found.loops["loop"].cost.wire_bytes == found.phases["rollout"].wire_bytes
   assert found.unknown_trips == []
+
+
+def test_turns_that_the_lengths_decide():
+  text = LOOPS.replace("direction=LT", "direction=NE")
+  turns = {"jit(step)/rollout/while": 2.5, "jit(step)/rollout/while/body/while": 4.0}
+  found = costs.summarise(text, num_devices=8, turns=turns.get)
+  assert found.unknown_trips == []
+  assert found.phases["rollout"].flops == 2.5 * 4 * 2 * 8 * 16 * 16
+  # Decode steps inside another loop are counted by themselves.
+  text = text.replace("rollout/while/body/while", "rollout/slots/while/body/decode/while")
+  name = "jit(step)/rollout/slots/while/body/decode/while"
+  found = costs.summarise(text, num_devices=8, turns={**turns, name: 4.0}.get)
+  decoding = whole_run.total_decoding(found)
+  assert decoding.trips == 2.5 * 4
+  assert decoding.cost.flops == found.phases["rollout"].flops == 10 * 2 * 8 * 16 * 16
+  assert found.loops["loop"].trips == 2.5 and found.loops["loop"].cost.flops == 0
+  assert whole_run.total_decoding(costs.summarise(LOOPS, num_devices=8)) is None
 
 
 def test_a_loop_of_unknown_length_is_named():
@@ -530,6 +558,13 @@ def test_what_does_not_divide(stage, changes, words, mesh):
     programs.make(small("ppo_ptx", **changes), mesh, stage)
 
 
+def test_a_hint_has_the_planner_s_own_flag():
+  run = "or the mesh to --config.mesh.slice=1 --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.tensor=8"
+  more = " --config.sft.batch_size=64"
+  assert planning.with_mesh_flag(run + more) == f"or the mesh to --mesh=fsdp:32,tensor:8{more}"
+  assert planning.with_mesh_flag("nothing") == "nothing"
+
+
 def jaxpr_flops(jaxpr) -> float:
   """FLOPs of all matrix products, scans, kernels and devices multiplied: an independent count."""
   total = 0.0
@@ -557,7 +592,8 @@ def test_a_compiled_step(fsdp, tensor, remat, passes):
   config = small(
     "pretrain",
     pretrain={"optim": {"clip_norm": None}},
-    model={"attention_window": 0, "remat": remat},
+    model={"attention_window": 0},
+    execution={"remat": remat},
     mesh={"fsdp": fsdp, "tensor": tensor},
   )
   with mock.patch.dict(os.environ):  # which planning changes
@@ -601,3 +637,33 @@ def test_two_slices():
       "DCN all-reduce": (1, 256 * 512 * 4 / 4)
     }
     assert found.host_transfers == []
+
+
+@needs_libtpu
+def test_a_sketch_and_what_to_change_without_a_compiler(monkeypatch):
+  config = small("ppo_ptx", mesh={"fsdp": -1}, rollout={"slots": 8})
+  assumed = planning.Assumed(100, 20, price=2.0)
+  with mock.patch.dict(os.environ):  # which planning changes
+    report = planning.outline(config, "v5e:2x2", "ppo_ptx", assumed)
+    assert report["fits"] and report["mesh"]["fsdp"] == 4 and report["run"]["chips"] == 4
+    report = planning.what_to_change(config, report, assumed, None, [])
+    words = estimate.outline(report)
+    # A plan that the compiler refuses: two changes are tried, and the first that fits ends it.
+    refused = {name: value for name, value in report.items() if name != "sketched_bytes"}
+    refused |= {"fits": False, "out_of_memory": estimate.out_of_memory(NEAR_MISS)}
+    asked = []
+
+    def compile_apart(command, flags):
+      asked.append([*command, *flags])
+      held = {"fits": True, "expected": {"seconds": 1.0}, "memory": {"allocated": 2**30}}
+      return held if len(asked) == 2 else {"fits": False, "out_of_memory": {"needed": 16.0}}
+
+    monkeypatch.setattr(planning.search, "compile_apart", compile_apart)
+    changed = planning.what_to_change(config, refused, assumed, None, ["--topology=v5e:2x2"])
+  assert "nothing was compiled" in words and "What to change" in words
+  assert "May fit: at least about" in words and "at 2 a chip-hour" in words
+  # All answers as long as they may be: slots only cost time.
+  assert any(row["flags"] == ["--config.rollout.slots=0"] for row in report["changes"])
+  assert len(asked) == 2 and all(words[0] == "--topology=v5e:2x2" for words in asked)
+  assert [row["is_compiled"] for row in changed["changes"]][:3] == [True, True, False]
+  assert "compiled" in estimate.refusal(changed)

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
+WORKER = ROOT / "launch" / "tpu_worker.sh"
 TRANSCRIPTS = pathlib.Path(__file__).parent / "transcripts"
 
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="there is no bash")
@@ -47,9 +48,7 @@ case "$*" in
   *ExecMainCode*) next run | tr ';' '\n' ;;
   *systemd-run*instructjax.main* | *instructjax.main*systemd-run*) echo "run" >>calls ;;
   *tar\ -xzf*) echo "unpack" >>calls ;;
-  *uv\"\ pip\ install*) echo "install" >>calls; if [[ -f no_install ]]; then exit 1; fi ;;
-  *apt-get*gcsfuse*) echo "gcsfuse" >>calls ;;
-  *mountpoint*) echo "mount" >>calls ;;
+  *tpu_worker.sh\"\ install\ tpu*mount\ bucket*) echo "install" >>calls; if [[ -f no_install ]]; then exit 1; fi ;;
   *storage\ rsync*) echo "fetch logs" >>calls ;;
   *) echo "unexpected: $*" >>calls ;;
 esac
@@ -64,7 +63,7 @@ exit "$(cat "$(dirname "$0")/verdict")"
 
 PLACE = ["--name=gpt3", "--zone=zone-a", "--project=mine"]
 WHAT = ["--workdir=gs://bucket/gpt3", "--config=configs/ppo_ptx.py:gpt3_1p3b", "--poll=0"]
-INSTALL = ["copy", "unpack", "install", "gcsfuse", "mount"]
+INSTALL = ["copy", "unpack", "install"]
 END = ["copy logs", "fetch logs", "delete"]
 
 NONE = "worker=w-0 ExecMainCode=0 ExecMainStatus=0 SubState=dead"
@@ -136,7 +135,7 @@ def test_shellcheck():
   shellcheck = shutil.which("shellcheck", path=path)
   if shellcheck is None:
     pytest.skip("shellcheck is not installed: pip install '.[test]' brings it")
-  done = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True)
+  done = subprocess.run([shellcheck, str(SCRIPT), str(WORKER)], capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
@@ -458,3 +457,81 @@ def test_flags_reach_the_program_unchanged(tmp_path):
   ]  # fmt: skip
   again = started("running")
   assert again.returncode == 1 and "it runs already" in again.stderr
+
+
+# --- on a worker ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker(tmp_path):
+  """worker(*arguments): runs tpu_worker.sh with stand-ins that note their calls; .calls() is what they were."""
+  bin, home = tmp_path / "bin", tmp_path / "home"
+  note = f'echo "$(basename "$0") $*" >>{tmp_path}/calls\n'
+  for name in ("systemctl", "systemd-run", "apt-get", "mkdir", "chown"):
+    executable(bin / name, "#!/bin/sh\n" + note)
+  executable(bin / "tee", "#!/bin/sh\ncat >/dev/null\n")
+  executable(bin / "sudo", '#!/bin/sh\nexec "$@"\n')
+  executable(bin / "curl", "#!/bin/sh\n")  # uv's installer is empty
+  executable(bin / "lsb_release", "#!/bin/sh\necho jammy\n")
+  executable(bin / "mountpoint", "#!/bin/sh\nexit 1\n")
+  executable(home / ".local/bin/uv", "#!/bin/sh\n" + note)
+
+  def call(*arguments):
+    path = os.pathsep.join([str(bin), os.environ["PATH"]])
+    environ = os.environ | {"PATH": path, "HOME": str(home), "PAUSE": "0"}
+    return subprocess.run(
+      ["bash", str(WORKER), *arguments], capture_output=True, text=True, env=environ, timeout=60
+    )
+
+  call.bin, call.calls = bin, lambda: (tmp_path / "calls").read_text().splitlines()
+  call.note, call.home = note, home
+  return call
+
+
+def test_a_worker_installs_from_the_lock_file(worker):
+  executable(worker.bin / "gcsfuse", "#!/bin/sh\n")
+  assert worker("install", "tpu,hub").returncode == 0
+  python = worker.home / "venv/bin/python"
+  assert worker.calls() == [
+    f"uv venv --quiet --clear --python=3.12 {worker.home}/venv",
+    f"uv pip install --quiet --python={python} --constraints={ROOT}/constraints/lock.txt {ROOT}[tpu,hub]",
+  ]
+
+
+def test_a_worker_installs_gcsfuse_until_apt_lets_it(worker):
+  """apt is locked twice, then brings the program."""
+  executable(
+    worker.bin / "apt-get",
+    f"#!/bin/sh\n{worker.note}[ $(grep -c apt-get {worker.bin.parent}/calls) -gt 2 ] || exit 100\n"
+    f'case "$*" in *install*) cp "$0" {worker.bin}/gcsfuse;; esac\n',
+  )
+  assert worker("install", "tpu").returncode == 0
+  tried = [call for call in worker.calls() if call.startswith("apt-get")]
+  assert tried == [
+    *["apt-get -qq update"] * 3,
+    "apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse",
+  ]
+
+
+def test_a_worker_without_gcsfuse_says_so_by_its_code(worker):
+  executable(worker.bin / "apt-get", f"#!/bin/sh\n{worker.note}exit 100\n")
+  assert worker("install", "tpu").returncode == 1
+  assert sum(call.startswith("apt-get") for call in worker.calls()) == 6
+
+
+def test_a_worker_mounts_the_bucket_once(worker):
+  executable(worker.bin / "gcsfuse", "#!/bin/sh\n")
+  assert worker("mount", "my-bucket").returncode == 0
+  *_, mount = worker.calls()
+  assert mount.startswith("systemd-run --quiet --unit=instructjax-bucket --uid=")
+  assert mount.endswith(" --rename-dir-limit=100000 my-bucket /mnt/my-bucket")
+  assert f"{worker.bin}/gcsfuse --implicit-dirs" in mount
+  before = len(worker.calls())
+  executable(worker.bin / "mountpoint", "#!/bin/sh\nexit 0\n")
+  assert worker("mount", "my-bucket").returncode == 0 and len(worker.calls()) == before
+
+
+@pytest.mark.parametrize("arguments", [(), ("install",), ("mount", "a", "b"), ("run", "a")])
+def test_a_worker_is_told_what_to_do(worker, arguments):
+  done = worker(*arguments)
+  assert done.returncode == 2 and done.stderr.startswith("usage: ")

@@ -6,11 +6,14 @@ from unittest import mock
 
 import pytest
 
+from instructjax.core import results
 from instructjax.core.errors import UserError, Waiting
+from instructjax.core.stages import STAGES
+from instructjax.data import sources
 from instructjax.data.records import Chat, Prompt
-from instructjax.labels import filling, rounds, schema, work
-from instructjax.stages import collect, lineage, people
-from tests import micro
+from instructjax.labels import filling, privacy, projects, rounds, schema, work
+from instructjax.stages import answers, collect, context, lineage, people, pipeline
+from tests import finished_run, micro
 from tests.labels import app
 
 STAGE = "collect_2"
@@ -26,10 +29,10 @@ class Run:
     self.done, self.sampled = [], 0
     specs = dict(data__comparisons=f"labels:{self.place}", collect__rounds=2)
     self.config = micro.config("ppo_ptx", {}, **specs | changes)
-    records = {
+    self.records = records = {
       "train": [
         Prompt("a", "f:1"),
-        Prompt("b", "f:2"),
+        Prompt("b", "f:2", "u7"),
         Prompt("a", "f:3"),
         Prompt("long" * 99, "f:4"),
       ],
@@ -91,11 +94,12 @@ def test_a_run_asks_once_waits_and_goes_on(tmp_path):
   with pytest.raises(Waiting, match="3 rankings are missing of the 3 items .* 1 of them held out"):
     run.again()
   items = run.items()
-  assert [(json.loads(item.prompt), item.split, item.wanted) for item in items] == [
-    ("a", "train", 1),  # asked once, though it is there twice; what is too long is not asked
-    ("b", "train", 1),
-    ([{"role": "user", "content": "c"}], "validation", 1),
+  assert [(json.loads(item.prompt), item.split, item.author) for item in items] == [
+    ("a", "train", ""),  # asked once, though it is there twice; what is too long is not asked
+    ("b", "train", "u7"),
+    ([{"role": "user", "content": "c"}], "validation", ""),
   ]
+  assert {item.wanted for item in items} == {1}
   assert json.loads((run.folder / "asked.json").read_text())["batch"] == items[0].batch
   with run.database.read() as connection:
     origins = {row.origin for row in connection.execute(schema.answers.select())}
@@ -175,6 +179,20 @@ def test_a_batch_that_is_closed_goes_on_with_what_there_is(tmp_path):
   assert [row["prompt"] for row in run.rows("train")] == ["a"]
 
 
+def test_what_the_project_cannot_hold_is_said_before_anything_is_trained(tmp_path):
+  assert (people.MOST_ANSWERS, people.LONGEST_USER) == (
+    projects.MOST_ANSWERS,
+    projects.LONGEST_AUTHOR,
+  )
+  run = Run(tmp_path)
+  run.records["train"][0] = Prompt("a", "f:1", "u" * 81)
+  with pytest.raises(UserError, match="f:1: user 'uuu.* must have at most 80 letters"):
+    people.check(run.ctx)
+  run.records["train"] = [Prompt("long" * 99, "f:1")]
+  with pytest.raises(UserError, match="no train prompt has at most data.max_prompt_length tokens"):
+    people.check(run.ctx)
+
+
 def test_only_the_later_rounds_are_asked_of_people():
   specs = dict(data__comparisons="labels:p", collect__rounds=3)
   cfg = micro.config("ppo_ptx", {}, **specs)
@@ -186,3 +204,86 @@ def test_only_the_later_rounds_are_asked_of_people():
   with pytest.raises(UserError, match="max_responses=10 must be at most 9"):
     many = micro.config("ppo_ptx", {}, collect__max_responses=10, rm__max_responses=10, **specs)
     collect.check_settings(many, "collect_2")
+
+
+RESULTS = {
+  results.Nothing: results.Nothing(),
+  results.Pretrained: results.Pretrained(1.0),
+  results.Tuned: results.Tuned((results.Epoch(1, 1.0, 1.0),)),
+  results.Selected: results.Selected(()),
+  results.Evaluated: results.Evaluated({}),
+  results.RewardModel: finished_run.reward_model(),
+}
+
+
+class WholeRun:
+  """A run of two rounds whose trainings take no time, on a project of the demo task."""
+
+  def __init__(self, tmp_path, monkeypatch):
+    self.place, self.workdir = str(tmp_path / "p"), tmp_path / "run"
+    self.database = app.make_project(self.place, people=())
+    prompts = sources.load(
+      "demo:", "prompts", "train", seed=0, validation_fraction=0.5, on_bad_record="raise"
+    )
+    projects.change(self.database, {"held_out": "0.3"})
+    new = [app.item(one.prompt) for one in prompts[:20]]
+    with self.database.write() as connection:
+      projects.add_to(connection, new, 1.0)
+    self.simulate(0)
+    self.learned = {}
+    monkeypatch.setattr(pipeline, "module", self.module)
+    monkeypatch.setattr(collect, "_speaker", lambda ctx, stage: None)
+    monkeypatch.setattr(answers, "sample", self.sample)
+    own = dict(comparisons=f"labels:{self.place}", prompts="demo:")
+    specs = micro.write_data(tmp_path / "data") | own
+    self.config = micro.config("ppo_ptx", specs, collect__rounds=2)
+
+  def simulate(self, seed):
+    return filling.simulate(self.database, "demo:", "train", seed, 2.0)
+
+  def module(self, stage):
+    return collect if STAGES[stage].kind == "collect" else types.SimpleNamespace(run=self.train)
+
+  def train(self, ctx, stage):
+    run = context.stage_run(ctx, stage)
+    if STAGES[stage].kind == "rm":
+      found = [ctx.data.rankings(stage, split) for split in ("train", "validation")]
+      self.learned[stage] = [[(one.prompt, one.responses) for one in part] for part in found]
+    if not context.is_finished(run):
+      context.finish(ctx, stage, run, None, RESULTS[STAGES[stage].result])
+
+  def sample(self, ctx, model, params, tokens, key, *, temperature):
+    return types.SimpleNamespace(text=[f"the lord is {i}." for i in range(len(tokens))])
+
+  def go(self):
+    with micro.one_device():
+      pipeline.run(self.config, self.workdir)
+
+
+def test_the_circle_with_simulated_labelers(tmp_path, monkeypatch):
+  run = WholeRun(tmp_path, monkeypatch)
+  with pytest.raises(Waiting, match="24 rankings are missing of the 24 items"):
+    run.go()
+  assert "rm" in run.learned and "rm_2" not in run.learned
+  first = run.learned["rm"]
+  # People go on with other items, and a researcher adds some, while the run waits.
+  (extra,) = projects.add(run.database, [app.item("another one")], 3.0)
+  ranks = {str(one.id): {"rank": 1} for one in filling._answers(run.database)[extra]}
+  filling.record(run.database, [filling.Done(extra, "zed", {"answers": ranks})], 3.0)
+  with pytest.raises(Waiting):
+    run.go()
+  assert run.simulate(1) == (24, 0)
+  run.go()
+  assert run.learned["rm"] == first
+  train, held_out = run.learned["rm_2"]
+  assert train[: len(first[0])] == first[0] and held_out[: len(first[1])] == first[1]
+  assert len(train) + len(held_out) == len(first[0]) + len(first[1]) + 24
+  # A prompt that the project holds out is held out of the later round too, wherever the run has it.
+  assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in held_out}
+  assert all(text.startswith("the lord is") for _, texts in train[-8:] for text in texts)
+  # Once more nothing changes, whatever happens in the project.
+  before = (run.workdir / "evaluate" / "done.json").read_text()
+  privacy.delete(run.database, "zed", 9.0)
+  projects.add(run.database, [app.item("one more")], 9.0)
+  run.go()
+  assert (run.workdir / "evaluate" / "done.json").read_text() == before

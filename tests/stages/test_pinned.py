@@ -11,6 +11,7 @@ from instructjax.stages import pinned
 from tests import micro
 from tests.labels import app
 
+ENDS = {"until": 3, "items": 4, "is_of_sweep": False}
 PEOPLE = (("ann", "labeler"), ("bea", "labeler"))
 
 
@@ -32,7 +33,7 @@ def rank(database, name):
   app.submit(database, person, work.next_item(database, person, 1.0))
 
 
-def test_what_comes_later_does_not_count(tmp_path, project):
+def test_what_comes_later_does_not_count(tmp_path, project, capsys):
   place, database = project
   cfg, run = config(f"labels:{place}", data__prompts=f"labels:{place}"), tmp_path / "run"
   pinned.pin(cfg, run)
@@ -41,7 +42,11 @@ def test_what_comes_later_does_not_count(tmp_path, project):
   before = sources.how(spec)
   rank(database, "bea")
   projects.add(database, [app.item("two")], 5.0)
+  (run / "rm").mkdir()
   pinned.pin(cfg, run)  # a run that goes on
+  assert "up to submission 1; there are newer ones, up to 2" in " ".join(
+    capsys.readouterr().out.split()
+  )
   assert pinned.spec(cfg, run, "comparisons") == spec and sources.how(spec) == before
   assert sources.how(f"labels:{place}") != before
   kept = label_records.rows(place, "prompts", "all", 1, last_item=1)
@@ -62,6 +67,33 @@ def test_what_the_user_says_counts(tmp_path, project):
   )
 
 
+def test_a_start_that_read_nothing_does_not_count(tmp_path, project):
+  """A mistake stopped it; until the next, people have gone on."""
+  place, database = project
+  cfg, run = config(f"labels:{place}"), tmp_path / "run"
+  pinned.pin(cfg, run)
+  rank(database, "bea")
+  (run / "pretrain").mkdir()  # which reads no labels
+  pinned.pin(cfg, run)
+  assert pinned.spec(cfg, run, "comparisons") == f"labels:{place}?until=2&items=1"
+
+
+def test_all_points_of_a_sweep_read_the_same(tmp_path, project):
+  place, database = project
+  cfg = config(f"labels:{place}")
+  pinned.pin(cfg, tmp_path)
+  projects.add(database, [app.item("of the first point's round")], 5.0)
+  pinned.share(tmp_path, tmp_path / "point")
+  pinned.pin(cfg, tmp_path / "point")
+  assert pinned.spec(cfg, tmp_path / "point", "comparisons").endswith("?until=1&items=1")
+  pinned.pin(cfg, tmp_path, is_begun=True)  # the sweep goes on
+  assert pinned.spec(cfg, tmp_path, "comparisons").endswith("?until=1&items=1")
+  # What a point has kept itself stays.
+  (tmp_path / "point" / pinned.FILE).write_text(json.dumps({place: ENDS}))
+  pinned.share(tmp_path, tmp_path / "point")
+  assert pinned.spec(cfg, tmp_path / "point", "comparisons").endswith("?until=3&items=4")
+
+
 def test_other_runs_read_as_before(tmp_path, project):
   place, _ = project
   for cfg in (config(f"labels:{place}", 1), config("demo:", 2, data__prompts="demo:")):
@@ -70,10 +102,19 @@ def test_other_runs_read_as_before(tmp_path, project):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"p": 3}', '{"p": ["1", 2]}', '{"p": [1]}'])
+@pytest.mark.parametrize(
+  "content",
+  [
+    "",
+    "[]",
+    '{"p": 3}',
+    '{"p": {"until": "1"}}',
+    '{"p": {"until": 1, "items": 2, "is_of_sweep": 0}}',
+  ],
+)
 def test_a_damaged_file_is_no_reason_to_read_everything(tmp_path, content):
   (tmp_path / pinned.FILE).write_text(content)
   with pytest.raises(UserError, match=r"cannot read .*labels.json: .* Delete"):
     pinned.spec(config("labels:p"), tmp_path, "comparisons")
-  (tmp_path / pinned.FILE).write_text(json.dumps({"q": [1, 2]}))
+  (tmp_path / pinned.FILE).write_text(json.dumps({"q": ENDS}))
   assert pinned.spec(config("labels:p"), tmp_path, "comparisons") == "labels:p"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from instructjax.core import results
-from instructjax.core.errors import StageStopped, UserError
+from instructjax.core.errors import StageStopped, UserError, Waiting
 from instructjax.core.stages import STAGES
 from instructjax.stages import lineage, pipeline, sweep, sweep_points
 from instructjax.train import finished
@@ -63,6 +63,8 @@ def fake(monkeypatch):
       folder = workdir / name
       if finished.read_done(folder):
         continue
+      if config.seed in run.waits:
+        raise Waiting("rank 3 items")
       if (config.seed, name) in run.stops:
         raise StageStopped(f"{name}: loss is nan")
       trained.append((workdir.name, name))
@@ -74,7 +76,7 @@ def fake(monkeypatch):
     (workdir / "report").mkdir(exist_ok=True)
     (workdir / "report" / "index.html").write_text("")
 
-  run.stops, run.trained = set(), trained
+  run.stops, run.waits, run.trained = set(), set(), trained
   monkeypatch.setattr(pipeline, "run", run)
   monkeypatch.setattr(pipeline, "require_possible", lambda config, workdir: None)
   return run
@@ -164,6 +166,14 @@ def test_a_point_that_diverges_does_not_stop_the_others(fake, tmp_path, capsys):
     sweep.run(points(seeds="0,1,2"), tmp_path)
   assert "point 2/3 seed_1: sft: loss is nan" in capsys.readouterr().out
   assert finished.read_done(tmp_path / "seed_2" / "ppo_ptx")
+
+
+def test_a_point_that_waits_for_people_does_not_keep_the_others_from_asking(fake, tmp_path, capsys):
+  fake.waits.add(0)
+  with pytest.raises(Waiting, match="1 of 2 points wait for people, see above: seed_0$"):
+    sweep.run(points(seeds="0,1"), tmp_path)
+  assert "seed_0: rank 3 items" in capsys.readouterr().out
+  assert ("seed_1", "evaluate") in fake.trained
 
 
 def test_nothing_is_trained_if_one_point_cannot_run(fake, tmp_path, monkeypatch):

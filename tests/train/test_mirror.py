@@ -1,0 +1,303 @@
+"""A local folder and a bucket stay the same, whatever is lost in between. The bucket is fsspec's memory."""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import pytest
+
+from instructjax.core.errors import UserError
+from instructjax.train import metrics, mirror
+from tests import micro, quick
+
+_NUMBER = itertools.count()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """make(folder) -> the mirror of that folder in one bucket, without its thread; and the bucket as {path: text}."""
+  fs, root = fsspec.core.url_to_fs(f"memory://bucket{next(_NUMBER)}/run")
+  monkeypatch.setattr(mirror, "PERIOD", 3600.0)
+  monkeypatch.setattr(mirror.terminal, "say", lambda line: None)
+
+  def objects():
+    return {
+      name.split("/run/")[1]: fs.cat_file(name).decode()
+      for name in fs.find(root)
+      if not name.endswith(mirror.OWNER)
+    }
+
+  return lambda folder: mirror.Mirror(fs, root, "gs://b/run", folder), objects, fs
+
+
+def write(folder, **files):
+  for name, text in files.items():
+    path = folder / name.replace("__", "/").replace("_JSON", ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def save(folder, step, *, whole=True):
+  write(folder / "sft" / "checkpoints" / str(step), state__d=f"weights of {step}")
+  if whole:
+    write(folder / "sft" / "checkpoints" / str(step), manifest_JSON=f"manifest of {step}")
+
+
+def files(folder):
+  return {
+    str(path.relative_to(folder)): path.read_text()
+    for path in folder.rglob("*")
+    if path.is_file() and path.name != ".mirrored.json"
+  }
+
+
+def test_another_machine_goes_on_from_the_bucket(tmp_path, bucket):
+  make, objects, _ = bucket
+  with make(tmp_path / "a"):
+    write(tmp_path / "a", sft__metrics="1\n", cache__tokens__x="ids", compiled__x="program")
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 6, whole=False)  # being written
+    write(tmp_path / "a", sft__done_JSON="done")
+  expected = {
+    "sft/metrics": "1\n",
+    "sft/done.json": "done",
+    "sft/checkpoints/5/state/d": "weights of 5",
+    "sft/checkpoints/5/manifest.json": "manifest of 5",
+  }
+  assert objects() == expected, "neither caches nor half a checkpoint"
+  with make(tmp_path / "b"):
+    assert files(tmp_path / "b") == expected
+    write(tmp_path / "b", sft__metrics="1\n2\n")
+  assert objects() == expected | {"sft/metrics": "1\n2\n"}
+
+
+class Lost(Exception):
+  pass
+
+
+@pytest.mark.parametrize("after", range(9))
+def test_whenever_a_machine_is_lost_the_bucket_can_be_gone_on_from(
+  tmp_path, bucket, after, monkeypatch
+):
+  """The old checkpoint or the new one is whole there, and done.json only with all that was before it."""
+  make, objects, fs = bucket
+  with make(tmp_path / "a"):
+    save(tmp_path / "a", 5)
+  one = make(tmp_path / "a")
+  one.__enter__()
+  save(tmp_path / "a", 10)
+  shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
+  write(tmp_path / "a", sft__metrics="10\n", sft__done_JSON="done")
+  left = itertools.count(after, -1)
+
+  def counted(call):
+    def maybe(*args, **kwargs):
+      if next(left) <= 0:
+        raise Lost
+      return call(*args, **kwargs)
+
+    return maybe
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fs, "put_file", counted(fs.put_file))
+    patch.setattr(fs, "rm_file", counted(fs.rm_file))
+    try:
+      one.push()
+      is_lost = False
+    except Lost:
+      is_lost = True
+  one._stop.set()
+  assert is_lost == (after < 6), "four files come and two go"
+  found = objects()
+  whole = [
+    step
+    for step in (5, 10)
+    if {f"sft/checkpoints/{step}/state/d", f"sft/checkpoints/{step}/manifest.json"} <= {*found}
+  ]
+  assert whole
+  for step in (5, 10):
+    assert step in whole or f"sft/checkpoints/{step}/manifest.json" not in found
+  if "sft/done.json" in found:
+    assert 10 in whole and found["sft/metrics"] == "10\n"
+  with make(tmp_path / "b"):
+    pulled = files(tmp_path / "b")
+    assert all(f"sft/checkpoints/{step}/state/d" in pulled for step in whole)
+    steps = {int(name.split("/")[2]) for name in pulled if "/checkpoints/" in name}
+    assert steps == {*whole}
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_holds_up_nothing_else(
+  tmp_path, bucket, monkeypatch
+):
+  make, objects, fs = bucket
+  with make(tmp_path / "a") as one:
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 10)
+    write(tmp_path / "a", sft__metrics="10\n")
+    put_file = fs.put_file
+
+    def put(local, remote):
+      if "/5/state/" in local:  # the run deletes its oldest checkpoint just now, files first
+        (tmp_path / "a" / "sft" / "checkpoints" / "5" / "state" / "d").unlink()
+      put_file(local, remote)
+
+    monkeypatch.setattr(fs, "put_file", put)
+    one.push()
+    found = objects()
+    assert found.keys() == {
+      "sft/metrics",
+      "sft/checkpoints/10/state/d",
+      "sft/checkpoints/10/manifest.json",
+    }
+    shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
+    monkeypatch.undo()
+    monkeypatch.setattr(mirror.terminal, "say", lambda line: None)
+
+
+def test_a_machine_keeps_what_it_had_not_copied(tmp_path, bucket):
+  make, objects, _ = bucket
+  with make(tmp_path / "a"):
+    save(tmp_path / "a", 5)
+  save(tmp_path / "a", 10)  # killed before it was copied
+  with make(tmp_path / "a"):
+    assert "sft/checkpoints/10/state/d" in files(tmp_path / "a")
+  assert "sft/checkpoints/10/manifest.json" in objects()
+
+
+def test_the_bucket_counts_where_both_have_gone_on(tmp_path, bucket):
+  make, objects, _ = bucket
+  with make(tmp_path / "a"):
+    write(tmp_path / "a", sft__metrics="1\n")
+  write(tmp_path / "a", sft__metrics="1\n2a\n", cache__x="kept")
+  with make(tmp_path / "b"):
+    write(tmp_path / "b", sft__metrics="1\n2b\n")
+  with make(tmp_path / "a"):
+    assert files(tmp_path / "a") == {"sft/metrics": "1\n2b\n", "cache/x": "kept"}
+  assert objects() == {"sft/metrics": "1\n2b\n"}
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(tmp_path, bucket):
+  make, objects, _ = bucket
+  with pytest.raises(UserError, match=r"taken over by another run \(.*process \d+ on "):
+    with make(tmp_path / "a"):
+      with make(tmp_path / "b"):
+        write(tmp_path / "b", y="2")
+      write(tmp_path / "a", y="other")
+  assert objects() == {"y": "2"}
+
+
+def test_an_error_of_the_bucket_is_one_line(tmp_path, bucket, monkeypatch):
+  make, _, fs = bucket
+  one = make(tmp_path / "a")
+  monkeypatch.setattr(fs, "find", lambda *_, **__: (_ for _ in ()).throw(PermissionError("403\nx")))
+  with pytest.raises(UserError, match="gs://b/run cannot be read: PermissionError: 403. What the"):
+    one.__enter__()
+
+
+def test_an_object_of_a_hostile_name_is_refused(tmp_path, bucket):
+  make, _, fs = bucket
+  one = make(tmp_path / "a")
+  fs.pipe_file(f"{one._root}/sft/../../x", b"1")
+  with pytest.raises(UserError, match="which is no run's"):
+    one.__enter__()
+  assert not (tmp_path / "x").exists() and json.dumps(files(tmp_path / "a")) == "{}"
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path, bucket):
+  make, _, _ = bucket
+  write(tmp_path / "a", thesis="years of work")
+  with pytest.raises(UserError, match="holds other files than a copy of gs://b/run"):
+    make(tmp_path / "a").__enter__()
+  assert files(tmp_path / "a") == {"thesis": "years of work"}
+
+
+RUN = """
+import sys
+from instructjax.train import mirror
+mirror.PERIOD = 0.5
+from instructjax import main
+from instructjax.commands import cli
+cli.run(main.main, interrupted="")
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path, processes):
+  """Killed by SIGKILL, its disk gone; the same command on another machine comes to the same numbers.
+
+  Against a server of Cloud Storage's own protocol on this machine, through gcsfs.
+  """
+  pytest.importorskip("gcsfs")
+  server_module = pytest.importorskip("gcp_storage_emulator.server")
+  specs = micro.write_data(tmp_path / "data")
+  config = tmp_path / "mine.py"
+  config.write_text(
+    "from tests import micro\ndef get_config(stage):\n"
+    f"  config = micro.config_dict(stage, {specs!r})\n"
+    "  config.pretrain.num_steps = 240\n"
+    "  config.checkpoint.every_steps = 10\n  return config\n"
+  )
+  logging.disable(logging.CRITICAL)  # the server's own lines
+  server = server_module.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+  server.start()
+  port = server._api._httpd.socket.getsockname()[1]
+  env = (
+    os.environ
+    | {
+      "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask by gRPC what kind of bucket this is, for a minute
+      "XLA_FLAGS": quick.FLAGS,
+      "PYTHONWARNINGS": "",
+    }
+  )
+
+  def start(workdir, *flags):
+    pod = [sys.executable, "-m", "launch.local_pod", f"--processes={processes}", "--"]
+    command = [sys.executable, "-c", RUN, f"--config={config}:sft", f"--workdir={workdir}", *flags]
+    command = [*(pod if processes > 1 else ()), *command]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+  def end(run):
+    said = run.communicate(timeout=300)[0].decode()
+    assert run.returncode == 0, said
+    return said
+
+  def numbers(workdir):
+    return {
+      stage: [
+        {name: value for name, value in row.items() if not name.startswith(metrics.MEASURED)}
+        for row in metrics.read_metrics(workdir / stage)
+      ]
+      for stage in ("pretrain", "sft")
+    }
+
+  try:
+    end(start(tmp_path / "alone"))
+    url = "gs://bucket/runs/demo"
+    run = start(url, f"--scratch={tmp_path / 'lost'}")
+    mirrored = tmp_path / "lost" / ".mirrored.json"
+    while not (mirrored.is_file() and "/checkpoints/" in mirrored.read_text()):
+      assert run.poll() is None, run.communicate()[0].decode()
+      time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    shutil.rmtree(tmp_path / "lost")
+    said = end(start(url, f"--scratch={tmp_path / 'elsewhere'}"))
+    assert "going on after step" in said and f"workdir {url}: this machine works in" in said
+  finally:
+    server.stop()
+    logging.disable(logging.NOTSET)
+  found, expected = numbers(tmp_path / "elsewhere"), numbers(tmp_path / "alone")
+  for stage, rows in expected.items():
+    assert [row["step"] for row in found[stage]] == [row["step"] for row in rows]
+    other = [pair for pair in zip(found[stage], rows) if pair[0] != pair[1]]
+    assert not other, (stage, other)
+  rows = metrics.read_metrics(tmp_path / "elsewhere" / "pretrain")
+  assert any("seconds/redone" in row or "seconds/restore" in row for row in rows)
