@@ -34,6 +34,7 @@ AREAS = {
   "train": {
     "train/accumulation": 4,
     "train/checkpoint": 6,
+    "train/weight_hash": 2,
     "train/damaged": 4,
     "train/finished": 5,
     "train/loop": 7,
