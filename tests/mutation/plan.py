@@ -34,7 +34,6 @@ AREAS = {
   "train": {
     "train/accumulation": 4,
     "train/checkpoint": 6,
-    "train/weight_hash": 2,
     "train/damaged": 4,
     "train/finished": 5,
     "train/loop": 7,
@@ -42,6 +41,7 @@ AREAS = {
     "train/metrics": 5,
     "train/optim": 10,
     "train/supervised": 5,
+    "train/weight_hash": 3,
   },
   "stages": {
     "stages/collect": 4,
