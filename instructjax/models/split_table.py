@@ -108,7 +108,7 @@ class _Shard:
   """
 
   def __init__(self, vocab_size: int, h_BtD, table_vd, weight_BT):
-    self.dtype = h_BtD.dtype
+    self.dtype, self.vocab_size = h_BtD.dtype, vocab_size
     self.shape = (*weight_BT.shape, h_BtD.shape[-1])
     h_BTD = _gather(h_BtD, "tensor")
     self.table_vD = _gather(table_vd, "fsdp")
@@ -146,6 +146,8 @@ class _Shard:
     sum_T = jnp.sum(jnp.exp(logits_Tv - max_T[:, None]), axis=-1)
     picked_T = jnp.sum(jnp.where(self.is_token(token_T), logits_Tv, 0), axis=-1)
     sum_T, picked_T = jax.lax.psum((sum_T, picked_T), "tensor")
+    # No device has an id outside the vocabulary. NaN, as on one device; where it weighs 0 the callers drop it.
+    picked_T = jnp.where((token_T >= 0) & (token_T < self.vocab_size), picked_T, jnp.nan)
     log_T = jnp.log(sum_T) + max_T
     return logits_Tv, picked_T - log_T, log_T
 

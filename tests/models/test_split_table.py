@@ -81,6 +81,16 @@ def test_without_a_gradient_the_loss_is_the_same():
   np.testing.assert_allclose((sum_nll, sum_weight), expected, rtol=1e-5)
 
 
+def test_a_token_outside_the_vocabulary_shows():
+  h_BTD, table_VD, token_BT, _ = inputs()
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2, 2))):
+    run = jax.jit(
+      lambda token_BT: split_table.token_logprob(h_BTD, table_VD, token_BT, token_BT < 99, 1.0)
+    )
+    found = np.asarray(run(np.where(np.arange(COLUMNS) == 1, VOCAB, token_BT)))
+  np.testing.assert_array_equal(np.isnan(found), np.arange(COLUMNS)[None] == [[1]] * ROWS)
+
+
 def test_lookups_read_a_devices_own_tokens():
   _, table_VD, token_BT, _ = inputs()
   weight_BTD = np.random.default_rng(1).normal(size=(ROWS, COLUMNS, WIDTH)).astype(np.float32)
