@@ -31,7 +31,7 @@ from instructjax.report import costs
 from instructjax.train import loop, metrics
 from instructjax.train.tracking import Tracking
 
-WIDTH, PASSES = 2048, 6  # a step goes over the layers so many times
+WIDTH, PASSES = 2048, 1  # a step goes over the layers so many times
 
 
 class Batches:

@@ -32,24 +32,23 @@ from instructjax.models.interop import tensor_table
 from instructjax.parallel import distributed, memory, sharding
 from instructjax.train import checkpoint, streams
 
-VOCAB = 32768
 WIDTHS = dict(
   d_model=1536, num_heads=12, num_kv_heads=4, head_dim=128, d_mlp=4096, tie_embeddings=False
 )
-OUTSIDE, A_LAYER = 2 * VOCAB * 1536, 25_168_896  # numbers outside of the layers, and in one
+A_LAYER = 25_168_896  # numbers
 
 
-def network(gigabytes: float):
-  """A Llama of the shape above, with as many layers as fit."""
+def network(gigabytes: float, vocab: int):
+  """A Llama of the shape above, with as many layers as fit beside its two tables."""
   base = from_config_dict(presets.get("ppo", "smollm2_135m")).model.network
-  layers = max(round((gigabytes * 1e9 / 4 - OUTSIDE) / A_LAYER), 1)
+  layers = max(round((gigabytes * 1e9 / 4 - 2 * vocab * 1536) / A_LAYER), 1)
   return dataclasses.replace(base, num_layers=layers, **WIDTHS)
 
 
-def model_on(mesh, cfg):
+def model_on(mesh, cfg, vocab: int):
   """The network on a mesh, its layers scanned as on accelerators."""
   how = dataclasses.replace(execution.for_inference("cpu"), layers="scan")
-  return execution.model_on(mesh, cfg, how, VOCAB, "lm")
+  return execution.model_on(mesh, cfg, how, vocab, "lm")
 
 
 def random_tensor(tensor: tensor_table.Tensor) -> np.ndarray:
@@ -100,7 +99,8 @@ def import_and_save(folder: pathlib.Path, axes: dict[str, int]):
 
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, **axes))
   source = interop.open_weights(folder / "hf")
-  model = model_on(mesh, interop.describe(source).cfg)
+  found = interop.describe(source)
+  model = model_on(mesh, found.cfg, found.vocab_size)
   asked = 0
 
   def read_rows(name: str, first: int, last: int) -> np.ndarray:
@@ -128,8 +128,9 @@ def import_and_save(folder: pathlib.Path, axes: dict[str, int]):
 def export(folder: pathlib.Path, dtype: interop.Dtype):
   """Exports the checkpoint in this process, says what that took, and compares it with the folder."""
   source = interop.open_weights(folder / "hf")
+  found = interop.describe(source)
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1))
-  model = model_on(mesh, interop.describe(source).cfg)
+  model = model_on(mesh, found.cfg, found.vocab_size)
   out = folder / dtype
   memory.return_freed_memory()  # as the command does
   with Peak() as took:
@@ -154,6 +155,7 @@ def export(folder: pathlib.Path, dtype: interop.Dtype):
 def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--gigabytes", type=float, default=2.0)
+  parser.add_argument("--vocab", type=int, default=32768)
   parser.add_argument("--processes", type=int, default=4)
   parser.add_argument("--fsdp", type=int, default=4)
   parser.add_argument("--tensor", type=int, default=1)
@@ -168,7 +170,7 @@ def main():
   folder = pathlib.Path(tempfile.mkdtemp(dir=flags.folder))
   try:
     mesh = sharding.make_mesh(MeshConfig(slice=1, data=1, fsdp=1, tensor=1))
-    model = model_on(mesh, network(flags.gigabytes))
+    model = model_on(mesh, network(flags.gigabytes, flags.vocab), flags.vocab)
     interop.write_folder(folder / "hf", model, interop.Stored(random_tensor), {})
     total = sum(path.stat().st_size for path in (folder / "hf").iterdir())
     print(json.dumps({"folder": total, "processes": flags.processes, **axes}), flush=True)

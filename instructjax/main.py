@@ -22,12 +22,13 @@ _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of checkpoints, metrics and the report; made if missing. gs://BUCKET/FOLDER is for runs of one process.",
+  "Folder of checkpoints, metrics and the report; made if missing. gs://BUCKET/FOLDER is a copy of --scratch.",
 )
 _SCRATCH = flags.DEFINE_string(
   "scratch",
   None,
-  "Of --workdir=gs://BUCKET/FOLDER: the folder of this machine that the run works in; by default one in ~/.cache.",
+  "Of --workdir=gs://BUCKET/FOLDER: the folder that the run works in; by default one in ~/.cache. Several processes"
+  " need one that all of them share.",
 )
 _SWEEP = flags.DEFINE_multi_string(
   "sweep",
@@ -74,10 +75,10 @@ def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group 
   bucket = _bucket()
   workdir = places.require_workdir(bucket[1] if bucket else _WORKDIR.value)
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if bucket and group:
+  if bucket and group and _SCRATCH.value is None:
     raise UserError(
-      f"--workdir={bucket[0]} is for runs of one process: several write each checkpoint together, into one folder;"
-      " mount the bucket on all hosts (docs/launching.md) and give the mounted folder"
+      f"--workdir={bucket[0]} needs --scratch for several processes, which write each checkpoint together: a folder"
+      " that all hosts share; without one, mount the bucket (docs/launching.md) and give the mounted folder"
     )
   return config, workdir, group
 
@@ -160,7 +161,7 @@ def main(arguments: list[str]):
   with contextlib.ExitStack() as stack:
     stack.enter_context(finished.workdir_lock(workdir))
     if bucket:
-      stack.enter_context(mirror.open_bucket(bucket[0], workdir))
+      stack.enter_context(mirror.mirrored(bucket[0], workdir))
     if not points:
       pipeline.run(config, workdir)
       return

@@ -178,7 +178,8 @@ def decode_step(
   is_2d = model.execution.decode_layout == "2d"
   place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
-  h_B1D, _, _ = transformer.embed(model, weights, token_B[:, None], is_token_B1, position_B1, place)
+  fed = token_B[:, None], is_token_B1, position_B1
+  h_B1D, _, _ = transformer.embed(model, weights, *fed, place, decoding=True)
   angles, kinds = positions.rotary_angles(position_B1, cfg), positions.layer_kinds(cfg)
   # The cache holds no later token than the new one, so no causal mask is needed. Whole columns are asked for, because
   # what reads the tokens after the loop may split them, and the compiler would gather the mask in every layer.
@@ -213,9 +214,11 @@ def decode_step(
       jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
       for old, new in zip(stacks, new_BTGK)
     )
-    pair = (jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks)
-    read = (x[:, :, : mask_BTS.shape[-1]] for x in pair)
-    return layers.attend(q_BTGRK, *read, mask_BTS=mask_BTS), stacks
+    # One slice, of the layer and of the columns: of two, the first would be copied.
+    length, (_, rows, groups, _, width) = mask_BTS.shape[-1], stacks[0].shape
+    sizes = 1, rows, groups, length, width
+    pair = (jax.lax.dynamic_slice(stack, (index, 0, 0, 0, 0), sizes)[0] for stack in stacks)
+    return layers.attend(q_BTGRK, *pair, mask_BTS=mask_BTS), stacks
 
   def run_block(h_B1D, layer, index, mix):
     # The cache is split by rows in either layout, so attention must see a device's own rows again.

@@ -1,13 +1,13 @@
 """Log-probabilities and losses of given tokens, from the hidden states that `transformer.hidden` returns.
 
 Called by train/supervised.py and rl/scoring.py. A large batch is taken in blocks of tokens, so that the logits of the
-whole batch never exist. On a mesh the vocabulary is split as well: see split_head.py.
+whole batch never exist. On a mesh the vocabulary is split as well: see split_table.py.
 """
 
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import split_head, transformer
+from instructjax.models import split_table, transformer
 from instructjax.ops import lm
 from instructjax.parallel import constraints
 
@@ -39,7 +39,7 @@ def token_logprob(
   table_VD = transformer.lm_table(model, params)
   if not constraints.on_one_device():
     table_VD = table_VD.astype(h_BTD.dtype)
-    return split_head.token_logprob(h_BTD, table_VD, token_BT, is_token_BT, temperature)
+    return split_table.token_logprob(h_BTD, table_VD, token_BT, is_token_BT, temperature)
   blocks = _num_blocks(model, token_BT)
   if blocks > 1:
     return lm.blocked_logprob(h_BTD, table_VD, token_BT, is_token_BT, blocks, temperature)
@@ -60,7 +60,7 @@ def loss_sums(
   """
   table_VD = transformer.lm_table(model, params)
   if not constraints.on_one_device():
-    return split_head.loss_sums(h_BTD, table_VD.astype(h_BTD.dtype), token_BT, weight_BT)
+    return split_table.loss_sums(h_BTD, table_VD.astype(h_BTD.dtype), token_BT, weight_BT)
   blocks = _num_blocks(model, token_BT)
   if blocks == 1:
     return lm.lm_loss(transformer.apply_head(model, params, h_BTD), token_BT, weight_BT)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
-from instructjax.models import cudnn, layers, positions, products, splash
+from instructjax.models import cudnn, layers, positions, products, splash, split_table
 from instructjax.parallel import constraints, sharding, stacking
 
 POSITION_STD = 0.01  # of GPT-2's position table (wpe); its other weights have 0.02
@@ -296,7 +296,9 @@ def run_layers(
   # Unlike h_BLD, these keep whole columns on every device: the attention masks are made from them, and gathering a
   # mask, which is larger, would cost more.
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
-  h_BLD, segment_BL, params = embed(model, params, token_BL, segment_BL, position_BL)
+  # Keys and values are kept by `prefill` only.
+  fed = token_BL, segment_BL, position_BL
+  h_BLD, segment_BL, params = embed(model, params, *fed, decoding=keep)
   segment_BL = constraints.shard_rows(segment_BL)
   angles, kinds = positions.rotary_angles(position_BL, cfg), positions.layer_kinds(cfg)
   attend = _attention(model, segment_BL, position_BL)
@@ -436,12 +438,22 @@ def _is_kind(kind: str, kinds: str, index):
   return functools.reduce(jnp.logical_or, [turn == n for n, one in enumerate(kinds) if one == kind])
 
 
-def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.split_columns):
+def embed(
+  model,
+  params,
+  token_BL,
+  segment_BL,
+  position_BL,
+  place=constraints.split_columns,
+  *,
+  decoding=False,
+):
   """Sums the embeddings of tokens and positions.
 
   Args:
     model, params, token_BL, segment_BL, position_BL: as for `hidden`.
     place: layout of the residual stream on a mesh.
+    decoding: whether params are from `decode_weights`, which has placed the tables already.
   Returns:
     (h_BLD, segment_BL, params). h_BLD is zero at pads, segment_BL is 0 also where an id lies outside the vocabulary,
     and params are as `hidden` returns them.
@@ -449,8 +461,15 @@ def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.sp
   is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
   # Pads look up row 0, which is in bounds; the select below drops what they get.
   row_BL = jnp.where(is_token_BL, token_BL, 0)
-  look_up = _look_up_and_pass if constraints.on_one_device() else _look_up
-  h_BLD, table_VD = look_up(params["embedding"]["token_VD"], row_BL)
+  table_VD, table_TD = params["embedding"]["token_VD"], params["embedding"].get("position_TD")
+  if constraints.on_one_device():
+    h_BLD, table_VD = _look_up_and_pass(table_VD, row_BL)
+  elif decoding:
+    h_BLD, table_VD = _look_up(table_VD, row_BL)
+  else:
+    # Rounded before it is sent. The sum with the positions is rounded once more, as in decoding.
+    h_BLD = split_table.look_up(table_VD.astype(model.execution.dtype), row_BL).astype(jnp.float32)
+    table_TD = None if table_TD is None else table_TD.astype(model.execution.dtype)
   if model.network.scale_embeddings:
     # In float32: in bfloat16 the factor itself would be rounded, in decoding (whose table is bfloat16) only.
     h_BLD = h_BLD.astype(jnp.float32) * model.network.d_model**0.5
@@ -458,7 +477,7 @@ def embed(model, params, token_BL, segment_BL, position_BL, place=constraints.sp
   if model.network.position == "learned":
     row_BL = jnp.where(is_token_BL, position_BL, 0)
     # 'fill' gives NaN past the table, so that a row that is too long shows.
-    h_BLD = h_BLD + params["embedding"]["position_TD"].at[row_BL].get(mode="fill")
+    h_BLD = h_BLD + table_TD.at[row_BL].get(mode="fill")
   # A select, not a product with a mask: NaN * 0 would be NaN.
   h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.execution.dtype)
   return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0), params

@@ -5,7 +5,8 @@ memory maps. What has changed is copied every PERIOD seconds and at the end. Fil
 stage's done.json and a checkpoint's manifest.json, come after everything that they speak of; when something is deleted,
 they go first. So whatever moment a machine is lost at, the bucket holds a workdir that a run can go on from.
 
-For runs of one process: those of several write each checkpoint together, for which they need one folder.
+Several processes of a run need one folder that all of them share, as they write each checkpoint together; the first of
+them copies.
 """
 
 import contextlib
@@ -17,11 +18,13 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, Self
 
+import jax
+
 from instructjax.core import terminal
-from instructjax.core.errors import UserError, reason
+from instructjax.core.errors import Preempted, UserError, reason
 from instructjax.core.foreign import shown
 from instructjax.parallel import distributed
 from instructjax.train import damaged, finished, manifest
@@ -269,6 +272,27 @@ def _token(info: dict[str, Any]) -> str:
   """What changes with an object: its generation, or the nearest that a file system has."""
   names = ("generation", "etag", "md5Hash", "created", "mtime")
   return str(next((info[name] for name in names if info.get(name)), ""))
+
+
+@contextlib.contextmanager
+def mirrored(url: str, folder: pathlib.Path) -> Generator[None, None, None]:
+  """Around a run whose workdir is in a bucket; all processes enter and leave it together.
+
+  Raises:
+    UserError: the extra `gcs` is not installed, the bucket cannot be read or written, or the folder has other files.
+  """
+  first = jax.process_index() == 0
+  stopped = None
+  with open_bucket(url, folder) if first else contextlib.nullcontext():
+    distributed.meet("the workdir is copied from its bucket")
+    try:
+      yield
+    except Preempted as error:
+      stopped = error
+  # The others wait for the last copy: a process that is left alone is ended after a while.
+  distributed.meet("the workdir is copied to its bucket")
+  if stopped:
+    raise stopped
 
 
 def open_bucket(url: str, folder: pathlib.Path) -> Mirror:

@@ -41,6 +41,7 @@ AREAS = {
     "train/metrics": 5,
     "train/optim": 10,
     "train/supervised": 5,
+    "train/weight_hash": 3,
   },
   "stages": {
     "stages/collect": 4,

@@ -49,3 +49,14 @@ def test_decoding_is_tensor_parallel_while_the_copy_takes_two_fifths_of_the_memo
   with pytest.raises(ValueError, match="must know the memory of a 'TPU v99'"):
     layout(kind_mesh("TPU v99", 1, 1, 16, 16))
   assert layout(kind_mesh("TPU v5", 1, 1, 128, 8), decode_layout="tensor") == "tensor"
+
+
+def test_an_order_is_asked_for_on_a_mesh_only():
+  def program(mesh):
+    with jax.set_mesh(mesh):
+      # A new function each time: traces are remembered, whatever the mesh.
+      return str(jax.make_jaxpr(lambda x, y: constraints.after(x + 1, {"y": y}))(1.0, 2.0))
+
+  eight, one = (sharding.make_mesh(MeshConfig(1, n, 1, 1), jax.devices()[:n]) for n in (8, 1))
+  assert "optimization_barrier" in program(eight)
+  assert "optimization_barrier" not in program(one)

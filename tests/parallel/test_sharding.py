@@ -446,7 +446,7 @@ def test_eight_devices_equal_one(one_device, how, attention):
     params = place(mesh, model, params)
     batch = sharding.place_batch(mesh, (token_BL, is_token_BL))
     traced = _loss_and_decode.trace(model, params, *batch)
-    assert ("shard_map" in str(traced.jaxpr)) == (attention == "splash")
+    assert ("pallas_call" in str(traced.jaxpr)) == (attention == "splash")
     result = traced.lower().compile()(params, *batch)
   expected, result = (stacking.relay(tree, stacking.stacked) for tree in (one_device, result))
   jax.tree.map(

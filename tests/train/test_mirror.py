@@ -228,7 +228,8 @@ cli.run(main.main, interrupted="")
 """
 
 
-def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path, processes):
   """Killed by SIGKILL, its disk gone; the same command on another machine comes to the same numbers.
 
   Against a server of Cloud Storage's own protocol on this machine, through gcsfs.
@@ -240,7 +241,8 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
   config.write_text(
     "from tests import micro\ndef get_config(stage):\n"
     f"  config = micro.config_dict(stage, {specs!r})\n"
-    "  config.pretrain.num_steps = 60\n  return config\n"
+    "  config.pretrain.num_steps = 240\n"
+    "  config.checkpoint.every_steps = 10\n  return config\n"
   )
   logging.disable(logging.CRITICAL)  # the server's own lines
   server = server_module.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
@@ -257,7 +259,9 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
   )
 
   def start(workdir, *flags):
+    pod = [sys.executable, "-m", "launch.local_pod", f"--processes={processes}", "--"]
     command = [sys.executable, "-c", RUN, f"--config={config}:sft", f"--workdir={workdir}", *flags]
+    command = [*(pod if processes > 1 else ()), *command]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
   def end(run):
@@ -279,9 +283,7 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path):
     url = "gs://bucket/runs/demo"
     run = start(url, f"--scratch={tmp_path / 'lost'}")
     mirrored = tmp_path / "lost" / ".mirrored.json"
-    while not (
-      mirrored.is_file() and "checkpoints/1" in mirrored.read_text()
-    ):  # of step 10 or later
+    while not (mirrored.is_file() and "/checkpoints/" in mirrored.read_text()):
       assert run.poll() is None, run.communicate()[0].decode()
       time.sleep(0.05)
     run.send_signal(signal.SIGKILL)

@@ -1,11 +1,12 @@
-"""The 'lm' head on a mesh: losses and log-probabilities of given tokens, with the vocabulary split over `tensor`.
+"""The tables of tokens on a mesh, split by vocabulary over `tensor`: lookups, and the 'lm' head's losses.
 
-Called by lm_head.py only. A device computes the logits of its own rows and of its own part of the vocabulary, a block
-of tokens at a time, and keeps neither logits nor their gradients. Of a token's logits the devices send each other three
-numbers: the maximum, the sum of the exponentials, and the logit of the token itself.
+Called by transformer.py (lookups) and lm_head.py. A device reads its own rows and its own part of the vocabulary. Of a
+token's logits the devices send each other three numbers: the maximum, the sum of the exponentials, and the logit of the
+token itself. Logits are computed a block of tokens at a time, and neither they nor their gradients are kept.
 
 The compiler would not find this by itself. No usual mesh divides GPT-3's 50257 rows, and to look up a logit in an array
-that is split unevenly it gathers the array. So the table is padded here, and `jax.shard_map` says what each device
+that is split unevenly it gathers the array; and to look up rows of a table that is split by width, it has each device
+read a narrow part of the tokens of all devices. So the table is padded here, and `jax.shard_map` says what each device
 does. The gradients are written by hand, so none has to be found through the map. They are summed over devices once for
 all blocks: over `tensor` for the hidden states, over the rows' axes for the table, each into the parts that the devices
 keep.
@@ -44,24 +45,55 @@ def loss_sums(
   return _sum_nll(len(table_VD), *args), jnp.sum(weight_BT.astype(jnp.float32))
 
 
+def look_up(table_VD: Array, row_BL: Array) -> Array:
+  """Rows of a table, [B, L, D] in its dtype, with columns split over `tensor`.
+
+  Args:
+    table_VD: in the compute dtype: what is sent and summed has its size.
+    row_BL: int32, in [0, V).
+  """
+  rows, columns = row_BL.shape
+  mesh = jax.sharding.get_abstract_mesh()
+  table_VD = _lengthen(table_VD, mesh.shape["tensor"])
+  row_BL = _lengthen(row_BL, num_row_shards(mesh), mesh.shape["tensor"])
+  return _look_up(table_VD.shape, table_VD.dtype, table_VD, row_BL)[:rows, :columns]
+
+
+def _lengthen(x: Array, *multiples: int) -> Array:
+  """Zeros at the ends of the first dimensions, so that these are multiples."""
+  return jnp.pad(x, [(0, -n % m) for n, m in zip(x.shape, (*multiples, *[1] * x.ndim))])
+
+
 def _padded(h_BTD, table_VD, token_BT, weight_BT):
   """The same arrays with rows, columns and vocabulary that the mesh divides. What is added weighs 0."""
   mesh = jax.sharding.get_abstract_mesh()
   tensor = mesh.shape["tensor"]
-  lengthen = lambda x, *multiples: jnp.pad(x, [(0, -n % m) for n, m in zip(x.shape, multiples)])
   sizes = num_row_shards(mesh), tensor
   weight_BT = weight_BT.astype(jnp.float32)
   return (
-    lengthen(h_BTD, *sizes, 1),
-    lengthen(table_VD, tensor, 1),
-    lengthen(token_BT, *sizes),
-    lengthen(weight_BT, *sizes),
+    _lengthen(h_BTD, *sizes),
+    _lengthen(table_VD, tensor),
+    _lengthen(token_BT, *sizes),
+    _lengthen(weight_BT, *sizes),
   )
 
 
 def _on_each_device(run: Callable, in_specs: tuple, out_specs) -> Callable:
   """Maps `run` over the mesh. No gradient is taken through the map."""
   return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+_gather = functools.partial(jax.lax.all_gather, axis=1, tiled=True)
+_scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True)
+
+
+def _sum_of_rows(d_table_vD: Array) -> Array:
+  """A table's gradient, summed over the rows of all devices: the part that a device keeps.
+
+  It is summed in the dtype of the weights' copy, as all gradients are (see `layers.cast`).
+  """
+  beside = tuple(axis for axis in ROWS if axis != "fsdp")
+  return jax.lax.psum(_scatter(d_table_vD, "fsdp"), beside)
 
 
 class _Shard:
@@ -76,10 +108,10 @@ class _Shard:
   """
 
   def __init__(self, vocab_size: int, h_BtD, table_vd, weight_BT):
-    self.dtype = h_BtD.dtype
+    self.dtype, self.vocab_size = h_BtD.dtype, vocab_size
     self.shape = (*weight_BT.shape, h_BtD.shape[-1])
-    h_BTD = jax.lax.all_gather(h_BtD, "tensor", axis=1, tiled=True)
-    self.table_vD = jax.lax.all_gather(table_vd, "fsdp", axis=1, tiled=True)
+    h_BTD = _gather(h_BtD, "tensor")
+    self.table_vD = _gather(table_vd, "fsdp")
     size = len(self.table_vD)
     self.id_v = jax.lax.axis_index("tensor") * size + jnp.arange(size, dtype=jnp.int32)
     self.is_id_v = self.id_v < vocab_size
@@ -114,6 +146,8 @@ class _Shard:
     sum_T = jnp.sum(jnp.exp(logits_Tv - max_T[:, None]), axis=-1)
     picked_T = jnp.sum(jnp.where(self.is_token(token_T), logits_Tv, 0), axis=-1)
     sum_T, picked_T = jax.lax.psum((sum_T, picked_T), "tensor")
+    # No device has an id outside the vocabulary. NaN, as on one device; where it weighs 0 the callers drop it.
+    picked_T = jnp.where((token_T >= 0) & (token_T < self.vocab_size), picked_T, jnp.nan)
     log_T = jnp.log(sum_T) + max_T
     return logits_Tv, picked_T - log_T, log_T
 
@@ -135,12 +169,49 @@ class _Shard:
 
     zeros_vD = jnp.zeros(self.table_vD.shape, jnp.float32)
     d_table_vD, (d_h_NTD, rest) = jax.lax.scan(one, zeros_vD, (self.h_NTD, *blocks))
-    # Summed over devices in the dtype of the weights' copy, as all gradients are (see `layers.cast`).
-    scatter = functools.partial(jax.lax.psum_scatter, scatter_dimension=1, tiled=True)
-    d_table_vd = scatter(d_table_vD.astype(self.dtype), "fsdp")
-    beside = tuple(axis for axis in ROWS if axis != "fsdp")
-    d_table_vd = jax.lax.psum(d_table_vd, beside)
-    return scatter(self.join(d_h_NTD), "tensor"), d_table_vd, rest
+    d_h_BtD = _scatter(self.join(d_h_NTD), "tensor")
+    return d_h_BtD, _sum_of_rows(d_table_vD.astype(self.dtype)), rest
+
+
+# --- lookups ------------------------------------------------------------------------------------------
+
+
+def _own(row_BL: Array, size: int) -> tuple[Array, Array]:
+  """(indices into a device's part of a table, where a row lies in it)."""
+  index_BL = row_BL - jax.lax.axis_index("tensor") * size
+  return index_BL, (index_BL >= 0) & (index_BL < size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _look_up(shape, dtype, table_VD, row_BL):
+  return _look_up_fwd(shape, dtype, table_VD, row_BL)[0]
+
+
+def _look_up_fwd(shape, dtype, table_VD, row_BL):
+  def run(table_vd, row_BL):
+    table_vD = _gather(table_vd, "fsdp")
+    index_BL, is_own_BL = _own(row_BL, len(table_vD))
+    h_BLD = table_vD.at[index_BL].get(mode="clip")
+    # One device has the row, and the others add zeros.
+    return _scatter(jnp.where(is_own_BL[..., None], h_BLD, 0), "tensor")
+
+  return _on_each_device(run, (_TABLE, _TOKENS), _HIDDEN)(table_VD, row_BL), row_BL
+
+
+def _look_up_bwd(shape, dtype, row_BL, d_h_BLD):
+  size = shape[0] // jax.sharding.get_abstract_mesh().shape["tensor"]
+
+  def run(row_BL, d_h_BtD):
+    index_BL, is_own_BL = _own(row_BL, size)
+    index_BL = jnp.where(is_own_BL, index_BL, size)  # past the end, which 'drop' leaves out
+    d_h_BLD = _gather(d_h_BtD, "tensor").astype(jnp.float32)
+    d_table_vD = jnp.zeros((size, shape[1]), jnp.float32).at[index_BL].add(d_h_BLD, mode="drop")
+    return _sum_of_rows(d_table_vD.astype(dtype))
+
+  return _on_each_device(run, (_TOKENS, _HIDDEN), _TABLE)(row_BL, d_h_BLD), None
+
+
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 # --- log-probabilities --------------------------------------------------------------------------------

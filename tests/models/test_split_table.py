@@ -1,5 +1,6 @@
-"""The head on a mesh: eight devices equal one, in blocks and whole; no logits are sent; garbage at pads is ignored."""
+"""Tables on a mesh: eight devices equal one; no logits are sent, and no rows of others; garbage at pads is ignored."""
 
+import math
 import re
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
-from instructjax.models import split_head
+from instructjax.models import split_table
 from instructjax.ops import lm
 from instructjax.parallel import sharding
 
@@ -26,12 +27,12 @@ def inputs():
 
 
 def loss(h_BTD, table_VD, token_BT, weight_BT):
-  return 3 * split_head.loss_sums(h_BTD, table_VD, token_BT, weight_BT)[0]
+  return 3 * split_table.loss_sums(h_BTD, table_VD, token_BT, weight_BT)[0]
 
 
 def logprobs(h_BTD, table_VD, token_BT, weight_BT):
   args = h_BTD, table_VD, token_BT, weight_BT != 0
-  return jnp.sum(weight_BT * split_head.token_logprob(*args, TEMPERATURE))
+  return jnp.sum(weight_BT * split_table.token_logprob(*args, TEMPERATURE))
 
 
 def loss_on_one_device(h_BTD, table_VD, token_BT, weight_BT):
@@ -75,6 +76,35 @@ def test_eight_devices_equal_one(monkeypatch, fn, expected, blocks):
 def test_without_a_gradient_the_loss_is_the_same():
   args = inputs()
   with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2, 2))):
-    sum_nll, sum_weight = jax.jit(split_head.loss_sums)(*args)
+    sum_nll, sum_weight = jax.jit(split_table.loss_sums)(*args)
   expected = lm.lm_loss(args[0] @ args[1].T, *args[2:])
   np.testing.assert_allclose((sum_nll, sum_weight), expected, rtol=1e-5)
+
+
+def test_a_token_outside_the_vocabulary_shows():
+  h_BTD, table_VD, token_BT, _ = inputs()
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2, 2))):
+    run = jax.jit(
+      lambda token_BT: split_table.token_logprob(h_BTD, table_VD, token_BT, token_BT < 99, 1.0)
+    )
+    found = np.asarray(run(np.where(np.arange(COLUMNS) == 1, VOCAB, token_BT)))
+  np.testing.assert_array_equal(np.isnan(found), np.arange(COLUMNS)[None] == [[1]] * ROWS)
+
+
+def test_lookups_read_a_devices_own_tokens():
+  _, table_VD, token_BT, _ = inputs()
+  weight_BTD = np.random.default_rng(1).normal(size=(ROWS, COLUMNS, WIDTH)).astype(np.float32)
+
+  def total(look_up, table_VD):
+    return jnp.sum(jnp.sin(look_up(table_VD, token_BT)) * weight_BTD)
+
+  value, gradient = jax.value_and_grad(lambda x: total(lambda t, i: t[i], x))(table_VD)
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2, 2))):
+    run = jax.jit(jax.value_and_grad(lambda x: total(split_table.look_up, x)))
+    program = run.lower(table_VD).compile()
+    found, found_gradient = program(table_VD)
+  np.testing.assert_allclose(found, value, rtol=1e-5)
+  np.testing.assert_allclose(found_gradient, gradient, atol=1e-5)
+  # A device has 1 row of 4, with all 6 columns, and half of the 20 tokens of a table.
+  gathers = re.findall(r"= \w+\[([\d,]*)\]\S* gather\(", program.as_text())
+  assert gathers and {math.prod(map(int, dims.split(","))) for dims in gathers} <= {6 * WIDTH}
