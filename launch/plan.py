@@ -13,13 +13,17 @@ import dataclasses
 import functools
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from instructjax.commands import cli, config_flag
 from instructjax.core.config import Config, MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
-from launch import estimate, lengths, planning, search, topology
+from launch import estimate, search, topology
+
+if TYPE_CHECKING:
+  from launch import planning
 
 _CONFIG = config_flag.define()
 _TOPOLOGY = flags.DEFINE_string(
@@ -141,6 +145,8 @@ def main(arguments: list[str]):
   if _SEARCH.value:
     _search(config, stage)
     return
+  from launch import planning  # NumPy, which --help needs not wait for
+
   assumed = _assumed()
   what = config, _TOPOLOGY.value, stage, assumed
   report = planning.plan(*what, _options()) if _COMPILE.value else planning.outline(*what)
@@ -173,12 +179,14 @@ def _in_words(report: dict) -> str:
   return estimate.text(report) if report["fits"] else estimate.refusal(report)
 
 
-def _assumed() -> planning.Assumed:
+def _assumed() -> "planning.Assumed":
   """What the flags say of what a plan cannot know.
 
   Raises:
     UserError: a number is not possible.
   """
+  from launch import lengths, planning  # NumPy
+
   for flag in (_DEMONSTRATIONS, _COMPARISONS):
     if flag.value < 1:
       raise UserError(f"--{flag.name}={flag.value} must be positive")
