@@ -116,8 +116,10 @@ def one_line(error: BaseException) -> str:
 def reason(error: Exception) -> str:
   """The informative part of a library's message: its first line, cut to the last 200 characters.
 
-  Libraries quote the files they read, so characters that a terminal would obey are replaced.
+  Libraries quote the files they read, so characters that a terminal would obey are replaced. TensorStore puts details
+  behind its words, such as ` [tensorstore_spec='...']`, which may be longer than they are.
   """
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
   line = line.split(" See full TensorStore details")[0].rstrip(".")
+  line = re.split(r" \[[a-z_ ]+='", line)[0]
   return printable(line if len(line) <= 200 else "..." + line[-200:])

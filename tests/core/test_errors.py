@@ -76,3 +76,10 @@ def test_a_librarys_message_holds_no_control_characters():
   assert errors.reason(ValueError("bad type \x1b[31m\x07 in \u00e9")) == (
     r"bad type \x1b[31m\x07 in é"
   )
+
+
+def test_the_details_behind_a_librarys_words_are_left_out():
+  told = 'Error writing "/a/b": [OS error 27: EFBIG File too large]'
+  details = f" [source locations='a.cc:395'] [tensorstore_spec='{'x' * 900}']"
+  assert errors.reason(ValueError(told + details)) == told
+  assert errors.reason(ValueError(f"{told} [os_error_code='27']")) == told
