@@ -98,7 +98,7 @@ def collect(ctx: Context, stage: str, run: loop.StageRun, sample: Sample):
     if state.missing:
       told = _waiting(ctx, stage, place, asked, state)
     else:
-      _take(ctx, stage, run, place, asked["batch"], state)
+      _take(ctx, stage, run, place, asked["batch"])
   distributed.meet(f"{stage} asked")
   if ctx.done(stage) is None:
     raise Waiting(told)
@@ -226,7 +226,7 @@ def _waiting(ctx: Context, stage: str, place: str, asked: dict[str, Any], state)
   )
 
 
-def _take(ctx: Context, stage: str, run: loop.StageRun, place: str, batch: str, state):
+def _take(ctx: Context, stage: str, run: loop.StageRun, place: str, batch: str):
   """Writes the rankings, by part, and marks the stage as finished."""
   parts: dict[str, list[dict[str, Any]]] = {name: [] for name in contents.SPLITS}
   for row, part in label_records.of_batch(place, batch):
