@@ -183,7 +183,7 @@ def _write_json(path: pathlib.Path, value: Any):
 
 def _put(ctx: Context, stage: str, place: str, asked: dict[str, Any]):
   """Makes items of what was sampled, if there are none yet, and returns how far people are."""
-  from instructjax.labels import projects, rounds
+  from instructjax.labels import projects, rounds, schema
 
   (parent,) = STAGES[stage].parents
   cfg, batch = ctx.config.collect, asked["batch"]
@@ -204,9 +204,10 @@ def _put(ctx: Context, stage: str, place: str, asked: dict[str, Any]):
   ]
   database = _open(place)
   try:
-    if not rounds.put(database, new, time.time(), ctx.data_seed(stage)):
-      rounds.want(database, batch, cfg.wanted)
-    return rounds.state(database, batch)
+    with schema.refusals(place):
+      if not rounds.put(database, new, time.time(), ctx.data_seed(stage)):
+        rounds.want(database, batch, cfg.wanted)
+      return rounds.state(database, batch)
   finally:
     database.close()
 
