@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from configs import models
 from instructjax.core.config import MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import sharding
@@ -31,6 +30,7 @@ from launch import (
   topology,
   whole_run,
 )
+from tests.launch.small import mesh_of, settings
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -415,21 +415,10 @@ def test_without_libtpu(monkeypatch):
 
 
 def small(stage: str, **changes):
-  """A config whose dimensions fill a TPU's tiles, so that nothing is padded."""
-  config = models.get(stage, "gpt3_125m")
-  shape = dict(num_layers=2, d_model=512, num_heads=4, num_kv_heads=4, head_dim=128, d_mlp=1024)
-  for model in (config.model, config.reward_model):
-    model.update(shape, max_length=256)
-  config.tokenizer.vocab_size = 1024
-  config.data.update(max_prompt_length=128, max_response_length=128)
-  for block in ("pretrain", "reward_pretrain", "sft", "ppo_init"):
-    config[block].update(batch_size=8, length=256)
-  config.rm.update(batch_size=8)
-  config.ppo.update(batch_size=16, num_minibatches=2, ptx_length=256)
-  config.mesh.update(data=1, fsdp=4, tensor=1)
-  for name, value in changes.items():
-    config[name].update(value)
-  return from_config_dict(config)
+  blocks = {"ppo": {"num_minibatches": 2}, "mesh": {"data": 1, "fsdp": 4}}
+  for name, values in changes.items():
+    blocks[name] = blocks.get(name, {}) | values
+  return from_config_dict(settings(stage, **blocks))
 
 
 @pytest.fixture(scope="module")
@@ -598,7 +587,7 @@ def test_a_compiled_step(fsdp, tensor, remat, passes):
   )
   with mock.patch.dict(os.environ):  # which planning changes
     report = planning.plan(config, "v5e:2x2", "pretrain", planning.Assumed(1, 1))
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+  mesh = mesh_of(config)
   program = programs.make(config, mesh, "pretrain")
   with jax.set_mesh(mesh):
     jaxpr = program.step.trace(*program.arguments).jaxpr
