@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import types
 from unittest import mock
 
 import jax
@@ -326,7 +327,7 @@ def test_a_report_in_words():
     "tokens": 64,
     "expected": expect.as_dict(expected),
     "run": expect.cost([expect.StageTime("sft", 720, expected, "compiled")], 8, 2.0)
-    | {"left_out": ["rm (trains nothing)"], "for": "  for all"},
+    | {"left_out": ["rm (trains nothing)"], "for": "all"},
     "decode": {"layout": "2d", "steps": 6, "step": {"hbm_bytes": 3e9, "wire_bytes": 2e6}},
     "a_run_refuses": "sft.batch_size=32 must be",
     "collectives": found.by_kind,
@@ -366,6 +367,25 @@ def test_a_report_in_words():
   assert all(
     "estimate" in line for line in lines if " a second" in line and "s an iteration" in line
   )
+
+
+@pytest.mark.parametrize(
+  "flag, value, words",
+  [
+    ("_MESH", "fsdp:4", "--search chooses the mesh: leave out --mesh=fsdp:4"),
+    ("_COMPILE", False, "leave out --nocompile"),
+    ("_MEAN_PROMPT", 20.0, "--mean_prompt=20 is for one mesh"),
+    ("_PRICE", 1.2, "--price_per_chip_hour=1.2 is for one mesh"),
+    ("_TRY_CHANGES", 0, "--try_changes=0 is for one mesh"),
+  ],
+)
+def test_what_a_search_does_not_take(flag, value, words, monkeypatch):
+  unset = dict.fromkeys(("_MESH", "_MEAN_PROMPT", "_MEAN_RESPONSE", "_PRICE", "_TRY_CHANGES"))
+  for name, given in (unset | {"_COMPILE": True} | {flag: value}).items():
+    holder = types.SimpleNamespace(name=getattr(plan, name).name, value=given)
+    monkeypatch.setattr(plan, name, holder)
+  with pytest.raises(UserError, match=words):
+    plan._search(small("sft"), "sft")
 
 
 def test_mesh_spelling():

@@ -215,6 +215,7 @@ def test_a_crash_and_a_mistake_are_answers(monkeypatch):
   assert run_as(1, json.dumps(refused(16.0)), "warning") == refused(16.0)
   assert command[1:] == ["-m", "launch.plan", "--config=c.py", "--search"] + [
     "--nosearch",
+    "--compile",
     "--json",
     "--try_changes=0",
     "--config.mesh.fsdp=4",
