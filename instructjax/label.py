@@ -4,6 +4,7 @@ Words: serve; add, sample, import and simulate fill a project; export and prompt
 reward models beside labelers; close ends a round that a run waits for; users and delete are about people.
 """
 
+import math
 import pathlib
 import time
 
@@ -137,7 +138,10 @@ def main(arguments: list[str]):
   word, *rest = arguments
   if rest and word not in ("users", "delete"):
     raise UserError(f"unexpected arguments {ascii(rest)[:200]} after {word}")
-  _COMMANDS[word](place, rest)
+  from instructjax.labels import schema
+
+  with schema.refusals(place):
+    _COMMANDS[word](place, rest)
 
 
 def _serve(place: str, _: list[str]):
@@ -153,7 +157,12 @@ def _serve(place: str, _: list[str]):
     raise UserError("--checkpoint is for --playground, which must then be given too")
   play = _playground() if _PLAYGROUND.value else None  # before a password is shown once
   database = schema.create(place)
-  if not any(person.role == "admin" for person in accounts.everybody(database)):
+  people = accounts.everybody(database)
+  if not any(person.role == "admin" for person in people):
+    if any(person.name == "admin" for person in people):
+      raise UserError(
+        "nobody has the role admin, and a person named admin another: make one by `label users add NAME --role=admin`"
+      )
     password = accounts.new_password()
     accounts.add(database, "admin", "admin", password, time.time())
     print(
@@ -266,6 +275,8 @@ def _sample(place: str, _: list[str]):
 
 
 def _sampling(label_models):
+  if not math.isfinite(_TEMPERATURE.value):
+    raise UserError(f"--temperature={_TEMPERATURE.value} must be a number, as 1")
   return label_models.Sampling(_TEMPERATURE.value, _MAX_NEW_TOKENS.value, _SEED.value)
 
 

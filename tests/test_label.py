@@ -123,6 +123,22 @@ def test_mistakes(run, tmp_path, words, flags, message):
     run(words, **flags)
 
 
+def test_a_database_that_another_program_holds_is_told_in_a_line(run, tmp_path, monkeypatch):
+  monkeypatch.setattr(schema, "_WAIT", 0.01)
+  database = schema.create(str(tmp_path / "p"))
+  with (
+    database.write(),
+    pytest.raises(UserError, match="labels.sqlite refuses: database is locked"),
+  ):
+    run("close", batch="b")
+
+
+def test_a_labeler_named_admin_is_none(run):
+  run("users add admin")
+  with pytest.raises(UserError, match="make one by `label users add NAME --role=admin`"):
+    run("serve")
+
+
 def test_without_the_extra_the_command_names_it(run, monkeypatch):
   monkeypatch.setitem(sys.modules, "argon2", None)
   with pytest.raises(UserError, match=r"needs argon2.*: pip install 'instructjax\[label\]'"):
@@ -179,6 +195,8 @@ def test_answers_of_two_checkpoints_share_k_and_hide_where_they_come_from(
   assert {(row.origin, row.text) for row in rows if row.item_id in (1, 3)} == {
     (name, f"{name} {seed}") for name, seed in first
   }
+  with pytest.raises(UserError, match="--temperature=nan must be a number"):
+    run("sample", prompts=prompts(tmp_path, 2), **flags | {"temperature": float("nan")})
   with pytest.raises(UserError, match="--items=0 must be at least 1"):
     run("sample", prompts=prompts(tmp_path, 2), **flags | {"items": 0})
 

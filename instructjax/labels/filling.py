@@ -203,9 +203,9 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
     found = connection.execute(query).all()
     taken: dict[int, set[str]] = {item.id: set() for item in found}
     counted = collections.Counter()  # item -> people who train
-    for row in connection.execute(sa.select(assignments.c.item_id, assignments.c.user_id)):
+    for row in connection.execute(sa.select(assignments)):
       taken.setdefault(row.item_id, set()).add(people[row.user_id].name)
-      counted[row.item_id] += people[row.user_id].cohort == "training"
+      counted[row.item_id] += row.state != "skipped" and people[row.user_id].cohort == "training"
   for item in found:
     if not isinstance(json.loads(item.prompt), str):
       raise UserError(f"item {item.id} is of a chat, and simulated labelers know texts only")

@@ -116,9 +116,9 @@ def history(asked: Asked) -> Response:
 ROUTES = (
   Page("GET", "/work", home, _WORKERS),
   Page("GET", "/next", next_item, _WORKERS),
-  Page("GET", "/items/{number:int}", item, _WORKERS),
-  Page("POST", "/items/{number:int}/draft", save_draft, _WORKERS),
-  Page("POST", "/items/{number:int}/submit", submit, _WORKERS),
-  Page("POST", "/items/{number:int}/skip", skip, _WORKERS),
+  Page("GET", "/items/{number:number}", item, _WORKERS),
+  Page("POST", "/items/{number:number}/draft", save_draft, _WORKERS),
+  Page("POST", "/items/{number:number}/submit", submit, _WORKERS),
+  Page("POST", "/items/{number:number}/skip", skip, _WORKERS),
   Page("GET", "/history", history, _WORKERS),
 )

@@ -192,8 +192,8 @@ ROUTES = (
   Page("GET", "/screening", screening_page, RESEARCHERS),
   Page("POST", "/screening", grade, RESEARCHERS),
   Page("GET", "/disagreements", disagreements, RESEARCHERS),
-  Page("GET", "/review/{number:int}", review, RESEARCHERS),
-  Page("POST", "/review/{number:int}/take", take, ("researcher",)),
+  Page("GET", "/review/{number:number}", review, RESEARCHERS),
+  Page("POST", "/review/{number:number}/take", take, ("researcher",)),
   Page("GET", "/survey", survey, ("labeler",)),
   Page("POST", "/survey", answer_survey, ("labeler",)),
 )

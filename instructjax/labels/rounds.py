@@ -75,11 +75,7 @@ def states(connection: sa.Connection) -> dict[str, State]:
 
 
 def _state(connection: sa.Connection, batch: str) -> State:
-  labelers = connection.execute(
-    sa.select(sa.func.count()).where(
-      users.c.role == "labeler", users.c.cohort == "training", users.c.is_active.is_(True)
-    )
-  ).scalar_one()
+  labelers = connection.execute(sa.select(sa.func.count()).where(_may_rank())).scalar_one()
   count = lambda state: sa.func.count().filter(assignments.c.state == state)
   own = assignments.join(
     users, (users.c.id == assignments.c.user_id) & (users.c.cohort == "training")
@@ -100,12 +96,16 @@ def _state(connection: sa.Connection, batch: str) -> State:
   return State(len(rows), sum(row.done > 0 for row in rows), missing, given_up)
 
 
+def _may_rank():
+  """Whether a person may be given an item: not one who only stands for imported or simulated rankings."""
+  is_labeler = (users.c.role == "labeler") & (users.c.cohort == "training")
+  return is_labeler & users.c.is_active.is_(True) & (users.c.password != "")
+
+
 def _passed():
-  """Number of active labelers who have ranked or skipped an item; 0 if nobody has skipped it."""
+  """Number of those who may rank an item and have ranked or skipped it; 0 if nobody has skipped it."""
   is_skipped = sa.func.count().filter(assignments.c.state == "skipped")
-  is_settled = sa.func.count().filter(
-    assignments.c.state.in_(("done", "skipped")), users.c.is_active.is_(True)
-  )
+  is_settled = sa.func.count().filter(assignments.c.state.in_(("done", "skipped")), _may_rank())
   return sa.case((is_skipped > 0, is_settled), else_=0)
 
 

@@ -277,8 +277,27 @@ def _errors(place: str):
   try:
     yield
   except sqlalchemy.exc.SQLAlchemyError as error:
-    shown = label_records.url_of(place, "--project").render_as_string(hide_password=True)
-    raise UserError(f"the database {shown} cannot be opened: {reason(error)}") from error
+    raise UserError(f"the database {_shown(place)} cannot be opened: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def refusals(place: str) -> Generator[None]:
+  """Turns what a database refuses (the disk is full, another program holds it, it has gone) into a UserError.
+
+  Raises:
+    UserError: it refused something inside the `with` block.
+  """
+  try:
+    yield
+  except sqlalchemy.exc.OperationalError as error:
+    why = reason(error.orig if isinstance(error.orig, Exception) else error)
+    raise UserError(
+      f"the database {_shown(place)} refuses: {why}. What was saved before is untouched"
+    ) from error
+
+
+def _shown(place: str) -> str:
+  return label_records.url_of(place, "--project").render_as_string(hide_password=True)
 
 
 def _connect(place: str) -> Database:

@@ -59,7 +59,11 @@ def register(
     if found is not None:
       return _share(found), False
     said = judgements.read(connection, until, None if until else before)
-    own = [one for one in said if one.role == "labeler" and not one.is_screening]
+    own = [
+      one
+      for one in said
+      if one.role == "labeler" and one.kind == "ranking" and not one.is_screening
+    ]
     agree = agreement.overall(judgements.ranked(own).values())
     values = dataclasses.asdict(new) | {
       "agreement": agree.mean,

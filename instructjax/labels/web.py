@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -109,7 +110,7 @@ class Page:
 
   Attributes:
     method: GET or POST.
-    path: as Starlette spells it, `/items/{number:int}`.
+    path: as Starlette spells it, `/items/{number:number}`.
     answer: makes the response.
     roles: who may ask; () for those who are not signed in.
   """
@@ -132,6 +133,14 @@ class Refused(Exception):
     super().__init__(message)
     self.status = status
 
+
+class _Number(IntegerConvertor):
+  """The number of a row in a path. One with more digits than the database can hold is no page's."""
+
+  regex = "[0-9]{1,9}"
+
+
+register_url_convertor("number", _Number())
 
 NOT_THERE = "There is no such page, or it is not yours."
 

@@ -215,6 +215,7 @@ def submit(
 def skip(database: Database, user: User, found: Task, reason: str, now: float):
   """Puts an item aside, so that another labeler gets it. What was sent before stays."""
   with database.write() as connection:
+    schema.one_at_a_time(connection)
     assignment = _assignment(connection, user, found.item.id)
     if assignment is not None and assignment.state == "open":
       _close(connection, assignment, "skipped", reason, now)

@@ -98,7 +98,7 @@ def collect(ctx: Context, stage: str, run: loop.StageRun, sample: Sample):
     if state.missing:
       told = _waiting(ctx, stage, place, asked, state)
     else:
-      _take(ctx, stage, run, place, asked["batch"], state)
+      _take(ctx, stage, run, place, asked["batch"])
   distributed.meet(f"{stage} asked")
   if ctx.done(stage) is None:
     raise Waiting(told)
@@ -183,7 +183,7 @@ def _write_json(path: pathlib.Path, value: Any):
 
 def _put(ctx: Context, stage: str, place: str, asked: dict[str, Any]):
   """Makes items of what was sampled, if there are none yet, and returns how far people are."""
-  from instructjax.labels import projects, rounds
+  from instructjax.labels import projects, rounds, schema
 
   (parent,) = STAGES[stage].parents
   cfg, batch = ctx.config.collect, asked["batch"]
@@ -204,9 +204,10 @@ def _put(ctx: Context, stage: str, place: str, asked: dict[str, Any]):
   ]
   database = _open(place)
   try:
-    if not rounds.put(database, new, time.time(), ctx.data_seed(stage)):
-      rounds.want(database, batch, cfg.wanted)
-    return rounds.state(database, batch)
+    with schema.refusals(place):
+      if not rounds.put(database, new, time.time(), ctx.data_seed(stage)):
+        rounds.want(database, batch, cfg.wanted)
+      return rounds.state(database, batch)
   finally:
     database.close()
 
@@ -226,7 +227,7 @@ def _waiting(ctx: Context, stage: str, place: str, asked: dict[str, Any], state)
   )
 
 
-def _take(ctx: Context, stage: str, run: loop.StageRun, place: str, batch: str, state):
+def _take(ctx: Context, stage: str, run: loop.StageRun, place: str, batch: str):
   """Writes the rankings, by part, and marks the stage as finished."""
   parts: dict[str, list[dict[str, Any]]] = {name: [] for name in contents.SPLITS}
   for row, part in label_records.of_batch(place, batch):

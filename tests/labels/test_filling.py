@@ -8,7 +8,7 @@ import pytest
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Chat
-from instructjax.labels import accounts, exchange, filling, judgements, projects, schema
+from instructjax.labels import accounts, exchange, filling, judgements, projects, schema, work
 from tests.labels import app
 
 
@@ -100,6 +100,14 @@ def test_simulated_labelers_fill_a_project(simulated, tmp_path, prompts):
     split: len(load(f"labels:{tmp_path}/p", split=split)) for split in ("train", "validation")
   }
   assert sum(sides.values()) == 60 and all(sides.values())
+
+
+def test_what_somebody_has_skipped_is_wanted_still(simulated):
+  accounts.add(simulated, "ann", "labeler", None, 0.0)
+  ann = app.user(simulated, "ann")
+  number = work.next_item(simulated, ann, 0.0)
+  work.skip(simulated, ann, work.task(simulated, ann, number), work.REASONS[0], 1.0)
+  assert filling.simulate(simulated, "demo:", "train", 0, 2.0) == (60, 0)
 
 
 def test_heldout_labelers_rank_the_heldout_prompts_once_more(simulated, tmp_path):

@@ -42,19 +42,33 @@ def test_held_out_labelers_are_not_waited_for_nor_counted(database):
   assert state(database) == State(2, 0, 2, 0)
 
 
+def skip(database, person):
+  number = work.next_item(database, person, 1.0)
+  work.skip(database, person, work.task(database, person, number), work.REASONS[0], 2.0)
+
+
 def test_what_everybody_has_skipped_is_given_up(database):
   ann, bea = (app.user(database, name) for name in ("ann", "bea"))
+  # A researcher who has ranked it is none of those who are left.
+  accounts.add(database, "rob", "researcher", "correct horse", 1.0)
+  rounds.want(database, "b", 2)
+  work.take(database, app.user(database, "rob"), 1, 1.0)
+  app.submit(database, app.user(database, "rob"), 1)
+  skip(database, ann)
+  assert state(database) == State(2, 1, 3, 0)  # bea may rank it
+  rounds.want(database, "b", 1)
+  assert state(database) == State(2, 1, 1, 0)
 
-  def skip(person):
-    number = work.next_item(database, person, 1.0)
-    work.skip(database, person, work.task(database, person, number), work.REASONS[0], 2.0)
 
-  skip(ann)
-  assert state(database) == State(2, 0, 2, 0)  # bea may rank it
+def test_what_is_given_up_is_asked_again_when_people_come_back(database):
+  ann, bea = (app.user(database, name) for name in ("ann", "bea"))
+  accounts.add(database, "imported", "labeler", None, 1.0)  # who cannot sign in to rank any
+  skip(database, ann)
+  assert state(database) == State(2, 0, 2, 0)
   accounts.set_active(database, "bea", False, 3.0)
   assert state(database) == State(2, 0, 1, 1)
   accounts.set_active(database, "bea", True, 4.0)
-  skip(bea)
+  skip(database, bea)
   assert state(database) == State(2, 0, 1, 1)
 
 

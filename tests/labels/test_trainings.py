@@ -1,8 +1,10 @@
 """Trainings: registered once, with the agreement as it was, and drawn where they belong."""
 
+import dataclasses
+
 import pytest
 
-from instructjax.labels import trainings, work
+from instructjax.labels import projects, trainings, work
 from instructjax.labels.trainings import Training
 from tests.labels import app
 
@@ -37,6 +39,18 @@ def test_the_agreement_is_that_of_the_training(database, until, before, mean, pa
   assert trainings.register(database, NEW, 0, 9999.0, 9001.0) == (agree, False)
   with database.read() as connection:
     assert trainings.read(connection) == [(NEW, agree)]
+
+
+def test_rankings_of_how_toxic_answers_are_do_not_count(database):
+  """A reward model does not learn from them."""
+  before, _ = trainings.register(database, NEW, 0, 5000.0, 9000.0)
+  projects.add(database, [app.item("three", PAIR, kind="toxicity", wanted=2)], 0.0)
+  for name in ("ann", "bea"):
+    person = app.user(database, name)
+    number = work.next_item(database, person, 0.0)
+    app.submit(database, person, number, [1, 2], now=4500.0)
+  other = dataclasses.replace(NEW, identity="b" * 64)
+  assert trainings.register(database, other, 0, 5000.0, 9000.0) == (before, True)
 
 
 def test_the_page(database):

@@ -38,7 +38,7 @@ def browsers(database):
 
 
 def url(row):
-  return re.sub(r"\{(\w+)(:int)?\}", "1", row.path)
+  return re.sub(r"\{(\w+)(:number)?\}", "1", row.path)
 
 
 @pytest.mark.parametrize("role", ["", *accounts.ROLES])
@@ -75,6 +75,8 @@ def test_an_item_is_nobody_elses(browsers):
     assert browsers[role].get("/items/1").status_code == 404
   for path in ("/items/99", "/items/x", "/.git/config", "/static/../web.py"):
     assert browsers["labeler"].get(path).status_code == 404
+  for digits in (10, 20, 5000):  # more than the database holds, and than Python reads
+    assert browsers["labeler"].get(f"/items/{'9' * digits}").status_code == 404
 
 
 def test_a_form_from_another_site_is_refused(browsers):
