@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import sys
+import traceback
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -185,6 +186,22 @@ def _function(spec: str) -> Callable[[Sequence[Item]], Sequence[float]]:
   if "" not in sys.path and os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
-    return getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
+    function = getattr(importlib.import_module(module), name)
+  except Exception as error:  # a user's module may raise anything
     raise UserError(f"scorer {spec} cannot be imported: {explained(error)}") from error
+
+  def call(items: Sequence[Item]) -> list[float]:
+    try:
+      found = function(items)
+    except Exception as error:  # and so may a user's function
+      place = traceback.extract_tb(error.__traceback__)[-1]
+      raise UserError(
+        f"scorer {spec} raised {type(error).__name__}: {explained(error)} ({place.filename}, line {place.lineno});"
+        " mend the function, and run the same command again"
+      ) from error
+    try:
+      return [float(value) for value in found]
+    except Exception as error:
+      raise UserError(f"scorer {spec} must give a list of numbers: {explained(error)}") from error
+
+  return call
