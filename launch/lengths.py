@@ -3,7 +3,7 @@
 The compiled program gives the cost of one turn of such a loop. How many there are follows from the lengths of prompts
 and answers. Without a mean, all are as long as they may be, which is the bound. With a mean, lengths are drawn: they
 are assumed to be geometric and cut at the limit, which means that an answer ends with the same probability at every
-token. Called by plan.py and sketch.py. Draws are the same at every call.
+token. Called by planning.py and sketch.py. Draws are the same at every call.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 The estimate is deliberately rough, because it is used for ranking only. It considers matrix products, the gathering of
 weights and scattering of gradients over `fsdp`, the summing of activations over `tensor`, and the data that a decode
-step reads. It ignores latency, layouts and overlap. Called by search.py.
+step reads. It ignores latency, layouts and overlap. Called by search.py and whole_run.py.
 """
 
 import dataclasses

@@ -2,15 +2,17 @@
 
 import pytest
 
+from instructjax.core.config import from_config_dict
 from launch import lengths, topology, whole_run
-from tests.launch.test_changes import mesh_of, small
+from tests.launch.small import mesh_of, settings
 
 CHIP = topology.CHIPS["v5e"]
 RECORDS = whole_run.Records(demonstrations=100, comparisons=20)
+CONFIG = from_config_dict(settings(mesh=dict(data=1, fsdp=2, tensor=2)))
 
 
 def test_stages_of_a_run():
-  config = small()
+  config = CONFIG
   mesh = mesh_of(config)
   expected, _ = whole_run.sketched(config, "ppo_ptx", mesh, CHIP, lengths.BOUND)
   known = "ppo_ptx", expected, "compiled"
@@ -37,7 +39,7 @@ def test_stages_of_a_run():
 
 
 def test_shorter_texts_make_fewer_steps():
-  config = small()
+  config = CONFIG
   half = lengths.Means(64.0, 64.0)
   assert whole_run._steps(config, "sft", half, RECORDS) == 112
   assert whole_run._steps(config, "rm", half, RECORDS) == 3
