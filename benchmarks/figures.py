@@ -120,7 +120,10 @@ FIGURES = {
   "pods": Figure(
     "docs/pods.md",
     _PLANS,
-    ("instructjax/models/*.py", "instructjax/rl/*.py", "instructjax/ops/*.py", "launch/*.py"),
+    (
+      *("configs/*.py", "launch/*.py", "instructjax/models/*.py", "instructjax/ops/*.py"),
+      *("instructjax/parallel/*.py", "instructjax/rl/*.py", "instructjax/train/optim.py"),
+    ),
     tables.pods,
     is_dated=True,
   ),
@@ -223,22 +226,27 @@ def measure(name: str, matching: str = ""):
     raise UserError(f"--matching={matching!r} is in no command of {name}")
   for command in commands:
     print(f"python -m {command}", file=sys.stderr, flush=True)
-    words = [sys.executable, "-m", *command.split()]
-    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    # The planner ends with 1 where a program does not fit, and that is a result too.
-    if done.returncode and not (done.returncode == 1 and done.stdout.startswith("{")):
-      raise UserError(f"python -m {command} ended with {done.returncode}")
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    # The code that the command starts with: it may change while the command runs.
     record = _record(
       name,
       f"python -m {command}",
-      lines,
+      (),
       version=instructjax.__version__,
       commit=provenance.commit(ROOT),
       date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
       processor=_processor(),
     )
-    save(name, merge(read(name), record))
+    words = [sys.executable, "-m", *command.split()]
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode and not _is_refusal(done):
+      raise UserError(f"python -m {command} ended with {done.returncode}")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    save(name, merge(read(name), record | {"lines": lines}))
+
+
+def _is_refusal(done: subprocess.CompletedProcess) -> bool:
+  """Whether it is the planner that found that a program does not fit, which is a result too."""
+  return done.returncode == 1 and done.stdout.startswith("{") and '"fits": false' in done.stdout
 
 
 def _require_same_code(run: pathlib.Path, commit: str, patterns: Sequence[str]):
@@ -299,7 +307,7 @@ def show():
     old = stale(figure, records)
     for record in records:
       said = "STALE" if record["command"] in old else "current"
-      print(f"{name:14} {said:8} {record['date']} {record['commit'][:10]} {record['command']}")
+      print(f"{name:14} {said:8} {record['date']} {tables.commit(record)} {record['command']}")
     if not records:
       print(f"{name:14} never measured")
 

@@ -37,11 +37,17 @@ def machine(record: dict) -> str:
   return record["processor"] + (f", {rates[0]} GFLOP/s" if rates else "")
 
 
+def commit(record: dict) -> str:
+  """The commit, shortened, and whether the code differed from it."""
+  short = record["commit"][:10]
+  return short + ("+changes" if record["commit"].endswith("+changes") else "")
+
+
 def origin(records: Sequence[dict]) -> str:
   """What the numbers come from: code, day, processor and commands, one line for each that differ."""
   made: dict[str, list[str]] = {}
   for record in records:
-    code = f"instructjax {record['version']}, commit {record['commit'][:10]}"
+    code = f"instructjax {record['version']}, commit {commit(record)}"
     key = f"{code}, {record['date']}, {record['processor']}"
     made.setdefault(key, []).append(f"`{record['command']}`")
   return "\n".join(f"- {key}: {', '.join(commands)}" for key, commands in made.items())
@@ -143,7 +149,7 @@ def _plan(record: dict) -> list[str]:
   settings = [word for word in record["command"].split() if word.startswith("--config.")]
   named = "".join(f", {word.removeprefix('--config.')}" for word in settings)
   name = f"{found['stage']} {found['preset']}, {found['topology']}, `{mesh}`{named}"
-  made = f"{record['commit'][:10]}, {found['compiler']['libtpu']}"
+  made = f"{commit(record)}, {found['compiler']['libtpu']}"
   if not found["fits"]:
     needed = found["out_of_memory"]["needed"]
     return [name, f"does not fit: {needed:.1f} GiB", *[""] * 6, made]

@@ -1,7 +1,7 @@
 """Computes what one run of a compiled TPU program costs each device: FLOPs, HBM traffic and bytes sent.
 
 The cost of each instruction is multiplied by the trip counts of the loops around it. It is attributed to a phase of the
-iteration by the name of its `jax.named_scope`. Called by plan.py. Imports hlo.py and flops.py only.
+iteration by the name of its `jax.named_scope`. Called by planning.py. Imports hlo.py and flops.py only.
 """
 
 import collections

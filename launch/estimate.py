@@ -1,6 +1,6 @@
 """Turns a program's sizes and costs into a report: whether it fits, how long it may take, and what limits it.
 
-Called by plan.py. Pure arithmetic and text, without JAX. All times are estimates, because nothing has run on a TPU.
+Called by planning.py. Pure arithmetic and text, without JAX. All times are estimates, because nothing has run on a TPU.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""One expected time of an iteration with its range, and the hours and the price of a whole run. Called by plan.py.
+"""One expected time of an iteration with its range, and the hours and the price of a whole run.
 
 An iteration is taken apart into decoding, which reads HBM, and passes over whole rows, which multiply. Both are held
 against what a chip could do at most, at shares that are stated here. Nothing has run on a TPU: all results are
-estimates. Pure arithmetic and text, without JAX.
+estimates. Pure arithmetic and text, without JAX. Called by planning.py, whole_run.py and estimate.py.
 """
 
 import dataclasses
@@ -178,7 +178,8 @@ def run_text(found: Mapping) -> list[str]:
   """The lines about a whole run, from `cost`."""
   least, hours, most = found["hours"]
   lines = [
-    "The whole run, expected (estimates), without compiling, saving, reading data and stops:"
+    "The whole run, expected (estimates), without compiling, saving, reading data and stops:",
+    f"  for {found['for']}",
   ]
   lines += [
     f"  {one['stage']:16} {one['steps']:10,.0f} steps of {one['seconds']:8.3g} s"

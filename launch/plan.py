@@ -114,10 +114,11 @@ def _search(config: Config, stage: str):
   """
   if _MESH.value is not None:
     raise UserError(f"--search chooses the mesh: leave out --mesh={_MESH.value}")
-  if _MEAN_RESPONSE.value is not None or _MEAN_PROMPT.value is not None:
-    raise UserError(
-      "--mean_prompt and --mean_response are for one mesh: leave them out with --search"
-    )
+  if not _COMPILE.value:
+    raise UserError("--search compiles the best meshes: leave out --nocompile")
+  for flag in (_MEAN_RESPONSE, _MEAN_PROMPT, _PRICE, _TRY_CHANGES):
+    if flag.value is not None:
+      raise UserError(f"--{flag.name}={flag.value:g} is for one mesh: leave it out with --search")
   chip, devices = topology.chip(_TOPOLOGY.value), topology.devices(_TOPOLOGY.value)
   compile_one = functools.partial(search.compile_apart, sys.argv[1:])
   report = search.run(config, stage, _TOPOLOGY.value, devices, chip, _TRIES.value, compile_one)

@@ -1,7 +1,8 @@
 """Builds a stage's real train step with shapes instead of arrays, so that it can be compiled without data.
 
 It also says which bytes belong to what. The config, the mesh and the size of the vocabulary are enough to build the
-networks, optimisers and jitted steps that the stages use. No weights, data or tokenizer are needed. Called by plan.py.
+networks, optimisers and jitted steps that the stages use. No weights, data or tokenizer are needed.
+Called by planning.py.
 """
 
 import dataclasses

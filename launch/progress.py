@@ -1,4 +1,4 @@
-"""Tells on stderr what the planner is doing while it takes its minutes. Called by plan.py and search.py."""
+"""Tells on stderr what the planner is doing while it takes its minutes. Called by planning.py and search.py."""
 
 import contextlib
 import sys

@@ -2,7 +2,8 @@
 
 It varies only what changes results by rounding error at most: the mesh, `remat`, and the number of chunks in which
 PPO-ptx processes its pretraining rows. Each program is compiled in a process of its own, one after the other. This
-frees the memory in between, and a crash of the compiler costs one trial only. Called by plan.py.
+frees the memory in between, and a crash of the compiler costs one trial only. Called by plan.py, and by planning.py to
+compile changes.
 """
 
 import collections
@@ -251,7 +252,8 @@ def compile_apart(command: list[str], flags: list[str]) -> dict:
   Returns:
     The report, or {'failure': reason}.
   """
-  words = [sys.executable, "-m", "launch.plan", *command, "--nosearch", "--json", "--try_changes=0"]
+  words = [sys.executable, "-m", "launch.plan", *command]
+  words += ["--nosearch", "--compile", "--json", "--try_changes=0"]
   with progress.telling(f"compiling with {' '.join(flags)}"):
     done = subprocess.run([*words, *flags], capture_output=True, text=True)
   if done.returncode in (0, 1) and done.stdout.startswith("{"):

@@ -5,7 +5,7 @@ device that JAX sees. `clock` converts the compiler's estimates of cycles to sec
 number of matrix units gives the public peak rate; for a product of 4096 x 4096 matrices, the compiler's estimate then
 reaches 81 to 97% of the peak.
 
-Called by plan.py. JAX is imported inside `devices` only, after the environment is set.
+Called by plan.py and planning.py. JAX is imported inside `devices` only, after the environment is set.
 """
 
 import dataclasses

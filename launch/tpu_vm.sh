@@ -54,7 +54,11 @@ environment
 
 example
   launch/tpu_vm.sh up --name=gpt3 --zone=us-west4-a --project=my-project --accelerator-type=v5litepod-256 --spot \
-    --workdir=gs://my-bucket/gpt3 --config=configs/ppo_ptx.py:gpt3_1p3b -- --config.mesh.tensor=8
+    --workdir=gs://my-bucket/gpt3 --config=configs/ppo_ptx.py:gpt3_1p3b -- --config.mesh.tensor=8 \
+    --config.data.documents=jsonl:/mnt/my-bucket/data/documents.jsonl \
+    --config.data.demonstrations=jsonl:/mnt/my-bucket/data/demonstrations.jsonl \
+    --config.data.comparisons=jsonl:/mnt/my-bucket/data/comparisons.jsonl \
+    --config.data.prompts=jsonl:/mnt/my-bucket/data/prompts.jsonl
 EOF
 }
 
@@ -197,6 +201,8 @@ wait_until_ready() {
 # shellcheck disable=SC2016
 readonly WORKER='bash "$HOME/instructjax/launch/tpu_worker.sh"'
 # shellcheck disable=SC2016
+readonly UNLESS_IT_RUNS='if [ "$(systemctl show instructjax --property=SubState --value)" = running ]; then echo "$(hostname): it runs already" >&2; exit 1; fi;'
+# shellcheck disable=SC2016
 readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --property=SubState,ExecMainCode,ExecMainStatus)'
 
 # The run's command is written to a file, because systemd would expand % and $ in a command line.
@@ -204,8 +210,7 @@ start_command() {
   local program log
   program="exec \"\$HOME/venv/bin/python\" -u -m instructjax.main $(quoted "${main_flags[@]}")"
   log="\$HOME/instructjax-\$(hostname).log"
-  echo "if [ \"\$(systemctl show instructjax --property=SubState --value)\" = running ];" \
-    "then echo \"\$(hostname): it runs already\" >&2; exit 1; fi;" \
+  echo "$UNLESS_IT_RUNS" \
     "{ sudo systemctl stop instructjax; sudo systemctl reset-failed instructjax; } 2>/dev/null;" \
     "echo ${program@Q} > \"\$HOME/run.sh\" && sudo systemd-run --quiet --unit=instructjax --uid=\"\$(id -un)\"" \
     "--working-directory=\"\$HOME/instructjax\" --remain-after-exit --setenv=JAX_PLATFORMS=tpu,cpu" \
@@ -220,18 +225,19 @@ start_command() {
 pack() {
   if [[ $source == *://* || $source == git@* ]]; then return; fi
   perform tar -czf "$archive" '--exclude=./.[!.]*' --exclude=./runs --exclude=./build '--exclude=*.egg-info' \
-    --exclude=__pycache__ '--exclude=.venv-*' '--exclude=*.gguf' '--exclude=*.safetensors' -C "$source" .
+    --exclude=__pycache__ --exclude=site-packages '--exclude=.venv-*' '--exclude=*.gguf' '--exclude=*.safetensors' -C "$source" .
 }
 
+# The files of a run that is under way stay, also where `up` could not see that it is.
 install_everything() {
   # The && are needed because bash ignores `set -e` inside a function whose exit status is tested.
   if [[ $source == *://* || $source == git@* ]]; then
     local clone=(git clone --quiet --depth=1)
     if [[ $source == *#* ]]; then clone+=("--branch=${source##*#}"); fi
-    on_all_workers "rm -rf \"\$HOME/instructjax\" && $(quoted "${clone[@]}" "${source%%#*}") \"\$HOME/instructjax\""
+    on_all_workers "$UNLESS_IT_RUNS rm -rf \"\$HOME/instructjax\" && $(quoted "${clone[@]}" "${source%%#*}") \"\$HOME/instructjax\""
   else
     on_each_slice copy_all &&
-      on_all_workers "rm -rf \"\$HOME/instructjax\" && mkdir \"\$HOME/instructjax\" && tar -xzf \"\$HOME/instructjax.tar.gz\" -C \"\$HOME/instructjax\""
+      on_all_workers "$UNLESS_IT_RUNS rm -rf \"\$HOME/instructjax\" && mkdir \"\$HOME/instructjax\" && tar -xzf \"\$HOME/instructjax.tar.gz\" -C \"\$HOME/instructjax\""
   fi && on_all_workers "$WORKER install $extras && $WORKER mount $bucket && mkdir -p $mounted/logs"
 }
 
@@ -291,9 +297,9 @@ run_state() {
   fi
 }
 
-# Whether the run ended because of a mistake in flags or data, which starting again would not fix: at least one worker
-# has ended with 2, and all others with 2 or 69. The same for 3, waiting for people.
-is_mistake() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
+# Whether starting again at once would not help: at least one worker has ended with 2, a mistake in flags or data, or
+# with 3, waiting for people, and all others with these or 69.
+is_of_no_use() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
 
 # Explains an exit code of instructjax.main.
 meaning() {
@@ -315,7 +321,7 @@ fetch_logs() {
 # --- up ---------------------------------------------------------------------------------------------------------------
 
 # Creates the slice if necessary, starts the run, and watches it until the run or the slice ends. Sets outcome to
-# finished, mistake or lost, the latter two with a reason.
+# finished, stopped or lost, the latter two with a reason.
 attempt() {
   outcome=lost reason='' exit_code=1
   local state states run
@@ -349,7 +355,7 @@ attempt() {
       0) outcome=finished exit_code=0 && return ;;
       *)
         exit_code=$run reason="the run ended with exit code $run$(meaning "$run")"
-        if is_mistake "$states"; then outcome=mistake; fi
+        if is_of_no_use "$states"; then outcome=stopped; fi
         return
         ;;
     esac
@@ -390,7 +396,11 @@ up() {
   if $keep; then say "the slice is kept and costs money until: tpu_vm.sh delete"; else delete_slice || say "the slice could not be deleted: it may still cost money"; fi
   case $outcome in
     finished) say "finished: $workdir" ;;
-    mistake) say "$reason, which starting again would not mend: see $logs" ;;
+    stopped)
+      if ((exit_code == 3)); then say "$reason; then the same command goes on from $workdir"; else
+        say "$reason, which starting again would not mend: see $logs"
+      fi
+      ;;
     lost) say "gave up after $retries retries: $reason. The same command goes on from $workdir; logs are in $logs" ;;
   esac
   exit "$exit_code"
@@ -423,7 +433,7 @@ need() { # FLAG VALUE WHAT
   if [[ -z $2 ]]; then fail "$command needs --$1=$3; see --help"; fi
 }
 
-is_count() { [[ $2 =~ ^[0-9]{1,6}$ ]] || fail "--$1=$2 must be a whole number"; }
+is_count() { [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "--$1=$2 must be a whole number"; }
 
 default_version() {
   case $accelerator_type in
@@ -478,6 +488,11 @@ while (($#)); do
   shift
 done
 
+for word in ${extra[@]+"${extra[@]}"}; do
+  if [[ $word =~ ^--?(workdir|scratch)(=|$) ]]; then
+    fail "$word: --workdir=gs://BUCKET/DIR comes before --: what is on a worker's disk is lost with it"
+  fi
+done
 need name "$name" NAME
 need zone "$zone" ZONE
 [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name=$name must be lower-case letters, digits and hyphens"
@@ -501,6 +516,7 @@ case $command in
     need workdir "$workdir" gs://BUCKET/DIR
     [[ $workdir =~ ^gs://([a-z0-9][a-z0-9._-]+)/([A-Za-z0-9._/=-]*[A-Za-z0-9._=-])/*$ ]] ||
       fail "--workdir=$workdir must be gs://BUCKET/DIR without spaces: what is on a worker's disk is lost with it"
+    [[ /$workdir/ != */../* ]] || fail "--workdir=$workdir must be a folder of the bucket, without '..'"
     bucket=${BASH_REMATCH[1]} mounted=/mnt/${BASH_REMATCH[1]}/${BASH_REMATCH[2]}
     workdir=gs://$bucket/${BASH_REMATCH[2]}
     ;;

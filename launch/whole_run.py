@@ -1,6 +1,7 @@
-"""The expected times of an iteration and of all stages of a run, from the passes that they make. Called by plan.py.
+"""The expected times of an iteration and of all stages of a run, from the passes that they make.
 
 The stage that was compiled has its own figures for decoding and sending. Of the others only sizes are known.
+Called by planning.py and changes.py.
 """
 
 import dataclasses
@@ -15,9 +16,6 @@ from instructjax.stages import lineage
 from launch import costs, expect, programs, sketch
 from launch.lengths import Means
 from launch.topology import Chip
-
-# Table 6 of the paper: demonstrations for SFT, and prompts with comparisons.
-DEMONSTRATIONS, COMPARISONS = 12_725, 33_207
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +154,11 @@ def _steps(config: Config, stage: str, means: Means, records: Records) -> float:
   return cfg.num_epochs * math.ceil(rows / cfg.batch_size)
 
 
-def words(config: Config, means: Means, records: Records) -> str:
-  """What the run's numbers of steps assume."""
-  known = (
-    f"{records.demonstrations:,} demonstrations, {records.comparisons:,} prompts with comparisons"
-    " (--demonstrations, --comparisons)"
-  )
-  limit = lambda mean, limit: f"{mean:g} on average" if mean else f"all of {limit}"
-  data = config.data
+def words(records: Records) -> str:
+  """What the run's numbers of steps assume, besides the lengths of texts."""
   return (
-    f"  for {known}; prompts {limit(means.prompt, data.max_prompt_length)} tokens, answers"
-    f" {limit(means.response, data.max_response_length)} (--mean_prompt, --mean_response)"
+    f"{records.demonstrations:,} demonstrations and {records.comparisons:,} prompts with comparisons"
+    " (--demonstrations, --comparisons)"
   )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 _STEPS = 100
 
 
-def auc(score_N: np.ndarray, is_positive_N: np.ndarray) -> float:
-  """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+def _two_classes(score_N, is_positive_N) -> tuple[np.ndarray, np.ndarray, int, int]:
+  """The scores, which of them are positive, and how many are and are not.
 
   Raises:
     ValueError: one of the two classes is empty.
@@ -18,7 +18,17 @@ def auc(score_N: np.ndarray, is_positive_N: np.ndarray) -> float:
   positives = int(is_positive_N.sum())
   negatives = len(is_positive_N) - positives
   if not positives or not negatives:
-    raise ValueError("auc: both classes must be there")
+    raise ValueError("both classes must be there")
+  return score_N, is_positive_N, positives, negatives
+
+
+def auc(score_N: np.ndarray, is_positive_N: np.ndarray) -> float:
+  """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+
+  Raises:
+    ValueError: one of the two classes is empty.
+  """
+  score_N, is_positive_N, positives, negatives = _two_classes(score_N, is_positive_N)
   _, place_N, count_U = np.unique(score_N, return_inverse=True, return_counts=True)
   # Equal scores share the mean of their ranks, which are counted from 1.
   rank_U = np.cumsum(count_U) - (count_U - 1) / 2
@@ -34,11 +44,7 @@ def fit(score_N: np.ndarray, is_positive_N: np.ndarray) -> tuple[float, float]:
   Raises:
     ValueError: one of the two classes is empty.
   """
-  score_N, is_positive_N = np.asarray(score_N, np.float64), np.asarray(is_positive_N, bool)
-  positives = int(is_positive_N.sum())
-  negatives = len(is_positive_N) - positives
-  if not positives or not negatives:
-    raise ValueError("fit: both classes must be there")
+  score_N, is_positive_N, positives, negatives = _two_classes(score_N, is_positive_N)
   target_N = np.where(is_positive_N, (positives + 1) / (positives + 2), 1 / (negatives + 2))
   mean, scale = score_N.mean(), score_N.std() or 1.0
   x_N2 = np.stack([(score_N - mean) / scale, np.ones_like(score_N)], axis=1)

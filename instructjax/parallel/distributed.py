@@ -305,10 +305,14 @@ def team() -> Team | None:
   return Team(state.client, state.process_id, state.num_processes)
 
 
-def meet(name: str):
+def meet(name: str, *, save: bool = False):
   """Waits until all processes have come to this point. Those who are waited for are named after 10 s.
 
   All processes must pass the same points in order.
+
+  Args:
+    name: the point, in words.
+    save: one of them is saving something, for which even a run that was told to stop has time.
   """
   from jax.experimental import multihost_utils
 
@@ -317,7 +321,7 @@ def meet(name: str):
     return
   folder = f"met/{next(_meetings)}"
   there.put(folder, name)
-  with _watchdog.meeting(folder, name) if _watchdog else contextlib.nullcontext():
+  with _watchdog.meeting(folder, name, save=save) if _watchdog else contextlib.nullcontext():
     multihost_utils.sync_global_devices(name)
 
 

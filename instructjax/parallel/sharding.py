@@ -107,7 +107,7 @@ def _mesh_shape(cfg: MeshConfig, num_devices: int, num_slices: int) -> tuple[int
   elif num_slices > 1 and shape[0] != num_slices:
     rule = f"have as many slices as the devices lie in, got {num_slices}"
   if rule:
-    nearest = _nearest(asked, num_devices, num_slices=num_slices if num_slices > 1 else None)
+    nearest = _nearest(asked, num_devices, fixed={"slice": num_slices} if num_slices > 1 else {})
     raise UserError(f"mesh: {_spell(asked)} must {rule}. Nearest that fits: {_spell(nearest)}")
   return shape
 
@@ -125,9 +125,7 @@ def _spell(shape) -> str:
   return " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(MESH_AXES, shape))
 
 
-def _nearest(
-  asked, num_devices: int, *, num_slices: int | None = None, splits: Iterable[tuple] = ()
-):
+def _nearest(asked, num_devices: int, *, fixed: Mapping[str, int], splits: Iterable[tuple] = ()):
   """The mesh shape that is nearest to what was asked and that fits the devices.
 
   The distance is the sum of the axes' log ratios to the sizes asked for. Of shapes equally near, the one is taken that
@@ -136,18 +134,14 @@ def _nearest(
   Args:
     asked: sizes in the order of MESH_AXES; an axis of -1 does not count.
     num_devices: the product of the sizes.
-    num_slices: the size of `slice`, or None for any.
+    fixed: axes that keep a size.
     splits: (mesh axes, size of a dimension that is split over them and must be divisible).
   Returns:
     The shape, or None if there is none.
   """
   divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-  slices = divisors if num_slices is None else [num_slices]
-  shapes = (
-    (*sizes, num_devices // math.prod(sizes))
-    for sizes in itertools.product(slices, divisors, divisors)
-    if num_devices % math.prod(sizes) == 0
-  )
+  choices = [[fixed[axis]] if axis in fixed else divisors for axis in MESH_AXES]
+  shapes = (shape for shape in itertools.product(*choices) if math.prod(shape) == num_devices)
   # A mesh divides all dimensions exactly if it divides their greatest common divisor, so one number for each tuple of
   # axes is enough.
   limits = {}
@@ -255,12 +249,14 @@ def _nearest_to(mesh: Mesh | AbstractMesh, dimensions: list[tuple[str, int, tupl
 
 
 def _shape_nearest_to(
-  mesh: Mesh | AbstractMesh, dimensions: list[tuple[str, int, tuple]]
+  mesh: Mesh | AbstractMesh,
+  dimensions: list[tuple[str, int, tuple]],
+  fixed: tuple[str, ...] = ("slice",),
 ) -> tuple | None:
   return _nearest(
     [mesh.shape[axis] for axis in MESH_AXES],
     mesh.size,
-    num_slices=mesh.shape["slice"],
+    fixed={axis: mesh.shape[axis] for axis in fixed},
     splits=[(axes, size) for _, size, axes in dimensions],
   )
 
@@ -268,7 +264,9 @@ def _shape_nearest_to(
 def nearest_mesh(
   mesh: Mesh | AbstractMesh, axes_tree: Any, shapes_tree: Any, sizes: Iterable[int]
 ) -> MeshConfig | None:
-  """The mesh of as many devices and slices nearest to `mesh` that divides all parameters and these numbers of rows.
+  """The mesh nearest to `mesh` that divides all parameters and these numbers of rows, with as many devices.
+
+  Axes `slice` and `data` keep their sizes, and `fsdp` and `tensor` share the rest.
 
   Args:
     mesh, axes_tree, shapes_tree: as for `require_fit`.
@@ -277,7 +275,8 @@ def nearest_mesh(
     The sizes of its axes; None if there is no such mesh.
   """
   params = list(_split_dimensions(axes_tree, shapes_tree))
-  shape = _shape_nearest_to(mesh, params + [("", size, ROWS) for size in sizes])
+  dimensions = params + [("", size, ROWS) for size in sizes]
+  shape = _shape_nearest_to(mesh, dimensions, fixed=("slice", "data"))
   return None if shape is None else MeshConfig(**dict(zip(MESH_AXES, shape)))
 
 

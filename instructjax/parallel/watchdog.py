@@ -173,9 +173,9 @@ class Watchdog:
         )  # no mark: the others have none for it, and `_blame` compares them
 
   @contextlib.contextmanager
-  def meeting(self, folder: str, name: str) -> Generator[None, None, None]:
-    """Says that the main thread waits for the others, who each say so in `folder` of the store."""
-    self.at(f"waiting for the others: {name}")
+  def meeting(self, folder: str, name: str, *, save: bool = False) -> Generator[None, None, None]:
+    """Says that the main thread waits for the others, who each say so in `folder` of the store; `save` as in `at`."""
+    self.at(f"waiting for the others: {name}", save=save)
     self._meeting = (folder, name, Waiting(time.monotonic()))
     try:
       yield

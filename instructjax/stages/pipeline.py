@@ -110,7 +110,7 @@ def _require_sources(config: Config, workdir: pathlib.Path):
     flags = " ".join(f"--config.data.{kind}=jsonl:PATH" for kind in missing)
     raise UserError(
       f"config.data must name a source of {', '.join(missing)} for stage {config.stage}; give"
-      f" {flags} (or another source; only preset tiny brings its own)"
+      f" {flags} (or another source; only presets tiny and smollm2 bring their own)"
     )
 
 

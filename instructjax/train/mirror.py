@@ -5,6 +5,10 @@ memory maps. What has changed is copied every PERIOD seconds and at the end. Fil
 stage's done.json and a checkpoint's manifest.json, come after everything that they speak of; when something is deleted,
 they go first. So whatever moment a machine is lost at, the bucket holds a workdir that a run can go on from.
 
+A run that begins writes its name into the bucket. One that finds another name there writes nothing more. A run that
+comes back to its folder goes on with what is there if the bucket is as the folder's own runs have left it, be it in the
+middle of a copy; else the folder becomes what the bucket holds.
+
 Several processes of a run need one folder that all of them share, as they write each checkpoint together; the first of
 them copies.
 """
@@ -24,7 +28,7 @@ from typing import Any, Self
 import jax
 
 from instructjax.core import terminal
-from instructjax.core.errors import Preempted, UserError, reason
+from instructjax.core.errors import Preempted, UserError, Waiting, reason
 from instructjax.core.foreign import shown
 from instructjax.parallel import distributed
 from instructjax.train import damaged, finished, manifest
@@ -40,6 +44,11 @@ _OWN = (
   OWNER,
 )  # stay on this machine: files and folders of these names
 _MARKERS = (finished.DONE, manifest.NAME)
+_APART = "give each run a folder that lies in no other run's"
+
+
+class _TakenOver(UserError):
+  """Another run has begun in the workdir."""
 
 
 class Mirror:
@@ -54,8 +63,9 @@ class Mirror:
 
   def __init__(self, fs: Any, root: str, url: str, folder: pathlib.Path):
     self._fs, self._root, self._url, self._folder = fs, root.rstrip("/"), url, folder
-    self._id = uuid.uuid4().hex
-    # path -> [size, time of the local file, the bucket's token], of what is the same on both sides
+    self._id = self._place = uuid.uuid4().hex  # of this run, and of the folder, which may be older
+    # path -> [size, time of the local file, the bucket's token]: what is the same on both sides. Where the token is "",
+    # it was being copied or removed, and what the bucket has of it is this folder's own doing.
     self._record: dict[str, list] = {}
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
@@ -64,10 +74,15 @@ class Mirror:
     distributed.at(f"copying from {self._url}")
     with self._told("read"):
       self._folder.mkdir(parents=True, exist_ok=True)
-      self._fs.invalidate_cache()
-      self._pull()
-      owner = {"id": self._id, "host": socket.gethostname(), "process": os.getpid()}
-      self._fs.pipe_file(f"{self._root}/{OWNER}", json.dumps(owner).encode())
+      self._read_record()
+      self._require_alone()
+      before = self._owner()
+    # Before anything is read: a run that is still at work there writes nothing more once it sees this.
+    with self._told("written"):
+      place = {"host": socket.gethostname(), "process": os.getpid(), "folder": self._place}
+      self._fs.pipe_file(f"{self._root}/{OWNER}", json.dumps({"id": self._id, **place}).encode())
+    with self._told("read"):
+      self._pull(before)
     terminal.say(
       f"workdir {self._url}: this machine works in {self._folder} and copies it every {PERIOD:.0f} s and at the end;"
       " compiled/ and cache/ stay here"
@@ -76,15 +91,21 @@ class Mirror:
     return self
 
   def __exit__(self, kind, error, traceback):
-    distributed.at(f"copying to {self._url}")
+    # Even a run that was told to stop has time for this, as for a checkpoint.
+    distributed.at(f"copying to {self._url}", save=True)
+    if isinstance(error, KeyboardInterrupt):
+      terminal.say(f"copying what is left to {self._url}; Ctrl-C again ends without")
     self._stop.set()
     self._thread.join()
     try:
       with self._told("written"):
         self.push()
-    except UserError:
-      if error is None:  # else that one explains more
+    except UserError as failure:
+      # To start a run again that was taken over would take it over in turn: that is no way to stop.
+      is_stopped = isinstance(error, Preempted | Waiting)
+      if error is None or (is_stopped and isinstance(failure, _TakenOver)):
         raise
+      terminal.say(str(failure))  # the other error explains more, and has its own exit code
 
   @contextlib.contextmanager
   def _told(self, what: str):
@@ -95,25 +116,33 @@ class Mirror:
       raise
     except Exception as error:  # OSError, HTTP and login errors have no common class
       raise UserError(
-        f"{self._url} cannot be {what}: {type(error).__name__}: {reason(error)}. What the run has written lies in"
-        f" {self._folder}; the same command on this machine goes on from there"
+        f"{self._url} cannot be {what}: {type(error).__name__}: {reason(error)}. The bucket must exist, and the account"
+        f" must be allowed to read, write and delete objects there; what the run has written lies in {self._folder},"
+        " and the same command on this machine goes on from there"
       ) from error
 
   def _work(self):
+    told = ""
     while not self._stop.wait(PERIOD):
       try:
         self.push()
-      except UserError as error:
+        told = ""
+      except _TakenOver as error:
         terminal.say(str(error))
         os.kill(os.getpid(), signal.SIGTERM)  # the run saves on this machine, and ends
         return
       except Exception as error:  # a network that fails for a while: the next time, or the end
-        terminal.say(f"{self._url} could not be written, and is tried again: {reason(error)}")
+        if told != (told := reason(error)):  # once, not every PERIOD
+          terminal.say(f"{self._url} could not be written, and is tried again: {told}")
 
   # --- in -------------------------------------------------------------------------------------------
 
   def _there(self) -> dict[str, tuple[int, str]]:
-    """Path -> (size, token) of the objects that are mirrored."""
+    """Path -> (size, token) of the objects that are mirrored.
+
+    Raises:
+      UserError: there are others than a run's.
+    """
     self._fs.invalidate_cache()
     try:
       found = self._fs.find(self._root, detail=True)
@@ -121,29 +150,45 @@ class Mirror:
       return {}
     start = len(self._root.lstrip("/")) + 1
     objects = {name.lstrip("/")[start:]: info for name, info in found.items()}
-    return {
-      name: (int(info["size"]), _token(info))
-      for name, info in objects.items()
-      if name and not {*name.split("/")} & {*_OWN}
-    }
+    result = {}
+    for name, info in objects.items():
+      path = pathlib.PurePosixPath(name)
+      if not name or name.endswith("/"):  # a folder, as the console and mounts make them
+        continue
+      if path.name == OWNER and len(path.parts) > 1:
+        raise UserError(
+          f"{self._url} holds the workdir of another run, {shown(str(path.parent))}; {_APART}"
+        )
+      if path.is_absolute() or ".." in path.parts or str(path) != name or not name.isprintable():
+        raise UserError(f"{self._url} holds an object of the name {shown(name)}, which is no run's")
+      if not {*path.parts} & {*_OWN}:
+        result[name] = (int(info["size"]), _token(info))
+    return result
 
-  def _pull(self):
-    """Makes the local folder what the bucket holds, unless it is what this machine went on from there with."""
+  def _pull(self, before: dict[str, Any]):
+    """Makes the local folder what the bucket holds, unless it is what this machine went on from there with.
+
+    Args:
+      before: the owner of the workdir before this run.
+    """
     there = self._there()
-    self._read_record()
-    tokens = {name: token for name, (_, token) in there.items()}
-    if tokens and {name: row[2] for name, row in self._record.items()} == tokens:
-      return  # nobody else has written since this machine did: what it has besides is its own, and newer
+    if self._is_ahead(there, before):
+      return
+    if self._record and any(self._is_changed(name) for name in self._here()):
+      terminal.say(
+        f"{self._url} has changed since this machine copied to it: what {self._folder} has besides is given up"
+      )
+    # If this machine is lost meanwhile, the folder is nothing that could be gone on with.
     self._record = {}
+    self._save_record()
     for path in list(self._folder.iterdir()):
       if path.name not in _OWN:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name in there:
-      if ".." in pathlib.PurePosixPath(name).parts or not name.isprintable():
-        raise UserError(f"{self._url} holds an object of the name {shown(name)}, which is no run's")
     for name, (size, token) in there.items():
-      if not _is_whole(name, there):
-        continue  # a checkpoint whose upload was broken off
+      if not _is_whole(name, there):  # of a checkpoint whose upload was broken off
+        if _step(name).isdigit():
+          self._record[name] = [0, 0, ""]  # the next push removes it
+        continue
       path = self._folder / name
       path.parent.mkdir(parents=True, exist_ok=True)
       self._fs.get_file(f"{self._root}/{name}", str(path))
@@ -154,6 +199,17 @@ class Mirror:
         raise UserError(f"{self._url}/{name} has {size} bytes, and {state.st_size} came; run again")
     self._save_record()
 
+  def _is_ahead(self, there: dict[str, tuple[int, str]], before: dict[str, Any]) -> bool:
+    """Whether nobody else has written since this folder was copied: what it has besides is its own, and newer."""
+    known = {name: token for name, (_, _, token) in self._record.items() if token}
+    unsure = self._record.keys() - known.keys()
+    if known != {name: token for name, (_, token) in there.items() if name not in unsure}:
+      return False
+    if unsure and before.get("folder") != self._place:
+      return False
+    # A folder that somebody has emptied of all but hidden files is no run that has deleted everything.
+    return not known or any((self._folder / name).exists() for name in known)
+
   # --- out ------------------------------------------------------------------------------------------
 
   def push(self):
@@ -163,57 +219,117 @@ class Mirror:
       UserError: another run has taken the workdir over.
     """
     self._require_own()
-    # Markers first of all: what they speak of was written before, so the second listing has it.
-    markers = [name for name in self._here() if _is_marker(name)]
-    here = self._here()
-    gone = [name for name in self._record if name not in here]
-    self._remove([name for name in gone if name.rpartition("/")[2] == finished.DONE])
-    lost = []
-    for name in [*(name for name in here if not _is_marker(name)), *markers]:
-      folder, _, last = name.rpartition("/")
-      if last == manifest.NAME and any(other.startswith(f"{folder}/") for other in lost):
-        continue  # the checkpoint was deleted meanwhile
+    # What a marker speaks of was written before it: it is in the listing after the one that has the marker.
+    for_done, for_manifests, for_rest = [self._here() for _ in range(3)]
+    markers = [name for name in for_manifests if _last(name) == manifest.NAME]
+    markers += [name for name in for_done if _last(name) == finished.DONE]
+    rest = [name for name in for_rest if not _is_marker(name)]
+    listed = {*for_done, *for_manifests, *for_rest}
+    gone = [name for name in self._record if name not in listed]
+    changed = [name for name in (*rest, *markers) if self._is_changed(name)]
+    if not gone and not changed:
+      return
+    for name in (*gone, *changed):
+      self._record.setdefault(name, [0, 0, ""])[2] = ""
+    self._save_record()
+    try:
+      self._remove([name for name in gone if _last(name) == finished.DONE])
+      lost = self._copy_all(changed, [*(listed - {*for_rest})])
+      # An old checkpoint goes only when the new one is there.
+      if not lost:
+        self._remove(sorted((name for name in gone if name in self._record), key=_comes_late))
+    finally:
+      self._save_record()
+
+  def _copy_all(self, names: list[str], lost: list[str]) -> list[str]:
+    """Copies files in order.
+
+    Args:
+      names: the files, markers last.
+      lost: others, that were deleted or renamed while the folder was listed.
+    Returns:
+      `lost`, and those that were deleted or renamed since.
+    """
+    lost = list(lost)
+    for name in names:
+      if _last(name) == manifest.NAME:
+        folder = name.removesuffix(manifest.NAME)
+        if any(other.startswith(folder) for other in lost):
+          terminal.say(
+            f"{self._folder / folder} was deleted before it was copied. If that goes on, copies take longer than"
+            " checkpoints stay: raise checkpoint.every_steps or checkpoint.keep"
+          )
+          continue
+      if _is_marker(name):
+        self._require_own()
       try:
         self._copy(name)
-      except FileNotFoundError:  # deleted or renamed since it was listed
+      except FileNotFoundError:
+        if (self._folder / name).exists():  # it is the bucket that is not there
+          raise
         lost.append(name)
-      distributed.progress()
-    # An old checkpoint goes only when the new one is there.
-    self._remove(sorted((name for name in gone if name in self._record), key=_comes_late))
-    for name, (_, token) in self._there().items():
-      if name in self._record:
-        self._record[name][2] = token
-    self._save_record()
+      if self._stop.is_set():  # else this is beside the run, whose own headway alone counts
+        distributed.progress()
+    return lost
 
   def _remove(self, names: list[str]):
+    if names:
+      self._require_own()
     for name in names:
       with contextlib.suppress(FileNotFoundError):
         self._fs.rm_file(f"{self._root}/{name}")
       del self._record[name]
 
   def _copy(self, name: str):
-    path = self._folder / name
+    path, remote = self._folder / name, f"{self._root}/{name}"
     state = path.stat()
-    if self._record.get(name, ())[:2] == [state.st_size, state.st_mtime_ns]:
-      return
-    self._fs.put_file(str(path), f"{self._root}/{name}")
+    self._fs.put_file(str(path), remote)
+    self._fs.invalidate_cache()
     # A file that grew meanwhile is copied again the next time.
-    self._record[name] = [state.st_size, state.st_mtime_ns, ""]
+    found = self._fs.find(remote, detail=True)  # `info` spells it otherwise in some file systems
+    token = next((_token(info) for path, info in found.items() if path.endswith(remote)), "")
+    self._record[name] = [state.st_size, state.st_mtime_ns, token]
+
+  def _is_changed(self, name: str) -> bool:
+    """Whether a local file is to be copied."""
+    size, time, token = self._record.get(name, (0, 0, ""))
+    try:
+      state = (self._folder / name).stat()
+    except FileNotFoundError:  # `_copy` finds it out
+      return True
+    return not token or (size, time) != (state.st_size, state.st_mtime_ns)
 
   def _here(self) -> list[str]:
     """Paths of the local files that are mirrored; of checkpoints, the whole ones'."""
     return [str(path.relative_to(self._folder)) for path in sorted(_files(self._folder))]
 
+  def _owner(self) -> dict[str, Any]:
+    """What the run that began last says of itself; {} if there is none."""
+    self._fs.invalidate_cache()
+    try:
+      return json.loads(self._fs.cat_file(f"{self._root}/{OWNER}"))
+    except FileNotFoundError:
+      return {}
+
   def _require_own(self):
     """Raises UserError if another run has begun in the workdir since this one did."""
-    self._fs.invalidate_cache()
-    owner = json.loads(self._fs.cat_file(f"{self._root}/{OWNER}"))
+    owner = self._owner()
+    if not owner:
+      raise FileNotFoundError(f"{self._url}/{OWNER} is gone")
     if owner["id"] != self._id:
       other = f"process {owner['process']} on {owner['host']}"
-      raise UserError(
+      raise _TakenOver(
         f"{self._url} was taken over by another run ({shown(other)}), which goes on from the last copy; this"
         f" run ends, and what it did since lies in {self._folder}"
       )
+
+  def _require_alone(self):
+    """Raises UserError if the workdir lies in that of another run, which would copy and delete its files too."""
+    for folder in pathlib.PurePosixPath(self._root).parents:
+      if folder.name and self._fs.exists(f"{folder}/{OWNER}"):
+        raise UserError(
+          f"{self._url} lies in the workdir of another run, {shown(folder.name)}; {_APART}"
+        )
 
   def _read_record(self):
     """Reads what was copied before.
@@ -221,24 +337,31 @@ class Mirror:
     Raises:
       UserError: the folder holds something else than a copy of this workdir.
     """
-    try:
+    url = ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
       record = json.loads((self._folder / _RECORD).read_text())
-      url, self._record = record["url"], record["files"]
-    except (OSError, ValueError, TypeError, KeyError):
-      url = ""
+      url, self._place, self._record = record["url"], record["folder"], record["files"]
     if url != self._url and any(path.name not in _OWN for path in self._folder.iterdir()):
       raise UserError(
         f"{self._folder} holds other files than a copy of {self._url}, which it would become: give another --scratch"
       )
+    if url != self._url:
+      self._place, self._record = self._id, {}
+      self._save_record()
 
   def _save_record(self):
     scratch = self._folder / f"{_RECORD}.tmp"
-    scratch.write_text(json.dumps({"url": self._url, "files": self._record}))
+    record = {"url": self._url, "folder": self._place, "files": self._record}
+    scratch.write_text(json.dumps(record))
     os.replace(scratch, self._folder / _RECORD)
 
 
 def _is_marker(name: str) -> bool:
-  return name.rpartition("/")[2] in _MARKERS
+  return _last(name) in _MARKERS
+
+
+def _last(name: str) -> str:
+  return name.rpartition("/")[2]
 
 
 def _comes_late(name: str) -> bool:
@@ -248,7 +371,11 @@ def _comes_late(name: str) -> bool:
 
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """The files below a folder that are mirrored."""
-  for path in folder.iterdir():
+  try:
+    paths = list(folder.iterdir())
+  except FileNotFoundError:  # deleted since its parent was listed
+    return
+  for path in paths:
     is_temporary = path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name
     is_half = folder.name == damaged.FOLDER and not (path / manifest.NAME).is_file()
     if path.name in _OWN or is_temporary or is_half:
@@ -261,11 +388,17 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _is_whole(name: str, there: dict[str, tuple[int, str]]) -> bool:
   """Whether an object is no part of a checkpoint without a manifest."""
+  step = _step(name)
+  return (
+    not step
+    or f"{name.rpartition(damaged.FOLDER)[0]}{damaged.FOLDER}/{step}/{manifest.NAME}" in there
+  )
+
+
+def _step(name: str) -> str:
+  """The folder's name of the checkpoint that a file belongs to; "" if it is none's."""
   parts = name.split("/")
-  if damaged.FOLDER not in parts:
-    return True
-  step = parts[: parts.index(damaged.FOLDER) + 2]
-  return "/".join([*step, manifest.NAME]) in there
+  return parts[parts.index(damaged.FOLDER) + 1] if damaged.FOLDER in parts[:-1] else ""
 
 
 def _token(info: dict[str, Any]) -> str:
@@ -283,14 +416,14 @@ def mirrored(url: str, folder: pathlib.Path) -> Generator[None, None, None]:
   """
   first = jax.process_index() == 0
   stopped = None
-  with open_bucket(url, folder) if first else contextlib.nullcontext():
-    distributed.meet("the workdir is copied from its bucket")
-    try:
+  try:
+    with open_bucket(url, folder) if first else contextlib.nullcontext():
+      distributed.meet("the workdir is copied from its bucket")
       yield
-    except Preempted as error:
-      stopped = error
+  except (Preempted, Waiting) as error:
+    stopped = error
   # The others wait for the last copy: a process that is left alone is ended after a while.
-  distributed.meet("the workdir is copied to its bucket")
+  distributed.meet("the workdir is copied to its bucket", save=True)
   if stopped:
     raise stopped
 
@@ -301,9 +434,9 @@ def open_bucket(url: str, folder: pathlib.Path) -> Mirror:
   Raises:
     UserError: the extra `gcs` is not installed.
   """
-  import fsspec
-
   try:
+    import fsspec
+
     fs, root = fsspec.core.url_to_fs(url)
   except ImportError:
     raise UserError(

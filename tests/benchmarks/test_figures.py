@@ -188,6 +188,8 @@ def test_what_the_planner_says_of_programs():
     f"| {name} | 3.00, 2.00 | **10** (8 to 20) | 100 | 5.00, 9.00, 12.00 | 3 GB | 1.50 GB, 2.00 MB | 100"
     " | aaaaaaaaaa, 0.0.52 |"
   )
+  changed = tables.pods([record | {"commit": "b" * 40 + "+changes"}])
+  assert changed.endswith("| bbbbbbbbbb+changes, 0.0.52 |")
   assert rows[1] == f"| {name} | does not fit: 20.0 GiB |  |  |  |  |  |  | aaaaaaaaaa, 0.0.52 |"
 
 
@@ -205,3 +207,27 @@ def test_only_commands_that_match_are_run(monkeypatch, tmp_path, capsys):
   assert figures.main(["measure", "pods", "--matching=sft.py:gpt3_1p3b"]) == 0
   assert len(ran) == 2 and all("sft.py:gpt3_1p3b" in command for command in ran)
   assert figures.main(["measure", "pods", "--matching=nothing"]) == 2
+
+
+def test_a_record_is_of_the_code_that_the_command_started_with(monkeypatch):
+  now, saved = ["before"], []
+
+  def run(words, **kwargs):
+    now[0] = "later"
+    return subprocess.CompletedProcess(words, 0, stdout='{"x": 1}\n{"x": 2}\n')
+
+  monkeypatch.setattr(figures.subprocess, "run", run)
+  monkeypatch.setattr(figures, "code_hash", lambda patterns: now[0])
+  monkeypatch.setattr(figures.provenance, "commit", lambda root: now[0])
+  monkeypatch.setattr(figures, "save", lambda name, records: saved.extend(records))
+  figures.measure("decode")
+  record = saved[-1]
+  assert (record["code"], record["commit"]) == ("before", "before")
+  assert record["lines"] == [{"x": 1}, {"x": 2}]
+
+
+def test_a_command_that_fails_after_some_lines_is_no_measurement(monkeypatch):
+  failed = subprocess.CompletedProcess([], 1, stdout='{"program": "instructjax"}\n')
+  monkeypatch.setattr(figures.subprocess, "run", lambda words, **kwargs: failed)
+  with pytest.raises(UserError, match="ended with 1"):
+    figures.measure("decode")

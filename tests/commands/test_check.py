@@ -1,6 +1,8 @@
 """--check: what would end a run on a slice is said without one."""
 
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from instructjax.commands import check
 from instructjax.core.config import from_config_dict
 from instructjax.core.errors import UserError
 
+ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = {f"data.{kind}": "jsonl:/mnt/bucket/x" for kind in ("documents", "demonstrations")}
 SOURCES |= {f"data.{kind}": "jsonl:/mnt/bucket/y" for kind in ("comparisons", "prompts")}
 
@@ -57,6 +60,28 @@ def test_what_would_end_it_is_said(changes, slices, words):
   with pytest.raises(UserError) as told:
     check.check([("", config(**changes))], slices)
   assert words in str(told.value)
+
+
+def in_files(name: str, bucket: str) -> dict[str, str]:
+  """The settings of a file of launch/, which writes each as --config.NAME=VALUE."""
+  text = (ROOT / "launch" / name).read_text()
+  return dict(re.findall(rf"--config\.(data\.\w+)=(jsonl:/mnt/{bucket}/\S+)", text))
+
+
+@pytest.mark.parametrize(
+  "name, bucket, slices",
+  [
+    ("tpu_vm.sh", "my-bucket", "v5litepod-256"),
+    ("skypilot.yaml", "BUCKET", "v5litepod-256"),
+    ("gke.yaml", "BUCKET", "v5e:16x16"),
+  ],
+)
+def test_what_launch_has_as_an_example_would_start(name, bucket, slices):
+  """A slice that is rented for a command that ends at once costs all the same."""
+  values = models.get("ppo_ptx", "gpt3_1p3b")
+  values.update_from_flattened_dict({"mesh.tensor": 8} | in_files(name, bucket))
+  line, _ = check.check([("", from_config_dict(values))], slices)
+  assert line.startswith("would start on 256 x TPU v5 lite")
 
 
 def test_every_point_of_a_sweep_is_checked():

@@ -18,8 +18,13 @@ def test_an_area_counts_pairs():
     (a > b) + 0.5 * (a == b) for a in score[positive].tolist() for b in score[~positive].tolist()
   ]
   assert platt.auc(score, positive) == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("function", [platt.auc, platt.fit])
+@pytest.mark.parametrize("label", [True, False])
+def test_one_class_alone_is_refused(function, label):
   with pytest.raises(ValueError, match="both classes"):
-    platt.auc([1, 2], [True, True])
+    function([1, 2], [label, label])
 
 
 def test_probabilities_find_the_curve_that_the_labels_are_drawn_from():

@@ -5,33 +5,18 @@ import dataclasses
 import jax
 import pytest
 
-from configs import models
 from instructjax.core.blocks import validate
 from instructjax.core.config import MeshConfig, from_config_dict
-from instructjax.parallel import sharding
 from launch import changes, lengths, programs, topology, whole_run
+from tests.launch.small import mesh_of, settings
 
 CHIP = topology.CHIPS["v5e"]
 GIB = topology.GIB
 
 
-def small(stage: str = "ppo_ptx"):
-  config = models.get(stage, "gpt3_125m")
-  for model in (config.model, config.reward_model):
-    model.update(num_layers=2, d_model=512, num_heads=4, num_kv_heads=4, head_dim=128, d_mlp=1024)
-    model.update(max_length=256)
-  config.tokenizer.vocab_size = 1024
-  config.data.update(max_prompt_length=128, max_response_length=128)
-  for block in ("pretrain", "reward_pretrain", "sft", "ppo_init"):
-    config[block].update(batch_size=8, length=256)
-  config.rm.update(batch_size=8)
-  config.ppo.update(batch_size=64, num_minibatches=4, ptx_length=256)
-  config.mesh.update(data=1, fsdp=2, tensor=2)
-  return from_config_dict(config)
-
-
-def mesh_of(config):
-  return sharding.make_mesh(config.mesh, jax.devices()[:4])
+def small():
+  split = dict(data=1, fsdp=2, tensor=2)
+  return from_config_dict(settings(ppo=dict(batch_size=64), mesh=split))
 
 
 def change(seconds: float, gib: float, fits: bool = True, **values):

@@ -37,7 +37,8 @@ def test_a_run_adds_up_its_stages():
   assert found["chip_hours"] == pytest.approx([4.0, 6.0, 12.0])
   assert found["price"] == pytest.approx([2.0, 3.0, 6.0])
   assert expect.cost(stages, 4, None)["price"] is None
-  words = {"left_out": [], "for": "  for it"}
+  words = {"left_out": [], "for": "so many"}
   lines = expect.run_text(expect.cost(stages, 4, None) | words)
+  assert lines[1] == "  for so many"
   assert "  all: 1.5 h (1.0 to 3.0) on 4 chips: 6 chip-hours (4 to 12)" in lines
   assert lines[-1] == "  --price_per_chip_hour=X adds what that costs."

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import pathlib
+import types
 from unittest import mock
 
 import jax
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from configs import models
 from instructjax.core.config import MeshConfig, from_config_dict
 from instructjax.core.errors import UserError
 from instructjax.parallel import sharding
@@ -31,6 +31,7 @@ from launch import (
   topology,
   whole_run,
 )
+from tests.launch.small import mesh_of, settings
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[plan]'"
@@ -326,7 +327,7 @@ def test_a_report_in_words():
     "tokens": 64,
     "expected": expect.as_dict(expected),
     "run": expect.cost([expect.StageTime("sft", 720, expected, "compiled")], 8, 2.0)
-    | {"left_out": ["rm (trains nothing)"], "for": "  for all"},
+    | {"left_out": ["rm (trains nothing)"], "for": "all"},
     "decode": {"layout": "2d", "steps": 6, "step": {"hbm_bytes": 3e9, "wire_bytes": 2e6}},
     "a_run_refuses": "sft.batch_size=32 must be",
     "collectives": found.by_kind,
@@ -366,6 +367,25 @@ def test_a_report_in_words():
   assert all(
     "estimate" in line for line in lines if " a second" in line and "s an iteration" in line
   )
+
+
+@pytest.mark.parametrize(
+  "flag, value, words",
+  [
+    ("_MESH", "fsdp:4", "--search chooses the mesh: leave out --mesh=fsdp:4"),
+    ("_COMPILE", False, "leave out --nocompile"),
+    ("_MEAN_PROMPT", 20.0, "--mean_prompt=20 is for one mesh"),
+    ("_PRICE", 1.2, "--price_per_chip_hour=1.2 is for one mesh"),
+    ("_TRY_CHANGES", 0, "--try_changes=0 is for one mesh"),
+  ],
+)
+def test_what_a_search_does_not_take(flag, value, words, monkeypatch):
+  unset = dict.fromkeys(("_MESH", "_MEAN_PROMPT", "_MEAN_RESPONSE", "_PRICE", "_TRY_CHANGES"))
+  for name, given in (unset | {"_COMPILE": True} | {flag: value}).items():
+    holder = types.SimpleNamespace(name=getattr(plan, name).name, value=given)
+    monkeypatch.setattr(plan, name, holder)
+  with pytest.raises(UserError, match=words):
+    plan._search(small("sft"), "sft")
 
 
 def test_mesh_spelling():
@@ -415,21 +435,10 @@ def test_without_libtpu(monkeypatch):
 
 
 def small(stage: str, **changes):
-  """A config whose dimensions fill a TPU's tiles, so that nothing is padded."""
-  config = models.get(stage, "gpt3_125m")
-  shape = dict(num_layers=2, d_model=512, num_heads=4, num_kv_heads=4, head_dim=128, d_mlp=1024)
-  for model in (config.model, config.reward_model):
-    model.update(shape, max_length=256)
-  config.tokenizer.vocab_size = 1024
-  config.data.update(max_prompt_length=128, max_response_length=128)
-  for block in ("pretrain", "reward_pretrain", "sft", "ppo_init"):
-    config[block].update(batch_size=8, length=256)
-  config.rm.update(batch_size=8)
-  config.ppo.update(batch_size=16, num_minibatches=2, ptx_length=256)
-  config.mesh.update(data=1, fsdp=4, tensor=1)
-  for name, value in changes.items():
-    config[name].update(value)
-  return from_config_dict(config)
+  blocks = {"ppo": {"num_minibatches": 2}, "mesh": {"data": 1, "fsdp": 4}}
+  for name, values in changes.items():
+    blocks[name] = blocks.get(name, {}) | values
+  return from_config_dict(settings(stage, **blocks))
 
 
 @pytest.fixture(scope="module")
@@ -598,7 +607,7 @@ def test_a_compiled_step(fsdp, tensor, remat, passes):
   )
   with mock.patch.dict(os.environ):  # which planning changes
     report = planning.plan(config, "v5e:2x2", "pretrain", planning.Assumed(1, 1))
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+  mesh = mesh_of(config)
   program = programs.make(config, mesh, "pretrain")
   with jax.set_mesh(mesh):
     jaxpr = program.step.trace(*program.arguments).jaxpr

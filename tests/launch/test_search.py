@@ -19,6 +19,7 @@ from instructjax.core.config import MeshConfig, from_config_dict
 from instructjax.core.stages import STAGES
 from instructjax.parallel import sharding
 from launch import programs, search, sketch, topology
+from tests.launch.small import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 CHIP = topology.CHIPS["v5e"]
@@ -26,17 +27,7 @@ GIB = topology.GIB
 
 
 def small(**ppo):
-  """A config whose step fits anywhere."""
-  config = models.get("ppo_ptx", "gpt3_125m")
-  for model in (config.model, config.reward_model):
-    model.update(num_layers=2, d_model=512, num_heads=4, num_kv_heads=4, head_dim=128, d_mlp=1024)
-    model.update(max_length=256)
-  config.tokenizer.vocab_size = 1024
-  config.data.update(max_prompt_length=128, max_response_length=128)
-  for block in ("pretrain", "reward_pretrain", "sft", "ppo_init"):
-    config[block].update(batch_size=8, length=256)
-  config.ppo.update(dict(batch_size=16, num_minibatches=4, ptx_length=256) | ppo)
-  return config
+  return settings(ppo=ppo)
 
 
 def choice(
@@ -224,6 +215,7 @@ def test_a_crash_and_a_mistake_are_answers(monkeypatch):
   assert run_as(1, json.dumps(refused(16.0)), "warning") == refused(16.0)
   assert command[1:] == ["-m", "launch.plan", "--config=c.py", "--search"] + [
     "--nosearch",
+    "--compile",
     "--json",
     "--try_changes=0",
     "--config.mesh.fsdp=4",

@@ -78,5 +78,6 @@ def test_the_command_is_the_usual_one(tmp_path):
   expected = (
     "-u -m instructjax.main --config=configs/ppo_ptx.py:gpt3_1p3b --workdir=/mnt/my-bucket/gpt3"
   )
-  assert words == [*shlex.split(expected), values["FLAGS"]]
+  flags = TASK["envs"]["FLAGS"].replace("BUCKET", "my-bucket")
+  assert words == [*shlex.split(expected), *shlex.split(flags)]
   assert done.stderr == "mount my-bucket\n"

@@ -204,11 +204,13 @@ def test_a_dry_run_needs_no_gcloud_and_its_lines_are_commands(tmp_path):
     (["run", *PLACE, "--workdir=runs/demo", "--config=c.py"], "must be gs://BUCKET/DIR"),
     (["run", *PLACE, "--workdir=gs://bucket", "--config=c.py"], "must be gs://BUCKET/DIR"),
     (["run", *PLACE, "--workdir=gs://bucket/a b", "--config=c.py"], "must be gs://BUCKET/DIR"),
+    (["run", *PLACE, "--workdir=gs://bucket/a/../b", "--config=c.py"], "without '..'"),
     (["run", *PLACE, *WHAT, "--config.seed=1"], "come after --"),
     (["delete", *PLACE, "--zome=z"], "no flag --zome"),
     (["delete", *PLACE, "now"], "'now' is not --FLAG=VALUE"),
     (["delete", "--name=Big One", "--zone=z"], "must be lower-case"),
     (["delete", *PLACE, "--retries=many"], "--retries=many must be a whole number"),
+    (["delete", *PLACE, "--retries=08"], "--retries=08 must be a whole number"),  # bash's octal
     (["create", *PLACE, "--accelerator-type=v6e-8", "--spot", "--reserved"], "only one"),
     (["create", *PLACE, "--accelerator-type=v6e-8", "--spot", "--flex-start=1h"], "only one"),
     (["create", *PLACE, "--accelerator-type=v6e-8", "--flex-start=long"], "must be a time, as 24h"),
@@ -227,6 +229,13 @@ def test_a_mistake_is_one_line(arguments, complaint):
   assert done.returncode == 2 and done.stdout == ""
   (line,) = done.stderr.splitlines()
   assert line.startswith("tpu_vm.sh: ") and complaint in line
+
+
+@pytest.mark.parametrize("flag", ["--workdir=/tmp/a", "-workdir", "--scratch=/tmp/a"])
+def test_the_run_cannot_be_sent_to_a_workers_disk(flag):
+  done = run("run", *PLACE, *WHAT, "--dry-run", "--", "--config.seed=1", flag)
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.startswith(f"tpu_vm.sh: {flag}: --workdir=gs://BUCKET/DIR comes before --")
 
 
 def test_no_gcloud_is_told(tmp_path):
@@ -315,6 +324,15 @@ def test_a_mistake_is_not_tried_again(cloud, other):
   assert done.returncode == 2
   assert there.calls() == [*INSTALL, "run", *END]
   assert "exit code 2, which starting again would not mend" in done.stderr
+
+
+def test_a_run_that_waits_for_people_goes_on_later(cloud):
+  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(3)};{ended(69, 1)}"])
+  done = there.up()
+  assert done.returncode == 3
+  assert there.calls() == [*INSTALL, "run", *END]
+  last = done.stderr.splitlines()[-1]
+  assert last.endswith("rank answers); then the same command goes on from gs://bucket/gpt3")
 
 
 def test_a_run_under_way_is_only_watched(cloud):
@@ -425,6 +443,7 @@ def test_what_is_copied(cloud, tmp_path):
     *(".git/HEAD", ".venv/bin/python", "runs/demo/done.json", "a.egg-info/x", "base.gguf"),
     "benchmarks/peers/.venv-trl/bin/python",
     "configs/__pycache__/ppo.pyc",
+    "planner/lib/python3.12/site-packages/jax/version.py",
   ):
     executable(source / name, "")
   done = run(
@@ -457,6 +476,22 @@ def test_flags_reach_the_program_unchanged(tmp_path):
   ]  # fmt: skip
   again = started("running")
   assert again.returncode == 1 and "it runs already" in again.stderr
+
+
+@pytest.mark.parametrize("source", [str(ROOT), "https://example.org/x.git#v1"])
+def test_the_files_of_a_run_under_way_stay(tmp_path, source):
+  """The commands for the workers, run here while systemd's stand-in says that the run is under way."""
+  where, home = tmp_path / "bin", tmp_path / "home"
+  ssh = 'case "$*" in *" scp "*) exit;; esac\nexec bash -c "${command#--command=}"\n'
+  executable(where / "gcloud", "#!/bin/bash\ncommand=${!#}\n" + ssh)
+  executable(where / "systemctl", "#!/bin/sh\necho running\n")
+  for program in ("tar", "git"):
+    executable(where / program, "#!/bin/sh\n")
+  executable(home / "instructjax/setup.cfg", "")
+  flags = [*PLACE, *WHAT, f"--source={source}"]
+  done = run("install", *flags, path=where, HOME=str(home), TMPDIR=str(tmp_path))
+  assert done.returncode == 1 and "it runs already" in done.stderr
+  assert (home / "instructjax/setup.cfg").exists()
 
 
 # --- on a worker ------------------------------------------------------------------------------------------------------

@@ -330,6 +330,25 @@ def test_decoding_stops_when_every_row_has_ended(generate, params, prompts, eos_
   assert np.any(np.asarray(rollout.token_BL)[:, PROMPT:] == EOS) == (eos_logit > -50)
 
 
+def test_several_decode_loops_are_one(
+  quick_jit, monkeypatch, generate, policy, params, prompts, rollout
+):
+  """Three loops of two steps, and rings for the banded layer; whether the last row ends in the first or the last."""
+  monkeypatch.setattr(sampling, "_LEAST_STEPS", 2)
+  assert [stop for _, stop in sampling.decode_loops("scan", RESPONSE)] == [2, 4, 6]
+  scanned = dataclasses.replace(policy.execution, layers="scan")
+  in_loops = _jitted(quick_jit, policy.clone(execution=scanned))
+  early = _with_eos_logit(params, 50.0)
+  for weights, expected in (
+    (params, rollout),
+    (early, generate(early, prompts, KEY, TEMPERATURE)),
+  ):
+    found = in_loops(weights, prompts, KEY, TEMPERATURE)
+    for name in ("token_BL", "is_token_BL", "is_response_BR", "num_steps", "slot_steps"):
+      np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    np.testing.assert_allclose(found.behaviour_logprob_BR, expected.behaviour_logprob_BR, atol=1e-5)
+
+
 def test_greedy_takes_the_best_token_whatever_the_key(generate, params, prompts):
   first, second = (generate(params, prompts, key, 0.0) for key in (KEY, jax.random.key(9)))
   np.testing.assert_array_equal(first.token_BL, second.token_BL)

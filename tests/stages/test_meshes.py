@@ -65,6 +65,8 @@ def test_an_open_axis_takes_what_the_rows_divide(devices, preset, number, wanted
 
 def test_what_is_given_stays(devices):
   devices(256)
+  config = load("gpt3_1p3b", mesh=dict(slice=2, data=4, fsdp=-1))  # 32 rows of sft
+  assert meshes.settle(config, lineage.plan(config)) == MeshConfig(2, 4, 4, 8)
   config = load("gpt3_1p3b", mesh=dict(fsdp=-1, tensor=2))
   assert meshes.settle(config, lineage.plan(config)) == MeshConfig(1, 1, 128, 2)
   config = load("gpt3_1p3b", mesh=dict(fsdp=64, tensor=4))

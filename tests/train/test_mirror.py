@@ -13,7 +13,7 @@ import time
 import fsspec
 import pytest
 
-from instructjax.core.errors import UserError
+from instructjax.core.errors import Preempted, UserError, Waiting
 from instructjax.train import metrics, mirror
 from tests import micro, quick
 
@@ -95,25 +95,7 @@ def test_whenever_a_machine_is_lost_the_bucket_can_be_gone_on_from(
   save(tmp_path / "a", 10)
   shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
   write(tmp_path / "a", sft__metrics="10\n", sft__done_JSON="done")
-  left = itertools.count(after, -1)
-
-  def counted(call):
-    def maybe(*args, **kwargs):
-      if next(left) <= 0:
-        raise Lost
-      return call(*args, **kwargs)
-
-    return maybe
-
-  with monkeypatch.context() as patch:
-    patch.setattr(fs, "put_file", counted(fs.put_file))
-    patch.setattr(fs, "rm_file", counted(fs.rm_file))
-    try:
-      one.push()
-      is_lost = False
-    except Lost:
-      is_lost = True
-  one._stop.set()
+  is_lost = lose(one, fs, after, monkeypatch)
   assert is_lost == (after < 6), "four files come and two go"
   found = objects()
   whole = [
@@ -197,14 +179,16 @@ def test_an_error_of_the_bucket_is_one_line(tmp_path, bucket, monkeypatch):
   make, _, fs = bucket
   one = make(tmp_path / "a")
   monkeypatch.setattr(fs, "find", lambda *_, **__: (_ for _ in ()).throw(PermissionError("403\nx")))
-  with pytest.raises(UserError, match="gs://b/run cannot be read: PermissionError: 403. What the"):
+  with pytest.raises(UserError, match="gs://b/run cannot be read: PermissionError: 403. The buc"):
     one.__enter__()
 
 
-def test_an_object_of_a_hostile_name_is_refused(tmp_path, bucket):
+@pytest.mark.parametrize("name", ["sft/../../x", "sft//x", "/x", "./x", "a\nb"])
+def test_an_object_of_a_hostile_name_is_refused(tmp_path, bucket, name, monkeypatch):
   make, _, fs = bucket
   one = make(tmp_path / "a")
-  fs.pipe_file(f"{one._root}/sft/../../x", b"1")
+  info = {"size": 1, "created": 1.0}
+  monkeypatch.setattr(fs, "find", lambda *_, **__: {f"{one._root}/{name}": info})
   with pytest.raises(UserError, match="which is no run's"):
     one.__enter__()
   assert not (tmp_path / "x").exists() and json.dumps(files(tmp_path / "a")) == "{}"
@@ -216,6 +200,212 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, bucket):
   with pytest.raises(UserError, match="holds other files than a copy of gs://b/run"):
     make(tmp_path / "a").__enter__()
   assert files(tmp_path / "a") == {"thesis": "years of work"}
+
+
+def lose(one, fs, after, monkeypatch):
+  """A push of which the machine is lost after so many writes."""
+  left = itertools.count(after, -1)
+
+  def counted(call):
+    def maybe(*args, **kwargs):
+      if next(left) <= 0:
+        raise Lost
+      return call(*args, **kwargs)
+
+    return maybe
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fs, "put_file", counted(fs.put_file))
+    patch.setattr(fs, "rm_file", counted(fs.rm_file))
+    patch.setattr(one, "_save_record", counted_saves(one))
+    try:
+      one.push()
+    except Lost:
+      return True
+    finally:
+      one._stop.set()
+  return False
+
+
+def counted_saves(one):
+  """Only the first record of a push reaches the disk: a killed process writes no other."""
+  save, number = one._save_record, itertools.count()
+  return lambda: save() if next(number) == 0 else None
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_a_machine_that_is_killed_while_it_copies_keeps_what_it_has(
+  tmp_path, bucket, after, monkeypatch
+):
+  """Its own half of a copy is no sign that another machine has gone on."""
+  make, objects, fs = bucket
+  with make(tmp_path / "a"):
+    save(tmp_path / "a", 5)
+  one = make(tmp_path / "a").__enter__()
+  save(tmp_path / "a", 10)
+  shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
+  write(tmp_path / "a", sft__metrics="10\n", sft__done_JSON="done")
+  lose(one, fs, after, monkeypatch)
+  mine = files(tmp_path / "a")
+  with make(tmp_path / "a"):
+    assert files(tmp_path / "a") == mine
+  assert objects() == mine
+
+
+def test_a_machine_that_is_killed_before_its_first_copy_keeps_what_it_has(tmp_path, bucket):
+  make, objects, _ = bucket
+  make(tmp_path / "a").__enter__()._stop.set()
+  save(tmp_path / "a", 5)
+  with make(tmp_path / "a"):
+    assert "sft/checkpoints/5/state/d" in files(tmp_path / "a")
+  assert "sft/checkpoints/5/manifest.json" in objects()
+
+
+def test_a_machine_that_is_killed_while_it_is_copied_to_begins_that_again(
+  tmp_path, bucket, monkeypatch
+):
+  make, _, fs = bucket
+  with make(tmp_path / "a"):
+    save(tmp_path / "a", 5)
+  get_file, left = fs.get_file, itertools.count(1, -1)
+
+  def get(*args):
+    if next(left) <= 0:
+      raise KeyboardInterrupt
+    get_file(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fs, "get_file", get)
+    with pytest.raises(KeyboardInterrupt):
+      make(tmp_path / "b").__enter__()
+  with make(tmp_path / "b"):
+    assert files(tmp_path / "b") == files(tmp_path / "a")
+
+
+def test_what_a_lost_machine_had_half_copied_is_removed(tmp_path, bucket, monkeypatch):
+  make, objects, fs = bucket
+  with make(tmp_path / "a"):
+    save(tmp_path / "a", 5)
+  one = make(tmp_path / "a").__enter__()
+  save(tmp_path / "a", 10)
+  assert lose(one, fs, 1, monkeypatch) and "sft/checkpoints/10/state/d" in objects()
+  with make(tmp_path / "b"):
+    pass
+  assert objects().keys() == {"sft/checkpoints/5/state/d", "sft/checkpoints/5/manifest.json"}
+
+
+def test_a_local_folder_that_was_emptied_is_filled_again(tmp_path, bucket):
+  """`rm -r FOLDER/*` leaves the hidden record; what it says was copied must not be deleted from the bucket."""
+  make, objects, _ = bucket
+  with make(tmp_path / "a"):
+    save(tmp_path / "a", 5)
+  before = objects()
+  shutil.rmtree(tmp_path / "a" / "sft")
+  with make(tmp_path / "a"):
+    assert files(tmp_path / "a") == before
+  assert objects() == before
+
+
+def test_an_old_checkpoint_stays_while_the_new_one_is_lost(tmp_path, bucket, monkeypatch):
+  """With keep=1 and a slow bucket, the checkpoint that is being copied goes when the next one is there."""
+  make, objects, fs = bucket
+  checkpoints = tmp_path / "a" / "sft" / "checkpoints"
+  with make(tmp_path / "a") as one:
+    save(tmp_path / "a", 5)
+    one.push()
+    save(tmp_path / "a", 10)
+    shutil.rmtree(checkpoints / "5")
+    put_file = fs.put_file
+
+    def put(local, remote):
+      if "/10/state/" in local:
+        shutil.rmtree(checkpoints / "10")
+        save(tmp_path / "a", 15)
+      put_file(local, remote)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(fs, "put_file", put)
+      one.push()
+    assert {"sft/checkpoints/5/state/d", "sft/checkpoints/5/manifest.json"} <= objects().keys()
+  assert objects().keys() == {"sft/checkpoints/15/state/d", "sft/checkpoints/15/manifest.json"}
+
+
+@pytest.mark.parametrize(
+  ("error", "expected"), [(None, UserError), (Preempted("x"), Preempted), (Waiting("x"), Waiting)]
+)
+def test_a_last_copy_that_fails_is_told_and_leaves_a_stop_its_code(
+  tmp_path, bucket, monkeypatch, error, expected
+):
+  make, _, fs = bucket
+  said = []
+  with pytest.raises(expected):
+    with make(tmp_path / "a"):
+      monkeypatch.setattr(mirror.terminal, "say", said.append)
+      write(tmp_path / "a", y="1")
+      monkeypatch.setattr(fs, "put_file", lambda *_: (_ for _ in ()).throw(OSError("503")))
+      if error:
+        raise error
+  assert [line.partition(". The")[0] for line in said] == (
+    ["gs://b/run cannot be written: OSError: 503"] if error else []
+  )
+
+
+def test_ctrl_c_copies_what_is_left_and_says_so(tmp_path, bucket, monkeypatch):
+  make, objects, _ = bucket
+  said = []
+  with pytest.raises(KeyboardInterrupt), make(tmp_path / "a"):
+    monkeypatch.setattr(mirror.terminal, "say", said.append)
+    write(tmp_path / "a", y="1")
+    raise KeyboardInterrupt
+  assert said == ["copying what is left to gs://b/run; Ctrl-C again ends without"]
+  assert objects() == {"y": "1"}
+
+
+def test_a_run_that_was_taken_over_is_not_one_to_start_again(tmp_path, bucket):
+  make, _, _ = bucket
+  with pytest.raises(UserError, match="taken over"):
+    with make(tmp_path / "a"):
+      make(tmp_path / "b").__enter__()._stop.set()
+      raise Preempted("told to stop")
+
+
+def test_copies_beside_the_run_are_no_headway_of_the_run(tmp_path, bucket, monkeypatch):
+  make, _, _ = bucket
+  with make(tmp_path / "a") as one:
+    told = []
+    monkeypatch.setattr(mirror.distributed, "progress", lambda: told.append(1))
+    write(tmp_path / "a", x="1")
+    one.push()
+    assert not told
+    write(tmp_path / "a", x="12")
+  assert told, "the last copy is the run's own"
+
+
+def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):
+  make, _, fs = bucket
+  with make(tmp_path / "a") as one:
+    inner = mirror.Mirror(fs, f"{one._root}/x", "gs://b/run/x", tmp_path / "b")
+    with pytest.raises(
+      UserError, match="gs://b/run/x lies in the workdir of another run, 'run'; give"
+    ):
+      inner.__enter__()
+  fs.rm_file(f"{one._root}/{mirror.OWNER}")
+  with inner:
+    pass
+  with pytest.raises(
+    UserError, match="gs://b/run holds the workdir of another run, 'x'; give each"
+  ):
+    make(tmp_path / "a").__enter__()
+
+
+def test_objects_that_stand_for_folders_are_no_files(tmp_path, bucket, monkeypatch):
+  make, _, fs = bucket
+  one = make(tmp_path / "a")
+  info = {"size": 0, "generation": "1"}
+  monkeypatch.setattr(
+    fs, "find", lambda *_, **__: {f"{one._root}/{name}": info for name in ("", "sft/")}
+  )
+  assert one._there() == {}
 
 
 RUN = """
@@ -283,7 +473,12 @@ def test_a_run_whose_machine_is_lost_goes_on_elsewhere(tmp_path, processes):
     url = "gs://bucket/runs/demo"
     run = start(url, f"--scratch={tmp_path / 'lost'}")
     mirrored = tmp_path / "lost" / ".mirrored.json"
-    while not (mirrored.is_file() and "/checkpoints/" in mirrored.read_text()):
+
+    def is_saved():
+      rows = json.loads(mirrored.read_text())["files"] if mirrored.is_file() else {}
+      return any(name.endswith("/manifest.json") and row[2] for name, row in rows.items())
+
+    while not is_saved():
       assert run.poll() is None, run.communicate()[0].decode()
       time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
