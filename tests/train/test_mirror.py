@@ -350,6 +350,17 @@ def test_a_last_copy_that_fails_is_told_and_leaves_a_stop_its_code(
   )
 
 
+def test_ctrl_c_copies_what_is_left_and_says_so(tmp_path, bucket, monkeypatch):
+  make, objects, _ = bucket
+  said = []
+  with pytest.raises(KeyboardInterrupt), make(tmp_path / "a"):
+    monkeypatch.setattr(mirror.terminal, "say", said.append)
+    write(tmp_path / "a", y="1")
+    raise KeyboardInterrupt
+  assert said == ["copying what is left to gs://b/run; Ctrl-C again ends without"]
+  assert objects() == {"y": "1"}
+
+
 def test_a_run_that_was_taken_over_is_not_one_to_start_again(tmp_path, bucket):
   make, _, _ = bucket
   with pytest.raises(UserError, match="taken over"):
