@@ -120,6 +120,11 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
     together.setdefault((projects.as_json(one.prompt), same), []).append(one)
   groups = list(together.values())
   for group in groups:
+    count = len(getattr(group[0], "responses", ()))
+    if count > projects.MOST_ANSWERS:
+      raise UserError(
+        f"{group[0].where}: it ranks {count} answers, and an item holds at most {projects.MOST_ANSWERS}"
+      )
     names = [_name(one) for one in group]
     if twice := {name for name in names if names.count(name) > 1}:
       raise UserError(f"{group[0].where}: {min(twice)} has ranked the same answers twice")
