@@ -383,12 +383,12 @@ def _users(place: str, rest: list[str]):
     exchange.write_lines(path, [privacy.data_of(schema.open_(place), name)])
     print(f"everything of {name} is in {path}")
     return
-  database = schema.create(place)
   if word == "add":
+    database = schema.create(place)
     password = accounts.new_password()
     accounts.add(database, name, _ROLE.value, password, time.time(), _COHORT.value)
   else:
-    password = accounts.reset_password(database, name, time.time())
+    password = accounts.reset_password(schema.open_(place), name, time.time())
   print(f"{name} can sign in with the password {password}, which is shown this once.")
 
 

@@ -109,7 +109,7 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("users add", {}, "users takes nothing"),
     ("users add a/b", {}, "name 'a/b' must be up to 80 letters"),
     ("users add ann", {"role": "king"}, "role 'king' must be one of"),
-    ("users reset ann", {}, "there is no person named 'ann'"),
+    ("users reset ann", {}, "is no labeling project yet"),
     ("import", {}, "--from must have a value"),
     ("delete", {}, "delete takes the name of one person"),
     ("users data ann", {"to": "x"}, "is no labeling project yet"),

@@ -118,7 +118,7 @@ def ask(asked: Asked) -> Response:
       f"A prompt may have at most {LONGEST} letters; yours has {len(text)}, and is cut below."
     )
   elif not playground.limits.may_send(asked.me.id, asked.now):
-    problem, status = "That was a lot of prompts. Wait a minute and send it again.", 429
+    problem, status = "That was a lot of prompts. Wait a while and send it again.", 429
   if problem:
     return _shown(asked, status, problem=problem, **filled)
   try:

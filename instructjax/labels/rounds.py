@@ -117,9 +117,10 @@ def close(database: Database, batch: str, now: float) -> int:
   """
   with database.write() as connection:
     schema.one_at_a_time(connection)
-    if not connection.execute(sa.select(items.c.id).where(items.c.batch == batch).limit(1)).first():
+    names = _names(connection)
+    if batch not in names:
       raise UserError(
-        f"--batch={quoted(batch, 80)} must be one of the project's: {', '.join(_names(connection)) or 'there is none'}"
+        f"--batch={quoted(batch, 80)} must be one of the project's: {', '.join(names) or 'there is none'}"
       )
     connection.execute(items.update().where(items.c.batch == batch).values(wanted=0))
     schema.log(connection, None, "batch closed", batch, now)

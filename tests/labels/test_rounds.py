@@ -3,7 +3,7 @@
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.labels import accounts, rounds, work
+from instructjax.labels import accounts, projects, rounds, work
 from instructjax.labels.rounds import State
 from tests.labels import app
 
@@ -79,5 +79,8 @@ def test_a_batch_that_is_closed_is_asked_of_nobody(database):
   assert work.next_item(database, bea, 6.0) is None
   rounds.want(database, "b", 3)  # stays closed
   assert state(database) == State(2, 1, 0, 0)
-  with pytest.raises(UserError, match="--batch='c' must be one of the project's: b"):
-    rounds.close(database, "c", 7.0)
+  (other,) = projects.add(database, [app.item("of no batch")], 6.0)
+  for name in ("c", ""):  # the latter where the flag is forgotten
+    with pytest.raises(UserError, match=f"--batch='{name}' must be one of the project's: b"):
+      rounds.close(database, name, 7.0)
+  assert work.next_item(database, bea, 8.0) == other
