@@ -372,13 +372,15 @@ def test_a_run_that_was_taken_over_is_not_one_to_start_again(tmp_path, bucket):
 def test_copies_beside_the_run_are_no_headway_of_the_run(tmp_path, bucket, monkeypatch):
   make, _, _ = bucket
   with make(tmp_path / "a") as one:
-    told = []
+    told, places = [], []
     monkeypatch.setattr(mirror.distributed, "progress", lambda: told.append(1))
+    monkeypatch.setattr(mirror.distributed, "at", lambda where, **how: places.append((where, how)))
     write(tmp_path / "a", x="1")
     one.push()
     assert not told
     write(tmp_path / "a", x="12")
   assert told, "the last copy is the run's own"
+  assert places == [("copying to gs://b/run", {"save": True})], "after SIGTERM too"
 
 
 def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):
