@@ -377,7 +377,9 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     return
   for path in paths:
     is_temporary = path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name
-    is_half = folder.name == damaged.FOLDER and not (path / manifest.NAME).is_file()
+    # A checkpoint that is being written, or one that was put aside because it is damaged.
+    is_step = path.name.isdigit() and (path / manifest.NAME).is_file()
+    is_half = folder.name == damaged.FOLDER and not is_step
     if path.name in _OWN or is_temporary or is_half:
       continue
     if path.is_dir():

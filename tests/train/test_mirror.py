@@ -143,6 +143,19 @@ def test_a_checkpoint_that_is_deleted_meanwhile_holds_up_nothing_else(
     monkeypatch.setattr(mirror.terminal, "say", lambda line: None)
 
 
+def test_a_checkpoint_that_was_put_aside_stays_here(tmp_path, bucket):
+  make, objects, _ = bucket
+  checkpoints = tmp_path / "a" / "sft" / "checkpoints"
+  with make(tmp_path / "a") as one:
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 10)
+    one.push()
+    (checkpoints / "10").rename(checkpoints / "10.damaged")
+  assert objects().keys() == {"sft/checkpoints/5/state/d", "sft/checkpoints/5/manifest.json"}
+  with make(tmp_path / "a"):
+    assert (checkpoints / "10.damaged").is_dir()
+
+
 def test_a_machine_keeps_what_it_had_not_copied(tmp_path, bucket):
   make, objects, _ = bucket
   with make(tmp_path / "a"):
