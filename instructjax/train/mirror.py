@@ -326,7 +326,10 @@ class Mirror:
   def _require_alone(self):
     """Raises UserError if the workdir lies in that of another run, which would copy and delete its files too."""
     for folder in pathlib.PurePosixPath(self._root).parents:
-      if folder.name and self._fs.exists(f"{folder}/{OWNER}"):
+      is_there = False
+      with contextlib.suppress(Exception):  # an account may be allowed to read its own folder only
+        is_there = bool(folder.name) and self._fs.exists(f"{folder}/{OWNER}")
+      if is_there:
         raise UserError(
           f"{self._url} lies in the workdir of another run, {shown(folder.name)}; {_APART}"
         )

@@ -413,6 +413,13 @@ def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):
     make(tmp_path / "a").__enter__()
 
 
+def test_an_account_need_not_see_what_is_above_its_folder(tmp_path, bucket, monkeypatch):
+  make, _, fs = bucket
+  monkeypatch.setattr(fs, "exists", lambda _: (_ for _ in ()).throw(PermissionError("403")))
+  with make(tmp_path / "a"):
+    pass
+
+
 def test_objects_that_stand_for_folders_are_no_files(tmp_path, bucket, monkeypatch):
   make, _, fs = bucket
   one = make(tmp_path / "a")
