@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Demonstration, Ranking
-from instructjax.labels import accounts, projects
+from instructjax.labels import accounts, projects, schema
 from instructjax.labels.schema import Database, answers, assignments, items, submissions, users
 
 NOBODY = "imported"  # ranks what has no labeler
@@ -52,6 +52,7 @@ def record_to(
     now: the time.
     cohort: of people who are not in the project yet.
   """
+  schema.one_at_a_time(connection)  # so that numbers of submissions rise as they become visible
   work = list(work)
   people = connection.execute(sa.select(users.c.name, users.c.id))
   numbers: dict[str, int] = {name: number for name, number in people}

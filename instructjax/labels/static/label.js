@@ -41,8 +41,7 @@ function startForm() {
   // What the network has lost is still here.
   let pending = null, timer = 0, isSending = false, isSaving = false;
   try { pending = JSON.parse(localStorage.getItem(key)); } catch { pending = null; }
-  // Two ways to tell that it is newer than the server's draft: that is the one it was typed over, or by the clock, which
-  // may be wrong.
+  // It is newer than the server's draft if it was typed over that one; else the clock tells, which may be wrong.
   let base = Number(form.dataset.saved);
   if (pending && (pending.base >= base || pending.at > 1000 * base)) {
     fill(pending.values);
