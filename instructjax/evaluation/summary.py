@@ -145,15 +145,14 @@ def _resampled(
 ) -> tuple[float, list[float]]:
   """A metric of a model's scores, or its difference of two (the second minus the first): (value, 95% interval)."""
   rng = np.random.default_rng(seed)
-  groups, place_N = np.unique(group_N, return_inverse=True)
   corpus = metric.corpus
   if corpus is None:
-    if len(groups) == len(group_N):
-      of_items = values[0] if len(values) == 1 else values[1] - values[0]
-      return intervals.mean_interval(of_items, BOOTSTRAP, rng)
-    # Groups have different numbers of items, so that a mean over items is a quotient of two sums.
-    values = tuple(np.stack([of_items, np.ones(len(of_items))], axis=1) for of_items in values)
-    corpus = _quotient
+    of_items = values[0] if len(values) == 1 else values[1] - values[0]
+    found = resampling.share(of_items, group_N, BOOTSTRAP, rng)
+    if found is None:
+      raise ValueError(f"no item has {metric.key}")
+    return found
+  groups, place_N = np.unique(group_N, return_inverse=True)
   index = rng.integers(len(groups), size=(BOOTSTRAP, len(groups)))
   value, resampled = 0.0, np.zeros(BOOTSTRAP)
   for sign, of_items in zip((1,) if len(values) == 1 else (-1, 1), values):
@@ -163,10 +162,6 @@ def _resampled(
     resampled += [sign * corpus(total) for total in sums[index].sum(axis=1)]
   low, high = np.percentile(resampled, [2.5, 97.5])
   return float(value), [float(low), float(high)]
-
-
-def _quotient(sums: Sequence[float]) -> float:
-  return sums[0] / sums[1]
 
 
 def verdict(interval: Sequence[float], num_groups: int) -> str:

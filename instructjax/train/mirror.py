@@ -326,7 +326,10 @@ class Mirror:
   def _require_alone(self):
     """Raises UserError if the workdir lies in that of another run, which would copy and delete its files too."""
     for folder in pathlib.PurePosixPath(self._root).parents:
-      if folder.name and self._fs.exists(f"{folder}/{OWNER}"):
+      is_there = False
+      with contextlib.suppress(Exception):  # an account may be allowed to read its own folder only
+        is_there = bool(folder.name) and self._fs.exists(f"{folder}/{OWNER}")
+      if is_there:
         raise UserError(
           f"{self._url} lies in the workdir of another run, {shown(folder.name)}; {_APART}"
         )
@@ -377,7 +380,9 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     return
   for path in paths:
     is_temporary = path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name
-    is_half = folder.name == damaged.FOLDER and not (path / manifest.NAME).is_file()
+    # A checkpoint that is being written, or one that was put aside because it is damaged.
+    is_step = path.name.isdigit() and (path / manifest.NAME).is_file()
+    is_half = folder.name == damaged.FOLDER and not is_step
     if path.name in _OWN or is_temporary or is_half:
       continue
     if path.is_dir():

@@ -143,6 +143,19 @@ def test_a_checkpoint_that_is_deleted_meanwhile_holds_up_nothing_else(
     monkeypatch.setattr(mirror.terminal, "say", lambda line: None)
 
 
+def test_a_checkpoint_that_was_put_aside_stays_here(tmp_path, bucket):
+  make, objects, _ = bucket
+  checkpoints = tmp_path / "a" / "sft" / "checkpoints"
+  with make(tmp_path / "a") as one:
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 10)
+    one.push()
+    (checkpoints / "10").rename(checkpoints / "10.damaged")
+  assert objects().keys() == {"sft/checkpoints/5/state/d", "sft/checkpoints/5/manifest.json"}
+  with make(tmp_path / "a"):
+    assert (checkpoints / "10.damaged").is_dir()
+
+
 def test_a_machine_keeps_what_it_had_not_copied(tmp_path, bucket):
   make, objects, _ = bucket
   with make(tmp_path / "a"):
@@ -372,13 +385,15 @@ def test_a_run_that_was_taken_over_is_not_one_to_start_again(tmp_path, bucket):
 def test_copies_beside_the_run_are_no_headway_of_the_run(tmp_path, bucket, monkeypatch):
   make, _, _ = bucket
   with make(tmp_path / "a") as one:
-    told = []
+    told, places = [], []
     monkeypatch.setattr(mirror.distributed, "progress", lambda: told.append(1))
+    monkeypatch.setattr(mirror.distributed, "at", lambda where, **how: places.append((where, how)))
     write(tmp_path / "a", x="1")
     one.push()
     assert not told
     write(tmp_path / "a", x="12")
   assert told, "the last copy is the run's own"
+  assert places == [("copying to gs://b/run", {"save": True})], "after SIGTERM too"
 
 
 def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):
@@ -396,6 +411,13 @@ def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):
     UserError, match="gs://b/run holds the workdir of another run, 'x'; give each"
   ):
     make(tmp_path / "a").__enter__()
+
+
+def test_an_account_need_not_see_what_is_above_its_folder(tmp_path, bucket, monkeypatch):
+  make, _, fs = bucket
+  monkeypatch.setattr(fs, "exists", lambda _: (_ for _ in ()).throw(PermissionError("403")))
+  with make(tmp_path / "a"):
+    pass
 
 
 def test_objects_that_stand_for_folders_are_no_files(tmp_path, bucket, monkeypatch):
