@@ -4,11 +4,13 @@
 
 Each labeler signs in, and over and over gets the next item, reads its page, saves a draft, and submits, with a pause
 between as somebody has who clicks fast. Every twentieth form is sent twice. Prints the times of requests, and checks
-in the database that each acknowledged submission is there exactly once. Exits with 1 if one is lost or doubled.
+in the database that each acknowledged submission is there exactly once. Exits with 1 if one is lost or doubled, or a
+labeler could not go on.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import os
 import random
@@ -64,7 +66,7 @@ def main(words: list[str] | None = None) -> int:
     gate = threading.Barrier(len(names) + 1)  # the time begins when all are signed in
     threads = [
       threading.Thread(
-        target=work,
+        target=work_or_tell,
         args=(httpx, address.rstrip("/"), name, passwords[name], seen[name], gate, args),
         daemon=True,
       )
@@ -72,11 +74,12 @@ def main(words: list[str] | None = None) -> int:
     ]
     for thread in threads:
       thread.start()
-    gate.wait()
-    if not args.no_kill:
-      time.sleep(args.seconds / 2)
-      stop(server, signal.SIGKILL)
-      server, _ = start(folder, port)
+    with contextlib.suppress(threading.BrokenBarrierError):  # which is among the mistakes
+      gate.wait()
+      if not args.no_kill:
+        time.sleep(args.seconds / 2)
+        stop(server, signal.SIGKILL)
+        server, _ = start(folder, port)
     for thread in threads:
       thread.join()
     stop(server, signal.SIGTERM)
@@ -118,6 +121,15 @@ def stop(server: subprocess.Popen, number: signal.Signals):
   server.wait()
   if server.stdout is not None:
     server.stdout.close()
+
+
+def work_or_tell(httpx, address: str, name: str, password: str, seen: Seen, gate, args):
+  """`work`; whatever ends it early is a mistake, and nobody waits for this labeler."""
+  try:
+    work(httpx, address, name, password, seen, gate, args)
+  except Exception as error:
+    seen.mistakes.append(f"{name}: {error!r}")
+    gate.abort()
 
 
 def work(httpx, address: str, name: str, password: str, seen: Seen, gate, args):

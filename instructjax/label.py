@@ -6,6 +6,7 @@ reward models beside labelers; close ends a round that a run waits for; users an
 
 import math
 import pathlib
+import re
 import time
 
 from absl import flags
@@ -153,6 +154,11 @@ def _serve(place: str, _: list[str]):
       f"--host={host} would send passwords readable over the network: put a proxy with https before it and give its"
       " name as --public=NAME"
     )
+  public = _PUBLIC.value.lower()
+  if public and not re.fullmatch(r"[a-z0-9.-]+", public):
+    raise UserError(
+      f"--public={ascii(_PUBLIC.value)[:200]} must be the name alone, without https:// and port, as labels.example.org"
+    )
   if _CHECKPOINT.value and not _PLAYGROUND.value:
     raise UserError("--checkpoint is for --playground, which must then be given too")
   play = _playground() if _PLAYGROUND.value else None  # before a password is shown once
@@ -168,10 +174,10 @@ def _serve(place: str, _: list[str]):
     print(
       f"A new project: sign in as admin with the password {password}, which is shown this once."
     )
-  hosts = [serving.shown(host), "localhost", "127.0.0.1", *filter(None, [_PUBLIC.value])]
-  app = serving.make(database, hosts, is_secure=bool(_PUBLIC.value), play=play)
+  hosts = [serving.shown(host), "localhost", "127.0.0.1", *filter(None, [public])]
+  app = serving.make(database, hosts, is_secure=bool(public), play=play)
   tell = lambda address: print(f"Labeling at {address}", flush=True)
-  serving.run(app, host, _PORT.value, tell, has_proxy=bool(_PUBLIC.value))
+  serving.run(app, host, _PORT.value, tell, has_proxy=bool(public))
 
 
 def _playground():

@@ -73,7 +73,8 @@ def read(arguments: list[str]) -> tuple[Config, pathlib.Path, distributed.Group 
   points = read_points()
   config = points[0].config if points else from_config_dict(_CONFIG.value)
   bucket = _bucket()
-  workdir = places.require_workdir(bucket[1] if bucket else _WORKDIR.value)
+  given = (bucket[1], "--scratch") if bucket else (_WORKDIR.value, "--workdir")
+  workdir = places.require_workdir(*given)
   group = distributed.find(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if bucket and group and _SCRATCH.value is None:
     raise UserError(

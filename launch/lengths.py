@@ -180,9 +180,8 @@ def work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> Work:
       loops[rf"/rollout/{name}/while$"] = min(max(1 + steps - start, 0), stop - start)
       start = stop
     return Work({rows: steps}, (rows, 1.0), scored, trained, loops)
-  played = [
-    in_slots(lengths((shards, rows // shards), seed), slots // shards) for seed in range(_DRAWS)
-  ]
+  limit = data.max_response_length
+  played = _played(means.response, limit, (shards, rows // shards), slots // shards)
   mean = lambda of: float(np.mean([of(one) for one in played]))
   rounds, refills, stages = (mean(lambda one, name=name: getattr(one, name)) for name in _COUNTS)
   steps = {width: mean(lambda one, width=width: one.steps[width]) for width in played[0].steps}
@@ -201,29 +200,45 @@ def work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> Work:
 _COUNTS = ("rounds", "refills", "stages")
 
 
+# A plan asks again for each setting that it tries, and few of them change the answer.
+@functools.cache
+def _played(
+  mean: float | None, limit: int, queues: tuple[int, int], slots: int
+) -> tuple[Turns, ...]:
+  """Rollouts in slots, one for each draw of lengths; `queues` are shards and answers of each."""
+  return tuple(in_slots(draw(mean, limit, queues, seed), slots) for seed in range(_DRAWS))
+
+
 def _shared(config: Config, cfg: PPOConfig, means: Means):
   """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
   if not cfg.packed_rows:
     return None, None, {}
-  data, minibatch = config.data, cfg.batch_size // cfg.num_minibatches
-  loops: dict[str, float] = {}
+  limits = config.data.max_prompt_length, config.data.max_response_length
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  scored, trained = (
+    _packed(means, limits, episodes, cfg.packed_rows) for episodes in (cfg.batch_size, minibatch)
+  )
+  loops = {
+    rf"/{where}(/.*)?/rows_of_{width}/while$": number
+    for where, found in (("score", scored), ("update", trained))
+    for width, number in found.items()
+  }
+  return scored, trained, loops
 
-  def chunks(episodes: int, where: str) -> dict[int, float]:
-    length = data.max_prompt_length + data.max_response_length
-    found = [
-      _chunks(
-        draw(means.prompt, data.max_prompt_length, (episodes,), seed)
-        + draw(means.response, data.max_response_length, (episodes,), seed + 1000),
-        length,
-        cfg.packed_rows,
-      )
-      for seed in range(_DRAWS)
-    ]
-    mean = {width: float(np.mean([one[width] for one in found])) for width in found[0]}
-    loops.update({rf"/{where}(/.*)?/rows_of_{width}/while$": n for width, n in mean.items()})
-    return mean
 
-  return chunks(cfg.batch_size, "score"), chunks(minibatch, "update"), loops
+@functools.cache
+def _packed(means: Means, limits: tuple[int, int], episodes: int, rows: int) -> Mapping[int, float]:
+  """Width of rows -> expected chunks of `rows` rows of it; `limits` are those of prompts and of answers."""
+  found = [
+    _chunks(
+      draw(means.prompt, limits[0], (episodes,), seed)
+      + draw(means.response, limits[1], (episodes,), seed + 1000),
+      sum(limits),
+      rows,
+    )
+    for seed in range(_DRAWS)
+  ]
+  return {width: float(np.mean([one[width] for one in found])) for width in found[0]}
 
 
 def _chunks(length_B: np.ndarray, longest: int, rows: int) -> dict[int, int]:

@@ -179,7 +179,7 @@ def _run(
   known = stage, expected, source
   times, left_out = whole_run.stages(config, known, mesh, chip, assumed.means, records)
   cost = expect.cost(times, mesh.size // chip.devices, assumed.price)
-  return cost | {"left_out": left_out, "for": whole_run.words(config, assumed.means, records)}
+  return cost | {"left_out": left_out, "for": whole_run.words(records)}
 
 
 def versions() -> dict[str, str]:

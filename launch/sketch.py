@@ -148,20 +148,11 @@ def _decode_sends(
   return _HALF * cfg.num_layers * sent
 
 
-@functools.lru_cache(maxsize=64)
-def _work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> lengths.Work:
-  return lengths.work(config, cfg, shards, means)
-
-
 def work_of(config: Config, stage: str, shards: int, means: Means) -> lengths.Work | None:
   """What the lengths of prompts and answers make of an iteration of RL; None for other stages."""
   if not STAGES[stage].is_rl:
     return None
-  cfg = lineage.variant(config, stage)
-  # Only what it reads, so that other settings share the answer.
-  plain = dataclasses.replace(config, execution=dataclasses.replace(config.execution, remat="full"))
-  parts = dataclasses.replace(cfg, ptx_microbatches=1, microbatches=1, score_microbatches=1)
-  return _work(plain, parts, shards, means)
+  return lengths.work(config, lineage.variant(config, stage), shards, means)
 
 
 def make_passes(config: Config, stage: str, shards: int, means: Means = BOUND) -> list[Pass]:

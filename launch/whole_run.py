@@ -154,17 +154,11 @@ def _steps(config: Config, stage: str, means: Means, records: Records) -> float:
   return cfg.num_epochs * math.ceil(rows / cfg.batch_size)
 
 
-def words(config: Config, means: Means, records: Records) -> str:
-  """What the run's numbers of steps assume."""
-  known = (
-    f"{records.demonstrations:,} demonstrations, {records.comparisons:,} prompts with comparisons"
-    " (--demonstrations, --comparisons)"
-  )
-  limit = lambda mean, limit: f"{mean:g} on average" if mean else f"all of {limit}"
-  data = config.data
+def words(records: Records) -> str:
+  """What the run's numbers of steps assume, besides the lengths of texts."""
   return (
-    f"{known}; prompts {limit(means.prompt, data.max_prompt_length)} tokens, answers"
-    f" {limit(means.response, data.max_response_length)} (--mean_prompt, --mean_response)"
+    f"{records.demonstrations:,} demonstrations and {records.comparisons:,} prompts with comparisons"
+    " (--demonstrations, --comparisons)"
   )
 
 

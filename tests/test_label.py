@@ -98,6 +98,8 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("serve", {"checkpoint": ["m"]}, "--checkpoint is for --playground"),
     ("serve", {"project": ""}, "--project must have a value"),
     ("serve", {"host": "0.0.0.0"}, "give its name as --public=NAME"),
+    ("serve", {"public": "https://a.org"}, "--public='https://a.org' must be the name alone"),
+    ("serve", {"public": "a.org:8443"}, "--public='a.org:8443' must be the name alone"),
     ("export", {"to": "x"}, "is no labeling project yet"),
     ("sample", {}, "--checkpoint must have a value"),
     ("sample", {"checkpoint": ["x"], "k": 10}, "--k=10 must be 2 to 9"),

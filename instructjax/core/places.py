@@ -105,20 +105,24 @@ def bucket_of(text: str | None, scratch: str | None) -> tuple[str, str] | None:
       f"--workdir={_short(text)} must be gs://BUCKET/FOLDER, in letters, digits and ._=/-"
     )
   home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return url, scratch or os.path.join(home, "instructjax", *url.split("/")[2:])
+  default = os.path.join(home, "instructjax", *url.split("/")[2:])
+  return url, default if scratch is None else scratch
 
 
-def require_workdir(text: str | None) -> pathlib.Path:
+def require_workdir(text: str | None, flag: str = "--workdir") -> pathlib.Path:
   """The folder of a run, absolute. It need not exist, but it must be possible to make it and to write in it.
 
+  Args:
+    text: the path.
+    flag: what gives it, for messages.
   Raises:
     UserError: it is not.
   """
   if not text or not text.strip():
-    raise UserError("--workdir must have a value, as runs/demo: the folder of this run")
-  spelled = f"--workdir={_short(text)}"
+    raise UserError(f"{flag} must have a value, as runs/demo: the folder of this run")
+  spelled = f"{flag}={_short(text)}"
   try:
-    path = pathlib.Path(expand(text, "--workdir")).resolve()
+    path = pathlib.Path(expand(text, flag)).resolve()
     existing = next(one for one in (path, *path.parents) if os.path.lexists(one))
     existing.stat()
   except RuntimeError:  # resolve() in Python 3.11 and 3.12

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -60,7 +61,7 @@ def run(
     scorer_specs: name -> scorer of answers, of `tasks.JUDGES`.
     chats: names of the models that are asked through their chat templates.
   Raises:
-    UserError: no task has data; or see `runner.answer_all`.
+    UserError: no task has data, a scorer is not there; or see `runner.answer_all`.
   """
   with finished.workdir_lock(out):
     planned, skipped = runner.plan(tasks.found(), data, settings, out)
@@ -69,6 +70,8 @@ def run(
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
     if not planned:
       raise UserError("none of the tasks that were asked has data: see above, and --data")
+    for spec in scorer_specs.values():
+      scorers.find(spec)
     opened = [
       _model(name, path, out, DTYPES[settings.dtype], name in chats)
       for name, path in models.items()
@@ -97,15 +100,19 @@ def run(
     report.write(out / "index.html", whole)
     of_run = out.resolve().parent / "report" / "index.html"
     is_shown_there = of_run.is_file() and report.put_into(of_run, whole)
+  _show(whole)
+  if is_shown_there:
+    terminal.say(f"shown in the run's report too: {of_run}")
+  terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
+
+
+def _show(whole: Mapping[str, Any]):
   terminal.show(report.results_table(whole))
-  if len(models) > 1:
+  if len(whole["models"]) > 1:
     terminal.show(report.differences_table(whole))
   for line in (*report.note_lines(whole), *report.scorer_lines(whole)):
     terminal.say(line)
   terminal.say(f"peak memory: {report.peak_memory(whole)}")
-  if is_shown_there:
-    terminal.say(f"shown in the run's report too: {of_run}")
-  terminal.say(f"written: {out / 'index.html'}, {out / 'summary.json'} and {out / 'samples'}")
 
 
 def peak_memory() -> dict[str, int | None]:

@@ -62,9 +62,13 @@ def judge_all(
   Returns:
     Name -> {"name", "auc"} of each scorer whose numbers are used.
   Raises:
-    UserError: a scorer cannot be opened, or gives what is no probability.
+    UserError: a scorer cannot be opened, or gives what is no probability; or no scorers are given, and earlier runs
+      have scored some answers by one and some by another.
   """
   used: dict[str, dict[str, Any]] = {}
+  first: dict[
+    str, tuple[str, str]
+  ] = {}  # name -> (identity of its scorer, what it was first seen to have scored)
   opened: dict[str, Scorer] = {}
   for part in planned:
     if not part.task.judges:
@@ -86,6 +90,14 @@ def judge_all(
           for name in wanted
         }
         journal.write_json(files.made_with, made_with | {_KEY: known})
+      title = f"{model} on {part.name}/{part.prompt}"
+      for name, one in known.items():
+        identity, where = first.setdefault(name, (one["identity"], title))
+        if identity != one["identity"]:
+          raise UserError(
+            f"{title} and {where} were judged by two scorers as {name}; give --scorers={name}=SPEC, so that one judges"
+            " all"
+          )
       used |= {name: {key: one[key] for key in ("name", "auc")} for name, one in known.items()}
   return used
 

@@ -91,7 +91,7 @@ def _number(label: Any, where: str) -> float:
     found = float(label)  # of a table, a number is text
     if math.isfinite(found):
       return found
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     pass
   raise UserError(f"{where} must be a number, true, false, 'yes' or 'no', got {shown(label)}")
 

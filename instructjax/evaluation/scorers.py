@@ -17,6 +17,7 @@ import math
 import os
 import pathlib
 import sys
+import traceback
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,18 +68,30 @@ def load(spec: str) -> Scorer:
   """Opens a scorer.
 
   Raises:
+    UserError: there is no such scorer, or it cannot be opened.
+  """
+  return find(spec)()
+
+
+def find(spec: str) -> Callable[[], Scorer]:
+  """Looks for a scorer, which may be wanted only after hours, and returns what opens it.
+
+  Raises:
     UserError: there is no such scorer.
   """
   if spec.startswith(PYTHON):
-    return Scorer(spec, None, _function(spec))
+    function = _function(spec)
+    return lambda: Scorer(spec, None, function)
   if spec.startswith(JUDGE):
-    return Scorer(spec, None, _judge(spec))
-  place, _, options = spec.partition("?")
+    place, options = _asked(spec)
+    return lambda: Scorer(spec, None, _judge(place, options))
+  place, _, text = spec.partition("?")
   folder = pathlib.Path(os.path.expanduser(place))
   if (folder / trained_scorer.FILE).is_file():
-    return _trained(spec, folder)
+    return lambda: _trained(spec, folder)
   if (folder / "config.json").is_file():
-    return Scorer(spec, None, _classifier(spec, folder, _options(spec, options, ("label",))))
+    options = _options(spec, text, ("label",))
+    return lambda: Scorer(spec, None, _classifier(spec, folder, options))
   raise UserError(
     f"scorer {spec} must be a folder that train_scorer wrote, the folder of a sequence classifier,"
     f" {JUDGE}MODEL?ask=TEXT or {PYTHON}MODULE:FUNCTION"
@@ -105,15 +118,20 @@ def _trained(spec: str, folder: pathlib.Path) -> Scorer:
   return Scorer(spec, card.auc, functools.partial(trained_scorer.probabilities, card, model))
 
 
-def _judge(spec: str) -> Callable[[Sequence[Item]], list[float]]:
-  """The probability of yes against no after a text and what is asked.
-
-  A pair is written as the judges of TruthfulQA read it: `Q: ...`, `A: ...`, and what is asked on a line of its own.
-  """
+def _asked(spec: str) -> tuple[str, dict[str, str]]:
+  """Of judge:MODEL?...: the model, and what it is asked and may answer."""
   place, _, text = spec.removeprefix(JUDGE).partition("?")
   options = {"yes": " yes", "no": " no"} | _options(spec, text, ("ask", "yes", "no"))
   if not options.get("ask"):
     raise UserError(f"scorer {spec} must say what is asked, as {JUDGE}{place}?ask=True:")
+  return place, options
+
+
+def _judge(place: str, options: dict[str, str]) -> Callable[[Sequence[Item]], list[float]]:
+  """The probability of yes against no after a text and what is asked.
+
+  A pair is written as the judges of TruthfulQA read it: `Q: ...`, `A: ...`, and what is asked on a line of its own.
+  """
   model = language_model.open_model(place, _mesh())
 
   def context(item: Item) -> str:
@@ -185,6 +203,22 @@ def _function(spec: str) -> Callable[[Sequence[Item]], Sequence[float]]:
   if "" not in sys.path and os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
-    return getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
+    function = getattr(importlib.import_module(module), name)
+  except Exception as error:  # a user's module may raise anything
     raise UserError(f"scorer {spec} cannot be imported: {explained(error)}") from error
+
+  def call(items: Sequence[Item]) -> list[float]:
+    try:
+      found = function(items)
+    except Exception as error:  # and so may a user's function
+      place = traceback.extract_tb(error.__traceback__)[-1]
+      raise UserError(
+        f"scorer {spec} raised {type(error).__name__}: {explained(error)} ({place.filename}, line {place.lineno});"
+        " mend the function, and run the same command again"
+      ) from error
+    try:
+      return [float(value) for value in found]
+    except Exception as error:
+      raise UserError(f"scorer {spec} must give a list of numbers: {explained(error)}") from error
+
+  return call

@@ -59,6 +59,8 @@ def part(
           "differences": [
             difference(metric, a, b, found[a], found[b], group_N, seed)
             for a, b in itertools.combinations(found, 2)
+            # Two models may have no item in common: each could be asked only what was too long for the other.
+            if (_is_part(found[a]) & _is_part(found[b])).any()
           ],
         }
       )

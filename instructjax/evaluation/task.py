@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from instructjax.core.foreign import shown
 from instructjax.data.messages import BadRecord, kind_of
 
 
@@ -77,7 +78,7 @@ class Row:
       found = int(found)
     if type(found) is not int or not 0 <= found < count:
       raise BadRecord(
-        f"{self.where}: {names[0]!r} must be a whole number from 0 to {count - 1}, got {kind_of(found)}"
+        f"{self.where}: {names[0]!r} must be a whole number from 0 to {count - 1}, got {shown(found)}"
       )
     return found
 

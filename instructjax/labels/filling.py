@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from instructjax.core.errors import UserError
 from instructjax.data import sources
 from instructjax.data.records import Demonstration, Ranking
-from instructjax.labels import accounts, projects
+from instructjax.labels import accounts, projects, schema
 from instructjax.labels.schema import Database, answers, assignments, items, submissions, users
 
 NOBODY = "imported"  # ranks what has no labeler
@@ -52,6 +52,7 @@ def record_to(
     now: the time.
     cohort: of people who are not in the project yet.
   """
+  schema.one_at_a_time(connection)  # so that numbers of submissions rise as they become visible
   work = list(work)
   people = connection.execute(sa.select(users.c.name, users.c.id))
   numbers: dict[str, int] = {name: number for name, number in people}
@@ -120,6 +121,11 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
     together.setdefault((projects.as_json(one.prompt), same), []).append(one)
   groups = list(together.values())
   for group in groups:
+    count = len(getattr(group[0], "responses", ()))
+    if count > projects.MOST_ANSWERS:
+      raise UserError(
+        f"{group[0].where}: it ranks {count} answers, and an item holds at most {projects.MOST_ANSWERS}"
+      )
     names = [_name(one) for one in group]
     if twice := {name for name in names if names.count(name) > 1}:
       raise UserError(f"{group[0].where}: {min(twice)} has ranked the same answers twice")

@@ -132,6 +132,7 @@ def add_to(connection: sa.Connection, new: Sequence[Item], now: float, seed: int
   """
   for item in new:
     require_whole(item)
+  schema.one_at_a_time(connection)
   held_out = float(_settings(connection)["held_out"])
   rng = random.Random(seed)
   numbers = []

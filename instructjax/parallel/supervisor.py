@@ -4,6 +4,7 @@ It never imports JAX, so it is still there when JAX aborts its child from C++, a
 Called by main, before JAX is imported. The child calls `say_code` when it ends by itself.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -51,11 +52,12 @@ def supervise():
   os.set_blocking(tell, False)
 
   def pass_on(number: int, _):
-    os.kill(child, number)
-    if number == signal.SIGTERM:
-      # JAX catches the signal in C++ and tells Python only at a safe point, which a stuck process never reaches.
-      os.write(tell, bytes([number]))
-      os.kill(child, signal.SIGCONT)  # a process that is stopped cannot save
+    with contextlib.suppress(OSError):  # it has come to its end meanwhile, which is reported below
+      os.kill(child, number)
+      if number == signal.SIGTERM:
+        # JAX catches the signal in C++ and tells Python only at a safe point, which a stuck process never reaches.
+        os.write(tell, bytes([number]))
+        os.kill(child, signal.SIGCONT)  # a process that is stopped cannot save
 
   for number in passed_on:
     signal.signal(number, pass_on)

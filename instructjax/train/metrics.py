@@ -187,7 +187,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> float:
   """Keeps the lines of the first `step` steps; at step 0, where everything is done again, not even that of step 0.
 
   Returns:
-    The seconds of the lines that were dropped.
+    The seconds of the lines that were dropped, with what these had lost to restoring and to earlier stops.
   """
   if not path.is_file():
     return 0.0
@@ -202,5 +202,7 @@ def _drop_lines_after(path: pathlib.Path, step: int) -> float:
   scratch = path.with_suffix(".tmp")  # renamed into place: a run killed here keeps the old file
   scratch.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
   os.replace(scratch, path)
-  took = lambda rows: sum(row.get("seconds", 0.0) for row in rows)
+  # The last two lie before a line's own seconds.
+  kinds = ("seconds", "seconds/restore", "seconds/redone")
+  took = lambda rows: sum(row.get(kind, 0.0) for row in rows for kind in kinds)
   return max(took(records) - took(kept), 0.0)

@@ -93,6 +93,8 @@ class Mirror:
   def __exit__(self, kind, error, traceback):
     # Even a run that was told to stop has time for this, as for a checkpoint.
     distributed.at(f"copying to {self._url}", save=True)
+    if isinstance(error, KeyboardInterrupt):
+      terminal.say(f"copying what is left to {self._url}; Ctrl-C again ends without")
     self._stop.set()
     self._thread.join()
     try:
@@ -172,8 +174,7 @@ class Mirror:
     there = self._there()
     if self._is_ahead(there, before):
       return
-    here = self._here()
-    if any(self._is_changed(name) for name in here):
+    if self._record and any(self._is_changed(name) for name in self._here()):
       terminal.say(
         f"{self._url} has changed since this machine copied to it: what {self._folder} has besides is given up"
       )
@@ -219,11 +220,11 @@ class Mirror:
     """
     self._require_own()
     # What a marker speaks of was written before it: it is in the listing after the one that has the marker.
-    for_done, for_manifests, for_rest = listings = [self._here() for _ in range(3)]
+    for_done, for_manifests, for_rest = [self._here() for _ in range(3)]
     markers = [name for name in for_manifests if _last(name) == manifest.NAME]
     markers += [name for name in for_done if _last(name) == finished.DONE]
     rest = [name for name in for_rest if not _is_marker(name)]
-    listed = set().union(*listings)
+    listed = {*for_done, *for_manifests, *for_rest}
     gone = [name for name in self._record if name not in listed]
     changed = [name for name in (*rest, *markers) if self._is_changed(name)]
     if not gone and not changed:
@@ -233,7 +234,7 @@ class Mirror:
     self._save_record()
     try:
       self._remove([name for name in gone if _last(name) == finished.DONE])
-      lost = self._copy_all(changed, [name for name in listed if name not in for_rest])
+      lost = self._copy_all(changed, [*(listed - {*for_rest})])
       # An old checkpoint goes only when the new one is there.
       if not lost:
         self._remove(sorted((name for name in gone if name in self._record), key=_comes_late))
@@ -376,7 +377,9 @@ def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     return
   for path in paths:
     is_temporary = path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name
-    is_half = folder.name == damaged.FOLDER and not (path / manifest.NAME).is_file()
+    # A checkpoint that is being written, or one that was put aside because it is damaged.
+    is_step = path.name.isdigit() and (path / manifest.NAME).is_file()
+    is_half = folder.name == damaged.FOLDER and not is_step
     if path.name in _OWN or is_temporary or is_half:
       continue
     if path.is_dir():

@@ -62,7 +62,8 @@ class SavedArrays:
 
   def _array(self, name: str) -> Any:
     if name not in self._open:
-      base = {"driver": "ocdbt", "base": f"file://{self.path}/state/", "path": f"{name}/"}
+      folder = {"driver": "file", "path": f"{self.path}/state/"}  # in a URL, % and # mean something
+      base = {"driver": "ocdbt", "base": folder, "path": f"{name}/"}
       self._open[name] = ts.open({"driver": "zarr", "kvstore": base}, open=True).result()
     return self._open[name]
 

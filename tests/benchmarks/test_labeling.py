@@ -33,3 +33,14 @@ def test_forms_are_whole():
 def test_quantiles():
   times = [float(i) for i in range(1, 101)]
   assert (labeling.q(times, 0.5), labeling.q(times, 0.95), labeling.q(times, 1)) == (51, 96, 100)
+
+
+def test_a_labeler_who_cannot_go_on_is_found(monkeypatch, capsys):
+  def fall(*args):
+    raise TimeoutError("no answer")
+
+  monkeypatch.setattr(labeling, "work", fall)
+  assert labeling.main(["--seconds=1", "--labelers=2", "--no-kill"]) == 1
+  assert "not answered as they should: 2 [\"labeler0: TimeoutError('no answer')\"" in (
+    capsys.readouterr().out
+  )

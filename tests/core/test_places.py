@@ -99,6 +99,8 @@ def test_what_can_be_no_workdir_is_one_line(tmp_path):
       places.require_workdir(str(text))
     assert str(refused.value).startswith("--workdir=") and str(refused.value).isprintable()
   assert places.require_workdir(str(tmp_path / "nowhere")) == tmp_path / "gone"
+  with pytest.raises(UserError, match="^--scratch=.*/file must be a folder"):
+    places.require_workdir(str(tmp_path / "file"), "--scratch")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -116,6 +118,9 @@ def test_a_workdir_in_a_bucket(monkeypatch):
     "/c/instructjax/my-bucket/a/b",
   )
   assert places.bucket_of("gs://b12/a", "/s") == ("gs://b12/a", "/s")
+  assert places.bucket_of("gs://b12/a", "") == ("gs://b12/a", ""), (
+    "it is given, and refused as empty"
+  )
 
 
 @pytest.mark.parametrize(

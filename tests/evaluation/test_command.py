@@ -59,6 +59,14 @@ def test_without_any_data_nothing_is_written(tmp_path):
   assert not (tmp_path / "out" / "summary.json").exists()
 
 
+def test_a_scorer_that_is_not_there_is_told_before_a_model_is_asked(data, tmp_path, monkeypatch):
+  monkeypatch.setattr(command, "_model", lambda *_: pytest.fail("a model was opened"))
+  settings = runner.Settings({"hellaswag": ("zero_shot",)}, None, 0, False, "float32")
+  for spec in ("nothing", "python:tests.missing:f", "judge:runs/judge"):
+    with pytest.raises(UserError, match=f"^scorer {spec} "):
+      command.run({"sft": "runs/sft"}, data, settings, tmp_path / "out", {"toxicity": spec})
+
+
 def test_another_tokenizer_is_another_model(tmp_path, monkeypatch):
   def checksum(fingerprint, stop_ids, is_chat=False, has_template=True):
     chats = types.SimpleNamespace(has_template=has_template)

@@ -28,13 +28,13 @@ def planned(tmp_path):
   return found
 
 
-def judge(planned, out, specs, calls, value=0.75):
+def judge(planned, out, specs, calls, value=0.75, models=("sft",)):
   def load(spec):
     calls.append(spec)
     return Scorer(spec, 0.9, lambda items: [value if "0" in asked else 0.25 for asked, _ in items])
 
   judges = {name: judging.Judge(spec, load) for name, spec in specs.items()}
-  return judging.judge_all(["sft"], planned, judges, out, lambda line: None)
+  return judging.judge_all(models, planned, judges, out, lambda line: None)
 
 
 def samples(planned, out):
@@ -65,6 +65,17 @@ def test_answers_are_judged_once(planned, tmp_path):
   assert judge(planned, out, {}, calls) == used and calls == ["a", "b"]
   judge(planned, out, {"truth": "c", "info": "b"}, calls, value=0.25)
   assert calls == ["a", "b", "c", "b"] and samples(planned, out)[0]["scores"]["true"] == 0
+
+
+def test_numbers_of_two_scorers_are_not_laid_side_by_side(planned, tmp_path):
+  out = tmp_path / "out"
+  runner.answer_all([Fake().model("ppo")], planned, SETTINGS, out, lambda *args: None)
+  both = ("sft", "ppo")
+  judge(planned, out, {"truth": "a", "info": "b"}, [], models=both)
+  judge(planned, out, {"truth": "c", "info": "b"}, [], models=("ppo",))
+  with pytest.raises(UserError, match="^ppo on truthful_qa/qa and sft on .* two scorers as truth"):
+    judge(planned, out, {}, [], models=both)
+  assert judge(planned, out, {"truth": "a", "info": "b"}, [], models=both)["truth"]["name"] == "a"
 
 
 @pytest.mark.parametrize("spec", ["{}", "{}?label=toxic", "judge:{}?ask=True:"])

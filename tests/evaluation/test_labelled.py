@@ -43,6 +43,7 @@ def test_labels_of_a_table_are_numbers_too(tmp_path):
     ({"text": " ", "label": 1}, "rows.jsonl:1: text must be text"),
     ({"text": "a", "label": "maybe"}, "rows.jsonl:1: label must be a number"),
     ({"text": "a", "label": "nan"}, "rows.jsonl:1: label must be a number"),
+    ({"text": "a", "label": 10**400}, "rows.jsonl:1: label must be a number"),
     ({"text": "a", "label": [1]}, "rows.jsonl:1: label must be a number"),
   ],
 )

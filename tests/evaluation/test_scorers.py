@@ -17,6 +17,40 @@ def few(items):
   return [0.5]
 
 
+def broken(items):
+  raise RuntimeError("no service\nsecond line")
+
+
+def words(items):
+  return ["high" for _ in items]
+
+
+def nothing(items):
+  return None
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("broken", r"raised RuntimeError: no service .*test_scorers.py, line \d+\); mend the function"),
+    ("words", "must give a list of numbers: could not convert string to float: 'high'"),
+    ("nothing", "must give a list of numbers: 'NoneType' object is not iterable"),
+  ],
+)
+def test_a_function_that_fails_is_told_in_a_line(name, message):
+  spec = f"python:{__name__}:{name}"
+  with pytest.raises(UserError, match=f"^scorer {spec} {message}") as told:
+    scorers.load(spec).score(["a"])
+  assert "\n" not in str(told.value)
+
+
+def test_a_module_that_fails_is_told_in_a_line(tmp_path, monkeypatch):
+  (tmp_path / "failing_scorer.py").write_text("1 / 0\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(UserError, match="failing_scorer:f cannot be imported: division by zero"):
+    scorers.load("python:failing_scorer:f")
+
+
 def test_a_function_of_the_user_is_a_scorer():
   one = scorers.load(f"python:{__name__}:shouting")
   assert one.score(["Ab", "ABc"]) == [1.0, 2.0]

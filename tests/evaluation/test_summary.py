@@ -64,6 +64,16 @@ def test_differences_are_paired():
   )
 
 
+def test_models_without_an_item_in_common_have_no_difference():
+  scores = {
+    "sft": {"accuracy": np.array([1.0, np.nan])},
+    "ppo": {"accuracy": np.array([np.nan, 1.0])},
+  }
+  fits = {name: {"cut": 0, "too long": 1} for name in scores}
+  (row,) = summary.part(planned(2), scores, fits, 0)["metrics"]
+  assert row["models"].keys() == scores.keys() and row["differences"] == []
+
+
 def test_questions_about_one_passage_are_resampled_together():
   """Ten questions a passage with one answer in common say as much as one: the interval is that of 20 passages."""
   of_passage = np.random.default_rng(3).integers(0, 2, 20).astype(float)

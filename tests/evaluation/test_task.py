@@ -29,7 +29,7 @@ def test_values_are_found_under_any_of_their_names():
     ({"a": -1}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1"),
     ({"a": "x"}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1"),
     ({"a": "²"}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1"),
-    ({"a": 2}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1"),
+    ({"a": 2}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1, got 2"),
     ({"a": 0.5}, lambda r: r.label(2, "a"), "'a' must be a whole number from 0 to 1"),
     ({"a": "x"}, lambda r: r.texts("a"), "'a' must be a list of texts"),
     ({"a": ["x", 1]}, lambda r: r.texts("a"), "'a' must be a list of texts"),

@@ -43,6 +43,9 @@ def test_rankings_of_several_annotators_become_one_item(tmp_path):
   assert accounts.sign_in(database, "bea", "", "here", 0.0) is None
   with pytest.raises(UserError, match="ann_lee has ranked the same answers twice"):
     filling.bring_in(database, write(tmp_path / "twice.jsonl", row, row), "comparisons", 0.0)
+  many = {"prompt": "p", "responses": list("abcdefghij"), "ranks": list(range(1, 11))}
+  with pytest.raises(UserError, match="many.jsonl.*2.*: it ranks 10 answers, .* at most 9"):
+    filling.bring_in(database, write(tmp_path / "many.jsonl", row, many), "comparisons", 0.0)
   with pytest.raises(UserError, match="--from='demo:' must name rankings that lie somewhere"):
     filling.bring_in(database, "demo:", "comparisons", 0.0)
   with pytest.raises(UserError, match="--from='demo:' must name records of people"):

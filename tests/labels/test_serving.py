@@ -98,6 +98,8 @@ def test_a_labelers_day(site, page):
   _rank_by_mouse_and_keyboard(page)
   _lose_the_network(page)
   _reload_while_a_draft_is_on_its_way(page)
+  _type_while_a_draft_is_on_its_way(page)
+  _lose_the_network_with_a_clock_that_is_slow(page)
   _send_by_keyboard_alone(page)
   _demonstrate(page)
   with database.read() as connection:
@@ -167,6 +169,42 @@ def _reload_while_a_draft_is_on_its_way(page):
   page.reload()
   page.unroute("**/items/1")
   playwright.expect(page.locator("textarea").first).to_have_value("typed at the last moment")
+
+
+def _type_while_a_draft_is_on_its_way(page):
+  """A draft that takes long does not arrive after the next one, and take its place."""
+  held = []
+
+  def hold_the_first(route):
+    if held:
+      return route.fallback()
+    return held.append(route)
+
+  page.reload()
+  page.route("**/draft", hold_the_first)
+  with page.expect_request("**/draft"):
+    page.locator("textarea").first.fill("typed first")
+  page.locator("textarea").first.fill("typed next")
+  page.wait_for_timeout(1100)  # a draft is sent after .8 s
+  with page.expect_response(lambda answer: "typed+next" in (answer.request.post_data or "")):
+    held[0].continue_()
+  page.unroute("**/draft")
+  page.evaluate("localStorage.clear()")
+  page.reload()  # from the server's draft
+  playwright.expect(page.locator("textarea").first).to_have_value("typed next")
+
+
+def _lose_the_network_with_a_clock_that_is_slow(page):
+  """What this browser kept is newer than the server's draft, whatever its clock says."""
+  other = page.context.new_page()
+  other.add_init_script("const now = Date.now; Date.now = () => now() - 3600000;")
+  other.goto(page.url)
+  other.route("**/draft", lambda route: route.abort())
+  other.locator("textarea").first.fill("kept here")
+  _says(other, "No network: kept in this browser")
+  other.reload()
+  playwright.expect(other.locator("textarea").first).to_have_value("kept here")
+  other.close()
 
 
 def _send_by_keyboard_alone(page):

@@ -132,6 +132,19 @@ def differences(config, default, prefix="--config"):
       yield f"{prefix}.{name}={value}"
 
 
+@pytest.mark.parametrize("id", ["main-job", "change", "adapters"])
+def test_a_run_that_fails_stops_the_notebook(cells, id, tmp_path):
+  """Else the next cell would show the findings of an earlier run as those of this one."""
+  namespace = {"shell": lambda command: None, "_exit_code": 0, "pathlib": pathlib}
+  namespace |= {"PYTHON": "python", "WORKDIR": "a", "OVERRIDES": ""}
+  if id != "main-job":
+    exec(as_python(text_of(cells, "main-job"), {}), namespace)
+  namespace["_exit_code"] = 2
+  fields = {"REUSE": False, "WEIGHTS": "a.gguf"}
+  with pytest.raises(RuntimeError, match="the run has not ended"):
+    exec(as_python(text_of(cells, id), fields), namespace)
+
+
 def test_every_cell_runs(cells, tmp_path, monkeypatch):
   """From an empty folder, at the smallest size; this checkout is cloned, and installed already."""
   shown, commands, setup = [], [], []

@@ -81,3 +81,22 @@ supervisor.supervise()
 time.sleep(60)
 """
   assert subprocess.run([sys.executable, "-c", early], cwd=ROOT, timeout=120).returncode == 75
+
+
+def test_a_signal_that_comes_when_the_process_has_ended_changes_nothing():
+  late = """
+import os, signal
+from instructjax.parallel import supervisor
+end_of = supervisor._end_of
+def end_and_be_told(child):
+  code = end_of(child)
+  os.kill(os.getpid(), signal.SIGTERM)
+  return code
+supervisor._end_of = end_and_be_told
+supervisor.supervise()
+os._exit(75)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", late], cwd=ROOT, timeout=120, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stderr) == (75, "")

@@ -248,3 +248,16 @@ def test_who_is_waited_for_is_named(clock, monkeypatch, capfd):
   with processes[0].dog.meeting("met/1", "rm trained"), processes[1].dog.meeting("met/1", ""):
     wait(0.4, *processes)
   assert capfd.readouterr().err == "waiting for process 1 of 3: rm trained (0 s)\n"
+
+
+def test_who_waits_for_anothers_save_has_the_time_of_a_save(clock):
+  first, second = teams(2)
+  ends = {}
+  for is_save in (False, True):
+    ear, mouth = os.pipe()
+    process = Process(clock, first, ear=ear)
+    with process.dog.meeting("met/1", "the workdir is copied", save=is_save):
+      os.write(mouth, bytes([signal.SIGTERM]))
+      wait(1.0, process)
+    ends[is_save] = process.code
+  assert ends == {False: TOLD, True: None}

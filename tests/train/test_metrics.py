@@ -37,6 +37,22 @@ def test_a_run_that_never_saved_starts_a_new_file(tmp_path):
   assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.1}]
 
 
+def test_what_was_done_again_is_added_up_over_several_stops(tmp_path):
+  """The time of a dropped line is lost, and so is what that line had told of an earlier stop."""
+  writer = MetricsWriter(tmp_path, start_step=0)
+  for step in (1, 2):
+    writer.write(step, {"seconds": 5.0})
+  writer.close()
+  writer = MetricsWriter(tmp_path, start_step=1)
+  assert writer.dropped_seconds == 5.0
+  lost = {"seconds/restore": 3.0, "seconds/redone": writer.dropped_seconds, "seconds/compile": 2.0}
+  writer.write(2, {"seconds": 4.0, **lost})  # compiling is a part of the line's own time
+  writer.close()
+  writer = MetricsWriter(tmp_path, start_step=1)
+  writer.close()
+  assert writer.dropped_seconds == 5.0 + 3.0 + 4.0
+
+
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
   _write(tmp_path, [1, 2])
   with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -143,6 +143,19 @@ def test_a_checkpoint_that_is_deleted_meanwhile_holds_up_nothing_else(
     monkeypatch.setattr(mirror.terminal, "say", lambda line: None)
 
 
+def test_a_checkpoint_that_was_put_aside_stays_here(tmp_path, bucket):
+  make, objects, _ = bucket
+  checkpoints = tmp_path / "a" / "sft" / "checkpoints"
+  with make(tmp_path / "a") as one:
+    save(tmp_path / "a", 5)
+    save(tmp_path / "a", 10)
+    one.push()
+    (checkpoints / "10").rename(checkpoints / "10.damaged")
+  assert objects().keys() == {"sft/checkpoints/5/state/d", "sft/checkpoints/5/manifest.json"}
+  with make(tmp_path / "a"):
+    assert (checkpoints / "10.damaged").is_dir()
+
+
 def test_a_machine_keeps_what_it_had_not_copied(tmp_path, bucket):
   make, objects, _ = bucket
   with make(tmp_path / "a"):
@@ -350,6 +363,17 @@ def test_a_last_copy_that_fails_is_told_and_leaves_a_stop_its_code(
   )
 
 
+def test_ctrl_c_copies_what_is_left_and_says_so(tmp_path, bucket, monkeypatch):
+  make, objects, _ = bucket
+  said = []
+  with pytest.raises(KeyboardInterrupt), make(tmp_path / "a"):
+    monkeypatch.setattr(mirror.terminal, "say", said.append)
+    write(tmp_path / "a", y="1")
+    raise KeyboardInterrupt
+  assert said == ["copying what is left to gs://b/run; Ctrl-C again ends without"]
+  assert objects() == {"y": "1"}
+
+
 def test_a_run_that_was_taken_over_is_not_one_to_start_again(tmp_path, bucket):
   make, _, _ = bucket
   with pytest.raises(UserError, match="taken over"):
@@ -361,13 +385,15 @@ def test_a_run_that_was_taken_over_is_not_one_to_start_again(tmp_path, bucket):
 def test_copies_beside_the_run_are_no_headway_of_the_run(tmp_path, bucket, monkeypatch):
   make, _, _ = bucket
   with make(tmp_path / "a") as one:
-    told = []
+    told, places = [], []
     monkeypatch.setattr(mirror.distributed, "progress", lambda: told.append(1))
+    monkeypatch.setattr(mirror.distributed, "at", lambda where, **how: places.append((where, how)))
     write(tmp_path / "a", x="1")
     one.push()
     assert not told
     write(tmp_path / "a", x="12")
   assert told, "the last copy is the run's own"
+  assert places == [("copying to gs://b/run", {"save": True})], "after SIGTERM too"
 
 
 def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):

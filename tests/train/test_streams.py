@@ -43,6 +43,13 @@ def test_slices_of_arrays(tmp_path, cut):
     arrays.read("params.none", ())
 
 
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "a?b"])
+def test_a_folder_may_have_any_name(tmp_path, name):
+  save(tmp_path / name, {"w": jnp.arange(3.0)})
+  found = streams.SavedArrays(tmp_path / name, 1).read("params.w", (slice(1, 3),))
+  np.testing.assert_array_equal(found, [1.0, 2.0])
+
+
 def test_a_chunk_of_many_layers_is_decoded_once(tmp_path):
   layers = np.arange(24.0, dtype=np.float32).reshape(3, 2, 4)
   save(tmp_path, {"layers": {"w": jnp.asarray(layers)}})

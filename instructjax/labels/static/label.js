@@ -39,9 +39,11 @@ function startForm() {
   }
 
   // What the network has lost is still here.
-  let pending = null, timer = 0, isSending = false;
+  let pending = null, timer = 0, isSending = false, isSaving = false;
   try { pending = JSON.parse(localStorage.getItem(key)); } catch { pending = null; }
-  if (pending && pending.at > 1000 * Number(form.dataset.saved)) {
+  // It is newer than the server's draft if it was typed over that one; else the clock tells, which may be wrong.
+  let base = Number(form.dataset.saved);
+  if (pending && (pending.base >= base || pending.at > 1000 * base)) {
     fill(pending.values);
     saved.textContent = "What you had not saved is back";
     later(0);
@@ -49,17 +51,21 @@ function startForm() {
 
   function later(delay) { clearTimeout(timer); timer = setTimeout(save, delay); }
   function changed() {
-    pending = { at: Date.now(), values: values() };
+    pending = { at: Date.now(), base, values: values() };
     try { localStorage.setItem(key, JSON.stringify(pending)); } catch { /* full or forbidden: the server's draft is left */ }
     later(800);
   }
   async function save() {
-    if (!pending || isSending) return;
+    if (!pending || isSending || isSaving) return;
+    isSaving = true; // one draft at a time: it could arrive after the next one, and take its place
     const sending = pending;
     const body = new URLSearchParams({ ...sending.values, csrf: form.elements.csrf.value, token });
     try {
-      const answer = await fetch(`/items/${item}/draft`, { method: "POST", body, redirect: "error" });
+      // A request that hangs must not keep the next ones waiting.
+      const signal = AbortSignal.timeout(10000);
+      const answer = await fetch(`/items/${item}/draft`, { method: "POST", body, redirect: "error", signal });
       if (answer.ok) {
+        base = (await answer.json()).saved;
         if (pending === sending) {
           pending = null;
           // Not at once: a page that is on its way may have been made before the server had this draft.
@@ -71,6 +77,8 @@ function startForm() {
       saved.textContent = "No network: kept in this browser";
       later(5000);
     }
+    isSaving = false;
+    if (pending && pending !== sending) later(0);
   }
   form.addEventListener("input", changed);
   form.addEventListener("change", changed);
