@@ -346,7 +346,7 @@ def _take(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
     prompt = new[..., which, :, :, :]
     if old.shape[-2] == ring:
       # As if the prompt's tokens had been fed in the steps before.
-      prompt = decoding.in_ring(prompt, ring, run.step)
+      prompt = decoding.in_ring(prompt, old.shape[-2], run.step)
       return old.at[..., slot, :, :, :].set(prompt, mode="drop")
     # Only prompt columns are written. What the slot's last row left in the ring stays, and `_decode` masks it by age.
     return old.at[..., slot, :, :prompt_length, :].set(prompt, mode="drop")
