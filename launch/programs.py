@@ -378,14 +378,14 @@ def _decoding(
   )
   heads_and_rows = NamedSharding(mesh, PS(None, sharding.ROWS, "tensor"))
 
-  def cache(rows: int, length: int):
-    shapes = jax.eval_shape(lambda: decoding.init_cache(model, rows, length))
+  def cache(rows: int, length: int, band_length: int | None = None):
+    shapes = jax.eval_shape(lambda: decoding.init_cache(model, rows, length, band_length))
     return _placed(shapes, jax.tree.map(lambda _: heads_and_rows, shapes))
 
-  slots = nets.slots or num_rows
+  slots, length = nets.slots or num_rows, prompt_length + response_length
   return {
     "bf16 rollout copy": _placed(copy, copy_shardings),
-    "KV cache": cache(slots, prompt_length + response_length),
+    "KV cache": cache(slots, length, decoding.ring_length(model, length)),
     # The prompts that wait for a slot.
     **({"KV cache of waiting prompts": cache(slots, prompt_length)} if slots < num_rows else {}),
   }

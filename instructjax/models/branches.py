@@ -30,7 +30,7 @@ def run(
 
   Args:
     model: any head.
-    params: from `init_params`, `frozen_weights` or `decode_weights`.
+    params: as for `transformer.hidden`.
     token_BL: int32 ids.
     position_BL: int32; a column's depth in its tree, and with it the number of tokens of the past.
     last_BL: int32; the last column of the row that is below this one in its tree, itself if there is none; -1 at pads.

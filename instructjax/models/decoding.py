@@ -20,10 +20,10 @@ from instructjax.parallel import constraints
 def decode_weights(model: Model, params: Params) -> Params:
   """A copy of the parameters for decoding: in the compute dtype, and as a list of layers if they are unrolled.
 
-  `prefill`, `decode_step` and `apply` take the copy in place of the parameters. Call this once, before the decode loop,
-  so that no step casts or slices weights again. On a mesh, `execution.decode_layout` decides how the copy is split. In
-  neither layout does a decode step gather weights. The tables are split by vocabulary over `tensor`, and lengthened for
-  it by rows of zeros.
+  `prefill` and `decode_step` take the copy in place of the parameters; so does `apply` without a mesh. Call this once,
+  before the decode loop, so that no step casts or slices weights again. On a mesh, `execution.decode_layout` decides
+  how the copy is split. In neither layout does a decode step gather weights. The tables are split by vocabulary over
+  `tensor`, and lengthened for it by rows of zeros.
 
   Raises:
     ValueError: a layer's weight has a name that `layers.cast` does not know.
@@ -37,11 +37,14 @@ def decode_weights(model: Model, params: Params) -> Params:
   return constraints.place_for_decoding(weights, axes, model.execution.decode_layout)
 
 
-def uses_rings(model: Model, length: int) -> bool:
-  """Whether `init_cache` can give banded layers rings: their window is shorter than the row."""
+def ring_length(model: Model, length: int) -> int | None:
+  """Columns of the rings that `init_cache` can give banded layers, if others have `length`; None where it cannot.
+
+  It can if the layers are scanned and the window is shorter than a row.
+  """
   cfg = model.network
   is_banded = "L" in positions.layer_kinds(cfg) and 0 < cfg.attention_window < length
-  return model.execution.layers == "scan" and is_banded
+  return cfg.attention_window if model.execution.layers == "scan" and is_banded else None
 
 
 def init_cache(model: Model, batch_size: int, length: int, band_length: int | None = None):
@@ -51,8 +54,9 @@ def init_cache(model: Model, batch_size: int, length: int, band_length: int | No
     model: any head.
     batch_size: rows.
     length: columns, for the prompt and the response together.
-    band_length: columns of the banded layers, for a model that `uses_rings`. If they are the window's, as few as they
-      ever read, each new token takes the place of the one that has left the window. None: all layers have `length`.
+    band_length: columns of the banded layers, where `ring_length` is not None. If they are `ring_length`, as few as
+      these layers ever read, each new token takes the place of the one that has left the window. None: all layers have
+      `length`.
   Returns:
     A pair (keys, values) of [N, B, G, S, K] if the layers are scanned, else a tuple with one pair of [B, G, S, K] for
     each layer. In the second case there are at least two rows. With `band_length` there is a tuple with a pair for each

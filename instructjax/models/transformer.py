@@ -234,7 +234,7 @@ def hidden(
 
   Args:
     model: from `make_model`.
-    params: from `init_params`, `frozen_weights` or `decode_weights`.
+    params: from `init_params` or `frozen_weights`, or, without a mesh, from `decode_weights`.
     token_BL: int32 ids.
     segment_BL: int32 segment of each column; 0 is padding.
     position_BL: int32 position inside the segment. A learned position past max_length gives NaN.

@@ -120,9 +120,8 @@ def _generate_all_rows(
 
   # 1. Read the prompts, which fills the cache and predicts every row's first token.
   length = prompt_length + max_new_tokens
-  has_rings = decoding.uses_rings(model, length)
-  window = model.network.attention_window if has_rings else None
-  cache = decoding.init_cache(model, num_rows, length, window)
+  ring = decoding.ring_length(model, length)
+  cache = decoding.init_cache(model, num_rows, length, ring)
   logits_BV, cache = decoding.prefill(model, weights, prompts.token_BP, prompts.is_prompt_BP, cache)
   prompt_tokens_B = jnp.sum(prompts.is_prompt_BP, axis=-1, dtype=jnp.int32)
   rows = append(_only_prompts(prompts, max_new_tokens, pad_id), jnp.int32(0), logits_BV)
@@ -141,7 +140,7 @@ def _generate_all_rows(
     logits_BV, cache = decoding.decode_step(
       *(model, weights, token_B, prompt_tokens_B + t - 1, newest, rows.is_token_BL, cache),
       num_columns=None if stop == max_new_tokens else prompt_length + stop,
-      ring_step=newest if has_rings else None,
+      ring_step=newest if ring else None,
     )
     return t + 1, cache, append(rows, t, logits_BV)
 

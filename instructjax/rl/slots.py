@@ -194,24 +194,23 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
     jnp.zeros(task.uniform_XQR.shape, jnp.float32),
     jnp.zeros(task.uniform_XQR.shape[:2], jnp.int32),
   )
-  window = task.model.network.attention_window if _has_rings(task) else None
   length = prompt_length + task.uniform_XQR.shape[2]
-  cache = decoding.init_cache(task.model, shards * width, length, window)
+  cache = decoding.init_cache(task.model, shards * width, length, _ring_length(task))
   staged_cache = _prompt_cache(task, shards * width)
   zero = jnp.int32(0)
   run = Run(zero, zero, rows, cache, constraints.shard_rows(output))
   return run, Queue(none_XS[:, 0], rows, staged_cache)
 
 
-def _has_rings(task: Task) -> bool:
-  """Whether the cache of the slots has rings for banded layers (see `decoding.init_cache`)."""
-  return decoding.uses_rings(task.model, task.token_XQP.shape[2] + task.uniform_XQR.shape[2])
+def _ring_length(task: Task) -> int | None:
+  """See `decoding.ring_length`; of the slots' cache."""
+  return decoding.ring_length(task.model, task.token_XQP.shape[2] + task.uniform_XQR.shape[2])
 
 
 def _prompt_cache(task: Task, num_rows: int):
   """An empty cache for prompts: as that of the slots, but all layers have the prompts' columns."""
   prompt_length = task.token_XQP.shape[2]
-  band_length = prompt_length if _has_rings(task) else None
+  band_length = prompt_length if _ring_length(task) else None
   return decoding.init_cache(task.model, num_rows, prompt_length, band_length)
 
 
@@ -341,15 +340,13 @@ def _take(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
     return rows, dataclasses.replace(staged, is_live_S=is_left_S), slot, which
 
   rows, staged, slot_X, which_X = jax.vmap(move)(run.rows, queue.staged)
-
-  window = task.model.network.attention_window if _has_rings(task) else 0
+  ring = _ring_length(task)
 
   def move_cache(old, new, slot, which):
     prompt = new[..., which, :, :, :]
-    if (
-      old.shape[-2] == window
-    ):  # a banded layer's ring: as if the prompt's tokens had been fed in the steps before
-      prompt = decoding.in_ring(prompt, window, run.step)
+    if old.shape[-2] == ring:
+      # As if the prompt's tokens had been fed in the steps before.
+      prompt = decoding.in_ring(prompt, old.shape[-2], run.step)
       return old.at[..., slot, :, :, :].set(prompt, mode="drop")
     # Only prompt columns are written. What the slot's last row left in the ring stays, and `_decode` masks it by age.
     return old.at[..., slot, :, :prompt_length, :].set(prompt, mode="drop")
@@ -399,7 +396,7 @@ def _decode(task: Task, run: Run) -> Run:
     is_column_BT,
     run.cache,
     column_position_BT,
-    ring_step=run.step if _has_rings(task) else None,
+    ring_step=run.step if _ring_length(task) else None,
   )
   # The row's own noise for its next token: 'clip' is for rows that have ended at the limit, whose draw is dropped.
   noise = jax.vmap(lambda uniform_QR, row_S, t_S: uniform_QR.at[row_S, t_S].get(mode="clip"))

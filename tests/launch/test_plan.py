@@ -487,6 +487,16 @@ def test_bytes_of_slots(mesh):
   assert "KV cache of waiting prompts" not in whole
 
 
+def test_bytes_of_rings(mesh):
+  """A banded layer keeps the columns of its window, a quarter of them here; prompts that wait have all of theirs."""
+  change = {"execution": {"layers": "scan"}, "rollout": {"slots": 8}}
+  wide = programs.make(small("ppo", **change), mesh, "ppo").inside
+  found = programs.make(small("ppo", **change, model={"attention_window": 64}), mesh, "ppo").inside
+  size = lambda inside, name: programs.shard_bytes(inside[name])
+  assert size(found, "KV cache") == size(wide, "KV cache") * (1 + 1 / 4) / 2
+  assert size(found, "KV cache of waiting prompts") == size(wide, "KV cache of waiting prompts")
+
+
 def test_rows_of_packed_rankings(mesh):
   config = small("rm", rm={"row_length": 256})
   # 72 answers: a row each if all are as long as they may be; a quarter if all texts are, rounded to four devices.

@@ -83,7 +83,8 @@ def test_rings_hold_what_banded_layers_read(make, name, window):
   # Five layers: some are left over, whether the period is 2 or 3.
   cfg = dataclasses.replace(SWITCHES[name], num_layers=5, attention_window=window)
   model, params = make(cfg, layers="scan")
-  assert decoding.uses_rings(model, LENGTH) and not decoding.uses_rings(model, window)
+  assert decoding.ring_length(model, LENGTH) == window
+  assert decoding.ring_length(model, window) is None
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   def both(params):
