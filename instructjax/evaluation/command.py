@@ -110,6 +110,8 @@ def _show(whole: Mapping[str, Any]):
   terminal.show(report.results_table(whole))
   if len(whole["models"]) > 1:
     terminal.show(report.differences_table(whole))
+  if whole["findings"]:
+    terminal.show(report.findings_table(whole))
   for line in (*report.note_lines(whole), *report.scorer_lines(whole)):
     terminal.say(line)
   terminal.say(f"peak memory: {report.peak_memory(whole)}")

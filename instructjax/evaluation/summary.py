@@ -16,7 +16,7 @@ from instructjax.core.errors import writing
 from instructjax.evaluation import resampling
 from instructjax.evaluation.runner import Planned, Skipped
 from instructjax.evaluation.task import Metric
-from instructjax.report import intervals, table14
+from instructjax.report import intervals, public_findings, table14
 
 BOOTSTRAP = 2000  # resamples of the groups of items
 FEWEST = 10  # groups from which on a difference is told; with fewer, resampling them shows too little of the spread
@@ -199,6 +199,7 @@ def whole(
     "memory": dict(memory),
     "skipped": [{"task": one.name, "reason": one.reason} for one in skipped],
     "parts": list(parts),
+    "findings": public_findings.find(parts, FEWEST),
   }
 
 

@@ -13,7 +13,7 @@ from instructjax.core import terminal
 from instructjax.core.errors import writing
 from instructjax.core.text import printable
 from instructjax.report import table14
-from instructjax.report.page import TEMPLATES
+from instructjax.report.page import TEMPLATES, VERDICTS
 
 _DASH = "–"
 _DECIMALS = {"share": 3, "bits": 3, "percent": 1, "score": 3}
@@ -136,6 +136,37 @@ def differences_table(summary: Mapping[str, Any]) -> terminal.Table:
   )
 
 
+def findings_table(summary: Mapping[str, Any]) -> terminal.Table:
+  """The paper's findings on public sets, and what is to be said of each."""
+  return terminal.Table(
+    columns=["Finding", "Measured, and when it holds", "Verdict"],
+    rows=[
+      [one["claim"], f"{one['measured']}. Holds if {one['rule']}.", one["verdict"][1]]
+      for one in _findings(summary)
+    ],
+    title="The paper's findings",
+    prose=["Finding", "Measured, and when it holds", "Verdict"],
+    styles={"holds": "green", "does not hold": "red", "cannot be told": "dim"},
+  )
+
+
+def _findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The findings in words; verdicts as in a run's report."""
+  return [
+    {
+      "claim": one["claim"],
+      "paper": one["paper"],
+      "rule": one["rule"].replace(" - ", " − "),
+      "measured": ", ".join(
+        f"{label} {shown(value, one['show'])} {between(interval, one['show'])}"
+        for (label, value), interval in zip(one["measured"].items(), one["interval"])
+      ),
+      "verdict": VERDICTS[one["holds"]],
+    }
+    for one in summary["findings"]
+  ]
+
+
 def _cell(found: Mapping[str, Any] | None, show: str) -> dict[str, str]:
   if found is None:
     return {"value": _DASH, "interval": ""}
@@ -169,6 +200,7 @@ def section(summary: Mapping[str, Any]) -> markupsafe.Markup:
       rows=rows,
       paper=table14.MODELS,
       sizes=table14.SIZES,
+      findings=_findings(summary),
       tests=tests.rows,
       told=told,
       missing=missing(summary),

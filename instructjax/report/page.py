@@ -48,7 +48,7 @@ _MAIN = ("base", "sft", "ppo", "ppo_ptx")
 _PERCENT = {"reward_model", "topic_following", "own_words", *doubts.JUDGED}
 # Their values that are no shares.
 _NUMBERS = {"base_loss", "larger_base_loss", "kl", "best_of_n_kl"}
-_VERDICTS = {
+VERDICTS = {
   True: ("yes", "holds"),
   False: ("no", "does not hold"),
   None: ("open", "cannot be told"),
@@ -128,7 +128,7 @@ def _findings(found: list[dict]) -> list[dict]:
       "rule": finding["rule"].replace("+-", "±").replace(" - ", " − "),
       "measured": _measured(finding),
       "brief": _in_brief(finding),
-      "verdict": _VERDICTS[finding["holds"]],
+      "verdict": VERDICTS[finding["holds"]],
     }
     for finding in found
   ]

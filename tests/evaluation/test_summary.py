@@ -150,5 +150,6 @@ def test_a_part_says_what_is_shown_and_what_is_missing(tmp_path):
   )
   summary.write(tmp_path / "summary.json", whole)
   read = json.loads((tmp_path / "summary.json").read_text())
+  assert read["findings"] == []  # the base is not among the models
   assert read["skipped"] == [{"task": "piqa", "reason": "no"}]
   assert read["parts"][0]["metrics"][0]["paper"][3] == [0.552, 0.69, 0.807]

@@ -6,6 +6,16 @@ import re
 from instructjax.core import terminal
 from instructjax.report import evaluation, table14
 
+FINDING = {
+  "id": "truthful",
+  "claim": "PPO-ptx's answers are <true>.",
+  "paper": "about twice as often",
+  "rule": "PPO-ptx - base lies above 0",
+  "measured": {"PPO-ptx − base": 0.1},
+  "interval": [[-0.05, 0.25]],
+  "holds": None,
+  "show": "share",
+}
 SCORERS = {
   "truth": {"name": "runs/<judge>", "auc": 0.8766},
   "info": {"name": "python:a:b", "auc": None},
@@ -64,6 +74,7 @@ def summary(models=("sft", "ppo"), spec="runs/<b>"):
     },
     "skipped": [{"task": "rte", "reason": "no data"}],
     "parts": [part],
+    "findings": [FINDING],
   }
 
 
@@ -139,6 +150,22 @@ def test_differences_are_told_in_a_word():
     "lower",
   ]
   assert rows[1][-1] == "cannot be told"
+
+
+def test_findings_are_shown_with_their_rule():
+  assert evaluation.findings_table(summary()).rows == [
+    [
+      "PPO-ptx's answers are <true>.",
+      "PPO-ptx − base 0.100 [−0.050, 0.250]. Holds if PPO-ptx − base lies above 0.",
+      "cannot be told",
+    ]
+  ]
+  text = evaluation.section(summary())
+  assert "are &lt;true&gt;." in text and '<span class="pill open">cannot be told</span>' in text
+  assert "Holds if PPO-ptx − base lies above 0. The paper: about twice as often." in text
+  found = summary()
+  found["findings"] = []
+  assert "findings" not in evaluation.section(found)
 
 
 def test_the_section_has_the_papers_numbers_and_escapes_names(tmp_path):
