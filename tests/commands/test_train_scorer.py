@@ -55,6 +55,26 @@ def test_the_run_gets_the_texts_and_what_stands_after_the_flags(command, tmp_pat
     assert (tmp_path / "out" / "data" / f"{kind}.jsonl").stat().st_size
 
 
+def test_a_given_model_is_trained_by_adapters_and_fewer_passes(command, tmp_path):
+  lines = lambda: (tmp_path / "out" / "data" / "comparisons.jsonl").read_text().splitlines()
+  words = command()
+  assert "--config=rm" in words and "--config.reward_model.num_layers=2" in words
+  eight = lines()
+  words = command("--weights=package:a/b.gguf")
+  assert "--config=rm:weights" in words and "--config.adapter.rank=16" in words
+  assert "--config.reward_model.weights=package:a/b.gguf" in words
+  # The shape is the file's.
+  assert not [
+    word for word in words if word.startswith(("--config.model.", "--config.reward_model.num"))
+  ]
+  two = lines()
+  assert len(two) < len(eight) / 3
+  command("--passes=2")
+  assert lines() == two
+  command("--weights=package:a/b.gguf", "--passes=8")
+  assert lines() == eight
+
+
 @pytest.mark.parametrize(
   ("words", "code", "says"),
   [
