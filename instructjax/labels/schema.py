@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import weakref
 from collections.abc import Generator
 
 import sqlalchemy as sa
@@ -189,6 +190,11 @@ class Database:
 
   engine: sa.Engine
   reading: sa.Engine
+
+  def __post_init__(self):
+    # Connections that wait for their next use are closed with the last reference to this object: Python 3.13 warns of
+    # those that are left to the garbage collector.
+    weakref.finalize(self, self.engine.dispose)
 
   @contextlib.contextmanager
   def write(self) -> Generator[sa.Connection]:

@@ -1,6 +1,7 @@
 """The database: rows that may not change, what is on disk, and who may read the file."""
 
 import os
+import sqlite3
 import stat
 import threading
 
@@ -97,6 +98,16 @@ def test_the_same_in_postgresql():
   with pytest.raises(sa.exc.DatabaseError, match="append-only"), database.write() as connection:
     connection.execute(schema.audit.update().values(at=0.0))
   database.close()
+
+
+def test_what_nobody_uses_any_more_has_no_connection(tmp_path):
+  found = schema.create(str(tmp_path))
+  with found.read() as connection:
+    inner = connection.connection.dbapi_connection
+  inner.execute("SELECT 1")  # it waits for its next use
+  del connection, found
+  with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+    inner.execute("SELECT 1")
 
 
 def test_a_project_of_an_earlier_version_gets_what_it_lacks(database, tmp_path):
