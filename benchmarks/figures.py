@@ -131,6 +131,19 @@ FIGURES = {
 PICTURE, PICTURE_OF = "docs/report.png", "findings"  # the first run's
 
 
+def _plain(node) -> object:
+  """A syntax tree as lists and words. Without what is empty, of which each version of Python has other fields."""
+  if isinstance(node, ast.JoinedStr):  # 3.12 ends some format specifications with ''
+    parts = [one for one in node.values if not (isinstance(one, ast.Constant) and one.value == "")]
+    return ["JoinedStr", *map(_plain, parts)]
+  if isinstance(node, ast.AST):
+    fields = ((name, _plain(value)) for name, value in ast.iter_fields(node))
+    return [type(node).__name__, *(field for field in fields if field[1] not in (None, []))]
+  if isinstance(node, list):
+    return [_plain(one) for one in node]
+  return None if node is None else repr(node)
+
+
 def code_hash(patterns: Sequence[str], root: pathlib.Path = ROOT) -> str:
   """A hash of what the files that match the patterns compute.
 
@@ -150,7 +163,7 @@ def code_hash(patterns: Sequence[str], root: pathlib.Path = ROOT) -> str:
           node
         ):
           node.body = node.body[1:]
-      digest.update(f"{path.relative_to(root)}\n{ast.dump(tree)}\n".encode())
+      digest.update(f"{path.relative_to(root)}\n{_plain(tree)}\n".encode())
   return digest.hexdigest()[:16]
 
 
