@@ -3,7 +3,7 @@
   python -m benchmarks.figures                      what there is, of which code, and what is stale
   python -m benchmarks.figures measure decode       runs the commands behind a table; an idle machine is needed
   python -m benchmarks.figures measure pods --matching=sft     of its commands only those with this text
-  python -m benchmarks.figures take findings RUN... reads finished runs of the default preset instead
+  python -m benchmarks.figures take findings RUN... reads finished runs of a preset instead
   python -m benchmarks.figures write                writes the pages anew from what was measured
 
 What was measured lies in docs/figures/NAME.json, a record for each command and processor: the lines that the command
@@ -42,6 +42,7 @@ class Figure:
   Attributes:
     page: where it stands, between `<!-- NAME -->` and `<!-- end of NAME -->`.
     commands: what `measure` runs after `python -m`; each prints JSON lines. Empty if finished runs are read.
+    config: --config of these runs.
     code: files whose change may change the numbers, as patterns below the root.
     table: records -> Markdown.
     is_dated: whether records may be of older code. They take hours to make, and the table says which commit each is of.
@@ -52,6 +53,7 @@ class Figure:
   code: tuple[str, ...]
   table: Callable[[Sequence[dict]], str]
   is_dated: bool = False
+  config: str = ""
 
 
 _NETWORKS = tuple(
@@ -88,6 +90,18 @@ FIGURES = {
       *(f"instructjax/report/{name}.py" for name in ("findings", "doubts", "intervals", "wording")),
     ),
     tables.findings,
+    config="configs/ppo_ptx.py",
+  ),
+  "smollm2": Figure(
+    "docs/smollm2.md",
+    (),
+    (
+      *("configs/base.py", "configs/smollm2.py", "configs/released.py", "instructjax/ops/*.py"),
+      *("instructjax/data/conversation/*.py", "instructjax/data/labeling.py"),
+      *(f"instructjax/report/{name}.py" for name in ("findings", "doubts", "intervals", "wording")),
+    ),
+    tables.real_model,
+    config="configs/ppo_ptx.py:smollm2",
   ),
   "ppo_iteration": Figure(
     "docs/performance.md",
@@ -128,6 +142,7 @@ FIGURES = {
     is_dated=True,
   ),
 }
+PROMPTS = 10  # whose answers are kept, the first of a run
 PICTURE, PICTURE_OF = "docs/report.png", "findings"  # the first run's
 
 
@@ -273,32 +288,58 @@ def _require_same_code(run: pathlib.Path, commit: str, patterns: Sequence[str]):
     raise UserError(f"{run} is of other code (commit {commit or 'unknown'}): run it anew")
 
 
-def take(name: str, runs: Sequence[pathlib.Path]):
-  """Saves what finished runs of this machine and this code measured, and the first one's picture.
+def _of_run(run: pathlib.Path, config: str) -> tuple[dict, dict]:
+  """What a finished run measured, as a line of a record, and its provenance.
 
   Raises:
-    UserError: a run is not finished, or of other code, or the figure does not come from runs.
+    UserError: it is not finished, or of another preset.
   """
-  if FIGURES[name].commands:
+  try:
+    found = json.loads((run / "report" / "findings.json").read_text(encoding="utf-8"))
+    costs = json.loads((run / "report" / "costs.json").read_text(encoding="utf-8"))
+    done = json.loads((run / "evaluate" / "done.json").read_text(encoding="utf-8"))
+    rows = (run / "evaluate" / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+  except OSError as error:
+    raise UserError(f"{error.filename}: {error.strerror}; is {run} a finished run?") from error
+  made = done["provenance"]
+  if not any(
+    word.startswith("--config=") and word.endswith(config) for word in made["command"].split()
+  ):
+    raise UserError(f"{run} is no run of --config={config}: {made['command']}")
+  first: dict[str, dict] = {}  # prompt -> its first answers
+  for row in map(json.loads, filter(None, rows)):
+    first.setdefault(row["prompt"], row["answers"])
+  line = {
+    "seed": done["fingerprint"]["config.seed"],
+    "findings": found,
+    "policies": done["result"]["summary"],
+    "seconds": {stage: cost["seconds"] for stage, cost in costs.items()},
+    "answers": [{"prompt": prompt, **first[prompt]} for prompt in list(first)[:PROMPTS]],
+  }
+  return line, made
+
+
+def take(name: str, runs: Sequence[pathlib.Path]):
+  """Saves what finished runs of this machine and this code measured, and of the default preset the first one's picture.
+
+  Raises:
+    UserError: a run is not finished, or of other code or another preset, or the figure does not come from runs.
+  """
+  figure = FIGURES[name]
+  if not figure.config:
     raise UserError(f"{name} is not read from runs: measure {name}")
   records = []
   for run in runs:
-    try:
-      found = json.loads((run / "report" / "findings.json").read_text(encoding="utf-8"))
-      done = json.loads((run / "evaluate" / "done.json").read_text(encoding="utf-8"))
-    except OSError as error:
-      raise UserError(f"{error.filename}: {error.strerror}; is {run} a finished run?") from error
-    made, seed = done["provenance"], done["fingerprint"]["config.seed"]
-    _require_same_code(run, made["commit"], FIGURES[name].code)
-    folder = f"runs/seed{seed}"
-    command = f"python -m instructjax.main --config=configs/ppo_ptx.py --workdir={folder}"
+    line, made = _of_run(run, figure.config)
+    _require_same_code(run, made["commit"], figure.code)
+    command = (
+      f"python -m instructjax.main --config={figure.config} --workdir=runs/seed{line['seed']}"
+    )
     made = {
       key: made[key][:10] if key == "date" else made[key] for key in ("version", "commit", "date")
     }
-    line = {"seed": seed, "findings": found}
-    records.append(
-      _record(name, f"{command} --config.seed={seed}", [line], **made, processor=_processor())
-    )
+    command += f" --config.seed={line['seed']}"
+    records.append(_record(name, command, [line], **made, processor=_processor()))
   save(name, records)
   if name == PICTURE_OF:
     shutil.copy(runs[0] / "report" / "report.png", ROOT / PICTURE)

@@ -77,6 +77,67 @@ def findings(records: Sequence[dict]) -> str:
   return _table(["finding", "measured", *seeds, *(["of all"] * (len(runs) > 1))], rows)
 
 
+_POLICIES = {
+  "base": "base",
+  "sft": "SFT",
+  "ppo_init": "PPO init",
+  "ppo": "PPO",
+  "ppo_ptx": "PPO-ptx",
+  "ppo_beta0": "PPO, beta 0",
+  "echo": "echo",
+  "random_line": "random line",
+  "best_line": "best line",
+  "demonstrations": "demonstrations",
+}
+_MEASURED = {
+  "gold": "gold score",
+  "reward": "reward",
+  "names_topic": "names the topic",
+  "repeats": "repeats a word pair",
+  "distinct": "different answers",
+  "ended": "answers that end",
+  "kl": "KL from PPO init, nats",
+  "pretrain_loss": "loss on held-out text, nats a token",
+}
+_ANSWERED = ("base", "sft", "ppo", "ppo_ptx")
+
+
+def real_model(records: Sequence[dict]) -> str:
+  """Runs of one preset: means by policy and the answers of the first, the findings of all, and what they took."""
+  runs = [line for record in records for line in record["lines"]]
+  first = runs[0]
+  names = [name for name in _POLICIES if name in first["policies"]]
+  cell = lambda name, key: (
+    number(first["policies"][name][key]) if key in first["policies"][name] else ""
+  )
+  means = [[title, *(cell(name, key) for name in names)] for key, title in _MEASURED.items()]
+  answers = [
+    [_text(row["prompt"]), *(_text(row[name]) or "(nothing)" for name in _ANSWERED)]
+    for row in first["answers"]
+  ]
+  parts = [
+    f"Means of seed {first['seed']}:",
+    _table(["", *(_POLICIES[name] for name in names)], means),
+    "The findings:",
+    findings(records),
+    f"The first {len(answers)} test prompts of seed {first['seed']}, not chosen, each with its first answer:",
+    _table(["prompt", *(_POLICIES[name] for name in _ANSWERED)], answers),
+    *(_seconds(run) for run in runs),
+  ]
+  return "\n\n".join(parts)
+
+
+def _text(text: str) -> str:
+  """A text on one line of a table."""
+  return " ".join(text.replace("|", "\\|").split())
+
+
+def _seconds(run: dict) -> str:
+  found = run["seconds"]
+  parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in found.items())
+  return f"Seconds of seed {run['seed']}, {sum(found.values()):.0f} in all: {parts}."
+
+
 def _held(run: dict) -> str:
   found: list[Any] = [finding["holds"] for finding in run["findings"]]
   return f"{sum(value is True for value in found)} of {len(found)}"

@@ -79,22 +79,35 @@ def test_a_figure_fills_the_place_between_its_markers():
       figures.fill(bad, "f", "")
 
 
-def finished_run(folder, seed, value):
+def finished_run(folder, seed, value, config="configs/ppo_ptx.py"):
   finding = dict(id="f", measured={"win_rate": value}, interval=[[0.5, 0.7]], holds=True)
   (folder / "report").mkdir(parents=True)
   (folder / "report" / "findings.json").write_text(json.dumps([finding]))
+  (folder / "report" / "costs.json").write_text(json.dumps({"sft": {"seconds": 61.4}}))
   (folder / "report" / "report.png").write_bytes(b"picture")
   (folder / "evaluate").mkdir()
-  made = dict(version="0.1.0", commit="c" * 40, date="2026-11-30T10:00:00Z")
-  done = {"provenance": made, "fingerprint": {"config.seed": str(seed)}}
+  command = f"python -m instructjax.main --config={config} --workdir=w"
+  made = dict(version="0.1.0", commit="c" * 40, date="2026-11-30T10:00:00Z", command=command)
+  means = {"base": {"gold": 0.5}, "ppo_ptx": {"gold": 3.25, "kl": 2.0}}
+  done = {
+    "provenance": made,
+    "fingerprint": {"config.seed": str(seed)},
+    "result": {"summary": means},
+  }
+  answers = dict(base="", sft="a|b", ppo="c\n d", ppo_ptx="e")
+  rows = [{"prompt": f"p{n // 2}", "answers": answers | {"ppo_ptx": f"e{n}"}} for n in range(40)]
+  (folder / "evaluate" / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
   (folder / "evaluate" / "done.json").write_text(json.dumps(done))
   return folder
 
 
-def test_finished_runs_become_a_table_and_the_picture(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+  """A copy of the pages, of whose code every run is."""
   root = tmp_path / "root"
   (root / "docs").mkdir(parents=True)
-  (root / "docs" / "results.md").write_text("<!-- findings -->\n<!-- end of findings -->\n")
+  for name, page in (("findings", "results"), ("smollm2", "smollm2")):
+    (root / "docs" / f"{page}.md").write_text(f"<!-- {name} -->\n<!-- end of {name} -->\n")
   hash_ = figures.code_hash(figures.FIGURES["findings"].code)
   monkeypatch.setattr(figures, "ROOT", root)
   monkeypatch.setattr(figures, "code_hash", lambda patterns: hash_)
@@ -105,6 +118,10 @@ def test_finished_runs_become_a_table_and_the_picture(tmp_path, monkeypatch, cap
     monkeypatch.setattr(
       figures, name, lambda *args, default=default: default(*args, folder=root / "docs" / "figures")
     )
+  return root
+
+
+def test_finished_runs_become_a_table_and_the_picture(root, tmp_path, capsys):
   runs = [finished_run(tmp_path / f"run{seed}", seed, 0.6 + seed / 10) for seed in (0, 1)]
   assert figures.main(["take", "findings", *map(str, runs)]) == 0
   page = (root / "docs" / "results.md").read_text()
@@ -115,6 +132,22 @@ def test_finished_runs_become_a_table_and_the_picture(tmp_path, monkeypatch, cap
   assert "is it a finished run" not in capsys.readouterr().out
   assert figures.main(["measure", "findings"]) == 2
   assert figures.main(["take", "decode", str(tmp_path)]) == 2
+
+
+def test_runs_of_a_real_model_become_tables_and_answers(root, tmp_path, capsys):
+  config = "configs/ppo_ptx.py:smollm2"
+  run = finished_run(tmp_path / "run", 3, 0.6, config)
+  assert figures.main(["take", "smollm2", str(run)]) == 0
+  page = (root / "docs" / "smollm2.md").read_text()
+  assert "| gold score | .500 | 3.25 |" in page and "| KL from PPO init, nats |  | 2.00 |" in page
+  # A prompt's first answer, of ten prompts.
+  assert "| p0 | (nothing) | a\\|b | c d | e0 |" in page and "| e18 |" in page
+  assert "e1 |" not in page and "| p10 |" not in page
+  assert "Seconds of seed 3, 61 in all: sft 61." in page
+  assert f"--config={config} --workdir=runs/seed3 --config.seed=3" in page
+  assert not (root / "docs" / "report.png").exists()
+  assert figures.main(["take", "findings", str(run)]) == 2
+  assert "is no run of --config=configs/ppo_ptx.py:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("commit", ["", "a" * 40 + "+changes", "0" * 40])
