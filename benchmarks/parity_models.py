@@ -19,7 +19,7 @@ from absl import logging
 
 from instructjax.core.config import MeshConfig
 from instructjax.core.structs import Params, PromptBatch
-from instructjax.models import decoding, for_inference, interop, model_on, transformer
+from instructjax.models import decoding, for_inference, interop, model_on, positions, transformer
 from instructjax.ops import lm
 from instructjax.parallel import sharding
 from instructjax.rl import sampling, scoring
@@ -198,7 +198,7 @@ def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
   values = {}
   for side in ("right", "left"):
     token_BL, is_token_BL = pad(cut(ids), side, model.vocab_size)
-    position_BL = transformer.positions_from_mask(is_token_BL)
+    position_BL = positions.from_mask(is_token_BL)
     segment_BL = is_token_BL.astype(np.int32)
     logits_BLV = apply(model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL)
     values[side] = _largest((logits_BLV - their_logits(exact, token_BL, is_token_BL))[is_token_BL])

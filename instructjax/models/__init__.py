@@ -12,6 +12,8 @@ from instructjax.models.execution import (
   resolve_execution,
 )
 from instructjax.models.heads import scalar_params_from_lm, shift_bias
+from instructjax.models.positions import from_mask as positions_from_mask
+from instructjax.models.positions import from_segments as positions_from_segments
 from instructjax.models.transformer import (
   Model,
   apply,
@@ -22,8 +24,6 @@ from instructjax.models.transformer import (
   param_axes,
   param_shapes,
   param_shardings,
-  positions_from_mask,
-  positions_from_segments,
 )
 
 __all__ = [

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import layers, positions, transformer
+from instructjax.models import embedding, layers, positions
 from instructjax.models.transformer import Model
 
 QUERIES = 512  # columns whose scores exist at once in long rows
@@ -41,7 +41,7 @@ def run(
   """
   cfg, kinds = model.network, positions.layer_kinds(model.network)
   is_token_BL = (last_BL >= 0).astype(jnp.int32)
-  h_BLD, _, _ = transformer.embed(model, params, token_BL, is_token_BL, position_BL)
+  h_BLD, _, _ = embedding.embed(model, params, token_BL, is_token_BL, position_BL)
   angles = positions.rotary_angles(position_BL, cfg)
   masks = _masks(position_BL, last_BL, _length(past), past_length, cfg)
 
@@ -49,10 +49,10 @@ def run(
     def mix(q_BTGRK, k_BTGK, v_BTGK):
       pair = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
       k_BGSK, v_BGSK = pair if own_past is None else map(_after, own_past, pair)
-      mask_BTS = transformer.layer_mask(masks, kinds, index)
+      mask_BTS = positions.layer_mask(masks, kinds, index)
       return _attend(q_BTGRK, k_BGSK, v_BGSK, mask_BTS), pair
 
-    turn = transformer.layer_angles(angles, kinds, index)
+    turn = positions.layer_angles(angles, kinds, index)
     return layers.block(h_BLD, layer, cfg, turn, mix, 0.0, None)  # no dropout
 
   if model.execution.layers == "scan":

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import adapters, layers, positions, transformer
+from instructjax.models import adapters, embedding, layers, positions, transformer
 from instructjax.models.transformer import Model
 from instructjax.parallel import constraints
 
@@ -127,7 +127,7 @@ def prefill(model: Model, weights: Params, token_BP: Array, is_prompt_BP: Array,
   """
   segment_BP, position_BP = (
     is_prompt_BP.astype(jnp.int32),
-    transformer.positions_from_mask(is_prompt_BP),
+    positions.from_mask(is_prompt_BP),
   )
   h_BPD, kept, _ = transformer.run_layers(
     model, weights, token_BP, segment_BP, position_BP, keep=True
@@ -183,7 +183,7 @@ def decode_step(
   place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
   fed = token_B[:, None], is_token_B1, position_B1
-  h_B1D, _, _ = transformer.embed(model, weights, *fed, place, decoding=True)
+  h_B1D, _, _ = embedding.embed(model, weights, *fed, place, decoding=True)
   angles, kinds = positions.rotary_angles(position_B1, cfg), positions.layer_kinds(cfg)
   # The cache holds no later token than the new one, so no causal mask is needed. Whole columns are asked for, because
   # what reads the tokens after the loop may split them, and the compiler would gather the mask in every layer.
@@ -196,7 +196,7 @@ def decode_step(
     masks = dense, (age_1W <= position_B1)[:, None, :]
   else:
     if slot_position_BT is None:
-      slot_position_BT = transformer.positions_from_mask(is_slot_BT)
+      slot_position_BT = positions.from_mask(is_slot_BT)
     masks = dense, layers.band(dense, position_B1, slot_position_BT[:, :num_columns], cfg)
 
   def mix_unrolled(index, pair, q_BTGRK, *new_BTGK):
@@ -207,9 +207,7 @@ def decode_step(
     # The cache may have a row more than the batch: see `init_cache`.
     num_rows, cache_rows = len(q_BTGRK), len(pair[0])
     q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
-    mixed_BTGRK = layers.attend(
-      q_BTGRK, *pair, mask_BTS=transformer.layer_mask(masks, kinds, index)
-    )
+    mixed_BTGRK = layers.attend(q_BTGRK, *pair, mask_BTS=positions.layer_mask(masks, kinds, index))
     return mixed_BTGRK[:num_rows], pair
 
   def mix_stacked(index, stacks, slot, mask_BTS, q_BTGRK, *new_BTGK):
@@ -228,7 +226,7 @@ def decode_step(
     # The cache is split by rows in either layout, so attention must see a device's own rows again.
     if is_2d:
       mix = _mix_own_rows(mix)
-    turn = transformer.layer_angles(angles, kinds, index)
+    turn = positions.layer_angles(angles, kinds, index)
     h_B1D, kept = layers.block(h_B1D, layer, cfg, turn, mix, 0.0, None)  # no dropout
     return place(h_B1D), kept
 
@@ -239,7 +237,7 @@ def decode_step(
       stacks = list(stacks)
       for index in range(length):
         place = ring_step % cfg.attention_window if kinds[index] == "L" else slot
-        mask_BTS = transformer.layer_mask(masks, kinds, index)
+        mask_BTS = positions.layer_mask(masks, kinds, index)
         # Each layer's weights are taken from the stack by themselves: those of a period at once would be copied.
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=number * len(kinds) + index)
         layer = jax.tree.map(lambda x: take(x, keepdims=False), weights["layers"])  # noqa: B023
@@ -260,7 +258,7 @@ def decode_step(
       # The cache is carried, not scanned over: an output of scan would be a new array of the cache's size.
       h_B1D, stacks = carry
       index, layer = xs
-      mask_BTS = transformer.layer_mask(masks, kinds, index)
+      mask_BTS = positions.layer_mask(masks, kinds, index)
       mix = functools.partial(mix_stacked, index, stacks, slot, mask_BTS)
       return run_block(h_B1D, layer, index, mix), None
 

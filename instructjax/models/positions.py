@@ -1,11 +1,13 @@
-"""Positions: which kinds of layers a network has, and how far rotary positions turn queries and keys in each.
+"""Positions of tokens: which kinds of layers a network has, how far rotary positions turn queries and keys in each.
 
-Called by layers.py, transformer.py and decoding.py, and by interop/, which reads and writes the settings. Dimension
+Called by layers.py, transformer.py and what decodes, and by interop/, which reads and writes the settings. Dimension
 letters as in layers.py.
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 
 from instructjax.core.config import NetworkConfig, RopeScalingConfig
@@ -28,6 +30,21 @@ def shortest_pattern(kinds: str, num_layers: int) -> str:
   kinds = kinds[:num_layers]
   lengths = range(1, num_layers + 1)
   return next(kinds[:n] for n in lengths if (kinds[:n] * num_layers)[:num_layers] == kinds)
+
+
+def from_mask(is_token_BL):
+  """Positions that count real tokens only, so that padding moves none (details item 3). int32."""
+  is_token_BL = is_token_BL.astype(jnp.int32)
+  return jnp.cumsum(is_token_BL, axis=1) - is_token_BL
+
+
+def from_segments(segment_BL):
+  """Positions inside each segment, counting real tokens only; segment 0 is padding. int32."""
+  # The count at a column, less the count at its segment's first column. Counts never fall, so the running maximum over
+  # first columns is that of the newest segment.
+  before_BL = from_mask(segment_BL > 0)
+  is_first_BL = jnp.diff(segment_BL, axis=1, prepend=0) != 0
+  return before_BL - jax.lax.cummax(jnp.where(is_first_BL, before_BL, 0), axis=1)
 
 
 def rotary_angles(position_BT, cfg: NetworkConfig):
@@ -124,3 +141,47 @@ def rotate(x_BTGQK, angles):
   low, high = jnp.split(x_BTGQK.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
   return turned.astype(x_BTGQK.dtype)
+
+
+def layer_mask(masks, kinds: str, index):
+  """Mask of a layer.
+
+  Args:
+    masks: (dense_BTS, banded_BTS or None).
+    kinds: from `layer_kinds`.
+    index: number of the layer, from 0; an int, or traced in decoding's scan.
+  """
+  dense_BTS, banded_BTS = masks
+  if banded_BTS is None:
+    return dense_BTS
+  if isinstance(index, int):
+    return banded_BTS if kinds[index % len(kinds)] == "L" else dense_BTS
+  return jnp.where(_is_kind("L", kinds, index), banded_BTS, dense_BTS)
+
+
+def layer_angles(angles, kinds: str, index):
+  """Cosine and sine of a layer's positions; None if no layer has rotary positions.
+
+  Args:
+    angles: from `rotary_angles`.
+    kinds, index: as for `layer_mask`.
+  """
+  if isinstance(index, int):
+    return angles[kinds[index % len(kinds)]]
+  first = next((pair for pair in angles.values() if pair is not None), None)
+  if first is None:
+    return None
+  still = jnp.ones_like(first[0]), jnp.zeros_like(first[1])  # an angle of 0 changes no bit
+  chosen = first
+  for kind, pair in angles.items():
+    if pair is not first:
+      is_kind = _is_kind(kind, kinds, index)
+      pair = still if pair is None else pair
+      chosen = tuple(jnp.where(is_kind, one, other) for one, other in zip(pair, chosen))
+  return chosen
+
+
+def _is_kind(kind: str, kinds: str, index):
+  """Whether a layer of a traced index is of this kind."""
+  turn = index % len(kinds)
+  return functools.reduce(jnp.logical_or, [turn == n for n, one in enumerate(kinds) if one == kind])

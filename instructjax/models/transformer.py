@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from instructjax.core.config import AdapterConfig, ExecutionConfig, NetworkConfig
 from instructjax.core.stages import Head
 from instructjax.core.structs import Array, Params
-from instructjax.models import cudnn, layers, positions, products, splash, split_table
+from instructjax.models import cudnn, embedding, layers, positions, products, splash
 from instructjax.parallel import constraints, sharding, stacking
 
 POSITION_STD = 0.01  # of GPT-2's position table (wpe); its other weights have 0.02
@@ -264,21 +264,6 @@ def lm_table(model: Model, params: Params) -> Array:
   return params["embedding"]["token_VD"] if model.network.tie_embeddings else params["head"]["w_VD"]
 
 
-def positions_from_mask(is_token_BL: Array) -> Array:
-  """Positions that count real tokens only, so that padding moves none (details item 3). int32."""
-  is_token_BL = is_token_BL.astype(jnp.int32)
-  return jnp.cumsum(is_token_BL, axis=1) - is_token_BL
-
-
-def positions_from_segments(segment_BL: Array) -> Array:
-  """Positions inside each segment, counting real tokens only; segment 0 is padding. int32."""
-  # The count at a column, less the count at its segment's first column. Counts never fall, so the running maximum over
-  # first columns is that of the newest segment.
-  before_BL = positions_from_mask(segment_BL > 0)
-  is_first_BL = jnp.diff(segment_BL, axis=1, prepend=0) != 0
-  return before_BL - jax.lax.cummax(jnp.where(is_first_BL, before_BL, 0), axis=1)
-
-
 def run_layers(
   model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key_B=None, keep=False
 ):
@@ -298,7 +283,7 @@ def run_layers(
   token_BL, segment_BL, position_BL = constraints.shard_rows((token_BL, segment_BL, position_BL))
   # Keys and values are kept by `prefill` only.
   fed = token_BL, segment_BL, position_BL
-  h_BLD, segment_BL, params = embed(model, params, *fed, decoding=keep)
+  h_BLD, segment_BL, params = embedding.embed(model, params, *fed, decoding=keep)
   segment_BL = constraints.shard_rows(segment_BL)
   angles, kinds = positions.rotary_angles(position_BL, cfg), positions.layer_kinds(cfg)
   attend = _attention(model, segment_BL, position_BL)
@@ -314,7 +299,7 @@ def run_layers(
       pair = k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
       return attend(index, q_BTGRK, *pair), pair if keep else None
 
-    turn = layer_angles(angles, kinds, index)
+    turn = positions.layer_angles(angles, kinds, index)
     h_BLD, kept = layers.block(h_BLD, layer, cfg, turn, mix, dropout_rate, layer_key_B)
     return h_BLD, kept
 
@@ -390,124 +375,8 @@ def _attention(model, segment_BL, position_BL):
   masks = layers.attention_masks(segment_BL, position_BL, cfg)
   attend = cudnn.attend if model.execution.attention == "cudnn" else layers.attend
   return lambda index, q_BTGRK, k_BGTK, v_BGTK: attend(
-    q_BTGRK, k_BGTK, v_BGTK, layer_mask(masks, kinds, index)
+    q_BTGRK, k_BGTK, v_BGTK, positions.layer_mask(masks, kinds, index)
   )
-
-
-def layer_mask(masks, kinds: str, index):
-  """Mask of a layer.
-
-  Args:
-    masks: (dense_BTS, banded_BTS or None).
-    kinds: from `positions.layer_kinds`.
-    index: number of the layer, from 0; an int, or traced in decoding's scan.
-  """
-  dense_BTS, banded_BTS = masks
-  if banded_BTS is None:
-    return dense_BTS
-  if isinstance(index, int):
-    return banded_BTS if kinds[index % len(kinds)] == "L" else dense_BTS
-  return jnp.where(_is_kind("L", kinds, index), banded_BTS, dense_BTS)
-
-
-def layer_angles(angles, kinds: str, index):
-  """Cosine and sine of a layer's positions; None if no layer has rotary positions.
-
-  Args:
-    angles: from `positions.rotary_angles`.
-    kinds, index: as for `layer_mask`.
-  """
-  if isinstance(index, int):
-    return angles[kinds[index % len(kinds)]]
-  first = next((pair for pair in angles.values() if pair is not None), None)
-  if first is None:
-    return None
-  still = jnp.ones_like(first[0]), jnp.zeros_like(first[1])  # an angle of 0 changes no bit
-  chosen = first
-  for kind, pair in angles.items():
-    if pair is not first:
-      is_kind = _is_kind(kind, kinds, index)
-      pair = still if pair is None else pair
-      chosen = tuple(jnp.where(is_kind, one, other) for one, other in zip(pair, chosen))
-  return chosen
-
-
-def _is_kind(kind: str, kinds: str, index):
-  """Whether a layer of a traced index is of this kind."""
-  turn = index % len(kinds)
-  return functools.reduce(jnp.logical_or, [turn == n for n, one in enumerate(kinds) if one == kind])
-
-
-def embed(
-  model,
-  params,
-  token_BL,
-  segment_BL,
-  position_BL,
-  place=constraints.split_columns,
-  *,
-  decoding=False,
-):
-  """Sums the embeddings of tokens and positions.
-
-  Args:
-    model, params, token_BL, segment_BL, position_BL: as for `hidden`.
-    place: layout of the residual stream on a mesh.
-    decoding: whether params are from `decode_weights`, which has placed the tables already.
-  Returns:
-    (h_BLD, segment_BL, params). h_BLD is zero at pads, segment_BL is 0 also where an id lies outside the vocabulary,
-    and params are as `hidden` returns them.
-  """
-  is_token_BL = (segment_BL > 0) & (token_BL >= 0) & (token_BL < model.vocab_size)
-  # Pads look up row 0, which is in bounds; the select below drops what they get.
-  row_BL = jnp.where(is_token_BL, token_BL, 0)
-  table_VD, table_TD = params["embedding"]["token_VD"], params["embedding"].get("position_TD")
-  if constraints.on_one_device():
-    h_BLD, table_VD = _look_up_and_pass(table_VD, row_BL)
-  elif decoding:
-    h_BLD, table_VD = _look_up(table_VD, row_BL)
-  else:
-    # Rounded before it is sent. The sum with the positions is rounded once more, as in decoding.
-    h_BLD = split_table.look_up(table_VD.astype(model.execution.dtype), row_BL).astype(jnp.float32)
-    table_TD = None if table_TD is None else table_TD.astype(model.execution.dtype)
-  if model.network.scale_embeddings:
-    # In float32: in bfloat16 the factor itself would be rounded, in decoding (whose table is bfloat16) only.
-    h_BLD = h_BLD.astype(jnp.float32) * model.network.d_model**0.5
-  params = params | {"embedding": params["embedding"] | {"token_VD": table_VD}}
-  if model.network.position == "learned":
-    row_BL = jnp.where(is_token_BL, position_BL, 0)
-    # 'fill' gives NaN past the table, so that a row that is too long shows.
-    h_BLD = h_BLD + table_TD.at[row_BL].get(mode="fill")
-  # A select, not a product with a mask: NaN * 0 would be NaN.
-  h_BLD = jnp.where(is_token_BL[:, :, None], h_BLD, 0.0).astype(model.execution.dtype)
-  return place(h_BLD), jnp.where(is_token_BL, segment_BL, 0), params
-
-
-def _look_up(table_VD, row_BL):
-  """(rows, the table)."""
-  return table_VD.at[row_BL].get(mode="promise_in_bounds"), table_VD
-
-
-@jax.custom_vjp
-def _look_up_and_pass(table_VD, row_BL):
-  """Looks up rows and passes the table on: (rows, the table for its next use, the tied head).
-
-  A tied table has two gradients: one from the lookup and one from the head. JAX would scatter the first into zeros and
-  add the second, which takes three arrays of the table's size. Because the head uses the table that this function
-  returns, the head's gradient arrives here first, and the lookup's is added into it in place. This is for one device
-  only: on a mesh the two gradients are split differently.
-  """
-  return _look_up(table_VD, row_BL)
-
-
-def _look_up_gradient(row_BL, gradients):
-  dh_BLD, dtable_VD = gradients
-  return dtable_VD.at[row_BL].add(dh_BLD, mode="promise_in_bounds"), None
-
-
-_look_up_and_pass.defvjp(
-  lambda table_VD, row_BL: (_look_up(table_VD, row_BL), row_BL), _look_up_gradient
-)
 
 
 def final_norm(model: Model, params: Params, h_BTD: Array) -> Array:

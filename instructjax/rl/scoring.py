@@ -12,13 +12,13 @@ every column but the first.
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params
-from instructjax.models import lm_head, transformer
+from instructjax.models import lm_head, positions, transformer
 
 
 def _inputs(segment_BL: Array, window) -> dict:
   """Keyword arguments of a forward pass; booleans become segment 1."""
   segment_BL = segment_BL.astype(jnp.int32)
-  position_BL = transformer.positions_from_segments(segment_BL)
+  position_BL = positions.from_segments(segment_BL)
   return dict(segment_BL=segment_BL, position_BL=position_BL, window=window)
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from instructjax.core.errors import UserError
 from instructjax.core.structs import Array, Params, PromptBatch, Rollout, pytree
-from instructjax.models import decoding, transformer
+from instructjax.models import decoding, positions, transformer
 from instructjax.ops import masked
 from instructjax.parallel import constraints, sharding
 
@@ -384,7 +384,7 @@ def _decode(task: Task, run: Run) -> Run:
   # written, or is writing, the n youngest columns. Older ones belong to an earlier row of the slot.
   age_1R = ((run.step - jnp.arange(max_new_tokens)) % max_new_tokens)[None]
   is_column_BT = jnp.concatenate([is_prompt_BP, age_1R < length_B[:, None]], axis=1)
-  prompt_position_BP = transformer.positions_from_mask(is_prompt_BP)
+  prompt_position_BP = positions.from_mask(is_prompt_BP)
   # The ring does not hold tokens in the order of their positions, so the band of GPT-3's layers needs them spelt out.
   column_position_BT = jnp.concatenate([prompt_position_BP, position_B[:, None] - age_1R], axis=1)
   logits_BV, cache = decoding.decode_step(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -109,3 +110,18 @@ def test_kinds_of_layers(pattern, num_layers, changes, kinds, llama):
   assert (
     layers.band(np.ones((1, 1, 1), bool), *np.zeros((2, 1, 1), int), cfg) is not None
   ) == has_band
+
+
+def test_positions_ignore_padding():
+  is_token_BL = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]], bool)
+  position_BL = positions.from_mask(is_token_BL)
+  assert position_BL.dtype == jnp.int32
+  np.testing.assert_array_equal(position_BL, [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 3, 4]])
+
+
+def test_positions_begin_anew_in_each_segment():
+  segment_BL = jnp.array([[0, 1, 1, 2, 2, 2, 0], [1, 0, 1, 1, 3, 3, 3]], jnp.int32)
+  position_BL = positions.from_segments(segment_BL)
+  counted = segment_BL > 0
+  expected = [[0, 0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 0, 1, 2]]
+  np.testing.assert_array_equal(position_BL[counted], np.array(expected)[counted])

@@ -177,23 +177,6 @@ def test_details_3_garbage_and_nan_at_pads_change_nothing(few, make):
   np.testing.assert_array_equal(clean[1][is_token_BL], dirty[1][is_token_BL])
 
 
-def test_a_tied_table_gets_the_gradient_of_both_its_uses(gpt2, make):
-  tied, params = make(gpt2)
-  untied, _ = make(gpt2, tie_embeddings=False)
-  tables = params | {"head": {"w_VD": params["embedding"]["token_VD"]}}
-
-  def gradient(model, params):
-    inputs = dict(segment_BL=SEGMENT_BL, position_BL=POSITION_BL)
-    total = lambda params: jnp.sum(jnp.sin(models.apply(model, params, TOKEN_BL, **inputs)))
-    return jax.grad(total)(params)
-
-  parts = gradient(untied, tables)
-  both = parts["embedding"]["token_VD"] + parts["head"]["w_VD"]
-  got = gradient(tied, params)["embedding"]["token_VD"]
-  np.testing.assert_allclose(got, both, rtol=1e-5, atol=1e-5)
-  assert np.abs(parts["embedding"]["token_VD"]).max() > 0.1 < np.abs(parts["head"]["w_VD"]).max()
-
-
 def test_attention_has_the_gradient_of_its_definition():
   G, R, T, S, K = 2, 3, 4, 5, 6
   keys = jax.random.split(jax.random.key(0), 4)
@@ -224,24 +207,6 @@ def test_a_row_that_may_look_at_nothing_gets_zero():
   mask_BTS = jnp.array([[[False] * 3, [True, False, False]]])
   mixed_BTGRK = layers.attend(q_BTGRK, kv_BGSK, kv_BGSK, mask_BTS)
   np.testing.assert_array_equal(mixed_BTGRK[0, :, 0, 0, 0], [0, 1])
-
-
-def test_details_2_ids_outside_the_vocabulary_are_pads_even_inside_a_segment(gpt2, make):
-  model, params = make(gpt2)
-  token_BL, segment_BL = TOKEN_BL.copy(), SEGMENT_BL.copy()
-  token_BL[0, 2], token_BL[1, 7] = VOCAB, -1
-  segment_BL[0, 2] = segment_BL[1, 7] = 0
-  is_token_BL = segment_BL > 0
-  got = forward(model, params, token_BL, SEGMENT_BL, POSITION_BL)
-  expected = forward(model, params, TOKEN_BL, segment_BL, POSITION_BL)
-  np.testing.assert_array_equal(got[is_token_BL], expected[is_token_BL])
-
-
-def test_a_learned_position_past_the_table_is_nan_not_clipped(gpt2, make):
-  model, params = make(gpt2)
-  logits_BLV = forward(model, params, TOKEN_BL, SEGMENT_BL, POSITION_BL + 10)
-  last = np.isnan(logits_BLV).any(-1)
-  assert last[1, 11] and not last[0, :9].any()  # positions 19 and at most 14, of 16
 
 
 def test_window_is_a_slice_of_the_whole(gpt2, make):
@@ -398,10 +363,3 @@ def test_a_description_holds_a_network_and_no_auto():
     tiny.make_model(tiny.CONFIG.model, VOCAB)
   with pytest.raises(ValueError, match="nothing may be left to 'auto'"):
     tiny.make_model(tiny.GPT2, VOCAB, layers="auto")
-
-
-def test_positions_ignore_padding():
-  is_token_BL = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 1, 0]], bool)
-  position_BL = models.positions_from_mask(is_token_BL)
-  assert position_BL.dtype == jnp.int32
-  np.testing.assert_array_equal(position_BL, [[0, 0, 0, 1, 2, 3], [0, 1, 2, 2, 3, 4]])
