@@ -22,6 +22,7 @@ _RECORDS = (
 TESTED_ELSEWHERE = {
   "core/network": _RULES,
   "core/training": _RULES,
+  "core/rl_training": _RULES,
   "core/results": _RECORDS,
   "report/results": _RECORDS,
 }

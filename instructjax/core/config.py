@@ -1,7 +1,6 @@
 """The whole configuration as frozen dataclasses, with the rules that its values must follow.
 
-`configs/` holds the values and their sources. This file, network.py and training.py hold the names, types and rules.
-`main` converts the ml_collections config once, with `from_config_dict`; code below `main` sees neither a ConfigDict nor
+`configs/` holds the values and their sources; the files of this folder hold the names, types and rules. `main` converts the ml_collections config once, with `from_config_dict`; code below `main` sees neither a ConfigDict nor
 a flag.
 
 A run that continues from a checkpoint must have the settings that the checkpoint was made with. The exceptions are the
@@ -33,16 +32,15 @@ from instructjax.core.network import (
   NetworkConfig,
   RopeScalingConfig,
 )
+from instructjax.core.rl_training import PPOConfig, RolloutConfig
 from instructjax.core.stages import TARGETS
 from instructjax.core.training import (
   BestOfNConfig,
   CollectConfig,
   EvaluateConfig,
   OptimConfig,
-  PPOConfig,
   PretrainConfig,
   RMConfig,
-  RolloutConfig,
   SFTConfig,
 )
 

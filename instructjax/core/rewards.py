@@ -1,6 +1,6 @@
 """How `ppo.rewards` spells a list of rewards, and what the entries mean.
 
-Called by training.py, which checks the spelling, by rl/experience.py, which sums the rewards, and by the RL stages,
+Called by rl_training.py, which checks the spelling, by rl/experience.py, which sums the rewards, and by the RL stages,
 which import and call the user's functions. Imports errors and text only. docs/rewards.md explains it to users.
 """
 
