@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import random
+import types
 from collections.abc import Iterable
 from unittest import mock
 
@@ -146,4 +147,12 @@ def in_memory(sequences: Iterable[token_store.Encoded], vocab_size: int) -> toke
     read=lambda start, stop: token_T[start:stop].tobytes(),
     dtype=token_T.dtype,
     left_out={},
+  )
+
+
+def characters(eos_id: int = 1):
+  """A tokenizer whose tokens are characters."""
+  encode = lambda text: [ord(c) for c in text]
+  return types.SimpleNamespace(
+    encode=encode, bos_id=None, control_pattern=None, eos_id=eos_id, pad_id=99, vocab_size=98
   )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from instructjax.core.stages import RANKED, of_round
 from instructjax.report.results import Measured, Round
-from instructjax.stages import answers, lineage, policies, rm
+from instructjax.stages import answers, lineage, policies, ranking_accuracy
 from instructjax.stages.context import Context
 
 
@@ -41,7 +41,7 @@ def _round(ctx: Context, number: int, numbers: range, prompts, measured) -> Roun
   rankings = [_rankings(ctx, other) for other in numbers]
   return Round(
     number=number,
-    judgements=tuple(rm.judge(ctx, params, records) for records in rankings),
+    judgements=tuple(ranking_accuracy.judge(ctx, params, records) for records in rankings),
     reward={name: score(name) for name in (of_round(RANKED, other) for other in numbers)},
   )
 

@@ -30,7 +30,7 @@ AREAS = {
     "rl/split": 3,
     "rl/step": 10,
   },
-  "rm": {"models/heads": 3, "stages/answers": 0, "stages/rm": 16},
+  "rm": {"models/heads": 3, "stages/answers": 0, "stages/ranking_accuracy": 5, "stages/rm": 11},
   "train": {
     "train/accumulation": 4,
     "train/checkpoint": 6,
@@ -91,6 +91,7 @@ ALSO = {
   "stages/pinned": ("stages/test_people",),
   "stages/policies": ("stages/test_pipeline",),
   "stages/ppo": ("stages/test_pipeline",),
+  "stages/ranking_accuracy": ("stages/test_rm", "stages/test_pipeline"),
   "stages/rm": ("stages/test_pipeline",),
   "stages/sft": ("stages/test_pipeline",),
   "train/checkpoint": ("train/test_damaged", "train/test_loop"),

@@ -45,6 +45,7 @@ from instructjax.stages import (
   evaluate,
   pipeline,
   policies,
+  ranking_accuracy,
   reward_functions,
   rm,
 )
@@ -549,8 +550,8 @@ def test_rankings_are_scored_alike_in_any_rows_on_one_device_and_eight(whole, sp
     for ctx in (one, eight):
       with jax.set_mesh(ctx.mesh):
         records = ctx.data.records("comparisons", "validation")[:5]
-        rankings = rm.tokenized(ctx, records)
-        score = rm.score_rankings(ctx, policies.load_reward(ctx), rankings)
+        rankings = ranking_accuracy.tokenized(ctx, records)
+        score = ranking_accuracy.score_rankings(ctx, policies.load_reward(ctx), rankings)
         assert [len(x) for x in score] == [len(item.ranks) for item in rankings]
         scores.append(np.concatenate(score))
   tokens = [item.prompt + response for item in rankings for response in item.responses]

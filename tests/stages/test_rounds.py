@@ -3,7 +3,7 @@
 import types
 from unittest import mock
 
-from instructjax.stages import answers, policies, rm, rounds
+from instructjax.stages import answers, policies, ranking_accuracy, rounds
 from tests import micro
 
 
@@ -23,7 +23,7 @@ def test_all_of_all_rounds():
     mock.patch.object(policies, "load_reward", lambda ctx, stage: f"weights of {stage}"),
     mock.patch.object(answers, "from_text", lambda ctx, prompts, texts, ended: (prompts, texts)),
     mock.patch.object(answers, "score", lambda ctx, model, params, scored: (model, params, scored)),
-    mock.patch.object(rm, "judge", lambda ctx, params, records: (params, records)),
+    mock.patch.object(ranking_accuracy, "judge", lambda ctx, params, records: (params, records)),
   ):
     first, second = rounds.measure(context(2), ["p"], measured)
     assert rounds.measure(context(1), ["p"], measured) == ()
