@@ -40,7 +40,7 @@ from instructjax.core.structs import PromptBatch
 from instructjax.models import adapters, model_on
 from instructjax.parallel import memory, sharding
 from instructjax.rl import step as ppo_step
-from instructjax.stages import ppo
+from instructjax.stages import rl_nets
 from instructjax.stages.context import bare
 from instructjax.train import supervised
 
@@ -164,7 +164,7 @@ def prepare(load: Workload, changes: dict):
   jax.set_mesh(mesh)
   # Without an end, EOS is an id that the vocabulary does not have, so that it is never drawn.
   cfg, stop_ids = config.ppo, (0 if load.ends else load.vocab_size + 1,)
-  nets = ppo.make_nets(config, mesh, cfg, load.vocab_size, stop_ids)
+  nets = rl_nets.make_nets(config, mesh, cfg, load.vocab_size, stop_ids)
   keys = jax.random.split(jax.random.key(0), 3)
   frozen = ppo_step.Frozen(
     supervised.init_params(mesh, nets.policy, keys[0]),
@@ -173,7 +173,7 @@ def prepare(load: Workload, changes: dict):
   if nets.policy.adapter:
     base = supervised.init_params(mesh, bare(nets.policy), keys[2])
     frozen = dataclasses.replace(frozen, base=base)
-  state, shardings = ppo.initial_state(
+  state, shardings = rl_nets.initial_state(
     mesh,
     cfg,
     nets,

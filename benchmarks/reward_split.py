@@ -28,7 +28,7 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.parallel import sharding
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
-from instructjax.stages import host_rewards, ppo
+from instructjax.stages import host_rewards, rl_nets
 from instructjax.stages.reward_functions import Function
 from instructjax.train import supervised
 
@@ -70,10 +70,10 @@ class Side:
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     jax.set_mesh(mesh)
     cfg = config.ppo
-    nets = ppo.make_nets(config, mesh, cfg, tokenizer.vocab_size, tokenizer.stop_ids)
+    nets = rl_nets.make_nets(config, mesh, cfg, tokenizer.vocab_size, tokenizer.stop_ids)
     keys = jax.random.split(jax.random.key(0), 3)
     weights = [supervised.init_params(mesh, n, k) for n, k in zip((nets.policy, nets.scalar), keys)]
-    self.state, shardings = ppo.initial_state(mesh, cfg, nets, *weights, keys[2])
+    self.state, shardings = rl_nets.initial_state(mesh, cfg, nets, *weights, keys[2])
     self._frozen = ppo_step.Frozen(*weights)
     self.host_seconds: list[float] = []
     (_, reward) = rewards.parse(listed, "rewards")

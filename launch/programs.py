@@ -25,7 +25,7 @@ from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedB
 from instructjax.models import adapters, decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
-from instructjax.stages import lineage, meshes, policies, ppo, rm
+from instructjax.stages import lineage, meshes, policies, rl_nets, rm
 from instructjax.stages.context import bare, make_model
 from instructjax.train import supervised
 from instructjax.train.optim import make_optimizer
@@ -265,9 +265,9 @@ def _ppo(config: Config, mesh: Mesh, stage: str) -> Program:
   # The network of a `model:` is not counted, as docs/rewards.md says.
   cfg = dataclasses.replace(cfg, rewards=rewards.on_devices(cfg.rewards))
   vocab_size = config.tokenizer.vocab_size
-  nets = ppo.make_nets(config, mesh, cfg, vocab_size, stop_ids=(vocab_size - 1,))
+  nets = rl_nets.make_nets(config, mesh, cfg, vocab_size, stop_ids=(vocab_size - 1,))
   nets = dataclasses.replace(nets, shares_base=nets.shares_base or _are_of_one_base(config, mesh))
-  shardings = ppo.state_shardings(mesh, nets, cfg)
+  shardings = rl_nets.state_shardings(mesh, nets, cfg)
   policy, scalar = (adapters.trained_shapes(model) for model in (nets.policy, nets.scalar))
   create = lambda params, value_params, key: ppo_step.create_state(
     params, value_params, nets, cfg, key

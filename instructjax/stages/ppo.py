@@ -1,21 +1,18 @@
 """The RL stages (`ppo`, `ppo_ptx` and others): weights, data, shardings and the outer loop around rl/step.py."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from instructjax.core import results, terminal
 from instructjax.core import rewards as reward_lists
-from instructjax.core.config import Config, OptimConfig, PPOConfig
+from instructjax.core.config import Config, PPOConfig
 from instructjax.core.stages import REFERENCE
-from instructjax.core.structs import Params, PPOState, Samples, tree_of
+from instructjax.core.structs import Params, PPOState, Samples
 from instructjax.data import batching
-from instructjax.models import adapters, flops, heads, transformer
+from instructjax.models import adapters, flops
 from instructjax.parallel import agreement, distributed, sharding
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
@@ -28,167 +25,24 @@ from instructjax.stages import (
   lineage,
   policies,
   reward_functions,
+  rl_nets,
   text_scorers,
 )
 from instructjax.stages.context import (
   Context,
   finish,
   is_finished,
-  make_model,
   stage_run,
   tell_adapter,
 )
 from instructjax.stages.text_rows import document_batches, validation_rows
 from instructjax.train import loop, supervised, weight_hash
 from instructjax.train.metrics import read_metrics
-from instructjax.train.optim import make_optimizer, require_steps
 
 _ADVICE = (
   "if only ppo.max_kl is too low, raise it and run again: the run goes on. Else lower"
   " ppo.policy_optim.learning_rate or raise ppo.beta, for all RL stages alike, in another --workdir"
 )
-
-
-def make_nets(
-  config: Config, mesh: Mesh, cfg: PPOConfig, vocab_size: int, stop_ids: tuple[int, ...]
-) -> ppo_step.Nets:
-  """The networks and optimisers of an RL stage.
-
-  The optimisers do not clip. The step clips each term of the gradient on its own, so that clipping cannot change the
-  weight of one term against the other.
-
-  Args:
-    config: the run's config.
-    mesh: its devices.
-    cfg: the PPO settings of the stage, see `lineage.variant`.
-    vocab_size, stop_ids: those of the tokenizer.
-  Raises:
-    UserError: the warmup is as long as the stage.
-  """
-  policy_tx, value_tx = _optimizers(config, cfg)
-  return ppo_step.Nets(
-    policy=make_model(config, mesh, "policy", vocab_size),
-    scalar=make_model(config, mesh, "reward", vocab_size),
-    policy_tx=policy_tx,
-    value_tx=value_tx,
-    stop_ids=stop_ids,
-    max_response_length=config.data.max_response_length,
-    slots=config.rollout.slots,
-    shares_base=len(set(lineage.frozen_stages(config))) == 1,
-    value_on_policy=cfg.value_init == "policy",
-  )
-
-
-def _optimizers(config: Config, cfg: PPOConfig):
-  """Those of the policy and of the value network; None where there is no value network."""
-
-  # The schedule counts updates, of which an iteration makes one for each minibatch of each epoch.
-  def unclipped(optim: OptimConfig, name: str, iterations: int):
-    updates = iterations * cfg.num_epochs * cfg.num_minibatches
-    require_steps(optim, updates, f"config.ppo.{name}")
-    return make_optimizer(
-      dataclasses.replace(lineage.optim(config, optim), clip_norm=None), updates
-    )
-
-  # While only the value network learns, the policy's schedule stands still.
-  policy_tx = unclipped(cfg.policy_optim, "policy_optim", cfg.num_iterations - cfg.value_warmup)
-  if not cfg.has_value_network:
-    return policy_tx, None
-  return policy_tx, unclipped(cfg.value_optim, "value_optim", cfg.num_iterations)
-
-
-def state_shardings(mesh: Mesh, nets: ppo_step.Nets, cfg: PPOConfig) -> PPOState:
-  """The sharding of a PPOState: optimiser states and the average are sharded like the weights that they belong to."""
-  replicated = sharding.replicated(mesh)
-  policy_shardings, policy_shapes = adapters.trained_shardings(mesh, nets.policy)
-  value_shardings = value_opt_state = None
-  if nets.value_tx is not None:
-    value_shardings, value_shapes = adapters.trained_shardings(mesh, nets.scalar)
-    value_opt_state = sharding.opt_state_shardings(
-      nets.value_tx, value_shapes, value_shardings, mesh
-    )
-  return tree_of(
-    PPOState,
-    step=replicated,
-    params=policy_shardings,
-    opt_state=sharding.opt_state_shardings(nets.policy_tx, policy_shapes, policy_shardings, mesh),
-    value_params=value_shardings,
-    value_opt_state=value_opt_state,
-    ema_params=policy_shardings if cfg.ema_decay else None,
-    kl_coef=replicated,
-    key=replicated,
-  )
-
-
-def initial_state(
-  mesh: Mesh,
-  cfg: PPOConfig,
-  nets: ppo_step.Nets,
-  params: Params,
-  value_params: Params | None,
-  key: jax.Array,
-) -> tuple[PPOState, PPOState]:
-  """Makes the PPOState before the first iteration; returns (state, its shardings).
-
-  The policy starts as `params`, and the value network, if there is one, as `value_params`: see `initial_value`.
-  """
-  shardings = state_shardings(mesh, nets, cfg)
-
-  def create(params, value_params, key):
-    # Copies, because the step donates its state and the originals go on as reference and reward model.
-    params, value_params = jax.tree.map(jnp.copy, (params, value_params))
-    return ppo_step.create_state(params, value_params, nets, cfg, key)
-
-  return jax.jit(create, out_shardings=shardings)(params, value_params, key), shardings
-
-
-def initial_value(
-  mesh: Mesh, cfg: PPOConfig, nets: ppo_step.Nets, params: Params, reward_params: Params
-) -> Params | None:
-  """What the value network starts from: the reward model (details item 20), or the policy's trunk under a new head.
-
-  The new head is of zeros, as in N: its first values are 0, the reward model's mean over demonstrations (C.2). None if
-  there is no value network.
-  """
-  if not cfg.has_value_network:
-    return None
-  if cfg.value_init == "reward_model":
-    return reward_params
-  shardings, shapes = adapters.trained_shardings(mesh, nets.scalar)
-  head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["head"])
-  return jax.device_put(heads.scalar_params_from_lm(params, shapes | {"head": head}), shardings)
-
-
-def freeze(
-  nets: ppo_step.Nets,
-  shardings: PPOState,
-  ref_params: Params,
-  reward_params: Params,
-  ensemble_params: Params | None = None,
-  base: tuple[Params, ...] = (),
-  scalar_base: tuple[Params, ...] = (),
-) -> ppo_step.Frozen:
-  """The reference and the reward model as the step reads them: cast once to the dtype that they run in.
-
-  In float32 there is nothing to cast, and the weights are taken as they are, without a copy. So are those of
-  `ensembles.load`, which come in their dtype. Adapters are small and stay float32; their base comes from
-  `bases.of_networks`, and that of the reward model only if it is another one.
-  """
-  if base:
-    return ppo_step.Frozen(ref_params, reward_params, ensemble_params, base[0], *scalar_base)
-
-  def frozen(model, params):
-    if model.execution.dtype == "float32":
-      return params
-    places, _ = transformer.param_shardings(sharding.mesh_of(shardings), model)
-    cast = functools.partial(transformer.frozen_weights, model)
-    return jax.jit(cast, out_shardings=places)(params)
-
-  return ppo_step.Frozen(
-    ref_params=frozen(nets.policy, ref_params),
-    reward_params=frozen(nets.scalar, reward_params),
-    ensemble_params=ensemble_params,
-  )
 
 
 def _batches(ctx: Context, cfg: PPOConfig, stage: str):
@@ -303,7 +157,9 @@ def model_flops(
 
 def _settings(ctx: Context, stage: str) -> tuple[PPOConfig, ppo_step.Nets]:
   cfg, given = lineage.variant(ctx.config, stage), ctx.given.get("rm")
-  nets = make_nets(ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids)
+  nets = rl_nets.make_nets(
+    ctx.config, ctx.mesh, cfg, ctx.tokenizer.vocab_size, ctx.tokenizer.stop_ids
+  )
   members = ensembles.open_all(ctx.config, cfg)
   nets = dataclasses.replace(
     nets,
@@ -334,7 +190,7 @@ def check_settings(config: Config, stage: str):
   """
   cfg = lineage.variant(config, stage)
   cfg.validate("config.ppo")
-  _optimizers(config, cfg)
+  rl_nets.optimizers(config, cfg)
   _functions(cfg)
   ensembles.open_all(config, cfg)
   text_scorers.open_all(cfg)
@@ -418,8 +274,8 @@ def run(ctx: Context, stage: str):
       ctx, policies.load_trained_step, lineage.reward_model(stage)
     ),
   }
-  value_params = initial_value(ctx.mesh, cfg, nets, *given.values())
-  state, shardings = initial_state(
+  value_params = rl_nets.initial_value(ctx.mesh, cfg, nets, *given.values())
+  state, shardings = rl_nets.initial_state(
     ctx.mesh, cfg, nets, given["reference"], value_params, key=ctx.key(stage)
   )
   del value_params
@@ -429,7 +285,7 @@ def run(ctx: Context, stage: str):
   # that a run never resumes against others. done.json does not hold it: a finished stage is then recognised without
   # loading any weights.
   reference = {name: weight_hash.tree_fingerprint(params) for name, params in given.items()}
-  frozen = freeze(
+  frozen = rl_nets.freeze(
     nets,
     shardings,
     given["reference"],

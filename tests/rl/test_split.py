@@ -11,7 +11,7 @@ from instructjax.core.structs import PromptBatch
 from instructjax.parallel import sharding
 from instructjax.rl import split
 from instructjax.rl import step as ppo_step
-from instructjax.stages import ppo
+from instructjax.stages import rl_nets
 from instructjax.train import profiling
 from instructjax.train.optim import make_optimizer
 from tests import tiny
@@ -38,7 +38,7 @@ def runs(quick_jit, tiny_config, adam_config, ppo_config, random_params):
     cfg = dataclasses.replace(
       ppo_config, ptx_rows=1, ptx_microbatches=1, rewards=rewards, num_epochs=1
     )
-    state, shardings = ppo.initial_state(mesh, cfg, nets, *weights, jax.random.key(0))
+    state, shardings = rl_nets.initial_state(mesh, cfg, nets, *weights, jax.random.key(0))
     is_split = "python" in rewards[1]
     if is_split:
       step = split.make_split_step(nets, cfg, shardings, on_host)

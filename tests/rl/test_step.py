@@ -19,7 +19,7 @@ from instructjax.parallel import sharding
 from instructjax.rl import rows
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import Experience, Frozen
-from instructjax.stages import ppo
+from instructjax.stages import rl_nets
 from tests import tiny
 from tests.rl import episodes
 from tests.rl.episodes import LENGTH, PROMPT, ROWS, VOCAB
@@ -160,7 +160,7 @@ def test_create_state_starts_at_step_0_with_the_config_s_beta(nets, ppo_config):
 
 def test_the_program_gives_the_states_memory_away_and_keeps_every_layout(nets, ppo_config):
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-  shardings = ppo.state_shardings(mesh, nets, ppo_config)
+  shardings = rl_nets.state_shardings(mesh, nets, ppo_config)
   with mock.patch.object(jax, "jit") as jit:
     made = ppo_step.make_train_step(nets, ppo_config, shardings)
   (_, kwargs) = jit.call_args

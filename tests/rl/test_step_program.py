@@ -14,7 +14,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PackedBatch, PromptBatch
 from instructjax.parallel import sharding
 from instructjax.rl import step as ppo_step
-from instructjax.stages import ppo
+from instructjax.stages import rl_nets
 from instructjax.train import profiling
 from instructjax.train.optim import make_optimizer
 from tests import tiny
@@ -94,7 +94,7 @@ def start(quick_jit, configs, nets, frozen_weights, one_device):
     with jax.set_mesh(mesh), mock.patch.object(jax, "jit", quick_jit):
       if which not in states:
         key = jax.random.key(seed)
-        states[which], layouts[at] = ppo.initial_state(mesh, cfg, nets, *weights, key)
+        states[which], layouts[at] = rl_nets.initial_state(mesh, cfg, nets, *weights, key)
       state = states.pop(which) if mesh != one_device else jax.tree.map(jnp.copy, states[which])
       if at not in steps:
         steps[at] = ppo_step.make_train_step(nets, cfg, layouts[at])
@@ -346,15 +346,15 @@ def test_frozen_weights_in_bfloat16_lie_as_the_networks_do(configs, nets, frozen
     sharding.make_mesh(MeshConfig(1, 2, 2, 2)),
     (frozen_weights.ref_params, frozen_weights.reward_params),
   )
-  plain = ppo.state_shardings(mesh, nets, configs["ppo"])
-  assert ppo.freeze(nets, plain, *given).ref_params is given[0]  # float32: nothing to cast
+  plain = rl_nets.state_shardings(mesh, nets, configs["ppo"])
+  assert rl_nets.freeze(nets, plain, *given).ref_params is given[0]  # float32: nothing to cast
   narrow = lambda model: dataclasses.replace(
     model, execution=dataclasses.replace(model.execution, dtype="bfloat16")
   )
   nets = dataclasses.replace(nets, policy=narrow(nets.policy), scalar=narrow(nets.scalar))
   with jax.set_mesh(mesh):
     placed = jax.device_put(given, (plain.params, plain.value_params))
-    frozen = ppo.freeze(nets, plain, *placed)
+    frozen = rl_nets.freeze(nets, plain, *placed)
   for got, places in (
     (frozen.ref_params, plain.params),
     (frozen.reward_params, plain.value_params),
@@ -373,7 +373,7 @@ def test_shared_rows_give_the_run_of_padded_ones(start, configs, one_device):
 def test_slots_change_no_result(quick_jit, start, configs, nets, one_device, ppo_run):
   _, state, frozen = start("ppo")
   with mock.patch.object(jax, "jit", quick_jit):
-    shardings = ppo.state_shardings(one_device, nets, configs["ppo"])
+    shardings = rl_nets.state_shardings(one_device, nets, configs["ppo"])
     step = ppo_step.make_train_step(dataclasses.replace(nets, slots=4), configs["ppo"], shardings)
   step = step.lower(state, frozen, make_batch(configs["ppo"], one_device)).compile()
   assert not HOST.findall(step.as_text())
@@ -393,5 +393,5 @@ def test_no_key_is_used_twice(configs, nets, one_device, frozen_weights):
     frozen_weights.ref_params, frozen_weights.reward_params, nets, cfg, jax.random.key(0)
   )
   with jax.debug_key_reuse(True):  # checked as the step is traced
-    step = ppo_step.make_train_step(nets, cfg, ppo.state_shardings(one_device, nets, cfg))
+    step = ppo_step.make_train_step(nets, cfg, rl_nets.state_shardings(one_device, nets, cfg))
     step.trace(state, frozen_weights, make_batch(cfg, one_device))
