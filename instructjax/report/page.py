@@ -293,14 +293,23 @@ def _rounds(table: Mapping) -> dict:
 
   if not table:
     return {}
+  columns = zip(*(row["heldout"] for row in table["reward_models"]))
+  heldout = [place for place, column in enumerate(columns) if any(column)]
+
+  def cells(row) -> list[tuple[str, str]]:
+    others = (row["heldout"][place] for place in heldout)
+    return [
+      *map(cell, row["accuracy"]),
+      *map(cell, others),
+      *map(cell, row["correlation"].values()),
+    ]
+
   return {
     "reward_models": [
-      {
-        "title": f"Reward model, round {row['round']}",
-        "cells": [*map(cell, row["accuracy"]), *map(cell, row["correlation"].values())],
-      }
+      {"title": f"Reward model, round {row['round']}", "cells": cells(row)}
       for row in table["reward_models"]
     ],
+    "heldout": [place + 1 for place in heldout],
     "titles": [panels.NAMES[row["policy"]] for row in table["policies"]],
     "policies": [
       {

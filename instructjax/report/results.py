@@ -75,11 +75,13 @@ class Round:
   Attributes:
     number: of the round, from 1.
     judgements: how it does on the held-out rankings of each round.
+    heldout: the same on those of held-out labelers; None for a round in which none of them decided.
     reward: policy of a round -> its score of each of that policy's answers.
   """
 
   number: int
   judgements: tuple[Judgement, ...]
+  heldout: tuple[Judgement | None, ...]
   reward: Mapping[str, np.ndarray]
 
 

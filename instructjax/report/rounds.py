@@ -47,8 +47,8 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
 
   Returns:
     {'reward_models': one for each round: {'round', 'accuracy': (value, interval) on the held-out rankings of each
-    round, 'correlation': policy -> (value, interval), by its scores and the gold scores of that policy's answers;
-    None without gold scores},
+    round, 'heldout': the same on those of held-out labelers, None for a round without, 'correlation': policy ->
+    (value, interval), by its scores and the gold scores of that policy's answers; None without gold scores},
     'policies': one for each round: {'round', 'policy', 'gold': mean or None, 'over_previous': win rate over the policy
     of the round before, as (value, interval); None for the first}}.
   """
@@ -82,6 +82,7 @@ def table(results: Results, *, bootstrap: int, seed: int) -> dict[str, Any]:
       {
         "round": row.number,
         "accuracy": [accuracy(judgement) for judgement in row.judgements],
+        "heldout": [judgement and accuracy(judgement) for judgement in row.heldout],
         "correlation": {name: agreement(row, name) for name in names},
       }
       for row in results.rounds

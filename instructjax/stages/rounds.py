@@ -38,10 +38,12 @@ def _round(ctx: Context, number: int, numbers: range, prompts, measured) -> Roun
     scored = answers.from_text(ctx, list(prompts), found.answer, found.ended)
     return answers.score(ctx, ctx.model("reward"), params, scored)
 
-  rankings = [_rankings(ctx, other) for other in numbers]
+  judge = lambda records: ranking_accuracy.judge(ctx, params, records)
+  heldout = [_by_heldout_labelers(ctx, other) for other in numbers]
   return Round(
     number=number,
-    judgements=tuple(ranking_accuracy.judge(ctx, params, records) for records in rankings),
+    judgements=tuple(judge(_rankings(ctx, other)) for other in numbers),
+    heldout=tuple(judge(records) if records else None for records in heldout),
     reward={name: score(name) for name in (of_round(RANKED, other) for other in numbers)},
   )
 
@@ -51,3 +53,14 @@ def _rankings(ctx: Context, number: int) -> list:
   if number == 1 and not lineage.collects(ctx.config):
     return ctx.data.records("comparisons", "validation")
   return ctx.data.collected(of_round("collect", number), "validation")
+
+
+def _by_heldout_labelers(ctx: Context, number: int) -> list:
+  """A round's rankings by held-out labelers; [] if there are none with an order, as where people rank and none do."""
+  if number == 1 and not lineage.collects(ctx.config):
+    return []
+  stage = of_round("collect", number)
+  if not (ctx.directory(stage) / "heldout.jsonl").stat().st_size:
+    return []
+  found = ctx.data.collected(stage, "heldout")
+  return found if any(len({*ranking.ranks}) > 1 for ranking in found) else []

@@ -6,7 +6,7 @@ Documents and demonstrations are kept as tokens on disk (data/token_cache.py), o
 import contextlib
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from instructjax.core.config import Config
 from instructjax.core.provenance import Source
@@ -17,6 +17,8 @@ from instructjax.data.tokenizer import Tokenizer
 from instructjax.parallel import distributed
 from instructjax.stages import lineage, pinned
 from instructjax.stages.contents import Contents, NotThere
+
+RankedSplit = sources.Split | Literal["heldout"]
 
 
 class RunData:
@@ -52,7 +54,7 @@ class RunData:
     """
     return self._once((kind, split), lambda: self._read_unchanged(kind, split))
 
-  def _read_unchanged(self, kind: str, split: sources.Split) -> Sequence:
+  def _read_unchanged(self, kind: str, split: Any) -> Sequence:
     # Before reading, and again after: fingerprints must tell what was read. Whoever reads has the better words for a
     # file that is not there.
     with contextlib.suppress(NotThere):
@@ -71,10 +73,10 @@ class RunData:
       collected.insert(0, self.records("comparisons", split))
     return [record for records in collected for record in records]
 
-  def collected(self, stage: str, split: sources.Split) -> list:
+  def collected(self, stage: str, split: RankedSplit) -> list:
     """The rankings that a stage of this run has collected.
 
-    Args, raises: as for `records`; 'heldout' is a split too.
+    Args, raises: as for `records`; 'heldout' is a split too, the rankings by labelers of whom nothing is trained on.
     """
     return self._once((stage, split), lambda: self._read_unchanged(stage, split))
 

@@ -42,7 +42,12 @@ def two_rounds():
   measured = {**results.measured, "ppo_ptx_2": better}
   names = ("ppo_ptx", "ppo_ptx_2")
   made = [
-    Round(number, tuple(example.judged(a) for a in accuracies), {n: scores for n in names})
+    Round(
+      number,
+      tuple(example.judged(a) for a in accuracies),
+      (None, example.judged(accuracies[1] - 0.1)),  # nobody was held out in the first round
+      {n: scores for n in names},
+    )
     for number, accuracies, scores in ((1, (0.7, 0.5), -first.gold), (2, (0.7, 0.65), first.gold))
   ]
   return dataclasses.replace(results, measured=measured, rounds=made)
@@ -54,6 +59,8 @@ def test_each_reward_model_is_judged_on_each_round():
   first, second = found["reward_models"]
   assert [value for value, _ in first["accuracy"]] == [0.7, 0.5]
   assert first["accuracy"][1][1] == pytest.approx([0.5 - 0.0196, 0.5 + 0.0196])
+  nobody, (value, _) = second["heldout"]
+  assert nobody is None and value == pytest.approx(0.55)
   assert first["correlation"]["ppo_ptx"][0] == pytest.approx(-1)
   assert second["correlation"]["ppo_ptx_2"][0] == pytest.approx(1)
   old, new = found["policies"]
