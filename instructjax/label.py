@@ -59,6 +59,12 @@ _TEMPERATURE = flags.DEFINE_float(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "sample, serve --playground: longest answer, in tokens."
 )
+_CHAT = flags.DEFINE_bool(
+  "chat",
+  None,
+  "sample, serve --playground: whether a prompt is a user's message in the chat template, or text to go on from. By"
+  " default it is a message where the tokenizer has a template.",
+)
 _SEED = flags.DEFINE_integer(
   "seed",
   0,
@@ -283,7 +289,7 @@ def _sample(place: str, _: list[str]):
 def _sampling(label_models):
   if not math.isfinite(_TEMPERATURE.value):
     raise UserError(f"--temperature={_TEMPERATURE.value} must be a number, as 1")
-  return label_models.Sampling(_TEMPERATURE.value, _MAX_NEW_TOKENS.value, _SEED.value)
+  return label_models.Sampling(_TEMPERATURE.value, _MAX_NEW_TOKENS.value, _SEED.value, _CHAT.value)
 
 
 def _export(place: str, _: list[str]):

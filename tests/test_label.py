@@ -184,7 +184,9 @@ def test_answers_of_two_checkpoints_share_k_and_hide_where_they_come_from(
     asked.extend((model.name, one.prompt, one.seed, one.max_new_tokens) for one in requests)
     return [f" {model.name} {one.seed} " for one in requests]
 
-  fake = lambda name, mesh: types.SimpleNamespace(name=name, tokenizer=None)
+  fake = lambda name, mesh: types.SimpleNamespace(
+    name=name, tokenizer=types.SimpleNamespace(chats=types.SimpleNamespace(has_template=False))
+  )
   monkeypatch.setattr(language_model, "open_model", fake)
   monkeypatch.setattr(language_model, "generate", generate)
   flags = {"checkpoint": ["m1", "m2"], "k": 3, "items": 2, "max_new_tokens": 7}

@@ -26,11 +26,14 @@ class Sampling:
     temperature: divides the logits; 0 takes the likeliest token.
     max_new_tokens: the most tokens of an answer.
     seed: the same seed gives the same answers.
+    chat: whether a text is a user's message in the chat template, or text to go on from; None, as for `generate`: a
+      message where the tokenizer has a template. Prompts that are messages always are.
   """
 
   temperature: float
   max_new_tokens: int
   seed: int
+  chat: bool | None = None
 
 
 def _open(name: str) -> LanguageModel:
@@ -50,14 +53,14 @@ def answers(
     k: answers of each item.
     how: see Sampling.
   Raises:
-    UserError: a model cannot be opened, or leaves no room for a prompt.
+    UserError: a model cannot be opened, leaves no room for a prompt, or has no template where there must be one.
   """
   found: list[list[tuple[str, str]]] = [[] for _ in range(len(prompts) * times)]
   for number, name in enumerate(names):
     # Each model gives its part of the k; the first ones give one more where it does not divide.
     samples = range(number, k, len(names))
     model = _open(name)
-    texts = [_text(model.tokenizer, record.prompt) for record in prompts]
+    texts = [_text(model, name, record.prompt, how.chat) for record in prompts]
     requests = [
       Request(
         texts[i % len(prompts)],
@@ -75,10 +78,19 @@ def answers(
   return [tuple(own) for own in found]
 
 
-def _text(tokenizer, prompt) -> str:
-  """What the model reads: a chat in the tokenizer's template."""
+def _text(model: LanguageModel, name: str, prompt: str | Chat, chat: bool | None) -> str:
+  """What the model reads: a chat in the tokenizer's template; see Sampling.
+
+  Raises:
+    UserError: a text is to be a message, and the tokenizer has no template.
+  """
+  tokenizer = model.tokenizer
   if isinstance(prompt, str):
-    return prompt
+    if chat and not tokenizer.chats.has_template:
+      raise UserError(f"--chat needs a chat template, and the tokenizer of {name} has none")
+    if chat is False or not tokenizer.chats.has_template:
+      return prompt
+    prompt = Chat((("user", prompt),))
   return tokenizer.chats.render_one(
     [{"role": role, "content": content} for role, content in prompt.messages]
   )
@@ -101,9 +113,7 @@ def answerer(names: Sequence[str], how: Sampling) -> Callable[[str], str]:
 
   def answer(prompt: str) -> str:
     nonlocal seed
-    # As `generate` does: a message where the tokenizer has a template, else text to go on from.
-    is_chat = model.tokenizer.chats.has_template
-    read = _text(model.tokenizer, Chat((("user", prompt),)) if is_chat else prompt)
+    read = _text(model, names[0], prompt, how.chat)
     request = Request(read, (), how.max_new_tokens, how.temperature, seed=seed)
     seed += 1
     return language_model.generate(model, [request])[0].strip()

@@ -1,5 +1,6 @@
 """The models of the labeling application: seeds, chats in the tokenizer's template, and the playground's model."""
 
+import dataclasses
 import types
 
 import pytest
@@ -41,6 +42,20 @@ def test_answers(asked):
   assert [one.prompt for one in asked if one.seed == 4] == ["plain", "user:hi"]
   assert {one.seed for one in asked} == {4, 5, 6}
   assert {(one.temperature, one.max_new_tokens) for one in asked} == {(0.5, 7)}
+
+
+def test_a_text_is_a_message_where_there_is_a_template(asked):
+  prompts = [Prompt("plain"), Prompt(Chat((("user", "hi"),)))]
+  read = lambda name, chat: (
+    asked.clear()
+    or label_models.answers(prompts, 1, [name], 1, dataclasses.replace(HOW, chat=chat))
+    and [one.prompt for one in asked]
+  )
+  assert read("chat", None) == read("chat", True) == ["user:plain", "user:hi"]
+  assert read("chat", False) == ["plain", "user:hi"]
+  assert read("m", None) == read("m", False) == ["plain", "user:hi"]
+  with pytest.raises(UserError, match="--chat needs a chat template, and the tokenizer of m has"):
+    read("m", True)
 
 
 def test_the_playgrounds_model_answers_anew_each_time(asked):
