@@ -43,6 +43,7 @@ class Figure:
     page: where it stands, between `<!-- NAME -->` and `<!-- end of NAME -->`.
     commands: what `measure` runs after `python -m`; each prints JSON lines. Empty if finished runs are read.
     config: --config of these runs.
+    picture: where the picture of the first run's report goes.
     code: files whose change may change the numbers, as patterns below the root.
     table: records -> Markdown.
     is_dated: whether records may be of older code. They take hours to make, and the table says which commit each is of.
@@ -54,6 +55,7 @@ class Figure:
   table: Callable[[Sequence[dict]], str]
   is_dated: bool = False
   config: str = ""
+  picture: str = ""
 
 
 _NETWORKS = tuple(
@@ -91,6 +93,7 @@ FIGURES = {
     ),
     tables.findings,
     config="configs/ppo_ptx.py",
+    picture="docs/report.png",
   ),
   "smollm2": Figure(
     "docs/smollm2.md",
@@ -102,6 +105,7 @@ FIGURES = {
     ),
     tables.real_model,
     config="configs/ppo_ptx.py:smollm2",
+    picture="docs/smollm2.png",
   ),
   "ppo_iteration": Figure(
     "docs/performance.md",
@@ -143,7 +147,6 @@ FIGURES = {
   ),
 }
 PROMPTS = 10  # whose answers are kept, the first of a run
-PICTURE, PICTURE_OF = "docs/report.png", "findings"  # the first run's
 
 
 def _plain(node) -> object:
@@ -320,7 +323,7 @@ def _of_run(run: pathlib.Path, config: str) -> tuple[dict, dict]:
 
 
 def take(name: str, runs: Sequence[pathlib.Path]):
-  """Saves what finished runs of this machine and this code measured, and of the default preset the first one's picture.
+  """Saves what finished runs of this machine and this code measured, and the first one's picture.
 
   Raises:
     UserError: a run is not finished, or of other code or another preset, or the figure does not come from runs.
@@ -341,8 +344,7 @@ def take(name: str, runs: Sequence[pathlib.Path]):
     command += f" --config.seed={line['seed']}"
     records.append(_record(name, command, [line], **made, processor=_processor()))
   save(name, records)
-  if name == PICTURE_OF:
-    shutil.copy(runs[0] / "report" / "report.png", ROOT / PICTURE)
+  shutil.copy(runs[0] / "report" / "report.png", ROOT / figure.picture)
 
 
 def write():

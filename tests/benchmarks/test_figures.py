@@ -145,7 +145,7 @@ def test_runs_of_a_real_model_become_tables_and_answers(root, tmp_path, capsys):
   assert "e1 |" not in page and "| p10 |" not in page
   assert "Seconds of seed 3, 61 in all: sft 61." in page
   assert f"--config={config} --workdir=runs/seed3 --config.seed=3" in page
-  assert not (root / "docs" / "report.png").exists()
+  assert (root / "docs" / "smollm2.png").exists() and not (root / "docs" / "report.png").exists()
   assert figures.main(["take", "findings", str(run)]) == 2
   assert "is no run of --config=configs/ppo_ptx.py:" in capsys.readouterr().err
 
