@@ -247,7 +247,7 @@ def _chunks(length_B: np.ndarray, longest: int, rows: int) -> dict[int, int]:
 
   is_token_BL = np.arange(longest)[None] < length_B[:, None]
   ends = np.asarray(_first_fit(rows)(is_token_BL))
-  return dict(zip(shared_rows.row_widths(longest), np.diff(ends, prepend=0).tolist()))
+  return dict(zip(shared_rows.row_widths(longest, rows), np.diff(ends, prepend=0).tolist()))
 
 
 @functools.cache

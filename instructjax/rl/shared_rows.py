@@ -12,13 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from instructjax.core.structs import Array, Params, pytree
-from instructjax.parallel import constraints
+from instructjax.parallel import constraints, sharding
 from instructjax.train import accumulation
 
 # Columns of the narrowest rows. In still narrower ones attention would save little, and episodes would leave more gaps.
 NARROWEST = 128
 # Ratio of one width to the next. Every width has a program of its own to compile, so there are few.
 NARROWING = 4
+# Where episodes are shorter, rows are joined until they have so many columns. In a row that holds one episode or two,
+# much would be left over: of 44 columns a half, at 25 tokens on average.
+JOINED = 128
 
 
 @pytree
@@ -26,8 +29,9 @@ class Placement:
   """Where the tokens of B episodes, each padded to L columns, lie in shared rows.
 
   Attention's cost is the square of a row's width, so short episodes get narrow rows. There are rows of L columns, of
-  L / 4, perhaps of L / 16 and so on, in this order. All of them together have B * L cells, as many as the padded rows.
-  They are computed in chunks of `rows` * L cells; all rows of a chunk have one width.
+  L / 4, perhaps of L / 16 and so on, in this order; where L itself is short, all rows have a multiple of it. All of
+  them together have B * L cells, as many as the padded rows. They are computed in chunks of `rows` * L cells; all rows
+  of a chunk have one width.
 
   Attributes:
     cell_BL: int32 cell of each token, counted through all rows; B * L where there is no token.
@@ -38,8 +42,21 @@ class Placement:
   end_K: Array
 
 
-def row_widths(length: int) -> list[int]:
-  """The widths of rows: L, L / 4 and so on, as long as 4 divides them and they are at least NARROWEST."""
+def row_widths(length: int, rows: int) -> list[int]:
+  """The widths of rows: L, L / 4 and so on, as long as 4 divides them and they are at least NARROWEST.
+
+  If L is below JOINED, the one width is the first multiple of L that is not; or, of those multiples that leave every
+  device as many rows of a chunk, the largest. A row of n * L columns always has room for n episodes, so the joined rows
+  suffice for all.
+
+  Args:
+    length: L, the columns of an episode.
+    rows: rows of L columns in a chunk.
+  """
+  if length < JOINED:
+    each = rows // sharding.num_row_shards(jax.sharding.get_abstract_mesh())
+    joins = [n for n in range(1, max(each, 1) + 1) if each % n == 0]
+    return [length * next((n for n in joins if n * length >= JOINED), joins[-1])]
   widths = [length]
   while widths[-1] % NARROWING == 0 and widths[-1] // NARROWING >= NARROWEST:
     widths.append(widths[-1] // NARROWING)
@@ -62,7 +79,7 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
   num_episodes, length = is_token_BL.shape
   length_B = jnp.sum(is_token_BL, axis=1, dtype=jnp.int32)
   index_B = jnp.arange(num_episodes, dtype=jnp.int32)
-  widths = row_widths(length)
+  widths = row_widths(length, rows)
   # All rows that there may be, [widths, B]: each row's first cell, and the room that is left in it (0 if the row is not
   # open). The widest come first, because the longest episodes need them and are placed first.
   first_KB = room_KB = jnp.zeros((len(widths), num_episodes), jnp.int32)
@@ -146,19 +163,21 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
     tree: arrays of the shared rows, [B, L].
     rows: as for `first_fit`.
   """
-  shapes = jax.eval_shape(function, _chunk(tree, 0, rows, 0))
+  widths = row_widths(placement.cell_BL.shape[1], rows)
+  shapes = jax.eval_shape(function, _chunk(tree, 0, rows, widths[0]))
   num_rows = placement.cell_BL.shape[0]
-  out = jax.tree.map(lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes)
+  length = placement.cell_BL.shape[1]
+  out = jax.tree.map(lambda x: jnp.zeros((num_rows, length, *x.shape[2:]), x.dtype), shapes)
   # One loop for each width: inside a loop shapes must be static. The number of its turns is known on the device only.
-  for level, (start, end) in enumerate(_spans(placement)):
+  for width, (start, end) in zip(widths, _spans(placement), strict=True):
 
-    def one(index, out, level=level):
-      new = function(_chunk(tree, index, rows, level))
+    def one(index, out, width=width):
+      new = function(_chunk(tree, index, rows, width))
       new = jax.tree.map(lambda x, old: x.reshape(rows, *old.shape[1:]), new, out)
       write = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, index * rows, 0)
       return jax.tree.map(write, out, new)
 
-    with jax.named_scope(_loop(placement, level)):
+    with jax.named_scope(_loop(width)):
       out = jax.lax.fori_loop(start, end, one, out)
   return out
 
@@ -181,19 +200,20 @@ def mean_gradient(
     loss_fn, tree, lambda rows: {"loss": jnp.sum(getattr(rows, over))}
   )
 
-  def gradient(index, level):
-    chunk = _chunk(tree, index, rows, level)
+  def gradient(index, width):
+    chunk = _chunk(tree, index, rows, width)
     return jax.value_and_grad(chunk_loss, has_aux=True)(params, chunk)
 
-  means, _ = jax.eval_shape(lambda: gradient(0, 0))
+  widths = row_widths(placement.cell_BL.shape[1], rows)
+  means, _ = jax.eval_shape(lambda: gradient(0, widths[0]))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means)
   result = zeros, jax.tree.map(jnp.zeros_like, params)
-  for level, (start, end) in enumerate(_spans(placement)):
+  for width, (start, end) in zip(widths, _spans(placement), strict=True):
 
-    def add(index, so_far, level=level):
-      return accumulation.add(so_far, gradient(index, level))
+    def add(index, so_far, width=width):
+      return accumulation.add(so_far, gradient(index, width))
 
-    with jax.named_scope(_loop(placement, level)):
+    with jax.named_scope(_loop(width)):
       result = jax.lax.fori_loop(start, end, add, result)
   return result
 
@@ -209,19 +229,19 @@ def _spans(placement: Placement) -> list[tuple[Array, Array]]:
   return list(zip([jnp.int32(0), *ends[:-1]], ends, strict=True))
 
 
-def _loop(placement: Placement, level: int) -> str:
+def _loop(width: int) -> str:
   """The name of the loop over the chunks of a width, by which launch's planner knows it."""
-  return f"rows_of_{row_widths(placement.cell_BL.shape[1])[level]}"
+  return f"rows_of_{width}"
 
 
-def _chunk(tree: Any, index, rows: int, level: int) -> Any:
-  """Chunk number `index` of the arrays, as rows of the width number `level`, split over the devices.
+def _chunk(tree: Any, index, rows: int, width: int) -> Any:
+  """Chunk number `index` of the arrays, as rows of a width, split over the devices.
 
-  A chunk is `rows` rows of [B, L], whose cells are read as rows of the narrower width.
+  A chunk is `rows` rows of [B, L], whose cells are read as rows of the other width.
   """
 
   def part(x):
     x = jax.lax.dynamic_slice_in_dim(x, index * rows, rows)
-    return x.reshape(rows * NARROWING**level, -1)
+    return x.reshape(-1, width)
 
   return constraints.shard_rows(jax.tree.map(part, tree))

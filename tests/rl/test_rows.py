@@ -23,7 +23,7 @@ KINDS = {"padded": rows.padded(), "in parts": rows.padded(3, 2)} | {
 @pytest.fixture(scope="module", autouse=True)
 def _rows_of_two_widths():
   """Shared rows of 8 columns and of 4, as long episodes and short ones want."""
-  with mock.patch.multiple(shared_rows, NARROWEST=4, NARROWING=2):
+  with mock.patch.multiple(shared_rows, NARROWEST=4, NARROWING=2, JOINED=0):
     yield
 
 

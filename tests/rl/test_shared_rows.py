@@ -21,15 +21,25 @@ class Pair:
   is_token_BL: Array
 
 
+@pytest.fixture(autouse=True)
+def not_joined(monkeypatch):
+  """Rows as wide as an episode may be, short as they are here; see `joined` below."""
+  monkeypatch.setattr(shared_rows, "JOINED", 0)
+
+
+def sizes():
+  return shared_rows.NARROWEST, shared_rows.NARROWING, shared_rows.JOINED
+
+
 @functools.cache
-def compiled_first_fit(rows, narrowest, narrowing):
+def compiled_first_fit(rows, read):
   """One program for all batches of a shape. The widths are read from the module while it is traced."""
-  assert (narrowest, narrowing) == (shared_rows.NARROWEST, shared_rows.NARROWING)
+  assert read == sizes()
   return jax.jit(functools.partial(shared_rows.first_fit, rows=rows))
 
 
 def first_fit(is_token_BL, rows=1):
-  return compiled_first_fit(rows, shared_rows.NARROWEST, shared_rows.NARROWING)(is_token_BL)
+  return compiled_first_fit(rows, sizes())(is_token_BL)
 
 
 def left_padded(length_B, width=WIDTH, prompt=4):
@@ -107,7 +117,7 @@ def three_widths(monkeypatch):
   """Rows of 12, 6 and 3 columns."""
   monkeypatch.setattr(shared_rows, "NARROWEST", 3)
   monkeypatch.setattr(shared_rows, "NARROWING", 2)
-  assert shared_rows.row_widths(12) == [12, 6, 3] and shared_rows.row_widths(9) == [9]
+  assert shared_rows.row_widths(12, 1) == [12, 6, 3] and shared_rows.row_widths(9, 1) == [9]
 
 
 def test_an_episode_gets_a_row_hardly_wider_than_itself(three_widths):
@@ -225,3 +235,79 @@ def test_the_same_on_eight_devices():
     placed = sharding.place_batch(mesh, is_token_BL)
     placement = first_fit(placed, rows=8)
   np.testing.assert_array_equal(placement.cell_BL, first_fit(is_token_BL, rows=8).cell_BL)
+
+
+# --- rows of episodes that are short --------------------------------------------------------------
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """Rows of 20 columns, for episodes of up to WIDTH = 10."""
+  monkeypatch.setattr(shared_rows, "JOINED", 2 * WIDTH)
+
+
+def test_how_many_rows_are_joined(monkeypatch):
+  monkeypatch.setattr(shared_rows, "JOINED", 128)
+  width = lambda length, rows: shared_rows.row_widths(length, rows)[0]
+  # 4 * 44 = 176 is the first multiple of 44 by a divisor of 8 that reaches 128, 3 * 44 = 132 by one of 6; 2 of 2 is 88.
+  assert (width(44, 8), width(44, 6), width(44, 2), width(44, 1)) == (176, 132, 88, 44)
+  assert width(127, 8) == 254 and shared_rows.row_widths(128, 8) == [128]
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2, 2))):  # rows are split over four
+    assert (width(44, 8), width(44, 4), width(44, 16)) == (88, 44, 176)
+
+
+def test_joined_rows_hold_what_is_left_over(joined):
+  """By hand: 7, 6, 5 and 2 fill a row of 20; 4, 3, 2 and 1 begin the next. Apart they took four rows of 10."""
+  length_B = [3, 7, 5, 2, 6, 4, 2, 1]
+  is_token_BL = left_padded(length_B)
+  placement = first_fit(is_token_BL, rows=4)
+  assert placement.end_K.tolist() == [1]  # a chunk of two rows of 20
+  rows = np.asarray(shared_rows.segments(placement)).reshape(-1, 20)
+  assert rows[0].tolist() == [2] * 7 + [5] * 6 + [3] * 5 + [4] * 2
+  assert rows[1].tolist() == [6] * 4 + [1] * 3 + [7] * 2 + [8] + [0] * 10
+  assert not rows[2:].any()
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_any_batch_fits_into_joined_rows(joined, rows):
+  """Also where every episode is as long as it may be."""
+  for seed in range(10):
+    shortest = seed + 1
+    length_B = np.random.default_rng(seed).integers(shortest, WIDTH + 1, 8)
+    is_token_BL = left_padded(length_B)
+    placement = first_fit(is_token_BL, rows=rows)
+    assert placement.end_K[-1] * rows <= 8
+    cells = np.asarray(placement.cell_BL)[is_token_BL]
+    assert len(set(cells)) == len(cells) and cells.max() < placement.end_K[-1] * rows * WIDTH
+    for cell_L, is_token_L in zip(np.asarray(placement.cell_BL), is_token_BL, strict=True):
+      mine = cell_L[is_token_L]
+      assert mine[0] // 20 == mine[-1] // 20  # in one row
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_joined_rows_are_worked_off_once(joined, rows):
+  is_token_BL = left_padded([7, 3, 6, 4, 5, 2, 2, 1])
+  x_BL = np.random.default_rng(3).normal(size=is_token_BL.shape).astype(np.float32)
+  placement = first_fit(is_token_BL, rows=rows)
+  packed_BL = shared_rows.to_shared(placement, x_BL, 0.0)
+
+  def twice(x):
+    assert x.shape == (rows // 2, 20)
+    return 2 * x
+
+  mapped = shared_rows.map_rows(twice, placement, packed_BL, rows=rows)
+  np.testing.assert_array_equal(
+    shared_rows.to_padded(placement, mapped), np.where(is_token_BL, 2 * x_BL, 0)
+  )
+
+  def loss(scale, pair):
+    assert pair.x_BL.shape == (rows // 2, 20)
+    value_BL = jnp.where(pair.is_token_BL, scale**2 * pair.x_BL, 0)
+    return jnp.sum(value_BL) / jnp.maximum(jnp.sum(pair.is_token_BL), 1), {}
+
+  pair = Pair(packed_BL, shared_rows.segments(placement) > 0)
+  (mean, _), gradient = shared_rows.mean_gradient(
+    loss, 3.0, placement, pair, "is_token_BL", rows=rows
+  )
+  expected = x_BL[is_token_BL].mean()
+  np.testing.assert_allclose([mean, gradient], [9 * expected, 6 * expected], rtol=1e-4)
