@@ -233,8 +233,8 @@ def test_a_crash_and_a_mistake_are_answers(monkeypatch):
   "preset, stage, seconds, gib",
   [
     # What the TPU's compiler said of these programs (docs/pods.md), v5e:16x16, fsdp:64,tensor:4. None: it says more.
-    # 5.74 s were of a decode step that read 1.62 GB, where it reads .98 GB since its banded layers have rings: 1024 steps
-    # at 819 GB/s take .80 s less.
+    # It said 5.74 s when a decode step read 1.62 GB. With rings in the banded layers it reads .98 GB: 1024 steps at 819
+    # GB/s take .80 s less.
     ("gpt3_1p3b", "ppo_ptx", 4.94, None),
     ("gpt3_6p7b", "ppo_ptx", 17.07, None),
     ("gpt3_1p3b", "sft", 0.093, 2.46),
