@@ -305,7 +305,8 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
       ax.plot(distance, found[key], "o" + line, color=colour, markersize=4)
     else:
       # Single iterations are noisy in both directions, so the line is a running mean of distance and score alike.
-      window = max(1, len(distance) // 12)
+      # Over five at least: of a dozen iterations, single ones would go to and fro in distance.
+      window = max(5, len(distance) // 12)
       ax.plot(distance, found[key], ".", color=colour, alpha=0.3, markersize=4)
       ax.plot(running_mean(distance, window), running_mean(found[key], window), line, color=colour)
   fitted = "gold" in found and overoptimization.fit(which, distance, found["gold"])

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from instructjax.core import results as core_results
 from instructjax.report import panels
@@ -49,3 +50,18 @@ def test_each_reward_of_a_list_has_a_panel_and_the_reward_model_no_second_one():
     ("ensemble_std", "Disagreement of the ensemble"),
   ]
   assert panels.reward_curves({"ppo": curves["ppo"]}) == []
+
+
+def test_a_short_run_does_not_go_to_and_fro_in_distance():
+  """Eight iterations whose KL alternates about its trend: means of five are as even as the trend."""
+  kl = [n + (0.9 if n % 2 else -0.9) for n in range(1, 9)]
+  rows = [{"step": n, "kl": k**2, "gold": 0.0, "reward": 0.0} for n, k in enumerate(kl, 1)]
+  curves = {**example.results().curves, "ppo_beta0": rows}
+  results = dataclasses.replace(example.results(), curves=curves)
+  _, ax = pyplot.subplots()
+  assert panels.draw_overoptimization(ax, results, "rl")
+  lines = [line.get_xdata() for line in ax.get_lines() if line.get_linestyle() in ("-", "--")]
+  (smooth, *_) = [x for x in lines if len(x) == 8]
+  # Of five: their middle, with .9 / 5 left over. The ends are single iterations, then means of three.
+  np.testing.assert_allclose(smooth[2:6], [3 + 0.18, 4 - 0.18, 5 + 0.18, 6 - 0.18])
+  pyplot.close("all")
