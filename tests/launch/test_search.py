@@ -245,7 +245,10 @@ def test_a_sketch_is_near_the_compiler(preset, stage, seconds, gib):
   config = models.get(stage, preset)
   config.sft.batch_size = 256
   config = from_config_dict(config)
-  mesh = jax.sharding.AbstractMesh((1, 1, 64, 4), sharding.MESH_AXES)
+  auto = (jax.sharding.AxisType.Auto,) * len(
+    sharding.MESH_AXES
+  )  # explicit by default since JAX 0.12
+  mesh = jax.sharding.AbstractMesh((1, 1, 64, 4), sharding.MESH_AXES, axis_types=auto)
   program = programs.make(config, mesh, stage)
   found = sketch.sketch(config, stage, program, mesh.shape, CHIP)
   assert found.seconds == pytest.approx(seconds, rel=0.1)
