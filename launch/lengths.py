@@ -169,7 +169,7 @@ def work(config: Config, cfg: PPOConfig, shards: int, means: Means) -> Work:
   rows, slots = cfg.batch_size, config.rollout.slots
   data = config.data
   lengths = functools.partial(draw, means.response, data.max_response_length)
-  scored, trained, loops = _shared(config, cfg, means)
+  scored, trained, loops = _shared(config, cfg, shards, means)
   if slots in (0, rows):
     longest = [lengths((rows,), seed).max() - 1 for seed in range(_DRAWS)]
     steps = float(np.mean(longest))
@@ -209,14 +209,15 @@ def _played(
   return tuple(in_slots(draw(mean, limit, queues, seed), slots) for seed in range(_DRAWS))
 
 
-def _shared(config: Config, cfg: PPOConfig, means: Means):
+def _shared(config: Config, cfg: PPOConfig, shards: int, means: Means):
   """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
   if not cfg.packed_rows:
     return None, None, {}
   limits = config.data.max_prompt_length, config.data.max_response_length
   minibatch = cfg.batch_size // cfg.num_minibatches
   scored, trained = (
-    _packed(means, limits, episodes, cfg.packed_rows) for episodes in (cfg.batch_size, minibatch)
+    _packed(means, limits, episodes, cfg.packed_rows, shards)
+    for episodes in (cfg.batch_size, minibatch)
   )
   loops = {
     rf"/{where}(/.*)?/rows_of_{width}/while$": number
@@ -227,7 +228,9 @@ def _shared(config: Config, cfg: PPOConfig, means: Means):
 
 
 @functools.cache
-def _packed(means: Means, limits: tuple[int, int], episodes: int, rows: int) -> Mapping[int, float]:
+def _packed(
+  means: Means, limits: tuple[int, int], episodes: int, rows: int, shards: int
+) -> Mapping[int, float]:
   """Width of rows -> expected chunks of `rows` rows of it; `limits` are those of prompts and of answers."""
   found = [
     _chunks(
@@ -235,25 +238,28 @@ def _packed(means: Means, limits: tuple[int, int], episodes: int, rows: int) -> 
       + draw(means.response, limits[1], (episodes,), seed + 1000),
       sum(limits),
       rows,
+      shards,
     )
     for seed in range(_DRAWS)
   ]
   return {width: float(np.mean([one[width] for one in found])) for width in found[0]}
 
 
-def _chunks(length_B: np.ndarray, longest: int, rows: int) -> dict[int, int]:
+def _chunks(length_B: np.ndarray, longest: int, rows: int, shards: int) -> dict[int, int]:
   """Width of rows -> chunks of `rows` rows of it, where shared_rows.py places episodes of these lengths."""
   from instructjax.rl import shared_rows  # JAX, after the environment is set, see topology.py
 
   is_token_BL = np.arange(longest)[None] < length_B[:, None]
-  ends = np.asarray(_first_fit(rows)(is_token_BL))
-  return dict(zip(shared_rows.row_widths(longest, rows), np.diff(ends, prepend=0).tolist()))
+  ends = np.asarray(_first_fit(rows, shards)(is_token_BL))
+  return dict(zip(shared_rows.row_widths(longest, rows, shards), np.diff(ends, prepend=0).tolist()))
 
 
 @functools.cache
-def _first_fit(rows: int):
+def _first_fit(rows: int, shards: int):
   import jax
 
   from instructjax.rl import shared_rows
 
-  return jax.jit(lambda is_token_BL: shared_rows.first_fit(is_token_BL, rows=rows).end_K)
+  return jax.jit(
+    lambda is_token_BL: shared_rows.first_fit(is_token_BL, rows=rows, shards=shards).end_K
+  )

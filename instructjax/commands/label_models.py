@@ -11,6 +11,7 @@ import jax
 from instructjax.core import places
 from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError
+from instructjax.data import controls
 from instructjax.data.records import Chat, Prompt
 from instructjax.evaluation import language_model
 from instructjax.evaluation.language_model import LanguageModel, Request
@@ -86,9 +87,7 @@ def _text(model: LanguageModel, name: str, prompt: str | Chat, chat: bool | None
   """
   tokenizer = model.tokenizer
   if isinstance(prompt, str):
-    if chat and not tokenizer.chats.has_template:
-      raise UserError(f"--chat needs a chat template, and the tokenizer of {name} has none")
-    if chat is False or not tokenizer.chats.has_template:
+    if not controls.reads_messages(tokenizer.chats, chat, name):
       return prompt
     prompt = Chat((("user", prompt),))
   return tokenizer.chats.render_one(

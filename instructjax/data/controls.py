@@ -316,3 +316,18 @@ def pattern(control_texts: Iterable[str]) -> re.Pattern | None:
   """Matches the text of a control token, the longest first; None if there are none."""
   parts = sorted(control_texts, key=lambda text: (-len(text), text))
   return re.compile("|".join(map(re.escape, parts))) if parts else None
+
+
+def reads_messages(chats: Chats, asked: bool | None, name: str) -> bool:
+  """Whether a model's prompts are a user's messages in its chat template, or text to go on from.
+
+  Args:
+    chats: of its tokenizer.
+    asked: what --chat says; None for messages where there is a template.
+    name: of the model.
+  Raises:
+    UserError: --chat asks for a template, and there is none.
+  """
+  if asked and not chats.has_template:
+    raise UserError(f"--chat needs a chat template, and the tokenizer of {name} has none")
+  return asked is not False and chats.has_template

@@ -131,12 +131,14 @@ def difference(
   both = _is_part(values_a) & _is_part(values_b)
   values_a, values_b, group_N = values_a[both], values_b[both], group_N[both]
   value, interval = _resampled(metric, (values_a, values_b), group_N, seed)
+  num_groups = len(np.unique(group_N))
   return {
     "a": a,
     "b": b,
     "difference": value,
     "interval": interval,
-    "verdict": verdict(interval, len(np.unique(group_N))),
+    "num_groups": num_groups,
+    "verdict": verdict(interval, num_groups),
   }
 
 

@@ -1,6 +1,6 @@
 """Which of the paper's findings on public sets hold in an evaluation, each by a rule on a 95% interval.
 
-They compare models by their names: `base`, `sft`, `ppo` and `ppo_ptx`. Called by evaluation/summary.py. Pure functions
+They compare models by their names: `base`, `ppo` and `ppo_ptx`. Called by evaluation/summary.py. Pure functions
 of what it has computed. The findings of a run's own answers are in findings.py.
 """
 
@@ -42,12 +42,12 @@ def _gap(metric: Mapping[str, Any] | None, model: str, minus: str, fewest: int) 
   if metric is None:
     return None
   for found in metric["differences"]:
-    groups = min(metric["models"][name]["num_groups"] for name in (found["a"], found["b"]))
-    low, high = found["interval"]
+    value, (low, high) = found["difference"], found["interval"]
+    is_enough = found["num_groups"] >= fewest
     if (found["b"], found["a"]) == (model, minus):
-      return Gap(found["difference"], [low, high], groups >= fewest)
+      return Gap(value, [low, high], is_enough)
     if (found["a"], found["b"]) == (model, minus):
-      return Gap(-found["difference"], [-high, -low], groups >= fewest)
+      return Gap(-value, [-high, -low], is_enough)
   return None
 
 
@@ -121,30 +121,32 @@ def _told(gap: Gap, holds: bool | None) -> bool | None:
   return holds if gap.is_enough else None
 
 
+# (finding, task, metric, claim, what the paper says of it)
+_TRUTHFUL = (
+  (
+    "truthful",
+    "truthful_qa",
+    "true_info",
+    "PPO-ptx's answers to TruthfulQA are true and informative more often than the base's.",
+    "about twice as often (sec 1), 'small but significant' (sec 4.2); of 1.3B, .285 against .193 (Table 14)",
+  ),
+  (
+    "truthful_choice",
+    "truthful_qa_mc",
+    "mc2",
+    "PPO-ptx gives TruthfulQA's true answers more of its probability than the base does (MC2).",
+    "not in the paper, which has answers judged",
+  ),
+)
+
+
 def _truthful(measured: _Measured) -> Iterator[dict]:
-  label = "PPO-ptx − base"
-  if found := measured.first("truthful_qa", "true_info", "ppo_ptx", "base"):
-    prompt, gap = found
-    yield _found(
-      "truthful",
-      "PPO-ptx's answers to TruthfulQA are true and informative more often than the base's.",
-      "about twice as often (sec 1), 'small but significant' (sec 4.2); of 1.3B, .285 against .193 (Table 14)",
-      f"the interval of the difference lies above 0, prompt {prompt}",
-      {label: gap},
-      _told(gap, above(gap.interval, 0.0)),
-      "share",
-    )
-  if found := measured.first("truthful_qa_mc", "mc2", "ppo_ptx", "base"):
-    prompt, gap = found
-    yield _found(
-      "truthful_choice",
-      "PPO-ptx gives TruthfulQA's true answers more of its probability than the base does (MC2).",
-      "not in the paper, which has answers judged",
-      f"the interval of the difference lies above 0, prompt {prompt}",
-      {label: gap},
-      _told(gap, above(gap.interval, 0.0)),
-      "share",
-    )
+  for id_, task, metric, claim, paper in _TRUTHFUL:
+    if found := measured.first(task, metric, "ppo_ptx", "base"):
+      prompt, gap = found
+      rule = f"the interval of the difference lies above 0, prompt {prompt}"
+      holds = _told(gap, above(gap.interval, 0.0))
+      yield _found(id_, claim, paper, rule, {"PPO-ptx − base": gap}, holds, "share")
 
 
 def _toxic(measured: _Measured) -> Iterator[dict]:

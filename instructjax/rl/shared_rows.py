@@ -19,8 +19,8 @@ from instructjax.train import accumulation
 NARROWEST = 128
 # Ratio of one width to the next. Every width has a program of its own to compile, so there are few.
 NARROWING = 4
-# Where episodes are shorter, rows are joined until they have so many columns. In a row that holds one episode or two,
-# much would be left over: of 44 columns a half, at 25 tokens on average.
+# Where episodes are shorter, rows are joined until they have so many columns: in a row that holds one episode or two,
+# much would be left over.
 JOINED = 128
 
 
@@ -42,7 +42,7 @@ class Placement:
   end_K: Array
 
 
-def row_widths(length: int, rows: int) -> list[int]:
+def row_widths(length: int, rows: int, shards: int | None = None) -> list[int]:
   """The widths of rows: L, L / 4 and so on, as long as 4 divides them and they are at least NARROWEST.
 
   If L is below JOINED, the one width is the first multiple of L that is not; or, of those multiples that leave every
@@ -52,9 +52,10 @@ def row_widths(length: int, rows: int) -> list[int]:
   Args:
     length: L, the columns of an episode.
     rows: rows of L columns in a chunk.
+    shards: parts that rows are split into; None for those of the mesh in use.
   """
   if length < JOINED:
-    each = rows // sharding.num_row_shards(jax.sharding.get_abstract_mesh())
+    each = rows // (shards or sharding.num_row_shards(jax.sharding.get_abstract_mesh()))
     joins = [n for n in range(1, max(each, 1) + 1) if each % n == 0]
     return [length * next((n for n in joins if n * length >= JOINED), joins[-1])]
   widths = [length]
@@ -63,7 +64,7 @@ def row_widths(length: int, rows: int) -> list[int]:
   return widths
 
 
-def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
+def first_fit(is_token_BL: Array, *, rows: int, shards: int | None = None) -> Placement:
   """Places episodes by first-fit decreasing: the longest first, each into the first row with room for it.
 
   A new row is as narrow as its first episode allows. With a single width this needs at most 11/9 of the fewest possible
@@ -72,6 +73,7 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
   Args:
     is_token_BL: True on an episode's tokens, which are contiguous.
     rows: rows of L columns in a chunk; divides B.
+    shards: as for `row_widths`.
   """
   # The placement is small, and each step of its scan depends on the one before. Split over devices, every step would
   # send data around; so each device computes all of it.
@@ -79,7 +81,7 @@ def first_fit(is_token_BL: Array, *, rows: int) -> Placement:
   num_episodes, length = is_token_BL.shape
   length_B = jnp.sum(is_token_BL, axis=1, dtype=jnp.int32)
   index_B = jnp.arange(num_episodes, dtype=jnp.int32)
-  widths = row_widths(length, rows)
+  widths = row_widths(length, rows, shards)
   # All rows that there may be, [widths, B]: each row's first cell, and the room that is left in it (0 if the row is not
   # open). The widest come first, because the longest episodes need them and are placed first.
   first_KB = room_KB = jnp.zeros((len(widths), num_episodes), jnp.int32)

@@ -17,6 +17,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, one_line
 from instructjax.core.stages import stage_of_kind
 from instructjax.core.text import printable_lines
+from instructjax.data import controls
 from instructjax.parallel import sharding
 from instructjax.serve import speaker
 from instructjax.serve.speaker import Answer, Draw, Speaker
@@ -110,7 +111,11 @@ def seat(checkpoints: list[str], reward_model: str, settings: Settings, base: st
     if reward_model:
       judge = speaker.make(reward_model, weights.locate(reward_model), "scalar", mesh)
   readers = speakers + ([judge] if judge else [])
-  chats = {reader for reader in readers if _chats(reader, settings.chat)}
+  chats = {
+    reader
+    for reader in readers
+    if controls.reads_messages(reader.tokenizer.chats, settings.chat, reader.name)
+  }
   if settings.system and not chats:
     raise UserError(
       f"--system={settings.system!r} must go with a chat template, and the prompt is read as it is"
@@ -128,13 +133,6 @@ def _own_judge(opened: list[weights.Weights]) -> str:
   done = finished.read_done(judge)
   # The stage of a reward model that was given has no weights.
   return str(judge) if done and done.step is not None else ""
-
-
-def _chats(reader: Speaker, chat: bool | None) -> bool:
-  """Whether a model reads prompts in its chat template."""
-  if chat and not reader.tokenizer.chats.has_template:
-    raise UserError(f"--chat needs a chat template, and the tokenizer of {reader.name} has none")
-  return chat is not False and reader.tokenizer.chats.has_template
 
 
 def answer_all(panel: Panel, prompts: list[str], settings: Settings):

@@ -60,7 +60,8 @@ def _by_heldout_labelers(ctx: Context, number: int) -> list:
   if number == 1 and not lineage.collects(ctx.config):
     return []
   stage = of_round("collect", number)
-  if not (ctx.directory(stage) / "heldout.jsonl").stat().st_size:
+  path = ctx.directory(stage) / "heldout.jsonl"
+  if path.is_file() and not path.stat().st_size:  # one that is gone is refused by who reads it
     return []
   found = ctx.data.collected(stage, "heldout")
   return found if any(len({*ranking.ranks}) > 1 for ranking in found) else []

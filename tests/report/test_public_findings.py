@@ -6,19 +6,16 @@ import pytest
 
 from instructjax.report import public_findings
 
-MODELS = ("base", "sft", "ppo", "ppo_ptx")
 
-
-def metric(key, gaps, show="share", better=1, groups=50, models=MODELS):
+def metric(key, gaps, show="share", better=1, groups=50):
   """A metric with (first, second) -> (difference of the second minus the first, low, high)."""
   return {
     "key": key,
     "show": show,
     "better": better,
     "is_shown": True,
-    "models": {name: {"num_groups": groups} for name in models},
     "differences": [
-      {"a": a, "b": b, "difference": gap[0], "interval": [gap[1], gap[2]]}
+      {"a": a, "b": b, "difference": gap[0], "interval": [gap[1], gap[2]], "num_groups": groups}
       for (a, b), gap in gaps.items()
     ],
   }
@@ -39,7 +36,7 @@ def truth(low, high, groups=50, prompt="qa"):
 
 def test_nothing_is_found_without_the_models_or_the_tasks():
   assert public_findings.find([], 10) == []
-  other = metric("true_info", {("a", "b"): (0.1, 0.0, 0.2)}, models=("a", "b"))
+  other = metric("true_info", {("a", "b"): (0.1, 0.0, 0.2)})
   assert public_findings.find([part("truthful_qa", "qa", other)], 10) == []
 
 

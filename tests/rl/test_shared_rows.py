@@ -254,6 +254,10 @@ def test_how_many_rows_are_joined(monkeypatch):
   assert width(127, 8) == 254 and shared_rows.row_widths(128, 8) == [128]
   with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 2, 2, 2))):  # rows are split over four
     assert (width(44, 8), width(44, 4), width(44, 16)) == (88, 44, 176)
+  # The planner counts for a mesh of other machines.
+  assert [shared_rows.row_widths(44, 8, shards) for shards in (1, 4, 8)] == [[176], [88], [44]]
+  placement = shared_rows.first_fit(jnp.ones((8, 44), bool), rows=8, shards=4)
+  assert placement.end_K.tolist() == [1]
 
 
 def test_joined_rows_hold_what_is_left_over(joined):
