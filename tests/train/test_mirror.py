@@ -82,19 +82,24 @@ class Lost(Exception):
   pass
 
 
+def at_step_10(make, folder):
+  """A mirror in use, whose bucket has step 5; the folder has step 10 in its place, and the stage is done."""
+  with make(folder):
+    save(folder, 5)
+  one = make(folder).__enter__()
+  save(folder, 10)
+  shutil.rmtree(folder / "sft" / "checkpoints" / "5")
+  write(folder, sft__metrics="10\n", sft__done_JSON="done")
+  return one
+
+
 @pytest.mark.parametrize("after", range(9))
 def test_whenever_a_machine_is_lost_the_bucket_can_be_gone_on_from(
   tmp_path, bucket, after, monkeypatch
 ):
   """The old checkpoint or the new one is whole there, and done.json only with all that was before it."""
   make, objects, fs = bucket
-  with make(tmp_path / "a"):
-    save(tmp_path / "a", 5)
-  one = make(tmp_path / "a")
-  one.__enter__()
-  save(tmp_path / "a", 10)
-  shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
-  write(tmp_path / "a", sft__metrics="10\n", sft__done_JSON="done")
+  one = at_step_10(make, tmp_path / "a")
   is_lost = lose(one, fs, after, monkeypatch)
   assert is_lost == (after < 6), "four files come and two go"
   found = objects()
@@ -252,12 +257,7 @@ def test_a_machine_that_is_killed_while_it_copies_keeps_what_it_has(
 ):
   """Its own half of a copy is no sign that another machine has gone on."""
   make, objects, fs = bucket
-  with make(tmp_path / "a"):
-    save(tmp_path / "a", 5)
-  one = make(tmp_path / "a").__enter__()
-  save(tmp_path / "a", 10)
-  shutil.rmtree(tmp_path / "a" / "sft" / "checkpoints" / "5")
-  write(tmp_path / "a", sft__metrics="10\n", sft__done_JSON="done")
+  one = at_step_10(make, tmp_path / "a")
   lose(one, fs, after, monkeypatch)
   mine = files(tmp_path / "a")
   with make(tmp_path / "a"):
