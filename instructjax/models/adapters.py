@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from instructjax.core.structs import Array, Params, tree_of
 from instructjax.models import products, transformer
-from instructjax.parallel import constraints, sharding, stacking
+from instructjax.parallel import sharding, stacking
 
 _FIRST_KEY = 2**20  # more than a network has layers
 _fold_B = jax.vmap(jax.random.fold_in, (0, None))
@@ -309,42 +309,22 @@ def merge(model: transformer.Model, base: Params, trained: Params) -> Params:
     base: as for `join`, with float weights.
   """
   joined = join(model, base, trained)
+  change = lambda layer: {name: _merged(part) for name, part in layer.items()}
   of_layers = joined["layers"]
   if isinstance(of_layers, list):
-    return joined | {"layers": [_merged(layer) for layer in of_layers]}
-  return joined | {"layers": jax.vmap(_merged)(of_layers)}
+    return joined | {"layers": [change(layer) for layer in of_layers]}
+  return joined | {"layers": jax.vmap(change)(of_layers)}
 
 
-def folded(params: Params) -> Params:
-  """Joined parameters for a forward pass without a gradient, over many tokens: where it pays, as `merge` makes them.
-
-  A layer's product A B costs as much as its narrow products of a few hundred tokens, and spares those and their sums,
-  which are a tenth of such a pass on a CPU. That is so on one device, with layers in a list: one layer's sum is then in
-  memory at a time, where a stack would be copied whole. Only float32 weights are summed: in bfloat16 the sum would be
-  rounded, and the pass would differ from a policy's own in its update.
-
-  Args:
-    params: from `join`; without adapters they pass through.
-  """
-  of_layers = params["layers"]
-  if not isinstance(of_layers, list) or not constraints.on_one_device():
-    return params
-  is_exact = lambda w: not isinstance(w, products.Int8) and w.dtype == jnp.float32
-  return params | {"layers": [_merged(layer, is_exact) for layer in of_layers]}
-
-
-def _merged(layer: Params, chosen=lambda w: True) -> Params:
-  """A layer's weights with their low-rank products added in; those that are not chosen keep their factors."""
-  return {name: _merged_block(block, chosen) for name, block in layer.items()}
-
-
-def _merged_block(block: Params, chosen) -> Params:
-  result = dict(block)
-  for name, w in block.items():
-    pair = result.get(products.low_rank_name(name))
-    if pair is not None and chosen(w):
-      result[name] = (w + jnp.tensordot(pair.w_a, pair.w_b, axes=1)).astype(w.dtype)
-      del result[products.low_rank_name(name)]
+def _merged(block: Params) -> Params:
+  """A block's weights with its low-rank products added in."""
+  names = [name for name in block if not isinstance(block[name], products.LowRank)]
+  result = {name: block[name] for name in names}
+  for name in names:
+    pair = block.get(products.low_rank_name(name))
+    if pair is not None:
+      product = jnp.tensordot(pair.w_a, pair.w_b, axes=1)
+      result[name] = (block[name] + product).astype(block[name].dtype)
   return result
 
 

@@ -191,18 +191,15 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
     rows = dict(token_BL=token_BL, segment_BL=segment_BL)
     response = rows | dict(prompt_length=prompt_length)
     logprob = lambda params: scoring.response_logprob(
-      nets.policy,
-      adapters.folded(frozen.policy(nets, params)),
-      **response,
-      temperature=cfg.temperature,
+      nets.policy, frozen.policy(nets, params), **response, temperature=cfg.temperature
     )
-    reward = adapters.folded(frozen.reward(nets, frozen.reward_params))
+    reward = frozen.reward(nets, frozen.reward_params)
     result = {
       "ref_logprob_BR": logprob(frozen.ref_params),
       "score_BL": scoring.column_score(nets.scalar, reward, **rows),
     }
     if cfg.has_value_network:
-      value = adapters.folded(frozen.value(nets, state.value_params))
+      value = frozen.value(nets, state.value_params)
       result["value_BR"] = scoring.response_value(nets.scalar, value, **response)
     # Decoding and scoring differ in bfloat16, so with the rollout's log-probabilities the ratio of the first minibatch
     # would not be 1 (details item 8). 'rescore' makes it 1, for one more forward pass.

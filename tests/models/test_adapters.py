@@ -1,6 +1,5 @@
 """Tests of models/adapters.py: against peft's recorded numbers, and what holds by definition."""
 
-import dataclasses
 import json
 import pathlib
 import zlib
@@ -106,38 +105,6 @@ def test_merged_weights_compute_the_same(family, head, layers):
   plain = adapters.merge(model, base, jax.tree.map(jnp.zeros_like, trained))
   assert jax.tree.structure(plain) == jax.tree.structure(models.param_shapes(model))
   assert not np.allclose(joined, apply(model, plain, token_BL, **inputs))
-
-
-@pytest.mark.parametrize(
-  "layers, cfg, folds",
-  [
-    ("unroll", {}, True),
-    ("scan", {}, False),  # a stack would be copied whole
-    ("unroll", dict(base="int8"), False),
-    ("unroll", dict(dtype="bfloat16"), False),  # sums would be rounded
-  ],
-)
-def test_passes_without_a_gradient_read_sums_where_they_are_exact(llama, layers, cfg, folds):
-  cfg = {"dtype": "float32"} | cfg
-  dtype = cfg.pop("dtype")
-  model, base, trained = adapted(llama, layers=layers, **cfg)
-  execution = dataclasses.replace(model.execution, dtype=dtype)
-  model = model.clone(execution=execution)
-  params = adapters.join(model, adapters.freeze(model, base), trained)
-  folded = jax.jit(adapters.folded)(params)
-  assert (jax.tree.structure(folded) == jax.tree.structure(base)) == folds
-  assert (jax.tree.structure(folded) == jax.tree.structure(params)) == (not folds)
-  token_BL, inputs = tokens()
-  read = lambda params: apply(model, params, token_BL, **inputs)
-  np.testing.assert_allclose(read(params), read(folded), rtol=2e-5, atol=2e-5)
-
-
-def test_on_a_mesh_nothing_is_folded(llama):
-  model, base, trained = adapted(llama, layers="unroll")
-  params = adapters.join(model, base, trained)
-  with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 2, 1), jax.devices()[:2])):
-    folded = jax.jit(adapters.folded)(params)
-  assert jax.tree.structure(folded) == jax.tree.structure(params)
 
 
 def test_a_fresh_adapter_is_nothing_and_is_drawn_as_pefts(llama):
