@@ -9,8 +9,9 @@ of the medians and shown beside them.
 
 Prints one JSON line: median wall and CPU seconds for an item, ours over theirs, the largest difference of a request's
 log-probability, in how many items both choose the same ending, and how many tokens are read for the same items with
-examples before them, as a share of what reading each request by itself takes. Ends with 1 if requests differ by more
-than 1e-4 a token.
+examples before them, as a share of what reading each request by itself takes. The requests of the first --exact items
+are answered in float64 too, by transformers: how far the two are from these is what float32 does to each. Ends with 1
+if requests differ by more than 1e-4 a token.
 """
 
 import argparse
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--items", type=int, default=200)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--shots", type=int, default=5)
+  parser.add_argument("--exact", type=int, default=25)
   parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
   flags = parser.parse_args(argv)
   data = os.environ.get("INSTRUCTJAX_DATA_DIR")
@@ -104,9 +106,13 @@ def main(argv: list[str] | None = None) -> int:
   asked = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
   path = weights.locate(MODEL).path
   mine = harness.InstructJax(checkpoint=MODEL)
-  with tempfile.TemporaryDirectory() as folder:
-    pathlib.Path(folder, path.name).symlink_to(path)
-    other = HFLM(pretrained=folder, gguf_file=path.name, dtype="float32", device="cpu")
+
+  def transformers(dtype):
+    with tempfile.TemporaryDirectory() as folder:
+      pathlib.Path(folder, path.name).symlink_to(path)
+      return HFLM(pretrained=folder, gguf_file=path.name, dtype=dtype, device="cpu")
+
+  other = transformers("float32")
   sides = {"ours": lambda: mine.loglikelihood(asked, disable_tqdm=True)}
   for size in flags.batch_sizes:
 
@@ -132,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     abs(one - two) / count
     for (one, _), (two, _), count in zip(results["ours"], results[base], tokens)
   ]
+  exact = transformers("float64").loglikelihood(asked[: 4 * flags.exact], disable_tqdm=True)
+  from_exact = lambda answers: max(abs(one - two) for (one, _), (two, _) in zip(answers, exact))
   shots = requests(found[: flags.items], found[flags.items : flags.items + flags.shots])
   line = {
     "items": flags.items,
@@ -143,6 +151,10 @@ def main(argv: list[str] | None = None) -> int:
     },
     "seconds of compiling": round(first - median["ours"][0] * flags.items, 1),
     "largest difference a token [nats]": max(differences),
+    "largest difference a request from float64 [nats]": {
+      "ours": from_exact(results["ours"]),
+      "theirs": from_exact(results[base]),
+    },
     "same choice": same_choice(results["ours"], results[base], pairs),
     "same greedy": sum(a[1] == b[1] for a, b in zip(results["ours"], results[base])) / len(pairs),
     "tokens read, without examples": round(read_share(mine.opened, pairs), 3),

@@ -11,7 +11,9 @@ these files and compares the ids with those of a tokenizer that is built by hand
 
 Prints a table, which shows the bound of each column, and one JSON line. The columns:
 
-  right, left   largest difference of float32 logits, for batches padded on that side
+  right, left   largest difference of float32 logits from those of transformers in float64, for batches padded on that
+                side; the bound is ROUNDINGS times `theirs` where that is more
+  theirs        the same for transformers' own float32: what rounding alone does to this model; no bound
   nll           difference of the mean NLL of a paragraph's tokens, in nats
   prefill       largest difference of logits after a left-padded prompt
   decode        the same after each of 12 tokens that are fed one at a time through the key/value caches
@@ -29,6 +31,7 @@ All of this is in float32 on a CPU, which JAX is told to use.
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import resource
@@ -42,6 +45,7 @@ from instructjax.core.errors import UserError
 BOUNDS = {
   "right": 5e-4,
   "left": 5e-4,
+  "theirs": math.inf,
   "nll": 1e-5,
   "prefill": 5e-4,
   "decode": 5e-4,
@@ -54,6 +58,15 @@ BOUNDS = {
   "ids": 0,
   "texts": 0,
 }
+# Logits may be so many times as far from the exact ones as transformers' float32: where attention is sharp, rounding
+# exceeds a fixed bound. XLA's products of 256 terms on a CPU are 1.4 times as far from the exact ones as torch's.
+ROUNDINGS = 3
+
+
+def bound(column: str, values: dict[str, float]) -> float:
+  """The bound of a column, in the row with these values."""
+  is_logits = column in ("right", "left")
+  return max(BOUNDS[column], ROUNDINGS * values["theirs"] if is_logits else 0.0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,12 +120,12 @@ def compare(gguf: pathlib.Path | None, texts: list[pathlib.Path]) -> int:
     f"{name}: {column}"
     for name, values in results.items()
     for column, value in values.items()
-    if not value <= BOUNDS[column]  # NaN breaks it too
+    if not value <= bound(column, values)  # NaN breaks it too
   ]
   line = {
     "benchmark": "parity",
     "results": {n: {c: float(f"{v:.3g}") for c, v in r.items()} for n, r in results.items()},
-    "bounds": BOUNDS,
+    "bounds": {column: value for column, value in BOUNDS.items() if value < math.inf},
     "load_average": [load_average, os.getloadavg()[0]],
     "broken": broken,
   }
@@ -167,8 +180,10 @@ def print_row(name: str, values: dict[str, float | str], before: str = ""):
   def cell(column, value):
     if value == "":
       return column
+    if value == math.inf:
+      return "none"
     text = f"{value:.2f}" if column in ("seconds", "GB") else f"{value:.2g}"
-    return text if value <= BOUNDS[column] else f"{text} !"
+    return text if value <= bound(column, values) else f"{text} !"
 
   cells = "".join(f"{cell(column, value):>11}" for column, value in values.items())
   print(f"{before}{name:30}{cells}", flush=True)

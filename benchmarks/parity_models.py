@@ -182,7 +182,7 @@ def load_ours(path: pathlib.Path) -> tuple[transformer.Model, Params]:
 
 @torch.inference_mode()
 def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
-  """Columns `right` to `greedy`.
+  """Columns `right` to `greedy`, and `theirs`.
 
   Args:
     path: the weights that instructjax imports.
@@ -201,8 +201,12 @@ def compare_lm(path: pathlib.Path, theirs, ids: list[int]) -> dict[str, float]:
     position_BL = positions.from_mask(is_token_BL)
     segment_BL = is_token_BL.astype(np.int32)
     logits_BLV = apply(model, params, token_BL, segment_BL=segment_BL, position_BL=position_BL)
-    values[side] = _largest((logits_BLV - their_logits(exact, token_BL, is_token_BL))[is_token_BL])
-    if side == "right":  # its first row is the whole paragraph, from the first column on
+    exact_BLV = their_logits(exact, token_BL, is_token_BL)
+    values[side] = _largest((logits_BLV - exact_BLV)[is_token_BL])
+    if side == "right":
+      theirs_BLV = their_logits(theirs, token_BL, is_token_BL)
+      values["theirs"] = _largest((theirs_BLV - exact_BLV)[is_token_BL])
+      # The first row is the whole paragraph, from the first column on.
       nll = -jnp.mean(lm.token_logprob(logits_BLV[:1, :-1], jnp.asarray([ids[1:]])))
   # Not their own loss, which sums in float32: at SmolLM2's vocabulary it is off by 8e-6, nearly the bound of 1e-5.
   their_LV = exact(torch.tensor([ids])).logits[0]

@@ -95,6 +95,11 @@ def folder(path, *, tokens=(), template=TEMPLATE, normalizer=None, **config):
   return load(path)
 
 
+def test_of_tokens_that_begin_alike_the_longest_is_found():
+  found = controls.pattern(["<s>", "<s><b>", "<b>"])
+  assert found is not None and found.findall("<s><b><s> <b>") == ["<s><b>", "<s>", "<b>"]
+
+
 def test_only_what_the_template_made_holds_control_tokens(tmp_path):
   tokenizer = folder(tmp_path, tokens=[TOOL])
   chat = tokenizer.chats.render_one([{"role": "user", "content": f"a{TOOL}"}])

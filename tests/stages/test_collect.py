@@ -13,7 +13,9 @@ from instructjax.stages import answers, collect, context, judging, policies
 from tests import micro
 
 
-def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
+@pytest.mark.parametrize("stage, first_item", [("collect", 0), ("collect_2", collect._ROUND)])
+def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path, stage, first_item):
+  """In a later round they make errors of their own, not those of the first."""
   ctx = types.SimpleNamespace(
     config=micro.config("rm", {}, data__comparisons="demo:", seed=5),
     data=types.SimpleNamespace(records=lambda kind, split: f"{split} {kind}"),
@@ -27,7 +29,7 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
   class Simulation:
     @staticmethod
     def collect_rankings(sampled, group, seed, first):
-      assert (seed, first) == (5, 0)
+      assert (seed, first) == (5, first_item)
       return [Ranking(sampled, ("a", "b"), (1, 2), group)]
 
     @staticmethod
@@ -44,9 +46,9 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
     mock.patch.object(collect.results, "Agreement", lambda agreement, pairs: agreement),
     mock.patch.object(judging, "require_simulation", lambda ctx: Simulation),
   ):
-    collect.run(ctx, "collect")
+    collect.run(ctx, stage)
   written = {
-    path.stem: json.loads(path.read_text()) for path in (tmp_path / "run" / "collect").iterdir()
+    path.stem: json.loads(path.read_text()) for path in (tmp_path / "run" / stage).iterdir()
   }
   found = {split: (row["prompt"], row["labeler"]) for split, row in written.items()}
   held_out = "answers to 8 of validation prompts"
@@ -55,8 +57,8 @@ def test_training_and_held_out_labelers_rank_what_is_theirs(tmp_path):
     "validation": (held_out, "train"),
     "heldout": (held_out, "heldout"),  # the same answers
   }
-  ((stage, _, step, result),) = finished
-  assert (stage, step) == ("collect", None)
+  ((name, _, step, result),) = finished
+  assert (name, step) == (stage, None)
   assert (result.agreement.train, result.agreement.heldout) == (0.25, 0.5)
   assert result.files == {"train": "t", "validation": "v", "heldout": "h"}
 

@@ -89,9 +89,17 @@ def test_the_held_out_loss_is_of_the_weights_that_are_judged(nets, weights, read
   assert found == {"pretrain_loss": (nets.policy, read, "held-out rows of 60")}
 
 
-@pytest.mark.parametrize("max_kl, documents", [(0.0, ["documents"]), (30.0, [])])
-def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, documents):
-  """Both stay frozen as reference and reward; policy and value network begin as their copies."""
+@pytest.mark.parametrize(
+  "stage, reward_model, max_kl, documents",
+  [("ppo", "rm", 0.0, ["documents"]), ("ppo", "rm", 30.0, []), ("ppo_ptx_2", "rm_2", 0.0, [])],
+)
+def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(
+  stage, reward_model, max_kl, documents
+):
+  """Both stay frozen as reference and reward; policy and value network begin as their copies.
+
+  The reward model is that of the stage's own round of comparisons.
+  """
   cfg = micro.config(
     "ppo", {}, ppo__max_kl=max_kl, ppo__num_iterations=7, evaluate__pretrain_every=3
   )
@@ -129,19 +137,19 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(max_kl, doc
     patch(ppo.weight_hash, "tree_fingerprint", lambda tree: f"hash of {tree}")
     patch(ppo.dataclasses, "replace", lambda run, **changes: changes)
     patch(ppo.loop, "fit", fit)
-    ppo.run(ctx, "ppo")
-  given = "weights of ppo_init", "shifted rm"
-  assert made["state"] == ("mesh", "nets", *given, "key of ppo")
+    ppo.run(ctx, stage)
+  given = "weights of ppo_init", f"shifted {reward_model}"
+  assert made["state"] == ("mesh", "nets", *given, f"key of {stage}")
   assert made["frozen"] == ("nets", "shardings", *given, None, (), ())  # no ensemble, no base
   assert fitted["constants"] == ("frozen",) and fitted["state"] == "state"
   assert fitted["step"] == ("nets", cfg.ppo, "shardings")
-  assert fitted["batches"] == "batches of ppo" and fitted["num_steps"] == 7
+  assert fitted["batches"] == f"batches of {stage}" and fitted["num_steps"] == 7
   assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
   assert fitted["evaluate"] == ("held-out loss" if documents else None)
   assert [step for step in range(8) if step in fitted["evaluate_steps"]] == [1, 3, 6]
   hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
   assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
-  assert finished == [("ppo", run, 7, ppo.results.Nothing())]
+  assert finished == [(stage, run, 7, ppo.results.Nothing())]
 
 
 @pytest.mark.parametrize("prompts", ["demo:", "jsonl:a"])

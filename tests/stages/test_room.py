@@ -92,6 +92,9 @@ def test_what_an_rl_stage_holds_hand_worked():
   # Of 16 / 2 episodes, 2 layers' inputs of 96. PPO-ptx reads 8 * 2 rows of 64 tokens of text in 2 parts.
   assert minibatch == 8 * 32 * 2 * 96 * 4
   assert [*room.parts(cfg, ONE, "ppo_ptx").values()][3] == 8 * 64 * 2 * 96 * 4
+  half = dataclasses.replace(cfg.execution, dtype="bfloat16")
+  found = [*room.parts(dataclasses.replace(cfg, execution=half), ONE, "ppo").values()]
+  assert found[2:] == [10 * (2 * 32 * 2 * 2 * 48 * 2 + 2000 * 4), minibatch / 2]
   bare = dataclasses.replace(cfg.ppo, advantage="rloo", samples_per_prompt=2)
   found = [*room.parts(dataclasses.replace(cfg, ppo=bare), ONE, "ppo").values()]
   no_values = [12 * policy + 2 * (policy + reward), 4 * policy]

@@ -53,6 +53,15 @@ def _assert_same(left, right):
   jax.tree.map(np.testing.assert_array_equal, _host(left), _host(right))
 
 
+def test_only_stacks_of_layers_are_cut_by_layers(monkeypatch):
+  """So that a reader of one layer decodes no other. Small arrays are not cut."""
+  monkeypatch.setattr(checkpoint, "_CUT", 8)
+  wide = np.zeros((2, 4), np.float32)
+  found = checkpoint._chunks({"layers": {"w": wide, "b": wide[0, :2]}, "table": wide})
+  axes = jax.tree.map(lambda args: args.shard_axes, found)
+  assert axes == {"layers": {"w": (0,), "b": ()}, "table": ()}
+
+
 def test_what_a_checkpoint_took_is_told_once(tmp_path):
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     assert checkpoints.written() == {}

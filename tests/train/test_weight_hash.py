@@ -49,11 +49,14 @@ def test_nothing_is_gathered():
     ("bias", lambda x: x[::-1]),  # the same numbers in another order
     ("bias", lambda x: x.astype(jnp.bfloat16)),
     ("bias", lambda x: x[None]),
+    ("bias", lambda x: x[:, None]),  # the same numbers at the same places, and one of a new dimension
     ("layers", lambda x: x | {"w": x["w"].reshape(3, 4, 8)}),
     (
       "layers",
       lambda x: x | {"w": x["w"][jnp.array([1, 0, 2])]},
     ),  # two layers in each other's place
+    # two elements in each other's place, the sum of whose indices is the same
+    ("layers", lambda x: x | {"w": x["w"].at[0, :2, :2].set(x["w"][0, :2, :2].T)}),
     ("layers", lambda x: {"w2": x["w"], "b": x["b"]}),
   ],
 )
