@@ -151,19 +151,7 @@ def fit(
     run.directory, keep=run.checkpoint.keep, keep_steps=keep_steps, best_metric=best_metric
   )
   with checkpoints, Spent() as spent:
-    start = checkpoints.latest_step() or 0
-    if start > num_steps:
-      raise UserError(
-        f"cannot resume {run.directory}: it holds step {start}, beyond num_steps={num_steps}"
-      )
-    if start:
-      # The state first: `restore` refuses other settings by name, before the data refuse their own position.
-      with spent.on("restore"):
-        state, position = checkpoints.restore(start, state, run.fingerprint, run.files)
-        batches.set_state(position)
-      for line in changes(run, read_meta(run.directory, start)["changeable"]):
-        if progress and jax.process_index() == 0:
-          terminal.say(line)
+    start, state = _resumed(run, checkpoints, state, batches, num_steps, spent, progress)
     if start == num_steps:  # trained to the end, but stopped before the stage wrote its done.json
       return state
     # Before the first step, which may be hours before the first save.
@@ -240,6 +228,36 @@ def fit(
   # Only now may every process read what the first one has written, the metrics for example.
   distributed.meet(f"{run.name} trained")
   return state
+
+
+def _resumed(
+  run: StageRun,
+  checkpoints: Checkpoints,
+  state: Any,
+  batches: Any,
+  num_steps: int,
+  spent: Spent,
+  progress: bool,
+) -> tuple[int, Any]:
+  """(step, state) of the newest checkpoint, to whose place `batches` are moved; (0, `state`) if there is none.
+
+  Args, raises: see `fit`.
+  """
+  start = checkpoints.latest_step() or 0
+  if start > num_steps:
+    raise UserError(
+      f"cannot resume {run.directory}: it holds step {start}, beyond num_steps={num_steps}"
+    )
+  if not start:
+    return 0, state
+  # The state first: `restore` refuses other settings by name, before the data refuse their own position.
+  with spent.on("restore"):
+    state, position = checkpoints.restore(start, state, run.fingerprint, run.files)
+    batches.set_state(position)
+  for line in changes(run, read_meta(run.directory, start)["changeable"]):
+    if progress and jax.process_index() == 0:
+      terminal.say(line)
+  return start, state
 
 
 def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
