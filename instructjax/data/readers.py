@@ -33,7 +33,7 @@ _HUB = re.compile(
 )
 _BATCH = 256  # rows of a table read at once; few, because a row may hold a whole book
 
-Rows = Iterable[tuple[str, Any]]
+RawRecords = Iterable[tuple[str, Any]]
 Decode = Callable[[Any, str, str], Any]
 
 
@@ -56,7 +56,7 @@ class Request:
   source: str
 
 
-def _jsonl(asked: Request) -> tuple[Rows, Decode, bool]:
+def _jsonl(asked: Request) -> tuple[RawRecords, Decode, bool]:
   """`jsonl:PATH` reads JSON lines, or an array in JSON, from a file or from the files of a glob, sorted by name."""
   files = text_file_paths(asked.path)
   if not files:
@@ -64,14 +64,14 @@ def _jsonl(asked: Request) -> tuple[Rows, Decode, bool]:
   return itertools.chain.from_iterable(map(text_files.rows, files)), text_files.decode, False
 
 
-def _hh(asked: Request) -> tuple[Rows, Decode, bool]:
+def _hh(asked: Request) -> tuple[RawRecords, Decode, bool]:
   """`hh:PATH` reads JSON lines in the format of Anthropic-HH, see dialogues.py."""
   if asked.kind == "documents":
     raise UserError(f"{asked.source} must be another source: hh: holds dialogues only")
   return _jsonl(asked)
 
 
-def _labels(asked: Request) -> tuple[Rows, Decode, bool]:
+def _labels(asked: Request) -> tuple[RawRecords, Decode, bool]:
   """`labels:DIR_OR_URL[?until=N][&items=M][&cohort=heldout]` reads the database of a labeling project.
 
   See label_records.py. Each record is on the side of the split where its item is. With `until`, submissions after the
@@ -135,7 +135,7 @@ def text_file_paths(path: str) -> list[str]:
   return found
 
 
-def _parquet(asked: Request) -> tuple[Rows, Decode, bool]:
+def _parquet(asked: Request) -> tuple[RawRecords, Decode, bool]:
   """`parquet:PATH` reads a file, the *.parquet files of a folder, or the files that match a glob, sorted by name."""
   files = parquet_files(asked.path)
   if not files:
@@ -150,7 +150,7 @@ def parquet_files(path: str) -> list[str]:
   return _matches(path)
 
 
-def _parquet_rows(files: list[str], asked: Request) -> Rows:
+def _parquet_rows(files: list[str], asked: Request) -> RawRecords:
   import pyarrow
   import pyarrow.parquet
 
@@ -170,7 +170,7 @@ def _parquet_rows(files: list[str], asked: Request) -> Rows:
       raise UserError(f"cannot read {path}: {why}") from error
 
 
-def _datasets(asked: Request) -> tuple[Rows, Decode, bool]:
+def _datasets(asked: Request) -> tuple[RawRecords, Decode, bool]:
   """`datasets:PATH[:SPLIT]` reads a folder that Hugging Face's `datasets` has written with save_to_disk.
 
   Where there is no such folder, `datasets:[ORG/]NAME[/CONFIG][:SPLIT]` reads a data set of Hugging Face's hub, which is
@@ -231,7 +231,7 @@ def datasets_folder(rest: str) -> tuple[str, str]:
   return path, own_split
 
 
-def _dataset_rows(datasets: dict[str, Any], asked: Request) -> Rows:
+def _dataset_rows(datasets: dict[str, Any], asked: Request) -> RawRecords:
   import pyarrow
 
   for where, dataset in datasets.items():
@@ -245,7 +245,7 @@ def _dataset_rows(datasets: dict[str, Any], asked: Request) -> Rows:
       raise UserError(f"cannot read {where}: {reason(error)}") from error
 
 
-def _table_rows(batches: Iterable[Any], where: str) -> Rows:
+def _table_rows(batches: Iterable[Any], where: str) -> RawRecords:
   """Yields every row as a batch of one, so that a value that cannot be decoded spoils one record only."""
   slices = (batch.slice(row, 1) for batch in batches for row in range(batch.num_rows))
   return ((f"{where}:{number}", row) for number, row in enumerate(slices))
@@ -263,7 +263,7 @@ def _decode_table_row(row: Any, kind: str, where: str) -> Any:
   return _decode_example(example, kind, where)
 
 
-def _tfds(asked: Request) -> tuple[Rows, Decode, bool]:
+def _tfds(asked: Request) -> tuple[RawRecords, Decode, bool]:
   """`tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]` reads any TensorFlow Datasets builder.
 
   The data must be stored as array_record, which is read without TensorFlow. Without SPLIT, the train and validation
@@ -290,7 +290,7 @@ def _data_dir(options: formats.Options) -> dict[str, Any]:
   return {name: places.expand(value, name) for name, value in options.other.items()}
 
 
-def _tfds_rows(source: Any, where: str) -> Rows:
+def _tfds_rows(source: Any, where: str) -> RawRecords:
   for row in range(len(source)):
     try:
       example = source[row]
@@ -381,7 +381,7 @@ class Reader(NamedTuple):
     checksum: of what is read, where files do not tell it; from the path and its options.
   """
 
-  read: Callable[[Request], tuple[Rows, Decode, bool]]
+  read: Callable[[Request], tuple[RawRecords, Decode, bool]]
   files: Callable[[str, formats.Options], list[str]]
   place: Callable[[str, formats.Options], str]
   options: tuple[str, ...] = ()

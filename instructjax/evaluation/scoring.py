@@ -27,7 +27,7 @@ _TOKENS_ELSEWHERE = 16384
 
 
 @pytree
-class Rows:
+class TextRows:
   """A batch of rows of trees; see `branches.run`.
 
   Attributes:
@@ -108,7 +108,7 @@ def _keep(model, params, token_BL, position_BL, last_BL):
   return branches.run(model, params, token_BL, position_BL, last_BL)[1]
 
 
-def _rows(batch: Batch, texts: Sequence[Text], pad_id: int) -> tuple[Rows, np.int32]:
+def _rows(batch: Batch, texts: Sequence[Text], pad_id: int) -> tuple[TextRows, np.int32]:
   """The arrays of a batch, and the most targets of a row."""
   shape = (len(batch.rows), batch.length)
   pads = np.full(shape, pad_id, np.int32)
@@ -132,7 +132,7 @@ def _rows(batch: Batch, texts: Sequence[Text], pad_id: int) -> tuple[Rows, np.in
       start = stop
     most = max(most, place)
   rows = tree_of(
-    Rows,
+    TextRows,
     token_BL=token_BL,
     position_BL=position_BL,
     last_BL=last_BL,
@@ -153,7 +153,7 @@ def _of_texts(batch: Batch, value_BM, likeliest_BM) -> Iterator[tuple[int, Read]
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _read(model: transformer.Model, params: Params, rows: Rows, most: Array, past, past_length):
+def _read(model: transformer.Model, params: Params, rows: TextRows, most: Array, past, past_length):
   """What is read off at each target: (value_BM, is_likeliest_BM); no row has more targets than `most`."""
   columns = (rows.token_BL, rows.position_BL, rows.last_BL)
   h_BLD, _ = branches.run(model, params, *columns, past, past_length)

@@ -20,7 +20,7 @@ from instructjax.models import adapters, transformer
 from instructjax.ops import baselines, gae, kl, masked, surrogate
 from instructjax.ops import rewards as rules
 from instructjax.rl import scoring
-from instructjax.rl.rows import Rows
+from instructjax.rl.rows import RowLayout
 
 _MEMBER = "member_"  # begins the names of further reward models' scores
 
@@ -185,7 +185,7 @@ def score_with_eos_rule(cfg: PPOConfig, score_B: Array, has_eos_B: Array) -> Arr
 
 
 def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
-  """Makes the function for `Rows.score`: from rows of tokens to the four networks' outputs for each token."""
+  """Makes the function for `RowLayout.score`: from rows of tokens to the four networks' outputs for each token."""
 
   def read(token_BL, segment_BL, prompt_length):
     rows = dict(token_BL=token_BL, segment_BL=segment_BL)
@@ -218,7 +218,7 @@ def _read(nets: Nets, cfg: PPOConfig, state: PPOState, frozen: Frozen):
 
 
 def from_rollout(
-  nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, rollout: Rollout
+  nets: Nets, cfg: PPOConfig, rows: RowLayout, state: PPOState, frozen: Frozen, rollout: Rollout
 ) -> Scored:
   """Scores a rollout with all four networks, and computes rewards, advantages and returns.
 
@@ -233,7 +233,7 @@ def from_rollout(
 
 
 def read(
-  nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, rollout: Rollout
+  nets: Nets, cfg: PPOConfig, rows: RowLayout, state: PPOState, frozen: Frozen, rollout: Rollout
 ) -> Readings:
   """Reads a rollout with all four networks; arguments as `from_rollout`."""
   mask_BR = rollout.is_response_BR

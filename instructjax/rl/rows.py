@@ -28,7 +28,7 @@ from instructjax.train import accumulation
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-  """The result of `Rows.gradient`.
+  """The result of `RowLayout.gradient`.
 
   Attributes:
     loss, metrics: means over the tokens that count; a metric named `..._max` is a maximum.
@@ -43,7 +43,7 @@ class Gradient:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RowLayout:
   """The two operations.
 
   Attributes:
@@ -59,48 +59,48 @@ class Rows:
   gradient: Callable[[Callable, Params, Any, str], Gradient]
 
 
-def padded(score_chunks: int = 1, chunks: int = 1) -> Rows:
+def padded(score_chunks: int = 1, chunks: int = 1) -> RowLayout:
   """One episode a row, as in the rollout.
 
   Args:
     score_chunks: parts of a rollout that are scored one after the other; divides its rows.
     chunks: parts of a minibatch whose gradients are taken one after the other; divides its rows.
   """
-  return Rows(
+  return RowLayout(
     score=functools.partial(_score_padded, score_chunks),
     gradient=functools.partial(_gradient_padded, chunks),
   )
 
 
-def shared(num_rows: int, pad_id: int) -> Rows:
+def shared(num_rows: int, pad_id: int) -> RowLayout:
   """Several episodes a row.
 
   Args:
     num_rows: rows of L columns that are computed at a time; divides the rows of a minibatch.
     pad_id: token id at pads.
   """
-  return Rows(
+  return RowLayout(
     score=functools.partial(_score_shared, num_rows, pad_id),
     gradient=functools.partial(_gradient_shared, num_rows, pad_id),
   )
 
 
 def _score_padded(num_chunks: int, read, rollout: Rollout):
-  """`Rows.score` of padded rows."""
+  """`RowLayout.score` of padded rows."""
   read_rows = lambda tokens: read(*tokens, prompt_length=rollout.prompt_length)
   tokens = (rollout.token_BL, rollout.is_token_BL)
   return accumulation.map_rows(read_rows, tokens, num_chunks), rollout.token_BL.size
 
 
 def _gradient_padded(num_chunks: int, loss_fn, params: Params, batch: Any, over: str) -> Gradient:
-  """`Rows.gradient` of padded rows."""
+  """`RowLayout.gradient` of padded rows."""
   count = lambda rows: {"loss": jnp.sum(getattr(rows, over))}
   (loss, metrics), grads = accumulation.mean_gradient(loss_fn, params, batch, num_chunks, count)
   return Gradient(loss, metrics, grads, batch.token_BL.size)
 
 
 def _score_shared(num_rows: int, pad_id: int, read, rollout: Rollout):
-  """`Rows.score` of shared rows: moves tokens there, reads them chunk by chunk, and moves the results back."""
+  """`RowLayout.score` of shared rows: moves tokens there, reads them chunk by chunk, and moves the results back."""
   placement = shared_rows.first_fit(rollout.is_token_BL, rows=num_rows)
   token_BL = shared_rows.to_shared(placement, rollout.token_BL, pad_id)
 
@@ -121,7 +121,7 @@ def _score_shared(num_rows: int, pad_id: int, read, rollout: Rollout):
 def _gradient_shared(
   num_rows: int, pad_id: int, loss_fn, params: Params, batch: Any, over: str
 ) -> Gradient:
-  """`Rows.gradient` of shared rows. Each minibatch has other episodes, so each gets a placement of its own."""
+  """`RowLayout.gradient` of shared rows. Each minibatch has other episodes, so each gets a placement of its own."""
   placement = shared_rows.first_fit(batch.segment_BL > 0, rows=num_rows)
 
   # In shared rows P is 1, so R = L - 1. The arrays have all L columns up to here, because cells are rows times columns.

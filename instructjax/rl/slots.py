@@ -31,7 +31,7 @@ from instructjax.parallel import constraints, sharding
 
 
 @pytree
-class Rows:
+class SlotRows:
   """The rows in a shard's slots, or those that are staged for them.
 
   Attributes:
@@ -60,7 +60,7 @@ class Queue:
   """
 
   next: Array
-  staged: Rows
+  staged: SlotRows
   cache: Any
 
 
@@ -87,7 +87,7 @@ class Run:
 
   step: Array
   slot_steps: Array
-  rows: Rows
+  rows: SlotRows
   cache: Any
   output: Output
 
@@ -188,7 +188,7 @@ def _start(task: Task, width: int) -> tuple[Run, Queue]:
   shards, _, prompt_length = task.token_XQP.shape
   none_XS = jnp.zeros((shards, width), jnp.int32)
   no_prompt_XSP = jnp.zeros((shards, width, prompt_length), bool)
-  rows = constraints.shard_rows(Rows(none_XS, no_prompt_XSP, none_XS, none_XS, none_XS > 0))
+  rows = constraints.shard_rows(SlotRows(none_XS, no_prompt_XSP, none_XS, none_XS, none_XS > 0))
   output = Output(
     jnp.full(task.uniform_XQR.shape, task.model.vocab_size, jnp.int32),  # pads
     jnp.zeros(task.uniform_XQR.shape, jnp.float32),
@@ -289,7 +289,7 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
   cache = _prompt_cache(task, len(token_BP))
   logits_BV, cache = decoding.prefill(task.model, task.weights, token_BP, is_prompt_BP, cache)
   drawn = task.draw(logits_BV, _flat(take(task.uniform_XQR[:, :, 0], row_XS)))
-  rows = Rows(
+  rows = SlotRows(
     row_S=row_XS,
     is_prompt_SP=is_prompt_XSP,
     token_S=queue.staged.token_S,
@@ -301,8 +301,8 @@ def _stage(task: Task, output: Output, queue: Queue) -> tuple[Output, Queue]:
 
 
 def _append(
-  task: Task, output: Output, rows: Rows, token_B: Array, logprob_B: Array
-) -> tuple[Output, Rows]:
+  task: Task, output: Output, rows: SlotRows, token_B: Array, logprob_B: Array
+) -> tuple[Output, SlotRows]:
   """Adds the drawn tokens to the live rows, and ends rows that drew a stop token or reached the length limit."""
   _, num_rows, max_new_tokens = task.uniform_XQR.shape
   token_XS, logprob_XS = (x.reshape(rows.row_S.shape) for x in (token_B, logprob_B))
@@ -330,7 +330,7 @@ def _take(task: Task, run: Run, queue: Queue) -> tuple[Run, Queue]:
   """Moves one staged row of each shard to a free slot, if the shard has both."""
   _, width, prompt_length = run.rows.is_prompt_SP.shape
 
-  def move(rows: Rows, staged: Rows):
+  def move(rows: SlotRows, staged: SlotRows):
     slot, which = jnp.argmin(rows.is_live_S), jnp.argmax(staged.is_live_S)
     moves = staged.is_live_S[which] & ~rows.is_live_S[slot]
     # Without a move, the slot is past the last one, and 'drop' ignores what is written, here and to the cache.

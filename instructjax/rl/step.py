@@ -35,11 +35,11 @@ from instructjax.ops import kl, masked, surrogate
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import experience, sampling, scoring
 from instructjax.rl.experience import Experience, Frozen, Nets, Scored
-from instructjax.rl.rows import Rows, padded, shared
+from instructjax.rl.rows import RowLayout, padded, shared
 from instructjax.train import accumulation, optim, supervised
 
 
-def make_rows(cfg: PPOConfig, pad_id: int) -> Rows:
+def make_rows(cfg: PPOConfig, pad_id: int) -> RowLayout:
   """How episodes lie in rows, and how many rows are scored and trained on at a time."""
   if cfg.packed_rows:
     return shared(cfg.packed_rows, pad_id)
@@ -149,7 +149,7 @@ def _clip(grads: Params, max_norm: float | None):
 def policy_gradient(
   nets: Nets,
   cfg: PPOConfig,
-  rows: Rows,
+  rows: RowLayout,
   frozen: Frozen,
   params: Params,
   batch: Experience,
@@ -205,7 +205,7 @@ def _once_warm(cfg: PPOConfig, state: PPOState, old: Any, new: Any) -> Any:
 def _minibatch_update(
   nets: Nets,
   cfg: PPOConfig,
-  rows: Rows,
+  rows: RowLayout,
   frozen: Frozen,
   state: PPOState,
   batch: Experience,
@@ -243,7 +243,7 @@ def _minibatch_update(
 def update(
   nets: Nets,
   cfg: PPOConfig,
-  rows: Rows,
+  rows: RowLayout,
   frozen: Frozen,
   state: PPOState,
   episodes: Experience,
@@ -281,7 +281,7 @@ def update(
 
 
 def train_step(
-  nets: Nets, cfg: PPOConfig, rows: Rows, state: PPOState, frozen: Frozen, batch: dict
+  nets: Nets, cfg: PPOConfig, rows: RowLayout, state: PPOState, frozen: Frozen, batch: dict
 ) -> tuple[PPOState, dict[str, Array], Samples]:
   """One PPO iteration. Traceable.
 
@@ -336,7 +336,7 @@ def sample_rollout(
 def learn(
   nets: Nets,
   cfg: PPOConfig,
-  rows: Rows,
+  rows: RowLayout,
   state: PPOState,
   frozen: Frozen,
   batch: dict,

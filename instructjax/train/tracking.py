@@ -26,9 +26,9 @@ from instructjax.core.errors import Preempted, UserError, Waiting, reason
 from instructjax.train.metrics import read_metrics
 from instructjax.train.trackers import (
   Ledger,
-  Rows,
   Run,
   Status,
+  TableRows,
   Tracker,
   read_ledger,
 )
@@ -107,7 +107,7 @@ class Sender:
       if record["step"] <= begun.start:
         self._log_record(begun.stage, record)
 
-  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: Rows):
+  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: TableRows):
     """Sends a step, unless it was sent."""
     if self._ledger and self._ledger.has(stage, step):
       return
@@ -116,7 +116,7 @@ class Sender:
       self._ledger.add(stage, step)
     self._tracker.log(stage, step, metrics, rows)
 
-  def report(self, numbers: Mapping[str, float], tables: Mapping[str, Rows]):
+  def report(self, numbers: Mapping[str, float], tables: Mapping[str, TableRows]):
     """Sends what was measured once."""
     if self._ledger:
       self._ledger.add("", 0)
@@ -238,7 +238,7 @@ class Tracking:
     for worker in self._workers:
       worker.put("begin", Begun(stage, directory, start, past, is_new))
 
-  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: Rows):
+  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: TableRows):
     """The metrics of a step, and the samples that are shown with it."""
     if not self._workers or not self._is_point({**metrics, "step": step}):
       return
@@ -252,7 +252,7 @@ class Tracking:
     for worker in self._workers:
       worker.put("log", stage, step, metrics, rows)
 
-  def report(self, stage: str, measured: Any, tables: Mapping[str, Rows] | None = None):
+  def report(self, stage: str, measured: Any, tables: Mapping[str, TableRows] | None = None):
     """What a stage measured once: a nested record of numbers, and tables by name."""
     numbers = {f"{stage}/{name}": value for name, value in flat_numbers(measured).items()}
     named = {f"{stage}/{name}": rows for name, rows in (tables or {}).items() if rows}

@@ -188,7 +188,7 @@ def test_a_reward_model_whose_pad_is_the_eos_is_read_before_it(nets, ppo_config,
   zero_BR, column_L = jnp.zeros(MASK_BR.shape), jnp.arange(episodes.LENGTH, dtype=jnp.float32)
   said = {"ref_logprob_BR": zero_BR, "value_BR": zero_BR}
   said["score_BL"] = jnp.broadcast_to(column_L, rollout.token_BL.shape)
-  fake = rows.Rows(score=lambda read, rollout: (said, 1), gradient=None)
+  fake = rows.RowLayout(score=lambda read, rollout: (said, 1), gradient=None)
   state = ppo_step.create_state({}, {}, nets, ppo_config, jax.random.key(0))
 
   def columns(**changes):

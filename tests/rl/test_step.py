@@ -248,7 +248,7 @@ def test_each_networks_loss_is_a_mean_over_its_own_tokens(nets, ppo_config):
 
   params, value_params = {"w": jnp.float32(1)}, {"w": jnp.float32(2)}
   state = ppo_step.create_state(params, value_params, nets, ppo_config, jax.random.key(0))
-  fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
+  fake, batch = rows.RowLayout(score=None, gradient=gradient), episodes.make_experience()
   ppo_step._minibatch_update(nets, ppo_config, fake, ALL_TRAINED, state, batch, None)
   assert asked == [
     (ppo_step.policy_loss, 1, "is_actor_BR"),
@@ -297,7 +297,7 @@ def test_in_the_warm_up_only_the_value_network_learns(nets, ppo_config, step):
   params, value_params = {"w": jnp.float32(0.1)}, {"w": jnp.float32(2)}
   state = ppo_step.create_state(params, value_params, nets, cfg, jax.random.key(0))
   state = dataclasses.replace(state, step=jnp.int32(step))
-  fake, batch = rows.Rows(score=None, gradient=gradient), episodes.make_experience()
+  fake, batch = rows.RowLayout(score=None, gradient=gradient), episodes.make_experience()
   after, metrics = ppo_step._minibatch_update(nets, cfg, fake, ALL_TRAINED, state, batch, None)
   same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
   stays = step < 3

@@ -49,7 +49,8 @@ def test_nothing_is_gathered():
     ("bias", lambda x: x[::-1]),  # the same numbers in another order
     ("bias", lambda x: x.astype(jnp.bfloat16)),
     ("bias", lambda x: x[None]),
-    ("bias", lambda x: x[:, None]),  # the same numbers at the same places, and one of a new dimension
+    # the same numbers at the same places, and one of a new dimension
+    ("bias", lambda x: x[:, None]),
     ("layers", lambda x: x | {"w": x["w"].reshape(3, 4, 8)}),
     (
       "layers",

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 Status = Literal["finished", "failed", "stopped"]
-Rows = Sequence[Mapping[str, Any]]  # of a table; the keys of the first one name the columns
+TableRows = Sequence[Mapping[str, Any]]  # of a table; the keys of the first one name the columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Tracker(Protocol):
     """A stage begins, or goes on after step `start`; its folder is `directory`."""
     ...
 
-  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: Rows):
+  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: TableRows):
     """The metrics of a step of the stage, and sampled answers, of which there may be none."""
     ...
 
-  def report(self, numbers: Mapping[str, float], tables: Mapping[str, Rows]):
+  def report(self, numbers: Mapping[str, float], tables: Mapping[str, TableRows]):
     """What was measured once, at a stage's end."""
     ...
 

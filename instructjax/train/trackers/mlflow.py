@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from instructjax.train.trackers import Ledger, Rows, Run, Status
+from instructjax.train.trackers import Ledger, Run, Status, TableRows
 
 _MOST_PARAMS, _LONGEST_PARAM = 100, 6000  # MLflow's limits on a request and on a value
 _MOST_METRICS = 1000
@@ -89,13 +89,13 @@ class Mlflow:
   def begin(self, stage: str, directory: pathlib.Path, start: int):
     """Nothing: a stage is known by its first metrics."""
 
-  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: Rows):
+  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: TableRows):
     """Logs the metrics, and samples as an artifact in the form of MLflow's tables."""
     self._log_metrics({f"{stage}/{name}": value for name, value in metrics.items()}, step)
     if rows:
       self._log_table(f"{stage}/samples/{step:08}", rows)
 
-  def report(self, numbers: Mapping[str, float], tables: Mapping[str, Rows]):
+  def report(self, numbers: Mapping[str, float], tables: Mapping[str, TableRows]):
     """Logs numbers as metrics of step 0, as far as they are new, and tables as artifacts."""
     known = self._client.get_run(self.id).data.metrics
     new = {n: value for n, value in numbers.items() if known.get(allowed(n)) != value}
@@ -112,7 +112,7 @@ class Mlflow:
     for i in range(0, len(metrics), _MOST_METRICS):
       self._client.log_batch(self.id, metrics=metrics[i : i + _MOST_METRICS])
 
-  def _log_table(self, name: str, rows: Rows):
+  def _log_table(self, name: str, rows: TableRows):
     table = {"columns": [*rows[0]], "data": [[*row.values()] for row in rows]}
     self._client.log_dict(self.id, table, f"{allowed(name)}.json")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from instructjax.train.trackers import Ledger, Rows, Run, Status
+from instructjax.train.trackers import Ledger, Run, Status, TableRows
 
 
 def create(run: Run, before: Ledger | None) -> "TensorBoard":
@@ -46,7 +46,7 @@ class TensorBoard:
       again = self._proto.SessionLog(status=self._proto.SessionLog.START)
       self._append(self._proto.Event(step=start + 1, session_log=again))
 
-  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: Rows):
+  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: TableRows):
     """Appends an event for each metric. Samples are in the terminal only: TensorBoard has no tables."""
     from tensorboardX import summary
 
@@ -55,7 +55,7 @@ class TensorBoard:
       scalar = summary.scalar(name, value)
       self._append(self._proto.Event(wall_time=time.time(), step=step, summary=scalar))
 
-  def report(self, numbers: Mapping[str, float], tables: Mapping[str, Rows]):
+  def report(self, numbers: Mapping[str, float], tables: Mapping[str, TableRows]):
     """Nothing: what is measured once is no curve."""
 
   def close(self, status: Status):

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Mapping
 
 from instructjax.core.errors import UserError
-from instructjax.train.trackers import Ledger, Rows, Run, Status
+from instructjax.train.trackers import Ledger, Run, Status, TableRows
 
 # Seconds that W&B has, at the end, to send what is left. It stays on the disk, from where `wandb sync` sends it.
 _LAST_SECONDS = 60.0
@@ -115,7 +115,7 @@ class Wandb:
   def begin(self, stage: str, directory: pathlib.Path, start: int):
     """Nothing: a stage is known by its first metrics."""
 
-  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: Rows):
+  def log(self, stage: str, step: int, metrics: Mapping[str, float], rows: TableRows):
     """Adds a row to the run's history."""
     values = {f"{stage}/{name}": value for name, value in metrics.items()}
     if rows:
@@ -127,7 +127,7 @@ class Wandb:
       self._defined.add(name)
     self._send({**values, axis: step})
 
-  def report(self, numbers: Mapping[str, float], tables: Mapping[str, Rows]):
+  def report(self, numbers: Mapping[str, float], tables: Mapping[str, TableRows]):
     """Writes numbers to the run's summary, and tables to its history."""
     self._run.summary.update(dict(numbers))
     self._send({name: self._table(rows) for name, rows in tables.items()})
@@ -137,7 +137,7 @@ class Wandb:
       self._run.mark_preempting()  # the same command goes on with it
     self._run.finish(exit_code=0 if status == "finished" else 1)
 
-  def _table(self, rows: Rows):
+  def _table(self, rows: TableRows):
     return self._wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
 
   def _send(self, values: Mapping):
