@@ -15,7 +15,7 @@ anything.
   disk   A file system with room for a random part of the run, or with a random number of bytes left. Linux, as root.
   limit  No file may become larger than a random size (RLIMIT_FSIZE).
   pair   Two processes, of which one is killed, stopped (SIGSTOP) or stuck (its main thread loops, its others live) at
-         a random moment after they have met. Both must end in time (see --patience) with the exit codes of
+         a random moment, while they start too. Both must end in time (see --patience) with the exit codes of
          docs/pods.md and one line each. The pair is then started again, up to three times with each kind of loss, and
          must end as an undisturbed pair does.
 
@@ -44,6 +44,7 @@ from collections.abc import Iterator
 
 from benchmarks import fault_runs as runs
 from benchmarks import moments
+from instructjax.parallel.distributed import JOINING
 from tests import quick
 
 KINDS = ("kill", "bits", "disk", "limit", "pair")
@@ -327,7 +328,9 @@ def pair(bench: Bench, rng: random.Random, number: int, patience: float) -> Iter
     with contextlib.suppress(ProcessLookupError):
       os.kill(runs.worker_of(pod[victim]), SIGNALS[how])
     began = time.monotonic()
-    codes = runs.wait_for_pair(pod, soon + patience)
+    # One that is lost before the two have met is waited for as long as one that never came.
+    longest = JOINING if present == before else soon
+    codes = runs.wait_for_pair(pod, longest + patience)
     took = time.monotonic() - began
     wrong = _end_of_pair(workdir, how, victim, codes)
     tries.append(Try("pair", f"{how}, {stage}, process {victim}, {took:.0f} s", wrong))
