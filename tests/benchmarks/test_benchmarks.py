@@ -24,10 +24,17 @@ def test_parity_says_in_one_line_which_extra_it_needs(monkeypatch, capsys):
   assert "instructjax[compare]" in printed.err
 
 
-@pytest.mark.parametrize(("value", "code"), [(4e-4, 0), (6e-4, 1), (float("nan"), 1)])
-def test_a_broken_bound_is_marked_and_ends_the_command_with_1(monkeypatch, capsys, value, code):
+@pytest.mark.parametrize(
+  ("value", "theirs", "code"),
+  [(4e-4, 0.0, 0), (6e-4, 1e-4, 1), (6e-4, 3e-4, 0), (1e-3, 3e-4, 1), (float("nan"), 3e-4, 1)],
+)
+def test_a_broken_bound_is_marked_and_ends_the_command_with_1(
+  monkeypatch, capsys, value, theirs, code
+):
+  """Logits may be 5e-4 from the exact ones, or three times as far as the other program's."""
   monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: name)
-  monkeypatch.setattr(parity, "cases", lambda gguf, texts: [("one", {"left": value, "greedy": 0})])
+  row = {"left": value, "theirs": theirs, "greedy": 0}
+  monkeypatch.setattr(parity, "cases", lambda gguf, texts: [("one", row)])
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # main sets it
   assert parity.main([]) == code
   printed = capsys.readouterr().out
