@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("--exact", type=int, default=25)
   parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
   flags = parser.parse_args(argv)
+  if not 1 <= flags.exact <= flags.items:
+    parser.error(f"--exact={flags.exact} must be from 1 to --items={flags.items}")
   data = os.environ.get("INSTRUCTJAX_DATA_DIR")
   if not data:
     parser.error("INSTRUCTJAX_DATA_DIR must name the folder that holds hellaswag/")
@@ -107,12 +109,12 @@ def main(argv: list[str] | None = None) -> int:
   path = weights.locate(MODEL).path
   mine = harness.InstructJax(checkpoint=MODEL)
 
-  def transformers(dtype):
+  def load_theirs(dtype: str) -> HFLM:
     with tempfile.TemporaryDirectory() as folder:
       pathlib.Path(folder, path.name).symlink_to(path)
       return HFLM(pretrained=folder, gguf_file=path.name, dtype=dtype, device="cpu")
 
-  other = transformers("float32")
+  other = load_theirs("float32")
   sides = {"ours": lambda: mine.loglikelihood(asked, disable_tqdm=True)}
   for size in flags.batch_sizes:
 
@@ -138,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     abs(one - two) / count
     for (one, _), (two, _), count in zip(results["ours"], results[base], tokens)
   ]
-  exact = transformers("float64").loglikelihood(asked[: 4 * flags.exact], disable_tqdm=True)
+  exact = load_theirs("float64").loglikelihood(asked[: 4 * flags.exact], disable_tqdm=True)
   from_exact = lambda answers: max(abs(one - two) for (one, _), (two, _) in zip(answers, exact))
   shots = requests(found[: flags.items], found[flags.items : flags.items + flags.shots])
   line = {

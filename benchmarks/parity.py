@@ -59,7 +59,7 @@ BOUNDS = {
   "texts": 0,
 }
 # Logits may be so many times as far from the exact ones as transformers' float32: where attention is sharp, rounding
-# exceeds a fixed bound. XLA's products of 256 terms on a CPU are 1.4 times as far from the exact ones as torch's.
+# alone comes near a fixed bound.
 ROUNDINGS = 3
 
 
