@@ -43,16 +43,20 @@ def win_rate(
 ) -> tuple[float, list[float]]:
   """How often policy a's answer to a prompt is judged better than b's, as (rate, 95% interval).
 
+  Each answer of a is compared with each of b to the same prompt. Comparing the first with the first and so on would
+  estimate the same rate from fewer comparisons, and so less exactly.
+
   Args:
     a, b: answers of two policies to the same prompts, in the same order.
     samples_per_prompt: answers to each prompt, which stand in a row.
     bootstrap: number of resamples of the prompts.
     rng: NumPy generator for the resampling.
   """
-  difference = judged(a) - judged(b)
+  a_PS, b_PS = (judged(one).reshape(-1, samples_per_prompt) for one in (a, b))
+  difference_PSS = a_PS[:, :, None] - b_PS[:, None, :]
   # A tie is half a win for each: the rates of a over b and of b over a add up to 1, and equal policies get 0.5.
-  wins = (difference > 0) + 0.5 * (difference == 0)
-  return mean_of(wins, samples_per_prompt, bootstrap, rng)
+  wins_PSS = (difference_PSS > 0) + 0.5 * (difference_PSS == 0)
+  return mean_interval(wins_PSS.mean(axis=(1, 2)), bootstrap, rng)
 
 
 def loss_difference(rows_a, rows_b, bootstrap: int, rng) -> tuple[float, list[float]]:

@@ -33,6 +33,14 @@ def test_win_rate_counts_ties_half_and_resamples_prompts():
   assert (rate, interval) == (0.5, [0.0, 1.0])
 
 
+def test_win_rate_compares_every_answer_to_a_prompt_with_every_other():
+  rng = np.random.default_rng(0)
+  # Prompt 1: of 4 comparisons, 1 > 0 and 3 > 0, 3 > 2 are won, 1 < 2 is lost. Prompt 2: two ties, two losses.
+  a, b = _scored([1, 3, 0, 0]), _scored([0, 2, 0, 5])
+  assert intervals.win_rate(a, b, 2, 100, rng)[0] == (3 / 4 + 1 / 4) / 2
+  assert intervals.win_rate(b, a, 2, 100, rng)[0] == 1 - (3 / 4 + 1 / 4) / 2
+
+
 def test_interval_is_the_normal_one_for_many_prompts():
   values = np.random.default_rng(1).normal(3, 2, 400)
   mean, (low, high) = intervals.mean_interval(values, 4000, np.random.default_rng(0))
