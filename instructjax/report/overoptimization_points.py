@@ -1,6 +1,7 @@
 """Over-optimisation at the checkpoints of PPO with beta = 0: few points on the test prompts, with 95% intervals.
 
-overoptimization.py has every iteration of its log. Called by page.py, and drawn by panels.py. Pure functions of what
+overoptimization.py has every iteration of its log, which the policy itself has answered; here it is the weights that
+are judged, by default an average over iterations. Called by page.py, and drawn by panels.py. Pure functions of what
 evaluation measured.
 """
 

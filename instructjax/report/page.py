@@ -267,15 +267,16 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
   def cell(gain: Mapping | None) -> tuple[str, str]:
     return (tables.number(gain["gain"]), between(gain["interval"])) if gain else ("not reached", "")
 
+  def place(point: Mapping) -> list[tuple[str, str]]:
+    return [(tables.number(point["kl"]), between(point["kl_interval"])), cell(point)]
+
   def row(name: str, method: Mapping) -> dict:
-    end = method["end"]
     return {
       "title": panels.NAMES.get(name, "Best of n"),
       "colour": colours[name],
       "cells": [cell(gain) for gain in method["at"]],
-      "end": [(tables.number(end["kl"]), between(end["kl_interval"])), cell(end)]
-      if end
-      else [("", "")] * 2,
+      "checkpoints": [(point["step"], place(point)) for point in method["checkpoints"]],
+      "end": place(method["end"]) if method["end"] else [("", "")] * 2,
     }
 
   draw = lambda ax: panels.draw_equal_kl(ax, results, table)

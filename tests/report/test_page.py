@@ -13,6 +13,7 @@ from instructjax import report
 from instructjax.core import results as core_results
 from instructjax.report import (
   costs,
+  equal_kl,
   figures,
   findings,
   overoptimization_points,
@@ -295,6 +296,15 @@ def test_the_page_says_what_the_curves_at_equal_kl_are_of():
   assert "resampling the test prompts, of the initialisation" in kept
   for word in ("training prompts", "running means", "iterations"):
     assert word not in kept
+  # The dots in numbers too.
+  table = equal_kl.table(example.with_checkpoints(), bootstrap=BOOTSTRAP, seed=CONFIG.seed)
+  point = table["methods"]["ppo_ptx"]["checkpoints"][1]
+  cells = (
+    "{} [{}, {}]".format(*map(tables.number, (point[key], *point[bounds]))).replace(" [", "[")
+    for key, bounds in (("kl", "kl_interval"), ("gain", "interval"))
+  )
+  assert f"PPO-ptx4{''.join(cells)}" in kept
+  assert "The checkpoints in numbers" not in logs
 
 
 def test_checkpoints_without_a_penalty_are_told_in_words():
