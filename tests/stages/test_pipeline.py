@@ -469,8 +469,14 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
 
 def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo")
-  # Chunks of pretraining rows, which may change as well.
-  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_microbatches=2, checkpoint__every_steps=1)
+  # Chunks of pretraining rows and the checkpoints that stay, which may change as well.
+  limited = config(
+    specs,
+    ppo__max_kl=1.0,
+    ppo__ptx_microbatches=2,
+    checkpoint__every_steps=1,
+    evaluate__checkpoints=3,
+  )
   message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
   with pytest.raises(StageStopped, match=message):
     run_stage(limited, workdir, "ppo")
