@@ -273,6 +273,7 @@ def base(stage: str) -> ConfigDict:
         bootstrap=1000,
         pretrain_batches=8,
         pretrain_every=50,
+        checkpoints=0,  # open: at 1.3B a state of PPO takes tens of GB, and all that are asked for stay on the disk
       ),
     )
   )

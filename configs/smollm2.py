@@ -95,4 +95,5 @@ def change(config):
     best_of_n_prompts=16,
     pretrain_batches=4,
     pretrain_every=12,
+    checkpoints=3,
   )

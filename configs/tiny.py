@@ -96,4 +96,5 @@ def change(config):
     best_of_n_prompts=32,
     pretrain_batches=16,
     pretrain_every=8,
+    checkpoints=4,
   )

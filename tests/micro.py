@@ -109,6 +109,7 @@ def config_dict(stage: str, specs: dict[str, str]):
     best_of_n=0,
     bootstrap=10,
     pretrain_batches=1,
+    checkpoints=0,
   )
   return config
 

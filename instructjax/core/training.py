@@ -265,6 +265,9 @@ class EvaluateConfig:
   pretrain_batches: int
   # iterations between two measurements of the pretraining loss in an RL stage [iterations]
   pretrain_every: int
+  # checkpoints of each RL run, evenly between its start and its end, that stay on disk and whose answers to the test
+  # prompts are measured; 0 is none [checkpoints]
+  checkpoints: int
 
   def validate(self, where: str):
     sizes = (
@@ -288,6 +291,9 @@ class EvaluateConfig:
     require(
       self.group_size >= 2,
       f"{where}.group_size={self.group_size} must be at least 2: the answers to a prompt are compared",
+    )
+    require(
+      self.checkpoints >= 0, f"{where}.checkpoints={self.checkpoints} must be >= 0; 0 is none"
     )
     # The run without KL penalty is no target. `overoptimization` switches it on.
     known = [name for name in RL_STAGES if name in TARGETS]

@@ -6,8 +6,10 @@ global state.
 
 import io
 import re
+from collections.abc import Sequence
 
 from instructjax.report import overoptimization, panels
+from instructjax.report.overoptimization import Point
 from instructjax.report.panels import INK
 from instructjax.report.results import Results
 
@@ -97,8 +99,15 @@ def svg(draws: list, label: str, *, columns: int, height: float = 2.9) -> str:
     return "" if figure is None else _svg(figure, label)
 
 
-def overview(results: Results, wins: dict, path):
-  """Writes report.png, which shows a run in six panels and is meant for a README."""
+def overview(results: Results, wins: dict, points: Sequence[Point], path):
+  """Writes report.png, which shows a run in six panels and is meant for a README.
+
+  Args:
+    results: what evaluation measured.
+    wins: the win rates, as of `findings.win_matrix`.
+    points: as of `overoptimization_points.of_results`.
+    path: the file.
+  """
   curves = results.curves
   # A run from given weights may have no baseline and no base.
   opponents = [name for name in ("sft", "reward_base", "base", "ppo_init") if name in wins][:2]
@@ -109,7 +118,7 @@ def overview(results: Results, wins: dict, path):
     lambda ax: panels.draw_curve(ax, curves, "kl", title, square_root=True),
     lambda ax: panels.draw_tax(ax, results),
     lambda ax: panels.draw_win_rates(ax, wins, opponents),
-    lambda ax: panels.draw_overoptimization(ax, results, pushed),
+    lambda ax: panels.draw_overoptimization(ax, results, pushed, points),
     lambda ax: panels.draw_accuracy(ax, results),
   ]
   with _style():

@@ -1,15 +1,35 @@
 """Over-optimisation: gold score and reward-model score against sqrt(KL) (Gao et al. 2022, arXiv:2210.10760).
 
-As a policy is optimised against the reward model, the reward rises while the gold score rises and then falls. Called by
-panels.py, figures.py and page.py. Pure functions of what evaluation measured; draws nothing.
+As a policy is optimised against the reward model, the reward rises while the gold score rises and then falls. Here RL
+is measured by its log, one point an iteration on that iteration's training prompts; overoptimization_points.py has
+checkpoints on the test prompts. Called by these, panels.py, figures.py and page.py. Pure functions of what evaluation
+measured; draws nothing.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from instructjax.report.results import Results
+from instructjax.report.intervals import Interval
+from instructjax.report.results import Measured, Results
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """PPO with beta = 0 after some iterations, measured on the test prompts, with 95% intervals over prompts.
+
+  Attributes:
+    step: iterations that it has had; None for the finished policy.
+    distance: sqrt(KL) from the PPO initialisation, and its interval.
+    scores: `gold`, if there are gold scores, and `reward` -> what is gained over the PPO initialisation on the same
+      prompts, in standard deviations over its answers, and the interval.
+  """
+
+  step: int | None
+  distance: tuple[float, Interval]
+  scores: Mapping[str, tuple[float, Interval]]
 
 
 def column(rows: Iterable[Mapping[str, Any]], *keys: str) -> list[np.ndarray]:
@@ -46,10 +66,7 @@ def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
   init = results.measured.get("ppo_init")
   if init is None:
     return {}
-  answers = (
-    {"reward": init.reward} if init.gold is None else {"gold": init.gold, "reward": init.reward}
-  )
-  deviation = {key: float(np.std(values)) or 1.0 for key, values in answers.items()}
+  answers = deviation = deviations(init)
   found = {}
   if results.best_of_n:
     kl, *rows = column(map(vars, results.best_of_n), "kl", *answers)
@@ -67,6 +84,14 @@ def scores(results: Results) -> dict[str, dict[str, np.ndarray]]:
       key: (row - origin) / deviation[key] for key, row, origin in zip(answers, rows, origins)
     }
   return found
+
+
+def deviations(init: Measured) -> dict[str, float]:
+  """`gold`, if there is one, and `reward` -> the standard deviation over the PPO initialisation's answers."""
+  answers = {"gold": init.gold, "reward": init.reward}
+  return {
+    key: float(np.std(values)) or 1.0 for key, values in answers.items() if values is not None
+  }
 
 
 def _penalty(which: str, distance):

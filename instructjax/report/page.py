@@ -27,6 +27,7 @@ from instructjax.report import (
   findings,
   overoptimization,
   overoptimization_fits,
+  overoptimization_points,
   panels,
   rounds,
   tables,
@@ -229,11 +230,12 @@ def _reward_model(results: Results) -> markupsafe.Markup:
 
 
 def _overoptimization(results: Results, *, bootstrap: int, seed: int) -> dict:
-  """The figure of over-optimisation, the fitted curves in words, and whether PPO is among them."""
+  """The figure of over-optimisation, the fitted curves and the checkpoints in words, and whether PPO is among them."""
+  points = overoptimization_points.of_results(results, bootstrap=bootstrap, seed=seed)
   fits = overoptimization_fits.of_results(results, bootstrap=bootstrap, seed=seed)
   scores = overoptimization.scores(results)
   draws = [
-    lambda ax, which=which: panels.draw_overoptimization(ax, results, which)
+    lambda ax, which=which: panels.draw_overoptimization(ax, results, which, points)
     for which in ("best_of_n", "rl")
   ]
   has_gold = any("gold" in found for found in scores.values())
@@ -247,6 +249,7 @@ def _overoptimization(results: Results, *, bootstrap: int, seed: int) -> dict:
       for key, fit in found.items()
       if has_gold
     ),
+    "points": overoptimization_points.in_words(points) if "rl" in scores else "",
     "has_gold": has_gold,
     "has_rl": "rl" in scores,
   }
@@ -264,15 +267,16 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
   def cell(gain: Mapping | None) -> tuple[str, str]:
     return (tables.number(gain["gain"]), between(gain["interval"])) if gain else ("not reached", "")
 
+  def place(point: Mapping) -> list[tuple[str, str]]:
+    return [(tables.number(point["kl"]), between(point["kl_interval"])), cell(point)]
+
   def row(name: str, method: Mapping) -> dict:
-    end = method["end"]
     return {
       "title": panels.NAMES.get(name, "Best of n"),
       "colour": colours[name],
       "cells": [cell(gain) for gain in method["at"]],
-      "end": [(tables.number(end["kl"]), between(end["kl_interval"])), cell(end)]
-      if end
-      else [("", "")] * 2,
+      "checkpoints": [(point["step"], place(point)) for point in method["checkpoints"]],
+      "end": place(method["end"]) if method["end"] else [("", "")] * 2,
     }
 
   draw = lambda ax: panels.draw_equal_kl(ax, results, table)
@@ -282,6 +286,7 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
     "rows": [row(name, method) for name, method in table["methods"].items()],
     "score": "gold score" if table["score"] == "gold" else "reward-model score",
     "has_best_of_n": equal_kl.BEST_OF_N in table["methods"],
+    "is_of_test_prompts": table["curves"] == "checkpoints",
   }
 
 
@@ -418,8 +423,10 @@ def write(
     UserError: the files cannot be written.
   """
   directory = pathlib.Path(directory)
-  # Computed again rather than passed on; the same seed gives the digits that the findings have.
-  wins = findings.win_matrix(results, bootstrap=config.evaluate.bootstrap, seed=config.seed)
+  # Computed again rather than passed on; the same seed gives the digits that findings and page have.
+  settings = {"bootstrap": config.evaluate.bootstrap, "seed": config.seed}
+  wins = findings.win_matrix(results, **settings)
+  points = overoptimization_points.of_results(results, **settings)
   text = page(config, prompts, results, found, wins, made, took)
   with writing(directory):
     directory.mkdir(parents=True, exist_ok=True)
@@ -430,5 +437,5 @@ def write(
     (directory / "costs.json").write_text(
       json.dumps(plain(by_stage), indent=1, allow_nan=False) + "\n"
     )
-    figures.overview(results, wins, directory / "report.png")
+    figures.overview(results, wins, points, directory / "report.png")
     (directory / "index.html").write_text(text, encoding="utf-8")

@@ -3,13 +3,13 @@
 Called by figures.py and page.py with the results of a run. Imports no matplotlib, since the caller passes the axes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from instructjax.core.stages import POLICIES, UNTRAINED
 from instructjax.report import equal_kl, findings, intervals, overoptimization
-from instructjax.report.overoptimization import column, running_mean
+from instructjax.report.overoptimization import Point, column, running_mean
 from instructjax.report.results import Measured, Results
 
 NAMES = {name: policy.title for name, policy in (POLICIES | UNTRAINED).items()}
@@ -281,12 +281,16 @@ def draw_calibration(ax, results: Results) -> bool:
   return True
 
 
-def draw_overoptimization(ax, results: Results, which: str) -> bool:
+def draw_overoptimization(ax, results: Results, which: str, points: Sequence[Point]) -> bool:
   """Draws gold score (solid) and reward-model score (dashed) against sqrt(KL), and the curve fitted to the gold score.
 
   Without gold scores there is only the reward model's, and no over-optimisation to see.
 
-  `which` is 'best_of_n' or 'rl', as in `overoptimization.scores`.
+  Args:
+    ax: where to.
+    results: what evaluation measured.
+    which: 'best_of_n' or 'rl', as in `overoptimization.scores`.
+    points: of 'rl', its checkpoints, as diamonds.
   """
   found = overoptimization.scores(results).get(which)
   title = "best of n" if which == "best_of_n" else "PPO, no KL penalty"
@@ -325,13 +329,27 @@ def draw_overoptimization(ax, results: Results, which: str) -> bool:
         fontsize=7.5,
       )
   else:
+    _mark_checkpoints(ax, points, colour)
     _mark_penalised(ax, results.measured)
   ax.axhline(0, color=INK, linewidth=0.7)
   return True
 
 
+def _mark_checkpoints(ax, points: Sequence[Point], colour: str):
+  """Marks checkpoints with their intervals: the gold score filled, the reward model's hollow."""
+  for point in points:
+    distance, (left, right) = point.distance
+    for key, (value, (low, high)) in point.scores.items():
+      ax.plot([left, right], [value] * 2, color=colour, linewidth=1)
+      ax.plot([distance] * 2, [low, high], color=colour, linewidth=1)
+      fill = colour if key == "gold" else "none"
+      ax.plot(distance, value, "D", color=colour, markerfacecolor=fill, markersize=5.5)
+
+
 def draw_equal_kl(ax, results: Results, table: Mapping) -> bool:
-  """Draws what each method gains against its KL: RL runs by iteration, best-of-n by n; squares are finished policies.
+  """Draws what each method gains against its KL: best-of-n by n, RL runs by checkpoint (dots) or by iteration.
+
+  Squares are finished policies. What is measured on test prompts has its intervals over them.
 
   `table` is that of `equal_kl.table`.
   """
@@ -344,12 +362,14 @@ def draw_equal_kl(ax, results: Results, table: Mapping) -> bool:
     kl = np.maximum(curve.kl, 0)
     label = NAMES.get(name, "Best of n")
     ax.plot(kl, curve.gain, style, color=colour, label=label, markersize=3.5)
-    end = table["methods"][name]["end"]
-    if end:
-      (left, right), (low, high) = end["kl_interval"], end["interval"]
-      ax.plot([max(left, 0), right], [end["gain"]] * 2, color=colour, linewidth=1)
-      ax.plot([max(end["kl"], 0)] * 2, [low, high], color=colour, linewidth=1)
-      ax.plot(max(end["kl"], 0), end["gain"], "s", color=colour, markersize=6)
+    method = table["methods"][name]
+    marks = [(point, "o", 4) for point in method["checkpoints"]]
+    for point, mark, size in [*marks, (method["end"], "s", 6)]:
+      if point:  # best-of-n has no end
+        (left, right), (low, high) = point["kl_interval"], point["interval"]
+        ax.plot([max(left, 0), right], [point["gain"]] * 2, color=colour, linewidth=1)
+        ax.plot([max(point["kl"], 0)] * 2, [low, high], color=colour, linewidth=1)
+        ax.plot(max(point["kl"], 0), point["gain"], mark, color=colour, markersize=size)
   ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
   ax.set_xlim(left=0)
   ticks = square_root_ticks(ax.get_xlim()[1])

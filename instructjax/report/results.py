@@ -126,6 +126,8 @@ class Results:
       of them is the policy `few_shot`.
     curves: RL policy -> its log, one row per iteration.
     rounds: the reward models of all rounds of comparisons; empty if there was one round.
+    checkpoints: RL policy -> step of a checkpoint between its start and its end, growing -> its answers to the prompts
+      of `measured`, measured as the finished policy's are. Without policies of which none was kept.
   """
 
   samples_per_prompt: int
@@ -141,8 +143,14 @@ class Results:
   shots: Mapping[int, float]
   curves: Mapping[str, Sequence[Mapping[str, Any]]]
   rounds: Sequence[Round]
+  checkpoints: Mapping[str, Mapping[int, Measured]]
 
   @property
   def has_gold(self) -> bool:
     """Whether the answers have gold scores, and so are judged by them."""
     return any(found.gold is not None for found in self.measured.values())
+
+  def along(self, policy: str) -> list[Measured]:
+    """An RL policy's answers to the test prompts at each of its checkpoints and at its end; [] without checkpoints."""
+    kept = list(self.checkpoints.get(policy, {}).values())
+    return [*kept, self.measured[policy]] if kept else []

@@ -121,9 +121,14 @@ class _Prompts:
   new: np.ndarray
 
   @property
+  def judged(self) -> list[str]:
+    """Those of `seen`, one for each answer."""
+    return [self.every[i] for i in self.seen]
+
+  @property
   def unique(self) -> list[str]:
     """Those of `seen`, each once."""
-    return list(dict.fromkeys(self.every[i] for i in self.seen))
+    return list(dict.fromkeys(self.judged))
 
 
 def _prompts(ctx: Context) -> _Prompts:
@@ -172,7 +177,7 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
     agreement=collected.result.agreement if collected else None,
     best_of_n=sampled_best.curve(pool, sampled_best.powers_of_two(cfg.best_of_n)) if pool else [],
     best_at_kl=_best_at_kl(pool, measured, cfg.samples_per_prompt) if pool else {},
-    untrained=measuring.measure_untrained(ctx, [asked.every[i] for i in asked.seen]),
+    untrained=measuring.measure_untrained(ctx, asked.judged),
     new_topics={name: found.take(asked.new) for name, found in every.items()}
     if len(asked.new)
     else {},
@@ -182,7 +187,8 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
       STAGES[name].require_policy().name: metrics.read_metrics(ctx.directory(name))
       for name in lineage.rl_stages(ctx.config)
     },
-    rounds=rounds.measure(ctx, [asked.every[i] for i in asked.seen], measured),
+    rounds=rounds.measure(ctx, asked.judged, measured),
+    checkpoints=measuring.measure_checkpoints(ctx, asked.judged, stage),
   )
   return results, every
 
@@ -202,7 +208,7 @@ def _best_at_kl(
 
 
 def run(ctx: Context, stage: str):
-  """Judges all policies of the run; writes answers.jsonl, scores.jsonl, results.json, findings.json and the report.
+  """Judges all policies of the run; writes the report, and what it is made of: answers, scores and their means.
 
   Raises:
     UserError: files cannot be written.
@@ -235,13 +241,13 @@ def run(ctx: Context, stage: str):
     for name, module in (("equal_kl", equal_kl), ("rounds", report_rounds))
   }
   _write(directory, results, summary, asked.every, every, more)
+  _write_checkpoints(directory, results.checkpoints, asked.judged)
   found = findings.find(results, bootstrap=cfg.bootstrap, seed=ctx.config.seed)
   before = [name for name in lineage.line(ctx.config, stage) if name != stage]
   made = {name: done.require_provenance() for name in before if (done := ctx.done(name))}
   made[stage] = provenance_of(ctx, stage, run_)
   took = costs.by_stage({name: metrics.read_metrics(ctx.directory(name)) for name in made}, made)
-  prompts = [asked.every[i] for i in asked.seen]
-  report.write(page.parent, ctx.config, prompts, results, found, made, took)
+  report.write(page.parent, ctx.config, asked.judged, results, found, made, took)
   finish(ctx, stage, run_, None, Evaluated(summary), made[stage])
   _track(ctx, stage, found, asked.every, every)
   _show(found, summary, page)
@@ -282,6 +288,27 @@ def _write(
   }
   with writing(directory):
     (directory / "results.json").write_text(json.dumps(plain, indent=1) + "\n")
+
+
+def _write_checkpoints(
+  directory: pathlib.Path, found: Mapping[str, Mapping[int, Measured]], prompts: list[str]
+):
+  """Writes checkpoints.jsonl, a line for each answer of a checkpoint; without checkpoints there is no such file.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  path = directory / "checkpoints.jsonl"
+  with writing(path):
+    path.unlink(missing_ok=True)  # of an evaluation that measured some
+  if not found:
+    return
+  with writing(path), open(path, "w", encoding="utf-8") as file:
+    for policy, by_step in found.items():
+      for step, measured in by_step.items():
+        for i, prompt in enumerate(prompts):
+          row = {"policy": policy, "step": step, "prompt": prompt, "answer": measured.answer[i]}
+          file.write(json_line({**row, "scores": _scores(measured, i)}) + "\n")
 
 
 def _scores(measured: Measured, i: int) -> dict[str, float]:

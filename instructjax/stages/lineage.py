@@ -197,6 +197,17 @@ def variant(config: Config, stage: str) -> PPOConfig:
   return dataclasses.replace(config.ppo, **row.holds, **taken)
 
 
+def kept_steps(config: Config, stage: str) -> tuple[int, ...]:
+  """The iterations of an RL stage whose checkpoints stay, for evaluation to measure: `evaluate.checkpoints` of them.
+
+  They lie evenly between the start and the end, without these two. A short run has fewer iterations than are asked for;
+  then they are all of them.
+  """
+  last = variant(config, stage).num_iterations
+  count = min(config.evaluate.checkpoints, last - 1)
+  return tuple(round(i * last / (count + 1)) for i in range(1, count + 1))
+
+
 def blocks(config: Config, stage: str) -> dict[str, Any]:
   """The settings that a stage's result depends on, besides the seed, the data and the stages that it starts from.
 

@@ -4,8 +4,12 @@ Called by evaluate.py. The judge of answers is the gold score if the prompts are
 reward model otherwise.
 """
 
+from collections.abc import Mapping, Sequence
+
+import jax
 import numpy as np
 
+from instructjax.core import terminal
 from instructjax.core.errors import UserError
 from instructjax.core.stages import FEW_SHOT, REFERENCE, STAGES, stage_of_policy
 from instructjax.data import sources
@@ -13,8 +17,9 @@ from instructjax.data.tokenizer import prompt_ids
 from instructjax.ops import kl
 from instructjax.report import intervals, wording
 from instructjax.report.results import Measured
-from instructjax.stages import answers, judging, policies, untrained
+from instructjax.stages import answers, judging, lineage, policies, untrained
 from instructjax.stages.context import Context
+from instructjax.train import checkpoint
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
@@ -49,9 +54,23 @@ def few_shot_prompts(
 
 
 def sample(
-  ctx: Context, name: str, prompts: list[str], stage: str, shots: int = SHOTS[-1]
+  ctx: Context,
+  name: str,
+  prompts: list[str],
+  stage: str,
+  shots: int = SHOTS[-1],
+  step: int | None = None,
 ) -> answers.Answers:
-  """Samples a policy's answers, one to each prompt; a base model's ends at the first newline, as in App. D."""
+  """Samples a policy's answers, one to each prompt; a base model's ends at the first newline, as in App. D.
+
+  Args:
+    ctx: the run.
+    name: the policy.
+    prompts: what it answers.
+    stage: the stage that asks; with `name` it decides the random numbers.
+    shots: worked examples before a prompt, if it is the larger base with examples.
+    step: of an RL policy, the checkpoint to sample; None for the last.
+  """
   cfg, length = ctx.config.evaluate, ctx.config.data.max_prompt_length
   source = "reward_base" if name == FEW_SHOT.name else name
   model = ctx.model(stage_of_policy(source).require_role())
@@ -60,7 +79,7 @@ def sample(
   return answers.sample(
     ctx,
     model,
-    policies.load(ctx, source),
+    policies.load(ctx, source, step=step),
     [prompt_ids(ctx.tokenizer, text) for text in prompts],
     ctx.key(f"{stage}/{name}"),
     temperature=cfg.temperature,
@@ -70,21 +89,68 @@ def sample(
 
 
 def measure(
-  ctx: Context, name: str, prompts: list[str], stage: str, shots: int = SHOTS[-1]
+  ctx: Context,
+  name: str,
+  prompts: list[str],
+  stage: str,
+  shots: int = SHOTS[-1],
+  step: int | None = None,
 ) -> Measured:
-  """Samples one policy's answers and measures each of them."""
-  sampled = sample(ctx, name, prompts, stage, shots)
+  """Samples one policy's answers and measures each of them. Arguments as for `sample`."""
+  sampled = sample(ctx, name, prompts, stage, shots, step)
   kl_N = None
   if name not in UNTUNED:
     # Of the very tokens that were sampled, while the reward model reads them as its tokenizer spells the text.
     policy, temperature = ctx.model("policy"), ctx.config.evaluate.temperature
     logprob_N, ref_logprob_N = (
-      answers.logprob(ctx, policy, policies.load(ctx, source), sampled, temperature)
-      for source in (name, REFERENCE)
+      answers.logprob(ctx, policy, policies.load(ctx, source, step=at), sampled, temperature)
+      for source, at in ((name, step), (REFERENCE, None))
     )
     kl_N = kl.estimate(logprob_N, ref_logprob_N, kl.FORM)
   scored = answers.from_text(ctx, prompts, sampled.text, sampled.ended_N)
   return _judge(ctx, prompts, scored, sampled.text, sampled.is_response_NR.sum(1), kl_N)
+
+
+def measure_checkpoints(
+  ctx: Context, prompts: list[str], stage: str
+) -> dict[str, dict[int, Measured]]:
+  """Measures what RL policies answered on their way, at the steps of `lineage.kept_steps`; says which are not there.
+
+  Such a step was not kept if `evaluate.checkpoints` had another value while the stage was trained.
+
+  Args:
+    ctx: the run.
+    prompts: what they answer.
+    stage: the stage that asks. The random numbers are others at each step, and others than those of `measure`.
+  Returns:
+    policy -> step, growing -> its answers. Without policies of which nothing was kept.
+  """
+  wanted = {name: lineage.kept_steps(ctx.config, name) for name in lineage.rl_stages(ctx.config)}
+  saved = {name: checkpoint.saved_steps(ctx.directory(name)) for name in wanted}
+  lacking = {
+    name: missing
+    for name, steps in wanted.items()
+    if (missing := [step for step in steps if step not in saved[name]])
+  }
+  if lacking and jax.process_index() == 0:
+    terminal.say(_lack(stage, ctx.config.evaluate.checkpoints, lacking))
+  found: dict[str, dict[int, Measured]] = {}
+  for name, steps in wanted.items():
+    policy = STAGES[name].require_policy().name
+    for step in steps:
+      if step in saved[name]:
+        answered = measure(ctx, policy, prompts, f"{stage}/step_{step}", step=step)
+        found.setdefault(policy, {})[step] = answered
+  return found
+
+
+def _lack(stage: str, asked: int, lacking: Mapping[str, Sequence[int]]) -> str:
+  """The line that says which checkpoints were not kept."""
+  each = "; ".join(f"{name}: {', '.join(map(str, steps))}" for name, steps in lacking.items())
+  return (
+    f"{stage} measures no checkpoints of steps that were not kept, though evaluate.checkpoints={asked} asks for them:"
+    f" {each}"
+  )
 
 
 def _judge(

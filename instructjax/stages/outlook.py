@@ -71,6 +71,7 @@ def work(ctx: Context, stage: str) -> float:
   if row.kind == "evaluate":
     cfg = config.evaluate
     judged = sum(STAGES[name].policy is not None for name in lineage.line(config, stage))
+    judged += sum(len(lineage.kept_steps(config, name)) for name in lineage.rl_stages(config))
     answers = judged * cfg.num_prompts * cfg.samples_per_prompt
     answers += cfg.best_of_n_prompts * cfg.best_of_n
     return (_SAMPLE + 1) * read("policy", answers * answer) + read("reward", answers * answer)

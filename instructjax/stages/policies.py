@@ -181,8 +181,10 @@ def load_sft_by_loss(ctx: Context, read: Callable | None = None) -> Params:
   return (read or load_step)(ctx, "sft", ctx.require_done("sft").require_step())
 
 
-def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
-  """Loads the weights of a policy at the step that its stage keeps.
+def load(
+  ctx: Context, policy: str, read: Callable | None = None, step: int | None = None
+) -> Params:
+  """Loads the weights of a policy at the step that its stage ends with, or at an earlier one.
 
   For `sft` that is the epoch which the reward model prefers (C.1), once `sft_select` has chosen it. `evaluate.weights`
   says whether RL policies are averaged (EMA) or raw.
@@ -191,6 +193,7 @@ def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
     ctx: the run.
     policy: a name in `core.stages.POLICIES`, except `few_shot`, which has no weights of its own.
     read: `load_trained_step` for what a stage trained, without its base; None for `load_step`.
+    step: of an RL policy, a step of which there is a checkpoint; None for the last.
   Raises:
     UserError: the weights cannot be read.
   """
@@ -205,7 +208,8 @@ def load(ctx: Context, policy: str, read: Callable | None = None) -> Params:
   done = (ctx.done(again) if again else None) or ctx.require_done(row.name)
   averaged = row.is_rl and lineage.judges_average(ctx.config)
   item = "ema_params" if averaged else "params"
-  return (read or load_step)(ctx, row.name, done.require_step(), item, role)
+  step = done.require_step() if step is None else step
+  return (read or load_step)(ctx, row.name, step, item, role)
 
 
 def load_reward(ctx: Context, read: Callable | None = None, stage: str = "rm") -> Params:

@@ -310,6 +310,7 @@ def run(ctx: Context, stage: str):
     if "documents" in lineage.reads(ctx.config, stage)
     else None,
     evaluate_steps=loop.Steps(every=ctx.config.evaluate.pretrain_every, also=(1,)),
+    keep_steps=lineage.kept_steps(ctx.config, stage),
     limits={"kl": cfg.max_kl} if cfg.max_kl else {},
     show=("reward", "rewards/total", "gold", "kl", "entropy", "ptx_loss"),
     on_samples=_describe(ctx, _watch(ctx, stage, cfg)),

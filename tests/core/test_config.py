@@ -246,6 +246,7 @@ _RULES = [
     "config.best_of_n.policy='few_shot' must be one of base, sft, ppo_init, ppo, ppo_ptx, ppo_ptx_2, ppo_ptx_3,"
     " rloo, grpo, ppo_beta0",
   ),
+  (dict(evaluate__checkpoints=-1), "config.evaluate.checkpoints=-1 must be >= 0; 0 is none"),
   (dict(best_of_n__n=1), "config.best_of_n.n=1 must be from 2 to 4096"),
   (dict(best_of_n__num_prompts=-1), "config.best_of_n.num_prompts=-1 must be >= 0; 0 is all"),
   (dict(best_of_n__temperature=0), "config.best_of_n.temperature=0.0 must be at least 0.001"),

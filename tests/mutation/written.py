@@ -140,7 +140,7 @@ WRITTEN = [
   ("stages/rl_nets", "optimisers exchanged", "policy_tx, value_tx = optimizers(config, cfg)", "value_tx, policy_tx = optimizers(config, cfg)"),
   ("stages/ppo", "raw weights measured along the training", "state.ema_params if averaged else state.params", "state.params"),
   ("stages/evaluate", "judged on validation prompts", 'ctx.data.records("prompts", "test")', 'ctx.data.records("prompts", "validation")'),
-  ("stages/measuring", "KL from itself", "for source in (name, REFERENCE)", "for source in (name, name)"),
+  ("stages/measuring", "KL from itself", "(REFERENCE, None))", "(name, step))"),
   ("stages/sampled_best", "best of n by gold", "order = np.argsort(pool.reward_PN, axis=1, kind=\"stable\")\n  weight", "order = np.argsort(pool.gold_PN, axis=1, kind=\"stable\")\n  weight"),
   ("stages/measuring", "all policies draw the same noise", 'ctx.key(f"{stage}/{name}")', "ctx.key(stage)"),
   # --- train

@@ -1,5 +1,7 @@
 """The results of an imagined run in which everything was measured. Called by the tests of the report."""
 
+import dataclasses
+
 import numpy as np
 
 from instructjax.core import results as core_results
@@ -87,4 +89,12 @@ def results() -> Results:
     shots={0: 0.1, 1: 0.5, 2: 0.4, 3: 0.3},
     curves=curves,
     rounds=(),
+    checkpoints={},
   )
+
+
+def with_checkpoints() -> Results:
+  """The same run with two checkpoints of each RL policy."""
+  rng, found = np.random.default_rng(1), results()
+  kept = {name: {s: measured_policy(rng, 1 + s, True) for s in (2, 4)} for name in found.curves}
+  return dataclasses.replace(found, checkpoints=kept)

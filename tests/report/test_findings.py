@@ -90,6 +90,7 @@ def results() -> Results:
     shots={},
     curves={},
     rounds=(),
+    checkpoints={},
   )
 
 

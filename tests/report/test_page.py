@@ -11,7 +11,16 @@ import pytest
 
 from instructjax import report
 from instructjax.core import results as core_results
-from instructjax.report import costs, figures, findings, page, panels, tables
+from instructjax.report import (
+  costs,
+  equal_kl,
+  figures,
+  findings,
+  overoptimization_points,
+  page,
+  panels,
+  tables,
+)
 from tests import finished_run
 from tests.report import example
 
@@ -217,6 +226,10 @@ def _without_gold(results):
     best_of_n=[dataclasses.replace(row, gold=None) for row in results.best_of_n],
     best_at_kl={n: dataclasses.replace(best, gold=None) for n, best in results.best_at_kl.items()},
     untrained={"echo": bare(results.untrained["echo"])},
+    checkpoints={
+      name: {step: bare(found) for step, found in kept.items()}
+      for name, kept in results.checkpoints.items()
+    },
     new_topics={},
     gold_words="",
     shots={},
@@ -264,10 +277,55 @@ def test_what_was_not_measured_is_left_out(remove):
   assert document.text.get("overoptimization", title).strip().startswith(title)
 
 
+def _document_of(results):
+  text = page.page(CONFIG, example.PROMPTS, results, [], {}, MADE, TOOK)
+  return _Document(text)
+
+
+def test_the_page_says_what_the_curves_at_equal_kl_are_of():
+  logs, kept = (
+    " ".join(_document_of(results).text["equal-kl"].split())
+    for results in (example.results(), example.with_checkpoints())
+  )
+  assert "RL runs, by iteration, on their training prompts; best of n on test prompts" in logs
+  assert "running means" in logs and "resampling the iterations of a run (" in logs
+  on_test = (
+    "RL runs, from the initialisation over their checkpoints (dots) to their end, on test prompts"
+  )
+  assert on_test in kept and "95% intervals over test prompts" in kept
+  assert "resampling the test prompts, of the initialisation" in kept
+  for word in ("training prompts", "running means", "iterations"):
+    assert word not in kept
+  # The dots in numbers too.
+  table = equal_kl.table(example.with_checkpoints(), bootstrap=BOOTSTRAP, seed=CONFIG.seed)
+  point = table["methods"]["ppo_ptx"]["checkpoints"][1]
+  cells = (
+    "{} [{}, {}]".format(*map(tables.number, (point[key], *point[bounds]))).replace(" [", "[")
+    for key, bounds in (("kl", "kl_interval"), ("gain", "interval"))
+  )
+  assert f"PPO-ptx4{''.join(cells)}" in kept
+  assert "The checkpoints in numbers" not in logs
+
+
+def test_checkpoints_without_a_penalty_are_told_in_words():
+  without, with_points = (
+    " ".join(_document_of(results).text["overoptimization"].split())
+    for results in (example.results(), example.with_checkpoints())
+  )
+  points = overoptimization_points.of_results(
+    example.with_checkpoints(), bootstrap=BOOTSTRAP, seed=CONFIG.seed
+  )
+  assert f"95% intervals: {overoptimization_points.in_words(points)}. Squares" in with_points
+  assert "Diamonds" not in without and "PPO are of its log, on training prompts" in without
+  bare, _ = _without_gold(example.with_checkpoints())
+  text = " ".join(_document_of(bare).text["overoptimization"].split())
+  assert "Dashed line of PPO: its log" in text and "95% intervals: after 2 iterations d = " in text
+
+
 def test_overview_has_only_panels_with_something_to_show(tmp_path):
   results, _ = _without_gold(_no_rl(example.results())[0])
   wins = findings.win_matrix(results, bootstrap=BOOTSTRAP, seed=0)
-  figures.overview(results, wins, tmp_path / "report.png")
+  figures.overview(results, wins, [], tmp_path / "report.png")
   # Three panels are left: pretraining loss, win rates, reward model. Width and height, big-endian.
   header = (tmp_path / "report.png").read_bytes()[16:24]
   assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (14 * 110, 4 * 110)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot
 
 from instructjax.core import results as core_results
-from instructjax.report import panels
+from instructjax.report import equal_kl, overoptimization_points, panels
 from tests.report import example
 
 
@@ -59,9 +59,69 @@ def test_a_short_run_does_not_go_to_and_fro_in_distance():
   curves = {**example.results().curves, "ppo_beta0": rows}
   results = dataclasses.replace(example.results(), curves=curves)
   _, ax = pyplot.subplots()
-  assert panels.draw_overoptimization(ax, results, "rl")
+  assert panels.draw_overoptimization(ax, results, "rl", [])
   lines = [line.get_xdata() for line in ax.get_lines() if line.get_linestyle() in ("-", "--")]
   (smooth, *_) = [x for x in lines if len(x) == 8]
   # Of five: their middle, with .9 / 5 left over. The ends are single iterations, then means of three.
   np.testing.assert_allclose(smooth[2:6], [3 + 0.18, 4 - 0.18, 5 + 0.18, 6 - 0.18])
+  pyplot.close("all")
+
+
+def bars(ax):
+  """Ends of the lines that have two points, horizontal or vertical."""
+  lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 2]
+  return [[*zip(line.get_xdata(), line.get_ydata())] for line in lines]
+
+
+def markers(ax, kind):
+  """Where there is a mark of a kind, and whether it is hollow."""
+  return [
+    (*line.get_xdata(), *line.get_ydata(), line.get_markerfacecolor() == "none")
+    for line in ax.get_lines()
+    if line.get_marker() == kind and len(line.get_xdata()) == 1
+  ]
+
+
+def test_checkpoints_are_diamonds_with_their_intervals():
+  results = example.with_checkpoints()
+  points = overoptimization_points.of_results(results, bootstrap=20, seed=0)
+  assert len(points) == 3
+  _, ax = pyplot.subplots()
+  assert panels.draw_overoptimization(ax, results, "rl", points)
+  expected = [
+    (point.distance[0], point.scores[key][0], key == "reward")
+    for point in points
+    for key in ("gold", "reward")
+  ]
+  assert markers(ax, "D") == expected
+  (left, right), (low, high) = points[0].distance[1], points[0].scores["gold"][1]
+  x, y, _ = expected[0]
+  assert {((left, y), (right, y)), ((x, low), (x, high))} <= set(map(tuple, bars(ax)))
+  _, ax = pyplot.subplots()
+  assert panels.draw_overoptimization(ax, results, "best_of_n", points) and not markers(ax, "D")
+  pyplot.close("all")
+
+
+def test_checkpoints_at_equal_kl_are_dots_with_their_intervals():
+  results = example.with_checkpoints()
+  table = equal_kl.table(results, bootstrap=20, seed=0)
+  _, ax = pyplot.subplots()
+  assert panels.draw_equal_kl(ax, results, table)
+  methods = [table["methods"][name] for name in results.curves]
+  dots = [(p["kl"], p["gain"], False) for method in methods for p in method["checkpoints"]]
+  assert len(dots) == 6 and markers(ax, "o") == dots
+  assert [mark[:2] for mark in markers(ax, "s")] == [
+    (method["end"]["kl"], method["end"]["gain"]) for method in methods
+  ]
+  one = methods[0]["checkpoints"][0]
+  (left, right), (low, high), x, y = one["kl_interval"], one["interval"], one["kl"], one["gain"]
+  assert {((left, y), (right, y)), ((x, low), (x, high))} <= set(map(tuple, bars(ax)))
+  # A run's line goes from the initialisation over its two checkpoints to its end.
+  line = next(line for line in ax.get_lines() if line.get_label() == "PPO")
+  places = [
+    (0, 0),
+    *(mark[:2] for mark in dots[:2]),
+    (methods[0]["end"]["kl"], methods[0]["end"]["gain"]),
+  ]
+  np.testing.assert_allclose([*zip(line.get_xdata(), line.get_ydata())], places)
   pyplot.close("all")

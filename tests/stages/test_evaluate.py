@@ -80,3 +80,22 @@ def test_the_scores_of_each_answer_are_saved_beside_it(tmp_path):
     assert row["scores"].keys() == answers[i]["answers"].keys()
     assert row["scores"]["ppo"]["gold"] == float(results.measured["ppo"].gold[i])
     assert ("kl" in row["scores"]["base"]) == (results.measured["base"].kl is not None)
+
+
+def test_each_answer_of_a_checkpoint_is_saved_with_its_scores(tmp_path):
+  found, path = example.with_checkpoints().checkpoints, tmp_path / "checkpoints.jsonl"
+  evaluate._write_checkpoints(tmp_path, found, example.PROMPTS)
+  rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+  assert len(rows) == 3 * 2 * 24
+  one = next(row for row in rows if (row["policy"], row["step"]) == ("ppo_ptx", 4))
+  first = found["ppo_ptx"][4]
+  assert one == {
+    "policy": "ppo_ptx",
+    "step": 4,
+    "prompt": example.PROMPTS[0],
+    "answer": first.answer[0],
+    "scores": {name: float(getattr(first, name)[0]) for name in ("reward", "gold", "kl", "length")},
+  }
+  # An evaluation without checkpoints leaves none of an earlier one.
+  evaluate._write_checkpoints(tmp_path, {}, example.PROMPTS)
+  assert not path.exists()

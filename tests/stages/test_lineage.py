@@ -110,6 +110,38 @@ def test_baselines_have_no_settings_of_a_value_network_and_answers_in_groups():
     expected.validate("config.ppo")  # as the stage does; without what is held it would be refused
 
 
+@pytest.mark.parametrize(
+  ("iterations", "count", "expected"),
+  [
+    (40, 4, (8, 16, 24, 32)),
+    (12, 3, (3, 6, 9)),
+    (7, 2, (2, 5)),  # of 2.33 and 4.67
+    (4, 1, (2,)),
+    (4, 0, ()),
+    (4, 3, (1, 2, 3)),
+    (4, 50, (1, 2, 3)),  # neither twice the same, nor the start, nor the end
+    (1, 4, ()),
+  ],
+)
+def test_checkpoints_lie_evenly_between_start_and_end(iterations, count, expected):
+  changes = dict(ppo__num_iterations=iterations, evaluate__checkpoints=count)
+  assert lineage.kept_steps(config(**changes), "ppo_ptx") == expected
+
+
+def test_a_run_of_another_length_has_other_checkpoints():
+  own = config(
+    ppo__num_iterations=8, evaluate__overoptimization_iterations=20, evaluate__checkpoints=3
+  )
+  assert lineage.kept_steps(own, "ppo") == (2, 4, 6)
+  assert lineage.kept_steps(own, "ppo_beta0") == (5, 10, 15)
+
+
+def test_a_finished_rl_stage_may_be_measured_at_other_checkpoints():
+  few, many = (config(evaluate__checkpoints=count) for count in (1, 3))
+  same = lambda stage: lineage.blocks(few, stage) == lineage.blocks(many, stage)
+  assert same("ppo") and same("ppo_ptx") and not same("evaluate")
+
+
 def test_equal_networks_share_their_base():
   shared, apart = config(), config(**BIGGER)
   assert shared.model == shared.reward_model

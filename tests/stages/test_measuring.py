@@ -19,7 +19,7 @@ def test_the_kl_is_from_the_reference_and_in_the_form_that_ppo_uses(monkeypatch)
     text=["a", "b"], ended_N=np.ones(2, bool), is_response_NR=np.ones((2, 4), bool)
   )
   monkeypatch.setattr(measuring, "sample", lambda ctx, *rest: sampled)
-  monkeypatch.setattr(policies, "load", lambda ctx, policy: policy)
+  monkeypatch.setattr(policies, "load", lambda ctx, policy, step: policy)
   monkeypatch.setattr(policies, "load_reward", mock.Mock())
   monkeypatch.setattr(answers, "from_text", mock.Mock())
   monkeypatch.setattr(answers, "score", mock.Mock())
@@ -41,7 +41,7 @@ def test_answers_of_untuned_policies_end_at_a_newline(monkeypatch, name, cut):
     model=lambda role: f"{role} model",
     key=lambda name: f"key of {name}",
   )
-  monkeypatch.setattr(policies, "load", lambda ctx, name: f"weights of {name}")
+  monkeypatch.setattr(policies, "load", lambda ctx, name, step: f"weights of {name}")
   monkeypatch.setattr(answers, "sample", lambda ctx, *a, **k: (a, k))
   arguments, kwargs = measuring.sample(ctx, name, ["ab"], "evaluate")
   role = {"reward_base": "reward_base"}.get(name, "policy")
@@ -78,3 +78,55 @@ def test_a_few_shot_prompt_does_not_fill_a_long_context(monkeypatch, context, co
   monkeypatch.setattr(measuring.sources, "require_simulation", lambda spec: task)
   texts, length = measuring.few_shot_prompts(ctx, ["p"])
   assert (len(texts[0]), length) == (130, columns)
+
+
+def test_a_checkpoint_is_sampled_and_measured_from_the_reference_itself(monkeypatch):
+  """Its own weights answer and give the log-probability; the reference has no such checkpoint."""
+  logprobs = {("ppo", 3): np.array([-1.0]), (REFERENCE, None): np.array([-5.0])}
+  sampled = types.SimpleNamespace(
+    text=["a"], ended_N=np.ones(1, bool), is_response_NR=np.ones((1, 4), bool)
+  )
+  asked = []
+  monkeypatch.setattr(policies, "load", lambda ctx, policy, step: (policy, step))
+  monkeypatch.setattr(policies, "load_reward", mock.Mock())
+  monkeypatch.setattr(
+    answers, "sample", lambda ctx, model, params, *a, **k: asked.append(params) or sampled
+  )
+  monkeypatch.setattr(answers, "from_text", mock.Mock())
+  monkeypatch.setattr(answers, "score", mock.Mock())
+  monkeypatch.setattr(answers, "logprob", lambda ctx, model, params, *rest: logprobs[params])
+  ctx = mock.Mock()
+  ctx.config.data.prompts = "jsonl:prompts"
+  ctx.tokenizer = types.SimpleNamespace(encode=list, bos_id=None)
+  np.testing.assert_array_equal(measuring.measure(ctx, "ppo", ["x"], "evaluate", step=3).kl, [4.0])
+  assert asked == [("ppo", 3)]
+
+
+def test_checkpoints_that_were_not_kept_are_told_and_left_out(monkeypatch, tmp_path, capsys):
+  """Of 8 iterations 2, 4 and 6 are asked for; `ppo` has two of them and others, and `ppo_beta0`, of 4, none."""
+  cfg = micro.config(
+    "ppo_ptx",
+    {},
+    ppo__num_iterations=8,
+    evaluate__compare=("ppo",),
+    evaluate__overoptimization=True,
+    evaluate__overoptimization_iterations=4,
+    evaluate__checkpoints=3,
+  )
+  saved = {"ppo": [2, 5, 6, 8], "ppo_ptx": [2, 4, 6, 8], "ppo_beta0": [4]}
+  monkeypatch.setattr(measuring.checkpoint, "saved_steps", lambda folder: saved[folder.name])
+  measure = lambda ctx, name, prompts, stage, *, step: (name, prompts, stage, step)
+  monkeypatch.setattr(measuring, "measure", measure)
+  ctx = types.SimpleNamespace(config=cfg, directory=lambda stage: tmp_path / stage)
+  found = measuring.measure_checkpoints(ctx, ["p"], "evaluate")
+  # Each step draws with a key of its own, and none with that of the finished policy.
+  asked = lambda name, *steps: {s: (name, ["p"], f"evaluate/step_{s}", s) for s in steps}
+  assert found == {"ppo": asked("ppo", 2, 6), "ppo_ptx": asked("ppo_ptx", 2, 4, 6)}
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line == (
+    "evaluate measures no checkpoints of steps that were not kept, though evaluate.checkpoints=3 asks for them: ppo: 4;"
+    " ppo_beta0: 1, 2, 3"
+  )
+  saved |= {"ppo": [2, 4, 6], "ppo_beta0": [1, 2, 3]}
+  assert len(measuring.measure_checkpoints(ctx, ["p"], "evaluate")) == 3
+  assert capsys.readouterr().out == ""

@@ -57,6 +57,13 @@ def test_work_by_hand(ctx):
   assert outlook.work(ctx, "collect") > 0
 
 
+def test_an_evaluation_reads_the_answers_of_checkpoints_too(ctx):
+  """Four policies and no checkpoint; then three of the one RL run."""
+  before = outlook.work(ctx, "evaluate")
+  ctx.config = micro.config("ppo_ptx", {"comparisons": "jsonl:c"}, evaluate__checkpoints=3)
+  assert outlook.work(ctx, "evaluate") == pytest.approx(before * 7 / 4)
+
+
 def test_every_kind_of_stage_has_its_work(ctx):
   for stage, row in STAGES.items():
     assert (outlook.work(ctx, stage) > 0) == (row.kind != "select"), stage

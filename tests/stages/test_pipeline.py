@@ -286,6 +286,51 @@ def test_other_policies_and_settings_are_judged_anew(whole, specs, tmp_path):
   assert (workdir / "report" / "index.html").is_file()
 
 
+def test_checkpoints_of_a_run_are_measured_on_the_test_prompts(whole, specs, tmp_path, capsys):
+  """`ppo` is trained anew and keeps them. `ppo_ptx` was trained without: one of its steps is there by chance."""
+  workdir = copy_without(whole, tmp_path / "run", "ppo", "evaluate", "report")
+  cfg = config(specs, evaluate__checkpoints=3, checkpoint__keep=1)
+  with micro.one_device():
+    pipeline.run(cfg, workdir)
+  assert checkpoint.saved_steps(workdir / "ppo") == [1, 2, 3, 4]
+  assert last_checkpoint(workdir / "ppo")[0] == last_checkpoint(whole / "ppo")[0]
+  assert files_of(workdir / "ppo_ptx") == files_of(whole / "ppo_ptx")
+  told = [line for line in capsys.readouterr().out.splitlines() if "not kept" in line]
+  assert len(told) == 1 and told[0].endswith(": ppo_ptx: 1, 3")
+  # What is measured without checkpoints is measured as ever.
+  for name in ("answers.jsonl", "scores.jsonl"):
+    assert (workdir / "evaluate" / name).read_bytes() == (whole / "evaluate" / name).read_bytes()
+  assert not (whole / "evaluate" / "checkpoints.jsonl").exists()
+  lines = (workdir / "evaluate" / "checkpoints.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  by_step = {}
+  for row in rows:
+    by_step.setdefault((row["policy"], row["step"]), []).append(row)
+  assert [*by_step] == [("ppo", 1), ("ppo", 2), ("ppo", 3), ("ppo_ptx", 2)]
+  equal = json.loads((workdir / "evaluate" / "results.json").read_text())["equal_kl"]
+  assert equal["curves"] == "checkpoints"
+  assert [point["step"] for point in equal["methods"]["ppo"]["checkpoints"]] == [1, 2, 3]
+  kl = np.mean([row["scores"]["kl"] for row in by_step["ppo", 2]])
+  assert equal["methods"]["ppo"]["checkpoints"][1]["kl"] == pytest.approx(kl)
+  # They are of the averaged weights of their step, as those of the end are.
+  ctx = context(cfg, workdir)
+  with jax.set_mesh(ctx.mesh):
+    params = policies.load_step(ctx, "ppo", 2, "ema_params")
+    prompts = [row["prompt"] for row in by_step["ppo", 2]]
+    tokens, key = (
+      [ctx.tokenizer.encode(prompt) for prompt in prompts],
+      ctx.key("evaluate/step_2/ppo"),
+    )
+    sampled = answers.sample(ctx, ctx.model("policy"), params, tokens, key, temperature=1.0)
+    assert [row["answer"] for row in by_step["ppo", 2]] == sampled.text
+    kls = [
+      answers.logprob(ctx, ctx.model("policy"), weights, sampled, 1.0)
+      for weights in (params, policies.load(ctx, "ppo_init"))
+    ]
+  # A checkpoint's KL is that of its own answers.
+  np.testing.assert_allclose(kl, np.mean(kls[0] - kls[1]), rtol=1e-5)
+
+
 def test_a_report_that_was_deleted_is_made_again(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "report")
   run_stage(config(specs), workdir, "evaluate")
@@ -424,8 +469,14 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
 
 def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   workdir = copy_without(whole, tmp_path / "run", "ppo")
-  # Chunks of pretraining rows, which may change as well.
-  limited = config(specs, ppo__max_kl=1.0, ppo__ptx_microbatches=2, checkpoint__every_steps=1)
+  # Chunks of pretraining rows and the checkpoints that stay, which may change as well.
+  limited = config(
+    specs,
+    ppo__max_kl=1.0,
+    ppo__ptx_microbatches=2,
+    checkpoint__every_steps=1,
+    evaluate__checkpoints=3,
+  )
   message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
   with pytest.raises(StageStopped, match=message):
     run_stage(limited, workdir, "ppo")

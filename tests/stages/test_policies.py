@@ -29,11 +29,11 @@ def context(*stages, mesh=None, model=None, **changes):
   )
 
 
-def loaded(ctx, policy):
+def loaded(ctx, policy, **which):
   """What `load` reads: (stage, step, item, role)."""
   found = lambda ctx, stage, step, item="params", role=None: (stage, step, item, role)
   with mock.patch.object(policies, "load_step", found):
-    return policies.load(ctx, policy)
+    return policies.load(ctx, policy, **which)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,7 @@ def test_rl_policies_are_averaged_as_configured_and_others_never(changes, item):
   ctx = context(done("ppo_ptx", 9), done("ppo", 8), done("ppo_init", 5), **changes)
   assert loaded(ctx, "ppo_ptx") == ("ppo_ptx", 9, item, "policy")
   assert loaded(ctx, "ppo") == ("ppo", 8, item, "policy")
+  assert loaded(ctx, "ppo", step=3) == ("ppo", 3, item, "policy")  # a checkpoint as the end
   assert loaded(ctx, "ppo_init") == ("ppo_init", 5, "params", "policy")
 
 

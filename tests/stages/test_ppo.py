@@ -130,6 +130,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(
     patch(ppo.host_rewards, "with_sources", lambda run, made_with, functions: run)
     patch(ppo.text_scorers, "open_all", lambda cfg: [])
     patch(ppo.ensembles, "load", lambda ctx, stage, members: None)
+    patch(ppo.lineage, "kept_steps", lambda config, stage: f"kept of {stage}")
     patch(ppo.lineage, "reads", lambda config, stage: ("prompts", *documents))
     patch(ppo.ppo_step, "make_train_step", lambda *a: a)
     patch(ppo.policies, "load", lambda ctx, name, read: f"weights of {name}")
@@ -147,6 +148,7 @@ def test_the_stage_starts_from_ppo_init_and_the_shifted_reward_model(
   assert fitted["limits"] == ({"kl": 30.0} if max_kl else {})
   assert fitted["evaluate"] == ("held-out loss" if documents else None)
   assert [step for step in range(8) if step in fitted["evaluate_steps"]] == [1, 3, 6]
+  assert fitted["keep_steps"] == f"kept of {stage}"
   hashes = dict(reference=f"hash of {given[0]}", reward_model=f"hash of {given[1]}")
   assert fitted["run"]["fingerprint"] == {"a": "1"} | hashes
   assert finished == [(stage, run, 7, ppo.results.Nothing())]
