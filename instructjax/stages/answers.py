@@ -7,6 +7,7 @@ decodes with it.
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -25,7 +26,7 @@ from instructjax.stages.context import Context
 _ROWS = 256  # most rows in one compiled call when each answer has a row of its own
 # Rows in one compiled call when answers share rows. A call always has so many, so that one compiled program does for
 # lists of any length.
-_SHARED_ROWS = 16
+_SHARED_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +228,21 @@ def score_tokens(
   Raises:
     Preempted: the run was told to stop.
   """
+  scored, chunk = _rows(ctx, sequences)
+
+  def one(_, token_SL, segment_SL):
+    return _score(model, params, *sharding.place_rows(ctx.mesh, (token_SL, segment_SL)))
+
+  score_SL = _in_chunks(one, len(scored.token_SL), scored.token_SL, scored.segment_SL, rows=chunk)
+  given = ctx.given.get("rm")
+  skipped_N = [
+    num_skipped(sequence, given.score_skips if given else None) for sequence in sequences
+  ]
+  return score_SL.reshape(-1)[scored.last_N - np.array(skipped_N, np.int32)]
+
+
+def _rows(ctx: Context, sequences: Sequence[Sequence[int]]) -> tuple[packing.ScoredRows, int]:
+  """Where sequences lie in rows, and how many rows to read in one call (0: as `_in_chunks` has it)."""
   data, length = ctx.config.data, ctx.config.rm.row_length
   if length:
     rows = packing.pack([len(sequence) for sequence in sequences], length)
@@ -235,17 +251,8 @@ def score_tokens(
   else:
     rows, chunk = [[index] for index in range(len(sequences))], 0
     length = data.max_prompt_length + data.max_response_length
-  scored = packing.scored_rows(sequences, rows, length=length, vocab_size=ctx.tokenizer.vocab_size)
-
-  def one(_, token_SL, segment_SL):
-    return _score(model, params, *sharding.place_rows(ctx.mesh, (token_SL, segment_SL)))
-
-  score_SL = _in_chunks(one, len(rows), scored.token_SL, scored.segment_SL, rows=chunk)
-  given = ctx.given.get("rm")
-  skipped_N = [
-    num_skipped(sequence, given.score_skips if given else None) for sequence in sequences
-  ]
-  return score_SL.reshape(-1)[scored.last_N - np.array(skipped_N, np.int32)]
+  vocab_size = ctx.tokenizer.vocab_size
+  return packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size), chunk
 
 
 def num_skipped(sequence: Sequence[int], skips: int | None) -> int:
@@ -281,24 +288,9 @@ def mean_logprob(
   """
   data, tokenizer = ctx.config.data, ctx.tokenizer
   tokens = [tokenizer.encode(text)[: data.max_response_length] for text in texts]
-  prompt_NP, is_prompt_NP = pad_left(
-    [prompt_ids(tokenizer, prompt) for prompt in prompts],
-    data.max_prompt_length,
-    tokenizer.pad_id,
-  )
-  shape = (len(tokens), data.max_response_length)
-  response_NR, is_response_NR = np.full(shape, tokenizer.pad_id, np.int32), np.zeros(shape, bool)
-  for row, is_response_R, ids in zip(response_NR, is_response_NR, tokens):
-    row[: len(ids)], is_response_R[: len(ids)] = ids, True
-  read = Answers(
-    text=list(texts),
-    token_NL=np.concatenate([prompt_NP, response_NR], axis=1),
-    is_token_NL=np.concatenate([is_prompt_NP, is_response_NR], axis=1),
-    is_response_NR=is_response_NR,
-    ended_N=np.zeros(len(tokens), bool),
-  )
-  count_N = is_response_NR.sum(axis=1)
-  total_N = logprob(ctx, model, params, read, 1.0)
+  read = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+  count_N = np.array([len(ids) for ids in tokens])
+  total_N = sequence_logprob(ctx, model, params, [*map(operator.add, read, tokens)], count_N, 1.0)
   guess = -np.log(tokenizer.vocab_size)
   return np.where(count_N > 0, total_N / np.maximum(count_N, 1), guess)
 
@@ -308,18 +300,45 @@ def logprob(
 ) -> np.ndarray:
   """The log-probability of each answer, summed over its tokens, float32 [N], in nats.
 
+  Args, raises: as for `sequence_logprob`.
+  """
+  tokens = [
+    token_L[is_token_L] for token_L, is_token_L in zip(answers.token_NL, answers.is_token_NL)
+  ]
+  count_N = answers.is_response_NR.sum(axis=1)
+  return sequence_logprob(ctx, model, params, tokens, count_N, temperature)
+
+
+def sequence_logprob(
+  ctx: Context,
+  model: transformer.Model,
+  params: Params,
+  sequences: Sequence[Sequence[int]],
+  count_N: np.ndarray,
+  temperature: float,
+) -> np.ndarray:
+  """The log-probability of the end of each sequence after what stands before it, float32 [N], in nats.
+
+  Sequences share rows where those of the reward model do, see `score_tokens`.
+
   Args:
     ctx: the run.
     model, params: the policy.
-    answers: as `sample` returns them, with all prompts padded to one length.
+    sequences: prompts, of a token at least, with their answers.
+    count_N: the number of an answer's tokens.
     temperature: that of the sampling, by which logits are divided here too (details item 19).
   Raises:
     Preempted: the run was told to stop.
   """
-  prompt_length = answers.token_NL.shape[1] - answers.is_response_NR.shape[1]
+  laid, chunk = _rows(ctx, sequences)
 
-  def one(_, token_BL, is_token_BL):
-    batch = sharding.place_rows(ctx.mesh, (token_BL, is_token_BL))
-    return jnp.sum(_logprob(model, params, *batch, prompt_length, float(temperature)), axis=1)
+  def one(_, token_SL, segment_SL):
+    batch = sharding.place_rows(ctx.mesh, (token_SL, segment_SL))
+    # Of every column but the first, which no answer begins in.
+    logprob_SL = _logprob(model, params, *batch, 1, float(temperature))
+    return jnp.pad(logprob_SL, ((0, 0), (1, 0)))
 
-  return _in_chunks(one, len(answers.text), answers.token_NL, answers.is_token_NL)
+  cells = _in_chunks(one, len(laid.token_SL), laid.token_SL, laid.segment_SL, rows=chunk)
+  cells = cells.reshape(-1)
+  ends = [slice(last - count + 1, last + 1) for last, count in zip(laid.last_N, count_N)]
+  return np.array([cells[end].sum() for end in ends], np.float32)

@@ -2,9 +2,14 @@
 
 import types
 
+import jax
 import numpy as np
+import pytest
 
+from instructjax import models
+from instructjax.parallel import sharding
 from instructjax.stages import answers
+from tests import tiny
 
 EOS, STOP, PAD = 1, 2, 40
 LIMITS = types.SimpleNamespace(max_prompt_length=3, max_response_length=4)
@@ -96,17 +101,40 @@ def test_mean_logprob_counts_the_texts_own_tokens(monkeypatch):
   ctx = types.SimpleNamespace(config=CONTEXT.config, tokenizer=tokenizer)
   read = []
 
-  def logprob(ctx, model, params, found, temperature):
+  def sequence_logprob(ctx, model, params, sequences, count_N, temperature):
     assert (model, params, temperature) == ("base", "weights", 1.0)
-    read.append(found)
+    read.append((sequences, count_N.tolist()))
     return np.array([-6.0, -8.0, 0.0])
 
-  monkeypatch.setattr(answers, "logprob", logprob)
+  monkeypatch.setattr(answers, "sequence_logprob", sequence_logprob)
   mean = answers.mean_logprob(ctx, "base", "weights", ["ab", "c", "c"], ["def", "ghijk", ""])
   np.testing.assert_allclose(mean, [-2.0, -2.0, -np.log(50)])
-  assert read[0].token_NL.tolist() == [
-    [PAD, 10, 11, 13, 14, 15, PAD],
-    [PAD, PAD, 12, 16, 17, 18, 19],
-    [PAD, PAD, 12, PAD, PAD, PAD, PAD],
-  ]
-  assert (read[0].is_token_NL == (read[0].token_NL != PAD)).all()
+  assert read == [([[10, 11, 13, 14, 15], [12, 16, 17, 18, 19], [12]], [3, 4, 0])]
+
+
+@pytest.mark.parametrize("row_length", [0, 8, 16])
+def test_logprob_is_that_of_the_answers_tokens_wherever_they_lie(random_params, row_length):
+  """In rows of their own and in shared ones, beside a whole forward pass of each sequence alone."""
+  model = tiny.make_model(tiny.GPT2, PAD, "lm")
+  params = random_params(model, 1)
+  tokenizer = LetterTokenizer()
+  tokenizer.vocab_size = PAD
+  config = types.SimpleNamespace(data=LIMITS, rm=types.SimpleNamespace(row_length=row_length))
+  mesh = sharding.make_mesh(tiny.CONFIG.mesh)
+  ctx = types.SimpleNamespace(config=config, tokenizer=tokenizer, mesh=mesh)
+  prompts, responses = [[10, 11], [12], [20, 21, 22]], [[13, EOS], [14, 15, 16, 17], []]
+  given = answers.from_tokens(ctx, prompts, responses)
+  expected = []
+  for prompt, response in zip(prompts, responses):
+    token_1T = np.array([prompt + response])
+    place_1T = np.arange(token_1T.size)[None]
+    logits_1TV = models.apply(
+      model, params, token_1T, segment_BL=np.ones_like(token_1T), position_BL=place_1T
+    )
+    logprob_TV = jax.nn.log_softmax(logits_1TV[0] / 0.5)
+    ends = range(len(prompt), token_1T.size)
+    expected.append(sum(float(logprob_TV[t - 1, token_1T[0, t]]) for t in ends))
+  with jax.set_mesh(mesh):
+    found = answers.logprob(ctx, model, params, given, 0.5)
+  assert found.dtype == np.float32 and found[2] == 0
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
