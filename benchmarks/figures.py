@@ -10,8 +10,9 @@ What was measured lies in docs/figures/NAME.json, a record for each command and 
 printed, and the version, commit, date and processor that they came from. `measure` replaces the record of the same
 command and processor and keeps the others, so ratios of two processors can stand side by side.
 
-A record also holds a hash of the code that it measured, without its comments and docstrings. A test fails where that
-code has changed since, or where a page shows something else than its records.
+A record also holds a hash of the code that it measured, without its comments and docstrings, and those of runs hold
+their settings. A test fails where code or settings have changed since, or where a page shows something else than its
+records.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import instructjax
-from benchmarks import tables
+from benchmarks import preset_settings, tables
 from instructjax.core import provenance
 from instructjax.core.errors import UserError
 
@@ -42,7 +43,7 @@ class Figure:
   Attributes:
     page: where it stands, between `<!-- NAME -->` and `<!-- end of NAME -->`.
     commands: what `measure` runs after `python -m`; each prints JSON lines. Empty if finished runs are read.
-    config: --config of these runs.
+    config: --config of these runs, whose settings must be the same today.
     picture: where the picture of the first run's report goes.
     code: files whose change may change the numbers, as patterns below the root.
     table: records -> Markdown.
@@ -87,8 +88,8 @@ FIGURES = {
     "docs/results.md",
     (),
     (
-      *("configs/base.py", "configs/tiny.py", "instructjax/data/demo/*.py", "instructjax/ops/*.py"),
-      *("instructjax/data/bible.py", "instructjax/data/labeling.py"),
+      *("instructjax/data/demo/*.py", "instructjax/data/bible.py", "instructjax/data/labeling.py"),
+      "instructjax/ops/*.py",
       *(f"instructjax/report/{name}.py" for name in ("findings", "doubts", "intervals", "wording")),
     ),
     tables.findings,
@@ -99,11 +100,15 @@ FIGURES = {
     "docs/smollm2.md",
     (),
     (
-      *("configs/base.py", "configs/smollm2.py", "configs/released.py", "instructjax/ops/*.py"),
-      *("instructjax/data/conversation/*.py", "instructjax/data/labeling.py"),
+      *(
+        "instructjax/data/conversation/*.py",
+        "instructjax/data/labeling.py",
+        "instructjax/ops/*.py",
+      ),
       *(f"instructjax/report/{name}.py" for name in ("findings", "doubts", "intervals", "wording")),
     ),
     tables.real_model,
+    is_dated=True,
     config="configs/ppo_ptx.py:smollm2",
     picture="docs/smollm2.png",
   ),
@@ -206,9 +211,14 @@ def merge(records: Sequence[dict], new: dict) -> list[dict]:
 
 
 def stale(figure: Figure, records: Sequence[dict]) -> list[str]:
-  """The commands of records whose code has changed since they were made."""
-  now = code_hash(figure.code)
-  return [record["command"] for record in records if record["code"] != now]
+  """The commands of records whose code or settings have changed since they were made."""
+  code = code_hash(figure.code)
+  settings = preset_settings.now(figure.config) if figure.config else {}
+  return [
+    record["command"]
+    for record in records
+    if record["code"] != code or preset_settings.changed(record.get("settings", {}), settings)
+  ]
 
 
 def block(name: str, records: Sequence[dict]) -> str:
@@ -280,15 +290,19 @@ def _is_refusal(done: subprocess.CompletedProcess) -> bool:
   return done.returncode == 1 and done.stdout.startswith("{") and '"fits": false' in done.stdout
 
 
-def _require_same_code(run: pathlib.Path, commit: str, patterns: Sequence[str]):
-  """Checks that a run is of the code as it is now.
+def _require_same_code(run: pathlib.Path, commit: str, figure: Figure) -> dict[str, object]:
+  """Checks that a run is of the code and the settings as they are now; returns its settings.
 
   Raises:
     UserError: it is not, or it cannot be told.
   """
-  same = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *patterns]
+  same = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *figure.code]
   if not commit or commit.endswith("+changes") or subprocess.run(same).returncode:
     raise UserError(f"{run} is of other code (commit {commit or 'unknown'}): run it anew")
+  then = preset_settings.at(commit, figure.config)
+  if others := preset_settings.changed(then, preset_settings.now(figure.config)):
+    raise UserError(f"{run} has other settings ({', '.join(others)}): run it anew")
+  return then
 
 
 def _of_run(run: pathlib.Path, config: str) -> tuple[dict, dict]:
@@ -334,7 +348,7 @@ def take(name: str, runs: Sequence[pathlib.Path]):
   records = []
   for run in runs:
     line, made = _of_run(run, figure.config)
-    _require_same_code(run, made["commit"], figure.code)
+    settings = _require_same_code(run, made["commit"], figure)
     command = (
       f"python -m instructjax.main --config={figure.config} --workdir=runs/seed{line['seed']}"
     )
@@ -342,7 +356,8 @@ def take(name: str, runs: Sequence[pathlib.Path]):
       key: made[key][:10] if key == "date" else made[key] for key in ("version", "commit", "date")
     }
     command += f" --config.seed={line['seed']}"
-    records.append(_record(name, command, [line], **made, processor=_processor()))
+    record = _record(name, command, [line], **made, processor=_processor())
+    records.append(record | {"settings": settings})
   save(name, records)
   shutil.copy(runs[0] / "report" / "report.png", ROOT / figure.picture)
 

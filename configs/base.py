@@ -202,6 +202,7 @@ def base(stage: str) -> ConfigDict:
         microbatches=1,
         max_responses=9,  # sec 3.5: K in 4..9
         row_length=0,
+        share_prompts=False,
         ties="drop",  # C.2; open: whether a dropped tie counts in eq. 1's C(K,2), as it does here
         optim=adam(9e-6),  # C.2
         cross_validation_folds=0,  # Departs from paper: sec 4.1 has 5, which need the labelers' names

@@ -48,25 +48,26 @@ def change(config):
   config.collect.update(
     num_prompts=181,
     num_heldout_prompts=40,
-    min_responses=4,
-    max_responses=5,
+    min_responses=7,
+    max_responses=8,
     temperature=_TEMPERATURE,
   )
   config.rm.update(
     start_from="sft",  # sec 3.5
-    num_epochs=2,
+    num_epochs=1,
     batch_size=8,
-    max_responses=5,
-    microbatches=4,
-    row_length=64,
-    optim=base.adam(3e-5, warmup_steps=2),
+    max_responses=8,
+    microbatches=2,
+    row_length=256,
+    share_prompts=True,
+    optim=base.adam(3e-4, warmup_steps=2),
   )
   config.ppo.update(
-    num_iterations=12,
+    num_iterations=10,
     batch_size=64,
     num_minibatches=2,
     num_epochs=1,
-    packed_rows=8,
+    packed_rows=4,
     temperature=_TEMPERATURE,
     samples_per_prompt=4,
     # Departs from paper: no value network. The mean reward of the other answers to a prompt takes its place, which
@@ -80,7 +81,7 @@ def change(config):
     ptx_microbatches=2,
     missing_eos="fixed",
     missing_eos_score=-1.0,
-    ema_decay=0.7,  # averages over a few iterations, because the run has only 12
+    ema_decay=0.7,  # averages over a few iterations, because the run has only 10
     max_kl=50.0,
     policy_optim=base.adam(4e-5, schedule="constant", warmup_steps=4, warmup_start=0.1),
   )
@@ -90,10 +91,10 @@ def change(config):
     temperature=_TEMPERATURE,
     compare=("ppo", "ppo_ptx"),
     overoptimization=True,
-    overoptimization_iterations=12,
+    overoptimization_iterations=10,
     best_of_n=8,
     best_of_n_prompts=16,
     pretrain_batches=4,
-    pretrain_every=12,
+    pretrain_every=10,
     checkpoints=3,
   )

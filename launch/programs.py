@@ -214,9 +214,10 @@ def ranked_rows(config: Config, shards: int, means: Means) -> tuple[int, int]:
   if not cfg.row_length:
     return answers, length
   prompt = means.prompt or data.max_prompt_length
-  tokens = prompt + (means.response or data.max_response_length)
+  prompts = cfg.batch_size if cfg.share_prompts else answers
+  tokens = prompts * prompt + answers * (means.response or data.max_response_length)
   parts = shards * cfg.microbatches
-  return math.ceil(answers * tokens / cfg.row_length / parts) * parts, cfg.row_length
+  return math.ceil(tokens / cfg.row_length / parts) * parts, cfg.row_length
 
 
 def _rm(config: Config, mesh: Mesh, means: Means) -> Program:
@@ -228,12 +229,9 @@ def _rm(config: Config, mesh: Mesh, means: Means) -> Program:
   base = _base(mesh, model)
   answers = cfg.max_responses
   number, length = ranked_rows(config, sharding.num_row_shards(mesh), means)
-  rows = _batch(
-    mesh,
-    number,
-    {"token_SL": (np.int32, length), "segment_SL": (np.int32, length)},
-    dict,
-  )
+  names = ["token_SL", "segment_SL"] + ["position_SL", "until_SL"] * cfg.share_prompts
+  rows = _batch(mesh, number, dict.fromkeys(names, (np.int32, length)), dict)
+  rows = dict.fromkeys(("position_SL", "until_SL")) | rows
   prompts = _batch(
     mesh,
     cfg.batch_size,

@@ -68,15 +68,17 @@ class RankedBatch:
   """Prompts with up to C ranked answers each.
 
   Every answer forms a sequence together with its prompt. The sequences are packed into S rows in any order, and
-  `last_BC` says where each of them ends.
+  `last_BC` says where each of them ends. Or several answers form a tree with one copy of their prompt, each after it.
 
   Attributes:
     token_SL: int32 ids of prompt + answer, including the EOS if the answer has one. A row holds one sequence or
       several; padding is `vocab_size`.
-    segment_SL: int32 number of the sequence within its row, from 1; padding is 0.
+    segment_SL: int32 number of the sequence or tree within its row, from 1; padding is 0.
     last_BC: int32 index of each answer's last token in the flattened rows (row * L + column); 0 if there is no answer.
     rank_BC: int32 rank: 1 is best, and equal ranks are ties; 0 if there is no answer.
     is_answer_BC: True if there is an answer.
+    position_SL: of trees, int32 position in the sequence that ends with this column's answer; None for sequences.
+    until_SL: of trees, int32 last column of the row that may see this one, see `layers.tree_mask`; None for sequences.
   """
 
   token_SL: Array
@@ -84,6 +86,8 @@ class RankedBatch:
   last_BC: Array
   rank_BC: Array
   is_answer_BC: Array
+  position_SL: Array | None
+  until_SL: Array | None
 
 
 @pytree

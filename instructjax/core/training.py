@@ -202,6 +202,9 @@ class RMConfig:
   # length of the rows that answers are packed into, in training and in later scoring; 0 gives each answer a padded row
   # of its own [tokens]
   row_length: int = dataclasses.field(metadata=ROUNDING)
+  # whether training reads a prompt once for the answers that share a row with it; needs row_length and attention that
+  # takes any mask, which splash does not
+  share_prompts: bool = dataclasses.field(metadata=ROUNDING)
   # what happens to pairs of equally ranked answers: drop ignores them; half counts each as half a win for either answer
   ties: Literal["drop", "half"]
   optim: OptimConfig
@@ -215,6 +218,10 @@ class RMConfig:
     require_epochs(self, where)
     require_microbatches(self, where)
     require(self.max_responses >= 2, f"{where}.max_responses={self.max_responses} must be >= 2")
+    require(
+      self.row_length > 0 or not self.share_prompts,
+      f"{where}.share_prompts needs {where}.row_length > 0, since answers in rows of their own share nothing",
+    )
     require(
       self.cross_validation_folds == 0 or self.cross_validation_folds >= 2,
       f"{where}.cross_validation_folds={self.cross_validation_folds} must be 0 or >= 2",

@@ -23,7 +23,7 @@ import numpy as np
 
 from instructjax.core.errors import UserError
 from instructjax.core.structs import PromptBatch, RankedBatch, tree_of
-from instructjax.data import packing
+from instructjax.data import packing, trees
 from instructjax.data.packing import PackedRows
 from instructjax.data.token_cache import CachedRows
 from instructjax.data.tokenize import RankingTokens
@@ -202,6 +202,7 @@ def ranking_batches(
   vocab_size: int,
   num_rows: int | None = None,
   num_groups: int = 1,
+  share_prompts: bool = False,
   places: tuple[Places, Places] | None = None,
 ) -> Batches:
   """Batches of ranked answers as RankedBatch. batch_size counts prompts, as in C.2.
@@ -216,6 +217,7 @@ def ranking_batches(
       row of its own.
     num_groups: groups of consecutive prompts, equally many in each, that share no rows: the first group has the first
       rows, and so on, equally many each. Divides batch_size and num_rows.
+    share_prompts: whether answers to a prompt stand after one copy of it, as trees; needs num_rows.
     places: the rows and the prompts of the global batch that belong to this process; None for all of them.
   Raises:
     UserError: a prompt has more than max_responses answers, or there are no rankings.
@@ -238,17 +240,21 @@ def ranking_batches(
       vocab_size=vocab_size,
       num_rows=num_rows,
       num_groups=num_groups,
+      share_prompts=share_prompts,
     )
     if places is None:
       return batch
     # Packing may put an answer into any row, so every process builds the whole batch and keeps its own part.
     row_places, prompt_places = places
+    own = lambda x_SL: None if x_SL is None else x_SL[row_places]
     return RankedBatch(
       token_SL=batch.token_SL[row_places],
       segment_SL=batch.segment_SL[row_places],
       last_BC=batch.last_BC[prompt_places],
       rank_BC=batch.rank_BC[prompt_places],
       is_answer_BC=batch.is_answer_BC[prompt_places],
+      position_SL=own(batch.position_SL),
+      until_SL=own(batch.until_SL),
     )
 
   return Batches(
@@ -269,6 +275,7 @@ def rows_needed(
   seed: int,
   num_epochs: int,
   num_groups: int = 1,
+  share_prompts: bool = False,
 ) -> int:
   """The number of rows of `length` tokens that suffices for the packed answers of every batch.
 
@@ -279,7 +286,7 @@ def rows_needed(
     UserError: an answer does not fit in a row, or there are no rankings.
     ValueError: batch_size is not positive.
   """
-  lengths = [[len(item.prompt) + len(response) for response in item.responses] for item in rankings]
+  lengths = [_sizes(item, length, share_prompts) for item in rankings]
 
   def gather(row_b, place_b):
     groups = np.split(row_b, num_groups)
@@ -291,6 +298,17 @@ def rows_needed(
   return max(next(needs) for _ in range(num_epochs * needs.steps_per_epoch))
 
 
+def _sizes(ranking: RankingTokens, length: int, share_prompts: bool) -> list[int]:
+  """Columns of each part of a ranking that lies in one row: a tree, or an answer with its prompt.
+
+  Raises:
+    UserError: see `trees.grow`.
+  """
+  if share_prompts:
+    return [tree.size for tree in trees.grow(ranking, length)]
+  return [len(ranking.prompt) + len(response) for response in ranking.responses]
+
+
 def ranked_batch(
   rankings: Sequence[RankingTokens],
   *,
@@ -299,6 +317,7 @@ def ranked_batch(
   vocab_size: int,
   num_rows: int | None = None,
   num_groups: int = 1,
+  share_prompts: bool = False,
 ) -> RankedBatch:
   """Makes one RankedBatch of the rankings, in order. Arguments as in `ranking_batches`.
 
@@ -319,8 +338,8 @@ def ranked_batch(
       rows[row] = [index]
   else:
     rows, first = [], 0
-    for group in np.split(np.sum(is_answer_BC, axis=1), num_groups):
-      lengths = [len(sequence) for sequence in sequences[first : first + sum(group)]]
+    for group in np.split(np.arange(len(rankings)), num_groups):
+      lengths = [n for i in group for n in _sizes(rankings[i], length, share_prompts)]
       own = [[first + index for index in row] for row in packing.pack(lengths, length)]
       room = num_rows // num_groups
       if len(own) > room:
@@ -328,8 +347,14 @@ def ranked_batch(
           f"a batch of rankings needs {len(own) * num_groups} rows, and num_rows={num_rows}"
         )
       rows += own + [[]] * (room - len(own))
-      first += sum(group)
-  scored = packing.scored_rows(sequences, rows, length=length, vocab_size=vocab_size)
+      first += len(lengths)
+  kwargs = dict(length=length, vocab_size=vocab_size)
+  tree = None
+  if share_prompts:
+    grown = [tree for item in rankings for tree in trees.grow(item, length)]
+    scored = tree = trees.lay_out(grown, rows, **kwargs)
+  else:
+    scored = packing.scored_rows(sequences, rows, **kwargs)
   last_BC = np.zeros(shape, np.int32)
   last_BC[is_answer_BC] = scored.last_N
   return tree_of(
@@ -339,6 +364,8 @@ def ranked_batch(
     last_BC=last_BC,
     rank_BC=rank_BC,
     is_answer_BC=is_answer_BC,
+    position_SL=tree and tree.position_SL,
+    until_SL=tree and tree.until_SL,
   )
 
 

@@ -82,9 +82,7 @@ def _after(past_1GSK, own_BGLK):
 
 def _masks(position_BL, last_BL, num_past: int, past_length, cfg):
   """(dense_BLS, banded_BLS or None) with S = past and own columns, as `layers.attention_masks` for whole rows."""
-  column_L = jnp.arange(last_BL.shape[1], dtype=jnp.int32)
-  query_1L1, key_11L = column_L[None, :, None], column_L[None, None, :]
-  dense = (key_11L <= query_1L1) & (query_1L1 <= last_BL[:, None, :])
+  dense = layers.tree_mask(last_BL)
   key_position_BS = position_BL
   if num_past:
     past_S = jnp.arange(num_past, dtype=jnp.int32)

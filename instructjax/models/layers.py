@@ -132,6 +132,16 @@ def attention_masks(segment_BL, position_BL, cfg: NetworkConfig):
   return dense_BLL, band(dense_BLL, position_BL, position_BL, cfg)
 
 
+def tree_mask(last_BL):
+  """The mask of dense layers for rows that hold trees, in depth-first order: [B, L, L] as in `attention_masks`.
+
+  What may see a column is then a span: those from it to the last one below it, `last_BL`; -1 at pads.
+  """
+  column_L = jnp.arange(last_BL.shape[1], dtype=jnp.int32)
+  query_1L1, key_11L = column_L[None, :, None], column_L[None, None, :]
+  return (key_11L <= query_1L1) & (query_1L1 <= last_BL[:, None, :])
+
+
 def band(mask_BTS, query_position_BT, key_position_BS, cfg: NetworkConfig):
   """The mask of the banded layers, from that of the dense ones; None if the network has no banded layers."""
   if not cfg.attention_window or "L" not in positions.layer_kinds(cfg):

@@ -229,6 +229,7 @@ def hidden(
   dropout_rate: float = 0.0,
   dropout_key_B: Array | None = None,
   window: tuple[int, int] | None = None,
+  last_BL: Array | None = None,
 ) -> tuple[Array, Params]:
   """The forward pass up to the head's input.
 
@@ -242,18 +243,20 @@ def hidden(
     dropout_key_B: a typed key for each row; needed if dropout_rate > 0. A row's masks depend on its own key alone, so
       they are the same in whatever batch the row is computed.
     window: (start, stop) of the columns whose outputs are wanted; the head is not computed for others.
+    last_BL: for rows that hold trees, as answers that share the columns of their prompt: int32; see `layers.tree_mask`.
+      Attention is then by it in place of segments, and positions count from a tree's root. None for plain sequences.
   Returns:
     (h_BTD, params). h_BTD is the output of the final norm, in the compute dtype; T counts the columns of the window, or
     all of L. Give these params to the head (`apply_head`, lm_head.py) instead of the ones passed in. The values are the
     same, but a tied embedding table then collects its gradient in one array: see `_look_up_and_pass`.
   Raises:
-    ValueError: dropout_rate > 0 without keys.
+    ValueError: dropout_rate > 0 without keys, or trees for attention that takes segments only ('splash').
   """
   if dropout_rate and dropout_key_B is None:
     raise ValueError(f"apply: dropout_rate={dropout_rate} must come with dropout_key_B")
   key_B = dropout_key_B if dropout_rate else None
   h_BLD, _, params = run_layers(
-    model, params, token_BL, segment_BL, position_BL, dropout_rate, key_B
+    model, params, token_BL, segment_BL, position_BL, dropout_rate, key_B, last_BL=last_BL
   )
   start, stop = window or (0, token_BL.shape[1])
   return final_norm(model, params, h_BLD[:, start:stop]), params
@@ -265,12 +268,20 @@ def lm_table(model: Model, params: Params) -> Array:
 
 
 def run_layers(
-  model, params, token_BL, segment_BL, position_BL, dropout_rate=0.0, key_B=None, keep=False
+  model,
+  params,
+  token_BL,
+  segment_BL,
+  position_BL,
+  dropout_rate=0.0,
+  key_B=None,
+  keep=False,
+  last_BL=None,
 ):
   """Embedding and all layers, before the final norm.
 
   Args:
-    model, params, token_BL, segment_BL, position_BL, dropout_rate: as for `hidden`.
+    model, params, token_BL, segment_BL, position_BL, dropout_rate, last_BL: as for `hidden`.
     key_B: each row's typed key for dropout, or None.
     keep: whether to return keys and values, for a cache.
   Returns:
@@ -286,7 +297,7 @@ def run_layers(
   h_BLD, segment_BL, params = embedding.embed(model, params, *fed, decoding=keep)
   segment_BL = constraints.shard_rows(segment_BL)
   angles, kinds = positions.rotary_angles(position_BL, cfg), positions.layer_kinds(cfg)
-  attend = _attention(model, segment_BL, position_BL)
+  attend = _attention(model, segment_BL, position_BL, last_BL)
   key_NB = None
   if key_B is not None:
     # Keys 0 .. N - 1 are for the layers, N for the embedding: scan and unrolled layers draw the same noise.
@@ -366,13 +377,19 @@ def _scan_layers(run, h_BLD, stacked, period: int):
   return h_BLD, kept
 
 
-def _attention(model, segment_BL, position_BL):
+def _attention(model, segment_BL, position_BL, last_BL):
   """Makes the attention of layer `index` over whole sequences: (index, q_BTGRK, k_BGTK, v_BGTK) -> x_BTGRK."""
   cfg, kinds = model.network, positions.layer_kinds(model.network)
   if model.execution.attention == "splash":
+    if last_BL is not None:
+      raise ValueError("apply: execution.attention='splash' takes segments, not trees")
     window = lambda index: cfg.attention_window if kinds[index % len(kinds)] == "L" else 0
     return lambda index, *qkv: splash.attend(segment_BL, *qkv, window=window(index))
-  masks = layers.attention_masks(segment_BL, position_BL, cfg)
+  if last_BL is None:
+    masks = layers.attention_masks(segment_BL, position_BL, cfg)
+  else:
+    dense_BLL = layers.tree_mask(constraints.shard_rows(last_BL))
+    masks = dense_BLL, layers.band(dense_BLL, position_BL, position_BL, cfg)
   attend = cudnn.attend if model.execution.attention == "cudnn" else layers.attend
   return lambda index, q_BTGRK, k_BGTK, v_BGTK: attend(
     q_BTGRK, k_BGTK, v_BGTK, positions.layer_mask(masks, kinds, index)

@@ -63,10 +63,21 @@ def response_value(
 
 
 def column_score(
-  model: transformer.Model, params: Params, token_BL: Array, segment_BL: Array
+  model: transformer.Model,
+  params: Params,
+  token_BL: Array,
+  segment_BL: Array,
+  position_BL: Array | None = None,
+  last_BL: Array | None = None,
 ) -> Array:
-  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks the one of each row."""
-  return transformer.apply(model, params, token_BL, **_inputs(segment_BL, None))
+  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks the one of each row.
+
+  Rows may hold trees: `position_BL` and `last_BL` are then as for `transformer.hidden`, both None for sequences.
+  """
+  inputs = _inputs(segment_BL, None)
+  if position_BL is not None:
+    inputs |= dict(position_BL=position_BL, last_BL=last_BL)
+  return transformer.apply(model, params, token_BL, **inputs)
 
 
 def sequence_score(

@@ -36,7 +36,8 @@ _FOLD = "a fold (rm.cross_validation_folds)"  # in messages
 
 def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
   """The score of every answer, [B, C], from one forward pass over all answers; each is read at its last token."""
-  score_SL = scoring.column_score(model, params, batch.token_SL, batch.segment_SL)
+  tokens = batch.token_SL, batch.segment_SL, batch.position_SL, batch.until_SL
+  score_SL = scoring.column_score(model, params, *tokens)
   return score_SL.reshape(-1)[batch.last_BC]
 
 
@@ -89,11 +90,18 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
 
   With `rm.row_length`, the answers of a batch share rows: as many as the fullest batch of the whole run needs, so that
   all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own. Either way, rows
-  hold answers of one microbatch only, so that each microbatch has all pairs of its prompts.
+  hold answers of one microbatch only, so that each microbatch has all pairs of its prompts. With `rm.share_prompts` the
+  answers to a prompt share its columns too.
   """
   cfg, data = ctx.config.rm, ctx.config.data
   length = cfg.row_length or data.max_prompt_length + data.max_response_length
-  kwargs = dict(length=length, batch_size=cfg.batch_size, seed=seed, num_groups=cfg.microbatches)
+  kwargs = dict(
+    length=length,
+    batch_size=cfg.batch_size,
+    seed=seed,
+    num_groups=cfg.microbatches,
+    share_prompts=cfg.share_prompts,
+  )
   num_rows = None
   if cfg.row_length:
     num_rows = batching.rows_needed(rankings, num_epochs=cfg.num_epochs, **kwargs)
@@ -281,9 +289,15 @@ def check(ctx: Context, stage: str):
   """Checks that there is something to learn and to measure, and that the labelers can be split into folds.
 
   Raises:
-    UserError: every ranking of a split or of a fold is too long or a tie, a prompt has too many answers, the warmup is
-      as long as the stage or a fold of it, or the labelers cannot be split.
+    UserError: prompts are to be shared and attention takes no trees, every ranking of a split or of a fold is too
+      long or a tie, a prompt has too many answers, the warmup is as long as the stage or a fold of it, or the labelers
+      cannot be split.
   """
+  if ctx.config.rm.share_prompts and ctx.model("reward").execution.attention == "splash":
+    raise UserError(
+      "config.rm.share_prompts needs attention that takes any mask, and splash, which 'auto' is on a TPU, takes only"
+      " segments; add --config.execution.attention=plain, or leave it out"
+    )
   if lineage.collects(ctx.config) or STAGES[stage].round > 1:
     return  # these comparisons are collected only later in the run
   cfg = ctx.config.rm

@@ -77,8 +77,8 @@ def parts(config: Config, mesh: Mapping[str, int], stage: str) -> dict[str, floa
     names = f"config.{row.block}.batch_size={cfg.batch_size}, microbatches={cfg.microbatches}, {tokens[1]} tokens a row"
     answers = 1
     if row.kind == "rm" and cfg.row_length:
-      # Packed into rows, the answers need what they have of tokens: two of some, at least.
-      answers, tokens = 2, (tokens[0], 2)
+      # Packed into rows, the answers need what they have of tokens: two of some, at least, the prompt's and their own.
+      answers, tokens = (1, (tokens[0], 3)) if cfg.share_prompts else (2, (tokens[0], 2))
     elif row.kind == "rm":
       answers = cfg.max_responses
     return {

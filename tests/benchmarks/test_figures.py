@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import figures, tables
+from benchmarks import figures, preset_settings, tables
 from instructjax.core.errors import UserError
 
 MADE = dict(version="0.1.0", commit="a" * 40, date="2026-11-30", processor="AMD EPYC, AVX2")
@@ -54,9 +54,13 @@ def test_every_version_of_python_gives_code_the_same_hash(tmp_path):
 
 def test_a_record_of_changed_code_is_stale():
   figure = figures.FIGURES["findings"]
-  now = figures.code_hash(figure.code)
+  now, settings = figures.code_hash(figure.code), preset_settings.now(figure.config)
   records = [{"command": "a", "code": now}, {"command": "b", "code": "0" * 16}]
-  assert figures.stale(figure, records) == ["b"]
+  records += [
+    {"command": "c", "code": now, "settings": settings},
+    {"command": "d", "code": now, "settings": settings | {"ppo.beta": 7.0}},
+  ]
+  assert figures.stale(figure, records) == ["b", "d"]
 
 
 def test_a_new_record_takes_the_place_of_its_own_command_and_processor_only():
@@ -109,6 +113,7 @@ def root(tmp_path, monkeypatch):
   for name, page in (("findings", "results"), ("smollm2", "smollm2")):
     (root / "docs" / f"{page}.md").write_text(f"<!-- {name} -->\n<!-- end of {name} -->\n")
   hash_ = figures.code_hash(figures.FIGURES["findings"].code)
+  monkeypatch.setattr(preset_settings, "at", lambda commit, config: preset_settings.now(config))
   monkeypatch.setattr(figures, "ROOT", root)
   monkeypatch.setattr(figures, "code_hash", lambda patterns: hash_)
   monkeypatch.setattr(
@@ -153,7 +158,21 @@ def test_runs_of_a_real_model_become_tables_and_answers(root, tmp_path, capsys):
 @pytest.mark.parametrize("commit", ["", "a" * 40 + "+changes", "0" * 40])
 def test_a_run_of_other_code_is_refused(commit, tmp_path, capfd):
   with pytest.raises(UserError, match="other code"):
-    figures._require_same_code(tmp_path, commit, ["configs/base.py"])
+    figures._require_same_code(tmp_path, commit, figures.FIGURES["findings"])
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    figures.subprocess, "run", lambda words: subprocess.CompletedProcess(words, 0)
+  )
+  figure = figures.FIGURES["findings"]
+  then = preset_settings.now(figure.config)
+  monkeypatch.setattr(preset_settings, "at", lambda commit, config: then | {"ppo.beta": 7.0})
+  with pytest.raises(UserError, match=r"other settings \(ppo.beta\): run it anew"):
+    figures._require_same_code(tmp_path, "a" * 40, figure)
+  del then["ppo.gamma"]  # a setting that came after the run
+  monkeypatch.setattr(preset_settings, "at", lambda commit, config: then)
+  assert figures._require_same_code(tmp_path, "a" * 40, figure) == then
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,10 @@ _RULES = [
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
   (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),
   (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
+  (
+    dict(rm__share_prompts=True, rm__row_length=0),
+    "config.rm.share_prompts needs config.rm.row_length > 0",
+  ),
   (dict(rm__start_from="sft"), "config.rm.start_from='sft' must have reward_model equal to model"),
   (
     dict(reward_model=load().to_dict()["model"], rm__start_from="sft", rm__weights="x"),

@@ -215,6 +215,28 @@ def test_a_process_takes_its_own_rows_and_prompts():
     np.testing.assert_array_equal(getattr(mine, name), getattr(whole, name)[[1, 4, 5]])
   for name in ("last_BC", "rank_BC", "is_answer_BC"):
     np.testing.assert_array_equal(getattr(mine, name), getattr(whole, name)[[0, 3]])
+  kwargs |= dict(share_prompts=True)
+  whole = next(batching.ranking_batches(rankings, **kwargs))
+  mine = next(batching.ranking_batches(rankings, places=([1, 4, 5], [0, 3]), **kwargs))
+  for name in ("position_SL", "until_SL"):
+    np.testing.assert_array_equal(getattr(mine, name), getattr(whole, name)[[1, 4, 5]])
+
+
+def test_answers_that_share_a_prompt_need_fewer_rows_and_end_where_it_is_said():
+  """A prompt of a token with answers of 2, 2 and 3, another with answers of 1 and 4; rows of 8."""
+  rankings = [ranking(0, [5, EOS], [6, EOS], [7, 8, EOS]), ranking(1, [EOS], [5, 6, 7, EOS])]
+  kwargs = dict(length=8, num_groups=2)
+  needed = functools.partial(batching.rows_needed, rankings, batch_size=2, seed=0, num_epochs=1)
+  assert (needed(**kwargs), needed(**kwargs, share_prompts=True)) == (4, 2)
+  batch = batching.ranked_batch(
+    rankings, max_responses=3, vocab_size=VOCAB, num_rows=2, share_prompts=True, **kwargs
+  )
+  np.testing.assert_array_equal(
+    batch.token_SL, [[10, 5, EOS, 6, EOS, 7, 8, EOS], [11, EOS, 5, 6, 7, EOS, 90, 90]]
+  )
+  np.testing.assert_array_equal(batch.last_BC, [[2, 4, 7], [8 + 1, 8 + 5, 0]])
+  np.testing.assert_array_equal(batch.position_SL[0], [0, 1, 2, 1, 2, 1, 2, 3])
+  np.testing.assert_array_equal(batch.until_SL[1], [5, 1, 5, 5, 5, 5, -1, -1])
 
 
 def test_ranking_batches_hold_every_ranking_once_an_epoch():

@@ -504,6 +504,11 @@ def test_rows_of_packed_rankings(mesh):
   assert programs.ranked_rows(config, 4, lengths.Means(32.0, 30.0)) == (20, 256)
   assert programs.make(config, mesh, "rm", lengths.Means(32.0, 30.0)).tokens == 20 * 256
   assert programs.ranked_rows(small("rm"), 4, lengths.Means(1.0, 1.0)) == (72, 256)
+  # Of 8 prompts of 32 tokens each is read once: 8 * 32 + 72 * 30 in rows of 256.
+  config = small("rm", rm={"row_length": 256, "share_prompts": True})
+  assert programs.ranked_rows(config, 4, lengths.Means(32.0, 30.0)) == (12, 256)
+  program = programs.make(config, mesh, "rm", lengths.Means(32.0, 30.0))
+  assert program.tokens == 12 * 256 and program.arguments[-1].until_SL.shape == (12, 256)
 
 
 def test_networks_that_are_given(mesh, monkeypatch):

@@ -353,6 +353,30 @@ def test_strict_dtypes(few, make):
     )
 
 
+def test_branches_of_a_tree_are_sequences_with_a_common_beginning(cfg, make):
+  """Three answers of 2, 3 and 1 tokens after a prompt of 3, then a pad, beside each alone with its prompt."""
+  model, params = make(cfg)
+  tokens = TOKEN_BL[:1, :10]
+  position_BL = np.array([[0, 1, 2, 3, 4, 3, 4, 5, 3, 0]], np.int32)
+  last_BL = np.array([[8, 8, 8, 4, 4, 7, 7, 7, 8, -1]], np.int32)
+  inputs = dict(segment_BL=(last_BL >= 0).astype(np.int32), position_BL=position_BL)
+  tree_LV = models.apply(model, params, tokens, **inputs, last_BL=last_BL)[0]
+  for branch in (range(3, 5), range(5, 8), range(8, 9)):
+    columns = [0, 1, 2, *branch]
+    alone = np.arange(len(columns))[None]
+    whole = models.apply(
+      model, params, tokens[:, columns], segment_BL=np.ones_like(alone), position_BL=alone
+    )
+    np.testing.assert_allclose(tree_LV[np.array(columns)], whole[0], rtol=1e-5, atol=1e-5)
+
+
+def test_trees_need_attention_that_takes_any_mask(gpt2, make):
+  model, params = make(gpt2, attention="splash")
+  ones = np.ones_like(TOKEN_BL)
+  with pytest.raises(ValueError, match="takes segments, not trees"):
+    models.apply(model, params, TOKEN_BL, segment_BL=ones, position_BL=ones, last_BL=ones)
+
+
 def test_unknown_head_is_refused(gpt2):
   with pytest.raises(ValueError, match="head='value' must be 'lm' or 'scalar'"):
     tiny.make_model(gpt2, VOCAB, "value")

@@ -49,7 +49,7 @@ def rankings(seed):
   return result
 
 
-def ranked(seed, shared=False, num_groups=1):
+def ranked(seed, shared=False, num_groups=1, share_prompts=False):
   length, num_rows = (3 * LENGTH, SHARED_ROWS * num_groups) if shared else (LENGTH, None)
   return ranked_batch(
     rankings(seed),
@@ -58,6 +58,7 @@ def ranked(seed, shared=False, num_groups=1):
     vocab_size=VOCAB,
     num_rows=num_rows,
     num_groups=num_groups,
+    share_prompts=share_prompts,
   )
 
 
@@ -77,6 +78,7 @@ def start(quick_jit, model, adam_config, random_params):
     microbatches=1,
     max_responses=ANSWERS,
     row_length=0,
+    share_prompts=False,
     ties="drop",
     optim=adam_config,
     cross_validation_folds=0,
@@ -265,6 +267,7 @@ def test_folds_need_named_labelers_with_held_out_rankings():
 def test_batches_of_rankings(row_length, microbatches, length, rows):
   """A row for each of 8 * 3 answers of 36 + 24 tokens; shared ones are 11, rounded up to 4 shards of each part."""
   changes = {"rm__row_length": row_length, "rm__microbatches": microbatches}
+  changes["rm__share_prompts"] = row_length > 0
   ctx = types.SimpleNamespace(
     config=micro.config("rm", {}, rm__num_epochs=2, **changes),
     tokenizer=micro.characters(),
@@ -278,7 +281,9 @@ def test_batches_of_rankings(row_length, microbatches, length, rows):
     mock.patch.object(rm.batching, "ranking_batches", lambda *a, **k: (a, k)),
   ):
     arguments, kwargs = rm._batches(ctx, ["tokens", "record"], 5)
-  shape = dict(length=length, batch_size=8, seed=5, num_groups=microbatches)
+  shape = dict(
+    length=length, batch_size=8, seed=5, num_groups=microbatches, share_prompts=row_length > 0
+  )
   assert arguments == (["tokens", "record"],)
   assert asked == ([((["tokens", "record"],), shape | dict(num_epochs=2))] if row_length else [])
   places = ("own", rows or 24), ("own", 8)
@@ -411,10 +416,39 @@ def test_answers_that_share_rows_give_the_same_loss_and_gradient(start, one_devi
   np.testing.assert_allclose(results[1][0]["loss"], results[0][0]["loss"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("shared, microbatches", [(False, 8), (True, 2)])
-def test_microbatches_are_one_batch(start, one_device, shared, microbatches):
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_answers_that_share_their_prompt_give_the_same_loss_and_gradient(start, num_devices):
+  """Each prompt is read once a row; its answers do not see each other."""
+  mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1), jax.devices()[:num_devices])
+  apart, together = ranked(0, shared=True), ranked(0, shared=True, share_prompts=True)
+  assert np.sum(together.segment_SL > 0) < 0.85 * np.sum(apart.segment_SL > 0)
+  results = []
+  for batch in (apart, together):
+    step, state = start(mesh)
+    state, metrics = step(state, sharding.place_batch(mesh, batch))
+    del metrics["tokens"]
+    results.append((metrics, jax.device_get(state.opt_state)))
+  assert 0 < results[0][0]["loss"] and results[0][0]["grad_norm"] > 0.1
+  for got, expected in zip(*map(jax.tree.leaves, results[::-1]), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_splash_which_takes_no_trees_is_refused():
+  config = micro.config("rm", {}, rm__row_length=60, rm__share_prompts=True)
+  execution = dataclasses.replace(tiny.EXECUTION, attention="splash")
+  ctx = types.SimpleNamespace(
+    config=config, model=lambda role: types.SimpleNamespace(execution=execution)
+  )
+  with pytest.raises(UserError, match="execution.attention=plain"):
+    rm.check(ctx, "rm")
+
+
+@pytest.mark.parametrize(
+  "shared, microbatches, share_prompts", [(False, 8, False), (True, 2, False), (True, 2, True)]
+)
+def test_microbatches_are_one_batch(start, one_device, shared, microbatches, share_prompts):
   """Prompts of different K, among them prompts without a usable pair, with all their answers in one part."""
-  whole, parts = ranked(0, shared), ranked(0, shared, microbatches)
+  whole, parts = (ranked(0, shared, number, share_prompts) for number in (1, microbatches))
   for batch in (whole, parts):
     batch.rank_BC[1] = batch.is_answer_BC[1]  # nothing but ties
   results = []
@@ -437,6 +471,8 @@ def test_padding_and_missing_answers_change_nothing(start, one_device):
     filled(batch.is_answer_BC, batch.last_BC),
     filled(batch.is_answer_BC, batch.rank_BC),
     batch.is_answer_BC,
+    None,
+    None,
   )
   results = []
   for variant in (batch, garbage):
