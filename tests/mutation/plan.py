@@ -70,6 +70,7 @@ AREAS = {
     "data/token_cache": 5,
     "data/token_store": 6,
     "data/tokenize": 8,
+    "data/trees": 6,
   },
   "processes": {
     "core/environment": 0,
