@@ -215,6 +215,7 @@ def base(stage: str) -> ConfigDict:
         microbatches=1,
         score_microbatches=1,
         num_epochs=1,  # C.4: a single inner epoch
+        share_prompts=False,
         packed_rows=0,  # open: a minibatch of 64 padded episodes has just enough rows for 64 devices
         temperature=1.0,  # C.4
         rewards=("rm",),  # eq. 2

@@ -213,6 +213,10 @@ def _shared(config: Config, cfg: PPOConfig, shards: int, means: Means):
   """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
   if not cfg.packed_rows:
     return None, None, {}
+  if cfg.share_prompts:
+    raise UserError(
+      "config.ppo.share_prompts is not known to the planner, which counts each episode's own prompt; plan without it"
+    )
   limits = config.data.max_prompt_length, config.data.max_response_length
   minibatch = cfg.batch_size // cfg.num_minibatches
   scored, trained = (

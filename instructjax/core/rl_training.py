@@ -29,6 +29,9 @@ class PPOConfig:
   # number of rows, each packed with several episodes, to score or train on at a time; 0 gives each episode a padded row
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
+  # whether the samples_per_prompt answers to a prompt are scored and trained on after a single copy of it, in one row
+  # and one minibatch; needs packed_rows and attention that takes any mask, which splash does not
+  share_prompts: bool
   temperature: float  # temperature at which responses are sampled
   # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
   # python:MODULE:FUNCTION a function of yours, length:MIN-MAX and format:REGEX are rules, model:PATH is a reward model
@@ -149,6 +152,16 @@ class PPOConfig:
       f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
     )
     self._validate_advantage(where)
+    require(
+      self.packed_rows > 0 or not self.share_prompts,
+      f"{where}.share_prompts needs {where}.packed_rows > 0, since answers in rows of their own share nothing",
+    )
+    require(
+      not self.share_prompts
+      or self.batch_size // self.num_minibatches % self.samples_per_prompt == 0,
+      f"{where}.share_prompts needs whole groups of samples_per_prompt={self.samples_per_prompt} answers in each of the"
+      f" num_minibatches={self.num_minibatches} of {where}.batch_size={self.batch_size}",
+    )
     # The compiled step has fixed shapes, so minibatches, microbatches and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows

@@ -46,6 +46,21 @@ def tree_of(struct: Callable[..., _Struct], **leaves: Any) -> _Struct:
 
 
 @pytree
+class Trees:
+  """Rows that hold trees: texts with a common beginning, of which each row has one copy. In place of segments.
+
+  Attributes:
+    segment_BL: int32 number of the tree within its row, from 1; 0 at pads.
+    position_BL: int32 depth in the tree, from 0.
+    last_BL: int32 last column of the row that may see this one, see `layers.tree_mask`; -1 at pads.
+  """
+
+  segment_BL: Array
+  position_BL: Array
+  last_BL: Array
+
+
+@pytree
 class PackedBatch:
   """Rows of packed token sequences for language modelling.
 
@@ -77,8 +92,7 @@ class RankedBatch:
     last_BC: int32 index of each answer's last token in the flattened rows (row * L + column); 0 if there is no answer.
     rank_BC: int32 rank: 1 is best, and equal ranks are ties; 0 if there is no answer.
     is_answer_BC: True if there is an answer.
-    position_SL: of trees, int32 position in the sequence that ends with this column's answer; None for sequences.
-    until_SL: of trees, int32 last column of the row that may see this one, see `layers.tree_mask`; None for sequences.
+    position_SL, until_SL: of trees, their `position_BL` and `last_BL` as of `Trees`; None for sequences.
   """
 
   token_SL: Array

@@ -15,7 +15,7 @@ import optax
 from instructjax.core import rewards as reward_lists
 from instructjax.core.config import PPOConfig
 from instructjax.core.rewards import Reward
-from instructjax.core.structs import Array, Params, PPOState, Rollout, pytree
+from instructjax.core.structs import Array, Params, PPOState, Rollout, Trees, pytree
 from instructjax.models import adapters, transformer
 from instructjax.ops import baselines, gae, kl, masked, surrogate
 from instructjax.ops import rewards as rules
@@ -102,7 +102,7 @@ class Experience:
 
   Attributes:
     token_BL: int32 prompt and response; `vocab_size` at pads.
-    segment_BL: int32 number of the token's episode within its row, from 1; 0 at pads.
+    segment_BL: int32 number of the token's episode within its row, from 1; 0 at pads. Of rows with trees, a `Trees`.
     is_response_BR: True on response tokens, over which the value loss is a mean.
     is_actor_BR: True on the tokens over which the policy loss is a mean. These are all response tokens, or with
       `missing_eos='exclude'` only those of answers that ended.
@@ -115,7 +115,7 @@ class Experience:
   """
 
   token_BL: Array
-  segment_BL: Array
+  segment_BL: Array | Trees
   is_response_BR: Array
   is_actor_BR: Array
   behaviour_logprob_BR: Array
@@ -158,7 +158,7 @@ class Readings:
       under the reference, in nats.
     value_BR: the value network's estimate before each response token; 0 at pads. None without a value network.
     score_B: the reward model's score of each response.
-    num_cells: columns of all rows that were read, pads included.
+    waste: share of the columns of all rows that were read and hold no token.
     ensemble_B: the scores of further reward models, one array for each.
   """
 
@@ -166,7 +166,7 @@ class Readings:
   ref_logprob_BR: Array
   value_BR: Array | None
   score_B: Array
-  num_cells: Array | int
+  waste: Array
   ensemble_B: tuple[Array, ...]
 
 
@@ -239,7 +239,7 @@ def read(
   mask_BR = rollout.is_response_BR
   with jax.named_scope("score"):
     # 2a. Log-probabilities at the sampling temperature (details item 19), and values before each token (item 21).
-    said, num_cells = rows.score(_read(nets, cfg, state, frozen), rollout)
+    said, waste = rows.score(_read(nets, cfg, state, frozen), rollout)
     said = {"behaviour_logprob_BR": rollout.behaviour_logprob_BR} | said
     value_BR = jnp.where(mask_BR, said["value_BR"], 0.0) if cfg.has_value_network else None
     # 2b. The reward model reads prompt and response (sec 3.5); its score stands at the last token (details item 13).
@@ -256,7 +256,7 @@ def read(
       ref_logprob_BR=said["ref_logprob_BR"],
       value_BR=value_BR,
       score_B=score_B,
-      num_cells=num_cells,
+      waste=waste,
       ensemble_B=tuple(ensemble_B),
     )
 
@@ -365,7 +365,7 @@ def from_readings(
     for form in kl.FORMS
     if form != kl.FORM
   }
-  metrics = _rollout_metrics(rollout, experience, has_eos_B, readings.num_cells) | {
+  metrics = _rollout_metrics(rollout, experience, has_eos_B, readings.waste) | {
     "reward": jnp.mean(rm_score_B),
     "reward_std": jnp.std(rm_score_B),
     "objective": jnp.mean(score_B - state.kl_coef * kl_B),  # eq. 2 without its pretraining term
@@ -391,14 +391,14 @@ def _reward_metrics(values: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _rollout_metrics(
-  rollout: Rollout, experience: Experience, has_eos_B: Array, num_cells: Array | int
+  rollout: Rollout, experience: Experience, has_eos_B: Array, waste: Array
 ) -> dict[str, Array]:
   """Metrics of the rollout: lengths, entropy in nats per response, explained variance (details item 32), and waste.
 
   Args:
     rollout, experience: of the iteration.
     has_eos_B: whether the answer ended within the length limit.
-    num_cells: columns of all rows that were scored, pads included.
+    waste: share of the scored columns that hold no token.
   """
   mask_BR = rollout.is_response_BR
   fit = {}
@@ -415,5 +415,5 @@ def _rollout_metrics(
     "eos": jnp.mean(has_eos_B.astype(jnp.float32)),
     "decode_steps": rollout.num_steps.astype(jnp.float32),
     "slot_waste": 1 - jnp.sum(mask_BR) / rollout.slot_steps,  # share of the decoded tokens
-    "score_waste": 1 - jnp.sum(rollout.is_token_BL) / num_cells,  # share of the scored cells
+    "score_waste": waste,
   }

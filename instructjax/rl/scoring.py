@@ -5,18 +5,25 @@ of a rollout: a left-padded prompt of P columns, then the response. The network 
 in column t from column t - 1 (details item 21), so the heads are computed for columns P - 1 .. L - 2 only.
 
 `segment_BL` says which columns hold tokens. If a row holds one sequence, it may be booleans. If it holds several
-(shared_rows.py), it has their numbers from 1, and 0 at pads. In that case pass a prompt length of 1, which includes
-every column but the first.
+(shared_rows.py), it has their numbers from 1, and 0 at pads. If it holds trees (shared_prompts.py), it is a `Trees`. In
+both cases pass a prompt length of 1, which includes every column but the first.
 """
 
 import jax.numpy as jnp
 
-from instructjax.core.structs import Array, Params
+from instructjax.core.structs import Array, Params, Trees
 from instructjax.models import lm_head, positions, transformer
 
 
-def _inputs(segment_BL: Array, window) -> dict:
+def _inputs(segment_BL: Array | Trees, window) -> dict:
   """Keyword arguments of a forward pass; booleans become segment 1."""
+  if isinstance(segment_BL, Trees):
+    return dict(
+      segment_BL=segment_BL.segment_BL,
+      position_BL=segment_BL.position_BL,
+      last_BL=segment_BL.last_BL,
+      window=window,
+    )
   segment_BL = segment_BL.astype(jnp.int32)
   position_BL = positions.from_segments(segment_BL)
   return dict(segment_BL=segment_BL, position_BL=position_BL, window=window)
@@ -26,7 +33,7 @@ def response_logprob(
   model: transformer.Model,
   params: Params,
   token_BL: Array,
-  segment_BL: Array,
+  segment_BL: Array | Trees,
   *,
   prompt_length: int,
   temperature: float,
@@ -43,8 +50,9 @@ def response_logprob(
     float32 [B, R], in nats; zero at pads.
   """
   window = (prompt_length - 1, token_BL.shape[1] - 1)
-  h_BRD, params = transformer.hidden(model, params, token_BL, **_inputs(segment_BL, window))
-  token_BR, is_token_BR = token_BL[:, prompt_length:], segment_BL[:, prompt_length:] > 0
+  inputs = _inputs(segment_BL, window)
+  h_BRD, params = transformer.hidden(model, params, token_BL, **inputs)
+  token_BR, is_token_BR = token_BL[:, prompt_length:], inputs["segment_BL"][:, prompt_length:] > 0
   return lm_head.token_logprob(model, params, h_BRD, token_BR, is_token_BR, temperature)
 
 
@@ -52,7 +60,7 @@ def response_value(
   model: transformer.Model,
   params: Params,
   token_BL: Array,
-  segment_BL: Array,
+  segment_BL: Array | Trees,
   *,
   prompt_length: int,
 ) -> Array:
@@ -63,21 +71,10 @@ def response_value(
 
 
 def column_score(
-  model: transformer.Model,
-  params: Params,
-  token_BL: Array,
-  segment_BL: Array,
-  position_BL: Array | None = None,
-  last_BL: Array | None = None,
+  model: transformer.Model, params: Params, token_BL: Array, segment_BL: Array | Trees
 ) -> Array:
-  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks the one of each row.
-
-  Rows may hold trees: `position_BL` and `last_BL` are then as for `transformer.hidden`, both None for sequences.
-  """
-  inputs = _inputs(segment_BL, None)
-  if position_BL is not None:
-    inputs |= dict(position_BL=position_BL, last_BL=last_BL)
-  return transformer.apply(model, params, token_BL, **inputs)
+  """Reward-model score read at every column, float32 [B, L]; `at_last_token` picks the one of each row."""
+  return transformer.apply(model, params, token_BL, **_inputs(segment_BL, None))
 
 
 def sequence_score(

@@ -5,7 +5,7 @@ placed there, and rows are computed chunk by chunk in a loop until none is left.
 of long episodes could exceed. Imports no model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ def first_fit(is_token_BL: Array, *, rows: int, shards: int | None = None) -> Pl
     first_KB = first_KB.at[k].set(ends[-1] * rows * length + index_B * width)
     room_KB = room_KB.at[k].set(width)
     is_due_B = (length_B > narrower) & (length_B <= width)
-    room_KB, cell_B = _place(length_B, is_due_B, jnp.array(widths), first_KB, room_KB, cell_B)
+    room_KB, cell_B = place_each(length_B, is_due_B, jnp.array(widths), first_KB, room_KB, cell_B)
     # A chunk that has begun is computed whole. So the unused rows of the last one stay open to shorter episodes, and
     # the rows past it are closed.
     of_chunk = rows * length // width
@@ -106,7 +106,7 @@ def first_fit(is_token_BL: Array, *, rows: int, shards: int | None = None) -> Pl
   return Placement(cell_BL=cell_BL, end_K=jnp.stack(ends[1:]))
 
 
-def _place(
+def place_each(
   length_B: Array, is_due_B: Array, width_K: Array, first_KB: Array, room_KB: Array, cell_B: Array
 ) -> tuple[Array, Array]:
   """Places the episodes that are due, longest first, each into the first row with room.
@@ -156,7 +156,9 @@ def to_padded(placement: Placement, x_BL: Array) -> Array:
   return x_BL.reshape(-1).at[placement.cell_BL].get(mode="fill", fill_value=0)
 
 
-def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) -> Any:
+def map_rows(
+  function: Callable, placement: Placement, tree: Any, *, rows: int, widths: Sequence[int] = ()
+) -> Any:
   """Applies a function to the shared rows, chunk by chunk. Rows that are not in use are skipped and give zeros.
 
   Args:
@@ -164,8 +166,9 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
     placement: which rows are in use.
     tree: arrays of the shared rows, [B, L].
     rows: as for `first_fit`.
+    widths: of the rows, widest first; () for those of `row_widths`.
   """
-  widths = row_widths(placement.cell_BL.shape[1], rows)
+  widths = widths or row_widths(placement.cell_BL.shape[1], rows)
   shapes = jax.eval_shape(function, _chunk(tree, 0, rows, widths[0]))
   num_rows = placement.cell_BL.shape[0]
   length = placement.cell_BL.shape[1]
@@ -185,7 +188,14 @@ def map_rows(function: Callable, placement: Placement, tree: Any, *, rows: int) 
 
 
 def mean_gradient(
-  loss_fn: Callable, params: Params, placement: Placement, tree: Any, over: str, *, rows: int
+  loss_fn: Callable,
+  params: Params,
+  placement: Placement,
+  tree: Any,
+  over: str,
+  *,
+  rows: int,
+  widths: Sequence[int] = (),
 ) -> tuple[tuple[Array, dict[str, Array]], Params]:
   """Gradient of a loss that is a mean over tokens, accumulated over the chunks of the shared rows.
 
@@ -193,7 +203,7 @@ def mean_gradient(
     loss_fn: (params, arrays [n, W]) -> (loss, metrics), means over the tokens that count. A metric named `..._max` is a
       maximum.
     params: of the network.
-    placement, tree, rows: as for `map_rows`.
+    placement, tree, rows, widths: as for `map_rows`.
     over: name of the field of `tree` that marks the tokens that count.
   Returns:
     ((loss, metrics), gradient)
@@ -206,7 +216,7 @@ def mean_gradient(
     chunk = _chunk(tree, index, rows, width)
     return jax.value_and_grad(chunk_loss, has_aux=True)(params, chunk)
 
-  widths = row_widths(placement.cell_BL.shape[1], rows)
+  widths = widths or row_widths(placement.cell_BL.shape[1], rows)
   means, _ = jax.eval_shape(lambda: gradient(0, widths[0]))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means)
   result = zeros, jax.tree.map(jnp.zeros_like, params)

@@ -118,7 +118,7 @@ def make_split_step(
     ref_logprob_BR=split,
     value_BR=split if cfg.has_value_network else None,
     score_B=split,
-    num_cells=whole,
+    waste=whole,
     ensemble_B=split,
   )
   results = (state_shardings, whole, ppo_step.samples_shardings(mesh))

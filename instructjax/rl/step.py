@@ -42,8 +42,13 @@ from instructjax.train import accumulation, optim, supervised
 def make_rows(cfg: PPOConfig, pad_id: int) -> RowLayout:
   """How episodes lie in rows, and how many rows are scored and trained on at a time."""
   if cfg.packed_rows:
-    return shared(cfg.packed_rows, pad_id)
+    return shared(cfg.packed_rows, pad_id, _group(cfg))
   return padded(cfg.score_microbatches, cfg.microbatches)
+
+
+def _group(cfg: PPOConfig) -> int:
+  """Episodes after each other that share their prompt in a row, and so stay in one minibatch."""
+  return cfg.samples_per_prompt if cfg.share_prompts else 1
 
 
 def create_state(
@@ -172,7 +177,7 @@ def policy_gradient(
     metrics = ppo.metrics | {
       "policy_loss": ppo.loss,
       "policy_grad_norm": optax.tree.norm(ppo.grads),
-      "update_waste": 1 - jnp.sum(batch.segment_BL > 0) / ppo.num_cells,
+      "update_waste": ppo.waste,
     }
     grads = _clip(ppo.grads, cfg.policy_optim.clip_norm)
   if ptx is None:
@@ -258,10 +263,13 @@ def update(
   """
   # 3a. Every epoch visits every episode once, in a new order (details item 29); the paper has one epoch of 8
   #     minibatches (C.4). Beside each minibatch stands its share of the pretraining rows.
-  num_episodes = episodes.token_BL.shape[0]
-  permutation = jax.vmap(lambda k: jax.random.permutation(k, num_episodes))(
+  num_episodes, group = episodes.token_BL.shape[0], _group(cfg)
+  order = jax.vmap(lambda k: jax.random.permutation(k, num_episodes // group))(
     jax.random.split(key, cfg.num_epochs)
-  ).reshape(cfg.num_epochs * cfg.num_minibatches, num_episodes // cfg.num_minibatches)
+  )
+  permutation = (order[:, :, None] * group + jnp.arange(group)[None, None]).reshape(
+    cfg.num_epochs * cfg.num_minibatches, num_episodes // cfg.num_minibatches
+  )
   share = jnp.tile(jnp.arange(cfg.num_minibatches), cfg.num_epochs)
   ptx = jax.tree.map(lambda x: x.reshape(cfg.num_minibatches, -1, *x.shape[1:]), ptx)
 

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructjax.core.config import Config, OptimConfig, PPOConfig
+from instructjax.core.errors import UserError
 from instructjax.core.structs import Params, PPOState, tree_of
 from instructjax.models import adapters, heads, transformer
 from instructjax.parallel import sharding
+from instructjax.rl import shared_prompts
 from instructjax.rl import step as ppo_step
 from instructjax.stages import lineage
 from instructjax.stages.context import make_model
@@ -31,11 +33,15 @@ def make_nets(
     cfg: the PPO settings of the stage, see `lineage.variant`.
     vocab_size, stop_ids: those of the tokenizer.
   Raises:
-    UserError: the warmup is as long as the stage.
+    UserError: the warmup is as long as the stage, or prompts are to be shared and attention takes no trees or rows are
+      too short.
   """
   policy_tx, value_tx = optimizers(config, cfg)
+  policy = make_model(config, mesh, "policy", vocab_size)
+  if cfg.share_prompts:
+    require_trees(config, cfg, mesh, policy)
   return ppo_step.Nets(
-    policy=make_model(config, mesh, "policy", vocab_size),
+    policy=policy,
     scalar=make_model(config, mesh, "reward", vocab_size),
     policy_tx=policy_tx,
     value_tx=value_tx,
@@ -45,6 +51,22 @@ def make_nets(
     shares_base=len(set(lineage.frozen_stages(config))) == 1,
     value_on_policy=cfg.value_init == "policy",
   )
+
+
+def require_trees(config: Config, cfg: PPOConfig, mesh: Mesh, model: transformer.Model):
+  """Checks that rows can hold the answers to a prompt after one copy of it.
+
+  Raises:
+    UserError: they cannot.
+  """
+  if model.execution.attention == "splash":
+    raise UserError(
+      "config.ppo.share_prompts needs attention that takes any mask, and splash, which 'auto' is on a TPU, takes only"
+      " segments; add --config.execution.attention=plain, or leave it out"
+    )
+  prompt_length, shards = config.data.max_prompt_length, sharding.num_row_shards(mesh)
+  length = prompt_length + config.data.max_response_length
+  shared_prompts.row_width(length, prompt_length, cfg.samples_per_prompt, cfg.packed_rows, shards)
 
 
 def optimizers(config: Config, cfg: PPOConfig):

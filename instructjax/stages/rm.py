@@ -17,7 +17,7 @@ from instructjax.core import results, terminal
 from instructjax.core.config import Config, RMConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES
-from instructjax.core.structs import Params, RankedBatch, TrainState
+from instructjax.core.structs import Params, RankedBatch, TrainState, Trees
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens
 from instructjax.models import adapters, flops, heads, transformer
@@ -36,8 +36,10 @@ _FOLD = "a fold (rm.cross_validation_folds)"  # in messages
 
 def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
   """The score of every answer, [B, C], from one forward pass over all answers; each is read at its last token."""
-  tokens = batch.token_SL, batch.segment_SL, batch.position_SL, batch.until_SL
-  score_SL = scoring.column_score(model, params, *tokens)
+  segments = batch.segment_SL
+  if batch.position_SL is not None and batch.until_SL is not None:
+    segments = Trees(segments, batch.position_SL, batch.until_SL)
+  score_SL = scoring.column_score(model, params, batch.token_SL, segments)
   return score_SL.reshape(-1)[batch.last_BC]
 
 

@@ -308,6 +308,17 @@ _RULES = [
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
   (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),
   (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
+  (dict(ppo__share_prompts=True), "config.ppo.share_prompts needs config.ppo.packed_rows > 0"),
+  (
+    dict(
+      ppo__share_prompts=True,
+      ppo__packed_rows=1,
+      ppo__samples_per_prompt=4,
+      ppo__batch_size=8,
+      ppo__num_minibatches=4,
+    ),
+    "config.ppo.share_prompts needs whole groups of samples_per_prompt=4 answers in each of the num_minibatches=4",
+  ),
   (
     dict(rm__share_prompts=True, rm__row_length=0),
     "config.rm.share_prompts needs config.rm.row_length > 0",

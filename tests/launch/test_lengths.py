@@ -7,6 +7,7 @@ import pytest
 
 from configs import models
 from instructjax.core.config import from_config_dict
+from instructjax.core.errors import UserError
 from instructjax.stages import lineage
 from launch import lengths
 
@@ -104,3 +105,9 @@ def test_what_is_no_mean(mean):
     lengths.require_mean("response", mean, 1024)
   for possible in (None, 1.0, 1024.0):
     lengths.require_mean("response", possible, 1024)
+
+
+def test_prompts_that_answers_share_are_refused():
+  config = load(packed_rows=8, samples_per_prompt=4, batch_size=64, share_prompts=True)
+  with pytest.raises(UserError, match="share_prompts is not known to the planner"):
+    work(config, 1)

@@ -26,6 +26,7 @@ AREAS = {
     "rl/rows": 3,
     "rl/sampling": 6,
     "rl/scoring": 5,
+    "rl/shared_prompts": 6,
     "rl/shared_rows": 5,
     "rl/split": 3,
     "rl/step": 10,

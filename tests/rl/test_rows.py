@@ -13,7 +13,7 @@ from instructjax.rl import rows, shared_rows
 from instructjax.rl import step as ppo_step
 from instructjax.rl.experience import from_rollout
 from tests.rl import episodes
-from tests.rl.episodes import LENGTH, MASK_BR, PROMPT, RESPONSE, ROWS, VOCAB
+from tests.rl.episodes import LENGTH, MASK_BR, PROMPT, ROWS, VOCAB
 
 KINDS = {"padded": rows.padded(), "in parts": rows.padded(3, 2)} | {
   f"shared by {n}": rows.shared(n, VOCAB) for n in (1, 2, 3)
@@ -127,9 +127,11 @@ def gradients(quick_jit, nets, weights, ppo_config):
 @pytest.mark.parametrize("whose", ["policy", "value"])
 def test_shared_rows_train_as_padded_ones(gradients, whose, kind, cells):
   which = ("policy", "value").index(whose)
-  loss, metrics, grads, num_cells = gradients["padded"][which]
-  got_loss, got_metrics, got_grads, got_cells = gradients[kind][which]
-  assert num_cells == ROWS * LENGTH and got_cells == cells
+  loss, metrics, grads, waste = gradients["padded"][which]
+  got_loss, got_metrics, got_grads, got_waste = gradients[kind][which]
+  np.testing.assert_allclose(
+    [waste, got_waste], [1 - 29 / (ROWS * LENGTH), 1 - 29 / cells], rtol=1e-6
+  )
   np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
   episodes.assert_same_gradient(got_grads, grads)
   assert metrics["clip_fraction"] > 0
@@ -186,7 +188,7 @@ def test_the_choice_between_the_two_kinds(ppo_config):
   chosen = ppo_step.make_rows(dataclasses.replace(ppo_config, packed_rows=2), VOCAB)
   rollout = jax.tree.map(jnp.asarray, episodes.make_rollout())
   read = lambda token_BL, segment_BL, prompt_length: {"token_BL": token_BL}
-  assert chosen.score(read, rollout)[1] == 4 * LENGTH != ROWS * (PROMPT + RESPONSE)
+  np.testing.assert_allclose(chosen.score(read, rollout)[1], 1 - 29 / (4 * LENGTH), rtol=1e-6)
   parts = ppo_step.make_rows(
     dataclasses.replace(ppo_config, microbatches=2, score_microbatches=3), VOCAB
   )

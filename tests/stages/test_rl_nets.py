@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
+from instructjax.core.errors import UserError
 from instructjax.models import adapters
 from instructjax.parallel import sharding
 from instructjax.rl import step as ppo_step
@@ -54,6 +55,25 @@ def test_optimisers_leave_clipping_to_the_step_and_count_updates():
   ]
   assert made[0] != made[1] and config.ppo.policy_optim.clip_norm == 1.0
   assert (nets.stop_ids, nets.max_response_length, nets.slots) == ((7, 9), 24, 4)
+
+
+def test_trees_that_rows_or_attention_do_not_take_are_refused():
+  config = micro.config("ppo", {}, ppo__samples_per_prompt=2, ppo__packed_rows=2)
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  model = lambda attention: types.SimpleNamespace(
+    execution=dataclasses.replace(tiny.EXECUTION, attention=attention)
+  )
+  rl_nets.require_trees(config, config.ppo, mesh, model("plain"))
+  with pytest.raises(UserError, match="execution.attention=plain"):
+    rl_nets.require_trees(config, config.ppo, mesh, model("splash"))
+  cfg = dataclasses.replace(config.ppo, samples_per_prompt=4)
+  with pytest.raises(UserError, match="config.ppo.packed_rows to a multiple of 4"):
+    rl_nets.require_trees(config, cfg, mesh, model("plain"))
+  shared = micro.config(
+    "ppo", {}, ppo__samples_per_prompt=4, ppo__packed_rows=2, ppo__share_prompts=True
+  )
+  with pytest.raises(UserError, match="a multiple of 4"):
+    rl_nets.make_nets(shared, mesh, shared.ppo, 23, (7,))
 
 
 @pytest.mark.parametrize("init", ["reward_model", "policy"])

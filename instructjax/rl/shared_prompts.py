@@ -1,0 +1,99 @@
+"""Puts the answers to a prompt into one row with a single copy of it, as a tree: ppo.share_prompts.
+
+Called by rows.py, inside the compiled PPO step, in place of `shared_rows.first_fit`. An episode's prompt lies in the
+tree's trunk, all but its last token. Each answer is a branch that begins with that token, from whose column its first
+token is predicted. So a response token is read at the column before it, as in any other row. Imports no model.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from instructjax.core.errors import UserError
+from instructjax.core.structs import Array, Trees
+from instructjax.parallel import constraints, sharding
+from instructjax.rl import shared_rows
+from instructjax.rl.shared_rows import Placement
+
+
+def row_width(length: int, prompt_length: int, group: int, rows: int, shards: int | None = None):
+  """The width of all rows: the least multiple of L that holds any tree, and leaves every device as many rows.
+
+  Args:
+    length: L, the columns of an episode.
+    prompt_length: columns of a prompt among them.
+    group: answers to a prompt.
+    rows: rows of L columns in a chunk.
+    shards: parts that rows are split into; None for those of the mesh in use.
+  Raises:
+    UserError: there is none.
+  """
+  longest = prompt_length - 1 + group * (length - prompt_length + 1)
+  each = rows // (shards or sharding.num_row_shards(jax.sharding.get_abstract_mesh()))
+  joins = [n for n in range(1, each + 1) if each % n == 0]
+  fits = [n * length for n in joins if n * length >= max(longest, shared_rows.JOINED)]
+  if not fits and joins and joins[-1] * length >= longest:
+    fits = [joins[-1] * length]
+  if not fits:
+    raise UserError(
+      f"config.ppo.share_prompts: a row must hold a prompt and {group} answers, up to {longest} tokens, and"
+      f" packed_rows={rows} leaves a device {each} rows of {length}; set config.ppo.packed_rows to a multiple of"
+      f" {group} a device"
+    )
+  return fits[0]
+
+
+def place(
+  is_token_BL: Array, *, prompt_length: int, group: int, rows: int, shards: int | None = None
+) -> tuple[Placement, Array, Array]:
+  """Places trees by first-fit decreasing, as `shared_rows.first_fit` does episodes.
+
+  Args:
+    is_token_BL: True on an episode's tokens, which are contiguous: a prompt of one token at least, which ends in column
+      prompt_length - 1, and an answer. Each `group` episodes in a row have the same prompt.
+    prompt_length, group, rows, shards: as for `row_width`.
+  Returns:
+    (placement, position_BL, last_BL): position of each token in its episode, and the last column of its row that may
+    see it; -1 where there is no token. Tokens of a common prompt have one cell.
+  """
+  is_token_BL = constraints.whole(is_token_BL)
+  num_episodes, length = is_token_BL.shape
+  width = row_width(length, prompt_length, group, rows, shards)
+  prompt_B = jnp.sum(is_token_BL[:, :prompt_length], axis=1, dtype=jnp.int32)
+  branch_B = 1 + jnp.sum(is_token_BL[:, prompt_length:], axis=1, dtype=jnp.int32)
+  trunk_B = prompt_B - 1
+  branch_GK = branch_B.reshape(-1, group)
+  size_G = trunk_B[::group] + jnp.sum(branch_GK, axis=1)
+  # As many rows as trees, in one width; a row always has room for one.
+  first_1G = jnp.arange(len(size_G), dtype=jnp.int32)[None] * width
+  everyone = jnp.ones_like(size_G, bool)
+  room_1G, cell_G = shared_rows.place_each(
+    size_G, everyone, jnp.array([width]), first_1G, jnp.full_like(first_1G, width), size_G
+  )
+  of_chunk = rows * length // width
+  chunks = -(-jnp.sum(room_1G < width, dtype=jnp.int32) // of_chunk)
+  # Where each episode's tree and branch begin, in cells.
+  tree_B = jnp.repeat(cell_G, group, total_repeat_length=num_episodes)
+  before_B = (jnp.cumsum(branch_GK, axis=1) - branch_GK).reshape(-1)
+  start_B = tree_B + trunk_B + before_B
+  column_L = jnp.arange(length, dtype=jnp.int32)
+  position_BL = column_L[None] - jnp.argmax(is_token_BL, axis=1).astype(jnp.int32)[:, None]
+  is_trunk_BL = position_BL < trunk_B[:, None]
+  cell_BL = jnp.where(
+    is_trunk_BL, tree_B[:, None] + position_BL, (start_B - trunk_B)[:, None] + position_BL
+  )
+  tree_end_B = tree_B + jnp.repeat(size_G, group, total_repeat_length=num_episodes) - 1
+  last_BL = jnp.where(is_trunk_BL, tree_end_B[:, None], (start_B + branch_B - 1)[:, None]) % width
+  none = num_episodes * length
+  placement = Placement(cell_BL=jnp.where(is_token_BL, cell_BL, none), end_K=chunks[None])
+  return placement, position_BL, jnp.where(is_token_BL, last_BL, -1)
+
+
+def trees(placement: Placement, position_BL: Array, last_BL: Array, group: int) -> Trees:
+  """The trees of the shared rows, from what `place` returns."""
+  number_B = 1 + jnp.arange(len(position_BL), dtype=jnp.int32) // group
+  number_BL = jnp.broadcast_to(number_B[:, None], position_BL.shape)
+  return Trees(
+    segment_BL=shared_rows.to_shared(placement, number_BL, 0),
+    position_BL=shared_rows.to_shared(placement, position_BL, 0),
+    last_BL=shared_rows.to_shared(placement, last_BL, -1),
+  )
