@@ -167,22 +167,40 @@ def draw_tax(ax, results: Results) -> bool:
   return True
 
 
+# Where a label may stand beside its point: offset in points, and which side of it is there.
+_SIDES = (
+  ((0, 7), "center", "bottom"),
+  ((0, -7), "center", "top"),
+  ((8, 0), "left", "center"),
+  ((-8, 0), "right", "center"),
+)
+
+
+def _label(ax, points: Mapping[str, tuple[float, float]]):
+  """Writes each point's label on the first side where it touches no label before it; above if there is none."""
+  ax.autoscale_view()  # which matplotlib does as late as it draws: until then the points are outside, without extents
+  taken = []
+  for label, point in points.items():
+    style = dict(textcoords="offset points", fontsize=8.5)
+    texts = [ax.annotate(label, point, xytext=at, ha=ha, va=va, **style) for at, ha, va in _SIDES]
+    boxes = [text.get_window_extent() for text in texts]
+    free = [i for i, box in enumerate(boxes) if not any(box.overlaps(other) for other in taken)]
+    chosen = free[0] if free else 0
+    taken.append(boxes[chosen])
+    for i, text in enumerate(texts):
+      if i != chosen:
+        text.remove()
+
+
 def draw_trade_off(ax, results: Results) -> bool:
   """Draws every policy's score against its held-out pretraining loss; up and to the left is better."""
   loss, measured = pretraining_loss(results), results.measured
   names = [name for name in loss if name in measured]
-  for name in names:
-    score = float(np.mean(intervals.judged(measured[name])))
-    ax.plot(loss[name], score, "o", color=COLOURS[name], markersize=8)
-    ax.annotate(
-      NAMES[name],
-      (loss[name], score),
-      xytext=(0, 7),
-      textcoords="offset points",
-      ha="center",
-      fontsize=8.5,
-    )
+  points = {name: (loss[name], float(np.mean(intervals.judged(measured[name])))) for name in names}
+  for name, point in points.items():
+    ax.plot(*point, "o", color=COLOURS[name], markersize=8)
   ax.margins(x=0.15, y=0.15)
+  _label(ax, {NAMES[name]: point for name, point in points.items()})
   ax.set_xlabel("loss on pretraining text, nats a token")
   ax.set_ylabel("gold score" if results.has_gold else "reward-model score")
   ax.set_title("What is gained, and what it costs")

@@ -30,6 +30,25 @@ def test_accuracy_rows():
   assert [row[0] for row in panels.accuracy_rows(alone)] == ["Reward model, held-out prompts"]
 
 
+def test_labels_of_policies_that_are_alike_do_not_lie_over_each_other():
+  """SFT and the PPO initialisation gain and cost nearly the same."""
+  same = example.results()
+  rows = same.pretraining["sft"]
+  alike = dataclasses.replace(
+    same,
+    pretraining={name: rows for name in ("sft", "ppo_init", "ppo", "ppo_ptx")},
+    measured={name: same.measured["sft"] for name in ("sft", "ppo_init", "ppo", "ppo_ptx")},
+  )
+  _, ax = pyplot.subplots()
+  try:
+    assert panels.draw_trade_off(ax, alike)
+    assert sorted(text.get_text() for text in ax.texts) == ["PPO", "PPO init", "PPO-ptx", "SFT"]
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+  finally:
+    pyplot.close()
+
+
 def test_ticks_of_an_axis_of_square_roots():
   assert panels.square_root_ticks(16.0) == [0, 1, 4, 9]  # 16 is two digits, 20 above the axis
   assert panels.square_root_ticks(0.64) == [0, 0.04, 0.2, 0.4, 0.6]
