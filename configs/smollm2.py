@@ -68,6 +68,7 @@ def change(config):
     num_minibatches=2,
     num_epochs=1,
     packed_rows=4,
+    share_prompts=True,
     temperature=_TEMPERATURE,
     samples_per_prompt=4,
     # Departs from paper: no value network. The mean reward of the other answers to a prompt takes its place, which

@@ -213,9 +213,10 @@ def _shared(config: Config, cfg: PPOConfig, shards: int, means: Means):
   """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
   if not cfg.packed_rows:
     return None, None, {}
-  if cfg.share_prompts:
+  if cfg.share_prompts and config.execution.attention not in ("auto", "splash"):
     raise UserError(
-      "config.ppo.share_prompts is not known to the planner, which counts each episode's own prompt; plan without it"
+      "config.ppo.share_prompts is not known to the planner, and attention="
+      f"{config.execution.attention!r} makes use of it; plan without it: each answer then has a prompt of its own"
     )
   limits = config.data.max_prompt_length, config.data.max_response_length
   minibatch = cfg.batch_size // cfg.num_minibatches

@@ -29,8 +29,9 @@ class PPOConfig:
   # number of rows, each packed with several episodes, to score or train on at a time; 0 gives each episode a padded row
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
-  # whether the samples_per_prompt answers to a prompt are scored and trained on after a single copy of it, in one row
-  # and one minibatch; needs packed_rows and attention that takes any mask, which splash does not
+  # whether the samples_per_prompt answers to a prompt stay in one minibatch, and are scored and trained on after a
+  # single copy of it where a row has room for all of them and attention takes any mask, which splash does not; needs
+  # packed_rows
   share_prompts: bool
   temperature: float  # temperature at which responses are sampled
   # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,

@@ -202,8 +202,8 @@ class RMConfig:
   # length of the rows that answers are packed into, in training and in later scoring; 0 gives each answer a padded row
   # of its own [tokens]
   row_length: int = dataclasses.field(metadata=ROUNDING)
-  # whether training reads a prompt once for the answers that share a row with it; needs row_length and attention that
-  # takes any mask, which splash does not
+  # whether training reads a prompt once for the answers that share a row with it; needs row_length. Where attention
+  # takes segments only, as splash does, each answer keeps a prompt of its own
   share_prompts: bool = dataclasses.field(metadata=ROUNDING)
   # what happens to pairs of equally ranked answers: drop ignores them; half counts each as half a win for either answer
   ties: Literal["drop", "half"]

@@ -40,6 +40,7 @@ class Nets:
     value_on_policy: with adapters, whether that of the value network has the policy's base, not the reward model's.
     score_skips: a token at which the reward model gives no score, as the pad token of one made elsewhere; or None.
     ensemble_skips: the same for each further reward model; () if none of them has one.
+    shares_prompts: whether rows hold one copy of a prompt for its answers.
   """
 
   policy: transformer.Model
@@ -53,6 +54,7 @@ class Nets:
   value_on_policy: bool = False
   score_skips: int | None = None
   ensemble_skips: tuple[int | None, ...] = ()
+  shares_prompts: bool = False
 
 
 @pytree

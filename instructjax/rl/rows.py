@@ -98,7 +98,7 @@ def _place(num_rows: int, group: int, is_token_BL: Array, prompt_length: int):
   placement, position_BL, last_BL = shared_prompts.place(
     is_token_BL, prompt_length=prompt_length, group=group, rows=num_rows
   )
-  width = shared_prompts.row_width(length, prompt_length, group, num_rows)
+  width = shared_prompts.require_row_width(length, prompt_length, group, num_rows)
   return placement, shared_prompts.trees(placement, position_BL, last_BL, group), [width]
 
 

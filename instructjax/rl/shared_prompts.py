@@ -8,15 +8,18 @@ token is predicted. So a response token is read at the column before it, as in a
 import jax
 import jax.numpy as jnp
 
-from instructjax.core.errors import UserError
 from instructjax.core.structs import Array, Trees
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import shared_rows
 from instructjax.rl.shared_rows import Placement
 
 
-def row_width(length: int, prompt_length: int, group: int, rows: int, shards: int | None = None):
+def row_width(
+  length: int, prompt_length: int, group: int, rows: int, shards: int | None = None
+) -> int | None:
   """The width of all rows: the least multiple of L that holds any tree, and leaves every device as many rows.
+
+  None if a device has too few rows of a chunk to join. `group` rows a device are always enough.
 
   Args:
     length: L, the columns of an episode.
@@ -24,22 +27,24 @@ def row_width(length: int, prompt_length: int, group: int, rows: int, shards: in
     group: answers to a prompt.
     rows: rows of L columns in a chunk.
     shards: parts that rows are split into; None for those of the mesh in use.
-  Raises:
-    UserError: there is none.
   """
   longest = prompt_length - 1 + group * (length - prompt_length + 1)
   each = rows // (shards or sharding.num_row_shards(jax.sharding.get_abstract_mesh()))
-  joins = [n for n in range(1, each + 1) if each % n == 0]
-  fits = [n * length for n in joins if n * length >= max(longest, shared_rows.JOINED)]
-  if not fits and joins and joins[-1] * length >= longest:
-    fits = [joins[-1] * length]
-  if not fits:
-    raise UserError(
-      f"config.ppo.share_prompts: a row must hold a prompt and {group} answers, up to {longest} tokens, and"
-      f" packed_rows={rows} leaves a device {each} rows of {length}; set config.ppo.packed_rows to a multiple of"
-      f" {group} a device"
-    )
-  return fits[0]
+  fits = [n * length for n in range(1, each + 1) if each % n == 0 and n * length >= longest]
+  # In a row that holds one tree, much would be left over: see `shared_rows.JOINED`.
+  return next((width for width in fits if width >= shared_rows.JOINED), fits[-1] if fits else None)
+
+
+def require_row_width(*args, **kwargs) -> int:
+  """As `row_width`, where it is known that there is one.
+
+  Raises:
+    ValueError: there is none.
+  """
+  width = row_width(*args, **kwargs)
+  if width is None:
+    raise ValueError(f"no row holds a tree of {args}")
+  return width
 
 
 def place(
@@ -50,14 +55,14 @@ def place(
   Args:
     is_token_BL: True on an episode's tokens, which are contiguous: a prompt of one token at least, which ends in column
       prompt_length - 1, and an answer. Each `group` episodes in a row have the same prompt.
-    prompt_length, group, rows, shards: as for `row_width`.
+    prompt_length, group, rows, shards: as for `row_width`, which must not be None.
   Returns:
     (placement, position_BL, last_BL): position of each token in its episode, and the last column of its row that may
     see it; -1 where there is no token. Tokens of a common prompt have one cell.
   """
   is_token_BL = constraints.whole(is_token_BL)
   num_episodes, length = is_token_BL.shape
-  width = row_width(length, prompt_length, group, rows, shards)
+  width = require_row_width(length, prompt_length, group, rows, shards)
   prompt_B = jnp.sum(is_token_BL[:, :prompt_length], axis=1, dtype=jnp.int32)
   branch_B = 1 + jnp.sum(is_token_BL[:, prompt_length:], axis=1, dtype=jnp.int32)
   trunk_B = prompt_B - 1

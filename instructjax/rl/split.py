@@ -91,7 +91,7 @@ def make_split_step(
   nets: Nets, cfg: PPOConfig, state_shardings: PPOState, on_host: HostRewards
 ) -> SplitStep:
   """Compiles the three programs; arguments as `step.make_train_step`, and `on_host` as in `SplitStep`."""
-  rows = ppo_step.make_rows(cfg, nets.policy.vocab_size)
+  rows = ppo_step.make_rows(cfg, nets.policy.vocab_size, nets.shares_prompts)
 
   def rollout(state, frozen, prompts):
     key = ppo_step.iteration_keys(state)[0]

@@ -39,16 +39,17 @@ from instructjax.rl.rows import RowLayout, padded, shared
 from instructjax.train import accumulation, optim, supervised
 
 
-def make_rows(cfg: PPOConfig, pad_id: int) -> RowLayout:
-  """How episodes lie in rows, and how many rows are scored and trained on at a time."""
+def make_rows(cfg: PPOConfig, pad_id: int, shares_prompts: bool = False) -> RowLayout:
+  """How episodes lie in rows, and how many rows are scored and trained on at a time.
+
+  Args:
+    cfg: of the stage.
+    pad_id: token id at pads.
+    shares_prompts: see `Nets`.
+  """
   if cfg.packed_rows:
-    return shared(cfg.packed_rows, pad_id, _group(cfg))
+    return shared(cfg.packed_rows, pad_id, cfg.samples_per_prompt if shares_prompts else 1)
   return padded(cfg.score_microbatches, cfg.microbatches)
-
-
-def _group(cfg: PPOConfig) -> int:
-  """Episodes after each other that share their prompt in a row, and so stay in one minibatch."""
-  return cfg.samples_per_prompt if cfg.share_prompts else 1
 
 
 def create_state(
@@ -263,7 +264,9 @@ def update(
   """
   # 3a. Every epoch visits every episode once, in a new order (details item 29); the paper has one epoch of 8
   #     minibatches (C.4). Beside each minibatch stands its share of the pretraining rows.
-  num_episodes, group = episodes.token_BL.shape[0], _group(cfg)
+  num_episodes = episodes.token_BL.shape[0]
+  # Also where no row can share a prompt: so the same config learns from the same minibatches on all devices.
+  group = cfg.samples_per_prompt if cfg.share_prompts else 1
   order = jax.vmap(lambda k: jax.random.permutation(k, num_episodes // group))(
     jax.random.split(key, cfg.num_epochs)
   )
@@ -397,7 +400,7 @@ def make_train_step(nets: Nets, cfg: PPOConfig, state_shardings: PPOState) -> Ca
   Returns:
     The jitted function. Its first call compiles, and raises what `train_step` raises.
   """
-  rows = make_rows(cfg, nets.policy.vocab_size)
+  rows = make_rows(cfg, nets.policy.vocab_size, nets.shares_prompts)
 
   def step(state, frozen, batch):
     return train_step(nets, cfg, rows, state, frozen, batch)

@@ -296,6 +296,9 @@ def run(ctx: Context, stage: str):
   )
   functions += tuple(text_scorers.load(ctx, stage, one, cfg) for one in scorers)
   tell_adapter(ctx, stage, "policy", lineage.optim(ctx.config, cfg.policy_optim))
+  if cfg.share_prompts and not nets.shares_prompts and jax.process_index() == 0:
+    why = rl_nets.why_not_shared(ctx.config, cfg, ctx.mesh, nets.policy)
+    terminal.say(f"{stage}: each answer keeps a copy of its prompt: {why}")
   # Where `frozen` holds cast copies, this frees the float32 originals before training starts.
   del given
   loop.fit(

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from instructjax.core.config import Config, OptimConfig, PPOConfig
-from instructjax.core.errors import UserError
 from instructjax.core.structs import Params, PPOState, tree_of
 from instructjax.models import adapters, heads, transformer
 from instructjax.parallel import sharding
@@ -33,13 +32,10 @@ def make_nets(
     cfg: the PPO settings of the stage, see `lineage.variant`.
     vocab_size, stop_ids: those of the tokenizer.
   Raises:
-    UserError: the warmup is as long as the stage, or prompts are to be shared and attention takes no trees or rows are
-      too short.
+    UserError: the warmup is as long as the stage.
   """
   policy_tx, value_tx = optimizers(config, cfg)
   policy = make_model(config, mesh, "policy", vocab_size)
-  if cfg.share_prompts:
-    require_trees(config, cfg, mesh, policy)
   return ppo_step.Nets(
     policy=policy,
     scalar=make_model(config, mesh, "reward", vocab_size),
@@ -50,23 +46,22 @@ def make_nets(
     slots=config.rollout.slots,
     shares_base=len(set(lineage.frozen_stages(config))) == 1,
     value_on_policy=cfg.value_init == "policy",
+    shares_prompts=cfg.share_prompts and not why_not_shared(config, cfg, mesh, policy),
   )
 
 
-def require_trees(config: Config, cfg: PPOConfig, mesh: Mesh, model: transformer.Model):
-  """Checks that rows can hold the answers to a prompt after one copy of it.
-
-  Raises:
-    UserError: they cannot.
-  """
+def why_not_shared(config: Config, cfg: PPOConfig, mesh: Mesh, model: transformer.Model) -> str:
+  """What keeps rows from holding one copy of a prompt for its answers; '' if nothing does."""
+  if cfg.samples_per_prompt == 1:
+    return "each prompt has one answer"
   if model.execution.attention == "splash":
-    raise UserError(
-      "config.ppo.share_prompts needs attention that takes any mask, and splash, which 'auto' is on a TPU, takes only"
-      " segments; add --config.execution.attention=plain, or leave it out"
-    )
+    return "splash attention takes segments only; execution.attention=plain would take trees"
   prompt_length, shards = config.data.max_prompt_length, sharding.num_row_shards(mesh)
-  length = prompt_length + config.data.max_response_length
-  shared_prompts.row_width(length, prompt_length, cfg.samples_per_prompt, cfg.packed_rows, shards)
+  length, group = prompt_length + config.data.max_response_length, cfg.samples_per_prompt
+  if shared_prompts.row_width(length, prompt_length, group, cfg.packed_rows, shards) is None:
+    needed = group * shards
+    return f"ppo.packed_rows={cfg.packed_rows} leaves a device rows that are too short; {needed} would do"
+  return ""
 
 
 def optimizers(config: Config, cfg: PPOConfig):

@@ -87,13 +87,18 @@ def make_train_step(
   return supervised.jit_step(step, state_shardings, model)
 
 
+def _shares_prompts(ctx: Context) -> bool:
+  """Whether rows hold one copy of a prompt for its answers: splash attention takes segments only, and no trees."""
+  return ctx.config.rm.share_prompts and ctx.model("reward").execution.attention != "splash"
+
+
 def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
   """Batches of `rm.batch_size` prompts.
 
   With `rm.row_length`, the answers of a batch share rows: as many as the fullest batch of the whole run needs, so that
   all batches have one shape and the step is compiled once. Otherwise each answer has a row of its own. Either way, rows
   hold answers of one microbatch only, so that each microbatch has all pairs of its prompts. With `rm.share_prompts` the
-  answers to a prompt share its columns too.
+  answers to a prompt share its columns too, where attention takes trees.
   """
   cfg, data = ctx.config.rm, ctx.config.data
   length = cfg.row_length or data.max_prompt_length + data.max_response_length
@@ -102,7 +107,7 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
     batch_size=cfg.batch_size,
     seed=seed,
     num_groups=cfg.microbatches,
-    share_prompts=cfg.share_prompts,
+    share_prompts=_shares_prompts(ctx),
   )
   num_rows = None
   if cfg.row_length:
@@ -179,6 +184,11 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   base = bases.base(ctx, stage)
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   tell_adapter(ctx, name, "reward", cfg.optim)
+  if cfg.share_prompts and not _shares_prompts(ctx) and jax.process_index() == 0:
+    terminal.say(
+      f"{name}: each answer keeps a copy of its prompt: splash attention takes segments only;"
+      " execution.attention=plain would take trees"
+    )
   state = loop.fit(
     _stage_run(ctx, stage, name),
     state,
@@ -291,15 +301,9 @@ def check(ctx: Context, stage: str):
   """Checks that there is something to learn and to measure, and that the labelers can be split into folds.
 
   Raises:
-    UserError: prompts are to be shared and attention takes no trees, every ranking of a split or of a fold is too
-      long or a tie, a prompt has too many answers, the warmup is as long as the stage or a fold of it, or the labelers
-      cannot be split.
+    UserError: every ranking of a split or of a fold is too long or a tie, a prompt has too many answers, the warmup is
+      as long as the stage or a fold of it, or the labelers cannot be split.
   """
-  if ctx.config.rm.share_prompts and ctx.model("reward").execution.attention == "splash":
-    raise UserError(
-      "config.rm.share_prompts needs attention that takes any mask, and splash, which 'auto' is on a TPU, takes only"
-      " segments; add --config.execution.attention=plain, or leave it out"
-    )
   if lineage.collects(ctx.config) or STAGES[stage].round > 1:
     return  # these comparisons are collected only later in the run
   cfg = ctx.config.rm

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
-from instructjax.core.errors import UserError
 from instructjax.models import layers
 from instructjax.parallel import sharding
 from instructjax.rl import experience, rows, shared_prompts, shared_rows
@@ -164,13 +164,15 @@ def test_they_train_as_padded_ones(quick_jit, nets, weights, ppo_config, whose):
   episodes.assert_same_gradient(shared[2], padded[2])
 
 
-def test_rows_that_no_tree_fits_are_refused():
+def test_the_width_of_rows_that_hold_any_tree():
+  """A prompt of 3 and answers of 5: 2 + 3 * 6 = 20 columns, of rows of 8."""
   assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 3) == 3 * LENGTH
   assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 12) == 3 * LENGTH  # 24 of 12, no wider
   assert shared_prompts.row_width(LENGTH, PROMPT, 1, 2) == LENGTH
-  message = "up to 20 tokens, and packed_rows=4 leaves a device 2 rows of 8; set config.ppo.packed_rows to a multiple"
-  with pytest.raises(UserError, match=f"{message} of 3"):
-    shared_prompts.row_width(LENGTH, PROMPT, GROUP, 4, shards=2)
+  assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 4, shards=2) is None
+  with mock.patch.object(shared_rows, "JOINED", 40):
+    assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 12) == 6 * LENGTH
+    assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 4) == 4 * LENGTH  # as wide as there are
 
 
 def test_answers_to_a_prompt_stay_in_one_minibatch(ppo_config):
@@ -184,7 +186,8 @@ def test_answers_to_a_prompt_stay_in_one_minibatch(ppo_config):
     samples_per_prompt=GROUP,
     share_prompts=True,
   )
-  assert ppo_step.make_rows(cfg, VOCAB).score.args[2].args == (3, GROUP)
+  assert ppo_step.make_rows(cfg, VOCAB, True).score.args[2].args == (3, GROUP)
+  assert ppo_step.make_rows(cfg, VOCAB, False).score.args[2].args == (3, 1)
   seen = []
 
   def minibatch(nets, cfg, rows, frozen, state, batch, ptx):

@@ -1,6 +1,7 @@
 """What an RL stage begins with: optimisers, the first state, and what stays frozen."""
 
 import dataclasses
+import functools
 import types
 from unittest import mock
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 
 from instructjax.core.config import MeshConfig
-from instructjax.core.errors import UserError
 from instructjax.models import adapters
 from instructjax.parallel import sharding
 from instructjax.rl import step as ppo_step
@@ -57,23 +57,23 @@ def test_optimisers_leave_clipping_to_the_step_and_count_updates():
   assert (nets.stop_ids, nets.max_response_length, nets.slots) == ((7, 9), 24, 4)
 
 
-def test_trees_that_rows_or_attention_do_not_take_are_refused():
-  config = micro.config("ppo", {}, ppo__samples_per_prompt=2, ppo__packed_rows=2)
+def test_prompts_are_shared_where_rows_and_attention_hold_trees():
+  kwargs = dict(ppo__samples_per_prompt=2, ppo__packed_rows=2, ppo__share_prompts=True)
+  config = micro.config("ppo", {}, **kwargs)
   mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
   model = lambda attention: types.SimpleNamespace(
     execution=dataclasses.replace(tiny.EXECUTION, attention=attention)
   )
-  rl_nets.require_trees(config, config.ppo, mesh, model("plain"))
-  with pytest.raises(UserError, match="execution.attention=plain"):
-    rl_nets.require_trees(config, config.ppo, mesh, model("splash"))
-  cfg = dataclasses.replace(config.ppo, samples_per_prompt=4)
-  with pytest.raises(UserError, match="config.ppo.packed_rows to a multiple of 4"):
-    rl_nets.require_trees(config, cfg, mesh, model("plain"))
-  shared = micro.config(
-    "ppo", {}, ppo__samples_per_prompt=4, ppo__packed_rows=2, ppo__share_prompts=True
-  )
-  with pytest.raises(UserError, match="a multiple of 4"):
-    rl_nets.make_nets(shared, mesh, shared.ppo, 23, (7,))
+  why = functools.partial(rl_nets.why_not_shared, config)
+  assert why(config.ppo, mesh, model("plain")) == ""
+  assert "execution.attention=plain" in why(config.ppo, mesh, model("splash"))
+  changed = lambda **changes: dataclasses.replace(config.ppo, **changes)
+  assert "has one answer" in why(changed(samples_per_prompt=1), mesh, model("plain"))
+  assert "4 would do" in why(changed(samples_per_prompt=4), mesh, model("plain"))
+  with mock.patch.object(rl_nets, "make_model", lambda *_: model("plain")):
+    made = lambda cfg: rl_nets.make_nets(config, mesh, cfg, 23, (7,)).shares_prompts
+    assert made(config.ppo) is True
+    assert not made(changed(samples_per_prompt=4)) and not made(changed(share_prompts=False))
 
 
 @pytest.mark.parametrize("init", ["reward_model", "policy"])

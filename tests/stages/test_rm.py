@@ -273,6 +273,7 @@ def test_batches_of_rankings(row_length, microbatches, length, rows):
     tokenizer=micro.characters(),
     mesh="mesh",
     own_rows=lambda count: ("own", count),
+    model=lambda role: types.SimpleNamespace(execution=tiny.EXECUTION),
   )
   asked = []
   with (
@@ -433,14 +434,17 @@ def test_answers_that_share_their_prompt_give_the_same_loss_and_gradient(start, 
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_splash_which_takes_no_trees_is_refused():
-  config = micro.config("rm", {}, rm__row_length=60, rm__share_prompts=True)
-  execution = dataclasses.replace(tiny.EXECUTION, attention="splash")
+@pytest.mark.parametrize(
+  "attention, wanted, shares",
+  [("plain", True, True), ("splash", True, False), ("plain", False, False)],
+)
+def test_prompts_are_shared_where_attention_takes_trees(attention, wanted, shares):
+  config = micro.config("rm", {}, rm__row_length=60, rm__share_prompts=wanted)
+  execution = dataclasses.replace(tiny.EXECUTION, attention=attention)
   ctx = types.SimpleNamespace(
     config=config, model=lambda role: types.SimpleNamespace(execution=execution)
   )
-  with pytest.raises(UserError, match="execution.attention=plain"):
-    rm.check(ctx, "rm")
+  assert rm._shares_prompts(ctx) is shares
 
 
 @pytest.mark.parametrize(
