@@ -217,7 +217,8 @@ def stale(figure: Figure, records: Sequence[dict]) -> list[str]:
   return [
     record["command"]
     for record in records
-    if record["code"] != code or preset_settings.changed(record.get("settings", {}), settings)
+    if record["code"] != code
+    or preset_settings.changed(json.loads(record.get("settings", "{}")), settings)
   ]
 
 
@@ -357,7 +358,8 @@ def take(name: str, runs: Sequence[pathlib.Path]):
     }
     command += f" --config.seed={line['seed']}"
     record = _record(name, command, [line], **made, processor=_processor())
-    records.append(record | {"settings": settings})
+    # As text, which is one line of the file.
+    records.append(record | {"settings": json.dumps(settings)})
   save(name, records)
   shutil.copy(runs[0] / "report" / "report.png", ROOT / figure.picture)
 

@@ -57,8 +57,8 @@ def test_a_record_of_changed_code_is_stale():
   now, settings = figures.code_hash(figure.code), preset_settings.now(figure.config)
   records = [{"command": "a", "code": now}, {"command": "b", "code": "0" * 16}]
   records += [
-    {"command": "c", "code": now, "settings": settings},
-    {"command": "d", "code": now, "settings": settings | {"ppo.beta": 7.0}},
+    {"command": "c", "code": now, "settings": json.dumps(settings)},
+    {"command": "d", "code": now, "settings": json.dumps(settings | {"ppo.beta": 7.0})},
   ]
   assert figures.stale(figure, records) == ["b", "d"]
 
