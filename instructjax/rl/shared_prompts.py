@@ -17,9 +17,9 @@ from instructjax.rl.shared_rows import Placement
 def row_width(
   length: int, prompt_length: int, group: int, rows: int, shards: int | None = None
 ) -> int | None:
-  """The width of all rows: the least multiple of L that holds any tree, and leaves every device as many rows.
+  """The width of all rows: a multiple of L that holds any tree, and of which there are enough for all of them.
 
-  None if a device has too few rows of a chunk to join. `group` rows a device are always enough.
+  None if a device's rows of a chunk cannot be joined so. `group` rows a device always can.
 
   Args:
     length: L, the columns of an episode.
@@ -30,7 +30,14 @@ def row_width(
   """
   longest = prompt_length - 1 + group * (length - prompt_length + 1)
   each = rows // (shards or sharding.num_row_shards(jax.sharding.get_abstract_mesh()))
-  fits = [n * length for n in range(1, each + 1) if each % n == 0 and n * length >= longest]
+
+  def fits_all(n: int) -> bool:
+    # A row that n rows were joined to has room for so many of the longest trees. If none is longer, first-fit leaves no
+    # row with fewer trees but the last. There are 1 / n as many rows as episodes, and 1 / group as many trees.
+    trees = n * length // longest
+    return each % n == 0 and n <= group * trees
+
+  fits = [n * length for n in range(1, each + 1) if fits_all(n)]
   # In a row that holds one tree, much would be left over: see `shared_rows.JOINED`.
   return next((width for width in fits if width >= shared_rows.JOINED), fits[-1] if fits else None)
 

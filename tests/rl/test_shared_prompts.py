@@ -169,10 +169,28 @@ def test_the_width_of_rows_that_hold_any_tree():
   assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 3) == 3 * LENGTH
   assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 12) == 3 * LENGTH  # 24 of 12, no wider
   assert shared_prompts.row_width(LENGTH, PROMPT, 1, 2) == LENGTH
+  with mock.patch.object(shared_rows, "JOINED", 128):  # preset smollm2: 19 + 4 * 25 columns
+    assert shared_prompts.row_width(44, 20, 4, 4) == 176
   assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 4, shards=2) is None
-  with mock.patch.object(shared_rows, "JOINED", 40):
-    assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 12) == 6 * LENGTH
-    assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 4) == 4 * LENGTH  # as wide as there are
+  # Four rows joined hold one tree of 20, of which there are as many as three rows: the trees would not fit.
+  assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 4) is None
+  with mock.patch.object(shared_rows, "JOINED", 30):
+    assert (
+      shared_prompts.row_width(LENGTH, PROMPT, GROUP, 12) == 6 * LENGTH
+    )  # two trees in six rows
+    assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, 3) == 3 * LENGTH  # as wide as there are
+
+
+@pytest.mark.parametrize("joined, rows, width", [(0, 3, 24), (30, 12, 48), (60, 12, 96)])
+def test_the_longest_trees_of_all_fit(joined, rows, width):
+  is_token_BL = np.ones((36, LENGTH), bool)
+  with mock.patch.object(shared_rows, "JOINED", joined):
+    assert shared_prompts.row_width(LENGTH, PROMPT, GROUP, rows) == width
+    placement, *_ = shared_prompts.place(is_token_BL, prompt_length=PROMPT, group=GROUP, rows=rows)
+  cells = np.asarray(placement.cell_BL)
+  assert cells.max() < is_token_BL.size
+  # Each tree's trunk of two columns is shared by three answers of six columns.
+  assert len(np.unique(cells)) == 12 * (2 + 3 * 6)
 
 
 def test_answers_to_a_prompt_stay_in_one_minibatch(ppo_config):
