@@ -38,7 +38,7 @@ def test_a_score_that_never_varies_tells_nothing():
 def two_rounds():
   results = example.results()
   first = results.measured["ppo_ptx"]
-  better = dataclasses.replace(first, gold=first.gold + 1)  # wins every prompt
+  better = dataclasses.replace(first, gold=first.gold + 10)  # every answer wins over every other
   measured = {**results.measured, "ppo_ptx_2": better}
   names = ("ppo_ptx", "ppo_ptx_2")
   made = [
@@ -65,5 +65,5 @@ def test_each_reward_model_is_judged_on_each_round():
   assert second["correlation"]["ppo_ptx_2"][0] == pytest.approx(1)
   old, new = found["policies"]
   assert (old["over_previous"], new["over_previous"]) == (None, (1.0, [1.0, 1.0]))
-  assert new["gold"] == pytest.approx(old["gold"] + 1)
+  assert new["gold"] == pytest.approx(old["gold"] + 10)
   assert rounds.table(example.results(), bootstrap=50, seed=0) == {}
