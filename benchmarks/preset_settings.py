@@ -6,6 +6,7 @@ that another preset gains.
 
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -41,7 +42,13 @@ def at(commit: str, config: str, root: pathlib.Path = ROOT) -> dict[str, object]
     # Those of the commit are read by the code of today, in a process of its own that has only them in its path.
     code = f"import json\nfrom now import now\nprint(json.dumps(now({config!r})))"
     (pathlib.Path(folder) / "now.py").write_text(pathlib.Path(__file__).read_text(encoding="utf-8"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=folder,
+      env=os.environ | {"PYTHONPATH": folder},
+      capture_output=True,
+      text=True,
+    )
   if done.returncode:
     raise UserError(f"commit {commit} has no {config}: {done.stderr.strip().splitlines()[-1]}")
   return json.loads(done.stdout)

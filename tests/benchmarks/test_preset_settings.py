@@ -30,6 +30,7 @@ def test_a_commit_has_its_own_settings(tmp_path):
   """Not those of this checkout, and not those of files that nobody committed."""
   path = tmp_path / "configs" / "some.py"
   path.parent.mkdir()
+  (path.parent / "__init__.py").write_text("")
   git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
   run = lambda *words: subprocess.run([*git, *words], check=True, capture_output=True, text=True)
   run("init")
