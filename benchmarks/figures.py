@@ -218,7 +218,7 @@ def stale(figure: Figure, records: Sequence[dict]) -> list[str]:
     record["command"]
     for record in records
     if record["code"] != code
-    or preset_settings.changed(json.loads(record.get("settings", "{}")), settings)
+    or (figure.config and preset_settings.changed(json.loads(record["settings"]), settings))
   ]
 
 

@@ -213,7 +213,8 @@ def _shared(config: Config, cfg: PPOConfig, shards: int, means: Means):
   """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
   if not cfg.packed_rows:
     return None, None, {}
-  if cfg.share_prompts and config.execution.attention not in ("auto", "splash"):
+  is_shared = cfg.share_prompts and cfg.samples_per_prompt > 1
+  if is_shared and config.execution.attention not in ("auto", "splash"):
     raise UserError(
       "config.ppo.share_prompts is not known to the planner, and attention="
       f"{config.execution.attention!r} makes use of it; plan without it: each answer then has a prompt of its own"

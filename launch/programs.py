@@ -21,7 +21,14 @@ from instructjax.core import rewards
 from instructjax.core.config import Config, PretrainConfig, SFTConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES, Stage
-from instructjax.core.structs import PackedBatch, PPOState, PromptBatch, RankedBatch, TrainState
+from instructjax.core.structs import (
+  PackedBatch,
+  PPOState,
+  PromptBatch,
+  RankedBatch,
+  TrainState,
+  Trees,
+)
 from instructjax.models import adapters, decoding, flops, resolve_execution, transformer
 from instructjax.parallel import constraints, sharding
 from instructjax.rl import step as ppo_step
@@ -204,8 +211,17 @@ def _language_model(config: Config, mesh: Mesh, stage: Stage, *, dropout_rate: f
   )
 
 
-def ranked_rows(config: Config, shards: int, means: Means) -> tuple[int, int]:
-  """Rows of a batch of rankings, and their length: an answer a row, or answers packed into rows."""
+def ranked_rows(
+  config: Config, shards: int, means: Means, shares_prompts: bool = False
+) -> tuple[int, int]:
+  """Rows of a batch of rankings, and their length: an answer a row, or answers packed into rows.
+
+  Args:
+    config: the run's.
+    shards: parts that rows are split into.
+    means: of lengths.
+    shares_prompts: whether rows hold one copy of a prompt for its answers.
+  """
   cfg, data = config.rm, config.data
   answers, length = (
     cfg.batch_size * cfg.max_responses,
@@ -214,7 +230,7 @@ def ranked_rows(config: Config, shards: int, means: Means) -> tuple[int, int]:
   if not cfg.row_length:
     return answers, length
   prompt = means.prompt or data.max_prompt_length
-  prompts = cfg.batch_size if cfg.share_prompts else answers
+  prompts = cfg.batch_size if shares_prompts else answers
   tokens = prompts * prompt + answers * (means.response or data.max_response_length)
   parts = shards * cfg.microbatches
   return math.ceil(tokens / cfg.row_length / parts) * parts, cfg.row_length
@@ -228,10 +244,13 @@ def _rm(config: Config, mesh: Mesh, means: Means) -> Program:
   state, shardings = _train_state(mesh, model, tx)
   base = _base(mesh, model)
   answers = cfg.max_responses
-  number, length = ranked_rows(config, sharding.num_row_shards(mesh), means)
-  names = ["token_SL", "segment_SL"] + ["position_SL", "until_SL"] * cfg.share_prompts
-  rows = _batch(mesh, number, dict.fromkeys(names, (np.int32, length)), dict)
-  rows = dict.fromkeys(("position_SL", "until_SL")) | rows
+  is_shared = rm.shares_prompts(cfg, model)
+  number, length = ranked_rows(config, sharding.num_row_shards(mesh), means, is_shared)
+  columns = (np.int32, length)
+  rows = _batch(mesh, number, {"token_SL": columns, "segment_SL": columns}, dict)
+  if is_shared:
+    names = ("segment_BL", "position_BL", "last_BL")
+    rows["segment_SL"] = _batch(mesh, number, dict.fromkeys(names, columns), Trees)
   prompts = _batch(
     mesh,
     cfg.batch_size,

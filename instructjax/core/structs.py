@@ -60,6 +60,11 @@ class Trees:
   last_BL: Array
 
 
+def token_mask(segment_BL: Array | Trees) -> Array:
+  """True on the columns of rows that hold a token, by the rows' segments or trees."""
+  return (segment_BL.segment_BL if isinstance(segment_BL, Trees) else segment_BL) > 0
+
+
 @pytree
 class PackedBatch:
   """Rows of packed token sequences for language modelling.
@@ -88,20 +93,17 @@ class RankedBatch:
   Attributes:
     token_SL: int32 ids of prompt + answer, including the EOS if the answer has one. A row holds one sequence or
       several; padding is `vocab_size`.
-    segment_SL: int32 number of the sequence or tree within its row, from 1; padding is 0.
+    segment_SL: int32 number of the sequence within its row, from 1; padding is 0. Of rows with trees, a `Trees`.
     last_BC: int32 index of each answer's last token in the flattened rows (row * L + column); 0 if there is no answer.
     rank_BC: int32 rank: 1 is best, and equal ranks are ties; 0 if there is no answer.
     is_answer_BC: True if there is an answer.
-    position_SL, until_SL: of trees, their `position_BL` and `last_BL` as of `Trees`; None for sequences.
   """
 
   token_SL: Array
-  segment_SL: Array
+  segment_SL: Array | Trees
   last_BC: Array
   rank_BC: Array
   is_answer_BC: Array
-  position_SL: Array | None
-  until_SL: Array | None
 
 
 @pytree

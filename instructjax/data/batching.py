@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from instructjax.core.errors import UserError
@@ -246,15 +247,12 @@ def ranking_batches(
       return batch
     # Packing may put an answer into any row, so every process builds the whole batch and keeps its own part.
     row_places, prompt_places = places
-    own = lambda x_SL: None if x_SL is None else x_SL[row_places]
     return RankedBatch(
       token_SL=batch.token_SL[row_places],
-      segment_SL=batch.segment_SL[row_places],
+      segment_SL=jax.tree.map(lambda x_SL: x_SL[row_places], batch.segment_SL),
       last_BC=batch.last_BC[prompt_places],
       rank_BC=batch.rank_BC[prompt_places],
       is_answer_BC=batch.is_answer_BC[prompt_places],
-      position_SL=own(batch.position_SL),
-      until_SL=own(batch.until_SL),
     )
 
   return Batches(
@@ -349,10 +347,9 @@ def ranked_batch(
       rows += own + [[]] * (room - len(own))
       first += len(lengths)
   kwargs = dict(length=length, vocab_size=vocab_size)
-  tree = None
   if share_prompts:
     grown = [tree for item in rankings for tree in trees.grow(item, length)]
-    scored = tree = trees.lay_out(grown, rows, **kwargs)
+    scored = trees.lay_out(grown, rows, **kwargs)
   else:
     scored = packing.scored_rows(sequences, rows, **kwargs)
   last_BC = np.zeros(shape, np.int32)
@@ -364,8 +361,6 @@ def ranked_batch(
     last_BC=last_BC,
     rank_BC=rank_BC,
     is_answer_BC=is_answer_BC,
-    position_SL=tree and tree.position_SL,
-    until_SL=tree and tree.until_SL,
   )
 
 

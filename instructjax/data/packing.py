@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from instructjax.core.errors import UserError
-from instructjax.core.structs import PackedBatch, tree_of
+from instructjax.core.structs import PackedBatch, Trees, tree_of
 
 Read = Callable[[int, int], bytes]
 
@@ -256,7 +256,7 @@ class ScoredRows:
   """
 
   token_SL: np.ndarray
-  segment_SL: np.ndarray
+  segment_SL: np.ndarray | Trees
   last_N: np.ndarray
 
 

@@ -1,7 +1,6 @@
 """Answers to one prompt as a tree: one copy of the prompt, and each answer after it as a branch.
 
-A reward model then reads a prompt once for all of its answers. Called by batching.py. Imports errors and the records of
-tokens only.
+A reward model then reads a prompt once for all of its answers. Called by batching.py.
 """
 
 import dataclasses
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from instructjax.core.errors import UserError
+from instructjax.core.structs import Trees, tree_of
+from instructjax.data.packing import ScoredRows
 from instructjax.data.tokenize import RankingTokens
 
 
@@ -44,26 +45,10 @@ def grow(ranking: RankingTokens, length: int) -> list[Tree]:
   return trees
 
 
-@dataclasses.dataclass(frozen=True)
-class TreeRows:
-  """Trees in rows.
-
-  Attributes:
-    token_SL, segment_SL, position_SL, until_SL: as in RankedBatch.
-    last_N: int32 index of each answer's last token in the flattened rows (row * L + column), in the order of the trees.
-  """
-
-  token_SL: np.ndarray
-  segment_SL: np.ndarray
-  position_SL: np.ndarray
-  until_SL: np.ndarray
-  last_N: np.ndarray
-
-
 def lay_out(
   trees: Sequence[Tree], rows: Sequence[Sequence[int]], *, length: int, vocab_size: int
-) -> TreeRows:
-  """Lays trees in rows, each with its prompt first.
+) -> ScoredRows:
+  """Lays trees in rows, each with its prompt first; `last_N` is of their answers, in the order of the trees.
 
   Args:
     trees: the trees.
@@ -73,7 +58,7 @@ def lay_out(
   """
   token_SL = np.full((len(rows), length), vocab_size, np.int32)
   segment_SL, position_SL = np.zeros_like(token_SL), np.zeros_like(token_SL)
-  until_SL = np.full_like(token_SL, -1)
+  last_SL = np.full_like(token_SL, -1)
   first_N = np.cumsum([0, *(len(tree.answers) for tree in trees)])
   last_N = np.zeros(first_N[-1], np.int32)
   for row, members in enumerate(rows):
@@ -84,13 +69,14 @@ def lay_out(
       segment_SL[row, start:stop] = segment
       token_SL[row, start:branch] = tree.prompt
       position_SL[row, start:branch] = np.arange(len(tree.prompt))
-      until_SL[row, start:branch] = stop - 1
+      last_SL[row, start:branch] = stop - 1
       for number, answer in enumerate(tree.answers, start=first_N[index]):
         end = branch + len(answer)
         token_SL[row, branch:end] = answer
         position_SL[row, branch:end] = len(tree.prompt) + np.arange(len(answer))
-        until_SL[row, branch:end] = end - 1
+        last_SL[row, branch:end] = end - 1
         last_N[number] = row * length + end - 1
         branch = end
       start = stop
-  return TreeRows(token_SL, segment_SL, position_SL, until_SL, last_N)
+  columns = tree_of(Trees, segment_BL=segment_SL, position_BL=position_SL, last_BL=last_SL)
+  return ScoredRows(token_SL, columns, last_N)

@@ -37,6 +37,13 @@ def resolve_execution(execution: ExecutionConfig, platform: str) -> ExecutionCon
   return dataclasses.replace(execution, layers=layers, attention=attention)
 
 
+def why_no_trees(execution: ExecutionConfig) -> str:
+  """Why attention does not take rows that hold trees (`structs.Trees`); '' if it does."""
+  if execution.attention == "splash":
+    return "splash attention takes segments only; execution.attention=plain would take trees"
+  return ""
+
+
 def for_inference(platform: str) -> ExecutionConfig:
   """The execution for opened weights, which are never trained.
 

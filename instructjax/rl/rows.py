@@ -23,7 +23,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from instructjax.core.structs import Array, Params, Rollout, Trees
+from instructjax.core.structs import Array, Params, Rollout, Trees, token_mask
 from instructjax.rl import shared_prompts, shared_rows
 from instructjax.train import accumulation
 
@@ -91,15 +91,14 @@ def shared(num_rows: int, pad_id: int, group: int = 1) -> RowLayout:
 
 def _place(num_rows: int, group: int, is_token_BL: Array, prompt_length: int):
   """Where episodes lie in shared rows: (placement, segments of the rows, widths of the rows)."""
-  length = is_token_BL.shape[1]
   if group == 1:
     placement = shared_rows.first_fit(is_token_BL, rows=num_rows)
-    return placement, shared_rows.segments(placement), shared_rows.row_widths(length, num_rows)
-  placement, position_BL, last_BL = shared_prompts.place(
+    widths = shared_rows.row_widths(is_token_BL.shape[1], num_rows)
+    return placement, shared_rows.segments(placement), widths
+  placement, trees, width = shared_prompts.place(
     is_token_BL, prompt_length=prompt_length, group=group, rows=num_rows
   )
-  width = shared_prompts.require_row_width(length, prompt_length, group, num_rows)
-  return placement, shared_prompts.trees(placement, position_BL, last_BL, group), [width]
+  return placement, trees, [width]
 
 
 def _score_padded(num_chunks: int, read, rollout: Rollout):
@@ -119,9 +118,7 @@ def _gradient_padded(num_chunks: int, loss_fn, params: Params, batch: Any, over:
 
 def _waste(segment_BL: Array | Trees, num_cells: Array | int) -> Array:
   """The share of the cells that were computed and hold no token; one that several episodes share counts once."""
-  if isinstance(segment_BL, Trees):
-    segment_BL = segment_BL.segment_BL
-  return 1 - jnp.sum(segment_BL > 0) / num_cells
+  return 1 - jnp.sum(token_mask(segment_BL)) / num_cells
 
 
 def _score_shared(num_rows: int, pad_id: int, place: Callable, read, rollout: Rollout):

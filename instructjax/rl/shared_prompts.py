@@ -38,44 +38,35 @@ def row_width(
     return each % n == 0 and n <= group * trees
 
   fits = [n * length for n in range(1, each + 1) if fits_all(n)]
-  # In a row that holds one tree, much would be left over: see `shared_rows.JOINED`.
+  # In a row that holds a tree or two, much would be left over: see `shared_rows.JOINED`.
   return next((width for width in fits if width >= shared_rows.JOINED), fits[-1] if fits else None)
-
-
-def require_row_width(*args, **kwargs) -> int:
-  """As `row_width`, where it is known that there is one.
-
-  Raises:
-    ValueError: there is none.
-  """
-  width = row_width(*args, **kwargs)
-  if width is None:
-    raise ValueError(f"no row holds a tree of {args}")
-  return width
 
 
 def place(
   is_token_BL: Array, *, prompt_length: int, group: int, rows: int, shards: int | None = None
-) -> tuple[Placement, Array, Array]:
+) -> tuple[Placement, Trees, int]:
   """Places trees by first-fit decreasing, as `shared_rows.first_fit` does episodes.
 
   Args:
     is_token_BL: True on an episode's tokens, which are contiguous: a prompt of one token at least, which ends in column
       prompt_length - 1, and an answer. Each `group` episodes in a row have the same prompt.
-    prompt_length, group, rows, shards: as for `row_width`, which must not be None.
+    prompt_length, group, rows, shards: as for `row_width`.
   Returns:
-    (placement, position_BL, last_BL): position of each token in its episode, and the last column of its row that may
-    see it; -1 where there is no token. Tokens of a common prompt have one cell.
+    (placement, the shared rows' trees, the rows' width). Tokens of a common prompt have one cell.
+  Raises:
+    ValueError: no row holds every tree: `row_width` is None.
   """
   is_token_BL = constraints.whole(is_token_BL)
   num_episodes, length = is_token_BL.shape
-  width = require_row_width(length, prompt_length, group, rows, shards)
+  width = row_width(length, prompt_length, group, rows, shards)
+  if width is None:
+    raise ValueError(f"place: rows={rows} of {length} columns hold no trees of group={group}")
   prompt_B = jnp.sum(is_token_BL[:, :prompt_length], axis=1, dtype=jnp.int32)
   branch_B = 1 + jnp.sum(is_token_BL[:, prompt_length:], axis=1, dtype=jnp.int32)
   trunk_B = prompt_B - 1
   branch_GK = branch_B.reshape(-1, group)
   size_G = trunk_B[::group] + jnp.sum(branch_GK, axis=1)
-  # As many rows as trees, in one width; a row always has room for one.
+  # As many rows are open as there are trees. First-fit fills the first ones, and these have cells: see `row_width`.
   first_1G = jnp.arange(len(size_G), dtype=jnp.int32)[None] * width
   everyone = jnp.ones_like(size_G, bool)
   room_1G, cell_G = shared_rows.place_each(
@@ -97,15 +88,12 @@ def place(
   last_BL = jnp.where(is_trunk_BL, tree_end_B[:, None], (start_B + branch_B - 1)[:, None]) % width
   none = num_episodes * length
   placement = Placement(cell_BL=jnp.where(is_token_BL, cell_BL, none), end_K=chunks[None])
-  return placement, position_BL, jnp.where(is_token_BL, last_BL, -1)
-
-
-def trees(placement: Placement, position_BL: Array, last_BL: Array, group: int) -> Trees:
-  """The trees of the shared rows, from what `place` returns."""
-  number_B = 1 + jnp.arange(len(position_BL), dtype=jnp.int32) // group
-  number_BL = jnp.broadcast_to(number_B[:, None], position_BL.shape)
-  return Trees(
-    segment_BL=shared_rows.to_shared(placement, number_BL, 0),
+  number_B = 1 + jnp.arange(num_episodes, dtype=jnp.int32) // group
+  trees = Trees(
+    segment_BL=shared_rows.to_shared(
+      placement, jnp.broadcast_to(number_B[:, None], is_token_BL.shape), 0
+    ),
     position_BL=shared_rows.to_shared(placement, position_BL, 0),
     last_BL=shared_rows.to_shared(placement, last_BL, -1),
   )
+  return placement, trees, width

@@ -157,7 +157,7 @@ def to_padded(placement: Placement, x_BL: Array) -> Array:
 
 
 def map_rows(
-  function: Callable, placement: Placement, tree: Any, *, rows: int, widths: Sequence[int] = ()
+  function: Callable, placement: Placement, tree: Any, *, rows: int, widths: Sequence[int]
 ) -> Any:
   """Applies a function to the shared rows, chunk by chunk. Rows that are not in use are skipped and give zeros.
 
@@ -166,9 +166,8 @@ def map_rows(
     placement: which rows are in use.
     tree: arrays of the shared rows, [B, L].
     rows: as for `first_fit`.
-    widths: of the rows, widest first; () for those of `row_widths`.
+    widths: of the rows, widest first, by which they were placed.
   """
-  widths = widths or row_widths(placement.cell_BL.shape[1], rows)
   shapes = jax.eval_shape(function, _chunk(tree, 0, rows, widths[0]))
   num_rows = placement.cell_BL.shape[0]
   length = placement.cell_BL.shape[1]
@@ -195,7 +194,7 @@ def mean_gradient(
   over: str,
   *,
   rows: int,
-  widths: Sequence[int] = (),
+  widths: Sequence[int],
 ) -> tuple[tuple[Array, dict[str, Array]], Params]:
   """Gradient of a loss that is a mean over tokens, accumulated over the chunks of the shared rows.
 
@@ -216,7 +215,6 @@ def mean_gradient(
     chunk = _chunk(tree, index, rows, width)
     return jax.value_and_grad(chunk_loss, has_aux=True)(params, chunk)
 
-  widths = widths or row_widths(placement.cell_BL.shape[1], rows)
   means, _ = jax.eval_shape(lambda: gradient(0, widths[0]))
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), means)
   result = zeros, jax.tree.map(jnp.zeros_like, params)

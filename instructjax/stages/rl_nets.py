@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from instructjax.core.config import Config, OptimConfig, PPOConfig
 from instructjax.core.structs import Params, PPOState, tree_of
-from instructjax.models import adapters, heads, transformer
+from instructjax.models import adapters, execution, heads, transformer
 from instructjax.parallel import sharding
 from instructjax.rl import shared_prompts
 from instructjax.rl import step as ppo_step
@@ -54,8 +54,8 @@ def why_not_shared(config: Config, cfg: PPOConfig, mesh: Mesh, model: transforme
   """What keeps rows from holding one copy of a prompt for its answers; '' if nothing does."""
   if cfg.samples_per_prompt == 1:
     return "each prompt has one answer"
-  if model.execution.attention == "splash":
-    return "splash attention takes segments only; execution.attention=plain would take trees"
+  if why := execution.why_no_trees(model.execution):
+    return why
   prompt_length, shards = config.data.max_prompt_length, sharding.num_row_shards(mesh)
   length, group = prompt_length + config.data.max_response_length, cfg.samples_per_prompt
   if shared_prompts.row_width(length, prompt_length, group, cfg.packed_rows, shards) is None:

@@ -17,10 +17,10 @@ from instructjax.core import results, terminal
 from instructjax.core.config import Config, RMConfig
 from instructjax.core.errors import UserError
 from instructjax.core.stages import STAGES
-from instructjax.core.structs import Params, RankedBatch, TrainState, Trees
+from instructjax.core.structs import Params, RankedBatch, TrainState, token_mask
 from instructjax.data import batching
 from instructjax.data.tokenize import RankingTokens
-from instructjax.models import adapters, flops, heads, transformer
+from instructjax.models import adapters, execution, flops, heads, transformer
 from instructjax.ops import preference
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
@@ -36,10 +36,7 @@ _FOLD = "a fold (rm.cross_validation_folds)"  # in messages
 
 def scores(model: transformer.Model, params: Params, batch: RankedBatch) -> jax.Array:
   """The score of every answer, [B, C], from one forward pass over all answers; each is read at its last token."""
-  segments = batch.segment_SL
-  if batch.position_SL is not None and batch.until_SL is not None:
-    segments = Trees(segments, batch.position_SL, batch.until_SL)
-  score_SL = scoring.column_score(model, params, batch.token_SL, segments)
+  score_SL = scoring.column_score(model, params, batch.token_SL, batch.segment_SL)
   return score_SL.reshape(-1)[batch.last_BC]
 
 
@@ -81,15 +78,15 @@ def make_train_step(
       "loss": loss,
       "accuracy": metrics["accuracy"],
       "grad_norm": optax.tree.norm(grads),
-      "tokens": jnp.sum(batch.segment_SL > 0).astype(jnp.float32),
+      "tokens": jnp.sum(token_mask(batch.segment_SL)).astype(jnp.float32),
     }
 
   return supervised.jit_step(step, state_shardings, model)
 
 
-def _shares_prompts(ctx: Context) -> bool:
-  """Whether rows hold one copy of a prompt for its answers: splash attention takes segments only, and no trees."""
-  return ctx.config.rm.share_prompts and ctx.model("reward").execution.attention != "splash"
+def shares_prompts(cfg: RMConfig, model: transformer.Model) -> bool:
+  """Whether the rows of a batch hold one copy of a prompt for its answers, as trees."""
+  return cfg.share_prompts and not execution.why_no_trees(model.execution)
 
 
 def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
@@ -107,7 +104,7 @@ def _batches(ctx: Context, rankings: list, seed: int) -> batching.Batches:
     batch_size=cfg.batch_size,
     seed=seed,
     num_groups=cfg.microbatches,
-    share_prompts=_shares_prompts(ctx),
+    share_prompts=shares_prompts(cfg, ctx.model("reward")),
   )
   num_rows = None
   if cfg.row_length:
@@ -184,11 +181,9 @@ def train(ctx: Context, stage: str, name: str, records: list, key: jax.Array) ->
   base = bases.base(ctx, stage)
   state, _ = supervised.create_state(ctx.mesh, model, tx, initial_params(ctx, key), key)
   tell_adapter(ctx, name, "reward", cfg.optim)
-  if cfg.share_prompts and not _shares_prompts(ctx) and jax.process_index() == 0:
-    terminal.say(
-      f"{name}: each answer keeps a copy of its prompt: splash attention takes segments only;"
-      " execution.attention=plain would take trees"
-    )
+  if cfg.share_prompts and not shares_prompts(cfg, model) and jax.process_index() == 0:
+    why = execution.why_no_trees(model.execution)
+    terminal.say(f"{name}: each answer keeps a copy of its prompt: {why}")
   state = loop.fit(
     _stage_run(ctx, stage, name),
     state,

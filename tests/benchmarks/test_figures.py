@@ -55,12 +55,14 @@ def test_every_version_of_python_gives_code_the_same_hash(tmp_path):
 def test_a_record_of_changed_code_is_stale():
   figure = figures.FIGURES["findings"]
   now, settings = figures.code_hash(figure.code), preset_settings.now(figure.config)
-  records = [{"command": "a", "code": now}, {"command": "b", "code": "0" * 16}]
-  records += [
-    {"command": "c", "code": now, "settings": json.dumps(settings)},
-    {"command": "d", "code": now, "settings": json.dumps(settings | {"ppo.beta": 7.0})},
+  records = [
+    {"command": "a", "code": now, "settings": json.dumps(settings)},
+    {"command": "b", "code": "0" * 16, "settings": json.dumps(settings)},
+    {"command": "c", "code": now, "settings": json.dumps(settings | {"ppo.beta": 7.0})},
   ]
-  assert figures.stale(figure, records) == ["b", "d"]
+  assert figures.stale(figure, records) == ["b", "c"]
+  pods = figures.FIGURES["pods"]  # of no run
+  assert figures.stale(pods, [{"command": "d", "code": figures.code_hash(pods.code)}]) == []
 
 
 def test_a_new_record_takes_the_place_of_its_own_command_and_processor_only():

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 
+from instructjax.core.structs import Trees
 from instructjax.data import batching
 from instructjax.data.token_store import Encoded
 from instructjax.data.tokenize import RankingTokens
@@ -218,8 +219,9 @@ def test_a_process_takes_its_own_rows_and_prompts():
   kwargs |= dict(share_prompts=True)
   whole = next(batching.ranking_batches(rankings, **kwargs))
   mine = next(batching.ranking_batches(rankings, places=([1, 4, 5], [0, 3]), **kwargs))
-  for name in ("position_SL", "until_SL"):
-    np.testing.assert_array_equal(getattr(mine, name), getattr(whole, name)[[1, 4, 5]])
+  assert isinstance(mine.segment_SL, Trees)
+  for name, own in vars(mine.segment_SL).items():
+    np.testing.assert_array_equal(own, getattr(whole.segment_SL, name)[[1, 4, 5]])
 
 
 def test_answers_that_share_a_prompt_need_fewer_rows_and_end_where_it_is_said():
@@ -235,8 +237,8 @@ def test_answers_that_share_a_prompt_need_fewer_rows_and_end_where_it_is_said():
     batch.token_SL, [[10, 5, EOS, 6, EOS, 7, 8, EOS], [11, EOS, 5, 6, 7, EOS, 90, 90]]
   )
   np.testing.assert_array_equal(batch.last_BC, [[2, 4, 7], [8 + 1, 8 + 5, 0]])
-  np.testing.assert_array_equal(batch.position_SL[0], [0, 1, 2, 1, 2, 1, 2, 3])
-  np.testing.assert_array_equal(batch.until_SL[1], [5, 1, 5, 5, 5, 5, -1, -1])
+  np.testing.assert_array_equal(batch.segment_SL.position_BL[0], [0, 1, 2, 1, 2, 1, 2, 3])
+  np.testing.assert_array_equal(batch.segment_SL.last_BL[1], [5, 1, 5, 5, 5, 5, -1, -1])
 
 
 def test_ranking_batches_hold_every_ranking_once_an_epoch():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from instructjax.core.errors import UserError
+from instructjax.core.structs import Trees
 from instructjax.data import trees
 from instructjax.data.tokenize import RankingTokens
 from instructjax.data.trees import Tree
@@ -32,9 +33,12 @@ def test_rows_by_hand():
   found = trees.lay_out(grown, [[1], [], [0, 2]], length=7, vocab_size=PAD)
   pads = [PAD] * 7
   assert found.token_SL.tolist() == [[5, 6, 7, 8, 6, 7, PAD], pads, [1, 2, 3, 4, 8, 1, PAD]]
-  assert found.segment_SL.tolist() == [[1] * 6 + [0], [0] * 7, [1] * 4 + [2, 2, 0]]
-  assert found.position_SL.tolist() == [[0, 1, 2, 1, 2, 1, 0], [0] * 7, [0, 1, 2, 2, 0, 1, 0]]
-  assert found.until_SL.tolist() == [[5, 2, 2, 4, 4, 5, -1], [-1] * 7, [3, 3, 2, 3, 5, 5, -1]]
+  segments = found.segment_SL
+  assert isinstance(segments, Trees)
+  assert segments.segment_BL.tolist() == [[1] * 6 + [0], [0] * 7, [1] * 4 + [2, 2, 0]]
+  assert segments.position_BL.tolist() == [[0, 1, 2, 1, 2, 1, 0], [0] * 7, [0, 1, 2, 2, 0, 1, 0]]
+  assert segments.last_BL.tolist() == [[5, 2, 2, 4, 4, 5, -1], [-1] * 7, [3, 3, 2, 3, 5, 5, -1]]
   # In the order of trees and answers, not of rows.
   assert found.last_N.tolist() == [14 + 2, 14 + 3, 2, 4, 5, 14 + 5]
-  assert all(x.dtype == np.int32 for x in vars(found).values())
+  arrays = [found.token_SL, found.last_N, *vars(segments).values()]
+  assert all(x.dtype == np.int32 for x in arrays)

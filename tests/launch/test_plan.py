@@ -505,10 +505,19 @@ def test_rows_of_packed_rankings(mesh):
   assert programs.make(config, mesh, "rm", lengths.Means(32.0, 30.0)).tokens == 20 * 256
   assert programs.ranked_rows(small("rm"), 4, lengths.Means(1.0, 1.0)) == (72, 256)
   # Of 8 prompts of 32 tokens each is read once: 8 * 32 + 72 * 30 in rows of 256.
-  config = small("rm", rm={"row_length": 256, "share_prompts": True})
-  assert programs.ranked_rows(config, 4, lengths.Means(32.0, 30.0)) == (12, 256)
-  program = programs.make(config, mesh, "rm", lengths.Means(32.0, 30.0))
-  assert program.tokens == 12 * 256 and program.arguments[-1].until_SL.shape == (12, 256)
+  means = lengths.Means(32.0, 30.0)
+  shared = {"row_length": 256, "share_prompts": True}
+  config = small("rm", rm=shared, execution={"attention": "plain"})
+  assert programs.ranked_rows(config, 4, means, True) == (12, 256)
+  program = programs.make(config, mesh, "rm", means)
+  assert program.tokens == 12 * 256
+  assert program.arguments[-1].segment_SL.last_BL.shape == (12, 256)
+  jax.eval_shape(program.step, *program.arguments)
+  # Splash, as on a TPU, takes no trees: there the run has none, and neither has its plan.
+  program = programs.make(
+    small("rm", rm=shared, execution={"attention": "splash"}), mesh, "rm", means
+  )
+  assert program.tokens == 20 * 256 and program.arguments[-1].segment_SL.shape == (20, 256)
 
 
 def test_networks_that_are_given(mesh, monkeypatch):

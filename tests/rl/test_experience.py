@@ -17,16 +17,6 @@ from tests.rl.episodes import ENDS_B, MASK_BR, PROMPT, RESPONSE, RESPONSE_LENGTH
 
 
 @pytest.fixture(scope="module")
-def nets(tiny_config):
-  return episodes.make_nets(tiny_config)
-
-
-@pytest.fixture(scope="module")
-def weights(nets, random_params):
-  return episodes.make_weights(nets, random_params)
-
-
-@pytest.fixture(scope="module")
 def rollout():
   return episodes.make_rollout()
 

@@ -28,16 +28,6 @@ def _rows_of_two_widths():
 
 
 @pytest.fixture(scope="module")
-def nets(tiny_config):
-  return episodes.make_nets(tiny_config)
-
-
-@pytest.fixture(scope="module")
-def weights(nets, random_params):
-  return episodes.make_weights(nets, random_params)
-
-
-@pytest.fixture(scope="module")
 def scored(quick_jit, nets, weights, ppo_config):
   """(kind, whose log-probs) -> the Scored of one rollout: one program."""
   cfg = dataclasses.replace(ppo_config, whiten_advantages=False)

@@ -5,6 +5,7 @@ import functools
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,10 +24,8 @@ PADDED, SHARED = rows.padded(), rows.shared(3, VOCAB, GROUP)
 @pytest.fixture(scope="module", autouse=True)
 def not_joined():
   """Rows no wider than a tree needs: 2 + 3 * 6 = 20 of 3 * 8 columns."""
-  patch = pytest.MonkeyPatch()
-  patch.setattr(shared_rows, "JOINED", 0)
-  yield
-  patch.undo()
+  with mock.patch.object(shared_rows, "JOINED", 0):
+    yield
 
 
 def alike(token_BL):
@@ -60,9 +59,8 @@ def test_trees_by_hand():
     ],
     bool,
   )
-  placement, position_BL, last_BL = shared_prompts.place(
-    is_token_BL, prompt_length=3, group=2, rows=2
-  )
+  placement, found, width = shared_prompts.place(is_token_BL, prompt_length=3, group=2, rows=2)
+  assert width == 14
   # 1 + 2 + 4 columns and 2 + 3 + 2: of equal size, so in their order.
   none = 28
   assert placement.cell_BL.tolist() == [
@@ -72,7 +70,6 @@ def test_trees_by_hand():
     [7, 8, 12, 13, none, none, none],
   ]
   assert placement.end_K.tolist() == [1]
-  found = shared_prompts.trees(placement, position_BL, last_BL, 2)
   first = lambda x_BL: np.asarray(x_BL).reshape(-1)[:14].tolist()
   assert first(found.segment_BL) == [1] * 7 + [2] * 7
   assert first(found.position_BL) == [0, 1, 2, 1, 2, 3, 4, 0, 1, 2, 3, 4, 2, 3]
@@ -94,13 +91,14 @@ def test_every_token_of_many_trees_has_its_cell(seed):
   is_token_BL = (column >= (prompt_length - prompt_G)[:, None]) & (
     column < (prompt_length + response_B)[:, None]
   )
-  placement, position_BL, last_BL = shared_prompts.place(
+  placement, trees, width = shared_prompts.place(
     is_token_BL, prompt_length=prompt_length, group=group, rows=4
   )
-  width = shared_prompts.row_width(length, prompt_length, group, 4)
+  position = np.asarray(trees.position_BL).reshape(-1)
   owner = {}
   for b, t in zip(*np.nonzero(is_token_BL)):
-    place = int(position_BL[b, t])
+    place = int(t) - (prompt_length - int(prompt_G[b]))
+    assert position[int(placement.cell_BL[b, t])] == place
     is_trunk = place < prompt_G[b] - 1
     owner.setdefault(int(placement.cell_BL[b, t]), set()).add(
       (b // group, None if is_trunk else b, place)
@@ -114,16 +112,6 @@ def test_every_token_of_many_trees_has_its_cell(seed):
   assert all(len(found) == 1 for found in tree_of_row.values())  # no tree lies in two rows
   in_use = len({row for found in tree_of_row.values() for row in found})
   assert int(placement.end_K[-1]) * 4 * length >= in_use * width
-
-
-@pytest.fixture(scope="module")
-def nets(tiny_config):
-  return episodes.make_nets(tiny_config)
-
-
-@pytest.fixture(scope="module")
-def weights(nets, random_params):
-  return episodes.make_weights(nets, random_params)
 
 
 @pytest.mark.parametrize("whose", ["rollout", "rescore"])
@@ -215,15 +203,10 @@ def test_answers_to_a_prompt_stay_in_one_minibatch(ppo_config):
     return state, {"ratio_max": batch.advantage_BR[0, 0]}
 
   number_BR = np.repeat(np.arange(ROWS, dtype=np.float32)[:, None], RESPONSE, axis=1)
-  numbered = dataclasses.replace(batch(), advantage_BR=jax.numpy.asarray(number_BR))
-  numbered = jax.tree.map(jax.numpy.asarray, numbered)
-  patch = pytest.MonkeyPatch()
-  patch.setattr(ppo_step, "_minibatch_update", minibatch)
-  try:
-    ppo_step.update(None, cfg, None, None, jax.numpy.zeros(()), numbered, None, jax.random.key(0))
+  numbered = jax.tree.map(jnp.asarray, dataclasses.replace(batch(), advantage_BR=number_BR))
+  with mock.patch.object(ppo_step, "_minibatch_update", minibatch):
+    ppo_step.update(None, cfg, None, None, jnp.zeros(()), numbered, None, jax.random.key(0))
     jax.effects_barrier()
-  finally:
-    patch.undo()
   assert len(seen) == 16 and all(one in ([0, 1, 2], [3, 4, 5]) for one in seen)
   assert len({tuple(one) for one in seen[::2]}) == 2  # in either order
 

@@ -42,6 +42,11 @@ def first_fit(is_token_BL, rows=1):
   return compiled_first_fit(rows, sizes())(is_token_BL)
 
 
+def as_placed(placement, rows):
+  """Rows of a chunk, and the widths of rows that `first_fit` has."""
+  return dict(rows=rows, widths=shared_rows.row_widths(placement.cell_BL.shape[1], rows))
+
+
 def left_padded(length_B, width=WIDTH, prompt=4):
   """is_token_BL as rollouts have it: each episode's prompt ends at the same column."""
   is_token_BL = np.zeros((len(length_B), width), bool)
@@ -166,7 +171,9 @@ def test_rows_of_every_width_are_worked_off_once(three_widths, rows):
     widths.append(x.shape)
     return x + 100 * jnp.arange(x.shape[1])[None]
 
-  mapped = shared_rows.map_rows(from_row_start, placement, (packed_BL, segment_BL), rows=rows)
+  mapped = shared_rows.map_rows(
+    from_row_start, placement, (packed_BL, segment_BL), **as_placed(placement, rows)
+  )
   assert {*widths} == {(rows << k, 12 >> k) for k in range(3)}
   got_BL = np.asarray(shared_rows.to_padded(placement, mapped)) - np.where(is_token_BL, x_BL, 0)
   column_B = np.asarray(placement.cell_BL) % 12  # of a row of 12; narrower ones begin inside it
@@ -184,7 +191,7 @@ def test_rows_of_every_width_are_worked_off_once(three_widths, rows):
 
   pair = Pair(packed_BL, segment_BL > 0)
   (mean, metrics), gradient = shared_rows.mean_gradient(
-    loss, 3.0, placement, pair, "is_token_BL", rows=rows
+    loss, 3.0, placement, pair, "is_token_BL", **as_placed(placement, rows)
   )
   expected = x_BL[is_token_BL].mean()
   np.testing.assert_allclose([mean, gradient], [9 * expected, 6 * expected], rtol=1e-4)
@@ -201,7 +208,9 @@ def test_only_chunks_in_use_are_done(rows, done):
     assert x_BL.shape == (rows, WIDTH)
     return 2 * x_BL
 
-  mapped = jax.jit(lambda x: shared_rows.map_rows(twice, placement, x, rows=rows))(x_BL)
+  mapped = jax.jit(
+    lambda x: shared_rows.map_rows(twice, placement, x, **as_placed(placement, rows))
+  )(x_BL)
   np.testing.assert_array_equal(np.sum(mapped, axis=1), [2 * WIDTH] * done + [0] * (8 - done))
 
 
@@ -219,7 +228,7 @@ def test_a_mean_over_chunks_weighs_by_tokens(rows):
     return mean, {"mean": mean, "x_max": jnp.max(value_BL)}
 
   run = lambda scale: shared_rows.mean_gradient(
-    loss, scale, placement, pair, "is_token_BL", rows=rows
+    loss, scale, placement, pair, "is_token_BL", **as_placed(placement, rows)
   )
   (mean, metrics), gradient = jax.jit(run)(3.0)
   expected = x_BL[is_token_BL].mean()
@@ -299,7 +308,7 @@ def test_joined_rows_are_worked_off_once(joined, rows):
     assert x.shape == (rows // 2, 20)
     return 2 * x
 
-  mapped = shared_rows.map_rows(twice, placement, packed_BL, rows=rows)
+  mapped = shared_rows.map_rows(twice, placement, packed_BL, **as_placed(placement, rows))
   np.testing.assert_array_equal(
     shared_rows.to_padded(placement, mapped), np.where(is_token_BL, 2 * x_BL, 0)
   )
@@ -311,7 +320,7 @@ def test_joined_rows_are_worked_off_once(joined, rows):
 
   pair = Pair(packed_BL, shared_rows.segments(placement) > 0)
   (mean, _), gradient = shared_rows.mean_gradient(
-    loss, 3.0, placement, pair, "is_token_BL", rows=rows
+    loss, 3.0, placement, pair, "is_token_BL", **as_placed(placement, rows)
   )
   expected = x_BL[is_token_BL].mean()
   np.testing.assert_allclose([mean, gradient], [9 * expected, 6 * expected], rtol=1e-4)

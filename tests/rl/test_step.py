@@ -29,16 +29,6 @@ ALL_TRAINED = Frozen(
 )  # no adapters, so updates read nothing of it
 
 
-@pytest.fixture(scope="module")
-def nets(tiny_config):
-  return episodes.make_nets(tiny_config)
-
-
-@pytest.fixture(scope="module")
-def weights(nets, random_params):
-  return episodes.make_weights(nets, random_params)
-
-
 GAMMA, CLIP_NORM = 0.7, 0.05
 
 

@@ -16,7 +16,7 @@ from instructjax import models
 from instructjax.core import results
 from instructjax.core.config import MeshConfig, RMConfig
 from instructjax.core.errors import UserError
-from instructjax.core.structs import RankedBatch
+from instructjax.core.structs import RankedBatch, token_mask
 from instructjax.data import records, sources
 from instructjax.data.batching import ranked_batch
 from instructjax.data.records import Ranking
@@ -423,7 +423,7 @@ def test_answers_that_share_their_prompt_give_the_same_loss_and_gradient(start, 
   """Each prompt is read once a row; its answers do not see each other."""
   mesh = sharding.make_mesh(MeshConfig(1, -1, 1, 1), jax.devices()[:num_devices])
   apart, together = ranked(0, shared=True), ranked(0, shared=True, share_prompts=True)
-  assert np.sum(together.segment_SL > 0) < 0.85 * np.sum(apart.segment_SL > 0)
+  assert np.sum(token_mask(together.segment_SL)) < 0.85 * np.sum(apart.segment_SL > 0)
   results = []
   for batch in (apart, together):
     step, state = start(mesh)
@@ -442,10 +442,8 @@ def test_answers_that_share_their_prompt_give_the_same_loss_and_gradient(start, 
 def test_prompts_are_shared_where_attention_takes_trees(attention, wanted, shares):
   config = micro.config("rm", {}, rm__row_length=60, rm__share_prompts=wanted)
   execution = dataclasses.replace(tiny.EXECUTION, attention=attention)
-  ctx = types.SimpleNamespace(
-    config=config, model=lambda role: types.SimpleNamespace(execution=execution)
-  )
-  assert rm._shares_prompts(ctx) is shares
+  model = types.SimpleNamespace(execution=execution)
+  assert rm.shares_prompts(config.rm, model) is shares
 
 
 @pytest.mark.parametrize(
@@ -477,8 +475,6 @@ def test_padding_and_missing_answers_change_nothing(start, one_device):
     filled(batch.is_answer_BC, batch.last_BC),
     filled(batch.is_answer_BC, batch.rank_BC),
     batch.is_answer_BC,
-    None,
-    None,
   )
   results = []
   for variant in (batch, garbage):
