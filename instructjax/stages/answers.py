@@ -47,6 +47,11 @@ class Answers:
   is_response_NR: np.ndarray
   ended_N: np.ndarray
 
+  @property
+  def sequences(self) -> list[np.ndarray]:
+    """The tokens of each prompt with its answer, without pads."""
+    return [token_L[is_token_L] for token_L, is_token_L in zip(self.token_NL, self.is_token_NL)]
+
 
 def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts on the left: (token_NP int32, is_prompt_NP). No sequence may be longer than `length`."""
@@ -209,10 +214,7 @@ def score(ctx: Context, model: transformer.Model, params: Params, answers: Answe
   Raises:
     Preempted: the run was told to stop.
   """
-  tokens = [
-    token_L[is_token_L] for token_L, is_token_L in zip(answers.token_NL, answers.is_token_NL)
-  ]
-  return score_tokens(ctx, model, params, tokens)
+  return score_tokens(ctx, model, params, answers.sequences)
 
 
 def score_tokens(
@@ -302,11 +304,8 @@ def logprob(
 
   Args, raises: as for `sequence_logprob`.
   """
-  tokens = [
-    token_L[is_token_L] for token_L, is_token_L in zip(answers.token_NL, answers.is_token_NL)
-  ]
   count_N = answers.is_response_NR.sum(axis=1)
-  return sequence_logprob(ctx, model, params, tokens, count_N, temperature)
+  return sequence_logprob(ctx, model, params, answers.sequences, count_N, temperature)
 
 
 def sequence_logprob(
