@@ -23,7 +23,8 @@ def attend(q_BTGRK, k_BGTK, v_BGTK, mask_BTT, implementation: Literal["cudnn", "
 
   Args:
     q_BTGRK, k_BGTK, v_BGTK: as for `layers.attend`; in bfloat16 for cuDNN.
-    mask_BTT: from `layers.attention_masks`, or of trees, from `tree_mask`. cuDNN adds it to the scores, as one bfloat16 array for all heads.
+    mask_BTT: from `layers.attention_masks` or, of trees, `layers.tree_mask`. cuDNN adds it to the scores, as one
+      bfloat16 array for all heads.
     implementation: "xla" is the same call on any device, for tests.
   Returns:
     x_BTGRK

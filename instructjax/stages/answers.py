@@ -48,9 +48,10 @@ class Answers:
   ended_N: np.ndarray
 
   @property
-  def sequences(self) -> list[np.ndarray]:
+  def sequences(self) -> list[list[int]]:
     """The tokens of each prompt with its answer, without pads."""
-    return [token_L[is_token_L] for token_L, is_token_L in zip(self.token_NL, self.is_token_NL)]
+    pairs = zip(self.token_NL, self.is_token_NL)
+    return [token_L[is_token_L].tolist() for token_L, is_token_L in pairs]
 
 
 def pad_left(sequences: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
