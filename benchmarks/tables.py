@@ -103,20 +103,19 @@ _ANSWERED = ("base", "sft", "ppo", "ppo_ptx")
 
 
 def real_model(records: Sequence[dict]) -> str:
-  """Runs of one preset: means by policy and the answers of the first, the findings of all, and what they took."""
+  """Runs of one preset: means by policy and findings of all, the answers of the first, and what they took."""
   runs = [line for record in records for line in record["lines"]]
   first = runs[0]
   names = [name for name in _POLICIES if name in first["policies"]]
-  cell = lambda name, key: (
-    number(first["policies"][name][key]) if key in first["policies"][name] else ""
-  )
-  means = [[title, *(cell(name, key) for name in names)] for key, title in _MEASURED.items()]
+  means = [
+    [title, *(_over_seeds(runs, name, key) for name in names)] for key, title in _MEASURED.items()
+  ]
   answers = [
     [_text(row["prompt"]), *(_text(row[name]) or "(nothing)" for name in _ANSWERED)]
     for row in first["answers"]
   ]
   parts = [
-    f"Means of seed {first['seed']}:",
+    _means_title(runs),
     _table(["", *(_POLICIES[name] for name in names)], means),
     "The findings:",
     findings(records),
@@ -125,6 +124,22 @@ def real_model(records: Sequence[dict]) -> str:
     *(_seconds(run) for run in runs),
   ]
   return "\n\n".join(parts)
+
+
+def _means_title(runs: Sequence[dict]) -> str:
+  if len(runs) == 1:
+    return f"Means of seed {runs[0]['seed']}:"
+  seeds = ", ".join(run["seed"] for run in runs)
+  return f"Means over seeds {seeds}, with the least and the greatest of a seed:"
+
+
+def _over_seeds(runs: Sequence[dict], name: str, key: str) -> str:
+  """A policy's mean over runs, with the span of the runs' own means; '' where none has it."""
+  values = [run["policies"][name][key] for run in runs if key in run["policies"].get(name, {})]
+  if not values:
+    return ""
+  mean = number(sum(values) / len(values))
+  return mean if len(runs) == 1 else f"{mean} ({number(min(values))} to {number(max(values))})"
 
 
 def _text(text: str) -> str:

@@ -269,6 +269,14 @@ class Config:
       self.stage in TARGETS,
       f"{where}.stage={self.stage[:80]!r} must be one of {', '.join(TARGETS)}",
     )
+    self._validate_lengths(where)
+    self._validate_adapter(where)
+    self._validate_reward_model(where)
+    self._validate_rl(where)
+    self._validate_collected(where)
+
+  def _validate_lengths(self, where: str):
+    """Checks that whatever stands in one row fits in it, and in its network."""
     # Policy, reward model and value network all read a prompt together with its response.
     total = self.data.max_prompt_length + self.data.max_response_length
     for name in ("model", "reward_model"):
@@ -277,75 +285,10 @@ class Config:
         total <= limit,
         f"data.max_prompt_length + max_response_length = {total} must not exceed {where}.{name}.max_length={limit}",
       )
-    asked = {"q", "k", "v"} & set(self.adapter.targets)
-    for name in ("model", "reward_model"):
-      fused = getattr(self, name).network.fused_qkv and self.adapter.rank > 0
-      require(
-        not fused or len(asked) in (0, 3),
-        f"{where}.adapter.targets={self.adapter.targets} must have all of q, k, v or none: files of networks like"
-        f" {where}.{name} hold them as one matrix",
-      )
-      has_gate = getattr(self, name).is_gated
-      require(
-        self.adapter.rank == 0 or has_gate or self.adapter.targets != ("gate",),
-        f"{where}.adapter.targets={self.adapter.targets} must name a matrix of {where}.{name}, whose MLP has no gate",
-      )
-    # The reward model can take over the SFT model's weights only if every tensor fits.
-    require(
-      self.rm.start_from == "base" or self.same_network,
-      f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
-    )
-    require(
-      self.rm.start_from == "base" or self.reward_model.weights in ("", self.model.weights),
-      f"{where}.rm.start_from='sft' must come without {where}.reward_model.weights="
-      f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
-    )
-    require(
-      self.ppo.value_init == "reward_model" or self.same_network,
-      f"{where}.ppo.value_init='policy' must have reward_model equal to model, and they differ; use 'reward_model'",
-    )
-    warmup, few = self.ppo.value_warmup, self.evaluate.overoptimization_iterations
-    require(
-      not self.evaluate.overoptimization or warmup < few,
-      f"{where}.ppo.value_warmup={warmup} must be below evaluate.overoptimization_iterations={few}, a stage that has"
-      " the warm-up too",
-    )
-    grouped = [name for name in ("rloo", "grpo") if name in (self.stage, *self.evaluate.compare)]
-    size, answers = self.evaluate.group_size, self.ppo.batch_size
-    require(
-      not grouped or answers % size == 0,
-      f"{where}.evaluate.group_size={size} must divide ppo.batch_size={answers}, the answers of an iteration of"
-      f" {' and '.join(grouped)}",
-    )
-    require(
-      not self.rm.weights or self.rm.start_from == "base",
-      f"{where}.rm.weights={self.rm.weights!r} is a finished reward model, so that nothing would start from"
-      " rm.start_from='sft'; use 'base'",
-    )
-    require(
-      not self.rm.weights or self.reward_model.weights in ("", self.model.weights),
-      f"{where}.rm.weights={self.rm.weights!r} must come without {where}.reward_model.weights="
-      f"{self.reward_model.weights!r}, from which nothing would start",
-    )
-    require(
-      not (self.data.are_collected or self.collect.rounds > 1)
-      or self.collect.max_responses <= self.rm.max_responses,
-      f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
-      f" rm.max_responses={self.rm.max_responses}",
-    )
-    require(
-      self.collect.rounds == 1 or self.data.are_collected or self.data.are_by_people,
-      f"{where}.collect.rounds={self.collect.rounds} must be 1 beside data.comparisons={self.data.comparisons!r}: only"
-      " simulated labelers, as of demo:, and people in a project, labels:DIR, can rank more answers during a run",
-    )
     require(
       self.rm.row_length == 0 or self.rm.row_length >= total,
       f"{where}.rm.row_length={self.rm.row_length} must be 0 or at least data.max_prompt_length"
       f" + max_response_length = {total}: an answer fits in one row",
-    )
-    require(
-      self.rollout.slots <= self.ppo.batch_size,
-      f"{where}.rollout.slots={self.rollout.slots} must not exceed ppo.batch_size={self.ppo.batch_size}",
     )
     for name in ("sft", "ppo_init"):
       length = getattr(self, name).length
@@ -366,6 +309,83 @@ class Config:
         length <= limit,
         f"{where}.{name}={length} must not exceed {where}.{model}.max_length={limit}",
       )
+
+  def _validate_adapter(self, where: str):
+    """Checks that the networks have the matrices that are adapted."""
+    asked = {"q", "k", "v"} & set(self.adapter.targets)
+    for name in ("model", "reward_model"):
+      fused = getattr(self, name).network.fused_qkv and self.adapter.rank > 0
+      require(
+        not fused or len(asked) in (0, 3),
+        f"{where}.adapter.targets={self.adapter.targets} must have all of q, k, v or none: files of networks like"
+        f" {where}.{name} hold them as one matrix",
+      )
+      has_gate = getattr(self, name).is_gated
+      require(
+        self.adapter.rank == 0 or has_gate or self.adapter.targets != ("gate",),
+        f"{where}.adapter.targets={self.adapter.targets} must name a matrix of {where}.{name}, whose MLP has no gate",
+      )
+
+  def _validate_reward_model(self, where: str):
+    """Checks what the reward model starts from."""
+    # The reward model can take over the SFT model's weights only if every tensor fits.
+    require(
+      self.rm.start_from == "base" or self.same_network,
+      f"{where}.rm.start_from='sft' must have reward_model equal to model, and they differ; use 'base'",
+    )
+    require(
+      self.rm.start_from == "base" or self.reward_model.weights in ("", self.model.weights),
+      f"{where}.rm.start_from='sft' must come without {where}.reward_model.weights="
+      f"{self.reward_model.weights!r}, from which nothing would start; use 'base'",
+    )
+    require(
+      not self.rm.weights or self.rm.start_from == "base",
+      f"{where}.rm.weights={self.rm.weights!r} is a finished reward model, so that nothing would start from"
+      " rm.start_from='sft'; use 'base'",
+    )
+    require(
+      not self.rm.weights or self.reward_model.weights in ("", self.model.weights),
+      f"{where}.rm.weights={self.rm.weights!r} must come without {where}.reward_model.weights="
+      f"{self.reward_model.weights!r}, from which nothing would start",
+    )
+
+  def _validate_rl(self, where: str):
+    """Checks what the RL stages take from other blocks."""
+    require(
+      self.ppo.value_init == "reward_model" or self.same_network,
+      f"{where}.ppo.value_init='policy' must have reward_model equal to model, and they differ; use 'reward_model'",
+    )
+    warmup, few = self.ppo.value_warmup, self.evaluate.overoptimization_iterations
+    require(
+      not self.evaluate.overoptimization or warmup < few,
+      f"{where}.ppo.value_warmup={warmup} must be below evaluate.overoptimization_iterations={few}, a stage that has"
+      " the warm-up too",
+    )
+    grouped = [name for name in ("rloo", "grpo") if name in (self.stage, *self.evaluate.compare)]
+    size, answers = self.evaluate.group_size, self.ppo.batch_size
+    require(
+      not grouped or answers % size == 0,
+      f"{where}.evaluate.group_size={size} must divide ppo.batch_size={answers}, the answers of an iteration of"
+      f" {' and '.join(grouped)}",
+    )
+    require(
+      self.rollout.slots <= self.ppo.batch_size,
+      f"{where}.rollout.slots={self.rollout.slots} must not exceed ppo.batch_size={self.ppo.batch_size}",
+    )
+
+  def _validate_collected(self, where: str):
+    """Checks that answers that are ranked during the run can be, and can be learnt from."""
+    require(
+      not (self.data.are_collected or self.collect.rounds > 1)
+      or self.collect.max_responses <= self.rm.max_responses,
+      f"{where}.collect.max_responses={self.collect.max_responses} must not exceed"
+      f" rm.max_responses={self.rm.max_responses}",
+    )
+    require(
+      self.collect.rounds == 1 or self.data.are_collected or self.data.are_by_people,
+      f"{where}.collect.rounds={self.collect.rounds} must be 1 beside data.comparisons={self.data.comparisons!r}: only"
+      " simulated labelers, as of demo:, and people in a project, labels:DIR, can rank more answers during a run",
+    )
 
 
 def from_config_dict(config: Any) -> Config:

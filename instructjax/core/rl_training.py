@@ -129,30 +129,8 @@ class PPOConfig:
       f"{where}.kl_controller={self.kl_controller!r} must be 'fixed' with {kind}, whose loss holds the KL",
     )
 
-  def validate(self, where: str):
-    sizes = (
-      "num_iterations",
-      "batch_size",
-      "num_minibatches",
-      "microbatches",
-      "score_microbatches",
-      "samples_per_prompt",
-      "num_epochs",
-      "ptx_rows",
-      "ptx_microbatches",
-      "ptx_length",
-    )
-    require_positive(self, where, *sizes)
-    require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
-    require(
-      self.value_clip is None or self.value_clip > 0,
-      f"{where}.value_clip={self.value_clip} must be None or > 0",
-    )
-    require(
-      self.batch_size % self.num_minibatches == 0,
-      f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
-    )
-    self._validate_advantage(where)
+  def _validate_sharing(self, where: str):
+    """Checks what goes with `share_prompts`."""
     require(
       self.packed_rows > 0 or not self.share_prompts,
       f"{where}.share_prompts needs {where}.packed_rows > 0, since answers in rows of their own share nothing",
@@ -163,6 +141,9 @@ class PPOConfig:
       f"{where}.share_prompts needs whole groups of samples_per_prompt={self.samples_per_prompt} answers in each of the"
       f" num_minibatches={self.num_minibatches} of {where}.batch_size={self.batch_size}",
     )
+
+  def _validate_parts(self, where: str):
+    """Checks that a batch can be divided as it is computed."""
     # The compiled step has fixed shapes, so minibatches, microbatches and packed rows must divide their batches evenly.
     minibatch = self.batch_size // self.num_minibatches
     rows = minibatch * self.ptx_rows
@@ -193,13 +174,9 @@ class PPOConfig:
       not self.whiten_rewards or minibatch >= 8,
       f"{where}.whiten_rewards=True must have batch_size / num_minibatches >= 8, got {minibatch}",
     )
-    require_temperature(self, where)
-    updates = self.num_iterations * self.num_epochs * self.num_minibatches
-    require(
-      updates < 2**31,
-      f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
-      " updates in 32 bits",
-    )
+
+  def _validate_rewards(self, where: str):
+    """Checks the rewards and the models behind them."""
     listed = rewards.parse(self.rewards, f"{where}.rewards")
     require(
       rewards.has_ensemble(listed) == bool(self.ensemble),
@@ -217,6 +194,41 @@ class PPOConfig:
     require(
       self.constant_iterations >= 0,
       f"{where}.constant_iterations={self.constant_iterations} must be >= 0; 0 never stops",
+    )
+
+  def validate(self, where: str):
+    sizes = (
+      "num_iterations",
+      "batch_size",
+      "num_minibatches",
+      "microbatches",
+      "score_microbatches",
+      "samples_per_prompt",
+      "num_epochs",
+      "ptx_rows",
+      "ptx_microbatches",
+      "ptx_length",
+    )
+    require_positive(self, where, *sizes)
+    require(self.clip > 0, f"{where}.clip={self.clip} must be > 0")
+    require(
+      self.value_clip is None or self.value_clip > 0,
+      f"{where}.value_clip={self.value_clip} must be None or > 0",
+    )
+    require(
+      self.batch_size % self.num_minibatches == 0,
+      f"{where}.batch_size={self.batch_size} must be divisible by num_minibatches={self.num_minibatches}",
+    )
+    self._validate_advantage(where)
+    self._validate_sharing(where)
+    self._validate_parts(where)
+    self._validate_rewards(where)
+    require_temperature(self, where)
+    updates = self.num_iterations * self.num_epochs * self.num_minibatches
+    require(
+      updates < 2**31,
+      f"{where}.num_iterations * num_epochs * num_minibatches = {updates} must be below 2**31: the schedule counts"
+      " updates in 32 bits",
     )
     require(
       0 <= self.value_warmup < self.num_iterations,

@@ -6,11 +6,13 @@ column, it reads keys and values from a cache, and on a mesh it has layouts of i
 stages.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from instructjax.core.config import NetworkConfig
 from instructjax.core.structs import Array, Params
 from instructjax.models import adapters, embedding, layers, positions, transformer
 from instructjax.models.transformer import Model
@@ -175,16 +177,31 @@ def decode_step(
   Returns:
     (logits_BV, cache), as from `prefill`.
   """
-  cfg = model.network
   position_B1 = position_B[:, None]
-  # Layout '2d' leaves the weights split over fsdp and tensor, as in training, and moves the activations of all rows to
-  # them. Layout 'tensor' keeps each device on its own rows. See docs/pods.md, "Two layouts for decoding".
-  is_2d = model.execution.decode_layout == "2d"
-  place = constraints.shard_width if is_2d else constraints.shard_rows
   is_token_B1 = jnp.ones_like(position_B1)  # one segment; `embed` itself finds pads, by their id
+  step = _Step(
+    model=model,
+    weights=weights,
+    slot=slot,
+    ring_step=ring_step,
+    angles=positions.rotary_angles(position_B1, model.network),
+    masks=_masks(model.network, position_B1, is_slot_BT, slot_position_BT, num_columns, ring_step),
+  )
   fed = token_B[:, None], is_token_B1, position_B1
-  h_B1D, _, _ = embedding.embed(model, weights, *fed, place, decoding=True)
-  angles, kinds = positions.rotary_angles(position_B1, cfg), positions.layer_kinds(cfg)
+  h_B1D, _, _ = embedding.embed(model, weights, *fed, step.place, decoding=True)
+  if ring_step is not None:
+    h_B1D, cache = _run_periods(step, h_B1D, cache)
+  elif model.execution.layers == "scan":
+    h_B1D, cache = _run_stack(step, h_B1D, cache)
+  else:
+    h_B1D, cache = _run_unrolled(step, h_B1D, cache)
+  return _logits(model, weights, h_B1D), cache
+
+
+def _masks(
+  cfg: NetworkConfig, position_B1, is_slot_BT, slot_position_BT, num_columns, ring_step
+) -> tuple:
+  """Columns of the cache that the new token may see, in dense and in banded layers; see `decode_step`."""
   # The cache holds no later token than the new one, so no causal mask is needed. Whole columns are asked for, because
   # what reads the tokens after the loop may split them, and the compiler would gather the mask in every layer.
   is_slot_BT = constraints.shard_rows(is_slot_BT)
@@ -193,85 +210,126 @@ def decode_step(
     # A place's age: steps since its token was written. The row has no token older than its first.
     places = jnp.arange(cfg.attention_window)
     age_1W = ((ring_step - places) % cfg.attention_window)[None]
-    masks = dense, (age_1W <= position_B1)[:, None, :]
-  else:
-    if slot_position_BT is None:
-      slot_position_BT = positions.from_mask(is_slot_BT)
-    masks = dense, layers.band(dense, position_B1, slot_position_BT[:, :num_columns], cfg)
+    return dense, (age_1W <= position_B1)[:, None, :]
+  if slot_position_BT is None:
+    slot_position_BT = positions.from_mask(is_slot_BT)
+  return dense, layers.band(dense, position_B1, slot_position_BT[:, :num_columns], cfg)
 
-  def mix_unrolled(index, pair, q_BTGRK, *new_BTGK):
-    pair = tuple(
-      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, slot, 0))
-      for old, new in zip(pair, new_BTGK)
-    )
-    # The cache may have a row more than the batch: see `init_cache`.
-    num_rows, cache_rows = len(q_BTGRK), len(pair[0])
-    q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
-    mixed_BTGRK = layers.attend(q_BTGRK, *pair, mask_BTS=positions.layer_mask(masks, kinds, index))
-    return mixed_BTGRK[:num_rows], pair
 
-  def mix_stacked(index, stacks, slot, mask_BTS, q_BTGRK, *new_BTGK):
-    # XLA updates the whole stack in place. Taking a layer's cache out of the stack and putting it back would copy it.
-    stacks = tuple(
-      jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
-      for old, new in zip(stacks, new_BTGK)
-    )
-    # One slice, of the layer and of the columns: of two, the first would be copied.
-    length, (_, rows, groups, _, width) = mask_BTS.shape[-1], stacks[0].shape
-    sizes = 1, rows, groups, length, width
-    pair = (jax.lax.dynamic_slice(stack, (index, 0, 0, 0, 0), sizes)[0] for stack in stacks)
-    return layers.attend(q_BTGRK, *pair, mask_BTS=mask_BTS), stacks
+@dataclasses.dataclass(frozen=True)
+class _Step:
+  """What the layers of a decode step share; the fields are those of `decode_step`, and what it has made of them."""
 
-  def run_block(h_B1D, layer, index, mix):
+  model: Model
+  weights: Params
+  slot: Array
+  ring_step: Array | None
+  angles: tuple
+  masks: tuple
+
+  @property
+  def kinds(self) -> str:
+    """The kinds of layers, of one period of the pattern."""
+    return positions.layer_kinds(self.model.network)
+
+  @property
+  def is_2d(self) -> bool:
+    """Whether the weights stay split over fsdp and tensor, as in training, and the activations of all rows move to them.
+
+    In the other layout each device keeps its own rows. See docs/pods.md, "Two layouts for decoding".
+    """
+    return self.model.execution.decode_layout == "2d"
+
+  def place(self, x):
+    """Splits activations as the layout has them between layers."""
+    return constraints.shard_width(x) if self.is_2d else constraints.shard_rows(x)
+
+  def run_block(self, h_B1D, layer: Params, index, mix):
+    """One layer: (its output, what `mix` returns as the cache)."""
     # The cache is split by rows in either layout, so attention must see a device's own rows again.
-    if is_2d:
+    if self.is_2d:
       mix = _mix_own_rows(mix)
-    turn = positions.layer_angles(angles, kinds, index)
-    h_B1D, kept = layers.block(h_B1D, layer, cfg, turn, mix, 0.0, None)  # no dropout
-    return place(h_B1D), kept
+    turn = positions.layer_angles(self.angles, self.kinds, index)
+    h_B1D, kept = layers.block(h_B1D, layer, self.model.network, turn, mix, 0.0, None)  # no dropout
+    return self.place(h_B1D), kept
 
-  if ring_step is not None:
 
-    def turn(h_B1D, stacks, number, length):
-      """The first `length` layers of a period."""
-      stacks = list(stacks)
-      for index in range(length):
-        place = ring_step % cfg.attention_window if kinds[index] == "L" else slot
-        mask_BTS = positions.layer_mask(masks, kinds, index)
-        # Each layer's weights are taken from the stack by themselves: those of a period at once would be copied.
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=number * len(kinds) + index)
-        layer = jax.tree.map(lambda x: take(x, keepdims=False), weights["layers"])  # noqa: B023
-        mix = functools.partial(mix_stacked, number, stacks[index], place, mask_BTS)
-        h_B1D, stacks[index] = run_block(h_B1D, layer, index, mix)
-      return h_B1D, tuple(stacks)
+def _run_unrolled(step: _Step, h_B1D, cache):
+  """All layers, one after the other, of a cache that has a pair for each."""
+  pairs = []
+  for index, layer in enumerate(step.weights["layers"]):
+    mask_BTS = positions.layer_mask(step.masks, step.kinds, index)
+    mix = functools.partial(_mix_pair, cache[index], step.slot, mask_BTS)
+    h_B1D, pair = step.run_block(h_B1D, layer, index, mix)
+    pairs.append(pair)
+  return h_B1D, tuple(pairs)
 
-    periods, rest = divmod(cfg.num_layers, len(kinds))
 
-    def body(carry, number):
-      return turn(carry[0], carry[1], number, len(kinds)), None
+def _run_stack(step: _Step, h_B1D, cache):
+  """All layers in a scan."""
 
-    (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), jnp.arange(periods))
-    h_B1D, cache = turn(h_B1D, cache, periods, rest)
-  elif model.execution.layers == "scan":
+  def body(carry, xs):
+    # The cache is carried, not scanned over: an output of scan would be a new array of the cache's size.
+    h_B1D, stacks = carry
+    index, layer = xs
+    mask_BTS = positions.layer_mask(step.masks, step.kinds, index)
+    mix = functools.partial(_mix_stacked, index, stacks, step.slot, mask_BTS)
+    return step.run_block(h_B1D, layer, index, mix), None
 
-    def body(carry, xs):
-      # The cache is carried, not scanned over: an output of scan would be a new array of the cache's size.
-      h_B1D, stacks = carry
-      index, layer = xs
-      mask_BTS = positions.layer_mask(masks, kinds, index)
-      mix = functools.partial(mix_stacked, index, stacks, slot, mask_BTS)
-      return run_block(h_B1D, layer, index, mix), None
+  xs = jnp.arange(step.model.network.num_layers), step.weights["layers"]
+  return jax.lax.scan(body, (h_B1D, cache), xs)[0]
 
-    xs = jnp.arange(cfg.num_layers), weights["layers"]
-    (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), xs)
-  else:
-    pairs = []
-    for index, layer in enumerate(weights["layers"]):
-      mix = functools.partial(mix_unrolled, index, cache[index])
-      h_B1D, pair = run_block(h_B1D, layer, index, mix)
-      pairs.append(pair)
-    cache = tuple(pairs)
-  return _logits(model, weights, h_B1D), cache
+
+def _run_periods(step: _Step, h_B1D, cache):
+  """All layers in a scan over periods of the pattern, of a cache whose banded layers are rings."""
+  cfg, kinds = step.model.network, step.kinds
+
+  def turn(h_B1D, stacks, number, length):
+    """The first `length` layers of a period."""
+    stacks = list(stacks)
+    for index in range(length):
+      place = step.ring_step % cfg.attention_window if kinds[index] == "L" else step.slot
+      mask_BTS = positions.layer_mask(step.masks, kinds, index)
+      # Each layer's weights are taken from the stack by themselves: those of a period at once would be copied.
+      take = functools.partial(jax.lax.dynamic_index_in_dim, index=number * len(kinds) + index)
+      layer = jax.tree.map(lambda x: take(x, keepdims=False), step.weights["layers"])  # noqa: B023
+      mix = functools.partial(_mix_stacked, number, stacks[index], place, mask_BTS)
+      h_B1D, stacks[index] = step.run_block(h_B1D, layer, index, mix)
+    return h_B1D, tuple(stacks)
+
+  def body(carry, number):
+    return turn(carry[0], carry[1], number, len(kinds)), None
+
+  periods, rest = divmod(cfg.num_layers, len(kinds))
+  (h_B1D, cache), _ = jax.lax.scan(body, (h_B1D, cache), jnp.arange(periods))
+  return turn(h_B1D, cache, periods, rest)
+
+
+def _mix_pair(pair, slot, mask_BTS, q_BTGRK, *new_BTGK):
+  """Attention of one layer after its new keys and values are written: (x_BTGRK, the pair)."""
+  pair = tuple(
+    jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, slot, 0))
+    for old, new in zip(pair, new_BTGK)
+  )
+  # The cache may have a row more than the batch: see `init_cache`.
+  num_rows, cache_rows = len(q_BTGRK), len(pair[0])
+  q_BTGRK = jnp.pad(q_BTGRK, ((0, cache_rows - num_rows), *[(0, 0)] * 4))
+  mixed_BTGRK = layers.attend(q_BTGRK, *pair, mask_BTS=mask_BTS)
+  return mixed_BTGRK[:num_rows], pair
+
+
+def _mix_stacked(index, stacks, slot, mask_BTS, q_BTGRK, *new_BTGK):
+  """As `_mix_pair`, of layer `index` of two stacks."""
+  # XLA updates the whole stack in place. Taking a layer's cache out of the stack and putting it back would copy it.
+  stacks = tuple(
+    jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2)[None], (index, 0, 0, slot, 0))
+    for old, new in zip(stacks, new_BTGK)
+  )
+  # One slice, of the layer and of the columns: of two, the first would be copied.
+  length, (_, rows, groups, _, width) = mask_BTS.shape[-1], stacks[0].shape
+  sizes = 1, rows, groups, length, width
+  pair = (jax.lax.dynamic_slice(stack, (index, 0, 0, 0, 0), sizes)[0] for stack in stacks)
+  return layers.attend(q_BTGRK, *pair, mask_BTS=mask_BTS), stacks
 
 
 def _mix_own_rows(mix):

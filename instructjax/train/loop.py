@@ -157,36 +157,17 @@ def fit(
     # Before the first step, which may be hours before the first save.
     checkpoints.require_space(next(filter(is_saved, range(start + 1, num_steps + 1))), state)
 
-    def judge(step: int, metrics: Mapping) -> dict[str, float]:
-      """Fetches the numbers of a step; a bad one ends the stage before that step is saved."""
-      metrics = _to_floats(metrics)
-      reason = _reason_to_stop(metrics, limits or {})
-      if reason:
-        raise StageStopped(_stop_message(run, step, reason, checkpoints))
-      return metrics
-
-    def validation(step: int) -> dict[str, float]:
-      if evaluate is None or step not in evaluate_steps:
-        return {}
-      distributed.at(f"{run.name} step {step}, evaluating")
-      return judge(
-        step, {f"validation/{name}": value for name, value in evaluate(state, step).items()}
-      )
-
-    def judge_in_time(step: int, metrics: Mapping) -> dict[str, float]:
-      with speed.waiting():
-        return judge(step, metrics)
-
     on_cpu = sharding.platform_of_arrays(state) == "cpu"
     profile = StepProfile(
       run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
     )
     speed = pace.Pace()
     log = _Log(run, num_steps, start, on_samples, show, progress, speed, spent)
+    judge = _Judge(run, checkpoints, limits or {}, evaluate, evaluate_steps, speed)
     with log, profile:
       if start == 0 and 0 in evaluate_steps:
         with spent.on("evaluate"):
-          first = validation(0)
+          first = judge.validation(0, state)
         log.write(0, first, [])
       late = None  # (step, metrics, samples) of the step before, not yet read from the device
       for step in range(start + 1, num_steps + 1):
@@ -202,16 +183,16 @@ def fit(
         speed.step()
         # The numbers are read one step late. Reading waits for the device, which now has the next step to work on.
         if late:
-          log.write(late[0], judge_in_time(*late[:2]), late[2], checkpoints.written())
+          log.write(late[0], judge.step(*late[:2]), late[2], checkpoints.written())
         late = (step, metrics, samples)
         # Asked at every step by every process: they agree on the step after which all of them stop.
         is_stopping = distributed.is_told_to_stop()
         if not is_stopping and not is_saved(step) and step not in evaluate_steps:
           continue
         # A step that is saved is judged first, without delay: a state that is not finite must not reach the disk.
-        record = judge_in_time(step, metrics)
+        record = judge.step(step, metrics)
         with speed.beside(), spent.on("evaluate"):
-          record |= validation(step)
+          record |= judge.validation(step, state)
         log.write(step, record, samples, checkpoints.written())
         late = None
         if is_stopping or is_saved(step):
@@ -286,6 +267,44 @@ def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
       f"{run.name} goes on under {versions}: results may differ from those of the old versions"
     )
   return lines
+
+
+@dataclasses.dataclass(frozen=True)
+class _Judge:
+  """Fetches numbers from the device. A bad one ends the stage before that step is saved.
+
+  Attributes: see `fit`; `speed` does not count the time that is waited for.
+  """
+
+  run: StageRun
+  checkpoints: Checkpoints
+  limits: Mapping[str, float]
+  evaluate: Callable[[Any, int], Mapping[str, float]] | None
+  evaluate_steps: Container[int]
+  speed: pace.Pace
+
+  def step(self, step: int, metrics: Mapping) -> dict[str, float]:
+    """The metrics of a step.
+
+    Raises:
+      StageStopped: one is not finite or above its limit.
+    """
+    with self.speed.waiting():
+      return self._require_good(step, metrics)
+
+  def validation(self, step: int, state: Any) -> dict[str, float]:
+    """What `evaluate` says of the state, if it is asked after this step; raises as `step` does."""
+    if self.evaluate is None or step not in self.evaluate_steps:
+      return {}
+    distributed.at(f"{self.run.name} step {step}, evaluating")
+    found = {f"validation/{name}": value for name, value in self.evaluate(state, step).items()}
+    return self._require_good(step, found)
+
+  def _require_good(self, step: int, metrics: Mapping) -> dict[str, float]:
+    metrics = _to_floats(metrics)
+    if reason := _reason_to_stop(metrics, self.limits):
+      raise StageStopped(_stop_message(self.run, step, reason, self.checkpoints))
+    return metrics
 
 
 class _Log:

@@ -157,6 +157,20 @@ def test_runs_of_a_real_model_become_tables_and_answers(root, tmp_path, capsys):
   assert "is no run of --config=configs/ppo_ptx.py:" in capsys.readouterr().err
 
 
+def test_means_of_several_seeds_stand_with_their_span():
+  runs = [
+    {"seed": str(seed), "policies": {"ppo": {"gold": gold, **kl}}, "findings": [], "answers": []}
+    for seed, gold, kl in ((0, 1.0, {}), (1, 2.0, {"kl": 3.0}), (4, 6.0, {}))
+  ]
+  for run in runs:
+    run |= {"seconds": {"sft": 2.0}}
+  page = tables.real_model([{"lines": [run]} for run in runs])
+  assert "Means over seeds 0, 1, 4, with the least" in page
+  assert "| gold score | 3.00 (1.00 to 6.00) |" in page  # 9 / 3
+  assert "| KL from PPO init, nats | 3.00 (3.00 to 3.00) |" in page  # of one seed
+  assert "| reward |  |" in page
+
+
 @pytest.mark.parametrize("commit", ["", "a" * 40 + "+changes", "0" * 40])
 def test_a_run_of_other_code_is_refused(commit, tmp_path, capfd):
   with pytest.raises(UserError, match="other code"):
