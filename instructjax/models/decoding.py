@@ -183,14 +183,13 @@ def decode_step(
     model=model,
     weights=weights,
     slot=slot,
-    ring_step=ring_step,
     angles=positions.rotary_angles(position_B1, model.network),
     masks=_masks(model.network, position_B1, is_slot_BT, slot_position_BT, num_columns, ring_step),
   )
   fed = token_B[:, None], is_token_B1, position_B1
   h_B1D, _, _ = embedding.embed(model, weights, *fed, step.place, decoding=True)
   if ring_step is not None:
-    h_B1D, cache = _run_periods(step, h_B1D, cache)
+    h_B1D, cache = _run_periods(step, ring_step, h_B1D, cache)
   elif model.execution.layers == "scan":
     h_B1D, cache = _run_stack(step, h_B1D, cache)
   else:
@@ -223,8 +222,7 @@ class _Step:
   model: Model
   weights: Params
   slot: Array
-  ring_step: Array | None
-  angles: tuple
+  angles: dict
   masks: tuple
 
   @property
@@ -280,7 +278,7 @@ def _run_stack(step: _Step, h_B1D, cache):
   return jax.lax.scan(body, (h_B1D, cache), xs)[0]
 
 
-def _run_periods(step: _Step, h_B1D, cache):
+def _run_periods(step: _Step, ring_step: Array, h_B1D, cache):
   """All layers in a scan over periods of the pattern, of a cache whose banded layers are rings."""
   cfg, kinds = step.model.network, step.kinds
 
@@ -288,7 +286,7 @@ def _run_periods(step: _Step, h_B1D, cache):
     """The first `length` layers of a period."""
     stacks = list(stacks)
     for index in range(length):
-      place = step.ring_step % cfg.attention_window if kinds[index] == "L" else step.slot
+      place = ring_step % cfg.attention_window if kinds[index] == "L" else step.slot
       mask_BTS = positions.layer_mask(step.masks, kinds, index)
       # Each layer's weights are taken from the stack by themselves: those of a period at once would be copied.
       take = functools.partial(jax.lax.dynamic_index_in_dim, index=number * len(kinds) + index)
