@@ -232,7 +232,7 @@ class _Step:
 
   @property
   def is_2d(self) -> bool:
-    """Whether the weights stay split over fsdp and tensor, as in training, and the activations of all rows move to them.
+    """Whether the weights stay split over fsdp and tensor, as in training, and all rows' activations move to them.
 
     In the other layout each device keeps its own rows. See docs/pods.md, "Two layouts for decoding".
     """
