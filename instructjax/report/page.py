@@ -285,9 +285,16 @@ def _equal_kl(results: Results, table: Mapping) -> dict:
     "levels": [f"{level:g}" for level in table["kl"]],
     "rows": [row(name, method) for name, method in table["methods"].items()],
     "score": "gold score" if table["score"] == "gold" else "reward-model score",
-    "has_best_of_n": equal_kl.BEST_OF_N in table["methods"],
+    "best_of_n": _best_of_n_prompts(results) if equal_kl.BEST_OF_N in table["methods"] else "",
     "is_of_test_prompts": table["curves"] == "checkpoints",
   }
+
+
+def _best_of_n_prompts(results: Results) -> str:
+  """What best-of-n was measured on, which may be fewer prompts than the policies have."""
+  total = len(next(iter(results.measured.values())).reward) // results.samples_per_prompt
+  count = len(results.best_of_n[0].by_prompt)
+  return "test prompts" if count == total else f"{count} of the {total} test prompts"
 
 
 def _rounds(table: Mapping) -> dict:

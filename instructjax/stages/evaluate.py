@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -126,9 +126,12 @@ class _Prompts:
     return [self.every[i] for i in self.seen]
 
   @property
-  def unique(self) -> list[str]:
-    """Those of `seen`, each once."""
-    return list(dict.fromkeys(self.judged))
+  def firsts(self) -> dict[str, int]:
+    """Those of `seen`, each once -> place in `judged` of the first answer to it. Data may hold a prompt twice."""
+    found: dict[str, int] = {}
+    for place, prompt in enumerate(self.judged):
+      found.setdefault(prompt, place)
+    return found
 
 
 def _prompts(ctx: Context) -> _Prompts:
@@ -158,11 +161,11 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
   if "reward_base" in names and not ctx.given:
     # On the same rows of the same tokens, so that it says how much larger the larger base is in effect.
     losses |= pretraining_losses(ctx, "reward_base", ["reward_base"])
-  pool = None
+  pool, firsts = None, dict(list(asked.firsts.items())[: cfg.best_of_n_prompts])
   if cfg.best_of_n >= 2:
     pool = sampled_best.draw(
       ctx,
-      asked.unique[: cfg.best_of_n_prompts],
+      list(firsts),
       cfg.best_of_n,
       lambda name, prompts: measuring.sample(ctx, name, prompts, f"{stage}/best_of_n"),
       simulation,
@@ -176,7 +179,9 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
     reward_model=ctx.require_done("rm").result,
     agreement=collected.result.agreement if collected else None,
     best_of_n=sampled_best.curve(pool, sampled_best.powers_of_two(cfg.best_of_n)) if pool else [],
-    best_at_kl=_best_at_kl(pool, measured, cfg.samples_per_prompt) if pool else {},
+    best_at_kl=_best_at_kl(pool, [*firsts.values()], measured, cfg.samples_per_prompt)
+    if pool
+    else {},
     untrained=measuring.measure_untrained(ctx, asked.judged),
     new_topics={name: found.take(asked.new) for name, found in every.items()}
     if len(asked.new)
@@ -194,16 +199,24 @@ def _results(ctx: Context, stage: str, names: list[str], asked: _Prompts):
 
 
 def _best_at_kl(
-  pool: sampled_best.Pool, measured: Mapping[str, Measured], samples: int
+  pool: sampled_best.Pool, firsts: Sequence[int], measured: Mapping[str, Measured], samples: int
 ) -> dict[str, BestAtKL]:
-  """Best-of-n at the KL of each RL policy that has a KL penalty."""
+  """Best-of-n at the KL of each RL policy that has a KL penalty.
+
+  Args:
+    pool: answers of the PPO initialisation.
+    firsts: where the policies' answers to each of the pool's prompts begin.
+    measured: policy -> what was measured of its answers.
+    samples: answers of a policy to each prompt, in a row.
+  """
   found = {}
   for name in RL_STAGES:
     kl_N = measured[name].kl if name in measured else None
     if kl_N is not None and name != "ppo_beta0":
-      judged_PS = intervals.judged(measured[name]).reshape(-1, samples)
+      judged_N = intervals.judged(measured[name])
+      judged_PS = np.stack([judged_N[first : first + samples] for first in firsts])
       mean_kl = float(np.mean(kl_N))
-      found[name] = sampled_best.at_kl(pool, mean_kl, judged_PS[: len(pool.reward_PN)])
+      found[name] = sampled_best.at_kl(pool, mean_kl, judged_PS)
   return found
 
 

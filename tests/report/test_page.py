@@ -287,7 +287,7 @@ def test_the_page_says_what_the_curves_at_equal_kl_are_of():
     " ".join(_document_of(results).text["equal-kl"].split())
     for results in (example.results(), example.with_checkpoints())
   )
-  assert "RL runs, by iteration, on their training prompts; best of n on test prompts" in logs
+  assert "RL runs, by iteration, on their training prompts; best of n on 2 of the" in logs
   assert "running means" in logs and "resampling the iterations of a run (" in logs
   on_test = (
     "RL runs, from the initialisation over their checkpoints (dots) to their end, on test prompts"

@@ -32,7 +32,22 @@ def test_prompts_on_new_topics_are_judged_apart(monkeypatch):
   assert asked.every == ["a", "a", "b", "b", "c", "c"]
   np.testing.assert_array_equal(asked.seen, [0, 1, 4, 5])
   np.testing.assert_array_equal(asked.new, [2, 3])
-  assert asked.unique == ["a", "c"]
+  assert asked.firsts == {"a": 0, "c": 2}
+
+
+def test_best_of_n_is_compared_with_answers_to_its_own_prompts(monkeypatch):
+  """Data may hold a prompt twice. Best-of-n asks it once, and the policies' answers after it lie further on."""
+  prompts = ["a", "b", "a", "c"]
+  monkeypatch.setattr(evaluate.judging, "simulation", lambda ctx: None)
+  monkeypatch.setattr(evaluate, "test_prompts", lambda ctx: prompts)
+  ctx = types.SimpleNamespace(config=micro.config("ppo", {}, evaluate__samples_per_prompt=2))
+  firsts = evaluate._prompts(ctx).firsts
+  assert firsts == {"a": 0, "b": 2, "c": 6}
+  score_PN = np.array([[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]])  # of a, b and c
+  policy = types.SimpleNamespace(gold=np.array([1.0, 1, 2, 2, 1, 1, 9, 9]), kl=np.zeros(8))
+  pool = evaluate.sampled_best.Pool(score_PN, score_PN)
+  found = evaluate._best_at_kl(pool, [*firsts.values()], {"ppo": policy}, 2)
+  np.testing.assert_array_equal(found["ppo"].wins_P, [0.5, 0.5, 0.5])
 
 
 def test_there_are_no_examples_for_a_larger_base_that_there_is_not():
