@@ -217,9 +217,15 @@ def stale(figure: Figure, records: Sequence[dict]) -> list[str]:
   return [
     record["command"]
     for record in records
-    if record["code"] != code
-    or (figure.config and preset_settings.changed(json.loads(record["settings"]), settings))
+    if record["code"] != code or (figure.config and _has_other_settings(record, settings))
   ]
+
+
+def _has_other_settings(record: dict, today: dict[str, object]) -> bool:
+  """Whether a run's settings are not those of today; a record without any is older than they are recorded."""
+  if "settings" not in record:
+    return True
+  return bool(preset_settings.changed(json.loads(record["settings"]), today))
 
 
 def block(name: str, records: Sequence[dict]) -> str:
@@ -291,6 +297,22 @@ def _is_refusal(done: subprocess.CompletedProcess) -> bool:
   return done.returncode == 1 and done.stdout.startswith("{") and '"fits": false' in done.stdout
 
 
+def _require_one_command(run: pathlib.Path, made: dict):
+  """Checks that all stages of a run are of one commit, and of the preset as it stands but for the seed.
+
+  Raises:
+    UserError: they are not.
+  """
+  for path in sorted(run.glob("*/done.json")):
+    of_stage = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+    if of_stage["commit"] != made["commit"]:
+      stage = path.parent.name
+      raise UserError(f"{run}/{stage} is of another commit than {run}/evaluate: run it anew, whole")
+    flags = [word for word in of_stage["command"].split() if word.startswith("--config.")]
+    if others := [flag for flag in flags if not flag.startswith("--config.seed=")]:
+      raise UserError(f"{run} has other settings than the preset ({' '.join(others)})")
+
+
 def _require_same_code(run: pathlib.Path, commit: str, figure: Figure) -> dict[str, object]:
   """Checks that a run is of the code and the settings as they are now; returns its settings.
 
@@ -349,6 +371,7 @@ def take(name: str, runs: Sequence[pathlib.Path]):
   records = []
   for run in runs:
     line, made = _of_run(run, figure.config)
+    _require_one_command(run, made)
     settings = _require_same_code(run, made["commit"], figure)
     command = (
       f"python -m instructjax.main --config={figure.config} --workdir=runs/seed{line['seed']}"
@@ -360,6 +383,7 @@ def take(name: str, runs: Sequence[pathlib.Path]):
     record = _record(name, command, [line], **made, processor=_processor())
     # As text, which is one line of the file.
     records.append(record | {"settings": json.dumps(settings)})
+  block(name, records)  # what cannot be shown is not saved
   save(name, records)
   shutil.copy(runs[0] / "report" / "report.png", ROOT / figure.picture)
 

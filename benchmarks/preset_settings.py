@@ -61,10 +61,25 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
   return found
 
 
-def changed(then: dict[str, object], today: dict[str, object]) -> list[str]:
-  """The settings that a run had and that are another today, or are gone.
+def of_base() -> dict[str, object]:
+  """The values that presets change, those of configs/base.py."""
+  return _flat(json.loads(json.dumps(importlib.import_module("configs.base").base("").to_dict())))
 
-  One that came later is not among them: a run had none, and its first value has to leave everything as it was. Where it
-  does not, measure anew.
+
+def changed(
+  then: dict[str, object], today: dict[str, object], base: dict[str, object] | None = None
+) -> list[str]:
+  """The settings of a run that are another today, or are gone, and those that came later and that the preset uses.
+
+  A setting that came later is as if it were not there, as long as the preset leaves it at its value in base.py: that
+  has to leave everything as it was. Where it does not, measure anew.
+
+  Args:
+    then: of the run, from `now` or `at`.
+    today: from `now`.
+    base: from `of_base`; None for today's.
   """
-  return [name for name, value in then.items() if name not in today or today[name] != value]
+  base = of_base() if base is None else base
+  others = [name for name, value in then.items() if name not in today or today[name] != value]
+  later = [name for name in today if name not in then and today[name] != base.get(name)]
+  return others + later

@@ -56,25 +56,40 @@ def origin(records: Sequence[dict]) -> str:
 def findings(records: Sequence[dict]) -> str:
   """What each finding measured, by seed, with 95% intervals; with several seeds their least and greatest."""
   runs = [line for record in records for line in record["lines"]]
-  rows = []
-  for finding in runs[0]["findings"]:
-    for index, name in enumerate(finding["measured"]):
-      cells, values = [], []
-      for run in runs:
-        same = [one for one in run["findings"] if one["id"] == finding["id"]]
-        if not same or name not in same[0]["measured"]:
-          cells.append("")
-          continue
-        values.append(same[0]["measured"][name])
-        interval = same[0]["interval"][index : index + 1]
-        about = f" ({number(interval[0][0])} to {number(interval[0][1])})" if interval else ""
-        cells.append(number(values[-1]) + about)
-      spread = [f"{number(min(values))} to {number(max(values))}"] if len(runs) > 1 else []
-      title = f"`{finding['id']}`" if index == 0 else ""
-      rows.append([title, name.replace("_", " "), *cells, *spread])
+  # What only some of the runs have measured has its row too.
+  names: dict[str, dict[str, None]] = {}
+  for run in runs:
+    for finding in run["findings"]:
+      names.setdefault(finding["id"], {}).update(dict.fromkeys(finding["measured"]))
+  rows = [
+    [f"`{id_}`" if index == 0 else "", name.replace("_", " "), *_over_runs(runs, id_, name)]
+    for id_, measured in names.items()
+    for index, name in enumerate(measured)
+  ]
   rows.append(["findings that hold", "", *(_held(run) for run in runs), *([""] * (len(runs) > 1))])
   seeds = [f"seed {run['seed']}" for run in runs]
   return _table(["finding", "measured", *seeds, *(["of all"] * (len(runs) > 1))], rows)
+
+
+def _over_runs(runs: Sequence[dict], id_: str, name: str) -> list[str]:
+  """What each run has measured under a name of a finding, with its interval; with several runs their span too."""
+  cells, values = [], []
+  for run in runs:
+    same = [one for one in run["findings"] if one["id"] == id_]
+    if not same or name not in same[0]["measured"]:
+      cells.append("")
+      continue
+    value, index = same[0]["measured"][name], [*same[0]["measured"]].index(name)
+    if value is None:  # not finite
+      cells.append("-")
+      continue
+    values.append(value)
+    interval = same[0]["interval"][index : index + 1]
+    is_known = interval and None not in interval[0]
+    about = f" ({number(interval[0][0])} to {number(interval[0][1])})" if is_known else ""
+    cells.append(number(value) + about)
+  span_ = f"{number(min(values))} to {number(max(values))}" if values else ""
+  return [*cells, *([span_] if len(runs) > 1 else [])]
 
 
 _POLICIES = {
@@ -106,7 +121,7 @@ def real_model(records: Sequence[dict]) -> str:
   """Runs of one preset: means by policy and findings of all, the answers of the first, and what they took."""
   runs = [line for record in records for line in record["lines"]]
   first = runs[0]
-  names = [name for name in _POLICIES if name in first["policies"]]
+  names = [name for name in _POLICIES if any(name in run["policies"] for run in runs)]
   means = [
     [title, *(_over_seeds(runs, name, key) for name in names)] for key, title in _MEASURED.items()
   ]
@@ -135,11 +150,15 @@ def _means_title(runs: Sequence[dict]) -> str:
 
 def _over_seeds(runs: Sequence[dict], name: str, key: str) -> str:
   """A policy's mean over runs, with the span of the runs' own means; '' where none has it."""
-  values = [run["policies"][name][key] for run in runs if key in run["policies"].get(name, {})]
+  found = [run["policies"].get(name, {}).get(key) for run in runs]
+  values = [value for value in found if value is not None]
   if not values:
     return ""
   mean = number(sum(values) / len(values))
-  return mean if len(runs) == 1 else f"{mean} ({number(min(values))} to {number(max(values))})"
+  if len(runs) == 1:
+    return mean
+  some = "" if len(values) == len(runs) else f", {len(values)} of {len(runs)} seeds"
+  return f"{mean} ({number(min(values))} to {number(max(values))}{some})"
 
 
 def _text(text: str) -> str:

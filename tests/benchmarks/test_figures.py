@@ -1,6 +1,7 @@
 """Tables of README and docs: what they show is what was measured, of the code as it is."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -167,8 +168,49 @@ def test_means_of_several_seeds_stand_with_their_span():
   page = tables.real_model([{"lines": [run]} for run in runs])
   assert "Means over seeds 0, 1, 4, with the least" in page
   assert "| gold score | 3.00 (1.00 to 6.00) |" in page  # 9 / 3
-  assert "| KL from PPO init, nats | 3.00 (3.00 to 3.00) |" in page  # of one seed
+  assert "| KL from PPO init, nats | 3.00 (3.00 to 3.00, 1 of 3 seeds) |" in page
   assert "| reward |  |" in page
+
+
+def test_findings_of_only_some_runs_and_numbers_that_are_not_finite_are_shown():
+  one = lambda id_, measured, interval: dict(
+    id=id_, measured=measured, interval=interval, holds=None
+  )
+  runs = [
+    {"seed": "0", "findings": [one("f", {"a": 1.0, "b": None}, [[0.5, None], [1, 2]])]},
+    {"seed": "1", "findings": [one("f", {"a": 3.0}, [[2.0, 4.0]]), one("g", {"c": 5.0}, [])]},
+  ]
+  lines = tables.findings([{"lines": runs}]).splitlines()
+  assert lines[2:] == [
+    "| `f` | a | 1.00 | 3.00 (2.00 to 4.00) | 1.00 to 3.00 |",
+    "|  | b | - |  |  |",
+    "| `g` | c |  | 5.00 | 5.00 to 5.00 |",
+    "| findings that hold |  | 0 of 1 | 0 of 2 |  |",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"command": "main --config.ppo.beta=9 --config.seed=1"}, r"\(--config.ppo.beta=9\)"),
+    ({"commit": "d" * 40}, "run/rm is of another commit"),
+  ],
+)
+def test_a_run_that_is_not_the_preset_whole_is_refused(root, tmp_path, change, message, capsys):
+  run = finished_run(tmp_path / "run", 0, 0.6)
+  made = json.loads((run / "evaluate" / "done.json").read_text())["provenance"]
+  (run / "rm").mkdir()
+  (run / "rm" / "done.json").write_text(json.dumps({"provenance": made | change}))
+  assert figures.main(["take", "findings", str(run)]) == 2
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_record_without_settings_is_stale(monkeypatch):
+  figure = figures.FIGURES["smollm2"]
+  record = {"command": "c", "code": figures.code_hash(figure.code)}
+  assert figures.stale(figure, [record]) == ["c"]
+  known = {"settings": json.dumps(preset_settings.now(figure.config))}
+  assert figures.stale(figure, [record | known]) == []
 
 
 @pytest.mark.parametrize("commit", ["", "a" * 40 + "+changes", "0" * 40])
@@ -186,7 +228,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(preset_settings, "at", lambda commit, config: then | {"ppo.beta": 7.0})
   with pytest.raises(UserError, match=r"other settings \(ppo.beta\): run it anew"):
     figures._require_same_code(tmp_path, "a" * 40, figure)
-  del then["ppo.gamma"]  # a setting that came after the run
+  del then["ppo.discount"]  # a setting that came after the run, and that the preset leaves alone
   monkeypatch.setattr(preset_settings, "at", lambda commit, config: then)
   assert figures._require_same_code(tmp_path, "a" * 40, figure) == then
 

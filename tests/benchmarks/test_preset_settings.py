@@ -43,7 +43,7 @@ def test_a_commit_has_its_own_settings(tmp_path):
   path.write_text(FILE.format(beta=0.3))
   first, second = (preset_settings.at(commit, CONFIG, tmp_path) for commit in commits)
   assert first == {"preset": "small", "ppo.beta": 0.1, "ppo.rewards": ["rm"], "ppo.optim.rate": 1}
-  assert preset_settings.changed(first, second) == ["ppo.beta"]
+  assert preset_settings.changed(first, second, {}) == ["ppo.beta"]
   with pytest.raises(UserError, match="cannot be read"):
     preset_settings.at("0" * 40, CONFIG, tmp_path)
   with pytest.raises(UserError, match="has no configs/other.py: ModuleNotFoundError"):
@@ -51,6 +51,16 @@ def test_a_commit_has_its_own_settings(tmp_path):
 
 
 def test_what_changed():
-  then = {"a": 1, "b": [1, 2], "c": 3}
-  assert preset_settings.changed(then, {"a": 1, "b": [1, 3], "d": 4}) == ["b", "c"]
-  assert preset_settings.changed(then, then | {"new": 1}) == []
+  then, base = {"a": 1, "b": [1, 2], "c": 3}, {"a": 0, "new": 1}
+  assert preset_settings.changed(then, {"a": 1, "b": [1, 3]}, base) == ["b", "c"]
+  # One that came later counts where a preset gives it another value than all others have.
+  assert preset_settings.changed(then, then | {"new": 1}, base) == []
+  assert preset_settings.changed(then, then | {"new": 2}, base) == ["new"]
+
+
+def test_a_setting_that_the_preset_adopts_is_a_change():
+  today = preset_settings.now("configs/ppo_ptx.py:smollm2")
+  assert preset_settings.changed(today, today) == []
+  for name, expected in (("ppo.share_prompts", ["ppo.share_prompts"]), ("ppo.discount", [])):
+    then = {key: value for key, value in today.items() if key != name}
+    assert preset_settings.changed(then, today) == expected
