@@ -368,6 +368,12 @@ class Config:
       f"{where}.evaluate.group_size={size} must divide ppo.batch_size={answers}, the answers of an iteration of"
       f" {' and '.join(grouped)}",
     )
+    minibatch = answers // self.ppo.num_minibatches
+    require(
+      not grouped or not self.ppo.share_prompts or minibatch % size == 0,
+      f"{where}.evaluate.group_size={size} must divide a minibatch's {minibatch} answers of {' and '.join(grouped)} with"
+      " ppo.share_prompts, which keeps those to a prompt together",
+    )
     require(
       self.rollout.slots <= self.ppo.batch_size,
       f"{where}.rollout.slots={self.rollout.slots} must not exceed ppo.batch_size={self.ppo.batch_size}",

@@ -30,8 +30,8 @@ class PPOConfig:
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   # whether the samples_per_prompt answers to a prompt stay in one minibatch, and are scored and trained on after a
-  # single copy of it where a row has room for all of them and attention takes any mask, which splash does not; needs
-  # packed_rows
+  # single copy of it where a row of packed_rows has room for all of them and attention takes any mask, which splash does
+  # not
   share_prompts: bool
   temperature: float  # temperature at which responses are sampled
   # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,
@@ -131,10 +131,6 @@ class PPOConfig:
 
   def _validate_sharing(self, where: str):
     """Checks what goes with `share_prompts`."""
-    require(
-      self.packed_rows > 0 or not self.share_prompts,
-      f"{where}.share_prompts needs {where}.packed_rows > 0, since answers in rows of their own share nothing",
-    )
     require(
       not self.share_prompts
       or self.batch_size // self.num_minibatches % self.samples_per_prompt == 0,

@@ -147,6 +147,10 @@ def fingerprint(ctx: Context, stage: str) -> dict[str, str]:
   """
   blocks = {**lineage.blocks(ctx.config, stage), "seed": ctx.config.seed}
   result = {f"config.{name}": canonical(value) for name, value in blocks.items()}
+  if STAGES[stage].kind == "rm" and "rm" in blocks:
+    result["config.rm"] = json.dumps(
+      determining(blocks["rm"]) | _rows_of_dropout(ctx.config), sort_keys=True
+    )
   result["tokenizer"] = ctx.tokenizer.fingerprint
   if ctx.tokenizer.chats.clock is not None:
     result["date of chats"] = ctx.tokenizer.chats.clock
@@ -160,6 +164,17 @@ def fingerprint(ctx: Context, stage: str) -> dict[str, str]:
       else ctx.require_done(parent).identity
     )
   return result | _data_fingerprints(ctx, stage)
+
+
+def _rows_of_dropout(config: Config) -> dict[str, Any]:
+  """Settings of the reward model's rows, where they decide more than rounding.
+
+  An adapter's dropout has one draw for each column of a row, so it matters which answers share one.
+  """
+  if not (config.adapter.rank and config.adapter.dropout):
+    return {}
+  names = ("row_length", "share_prompts", *(["microbatches"] if config.rm.row_length else []))
+  return {name: getattr(config.rm, name) for name in names}
 
 
 def given_fingerprint(ctx: Context, given: Weights) -> str:

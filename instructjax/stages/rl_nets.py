@@ -54,14 +54,22 @@ def why_not_shared(config: Config, cfg: PPOConfig, mesh: Mesh, model: transforme
   """What keeps rows from holding one copy of a prompt for its answers; '' if nothing does."""
   if cfg.samples_per_prompt == 1:
     return "each prompt has one answer"
+  if not cfg.packed_rows:
+    return "ppo.packed_rows=0 gives each answer a row of its own"
   if why := execution.why_no_trees(model.execution):
     return why
   prompt_length, shards = config.data.max_prompt_length, sharding.num_row_shards(mesh)
   length, group = prompt_length + config.data.max_response_length, cfg.samples_per_prompt
-  if shared_prompts.row_width(length, prompt_length, group, cfg.packed_rows, shards) is None:
-    needed = group * shards
-    return f"ppo.packed_rows={cfg.packed_rows} leaves a device rows that are too short; {needed} would do"
-  return ""
+  has_room = lambda rows: (
+    shared_prompts.row_width(length, prompt_length, group, rows, shards) is not None
+  )
+  if has_room(cfg.packed_rows):
+    return ""
+  minibatch = cfg.batch_size // cfg.num_minibatches
+  # What the config would take: rows that divide a minibatch, and over the devices.
+  others = [n for n in range(shards, minibatch + 1, shards) if minibatch % n == 0 and has_room(n)]
+  advice = f"{others[0]} would do" if others else "no number of them would do"
+  return f"ppo.packed_rows={cfg.packed_rows} leaves a device rows that are too short; {advice}"
 
 
 def optimizers(config: Config, cfg: PPOConfig):

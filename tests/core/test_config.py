@@ -308,7 +308,6 @@ _RULES = [
   (dict(rm__batch_size=0), "config.rm.batch_size=0 must be positive"),
   (dict(rm__row_length=31), "config.rm.row_length=31 must be 0 or at least data.max_prompt_length"),
   (dict(rm__row_length=-1), "config.rm.row_length=-1 must be 0 or at least data.max_prompt_length"),
-  (dict(ppo__share_prompts=True), "config.ppo.share_prompts needs config.ppo.packed_rows > 0"),
   (
     dict(
       ppo__share_prompts=True,
@@ -380,6 +379,16 @@ _RULES = [
   (
     dict(evaluate__compare=("rloo",), evaluate__group_size=3),
     "config.evaluate.group_size=3 must divide ppo.batch_size=",
+  ),
+  (
+    dict(
+      evaluate__compare=("rloo",),
+      evaluate__group_size=4,
+      ppo__share_prompts=True,
+      ppo__batch_size=16,
+      ppo__num_minibatches=8,
+    ),
+    "config.evaluate.group_size=4 must divide a minibatch's 2 answers of rloo with ppo.share_prompts",
   ),
   (dict(stage="grpo", evaluate__group_size=3), "the answers of an iteration of grpo"),
   (dict(evaluate__compare=("sft",)), "must hold only 'ppo', 'ppo_ptx', 'rloo', 'grpo'"),

@@ -113,3 +113,5 @@ def test_prompts_that_answers_share_are_refused():
   config.execution.attention = "plain"
   with pytest.raises(UserError, match="share_prompts is not known to the planner"):
     work(config, 1)
+  # A device with two rows of its own has no room for four answers to a prompt, so it shares none.
+  assert work(config, 4).scored

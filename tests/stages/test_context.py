@@ -164,3 +164,31 @@ def test_a_stage_is_of_the_date_of_its_chats():
   tokenizer.chats.clock = "2026-03-01T12:00:00"
   dated = context.fingerprint(ctx, "pretrain")
   assert dated == without | {"date of chats": "2026-03-01T12:00:00"}
+
+
+def test_rows_of_the_reward_model_count_where_dropout_is_drawn_by_row():
+  tokenizer = types.SimpleNamespace(fingerprint="f", chats=types.SimpleNamespace(clock=None))
+  contents = types.SimpleNamespace(of=lambda kind: types.SimpleNamespace(fingerprint=kind))
+  parent = types.SimpleNamespace(identity="p")
+
+  def made_with(**changes):
+    ctx = types.SimpleNamespace(
+      config=micro.config("rm", {"comparisons": "jsonl:a"}, **changes),
+      tokenizer=tokenizer,
+      given={},
+      contents=contents,
+      done=lambda stage: None,
+      require_done=lambda stage: parent,
+    )
+    return context.fingerprint(ctx, "rm")
+
+  apart, shared = dict(rm__row_length=0), dict(rm__row_length=64)
+  assert made_with(**apart) == made_with(**shared)
+  drops = dict(adapter__rank=2, adapter__dropout=0.1)
+  apart, shared = (rows | drops for rows in (apart, shared))
+  assert made_with(**apart) == made_with(**apart, rm__microbatches=2)  # the same rows
+  assert made_with(**shared) != made_with(**apart)
+  assert made_with(**shared) != made_with(**shared, rm__microbatches=2)
+  assert made_with(**shared) != made_with(**shared, rm__share_prompts=True)
+  apart, shared = (rows | {"adapter__dropout": 0.0} for rows in (apart, shared))
+  assert made_with(**apart) == made_with(**shared)

@@ -70,6 +70,12 @@ def test_prompts_are_shared_where_rows_and_attention_hold_trees():
   changed = lambda **changes: dataclasses.replace(config.ppo, **changes)
   assert "has one answer" in why(changed(samples_per_prompt=1), mesh, model("plain"))
   assert "4 would do" in why(changed(samples_per_prompt=4), mesh, model("plain"))
+  assert "packed_rows=0 gives" in why(changed(packed_rows=0), mesh, model("plain"))
+  # Only rows that divide a minibatch are advised, of 6, 5 and 2 answers: 3 or more have room.
+  sizes = dict(samples_per_prompt=4, packed_rows=2, num_minibatches=2)
+  assert "3 would do" in why(changed(batch_size=12, **sizes), mesh, model("plain"))
+  assert "5 would do" in why(changed(batch_size=10, **sizes), mesh, model("plain"))
+  assert "no number" in why(changed(batch_size=4, **sizes), mesh, model("plain"))
   with mock.patch.object(rl_nets, "make_model", lambda *_: model("plain")):
     made = lambda cfg: rl_nets.make_nets(config, mesh, cfg, 23, (7,)).shares_prompts
     assert made(config.ppo) is True
