@@ -12,6 +12,7 @@ from instructjax.core.stages import MAX_ROUNDS, RL_STAGES, SPEAKERS, TARGETS
 
 _COLDEST = 1e-3  # at lower temperatures, logits divided by it are no float32 any more
 _MOST_ANSWERS = 2**24  # sampled at one time: they are kept in memory together
+_MOST_COMPARISONS = 2**26  # of a win rate, of about 16 bytes each
 _MOST_EPOCHS = 100_000  # the end of each is a checkpoint that is kept, or a fold's
 
 
@@ -289,6 +290,11 @@ class EvaluateConfig:
     require_positive(self, where, *sizes)
     require_temperature(self, where)
     require_answers(self, where, "num_prompts", "samples_per_prompt")
+    require(
+      self.num_prompts * self.samples_per_prompt**2 <= _MOST_COMPARISONS,
+      f"{where}.samples_per_prompt={self.samples_per_prompt} for {where}.num_prompts={self.num_prompts} must be so few"
+      " that there are at most 2**26 comparisons of two policies: each answer to a prompt with each of the other's",
+    )
     require_answers(self, where, "best_of_n_prompts", "best_of_n")
     require(
       self.bootstrap * self.num_prompts <= 2**28,

@@ -409,6 +409,10 @@ _RULES = [
   (dict(tokenizer__vocab_size=0), "config.tokenizer.vocab_size=0 must be positive"),
   (dict(sft__num_epochs=10**9), "config.sft.num_epochs=1000000000 must be at most 100000"),
   (dict(collect__num_prompts=10**9), "config.collect.num_prompts=1000000000 times max_responses="),
+  (
+    dict(evaluate__num_prompts=256, evaluate__samples_per_prompt=1024),
+    "config.evaluate.samples_per_prompt=1024 for config.evaluate.num_prompts=256 must be so few",
+  ),
   (dict(evaluate__samples_per_prompt=10**9), "samples_per_prompt=1000000000 must be at most 2**24"),
   (dict(evaluate__bootstrap=10**9), "config.evaluate.bootstrap=1000000000 times num_prompts="),
   (dict(ppo__num_iterations=2**30), "must be below 2**31: the schedule counts updates in 32 bits"),
