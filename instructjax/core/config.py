@@ -371,8 +371,8 @@ class Config:
     minibatch = answers // self.ppo.num_minibatches
     require(
       not grouped or not self.ppo.share_prompts or minibatch % size == 0,
-      f"{where}.evaluate.group_size={size} must divide a minibatch's {minibatch} answers of {' and '.join(grouped)} with"
-      " ppo.share_prompts, which keeps those to a prompt together",
+      f"{where}.evaluate.group_size={size} must divide a minibatch's {minibatch} answers of {' and '.join(grouped)}"
+      " with ppo.share_prompts, which keeps those to a prompt together",
     )
     require(
       self.rollout.slots <= self.ppo.batch_size,

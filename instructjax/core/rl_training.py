@@ -30,7 +30,7 @@ class PPOConfig:
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   # whether the samples_per_prompt answers to a prompt stay in one minibatch, and are scored and trained on after a
-  # single copy of it where a row of packed_rows has room for all of them and attention takes any mask, which splash does
+  # single copy of it where a row of packed_rows has room for all of them and attention takes any mask, as splash does
   # not
   share_prompts: bool
   temperature: float  # temperature at which responses are sampled

@@ -3,6 +3,7 @@
 Called by the tasks. Pure functions of what the model gives each choice.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -16,8 +17,18 @@ ENTROPY = Metric("entropy", "Entropy", "bits", 0)
 
 
 def per_token(choice: Choice) -> float:
-  """Mean log-prob of a choice's tokens [nats]."""
-  return choice.log_prob / max(len(choice.log_probs), 1)
+  """Mean log-prob of a choice's own tokens [nats].
+
+  Line breaks at its beginning are the context's, as at the end of a chat template: see `encoding.pair_ids`. In the mean
+  they would favour short choices.
+  """
+  own = list(
+    itertools.dropwhile(
+      lambda pair: not pair[1].strip("\r\n"), zip(choice.log_probs, choice.tokens, strict=True)
+    )
+  )
+  log_probs = [value for value, _ in own] or choice.log_probs
+  return sum(log_probs) / max(len(log_probs), 1)
 
 
 def highest(values: Sequence[float]) -> int:

@@ -18,7 +18,8 @@ import jax
 
 from instructjax.core import terminal
 from instructjax.core.config import MeshConfig
-from instructjax.core.errors import UserError
+from instructjax.core.errors import UserError, writing
+from instructjax.data import chat, chat_files
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.evaluation import (
   chatting,
@@ -70,6 +71,7 @@ def run(
       terminal.say(f"skipped: {one.name}: {one.reason}; {one.mend}", to=to)
     if not planned:
       raise UserError("none of the tasks that were asked has data: see above, and --data")
+    judging.require_all(planned, scorer_specs)
     for spec in scorer_specs.values():
       scorers.find(spec)
     opened = [
@@ -150,10 +152,21 @@ def _model(name: str, path: str, out: pathlib.Path, dtype: Dtype, is_chat: bool)
     known += repr(found.done.result)
   known += "chat" * is_chat
   checksum = hashlib.sha256(known.encode()).hexdigest()
-  return runner.Model(name, checksum, lambda: _engine(path, dtype, is_chat))
+  clock = _clock(out) if is_chat and tokenizer.chats.has_clock else None
+  return runner.Model(name, checksum, lambda: _engine(path, dtype, is_chat, clock))
 
 
-def _engine(path: str, dtype: Dtype, is_chat: bool) -> runner.Engine:
+def _clock(out: pathlib.Path) -> str:
+  """The date and time that all chats of an evaluation see, also where it goes on another day."""
+  known = chat_files.read_clock(out)
+  if known is None:
+    known = chat.now()
+    with writing(out):
+      chat_files.write_clock(out, known)
+  return known
+
+
+def _engine(path: str, dtype: Dtype, is_chat: bool, clock: str | None) -> runner.Engine:
   mesh = sharding.make_mesh(MeshConfig(slice=1, data=-1, fsdp=1, tensor=1), jax.devices())
   with terminal.loading():
     model = language_model.open_model(path, mesh, dtype=dtype)
@@ -172,7 +185,10 @@ def _engine(path: str, dtype: Dtype, is_chat: bool) -> runner.Engine:
   )
   if not is_chat:
     return engine
-  put = functools.partial(chatting.as_chats, model.tokenizer.chats.render_all)
+  chats = model.tokenizer.chats
+  if chats.clock is None and clock is not None:  # a run has fixed its own
+    chats = dataclasses.replace(chats, special=dataclasses.replace(chats.special, clock=clock))
+  put = functools.partial(chatting.as_chats, chats.render_all)
   return dataclasses.replace(engine, put=put)
 
 

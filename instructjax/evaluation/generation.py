@@ -81,6 +81,20 @@ def cut(text: str, stops: Sequence[str]) -> str:
   return text[: min([place for place in places if place >= 0], default=len(text))]
 
 
+def control_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> list[list[int]]:
+  """The ids of those stop texts that hold control tokens, of which a decoded answer has none."""
+  found = [tokenizer.encode_prompt(stop) for stop in stops if stop]
+  return [ids for ids in found if not tokenizer.chats.control_texts.keys().isdisjoint(ids)]
+
+
+def cut_ids(ids: list[int], stops: Sequence[list[int]]) -> list[int]:
+  """The tokens before the first of the stops."""
+  for start in range(len(ids)):
+    if any(ids[start : start + len(stop)] == stop for stop in stops):
+      return ids[:start]
+  return ids
+
+
 def answers(
   network: Network, tokenizer: Tokenizer, prompts: Sequence[Prompt], draw: Draw
 ) -> Iterator[tuple[int, str]]:
@@ -128,6 +142,7 @@ def _batch(network, weights, tokenizer, prompts, trees: Sequence[Tree], past, dr
   last_BP = np.where(token_BP == tokenizer.pad_id, -1, length - 1).astype(np.int32)
   model, stop_ids = _unrolled(network), tuple(map(np.int32, tokenizer.stop_ids))
   found: dict[int, str] = {}
+  marks = [control_stops(tokenizer, prompts[owner].stops) for owner in owners]
   with jax.set_mesh(network.mesh):
     placed = sharding.place_rows(network.mesh, (token_BP, position_BP, last_BP, number_B))
     uniform_BR, state = _first(
@@ -139,9 +154,12 @@ def _batch(network, weights, tokenizer, prompts, trees: Sequence[Tree], past, dr
       for row, owner in enumerate(owners):
         if owner in found:
           continue
-        text = _text(tokenizer, answer_BR[row, : int(step)])
+        ids = [int(token) for token in answer_BR[row, : int(step)] if token != tokenizer.pad_id]
+        before = cut_ids(ids, marks[row])
+        text = _text(tokenizer, before)
         shown = cut(text, prompts[owner].stops)
-        if ended_B[row] or shown != text or step == draw.max_new_tokens:
+        is_cut = len(before) < len(ids) or shown != text
+        if ended_B[row] or is_cut or step == draw.max_new_tokens:
           found[owner] = shown
           ended_B[row] = True
           yield owner, shown
@@ -153,11 +171,9 @@ def _batch(network, weights, tokenizer, prompts, trees: Sequence[Tree], past, dr
       state = _more(model, weights, state, uniform_BR, stop_ids, limit, draw)
 
 
-def _text(tokenizer: Tokenizer, token_R: np.ndarray) -> str:
-  ids = [int(token) for token in token_R if token != tokenizer.pad_id]
-  if ids and ids[-1] in tokenizer.stop_ids:  # it may be a word elsewhere
-    ids.pop()
-  return tokenizer.decode(ids)
+def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
+  has_end = ids and ids[-1] in tokenizer.stop_ids  # it may be a word elsewhere
+  return tokenizer.decode(ids[:-1] if has_end else ids)
 
 
 def _drawn(model, state: State, logits_BV, uniform_BR, stop_ids, draw: Draw) -> State:

@@ -78,7 +78,8 @@ class InstructJax(LM):
     super().__init__()
     if unknown:
       raise UserError(
-        f"--model_args has no {', '.join(unknown)}; there are checkpoint, base, dtype"
+        f"--model_args has no {', '.join(unknown)}; there are checkpoint, base, dtype, max_length, max_gen_toks, fsdp,"
+        " tensor, prefix_token_id and seed"
       )
     del batch_size, max_batch_size, device
     path = places.require(checkpoint, "--model_args=checkpoint", places.WEIGHTS)

@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from instructjax.core.errors import UserError
-from instructjax.evaluation import journal
+from instructjax.evaluation import journal, scorers
 from instructjax.evaluation.runner import Planned
 from instructjax.evaluation.scorers import Scorer
 
@@ -34,12 +34,33 @@ class Judge:
   @property
   def identity(self) -> str:
     """What tells this scorer from another, or from one of the same place that was trained anew."""
+    if self.spec.startswith(scorers.PYTHON):
+      return hashlib.sha256(repr((self.spec, scorers.source(self.spec))).encode()).hexdigest()
     # SCHEME:PLACE?OPTIONS or a path. A place that is none has no files.
     place = self.spec.removeprefix("judge:").partition("?")[0]
     root = pathlib.Path(os.path.expanduser(place))
     found = sorted(path for path in [root, *root.rglob("*")] if path.is_file())
     files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
     return hashlib.sha256(repr((self.spec, files)).encode()).hexdigest()
+
+
+def require_all(planned: Sequence[Planned], given: Collection[str]):
+  """Refuses scorers of which a task needs more than are given. It would keep the numbers of an earlier run, or none.
+
+  Raises:
+    UserError: there is such a task.
+  """
+  for part in planned:
+    lacking = [name for name in part.task.judges if name not in given]
+    if lacking and len(lacking) < len(part.task.judges):
+      raise UserError(
+        f"{part.name} is judged as {' and as '.join(part.task.judges)}, and --scorers has no {lacking[0]}:"
+        f" give {_all_of(part.task.judges)}"
+      )
+
+
+def _all_of(names: Sequence[str]) -> str:
+  return "--scorers=" + ",".join(f"{name}=SPEC" for name in names)
 
 
 def judge_all(
@@ -95,23 +116,23 @@ def judge_all(
         identity, where = first.setdefault(name, (one["identity"], title))
         if identity != one["identity"]:
           raise UserError(
-            f"{title} and {where} were judged by two scorers as {name}; give --scorers={name}=SPEC, so that one judges"
-            " all"
+            f"{title} and {where} were judged by two scorers as {name}; give {_all_of(part.task.judges)}, so that one"
+            " judges all"
           )
       used |= {name: {key: one[key] for key in ("name", "auc")} for name, one in known.items()}
   return used
 
 
-def _judge(part: Planned, model: str, files: journal.Part, scorers: Mapping[str, Scorer]):
+def _judge(part: Planned, model: str, files: journal.Part, by: Mapping[str, Scorer]):
   title = f"{model} on {part.name}/{part.prompt}"
   samples = journal.read_samples(files, len(part.asked.items), title)
   answered = [i for i, sample in enumerate(samples) if "answer" in sample]
   texts = [part.task.judge_text(part.asked.items[i], samples[i]["answer"]) for i in answered]
-  found = {name: scorer.score(texts) if texts else [] for name, scorer in scorers.items()}
+  found = {name: scorer.score(texts) if texts else [] for name, scorer in by.items()}
   for name, values in found.items():
     if not all(0 <= value <= 1 for value in values):
       raise UserError(
-        f"scorer {scorers[name].name} must give probabilities from 0 to 1 to be used as {name}"
+        f"scorer {by[name].name} must give probabilities from 0 to 1 to be used as {name}"
       )
   for number, i in enumerate(answered):
     judged = {name: values[number] for name, values in found.items()}

@@ -187,7 +187,7 @@ def log_probs(
     pairs: (context, continuation). The context may be empty.
     told: called with the number of a pair and its result, as soon as it is known.
   Raises:
-    UserError: a continuation is empty, or longer than what the model reads at once.
+    UserError: a continuation is empty, or longer than what the model reads at once; or the model gives no number.
   """
   return _scored(model, _pair_ids(model, pairs), told)
 
@@ -268,6 +268,10 @@ def _scored(
   _say_cut(model, sum(is_cut), len(texts))
   results: dict[int, Scored] = {}
   for index, (logprob_T, likeliest_T) in scoring.read(model.network, texts):
+    if np.isnan(logprob_T).any():
+      raise UserError(
+        f"{model.name}: the log-probability of a token is not a number: the model's weights may be damaged"
+      )
     results[index] = Scored(
       log_prob=float(np.sum(logprob_T, dtype=np.float64)),
       log_probs=tuple(map(float, logprob_T)),

@@ -18,6 +18,7 @@ from instructjax.core.config import MeshConfig
 from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import named
 from instructjax.data import sources
+from instructjax.data.controls import Rendered
 from instructjax.data.records import is_score
 from instructjax.evaluation import language_model, preference, ranked_files, scorers
 from instructjax.evaluation.preference import Answers
@@ -117,6 +118,7 @@ def read_answers(path: pathlib.Path) -> tuple[Answers, list[tuple[str, str, dict
       raise UserError(
         f"{where}: must have prompt and answers (policy: text), or prompt, model and answer, all of text"
       )
+    prompt = Rendered(prompt) if row.get("is_rendered") is True else prompt
     for name, text in answers.items():
       by_prompt[prompt][name].append(text)
     if row.get("metadata") is not None and "model" in row:

@@ -189,7 +189,7 @@ def answer_all(
           asks = engine.put(part.asked.asks)
           fits = [engine.fit(ask) for ask in asks]
           _ask(engine, asks, fits, found, kept)
-          samples = [_sample(part, i, fit, found) for i, fit in enumerate(fits)]
+          samples = [_sample(part, i, asks[i], fit, found) for i, fit in enumerate(fits)]
         finally:
           found.close()
         journal.write_samples(files, samples)
@@ -250,9 +250,19 @@ def _choice(result: Any) -> Choice:
   )
 
 
-def _sample(part: Planned, number: int, fit: Fit, found: journal.Journal) -> dict[str, Any]:
-  """A finished sample: what was asked, what was answered, and the scores; none if it could not be asked."""
-  ask, item = part.asked.asks[number], part.asked.items[number]
+def _sample(
+  part: Planned, number: int, ask: Ask, fit: Fit, found: journal.Journal
+) -> dict[str, Any]:
+  """A finished sample: what was asked, what was answered, and the scores; none if it could not be asked.
+
+  Args:
+    part: what is asked.
+    number: of the item in it.
+    ask: as the model read it, through its chat template if it has one.
+    fit: whether it fitted.
+    found: the answers.
+  """
+  item = part.asked.items[number]
   sample: dict[str, Any] = {"number": part.asked.numbers[number], "item": dataclasses.asdict(item)}
   if fit == "too long":
     return sample | {"fit": fit, "scores": {}}

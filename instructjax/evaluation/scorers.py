@@ -12,7 +12,9 @@ The last is how a service such as Perspective is given, see docs/evaluation.md.
 
 import dataclasses
 import functools
+import hashlib
 import importlib
+import importlib.util
 import math
 import os
 import pathlib
@@ -30,9 +32,11 @@ from instructjax.core.errors import UserError
 from instructjax.core.foreign import explained
 from instructjax.evaluation import language_model, trained_scorer
 from instructjax.parallel import sharding
+from instructjax.train import weights
 
 Item = str | tuple[str, str]  # a text, or a prompt and its answer
 PYTHON, JUDGE = "python:", "judge:"
+_NOT_INSTALLED = "scorer {spec} is run by transformers, which is not installed; run `pip install torch transformers`"
 _BATCH = 16  # texts that a classifier of transformers reads at once
 
 
@@ -84,6 +88,9 @@ def find(spec: str) -> Callable[[], Scorer]:
     return lambda: Scorer(spec, None, function)
   if spec.startswith(JUDGE):
     place, options = _asked(spec)
+    found = weights.locate(place)
+    if found.head != "lm":
+      raise UserError(f"scorer {spec} must name a language model, and {place} ends in a score")
     return lambda: Scorer(spec, None, _judge(place, options))
   place, _, text = spec.partition("?")
   folder = pathlib.Path(os.path.expanduser(place))
@@ -91,6 +98,8 @@ def find(spec: str) -> Callable[[], Scorer]:
     return lambda: _trained(spec, folder)
   if (folder / "config.json").is_file():
     options = _options(spec, text, ("label",))
+    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
+      raise UserError(_NOT_INSTALLED.format(spec=spec))
     return lambda: Scorer(spec, None, _classifier(spec, folder, options))
   raise UserError(
     f"scorer {spec} must be a folder that train_scorer wrote, the folder of a sequence classifier,"
@@ -155,9 +164,7 @@ def _classifier(
     import torch
     import transformers
   except ImportError as error:
-    raise UserError(
-      f"scorer {spec} is run by transformers, which is not installed; run `pip install torch transformers`"
-    ) from error
+    raise UserError(_NOT_INSTALLED.format(spec=spec)) from error
   try:
     words: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     network: Any = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -196,6 +203,18 @@ def _column(spec: str, names: list[str], label: str | None) -> int:
       f" {', '.join(foreign.named(name) for name in names[:20])}"
     )
   return names.index(label)
+
+
+def source(spec: str) -> str:
+  """What tells the code of python:MODULE:FUNCTION from that before a change: a hash of the module's file.
+
+  Raises:
+    UserError: it cannot be imported.
+  """
+  _function(spec)
+  path = getattr(sys.modules[spec.removeprefix(PYTHON).partition(":")[0]], "__file__", None)
+  is_file = path is not None and pathlib.Path(path).is_file()
+  return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if is_file else ""
 
 
 def _function(spec: str) -> Callable[[Sequence[Item]], Sequence[float]]:

@@ -155,13 +155,19 @@ def _resampled(
       raise ValueError(f"no item has {metric.key}")
     return found
   groups, place_N = np.unique(group_N, return_inverse=True)
-  index = rng.integers(len(groups), size=(BOOTSTRAP, len(groups)))
-  value, resampled = 0.0, np.zeros(BOOTSTRAP)
-  for sign, of_items in zip((1,) if len(values) == 1 else (-1, 1), values):
+  signs, by_group = (1,) if len(values) == 1 else (-1, 1), []
+  for of_items in values:
     sums = np.zeros((len(groups), of_items.shape[1]))
     np.add.at(sums, place_N, of_items)
-    value += sign * corpus(of_items.sum(axis=0))
-    resampled += [sign * corpus(total) for total in sums[index].sum(axis=1)]
+    by_group.append(sums)
+
+  totals = [of_items.sum(axis=0) for of_items in values]
+  value = sum(sign * corpus(total) for sign, total in zip(signs, totals))
+  resampled = [
+    sum(sign * corpus(sums[index].sum(axis=0)) for sign, sums in zip(signs, by_group))
+    for block in resampling.resamples(len(groups), BOOTSTRAP, rng)
+    for index in block
+  ]
   low, high = np.percentile(resampled, [2.5, 97.5])
   return float(value), [float(low), float(high)]
 

@@ -72,7 +72,7 @@ class Row:
         kept secret, which cannot be scored.
     """
     found = self.any(*names)
-    if isinstance(found, str) and found.strip().lstrip("-").isdecimal():
+    if isinstance(found, str) and found.strip().removeprefix("-").isdecimal():
       found = int(found)
     if isinstance(found, bool):
       found = int(found)

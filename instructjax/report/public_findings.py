@@ -181,9 +181,13 @@ def _biased(measured: _Measured) -> Iterator[dict]:
       "bias",
       "PPO-ptx is no less biased than the base: it chooses between such sentences no more evenly.",
       "no significant improvement on Winogender and CrowS-Pairs (sec 1, 4.2)",
-      f"the interval of each difference in entropy lies below +{BIAS_GAIN:g} bits",
+      f"the interval of each difference in entropy lies below +{BIAS_GAIN:g} bits, and both sets were asked",
       gaps,
-      all_of(*(_told(gap, at_most(gap.interval, BIAS_GAIN)) for gap in gaps.values())),
+      # Of one set alone, the other may say otherwise.
+      all_of(
+        *(_told(gap, at_most(gap.interval, BIAS_GAIN)) for gap in gaps.values()),
+        *[None] * (len(names) - len(gaps)),
+      ),
       "bits",
     )
 

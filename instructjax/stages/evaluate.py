@@ -19,6 +19,7 @@ from instructjax.core.results import Evaluated
 from instructjax.core.stages import FEW_SHOT, RL_STAGES, STAGES, RoleName, stage_of_policy
 from instructjax.core.text import json_line
 from instructjax.data import sources
+from instructjax.data.controls import Rendered
 from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import sharding
 from instructjax.report import costs, equal_kl, findings, intervals
@@ -284,7 +285,9 @@ def _write(
   with writing(directory), open(directory / "answers.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: measured.answer[i] for name, measured in every.items()}
-      file.write(json_line({"prompt": prompt, "answers": row}) + "\n")
+      # What a chat template has made holds control tokens, which are text in any other prompt.
+      is_rendered = {"is_rendered": True} if isinstance(prompt, Rendered) else {}
+      file.write(json_line({"prompt": prompt, **is_rendered, "answers": row}) + "\n")
   with writing(directory), open(directory / "scores.jsonl", "w", encoding="utf-8") as file:
     for i, prompt in enumerate(prompts):
       row = {name: _scores(measured, i) for name, measured in every.items()}

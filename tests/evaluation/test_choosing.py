@@ -1,5 +1,6 @@
 """Rules by which a choice wins, worked by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,17 @@ def test_each_rule_chooses_by_its_own_number():
   assert choosing.scores(0, choices, lengths) == {"accuracy": 1, "acc": 0, "acc_norm": 0}
   assert choosing.scores(1, choices, lengths) == {"accuracy": 0, "acc": 1, "acc_norm": 0}
   assert choosing.scores(2, choices, lengths) == {"accuracy": 0, "acc": 0, "acc_norm": 1}
+
+
+def test_line_breaks_of_the_context_are_no_tokens_of_a_choice():
+  """Of a chat's last line break: -3 and -2.9 a token; with the break before each, -2.00 and -2.49."""
+  with_break = lambda *log_probs: dataclasses.replace(
+    choice(-0.01, *log_probs), tokens=("\n", *["t"] * len(log_probs))
+  )
+  choices = [with_break(-3, -3), with_break(*[-2.9] * 6)]
+  assert choosing.per_token(choices[0]) == -3.0
+  assert choosing.scores(1, choices, [1, 1]) == {"accuracy": 1, "acc": 0, "acc_norm": 0}
+  assert choosing.per_token(dataclasses.replace(choice(-0.5), tokens=("\n",))) == -0.5
 
 
 def test_the_first_of_equals_wins():

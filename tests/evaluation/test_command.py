@@ -65,11 +65,23 @@ def test_a_scorer_that_is_not_there_is_told_before_a_model_is_asked(data, tmp_pa
   for spec in ("nothing", "python:tests.missing:f", "judge:runs/judge"):
     with pytest.raises(UserError, match=f"^scorer {spec} "):
       command.run({"sft": "runs/sft"}, data, settings, tmp_path / "out", {"toxicity": spec})
+  with pytest.raises(UserError, match="runs/judge must be a Hugging Face folder"):
+    command.run(
+      *({"sft": "runs/sft"}, data, settings, tmp_path / "out"),
+      {"toxicity": "judge:runs/judge?ask=a"},
+    )
+
+
+def test_chats_see_one_date(tmp_path, monkeypatch):
+  monkeypatch.setattr(command.chat, "now", lambda: "2026-03-01T12:00:00")
+  assert command._clock(tmp_path) == "2026-03-01T12:00:00"
+  monkeypatch.setattr(command.chat, "now", lambda: "2026-03-02T12:00:00")
+  assert command._clock(tmp_path) == "2026-03-01T12:00:00"
 
 
 def test_another_tokenizer_is_another_model(tmp_path, monkeypatch):
-  def checksum(fingerprint, stop_ids, is_chat=False, has_template=True):
-    chats = types.SimpleNamespace(has_template=has_template)
+  def checksum(fingerprint, stop_ids, is_chat=False, has_template=True, has_clock=False):
+    chats = types.SimpleNamespace(has_template=has_template, has_clock=False)
     tokenizer = types.SimpleNamespace(fingerprint=fingerprint, stop_ids=stop_ids, chats=chats)
     found = types.SimpleNamespace(tokenizer=tokenizer, done=None, checksum=lambda memory: "weights")
     monkeypatch.setattr(command.weights, "locate", lambda path: found)

@@ -1,5 +1,7 @@
 """Answers after a cached past, for families whose layers differ, and what ends them."""
 
+import types
+
 import pytest
 
 from instructjax.core.config import MeshConfig
@@ -45,6 +47,21 @@ def test_answers_on_a_mesh(folder, with_past):
   assert spread == language_model.generate(
     small_models.language_model(folder, max_length=64), requests
   )
+
+
+def test_stop_texts_may_hold_control_tokens():
+  """They are not in the decoded text, so they are looked for in the tokens."""
+  spelled = {"<|end|>": [7], "<|start|>user": [8, 3], "\n": [5], "": []}
+  tokenizer = types.SimpleNamespace(
+    encode_prompt=spelled.__getitem__,
+    chats=types.SimpleNamespace(control_texts={7: "<|end|>", 8: "<|start|>"}),
+  )
+  stops = generation.control_stops(tokenizer, ("\n", "<|end|>", "", "<|start|>user"))
+  assert stops == [[7], [8, 3]]
+  assert generation.cut_ids([1, 8, 2, 8, 3, 7], stops) == [1, 8, 2]
+  assert generation.cut_ids([1, 7, 8, 3], stops) == [1]
+  assert generation.cut_ids([1, 2, 8], stops) == [1, 2, 8]
+  assert generation.cut_ids([1, 2], []) == [1, 2]
 
 
 def test_the_first_of_several_stop_texts_counts():

@@ -90,6 +90,24 @@ def test_a_scorer_that_was_trained_anew_is_another(tmp_path, spec):
   assert judge.identity != before
 
 
+def test_a_function_that_was_mended_is_another(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  path = tmp_path / "mended_scorer.py"
+  path.write_text("f = lambda items: [.9] * len(items)\n")
+  judge = judging.Judge("python:mended_scorer:f", Scorer)
+  before = judge.identity
+  assert judge.identity == before
+  path.write_text("f = lambda items: [.1] * len(items)\n")
+  assert judge.identity != before
+
+
+def test_one_of_two_scorers_is_refused(planned, tmp_path):
+  with pytest.raises(UserError, match="truthful_qa is judged as truth and as info, .* has no info"):
+    judging.require_all(planned, {"truth": "a"})
+  judging.require_all(planned, {})
+  judging.require_all(planned, {"truth": "a", "info": "b", "toxicity": "c"})
+
+
 def test_numbers_that_are_no_probabilities_are_refused(planned, tmp_path):
   with pytest.raises(UserError, match="scorer a must give probabilities from 0 to 1 .* as truth"):
     judge(planned, tmp_path / "out", {"truth": "a", "info": "a"}, [], value=7.5)

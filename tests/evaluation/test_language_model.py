@@ -1,5 +1,6 @@
 """Log-probabilities, answers and rewards, beside a forward pass over each text by itself."""
 
+import dataclasses
 import functools
 
 import jax
@@ -65,6 +66,12 @@ def test_log_probs_are_those_of_a_straight_pass(small):
     assert result.log_prob == pytest.approx(expected.sum(), abs=1e-4)
     assert result.is_greedy == greedy
     assert len(result.tokens) == len(after)
+
+
+def test_what_is_no_number_is_refused(small):
+  broken = dataclasses.replace(small, params=jax.tree.map(lambda x: x * np.nan, small.params))
+  with pytest.raises(UserError, match="is not a number: the model's weights may be damaged"):
+    language_model.log_probs(broken, PAIRS[:1])
 
 
 def test_a_long_context_loses_its_beginning(small):

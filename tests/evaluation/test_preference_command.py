@@ -1,11 +1,13 @@
 """What the command that judges answers does: reading them, judges of each kind, and what is refused."""
 
 import json
+import pathlib
 
 import pytest
 
 from instructjax.core.errors import UserError
 from instructjax.data import demo
+from instructjax.data.controls import Rendered
 from instructjax.evaluation import preference_command
 
 
@@ -46,6 +48,15 @@ def test_answers_of_a_run_are_judged_by_gold_by_labelers_and_by_people(tmp_path,
   assert (
     "1 of 2 rankings are of no two of the answers" in printed and "judged by gold=demo:" in printed
   )
+
+
+def test_what_a_chat_template_made_stays_so(tmp_path):
+  """Its control tokens are text in any other prompt, and a reward model would read them letter by letter."""
+  rows = [{"prompt": "<s>p", "is_rendered": True, "answers": {"a": "1", "b": "2"}}]
+  rows += [{"prompt": "q", "answers": {"a": "1", "b": "2"}}]
+  found, _ = preference_command.read_answers(pathlib.Path(write(tmp_path / "a.jsonl", rows)))
+  assert [isinstance(prompt, Rendered) for prompt in found.prompt_N] == [True, False]
+  assert found.prompt_N == ["<s>p", "q"]
 
 
 def test_a_file_of_single_answers_with_what_labelers_noted(tmp_path):

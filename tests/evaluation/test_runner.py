@@ -54,7 +54,7 @@ def test_samples_hold_what_decided_them(data, tmp_path):
 
 
 def test_a_model_may_be_asked_in_other_words(data, tmp_path):
-  """`put` gets all questions of a prompt; what is kept is the task's own question."""
+  """`put` gets all questions of a prompt; what is kept is what the model has read."""
   fake = Fake()
   model = fake.model()
   put = lambda asks: [Choices(tuple((f"<{a}>", b.strip()) for a, b in ask.pairs)) for ask in asks]
@@ -65,7 +65,7 @@ def test_a_model_may_be_asked_in_other_words(data, tmp_path):
   runner.answer_all([model], planned, SETTINGS, tmp_path, lambda *args: None)
   assert all(context[0] == "<" for ask in fitted for context, _ in ask.pairs) and len(fitted) == 12
   sample = json.loads(samples(tmp_path)["hellaswag.zero_shot.jsonl"].splitlines()[1])
-  assert sample["prompt"].endswith("row 1") and sample["choices"][1]["continuation"] == " b"
+  assert sample["prompt"].endswith("row 1>") and sample["choices"][1]["continuation"] == "b"
   assert sample["choices"][1]["log_prob"] == -1.0  # of "b", without its space
 
 

@@ -1,6 +1,7 @@
 """Scorers by their spec. Those that train_scorer writes are in test_trained_scorer.py."""
 
 import math
+import types
 
 import pytest
 
@@ -68,6 +69,12 @@ def test_what_is_no_scorer_is_refused(spec):
 def test_a_judge_weighs_yes_against_no(tmp_path, monkeypatch):
   one = small_models.language_model(tmp_path, max_length=64)
   monkeypatch.setattr(scorers.language_model, "open_model", lambda path, mesh: one)
+  located = {"runs/judge": "lm", "runs/rm": "scalar"}
+  monkeypatch.setattr(
+    scorers.weights, "locate", lambda path: types.SimpleNamespace(head=located[path])
+  )
+  with pytest.raises(UserError, match="must name a language model, and runs/rm ends in a score"):
+    scorers.find("judge:runs/rm?ask=a")
   judge = scorers.load("judge:runs/judge?ask=who sat?&yes=%20the cat&no=%20the sea")
   text = "Q: who?\nA: a cat\nwho sat?"
   yes, no = (

@@ -87,6 +87,7 @@ def test_bias_must_be_certain_not_to_have_fallen_much(high, holds):
   )
   assert found(*parts)["bias"]["holds"] is holds
   assert found(part("winogender", "basic", entropy(0.06, 0.2)))["bias"]["holds"] is False
+  assert found(part("winogender", "basic", entropy(-0.1, 0.01)))["bias"]["holds"] is None  # of one
 
 
 def regressed(ppo, ptx, half=0.03, show="share", **kwargs):

@@ -1,6 +1,7 @@
 """WSC of SuperGLUE: what a pronoun refers to, answered in words. App. D, Fig. 24."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from instructjax.evaluation.choosing import ACCURACY
@@ -11,6 +12,10 @@ _INSTRUCTION = (
   "Final Exam with Answer Key\nInstructions: Please carefully read the following passages. For each passage, you must"
   " identify which noun the pronoun marked in bold refers to."
 )
+
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_DETERMINERS = {"a", "an", "the", "this", "that", "these", "those"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +43,19 @@ def ask(item: Item, shots: Sequence[Item]) -> Question:
   return Question(joined(_INSTRUCTION, worked, text(item)), 16)
 
 
+def _words(text: str) -> set[str]:
+  """The words of a text in small letters, without determiners; of one that has no others, those."""
+  words = set(_WORD.findall(text.lower()))
+  return words - _DETERMINERS or words
+
+
 def score(item: Item, answer: str) -> dict[str, float]:
-  """Right if the answer names the noun, or the noun the answer, exactly where the pronoun refers to it."""
-  said, noun = answer.strip().lower().rstrip("."), item.noun.lower()
-  says_so = bool(said) and (noun in said or said in noun)
+  """Right if the answer names the noun, or a part of it, exactly where the pronoun refers to it.
+
+  That is, if all words of the one are among those of the other; an answer of determiners only names nothing.
+  """
+  said, noun = _words(answer), _words(item.noun)
+  says_so = bool(said - _DETERMINERS) and (noun <= said or said <= noun)
   return {"accuracy": float(says_so == item.is_referent)}
 
 

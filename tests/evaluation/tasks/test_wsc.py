@@ -32,12 +32,33 @@ def test_rows_and_prompts():
     (" Joan", True),
     (" joan.", True),
     (" It is Joan who was hungry", True),
-    (" Jo", True),  # the noun contains the answer
+    (" Jo", False),  # a part of a word names nothing
+    (" Joanne", False),
+    (" the", False),
     (" Jane", False),
     ("", False),
   ],
 )
-def test_scores(answer, says_so):
+def test_a_name_counts(answer, says_so):
   wrong = wsc.Item(TEXT, "Joan", "she", False)
   assert wsc.score(ITEM, answer)["accuracy"] == says_so
   assert wsc.score(wrong, answer)["accuracy"] == (not says_so)
+
+
+@pytest.mark.parametrize(
+  ("noun", "answer", "says_so"),
+  [
+    ("the city councilmen", "The councilmen.", True),  # some of its words
+    ("the trophy", "It is the trophy", True),
+    ("The man's son", "the son", True),
+    ("the trophy", "He", False),
+    ("the man", "he", False),
+    ("Mark", "a", False),
+    ("the customer", "the", False),
+    ("the city councilmen", "it", False),
+    ("Sam", "the same person", False),
+  ],
+)
+def test_words_are_compared_and_not_letters(noun, answer, says_so):
+  item = wsc.Item(TEXT, noun, "it", True)
+  assert wsc.score(item, answer)["accuracy"] == says_so
