@@ -20,6 +20,7 @@ from instructjax.core.errors import (
   Preempted,
   UserError,
   Waiting,
+  may_pass,
   one_line,
   raiser,
   reason,
@@ -80,6 +81,8 @@ def _end_with(error: Exception):
     _say(f"error: {told}")
     if isinstance(error, NotJoined):
       distributed.end(distributed.LOST)
+    if may_pass(error):
+      distributed.end(distributed.STORAGE)
     distributed.end(_MISTAKE, mistake=told)
   print(
     f"This is a fault of instructjax {instructjax.__version__}, not a mistake of yours: please report it with the"

@@ -26,6 +26,10 @@ _REFUSALS = (
   errno.EMFILE,
   errno.ENFILE,
 )
+# Errors of a disk, a mount or a bucket that may pass by themselves.
+_PASSING = (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
+_BUSY = range(500, 600)  # answers of a server that has a fault of its own
+_TOO_MANY = 429
 # tensorstore raises a ValueError with "... [OS error 28: ENOSPC No space left on device]", and libraries in Rust write
 # "(os error 28)". Neither raises an OSError, so the message is all there is to go by.
 _OS_ERROR = re.compile(r"\bOS error\b", re.IGNORECASE)
@@ -91,6 +95,22 @@ def is_refused_by_files(error: BaseException) -> bool:
     if isinstance(cause, OSError) or _OS_ERROR.search(text):
       return True
     if any(os.strerror(number) in text for number in _REFUSALS):
+      return True
+    cause = cause.__cause__
+  return False
+
+
+def may_pass(error: BaseException) -> bool:
+  """Whether the cause of an error is a fault of storage that the same command may not meet again."""
+  cause: BaseException | None = error
+  while cause is not None:
+    status = getattr(cause, "code", getattr(cause, "status", None))  # of gcsfs, of aiohttp
+    if isinstance(status, int) and (status in _BUSY or status == _TOO_MANY):
+      return True
+    if isinstance(cause, OSError) and cause.errno in _PASSING:
+      return True
+    text = str(cause)
+    if _OS_ERROR.search(text) and any(os.strerror(number) in text for number in _PASSING):
       return True
     cause = cause.__cause__
   return False

@@ -7,6 +7,8 @@ and supervising before it is imported.
 How one of several processes ends, with its exit code:
   - 2, a mistake, or 1, a bug: ends the process that meets it. It waits a moment for the others, which most often meet
     the same. Those that do not meet it find that this process is gone.
+  - STORAGE: a disk or a bucket has failed, perhaps for a moment. Whoever starts runs may start this one again, as after
+    LOST, with which the others end.
   - PREEMPTED: one process or all of them got SIGTERM. All save at the same step and wait for the slowest.
   - WAITING: people have to rank answers first. All processes find this at the same point.
   - LOST: another process is gone, or never came. On a CPU its connections break, which raises an exception here.
@@ -32,6 +34,7 @@ from typing import Any
 from instructjax.core.errors import NotJoined, Preempted, UserError, reason
 from instructjax.parallel import lobby, supervisor
 from instructjax.parallel.supervisor import LOST, PREEMPTED, SILENCE
+from instructjax.parallel.supervisor import STORAGE as STORAGE
 from instructjax.parallel.supervisor import WAITING as WAITING
 from instructjax.parallel.watchdog import Limits, Team, Watchdog
 
@@ -354,6 +357,16 @@ def end(code: int, mistake: str = ""):
     except Exception:  # the others go on, or are gone; either way this process ends
       pass
   _leave(code)
+
+
+def tell_mistake(mistake: str):
+  """Tells the others of a mistake that this process has met, before it ends with it.
+
+  Whoever has told of one is not ended by another process's word of it, and may finish what is under way.
+  """
+  there = team()
+  if there is not None:
+    there.put("mistake", mistake)
 
 
 def _await_readers(there: Team):

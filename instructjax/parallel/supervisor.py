@@ -13,6 +13,7 @@ import time
 
 # Exit codes, as in sysexits.h.
 LOST = 69  # EX_UNAVAILABLE
+STORAGE = 74  # EX_IOERR
 PREEMPTED = 75  # EX_TEMPFAIL
 WAITING = 3  # for people, who rank what the run has sampled
 

@@ -12,22 +12,30 @@ SHA-256 1.8: a checkpoint is summed at every save.
 
 import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
 import pathlib
+import time
 import typing
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from instructjax.core.errors import UserError, may_pass, reason
+
+_T = TypeVar("_T")
+
 NAME = "manifest.json"
 _PAGE = 512  # words of 8 bytes
 _CHUNK = 256 * _PAGE  # words read at once
 _NOTHING = 2**31 - 1  # the number of no fault; int32, in which JAX gathers
+_PAUSES = (0.5, 1.0, 2.0, 4.0, None)  # seconds after which a read that failed is tried again
 _THREADS = 8  # NumPy and files let go of Python's lock, so threads read and sum at the same time
 
 Fault = Literal["is missing", "has another size than was saved", "has other bytes than were saved"]
@@ -136,16 +144,41 @@ def _fault(path: pathlib.Path, size: int, checksum: str) -> Fault | None:
   if fault:
     return fault
   try:
-    return None if _sum(path) == (size, checksum) else OTHER_BYTES
-  except OSError:  # a disk that cannot read its own sector
-    return OTHER_BYTES
+    return None if _tried(lambda: _sum(path), path) == (size, checksum) else OTHER_BYTES
+  except FileNotFoundError:
+    return MISSING
+  except UserError as error:
+    if getattr(error.__cause__, "errno", None) == errno.EIO:
+      return OTHER_BYTES  # again and again: a disk that cannot read its own sector
+    raise
 
 
 def _fault_of_size(path: pathlib.Path, size: int) -> Fault | None:
   try:
-    return None if path.stat().st_size == size else OTHER_SIZE
-  except OSError:
+    return None if _tried(path.stat, path).st_size == size else OTHER_SIZE
+  except (FileNotFoundError, NotADirectoryError):
     return MISSING
+
+
+def _tried(read: Callable[[], _T], path: pathlib.Path) -> _T:
+  """What `read` returns. It is tried again for a while: a mount that fails for a moment has lost no file.
+
+  Raises:
+    FileNotFoundError, NotADirectoryError: the file is not there.
+    UserError: it cannot be read for another reason.
+  """
+  for pause in _PAUSES:
+    try:
+      return read()
+    except (FileNotFoundError, NotADirectoryError):
+      raise
+    except OSError as error:
+      if pause is None or not may_pass(error):
+        raise UserError(
+          f"cannot read {path}: {reason(error)}; run the same command again"
+        ) from error
+    time.sleep(pause)
+  raise ValueError("the last pause must be None")
 
 
 def _sum(path: pathlib.Path) -> tuple[int, str]:
@@ -182,11 +215,13 @@ def _read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | Damage:
   """Path in the folder -> (size, checksum), or what is wrong with the manifest if it is not as it was written."""
   path = folder / NAME
   try:
-    text = path.read_text(encoding="utf-8")
+    text = _tried(lambda: path.read_text(encoding="utf-8"), path)
     files = {name: (row[0], row[1]) for name, row in json.loads(text)["files"].items()}
     # Written again it must be the same to the letter, its own checksum included.
     return files if _text(files) == text else Damage(path, OTHER_BYTES)
-  except OSError:
+  except (FileNotFoundError, NotADirectoryError):
     return Damage(path, MISSING)
+  except UserError:  # which is a ValueError too
+    raise
   except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
     return Damage(path, OTHER_BYTES)

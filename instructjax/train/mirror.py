@@ -28,7 +28,7 @@ from typing import Any, Self
 import jax
 
 from instructjax.core import terminal
-from instructjax.core.errors import Preempted, UserError, Waiting, reason
+from instructjax.core.errors import Preempted, UserError, Waiting, one_line, reason
 from instructjax.core.foreign import shown
 from instructjax.parallel import distributed
 from instructjax.train import damaged, finished, manifest
@@ -424,7 +424,12 @@ def mirrored(url: str, folder: pathlib.Path) -> Generator[None, None, None]:
   try:
     with open_bucket(url, folder) if first else contextlib.nullcontext():
       distributed.meet("the workdir is copied from its bucket")
-      yield
+      try:
+        yield
+      except UserError as error:
+        # Else the others' word of the same mistake would end this process within its last copy.
+        distributed.tell_mistake(one_line(error))
+        raise
   except (Preempted, Waiting) as error:
     stopped = error
   # The others wait for the last copy: a process that is left alone is ended after a while.

@@ -124,6 +124,14 @@ def test_what_can_be_mended_is_one_line(monkeypatch, capsys, error, line):
   assert ending(monkeypatch, capsys, error) == (2, f"error: {line}\n")
 
 
+def test_a_fault_of_storage_that_may_pass_has_a_code_that_is_started_again(monkeypatch, capsys):
+  error = UserError("cannot write a")
+  error.__cause__ = OSError(107, "Transport endpoint is not connected")
+  assert ending(monkeypatch, capsys, error) == (74, "error: cannot write a\n")
+  error = OSError(116, "Stale file handle", "a")
+  assert ending(monkeypatch, capsys, error)[0] == 74
+
+
 def test_a_run_that_waits_for_people_has_a_code_of_its_own(monkeypatch, capsys):
   assert ending(monkeypatch, capsys, Waiting("rank 3 items")) == (3, "rank 3 items\n")
 

@@ -83,3 +83,27 @@ def test_the_details_behind_a_librarys_words_are_left_out():
   details = f" [source locations='a.cc:395'] [tensorstore_spec='{'x' * 900}']"
   assert errors.reason(ValueError(told + details)) == told
   assert errors.reason(ValueError(f"{told} [os_error_code='27']")) == told
+
+
+def _caused(cause):
+  error = errors.UserError("cannot write x")
+  error.__cause__ = cause
+  return error
+
+
+@pytest.mark.parametrize(
+  ("error", "passes"),
+  [
+    (OSError(errno.EIO, "Input/output error"), True),
+    (_caused(OSError(errno.ENOTCONN, "Transport endpoint is not connected", "/mnt/b/x")), True),
+    (_caused(ValueError("Error writing [OS error 116: ESTALE Stale file handle]")), True),
+    (_caused(type("HttpError", (Exception,), {"code": 503})()), True),
+    (_caused(type("ClientError", (Exception,), {"status": 429})()), True),
+    (_caused(type("HttpError", (Exception,), {"code": 403})()), False),
+    (OSError(errno.ENOSPC, "No space left on device"), False),
+    (_caused(PermissionError(errno.EACCES, "Permission denied")), False),
+    (errors.UserError("config.ppo.beta=-1 must be >= 0"), False),
+  ],
+)
+def test_what_may_pass_by_itself(error, passes):
+  assert errors.may_pass(error) is passes

@@ -1,13 +1,17 @@
 """The manifest of a checkpoint: what it notices, in files of all sizes."""
 
+import errno
 import hashlib
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instructjax.core.errors import UserError
 from instructjax.train import manifest
 
 PAGE, CHUNK = 4096, 2**20  # bytes
@@ -143,8 +147,35 @@ def test_a_disk_that_cannot_read_its_own_sector_is_damage(tmp_path, monkeypatch)
     raise OSError(5, "Input/output error")
 
   monkeypatch.setattr(manifest, "_sum", unreadable)
+  monkeypatch.setattr(manifest, "_PAUSES", (0.0, None))
   assert manifest.find_fault(tmp_path, "state/d/a").path == file
   assert manifest.find_damage(tmp_path).fault == "has other bytes than were saved"
+
+
+@pytest.mark.parametrize(
+  ("number", "tries"), [(errno.ESTALE, 3), (errno.ENOTCONN, 3), (errno.EACCES, 1)]
+)
+def test_a_file_that_cannot_be_reached_is_not_missing(tmp_path, monkeypatch, number, tries):
+  """Else a mount that fails for a moment would have whole checkpoints put aside."""
+  _folder(tmp_path, 10)
+  read_text, failures = pathlib.Path.read_text, []
+
+  def failing(path, **kwargs):
+    if path.name == manifest.NAME and len(failures) < tries:
+      failures.append(path)
+      raise OSError(number, os.strerror(number), str(path))
+    return read_text(path, **kwargs)
+
+  monkeypatch.setattr(manifest, "_PAUSES", (0.0, 0.0, None))
+  monkeypatch.setattr(pathlib.Path, "read_text", failing)
+  for find in (manifest.find_half, manifest.find_damage):
+    failures.clear()
+    with pytest.raises(UserError, match=f"cannot read .*{manifest.NAME}.*{os.strerror(number)}"):
+      find(tmp_path)
+    assert len(failures) == tries
+  failures[:] = [None] * (tries - 1)  # once more, and then it can be read
+  if tries > 1:
+    assert manifest.find_half(tmp_path) is None
 
 
 def test_damage_that_another_process_finds_is_everybodys(tmp_path, monkeypatch):

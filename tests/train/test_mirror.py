@@ -201,6 +201,24 @@ def test_an_error_of_the_bucket_is_one_line(tmp_path, bucket, monkeypatch):
     one.__enter__()
 
 
+def test_a_mistake_is_told_before_the_last_copy(tmp_path, monkeypatch):
+  """Else the word of another process, which met it too, would end this one within the copy."""
+  told = []
+
+  class Bucket:
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *error):
+      told.append("copied")
+
+  monkeypatch.setattr(mirror, "open_bucket", lambda url, folder: Bucket())
+  monkeypatch.setattr(mirror.distributed, "tell_mistake", told.append)
+  with pytest.raises(UserError, match="kl is 7"), mirror.mirrored("gs://b/d", tmp_path):
+    raise UserError("kl is 7")
+  assert told == ["kl is 7", "copied"]
+
+
 @pytest.mark.parametrize("name", ["sft/../../x", "sft//x", "/x", "./x", "a\nb"])
 def test_an_object_of_a_hostile_name_is_refused(tmp_path, bucket, name, monkeypatch):
   make, _, fs = bucket
