@@ -207,14 +207,14 @@ readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --pro
 
 # The run's command is written to a file, because systemd would expand % and $ in a command line.
 start_command() {
-  local program log
+  local program log unit=instructjax-bucket-$bucket.service # as tpu_worker.sh names it
   program="exec \"\$HOME/venv/bin/python\" -u -m instructjax.main $(quoted "${main_flags[@]}")"
   log="\$HOME/instructjax-\$(hostname).log"
   echo "$UNLESS_IT_RUNS" \
     "{ sudo systemctl stop instructjax; sudo systemctl reset-failed instructjax; } 2>/dev/null;" \
     "echo ${program@Q} > \"\$HOME/run.sh\" && sudo systemd-run --quiet --unit=instructjax --uid=\"\$(id -un)\"" \
     "--working-directory=\"\$HOME/instructjax\" --remain-after-exit --setenv=JAX_PLATFORMS=tpu,cpu" \
-    "--property=Requires=instructjax-bucket.service --property=After=instructjax-bucket.service" \
+    "--property=Requires=$unit --property=After=$unit" \
     "--property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitNOFILE=1048576" \
     "--property=StandardOutput=append:\"$log\" --property=StandardError=append:\"$log\"" \
     "--property=ExecStopPost=\"/bin/cp $log $mounted/logs/\" /bin/bash \"\$HOME/run.sh\""

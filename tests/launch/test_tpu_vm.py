@@ -502,7 +502,7 @@ def worker(tmp_path):
   """worker(*arguments): runs tpu_worker.sh with stand-ins that note their calls; .calls() is what they were."""
   bin, home = tmp_path / "bin", tmp_path / "home"
   note = f'echo "$(basename "$0") $*" >>{tmp_path}/calls\n'
-  for name in ("systemctl", "systemd-run", "apt-get", "mkdir", "chown"):
+  for name in ("systemctl", "systemd-run", "apt-get", "mkdir", "chown", "umount"):
     executable(bin / name, "#!/bin/sh\n" + note)
   executable(bin / "tee", "#!/bin/sh\ncat >/dev/null\n")
   executable(bin / "sudo", '#!/bin/sh\nexec "$@"\n')
@@ -558,12 +558,61 @@ def test_a_worker_mounts_the_bucket_once(worker):
   executable(worker.bin / "gcsfuse", "#!/bin/sh\n")
   assert worker("mount", "my-bucket").returncode == 0
   *_, mount = worker.calls()
-  assert mount.startswith("systemd-run --quiet --unit=instructjax-bucket --uid=")
+  assert mount.startswith("systemd-run --quiet --unit=instructjax-bucket-my-bucket.service --uid=")
   assert mount.endswith(" --rename-dir-limit=100000 my-bucket /mnt/my-bucket")
   assert f"{worker.bin}/gcsfuse --implicit-dirs" in mount
   before = len(worker.calls())
   executable(worker.bin / "mountpoint", "#!/bin/sh\nexit 0\n")
   assert worker("mount", "my-bucket").returncode == 0 and len(worker.calls()) == before
+
+
+@pytest.fixture
+def mounts(worker):
+  """A worker whose stand-ins know what is mounted and which units are loaded; a folder of files for each."""
+  known = worker.bin.parent
+  for name in ("mounted", "dead", "units"):
+    (known / name).mkdir()
+  executable(worker.bin / "gcsfuse", "#!/bin/sh\n")
+  last = '#!/bin/bash\nname=$(basename "${!#}")\n'
+  executable(worker.bin / "mountpoint", f'{last}[ -e {known}/mounted/"$name" ]\n')
+  executable(worker.bin / "mkdir", f'{last}[ ! -e {known}/dead/"$name" ]\n')
+  executable(worker.bin / "umount", f'{last}rm {known}/dead/"$name"\n')
+  executable(
+    worker.bin / "systemctl",
+    f'{last}[ "$1" != stop ] || rm {known}/units/"$name"\n',
+  )
+  executable(
+    worker.bin / "systemd-run",
+    f"{last}unit=$(grep -o 'unit=[^ ]*' <<<\"$*\")\n"
+    f'set -C && : >{known}/units/"${{unit#unit=}}" && : >{known}/mounted/"$name"\n',
+  )
+  worker.known = known
+  return worker
+
+
+def test_a_worker_mounts_again_after_gcsfuse_has_died(mounts):
+  """The folder is then no mountpoint, as it cannot be looked at, and cannot be made either."""
+  assert mounts("mount", "my-bucket").returncode == 0
+  (mounts.known / "mounted/my-bucket").rename(mounts.known / "dead/my-bucket")
+  done = mounts("mount", "my-bucket")
+  assert done.returncode == 0, done.stderr
+  assert (mounts.known / "mounted/my-bucket").exists()
+
+
+def test_a_worker_mounts_several_buckets(mounts):
+  for bucket in ("a.service", "b"):
+    done = mounts("mount", bucket)
+    assert done.returncode == 0, done.stderr
+  units = {path.name for path in (mounts.known / "units").iterdir()}
+  assert units == {"instructjax-bucket-a.service.service", "instructjax-bucket-b.service"}
+
+
+def test_the_run_requires_the_unit_that_the_worker_mounts(mounts):
+  assert mounts("mount", "bucket").returncode == 0
+  (unit,) = (path.name for path in (mounts.known / "units").iterdir())
+  done = run("run", *PLACE, *WHAT, "--dry-run")
+  for name in ("Requires", "After"):
+    assert f" --property={name}={unit} " in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [(), ("install",), ("mount", "a", "b"), ("run", "a")])
