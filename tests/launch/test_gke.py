@@ -125,6 +125,20 @@ def test_the_workdir_is_on_the_bucket(job, pod):
   assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
 
 
+def test_the_container_that_mounts_has_room(job):
+  """Of the driver's source: 0 is no limit, and a request that is not named is the default. The page says the same."""
+  annotations = dict(job["template"]["metadata"]["annotations"])
+  assert annotations.pop("gke-gcsfuse/volumes") == "true"
+  assert all(isinstance(value, str) for value in annotations.values())
+  sizes = ("cpu", "memory", "ephemeral-storage")
+  limits = {f"gke-gcsfuse/{size}-limit": "0" for size in sizes}
+  requests = {f"gke-gcsfuse/{size}-request" for size in sizes}
+  assert annotations.items() >= limits.items() and annotations.keys() == limits.keys() | requests
+  page = (ROOT / "docs" / "launching.md").read_text()
+  (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+  assert yaml.safe_load(block) == annotations
+
+
 def test_the_bucket_is_mounted_as_on_a_tpu_vm(pod):
   options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"].split(",")
   names = {
