@@ -153,13 +153,15 @@ ask() {
 }
 
 # Prints the state of the slices: READY if all can be used, else that of the first that cannot. Before they exist, this
-# is the state of the request.
+# is the state of the request. GONE is a slice without which the request remains: its name can be used again only after
+# the request is deleted.
 slice_state() {
   local state node
   state=$(ask "${slice_query[@]}" "$name" "${place[@]}")
   if [[ $state == ACTIVE ]]; then
     for node in "${nodes[@]}"; do
       state=$(ask "${node_query[@]}" "$node" "${place[@]}")
+      if [[ $state == ABSENT ]]; then state=GONE; fi
       if [[ $state != READY ]]; then break; fi
     done
   fi
@@ -186,7 +188,7 @@ wait_until_ready() {
     before=$state
     case $state in
       READY) return 0 ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING | PREEMPTED | STOPPING | STOPPED | TERMINATED | ABSENT)
+      FAILED | SUSPENDING | SUSPENDED | DELETING | PREEMPTED | STOPPING | STOPPED | TERMINATED | ABSENT | GONE)
         reason="the slice is $state"
         return 1
         ;;
@@ -297,6 +299,19 @@ run_state() {
   fi
 }
 
+# Looks at the run on all workers: sets states, and run, which is their word. A slice always has as many workers. So where
+# fewer answer than have before, and those have ended, the word is unknown, and missed counts such looks in a row.
+look() {
+  local answers
+  states=$(worker_states)
+  run=$(run_state <<<"$states")
+  answers=$(grep -c . <<<"$states" || true)
+  if ((answers > workers)); then workers=$answers; fi
+  if ((answers == workers)) || [[ $run =~ ^(running|unknown)$ ]]; then missed=0; else
+    missed=$((missed + 1)) run=unknown
+  fi
+}
+
 # Whether starting again at once would not help: at least one worker has ended with 2, a mistake in flags or data, or
 # with 3, waiting for people, and all others with these or 69.
 is_of_no_use() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
@@ -323,18 +338,19 @@ fetch_logs() {
 # Creates the slice if necessary, starts the run, and watches it until the run or the slice ends. Sets outcome to
 # finished, stopped or lost, the latter two with a reason.
 attempt() {
-  outcome=lost reason='' exit_code=1
+  outcome=lost reason='' exit_code=1 missed=0
   local state states run
   # A slice that is being suspended or deleted can be neither used nor deleted, so wait.
   while state=$(slice_state) && [[ $state =~ ^(SUSPENDING|DELETING|STOPPING|UNKNOWN)$ ]]; do sleep "$poll"; done
   if [[ $state == ABSENT ]]; then
     request_slice || { reason="the request was refused" && return; }
-  elif [[ $state =~ ^(SUSPENDED|PREEMPTED|FAILED|STOPPED|TERMINATED)$ ]]; then
+  elif [[ $state =~ ^(SUSPENDED|PREEMPTED|FAILED|STOPPED|TERMINATED|GONE)$ ]]; then
     delete_slice || { reason="the slice is $state and could not be deleted" && return; }
     request_slice || { reason="the request was refused" && return; }
   fi
   wait_until_ready || return 0
-  if [[ $(worker_states | run_state) != running ]]; then
+  look
+  if [[ $run != running ]]; then
     install_everything || { reason="the installation failed" && return; }
     start_run || { reason="the run could not be started" && return; }
   fi
@@ -347,10 +363,11 @@ attempt() {
       UNKNOWN) continue ;;
       *) reason="the slice is $state" && return ;;
     esac
-    states=$(worker_states)
-    run=$(run_state <<<"$states")
+    look
     case $run in
-      running | unknown) ;;
+      running) ;;
+      # The others of a worker that cannot be reached for long end by themselves: it is waited for no longer.
+      unknown) if ((missed == 20)); then reason="not all workers can be reached" && return; fi ;;
       absent) reason="a worker was restarted" && return ;;
       0) outcome=finished exit_code=0 && return ;;
       *)
@@ -384,7 +401,7 @@ up() {
   if $check; then check_run || exit; fi
   [[ $(slice_state) != UNKNOWN ]] || { say "gcloud cannot be asked about the slice" && exit 1; }
   pack
-  local tries=0
+  local tries=0 workers=0 missed
   while true; do
     attempt
     if [[ $outcome != lost ]] || ((tries == retries)); then break; fi

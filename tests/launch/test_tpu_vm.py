@@ -75,6 +75,9 @@ def ended(code: int, worker: int = 0) -> str:
   return f"worker=w-{worker} ExecMainCode=1 ExecMainStatus={code} SubState=failed"
 
 
+ALL_DONE = f"{DONE};{ended(0, 1)}"
+
+
 def run(*arguments, path=None, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
   path = os.pathsep.join(filter(None, [str(path or ""), os.environ["PATH"]]))
   return subprocess.run(
@@ -288,7 +291,7 @@ def test_retries_exhausted(cloud):
 
 def test_a_dead_worker_is_a_retry_on_the_same_slice(cloud):
   codes = f"{ended(69)};worker=w-1 ExecMainCode=2 ExecMainStatus=9 SubState=failed"
-  there = cloud(queue=["ACTIVE"], run=[NONE, codes, codes, DONE])
+  there = cloud(queue=["ACTIVE"], run=[NONE, codes, codes, ALL_DONE])
   done = there.up("--keep")
   assert done.returncode == 0, done.stderr
   assert there.calls() == [*INSTALL, "run", *INSTALL, "run", "copy logs", "fetch logs"]
@@ -311,7 +314,7 @@ def test_the_code_of_a_run_that_never_ends_well(cloud):
 )
 def test_what_the_codes_of_a_run_mean(cloud, codes, reason):
   states = f"{ended(codes[0])};{ended(codes[1], 1)}"
-  there = cloud(queue=["ACTIVE"], run=[NONE, states, states, DONE])
+  there = cloud(queue=["ACTIVE"], run=[NONE, states, states, ALL_DONE])
   done = there.up("--keep")
   assert done.returncode == 0, done.stderr
   assert f"the run ended with {reason}; starting again (1 of 10)" in done.stderr
@@ -339,6 +342,46 @@ def test_a_run_under_way_is_only_watched(cloud):
   there = cloud(queue=["ACTIVE"], run=[RUNNING, RUNNING, DONE])
   done = there.up()
   assert done.returncode == 0 and there.calls() == END
+
+
+def test_a_slice_that_is_gone_is_deleted_before_it_is_asked_for(cloud):
+  """Its request remains, ACTIVE, and another of the same name would be refused."""
+  there = cloud(queue=["ACTIVE"], node=["ABSENT", "ABSENT", "READY"], run=[NONE, DONE])
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == ["delete", "create", *INSTALL, "run", *END]
+
+
+def test_a_slice_that_goes_while_it_is_watched(cloud):
+  there = cloud(
+    queue=["ACTIVE"],
+    node=["READY", "READY", "READY", "ABSENT", "ABSENT", "READY"],
+    run=[RUNNING, NONE, DONE],
+  )
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == ["delete", "create", *INSTALL, "run", *END]
+  assert "the slice is GONE; starting again (1 of 10)" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_worker_that_does_not_answer_has_not_ended(cloud, code):
+  """Worker 0's ssh fails twice while worker 1 has ended; then it says that it runs, and that it has ended."""
+  both, one = f"{RUNNING};{ended(code, 1)}", ended(code, 1)
+  there = cloud(queue=["ACTIVE"], run=[both, both, one, one, RUNNING, ALL_DONE])
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == END
+  assert (there.folder / "run").read_text().splitlines() == [ALL_DONE]  # every look was needed
+
+
+def test_a_worker_that_never_answers_again_is_a_retry(cloud):
+  both = f"{RUNNING};{ended(69, 1)}"
+  there = cloud(queue=["ACTIVE"], run=[both, both, *[ended(69, 1)] * 21, ALL_DONE])
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == [*INSTALL, "run", *END]
+  assert "not all workers can be reached; starting again (1 of 10)" in done.stderr
 
 
 def test_a_failed_installation_is_a_retry(cloud):
@@ -417,6 +460,7 @@ def test_two_slices_are_one_run(cloud):
       "slice gpt3: READY\nrun: not started on every worker\n  w-0 absent\n",
     ),
     ("ACTIVE", "PREEMPTED", RUNNING, "slice gpt3: PREEMPTED\n"),
+    ("ACTIVE", "ABSENT", RUNNING, "slice gpt3: GONE\n"),
     ("SUSPENDED", "READY", RUNNING, "slice gpt3: SUSPENDED\n"),
     ("ABSENT", "READY", RUNNING, "slice gpt3: ABSENT\n"),
   ],
