@@ -282,7 +282,7 @@ worker_states() {
 
 # Summarises worker_states, from stdin, in one word: running, absent, unknown, or the run's exit code. This is the
 # highest code of all workers. A worker ends with 69 because another worker is gone, so 69 is used only if no other code
-# explains the end.
+# explains the end, and 3, waiting for people, only if nothing went wrong.
 run_state() {
   local states codes telling
   states=$(cat)
@@ -294,7 +294,7 @@ run_state() {
   elif [[ $states == *" absent"* ]]; then
     echo absent
   else
-    telling=$(grep -vxE '0|69' <<<"$codes" || true)
+    telling=$(grep -vxE '0|3|69' <<<"$codes" || grep -x 3 <<<"$codes" || true)
     tail -n 1 <<<"${telling:-$codes}"
   fi
 }
@@ -312,13 +312,14 @@ look() {
   fi
 }
 
-# Whether starting again at once would not help: at least one worker has ended with 2, a mistake in flags or data, or
-# with 3, waiting for people, and all others with these or 69.
-is_of_no_use() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
+# Whether starting again at once would not help: at least one worker has ended with 1, a bug, with 2, a mistake in flags
+# or data, or with 3, waiting for people, and all others with these or 69.
+is_of_no_use() { grep -qE ' ended [123]$' <<<"$1" && ! grep -qvE ' ended (1|2|3|69)$' <<<"$1"; }
 
 # Explains an exit code of instructjax.main.
 meaning() {
   case $1 in
+    1) echo " (a bug: please report it with the traceback in the log)" ;;
     3) echo " (waits for people, who have to rank answers)" ;;
     69) echo " (a worker is gone)" ;;
     75) echo " (told to stop, and saved)" ;;

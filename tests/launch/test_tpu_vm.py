@@ -309,6 +309,8 @@ def test_the_code_of_a_run_that_never_ends_well(cloud):
   ("codes", "reason"),
   [
     ((75, 75), "exit code 75 (told to stop, and saved)"),
+    ((74, 69), "exit code 74"),  # a passing fault of storage
+    ((74, 1), "exit code 74"),
     ((69, 0), "exit code 69 (a worker is gone)"),
   ],
 )
@@ -327,6 +329,17 @@ def test_a_mistake_is_not_tried_again(cloud, other):
   assert done.returncode == 2
   assert there.calls() == [*INSTALL, "run", *END]
   assert "exit code 2, which starting again would not mend" in done.stderr
+
+
+@pytest.mark.parametrize("other", [1, 2, 3, 69])
+def test_a_bug_is_not_tried_again(cloud, other):
+  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(1)};{ended(other, 1)}"])
+  done = there.up()
+  assert done.returncode == (2 if other == 2 else 1)
+  assert there.calls() == [*INSTALL, "run", *END]
+  assert "which starting again would not mend" in done.stderr
+  if other != 2:
+    assert "exit code 1 (a bug: please report it" in done.stderr
 
 
 def test_a_run_that_waits_for_people_goes_on_later(cloud):
