@@ -43,7 +43,9 @@ case "$*" in
   *tpu-vm\ describe*) next node ;;
   *queued-resources\ create*) echo "create" >>calls ;;
   *queued-resources\ delete*) echo "delete" >>calls ;;
+  *tpu-vm\ scp*.env\ *) echo "copy variables" >>calls ;;
   *tpu-vm\ scp*) echo "copy" >>calls ;;
+  *"install -m 600 /dev/null"*) echo "closed file" >>calls ;;
   *"cp \"\$HOME/instructjax-"*) echo "copy logs" >>calls ;;
   *ExecMainCode*) next run | tr ';' '\n' ;;
   *systemd-run*instructjax.main* | *instructjax.main*systemd-run*) echo "run" >>calls ;;
@@ -225,6 +227,11 @@ def test_a_dry_run_needs_no_gcloud_and_its_lines_are_commands(tmp_path):
     (["check", *PLACE, *WHAT], "check needs --accelerator-type="),
     (["check", *PLACE, "--workdir=gs://bucket/a", "--accelerator-type=v6e-8"], "needs --config="),
     (["install", *PLACE, *WHAT, "--source=/nowhere"], "neither a git URL nor a checkout"),
+    (
+      ["run", *PLACE, *WHAT, "--env-file=/nowhere"],
+      "--env-file=/nowhere is no file that can be read",
+    ),
+    (["run", *PLACE, *WHAT, "--env-file=/tmp"], "--env-file=/tmp is no file that can be read"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, complaint):
@@ -239,6 +246,16 @@ def test_the_run_cannot_be_sent_to_a_workers_disk(flag):
   done = run("run", *PLACE, *WHAT, "--dry-run", "--", "--config.seed=1", flag)
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith(f"tpu_vm.sh: {flag}: --workdir=gs://BUCKET/DIR comes before --")
+
+
+@pytest.mark.parametrize("bad", ["hunter2", "export KEY=hunter2", "2KEY=hunter2", "# hunter2", ""])
+def test_a_file_of_variables_holds_nothing_else(tmp_path, bad):
+  """The line is named by its number: it may be a password."""
+  (tmp_path / "a.env").write_text(f"KEY=hunter2\n{bad}\nOTHER=hunter2\n")
+  done = run("run", *PLACE, *WHAT, f"--env-file={tmp_path}/a.env", "--dry-run")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.endswith("a.env must be lines NAME=VALUE, and line 2 is not\n")
+  assert "hunter2" not in done.stderr
 
 
 def test_no_gcloud_is_told(tmp_path):
@@ -349,6 +366,24 @@ def test_a_run_that_waits_for_people_goes_on_later(cloud):
   assert there.calls() == [*INSTALL, "run", *END]
   last = done.stderr.splitlines()[-1]
   assert last.endswith("rank answers); then the same command goes on from gs://bucket/gpt3")
+
+
+def test_variables_reach_every_start_and_are_never_printed(cloud, tmp_path):
+  """Their file is closed before they come, and systemd reads it before the run."""
+  (tmp_path / "a.env").write_text("PGPASSWORD=hunter2\n")
+  there = cloud(queue=["ACTIVE"], run=[NONE, ended(137), ended(137), DONE])
+  flag = f"--env-file={tmp_path}/a.env"
+  done = there.up(flag)
+  assert done.returncode == 0, done.stderr
+  start = [*INSTALL, "closed file", "copy variables", "run"]
+  assert there.calls() == [*start, *start, *END]
+  dry = there.up(flag, "--dry-run")
+  for text in (done.stderr, dry.stdout):
+    assert "hunter2" not in text
+    assert text.count(f"scp {tmp_path}/a.env gpt3:instructjax.env ") == text.count(
+      "EnvironmentFile"
+    )
+  assert dry.stdout.count('--property=EnvironmentFile="$HOME/instructjax.env" ') == 1
 
 
 def test_a_run_under_way_is_only_watched(cloud):
@@ -492,20 +527,19 @@ def test_create_says_why_it_failed(cloud):
 
 
 def test_what_is_copied(cloud, tmp_path):
-  """The checkout without its history, runs, environments and weights."""
+  """The checkout without its history, runs, environments, weights and the file of variables."""
   there = cloud(["ACTIVE"])
   source = tmp_path / "source"
   for name in (
     *("setup.cfg", "configs/ppo.py", "instructjax/main.py"),
     *(".git/HEAD", ".venv/bin/python", "runs/demo/done.json", "a.egg-info/x", "base.gguf"),
     "benchmarks/peers/.venv-trl/bin/python",
-    "configs/__pycache__/ppo.pyc",
+    *("configs/__pycache__/ppo.pyc", "secrets/a.env"),
     "planner/lib/python3.12/site-packages/jax/version.py",
   ):
     executable(source / name, "")
-  done = run(
-    *("install", *PLACE, *WHAT, f"--source={source}"), path=there.folder, TMPDIR=str(tmp_path)
-  )
+  flags = [*PLACE, *WHAT, f"--source={source}", f"--env-file={source}/secrets/a.env"]
+  done = run("install", *flags, path=there.folder, TMPDIR=str(tmp_path))
   assert done.returncode == 0, done.stderr
   assert there.calls() == INSTALL
   with tarfile.open(tmp_path / "instructjax-gpt3.tar.gz") as archive:
@@ -533,6 +567,30 @@ def test_flags_reach_the_program_unchanged(tmp_path):
   ]  # fmt: skip
   again = started("running")
   assert again.returncode == 1 and "it runs already" in again.stderr
+
+
+@pytest.mark.parametrize("keeps_mode", [False, True])
+def test_nobody_else_on_a_worker_can_read_the_variables(tmp_path, keeps_mode):
+  """The commands for the workers, run here, with an scp that keeps the mode of the file here or does not."""
+  where, home, variables = tmp_path / "bin", tmp_path / "home", tmp_path / "a.env"
+  variables.write_text("KEY=value\n")
+  variables.chmod(0o644)
+  home.mkdir()
+  copy = f'{{ stat -c %a "$HOME/instructjax.env"; cp {"-p" if keeps_mode else ""} "$5" "$HOME/${{6#*:}}"; exit; }}'
+  executable(
+    where / "gcloud",
+    f'#!/bin/bash\n[ "$4" != scp ] || {copy}\ncommand=${{!#}}\nexec bash -c "${{command#--command=}}"\n',
+  )
+  executable(where / "sudo", '#!/bin/sh\nexec "$@"\n')
+  executable(where / "systemctl", "#!/bin/sh\n")
+  executable(where / "systemd-run", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+  done = run("run", *PLACE, *WHAT, f"--env-file={variables}", path=where, HOME=str(home))
+  assert done.returncode == 0, done.stderr
+  before, *words = done.stdout.splitlines()
+  there = home / "instructjax.env"
+  assert f"--property=EnvironmentFile={there}" in words
+  assert before == "600" and there.stat().st_mode & 0o777 == 0o600
+  assert there.read_text() == "KEY=value\n"
 
 
 @pytest.mark.parametrize("source", [str(ROOT), "https://example.org/x.git#v1"])
