@@ -484,28 +484,15 @@ slices=1 flex_start='' network='' subnetwork='' service_account='' extras=tpu en
 spot=false reserved=false keep=false check=true dry_run=false retries=10 poll=30 extra=()
 while (($#)); do
   case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --accelerator-type=*) accelerator_type=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
-    --flex-start=*) flex_start=${1#*=} ;;
-    --network=*) network=${1#*=} ;;
-    --subnetwork=*) subnetwork=${1#*=} ;;
-    --service-account=*) service_account=${1#*=} ;;
     --extras=*) extras=tpu,${1#*=} ;;
-    --version=*) version=${1#*=} ;;
-    --source=*) source=${1#*=} ;;
-    --workdir=*) workdir=${1#*=} ;;
-    --config=*) config=${1#*=} ;;
-    --env-file=*) env_file=${1#*=} ;;
-    --logs=*) logs=${1#*=} ;;
-    --retries=*) retries=${1#*=} ;;
-    --poll=*) poll=${1#*=} ;;
-    --spot) spot=true ;;
-    --reserved) reserved=true ;;
+    --name=* | --zone=* | --project=* | --accelerator-type=* | --version=* | --slices=* | --flex-start=* | --network=* | \
+      --subnetwork=* | --service-account=* | --source=* | --workdir=* | --config=* | --env-file=* | --logs=* | \
+      --retries=* | --poll=*)
+      flag=${1%%=*} flag=${flag#--}
+      printf -v "${flag//-/_}" %s "${1#*=}" # the variable of the flag's name
+      ;;
+    --spot | --reserved | --keep) printf -v "${1#--}" true ;;
     --no-check) check=false ;;
-    --keep) keep=true ;;
     --dry-run) dry_run=true ;;
     -h | --help) usage && exit ;;
     --) shift && extra=("$@") && break ;;
