@@ -41,6 +41,7 @@ flags
   --workdir=gs://BUCKET/DIR where the run lives, checkpoints and all; mounted at /mnt/BUCKET/DIR
                                                                              (check, install, run, logs, up)
   --config=FILE.py:PRESET   such as configs/ppo_ptx.py:gpt3_1p3b                              (check, run, up)
+  --env-file=FILE           variables of the run, such as a password, as lines NAME=VALUE; never printed    (run, up)
   --no-check                do not check: for a config that reads weights from the bucket                 (up)
   --logs=DIR                where logs go on this machine; default: runs/NAME-logs                  (logs, up)
   --retries=N               how often to start again; default: 10                                         (up)
@@ -110,7 +111,7 @@ on_each_slice() {
 
 ssh_all() { perform gcloud compute tpus tpu-vm ssh "$1" "${place[@]}" --worker=all "--command=$2"; }
 
-copy_all() { perform gcloud compute tpus tpu-vm scp "$archive" "$1:instructjax.tar.gz" "${place[@]}" --worker=all; }
+copy_all() { perform gcloud compute tpus tpu-vm scp "$2" "$1:$3" "${place[@]}" --worker=all; }
 
 on_all_workers() { on_each_slice ssh_all "$1"; }
 
@@ -153,13 +154,15 @@ ask() {
 }
 
 # Prints the state of the slices: READY if all can be used, else that of the first that cannot. Before they exist, this
-# is the state of the request.
+# is the state of the request. GONE is a slice without which the request remains: its name can be used again only after
+# the request is deleted.
 slice_state() {
   local state node
   state=$(ask "${slice_query[@]}" "$name" "${place[@]}")
   if [[ $state == ACTIVE ]]; then
     for node in "${nodes[@]}"; do
       state=$(ask "${node_query[@]}" "$node" "${place[@]}")
+      if [[ $state == ABSENT ]]; then state=GONE; fi
       if [[ $state != READY ]]; then break; fi
     done
   fi
@@ -186,7 +189,7 @@ wait_until_ready() {
     before=$state
     case $state in
       READY) return 0 ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING | PREEMPTED | STOPPING | STOPPED | TERMINATED | ABSENT)
+      FAILED | SUSPENDING | SUSPENDED | DELETING | PREEMPTED | STOPPING | STOPPED | TERMINATED | ABSENT | GONE)
         reason="the slice is $state"
         return 1
         ;;
@@ -205,27 +208,29 @@ readonly UNLESS_IT_RUNS='if [ "$(systemctl show instructjax --property=SubState 
 # shellcheck disable=SC2016
 readonly RUN_STATE='echo "worker=$(hostname)" $(systemctl show instructjax --property=SubState,ExecMainCode,ExecMainStatus)'
 
-# The run's command is written to a file, because systemd would expand % and $ in a command line.
+# The run's command is written to a file, because systemd would expand % and $ in a command line. chmod is for an scp that
+# gives the file of variables the mode that it has here.
 start_command() {
-  local program log
+  local program log unit=instructjax-bucket-$bucket.service # as tpu_worker.sh names it
   program="exec \"\$HOME/venv/bin/python\" -u -m instructjax.main $(quoted "${main_flags[@]}")"
   log="\$HOME/instructjax-\$(hostname).log"
   echo "$UNLESS_IT_RUNS" \
-    "{ sudo systemctl stop instructjax; sudo systemctl reset-failed instructjax; } 2>/dev/null;" \
+    "{ sudo systemctl stop instructjax; sudo systemctl reset-failed instructjax; } 2>/dev/null;${env_file:+ chmod 600 \"\$HOME/instructjax.env\" &&}" \
     "echo ${program@Q} > \"\$HOME/run.sh\" && sudo systemd-run --quiet --unit=instructjax --uid=\"\$(id -un)\"" \
     "--working-directory=\"\$HOME/instructjax\" --remain-after-exit --setenv=JAX_PLATFORMS=tpu,cpu" \
-    "--property=Requires=instructjax-bucket.service --property=After=instructjax-bucket.service" \
+    "--property=Requires=$unit --property=After=$unit${env_file:+ --property=EnvironmentFile=\"\$HOME/instructjax.env\"}" \
     "--property=KillMode=mixed --property=TimeoutStopSec=300 --property=LimitNOFILE=1048576" \
     "--property=StandardOutput=append:\"$log\" --property=StandardError=append:\"$log\"" \
     "--property=ExecStopPost=\"/bin/cp $log $mounted/logs/\" /bin/bash \"\$HOME/run.sh\""
 }
 
 # Makes the archive that install copies. This happens once for all attempts, so that a run continues with the code that
-# it started with, even if the checkout has changed since.
+# it started with, even if the checkout has changed since. Secrets stay out of it: anybody may read what it holds.
 pack() {
   if [[ $source == *://* || $source == git@* ]]; then return; fi
   perform tar -czf "$archive" '--exclude=./.[!.]*' --exclude=./runs --exclude=./build '--exclude=*.egg-info' \
-    --exclude=__pycache__ --exclude=site-packages '--exclude=.venv-*' '--exclude=*.gguf' '--exclude=*.safetensors' -C "$source" .
+    --exclude=__pycache__ --exclude=site-packages '--exclude=.venv-*' '--exclude=*.gguf' '--exclude=*.safetensors' \
+    ${env_file:+"--exclude=${env_file##*/}"} -C "$source" .
 }
 
 # The files of a run that is under way stay, also where `up` could not see that it is.
@@ -236,12 +241,19 @@ install_everything() {
     if [[ $source == *#* ]]; then clone+=("--branch=${source##*#}"); fi
     on_all_workers "$UNLESS_IT_RUNS rm -rf \"\$HOME/instructjax\" && $(quoted "${clone[@]}" "${source%%#*}") \"\$HOME/instructjax\""
   else
-    on_each_slice copy_all &&
+    on_each_slice copy_all "$archive" instructjax.tar.gz &&
       on_all_workers "$UNLESS_IT_RUNS rm -rf \"\$HOME/instructjax\" && mkdir \"\$HOME/instructjax\" && tar -xzf \"\$HOME/instructjax.tar.gz\" -C \"\$HOME/instructjax\""
   fi && on_all_workers "$WORKER install $extras && $WORKER mount $bucket && mkdir -p $mounted/logs"
 }
 
-start_run() { on_all_workers "$(start_command)"; }
+# Nobody else on a worker may read the variables, so their file is there, with its mode, before they come.
+start_run() {
+  if [[ -n $env_file ]]; then
+    on_all_workers "$UNLESS_IT_RUNS install -m 600 /dev/null \"\$HOME/instructjax.env\"" &&
+      on_each_slice copy_all "$env_file" instructjax.env || return
+  fi
+  on_all_workers "$(start_command)"
+}
 
 # Whether the run would start on such slices. The devices of this machine are not used, and no data are read.
 check_run() {
@@ -280,7 +292,7 @@ worker_states() {
 
 # Summarises worker_states, from stdin, in one word: running, absent, unknown, or the run's exit code. This is the
 # highest code of all workers. A worker ends with 69 because another worker is gone, so 69 is used only if no other code
-# explains the end.
+# explains the end, and 3, waiting for people, only if nothing went wrong.
 run_state() {
   local states codes telling
   states=$(cat)
@@ -292,18 +304,32 @@ run_state() {
   elif [[ $states == *" absent"* ]]; then
     echo absent
   else
-    telling=$(grep -vxE '0|69' <<<"$codes" || true)
+    telling=$(grep -vxE '0|3|69' <<<"$codes" || grep -x 3 <<<"$codes" || true)
     tail -n 1 <<<"${telling:-$codes}"
   fi
 }
 
-# Whether starting again at once would not help: at least one worker has ended with 2, a mistake in flags or data, or
-# with 3, waiting for people, and all others with these or 69.
-is_of_no_use() { grep -qE ' ended [23]$' <<<"$1" && ! grep -qvE ' ended (2|3|69)$' <<<"$1"; }
+# Looks at the run on all workers: sets states, and run, which is their word. A slice always has as many workers. So where
+# fewer answer than have before, and those have ended, the word is unknown, and missed counts such looks in a row.
+look() {
+  local answers
+  states=$(worker_states)
+  run=$(run_state <<<"$states")
+  answers=$(grep -c . <<<"$states" || true)
+  if ((answers > workers)); then workers=$answers; fi
+  if ((answers == workers)) || [[ $run =~ ^(running|unknown)$ ]]; then missed=0; else
+    missed=$((missed + 1)) run=unknown
+  fi
+}
+
+# Whether starting again at once would not help: at least one worker has ended with 1, a bug, with 2, a mistake in flags
+# or data, or with 3, waiting for people, and all others with these or 69.
+is_of_no_use() { grep -qE ' ended [123]$' <<<"$1" && ! grep -qvE ' ended (1|2|3|69)$' <<<"$1"; }
 
 # Explains an exit code of instructjax.main.
 meaning() {
   case $1 in
+    1) echo " (a bug: please report it with the traceback in the log)" ;;
     3) echo " (waits for people, who have to rank answers)" ;;
     69) echo " (a worker is gone)" ;;
     75) echo " (told to stop, and saved)" ;;
@@ -323,18 +349,18 @@ fetch_logs() {
 # Creates the slice if necessary, starts the run, and watches it until the run or the slice ends. Sets outcome to
 # finished, stopped or lost, the latter two with a reason.
 attempt() {
-  outcome=lost reason='' exit_code=1
+  outcome=lost reason='' exit_code=1 missed=0
   local state states run
   # A slice that is being suspended or deleted can be neither used nor deleted, so wait.
   while state=$(slice_state) && [[ $state =~ ^(SUSPENDING|DELETING|STOPPING|UNKNOWN)$ ]]; do sleep "$poll"; done
-  if [[ $state == ABSENT ]]; then
-    request_slice || { reason="the request was refused" && return; }
-  elif [[ $state =~ ^(SUSPENDED|PREEMPTED|FAILED|STOPPED|TERMINATED)$ ]]; then
+  if [[ $state =~ ^(SUSPENDED|PREEMPTED|FAILED|STOPPED|TERMINATED|GONE)$ ]]; then
     delete_slice || { reason="the slice is $state and could not be deleted" && return; }
-    request_slice || { reason="the request was refused" && return; }
+    state=ABSENT
   fi
+  if [[ $state == ABSENT ]]; then request_slice || { reason="the request was refused" && return; }; fi
   wait_until_ready || return 0
-  if [[ $(worker_states | run_state) != running ]]; then
+  look
+  if [[ $run != running ]]; then
     install_everything || { reason="the installation failed" && return; }
     start_run || { reason="the run could not be started" && return; }
   fi
@@ -347,10 +373,11 @@ attempt() {
       UNKNOWN) continue ;;
       *) reason="the slice is $state" && return ;;
     esac
-    states=$(worker_states)
-    run=$(run_state <<<"$states")
+    look
     case $run in
-      running | unknown) ;;
+      running) ;;
+      # The others of a worker that cannot be reached for long end by themselves: it is waited for no longer.
+      unknown) if ((missed == 20)); then reason="not all workers can be reached" && return; fi ;;
       absent) reason="a worker was restarted" && return ;;
       0) outcome=finished exit_code=0 && return ;;
       *)
@@ -384,7 +411,7 @@ up() {
   if $check; then check_run || exit; fi
   [[ $(slice_state) != UNKNOWN ]] || { say "gcloud cannot be asked about the slice" && exit 1; }
   pack
-  local tries=0
+  local tries=0 workers=0 missed
   while true; do
     attempt
     if [[ $outcome != lost ]] || ((tries == retries)); then break; fi
@@ -453,31 +480,19 @@ case $command in
 esac
 
 name='' zone='' project='' accelerator_type='' version='' source='' workdir='' config='' logs=''
-slices=1 flex_start='' network='' subnetwork='' service_account='' extras=tpu
+slices=1 flex_start='' network='' subnetwork='' service_account='' extras=tpu env_file=''
 spot=false reserved=false keep=false check=true dry_run=false retries=10 poll=30 extra=()
 while (($#)); do
   case $1 in
-    --name=*) name=${1#*=} ;;
-    --zone=*) zone=${1#*=} ;;
-    --project=*) project=${1#*=} ;;
-    --accelerator-type=*) accelerator_type=${1#*=} ;;
-    --slices=*) slices=${1#*=} ;;
-    --flex-start=*) flex_start=${1#*=} ;;
-    --network=*) network=${1#*=} ;;
-    --subnetwork=*) subnetwork=${1#*=} ;;
-    --service-account=*) service_account=${1#*=} ;;
     --extras=*) extras=tpu,${1#*=} ;;
-    --version=*) version=${1#*=} ;;
-    --source=*) source=${1#*=} ;;
-    --workdir=*) workdir=${1#*=} ;;
-    --config=*) config=${1#*=} ;;
-    --logs=*) logs=${1#*=} ;;
-    --retries=*) retries=${1#*=} ;;
-    --poll=*) poll=${1#*=} ;;
-    --spot) spot=true ;;
-    --reserved) reserved=true ;;
+    --name=* | --zone=* | --project=* | --accelerator-type=* | --version=* | --slices=* | --flex-start=* | --network=* | \
+      --subnetwork=* | --service-account=* | --source=* | --workdir=* | --config=* | --env-file=* | --logs=* | \
+      --retries=* | --poll=*)
+      flag=${1%%=*} flag=${flag#--}
+      printf -v "${flag//-/_}" %s "${1#*=}" # the variable of the flag's name
+      ;;
+    --spot | --reserved | --keep) printf -v "${1#--}" true ;;
     --no-check) check=false ;;
-    --keep) keep=true ;;
     --dry-run) dry_run=true ;;
     -h | --help) usage && exit ;;
     --) shift && extra=("$@") && break ;;
@@ -503,10 +518,14 @@ is_count poll "$poll"
 [[ -z $flex_start || $flex_start =~ ^[1-9][0-9]*[smhd]$ ]] || fail "--flex-start=$flex_start must be a time, as 24h"
 [[ $spot$reserved$flex_start =~ ^(truefalse|falsetrue|falsefalse.*)$ ]] ||
   fail "of --spot, --reserved and --flex-start only one can be given"
-if [[ $command == check ]]; then need accelerator-type "$accelerator_type" v5litepod-256; fi
+if [[ -n $env_file ]]; then
+  [[ -f $env_file && -r $env_file ]] || fail "--env-file=$env_file is no file that can be read"
+  line=$(grep -anvE '^[A-Za-z_][A-Za-z0-9_]*=' "$env_file" | head -n 1 | cut -d: -f1 || true) # its number, not its text
+  [[ -z $line ]] || fail "--env-file=$env_file must be lines NAME=VALUE, and line $line is not"
+fi
+case $command in check | create | up) need accelerator-type "$accelerator_type" v5litepod-256 ;; esac
 case $command in
   create | up)
-    need accelerator-type "$accelerator_type" v5litepod-256
     version=${version:-$(default_version)}
     [[ -n $version ]] || fail "no runtime is known for --accelerator-type=$accelerator_type: give --version=RUNTIME"
     ;;
@@ -549,7 +568,7 @@ fi
 main_flags+=(${extra[@]+"${extra[@]}"})
 python=${PYTHON:-python3}
 readonly name zone project accelerator_type version source workdir config logs spot keep dry_run retries poll
-readonly slices nodes flex_start reserved network subnetwork service_account extras check checkout python main_flags
+readonly slices nodes flex_start reserved network subnetwork service_account extras env_file check checkout python main_flags
 
 case $command in
   check) check_run ;;

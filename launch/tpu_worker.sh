@@ -36,15 +36,19 @@ install_gcsfuse() {
 
 # Metadata caches are off, because a worker must see at once what another worker has written. The limit on renaming is
 # raised, because a checkpoint is completed by renaming its folder. The mount is a service of its own: where the run is
-# one too and requires it, systemd stops it only after the run, which can still save a checkpoint.
+# one too and requires it, systemd stops it only after the run, which can still save a checkpoint. It has the bucket's
+# name, so that a slice can have several; all letters of a bucket's name are allowed in a unit's.
 mount_bucket() {
-  local folder=/mnt/$1 user
+  local folder=/mnt/$1 unit=instructjax-bucket-$1.service user
   user=$(id -un)
   if mountpoint -q "$folder"; then return; fi
+  # A gcsfuse that has died leaves a folder that can be neither made nor mounted on, until it is unmounted.
+  sudo systemctl stop "$unit" 2>/dev/null || true
+  sudo umount -l "$folder" 2>/dev/null || true
   sudo mkdir -p "$folder"
   sudo chown "$user" "$folder"
-  sudo systemctl reset-failed instructjax-bucket 2>/dev/null || true
-  sudo systemd-run --quiet --unit=instructjax-bucket --uid="$user" --property=Type=forking \
+  sudo systemctl reset-failed "$unit" 2>/dev/null || true
+  sudo systemd-run --quiet --unit="$unit" --uid="$user" --property=Type=forking \
     --property=After=network-online.target \
     "$(command -v gcsfuse)" --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
     --rename-dir-limit=100000 "$1" "$folder"

@@ -108,11 +108,26 @@ def test_a_lost_pod_starts_all_again_and_a_mistake_or_waiting_does_not(manifest,
   (rule,) = job["podFailurePolicy"]["rules"]
   assert rule["action"] == "FailJob"
   codes = rule["onExitCodes"]
-  assert codes == {"containerName": "main", "operator": "In", "values": [2, 3]}
+  assert codes == {"containerName": "main", "operator": "In", "values": [1, 2, 3]}
   assert codes["containerName"] == pod["containers"][0]["name"]
   (rule,) = policy["rules"]
   assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
   assert pod["terminationGracePeriodSeconds"] >= 30
+
+
+def test_the_page_says_which_exit_codes_are_started_again(job):
+  """Its table agrees with the manifest, with the command for gcluster, and with SkyPilot's file."""
+  page = (ROOT / "docs" / "launching.md").read_text()
+  table = page.partition("## Exit codes")[2].partition("\n## ")[0]
+  again = {"yes": [], "no": []}
+  for codes, word in re.findall(r"^\| ([\d, ]+) \|.*\| (yes|no)\b.*\|$", table, re.MULTILINE):
+    again[word] += map(int, codes.split(", "))
+  assert [0, *job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]] == again["no"]
+  (gcluster,) = re.findall(r"--restart-on-exit-codes=([\d,]+)", page)
+  assert [int(code) for code in gcluster.split(",")] == again["yes"]
+  task = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text())
+  (first, second, third) = task["resources"]["job_recovery"]["recover_on_exit_codes"]
+  assert f"after {first}, {second} and {third}." in " ".join(table.split())
 
 
 def test_the_workdir_is_on_the_bucket(job, pod):
@@ -123,6 +138,20 @@ def test_the_workdir_is_on_the_bucket(job, pod):
   assert mount["name"] == volume["name"]
   assert mount["mountPath"] == f"/mnt/{volume['csi']['volumeAttributes']['bucketName']}"
   assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+
+
+def test_the_container_that_mounts_has_room(job):
+  """Of the driver's source: 0 is no limit, and a request that is not named is the default. The page says the same."""
+  annotations = dict(job["template"]["metadata"]["annotations"])
+  assert annotations.pop("gke-gcsfuse/volumes") == "true"
+  assert all(isinstance(value, str) for value in annotations.values())
+  sizes = ("cpu", "memory", "ephemeral-storage")
+  limits = {f"gke-gcsfuse/{size}-limit": "0" for size in sizes}
+  requests = {f"gke-gcsfuse/{size}-request" for size in sizes}
+  assert annotations.items() >= limits.items() and annotations.keys() == limits.keys() | requests
+  page = (ROOT / "docs" / "launching.md").read_text()
+  (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+  assert yaml.safe_load(block) == annotations
 
 
 def test_the_bucket_is_mounted_as_on_a_tpu_vm(pod):

@@ -6,6 +6,7 @@ test's own, which notes what it is called with and answers from a script.
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,7 +44,9 @@ case "$*" in
   *tpu-vm\ describe*) next node ;;
   *queued-resources\ create*) echo "create" >>calls ;;
   *queued-resources\ delete*) echo "delete" >>calls ;;
+  *tpu-vm\ scp*.env\ *) echo "copy variables" >>calls ;;
   *tpu-vm\ scp*) echo "copy" >>calls ;;
+  *"install -m 600 /dev/null"*) echo "closed file" >>calls ;;
   *"cp \"\$HOME/instructjax-"*) echo "copy logs" >>calls ;;
   *ExecMainCode*) next run | tr ';' '\n' ;;
   *systemd-run*instructjax.main* | *instructjax.main*systemd-run*) echo "run" >>calls ;;
@@ -73,6 +76,9 @@ DONE = "worker=w-0 ExecMainCode=1 ExecMainStatus=0 SubState=exited"
 
 def ended(code: int, worker: int = 0) -> str:
   return f"worker=w-{worker} ExecMainCode=1 ExecMainStatus={code} SubState=failed"
+
+
+ALL_DONE = f"{DONE};{ended(0, 1)}"
 
 
 def run(*arguments, path=None, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
@@ -144,10 +150,10 @@ def test_help_tells_all():
   assert done.returncode == 0 and run("up", "--help").stdout == done.stdout
   text = SCRIPT.read_text()
   options = text.partition("while (($#))")[2].partition("esac")[0]
-  for line in options.splitlines():
-    flag = line.strip().partition(")")[0].rstrip("*=")
-    if flag.startswith("--") and len(flag) > 2 and not flag.startswith("--config."):
-      assert f"  {flag}" in done.stdout, flag
+  flags = set(re.findall(r"(?<=[ (])(--[a-z-]+)(?==\*|\)| \|)", options))
+  assert len(flags) == 24  # else the expression has missed some
+  for flag in flags:
+    assert f"  {flag}" in done.stdout, flag
   for command in ("check", "create", "install", "run", "status", "logs", "delete", "up"):
     assert f"\n  {command} " in done.stdout
 
@@ -222,6 +228,11 @@ def test_a_dry_run_needs_no_gcloud_and_its_lines_are_commands(tmp_path):
     (["check", *PLACE, *WHAT], "check needs --accelerator-type="),
     (["check", *PLACE, "--workdir=gs://bucket/a", "--accelerator-type=v6e-8"], "needs --config="),
     (["install", *PLACE, *WHAT, "--source=/nowhere"], "neither a git URL nor a checkout"),
+    (
+      ["run", *PLACE, *WHAT, "--env-file=/nowhere"],
+      "--env-file=/nowhere is no file that can be read",
+    ),
+    (["run", *PLACE, *WHAT, "--env-file=/tmp"], "--env-file=/tmp is no file that can be read"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, complaint):
@@ -236,6 +247,16 @@ def test_the_run_cannot_be_sent_to_a_workers_disk(flag):
   done = run("run", *PLACE, *WHAT, "--dry-run", "--", "--config.seed=1", flag)
   assert (done.returncode, done.stdout) == (2, "")
   assert done.stderr.startswith(f"tpu_vm.sh: {flag}: --workdir=gs://BUCKET/DIR comes before --")
+
+
+@pytest.mark.parametrize("bad", ["hunter2", "export KEY=hunter2", "2KEY=hunter2", "# hunter2", ""])
+def test_a_file_of_variables_holds_nothing_else(tmp_path, bad):
+  """The line is named by its number: it may be a password."""
+  (tmp_path / "a.env").write_text(f"KEY=hunter2\n{bad}\nOTHER=hunter2\n")
+  done = run("run", *PLACE, *WHAT, f"--env-file={tmp_path}/a.env", "--dry-run")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.endswith("a.env must be lines NAME=VALUE, and line 2 is not\n")
+  assert "hunter2" not in done.stderr
 
 
 def test_no_gcloud_is_told(tmp_path):
@@ -288,7 +309,7 @@ def test_retries_exhausted(cloud):
 
 def test_a_dead_worker_is_a_retry_on_the_same_slice(cloud):
   codes = f"{ended(69)};worker=w-1 ExecMainCode=2 ExecMainStatus=9 SubState=failed"
-  there = cloud(queue=["ACTIVE"], run=[NONE, codes, codes, DONE])
+  there = cloud(queue=["ACTIVE"], run=[NONE, codes, codes, ALL_DONE])
   done = there.up("--keep")
   assert done.returncode == 0, done.stderr
   assert there.calls() == [*INSTALL, "run", *INSTALL, "run", "copy logs", "fetch logs"]
@@ -306,12 +327,14 @@ def test_the_code_of_a_run_that_never_ends_well(cloud):
   ("codes", "reason"),
   [
     ((75, 75), "exit code 75 (told to stop, and saved)"),
+    ((74, 69), "exit code 74"),  # a passing fault of storage
+    ((74, 1), "exit code 74"),
     ((69, 0), "exit code 69 (a worker is gone)"),
   ],
 )
 def test_what_the_codes_of_a_run_mean(cloud, codes, reason):
   states = f"{ended(codes[0])};{ended(codes[1], 1)}"
-  there = cloud(queue=["ACTIVE"], run=[NONE, states, states, DONE])
+  there = cloud(queue=["ACTIVE"], run=[NONE, states, states, ALL_DONE])
   done = there.up("--keep")
   assert done.returncode == 0, done.stderr
   assert f"the run ended with {reason}; starting again (1 of 10)" in done.stderr
@@ -326,6 +349,17 @@ def test_a_mistake_is_not_tried_again(cloud, other):
   assert "exit code 2, which starting again would not mend" in done.stderr
 
 
+@pytest.mark.parametrize("other", [1, 2, 3, 69])
+def test_a_bug_is_not_tried_again(cloud, other):
+  there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(1)};{ended(other, 1)}"])
+  done = there.up()
+  assert done.returncode == (2 if other == 2 else 1)
+  assert there.calls() == [*INSTALL, "run", *END]
+  assert "which starting again would not mend" in done.stderr
+  if other != 2:
+    assert "exit code 1 (a bug: please report it" in done.stderr
+
+
 def test_a_run_that_waits_for_people_goes_on_later(cloud):
   there = cloud(queue=["ACTIVE"], run=[NONE, f"{ended(3)};{ended(69, 1)}"])
   done = there.up()
@@ -335,10 +369,68 @@ def test_a_run_that_waits_for_people_goes_on_later(cloud):
   assert last.endswith("rank answers); then the same command goes on from gs://bucket/gpt3")
 
 
+def test_variables_reach_every_start_and_are_never_printed(cloud, tmp_path):
+  """Their file is closed before they come, and systemd reads it before the run."""
+  (tmp_path / "a.env").write_text("PGPASSWORD=hunter2\n")
+  there = cloud(queue=["ACTIVE"], run=[NONE, ended(137), ended(137), DONE])
+  flag = f"--env-file={tmp_path}/a.env"
+  done = there.up(flag)
+  assert done.returncode == 0, done.stderr
+  start = [*INSTALL, "closed file", "copy variables", "run"]
+  assert there.calls() == [*start, *start, *END]
+  dry = there.up(flag, "--dry-run")
+  for text in (done.stderr, dry.stdout):
+    assert "hunter2" not in text
+    assert text.count(f"scp {tmp_path}/a.env gpt3:instructjax.env ") == text.count(
+      "EnvironmentFile"
+    )
+  assert dry.stdout.count('--property=EnvironmentFile="$HOME/instructjax.env" ') == 1
+
+
 def test_a_run_under_way_is_only_watched(cloud):
   there = cloud(queue=["ACTIVE"], run=[RUNNING, RUNNING, DONE])
   done = there.up()
   assert done.returncode == 0 and there.calls() == END
+
+
+def test_a_slice_that_is_gone_is_deleted_before_it_is_asked_for(cloud):
+  """Its request remains, ACTIVE, and another of the same name would be refused."""
+  there = cloud(queue=["ACTIVE"], node=["ABSENT", "ABSENT", "READY"], run=[NONE, DONE])
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == ["delete", "create", *INSTALL, "run", *END]
+
+
+def test_a_slice_that_goes_while_it_is_watched(cloud):
+  there = cloud(
+    queue=["ACTIVE"],
+    node=["READY", "READY", "READY", "ABSENT", "ABSENT", "READY"],
+    run=[RUNNING, NONE, DONE],
+  )
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == ["delete", "create", *INSTALL, "run", *END]
+  assert "the slice is GONE; starting again (1 of 10)" in done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_worker_that_does_not_answer_has_not_ended(cloud, code):
+  """Worker 0's ssh fails twice while worker 1 has ended; then it says that it runs, and that it has ended."""
+  both, one = f"{RUNNING};{ended(code, 1)}", ended(code, 1)
+  there = cloud(queue=["ACTIVE"], run=[both, both, one, one, RUNNING, ALL_DONE])
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == END
+  assert (there.folder / "run").read_text().splitlines() == [ALL_DONE]  # every look was needed
+
+
+def test_a_worker_that_never_answers_again_is_a_retry(cloud):
+  both = f"{RUNNING};{ended(69, 1)}"
+  there = cloud(queue=["ACTIVE"], run=[both, both, *[ended(69, 1)] * 21, ALL_DONE])
+  done = there.up()
+  assert done.returncode == 0, done.stderr
+  assert there.calls() == [*INSTALL, "run", *END]
+  assert "not all workers can be reached; starting again (1 of 10)" in done.stderr
 
 
 def test_a_failed_installation_is_a_retry(cloud):
@@ -417,6 +509,7 @@ def test_two_slices_are_one_run(cloud):
       "slice gpt3: READY\nrun: not started on every worker\n  w-0 absent\n",
     ),
     ("ACTIVE", "PREEMPTED", RUNNING, "slice gpt3: PREEMPTED\n"),
+    ("ACTIVE", "ABSENT", RUNNING, "slice gpt3: GONE\n"),
     ("SUSPENDED", "READY", RUNNING, "slice gpt3: SUSPENDED\n"),
     ("ABSENT", "READY", RUNNING, "slice gpt3: ABSENT\n"),
   ],
@@ -435,20 +528,19 @@ def test_create_says_why_it_failed(cloud):
 
 
 def test_what_is_copied(cloud, tmp_path):
-  """The checkout without its history, runs, environments and weights."""
+  """The checkout without its history, runs, environments, weights and the file of variables."""
   there = cloud(["ACTIVE"])
   source = tmp_path / "source"
   for name in (
     *("setup.cfg", "configs/ppo.py", "instructjax/main.py"),
     *(".git/HEAD", ".venv/bin/python", "runs/demo/done.json", "a.egg-info/x", "base.gguf"),
     "benchmarks/peers/.venv-trl/bin/python",
-    "configs/__pycache__/ppo.pyc",
+    *("configs/__pycache__/ppo.pyc", "secrets/a.env"),
     "planner/lib/python3.12/site-packages/jax/version.py",
   ):
     executable(source / name, "")
-  done = run(
-    *("install", *PLACE, *WHAT, f"--source={source}"), path=there.folder, TMPDIR=str(tmp_path)
-  )
+  flags = [*PLACE, *WHAT, f"--source={source}", f"--env-file={source}/secrets/a.env"]
+  done = run("install", *flags, path=there.folder, TMPDIR=str(tmp_path))
   assert done.returncode == 0, done.stderr
   assert there.calls() == INSTALL
   with tarfile.open(tmp_path / "instructjax-gpt3.tar.gz") as archive:
@@ -478,6 +570,30 @@ def test_flags_reach_the_program_unchanged(tmp_path):
   assert again.returncode == 1 and "it runs already" in again.stderr
 
 
+@pytest.mark.parametrize("keeps_mode", [False, True])
+def test_nobody_else_on_a_worker_can_read_the_variables(tmp_path, keeps_mode):
+  """The commands for the workers, run here, with an scp that keeps the mode of the file here or does not."""
+  where, home, variables = tmp_path / "bin", tmp_path / "home", tmp_path / "a.env"
+  variables.write_text("KEY=value\n")
+  variables.chmod(0o644)
+  home.mkdir()
+  copy = f'{{ stat -c %a "$HOME/instructjax.env"; cp {"-p" if keeps_mode else ""} "$5" "$HOME/${{6#*:}}"; exit; }}'
+  executable(
+    where / "gcloud",
+    f'#!/bin/bash\n[ "$4" != scp ] || {copy}\ncommand=${{!#}}\nexec bash -c "${{command#--command=}}"\n',
+  )
+  executable(where / "sudo", '#!/bin/sh\nexec "$@"\n')
+  executable(where / "systemctl", "#!/bin/sh\n")
+  executable(where / "systemd-run", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
+  done = run("run", *PLACE, *WHAT, f"--env-file={variables}", path=where, HOME=str(home))
+  assert done.returncode == 0, done.stderr
+  before, *words = done.stdout.splitlines()
+  there = home / "instructjax.env"
+  assert f"--property=EnvironmentFile={there}" in words
+  assert before == "600" and there.stat().st_mode & 0o777 == 0o600
+  assert there.read_text() == "KEY=value\n"
+
+
 @pytest.mark.parametrize("source", [str(ROOT), "https://example.org/x.git#v1"])
 def test_the_files_of_a_run_under_way_stay(tmp_path, source):
   """The commands for the workers, run here while systemd's stand-in says that the run is under way."""
@@ -502,7 +618,7 @@ def worker(tmp_path):
   """worker(*arguments): runs tpu_worker.sh with stand-ins that note their calls; .calls() is what they were."""
   bin, home = tmp_path / "bin", tmp_path / "home"
   note = f'echo "$(basename "$0") $*" >>{tmp_path}/calls\n'
-  for name in ("systemctl", "systemd-run", "apt-get", "mkdir", "chown"):
+  for name in ("systemctl", "systemd-run", "apt-get", "mkdir", "chown", "umount"):
     executable(bin / name, "#!/bin/sh\n" + note)
   executable(bin / "tee", "#!/bin/sh\ncat >/dev/null\n")
   executable(bin / "sudo", '#!/bin/sh\nexec "$@"\n')
@@ -558,12 +674,61 @@ def test_a_worker_mounts_the_bucket_once(worker):
   executable(worker.bin / "gcsfuse", "#!/bin/sh\n")
   assert worker("mount", "my-bucket").returncode == 0
   *_, mount = worker.calls()
-  assert mount.startswith("systemd-run --quiet --unit=instructjax-bucket --uid=")
+  assert mount.startswith("systemd-run --quiet --unit=instructjax-bucket-my-bucket.service --uid=")
   assert mount.endswith(" --rename-dir-limit=100000 my-bucket /mnt/my-bucket")
   assert f"{worker.bin}/gcsfuse --implicit-dirs" in mount
   before = len(worker.calls())
   executable(worker.bin / "mountpoint", "#!/bin/sh\nexit 0\n")
   assert worker("mount", "my-bucket").returncode == 0 and len(worker.calls()) == before
+
+
+@pytest.fixture
+def mounts(worker):
+  """A worker whose stand-ins know what is mounted and which units are loaded; a folder of files for each."""
+  known = worker.bin.parent
+  for name in ("mounted", "dead", "units"):
+    (known / name).mkdir()
+  executable(worker.bin / "gcsfuse", "#!/bin/sh\n")
+  last = '#!/bin/bash\nname=$(basename "${!#}")\n'
+  executable(worker.bin / "mountpoint", f'{last}[ -e {known}/mounted/"$name" ]\n')
+  executable(worker.bin / "mkdir", f'{last}[ ! -e {known}/dead/"$name" ]\n')
+  executable(worker.bin / "umount", f'{last}rm {known}/dead/"$name"\n')
+  executable(
+    worker.bin / "systemctl",
+    f'{last}[ "$1" != stop ] || rm {known}/units/"$name"\n',
+  )
+  executable(
+    worker.bin / "systemd-run",
+    f"{last}unit=$(grep -o 'unit=[^ ]*' <<<\"$*\")\n"
+    f'set -C && : >{known}/units/"${{unit#unit=}}" && : >{known}/mounted/"$name"\n',
+  )
+  worker.known = known
+  return worker
+
+
+def test_a_worker_mounts_again_after_gcsfuse_has_died(mounts):
+  """The folder is then no mountpoint, as it cannot be looked at, and cannot be made either."""
+  assert mounts("mount", "my-bucket").returncode == 0
+  (mounts.known / "mounted/my-bucket").rename(mounts.known / "dead/my-bucket")
+  done = mounts("mount", "my-bucket")
+  assert done.returncode == 0, done.stderr
+  assert (mounts.known / "mounted/my-bucket").exists()
+
+
+def test_a_worker_mounts_several_buckets(mounts):
+  for bucket in ("a.service", "b"):
+    done = mounts("mount", bucket)
+    assert done.returncode == 0, done.stderr
+  units = {path.name for path in (mounts.known / "units").iterdir()}
+  assert units == {"instructjax-bucket-a.service.service", "instructjax-bucket-b.service"}
+
+
+def test_the_run_requires_the_unit_that_the_worker_mounts(mounts):
+  assert mounts("mount", "bucket").returncode == 0
+  (unit,) = (path.name for path in (mounts.known / "units").iterdir())
+  done = run("run", *PLACE, *WHAT, "--dry-run")
+  for name in ("Requires", "After"):
+    assert f" --property={name}={unit} " in done.stdout
 
 
 @pytest.mark.parametrize("arguments", [(), ("install",), ("mount", "a", "b"), ("run", "a")])
