@@ -102,6 +102,8 @@ assignments = sa.Table(
   Column("opened", Double, nullable=False),
   Column("touched", Double, nullable=False),
   Column("reason", Text, nullable=False),  # for skipping
+  # when one that was sent or skipped was opened to be changed; 0 if it was not since
+  Column("reopened", Double, nullable=False, server_default="0"),
   sa.UniqueConstraint("item_id", "user_id"),
 )
 drafts = sa.Table(
@@ -177,6 +179,10 @@ audit = sa.Table(
   Column("about", Text, nullable=False),
   Column("at", Double, nullable=False),
 )
+_NEW_COLUMNS = (
+  items.c.batch,
+  assignments.c.reopened,
+)  # which a project of an earlier version lacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,17 +271,27 @@ def open_(place: str) -> Database:
 
 def _has_all(found: sa.Inspector) -> bool:
   """Whether there are all tables and columns, some of which a project of an earlier version lacks."""
-  columns = {column["name"] for column in found.get_columns("items")}
-  return metadata.tables.keys() <= set(found.get_table_names()) and "batch" in columns
+  is_there = metadata.tables.keys() <= set(found.get_table_names())
+  return is_there and not _missing(found)
+
+
+def _missing(found: sa.Inspector) -> list[Column]:
+  """The columns that tables of an earlier version lack."""
+  return [
+    column
+    for column in _NEW_COLUMNS
+    if column.name not in {one["name"] for one in found.get_columns(column.table.name)}
+  ]
 
 
 def _add_new_columns(connection: sa.Connection):
-  """Gives the table of items the column that a project of an earlier version lacks."""
-  if "batch" not in {column["name"] for column in sa.inspect(connection).get_columns("items")}:
-    connection.exec_driver_sql(
-      "ALTER TABLE items ADD COLUMN batch VARCHAR(200) DEFAULT '' NOT NULL"
-    )
-    connection.exec_driver_sql("CREATE INDEX ix_items_batch ON items (batch)")
+  """Gives tables of an earlier version the columns that they lack, with their indexes."""
+  for column in _missing(sa.inspect(connection)):
+    described = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {described}")
+    for index in column.table.indexes:
+      if index.columns.keys() == [column.name]:
+        index.create(connection)
 
 
 @contextlib.contextmanager

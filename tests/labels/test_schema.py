@@ -111,10 +111,11 @@ def test_what_nobody_uses_any_more_has_no_connection(tmp_path):
 
 
 def test_a_project_of_an_earlier_version_gets_what_it_lacks(database, tmp_path):
-  """It has rows, and neither the column `batch` nor the tables of trainings and of users' prompts."""
+  """It has rows, and neither the columns `batch` and `reopened` nor the tables of trainings and of users' prompts."""
   with database.write() as connection:
     connection.exec_driver_sql("DROP INDEX ix_items_batch")
     connection.exec_driver_sql("ALTER TABLE items DROP COLUMN batch")
+    connection.exec_driver_sql("ALTER TABLE assignments DROP COLUMN reopened")
     for table in ("trainings", "prompts"):
       connection.exec_driver_sql(f"DROP TABLE {table}")
   database.close()
@@ -123,6 +124,9 @@ def test_a_project_of_an_earlier_version_gets_what_it_lacks(database, tmp_path):
   again = schema.open_(str(tmp_path))
   with again.read() as connection:
     assert connection.execute(sa.select(schema.items.c.batch)).scalars().all() == [""]
+    assert connection.execute(sa.select(schema.assignments.c.reopened)).scalars().all() == [0.0]
+    indexes = sa.inspect(connection).get_indexes("items")
+    assert "ix_items_batch" in {index["name"] for index in indexes}
     assert not connection.execute(schema.trainings.select()).all()
     assert len(connection.execute(schema.submissions.select()).all()) == 1
   assert rounds.put(again, [app.item("new", batch="b")], 1.0, 0)
