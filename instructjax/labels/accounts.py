@@ -114,10 +114,15 @@ def add_to(
 def _require_name(name: str):
   if not _NAME.fullmatch(name):
     raise UserError(f"name {quoted(name, 90)} must be up to 80 letters, digits or . _ @ + -")
-  if _NUMBERED.fullmatch(name):
+  if not may_be_named(name):
     raise UserError(
       f"name {quoted(name, 90)} must not be u and a number, as pools of prompts name users of the playground"
     )
+
+
+def may_be_named(name: str) -> bool:
+  """Whether a name of an account's letters is none by which a pool of prompts may name a user."""
+  return not _NUMBERED.fullmatch(name)
 
 
 def new_password() -> str:
