@@ -4,6 +4,7 @@ Words: serve; add, sample, import and simulate fill a project; export and prompt
 reward models beside labelers; close ends a round that a run waits for; users and delete are about people.
 """
 
+import ipaddress
 import math
 import pathlib
 import re
@@ -14,6 +15,8 @@ from absl import flags
 from instructjax.commands import cli
 from instructjax.core import places
 from instructjax.core.errors import UserError
+
+_LOOPBACK = "127.0.0.1,::1"
 
 _PROJECT = flags.DEFINE_string(
   "project", "", "The project's folder, or the postgresql:// URL of its database."
@@ -26,6 +29,12 @@ _PUBLIC = flags.DEFINE_string(
   "public",
   "",
   "serve: the name by which browsers reach it over https, through a proxy of yours; cookies are then marked secure.",
+)
+_PROXY = flags.DEFINE_string(
+  "proxy",
+  "",
+  "serve --public: the address from which the proxy asks, as 10.0.0.5, or its network, as 10.0.0.0/24; several are"
+  " separated by commas. By default the proxy is on this machine.",
 )
 _PLAYGROUND = flags.DEFINE_bool(
   "playground",
@@ -154,17 +163,20 @@ def main(arguments: list[str]):
 def _serve(place: str, _: list[str]):
   from instructjax.labels import accounts, schema, serving
 
-  host = _HOST.value
-  if host not in ("127.0.0.1", "::1", "localhost") and not _PUBLIC.value:
+  host, public = _HOST.value, _PUBLIC.value.lower()
+  is_local = host in ("127.0.0.1", "::1", "localhost")
+  if not is_local and not public:
     raise UserError(
       f"--host={host} would send passwords readable over the network: put a proxy with https before it and give its"
       " name as --public=NAME"
     )
-  public = _PUBLIC.value.lower()
   if public and not re.fullmatch(r"[a-z0-9.-]+", public):
     raise UserError(
       f"--public={ascii(_PUBLIC.value)[:200]} must be the name alone, without https:// and port, as labels.example.org"
     )
+  proxies = _proxies(is_local) if public else ""
+  if _PROXY.value and not public:
+    raise UserError("--proxy is for --public=NAME, which must then be given too")
   if _CHECKPOINT.value and not _PLAYGROUND.value:
     raise UserError("--checkpoint is for --playground, which must then be given too")
   play = _playground() if _PLAYGROUND.value else None  # before a password is shown once
@@ -183,7 +195,27 @@ def _serve(place: str, _: list[str]):
   hosts = [serving.shown(host), "localhost", "127.0.0.1", *filter(None, [public])]
   app = serving.make(database, hosts, is_secure=bool(public), play=play)
   tell = lambda address: print(f"Labeling at {address}", flush=True)
-  serving.run(app, host, _PORT.value, tell, has_proxy=bool(public))
+  serving.run(app, host, _PORT.value, tell, proxies)
+
+
+def _proxies(is_local: bool) -> str:
+  """Whose word on a browser's address is taken."""
+  if not _PROXY.value:
+    if is_local:
+      return _LOOPBACK
+    # All people would have the proxy's address, and thirty wrong passwords of theirs together shut all of them out.
+    raise UserError(
+      f"--host={_HOST.value} needs --proxy=ADDRESS, from which the proxy of --public asks (--proxy=127.0.0.1 if it is"
+      " on this machine): wrong passwords are counted by the browser's address, which only this proxy may name"
+    )
+  for one in _PROXY.value.split(","):
+    try:
+      ipaddress.ip_network(one.strip())
+    except ValueError as error:
+      raise UserError(
+        f"--proxy={ascii(_PROXY.value)[:200]} must be an address, as 10.0.0.5, or a network, as 10.0.0.0/24: {error}"
+      ) from error
+  return _PROXY.value
 
 
 def _playground():

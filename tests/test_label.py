@@ -7,7 +7,9 @@ import sys
 import types
 
 import pytest
+import uvicorn
 from absl.testing import flagsaver
+from starlette import testclient
 
 from instructjax.core.errors import UserError
 from instructjax.labels import accounts, personal, projects, schema
@@ -78,6 +80,42 @@ def test_an_address_that_is_taken_is_a_mistake_in_a_line(run):
       run("serve", port=port)
 
 
+@pytest.mark.parametrize(
+  ("flags", "asks", "is_believed"),
+  [
+    ({"proxy": "10.0.0.5", "public": "a.org"}, "10.0.0.5", True),
+    ({"proxy": "10.0.1.0/24, 10.0.0.5", "public": "a.org"}, "10.0.1.9", True),
+    ({"proxy": "10.0.0.5", "public": "a.org"}, "10.0.0.6", False),
+    ({"public": "a.org"}, "127.0.0.1", True),
+    ({"public": "a.org"}, "::1", True),
+    ({"public": "a.org"}, "10.0.0.5", False),
+    ({}, "127.0.0.1", False),
+  ],
+)
+def test_wrong_passwords_are_counted_by_the_browser_that_a_proxy_names(
+  run, tmp_path, monkeypatch, flags, asks, is_believed
+):
+  configs = []
+
+  def server(config):
+    configs.append(config)
+    return types.SimpleNamespace(run=lambda sockets: sockets[0].close())
+
+  monkeypatch.setattr(uvicorn, "Server", server)
+  # Its handlers would outlive what the test captures.
+  monkeypatch.setattr(uvicorn.Config, "configure_logging", lambda config: None)
+  run("serve", port=0, **flags)
+  (config,) = configs
+  config.load()
+  client = testclient.TestClient(config.loaded_app, "https://localhost", client=(asks, 1))
+  (hidden,) = re.findall('name="csrf" value="(.*?)"', client.get("/sign-in").text)
+  fields = {"csrf": hidden, "name": "admin", "password": "wrong"}
+  client.post("/sign-in", data=fields, headers={"X-Forwarded-For": "6.6.6.6, 192.0.2.7"})
+  with schema.open_(str(tmp_path / "p")).read() as connection:
+    (attempt,) = connection.execute(schema.attempts.select()).all()
+  assert attempt.address == ("192.0.2.7" if is_believed else asks)
+
+
 def test_accounts_are_made_and_reset(run, tmp_path):
   said = run("users add ann", role="researcher")
   password = re.search("password (\\S+),", said)[1]
@@ -100,6 +138,14 @@ def test_accounts_are_made_and_reset(run, tmp_path):
     ("serve", {"host": "0.0.0.0"}, "give its name as --public=NAME"),
     ("serve", {"public": "https://a.org"}, "--public='https://a.org' must be the name alone"),
     ("serve", {"public": "a.org:8443"}, "--public='a.org:8443' must be the name alone"),
+    ("serve", {"host": "0.0.0.0", "public": "a.org"}, "--host=0.0.0.0 needs --proxy=ADDRESS"),
+    ("serve", {"proxy": "10.0.0.5"}, "--proxy is for --public=NAME"),
+    ("serve", {"public": "a.org", "proxy": "nginx"}, "--proxy='nginx' must be an address"),
+    (
+      "serve",
+      {"public": "a.org", "proxy": "10.0.0.5,*"},
+      "--proxy='10.0.0.5,*' must be an address",
+    ),
     ("export", {"to": "x"}, "is no labeling project yet"),
     ("sample", {}, "--checkpoint must have a value"),
     ("sample", {"checkpoint": ["x"], "k": 10}, "--k=10 must be 2 to 9"),
@@ -213,11 +259,12 @@ def test_users_prompts_come_out_by_user(run, tmp_path):
     run("prompts", to=out)
   prompts_.keep(database, accounts.User(1, "una", "user"), "one", 1.0)
   assert f"{out}: 1 prompt of 1 user; add them with --prompts=jsonl:{out}" in run("prompts", to=out)
-  assert json.loads((tmp_path / "pool.jsonl").read_text()) == {"prompt": "one", "user": "u1"}
+  row = json.loads((tmp_path / "pool.jsonl").read_text())
+  assert row["prompt"] == "one" and re.fullmatch("u1:[0-9a-f]{16}", row["user"])
   run("add", prompts=f"jsonl:{out}", source="customer")
   with database.read() as connection:
     (item,) = connection.execute(schema.items.select()).all()
-  assert (item.author, item.source) == ("u1", "customer")
+  assert (item.author, item.source) == (row["user"], "customer")
 
 
 def test_the_playground_needs_the_extra(run, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ ROLES = ("labeler", "researcher", "admin", "user")  # a user has the playground 
 SHORTEST = 10  # letters of a password
 _LONGEST = 1000
 _NAME = re.compile(r"[\w][\w.@+-]{0,79}")
+_NUMBERED = re.compile(r"u[0-9]+")  # a user in pools of earlier versions, see prompts.author
 SESSION_SECONDS = 12 * 3600.0  # without a click
 _WINDOW = 15 * 60.0  # seconds over which failed sign-ins are counted
 _MOST = {
@@ -113,6 +114,15 @@ def add_to(
 def _require_name(name: str):
   if not _NAME.fullmatch(name):
     raise UserError(f"name {quoted(name, 90)} must be up to 80 letters, digits or . _ @ + -")
+  if not may_be_named(name):
+    raise UserError(
+      f"name {quoted(name, 90)} must not be u and a number, as pools of prompts name users of the playground"
+    )
+
+
+def may_be_named(name: str) -> bool:
+  """Whether a name of an account's letters is none by which a pool of prompts may name a user."""
+  return not _NUMBERED.fullmatch(name)
 
 
 def new_password() -> str:

@@ -5,6 +5,7 @@ Called by the command. Whoever is named becomes a person of the project, who can
 
 import collections
 import dataclasses
+import itertools
 import json
 import re
 import secrets
@@ -15,11 +16,12 @@ import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
 from instructjax.data import sources
+from instructjax.data.messages import quoted
 from instructjax.data.records import Demonstration, Ranking
 from instructjax.labels import accounts, projects, schema
 from instructjax.labels.schema import Database, answers, assignments, items, submissions, users
 
-NOBODY = "imported"  # ranks what has no labeler
+NOBODY = "imported"  # ranks what has no labeler; imported_2 the same answers once more, and so on
 _ROUND = (
   10**6
 )  # a simulated labeler's noise goes by the number of the ranking, see stages/collect.py
@@ -101,7 +103,8 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
     kind: comparisons or demonstrations.
     now: the time.
   Raises:
-    UserError: the source cannot be read, or a labeler has ranked the same answers twice.
+    UserError: the source cannot be read, a labeler has ranked the same answers twice, two labelers would have one
+      account, or one would have another's.
   """
   if kind not in ("comparisons", "demonstrations"):
     raise UserError("--kind must be comparisons or demonstrations")
@@ -126,9 +129,7 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
       raise UserError(
         f"{group[0].where}: it ranks {count} answers, and an item holds at most {projects.MOST_ANSWERS}"
       )
-    names = [_name(one) for one in group]
-    if twice := {name for name in names if names.count(name) > 1}:
-      raise UserError(f"{group[0].where}: {min(twice)} has ranked the same answers twice")
+  people = _people(groups)
   new = [
     projects.Item(
       "ranking" if isinstance(group[0], Ranking) else "demonstration",
@@ -142,18 +143,68 @@ def bring_in(database: Database, spec: str, kind: str, now: float) -> tuple[int,
     numbers = projects.add_to(connection, new, now)
     order = _answers_in(connection)
     done = [
-      Done(number, _name(one), _payload(one, order.get(number, [])))
-      for number, group in zip(numbers, groups, strict=True)
-      for one in group
+      Done(number, name, _payload(one, order.get(number, [])))
+      for number, group, names in zip(numbers, groups, people, strict=True)
+      for one, name in zip(group, names, strict=True)
     ]
+    _require_own(connection, done, "training", "give the labeler another name in the file")
     record_to(connection, done, now)
   return len(new), len(done)
 
 
-def _name(one: Ranking | Demonstration) -> str:
+def _people(groups: Sequence[Sequence[Ranking | Demonstration]]) -> list[list[str]]:
+  """The account of each record's labeler, by group of rankings of the same answers to the same prompt.
+
+  Whoever has no name gets one that nobody else has in the group: several people may have ranked its answers.
+
+  Raises:
+    UserError: two labelers would have one account, or one has ranked the same answers twice.
+  """
+  known: dict[str, str] = {}  # account -> labeler
+  for one in itertools.chain.from_iterable(groups):
+    if labeler := _labeler(one):
+      account = _account(labeler)
+      if known.setdefault(account, labeler) != labeler:
+        raise UserError(
+          f"{one.where}: labelers {quoted(known[account], 90)} and {quoted(labeler, 90)} would both have the account"
+          f" {account}: rename one of them in the file"
+        )
+  result = []
+  for group in groups:
+    numbered = itertools.chain([NOBODY], (f"{NOBODY}_{number}" for number in itertools.count(2)))
+    nameless = (name for name in numbered if name not in known)
+    names = [_account(_labeler(one)) if _labeler(one) else next(nameless) for one in group]
+    if twice := {name for name in names if names.count(name) > 1}:
+      raise UserError(f"{group[0].where}: {min(twice)} has ranked the same answers twice")
+    result.append(names)
+  return result
+
+
+def _labeler(one: Ranking | Demonstration) -> str:
+  return (one.labeler if isinstance(one, Ranking) else None) or ""
+
+
+def _account(labeler: str) -> str:
   """A name that an account can have."""
-  labeler = one.labeler if isinstance(one, Ranking) else None
-  return re.sub(r"^\W|[^\w.@+-]", "_", labeler or NOBODY)[:80]
+  name = re.sub(r"^\W|[^\w.@+-]", "_", labeler)[:80]
+  return name if accounts.may_be_named(name) else f"_{name}"
+
+
+def _require_own(connection: sa.Connection, work: Iterable[Done], cohort: str, remedy: str):
+  """Sees to it that work is credited to nobody else of the same name.
+
+  Raises:
+    UserError: a person of this name signs in to the project, or is of another cohort, whose work is used otherwise.
+  """
+  names = {done.person for done in work}
+  for person in connection.execute(sa.select(users).order_by(users.c.name)).all():
+    is_others = person.password or person.cohort != cohort
+    if person.name in names and is_others:
+      whose = "signs in" if person.password else f"is of the cohort {person.cohort}"
+      raise UserError(
+        f"labeler {person.name} has the name of a person of the project who {whose}, and who would be credited with"
+        f" the rankings: {remedy}"
+      )
 
 
 def _answers(database: Database) -> dict[int, list[sa.Row]]:
@@ -195,7 +246,7 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
   Returns:
     Numbers of rankings added, and of those that are wanted by more people than there are.
   Raises:
-    UserError: the source is no simulated task, or a prompt is not one of the task's.
+    UserError: the source is no simulated task, a prompt is not one of the task's, or a labeler has another's name.
   """
   simulation = sources.require_simulation(spec)
   if simulation.READS_BASE:
@@ -232,7 +283,10 @@ def simulate(database: Database, spec: str, group: str, seed: int, now: float) -
         taken[item.id].add(ranking.labeler)
         wanted[item.id] -= 1
         done.append(Done(item.id, ranking.labeler, _rated(order[item.id], ranking.ranks)))
-  record(database, done, now, "heldout" if is_extra else "training")
+  cohort = "heldout" if is_extra else "training"
+  with database.read() as connection:
+    _require_own(connection, done, cohort, "simulate in a project without this person")
+  record(database, done, now, cohort)
   return len(done), sum(wanted.values())
 
 

@@ -5,6 +5,7 @@ labelers and the agreement. Pure functions.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,10 +87,22 @@ def names(kind: str, answer_ids: Sequence[int]) -> list[str]:
 
 
 def kept(kind: str, answer_ids: Sequence[int], sent: Mapping[str, str]) -> dict[str, str]:
-  """What a draft keeps of a sent form: fields of this form that were filled in."""
-  return {
+  """What a draft keeps of a sent form: fields of this form that were filled in, and the seconds of work so far."""
+  found = {
     name: sent[name][:LONGEST] for name in names(kind, answer_ids) if sent.get(name, "").strip()
   }
+  if seconds := seconds_of(sent):
+    found["seconds"] = f"{seconds:.0f}"  # where the next page goes on to count
+  return found
+
+
+def seconds_of(sent: Mapping[str, str]) -> float:
+  """Seconds of work that the browser has counted; 0 if it has not, or what it sends cannot be right."""
+  try:
+    seconds = float(sent.get("seconds", "0"))
+  except ValueError:
+    return 0.0
+  return seconds if 0 < seconds < math.inf else 0.0
 
 
 def parse(

@@ -51,6 +51,7 @@ def _item_page(
   status: int = 200,
 ) -> Response:
   form = forms.FORMS[found.item.kind]
+  work.reopen(asked.database, found, asked.now)
   return page(
     asked,
     "item.html",
@@ -86,10 +87,7 @@ def submit(asked: Asked) -> Response:
   if problems:
     work.save_draft(asked.database, asked.me, found, token, asked.form, asked.now)
     return _item_page(asked, found, forms.kept(kind, numbers, asked.form), problems, 400)
-  try:
-    seconds = float(asked.form.get("seconds", "0"))
-  except ValueError:
-    seconds = 0.0
+  seconds = forms.seconds_of(asked.form)
   outcome = work.submit(asked.database, asked.me, found, token, payload, seconds, asked.now)
   if outcome == "stale":
     raise Refused(409, "You have sent this form before. Open the item again to change it.")

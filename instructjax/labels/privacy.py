@@ -32,13 +32,13 @@ def data_of(database: Database, name: str) -> dict[str, Any]:
     found["graded"] = rows(sa.select(schema.grades).where(graded))  # by others
     found["drafts"] = rows(sa.select(schema.drafts).where(_own_drafts(number)))
     found["attempts"] = rows(sa.select(schema.attempts).where(schema.attempts.c.name == name))
-    found["items"] = rows(sa.select(schema.items).where(_wrote(name, number)))
+    found["items"] = rows(sa.select(schema.items).where(_wrote(connection, name, number)))
   return found
 
 
-def _wrote(name: str, number: int):
-  """Items whose prompt is a person's, by name or from the playground."""
-  return schema.items.c.author.in_((name, prompts.author(number)))
+def _wrote(connection: sa.Connection, name: str, number: int):
+  """Items whose prompt is a person's, by name or from this project's playground."""
+  return schema.items.c.author.in_((name, prompts.author(connection, number)))
 
 
 def _own_drafts(number: int):
@@ -70,7 +70,8 @@ def delete(database: Database, name: str, now: float) -> dict[str, int]:
       ).rowcount
     attempts, items = schema.attempts, schema.items
     connection.execute(attempts.delete().where(attempts.c.name == name))
-    connection.execute(items.update().where(_wrote(name, number)).values(author=""))
+    is_own = _wrote(connection, name, number)
+    connection.execute(items.update().where(is_own).values(author=""))
     connection.execute(schema.users.delete().where(schema.users.c.id == number))
     schema.log(connection, None, "person deleted", f"person {number}", now)
   schema.forget_pages(database)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from instructjax.labels.schema import Database, answers, items
 SOURCES = ("labeler", "customer")
 MOST_ANSWERS = 9  # of the paper
 LONGEST_AUTHOR = 80  # letters, see schema.items
+_USER = re.compile(r"^(u[0-9]+):[0-9a-f]{16}$")  # of a playground, see prompts.author
 # Share of prompts that are held out, as data.validation_fraction has it.
 HELD_OUT = 0.05
 DEFAULTS = {
@@ -66,7 +68,8 @@ def settings(database: Database) -> dict[str, str]:
 
 
 def _settings(connection: sa.Connection) -> dict[str, str]:
-  found = connection.execute(sa.select(schema.settings)).all()
+  own = schema.settings.c.name.in_(DEFAULTS)
+  found = connection.execute(sa.select(schema.settings).where(own)).all()
   return DEFAULTS | {row.name: row.value for row in found}
 
 
@@ -104,7 +107,8 @@ def split_of(item: Item, held_out: float) -> str:
 
   Without an author it is the side that data/sources.py gives a record with this prompt.
   """
-  key = item.author
+  # Without a project's token: users stay on the side on which they were before projects had one.
+  key = _USER.sub(r"\1", item.author)
   if not key:
     messages = item.prompt.messages if isinstance(item.prompt, Chat) else None
     key = (

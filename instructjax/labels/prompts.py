@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from instructjax.labels import schema
+from instructjax.labels import schema, versions
 from instructjax.labels.accounts import User
 from instructjax.labels.schema import Database, prompts
 
@@ -68,13 +68,17 @@ def forget(database: Database, user: User, number: int, now: float) -> bool:
   return bool(count)
 
 
-def author(user_id: int) -> str:
-  """The name that stands for a user in records and items; it tells nothing to those who have no database."""
-  return f"u{user_id}"
+def author(connection: sa.Connection, user_id: int) -> str:
+  """The name that stands for a user in records and items; it tells nothing to those who have no database.
+
+  It holds the project's token, so that in another project, which may be given these records, it is nobody's; and a
+  letter that no account's name has.
+  """
+  return f"u{user_id}:{versions.project_token(connection)}"
 
 
 def records(database: Database) -> list[dict[str, Any]]:
   """The pool as prompt records, whose `user` keeps all prompts of one user on one side of a split."""
   with database.read() as connection:
     rows = connection.execute(sa.select(prompts).order_by(prompts.c.id))
-    return [{"prompt": row.text, "user": author(row.user_id)} for row in rows]
+    return [{"prompt": row.text, "user": author(connection, row.user_id)} for row in rows]

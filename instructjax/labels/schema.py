@@ -13,6 +13,7 @@ import os
 import pathlib
 import weakref
 from collections.abc import Generator
+from typing import Any
 
 import sqlalchemy as sa
 import sqlalchemy.event
@@ -22,6 +23,7 @@ from sqlalchemy import Boolean, Column, Double, ForeignKey, Integer, String, Tex
 from instructjax.core.errors import UserError, reason, writing
 from instructjax.core.text import printable
 from instructjax.data import label_records
+from instructjax.labels import versions
 
 APPEND_ONLY = ("submissions", "audit")
 _WAIT = 20.0  # seconds that a writer waits for another
@@ -37,7 +39,8 @@ def _of(table: str) -> Column:
   return Column(f"{table.removesuffix('s')}_id", ForeignKey(f"{table}.id"), nullable=False)
 
 
-# Times are seconds since 1970, UTC.
+# Times are seconds since 1970, UTC. Numbers by which people, items and submissions are known outside of the database
+# (as in `?until=N`) are never given twice: SQLite would give the highest again after a deletion.
 settings = sa.Table(
   "settings", metadata, Column("name", String(80), primary_key=True), Column("value", Text)
 )
@@ -51,6 +54,7 @@ users = sa.Table(
   Column("cohort", String(20), nullable=False),  # training or heldout
   Column("is_active", Boolean, nullable=False),
   Column("created", Double, nullable=False),
+  sqlite_autoincrement=True,
 )
 sessions = sa.Table(
   "sessions",
@@ -81,6 +85,7 @@ items = sa.Table(
   Column("created", Double, nullable=False),
   # what a run has put here in one go, for a later round of comparisons (see rounds.py); '' for other items
   Column("batch", String(200), nullable=False, server_default="", index=True),
+  sqlite_autoincrement=True,
 )
 answers = sa.Table(
   "answers",
@@ -102,6 +107,8 @@ assignments = sa.Table(
   Column("opened", Double, nullable=False),
   Column("touched", Double, nullable=False),
   Column("reason", Text, nullable=False),  # for skipping
+  # when one that was sent or skipped was opened to be changed; 0 if it was not since
+  Column("reopened", Double, nullable=False, server_default="0"),
   sa.UniqueConstraint("item_id", "user_id"),
 )
 drafts = sa.Table(
@@ -121,6 +128,7 @@ submissions = sa.Table(
   Column("payload", Text, nullable=False),  # JSON, see forms.parse
   Column("seconds", Double, nullable=False),  # of work
   Column("at", Double, nullable=False),
+  sqlite_autoincrement=True,
 )
 grades = sa.Table(  # of demonstrations, by researchers
   "grades",
@@ -234,11 +242,26 @@ def create(place: str) -> Database:
 
 def _complete(place: str, database: Database):
   """Makes what the database lacks: all of it, or what an earlier version did not have."""
-  with _errors(place), database.write() as connection:
-    metadata.create_all(connection)
-    _add_new_columns(connection)
+  with _errors(place), _free_to_replace(database) as connection:
+    one_at_a_time(connection)
+    versions.complete(connection, metadata)
     for statement in _triggers(connection.dialect.name):
       connection.exec_driver_sql(statement)
+
+
+@contextlib.contextmanager
+def _free_to_replace(database: Database) -> Generator[sa.Connection]:
+  """A transaction in which a table may be dropped that others refer to, and one of its name be put in its place."""
+  with database.engine.connect() as connection:
+    is_sqlite = connection.dialect.name == "sqlite"
+    if is_sqlite:  # before the transaction, inside of which it does nothing
+      _driver(connection).execute("PRAGMA foreign_keys=OFF")
+    try:
+      with connection.begin():
+        yield connection
+    finally:
+      if is_sqlite:
+        _driver(connection).execute("PRAGMA foreign_keys=ON")
 
 
 def open_(place: str) -> Database:
@@ -254,28 +277,12 @@ def open_(place: str) -> Database:
     )
   database = _connect(place)
   with _errors(place), database.read() as connection:
-    found = sa.inspect(connection)
-    if not found.has_table("submissions"):
+    if not sa.inspect(connection).has_table("submissions"):
       raise UserError(f"--project={printable(place)} holds no labeling project")
-    is_whole = _has_all(found)
+    is_whole = versions.is_whole(connection, metadata)
   if not is_whole:
     _complete(place, database)
   return database
-
-
-def _has_all(found: sa.Inspector) -> bool:
-  """Whether there are all tables and columns, some of which a project of an earlier version lacks."""
-  columns = {column["name"] for column in found.get_columns("items")}
-  return metadata.tables.keys() <= set(found.get_table_names()) and "batch" in columns
-
-
-def _add_new_columns(connection: sa.Connection):
-  """Gives the table of items the column that a project of an earlier version lacks."""
-  if "batch" not in {column["name"] for column in sa.inspect(connection).get_columns("items")}:
-    connection.exec_driver_sql(
-      "ALTER TABLE items ADD COLUMN batch VARCHAR(200) DEFAULT '' NOT NULL"
-    )
-    connection.exec_driver_sql("CREATE INDEX ix_items_batch ON items (batch)")
 
 
 @contextlib.contextmanager
@@ -382,11 +389,17 @@ def forget_pages(database: Database):
   """Makes SQLite overwrite what deleted rows have left in the file and in its log."""
   if database.engine.dialect.name == "sqlite":
     with database.engine.connect() as connection:
-      raw = connection.connection.driver_connection
-      if raw is None:
-        raise ValueError("a connection to SQLite has a driver's connection")
+      raw = _driver(connection)
       raw.execute("VACUUM")
       raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _driver(connection: sa.Connection) -> Any:
+  """SQLite's own connection, on which no transaction begins by itself."""
+  raw = connection.connection.driver_connection
+  if raw is None:
+    raise ValueError("a connection to SQLite has a driver's connection")
+  return raw
 
 
 def insert(connection: sa.Connection, table: sa.Table, **values) -> int:

@@ -28,14 +28,15 @@ def shown(host: str) -> str:
   return f"[{host}]" if ":" in host else host
 
 
-def run(app: Starlette, host: str, port: int, tell: Callable[[str], None], has_proxy: bool):
+def run(app: Starlette, host: str, port: int, tell: Callable[[str], None], proxies: str):
   """Answers requests until the process is interrupted.
 
   Args:
     app: the application.
     host, port: where to listen; port 0 for any that is free.
     tell: called with the address, when it is ready.
-    has_proxy: whether a proxy on this machine names each browser's address, by which wrong passwords are counted.
+    proxies: addresses or networks, separated by commas, of the proxies that name each browser's address, by which
+      wrong passwords are counted; '' if browsers ask this process itself.
   Raises:
     UserError: the address cannot be used.
   """
@@ -45,7 +46,13 @@ def run(app: Starlette, host: str, port: int, tell: Callable[[str], None], has_p
   except OSError as error:
     raise UserError(f"--host={host} --port={port} cannot be used: {reason(error)}") from error
   config = uvicorn.Config(
-    app, host=host, port=port, log_level="warning", proxy_headers=has_proxy, server_header=False
+    app,
+    host=host,
+    port=port,
+    log_level="warning",
+    proxy_headers=bool(proxies),
+    forwarded_allow_ips=proxies,
+    server_header=False,
   )
   tell(f"http://{shown(host)}:{listening.getsockname()[1]}/")
   uvicorn.Server(config).run(sockets=[listening])

@@ -144,6 +144,20 @@ def task(database: Database, user: User, item_id: int) -> Task | None:
   return Task(item, answers, assignment, values, draft.saved if draft else 0.0)
 
 
+def reopen(database: Database, found: Task, now: float):
+  """Notes that a person opens an item that was sent or skipped: the work of changing it begins now.
+
+  It began before where there is a draft, or was opened less than an hour ago.
+  """
+  assignment = found.assignment
+  is_under_way = found.saved or now - assignment.reopened < _LONGEST_WORK
+  if assignment.state == "open" or (assignment.reopened and is_under_way):
+    return
+  is_same = (assignments.c.id == assignment.id) & (assignments.c.token == assignment.token)
+  with database.write() as connection:
+    connection.execute(assignments.update().where(is_same).values(reopened=now))
+
+
 def _assignment(connection: sa.Connection, user: User, item_id: int) -> Any:
   return connection.execute(
     sa.select(assignments).where(assignments.c.item_id == item_id, assignments.c.user_id == user.id)
@@ -199,7 +213,8 @@ def submit(
     if assignment is None or assignment.token != token:
       return "stale"
     # No longer than the item was open: the browser's clock is not ours. Without scripts there is no other measure.
-    begun = assignment.opened if assignment.state == "open" else assignment.touched
+    is_first = assignment.state == "open"
+    begun = assignment.opened if is_first else assignment.reopened or assignment.touched
     since = max(now - begun, 0.0)  # a clock may be set back
     spent = min(seconds, since) if seconds > 0 else min(since, _LONGEST_WORK)
     connection.execute(
@@ -227,7 +242,7 @@ def _close(connection: sa.Connection, assignment: Any, state: str, reason: str, 
   connection.execute(
     assignments.update()
     .where(assignments.c.id == assignment.id)
-    .values(state=state, reason=reason, touched=now, token=secrets.token_urlsafe(16))
+    .values(state=state, reason=reason, touched=now, reopened=0, token=secrets.token_urlsafe(16))
   )
 
 

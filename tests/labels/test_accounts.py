@@ -91,6 +91,7 @@ def test_an_account_without_a_password_cannot_be_signed_in_to(database):
   [
     ({"name": "ann"}, "there is a person named 'ann' already"),
     ({"name": "a b"}, "must be up to 80 letters"),
+    ({"name": "u7"}, "name 'u7' must not be u and a number"),
     ({"role": "king"}, "role 'king' must be one of"),
     ({"cohort": "x"}, "cohort 'x' must be one of"),
     ({"password": "short"}, "10 to 1000 characters"),

@@ -54,6 +54,55 @@ def test_rankings_of_several_annotators_become_one_item(tmp_path):
     filling.bring_in(database, spec, "prompts", 0.0)
 
 
+ROW = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
+
+
+def test_several_rankings_without_a_labeler_are_by_several_people(tmp_path):
+  """None of them has the name of one who has a name."""
+  rows = [ROW, ROW, ROW | {"labeler": "imported_2"}, ROW | {"prompt": "q"}, ROW | {"labeler": ""}]
+  database = app.make_project(tmp_path / "p", people=())
+  spec = write(tmp_path / "rows.jsonl", *rows)
+  assert filling.bring_in(database, spec, "comparisons", 0.0) == (2, 5)
+  found = [(one.prompt, one.labeler) for one in load(f"labels:{tmp_path}/p")]
+  names = ["imported", "imported_3", "imported_2", "imported_4"]
+  assert found == [*(("p", name) for name in names), ("q", "imported")]
+  # Another file may hold more of them.
+  assert filling.bring_in(database, spec, "comparisons", 0.0) == (2, 5)
+
+
+@pytest.mark.parametrize(
+  ("one", "other", "account"),
+  [
+    ("ann lee", "ann#lee", "ann_lee"),
+    ("ann_lee", "ann lee", "ann_lee"),
+    ("x" * 80 + "1", "x" * 80 + "2", "x" * 80),
+    ("u7", "_u7", "_u7"),
+  ],
+)
+def test_two_labelers_do_not_become_one_person(tmp_path, one, other, account):
+  rows = [ROW | {"labeler": one}, ROW | {"prompt": "q", "labeler": other}]
+  database = app.make_project(tmp_path / "p", people=())
+  with pytest.raises(UserError, match=f"rows.jsonl.*2.* would both have the account {account}: re"):
+    filling.bring_in(database, write(tmp_path / "rows.jsonl", *rows), "comparisons", 0.0)
+  spec = write(tmp_path / "one.jsonl", rows[0])
+  filling.bring_in(database, spec, "comparisons", 0.0)
+  filling.bring_in(database, spec, "comparisons", 1.0)  # the same person, in a second file
+  assert [person.name for person in accounts.everybody(database)] == [account]
+
+
+def test_what_is_imported_is_not_credited_to_another_of_the_name(tmp_path):
+  database = app.make_project(tmp_path / "p")  # with ann, who signs in
+  accounts.add(database, "hal", "labeler", None, 0.0, "heldout")
+  accounts.set_active(database, "ann", False, 0.0)
+  said = "has the name of a person of the project who"
+  for name, why in (("ann", "signs in"), ("hal", "is of the cohort heldout")):
+    spec = write(tmp_path / "rows.jsonl", ROW | {"labeler": "bea"}, ROW | {"labeler": name})
+    with pytest.raises(UserError, match=f"labeler {name} {said} {why}, .*: give the labeler anoth"):
+      filling.bring_in(database, spec, "comparisons", 0.0)
+  with database.read() as connection:
+    assert not connection.execute(schema.items.select()).all()
+
+
 def test_demonstrations_are_brought_in(tmp_path):
   spec = write(tmp_path / "d.jsonl", *[{"prompt": "p", "response": text} for text in "ab"])
   database = app.make_project(tmp_path / "p", people=())
@@ -103,6 +152,17 @@ def test_simulated_labelers_fill_a_project(simulated, tmp_path, prompts):
     split: len(load(f"labels:{tmp_path}/p", split=split)) for split in ("train", "validation")
   }
   assert sum(sides.values()) == 60 and all(sides.values())
+
+
+def test_what_is_simulated_is_not_credited_to_another_of_the_name(simulated, prompts):
+  asked = [(prompts[0], ["a", "b"])]
+  (first,) = sources.require_simulation("demo:").collect_rankings(asked, "train", 0)
+  accounts.add(simulated, first.labeler, "labeler", app.PASSWORD, 0.0)
+  said = (
+    f"labeler {first.labeler} has the name of a person of the project who signs in, .*: simulate in"
+  )
+  with pytest.raises(UserError, match=said):
+    filling.simulate(simulated, "demo:", "train", 0, 0.0)
 
 
 def test_what_somebody_has_skipped_is_wanted_still(simulated):

@@ -51,3 +51,10 @@ def test_what_is_missing_or_out_of_range_is_named(name, value):
 def test_a_demonstration_must_be_text(text):
   assert "text" in forms.parse("demonstration", [], {"text": text})[1]
   assert forms.parse("demonstration", [], {"text": " a\r\nb\n"}) == ({"text": "a\nb"}, {})
+
+
+@pytest.mark.parametrize("sent", ["", "a", "nan", "inf", "-3", "0"])
+def test_seconds_that_cannot_be_right_are_none(sent):
+  assert forms.seconds_of({"seconds": sent}) == forms.seconds_of({}) == 0
+  assert "seconds" not in forms.kept("ranking", [7], {"seconds": sent})
+  assert forms.kept("ranking", [7], {"seconds": "12.4"}) == {"seconds": "12"}

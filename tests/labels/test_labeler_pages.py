@@ -5,6 +5,7 @@ import json
 import pytest
 
 from instructjax.data.records import Chat
+from instructjax.labels import work
 from tests.labels import app
 
 CHAT = Chat((("system", "Be brief."), ("user", "Hi.")))
@@ -85,6 +86,35 @@ def test_skipping_needs_a_reason(database, ann):
   assert after.url.path == "/items/2"
   history = ann.get("/history").text
   assert "Another reason: Too long." in history and 'class="tag skipped"' in history
+
+
+def test_seconds_are_carried_from_page_to_page(database, ann):
+  """From a draft and from a form with something missing, until it is sent; what is sent later begins at none."""
+  ann.get("/next")
+  seconds = lambda page: ann.hidden(page)["seconds"]
+  assert seconds(ann.get("/items/1").text) == "0"
+  ann.post("/items/1/draft", "/items/1", seconds="70")
+  page = ann.get("/items/1").text
+  assert seconds(page) == "70" and 'data-seconds="70"' in page
+  page = ann.post("/items/1/submit", "/items/1", seconds="95").text
+  assert "are\nnot answered yet" in page and seconds(page) == "95"
+  assert seconds(ann.get("/items/1").text) == "95"
+  ids = app.answers_of(database, 1).values()
+  ann.post("/items/1/submit", "/items/1", **app.filled("ranking", ids, [1, 2, 3]))
+  assert seconds(ann.get("/items/1").text) == "0"
+
+
+def test_opening_what_was_sent_begins_its_revision(database, ann):
+  ann.get("/next")
+  ids = app.answers_of(database, 1).values()
+  ann.post("/items/1/submit", "/items/1", **app.filled("ranking", ids, [1, 2, 3]))
+  reopened = lambda: work.task(database, app.user(database, "ann"), 1).assignment.reopened
+  assert reopened() == 0
+  ann.get("/items/1")
+  first = reopened()
+  assert first > 0
+  ann.get("/items/1")
+  assert reopened() == first
 
 
 def test_seconds_that_are_no_number_do_no_harm(database, ann):

@@ -40,9 +40,28 @@ def test_everything_of_a_person(database):
     privacy.data_of(database, "zoe")
 
 
+def author(database, number):
+  with database.read() as connection:
+    return prompts.author(connection, number)
+
+
+def test_what_a_user_of_another_project_wrote_is_nobodys_here(database, tmp_path):
+  """Its pool is added here, where another person has the same number."""
+  other = app.make_project(tmp_path / "other", [], (("una", "user"),))
+  prompts.keep(other, app.user(other, "una"), "secret of una", 0.0)
+  (row,) = prompts.records(other)
+  assert app.user(other, "una").id == app.user(database, "ann").id == 1
+  projects.add(database, [app.item(row["prompt"], author=row["user"])], 1.0)
+  assert "secret of una" not in repr(privacy.data_of(database, "ann"))
+  privacy.delete(database, "ann", 9.0)
+  with database.read() as connection:
+    authors = connection.execute(sa.select(schema.items.c.author)).scalars().all()
+  assert authors == ["", row["user"]]
+
+
 def test_nothing_is_left_of_a_deleted_person(database, tmp_path):
   number = app.user(database, "ann").id
-  projects.add(database, [app.item("of the playground", author=prompts.author(number))], 1.0)
+  projects.add(database, [app.item("of the playground", author=author(database, number))], 1.0)
   counts = privacy.delete(database, "ann", 9.0)
   assert counts["submissions"] == 1
   with database.read() as connection:

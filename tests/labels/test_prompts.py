@@ -27,13 +27,15 @@ def test_the_pool(tmp_path, monkeypatch):
   assert not prompts.forget(database, ugo, rows[0], 3.0)  # it is not his
   assert prompts.forget(database, una, rows[0], 3.0)
   assert prompts.keep(database, una, "two", 4.0) == "kept"
-  names = {f"u{una.id}", f"u{ugo.id}"}
+  with database.read() as connection:
+    names = {prompts.author(connection, one.id) for one in (una, ugo)}
   found = prompts.records(database)
   assert {row["user"] for row in found} == names and len(found) == 3
-  # All prompts of a user fall on one side of a project's split.
+  # All prompts of a user fall on one side of a project's split, with those that an earlier version called `u1`.
   for row in found:
     sides = {
-      projects.split_of(projects.Item("ranking", text, author=row["user"]), 0.5)
+      projects.split_of(projects.Item("ranking", text, author=author), 0.5)
       for text in ("a", "b", "c", "d", "e")
+      for author in (row["user"], row["user"].partition(":")[0])
     }
     assert len(sides) == 1

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from instructjax.core.errors import UserError
 from instructjax.data import label_records
-from instructjax.labels import privacy, rounds, schema, work
+from instructjax.labels import accounts, privacy, schema, work
 from tests.labels import app
 
 
@@ -110,19 +110,13 @@ def test_what_nobody_uses_any_more_has_no_connection(tmp_path):
     inner.execute("SELECT 1")
 
 
-def test_a_project_of_an_earlier_version_gets_what_it_lacks(database, tmp_path):
-  """It has rows, and neither the column `batch` nor the tables of trainings and of users' prompts."""
-  with database.write() as connection:
-    connection.exec_driver_sql("DROP INDEX ix_items_batch")
-    connection.exec_driver_sql("ALTER TABLE items DROP COLUMN batch")
-    for table in ("trainings", "prompts"):
-      connection.exec_driver_sql(f"DROP TABLE {table}")
-  database.close()
-  # What only reads it needs none of this.
-  assert label_records.rows(str(tmp_path), "comparisons", "all")
-  again = schema.open_(str(tmp_path))
-  with again.read() as connection:
-    assert connection.execute(sa.select(schema.items.c.batch)).scalars().all() == [""]
-    assert not connection.execute(schema.trainings.select()).all()
-    assert len(connection.execute(schema.submissions.select()).all()) == 1
-  assert rounds.put(again, [app.item("new", batch="b")], 1.0, 0)
+def test_numbers_are_never_given_twice(database, tmp_path):
+  """The last person, and with that the last submission, is deleted; the next ones have numbers of their own."""
+  ann = app.user(database, "ann")
+  privacy.delete(database, "ann", 3.0)
+  again = accounts.add(database, "bea", "labeler", None, 4.0)
+  assert again > ann.id
+  bea = app.user(database, "bea")
+  app.submit(database, bea, work.next_item(database, bea, 5.0))
+  assert not label_records.rows(str(tmp_path), "comparisons", "all", until=1)
+  assert label_records.newest(str(tmp_path)) == (2, 1)

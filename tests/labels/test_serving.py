@@ -4,6 +4,7 @@ import contextlib
 import os
 import threading
 import time
+import urllib.parse
 
 import pytest
 import uvicorn
@@ -96,6 +97,7 @@ def test_a_labelers_day(site, page):
   page.keyboard.press("Enter")
   page.get_by_role("link", name="Begin").click()
   _rank_by_mouse_and_keyboard(page)
+  _load_the_page_anew(page)
   _lose_the_network(page)
   _reload_while_a_draft_is_on_its_way(page)
   _type_while_a_draft_is_on_its_way(page)
@@ -133,6 +135,22 @@ def _rank_by_mouse_and_keyboard(page):
 
 def _letter(page, text) -> str:
   return card(page, text).locator("b").inner_text().removeprefix("Output ")
+
+
+def _load_the_page_anew(page):
+  """Seconds of work are counted on, by the tab and from the server's draft."""
+  _says(page, "Draft saved")
+  page.evaluate(
+    "sessionStorage.setItem('seconds', JSON.stringify([500, JSON.parse(sessionStorage.seconds)[1]]))"
+  )
+  page.reload()
+  with page.expect_response("**/draft") as answer:
+    page.locator("textarea").first.fill("a note")
+  sent = urllib.parse.parse_qs(answer.value.request.post_data)
+  assert 500 <= int(sent["seconds"][0]) < 600
+  page.evaluate("sessionStorage.clear()")
+  page.reload()
+  assert 500 <= int(page.locator("#work").get_attribute("data-seconds")) < 600
 
 
 def _lose_the_network(page):

@@ -124,6 +124,37 @@ def test_no_more_time_counts_than_the_item_was_open(database, seconds, counted):
   assert work.progress(database, ann, 100.0).seconds == counted
 
 
+def test_a_revision_counts_from_when_the_sent_form_was_opened_again(database):
+  """Not from the last draft, nor from an opening of long ago that led to nothing."""
+  ann = app.user(database, "ann")
+  work.next_item(database, ann, 0.0)
+  app.submit(database, ann, 3, now=10.0)
+
+  def look(now):
+    found = work.task(database, ann, 3)
+    work.reopen(database, found, now)
+    return found, found.assignment.token
+
+  def sent(seconds, now):
+    found, token = look(now)
+    work.submit(database, ann, found, token, {"answers": {}}, seconds, now)
+    with database.read() as connection:
+      query = sa.select(schema.submissions.c.seconds).order_by(schema.submissions.c.id.desc())
+      return connection.execute(query.limit(1)).scalar_one()
+
+  found, token = look(1000.0)
+  assert work.save_draft(database, ann, found, token, {}, 1290.0)
+  assert sent(280.0, 1300.0) == 280.0
+  look(2000.0)
+  assert sent(0.0, 2100.0) == 100.0  # without scripts
+  look(3000.0)
+  look(3000.0 + DAY)
+  assert sent(0.0, 3060.0 + DAY) == 60.0
+  found, token = look(2 * DAY)
+  assert work.save_draft(database, ann, found, token, {}, 2 * DAY + 9)
+  assert sent(5000.0, 3 * DAY) == 5000.0  # a draft is gone on with
+
+
 def test_a_draft_comes_back_until_the_form_is_sent(database):
   ann = app.user(database, "ann")
   work.next_item(database, ann, 0.0)

@@ -38,6 +38,21 @@ function startForm() {
     if (board) board.draw();
   }
 
+  // Seconds in which the page is looked at and something was done within the last minute. They go on from those of the
+  // draft or of the form that was sent, or from what this tab has counted before it loaded the page anew.
+  let seconds = Number(form.dataset.seconds), touched = Date.now();
+  try {
+    const [counted, of] = JSON.parse(sessionStorage.getItem("seconds"));
+    if (of === key) seconds = Math.max(seconds, counted);
+  } catch { /* it has counted none */ }
+  for (const kind of ["keydown", "pointerdown", "pointermove", "scroll", "input"])
+    document.addEventListener(kind, () => { touched = Date.now(); }, { passive: true });
+  setInterval(() => {
+    if (document.hidden || Date.now() - touched >= 60000) return;
+    seconds += 1;
+    try { sessionStorage.setItem("seconds", JSON.stringify([seconds, key])); } catch { /* the draft has most of them */ }
+  }, 1000);
+
   // What the network has lost is still here.
   let pending = null, timer = 0, isSending = false, isSaving = false;
   try { pending = JSON.parse(localStorage.getItem(key)); } catch { pending = null; }
@@ -59,7 +74,7 @@ function startForm() {
     if (!pending || isSending || isSaving) return;
     isSaving = true; // one draft at a time: it could arrive after the next one, and take its place
     const sending = pending;
-    const body = new URLSearchParams({ ...sending.values, csrf: form.elements.csrf.value, token });
+    const body = new URLSearchParams({ ...sending.values, csrf: form.elements.csrf.value, token, seconds });
     try {
       // A request that hangs must not keep the next ones waiting.
       const signal = AbortSignal.timeout(10000);
@@ -89,12 +104,6 @@ function startForm() {
     for (const field of fields) if (!field.querySelector(":checked")) field.querySelector('[value="no"]').checked = true;
     changed();
   });
-
-  // Time in which the page is looked at and something was done within the last minute.
-  let seconds = 0, touched = Date.now();
-  for (const kind of ["keydown", "pointerdown", "pointermove", "scroll", "input"])
-    document.addEventListener(kind, () => { touched = Date.now(); }, { passive: true });
-  setInterval(() => { if (!document.hidden && Date.now() - touched < 60000) seconds += 1; }, 1000);
 
   form.addEventListener("submit", (event) => {
     if (isSending) { event.preventDefault(); return; }
