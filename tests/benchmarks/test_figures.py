@@ -105,6 +105,8 @@ def finished_run(folder, seed, value, config="configs/ppo_ptx.py"):
   rows = [{"prompt": f"p{n // 2}", "answers": answers | {"ppo_ptx": f"e{n}"}} for n in range(40)]
   (folder / "evaluate" / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
   (folder / "evaluate" / "done.json").write_text(json.dumps(done))
+  (folder / "tokenizer").mkdir()
+  (folder / "tokenizer" / "done.json").write_text(json.dumps({"provenance": None}))
   return folder
 
 
