@@ -19,7 +19,7 @@ from instructjax.report import intervals, wording
 from instructjax.report.results import Measured
 from instructjax.stages import answers, judging, lineage, policies, untrained
 from instructjax.stages.context import Context
-from instructjax.train import checkpoint
+from instructjax.train import checkpoint, damaged, manifest
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
@@ -137,11 +137,25 @@ def measure_checkpoints(
   found: dict[str, dict[int, Measured]] = {}
   for name, steps in wanted.items():
     policy = STAGES[name].require_policy().name
-    for step in steps:
-      if step in saved[name]:
-        answered = measure(ctx, policy, prompts, f"{stage}/step_{step}", step=step)
-        found.setdefault(policy, {})[step] = answered
+    for step in _whole(ctx, name, [step for step in steps if step in saved[name]], stage):
+      answered = measure(ctx, policy, prompts, f"{stage}/step_{step}", step=step)
+      found.setdefault(policy, {})[step] = answered
   return found
+
+
+def _whole(ctx: Context, name: str, steps: Sequence[int], stage: str) -> list[int]:
+  """Those steps whose checkpoint is not damaged; says which are. All processes must call it.
+
+  No stage goes on from these checkpoints, so a run need not end because of one.
+  """
+  whole = []
+  for step in steps:
+    damage = manifest.find_damage(ctx.directory(name) / damaged.FOLDER / str(step))
+    if damage is None:
+      whole.append(step)
+    elif jax.process_index() == 0:
+      terminal.say(f"{stage} leaves out step {step} of {name}: {damage}")
+  return whole
 
 
 def _lack(stage: str, asked: int, lacking: Mapping[str, Sequence[int]]) -> str:

@@ -117,6 +117,8 @@ def test_checkpoints_that_were_not_kept_are_told_and_left_out(monkeypatch, tmp_p
   monkeypatch.setattr(measuring.checkpoint, "saved_steps", lambda folder: saved[folder.name])
   measure = lambda ctx, name, prompts, stage, *, step: (name, prompts, stage, step)
   monkeypatch.setattr(measuring, "measure", measure)
+  damage = {}
+  monkeypatch.setattr(measuring.manifest, "find_damage", damage.get)
   ctx = types.SimpleNamespace(config=cfg, directory=lambda stage: tmp_path / stage)
   found = measuring.measure_checkpoints(ctx, ["p"], "evaluate")
   # Each step draws with a key of its own, and none with that of the finished policy.
@@ -130,3 +132,8 @@ def test_checkpoints_that_were_not_kept_are_told_and_left_out(monkeypatch, tmp_p
   saved |= {"ppo": [2, 4, 6], "ppo_beta0": [1, 2, 3]}
   assert len(measuring.measure_checkpoints(ctx, ["p"], "evaluate")) == 3
   assert capsys.readouterr().out == ""
+  # One that is damaged is left out too: nothing goes on from it.
+  damage[tmp_path / "ppo" / "checkpoints" / "4"] = "a has other bytes than were saved"
+  assert list(measuring.measure_checkpoints(ctx, ["p"], "evaluate")["ppo"]) == [2, 6]
+  said = capsys.readouterr().out
+  assert said == "evaluate leaves out step 4 of ppo: a has other bytes than were saved\n"
