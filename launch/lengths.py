@@ -213,7 +213,10 @@ def _shared(config: Config, cfg: PPOConfig, shards: int, means: Means):
   """(scored, trained, loops) of `Work`, for rows that several episodes share; (None, None, {}) without such rows."""
   if not cfg.packed_rows:
     return None, None, {}
-  is_shared = cfg.share_prompts and cfg.samples_per_prompt > 1 and _has_room(config, cfg, shards)
+  from instructjax.stages import rl_nets  # JAX, after the environment is set, see topology.py
+
+  is_shared = cfg.share_prompts and cfg.samples_per_prompt > 1
+  is_shared = is_shared and rl_nets.has_room(config, cfg, cfg.packed_rows, shards)
   if is_shared and config.execution.attention not in ("auto", "splash"):
     raise UserError(
       "config.ppo.share_prompts is not known to the planner, and attention="
@@ -231,16 +234,6 @@ def _shared(config: Config, cfg: PPOConfig, shards: int, means: Means):
     for width, number in found.items()
   }
   return scored, trained, loops
-
-
-def _has_room(config: Config, cfg: PPOConfig, shards: int) -> bool:
-  """Whether a device's rows can be joined to rows that hold a prompt with all of its answers."""
-  from instructjax.rl import shared_prompts  # JAX, after the environment is set, see topology.py
-
-  prompt = config.data.max_prompt_length
-  length = prompt + config.data.max_response_length
-  sizes = cfg.samples_per_prompt, cfg.packed_rows, shards
-  return shared_prompts.row_width(length, prompt, *sizes) is not None
 
 
 @functools.cache

@@ -12,12 +12,14 @@ import re
 
 from instructjax.core.text import printable
 
+# Errors of a disk, a mount or a bucket that may pass by themselves.
+_PASSING = (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
+_BUSY = {429, *range(500, 600)}  # a server's answers: too many requests, and faults of its own
 # Errors that come from the state of the file system (full, read-only, missing, not permitted), not from a bug.
 _REFUSALS = (
   errno.ENOSPC,
   errno.EDQUOT,
   errno.EFBIG,
-  errno.EIO,
   errno.EROFS,
   errno.EACCES,
   errno.EPERM,
@@ -25,11 +27,8 @@ _REFUSALS = (
   errno.ENOTDIR,
   errno.EMFILE,
   errno.ENFILE,
+  *_PASSING,
 )
-# Errors of a disk, a mount or a bucket that may pass by themselves.
-_PASSING = (errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
-_BUSY = range(500, 600)  # answers of a server that has a fault of its own
-_TOO_MANY = 429
 # tensorstore raises a ValueError with "... [OS error 28: ENOSPC No space left on device]", and libraries in Rust write
 # "(os error 28)". Neither raises an OSError, so the message is all there is to go by.
 _OS_ERROR = re.compile(r"\bOS error\b", re.IGNORECASE)
@@ -104,8 +103,8 @@ def may_pass(error: BaseException) -> bool:
   """Whether the cause of an error is a fault of storage that the same command may not meet again."""
   cause: BaseException | None = error
   while cause is not None:
-    status = getattr(cause, "code", getattr(cause, "status", None))  # of gcsfs, of aiohttp
-    if isinstance(status, int) and (status in _BUSY or status == _TOO_MANY):
+    answers = (getattr(cause, name, None) for name in ("code", "status"))  # of gcsfs, of aiohttp
+    if any(isinstance(answer, int) and answer in _BUSY for answer in answers):
       return True
     if isinstance(cause, OSError) and cause.errno in _PASSING:
       return True

@@ -30,8 +30,8 @@ class PPOConfig:
   # of its own [rows]
   packed_rows: int = dataclasses.field(metadata=ROUNDING)
   # whether the samples_per_prompt answers to a prompt stay in one minibatch, and are scored and trained on after a
-  # single copy of it where a row of packed_rows has room for all of them and attention takes any mask, as splash does
-  # not
+  # single copy of it, where packed_rows leave a row with room for all of them and attention is not splash, which takes
+  # segments only
   share_prompts: bool
   temperature: float  # temperature at which responses are sampled
   # rewards that are summed (docs/rewards.md), each with an optional weight before it: rm is the run's reward model,

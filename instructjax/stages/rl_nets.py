@@ -58,18 +58,26 @@ def why_not_shared(config: Config, cfg: PPOConfig, mesh: Mesh, model: transforme
     return "ppo.packed_rows=0 gives each answer a row of its own"
   if why := execution.why_no_trees(model.execution):
     return why
-  prompt_length, shards = config.data.max_prompt_length, sharding.num_row_shards(mesh)
-  length, group = prompt_length + config.data.max_response_length, cfg.samples_per_prompt
-  has_room = lambda rows: (
-    shared_prompts.row_width(length, prompt_length, group, rows, shards) is not None
-  )
-  if has_room(cfg.packed_rows):
+  shards = sharding.num_row_shards(mesh)
+  if has_room(config, cfg, cfg.packed_rows, shards):
     return ""
   minibatch = cfg.batch_size // cfg.num_minibatches
   # What the config would take: rows that divide a minibatch, and over the devices.
-  others = [n for n in range(shards, minibatch + 1, shards) if minibatch % n == 0 and has_room(n)]
+  others = [
+    n
+    for n in range(shards, minibatch + 1, shards)
+    if minibatch % n == 0 and has_room(config, cfg, n, shards)
+  ]
   advice = f"{others[0]} would do" if others else "no number of them would do"
   return f"ppo.packed_rows={cfg.packed_rows} leaves a device rows that are too short; {advice}"
+
+
+def has_room(config: Config, cfg: PPOConfig, rows: int, shards: int) -> bool:
+  """Whether a device's share of `rows` rows can be joined to rows that hold a prompt with all of its answers."""
+  prompt_length = config.data.max_prompt_length
+  length = prompt_length + config.data.max_response_length
+  width = shared_prompts.row_width(length, prompt_length, cfg.samples_per_prompt, rows, shards)
+  return width is not None
 
 
 def optimizers(config: Config, cfg: PPOConfig):

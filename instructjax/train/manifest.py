@@ -35,7 +35,7 @@ NAME = "manifest.json"
 _PAGE = 512  # words of 8 bytes
 _CHUNK = 256 * _PAGE  # words read at once
 _NOTHING = 2**31 - 1  # the number of no fault; int32, in which JAX gathers
-_PAUSES = (0.5, 1.0, 2.0, 4.0, None)  # seconds after which a read that failed is tried again
+_PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds after which a read that failed is tried again
 _THREADS = 8  # NumPy and files let go of Python's lock, so threads read and sum at the same time
 
 Fault = Literal["is missing", "has another size than was saved", "has other bytes than were saved"]
@@ -145,7 +145,7 @@ def _fault(path: pathlib.Path, size: int, checksum: str) -> Fault | None:
     return fault
   try:
     return None if _tried(lambda: _sum(path), path) == (size, checksum) else OTHER_BYTES
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return MISSING
   except UserError as error:
     if getattr(error.__cause__, "errno", None) == errno.EIO:
@@ -167,18 +167,19 @@ def _tried(read: Callable[[], _T], path: pathlib.Path) -> _T:
     FileNotFoundError, NotADirectoryError: the file is not there.
     UserError: it cannot be read for another reason.
   """
-  for pause in _PAUSES:
+  pauses = iter(_PAUSES)
+  while True:
     try:
       return read()
     except (FileNotFoundError, NotADirectoryError):
       raise
     except OSError as error:
+      pause = next(pauses, None)
       if pause is None or not may_pass(error):
         raise UserError(
           f"cannot read {path}: {reason(error)}; run the same command again"
         ) from error
     time.sleep(pause)
-  raise ValueError("the last pause must be None")
 
 
 def _sum(path: pathlib.Path) -> tuple[int, str]:

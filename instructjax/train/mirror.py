@@ -28,7 +28,7 @@ from typing import Any, Self
 import jax
 
 from instructjax.core import terminal
-from instructjax.core.errors import Preempted, UserError, Waiting, one_line, reason
+from instructjax.core.errors import Preempted, UserError, Waiting, may_pass, one_line, reason
 from instructjax.core.foreign import shown
 from instructjax.parallel import distributed
 from instructjax.train import damaged, finished, manifest
@@ -427,8 +427,10 @@ def mirrored(url: str, folder: pathlib.Path) -> Generator[None, None, None]:
       try:
         yield
       except UserError as error:
-        # Else the others' word of the same mistake would end this process within its last copy.
-        distributed.tell_mistake(one_line(error))
+        # Else the others' word of the same mistake would end this process within its last copy. A fault of storage is
+        # no mistake, with which the others would end for good.
+        if not may_pass(error):
+          distributed.tell_mistake(one_line(error))
         raise
   except (Preempted, Waiting) as error:
     stopped = error

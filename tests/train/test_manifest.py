@@ -147,7 +147,7 @@ def test_a_disk_that_cannot_read_its_own_sector_is_damage(tmp_path, monkeypatch)
     raise OSError(5, "Input/output error")
 
   monkeypatch.setattr(manifest, "_sum", unreadable)
-  monkeypatch.setattr(manifest, "_PAUSES", (0.0, None))
+  monkeypatch.setattr(manifest, "_PAUSES", (0.0,))
   assert manifest.find_fault(tmp_path, "state/d/a").path == file
   assert manifest.find_damage(tmp_path).fault == "has other bytes than were saved"
 
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_reached_is_not_missing(tmp_path, monkeypatch, num
       raise OSError(number, os.strerror(number), str(path))
     return read_text(path, **kwargs)
 
-  monkeypatch.setattr(manifest, "_PAUSES", (0.0, 0.0, None))
+  monkeypatch.setattr(manifest, "_PAUSES", (0.0, 0.0))
   monkeypatch.setattr(pathlib.Path, "read_text", failing)
   for find in (manifest.find_half, manifest.find_damage):
     failures.clear()

@@ -217,6 +217,10 @@ def test_a_mistake_is_told_before_the_last_copy(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="kl is 7"), mirror.mirrored("gs://b/d", tmp_path):
     raise UserError("kl is 7")
   assert told == ["kl is 7", "copied"]
+  told.clear()
+  with pytest.raises(UserError, match="cannot write"), mirror.mirrored("gs://b/d", tmp_path):
+    raise UserError("cannot write a") from OSError(107, "Transport endpoint is not connected")
+  assert told == ["copied"]  # the others are not to end with a mistake
 
 
 @pytest.mark.parametrize("name", ["sft/../../x", "sft//x", "/x", "./x", "a\nb"])
