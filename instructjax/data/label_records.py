@@ -211,4 +211,14 @@ def _select(place: str, query: str, **values) -> list[Any]:
   except ImportError as error:
     raise UserError(f"labels:postgresql:// needs psycopg: {EXTRA}") from error
   except sqlalchemy.exc.SQLAlchemyError as error:
+    if is_url(place) and _lacks_tables(error):
+      raise UserError(
+        f"labels:{printable(place)} holds no labeling project: name the database that `python -m instructjax.label ..."
+        " --project=postgresql://...` was given"
+      ) from error
     raise UserError(f"labels:{printable(place)} cannot be read: {reason(error)}") from error
+
+
+def _lacks_tables(error: Exception) -> bool:
+  """Whether PostgreSQL refused a query because it has no such table."""
+  return getattr(getattr(error, "orig", None), "sqlstate", None) == "42P01"  # undefined_table

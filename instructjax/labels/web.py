@@ -7,6 +7,7 @@ Called by serving.py and the tests. Pages are functions of an `Asked` in the mod
 import dataclasses
 import functools
 import hmac
+import logging
 import pathlib
 import time
 import urllib.parse
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
+import sqlalchemy.exc
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.convertors import IntegerConvertor, register_url_convertor
@@ -24,6 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from instructjax.core.errors import reason
 from instructjax.core.text import printable_lines
 from instructjax.labels import accounts, projects
 from instructjax.labels.accounts import User
@@ -218,6 +221,7 @@ def application(site: Site, tables: Iterable[Iterable[Page]], hosts: list[str]) 
     exception_handlers={
       404: functools.partial(_missing, site),
       405: functools.partial(_missing, site),
+      sqlalchemy.exc.OperationalError: _unavailable,
     },
   )
 
@@ -241,7 +245,22 @@ def _with_headers(app):
 
 
 async def _missing(site: Site, request: Request, error: Exception) -> Response:
-  return await run_in_threadpool(_refusal, _visitor(site, request), Refused(404, NOT_THERE))
+  try:
+    return await run_in_threadpool(_refuse, site, request, Refused(404, NOT_THERE))
+  except sqlalchemy.exc.OperationalError as why:  # Starlette looks at no handler's own errors
+    return await _unavailable(request, why)
+
+
+async def _unavailable(request: Request, error: Exception) -> Response:
+  """The database is gone or refuses, as PostgreSQL does while it is started again, or SQLite on a full disk.
+
+  No other page can be shown without it. Its connections are tried again with the next request.
+  """
+  why = getattr(error, "orig", None) or error
+  path = printable_lines(request.url.path)
+  logging.getLogger(__name__).warning("%s %s: %s", request.method, path, reason(why))
+  html = _templates().get_template("unavailable.html").render()
+  return HTMLResponse(html, 503, {"Retry-After": "5"})
 
 
 async def _answer(site: Site, row: Page, request: Request) -> Response:
@@ -250,7 +269,7 @@ async def _answer(site: Site, row: Page, request: Request) -> Response:
     try:
       form = await _form(request)
     except Refused as error:
-      return await run_in_threadpool(_refusal, _visitor(site, request), error)
+      return await run_in_threadpool(_refuse, site, request, error)
   return await run_in_threadpool(_let_in, site, row, request, form)
 
 
@@ -320,6 +339,11 @@ def _require_own_form(asked: Asked, request: Request, form: dict[str, str]):
     or not hmac.compare_digest(form.get("csrf", "").encode(), expected.encode())
   ):
     raise Refused(403, "This form is too old, or came from another site. Open the page again.")
+
+
+def _refuse(site: Site, request: Request, error: Refused) -> Response:
+  """Refuses a request of one who was not let in yet."""
+  return _refusal(_visitor(site, request), error)
 
 
 def _refusal(asked: Asked, error: Refused) -> Response:

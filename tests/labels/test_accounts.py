@@ -13,6 +13,7 @@ def database(tmp_path):
   return app.make_project(tmp_path)
 
 
+@pytest.mark.sqlite
 def test_passwords_and_tokens_are_not_in_the_database(database, tmp_path):
   token = accounts.sign_in(database, "ann", app.PASSWORD, "here", 0.0)
   database.close()

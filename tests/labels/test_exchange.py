@@ -82,7 +82,11 @@ def test_until_and_the_checksum_follow_submissions_only(ranked):
     ("labels:{}?until=x", "until='x' of labels: must be the number of a submission"),
     ("labels:{}?cohort=x", "cohort='x' of labels: must be one of training, heldout"),
     ("labels:postgresql://ann:secret@host:port/db", "a source labels:... must be a folder"),
-    ("labels:{}/absent", "is no labeling project: it holds no labels.sqlite"),
+    pytest.param(
+      "labels:{}/absent",
+      "is no labeling project: it holds no labels.sqlite",
+      marks=pytest.mark.sqlite,
+    ),
     ("labels:postgresql://ann:secret@host/db", "must not hold a password"),
   ],
 )

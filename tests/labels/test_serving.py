@@ -56,7 +56,10 @@ def page(site):
     found.on("pageerror", lambda error: wrong.append(str(error)))
     yield found
     chromium.close()
-  expected = ("Failed to load resource: net::ERR_INTERNET_DISCONNECTED",)
+  expected = (
+    "Failed to load resource: net::ERR_INTERNET_DISCONNECTED",
+    "Failed to load resource: the server responded with a status of 503",
+  )
   assert [
     text for text in wrong if not text.startswith(expected)
   ] == []  # no breach of the CSP either
@@ -99,6 +102,7 @@ def test_a_labelers_day(site, page):
   _rank_by_mouse_and_keyboard(page)
   _load_the_page_anew(page)
   _lose_the_network(page)
+  _lose_the_database(page)
   _reload_while_a_draft_is_on_its_way(page)
   _type_while_a_draft_is_on_its_way(page)
   _lose_the_network_with_a_clock_that_is_slow(page)
@@ -170,6 +174,22 @@ def _lose_the_network(page):
   page.evaluate("localStorage.clear()")
   page.reload()  # now from the server's draft
   assert page.locator("textarea").first.input_value() == "typed in a tunnel"
+
+
+def _lose_the_database(page):
+  """The draft that the server did not take is sent again."""
+  page.reload()
+  page.route("**/draft", lambda route: route.fulfill(status=503))
+  page.locator("textarea").first.fill("typed while the database was away")
+  _says(page, "The server has a problem: kept in this browser")
+  page.unroute("**/draft")
+  page.evaluate("window.dispatchEvent(new Event('online'))")  # rather than wait for 5 s
+  _says(page, "Draft saved")
+  page.evaluate("localStorage.clear()")
+  page.reload()
+  playwright.expect(page.locator("textarea").first).to_have_value(
+    "typed while the database was away"
+  )
 
 
 def _reload_while_a_draft_is_on_its_way(page):

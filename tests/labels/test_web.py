@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import sqlalchemy as sa
 
 from instructjax.labels import accounts, playground, projects, schema, serving, web, work
 from tests.labels import app
@@ -142,6 +143,32 @@ def test_hostile_texts_are_shown_as_text(tmp_path, text):
   if len(text) == 1 << 20:
     assert page.count(text) == 2  # whole, as prompt and as answer
   assert page.count('class="text" dir="auto"') == 3
+
+
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_a_database_that_is_away_is_said_in_a_page_and_a_line(tmp_path, monkeypatch, caplog, way):
+  """As PostgreSQL is while it is started again. What was sent is not taken, and can be sent afterwards."""
+  database = app.make_project(tmp_path, [app.item()])
+  ann = app.browser(database, "ann")
+  fields = ann.hidden(ann.get("/next").text)
+  ids = app.answers_of(database, 1).values()
+  fields |= app.filled("ranking", ids, (1, 2, 3))
+
+  def away(self):
+    raise sa.exc.OperationalError("SELECT secret", {}, Exception("connection refused\nDETAIL: x"))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(schema.Database, way, away)
+    assert ann.get("/no/such/page").status_code == (503 if way == "read" else 404)
+    caplog.clear()
+    answer = ann.client.post("/items/1/submit", data=fields)
+  assert answer.status_code == 503 and "database does not answer just now" in answer.text
+  assert answer.headers["retry-after"] == "5" and "secret" not in answer.text + caplog.text
+  (record,) = [row for row in caplog.records if row.levelname == "WARNING"]
+  assert record.getMessage() == "POST /items/1/submit: connection refused"
+  ann.client.post("/items/1/submit", data=fields)
+  with database.read() as connection:
+    assert len(connection.execute(schema.submissions.select()).all()) == 1
 
 
 def test_a_session_that_has_ended_does_not_lose_the_form_silently(tmp_path):

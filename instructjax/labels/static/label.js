@@ -87,6 +87,9 @@ function startForm() {
           setTimeout(() => { if (!pending) localStorage.removeItem(key); }, 5000);
         }
         saved.textContent = "Draft saved";
+      } else if (answer.status >= 500) {
+        saved.textContent = "The server has a problem: kept in this browser";
+        later(5000);
       } else saved.textContent = answer.status === 409 ? "This form was sent already: open it again" : "Not saved: sign in again in another tab";
     } catch {
       saved.textContent = "No network: kept in this browser";
