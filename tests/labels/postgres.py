@@ -11,7 +11,6 @@ import hashlib
 import os
 import pathlib
 
-import psycopg
 import pytest
 import sqlalchemy
 
@@ -25,13 +24,16 @@ def _server() -> sqlalchemy.URL:
   url = os.environ.get("INSTRUCTJAX_POSTGRES")
   if not url:
     raise pytest.UsageError("INSTRUCTJAX_POSTGRES must be the postgresql:// URL of a server")
-  return sqlalchemy.make_url(url)
+  return sqlalchemy.make_url(url).set(drivername="postgresql+psycopg")
 
 
 def _admin(statement: str):
-  at = _server().set(database="postgres").render_as_string(hide_password=False)
-  with psycopg.connect(at, autocommit=True) as connection:
-    connection.execute(statement)
+  # No database is made or dropped inside of a transaction.
+  at = _server().set(database="postgres")
+  engine = sqlalchemy.create_engine(at, isolation_level="AUTOCOMMIT")
+  with engine.connect() as connection:
+    connection.exec_driver_sql(statement)
+  engine.dispose()
 
 
 def _url_of(place: str, where: str) -> sqlalchemy.URL:
@@ -42,7 +44,7 @@ def _url_of(place: str, where: str) -> sqlalchemy.URL:
     _admin(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
     _admin(f"CREATE DATABASE {name}")
     pathlib.Path(place).mkdir(parents=True, exist_ok=True)
-    _made[name] = _server().set(drivername="postgresql+psycopg", database=name)
+    _made[name] = _server().set(database=name)
   return _made[name]
 
 
