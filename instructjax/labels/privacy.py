@@ -20,7 +20,7 @@ def data_of(database: Database, name: str) -> dict[str, Any]:
   number = accounts.number_of(database, name)
   hidden = ("password", "token")
   with database.read() as connection:
-    # By their first column, which numbers them: PostgreSQL gives rows as they lie.
+    # By their first column: PostgreSQL gives rows as they lie.
     rows = lambda query: [
       {key: value for key, value in row.items() if key not in hidden}
       for row in connection.execute(query.order_by(next(iter(query.selected_columns)))).mappings()

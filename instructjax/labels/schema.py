@@ -26,6 +26,8 @@ from instructjax.data import label_records
 from instructjax.labels import versions
 
 APPEND_ONLY = ("submissions", "audit")
+# What a database raises that is gone, hangs or refuses.
+AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError, sqlalchemy.exc.TimeoutError)
 _WAIT = 20.0  # seconds that a writer waits for another
 
 metadata = sa.MetaData()
@@ -302,11 +304,15 @@ def refusals(place: str) -> Generator[None]:
   """
   try:
     yield
-  except sqlalchemy.exc.OperationalError as error:
-    why = reason(error.orig if isinstance(error.orig, Exception) else error)
+  except AWAY as error:
     raise UserError(
-      f"the database {_shown(place)} refuses: {why}. What was saved before is untouched"
+      f"the database {_shown(place)} refuses: {why(error)}. What was saved before is untouched"
     ) from error
+
+
+def why(error: Exception) -> str:
+  """What the database's driver says of an error, in one line, without the statement."""
+  return reason(getattr(error, "orig", None) or error)
 
 
 def _shown(place: str) -> str:

@@ -1,6 +1,8 @@
 """Where a project's database is; what is read from it is tested in tests/labels/test_exchange.py."""
 
 import pytest
+import sqlalchemy
+import sqlalchemy.exc
 
 from instructjax.core import places
 from instructjax.core.errors import UserError
@@ -42,3 +44,19 @@ def test_an_empty_folder_is_no_project(tmp_path, kind):
     label_records.rows(str(tmp_path), kind, "all")
   with pytest.raises(UserError, match="holds prompts, demonstrations and comparisons"):
     label_records.rows(str(tmp_path), "documents", "all")
+
+
+@pytest.mark.parametrize(
+  ("state", "said"), [("42P01", "holds no labeling project: name"), ("42501", "cannot be read")]
+)
+def test_a_database_without_the_tables_is_no_project(monkeypatch, state, said):
+  """As psycopg says it."""
+  why = Exception("refused")
+  why.sqlstate = state
+
+  def refused(url):
+    raise sqlalchemy.exc.ProgrammingError("SELECT", {}, why)
+
+  monkeypatch.setattr(sqlalchemy, "create_engine", refused)
+  with pytest.raises(UserError, match=said):
+    label_records.rows("postgresql://ann@host/empty", "prompts", "all")

@@ -9,14 +9,13 @@ first named and dropped at the end. Tests marked `sqlite` are about the file, an
 
 import hashlib
 import os
-import pathlib
 
 import pytest
 import sqlalchemy
 
 from instructjax.data import label_records
 
-_FOLDER_URL = label_records.url_of
+_is_url, _given = label_records.is_url, label_records.url_of
 _made: dict[str, sqlalchemy.URL] = {}
 
 
@@ -37,13 +36,12 @@ def _admin(statement: str):
 
 
 def _url_of(place: str, where: str) -> sqlalchemy.URL:
-  if place.startswith("postgresql://"):
-    return _FOLDER_URL(place, where)
+  if _is_url(place):
+    return _given(place, where)
   name = "instructjax_" + hashlib.sha256(os.path.realpath(place).encode()).hexdigest()[:20]
   if name not in _made:
     _admin(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
     _admin(f"CREATE DATABASE {name}")
-    pathlib.Path(place).mkdir(parents=True, exist_ok=True)
     _made[name] = _server().set(database=name)
   return _made[name]
 

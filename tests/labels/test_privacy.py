@@ -77,6 +77,14 @@ def test_nothing_is_left_of_a_deleted_person(database):
     connection.execute(schema.submissions.delete())
 
 
+def test_rows_come_by_their_numbers(database):
+  """Where PostgreSQL has changed one, it lies last."""
+  projects.add(database, [app.item(f"more {i}", author="ann") for i in range(2)], 1.0)
+  with database.write() as connection:
+    connection.execute(schema.items.update().where(schema.items.c.id == 1).values(wanted=3))
+  assert [row["id"] for row in privacy.data_of(database, "ann")["items"]] == [1, 2, 3]
+
+
 @pytest.mark.sqlite
 def test_nothing_is_left_in_the_file_either(database, tmp_path):
   privacy.delete(database, "ann", 9.0)

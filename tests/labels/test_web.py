@@ -145,9 +145,12 @@ def test_hostile_texts_are_shown_as_text(tmp_path, text):
   assert page.count('class="text" dir="auto"') == 3
 
 
+@pytest.mark.parametrize("kind", ["OperationalError", "InterfaceError"])
 @pytest.mark.parametrize("way", ["read", "write"])
-def test_a_database_that_is_away_is_said_in_a_page_and_a_line(tmp_path, monkeypatch, caplog, way):
-  """As PostgreSQL is while it is started again. What was sent is not taken, and can be sent afterwards."""
+def test_a_database_that_is_away_is_said_in_a_page_and_a_line(
+  tmp_path, monkeypatch, caplog, way, kind
+):
+  """As PostgreSQL is while it is started again. What was sent can be sent afterwards."""
   database = app.make_project(tmp_path, [app.item()])
   ann = app.browser(database, "ann")
   fields = ann.hidden(ann.get("/next").text)
@@ -155,7 +158,7 @@ def test_a_database_that_is_away_is_said_in_a_page_and_a_line(tmp_path, monkeypa
   fields |= app.filled("ranking", ids, (1, 2, 3))
 
   def away(self):
-    raise sa.exc.OperationalError("SELECT secret", {}, Exception("connection refused\nDETAIL: x"))
+    raise getattr(sa.exc, kind)("SELECT secret", {}, Exception("connection refused\nDETAIL: x"))
 
   with monkeypatch.context() as patch:
     patch.setattr(schema.Database, way, away)
@@ -169,6 +172,15 @@ def test_a_database_that_is_away_is_said_in_a_page_and_a_line(tmp_path, monkeypa
   ann.client.post("/items/1/submit", data=fields)
   with database.read() as connection:
     assert len(connection.execute(schema.submissions.select()).all()) == 1
+
+
+def test_a_wrong_statement_is_a_bug_and_not_a_database_that_is_away(tmp_path):
+  database = app.make_project(tmp_path)
+  ann = app.browser(database, "ann")
+  with database.write() as connection:
+    connection.exec_driver_sql("DROP TABLE survey")
+  with pytest.raises(sa.exc.DBAPIError, match="survey"):
+    ann.get("/survey")
 
 
 def test_a_session_that_has_ended_does_not_lose_the_form_silently(tmp_path):
