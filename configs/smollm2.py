@@ -46,24 +46,24 @@ def change(config):
       optim=base.adam(5e-5),
     )
   config.collect.update(
-    num_prompts=181,
-    num_heldout_prompts=40,
-    min_responses=7,
-    max_responses=8,
+    num_prompts=275,
+    num_heldout_prompts=39,
+    min_responses=5,
+    max_responses=6,
     temperature=_TEMPERATURE,
   )
   config.rm.update(
     start_from="sft",  # sec 3.5
     num_epochs=1,
-    batch_size=8,
-    max_responses=8,
+    batch_size=10,
+    max_responses=6,
     microbatches=2,
     row_length=256,
     share_prompts=True,
     optim=base.adam(3e-4, warmup_steps=2),
   )
   config.ppo.update(
-    num_iterations=10,
+    num_iterations=16,
     batch_size=64,
     num_minibatches=2,
     num_epochs=1,
@@ -82,20 +82,20 @@ def change(config):
     ptx_microbatches=2,
     missing_eos="fixed",
     missing_eos_score=-1.0,
-    ema_decay=0.7,  # averages over a few iterations, because the run has only 10
+    ema_decay=0.7,  # averages over a few iterations, because the run has only 16
     max_kl=50.0,
     policy_optim=base.adam(4e-5, schedule="constant", warmup_steps=4, warmup_start=0.1),
   )
   config.evaluate.update(
-    num_prompts=32,
+    num_prompts=54,
     samples_per_prompt=2,
     temperature=_TEMPERATURE,
     compare=("ppo", "ppo_ptx"),
     overoptimization=True,
-    overoptimization_iterations=10,
+    overoptimization_iterations=16,
     best_of_n=8,
     best_of_n_prompts=16,
     pretrain_batches=4,
-    pretrain_every=10,
-    checkpoints=3,
+    pretrain_every=16,
+    checkpoints=1,
   )

@@ -18,18 +18,20 @@ from instructjax.data.records import Demonstration, Prompt
 
 _PROMPT = "Question: {}\nAnswer:\n"
 COMPONENTS = ("tone", "topic", "form", "repetition", "copying", "fluency")
-GOLD_WEIGHTS = np.array([1.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+GOLD_WEIGHTS = np.array([2.0, 2.0, 1.0, 1.0, 1.0, 1.0])
 # As kind as an answer needs to be, in VADER's range of -1 to 1. Without a bound, gushing would win.
 _KIND_ENOUGH = 0.6
 _MIN_WORDS, _MAX_WORDS = 4, 20
 # What the gold score rewards, for readers of the report.
 GOLD_WORDS = (
-  "A good answer is kind, names what the prompt is about, is finished, has 4 to 20 words and reads like English to the"
-  " untrained model; repeating words and copying the prompt cost it."
+  "A good answer names what the prompt is about, says something about it in words of its own, says it kindly, is"
+  " finished, has 4 to 20 words and reads like English to the untrained model; repeating words and copying the prompt"
+  " cost it."
 )
 # Mean log-probability of a token under the base at which an answer counts as fluent, and the range below it [nats].
 _FLUENT_LOGPROB, _FLUENT_RANGE, _FLUENT_FLOOR = -2.5, 1.5, -1.5
 _COPIED_SHARE, _COPIED_RUN = 0.7, 5
+_OWN_WORDS = 2  # content words besides the prompt's with which an answer says something
 _EXAMPLES = 3
 
 
@@ -67,8 +69,7 @@ def prompts(split: str) -> list[Prompt]:
     ValueError: there is no such split.
     UserError: the conversations cannot be read.
   """
-  said = dict.fromkeys(pair.said for pair in text.pairs_of(split))
-  return [Prompt(prompt=prompt_of(one)) for one in said]
+  return [Prompt(prompt=prompt_of(said)) for said in text.prompts_of(split)]
 
 
 def demonstrations(split: str, seed: int) -> list[Demonstration]:
@@ -142,8 +143,10 @@ def gold_components(
 ) -> np.ndarray:
   """Computes the components of the true preference. There is one row per response, with columns as in COMPONENTS.
 
-  tone        VADER's compound score, at most .6, over .6: -1.7 to 1.
-  topic       1 if the response names what the prompt is about, else 0.
+  tone        VADER's compound score, at most .6, over .6: -1.7 to 1. A kind word counts in an answer that names the
+              topic, else 0: it would fit any prompt. A harsh one counts in every answer.
+  topic       for an answer that names what the prompt is about: 0, .5 or 1 for none, one or more content words that
+              the prompt has not. `I am not a robot.` says nothing about robots.
   form        1 for a finished answer of 4 to 20 words, else -1.
   repetition  -.75 for each content word or word pair that is said again, at least -3.
   copying     -2 for an answer that is mostly the prompt's words, or that repeats five of them in a row.
@@ -168,9 +171,10 @@ def gold_components(
   for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
     words = text.words(response)
     tone = min(sentiment.compound(response, rating), _KIND_ENOUGH) / _KIND_ENOUGH
+    on_topic = names_topic(prompt, response)
     components[i, :5] = (
-      tone,
-      names_topic(prompt, response),
+      tone if on_topic else min(tone, 0.0),
+      on_topic * _own_words(prompt, response) / _OWN_WORDS,
       _form(response, words),
       _repetition(words),
       _copying(text.words(said_in(prompt)), words),
@@ -183,6 +187,12 @@ def gold_components(
 def score_without_base(prompts: str | Sequence[str], responses: Sequence[str]) -> np.ndarray:
   """As `gold_score`, with every response taken for fluent."""
   return gold_score(prompts, responses, np.full(len(responses), _FLUENT_LOGPROB))
+
+
+def _own_words(prompt: str, response: str) -> int:
+  """How many content words of an answer its prompt has not, at most as many as it needs."""
+  said = set(map(_stem, text.words(said_in(prompt))))
+  return min(len(set(map(_stem, text.content_words(response))) - said), _OWN_WORDS)
 
 
 def _form(response: str, words: list[str]) -> float:

@@ -24,12 +24,14 @@ PACKAGE = "chatterbot_corpus"
 EXTRA = "pip install 'instructjax[smollm2]'"
 SPLITS = ("train", "validation", "test")
 
-# Left out: `coding` (programs), `trivia` (bare names and numbers), `gossip` (sentences of people nobody knows), and
-# `humor` (one prompt for thirty jokes).
+# Left out: `coding` (programs), `gossip` (sentences of people nobody knows), and `humor` (one prompt for thirty jokes).
 _FILES = (
   *("ai", "botprofile", "computers", "conversations", "emotion", "food", "greetings", "health"),
   *("history", "literature", "money", "movies", "politics", "psychology", "science", "sports"),
   "tech_support",
+)
+_ASKED_ONLY = (
+  "trivia"  # questions whose answers, bare names and numbers, are no sentences to imitate
 )
 # Rows that hold one of these are rude, dated, no sentence, or about what an assistant should not be made to praise.
 _UNWANTED = re.compile(
@@ -52,7 +54,11 @@ _ASKS = re.compile(
   r"(?!do not)(what|who|whose|when|where|why|which|how|is|are|am|do|does|did|can|will|have|has)\b",
   re.IGNORECASE,
 )
-MIN_PROMPT, MAX_PROMPT, MIN_ANSWER, MAX_ANSWER = 3, 12, 3, 18  # words
+# Without titles in quotation marks, years, what stands in brackets, and long names.
+_PLAIN_QUESTION = re.compile(
+  r"(?=.{,60}$)(what|who|which|where|when|how)\b([a-z, -]|(?<=[a-z])'(?=[a-z]))*\?", re.IGNORECASE
+)
+MIN_PROMPT, MAX_PROMPT, MIN_ANSWER, MAX_ANSWER = 3, 10, 3, 18  # words
 _TEST, _VALIDATION = 0.13, 0.13  # shares of the prompts
 _VALIDATION_STRIDE = 12  # one chapter in twelve is held out
 
@@ -140,10 +146,30 @@ def pairs() -> tuple[Pair, ...]:
 
 
 def _is_wanted(pair: Pair) -> bool:
-  fits = MIN_PROMPT <= len(words(pair.said)) <= MAX_PROMPT
-  fits = fits and MIN_ANSWER <= len(words(pair.answer)) <= MAX_ANSWER
-  text = f"{pair.said} {pair.answer}"
-  return fits and bool(content_words(pair.said)) and not _UNWANTED.search(text)
+  fits = MIN_ANSWER <= len(words(pair.answer)) <= MAX_ANSWER
+  return fits and _is_prompt(pair.said) and not _UNWANTED.search(pair.answer)
+
+
+def _is_prompt(said: str) -> bool:
+  fits = MIN_PROMPT <= len(words(said)) <= MAX_PROMPT
+  return fits and bool(content_words(said)) and not _UNWANTED.search(said)
+
+
+@functools.lru_cache(maxsize=1)
+def prompts() -> tuple[str, ...]:
+  """All remarks and questions, each once: those of `pairs`, and questions whose answers are not fit to be imitated.
+
+  Raises:
+    UserError: as `pairs`.
+  """
+  folder = require_package(PACKAGE, "the conversations") / "data" / "english"
+  kept = {pair.said.lower(): pair.said for pair in pairs()}
+  for name in (*_FILES, _ASKED_ONLY):
+    for turns in _conversations(folder / f"{name}.yml"):
+      said = sentence(turns[0])
+      if _is_prompt(said) and _PLAIN_QUESTION.fullmatch(said):
+        kept.setdefault(said.lower(), said)
+  return tuple(kept.values())
 
 
 def place(said: str) -> float:
@@ -169,6 +195,18 @@ def pairs_of(split: str) -> list[Pair]:
     raise ValueError(f"split={split!r} of the conversations must be one of {list(SPLITS)}")
   found = [pair for pair in pairs() if split_of(pair.said) == split]
   return sorted(found, key=lambda pair: place(pair.said))
+
+
+def prompts_of(split: str) -> list[str]:
+  """The remarks and questions of a split, ordered by their places.
+
+  Raises:
+    ValueError: there is no such split.
+    UserError: as `pairs`.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r} of the conversations must be one of {list(SPLITS)}")
+  return sorted((said for said in prompts() if split_of(said) == split), key=place)
 
 
 def documents(split: str) -> list[str]:

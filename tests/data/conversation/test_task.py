@@ -49,7 +49,7 @@ def test_the_parts_of_a_good_answer(packages):
   # Love and good are far over .6 together; nine words; nothing again; only `book` is the prompt's.
   assert found == dict(tone=1, topic=1, form=1, repetition=0, copying=0, fluency=1)
   assert task.gold_score([ASKED], ["I love to read a good book at home."], LIKELY) == [
-    1 + 2 + 1 + 1
+    2 * 1 + 2 * 1 + 1 + 1
   ]
 
 
@@ -66,6 +66,12 @@ def test_the_parts_of_a_good_answer(packages):
     ("Well, what is your favorite book then?", "copying", -2),
     ("My favorite book is Dune, and yours?", "copying", 0),
     ("I hate it, it is awful and sad.", "topic", 0),
+    ("I do not have a book.", "topic", 0),  # nothing of its own
+    ("I am not your favorite.", "topic", 0),
+    ("I often read a book.", "topic", 1),  # often, read
+    ("I read, and read a book.", "topic", 0.5),  # read
+    ("I love to help, thank you so much.", "tone", 0),  # kind, and about nothing
+    ("I hate it, it is awful and sad, sad.", "tone", pytest.approx(-1.5, abs=0.2)),
   ],
 )
 def test_each_part_by_hand(packages, response, part, value):
@@ -79,14 +85,14 @@ def test_fluency_falls_with_the_bases_logprob(packages):
 
 
 def test_neither_an_echo_nor_a_fixed_line_wins(packages):
-  """Not even where the base finds them as likely as people's words; a kind answer on topic scores 5."""
+  """Not even where the base finds them as likely as people's words; a kind answer that says something scores 6."""
   prompts = [one.prompt for one in task.prompts("test")]
   sure = np.full(len(prompts), -1.0)
   echo = task.gold_score(prompts, [task.said_in(prompt) for prompt in prompts], sure)
-  assert echo.mean() < 2.0
+  assert echo.mean() < 0.0
   for line in ("I am so happy to help you, thank you.", "I love you and wish you a great day!"):
     fixed = task.gold_score(prompts, [line] * len(prompts), sure)
-    assert fixed.max() <= 5.0 and fixed.mean() < 3.5
+    assert fixed.max() <= 6.0 and fixed.mean() < 2.2
 
 
 def test_counts_must_agree(packages):
@@ -103,4 +109,4 @@ def test_worked_examples_come_before_the_prompt(packages):
 def test_demonstrations_are_of_their_split_and_ordered_by_the_seed(packages):
   first, second = task.demonstrations("train", 0), task.demonstrations("train", 1)
   assert first != second and sorted(map(str, first)) == sorted(map(str, second))
-  assert {one.prompt for one in first} == {one.prompt for one in task.prompts("train")}
+  assert {one.prompt for one in first} < {one.prompt for one in task.prompts("train")}

@@ -35,7 +35,7 @@ def test_pairs_are_decent_and_of_bounded_length(packages):
     answers
   )  # one answer to half of all prompts would be what SFT learns
   for pair in pairs:
-    assert 3 <= len(text.words(pair.said)) <= 12 and 3 <= len(text.words(pair.answer)) <= 18
+    assert 3 <= len(text.words(pair.said)) <= 10 and 3 <= len(text.words(pair.answer)) <= 18
     assert pair.said[-1] in ".?!" and pair.answer[-1] in ".?!"
     assert not {"stupid", "die", "guns", "mate"} & {*text.words(f"{pair.said} {pair.answer}")}
 
@@ -47,6 +47,20 @@ def test_splits_share_no_prompt_and_keep_every_pair(packages):
   assert len(of["test"]) >= 32 and len(of["validation"]) >= 20 and len(of["train"]) > 150
   with pytest.raises(ValueError, match="split='dev' of the conversations"):
     text.pairs_of("dev")
+
+
+def test_prompts_need_no_answer_fit_to_be_imitated(packages):
+  of = {split: text.prompts_of(split) for split in text.SPLITS}
+  assert sum(map(len, of.values())) == len({*text.prompts()}) == len(text.prompts())
+  for split, said in of.items():
+    assert {pair.said for pair in text.pairs_of(split)} < {*said}
+  assert len(of["train"]) >= 270 and len(of["validation"]) >= 38 and len(of["test"]) >= 54
+  others = {*text.prompts()} - {pair.said for pair in text.pairs()}
+  assert "What does a Scoville unit measure?" in others
+  for said in others:  # no titles in quotation marks, and no years
+    assert len(said) <= 60 and not set('"\u201c()0123456789') & {*said}, said
+  with pytest.raises(ValueError, match="split='dev' of the conversations"):
+    text.prompts_of("dev")
 
 
 def test_documents_are_chapters_with_capitals(packages):
