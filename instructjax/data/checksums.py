@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from instructjax.data import file_places
+
 _SHOWN = 8  # hex digits of each file's checksum that a fingerprint holds, so that a message can name the file
 # Seconds after which a file system's clock has surely moved on, see `_wait_until_settled`.
 _SETTLED = 0.02
@@ -80,16 +82,39 @@ class FileChecksums:
       self._save()
     return Content(how, paths, digests)
 
+  def known(self, path: str) -> str | None:
+    """The remembered checksum of a file as it is now; None if there is none.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    place = os.path.abspath(path)
+    known = self._known.get(place)
+    return known[-1] if known and known[:-1] == file_places.state(place) else None
+
+  def learn(self, path: str, identity: str, digest: str):
+    """Remembers what another process found for a file, unless it has been written since.
+
+    Args:
+      path: the file.
+      identity: of the file that was hashed, see `file_places.identity`.
+      digest: its SHA-256 in hex.
+    """
+    place = os.path.abspath(path)
+    with contextlib.suppress(OSError):  # it is gone: whoever reads it meets the error
+      state = file_places.state(place)
+      if file_places.identity(place) == identity and file_places.state(place) == state:
+        self._known[place], self._is_saved = [*state, digest], False
+
   def _digest(self, path: str) -> str:
     place = os.path.abspath(path)
-    state = _state(place)
-    known = self._known.get(place)
-    if known and known[:-1] == state:
-      return known[-1]
+    if known := self.known(place):
+      return known
+    state = file_places.state(place)
     _wait_until_settled(state)
     digest = _hash(place, self._progress)
     # Else it is being written, and this is the checksum of no state of it.
-    if _state(place) == state:
+    if file_places.state(place) == state:
       self._known[place], self._is_saved = [*state, digest], False
       if time.monotonic() - self._saved_at > _SAVE_EVERY:
         self._save()
@@ -118,12 +143,6 @@ def _hash(path: str, progress: Callable[[], None]) -> str:
       digest.update(block)
       progress()
   return digest.hexdigest()
-
-
-def _state(path: str) -> list[int]:
-  """What changes when a file is written. The inode's own time cannot be set back, as the file's can."""
-  found = os.stat(path)
-  return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _wait_until_settled(state: list[int]):

@@ -16,7 +16,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import instructjax
@@ -129,18 +129,30 @@ def require_same(team: Team | None, name: str, facts: Mapping[str, str]):
   """
   if team is None:
     return
-  folder = f"facts/{name}"
-  team.put(folder, json.dumps(dict(facts)))
-  if team.process == 0:
-    verdict = difference(_all(team, folder, name))
-    team.put(f"verdict/{name}", json.dumps(verdict))
-  else:
-    verdict = json.loads(_from_first(team, f"verdict/{name}", name))
-  if verdict:
+  if verdict := decide(team, name, dict(facts), difference):
     raise UserError(verdict)
 
 
-def _all(team: Team, folder: str, name: str) -> dict[int, dict[str, str]]:
+def decide(team: Team, name: str, ours: Any, of_all: Callable[[dict[int, Any]], Any]) -> Any:
+  """What process 0 makes of what all processes say. All must call it, in the same order.
+
+  Args:
+    team: the processes.
+    name: what it is about, in words; used once in a run.
+    ours: what this process says, for JSON.
+    of_all: process -> what it says, to what all are to hear; called by process 0 only.
+  """
+  folder = f"facts/{name}"
+  team.put(folder, json.dumps(ours))
+  if team.process == 0:
+    verdict = of_all(_all(team, folder, name))
+    team.put(f"verdict/{name}", json.dumps(verdict))
+  else:
+    verdict = json.loads(_from_first(team, f"verdict/{name}", name))
+  return verdict
+
+
+def _all(team: Team, folder: str, name: str) -> dict[int, Any]:
   """Waits until each process has said something in a folder."""
   waiting = Waiting(time.monotonic())
   while len(said := team.said(folder)) < team.num_processes:

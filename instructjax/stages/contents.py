@@ -3,7 +3,9 @@
 One `Contents` is made per run, by pipeline.py, before anything is read. Called by context.py and run_data.py.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterable
 
 from instructjax.core.config import Config
 from instructjax.core.errors import UserError, one_line, reason
@@ -12,7 +14,8 @@ from instructjax.data import sources
 from instructjax.data.checksums import Content, FileChecksums
 from instructjax.data.messages import quoted
 from instructjax.parallel import distributed
-from instructjax.stages import lineage, pinned
+from instructjax.parallel.watchdog import Team
+from instructjax.stages import lineage, pinned, shared_hashing
 from instructjax.train import finished
 from instructjax.train.weights import Weights
 
@@ -72,6 +75,22 @@ class Contents:
         f"{(other or [self._spec(kind)])[0]}{of} was changed while the run was reading it;"
         " run the same command again when nothing writes it any more"
       )
+
+  def share(self, team: Team, name: str, kinds: Iterable[str], given: Iterable[Weights]):
+    """Hashes the files of sources and weights together with the other processes, see `shared_hashing`.
+
+    Args:
+      team: the processes, which must all call it.
+      name: what it is, in words; used once in a run.
+      kinds: kinds of the records.
+      given: the weights.
+    """
+    paths = [str(path) for weights in given for path in weights.files]
+    for kind in kinds:
+      # What cannot be read is told by `of`.
+      with contextlib.suppress(Exception):
+        paths += map(str, sources.files(self._spec(kind)))
+    shared_hashing.share(team, name, self._files, paths)
 
   def of_weights(self, given: Weights) -> Content:
     """The content of the files of weights that the config gives.

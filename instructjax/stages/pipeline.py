@@ -83,11 +83,13 @@ def require_same_everywhere(ctx: Context, stages: list[str]):
   if team is None:
     return
   distributed.at("comparing the data of all processes")
+  kinds = lineage.kinds_read(ctx.config, _coming(ctx.workdir, stages))
+  ctx.contents.share(team, "data and weights", kinds, ctx.given.values())
   facts = {"tokenizer": ctx.tokenizer.fingerprint}
   facts |= {
     f"weights for {stage}": given_fingerprint(ctx, given) for stage, given in ctx.given.items()
   }
-  for kind in lineage.kinds_read(ctx.config, _coming(ctx.workdir, stages)):
+  for kind in kinds:
     source = ctx.data.source(kind)
     facts[f"the content of config.data.{kind}"] = f"{source.checksum}\t{source.spec}"
   agreement.require_same(team, "data", facts)

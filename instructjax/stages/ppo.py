@@ -205,15 +205,18 @@ def check(ctx: Context, stage: str):
   """
   cfg = lineage.variant(ctx.config, stage)
   functions, members = _functions(cfg), ensembles.open_all(ctx.config, cfg)
+  scorers, team = text_scorers.open_all(cfg), distributed.team()
   ensembles.require_tokenizer(members, ctx.tokenizer)
+  if team and (members or scorers):
+    ctx.contents.share(team, f"rewards of {stage}", (), [*members, *(one.given for one in scorers)])
   facts = {
     f"the source of {one.reward.spelling}": f"{one.checksum}\t{', '.join(one.files)}"
     for one in functions
   }
   facts |= ensembles.fingerprints(ctx, members)
-  facts |= text_scorers.fingerprints(ctx, text_scorers.open_all(cfg))
+  facts |= text_scorers.fingerprints(ctx, scorers)
   if facts:
-    agreement.require_same(distributed.team(), f"rewards of {stage}", facts)
+    agreement.require_same(team, f"rewards of {stage}", facts)
   if functions and jax.process_index() == 0:
     host_rewards.try_out(functions, ctx.tokenizer, ctx.data.prompt_tokens("train")[:2])
 
