@@ -34,9 +34,10 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from instructjax.core.errors import UserError, writing
-from instructjax.parallel import stacking
+from instructjax.parallel import distributed, stacking
 from instructjax.train import damaged, finished, manifest, reading
 from instructjax.train.damaged import saved_steps
+from instructjax.train.shared_sums import SharedSums
 
 # Where the manifest finds nothing wrong and orbax still cannot read.
 NOT_DAMAGED = (
@@ -46,6 +47,9 @@ NOT_DAMAGED = (
 # Arrays of more bytes are cut into chunks, those of layers into one or more a layer: a tensor can be read without
 # the rest (streams.py).
 _CUT, _CHUNK = 1 << 20, 1 << 24
+# Orbax gives up a save after 20 minutes, which a large state may need on a slow disk. A process that is stuck is the
+# watchdog's business.
+_LONGEST_SAVE = 24 * 3600  # seconds
 
 
 class _Manager(ocp.CheckpointManager):
@@ -62,6 +66,8 @@ class _Manager(ocp.CheckpointManager):
 class _SummedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
   """The folder of a checkpoint, or of an item in it, while it is written."""
 
+  sums: SharedSums  # of a subclass for each stage: orbax makes the objects
+
   async def finalize(self):
     """Renames the folder into place, that of a checkpoint with its manifest. Process 0 calls it after all have
     written.
@@ -72,7 +78,7 @@ class _SummedFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
       await super().finalize()
       return
     await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
-    await asyncio.to_thread(manifest.write, pathlib.Path(self.get()))
+    await asyncio.to_thread(manifest.write, pathlib.Path(self.get()), self.sums.of)
     await asyncio.to_thread(os.rename, self.get(), self.get_final())
 
 
@@ -117,10 +123,13 @@ class Checkpoints:
       with writing(self._folder):
         self._folder.mkdir(parents=True, exist_ok=True)
       damaged.put_aside(self._folder.parent)
+      self._sums = SharedSums(distributed.team(), self._folder)
+      stack.callback(self._sums.close)
       options = ocp.CheckpointManagerOptions(
         preservation_policy=self,
         create=False,
-        temporary_path_class=_SummedFolder,
+        temporary_path_class=type("_Folder", (_SummedFolder,), {"sums": self._sums}),
+        async_options=ocp.AsyncOptions(timeout_secs=_LONGEST_SAVE),
       )
       self._manager = stack.enter_context(_Manager(self._folder, options=options))
       # A resumed run must still know which earlier step was best, or it would delete that checkpoint.
@@ -203,6 +212,7 @@ class Checkpoints:
     }
     with writing(self._folder / str(step)):
       self._saving, self._began = step, time.time()
+      self._sums.expect()
       saved = stacking.relay(state, stacking.stack_each)
       self._manager.save(
         step,

@@ -20,7 +20,7 @@ import os
 import pathlib
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 import jax
@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 from instructjax.core.errors import UserError, may_pass, reason
 
 _T = TypeVar("_T")
+Sums = dict[str, tuple[int, str]]  # path in the folder -> size, checksum
 
 NAME = "manifest.json"
 _PAGE = 512  # words of 8 bytes
@@ -58,9 +59,12 @@ class Damage:
     return f"{self.path} {self.fault}"
 
 
-def write(folder: pathlib.Path):
+def write(folder: pathlib.Path, sums_of: Callable[[pathlib.Path, list[str]], Sums] | None = None):
   """Sums all files below `folder` and writes the manifest into it; renamed into place, so it is whole or absent.
 
+  Args:
+    folder: of the checkpoint.
+    sums_of: sums files in a folder, given by their paths in it; `sums` where there is none.
   Raises:
     OSError: a file cannot be read, or the manifest cannot be written.
   """
@@ -69,12 +73,20 @@ def write(folder: pathlib.Path):
     for path in folder.rglob("*")
     if path.is_file() and path != folder / NAME
   )
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-    sums = pool.map(lambda name: _sum(folder / name), names)
-    text = _text(dict(zip(names, sums, strict=True)))
+  text = _text((sums_of or sums)(folder, names))
   scratch = folder / f"{NAME}.tmp"
   scratch.write_text(text, encoding="utf-8")
   os.replace(scratch, folder / NAME)
+
+
+def sums(folder: pathlib.Path, names: Sequence[str]) -> Sums:
+  """Reads files, given by their paths in a folder.
+
+  Raises:
+    OSError: one cannot be read.
+  """
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return dict(zip(names, pool.map(lambda name: _sum(folder / name), names), strict=True))
 
 
 def size(folder: pathlib.Path) -> int:
@@ -126,9 +138,7 @@ def find_damage(folder: pathlib.Path) -> Damage | None:
   return Damage(folder / listed[index], _FAULTS[fault])
 
 
-def _first_fault(
-  folder: pathlib.Path, files: dict[str, tuple[int, str]], listed: list[str], share: range
-) -> int:
+def _first_fault(folder: pathlib.Path, files: Sums, listed: list[str], share: range) -> int:
   """A number for the first fault among this process's share: 1 + index * 3 + fault, or _NOTHING."""
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     faults = pool.map(lambda index: _fault(folder / listed[index], *files[listed[index]]), share)
@@ -206,13 +216,13 @@ def _fill(file: io.FileIO, view: memoryview) -> int:
   return filled
 
 
-def _text(files: dict[str, tuple[int, str]]) -> str:
+def _text(files: Sums) -> str:
   rows = {name: list(row) for name, row in sorted(files.items())}
   own = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
   return json.dumps({"checksum": own, "files": rows}, indent=1) + "\n"
 
 
-def _read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | Damage:
+def _read(folder: pathlib.Path) -> Sums | Damage:
   """Path in the folder -> (size, checksum), or what is wrong with the manifest if it is not as it was written."""
   path = folder / NAME
   try:
