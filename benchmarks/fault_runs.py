@@ -158,7 +158,7 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
 
-  from instructjax.train import checkpoint, finished, metrics, weight_hash
+  from instructjax.train import damaged, finished, metrics, weight_hash
 
   # The devices that a state was saved on are not here, if it was saved by several processes.
   here = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
@@ -172,7 +172,7 @@ def digest(workdir: pathlib.Path) -> dict[str, str]:
       for record in metrics.read_metrics(stage)
     ]
     found[f"{stage.name}/metrics"] = json.dumps(records)
-    for step in checkpoint.saved_steps(stage)[-1:]:
+    for step in damaged.saved_steps(stage)[-1:]:
       path = stage / "checkpoints" / str(step) / "state"
       with ocp.PyTreeCheckpointer() as checkpointer:
         shapes = checkpointer.metadata(path).item_metadata.tree

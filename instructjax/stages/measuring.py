@@ -19,7 +19,7 @@ from instructjax.report import intervals, wording
 from instructjax.report.results import Measured
 from instructjax.stages import answers, judging, lineage, policies, untrained
 from instructjax.stages.context import Context
-from instructjax.train import checkpoint, damaged, manifest
+from instructjax.train import damaged, manifest
 
 # Policies that were not tuned: the bases, and the larger one with examples. They go on after an answer, so theirs is
 # cut at the first newline (App. D). Their KL from the PPO initialisation is not measured.
@@ -126,7 +126,7 @@ def measure_checkpoints(
     policy -> step, growing -> its answers. Without policies of which nothing was kept.
   """
   wanted = {name: lineage.kept_steps(ctx.config, name) for name in lineage.rl_stages(ctx.config)}
-  saved = {name: checkpoint.saved_steps(ctx.directory(name)) for name in wanted}
+  saved = {name: damaged.saved_steps(ctx.directory(name)) for name in wanted}
   lacking = {
     name: missing
     for name, steps in wanted.items()

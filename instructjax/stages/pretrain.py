@@ -7,7 +7,7 @@ from instructjax.models import flops
 from instructjax.parallel import sharding
 from instructjax.stages.context import Context, bare, finish, is_finished, stage_run
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import checkpoint, loop, supervised
+from instructjax.train import loop, saved_state, supervised
 from instructjax.train.optim import make_optimizer, require_steps
 
 
@@ -62,6 +62,6 @@ def run(ctx: Context, stage: str):
     flops=lambda metrics: 3 * flops.forward(model, metrics["tokens"], cfg.length),
     show=("loss", "grad_norm", "validation/loss"),
   )
-  step, loss = checkpoint.best_step(step_run.directory, "validation/loss")
+  step, loss = saved_state.best_step(step_run.directory, "validation/loss")
   result = results.Pretrained(validation_loss=loss)
   finish(ctx, stage, step_run, step, result)

@@ -16,7 +16,7 @@ from instructjax.parallel import sharding
 from instructjax.stages import bases, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.stages.text_rows import document_batches, validation_rows
-from instructjax.train import checkpoint, loop, supervised
+from instructjax.train import loop, saved_state, supervised
 from instructjax.train.optim import make_optimizer, require_steps
 
 
@@ -151,7 +151,9 @@ def run(ctx: Context, stage: str):
     show=("loss", "grad_norm", "validation/loss", "validation/pretrain_loss"),
   )
   # From the checkpoints, which also know the epochs that ended before this run was resumed.
-  history = {step: checkpoint.read_meta(step_run.directory, step)["metrics"] for step in epoch_ends}
+  history = {
+    step: saved_state.read_meta(step_run.directory, step)["metrics"] for step in epoch_ends
+  }
   epochs = tuple(
     results.Epoch(
       step=step,

@@ -1,7 +1,7 @@
 """Saves, finds and restores training state.
 
-Called by `loop` (save and resume), by `weights` (weights of a finished stage), and by the stage `pretrain` (the best
-step). Knows nothing of models or stages.
+Called by `loop` (save and resume). saved_state.py reads what is saved without going on from it. Knows nothing of models
+or stages.
 
 A checkpoint holds the whole state, the position in the data, and what the run was made with. Orbax writes it in the
 background. When all processes have written their parts, the manifest is written (see manifest.py), and orbax renames
@@ -20,13 +20,12 @@ would cost an accelerator a second state beside the one it trains, and a model o
 import asyncio
 import contextlib
 import gc
-import json
 import os
 import pathlib
 import shutil
 import time
 import types
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -35,15 +34,9 @@ from absl import logging as absl_logging
 
 from instructjax.core.errors import UserError, writing
 from instructjax.parallel import distributed, stacking
-from instructjax.train import damaged, finished, manifest, reading
-from instructjax.train.damaged import saved_steps
+from instructjax.train import damaged, finished, manifest, reading, saved_state
 from instructjax.train.shared_sums import SharedSums
 
-# Where the manifest finds nothing wrong and orbax still cannot read.
-NOT_DAMAGED = (
-  "Its files are as they were saved, so it was saved by other versions of the libraries or by another version of"
-  " instructjax: use those, or another --workdir."
-)
 # Arrays of more bytes are cut into chunks, those of layers into one or more a layer: a tensor can be read without
 # the rest (streams.py).
 _CUT, _CHUNK = 1 << 20, 1 << 24
@@ -134,7 +127,7 @@ class Checkpoints:
       self._manager = stack.enter_context(_Manager(self._folder, options=options))
       # A resumed run must still know which earlier step was best, or it would delete that checkpoint.
       for step in self._manager.all_steps():
-        self._note_metric(step, read_meta(self._folder.parent, step)["metrics"])
+        self._note_metric(step, saved_state.read_meta(self._folder.parent, step)["metrics"])
       self._open = stack.pop_all()  # nothing failed: __exit__ closes what was opened here
     return self
 
@@ -269,7 +262,7 @@ class Checkpoints:
     """
     directory = self._folder.parent
     # First of all: a run with other settings is refused before its state is released.
-    saved_with = read_meta(directory, step)["fingerprint"]
+    saved_with = saved_state.read_meta(directory, step)["fingerprint"]
     finished.require_same_run(directory, saved_with, fingerprint, files)
     path = self._folder / str(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -283,117 +276,12 @@ class Checkpoints:
       restored = self._manager.restore(step, args=args)
       return restored["state"], restored["data"]["position"]
 
-    restored, position = reading.read(path, read_files, advice=NOT_DAMAGED)
-    return _laid_as(abstract, restored), position
+    restored, position = reading.read(path, read_files, advice=saved_state.NOT_DAMAGED)
+    return saved_state.laid_as(abstract, restored), position
 
   def _note_metric(self, step: int, metrics: Mapping):
     if self._best_metric in metrics:
       self._metric[step] = metrics[self._best_metric]
-
-
-def read_meta(directory: pathlib.Path, step: int) -> dict:
-  """Reads what was saved beside the state of a step: {'step', 'metrics', 'fingerprint', 'changeable'}.
-
-  Raises:
-    UserError: the file is damaged or missing.
-  """
-  path = pathlib.Path(directory) / damaged.FOLDER / str(step)
-  damage = manifest.find_fault(path, damaged.META)
-  if damage:
-    raise UserError(f"{damage}. {damaged.advice(directory, step)}")
-  return json.loads((path / damaged.META).read_text(encoding="utf-8"))
-
-
-def best_step(directory: pathlib.Path, metric: str) -> tuple[int, float]:
-  """The saved step with the lowest `metric` (the earliest of equal ones), and its value.
-
-  Raises:
-    UserError: no checkpoint was saved with this metric, or one cannot be read.
-  """
-  value = {
-    step: read_meta(directory, step)["metrics"].get(metric) for step in saved_steps(directory)
-  }
-  known = [step for step in value if value[step] is not None]
-  if not known:
-    raise UserError(f"no checkpoint in {directory} was saved with the metric {metric!r}")
-  best = min(known, key=value.__getitem__)
-  return best, value[best]
-
-
-def load_state_item(directory: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
-  """Restores a part of a saved state, for example only {'params': ...} of a PPO state.
-
-  Args:
-    directory: folder of a stage (the one with `checkpoints/` in it).
-    abstract: the state's structure, cut down to the part that is wanted, with arrays or ShapeDtypeStructs (with a
-      sharding) as leaves. A dict stands for a dataclass, its keys for the fields. Arrays are converted to the dtypes
-      given here.
-    step: None for the newest checkpoint.
-  Returns:
-    A tree like `abstract`.
-  Raises:
-    UserError: there is no such checkpoint, it cannot be read, or it holds other names or shapes.
-  """
-  steps = saved_steps(directory)
-  if step is None and not steps:
-    raise UserError(f"no checkpoint in {directory}")
-  step = steps[-1] if step is None else step
-  path = require_whole(directory, step)
-  wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, abstract)
-  require_shapes(path, wanted)
-  abstract = stacking.relay(wanted, stacking.stacked_shapes)
-  args = ocp.args.PyTreeRestore(
-    item=abstract,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-    partial_restore=True,
-  )
-  with _checkpointer() as checkpointer:
-    restored = reading.read(
-      path, lambda: checkpointer.restore(path / "state", args=args), advice=NOT_DAMAGED
-    )
-  return _laid_as(wanted, restored)
-
-
-def require_whole(directory: pathlib.Path, step: int) -> pathlib.Path:
-  """The folder of a checkpoint, all of whose bytes are as they were saved. All processes must call it.
-
-  Raises:
-    UserError: there is no such checkpoint, or it is damaged.
-  """
-  path = pathlib.Path(directory).absolute() / damaged.FOLDER / str(step)
-  damage = manifest.find_damage(path)
-  if damage:
-    missing = "" if path.is_dir() else f"no checkpoint of step {step} in {directory}: "
-    raise UserError(f"{missing}{damage}. {damaged.advice(directory, step)}")
-  return path
-
-
-def require_shapes(path: pathlib.Path, abstract: Any):
-  """Compares a part of a state with what a checkpoint holds.
-
-  Args:
-    path: folder of the checkpoint.
-    abstract: as for `load_state_item`, the layers in either form.
-  Raises:
-    UserError: the checkpoint holds other names or shapes, or cannot be read.
-  """
-  # Orbax's partial restore reports neither a missing name nor a wrong shape.
-  saved = _saved_shapes(path)
-  for name, shape in _shapes(stacking.relay(abstract, stacking.stacked_shapes)).items():
-    if saved.get(name) != shape:
-      found = f"has shape {saved[name]}" if name in saved else "is missing"
-      raise UserError(f"{path} does not fit this model: {name} must have shape {shape} and {found}")
-
-
-def load_params(
-  directory: pathlib.Path, abstract_params: Any, step: int | None = None, name: str = "params"
-) -> Any:
-  """Restores one field of a saved state: `params`, `ema_params` or `value_params`.
-
-  Raises:
-    UserError: see `load_state_item`.
-  """
-  return load_state_item(directory, {name: abstract_params}, step)[name]
 
 
 def _chunks(state: Any) -> Any:
@@ -406,40 +294,3 @@ def _chunks(state: Any) -> Any:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if of_layers else ())
 
   return jax.tree_util.tree_map_with_path(one, state)
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Generator[ocp.Checkpointer, None, None]:
-  with (
-    reading.quiet_orbax(absl_logging.WARNING),
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
-  ):
-    yield checkpointer
-
-
-def _saved_shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of each array in a checkpoint's folder."""
-  with _checkpointer() as checkpointer:
-
-    def tree() -> Any:
-      metadata = checkpointer.metadata(path / "state").item_metadata
-      if metadata is None:
-        raise ValueError("it does not say what it holds")
-      return metadata.tree
-
-    return _shapes(reading.read(path, tree, advice=NOT_DAMAGED))
-
-
-def _laid_as(wanted: Any, restored: Any) -> Any:
-  """The restored tree with its layers laid out as in `wanted`: stacked, as on disk, or as a list."""
-  if jax.tree.structure(restored) == jax.tree.structure(wanted):
-    return restored
-  return stacking.relay(restored, stacking.unstack_each)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  }

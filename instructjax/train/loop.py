@@ -25,9 +25,10 @@ from instructjax.core.errors import Preempted, StageStopped, UserError
 from instructjax.core.provenance import changed_versions
 from instructjax.parallel import distributed, sharding
 from instructjax.train import pace
-from instructjax.train.checkpoint import Checkpoints, read_meta
+from instructjax.train.checkpoint import Checkpoints
 from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
+from instructjax.train.saved_state import read_meta
 from instructjax.train.spent import Spent
 from instructjax.train.tracking import Tracking
 

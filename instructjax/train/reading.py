@@ -1,6 +1,6 @@
 """Reads what a run wrote, and turns whatever a library raises over damaged files into one UserError.
 
-Called by checkpoint.py and finished.py.
+Called by checkpoint.py, saved_state.py and finished.py.
 """
 
 import contextlib

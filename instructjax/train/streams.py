@@ -15,7 +15,7 @@ import tensorstore as ts
 from jax.sharding import Mesh
 
 from instructjax.models import interop, transformer
-from instructjax.train import checkpoint, reading
+from instructjax.train import reading, saved_state
 from instructjax.train.weights import Weights
 
 
@@ -30,7 +30,7 @@ class SavedArrays:
   """
 
   def __init__(self, directory: pathlib.Path, step: int):
-    self.path = checkpoint.require_whole(directory, step)
+    self.path = saved_state.require_whole(directory, step)
     self._open: dict[str, Any] = {}
     self._whole: dict[str, np.ndarray] = {}
 
@@ -58,7 +58,7 @@ class SavedArrays:
         return found if order is None else np.ascontiguousarray(found.transpose(order))
       return _by_chunks(array, index, order)
 
-    return reading.read(self.path, slice_of_it, advice=checkpoint.NOT_DAMAGED)
+    return reading.read(self.path, slice_of_it, advice=saved_state.NOT_DAMAGED)
 
   def _array(self, name: str) -> Any:
     if name not in self._open:
@@ -111,7 +111,7 @@ def stored(opened: Weights, mesh: Mesh, model: transformer.Model) -> interop.Sto
     base = opened.require_base()
     return interop.with_adapter(stored(base, mesh, model.clone(head=base.head)), adapted, trained)
   arrays, item = SavedArrays(opened.path, opened.require_step()), opened.item
-  checkpoint.require_shapes(arrays.path, {item: transformer.param_shapes(model)})
+  saved_state.require_shapes(arrays.path, {item: transformer.param_shapes(model)})
   read = functools.partial(tensor_of, arrays, item)
   if model.head != "scalar":
     return interop.Stored(read)

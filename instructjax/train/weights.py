@@ -24,7 +24,7 @@ from instructjax.data import tokenizer as tokenizers
 from instructjax.data.checksums import FileChecksums
 from instructjax.models import adapters, execution, heads, interop, transformer
 from instructjax.parallel import sharding
-from instructjax.train import adapter_base, checkpoint, finished, weight_places
+from instructjax.train import adapter_base, finished, saved_state, weight_places
 from instructjax.train.adapter_base import BASE, VALUE_BASE, Adapter
 
 Which = Literal["ema", "raw", "value"]
@@ -289,7 +289,7 @@ def load_stage(
   placed = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
   )
-  return checkpoint.load_params(directory, placed, step, item)
+  return saved_state.load_params(directory, placed, step, item)
 
 
 def locate(path: str | pathlib.Path, which: Which = "ema", base: str = "") -> Weights:
@@ -367,7 +367,7 @@ def _open_stage(path: pathlib.Path, which: Which, base: str) -> Weights:
   if tokenizer.fingerprint != made_with["tokenizer"]:
     raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
   identity = json.dumps([made_with, step, item], sort_keys=True)
-  changeable = checkpoint.read_meta(path, step)["changeable"]
+  changeable = saved_state.read_meta(path, step)["changeable"]
   head: Head = "scalar" if which == "value" else ROLES[stage.require_role()].head
   given = changeable[SAME_NUMBERS["on_resume"]][f"{block}.weights"]
   key = VALUE_BASE if which == "value" else BASE

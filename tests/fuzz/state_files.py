@@ -21,7 +21,7 @@ from instructjax.core.errors import UserError
 from instructjax.data import checksums, token_cache
 from instructjax.data.token_store import Encoded
 from instructjax.parallel import compiled
-from instructjax.train import checkpoint, damaged, finished, manifest, metrics
+from instructjax.train import damaged, finished, manifest, metrics, saved_state
 from tests.fuzz import mutants
 from tests.fuzz.mutants import Files
 
@@ -140,12 +140,12 @@ def read_checkpoints(folder: pathlib.Path):
   saved = checkpoint_files()
   for step in damaged.saved_steps(folder):
     try:
-      meta = checkpoint.read_meta(folder, step)
+      meta = saved_state.read_meta(folder, step)
     except UserError:
       continue
     assert meta == json.loads(saved[f"{damaged.FOLDER}/{step}/{damaged.META}"])
   damaged.put_aside(folder)
-  best, loss = checkpoint.best_step(folder, "loss")
+  best, loss = saved_state.best_step(folder, "loss")
   assert loss == 1.0 / best
   newest = damaged.saved_steps(folder)[-1]
   found = _files(folder / damaged.FOLDER / str(newest))

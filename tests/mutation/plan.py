@@ -41,6 +41,7 @@ AREAS = {
     "train/manifest": 6,
     "train/metrics": 5,
     "train/optim": 10,
+    "train/saved_state": 2,
     "train/shared_sums": 3,
     "train/supervised": 5,
     "train/weight_hash": 3,

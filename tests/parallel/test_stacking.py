@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as PS
 from instructjax.core.config import MeshConfig
 from instructjax.core.structs import TrainState
 from instructjax.parallel import sharding, stacking
-from instructjax.train.checkpoint import Checkpoints, load_params
+from instructjax.train.checkpoint import Checkpoints
+from instructjax.train.saved_state import load_params
 
 LAYERS, WIDTH = 3, 8
 FINGERPRINT = {"config": "c" * 64}

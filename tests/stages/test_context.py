@@ -11,7 +11,7 @@ import pytest
 from instructjax.core.errors import Preempted, UserError
 from instructjax.parallel import distributed
 from instructjax.stages import context, pipeline
-from instructjax.train import checkpoint, metrics
+from instructjax.train import metrics, saved_state
 from tests import micro
 
 
@@ -61,7 +61,7 @@ def test_an_interrupted_run_goes_on_under_another_execution(
     json.loads((folder / "done.json").read_text()) for folder in (tmp_path / "pretrain", whole)
   ]
   assert done[0]["fingerprint"] == done[1]["fingerprint"]
-  saved = checkpoint.read_meta(tmp_path / "pretrain", 4)["changeable"]["rounding"]
+  saved = saved_state.read_meta(tmp_path / "pretrain", 4)["changeable"]["rounding"]
   assert saved[f"execution.{name}"] == value
 
 

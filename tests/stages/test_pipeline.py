@@ -49,7 +49,7 @@ from instructjax.stages import (
   reward_functions,
   rm,
 )
-from instructjax.train import checkpoint, finished, metrics, profiling, supervised
+from instructjax.train import damaged, finished, metrics, profiling, supervised
 from instructjax.train.tracking import Tracking, Worker
 from tests import finished_run, micro
 from tests.data import test_bpe
@@ -128,7 +128,7 @@ def run_stage(config, workdir, stage):
 
 def last_checkpoint(directory):
   """Everything in the newest checkpoint: bytes of the state by name, position in the data, meta."""
-  step = checkpoint.saved_steps(directory)[-1]
+  step = damaged.saved_steps(directory)[-1]
   folder = (directory / "checkpoints" / str(step)).absolute()
   with ocp.PyTreeCheckpointer() as checkpointer:
     saved = checkpointer.metadata(folder / "state").item_metadata.tree
@@ -175,7 +175,7 @@ def test_from_files_to_the_report(whole):
   assert set(answers[0]["answers"]) == {"base", "sft", "ppo_init", "ppo", "ppo_ptx"}
   for stage in TRAINED:
     done = finished.read_done(whole / stage)
-    assert done.step in checkpoint.saved_steps(whole / stage), stage
+    assert done.step in damaged.saved_steps(whole / stage), stage
 
 
 def test_trackers_get_every_step_every_result_and_the_findings(whole):
@@ -292,7 +292,7 @@ def test_checkpoints_of_a_run_are_measured_on_the_test_prompts(whole, specs, tmp
   cfg = config(specs, evaluate__checkpoints=3, checkpoint__keep=1)
   with micro.one_device():
     pipeline.run(cfg, workdir)
-  assert checkpoint.saved_steps(workdir / "ppo") == [1, 2, 3, 4]
+  assert damaged.saved_steps(workdir / "ppo") == [1, 2, 3, 4]
   assert last_checkpoint(workdir / "ppo")[0] == last_checkpoint(whole / "ppo")[0]
   assert files_of(workdir / "ppo_ptx") == files_of(whole / "ppo_ptx")
   told = [line for line in capsys.readouterr().out.splitlines() if "not kept" in line]
@@ -368,7 +368,7 @@ def test_the_base_is_the_step_with_the_lowest_held_out_loss(specs, tmp_path):
     pipeline.run(cfg, tmp_path)
   done = finished.read_done(tmp_path / "pretrain")
   assert (done.step, done.result.validation_loss) == (2, 1.0)
-  assert checkpoint.saved_steps(tmp_path / "pretrain") == [2, 4]
+  assert damaged.saved_steps(tmp_path / "pretrain") == [2, 4]
   ctx = context(cfg, tmp_path)
   base, best, last = (
     jax.tree.leaves(params)
@@ -426,7 +426,7 @@ def test_an_interrupted_stage_goes_on_bit_for_bit(whole, specs, tmp_path, stage)
   with interrupted_at(KILL_STEP):
     run_stage(config(specs), workdir, stage)
   assert finished.read_done(workdir / stage) is None
-  assert checkpoint.saved_steps(workdir / stage) == [2]
+  assert damaged.saved_steps(workdir / stage) == [2]
   run_stage(config(specs), workdir, stage)
   assert_same_stage(workdir / stage, whole / stage)
 
@@ -437,7 +437,7 @@ def killed_stage(config_path, workdir, stage):
   write, workdir = metrics.MetricsWriter.write, pathlib.Path(workdir)
 
   def one(self, step, *args, **kwargs):
-    while step == KILL_STEP and not checkpoint.saved_steps(workdir / stage):
+    while step == KILL_STEP and not damaged.saved_steps(workdir / stage):
       time.sleep(0.01)
     if step == KILL_STEP:
       os.kill(os.getpid(), signal.SIGKILL)
@@ -462,7 +462,7 @@ def test_a_killed_process_goes_on_bit_for_bit(whole, specs, tmp_path):
   }
   child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | cache)
   assert child.returncode == -signal.SIGKILL
-  assert checkpoint.saved_steps(workdir / "ppo_ptx") == [2]
+  assert damaged.saved_steps(workdir / "ppo_ptx") == [2]
   run_stage(config(specs), workdir, "ppo_ptx")
   assert_same_stage(workdir / "ppo_ptx", whole / "ppo_ptx")
 
@@ -480,7 +480,7 @@ def test_a_limit_stops_the_stage_and_lifting_it_goes_on(whole, specs, tmp_path):
   message = r"ppo stopped at step 2: kl is .*, above its limit 1\. .*step 1, is kept.*ppo.max_kl"
   with pytest.raises(StageStopped, match=message):
     run_stage(limited, workdir, "ppo")
-  assert checkpoint.saved_steps(workdir / "ppo") == [1]
+  assert damaged.saved_steps(workdir / "ppo") == [1]
   run_stage(config(specs), workdir, "ppo")
   assert_same_stage(workdir / "ppo", whole / "ppo")
 
@@ -513,7 +513,7 @@ def test_a_mended_reward_function_goes_on_as_if_it_had_been_right(
   right, mended = (copy_without(whole, tmp_path / name, "ppo") for name in ("right", "mended"))
   with pytest.raises(UserError, match="python:own_reward:brevity, in iteration 3, returned None"):
     run(mended, "None")
-  assert checkpoint.saved_steps(mended / "ppo") == [2]
+  assert damaged.saved_steps(mended / "ppo") == [2]
   assert run(mended, "-1.5000") and "python:own_reward:brevity changed" in capsys.readouterr().out
   expected = run(right, "-1.5000")
   assert records(mended / "ppo") == records(expected)
@@ -536,7 +536,7 @@ def test_a_full_disk_is_told_and_loses_nothing(whole, specs, tmp_path):
   with mock.patch.object(shutil, "disk_usage", full_at_the_second_save):
     with pytest.raises(UserError, match=r"cannot write .*sft/checkpoints/\d+: .*MiB left"):
       run_stage(config(specs), workdir, "sft")
-  assert checkpoint.saved_steps(workdir / "sft")
+  assert damaged.saved_steps(workdir / "sft")
   run_stage(config(specs), workdir, "sft")
   assert_same_stage(workdir / "sft", whole / "sft")
 

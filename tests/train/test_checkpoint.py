@@ -13,13 +13,12 @@ import numpy as np
 import optax
 import pytest
 from absl import logging as absl_logging
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as PS
 
 from instructjax.core.errors import UserError
 from instructjax.core.structs import TrainState
-from instructjax.train import checkpoint, manifest
-from instructjax.train.checkpoint import Checkpoints, saved_steps
+from instructjax.train import checkpoint, manifest, saved_state
+from instructjax.train.checkpoint import Checkpoints
+from instructjax.train.damaged import saved_steps
 
 FINGERPRINT = {"config": "c" * 64, "tokenizer": "t" * 64}
 
@@ -105,7 +104,7 @@ def test_donating_the_state_right_after_save_is_safe(tmp_path):
       for _ in range(3):
         state = step(state)
   for number, value in expected.items():
-    w = checkpoint.load_params(
+    w = saved_state.load_params(
       tmp_path, jax.ShapeDtypeStruct((400, 400), "float32"), number, name="w3"
     )
     np.testing.assert_array_equal(w, np.full((400, 400), value, np.float32))
@@ -118,9 +117,9 @@ def test_keeps_newest_named_and_best(tmp_path):
   assert saved_steps(tmp_path) == [1, 3, 4, 5]
   _save(tmp_path, [6, 7], metrics=metrics, **options)  # the best is known after a restart
   assert saved_steps(tmp_path) == [1, 3, 6, 7]
-  assert checkpoint.best_step(tmp_path, "validation/loss") == (3, 0)
+  assert saved_state.best_step(tmp_path, "validation/loss") == (3, 0)
   with pytest.raises(UserError, match="validation/accuracy"):
-    checkpoint.best_step(tmp_path, "validation/accuracy")
+    saved_state.best_step(tmp_path, "validation/accuracy")
 
 
 def test_another_run_is_refused_by_name_and_hash(tmp_path):
@@ -208,7 +207,7 @@ def test_what_cannot_be_read_although_it_is_undamaged_is_one_line(tmp_path, capf
     ):
       checkpoints.restore(1, make(), FINGERPRINT)
   with pytest.raises(UserError, match="cannot read .*/checkpoints/1: .*other versions of the lib"):
-    checkpoint.load_state_item(tmp_path, make())
+    saved_state.load_state_item(tmp_path, make())
   gc.collect()  # what was left hanging would complain now
   assert capfd.readouterr().err == ""
 
@@ -218,44 +217,9 @@ def test_saving_and_loading_say_nothing(tmp_path, capfd, caplog):
   absl_logging.set_verbosity(absl_logging.INFO)  # as under absl.app.run
   try:
     _save(tmp_path, [1, 2], keep=1)
-    checkpoint.load_params(tmp_path, _state().params)
+    saved_state.load_params(tmp_path, _state().params)
     assert absl_logging.get_verbosity() == absl_logging.INFO
   finally:
     absl_logging.set_verbosity(level)
   assert capfd.readouterr() == ("", "")
   assert caplog.records == []
-
-
-def test_params_alone_are_loaded_out_of_a_state(tmp_path):
-  state = _state(seed=5)
-  _save(tmp_path, [1, 2], state)
-  params = checkpoint.load_params(tmp_path, jax.eval_shape(lambda: _state().params))
-  _assert_same(params, state.params)
-  part = checkpoint.load_state_item(tmp_path, {"params": {"bias": state.params["bias"]}}, step=1)
-  _assert_same(part, {"params": {"bias": state.params["bias"]}})
-
-
-def test_params_load_onto_another_layout_and_dtype(tmp_path):
-  state = _state(seed=5)
-  _save(tmp_path, [1], state)
-  mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
-  sharding = NamedSharding(mesh, PS("fsdp", "tensor"))
-  abstract = {"w_DF": jax.ShapeDtypeStruct((8, 4), jnp.bfloat16, sharding=sharding)}
-  w_DF = checkpoint.load_params(tmp_path, abstract)["w_DF"]
-  assert w_DF.sharding == sharding and w_DF.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(np.array(w_DF), np.array(state.params["w_DF"].astype(jnp.bfloat16)))
-
-
-def test_misfits_are_refused_by_name(tmp_path):
-  _save(tmp_path, [1])
-  wide = jax.eval_shape(lambda: _state(width=16).params)
-  with pytest.raises(
-    UserError, match=r"params.w_DF must have shape \(16, 4\) and has shape \(8, 4\)"
-  ):
-    checkpoint.load_params(tmp_path, wide)
-  with pytest.raises(UserError, match=r"params.head must have shape \(4,\) and is missing"):
-    checkpoint.load_params(tmp_path, {"head": jax.ShapeDtypeStruct((4,), "float32")})
-  with pytest.raises(UserError, match=r"no checkpoint of step 2 in .*/2/manifest.json is missing"):
-    checkpoint.load_params(tmp_path, _state().params, step=2)
-  with pytest.raises(UserError, match="no checkpoint in .*nowhere"):
-    checkpoint.load_params(tmp_path / "nowhere", _state().params)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from instructjax.core.errors import UserError
-from instructjax.train import checkpoint
-from instructjax.train.checkpoint import Checkpoints, saved_steps
+from instructjax.train import saved_state
+from instructjax.train.checkpoint import Checkpoints
+from instructjax.train.damaged import saved_steps
 
 FINGERPRINT = {"config": "c" * 64}
 
@@ -52,7 +53,7 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_run_goes_on_from_the_step_be
     _flip(stage / name, rng)
     capfd.readouterr()
     with pytest.raises(UserError, match=f"^{stage / name} has other bytes than were saved. If it"):
-      checkpoint.load_params(stage, _state()["params"], step=2)
+      saved_state.load_params(stage, _state()["params"], step=2)
     with Checkpoints(stage, keep=2) as checkpoints:
       assert checkpoints.latest_step() == 1
     (line,) = capfd.readouterr().err.splitlines()
@@ -78,7 +79,7 @@ def test_a_checkpoint_that_is_half_there_is_never_taken_for_whole(tmp_path, capf
       os.truncate(stage / name, (stage / name).stat().st_size // 2 if how == "cut off" else 0)
     assert saved_steps(stage) == [1]
     with pytest.raises(UserError, match=f"^{stage / name} (is missing|has )"):
-      checkpoint.load_params(stage, _state()["params"], step=2)
+      saved_state.load_params(stage, _state()["params"], step=2)
     capfd.readouterr()
     with Checkpoints(stage, keep=2) as checkpoints:
       assert checkpoints.latest_step() == 1
@@ -109,7 +110,7 @@ def test_the_advice_works_when_it_is_followed_to_the_letter(tmp_path, steps, has
   damaged = steps[len(steps) // 2]
   _flip(stage / "checkpoints" / str(damaged) / "meta" / "metadata", np.random.default_rng(0))
   with pytest.raises(UserError, match="has other bytes than were saved") as error:
-    checkpoint.load_params(stage, _state()["params"], step=damaged)
+    saved_state.load_params(stage, _state()["params"], step=damaged)
   command = str(error.value).split("`")[1]
   subprocess.run(command, shell=True, check=True)
   left = [step for step in steps if step < damaged]
@@ -122,7 +123,7 @@ def test_the_advice_works_when_it_is_followed_to_the_letter(tmp_path, steps, has
   with Checkpoints(stage, keep=2) as checkpoints:
     assert checkpoints.latest_step() == (left[-1] if left else None)
     checkpoints.save(damaged, _state(), {}, {}, FINGERPRINT, {})
-  checkpoint.load_params(stage, _state()["params"], step=damaged)
+  saved_state.load_params(stage, _state()["params"], step=damaged)
 
 
 def test_a_damaged_checkpoint_with_none_before_it_is_refused_and_stays(tmp_path):

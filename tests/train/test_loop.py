@@ -25,9 +25,10 @@ from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
 from instructjax.core.structs import TrainState
 from instructjax.parallel import distributed
-from instructjax.train.checkpoint import read_meta, saved_steps
+from instructjax.train.damaged import saved_steps
 from instructjax.train.loop import StageRun, fit
 from instructjax.train.metrics import MEASURED, read_metrics
+from instructjax.train.saved_state import read_meta
 from instructjax.train.tracking import Tracking
 
 TX = optax.adam(1e-2)

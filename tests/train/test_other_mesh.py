@@ -11,7 +11,7 @@ from instructjax import models
 from instructjax.core.config import MeshConfig
 from instructjax.core.structs import PackedBatch
 from instructjax.parallel import sharding
-from instructjax.train import checkpoint, supervised
+from instructjax.train import checkpoint, saved_state, supervised
 from instructjax.train.optim import make_optimizer
 from tests import tiny
 
@@ -101,6 +101,6 @@ def test_weights_are_loaded_onto_another_mesh(model, saved, sizes):
   mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
   shardings, shapes = models.param_shardings(mesh, model)
   placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  params = checkpoint.load_params(saved[0], jax.tree.map(placed, shapes, shardings))
+  params = saved_state.load_params(saved[0], jax.tree.map(placed, shapes, shardings))
   jax.tree.map(np.testing.assert_array_equal, params, saved[1].params)
   assert jax.tree.map(lambda x: x.sharding, params) == shardings
