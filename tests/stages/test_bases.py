@@ -69,7 +69,7 @@ def test_ppo_with_adapters_that_was_stopped_ends_bit_for_bit_as_one_that_was_not
   runs.run_stage(given(made[0]), tmp_path, "rm")
   with runs.interrupted_at(runs.KILL_STEP):
     runs.run_stage(given(made[0]), tmp_path, "ppo")
-  assert runs.checkpoint.saved_steps(tmp_path / "ppo") == [2]
+  assert runs.damaged.saved_steps(tmp_path / "ppo") == [2]
   runs.run_stage(given(made[0]), tmp_path, "ppo")
   runs.assert_same_stage(tmp_path / "ppo", done[0] / "ppo")
   saved = runs.last_checkpoint(done[0] / "ppo")[0]

@@ -114,7 +114,7 @@ def test_checkpoints_that_were_not_kept_are_told_and_left_out(monkeypatch, tmp_p
     evaluate__checkpoints=3,
   )
   saved = {"ppo": [2, 5, 6, 8], "ppo_ptx": [2, 4, 6, 8], "ppo_beta0": [4]}
-  monkeypatch.setattr(measuring.checkpoint, "saved_steps", lambda folder: saved[folder.name])
+  monkeypatch.setattr(measuring.damaged, "saved_steps", lambda folder: saved[folder.name])
   measure = lambda ctx, name, prompts, stage, *, step: (name, prompts, stage, step)
   monkeypatch.setattr(measuring, "measure", measure)
   damage = {}

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from instructjax.stages import pretrain
-from instructjax.train import checkpoint, loop, supervised
+from instructjax.train import loop, saved_state, supervised
 from tests import micro
 
 
@@ -52,7 +52,7 @@ def test_a_base_learns_training_text_and_keeps_its_best_step(stage, role, steps)
     patch(supervised, "make_lm_train_step", lambda *a, **k: (a, k))
     patch(supervised, "make_lm_evaluation", lambda *a: lambda params, rows: (params, rows))
     patch(loop, "fit", fit)
-    patch(checkpoint, "best_step", best)
+    patch(saved_state, "best_step", best)
     pretrain.run(ctx, stage)
   assert made == [("train", dict(length=length, batch_size=8, seed=f"seed of {stage}"))]
   model, key = f"{role} model", f"key of {stage}"

@@ -8,7 +8,7 @@ import pytest
 
 from instructjax.data.token_store import Encoded
 from instructjax.stages import policies, sft
-from instructjax.train import checkpoint, loop, supervised
+from instructjax.train import loop, saved_state, supervised
 from tests import micro
 
 EOS, PAD = 1, 55
@@ -107,7 +107,7 @@ def test_the_baseline_keeps_its_best_epoch_and_ppo_starts_from_the_last(stage, k
     mock.patch.object(supervised, "make_lm_train_step", lambda *a, **k: (a, k)),
     mock.patch.object(supervised, "make_lm_evaluation", lambda *a: a),
     mock.patch.object(loop, "fit", fit),
-    mock.patch.object(checkpoint, "read_meta", lambda directory, step: history[step]),
+    mock.patch.object(saved_state, "read_meta", lambda directory, step: history[step]),
   )
   with patches[0], patches[1], patches[2], patches[3], patches[4], patches[5], patches[6]:
     with patches[7], patches[8], patches[9]:
