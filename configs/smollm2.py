@@ -55,7 +55,7 @@ def change(config):
   config.rm.update(
     start_from="sft",  # sec 3.5
     num_epochs=1,
-    batch_size=10,
+    batch_size=8,
     max_responses=6,
     microbatches=2,
     row_length=256,
