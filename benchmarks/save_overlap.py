@@ -28,7 +28,7 @@ from instructjax.core import provenance
 from instructjax.core.config import from_config_dict
 from instructjax.core.structs import TrainState
 from instructjax.report import costs
-from instructjax.train import loop, metrics
+from instructjax.train import loop, metrics, stage_runs
 from instructjax.train.tracking import Tracking
 
 WIDTH, PASSES = 2048, 1  # a step goes over the layers so many times
@@ -105,7 +105,7 @@ def main():
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name) / "run"
     base = from_config_dict(presets.get("sft", "tiny"))
-    run = loop.StageRun(
+    run = stage_runs.StageRun(
       name="run",
       directory=folder,
       checkpoint=dataclasses.replace(base.checkpoint, every_steps=flags.every, keep=2),

@@ -29,7 +29,7 @@ from instructjax.parallel import sharding
 from instructjax.stages import lineage
 from instructjax.stages.contents import Contents, NotThere
 from instructjax.stages.run_data import RunData
-from instructjax.train import finished, loop
+from instructjax.train import finished, stage_runs
 from instructjax.train.adapter_base import BASE, VALUE_BASE, BaseRecord
 from instructjax.train.tracking import Tracking
 from instructjax.train.weights import Weights
@@ -226,7 +226,7 @@ def _files_behind(ctx: Context, fingerprint: Mapping[str, str]) -> dict[str, tup
 
 
 def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str, dict]:
-  """What fingerprints leave out, in the form of `loop.StageRun`: settings of these blocks and execution, versions.
+  """What fingerprints leave out, as `stage_runs.StageRun` has it: settings of these blocks and execution, versions.
 
   In place of the paths of bases it has those of the given weights that the stage's networks descend from.
   """
@@ -246,17 +246,17 @@ def changeable(ctx: Context, stage: str, blocks: Mapping[str, Any]) -> dict[str,
   for name, of in (("model.weights", stage), ("reward_model.weights", value)):
     if name in same:
       same[name] = lineage.origin(ctx.config, of)
-  return settings | {loop.LIBRARIES: provenance.versions()}
+  return settings | {stage_runs.LIBRARIES: provenance.versions()}
 
 
-def stage_run(ctx: Context, stage: str) -> loop.StageRun:
+def stage_run(ctx: Context, stage: str) -> stage_runs.StageRun:
   """How the outer loop is to name, save and log a stage."""
   made_with = fingerprint(ctx, stage)
   if (
     lineage.trains_adapter(ctx.config, stage) and stage not in ctx.given
   ):  # a given reward model is only measured
     made_with |= _base_records(ctx, stage)
-  return loop.StageRun(
+  return stage_runs.StageRun(
     name=stage,
     directory=ctx.directory(stage),
     checkpoint=ctx.config.checkpoint,
@@ -318,7 +318,7 @@ def tell_adapter(ctx: Context, stage: str, role: RoleName, optim: OptimConfig):
   )
 
 
-def provenance_of(ctx: Context, stage: str, run: loop.StageRun) -> Provenance:
+def provenance_of(ctx: Context, stage: str, run: stage_runs.StageRun) -> Provenance:
   """The provenance of a stage that has just finished: code, command, data and machine.
 
   Its seconds count from when this process began the stage. The time of earlier runs that were stopped is not known.
@@ -336,7 +336,7 @@ def provenance_of(ctx: Context, stage: str, run: loop.StageRun) -> Provenance:
 def finish(
   ctx: Context,
   stage: str,
-  run: loop.StageRun,
+  run: stage_runs.StageRun,
   step: int | None,
   result: Any,
   made: Provenance | None = None,
@@ -359,7 +359,7 @@ def finish(
     ctx.tracking.report(stage, result)
 
 
-def is_finished(run: loop.StageRun) -> bool:
+def is_finished(run: stage_runs.StageRun) -> bool:
   """Whether the stage is finished already, with these settings.
 
   Raises:

@@ -19,7 +19,7 @@ from instructjax.parallel.watchdog import Team
 from instructjax.rl.split import HostRewards
 from instructjax.stages import answers, reward_functions
 from instructjax.stages.reward_functions import Episodes, Function
-from instructjax.train import loop
+from instructjax.train import stage_runs
 
 
 def episodes_of(
@@ -137,8 +137,8 @@ def try_out(functions: Sequence[Function], tokenizer: Tokenizer, prompts: Sequen
 
 
 def with_sources(
-  run: loop.StageRun, made_with: Mapping[str, str], functions: Sequence[Function]
-) -> loop.StageRun:
+  run: stage_runs.StageRun, made_with: Mapping[str, str], functions: Sequence[Function]
+) -> stage_runs.StageRun:
   """A stage's run with the checksums of its functions: in the fingerprint, and among what a resumed run may change.
 
   Args:
@@ -152,7 +152,7 @@ def with_sources(
     run,
     fingerprint={**made_with, **{f"reward {name}": value for name, value in sums.items()}},
     files={**run.files, **files},
-    changeable={**run.changeable, loop.FUNCTIONS: sums},
+    changeable={**run.changeable, stage_runs.FUNCTIONS: sums},
   )
 
 

@@ -28,7 +28,7 @@ from instructjax.data.tokenizer import prompt_ids
 from instructjax.parallel import distributed
 from instructjax.stages import contents
 from instructjax.stages.context import Context, finish
-from instructjax.train import finished, loop, reading
+from instructjax.train import finished, reading, stage_runs
 
 FILE = "asked.json"
 MOST_ANSWERS = 9  # of a labeler's page, see labels/projects.py
@@ -73,7 +73,7 @@ def _open(place: str) -> Any:
   return schema.open_(place)
 
 
-def collect(ctx: Context, stage: str, run: loop.StageRun, sample: Sample):
+def collect(ctx: Context, stage: str, run: stage_runs.StageRun, sample: Sample):
   """Puts answers into the project if they are not there, and takes the rankings if people have finished.
 
   Args:
@@ -111,7 +111,7 @@ def _project(ctx: Context) -> str:
   return found[0]
 
 
-def _read(run: loop.StageRun) -> dict[str, Any] | None:
+def _read(run: stage_runs.StageRun) -> dict[str, Any] | None:
   """What was sampled before; None if nothing was.
 
   Raises:
@@ -128,7 +128,7 @@ def _read(run: loop.StageRun) -> dict[str, Any] | None:
   return asked
 
 
-def _draw(ctx: Context, run: loop.StageRun, sample: Sample) -> dict[str, Any]:
+def _draw(ctx: Context, run: stage_runs.StageRun, sample: Sample) -> dict[str, Any]:
   """Samples answers to prompts of both splits, no prompt twice."""
   cfg, rows = ctx.config.collect, []
   for split, most in (("train", cfg.num_prompts), ("validation", cfg.num_heldout_prompts)):
@@ -227,7 +227,7 @@ def _waiting(ctx: Context, stage: str, place: str, asked: dict[str, Any], state)
   )
 
 
-def _take(ctx: Context, stage: str, run: loop.StageRun, place: str, batch: str):
+def _take(ctx: Context, stage: str, run: stage_runs.StageRun, place: str, batch: str):
   """Writes the rankings, by part, and marks the stage as finished."""
   parts: dict[str, list[dict[str, Any]]] = {name: [] for name in contents.SPLITS}
   for row, part in label_records.of_batch(place, batch):

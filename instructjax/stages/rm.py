@@ -27,7 +27,7 @@ from instructjax.rl import scoring
 from instructjax.stages import answers, bases, lineage, policies
 from instructjax.stages.context import Context, finish, is_finished, stage_run, tell_adapter
 from instructjax.stages.ranking_accuracy import judge, tokenized
-from instructjax.train import accumulation, loop, supervised
+from instructjax.train import accumulation, loop, stage_runs, supervised
 from instructjax.train.optim import make_optimizer, require_steps
 from instructjax.train.weights import Weights
 
@@ -142,7 +142,7 @@ def initial_params(ctx: Context, key: jax.Array) -> Params:
   return jax.device_put(params, shardings)
 
 
-def _stage_run(ctx: Context, stage: str, name: str) -> loop.StageRun:
+def _stage_run(ctx: Context, stage: str, name: str) -> stage_runs.StageRun:
   """`stage_run` for the stage or for one cross-validation fold of it. A fold has its own name and folder."""
   run_ = stage_run(ctx, stage)
   return dataclasses.replace(run_, name=name, directory=ctx.directory(name))

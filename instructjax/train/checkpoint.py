@@ -189,8 +189,8 @@ class Checkpoints:
       state: pytree of arrays; may be donated as soon as this returns.
       data: position in the data, JSON-serialisable, the same in every process.
       metrics: numbers kept with the checkpoint; `best_metric` is among them at steps that were evaluated.
-      fingerprint: settings that a run which resumes from here must match, see `loop.StageRun`.
-      changeable: settings that such a run may change, see `loop.StageRun`.
+      fingerprint: settings that a run which resumes from here must match, see `stage_runs.StageRun`.
+      changeable: settings that such a run may change, see `stage_runs.StageRun`.
     Raises:
       UserError: the previous checkpoint could not be written, or this one does not fit on the disk.
     """

@@ -9,31 +9,22 @@ position in the data, and a checkpoint holds both.
 
 import dataclasses
 import math
-import pathlib
-import time
-import types
 from collections.abc import Callable, Collection, Container, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 
 from instructjax.core import terminal
-from instructjax.core.blocks import ROUNDING
-from instructjax.core.config import CheckpointConfig, LogConfig, ProfileConfig
 from instructjax.core.errors import Preempted, StageStopped, UserError
-from instructjax.core.provenance import changed_versions
 from instructjax.parallel import distributed, sharding
 from instructjax.train import pace
 from instructjax.train.checkpoint import Checkpoints
-from instructjax.train.metrics import Display, MetricsWriter
 from instructjax.train.profiling import StepProfile, traced_steps
 from instructjax.train.saved_state import read_meta
 from instructjax.train.spent import Spent
-from instructjax.train.tracking import Tracking
-
-LIBRARIES = "libraries"  # keys of StageRun.changeable
-FUNCTIONS = "reward functions"
+from instructjax.train.stage_runs import StageRun, changes
+from instructjax.train.step_log import StepLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,42 +41,6 @@ class Steps:
 
   def __contains__(self, step: object) -> bool:
     return isinstance(step, int) and (step in self.also or (step > 0 and step % self.every == 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class StageRun:
-  """How one stage of one run is named, stored and logged.
-
-  Attributes:
-    name: shown in the terminal.
-    directory: holds checkpoints/ and metrics.jsonl, done.json once the stage is finished, and profile/ if steps are
-      traced.
-    checkpoint, log: how often to save and to log.
-    profile: which steps to trace.
-    tracking: where the numbers go beside metrics.jsonl.
-    fingerprint: all settings that a resumed run must share with the checkpoint, name -> hash or config block as JSON:
-      the stage's config blocks, the tokenizer, its parents, what its data hold and, for PPO, the frozen reference and
-      reward model.
-    files: part of the fingerprint -> the files that it stands for, which a message can name.
-    changeable: what a resumed run may change, name -> value under several keys. ROUNDING["on_resume"] holds settings
-      that change results by rounding only, SAME_NUMBERS["on_resume"] those that do not affect them, both of
-      `core.blocks`; LIBRARIES holds the versions of libraries, and FUNCTIONS, where there are some, checksums of the
-      user's reward functions. All are saved with the state, so that a resumed run can say what has changed.
-    started: `time.monotonic()` when this process began the stage.
-    advice: what to change when the stage is stopped because of its metrics.
-  """
-
-  name: str
-  directory: pathlib.Path
-  checkpoint: CheckpointConfig
-  log: LogConfig
-  profile: ProfileConfig
-  tracking: Tracking
-  fingerprint: Mapping[str, str]
-  files: Mapping[str, Sequence[str]]
-  changeable: Mapping[str, Mapping[str, Any]]
-  started: float
-  advice: str = "lower its learning rate or lengthen its warmup, in another --workdir"
 
 
 def fit(
@@ -163,7 +118,7 @@ def fit(
       run.directory / "profile", traced_steps(run.profile, start, num_steps), step_fn, flops
     )
     speed = pace.Pace()
-    log = _Log(run, num_steps, start, on_samples, show, progress, speed, spent)
+    log = StepLog(run, num_steps, start, on_samples, show, progress, speed, spent)
     judge = _Judge(run, checkpoints, limits or {}, evaluate, evaluate_steps, speed)
     with log, profile:
       if start == 0 and 0 in evaluate_steps:
@@ -242,34 +197,6 @@ def _resumed(
   return start, state
 
 
-def changes(run: StageRun, saved: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """Lines for the terminal that name whatever has changed by which a resumed run's results may differ.
-
-  Args:
-    run: the resumed stage.
-    saved: `changeable` of the run that wrote the checkpoint.
-  Returns:
-    One line for settings, one for reward functions and one for libraries, as far as some have changed.
-  """
-  kind = ROUNDING["on_resume"]
-  before, now = saved[kind], run.changeable[kind]
-  lines = []
-  if changed := [name for name in now if now[name] != before[name]]:
-    parts = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in changed)
-    by = "by rounding of bfloat16" if "execution.dtype" in changed else "by rounding only"
-    lines.append(f"{run.name} goes on with {parts}: results may differ {by}")
-  functions = run.changeable.get(FUNCTIONS, {})
-  if changed := [name for name in functions if functions[name] != saved[FUNCTIONS][name]]:
-    lines.append(
-      f"{run.name} goes on with {', '.join(changed)} changed: rewards may differ from those before"
-    )
-  if versions := changed_versions(saved[LIBRARIES], run.changeable[LIBRARIES]):
-    lines.append(
-      f"{run.name} goes on under {versions}: results may differ from those of the old versions"
-    )
-  return lines
-
-
 @dataclasses.dataclass(frozen=True)
 class _Judge:
   """Fetches numbers from the device. A bad one ends the stage before that step is saved.
@@ -306,85 +233,6 @@ class _Judge:
     if reason := _reason_to_stop(metrics, self.limits):
       raise StageStopped(_stop_message(self.run, step, reason, self.checkpoints))
     return metrics
-
-
-class _Log:
-  """Writes the numbers and samples of each step to the files and the terminal; only the first process writes."""
-
-  def __init__(
-    self,
-    run: StageRun,
-    num_steps: int,
-    start: int,
-    on_samples,
-    show: Sequence[str],
-    progress: bool,
-    speed: pace.Pace,
-    spent: Spent,
-  ):
-    self._run, self._num_steps, self._on_samples = run, num_steps, on_samples
-    self._speed, self._spent = speed, spent
-    self._slowest: int | None = None  # the process that was named last
-    self._writer = self._display = None
-    if jax.process_index() == 0:
-      run.tracking.begin(run.name, run.directory, start, self._is_due)
-      self._writer = MetricsWriter(run.directory, start_step=start)
-      spent.add("redone", self._writer.dropped_seconds)
-      console = terminal.console() if progress else None
-      self._display = Display(
-        run.name, num_steps=num_steps, start_step=start, show=show, console=console
-      )
-    self._last_time = time.monotonic()
-
-  def __enter__(self) -> Self:
-    if self._display:
-      self._display.start()
-    return self
-
-  def __exit__(self, *exception: Any):
-    if self._display:
-      self._display.stop()
-    if self._writer:
-      self._writer.close()
-
-  def _is_due(self, step: int) -> bool:
-    return step % self._run.log.every_steps == 0 or step == self._num_steps
-
-  def write(
-    self,
-    step: int,
-    metrics: Mapping[str, float],
-    samples: Sequence,
-    saved: Mapping[str, float] = types.MappingProxyType({}),
-  ):
-    """Writes a step's line.
-
-    Args:
-      step: its number.
-      metrics: its metrics.
-      samples: what it has sampled, or none.
-      saved: what the checkpoint took that has reached the disk since the last line.
-    """
-    due = self._is_due(step)
-    # Before the other processes leave: the callback gathers arrays, in which all of them take part.
-    extra, rows = self._on_samples(samples[0], step) if samples and self._on_samples else ({}, ())
-    seconds = self._speed.gather(distributed.team()) if due and step else []
-    if not self._writer or not self._display:
-      return
-    now = time.monotonic()
-    extra = {**extra, **{f"seconds/process_{i}": value for i, value in enumerate(seconds)}}
-    metrics = {**metrics, **{name: value for name, value in extra.items() if math.isfinite(value)}}
-    seconds_of_it = round(now - self._last_time, 4)
-    line = {**metrics, "seconds": seconds_of_it, **self._spent.take(), **saved}
-    self._writer.write(step, line)
-    self._run.tracking.log(self._run.name, step, line, rows if due else ())
-    self._last_time = now
-    self._display.step(step, metrics, log=due)
-    slowest = pace.slowest(seconds)
-    if slowest is not None and slowest != self._slowest:  # once, not with every line
-      self._display.tell(pace.slow_message(self._run.name, seconds, slowest))
-    self._slowest = slowest if seconds else self._slowest
-    self._display.samples(step, rows if due else ())
 
 
 def _to_floats(metrics: Mapping) -> dict[str, float]:

@@ -11,7 +11,7 @@ from instructjax.core import rewards
 from instructjax.core.errors import StageStopped, UserError
 from instructjax.stages import host_rewards
 from instructjax.stages.reward_functions import Episodes, Function
-from instructjax.train import loop
+from instructjax.train import stage_runs
 from tests.parallel.store import teams
 
 PAD, EOS = 9, 0
@@ -92,10 +92,10 @@ def test_the_trial_has_an_empty_answer():
 
 
 def stage_run():
-  fields = dict.fromkeys(field.name for field in dataclasses.fields(loop.StageRun))
+  fields = dict.fromkeys(field.name for field in dataclasses.fields(stage_runs.StageRun))
   own = dict(name="ppo", fingerprint={"a": "1"}, files={})
-  changeable = {"rounding": {}, "same numbers": {}, loop.LIBRARIES: {}}
-  return loop.StageRun(**fields | own | dict(changeable=changeable))
+  changeable = {"rounding": {}, "same numbers": {}, stage_runs.LIBRARIES: {}}
+  return stage_runs.StageRun(**fields | own | dict(changeable=changeable))
 
 
 def test_a_changed_function_is_in_the_fingerprint_and_is_told_on_resume():
@@ -106,10 +106,10 @@ def test_a_changed_function_is_in_the_fingerprint_and_is_told_on_resume():
   before, now = (host_rewards.with_sources(plain, {"a": "1"}, [at(c), rule]) for c in ("aa", "bb"))
   assert before.fingerprint == {"a": "1", "reward python:checks:polite": "aa"}
   assert before.files == {"reward python:checks:polite": ("checks.py",)}
-  assert loop.changes(now, before.changeable) == [
+  assert stage_runs.changes(now, before.changeable) == [
     "ppo goes on with python:checks:polite changed: rewards may differ from those before"
   ]
-  assert loop.changes(before, before.changeable) == []
+  assert stage_runs.changes(before, before.changeable) == []
 
 
 def watch(limit, records=()):
