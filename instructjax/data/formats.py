@@ -13,7 +13,8 @@ from typing import Any
 from instructjax.core.errors import UserError
 from instructjax.data import annotations, dialogues
 from instructjax.data.messages import BadRecord, kind_of, listed, quoted
-from instructjax.data.records import KEYS, is_score
+from instructjax.data.ranking import is_score
+from instructjax.data.records import KEYS
 
 OWN = "own"
 # What a source may name beside a format that does not say it.

@@ -4,18 +4,15 @@
 it is, without stripping or adding anything; `tokenizer` describes how a response joins its prompt. A chat prompt stays
 a list of messages until `sources.render` applies the tokenizer's chat template. docs/data.md shows every accepted form.
 
-All private functions raise BadRecord. Imports `messages`, which checks texts and chats.
+All private functions raise BadRecord. Imports `messages`, which checks texts and chats, and `ranking`.
 """
 
-import bisect
 import dataclasses
-import itertools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from instructjax.data import messages
+from instructjax.data import messages, ranking
 from instructjax.data.messages import BadRecord, checked_text, kind_of, listed, parse_answer
 
 # Kind -> all keys that its accepted forms use. Readers of tables skip the other columns.
@@ -37,7 +34,6 @@ KEYS = {
   ),
 }
 KINDS = tuple(KEYS)
-_LARGEST_RANK = 2**31 - 1  # ranks are int32 in batches
 # Keys that may hold a chat as JSON text.
 _CHATS = (
   "prompt",
@@ -134,7 +130,7 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
       comparisons: one of
         prompt, responses and ranks;
         prompt, responses and scores, of which more is better;
-        prompt, responses and comparisons (see `ranks_from_pairs`);
+        prompt, responses and comparisons (see `ranking.from_pairs`);
         prompt, chosen and rejected;
         chosen and rejected as lists of messages that differ in the last message only. If there is a prompt as well, it
           must be the prompt of these messages.
@@ -166,49 +162,6 @@ def parse_record(kind: str, obj: Any, where: str) -> Record:
   if kind == "comparisons":
     return _ranking(obj, where)
   raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
-
-
-def ranks_from_pairs(num_responses: int, pairs: Any, where: str) -> tuple[int, ...]:
-  """Computes ranks from pairwise judgements.
-
-  An answer's rank is 1 + the number of answers with more wins, where a tie counts as half a win. Every pair must be
-  judged exactly once, because win counts are only comparable between answers with the same number of opponents.
-
-  Judgements may contradict any ranking. The win count then smooths them: a cycle a > b > c > a becomes a three-way tie,
-  and a tied pair becomes a preference if its answers have different results against the others.
-
-  Args:
-    num_responses: K, the number of answers.
-    pairs: K(K-1)/2 objects {"a": index, "b": index, "winner": one of the two, or null for a tie}.
-    where: `file:line`, for messages.
-  Raises:
-    BadRecord: pairs has another form, or does not contain every pair exactly once.
-  """
-  if not isinstance(pairs, list):
-    raise BadRecord(f"{where}: 'comparisons' must be a list, got {type(pairs).__name__}")
-  twice_wins = [0] * num_responses  # twice the number of wins, so that half a win is an integer
-  judged = set()
-  for pair in pairs:
-    if not isinstance(pair, dict) or not {"a", "b", "winner"} <= pair.keys():
-      raise BadRecord(f"{where}: each of 'comparisons' must be an object with a, b and winner")
-    a, b, winner = pair["a"], pair["b"], pair["winner"]
-    if not (
-      _is_whole(a) and _is_whole(b) and 0 <= min(a, b) <= max(a, b) < num_responses and a != b
-    ):
-      raise BadRecord(
-        f"{where}: a and b of a comparison must be two different indices below {num_responses}"
-      )
-    if winner is not None and not (_is_whole(winner) and winner in (a, b)):
-      raise BadRecord(f"{where}: winner of a comparison must be its a={a}, its b={b} or null")
-    if frozenset((a, b)) in judged:
-      raise BadRecord(f"{where}: responses {min(a, b)} and {max(a, b)} are compared twice")
-    judged.add(frozenset((a, b)))
-    for index in (a, b):
-      twice_wins[int(index)] += 1 if winner is None else 2 * (winner == index)
-  for a, b in itertools.combinations(range(num_responses), 2):
-    if frozenset((a, b)) not in judged:
-      raise BadRecord(f"{where}: responses {a} and {b} are not compared; every pair must be")
-  return tuple(1 + sum(other > wins for other in twice_wins) for wins in twice_wins)
 
 
 def _demonstration(obj: dict[str, Any], where: str) -> Demonstration:
@@ -247,10 +200,14 @@ def _ranking(obj: dict[str, Any], where: str) -> Ranking:
     return Ranking(*_chosen_rejected(obj, where), (1, 2), labeler, where)
   prompt, responses = _prompt(obj, where), _responses(obj, where)
   if forms[0] == ("comparisons",):
-    ranks = ranks_from_pairs(len(responses), obj["comparisons"], where)
+    ranks = ranking.from_pairs(len(responses), obj["comparisons"], where)
   else:
     name = forms[0][0]
-    ranks = _ranks(obj["ranks"], where) if name == "ranks" else _places(obj["scores"], where)
+    ranks = (
+      ranking.from_ranks(obj["ranks"], where)
+      if name == "ranks"
+      else ranking.from_scores(obj["scores"], where)
+    )
     if len(ranks) != len(responses):
       raise BadRecord(f"{where}: {len(responses)} responses but {len(ranks)} {name}")
   return Ranking(prompt, responses, ranks, labeler, where)
@@ -266,24 +223,6 @@ def _who(obj: dict[str, Any], key: str, where: str) -> str | None:
   return found
 
 
-def _ranks(ranks: Any, where: str) -> tuple[int, ...]:
-  """Ranks as they are. Only those too large for a batch are replaced by their places, since gaps mean nothing."""
-  if not isinstance(ranks, list) or not all(_is_whole(rank) and rank >= 1 for rank in ranks):
-    raise BadRecord(f"{where}: 'ranks' must be a list of integers >= 1")
-  if max(ranks, default=0) > _LARGEST_RANK:
-    order = sorted(set(ranks))
-    return tuple(1 + bisect.bisect_left(order, rank) for rank in ranks)
-  return tuple(int(rank) for rank in ranks)
-
-
-def _places(scores: Any, where: str) -> tuple[int, ...]:
-  """The ranks of scores, of which more is better."""
-  if not isinstance(scores, list) or not all(map(is_score, scores)):
-    raise BadRecord(f"{where}: 'scores' must be a list of finite numbers")
-  order = sorted(-score for score in scores)
-  return tuple(1 + bisect.bisect_left(order, -score) for score in scores)
-
-
 def parse_scored(obj: dict[str, Any], where: str) -> tuple[str | Chat, str, float]:
   """(prompt, answer, score) of a row that holds one answer; rankings are made of all the rows of a prompt.
 
@@ -291,7 +230,7 @@ def parse_scored(obj: dict[str, Any], where: str) -> tuple[str | Chat, str, floa
     BadRecord: a value is missing or of another type.
   """
   answer = parse_answer(_value(obj, "response", where), "response", where, may_be_empty=True)
-  if not is_score(obj.get("score")):
+  if not ranking.is_score(obj.get("score")):
     raise BadRecord(f"{where}: 'score' must be a finite number")
   return _prompt(obj, where), answer, obj["score"]
 
@@ -299,7 +238,7 @@ def parse_scored(obj: dict[str, Any], where: str) -> tuple[str | Chat, str, floa
 def ranking_of_scored(prompt: str | Chat, answers: Sequence[tuple[str, float, str]]) -> Ranking:
   """The ranking of a prompt's answers, each with its score and place."""
   texts, scores, places = zip(*answers, strict=True)
-  return Ranking(prompt, texts, _places(list(scores), places[0]), None, places[0])
+  return Ranking(prompt, texts, ranking.from_scores(list(scores), places[0]), None, places[0])
 
 
 def _chosen_rejected(obj: dict[str, Any], where: str) -> tuple[str | Chat, tuple[str, str]]:
@@ -430,16 +369,3 @@ def _decimal(number: int, key: str, where: str) -> str:
     return str(number)
   except ValueError as error:  # Python's limit on the digits of an integer
     raise BadRecord(f"{where}: {key!r} is a number of too many digits") from error
-
-
-def is_score(value: Any) -> bool:
-  """Whether a value is a finite number that can be compared with others."""
-  return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)  # JSON's true is an int in Python
-
-
-def _is_whole(value: Any) -> bool:
-  return _is_int(value) or (isinstance(value, float) and value.is_integer())

@@ -19,7 +19,7 @@ from instructjax.core.errors import UserError, writing
 from instructjax.core.foreign import named
 from instructjax.data import sources
 from instructjax.data.controls import Rendered
-from instructjax.data.records import is_score
+from instructjax.data.ranking import is_score
 from instructjax.evaluation import language_model, preference, ranked_files, scorers
 from instructjax.evaluation.preference import Answers
 from instructjax.evaluation.resampling import shown

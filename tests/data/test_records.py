@@ -8,7 +8,6 @@ from instructjax.data.records import (
   Prompt,
   Ranking,
   parse_record,
-  ranks_from_pairs,
 )
 
 HERE = "data/a.jsonl:7"
@@ -104,45 +103,6 @@ def test_an_unknown_kind_lists_the_known_ones():
   ) as raised:
     parse_record("rankings", {}, HERE)
   assert type(raised.value) is ValueError  # a programmer's mistake
-
-
-def judged(*outcomes):
-  return [{"a": a, "b": b, "winner": winner} for a, b, winner in outcomes]
-
-
-@pytest.mark.parametrize(
-  ("num_responses", "outcomes", "expected"),
-  [
-    (2, [(0, 1, None)], (1, 1)),
-    (3, [(0, 1, 1), (0, 2, 2), (2, 1, 1)], (3, 1, 2)),
-    # Wins 1.5, 1, .5: responses 0 and 1 were called a tie, but 0 did better against 2.
-    (3, [(0, 1, None), (0, 2, 0), (1, 2, None)], (1, 2, 3)),
-    # A cycle has one win each.
-    (3, [(0, 1, 0), (1, 2, 1), (0, 2, 2)], (1, 1, 1)),
-    # Wins 2, 2, 1, 1: ranks after a tie skip.
-    (4, [(0, 1, 0), (0, 2, 2), (0, 3, 0), (1, 2, 1), (1, 3, 1), (2, 3, 3)], (1, 1, 3, 3)),
-  ],
-)
-def test_ranks_count_wins_with_ties_as_halves(num_responses, outcomes, expected):
-  assert ranks_from_pairs(num_responses, judged(*outcomes), HERE) == expected
-
-
-@pytest.mark.parametrize(
-  ("pairs", "reason"),
-  [
-    ({}, "'comparisons' must be a list, got dict"),
-    ([{"a": 0, "b": 1}], "must be an object with a, b and winner"),
-    (judged((0, 3, 0)), "two different indices below 3"),
-    (judged((1, 1, 1)), "two different indices below 3"),
-    (judged((0, 1, 2)), "winner of a comparison must be its a=0, its b=1 or null"),
-    (judged((0, 1, True)), "winner of a comparison must be its a=0, its b=1 or null"),
-    (judged((0, 1, 0), (1, 0, 0)), "responses 0 and 1 are compared twice"),
-    (judged((0, 1, 0), (0, 2, 0)), "responses 1 and 2 are not compared"),
-  ],
-)
-def test_incomplete_or_malformed_pairs_are_refused(pairs, reason):
-  with pytest.raises(BadRecord, match=f"^{HERE}: .*{reason}"):
-    ranks_from_pairs(3, pairs, HERE)
 
 
 def says(role, content, **more):
@@ -271,8 +231,16 @@ def test_chats_that_do_not_fit_their_kind_are_refused(kind, obj, reason):
 def test_errors_never_hold_the_text():
   for obj in (
     {"prompt": "SLUR", "responses": ["SLUR", 3], "ranks": [1, 2]},
-    {"prompt": "SLUR", "responses": ["SLUR"] * 2, "comparisons": judged(("SLUR", 1, 1))},
-    {"prompt": "SLUR", "responses": ["SLUR"] * 2, "comparisons": judged((0, 1, "SLUR"))},
+    {
+      "prompt": "SLUR",
+      "responses": ["SLUR"] * 2,
+      "comparisons": [{"a": "SLUR", "b": 1, "winner": 1}],
+    },
+    {
+      "prompt": "SLUR",
+      "responses": ["SLUR"] * 2,
+      "comparisons": [{"a": 0, "b": 1, "winner": "SLUR"}],
+    },
   ):
     with pytest.raises(BadRecord) as error:
       parse_record("comparisons", obj, HERE)
