@@ -33,8 +33,7 @@ from instructjax.core.config import from_config_dict
 from instructjax.core.errors import StageStopped, UserError
 from instructjax.core.provenance import Source
 from instructjax.core.stages import STAGES
-from instructjax.data import chat, demo, sources
-from instructjax.data import tokenizer as tokenizers
+from instructjax.data import demo, sources
 from instructjax.parallel import sharding
 from instructjax.rl import scoring
 from instructjax.serve import packaging
@@ -52,7 +51,6 @@ from instructjax.stages import (
 from instructjax.train import damaged, finished, metrics, profiling, supervised
 from instructjax.train.tracking import Tracking, Worker
 from tests import finished_run, micro
-from tests.data import test_bpe
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRAINED = ("pretrain", "sft", "rm", "ppo_init", "ppo", "ppo_ptx")
@@ -871,30 +869,6 @@ def test_another_tokenizer_is_refused(whole, specs, tmp_path):
   refuse(config(specs, tokenizer__path=path), whole, "made with another tokenizer than")
   wrong_size = config(specs, tokenizer__path=path, tokenizer__vocab_size=50)
   refuse(wrong_size, tmp_path, f"vocab_size=50 must be the 56 pieces of {path}")
-
-
-def test_the_date_of_chats_is_fixed_by_the_run(tmp_path, monkeypatch):
-  """The first run starts before midnight; it is resumed, and another one started, after it."""
-  path = tmp_path / "given"
-  path.mkdir()
-  test_bpe.trained().save(str(path / "tokenizer.json"))
-  template = "{{ strftime_now('%A %d') }}: {{ messages[0].content }}"
-  given = {"eos_token": test_bpe.END, "chat_template": template}
-  (path / "tokenizer_config.json").write_text(json.dumps(given))
-  ask = lambda tokenizer: tokenizer.chats.render_one([{"role": "user", "content": "hi"}])
-  keep = lambda name: pipeline._keep(tokenizers.load(path), tmp_path / name / "tokenizer")
-  monkeypatch.setattr(chat, "now", lambda: "2026-02-28T23:59:00")
-  first = keep("first")
-  chat._first_now.cache_clear()
-  monkeypatch.setattr(chat, "now", lambda: "2026-03-01T00:01:00")
-  assert ask(tokenizers.load(path)) == ask(keep("second")) == "Sunday 01: hi"
-  assert ask(first) == ask(keep("first")) == "Saturday 28: hi"
-  # What `generate` and `export` load.
-  assert ask(tokenizers.load(tmp_path / "first" / "tokenizer")) == "Saturday 28: hi"
-  (tmp_path / "first" / "tokenizer" / "chat_clock.txt").unlink()
-  with pytest.raises(UserError, match="first: the date that its chats were made with is missing"):
-    keep("first")
-  chat._first_now.cache_clear()
 
 
 # --- several processes ----------------------------------------------------------------------------
