@@ -22,7 +22,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import Any, Self
 
 import jax
@@ -31,19 +31,9 @@ from instructjax.core import terminal
 from instructjax.core.errors import Preempted, UserError, Waiting, may_pass, one_line, reason
 from instructjax.core.foreign import shown
 from instructjax.parallel import distributed
-from instructjax.train import damaged, finished, manifest
+from instructjax.train import finished, manifest, mirrored_files
 
 PERIOD = 30.0  # seconds between two copies
-OWNER = "owner.json"  # says which run the copy belongs to
-_RECORD = ".mirrored.json"  # in the local folder: what was copied, and what the bucket calls it
-_OWN = (
-  "compiled",
-  "cache",
-  _RECORD,
-  ".lock",
-  OWNER,
-)  # stay on this machine: files and folders of these names
-_MARKERS = (finished.DONE, manifest.NAME)
 _APART = "give each run a folder that lies in no other run's"
 
 
@@ -80,7 +70,9 @@ class Mirror:
     # Before anything is read: a run that is still at work there writes nothing more once it sees this.
     with self._told("written"):
       place = {"host": socket.gethostname(), "process": os.getpid(), "folder": self._place}
-      self._fs.pipe_file(f"{self._root}/{OWNER}", json.dumps({"id": self._id, **place}).encode())
+      self._fs.pipe_file(
+        f"{self._root}/{mirrored_files.OWNER}", json.dumps({"id": self._id, **place}).encode()
+      )
     with self._told("read"):
       self._pull(before)
     terminal.say(
@@ -155,14 +147,14 @@ class Mirror:
       path = pathlib.PurePosixPath(name)
       if not name or name.endswith("/"):  # a folder, as the console and mounts make them
         continue
-      if path.name == OWNER and len(path.parts) > 1:
+      if path.name == mirrored_files.OWNER and len(path.parts) > 1:
         raise UserError(
           f"{self._url} holds the workdir of another run, {shown(str(path.parent))}; {_APART}"
         )
       if path.is_absolute() or ".." in path.parts or str(path) != name or not name.isprintable():
         raise UserError(f"{self._url} holds an object of the name {shown(name)}, which is no run's")
-      if not {*path.parts} & {*_OWN}:
-        result[name] = (int(info["size"]), _token(info))
+      if not {*path.parts} & {*mirrored_files.OWN}:
+        result[name] = (int(info["size"]), mirrored_files.token(info))
     return result
 
   def _pull(self, before: dict[str, Any]):
@@ -182,11 +174,11 @@ class Mirror:
     self._record = {}
     self._save_record()
     for path in list(self._folder.iterdir()):
-      if path.name not in _OWN:
+      if path.name not in mirrored_files.OWN:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name, (size, token) in there.items():
-      if not _is_whole(name, there):  # of a checkpoint whose upload was broken off
-        if _step(name).isdigit():
+      if not mirrored_files.is_whole(name, there):  # of a checkpoint whose upload was broken off
+        if mirrored_files.step(name).isdigit():
           self._record[name] = [0, 0, ""]  # the next push removes it
         continue
       path = self._folder / name
@@ -221,9 +213,9 @@ class Mirror:
     self._require_own()
     # What a marker speaks of was written before it: it is in the listing after the one that has the marker.
     for_done, for_manifests, for_rest = [self._here() for _ in range(3)]
-    markers = [name for name in for_manifests if _last(name) == manifest.NAME]
-    markers += [name for name in for_done if _last(name) == finished.DONE]
-    rest = [name for name in for_rest if not _is_marker(name)]
+    markers = [name for name in for_manifests if mirrored_files.last(name) == manifest.NAME]
+    markers += [name for name in for_done if mirrored_files.last(name) == finished.DONE]
+    rest = [name for name in for_rest if not mirrored_files.is_marker(name)]
     listed = {*for_done, *for_manifests, *for_rest}
     gone = [name for name in self._record if name not in listed]
     changed = [name for name in (*rest, *markers) if self._is_changed(name)]
@@ -233,11 +225,13 @@ class Mirror:
       self._record.setdefault(name, [0, 0, ""])[2] = ""
     self._save_record()
     try:
-      self._remove([name for name in gone if _last(name) == finished.DONE])
+      self._remove([name for name in gone if mirrored_files.last(name) == finished.DONE])
       lost = self._copy_all(changed, [*(listed - {*for_rest})])
       # An old checkpoint goes only when the new one is there.
       if not lost:
-        self._remove(sorted((name for name in gone if name in self._record), key=_comes_late))
+        self._remove(
+          sorted((name for name in gone if name in self._record), key=mirrored_files.comes_late)
+        )
     finally:
       self._save_record()
 
@@ -252,7 +246,7 @@ class Mirror:
     """
     lost = list(lost)
     for name in names:
-      if _last(name) == manifest.NAME:
+      if mirrored_files.last(name) == manifest.NAME:
         folder = name.removesuffix(manifest.NAME)
         if any(other.startswith(folder) for other in lost):
           terminal.say(
@@ -260,7 +254,7 @@ class Mirror:
             " checkpoints stay: raise checkpoint.every_steps or checkpoint.keep"
           )
           continue
-      if _is_marker(name):
+      if mirrored_files.is_marker(name):
         self._require_own()
       try:
         self._copy(name)
@@ -287,7 +281,9 @@ class Mirror:
     self._fs.invalidate_cache()
     # A file that grew meanwhile is copied again the next time.
     found = self._fs.find(remote, detail=True)  # `info` spells it otherwise in some file systems
-    token = next((_token(info) for path, info in found.items() if path.endswith(remote)), "")
+    token = next(
+      (mirrored_files.token(info) for path, info in found.items() if path.endswith(remote)), ""
+    )
     self._record[name] = [state.st_size, state.st_mtime_ns, token]
 
   def _is_changed(self, name: str) -> bool:
@@ -301,13 +297,15 @@ class Mirror:
 
   def _here(self) -> list[str]:
     """Paths of the local files that are mirrored; of checkpoints, the whole ones'."""
-    return [str(path.relative_to(self._folder)) for path in sorted(_files(self._folder))]
+    return [
+      str(path.relative_to(self._folder)) for path in sorted(mirrored_files.files(self._folder))
+    ]
 
   def _owner(self) -> dict[str, Any]:
     """What the run that began last says of itself; {} if there is none."""
     self._fs.invalidate_cache()
     try:
-      return json.loads(self._fs.cat_file(f"{self._root}/{OWNER}"))
+      return json.loads(self._fs.cat_file(f"{self._root}/{mirrored_files.OWNER}"))
     except FileNotFoundError:
       return {}
 
@@ -315,7 +313,7 @@ class Mirror:
     """Raises UserError if another run has begun in the workdir since this one did."""
     owner = self._owner()
     if not owner:
-      raise FileNotFoundError(f"{self._url}/{OWNER} is gone")
+      raise FileNotFoundError(f"{self._url}/{mirrored_files.OWNER} is gone")
     if owner["id"] != self._id:
       other = f"process {owner['process']} on {owner['host']}"
       raise _TakenOver(
@@ -328,7 +326,7 @@ class Mirror:
     for folder in pathlib.PurePosixPath(self._root).parents:
       is_there = False
       with contextlib.suppress(Exception):  # an account may be allowed to read its own folder only
-        is_there = bool(folder.name) and self._fs.exists(f"{folder}/{OWNER}")
+        is_there = bool(folder.name) and self._fs.exists(f"{folder}/{mirrored_files.OWNER}")
       if is_there:
         raise UserError(
           f"{self._url} lies in the workdir of another run, {shown(folder.name)}; {_APART}"
@@ -342,9 +340,11 @@ class Mirror:
     """
     url = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-      record = json.loads((self._folder / _RECORD).read_text())
+      record = json.loads((self._folder / mirrored_files.RECORD).read_text())
       url, self._place, self._record = record["url"], record["folder"], record["files"]
-    if url != self._url and any(path.name not in _OWN for path in self._folder.iterdir()):
+    if url != self._url and any(
+      path.name not in mirrored_files.OWN for path in self._folder.iterdir()
+    ):
       raise UserError(
         f"{self._folder} holds other files than a copy of {self._url}, which it would become: give another --scratch"
       )
@@ -353,63 +353,10 @@ class Mirror:
       self._save_record()
 
   def _save_record(self):
-    scratch = self._folder / f"{_RECORD}.tmp"
+    scratch = self._folder / f"{mirrored_files.RECORD}.tmp"
     record = {"url": self._url, "folder": self._place, "files": self._record}
     scratch.write_text(json.dumps(record))
-    os.replace(scratch, self._folder / _RECORD)
-
-
-def _is_marker(name: str) -> bool:
-  return _last(name) in _MARKERS
-
-
-def _last(name: str) -> str:
-  return name.rpartition("/")[2]
-
-
-def _comes_late(name: str) -> bool:
-  """The order of removal: markers first."""
-  return not _is_marker(name)
-
-
-def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """The files below a folder that are mirrored."""
-  try:
-    paths = list(folder.iterdir())
-  except FileNotFoundError:  # deleted since its parent was listed
-    return
-  for path in paths:
-    is_temporary = path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name
-    # A checkpoint that is being written, or one that was put aside because it is damaged.
-    is_step = path.name.isdigit() and (path / manifest.NAME).is_file()
-    is_half = folder.name == damaged.FOLDER and not is_step
-    if path.name in _OWN or is_temporary or is_half:
-      continue
-    if path.is_dir():
-      yield from _files(path)
-    elif path.is_file():
-      yield path
-
-
-def _is_whole(name: str, there: dict[str, tuple[int, str]]) -> bool:
-  """Whether an object is no part of a checkpoint without a manifest."""
-  step = _step(name)
-  return (
-    not step
-    or f"{name.rpartition(damaged.FOLDER)[0]}{damaged.FOLDER}/{step}/{manifest.NAME}" in there
-  )
-
-
-def _step(name: str) -> str:
-  """The folder's name of the checkpoint that a file belongs to; "" if it is none's."""
-  parts = name.split("/")
-  return parts[parts.index(damaged.FOLDER) + 1] if damaged.FOLDER in parts[:-1] else ""
-
-
-def _token(info: dict[str, Any]) -> str:
-  """What changes with an object: its generation, or the nearest that a file system has."""
-  names = ("generation", "etag", "md5Hash", "created", "mtime")
-  return str(next((info[name] for name in names if info.get(name)), ""))
+    os.replace(scratch, self._folder / mirrored_files.RECORD)
 
 
 @contextlib.contextmanager

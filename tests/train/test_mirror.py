@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from instructjax.core.errors import Preempted, UserError, Waiting
-from instructjax.train import metrics, mirror
+from instructjax.train import metrics, mirror, mirrored_files
 from tests import micro, quick
 
 _NUMBER = itertools.count()
@@ -31,7 +31,7 @@ def bucket(monkeypatch):
     return {
       name.split("/run/")[1]: fs.cat_file(name).decode()
       for name in fs.find(root)
-      if not name.endswith(mirror.OWNER)
+      if not name.endswith(mirrored_files.OWNER)
     }
 
   return lambda folder: mirror.Mirror(fs, root, "gs://b/run", folder), objects, fs
@@ -426,7 +426,7 @@ def test_workdirs_do_not_lie_in_each_other(tmp_path, bucket):
       UserError, match="gs://b/run/x lies in the workdir of another run, 'run'; give"
     ):
       inner.__enter__()
-  fs.rm_file(f"{one._root}/{mirror.OWNER}")
+  fs.rm_file(f"{one._root}/{mirrored_files.OWNER}")
   with inner:
     pass
   with pytest.raises(
