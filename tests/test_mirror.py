@@ -23,6 +23,7 @@ TESTED_ELSEWHERE = {
   "core/network": _RULES,
   "core/training": _RULES,
   "core/rl_training": _RULES,
+  "core/running": _RULES,
   "core/results": _RECORDS,
   "report/results": _RECORDS,
 }

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import instructjax
-from instructjax.core import config
+from instructjax.core import running
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What setuptools would copy into the wheel, without building one.
@@ -68,7 +68,7 @@ def test_every_extra_that_a_message_names_is_there_with_a_lower_bound():
     for path in (ROOT / "instructjax").rglob("*.py")
     for name in re.findall(r"pip install 'instructjax\[(\w+)\]'", path.read_text(encoding="utf-8"))
   }
-  services = set(config.TRACKERS) - {"tensorboard"}
+  services = set(running.TRACKERS) - {"tensorboard"}
   assert services | named <= set(extras) and "hub" in named
   for name in services:  # tracking.py takes the extra's name for the package's
     packages = [Requirement(line) for line in extras[name].splitlines() if line and line[0] != "#"]

@@ -1,7 +1,7 @@
 """Config blocks of the stages: how each of them trains, samples or evaluates.
 
-rl_training.py has those of the RL stages, config.py the other blocks. `--settings` and docs/settings.md print the
-comments beside the fields.
+rl_training.py has those of the RL stages, running.py and config.py the other blocks. `--settings` and docs/settings.md
+print the comments beside the fields.
 """
 
 import dataclasses

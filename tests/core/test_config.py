@@ -18,7 +18,7 @@ from tests.core.plain import changed, load
 
 ROOT = pathlib.Path(__file__).parents[2]
 PRESETS = (None, *models.PRESETS)
-RULES_IN = ("config.py", "network.py", "training.py", "rl_training.py")
+RULES_IN = ("config.py", "network.py", "training.py", "rl_training.py", "running.py")
 BLOCKS = {
   cls.__name__: cls
   for cls in vars(config_lib).values()

@@ -11,9 +11,9 @@ from instructjax.train import mirrored_files
     ("sft/metrics.jsonl", "", True),
     ("sft/checkpoints/6/params/0", "6", True),
     ("sft/checkpoints/9/params/0", "9", False),
-    # A file beside the steps, and a folder of that name that is no stage's.
-    ("sft/checkpoints", "", True),
+    # Another stage's step of the same number has one.
     ("rm/checkpoints/6/params/0", "6", False),
+    ("sft/checkpoints", "", True),
   ],
 )
 def test_a_file_belongs_to_a_checkpoint_which_is_whole_with_its_manifest(name, folder, whole):
