@@ -48,6 +48,7 @@ class Figure:
     code: files whose change may change the numbers, as patterns below the root.
     table: records -> Markdown.
     is_dated: whether records may be of older code. They take hours to make, and the table says which commit each is of.
+    is_timed: whether the numbers depend on the processor, so that each processor has a record of its own.
   """
 
   page: str
@@ -55,6 +56,7 @@ class Figure:
   code: tuple[str, ...]
   table: Callable[[Sequence[dict]], str]
   is_dated: bool = False
+  is_timed: bool = True
   config: str = ""
   picture: str = ""
 
@@ -149,6 +151,7 @@ FIGURES = {
     ),
     tables.pods,
     is_dated=True,
+    is_timed=False,
   ),
 }
 PROMPTS = 10  # whose answers are kept, the first of a run
@@ -203,9 +206,9 @@ def save(name: str, records: Sequence[dict], folder: pathlib.Path = FOLDER):
   (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
-def merge(records: Sequence[dict], new: dict) -> list[dict]:
-  """The records with the new one, in place of the one of the same command and processor."""
-  key = lambda record: (record["command"], record["processor"])
+def merge(records: Sequence[dict], new: dict, is_timed: bool = True) -> list[dict]:
+  """The records with the new one, in place of the one of the same command and, if they are timed, processor."""
+  key = lambda record: (record["command"], record["processor"] if is_timed else "")
   kept = [record for record in records if key(record) != key(new)]
   return [*kept, new]
 
@@ -289,7 +292,7 @@ def measure(name: str, matching: str = ""):
     if done.returncode and not _is_refusal(done):
       raise UserError(f"python -m {command} ended with {done.returncode}")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    save(name, merge(read(name), record | {"lines": lines}))
+    save(name, merge(read(name), record | {"lines": lines}, FIGURES[name].is_timed))
 
 
 def _is_refusal(done: subprocess.CompletedProcess) -> bool:

@@ -74,6 +74,8 @@ def test_a_new_record_takes_the_place_of_its_own_command_and_processor_only():
   ]
   new = {"command": "a", "processor": "x", "lines": [4]}
   assert figures.merge(old, new) == [old[1], old[2], new]
+  # Estimates are the same on any processor.
+  assert figures.merge(old, new, is_timed=False) == [old[2], new]
 
 
 def test_a_figure_fills_the_place_between_its_markers():
