@@ -8,7 +8,8 @@
 
 What was measured lies in docs/figures/NAME.json, a record for each command and processor: the lines that the command
 printed, and the version, commit, date and processor that they came from. `measure` replaces the record of the same
-command and processor and keeps the others, so ratios of two processors can stand side by side.
+command and processor and keeps the others, so ratios of two processors can stand side by side. `take` replaces that of
+the same seed.
 
 A record also holds a hash of the code that it measured, without its comments and docstrings, and those of runs hold
 their settings. A test fails where code or settings have changed since, or where a page shows something else than its
@@ -365,7 +366,9 @@ def _of_run(run: pathlib.Path, config: str) -> tuple[dict, dict]:
 
 
 def take(name: str, runs: Sequence[pathlib.Path]):
-  """Saves what finished runs of this machine and this code measured, and the first one's picture.
+  """Saves what finished runs of this machine and this code measured, and the picture of the first in the table.
+
+  Records of other seeds stay, if code and settings are still theirs: a machine may have no time for all seeds at once.
 
   Raises:
     UserError: a run is not finished, or of other code or another preset, or the figure does not come from runs.
@@ -373,7 +376,9 @@ def take(name: str, runs: Sequence[pathlib.Path]):
   figure = FIGURES[name]
   if not figure.config:
     raise UserError(f"{name} is not read from runs: measure {name}")
-  records = []
+  old = read(name)
+  records = {r["command"]: r for r in old if r["command"] not in stale(figure, old)}
+  folders = {}  # command -> the run
   for run in runs:
     line, made = _of_run(run, figure.config)
     _require_one_command(run, made)
@@ -387,10 +392,13 @@ def take(name: str, runs: Sequence[pathlib.Path]):
     command += f" --config.seed={line['seed']}"
     record = _record(name, command, [line], **made, processor=_processor())
     # As text, which is one line of the file.
-    records.append(record | {"settings": json.dumps(settings)})
-  block(name, records)  # what cannot be shown is not saved
-  save(name, records)
-  shutil.copy(runs[0] / "report" / "report.png", ROOT / figure.picture)
+    records[command], folders[command] = record | {"settings": json.dumps(settings)}, run
+  first, *_ = ordered = sorted(records)
+  shown = [records[command] for command in ordered]
+  block(name, shown)  # what cannot be shown is not saved
+  save(name, shown)
+  if first in folders:
+    shutil.copy(folders[first] / "report" / "report.png", ROOT / figure.picture)
 
 
 def write():

@@ -162,6 +162,25 @@ def test_runs_of_a_real_model_become_tables_and_answers(root, tmp_path, capsys):
   assert "is no run of --config=configs/ppo_ptx.py:" in capsys.readouterr().err
 
 
+def test_seeds_taken_one_by_one_stand_together_until_the_settings_change(
+  root, tmp_path, monkeypatch
+):
+  runs = [finished_run(tmp_path / f"run{seed}", seed, 0.6 + seed / 10) for seed in (0, 1)]
+  (runs[0] / "report" / "report.png").write_bytes(b"of seed 0")
+  for run in reversed(runs):
+    assert figures.main(["take", "findings", str(run)]) == 0
+  page = (root / "docs" / "results.md").read_text()
+  assert "| .600 (.500 to .700) | .700 (.500 to .700) | .600 to .700 |" in page
+  assert (root / "docs" / "report.png").read_bytes() == b"of seed 0"
+  # Another machine's run of a seed takes the place of the first one.
+  assert figures.main(["take", "findings", str(finished_run(tmp_path / "again", 1, 0.8))]) == 0
+  assert "| .600 to .800 |" in (root / "docs" / "results.md").read_text()
+  monkeypatch.setattr(preset_settings, "now", lambda config: {"ppo.beta": 7})
+  assert figures.main(["take", "findings", str(runs[1])]) == 0
+  page = (root / "docs" / "results.md").read_text()
+  assert "| .700 (.500 to .700) |" in page and ".600" not in page
+
+
 def test_means_of_several_seeds_stand_with_their_span():
   runs = [
     {"seed": str(seed), "policies": {"ppo": {"gold": gold, **kl}}, "findings": [], "answers": []}
