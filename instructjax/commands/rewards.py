@@ -17,7 +17,7 @@ _MODELS = flags.DEFINE_list(
 _DATA = flags.DEFINE_list(
   "data",
   [],
-  "Rankings, as data.comparisons names them (jsonl:FILE, hf:NAME, ...), a .jsonl file, or rewardbench2:FILE.",
+  "Rankings, as data.comparisons names them (jsonl:FILE, datasets:NAME, ...), a .jsonl file, or rewardbench2:FILE.",
 )
 _SHARED = judging.define(
   out="Folder of rewards.json and the scores; made if missing.", seed="Of the resampling."
