@@ -208,7 +208,7 @@ def save(name: str, records: Sequence[dict], folder: pathlib.Path = FOLDER):
 
 
 def merge(records: Sequence[dict], new: dict, is_timed: bool = True) -> list[dict]:
-  """The records with the new one, in place of the one of the same command and, if they are timed, processor."""
+  """The records with the new one, in place of the one of the same command and, if `is_timed`, processor."""
   key = lambda record: (record["command"], record["processor"] if is_timed else "")
   kept = [record for record in records if key(record) != key(new)]
   return [*kept, new]
@@ -376,8 +376,9 @@ def take(name: str, runs: Sequence[pathlib.Path]):
   figure = FIGURES[name]
   if not figure.config:
     raise UserError(f"{name} is not read from runs: measure {name}")
-  old = read(name)
-  records = {r["command"]: r for r in old if r["command"] not in stale(figure, old)}
+  records = read(name)
+  gone = stale(figure, records)
+  records = [record for record in records if record["command"] not in gone]
   folders = {}  # command -> the run
   for run in runs:
     line, made = _of_run(run, figure.config)
@@ -392,13 +393,13 @@ def take(name: str, runs: Sequence[pathlib.Path]):
     command += f" --config.seed={line['seed']}"
     record = _record(name, command, [line], **made, processor=_processor())
     # As text, which is one line of the file.
-    records[command], folders[command] = record | {"settings": json.dumps(settings)}, run
-  first, *_ = ordered = sorted(records)
-  shown = [records[command] for command in ordered]
-  block(name, shown)  # what cannot be shown is not saved
-  save(name, shown)
-  if first in folders:
-    shutil.copy(folders[first] / "report" / "report.png", ROOT / figure.picture)
+    records = merge(records, record | {"settings": json.dumps(settings)}, is_timed=False)
+    folders[command] = run
+  records.sort(key=lambda record: record["command"])
+  block(name, records)  # what cannot be shown is not saved
+  save(name, records)
+  if run := folders.get(records[0]["command"]):
+    shutil.copy(run / "report" / "report.png", ROOT / figure.picture)
 
 
 def write():

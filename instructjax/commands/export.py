@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   None,
-  "What to export: a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file or"
-  " hf://ORG/NAME.",
+  "What to export: a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file,"
+  " package:NAME/FILE or hf://ORG/NAME.",
   required=True,
 )
 _FORMAT = flags.DEFINE_enum(

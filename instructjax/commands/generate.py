@@ -15,8 +15,8 @@ from instructjax.core.errors import UserError
 _CHECKPOINT = flags.DEFINE_multi_string(
   "checkpoint",
   [],
-  "Who answers: a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file or"
-  " hf://ORG/NAME. Several answer the same prompt one after the other.",
+  "Who answers: a finished stage (runs/demo/ppo_ptx), a Hugging Face folder, a .gguf file,"
+  " package:NAME/FILE or hf://ORG/NAME. Several answer the same prompt one after the other.",
 )
 _PROMPT = flags.DEFINE_multi_string(
   "prompt", [], r"Text of a prompt; \n, \t and \\ in it are replaced. Several are answered in turn."

@@ -1,6 +1,7 @@
 """The ranks of a prompt's answers, made of ranks, of scores or of pairwise judgements.
 
-Called by records.py. In all of them 1 is best, equal ranks are ties, and gaps mean nothing.
+Called by records.py; formats.py asks what a score is. In all ranks 1 is best, equal ones are ties, and gaps mean
+nothing. What makes ranks raises BadRecord.
 """
 
 import bisect

@@ -25,6 +25,7 @@ def drawn(*args, **kwargs) -> markupsafe.Markup:
 
 
 def curves(results: Results) -> markupsafe.Markup:
+  """The figure of what RL logs at each iteration."""
   logged = results.curves
   draws = [
     lambda ax: panels.draw_curve(ax, logged, "reward", "Reward-model score"),
@@ -42,6 +43,7 @@ def curves(results: Results) -> markupsafe.Markup:
 
 
 def tax(results: Results) -> markupsafe.Markup:
+  """The figure of the alignment tax: losses on pretraining text, and score against them."""
   draws = [
     lambda ax: panels.draw_tax(ax, results),
     lambda ax: panels.draw_trade_off(ax, results),
@@ -51,6 +53,7 @@ def tax(results: Results) -> markupsafe.Markup:
 
 
 def reward_model(results: Results) -> markupsafe.Markup:
+  """The figure of how often the reward model is right, and how sure it is."""
   draws = [
     lambda ax: panels.draw_accuracy(ax, results),
     lambda ax: panels.draw_calibration(ax, results),

@@ -114,5 +114,5 @@ def records(directory):
 
 
 def killed_run(directory):
-  """Entry of the subprocess below: dies while it draws the 9th batch."""
+  """Entry of a subprocess of test_loop.py: dies while it draws the 9th batch."""
   train(directory, batches=Rows(kill_at=9), num_steps=10)

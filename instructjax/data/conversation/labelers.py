@@ -20,8 +20,8 @@ from instructjax.data.conversation import task
 from instructjax.data.records import Ranking
 
 _COLUMNS = {"train": (0, 1, 2, 3, 4, 5, 6), "heldout": (7, 8, 9)}
-# Departs from paper: two labelers agree on about 83% of the pairs, where the paper's agree on 72.6% (sec 3.4). There
-# are only some 180 training prompts, and of noisier labelers a reward model learns little from so few.
+# Departs from paper: two labelers agree on about 81% of the pairs, where the paper's agree on 72.6% (sec 3.4). There
+# are only 275 training prompts, and of noisier labelers a reward model learns little from so few.
 _WEIGHT_SPREAD, _NOISE, _TIE_WIDTH = 0.25, 0.7, 0.3
 
 # (prompts, responses) -> mean log-probability of each response under the frozen base [nats]
